@@ -1,0 +1,40 @@
+"""The commands: one thin file each; what they share is `run`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jsonargparse
+
+from radapter_serve.errors import RAdapterError
+
+
+def run(function: Callable[..., Any], argv: Sequence[str] | None = None, *, prog: str) -> int:
+    """Run a typed function as a command: its signature makes the flags, its docstring the help.
+
+    Args:
+        function: what the command does; may return an exit status, None means 0.
+        argv: arguments without the program's name; `sys.argv` if None.
+        prog: name of the command, as in `pyproject.toml`.
+
+    Returns:
+        The exit status: 2 for input that an `RAdapterError` complains of, 130 after Ctrl-C.
+    """
+    parser = jsonargparse.ArgumentParser(prog=prog, description=function.__doc__)
+    parser.add_function_arguments(function, as_positional=False)
+    arguments = parser.instantiate_classes(parser.parse_args(None if argv is None else list(argv)))
+    return guard(lambda: function(**vars(arguments)), prog=prog)
+
+
+def guard(call: Callable[[], Any], *, prog: str) -> int:
+    """Turn the errors that are meant for people into one line and an exit status."""
+    try:
+        return call() or 0
+    except RAdapterError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
