@@ -1,0 +1,25 @@
+"""R-Adapter: attach it to a CLIP, keep it in a file, fold it into plain CLIP weights.
+
+The adapter is linear and sits right after a linear layer, so with F = W_adp transposed
+`h(X) = X + alpha·X·W_adp` behind `W, b` is the same map as `W + alpha·F·W, b + alpha·F·b`.
+"""
+
+from radapter_serve.adapter.attach import Adapters, Form, attach, attach_adapter
+from radapter_serve.adapter.file import Adapter, Metadata, base_digest, load_adapter, save_adapter
+from radapter_serve.adapter.fold import fold
+from radapter_serve.adapter.sites import Site, find_sites
+
+__all__ = [
+    "Adapter",
+    "Adapters",
+    "Form",
+    "Metadata",
+    "Site",
+    "attach",
+    "attach_adapter",
+    "base_digest",
+    "find_sites",
+    "fold",
+    "load_adapter",
+    "save_adapter",
+]

@@ -1,0 +1,181 @@
+"""Adapters on a living model: attach, drop, scale, take off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from radapter_serve.adapter.file import Adapter, Metadata, check_base
+from radapter_serve.adapter.sites import Site, find_sites
+from radapter_serve.errors import RAdapterError
+
+Form = Literal["weight", "activation"]
+
+
+class LinearAdapter(nn.Module):
+    """One adapter, F = W_adp transposed: a full [d, d] matrix, or up [d, r] times down [r, d]; no effect at the start."""
+
+    def __init__(self, width: int, rank: int | None) -> None:
+        super().__init__()
+        if rank is None:
+            self.full = nn.Parameter(torch.zeros(width, width))
+        else:
+            self.up = nn.Parameter(torch.zeros(width, rank))
+            self.down = nn.Parameter(nn.init.xavier_uniform_(torch.empty(rank, width)))
+        self.alpha = 1.0
+        self.gate = 1.0  # γ/(1−p) of Eq. 7; 1 outside training
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Weight form, a parametrization: `W + α·F·W` for a weight [d, k], `b + α·F·b` for a bias [d]."""
+        change = self.full @ value if hasattr(self, "full") else self.up @ (self.down @ value)
+        return value + (self.alpha * self.gate) * change
+
+    def on_output(self, x: Tensor) -> Tensor:
+        """Activation form: `X + α·X·W_adp` for X [..., d]."""
+        linear = nn.functional.linear
+        change = linear(x, self.full) if hasattr(self, "full") else linear(linear(x, self.down), self.up)
+        return x + (self.alpha * self.gate) * change
+
+    def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook; attention gives a pair whose first element is the activation."""
+        if isinstance(output, tuple):
+            return (self.on_output(output[0]), *output[1:])
+        return self.on_output(output)
+
+
+class Adapters(nn.Module):
+    """All adapters of one model, as a module: its parameters are what is trained."""
+
+    def __init__(self, sites: Iterable[Site], rank: int | None, form: Form, drop: float) -> None:
+        super().__init__()
+        self.sites = list(sites)
+        self.rank, self.form, self.drop = rank, form, drop
+        self.layers = nn.ModuleList(LinearAdapter(site.layer.out_features, rank) for site in self.sites)
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        for site, layer in zip(self.sites, self.layers, strict=True):
+            assert isinstance(layer, LinearAdapter)
+            layer.to(site.layer.weight.device)
+            if form == "activation":
+                self._hooks.append(site.output.register_forward_hook(layer.hook))
+            else:
+                for name in _tensors_of(site.layer):
+                    # unsafe: the check at registration would call forward on the whole weight
+                    parametrize.register_parametrization(site.layer, name, layer, unsafe=True)
+
+    @property
+    def alpha(self) -> float:
+        """The re-scaling α of Eq. 9, in [0, 1]: 0 is the base, 1 is what was learned."""
+        return float(self._adapters()[0].alpha)
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        for adapter in self._adapters():
+            adapter.alpha = value
+
+    def sample_drop(self, generator: torch.Generator | None = None) -> None:
+        """Adapter dropping (Eq. 7): draw one γ ~ Bernoulli(1−p) an adapter, scaled by 1/(1−p).
+
+        Args:
+            generator: a CPU generator; one seed gives the same draw on every process.
+        """
+        keep = torch.rand(len(self.layers), generator=generator) >= self.drop
+        for adapter, kept in zip(self._adapters(), keep.tolist(), strict=True):
+            adapter.gate = kept / (1 - self.drop)
+
+    def stop_drop(self) -> None:
+        """Switch every adapter on, unscaled, as at test time."""
+        for adapter in self._adapters():
+            adapter.gate = 1.0
+
+    def named_tensors(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by the names they have in an adapter file (live, not copies)."""
+        return {
+            site.key if name == "full" else f"{site.key}.{name}": parameter
+            for site, adapter in zip(self.sites, self.layers, strict=True)
+            for name, parameter in adapter.named_parameters()
+        }
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors, named as in an adapter file, into the adapters."""
+        for name, parameter in self.named_tensors().items():
+            parameter.copy_(tensors[name])
+
+    def adapter(self, metadata: Metadata) -> Adapter:
+        """A copy of the present values as something to save or to fold."""
+        return Adapter({k: v.detach().float().cpu().clone() for k, v in self.named_tensors().items()}, metadata)
+
+    def remove(self) -> None:
+        """Take the adapters off: the model is its base again, to the bit."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        if self.form == "weight":
+            for site in self.sites:
+                for name in _tensors_of(site.layer):
+                    parametrize.remove_parametrizations(site.layer, name, leave_parametrized=False)
+
+    def share(self, model: nn.Module) -> str:
+        """One line that says how much of a model is trained."""
+        trained = sum(p.numel() for p in self.parameters())
+        base = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        return f"trainable: {trained:,} parameters, {100 * trained / base:.2f} % of the base's {base:,}"
+
+    def _adapters(self) -> list[LinearAdapter]:
+        return [layer for layer in self.layers if isinstance(layer, LinearAdapter)]
+
+
+def attach(model: nn.Module, rank: int | None = None, *, form: Form = "activation", drop: float = 0.0) -> Adapters:
+    """Freeze a CLIP and put an adapter after attention and feed-forward of every block of both towers.
+
+    Args:
+        model: an open_clip model; changed in place. `Adapters.remove` takes the adapters off again.
+        rank: None for full rank, else 1 or more: `F = up·down` (few-shot).
+        form: where the adapter computes. Both give the same outputs and gradients: `activation` costs time by the
+            token, `weight` by the step (`training.choose_form` tells which is faster).
+        drop: probability p in [0, 1) of adapter dropping (Eq. 7); takes effect with `Adapters.sample_drop`.
+
+    Raises:
+        RAdapterError: the model cannot be folded exactly, has adapters already, or an argument is out of range;
+            nothing was changed then.
+    """
+    if rank is not None and rank < 1:
+        raise RAdapterError(f"rank is {rank}; allowed: 1 or more, or null for full rank")
+    if not 0 <= drop < 1:
+        raise RAdapterError(f"drop is {drop}; allowed: 0 <= drop < 1")
+    sites = find_sites(model)
+    width = min(site.layer.out_features for site in sites)
+    if rank is not None and rank >= width:
+        raise RAdapterError(f"rank is {rank}; allowed: less than the width {width}, or null for full rank")
+    for site in sites:
+        hooked = any(isinstance(getattr(h, "__self__", None), LinearAdapter) for h in site.output._forward_hooks.values())
+        if hooked or parametrize.is_parametrized(site.layer):
+            raise RAdapterError(f"{site.key} has an adapter already; call remove() on the first adapters")
+    model.requires_grad_(False)
+    return Adapters(sites, rank, form, drop)
+
+
+def attach_adapter(model: nn.Module, adapter: Adapter, alpha: float, *, form: Form = "activation") -> Adapters:
+    """Attach a saved adapter at a fixed α, not folded: the reference that an export must agree with.
+
+    Args:
+        model: the base that the adapter was trained on, in fp32; changed in place.
+        adapter: from `load_adapter`.
+        alpha: re-scaling in [0, 1].
+
+    Raises:
+        RAdapterError: the adapter belongs to another base.
+    """
+    check_base(model.state_dict(), adapter)
+    adapters = attach(model, adapter.metadata.rank, form=form)
+    adapters.load_tensors(adapter.tensors)
+    adapters.alpha = alpha
+    return adapters
+
+
+def _tensors_of(layer: nn.Linear) -> list[str]:
+    return ["weight"] if layer.bias is None else ["weight", "bias"]

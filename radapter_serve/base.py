@@ -1,0 +1,96 @@
+"""Loading a pretrained CLIP: an open_clip architecture with its weights, or a local folder."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.transformer import QuickGELU
+from torch import Tensor, nn
+
+from radapter_serve.errors import RAdapterError
+
+LOCAL = "local-dir:"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A pretrained CLIP and all that must travel with it.
+
+    Attributes:
+        name: open_clip architecture, or `local-dir:PATH`.
+        pretrained: open_clip tag or path of a checkpoint; None for `local-dir:`.
+        model: in eval mode, fp32, on the CPU.
+        config: open_clip's `model_cfg`, with `quick_gelu` always written out.
+        preprocess: open_clip's `preprocess_cfg`: size, mode, mean, std, interpolation, resize_mode, fill_color.
+        tokenizer: list of N texts to token ids, int64 [N, context_length].
+    """
+
+    name: str
+    pretrained: str | None
+    model: nn.Module
+    config: dict[str, Any]
+    preprocess: dict[str, Any]
+    tokenizer: Callable[[list[str]], Tensor]
+
+
+def load_base(name: str, pretrained: str | None = None) -> Base:
+    """Load a CLIP with its weights; never one with random weights.
+
+    Args:
+        name: an open_clip architecture such as `ViT-B-32`, or `local-dir:PATH`, a folder with
+            `open_clip_config.json` and `open_clip_model.safetensors`.
+        pretrained: an open_clip tag such as `openai`, or the path of a checkpoint; None for `local-dir:`.
+
+    Raises:
+        RAdapterError: the name or the weights are unknown or can't be had.
+    """
+    quick_gelu = False
+    if name.startswith(LOCAL):
+        pretrained = None
+        config = _local_config(Path(name.removeprefix(LOCAL)))
+    else:
+        config = open_clip.get_model_config(name)
+        if config is None:
+            raise RAdapterError(f"unknown model {name!r}; allowed: local-dir:PATH, or one of {_similar(name)}")
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if not pretrained or not (pretrained in tags or Path(pretrained).is_file()):
+            raise RAdapterError(
+                f"no weights for {name}: pretrained is {pretrained!r}; allowed: the path of a checkpoint, "
+                f"or one of {', '.join(tags) or 'no tags for this model'}"
+            )
+        # open_clip only warns where a tag's activation differs from the architecture's; the numbers would change
+        quick_gelu = bool((open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu", False))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logging.getLogger().addHandler(logging.NullHandler())  # else open_clip's logging prints to stderr
+            model = open_clip.create_model(name, pretrained, force_quick_gelu=quick_gelu, require_pretrained=True)
+            tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # open_clip, the hub and torch raise many kinds, and all mean: no such weights here
+        raise RAdapterError(f"could not load {name} (pretrained {pretrained}): {error}") from error
+    config = copy.deepcopy(config)
+    config["quick_gelu"] = any(isinstance(module, QuickGELU) for module in model.modules())
+    return Base(name, pretrained, model.eval(), config, dict(model.visual.preprocess_cfg), tokenizer)
+
+
+def _local_config(folder: Path) -> dict[str, Any]:
+    path = folder / "open_clip_config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+    except (OSError, ValueError, KeyError) as error:
+        raise RAdapterError(f"{folder} is no model folder: {path.name} is missing or broken ({error})") from error
+    return config
+
+
+def _similar(name: str) -> str:
+    names = open_clip.list_models()
+    stem = name.split("-")[0].lower()
+    return ", ".join([other for other in names if other.lower().startswith(stem)][:20] or names[:20])

@@ -1,0 +1,85 @@
+"""The two towers of a CLIP as functions to unit-length embeddings."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import text_global_pool
+from torch import Tensor, nn
+
+
+def encode_image(model: nn.Module, pixels: Tensor) -> Tensor:
+    """Embed images.
+
+    Args:
+        model: an open_clip model.
+        pixels: normalised, float [B, 3, S, S].
+
+    Returns:
+        float32 [B, D], unit length.
+    """
+    return F.normalize(model.encode_image(pixels).float(), dim=-1)
+
+
+def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Embed texts; equal texts are encoded once, and causal towers see no more tokens than the longest text has.
+
+    Both are exact: a causal tower pools at the end token, which nothing behind it can reach.
+
+    Args:
+        model: an open_clip model.
+        tokens: token ids, integer [N, L], padded with 0.
+
+    Returns:
+        float32 [N, D], unit length.
+    """
+    unique, inverse = torch.unique(tokens, dim=0, return_inverse=True)
+    if is_causal(model):
+        features = causal_text_features(model, unique[:, : _longest(model, unique)])
+    else:
+        features = model.encode_text(unique)
+    return F.normalize(features.float(), dim=-1)[inverse]
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether cropping a batch of texts to its longest one leaves the embeddings as they are."""
+    text = text_tower(model)
+    causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
+    return causal and not getattr(text, "use_pad_mask", False) and pool_type(text) in ("argmax", "eos")
+
+
+def text_tower(model: nn.Module) -> nn.Module:
+    """The module that holds the text tower's parameters: open_clip's CLIP holds them itself."""
+    tower = getattr(model, "text", model)
+    assert isinstance(tower, nn.Module)
+    return tower
+
+
+def pool_type(text: nn.Module) -> str:
+    """How the text tower pools: `argmax`, `eos`, `last`, `first`."""
+    return str(getattr(text, "text_pool_type", None) or getattr(text, "pool_type", "none"))
+
+
+def _longest(model: nn.Module, tokens: Tensor) -> int:
+    """One more than the last place where a row is pooled; id 0 pads but is also a token ("!"), so it can't be counted."""
+    text = text_tower(model)
+    ends = tokens if pool_type(text) == "argmax" else (tokens == _eos_id(text)).int()
+    return int(ends.argmax(dim=1).max()) + 1 if len(tokens) else tokens.shape[1]
+
+
+def _eos_id(text: nn.Module) -> int | None:
+    return getattr(text, "text_eos_id", None) or getattr(text, "eos_id", None)
+
+
+def causal_text_features(model: nn.Module, tokens: Tensor) -> Tensor:
+    """A causal text tower on texts of any length up to its context length: [N, L] to [N, D], not normalised."""
+    text = text_tower(model)
+    length = tokens.shape[1]
+    dtype = text.transformer.get_cast_dtype()
+    x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
+    x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:length, :length]))
+    x = text_global_pool(x, tokens, pool_type(text), eos_token_id=_eos_id(text))
+    projection = text.text_projection
+    if projection is None:
+        return x
+    return projection(x) if isinstance(projection, nn.Linear) else x @ projection
