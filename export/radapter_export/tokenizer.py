@@ -1,0 +1,106 @@
+"""open_clip's tokenizers as files: a `tokenizer.json` and the spec with which the server reads it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import open_clip.tokenizer as clip
+import tokenizers
+
+from radapter_serve.errors import RAdapterError
+
+_CLEAN = {clip._clean_lower: "lower", clip._clean_whitespace: "whitespace", clip._clean_canonicalize: "canonicalize"}
+
+
+def write_tokenizer(tokenizer: Any, path: str | Path, *, dynamic_length: bool = False) -> dict[str, Any]:
+    """Write a tokenizer of open_clip in the format of Hugging Face `tokenizers`.
+
+    Args:
+        tokenizer: what `open_clip.get_tokenizer` returns.
+        path: file to write, `tokenizer.json`.
+        dynamic_length: the text tower may be given texts cropped to the longest one (`radapter_serve.towers.is_causal`).
+
+    Returns:
+        The `tokenizer` entry of a release: kind, digest, context_length, dynamic_length, start, end, pad, clean.
+
+    Raises:
+        RAdapterError: the tokenizer does something that the server would not repeat (a random reduction of long texts,
+            a class unknown here).
+    """
+    path = Path(path)
+    if isinstance(tokenizer, clip.SimpleTokenizer):
+        text, spec = _clip(tokenizer)
+    elif isinstance(tokenizer, clip.HFTokenizer):
+        text, spec = _hugging_face(tokenizer)
+    else:
+        raise RAdapterError(
+            f"cannot export a tokenizer of class {type(tokenizer).__name__}; allowed: SimpleTokenizer, HFTokenizer"
+        )
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    return {**spec, "digest": digest, "context_length": tokenizer.context_length, "dynamic_length": dynamic_length}
+
+
+def _clip(tokenizer: clip.SimpleTokenizer) -> tuple[str, dict[str, Any]]:
+    if tokenizer.reduction_fn is not None:
+        raise RAdapterError(
+            "cannot export a tokenizer with a reduction_mask: it shortens texts at random; leave it out"
+        )
+    special = [tokenizer.decoder[index] for index in tokenizer.all_special_ids]
+    vocabulary = {token: index for token, index in tokenizer.encoder.items() if token not in special}
+    # Where two merges give one token, the encoder keeps the later index, and so does the file.
+    core = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocabulary, list(tokenizer.bpe_ranks), end_of_word_suffix="</w>", unk_token=None)
+    )
+    core.add_special_tokens(special)
+    # The server splits texts itself (exactly); these are for whoever opens the file with the library alone.
+    core.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.NFC(), tokenizers.normalizers.Lowercase()]
+    )
+    split = tokenizers.Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(split, behavior="removed", invert=True),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
+    core.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{special[0]} $A {special[1]}", special_tokens=[(special[0], start), (special[1], end)]
+    )
+    spec = {"kind": "clip", "start": start, "end": end, "pad": 0, "clean": _CLEAN[tokenizer.clean_fn]}
+    return core.to_str(), spec
+
+
+def _hugging_face(tokenizer: clip.HFTokenizer) -> tuple[str, dict[str, Any]]:
+    if tokenizer.tokenizer_mode:
+        raise RAdapterError(
+            f"cannot export a tokenizer of mode {tokenizer.tokenizer_mode!r}; only the plain mode is known"
+        )
+    inner = tokenizer.tokenizer
+    core = getattr(inner, "backend_tokenizer", None)
+    if core is None:
+        raise RAdapterError(
+            f"the tokenizer {type(inner).__name__} has no fast form to export; load it with use_fast=True"
+        )
+    if getattr(inner, "padding_side", "right") != "right":
+        raise RAdapterError("cannot export a tokenizer that pads on the left")
+    copy = json.loads(core.to_str())
+    copy["truncation"] = copy["padding"] = None
+    start = inner.bos_token_id if inner.bos_token_id is not None else inner.cls_token_id
+    end = inner.eos_token_id if inner.eos_token_id is not None else inner.sep_token_id
+    spec = {
+        "kind": "hf",
+        "start": -1 if start is None else start,
+        "end": -1 if end is None else end,
+        "pad": inner.pad_token_id,
+        "clean": _CLEAN[tokenizer.clean_fn],
+        "strip": inner.sep_token_id if tokenizer.strip_sep_token else None,
+    }
+    return json.dumps(copy, ensure_ascii=False), spec

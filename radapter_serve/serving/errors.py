@@ -1,0 +1,27 @@
+"""Errors of a request: a code for programs, a sentence for people."""
+
+from __future__ import annotations
+
+from radapter_serve.errors import RAdapterError
+
+# The codes are part of the interface: clients tell errors apart by them.
+INVALID_IMAGE = "invalid_image"
+IMAGE_TOO_LARGE = "image_too_large"
+UNKNOWN_LABEL_SET = "unknown_label_set"
+NO_LABELS = "no_labels"
+INVALID_ARGUMENT = "invalid_argument"
+ENCODER_FAILED = "encoder_failed"
+
+
+class TaskError(RAdapterError):
+    """A request that cannot be answered; `str()` is "[code] sentence".
+
+    Args:
+        code: one of the constants of this module.
+        message: what is wrong, which value, what is allowed.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"[{code}] {message}")
+        self.code = code
+        self.message = message

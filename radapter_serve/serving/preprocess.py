@@ -1,0 +1,157 @@
+"""From the bytes of an image to the uint8 square that the image encoder takes, as open_clip makes it, to the bit."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from radapter_serve.serving.errors import IMAGE_TOO_LARGE, INVALID_IMAGE, TaskError
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 64_000_000
+_MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF")
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a JPEG, PNG or WebP image; of an animation, the first frame.
+
+    Args:
+        data: the file's bytes, or the same as base64 text, with or without a `data:` URI in front.
+        max_pixels: width times height above which the image is refused; only its header has been read then.
+
+    Returns:
+        The image as the file has it: mode not converted, EXIF orientation not applied (as open_clip does).
+
+    Raises:
+        TaskError: not an image of these formats, broken, truncated, or too large.
+    """
+    if not data.startswith(_MAGIC):
+        data = _from_base64(data)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _check_pixels(*image.size, max_pixels, "the image")
+        image.load()
+    except TaskError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise TaskError(IMAGE_TOO_LARGE, f"{error}; at most {max_pixels} pixels are allowed") from None
+    except Image.UnidentifiedImageError:
+        raise TaskError(INVALID_IMAGE, f"{len(data)} bytes are not an image; send {_allowed()}") from None
+    except Exception as error:  # Pillow's decoders raise anything on broken files, from SyntaxError to struct.error
+        raise TaskError(INVALID_IMAGE, f"the image is broken or truncated ({error}); send {_allowed()}") from None
+    return image
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """open_clip's evaluation transform without its last two steps (to [0, 1], normalising), which the graph does.
+
+    Args:
+        size: height and width of the encoder's input in pixels.
+        interpolation: "bicubic" or "bilinear".
+        resize_mode: "shortest" (shorter side to `size`, centre crop), "squash" (both sides, the aspect ratio changes)
+            or "longest" (longer side to `size`, padded with `fill_color`).
+        fill_color: value in [0, 255] of the padding.
+    """
+
+    size: tuple[int, int]
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+    fill_color: int = 0
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Preprocess:
+        """Read the `preprocess` entry of a release (or of open_clip's own configuration); unknown keys are ignored."""
+        size = config["size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        # "random" is for training; open_clip takes bicubic for it in evaluation.
+        interpolation = "bilinear" if config.get("interpolation") == "bilinear" else "bicubic"
+        mode = config.get("resize_mode") or "shortest"
+        if mode not in ("shortest", "squash", "longest"):
+            raise ValueError(f"resize_mode is {mode!r}; allowed are shortest, squash, longest")
+        return cls((int(height), int(width)), interpolation, mode, int(config.get("fill_color") or 0))
+
+    def __call__(self, image: Image.Image, out: np.ndarray | None = None) -> np.ndarray:
+        """Resize, crop or pad, and only then convert to RGB: the order of open_clip.
+
+        Args:
+            image: as `decode` gives it, any mode.
+            out: uint8 [H, W, 3] to write into; a new array if None.
+
+        Returns:
+            uint8 [H, W, 3], RGB.
+
+        Raises:
+            TaskError: the image is so long and thin that resizing its short side would make it huge.
+        """
+        height, width = self.size
+        image = self._resize(image)
+        if self.resize_mode != "squash":
+            image = _center_crop(image, height, width, self.fill_color if self.resize_mode == "longest" else 0)
+        pixels = np.asarray(image.convert("RGB"))
+        if out is None:
+            return pixels.copy()
+        out[...] = pixels
+        return out
+
+    def _resize(self, image: Image.Image) -> Image.Image:
+        (height, width), (image_width, image_height) = self.size, image.size
+        resample = _FILTERS[self.interpolation]
+        if self.resize_mode == "squash":
+            target = (width, height)
+        elif self.resize_mode == "shortest" and height == width:
+            long = int(height * max(image.size) / min(image.size))
+            target = (height, long) if image_width <= image_height else (long, height)
+        else:
+            ratios = image_height / height, image_width / width
+            ratio = max(ratios) if self.resize_mode == "longest" else min(ratios)
+            # Where rounding leaves nothing of a thin side, open_clip fails; one pixel is the nearest that works.
+            target = (max(1, round(image_width / ratio)), max(1, round(image_height / ratio)))
+            if self.resize_mode == "shortest":
+                resample = Image.Resampling.BICUBIC  # open_clip passes no interpolation on here
+        _check_pixels(*target, MAX_PIXELS, f"an image of {image_width} x {image_height}, resized,")
+        return image if target == image.size else image.resize(target, resample)
+
+
+def _center_crop(image: Image.Image, height: int, width: int, fill: int) -> Image.Image:
+    """Crop to the middle, padded first where the image is smaller (torchvision's rounding)."""
+    down, right = max(0, height - image.height), max(0, width - image.width)
+    if down or right:
+        bands = len(image.getbands())
+        palette = image.getpalette() if image.mode == "P" else None
+        border = (right // 2, down // 2, (right + 1) // 2, (down + 1) // 2)
+        image = ImageOps.expand(image, border, fill if bands == 1 else (fill,) * bands)
+        if palette is not None:
+            image.putpalette(palette)
+    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+    if image.size == (width, height):
+        return image
+    return image.crop((left, top, left + width, top + height))
+
+
+def _check_pixels(width: int, height: int, limit: int, what: str) -> None:
+    if width * height > limit:
+        raise TaskError(
+            IMAGE_TOO_LARGE, f"{what} has {width} x {height} = {width * height} pixels; at most {limit} are allowed"
+        )
+
+
+def _from_base64(data: bytes) -> bytes:
+    """What `data` holds as base64 text, or `data` itself if it is none."""
+    text = data.split(b",", 1)[1] if data.startswith(b"data:") and b"," in data else data
+    try:
+        return base64.b64decode(b"".join(text.split()), validate=True)
+    except binascii.Error:
+        return data
+
+
+def _allowed() -> str:
+    return "a JPEG, PNG or WebP file, as bytes or as base64 text"

@@ -1,0 +1,140 @@
+"""Texts to token ids as open_clip does it, without torch: a `tokenizer.json` and a few words about how to use it."""
+
+from __future__ import annotations
+
+import html
+import string
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import numpy as np
+import regex
+import tokenizers
+
+from radapter_serve.errors import RAdapterError
+
+# Long words are rare and could fill the memory.
+_CACHED_WORDS, _CACHED_LENGTH = 1 << 16, 32
+
+
+class Tokenizer:
+    """Callable that turns texts into int32 [N, L], L the context length or, if `dynamic_length`, the longest text's.
+
+    Cropping to the longest text of a call changes nothing for a causal text tower, which never looks past its end token.
+    """
+
+    def __init__(self, core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> None:
+        if spec["kind"] not in ("clip", "hf"):
+            raise RAdapterError(f"tokenizer kind {spec['kind']!r} is unknown; this version knows clip and hf")
+        self.context_length = int(spec["context_length"])
+        self.dynamic_length = bool(spec.get("dynamic_length", False))
+        self._pad = int(spec["pad"])
+        self._clean = _CLEAN[spec.get("clean", "lower")]
+        self._rows = _ClipRows(core, spec) if spec["kind"] == "clip" else _HuggingFaceRows(core, spec)
+
+    @classmethod
+    def load(cls, path: str | Path, spec: Mapping[str, Any]) -> Tokenizer:
+        """Read a tokenizer.
+
+        Args:
+            path: `tokenizer.json` in the format of Hugging Face `tokenizers`.
+            spec: the `tokenizer` entry of a release.
+        """
+        return cls(tokenizers.Tokenizer.from_file(str(path)), spec)
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Token ids, int32 [N, L]: start, text, end, then padding; too long a text is cut and its end token kept."""
+        return self.batch(self.encode(texts))
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text without padding, at most `context_length` of them."""
+        return self._rows([self._clean(text) for text in texts])
+
+    def batch(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """Rows of `encode` padded to one length, int32 [N, L]."""
+        length = max(map(len, rows), default=1) if self.dynamic_length else self.context_length
+        tokens = np.full((len(rows), length), self._pad, dtype=np.int32)
+        for out, row in zip(tokens, rows, strict=True):
+            out[: len(row)] = row
+        return tokens
+
+
+class _ClipRows:
+    """open_clip's `SimpleTokenizer`: its own split into words by `regex`, then byte-level BPE word by word."""
+
+    def __init__(self, core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> None:
+        added = sorted(core.get_added_tokens_decoder().items())
+        special = {token.content: index for index, token in added}
+        # Not the pre-tokenizer of the file: the classes \p{L} of the two regex engines follow other Unicode versions.
+        pattern = "|".join(special) + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+        self._words = regex.compile(pattern, regex.IGNORECASE).findall
+        self._start, self._end = int(spec["start"]), int(spec["end"])
+        self._context_length = int(spec["context_length"])
+        alphabet = bytes_to_unicode()
+
+        def word_ids(word: str) -> tuple[int, ...]:
+            if word in special:
+                return (special[word],)
+            return tuple(token.id for token in core.model.tokenize("".join(alphabet[byte] for byte in word.encode())))
+
+        self._word_ids, self._cached_ids = word_ids, lru_cache(_CACHED_WORDS)(word_ids)
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._row(text) for text in texts]
+
+    def _row(self, text: str) -> list[int]:
+        row = [self._start]
+        for word in self._words(text):
+            row.extend(self._cached_ids(word) if len(word) <= _CACHED_LENGTH else self._word_ids(word))
+            if len(row) >= self._context_length:
+                break
+        row = row[: self._context_length - 1]
+        row.append(self._end)
+        return row
+
+
+class _HuggingFaceRows:
+    """open_clip's `HFTokenizer`: everything as the file says, special tokens and truncation included."""
+
+    def __init__(self, core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> None:
+        core.no_padding()
+        core.enable_truncation(int(spec["context_length"]))
+        self._core = core
+        # open_clip's strip_sep_token puts 0 in its place
+        self._strip: int | None = spec.get("strip")
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        rows = [encoding.ids for encoding in self._core.encode_batch(list(texts))]
+        if self._strip is None:
+            return rows
+        return [[0 if token == self._strip else token for token in row] for row in rows]
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte, in the order of CLIP's vocabulary."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + n) for n, byte in enumerate(rest)}
+
+
+def _basic(text: str) -> str:
+    return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+
+
+def _whitespace(text: str) -> str:
+    return " ".join(_basic(text).split())
+
+
+def _lower(text: str) -> str:
+    return _whitespace(text).lower()
+
+
+def _canonicalize(text: str) -> str:
+    text = _basic(text).replace("_", " ").translate(str.maketrans("", "", string.punctuation))
+    return " ".join(text.lower().split())
+
+
+_CLEAN: dict[str, Callable[[str], str]] = {"lower": _lower, "whitespace": _whitespace, "canonicalize": _canonicalize}

@@ -1,0 +1,157 @@
+"""Served pixels against open_clip's own transform, and what is refused before it is decoded."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.transform import image_transform
+from PIL import Image
+
+from radapter_serve.serving.errors import TaskError
+from radapter_serve.serving.preprocess import Preprocess, decode
+
+MODES = ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "YCbCr", "I", "F"]
+
+
+def picture(mode: str, width: int, height: int, seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    if mode == "I;16":
+        return Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    if mode in ("I", "F"):
+        return Image.fromarray(pixels[..., 0]).convert(mode)
+    if mode in ("RGBA", "CMYK"):
+        return Image.frombytes(mode, (width, height), pixels.tobytes())
+    if mode == "LA":
+        return Image.frombytes("LA", (width, height), pixels[..., :2].tobytes())
+    image = Image.fromarray(np.ascontiguousarray(pixels[..., :3]))
+    return image.quantize(17) if mode == "P" else image.convert(mode)
+
+
+def reference(image: Image.Image, **config: object) -> np.ndarray:
+    transform = image_transform(
+        config["size"],
+        is_train=False,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+        resize_mode=config["resize_mode"],
+        interpolation=config["interpolation"],
+        fill_color=config["fill_color"],
+    )
+    return (transform(image) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    mode=st.sampled_from(MODES),
+    width=st.integers(1, 90),
+    height=st.integers(1, 90),
+    seed=st.integers(0, 9),
+    size=st.one_of(st.integers(1, 48), st.tuples(st.integers(1, 48), st.integers(1, 48))),
+    resize_mode=st.sampled_from(["shortest", "squash", "longest"]),
+    interpolation=st.sampled_from(["bicubic", "bilinear"]),
+    fill_color=st.sampled_from([0, 127, 255]),
+)
+def test_pixels_are_those_of_open_clip(mode, width, height, seed, **config):
+    image = picture(mode, width, height, seed)
+    try:
+        expected = reference(image.copy(), **config)
+    except ValueError as error:  # a side rounded to nothing; ours goes on with one pixel
+        assert "must be > 0" in str(error)
+        assert Preprocess.from_dict(config)(image).shape[2] == 3
+        return
+    np.testing.assert_array_equal(Preprocess.from_dict(config)(image), expected)
+
+
+@pytest.mark.parametrize("size", [(2, 700), (700, 2), (224, 224), (225, 223), (1, 1), (640, 427)])
+def test_photo_sizes(size):
+    config = {"size": 224, "resize_mode": "shortest", "interpolation": "bicubic", "fill_color": 0}
+    image = picture("RGB", *size, 0)
+    np.testing.assert_array_equal(Preprocess.from_dict(config)(image), reference(image, **config))
+
+
+def test_out_is_written_in_place():
+    batch = np.zeros((2, 8, 8, 3), np.uint8)
+    preprocess = Preprocess((8, 8))
+    image = picture("RGB", 20, 10, 1)
+    preprocess(image, out=batch[1])
+    np.testing.assert_array_equal(batch[1], preprocess(image))
+    assert not batch[0].any()
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "wrap", [bytes, base64.b64encode, base64.encodebytes, lambda b: b"data:image/x;base64," + base64.b64encode(b)]
+)
+def test_decode_takes_bytes_base64_and_data_uri(kind, wrap):
+    data = encoded(picture("RGB", 30, 20, 2), kind)
+    np.testing.assert_array_equal(np.asarray(decode(wrap(data))), np.asarray(Image.open(io.BytesIO(data))))
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    for kind in ("WEBP", "PNG"):
+        data = encoded(
+            frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+        )
+        assert decode(data).convert("RGB").getpixel((3, 3)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_truncated_and_broken_images_are_refused(kind):
+    data = encoded(picture("RGB", 64, 64, 3), kind)
+    for broken in (data[: len(data) // 2], data[:20], data[:40] + b"\0" * 40):
+        with pytest.raises(TaskError) as error:
+            decode(broken)
+        assert error.value.code == "invalid_image"
+        assert str(error.value).startswith("[invalid_image] ")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.binary(max_size=80),
+    st.sampled_from([b"", b"\xff\xd8", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"RIFF\x10\0\0\0WEBPVP8 "]),
+)
+def test_any_bytes_give_an_image_or_one_clear_error(data, magic):
+    with pytest.raises(TaskError):
+        decode(magic + data)
+
+
+def test_other_formats_are_refused():
+    for kind in ("GIF", "BMP", "TIFF"):
+        with pytest.raises(TaskError, match="not an image"):
+            decode(encoded(picture("RGB", 8, 8, 0), kind))
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", b"")
+    )
+
+
+@pytest.mark.parametrize("side", [9_000, 12_000, 60_000, 2**31 - 1])
+def test_a_bomb_is_refused_from_its_header(side):
+    with pytest.raises(TaskError, match=r"^\[image_too_large\].* 64000000 "):
+        decode(png_header(side, side))
+
+
+def test_a_thin_image_is_refused_before_it_is_blown_up():
+    with pytest.raises(TaskError, match="image_too_large"):
+        Preprocess((224, 224))(Image.new("RGB", (1, 60_000)))

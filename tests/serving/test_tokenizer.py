@@ -1,0 +1,128 @@
+"""Torch-free tokens against open_clip's own, on everything that Unicode offers."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import open_clip
+import pytest
+import tokenizers
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, get_clean_fn
+from radapter_export.tokenizer import write_tokenizer
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.tokenizer import Tokenizer
+
+PIECES = [
+    "a photo of a cat", "IT'S", "DON'T", "I'LL", "'s", "'ſ", "we’ve", "<end_of_text>", "<START_OF_TEXT>", "<|endoftext|>", "&amp;lt;", "&lt;b&gt;",
+    "&#39;", "&nbsp;", "caf\u00e9", "cafe\u0301", "schÃ¶n", "â€œquotedâ€\x9d", "ﬁne", "ＦＵＬＬ", "東京タワー", "한국어", "שלום", "مرحبا", "नमस्ते", "👩‍👩‍👧", "🇩🇪", "❤️",
+    "½", "x²", "Ⅷ", "١٢٣", "2024", "3.14", "\u200b", "\ufeff", "\x00", "\x1b[31m", "\u00a0", "\u3000", "\r\n", "\t", "_", "__", "#!?", "...", "İstanbul", "ß", "ẞ",
+    "\U0001f9ea", "\U00010348", "\ud7ff", "\ue000", "é" * 5, "supercalifragilisticexpialidocious", "aaaaaaaaaaaaaaaaaaaaaaaa", "!" * 30, "- -", "C++",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return open_clip.get_tokenizer("ViT-B-32")
+
+
+@pytest.fixture(scope="module")
+def served(reference, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    spec = write_tokenizer(reference, path)
+    return Tokenizer.load(path, spec)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(
+    st.text(max_size=120)
+    | st.lists(st.sampled_from(PIECES), max_size=12).map(" ".join)
+    | st.lists(st.sampled_from(PIECES)).map("".join)
+)
+@example("")
+@example("   \n")
+@example("word " * 500)
+@example("x" * 5000)
+@example("<end_of_text><end_of_text> <start_of_text>")
+def test_tokens_are_those_of_open_clip(reference, served, text):
+    np.testing.assert_array_equal(served([text]), reference([text]).numpy())
+
+
+def test_several_thousand_random_strings(reference, served):
+    generator = random.Random(0)
+    ranges = [(0x20, 0x7F), (0x80, 0x250), (0x250, 0x3000), (0x3000, 0xD800), (0xE000, 0x10000), (0x1F300, 0x1FB00)]
+    alphabet = [chr(c) for low, high in ranges for c in range(low, high)]
+    latin = "etaoinshrdlucmfwypvbgkjqxz" * 3 + " ' ,.-0123456789ETAOIN"
+    texts = ["".join(generator.choices(alphabet, k=generator.randint(1, 40))) for _ in range(3000)]
+    texts += ["".join(generator.choices(latin, k=generator.randint(1, 200))) for _ in range(3000)]
+    np.testing.assert_array_equal(served(texts), reference(texts).numpy())
+
+
+def test_every_word_of_the_vocabulary(reference, served):
+    words = [token.replace("</w>", "") for token in reference.encoder if token.isascii()][::7]
+    np.testing.assert_array_equal(served(words), reference(words).numpy())
+
+
+def test_dynamic_length_is_a_crop(reference, served, tmp_path):
+    spec = write_tokenizer(reference, tmp_path / "tokenizer.json", dynamic_length=True)
+    texts = ["a cat", "a photo of a small dog", "!"]
+    tokens = Tokenizer.load(tmp_path / "tokenizer.json", spec)(texts)
+    full = reference(texts).numpy()
+    assert tokens.dtype == np.int32
+    assert tokens.shape == (3, 8)
+    np.testing.assert_array_equal(tokens, full[:, :8])
+    assert not full[:, 8:].any()
+    assert Tokenizer.load(tmp_path / "tokenizer.json", spec)(["dog " * 100]).shape == (1, 77)
+
+
+@pytest.mark.parametrize("clean", ["lower", "whitespace", "canonicalize"])
+def test_other_settings_of_the_tokenizer(clean, tmp_path):
+    reference = SimpleTokenizer(context_length=11, clean=clean, additional_special_tokens=["<mask>"])
+    served = Tokenizer.load(tmp_path / "t.json", write_tokenizer(reference, tmp_path / "t.json"))
+    texts = [*PIECES, "A <mask> Photo, of_a CAT &amp; it's many, many words longer than the context"]
+    np.testing.assert_array_equal(served(texts), reference(texts).numpy())
+
+
+def test_a_random_reduction_is_refused(tmp_path):
+    with pytest.raises(RAdapterError, match="reduction_mask"):
+        write_tokenizer(SimpleTokenizer(reduction_mask="simple"), tmp_path / "t.json")
+    assert not list(tmp_path.iterdir())
+
+
+def hugging_face(core: tokenizers.Tokenizer, clean: str, context_length: int, strip: bool) -> HFTokenizer:
+    """An HFTokenizer round `core`, with the one method of transformers' fast tokenizers that open_clip calls."""
+
+    class Fast:
+        backend_tokenizer = core
+        pad_token_id, cls_token_id, sep_token_id, bos_token_id, eos_token_id = 0, 2, 3, None, None
+
+        def __call__(self, texts, max_length, **_):
+            core.enable_truncation(max_length)
+            core.enable_padding(length=max_length, pad_id=0)
+            return SimpleNamespace(input_ids=torch.tensor([e.ids for e in core.encode_batch(texts)]))
+
+    reference = HFTokenizer.__new__(HFTokenizer)
+    reference.tokenizer, reference.context_length, reference.clean_fn = Fast(), context_length, get_clean_fn(clean)
+    reference.strip_sep_token, reference.tokenizer_mode = strip, ""
+    return reference
+
+
+@pytest.mark.parametrize("strip", [False, True])
+def test_a_hugging_face_tokenizer_is_taken_over_with_its_file(tmp_path, strip):
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4, "photo": 5, "##s": 6, "cat": 7, "of": 8}
+    core = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    core.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    reference = hugging_face(core, "canonicalize", 8, strip)
+    texts = ["a photo", "A PHOTO, of   cats!", "a " * 30, "", "&amp; unknown"]
+    expected = reference(texts).numpy()
+    spec = write_tokenizer(reference, tmp_path / "t.json")
+    assert spec["kind"] == "hf"
+    np.testing.assert_array_equal(Tokenizer.load(tmp_path / "t.json", spec)(texts), expected)
