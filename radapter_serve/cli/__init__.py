@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jsonargparse
+import tyro
 
 from radapter_serve.errors import RAdapterError
 
@@ -22,10 +22,7 @@ def run(function: Callable[..., Any], argv: Sequence[str] | None = None, *, prog
     Returns:
         The exit status: 2 for input that an `RAdapterError` complains of, 130 after Ctrl-C.
     """
-    parser = jsonargparse.ArgumentParser(prog=prog, description=function.__doc__)
-    parser.add_function_arguments(function, as_positional=False)
-    arguments = parser.instantiate_classes(parser.parse_args(None if argv is None else list(argv)))
-    return guard(lambda: function(**vars(arguments)), prog=prog)
+    return guard(lambda: tyro.cli(function, args=argv, prog=prog), prog=prog)
 
 
 def guard(call: Callable[[], Any], *, prog: str) -> int:
