@@ -1,0 +1,30 @@
+"""Triton model `classify`: images and labels (of the request, or a label set of the release) to the best labels."""
+
+from __future__ import annotations
+
+from radapter_serve.serving.tasks import Classify, ClassifyRequest, load_label_sets
+from radapter_serve.serving.triton import Version, answer, read
+
+
+class TritonPythonModel:
+    """Encodes the images of all waiting requests together, and scores each request against its own labels."""
+
+    def initialize(self, args):
+        version = Version(args)
+        label_sets = load_label_sets(version.folder / "label_sets")
+        self._task = Classify(version.release, version.embed_images(), version.embed_labels(), label_sets)
+
+    def execute(self, requests):
+        inputs = [_request(request) for request in requests]
+        return answer(requests, lambda: self._task(inputs), lambda c: {"label": c.labels, "score": c.scores})
+
+
+def _request(request):
+    label_set, top_k = read(request, "label_set"), read(request, "top_k")
+    return ClassifyRequest(
+        images=read(request, "image").ravel(),
+        labels=read(request, "labels"),
+        label_set=None if label_set is None else label_set.ravel(),
+        templates=read(request, "templates"),
+        top_k=None if top_k is None else top_k.ravel(),
+    )

@@ -1,0 +1,16 @@
+"""Triton model `embed_image`: encoded images to embeddings."""
+
+from __future__ import annotations
+
+from radapter_serve.serving.triton import Version, answer, read
+
+
+class TritonPythonModel:
+    """Decodes and resizes the images of all waiting requests together, then makes one call to `image_encoder`."""
+
+    def initialize(self, args):
+        self._task = Version(args).embed_images()
+
+    def execute(self, requests):
+        images = [read(request, "image").ravel() for request in requests]
+        return answer(requests, lambda: self._task(images), lambda embeds: {"image_embeds": embeds})

@@ -1,0 +1,18 @@
+"""Triton model `embed_text`: texts to embeddings."""
+
+from __future__ import annotations
+
+from radapter_serve.serving.tasks import EmbedTexts
+from radapter_serve.serving.triton import Version, answer, read
+
+
+class TritonPythonModel:
+    """Tokenizes the texts of all waiting requests together; each text is encoded once, with others of its length."""
+
+    def initialize(self, args):
+        version = Version(args)
+        self._task = EmbedTexts(version.release, version.tokenizer(), version.encode_tokens)
+
+    def execute(self, requests):
+        texts = [read(request, "text").ravel() for request in requests]
+        return answer(requests, lambda: self._task(texts), lambda embeds: {"text_embeds": embeds})

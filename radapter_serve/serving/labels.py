@@ -1,0 +1,245 @@
+"""Classes by name: label files, prompt templates, label sets with their text embeddings, and a cache of the latter."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.errors import INVALID_ARGUMENT, NO_LABELS, TaskError
+from radapter_serve.serving.tokenizer import Tokenizer
+
+BUILT_IN_TEMPLATES = {"simple": ["a photo of a {}."]}
+MAX_PROMPTS = 100_000
+MAX_TEXT_LENGTH = 10_000
+
+EncodeTokens = Callable[[np.ndarray], np.ndarray]
+
+
+def read_label_file(path: str | Path) -> list[str]:
+    """Read a label file: UTF-8, one class a line, synonyms after commas; blank lines and `#` comments are skipped.
+
+    Returns:
+        The classes in the file's order, synonyms and all ("cat, kitty").
+
+    Raises:
+        RAdapterError: no such file, not text, no class in it, or a class named twice (with the line's number).
+    """
+    seen: dict[str, int] = {}
+    labels = []
+    for number, line in _lines(path):
+        names = split_label(line)
+        if not names:
+            raise RAdapterError(f"{path}, line {number}: {line!r} names no class")
+        if names[0] in seen:
+            raise RAdapterError(f"{path}, line {number}: the class {names[0]!r} is already on line {seen[names[0]]}")
+        seen[names[0]] = number
+        labels.append(", ".join(names))
+    if not labels:
+        raise RAdapterError(f"{path} names no class; write one class a line")
+    return labels
+
+
+def read_templates(source: str | Path | Sequence[str]) -> list[str]:
+    """Prompt templates from a list, the name of a built-in set ("simple"), one template, or a file with one a line.
+
+    Raises:
+        RAdapterError: a template without `{}`, where the label goes, or no such file.
+    """
+    if isinstance(source, (str, Path)):
+        text = str(source)
+        if text in BUILT_IN_TEMPLATES:
+            return list(BUILT_IN_TEMPLATES[text])
+        if "{}" in text:
+            return [text]
+        names = ", ".join(BUILT_IN_TEMPLATES)
+        templates = [line for _, line in _lines(source, f"or one of the built-in sets: {names}")]
+    else:
+        templates = list(source)
+    if not templates:
+        raise RAdapterError(f"{source}: no template; write one a line, such as 'a photo of a {{}}.'")
+    for template in templates:
+        if "{}" not in template:
+            raise RAdapterError(
+                f"the template {template!r} has no {{}} where the label goes; such as 'a photo of a {{}}.'"
+            )
+    return templates
+
+
+def split_label(label: str) -> list[str]:
+    """The names in "cat, kitty": the one to show, then its synonyms."""
+    return list(dict.fromkeys(name for name in map(str.strip, label.split(",")) if name))
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """Classes and their text embeddings.
+
+    Args:
+        labels: names to show, C of them.
+        embeds: float32 [C, D], unit length.
+    """
+
+    labels: tuple[str, ...]
+    embeds: np.ndarray
+
+    def save(self, path: str | Path) -> None:
+        """Write `labels` and `embeds` as npz, in one piece or not at all."""
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("wb") as file:
+            np.savez(file, labels=np.array(self.labels, dtype=np.str_), embeds=np.asarray(self.embeds, np.float32))
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> LabelSet:
+        """Read what `save` wrote."""
+        with np.load(path, allow_pickle=False) as file:
+            return cls(tuple(file["labels"].tolist()), np.ascontiguousarray(file["embeds"], np.float32))
+
+
+class LabelEmbedder:
+    """Text embeddings of labels: computed once per (templates, label), kept in a bounded cache.
+
+    One embedder belongs to one release, so the release is no part of the key.
+
+    Args:
+        tokenizer: the release's tokenizer.
+        encode_tokens: int32 [B, L] -> float32 [B, D] of unit length.
+        max_batch_size: rows that `encode_tokens` takes at most.
+        cache_size: number of labels whose embeddings are kept; the least recently used go first.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, encode_tokens: EncodeTokens, *, max_batch_size: int = 64, cache_size: int = 20_000
+    ) -> None:
+        self._tokenizer, self._encode, self._max_batch_size = tokenizer, encode_tokens, max_batch_size
+        self._cache: OrderedDict[tuple[tuple[str, ...], str], np.ndarray] = OrderedDict()
+        self._cache_size = cache_size
+        # Callers mostly send the same list again; this saves them the walk through it.
+        self._sets: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], LabelSet] = OrderedDict()
+
+    def __call__(self, labels: Sequence[str], templates: Sequence[str]) -> LabelSet:
+        """Embed labels: the mean of the unit-length embeddings of all prompts (names x templates), at unit length again.
+
+        Raises:
+            TaskError: no labels, an empty or a repeated one, a template without `{}`, too many or too long prompts.
+        """
+        key = (tuple(templates), tuple(labels))
+        if (found := self._sets.get(key)) is not None:
+            self._sets.move_to_end(key)
+            return found
+        label_set = self._embed(*key)
+        self._sets[key] = label_set
+        while len(self._sets) > 1 and sum(len(s.labels) for s in self._sets.values()) > self._cache_size:
+            self._sets.popitem(last=False)
+        return label_set
+
+    def _embed(self, templates: tuple[str, ...], labels: tuple[str, ...]) -> LabelSet:
+        names = check_labels(labels)
+        check_templates(templates)
+        known = {label: self._cache.get((templates, label)) for label in labels}
+        missing = {label: names[label] for label, embed in known.items() if embed is None}
+        new = self._compute(templates, missing)
+        embeds = np.stack([new[label] if embed is None else embed for label, embed in known.items()])
+        for label in labels:
+            if label in new:
+                self._cache[templates, label] = new[label]
+            else:
+                self._cache.move_to_end((templates, label))
+        while len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
+        return LabelSet(tuple(names[label][0] for label in labels), embeds)
+
+    def _compute(self, templates: tuple[str, ...], missing: dict[str, list[str]]) -> dict[str, np.ndarray]:
+        prompts = {
+            label: [template.replace("{}", name) for name in names for template in templates]
+            for label, names in missing.items()
+        }
+        texts = list(dict.fromkeys(prompt for some in prompts.values() for prompt in some))
+        if len(texts) > MAX_PROMPTS:
+            raise TaskError(
+                INVALID_ARGUMENT,
+                f"{len(texts)} prompts (labels x synonyms x templates) in one request, at most {MAX_PROMPTS} are allowed; "
+                "export them as a label set: radapter-export --label-set NAME=FILE",
+            )
+        where = {text: row for row, text in enumerate(texts)}
+        embeds = embed_texts(texts, self._tokenizer, self._encode, self._max_batch_size)
+        return {label: _unit(embeds[[where[text] for text in some]].mean(0)) for label, some in prompts.items()}
+
+
+def embed_texts(
+    texts: Sequence[str], tokenizer: Tokenizer, encode_tokens: EncodeTokens, max_batch_size: int
+) -> np.ndarray:
+    """Embed texts in batches of similar length, float32 [N, D] in the order of `texts`.
+
+    Raises:
+        TaskError: a text is too long to be meant.
+    """
+    if not texts:
+        return np.zeros((0, 0), np.float32)
+    for text in texts:
+        if len(text) > MAX_TEXT_LENGTH:
+            raise TaskError(
+                INVALID_ARGUMENT,
+                f"a text of {len(text)} characters ({text[:30]!r}...); at most {MAX_TEXT_LENGTH} are allowed",
+            )
+    rows = tokenizer.encode(texts)
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    batches = [order[start : start + max_batch_size] for start in range(0, len(order), max_batch_size)]
+    embeds = [encode_tokens(tokenizer.batch([rows[index] for index in batch])) for batch in batches]
+    result = np.empty((len(rows), embeds[0].shape[1]), np.float32)
+    result[order] = np.concatenate(embeds)
+    return result
+
+
+def check_labels(labels: Sequence[str]) -> dict[str, list[str]]:
+    """Each label's names.
+
+    Raises:
+        TaskError: no labels, an empty or a repeated one.
+    """
+    if not labels:
+        raise TaskError(NO_LABELS, "no labels; give at least one")
+    names: dict[str, list[str]] = {}
+    first: dict[str, int] = {}
+    for number, label in enumerate(labels, 1):
+        names[label] = split_label(label)
+        if not names[label]:
+            raise TaskError(INVALID_ARGUMENT, f"label {number} of {len(labels)} is empty ({label!r})")
+        if (shown := names[label][0]) in first:
+            raise TaskError(INVALID_ARGUMENT, f"label {number}, {shown!r}, is the same as label {first[shown]}")
+        first[shown] = number
+    return names
+
+
+def check_templates(templates: Iterable[str]) -> None:
+    """Raise a `TaskError` for a template without a place for the label."""
+    for template in templates:
+        if "{}" not in template:
+            raise TaskError(
+                INVALID_ARGUMENT,
+                f"the template {template[:80]!r} has no {{}} where the label goes; such as 'a photo of a {{}}.'",
+            )
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    return vector / max(float(np.linalg.norm(vector)), 1e-12)
+
+
+def _lines(path: str | Path, alternative: str = "") -> Iterable[tuple[int, str]]:
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RAdapterError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
+    except OSError as error:
+        hint = f"; give a file {alternative}" if alternative else ""
+        raise RAdapterError(f"cannot read {path}: {error.strerror}{hint}") from None
+    for number, line in enumerate(text.splitlines(), 1):
+        if (line := line.strip()) and not line.startswith("#"):
+            yield number, line

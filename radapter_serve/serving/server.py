@@ -1,0 +1,368 @@
+"""Finding, starting and stopping tritonserver: NVIDIA's own where it is on PATH, else the one of the pytriton wheel."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes.util
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from radapter_serve.errors import RAdapterError
+
+OUR_BACKENDS = Path(__file__).parent / "backends"
+INSTALL_HINT = 'run: pip install "radapter-serve[server]" (Python 3.10 to 3.12), or use NVIDIA\'s Triton container'
+_EXIT_TIMEOUT = 5
+# Runs the server so that it ends when the process (more exactly: the thread) that started it is killed.
+_LAUNCHER = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+
+# A proxy of the environment is not for this machine.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A tritonserver that can be started.
+
+    Args:
+        binary: the program.
+        backends: folders of backends by name; ours among them where the server lacks one.
+        caches: its folder of response caches, or None.
+        libraries: folders for LD_LIBRARY_PATH.
+        stub: the program that runs Python models, where it is not with the Python backend.
+    """
+
+    binary: Path
+    backends: dict[str, Path]
+    caches: Path | None = None
+    libraries: tuple[Path, ...] = ()
+    stub: Path | None = None
+
+    def assemble(self, folder: Path) -> None:
+        """Make a backend directory in `folder`: links, but a copy of the Python backend (15 MB), which Triton insists on."""
+        for name, source in self.backends.items():
+            if name == "python":
+                shutil.copytree(source, folder / name)
+            else:
+                (folder / name).symlink_to(source)
+        if self.stub is not None:
+            shutil.copy(self.stub, folder / "python")
+
+
+def find_tritonserver() -> Installation:
+    """Find a server: `tritonserver` on PATH, else the one that the wheel nvidia-pytriton brings.
+
+    Raises:
+        RAdapterError: there is none, or none that works with this Python and numpy.
+    """
+    _check_environment()
+    if (found := shutil.which("tritonserver")) is not None:
+        return _native(Path(found).resolve())
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or not spec.submodule_search_locations:
+        raise RAdapterError(f"tritonserver is neither on PATH nor installed with nvidia-pytriton; {INSTALL_HINT}")
+    return _wheel(Path(spec.submodule_search_locations[0]))
+
+
+def _native(binary: Path) -> Installation:
+    folder = binary.parent.parent / "backends"
+    backends = {path.name: path for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else {}
+    if "python" not in backends:
+        raise RAdapterError(f"{binary} has no Python backend in {folder}; {INSTALL_HINT}")
+    stub = backends["python"] / "triton_python_backend_stub"
+    wanted = re.search(rb"libpython3\.(\d+)", stub.read_bytes()) if stub.exists() else None
+    if wanted and int(wanted[1]) != sys.version_info[1]:
+        raise RAdapterError(
+            f"the Python backend of {binary} is for Python 3.{int(wanted[1])}, this is {_python()}; "
+            f"install radapter-serve under Python 3.{int(wanted[1])} and start again"
+        )
+    if not (backends.get("onnxruntime", folder) / "libtriton_onnxruntime.so").exists():
+        backends["onnxruntime"] = OUR_BACKENDS / "onnxruntime"
+    return Installation(binary, backends)
+
+
+def _wheel(package: Path) -> Installation:
+    server = package / "tritonserver"
+    binary = server / "bin" / "tritonserver"
+    stub = server / "python_backend_stubs" / _python().removeprefix("Python ") / "triton_python_backend_stub"
+    if not binary.exists() or not stub.exists():
+        raise RAdapterError(f"nvidia-pytriton at {package} brings no server for {_python()}; {INSTALL_HINT}")
+    _check_libpython()
+    libdir = sysconfig.get_config_var("LIBDIR")
+    return Installation(
+        binary,
+        {"python": server / "backends" / "python", "onnxruntime": OUR_BACKENDS / "onnxruntime"},
+        server / "caches",
+        (package.parent / "nvidia_pytriton.libs", *([Path(libdir)] if libdir else [])),
+        stub,
+    )
+
+
+def _check_environment() -> None:
+    numpy = importlib.metadata.version("numpy")
+    if int(numpy.split(".")[0]) >= 2:
+        raise RAdapterError(
+            f"numpy {numpy} is installed, but Triton's Python backend misreads tensors under numpy 2; {INSTALL_HINT}"
+        )
+    if sys.version_info >= (3, 13):
+        raise RAdapterError(
+            f"this is {_python()}, for which there is no numpy below 2, as Triton needs; {INSTALL_HINT}"
+        )
+
+
+def _check_libpython() -> None:
+    name = f"libpython{sys.version_info[0]}.{sys.version_info[1]}.so.1.0"
+    libdir, multiarch = sysconfig.get_config_var("LIBDIR") or "", sysconfig.get_config_var("MULTIARCH") or ""
+    if any((Path(folder) / name).exists() for folder in (libdir, Path(libdir) / multiarch)):
+        return
+    if ctypes.util.find_library(name.removeprefix("lib").removesuffix(".so.1.0")) is None:
+        raise RAdapterError(
+            f"{name} is missing, which Triton's Python backend needs; install the shared library of {_python()}"
+        )
+
+
+def _python() -> str:
+    return f"Python {sys.version_info[0]}.{sys.version_info[1]}"
+
+
+def models_of(repository: Path) -> dict[str, list[int]]:
+    """The models of a repository and their versions.
+
+    Raises:
+        RAdapterError: no such folder, or it holds no release.
+    """
+    if not repository.is_dir():
+        raise RAdapterError(f"the model repository {repository} does not exist; make it with: radapter-export")
+    models = {
+        path.parent.name: sorted(int(v.name) for v in path.parent.iterdir() if v.is_dir() and v.name.isdecimal())
+        for path in sorted(repository.glob("*/config.pbtxt"))
+    }
+    models = {name: versions for name, versions in models.items() if versions}
+    if not models:
+        raise RAdapterError(f"the model repository {repository} holds no release; make one with: radapter-export")
+    return models
+
+
+class TritonServer:
+    """A running tritonserver, as a context manager.
+
+    Args:
+        model_repository: folder that radapter-export has filled.
+        host: address to listen on; loopback by default, for the server knows no authentication.
+        http_port: port of the HTTP endpoint.
+        grpc_port: port of the gRPC endpoint.
+        metrics_port: port of the Prometheus metrics.
+        timeout: seconds to wait until every model is ready.
+        log: file for the server's messages; None keeps them for the report of a failure only.
+        verbose: let the server write its messages to this process's stderr instead.
+
+    Raises:
+        RAdapterError: at `start` (or on entering): no server, no release, a port in use, or a model that does not load.
+    """
+
+    def __init__(
+        self,
+        model_repository: str | Path,
+        host: str = "127.0.0.1",
+        http_port: int = 8000,
+        grpc_port: int = 8001,
+        metrics_port: int = 8002,
+        *,
+        timeout: float = 120.0,
+        log: str | Path | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.model_repository = Path(model_repository).resolve()
+        self.host, self.http_port, self.grpc_port, self.metrics_port = host, http_port, grpc_port, metrics_port
+        self._timeout, self._log, self._verbose = timeout, Path(log) if log else None, verbose
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._shm_prefix = f"radapter_{os.getpid()}_{uuid.uuid4().hex[:8]}_"
+        self.models: dict[str, list[int]] = {}
+
+    @property
+    def address(self) -> str:
+        """Host to reach the server at from this machine."""
+        address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"[{address}]" if ":" in address else address
+
+    @property
+    def http_url(self) -> str:
+        """For example `http://127.0.0.1:8000`."""
+        return f"http://{self.address}:{self.http_port}"
+
+    @property
+    def grpc_url(self) -> str:
+        """For example `grpc://127.0.0.1:8001`."""
+        return f"grpc://{self.address}:{self.grpc_port}"
+
+    def start(self) -> TritonServer:
+        """Start the server and wait until all its models are ready."""
+        self.models = models_of(self.model_repository)
+        self._check_ports()
+        installation = find_tritonserver()
+        self._folder = tempfile.TemporaryDirectory(prefix="radapter-serve-")
+        try:
+            self._launch(installation, Path(self._folder.name))
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def wait(self) -> None:
+        """Wait until the server ends, which it does not by itself.
+
+        Raises:
+            RAdapterError: the server, or the process of one of its models, is gone.
+        """
+        while True:
+            self.check()
+            time.sleep(0.5)
+
+    def check(self) -> None:
+        """Raise a `RAdapterError` if the server, or the process of one of its models, has died."""
+        process = self._process
+        if process is None or process.poll() is not None:
+            raise RAdapterError(f"tritonserver ended by itself: {self._reason()}")
+        for name in _dead_stubs(process.pid):
+            raise RAdapterError(
+                f"the process of the model {name} was killed (out of memory?); start again: radapter-serve"
+            )
+
+    def stop(self) -> None:
+        """Stop the server and all its processes; nothing of it stays, in /dev/shm or elsewhere."""
+        process, self._process = self._process, None
+        if process is not None:
+            if process.poll() is None:
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_EXIT_TIMEOUT + 5)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            for file in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
+                file.unlink(missing_ok=True)
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def __enter__(self) -> TritonServer:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _check_ports(self) -> None:
+        ports = {"--http-port": self.http_port, "--grpc-port": self.grpc_port, "--metrics-port": self.metrics_port}
+        if len(set(ports.values())) < len(ports):
+            raise RAdapterError(f"the ports must differ: {', '.join(f'{f} {p}' for f, p in ports.items())}")
+        for flag, port in ports.items():
+            if not 0 < port < 65536:
+                raise RAdapterError(f"{flag} is {port}; allowed are 1 to 65535")
+            family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+            try:
+                socket.create_server((self.host, port), family=family).close()
+            except OSError as error:
+                raise RAdapterError(
+                    f"cannot listen on {self.host} port {port} ({error.strerror}); choose another with {flag}"
+                ) from None
+
+    def _launch(self, installation: Installation, folder: Path) -> None:
+        backends = folder / "backends"
+        backends.mkdir()
+        installation.assemble(backends)
+        command = [
+            str(installation.binary),
+            f"--model-repository={self.model_repository}",
+            f"--backend-directory={backends}",
+            *([f"--cache-directory={installation.caches}"] if installation.caches else []),
+            *(f"--{kind}-address={self.host}" for kind in ("http", "grpc", "metrics")),
+            f"--http-port={self.http_port}",
+            f"--grpc-port={self.grpc_port}",
+            f"--metrics-port={self.metrics_port}",
+            "--model-control-mode=explicit",
+            *(f"--load-model={name}" for name in self.models),
+            f"--exit-timeout-secs={_EXIT_TIMEOUT}",
+            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+        ]
+        self._log = self._log or folder / "server.log"
+        with contextlib.ExitStack() as stack:
+            output = None if self._verbose else stack.enter_context(self._log.open("wb"))
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _LAUNCHER, *command],
+                env=_environment(installation),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                start_new_session=True,  # Ctrl-C reaches this process only, which then stops the server in order
+            )
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self._timeout
+        while not self._ready():
+            if self._process is None or self._process.poll() is not None:
+                raise RAdapterError(f"tritonserver did not start: {self._reason()}")
+            if time.monotonic() > deadline:
+                raise RAdapterError(
+                    f"tritonserver was not ready after {self._timeout:g} s: {self._reason()}; allow more with --timeout"
+                )
+            time.sleep(0.05)
+
+    def _ready(self) -> bool:
+        try:
+            with _OPENER.open(f"{self.http_url}/v2/health/ready", timeout=5) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _reason(self) -> str:
+        if self._verbose or self._log is None or not self._log.exists():
+            return "its messages above say why"
+        return reason(self._log.read_text(encoding="utf-8", errors="replace"))
+
+
+def reason(log: str) -> str:
+    """The line of a server's log that says best why it failed."""
+    errors = [line for line in log.splitlines() if re.match(r"[EF]\d{4} ", line)]
+    lines = [line for line in errors if "failed to load" in line] or errors or log.strip().splitlines()[-1:]
+    if not lines:
+        return "it wrote nothing"
+    return re.sub(r"^[EF]\d{4} \S+ +\d+ \S+\] ", "", lines[0]).strip().strip('"')
+
+
+def _environment(installation: Installation) -> dict[str, str]:
+    environment = dict(os.environ)
+    libraries = [*map(str, installation.libraries), environment.get("LD_LIBRARY_PATH", "")]
+    environment["LD_LIBRARY_PATH"] = ":".join(filter(None, libraries))
+    # The model processes take their Python from the first python3 on PATH.
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment.get('PATH', '')}"
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    # The cores are for the encoders, which do not use OpenMP.
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    environment.setdefault("OPENBLAS_NUM_THREADS", "1")
+    return environment
+
+
+def _dead_stubs(parent: int) -> Iterator[str]:
+    """Names of the models whose process is a zombie: killed, and not yet missed by the server."""
+    return iter(())

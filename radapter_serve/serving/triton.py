@@ -1,0 +1,93 @@
+"""What the task models share of Triton's Python backend; importable only inside one of its processes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb
+
+from radapter_serve.serving.errors import ENCODER_FAILED, TaskError
+from radapter_serve.serving.labels import LabelEmbedder
+from radapter_serve.serving.tasks import EmbedImages
+from radapter_serve.serving.tokenizer import Tokenizer
+
+
+class Version:
+    """One version of a task model: its folder, its release, and the encoders of the same release.
+
+    Args:
+        arguments: what Triton gives to `initialize`.
+    """
+
+    def __init__(self, arguments: dict[str, str]) -> None:
+        self.folder = Path(arguments["model_repository"]) / arguments["model_version"]
+        self.release: dict[str, Any] = json.loads((self.folder / "release.json").read_text(encoding="utf-8"))
+        self._number = int(arguments["model_version"])
+
+    def encode_images(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 [B, S, S, 3] -> float32 [B, D] by `image_encoder`."""
+        return self._call("image_encoder", "image", pixels, "image_embeds")
+
+    def encode_tokens(self, tokens: np.ndarray) -> np.ndarray:
+        """int32 [B, L] -> float32 [B, D] by `text_encoder`."""
+        return self._call("text_encoder", "tokens", tokens, "text_embeds")
+
+    def embed_images(self) -> EmbedImages:
+        """The task that embeds images with this version's encoder."""
+        return EmbedImages(self.release, self.encode_images, threads=min(4, os.cpu_count() or 1))
+
+    def tokenizer(self) -> Tokenizer:
+        """This version's tokenizer."""
+        return Tokenizer.load(self.folder / "tokenizer.json", self.release["tokenizer"])
+
+    def embed_labels(self) -> LabelEmbedder:
+        """What embeds the labels of a request with this version's text encoder."""
+        size = int(self.release["max_batch_size"])
+        return LabelEmbedder(self.tokenizer(), self.encode_tokens, max_batch_size=size)
+
+    def _call(self, model: str, source: str, array: np.ndarray, target: str) -> np.ndarray:
+        response = pb.InferenceRequest(
+            model_name=model,
+            model_version=self._number,
+            inputs=[pb.Tensor(source, array)],
+            requested_output_names=[target],
+            preferred_memory=pb.PreferredMemory(pb.TRITONSERVER_MEMORY_CPU, 0),
+        ).exec()
+        if response.has_error():
+            raise TaskError(ENCODER_FAILED, f"{model} version {self._number} failed: {response.error().message()}")
+        return np.array(pb.get_output_tensor_by_name(response, target).as_numpy(), np.float32)
+
+
+def read(request: Any, name: str) -> Any:
+    """A request's input as an array, or None where it was left out."""
+    tensor = pb.get_input_tensor_by_name(request, name)
+    return None if tensor is None else tensor.as_numpy()
+
+
+def answer(
+    requests: Sequence[Any], run: Callable[[], Sequence[Any]], outputs: Callable[[Any], dict[str, np.ndarray]]
+) -> list[Any]:
+    """One response a request, an error where its result is one.
+
+    Args:
+        requests: what Triton gave to `execute`.
+        run: computes a result or a `TaskError` for each of them.
+        outputs: the output tensors of a result.
+    """
+    try:
+        results = run()
+    except TaskError as error:  # an encoder that fails, fails for all
+        results = [error] * len(requests)
+    return [_response(result, outputs) for result in results]
+
+
+def _response(result: Any, outputs: Callable[[Any], dict[str, np.ndarray]]) -> Any:
+    if isinstance(result, TaskError):
+        code = pb.TritonError.INTERNAL if result.code == ENCODER_FAILED else pb.TritonError.INVALID_ARG
+        return pb.InferenceResponse(error=pb.TritonError(str(result), code))
+    return pb.InferenceResponse([pb.Tensor(name, array) for name, array in outputs(result).items()])
