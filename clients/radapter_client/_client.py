@@ -1,0 +1,301 @@
+"""The clients: Client waits with threads, AsyncClient with tasks; what they ask and answer is in _base.py."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, overload
+
+from ._base import NOT_READY, BaseClient, Embeddings, Plan, T
+from ._exceptions import RAdapterClientError
+from ._images import ImageLike
+from ._profile import Profile
+from ._results import Classification, Release
+from ._url import ServerURL
+from ._wire import AsyncTransport, Request, Transport
+
+
+class Client(BaseClient):
+    """A client of one server, safe to use from several threads.
+
+    url: grpc://HOST:8001, grpcs://HOST, http://HOST:8000 or https://HOST.
+    release: version of the release that every call is to use; None for the newest. A call of several requests gets all
+        its answers from one release; two calls may not, unless the release is given here.
+    timeout: seconds that one request may take; each method takes its own as well.
+    batch_size: images or texts in a request at most; the server's limit is `release.facts["max_batch_size"]`.
+    concurrency: requests that calls with lists keep under way at once, over all threads.
+
+    Every failure is a RAdapterClientError, the same for every protocol: see its subclasses.
+    """
+
+    def __init__(
+        self,
+        url: str = "grpc://localhost:8001",
+        *,
+        release: int | None = None,
+        timeout: float = 60.0,
+        batch_size: int = 16,
+        concurrency: int = 4,
+    ) -> None:
+        super().__init__(url, release=release, timeout=timeout, batch_size=batch_size, concurrency=concurrency)
+        self._transport = _transport(self._url)
+        self._threads = ThreadPoolExecutor(self._concurrency, thread_name_prefix="radapter-client")
+
+    @overload
+    def classify(  # type: ignore[overload-overlap]  # a path is also a sequence of texts
+        self,
+        images: ImageLike,
+        labels: Sequence[str] | None = None,
+        *,
+        label_set: str | None = None,
+        templates: Sequence[str] | None = None,
+        top_k: int = 5,
+        timeout: float | None = None,
+    ) -> Classification: ...
+
+    @overload
+    def classify(
+        self,
+        images: Iterable[ImageLike],
+        labels: Sequence[str] | None = None,
+        *,
+        label_set: str | None = None,
+        templates: Sequence[str] | None = None,
+        top_k: int = 5,
+        timeout: float | None = None,
+    ) -> list[Classification]: ...
+
+    def classify(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        labels: Sequence[str] | None = None,
+        *,
+        label_set: str | None = None,
+        templates: Sequence[str] | None = None,
+        top_k: int = 5,
+        timeout: float | None = None,
+    ) -> Any:
+        """The best labels of an image, or of each of a list of images.
+
+        images: a path, the bytes of an image file, a PIL image, a uint8 array [H, W, 3] (RGB) or [H, W] (grey);
+            or a list of them.
+        labels: the labels to choose from; synonyms after commas ("cat, kitty") count as one label.
+        label_set: instead of labels, the name of a set that was exported with the release.
+        templates: prompts with {} for the label; None for the release's own.
+        top_k: labels to return, fewer where there are fewer.
+        timeout: seconds for each request of this call.
+        """
+        return self._run(self._classify(images, labels, label_set, templates, top_k), timeout)
+
+    def embed_images(self, images: Iterable[ImageLike], *, timeout: float | None = None) -> Embeddings:
+        """Embeddings of images (as in `classify`): float32 [N, D], unit length, in the order given."""
+        return self._run(self._embed_images(images), timeout)
+
+    def embed_texts(self, texts: Iterable[str], *, timeout: float | None = None) -> Embeddings:
+        """Embeddings of texts: float32 [N, D], unit length, in the order given; long texts are cut as by open_clip."""
+        return self._run(self._embed_texts(texts), timeout)
+
+    @property
+    def release(self) -> Release:
+        """The release that calls use, asked of the server: the one given to the client, or the newest."""
+        return self._run(self._release())
+
+    @property
+    def releases(self) -> list[Release]:
+        """All releases that the server serves, oldest first."""
+        return self._run(self._releases())
+
+    def is_ready(self, *, timeout: float | None = None) -> bool:
+        """Whether the server can answer every method, in the client's release; False also where nobody answers."""
+        try:
+            return self._run(self._ready(), timeout)
+        except NOT_READY:
+            return False
+
+    def profile(self, *, requests: int = 10, timeout: float | None = None) -> Profile:
+        """Where the time of an `embed_images` request of one image goes: print it. Sends `requests` of them."""
+        image = self._sample_image(self.release)
+        self.embed_images([image], timeout=timeout)  # connects and warms up
+        before, start = self._run(self._statistics(), timeout), time.perf_counter()
+        for _ in range(requests):
+            self.embed_images([image], timeout=timeout)
+        seconds = time.perf_counter() - start
+        return Profile.between(before, self._run(self._statistics(), timeout), seconds, requests)
+
+    def close(self) -> None:
+        """Closes the connections; calls under way in other threads fail."""
+        self._closed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._transport.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, plan: Plan[T], timeout: float | None = None) -> T:
+        seconds = self._start(timeout)
+        version = self._version
+        if plan.one_release and version is None:
+            version = self.release.version
+
+        def send(part: Callable[[], Request]) -> Any:
+            return self._transport.send(self._pinned(part(), version), seconds)
+
+        if len(plan.parts) == 1:
+            return plan.finish([send(plan.parts[0])])  # no hand-over to another thread
+        try:
+            return plan.finish(list(self._threads.map(send, plan.parts)))
+        except CancelledError:
+            raise RAdapterClientError("the client was closed in the middle of a call") from None
+
+
+class AsyncClient(BaseClient):
+    """Client for asyncio: the same arguments, methods and results, to be awaited (`await client.release`, too).
+
+    It belongs to one event loop, that of its first call.
+    """
+
+    def __init__(
+        self,
+        url: str = "grpc://localhost:8001",
+        *,
+        release: int | None = None,
+        timeout: float = 60.0,
+        batch_size: int = 16,
+        concurrency: int = 4,
+    ) -> None:
+        super().__init__(url, release=release, timeout=timeout, batch_size=batch_size, concurrency=concurrency)
+        self._transport = _async_transport(self._url)
+        self._slots = asyncio.Semaphore(self._concurrency)
+
+    @overload
+    async def classify(  # type: ignore[overload-overlap]
+        self,
+        images: ImageLike,
+        labels: Sequence[str] | None = None,
+        *,
+        label_set: str | None = None,
+        templates: Sequence[str] | None = None,
+        top_k: int = 5,
+        timeout: float | None = None,
+    ) -> Classification: ...
+
+    @overload
+    async def classify(
+        self,
+        images: Iterable[ImageLike],
+        labels: Sequence[str] | None = None,
+        *,
+        label_set: str | None = None,
+        templates: Sequence[str] | None = None,
+        top_k: int = 5,
+        timeout: float | None = None,
+    ) -> list[Classification]: ...
+
+    async def classify(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        labels: Sequence[str] | None = None,
+        *,
+        label_set: str | None = None,
+        templates: Sequence[str] | None = None,
+        top_k: int = 5,
+        timeout: float | None = None,
+    ) -> Any:
+        """See Client.classify."""
+        return await self._run(self._classify(images, labels, label_set, templates, top_k), timeout)
+
+    async def embed_images(self, images: Iterable[ImageLike], *, timeout: float | None = None) -> Embeddings:
+        """See Client.embed_images."""
+        return await self._run(self._embed_images(images), timeout)
+
+    async def embed_texts(self, texts: Iterable[str], *, timeout: float | None = None) -> Embeddings:
+        """See Client.embed_texts."""
+        return await self._run(self._embed_texts(texts), timeout)
+
+    @property
+    def release(self) -> Coroutine[Any, Any, Release]:
+        """See Client.release; `await client.release`."""
+        return self._run(self._release())
+
+    @property
+    def releases(self) -> Coroutine[Any, Any, list[Release]]:
+        """See Client.releases; `await client.releases`."""
+        return self._run(self._releases())
+
+    async def is_ready(self, *, timeout: float | None = None) -> bool:
+        """See Client.is_ready."""
+        try:
+            return await self._run(self._ready(), timeout)
+        except NOT_READY:
+            return False
+
+    async def profile(self, *, requests: int = 10, timeout: float | None = None) -> Profile:
+        """See Client.profile."""
+        image = self._sample_image(await self.release)
+        await self.embed_images([image], timeout=timeout)
+        before, start = await self._run(self._statistics(), timeout), time.perf_counter()
+        for _ in range(requests):
+            await self.embed_images([image], timeout=timeout)
+        seconds = time.perf_counter() - start
+        return Profile.between(before, await self._run(self._statistics(), timeout), seconds, requests)
+
+    async def close(self) -> None:
+        """Closes the connections; calls under way in other tasks fail."""
+        self._closed = True
+        await self._transport.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _run(self, plan: Plan[T], timeout: float | None = None) -> T:
+        seconds = self._start(timeout)
+        version = self._version
+        if plan.one_release and version is None:
+            version = (await self.release).version
+
+        async def send(part: Callable[[], Request]) -> Any:
+            async with self._slots:
+                request = await asyncio.to_thread(part)  # reads files, encodes images
+                return await self._transport.send(self._pinned(request, version), seconds)
+
+        tasks = [asyncio.ensure_future(send(part)) for part in plan.parts]
+        try:
+            return plan.finish(await asyncio.gather(*tasks))
+        finally:  # where one failed, the others have nothing left to do
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# The protocol's libraries are loaded by the first client that needs them: gRPC and HTTP take 0.2 s each.
+def _transport(url: ServerURL) -> Transport:
+    if url.protocol == "grpc":
+        from ._grpc import GrpcTransport
+
+        return GrpcTransport(url)
+    from ._http import HttpTransport
+
+    return HttpTransport(url)
+
+
+def _async_transport(url: ServerURL) -> AsyncTransport:
+    if url.protocol == "grpc":
+        from ._grpc import AsyncGrpcTransport
+
+        return AsyncGrpcTransport(url)
+    from ._http import AsyncHttpTransport
+
+    return AsyncHttpTransport(url)

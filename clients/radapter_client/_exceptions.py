@@ -1,0 +1,96 @@
+"""The exceptions, the same over gRPC and HTTP.
+
+RAdapterClientError
+├── ServerUnavailable     nobody answers at the URL, or the server went away in the middle of a call
+├── Timeout               no answer within the time-out
+├── InvalidRequest        the request was wrong, here or in the server's eyes
+│   ├── InvalidImage      an image that cannot be read, decoded or is too large
+│   └── InvalidURL        a server URL that is none
+├── ModelNotFound         the server does not serve this model or this release
+└── ServerError           the server failed
+"""
+
+from __future__ import annotations
+
+import re
+
+
+class RAdapterClientError(Exception):
+    """The base of every exception that this package raises.
+
+    message: a sentence for people.
+    code: what programs can rely on, such as "invalid_image": the word in brackets before a server's sentence, or None.
+    """
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class ServerUnavailable(RAdapterClientError):
+    """Nobody answers at the URL, or the server went away in the middle of a call; trying again later may help."""
+
+
+class Timeout(RAdapterClientError):
+    """The server did not answer within the time-out."""
+
+
+class InvalidRequest(RAdapterClientError):
+    """The request was wrong; sending it again will not help."""
+
+
+class InvalidImage(InvalidRequest):
+    """An image that cannot be read, cannot be decoded, or is too large."""
+
+
+class InvalidURL(InvalidRequest):
+    """A server URL without one of the allowed schemes, or otherwise not a server's address."""
+
+
+class ModelNotFound(RAdapterClientError):
+    """The server does not serve this model, or not in this release."""
+
+
+class ServerError(RAdapterClientError):
+    """The server failed, or answered with something that is no answer."""
+
+
+IMAGE_CODES = frozenset({"image_too_large", "invalid_image"})
+REQUEST_CODES = frozenset({"invalid_argument", "no_labels", "unknown_label_set"})
+
+# gRPC's names and HTTP's numbers of the same failures.
+KINDS: dict[str, type[RAdapterClientError]] = {
+    "INVALID_ARGUMENT": InvalidRequest,
+    "OUT_OF_RANGE": InvalidRequest,
+    "RESOURCE_EXHAUSTED": InvalidRequest,
+    "400": InvalidRequest,
+    "413": InvalidRequest,
+    "NOT_FOUND": ModelNotFound,
+    "404": ModelNotFound,
+    "UNAVAILABLE": ServerUnavailable,
+    "502": ServerUnavailable,
+    "503": ServerUnavailable,
+    "DEADLINE_EXCEEDED": Timeout,
+    "504": Timeout,
+}
+
+
+def from_server(status: str, text: str) -> RAdapterClientError:
+    """The exception for a failure that the server reported.
+
+    status: gRPC's name of the status ("INVALID_ARGUMENT") or HTTP's number ("400").
+    text: the server's message; a code in brackets goes to `.code`, a stack trace of the server is cut off.
+    """
+    text = re.sub(r"^\[request id: [^\]]*\] ", "", text.split("\n\nAt:\n")[0]).strip()
+    found = re.search(r"(?:^|: )\[([a-z][a-z0-9_]*)\] ", text)
+    code = found[1] if found else None
+    if found:
+        text = text[found.end() :]
+    kind = KINDS.get(status, ServerError)
+    if code in IMAGE_CODES:
+        kind = InvalidImage
+    elif code in REQUEST_CODES:
+        kind = InvalidRequest
+    if kind is ModelNotFound:
+        text = f"{text}; see what is served with: radapter-query release"
+    return kind(text or f"the server answered {status} and no more", code=code)

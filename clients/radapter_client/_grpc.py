@@ -1,0 +1,103 @@
+"""gRPC: tritonclient's own clients, of which the synchronous one is safe from several threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tritonclient.grpc
+import tritonclient.grpc.aio
+from tritonclient.utils import InferenceServerException
+
+from ._exceptions import RAdapterClientError, ServerUnavailable, Timeout, from_server
+from ._url import ServerURL
+from ._wire import Request, Tensors, infer_inputs
+
+CHANNEL = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # gRPC's own waits up to two minutes before it looks again for a server that has come back.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # As over HTTP: an http_proxy of the environment is not for the model server.
+    ("grpc.enable_http_proxy", 0),
+]
+METHODS = {
+    "infer": "infer",
+    "config": "get_model_config",
+    "ready": "is_model_ready",
+    "statistics": "get_inference_statistics",
+}
+
+
+class _Grpc:
+    def __init__(self, url: ServerURL) -> None:
+        self._url = url
+
+    def _options(self) -> dict[str, Any]:
+        return {"url": self._url.address, "ssl": self._url.secure, "channel_args": CHANNEL}
+
+    def _call(self, request: Request, timeout: float) -> tuple[str, dict[str, Any]]:
+        arguments: dict[str, Any] = {
+            "model_name": request.model,
+            "model_version": request.version,
+            "client_timeout": timeout,
+        }
+        if request.action == "infer":
+            arguments["inputs"] = infer_inputs(tritonclient.grpc, request.inputs)
+        elif request.action != "ready":
+            arguments["as_json"] = True
+        return METHODS[request.action], arguments
+
+    def _reply(self, request: Request, reply: Any) -> Any:
+        if request.action == "infer":
+            response = reply.get_response()
+            outputs = {output.name: reply.as_numpy(output.name) for output in response.outputs}
+            return Tensors(int(response.model_version), outputs)
+        return reply["config"] if request.action == "config" else reply
+
+    def _error(self, error: InferenceServerException, timeout: float) -> RAdapterClientError:
+        status = str(error.status()).removeprefix("StatusCode.")
+        text = str(error.message())
+        if status == "CANCELLED":
+            return RAdapterClientError("the client was closed in the middle of a call")
+        if status == "DEADLINE_EXCEEDED":
+            return Timeout(f"no answer from {self._url} within {timeout:g} s")
+        if status == "UNAVAILABLE":
+            return ServerUnavailable(f"no answer from {self._url}: {text}; is the server running (radapter-serve)?")
+        return from_server(status, text)
+
+
+class GrpcTransport(_Grpc):
+    def __init__(self, url: ServerURL) -> None:
+        super().__init__(url)
+        self._client = tritonclient.grpc.InferenceServerClient(**self._options())
+
+    def send(self, request: Request, timeout: float) -> Any:
+        method, arguments = self._call(request, timeout)
+        try:
+            return self._reply(request, getattr(self._client, method)(**arguments))
+        except InferenceServerException as error:
+            raise self._error(error, timeout) from error
+
+    def close(self) -> None:
+        self._client.close()
+
+
+class AsyncGrpcTransport(_Grpc):
+    def __init__(self, url: ServerURL) -> None:
+        super().__init__(url)
+        self._client: Any = None  # belongs to the event loop of the first call
+
+    async def send(self, request: Request, timeout: float) -> Any:
+        if self._client is None:
+            self._client = tritonclient.grpc.aio.InferenceServerClient(**self._options())
+        method, arguments = self._call(request, timeout)
+        try:
+            return self._reply(request, await getattr(self._client, method)(**arguments))
+        except InferenceServerException as error:
+            raise self._error(error, timeout) from error
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.close()

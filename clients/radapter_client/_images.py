@@ -1,0 +1,113 @@
+"""Images on their way out: a file's bytes as they are, pixels as PNG, which keeps them and their mode to the bit."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, Union
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ._exceptions import InvalidImage
+
+ImageLike: TypeAlias = Union[str, "os.PathLike[str]", bytes, Image.Image, "npt.NDArray[Any]"]
+
+# The modes that PNG gives back as they were. CLIP resizes in the image's own mode and converts to RGB after, so an
+# image converted here would not get what the same image gets from open_clip locally.
+MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "I;16")
+ALLOWED = "a path, the bytes of an image file, a PIL image or a uint8 array [H, W, 3] or [H, W]"
+
+
+def is_one_image(images: object) -> bool:
+    """Whether this is one image, and not several of them."""
+    if isinstance(images, np.ndarray):
+        return images.ndim < 4
+    return isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image))
+
+
+def encode_image(image: ImageLike) -> bytes:
+    """The bytes of a JPEG, PNG or WebP file for an image. Raises InvalidImage."""
+    if isinstance(image, (str, os.PathLike)):
+        return _read(Path(image))
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        if not len(image):
+            raise InvalidImage("an image of zero bytes", code="invalid_image")
+        return bytes(image)
+    if isinstance(image, np.ndarray):
+        image = _from_array(image)
+    if not isinstance(image, Image.Image):
+        raise InvalidImage(f"not an image: {type(image).__name__}; allowed are {ALLOWED}", code="invalid_image")
+    return _png(image)
+
+
+def size_bound(image: ImageLike) -> int:
+    """About how many bytes the encoded image has at most; 0 where that is unknown."""
+    if isinstance(image, (str, os.PathLike)):
+        try:
+            return Path(image).stat().st_size
+        except (OSError, ValueError):
+            return 0
+    if isinstance(image, np.ndarray):
+        return image.nbytes
+    if isinstance(image, Image.Image):
+        return image.width * image.height * len(image.getbands())
+    return len(image) if isinstance(image, (bytes, bytearray, memoryview)) else 0
+
+
+def chunks(sizes: Sequence[int], max_rows: int, max_bytes: int) -> list[range]:
+    """Splits items of these sizes, in order, into runs of at most max_rows and max_bytes, or of one item."""
+    runs: list[range] = []
+    start = total = 0
+    for index, size in enumerate(sizes):
+        if index > start and (index - start >= max_rows or total + size > max_bytes):
+            runs.append(range(start, index))
+            start, total = index, 0
+        total += size
+    return [*runs, range(start, len(sizes))] if len(sizes) else []
+
+
+def _read(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise InvalidImage(f"cannot read the image {path}: {reason}", code="invalid_image") from error
+    if not data:
+        raise InvalidImage(f"the image {path} is an empty file", code="invalid_image")
+    return data
+
+
+def _from_array(array: npt.NDArray[Any]) -> Image.Image:
+    shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
+    if array.dtype != np.uint8 or not shaped or 0 in array.shape:
+        raise InvalidImage(
+            f"an array of {array.dtype} {list(array.shape)} is not an image; "
+            "allowed are uint8 [H, W, 3] (RGB) and uint8 [H, W] (grey)",
+            code="invalid_image",
+        )
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _png(image: Image.Image) -> bytes:
+    if image.mode not in MODES:
+        raise InvalidImage(
+            f"a PIL image of mode {image.mode} cannot be sent without changing it; allowed are {', '.join(MODES)}; "
+            "send the file's path or bytes, or image.convert('RGB')",
+            code="invalid_image",
+        )
+    if 0 in image.size:
+        raise InvalidImage(f"an image of {image.width} x {image.height} pixels", code="invalid_image")
+    file = io.BytesIO()
+    # A colour profile is as large as a small image, and nobody reads it.
+    options: dict[str, Any] = {"compress_level": 1, "icc_profile": None}
+    if image.mode == "P":
+        options["bits"] = 8  # else Pillow packs by the palette's length and loses indices beyond it
+    try:
+        image.save(file, "PNG", **options)
+    except (OSError, ValueError, SyntaxError) as error:  # an image opened from a broken file fails only now
+        raise InvalidImage(f"cannot read the PIL image: {error}", code="invalid_image") from error
+    return file.getvalue()

@@ -1,0 +1,65 @@
+"""The server's URL: the scheme chooses the protocol."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from ._exceptions import InvalidURL
+
+PORTS = {"grpc": 8001, "grpcs": 443, "http": 8000, "https": 443}
+ALLOWED = "grpc://HOST:8001, grpcs://HOST, http://HOST:8000 or https://HOST"
+
+
+@dataclass(frozen=True)
+class ServerURL:
+    """scheme; host as in the URL (IPv6 in brackets); port; path, empty or with a slash before and none behind."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str = ""
+
+    @property
+    def protocol(self) -> str:
+        return "grpc" if self.scheme.startswith("grpc") else "http"
+
+    @property
+    def secure(self) -> bool:
+        return self.scheme in ("grpcs", "https")
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.address}{self.path}"
+
+
+def parse_url(url: str) -> ServerURL:
+    """The parts of a server's URL; the usual port where it names none. Raises InvalidURL, naming the allowed forms."""
+
+    def refuse(why: str) -> InvalidURL:
+        return InvalidURL(f"not a server's URL: {url!r} {why}; allowed are {ALLOWED}")
+
+    if not isinstance(url, str):
+        raise refuse("is not a text")
+    scheme, separator, _ = url.partition("://")
+    if not separator or scheme.lower() not in PORTS:
+        raise refuse("has no scheme" if not separator else f"has the scheme {scheme!r}")
+    if any(character.isspace() or not character.isprintable() for character in url):
+        raise refuse("has white space in it")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise refuse(f"({error})") from None
+    if not parts.hostname:
+        raise refuse("names no host")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise refuse("has more than a host, a port and a path")
+    path = parts.path.rstrip("/")
+    if path and parts.scheme.startswith("grpc"):
+        raise refuse("has a path, which gRPC has not")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return ServerURL(parts.scheme, host, PORTS[parts.scheme] if port is None else port, path)
