@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ def write_tokenizer(tokenizer: Any, path: str | Path, *, dynamic_length: bool = 
     Args:
         tokenizer: what `open_clip.get_tokenizer` returns.
         path: file to write, `tokenizer.json`.
-        dynamic_length: the text tower may be given texts cropped to the longest one (`radapter_serve.towers.is_causal`).
+        dynamic_length: texts may be cropped to the longest one (see `radapter_serve.towers.is_causal`).
 
     Returns:
         The `tokenizer` entry of a release: kind, digest, context_length, dynamic_length, start, end, pad, clean.
@@ -42,7 +41,7 @@ def write_tokenizer(tokenizer: Any, path: str | Path, *, dynamic_length: bool = 
         )
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
     digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
     return {**spec, "digest": digest, "context_length": tokenizer.context_length, "dynamic_length": dynamic_length}
 

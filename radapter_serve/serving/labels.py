@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.errors import INVALID_ARGUMENT, NO_LABELS, TaskError
@@ -18,7 +18,7 @@ BUILT_IN_TEMPLATES = {"simple": ["a photo of a {}."]}
 MAX_PROMPTS = 100_000
 MAX_TEXT_LENGTH = 10_000
 
-EncodeTokens = Callable[[np.ndarray], np.ndarray]
+EncodeTokens = Callable[[NDArray[np.int32]], NDArray[np.float32]]
 
 
 def read_label_file(path: str | Path) -> list[str]:
@@ -86,7 +86,7 @@ class LabelSet:
     """
 
     labels: tuple[str, ...]
-    embeds: np.ndarray
+    embeds: NDArray[np.float32]
 
     def save(self, path: str | Path) -> None:
         """Write `labels` and `embeds` as npz, in one piece or not at all."""
@@ -94,7 +94,7 @@ class LabelSet:
         temporary = path.with_name(path.name + ".tmp")
         with temporary.open("wb") as file:
             np.savez(file, labels=np.array(self.labels, dtype=np.str_), embeds=np.asarray(self.embeds, np.float32))
-        os.replace(temporary, path)
+        temporary.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> LabelSet:
@@ -119,13 +119,13 @@ class LabelEmbedder:
         self, tokenizer: Tokenizer, encode_tokens: EncodeTokens, *, max_batch_size: int = 64, cache_size: int = 20_000
     ) -> None:
         self._tokenizer, self._encode, self._max_batch_size = tokenizer, encode_tokens, max_batch_size
-        self._cache: OrderedDict[tuple[tuple[str, ...], str], np.ndarray] = OrderedDict()
+        self._cache: OrderedDict[tuple[tuple[str, ...], str], NDArray[np.float32]] = OrderedDict()
         self._cache_size = cache_size
         # Callers mostly send the same list again; this saves them the walk through it.
         self._sets: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], LabelSet] = OrderedDict()
 
     def __call__(self, labels: Sequence[str], templates: Sequence[str]) -> LabelSet:
-        """Embed labels: the mean of the unit-length embeddings of all prompts (names x templates), at unit length again.
+        """Embed labels: the mean over all prompts (names x templates) at unit length, made unit length again.
 
         Raises:
             TaskError: no labels, an empty or a repeated one, a template without `{}`, too many or too long prompts.
@@ -156,7 +156,7 @@ class LabelEmbedder:
             self._cache.popitem(last=False)
         return LabelSet(tuple(names[label][0] for label in labels), embeds)
 
-    def _compute(self, templates: tuple[str, ...], missing: dict[str, list[str]]) -> dict[str, np.ndarray]:
+    def _compute(self, templates: tuple[str, ...], missing: dict[str, list[str]]) -> dict[str, NDArray[np.float32]]:
         prompts = {
             label: [template.replace("{}", name) for name in names for template in templates]
             for label, names in missing.items()
@@ -165,8 +165,8 @@ class LabelEmbedder:
         if len(texts) > MAX_PROMPTS:
             raise TaskError(
                 INVALID_ARGUMENT,
-                f"{len(texts)} prompts (labels x synonyms x templates) in one request, at most {MAX_PROMPTS} are allowed; "
-                "export them as a label set: radapter-export --label-set NAME=FILE",
+                f"{len(texts)} prompts (names x templates) in one request; at most {MAX_PROMPTS} are allowed, "
+                "so export them as a label set: radapter-export --label-set NAME=FILE",
             )
         where = {text: row for row, text in enumerate(texts)}
         embeds = embed_texts(texts, self._tokenizer, self._encode, self._max_batch_size)
@@ -175,7 +175,7 @@ class LabelEmbedder:
 
 def embed_texts(
     texts: Sequence[str], tokenizer: Tokenizer, encode_tokens: EncodeTokens, max_batch_size: int
-) -> np.ndarray:
+) -> NDArray[np.float32]:
     """Embed texts in batches of similar length, float32 [N, D] in the order of `texts`.
 
     Raises:
@@ -228,8 +228,8 @@ def check_templates(templates: Iterable[str]) -> None:
             )
 
 
-def _unit(vector: np.ndarray) -> np.ndarray:
-    return vector / max(float(np.linalg.norm(vector)), 1e-12)
+def _unit(vector: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray(vector / max(float(np.linalg.norm(vector)), 1e-12), np.float32)
 
 
 def _lines(path: str | Path, alternative: str = "") -> Iterable[tuple[int, str]]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from radapter_serve.serving.errors import IMAGE_TOO_LARGE, INVALID_IMAGE, TaskError
 
@@ -43,7 +44,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TaskError(IMAGE_TOO_LARGE, f"{error}; at most {max_pixels} pixels are allowed") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise TaskError(INVALID_IMAGE, f"{len(data)} bytes are not an image; send {_allowed()}") from None
     except Exception as error:  # Pillow's decoders raise anything on broken files, from SyntaxError to struct.error
         raise TaskError(INVALID_IMAGE, f"the image is broken or truncated ({error}); send {_allowed()}") from None
@@ -79,7 +80,7 @@ class Preprocess:
             raise ValueError(f"resize_mode is {mode!r}; allowed are shortest, squash, longest")
         return cls((int(height), int(width)), interpolation, mode, int(config.get("fill_color") or 0))
 
-    def __call__(self, image: Image.Image, out: np.ndarray | None = None) -> np.ndarray:
+    def __call__(self, image: Image.Image, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         """Resize, crop or pad, and only then convert to RGB: the order of open_clip.
 
         Args:

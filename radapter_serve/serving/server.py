@@ -19,7 +19,6 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -55,7 +54,7 @@ class Installation:
     stub: Path | None = None
 
     def assemble(self, folder: Path) -> None:
-        """Make a backend directory in `folder`: links, but a copy of the Python backend (15 MB), which Triton insists on."""
+        """Make a backend directory in `folder`: links, and a copy of the Python backend, as Triton insists."""
         for name, source in self.backends.items():
             if name == "python":
                 shutil.copytree(source, folder / name)
@@ -194,6 +193,8 @@ class TritonServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._shm_prefix = f"radapter_{os.getpid()}_{uuid.uuid4().hex[:8]}_"
+        self._dead: set[int] = set()
+        self._stubs: dict[int, str] = {}
         self.models: dict[str, list[int]] = {}
 
     @property
@@ -212,6 +213,11 @@ class TritonServer:
         """For example `grpc://127.0.0.1:8001`."""
         return f"grpc://{self.address}:{self.grpc_port}"
 
+    @property
+    def metrics_url(self) -> str:
+        """For example `http://127.0.0.1:8002/metrics`."""
+        return f"http://{self.address}:{self.metrics_port}/metrics"
+
     def start(self) -> TritonServer:
         """Start the server and wait until all its models are ready."""
         self.models = models_of(self.model_repository)
@@ -221,6 +227,7 @@ class TritonServer:
         try:
             self._launch(installation, Path(self._folder.name))
             self._wait_until_ready()
+            self.check()
         except BaseException:
             self.stop()
             raise
@@ -234,17 +241,31 @@ class TritonServer:
         """
         while True:
             self.check()
-            time.sleep(0.5)
+            time.sleep(1)
 
     def check(self) -> None:
-        """Raise a `RAdapterError` if the server, or the process of one of its models, has died."""
+        """Look after the server; to be called now and then, for Triton does not restart a model's process that died.
+
+        Raises:
+            RAdapterError: the server, or the process of one of its models, is gone.
+        """
         process = self._process
         if process is None or process.poll() is not None:
             raise RAdapterError(f"tritonserver ended by itself: {self._reason()}")
-        for name in _dead_stubs(process.pid):
+        children = _children(process.pid)
+        dead = {pid for pid, (state, _) in children.items() if state == "Z"}
+        # The process of a model that is unloaded is dead for a moment, too.
+        if gone := dead & self._dead:
+            names = sorted({self._stubs.get(pid, str(pid)) for pid in gone})
             raise RAdapterError(
-                f"the process of the model {name} was killed (out of memory?); start again: radapter-serve"
+                f"the process of {', '.join(names)} died (killed? out of memory?) and Triton cannot replace it; "
+                "start the server again: radapter-serve"
             )
+        self._dead = dead
+        for pid, (_, argument) in children.items():
+            if argument:
+                model, version = Path(argument).parts[-3:-1]
+                self._stubs[pid] = f"{model} version {version}"
 
     def stop(self) -> None:
         """Stop the server and all its processes; nothing of it stays, in /dev/shm or elsewhere."""
@@ -363,6 +384,13 @@ def _environment(installation: Installation) -> dict[str, str]:
     return environment
 
 
-def _dead_stubs(parent: int) -> Iterator[str]:
-    """Names of the models whose process is a zombie: killed, and not yet missed by the server."""
-    return iter(())
+def _children(parent: int) -> dict[int, tuple[str, str]]:
+    """State ("Z": dead) and first argument of the processes that `parent` started, by process id."""
+    found = {}
+    for task in Path(f"/proc/{parent}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # threads and processes come and go
+            for pid in map(int, task.read_text().split()):
+                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+                arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                found[pid] = state, arguments[1].decode() if len(arguments) > 1 else ""
+    return found

@@ -1,4 +1,4 @@
-"""The tasks, without Triton: they take a batch of requests and two callables, and give one answer or error a request."""
+"""The tasks, without Triton: a batch of requests and two encoders in, an answer or an error for each request out."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from radapter_serve.serving.errors import INVALID_ARGUMENT, NO_LABELS, UNKNOWN_LABEL_SET, TaskError
 from radapter_serve.serving.labels import EncodeTokens, LabelEmbedder, LabelSet, embed_texts
 from radapter_serve.serving.preprocess import Preprocess, decode
 from radapter_serve.serving.tokenizer import Tokenizer
 
-EncodeImages = Callable[[np.ndarray], np.ndarray]
+EncodeImages = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 DEFAULT_TOP_K = 5
 
 
@@ -33,7 +34,7 @@ class EmbedImages:
         self._encode, self._max_batch_size = encode_images, int(release["max_batch_size"])
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
 
-    def __call__(self, requests: Sequence[Sequence[bytes]]) -> list[np.ndarray | TaskError]:
+    def __call__(self, requests: Sequence[Sequence[bytes]]) -> list[NDArray[np.float32] | TaskError]:
         """Embed the images of several requests in as few encoder calls as possible.
 
         Args:
@@ -57,7 +58,7 @@ class EmbedImages:
 
         # Rows of a request with a bad image are left out, so `where` says where the others are in the encoder's output.
         bad = np.zeros(len(images), bool)
-        results: list[np.ndarray | TaskError] = []
+        results: list[Any] = []
         start = 0
         for request in requests:
             rows = slice(start, start + len(request))
@@ -71,7 +72,7 @@ class EmbedImages:
         embeds = self._encode_all(pixels[~bad] if bad.any() else pixels)
         return [result if isinstance(result, TaskError) else embeds[where[result]] for result in results]
 
-    def _encode_all(self, pixels: np.ndarray) -> np.ndarray:
+    def _encode_all(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         step = self._max_batch_size
         parts = [self._encode(pixels[start : start + step]) for start in range(0, len(pixels), step)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -90,7 +91,7 @@ class EmbedTexts:
         self._tokenizer, self._encode = tokenizer, encode_tokens
         self._max_batch_size = int(release["max_batch_size"])
 
-    def __call__(self, requests: Sequence[Sequence[bytes]]) -> list[np.ndarray | TaskError]:
+    def __call__(self, requests: Sequence[Sequence[bytes]]) -> list[NDArray[np.float32] | TaskError]:
         """Embed the texts (UTF-8) of several requests; for each float32 [B, D] or its error."""
         texts: list[list[str] | TaskError] = [_caught(_texts, request) for request in requests]
         unique = list(dict.fromkeys(text for some in texts if not isinstance(some, TaskError) for text in some))
@@ -122,8 +123,8 @@ class ClassifyRequest:
 class Classes:
     """The answer: labels, object [B, k] of str, and their scores, float32 [B, k], best first."""
 
-    labels: np.ndarray
-    scores: np.ndarray
+    labels: NDArray[np.object_]
+    scores: NDArray[np.float32]
 
 
 class Classify:
@@ -187,7 +188,7 @@ class Classify:
     def _known(self) -> str:
         return ", ".join(sorted(self._label_sets)) or "none (radapter-export --label-set NAME=FILE makes one)"
 
-    def _score(self, embeds: np.ndarray, sets: list[LabelSet], k: int) -> Classes:
+    def _score(self, embeds: NDArray[np.float32], sets: list[LabelSet], k: int) -> Classes:
         labels, scores = np.empty((len(sets), k), object), np.empty((len(sets), k), np.float32)
         for row, (embed, label_set) in enumerate(zip(embeds, sets, strict=True)):
             probabilities = self._probabilities(self._scale * (label_set.embeds @ embed))
@@ -197,12 +198,12 @@ class Classify:
             scores[row] = probabilities[best]
         return Classes(labels, scores)
 
-    def _probabilities(self, logits: np.ndarray) -> np.ndarray:
-        """Softmax over the labels, or, for a model trained with a sigmoid loss (it has a bias), each label's sigmoid."""
+    def _probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Softmax over the labels; for a model trained with a sigmoid loss (it has a bias), each label's sigmoid."""
         if self._bias is not None:
-            return 1 / (1 + np.exp(-np.clip(logits + self._bias, -80, 80)))
+            return np.asarray(1 / (1 + np.exp(-np.clip(logits + self._bias, -80, 80))), np.float32)
         exponents = np.exp(logits - logits.max())
-        return exponents / exponents.sum()
+        return np.asarray(exponents / exponents.sum(), np.float32)
 
 
 def load_label_sets(folder: str | Path) -> dict[str, LabelSet]:

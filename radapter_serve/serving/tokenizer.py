@@ -13,6 +13,7 @@ import ftfy
 import numpy as np
 import regex
 import tokenizers
+from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
 
@@ -23,7 +24,7 @@ _CACHED_WORDS, _CACHED_LENGTH = 1 << 16, 32
 class Tokenizer:
     """Callable that turns texts into int32 [N, L], L the context length or, if `dynamic_length`, the longest text's.
 
-    Cropping to the longest text of a call changes nothing for a causal text tower, which never looks past its end token.
+    Cropping to the longest text of a call changes nothing for a causal text tower: it never looks ahead.
     """
 
     def __init__(self, core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> None:
@@ -45,7 +46,7 @@ class Tokenizer:
         """
         return cls(tokenizers.Tokenizer.from_file(str(path)), spec)
 
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.int32]:
         """Token ids, int32 [N, L]: start, text, end, then padding; too long a text is cut and its end token kept."""
         return self.batch(self.encode(texts))
 
@@ -53,7 +54,7 @@ class Tokenizer:
         """Token ids of each text without padding, at most `context_length` of them."""
         return self._rows([self._clean(text) for text in texts])
 
-    def batch(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    def batch(self, rows: Sequence[Sequence[int]]) -> NDArray[np.int32]:
         """Rows of `encode` padded to one length, int32 [N, L]."""
         length = max(map(len, rows), default=1) if self.dynamic_length else self.context_length
         tokens = np.full((len(rows), length), self._pad, dtype=np.int32)

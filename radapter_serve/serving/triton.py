@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb
+from numpy.typing import NDArray
 
 from radapter_serve.serving.errors import ENCODER_FAILED, TaskError
 from radapter_serve.serving.labels import LabelEmbedder
@@ -29,11 +30,11 @@ class Version:
         self.release: dict[str, Any] = json.loads((self.folder / "release.json").read_text(encoding="utf-8"))
         self._number = int(arguments["model_version"])
 
-    def encode_images(self, pixels: np.ndarray) -> np.ndarray:
+    def encode_images(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 [B, S, S, 3] -> float32 [B, D] by `image_encoder`."""
         return self._call("image_encoder", "image", pixels, "image_embeds")
 
-    def encode_tokens(self, tokens: np.ndarray) -> np.ndarray:
+    def encode_tokens(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """int32 [B, L] -> float32 [B, D] by `text_encoder`."""
         return self._call("text_encoder", "tokens", tokens, "text_embeds")
 
@@ -50,7 +51,7 @@ class Version:
         size = int(self.release["max_batch_size"])
         return LabelEmbedder(self.tokenizer(), self.encode_tokens, max_batch_size=size)
 
-    def _call(self, model: str, source: str, array: np.ndarray, target: str) -> np.ndarray:
+    def _call(self, model: str, source: str, array: NDArray[Any], target: str) -> NDArray[np.float32]:
         response = pb.InferenceRequest(
             model_name=model,
             model_version=self._number,
@@ -70,7 +71,7 @@ def read(request: Any, name: str) -> Any:
 
 
 def answer(
-    requests: Sequence[Any], run: Callable[[], Sequence[Any]], outputs: Callable[[Any], dict[str, np.ndarray]]
+    requests: Sequence[Any], run: Callable[[], Sequence[Any]], outputs: Callable[[Any], dict[str, NDArray[Any]]]
 ) -> list[Any]:
     """One response a request, an error where its result is one.
 
@@ -86,7 +87,7 @@ def answer(
     return [_response(result, outputs) for result in results]
 
 
-def _response(result: Any, outputs: Callable[[Any], dict[str, np.ndarray]]) -> Any:
+def _response(result: Any, outputs: Callable[[Any], dict[str, NDArray[Any]]]) -> Any:
     if isinstance(result, TaskError):
         code = pb.TritonError.INTERNAL if result.code == ENCODER_FAILED else pb.TritonError.INVALID_ARG
         return pb.InferenceResponse(error=pb.TritonError(str(result), code))

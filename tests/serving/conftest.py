@@ -20,7 +20,7 @@ from radapter_export.tokenizer import write_tokenizer
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.serving.labels import LabelEmbedder
-from radapter_serve.serving.tasks import Classify, ClassifyRequest, EmbedImages, EmbedTexts, load_label_sets
+from radapter_serve.serving.tasks import Classify, EmbedImages, EmbedTexts, load_label_sets
 from radapter_serve.serving.tokenizer import Tokenizer
 
 SOURCES = Path(__file__).parents[2] / "model_repository"

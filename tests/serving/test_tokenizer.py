@@ -19,10 +19,13 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.tokenizer import Tokenizer
 
 PIECES = [
-    "a photo of a cat", "IT'S", "DON'T", "I'LL", "'s", "'ſ", "we’ve", "<end_of_text>", "<START_OF_TEXT>", "<|endoftext|>", "&amp;lt;", "&lt;b&gt;",
-    "&#39;", "&nbsp;", "caf\u00e9", "cafe\u0301", "schÃ¶n", "â€œquotedâ€\x9d", "ﬁne", "ＦＵＬＬ", "東京タワー", "한국어", "שלום", "مرحبا", "नमस्ते", "👩‍👩‍👧", "🇩🇪", "❤️",
-    "½", "x²", "Ⅷ", "١٢٣", "2024", "3.14", "\u200b", "\ufeff", "\x00", "\x1b[31m", "\u00a0", "\u3000", "\r\n", "\t", "_", "__", "#!?", "...", "İstanbul", "ß", "ẞ",
-    "\U0001f9ea", "\U00010348", "\ud7ff", "\ue000", "é" * 5, "supercalifragilisticexpialidocious", "aaaaaaaaaaaaaaaaaaaaaaaa", "!" * 30, "- -", "C++",
+    'a photo of a cat', "IT'S", "DON'T", "I'LL", "'s", "'ſ", 'we’ve', '<end_of_text>',
+    '<START_OF_TEXT>', '<|endoftext|>', '&amp;lt;', '&lt;b&gt;', '&#39;', '&nbsp;', 'café', 'café',
+    'schÃ¶n', 'â€œquotedâ€\x9d', 'ﬁne', 'ＦＵＬＬ', '東京タワー', '한국어', 'שלום', 'مرحبا', 'नमस्ते',
+    '👩\u200d👩\u200d👧', '🇩🇪', '❤️', '½', 'x²', 'Ⅷ', '١٢٣', '2024', '3.14', '\u200b', '\ufeff',
+    '\x00', '\x1b[31m', '\xa0', '\u3000', '\r\n', '\t', '_', '__', '#!?', '...', 'İstanbul', 'ß',
+    'ẞ', '🧪', '𐍈', '\ud7ff', '\ue000', 'ééééé', 'supercalifragilisticexpialidocious',
+    'aaaaaaaaaaaaaaaaaaaaaaaa', '!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!', '- -', 'C++',
 ]  # fmt: skip
 
 

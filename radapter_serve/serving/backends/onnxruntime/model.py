@@ -7,11 +7,16 @@ Of the C++ backend's parameters it knows `intra_op_thread_count`, `inter_op_thre
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import triton_python_backend_utils as pb
+from numpy.typing import NDArray
+
+Feed = dict[str, NDArray[Any]]
 
 if int(np.__version__.split(".")[0]) >= 2:
     raise RuntimeError(
@@ -24,11 +29,11 @@ class TritonPythonModel:
     """One ONNX Runtime session; the requests of an `execute` become one run."""
 
     @staticmethod
-    def auto_complete_config(config):
+    def auto_complete_config(config: Any) -> Any:
         """Nothing to complete: the exporter writes every input and output into the config."""
         return config
 
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         file = config.get("default_model_filename") or "model.onnx"
         path = Path(args["model_repository"]) / args["model_version"] / file
@@ -47,7 +52,7 @@ class TritonPythonModel:
             )
         self._check_names()
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[Any]:
         arrays = [
             {name: pb.get_input_tensor_by_name(request, name).as_numpy() for name in self._inputs}
             for request in requests
@@ -56,10 +61,10 @@ class TritonPythonModel:
             return self._run_together(arrays)
         return [self._run_alone(feed) for feed in arrays]
 
-    def finalize(self):
-        self._session = None
+    def finalize(self) -> None:
+        del self._session
 
-    def _run_together(self, arrays):
+    def _run_together(self, arrays: list[Feed]) -> list[Any]:
         feed = {name: np.concatenate([one[name] for one in arrays]) for name in self._inputs}
         try:
             outputs = self._run(feed)
@@ -69,21 +74,21 @@ class TritonPythonModel:
         parts = zip(*(np.split(output, ends) for output in outputs), strict=True)
         return [self._response(part) for part in parts]
 
-    def _run_alone(self, feed):
+    def _run_alone(self, feed: Feed) -> Any:
         try:
             return self._response(self._run(feed))
         except Exception as error:  # one bad request must not fail the others
             return _failed(error)
 
-    def _run(self, feed):
-        return self._session.run([name for name, _ in self._outputs], feed)
+    def _run(self, feed: Feed) -> list[NDArray[Any]]:
+        return list(self._session.run([name for name, _ in self._outputs], feed))
 
-    def _response(self, outputs):
+    def _response(self, outputs: Sequence[NDArray[Any]]) -> Any:
         pairs = zip(self._outputs, outputs, strict=True)
         tensors = [pb.Tensor(name, output.astype(dtype, copy=False)) for (name, dtype), output in pairs]
         return pb.InferenceResponse(tensors)
 
-    def _check_names(self):
+    def _check_names(self) -> None:
         for kind, wanted, actual in (
             ("input", self._inputs, [i.name for i in self._session.get_inputs()]),
             ("output", [name for name, _ in self._outputs], [o.name for o in self._session.get_outputs()]),
@@ -92,7 +97,7 @@ class TritonPythonModel:
                 raise RuntimeError(f"config.pbtxt names the {kind} {unknown}, the graph has {sorted(actual)}")
 
 
-def _options(config):
+def _options(config: dict[str, Any]) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     parameters = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
@@ -112,15 +117,15 @@ def _options(config):
     return options
 
 
-def _providers(device):
+def _providers(device: int | None) -> list[Any]:
     cpu = ["CPUExecutionProvider"]
     return cpu if device is None else [("CUDAExecutionProvider", {"device_id": device}), *cpu]
 
 
-def _same_shapes(arrays):
+def _same_shapes(arrays: list[Feed]) -> bool:
     first = [array.shape[1:] for array in arrays[0].values()]
     return all([array.shape[1:] for array in one.values()] == first for one in arrays[1:])
 
 
-def _failed(error):
+def _failed(error: Exception) -> Any:
     return pb.InferenceResponse(error=pb.TritonError(f"ONNX Runtime: {error}", pb.TritonError.INTERNAL))
