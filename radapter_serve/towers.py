@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import text_global_pool
@@ -48,26 +50,24 @@ def is_causal(model: nn.Module) -> bool:
     return causal and not getattr(text, "use_pad_mask", False) and pool_type(text) in ("argmax", "eos")
 
 
-def text_tower(model: nn.Module) -> nn.Module:
+def text_tower(model: nn.Module) -> Any:
     """The module that holds the text tower's parameters: open_clip's CLIP holds them itself."""
-    tower = getattr(model, "text", model)
-    assert isinstance(tower, nn.Module)
-    return tower
+    return getattr(model, "text", model)
 
 
-def pool_type(text: nn.Module) -> str:
+def pool_type(text: Any) -> str:
     """How the text tower pools: `argmax`, `eos`, `last`, `first`."""
     return str(getattr(text, "text_pool_type", None) or getattr(text, "pool_type", "none"))
 
 
 def _longest(model: nn.Module, tokens: Tensor) -> int:
-    """One more than the last place where a row is pooled; id 0 pads but is also a token ("!"), so it can't be counted."""
+    """One more than the last place where a row is pooled; id 0 pads but is a token too ("!"): it can't be counted."""
     text = text_tower(model)
     ends = tokens if pool_type(text) == "argmax" else (tokens == _eos_id(text)).int()
     return int(ends.argmax(dim=1).max()) + 1 if len(tokens) else tokens.shape[1]
 
 
-def _eos_id(text: nn.Module) -> int | None:
+def _eos_id(text: Any) -> int | None:
     return getattr(text, "text_eos_id", None) or getattr(text, "eos_id", None)
 
 
@@ -76,10 +76,10 @@ def causal_text_features(model: nn.Module, tokens: Tensor) -> Tensor:
     text = text_tower(model)
     length = tokens.shape[1]
     dtype = text.transformer.get_cast_dtype()
-    x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
+    x: Tensor = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
     x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:length, :length]))
     x = text_global_pool(x, tokens, pool_type(text), eos_token_id=_eos_id(text))
     projection = text.text_projection
-    if projection is None:
-        return x
-    return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+    if projection is not None:
+        x = projection(x) if isinstance(projection, nn.Linear) else x @ projection
+    return x

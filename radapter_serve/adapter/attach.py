@@ -17,7 +17,7 @@ Form = Literal["weight", "activation"]
 
 
 class LinearAdapter(nn.Module):
-    """One adapter, F = W_adp transposed: a full [d, d] matrix, or up [d, r] times down [r, d]; no effect at the start."""
+    """One adapter, F = W_adp transposed: full [d, d], or up [d, r] times down [r, d]; no effect at the start."""
 
     def __init__(self, width: int, rank: int | None) -> None:
         super().__init__()
@@ -152,8 +152,8 @@ def attach(model: nn.Module, rank: int | None = None, *, form: Form = "activatio
     if rank is not None and rank >= width:
         raise RAdapterError(f"rank is {rank}; allowed: less than the width {width}, or null for full rank")
     for site in sites:
-        hooked = any(isinstance(getattr(h, "__self__", None), LinearAdapter) for h in site.output._forward_hooks.values())
-        if hooked or parametrize.is_parametrized(site.layer):
+        owners = [getattr(hook, "__self__", None) for hook in site.output._forward_hooks.values()]
+        if any(isinstance(owner, LinearAdapter) for owner in owners) or parametrize.is_parametrized(site.layer):
             raise RAdapterError(f"{site.key} has an adapter already; call remove() on the first adapters")
     model.requires_grad_(False)
     return Adapters(sites, rank, form, drop)

@@ -1,0 +1,1 @@
+"""Judging models: zero-shot classification and the α curve."""

@@ -1,0 +1,57 @@
+"""Zero-shot classification: a classifier from class names, and its accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from radapter_serve.serving.labels import split_label
+from radapter_serve.towers import encode_image, encode_text
+
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+@torch.no_grad()
+def zero_shot_classifier(
+    model: nn.Module, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str], *, batch_size: int = 256
+) -> Tensor:
+    """One unit-length text embedding a class: the mean over its names and all templates.
+
+    Args:
+        model: an open_clip model, adapters attached or folded.
+        tokenizer: list of N texts to token ids [N, L].
+        classes: class names, synonyms after commas.
+        templates: prompt templates with `{}`.
+        batch_size: texts a pass.
+
+    Returns:
+        float32 [C, D], on the model's device.
+    """
+    prompts = [[t.replace("{}", name) for name in split_label(line) for t in templates] for line in classes]
+    texts = [text for group in prompts for text in group]
+    device = next(model.parameters()).device
+    parts = [
+        encode_text(model, tokenizer(texts[i : i + batch_size]).to(device)) for i in range(0, len(texts), batch_size)
+    ]
+    groups = torch.cat(parts).split([len(group) for group in prompts])
+    return F.normalize(torch.stack([group.mean(dim=0) for group in groups]), dim=-1)
+
+
+@torch.no_grad()
+def count_hits(model: nn.Module, classifier: Tensor, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[int, int]:
+    """How many images the best class is right for, and how many there are.
+
+    Args:
+        model: an open_clip model.
+        classifier: [C, D] from `zero_shot_classifier`.
+        batches: pairs of pixels [B, 3, S, S] and labels [B].
+    """
+    hits = total = 0
+    for pixels, labels in batches:
+        embeds = encode_image(model, pixels.to(classifier.device))
+        hits += int(((embeds @ classifier.T).argmax(dim=1).cpu() == labels.cpu()).sum())
+        total += len(labels)
+    return hits, total

@@ -1,0 +1,277 @@
+"""The training loop, on accelerate: one process or many, CPU or GPU, any precision."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor, nn
+from torchvision import transforms
+
+from radapter_serve.adapter import Adapters, Form, Metadata, attach, base_digest, find_sites, save_adapter
+from radapter_serve.base import Base, load_base
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.classification import count_hits, zero_shot_classifier
+from radapter_serve.towers import encode_image, encode_text
+from radapter_serve.training.average import Average
+from radapter_serve.training.checkpoint import load_checkpoint, save_checkpoint
+from radapter_serve.training.data import Examples, Labelled, Transform, batches, load_labelled, templates_of
+from radapter_serve.training.loss import gather_with_grad, mpm_nce
+from radapter_serve.training.progress import Progress
+from radapter_serve.training.recipe import Recipe
+
+
+class TwoTower(nn.Module):
+    """Both towers behind one forward, which is what data parallelism wraps."""
+
+    def __init__(self, model: nn.Module, adapters: Adapters) -> None:
+        super().__init__()
+        self.model, self.adapters = model, adapters
+
+    def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeds pixels [B, 3, S, S] and tokens [B, L], both to float32 [B, D] of unit length."""
+        return encode_image(self.model, pixels), encode_text(self.model, tokens)
+
+
+def train(recipe: Recipe) -> Path:
+    """Train adapters as a recipe says.
+
+    Args:
+        recipe: see `Recipe`.
+
+    Returns:
+        The run's folder: `adapter.safetensors`, `recipe.yaml`, `metrics.jsonl`, `checkpoint.pt`, the tracker's files.
+
+    Raises:
+        RAdapterError: the recipe, the model or the data won't do; nothing was written then.
+    """
+    recipe.check()
+    out = _run_folder(recipe)
+    accelerator = _accelerator(recipe, out)
+    torch.manual_seed(recipe.seed)
+    base = load_base(recipe.architecture, recipe.pretrained)
+    columns = {"image_column": recipe.image_column, "label_column": recipe.label_column, "classes": recipe.classes}
+    data = load_labelled(recipe.data, streaming=recipe.streaming, **columns)  # type: ignore[arg-type]
+    val = load_labelled(recipe.val_data, **columns) if recipe.val_data else None  # type: ignore[arg-type]
+    templates = templates_of(recipe.templates)
+    examples = Examples(data, augmentation(base, recipe), templates, recipe.seed, refuse=recipe.on_broken == "refuse")
+    part = _part(recipe, accelerator, data)
+    digest = base_digest(base.model.state_dict(), [site.key for site in find_sites(base.model)])
+    form = choose_form(base.model, recipe.rank, part) if recipe.form == "auto" else recipe.form
+    adapters = attach(base.model, recipe.rank, form=form, drop=recipe.drop)
+    optimizer = torch.optim.AdamW(adapters.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    towers, optimizer = accelerator.prepare(TwoTower(base.model, adapters), optimizer)
+    average = Average(adapters, recipe.momentum, bias_correction=recipe.bias_correction)
+    steps = recipe.steps or recipe.epochs * (len(data.rows) // recipe.batch_size)
+    step, position = 0, (0, 0)
+    if recipe.resume:
+        step, position = load_checkpoint(out, recipe, adapters, average, optimizer, accelerator)
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
+    if recipe.tracker != "none":
+        accelerator.init_trackers("radapter", config={k: str(v) for k, v in recipe.to_dict().items()})
+    scale = float(base.model.state_dict()["logit_scale"].exp())
+    metrics: dict[str, float] = {}
+
+    with Progress(accelerator, out, steps, recipe.batch_size) as progress:
+        progress.say(
+            f"{adapters.share(base.model)}, {'full rank' if recipe.rank is None else f'rank {recipe.rank}'}, "
+            f"in {form} form; {len(data.classes)} classes, {steps} steps of {recipe.batch_size} images"
+        )
+        source = _endless(examples, part, position, accelerator, recipe.workers)
+        while step < steps:
+            started = time.perf_counter()
+            rate = learning_rate(recipe, step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            adapters.sample_drop(torch.Generator().manual_seed(recipe.seed * 1_000_003 + step))
+            for _ in range(recipe.accumulate):
+                position, batch = next(source)
+                with accelerator.accumulate(towers):
+                    tokens = base.tokenizer(batch["texts"]).to(accelerator.device)
+                    images, texts = towers(batch["pixels"].to(accelerator.device, non_blocking=True), tokens)
+                    labels = accelerator.gather(batch["labels"].to(accelerator.device))
+                    loss = mpm_nce(
+                        gather_with_grad(images),
+                        gather_with_grad(texts),
+                        labels,
+                        logit_scale=scale,
+                        delta=recipe.delta,
+                        epsilon=recipe.epsilon,
+                    )
+                    accelerator.backward(loss)
+                    if recipe.grad_clip is not None and accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(adapters.parameters(), recipe.grad_clip)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                progress.broken(batch["broken"])
+            average.update()
+            step += 1
+            progress.step(step, loss.item(), rate, time.perf_counter() - started)
+            if not math.isfinite(progress.loss):
+                raise RAdapterError(
+                    f"the loss is {progress.loss} at step {step}; lower --learning-rate or --precision no"
+                )
+            if val and (step == steps or (recipe.validate_every and step % recipe.validate_every == 0)):
+                with average.applied():
+                    metrics = validate(base, adapters, val, templates, recipe, accelerator)
+                progress.metrics(step, metrics)
+            if recipe.save_every and (step % recipe.save_every == 0 or step == steps):
+                save_checkpoint(out, recipe, adapters, average, optimizer, accelerator, step, position)
+        if accelerator.is_main_process:
+            adapters.load_tensors(average.tensors)
+            metadata = Metadata(
+                architecture=base.name,
+                pretrained=base.pretrained,
+                base_digest=digest,
+                rank=recipe.rank,
+                alpha=recipe.alpha,
+                templates=templates,
+                recipe=recipe.to_dict(),
+                metrics=metrics,
+            )
+            save_adapter(adapters.adapter(metadata), out / "adapter.safetensors")
+            progress.say(
+                f"wrote {out / 'adapter.safetensors'}; next: radapter-export --adapter {out} --alpha {recipe.alpha}"
+            )
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return out
+
+
+def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to the least rate."""
+    if step < recipe.warmup_steps:
+        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
+    done = (step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
+    return (
+        recipe.min_learning_rate
+        + (recipe.learning_rate - recipe.min_learning_rate) * (1 + math.cos(math.pi * done)) / 2
+    )
+
+
+def choose_form(model: nn.Module, rank: int | None, batch_size: int) -> Form:
+    """The form of the adapters that costs less for a batch, by its multiplications.
+
+    The activation form pays by the token; the weight form pays for `F·W` once a step, and for the gradient of the
+    weight that the adapter changes, which the activation form never needs.
+
+    Args:
+        model: an open_clip model.
+        rank: of the adapters; None is full.
+        batch_size: images a step and process.
+    """
+    grid = getattr(model.visual, "grid_size", (14, 14))
+    tokens = {True: batch_size * (grid[0] * grid[1] + 1), False: batch_size * 16}
+    weight = activation = 0
+    for site in find_sites(model):
+        count, width, inner = tokens[site.key.startswith("visual.")], site.layer.out_features, site.layer.in_features
+        weight += 4 * width * (width if rank is None else 2 * rank) * inner + 2 * count * width * inner
+        activation += 6 * count * width * (width if rank is None else 2 * rank)
+    return "weight" if weight < activation else "activation"
+
+
+def augmentation(base: Base, recipe: Recipe) -> Transform:
+    """The paper's augmentation: a random resized crop, bicubic, and for few-shot a flip."""
+    size = base.preprocess["size"]
+    crop = transforms.RandomResizedCrop(
+        size, scale=(recipe.crop_scale, 1.0), interpolation=transforms.InterpolationMode.BICUBIC
+    )
+    flip = [transforms.RandomHorizontalFlip()] if recipe.flip else []
+    normalize = transforms.Normalize(base.preprocess["mean"], base.preprocess["std"])
+    rgb = transforms.Lambda(lambda image: image.convert("RGB"))
+    composed: Transform = transforms.Compose([crop, *flip, rgb, transforms.ToTensor(), normalize])
+    return composed
+
+
+def evaluation_batches(
+    base: Base, data: Labelled, batch_size: int = 64, *, rank: int = 0, world: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pixels, as open_clip's own transform makes them, and labels of a data set."""
+    transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
+    rows = range(rank, len(data.rows), world)
+    for first in range(0, len(rows), batch_size):
+        chosen = [data.rows[i] for i in rows[first : first + batch_size]]
+        pixels = torch.stack([transform(data.image(row)) for row in chosen])  # type: ignore[arg-type]
+        yield pixels, torch.tensor([data.label(row) for row in chosen])
+
+
+def validate(
+    base: Base, adapters: Adapters, val: Labelled, templates: list[str], recipe: Recipe, accelerator: Accelerator
+) -> dict[str, float]:
+    """Zero-shot accuracy in per cent at α = 1 and at the recipe's α, over all processes."""
+    metrics = {}
+    rank, world = accelerator.process_index, accelerator.num_processes
+    for alpha in sorted({recipe.alpha, 1.0}):
+        adapters.alpha = alpha
+        classifier = zero_shot_classifier(base.model, base.tokenizer, val.classes, templates)
+        counts = count_hits(base.model, classifier, evaluation_batches(base, val, rank=rank, world=world))
+        hits, total = accelerator.reduce(torch.tensor(counts, device=accelerator.device)).tolist()
+        metrics[f"acc1@alpha={alpha:g}"] = round(100 * hits / total, 2)
+    adapters.alpha = 1.0
+    return metrics
+
+
+def _endless(
+    examples: Examples, part: int, position: tuple[int, int], accelerator: Accelerator, workers: int
+) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+    """Batches for ever, each with the (epoch, batch) that comes after it."""
+    epoch, start = position
+    while True:
+        offset = start
+        loader = batches(
+            examples,
+            part,
+            epoch=epoch,
+            start=start,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            workers=workers,
+        )
+        for offset, batch in enumerate(loader, start + 1):
+            yield (epoch, offset), batch
+        if offset == start == 0:
+            raise RAdapterError(f"the data set has fewer images than a batch of {part}; lower --batch-size")
+        epoch, start = epoch + 1, 0
+
+
+def _part(recipe: Recipe, accelerator: Accelerator, data: Labelled) -> int:
+    """Images a process and accumulated part."""
+    cut: int = recipe.accumulate * accelerator.num_processes
+    if recipe.batch_size % cut or recipe.batch_size // cut < 1:
+        raise RAdapterError(f"batch_size {recipe.batch_size} can't be cut into {cut} parts (processes × accumulate)")
+    if not recipe.streaming and len(data.rows) < recipe.batch_size:
+        raise RAdapterError(f"batch_size is {recipe.batch_size} but the data holds {len(data.rows)} images; lower it")
+    return recipe.batch_size // cut
+
+
+def _run_folder(recipe: Recipe) -> Path:
+    stem = recipe.architecture.removeprefix("local-dir:").rstrip("/").split("/")[-1]
+    out = recipe.out or Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not recipe.resume and (out / "recipe.yaml").exists():
+        raise RAdapterError(f"{out} holds a run; go on with it by --resume, or name another folder by --out")
+    return out
+
+
+def _accelerator(recipe: Recipe, out: Path) -> Accelerator:
+    precision = recipe.precision
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise RAdapterError("precision fp16 needs a GPU; allowed on this machine: no, bf16")
+    try:
+        return Accelerator(
+            mixed_precision=precision,
+            gradient_accumulation_steps=recipe.accumulate,
+            log_with=None if recipe.tracker == "none" else recipe.tracker,
+            project_dir=out,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    except ValueError as error:
+        raise RAdapterError(f"tracker {recipe.tracker!r} can't be used: {error}") from error

@@ -1,0 +1,158 @@
+"""Recipes: every choice of a training run, in YAML, as flags and in Python under the same names."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from radapter_serve.errors import RAdapterError
+
+
+@dataclass
+class Recipe:
+    """Train R-Adapter on a CLIP; writes OUT/adapter.safetensors.
+
+    Attributes:
+        architecture: open_clip model such as ViT-B-32, or local-dir:PATH.
+        pretrained: open_clip tag such as openai, or the path of a checkpoint; none for local-dir:.
+        data: training data: imagefolder:DIR, csv:FILE, parquet:FILE, webdataset:FILE, json:FILE or the name of a data
+            set on the Hugging Face hub; @SPLIT at the end names a split, train by default.
+        val_data: validation data, the same forms; none skips validation.
+        image_column: column of the images (paths, bytes or images).
+        label_column: column of the labels (class names or numbers).
+        classes: file with one class a line, synonyms after commas, in the order of the labels; none takes the names
+            that the data set gives.
+        templates: file with one prompt template a line ({} is the class), `openai` for the 80 of OpenAI, or `simple`.
+        streaming: read the data set as a stream, without a copy on disk.
+        on_broken: what a broken or missing image does: skip takes the next image and counts, refuse stops the run.
+        rank: rank of the adapters; none is full rank.
+        form: where adapters compute, auto picks the faster for this batch and model; the result is the same.
+        drop: probability p of adapter dropping (Eq. 7).
+        momentum: m of the adapters' moving average (Eq. 8).
+        bias_correction: correct the average for its start at zero; for runs of fewer than about 5/(1-m) steps.
+        alpha: re-scaling α (Eq. 9) that validation uses and that the adapter file recommends, from 0 to 1.
+        delta: margin δ of MPM-NCE, in cosine.
+        epsilon: label smoothing ε of MPM-NCE.
+        batch_size: images a step over all processes and accumulated parts.
+        accumulate: parts that a step's batch is cut into, one after another; each part is its own contrast.
+        epochs: passes over the data; steps, where given, ends the run earlier or later.
+        steps: optimizer steps; none follows epochs. A stream needs it.
+        learning_rate: peak learning rate of AdamW.
+        min_learning_rate: where the cosine ends.
+        weight_decay: of AdamW.
+        warmup_steps: steps of linear warm-up.
+        grad_clip: largest gradient norm; none does not clip.
+        crop_scale: smallest share of the image's area that a random crop keeps, from 0 to 1.
+        flip: flip images left to right half of the time.
+        precision: no, fp16 or bf16 mixed precision.
+        workers: processes that read images, for each training process.
+        seed: seeds order, augmentation, prompts, adapter dropping and the start.
+        validate_every: steps between validations; none validates at the end only.
+        save_every: steps between checkpoints, which --resume goes on from; none writes none.
+        tracker: tensorboard, none, or another tracker that accelerate knows (wandb, mlflow, ...).
+        out: folder of the run; none makes runs/NAME-TIME.
+        resume: go on from the checkpoint in out.
+    """
+
+    architecture: str = "ViT-B-32"
+    pretrained: str | None = None
+    data: str = ""
+    val_data: str | None = None
+    image_column: str = "image"
+    label_column: str = "label"
+    classes: Path | None = None
+    templates: str = "simple"
+    streaming: bool = False
+    on_broken: Literal["skip", "refuse"] = "refuse"
+    rank: int | None = None
+    form: Literal["auto", "activation", "weight"] = "auto"
+    drop: float = 0.2
+    momentum: float = 0.999
+    bias_correction: bool = False
+    alpha: float = 0.5
+    delta: float = 0.05
+    epsilon: float = 0.02
+    batch_size: int = 512
+    accumulate: int = 1
+    epochs: int = 10
+    steps: int | None = None
+    learning_rate: float = 5e-4
+    min_learning_rate: float = 1e-6
+    weight_decay: float = 0.0
+    warmup_steps: int = 500
+    grad_clip: float | None = 1.0
+    crop_scale: float = 0.9
+    flip: bool = False
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    workers: int = 2
+    seed: int = 0
+    validate_every: int | None = None
+    save_every: int | None = 500
+    tracker: str = "tensorboard"
+    out: Path | None = None
+    resume: bool = False
+
+    def check(self) -> None:
+        """Refuse values that are out of range, each with what is allowed."""
+        allowed = {
+            "drop": (0 <= self.drop < 1, "0 <= drop < 1"),
+            "momentum": (0 <= self.momentum < 1, "0 <= momentum < 1"),
+            "alpha": (0 <= self.alpha <= 1, "0 <= alpha <= 1"),
+            "epsilon": (0 <= self.epsilon < 1, "0 <= epsilon < 1"),
+            "crop_scale": (0 < self.crop_scale <= 1, "0 < crop_scale <= 1"),
+            "batch_size": (self.batch_size >= 2, "2 or more: the loss contrasts the pairs of a batch"),
+            "accumulate": (
+                self.accumulate >= 1 and self.batch_size % self.accumulate == 0,
+                f"a divisor of batch_size {self.batch_size}",
+            ),
+            "steps": (self.steps is None or self.steps >= 1, "1 or more"),
+            "epochs": (self.epochs >= 1, "1 or more"),
+            "learning_rate": (self.learning_rate > 0, "more than 0"),
+            "warmup_steps": (self.warmup_steps >= 0, "0 or more"),
+        }
+        for name, (fine, rule) in allowed.items():
+            if not fine:
+                raise RAdapterError(f"{name} is {getattr(self, name)}; allowed: {rule}")
+        if not self.data:
+            raise RAdapterError("no training data; name it with --data, for example --data imagefolder:photos")
+        if self.streaming and self.steps is None:
+            raise RAdapterError("a stream has no length; say how long to train with --steps")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as YAML and the adapter file hold them."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe from YAML; a field that is not named keeps its default.
+
+    Args:
+        path: a mapping of `Recipe`'s fields.
+
+    Raises:
+        RAdapterError: no such file, or a field that does not exist.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise RAdapterError(f"could not read the recipe {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise RAdapterError(f"the recipe {path} must be a mapping of field: value")
+    fields = {field.name: field for field in dataclasses.fields(Recipe)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise RAdapterError(f"the recipe {path} has unknown fields {', '.join(unknown)}; allowed: {', '.join(fields)}")
+    for name in ("classes", "out"):
+        if values.get(name) is not None:
+            values[name] = Path(values[name])
+    for name, value in values.items():
+        if isinstance(value, str) and str(fields[name].type).startswith("float"):
+            try:
+                values[name] = float(value)  # YAML reads 5e-4 as text
+            except ValueError:
+                raise RAdapterError(f"the recipe {path} has {name}: {value!r}; allowed: a number") from None
+    return Recipe(**values)
