@@ -1,0 +1,60 @@
+"""Folders that appear whole or not at all, and disk errors said in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from radapter_serve.errors import RAdapterError
+
+STAGED = ".export-"  # Triton ignores folders inside a model's folder whose names are no numbers
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full disk, and whatever else the system refuses, into an error for people."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            message = f"no space left on the disk of {folder}; free some and run radapter-export again"
+        else:
+            message = f"cannot write to {folder}: {error}"
+        raise RAdapterError(f"{message} (nothing half-written was left)") from error
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """Make a folder and its parents; returns those that are new, outermost first."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    return new
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders that `make_folder` made, those that stayed empty."""
+    for folder in reversed(folders):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def swap_in(staged: Path, folder: Path) -> None:
+    """Put a finished folder in the place of another one (or of none)."""
+    old = folder.with_name(f"{STAGED}{folder.name}.old")
+    if folder.exists():
+        folder.rename(old)
+    staged.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Undo what a killed `swap_in` or its preparations left beside a folder."""
+    old = folder.with_name(f"{STAGED}{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for leftover in folder.parent.glob(f"{STAGED}{folder.name}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)

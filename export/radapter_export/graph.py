@@ -1,0 +1,166 @@
+"""From a tower to an ONNX file.
+
+The graph is made from a tower without weights, and the weights are put in afterwards by name. So nothing in it can
+depend on their values (torch's exporter would else drop zero biases and merge equal tensors), every α has the same
+operators as the untouched base, and one export serves any number of folds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from onnx_ir import tensor_adapters
+from torch import Tensor, nn
+
+from radapter_export.towers import ImageTower, TextTower, skeleton
+from radapter_serve.base import Base
+from radapter_serve.errors import RAdapterError
+
+OPSET = 20  # the first with Gelu; newer Attention operators are not built by TensorRT in fp32
+EXTERNAL_ABOVE = 1 << 30  # bytes of weights above which they go into a file beside the graph; protobuf ends at 2 GiB
+
+
+@dataclass
+class Graph:
+    """A tower as ONNX, still without weights.
+
+    Attributes:
+        name: the model's name in the repository, `image_encoder` or `text_encoder`.
+        constants: values that are no weights: mean, std, the causal mask.
+    """
+
+    name: str
+    model: ir.Model
+    constants: dict[str, Tensor]
+
+    def save(self, weights: Mapping[str, Tensor], path: Path) -> int:
+        """Put weights in, write the file, check it.
+
+        Args:
+            weights: a state dict of the whole CLIP; initializers of the graph have the same names.
+            path: `model.onnx`; large weights go beside it.
+
+        Returns:
+            Size in bytes of all that was written.
+        """
+        initializers = self.model.graph.initializers
+        mine = {name: value for name, value in initializers.items() if value.const_value is None}
+        total = 0
+        try:
+            for name, value in mine.items():
+                tensor = (self.constants[name] if name in self.constants else weights[name]).detach()
+                assert value.shape is not None and tuple(tensor.shape) == tuple(value.shape), name
+                value.const_value = tensor_adapters.TorchTensor(tensor.float().cpu().contiguous(), name=name)
+                total += value.const_value.nbytes
+            ir.save(self.model, path, external_data=f"{path.name}.data" if total > EXTERNAL_ABOVE else None)
+        finally:
+            for value in mine.values():
+                value.const_value = None
+        onnx.checker.check_model(str(path))
+        return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+
+    def operators(self) -> dict[str, int]:
+        """Number of nodes of each kind."""
+        kinds = [node.op_type for node in self.model.graph]
+        return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+
+def image_graph(base: Base) -> Graph:
+    """The graph of `image_encoder`: `image` uint8 [B, S, S, 3] to `image_embeds` float32 [B, D]."""
+    tower = ImageTower(base.model, base.preprocess)
+    size = tower.visual.image_size[0]
+    example = torch.zeros(2, size, size, 3, dtype=torch.uint8, device="meta")
+    return _export("image_encoder", tower, example, ("image", "image_embeds"), {0: _batch()}, prefix="")
+
+
+def text_graph(base: Base) -> Graph:
+    """The graph of `text_encoder`: `tokens` int32 [B, L] to `text_embeds` float32 [B, D]."""
+    tower = TextTower(base.model)
+    shape: dict[int, torch.export.Dim] = {0: _batch()}
+    length = tower.context_length
+    if tower.dynamic_length:
+        shape[1] = torch.export.Dim("length", min=1, max=length)
+        length = min(9, length)
+    example = torch.zeros(2, length, dtype=torch.int32, device="meta")
+    prefix = "text." if hasattr(base.model, "text") else ""
+    return _export("text_encoder", tower, example, ("tokens", "text_embeds"), shape, prefix=prefix)
+
+
+def _batch() -> torch.export.Dim:
+    return torch.export.Dim("batch", min=1, max=1 << 16)
+
+
+def _export(
+    name: str,
+    tower: nn.Module,
+    example: Tensor,
+    names: tuple[str, str],
+    shape: Mapping[int, torch.export.Dim],
+    prefix: str,
+) -> Graph:
+    # `optimize=False`: its passes look at values, which a skeleton does not have; `_optimize` runs them safely.
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            skeleton(tower).eval(),
+            (example,),
+            input_names=[names[0]],
+            output_names=[names[1]],
+            dynamic_shapes=(dict(shape),),
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
+    if program is None:
+        raise RAdapterError(f"torch {torch.__version__} gave no ONNX program for {name}; install torch 2.9 or newer")
+    buffers = dict(tower.named_buffers())
+    weights = [key for key, _ in tower.named_parameters()]
+    model = program.model
+    with _quiet():
+        _optimize(model, [key for key in (*weights, *buffers) if key in model.graph.initializers])
+    for key in weights:
+        if prefix and key in model.graph.initializers:
+            value = model.graph.initializers.pop(key)
+            value.name = prefix + key
+            model.graph.initializers.add(value)
+    model.producer_name = "radapter-export"
+    return Graph(name, model, buffers)
+
+
+def _optimize(model: ir.Model, weights: list[str]) -> None:
+    """Fold the arithmetic of shapes, with the weights made inputs, and so unknown to every pass."""
+    graph = model.graph
+    values = [graph.initializers.pop(key) for key in weights]
+    inputs = len(graph.inputs)
+    for value in values:
+        value.const_value = None
+    graph.inputs.extend(values)
+    onnxscript.optimizer.optimize_ir(model)
+    del graph.inputs[inputs:]
+    for value in values:
+        graph.initializers[str(value.name)] = value
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's own warnings, which are about itself, from the user."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,108 @@
+"""A merged checkpoint: a folder that open_clip loads by `local-dir:PATH`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from radapter_export.files import STAGED, disk_errors, make_folder, recover, remove_empty, swap_in
+from radapter_serve.base import Base
+from radapter_serve.errors import RAdapterError
+
+CONFIG, WEIGHTS, RELEASE = "open_clip_config.json", "open_clip_model.safetensors", "release.json"
+
+
+def write_merged(folder: str | Path, base: Base, state_dict: Mapping[str, Tensor], release: Mapping[str, Any]) -> None:
+    """Write one merged checkpoint; it appears whole or not at all.
+
+    Args:
+        folder: where; an earlier merged checkpoint is replaced.
+        base: gives configuration and preprocessing.
+        state_dict: the folded weights, with exactly the base's keys.
+        release: written out as `release.json`.
+
+    Raises:
+        RAdapterError: the folder holds something else, or the disk is full.
+    """
+    with Merged(folder) as merged:
+        merged.add("", base, state_dict, release)
+        merged.commit()
+
+
+class Merged:
+    """Merged checkpoints in the making: they stand in a temporary folder beside, until `commit`.
+
+    Args:
+        folder: where they shall be: one checkpoint, or a folder `alpha-0.5` for each of several.
+
+    Raises:
+        RAdapterError: the folder holds something that was not written here.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).absolute()
+        self._staged = self.folder.with_name(f"{STAGED}{self.folder.name}.{os.getpid()}")
+        self._new: list[Path] = []
+        check_replaceable(self.folder)
+
+    def __enter__(self) -> Merged:
+        with disk_errors(self.folder.parent):
+            self._new = make_folder(self.folder.parent)
+            recover(self.folder)
+            self._staged.mkdir()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._staged, ignore_errors=True)
+        remove_empty(self._new)
+
+    def add(
+        self, name: str, base: Base, state_dict: Mapping[str, Tensor], release: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write a checkpoint into the subfolder `name`, "" for the folder itself; `add_release` may follow later."""
+        target = self._staged / name
+        with disk_errors(self.folder.parent):
+            target.mkdir(exist_ok=True)
+            tensors = {key: tensor.detach().contiguous() for key, tensor in state_dict.items()}
+            save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+            config = {"model_cfg": base.config, "preprocess_cfg": base.preprocess}
+            (target / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        if release is not None:
+            self.add_release(name, release)
+
+    def add_release(self, name: str, release: Mapping[str, Any]) -> None:
+        """Write `release.json` beside a checkpoint."""
+        with disk_errors(self.folder.parent):
+            (self._staged / name / RELEASE).write_text(json.dumps(release, indent=2), encoding="utf-8")
+
+    def commit(self) -> None:
+        """Put all of it in place."""
+        with disk_errors(self.folder.parent):
+            swap_in(self._staged, self.folder)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse a path that holds anything but what `Merged` wrote.
+
+    Raises:
+        RAdapterError: names what is in the way.
+    """
+    if not folder.exists():
+        return
+    ours = {CONFIG, WEIGHTS, RELEASE}
+    if not folder.is_dir():
+        raise RAdapterError(f"{folder} is a file; give another folder with --merged")
+    for path in folder.iterdir():
+        inside = {child.name for child in path.iterdir()} if path.is_dir() else set()
+        if path.name not in ours and not (path.name.startswith("alpha-") and inside and inside <= ours):
+            raise RAdapterError(
+                f"{folder} holds {path.name}, which no export wrote; it would be replaced: give another folder "
+                f"with --merged, or move that away"
+            )

@@ -1,0 +1,309 @@
+"""One call from an adapter to releases: fold, export, check, write."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from radapter_export.agreement import BATCHES, TOLERANCE, Agreement, Encoder, References, Samples, compare
+from radapter_export.files import disk_errors
+from radapter_export.graph import Graph, image_graph, text_graph
+from radapter_export.merged import Merged
+from radapter_export.repository import MODELS, TASKS, Repository
+from radapter_export.tokenizer import write_tokenizer
+from radapter_export.towers import check
+from radapter_serve.adapter import Adapter, Adapters, attach_adapter, fold, load_adapter
+from radapter_serve.adapter.file import check_base
+from radapter_serve.adapter.fold import check_alpha
+from radapter_serve.base import Base, load_base
+from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.errors import TaskError
+from radapter_serve.serving.labels import LabelEmbedder, check_labels, read_label_file, read_templates
+from radapter_serve.serving.tokenizer import Tokenizer
+from radapter_serve.towers import is_causal
+
+FORMAT = 1
+TOKENIZED = ("embed_text", "classify")
+_TOOLS = ("torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "radapter-serve")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One graph of a release: its size in bytes, its agreement with torch, the seconds it took to write and check."""
+
+    name: str
+    size: int
+    agreement: Agreement
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Release:
+    """One exported release.
+
+    Attributes:
+        facts: what `release.json` holds.
+        graphs: the encoders.
+        merged: folder of the merged checkpoint.
+    """
+
+    facts: dict[str, Any]
+    graphs: list[Exported]
+    merged: Path
+
+    @property
+    def version(self) -> int:
+        """Number of the release in its model repository."""
+        return int(self.facts["version"])
+
+    @property
+    def alpha(self) -> float:
+        """The re-scaling that was folded."""
+        return float(self.facts["alpha"])
+
+
+def export_release(
+    adapter_path: str | Path,
+    alphas: Sequence[float],
+    *,
+    base: str | None = None,
+    pretrained: str | None = None,
+    model_repository: str | Path = "model_repository",
+    merged: str | Path = "merged",
+    label_sets: Mapping[str, str | Path] | None = None,
+    templates: str | Path | Sequence[str] | None = None,
+    tolerance: float = TOLERANCE,
+    max_batch_size: int = 64,
+    progress: Callable[[str], None] | None = None,
+) -> list[Release]:
+    """Fold an adapter at one or several α, and add a release for each to a model repository.
+
+    Nothing is written unless all of it succeeds; what a killed export left is removed by the next one.
+
+    Args:
+        adapter_path: adapter file, or the folder of a run.
+        alphas: re-scalings in [0, 1], each another release; the last is the newest, which clients get by default.
+        base: open_clip architecture or `local-dir:PATH`; what the adapter was trained on if None.
+        pretrained: open_clip tag or a checkpoint's path; what the adapter was trained on if None.
+        model_repository: folder that Triton serves; made if there is none.
+        merged: folder for the merged checkpoint, replaced if it holds one; with several α, for a folder of each.
+        label_sets: name to label file; their text embeddings become part of the release.
+        templates: prompt templates, a file of them or the name of a built-in set; the adapter's own if None.
+        tolerance: largest difference allowed between ONNX Runtime and torch, per component of a unit-length embedding.
+        max_batch_size: rows that the server puts into one batch.
+        progress: called with a short line before each step.
+
+    Returns:
+        The releases in the order of `alphas`.
+
+    Raises:
+        RAdapterError: bad input, graphs that differ from torch, a full disk; nothing was written then.
+    """
+    say = progress or (lambda line: None)
+    _check_arguments(alphas, tolerance, max_batch_size)
+    adapter = load_adapter(adapter_path)
+    meta = adapter.metadata
+    own = meta.templates or "simple"
+    prompts = read_templates(own if templates is None else templates)
+    labels = {name: _read_labels(name, path) for name, path in (label_sets or {}).items()}
+    say("loading the base")
+    clip = load_base(base or meta.architecture, pretrained or meta.pretrained)
+    check(clip.model)
+    weights = dict(clip.model.state_dict())
+    check_base(weights, adapter)
+    say("exporting image_encoder")
+    images = image_graph(clip)
+    say("exporting text_encoder")
+    texts = text_graph(clip)
+    with Merged(merged) as checkpoints, Repository(model_repository) as repository:
+        writer = _Writer(clip, adapter, weights, (images, texts), prompts, labels, tolerance, max_batch_size)
+        first = repository.next_version()
+        releases = []
+        for version, alpha in enumerate(alphas, first):
+            name = f"alpha-{alpha:g}" if len(alphas) > 1 else ""
+            releases.append(writer.write(version, alpha, checkpoints, name, repository, say))
+        facts = [release.facts for release in releases]
+        for model in MODELS:
+            repository.add_config(model, facts, writer.dims, max_batch_size)
+        say("putting everything in place")
+        checkpoints.commit()
+        repository.commit([release.version for release in releases])
+    return releases
+
+
+class _Writer:
+    """What all releases of one call share, and the writing of each."""
+
+    def __init__(
+        self,
+        base: Base,
+        adapter: Adapter,
+        weights: dict[str, Tensor],
+        graphs: tuple[Graph, Graph],
+        templates: list[str],
+        labels: Mapping[str, list[str]],
+        tolerance: float,
+        max_batch_size: int,
+    ) -> None:
+        self._base, self._adapter, self._weights, self._graphs = base, adapter, weights, graphs
+        self._templates, self._labels, self._tolerance = templates, labels, tolerance
+        self._max_batch_size = max_batch_size
+        self._attached: Adapters | None = None
+        self.size = _square(base.preprocess["size"])
+        self.embed_dim = int(base.config["embed_dim"])
+        dynamic = is_causal(base.model)
+        self.dims = {
+            "image": [self.size, self.size, 3],
+            "tokens": [-1 if dynamic else base.tokenizer.context_length],  # type: ignore[attr-defined]
+            "image_embeds": [self.embed_dim],
+            "text_embeds": [self.embed_dim],
+        }
+        self._dynamic = dynamic
+
+    def write(
+        self,
+        version: int,
+        alpha: float,
+        checkpoints: Merged,
+        name: str,
+        repository: Repository,
+        say: Callable[[str], None],
+    ) -> Release:
+        """Write one release into the temporary folders."""
+        say(f"folding at alpha {alpha:g}")
+        folded = fold(self._weights, self._adapter, alpha)
+        checkpoints.add(name, self._base, folded)
+        with disk_errors(repository.folder):
+            for model in MODELS:
+                repository.staged(model, version).mkdir()
+            tokenizer, spec = self._write_tokenizers(repository, version)
+            say(f"torch's embeddings at alpha {alpha:g}, adapters attached")
+            samples = Samples(self._base, tokenizer, self.size)
+            references = self._references(samples, alpha)
+            exported, sets = [], {}
+            for graph, inputs in ((self._graphs[0], samples.images), (self._graphs[1], samples.tokens)):
+                say(f"writing and checking {graph.name} at alpha {alpha:g}")
+                start = time.perf_counter()
+                path = repository.staged(graph.name, version) / "model.onnx"
+                size = graph.save(folded, path)
+                encoder = Encoder(path)
+                agreement = compare(graph.name, encoder, inputs, references.embeds[graph.name], self._tolerance)
+                exported.append(Exported(graph.name, size, agreement, time.perf_counter() - start))
+                if graph.name == "text_encoder":
+                    folder = repository.staged("classify", version) / "label_sets"
+                    sets = self._write_label_sets(folder, encoder, tokenizer, say)
+                del encoder
+            facts = self._facts(version, alpha, folded, spec, sets, exported)
+            for model in TASKS:
+                repository.add_model_file(model, version)
+                path = repository.staged(model, version) / "release.json"
+                path.write_text(json.dumps(facts, indent=2), encoding="utf-8")
+        checkpoints.add_release(name, facts)
+        return Release(facts, exported, checkpoints.folder / name)
+
+    def _references(self, samples: Samples, alpha: float) -> References:
+        if self._attached is None:
+            self._attached = attach_adapter(self._base.model, self._adapter, alpha)
+        self._attached.alpha = alpha
+        return References(self._base, samples)
+
+    def _write_tokenizers(self, repository: Repository, version: int) -> tuple[Tokenizer, dict[str, Any]]:
+        for model in TOKENIZED:
+            path = repository.staged(model, version) / "tokenizer.json"
+            spec = write_tokenizer(self._base.tokenizer, path, dynamic_length=self._dynamic)
+        return Tokenizer.load(path, spec), spec
+
+    def _write_label_sets(
+        self, folder: Path, encoder: Encoder, tokenizer: Tokenizer, say: Callable[[str], None]
+    ) -> dict[str, Any]:
+        embed = LabelEmbedder(tokenizer, encoder, max_batch_size=self._max_batch_size)
+        folder.mkdir()
+        facts = {}
+        for name, labels in self._labels.items():
+            say(f"embedding label set {name}: {len(labels)} labels")
+            path = folder / f"{name}.npz"
+            embed(labels, self._templates).save(path)
+            digest = f"sha256:{sha256(path.read_bytes()).hexdigest()}"
+            facts[name] = {"labels": len(labels), "templates": self._templates, "digest": digest}
+        return facts
+
+    def _facts(
+        self,
+        version: int,
+        alpha: float,
+        folded: Mapping[str, Tensor],
+        tokenizer: Mapping[str, Any],
+        label_sets: Mapping[str, Any],
+        exported: Sequence[Exported],
+    ) -> dict[str, Any]:
+        preprocess, meta = self._base.preprocess, self._adapter.metadata
+        bias = folded.get("logit_bias")
+        return {
+            "format": FORMAT,
+            "version": version,
+            "alpha": alpha,
+            "architecture": self._base.name,
+            "base_digest": meta.base_digest,
+            "adapter_digest": self._adapter.digest,
+            "precision": "fp32",
+            "preprocess": {
+                "size": self.size,
+                **{key: preprocess[key] for key in ("mode", "interpolation", "resize_mode", "fill_color")},
+                **{key: [float(value) for value in preprocess[key]] for key in ("mean", "std")},
+            },
+            "tokenizer": dict(tokenizer),
+            "embed_dim": self.embed_dim,
+            "logit_scale": float(folded["logit_scale"].float().exp()),
+            "logit_bias": None if bias is None else float(bias),
+            "templates": self._templates,
+            "label_sets": dict(label_sets),
+            "max_batch_size": self._max_batch_size,
+            "tools": {name.removesuffix("_torch"): importlib.metadata.version(name) for name in _TOOLS},
+            "agreement": {
+                **{graph.name: asdict(graph.agreement) for graph in exported},
+                "batches": list(BATCHES),
+                "tolerance": self._tolerance,
+            },
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
+
+
+def _check_arguments(alphas: Sequence[float], tolerance: float, max_batch_size: int) -> None:
+    if not alphas:
+        raise RAdapterError("no alpha; give at least one number from 0 to 1, such as --alpha 0.5")
+    for alpha in alphas:
+        check_alpha(alpha)
+    if len({f"{alpha:g}" for alpha in alphas}) < len(alphas):
+        raise RAdapterError(f"an alpha is given twice: {' '.join(f'{alpha:g}' for alpha in alphas)}")
+    if not 0 < tolerance <= 1:
+        raise RAdapterError(f"tolerance is {tolerance}; allowed: more than 0, at most 1, such as {TOLERANCE:g}")
+    if max_batch_size < 1:
+        raise RAdapterError(f"max_batch_size is {max_batch_size}; allowed: 1 or more, 64 is usual")
+
+
+def _read_labels(name: str, path: str | Path) -> list[str]:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise RAdapterError(f"label set {name!r}: allowed in a name are letters, digits, and _ . - after the first")
+    labels = read_label_file(path)
+    try:
+        check_labels(labels)
+    except TaskError as error:
+        raise RAdapterError(f"{path}: {error.message}") from error
+    return labels
+
+
+def _square(size: Any) -> int:
+    sides = {int(side) for side in size} if isinstance(size, (tuple, list)) else {int(size)}
+    if len(sides) != 1:
+        raise RAdapterError(f"the base takes images of {size}; only square ones can be exported")
+    return sides.pop()

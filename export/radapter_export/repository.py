@@ -1,0 +1,166 @@
+"""The model repository that Triton serves: releases are added to it whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from radapter_export.files import STAGED, disk_errors, make_folder, remove_empty
+from radapter_serve.errors import RAdapterError
+
+ENCODERS = ("image_encoder", "text_encoder")
+TASKS = ("embed_image", "embed_text", "classify")
+MODELS = (*ENCODERS, *TASKS)  # in the order of writing: a version that stands in the last is complete
+
+
+def sources() -> Path:
+    """The models' templates and `model.py` files: in the wheel beside this file, else in the checkout."""
+    here = Path(__file__).resolve().parent
+    packed = here / "model_repository"
+    return packed if packed.is_dir() else here.parents[1] / "model_repository"
+
+
+class Repository:
+    """A model repository while releases are added: they stand in temporary folders until `commit`.
+
+    A context manager: on entry it removes what a killed export left, on exit whatever was not committed.
+
+    Args:
+        folder: the repository; made if there is none.
+
+    Raises:
+        RAdapterError: the folder cannot be written, or another export is writing it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).absolute()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RAdapterError(f"{self.folder} is a file; give a folder with --model-repository")
+        self._new: list[Path] = []
+        self._lock = -1
+
+    def __enter__(self) -> Repository:
+        with disk_errors(self.folder):
+            self._new = make_folder(self.folder)
+            self._lock = os.open(self.folder, os.O_RDONLY)
+            self._take_lock()
+            self._remove_leftovers()
+            for model in MODELS:
+                self._new += make_folder(self.folder / model)
+                self.staged(model).mkdir()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for model in MODELS:
+            shutil.rmtree(self.staged(model), ignore_errors=True)
+        remove_empty(self._new)
+        if self._lock >= 0:
+            os.close(self._lock)
+
+    def staged(self, model: str, version: int | None = None) -> Path:
+        """The temporary folder of a model, or of one version of it."""
+        folder = self.folder / model / f"{STAGED}{os.getpid()}"
+        return folder if version is None else folder / str(version)
+
+    def next_version(self) -> int:
+        """One more than the highest version of any model."""
+        return max((version for model in MODELS for version in _versions(self.folder / model)), default=0) + 1
+
+    def add_config(
+        self, model: str, releases: Sequence[Mapping[str, Any]], dims: Mapping[str, Sequence[int]], max_batch_size: int
+    ) -> None:
+        """Write a model's config.pbtxt from its template, for the versions of these releases.
+
+        Args:
+            model: its name.
+            releases: the facts of each, oldest first.
+            dims: shapes, without the batch, of tensors whose template leaves them open (-1).
+            max_batch_size: rows of a batch.
+        """
+        text = config(sources() / model / "config.template.pbtxt", model, releases, dims, max_batch_size)
+        with disk_errors(self.folder):
+            (self.staged(model) / "config.pbtxt").write_text(text, encoding="utf-8")
+
+    def add_model_file(self, model: str, version: int) -> None:
+        """Copy a task's model.py into a version."""
+        with disk_errors(self.folder):
+            shutil.copyfile(sources() / model / "model.py", self.staged(model, version) / "model.py")
+
+    def commit(self, versions: Sequence[int]) -> None:
+        """Put the versions in place, then the configs that make Triton serve them; encoders first, `classify` last."""
+        with disk_errors(self.folder):
+            for model in MODELS:
+                for version in versions:
+                    self.staged(model, version).rename(self.folder / model / str(version))
+            for model in MODELS:
+                (self.staged(model) / "config.pbtxt").replace(self.folder / model / "config.pbtxt")
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            self._lock = -1
+            raise RAdapterError(
+                f"another radapter-export is writing {self.folder}; wait for it, or give another --model-repository"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+
+    def _remove_leftovers(self) -> None:
+        complete = set(_versions(self.folder / MODELS[-1]))
+        for model in MODELS:
+            for folder in (self.folder / model).glob(f"{STAGED}*"):
+                shutil.rmtree(folder, ignore_errors=True)
+            for version in _versions(self.folder / model):
+                if version not in complete:
+                    shutil.rmtree(self.folder / model / str(version), ignore_errors=True)
+
+
+def config(
+    template: Path,
+    model: str,
+    releases: Sequence[Mapping[str, Any]],
+    dims: Mapping[str, Sequence[int]],
+    max_batch_size: int,
+) -> str:
+    """Fill in a config template; the arguments are those of `Repository.add_config`.
+
+    Raises:
+        RAdapterError: there is no template, or it is not a model config.
+    """
+    try:
+        parsed = text_format.Parse(template.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
+    except OSError as error:
+        raise RAdapterError(f"no template {template}: {error.strerror}; install radapter-serve again") from error
+    except text_format.ParseError as error:
+        raise RAdapterError(f"{template} is not a Triton model config: {error}") from error
+    parsed.name = model
+    parsed.max_batch_size = max_batch_size
+    if parsed.HasField("dynamic_batching"):
+        preferred = [size for size in parsed.dynamic_batching.preferred_batch_size if size <= max_batch_size]
+        parsed.dynamic_batching.preferred_batch_size[:] = preferred
+    for tensor in (*parsed.input, *parsed.output):
+        if tensor.name in dims and len(tensor.dims) == len(dims[tensor.name]):
+            tensor.dims[:] = dims[tensor.name]
+    # By number, not "the latest K": what a killed export left, or half of a release, is never served.
+    parsed.version_policy.specific.versions[:] = [release["version"] for release in releases]
+    for release in releases:
+        parsed.parameters[f"release.{release['version']}"].string_value = json.dumps(release)
+    parsed.parameters["release"].string_value = json.dumps(releases[-1])
+    return str(text_format.MessageToString(parsed))
+
+
+def _versions(folder: Path) -> list[int]:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdecimal())
+    return []

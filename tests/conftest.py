@@ -1,0 +1,39 @@
+"""Fixtures that several packages share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+TINY_CLIP = {
+    "embed_dim": 32,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """`local-dir:` name of a tiny CLIP with random weights, none of them zero or equal, QuickGELU included."""
+    import torch
+    from open_clip import CLIP
+    from safetensors.torch import save_file
+
+    folder: Path = tmp_path_factory.mktemp("tiny-clip")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CLIP(**TINY_CLIP)  # type: ignore[arg-type]
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+                if "text_projection" in name or name == "visual.proj":
+                    parameter.normal_(std=0.1)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    preprocess = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic"}
+    config = {"model_cfg": TINY_CLIP, "preprocess_cfg": {**preprocess, "resize_mode": "shortest"}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return f"local-dir:{folder}"

@@ -1,0 +1,71 @@
+"""A tiny CLIP, an adapter for it, and one export of both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from radapter_export import Release, export_release
+
+from radapter_serve.adapter import Adapter, Metadata, attach, base_digest, save_adapter
+from radapter_serve.base import Base, load_base
+
+ALPHAS = (0.3, 0.8)
+ANIMALS = "cat, kitty\ndog\n# a comment\n\nguinea pig\n"
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tiny_clip_dir: str) -> Base:
+    return load_base(tiny_clip_dir)
+
+
+def make_adapter(name: str, rank: int | None = None, scale: float = 0.05) -> Adapter:
+    """An adapter with random values for the model of this name."""
+    base = load_base(name)
+    adapters = attach(base.model, rank)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in adapters.named_tensors().values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
+    digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
+    return adapters.adapter(
+        Metadata(
+            architecture=name,
+            pretrained=None,
+            base_digest=digest,
+            rank=rank,
+            templates=["a photo of a {}.", "a drawing of a {}."],
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def adapter_path(tiny_clip_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "tiny" / "adapter.safetensors"
+    path.parent.mkdir()
+    save_adapter(make_adapter(tiny_clip_dir), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def labels_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("labels") / "animals.txt"
+    path.write_text(ANIMALS, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def exported(
+    adapter_path: Path, labels_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Release]]:
+    """A folder with `repository` and `merged`, and the two releases that were exported into it. Not to be changed."""
+    folder = tmp_path_factory.mktemp("exported")
+    releases = export_release(
+        adapter_path,
+        ALPHAS,
+        model_repository=folder / "repository",
+        merged=folder / "merged",
+        label_sets={"animals": labels_path},
+    )
+    return folder, releases
