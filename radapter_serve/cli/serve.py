@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
+import tyro
 from rich.console import Console
 from rich.table import Table
 
-from radapter_serve.cli import guard
+from radapter_serve.cli import run
 from radapter_serve.serving.server import TritonServer
 
 PROG = "radapter-serve"
 
 
 def serve(
-    model_repository: str = "model_repository",
+    model_repository: tyro.conf.Positional[Path] = Path("model_repository"),
     host: str = "127.0.0.1",
     http_port: int = 8000,
     grpc_port: int = 8001,
@@ -65,13 +65,7 @@ def serve(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `radapter-serve`."""
-    parser = jsonargparse.ArgumentParser(prog=PROG, description=serve.__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument(
-        "model_repository", nargs="?", default="model_repository", help="folder to serve (default: model_repository)"
-    )
-    parser.add_function_arguments(serve, skip={"model_repository"})
-    arguments = parser.parse_args(None if argv is None else list(argv))
-    return guard(lambda: serve(**vars(arguments)), prog=PROG)
+    return run(serve, argv, prog=PROG)
 
 
 def _loopback(host: str) -> bool:

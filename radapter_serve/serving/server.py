@@ -304,7 +304,7 @@ class TritonServer:
                 socket.create_server((self.host, port), family=family).close()
             except OSError as error:
                 raise RAdapterError(
-                    f"cannot listen on {self.host} port {port} ({error.strerror}); choose another with {flag}"
+                    f"cannot listen on {self.host} port {port} ({os.strerror(error.errno or 0)}); choose another with {flag}"
                 ) from None
 
     def _launch(self, installation: Installation, folder: Path) -> None:

@@ -1,0 +1,128 @@
+"""Label files, templates, and embeddings of labels against a plain loop."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.serving import labels as module
+from radapter_serve.serving.errors import TaskError
+from radapter_serve.serving.labels import LabelEmbedder, LabelSet, read_label_file, read_templates
+
+SIMPLE = ["a photo of a {}."]
+
+
+def write(tmp_path, text, encoding="utf-8"):
+    path = tmp_path / "classes.txt"
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def test_label_file(tmp_path):
+    path = write(tmp_path, "\ufeff# animals\n\ncat, kitty ,cat\n  dog\r\nC# code\nÖlkäfer\n")
+    assert read_label_file(path) == ["cat, kitty", "dog", "C# code", "Ölkäfer"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cat\ndog\n# x\ncat, kitty\n", "line 4: the class 'cat' is already on line 1"),
+        ("cat\n,,\n", "line 2.*names no class"),
+        ("# nothing\n", "names no class"),
+        ("", "names no class"),
+    ],
+)
+def test_label_file_errors(tmp_path, text, message):
+    with pytest.raises(RAdapterError, match=message):
+        read_label_file(write(tmp_path, text))
+
+
+def test_label_file_that_is_no_text_or_missing(tmp_path):
+    with pytest.raises(RAdapterError, match="UTF-8"):
+        read_label_file(write(tmp_path, "Käfer", "latin-1"))
+    with pytest.raises(RAdapterError, match="No such file"):
+        read_label_file(tmp_path / "none.txt")
+
+
+def test_templates(tmp_path):
+    assert read_templates("simple") == SIMPLE
+    assert read_templates("a {} here") == ["a {} here"]
+    assert read_templates(["x {}", "y {}"]) == ["x {}", "y {}"]
+    assert read_templates(write(tmp_path, "# t\na {}\nthe {}\n")) == ["a {}", "the {}"]
+    with pytest.raises(RAdapterError, match=r"no \{\}"):
+        read_templates(write(tmp_path, "a photo\n"))
+    with pytest.raises(RAdapterError, match="built-in sets: simple"):
+        read_templates("openia")
+    with pytest.raises(RAdapterError, match="no template"):
+        read_templates([])
+
+
+def test_label_set_round_trip(tmp_path):
+    embeds = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
+    LabelSet(("Ölkäfer", "猫"), embeds).save(tmp_path / "a.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+    loaded = LabelSet.load(tmp_path / "a.npz")
+    assert loaded.labels == ("Ölkäfer", "猫")
+    np.testing.assert_array_equal(loaded.embeds, embeds)
+
+
+def test_embeddings_are_the_mean_over_names_and_templates(local):
+    templates = ["a photo of a {}.", "a drawing of one {}"]
+    found = local.embed_labels(["cat, kitty", "a very long name of a dog"], templates)
+    assert found.labels == ("cat", "a very long name of a dog")
+    for names, embed in zip((["cat", "kitty"], ["a very long name of a dog"]), found.embeds, strict=True):
+        prompts = [template.replace("{}", name).encode() for name in names for template in templates]
+        mean = np.mean([local.embed_texts([[prompt]])[0][0] for prompt in prompts], axis=0)
+        np.testing.assert_allclose(embed, mean / np.linalg.norm(mean), atol=1e-6)
+
+
+def test_only_what_is_missing_is_computed_once_and_by_length(local):
+    local.embed_labels(["cat", "dog"], SIMPLE)
+    local.calls.clear()
+    local.embed_labels(["dog", "cat", "bird"], SIMPLE)
+    assert [shape[0] for shape in local.calls] == [1]
+    local.embed_labels(["dog", "cat", "bird"], SIMPLE)
+    assert len(local.calls) == 1
+    local.embed_labels(["cat"], ["another {}"])
+    assert len(local.calls) == 2
+
+    local.calls.clear()
+    words = [f"{'long ' * (index % 7)}label {index}" for index in range(200)]
+    local.embed_labels(words, SIMPLE)
+    lengths = [shape[1] for shape in local.calls]
+    assert [shape[0] for shape in local.calls] == [64, 64, 64, 8]
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[-1]
+
+
+def test_the_cache_is_bounded_and_still_right(local):
+    small = LabelEmbedder(local.embed_labels._tokenizer, local.embed_labels._encode, cache_size=5)
+    words = [f"thing {index}" for index in range(40)]
+    for _ in range(2):
+        np.testing.assert_array_equal(small(words, SIMPLE).embeds, local.embed_labels(words, SIMPLE).embeds)
+        small(words[:7], SIMPLE)
+    assert len(small._cache) <= 5
+    assert sum(len(found.labels) for found in small._sets.values()) <= 40
+
+
+@pytest.mark.parametrize(
+    ("labels", "templates", "message"),
+    [
+        ([], SIMPLE, r"^\[no_labels\]"),
+        (["cat", " "], SIMPLE, r"^\[invalid_argument\] label 2 of 2 is empty"),
+        (["cat", "dog", "cat, kitty"], SIMPLE, "label 3, 'cat', is the same as label 1"),
+        (["cat"], ["a photo"], r"no \{\}"),
+        (["cat " * 4000], SIMPLE, "characters"),
+    ],
+)
+def test_bad_labels(local, labels, templates, message):
+    with pytest.raises(TaskError, match=message):
+        local.embed_labels(labels, templates)
+    assert not local.calls
+
+
+def test_too_many_prompts(local, monkeypatch):
+    monkeypatch.setattr(module, "MAX_PROMPTS", 10)
+    with pytest.raises(TaskError, match="at most 10 are allowed"):
+        local.embed_labels([str(index) for index in range(11)], SIMPLE)

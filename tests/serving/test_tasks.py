@@ -1,0 +1,136 @@
+"""The tasks in this process: scores against the formula, and errors that stay with their request."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import LABELS, SIZE, WIDTH, png
+from PIL import Image
+
+from radapter_serve.serving.errors import TaskError
+from radapter_serve.serving.preprocess import Preprocess
+from radapter_serve.serving.tasks import Classify, ClassifyRequest
+
+
+def test_torch_is_not_imported():
+    code = (
+        "import sys, radapter_client\n"
+        "from radapter_serve.serving import errors, labels, preprocess, server, tasks, tokenizer\n"
+        "import radapter_serve.cli.serve\n"
+        "print([name for name in ('torch', 'open_clip', 'torchvision', 'onnxruntime') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_embed_images(local):
+    requests = [[png(0)], [png(1), png(2, 90, 16)], [png(3, kind="JPEG")]]
+    embeds = local.embed_images(requests)
+    assert [array.shape for array in embeds] == [(1, WIDTH), (2, WIDTH), (1, WIDTH)]
+    assert local.calls == [(4, SIZE, SIZE, 3)]
+    for request, rows in zip(requests, embeds, strict=True):
+        for data, row in zip(request, rows, strict=True):
+            pixels = Preprocess((SIZE, SIZE))(Image.open(io.BytesIO(data)))
+            np.testing.assert_allclose(row, local.embed_images._encode(pixels[None])[0], atol=1e-6)
+            assert np.linalg.norm(row) == pytest.approx(1)
+
+
+def test_a_bad_image_fails_its_own_request_only(local):
+    good, bad = png(0), png(1)[:60]
+    alone = local.embed_images([[good]])[0]
+    results = local.embed_images([[bad], [good], [good, bad], [good]])
+    assert isinstance(results[0], TaskError)
+    assert results[0].code == "invalid_image"
+    assert isinstance(results[2], TaskError)
+    np.testing.assert_allclose(results[1], alone, atol=1e-6)
+    np.testing.assert_allclose(results[3], alone, atol=1e-6)
+    local.calls.clear()
+    assert isinstance(local.embed_images([[bad]])[0], TaskError)
+    assert not local.calls
+
+
+def test_large_batches_are_split(local):
+    assert local.embed_images([[png(0)] * 40] * 3)[2].shape == (40, WIDTH)
+    assert [shape[0] for shape in local.calls] == [64, 56]
+
+
+def test_embed_texts(local):
+    results = local.embed_texts([[b"a cat", b"a dog"], [b" "], [b"a dog"], [b"\xff"], ["Ölkäfer".encode()]])
+    assert [type(result) for result in results] == [np.ndarray, TaskError, np.ndarray, TaskError, np.ndarray]
+    assert "text 1 of 1 is empty" in str(results[1])
+    assert "UTF-8" in str(results[3])
+    np.testing.assert_array_equal(results[0][1], results[2][0])
+    assert local.calls == [(3, max(shape[1] for shape in local.calls))]
+
+
+def expected(local, image: bytes, labels: list[str], templates: list[str]) -> dict[str, float]:
+    image_embed = local.embed_images([[image]])[0][0]
+    label_set = local.embed_labels(labels, templates)
+    logits = 10 * label_set.embeds.astype(np.float64) @ image_embed
+    exponents = np.exp(logits)
+    return dict(zip(label_set.labels, exponents / exponents.sum(), strict=True))
+
+
+def test_classify_is_the_softmax_of_scaled_cosines(local):
+    image, labels = png(5), [b"cat", b"dog", b"bird, fowl", b"fish", b"a man", b"tree"]
+    scores = expected(local, image, [label.decode() for label in labels], ["a photo of a {}."])
+    [classes] = local.classify([ClassifyRequest([image], [labels])])
+    best = sorted(scores, key=scores.get, reverse=True)
+    assert classes.labels.tolist() == [best[:5]]
+    np.testing.assert_allclose(classes.scores[0], [scores[label] for label in best[:5]], rtol=1e-5)
+    [classes] = local.classify([ClassifyRequest([image], [labels], top_k=[100])])
+    assert classes.labels.tolist() == [best]
+    assert classes.scores.sum() == pytest.approx(1)
+
+
+def test_sigmoid_where_the_model_has_a_bias(local):
+    release = {"templates": ["a {}"], "logit_scale": 10.0, "logit_bias": -3.0}
+    classify = Classify(release, local.embed_images, local.embed_labels, {})
+    [classes] = classify([ClassifyRequest([png(5)], [[b"cat", b"dog"]])])
+    label_set, image = local.embed_labels(["cat", "dog"], ["a {}"]), local.embed_images([[png(5)]])[0][0]
+    expected = sorted(1 / (1 + np.exp(-(10 * label_set.embeds @ image - 3))), reverse=True)
+    np.testing.assert_allclose(classes.scores[0], expected, rtol=1e-5)
+
+
+def test_requests_of_all_kinds_share_a_batch(local):
+    good, bad = png(7), b"nonsense"
+    requests = [
+        ClassifyRequest([good], [[b"cat", b"dog"]]),
+        ClassifyRequest([bad], [[b"cat", b"dog"]]),
+        ClassifyRequest([good], label_set=[b"colours"], top_k=[2]),
+        ClassifyRequest([good], [[b"cat"]], templates=[[b"one {}", b"two {}"]]),
+        ClassifyRequest([good, png(8)], [[b"x", b"y", b"z"], [b"y", b"z", b"q"]]),
+        ClassifyRequest([good], label_set=[b"colors"]),
+        ClassifyRequest([good]),
+        ClassifyRequest([good], [[b"cat"]], label_set=[b"colours"]),
+        ClassifyRequest([good], [[b"cat"]], top_k=[0]),
+        ClassifyRequest([good], [[b"cat"]], templates=[[b"no place"]]),
+        ClassifyRequest([good], [[]]),
+    ]
+    results = local.classify(requests)
+    alone = [local.classify([request])[0] for request in requests]
+    for together, single in zip(results, alone, strict=True):
+        assert type(together) is type(single)
+        if isinstance(single, TaskError):
+            assert str(together) == str(single)
+        else:
+            assert together.labels.tolist() == single.labels.tolist()
+            np.testing.assert_allclose(together.scores, single.scores, rtol=1e-5)
+    codes = [result.code if isinstance(result, TaskError) else "" for result in results]
+    assert codes == [
+        "", "invalid_image", "", "", "", "unknown_label_set", "no_labels", *["invalid_argument"] * 3, "no_labels",
+    ]  # fmt: skip
+    assert results[5].message.endswith("there are: colours")
+    assert set(results[2].labels[0]) < {label.split(",")[0] for label in LABELS}
+    assert results[4].labels.shape == (2, 3)
+
+
+def test_ten_thousand_labels(local):
+    labels = [f"label {index}".encode() for index in range(10_000)]
+    [classes] = local.classify([ClassifyRequest([png(0)], [labels])])
+    assert classes.labels.shape == (1, 5)
+    assert (np.diff(classes.scores[0]) <= 0).all()

@@ -1,0 +1,271 @@
+"""The served tasks against the same tasks in this process, on a real tritonserver."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpc
+from conftest import Local, free_ports, png
+from test_preprocess import png_header
+from tritonclient.utils import InferenceServerException
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.server import TritonServer
+from radapter_serve.serving.tasks import ClassifyRequest
+
+pytestmark = pytest.mark.triton
+
+
+@pytest.fixture(scope="module")
+def server(repository):
+    with TritonServer(repository, "127.0.0.1", *free_ports(), timeout=120) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as client:
+        yield client
+
+
+def strings(name: str, values: list) -> grpc.InferInput:
+    array = np.array(values, dtype=object)
+    tensor = grpc.InferInput(name, array.shape, "BYTES")
+    tensor.set_data_from_numpy(array)
+    return tensor
+
+
+def numbers(name: str, values: list[list[int]]) -> grpc.InferInput:
+    tensor = grpc.InferInput(name, np.shape(values), "INT32")
+    tensor.set_data_from_numpy(np.array(values, np.int32))
+    return tensor
+
+
+def classify(client, images, labels=None, label_set=None, templates=None, top_k=None, version=""):
+    count = len(images)
+    inputs = [strings("image", [[image] for image in images])]
+    if labels is not None:
+        inputs.append(strings("labels", [labels] * count))
+    if label_set is not None:
+        inputs.append(strings("label_set", [[label_set]] * count))
+    if templates is not None:
+        inputs.append(strings("templates", [templates] * count))
+    if top_k is not None:
+        inputs.append(numbers("top_k", [[top_k]] * count))
+    result = client.infer("classify", inputs, model_version=version)
+    return result.as_numpy("label"), result.as_numpy("score")
+
+
+def check(local: Local, served, request: ClassifyRequest) -> None:
+    [classes] = local.classify([request])
+    labels, scores = served
+    assert [[label.decode() for label in row] for row in labels] == classes.labels.tolist()
+    np.testing.assert_allclose(scores, classes.scores, rtol=1e-5)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_served_equals_local(client, repository, version):
+    local, number = Local(repository, version), str(version)
+    images = [png(0), png(1, kind="JPEG"), png(2, 60, 61, kind="WEBP")]
+    found = client.infer("embed_image", [strings("image", [[i] for i in images])], model_version=number)
+    np.testing.assert_allclose(found.as_numpy("image_embeds"), local.embed_images([images])[0], atol=1e-6)
+
+    texts = [b"a cat", "Ölkäfer 猫".encode(), b"word " * 200]
+    found = client.infer("embed_text", [strings("text", [[t] for t in texts])], model_version=number)
+    np.testing.assert_allclose(found.as_numpy("text_embeds"), local.embed_texts([texts])[0], atol=1e-6)
+
+    labels = [b"cat", b"dog, hound", b"bird"]
+    served = classify(client, images, labels, top_k=2, version=number)
+    check(local, served, ClassifyRequest(images, [labels] * 3, top_k=[2]))
+    served = classify(client, images, labels, templates=[b"one {}", b"two {}"], version=number)
+    check(local, served, ClassifyRequest(images, [labels] * 3, templates=[[b"one {}", b"two {}"]] * 3))
+    served = classify(client, images, label_set=b"colours", version=number)
+    check(local, served, ClassifyRequest(images, label_set=[b"colours"] * 3))
+
+
+def test_versions_differ_and_the_newest_is_the_default(client):
+    first, second, default = (classify(client, [png(0)], label_set=b"colours", version=v)[1] for v in ("1", "2", ""))
+    assert not np.allclose(first, second)
+    np.testing.assert_array_equal(second, default)
+
+
+def test_encoders_take_pixels_and_tokens(client, local):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    tensor = grpc.InferInput("image", pixels.shape, "UINT8")
+    tensor.set_data_from_numpy(pixels)
+    found = client.infer("image_encoder", [tensor]).as_numpy("image_embeds")
+    np.testing.assert_allclose(found, local.embed_images._encode(pixels), atol=1e-6)
+    found = client.infer("text_encoder", [numbers("tokens", [[1, 2, 3, 0]] * 2)]).as_numpy("text_embeds")
+    assert found.shape == (2, 8)
+    with pytest.raises(InferenceServerException):
+        client.infer("text_encoder", [numbers("tokens", [[10**6]])])  # outside the vocabulary
+
+
+def test_many_callers_with_lists_of_all_lengths_and_broken_images_among_them(client, local):
+    def call(index: int):
+        labels = [f"label {n}".encode() for n in range(1 + index % 5)]
+        image = b"nonsense" if index % 7 == 3 else png(index % 4)
+        try:
+            return image, labels, classify(client, [image], labels)
+        except InferenceServerException as error:
+            return image, labels, error
+
+    with ThreadPoolExecutor(16) as pool:
+        results = list(pool.map(call, range(80)))
+    for image, labels, result in results:
+        if image == b"nonsense":
+            assert result.message().startswith("[invalid_image] ")
+        else:
+            check(local, result, ClassifyRequest([image], [labels]))
+    statistics = client.get_inference_statistics("image_encoder", "2").model_stats[0]
+    assert statistics.execution_count < statistics.inference_count  # some were encoded together
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"images": [b"nonsense"], "labels": [b"a"]}, r"\[invalid_image\] "),
+        ({"images": [png(0)[:70]], "labels": [b"a"]}, r"\[invalid_image\] "),
+        ({"images": [b""], "labels": [b"a"]}, r"\[invalid_image\] "),
+        ({"images": [png_header(60_000, 60_000)], "labels": [b"a"]}, r"\[image_too_large\] "),
+        ({"images": [png(0)]}, r"\[no_labels\] .*label_set of this release: colours"),
+        ({"images": [png(0)], "labels": [b"a", b" "]}, r"\[invalid_argument\] label 2 of 2 is empty"),
+        ({"images": [png(0)], "labels": [b"a", b"a"]}, r"\[invalid_argument\] "),
+        ({"images": [png(0)], "labels": [b"a"], "templates": [b"b"]}, r"\[invalid_argument\] the template 'b' has"),
+        ({"images": [png(0)], "labels": [b"a"], "top_k": -1}, r"\[invalid_argument\] top_k is"),
+        ({"images": [png(0)], "label_set": b"x"}, r"\[unknown_label_set\] no label set 'x' .* there are: colours"),
+    ],
+)
+def test_errors_reach_the_caller(client, request_, message):
+    with pytest.raises(InferenceServerException) as error:
+        classify(client, **request_)
+    assert error.value.status() == "StatusCode.INVALID_ARGUMENT"
+    assert re.match(message, error.value.message())
+
+
+def test_empty_text(client):
+    with pytest.raises(InferenceServerException, match=r"\[invalid_argument\] text 2 of 2 is empty"):
+        client.infer("embed_text", [strings("text", [[b"a"], [b""]])])
+
+
+def test_ten_thousand_labels(client, local):
+    labels = [f"label {index}".encode() for index in range(10_000)]
+    check(local, classify(client, [png(0)], labels), ClassifyRequest([png(0)], [labels]))
+
+
+def post(url: str, body: dict) -> tuple[int, dict]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode())) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def test_json_over_http_as_curl_sends_it(server, local):
+    url = f"{server.http_url}/v2/models/classify/infer"
+    body = {
+        "inputs": [
+            {"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": [base64.b64encode(png(0)).decode()]},
+            {"name": "labels", "shape": [1, 2], "datatype": "BYTES", "data": ["a cat", "a dog"]},
+        ]
+    }
+    status, answer = post(url, body)
+    outputs = {output["name"]: output["data"] for output in answer["outputs"]}
+    [classes] = local.classify([ClassifyRequest([png(0)], [[b"a cat", b"a dog"]])])
+    assert status == 200
+    assert outputs["label"] == classes.labels[0].tolist()
+    np.testing.assert_allclose(outputs["score"], classes.scores[0], rtol=1e-5)
+
+    body["inputs"][0]["data"] = ["nonsense"]
+    status, answer = post(url, body)
+    assert status == 400
+    assert answer["error"].startswith("[invalid_image] ")
+
+
+def processes_of(pid: int) -> dict[int, str]:
+    found = {}
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found[int(child)] = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def one_release(repository: Path, folder: Path) -> Path:
+    for name in ("image_encoder", "embed_image"):
+        shutil.copytree(repository / name, folder / name, ignore=shutil.ignore_patterns("1"))
+    return folder
+
+
+def test_a_killed_model_process_is_reported_and_nothing_stays(repository, tmp_path):
+    folder = one_release(repository, tmp_path / "repository")
+    with TritonServer(folder, "127.0.0.1", *free_ports()) as server:
+        pid = server._process.pid
+        stubs = processes_of(pid)
+        assert len(stubs) == 2
+        server.check()
+        assert list(Path("/dev/shm").glob(f"{server._shm_prefix}*"))
+        os.kill(next(stub for stub, command in stubs.items() if "/image_encoder/" in command), signal.SIGKILL)
+        with pytest.raises(RAdapterError, match=r"process of image_encoder version 2 died .* radapter-serve"):
+            server.wait()
+        with (
+            grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as client,
+            pytest.raises(InferenceServerException, match=r"\[encoder_failed\] image_encoder version 2 .*not healthy"),
+        ):
+            client.infer("embed_image", [strings("image", [[png(0)]])])
+    assert not any(map(alive, [pid, *stubs]))
+    assert not list(Path("/dev/shm").glob(f"{server._shm_prefix}*"))
+
+
+def test_a_model_that_does_not_load_is_named_with_the_reason(repository, tmp_path):
+    folder = one_release(repository, tmp_path / "repository")
+    (folder / "image_encoder" / "2" / "model.onnx").write_bytes(b"not a graph")
+    server = TritonServer(folder, "127.0.0.1", *free_ports())
+    with pytest.raises(RAdapterError, match=r"did not start: failed to load 'image_encoder' version 2: .*Protobuf"):
+        server.start()
+    assert server._process is None
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
+    folder, ports = one_release(repository, tmp_path / "repository"), free_ports()
+    flags = [f"--{name}-port={port}" for name, port in zip(("http", "grpc", "metrics"), ports, strict=True)]
+    command = [sys.executable, "-m", "radapter_serve.cli.serve", str(folder), *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        lines = []
+        while not lines or "Ctrl-C" not in lines[-1]:
+            lines.append(process.stdout.readline())
+            assert lines[-1], process.stderr.read()
+        assert f"http://127.0.0.1:{ports[0]}" in "".join(lines)
+        [triton] = [pid for pid, command in processes_of(process.pid).items() if "tritonserver" in command]
+        children = [triton, *processes_of(triton)]
+        process.send_signal(kind)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == (0 if kind != signal.SIGKILL else -9)
+    assert "Traceback" not in errors
+    deadline = time.monotonic() + 20
+    while any(map(alive, children)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, children))
+    assert not list(folder.rglob("__pycache__"))
