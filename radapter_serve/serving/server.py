@@ -57,7 +57,7 @@ class Installation:
         """Make a backend directory in `folder`: links, and a copy of the Python backend, as Triton insists."""
         for name, source in self.backends.items():
             if name == "python":
-                shutil.copytree(source, folder / name)
+                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 (folder / name).symlink_to(source)
         if self.stub is not None:
@@ -268,7 +268,7 @@ class TritonServer:
                 self._stubs[pid] = f"{model} version {version}"
 
     def stop(self) -> None:
-        """Stop the server and all its processes; nothing of it stays, in /dev/shm or elsewhere."""
+        """Stop the server and all its processes; nothing of it stays, in /dev/shm, /tmp or the model repository."""
         process, self._process = self._process, None
         if process is not None:
             if process.poll() is None:
@@ -280,6 +280,8 @@ class TritonServer:
             process.wait()
             for file in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
                 file.unlink(missing_ok=True)
+        for folder in self.model_repository.glob("*/*/__pycache__"):  # Python models ignore PYTHONDONTWRITEBYTECODE
+            shutil.rmtree(folder, ignore_errors=True)
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
@@ -376,7 +378,6 @@ def _environment(installation: Installation) -> dict[str, str]:
     environment["LD_LIBRARY_PATH"] = ":".join(filter(None, libraries))
     # The model processes take their Python from the first python3 on PATH.
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment.get('PATH', '')}"
-    environment["PYTHONDONTWRITEBYTECODE"] = "1"
     environment["TOKENIZERS_PARALLELISM"] = "false"
     # The cores are for the encoders, which do not use OpenMP.
     environment.setdefault("OMP_NUM_THREADS", "1")
