@@ -74,7 +74,7 @@ class Release:
 
 def export_release(
     adapter_path: str | Path,
-    alphas: Sequence[float],
+    alphas: Sequence[float] | None = None,
     *,
     base: str | None = None,
     pretrained: str | None = None,
@@ -93,6 +93,7 @@ def export_release(
     Args:
         adapter_path: adapter file, or the folder of a run.
         alphas: re-scalings in [0, 1], each another release; the last is the newest, which clients get by default.
+            The adapter's own if None.
         base: open_clip architecture or `local-dir:PATH`; what the adapter was trained on if None.
         pretrained: open_clip tag or a checkpoint's path; what the adapter was trained on if None.
         model_repository: folder that Triton serves; made if there is none.
@@ -110,9 +111,10 @@ def export_release(
         RAdapterError: bad input, graphs that differ from torch, a full disk; nothing was written then.
     """
     say = progress or (lambda line: None)
-    _check_arguments(alphas, tolerance, max_batch_size)
     adapter = load_adapter(adapter_path)
     meta = adapter.metadata
+    alphas = [meta.alpha] if alphas is None else alphas
+    _check_arguments(alphas, tolerance, max_batch_size)
     own = meta.templates or "simple"
     prompts = read_templates(own if templates is None else templates)
     labels = {name: _read_labels(name, path) for name, path in (label_sets or {}).items()}

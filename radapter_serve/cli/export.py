@@ -5,31 +5,49 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-import jsonargparse
+import tyro
 from rich.console import Console
 from rich.table import Table
 
-from radapter_serve.cli import guard
+from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 
 RUNS = Path("runs")
 
 
 def export(
-    alpha: Sequence[float],
+    *,
+    alpha: Annotated[tuple[str, ...], tyro.conf.arg(metavar="A [A ...]")] = (),
     adapter: str | None = None,
     base: str | None = None,
     pretrained: str | None = None,
     model_repository: str = "model_repository",
     merged: str = "merged",
-    label_set: Sequence[str] = (),
+    label_set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     templates: str | None = None,
     tolerance: float = 1e-4,
     max_batch_size: int = 64,
 ) -> None:
-    """Fold an adapter into its base at one or several alphas, export the towers, check them against torch with the
-    adapters attached, and write a merged checkpoint and a release in a model repository for each."""
+    """Fold an adapter into its base, export the towers, and check them against torch with the adapters attached.
+
+    Each alpha becomes a merged checkpoint, which open_clip loads, and a release in a model repository, which
+    radapter-serve serves. Nothing is written unless all of it succeeds.
+
+    Args:
+        alpha: re-scaling from 0 (the base) to 1 (all that was learned); the run's own if none is given.
+        adapter: folder of a run or adapter file; the newest run in ./runs if none is given.
+        base: open_clip model or local-dir:PATH; what the adapter was trained on if none is given.
+        pretrained: open_clip tag or path of a checkpoint; what the adapter was trained on if none is given.
+        model_repository: folder that radapter-serve serves; releases are added to it.
+        merged: folder for the merged checkpoint; with several alphas, for a folder of each.
+        label_set: NAME=FILE, classes whose text embeddings become part of the release; one class a line.
+        templates: a file of prompt templates, a built-in set, or one template; the run's own if none is given.
+        tolerance: largest difference from torch allowed in a component of the unit-length embeddings.
+        max_batch_size: images or texts in one batch of the server.
+    """
+    alphas = [_number(value) for value in alpha]
     label_sets = _label_sets(label_set)
     path = Path(adapter) if adapter else newest_run()
     console = Console(stderr=True)
@@ -39,7 +57,7 @@ def export(
 
         releases = export_release(
             path,
-            list(alpha),
+            alphas or None,
             base=base,
             pretrained=pretrained,
             model_repository=model_repository,
@@ -99,26 +117,16 @@ def _label_sets(pairs: Sequence[str]) -> dict[str, str]:
     return label_sets
 
 
-def _parser() -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(prog="radapter-export", description=export.__doc__)
-    add = parser.add_argument
-    add("--alpha", type=float, nargs="+", required=True, metavar="A", help="re-scaling from 0 to 1; each is a release")
-    add("--adapter", type=str, metavar="RUN", help="run folder or adapter file (default: the newest run in ./runs)")
-    add("--base", type=str, metavar="NAME", help="open_clip model or local-dir:PATH (default: the adapter's)")
-    add("--pretrained", type=str, metavar="TAG", help="open_clip tag or checkpoint (default: the adapter's)")
-    add("--model-repository", type=str, default="model_repository", metavar="FOLDER", help="what radapter-serve serves")
-    add("--merged", type=str, default="merged", metavar="FOLDER", help="for the merged checkpoint")
-    add("--label-set", action="append", default=[], metavar="NAME=FILE", help="classes to embed now; may be repeated")
-    add("--templates", type=str, metavar="FILE", help="prompt templates: a file or a built-in set (default: the run's)")
-    add("--tolerance", type=float, default=1e-4, metavar="X", help="largest difference from torch per component")
-    add("--max-batch-size", type=int, default=64, metavar="N", help="images or texts in one batch of the server")
-    return parser
+def _number(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise RAdapterError(f"alpha is {value!r}; allowed: a number from 0 to 1, such as --alpha 0.5") from None
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see `export`."""
-    arguments = _parser().parse_args(argv)
-    return guard(lambda: export(**vars(arguments)), prog="radapter-export")
+    return run(export, argv, prog="radapter-export")
 
 
 if __name__ == "__main__":

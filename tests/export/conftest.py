@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from radapter_export import Release, export_release
+from radapter_export.graph import Graph, image_graph, text_graph
 
 from radapter_serve.adapter import Adapter, Metadata, attach, base_digest, save_adapter
 from radapter_serve.base import Base, load_base
@@ -69,3 +70,16 @@ def exported(
         label_sets={"animals": labels_path},
     )
     return folder, releases
+
+
+@pytest.fixture(scope="session")
+def graphs(tiny_base: Base) -> tuple[Graph, Graph]:
+    """The image and the text graph of the tiny CLIP."""
+    return image_graph(tiny_base), text_graph(tiny_base)
+
+
+@pytest.fixture
+def quick(graphs: tuple[Graph, Graph], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare `export_release` of the tiny CLIP the seconds that torch's exporter takes: graphs hold no weights."""
+    monkeypatch.setattr("radapter_export.release.image_graph", lambda base: graphs[0])
+    monkeypatch.setattr("radapter_export.release.text_graph", lambda base: graphs[1])

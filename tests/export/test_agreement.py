@@ -1,0 +1,136 @@
+"""The agreement check lets nothing through that differs."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from radapter_export import Release
+from radapter_export.agreement import BATCHES, Encoder, References, Samples, compare
+from radapter_export.graph import Graph
+
+from radapter_serve.adapter import attach_adapter, fold, load_adapter
+from radapter_serve.base import Base, load_base
+from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def samples(exported: tuple[Path, list[Release]], tiny_base: Base) -> Samples:
+    folder, releases = exported
+    path = folder / "repository" / "classify" / "1" / "tokenizer.json"
+    return Samples(tiny_base, Tokenizer.load(path, releases[0].facts["tokenizer"]), 32)
+
+
+@pytest.fixture(scope="module")
+def references(adapter_path: Path, samples: Samples, tiny_clip_dir: str) -> References:
+    base = load_base(tiny_clip_dir)
+    attach_adapter(base.model, load_adapter(adapter_path), 0.3, form="weight")
+    return References(base, samples)
+
+
+def model_file(exported: tuple[Path, list[Release]], name: str) -> Path:
+    return exported[0] / "repository" / name / "1" / "model.onnx"
+
+
+def inputs(samples: Samples, name: str) -> list[np.ndarray]:
+    return samples.images if name == "image_encoder" else samples.tokens
+
+
+def test_samples_have_several_batches_and_lengths(samples: Samples, tiny_base: Base) -> None:
+    assert [len(image) for image in samples.images] == [len(t) for t in samples.tokens] == list(BATCHES) == [1, 2, 7]
+    assert samples.tokens[0].shape[1] < 77  # cropped
+    assert samples.tokens[1].shape[1] == samples.tokens[2].shape[1] == 77
+    ends = [(tokens == 49407).int().argmax(1).tolist() for tokens in samples.full_tokens]
+    assert len({end for row in ends for end in row}) >= 5
+    for served, full in zip(samples.tokens, samples.full_tokens, strict=True):
+        np.testing.assert_array_equal(served, full[:, : served.shape[1]])
+
+
+@pytest.mark.parametrize("name", ["image_encoder", "text_encoder"])
+def test_folded_graph_agrees_with_attached_adapters(
+    name: str, exported: tuple[Path, list[Release]], samples: Samples, references: References
+) -> None:
+    """Adapters attached in weight form here; the export itself attaches them to activations."""
+    encoder = Encoder(model_file(exported, name))
+    agreement = compare(name, encoder, inputs(samples, name), references.embeds[name], 1e-5)
+    assert 0 <= agreement.max_error < 2e-6
+    assert 0.999999 < agreement.min_cosine < 1.000001
+
+
+@pytest.mark.parametrize("name", ["image_encoder", "text_encoder"])
+def test_another_alpha_is_refused(
+    name: str, exported: tuple[Path, list[Release]], samples: Samples, references: References
+) -> None:
+    path = exported[0] / "repository" / name / "2" / "model.onnx"
+    with pytest.raises(RAdapterError, match=f"{name} differs from torch by up to .*cosine.*--tolerance"):
+        compare(name, Encoder(path), inputs(samples, name), references.embeds[name], 1e-4)
+
+
+def changed(path: Path, target: Path, name: str, value: float) -> Path:
+    model = onnx.load(path)
+    (tensor,) = [t for t in model.graph.initializer if t.name == name]
+    array = numpy_helper.to_array(tensor).copy()
+    array.flat[0] = value
+    tensor.CopyFrom(numpy_helper.from_array(array, name))
+    onnx.save(model, target)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [
+        ("image_encoder", "visual.transformer.resblocks.1.mlp.c_proj.bias"),
+        ("text_encoder", "transformer.resblocks.0.attn.out_proj.bias"),
+    ],
+)
+@pytest.mark.parametrize(("value", "message"), [(3.0, "differs"), (float("nan"), "not finite")])
+def test_one_changed_weight_is_refused(
+    name: str,
+    weight: str,
+    value: float,
+    message: str,
+    exported: tuple[Path, list[Release]],
+    samples: Samples,
+    references: References,
+    tmp_path: Path,
+) -> None:
+    path = changed(model_file(exported, name), tmp_path / "model.onnx", weight, value)
+    with pytest.raises(RAdapterError, match=message):
+        compare(name, Encoder(path), inputs(samples, name), references.embeds[name], 1e-4)
+
+
+def test_reference_that_is_not_finite_is_refused(exported: tuple[Path, list[Release]], samples: Samples) -> None:
+    nan = [np.full((batch, 32), np.nan, np.float32) for batch in BATCHES]
+    with pytest.raises(RAdapterError, match="not finite"):
+        compare("image_encoder", Encoder(model_file(exported, "image_encoder")), samples.images, nan, 1e-4)
+
+
+def test_batch_that_does_not_run_is_said_with_its_shape(exported: tuple[Path, list[Release]]) -> None:
+    encoder = Encoder(model_file(exported, "image_encoder"))
+    wrong = np.zeros((2, 16, 16, 3), np.uint8)
+    with pytest.raises(RAdapterError, match=r"fails in ONNX Runtime on a batch of shape \(2, 16, 16, 3\)"):
+        compare("image_encoder", encoder, [wrong], [np.zeros((2, 32), np.float32)], 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_another_provider_than_the_one_asked_for_is_refused(exported: tuple[Path, list[Release]]) -> None:
+    with pytest.raises(RAdapterError, match="TensorrtExecutionProvider"):
+        Encoder(model_file(exported, "image_encoder"), "TensorrtExecutionProvider")
+
+
+def test_base_graph_agrees_at_alpha_0(
+    tiny_base: Base, graphs: tuple[Graph, Graph], samples: Samples, adapter_path: Path, tmp_path: Path
+) -> None:
+    weights = tiny_base.model.state_dict()
+    folded = fold(weights, load_adapter(adapter_path), 0.0)
+    assert all(torch.equal(value, weights[key]) for key, value in folded.items())
+    graphs[0].save(folded, tmp_path / "model.onnx")
+    references = References(tiny_base, samples).embeds["image_encoder"]
+    compare("image_encoder", Encoder(tmp_path / "model.onnx"), samples.images, references, 2e-6)
+    assert logging.getLogger("torch.onnx").level == logging.NOTSET

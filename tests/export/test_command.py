@@ -1,0 +1,77 @@
+"""`radapter-export`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from radapter_serve.cli.export import main
+
+
+@pytest.fixture
+def checkout(quick: None, adapter_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with two runs, of which `new` is the newest; the older one is broken."""
+    for name, age in (("old", 100), ("new", 0)):
+        run = tmp_path / "runs" / name
+        run.mkdir(parents=True)
+        shutil.copy(adapter_path, run / "adapter.safetensors")
+        stamp = (run / "adapter.safetensors").stat().st_mtime - age
+        os.utime(run / "adapter.safetensors", (stamp, stamp))
+    (tmp_path / "animals.txt").write_text("cat, kitty\ndog\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    return tmp_path
+
+
+def test_newest_run_is_exported_and_a_table_printed(checkout: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--alpha", "0.3", "0.5", "--label-set", "animals=animals.txt", "--label-set", "b=animals.txt"]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert "runs/new/adapter.safetensors: 2 releases" in out
+    for word in ("image_encoder", "text_encoder", "max error", "min cosine", "seconds"):
+        assert word in out
+    assert out.endswith("Next:   radapter-serve\n")
+    assert {path.name for path in (checkout / "merged").iterdir()} == {"alpha-0.3", "alpha-0.5"}
+    sets = checkout / "model_repository" / "classify" / "2" / "label_sets"
+    assert {path.name for path in sets.iterdir()} == {"animals.npz", "b.npz"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--alpha", "half"], "alpha is 'half'; allowed: a number from 0 to 1"),
+        (["--alpha", "1.01"], "alpha is 1.01; allowed"),
+        (["--alpha", "nan"], "alpha is nan; allowed"),
+        (["--alpha", "-0.5"], "alpha is -0.5; allowed"),
+        (["--label-set", "animals.txt"], "write NAME=FILE"),
+        (["--label-set", "a=animals.txt", "--label-set", "a=b.txt"], "a is given twice"),
+        (["--label-set", "a=b.txt"], "cannot read b.txt"),
+        (["--adapter", "runs/none"], "no adapter file at runs/none"),
+        (["--base", "ViT-B-33"], "unknown model 'ViT-B-33'"),
+        (["--templates", "none.txt"], "cannot read none.txt"),
+        (["--merged", "runs"], "runs holds"),
+        (["--model-repository", "animals.txt"], "animals.txt is a file"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    checkout: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(arguments) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("radapter-export: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert {path.name for path in checkout.iterdir()} == {"runs", "animals.txt"}
+
+
+def test_without_a_run_the_command_that_makes_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--alpha", "0.5"]) == 2
+    assert "no run with an adapter in" in (err := capfd.readouterr().err)
+    assert "radapter-train" in err

@@ -1,0 +1,172 @@
+"""The graphs against torch, and what must not depend on weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import open_clip
+import pytest
+import torch
+from radapter_export import Release
+from radapter_export.graph import EXTERNAL_ABOVE, Graph, image_graph, text_graph
+from radapter_export.towers import Attention, check
+from torch import nn
+
+from radapter_serve.base import Base, load_base
+from radapter_serve.errors import RAdapterError
+
+TEXTS = ["a photo of a cat", "hello", "", "many words " * 100, "a drawing of a dog, in the rain", "x y z", "7"]
+
+
+def operators(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
+
+
+def run(path: Path, values: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, {session.get_inputs()[0].name: values})
+    return result
+
+
+def pixels(base: Base, image: np.ndarray) -> torch.Tensor:
+    mean, std = (torch.tensor(base.preprocess[key]).view(3, 1, 1) for key in ("mean", "std"))
+    return (torch.from_numpy(image).permute(0, 3, 1, 2) / 255 - mean) / std
+
+
+@pytest.fixture(scope="module")
+def custom(tiny_base: Base) -> tuple[Base, Graph]:
+    """The tiny CLIP in open_clip's other class, with an `eos` pool and a projection with bias."""
+    config = dict(tiny_base.config)
+    text = {**config.pop("text_cfg"), "pool_type": "eos", "eos_id": 49407, "proj_bias": True}
+    config.pop("custom_text", None)
+    torch.manual_seed(3)
+    model = open_clip.CustomTextCLIP(text_cfg=text, **config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    base = dataclasses.replace(tiny_base, model=model)
+    return base, text_graph(base)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_image_graph_gives_what_open_clip_gives(
+    tiny_base: Base, graphs: tuple[Graph, Graph], tmp_path: Path, batch: int
+) -> None:
+    graphs[0].save(tiny_base.model.state_dict(), tmp_path / "model.onnx")
+    image = np.random.default_rng(batch).integers(0, 256, (batch, 32, 32, 3), dtype=np.uint8)
+    with torch.no_grad():
+        expected = tiny_base.model.encode_image(pixels(tiny_base, image), normalize=True).numpy()
+    np.testing.assert_allclose(run(tmp_path / "model.onnx", image), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "CustomTextCLIP"])
+def test_text_graph_gives_what_open_clip_gives_at_every_length(
+    kind: str, custom: tuple[Base, Graph], tiny_base: Base, graphs: tuple[Graph, Graph], tmp_path: Path
+) -> None:
+    base, graph = (tiny_base, graphs[1]) if kind == "CLIP" else custom
+    assert type(base.model).__name__ == kind
+    graph.save(base.model.state_dict(), tmp_path / "model.onnx")
+    tokens = base.tokenizer(TEXTS)
+    with torch.no_grad():
+        expected = base.model.encode_text(tokens, normalize=True).numpy()
+    for rows in ([0], [3], [1, 2], [0, 1, 2, 4, 5, 6], list(range(7))):
+        ends = (tokens[rows] == 49407).int().argmax(1)
+        for length in {int(ends.max()) + 1, 77}:
+            embeds = run(tmp_path / "model.onnx", tokens[rows, :length].numpy().astype(np.int32))
+            np.testing.assert_allclose(embeds, expected[rows], atol=2e-6)
+
+
+def test_text_graph_without_causal_mask_has_one_length(tiny_base: Base, tmp_path: Path) -> None:
+    config = {**tiny_base.config, "text_cfg": {**tiny_base.config["text_cfg"], "no_causal_mask": True}}
+    base = dataclasses.replace(tiny_base, model=open_clip.CustomTextCLIP(**config).eval())
+    text_graph(base).save(base.model.state_dict(), tmp_path / "model.onnx")
+    shape = onnx.load(tmp_path / "model.onnx").graph.input[0].type.tensor_type.shape
+    assert [dim.dim_param or dim.dim_value for dim in shape.dim] == ["batch", 77]
+    tokens = tiny_base.tokenizer(TEXTS)
+    with torch.no_grad():
+        expected = base.model.encode_text(tokens, normalize=True).numpy()
+    np.testing.assert_allclose(run(tmp_path / "model.onnx", tokens.numpy().astype(np.int32)), expected, atol=2e-6)
+
+
+def test_folded_graph_has_the_operators_of_the_untouched_base(
+    exported: tuple[Path, list[Release]], tiny_base: Base, graphs: tuple[Graph, Graph], tmp_path: Path
+) -> None:
+    for graph in graphs:
+        graph.save(tiny_base.model.state_dict(), tmp_path / "base.onnx")
+        expected = operators(tmp_path / "base.onnx")
+        assert expected == Counter(graph.operators())
+        for version in "12":
+            assert operators(exported[0] / "repository" / graph.name / version / "model.onnx") == expected
+
+
+def test_graph_does_not_depend_on_weights_and_leaves_them(
+    tiny_clip_dir: str, graphs: tuple[Graph, Graph], tmp_path: Path
+) -> None:
+    """torch's exporter by itself drops zero biases and merges equal tensors."""
+    base = load_base(tiny_clip_dir)
+    with torch.no_grad():
+        for name, parameter in base.model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif ".ln_" in name:
+                parameter.fill_(1)
+    before = {key: value.clone() for key, value in base.model.state_dict().items()}
+    structure = repr(base.model)
+    for expected, graph in zip(graphs, (image_graph(base), text_graph(base)), strict=True):
+        graph.save(base.model.state_dict(), tmp_path / "model.onnx")
+        model = onnx.load(tmp_path / "model.onnx")
+        assert operators(tmp_path / "model.onnx") == Counter(expected.operators())
+        assert {tensor.name for tensor in model.graph.initializer} == set(expected.model.graph.initializers)
+    assert repr(base.model) == structure
+    assert not any(isinstance(module, Attention) for module in base.model.modules())
+    assert all(torch.equal(value, before[key]) for key, value in base.model.state_dict().items())
+
+
+def test_weights_keep_their_names(graphs: tuple[Graph, Graph], custom: tuple[Base, Graph], tiny_base: Base) -> None:
+    names = {key for graph in graphs for key in graph.model.graph.initializers}
+    assert set(tiny_base.model.state_dict()) - {"logit_scale"} <= names
+    base, graph = custom
+    assert {key for key in base.model.state_dict() if key.startswith("text.")} <= set(graph.model.graph.initializers)
+
+
+def test_saving_leaves_the_graph_without_weights(tiny_base: Base, graphs: tuple[Graph, Graph], tmp_path: Path) -> None:
+    weights = tiny_base.model.state_dict()
+    first, second, third = (tmp_path / f"{n}.onnx" for n in range(3))
+    graphs[0].save(weights, first)
+    graphs[0].save({key: value * 2 for key, value in weights.items()}, second)
+    graphs[0].save(weights, third)
+    assert first.read_bytes() == third.read_bytes() != second.read_bytes()
+
+
+def test_large_weights_go_beside_the_graph(
+    tiny_base: Base, graphs: tuple[Graph, Graph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert EXTERNAL_ABOVE < 2**31
+    graphs[0].save(tiny_base.model.state_dict(), tmp_path / "inside.onnx")
+    monkeypatch.setattr("radapter_export.graph.EXTERNAL_ABOVE", 1000)
+    size = graphs[0].save(tiny_base.model.state_dict(), tmp_path / "model.onnx")
+    files = {path.name for path in tmp_path.glob("model*")}
+    assert files == {"model.onnx", "model.onnx.data"}
+    assert size == sum((tmp_path / name).stat().st_size for name in files)
+    image = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(run(tmp_path / "model.onnx", image), run(tmp_path / "inside.onnx", image))
+
+
+def test_models_of_other_kinds_are_refused(tiny_base: Base) -> None:
+    config = tiny_base.config
+    pooled = open_clip.CLIP(**{**config, "vision_cfg": {**config["vision_cfg"], "attentional_pool": True}})
+    with pytest.raises(RAdapterError, match=r"pools by attention.*allowed: .*ViT-B-32"):
+        check(pooled)
+    scaled = open_clip.CLIP(**{**config, "vision_cfg": {**config["vision_cfg"], "block_type": "custom"}})
+    with pytest.raises(RAdapterError, match="CustomResidualAttentionBlock"):
+        check(scaled)
+    resnet = open_clip.CLIP(**{**config, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 32}})
+    with pytest.raises(RAdapterError, match="ModifiedResNet"):
+        check(resnet)
+    with pytest.raises(RAdapterError, match="NoneType"):
+        check(nn.Linear(1, 1))

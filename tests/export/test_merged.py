@@ -1,0 +1,99 @@
+"""The merged checkpoint is plain open_clip."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from open_clip.transformer import QuickGELU
+from radapter_export import Release, write_merged
+from radapter_export.merged import Merged
+
+from radapter_serve.adapter import fold, load_adapter
+from radapter_serve.base import Base, load_base
+from radapter_serve.errors import RAdapterError
+
+FILES = {"open_clip_config.json", "open_clip_model.safetensors", "release.json"}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_open_clip_loads_it_equal_to_the_bit(
+    exported: tuple[Path, list[Release]], tiny_base: Base, adapter_path: Path
+) -> None:
+    folder, releases = exported
+    assert names(folder / "merged") == {"alpha-0.3", "alpha-0.8"}
+    for release in releases:
+        assert names(release.merged) == FILES
+        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{release.merged}")
+        expected = fold(tiny_base.model.state_dict(), load_adapter(adapter_path), release.alpha)
+        state = model.state_dict()
+        assert set(state) == set(expected)
+        assert all(torch.equal(state[key], expected[key]) for key in expected)
+        assert any(isinstance(module, QuickGELU) for module in model.modules())
+        _, _, expected_preprocess = open_clip.create_model_and_transforms(tiny_base.name)
+        assert repr(preprocess) == repr(expected_preprocess)
+        assert json.loads((release.merged / "release.json").read_text(encoding="utf-8")) == release.facts
+        again = load_base(f"local-dir:{release.merged}")
+        assert again.config == tiny_base.config
+
+
+@pytest.mark.parametrize("quick_gelu", [True, False])
+def test_quick_gelu_is_always_written(tiny_base: Base, tmp_path: Path, quick_gelu: bool) -> None:
+    base = Base(**{**vars(tiny_base), "config": {**tiny_base.config, "quick_gelu": quick_gelu}})
+    write_merged(tmp_path / "merged", base, base.model.state_dict(), {})
+    config = json.loads((tmp_path / "merged" / "open_clip_config.json").read_text(encoding="utf-8"))
+    assert config["model_cfg"]["quick_gelu"] is quick_gelu
+    assert set(config["preprocess_cfg"]) >= {"mean", "std", "interpolation", "resize_mode"}
+
+
+def test_earlier_merged_is_replaced_as_a_whole(tiny_base: Base, tmp_path: Path) -> None:
+    weights = tiny_base.model.state_dict()
+    for name in ("", "alpha-0.5", ""):
+        with Merged(tmp_path / "merged") as merged:
+            merged.add(name, tiny_base, weights, {"name": name})
+            merged.commit()
+        assert names(tmp_path / "merged") == ({name} if name else FILES)
+        assert names(tmp_path) == {"merged"}
+
+
+def test_folder_of_somebody_else_is_refused(tiny_base: Base, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
+    with pytest.raises(RAdapterError, match=r"thesis\.tex.*--merged"):
+        write_merged(tmp_path, tiny_base, {}, {})
+    with pytest.raises(RAdapterError, match="is a file"):
+        write_merged(tmp_path / "thesis.tex", tiny_base, {}, {})
+    assert names(tmp_path) == {"thesis.tex"}
+
+
+def test_full_disk_leaves_the_earlier_one(tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = tiny_base.model.state_dict()
+    write_merged(tmp_path / "merged", tiny_base, weights, {"which": "first"})
+
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("radapter_export.merged.save_file", full)
+    with pytest.raises(RAdapterError, match="no space left on the disk"):
+        write_merged(tmp_path / "merged", tiny_base, weights, {"which": "second"})
+    assert names(tmp_path) == {"merged"}
+    assert json.loads((tmp_path / "merged" / "release.json").read_text(encoding="utf-8")) == {"which": "first"}
+
+
+def test_killed_swap_is_undone(tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between taking the old folder away and putting the new one in its place."""
+    weights = tiny_base.model.state_dict()
+    write_merged(tmp_path / "merged", tiny_base, weights, {"which": "first"})
+    killed = Merged(tmp_path / "merged").__enter__()
+    killed.add("", tiny_base, weights, {"which": "second"})
+    (tmp_path / "merged").rename(tmp_path / ".export-merged.old")
+    with Merged(tmp_path / "merged"):
+        assert json.loads((tmp_path / "merged" / "release.json").read_text(encoding="utf-8")) == {"which": "first"}
+    assert names(tmp_path) == {"merged"}

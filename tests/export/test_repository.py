@@ -1,0 +1,91 @@
+"""The model repository: configs that Triton takes, and one writer at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from radapter_export import Release
+from radapter_export import repository as module
+from radapter_export.repository import MODELS, Repository, config
+from tritonclient.grpc import model_config_pb2
+
+from radapter_serve.errors import RAdapterError
+
+
+def parse(text: str) -> model_config_pb2.ModelConfig:
+    return text_format.Parse(text, model_config_pb2.ModelConfig())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_config_parses_and_holds_the_releases(exported: tuple[Path, list[Release]], model: str) -> None:
+    folder, releases = exported
+    parsed = parse((folder / "repository" / model / "config.pbtxt").read_text(encoding="utf-8"))
+    assert parsed.name == model
+    assert parsed.backend == ("onnxruntime" if model.endswith("encoder") else "python")
+    assert parsed.max_batch_size == 64
+    assert list(parsed.version_policy.specific.versions) == [1, 2]
+    facts = {key: json.loads(value.string_value) for key, value in parsed.parameters.items()}
+    assert facts == {"release": releases[1].facts, "release.1": releases[0].facts, "release.2": releases[1].facts}
+
+
+def test_encoder_configs_have_the_shapes_of_the_graphs(exported: tuple[Path, list[Release]]) -> None:
+    shapes = {}
+    for model in ("image_encoder", "text_encoder", "embed_image", "embed_text"):
+        parsed = parse((exported[0] / "repository" / model / "config.pbtxt").read_text(encoding="utf-8"))
+        (source,), (result,) = parsed.input, parsed.output
+        shapes[model] = (source.name, list(source.dims), result.name, list(result.dims))
+    assert shapes == {
+        "image_encoder": ("image", [32, 32, 3], "image_embeds", [32]),
+        "text_encoder": ("tokens", [-1], "text_embeds", [32]),
+        "embed_image": ("image", [1], "image_embeds", [32]),
+        "embed_text": ("text", [1], "text_embeds", [32]),
+    }
+
+
+def test_preferred_batches_never_exceed_the_largest(tmp_path: Path) -> None:
+    template = tmp_path / "config.template.pbtxt"
+    template.write_text('name: "x" dynamic_batching { preferred_batch_size: [4, 8, 64] }', encoding="utf-8")
+    parsed = parse(config(template, "embed_text", [{"version": 3}], {}, 8))
+    assert list(parsed.dynamic_batching.preferred_batch_size) == [4, 8]
+    assert parsed.max_batch_size == 8
+    assert parsed.name == "embed_text"
+
+
+def test_broken_template_is_said(tmp_path: Path) -> None:
+    template = tmp_path / "config.template.pbtxt"
+    with pytest.raises(RAdapterError, match=r"no template .*install radapter-serve again"):
+        config(template, "classify", [{"version": 1}], {}, 64)
+    template.write_text("max_batch: 4", encoding="utf-8")
+    with pytest.raises(RAdapterError, match="is not a Triton model config"):
+        config(template, "classify", [{"version": 1}], {}, 64)
+
+
+def test_two_exports_at_a_time_are_refused(tmp_path: Path) -> None:
+    with Repository(tmp_path), pytest.raises(RAdapterError, match="another radapter-export"), Repository(tmp_path):
+        pass
+
+
+def test_repository_that_nothing_was_committed_to_does_not_stay(tmp_path: Path) -> None:
+    with Repository(tmp_path / "a" / "b") as repository:
+        assert repository.next_version() == 1
+        assert (tmp_path / "a" / "b").is_dir()
+    assert not list(tmp_path.iterdir())
+
+
+def test_repository_must_be_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(RAdapterError, match=r"is a file.*--model-repository"):
+        Repository(tmp_path / "file")
+
+
+def test_templates_travel_in_the_wheel_or_stand_in_the_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "export" / "radapter_export" / "repository.py"))
+    assert module.sources() == tmp_path / "model_repository"
+    packed = tmp_path / "export" / "radapter_export" / "model_repository"
+    packed.mkdir(parents=True)
+    assert module.sources() == packed
