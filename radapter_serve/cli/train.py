@@ -35,3 +35,7 @@ def _take_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:
             if index + 1 < len(arguments):
                 return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
     return None, arguments
+
+
+if __name__ == "__main__":  # for `accelerate launch -m radapter_serve.cli.train`
+    sys.exit(main())

@@ -36,7 +36,7 @@ def zero_shot_classifier(
     parts = [
         encode_text(model, tokenizer(texts[i : i + batch_size]).to(device)) for i in range(0, len(texts), batch_size)
     ]
-    groups = torch.cat(parts).split([len(group) for group in prompts])
+    groups = torch.split(torch.cat(parts), [len(group) for group in prompts])
     return F.normalize(torch.stack([group.mean(dim=0) for group in groups]), dim=-1)
 
 

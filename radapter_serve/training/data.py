@@ -115,7 +115,7 @@ def load_labelled(
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
     own = getattr(features.get(label_column), "names", None)
     names = read_label_file(classes) if classes else own
-    if names is None and not streaming and getattr(features.get(label_column), "dtype", "") == "string":
+    if names is None and not streaming and "string" in getattr(features.get(label_column), "dtype", ""):
         names = sorted(set(rows[label_column]))
     if names is None:
         raise RAdapterError(f"{spec} does not name its classes; give a file with one class a line: --classes FILE")

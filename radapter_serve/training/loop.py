@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 from torchvision import transforms
@@ -265,6 +266,7 @@ def _accelerator(recipe: Recipe, out: Path) -> Accelerator:
     precision = recipe.precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise RAdapterError("precision fp16 needs a GPU; allowed on this machine: no, bf16")
+    AcceleratorState._reset_state()  # else a second run in this process could not have another precision
     try:
         return Accelerator(
             mixed_precision=precision,

@@ -1,0 +1,144 @@
+"""Reading data sets: the same images by every road, and clear words for what can't be used."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.training.data import Examples, batches, load_labelled, templates_of
+
+
+def pixels(data: Any) -> dict[bytes, str]:
+    return {np.asarray(data.image(row)).tobytes(): data.classes[data.label(row)] for row in data.rows}
+
+
+def transform(image: Image.Image) -> torch.Tensor:
+    return pil_to_tensor(image).float() + torch.rand(1)  # as random as an augmentation
+
+
+def test_every_reader_gives_the_same_images_and_labels(images: Path, tmp_path: Path) -> None:
+    files = sorted(images.rglob("*.png"))
+    expected = {np.asarray(Image.open(file)).tobytes(): file.parent.name for file in files}
+    table = pd.DataFrame(
+        {"image": [str(f.relative_to(tmp_path)) for f in files], "label": [f.parent.name for f in files]}
+    )
+    table.to_csv(tmp_path / "table.csv", index=False)
+    rows = {"image": [{"bytes": f.read_bytes(), "path": f.name} for f in files], "label": table["label"]}
+    pd.DataFrame(rows).to_parquet(tmp_path / "table.parquet")
+    classes = tmp_path / "classes.txt"
+    classes.write_text("blue\ngreen, lime\nred\n")
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for index, file in enumerate(files):
+            number = str(["blue", "green", "red"].index(file.parent.name)).encode()
+            for ending, data in (("png", file.read_bytes()), ("cls", number)):
+                info = tarfile.TarInfo(f"{index:04d}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert pixels(load_labelled(f"imagefolder:{images}")) == expected
+    assert pixels(load_labelled(f"imagefolder:{images}@train")) == expected
+    assert pixels(load_labelled(f"csv:{tmp_path}/table.csv")) == expected
+    assert pixels(load_labelled(f"parquet:{tmp_path}/table.parquet")) == expected
+    named = {key: {"green": "green, lime"}.get(name, name) for key, name in expected.items()}
+    assert pixels(load_labelled(f"csv:{tmp_path}/table.csv", classes=classes)) == named
+    web = {"image_column": "png", "label_column": "cls", "classes": classes}
+    assert pixels(load_labelled(f"webdataset:{tmp_path}/shard.tar", **web)) == named  # type: ignore[arg-type]
+    stream = load_labelled(f"csv:{tmp_path}/table.csv", classes=classes, streaming=True)
+    assert pixels(stream) == named
+
+
+def items(
+    data: Any, *, epoch: int = 0, start: int = 0, rank: int = 0, world: int = 1, seed: int = 0, workers: int = 0
+) -> list[Any]:
+    examples = Examples(data, transform, ["a {}", "the {}"], seed)
+    loader = batches(examples, 4, epoch=epoch, start=start, rank=rank, world=world, workers=workers)
+    return [(b["labels"].tolist(), b["texts"], b["pixels"].sum().item()) for b in loader]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_order_depends_on_seed_and_epoch_alone(images: Path, tmp_path: Path, streaming: bool) -> None:
+    if streaming:
+        files = sorted(images.rglob("*.png"))
+        rows = {"image": [str(f) for f in files], "label": [f.parent.name for f in files]}
+        pd.DataFrame(rows).to_csv(tmp_path / "table.csv", index=False)
+        (tmp_path / "classes.txt").write_text("blue\ngreen\nred\n")
+        data = load_labelled(f"csv:{tmp_path}/table.csv", classes=tmp_path / "classes.txt", streaming=True)
+    else:
+        data = load_labelled(f"imagefolder:{images}")
+    torch.manual_seed(1)
+    first = items(data)
+    torch.manual_seed(2)
+    assert items(data) == first and len(first) == 6
+    assert items(data, start=2) == first[2:]
+    assert items(data, epoch=1) != first and items(data, seed=1) != first
+    halves = [items(data, rank=rank, world=2) for rank in range(2)]
+    seen = [label for half in halves for labels, *_ in half for label in labels]
+    assert sorted(seen) == [0] * 8 + [1] * 8 + [2] * 8
+
+
+def test_workers_change_nothing(images: Path) -> None:
+    data = load_labelled(f"imagefolder:{images}")
+    assert items(data, workers=2) == items(data)
+
+
+def test_broken_and_missing_images(images: Path) -> None:
+    data = load_labelled(f"imagefolder:{images}")
+    (images / "red" / "3.png").write_bytes(b"\x89PNG not really")
+    (images / "red" / "4.png").unlink()
+    with pytest.raises(RAdapterError, match=r"red/[34]\.png can't be read.*--on-broken skip"):
+        items(data)
+    examples = Examples(data, transform, ["a {}"], 0, refuse=False)
+    seen = list(batches(examples, 4, epoch=0, start=0, rank=0, world=1, workers=0))
+    assert len(seen) == 6 and all(len(b["labels"]) == 4 for b in seen)
+    broken = {name.split(" can't")[0].rsplit("/", 1)[-1] for b in seen for name in b["broken"]}
+    assert broken == {"3.png", "4.png"}
+
+
+def test_class_file_that_does_not_match(images: Path, tmp_path: Path) -> None:
+    classes = tmp_path / "classes.txt"
+    classes.write_text("blue\ngreen\n")
+    with pytest.raises(RAdapterError, match="names 2 classes but .* has 3: blue, green, red"):
+        load_labelled(f"imagefolder:{images}", classes=classes)
+    pd.DataFrame({"image": ["a.png", "b.png"], "label": ["blue", "purple"]}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(RAdapterError, match="label 'purple' is none of the 2 classes"):
+        load_labelled(f"csv:{tmp_path}/t.csv", classes=classes)
+
+
+def test_empty_class(images: Path, tmp_path: Path) -> None:
+    (images / "yellow").mkdir()
+    with pytest.raises(RAdapterError, match="'yellow' .*holds no image"):
+        load_labelled(f"imagefolder:{images}")
+    (tmp_path / "classes.txt").write_text("blue\nred\n")
+    pd.DataFrame({"image": ["a.png"], "label": ["blue"]}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(RAdapterError, match="'red' has no image"):
+        load_labelled(f"csv:{tmp_path}/t.csv", classes=tmp_path / "classes.txt")
+
+
+def test_what_can_not_be_read(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(RAdapterError, match="no folder"):
+        load_labelled(f"imagefolder:{tmp_path}/nowhere")
+    with pytest.raises(RAdapterError, match="could not read"):
+        load_labelled(f"csv:{tmp_path}/nowhere.csv")
+    pd.DataFrame({"picture": ["a.png"], "label": ["blue"]}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(RAdapterError, match="no column 'image'; its columns: picture, label; see --image-column"):
+        load_labelled(f"csv:{tmp_path}/t.csv")
+    shutil.rmtree(images / "red")
+    shutil.rmtree(images / "green")
+    (images / "blue").rename(images / "train")
+    with pytest.raises(RAdapterError, match="one sub-folder a class"):
+        load_labelled(f"imagefolder:{images}")
+
+
+def test_openai_templates_are_all_eighty() -> None:
+    templates = templates_of("openai")
+    assert len(set(templates)) == 80 and all(template.count("{}") == 1 for template in templates)

@@ -1,0 +1,177 @@
+"""Whole runs on a tiny model: they learn, stop and go on to the same result, and say what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from radapter_serve.adapter import load_adapter
+from radapter_serve.base import load_base
+from radapter_serve.cli.train import main
+from radapter_serve.errors import RAdapterError
+from radapter_serve.training import Average, Recipe, choose_form, load_recipe, train
+from radapter_serve.training.loop import learning_rate
+
+
+@pytest.fixture
+def recipe(tiny_clip_dir: str, images: Path, tmp_path: Path) -> Recipe:
+    return Recipe(
+        architecture=tiny_clip_dir,
+        data=f"imagefolder:{images}",
+        val_data=f"imagefolder:{images}",
+        batch_size=8,
+        steps=8,
+        warmup_steps=2,
+        learning_rate=3e-3,
+        momentum=0.5,
+        save_every=4,
+        workers=0,
+        tracker="none",
+        out=tmp_path / "run",
+    )
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_and_leaves_what_it_says(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = dataclasses.replace(recipe, steps=30, validate_every=10, tracker="tensorboard")
+    out = train(recipe)
+    losses = [row["loss"] for row in rows(out) if "loss" in row]
+    assert len(losses) == 30 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    accuracies = [row["acc1@alpha=1"] for row in rows(out) if "acc1@alpha=1" in row]
+    assert len(accuracies) == 3 and accuracies[-1] == 100.0  # three plain colours
+    adapter = load_adapter(out)
+    assert adapter.metadata.metrics["acc1@alpha=1"] == 100.0
+    assert adapter.metadata.recipe == yaml.safe_load((out / "recipe.yaml").read_text()) == recipe.to_dict()
+    assert {p.name for p in out.iterdir()} == {
+        "adapter.safetensors",
+        "checkpoint.pt",
+        "metrics.jsonl",
+        "recipe.yaml",
+        "radapter",
+    }
+    assert list((out / "radapter").rglob("events*"))
+    printed = capsys.readouterr().out
+    assert (
+        "% of the base's" in printed and "images/s" in printed and "s left" in printed and "radapter-export" in printed
+    )
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_killed_run_resumes_to_the_same_result(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int | None
+) -> None:
+    recipe = dataclasses.replace(recipe, rank=rank, accumulate=2, flip=True)
+    whole = load_adapter(train(recipe))
+    cut = dataclasses.replace(recipe, out=tmp_path / "cut")
+    update = Average.update
+
+    def die(self: Average) -> None:
+        update(self)
+        if self.steps == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Average, "update", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(cut)
+    assert not (cut.out / "adapter.safetensors").exists()  # type: ignore[operator]
+    resumed = load_adapter(train(dataclasses.replace(cut, resume=True)))
+    for name, value in whole.tensors.items():
+        torch.testing.assert_close(resumed.tensors[name], value, rtol=0, atol=1e-7)
+
+
+def test_both_forms_train_to_the_same_adapter(recipe: Recipe, tmp_path: Path) -> None:
+    found = [
+        load_adapter(train(dataclasses.replace(recipe, form=form, out=tmp_path / form, val_data=None))).tensors
+        for form in ("activation", "weight")
+    ]
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=0, atol=2e-3 * value.abs().max().item())
+
+
+@pytest.mark.slow
+def test_two_processes_train_to_the_same_adapter_as_one(recipe: Recipe, tmp_path: Path) -> None:
+    one = load_adapter(train(recipe))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**recipe.to_dict(), "out": str(tmp_path / "two")}))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    command += ["--mixed_precision=no", "--dynamo_backend=no", "-m", "radapter_serve.cli.train", "--recipe", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    two = load_adapter(tmp_path / "two")
+    for name, value in one.tensors.items():
+        torch.testing.assert_close(two.tensors[name], value, rtol=0, atol=5e-3 * value.abs().max().item())
+
+
+def test_bf16_trains(recipe: Recipe) -> None:
+    out = train(dataclasses.replace(recipe, precision="bf16", val_data=None))
+    assert all(value.dtype == torch.float32 for value in load_adapter(out).tensors.values())
+
+
+def test_schedule_warms_up_and_falls_as_a_cosine() -> None:
+    recipe = Recipe(learning_rate=1.0, min_learning_rate=0.0, warmup_steps=10)
+    rates = [learning_rate(recipe, step, 110) for step in range(110)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.5) and rates[109] < 0.001
+
+
+def test_form_follows_the_batch(tiny_clip_dir: str) -> None:
+    model = load_base(tiny_clip_dir).model
+    assert choose_form(model, None, 4) == "activation"
+    assert choose_form(model, None, 4096) == "weight"
+    assert choose_form(model, 4, 4096) == "activation"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("radapter-train: error: ") and error.count("\n") == 1
+    return error
+
+
+def test_bad_input_is_one_line(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.to_dict()))
+    known = ("--recipe", str(path))
+    assert "no training data" in run(capsys)
+    assert "unknown model 'ViT-X-1'" in run(capsys, *known, "--architecture", "ViT-X-1")
+    assert "no weights for ViT-B-32" in run(capsys, *known, "--architecture", "ViT-B-32")
+    assert "is no model folder" in run(capsys, *known, "--architecture", "local-dir:/nowhere")
+    assert "alpha is 1.5" in run(capsys, *known, "--alpha", "1.5")
+    assert "lower it" in run(capsys, *known, "--batch-size", "100")
+    assert "could not read the recipe" in run(capsys, "--recipe", "/nowhere.yaml")
+    assert "no checkpoint" in run(capsys, *known, "--resume")
+    assert "tracker 'wanbd'" in run(capsys, *known, "--tracker", "wanbd")
+    path.write_text("learning_rat: 1\n")
+    assert "unknown fields learning_rat" in run(capsys, *known)
+    path.write_text("learning_rate: fast\n")
+    assert "learning_rate: 'fast'" in run(capsys, *known)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten_nor_resumed_by_another_recipe(recipe: Recipe) -> None:
+    train(dataclasses.replace(recipe, val_data=None))
+    with pytest.raises(RAdapterError, match="holds a run; go on with it by --resume"):
+        train(recipe)
+    with pytest.raises(RAdapterError, match="delta was 0.05, is 0.1"):
+        train(dataclasses.replace(recipe, resume=True, delta=0.1))
+
+
+def test_recipes_of_the_project_are_valid() -> None:
+    paths = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        dataclasses.replace(load_recipe(path), data="hub").check()
