@@ -6,6 +6,7 @@ import contextlib
 import ctypes.util
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -227,6 +228,7 @@ class TritonServer:
         try:
             self._launch(installation, Path(self._folder.name))
             self._wait_until_ready()
+            self.models = self._served()
             self.check()
         except BaseException:
             self.stop()
@@ -305,8 +307,9 @@ class TritonServer:
             try:
                 socket.create_server((self.host, port), family=family).close()
             except OSError as error:
+                why = os.strerror(error.errno or 0)
                 raise RAdapterError(
-                    f"cannot listen on {self.host} port {port} ({os.strerror(error.errno or 0)}); choose another with {flag}"
+                    f"cannot listen on {self.host} port {port} ({why}); choose another with {flag}"
                 ) from None
 
     def _launch(self, installation: Installation, folder: Path) -> None:
@@ -349,6 +352,15 @@ class TritonServer:
                     f"tritonserver was not ready after {self._timeout:g} s: {self._reason()}; allow more with --timeout"
                 )
             time.sleep(0.05)
+
+    def _served(self) -> dict[str, list[int]]:
+        """What the server itself says it serves: a config may leave versions of the folder out."""
+        request = urllib.request.Request(f"{self.http_url}/v2/repository/index", b'{"ready": true}', method="POST")
+        with _OPENER.open(request, timeout=10) as response:
+            models: dict[str, list[int]] = {}
+            for entry in json.load(response):
+                models.setdefault(entry["name"], []).append(int(entry["version"]))
+        return {name: sorted(versions) for name, versions in sorted(models.items())}
 
     def _ready(self) -> bool:
         try:
