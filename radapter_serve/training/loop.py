@@ -108,7 +108,7 @@ def train(recipe: Recipe) -> Path:
                         delta=recipe.delta,
                         epsilon=recipe.epsilon,
                     )
-                    accelerator.backward(loss)
+                    accelerator.backward(loss * accelerator.num_processes)  # see gather_with_grad
                     if recipe.grad_clip is not None and accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(adapters.parameters(), recipe.grad_clip)
                     optimizer.step()

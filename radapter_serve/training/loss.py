@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 
 def mpm_nce(
@@ -45,15 +44,14 @@ def mpm_nce(
 
 
 def gather_with_grad(tensor: Tensor) -> Tensor:
-    """The batch of all processes, [B, ...] to [B·world, ...]; gradients flow back to each process's own part.
+    """The batch of all processes, [B, ...] to [B·world, ...], with gradients for this process's own part.
 
-    The gradient of a part is summed over the processes, so that the mean that data parallelism takes over them is
-    the gradient of one loss over the whole batch.
+    Each process computes the loss of the whole batch, so its own part has its whole gradient already. Data parallelism
+    then takes the mean over processes where the sum is meant: multiply the loss by their number.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return tensor
-    if not tensor.requires_grad:
-        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
-    return torch.cat(all_gather(tensor.contiguous()))  # type: ignore[no-untyped-call]
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    parts[dist.get_rank()] = tensor
+    return torch.cat(parts)

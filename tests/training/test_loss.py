@@ -88,7 +88,7 @@ def _process(rank: int, folder: str) -> None:
     mine = slice(rank * 3, rank * 3 + 3)
     f, g = (F.normalize(data[name][mine] @ weight, dim=-1) for name in ("x", "y"))
     loss = mpm_nce(gather_with_grad(f), gather_with_grad(g), gather_with_grad(data["labels"][mine]), epsilon=0.02)
-    loss.backward()
+    (loss * 2).backward()
     assert weight.grad is not None
     dist.all_reduce(weight.grad)
     torch.save({"loss": loss.detach(), "grad": weight.grad / 2}, f"{folder}/{rank}.pt")  # the mean, as DDP takes it
