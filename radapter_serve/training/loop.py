@@ -12,18 +12,18 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 from torchvision import transforms
 
 from radapter_serve.adapter import Adapters, Form, Metadata, attach, base_digest, find_sites, save_adapter
 from radapter_serve.base import Base, load_base
+from radapter_serve.data import Labelled, evaluation_batches, load_labelled, templates_of
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import count_hits, zero_shot_classifier
 from radapter_serve.towers import encode_image, encode_text
 from radapter_serve.training.average import Average
+from radapter_serve.training.batches import Examples, Transform, batches
 from radapter_serve.training.checkpoint import load_checkpoint, save_checkpoint
-from radapter_serve.training.data import Examples, Labelled, Transform, batches, load_labelled, templates_of
 from radapter_serve.training.loss import gather_with_grad, mpm_nce
 from radapter_serve.training.progress import Progress
 from radapter_serve.training.recipe import Recipe
@@ -191,18 +191,6 @@ def augmentation(base: Base, recipe: Recipe) -> Transform:
     rgb = transforms.Lambda(lambda image: image.convert("RGB"))
     composed: Transform = transforms.Compose([crop, *flip, rgb, transforms.ToTensor(), normalize])
     return composed
-
-
-def evaluation_batches(
-    base: Base, data: Labelled, batch_size: int = 64, *, rank: int = 0, world: int = 1
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pixels, as open_clip's own transform makes them, and labels of a data set."""
-    transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
-    rows = range(rank, len(data.rows), world)
-    for first in range(0, len(rows), batch_size):
-        chosen = [data.rows[i] for i in rows[first : first + batch_size]]
-        pixels = torch.stack([transform(data.image(row)) for row in chosen])  # type: ignore[arg-type]
-        yield pixels, torch.tensor([data.label(row) for row in chosen])
 
 
 def validate(

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+from radapter_serve.data import load_labelled, templates_of
 from radapter_serve.errors import RAdapterError
-from radapter_serve.training.data import Examples, batches, load_labelled, templates_of
+from radapter_serve.training.batches import Examples, batches
 
 
 def pixels(data: Any) -> dict[bytes, str]:

@@ -1,10 +1,9 @@
-"""Training data: any labelled images that Hugging Face `datasets` reads, in an order that a seed fixes."""
+"""Labelled images from wherever Hugging Face `datasets` reads them, decoded as the server decodes them."""
 
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,16 @@ from typing import Any
 import datasets
 import open_clip
 import torch
-from datasets.distributed import split_dataset_by_node
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from radapter_serve.base import Base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.labels import read_label_file, read_templates, split_label
 from radapter_serve.serving.preprocess import decode
 
 READERS = ("imagefolder", "csv", "json", "parquet", "webdataset")
-Transform = Callable[[Image.Image], Tensor]
 
 
 @dataclass
@@ -157,109 +155,13 @@ def templates_of(source: str) -> list[str]:
     return read_templates(source)
 
 
-@dataclass
-class Examples(Dataset[dict[str, Any]]):
-    """Items of a training batch: pixels, the label, a prompt; each depends on (seed, epoch, index) alone.
-
-    Attributes:
-        data: the images.
-        transform: augmentation, to float [3, S, S].
-        templates: one is drawn an item.
-        seed, epoch: what the draw depends on beside the index.
-        refuse: stop at a broken image rather than take the next one.
-    """
-
-    data: Labelled
-    transform: Transform
-    templates: list[str]
-    seed: int
-    epoch: int = 0
-    refuse: bool = True
-
-    def __len__(self) -> int:
-        return len(self.data.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        broken: list[str] = []
-        for offset in range(len(self)):
-            row = self.data.rows[(index + offset) % len(self)]
-            try:
-                return {**self.item(row, index), "broken": broken}
-            except _BrokenImage as error:
-                if self.refuse:
-                    raise RAdapterError(f"{error}; mend it, or leave such images out with --on-broken skip") from None
-                broken.append(str(error))
-        raise RAdapterError("not one image of the data set can be read")
-
-    def item(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        """One row, augmented by the draw that belongs to its index."""
-        label = self.data.label(row)
-        try:
-            image = self.data.image(row)
-        except (RAdapterError, OSError) as error:
-            value = row[self.data.image_column]
-            name = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else f"row {index}"
-            raise _BrokenImage(f"image {name} can't be read: {error}") from None
-        draw = random.Random(f"{self.seed}-{self.epoch}-{index}")
-        name = split_label(self.data.classes[label])[0]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(draw.getrandbits(63))
-            pixels = self.transform(image)
-        return {"pixels": pixels, "label": label, "text": draw.choice(self.templates).replace("{}", name)}
-
-
-class _BrokenImage(Exception):
-    pass
-
-
-class _Stream(IterableDataset[dict[str, Any]]):
-    """The same items from a stream: shuffled in a buffer, cut by process, started behind `skip` items."""
-
-    def __init__(self, examples: Examples, rank: int, world: int, skip: int) -> None:
-        rows = examples.data.rows.shuffle(seed=examples.seed + examples.epoch, buffer_size=1000)
-        self.rows, self.examples, self.first = split_dataset_by_node(rows, rank, world).skip(skip), examples, skip
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        broken: list[str] = []
-        for index, row in enumerate(self.rows, self.first):
-            try:
-                yield {**self.examples.item(row, index), "broken": broken}
-                broken = []
-            except _BrokenImage as error:
-                if self.examples.refuse:
-                    raise RAdapterError(f"{error}; mend it, or leave such images out with --on-broken skip") from None
-                broken.append(str(error))
-
-
-def batches(
-    examples: Examples, batch_size: int, *, epoch: int, start: int, rank: int, world: int, workers: int
-) -> DataLoader[dict[str, Any]]:
-    """One epoch's batches of one process, from a batch on.
-
-    Args:
-        examples: the items.
-        batch_size: items a batch and process; the last, smaller batch is left out.
-        epoch: fixes the order, with the seed.
-        start: batches to leave out, because they were seen before a restart.
-        rank, world: number of this process and of all.
-        workers: reading processes.
-    """
-    examples.epoch = epoch
-    common: dict[str, Any] = {"collate_fn": _collate, "num_workers": workers, "pin_memory": torch.cuda.is_available()}
-    if not isinstance(examples.data.rows, datasets.Dataset):
-        common["num_workers"] = min(workers, 1)  # one reader keeps the order
-        stream = _Stream(examples, rank, world, start * batch_size)
-        return DataLoader(stream, batch_size=batch_size, drop_last=True, **common)
-    generator = torch.Generator().manual_seed(examples.seed * 1_000_003 + epoch)
-    order = torch.randperm(len(examples), generator=generator)[rank::world].tolist()
-    chunks = [order[i : i + batch_size] for i in range(0, len(order) - batch_size + 1, batch_size)][start:]
-    return DataLoader(examples, batch_sampler=chunks, **common)  # type: ignore[arg-type]
-
-
-def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "pixels": torch.stack([item["pixels"] for item in items]),
-        "labels": torch.tensor([item["label"] for item in items]),
-        "texts": [item["text"] for item in items],
-        "broken": [name for item in items for name in item["broken"]],
-    }
+def evaluation_batches(
+    base: Base, data: Labelled, batch_size: int = 64, *, rank: int = 0, world: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pixels, as open_clip's own transform makes them, and labels of a data set."""
+    transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
+    rows = range(rank, len(data.rows), world)
+    for first in range(0, len(rows), batch_size):
+        chosen = [data.rows[i] for i in rows[first : first + batch_size]]
+        pixels = torch.stack([transform(data.image(row)) for row in chosen])  # type: ignore[arg-type]
+        yield pixels, torch.tensor([data.label(row) for row in chosen])
