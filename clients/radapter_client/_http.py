@@ -96,6 +96,8 @@ class HttpTransport(_Http):
                 retries=False,
                 redirect=False,
             )
+        except urllib3.exceptions.NewConnectionError as error:  # to urllib3 a time-out, too
+            raise self._gone(error) from error
         except urllib3.exceptions.TimeoutError as error:
             raise self._late(timeout) from error
         except urllib3.exceptions.HTTPError as error:

@@ -104,9 +104,11 @@ def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     # A colour profile is as large as a small image, and nobody reads it.
     options: dict[str, Any] = {"compress_level": 1, "icc_profile": None}
-    if image.mode == "P":
-        options["bits"] = 8  # else Pillow packs by the palette's length and loses indices beyond it
     try:
+        if image.mode == "P" and np.asarray(image).max() >= len(image.getpalette() or ()) // 3:
+            raise InvalidImage(  # PNG packs by the palette's length and would change them
+                "a PIL image of mode P has pixels beyond its palette; send image.convert('RGB')", code="invalid_image"
+            )
         image.save(file, "PNG", **options)
     except (OSError, ValueError, SyntaxError) as error:  # an image opened from a broken file fails only now
         raise InvalidImage(f"cannot read the PIL image: {error}", code="invalid_image") from error

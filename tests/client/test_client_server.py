@@ -1,0 +1,272 @@
+"""The client against a real tritonserver with stand-in models: the same over every way, and never a hang."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import inspect
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import radapter_client
+from fake_server import FakeServer
+from PIL import Image
+from radapter_client import AsyncClient, Client
+
+pytestmark = pytest.mark.triton
+
+LABELS = ["a cat", "ein Hündchen", "🦊", "d", "e", "f, g"]
+
+
+def order(**what: Any) -> bytes:
+    """An image that makes the stand-in wait ("sleep") or fail ("error", "bug", "crash")."""
+    return json.dumps(what).encode()
+
+
+class Awaited:
+    """AsyncClient with Client's face, so that each test runs on both."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._client = AsyncClient(url, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._client, name)
+        if inspect.iscoroutine(found):
+            return self._loop.run_until_complete(found)
+        return lambda *args, **kwargs: self._loop.run_until_complete(found(*args, **kwargs))
+
+    def __enter__(self) -> Awaited:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.run_until_complete(self._client.close())
+        self._loop.close()
+
+
+@pytest.fixture(params=[Client, Awaited], ids=["sync", "async"])
+def kind(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def client(kind: Any, url: str) -> Iterator[Any]:
+    with kind(url, timeout=20, batch_size=4, concurrency=3) as client:
+        yield client
+
+
+def expected(image: bytes, labels: list[str], templates: list[str] | None = None) -> list[tuple[str, float]]:
+    """What fake_model.py answers, computed here."""
+    suffix = "|".join(templates or []).encode()
+    raw = [int.from_bytes(hashlib.sha256(image + name.encode() + suffix).digest()[:4], "big") for name in labels]
+    return sorted(zip(labels, (np.array(raw) / sum(raw)).tolist(), strict=True), key=lambda pair: -pair[1])
+
+
+def vector(data: bytes) -> np.ndarray:
+    digest = np.frombuffer(hashlib.sha256(data).digest()[:8], np.uint16).astype(np.float32)
+    return digest / np.linalg.norm(digest)
+
+
+def test_classify_one(client):
+    found = client.classify(b"one", LABELS, top_k=3)
+    wanted = expected(b"one", LABELS)[:3]
+    assert found.labels == [label for label, _ in wanted]
+    assert found.scores == pytest.approx([score for _, score in wanted], rel=1e-6)
+    assert (found.top, found.release) == (wanted[0][0], 2)
+    assert len(client.classify(b"one", LABELS).labels) == 5
+    assert len(client.classify(b"one", LABELS, top_k=100).labels) == 6
+    templates = ["a {}", "b {}"]
+    assert client.classify(b"one", LABELS, templates=templates).top == expected(b"one", LABELS, templates)[0][0]
+
+
+def test_many_keep_their_order(client):
+    # The first requests of the call are the slowest.
+    images = [order(sleep=max(0, 0.2 - index / 50), name=index) for index in range(23)]
+    found = client.classify(images, LABELS)
+    assert [result.labels for result in found] == [[label for label, _ in expected(i, LABELS)[:5]] for i in images]
+    texts = [f"text {index} ü" for index in range(50)]
+    embeds = client.embed_texts(iter(texts))
+    assert (embeds.dtype, embeds.shape, embeds.flags.writeable) == (np.float32, (50, 4), True)
+    assert np.array_equal(embeds, np.stack([vector(text.encode()) for text in texts]))
+    assert np.array_equal(client.embed_images(images), np.stack([vector(image) for image in images]))
+
+
+def test_none(client):
+    assert client.classify([], LABELS) == []
+    for embeds in (client.embed_images([]), client.embed_texts([])):
+        assert (embeds.dtype, embeds.shape) == (np.float32, (0, 4))
+
+
+def test_every_kind_of_image(client, tmp_path: Path):
+    array = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    path = tmp_path / "image.png"
+    Image.fromarray(array).save(path, compress_level=1)
+    embeds = client.embed_images([path, str(path), path.read_bytes(), array, Image.fromarray(array)])
+    assert np.array_equal(embeds, np.broadcast_to(vector(path.read_bytes()), (5, 4)))
+    assert len(client.embed_images(np.stack([array] * 6))) == 6
+    assert client.classify(array, LABELS) == client.classify(path, LABELS)
+
+
+def test_ten_thousand_labels(client):
+    labels = [f"label {index}" for index in range(10_000)]
+    found = client.classify([b"x", b"y"], labels, top_k=2)
+    assert [result.labels for result in found] == [
+        [label for label, _ in expected(i, labels)[:2]] for i in (b"x", b"y")
+    ]
+
+
+def test_label_set_and_its_absence(client):
+    assert sorted(client.classify(b"x", label_set="letters").labels) == ["a", "b", "c"]
+    with pytest.raises(radapter_client.InvalidRequest, match="no label set 'nope'; there are: letters") as caught:
+        client.classify([b"x"] * 9, label_set="nope")
+    assert caught.value.code == "unknown_label_set"
+
+
+def test_release(client, kind, url: str):
+    assert (client.release.version, client.release.alpha, client.release.embed_dim) == (2, 1.0, 4)
+    assert client.release.facts["preprocess"] == {"size": 224}
+    assert [release.version for release in client.releases] == [1, 2]
+    with kind(url, release=1) as pinned:
+        assert (pinned.release.version, pinned.release.alpha) == (1, 0.5)
+        assert pinned.is_ready()
+        assert {result.release for result in pinned.classify([b"x"] * 40, LABELS)} == {1}
+    with kind(url, release=7) as absent:
+        assert not absent.is_ready()
+        with pytest.raises(radapter_client.ModelNotFound, match="release 7; it serves 1, 2"):
+            _ = absent.release
+        with pytest.raises(radapter_client.ModelNotFound, match="version 7 is not found"):
+            absent.embed_texts(["x"])
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "code", "message"),
+    [
+        ({"error": "[invalid_image] not an image"}, "InvalidImage", "invalid_image", "not an image"),
+        ({"error": "[image_too_large] 9 GP"}, "InvalidImage", "image_too_large", "9 GP"),
+        ({"error": "plain"}, "InvalidRequest", None, "plain"),
+        ({"bug": True}, "ServerError", None, "a bug in the model$"),
+    ],
+)
+def test_errors_are_the_same_over_every_way(client, what, error: str, code, message: str):
+    for images in (order(**what), [b"x"] * 10 + [order(**what)] + [b"x"] * 10):
+        with pytest.raises(getattr(radapter_client, error), match=message) as caught:
+            client.classify(images, LABELS)
+        assert (type(caught.value).__name__, caught.value.code) == (error, code)
+    assert client.classify(b"x", LABELS).release == 2  # and the client still works
+
+
+def test_too_large_a_batch(kind, url: str):
+    with kind(url, batch_size=65) as client, pytest.raises(radapter_client.InvalidRequest, match="must be <= 64"):
+        client.embed_texts(["x"] * 65)
+
+
+def test_timeout(client, kind, url: str):
+    start = time.monotonic()
+    with pytest.raises(radapter_client.Timeout, match=f"{url} within 0.2 s"):
+        client.classify(order(sleep=1), LABELS, timeout=0.2)
+    with kind(url, timeout=0.2) as impatient, pytest.raises(radapter_client.Timeout):
+        impatient.embed_images([order(sleep=1)])
+    assert time.monotonic() - start < 10
+    client.embed_images([b"x"])
+
+
+def test_profile(client):
+    found = client.profile(requests=3)
+    assert found.total == pytest.approx(found.network + found.queue + found.task + found.encoder)
+    assert 0 < found.task < found.total
+    assert len(str(found).splitlines()) == 6
+
+
+def test_threads_share_a_client(url: str):
+    with Client(url, batch_size=2, concurrency=3) as client, ThreadPoolExecutor(8) as threads:
+
+        def work(index: int) -> bool:
+            images = [f"{index} {number}".encode() for number in range(7)]
+            results = client.classify(images, LABELS)
+            return (
+                np.array_equal(client.embed_images(images), np.stack([vector(image) for image in images]))
+                and [result.top for result in results] == [expected(image, LABELS)[0][0] for image in images]
+                and client.release.version == 2
+            )
+
+        assert all(threads.map(work, range(40)))
+
+
+def test_tasks_share_a_client(url: str):
+    async def main() -> None:
+        async with AsyncClient(url, batch_size=2, concurrency=3) as client:
+            images = [f"{number}".encode() for number in range(30)]
+            answers = await asyncio.gather(*(client.classify(image, LABELS) for image in images))
+            assert [answer.top for answer in answers] == [expected(image, LABELS)[0][0] for image in images]
+            slow = asyncio.ensure_future(client.classify(order(sleep=5), LABELS))
+            await asyncio.sleep(0.1)
+            slow.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await slow
+            assert (await client.classify(b"0", LABELS)).top == answers[0].top
+
+    asyncio.run(main())
+
+
+def test_closed_in_mid_call(url: str):
+    client = Client(url, batch_size=1, concurrency=2, timeout=20)
+    threading.Timer(0.3, client.close).start()
+    with pytest.raises(radapter_client.RAdapterClientError):
+        client.embed_images([order(sleep=0.2, name=index) for index in range(20)])
+
+
+def test_server_that_goes_away(fake_repository: Path):
+    """Killed in the middle of calls over every way: each fails at once; back again, each client works again."""
+    with FakeServer(fake_repository) as server:
+        clients = [kind(url, timeout=60, batch_size=1) for url in server.urls.values() for kind in (Client, Awaited)]
+
+        def call(client: Any) -> str:
+            try:
+                client.classify([b"x", order(sleep=30), b"y"], LABELS)
+            except radapter_client.RAdapterClientError as error:
+                return type(error).__name__
+            return "an answer"
+
+        for client in clients:
+            assert client.is_ready()
+        start = time.monotonic()
+        with ThreadPoolExecutor(len(clients)) as threads:
+            calls = [threads.submit(call, client) for client in clients]
+            time.sleep(0.5)
+            server.signal(signal.SIGKILL)
+            assert [found.result() for found in calls] == ["ServerUnavailable"] * len(clients)
+        assert time.monotonic() - start < 20
+        for client in clients:
+            assert not client.is_ready()
+            with pytest.raises(radapter_client.ServerUnavailable, match="is the server running"):
+                client.embed_texts(["x"])
+    with FakeServer(fake_repository, server.ports):
+        for client in clients:
+            deadline = time.monotonic() + 10
+            while not client.is_ready():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert client.embed_texts(["x"]).shape == (1, 4)
+            client.__exit__(None, None, None)
+
+
+def test_server_that_no_longer_answers(fake_repository: Path):
+    with FakeServer(fake_repository) as server:
+        try:
+            server.signal(signal.SIGSTOP)
+            for url in server.urls.values():
+                for kind in (Client, Awaited):
+                    with kind(url, timeout=0.3) as client:
+                        assert not client.is_ready()
+                        with pytest.raises((radapter_client.Timeout, radapter_client.ServerUnavailable)):
+                            client.embed_images([b"x" * 10_000_000] * 4)  # more than the sockets hold
+        finally:
+            server.signal(signal.SIGCONT)
