@@ -1,0 +1,1 @@
+"""The small base model of `radapter-demo`, and its data: emoji drawings of several vendors."""
