@@ -10,7 +10,7 @@ from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
 
-def encode_image(model: nn.Module, pixels: Tensor) -> Tensor:
+def encode_image(model: Any, pixels: Tensor) -> Tensor:
     """Embed images.
 
     Args:
@@ -23,7 +23,7 @@ def encode_image(model: nn.Module, pixels: Tensor) -> Tensor:
     return F.normalize(model.encode_image(pixels).float(), dim=-1)
 
 
-def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
+def encode_text(model: Any, tokens: Tensor) -> Tensor:
     """Embed texts; equal texts are encoded once, and causal towers see no more tokens than the longest text has.
 
     Both are exact: a causal tower pools at the end token, which nothing behind it can reach.
@@ -63,11 +63,11 @@ def pool_type(text: Any) -> str:
 def _longest(model: nn.Module, tokens: Tensor) -> int:
     """One more than the last place where a row is pooled; id 0 pads but is a token too ("!"): it can't be counted."""
     text = text_tower(model)
-    ends = tokens if pool_type(text) == "argmax" else (tokens == _eos_id(text)).int()
+    ends = tokens if pool_type(text) == "argmax" else tokens.eq(_eos_id(text)).int()
     return int(ends.argmax(dim=1).max()) + 1 if len(tokens) else tokens.shape[1]
 
 
-def _eos_id(text: Any) -> int | None:
+def _eos_id(text: Any) -> Any:
     return getattr(text, "text_eos_id", None) or getattr(text, "eos_id", None)
 
 

@@ -1,0 +1,35 @@
+"""`radapter-demo`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from radapter_serve.cli import run
+from radapter_serve.errors import RAdapterError
+
+
+def demo(out: Path = Path("demo-output"), seed: int = 0, steps: int | None = None, alpha: float | None = None) -> None:
+    """Fine-tune, judge, export, serve and query a small CLIP on real drawings, offline, in a few minutes.
+
+    Args:
+        out: folder for all that the demo makes: images, run, pictures, merged checkpoint, model repository.
+        seed: of the fine-tuning.
+        steps: optimizer steps of the fine-tuning; the demo's recipe if none is given.
+        alpha: re-scaling of the exported release, from 0 to 1; the recipe's if none is given.
+    """
+    try:
+        from radapter_serve.demo.run import run_demo
+    except ImportError as error:
+        raise RAdapterError(f"{error}; the demo needs everything: pip install 'radapter-serve[all]'") from error
+    run_demo(out, seed=seed, steps=steps, alpha=alpha)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `radapter-demo`."""
+    return run(demo, argv, prog="radapter-demo")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
