@@ -162,6 +162,8 @@ def models_of(repository: Path) -> dict[str, list[int]]:
 class TritonServer:
     """A running tritonserver, as a context manager.
 
+    The server ends with the thread that started it, so that a killed program leaves none behind.
+
     Args:
         model_repository: folder that radapter-export has filled.
         host: address to listen on; loopback by default, for the server knows no authentication.
@@ -307,10 +309,8 @@ class TritonServer:
             try:
                 socket.create_server((self.host, port), family=family).close()
             except OSError as error:
-                why = os.strerror(error.errno or 0)
-                raise RAdapterError(
-                    f"cannot listen on {self.host} port {port} ({why}); choose another with {flag}"
-                ) from None
+                why = f"{os.strerror(error.errno or 0)}; choose another with {flag}"
+                raise RAdapterError(f"cannot listen on {self.host} port {port}: {why}") from None
 
     def _launch(self, installation: Installation, folder: Path) -> None:
         backends = folder / "backends"
@@ -326,6 +326,7 @@ class TritonServer:
             f"--grpc-port={self.grpc_port}",
             f"--metrics-port={self.metrics_port}",
             "--model-control-mode=explicit",
+            "--disable-auto-complete-config",  # configs of an export are complete; this halves the start
             *(f"--load-model={name}" for name in self.models),
             f"--exit-timeout-secs={_EXIT_TIMEOUT}",
             f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",

@@ -175,8 +175,13 @@ class Classify:
             raise TaskError(NO_LABELS, f"give labels, or a label_set of this release: {self._known()}")
         else:
             templates = request.templates if request.templates is not None else [self._templates] * count
-            rows = zip(request.labels, templates, strict=True)
-            sets = [self._embed_labels(_strings(*labels), _strings(*own)) for labels, own in rows]
+            sets = []
+            last: Any = None
+            for row in zip(request.labels, templates, strict=True):
+                # Mostly all images of a request bring the same list.
+                if last is None or not all(map(np.array_equal, row, last)):
+                    label_set, last = self._embed_labels(*(_strings(*part) for part in row)), row
+                sets.append(label_set)
         return sets, min(top_k[0], *(len(label_set.labels) for label_set in sets))
 
     def _named(self, name: bytes) -> LabelSet:
@@ -190,8 +195,12 @@ class Classify:
 
     def _score(self, embeds: NDArray[np.float32], sets: list[LabelSet], k: int) -> Classes:
         labels, scores = np.empty((len(sets), k), object), np.empty((len(sets), k), np.float32)
-        for row, (embed, label_set) in enumerate(zip(embeds, sets, strict=True)):
-            probabilities = self._probabilities(self._scale * (label_set.embeds @ embed))
+        if all(label_set is sets[0] for label_set in sets):
+            cosines = list(embeds @ sets[0].embeds.T)
+        else:
+            cosines = [label_set.embeds @ embed for label_set, embed in zip(sets, embeds, strict=True)]
+        for row, (cosine, label_set) in enumerate(zip(cosines, sets, strict=True)):
+            probabilities = self._probabilities(self._scale * cosine)
             best = np.argpartition(-probabilities, k - 1)[:k]
             best = best[np.lexsort((best, -probabilities[best]))]
             labels[row] = [label_set.labels[index] for index in best]

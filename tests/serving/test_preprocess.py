@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.transform import image_transform
 from PIL import Image
+from small_release import png_header
 
 from radapter_serve.serving.errors import TaskError
 from radapter_serve.serving.preprocess import Preprocess, decode
@@ -133,17 +132,6 @@ def test_other_formats_are_refused():
     for kind in ("GIF", "BMP", "TIFF"):
         with pytest.raises(TaskError, match="not an image"):
             decode(encoded(picture("RGB", 8, 8, 0), kind))
-
-
-def png_header(width: int, height: int) -> bytes:
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-        + chunk(b"IDAT", b"")
-    )
 
 
 @pytest.mark.parametrize("side", [9_000, 12_000, 60_000, 2**31 - 1])

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import free_ports
+from small_release import free_ports
 
 from radapter_serve.cli.serve import main
 from radapter_serve.errors import RAdapterError
@@ -30,7 +30,7 @@ def test_a_port_in_use_is_named_with_its_flag(repository):
     ports = free_ports()
     with socket.create_server(("127.0.0.1", ports[1])), pytest.raises(RAdapterError) as error:
         TritonServer(repository, "127.0.0.1", *ports).start()
-    assert f"127.0.0.1 port {ports[1]} (Address already in use); choose another with --grpc-port" in str(error.value)
+    assert f"127.0.0.1 port {ports[1]}: Address already in use; choose another with --grpc-port" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import LABELS, SIZE, WIDTH, png
 from PIL import Image
+from small_release import LABELS, SIZE, WIDTH, png
 
 from radapter_serve.serving.errors import TaskError
 from radapter_serve.serving.preprocess import Preprocess

@@ -13,8 +13,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, get_clean_fn
-from radapter_export.tokenizer import write_tokenizer
 
+from radapter_export.tokenizer import write_tokenizer
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.tokenizer import Tokenizer
 

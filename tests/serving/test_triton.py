@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
-from conftest import Local, free_ports, png
-from test_preprocess import png_header
+from small_release import Local, free_ports, png, png_header
 from tritonclient.utils import InferenceServerException
 
 from radapter_serve.errors import RAdapterError

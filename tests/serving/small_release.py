@@ -1,0 +1,165 @@
+"""A release small enough to be made in a blink: linear encoders, everything else as the exporter writes it."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import socket
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import open_clip
+from google.protobuf import text_format
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from tritonclient.grpc import model_config_pb2
+
+from radapter_export.tokenizer import write_tokenizer
+from radapter_serve.serving.labels import LabelEmbedder
+from radapter_serve.serving.tasks import Classify, EmbedImages, EmbedTexts, load_label_sets
+from radapter_serve.serving.tokenizer import Tokenizer
+
+SOURCES = Path(__file__).parents[2] / "model_repository"
+SIZE, WIDTH, VOCABULARY = 16, 8, 49408
+LABELS = ["red", "green", "blue, azure", "a striped thing"]
+
+
+def unit_length(source: str, target: str) -> list[onnx.NodeProto]:
+    return [
+        helper.make_node("ReduceL2", [source, "last"], ["norm"], keepdims=1),
+        helper.make_node("Div", [source, "norm"], [target]),
+    ]
+
+
+def graph(name: str, nodes: list, inputs: list, output: str, weights: dict[str, np.ndarray]) -> onnx.ModelProto:
+    constants = [numpy_helper.from_array(array, key) for key, array in weights.items()]
+    constants.append(numpy_helper.from_array(np.array([-1]), "last"))
+    outputs = [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["batch", WIDTH])]
+    opset = [helper.make_opsetid("", 18)]
+    model = helper.make_model(helper.make_graph(nodes, name, inputs, outputs, constants), opset_imports=opset)
+    model.ir_version = 10
+    onnx.checker.check_model(model)
+    return model
+
+
+def image_encoder(random: np.random.Generator) -> onnx.ModelProto:
+    weight = random.normal(size=(SIZE * SIZE * 3, WIDTH)).astype(np.float32)
+    nodes = [
+        helper.make_node("Cast", ["image"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["floats", "middle"], ["centred"]),
+        helper.make_node("Flatten", ["centred"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "weight"], ["sum"]),
+        *unit_length("sum", "image_embeds"),
+    ]
+    inputs = [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", SIZE, SIZE, 3])]
+    return graph("image", nodes, inputs, "image_embeds", {"weight": weight, "middle": np.float32(120)})
+
+
+def text_encoder(random: np.random.Generator) -> onnx.ModelProto:
+    table = random.normal(size=(VOCABULARY, WIDTH)).astype(np.float32)
+    table[0] = 0  # padding adds nothing: cropping to the longest text is exact
+    nodes = [
+        helper.make_node("Gather", ["table", "tokens"], ["vectors"]),
+        helper.make_node("ReduceSum", ["vectors", "length"], ["sum"], keepdims=0),
+        *unit_length("sum", "text_embeds"),
+    ]
+    inputs = [helper.make_tensor_value_info("tokens", TensorProto.INT32, ["batch", "length"])]
+    return graph("text", nodes, inputs, "text_embeds", {"table": table, "length": np.array([1])})
+
+
+def write_release(repository: Path, version: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    release = {
+        "format": 1,
+        "version": version,
+        "preprocess": {"size": SIZE, "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0},
+        "embed_dim": WIDTH,
+        "logit_scale": 10.0,
+        "logit_bias": None,
+        "templates": ["a photo of a {}."],
+        "max_batch_size": 64,
+    }
+    for name, model in (("image_encoder", image_encoder(random)), ("text_encoder", text_encoder(random))):
+        folder = repository / name / str(version)
+        folder.mkdir(parents=True)
+        onnx.save(model, folder / "model.onnx")
+    for name in ("embed_image", "embed_text", "classify"):
+        folder = repository / name / str(version)
+        folder.mkdir(parents=True)
+        shutil.copy(SOURCES / name / "model.py", folder)
+        tokenizer = open_clip.get_tokenizer("ViT-B-32")
+        release["tokenizer"] = write_tokenizer(tokenizer, folder / "tokenizer.json", dynamic_length=True)
+        (folder / "release.json").write_text(json.dumps(release))
+    for name in ("image_encoder", "text_encoder", "embed_image", "embed_text", "classify"):
+        text = (SOURCES / name / "config.template.pbtxt").read_text()
+        config = text_format.Parse(text, model_config_pb2.ModelConfig())
+        config.version_policy.latest.num_versions = 2
+        for tensor in [*config.input, *config.output]:
+            if tensor.name == "image" and tensor.data_type == model_config_pb2.TYPE_UINT8:
+                tensor.dims[:] = [SIZE, SIZE, 3]
+            if tensor.name.endswith("_embeds"):
+                tensor.dims[:] = [WIDTH]
+        (repository / name / "config.pbtxt").write_text(text_format.MessageToString(config))
+    sets = repository / "classify" / str(version) / "label_sets"
+    sets.mkdir()
+    local = Local(repository, version)
+    local.embed_labels(LABELS, ["a {}"]).save(sets / "colours.npz")
+
+
+class Local:
+    """The same tasks in this process: what the served ones must equal."""
+
+    def __init__(self, repository: Path, version: int) -> None:
+        folder = repository / "classify" / str(version)
+        release = json.loads((folder / "release.json").read_text())
+        tokenizer = Tokenizer.load(folder / "tokenizer.json", release["tokenizer"])
+        self.calls: list[tuple[int, ...]] = []
+        encode_images = self._encoder(repository / "image_encoder" / str(version) / "model.onnx", "image")
+        encode_tokens = self._encoder(repository / "text_encoder" / str(version) / "model.onnx", "tokens")
+        self.embed_images = EmbedImages(release, encode_images)
+        self.embed_texts = EmbedTexts(release, tokenizer, encode_tokens)
+        self.embed_labels = LabelEmbedder(tokenizer, encode_tokens, max_batch_size=64)
+        label_sets = load_label_sets(folder / "label_sets")
+        self.classify = Classify(release, self.embed_images, self.embed_labels, label_sets)
+
+    def _encoder(self, path: Path, name: str):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+        def encode(array: np.ndarray) -> np.ndarray:
+            self.calls.append(array.shape)
+            return session.run(None, {name: array})[0]
+
+        return encode
+
+
+def png(seed: int = 0, width: int = 30, height: int = 20, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def free_ports(count: int = 3) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", b"")
+    )

@@ -1,0 +1,87 @@
+"""A real export, served, against the merged checkpoint in open_clip: its own transform, tokenizer and model."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import tritonclient.grpc as grpc
+from PIL import Image
+from small_release import free_ports, png
+
+from radapter_export import export_release
+from radapter_serve.adapter import Metadata, attach, base_digest, save_adapter
+from radapter_serve.base import load_base
+from radapter_serve.serving.server import TritonServer
+
+pytestmark = pytest.mark.triton
+
+LABELS = ["cat", "a dog in the SNOW", "don't know", "猫"]
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_clip_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    base = load_base(tiny_clip_dir)
+    adapters = attach(base.model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in adapters.named_tensors().values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.05)
+    digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
+    save_adapter(
+        adapters.adapter(Metadata(architecture=tiny_clip_dir, base_digest=digest)), folder / "adapter.safetensors"
+    )
+    (folder / "labels.txt").write_text("\n".join(LABELS), encoding="utf-8")
+    export_release(
+        folder / "adapter.safetensors",
+        [0.7],
+        model_repository=folder / "model_repository",
+        merged=folder / "merged",
+        label_sets={"four": folder / "labels.txt"},
+    )
+    return folder
+
+
+def tensor(name: str, rows: list[list[bytes]]) -> grpc.InferInput:
+    array = np.array(rows, dtype=object)
+    made = grpc.InferInput(name, array.shape, "BYTES")
+    made.set_data_from_numpy(array)
+    return made
+
+
+@torch.no_grad()
+def test_served_equals_open_clip(exported):
+    name = f"local-dir:{exported / 'merged'}"
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    model.eval()
+    tokenize = open_clip.get_tokenizer(name)
+    images = [png(0, 50, 41), png(1, 33, 90, kind="JPEG"), png(2, 20, 20, kind="WEBP")]
+    pixels = torch.stack([transform(Image.open(io.BytesIO(image))) for image in images])
+    image_embeds = model.encode_image(pixels, normalize=True)
+    text_embeds = model.encode_text(tokenize([f"a photo of a {label}." for label in LABELS]), normalize=True)
+    scores = (model.logit_scale.exp() * image_embeds @ text_embeds.T).softmax(-1).numpy()
+
+    with (
+        TritonServer(exported / "model_repository", "127.0.0.1", *free_ports()) as server,
+        grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as client,
+    ):
+        assert list(server.models) == ["classify", "embed_image", "embed_text", "image_encoder", "text_encoder"]
+        image = tensor("image", [[data] for data in images])
+        found = client.infer("embed_image", [image]).as_numpy("image_embeds")
+        np.testing.assert_allclose(found, image_embeds, atol=1e-5)
+        texts = tensor("text", [[f"a photo of a {label}.".encode()] for label in LABELS])
+        found = client.infer("embed_text", [texts]).as_numpy("text_embeds")
+        np.testing.assert_allclose(found, text_embeds, atol=1e-5)
+        for labels in (
+            tensor("labels", [[label.encode() for label in LABELS]] * 3),
+            tensor("label_set", [[b"four"]] * 3),
+        ):
+            found = client.infer("classify", [image, labels])
+            for row, (names, values) in enumerate(zip(found.as_numpy("label"), found.as_numpy("score"), strict=True)):
+                best = np.argsort(-scores[row])
+                assert [name.decode() for name in names] == [LABELS[index] for index in best]
+                np.testing.assert_allclose(values, scores[row][best], rtol=1e-3)
