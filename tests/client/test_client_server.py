@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import radapter_client
 from fake_server import FakeServer
 from PIL import Image
+
+import radapter_client
 from radapter_client import AsyncClient, Client
 
 pytestmark = pytest.mark.triton

