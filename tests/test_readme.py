@@ -1,0 +1,62 @@
+"""The README's commands, run as they stand there."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def walk_through() -> str:
+    """The shell script of the section: python blocks become `python -`."""
+    text = README.read_text(encoding="utf-8")
+    section = text.split("<!-- walk-through -->")[1].split("<!-- /walk-through -->")[0]
+    script = ["set -eumo pipefail"]
+    for language, block in re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL):
+        script.append(block if language == "sh" else f"python - <<'PYTHON'\n{block}PYTHON")
+    return "\n".join(script)
+
+
+@pytest.mark.triton
+def test_the_way_through_by_hand(tmp_path: Path) -> None:
+    for port in (8000, 8001, 8002):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                pytest.skip(f"port {port}, which the README uses, is taken on this machine")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    script = "radapter-demo\n" + walk_through()
+    process = subprocess.Popen(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=900)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+    assert process.returncode == 0, output[-4000:]
+    assert "60 of 60 labels equal" in output
+    for name in ("alpha.png", "classified.png", "results.json", "merged/open_clip_model.safetensors"):
+        assert (tmp_path / "demo-output" / name).is_file()
+    assert '"model_name":"classify"' in output and '"model_name":"embed_text"' in output
+    assert "Traceback" not in output
+
+
+def test_commands_of_the_readme_exist() -> None:
+    commands = set(re.findall(r"^(?:\.venv/bin/)?(radapter-[a-z]+)", walk_through(), re.MULTILINE))
+    assert {"radapter-train", "radapter-export", "radapter-serve", "radapter-query"} <= commands
+    for command in commands:
+        assert (Path(sys.executable).parent / command).is_file()
