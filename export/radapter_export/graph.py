@@ -132,7 +132,7 @@ def _export(
             value = model.graph.initializers.pop(key)
             value.name = prefix + key
             model.graph.initializers.add(value)
-    model.producer_name = "radapter-export"
+    _forget_origin(model)
     return Graph(name, model, buffers)
 
 
@@ -148,6 +148,17 @@ def _optimize(model: ir.Model, weights: list[str]) -> None:
     del graph.inputs[inputs:]
     for value in values:
         graph.initializers[str(value.name)] = value
+
+
+def _forget_origin(model: ir.Model) -> None:
+    """Drop the exporter's notes for debugging: stack traces with paths of this machine, half of a file's graph."""
+    model.producer_name, model.producer_version = "radapter-export", None
+    for holder in (model, model.graph, *model.graph, *model.graph.inputs, *model.graph.initializers.values()):
+        holder.metadata_props.clear()
+        holder.doc_string = None
+    for node in model.graph:
+        for value in node.outputs:
+            value.metadata_props.clear()
 
 
 @contextlib.contextmanager

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+
 from radapter_export import Release, export_release
 from radapter_export.graph import Graph, image_graph, text_graph
-
 from radapter_serve.adapter import Adapter, Metadata, attach, base_digest, save_adapter
 from radapter_serve.base import Base, load_base
 
@@ -56,26 +58,50 @@ def labels_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Exported:
+    """One call of `export_release` on the tiny CLIP: its folder, with `repository` and `merged`, and what it made."""
+
+    folder: Path
+    releases: list[Release]
+    graphs: tuple[Graph, Graph]
+
+
 @pytest.fixture(scope="session")
-def exported(
-    adapter_path: Path, labels_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[Release]]:
-    """A folder with `repository` and `merged`, and the two releases that were exported into it. Not to be changed."""
+def export_once(adapter_path: Path, labels_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("exported")
-    releases = export_release(
-        adapter_path,
-        ALPHAS,
-        model_repository=folder / "repository",
-        merged=folder / "merged",
-        label_sets={"animals": labels_path},
-    )
-    return folder, releases
+    graphs: list[Graph] = []
+
+    def recorded(make: Callable[[Base], Graph]) -> Callable[[Base], Graph]:
+        def call(base: Base) -> Graph:
+            graphs.append(make(base))
+            return graphs[-1]
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("radapter_export.release.image_graph", recorded(image_graph))
+        patch.setattr("radapter_export.release.text_graph", recorded(text_graph))
+        releases = export_release(
+            adapter_path,
+            ALPHAS,
+            model_repository=folder / "repository",
+            merged=folder / "merged",
+            label_sets={"animals": labels_path},
+        )
+    return Exported(folder, releases, (graphs[0], graphs[1]))
 
 
 @pytest.fixture(scope="session")
-def graphs(tiny_base: Base) -> tuple[Graph, Graph]:
+def exported(export_once: Exported) -> tuple[Path, list[Release]]:
+    """A folder with `repository` and `merged`, and the two releases that were exported into it. Not to be changed."""
+    return export_once.folder, export_once.releases
+
+
+@pytest.fixture(scope="session")
+def graphs(export_once: Exported) -> tuple[Graph, Graph]:
     """The image and the text graph of the tiny CLIP."""
-    return image_graph(tiny_base), text_graph(tiny_base)
+    return export_once.graphs
 
 
 @pytest.fixture

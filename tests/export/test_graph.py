@@ -12,11 +12,11 @@ import onnxruntime
 import open_clip
 import pytest
 import torch
+from torch import nn
+
 from radapter_export import Release
 from radapter_export.graph import EXTERNAL_ABOVE, Graph, image_graph, text_graph
 from radapter_export.towers import Attention, check
-from torch import nn
-
 from radapter_serve.base import Base, load_base
 from radapter_serve.errors import RAdapterError
 
@@ -132,6 +132,16 @@ def test_weights_keep_their_names(graphs: tuple[Graph, Graph], custom: tuple[Bas
     assert set(tiny_base.model.state_dict()) - {"logit_scale"} <= names
     base, graph = custom
     assert {key for key in base.model.state_dict() if key.startswith("text.")} <= set(graph.model.graph.initializers)
+
+
+def test_files_are_plain_onnx_without_traces_of_this_machine(exported: tuple[Path, list[Release]]) -> None:
+    for name in ("image_encoder", "text_encoder"):
+        path = exported[0] / "repository" / name / "1" / "model.onnx"
+        model = onnx.load(path)
+        onnx.checker.check_model(model, full_check=True)
+        assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 20)]
+        assert not model.functions
+        assert b".py" not in path.read_bytes()
 
 
 def test_saving_leaves_the_graph_without_weights(tiny_base: Base, graphs: tuple[Graph, Graph], tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import open_clip
 import pytest
 import torch
 from open_clip.transformer import QuickGELU
+
 from radapter_export import Release, write_merged
 from radapter_export.merged import Merged
-
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.base import Base, load_base
 from radapter_serve.errors import RAdapterError

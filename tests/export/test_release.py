@@ -17,9 +17,9 @@ import numpy as np
 import onnx_ir
 import pytest
 import torch
+
 from radapter_export import Release, export_release
 from radapter_export.repository import MODELS
-
 from radapter_serve.adapter import Adapter, fold, load_adapter, save_adapter
 from radapter_serve.base import Base
 from radapter_serve.errors import RAdapterError
@@ -259,14 +259,15 @@ def test_killed_export_leaves_what_is_served_and_the_next_one_tidies(
     assert not [path for path in tree(tmp_path) if ".export-" in path]
 
 
-@pytest.mark.parametrize("renames", range(1, 2 * len(MODELS)))
+@pytest.mark.parametrize("renames", [1, 4, 5, 7, 9])  # five versions, then five configs
 def test_export_killed_while_it_puts_versions_in_place_serves_no_half_release(
     export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
 ) -> None:
     """Versions come first, so until the configs follow nothing that is served has changed."""
     from google.protobuf import text_format
-    from radapter_export import repository
     from tritonclient.grpc import model_config_pb2
+
+    from radapter_export import repository
 
     export()
     folder = tmp_path / "repository"

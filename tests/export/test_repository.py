@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
 from radapter_export import Release
 from radapter_export import repository as module
 from radapter_export.repository import MODELS, Repository, config
-from tritonclient.grpc import model_config_pb2
-
 from radapter_serve.errors import RAdapterError
 
 
