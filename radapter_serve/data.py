@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -92,9 +93,11 @@ def load_labelled(
     place, _, split = spec.rpartition("@") if "@" in spec.rsplit("/", 1)[-1] else (spec, "", "train")
     reader, _, path = place.partition(":")
     local = reader in READERS
-    if local and reader == "imagefolder" and not Path(path).is_dir():
-        raise RAdapterError(f"no folder {path} for --data {spec}; it must hold one sub-folder of images a class")
-    source: dict[str, Any] = {"data_dir" if reader == "imagefolder" else "data_files": path} if local else {}
+    source: dict[str, Any] = {"data_files": {split: [path]}} if local else {}
+    if reader == "imagefolder":
+        path = str(_image_folder(Path(path), split, spec))
+        # named as one split: left alone, datasets takes "train" or "test" in any file's name for a split
+        source = {"data_files": {split: [f"{glob.escape(path)}/**"]}}
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(reader if local else place, split=split, streaming=streaming, **source)
@@ -123,6 +126,18 @@ def load_labelled(
     return data
 
 
+def _image_folder(path: Path, split: str, spec: str) -> Path:
+    """The folder of class folders: DIR/SPLIT where it has some, else DIR."""
+    folder = path / split if path.joinpath(split).is_dir() and _folders(path / split) else path
+    if not folder.is_dir() or (folder == path and "@" in spec and split != "train"):
+        raise RAdapterError(f"no folder {path / split if path.is_dir() else path} for {spec}: one sub-folder a class")
+    return folder
+
+
+def _folders(path: Path) -> set[str]:
+    return {entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")}
+
+
 def _check_classes(data: Labelled, spec: str, own: list[str] | None, folder: Path | None) -> None:
     if own is not None and len(own) != len(data.classes):
         raise RAdapterError(
@@ -130,8 +145,7 @@ def _check_classes(data: Labelled, spec: str, own: list[str] | None, folder: Pat
             f"{', '.join(own[:8])}{', ...' if len(own) > 8 else ''}; write one line for each, in this order"
         )
     if folder is not None and own is not None:
-        held = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
-        empty = sorted(held - set(own)) if held & set(own) else []
+        empty = sorted(_folders(folder) - set(own))
         if empty:
             raise RAdapterError(
                 f"the class folder {empty[0]!r} of {spec} holds no image; add some or remove the folder"

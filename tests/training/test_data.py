@@ -135,9 +135,24 @@ def test_what_can_not_be_read(images: Path, tmp_path: Path) -> None:
         load_labelled(f"csv:{tmp_path}/t.csv")
     shutil.rmtree(images / "red")
     shutil.rmtree(images / "green")
-    (images / "blue").rename(images / "train")
     with pytest.raises(RAdapterError, match="one sub-folder a class"):
         load_labelled(f"imagefolder:{images}")
+
+
+def test_names_of_splits_in_folders_of_images(images: Path) -> None:
+    (images / "red").rename(images / "train")
+    (images / "blue" / "0.png").rename(images / "blue" / "test-0.png")
+    data = load_labelled(f"imagefolder:{images}")
+    assert data.classes == ["blue", "green", "train"] and len(data.rows) == 24
+    root = images.parent / "split"
+    for split, names in (("train", ("blue", "green")), ("val", ("blue",))):
+        for name in names:
+            shutil.copytree(images / name, root / split / name)
+    assert len(load_labelled(f"imagefolder:{root}").rows) == 16
+    shutil.copytree(images / "green", root / "val" / "green")
+    assert load_labelled(f"imagefolder:{root}@val").classes == ["blue", "green"]
+    with pytest.raises(RAdapterError, match="no folder .*split/test"):
+        load_labelled(f"imagefolder:{root}@test")
 
 
 def test_openai_templates_are_all_eighty() -> None:
