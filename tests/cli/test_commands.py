@@ -1,0 +1,48 @@
+"""What all commands share: help, bad flags, one line for people, and the light base install."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from radapter_client import query
+from radapter_serve.cli import demo, export, guard, serve, train
+from radapter_serve.errors import RAdapterError
+
+COMMANDS = {"demo": demo.main, "export": export.main, "query": query.main, "serve": serve.main, "train": train.main}
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_help_and_unknown_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main: Callable[[list[str]], int] = COMMANDS[name]
+    with pytest.raises(SystemExit) as exit_status:
+        main(["--help"])
+    assert not exit_status.value.code
+    assert f"radapter-{name}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_status:
+        main(["--no-such-flag", "1"])
+    assert exit_status.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_guard_turns_errors_into_a_line_and_a_status(capsys: pytest.CaptureFixture[str]) -> None:
+    def bad() -> None:
+        raise RAdapterError("alpha is 2; allowed: 0 to 1")
+
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    assert guard(bad, prog="radapter-x") == 2
+    assert guard(stopped, prog="radapter-x") == 130
+    assert guard(lambda: None, prog="radapter-x") == 0
+    assert guard(lambda: 3, prog="radapter-x") == 3
+    assert capsys.readouterr().err == "radapter-x: error: alpha is 2; allowed: 0 to 1\nradapter-x: interrupted\n"
+
+
+@pytest.mark.parametrize("module", ["radapter_serve.cli.serve", "radapter_serve.cli.export", "radapter_client.query"])
+def test_commands_start_without_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(any(m in sys.modules for m in ('torch', 'open_clip', 'onnx')))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

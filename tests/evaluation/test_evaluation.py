@@ -1,0 +1,88 @@
+"""Zero-shot classification and the α curve against open_clip's own functions and against folded models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from radapter_serve.adapter import Adapter, Metadata, attach, base_digest, find_sites, fold
+from radapter_serve.base import load_base
+from radapter_serve.data import Labelled, load_labelled
+from radapter_serve.evaluation.classification import count_hits, zero_shot_classifier
+from radapter_serve.evaluation.plots import plot_alpha_curve
+from radapter_serve.evaluation.sweep import alpha_sweep
+
+CLASSES = ["cat", "dog", "tree", "house"]
+TEMPLATES = ["a photo of a {}.", "a drawing of the {}"]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Labelled:
+    generator = np.random.default_rng(0)
+    for index in range(40):
+        folder = tmp_path / CLASSES[index % 4]
+        folder.mkdir(exist_ok=True)
+        pixels = generator.integers(0, 255, (5, 6, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((50, 41), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
+    return load_labelled(f"imagefolder:{tmp_path}")
+
+
+def test_classifier_is_open_clips(tiny_clip_dir: str) -> None:
+    base = load_base(tiny_clip_dir)
+    templates = [lambda name, t=t: t.replace("{}", name) for t in TEMPLATES]  # type: ignore[misc]
+    expected = open_clip.build_zero_shot_classifier(base.model, base.tokenizer, CLASSES, templates)
+    found = zero_shot_classifier(base.model, base.tokenizer, CLASSES, TEMPLATES, batch_size=3)
+    torch.testing.assert_close(found.T, expected, rtol=0, atol=1e-6)
+
+
+def test_synonyms_are_averaged(tiny_clip_dir: str) -> None:
+    base = load_base(tiny_clip_dir)
+    both = zero_shot_classifier(base.model, base.tokenizer, ["cat, kitty"], ["{}"])
+    each = zero_shot_classifier(base.model, base.tokenizer, ["cat", "kitty"], ["{}"])
+    torch.testing.assert_close(both[0], torch.nn.functional.normalize(each.mean(dim=0), dim=0))
+
+
+def test_hits_by_hand(tiny_clip_dir: str) -> None:
+    base = load_base(tiny_clip_dir)
+    pixels = torch.randn(6, 3, 32, 32)
+    with torch.no_grad():
+        embeds = base.model.encode_image(pixels, normalize=True)  # type: ignore[operator]
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])  # each image is its own class; the last label is wrong
+    assert count_hits(base.model, embeds, [(pixels[:4], labels[:4]), (pixels[4:], labels[4:])]) == (5, 6)
+
+
+def test_sweep_equals_folding_each_alpha(tiny_clip_dir: str, images: Labelled) -> None:
+    base = load_base(tiny_clip_dir)
+    state = {name: value.clone() for name, value in base.model.state_dict().items()}
+    sites = find_sites(base.model)
+    torch.manual_seed(0)
+    tensors = {site.key: torch.randn(64, 64) * 0.3 for site in sites}
+    digest = base_digest(state, [site.key for site in sites])
+    adapter = Adapter(tensors, Metadata(architecture=tiny_clip_dir, base_digest=digest, templates=TEMPLATES))
+    rows = alpha_sweep(base, adapter, [0.0, 0.5, 1.0], {"all": images})
+    _, _, preprocess = open_clip.create_model_and_transforms(tiny_clip_dir)
+    pixels = torch.stack([preprocess(images.image(row)) for row in images.rows])
+    labels = torch.tensor([images.label(row) for row in images.rows])
+    for row in rows:
+        base.model.load_state_dict(fold(state, adapter, row["alpha"]))
+        with torch.no_grad():
+            texts = zero_shot_classifier(base.model, base.tokenizer, images.classes, TEMPLATES)
+            logits = base.model.encode_image(pixels, normalize=True) @ texts.T  # type: ignore[operator]
+        assert row["all"] == pytest.approx(100 * (logits.argmax(dim=1) == labels).float().mean().item())
+    assert len({row["all"] for row in rows}) > 1
+    base.model.load_state_dict(state)
+    attach(base.model).remove()  # the sweep left no adapters behind
+
+
+def test_picture_of_the_curve(tmp_path: Path) -> None:
+    rows = [{"alpha": a, "a": 50 + 20 * a, "b": 40 + 10 * a - 15 * a * a, "c": 30.0} for a in (0.0, 0.5, 1.0)]
+    plot_alpha_curve(rows, "a", ["b", "c"], tmp_path / "curve.png", title="A title")
+    with Image.open(tmp_path / "curve.png") as image:
+        assert image.size == (1500, 630)
+        colours = image.convert("RGB").getcolors(1 << 20)
+    assert colours is not None and len(colours) > 50
