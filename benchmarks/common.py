@@ -1,0 +1,214 @@
+"""What the benchmarks share: the machine in words, candidates that take turns, memory of a fresh process, the table."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import logging
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import open_clip
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+
+from radapter_serve.adapter import Metadata, attach, base_digest, save_adapter
+from radapter_serve.base import load_base
+
+T = TypeVar("T")
+logging.getLogger().addHandler(logging.NullHandler())  # else open_clip warns of random weights, which are meant here
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "onnxruntime", "open_clip_torch", "numpy")
+
+# CIFAR-100's: short, common, and a hundred.
+CLASS_NAMES = """apple, aquarium fish, baby, bear, beaver, bed, bee, beetle, bicycle, bottle, bowl, boy, bridge, bus,
+butterfly, camel, can, castle, caterpillar, cattle, chair, chimpanzee, clock, cloud, cockroach, couch, crab, crocodile,
+cup, dinosaur, dolphin, elephant, flatfish, forest, fox, girl, hamster, house, kangaroo, keyboard, lamp, lawn mower,
+leopard, lion, lizard, lobster, man, maple tree, motorcycle, mountain, mouse, mushroom, oak tree, orange, orchid, otter,
+palm tree, pear, pickup truck, pine tree, plain, plate, poppy, porcupine, possum, rabbit, raccoon, ray, road, rocket,
+rose, sea, seal, shark, shrew, skunk, skyscraper, snail, snake, spider, squirrel, streetcar, sunflower, sweet pepper,
+table, tank, telephone, television, tiger, tractor, train, trout, tulip, turtle, wardrobe, whale, willow tree, wolf,
+woman, worm""".replace("\n", " ").split(", ")
+
+
+def say(line: str) -> None:
+    """One line of progress, with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+def alternate(
+    candidates: Mapping[str, Callable[[], float]], repeats: int, *, pause: float = 0.05
+) -> dict[str, list[float]]:
+    """Let candidates take turns: one warm-up each, then rounds in which all run, each round begun by another one.
+
+    Args:
+        candidates: by name; each does its work once and returns what it took, in seconds.
+        repeats: rounds.
+        pause: seconds before each run, so that nobody pays for another one's threads, which spin for a while.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
+    for name in names:
+        candidates[name]()
+    for number in range(repeats):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            time.sleep(pause)
+            times[name].append(candidates[name]())
+    return times
+
+
+def clocked(function: Callable[[], object], at_least: float = 0.3) -> Callable[[], float]:
+    """A candidate that calls a function often enough to last `at_least` seconds, and returns the mean of a call."""
+    calls = 0
+
+    def run() -> float:
+        nonlocal calls
+        if not calls:  # the first run is the warm-up
+            function()
+            start = time.perf_counter()
+            function()
+            calls = max(1, math.ceil(at_least / (time.perf_counter() - start)))
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - start) / calls
+
+    return run
+
+
+def ratio(times: Sequence[float], baseline: Sequence[float]) -> float:
+    """The median over the rounds of a candidate's time to the baseline's in the same round."""
+    return statistics.median(a / b for a, b in zip(times, baseline, strict=True))
+
+
+def memory(field: str = "VmHWM") -> int:
+    """Bytes of memory of this process: `VmHWM`, its peak so far, or `VmRSS`, now. Mapped files count."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+class Process:
+    """A fresh process (not forked: its peak memory is its own) in which functions of the script are called."""
+
+    def __init__(self) -> None:
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        #: bytes after the imports
+        self.start = self.call(memory, "VmRSS")
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What a function of a module's top level returns there."""
+        return self._pool.submit(function, *arguments).result()
+
+    def peak(self) -> int:
+        """Bytes at most so far."""
+        return self.call(memory)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
+
+
+def random_clip(architecture: str, folder: Path) -> tuple[str, Path, int]:
+    """Save a CLIP of an open_clip architecture, and a full-rank adapter for it, both with random weights.
+
+    Returns:
+        The model's `local-dir:` name, the adapter's path, the size of the checkpoint in bytes.
+    """
+    torch.manual_seed(0)
+    model = open_clip.create_model(architecture)
+    path = folder / "open_clip_model.safetensors"
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+    config = {"model_cfg": open_clip.get_model_config(architecture), "preprocess_cfg": model.visual.preprocess_cfg}
+    (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
+    name = f"local-dir:{folder}"
+    base = load_base(name)
+    adapters = attach(base.model)
+    with torch.no_grad():
+        for tensor in adapters.parameters():
+            tensor.normal_(std=0.01)
+    digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
+    save_adapter(adapters.adapter(Metadata(architecture=name, base_digest=digest)), folder / "adapter.safetensors")
+    return name, folder / "adapter.safetensors", path.stat().st_size
+
+
+def machine() -> str:
+    """Processor, cores, memory, load, and the versions of what does the work."""
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    cpu = next((line.partition(":")[2].strip() for line in info.splitlines() if "model name" in line), "unknown CPU")
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    versions = [f"{name.removesuffix('_torch')} {importlib.metadata.version(name)}" for name in _PACKAGES]
+    return (
+        f"{cpu}, {len(os.sched_getaffinity(0))} cores, {size / 1e9:.0f} GB of memory; load {os.getloadavg()[0]:.1f} "
+        f"at the start; Python {platform.python_version()}, {', '.join(versions)}; {torch.get_num_threads()} threads"
+    )
+
+
+@dataclass
+class Report:
+    """What a script found; `write` prints it and leaves it as markdown in a folder.
+
+    Args:
+        name: of the script, and of the file.
+        title: heading.
+        what: how it was measured, in a few sentences.
+    """
+
+    name: str
+    title: str
+    what: str
+
+    def __post_init__(self) -> None:
+        self._machine = machine()  # the load is that of the start
+        self._parts: list[str] = []
+        self._console = Console(width=120)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Add a table, its first column to the left and the others to the right."""
+        table = Table(title=title)
+        for number, column in enumerate(columns):
+            table.add_column(column, justify="right" if number else "left")
+        for row in rows:
+            table.add_row(*row)
+        self._console.print(table)
+        rule = ["---", *["---:"] * (len(columns) - 1)]
+        lines = [f"| {' | '.join(cells)} |" for cells in (columns, rule, *rows)]
+        self._parts.append("\n".join([f"**{title}**", "", *lines]))
+
+    def note(self, text: str) -> None:
+        """Add a sentence."""
+        self._console.print(text, markup=False, highlight=False)
+        self._parts.append(text)
+
+    def write(self, folder: Path) -> None:
+        """Write FOLDER/NAME.md."""
+        command = " ".join(["python", f"benchmarks/{self.name}.py", *sys.argv[1:]])
+        head = [
+            f"# {self.title}",
+            f"`{command}`, {datetime.date.today().isoformat()}. {self._machine}.",
+            f"{self.what} Times are medians over alternating rounds; ratios are medians of the ratios within a round.",
+        ]
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.name}.md"
+        path.write_text("\n\n".join([*head, *self._parts]) + "\n", encoding="utf-8")
+        say(f"wrote {path}")

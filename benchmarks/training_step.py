@@ -1,0 +1,174 @@
+"""A training step: adapters in both forms and ranks against plain full fine-tuning; time and peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Sequence
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+import open_clip
+import torch
+import torch.nn.functional as F
+import tyro
+from common import CLASS_NAMES, RESULTS, Process, Report, alternate, ratio, say
+
+from radapter_serve.adapter import attach
+from radapter_serve.towers import encode_image, encode_text
+from radapter_serve.training.average import Average
+from radapter_serve.training.loss import mpm_nce
+
+FULL = "full fine-tuning"
+Form = Literal["activation", "weight"]
+ADAPTERS: dict[str, tuple[Form, int | None]] = {
+    "activation form, full rank": ("activation", None),
+    "weight form, full rank": ("weight", None),
+    "activation form, rank 4": ("activation", 4),
+    "weight form, rank 4": ("weight", 4),
+}
+
+
+class Step:
+    """One candidate: a model with random weights, what is trained of it, its optimizer; a call is one step.
+
+    Args:
+        name: of the candidate.
+        architecture: an open_clip name.
+        batch: pairs in a step.
+    """
+
+    def __init__(self, name: str, architecture: str, batch: int) -> None:
+        torch.manual_seed(0)
+        self.model: Any = open_clip.create_model(architecture).eval()
+        self.batch = batch
+        self.tokens = open_clip.get_tokenizer(architecture)([f"a photo of a {label}." for label in CLASS_NAMES])
+        self.average = None
+        trained = self.model
+        if name != FULL:
+            form, rank = ADAPTERS[name]
+            trained = attach(self.model, rank, form=form, drop=0.2)
+            self.average = Average(trained, 0.999)
+        self.adapters = trained
+        self.optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5)
+
+    def __call__(self, seed: int) -> float:
+        """Seconds of forward, loss, backward, AdamW and average, on a batch that the seed draws."""
+        draw = torch.Generator().manual_seed(seed)
+        labels = torch.randint(len(CLASS_NAMES), (self.batch,), generator=draw)
+        pixels = torch.randn(self.batch, 3, *self.model.visual.image_size, generator=draw)
+        tokens = self.tokens[labels]
+        start = time.perf_counter()
+        if self.average is None:
+            images = F.normalize(self.model.encode_image(pixels), dim=-1)
+            texts = F.normalize(self.model.encode_text(tokens), dim=-1)
+        else:
+            self.adapters.sample_drop(draw)
+            images, texts = encode_image(self.model, pixels), encode_text(self.model, tokens)
+        loss = mpm_nce(images, texts, labels, logit_scale=self.model.logit_scale.exp(), epsilon=0.02)
+        torch.autograd.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
+        return time.perf_counter() - start
+
+
+_step: Step
+
+
+def build(name: str, architecture: str, batch: int) -> None:
+    """Make the candidate of this process."""
+    global _step
+    _step = Step(name, architecture, batch)
+
+
+def take(seed: int) -> float:
+    """One step of this process's candidate."""
+    return _step(seed)
+
+
+def measure(
+    names: Sequence[str], architecture: str, batch: int, repeats: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of each step and peak bytes of each candidate, which all live in processes of their own."""
+    with contextlib.ExitStack() as stack:
+        processes = {name: stack.enter_context(Process()) for name in names}
+        for name, process in processes.items():
+            say(f"batch {batch}: building {name}")
+            process.call(build, name, architecture, batch)
+        say(f"batch {batch}: {repeats} rounds and a warm-up of {len(names)} candidates")
+        seeds = {name: count() for name in names}  # all candidates see the same batches
+        steps = {name: partial(_next_step, process, seeds[name]) for name, process in processes.items()}
+        times = alternate(steps, repeats)
+        return times, {name: process.peak() for name, process in processes.items()}
+
+
+def _next_step(process: Process, seeds: count[int]) -> float:
+    return process.call(take, next(seeds))
+
+
+def main(
+    architecture: str = "ViT-B-32",
+    batches: tuple[int, ...] = (16, 64),
+    forms_only: tuple[int, ...] = (256,),
+    repeats: int = 7,
+    out: Path = RESULTS,
+) -> None:
+    """Measure training steps.
+
+    Args:
+        architecture: open_clip architecture, with random weights.
+        batches: batch sizes at which everything is compared with full fine-tuning.
+        forms_only: batch sizes at which the forms of the adapters are compared with each other.
+        repeats: steps of each candidate at the smallest batch; fewer at larger ones, at least 3.
+        out: folder of the table.
+    """
+    report = Report(
+        "training_step",
+        f"A training step of {architecture}",
+        f"Forward of both towers, MPM-NCE, backward, AdamW (and for adapters their average), on random pixels and "
+        f"prompts 'a photo of a {{}}.' of {len(CLASS_NAMES)} classes. Full fine-tuning is plain open_clip: all "
+        "parameters, 77 tokens a text, every text of the batch; adapters go through radapter_serve's towers, which "
+        "crop texts to the longest and encode equal ones once. Each candidate has a process of its own, whose peak "
+        "memory (VmHWM, libraries included) is given.",
+    )
+    from radapter_serve.training.loop import choose_form  # only here: its imports are not the candidates' memory
+
+    model = open_clip.create_model(architecture)
+    choices = []
+    for batch in sorted({*batches, *forms_only}):
+        rounds = max(min(3, repeats), repeats * min(batches) // batch)
+        if batch in batches:
+            rounds = max(min(5, repeats), rounds)
+        names = [*([FULL] if batch in batches else []), *ADAPTERS]
+        times, peaks = measure(names, architecture, batch, rounds)
+        rows = [
+            [
+                name,
+                f"{statistics.median(times[name]):.2f}",
+                f"{ratio(times[name], times[names[0]]):.2f}",
+                f"{peaks[name] / 1e9:.2f}",
+                f"{peaks[name] / peaks[names[0]]:.2f}",
+            ]
+            for name in names
+        ]
+        report.table(f"Batch {batch}, {rounds} rounds", ["candidate", "s", "ratio", "peak GB", "ratio "], rows)
+        for rank in (None, 4):
+            forms = {form: times[name] for name, (form, other) in ADAPTERS.items() if other == rank}
+            found = ratio(forms["weight"], forms["activation"])
+            faster, chosen = "weight" if found < 1 else "activation", choose_form(model, rank, batch)
+            size = "full rank" if rank is None else f"rank {rank}"
+            verdict = "even" if 0.95 < found < 1.05 else "right" if chosen == faster else "wrong"
+            choices.append([f"{batch}, {size}", f"{found:.2f}", faster, chosen, verdict])
+    report.note("Ratios are to the first line of a table.")
+    report.note("Aim: at most 0.60 of the time of full fine-tuning.")
+    report.table("Which form", ["batch", "weight / activation", "faster", "choose_form says", ""], choices)
+    report.write(out)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
