@@ -42,7 +42,7 @@ def fold_and_save(name: str, adapter_path: Path, target: Path) -> list[float]:
     return [loaded - start, done - loaded, time.perf_counter() - done]
 
 
-def main(architectures: tuple[str, ...] = ("ViT-B-32", "ViT-L-14"), repeats: int = 5, out: Path = RESULTS) -> None:
+def main(architectures: tuple[str, ...] = ("ViT-B-32", "ViT-L-14"), repeats: int = 3, out: Path = RESULTS) -> None:
     """Measure fold and save.
 
     Args:
