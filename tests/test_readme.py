@@ -19,7 +19,8 @@ def walk_through() -> str:
     """The shell script of the section: python blocks become `python -`."""
     text = README.read_text(encoding="utf-8")
     section = text.split("<!-- walk-through -->")[1].split("<!-- /walk-through -->")[0]
-    script = ["set -eumo pipefail"]
+    # without the trap a failing line would leave the server, which holds the pipe
+    script = ["set -eumo pipefail", "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"]
     for language, block in re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL):
         script.append(block if language == "sh" else f"python - <<'PYTHON'\n{block}PYTHON")
     return "\n".join(script)

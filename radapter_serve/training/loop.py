@@ -13,6 +13,7 @@ import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torchvision import transforms
 
 from radapter_serve.adapter import Adapters, Form, Metadata, attach, base_digest, find_sites, save_adapter
@@ -38,7 +39,8 @@ class TwoTower(nn.Module):
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Embeds pixels [B, 3, S, S] and tokens [B, L], both to float32 [B, D] of unit length."""
-        return encode_image(self.model, pixels), encode_text(self.model, tokens)
+        with parametrize.cached():  # attention reads its weights more than once
+            return encode_image(self.model, pixels), encode_text(self.model, tokens)
 
 
 def train(recipe: Recipe) -> Path:

@@ -1,0 +1,36 @@
+"""What a wheel carries."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEMPLATES = ("classify", "embed_image", "embed_text", "image_encoder", "text_encoder")
+
+
+@pytest.mark.slow
+def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    ignore = shutil.ignore_patterns(".*", "runs", "merged", "demo-output", "__pycache__", "tests")
+    shutil.copytree(ROOT, tree, ignore=ignore)
+    for model in TEMPLATES:
+        stray = tree / "model_repository" / model / "1" / "model.onnx"
+        stray.parent.mkdir(exist_ok=True)
+        stray.write_bytes(b"weights")
+        (stray.parents[1] / "config.pbtxt").write_text("name: 'x'")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(tree)]
+    subprocess.run(command, check=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    held = {name.removeprefix("radapter_export/model_repository/") for name in names if "/model_repository/" in name}
+    tasks = {f"{model}/model.py" for model in TEMPLATES if not model.endswith("encoder")}
+    assert held == tasks | {f"{model}/config.template.pbtxt" for model in TEMPLATES}
+    for name in ("serving/backends/onnxruntime/model.py", "demo/recipe.yaml", "demo/base/open_clip_model.safetensors"):
+        assert f"radapter_serve/{name}" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
