@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import open_clip
 from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, reason
 
 LOCAL = "local-dir:"
 
@@ -69,16 +70,27 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
         # open_clip only warns where a tag's activation differs from the architecture's; the numbers would change
         quick_gelu = bool((open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu", False))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            logging.getLogger().addHandler(logging.NullHandler())  # else open_clip's logging prints to stderr
+        with _quiet():
             model = open_clip.create_model(name, pretrained, force_quick_gelu=quick_gelu, require_pretrained=True)
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip, the hub and torch raise many kinds, and all mean: no such weights here
-        raise RAdapterError(f"could not load {name} (pretrained {pretrained}): {error}") from error
+        raise RAdapterError(f"could not load {name} (pretrained {pretrained}): {reason(error)}") from error
     config = copy.deepcopy(config)
     config["quick_gelu"] = any(isinstance(module, QuickGELU) for module in model.modules())
     return Base(name, pretrained, model.eval(), config, dict(model.visual.preprocess_cfg), tokenizer)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip logs to the root logger, which prints warnings if nobody has set it up."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+    root.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.removeHandler(handler)
 
 
 def _local_config(folder: Path) -> dict[str, Any]:

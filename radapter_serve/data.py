@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
 from radapter_serve.base import Base
-from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.labels import read_label_file, read_templates, split_label
+from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.serving.labels import read_label_file, split_label
 from radapter_serve.serving.preprocess import decode
 
 READERS = ("imagefolder", "csv", "json", "parquet", "webdataset")
+
+
+class BrokenImage(RAdapterError):
+    """An image that is missing or can't be decoded."""
 
 
 @dataclass
@@ -42,16 +45,28 @@ class Labelled:
     folder: Path = field(default_factory=Path)
 
     def __post_init__(self) -> None:
-        self._index = {name: i for i, line in enumerate(self.classes) for name in split_label(line)}
+        names = [(line, split_label(line)) for line in self.classes]
+        self._index = {name: i for i, (_, synonyms) in enumerate(names) for name in synonyms}
+        self._index |= {synonyms[0]: i for i, (_, synonyms) in enumerate(names)}  # a first name beats a synonym
+        self._index |= {line: i for i, (line, _) in enumerate(names)}
 
     def image(self, row: dict[str, Any]) -> Image.Image:
-        """The image of a row, decoded as the server decodes it; raises RAdapterError or OSError."""
+        """The image of a row, decoded as the server decodes it.
+
+        Raises:
+            BrokenImage: it is missing, or no image; says which.
+        """
         value = row[self.image_column]
-        if isinstance(value, dict):
-            data = value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
-        else:
-            data = value if isinstance(value, bytes) else (self.folder / str(value)).read_bytes()
-        return decode(data)
+        name = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else "in the table"
+        try:
+            if isinstance(value, dict):
+                data = value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+            else:
+                data = value if isinstance(value, bytes) else (self.folder / str(value)).read_bytes()
+            return decode(data)
+        except (OSError, RAdapterError) as error:
+            why = getattr(error, "message", None) or getattr(error, "strerror", None) or str(error)
+            raise BrokenImage(f"image {name} can't be read: {why}") from None
 
     def label(self, row: dict[str, Any]) -> int:
         """The number of a row's class.
@@ -60,7 +75,10 @@ class Labelled:
             RAdapterError: no class of that name or number.
         """
         value = row[self.label_column]
-        index = self._index.get(value, -1) if isinstance(value, str) else int(value)
+        try:
+            index = self._index.get(value, -1) if isinstance(value, str) else int(value)
+        except (TypeError, ValueError):
+            index = -1
         if not 0 <= index < len(self.classes):
             raise RAdapterError(
                 f"label {value!r} is none of the {len(self.classes)} classes ({', '.join(self.classes[:5])}, ...); "
@@ -102,9 +120,10 @@ def load_labelled(
     try:
         rows = datasets.load_dataset(reader if local else place, split=split, streaming=streaming, **source)
     except Exception as error:  # datasets, pyarrow and the hub raise many kinds, and all mean: can't be read
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         kinds = ", ".join(f"{name}:PATH" for name in READERS)
-        raise RAdapterError(f"could not read the data {spec}: {reason}; allowed: {kinds}, or a hub name") from error
+        raise RAdapterError(
+            f"could not read the data {spec}: {reason(error)}; allowed: {kinds}, or a hub name"
+        ) from error
     features = rows.features or {}
     for column, flag in ((image_column, "--image-column"), (label_column, "--label-column")):
         if features and column not in features:
@@ -117,7 +136,7 @@ def load_labelled(
     own = getattr(features.get(label_column), "names", None)
     names = read_label_file(classes) if classes else own
     if names is None and not streaming and "string" in getattr(features.get(label_column), "dtype", ""):
-        names = sorted(set(rows[label_column]))
+        names = sorted({value for value in rows[label_column] if value is not None})
     if names is None:
         raise RAdapterError(f"{spec} does not name its classes; give a file with one class a line: --classes FILE")
     folder = Path(path).parent if local and reader != "imagefolder" else Path()
@@ -144,6 +163,11 @@ def _check_classes(data: Labelled, spec: str, own: list[str] | None, folder: Pat
             f"the class file names {len(data.classes)} classes but {spec} has {len(own)}: "
             f"{', '.join(own[:8])}{', ...' if len(own) > 8 else ''}; write one line for each, in this order"
         )
+    lines = [split_label(line) for line in data.classes]
+    known = own is not None and all(any(name in line for line in lines) for name in own)
+    if own is not None and known and any(name not in line for name, line in zip(own, lines, strict=True)):
+        names = f"{', '.join(own[:8])}{', ...' if len(own) > 8 else ''}"
+        raise RAdapterError(f"the class file has the names of {spec} in another order; write them as: {names}")
     if folder is not None and own is not None:
         empty = sorted(_folders(folder) - set(own))
         if empty:
@@ -162,20 +186,31 @@ def _check_classes(data: Labelled, spec: str, own: list[str] | None, folder: Pat
             )
 
 
-def templates_of(source: str) -> list[str]:
-    """Prompt templates by name (`simple`, `openai`) or from a file."""
-    if source == "openai":
-        return [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-    return read_templates(source)
-
-
 def evaluation_batches(
-    base: Base, data: Labelled, batch_size: int = 64, *, rank: int = 0, world: int = 1
+    base: Base, data: Labelled, batch_size: int = 64, *, rank: int = 0, world: int = 1, broken: list[str] | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pixels, as open_clip's own transform makes them, and labels of a data set."""
+    """Pixels, as open_clip's own transform makes them, and labels of a data set.
+
+    Args:
+        base: whose preprocessing is used.
+        data: not a stream.
+        batch_size: images a batch.
+        rank, world: number of this process and of all; each gets its share.
+        broken: takes the names of images that can't be read, which are then left out; None raises BrokenImage.
+    """
     transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
     rows = range(rank, len(data.rows), world)
     for first in range(0, len(rows), batch_size):
-        chosen = [data.rows[i] for i in rows[first : first + batch_size]]
-        pixels = torch.stack([transform(data.image(row)) for row in chosen])  # type: ignore[arg-type]
-        yield pixels, torch.tensor([data.label(row) for row in chosen])
+        pixels, labels = [], []
+        for index in rows[first : first + batch_size]:
+            row = data.rows[index]
+            try:
+                pixels.append(transform(data.image(row)))
+            except BrokenImage as error:
+                if broken is None:
+                    raise
+                broken.append(str(error))
+            else:
+                labels.append(data.label(row))
+        if pixels:
+            yield torch.stack(pixels), torch.tensor(labels)  # type: ignore[arg-type]

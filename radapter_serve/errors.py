@@ -3,3 +3,9 @@
 
 class RAdapterError(Exception):
     """An error for people: what is wrong, which value, what is allowed, which command to run next."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of another library's error, for a message of ours; its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -23,12 +23,12 @@ from radapter_export.repository import MODELS, TASKS, Repository
 from radapter_export.tokenizer import write_tokenizer
 from radapter_export.towers import check
 from radapter_serve.adapter import Adapter, Adapters, attach_adapter, fold, load_adapter
-from radapter_serve.adapter.file import check_base
-from radapter_serve.adapter.fold import check_alpha
+from radapter_serve.adapter.file import check_alpha, check_base
 from radapter_serve.base import Base, load_base
 from radapter_serve.errors import RAdapterError
+from radapter_serve.prompts import templates_of
 from radapter_serve.serving.errors import TaskError
-from radapter_serve.serving.labels import LabelEmbedder, check_labels, read_label_file, read_templates
+from radapter_serve.serving.labels import LabelEmbedder, check_labels, read_label_file
 from radapter_serve.serving.tokenizer import Tokenizer
 from radapter_serve.towers import is_causal
 
@@ -116,7 +116,7 @@ def export_release(
     alphas = [meta.alpha] if alphas is None else alphas
     _check_arguments(alphas, tolerance, max_batch_size)
     own = meta.templates or "simple"
-    prompts = read_templates(own if templates is None else templates)
+    prompts = templates_of(own if templates is None else templates)
     labels = {name: _read_labels(name, path) for name, path in (label_sets or {}).items()}
     say("loading the base")
     clip = load_base(base or meta.architecture, pretrained or meta.pretrained)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from radapter_serve.adapter.file import Adapter, Metadata, check_base
+from radapter_serve.adapter.file import Adapter, Metadata, check_alpha, check_base
 from radapter_serve.adapter.sites import Site, find_sites
 from radapter_serve.errors import RAdapterError
 
@@ -156,7 +157,9 @@ def attach(model: nn.Module, rank: int | None = None, *, form: Form = "activatio
         if any(isinstance(owner, LinearAdapter) for owner in owners) or parametrize.is_parametrized(site.layer):
             raise RAdapterError(f"{site.key} has an adapter already; call remove() on the first adapters")
     model.requires_grad_(False)
-    return Adapters(sites, rank, form, drop)
+    adapters = Adapters(sites, rank, form, drop)
+    logging.getLogger(__name__).info(adapters.share(model))
+    return adapters
 
 
 def attach_adapter(model: nn.Module, adapter: Adapter, alpha: float, *, form: Form = "activation") -> Adapters:
@@ -170,8 +173,13 @@ def attach_adapter(model: nn.Module, adapter: Adapter, alpha: float, *, form: Fo
     Raises:
         RAdapterError: the adapter belongs to another base.
     """
+    check_alpha(alpha)
     check_base(model.state_dict(), adapter)
     adapters = attach(model, adapter.metadata.rank, form=form)
+    missing = sorted(set(adapters.named_tensors()) - set(adapter.tensors))
+    if missing:
+        adapters.remove()
+        raise RAdapterError(f"the adapter file is damaged: it has no tensor {missing[0]}")
     adapters.load_tensors(adapter.tensors)
     adapters.alpha = alpha
     return adapters

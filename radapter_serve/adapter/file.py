@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -99,6 +100,19 @@ def check_base(state_dict: Mapping[str, Tensor], adapter: Adapter) -> None:
             f"({meta.architecture}, pretrained {meta.pretrained}), this model has {found}; "
             f"load that base (--base, --pretrained) or train a new adapter with radapter-train"
         )
+    for key in adapter.keys:
+        width, rank = len(state_dict[f"{key}.weight"]), adapter.metadata.rank
+        shapes = {key: (width, width)} if rank is None else {f"{key}.up": (width, rank), f"{key}.down": (rank, width)}
+        for name, shape in shapes.items():
+            found_shape = tuple(adapter.tensors[name].shape) if name in adapter.tensors else "missing"
+            if found_shape != shape:
+                raise RAdapterError(f"the adapter file is damaged: tensor {name} is {found_shape}, should be {shape}")
+
+
+def check_alpha(alpha: float) -> None:
+    """Refuse an α outside [0, 1]."""
+    if not (math.isfinite(alpha) and 0 <= alpha <= 1):
+        raise RAdapterError(f"alpha is {alpha}; allowed: a number from 0 (the base) to 1 (all that was learned)")
 
 
 def save_adapter(adapter: Adapter, path: str | Path) -> None:
@@ -137,15 +151,16 @@ def load_adapter(path: str | Path) -> Adapter:
         with safe_open(path, framework="pt") as file:
             header = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        version = header.get("format_version", FORMAT_VERSION)
+        if version > FORMAT_VERSION:
+            raise RAdapterError(
+                f"{path} has format version {version}; this release reads up to {FORMAT_VERSION}: "
+                f"pip install --upgrade radapter-serve"
+            )
         known = {f.name for f in dataclasses.fields(Metadata)}
         metadata = Metadata(**{name: value for name, value in header.items() if name in known})
-    except (SafetensorError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise RAdapterError(f"{path} is not an adapter file: {error}") from error
-    if metadata.format_version > FORMAT_VERSION:
-        raise RAdapterError(
-            f"{path} has format version {metadata.format_version}; this release reads up to {FORMAT_VERSION}: "
-            f"pip install --upgrade radapter-serve"
-        )
     return Adapter(tensors, metadata)
 
 

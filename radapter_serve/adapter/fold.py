@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from radapter_serve.adapter.file import Adapter, check_base
+from radapter_serve.adapter.file import Adapter, check_alpha, check_base
 from radapter_serve.errors import RAdapterError
 
 
@@ -43,9 +42,3 @@ def fold(state_dict: Mapping[str, Tensor], adapter: Adapter, alpha: float) -> di
                 raise RAdapterError(f"folding gave values that are not finite in {name} at alpha {alpha}")
             folded[name] = value
     return folded
-
-
-def check_alpha(alpha: float) -> None:
-    """Refuse an α outside [0, 1]."""
-    if not (math.isfinite(alpha) and 0 <= alpha <= 1):
-        raise RAdapterError(f"alpha is {alpha}; allowed: a number from 0 (the base) to 1 (all that was learned)")

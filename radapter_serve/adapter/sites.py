@@ -27,7 +27,7 @@ class Site:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Names of one family: lists of blocks for each tower, then (layer, output) inside a block."""
+    """Names of one family of models: lists of blocks for each tower, then (layer, output) inside a block."""
 
     image: tuple[str, ...]
     text: tuple[str, ...]
@@ -35,15 +35,12 @@ class _Layout:
     between: tuple[str, ...]  # modules between a layer and the residual: anything but Identity makes a fold inexact
 
 
-# A family is a row here, never a branch in the code.
-LAYOUTS = {
-    "open_clip": _Layout(
-        image=("visual.transformer.resblocks",),
-        text=("transformer.resblocks", "text.transformer.resblocks"),
-        layers=(("attn.out_proj", "attn"), ("mlp.c_proj", "mlp.c_proj")),
-        between=("ls_1", "ls_2", "ln_attn"),
-    ),
-}
+OPEN_CLIP = _Layout(
+    image=("visual.transformer.resblocks",),
+    text=("transformer.resblocks", "text.transformer.resblocks"),
+    layers=(("attn.out_proj", "attn"), ("mlp.c_proj", "mlp.c_proj")),
+    between=("ls_1", "ls_2", "ln_attn"),
+)
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -56,7 +53,7 @@ def find_sites(model: nn.Module) -> list[Site]:
         RAdapterError: a tower has no known sites, or something stands between a site and its residual.
     """
     modules = dict(model.named_modules())
-    (layout,) = LAYOUTS.values()
+    layout = OPEN_CLIP
     sites = []
     for tower, names in (("image", layout.image), ("text", layout.text)):
         blocks = next((name for name in names if isinstance(modules.get(name), nn.ModuleList)), None)

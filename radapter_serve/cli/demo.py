@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from radapter_serve.cli import run
-from radapter_serve.errors import RAdapterError
 
 
 def demo(out: Path = Path("demo-output"), seed: int = 0, steps: int | None = None, alpha: float | None = None) -> None:
@@ -19,10 +18,8 @@ def demo(out: Path = Path("demo-output"), seed: int = 0, steps: int | None = Non
         steps: optimizer steps of the fine-tuning; the demo's recipe if none is given.
         alpha: re-scaling of the exported release, from 0 to 1; the recipe's if none is given.
     """
-    try:
-        from radapter_serve.demo.run import run_demo
-    except ImportError as error:
-        raise RAdapterError(f"{error}; the demo needs everything: pip install 'radapter-serve[all]'") from error
+    from radapter_serve.demo.run import run_demo  # torch takes seconds to load
+
     run_demo(out, seed=seed, steps=steps, alpha=alpha)
 
 

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> None:
-    from radapter_serve.training import Recipe, load_recipe, train
+    from radapter_serve.training import Recipe, load_recipe, train  # torch takes seconds to load
 
     path, rest = _take_recipe(arguments)
     recipe = load_recipe(path) if path else Recipe()

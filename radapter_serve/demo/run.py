@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 import socket
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from rich.table import Table
 from radapter_client import Client
 from radapter_export import export_release
 from radapter_serve.adapter import load_adapter
+from radapter_serve.adapter.file import check_alpha
 from radapter_serve.base import load_base
 from radapter_serve.data import load_labelled
 from radapter_serve.demo.data import BASE, FINE_TUNED, SHIFTS, STYLES, prepare
@@ -39,7 +41,7 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, alpha: float
     """Fine-tune on one style of drawing, judge on others, export, serve, query, and check that all agree.
 
     Args:
-        out: folder for everything that the demo makes; a run in it must be of the same seed and steps, or removed.
+        out: folder for everything that the demo makes; what an earlier demo made there is replaced.
         seed: of the fine-tuning.
         steps: optimizer steps; the recipe's if None.
         alpha: re-scaling of the exported release, in [0, 1]; the recipe's if None.
@@ -48,8 +50,9 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, alpha: float
         What `results.json` in `out` holds.
 
     Raises:
-        RAdapterError: something is missing, or `out` holds a run already.
+        RAdapterError: something is missing, or served and local answers differ.
     """
+    check_alpha(0.0 if alpha is None else alpha)
     console, started = Console(), time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
 
@@ -61,6 +64,8 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, alpha: float
 
     chapter(f"2. Fine-tune the base on one style: {STYLES[FINE_TUNED]}")
     recipe = load_recipe(Path(__file__).parent / "recipe.yaml")
+    folder = out / "runs" / f"seed-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)  # the demo's own, from an earlier call
     run = train(
         dataclasses.replace(
             recipe,
@@ -69,9 +74,10 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, alpha: float
             val_data=f"imagefolder:{data.val}",
             classes=data.classes,
             templates=str(data.templates),
-            steps=steps or recipe.steps,
+            steps=recipe.steps if steps is None else steps,
+            warmup_steps=min(recipe.warmup_steps, (steps or recipe.warmup_steps * 10) // 10),
             seed=seed,
-            out=out / "runs" / f"seed-{seed}",
+            out=folder,
         )
     )
     alpha = recipe.alpha if alpha is None else alpha

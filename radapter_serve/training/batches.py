@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from radapter_serve.data import Labelled
+from radapter_serve.data import BrokenImage, Labelled
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.labels import split_label
 
@@ -46,24 +46,21 @@ class Examples(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         broken: list[str] = []
         for offset in range(len(self)):
-            row = self.data.rows[(index + offset) % len(self)]
             try:
-                return {**self.item(row, index), "broken": broken}
-            except _BrokenImage as error:
-                if self.refuse:
-                    raise RAdapterError(f"{error}; mend it, or leave such images out with --on-broken skip") from None
+                item = self.item(self.data.rows[(index + offset) % len(self)], index)
+            except BrokenImage as error:
                 broken.append(str(error))
-        raise RAdapterError("not one image of the data set can be read")
+                if self.refuse:
+                    break
+            except RAdapterError as error:
+                return {"error": str(error)}
+            else:
+                return {**item, "broken": broken, "row": 0}
+        return {"error": _refusal(broken[-1], self.refuse)}
 
     def item(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         """One row, augmented by the draw that belongs to its index."""
-        label = self.data.label(row)
-        try:
-            image = self.data.image(row)
-        except (RAdapterError, OSError) as error:
-            value = row[self.data.image_column]
-            name = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else f"row {index}"
-            raise _BrokenImage(f"image {name} can't be read: {error}") from None
+        label, image = self.data.label(row), self.data.image(row)
         draw = random.Random(f"{self.seed}-{self.epoch}-{index}")
         name = split_label(self.data.classes[label])[0]
         with torch.random.fork_rng(devices=[]):
@@ -72,12 +69,8 @@ class Examples(Dataset[dict[str, Any]]):
         return {"pixels": pixels, "label": label, "text": draw.choice(self.templates).replace("{}", name)}
 
 
-class _BrokenImage(Exception):
-    pass
-
-
 class _Stream(IterableDataset[dict[str, Any]]):
-    """The same items from a stream: shuffled in a buffer, cut by process, started behind `skip` items."""
+    """The same items from a stream: shuffled in a buffer, cut by process, started behind `skip` rows."""
 
     def __init__(self, examples: Examples, rank: int, world: int, skip: int) -> None:
         rows = examples.data.rows.shuffle(seed=examples.seed + examples.epoch, buffer_size=1000)
@@ -87,12 +80,22 @@ class _Stream(IterableDataset[dict[str, Any]]):
         broken: list[str] = []
         for index, row in enumerate(self.rows, self.first):
             try:
-                yield {**self.examples.item(row, index), "broken": broken}
-                broken = []
-            except _BrokenImage as error:
-                if self.examples.refuse:
-                    raise RAdapterError(f"{error}; mend it, or leave such images out with --on-broken skip") from None
+                item = self.examples.item(row, index)
+            except BrokenImage as error:
                 broken.append(str(error))
+                if self.examples.refuse:
+                    yield {"error": _refusal(str(error), refuse=True)}
+            except RAdapterError as error:
+                yield {"error": str(error)}
+            else:
+                yield {**item, "broken": broken, "row": index + 1}
+                broken = []
+
+
+def _refusal(broken: str, refuse: bool) -> str:
+    if refuse:
+        return f"{broken}; mend it, or leave such images out with --on-broken skip"
+    return f"not one image of the data set can be read; the last: {broken}"
 
 
 def batches(
@@ -104,7 +107,7 @@ def batches(
         examples: the items.
         batch_size: items a batch and process; the last, smaller batch is left out.
         epoch: fixes the order, with the seed.
-        start: batches to leave out, because they were seen before a restart.
+        start: batches, of a stream rows, to leave out, because they were seen before a restart.
         rank, world: number of this process and of all.
         workers: reading processes.
     """
@@ -112,18 +115,25 @@ def batches(
     common: dict[str, Any] = {"collate_fn": _collate, "num_workers": workers, "pin_memory": torch.cuda.is_available()}
     if not isinstance(examples.data.rows, datasets.Dataset):
         common["num_workers"] = min(workers, 1)  # one reader keeps the order
-        stream = _Stream(examples, rank, world, start * batch_size)
+        stream = _Stream(examples, rank, world, start)
         return DataLoader(stream, batch_size=batch_size, drop_last=True, **common)
     generator = torch.Generator().manual_seed(examples.seed * 1_000_003 + epoch)
-    order = torch.randperm(len(examples), generator=generator)[rank::world].tolist()
+    shuffled = torch.randperm(len(examples), generator=generator)
+    even = len(shuffled) // world * world  # equal shares, or processes would drift apart
+    order = shuffled[:even][rank::world].tolist()
     chunks = [order[i : i + batch_size] for i in range(0, len(order) - batch_size + 1, batch_size)][start:]
     return DataLoader(examples, batch_sampler=chunks, **common)  # type: ignore[arg-type]
 
 
 def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    # a worker's exception would reach the user as its traceback, so errors travel as items
+    errors = [item["error"] for item in items if "error" in item]
+    if errors:
+        return {"error": errors[0]}
     return {
         "pixels": torch.stack([item["pixels"] for item in items]),
         "labels": torch.tensor([item["label"] for item in items]),
         "texts": [item["text"] for item in items],
         "broken": [name for item in items for name in item["broken"]],
+        "row": items[-1]["row"],
     }

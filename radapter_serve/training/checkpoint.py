@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.optim import Optimizer
 
 from radapter_serve.adapter import Adapters
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.training.average import Average
 from radapter_serve.training.recipe import Recipe
 
 NAME = "checkpoint.pt"
-FREE = {"resume", "out", "workers", "tracker", "save_every", "validate_every", "val_data", "form", "on_broken"}
+FREE = {"workers", "tracker", "save_every", "validate_every", "val_data", "form", "on_broken"}
 
 
 def save_checkpoint(
@@ -28,18 +29,19 @@ def save_checkpoint(
     step: int,
     position: tuple[int, int],
 ) -> None:
-    """Write the state behind `step`, from the main process, whole or not at all."""
+    """Write the state behind `step`, from the main process, whole or not at all; every process calls it."""
+    positions = gather_object([position])
     if not accelerator.is_main_process:
         return
     state = {
-        "recipe": {k: v for k, v in recipe.to_dict().items() if k not in FREE},
+        "recipe": _fixed(recipe),
         "adapters": {name: value.detach().cpu() for name, value in adapters.named_tensors().items()},
         "average": {name: value.cpu() for name, value in average.tensors.items()},
         "average_steps": average.steps,
         "optimizer": optimizer.state_dict(),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
         "step": step,
-        "position": position,
+        "positions": positions,
     }
     part = out / f".{NAME}.part"
     try:
@@ -57,7 +59,7 @@ def load_checkpoint(
     """Set everything as it was behind the saved step.
 
     Returns:
-        The step, and the (epoch, batch) that comes next.
+        The step, and the (epoch, batch) that comes next for this process.
 
     Raises:
         RAdapterError: there is none, or it belongs to another recipe.
@@ -65,9 +67,12 @@ def load_checkpoint(
     path = out / NAME
     if not path.is_file():
         raise RAdapterError(f"no checkpoint at {path}; leave --resume out to start a run")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    now = recipe.to_dict()
-    changed = [f"{k} was {v!r}, is {now[k]!r}" for k, v in state["recipe"].items() if now[k] != v]
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        old = state["recipe"]
+    except Exception as error:  # a damaged file raises anything
+        raise RAdapterError(f"{path} is not a whole checkpoint ({reason(error)}); remove it and start again") from error
+    changed = [f"{k} was {old.get(k)!r}, is {v!r}" for k, v in _fixed(recipe).items() if old.get(k) != v]
     if changed:
         raise RAdapterError(
             f"{path} belongs to another recipe: {'; '.join(changed)}; use the old values or a new --out"
@@ -77,5 +82,11 @@ def load_checkpoint(
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"] and accelerator.scaler:
         accelerator.scaler.load_state_dict(state["scaler"])
-    epoch, batch = state["position"]
+    positions = state["positions"]
+    epoch, batch = positions[accelerator.process_index % len(positions)]
     return int(state["step"]), (int(epoch), int(batch))
+
+
+def _fixed(recipe: Recipe) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    return {name: value for name, value in recipe.to_dict().items() if name not in FREE}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -18,9 +18,10 @@ from torchvision import transforms
 
 from radapter_serve.adapter import Adapters, Form, Metadata, attach, base_digest, find_sites, save_adapter
 from radapter_serve.base import Base, load_base
-from radapter_serve.data import Labelled, evaluation_batches, load_labelled, templates_of
-from radapter_serve.errors import RAdapterError
+from radapter_serve.data import Labelled, evaluation_batches, load_labelled
+from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.evaluation.classification import count_hits, zero_shot_classifier
+from radapter_serve.prompts import templates_of
 from radapter_serve.towers import encode_image, encode_text
 from radapter_serve.training.average import Average
 from radapter_serve.training.batches import Examples, Transform, batches
@@ -73,21 +74,23 @@ def train(recipe: Recipe) -> Path:
     towers, optimizer = accelerator.prepare(TwoTower(base.model, adapters), optimizer)
     average = Average(adapters, recipe.momentum, bias_correction=recipe.bias_correction)
     steps = recipe.steps or recipe.epochs * (len(data.rows) // recipe.batch_size)
+    if recipe.warmup_steps >= steps:
+        raise RAdapterError(f"warmup_steps is {recipe.warmup_steps} but the run has {steps} steps; lower it")
     step, position = 0, (0, 0)
     if recipe.resume:
         step, position = load_checkpoint(out, recipe, adapters, average, optimizer, accelerator)
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
-    if recipe.tracker != "none":
-        accelerator.init_trackers("radapter", config={k: str(v) for k, v in recipe.to_dict().items()})
+    _start_tracker(accelerator, recipe)
     scale = float(base.model.state_dict()["logit_scale"].exp())
     metrics: dict[str, float] = {}
 
-    with Progress(accelerator, out, steps, recipe.batch_size) as progress:
+    with Progress(accelerator, out, steps, recipe.batch_size, done=step) as progress:
         progress.say(
             f"{adapters.share(base.model)}, {'full rank' if recipe.rank is None else f'rank {recipe.rank}'}, "
             f"in {form} form; {len(data.classes)} classes, {steps} steps of {recipe.batch_size} images"
+            + (f" in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else "")
         )
         source = _endless(examples, part, position, accelerator, recipe.workers)
         while step < steps:
@@ -96,6 +99,7 @@ def train(recipe: Recipe) -> Path:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             adapters.sample_drop(torch.Generator().manual_seed(recipe.seed * 1_000_003 + step))
+            loss_sum = 0.0
             for _ in range(recipe.accumulate):
                 position, batch = next(source)
                 with accelerator.accumulate(towers):
@@ -115,20 +119,23 @@ def train(recipe: Recipe) -> Path:
                         accelerator.clip_grad_norm_(adapters.parameters(), recipe.grad_clip)
                     optimizer.step()
                     optimizer.zero_grad()
+                loss_sum += loss.item()
                 progress.broken(batch["broken"])
             average.update()
             step += 1
-            progress.step(step, loss.item(), rate, time.perf_counter() - started)
-            if not math.isfinite(progress.loss):
-                raise RAdapterError(
-                    f"the loss is {progress.loss} at step {step}; lower --learning-rate or --precision no"
-                )
-            if val and (step == steps or (recipe.validate_every and step % recipe.validate_every == 0)):
-                with average.applied():
-                    metrics = validate(base, adapters, val, templates, recipe, accelerator)
-                progress.metrics(step, metrics)
+            progress.step(step, loss_sum / recipe.accumulate, rate, time.perf_counter() - started)
+            if not math.isfinite(loss_sum):
+                raise RAdapterError(f"the loss is {loss_sum} at step {step}; lower --learning-rate or --precision no")
             if recipe.save_every and (step % recipe.save_every == 0 or step == steps):
                 save_checkpoint(out, recipe, adapters, average, optimizer, accelerator, step, position)
+            if val and recipe.validate_every and step % recipe.validate_every == 0 and step < steps:
+                with average.applied():
+                    progress.metrics(step, validate(base, adapters, val, templates, recipe, accelerator))
+        if val:
+            with average.applied():
+                metrics = validate(base, adapters, val, templates, recipe, accelerator)
+            progress.metrics(steps, metrics)
+        progress.end()
         if accelerator.is_main_process:
             adapters.load_tensors(average.tensors)
             metadata = Metadata(
@@ -198,23 +205,28 @@ def augmentation(base: Base, recipe: Recipe) -> Transform:
 def validate(
     base: Base, adapters: Adapters, val: Labelled, templates: list[str], recipe: Recipe, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Zero-shot accuracy in per cent at α = 1 and at the recipe's α, over all processes."""
-    metrics = {}
-    rank, world = accelerator.process_index, accelerator.num_processes
-    for alpha in sorted({recipe.alpha, 1.0}):
+    """Zero-shot accuracy in per cent at the recipe's α and at 1, over all processes, in one pass over the images."""
+    alphas = sorted({recipe.alpha, 1.0})
+    classifiers, hits, total = [], [0] * len(alphas), 0
+    for alpha in alphas:
         adapters.alpha = alpha
-        classifier = zero_shot_classifier(base.model, base.tokenizer, val.classes, templates)
-        counts = count_hits(base.model, classifier, evaluation_batches(base, val, rank=rank, world=world))
-        hits, total = accelerator.reduce(torch.tensor(counts, device=accelerator.device)).tolist()
-        metrics[f"acc1@alpha={alpha:g}"] = round(100 * hits / total, 2)
+        classifiers.append(zero_shot_classifier(base.model, base.tokenizer, val.classes, templates))
+    broken: list[str] | None = [] if recipe.on_broken == "skip" else None
+    rank, world = accelerator.process_index, accelerator.num_processes
+    for batch in evaluation_batches(base, val, rank=rank, world=world, broken=broken):
+        total += len(batch[1])
+        for index, alpha in enumerate(alphas):
+            adapters.alpha = alpha
+            hits[index] += count_hits(base.model, classifiers[index], [batch])[0]
     adapters.alpha = 1.0
-    return metrics
+    *hits, total = accelerator.reduce(torch.tensor([*hits, total], device=accelerator.device)).tolist()
+    return {f"acc1@alpha={a:g}": round(100 * n / max(total, 1), 2) for a, n in zip(alphas, hits, strict=True)}
 
 
 def _endless(
     examples: Examples, part: int, position: tuple[int, int], accelerator: Accelerator, workers: int
 ) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
-    """Batches for ever, each with the (epoch, batch) that comes after it."""
+    """Batches for ever, each with the (epoch, batch or row) that comes after it."""
     epoch, start = position
     while True:
         offset = start
@@ -228,9 +240,11 @@ def _endless(
             workers=workers,
         )
         for offset, batch in enumerate(loader, start + 1):
-            yield (epoch, offset), batch
+            if "error" in batch:
+                raise RAdapterError(batch["error"])
+            yield (epoch, batch["row"] or offset), batch  # a stream goes on behind its last row
         if offset == start == 0:
-            raise RAdapterError(f"the data set has fewer images than a batch of {part}; lower --batch-size")
+            raise RAdapterError(f"the data set has fewer images that can be read than a batch of {part}")
         epoch, start = epoch + 1, 0
 
 
@@ -263,7 +277,17 @@ def _accelerator(recipe: Recipe, out: Path) -> Accelerator:
             gradient_accumulation_steps=recipe.accumulate,
             log_with=None if recipe.tracker == "none" else recipe.tracker,
             project_dir=out,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except ValueError as error:
-        raise RAdapterError(f"tracker {recipe.tracker!r} can't be used: {error}") from error
+        raise RAdapterError(f"tracker {recipe.tracker!r} can't be used: {reason(error)}") from error
+
+
+def _start_tracker(accelerator: Accelerator, recipe: Recipe) -> None:
+    if recipe.tracker == "none":
+        return
+    if not accelerator.log_with:  # accelerate only warns
+        raise RAdapterError(f"tracker {recipe.tracker} is not installed: pip install {recipe.tracker}")
+    try:
+        accelerator.init_trackers("radapter", config={k: str(v) for k, v in recipe.to_dict().items()})
+    except Exception as error:  # each tracker raises its own kinds: not logged in, offline
+        raise RAdapterError(f"tracker {recipe.tracker} does not start: {reason(error)}") from error

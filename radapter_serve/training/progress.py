@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -21,13 +23,14 @@ class Progress:
         out: folder of `metrics.jsonl`.
         steps: of the whole run.
         batch_size: images a step.
+        done: steps of the run before it was cut; what was reported later is forgotten.
     """
 
-    def __init__(self, accelerator: Accelerator, out: Path, steps: int, batch_size: int) -> None:
+    def __init__(self, accelerator: Accelerator, out: Path, steps: int, batch_size: int, done: int = 0) -> None:
         self.accelerator, self.out, self.steps, self.batch_size = accelerator, out, steps, batch_size
-        self.loss, self.broken_images, self.speed = 0.0, 0, 0.0
+        self.speed, self.printed = 0.0, time.monotonic()
+        self.broken_images: set[str] = set()
         self.console = Console(quiet=not accelerator.is_main_process)
-        self.every = max(1, steps // 10)
         columns = (
             TextColumn("training"),
             BarColumn(),
@@ -36,7 +39,12 @@ class Progress:
             TimeRemainingColumn(),
         )
         self.bar = Bar(*columns, console=self.console, disable=not self.console.is_terminal, transient=True)
-        self.task = self.bar.add_task("training", total=steps, loss=0.0, speed=0.0)
+        self.task = self.bar.add_task("training", total=steps, completed=done, loss=0.0, speed=0.0)
+        self.path = out / "metrics.jsonl"
+        if accelerator.is_main_process and self.path.exists():
+            rows = [line for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            kept = [row for row in rows if json.loads(row)["step"] <= done]
+            self.path.write_text("".join(f"{row}\n" for row in kept), encoding="utf-8")
 
     def __enter__(self) -> Progress:
         self.bar.start()
@@ -46,8 +54,6 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.stop()
-        if self.broken_images:
-            self.say(f"skipped {self.broken_images} broken images; {self.out / 'broken.txt'} names them")
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
@@ -55,12 +61,13 @@ class Progress:
 
     def step(self, step: int, loss: float, rate: float, seconds: float) -> None:
         """Report an optimizer step."""
-        self.loss = loss
         speed = self.batch_size / seconds
         self.speed = speed if not self.speed else 0.9 * self.speed + 0.1 * speed
         self.bar.update(self.task, completed=step, loss=loss, speed=self.speed)
         self._write({"step": step, "loss": loss, "learning_rate": rate, "images_per_second": round(speed, 2)})
-        if not self.console.is_terminal and (step % self.every == 0 or step == self.steps):
+        late = time.monotonic() - self.printed > 10
+        if not self.console.is_terminal and (step == 1 or late or step == self.steps):
+            self.printed = time.monotonic()
             left = (self.steps - step) * self.batch_size / self.speed
             self.say(f"step {step}/{self.steps}  loss {loss:.3f}  {self.speed:.1f} images/s  {left:.0f} s left")
 
@@ -70,14 +77,19 @@ class Progress:
         self.say(f"validation at step {step}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
 
     def broken(self, names: list[str]) -> None:
-        """Count images that could not be read, and name them in broken.txt."""
+        """Remember images that could not be read."""
+        self.broken_images.update(names)
+
+    def end(self) -> None:
+        """Name the images of all processes that could not be read, in broken.txt; every process calls it."""
+        names = sorted(set(gather_object(sorted(self.broken_images))))
         if names and self.accelerator.is_main_process:
-            self.broken_images += len(names)
-            with (self.out / "broken.txt").open("a", encoding="utf-8") as file:
-                file.writelines(f"{name}\n" for name in names)
+            path = self.out / "broken.txt"
+            path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+            self.say(f"left out {len(names)} broken image{'s' if len(names) > 1 else ''}; {path} names them")
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])

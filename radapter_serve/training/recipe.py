@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from radapter_serve.errors import RAdapterError
 
@@ -112,19 +113,29 @@ class Recipe:
             "steps": (self.steps is None or self.steps >= 1, "1 or more"),
             "epochs": (self.epochs >= 1, "1 or more"),
             "learning_rate": (self.learning_rate > 0, "more than 0"),
+            "min_learning_rate": (0 <= self.min_learning_rate <= self.learning_rate, "0 to learning_rate"),
+            "weight_decay": (self.weight_decay >= 0, "0 or more"),
             "warmup_steps": (self.warmup_steps >= 0, "0 or more"),
+            "grad_clip": (self.grad_clip is None or self.grad_clip > 0, "more than 0, or none"),
+            "workers": (self.workers >= 0, "0 or more"),
+            "seed": (0 <= self.seed < 2**31, "0 to 2147483647"),
+            "validate_every": (self.validate_every is None or self.validate_every >= 1, "1 or more, or none"),
+            "save_every": (self.save_every is None or self.save_every >= 1, "1 or more, or none"),
         }
         for name, (fine, rule) in allowed.items():
             if not fine:
                 raise RAdapterError(f"{name} is {getattr(self, name)}; allowed: {rule}")
+        if self.resume and self.out is None:
+            raise RAdapterError("--resume needs --out, the folder of the run to go on with")
         if not self.data:
             raise RAdapterError("no training data; name it with --data, for example --data imagefolder:photos")
         if self.streaming and self.steps is None:
             raise RAdapterError("a stream has no length; say how long to train with --steps")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as YAML and the adapter file hold them."""
-        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+        """Plain values, as YAML and the adapter file hold them, without what belongs to one run: out and resume."""
+        values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+        return {k: v for k, v in values.items() if k not in ("out", "resume")}
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -134,7 +145,7 @@ def load_recipe(path: str | Path) -> Recipe:
         path: a mapping of `Recipe`'s fields.
 
     Raises:
-        RAdapterError: no such file, or a field that does not exist.
+        RAdapterError: no such file, a field that does not exist, or a value of the wrong kind.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
@@ -142,17 +153,14 @@ def load_recipe(path: str | Path) -> Recipe:
         raise RAdapterError(f"could not read the recipe {path}: {error}") from error
     if not isinstance(values, dict):
         raise RAdapterError(f"the recipe {path} must be a mapping of field: value")
-    fields = {field.name: field for field in dataclasses.fields(Recipe)}
+    fields = [field.name for field in dataclasses.fields(Recipe)]
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise RAdapterError(f"the recipe {path} has unknown fields {', '.join(unknown)}; allowed: {', '.join(fields)}")
-    for name in ("classes", "out"):
-        if values.get(name) is not None:
-            values[name] = Path(values[name])
-    for name, value in values.items():
-        if isinstance(value, str) and str(fields[name].type).startswith("float"):
-            try:
-                values[name] = float(value)  # YAML reads 5e-4 as text
-            except ValueError:
-                raise RAdapterError(f"the recipe {path} has {name}: {value!r}; allowed: a number") from None
-    return Recipe(**values)
+    if values.get("precision") is False:
+        values["precision"] = "no"  # which YAML reads as false
+    try:
+        return TypeAdapter(Recipe).validate_python(values)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors())
+        raise RAdapterError(f"the recipe {path} won't do: {wrong}") from None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +70,20 @@ def test_a_run_learns_and_leaves_what_it_says(recipe: Recipe, capsys: pytest.Cap
     )
 
 
+def interrupt_after(steps: int, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = Average.update
+
+    def die(self: Average) -> None:
+        update(self)
+        if self.steps == steps:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Average, "update", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe)
+
+
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_killed_run_resumes_to_the_same_result(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int | None
@@ -75,17 +91,7 @@ def test_a_killed_run_resumes_to_the_same_result(
     recipe = dataclasses.replace(recipe, rank=rank, accumulate=2, flip=True)
     whole = load_adapter(train(recipe))
     cut = dataclasses.replace(recipe, out=tmp_path / "cut")
-    update = Average.update
-
-    def die(self: Average) -> None:
-        update(self)
-        if self.steps == 6:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Average, "update", die)
-        with pytest.raises(KeyboardInterrupt):
-            train(cut)
+    interrupt_after(6, cut, monkeypatch)
     assert not (cut.out / "adapter.safetensors").exists()  # type: ignore[operator]
     resumed = load_adapter(train(dataclasses.replace(cut, resume=True)))
     for name, value in whole.tensors.items():
@@ -102,15 +108,24 @@ def test_both_forms_train_to_the_same_adapter(recipe: Recipe, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_two_processes_train_to_the_same_adapter_as_one(recipe: Recipe, tmp_path: Path) -> None:
+def test_two_processes_train_to_the_same_adapter_as_one(recipe: Recipe, images: Path, tmp_path: Path) -> None:
+    (images / "red" / "7.png").unlink()  # 23 images: no multiple of the batch nor of the processes
     one = load_adapter(train(recipe))
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**recipe.to_dict(), "out": str(tmp_path / "two")}))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    command += ["--mixed_precision=no", "--dynamo_backend=no", "-m", "radapter_serve.cli.train", "--recipe", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
+    path.write_text(yaml.safe_dump(recipe.to_dict()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "radapter_serve.cli.train", "--recipe", str(path), "--out", str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=240)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output[-3000:]
+    assert "in 2 processes" in output
     two = load_adapter(tmp_path / "two")
     for name, value in one.tensors.items():
         torch.testing.assert_close(two.tensors[name], value, rtol=0, atol=5e-3 * value.abs().max().item())
@@ -153,13 +168,107 @@ def test_bad_input_is_one_line(recipe: Recipe, tmp_path: Path, capsys: pytest.Ca
     assert "alpha is 1.5" in run(capsys, *known, "--alpha", "1.5")
     assert "lower it" in run(capsys, *known, "--batch-size", "100")
     assert "could not read the recipe" in run(capsys, "--recipe", "/nowhere.yaml")
-    assert "no checkpoint" in run(capsys, *known, "--resume")
+    assert "--resume needs --out" in run(capsys, *known, "--resume")
+    assert "no checkpoint" in run(capsys, *known, "--resume", "--out", str(tmp_path / "run"))
+    assert "warmup_steps is 8" in run(capsys, *known, "--warmup-steps", "8")
+    assert "workers is -1" in run(capsys, *known, "--workers", "-1")
+    (tmp_path / "file").touch()
+    assert "Not a directory" in run(capsys, *known, "--out", str(tmp_path / "file" / "run"))
     assert "tracker 'wanbd'" in run(capsys, *known, "--tracker", "wanbd")
     path.write_text("learning_rat: 1\n")
     assert "unknown fields learning_rat" in run(capsys, *known)
-    path.write_text("learning_rate: fast\n")
-    assert "learning_rate: 'fast'" in run(capsys, *known)
+    for line, word in (
+        ("learning_rate: fast", "learning_rate is 'fast'"),
+        ("batch_size: many", "batch_size is 'many'"),
+        ("drop: null", "drop is None"),
+        ("on_broken: maybe", "on_broken is 'maybe'"),
+        ("templates: ['a {}']", "templates is ['a {}']"),
+    ):
+        path.write_text(f"{line}\n")
+        assert word in run(capsys, *known)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_image_is_one_line_with_workers_too(
+    recipe: Recipe, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "red" / "0.png").write_bytes(b"no image")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**recipe.to_dict(), "val_data": None, "workers": 2}))
+    assert "red/0.png can't be read" in run(capsys, "--recipe", str(path), "--out", str(tmp_path / "refused"))
+    assert main(["--recipe", str(path), "--out", str(tmp_path / "skipped"), "--on-broken", "skip"]) == 0
+    assert "left out 1 broken image" in capsys.readouterr().out
+    assert "red/0.png" in (tmp_path / "skipped" / "broken.txt").read_text()
+
+
+def test_flags_go_before_the_recipe_file(recipe: Recipe, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.to_dict()) + "precision: no\n")
+    out = tmp_path / "flags"
+    assert (
+        main(["--recipe", str(path), "--out", str(out), "--steps", "3", "--learning-rate", "2e-3", "--rank", "2"]) == 0
+    )
+    metadata = load_adapter(out).metadata
+    assert metadata.rank == 2 and metadata.recipe["learning_rate"] == 2e-3 and metadata.recipe["batch_size"] == 8
+    assert len([row for row in rows(out) if "loss" in row]) == 3
+
+
+def test_the_base_stays_to_the_bit(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    bases = []
+    monkeypatch.setattr("radapter_serve.training.loop.load_base", lambda *a: bases.append(load_base(*a)) or bases[-1])
+    train(recipe)
+    after = bases[0].model.state_dict()
+    for name, value in load_base(recipe.architecture).model.state_dict().items():
+        assert torch.equal(after[name], value), name
+
+
+def test_a_resumed_finished_run_keeps_its_metrics(recipe: Recipe) -> None:
+    before = load_adapter(train(recipe))
+    again = load_adapter(train(dataclasses.replace(recipe, resume=True)))
+    assert again.metadata.metrics == before.metadata.metrics and before.metadata.metrics
+    assert again.digest == before.digest
+    assert recipe.out is not None and len([row for row in rows(recipe.out) if "loss" in row]) == 8
+
+
+def test_a_stream_resumes_behind_broken_images(
+    recipe: Recipe, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = sorted(images.rglob("*.png"))
+    table = [f"{file},{file.parent.name}" for file in files]
+    (tmp_path / "table.csv").write_text("image,label\n" + "\n".join(table))
+    (tmp_path / "classes.txt").write_text("blue\ngreen\nred\n")
+    files[3].write_bytes(b"no image")
+    recipe = dataclasses.replace(
+        recipe, data=f"csv:{tmp_path}/table.csv", classes=tmp_path / "classes.txt", streaming=True, val_data=None,
+        on_broken="skip", save_every=1, steps=6,
+    )  # fmt: skip
+    whole = load_adapter(train(recipe))
+    cut = dataclasses.replace(recipe, out=tmp_path / "cut")
+    interrupt_after(4, cut, monkeypatch)
+    resumed = load_adapter(train(dataclasses.replace(cut, resume=True)))
+    for name, value in whole.tensors.items():
+        torch.testing.assert_close(resumed.tensors[name], value, rtol=0, atol=1e-7)
+
+
+def test_a_damaged_checkpoint(recipe: Recipe) -> None:
+    out = train(dataclasses.replace(recipe, val_data=None))
+    (out / "checkpoint.pt").write_bytes(b"half")
+    with pytest.raises(RAdapterError, match="is not a whole checkpoint"):
+        train(dataclasses.replace(recipe, resume=True))
+
+
+def test_a_full_disk_in_the_middle_of_a_run(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def full(state: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.save", full)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.to_dict()))
+    assert "No space left on device" in run(capsys, "--recipe", str(path), "--out", str(recipe.out))
+    assert {p.name for p in recipe.out.iterdir()} == {"recipe.yaml", "metrics.jsonl"}  # type: ignore[union-attr]
 
 
 def test_a_run_is_not_overwritten_nor_resumed_by_another_recipe(recipe: Recipe) -> None:
