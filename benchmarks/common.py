@@ -32,6 +32,7 @@ from radapter_serve.base import load_base
 T = TypeVar("T")
 logging.getLogger().addHandler(logging.NullHandler())  # else open_clip warns of random weights, which are meant here
 RESULTS = Path(__file__).parent / "results"
+_TIMES = "Times are medians over alternating rounds; ratios are medians of the ratios within a round."
 _PACKAGES = ("torch", "onnxruntime", "open_clip_torch", "numpy")
 
 # CIFAR-100's: short, common, and a hundred.
@@ -172,11 +173,13 @@ class Report:
         name: of the script, and of the file.
         title: heading.
         what: how it was measured, in a few sentences.
+        timed: whether the figures are times.
     """
 
     name: str
     title: str
     what: str
+    timed: bool = True
 
     def __post_init__(self) -> None:
         self._machine = machine()  # the load is that of the start
@@ -206,7 +209,7 @@ class Report:
         head = [
             f"# {self.title}",
             f"`{command}`, {datetime.date.today().isoformat()}. {self._machine}.",
-            f"{self.what} Times are medians over alternating rounds; ratios are medians of the ratios within a round.",
+            f"{self.what} {_TIMES}" if self.timed else self.what,
         ]
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.md"

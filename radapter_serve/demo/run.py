@@ -120,7 +120,8 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, alpha: float
         same = sum(a[0] == b[0] for a, b in zip(served, expected, strict=True))
         error = max(abs(a[1] - b[1]) for a, b in zip(served, expected, strict=True))
         console.print(
-            f"served and open_clip's own pipeline: {same} of {len(files)} labels equal, scores within {error:.1e}"
+            f"served and open_clip's own pipeline: {same} of {len(files)} labels equal, scores within {error:.1e}",
+            soft_wrap=True,
         )
         _gallery(files[:18], [label for label, _ in served], out / "classified.png")
     console.print(f"the pictures with their labels: {out / 'classified.png'}; the server has stopped", highlight=False)
