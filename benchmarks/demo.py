@@ -1,4 +1,4 @@
-"""The demo's accuracies over several seeds of fine-tuning: zero-shot, α in between, α = 1, in and out of distribution."""
+"""The demo's accuracies over several seeds of fine-tuning, over α, in and out of distribution."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def main() -> None:
     report = Report(
         "demo",
         "The demo: robustness over α",
-        "Zero-shot accuracy in % on concepts that neither the base nor the fine-tuning has seen, in any style; one base, "
-        "one split, the seeds vary the fine-tuning. Mean over the seeds, ± the standard deviation. An accuracy of 50 % "
+        "Zero-shot accuracy in % on concepts that neither the base nor the fine-tuning has seen, in any style; one "
+        "base, one split, the seeds vary the fine-tuning. Mean over the seeds, ± the standard deviation. An accuracy of 50 % "
         "over 214 images has a standard error of 3.4, over 1,068 of 1.5.",
         timed=False,
     )

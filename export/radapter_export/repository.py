@@ -49,14 +49,18 @@ class Repository:
         self._lock = -1
 
     def __enter__(self) -> Repository:
-        with disk_errors(self.folder):
-            self._new = make_folder(self.folder)
-            self._lock = os.open(self.folder, os.O_RDONLY)
-            self._take_lock()
-            self._remove_leftovers()
-            for model in MODELS:
-                self._new += make_folder(self.folder / model)
-                self.staged(model).mkdir()
+        try:
+            with disk_errors(self.folder):
+                self._new = make_folder(self.folder)
+                self._lock = os.open(self.folder, os.O_RDONLY)
+                self._take_lock()
+                self._remove_leftovers()
+                for model in MODELS:
+                    self._new += make_folder(self.folder / model)
+                    self.staged(model).mkdir()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -119,11 +123,23 @@ class Repository:
     def _remove_leftovers(self) -> None:
         complete = set(_versions(self.folder / MODELS[-1]))
         for model in MODELS:
-            for folder in (self.folder / model).glob(f"{STAGED}*"):
-                shutil.rmtree(folder, ignore_errors=True)
+            self._check_ours(model)
+        for model in MODELS:
             for version in _versions(self.folder / model):
                 if version not in complete:
                     shutil.rmtree(self.folder / model / str(version), ignore_errors=True)
+            for folder in (self.folder / model).glob(f"{STAGED}*"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _check_ours(self, model: str) -> None:
+        """Refuse a model of another maker: what looks like a leftover would be removed."""
+        folder = self.folder / model
+        config = folder / "config.pbtxt"
+        ours = any(folder.glob(f"{STAGED}*")) or (config.is_file() and 'key: "release"' in config.read_text("utf-8"))
+        if _versions(folder) and not ours:
+            raise RAdapterError(
+                f"{folder} holds a model that radapter-export did not make; move it, or give another --model-repository"
+            )
 
 
 def config(

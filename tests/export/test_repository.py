@@ -90,3 +90,16 @@ def test_templates_travel_in_the_wheel_or_stand_in_the_checkout(
     packed = tmp_path / "export" / "radapter_export" / "model_repository"
     packed.mkdir(parents=True)
     assert module.sources() == packed
+
+
+def test_a_model_of_another_maker_is_left_alone(tmp_path: Path) -> None:
+    foreign = tmp_path / "image_encoder" / "1" / "model.onnx"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"somebody's")
+    (tmp_path / "image_encoder" / "config.pbtxt").write_text('backend: "onnxruntime"')
+    with (
+        pytest.raises(RAdapterError, match="image_encoder holds a model that radapter-export did not make"),
+        Repository(tmp_path),
+    ):
+        pass
+    assert foreign.read_bytes() == b"somebody's"
