@@ -24,8 +24,8 @@ def main() -> None:
         "demo",
         "The demo: robustness over α",
         "Zero-shot accuracy in % on concepts that neither the base nor the fine-tuning has seen, in any style; one "
-        "base, one split, the seeds vary the fine-tuning. Mean over the seeds, ± the standard deviation. An accuracy of 50 % "
-        "over 214 images has a standard error of 3.4, over 1,068 of 1.5.",
+        "base, one split, the seeds vary the fine-tuning. Mean over the seeds, ± the standard deviation. An "
+        "accuracy of 50 % over 214 images has a standard error of 3.4, over 1,068 of 1.5.",
         timed=False,
     )
     runs: list[dict[str, Any]] = []
