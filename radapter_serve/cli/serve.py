@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import signal
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from radapter_serve.cli import run
@@ -29,11 +29,11 @@ def serve(
     timeout: float = 120.0,
     verbose: bool = False,
 ) -> None:
-    """Serve a model repository, made by radapter-export, until Ctrl-C.
+    """Serve a model repository, made by radapter-export, until Ctrl-C. A new export is served after a restart.
 
     Args:
         model_repository: folder to serve.
-        host: address to listen on; anything but loopback lets others in, and Triton asks nobody for a password.
+        host: address or name to listen on; anything but loopback lets others in, and Triton asks nobody for a password.
         http_port: port of the HTTP endpoint.
         grpc_port: port of the gRPC endpoint.
         metrics_port: port of the Prometheus metrics.
@@ -41,19 +41,22 @@ def serve(
         verbose: show Triton's own messages.
     """
     console = Console(stderr=True)
-    if not _loopback(host):
-        console.print(
-            f"[bold yellow]Note:[/] listening on {host}, others can reach this server. Triton has no authentication: "
-            "whoever reaches it may use, load and unload models. Put a proxy that checks users in front."
-        )
     server = TritonServer(model_repository, host, http_port, grpc_port, metrics_port, timeout=timeout, verbose=verbose)
-    # kill, systemd and Kubernetes end a service by SIGTERM: stop as in order as on Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    if not server.loopback:
+        console.print(
+            f"[bold yellow]Note:[/] listening on {server.host}, others can reach this server. Triton has no "
+            "authentication: whoever reaches it may use its models and read its statistics and metrics. "
+            "Put a proxy that checks users in front."
+        )
+    # kill, systemd, Kubernetes and a closed terminal: stop as in order as on Ctrl-C. Under nohup, SIGHUP is ignored.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: sys.exit(0))
     try:
         if verbose:
             server.start()
         else:
-            with console.status(f"starting tritonserver for {model_repository} ..."):
+            with console.status(f"starting tritonserver for {escape(str(model_repository))} ..."):
                 server.start()
         _show(server)
         server.wait()
@@ -68,26 +71,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(serve, argv, prog=PROG)
 
 
-def _loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _show(server: TritonServer) -> None:
     """Print what is served where."""
-    table = Table(title=f"{server.model_repository}", title_justify="left")
+    table = Table(title=escape(str(server.model_repository)), title_justify="left")
     for column in ("model", "versions", "release"):
         table.add_column(column)
     for name, versions in server.models.items():
-        table.add_row(name, ", ".join(map(str, versions)), _describe(server.model_repository / name, versions))
+        described = _describe(server.model_repository / name, versions)
+        table.add_row(escape(name), ", ".join(map(str, versions)), escape(described))
     console = Console()
     console.print(table)
     print(f"HTTP     {server.http_url}\ngRPC     {server.grpc_url}\nmetrics  {server.metrics_url}")
     if "classify" in server.models:
         print(f"\ntry:\n{curl(server.http_url)}\n")
-    print("Ctrl-C stops the server.", flush=True)
+    print("A new export is served after a restart. Ctrl-C stops the server.", flush=True)
 
 
 def curl(url: str) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes.util
+import fcntl
 import importlib.metadata
 import importlib.util
+import ipaddress
 import json
 import os
 import re
@@ -16,10 +18,11 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
-import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +32,7 @@ from radapter_serve.errors import RAdapterError
 OUR_BACKENDS = Path(__file__).parent / "backends"
 INSTALL_HINT = 'run: pip install "radapter-serve[server]" (Python 3.10 to 3.12), or use NVIDIA\'s Triton container'
 _EXIT_TIMEOUT = 5
+_FOLDER_PREFIX = "radapter-serve-"
 # Runs the server so that it ends when the process (more exactly: the thread) that started it is killed.
 _LAUNCHER = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 
@@ -71,9 +75,9 @@ def find_tritonserver() -> Installation:
     Raises:
         RAdapterError: there is none, or none that works with this Python and numpy.
     """
-    _check_environment()
     if (found := shutil.which("tritonserver")) is not None:
         return _native(Path(found).resolve())
+    _check_environment()
     spec = importlib.util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
         raise RAdapterError(f"tritonserver is neither on PATH nor installed with nvidia-pytriton; {INSTALL_HINT}")
@@ -164,9 +168,12 @@ class TritonServer:
 
     The server ends with the thread that started it, so that a killed program leaves none behind.
 
+    It serves what it finds at its start, and no caller can load a model into it: that would let him run his own code.
+    A new export is served after a restart.
+
     Args:
         model_repository: folder that radapter-export has filled.
-        host: address to listen on; loopback by default, for the server knows no authentication.
+        host: address or name to listen on; loopback by default, for the server knows no authentication.
         http_port: port of the HTTP endpoint.
         grpc_port: port of the gRPC endpoint.
         metrics_port: port of the Prometheus metrics.
@@ -175,7 +182,8 @@ class TritonServer:
         verbose: let the server write its messages to this process's stderr instead.
 
     Raises:
-        RAdapterError: at `start` (or on entering): no server, no release, a port in use, or a model that does not load.
+        RAdapterError: an unknown host or a time-out that is none; at `start` (or on entering): no server, no release,
+            a port in use, or a model that does not load.
     """
 
     def __init__(
@@ -191,20 +199,31 @@ class TritonServer:
         verbose: bool = False,
     ) -> None:
         self.model_repository = Path(model_repository).resolve()
-        self.host, self.http_port, self.grpc_port, self.metrics_port = host, http_port, grpc_port, metrics_port
+        if not timeout > 0:
+            raise RAdapterError(f"--timeout is {timeout:g}; allowed are seconds above 0")
+        self.host, self.http_port, self.grpc_port, self.metrics_port = _ip(host), http_port, grpc_port, metrics_port
         self._timeout, self._log, self._verbose = timeout, Path(log) if log else None, verbose
         self._process: subprocess.Popen[bytes] | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._shm_prefix = f"radapter_{os.getpid()}_{uuid.uuid4().hex[:8]}_"
+        self._folder: Path | None = None
+        self._lock: int | None = None
         self._dead: set[int] = set()
         self._stubs: dict[int, str] = {}
         self.models: dict[str, list[int]] = {}
 
     @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        return ipaddress.ip_address(self.host).is_loopback
+
+    @property
     def address(self) -> str:
         """Host to reach the server at from this machine."""
         address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"[{address}]" if ":" in address else address
+        return f"[{address}]" if self._v6 else address
+
+    @property
+    def _v6(self) -> bool:
+        return ":" in self.host
 
     @property
     def http_url(self) -> str:
@@ -226,9 +245,12 @@ class TritonServer:
         self.models = models_of(self.model_repository)
         self._check_ports()
         installation = find_tritonserver()
-        self._folder = tempfile.TemporaryDirectory(prefix="radapter-serve-")
+        _remove_leftovers()
         try:
-            self._launch(installation, Path(self._folder.name))
+            self._folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX))
+            self._lock = os.open(self._folder, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self._launch(installation, self._folder)
             self._wait_until_ready()
             self.models = self._served()
             self.check()
@@ -267,28 +289,29 @@ class TritonServer:
             )
         self._dead = dead
         for pid, (_, argument) in children.items():
-            if argument:
-                model, version = Path(argument).parts[-3:-1]
-                self._stubs[pid] = f"{model} version {version}"
+            # .../MODEL/VERSION/model.py; for a moment the child is still a shell.
+            if match := re.search(r"([^/]+)/(\d+)/[^/]+$", argument):
+                self._stubs[pid] = f"{match[1]} version {match[2]}"
 
     def stop(self) -> None:
         """Stop the server and all its processes; nothing of it stays, in /dev/shm, /tmp or the model repository."""
-        process, self._process = self._process, None
-        if process is not None:
-            if process.poll() is None:
+        with _undisturbed():
+            process, self._process = self._process, None
+            if process is not None:
                 process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_EXIT_TIMEOUT + 5)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            for file in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
-                file.unlink(missing_ok=True)
-        for folder in self.model_repository.glob("*/*/__pycache__"):  # Python models ignore PYTHONDONTWRITEBYTECODE
-            shutil.rmtree(folder, ignore_errors=True)
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            for cache in self.model_repository.glob("*/*/__pycache__"):  # the stub knows no PYTHONDONTWRITEBYTECODE
+                shutil.rmtree(cache, ignore_errors=True)
+            if self._folder is not None:
+                _remove(self._folder)
+            if self._lock is not None:
+                os.close(self._lock)
+            self._folder = self._lock = None
+            self._dead, self._stubs = set(), {}
 
     def __enter__(self) -> TritonServer:
         return self.start()
@@ -305,7 +328,7 @@ class TritonServer:
         for flag, port in ports.items():
             if not 0 < port < 65536:
                 raise RAdapterError(f"{flag} is {port}; allowed are 1 to 65535")
-            family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+            family = socket.AF_INET6 if self._v6 else socket.AF_INET
             try:
                 socket.create_server((self.host, port), family=family).close()
             except OSError as error:
@@ -313,27 +336,33 @@ class TritonServer:
                 raise RAdapterError(f"cannot listen on {self.host} port {port}: {why}") from None
 
     def _launch(self, installation: Installation, folder: Path) -> None:
-        backends = folder / "backends"
+        backends, models = folder / "backends", folder / "models"
         backends.mkdir()
         installation.assemble(backends)
+        # Triton loads every folder that it sees: the models, and nothing that lies beside them.
+        models.mkdir()
+        for name in self.models:
+            (models / name).symlink_to(self.model_repository / name)
         command = [
             str(installation.binary),
-            f"--model-repository={self.model_repository}",
+            f"--model-repository={models}",
             f"--backend-directory={backends}",
             *([f"--cache-directory={installation.caches}"] if installation.caches else []),
-            *(f"--{kind}-address={self.host}" for kind in ("http", "grpc", "metrics")),
+            *(f"--{kind}-address={'ipv6:' if self._v6 else ''}{self.host}" for kind in ("http", "metrics")),
+            f"--grpc-address={f'[{self.host}]' if self._v6 else self.host}",
             f"--http-port={self.http_port}",
             f"--grpc-port={self.grpc_port}",
             f"--metrics-port={self.metrics_port}",
-            "--model-control-mode=explicit",
+            "--model-control-mode=none",  # explicit takes models, and with them code, from whoever asks
             "--disable-auto-complete-config",  # configs of an export are complete; this halves the start
-            *(f"--load-model={name}" for name in self.models),
             f"--exit-timeout-secs={_EXIT_TIMEOUT}",
-            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+            f"--backend-config=python,shm-region-prefix-name={_shm_prefix(folder)}",
         ]
-        self._log = self._log or folder / "server.log"
         with contextlib.ExitStack() as stack:
-            output = None if self._verbose else stack.enter_context(self._log.open("wb"))
+            try:
+                output = None if self._verbose else stack.enter_context(self._messages.open("wb"))
+            except OSError as error:
+                raise RAdapterError(f"cannot write the log {self._messages}: {error.strerror}") from None
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", _LAUNCHER, *command],
                 env=_environment(installation),
@@ -370,19 +399,79 @@ class TritonServer:
         except (urllib.error.URLError, OSError):
             return False
 
+    @property
+    def _messages(self) -> Path:
+        return self._log or (self._folder or Path()) / "server.log"
+
     def _reason(self) -> str:
-        if self._verbose or self._log is None or not self._log.exists():
+        if self._verbose or not self._messages.exists():
             return "its messages above say why"
-        return reason(self._log.read_text(encoding="utf-8", errors="replace"))
+        where = self._log or "radapter-serve --verbose"
+        why = reason(self._messages.read_text(encoding="utf-8", errors="replace"))
+        return f"{why}; all its messages: {where}"
 
 
 def reason(log: str) -> str:
-    """The line of a server's log that says best why it failed."""
-    errors = [line for line in log.splitlines() if re.match(r"[EF]\d{4} ", line)]
-    lines = [line for line in errors if "failed to load" in line] or errors or log.strip().splitlines()[-1:]
-    if not lines:
+    """The line of a server's log that says best why it failed: a model that did not load, else the last error."""
+    lines = [line for line in log.splitlines() if not re.search("CudaDriver|NVML|DCGM", line)]  # said without a GPU
+    errors = [line for line in lines if re.match(r"[EF]\d{4} ", line)]
+    best = [line for line in errors if "failed to load" in line] or errors or [line for line in lines if line.strip()]
+    if not best:
         return "it wrote nothing"
-    return re.sub(r"^[EF]\d{4} \S+ +\d+ \S+\] ", "", lines[0]).strip().strip('"')
+    return re.sub(r"^[EF]\d{4} \S+ +\d+ \S+\] ", "", best[-1]).strip().strip('"')
+
+
+def _ip(host: str) -> str:
+    """The address of a host name; IPv4 where it has both."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise RAdapterError(
+            f"--host {host!r}: {why}; give a name or an address of this machine, such as localhost or 0.0.0.0"
+        ) from None
+    return str(min(found, key=lambda info: info[0] != socket.AF_INET)[4][0])
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without signals to end: what stops already must not be cut short by a second Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():  # which alone is told of signals
+        yield
+        return
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        for number in kept:
+            signal.signal(number, signal.SIG_IGN)
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _shm_prefix(folder: Path) -> str:
+    """How a server's files in /dev/shm begin: as its folder is called."""
+    return folder.name.replace("-", "_") + "_"
+
+
+def _remove(folder: Path) -> None:
+    for file in Path("/dev/shm").glob(f"{_shm_prefix(folder)}*"):
+        file.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_leftovers() -> None:
+    """Remove what servers left whose process was killed: its lock on the folder went with it."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER_PREFIX}*"):
+        if not (folder / "models").is_dir():  # just made, and not locked yet
+            continue
+        with contextlib.suppress(OSError):  # another's, or in use
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(folder)
+            finally:
+                os.close(lock)
 
 
 def _environment(installation: Installation) -> dict[str, str]:

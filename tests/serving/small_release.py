@@ -77,6 +77,9 @@ def write_release(repository: Path, version: int, seed: int) -> None:
     release = {
         "format": 1,
         "version": version,
+        "alpha": 0.5,
+        "architecture": "ViT-B-32",
+        "precision": "fp32",
         "preprocess": {"size": SIZE, "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0},
         "embed_dim": WIDTH,
         "logit_scale": 10.0,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from small_release import free_ports
@@ -39,6 +42,8 @@ def test_a_port_in_use_is_named_with_its_flag(repository):
         ("127.0.0.1", (8000, 8000, 8002), "must differ"),
         ("127.0.0.1", (0, 8001, 8002), "--http-port is 0; allowed are 1 to 65535"),
         ("192.0.2.1", (18000, 18001, 18002), "cannot listen on 192.0.2.1"),
+        ("no.such.host.invalid", (18000, 18001, 18002), "--host 'no.such.host.invalid': .*; give a name or an address"),
+        ("", (18000, 18001, 18002), "--host ''"),
     ],
 )
 def test_bad_addresses(repository, host, ports, message):
@@ -101,7 +106,70 @@ def test_the_reason_is_found_in_the_log():
         'W1124 15:45:35.508340 7432 pinned.cc:273] "no pinned memory"\n'
         'E1124 15:45:35.508468 7432 server.cc:241] "CudaDriverHelper has not been initialized."\n'
         "E1124 15:45:35.510363 7432 model_lifecycle.cc:642] \"failed to load 'x' version 1: Internal: why\"\n"
+        'E1124 15:45:35.610363 7432 main.cc:1] "another"\n'
     )
     assert reason(log) == "failed to load 'x' version 1: Internal: why"
+    assert reason("".join(log.splitlines(True)[:2])) == 'W1124 15:45:35.508340 7432 pinned.cc:273] "no pinned memory'
+    assert reason(log.replace("failed to load", "x")) == "another"
+    assert reason("error: no memory\nError: Failed to initialize NVML\n\n") == "error: no memory"
     assert reason("usage: ...\nunknown option\n") == "unknown option"
     assert reason("") == "it wrote nothing"
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+def test_bad_timeout(repository, timeout):
+    with pytest.raises(RAdapterError, match="--timeout is .*; allowed are seconds above 0"):
+        TritonServer(repository, timeout=timeout)
+
+
+def test_hosts(repository):
+    local = TritonServer(repository, "localhost", 1, 2, 3)
+    assert (local.host, local.http_url, local.loopback) == ("127.0.0.1", "http://127.0.0.1:1", True)
+    six = TritonServer(repository, "::1", 1, 2, 3)
+    assert (six.host, six.grpc_url, six.loopback) == ("::1", "grpc://[::1]:2", True)
+    every = TritonServer(repository, "0.0.0.0", 1, 2, 3)
+    assert (every.host, every.metrics_url, every.loopback) == ("0.0.0.0", "http://127.0.0.1:3/metrics", False)
+
+
+def test_a_server_on_path_needs_no_numpy_of_ours(tmp_path, monkeypatch):
+    native = fake_server(tmp_path, b"", "onnxruntime")
+    monkeypatch.setenv("PATH", str(native.parent))
+    monkeypatch.setattr(module.importlib.metadata, "version", lambda _: "2.1.0")
+    assert find_tritonserver().binary == native
+
+
+@pytest.mark.parametrize("argument", ["-c", "", "/model.py", "model.py"])
+def test_children_that_are_no_model(repository, monkeypatch, argument):
+    server = TritonServer(repository)
+    monkeypatch.setattr(server, "_process", SimpleNamespace(pid=1, poll=lambda: None))
+    monkeypatch.setattr(module, "_children", lambda _: {2: ("S", argument), 3: ("S", "/m/classify/12/model.py")})
+    server.check()
+    assert server._stubs == {3: "classify version 12"}
+
+
+def test_what_a_killed_server_left_is_removed_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path))
+    dead, alive, new, other = (tmp_path / f"{name}{os.getpid()}" for name in (*["radapter-serve-test-"] * 3, "other-"))
+    dead, alive, new = (path.with_name(path.name + kind) for path, kind in ((dead, "d"), (alive, "a"), (new, "n")))
+    for folder in (dead, alive, other):
+        (folder / "models").mkdir(parents=True)
+    new.mkdir()
+    lock = os.open(alive, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    files = [Path("/dev/shm") / (folder.name.replace("-", "_") + "_1") for folder in (dead, alive)]
+    try:
+        for file in files:
+            file.touch()
+        module._remove_leftovers()
+        assert sorted(tmp_path.iterdir()) == sorted([alive, new, other])
+        assert [file.exists() for file in files] == [False, True]
+    finally:
+        os.close(lock)
+        for file in files:
+            file.unlink(missing_ok=True)
+
+
+def test_a_log_that_cannot_be_written(repository, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "find_tritonserver", lambda: module.Installation(Path("/bin/false"), {}))
+    with pytest.raises(RAdapterError, match="cannot write the log .*none/log: No such file"):
+        TritonServer(repository, "127.0.0.1", *free_ports(), log=tmp_path / "none" / "log").start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from small_release import Local, free_ports, png, png_header
 from tritonclient.utils import InferenceServerException
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.server import TritonServer
+from radapter_serve.serving.server import TritonServer, _shm_prefix
 from radapter_serve.serving.tasks import ClassifyRequest
 
 pytestmark = pytest.mark.triton
@@ -224,7 +225,8 @@ def test_a_killed_model_process_is_reported_and_nothing_stays(repository, tmp_pa
         stubs = processes_of(pid)
         assert len(stubs) == 2
         server.check()
-        assert list(Path("/dev/shm").glob(f"{server._shm_prefix}*"))
+        shared = list(Path("/dev/shm").glob(f"{_shm_prefix(server._folder)}*"))
+        assert shared
         os.kill(next(stub for stub, command in stubs.items() if "/image_encoder/" in command), signal.SIGKILL)
         with pytest.raises(RAdapterError, match=r"process of image_encoder version 2 died .* radapter-serve"):
             server.wait()
@@ -234,32 +236,107 @@ def test_a_killed_model_process_is_reported_and_nothing_stays(repository, tmp_pa
         ):
             client.infer("embed_image", [strings("image", [[png(0)]])])
     assert not any(map(alive, [pid, *stubs]))
-    assert not list(Path("/dev/shm").glob(f"{server._shm_prefix}*"))
+    assert not any(path.exists() for path in shared)
 
 
 def test_a_model_that_does_not_load_is_named_with_the_reason(repository, tmp_path):
     folder = one_release(repository, tmp_path / "repository")
     (folder / "image_encoder" / "2" / "model.onnx").write_bytes(b"not a graph")
     server = TritonServer(folder, "127.0.0.1", *free_ports())
-    with pytest.raises(RAdapterError, match=r"did not start: failed to load 'image_encoder' version 2: .*Protobuf"):
+    with pytest.raises(
+        RAdapterError,
+        match=r"did not start: failed to load 'image_encoder' version 2: .*Protobuf.*; all its messages: ",
+    ):
         server.start()
     assert server._process is None
+    shutil.copy(repository / "image_encoder" / "2" / "model.onnx", folder / "image_encoder" / "2")
+    with server:  # the same object can start again
+        assert server.models == {"embed_image": [2], "image_encoder": [2]}
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
+def test_only_what_is_a_model_is_served_and_nobody_can_load_another(repository, tmp_path):
+    folder = one_release(repository, tmp_path / "repository")
+    for name in (".export-x", "notes"):
+        (folder / name / "1").mkdir(parents=True)
+    (folder / "README.md").touch()
+    evil = tmp_path / "evil"
+    code = f"open({str(evil)!r}, 'w')\nclass TritonPythonModel:\n    def execute(self, requests): return []\n"
+    config = json.dumps({"backend": "python", "max_batch_size": 0})
+    with (
+        TritonServer(folder, "localhost", *free_ports()) as server,
+        grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as client,
+    ):
+        assert list(server.models) == ["embed_image", "image_encoder"]
+        files = {"file:1/model.py": code.encode()}
+        with pytest.raises(InferenceServerException, match="not allowed"):
+            client.load_model("evil", config=config, files=files)
+        for name in ("evil", "embed_image"):
+            for what in ("load", "unload"):
+                parameters = {"config": config, "file:1/model.py": base64.b64encode(code.encode()).decode()}
+                body = {"parameters": parameters} if what == "load" else {}
+                status, answer = post(f"{server.http_url}/v2/repository/models/{name}/{what}", body)
+                assert (status, "not allowed" in answer["error"]) == (503, True)
+        with pytest.raises(InferenceServerException, match="not allowed"):
+            client.unload_model("embed_image")
+        assert client.is_model_ready("embed_image")
+    assert not evil.exists()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_it_listens_on_loopback_only(repository, tmp_path, host):
     folder, ports = one_release(repository, tmp_path / "repository"), free_ports()
+    with TritonServer(folder, host, *ports) as server:
+        listening = {}
+        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+            for line in Path(table).read_text().splitlines()[1:]:
+                address, port = line.split()[1].split(":")
+                if line.split()[3] == "0A" and int(port, 16) in ports:
+                    listening[int(port, 16)] = address
+        assert sorted(listening) == sorted(ports)
+        # gRPC has IPv4 mapped into IPv6.
+        four = {"0100007F", "0000000000000000FFFF00000100007F"}
+        assert set(listening.values()) <= (four if host == "127.0.0.1" else {"00000000000000000000000001000000"})
+        with urllib.request.urlopen(server.metrics_url) as response:
+            assert response.status == 200
+        with grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as client:
+            found = client.infer("embed_image", [strings("image", [[png(0)]])])
+            assert found.as_numpy("image_embeds").shape == (1, 8)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
+    if signal.getsignal(kind) == signal.SIG_IGN:
+        pytest.skip(f"{kind.name} is ignored here, and in what is started here")
+    folder, ports = one_release(repository, tmp_path / "[repository]"), free_ports()
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
     flags = [f"--{name}-port={port}" for name, port in zip(("http", "grpc", "metrics"), ports, strict=True)]
     command = [sys.executable, "-m", "radapter_serve.cli.serve", str(folder), *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "TMPDIR": str(temporary), "COLUMNS": "300"}
+    pipe = subprocess.PIPE
+    with (
+        subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(process.kill)
         lines = []
         while not lines or "Ctrl-C" not in lines[-1]:
             lines.append(process.stdout.readline())
             assert lines[-1], process.stderr.read()
-        assert f"http://127.0.0.1:{ports[0]}" in "".join(lines)
+        shown = "".join(lines)
+        assert f"http://127.0.0.1:{ports[0]}" in shown
+        assert "[repository]" in shown
+        assert re.search(r"image_encoder\W+2\W", shown)
+        assert "2: ViT-B-32 at alpha 0.5, fp32" in shown
+        [kept] = temporary.iterdir()
+        assert list(Path("/dev/shm").glob(f"{_shm_prefix(kept)}*"))
         [triton] = [pid for pid, command in processes_of(process.pid).items() if "tritonserver" in command]
         children = [triton, *processes_of(triton)]
         process.send_signal(kind)
+        if kind == signal.SIGINT:  # an impatient user
+            for _ in range(20):
+                time.sleep(0.05)
+                process.send_signal(kind)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == (0 if kind != signal.SIGKILL else -9)
     assert "Traceback" not in errors
@@ -269,3 +346,8 @@ def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
     assert not any(map(alive, children))
     if kind != signal.SIGKILL:
         assert not list(folder.rglob("__pycache__"))
+        assert not list(temporary.iterdir())
+        assert not list(Path("/dev/shm").glob(f"{_shm_prefix(kept)}*"))
+    else:
+        for file in Path("/dev/shm").glob(f"{_shm_prefix(kept)}*"):
+            file.unlink()
