@@ -8,39 +8,81 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+Points = Sequence[Mapping[str, float]]
+
 
 def plot_alpha_curve(
-    rows: Sequence[Mapping[str, float]], id_name: str, ood_names: Sequence[str], path: str | Path, *, title: str = ""
+    rows: Points,
+    id_names: str | Sequence[str],
+    ood_names: Sequence[str],
+    path: str | Path,
+    *,
+    title: str = "",
+    beside: Mapping[str, Points] | None = None,
 ) -> None:
-    """Draw the α curve: out-of-distribution against in-distribution accuracy (the paper's Fig. 3), and each set over α.
+    """Draw the α curve: out-of-distribution against in-distribution figures (the paper's Fig. 3), and each set over α.
 
     Args:
-        rows: from `alpha_sweep`, ascending in α.
-        id_name: the in-distribution data set.
-        ood_names: the shifted data sets; the curve takes their mean.
+        rows: an α each: `alpha`, and per cent by the name of the data set, ascending in α.
+        id_names: the in-distribution data sets; the curve takes their mean.
+        ood_names: the shifted data sets; the curve takes their mean. Without one of either, there is no curve.
+        path: a picture file; its ending says which kind.
+        title: above the picture.
+        beside: other methods' rows, by name, such as WiSE-FT's.
+    """
+    ids = [id_names] if isinstance(id_names, str) else list(id_names)
+    groups = [names for names in (ids, list(ood_names)) if names]
+    figure = Figure(figsize=(5 * len(groups), 4.2), dpi=150, layout="constrained")
+    panels = list(figure.subplots(1, len(groups), squeeze=False)[0])
+    if len(groups) == 2:
+        _draw_curve(panels[0], groups, {"R-Adapter": rows, **(beside or {})})
+    each = panels[-1]
+    alphas = [row["alpha"] for row in rows]
+    for name in (*ids, *ood_names):
+        style = "-" if name in ids else "--"
+        each.plot(alphas, [row[name] for row in rows], style, marker="o", markersize=3, label=name)
+    each.set_xlabel("α")
+    each.set_ylabel("%")
+    each.legend(fontsize=8)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.savefig(path)
+
+
+def _draw_curve(axes: Axes, groups: Sequence[Sequence[str]], methods: Mapping[str, Points]) -> None:
+    for number, (method, points) in enumerate(methods.items()):
+        x, y = ([sum(row[name] for name in names) / len(names) for row in points] for names in groups)
+        axes.plot(x, y, "o-", color=("tab:red", "tab:blue", "tab:gray")[number % 3], label=method)
+        for row, place in zip(points, zip(x, y, strict=True), strict=True):
+            label = {0.0: "zero-shot, α = 0", 1.0: "α = 1"}.get(row["alpha"], f"{row['alpha']:g}")
+            axes.annotate(label, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    for set_label, where, names in ((axes.set_xlabel, "in", groups[0]), (axes.set_ylabel, "out of", groups[1])):
+        what = names[0] if len(names) == 1 else f"mean of {len(names)}"
+        set_label(f"{where} distribution: {what}, in %")
+    axes.margins(0.15)
+    if len(methods) > 1:
+        axes.legend(fontsize=8)
+
+
+def plot_bars(values: Mapping[str, Mapping[str, float]], path: str | Path, *, title: str = "") -> None:
+    """Draw a group of bars for each data set, one bar a model.
+
+    Args:
+        values: model to data set to per cent.
         path: a picture file; its ending says which kind.
         title: above the picture.
     """
-    alphas = [row["alpha"] for row in rows]
-    id_accuracy = [row[id_name] for row in rows]
-    ood_accuracy = [sum(row[name] for name in ood_names) / len(ood_names) for row in rows]
-    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
-    curve, each = figure.subplots(1, 2)
-    assert isinstance(curve, Axes) and isinstance(each, Axes)
-    curve.plot(id_accuracy, ood_accuracy, "o-", color="tab:red")
-    for alpha, x, y in zip(alphas, id_accuracy, ood_accuracy, strict=True):
-        label = {0.0: "zero-shot, α = 0", 1.0: "α = 1"}.get(alpha, f"{alpha:g}")
-        curve.annotate(label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    curve.set_xlabel(f"in distribution: {id_name}, accuracy in %")
-    curve.set_ylabel(f"out of distribution: mean of {len(ood_names)}, accuracy in %")
-    curve.margins(0.15)
-    for name in (id_name, *ood_names):
-        style = "-" if name == id_name else "--"
-        each.plot(alphas, [row[name] for row in rows], style, marker="o", markersize=3, label=name)
-    each.set_xlabel("α")
-    each.set_ylabel("accuracy in %")
-    each.legend(fontsize=8)
-    for axes in (curve, each):
-        axes.grid(alpha=0.3)
+    sets = list(dict.fromkeys(name for of in values.values() for name in of))
+    figure = Figure(figsize=(max(5.0, 1.5 + 0.22 * len(sets) * (len(values) + 1)), 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / max(1, len(values))
+    for number, (model, of) in enumerate(values.items()):
+        places = [index + (number - (len(values) - 1) / 2) * width for index in range(len(sets))]
+        axes.bar(places, [of.get(name, 0.0) for name in sets], width, label=model)
+    axes.set_xticks(range(len(sets)), sets, rotation=30 if len(sets) > 4 else 0)
+    axes.set_ylabel("%")
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.suptitle(title)
     figure.savefig(path)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
-
-from radapter_serve.adapter import Adapter, attach_adapter
+from radapter_serve.adapter import Adapter
 from radapter_serve.base import Base
-from radapter_serve.data import Labelled, evaluation_batches
-from radapter_serve.evaluation.classification import count_hits, zero_shot_classifier
+from radapter_serve.data import Labelled
+from radapter_serve.evaluation.embedders import embedder_of
+from radapter_serve.evaluation.judge import judge
+from radapter_serve.evaluation.results import curve
+from radapter_serve.evaluation.sets import classification_set
+from radapter_serve.evaluation.suite import Entry
 
 
 def alpha_sweep(
@@ -25,30 +27,16 @@ def alpha_sweep(
         base: what the adapter was trained on.
         adapter: from `load_adapter`.
         alphas: re-scalings in [0, 1].
-        sets: name to data set; each is decoded once.
+        sets: name to data set; each image is decoded once.
         templates: prompt templates; the adapter's own if None.
 
     Returns:
-        A row an α: `alpha`, and the accuracy by the name of the data set.
+        A row an α, ascending: `alpha`, and the accuracy by the name of the data set.
     """
-    prompts = templates or adapter.metadata.templates
-    pixels: dict[str, list[tuple[Tensor, Tensor]]] = {
-        name: list(evaluation_batches(base, s)) for name, s in sets.items()
-    }
-    adapters = attach_adapter(base.model, adapter, 1.0)
-    rows = []
+    embedder = embedder_of(base, adapter, alphas)
+    prompts = None if templates is None else list(templates)
     try:
-        for alpha in alphas:
-            adapters.alpha = alpha
-            row = {"alpha": alpha}
-            classifiers: dict[tuple[str, ...], Tensor] = {}
-            for name, data in sets.items():
-                classes = tuple(data.classes)
-                if classes not in classifiers:
-                    classifiers[classes] = zero_shot_classifier(base.model, base.tokenizer, classes, prompts)
-                hits, total = count_hits(base.model, classifiers[classes], pixels[name])
-                row[name] = 100 * hits / total
-            rows.append(row)
+        opened = [classification_set(Entry(name, name), data, prompts) for name, data in sets.items()]
+        return curve([row for data in opened for row in judge(embedder, data)])
     finally:
-        adapters.remove()
-    return rows
+        embedder.close()

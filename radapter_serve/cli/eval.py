@@ -1,0 +1,166 @@
+"""`radapter-eval`: judge a run, a merged checkpoint, a release or a live server by a suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from radapter_serve.cli import run
+from radapter_serve.cli.export import newest_run
+from radapter_serve.errors import RAdapterError
+
+if TYPE_CHECKING:
+    from radapter_serve.evaluation.choice import Choice
+    from radapter_serve.evaluation.embedders import Embedder
+
+GRID = tuple(round(0.1 * step, 1) for step in range(11))
+
+
+def evaluate(
+    *,
+    suite: str | None = None,
+    adapter: str | None = None,
+    alpha: Annotated[tuple[str, ...], tyro.conf.arg(metavar="A [A ...]|auto")] = (),
+    merged: str | None = None,
+    release: str | None = None,
+    url: str | None = None,
+    finetuned: str | None = None,
+    base: str | None = None,
+    pretrained: str | None = None,
+    data_root: str = ".",
+    out: str = "results",
+    resume: bool = False,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    device: str | None = None,
+) -> None:
+    """Judge models by the data sets of a suite: a run at any alpha, a merged checkpoint, a release, or a live server.
+
+    Writes OUT/results.jsonl, a row for each model and data set, and pictures; prints a table.
+
+    Args:
+        suite: YAML file of data sets; ready ones are in recipes/suites.
+        adapter: folder of a run or adapter file; the newest run in ./runs if nothing else is to be judged.
+        alpha: re-scalings from 0 (the base) to 1 (all that was learned); 0, the run's own and 1 if none is given. auto
+            chooses the best on validation data: the suite's sets with `split: validation`, else the run's own.
+        merged: folder of a merged checkpoint, to be judged instead of a run.
+        release: model repository, to be judged by ONNX Runtime instead of a run; PATH@N for release N, else the newest.
+        url: a live server, to be judged instead of a run, such as grpc://localhost:8001.
+        finetuned: checkpoint of the base fine-tuned as a whole, for WiSE-FT at the same alphas beside the run.
+        base: open_clip model or local-dir:PATH; what the adapter was trained on if none is given.
+        pretrained: open_clip tag or path of a checkpoint; what the adapter was trained on if none is given.
+        data_root: folder that the suite's paths start from.
+        out: folder for rows and pictures.
+        resume: keep the rows in OUT, and judge only what is missing.
+        limit: images of a data set at most, drawn by the seed.
+        seed: of that draw.
+        batch_size: images a pass.
+        precision: of torch; releases and servers have their own.
+        device: of torch, such as cpu or cuda:1; a GPU if there is one.
+    """
+    given = [flag for flag, value in (("merged", merged), ("release", release), ("url", url)) if value]
+    of_a_run = {"adapter": adapter, "alpha": alpha, "finetuned": finetuned, "base": base, "pretrained": pretrained}
+    also = [flag for flag, value in of_a_run.items() if value]
+    if len(given) > 1 or (given and also):
+        flags = ", ".join(f"--{flag}" for flag in given + also)
+        raise RAdapterError(f"{flags} don't go together: judge one thing a call, and add to its rows by --resume")
+    auto = "auto" in alpha
+    alphas = () if auto else tuple(_number(value) for value in alpha)
+    if auto and len(alpha) > 1:
+        raise RAdapterError("--alpha auto stands alone: it tries 0 to 1 in steps of 0.1")
+    if len(set(alphas)) < len(alphas):
+        raise RAdapterError(f"an alpha is given twice: {' '.join(alpha)}")
+    if suite is None and not auto:
+        raise RAdapterError("no suite; give one with --suite, such as --suite recipes/suites/pacs.yaml")
+    for name, count in (("limit", limit), ("batch-size", batch_size)):
+        if count is not None and count < 1:
+            raise RAdapterError(f"--{name} is {count}; allowed: 1 or more")
+    path = Path(adapter) if adapter else newest_run() if not given else Path()
+    console, screen = Console(stderr=True), Console()
+    with console.status("starting") as status:
+        from radapter_serve.evaluation import embedders  # torch takes seconds to load: not for --help
+        from radapter_serve.evaluation.results import Results, table
+        from radapter_serve.evaluation.run import choose_alpha, draw, judge_suite
+        from radapter_serve.evaluation.suite import load_suite
+
+        judged = load_suite(suite, data_root) if suite else None
+        results = Results(out, resume=resume)
+        status.update("loading the model")
+        if merged:
+            embedder: Embedder = embedders.from_merged(merged, precision=precision, device=device)
+        elif release:
+            embedder = embedders.ReleaseEmbedder(release)
+        elif url:
+            embedder = embedders.ServerEmbedder(url)
+        else:
+            embedder = embedders.from_adapter(
+                path,
+                GRID if auto else alphas or None,
+                base=base,
+                pretrained=pretrained,
+                finetuned=finetuned,
+                precision=precision,
+                device=device,
+            )
+        options: dict[str, Any] = {
+            "limit": limit, "seed": seed, "batch_size": batch_size, "say": _escaped(status.update),
+        }  # fmt: skip
+        try:
+            variants = embedder.variants
+            if auto:
+                choice, file = choose_alpha(embedder, path, judged, results, **options)
+                screen.print(_choice_table(choice))
+                screen.print(f"rule: {choice.rule}", highlight=False, soft_wrap=True)
+                screen.print(f"alpha {choice.alpha:g} is written to {file}", highlight=False, soft_wrap=True)
+                variants = [v for v in variants if v.alpha in (0.0, choice.alpha)]
+            rows = judge_suite(embedder, judged, results, variants=variants, **options) if judged else []
+        finally:
+            embedder.close()
+        pictures = draw(rows, Path(out), judged.name) if judged and rows else []
+    if judged and rows:
+        screen.print(table(rows, f"{judged.name}: per cent"))
+    for line in (results.path, *pictures):
+        screen.print(f"wrote {line}", highlight=False, soft_wrap=True)
+    if auto:
+        screen.print(f"Next:   radapter-export --adapter {path} --alpha auto", highlight=False, soft_wrap=True)
+
+
+def _choice_table(choice: Choice) -> Table:
+    table = Table(title="Validation: per cent")
+    sets: Sequence[str] = list(choice.sets)
+    for column in ("α", "score", *sets):
+        table.add_column(column, justify="right")
+    for point in choice.curve:
+        style = "bold" if point["alpha"] == choice.alpha else None
+        values = (point[name] for name in ("score", *sets))
+        table.add_row(f"{point['alpha']:g}", *(f"{value:.2f}" for value in values), style=style)
+    return table
+
+
+def _escaped(update: Callable[[str], None]) -> Callable[[str], None]:
+    from rich.markup import escape
+
+    return lambda line: update(escape(line))
+
+
+def _number(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise RAdapterError(f"alpha is {value!r}; allowed: numbers from 0 to 1, or auto") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; see `evaluate`."""
+    return run(evaluate, argv, prog="radapter-eval")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

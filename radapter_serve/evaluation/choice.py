@@ -1,0 +1,128 @@
+"""Choosing α on validation data, and the file that keeps the choice beside the adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from radapter_serve.errors import RAdapterError
+
+FILE = "alpha.json"
+RULE = "the alpha of the best mean over in-distribution validation sets; of equal ones the smallest"
+RULE_SHIFTED = (
+    "the alpha of the best mean of two means, over in-distribution and over shifted validation sets; "
+    "of equal ones the smallest"
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An α and how it was found.
+
+    Attributes:
+        alpha: the choice, in [0, 1].
+        rule: in words.
+        curve: for each α judged: `alpha`, `score` by the rule, and each validation set's metric, in per cent.
+        sets: of each validation set its shift, metric, n and digest.
+        adapter_digest: of the adapter that it was chosen for.
+    """
+
+    alpha: float
+    rule: str
+    curve: list[dict[str, float]]
+    sets: dict[str, dict[str, Any]]
+    adapter_digest: str
+
+
+def choose(rows: Sequence[Mapping[str, Any]]) -> Choice:
+    """Choose α from rows of validation sets.
+
+    Args:
+        rows: from `judge`, of one adapter, every α on every validation set.
+
+    Raises:
+        RAdapterError: no set is in distribution.
+    """
+    facts = ("shift", "metric", "n", "set_digest")
+    sets = {row["dataset"]: {name: row[name] for name in facts} for row in rows}
+    groups = [[name for name, of in sets.items() if of["shift"] == shift] for shift in ("id", "ood")]
+    if not groups[0]:
+        raise RAdapterError("alpha can't be chosen without an in-distribution validation set (split: validation)")
+    values: dict[float, dict[str, float]] = {}
+    for row in rows:
+        values.setdefault(row["alpha"], {})[row["dataset"]] = 100 * row["metrics"][row["metric"]]
+    curve = []
+    for alpha in sorted(values):
+        means = [sum(values[alpha][name] for name in group) / len(group) for group in groups if group]
+        curve.append({"alpha": alpha, "score": sum(means) / len(means), **values[alpha]})
+    # rounded: of alphas that differ by less than a sum's error, the smallest
+    best = max(curve, key=lambda point: (round(point["score"], 6), -point["alpha"]))
+    return Choice(best["alpha"], RULE_SHIFTED if groups[1] else RULE, curve, sets, rows[0]["adapter_digest"])
+
+
+def save_choice(choice: Choice, adapter: str | Path) -> Path:
+    """Write `alpha.json` beside an adapter, in one piece; returns its path.
+
+    Args:
+        choice: from `choose`.
+        adapter: adapter file, or the folder of a run.
+    """
+    path = _path(adapter)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(asdict(choice), indent=2), encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise RAdapterError(f"could not write {path}: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def load_choice(adapter: str | Path) -> Choice:
+    """Read the choice that stands beside an adapter.
+
+    Args:
+        adapter: adapter file, or the folder of a run.
+
+    Raises:
+        RAdapterError: none was made, or the file is broken.
+    """
+    path = _path(adapter)
+    try:
+        return Choice(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise RAdapterError(
+            f"no alpha was chosen for {path.parent}; choose one: radapter-eval --adapter {path.parent} --alpha auto"
+        ) from None
+    except (OSError, ValueError, TypeError) as error:
+        raise RAdapterError(f"could not read {path}: {error}; choose again by radapter-eval --alpha auto") from error
+
+
+def chosen_alpha(adapter: str | Path) -> float:
+    """The α that was chosen for an adapter.
+
+    Args:
+        adapter: adapter file, or the folder of a run.
+
+    Raises:
+        RAdapterError: none was chosen, or it was for another adapter than the one that is there now.
+    """
+    from radapter_serve.adapter import load_adapter  # torch takes seconds to load
+
+    choice = load_choice(adapter)
+    if choice.adapter_digest != load_adapter(adapter).digest:
+        raise RAdapterError(
+            f"{_path(adapter)} was chosen for another adapter; choose again: "
+            f"radapter-eval --adapter {adapter} --alpha auto"
+        )
+    return choice.alpha
+
+
+def _path(adapter: str | Path) -> Path:
+    adapter = Path(adapter)
+    return (adapter if adapter.is_dir() else adapter.parent) / FILE

@@ -1,0 +1,380 @@
+"""Whatever turns images and texts into embeddings: torch at any α, ONNX Runtime over a release, a live server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from open_clip.factory import load_state_dict
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor
+
+from radapter_serve.adapter import Adapter, load_adapter
+from radapter_serve.adapter.file import check_alpha, check_base
+from radapter_serve.base import LOCAL, Base, load_base
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.metrics import Floats
+from radapter_serve.serving.labels import embed_texts
+from radapter_serve.serving.preprocess import Preprocess, decode
+from radapter_serve.serving.tokenizer import Tokenizer
+from radapter_serve.towers import encode_image, encode_text
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_TEXTS = 256  # a pass of torch
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the models that an embedder holds.
+
+    Attributes:
+        source: `adapter`, `wise-ft`, `merged`, `release`, `server`.
+        alpha: its α in [0, 1]; None where that is unknown.
+        facts: what a row says of it: model, pretrained, precision, digests.
+    """
+
+    source: str
+    alpha: float | None
+    facts: Mapping[str, Any]
+
+
+class Embedder(Protocol):
+    """What judging needs of models, whichever way they run.
+
+    Attributes:
+        variants: the models that it holds; `select` says which one embeds.
+        templates: prompt templates for data sets that bring none.
+    """
+
+    variants: Sequence[Variant]
+    templates: list[str]
+
+    def select(self, variant: Variant) -> None:
+        """Embed by this model from now on."""
+
+    def prepare(self, data: bytes) -> Any:
+        """From the bytes of an image file to what `embed_images` takes; the same for all variants. Thread-safe."""
+
+    def embed_images(self, items: Sequence[Any]) -> Floats:
+        """Prepared images to float32 [N, D], unit length."""
+
+    def embed_texts(self, texts: Sequence[str]) -> Floats:
+        """Texts to float32 [N, D], unit length."""
+
+    def close(self) -> None:
+        """Give back what it holds; a model that it was given is as it was."""
+
+
+@dataclass
+class _Line:
+    """Weights on a line from the base: `W + α·delta`, which both folding an adapter and WiSE-FT are."""
+
+    source: str
+    deltas: dict[str, Tensor]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class TorchEmbedder:
+    """A base, and models that differ from it by α times something: each α is one sum in memory.
+
+    Args:
+        base: gives model, preprocessing and tokenizer; its weights change until `close`.
+        lines: what the models differ by.
+        alphas: re-scalings in [0, 1], for each line.
+        templates: prompt templates for data sets that bring none.
+        precision: fp32, or bf16 or fp16 by autocast.
+        device: of torch; None takes a GPU where there is one.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        lines: Sequence[_Line],
+        alphas: Sequence[float | None],
+        templates: list[str],
+        *,
+        precision: Precision = "fp32",
+        device: str | None = None,
+    ) -> None:
+        self.templates, self._precision = templates, precision
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._base, self._model = base, base.model.to(self._device)
+        self._transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
+        self._tensors = self._model.state_dict()
+        self._lines = {line.source: line for line in lines}
+        common = {"model": base.name, "pretrained": base.pretrained, "precision": precision}
+        self.variants: Sequence[Variant] = [
+            Variant(line.source, alpha, {**common, **line.facts}) for line in lines for alpha in alphas
+        ]
+        changed = sorted({key for line in lines for key in line.deltas})
+        self._originals = {key: self._tensors[key].clone() for key in changed}
+        for line in lines:
+            line.deltas = {key: value.to(self._device) for key, value in line.deltas.items()}
+        self._selected: Variant | None = None
+
+    @torch.no_grad()
+    def select(self, variant: Variant) -> None:
+        if variant is self._selected:
+            return
+        deltas = self._lines[variant.source].deltas
+        for key, original in self._originals.items():
+            value = original
+            if key in deltas and variant.alpha is not None:
+                value = torch.add(original.float(), deltas[key], alpha=variant.alpha)
+            self._tensors[key].copy_(value)
+        self._selected = variant
+
+    def prepare(self, data: bytes) -> Any:
+        return self._transform(decode(data))  # type: ignore[arg-type]
+
+    @torch.inference_mode()
+    def embed_images(self, items: Sequence[Any]) -> Floats:
+        with self._autocast():
+            embeds = encode_image(self._model, torch.stack(list(items)).to(self._device))
+        return np.asarray(embeds.float().cpu().numpy())
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Floats:
+        tokens = self._base.tokenizer(list(texts))
+        # texts of a length together: a causal tower sees no more tokens than the longest has
+        order = torch.argsort(tokens.ne(0).sum(dim=1), stable=True)
+        parts = []
+        with self._autocast():
+            for chosen in torch.split(order, _TEXTS):
+                parts.append(encode_text(self._model, tokens[chosen].to(self._device)).float().cpu())
+        embeds = torch.empty_like(torch.cat(parts))
+        embeds[order] = torch.cat(parts)
+        return np.asarray(embeds.numpy())
+
+    @torch.no_grad()
+    def close(self) -> None:
+        for key, original in self._originals.items():
+            self._tensors[key].copy_(original)
+        self._selected = None
+
+    def _autocast(self) -> Any:
+        kind = _AUTOCAST.get(self._precision)
+        return torch.autocast(self._device.type, kind, enabled=kind is not None)
+
+
+def from_adapter(
+    path: str | Path,
+    alphas: Sequence[float] | None = None,
+    *,
+    base: str | None = None,
+    pretrained: str | None = None,
+    finetuned: str | Path | None = None,
+    precision: Precision = "fp32",
+    device: str | None = None,
+) -> TorchEmbedder:
+    """A run at several α.
+
+    Args:
+        path: adapter file, or the folder of a run.
+        alphas: re-scalings in [0, 1]; 0, the adapter's own and 1 if None.
+        base: open_clip architecture or `local-dir:PATH`; what the adapter was trained on if None.
+        pretrained: open_clip tag or a checkpoint's path; what the adapter was trained on if None.
+        finetuned: a fine-tuned checkpoint of the same base, for WiSE-FT at the same α beside it.
+        precision: of the towers.
+        device: of torch.
+
+    Raises:
+        RAdapterError: no adapter, no base, or they do not fit.
+    """
+    adapter = load_adapter(path)
+    meta = adapter.metadata
+    alphas = sorted({0.0, meta.alpha, 1.0}) if alphas is None else alphas
+    clip = load_base(base or meta.architecture, pretrained or meta.pretrained)
+    return embedder_of(clip, adapter, alphas, finetuned=finetuned, precision=precision, device=device)
+
+
+def embedder_of(
+    base: Base,
+    adapter: Adapter,
+    alphas: Sequence[float],
+    *,
+    finetuned: str | Path | None = None,
+    precision: Precision = "fp32",
+    device: str | None = None,
+) -> TorchEmbedder:
+    """`from_adapter` with base and adapter already loaded."""
+    for alpha in alphas:
+        check_alpha(alpha)
+    weights = base.model.state_dict()
+    check_base(weights, adapter)
+    facts = {"base_digest": adapter.metadata.base_digest}
+    deltas = {}
+    for key in adapter.keys:
+        for name in (f"{key}.weight", f"{key}.bias"):
+            if name in weights:
+                deltas[name] = adapter.matrix(key) @ weights[name].float().cpu()
+    lines = [_Line("adapter", deltas, {**facts, "adapter_digest": adapter.digest})]
+    if finetuned is not None:
+        change, digest = _difference(Path(finetuned), weights)
+        lines.append(_Line("wise-ft", change, {**facts, "weights_digest": digest}))
+    return TorchEmbedder(base, lines, alphas, adapter.metadata.templates, precision=precision, device=device)
+
+
+def from_merged(folder: str | Path, *, precision: Precision = "fp32", device: str | None = None) -> TorchEmbedder:
+    """A merged checkpoint, or any folder that open_clip loads by `local-dir:`.
+
+    Raises:
+        RAdapterError: no such folder.
+    """
+    folder = Path(folder)
+    base = load_base(f"{LOCAL}{folder}")
+    release = _json(folder / "release.json") if (folder / "release.json").exists() else {}
+    weights = next((p for p in folder.glob("open_clip_*") if p.suffix in (".safetensors", ".bin", ".pt")), None)
+    facts = {"weights_digest": _file_digest(weights)} if weights else {}
+    line = _Line("merged", {}, {**_release_facts(release), **facts, "precision": precision})
+    templates = release.get("templates") or ["a photo of a {}."]
+    return TorchEmbedder(base, [line], [release.get("alpha")], templates, precision=precision, device=device)
+
+
+def _difference(path: Path, base: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """What a fine-tuned checkpoint changed, and the checkpoint's digest."""
+    file = path / "open_clip_model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise RAdapterError(f"no checkpoint at {file}; --finetuned takes a .pt or .safetensors file or a model folder")
+    try:
+        tuned = load_state_dict(str(file))
+    except Exception as error:  # torch, pickle and safetensors raise many kinds, and all mean: no checkpoint
+        raise RAdapterError(f"could not read the checkpoint {file}: {error}") from error
+    names = {key for key, value in base.items() if value.is_floating_point()}
+    odd = sorted(key for key in names if key not in tuned or tuned[key].shape != base[key].shape)
+    if odd:
+        raise RAdapterError(
+            f"{file} is no fine-tuned copy of the base: {odd[0]} is {'missing' if odd[0] not in tuned else 'different'}"
+            f" ({len(odd)} of {len(names)} tensors); give a checkpoint of the same architecture"
+        )
+    changes = {key: tuned[key].float() - base[key].float().cpu() for key in sorted(names)}
+    return {key: value for key, value in changes.items() if value.any()}, _file_digest(file)
+
+
+class ReleaseEmbedder:
+    """A release in a model repository, by ONNX Runtime, with the very preprocessing and tokenizer that are served.
+
+    Args:
+        repository: the model repository; `PATH@N` names a release, the newest otherwise.
+
+    Raises:
+        RAdapterError: no such release, or ONNX Runtime can't load it.
+    """
+
+    def __init__(self, repository: str) -> None:
+        from radapter_export.agreement import Encoder
+
+        folder, version = _version(repository)
+        self._release = _json(folder / "classify" / version / "release.json")
+        self._preprocess = Preprocess.from_dict(self._release["preprocess"])
+        self._tokenizer = Tokenizer.load(folder / "classify" / version / "tokenizer.json", self._release["tokenizer"])
+        self._images = Encoder(folder / "image_encoder" / version / "model.onnx")
+        self._texts = Encoder(folder / "text_encoder" / version / "model.onnx")
+        self._rows = int(self._release["max_batch_size"])
+        self.templates = list(self._release["templates"])
+        self.variants: Sequence[Variant] = [Variant("release", self._release["alpha"], _release_facts(self._release))]
+
+    def select(self, variant: Variant) -> None:
+        pass
+
+    def prepare(self, data: bytes) -> Any:
+        return self._preprocess(decode(data))
+
+    def embed_images(self, items: Sequence[Any]) -> Floats:
+        parts = [np.stack(items[start : start + self._rows]) for start in range(0, len(items), self._rows)]
+        return np.concatenate([self._images(part) for part in parts])
+
+    def embed_texts(self, texts: Sequence[str]) -> Floats:
+        return embed_texts(texts, self._tokenizer, self._texts, self._rows)
+
+    def close(self) -> None:
+        pass
+
+
+class ServerEmbedder:
+    """A live server, through the client, pinned to its newest release.
+
+    Args:
+        url: `grpc://HOST:PORT` or `http://HOST:PORT`.
+
+    Raises:
+        RAdapterError: nobody answers there.
+    """
+
+    def __init__(self, url: str) -> None:
+        from radapter_client import Client, RAdapterClientError
+
+        self._error = RAdapterClientError
+        try:
+            with Client(url) as client:
+                release = client.release
+            rows = min(64, int(release.facts.get("max_batch_size", 64)))
+            self._client = Client(url, release=release.version, batch_size=rows)
+        except RAdapterClientError as error:
+            raise RAdapterError(f"{url}: {error}") from error
+        self.templates = release.templates
+        self.variants: Sequence[Variant] = [Variant("server", release.alpha, _release_facts(release.facts))]
+
+    def select(self, variant: Variant) -> None:
+        pass
+
+    def prepare(self, data: bytes) -> Any:
+        return data
+
+    def embed_images(self, items: Sequence[Any]) -> Floats:
+        try:
+            return np.asarray(self._client.embed_images(list(items)), np.float32)
+        except self._error as error:
+            raise RAdapterError(f"the server failed: {error}") from error
+
+    def embed_texts(self, texts: Sequence[str]) -> Floats:
+        try:
+            return np.asarray(self._client.embed_texts(list(texts)), np.float32)
+        except self._error as error:
+            raise RAdapterError(f"the server failed: {error}") from error
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _release_facts(release: Mapping[str, Any]) -> dict[str, Any]:
+    if not release:
+        return {}
+    names = ("base_digest", "adapter_digest", "precision")
+    facts = {"model": release["architecture"], "pretrained": release.get("pretrained")}
+    return {**facts, **{name: release.get(name) for name in names}, "release": release["version"]}
+
+
+def _version(repository: str) -> tuple[Path, str]:
+    path, at, number = repository.rpartition("@")
+    if not (at and number.isdecimal()):
+        path, number = repository, ""
+    found = [int(p.parent.name) for p in Path(path, "classify").glob("*/release.json") if p.parent.name.isdecimal()]
+    if not found:
+        raise RAdapterError(f"no release in the model repository {path}; make one with radapter-export")
+    if number and int(number) not in found:
+        raise RAdapterError(f"no release {number} in {path}; it holds {', '.join(map(str, sorted(found)))}")
+    return Path(path), number or str(max(found))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RAdapterError(f"could not read {path}: {error}") from error
+    return values
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,112 @@
+"""One way to judge: embed a data set's images once for every model, and compare with the truth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.embedders import Embedder, Variant
+from radapter_serve.evaluation.sets import JudgedSet
+
+Row = dict[str, Any]
+
+
+def judge(
+    embedder: Embedder,
+    data: JudgedSet,
+    variants: Sequence[Variant] | None = None,
+    *,
+    batch_size: int = 64,
+    threads: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Row]:
+    """Judge models on one data set; each image is read and decoded once.
+
+    Args:
+        embedder: holds the models.
+        data: from `open_set`.
+        variants: which of the embedder's models; all if None.
+        batch_size: images a pass.
+        threads: images that are decoded at once.
+        progress: called with the images done and their number.
+
+    Returns:
+        A row a model, in CLIP_benchmark's schema and more: metrics as shares in [0, 1], `runtime` in seconds of
+        embedding and scoring, without reading and decoding.
+
+    Raises:
+        RAdapterError: an image can't be read; a model fails.
+    """
+    chosen = list(embedder.variants if variants is None else variants)
+    seconds, scorers = [0.0] * len(chosen), []
+    for number, variant in enumerate(chosen):
+        start = time.perf_counter()
+        embedder.select(variant)
+        scorers.append(data.scorer(embedder.embed_texts, embedder.templates))
+        seconds[number] += time.perf_counter() - start
+    done = 0
+    for items in _batches(embedder, data, batch_size, threads):
+        for number, variant in enumerate(chosen):
+            start = time.perf_counter()
+            embedder.select(variant)
+            scorers[number].add(embedder.embed_images(items))
+            seconds[number] += time.perf_counter() - start
+        done += len(items)
+        if progress:
+            progress(done, len(data.images))
+    rows = []
+    for number, (variant, scorer) in enumerate(zip(chosen, scorers, strict=True)):
+        start = time.perf_counter()
+        metrics = scorer.metrics()
+        seconds[number] += time.perf_counter() - start
+        facts = facts_of(data, variant, embedder.templates)
+        rows.append({**facts, "metrics": metrics, "runtime": round(seconds[number], 3)})
+    return rows
+
+
+def facts_of(data: JudgedSet, variant: Variant, templates: Sequence[str]) -> Row:
+    """What identifies a row: all of it but what was measured, CLIP_benchmark's fields first."""
+    facts = dict(variant.facts)
+    row = {
+        "dataset": data.entry.name,
+        "model": facts.pop("model", None),
+        "pretrained": facts.pop("pretrained", None),
+        "task": data.task,
+        "language": "en",
+        "source": variant.source,
+        "alpha": variant.alpha,
+        "shift": data.entry.shift,
+        "split": data.entry.split,
+        "metric": data.entry.metric,
+        **facts,
+        **data.facts,
+    }
+    if data.task == "zeroshot_classification":
+        row["templates"] = list(data.templates or templates)
+    return row
+
+
+def _batches(embedder: Embedder, data: JudgedSet, batch_size: int, threads: int) -> Iterator[list[Any]]:
+    """Prepared images; the next batch is read and decoded while this one is embedded."""
+
+    def item(number: int) -> Any:
+        image = data.images[number]
+        try:
+            return embedder.prepare(image())
+        except RAdapterError as error:
+            name = getattr(image, "name", number)
+            raise RAdapterError(f"data set {data.entry.name!r}, {name}: {error}") from error
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        numbers = iter(range(len(data.images)))
+        ahead = [pool.submit(item, number) for number in islice(numbers, batch_size)]
+        try:
+            while ahead:
+                now, ahead = ahead, [pool.submit(item, number) for number in islice(numbers, batch_size)]
+                yield [future.result() for future in now]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

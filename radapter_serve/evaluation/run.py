@@ -1,0 +1,134 @@
+"""Judging by a whole suite, and choosing α by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from radapter_serve.adapter import load_adapter
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.choice import Choice, choose, save_choice
+from radapter_serve.evaluation.embedders import Embedder, Variant
+from radapter_serve.evaluation.judge import facts_of, judge
+from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars
+from radapter_serve.evaluation.results import Results, Row, curve
+from radapter_serve.evaluation.sets import open_set
+from radapter_serve.evaluation.suite import Entry, Suite
+
+Say = Callable[[str], None]
+
+
+def judge_suite(
+    embedder: Embedder,
+    suite: Suite,
+    results: Results,
+    *,
+    split: str = "test",
+    variants: Sequence[Variant] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    say: Say | None = None,
+) -> list[Row]:
+    """Judge models on the data sets of one split of a suite; rows that `results` has are not made again.
+
+    Args:
+        embedder: holds the models.
+        suite: from `load_suite`.
+        results: takes the rows, data set by data set.
+        split: `test` or `validation`.
+        variants: which of the embedder's models; all if None.
+        limit: images of a data set at most, drawn by the seed; None takes all.
+        seed: of that draw.
+        batch_size: images a pass.
+        say: called with a line about what is going on.
+
+    Returns:
+        The rows, data set by data set.
+    """
+    say = say or (lambda line: None)
+    chosen = embedder.variants if variants is None else variants
+    rows: list[Row] = []
+    for entry in suite.of_split(split):
+        say(f"{entry.name}: opening {entry.data}")
+        data = open_set(suite, entry, limit=limit, seed=seed)
+        common = {"suite": suite.name, "seed": seed}
+        facts = [{**facts_of(data, variant, embedder.templates), **common} for variant in chosen]
+        missing = [variant for variant, of in zip(chosen, facts, strict=True) if results.find(of) is None]
+        if missing:
+            models = f"{len(missing)} model{'s' if len(missing) > 1 else ''}"
+            say(f"{entry.name}: embedding its texts by {models}")
+            made = judge(
+                embedder,
+                data,
+                missing,
+                batch_size=batch_size,
+                progress=lambda done, n, name=entry.name, by=models: say(f"{name}: {done} of {n} images by {by}"),  # type: ignore[misc]
+            )
+            results.add({**row, **common} for row in made)
+        rows += [row for of in facts if (row := results.find(of)) is not None]
+    return rows
+
+
+def choose_alpha(
+    embedder: Embedder, adapter: str | Path, suite: Suite | None, results: Results, **options: Any
+) -> tuple[Choice, Path]:
+    """Choose α on validation data, and write the choice beside the adapter.
+
+    Args:
+        embedder: from `from_adapter`, with every α that may be chosen.
+        adapter: adapter file, or the folder of a run.
+        suite: its validation sets are used; where it has none, the validation data that the run was trained with.
+        results: takes the rows.
+        options: as of `judge_suite`.
+
+    Returns:
+        The choice, and the file that it was written to.
+
+    Raises:
+        RAdapterError: there is no validation data.
+    """
+    if suite is None or not suite.of_split("validation"):
+        suite = _own_validation(adapter)
+    variants = [variant for variant in embedder.variants if variant.source == "adapter"]
+    choice = choose(judge_suite(embedder, suite, results, split="validation", variants=variants, **options))
+    return choice, save_choice(choice, adapter)
+
+
+def draw(rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
+    """Draw what the rows of one call allow: `bars.png` always, `alpha.png` where there are several α.
+
+    Args:
+        rows: from `judge_suite`.
+        folder: for the pictures.
+        title: above them.
+
+    Returns:
+        The pictures' paths.
+    """
+    ids, ood = (list(dict.fromkeys(r["dataset"] for r in rows if r["shift"] == s)) for s in ("id", "ood"))
+    bars: dict[str, dict[str, float]] = {}
+    for row in rows:
+        name = row["source"] if row["alpha"] is None else f"{row['source']}, α = {row['alpha']:g}"
+        bars.setdefault(name, {})[row["dataset"]] = 100 * row["metrics"][row["metric"]]
+    pictures = [folder / "bars.png"]
+    plot_bars(bars, pictures[0], title=title)
+    lines = {source: curve([r for r in rows if r["source"] == source]) for source in ("adapter", "wise-ft")}
+    if len(lines["adapter"]) > 1:
+        pictures.append(folder / "alpha.png")
+        beside = {"WiSE-FT": lines["wise-ft"]} if lines["wise-ft"] else None
+        plot_alpha_curve(lines["adapter"], ids, ood, pictures[1], title=title, beside=beside)
+    return pictures
+
+
+def _own_validation(adapter: str | Path) -> Suite:
+    recipe = load_adapter(adapter).metadata.recipe
+    if not recipe.get("val_data"):
+        raise RAdapterError(
+            f"alpha is chosen on validation data, and the run {adapter} was trained without any (--val-data); "
+            f"name some in a suite: data sets with `split: validation`"
+        )
+    columns = {name: recipe[name] for name in ("image_column", "label_column", "caption_column") if recipe.get(name)}
+    entry = Entry("validation", recipe["val_data"], split="validation", classes=recipe.get("classes"), **columns)
+    return Suite("validation", (entry,))

@@ -1,0 +1,78 @@
+"""Small data sets, an adapter with random values for the tiny CLIP, and a suite of both tasks."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from radapter_serve.adapter import Metadata, attach, base_digest, save_adapter
+from radapter_serve.base import load_base
+
+CLASSES = ["cat", "dog", "guitar", "horse", "house", "tree"]
+SUITE = """
+name: small
+templates: ["a photo of a {}.", "a drawing of the {}"]
+sets:
+  - {name: plain, data: "imagefolder:plain"}
+  - {name: shifted, data: "imagefolder:shifted", shift: ood, classes: names.yaml}
+  - {name: captioned, data: "csv:captions.csv", task: retrieval, templates: null}
+  - {name: held-out, data: "imagefolder:plain", split: validation}
+  - {name: held-out-shift, data: "imagefolder:shifted", split: validation, shift: ood}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+def picture(generator: np.random.Generator) -> Image.Image:
+    pixels = generator.integers(0, 255, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((50, 41), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`plain` and `shifted` with 4 images a class, `captions.csv` with 1 to 3 captions for each of 12, `suite.yaml`."""
+    root = tmp_path_factory.mktemp("world")
+    generator = np.random.default_rng(0)
+    for name in ("plain", "shifted"):
+        for index in range(4 * len(CLASSES)):
+            folder = root / name / CLASSES[index % len(CLASSES)]
+            folder.mkdir(parents=True, exist_ok=True)
+            picture(generator).save(folder / f"{index}.png")
+    (root / "images").mkdir()
+    rows = []
+    for index in range(12):
+        picture(generator).save(root / "images" / f"{index}.jpg")
+        rows += [[f"images/{index}.jpg", f"picture {index}, said in way {way}"] for way in range(1 + index % 3)]
+    generator.shuffle(rows)
+    with (root / "captions.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["image", "caption"], *rows])
+    (root / "names.yaml").write_text("cat: cat, kitty\nhouse: a house\ntree: tree\nunknown: x\n", encoding="utf-8")
+    (root / "suite.yaml").write_text(SUITE, encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="session")
+def run_folder(tiny_clip_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with an adapter of random values."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    run.mkdir()
+    base = load_base(tiny_clip_dir)
+    adapters = attach(base.model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in adapters.named_tensors().values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.2)
+    digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
+    metadata = Metadata(architecture=tiny_clip_dir, base_digest=digest, alpha=0.5)
+    save_adapter(adapters.adapter(metadata), run / "adapter.safetensors")
+    return run

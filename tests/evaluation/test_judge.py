@@ -1,0 +1,147 @@
+"""Judging: each α against the folded model in open_clip, and the same numbers whichever way a model runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from radapter_export import export_release
+from radapter_serve.adapter import fold, load_adapter
+from radapter_serve.base import load_base
+from radapter_serve.evaluation.embedders import Embedder, ReleaseEmbedder, from_adapter, from_merged
+from radapter_serve.evaluation.results import Results
+from radapter_serve.evaluation.run import judge_suite
+from radapter_serve.evaluation.suite import load_suite
+
+ALPHAS = [0.0, 0.4, 1.0]
+TEMPLATES = ["a photo of a {}.", "a drawing of the {}"]
+
+
+@pytest.fixture(scope="module")
+def exported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`merged` and `repository` at α = 0.4."""
+    folder = tmp_path_factory.mktemp("exported")
+    export_release(run_folder, [0.4], model_repository=folder / "repository", merged=folder / "merged")
+    return folder
+
+
+def judged(embedder: Embedder, world: Path, out: Path) -> list[dict[str, object]]:
+    try:
+        return judge_suite(embedder, load_suite(world / "suite.yaml", world), Results(out), batch_size=7)
+    finally:
+        embedder.close()
+
+
+def by_open_clip(model: torch.nn.Module, name: str, world: Path) -> dict[str, float]:
+    """First metric of each test set by open_clip's own functions and loops."""
+    _, _, transform = open_clip.create_model_and_transforms(name)
+    tokenize, found = open_clip.get_tokenizer(name), {}
+
+    def embed(files: list[Path]) -> np.ndarray:
+        pixels = torch.stack([transform(Image.open(file)) for file in files])
+        return model.encode_image(pixels, normalize=True).numpy()  # type: ignore[operator]
+
+    def embed_texts(texts: list[str]) -> np.ndarray:
+        return model.encode_text(tokenize(texts), normalize=True).numpy()  # type: ignore[operator]
+
+    names = {"plain": {c: [c] for c in ("cat", "dog", "guitar", "horse", "house", "tree")}}
+    names["shifted"] = {"cat": ["cat", "kitty"], "house": ["a house"], "tree": ["tree"]}
+    for data, classes in names.items():
+        means = [
+            embed_texts([t.replace("{}", s) for s in synonyms for t in TEMPLATES]).mean(0)
+            for synonyms in classes.values()
+        ]
+        classifier = np.stack([mean / np.linalg.norm(mean) for mean in means])
+        files = [(f, label) for label, c in enumerate(classes) for f in sorted((world / data / c).iterdir())]
+        best = (embed([f for f, _ in files]) @ classifier.T).argmax(1)
+        found[data] = float(np.mean(best == [label for _, label in files]))
+    with (world / "captions.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    files = sorted({row["image"] for row in rows})
+    scores = embed_texts([row["caption"] for row in rows]) @ embed([world / f for f in files]).T
+    hits = [files[line.argmax()] == row["image"] for line, row in zip(scores, rows, strict=True)]
+    found["captioned"] = float(np.mean(hits))
+    return found
+
+
+@torch.no_grad()
+def test_every_alpha_is_the_folded_model_in_open_clip(
+    run_folder: Path, tiny_clip_dir: str, world: Path, tmp_path: Path
+) -> None:
+    rows = judged(from_adapter(run_folder, ALPHAS), world, tmp_path)
+    base, adapter = load_base(tiny_clip_dir), load_adapter(run_folder)
+    weights = {name: value.clone() for name, value in base.model.state_dict().items()}
+    for alpha in ALPHAS:
+        base.model.load_state_dict(fold(weights, adapter, alpha))
+        expected = by_open_clip(base.model, tiny_clip_dir, world)
+        found = {r["dataset"]: r["metrics"][r["metric"]] for r in rows if r["alpha"] == alpha}  # type: ignore[index]
+        assert found == pytest.approx(expected)
+    assert len({json.dumps(row["metrics"]) for row in rows if row["dataset"] == "plain"}) > 1
+
+
+def test_torch_merged_and_release_give_the_same_numbers(
+    run_folder: Path, exported: Path, world: Path, tmp_path: Path
+) -> None:
+    adapter = judged(from_adapter(run_folder, [0.4]), world, tmp_path / "a")
+    merged = judged(from_merged(exported / "merged"), world, tmp_path / "b")
+    release = judged(ReleaseEmbedder(str(exported / "repository")), world, tmp_path / "c")
+    for rows in zip(adapter, merged, release, strict=True):
+        assert rows[0]["metrics"] == rows[1]["metrics"] == rows[2]["metrics"]
+        for name in ("dataset", "alpha", "n", "set_digest", "base_digest", "adapter_digest", "precision"):
+            assert rows[0][name] == rows[1][name] == rows[2][name], name
+        assert [row["source"] for row in rows] == ["adapter", "merged", "release"]
+
+
+def test_embeddings_agree(run_folder: Path, exported: Path, world: Path) -> None:
+    files = [file.read_bytes() for file in sorted((world / "images").iterdir())]
+    texts = ["a cat", "a very long text " * 40, "!", "a photo of a dog in the snow"]
+    found = []
+    for embedder in (
+        from_adapter(run_folder, [0.4]),
+        from_merged(exported / "merged"),
+        ReleaseEmbedder(f"{exported / 'repository'}@1"),
+    ):
+        embedder.select(embedder.variants[0])
+        found.append((embedder.embed_images([embedder.prepare(f) for f in files]), embedder.embed_texts(texts)))
+        embedder.close()
+    for images, embeds in found[1:]:
+        np.testing.assert_allclose(images, found[0][0], atol=2e-5)
+        np.testing.assert_allclose(embeds, found[0][1], atol=2e-5)
+
+
+def test_closing_leaves_the_base_as_it_was(run_folder: Path, tiny_clip_dir: str) -> None:
+    before = load_base(tiny_clip_dir).model.state_dict()
+    embedder = from_adapter(run_folder, [1.0])
+    embedder.select(embedder.variants[0])
+    embedder.close()
+    after = embedder._model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_wise_ft_interpolates_all_weights(run_folder: Path, tiny_clip_dir: str, world: Path, tmp_path: Path) -> None:
+    base = load_base(tiny_clip_dir)
+    weights = {name: value.clone() for name, value in base.model.state_dict().items()}
+    torch.manual_seed(3)
+    tuned = {k: v + 0.05 * torch.randn_like(v) if v.is_floating_point() else v for k, v in weights.items()}
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    embedder = from_adapter(run_folder, [0.0, 0.5], finetuned=tmp_path / "tuned.safetensors")
+    assert [(v.source, v.alpha) for v in embedder.variants] == [
+        ("adapter", 0.0), ("adapter", 0.5), ("wise-ft", 0.0), ("wise-ft", 0.5)
+    ]  # fmt: skip
+    data = [file.read_bytes() for file in sorted((world / "images").iterdir())]
+    items = [embedder.prepare(d) for d in data]
+    embedder.select(embedder.variants[3])
+    found = embedder.embed_images(items)
+    middle = {k: torch.lerp(v, tuned[k], 0.5) if v.is_floating_point() else v for k, v in weights.items()}
+    base.model.load_state_dict(middle)
+    with torch.no_grad():
+        expected = base.model.encode_image(torch.stack(items), normalize=True).numpy()  # type: ignore[operator]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
