@@ -27,4 +27,5 @@ def _request(request):
         label_set=None if label_set is None else label_set.ravel(),
         templates=read(request, "templates"),
         top_k=None if top_k is None else top_k.ravel(),
+        cancelled=request.is_cancelled,
     )

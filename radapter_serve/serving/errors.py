@@ -11,6 +11,7 @@ UNKNOWN_LABEL_SET = "unknown_label_set"
 NO_LABELS = "no_labels"
 INVALID_ARGUMENT = "invalid_argument"
 ENCODER_FAILED = "encoder_failed"
+CANCELLED = "cancelled"
 
 
 class TaskError(RAdapterError):

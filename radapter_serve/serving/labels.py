@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.errors import INVALID_ARGUMENT, NO_LABELS, TaskError
+from radapter_serve.serving.errors import CANCELLED, INVALID_ARGUMENT, NO_LABELS, TaskError
 from radapter_serve.serving.tokenizer import Tokenizer
 
 BUILT_IN_TEMPLATES = {"simple": ["a photo of a {}."]}
-MAX_PROMPTS = 100_000
+# Of one request, checked before a prompt is built. A label set that is exported may have more prompts.
+MAX_PROMPTS = 20_000
+MAX_CHARACTERS = 10_000_000  # of all its prompts together
 MAX_TEXT_LENGTH = 10_000
+MAX_LABEL_LENGTH = 1_000  # of a label with its synonyms, and of a template
+MAX_PLACES = 4  # for the label in a template
 
 EncodeTokens = Callable[[NDArray[np.int32]], NDArray[np.float32]]
 
@@ -49,7 +54,7 @@ def read_templates(source: str | Path | Sequence[str]) -> list[str]:
     """Prompt templates from a list, the name of a built-in set ("simple"), one template, or a file with one a line.
 
     Raises:
-        RAdapterError: a template without `{}`, where the label goes, or no such file.
+        RAdapterError: a template without `{}`, where the label goes, or too long a one, or no such file.
     """
     if isinstance(source, (str, Path)):
         text = str(source)
@@ -63,11 +68,10 @@ def read_templates(source: str | Path | Sequence[str]) -> list[str]:
         templates = list(source)
     if not templates:
         raise RAdapterError(f"{source}: no template; write one a line, such as 'a photo of a {{}}.'")
-    for template in templates:
-        if "{}" not in template:
-            raise RAdapterError(
-                f"the template {template!r} has no {{}} where the label goes; such as 'a photo of a {{}}.'"
-            )
+    try:
+        check_templates(templates)
+    except TaskError as error:
+        raise RAdapterError(error.message) from None
     return templates
 
 
@@ -119,80 +123,90 @@ class LabelEmbedder:
         self, tokenizer: Tokenizer, encode_tokens: EncodeTokens, *, max_batch_size: int = 64, cache_size: int = 20_000
     ) -> None:
         self._tokenizer, self._encode, self._max_batch_size = tokenizer, encode_tokens, max_batch_size
-        self._cache: OrderedDict[tuple[tuple[str, ...], str], NDArray[np.float32]] = OrderedDict()
+        # Templates by their digest, and labels have a greatest length: so the size bounds the bytes, too.
+        self._cache: OrderedDict[tuple[bytes, str], NDArray[np.float32]] = OrderedDict()
         self._cache_size = cache_size
         # Callers mostly send the same list again; this saves them the walk through it.
-        self._sets: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], LabelSet] = OrderedDict()
+        self._sets: OrderedDict[tuple[bytes, tuple[str, ...]], LabelSet] = OrderedDict()
+        self._labels_in_sets = 0
 
-    def __call__(self, labels: Sequence[str], templates: Sequence[str]) -> LabelSet:
+    def __call__(
+        self, labels: Sequence[str], templates: Sequence[str], *, cancelled: Callable[[], bool] | None = None
+    ) -> LabelSet:
         """Embed labels: the mean over all prompts (names x templates) at unit length, made unit length again.
 
+        Args:
+            labels: each perhaps with synonyms after commas.
+            templates: with `{}` for the label.
+            cancelled: asked between batches; where it says yes, nobody waits for the rest.
+
         Raises:
-            TaskError: no labels, an empty or a repeated one, a template without `{}`, too many or too long prompts.
+            TaskError: no labels, an empty, a repeated or too long a one, a template without `{}`; cancelled.
         """
-        key = (tuple(templates), tuple(labels))
+        key = hashlib.sha256(repr(tuple(templates)).encode()).digest(), tuple(labels)
         if (found := self._sets.get(key)) is not None:
             self._sets.move_to_end(key)
             return found
-        label_set = self._embed(*key)
-        self._sets[key] = label_set
-        while len(self._sets) > 1 and sum(len(s.labels) for s in self._sets.values()) > self._cache_size:
-            self._sets.popitem(last=False)
+        label_set = self._sets[key] = self._embed(key[0], tuple(templates), key[1], cancelled)
+        self._labels_in_sets += len(labels)
+        while len(self._sets) > 1 and self._labels_in_sets > self._cache_size:
+            _, dropped = self._sets.popitem(last=False)
+            self._labels_in_sets -= len(dropped.labels)
         return label_set
 
-    def _embed(self, templates: tuple[str, ...], labels: tuple[str, ...]) -> LabelSet:
+    def _embed(
+        self, digest: bytes, templates: tuple[str, ...], labels: tuple[str, ...], cancelled: Callable[[], bool] | None
+    ) -> LabelSet:
         names = check_labels(labels)
         check_templates(templates)
-        known = {label: self._cache.get((templates, label)) for label in labels}
+        known = {label: self._cache.get((digest, label)) for label in labels}
         missing = {label: names[label] for label, embed in known.items() if embed is None}
-        new = self._compute(templates, missing)
+        new = self._compute(templates, missing, cancelled)
         embeds = np.stack([new[label] if embed is None else embed for label, embed in known.items()])
         for label in labels:
             if label in new:
-                self._cache[templates, label] = new[label]
+                self._cache[digest, label] = new[label]
             else:
-                self._cache.move_to_end((templates, label))
+                self._cache.move_to_end((digest, label))
         while len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
         return LabelSet(tuple(names[label][0] for label in labels), embeds)
 
-    def _compute(self, templates: tuple[str, ...], missing: dict[str, list[str]]) -> dict[str, NDArray[np.float32]]:
+    def _compute(
+        self, templates: tuple[str, ...], missing: dict[str, list[str]], cancelled: Callable[[], bool] | None
+    ) -> dict[str, NDArray[np.float32]]:
         prompts = {
             label: [template.replace("{}", name) for name in names for template in templates]
             for label, names in missing.items()
         }
         texts = list(dict.fromkeys(prompt for some in prompts.values() for prompt in some))
-        if len(texts) > MAX_PROMPTS:
-            raise TaskError(
-                INVALID_ARGUMENT,
-                f"{len(texts)} prompts (names x templates) in one request; at most {MAX_PROMPTS} are allowed, "
-                "so export them as a label set: radapter-export --label-set NAME=FILE",
-            )
         where = {text: row for row, text in enumerate(texts)}
-        embeds = embed_texts(texts, self._tokenizer, self._encode, self._max_batch_size)
+        embeds = embed_texts(texts, self._tokenizer, self._encode, self._max_batch_size, cancelled)
         return {label: _unit(embeds[[where[text] for text in some]].mean(0)) for label, some in prompts.items()}
 
 
 def embed_texts(
-    texts: Sequence[str], tokenizer: Tokenizer, encode_tokens: EncodeTokens, max_batch_size: int
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    encode_tokens: EncodeTokens,
+    max_batch_size: int,
+    cancelled: Callable[[], bool] | None = None,
 ) -> NDArray[np.float32]:
     """Embed texts in batches of similar length, float32 [N, D] in the order of `texts`.
 
     Raises:
-        TaskError: a text is too long to be meant.
+        TaskError: `cancelled`, asked before each batch but the first, said yes.
     """
     if not texts:
         return np.zeros((0, 0), np.float32)
-    for text in texts:
-        if len(text) > MAX_TEXT_LENGTH:
-            raise TaskError(
-                INVALID_ARGUMENT,
-                f"a text of {len(text)} characters ({text[:30]!r}...); at most {MAX_TEXT_LENGTH} are allowed",
-            )
     rows = tokenizer.encode(texts)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     batches = [order[start : start + max_batch_size] for start in range(0, len(order), max_batch_size)]
-    embeds = [encode_tokens(tokenizer.batch([rows[index] for index in batch])) for batch in batches]
+    embeds: list[NDArray[np.float32]] = []
+    for batch in batches:
+        if embeds and cancelled is not None and cancelled():
+            raise TaskError(CANCELLED, "the caller gave up")
+        embeds.append(encode_tokens(tokenizer.batch([rows[index] for index in batch])))
     result = np.empty((len(rows), embeds[0].shape[1]), np.float32)
     result[order] = np.concatenate(embeds)
     return result
@@ -202,13 +216,14 @@ def check_labels(labels: Sequence[str]) -> dict[str, list[str]]:
     """Each label's names.
 
     Raises:
-        TaskError: no labels, an empty or a repeated one.
+        TaskError: no labels, an empty, a repeated or too long a one.
     """
     if not labels:
         raise TaskError(NO_LABELS, "no labels; give at least one")
     names: dict[str, list[str]] = {}
     first: dict[str, int] = {}
     for number, label in enumerate(labels, 1):
+        check_length(label, MAX_LABEL_LENGTH, "label")
         names[label] = split_label(label)
         if not names[label]:
             raise TaskError(INVALID_ARGUMENT, f"label {number} of {len(labels)} is empty ({label!r})")
@@ -219,12 +234,45 @@ def check_labels(labels: Sequence[str]) -> dict[str, list[str]]:
 
 
 def check_templates(templates: Iterable[str]) -> None:
-    """Raise a `TaskError` for a template without a place for the label."""
+    """Raise a `TaskError` for a template without a place for the label, with too many, or too long."""
     for template in templates:
-        if "{}" not in template:
+        check_length(template, MAX_LABEL_LENGTH, "template")
+        if not 1 <= template.count("{}") <= MAX_PLACES:
+            many = f"more than {MAX_PLACES}" if "{}" in template else "no"
             raise TaskError(
                 INVALID_ARGUMENT,
-                f"the template {template[:80]!r} has no {{}} where the label goes; such as 'a photo of a {{}}.'",
+                f"the template {template[:80]!r} has {many} {{}} where the label goes; such as 'a photo of a {{}}.'",
+            )
+
+
+def check_length(text: str, limit: int = MAX_TEXT_LENGTH, what: str = "text") -> None:
+    """Raise a `TaskError` for a text too long to be meant."""
+    if len(text) > limit:
+        raise TaskError(
+            INVALID_ARGUMENT, f"a {what} of {len(text)} characters ({text[:30]!r}...); at most {limit} are allowed"
+        )
+
+
+def check_prompts(lists: Iterable[tuple[Sequence[str], Sequence[str]]]) -> None:
+    """Raise a `TaskError` where the labels and templates of one request would make too many or too long prompts.
+
+    Args:
+        lists: labels and templates that the request brings; several pairs where its images have lists of their own.
+    """
+    prompts = characters = 0
+    for labels, templates in lists:
+        check_templates(templates)
+        for label in labels:
+            check_length(label, MAX_LABEL_LENGTH, "label")
+        names, length = sum(label.count(",") + 1 for label in labels), sum(map(len, labels))
+        prompts += names * len(templates)
+        characters += sum(names * len(template) + length * template.count("{}") for template in templates)
+    for number, limit, what in ((prompts, MAX_PROMPTS, "prompts"), (characters, MAX_CHARACTERS, "characters")):
+        if number > limit:
+            raise TaskError(
+                INVALID_ARGUMENT,
+                f"{number} {what} in all prompts (names x templates) of one request; at most {limit} are allowed, "
+                "so export them as a label set: radapter-export --label-set NAME=FILE",
             )
 
 

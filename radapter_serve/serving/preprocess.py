@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,10 @@ from radapter_serve.serving.errors import IMAGE_TOO_LARGE, INVALID_IMAGE, TaskEr
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 64_000_000
+# Above this, one at a time is decoded in this process: an image of MAX_PIXELS takes half a gigabyte. Nor is a thin
+# image blown up beyond it.
+LARGE_PIXELS = 16_000_000
+_LARGE = threading.Lock()
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF")
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -34,21 +40,57 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         TaskError: not an image of these formats, broken, truncated, or too large.
     """
-    if not data.startswith(_MAGIC):
-        data = _from_base64(data)
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_pixels(*image.size, max_pixels, "the image")
+    image = _open(data, max_pixels)
+    with _broken():
         image.load()
+    return image
+
+
+def decode_into(data: bytes, preprocess: Preprocess, out: NDArray[np.uint8]) -> None:
+    """`decode` and `preprocess` into `out`, for several threads: of large images one at a time is in memory.
+
+    Raises:
+        TaskError: as `decode` and `preprocess` do, and where anything else fails.
+    """
+    try:
+        image = _open(data, MAX_PIXELS)
+        with _LARGE if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext():
+            with _broken():
+                image.load()
+            preprocess(image, out=out)
     except TaskError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise TaskError(IMAGE_TOO_LARGE, f"{error}; at most {max_pixels} pixels are allowed") from None
-    except UnidentifiedImageError:
-        raise TaskError(INVALID_IMAGE, f"{len(data)} bytes are not an image; send {_allowed()}") from None
+    except MemoryError:
+        raise TaskError(
+            IMAGE_TOO_LARGE, "the server has not enough memory for this image; send a smaller one"
+        ) from None
+    except Exception as error:
+        raise TaskError(INVALID_IMAGE, f"the image cannot be resized ({error}); send {_allowed()}") from None
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """The image, of which only the header has been read."""
+    if not data.startswith(_MAGIC):
+        data = _from_base64(data)
+    with _broken():
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise TaskError(INVALID_IMAGE, f"{len(data)} bytes are not an image; send {_allowed()}") from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise TaskError(IMAGE_TOO_LARGE, f"{error}; at most {max_pixels} pixels are allowed") from None
+        _check_pixels(*image.size, max_pixels, "the image")
+        return image
+
+
+@contextlib.contextmanager
+def _broken() -> Iterator[None]:
+    try:
+        yield
+    except (TaskError, MemoryError):
+        raise
     except Exception as error:  # Pillow's decoders raise anything on broken files, from SyntaxError to struct.error
         raise TaskError(INVALID_IMAGE, f"the image is broken or truncated ({error}); send {_allowed()}") from None
-    return image
 
 
 @dataclass(frozen=True)
@@ -118,7 +160,7 @@ class Preprocess:
             target = (max(1, round(image_width / ratio)), max(1, round(image_height / ratio)))
             if self.resize_mode == "shortest":
                 resample = Image.Resampling.BICUBIC  # open_clip passes no interpolation on here
-        _check_pixels(*target, MAX_PIXELS, f"an image of {image_width} x {image_height}, resized,")
+        _check_pixels(*target, LARGE_PIXELS, f"an image of {image_width} x {image_height}, resized,")
         return image if target == image.size else image.resize(target, resample)
 
 
@@ -149,7 +191,7 @@ def _from_base64(data: bytes) -> bytes:
     """What `data` holds as base64 text, or `data` itself if it is none."""
     text = data.split(b",", 1)[1] if data.startswith(b"data:") and b"," in data else data
     try:
-        return base64.b64decode(b"".join(text.split()), validate=True)
+        return base64.b64decode(text.translate(None, b" \t\r\n"), validate=True)
     except binascii.Error:
         return data
 

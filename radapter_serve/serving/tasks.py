@@ -12,8 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.serving.errors import INVALID_ARGUMENT, NO_LABELS, UNKNOWN_LABEL_SET, TaskError
-from radapter_serve.serving.labels import EncodeTokens, LabelEmbedder, LabelSet, embed_texts
-from radapter_serve.serving.preprocess import Preprocess, decode
+from radapter_serve.serving.labels import (
+    EncodeTokens,
+    LabelEmbedder,
+    LabelSet,
+    check_length,
+    check_prompts,
+    embed_texts,
+)
+from radapter_serve.serving.preprocess import Preprocess, decode_into
 from radapter_serve.serving.tokenizer import Tokenizer
 
 EncodeImages = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
@@ -48,7 +55,7 @@ class EmbedImages:
 
         def fill(index: int) -> TaskError | None:
             try:
-                self._preprocess(decode(images[index]), out=pixels[index])
+                decode_into(images[index], self._preprocess, pixels[index])
             except TaskError as error:
                 return error
             return None
@@ -110,6 +117,7 @@ class ClassifyRequest:
         label_set: name of a label set for each image, or None.
         templates: prompt templates for `labels`, or None for the release's.
         top_k: number of labels to give back, or None for 5.
+        cancelled: whether the caller has given up; None where that is unknown.
     """
 
     images: Sequence[bytes]
@@ -117,6 +125,7 @@ class ClassifyRequest:
     label_set: Sequence[bytes] | None = None
     templates: Sequence[Sequence[bytes]] | None = None
     top_k: Sequence[int] | None = None
+    cancelled: Callable[[], bool] | None = None
 
 
 @dataclass
@@ -175,13 +184,17 @@ class Classify:
             raise TaskError(NO_LABELS, f"give labels, or a label_set of this release: {self._known()}")
         else:
             templates = request.templates if request.templates is not None else [self._templates] * count
-            sets = []
+            lists: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
             last: Any = None
             for row in zip(request.labels, templates, strict=True):
                 # Mostly all images of a request bring the same list.
                 if last is None or not all(map(np.array_equal, row, last)):
-                    label_set, last = self._embed_labels(*(_strings(*part) for part in row)), row
-                sets.append(label_set)
+                    found, last = (_strings(*row[0]), _strings(*row[1])), row
+                lists.append(found)
+            unique = {id(pair): pair for pair in lists}
+            check_prompts(unique.values())
+            embedded = {key: self._embed_labels(*pair, cancelled=request.cancelled) for key, pair in unique.items()}
+            sets = [embedded[id(pair)] for pair in lists]
         return sets, min(top_k[0], *(len(label_set.labels) for label_set in sets))
 
     def _named(self, name: bytes) -> LabelSet:
@@ -232,6 +245,7 @@ def _texts(request: Sequence[bytes]) -> list[str]:
     for number, text in enumerate(texts, 1):
         if not text.strip():
             raise TaskError(INVALID_ARGUMENT, f"text {number} of {len(texts)} is empty; give at least one word")
+        check_length(text)
     return texts
 
 

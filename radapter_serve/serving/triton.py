@@ -12,7 +12,7 @@ import numpy as np
 import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
-from radapter_serve.serving.errors import ENCODER_FAILED, TaskError
+from radapter_serve.serving.errors import CANCELLED, ENCODER_FAILED, TaskError
 from radapter_serve.serving.labels import LabelEmbedder
 from radapter_serve.serving.tasks import EmbedImages
 from radapter_serve.serving.tokenizer import Tokenizer
@@ -89,6 +89,7 @@ def answer(
 
 def _response(result: Any, outputs: Callable[[Any], dict[str, NDArray[Any]]]) -> Any:
     if isinstance(result, TaskError):
-        code = pb.TritonError.INTERNAL if result.code == ENCODER_FAILED else pb.TritonError.INVALID_ARG
+        codes = {ENCODER_FAILED: pb.TritonError.INTERNAL, CANCELLED: pb.TritonError.CANCELLED}
+        code = codes.get(result.code, pb.TritonError.INVALID_ARG)
         return pb.InferenceResponse(error=pb.TritonError(str(result), code))
     return pb.InferenceResponse([pb.Tensor(name, array) for name, array in outputs(result).items()])

@@ -103,7 +103,7 @@ def test_the_cache_is_bounded_and_still_right(local):
         np.testing.assert_array_equal(small(words, SIMPLE).embeds, local.embed_labels(words, SIMPLE).embeds)
         small(words[:7], SIMPLE)
     assert len(small._cache) <= 5
-    assert sum(len(found.labels) for found in small._sets.values()) <= 40
+    assert sum(len(found.labels) for found in small._sets.values()) == small._labels_in_sets <= 40
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,9 @@ def test_the_cache_is_bounded_and_still_right(local):
         (["cat", " "], SIMPLE, r"^\[invalid_argument\] label 2 of 2 is empty"),
         (["cat", "dog", "cat, kitty"], SIMPLE, "label 3, 'cat', is the same as label 1"),
         (["cat"], ["a photo"], r"no \{\}"),
-        (["cat " * 4000], SIMPLE, "characters"),
+        (["cat, " * 300], SIMPLE, "a label of 1500 characters .* at most 1000"),
+        (["cat"], ["{}" + "x" * 1000], "a template of 1002 characters"),
+        (["cat"], ["{}" * 5], r"has more than 4 \{\}"),
     ],
 )
 def test_bad_labels(local, labels, templates, message):
@@ -122,7 +124,39 @@ def test_bad_labels(local, labels, templates, message):
     assert not local.calls
 
 
-def test_too_many_prompts(local, monkeypatch):
-    monkeypatch.setattr(module, "MAX_PROMPTS", 10)
-    with pytest.raises(TaskError, match="at most 10 are allowed"):
-        local.embed_labels([str(index) for index in range(11)], SIMPLE)
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ([(3000, 3000)], "^.invalid_argument. 9000000 prompts .* at most 20000 are allowed.*--label-set"),
+        ([(10_000, 1), (10_000, 1), (1, 1)], "20001 prompts"),
+        ([(2_500, 8)], "17100000 characters in all prompts .* at most 10000000"),
+        ([(10_000, 1), (10_000, 1)], None),
+    ],
+)
+def test_prompts_are_counted_before_they_are_built(lists, message):
+    pairs = [
+        ([f"{n:05}" + "x" * 845 * (templates == 8) for n in range(labels)], ["a {}."] * templates)
+        for labels, templates in lists
+    ]
+    if message is None:
+        module.check_prompts(pairs)
+        return
+    with pytest.raises(TaskError, match=message):
+        module.check_prompts(pairs)
+
+
+def test_a_caller_who_gave_up_gets_no_more_batches(local):
+    asked = []
+    with pytest.raises(TaskError, match="cancelled"):
+        local.embed_labels(
+            [f"thing {n}" for n in range(200)], SIMPLE, cancelled=lambda: asked.append(1) or len(asked) > 1
+        )
+    assert len(local.calls) == 2
+
+
+def test_templates_are_not_kept(local):
+    templates = [f"{index} {{}}" for index in range(50)]
+    local.embed_labels(["cat"], templates)
+    local.embed_labels(["cat"], templates)
+    assert len(local.calls) == 1
+    assert all(isinstance(key, bytes) for key, _ in [*local.embed_labels._cache, *local.embed_labels._sets])

@@ -16,7 +16,13 @@ from radapter_serve.serving.server import OUR_BACKENDS
 @pytest.fixture
 def load(monkeypatch):
     """Import the backend as Triton does, with a stand-in for Triton's module."""
-    stand_in = SimpleNamespace(triton_string_to_numpy=lambda _: np.float32)
+    stand_in = SimpleNamespace(
+        triton_string_to_numpy=lambda _: np.float32,
+        get_input_tensor_by_name=lambda request, name: SimpleNamespace(as_numpy=lambda: request[name]),
+        Tensor=lambda name, array: array,
+        TritonError=type("TritonError", (str,), {"INTERNAL": 1, "__new__": lambda cls, text, code: str(text)}),
+        InferenceResponse=lambda tensors=None, error=None: tensors or error,
+    )
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stand_in)
 
     def load():
@@ -49,6 +55,20 @@ def test_it_loads_with_the_parameters_of_the_official_backend(load, repository):
     model = load()
     model.initialize(arguments(repository))
     assert model._session.get_session_options().intra_op_num_threads == 1
+
+
+def test_a_bad_request_fails_alone(load, repository):
+    model = load()
+    given = arguments(
+        repository,
+        input=[{"name": "tokens", "data_type": "TYPE_INT32"}],
+        output=[{"name": "text_embeds", "data_type": "TYPE_FP32"}],
+    )
+    model.initialize({**given, "model_repository": str(repository / "text_encoder")})
+    good, bad = ({"tokens": np.array([[1, token]], np.int32)} for token in (2, 10**6))
+    first, error, last = model.execute([good, bad, good])
+    assert first[0].shape == last[0].shape == (1, 8)
+    assert error.startswith("ONNX Runtime: ")
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")

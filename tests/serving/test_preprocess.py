@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.transform import image_transform
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from small_release import png_header
 
+from radapter_serve.serving import preprocess as module
 from radapter_serve.serving.errors import TaskError
-from radapter_serve.serving.preprocess import Preprocess, decode
+from radapter_serve.serving.preprocess import Preprocess, decode, decode_into
 
 MODES = ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "YCbCr", "I", "F"]
 
@@ -68,7 +71,7 @@ def test_pixels_are_those_of_open_clip(mode, width, height, seed, **config):
     np.testing.assert_array_equal(Preprocess.from_dict(config)(image), expected)
 
 
-@pytest.mark.parametrize("size", [(2, 700), (700, 2), (224, 224), (225, 223), (1, 1), (640, 427)])
+@pytest.mark.parametrize("size", [(2, 600), (600, 2), (224, 224), (225, 223), (1, 1), (640, 427)])
 def test_photo_sizes(size):
     config = {"size": 224, "resize_mode": "shortest", "interpolation": "bicubic", "fill_color": 0}
     image = picture("RGB", *size, 0)
@@ -142,4 +145,36 @@ def test_a_bomb_is_refused_from_its_header(side):
 
 def test_a_thin_image_is_refused_before_it_is_blown_up():
     with pytest.raises(TaskError, match="image_too_large"):
-        Preprocess((224, 224))(Image.new("RGB", (1, 60_000)))
+        Preprocess((224, 224))(Image.new("RGB", (1, 1_200)))
+
+
+def test_base64_takes_little_memory():
+    tracemalloc.start()
+    with pytest.raises(TaskError):
+        decode(b"a " * 1_000_000)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 6_000_000
+
+
+def test_large_images_are_decoded_one_at_a_time(monkeypatch):
+    monkeypatch.setattr(module, "LARGE_PIXELS", 300)
+    held = []
+    monkeypatch.setattr(Preprocess, "__call__", lambda self, image, out: held.append(module._LARGE.locked()))
+    for side in (10, 20):
+        decode_into(encoded(picture("RGB", side, side, 0), "PNG"), Preprocess((8, 8)), np.empty((8, 8, 3), np.uint8))
+    assert held == [False, True]
+    assert not module._LARGE.locked()
+
+
+@pytest.mark.parametrize(("error", "code"), [(ValueError("x"), "invalid_image"), (MemoryError(), "image_too_large")])
+@pytest.mark.parametrize("where", ["load", "resize"])
+def test_whatever_fails_is_the_image_s_error(monkeypatch, error, code, where):
+    def fail(*_):
+        raise error
+
+    data = encoded(picture("RGB", 20, 20, 0), "PNG")
+    monkeypatch.setattr(PngImageFile if where == "load" else Image.Image, where, fail)
+    with pytest.raises(TaskError) as caught:
+        decode_into(data, Preprocess((8, 8)), np.empty((8, 8, 3), np.uint8))
+    assert caught.value.code == code

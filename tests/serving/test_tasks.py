@@ -67,6 +67,23 @@ def test_embed_texts(local):
     assert local.calls == [(3, max(shape[1] for shape in local.calls))]
 
 
+def test_too_long_a_text_fails_its_own_request_only(local):
+    results = local.embed_texts([[b"a cat"], [b"x" * 10_001], [b"x" * 10_000]])
+    assert [type(result) for result in results] == [np.ndarray, TaskError, np.ndarray]
+    assert "a text of 10001 characters" in str(results[1])
+
+
+def test_prompts_are_counted_over_all_rows_of_a_request(local):
+    lists = [[f"{row} {index}".encode() for index in range(7_000)] for row in range(3)]
+    [error] = local.classify([ClassifyRequest([png(0)] * 3, lists)])
+    assert "21000 prompts" in str(error)
+    assert not local.calls
+    [error] = local.classify([ClassifyRequest([png(0)], [[b"a" * 1_001]])])
+    assert "a label of 1001 characters" in str(error)
+    [classes] = local.classify([ClassifyRequest([png(0)] * 50, [lists[0][:500]] * 50)])
+    assert len(classes.labels) == 50
+
+
 def expected(local, image: bytes, labels: list[str], templates: list[str]) -> dict[str, float]:
     image_embed = local.embed_images([[image]])[0][0]
     label_set = local.embed_labels(labels, templates)

@@ -68,8 +68,8 @@ class TritonPythonModel:
         feed = {name: np.concatenate([one[name] for one in arrays]) for name in self._inputs}
         try:
             outputs = self._run(feed)
-        except Exception as error:
-            return [_failed(error) for _ in arrays]
+        except Exception:  # of one of them; the others are not to fail with it
+            return [self._run_alone(feed) for feed in arrays]
         ends = np.cumsum([len(one[self._inputs[0]]) for one in arrays])[:-1]
         parts = zip(*(np.split(output, ends) for output in outputs), strict=True)
         return [self._response(part) for part in parts]
@@ -77,7 +77,7 @@ class TritonPythonModel:
     def _run_alone(self, feed: Feed) -> Any:
         try:
             return self._response(self._run(feed))
-        except Exception as error:  # one bad request must not fail the others
+        except Exception as error:
             return _failed(error)
 
     def _run(self, feed: Feed) -> list[NDArray[Any]]:
