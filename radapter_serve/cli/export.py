@@ -36,7 +36,8 @@ def export(
     radapter-serve serves. Nothing is written unless all of it succeeds.
 
     Args:
-        alpha: re-scaling from 0 (the base) to 1 (all that was learned); the run's own if none is given.
+        alpha: re-scaling from 0 (the base) to 1 (all that was learned); the run's own if none is given; auto takes what
+            radapter-eval --alpha auto chose.
         adapter: folder of a run or adapter file; the newest run in ./runs if none is given.
         base: open_clip model or local-dir:PATH; what the adapter was trained on if none is given.
         pretrained: open_clip tag or path of a checkpoint; what the adapter was trained on if none is given.
@@ -47,17 +48,18 @@ def export(
         tolerance: largest difference from torch allowed in a component of the unit-length embeddings.
         max_batch_size: images or texts in one batch of the server.
     """
-    alphas = [_number(value) for value in alpha]
+    alphas = [None if value == "auto" else _number(value) for value in alpha]
     label_sets = _label_sets(label_set)
     path = Path(adapter) if adapter else newest_run()
     console = Console(stderr=True)
     with console.status("starting") as status:
         start = time.perf_counter()
         from radapter_export import export_release  # torch and onnx take seconds to load: not for --help
+        from radapter_serve.evaluation.choice import chosen_alpha
 
         releases = export_release(
             path,
-            alphas or None,
+            [chosen_alpha(path) if value is None else value for value in alphas] or None,
             base=base,
             pretrained=pretrained,
             model_repository=model_repository,
@@ -121,7 +123,7 @@ def _number(value: str) -> float:
     try:
         return float(value)
     except ValueError:
-        raise RAdapterError(f"alpha is {value!r}; allowed: a number from 0 to 1, such as --alpha 0.5") from None
+        raise RAdapterError(f"alpha is {value!r}; allowed: a number from 0 to 1, such as 0.5, or auto") from None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from radapter_serve.adapter import Adapter, load_adapter
 from radapter_serve.adapter.file import check_alpha, check_base
 from radapter_serve.base import LOCAL, Base, load_base
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.serving.labels import embed_texts
 from radapter_serve.serving.preprocess import Preprocess, decode
@@ -104,8 +104,12 @@ class TorchEmbedder:
         device: str | None = None,
     ) -> None:
         self.templates, self._precision = templates, precision
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._base, self._model = base, base.model.to(self._device)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self._device = torch.device(device)
+            self._base, self._model = base, base.model.to(self._device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch says depends on its build
+            raise RAdapterError(f"device {device!r} can't be used: {reason(error)}; allowed: cpu, cuda, ...") from error
         self._transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
         self._tensors = self._model.state_dict()
         self._lines = {line.source: line for line in lines}
@@ -246,7 +250,7 @@ def _difference(path: Path, base: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
     try:
         tuned = load_state_dict(str(file))
     except Exception as error:  # torch, pickle and safetensors raise many kinds, and all mean: no checkpoint
-        raise RAdapterError(f"could not read the checkpoint {file}: {error}") from error
+        raise RAdapterError(f"could not read the checkpoint {file}: {reason(error)}") from error
     names = {key for key, value in base.items() if value.is_floating_point()}
     odd = sorted(key for key in names if key not in tuned or tuned[key].shape != base[key].shape)
     if odd:

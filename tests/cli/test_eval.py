@@ -1,0 +1,230 @@
+"""`radapter-eval`, from the command line to files; and what `radapter-export --alpha auto` makes of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from radapter_export import export_release
+from radapter_serve.adapter import Metadata, attach, base_digest, save_adapter
+from radapter_serve.base import load_base
+from radapter_serve.cli.eval import main
+from radapter_serve.cli.export import main as export
+
+CLASSES = ["cat", "dog", "house"]
+SUITE = """
+templates: simple
+sets:
+  - {name: plain, data: "imagefolder:plain"}
+  - {name: shifted, data: "imagefolder:shifted", shift: ood}
+  - {name: held-out, data: "imagefolder:held-out", split: validation}
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tiny_clip_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`data` with three small image folders, `suite.yaml`, `runs/tiny`."""
+    root = tmp_path_factory.mktemp("eval")
+    generator = np.random.default_rng(0)
+    for name in ("plain", "shifted", "held-out"):
+        for index in range(12):
+            folder = root / "data" / name / CLASSES[index % 3]
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = generator.integers(0, 255, (5, 6, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((50, 41), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
+    (root / "suite.yaml").write_text(SUITE, encoding="utf-8")
+    run = root / "runs" / "tiny"
+    run.mkdir(parents=True)
+    base = load_base(tiny_clip_dir)
+    adapters = attach(base.model)
+    generator_ = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in adapters.named_tensors().values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator_) * 0.2)
+    digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
+    recipe = {"val_data": f"imagefolder:{root / 'data' / 'held-out'}", "image_column": "image", "label_column": "label"}
+    metadata = Metadata(architecture=tiny_clip_dir, base_digest=digest, alpha=0.5, recipe=recipe)
+    save_adapter(adapters.adapter(metadata), run / "adapter.safetensors")
+    return root
+
+
+@pytest.fixture
+def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder of its own with all of `made`."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", made / "cache")
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    shutil.copy(made / "suite.yaml", tmp_path)
+    (tmp_path / "data").symlink_to(made / "data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    return tmp_path
+
+
+def rows(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+COMMON = ["--suite", "suite.yaml", "--data-root", "data"]
+
+
+def test_a_sweep_writes_rows_a_table_and_pictures(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*COMMON, "--alpha", "0", "0.5", "1"]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert "shifted" in out and "adapter" in out
+    assert {path.name for path in (here / "results").iterdir()} == {"results.jsonl", "alpha.png", "bars.png"}
+    found = rows(here / "results")
+    assert [(row["dataset"], row["alpha"]) for row in found] == [
+        (s, a) for s in ("plain", "shifted") for a in (0, 0.5, 1)
+    ]
+    for row in found:
+        assert row["task"] == "zeroshot_classification" and row["language"] == "en"
+        assert row["n"] == 12 and row["precision"] == "fp32" and row["seed"] == 0
+        assert set(row["metrics"]) == {"acc1", "mean_per_class_recall"}  # type: ignore[call-overload]
+        assert str(row["base_digest"]).startswith("sha256:") and str(row["adapter_digest"]).startswith("sha256:")
+        assert isinstance(row["runtime"], float)
+
+
+def test_resume_judges_only_what_is_missing(
+    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([*COMMON, "--alpha", "0", "0.5"]) == 0
+    before = rows(here / "results")
+    assert main([*COMMON, "--alpha", "0", "0.5"]) == 2
+    assert "holds results; add to them by --resume, or name another --out" in capfd.readouterr().err
+    assert main([*COMMON, "--alpha", "0.5", "1", "--resume"]) == 0
+    after = rows(here / "results")
+    assert after[: len(before)] == before
+    assert [(row["dataset"], row["alpha"]) for row in after[len(before) :]] == [("plain", 1), ("shifted", 1)]
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("judged again")
+
+    monkeypatch.setattr("radapter_serve.evaluation.run.judge", never)
+    assert main([*COMMON, "--alpha", "0.5", "1", "0", "--resume"]) == 0
+    assert rows(here / "results") == after
+
+
+def test_interrupted_rows_are_kept(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from radapter_serve.evaluation import run
+
+    real, calls = run.judge, []
+
+    def once(*arguments: object, **options: object) -> object:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run, "judge", once)
+    assert main([*COMMON, "--alpha", "0.5"]) == 130
+    assert [row["dataset"] for row in rows(here / "results")] == ["plain"]
+    assert {path.name for path in (here / "results").iterdir()} == {"results.jsonl"}
+
+
+def test_limit_draws_by_the_seed(here: Path) -> None:
+    for seed in ("0", "0", "1"):
+        assert main([*COMMON, "--alpha", "0.5", "--limit", "5", "--seed", seed, "--resume"]) == 0
+    found = rows(here / "results")
+    assert [(row["dataset"], row["n"], row["seed"]) for row in found] == [
+        ("plain", 5, 0), ("shifted", 5, 0), ("plain", 5, 1), ("shifted", 5, 1)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("with_suite", [True, False])
+def test_auto_chooses_on_validation_data_and_export_takes_it(
+    here: Path, capfd: pytest.CaptureFixture[str], with_suite: bool
+) -> None:
+    assert main([*(COMMON if with_suite else []), "--alpha", "auto"]) == 0
+    out, _ = capfd.readouterr()
+    assert "rule: the alpha of the best mean over in-distribution validation sets; of equal ones the smallest" in out
+    choice = json.loads((here / "runs" / "tiny" / "alpha.json").read_text(encoding="utf-8"))
+    name = "held-out" if with_suite else "validation"
+    assert [point["alpha"] for point in choice["curve"]] == [round(0.1 * step, 1) for step in range(11)]
+    scores = {point["alpha"]: point[name] for point in choice["curve"]}
+    assert choice["alpha"] == min(alpha for alpha, score in scores.items() if score == max(scores.values()))
+    tested = {(row["dataset"], row["alpha"]) for row in rows(here / "results") if row["split"] == "test"}
+    assert tested == {(s, a) for s in ("plain", "shifted") for a in (0, choice["alpha"]) if with_suite}
+    if with_suite:
+        assert export(["--alpha", "auto"]) == 0
+        release = json.loads((here / "merged" / "release.json").read_text(encoding="utf-8"))
+        assert release["alpha"] == choice["alpha"]
+
+
+def test_export_auto_without_a_choice_or_with_another_adapters(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert export(["--alpha", "auto"]) == 2
+    assert "choose one: radapter-eval --adapter runs/tiny --alpha auto" in capfd.readouterr().err
+    other = {"alpha": 0.3, "rule": "", "curve": [], "sets": {}, "adapter_digest": "sha256:0"}
+    (here / "runs" / "tiny" / "alpha.json").write_text(json.dumps(other), encoding="utf-8")
+    assert export(["--alpha", "auto"]) == 2
+    assert "was chosen for another adapter" in capfd.readouterr().err
+    (here / "runs" / "tiny" / "alpha.json").write_text("{", encoding="utf-8")
+    assert export(["--alpha", "auto"]) == 2
+    assert "choose again" in capfd.readouterr().err
+
+
+def test_merged_and_release_by_flag(here: Path) -> None:
+    export_release("runs/tiny", [0.5], model_repository="repository", merged="merged")
+    common = [*COMMON, "--resume"]
+    for flags in (
+        ["--alpha", "0.5"],
+        ["--merged", "merged"],
+        ["--release", "repository"],
+        ["--release", "repository@1"],
+    ):
+        assert main([*common, *flags]) == 0
+    found = rows(here / "results")
+    assert [row["source"] for row in found] == ["adapter"] * 2 + ["merged"] * 2 + ["release"] * 2
+    assert all(found[i]["metrics"] == found[i + 2]["metrics"] == found[i + 4]["metrics"] for i in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no suite; give one with --suite"),
+        (["--suite", "none.yaml"], "could not read the suite none.yaml"),
+        ([*COMMON, "--alpha", "half"], "alpha is 'half'; allowed: numbers from 0 to 1, or auto"),
+        ([*COMMON, "--alpha", "2"], "alpha is 2.0; allowed"),
+        ([*COMMON, "--alpha", "0.5", "0.5"], "given twice"),
+        ([*COMMON, "--alpha", "auto", "0.5"], "stands alone"),
+        ([*COMMON, "--adapter", "none"], "no adapter file at none"),
+        ([*COMMON, "--merged", "none"], "is no model folder"),
+        ([*COMMON, "--release", "none"], "no release in the model repository none; make one with radapter-export"),
+        ([*COMMON, "--url", "grpc://127.0.0.1:1"], "grpc://127.0.0.1:1: "),
+        ([*COMMON, "--url", "ftp://x"], "ftp://x: "),
+        ([*COMMON, "--merged", "a", "--alpha", "0.5"], "--merged, --alpha don't go together"),
+        ([*COMMON, "--limit", "0"], "--limit is 0; allowed: 1 or more"),
+        ([*COMMON, "--finetuned", "none.pt"], "no checkpoint at none.pt"),
+        ([*COMMON, "--finetuned", "suite.yaml"], "could not read the checkpoint suite.yaml"),
+        ([*COMMON, "--device", "abacus"], "abacus"),
+        (["--suite", "suite.yaml", "--data-root", "runs"], "data set 'plain': no folder runs/plain"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    here: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(arguments) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("radapter-eval: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert {path.name for path in here.iterdir()} == {"runs", "data", "suite.yaml"}
+
+
+def test_help_and_unknown_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        main(["--help"])
+    assert not exit_status.value.code
+    assert "radapter-eval" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_status:
+        main(["--no-such-flag", "1"])
+    assert exit_status.value.code == 2
