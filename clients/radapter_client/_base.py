@@ -7,9 +7,11 @@ is a plan here and a line in each.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -38,11 +40,17 @@ MAX_STRINGS = 8192
 
 @dataclass(frozen=True)
 class Plan(Generic[T]):
-    """parts: each makes one request, when its turn comes; finish: the answer from the replies, in the parts' order."""
+    """What a call does.
+
+    Args:
+        parts: each makes one request, when its turn comes.
+        finish: the answer from the replies, in the parts' order.
+        one_release: several requests whose replies must come from one release.
+    """
 
     parts: Sequence[Callable[[], Request]]
     finish: Callable[[list[Any]], T]
-    one_release: bool = False  # several requests whose replies must come from one release
+    one_release: bool = False
 
 
 class BaseClient:
@@ -63,6 +71,18 @@ class BaseClient:
         if self._closed:
             raise RAdapterClientError("the client is closed; make a new one")
         return self._timeout if timeout is None else _seconds(timeout)
+
+    @contextlib.contextmanager
+    def _until_closed(self) -> Iterator[None]:
+        """Each protocol has its own way to fail in a call under way when its connection is closed."""
+        try:
+            yield
+        except RAdapterClientError:
+            raise
+        except (Exception, asyncio.CancelledError) as error:
+            if self._closed:
+                raise RAdapterClientError("the client was closed in the middle of a call") from error
+            raise
 
     def _pinned(self, request: Request, version: int | None) -> Request:
         if request.action in ("config", "statistics") or version is None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, overload
 
-from ._base import NOT_READY, BaseClient, Embeddings, Plan, T
-from ._exceptions import RAdapterClientError
+from ._base import NOT_READY, BaseClient, Embeddings, Plan, T, _count
 from ._images import ImageLike
 from ._profile import Profile
 from ._results import Classification, Release
@@ -21,14 +20,16 @@ from ._wire import AsyncTransport, Request, Transport
 class Client(BaseClient):
     """A client of one server, safe to use from several threads.
 
-    url: grpc://HOST:8001, grpcs://HOST, http://HOST:8000 or https://HOST.
-    release: version of the release that every call is to use; None for the newest. A call of several requests gets all
-        its answers from one release; two calls may not, unless the release is given here.
-    timeout: seconds that one request may take; each method takes its own as well.
-    batch_size: images or texts in a request at most; the server's limit is `release.facts["max_batch_size"]`.
-    concurrency: requests that calls with lists keep under way at once, over all threads.
+    Args:
+        url: grpc://HOST:8001, grpcs://HOST, http://HOST:8000 or https://HOST.
+        release: version of the release that every call is to use; None for the newest. A call of several requests gets
+            all its answers from one release; two calls may not, unless the release is given here.
+        timeout: seconds that one request may take; each method takes its own as well.
+        batch_size: images or texts in a request at most; the server's limit is `release.facts["max_batch_size"]`.
+        concurrency: requests that calls with lists keep under way at once, over all threads.
 
-    Every failure is a RAdapterClientError, the same for every protocol: see its subclasses.
+    Raises:
+        RAdapterClientError: here and in every method; the same for every protocol: see its subclasses.
     """
 
     def __init__(
@@ -80,13 +81,17 @@ class Client(BaseClient):
     ) -> Any:
         """The best labels of an image, or of each of a list of images.
 
-        images: a path, the bytes of an image file, a PIL image, a uint8 array [H, W, 3] (RGB) or [H, W] (grey);
-            or a list of them.
-        labels: the labels to choose from; synonyms after commas ("cat, kitty") count as one label.
-        label_set: instead of labels, the name of a set that was exported with the release.
-        templates: prompts with {} for the label; None for the release's own.
-        top_k: labels to return, fewer where there are fewer.
-        timeout: seconds for each request of this call.
+        Args:
+            images: a path, the bytes of an image file, a PIL image, a uint8 array [H, W, 3] (RGB) or [H, W] (grey);
+                or a list of them.
+            labels: the labels to choose from; synonyms after commas ("cat, kitty") count as one label.
+            label_set: instead of labels, the name of a set that was exported with the release.
+            templates: prompts with {} for the label; None for the release's own.
+            top_k: labels to return, fewer where there are fewer.
+            timeout: seconds for each request of this call.
+
+        Raises:
+            InvalidRequest: bad arguments; InvalidImage among them, for the first image that is none.
         """
         return self._run(self._classify(images, labels, label_set, templates, top_k), timeout)
 
@@ -117,6 +122,7 @@ class Client(BaseClient):
 
     def profile(self, *, requests: int = 10, timeout: float | None = None) -> Profile:
         """Where the time of an `embed_images` request of one image goes: print it. Sends `requests` of them."""
+        requests = _count("requests", requests)
         image = self._sample_image(self.release)
         self.embed_images([image], timeout=timeout)  # connects and warms up
         before, start = self._run(self._statistics(), timeout), time.perf_counter()
@@ -126,7 +132,7 @@ class Client(BaseClient):
         return Profile.between(before, self._run(self._statistics(), timeout), seconds, requests)
 
     def close(self) -> None:
-        """Closes the connections; calls under way in other threads fail."""
+        """Closes the connections; calls under way in other threads fail, over HTTP after the request they wait for."""
         self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._transport.close()
@@ -148,12 +154,10 @@ class Client(BaseClient):
         def send(part: Callable[[], Request]) -> Any:
             return self._transport.send(self._pinned(part(), version), seconds)
 
-        if len(plan.parts) == 1:
-            return plan.finish([send(plan.parts[0])])  # no hand-over to another thread
-        try:
+        with self._until_closed():
+            if len(plan.parts) == 1:
+                return plan.finish([send(plan.parts[0])])  # no hand-over to another thread
             return plan.finish(list(self._threads.map(send, plan.parts)))
-        except CancelledError:
-            raise RAdapterClientError("the client was closed in the middle of a call") from None
 
 
 class AsyncClient(BaseClient):
@@ -239,6 +243,7 @@ class AsyncClient(BaseClient):
 
     async def profile(self, *, requests: int = 10, timeout: float | None = None) -> Profile:
         """See Client.profile."""
+        requests = _count("requests", requests)
         image = self._sample_image(await self.release)
         await self.embed_images([image], timeout=timeout)
         before, start = await self._run(self._statistics(), timeout), time.perf_counter()
@@ -268,8 +273,9 @@ class AsyncClient(BaseClient):
 
         async def send(part: Callable[[], Request]) -> Any:
             async with self._slots:
-                request = await asyncio.to_thread(part)  # reads files, encodes images
-                return await self._transport.send(self._pinned(request, version), seconds)
+                with self._until_closed():
+                    request = await asyncio.to_thread(part)  # reads files, encodes images
+                    return await self._transport.send(self._pinned(request, version), seconds)
 
         tasks = [asyncio.ensure_future(send(part)) for part in plan.parts]
         try:

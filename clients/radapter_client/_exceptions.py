@@ -18,8 +18,10 @@ import re
 class RAdapterClientError(Exception):
     """The base of every exception that this package raises.
 
-    message: a sentence for people.
-    code: what programs can rely on, such as "invalid_image": the word in brackets before a server's sentence, or None.
+    Args:
+        message: a sentence for people.
+        code: what programs can rely on, such as "invalid_image": the word in brackets before a server's sentence, or
+            None.
     """
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
@@ -78,8 +80,9 @@ KINDS: dict[str, type[RAdapterClientError]] = {
 def from_server(status: str, text: str) -> RAdapterClientError:
     """The exception for a failure that the server reported.
 
-    status: gRPC's name of the status ("INVALID_ARGUMENT") or HTTP's number ("400").
-    text: the server's message; a code in brackets goes to `.code`, a stack trace of the server is cut off.
+    Args:
+        status: gRPC's name of the status ("INVALID_ARGUMENT") or HTTP's number ("400").
+        text: the server's message; a code in brackets goes to `.code`, a stack trace of the server is cut off.
     """
     text = re.sub(r"^\[request id: [^\]]*\] ", "", text.split("\n\nAt:\n")[0]).strip()
     found = re.search(r"(?:^|: )\[([a-z][a-z0-9_]*)\] ", text)

@@ -30,7 +30,11 @@ def is_one_image(images: object) -> bool:
 
 
 def encode_image(image: ImageLike) -> bytes:
-    """The bytes of a JPEG, PNG or WebP file for an image. Raises InvalidImage."""
+    """The bytes of a JPEG, PNG or WebP file for an image.
+
+    Raises:
+        InvalidImage: a file that cannot be read, or something that is no image.
+    """
     if isinstance(image, (str, os.PathLike)):
         return _read(Path(image))
     if isinstance(image, (bytes, bytearray, memoryview)):

@@ -14,12 +14,13 @@ COMPUTE = ("compute_input", "compute_infer", "compute_output")
 class Profile:
     """Mean times of one request, in milliseconds; str() draws them as a tree.
 
-    total: from call to answer, seen here.
-    network: what is neither queue nor model: encoding, the way there and back, decoding.
-    queue: waiting in the server, for the task and for its encoder.
-    task: the task's own work: decoding, resizing or tokenizing, and the hand-over to the encoder.
-    encoder: the encoder's work.
-    requests: how many were averaged. On a server with other callers, theirs are in the server's means.
+    Args:
+        total: from call to answer, seen here.
+        network: what is neither queue nor model: encoding, the way there and back, decoding.
+        queue: waiting in the server, for the task and for its encoder.
+        task: the task's own work: decoding, resizing or tokenizing, and the hand-over to the encoder.
+        encoder: the encoder's work.
+        requests: how many were averaged. On a server with other callers, theirs are in the server's means.
     """
 
     total: float

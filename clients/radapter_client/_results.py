@@ -14,9 +14,10 @@ from ._exceptions import ModelNotFound, ServerError
 class Classification:
     """The best labels of one image.
 
-    labels: best first.
-    scores: of these labels, in [0, 1]; over all labels of the request they sum to 1 (softmax models).
-    release: the version of the release that answered.
+    Args:
+        labels: best first.
+        scores: of these labels, in [0, 1]; over all labels of the request they sum to 1 (softmax models).
+        release: the version of the release that answered.
     """
 
     labels: list[str]
@@ -33,13 +34,14 @@ class Classification:
 class Release:
     """What one served version is made of.
 
-    version: integer that all models of the release share.
-    alpha: the adapter's weight in it, in [0, 1]; 0 is the untouched base.
-    embed_dim: width D of its embeddings.
-    logit_scale: factor on the cosine before the softmax.
-    templates: the prompt templates used where a request brings none.
-    label_sets: name to facts of each label set that `classify` knows by name.
-    facts: the whole of its release.json.
+    Args:
+        version: integer that all models of the release share.
+        alpha: the adapter's weight in it, in [0, 1]; 0 is the untouched base.
+        embed_dim: width D of its embeddings.
+        logit_scale: factor on the cosine before the softmax.
+        templates: the prompt templates used where a request brings none.
+        label_sets: name to facts of each label set that `classify` knows by name.
+        facts: the whole of its release.json.
     """
 
     version: int

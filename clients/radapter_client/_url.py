@@ -13,7 +13,14 @@ ALLOWED = "grpc://HOST:8001, grpcs://HOST, http://HOST:8000 or https://HOST"
 
 @dataclass(frozen=True)
 class ServerURL:
-    """scheme; host as in the URL (IPv6 in brackets); port; path, empty or with a slash before and none behind."""
+    """The parts of a server's URL.
+
+    Args:
+        scheme: grpc, grpcs, http or https.
+        host: as in the URL, IPv6 in brackets.
+        port: the usual one where the URL names none.
+        path: empty, or with a slash before and none behind.
+    """
 
     scheme: str
     host: str
@@ -37,7 +44,11 @@ class ServerURL:
 
 
 def parse_url(url: str) -> ServerURL:
-    """The parts of a server's URL; the usual port where it names none. Raises InvalidURL, naming the allowed forms."""
+    """The parts of a server's URL.
+
+    Raises:
+        InvalidURL: it is none; names the allowed forms.
+    """
 
     def refuse(why: str) -> InvalidURL:
         return InvalidURL(f"not a server's URL: {url!r} {why}; allowed are {ALLOWED}")

@@ -16,10 +16,11 @@ Array = npt.NDArray[Any]
 class Request:
     """One round trip.
 
-    action: "infer" is answered by Tensors, "config" and "statistics" by a dict as JSON has it, "ready" by a bool.
-    model: name; empty for the statistics of all models.
-    version: of the model; empty for the newest.
-    inputs: name to array with the batch first; object arrays of bytes become BYTES.
+    Args:
+        action: "infer" is answered by Tensors, "config" and "statistics" by a dict as JSON has it, "ready" by a bool.
+        model: name; empty for the statistics of all models.
+        version: of the model; empty for the newest.
+        inputs: name to array with the batch first; object arrays of bytes become BYTES.
     """
 
     action: Literal["infer", "config", "ready", "statistics"]

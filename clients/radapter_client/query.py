@@ -106,7 +106,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP file")
     choice = made.add_mutually_exclusive_group(required=True)
     choice.add_argument("--labels", nargs="+", metavar="LABEL", help='such as "a cat" "a dog"; synonyms after commas')
-    choice.add_argument("--labels-file", type=Path, metavar="FILE", help="one label a line, synonyms after commas")
+    choice.add_argument(
+        "--labels-file", type=Path, metavar="FILE", help="one label a line, synonyms after commas, # comments"
+    )
     choice.add_argument("--label-set", metavar="NAME", help="a set that was exported with the release")
     made.add_argument(
         "--templates", nargs="+", metavar="TEMPLATE", help="with {} for the label (default: the release's)"
@@ -137,12 +139,12 @@ def print_json(value: object) -> None:
 
 
 def read_lines(path: Path, what: str) -> list[str]:
-    """The lines of a UTF-8 file that are not empty."""
+    """The lines of a UTF-8 file that are neither empty nor `#` comments."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise RAdapterClientError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    lines = [line for line in lines if line]
+    lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
         raise RAdapterClientError(f"{path} is empty: it needs {what} a line")
     return lines

@@ -224,6 +224,18 @@ def test_closed_in_mid_call(url: str):
         client.embed_images([order(sleep=0.2, name=index) for index in range(20)])
 
 
+def test_closed_in_mid_call_by_another_task(url: str):
+    async def main() -> None:
+        client = AsyncClient(url, batch_size=1, concurrency=2, timeout=20)
+        call = asyncio.ensure_future(client.embed_images([order(sleep=0.2, name=index) for index in range(20)]))
+        await asyncio.sleep(0.3)
+        await client.close()
+        with pytest.raises(radapter_client.RAdapterClientError):
+            await call
+
+    asyncio.run(main())
+
+
 def test_server_that_goes_away(fake_repository: Path):
     """Killed in the middle of calls over every way: each fails at once; back again, each client works again."""
     with FakeServer(fake_repository) as server:

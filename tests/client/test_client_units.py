@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import radapter_client
-from radapter_client import _exceptions
+from radapter_client import _exceptions, query
 from radapter_client._base import MAX_BYTES, MAX_STRINGS
 from radapter_client._images import chunks, encode_image, is_one_image, size_bound
 from radapter_client._url import parse_url
+from radapter_serve.serving.labels import read_label_file
 
 CLIENT = radapter_client.Client("http://localhost:1")
 
@@ -318,6 +319,8 @@ def test_bad_arguments_of_classify(arguments, why: str):
 
 
 def test_other_bad_arguments():
+    with pytest.raises(radapter_client.InvalidRequest, match="requests is 0; allowed are whole numbers from 1"):
+        CLIENT.profile(requests=0)
     for name in ("batch_size", "concurrency", "release"):
         with pytest.raises(radapter_client.InvalidRequest, match=f"{name} is 0"):
             radapter_client.Client(**{name: 0})
@@ -355,3 +358,22 @@ def test_closed_client_says_so(protocol: str):
     client.close()
     with pytest.raises(radapter_client.RAdapterClientError, match="closed"):
         client.embed_texts(["x"])
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_closed_between_the_start_of_a_call_and_its_requests(protocol: str, count: int, monkeypatch):
+    client = radapter_client.Client(f"{protocol}://127.0.0.1:1", batch_size=1, release=1)
+
+    def start(timeout: float | None) -> float:
+        client.close()
+        return 0.3
+
+    monkeypatch.setattr(client, "_start", start)
+    with pytest.raises(radapter_client.RAdapterClientError, match="closed in the middle|no answer"):
+        client.embed_texts(["x"] * count)
+
+
+def test_label_files_are_read_as_the_exporter_reads_them(tmp_path: Path):
+    path = tmp_path / "labels.txt"
+    path.write_text("\ufeff# animals\n\ncat, kitty\n  ein Hündchen \r\nC# code\n   # no label\n", encoding="utf-8")
+    assert query.read_lines(path, "a label") == read_label_file(path) == ["cat, kitty", "ein Hündchen", "C# code"]
