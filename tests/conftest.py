@@ -37,3 +37,37 @@ def tiny_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     config = {"model_cfg": TINY_CLIP, "preprocess_cfg": {**preprocess, "resize_mode": "shortest"}}
     (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
     return f"local-dir:{folder}"
+
+
+EXPORTED_ALPHAS = (0.3, 0.8)
+EXPORTED_LABELS = ("cat, kitty", "a dog in the SNOW", "don't know", "猫")
+
+
+@pytest.fixture(scope="session")
+def exported_tiny_clip(tiny_clip_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model_repository` and `merged`: an adapter of the tiny CLIP, exported, with a label set `four`."""
+    import torch
+
+    from radapter_export import export_release
+    from radapter_serve.adapter import Metadata, attach, base_digest, save_adapter
+    from radapter_serve.base import load_base
+
+    folder = tmp_path_factory.mktemp("exported")
+    base = load_base(tiny_clip_dir)
+    adapters = attach(base.model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in adapters.named_tensors().values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.05)
+    digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
+    adapter = adapters.adapter(Metadata(architecture=tiny_clip_dir, base_digest=digest))
+    save_adapter(adapter, folder / "adapter.safetensors")
+    (folder / "labels.txt").write_text("\n".join(EXPORTED_LABELS), encoding="utf-8")
+    export_release(
+        folder / "adapter.safetensors",
+        EXPORTED_ALPHAS,
+        model_repository=folder / "model_repository",
+        merged=folder / "merged",
+        label_sets={"four": folder / "labels.txt"},
+    )
+    return folder

@@ -90,6 +90,8 @@ def _hugging_face(tokenizer: clip.HFTokenizer) -> tuple[str, dict[str, Any]]:
         )
     if getattr(inner, "padding_side", "right") != "right":
         raise RAdapterError("cannot export a tokenizer that pads on the left")
+    if inner.pad_token_id is None:
+        raise RAdapterError("cannot export a tokenizer without a padding token; set its pad_token")
     copy = json.loads(core.to_str())
     copy["truncation"] = copy["padding"] = None
     start = inner.bos_token_id if inner.bos_token_id is not None else inner.cls_token_id

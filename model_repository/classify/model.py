@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from radapter_serve.serving.tasks import Classify, ClassifyRequest, load_label_sets
 from radapter_serve.serving.triton import Version, answer, read
 
@@ -9,17 +11,17 @@ from radapter_serve.serving.triton import Version, answer, read
 class TritonPythonModel:
     """Encodes the images of all waiting requests together, and scores each request against its own labels."""
 
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         version = Version(args)
         label_sets = load_label_sets(version.folder / "label_sets")
         self._task = Classify(version.release, version.embed_images(), version.embed_labels(), label_sets)
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[Any]:
         inputs = [_request(request) for request in requests]
         return answer(requests, lambda: self._task(inputs), lambda c: {"label": c.labels, "score": c.scores})
 
 
-def _request(request):
+def _request(request: Any) -> ClassifyRequest:
     label_set, top_k = read(request, "label_set"), read(request, "top_k")
     return ClassifyRequest(
         images=read(request, "image").ravel(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from radapter_serve.serving.tasks import EmbedTexts
 from radapter_serve.serving.triton import Version, answer, read
 
@@ -9,10 +11,10 @@ from radapter_serve.serving.triton import Version, answer, read
 class TritonPythonModel:
     """Tokenizes the texts of all waiting requests together; each text is encoded once, with others of its length."""
 
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         version = Version(args)
         self._task = EmbedTexts(version.release, version.tokenizer(), version.encode_tokens)
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[Any]:
         texts = [read(request, "text").ravel() for request in requests]
         return answer(requests, lambda: self._task(texts), lambda embeds: {"text_embeds": embeds})

@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 import signal
-import socket
 from pathlib import Path
 from typing import Any
+
+from ports import free_ports
 
 from radapter_serve.serving.server import TritonServer
 
@@ -87,11 +88,3 @@ class FakeServer(TritonServer):
         """SIGSTOP: the server no longer answers, its connections stay. SIGKILL: it is gone at once."""
         assert self._process is not None
         os.kill(self._process.pid, number)
-
-
-def free_ports() -> tuple[int, int, int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
-    first, second, third = (listener.getsockname()[1] for listener in sockets)
-    for listener in sockets:
-        listener.close()
-    return first, second, third

@@ -10,48 +10,22 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from fake_server import free_ports
 from PIL import Image
+from ports import free_ports
 
 import radapter_client
 from radapter_client import Client
-from radapter_export import export_release
-from radapter_serve.adapter import Metadata, attach, base_digest, save_adapter
-from radapter_serve.base import load_base
 from radapter_serve.serving.server import TritonServer
 
 pytestmark = pytest.mark.triton
 
-LABELS = ["cat, kitty", "a dog in the SNOW", "猫"]
+LABELS = ["cat, kitty", "a dog in the SNOW", "don't know", "猫"]
 ALPHAS = [0.3, 0.8]
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_clip_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exported")
-    base = load_base(tiny_clip_dir)
-    adapters = attach(base.model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in adapters.named_tensors().values():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.05)
-    digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
-    adapter = adapters.adapter(Metadata(architecture=tiny_clip_dir, base_digest=digest))
-    save_adapter(adapter, folder / "adapter.safetensors")
-    (folder / "labels.txt").write_text("\n".join(LABELS), encoding="utf-8")
-    export_release(
-        folder / "adapter.safetensors",
-        ALPHAS,
-        model_repository=folder / "model_repository",
-        merged=folder / "merged",
-        label_sets={"three": folder / "labels.txt"},
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(exported: Path) -> Iterator[TritonServer]:
-    with TritonServer(exported / "model_repository", "127.0.0.1", *free_ports()) as server:
+def server(exported_tiny_clip: Path) -> Iterator[TritonServer]:
+    with TritonServer(exported_tiny_clip / "model_repository", "127.0.0.1", *free_ports()) as server:
         yield server
 
 
@@ -70,8 +44,8 @@ def pictures() -> list[Image.Image]:
     return [*modes, rgb.transpose(Image.Transpose.ROTATE_90), rgb.resize((20, 9))]
 
 
-def test_embeds_what_open_clip_embeds(client: Client, exported: Path):
-    merged = sorted(path.parent for path in exported.glob("merged/**/open_clip_config.json"))[-1]
+def test_embeds_what_open_clip_embeds(client: Client, exported_tiny_clip: Path):
+    merged = sorted(path.parent for path in exported_tiny_clip.glob("merged/**/open_clip_config.json"))[-1]
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{merged}")
     tokenize = open_clip.get_tokenizer(f"local-dir:{merged}")
     model.eval()
@@ -84,18 +58,18 @@ def test_embeds_what_open_clip_embeds(client: Client, exported: Path):
     np.testing.assert_allclose(client.embed_texts(texts), words, atol=1e-5)
 
 
-def test_classify(client: Client, exported: Path):
+def test_classify(client: Client):
     release = client.release
-    named = client.classify(pictures(), label_set="three")
+    named = client.classify(pictures(), label_set="four")
     for one, other in zip(named, client.classify(pictures(), LABELS), strict=True):
-        assert sorted(one.labels) == sorted(["cat", "a dog in the SNOW", "猫"])
+        assert sorted(one.labels) == sorted(["cat", "a dog in the SNOW", "don't know", "猫"])
         np.testing.assert_allclose(one.scores, other.scores, rtol=1e-3)
         assert sum(one.scores) == pytest.approx(1, abs=1e-5)
     # The same from the embeddings.
     images = client.embed_images(pictures())
-    texts = [release.templates[0].format(name) for name in ("cat", "kitty", "a dog in the SNOW", "猫")]
+    texts = [release.templates[0].format(name) for name in ("cat", "kitty", *LABELS[1:])]
     words = client.embed_texts(texts)
-    labels = np.stack([words[:2].mean(0) / np.linalg.norm(words[:2].mean(0)), words[2], words[3]])
+    labels = np.stack([words[:2].mean(0) / np.linalg.norm(words[:2].mean(0)), *words[2:]])
     logits = release.logit_scale * images @ labels.T
     scores = np.exp(logits - logits.max(1, keepdims=True))
     scores /= scores.sum(1, keepdims=True)
@@ -107,7 +81,7 @@ def test_releases(server: TritonServer, client: Client):
     assert [release.alpha for release in client.releases] == ALPHAS
     first, second = client.releases
     assert client.release == second
-    assert list(second.label_sets) == ["three"]
+    assert list(second.label_sets) == ["four"]
     assert second.facts["max_batch_size"] >= 16
     url = str(client._url)
     with Client(url, release=first.version) as pinned:
@@ -148,7 +122,7 @@ def test_bad_input(client: Client, image, labels, error: str, code):
     whole = file.getvalue()
     data = {"half": whole[:500], "bomb": whole, "whole": whole}.get(image, image)
     with pytest.raises(radapter_client.InvalidRequest) as caught:
-        client.classify([pictures()[0], data], labels, label_set=None if labels else "four")
+        client.classify([pictures()[0], data], labels, label_set=None if labels else "five")
     assert type(caught.value).__name__ == error
     assert code is None or caught.value.code == code
     assert len(str(caught.value).splitlines()) == 1

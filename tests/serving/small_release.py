@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import socket
 import struct
 import zlib
 from pathlib import Path
@@ -147,14 +146,6 @@ def png(seed: int = 0, width: int = 30, height: int = 20, kind: str = "PNG") -> 
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, kind)
     return file.getvalue()
-
-
-def free_ports(count: int = 3) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def png_header(width: int, height: int) -> bytes:

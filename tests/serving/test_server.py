@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from small_release import free_ports
+from ports import free_ports
 
 from radapter_serve.cli.serve import main
 from radapter_serve.errors import RAdapterError

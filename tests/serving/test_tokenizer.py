@@ -115,6 +115,13 @@ def hugging_face(core: tokenizers.Tokenizer, clean: str, context_length: int, st
     return reference
 
 
+def test_a_hugging_face_tokenizer_without_padding_is_refused(tmp_path):
+    reference = hugging_face(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")), "lower", 8, False)
+    reference.tokenizer.pad_token_id = None
+    with pytest.raises(RAdapterError, match="padding token"):
+        write_tokenizer(reference, tmp_path / "t.json")
+
+
 @pytest.mark.parametrize("strip", [False, True])
 def test_a_hugging_face_tokenizer_is_taken_over_with_its_file(tmp_path, strip):
     vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4, "photo": 5, "##s": 6, "cat": 7, "of": 8}

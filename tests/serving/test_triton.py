@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import json
 import os
 import re
@@ -20,7 +21,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
-from small_release import Local, free_ports, png, png_header
+from PIL import Image
+from ports import free_ports
+from small_release import Local, png, png_header
 from tritonclient.utils import InferenceServerException
 
 from radapter_serve.errors import RAdapterError
@@ -155,6 +158,35 @@ def test_errors_reach_the_caller(client, request_, message):
         classify(client, **request_)
     assert error.value.status() == "StatusCode.INVALID_ARGUMENT"
     assert re.match(message, error.value.message())
+
+
+def test_a_decompression_bomb_as_base64(client):
+    file = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(file, "PNG")
+    for data in (file.getvalue(), base64.encodebytes(file.getvalue())):
+        with pytest.raises(InferenceServerException, match=r"\[image_too_large\] .*at most 64000000"):
+            client.infer("embed_image", [strings("image", [[data]])])
+
+
+def test_too_many_prompts(client):
+    templates = [f"{index} {{}}".encode() for index in range(3_000)]
+    with pytest.raises(InferenceServerException, match=r"\[invalid_argument\] 9000000 prompts .*at most 20000"):
+        classify(client, [png(0)], labels=[f"{index}".encode() for index in range(3_000)], templates=templates)
+
+
+def test_a_caller_who_gives_up_does_not_hold_up_the_others(client):
+    def encoded() -> int:
+        return sum(stats.inference_count for stats in client.get_inference_statistics("text_encoder").model_stats)
+
+    labels = [f"nobody's label {index}".encode() for index in range(20_000)]
+    inputs = [strings("image", [[png(0)]]), strings("labels", [labels])]
+    before = encoded()
+    call = client.async_infer("classify", inputs, callback=lambda result, error: None)
+    while encoded() == before:
+        time.sleep(0.005)
+    call.cancel()
+    classify(client, [png(0)], [b"cat"])
+    assert encoded() - before < 20_000
 
 
 def test_empty_text(client):

@@ -107,6 +107,7 @@ def _options(config: dict[str, Any]) -> ort.SessionOptions:
         options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
     if parameters.get("enable_mem_arena") == "0":
         options.enable_cpu_mem_arena = False
+    # As the C++ backend has it: below 0 basic, 0 as ONNX Runtime itself (all), above 0 all.
     level = int(config.get("optimization", {}).get("graph", {}).get("level", 0))
     if level:
         basic, all_ = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC, ort.GraphOptimizationLevel.ORT_ENABLE_ALL
