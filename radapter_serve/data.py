@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,17 +56,31 @@ class Labelled:
         Raises:
             BrokenImage: it is missing, or no image; says which.
         """
+        data = self.data(row)
+        try:
+            return decode(data)
+        except RAdapterError as error:
+            raise BrokenImage(f"image {self.name(row)} can't be read: {getattr(error, 'message', error)}") from None
+
+    def data(self, row: dict[str, Any]) -> bytes:
+        """The bytes of a row's image file.
+
+        Raises:
+            BrokenImage: it is missing; says which.
+        """
         value = row[self.image_column]
-        name = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else "in the table"
         try:
             if isinstance(value, dict):
-                data = value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
-            else:
-                data = value if isinstance(value, bytes) else (self.folder / str(value)).read_bytes()
-            return decode(data)
-        except (OSError, RAdapterError) as error:
-            why = getattr(error, "message", None) or getattr(error, "strerror", None) or str(error)
-            raise BrokenImage(f"image {name} can't be read: {why}") from None
+                return bytes(value["bytes"]) if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+            return value if isinstance(value, bytes) else (self.folder / str(value)).read_bytes()
+        except OSError as error:
+            raise BrokenImage(f"image {self.name(row)} can't be read: {error.strerror or error}") from None
+
+    def name(self, row: dict[str, Any]) -> str:
+        """What to call a row's image in a message."""
+        value = row[self.image_column]
+        path = value.get("path") if isinstance(value, dict) else value
+        return path if isinstance(path, str) else "in the table"
 
     def label(self, row: dict[str, Any]) -> int:
         """The number of a row's class.
@@ -108,6 +122,37 @@ def load_labelled(
     Raises:
         RAdapterError: it can't be read, a column is missing, a class has no image, or the classes do not match.
     """
+    rows, folder = open_rows(
+        spec, {image_column: "--image-column", label_column: "--label-column"}, streaming=streaming
+    )
+    features = rows.features or {}
+    own = getattr(features.get(label_column), "names", None)
+    names = read_label_file(classes) if classes else own
+    if names is None and not streaming and "string" in getattr(features.get(label_column), "dtype", ""):
+        names = sorted({value for value in rows[label_column] if value is not None})
+    if names is None:
+        raise RAdapterError(f"{spec} does not name its classes; give a file with one class a line: --classes FILE")
+    class_folders = spec.startswith("imagefolder:")
+    data = Labelled(rows, list(names), image_column, label_column, Path() if class_folders else folder)
+    _check_classes(data, spec, own, folder if class_folders else None)
+    return data
+
+
+def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False) -> tuple[Any, Path]:
+    """Open rows of any kind, the images in them not decoded.
+
+    Args:
+        spec: as of `load_labelled`.
+        columns: those that must be there, each with the flag that names it.
+        streaming: read row by row.
+
+    Returns:
+        A Hugging Face data set, and the folder of its file: relative image paths start there. Of an image folder,
+        the folder of class folders.
+
+    Raises:
+        RAdapterError: it can't be read, or a column is missing.
+    """
     place, _, split = spec.rpartition("@") if "@" in spec.rsplit("/", 1)[-1] else (spec, "", "train")
     reader, _, path = place.partition(":")
     local = reader in READERS
@@ -125,24 +170,16 @@ def load_labelled(
             f"could not read the data {spec}: {reason(error)}; allowed: {kinds}, or a hub name"
         ) from error
     features = rows.features or {}
-    for column, flag in ((image_column, "--image-column"), (label_column, "--label-column")):
+    for column, flag in columns.items():
         if features and column not in features:
             hint = " (an image folder needs one sub-folder a class)" if reader == "imagefolder" else ""
             raise RAdapterError(
                 f"{spec} has no column {column!r}{hint}; its columns: {', '.join(features)}; see {flag}"
             )
-    if isinstance(features.get(image_column), datasets.Image):
-        rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    own = getattr(features.get(label_column), "names", None)
-    names = read_label_file(classes) if classes else own
-    if names is None and not streaming and "string" in getattr(features.get(label_column), "dtype", ""):
-        names = sorted({value for value in rows[label_column] if value is not None})
-    if names is None:
-        raise RAdapterError(f"{spec} does not name its classes; give a file with one class a line: --classes FILE")
-    folder = Path(path).parent if local and reader != "imagefolder" else Path()
-    data = Labelled(rows, list(names), image_column, label_column, folder)
-    _check_classes(data, spec, own, Path(path) if reader == "imagefolder" else None)
-    return data
+        if isinstance(features.get(column), datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    folder = Path(path) if reader == "imagefolder" else Path(path).parent if local else Path()
+    return rows, folder
 
 
 def _image_folder(path: Path, split: str, spec: str) -> Path:

@@ -319,7 +319,7 @@ class ServerEmbedder:
         try:
             with Client(url) as client:
                 release = client.release
-            rows = min(64, int(release.facts.get("max_batch_size", 64)))
+            rows = min(16, int(release.facts.get("max_batch_size", 16)))  # a batch becomes some requests at once
             self._client = Client(url, release=release.version, batch_size=rows)
         except RAdapterClientError as error:
             raise RAdapterError(f"{url}: {error}") from error

@@ -10,7 +10,7 @@ from typing import Any
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedders import Embedder, Variant
-from radapter_serve.evaluation.sets import JudgedSet
+from radapter_serve.evaluation.sets import JudgedSet, Known
 
 Row = dict[str, Any]
 
@@ -23,6 +23,7 @@ def judge(
     batch_size: int = 64,
     threads: int = 2,
     progress: Callable[[int, int], None] | None = None,
+    known: dict[tuple[str, float | None], Known] | None = None,
 ) -> list[Row]:
     """Judge models on one data set; each image is read and decoded once.
 
@@ -33,6 +34,7 @@ def judge(
         batch_size: images a pass.
         threads: images that are decoded at once.
         progress: called with the images done and their number.
+        known: embeddings of classes by model, for calls with the same embedder; takes new ones.
 
     Returns:
         A row a model, in CLIP_benchmark's schema and more: metrics as shares in [0, 1], `runtime` in seconds of
@@ -41,12 +43,14 @@ def judge(
     Raises:
         RAdapterError: an image can't be read; a model fails.
     """
+    known = {} if known is None else known
     chosen = list(embedder.variants if variants is None else variants)
     seconds, scorers = [0.0] * len(chosen), []
     for number, variant in enumerate(chosen):
         start = time.perf_counter()
         embedder.select(variant)
-        scorers.append(data.scorer(embedder.embed_texts, embedder.templates))
+        of_model = known.setdefault((variant.source, variant.alpha), {})
+        scorers.append(data.scorer(embedder.embed_texts, embedder.templates, of_model))
         seconds[number] += time.perf_counter() - start
     done = 0
     for items in _batches(embedder, data, batch_size, threads):

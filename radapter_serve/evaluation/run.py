@@ -13,7 +13,7 @@ from radapter_serve.evaluation.embedders import Embedder, Variant
 from radapter_serve.evaluation.judge import facts_of, judge
 from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars
 from radapter_serve.evaluation.results import Results, Row, curve
-from radapter_serve.evaluation.sets import open_set
+from radapter_serve.evaluation.sets import Known, open_set
 from radapter_serve.evaluation.suite import Entry, Suite
 
 Say = Callable[[str], None]
@@ -50,6 +50,7 @@ def judge_suite(
     say = say or (lambda line: None)
     chosen = embedder.variants if variants is None else variants
     rows: list[Row] = []
+    known: dict[tuple[str, float | None], Known] = {}
     for entry in suite.of_split(split):
         say(f"{entry.name}: opening {entry.data}")
         data = open_set(suite, entry, limit=limit, seed=seed)
@@ -64,6 +65,7 @@ def judge_suite(
                 data,
                 missing,
                 batch_size=batch_size,
+                known=known,
                 progress=lambda done, n, name=entry.name, by=models: say(f"{name}: {done} of {n} images by {by}"),  # type: ignore[misc]
             )
             results.add({**row, **common} for row in made)

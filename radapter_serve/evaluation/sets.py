@@ -11,14 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import datasets
 import numpy as np
 import open_clip
 import yaml
 from numpy.typing import NDArray
 
-from radapter_serve.data import READERS, Labelled, load_labelled
-from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.data import READERS, Labelled, load_labelled, open_rows
+from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats, classification_metrics, retrieval_metrics, true_ranks
 from radapter_serve.evaluation.suite import Entry, Suite
 from radapter_serve.prompts import templates_of
@@ -26,6 +25,7 @@ from radapter_serve.serving.labels import split_label
 from radapter_serve.serving.preprocess import decode
 
 EmbedTexts = Callable[[Sequence[str]], Floats]
+Known = dict[tuple[tuple[str, ...], str], Floats]
 
 
 class Scorer(Protocol):
@@ -61,9 +61,9 @@ class ClassificationSet:
         """What a row says of the set."""
         return {"n": len(self.labels), "classes": len(self.classes), "set_digest": _digest(self.classes, self.labels)}
 
-    def scorer(self, embed_texts: EmbedTexts, templates: Sequence[str]) -> Scorer:
-        """Judges one model's image embeddings; embeds the prompts of the classes first."""
-        return _ClassificationScorer(self, class_embeds(embed_texts, self.classes, self.templates or templates))
+    def scorer(self, embed_texts: EmbedTexts, templates: Sequence[str], known: Known) -> Scorer:
+        """Judges one model's image embeddings; embeds the prompts of the classes first, but for those known."""
+        return _ClassificationScorer(self, class_embeds(embed_texts, self.classes, self.templates or templates, known))
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class RetrievalSet:
         count = {"n": len(self.images), "captions": len(self.captions)}
         return {**count, "set_digest": _digest(self.captions, self.image_of)}
 
-    def scorer(self, embed_texts: EmbedTexts, templates: Sequence[str]) -> Scorer:
+    def scorer(self, embed_texts: EmbedTexts, templates: Sequence[str], known: Known) -> Scorer:
         """Judges one model's image embeddings; embeds the captions first."""
         return _RetrievalScorer(self, embed_texts(self.captions))
 
@@ -122,22 +122,30 @@ class _RetrievalScorer:
         return retrieval_metrics(np.concatenate(self._images), self._texts, self._data.image_of)
 
 
-def class_embeds(embed_texts: EmbedTexts, classes: Sequence[str], templates: Sequence[str]) -> Floats:
+def class_embeds(
+    embed_texts: EmbedTexts, classes: Sequence[str], templates: Sequence[str], known: Known | None = None
+) -> Floats:
     """One unit-length embedding a class: the mean over its names and all templates.
 
     Args:
         embed_texts: texts to unit-length embeddings [N, D].
         classes: class names, synonyms after commas.
         templates: prompt templates with `{}`.
+        known: of the same model, by templates and class; takes the new ones.
 
     Returns:
         float32 [C, D].
     """
-    prompts = [[t.replace("{}", name) for name in split_label(line) for t in templates] for line in classes]
-    embeds = embed_texts([text for group in prompts for text in group])
-    groups = np.split(embeds, np.cumsum([len(group) for group in prompts])[:-1])
-    means = np.stack([group.mean(axis=0) for group in groups])
-    return np.asarray(means / np.linalg.norm(means, axis=1, keepdims=True), np.float32)
+    known, key = {} if known is None else known, tuple(templates)
+    new = [line for line in dict.fromkeys(classes) if (key, line) not in known]
+    prompts = [[t.replace("{}", name) for name in split_label(line) for t in templates] for line in new]
+    if new:
+        embeds = embed_texts([text for group in prompts for text in group])
+        ends = np.cumsum([len(group) for group in prompts])
+        for line, group in zip(new, np.split(embeds, ends[:-1]), strict=True):
+            mean = group.mean(axis=0)
+            known[key, line] = np.asarray(mean / np.linalg.norm(mean), np.float32)
+    return np.stack([known[key, line] for line in classes])
 
 
 def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int = 0) -> JudgedSet:
@@ -207,7 +215,10 @@ def classification_set(
 
 
 def _retrieval_set(entry: Entry, spec: str, limit: int | None, seed: int) -> RetrievalSet:
-    rows, folder = _rows(spec, (entry.image_column, entry.caption_column))
+    columns = {entry.image_column: "image_column", entry.caption_column: "caption_column"}
+    rows, folder = open_rows(spec, {column: f"`{field}` in the suite" for column, field in columns.items()})
+    if not len(rows):
+        raise RAdapterError(f"{spec} holds no rows")
     data = Labelled(rows, [], entry.image_column, entry.caption_column, folder)
     first: dict[str, int] = {}
     texts: dict[str, list[str]] = {}
@@ -223,28 +234,6 @@ def _retrieval_set(entry: Entry, spec: str, limit: int | None, seed: int) -> Ret
     image_of = np.repeat(np.arange(len(keys)), [len(texts[key]) for key in keys])
     images = [_Image(data, first[key], entry.border) for key in keys]
     return RetrievalSet(entry, images, [text for key in keys for text in texts[key]], image_of)
-
-
-def _rows(spec: str, columns: Sequence[str]) -> tuple[Any, Path]:
-    """Rows of image-caption data, images not decoded, and the folder that their paths are relative to."""
-    place, _, split = spec.rpartition("@") if "@" in spec.rsplit("/", 1)[-1] else (spec, "", "train")
-    reader, _, path = place.partition(":")
-    local = reader in READERS
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(
-            reader if local else place, split=split, **({"data_files": {split: [path]}} if local else {})
-        )
-    except Exception as error:  # datasets, pyarrow and the hub raise many kinds, and all mean: can't be read
-        raise RAdapterError(f"could not read the data {spec}: {reason(error)}") from error
-    for column in columns:
-        if column not in rows.features:
-            raise RAdapterError(f"{spec} has no column {column!r}; its columns: {', '.join(rows.features)}")
-    if isinstance(rows.features[columns[0]], datasets.Image):
-        rows = rows.cast_column(columns[0], datasets.Image(decode=False))
-    if not len(rows):
-        raise RAdapterError(f"{spec} holds no rows")
-    return rows, Path(path).parent if local else Path()
 
 
 def _image_key(value: Any) -> str:
@@ -263,21 +252,13 @@ class _Image:
     border: int
 
     def __call__(self) -> bytes:
-        value = self.data.rows[self.index][self.data.image_column]
-        try:
-            if isinstance(value, dict):
-                value = value["bytes"] if value.get("bytes") is not None else value["path"]
-            found = value if isinstance(value, bytes) else (self.data.folder / str(value)).read_bytes()
-            return _cropped(found, self.border) if self.border else found
-        except OSError as error:
-            raise RAdapterError(f"cannot read the image {error.filename}: {error.strerror}") from error
+        found = self.data.data(self.data.rows[self.index])
+        return _cropped(found, self.border) if self.border else found
 
     @property
     def name(self) -> str:
         """What to call the image in an error."""
-        value = self.data.rows[self.index][self.data.image_column]
-        path = value.get("path") if isinstance(value, dict) else value
-        return path if isinstance(path, str) else f"image {self.index + 1}"
+        return self.data.name(self.data.rows[self.index])
 
 
 def _cropped(data: bytes, border: int) -> bytes:
@@ -313,7 +294,7 @@ def _class_mapping(suite: Suite, classes: str | None) -> dict[str, str] | None:
     try:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RAdapterError(f"could not read the classes {path}: {error}") from error
+        raise RAdapterError(f"could not read the classes {path}: {' '.join(str(error).split())}") from error
     if not isinstance(mapping, dict) or not mapping or not all(split_label(str(name)) for name in mapping.values()):
         raise RAdapterError(f"the classes {path} must map the data's class names to names for prompts")
     return {str(own): str(name) for own, name in mapping.items()}

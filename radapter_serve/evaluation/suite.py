@@ -100,8 +100,8 @@ def load_suite(path: str | Path, data_root: str | Path = ".") -> Suite:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise RAdapterError(f"could not read the suite {path}: {reason}; ready ones are in recipes/suites") from error
+        why = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+        raise RAdapterError(f"could not read the suite {path}: {why}; ready ones are in recipes/suites") from error
     sets = document.pop("sets", None) if isinstance(document, dict) else None
     if not isinstance(sets, list) or not sets or not all(isinstance(item, dict) for item in sets):
         raise RAdapterError(f"the suite {path} must have `sets`, a list with name and data for each data set")

@@ -14,7 +14,7 @@ from radapter_serve.adapter import Adapter, Metadata, attach, base_digest, find_
 from radapter_serve.base import load_base
 from radapter_serve.data import Labelled, load_labelled
 from radapter_serve.evaluation.classification import count_hits, zero_shot_classifier
-from radapter_serve.evaluation.plots import plot_alpha_curve
+from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars
 from radapter_serve.evaluation.sweep import alpha_sweep
 
 CLASSES = ["cat", "dog", "tree", "house"]
@@ -86,3 +86,25 @@ def test_picture_of_the_curve(tmp_path: Path) -> None:
         assert image.size == (1500, 630)
         colours = image.convert("RGB").getcolors(1 << 20)
     assert colours is not None and len(colours) > 50
+
+
+def test_picture_with_another_method_beside_it_and_of_one_set_alone(tmp_path: Path) -> None:
+    rows = [{"alpha": a, "a": 50 + 20 * a, "b": 40 - 15 * a * a} for a in (0.0, 0.5, 1.0)]
+    other = [{"alpha": a, "a": 50 + 10 * a, "b": 40 - 20 * a} for a in (0.0, 1.0)]
+    plot_alpha_curve(rows, ["a"], ["b"], tmp_path / "with.png", beside={"WiSE-FT": other})
+    plot_alpha_curve(rows, ["a"], ["b"], tmp_path / "without.png")
+    plot_alpha_curve(rows, ["a"], [], tmp_path / "alone.png")
+    blue = []
+    for name, width in (("with", 1500), ("without", 1500), ("alone", 750)):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.size == (width, 630)
+            left = image.convert("RGB").crop((0, 0, 740, 630)).getcolors(1 << 20) or []
+            blue.append(sum(n for n, c in left if c == (31, 119, 180)))
+    assert blue[0] > 500 and blue[1] == 0  # the other method is in the left panel, and only there where it is given
+
+
+def test_bars_of_many_models_and_sets(tmp_path: Path) -> None:
+    values = {f"α = {a}": dict.fromkeys("abcdef", 50.0 + a) for a in range(11)}
+    plot_bars(values, tmp_path / "bars.png", title="A title")
+    with Image.open(tmp_path / "bars.png") as image:
+        assert image.width > 1500

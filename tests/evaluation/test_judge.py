@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from safetensors.torch import save_file
 from radapter_export import export_release
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.base import load_base
-from radapter_serve.evaluation.embedders import Embedder, ReleaseEmbedder, from_adapter, from_merged
+from radapter_serve.evaluation.embedders import Embedder, ReleaseEmbedder, ServerEmbedder, from_adapter, from_merged
 from radapter_serve.evaluation.results import Results
 from radapter_serve.evaluation.run import judge_suite
 from radapter_serve.evaluation.suite import load_suite
@@ -145,3 +147,24 @@ def test_wise_ft_interpolates_all_weights(run_folder: Path, tiny_clip_dir: str, 
     with torch.no_grad():
         expected = base.model.encode_image(torch.stack(items), normalize=True).numpy()  # type: ignore[operator]
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_live_server_gives_the_same_numbers(
+    run_folder: Path, exported: Path, world: Path, tmp_path: Path, protocol: str
+) -> None:
+    from radapter_serve.serving.server import TritonServer
+
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        ports = [each.getsockname()[1] for each in sockets]
+    adapter = judged(from_adapter(run_folder, [0.4]), world, tmp_path / "a")
+    with TritonServer(exported / "repository", "127.0.0.1", *ports) as server:
+        url = server.grpc_url if protocol == "grpc" else server.http_url
+        served = judged(ServerEmbedder(url), world, tmp_path / "b")
+    for one, other in zip(adapter, served, strict=True):
+        assert one["metrics"] == other["metrics"]
+        for name in ("dataset", "alpha", "n", "set_digest", "base_digest", "adapter_digest", "precision"):
+            assert one[name] == other[name], name
+        assert other["source"] == "server"

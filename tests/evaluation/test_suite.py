@@ -1,0 +1,148 @@
+"""Suites and the data sets that they name."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.embedders import from_adapter
+from radapter_serve.evaluation.results import Results
+from radapter_serve.evaluation.run import judge_suite
+from radapter_serve.evaluation.sets import ClassificationSet, RetrievalSet, open_set
+from radapter_serve.evaluation.suite import Suite, load_suite
+
+SUITES = Path(__file__).parents[2] / "recipes" / "suites"
+
+
+def suite_of(text: str, folder: Path) -> Suite:
+    (folder / "s.yaml").write_text(text, encoding="utf-8")
+    return load_suite(folder / "s.yaml", folder)
+
+
+def folders(root: Path, names: list[str], size: tuple[int, int] = (8, 6)) -> None:
+    for index, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", size, (index, 0, 0)).save(root / name / "1.png")
+
+
+@pytest.mark.parametrize("file", sorted(SUITES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_ready_suites(file: Path) -> None:
+    suite = load_suite(file, "data")
+    assert suite.name == file.stem
+    assert all(entry.data.partition(":")[0] in ("imagefolder", "csv") for entry in suite.entries)
+    assert any(entry.shift == "id" for entry in suite.of_split("test"))
+
+
+def test_imagenet_and_its_shifts_with_clips_names(tmp_path: Path) -> None:
+    suite = load_suite(SUITES / "imagenet.yaml", tmp_path)
+    by_name = {entry.name: entry for entry in suite.entries}
+    folders(tmp_path / "imagenet-r", ["n01443537", "n01484850", "n07753592"])
+    folders(tmp_path / "imagenetv2-matched-frequency-format-val", ["0", "1", "10", "2"])
+    folders(tmp_path / "objectnet-1.0" / "images", ["air_freshener", "banana", "drying_rack_for_dishes"])
+    rendition = open_set(suite, by_name["imagenet-r"])
+    assert isinstance(rendition, ClassificationSet)
+    assert rendition.classes == ["goldfish", "great white shark", "banana"]
+    assert rendition.labels.tolist() == [0, 1, 2]
+    assert rendition.templates is not None and len(rendition.templates) == 80
+    numbered = open_set(suite, by_name["imagenet-v2"])
+    assert isinstance(numbered, ClassificationSet)
+    assert numbered.classes == ["tench", "goldfish", "brambling", "great white shark"]
+    objects = open_set(suite, by_name["objectnet"])
+    assert isinstance(objects, ClassificationSet)
+    assert objects.classes == ["banana", "drying rack for plates"]
+    assert len(objects.images) == 2
+    (tmp_path / "cropped.png").write_bytes(objects.images[0]())
+    with Image.open(tmp_path / "cropped.png") as image:
+        assert image.size == (4, 2)
+        assert image.getpixel((0, 0)) == (1, 0, 0)
+
+
+def test_captions_of_an_image_stand_together(world: Path) -> None:
+    suite = load_suite(world / "suite.yaml", world)
+    data = open_set(suite, next(entry for entry in suite.entries if entry.task == "retrieval"))
+    assert isinstance(data, RetrievalSet)
+    with (world / "captions.csv").open(encoding="utf-8") as file:
+        expected = {(row["image"], row["caption"]) for row in csv.DictReader(file)}
+    names = [image.name for image in data.images]  # type: ignore[attr-defined]
+    assert {(names[i], text) for i, text in zip(data.image_of, data.captions, strict=True)} == expected
+    assert len(names) == len(set(names)) == 12
+    few = open_set(suite, data.entry, limit=5, seed=1)
+    assert isinstance(few, RetrievalSet)
+    assert len(few.images) == 5 and set(few.image_of) == set(range(5))
+    assert few.facts["set_digest"] != data.facts["set_digest"]
+
+
+def test_the_digest_tells_sets_apart(world: Path) -> None:
+    suite = load_suite(world / "suite.yaml", world)
+    plain, again, shifted = (open_set(suite, suite.entries[index]) for index in (0, 0, 1))
+    assert plain.facts["set_digest"] == again.facts["set_digest"] != shifted.facts["set_digest"]
+    assert plain.facts["n"] == 24 and plain.facts["classes"] == 6 and shifted.facts["n"] == 12
+
+
+def test_a_broken_image_is_named(run_folder: Path, tmp_path: Path) -> None:
+    folders(tmp_path / "data", ["cat", "dog"])
+    (tmp_path / "data" / "dog" / "1.png").write_bytes(b"no image")
+    suite = suite_of("sets: [{name: two, data: 'imagefolder:data'}]", tmp_path)
+    embedder = from_adapter(run_folder, [0.5])
+    with pytest.raises(RAdapterError, match=r"data set 'two', .*dog/1\.png: .*not an image"):
+        judge_suite(embedder, suite, Results(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "must have `sets`"),
+        ("sets: []", "must have `sets`"),
+        ("sets: [{name: a}]", "set 1 has no data"),
+        ("sets: [{name: a, data: x, colour: red}]", "unknown fields colour; allowed: name, data"),
+        ("sets: [{name: a, data: x, shift: far}]", "'a': shift is 'far'; allowed: id, ood"),
+        ("sets: [{name: a, data: x, task: poetry}]", "task is 'poetry'; allowed: classification, retrieval"),
+        ("sets: [{name: a, data: x, metric: bleu}]", "metric is 'bleu'; allowed: acc1"),
+        ("sets: [{name: a, data: x, task: retrieval, metric: acc1}]", "allowed: image_retrieval_recall@1"),
+        ("sets: [{name: a, data: x}, {name: a, data: y}]", "names 'a' twice"),
+        ("sets: {", "could not read the suite"),
+    ],
+)
+def test_bad_suites(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RAdapterError) as error:
+        suite_of(text, tmp_path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("data: 'imagefolder:none'", "data set 'a': no folder"),
+        ("data: 'imagefolder:plain', classes: none.txt", "cannot read"),
+        ("data: 'imagefolder:plain', classes: none.yaml", "could not read the classes"),
+        ("data: 'imagefolder:plain', classes: other.yaml", "knows none of its classes: cat, dog"),
+        ("data: 'imagefolder:plain', classes: list.yaml", "must map"),
+        ("data: 'imagefolder:plain', templates: 'no place'", "cannot read no place"),
+        ("data: 'csv:captions.csv', task: retrieval, caption_column: text", "no column 'text'"),
+        ("data: 'csv:blank.csv', task: retrieval", "row 2 of"),
+    ],
+)
+def test_data_that_can_not_be_used(world: Path, tmp_path: Path, fields: str, message: str) -> None:
+    for name in ("plain", "captions.csv"):
+        (tmp_path / name).symlink_to(world / name)
+    (tmp_path / "other.yaml").write_text("x: y", encoding="utf-8")
+    (tmp_path / "list.yaml").write_text("[a, b]", encoding="utf-8")
+    (tmp_path / "blank.csv").write_text("image,caption\na.png,text\na.png,\n", encoding="utf-8")
+    suite = suite_of(f"sets: [{{name: a, {fields}}}]", tmp_path)
+    with pytest.raises(RAdapterError) as error:
+        open_set(suite, suite.entries[0])
+    assert message in str(error.value)
+
+
+def test_limit_larger_than_the_set_takes_all(world: Path) -> None:
+    suite = load_suite(world / "suite.yaml", world)
+    data = open_set(suite, suite.entries[0], limit=1000)
+    assert isinstance(data, ClassificationSet)
+    assert np.bincount(data.labels).tolist() == [4] * 6
