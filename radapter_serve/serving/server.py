@@ -365,7 +365,7 @@ class TritonServer:
                 raise RAdapterError(f"cannot write the log {self._messages}: {error.strerror}") from None
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", _LAUNCHER, *command],
-                env=_environment(installation),
+                env={**_environment(installation), "TMPDIR": str(folder)},  # ONNX Runtime leaves a file there
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,

@@ -25,6 +25,10 @@ if int(np.__version__.split(".")[0]) >= 2:
     )
 
 
+# A server tells nobody but its callers.
+ort.disable_telemetry_events()
+
+
 class TritonPythonModel:
     """One ONNX Runtime session; the requests of an `execute` become one run."""
 
