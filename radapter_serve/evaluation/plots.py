@@ -56,7 +56,8 @@ def _draw_curve(axes: Axes, groups: Sequence[Sequence[str]], methods: Mapping[st
         axes.plot(x, y, "o-", color=("tab:red", "tab:blue", "tab:gray")[number % 3], label=method)
         for row, place in zip(points, zip(x, y, strict=True), strict=True):
             label = {0.0: "zero-shot, α = 0", 1.0: "α = 1"}.get(row["alpha"], f"{row['alpha']:g}")
-            axes.annotate(label, place, xytext=(5, 4), textcoords="offset points", fontsize=8)
+            if number == 0 or row["alpha"] != 0.0:  # all methods start at the base
+                axes.annotate(label, place, xytext=(5, -10 if number else 4), textcoords="offset points", fontsize=8)
     for set_label, where, names in ((axes.set_xlabel, "in", groups[0]), (axes.set_ylabel, "out of", groups[1])):
         what = names[0] if len(names) == 1 else f"mean of {len(names)}"
         set_label(f"{where} distribution: {what}, in %")

@@ -1,0 +1,50 @@
+"""The rule that chooses α, by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.choice import RULE, RULE_SHIFTED, choose, load_choice, save_choice
+
+
+def rows(**sets: tuple[str, dict[float, float]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "dataset": name, "shift": shift, "metric": "acc1", "metrics": {"acc1": value}, "alpha": alpha,
+            "n": 10, "set_digest": "sha256:1", "adapter_digest": "sha256:2",
+        }
+        for name, (shift, values) in sets.items()
+        for alpha, value in values.items()
+    ]  # fmt: skip
+
+
+def test_the_best_on_validation_and_of_equal_ones_the_smallest() -> None:
+    choice = choose(rows(a=("id", {0.0: 0.5, 0.5: 0.8, 0.7: 0.8, 1.0: 0.7})))
+    assert (choice.alpha, choice.rule) == (0.5, RULE)
+    assert [point["score"] for point in choice.curve] == pytest.approx([50, 80, 80, 70])
+
+
+def test_a_shift_counts_as_much_as_all_sets_in_distribution() -> None:
+    one = {0.0: 0.4, 0.5: 0.7, 1.0: 0.9}
+    two = {0.0: 0.6, 0.5: 0.9, 1.0: 1.0}
+    shifted = {0.0: 0.5, 0.5: 0.6, 1.0: 0.3}
+    choice = choose(rows(a=("id", one), b=("id", two), c=("ood", shifted)))
+    assert (choice.alpha, choice.rule) == (0.5, RULE_SHIFTED)
+    assert [point["score"] for point in choice.curve] == pytest.approx([50, 70, 62.5])
+    assert choose(rows(a=("id", one), b=("id", two))).alpha == 1.0
+
+
+def test_a_shift_alone_chooses_nothing() -> None:
+    with pytest.raises(RAdapterError, match="without an in-distribution validation set"):
+        choose(rows(c=("ood", {0.0: 0.1})))
+
+
+def test_the_choice_is_kept_beside_the_adapter(tmp_path: Path) -> None:
+    choice = choose(rows(a=("id", {0.0: 0.5, 0.5: 0.8})))
+    assert save_choice(choice, tmp_path / "adapter.safetensors") == tmp_path / "alpha.json"
+    assert load_choice(tmp_path) == choice
+    assert [path.name for path in tmp_path.iterdir()] == ["alpha.json"]
