@@ -10,9 +10,17 @@ import pytest
 
 from radapter_client import query
 from radapter_serve.cli import demo, export, guard, serve, train
+from radapter_serve.cli import eval as cli_eval
 from radapter_serve.errors import RAdapterError
 
-COMMANDS = {"demo": demo.main, "export": export.main, "query": query.main, "serve": serve.main, "train": train.main}
+COMMANDS = {
+    "demo": demo.main,
+    "eval": cli_eval.main,
+    "export": export.main,
+    "query": query.main,
+    "serve": serve.main,
+    "train": train.main,
+}
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
