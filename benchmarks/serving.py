@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import socket
 import statistics
 import tempfile
 import time
@@ -26,7 +25,7 @@ from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
 from radapter_client import Client
-from radapter_serve.serving.server import TritonServer
+from radapter_serve.serving.server import TritonServer, free_ports
 from radapter_serve.serving.tasks import Classify, ClassifyRequest, EmbedImages, load_label_sets
 
 LABEL_SET = "names"
@@ -152,13 +151,6 @@ def together(call: Callable[[], object], count: int, pool: ThreadPoolExecutor) -
     for future in [pool.submit(call) for _ in range(count)]:
         future.result()
     return time.perf_counter() - start
-
-
-def free_ports() -> list[int]:
-    """Three ports that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
-        return [one.getsockname()[1] for one in sockets]
 
 
 def main(

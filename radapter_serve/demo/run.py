@@ -6,7 +6,6 @@ import dataclasses
 import json
 import random
 import shutil
-import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.plots import plot_alpha_curve
 from radapter_serve.evaluation.sweep import alpha_sweep
 from radapter_serve.serving.labels import read_label_file, read_templates
-from radapter_serve.serving.server import TritonServer
+from radapter_serve.serving.server import TritonServer, free_ports
 from radapter_serve.training import load_recipe, train
 
 ALPHAS = [round(0.1 * i, 1) for i in range(11)]
@@ -109,7 +108,7 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, alpha: float
     chapter("5. Serve with tritonserver, and classify through the client")
     files = sorted(file for folder in data.test.values() for file in folder.rglob("*.png"))
     files = random.Random(seed).sample(files, 60)
-    with TritonServer(out / "model_repository", "127.0.0.1", *_free_ports(3)) as server:
+    with TritonServer(out / "model_repository", "127.0.0.1", *free_ports()) as server:
         with Client(server.grpc_url) as client:
             answers = client.classify(files, label_set=LABEL_SET, top_k=1)
             console.print(
@@ -176,13 +175,3 @@ def _gallery(files: Sequence[Path], labels: Sequence[str], path: Path) -> None:
         )
         axes.axis("off")
     figure.savefig(path)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports: list[int] = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports

@@ -145,6 +145,14 @@ def _python() -> str:
     return f"Python {sys.version_info[0]}.{sys.version_info[1]}"
 
 
+def free_ports() -> tuple[int, int, int]:
+    """Three ports that nobody listens on, for a server that only this machine uses."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        first, second, third = (one.getsockname()[1] for one in sockets)
+    return first, second, third
+
+
 def models_of(repository: Path) -> dict[str, list[int]]:
     """The models of a repository and their versions.
 

@@ -9,9 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from ports import free_ports
-
-from radapter_serve.serving.server import TritonServer
+from radapter_serve.serving.server import TritonServer, free_ports
 
 VERSIONS = (1, 2)
 TASKS = {

@@ -11,11 +11,10 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from ports import free_ports
 
 import radapter_client
 from radapter_client import Client
-from radapter_serve.serving.server import TritonServer
+from radapter_serve.serving.server import TritonServer, free_ports
 
 pytestmark = pytest.mark.triton
 

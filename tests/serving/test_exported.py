@@ -10,10 +10,9 @@ import pytest
 import torch
 import tritonclient.grpc as grpc
 from PIL import Image
-from ports import free_ports
 from small_release import png
 
-from radapter_serve.serving.server import TritonServer
+from radapter_serve.serving.server import TritonServer, free_ports
 
 pytestmark = pytest.mark.triton
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from ports import free_ports
 
 from radapter_serve.cli.serve import main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving import server as module
-from radapter_serve.serving.server import TritonServer, find_tritonserver, models_of, reason
+from radapter_serve.serving.server import TritonServer, find_tritonserver, free_ports, models_of, reason
 
 
 def test_repository(repository, tmp_path):

@@ -22,12 +22,11 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpc
 from PIL import Image
-from ports import free_ports
 from small_release import Local, png, png_header
 from tritonclient.utils import InferenceServerException
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.server import TritonServer, _shm_prefix
+from radapter_serve.serving.server import TritonServer, _shm_prefix, free_ports
 from radapter_serve.serving.tasks import ClassifyRequest
 
 pytestmark = pytest.mark.triton
