@@ -17,10 +17,10 @@ from common import CLASS_NAMES, RESULTS, Report, alternate, clocked, random_clip
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radapter_export.agreement import Encoder
 from radapter_export.graph import image_graph, text_graph
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.base import Base, load_base
+from radapter_serve.serving.encoder import Encoder
 from radapter_serve.towers import causal_text_features
 
 Embed = Callable[[Tensor], Tensor]

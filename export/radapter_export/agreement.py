@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 import torch
 from torch import nn
 
 from radapter_serve.base import Base
 from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.encoder import Encoder
 from radapter_serve.serving.tokenizer import Tokenizer
 from radapter_serve.towers import encode_image
 
@@ -83,35 +82,6 @@ class References:
             # Not towers.encode_text, which crops: that cropping is exact is part of what is checked.
             texts.append(nn.functional.normalize(model.encode_text(tokens).float(), dim=-1).numpy())
         self.embeds: dict[str, list[Array]] = {"image_encoder": images, "text_encoder": texts}
-
-
-class Encoder:
-    """An ONNX file in ONNX Runtime, on the provider that was asked for and no other.
-
-    Args:
-        path: `model.onnx`.
-        provider: an execution provider of ONNX Runtime.
-
-    Raises:
-        RAdapterError: ONNX Runtime cannot load the file, or fell back to another provider.
-    """
-
-    def __init__(self, path: Path, provider: str = "CPUExecutionProvider") -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
-        except Exception as error:  # ONNX Runtime's errors have no common base
-            raise RAdapterError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path.name}: {error}") from error
-        used = self._session.get_providers()[0]
-        if used != provider:
-            raise RAdapterError(f"ONNX Runtime uses {used} where {provider} was asked for; it is not installed here")
-        self._input = self._session.get_inputs()[0].name
-
-    def __call__(self, values: npt.NDArray[np.generic]) -> Array:
-        """One batch of images or tokens to embeddings, float32 [B, D]."""
-        (embeds,) = self._session.run(None, {self._input: values})
-        return np.asarray(embeds, dtype=np.float32)
 
 
 def compare(

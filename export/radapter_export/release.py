@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from radapter_export.agreement import BATCHES, TOLERANCE, Agreement, Encoder, References, Samples, compare
+from radapter_export.agreement import BATCHES, TOLERANCE, Agreement, References, Samples, compare
 from radapter_export.files import disk_errors
 from radapter_export.graph import Graph, image_graph, text_graph
 from radapter_export.merged import Merged
@@ -27,6 +27,7 @@ from radapter_serve.adapter.file import check_alpha, check_base
 from radapter_serve.base import Base, load_base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.prompts import templates_of
+from radapter_serve.serving.encoder import Encoder
 from radapter_serve.serving.errors import TaskError
 from radapter_serve.serving.labels import LabelEmbedder, check_labels, read_label_file
 from radapter_serve.serving.tokenizer import Tokenizer

@@ -273,7 +273,7 @@ class ReleaseEmbedder:
     """
 
     def __init__(self, repository: str) -> None:
-        from radapter_export.agreement import Encoder
+        from radapter_serve.serving.encoder import Encoder
 
         folder, version = _version(repository)
         self._release = _json(folder / "classify" / version / "release.json")

@@ -12,11 +12,12 @@ import torch
 from onnx import numpy_helper
 
 from radapter_export import Release
-from radapter_export.agreement import BATCHES, Encoder, References, Samples, compare
+from radapter_export.agreement import BATCHES, References, Samples, compare
 from radapter_export.graph import Graph
 from radapter_serve.adapter import attach_adapter, fold, load_adapter
 from radapter_serve.base import Base, load_base
 from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.encoder import Encoder
 from radapter_serve.serving.tokenizer import Tokenizer
 
 

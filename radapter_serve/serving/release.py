@@ -1,0 +1,144 @@
+"""A release where it lies: facts, digest, and its graphs run as served, preprocessing and tokenizer included."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.errors import TaskError
+from radapter_serve.serving.labels import embed_texts
+from radapter_serve.serving.preprocess import Preprocess, decode
+from radapter_serve.serving.tasks import EmbedImages
+from radapter_serve.serving.tokenizer import Tokenizer
+
+_DECIDING = (
+    "base_digest",
+    "adapter_digest",
+    "alpha",
+    "architecture",
+    "preprocess",
+    "tokenizer",
+    "precision",
+    "embed_dim",
+)
+
+
+def release_digest(facts: Mapping[str, Any]) -> str:
+    """sha256 over what decides the embeddings: the same fold, exported again, has the same digest.
+
+    Args:
+        facts: a release's `release.json`.
+
+    Raises:
+        RAdapterError: a fact that decides is missing.
+    """
+    missing = [name for name in _DECIDING if name not in facts]
+    if missing:
+        raise RAdapterError(f"the release does not say its {', '.join(missing)}; export it again with radapter-export")
+    text = json.dumps({name: facts[name] for name in _DECIDING}, sort_keys=True)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def find_release(repository: str | Path) -> Path:
+    """The folder of a release in a model repository, that of its task `classify`.
+
+    Args:
+        repository: the model repository; `DIR@N` names release N, the newest otherwise.
+
+    Raises:
+        RAdapterError: no release there, or none of that number.
+    """
+    path, at, number = str(repository).rpartition("@")
+    if not (at and number.isdecimal()):
+        path, number = str(repository), ""
+    found = [int(p.parent.name) for p in Path(path, "classify").glob("*/release.json") if p.parent.name.isdecimal()]
+    if not found:
+        raise RAdapterError(f"no release in the model repository {path}; make one with radapter-export")
+    if number and int(number) not in found:
+        raise RAdapterError(f"no release {number} in {path}; it holds {', '.join(map(str, sorted(found)))}")
+    return Path(path, "classify", str(int(number) if number else max(found)))
+
+
+class LocalRelease:
+    """A release in a model repository, run by ONNX Runtime in this process.
+
+    Args:
+        repository: as of `find_release`.
+        threads: how many images are decoded at once.
+
+    Raises:
+        RAdapterError: no such release, or ONNX Runtime can't load it.
+
+    Attributes:
+        facts: its `release.json`.
+        version: its number in the repository.
+        preprocess: from an image to what `encode_images` takes.
+    """
+
+    def __init__(self, repository: str | Path, *, threads: int = 2) -> None:
+        folder = find_release(repository)
+        self.version = int(folder.name)
+        try:
+            self.facts: dict[str, Any] = json.loads((folder / "release.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RAdapterError(f"could not read {folder / 'release.json'}: {error}") from error
+        self.preprocess = Preprocess.from_dict(self.facts["preprocess"])
+        self._repository = folder.parent.parent
+        self._tokenizer = Tokenizer.load(folder / "tokenizer.json", self.facts["tokenizer"])
+        self._images, self._texts = self._encoder("image_encoder"), self._encoder("text_encoder")
+        self._rows = int(self.facts["max_batch_size"])
+        self._embed_images = EmbedImages(self.facts, self.encode_images, threads=threads)
+
+    @property
+    def digest(self) -> str:
+        """Its `release_digest`."""
+        return release_digest(self.facts)
+
+    def prepare(self, data: bytes) -> NDArray[np.uint8]:
+        """From the bytes of an image file to uint8 [S, S, 3]. Thread-safe.
+
+        Raises:
+            TaskError: no image, broken, or too large.
+        """
+        return self.preprocess(decode(data))
+
+    def encode_images(self, pixels: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """Prepared images, uint8 [B, S, S, 3], to float32 [B, D] of unit length; any B."""
+        return self._in_batches(self._images, pixels)
+
+    def embed_images(self, images: Sequence[bytes]) -> list[NDArray[np.float32] | TaskError]:
+        """Image files to float32 [D] of unit length each, or to the error of one that is no image."""
+        found = self._embed_images([[image] for image in images])
+        return [embeds if isinstance(embeds, TaskError) else embeds[0] for embeds in found]
+
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Texts to float32 [N, D] of unit length."""
+        return embed_texts(texts, self._tokenizer, self._texts, self._rows)
+
+    def patch_encoder(self) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]] | None:
+        """Prepared images, uint8 [B, S, S, 3], to float32 [B, g, g, D]; None where the release has no such graph."""
+        if not (self._repository / "patch_encoder" / str(self.version)).is_dir():
+            return None
+        encoder = self._encoder("patch_encoder")
+        return lambda pixels: self._in_batches(encoder, pixels)
+
+    def _encoder(self, name: str) -> Callable[[NDArray[np.generic]], NDArray[np.float32]]:
+        # Here, for whoever only wants the facts or the digest needs no ONNX Runtime.
+        from radapter_serve.serving.encoder import Encoder
+
+        return Encoder(self._repository / name / str(self.version) / "model.onnx")
+
+    def _in_batches(
+        self,
+        encoder: Callable[[NDArray[np.generic]], NDArray[np.float32]],
+        pixels: NDArray[np.uint8] | Sequence[NDArray[np.uint8]],
+    ) -> NDArray[np.float32]:
+        starts = range(0, len(pixels), self._rows)
+        return np.concatenate([encoder(np.asarray(pixels[start : start + self._rows])) for start in starts])
