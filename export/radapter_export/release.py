@@ -19,7 +19,7 @@ from radapter_export.agreement import BATCHES, TOLERANCE, Agreement, References,
 from radapter_export.files import disk_errors
 from radapter_export.graph import Graph, image_graph, text_graph
 from radapter_export.merged import Merged
-from radapter_export.repository import MODELS, TASKS, Repository
+from radapter_export.repository import MODELS, PATCH_ENCODER, TASKS, Repository
 from radapter_export.tokenizer import write_tokenizer
 from radapter_export.towers import check
 from radapter_serve.adapter import Adapter, Adapters, attach_adapter, fold, load_adapter
@@ -128,7 +128,8 @@ def export_release(
     images = image_graph(clip)
     say("exporting text_encoder")
     texts = text_graph(clip)
-    with Merged(merged) as checkpoints, Repository(model_repository) as repository:
+    models = [model for model in MODELS if model != PATCH_ENCODER]
+    with Merged(merged) as checkpoints, Repository(model_repository, models) as repository:
         writer = _Writer(clip, adapter, weights, (images, texts), prompts, labels, tolerance, max_batch_size)
         first = repository.next_version()
         releases = []
@@ -136,7 +137,7 @@ def export_release(
             name = f"alpha-{alpha:g}" if len(alphas) > 1 else ""
             releases.append(writer.write(version, alpha, checkpoints, name, repository, say))
         facts = [release.facts for release in releases]
-        for model in MODELS:
+        for model in models:
             repository.add_config(model, facts, writer.dims, max_batch_size)
         say("putting everything in place")
         checkpoints.commit()
@@ -187,7 +188,7 @@ class _Writer:
         folded = fold(self._weights, self._adapter, alpha)
         checkpoints.add(name, self._base, folded)
         with disk_errors(repository.folder):
-            for model in MODELS:
+            for model in repository.models:
                 repository.staged(model, version).mkdir()
             tokenizer, spec = self._write_tokenizers(repository, version)
             say(f"torch's embeddings at alpha {alpha:g}, adapters attached")

@@ -17,7 +17,8 @@ from tritonclient.grpc import model_config_pb2
 from radapter_export.files import STAGED, disk_errors, make_folder, remove_empty
 from radapter_serve.errors import RAdapterError
 
-ENCODERS = ("image_encoder", "text_encoder")
+PATCH_ENCODER = "patch_encoder"  # the one model that an export may lack
+ENCODERS = ("image_encoder", PATCH_ENCODER, "text_encoder")
 TASKS = ("embed_image", "embed_text", "classify")
 MODELS = (*ENCODERS, *TASKS)  # in the order of writing: a version that stands in the last is complete
 
@@ -36,13 +37,15 @@ class Repository:
 
     Args:
         folder: the repository; made if there is none.
+        models: those that the releases have, in the order of `MODELS`; the others are not served any more.
 
     Raises:
         RAdapterError: the folder cannot be written, or another export is writing it.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, models: Sequence[str] = MODELS) -> None:
         self.folder = Path(folder).absolute()
+        self.models = tuple(models)
         if self.folder.exists() and not self.folder.is_dir():
             raise RAdapterError(f"{self.folder} is a file; give a folder with --model-repository")
         self._new: list[Path] = []
@@ -55,7 +58,7 @@ class Repository:
                 self._lock = os.open(self.folder, os.O_RDONLY)
                 self._take_lock()
                 self._remove_leftovers()
-                for model in MODELS:
+                for model in self.models:
                     self._new += make_folder(self.folder / model)
                     self.staged(model).mkdir()
         except BaseException:
@@ -64,7 +67,7 @@ class Repository:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for model in MODELS:
+        for model in self.models:
             shutil.rmtree(self.staged(model), ignore_errors=True)
         remove_empty(self._new)
         if self._lock >= 0:
@@ -88,7 +91,7 @@ class Repository:
             model: its name.
             releases: the facts of each, oldest first.
             dims: shapes, without the batch, of tensors whose template leaves them open (-1).
-            max_batch_size: rows of a batch.
+            max_batch_size: rows of a batch; a template that says 0, a model without batches, keeps its 0.
         """
         text = config(sources() / model / "config.template.pbtxt", model, releases, dims, max_batch_size)
         with disk_errors(self.folder):
@@ -100,13 +103,18 @@ class Repository:
             shutil.copyfile(sources() / model / "model.py", self.staged(model, version) / "model.py")
 
     def commit(self, versions: Sequence[int]) -> None:
-        """Put the versions in place, then the configs that make Triton serve them; encoders first, `classify` last."""
+        """Put the versions in place, then the configs that make Triton serve them; encoders first, `classify` last.
+
+        At the very end, when no release needs them, the configs go of the models that these releases lack.
+        """
         with disk_errors(self.folder):
-            for model in MODELS:
+            for model in self.models:
                 for version in versions:
                     self.staged(model, version).rename(self.folder / model / str(version))
-            for model in MODELS:
+            for model in self.models:
                 (self.staged(model) / "config.pbtxt").replace(self.folder / model / "config.pbtxt")
+            for model in set(MODELS) - set(self.models):
+                (self.folder / model / "config.pbtxt").unlink(missing_ok=True)
 
     def _take_lock(self) -> None:
         try:
@@ -123,7 +131,7 @@ class Repository:
     def _remove_leftovers(self) -> None:
         complete = set(_versions(self.folder / MODELS[-1]))
         for model in MODELS:
-            self._check_ours(model)
+            self._check_ours(model, complete if model == PATCH_ENCODER else set())
         for model in MODELS:
             for version in _versions(self.folder / model):
                 if version not in complete:
@@ -131,12 +139,18 @@ class Repository:
             for folder in (self.folder / model).glob(f"{STAGED}*"):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _check_ours(self, model: str) -> None:
-        """Refuse a model of another maker: what looks like a leftover would be removed."""
+    def _check_ours(self, model: str, retired: set[int]) -> None:
+        """Refuse a model of another maker: what looks like a leftover would be removed, and its config replaced.
+
+        Args:
+            model: its name.
+            retired: versions that are ours even where no config says so.
+        """
         folder = self.folder / model
         config = folder / "config.pbtxt"
-        ours = any(folder.glob(f"{STAGED}*")) or (config.is_file() and 'key: "release"' in config.read_text("utf-8"))
-        if _versions(folder) and not ours:
+        if any(folder.glob(f"{STAGED}*")) or (config.is_file() and 'key: "release"' in config.read_text("utf-8")):
+            return
+        if set(_versions(folder)) - retired or config.is_file():
             raise RAdapterError(
                 f"{folder} holds a model that radapter-export did not make; move it, or give another --model-repository"
             )
@@ -161,7 +175,8 @@ def config(
     except text_format.ParseError as error:
         raise RAdapterError(f"{template} is not a Triton model config: {error}") from error
     parsed.name = model
-    parsed.max_batch_size = max_batch_size
+    if parsed.max_batch_size:
+        parsed.max_batch_size = max_batch_size
     if parsed.HasField("dynamic_batching"):
         preferred = [size for size in parsed.dynamic_batching.preferred_batch_size if size <= max_batch_size]
         parsed.dynamic_batching.preferred_batch_size[:] = preferred

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_export import Release
 from radapter_export import repository as module
-from radapter_export.repository import MODELS, Repository, config
+from radapter_export.repository import MODELS, PATCH_ENCODER, Repository, config
 from radapter_serve.errors import RAdapterError
 
 
@@ -19,7 +21,7 @@ def parse(text: str) -> model_config_pb2.ModelConfig:
     return text_format.Parse(text, model_config_pb2.ModelConfig())
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [model for model in MODELS if model != PATCH_ENCODER])
 def test_config_parses_and_holds_the_releases(exported: tuple[Path, list[Release]], model: str) -> None:
     folder, releases = exported
     parsed = parse((folder / "repository" / model / "config.pbtxt").read_text(encoding="utf-8"))
@@ -48,11 +50,21 @@ def test_encoder_configs_have_the_shapes_of_the_graphs(exported: tuple[Path, lis
 
 def test_preferred_batches_never_exceed_the_largest(tmp_path: Path) -> None:
     template = tmp_path / "config.template.pbtxt"
-    template.write_text('name: "x" dynamic_batching { preferred_batch_size: [4, 8, 64] }', encoding="utf-8")
+    template.write_text(
+        'name: "x" max_batch_size: 64 dynamic_batching { preferred_batch_size: [4, 8, 64] }', encoding="utf-8"
+    )
     parsed = parse(config(template, "embed_text", [{"version": 3}], {}, 8))
     assert list(parsed.dynamic_batching.preferred_batch_size) == [4, 8]
     assert parsed.max_batch_size == 8
     assert parsed.name == "embed_text"
+
+
+def test_a_model_without_batches_stays_one(tmp_path: Path) -> None:
+    template = tmp_path / "config.template.pbtxt"
+    template.write_text('name: "segment" max_batch_size: 0', encoding="utf-8")
+    parsed = parse(config(template, "segment", [{"version": 3}], {}, 8))
+    assert parsed.max_batch_size == 0
+    assert not parsed.HasField("dynamic_batching")
 
 
 def test_broken_template_is_said(tmp_path: Path) -> None:
@@ -103,3 +115,41 @@ def test_a_model_of_another_maker_is_left_alone(tmp_path: Path) -> None:
     ):
         pass
     assert foreign.read_bytes() == b"somebody's"
+
+
+def test_a_config_of_another_maker_is_never_replaced(tmp_path: Path) -> None:
+    foreign = tmp_path / "patch_encoder" / "config.pbtxt"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text('backend: "ensemble"')
+    with pytest.raises(RAdapterError, match="patch_encoder holds a model"), Repository(tmp_path):
+        pass
+    assert foreign.read_text() == 'backend: "ensemble"'
+
+
+def put(folder: Path, models: Sequence[str], killed: bool = False) -> int:
+    """Commit a release of these models, each a version with nothing in it, or be killed just before."""
+    repository = Repository(folder, models).__enter__()
+    version = repository.next_version()
+    for model in models:
+        repository.staged(model, version).mkdir()
+        (repository.staged(model) / "config.pbtxt").write_text(f'parameters {{ key: "release" }} # {version}')
+    if killed:
+        os.close(repository._lock)
+    else:
+        repository.commit([version])
+        repository.__exit__()
+    return version
+
+
+def test_a_model_that_the_new_release_lacks_is_served_no_more_and_its_old_versions_stay(tmp_path: Path) -> None:
+    without = [model for model in MODELS if model != PATCH_ENCODER]
+    configs = {"with": set(MODELS), "without": set(without)}
+    for number, (what, models) in enumerate([("with", MODELS), ("without", without), ("without", without)] * 2, 1):
+        before = {path: path.read_text() for path in tmp_path.glob("*/config.pbtxt")}
+        assert put(tmp_path, models, killed=True) == number
+        assert {path: path.read_text() for path in tmp_path.glob("*/config.pbtxt")} == before
+        assert put(tmp_path, models) == number
+        assert {path.parent.name for path in tmp_path.glob("*/config.pbtxt")} == configs[what]
+        assert not list(tmp_path.glob("*/.export-*"))
+    assert {path.name for path in (tmp_path / PATCH_ENCODER).iterdir()} == {"1", "4"}
+    assert {path.name for path in (tmp_path / "classify").iterdir()} == {"config.pbtxt", *"123456"}
