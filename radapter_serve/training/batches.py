@@ -14,28 +14,25 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from radapter_serve.data import BrokenImage, Labelled
+from radapter_serve.data import BrokenImage, TrainingData
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.labels import split_label
 
 Transform = Callable[[Image.Image], Tensor]
 
 
 @dataclass
 class Examples(Dataset[dict[str, Any]]):
-    """Items of a training batch: pixels, the label, a prompt; each depends on (seed, epoch, index) alone.
+    """Items of a training batch: pixels, the label, the text; each depends on (seed, epoch, index) alone.
 
     Attributes:
-        data: the images.
+        data: the pairs.
         transform: augmentation, to float [3, S, S].
-        templates: one is drawn an item.
         seed, epoch: what the draw depends on beside the index.
         refuse: stop at a broken image rather than take the next one.
     """
 
-    data: Labelled
+    data: TrainingData
     transform: Transform
-    templates: list[str]
     seed: int
     epoch: int = 0
     refuse: bool = True
@@ -58,15 +55,15 @@ class Examples(Dataset[dict[str, Any]]):
                 return {**item, "broken": broken, "row": 0}
         return {"error": _refusal(broken[-1], self.refuse)}
 
-    def item(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+    def item(self, row: Any, index: int) -> dict[str, Any]:
         """One row, augmented by the draw that belongs to its index."""
-        label, image = self.data.label(row), self.data.image(row)
         draw = random.Random(f"{self.seed}-{self.epoch}-{index}")
-        name = split_label(self.data.classes[label])[0]
+        augmentation = draw.getrandbits(63)
+        image, label, text = self.data.pair(row, draw)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(draw.getrandbits(63))
+            torch.manual_seed(augmentation)
             pixels = self.transform(image)
-        return {"pixels": pixels, "label": label, "text": draw.choice(self.templates).replace("{}", name)}
+        return {"pixels": pixels, "label": label, "texts": [text] if isinstance(text, str) else text}
 
 
 class _Stream(IterableDataset[dict[str, Any]]):
@@ -113,7 +110,7 @@ def batches(
     """
     examples.epoch = epoch
     common: dict[str, Any] = {"collate_fn": _collate, "num_workers": workers, "pin_memory": torch.cuda.is_available()}
-    if not isinstance(examples.data.rows, datasets.Dataset):
+    if isinstance(examples.data.rows, datasets.IterableDataset):
         common["num_workers"] = min(workers, 1)  # one reader keeps the order
         stream = _Stream(examples, rank, world, start)
         return DataLoader(stream, batch_size=batch_size, drop_last=True, **common)
@@ -133,7 +130,7 @@ def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "pixels": torch.stack([item["pixels"] for item in items]),
         "labels": torch.tensor([item["label"] for item in items]),
-        "texts": [item["text"] for item in items],
+        "texts": [text for item in items for text in item["texts"]],
         "broken": [name for item in items for name in item["broken"]],
         "row": items[-1]["row"],
     }

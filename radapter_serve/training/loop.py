@@ -18,9 +18,8 @@ from torchvision import transforms
 
 from radapter_serve.adapter import Adapters, Form, Metadata, attach, base_digest, find_sites, save_adapter
 from radapter_serve.base import Base, load_base
-from radapter_serve.data import Labelled, evaluation_batches, load_labelled
+from radapter_serve.data import TrainingData
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.evaluation.classification import count_hits, zero_shot_classifier
 from radapter_serve.prompts import templates_of
 from radapter_serve.towers import encode_image, encode_text
 from radapter_serve.training.average import Average
@@ -29,6 +28,7 @@ from radapter_serve.training.checkpoint import load_checkpoint, save_checkpoint
 from radapter_serve.training.loss import gather_with_grad, mpm_nce
 from radapter_serve.training.progress import Progress
 from radapter_serve.training.recipe import Recipe
+from radapter_serve.training.tasks import open_data, validate
 
 
 class TwoTower(nn.Module):
@@ -61,11 +61,9 @@ def train(recipe: Recipe) -> Path:
     accelerator = _accelerator(recipe, out)
     torch.manual_seed(recipe.seed)
     base = load_base(recipe.architecture, recipe.pretrained)
-    columns = {"image_column": recipe.image_column, "label_column": recipe.label_column, "classes": recipe.classes}
-    data = load_labelled(recipe.data, streaming=recipe.streaming, **columns)  # type: ignore[arg-type]
-    val = load_labelled(recipe.val_data, **columns) if recipe.val_data else None  # type: ignore[arg-type]
-    templates = templates_of(recipe.templates)
-    examples = Examples(data, augmentation(base, recipe), templates, recipe.seed, refuse=recipe.on_broken == "refuse")
+    data = open_data(recipe, recipe.data, streaming=recipe.streaming)
+    val = open_data(recipe, recipe.val_data) if recipe.val_data else None
+    examples = Examples(data, augmentation(base, recipe), recipe.seed, refuse=recipe.on_broken == "refuse")
     part = _part(recipe, accelerator, data)
     digest = base_digest(base.model.state_dict(), [site.key for site in find_sites(base.model)])
     form = choose_form(base.model, recipe.rank, part) if recipe.form == "auto" else recipe.form
@@ -89,7 +87,7 @@ def train(recipe: Recipe) -> Path:
     with Progress(accelerator, out, steps, recipe.batch_size, done=step) as progress:
         progress.say(
             f"{adapters.share(base.model)}, {'full rank' if recipe.rank is None else f'rank {recipe.rank}'}, "
-            f"in {form} form; {len(data.classes)} classes, {steps} steps of {recipe.batch_size} images"
+            f"in {form} form; {steps} steps of {recipe.batch_size} images"
             + (f" in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else "")
         )
         source = _endless(examples, part, position, accelerator, recipe.workers)
@@ -130,10 +128,10 @@ def train(recipe: Recipe) -> Path:
                 save_checkpoint(out, recipe, adapters, average, optimizer, accelerator, step, position)
             if val and recipe.validate_every and step % recipe.validate_every == 0 and step < steps:
                 with average.applied():
-                    progress.metrics(step, validate(base, adapters, val, templates, recipe, accelerator))
+                    progress.metrics(step, validate(base, adapters, val, recipe, accelerator))
         if val:
             with average.applied():
-                metrics = validate(base, adapters, val, templates, recipe, accelerator)
+                metrics = validate(base, adapters, val, recipe, accelerator)
             progress.metrics(steps, metrics)
         progress.end()
         if accelerator.is_main_process:
@@ -143,8 +141,9 @@ def train(recipe: Recipe) -> Path:
                 pretrained=base.pretrained,
                 base_digest=digest,
                 rank=recipe.rank,
+                task=recipe.task,
                 alpha=recipe.alpha,
-                templates=templates,
+                templates=templates_of(recipe.templates),
                 recipe=recipe.to_dict(),
                 metrics=metrics,
             )
@@ -202,27 +201,6 @@ def augmentation(base: Base, recipe: Recipe) -> Transform:
     return composed
 
 
-def validate(
-    base: Base, adapters: Adapters, val: Labelled, templates: list[str], recipe: Recipe, accelerator: Accelerator
-) -> dict[str, float]:
-    """Zero-shot accuracy in per cent at the recipe's α and at 1, over all processes, in one pass over the images."""
-    alphas = sorted({recipe.alpha, 1.0})
-    classifiers, hits, total = [], [0] * len(alphas), 0
-    for alpha in alphas:
-        adapters.alpha = alpha
-        classifiers.append(zero_shot_classifier(base.model, base.tokenizer, val.classes, templates))
-    broken: list[str] | None = [] if recipe.on_broken == "skip" else None
-    rank, world = accelerator.process_index, accelerator.num_processes
-    for batch in evaluation_batches(base, val, rank=rank, world=world, broken=broken):
-        total += len(batch[1])
-        for index, alpha in enumerate(alphas):
-            adapters.alpha = alpha
-            hits[index] += count_hits(base.model, classifiers[index], [batch])[0]
-    adapters.alpha = 1.0
-    *hits, total = accelerator.reduce(torch.tensor([*hits, total], device=accelerator.device)).tolist()
-    return {f"acc1@alpha={a:g}": round(100 * n / max(total, 1), 2) for a, n in zip(alphas, hits, strict=True)}
-
-
 def _endless(
     examples: Examples, part: int, position: tuple[int, int], accelerator: Accelerator, workers: int
 ) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
@@ -248,7 +226,7 @@ def _endless(
         epoch, start = epoch + 1, 0
 
 
-def _part(recipe: Recipe, accelerator: Accelerator, data: Labelled) -> int:
+def _part(recipe: Recipe, accelerator: Accelerator, data: TrainingData) -> int:
     """Images a process and accumulated part."""
     cut: int = recipe.accumulate * accelerator.num_processes
     if recipe.batch_size % cut or recipe.batch_size // cut < 1:

@@ -18,6 +18,8 @@ class Recipe:
     """Train R-Adapter on a CLIP; writes OUT/adapter.safetensors.
 
     Attributes:
+        task: what is trained for: classification (images with labels), retrieval (images with captions) or
+            segmentation (images with masks).
         architecture: open_clip model such as ViT-B-32, or local-dir:PATH.
         pretrained: open_clip tag such as openai, or the path of a checkpoint; none for local-dir:.
         data: training data: imagefolder:DIR, csv:FILE, parquet:FILE, webdataset:FILE, json:FILE or the name of a data
@@ -25,12 +27,19 @@ class Recipe:
         val_data: validation data, the same forms; none skips validation.
         image_column: column of the images (paths, bytes or images).
         label_column: column of the labels (class names or numbers).
+        caption_column: column of the captions, one text or a list of texts; rows of the same image belong together.
+        captions_per_image: captions of an image that a batch holds together, each a positive of the image; 1 takes rows
+            as they come, where captions of one image meet by chance.
+        images: folder of the images, for data that names them relative to elsewhere.
         classes: file with one class a line, synonyms after commas, in the order of the labels; none takes the names
             that the data set gives.
         templates: file with one prompt template a line ({} is the class), `openai` for the 80 of OpenAI, or `simple`.
+        shots: images of each class to train with, drawn by the seed; none takes all.
+        class_split: base or novel, the first or second half of the classes, for training and validation; all takes all.
         streaming: read the data set as a stream, without a copy on disk.
         on_broken: what a broken or missing image does: skip takes the next image and counts, refuse stops the run.
         rank: rank of the adapters; none is full rank.
+        adapt_text: whether the text tower has adapters too.
         form: where adapters compute, auto picks the faster for this batch and model; the result is the same.
         drop: probability p of adapter dropping (Eq. 7).
         momentum: m of the adapters' moving average (Eq. 8).
@@ -49,6 +58,7 @@ class Recipe:
         grad_clip: largest gradient norm; none does not clip.
         crop_scale: smallest share of the image's area that a random crop keeps, from 0 to 1.
         flip: flip images left to right half of the time.
+        dense: how patches become embeddings where this adapter is exported for dense prediction; none exports none.
         precision: no, fp16 or bf16 mixed precision.
         workers: processes that read images, for each training process.
         seed: seeds order, augmentation, prompts, adapter dropping and the start.
@@ -59,17 +69,24 @@ class Recipe:
         resume: go on from the checkpoint in out.
     """
 
+    task: Literal["classification", "retrieval", "segmentation"] = "classification"
     architecture: str = "ViT-B-32"
     pretrained: str | None = None
     data: str = ""
     val_data: str | None = None
     image_column: str = "image"
     label_column: str = "label"
+    caption_column: str = "caption"
+    captions_per_image: int = 1
+    images: Path | None = None
     classes: Path | None = None
     templates: str = "simple"
+    shots: int | None = None
+    class_split: Literal["all", "base", "novel"] = "all"
     streaming: bool = False
     on_broken: Literal["skip", "refuse"] = "refuse"
     rank: int | None = None
+    adapt_text: bool = True
     form: Literal["auto", "activation", "weight"] = "auto"
     drop: float = 0.2
     momentum: float = 0.999
@@ -88,6 +105,7 @@ class Recipe:
     grad_clip: float | None = 1.0
     crop_scale: float = 0.9
     flip: bool = False
+    dense: Literal["none", "maskclip", "sclip", "clearclip", "naclip"] = "none"
     precision: Literal["no", "fp16", "bf16"] = "no"
     workers: int = 2
     seed: int = 0

@@ -63,7 +63,8 @@ def test_every_reader_gives_the_same_images_and_labels(images: Path, tmp_path: P
 def items(
     data: Any, *, epoch: int = 0, start: int = 0, rank: int = 0, world: int = 1, seed: int = 0, workers: int = 0
 ) -> list[Any]:
-    examples = Examples(data, transform, ["a {}", "the {}"], seed)
+    data.templates = ["a {}", "the {}"]
+    examples = Examples(data, transform, seed)
     loader = batches(examples, 4, epoch=epoch, start=start, rank=rank, world=world, workers=workers)
     return [(b["labels"].tolist(), b["texts"], b["pixels"].sum().item()) for b in loader]
 
@@ -98,10 +99,10 @@ def test_broken_and_missing_images(images: Path) -> None:
     data = load_labelled(f"imagefolder:{images}")
     (images / "red" / "3.png").write_bytes(b"\x89PNG not really")
     (images / "red" / "4.png").unlink()
-    refusing = Examples(data, transform, ["a {}"], 0)
+    refusing = Examples(data, transform, 0)
     errors = [b["error"] for b in batches(refusing, 4, epoch=0, start=0, rank=0, world=1, workers=0) if "error" in b]
     assert all(re.search(r"red/[34]\.png can't be read.*--on-broken skip", error) for error in errors) and errors
-    examples = Examples(data, transform, ["a {}"], 0, refuse=False)
+    examples = Examples(data, transform, 0, refuse=False)
     seen = list(batches(examples, 4, epoch=0, start=0, rank=0, world=1, workers=0))
     assert len(seen) == 6 and all(len(b["labels"]) == 4 for b in seen)
     broken = {name.split(" can't")[0].rsplit("/", 1)[-1] for b in seen for name in b["broken"]}

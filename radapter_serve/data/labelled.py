@@ -1,13 +1,12 @@
-"""Labelled images from wherever Hugging Face `datasets` reads them, decoded as the server decodes them."""
+"""Labelled images: each pair is an image and a prompt with its class's name."""
 
 from __future__ import annotations
 
-import glob
-import os
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import torch
@@ -16,19 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from radapter_serve.base import Base
-from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.data.rows import BrokenImage, ImageColumn, open_rows, sub_folders
+from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.labels import read_label_file, split_label
-from radapter_serve.serving.preprocess import decode
-
-READERS = ("imagefolder", "csv", "json", "parquet", "webdataset")
-
-
-class BrokenImage(RAdapterError):
-    """An image that is missing or can't be decoded."""
 
 
 @dataclass
-class Labelled:
+class Labelled(ImageColumn):
     """A data set of labelled images.
 
     Attributes:
@@ -36,6 +29,7 @@ class Labelled:
         classes: one entry a class, in the order of the labels, synonyms after commas.
         image_column, label_column: names of the two columns.
         folder: what relative image paths are relative to.
+        templates: prompt templates with `{}`, of which a training pair draws one.
     """
 
     rows: Any
@@ -43,6 +37,7 @@ class Labelled:
     image_column: str
     label_column: str
     folder: Path = field(default_factory=Path)
+    templates: Sequence[str] = ("a photo of a {}.",)
 
     def __post_init__(self) -> None:
         names = [(line, split_label(line)) for line in self.classes]
@@ -50,37 +45,11 @@ class Labelled:
         self._index |= {synonyms[0]: i for i, (_, synonyms) in enumerate(names)}  # a first name beats a synonym
         self._index |= {line: i for i, (line, _) in enumerate(names)}
 
-    def image(self, row: dict[str, Any]) -> Image.Image:
-        """The image of a row, decoded as the server decodes it.
-
-        Raises:
-            BrokenImage: it is missing, or no image; says which.
-        """
-        data = self.data(row)
-        try:
-            return decode(data)
-        except RAdapterError as error:
-            raise BrokenImage(f"image {self.name(row)} can't be read: {getattr(error, 'message', error)}") from None
-
-    def data(self, row: dict[str, Any]) -> bytes:
-        """The bytes of a row's image file.
-
-        Raises:
-            BrokenImage: it is missing; says which.
-        """
-        value = row[self.image_column]
-        try:
-            if isinstance(value, dict):
-                return bytes(value["bytes"]) if value.get("bytes") is not None else Path(value["path"]).read_bytes()
-            return value if isinstance(value, bytes) else (self.folder / str(value)).read_bytes()
-        except OSError as error:
-            raise BrokenImage(f"image {self.name(row)} can't be read: {error.strerror or error}") from None
-
-    def name(self, row: dict[str, Any]) -> str:
-        """What to call a row's image in a message."""
-        value = row[self.image_column]
-        path = value.get("path") if isinstance(value, dict) else value
-        return path if isinstance(path, str) else "in the table"
+    def pair(self, row: dict[str, Any], draw: random.Random) -> tuple[Image.Image, int, str]:
+        """The image, the number of its class, and a prompt with the class's first name."""
+        label, image = self.label(row), self.image(row)
+        name = split_label(self.classes[label])[0]
+        return image, label, draw.choice(self.templates).replace("{}", name)
 
     def label(self, row: dict[str, Any]) -> int:
         """The number of a row's class.
@@ -107,6 +76,7 @@ def load_labelled(
     image_column: str = "image",
     label_column: str = "label",
     classes: Path | None = None,
+    templates: Sequence[str] = ("a photo of a {}.",),
     streaming: bool = False,
 ) -> Labelled:
     """Open a data set.
@@ -117,6 +87,7 @@ def load_labelled(
         image_column: paths, bytes or images.
         label_column: class names or numbers.
         classes: label file in the order of the labels; None takes the data set's own names.
+        templates: prompt templates with `{}`.
         streaming: read row by row.
 
     Raises:
@@ -133,65 +104,9 @@ def load_labelled(
     if names is None:
         raise RAdapterError(f"{spec} does not name its classes; give a file with one class a line: --classes FILE")
     class_folders = spec.startswith("imagefolder:")
-    data = Labelled(rows, list(names), image_column, label_column, Path() if class_folders else folder)
+    data = Labelled(rows, list(names), image_column, label_column, Path() if class_folders else folder, templates)
     _check_classes(data, spec, own, folder if class_folders else None)
     return data
-
-
-def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False) -> tuple[Any, Path]:
-    """Open rows of any kind, the images in them not decoded.
-
-    Args:
-        spec: as of `load_labelled`.
-        columns: those that must be there, each with the flag that names it.
-        streaming: read row by row.
-
-    Returns:
-        A Hugging Face data set, and the folder of its file: relative image paths start there. Of an image folder,
-        the folder of class folders.
-
-    Raises:
-        RAdapterError: it can't be read, or a column is missing.
-    """
-    place, _, split = spec.rpartition("@") if "@" in spec.rsplit("/", 1)[-1] else (spec, "", "train")
-    reader, _, path = place.partition(":")
-    local = reader in READERS
-    source: dict[str, Any] = {"data_files": {split: [path]}} if local else {}
-    if reader == "imagefolder":
-        path = str(_image_folder(Path(path), split, spec))
-        # named as one split: left alone, datasets takes "train" or "test" in any file's name for a split
-        source = {"data_files": {split: [f"{glob.escape(path)}/**"]}}
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(reader if local else place, split=split, streaming=streaming, **source)
-    except Exception as error:  # datasets, pyarrow and the hub raise many kinds, and all mean: can't be read
-        kinds = ", ".join(f"{name}:PATH" for name in READERS)
-        raise RAdapterError(
-            f"could not read the data {spec}: {reason(error)}; allowed: {kinds}, or a hub name"
-        ) from error
-    features = rows.features or {}
-    for column, flag in columns.items():
-        if features and column not in features:
-            hint = " (an image folder needs one sub-folder a class)" if reader == "imagefolder" else ""
-            raise RAdapterError(
-                f"{spec} has no column {column!r}{hint}; its columns: {', '.join(features)}; see {flag}"
-            )
-        if isinstance(features.get(column), datasets.Image):
-            rows = rows.cast_column(column, datasets.Image(decode=False))
-    folder = Path(path) if reader == "imagefolder" else Path(path).parent if local else Path()
-    return rows, folder
-
-
-def _image_folder(path: Path, split: str, spec: str) -> Path:
-    """The folder of class folders: DIR/SPLIT where it has some, else DIR."""
-    folder = path / split if path.joinpath(split).is_dir() and _folders(path / split) else path
-    if not folder.is_dir() or (folder == path and "@" in spec and split != "train"):
-        raise RAdapterError(f"no folder {path / split if path.is_dir() else path} for {spec}: one sub-folder a class")
-    return folder
-
-
-def _folders(path: Path) -> set[str]:
-    return {entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")}
 
 
 def _check_classes(data: Labelled, spec: str, own: list[str] | None, folder: Path | None) -> None:
@@ -206,7 +121,7 @@ def _check_classes(data: Labelled, spec: str, own: list[str] | None, folder: Pat
         names = f"{', '.join(own[:8])}{', ...' if len(own) > 8 else ''}"
         raise RAdapterError(f"the class file has the names of {spec} in another order; write them as: {names}")
     if folder is not None and own is not None:
-        empty = sorted(_folders(folder) - set(own))
+        empty = sorted(sub_folders(folder) - set(own))
         if empty:
             raise RAdapterError(
                 f"the class folder {empty[0]!r} of {spec} holds no image; add some or remove the folder"
@@ -223,8 +138,39 @@ def _check_classes(data: Labelled, spec: str, own: list[str] | None, folder: Pat
             )
 
 
+class LabelledImages(Protocol):
+    """What validation needs of data whose labels are classes: `Labelled` is such data, and crops of masks are.
+
+    Attributes:
+        rows: a sequence or a Hugging Face data set.
+        classes: one entry a class, synonyms after commas.
+        templates: prompt templates with `{}`.
+    """
+
+    @property
+    def rows(self) -> Any: ...
+
+    @property
+    def classes(self) -> Sequence[str]: ...
+
+    @property
+    def templates(self) -> Sequence[str]: ...
+
+    def image(self, row: Any) -> Image.Image:
+        """The image of a row; raises BrokenImage."""
+
+    def label(self, row: Any) -> int:
+        """The number of a row's class."""
+
+
 def evaluation_batches(
-    base: Base, data: Labelled, batch_size: int = 64, *, rank: int = 0, world: int = 1, broken: list[str] | None = None
+    base: Base,
+    data: LabelledImages,
+    batch_size: int = 64,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    broken: list[str] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Pixels, as open_clip's own transform makes them, and labels of a data set.
 

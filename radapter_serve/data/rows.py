@@ -1,0 +1,144 @@
+"""Rows of images from wherever Hugging Face `datasets` reads them, decoded as the server decodes them."""
+
+from __future__ import annotations
+
+import glob
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+from PIL import Image
+
+from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.serving.preprocess import decode
+
+READERS = ("imagefolder", "csv", "json", "parquet", "webdataset")
+
+
+class BrokenImage(RAdapterError):
+    """An image that is missing or can't be decoded."""
+
+
+class TrainingData(Protocol):
+    """All that training needs of data, whatever the task.
+
+    Attributes:
+        rows: a sequence, a Hugging Face data set, or its stream.
+    """
+
+    @property
+    def rows(self) -> Any: ...
+
+    def pair(self, row: Any, draw: random.Random) -> tuple[Image.Image, int, str | list[str]]:
+        """One training pair of a row.
+
+        Args:
+            row: one of `rows`.
+            draw: decides whatever is left to chance, such as the prompt template.
+
+        Returns:
+            The image, its label (pairs with equal labels are positives of each other) and its text; several texts,
+            equally many for every row, share one encoding of the image.
+
+        Raises:
+            BrokenImage: the image is missing or can't be decoded; says which.
+        """
+
+
+class ImageColumn:
+    """Reads the images of rows that have them in a column, as a path, as bytes or as both."""
+
+    image_column: str
+    folder: Path  # relative paths start there
+
+    def image(self, row: dict[str, Any]) -> Image.Image:
+        """The image of a row, decoded as the server decodes it.
+
+        Raises:
+            BrokenImage: it is missing, or no image; says which.
+        """
+        data = self.data(row)
+        try:
+            return decode(data)
+        except RAdapterError as error:
+            raise BrokenImage(f"image {self.name(row)} can't be read: {getattr(error, 'message', error)}") from None
+
+    def data(self, row: dict[str, Any]) -> bytes:
+        """The bytes of a row's image file.
+
+        Raises:
+            BrokenImage: it is missing; says which.
+        """
+        value = row[self.image_column]
+        try:
+            if isinstance(value, dict):
+                return bytes(value["bytes"]) if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+            return value if isinstance(value, bytes) else (self.folder / str(value)).read_bytes()
+        except OSError as error:
+            raise BrokenImage(f"image {self.name(row)} can't be read: {error.strerror or error}") from None
+
+    def name(self, row: dict[str, Any]) -> str:
+        """What to call a row's image in a message."""
+        value = row[self.image_column]
+        path = value.get("path") if isinstance(value, dict) else value
+        return path if isinstance(path, str) else "in the table"
+
+
+def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False) -> tuple[Any, Path]:
+    """Open rows of any kind, the images in them not decoded.
+
+    Args:
+        spec: as of `load_labelled`.
+        columns: those that must be there, each with the flag that names it.
+        streaming: read row by row.
+
+    Returns:
+        A Hugging Face data set, and the folder of its file: relative image paths start there. Of an image folder,
+        the folder of class folders.
+
+    Raises:
+        RAdapterError: it can't be read, or a column is missing.
+    """
+    place, _, split = spec.rpartition("@") if "@" in spec.rsplit("/", 1)[-1] else (spec, "", "train")
+    reader, _, path = place.partition(":")
+    local = reader in READERS
+    source: dict[str, Any] = {"data_files": {split: [path]}} if local else {}
+    if reader == "imagefolder":
+        path = str(_image_folder(Path(path), split, spec))
+        # named as one split: left alone, datasets takes "train" or "test" in any file's name for a split
+        source = {"data_files": {split: [f"{glob.escape(path)}/**"]}}
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(reader if local else place, split=split, streaming=streaming, **source)
+    except Exception as error:  # datasets, pyarrow and the hub raise many kinds, and all mean: can't be read
+        kinds = ", ".join(f"{name}:PATH" for name in READERS)
+        raise RAdapterError(
+            f"could not read the data {spec}: {reason(error)}; allowed: {kinds}, or a hub name"
+        ) from error
+    features = rows.features or {}
+    for column, flag in columns.items():
+        if features and column not in features:
+            hint = " (an image folder needs one sub-folder a class)" if reader == "imagefolder" else ""
+            raise RAdapterError(
+                f"{spec} has no column {column!r}{hint}; its columns: {', '.join(features)}; see {flag}"
+            )
+        if isinstance(features.get(column), datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    folder = Path(path) if reader == "imagefolder" else Path(path).parent if local else Path()
+    return rows, folder
+
+
+def _image_folder(path: Path, split: str, spec: str) -> Path:
+    """The folder of class folders: DIR/SPLIT where it has some, else DIR."""
+    folder = path / split if path.joinpath(split).is_dir() and sub_folders(path / split) else path
+    if not folder.is_dir() or (folder == path and "@" in spec and split != "train"):
+        raise RAdapterError(f"no folder {path / split if path.is_dir() else path} for {spec}: one sub-folder a class")
+    return folder
+
+
+def sub_folders(path: Path) -> set[str]:
+    """Names of the folders in a folder, hidden ones left out."""
+    return {entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")}
