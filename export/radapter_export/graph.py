@@ -21,7 +21,7 @@ import torch
 from onnx_ir import tensor_adapters
 from torch import Tensor, nn
 
-from radapter_export.towers import ImageTower, TextTower, skeleton
+from radapter_export.towers import ImageTower, PatchTower, TextTower, skeleton
 from radapter_serve.base import Base
 from radapter_serve.errors import RAdapterError
 
@@ -34,8 +34,8 @@ class Graph:
     """A tower as ONNX, still without weights.
 
     Attributes:
-        name: the model's name in the repository, `image_encoder` or `text_encoder`.
-        constants: values that are no weights: mean, std, the causal mask.
+        name: the model's name in the repository, such as `image_encoder`.
+        constants: values that are no weights: mean, std, the causal mask, the neighbourhood of patches.
     """
 
     name: str
@@ -80,6 +80,14 @@ def image_graph(base: Base) -> Graph:
     size = tower.visual.image_size[0]
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8, device="meta")
     return _export("image_encoder", tower, example, ("image", "image_embeds"), {0: _batch()}, prefix="")
+
+
+def patch_graph(base: Base, way: str) -> Graph:
+    """The graph of `patch_encoder`: `image` uint8 [B, S, S, 3] to `patch_embeds` float32 [B, g, g, D]."""
+    tower = PatchTower(base.model, base.preprocess, way)
+    size = tower.visual.image_size[0]
+    example = torch.zeros(2, size, size, 3, dtype=torch.uint8, device="meta")
+    return _export("patch_encoder", tower, example, ("image", "patch_embeds"), {0: _batch()}, prefix="")
 
 
 def text_graph(base: Base) -> Graph:

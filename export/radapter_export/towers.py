@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer, text_global_pool
 from torch import Tensor, nn
 
+from radapter_serve.dense import WAYS, check_dense, neighbourhood, patch_features
 from radapter_serve.errors import RAdapterError
 from radapter_serve.towers import is_causal, pool_type, text_tower
 
@@ -71,9 +72,33 @@ class ImageTower(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] in RGB to float32 [B, D] of unit length."""
+        return unit(self.visual(self.pixels(image)))
+
+    def pixels(self, image: Tensor) -> Tensor:
+        """Normalised, float32 [B, 3, S, S]."""
         # To float first: TensorRT cannot transpose uint8.
-        pixels = (image.float() / 255 - self.mean) / self.std
-        return unit(self.visual(pixels.permute(0, 3, 1, 2)))
+        return ((image.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+
+
+class PatchTower(ImageTower):
+    """Images to embeddings of their patches: the image tower with its last block edited.
+
+    Args:
+        model: an open_clip model that `check` accepts.
+        preprocess: its `preprocess_cfg`; `mean` and `std` are used.
+        way: one of `radapter_serve.dense.WAYS`.
+    """
+
+    def __init__(self, model: Any, preprocess: Mapping[str, Any], way: str) -> None:
+        grid, _ = check_dense(model, way).grid_size
+        super().__init__(model, preprocess)
+        self._way = WAYS[way]
+        self.near: Tensor | None
+        self.register_buffer("near", None if self._way.std is None else neighbourhood(grid, self._way.std))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """uint8 [B, S, S, 3] in RGB to float32 [B, g, g, D] of unit length."""
+        return unit(patch_features(self.visual, self.pixels(image), self._way, self.near))
 
 
 class TextTower(nn.Module):
@@ -118,7 +143,7 @@ class Attention(nn.Module):
 
     def __init__(self, original: nn.MultiheadAttention) -> None:
         super().__init__()
-        self.heads = original.num_heads
+        self.num_heads = original.num_heads
         self.in_proj_weight, self.in_proj_bias = original.in_proj_weight, original.in_proj_bias
         self.out_proj = original.out_proj
 
@@ -127,9 +152,9 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, None]:
         """Attend within `x` [B, L, D]; key and value are the same tensor, as in every block of a tower."""
         batch, length, width = x.shape
-        depth = width // self.heads
+        depth = width // self.num_heads
         projected = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        q, k, v = (part.reshape(batch, length, self.heads, depth).transpose(1, 2) for part in projected)
+        q, k, v = (part.reshape(batch, length, self.num_heads, depth).transpose(1, 2) for part in projected)
         scores = (q * depth**-0.5) @ k.transpose(-1, -2)
         if attn_mask is not None:
             scores = scores + attn_mask
