@@ -16,7 +16,7 @@ from radapter_serve.errors import RAdapterError
 
 if TYPE_CHECKING:
     from radapter_serve.evaluation.choice import Choice
-    from radapter_serve.evaluation.embedders import Embedder
+    from radapter_serve.evaluation.embedder import Embedder
 
 GRID = tuple(round(0.1 * step, 1) for step in range(11))
 
@@ -85,22 +85,25 @@ def evaluate(
     path = Path(adapter) if adapter else newest_run() if not given else Path()
     console, screen = Console(stderr=True), Console()
     with console.status("starting") as status:
-        from radapter_serve.evaluation import embedders  # torch takes seconds to load: not for --help
+        # torch takes seconds to load: not for --help
+        from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
         from radapter_serve.evaluation.results import Results, table
         from radapter_serve.evaluation.run import choose_alpha, draw, judge_suite
+        from radapter_serve.evaluation.server_embedder import ServerEmbedder
         from radapter_serve.evaluation.suite import load_suite
+        from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
 
         judged = load_suite(suite, data_root) if suite else None
         results = Results(out, resume=resume)
         status.update("loading the model")
         if merged:
-            embedder: Embedder = embedders.from_merged(merged, precision=precision, device=device)
+            embedder: Embedder = from_merged(merged, precision=precision, device=device)
         elif release:
-            embedder = embedders.ReleaseEmbedder(release)
+            embedder = ReleaseEmbedder(release)
         elif url:
-            embedder = embedders.ServerEmbedder(url)
+            embedder = ServerEmbedder(url)
         else:
-            embedder = embedders.from_adapter(
+            embedder = from_adapter(
                 path,
                 GRID if auto else alphas or None,
                 base=base,

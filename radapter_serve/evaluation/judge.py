@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.embedders import Embedder, Variant
+from radapter_serve.evaluation.embedder import Embedder, Variant
 from radapter_serve.evaluation.sets import JudgedSet, Known
 
 Row = dict[str, Any]

@@ -9,7 +9,7 @@ from typing import Any
 from radapter_serve.adapter import load_adapter
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.choice import Choice, choose, save_choice
-from radapter_serve.evaluation.embedders import Embedder, Variant
+from radapter_serve.evaluation.embedder import Embedder, Variant
 from radapter_serve.evaluation.judge import facts_of, judge
 from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars
 from radapter_serve.evaluation.results import Results, Row, curve

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from radapter_serve.adapter import Adapter
 from radapter_serve.base import Base
 from radapter_serve.data import Labelled
-from radapter_serve.evaluation.embedders import embedder_of
 from radapter_serve.evaluation.judge import judge
 from radapter_serve.evaluation.results import curve
 from radapter_serve.evaluation.sets import classification_set
 from radapter_serve.evaluation.suite import Entry
+from radapter_serve.evaluation.torch_embedder import embedder_of
 
 
 def alpha_sweep(

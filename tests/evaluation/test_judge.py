@@ -18,10 +18,13 @@ from safetensors.torch import save_file
 from radapter_export import export_release
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.base import load_base
-from radapter_serve.evaluation.embedders import Embedder, ReleaseEmbedder, ServerEmbedder, from_adapter, from_merged
+from radapter_serve.evaluation.embedder import Embedder
+from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
 from radapter_serve.evaluation.results import Results
 from radapter_serve.evaluation.run import judge_suite
+from radapter_serve.evaluation.server_embedder import ServerEmbedder
 from radapter_serve.evaluation.suite import load_suite
+from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
 
 ALPHAS = [0.0, 0.4, 1.0]
 TEMPLATES = ["a photo of a {}.", "a drawing of the {}"]

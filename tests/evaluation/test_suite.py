@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.embedders import from_adapter
 from radapter_serve.evaluation.results import Results
 from radapter_serve.evaluation.run import judge_suite
 from radapter_serve.evaluation.sets import ClassificationSet, RetrievalSet, open_set
 from radapter_serve.evaluation.suite import Suite, load_suite
+from radapter_serve.evaluation.torch_embedder import from_adapter
 
 SUITES = Path(__file__).parents[2] / "recipes" / "suites"
 

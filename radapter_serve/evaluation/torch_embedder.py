@@ -1,4 +1,4 @@
-"""Whatever turns images and texts into embeddings: torch at any α, ONNX Runtime over a release, a live server."""
+"""Models in torch: a base with an adapter at any α, a fine-tuned copy for WiSE-FT, a merged checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,57 +19,14 @@ from radapter_serve.adapter import Adapter, load_adapter
 from radapter_serve.adapter.file import check_alpha, check_base
 from radapter_serve.base import LOCAL, Base, load_base
 from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.evaluation.embedder import Variant, release_facts
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.serving.labels import embed_texts
-from radapter_serve.serving.preprocess import Preprocess, decode
-from radapter_serve.serving.tokenizer import Tokenizer
+from radapter_serve.serving.preprocess import decode
 from radapter_serve.towers import encode_image, encode_text
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TEXTS = 256  # a pass of torch
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One of the models that an embedder holds.
-
-    Attributes:
-        source: `adapter`, `wise-ft`, `merged`, `release`, `server`.
-        alpha: its α in [0, 1]; None where that is unknown.
-        facts: what a row says of it: model, pretrained, precision, digests.
-    """
-
-    source: str
-    alpha: float | None
-    facts: Mapping[str, Any]
-
-
-class Embedder(Protocol):
-    """What judging needs of models, whichever way they run.
-
-    Attributes:
-        variants: the models that it holds; `select` says which one embeds.
-        templates: prompt templates for data sets that bring none.
-    """
-
-    variants: Sequence[Variant]
-    templates: list[str]
-
-    def select(self, variant: Variant) -> None:
-        """Embed by this model from now on."""
-
-    def prepare(self, data: bytes) -> Any:
-        """From the bytes of an image file to what `embed_images` takes; the same for all variants. Thread-safe."""
-
-    def embed_images(self, items: Sequence[Any]) -> Floats:
-        """Prepared images to float32 [N, D], unit length."""
-
-    def embed_texts(self, texts: Sequence[str]) -> Floats:
-        """Texts to float32 [N, D], unit length."""
-
-    def close(self) -> None:
-        """Give back what it holds; a model that it was given is as it was."""
 
 
 @dataclass
@@ -237,7 +194,7 @@ def from_merged(folder: str | Path, *, precision: Precision = "fp32", device: st
     release = _json(folder / "release.json") if (folder / "release.json").exists() else {}
     weights = next((p for p in folder.glob("open_clip_*") if p.suffix in (".safetensors", ".bin", ".pt")), None)
     facts = {"weights_digest": _file_digest(weights)} if weights else {}
-    line = _Line("merged", {}, {**_release_facts(release), **facts, "precision": precision})
+    line = _Line("merged", {}, {**(release_facts(release) if release else {}), **facts, "precision": precision})
     templates = release.get("templates") or ["a photo of a {}."]
     return TorchEmbedder(base, [line], [release.get("alpha")], templates, precision=precision, device=device)
 
@@ -260,112 +217,6 @@ def _difference(path: Path, base: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
         )
     changes = {key: tuned[key].float() - base[key].float().cpu() for key in sorted(names)}
     return {key: value for key, value in changes.items() if value.any()}, _file_digest(file)
-
-
-class ReleaseEmbedder:
-    """A release in a model repository, by ONNX Runtime, with the very preprocessing and tokenizer that are served.
-
-    Args:
-        repository: the model repository; `PATH@N` names a release, the newest otherwise.
-
-    Raises:
-        RAdapterError: no such release, or ONNX Runtime can't load it.
-    """
-
-    def __init__(self, repository: str) -> None:
-        from radapter_serve.serving.encoder import Encoder
-
-        folder, version = _version(repository)
-        self._release = _json(folder / "classify" / version / "release.json")
-        self._preprocess = Preprocess.from_dict(self._release["preprocess"])
-        self._tokenizer = Tokenizer.load(folder / "classify" / version / "tokenizer.json", self._release["tokenizer"])
-        self._images = Encoder(folder / "image_encoder" / version / "model.onnx")
-        self._texts = Encoder(folder / "text_encoder" / version / "model.onnx")
-        self._rows = int(self._release["max_batch_size"])
-        self.templates = list(self._release["templates"])
-        self.variants: Sequence[Variant] = [Variant("release", self._release["alpha"], _release_facts(self._release))]
-
-    def select(self, variant: Variant) -> None:
-        pass
-
-    def prepare(self, data: bytes) -> Any:
-        return self._preprocess(decode(data))
-
-    def embed_images(self, items: Sequence[Any]) -> Floats:
-        parts = [np.stack(items[start : start + self._rows]) for start in range(0, len(items), self._rows)]
-        return np.concatenate([self._images(part) for part in parts])
-
-    def embed_texts(self, texts: Sequence[str]) -> Floats:
-        return embed_texts(texts, self._tokenizer, self._texts, self._rows)
-
-    def close(self) -> None:
-        pass
-
-
-class ServerEmbedder:
-    """A live server, through the client, pinned to its newest release.
-
-    Args:
-        url: `grpc://HOST:PORT` or `http://HOST:PORT`.
-
-    Raises:
-        RAdapterError: nobody answers there.
-    """
-
-    def __init__(self, url: str) -> None:
-        from radapter_client import Client, RAdapterClientError
-
-        self._error = RAdapterClientError
-        try:
-            with Client(url) as client:
-                release = client.release
-            rows = min(16, int(release.facts.get("max_batch_size", 16)))  # a batch becomes some requests at once
-            self._client = Client(url, release=release.version, batch_size=rows)
-        except RAdapterClientError as error:
-            raise RAdapterError(f"{url}: {error}") from error
-        self.templates = release.templates
-        self.variants: Sequence[Variant] = [Variant("server", release.alpha, _release_facts(release.facts))]
-
-    def select(self, variant: Variant) -> None:
-        pass
-
-    def prepare(self, data: bytes) -> Any:
-        return data
-
-    def embed_images(self, items: Sequence[Any]) -> Floats:
-        try:
-            return np.asarray(self._client.embed_images(list(items)), np.float32)
-        except self._error as error:
-            raise RAdapterError(f"the server failed: {error}") from error
-
-    def embed_texts(self, texts: Sequence[str]) -> Floats:
-        try:
-            return np.asarray(self._client.embed_texts(list(texts)), np.float32)
-        except self._error as error:
-            raise RAdapterError(f"the server failed: {error}") from error
-
-    def close(self) -> None:
-        self._client.close()
-
-
-def _release_facts(release: Mapping[str, Any]) -> dict[str, Any]:
-    if not release:
-        return {}
-    names = ("base_digest", "adapter_digest", "precision")
-    facts = {"model": release["architecture"], "pretrained": release.get("pretrained")}
-    return {**facts, **{name: release.get(name) for name in names}, "release": release["version"]}
-
-
-def _version(repository: str) -> tuple[Path, str]:
-    path, at, number = repository.rpartition("@")
-    if not (at and number.isdecimal()):
-        path, number = repository, ""
-    found = [int(p.parent.name) for p in Path(path, "classify").glob("*/release.json") if p.parent.name.isdecimal()]
-    if not found:
-        raise RAdapterError(f"no release in the model repository {path}; make one with radapter-export")
-    if number and int(number) not in found:
-        raise RAdapterError(f"no release {number} in {path}; it holds {', '.join(map(str, sorted(found)))}")
-    return Path(path), number or str(max(found))
 
 
 def _json(path: Path) -> dict[str, Any]:
