@@ -10,6 +10,7 @@ IMAGE_TOO_LARGE = "image_too_large"
 UNKNOWN_LABEL_SET = "unknown_label_set"
 NO_LABELS = "no_labels"
 INVALID_ARGUMENT = "invalid_argument"
+NO_PATCH_ENCODER = "no_patch_encoder"
 ENCODER_FAILED = "encoder_failed"
 CANCELLED = "cancelled"
 

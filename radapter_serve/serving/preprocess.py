@@ -136,7 +136,7 @@ class Preprocess:
             TaskError: the image is so long and thin that resizing its short side would make it huge.
         """
         height, width = self.size
-        image = self._resize(image)
+        image = self.resize(image)
         if self.resize_mode != "squash":
             image = _center_crop(image, height, width, self.fill_color if self.resize_mode == "longest" else 0)
         pixels = np.asarray(image.convert("RGB"))
@@ -145,7 +145,12 @@ class Preprocess:
         out[...] = pixels
         return out
 
-    def _resize(self, image: Image.Image) -> Image.Image:
+    def resize(self, image: Image.Image) -> Image.Image:
+        """The first step alone, mode not converted.
+
+        Raises:
+            TaskError: the image is so long and thin that resizing its short side would make it huge.
+        """
         (height, width), (image_width, image_height) = self.size, image.size
         resample = _FILTERS[self.interpolation]
         if self.resize_mode == "squash":

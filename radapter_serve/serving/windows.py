@@ -1,0 +1,75 @@
+"""Sliding windows over an image, and the way back from their patches to pixels, one axis at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows begin so that they cover every pixel; the last is shifted back to end at the border.
+
+    Args:
+        length: pixels along the axis, at least `window`.
+        window: pixels of a window.
+        stride: pixels from one window to the next, from 1 to `window`.
+    """
+    return [*range(0, length - window, stride), length - window]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Rows (or columns) of an image as weighted sums of rows (or columns) of its windows' patches.
+
+    Everything between patches and pixels is linear and acts on each axis alone: patches are upsampled to their window,
+    overlapping windows averaged, and the working image resized to the image's own size, both bilinearly as torch does
+    with `align_corners=False`. So no map of the working image is ever held.
+
+    Args:
+        pixels: the image's own size.
+        working: size of the working image, which the windows cover.
+        window: size of a window.
+        grid: patches of a window.
+        starts: first working pixel of each window.
+    """
+
+    pixels: int
+    working: int
+    window: int
+    grid: int
+    starts: tuple[int, ...]
+
+    def weights(self, first: int, last: int) -> tuple[slice, NDArray[np.float32]]:
+        """The weights of the patches for the image's own pixels first..last-1.
+
+        Returns:
+            which of the patches (K of them, windows one after the other) count, and float32 [last - first, K].
+        """
+        low, high, share = _between(np.arange(first, last), self.pixels, self.working)
+        total = self._of_working(low) * (1 - share)[:, None] + self._of_working(high) * share[:, None]
+        used = np.flatnonzero(total.any(0))
+        which = slice(int(used[0]), int(used[-1]) + 1)
+        return which, np.ascontiguousarray(total[:, which], np.float32)
+
+    def _of_working(self, positions: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Weights [n, windows x grid] for pixels of the working image: the mean over the windows that cover each."""
+        total = np.zeros((len(positions), len(self.starts), self.grid))
+        for index, start in enumerate(self.starts):
+            (inside,) = np.nonzero((positions >= start) & (positions < start + self.window))
+            if len(inside):
+                low, high, share = _between(positions[inside] - start, self.window, self.grid)
+                total[inside, index, low] += 1 - share
+                total[inside, index, high] += share
+        total /= total.sum((1, 2), keepdims=True)
+        return total.reshape(len(positions), -1)
+
+
+def _between(
+    positions: NDArray[np.intp], size: int, source: int
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
+    """For pixels of an axis of `size`, resized from `source`: the two source pixels and the share of the second."""
+    at: NDArray[np.float64] = np.clip((positions + 0.5) * source / size - 0.5, 0, source - 1)
+    low = np.floor(at).astype(np.intp)
+    return low, np.minimum(low + 1, source - 1), at - low

@@ -1,0 +1,408 @@
+"""Segmentation in this process: against torch's interpolate, plain loops over windows, and masks known beforehand."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch.nn.functional import interpolate, pad
+
+from radapter_serve.serving.errors import TaskError
+from radapter_serve.serving.masks import MaskCrop
+from radapter_serve.serving.preprocess import Preprocess, decode
+from radapter_serve.serving.refine import refine
+from radapter_serve.serving.segment import PATCH_SCALE, Segmenter, SegmentOptions
+from radapter_serve.serving.windows import window_starts
+
+SIZE, GRID, WIDTH = 32, 4, 6
+
+
+def unit(values: np.ndarray) -> np.ndarray:
+    return np.asarray(values / np.linalg.norm(values, axis=-1, keepdims=True), np.float32)
+
+
+def random_patches(pixels: np.ndarray) -> np.ndarray:
+    """Patches that depend on all of a window's pixels in an arbitrary way."""
+    means = pixels.reshape(len(pixels), GRID, SIZE // GRID, GRID, SIZE // GRID, 3).mean((2, 4))
+    weight = np.random.default_rng(3).normal(size=(3, WIDTH))
+    return unit(np.sin(means @ weight) + 0.3 * np.sin(means.mean((1, 2), keepdims=True) @ weight))
+
+
+def colour_embeds(pixels: np.ndarray) -> np.ndarray:
+    """Mean colours about grey, of patches [B, g, g, 3] or of whole images [B, 3]."""
+    return unit(pixels.astype(np.float64) - 127.5 + 1e-3)
+
+
+def colour_patches(pixels: np.ndarray) -> np.ndarray:
+    return colour_embeds(pixels.reshape(len(pixels), GRID, SIZE // GRID, GRID, SIZE // GRID, 3).mean((2, 4)))
+
+
+def colour_images(pixels: np.ndarray) -> np.ndarray:
+    return colour_embeds(pixels.mean((1, 2)))
+
+
+def segmenter(patches=random_patches, images=colour_images, *, fill=(127, 128, 127), scale=10.0, batch=3) -> Segmenter:
+    return Segmenter(SIZE, patches, images, Preprocess((SIZE, SIZE)), MaskCrop(fill=fill), scale, batch)
+
+
+def image(width: int, height: int, seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def embeds(count: int, seed: int = 1) -> np.ndarray:
+    return unit(np.random.default_rng(seed).normal(size=(count, WIDTH)))
+
+
+def reference(
+    picture: Image.Image, labels: np.ndarray, short_side: int, stride: int
+) -> tuple[torch.Tensor, np.ndarray]:
+    """The working image's cosines [C, h, w], window by window with torch, and its pixels."""
+    ratio = max(picture.size) / min(picture.size)
+    sides = [short_side if side == min(picture.size) else int(short_side * ratio) for side in picture.size]
+    working = np.asarray(picture.resize(sides, Image.Resampling.BICUBIC).convert("RGB"))
+    height, width = working.shape[:2]
+    total, count = torch.zeros(len(labels), height, width), torch.zeros(height, width)
+    top = 0
+    while True:
+        bottom = min(top + SIZE, height)
+        left = 0
+        while True:
+            right = min(left + SIZE, width)
+            window = slice(bottom - SIZE, bottom), slice(right - SIZE, right)
+            cosines = random_patches(working[window][None]) @ labels.T
+            maps = torch.from_numpy(cosines).permute(0, 3, 1, 2)
+            total[:, window[0], window[1]] += interpolate(maps, (SIZE, SIZE), mode="bilinear", align_corners=False)[0]
+            count[window] += 1
+            if right == width:
+                break
+            left += stride
+        if bottom == height:
+            break
+        top += stride
+    return total / count, working
+
+
+def check(picture, labels, options, *, short_side=None, stride=None, maps=None) -> None:
+    if maps is None:
+        maps, _ = reference(picture, labels, short_side or SIZE * 3 // 2, stride or SIZE // 2)
+    full = interpolate(maps[None], picture.size[::-1], mode="bilinear", align_corners=False)[0]
+    probabilities = (PATCH_SCALE * full).softmax(0)
+    best, expected = (values.numpy() for values in probabilities.max(0))
+    found = segmenter().dense(picture, labels, options)
+    assert found.mask.dtype == np.uint16
+    assert found.mask.shape == picture.size[::-1]
+    top_two = probabilities.topk(2, dim=0).values if len(labels) > 1 else torch.tensor([[1.0], [0.0]])
+    clear = (top_two[0] - top_two[1]).numpy() > 1e-4
+    if options.threshold is not None:
+        expected = np.where(best < options.threshold, len(labels), expected)
+        clear &= np.abs(best - options.threshold) > 1e-4
+    assert clear.mean() > 0.9 or clear.size < 10
+    np.testing.assert_array_equal(np.where(clear, found.mask, 0), np.where(clear, expected, 0))
+    for label, score in enumerate(found.scores):
+        values = best[found.mask == label]
+        if label == len(labels):
+            values = 1 - values
+        assert score == pytest.approx(values.mean() if values.size else 0, abs=1e-4)
+    assert len(found.scores) == len(labels) + (options.threshold is not None)
+
+
+@pytest.mark.parametrize(
+    "size", [(70, 50), (50, 70), (48, 48), (32, 32), (20, 31), (1, 1), (3, 2), (300, 9), (7, 400), (600, 500)]
+)
+def test_dense_is_a_loop_over_windows_with_torch(size):
+    check(image(*size), embeds(5), SegmentOptions())
+
+
+@pytest.mark.parametrize(("short_side", "stride"), [(32, 32), (32, 7), (45, 1), (61, 32), (64, 16), (100, 24)])
+def test_dense_with_other_windows(short_side, stride):
+    options = SegmentOptions(short_side=short_side, stride=stride)
+    check(image(90, 71), embeds(4), options, short_side=short_side, stride=stride)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.25, 0.3, 0.5, 0.9])
+def test_dense_below_the_threshold_is_background(threshold):
+    check(image(90, 71), embeds(6), SegmentOptions(threshold=threshold))
+
+
+def test_one_label_and_many_labels():
+    check(image(40, 30), embeds(1), SegmentOptions())
+    check(image(40, 30), embeds(3000), SegmentOptions())
+
+
+def test_what_the_window_sees_is_what_the_image_encoder_sees():
+    seen = []
+
+    def encode(pixels: np.ndarray) -> np.ndarray:
+        seen.append(pixels)
+        return random_patches(pixels)
+
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (45, 45, 4), dtype=np.uint8), "RGBA")
+    segmenter(encode).dense(picture, embeds(2), SegmentOptions(short_side=SIZE))
+    np.testing.assert_array_equal(seen[0], Preprocess((SIZE, SIZE))(picture)[None])
+
+
+def test_batches_are_bounded_and_a_caller_who_gave_up_stops_them():
+    seen = []
+
+    def encode(pixels: np.ndarray) -> np.ndarray:
+        seen.append(len(pixels))
+        return random_patches(pixels)
+
+    segmenter(encode).dense(image(90, 60), embeds(2), SegmentOptions())
+    assert seen == [3, 3, 2]
+    seen.clear()
+    with pytest.raises(TaskError, match="cancelled"):
+        segmenter(encode).dense(image(90, 60), embeds(2), SegmentOptions(), cancelled=lambda: len(seen) == 2)
+    assert seen == [3, 3]
+
+
+@given(
+    st.integers(1, 40).flatmap(
+        lambda window: st.tuples(st.integers(window, 300), st.just(window), st.integers(1, window))
+    )
+)
+def test_windows_cover_every_pixel(case):
+    length, window, stride = case
+    starts = window_starts(length, window, stride)
+    covered = {pixel for start in starts for pixel in range(start, start + window)}
+    assert covered == set(range(length))
+    assert starts == sorted(set(starts))
+    assert all(second - first <= stride for first, second in itertools.pairwise(starts))
+    assert len(starts) == -(-(length - window) // stride) + 1  # no window more than needed
+
+
+def torch_pamr(maps: torch.Tensor, pixels: np.ndarray, steps: int) -> torch.Tensor:
+    """By unfolding neighbourhoods: maps [C, h, w]."""
+    colours = torch.from_numpy(pixels.copy()).permute(2, 0, 1).double() / 255
+
+    def around(values: torch.Tensor) -> torch.Tensor:
+        parts = []
+        for dilation in (8, 16):
+            padded = pad(values[None], (dilation,) * 4, mode="replicate")
+            parts.append(
+                torch.nn.functional.unfold(padded, 3, dilation=dilation).reshape(len(values), 9, *values.shape[1:])
+            )
+        return torch.cat(parts, 1)
+
+    others = [index for index in range(18) if index % 9 != 4]
+    near = around(colours)
+    weights = -(near[:, others] - colours[:, None]).abs() / (1e-8 + 0.1 * near.std(1, keepdim=True))
+    weights = weights.mean(0).softmax(0)
+    for _ in range(steps):
+        maps = (around(maps)[:, others] * weights).sum(1)
+    return maps
+
+
+def test_refining_is_pamr():
+    picture = image(90, 71)
+    maps, working = reference(picture, embeds(20), 48, 16)
+    expected = torch_pamr(maps.double(), working, 3)
+    found = np.ascontiguousarray(maps.permute(1, 2, 0).numpy())
+    refine(found, working, 3)
+    np.testing.assert_allclose(found, expected.permute(1, 2, 0), atol=1e-4)
+    check(picture, embeds(20), SegmentOptions(refine=3), maps=expected.float())
+
+
+def test_refining_moves_a_border_to_the_image_s_edge():
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[:, 30:] = 255  # not where patches of 8 pixels meet
+    labels = unit(np.array([[-1.0, -1, -1], [1, 1, 1]]))
+    options = SegmentOptions(short_side=64, stride=32)
+    coarse = segmenter(colour_patches).dense(Image.fromarray(pixels), labels, options).mask
+    fine = segmenter(colour_patches).dense(Image.fromarray(pixels), labels, SegmentOptions(64, 32, refine=10)).mask
+    truth = pixels[..., 0] > 0
+    assert (fine != truth).mean() < (coarse != truth).mean()
+
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+
+
+def colour_labels() -> np.ndarray:
+    return colour_embeds(np.array(list(COLOURS.values())))
+
+
+def test_the_mask_of_coloured_quarters():
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    truth = np.zeros((48, 64), int)
+    for index, (colour, where) in enumerate(
+        zip(COLOURS.values(), np.ndindex(2, 2), strict=True)  # quarters of 24 x 32 pixels
+    ):
+        quarter = slice(24 * where[0], 24 * where[0] + 24), slice(32 * where[1], 32 * where[1] + 32)
+        pixels[quarter], truth[quarter] = colour, index
+    picture = Image.fromarray(pixels)
+    found = segmenter(colour_patches).dense(picture, colour_labels(), SegmentOptions(stride=8))
+    border = np.zeros_like(truth, bool)
+    border[20:28], border[:, 28:36] = True, True  # half a patch
+    np.testing.assert_array_equal(found.mask[~border], truth[~border])
+    assert (found.scores > 0.9).all()
+
+    masks = np.stack([np.where(truth == index, 255, 0) for index in range(4)]).astype(np.uint8)
+    found = segmenter().from_proposals(picture, colour_labels(), masks)
+    np.testing.assert_array_equal(found.mask, truth)
+
+
+def test_exif_orientation_is_not_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    file = io.BytesIO()
+    image(40, 30).save(file, "JPEG", exif=exif)
+    assert segmenter().dense(decode(file.getvalue()), embeds(2)).mask.shape == (30, 40)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "RGBA", "CMYK"])
+def test_images_of_any_mode(mode):
+    picture = image(40, 30).convert(mode)
+    assert segmenter().dense(picture, embeds(3)).mask.shape == (30, 40)
+    masks = np.full((1, 30, 40), 255, np.uint8)
+    assert (segmenter().from_proposals(picture, colour_labels(), masks).mask < 4).all()
+
+
+# OVSeg
+
+
+def test_proposals_are_fused_as_computed_by_hand():
+    """Two masks that overlap in the middle pixel of three, one of them half sure of itself."""
+    masks = np.array([[[255, 255, 0]], [[0, 153, 204]]], np.uint8)
+    scores = np.array([[0.8, 0.1], [0.2, 0.6]], np.float32)
+    clip = iter([np.array([[0.6, 0.8], [1.0, 0.0]], np.float32)])
+    labels = np.eye(2, dtype=np.float32)
+    made = segmenter(images=lambda pixels: next(clip), scale=2.0)
+    found = made.from_proposals(image(3, 1), labels, masks, scores, SegmentOptions(proposal_weight=0.25, threshold=0.1))
+    first = np.exp([1.2, 1.6]) / np.exp([1.2, 1.6]).sum()
+    second = np.exp([2.0, 0.0]) / np.exp([2.0, 0.0]).sum()
+    p = scores.astype(float) ** 0.75 * np.array([first, second]) ** 0.25
+    pixels = np.array([p[0], (p[0] + 0.6 * p[1]) / 1.6, 0.8 * p[1]])
+    np.testing.assert_array_equal(found.mask, [pixels.argmax(1)])
+    assert found.mask.tolist() == [[0, 0, 1]]
+    np.testing.assert_allclose(found.scores, [pixels[:2, 0].mean(), pixels[2, 1], 0], rtol=1e-5)
+
+
+def test_proposals_without_scores_are_classified_by_the_image_encoder_alone():
+    pixels = np.zeros((20, 20, 3), np.uint8)
+    pixels[:10], pixels[10:, :10], pixels[10:, 10:] = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+    masks = np.zeros((4, 20, 20), np.uint8)
+    masks[0, 10:, 10:], masks[1, 10:, :10], masks[3, :10] = 255, 200, 103  # the third is empty
+    found = segmenter(scale=100).from_proposals(
+        Image.fromarray(pixels), colour_labels(), masks, options=SegmentOptions(threshold=0.5)
+    )
+    expected = np.full((20, 20), 4)
+    expected[10:, 10:], expected[10:, :10] = 3, 2
+    np.testing.assert_array_equal(found.mask, expected)  # a mask of 0.4 is below the threshold
+    assert found.scores[4] == pytest.approx(1 - 103 / 255, abs=1e-3)
+
+
+def test_pixels_that_no_mask_covers():
+    pixels = np.full((20, 20, 3), (0, 255, 0), np.uint8)
+    pixels[:5, :5] = (255, 0, 0)
+    masks = np.zeros((1, 20, 20), np.uint8)
+    masks[0, :5, :5] = 255
+    covered = masks[0] > 0
+    for threshold, outside in ((0.0, 4), (0.3, 4), (None, 1)):  # background, or the label of the whole image
+        options = SegmentOptions(threshold=threshold)
+        found = segmenter().from_proposals(Image.fromarray(pixels), colour_labels(), masks, options=options)
+        np.testing.assert_array_equal(found.mask, np.where(covered, 0, outside))
+
+
+def test_many_masks_are_classified_in_batches():
+    seen = []
+
+    def encode(pixels: np.ndarray) -> np.ndarray:
+        seen.append(len(pixels))
+        return colour_images(pixels)
+
+    masks = np.zeros((8, 9, 9), np.uint8)
+    masks[:, 0, 0] = [255] * 3 + [102] + [255] * 4
+    segmenter(images=encode).from_proposals(image(9, 9), colour_labels(), masks, options=SegmentOptions(threshold=0))
+    assert seen == [3, 3, 1]
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"short_side": 31}, "short_side is 31; at least 32, the size of a window"),
+        ({"short_side": 0}, "short_side is 0"),
+        ({"stride": 33}, "stride is 33; 1 to 32, the size of a window"),
+        ({"stride": -1}, "stride is -1"),
+        ({"refine": -1}, "refine is -1; 0 .none. to 100 steps"),
+        ({"refine": 101}, "refine is 101"),
+        ({"threshold": 1.5}, "threshold is 1.5; allowed: 0 to 1"),
+        ({"threshold": float("nan")}, "threshold is nan"),
+        ({"proposal_weight": -0.1}, "proposal_weight is -0.1"),
+        ({"stride": 1, "short_side": 60}, "takes 1421 windows of 32 pixels; at most 500 are allowed: give a smaller"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(TaskError, match=message) as error:
+        segmenter().dense(image(40, 30), embeds(2), SegmentOptions(**options))
+    assert error.value.code == "invalid_argument"
+
+
+def test_too_thin_an_image_and_too_many_labels():
+    with pytest.raises(TaskError, match="an image of 3000 x 10, .* takes .* windows"):
+        segmenter().dense(image(3000, 10), embeds(2))
+    with pytest.raises(TaskError, match="at most 16000000 are allowed"):
+        segmenter().dense(image(30_000, 1), embeds(2), SegmentOptions(short_side=64))
+    with pytest.raises(TaskError, match="65535 labels; 1 to 65534 are allowed"):
+        segmenter().dense(image(8, 8), np.zeros((65_535, WIDTH), np.float32))
+    with pytest.raises(TaskError, match=r"60000 labels are too many for this image; at most \d+ are allowed"):
+        segmenter().dense(image(600, 8), np.zeros((60_000, WIDTH), np.float32))
+    with pytest.raises(TaskError, match=r"60000 labels are too many .* at most 58254 are allowed to refine"):
+        segmenter().dense(image(8, 8), np.zeros((60_000, WIDTH), np.float32), SegmentOptions(refine=1))
+
+
+def test_no_patch_encoder():
+    with pytest.raises(TaskError, match=r"\[no_patch_encoder\] .*radapter-export --dense naclip, or send proposals"):
+        segmenter(None).dense(image(8, 8), embeds(2))
+
+
+@pytest.mark.parametrize(
+    ("masks", "scores", "message"),
+    [
+        (np.zeros((0, 6, 8), np.uint8), None, r"proposals are uint8 \[0, 6, 8\]; for this image: uint8 \[N, 6, 8\]"),
+        (
+            np.full((1, 8, 6), 255, np.uint8),
+            None,
+            r"proposals are uint8 \[1, 8, 6\]; for this image: uint8 \[N, 6, 8\]",
+        ),
+        (np.full((6, 8), 255, np.uint8), None, r"proposals are uint8 \[6, 8\]"),
+        (np.ones((1, 6, 8), np.float32), None, r"proposals are float32 \[1, 6, 8\]"),
+        (np.ones((1, 6, 8), np.uint8), None, r"no value of the proposals is above 1; send .*255 inside"),
+        (np.full((2, 6, 8), 102, np.uint8), None, r"all 2 proposals are empty: no value is above 102"),
+        (np.zeros((2, 6, 8), np.uint8), None, r"all 2 proposals are empty"),
+        (np.full((2, 6, 8), 255, np.uint8), np.ones((2, 3)), r"shape \[2, 3\]; \[2, 4\] is needed"),
+        (np.full((2, 6, 8), 255, np.uint8), np.full((2, 4), 1.1), r"proposal_scores hold a value outside 0 to 1"),
+        (np.full((2, 6, 8), 255, np.uint8), np.full((2, 4), np.nan), r"proposal_scores hold a value outside 0 to 1"),
+    ],
+)
+def test_proposals_that_do_not_fit(masks, scores, message):
+    with pytest.raises(TaskError, match=message) as error:
+        segmenter().from_proposals(image(8, 6), colour_labels(), masks, scores)
+    assert error.value.code == "invalid_argument"
+
+
+def test_memory_is_bounded():
+    """Cosines of all pixels and labels would take 576 MB."""
+    picture, masks = image(1200, 800), np.zeros((4, 800, 1200), np.uint8)
+    masks[:, 200:500, 100:900] = 255
+    labels = unit(np.random.default_rng(0).normal(size=(150, 3)))
+    for run in (
+        lambda: segmenter(colour_patches).dense(picture, labels, SegmentOptions(threshold=0.1)),
+        lambda: segmenter().from_proposals(picture, labels, masks),
+    ):
+        tracemalloc.start()
+        found = run()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert found.mask.shape == (800, 1200)
+        assert peak < 100_000_000
