@@ -1,0 +1,194 @@
+"""Images with masks: label maps in a folder, COCO's panoptic annotations, COCO's instance annotations."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from radapter_serve.data.class_ids import find_class_file, number_classes, read_class_ids
+from radapter_serve.data.rows import BrokenImage
+from radapter_serve.errors import RAdapterError, reason
+
+IGNORE = -1
+MAX_ID = 65535  # of a label map, which has 16 bits at most
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+Segment = tuple[int, NDArray[np.bool_]]
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedImage(ABC):
+    """An image with a mask.
+
+    Attributes:
+        name: what to call it in a message.
+        path: its file.
+    """
+
+    name: str
+    path: Path
+
+    def data(self) -> bytes:
+        """The bytes of the image file.
+
+        Raises:
+            BrokenImage: it is missing; says which.
+        """
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise BrokenImage(f"image {self.path} can't be read: {error.strerror or error}") from None
+
+    @abstractmethod
+    def mask(self) -> NDArray[np.int32]:
+        """The class of every pixel, int32 [H, W]: an index into `Masked.classes`, or IGNORE.
+
+        Raises:
+            RAdapterError: the mask can't be read, or is of another size than the image.
+            BrokenImage: the image is missing, or no image.
+        """
+
+    @abstractmethod
+    def segments(self) -> list[Segment]:
+        """Class and mask, bool [H, W], of each segment; instances of a class stay apart where the data has them.
+
+        Raises:
+            RAdapterError, BrokenImage: as `mask`.
+        """
+
+    def areas(self) -> list[tuple[int, int]]:
+        """Class and area in pixels of each of `segments`, in their order."""
+        return [(label, int(mask.sum())) for label, mask in self.segments()]
+
+    def _check_size(self, size: tuple[int, int], mask: str | Path) -> None:
+        """Refuse a mask that has another size, (width, height), than the image."""
+        try:
+            with Image.open(self.path) as image:
+                own = image.size
+        except Exception as error:  # Pillow raises anything on broken files
+            raise BrokenImage(f"image {self.path} can't be read: {reason(error)}") from None
+        if own != size:
+            hint = "; the image's EXIF orientation is not applied" if own == size[::-1] else ""
+            raise RAdapterError(
+                f"{mask} has {size[0]} x {size[1]} pixels but the image {self.path} has {own[0]} x {own[1]}; "
+                f"make them the same size{hint}"
+            )
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A data set of images with masks.
+
+    Attributes:
+        images: not decoded, the masks neither.
+        classes: one entry a class, synonyms after commas.
+    """
+
+    images: Sequence[MaskedImage]
+    classes: list[str]
+
+
+def load_masked(spec: str, *, classes: Path | None = None, images: Path | None = None) -> Masked:
+    """Open a data set of images with masks.
+
+    Args:
+        spec: `masks:DIR` for the images DIR/images/* with the label maps DIR/masks/STEM.png (gray, palette or 16 bit;
+            the value is the class id), or `coco:FILE.json` for COCO's panoptic annotations (their PNGs in the folder
+            FILE) or instance annotations (polygons or run lengths).
+        classes: file of the class ids: text with one class a line, the first of which is id 0, or JSON or YAML that
+            maps id to name; None takes DIR/classes.txt, .json or .yaml, the same beside DIR, or COCO's categories. Ids
+            without a name (255 by custom) and those named unlabeled, void or ignore are ignored; ids of one name are
+            one class.
+        images: folder of the images; None takes DIR/images, or `images` beside FILE.json.
+
+    Raises:
+        RAdapterError: it can't be read, an image or a mask is missing, there is no class file, or ids do not match.
+    """
+    reader, _, place = spec.partition(":")
+    if reader == "masks" and place:
+        return _load_label_maps(Path(place), classes, images)
+    if reader == "coco" and place:
+        from radapter_serve.data.coco import load_coco  # which builds on this module
+
+        return load_coco(Path(place), classes, images)
+    raise RAdapterError(f"could not read the masks {spec}; allowed: masks:DIR, coco:FILE.json")
+
+
+@dataclass(frozen=True, eq=False)
+class LabelMap(MaskedImage):
+    """The value of a pixel is the id of its class: one segment a class.
+
+    Attributes:
+        mask_path: PNG.
+        table: class of each id, or IGNORE; the last entry is for all higher ids.
+    """
+
+    mask_path: Path
+    table: NDArray[np.int32]
+
+    def mask(self) -> NDArray[np.int32]:
+        image = open_mask(self.mask_path)
+        if image.mode not in ("1", "L", "P", "I", "I;16"):
+            raise RAdapterError(
+                f"the mask {self.mask_path} is a picture in {image.mode}; a label map is a PNG, gray, palette or 16 "
+                "bit, whose value is the class id (for COCO's panoptic masks, which are coloured, use coco:FILE.json)"
+            )
+        self._check_size(image.size, f"the mask {self.mask_path}")
+        return self.table.take(np.asarray(image).astype(np.int32), mode="clip")
+
+    def segments(self) -> list[Segment]:
+        mask = self.mask()
+        return [(int(label), mask == label) for label in np.unique(mask) if label != IGNORE]
+
+    def areas(self) -> list[tuple[int, int]]:
+        labels, areas = np.unique(self.mask(), return_counts=True)
+        return [(int(n), int(area)) for n, area in zip(labels, areas, strict=True) if n != IGNORE]
+
+
+def open_mask(path: Path) -> Image.Image:
+    """Decode the PNG of a mask.
+
+    Raises:
+        RAdapterError: it is missing, broken or no PNG.
+    """
+    try:
+        image = Image.open(path, formats=("PNG",))
+        image.load()
+    except Exception as error:  # Pillow raises anything on broken files
+        raise RAdapterError(f"the mask {path} can't be read: {reason(error)}; it has to be a PNG file") from None
+    return image
+
+
+def _load_label_maps(folder: Path, classes: Path | None, images: Path | None) -> Masked:
+    names = read_class_ids(classes or find_class_file(folder))
+    if max(names) > MAX_ID:
+        raise RAdapterError(f"the class id {max(names)} is too high for a label map; allowed: 0 to {MAX_ID}")
+    index, entries = number_classes(names)
+    table = np.full(max(index) + 2, IGNORE, np.int32)
+    for id_, label in index.items():
+        table[id_] = label
+    masks = {path.stem: path for path in _files(folder / "masks", (".png",), "label maps")}
+    found = _files(images or folder / "images", IMAGE_SUFFIXES, "images")
+    missing = [path for path in found if path.stem not in masks]
+    if missing:
+        raise RAdapterError(
+            f"the image {missing[0]} has no mask {folder / 'masks' / missing[0].stem}.png "
+            f"({len(missing)} of {len(found)} images lack one); add it or take the image out"
+        )
+    return Masked([LabelMap(path.name, path, masks[path.stem], table) for path in found], entries)
+
+
+def _files(folder: Path, suffixes: tuple[str, ...], what: str) -> list[Path]:
+    try:
+        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
+    except OSError as error:
+        raise RAdapterError(f"cannot read {folder}, the folder of the {what}: {error.strerror}") from None
+    if not found:
+        raise RAdapterError(f"{folder} holds no {what}; allowed: {', '.join(suffixes)}")
+    return found

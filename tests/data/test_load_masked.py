@@ -1,0 +1,320 @@
+"""Masks from label maps and from COCO's annotations, against arrays made by hand and pycocotools' own reading."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as runs
+from pycocotools.coco import COCO
+
+from radapter_serve.data import BrokenImage
+from radapter_serve.data.masks import IGNORE, MaskedImage, load_masked
+from radapter_serve.errors import RAdapterError
+
+IDS = np.zeros((6, 8), np.uint8)
+IDS[:3, :4], IDS[3:, 4:], IDS[0, 7], IDS[5, 0] = 1, 2, 7, 255
+CLASSES = {0: "unlabeled", 2: "dog", 1: "cat, kitty"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """DIR of one image, a.jpg, with a gray label map and the class file beside DIR."""
+    for name in ("images", "masks"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+    Image.new("RGB", (8, 6), (10, 20, 30)).save(tmp_path / "set" / "images" / "a.jpg")
+    Image.fromarray(IDS).save(tmp_path / "set" / "masks" / "a.png")
+    (tmp_path / "classes.json").write_text(json.dumps(CLASSES))
+    return tmp_path / "set"
+
+
+def only(spec: str, **options: Any) -> MaskedImage:
+    (image,) = load_masked(spec, **options).images
+    return image
+
+
+def check(image: MaskedImage) -> None:
+    """What every kind of data promises of one image."""
+    mask, segments = image.mask(), image.segments()
+    assert mask.dtype == np.int32 and all(inside.dtype == bool for _, inside in segments)
+    painted = np.zeros(mask.shape, bool)
+    for label, inside in segments:
+        assert inside.shape == mask.shape and label != IGNORE
+        painted |= inside
+    np.testing.assert_array_equal(painted, mask != IGNORE)
+    assert image.areas() == [(label, inside.sum()) for label, inside in segments]
+
+
+def test_a_label_map(folder: Path) -> None:
+    data = load_masked(f"masks:{folder}")
+    assert data.classes == ["dog", "cat, kitty"]
+    (image,) = data.images
+    assert image.name == "a.jpg" and image.data() == (folder / "images" / "a.jpg").read_bytes()
+    expected = np.full((6, 8), IGNORE)  # ids 0, 7 and 255 among it
+    expected[:3, :4], expected[3:, 4:] = 1, 0
+    np.testing.assert_array_equal(image.mask(), expected)
+    assert [label for label, _ in image.segments()] == [0, 1]
+    check(image)
+
+
+def save_palette(path: Path) -> None:
+    image = Image.fromarray(IDS).convert("P")
+    image.putdata(IDS.ravel().tolist())
+    image.putpalette([value for index in range(256) for value in (255 - index, 7, index)])
+    image.save(path)
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        save_palette,
+        lambda path: Image.fromarray(IDS.astype(np.uint16)).save(path),
+    ],
+    ids=["palette", "16 bit"],
+)
+def test_label_maps_of_other_kinds(folder: Path, save: Callable[[Path], None]) -> None:
+    expected = only(f"masks:{folder}").mask()
+    save(folder / "masks" / "a.png")
+    np.testing.assert_array_equal(only(f"masks:{folder}").mask(), expected)
+
+
+def test_ids_beyond_eight_bits(folder: Path) -> None:
+    ids = np.full((6, 8), 846, np.uint16)
+    ids[0] = 255
+    Image.fromarray(ids).save(folder / "masks" / "a.png")
+    names = folder / "names.txt"
+    names.write_text("\n".join(f"class {index}" for index in range(847)))
+    mask = only(f"masks:{folder}", classes=names).mask()
+    assert (mask[1:] == 846).all() and (mask[0] == 255).all()  # a name is a name
+
+
+def test_class_files(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "classes.json").unlink()
+    with pytest.raises(RAdapterError, match="no classes.txt, classes.json, classes.yaml in .*--classes FILE"):
+        load_masked(f"masks:{folder}")
+    (tmp_path / "classes.yaml").write_text("0: void\n1: cat\n7: cat\n2: dog\n")
+    data = load_masked(f"masks:{folder}")  # two ids of one name
+    assert data.classes == ["cat", "dog"] and (data.images[0].mask() == 0).sum() == 13
+    (folder / "classes.txt").write_text("Ignore\n# no class\nbird\ncat\n")
+    data = load_masked(f"masks:{folder}")
+    assert data.classes == ["bird", "cat"] and (data.images[0].mask() == 0).sum() == 12
+    for content, word in (
+        ('["cat"]', "must map class ids to names"),
+        ('{"one": "cat"}', "it has 'one': 'cat'"),
+        ('{"1": 3}', "it has '1': 3"),
+        ('{"1": ","}', "it has '1': ','"),
+        ('{"1": "void"}', "nothing but what is ignored"),
+        ('{"1"', "cannot read the classes"),
+        ('{"70000": "cat"}', "70000 is too high"),
+    ):
+        (tmp_path / "wrong.json").write_text(content)
+        with pytest.raises(RAdapterError, match=word):
+            load_masked(f"masks:{folder}", classes=tmp_path / "wrong.json")
+    with pytest.raises(RAdapterError, match="cannot read"):
+        load_masked(f"masks:{folder}", classes=tmp_path / "none.yaml")
+
+
+def test_what_is_wrong_with_a_folder_is_said(folder: Path, tmp_path: Path) -> None:
+    for spec in ("photos", "masks:", "csv:table.csv"):
+        with pytest.raises(RAdapterError, match="allowed: masks:DIR, coco:FILE.json"):
+            load_masked(spec)
+    with pytest.raises(RAdapterError, match="cannot read .*none, the folder of the images"):
+        load_masked(f"masks:{folder}", images=tmp_path / "none")
+    Image.new("RGB", (8, 6)).save(folder / "images" / "b.png")
+    with pytest.raises(RAdapterError, match=r"b.png has no mask .*b.png \(1 of 2"):
+        load_masked(f"masks:{folder}")
+    (folder / "images" / "b.png").unlink()
+    (folder / "images" / "a.jpg").rename(folder / "images" / "a.txt")
+    with pytest.raises(RAdapterError, match="images holds no images; allowed: .jpg"):
+        load_masked(f"masks:{folder}")
+
+
+def test_what_is_wrong_with_a_file_is_said(folder: Path) -> None:
+    image, path = only(f"masks:{folder}"), folder / "masks" / "a.png"
+    Image.new("L", (6, 8)).save(path)
+    with pytest.raises(RAdapterError, match="6 x 8 pixels but the image .* 8 x 6; .*EXIF"):
+        image.mask()
+    Image.new("RGB", (8, 6)).save(path)
+    with pytest.raises(RAdapterError, match="is a picture in RGB; a label map is"):
+        image.segments()
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(RAdapterError, match="the mask .*a.png can't be read"):
+        image.mask()
+    Image.fromarray(IDS).save(path)
+    (folder / "images" / "a.jpg").write_bytes(b"no image")
+    with pytest.raises(BrokenImage, match="a.jpg can't be read"):
+        image.mask()
+    (folder / "images" / "a.jpg").unlink()
+    with pytest.raises(BrokenImage, match="No such file"):
+        image.data()
+
+
+SEGMENTS = {70000: 17, 300: 1, 5: 1, 66000: 99}  # id to category
+
+
+def panoptic(folder: Path) -> tuple[Path, NDArray[np.int64], dict[str, Any]]:
+    ids = np.zeros((6, 8), np.int64)
+    ids[:2, :3], ids[2:4], ids[4:, :2], ids[5, 4:] = SEGMENTS
+    (folder / "panoptic").mkdir()
+    colours = np.dstack([ids % 256, ids // 256 % 256, ids // 65536]).astype(np.uint8)
+    Image.fromarray(colours).save(folder / "panoptic" / "a.png")
+    info = [{"id": i, "category_id": c, "area": int((ids == i).sum()), "iscrowd": 0} for i, c in SEGMENTS.items()]
+    content = {
+        "images": [{"id": 9, "file_name": "a.jpg", "width": 8, "height": 6}, {"id": 10, "file_name": "none.jpg"}],
+        "categories": [{"id": 17, "name": "cat"}, {"id": 1, "name": "person"}, {"id": 99, "name": "unlabeled"}],
+        "annotations": [{"image_id": 9, "file_name": "a.png", "segments_info": info}],
+    }
+    (folder / "panoptic.json").write_text(json.dumps(content))
+    return folder / "panoptic.json", ids, content
+
+
+def test_panoptic_annotations(folder: Path, tmp_path: Path) -> None:
+    file, ids, content = panoptic(folder)
+    data = load_masked(f"coco:{file}")
+    assert data.classes == ["cat", "person"]
+    (image,) = data.images
+    expected = np.full((6, 8), IGNORE)
+    expected[ids == 70000], expected[(ids == 300) | (ids == 5)] = 0, 1
+    np.testing.assert_array_equal(image.mask(), expected)
+    labels, masks = zip(*image.segments(), strict=True)
+    assert labels == (0, 1, 1)
+    for id_, inside in zip(SEGMENTS, masks, strict=False):
+        np.testing.assert_array_equal(inside, ids == id_)
+    check(image)
+    for segment in content["annotations"][0]["segments_info"]:
+        del segment["area"]
+    file.write_text(json.dumps(content))
+    check(only(f"coco:{file}"))
+    (tmp_path / "names.yaml").write_text("1: somebody, person\n")
+    data = load_masked(f"coco:{file}", classes=tmp_path / "names.yaml")
+    assert data.classes == ["somebody, person"]
+    np.testing.assert_array_equal(data.images[0].mask(), np.where((ids == 300) | (ids == 5), 0, IGNORE))
+
+
+def test_what_is_wrong_with_panoptic_annotations_is_said(folder: Path, tmp_path: Path) -> None:
+    file, _, content = panoptic(folder)
+    with pytest.raises(RAdapterError, match=r"no image .*a.jpg \(1 of 1 are missing in .*; name .*--images"):
+        load_masked(f"coco:{file}", images=tmp_path)
+    image = only(f"coco:{file}")
+    Image.new("L", (8, 6)).save(folder / "panoptic" / "a.png")
+    with pytest.raises(RAdapterError, match="a picture in L; a panoptic mask"):
+        image.mask()
+    Image.new("RGB", (8, 6), (9, 0, 0)).save(folder / "panoptic" / "a.png")
+    with pytest.raises(RAdapterError, match="do not belong together: the segments 5, 9, 300, 66000, 70000"):
+        image.mask()
+    (folder / "panoptic" / "a.png").unlink()
+    with pytest.raises(RAdapterError, match="no mask .*a.png"):
+        load_masked(f"coco:{file}")
+    content["annotations"][0]["segments_info"][1]["category_id"] = 4
+    file.write_text(json.dumps(content))
+    with pytest.raises(RAdapterError, match="the category 4, .* cat, person"):
+        load_masked(f"coco:{file}")
+
+
+POLYGONS = [[1.0, 1.0, 6.0, 1.0, 6.0, 5.0, 1.0, 5.0], [6.5, 0.0, 8.0, 0.0, 8.0, 2.0]]
+
+
+def instances(folder: Path) -> tuple[Path, dict[str, Any]]:
+    small = np.zeros((6, 8), np.uint8)
+    small[2:4, 3:7] = 1
+    compressed = runs.encode(np.asfortranarray(small))
+    crowd = np.zeros((6, 8), np.uint8)
+    crowd[4:, :3] = 1
+    changes = np.flatnonzero(np.diff(np.concatenate([[0], crowd.ravel(order="F"), [2]])))
+    counts = np.diff(np.concatenate([[0], changes])).tolist()
+    content = {
+        "images": [{"id": 9, "file_name": "a.jpg", "width": 8, "height": 6}, {"id": 2, "file_name": "none.jpg"}],
+        "categories": [{"id": 17, "name": "cat"}, {"id": 1, "name": "person"}],
+        "annotations": [
+            {"id": 1, "image_id": 9, "category_id": 1, "iscrowd": 0, "segmentation": POLYGONS},
+            {"id": 2, "image_id": 9, "category_id": 17, "iscrowd": 0,
+             "segmentation": {"size": [6, 8], "counts": compressed["counts"].decode()}},
+            {"id": 3, "image_id": 9, "category_id": 1, "iscrowd": 1,
+             "segmentation": {"size": [6, 8], "counts": counts}},
+        ],
+    }  # fmt: skip
+    (folder / "instances.json").write_text(json.dumps(content))
+    return folder / "instances.json", content
+
+
+def test_instance_annotations_are_what_pycocotools_reads(folder: Path) -> None:
+    file, content = instances(folder)
+    with redirect_stdout(io.StringIO()):
+        coco = COCO(file)
+    data = load_masked(f"coco:{file}")
+    assert data.classes == ["cat", "person"]
+    (image,) = data.images  # the one without an object is left out
+    segments = image.segments()
+    assert [label for label, _ in segments] == [1, 0, 1]
+    masks = [coco.annToMask(annotation).astype(bool) for annotation in content["annotations"]]
+    for (_, inside), expected in zip(segments, masks, strict=True):
+        np.testing.assert_array_equal(inside, expected)
+    assert masks[0][1, 2] and masks[2][4:, :3].all() and masks[2].sum() == 6
+    check(image)
+    assert (image.mask()[2:4, 3:7] == 0).all()  # the smaller on top
+    assert image.mask()[1, 2] == 1 and image.mask()[0, 0] == IGNORE
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [],
+        [[1, 2, 3, 4]],
+        [[1, 2, 3, 4, 5, 6, 7]],
+        [["a", "b", "c", "d", "e", "f"]],
+        "text",
+        {"size": [8, 6], "counts": [48]},
+        {"size": [6, 8], "counts": [47]},
+        {"size": [6, 8], "counts": [50, -2]},
+        {"size": [6, 8]},
+        {"size": [6, 8], "counts": "PPPPPPPP4"},
+        {"size": [6, 8], "counts": None},
+    ],
+)
+def test_broken_segmentations_are_said(folder: Path, segmentation: Any) -> None:
+    file, content = instances(folder)
+    content["annotations"][0]["segmentation"] = segmentation
+    file.write_text(json.dumps(content))
+    image = only(f"coco:{file}")
+    with pytest.raises(RAdapterError, match="a segmentation of the image a.jpg is broken"):
+        image.segments()
+
+
+def test_what_is_wrong_with_a_coco_file_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, content = instances(folder)
+
+    def loads(change: Callable[[dict[str, Any]], Any], word: str) -> None:
+        changed = json.loads(json.dumps(content))
+        change(changed)
+        file.write_text(json.dumps(changed))
+        with pytest.raises(RAdapterError, match=word):
+            image = only(f"coco:{file}")
+            image.mask()
+
+    loads(lambda c: c.pop("categories"), "no annotation file of COCO .*'categories'")
+    loads(lambda c: c["annotations"][0].pop("segmentation"), "no annotation file of COCO .*'segmentation'")
+    loads(lambda c: c["annotations"].clear(), "no segment of a class that is named; its categories: cat, person")
+    loads(lambda c: c["annotations"][0].update(image_id=3), "the image 3, which its images do not list")
+    loads(lambda c: c["annotations"][0].update(category_id=3), "the category 3, which its categories do not list")
+    loads(lambda c: c["categories"][0].update(name=3), "no annotation file of COCO")
+    loads(lambda c: c["categories"][0].update(name=""), "no annotation file of COCO")
+    loads(lambda c: c["images"][0].update(width=9), r"size is \[6, 8\]|9 x 6 pixels but the image")
+    for text, word in (("[]", "no annotation file"), ("{", "is not JSON"), ('"a"', "no annotation file")):
+        file.write_text(text)
+        with pytest.raises(RAdapterError, match=word):
+            load_masked(f"coco:{file}")
+    with pytest.raises(RAdapterError, match="cannot read .*none.json"):
+        load_masked(f"coco:{folder / 'none.json'}")
+    instances(folder)
+    monkeypatch.setitem(__import__("sys").modules, "pycocotools.mask", None)
+    monkeypatch.delattr("pycocotools.mask")
+    with pytest.raises(RAdapterError, match=r"need pycocotools, .* 'radapter-serve\[train\]'"):
+        load_masked(f"coco:{file}")
