@@ -26,6 +26,7 @@ def serve(
     http_port: int = 8000,
     grpc_port: int = 8001,
     metrics_port: int = 8002,
+    indexes: Path = Path("indexes"),
     timeout: float = 120.0,
     verbose: bool = False,
 ) -> None:
@@ -37,11 +38,13 @@ def serve(
         http_port: port of the HTTP endpoint.
         grpc_port: port of the gRPC endpoint.
         metrics_port: port of the Prometheus metrics.
+        indexes: folder of the indexes that radapter-index makes; a new or replaced one is served at once.
         timeout: seconds to wait until all models are ready.
         verbose: show Triton's own messages.
     """
     console = Console(stderr=True)
-    server = TritonServer(model_repository, host, http_port, grpc_port, metrics_port, timeout=timeout, verbose=verbose)
+    ports = http_port, grpc_port, metrics_port
+    server = TritonServer(model_repository, host, *ports, indexes=indexes, timeout=timeout, verbose=verbose)
     if not server.loopback:
         console.print(
             f"[bold yellow]Note:[/] listening on {server.host}, others can reach this server. Triton has no "

@@ -11,6 +11,8 @@ UNKNOWN_LABEL_SET = "unknown_label_set"
 NO_LABELS = "no_labels"
 INVALID_ARGUMENT = "invalid_argument"
 NO_PATCH_ENCODER = "no_patch_encoder"
+UNKNOWN_INDEX = "unknown_index"
+INDEX_MISMATCH = "index_mismatch"
 ENCODER_FAILED = "encoder_failed"
 CANCELLED = "cancelled"
 

@@ -29,6 +29,7 @@ from types import TracebackType
 
 from radapter_serve.errors import RAdapterError
 
+INDEXES = "RADAPTER_INDEXES"  # environment variable: the folder of the indexes, for the model `retrieve`
 OUR_BACKENDS = Path(__file__).parent / "backends"
 INSTALL_HINT = 'run: pip install "radapter-serve[server]" (Python 3.10 to 3.12), or use NVIDIA\'s Triton container'
 _EXIT_TIMEOUT = 5
@@ -185,6 +186,7 @@ class TritonServer:
         http_port: port of the HTTP endpoint.
         grpc_port: port of the gRPC endpoint.
         metrics_port: port of the Prometheus metrics.
+        indexes: folder of the indexes for `retrieve`; need not be there yet.
         timeout: seconds to wait until every model is ready.
         log: file for the server's messages; None keeps them for the report of a failure only.
         verbose: let the server write its messages to this process's stderr instead.
@@ -202,11 +204,13 @@ class TritonServer:
         grpc_port: int = 8001,
         metrics_port: int = 8002,
         *,
+        indexes: str | Path = "indexes",
         timeout: float = 120.0,
         log: str | Path | None = None,
         verbose: bool = False,
     ) -> None:
         self.model_repository = Path(model_repository).resolve()
+        self.indexes = Path(indexes).resolve()
         if not timeout > 0:
             raise RAdapterError(f"--timeout is {timeout:g}; allowed are seconds above 0")
         self.host, self.http_port, self.grpc_port, self.metrics_port = _ip(host), http_port, grpc_port, metrics_port
@@ -373,7 +377,8 @@ class TritonServer:
                 raise RAdapterError(f"cannot write the log {self._messages}: {error.strerror}") from None
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", _LAUNCHER, *command],
-                env={**_environment(installation), "TMPDIR": str(folder)},  # ONNX Runtime leaves a file there
+                # ONNX Runtime leaves a file in TMPDIR.
+                env={**_environment(installation), "TMPDIR": str(folder), INDEXES: str(self.indexes)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,14 @@ class Version:
         """This version's tokenizer."""
         return Tokenizer.load(self.folder / "tokenizer.json", self.release["tokenizer"])
 
+    def embed_text(self, text: bytes) -> NDArray[np.float32]:
+        """Text in UTF-8 -> float32 [D] by `embed_text`."""
+        return self._call("embed_text", "text", np.array([[text]], object), "text_embeds").ravel()
+
+    def embed_image(self, image: bytes) -> NDArray[np.float32]:
+        """Encoded image -> float32 [D] by `embed_image`."""
+        return self._call("embed_image", "image", np.array([[image]], object), "image_embeds").ravel()
+
     def embed_labels(self) -> LabelEmbedder:
         """What embeds the labels of a request with this version's text encoder."""
         size = int(self.release["max_batch_size"])
@@ -60,6 +69,8 @@ class Version:
             preferred_memory=pb.PreferredMemory(pb.TRITONSERVER_MEMORY_CPU, 0),
         ).exec()
         if response.has_error():
+            if said := re.fullmatch(r"\[(\w+)\] (.*)", response.error().message(), re.DOTALL):  # a task's own error
+                raise TaskError(said[1], said[2])
             raise TaskError(ENCODER_FAILED, f"{model} version {self._number} failed: {response.error().message()}")
         return np.array(pb.get_output_tensor_by_name(response, target).as_numpy(), np.float32)
 

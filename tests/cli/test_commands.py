@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from radapter_client import query
-from radapter_serve.cli import demo, export, guard, serve, train
+from radapter_serve.cli import demo, export, guard, index, serve, train
 from radapter_serve.cli import eval as cli_eval
 from radapter_serve.errors import RAdapterError
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": demo.main,
     "eval": cli_eval.main,
     "export": export.main,
+    "index": index.main,
     "query": query.main,
     "serve": serve.main,
     "train": train.main,
@@ -50,7 +51,10 @@ def test_guard_turns_errors_into_a_line_and_a_status(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == "radapter-x: error: alpha is 2; allowed: 0 to 1\nradapter-x: interrupted\n"
 
 
-@pytest.mark.parametrize("module", ["radapter_serve.cli.serve", "radapter_serve.cli.export", "radapter_client.query"])
+@pytest.mark.parametrize(
+    "module",
+    ["radapter_serve.cli.serve", "radapter_serve.cli.export", "radapter_serve.cli.index", "radapter_client.query"],
+)
 def test_commands_start_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit(any(m in sys.modules for m in ('torch', 'open_clip', 'onnx')))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

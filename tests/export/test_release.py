@@ -30,6 +30,7 @@ FILES = {
     "text_encoder": {"model.onnx"},
     "embed_image": TASK,
     "embed_text": TASK | {"tokenizer.json"},
+    "retrieve": TASK,
     "classify": TASK | {"tokenizer.json", "label_sets", "label_sets/animals.npz"},
 }
 
@@ -72,7 +73,7 @@ def test_release_json(exported: tuple[Path, list[Release]], adapter_path: Path, 
     assert [(release.version, release.alpha) for release in releases] == [(1, 0.3), (2, 0.8)]
     for release in releases:
         facts = release.facts
-        for model in ("embed_image", "embed_text", "classify"):
+        for model in ("embed_image", "embed_text", "retrieve", "classify"):
             path = folder / "repository" / model / str(release.version) / "release.json"
             assert json.loads(path.read_text(encoding="utf-8")) == facts
         assert facts["format"] == 1

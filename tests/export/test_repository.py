@@ -27,7 +27,7 @@ def test_config_parses_and_holds_the_releases(exported: tuple[Path, list[Release
     parsed = parse((folder / "repository" / model / "config.pbtxt").read_text(encoding="utf-8"))
     assert parsed.name == model
     assert parsed.backend == ("onnxruntime" if model.endswith("encoder") else "python")
-    assert parsed.max_batch_size == 64
+    assert parsed.max_batch_size == (0 if model in ("retrieve", "segment") else 64)
     assert list(parsed.version_policy.specific.versions) == [1, 2]
     values = {key: value.string_value for key, value in parsed.parameters.items()}
     facts = {key: json.loads(value) for key, value in values.items() if key.startswith("release")}

@@ -1,0 +1,38 @@
+"""Triton model `retrieve`: a text or an image to the nearest images of an index."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from radapter_serve.serving.errors import TaskError
+from radapter_serve.serving.retrieve import Retrieve, Retrieved, RetrieveRequest
+from radapter_serve.serving.server import INDEXES
+from radapter_serve.serving.triton import Version, answer, read
+
+
+class TritonPythonModel:
+    """Embeds the query by `embed_text` or `embed_image` of the same release, and searches the index."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        version = Version(args)
+        folder = Path(os.environ.get(INDEXES, "indexes"))
+        self._task = Retrieve(version.release, folder, version.embed_text, version.embed_image)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return answer(requests, lambda: [self._run(request) for request in requests], _outputs)
+
+    def _run(self, request: Any) -> Retrieved | TaskError:
+        values = {name: read(request, name) for name in ("index", "text", "image", "top_k", "where")}
+        one = {name: None if value is None else value.ravel()[0] for name, value in values.items()}
+        one["thumbnails"] = "thumbnail" in request.requested_output_names()
+        try:
+            return self._task(RetrieveRequest(**one))
+        except TaskError as error:
+            return error
+
+
+def _outputs(found: Retrieved) -> dict[str, Any]:
+    outputs: dict[str, Any] = {"id": found.ids, "score": found.scores, "metadata": found.metadata}
+    return outputs if found.thumbnails is None else {**outputs, "thumbnail": found.thumbnails}

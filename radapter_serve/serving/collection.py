@@ -1,0 +1,148 @@
+"""What an index is made of: image files of a folder or of a table, each with a name of its own and perhaps metadata."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from radapter_serve.errors import RAdapterError, reason
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+#: columns that every index has; a table's own may not be called so
+COLUMNS = ("path", "width", "height", "digest", "thumbnail", "vector")
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image file.
+
+    Args:
+        id: what the index calls it: its path from the index's root, or its whole path where it lies elsewhere.
+        file: where it lies.
+        row: its row of the table; nothing for a folder.
+    """
+
+    id: str
+    file: Path
+    row: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Collection:
+    """The image files of a source.
+
+    Args:
+        root: folder that ids start from.
+        items: in the order of their ids, or of the table.
+        columns: the table's columns without that of the images, as Arrow types by name.
+        repeated: rows of the table left out, for an earlier one names the same image.
+    """
+
+    root: Path
+    items: list[Item]
+    columns: dict[str, Any]
+    repeated: int = 0
+
+
+def open_collection(source: str, *, image_column: str = "image", root: Path | None = None) -> Collection:
+    """Find the images of a source.
+
+    Args:
+        source: a folder, read with all folders in it (`folder:DIR` where its name has a colon), `csv:FILE` or
+            `parquet:FILE`, whose image paths start from the file's folder.
+        image_column: of the table.
+        root: folder that ids start from; the source's own folder if None.
+
+    Raises:
+        RAdapterError: there is no such source, it can't be read, or it holds no image.
+    """
+    kind, colon, place = source.partition(":")
+    if not colon or kind not in ("folder", "csv", "parquet"):
+        kind, place = "folder", source
+    path = Path(place).absolute()
+    if kind == "folder":
+        if not path.is_dir():
+            raise RAdapterError(f"{source} is no folder; give a folder of images, csv:FILE or parquet:FILE")
+        root = root or path
+        items = [Item(_id(file, root), file) for file in _images(path)]
+        if not items:
+            raise RAdapterError(f"{source} holds no image; an index takes {', '.join(SUFFIXES)}, in any folder of it")
+        return Collection(root, items, {})
+    root = root or path.parent
+    return _of_table(kind, path, image_column, root)
+
+
+def file_of(id: str, root: Path) -> Path:
+    """Where the image of that id lies."""
+    return root / id
+
+
+def _id(file: Path, root: Path) -> str:
+    return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.as_posix()
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                yield Path(place, name)
+
+
+def _of_table(kind: str, path: Path, image_column: str, root: Path) -> Collection:
+    table = _read(kind, path)
+    if image_column not in table.column_names:
+        raise RAdapterError(
+            f"{path} has no column {image_column!r}; its columns: {', '.join(table.column_names)}; see --image-column"
+        )
+    columns = {name: table.schema.field(name).type for name in table.column_names if name != image_column}
+    _check_columns(columns, path)
+    names = table[image_column].to_pylist()
+    odd = next((number for number, name in enumerate(names, 1) if not isinstance(name, str) or not name), None)
+    if odd is not None:
+        raise RAdapterError(f"{path}, row {odd}: {image_column!r} is no path of an image ({names[odd - 1]!r:.60})")
+    items: dict[str, Item] = {}
+    rows = table.drop_columns([image_column]).to_pylist() if columns else [{}] * len(names)
+    for name, row in zip(names, rows, strict=True):
+        file = Path(os.path.normpath(path.parent / name))
+        items.setdefault(_id(file, root), Item(_id(file, root), file, row))
+    if not items:
+        raise RAdapterError(f"{path} has no row, so there is nothing to index")
+    return Collection(root, list(items.values()), columns, len(names) - len(items))
+
+
+def _read(kind: str, path: Path) -> Any:
+    import pyarrow
+    from pyarrow import csv, parquet
+
+    try:
+        table = csv.read_csv(path) if kind == "csv" else parquet.read_table(path)
+    except OSError as error:
+        raise RAdapterError(f"cannot read {path}: {error.strerror or reason(error)}") from None
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise RAdapterError(f"{path} is not {kind.upper()} that can be read: {reason(error)}") from None
+    repeated = {name for name in table.column_names if table.column_names.count(name) > 1}
+    if repeated:
+        raise RAdapterError(f"{path} has the column {min(repeated)!r} twice; rename one")
+    for number, column in enumerate(table.schema):  # a column with nothing in it: text, as good as any
+        if pyarrow.types.is_null(column.type):
+            table = table.set_column(number, column.name, table[column.name].cast(pyarrow.string()))
+    return table
+
+
+def _check_columns(columns: dict[str, Any], path: Path) -> None:
+    import pyarrow
+
+    for name, kind in columns.items():
+        if not name or name.lower() in COLUMNS or name.startswith("_") or "." in name or "`" in name:
+            raise RAdapterError(
+                f"{path} has a column {name!r}; the index needs {', '.join(COLUMNS)} itself, and a name has no . or ` "
+                "in it and no _ at its start; rename the column"
+            )
+        if pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind) or pyarrow.types.is_struct(kind):
+            raise RAdapterError(
+                f"the column {name!r} of {path} is {kind}; an index keeps text, numbers, yes or no, dates, and lists"
+            )

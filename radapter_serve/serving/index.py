@@ -1,0 +1,216 @@
+"""An index: a folder of embeddings with metadata, made by one release, searched by cosine.
+
+The folder holds `index.json` and a LanceDB table. What counts is what `index.json` says: it names the version of the
+table that is searched, so whatever a killed process added to the table is not seen before `index.json` is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.errors import INVALID_ARGUMENT, TaskError
+
+FORMAT = 1
+FACTS, TABLE = "index.json", "images"
+#: up to here, every vector is compared; above, LanceDB's approximate index chooses which
+EXACT = 100_000
+MAX_TOP_K = 1000
+MAX_CONDITION = 2000  # characters
+_FUNCTIONS = ("cast", "coalesce", "length", "lower", "upper")
+_BEFORE_BRACKET = ("and", "or", "not", "in", *_FUNCTIONS)
+_SQL = re.compile(
+    r"""\s+ | (?P<text>'(?:[^']|'')*') | (?P<name>`[^`]+` | "[^"]+") | (?P<number>\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)
+    | (?P<word>[^\W\d]\w*) | (?P<open>\() | (?P<sign><=|>=|<>|!=|[=<>+\-*/%,)])""",
+    re.VERBOSE,
+)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An image that was found.
+
+    Args:
+        id: its path from the index's root.
+        score: cosine, in [-1, 1].
+        metadata: all columns but embedding and thumbnail, ready for JSON.
+        thumbnail: JPEG; empty where it was not asked for, or there is none.
+    """
+
+    id: str
+    score: float
+    metadata: dict[str, Any]
+    thumbnail: bytes = b""
+
+
+class Index:
+    """An index that was built, as `index.json` describes it at this moment.
+
+    Args:
+        folder: made by `radapter-index build`.
+
+    Raises:
+        RAdapterError: no index there, or a broken one.
+
+    Attributes:
+        facts: `index.json`.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.facts = read_facts(self.folder)
+        try:
+            import lancedb  # here: a server without indexes needs none
+        except ModuleNotFoundError:
+            raise RAdapterError("lancedb is not installed; pip install 'radapter-serve[server]'") from None
+        with engine_errors(self.folder):
+            self.table = lancedb.connect(self.folder).open_table(TABLE)
+            self.table.checkout(self.facts["engine"]["table_version"])
+        self._columns = [name for name in self.table.schema.names if name not in ("vector", "thumbnail")]
+
+    def __len__(self) -> int:
+        return int(self.facts["count"])
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the metadata's columns, which a condition may use."""
+        return list(self._columns)
+
+    def search(
+        self, embedding: NDArray[np.float32], top_k: int = 10, where: str | None = None, *, thumbnails: bool = False
+    ) -> list[Hit]:
+        """The nearest images, best first; of equal ones, in the order of their ids.
+
+        Args:
+            embedding: float32 [D], unit length.
+            top_k: how many at most, 1 to 1000.
+            where: a condition in SQL on the columns, such as "year > 2020 AND path LIKE 'cats/%'".
+            thumbnails: bring them along.
+
+        Raises:
+            TaskError: `top_k` or the condition is not allowed.
+        """
+        if not 1 <= top_k <= MAX_TOP_K:
+            raise TaskError(INVALID_ARGUMENT, f"top_k is {top_k}; allowed are whole numbers from 1 to {MAX_TOP_K}")
+        condition = check_condition(where) if where and where.strip() else None
+        columns = [*self._columns, *(["thumbnail"] if thumbnails else []), "_distance"]
+        query: Any = self.table.search(np.asarray(embedding, np.float32))
+        query = query.distance_type("dot").limit(top_k).select(columns)
+        with _condition_errors(where, self._columns):
+            if condition is not None:
+                query = query.where(condition, prefilter=True)
+            effort = self.facts["engine"].get("nprobes")
+            if effort and (condition is None or self.table.count_rows(condition) > EXACT):
+                query = query.nprobes(effort).refine_factor(self.facts["engine"]["refine_factor"])
+            elif effort:
+                query = query.bypass_vector_index()
+            rows = query.to_arrow().to_pylist()
+        hits = [_hit(row) for row in rows]
+        return sorted(hits, key=lambda hit: (-hit.score, hit.id))
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """`index.json` of an index.
+
+    Raises:
+        RAdapterError: there is none, or not one of this format.
+    """
+    path = folder / FACTS
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if facts["format"] != FORMAT:
+            raise RAdapterError(f"{folder} is an index of format {facts['format']}; this version reads {FORMAT}")
+    except (FileNotFoundError, NotADirectoryError):
+        raise RAdapterError(f"no index at {folder}; make one: radapter-index build PHOTOS --out {folder}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RAdapterError(f"{path} can't be read ({error}); build the index again: {rebuild(folder)}") from None
+    return facts
+
+
+def rebuild(folder: Path, facts: dict[str, Any] | None = None) -> str:
+    """The command that builds an index again."""
+    return f"radapter-index build {(facts or {}).get('source', 'SOURCE')} --out {folder}"
+
+
+def check_condition(where: str) -> str:
+    """A condition that compares columns and nothing else: SQL that could do more is refused before it is run.
+
+    Raises:
+        TaskError: too long, or with something in it that no comparison needs.
+    """
+    if len(where) > MAX_CONDITION:
+        raise TaskError(INVALID_ARGUMENT, f"where has {len(where)} characters; at most {MAX_CONDITION} are allowed")
+    place, last = 0, ""
+    while place < len(where):
+        found = _SQL.match(where, place)
+        if found is None:
+            raise TaskError(INVALID_ARGUMENT, f"where has {where[place]!r} at character {place + 1}; {_ALLOWED}")
+        if found["open"] and re.search(r"[\w`\"']$", last) and last not in _BEFORE_BRACKET:
+            raise TaskError(INVALID_ARGUMENT, f"where calls {last}(); functions: {', '.join(_FUNCTIONS)}")
+        if not found[0].isspace():
+            last = (found["word"] or found["name"] or found[0]).lower()
+        if found["word"] and last in ("select", "from"):
+            raise TaskError(INVALID_ARGUMENT, f"where has {found[0]!r}, and takes no query; {_ALLOWED}")
+        place = found.end()
+    return where
+
+
+_ALLOWED = "allowed is a condition such as year > 2020 AND (path LIKE 'cats/%' OR `file name` = 'it''s')"
+
+
+@contextlib.contextmanager
+def engine_errors(folder: Path) -> Iterator[None]:
+    """Errors of the engine, which have no common base, as one for people."""
+    try:
+        yield
+    except RAdapterError:
+        raise
+    except Exception as error:
+        raise RAdapterError(f"the index {folder} can't be used: {_short(error)}; see radapter-index verify") from error
+
+
+@contextlib.contextmanager
+def _condition_errors(where: str | None, columns: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the engine's is no Exception
+        if where is None:
+            raise RAdapterError(f"the index failed: {_short(error)}") from error
+        raise TaskError(
+            INVALID_ARGUMENT, f"where {where!r:.200} fails: {_short(error)}; the columns: {', '.join(columns)}"
+        ) from None
+
+
+def _short(error: BaseException) -> str:
+    """The engine's first line without its source paths."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return re.sub(r"(, /\S+\.rs.*| \(code=.*)$", "", line)[:300].removeprefix("Invalid input, ")
+
+
+def _hit(row: dict[str, Any]) -> Hit:
+    score = 1.0 - row.pop("_distance")
+    thumbnail = row.pop("thumbnail", None) or b""
+    return Hit(row["path"], score, {name: _plain(value) for name, value in row.items()}, thumbnail)
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON has."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    return value if value is None or isinstance(value, (str, int, bool)) else str(value)

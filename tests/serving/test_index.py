@@ -1,0 +1,404 @@
+"""An index: built, added to, verified and searched, against numpy and against what lies on disk."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from pyarrow import parquet
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.serving import index_writer
+from radapter_serve.serving.errors import INVALID_ARGUMENT, TaskError
+from radapter_serve.serving.index import FACTS, Index, check_condition
+from radapter_serve.serving.indexing import add, build, verify
+from radapter_serve.serving.preprocess import decode
+
+DIM = 16
+
+
+class FakeRelease:
+    """Embeds an image by a fixed random projection of its mean colours; counts what it embeds."""
+
+    def __init__(self, alpha: float = 0.5) -> None:
+        names = ("base_digest", "adapter_digest", "architecture", "precision", "preprocess", "tokenizer")
+        self.facts: dict[str, Any] = {**dict.fromkeys(names, "x"), "embed_dim": DIM, "version": 1, "alpha": alpha}
+        self.embedded = 0
+
+    def prepare(self, data: bytes) -> Any:
+        return np.asarray(decode(data).convert("RGB").resize((4, 4)), np.float32).ravel() / 255 - 0.5
+
+    def encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
+        self.embedded += len(images)
+        embeds = np.stack(images) @ np.random.default_rng(0).standard_normal((48, DIM))
+        return np.asarray(embeds / np.linalg.norm(embeds, axis=1, keepdims=True), np.float32)
+
+
+@pytest.fixture
+def release() -> FakeRelease:
+    return FakeRelease()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Twelve images in folders, with names that need care."""
+    folder = tmp_path / "photos"
+    names = ["a.jpg", "it's.png", "Ünïcode 猫.webp", 'quo"te.jpeg', *(f"deep/er/{n}.JPG" for n in range(8))]
+    for number, name in enumerate(names):
+        write(folder / name, number)
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.jpg").write_text("no image")
+    return folder
+
+
+def write(path: Path, seed: int, size: tuple[int, int] = (40, 30)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    kind = {".png": "PNG", ".webp": "WEBP"}.get(path.suffix, "JPEG")
+    Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(path, kind, quality=95)
+
+
+def embeds_of(release: FakeRelease, files: Sequence[Path]) -> NDArray[np.float32]:
+    return release.encode_images([release.prepare(file.read_bytes()) for file in files])
+
+
+def files_of(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def test_search_is_numpys_argsort(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+    summary = build(str(photos), tmp_path / "index", release)
+    assert (summary.count, summary.embedded, summary.broken) == (12, 12, {})
+    files = sorted(
+        path for path in photos.rglob("*") if path.suffix != ".txt" and path.is_file() and path.name[0] != "."
+    )
+    embeds = embeds_of(release, files)
+    index = Index(tmp_path / "index")
+    for query in embeds_of(release, files)[:4] * 0.9 + 0.1:
+        query /= np.linalg.norm(query)
+        hits = index.search(query, 5)
+        best = np.argsort(-(embeds @ query))[:5]
+        assert [hit.id for hit in hits] == [files[n].relative_to(photos).as_posix() for n in best]
+        np.testing.assert_allclose([hit.score for hit in hits], (embeds @ query)[best], atol=1e-6)
+    assert len(index.search(embeds[0], 1000)) == len(index) == 12
+
+
+def test_metadata_and_thumbnails(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+    write(photos / "wide.png", 99, (600, 300))
+    build(str(photos), tmp_path / "index", release, thumbnails=64)
+    index = Index(tmp_path / "index")
+    query = embeds_of(release, [photos / "wide.png"])[0]
+    (hit,) = index.search(query, 1, thumbnails=True)
+    assert hit.metadata.keys() == {"path", "width", "height", "digest"} == set(index.columns)
+    assert (hit.metadata["path"], hit.metadata["width"], hit.metadata["height"]) == ("wide.png", 600, 300)
+    assert Image.open(io.BytesIO(hit.thumbnail)).size == (64, 32)
+    assert index.search(query, 1)[0].thumbnail == b""
+    build(str(photos), tmp_path / "index", release, thumbnails=0)
+    assert Index(tmp_path / "index").search(query, 1, thumbnails=True)[0].thumbnail == b""
+
+
+def test_columns_of_tables_are_metadata_and_conditions(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+    day = pa.array([0, 1, 2, None], pa.timestamp("s"))
+    table = pa.table(
+        {
+            "image": ["photos/a.jpg", "photos/it's.png", "photos/Ünïcode 猫.webp", "photos/../photos/a.jpg"],
+            "year": [1999, 2020, None, 1],
+            "File Name": ["it's", "b", "猫", "again"],
+            "day": day,
+            "score": [0.5, float("nan"), 1.0, 0.0],
+            "tags": [["x"], [], None, ["y"]],
+        }
+    )
+    parquet.write_table(table, tmp_path / "table.parquet")
+    summary = build(f"parquet:{tmp_path / 'table.parquet'}", tmp_path / "index", release)
+    assert (summary.count, summary.repeated) == (3, 1)
+    index = Index(tmp_path / "index")
+    query = embeds_of(release, [photos / "a.jpg"])[0]
+
+    def found(where: str) -> set[str]:
+        return {hit.id for hit in index.search(query, 10, where)}
+
+    first = index.search(query, 1)[0]
+    assert first.metadata | {"digest": ""} == {
+        **{"path": "photos/a.jpg", "width": 40, "height": 30, "digest": "", "year": 1999, "File Name": "it's"},
+        **{"day": "1970-01-01T00:00:00", "score": 0.5, "tags": ["x"]},
+    }
+    for hit in index.search(query, 10):
+        json.dumps(hit.metadata, allow_nan=False)
+    assert found("year > 2000") == {"photos/it's.png"}
+    assert found("year IS NULL OR path = 'photos/it''s.png'") == {"photos/it's.png", "photos/Ünïcode 猫.webp"}
+    assert found("`File Name` = 'it''s'") == found("lower(path) LIKE '%/A.jpg' OR year < 2000") == {"photos/a.jpg"}
+    assert found("day >= timestamp '1970-01-01 00:00:01'") == {"photos/it's.png", "photos/Ünïcode 猫.webp"}
+    assert found("width > 1000") == set()
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "year >",
+        "nosuch = 1",
+        "path",
+        "path = 3",
+        "1=1; drop table images",
+        "(select 1) = 1",
+        "path = (SELECT path FROM images)",
+        "read_csv('/etc/passwd') = 1",
+        "length(repeat('a', 2000000000)) > 0",
+        "repeat ('a', 9) = 'a'",
+        "`repeat`('a', 9) = 'a'",
+        "width / 0 = 1",
+        "path = 'open",
+        "path = '\x00' \\",
+        "(" * 900 + "width = 1" + ")" * 900,
+        "NOT " * 450 + "width = 1",
+        "width = 1 OR " * 200 + "width = 1",
+    ],
+)
+def test_a_bad_condition_is_refused_with_the_columns(
+    where: str, photos: Path, tmp_path: Path, release: FakeRelease
+) -> None:
+    build(str(photos), tmp_path / "index", release)
+    index = Index(tmp_path / "index")
+    query = np.eye(DIM, dtype=np.float32)[0]
+    with pytest.raises(TaskError, match="where") as error:
+        index.search(query, 3, where)
+    assert error.value.code == INVALID_ARGUMENT
+    assert ".rs" not in str(error.value)
+    assert len(index.search(query, 3, "width = 40")) == 3
+
+
+def test_conditions_that_only_compare_are_let_through() -> None:
+    for where in ("a in (1, 2) AND NOT (b = 'x(y)')", "cast(a AS int) <= -1.5e3", "ö != 'select' OR `from` = 1"):
+        assert check_condition(where) == where
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 1001])
+def test_top_k_has_bounds(top_k: int, photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+    build(str(photos), tmp_path / "index", release)
+    with pytest.raises(TaskError, match="1 to 1000"):
+        Index(tmp_path / "index").search(np.eye(DIM, dtype=np.float32)[0], top_k)
+
+
+def test_copies_are_embedded_once_and_all_found(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+    shutil.copy(photos / "a.jpg", photos / "b.jpg")
+    summary = build(str(photos), tmp_path / "index", release)
+    assert (summary.count, summary.embedded, summary.copies, release.embedded) == (13, 12, 1, 12)
+    hits = Index(tmp_path / "index").search(embeds_of(release, [photos / "a.jpg"])[0], 2)
+    assert [hit.id for hit in hits] == ["a.jpg", "b.jpg"] and hits[0].score == hits[1].score
+    shutil.copy(photos / "a.jpg", photos / "c.jpg")
+    assert add(tmp_path / "index", release).embedded == 0
+
+
+def test_add_embeds_what_is_new_or_changed(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+    build(str(photos), tmp_path / "index", release)
+    before = release.embedded
+    unchanged = add(tmp_path / "index", release)
+    assert (unchanged.kept, unchanged.embedded, release.embedded) == (12, 0, before)
+    write(photos / "new.png", 50)
+    write(photos / "a.jpg", 51)
+    os.utime(photos / "it's.png")
+    (photos / "deep/er/0.JPG").unlink()
+    found = verify(tmp_path / "index")
+    assert (found.new, found.changed, found.missing) == (["new.png"], ["a.jpg"], ["deep/er/0.JPG"]) and not found.ok
+    changed = add(tmp_path / "index", release)
+    assert (changed.count, changed.embedded, changed.kept, changed.removed) == (13, 2, 10, 0)
+    assert verify(tmp_path / "index").missing == ["deep/er/0.JPG"]
+    pruned = add(tmp_path / "index", release, prune=True)
+    assert (pruned.count, pruned.removed) == (12, 1)
+    assert verify(tmp_path / "index").ok
+    query = embeds_of(release, [photos / "a.jpg"])[0]
+    assert Index(tmp_path / "index").search(query, 1)[0].score == pytest.approx(1, abs=1e-5)
+
+
+def test_add_from_elsewhere_and_changed_metadata(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+    (tmp_path / "t.csv").write_text("image,title\nphotos/a.jpg,first\n")
+    build(f"csv:{tmp_path / 't.csv'}", tmp_path / "index", release)
+    write(tmp_path / "other" / "x.png", 7)
+    assert add(tmp_path / "index", release, str(tmp_path / "other")).count == 2
+    query = embeds_of(release, [tmp_path / "other" / "x.png"])[0]
+    assert Index(tmp_path / "index").search(query, 1)[0].metadata["path"] == "other/x.png"
+    assert add(tmp_path / "index", release, str(photos)).kept == 1  # a.jpg, whose title stays
+    embedded = release.embedded
+    (tmp_path / "t.csv").write_text("image,title\nphotos/a.jpg,second\n")
+    add(tmp_path / "index", release)
+    assert release.embedded == embedded
+    hits = Index(tmp_path / "index").search(query, 20)
+    assert {hit.metadata["title"] for hit in hits if hit.id == "photos/a.jpg"} == {"second"}
+    (tmp_path / "t.csv").write_text("image,name\nphotos/a.jpg,second\n")
+    with pytest.raises(RAdapterError, match="columns"):
+        add(tmp_path / "index", release)
+
+
+def test_an_addition_that_fails_is_not_seen(
+    photos: Path, tmp_path: Path, release: FakeRelease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(str(photos), tmp_path / "index", release)
+    monkeypatch.setattr(index_writer, "BATCH", 2)
+    for number in range(4):
+        write(photos / f"z{number}.png", 100 + number)
+    (photos / "zz.png").write_bytes(b"broken")
+    query = np.eye(DIM, dtype=np.float32)[0]
+    with pytest.raises(RAdapterError, match=r"'zz.png' can't be indexed.*--on-broken skip"):
+        add(tmp_path / "index", release)
+    assert len(Index(tmp_path / "index").search(query, 100)) == 12
+    opened, embedded = Index(tmp_path / "index"), release.embedded
+    summary = add(tmp_path / "index", release, on_broken="skip")
+    assert (summary.count, release.embedded, list(summary.broken)) == (16, embedded + 1, ["zz.png"])  # z3.png
+    assert len(opened.search(query, 100)) == 12  # who has it open goes on with what it was
+    assert len(Index(tmp_path / "index").search(query, 100)) == 16
+
+
+def test_broken_images(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+    (photos / "empty.jpg").write_bytes(b"")
+    (photos / "cut.jpg").write_bytes((photos / "a.jpg").read_bytes()[:200])
+    (photos / "gone.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(RAdapterError, match="can't be indexed"):
+        build(str(photos), tmp_path / "index", release)
+    assert not list(tmp_path.glob("*index*"))
+    summary = build(str(photos), tmp_path / "index", release, on_broken="skip")
+    assert summary.count == 12 and set(summary.broken) == {"empty.jpg", "cut.jpg", "gone.png"}
+    lines = (tmp_path / "index" / "broken.txt").read_text(encoding="utf-8").splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["cut.jpg", "empty.jpg", "gone.png"]
+    assert verify(tmp_path / "index").ok
+
+
+def test_nothing_is_written_where_there_is_nothing_to_index(tmp_path: Path, release: FakeRelease) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.txt").write_text("")
+    (tmp_path / "empty.csv").write_text("image\n")
+    before = files_of(tmp_path)
+    with pytest.raises(RAdapterError, match="holds no image"):
+        build(str(tmp_path / "photos"), tmp_path / "index", release)
+    with pytest.raises(RAdapterError, match="no folder"):
+        build(str(tmp_path / "nowhere"), tmp_path / "index", release)
+    with pytest.raises(RAdapterError, match="no row"):
+        build(f"csv:{tmp_path / 'empty.csv'}", tmp_path / "index", release)
+    with pytest.raises(RAdapterError, match="stands already"):
+        build(str(tmp_path / "photos"), tmp_path / "photos", release)
+    with pytest.raises(RAdapterError, match="radapter-index build"):
+        Index(tmp_path / "index")
+    assert files_of(tmp_path) == before
+    (tmp_path / "photos" / "b.jpg").write_bytes(b"broken")
+    with pytest.raises(RAdapterError, match="none of the 1 images"):
+        build(str(tmp_path / "photos"), tmp_path / "index", release, on_broken="skip")
+    assert files_of(tmp_path) == before | {"photos/b.jpg"}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("text", ["a,b\n1,2\n", "image,width\na.jpg,1\n", "image,image\na,b\n", "image,x\n,1\n", ""])
+def test_tables_that_will_not_do(text: str, tmp_path: Path, release: FakeRelease) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(RAdapterError, match=r"t\.csv"):
+        build(f"csv:{tmp_path / 't.csv'}", tmp_path / "index", release)
+    assert files_of(tmp_path) == {"t.csv"}
+
+
+def test_another_release_is_refused_with_the_command_that_rebuilds(photos: Path, tmp_path: Path) -> None:
+    build(str(photos), tmp_path / "index", FakeRelease())
+    other = FakeRelease(alpha=0.6)
+    with pytest.raises(RAdapterError, match=rf"alpha 0\.5.*alpha 0\.6.*radapter-index build {photos} --out"):
+        add(tmp_path / "index", other)
+    same = FakeRelease()
+    same.facts["version"] = 7
+    same.facts["created"] = "later"
+    assert add(tmp_path / "index", same).kept == 12
+    build(str(photos), tmp_path / "index", other)
+    assert add(tmp_path / "index", other).kept == 12
+
+
+def test_only_one_writer_at_a_time(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+    def again(done: int, total: int) -> None:
+        with pytest.raises(RAdapterError, match="another radapter-index"):
+            build(str(photos), tmp_path / "index", release)
+
+    build(str(photos), tmp_path / "index", release, progress=again)
+    assert names(tmp_path) == {"photos", "index"}
+    assert names(tmp_path / "index") == {FACTS, "broken.txt", "images.lance"}
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_index import FakeRelease, build
+from radapter_serve.serving import index_writer
+index_writer.BATCH = 2
+def progress(done, total):
+    print(done, flush=True)
+    time.sleep(0.2 if done < 6 else 60)
+build({photos!r}, Path({out!r}), FakeRelease(), progress=progress)
+"""
+
+
+def test_a_killed_build_is_resumed(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+    out = tmp_path / "indexes" / "photos"
+    code = KILLED.format(tests=str(Path(__file__).parent), photos=str(photos), out=str(out))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip() == "6":
+                break
+        process.send_signal(signal.SIGKILL)
+    time.sleep(0)
+    assert not out.exists()
+    with pytest.raises(RAdapterError, match="another release_digest"):
+        build(str(photos), out, FakeRelease(alpha=0.1), resume=True)
+    summary = build(str(photos), out, release, resume=True)
+    assert (summary.count, summary.kept, release.embedded) == (12, 6, 6)
+    assert verify(out).ok and names(tmp_path / "indexes") == {"photos"}
+    assert build(str(photos), tmp_path / "fresh", release, resume=True).embedded == 12  # nothing to go on with
+
+
+@pytest.mark.slow
+def test_an_approximate_index_keeps_its_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """120,000 clustered vectors, and queries that are not among them: recall@10 against numpy."""
+    random = np.random.default_rng(0)
+    count, dim = 120_000, 64
+    centres = random.standard_normal((500, dim))
+    vectors = centres[random.integers(500, size=count + 200)] + 0.7 * random.standard_normal((count + 200, dim))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    vectors, queries = vectors[:count], vectors[count:]
+
+    class Ready(FakeRelease):
+        """Takes an image file as the number of its vector."""
+
+        def prepare(self, data: bytes) -> Any:
+            return int(data)
+
+        def encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
+            return vectors[list(images)]
+
+    release = Ready()
+    release.facts["embed_dim"] = dim
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(count):
+        (folder / f"{number:06}.jpg").write_text(str(number))
+    monkeypatch.setattr(index_writer, "BATCH", 10_000)
+    summary = build(str(folder), tmp_path / "index", release)
+    assert summary.recall is not None and summary.recall >= 0.95
+    index = Index(tmp_path / "index")
+    hits = 0
+    for query in queries:
+        truth = set(np.argsort(-(vectors @ query))[:10])
+        hits += len(truth & {int(hit.id[:6]) for hit in index.search(query, 10)})
+    assert hits / (10 * len(queries)) >= 0.93
+    some = index.search(queries[0], 10, "path < '000050.jpg'")  # few match: every one of them is compared
+    assert [int(hit.id[:6]) for hit in some] == list(np.argsort(-(vectors[:50] @ queries[0]))[:10])

@@ -1,0 +1,129 @@
+"""`retrieve` in a real server: over gRPC and in plain JSON, with indexes that come and change while it runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpc
+from PIL import Image
+from tritonclient.utils import InferenceServerException
+
+from radapter_serve.serving.indexing import build
+from radapter_serve.serving.release import LocalRelease
+from radapter_serve.serving.server import TritonServer, free_ports
+
+pytestmark = pytest.mark.triton
+
+
+def photo(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def served(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TritonServer, Path]]:
+    """A server of two releases, and the folder with its photos and indexes (there is none yet)."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "photos").mkdir()
+    for number in range(6):
+        (folder / "photos" / f"{number}é.png").write_bytes(photo(number))
+    models = exported_tiny_clip / "model_repository"
+    with TritonServer(models, "127.0.0.1", *free_ports(), indexes=folder / "indexes") as server:
+        yield server, folder
+
+
+def ask(server: TritonServer, outputs: tuple[str, ...] = ("id", "score", "metadata"), **inputs: Any) -> Any:
+    """The outputs of `retrieve` by name, over gRPC."""
+    tensors = []
+    for name, value in inputs.items():
+        kind, array = ("INT32", np.array([value], np.int32)) if isinstance(value, int) else ("BYTES", None)
+        if array is None:
+            array = np.array([value if isinstance(value, bytes) else value.encode()], object)
+        tensors.append(grpc.InferInput(name, [1], kind))
+        tensors[-1].set_data_from_numpy(array)
+    with grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as client:
+        wanted = [grpc.InferRequestedOutput(name) for name in outputs]
+        result = client.infer("retrieve", tensors, outputs=wanted)
+        return {name: result.as_numpy(name) for name in outputs}
+
+
+def test_retrieve(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -> None:
+    server, folder = served
+    release = LocalRelease(exported_tiny_clip / "model_repository")
+    with pytest.raises(InferenceServerException, match=r"\[unknown_index\] no index 'photos'; there are: none"):
+        ask(server, text="a cat", index="photos")
+    for bad in ("../photos", "", ".", "a/b", ".photos.building"):
+        with pytest.raises(InferenceServerException, match=r"\[unknown_index\]"):
+            ask(server, text="a cat", index=bad)
+    build(str(folder / "photos"), folder / "indexes" / "photos", release)  # while the server runs
+    names = [f"{number}é.png" for number in range(6)]
+    embeds = np.stack(release.embed_images([photo(number) for number in range(6)]))
+    (query,) = release.embed_texts(["a cat"])
+    found = ask(server, text="a cat", index="photos", top_k=4)
+    best = np.argsort(-(embeds @ query))[:4]
+    assert [id.decode() for id in found["id"]] == [names[number] for number in best]
+    np.testing.assert_allclose(found["score"], (embeds @ query)[best], atol=1e-5)
+    assert json.loads(found["metadata"][0])["width"] == 50
+    found = ask(server, ("id", "thumbnail"), image=photo(3), index="photos", top_k=1, where="path LIKE '%é.png'")
+    assert found["id"][0].decode() == "3é.png"
+    assert Image.open(io.BytesIO(found["thumbnail"][0])).format == "JPEG"
+    assert len(ask(server, image=photo(3), index="photos")["id"]) == 6
+    assert len(ask(server, text="a cat", index="photos", where="width > 1000")["id"]) == 0
+
+    (folder / "photos" / "new.png").write_bytes(photo(99))
+    build(str(folder / "photos"), folder / "indexes" / "photos", release)  # replaced
+    assert ask(server, image=photo(99), index="photos", top_k=1)["id"][0] == b"new.png"
+
+    body: Any = {
+        "inputs": [
+            {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a cat"]},
+            {"name": "index", "shape": [1], "datatype": "BYTES", "data": ["photos"]},
+            {"name": "top_k", "shape": [1], "datatype": "INT32", "data": [2]},
+        ],
+        "outputs": [{"name": "id"}, {"name": "score"}, {"name": "metadata"}],
+    }
+    answer = post(server, body)
+    values = {output["name"]: output["data"] for output in answer["outputs"]}
+    assert len(values["id"]) == 2 and json.loads(values["metadata"][0])["path"] == values["id"][0]
+    shutil.rmtree(folder / "indexes" / "photos")
+    with pytest.raises(InferenceServerException, match=r"\[unknown_index\]"):
+        ask(server, text="a cat", index="photos")
+
+
+def test_retrieve_refuses(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -> None:
+    server, folder = served
+    models = exported_tiny_clip / "model_repository"
+    build(str(folder / "photos"), folder / "indexes" / "good", LocalRelease(models))
+    build(str(folder / "photos"), folder / "indexes" / "other", LocalRelease(f"{models}@1"))
+    for match, inputs in (
+        (r"\[index_mismatch\].*alpha 0\.3.*alpha 0\.8.*radapter-index build", {"text": "a", "index": "other"}),
+        (r"\[invalid_argument\] where 'nosuch = 1'.*path", {"text": "a", "index": "good", "where": "nosuch = 1"}),
+        (r"\[invalid_argument\] top_k is 0", {"text": "a", "index": "good", "top_k": 0}),
+        (r"\[invalid_argument\] top_k is 9999", {"text": "a", "index": "good", "top_k": 9999}),
+        (r"\[invalid_argument\] give text or image", {"index": "good"}),
+        (r"\[invalid_argument\] give text or image", {"index": "good", "text": "a", "image": photo(1)}),
+        (r"\[invalid_argument\] text 1 of 1 is empty", {"index": "good", "text": " "}),
+        (r"\[invalid_image\]", {"index": "good", "image": b"no image"}),
+    ):
+        with pytest.raises(InferenceServerException, match=match):
+            ask(server, **inputs)
+    with pytest.raises(urllib.error.HTTPError) as error:
+        post(server, {"inputs": [{"name": "index", "shape": [1], "datatype": "BYTES", "data": ["good"]}]})
+    assert error.value.code == 400 and "[invalid_argument]" in json.load(error.value)["error"]
+
+
+def post(server: TritonServer, body: Any) -> Any:
+    url = f"{server.http_url}/v2/models/retrieve/infer"
+    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=30) as response:
+        return json.load(response)
