@@ -15,9 +15,9 @@ from radapter_serve.serving.errors import CANCELLED, INVALID_ARGUMENT, NO_PATCH_
 from radapter_serve.serving.masks import MaskCrop
 from radapter_serve.serving.preprocess import Preprocess
 from radapter_serve.serving.refine import refine
+from radapter_serve.serving.tasks import EncodeImages
 from radapter_serve.serving.windows import Axis, window_starts
 
-EncodeImages = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 EncodePatches = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 Cancelled = Callable[[], bool]
 
@@ -131,19 +131,9 @@ class Segmenter:
             TaskError: no patch encoder; options that do not fit; an image too long and thin, or too many labels, for
                 the windows it takes; cancelled.
         """
-        if self._encode_patches is None:
-            raise TaskError(
-                NO_PATCH_ENCODER,
-                "this release has no patch_encoder; export with radapter-export --dense naclip, or send proposals",
-            )
+        short_side, stride = self.check_dense(options)
         _check_labels(embeds)
         size = self._size
-        short_side = options.short_side or size + size // 2
-        stride = options.stride or max(1, size // 2)
-        if short_side < size:
-            raise TaskError(INVALID_ARGUMENT, f"short_side is {short_side}; at least {size}, the size of a window")
-        if stride > size:
-            raise TaskError(INVALID_ARGUMENT, f"stride is {stride}; 1 to {size}, the size of a window")
         shortest = replace(self._preprocess, size=(short_side, short_side), resize_mode="shortest")
         working = np.asarray(shortest.resize(image).convert("RGB"))
         height, width = working.shape[:2]
@@ -177,6 +167,26 @@ class Segmenter:
             cosines *= PATCH_SCALE
             tally.put(where, best, 1 / np.exp(cosines, out=cosines).sum(-1))
         return tally.result()
+
+    def check_dense(self, options: SegmentOptions) -> tuple[int, int]:
+        """The short side and the stride of dense segmentation, in pixels.
+
+        Raises:
+            TaskError: no patch encoder, or options that do not fit.
+        """
+        if self._encode_patches is None:
+            raise TaskError(
+                NO_PATCH_ENCODER,
+                "this release has no patch_encoder; export with radapter-export --dense naclip, or send proposals",
+            )
+        size = self._size
+        short_side = size + size // 2 if options.short_side is None else options.short_side
+        stride = max(1, size // 2) if options.stride is None else options.stride
+        if short_side < size:
+            raise TaskError(INVALID_ARGUMENT, f"short_side is {short_side}; at least {size}, the size of a window")
+        if stride > size:
+            raise TaskError(INVALID_ARGUMENT, f"stride is {stride}; 1 to {size}, the size of a window")
+        return short_side, stride
 
     def from_proposals(
         self,

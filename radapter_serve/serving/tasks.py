@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.serving.errors import INVALID_ARGUMENT, NO_LABELS, UNKNOWN_LABEL_SET, TaskError
+from radapter_serve.serving.errors import INVALID_ARGUMENT, TaskError
+from radapter_serve.serving.label_source import LabelSource, strings
 from radapter_serve.serving.labels import (
     EncodeTokens,
     LabelEmbedder,
     LabelSet,
     check_length,
-    check_prompts,
     embed_texts,
 )
 from radapter_serve.serving.preprocess import Preprocess, decode_into
@@ -153,8 +153,8 @@ class Classify:
         embed_labels: LabelEmbedder,
         label_sets: Mapping[str, LabelSet],
     ) -> None:
-        self._embed_images, self._embed_labels, self._label_sets = embed_images, embed_labels, label_sets
-        self._templates = tuple(release["templates"])
+        self._embed_images = embed_images
+        self._label_source = LabelSource(release["templates"], embed_labels, label_sets)
         self._scale, self._bias = float(release["logit_scale"]), release.get("logit_bias")
 
     def __call__(self, requests: Sequence[ClassifyRequest]) -> list[Classes | TaskError]:
@@ -172,39 +172,11 @@ class Classify:
 
     def _plan(self, request: ClassifyRequest) -> tuple[list[LabelSet], int]:
         """The label set of each image, and how many labels to give back."""
-        count = len(request.images)
         top_k = [DEFAULT_TOP_K] if request.top_k is None else [int(k) for k in request.top_k]
         if min(top_k) < 1 or len(set(top_k)) > 1:
             raise TaskError(INVALID_ARGUMENT, f"top_k is {top_k}; one whole number from 1 for all images of a request")
-        if request.label_set is not None:
-            if request.labels is not None or request.templates is not None:
-                raise TaskError(INVALID_ARGUMENT, "give labels (with templates, if you like) or label_set, not both")
-            sets = [self._named(name) for name in request.label_set]
-        elif request.labels is None:
-            raise TaskError(NO_LABELS, f"give labels, or a label_set of this release: {self._known()}")
-        else:
-            templates = request.templates if request.templates is not None else [self._templates] * count
-            lists: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
-            last: Any = None
-            for row in zip(request.labels, templates, strict=True):
-                # Mostly all images of a request bring the same list.
-                if last is None or not all(map(np.array_equal, row, last)):
-                    found, last = (_strings(*row[0]), _strings(*row[1])), row
-                lists.append(found)
-            unique = {id(pair): pair for pair in lists}
-            check_prompts(unique.values())
-            embedded = {key: self._embed_labels(*pair, cancelled=request.cancelled) for key, pair in unique.items()}
-            sets = [embedded[id(pair)] for pair in lists]
+        sets = self._label_source(request.labels, request.label_set, request.templates, request.cancelled)
         return sets, min(top_k[0], *(len(label_set.labels) for label_set in sets))
-
-    def _named(self, name: bytes) -> LabelSet:
-        text = name.decode("utf-8", "replace")
-        if text not in self._label_sets:
-            raise TaskError(UNKNOWN_LABEL_SET, f"no label set {text!r} in this release; there are: {self._known()}")
-        return self._label_sets[text]
-
-    def _known(self) -> str:
-        return ", ".join(sorted(self._label_sets)) or "none (radapter-export --label-set NAME=FILE makes one)"
 
     def _score(self, embeds: NDArray[np.float32], sets: list[LabelSet], k: int) -> Classes:
         labels, scores = np.empty((len(sets), k), object), np.empty((len(sets), k), np.float32)
@@ -233,15 +205,8 @@ def load_label_sets(folder: str | Path) -> dict[str, LabelSet]:
     return {path.stem: LabelSet.load(path) for path in sorted(Path(folder).glob("*.npz"))}
 
 
-def _strings(*values: bytes | str) -> tuple[str, ...]:
-    try:
-        return tuple(value if isinstance(value, str) else value.decode() for value in values)
-    except UnicodeDecodeError as error:
-        raise TaskError(INVALID_ARGUMENT, f"a text is not UTF-8 ({error})") from None
-
-
 def _texts(request: Sequence[bytes]) -> list[str]:
-    texts = list(_strings(*request))
+    texts = list(strings(*request))
     for number, text in enumerate(texts, 1):
         if not text.strip():
             raise TaskError(INVALID_ARGUMENT, f"text {number} of {len(texts)} is empty; give at least one word")

@@ -35,6 +35,10 @@ class Version:
         """uint8 [B, S, S, 3] -> float32 [B, D] by `image_encoder`."""
         return self._call("image_encoder", "image", pixels, "image_embeds")
 
+    def encode_patches(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 [B, S, S, 3] -> float32 [B, g, g, D] by `patch_encoder`."""
+        return self._call("patch_encoder", "image", pixels, "patch_embeds")
+
     def encode_tokens(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """int32 [B, L] -> float32 [B, D] by `text_encoder`."""
         return self._call("text_encoder", "tokens", tokens, "text_embeds")

@@ -1,0 +1,49 @@
+"""Triton model `segment`: an image and labels to a mask, by dense patches or by proposals that the request brings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from radapter_serve.serving.segment_task import Segment, SegmentRequest, Segments
+from radapter_serve.serving.tasks import load_label_sets
+from radapter_serve.serving.triton import Version, answer, read
+
+OPTIONS = ("threshold", "short_side", "stride", "refine", "proposal_weight")
+
+
+class TritonPythonModel:
+    """Segments one request after the other; the windows of an image go to `patch_encoder` in batches."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        version = Version(args)
+        patches = version.encode_patches if version.release["dense"] else None
+        label_sets = load_label_sets(version.folder / "label_sets")
+        self._task = Segment(version.release, version.encode_images, patches, version.embed_labels(), label_sets)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        [response] = answer([request], lambda: [self._task(_request(request))], _outputs)
+        return response
+
+
+def _request(request: Any) -> SegmentRequest:
+    label_set = read(request, "label_set")
+    given = {name: read(request, name) for name in OPTIONS}
+    return SegmentRequest(
+        image=read(request, "image")[0],
+        labels=read(request, "labels"),
+        label_set=None if label_set is None else label_set[0],
+        templates=read(request, "templates"),
+        options={name: value[0].item() for name, value in given.items() if value is not None},
+        proposals=read(request, "proposals"),
+        proposal_scores=read(request, "proposal_scores"),
+        cancelled=request.is_cancelled,
+    )
+
+
+def _outputs(segments: Segments) -> dict[str, Any]:
+    return {"mask": segments.mask, "label": np.array(segments.labels, object), "score": segments.scores}
