@@ -123,12 +123,18 @@ def evaluate(
                 screen.print(f"rule: {choice.rule}", highlight=False, soft_wrap=True)
                 screen.print(f"alpha {choice.alpha:g} is written to {file}", highlight=False, soft_wrap=True)
                 variants = [v for v in variants if v.alpha in (0.0, choice.alpha)]
+            skipped: list[str] = []
+            options["skip"] = skipped.append
             rows = judge_suite(embedder, judged, results, variants=variants, **options) if judged else []
         finally:
             embedder.close()
         pictures = draw(rows, Path(out), judged.name) if judged and rows else []
     if judged and rows:
-        screen.print(table(rows, f"{judged.name}: per cent"))
+        screen.print(table(rows, f"{judged.name}: per cent", judged.pairs("test")))
+    for left_out in skipped:
+        console.print(left_out, markup=False, highlight=False, soft_wrap=True)
+    if judged and not rows and skipped:
+        raise RAdapterError(f"nothing was judged: all data sets of {judged.name} are left out")
     for line in (results.path, *pictures):
         screen.print(f"wrote {line}", highlight=False, soft_wrap=True)
     if auto:

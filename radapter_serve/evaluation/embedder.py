@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats
+from radapter_serve.serving.preprocess import decode
+from radapter_serve.serving.segment import Segmenter, SegmentOptions
+
+PROPOSALS = "proposals"  # in place of a way: masks are given, and their crops are classified
+# From the bytes of an image file, and masks uint8 [N, H, W] where masks are given, to the index of each pixel's label,
+# uint16 [H, W]; the number of labels stands for the background.
+SegmentImage = Callable[[bytes, NDArray[np.uint8] | None], NDArray[np.uint16]]
 
 
 @dataclass(frozen=True)
@@ -24,16 +35,39 @@ class Variant:
     facts: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class SegmentQuery:
+    """What images are segmented by.
+
+    Attributes:
+        labels: names, synonyms after commas.
+        templates: prompt templates with `{}`.
+        dense: a way from image patches to embeddings, from `Embedder.way`, or `proposals`.
+        options: of the windows.
+    """
+
+    labels: Sequence[str]
+    templates: Sequence[str]
+    dense: str
+    options: SegmentOptions
+
+
+class NoSuchWay(RAdapterError):
+    """Models that have no dense embeddings in the way that is asked for; says how to get some that have."""
+
+
 class Embedder(Protocol):
     """What judging needs of models, whichever way they run.
 
     Attributes:
         variants: the models that it holds; `select` says which one embeds.
         templates: prompt templates for data sets that bring none.
+        size: side of the image encoder's input in pixels, which is the window's too.
     """
 
     variants: Sequence[Variant]
     templates: list[str]
+    size: int
 
     def select(self, variant: Variant) -> None:
         """Embed by this model from now on."""
@@ -47,8 +81,51 @@ class Embedder(Protocol):
     def embed_texts(self, texts: Sequence[str]) -> Floats:
         """Texts to float32 [N, D], unit length."""
 
+    def way(self, dense: str | None) -> str:
+        """The way of dense embeddings to use where `dense` is asked for; None asks for the models' own.
+
+        Raises:
+            NoSuchWay: these models do not have it.
+        """
+
+    def segmenter(self, query: SegmentQuery, known: dict[Any, Floats]) -> SegmentImage:
+        """Segments images by the model that is selected now, and must be selected whenever it is called.
+
+        Args:
+            query: what by.
+            known: embeddings of labels by this model, as of `class_embeds`; takes new ones.
+        """
+
     def close(self) -> None:
         """Give back what it holds; a model that it was given is as it was."""
+
+
+def segment_here(segmenter: Segmenter, embeds: Floats, options: SegmentOptions) -> SegmentImage:
+    """Segment in this process.
+
+    Args:
+        segmenter: of the model.
+        embeds: of the labels, [C, D].
+        options: of the windows.
+    """
+
+    def segment(data: bytes, masks: NDArray[np.uint8] | None) -> NDArray[np.uint16]:
+        image = decode(data)
+        if masks is None:
+            return segmenter.dense(image, embeds, options).mask
+        return segmenter.from_proposals(image, embeds, masks, None, options).mask
+
+    return segment
+
+
+def exported_way(facts: Mapping[str, Any], dense: str | None) -> str:
+    """`Embedder.way` of a release, given its `release.json`."""
+    own = (facts.get("dense") or {}).get("way")
+    if dense == PROPOSALS or (own and dense in (None, own)):
+        return dense or str(own)
+    has = f"has dense {own}" if own else "has no patch_encoder"
+    wanted = dense or "naclip"
+    raise NoSuchWay(f"release {facts.get('version')} {has}; export one with radapter-export --dense {wanted}")
 
 
 def release_facts(release: Mapping[str, Any]) -> dict[str, Any]:

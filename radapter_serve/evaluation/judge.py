@@ -10,7 +10,7 @@ from typing import Any
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder, Variant
-from radapter_serve.evaluation.sets import JudgedSet, Known
+from radapter_serve.evaluation.judged import JudgedSet, Known
 
 Row = dict[str, Any]
 
@@ -31,7 +31,7 @@ def judge(
         embedder: holds the models.
         data: from `open_set`.
         variants: which of the embedder's models; all if None.
-        batch_size: images a pass.
+        batch_size: images a pass, where the set allows as many.
         threads: images that are decoded at once.
         progress: called with the images done and their number.
         known: embeddings of classes by model, for calls with the same embedder; takes new ones.
@@ -50,37 +50,41 @@ def judge(
         start = time.perf_counter()
         embedder.select(variant)
         of_model = known.setdefault((variant.source, variant.alpha), {})
-        scorers.append(data.scorer(embedder.embed_texts, embedder.templates, of_model))
+        scorers.append(data.scorer(embedder, of_model))
         seconds[number] += time.perf_counter() - start
     done = 0
-    for items in _batches(embedder, data, batch_size, threads):
+    for items in _batches(embedder, data, min(batch_size, data.most or batch_size), threads):
         for number, variant in enumerate(chosen):
             start = time.perf_counter()
             embedder.select(variant)
-            scorers[number].add(embedder.embed_images(items))
+            scorers[number].add(items)
             seconds[number] += time.perf_counter() - start
         done += len(items)
         if progress:
-            progress(done, len(data.images))
+            progress(done, len(data))
     rows = []
     for number, (variant, scorer) in enumerate(zip(chosen, scorers, strict=True)):
         start = time.perf_counter()
         metrics = scorer.metrics()
         seconds[number] += time.perf_counter() - start
-        facts = facts_of(data, variant, embedder.templates)
+        facts = facts_of(embedder, data, variant)
         rows.append({**facts, "metrics": metrics, "runtime": round(seconds[number], 3)})
     return rows
 
 
-def facts_of(data: JudgedSet, variant: Variant, templates: Sequence[str]) -> Row:
-    """What identifies a row: all of it but what was measured, CLIP_benchmark's fields first."""
+def facts_of(embedder: Embedder, data: JudgedSet, variant: Variant) -> Row:
+    """What identifies a row: all of it but what was measured, CLIP_benchmark's fields first.
+
+    Raises:
+        NoSuchWay: the models do not have the dense embeddings that the set is to be judged by.
+    """
     facts = dict(variant.facts)
-    row = {
+    return {
         "dataset": data.entry.name,
         "model": facts.pop("model", None),
         "pretrained": facts.pop("pretrained", None),
         "task": data.task,
-        "language": "en",
+        "language": data.entry.language,
         "source": variant.source,
         "alpha": variant.alpha,
         "shift": data.entry.shift,
@@ -88,25 +92,21 @@ def facts_of(data: JudgedSet, variant: Variant, templates: Sequence[str]) -> Row
         "metric": data.entry.metric,
         **facts,
         **data.facts,
+        **data.how(embedder),
     }
-    if data.task == "zeroshot_classification":
-        row["templates"] = list(data.templates or templates)
-    return row
 
 
 def _batches(embedder: Embedder, data: JudgedSet, batch_size: int, threads: int) -> Iterator[list[Any]]:
     """Prepared images; the next batch is read and decoded while this one is embedded."""
 
     def item(number: int) -> Any:
-        image = data.images[number]
         try:
-            return embedder.prepare(image())
+            return data.prepare(embedder, number)
         except RAdapterError as error:
-            name = getattr(image, "name", number)
-            raise RAdapterError(f"data set {data.entry.name!r}, {name}: {error}") from error
+            raise RAdapterError(f"data set {data.entry.name!r}, {data.name(number)}: {error}") from error
 
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        numbers = iter(range(len(data.images)))
+        numbers = iter(range(len(data)))
         ahead = [pool.submit(item, number) for number in islice(numbers, batch_size)]
         try:
             while ahead:

@@ -79,3 +79,38 @@ def retrieval_metrics(
         to_text.append(true_ranks(scores, np.array(best)))
     ways = {"image": np.concatenate(to_image), "text": np.concatenate(to_text)}
     return {f"{way}_retrieval_recall@{k}": float((ranks < k).mean()) for k in recalls for way, ranks in ways.items()}
+
+
+def confusion(truth: NDArray[Any], found: NDArray[Any], classes: int) -> NDArray[np.int64]:
+    """Counts of pixels, or whatever else has classes, by true and found class.
+
+    Args:
+        truth: integer [N], from 0 to classes - 1.
+        found: integer [N], from 0 to classes; `classes` stands for none of them.
+        classes: how many there are.
+
+    Returns:
+        int64 [classes, classes + 1].
+    """
+    pairs = truth.astype(np.int64) * (classes + 1) + found
+    return np.bincount(pairs.ravel(), minlength=classes * (classes + 1)).reshape(classes, classes + 1)
+
+
+def segmentation_metrics(counts: NDArray[np.int64]) -> dict[str, float]:
+    """Metrics of a whole data set from its pixels.
+
+    Args:
+        counts: from `confusion`, summed over the images.
+
+    Returns:
+        Shares in [0, 1]: `miou`, the mean of intersection over union over the classes that the truth or the answers
+        have anywhere in the set; `pixel_accuracy`; `mean_class_accuracy` over the classes that the truth has.
+    """
+    classes = len(counts)
+    hits, true, found = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)[:classes]
+    union = true + found - hits
+    return {
+        "miou": float((hits[union > 0] / union[union > 0]).mean()) if union.any() else 0.0,
+        "pixel_accuracy": float(hits.sum() / max(1, true.sum())),
+        "mean_class_accuracy": float((hits[true > 0] / true[true > 0]).mean()) if true.any() else 0.0,
+    }

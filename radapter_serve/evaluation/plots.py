@@ -19,6 +19,7 @@ def plot_alpha_curve(
     *,
     title: str = "",
     beside: Mapping[str, Points] | None = None,
+    unit: str = "%",
 ) -> None:
     """Draw the α curve: out-of-distribution against in-distribution figures (the paper's Fig. 3), and each set over α.
 
@@ -29,20 +30,21 @@ def plot_alpha_curve(
         path: a picture file; its ending says which kind.
         title: above the picture.
         beside: other methods' rows, by name, such as WiSE-FT's.
+        unit: of the figures, such as `mIoU, %`.
     """
     ids = [id_names] if isinstance(id_names, str) else list(id_names)
     groups = [names for names in (ids, list(ood_names)) if names]
     figure = Figure(figsize=(5 * len(groups), 4.2), dpi=150, layout="constrained")
     panels = list(figure.subplots(1, len(groups), squeeze=False)[0])
     if len(groups) == 2:
-        _draw_curve(panels[0], groups, {"R-Adapter": rows, **(beside or {})})
+        _draw_curve(panels[0], groups, {"R-Adapter": rows, **(beside or {})}, unit)
     each = panels[-1]
     alphas = [row["alpha"] for row in rows]
     for name in (*ids, *ood_names):
         style = "-" if name in ids else "--"
         each.plot(alphas, [row[name] for row in rows], style, marker="o", markersize=3, label=name)
     each.set_xlabel("α")
-    each.set_ylabel("%")
+    each.set_ylabel(unit)
     each.legend(fontsize=8)
     for axes in panels:
         axes.grid(alpha=0.3)
@@ -50,7 +52,7 @@ def plot_alpha_curve(
     figure.savefig(path)
 
 
-def _draw_curve(axes: Axes, groups: Sequence[Sequence[str]], methods: Mapping[str, Points]) -> None:
+def _draw_curve(axes: Axes, groups: Sequence[Sequence[str]], methods: Mapping[str, Points], unit: str) -> None:
     for number, (method, points) in enumerate(methods.items()):
         x, y = ([sum(row[name] for name in names) / len(names) for row in points] for names in groups)
         axes.plot(x, y, "o-", color=("tab:red", "tab:blue", "tab:gray")[number % 3], label=method)
@@ -60,19 +62,22 @@ def _draw_curve(axes: Axes, groups: Sequence[Sequence[str]], methods: Mapping[st
                 axes.annotate(label, place, xytext=(5, -10 if number else 4), textcoords="offset points", fontsize=8)
     for set_label, where, names in ((axes.set_xlabel, "in", groups[0]), (axes.set_ylabel, "out of", groups[1])):
         what = names[0] if len(names) == 1 else f"mean of {len(names)}"
-        set_label(f"{where} distribution: {what}, in %")
+        set_label(
+            f"{where} distribution: {what}, in {unit}" if unit == "%" else f"{where} distribution: {what}, {unit}"
+        )
     axes.margins(0.15)
     if len(methods) > 1:
         axes.legend(fontsize=8)
 
 
-def plot_bars(values: Mapping[str, Mapping[str, float]], path: str | Path, *, title: str = "") -> None:
+def plot_bars(values: Mapping[str, Mapping[str, float]], path: str | Path, *, title: str = "", unit: str = "%") -> None:
     """Draw a group of bars for each data set, one bar a model.
 
     Args:
         values: model to data set to per cent.
         path: a picture file; its ending says which kind.
         title: above the picture.
+        unit: of the figures, such as `mIoU, %`.
     """
     sets = list(dict.fromkeys(name for of in values.values() for name in of))
     figure = Figure(figsize=(max(5.0, 1.5 + 0.22 * len(sets) * (len(values) + 1)), 4.2), dpi=150, layout="constrained")
@@ -82,7 +87,7 @@ def plot_bars(values: Mapping[str, Mapping[str, float]], path: str | Path, *, ti
         places = [index + (number - (len(values) - 1) / 2) * width for index in range(len(sets))]
         axes.bar(places, [of.get(name, 0.0) for name in sets], width, label=model)
     axes.set_xticks(range(len(sets)), sets, rotation=30 if len(sets) > 4 else 0)
-    axes.set_ylabel("%")
+    axes.set_ylabel(unit)
     axes.grid(axis="y", alpha=0.3)
     figure.legend(fontsize=8, loc="outside right upper")
     figure.suptitle(title)

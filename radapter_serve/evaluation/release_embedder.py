@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from radapter_serve.evaluation.embedder import Variant, release_facts
+from radapter_serve.evaluation.embedder import (
+    PROPOSALS,
+    SegmentImage,
+    SegmentQuery,
+    Variant,
+    exported_way,
+    release_facts,
+    segment_here,
+)
+from radapter_serve.evaluation.judged import class_embeds
 from radapter_serve.evaluation.metrics import Floats
+from radapter_serve.serving.masks import MaskCrop
 from radapter_serve.serving.release import LocalRelease
+from radapter_serve.serving.segment import Segmenter
 
 
 class ReleaseEmbedder:
@@ -24,6 +35,7 @@ class ReleaseEmbedder:
         self._release = LocalRelease(repository)
         facts = self._release.facts
         self.templates = list(facts["templates"])
+        self.size = self._release.preprocess.size[0]
         self.variants: Sequence[Variant] = [Variant("release", facts["alpha"], release_facts(facts))]
 
     def select(self, variant: Variant) -> None:
@@ -37,6 +49,23 @@ class ReleaseEmbedder:
 
     def embed_texts(self, texts: Sequence[str]) -> Floats:
         return self._release.embed_texts(texts)
+
+    def way(self, dense: str | None) -> str:
+        return exported_way(self._release.facts, dense)
+
+    def segmenter(self, query: SegmentQuery, known: dict[Any, Floats]) -> SegmentImage:
+        facts = self._release.facts
+        segmenter = Segmenter(
+            self.size,
+            None if query.dense == PROPOSALS else self._release.patch_encoder(),
+            self._release.encode_images,
+            self._release.preprocess,
+            MaskCrop.from_dict(facts["crop"]) if facts.get("crop") else MaskCrop(),
+            float(facts["logit_scale"]),
+            int(facts["max_batch_size"]),
+        )
+        embeds = class_embeds(self.embed_texts, query.labels, query.templates, known)
+        return segment_here(segmenter, embeds, query.options)
 
     def close(self) -> None:
         pass

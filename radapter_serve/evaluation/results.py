@@ -68,12 +68,49 @@ def curve(rows: Sequence[Row]) -> list[dict[str, float]]:
     return [points[alpha] for alpha in sorted(points)]
 
 
-def table(rows: Sequence[Row], title: str) -> Table:
+def metric_name(metric: str) -> str:
+    """A metric as papers name it: `mIoU`, `image R@1` (images found by a text), ..."""
+    names = {"miou": "mIoU", "pixel_accuracy": "pixel acc", "mean_class_accuracy": "mean acc", "harmonic_mean": "H"}
+    return names.get(metric, metric.replace("_retrieval_recall", " R"))
+
+
+def harmonic_means(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[Row]:
+    """A row for each model and each data set of which it was judged by base and by novel classes.
+
+    Args:
+        rows: of any models and data sets.
+        pairs: names of the sets of base and of novel classes.
+    """
+    found = {(row["source"], row["alpha"], row["dataset"]): row for row in rows}
+    means = []
+    for base, novel in pairs:
+        for (source, alpha, name), row in found.items():
+            other = found.get((source, alpha, novel))
+            if name != base or other is None:
+                continue
+            values = {"base": row["metrics"][row["metric"]], "novel": other["metrics"][other["metric"]]}
+            facts = {key: value for key, value in row.items() if key not in (*MEASURED, "class_split", "classes")}
+            facts |= {"dataset": f"{base} and {novel}", "metric": "harmonic_mean", "n": row["n"] + other["n"]}
+            facts["set_digest"] = f"{row['set_digest']} {other['set_digest']}"
+            runtime = round(row["runtime"] + other["runtime"], 3)
+            means.append(
+                {**facts, "metrics": {**values, "harmonic_mean": harmonic(*values.values())}, "runtime": runtime}
+            )
+    return means
+
+
+def harmonic(*values: float) -> float:
+    """The harmonic mean; 0 where a value is."""
+    return len(values) / sum(1 / value for value in values) if all(values) else 0.0
+
+
+def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()) -> Table:
     """Models down, data sets across, with the means over sets in and out of distribution; per cent.
 
     Args:
         rows: of any sources and data sets.
         title: above the table.
+        pairs: names of the sets of base and of novel classes; H is the harmonic mean of their two means.
     """
     sets = {row["dataset"]: row for row in rows}
     shifts = {s: [name for name, row in sets.items() if row["shift"] == s] for s in ("id", "ood")}
@@ -83,9 +120,11 @@ def table(rows: Sequence[Row], title: str) -> Table:
         out.add_column(column, justify="left" if column == "model" else "right")
     for s in ("id", "ood"):
         for name in shifts[s]:
-            out.add_column(f"{name}\n{sets[name]['metric'].replace('_retrieval_recall', ' R')}\n{s}", justify="right")
+            out.add_column(f"{name}\n{metric_name(sets[name]['metric'])}\n{s}", justify="right")
     for s in means:
         out.add_column(f"mean of\n{len(shifts[s])}\n{s}", justify="right")
+    if pairs:
+        out.add_column("H\nbase,\nnovel", justify="right")
     models: dict[tuple[str, Any], dict[str, float]] = {}
     for row in rows:
         models.setdefault((row["source"], row["alpha"]), {})[row["dataset"]] = 100 * row["metrics"][row["metric"]]
@@ -94,6 +133,10 @@ def table(rows: Sequence[Row], title: str) -> Table:
         for s in means:
             found = [values[name] for name in shifts[s] if name in values]
             cells.append(f"{sum(found) / len(found):.2f}" if len(found) == len(shifts[s]) else "")
+        if pairs:
+            means_of = [[values.get(name) for name in names] for names in zip(*pairs, strict=True)]
+            whole = all(value is not None for of in means_of for value in of)
+            cells.append(f"{harmonic(*(sum(of) / len(of) for of in means_of)):.2f}" if whole else "")  # type: ignore[arg-type]
         out.add_row(source, "" if alpha is None else f"{alpha:g}", *cells)
     return out
 

@@ -9,11 +9,12 @@ from typing import Any
 from radapter_serve.adapter import load_adapter
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.choice import Choice, choose, save_choice
-from radapter_serve.evaluation.embedder import Embedder, Variant
+from radapter_serve.evaluation.embedder import PROPOSALS, Embedder, NoSuchWay, Variant
 from radapter_serve.evaluation.judge import facts_of, judge
+from radapter_serve.evaluation.judged import Known
 from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars
-from radapter_serve.evaluation.results import Results, Row, curve
-from radapter_serve.evaluation.sets import Known, open_set
+from radapter_serve.evaluation.results import Results, Row, curve, harmonic_means, metric_name
+from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Entry, Suite
 
 Say = Callable[[str], None]
@@ -30,8 +31,11 @@ def judge_suite(
     seed: int = 0,
     batch_size: int = 64,
     say: Say | None = None,
+    skip: Say | None = None,
 ) -> list[Row]:
     """Judge models on the data sets of one split of a suite; rows that `results` has are not made again.
+
+    Where a data set is judged by its base and its novel classes, a row of the harmonic mean is added to the results.
 
     Args:
         embedder: holds the models.
@@ -43,6 +47,7 @@ def judge_suite(
         seed: of that draw.
         batch_size: images a pass.
         say: called with a line about what is going on.
+        skip: called with a line about a data set that these models can't be judged by; None raises it.
 
     Returns:
         The rows, data set by data set.
@@ -55,7 +60,13 @@ def judge_suite(
         say(f"{entry.name}: opening {entry.data}")
         data = open_set(suite, entry, limit=limit, seed=seed)
         common = {"suite": suite.name, "seed": seed}
-        facts = [{**facts_of(data, variant, embedder.templates), **common} for variant in chosen]
+        try:
+            facts = [{**facts_of(embedder, data, variant), **common} for variant in chosen]
+        except NoSuchWay as error:
+            if skip is None:
+                raise
+            skip(f"{entry.name} is left out: {error}")
+            continue
         missing = [variant for variant, of in zip(chosen, facts, strict=True) if results.find(of) is None]
         if missing:
             models = f"{len(missing)} model{'s' if len(missing) > 1 else ''}"
@@ -70,6 +81,9 @@ def judge_suite(
             )
             results.add({**row, **common} for row in made)
         rows += [row for of in facts if (row := results.find(of)) is not None]
+    means = [row for row in harmonic_means(rows, suite.pairs(split)) if results.find(row) is None]
+    if means:
+        results.add(means)
     return rows
 
 
@@ -114,23 +128,28 @@ def draw(rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
     for row in rows:
         name = row["source"] if row["alpha"] is None else f"{row['source']}, α = {row['alpha']:g}"
         bars.setdefault(name, {})[row["dataset"]] = 100 * row["metrics"][row["metric"]]
+    metrics = {metric_name(row["metric"]) for row in rows}
+    unit = f"{metrics.pop()}, %" if len(metrics) == 1 else "%"
     pictures = [folder / "bars.png"]
-    plot_bars(bars, pictures[0], title=title)
+    plot_bars(bars, pictures[0], title=title, unit=unit)
     lines = {source: curve([r for r in rows if r["source"] == source]) for source in ("adapter", "wise-ft")}
     if len(lines["adapter"]) > 1:
         pictures.append(folder / "alpha.png")
         beside = {"WiSE-FT": lines["wise-ft"]} if lines["wise-ft"] else None
-        plot_alpha_curve(lines["adapter"], ids, ood, pictures[1], title=title, beside=beside)
+        plot_alpha_curve(lines["adapter"], ids, ood, pictures[1], title=title, beside=beside, unit=unit)
     return pictures
 
 
 def _own_validation(adapter: str | Path) -> Suite:
-    recipe = load_adapter(adapter).metadata.recipe
+    metadata = load_adapter(adapter).metadata
+    recipe, task = metadata.recipe, metadata.task
     if not recipe.get("val_data"):
         raise RAdapterError(
             f"alpha is chosen on validation data, and the run {adapter} was trained without any (--val-data); "
             f"name some in a suite: data sets with `split: validation`"
         )
-    columns = {name: recipe[name] for name in ("image_column", "label_column", "caption_column") if recipe.get(name)}
-    entry = Entry("validation", recipe["val_data"], split="validation", classes=recipe.get("classes"), **columns)
-    return Suite("validation", (entry,))
+    own = ("image_column", "label_column", "caption_column", "class_split", "images", "classes")
+    fields: dict[str, Any] = {name: str(recipe[name]) for name in own if recipe.get(name)}
+    if task == "segmentation":
+        fields["dense"] = recipe["dense"] if recipe.get("dense", "none") != "none" else PROPOSALS
+    return Suite("validation", (Entry("validation", recipe["val_data"], task, split="validation", **fields),))

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from radapter_client import Client, RAdapterClientError
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.embedder import Variant, release_facts
+from radapter_serve.evaluation.embedder import SegmentImage, SegmentQuery, Variant, exported_way, release_facts
 from radapter_serve.evaluation.metrics import Floats
 
 
@@ -28,10 +29,12 @@ class ServerEmbedder:
             with Client(url) as client:
                 release = client.release
             rows = min(16, int(release.facts.get("max_batch_size", 16)))  # a batch becomes some requests at once
-            self._client = Client(url, release=release.version, batch_size=rows)
+            self._client: Any = Client(url, release=release.version, batch_size=rows)
         except RAdapterClientError as error:
             raise RAdapterError(f"{url}: {error}") from error
+        self._facts = release.facts
         self.templates = release.templates
+        self.size = int(release.facts["preprocess"]["size"])
         self.variants: Sequence[Variant] = [Variant("server", release.alpha, release_facts(release.facts))]
 
     def select(self, variant: Variant) -> None:
@@ -51,6 +54,31 @@ class ServerEmbedder:
             return np.asarray(self._client.embed_texts(list(texts)), np.float32)
         except RAdapterClientError as error:
             raise RAdapterError(f"the server failed: {error}") from error
+
+    def way(self, dense: str | None) -> str:
+        return exported_way(self._facts, dense)
+
+    def segmenter(self, query: SegmentQuery, known: dict[Any, Floats]) -> SegmentImage:
+        options = query.options
+
+        def segment(data: bytes, masks: NDArray[np.uint8] | None) -> NDArray[np.uint16]:
+            windows = {} if masks is not None else {
+                "short_side": options.short_side, "stride": options.stride, "refine": options.refine
+            }  # fmt: skip
+            try:
+                answer = self._client.segment(
+                    data,
+                    list(query.labels),
+                    templates=list(query.templates),
+                    threshold=options.threshold,
+                    proposals=masks,
+                    **windows,
+                )
+            except RAdapterClientError as error:
+                raise RAdapterError(f"the server failed: {error}") from error
+            return np.asarray(answer.mask, np.uint16)
+
+        return segment
 
     def close(self) -> None:
         self._client.close()

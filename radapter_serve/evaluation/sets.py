@@ -1,15 +1,14 @@
-"""Data sets as judging needs them: the bytes of images by number, the truth, and a scorer for their embeddings."""
+"""Classification and retrieval as judged sets, and opening the sets that a suite names."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -17,39 +16,54 @@ import yaml
 from numpy.typing import NDArray
 
 from radapter_serve.data import READERS, Labelled, load_labelled, open_rows
+from radapter_serve.data.masks import load_masked
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.embedder import Embedder
+from radapter_serve.evaluation.judged import JudgedSet, Known, Scorer, class_embeds, digest, drawn
 from radapter_serve.evaluation.metrics import Floats, classification_metrics, retrieval_metrics, true_ranks
+from radapter_serve.evaluation.segmentation import SegmentationSet
 from radapter_serve.evaluation.suite import Entry, Suite
 from radapter_serve.prompts import templates_of
 from radapter_serve.serving.labels import split_label
 from radapter_serve.serving.preprocess import decode
 
-EmbedTexts = Callable[[Sequence[str]], Floats]
-Known = dict[tuple[tuple[str, ...], str], Floats]
-
-
-class Scorer(Protocol):
-    """Takes the embeddings of all images of a set, in order, and tells the metrics."""
-
-    def add(self, embeds: Floats) -> None: ...
-
-    def metrics(self) -> dict[str, float]: ...
+_MASK_READERS = ("masks", "coco")
 
 
 @dataclass(frozen=True)
-class ClassificationSet:
-    """Labelled images.
+class _ImageSet:
+    """Images that are embedded as a whole.
 
     Attributes:
         entry: what the suite says.
-        images: for each image, what reads the bytes of its file.
+        images: of the files.
+    """
+
+    entry: Entry
+    images: Sequence[Image]
+
+    most = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, number: int) -> str:
+        return self.images[number].name
+
+    def prepare(self, embedder: Embedder, number: int) -> Any:
+        return embedder.prepare(self.images[number]())
+
+
+@dataclass(frozen=True)
+class ClassificationSet(_ImageSet):
+    """Labelled images.
+
+    Attributes:
         labels: integer [N].
         classes: one a label, synonyms after commas.
         templates: prompt templates; None takes the model's own.
     """
 
-    entry: Entry
-    images: Sequence[Callable[[], bytes]]
     labels: NDArray[np.int64]
     classes: list[str]
     templates: list[str] | None
@@ -58,94 +72,67 @@ class ClassificationSet:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What a row says of the set."""
-        return {"n": len(self.labels), "classes": len(self.classes), "set_digest": _digest(self.classes, self.labels)}
+        split = {} if self.entry.class_split == "all" else {"class_split": self.entry.class_split}
+        count = {"n": len(self.labels), "classes": len(self.classes)}
+        return {**count, **split, "set_digest": digest(self.classes, self.labels.tolist())}
 
-    def scorer(self, embed_texts: EmbedTexts, templates: Sequence[str], known: Known) -> Scorer:
-        """Judges one model's image embeddings; embeds the prompts of the classes first, but for those known."""
-        return _ClassificationScorer(self, class_embeds(embed_texts, self.classes, self.templates or templates, known))
+    def how(self, embedder: Embedder) -> dict[str, Any]:
+        return {"templates": list(self.templates or embedder.templates)}
+
+    def scorer(self, embedder: Embedder, known: Known) -> Scorer:
+        templates = self.templates or embedder.templates
+        return _ClassificationScorer(self, embedder, class_embeds(embedder.embed_texts, self.classes, templates, known))
 
 
 @dataclass(frozen=True)
-class RetrievalSet:
+class RetrievalSet(_ImageSet):
     """Images and their captions.
 
     Attributes:
-        entry: what the suite says.
-        images: for each image, what reads the bytes of its file.
         captions: all of them.
         image_of: the image that each caption belongs to, integer [T].
     """
 
-    entry: Entry
-    images: Sequence[Callable[[], bytes]]
     captions: list[str]
     image_of: NDArray[np.int64]
 
     task = "zeroshot_retrieval"
-    templates: list[str] | None = field(default=None, init=False)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What a row says of the set."""
         count = {"n": len(self.images), "captions": len(self.captions)}
-        return {**count, "set_digest": _digest(self.captions, self.image_of)}
+        return {**count, "set_digest": digest(self.captions, self.image_of.tolist())}
 
-    def scorer(self, embed_texts: EmbedTexts, templates: Sequence[str], known: Known) -> Scorer:
-        """Judges one model's image embeddings; embeds the captions first."""
-        return _RetrievalScorer(self, embed_texts(self.captions))
+    def how(self, embedder: Embedder) -> dict[str, Any]:
+        return {}
 
-
-JudgedSet = ClassificationSet | RetrievalSet
+    def scorer(self, embedder: Embedder, known: Known) -> Scorer:
+        return _RetrievalScorer(self, embedder, embedder.embed_texts(self.captions))
 
 
 class _ClassificationScorer:
-    def __init__(self, data: ClassificationSet, classifier: Floats) -> None:
-        self._data, self._classifier, self._ranks = data, classifier, [np.zeros(0, np.int64)]
+    def __init__(self, data: ClassificationSet, embedder: Embedder, classifier: Floats) -> None:
+        self._data, self._embedder, self._classifier = data, embedder, classifier
+        self._ranks = [np.zeros(0, np.int64)]
 
-    def add(self, embeds: Floats) -> None:
+    def add(self, items: Sequence[Any]) -> None:
         start = sum(map(len, self._ranks))
-        self._ranks.append(true_ranks(embeds @ self._classifier.T, self._data.labels[start : start + len(embeds)]))
+        scores = self._embedder.embed_images(items) @ self._classifier.T
+        self._ranks.append(true_ranks(scores, self._data.labels[start : start + len(items)]))
 
     def metrics(self) -> dict[str, float]:
         return classification_metrics(np.concatenate(self._ranks), self._data.labels, len(self._data.classes))
 
 
 class _RetrievalScorer:
-    def __init__(self, data: RetrievalSet, texts: Floats) -> None:
-        self._data, self._texts, self._images = data, texts, list[Floats]()
+    def __init__(self, data: RetrievalSet, embedder: Embedder, texts: Floats) -> None:
+        self._data, self._embedder, self._texts, self._images = data, embedder, texts, list[Floats]()
 
-    def add(self, embeds: Floats) -> None:
-        self._images.append(embeds)
+    def add(self, items: Sequence[Any]) -> None:
+        self._images.append(self._embedder.embed_images(items))
 
     def metrics(self) -> dict[str, float]:
         return retrieval_metrics(np.concatenate(self._images), self._texts, self._data.image_of)
-
-
-def class_embeds(
-    embed_texts: EmbedTexts, classes: Sequence[str], templates: Sequence[str], known: Known | None = None
-) -> Floats:
-    """One unit-length embedding a class: the mean over its names and all templates.
-
-    Args:
-        embed_texts: texts to unit-length embeddings [N, D].
-        classes: class names, synonyms after commas.
-        templates: prompt templates with `{}`.
-        known: of the same model, by templates and class; takes the new ones.
-
-    Returns:
-        float32 [C, D].
-    """
-    known, key = {} if known is None else known, tuple(templates)
-    new = [line for line in dict.fromkeys(classes) if (key, line) not in known]
-    prompts = [[t.replace("{}", name) for name in split_label(line) for t in templates] for line in new]
-    if new:
-        embeds = embed_texts([text for group in prompts for text in group])
-        ends = np.cumsum([len(group) for group in prompts])
-        for line, group in zip(new, np.split(embeds, ends[:-1]), strict=True):
-            mean = group.mean(axis=0)
-            known[key, line] = np.asarray(mean / np.linalg.norm(mean), np.float32)
-    return np.stack([known[key, line] for line in classes])
 
 
 def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int = 0) -> JudgedSet:
@@ -164,6 +151,8 @@ def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int 
     try:
         if entry.task == "retrieval":
             return _retrieval_set(entry, spec, limit, seed)
+        if entry.task == "segmentation":
+            return _segmentation_set(suite, entry, spec, limit, seed)
         mapping = _class_mapping(suite, entry.classes)
         data = load_labelled(
             spec,
@@ -209,8 +198,8 @@ def classification_set(
         new[kept] = np.arange(len(kept))
         classes, labels = [mapping[classes[index]] for index in kept], new[labels]
         chosen = np.flatnonzero(labels >= 0)
-    chosen = chosen[_drawn(len(chosen), limit, seed)]
-    images = [_Image(data, int(index), entry.border) for index in chosen]
+    chosen = chosen[drawn(len(chosen), limit, seed)]
+    images = [Image(data, int(index), entry.border) for index in chosen]
     return ClassificationSet(entry, images, labels[chosen], list(classes), templates)
 
 
@@ -230,10 +219,20 @@ def _retrieval_set(entry: Entry, spec: str, limit: int | None, seed: int) -> Ret
             if not isinstance(text, str) or not text.strip():
                 raise RAdapterError(f"row {index + 1} of {spec} has no text in {entry.caption_column!r}: {text!r}")
             texts.setdefault(key, []).append(text)
-    keys = [list(first)[index] for index in _drawn(len(first), limit, seed)]
+    keys = [list(first)[index] for index in drawn(len(first), limit, seed)]
     image_of = np.repeat(np.arange(len(keys)), [len(texts[key]) for key in keys])
-    images = [_Image(data, first[key], entry.border) for key in keys]
+    images = [Image(data, first[key], entry.border) for key in keys]
     return RetrievalSet(entry, images, [text for key in keys for text in texts[key]], image_of)
+
+
+def _segmentation_set(suite: Suite, entry: Entry, spec: str, limit: int | None, seed: int) -> SegmentationSet:
+    data = load_masked(
+        spec,
+        classes=suite.folder / entry.classes if entry.classes else None,
+        images=suite.data_root / entry.images if entry.images else None,
+    )
+    images = [data.images[index] for index in drawn(len(data.images), limit, seed)]
+    return SegmentationSet(entry, images, data.classes, _templates(suite, entry.templates))
 
 
 def _image_key(value: Any) -> str:
@@ -244,7 +243,7 @@ def _image_key(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class _Image:
+class Image:
     """Reads the bytes of one image of a data set."""
 
     data: Labelled
@@ -268,15 +267,9 @@ def _cropped(data: bytes, border: int) -> bytes:
     return out.getvalue()
 
 
-def _drawn(count: int, limit: int | None, seed: int) -> NDArray[np.int64]:
-    if limit is None or limit >= count:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
-
-
 def _below(root: Path, spec: str) -> str:
     reader, colon, path = spec.partition(":")
-    return f"{reader}:{root / path}" if colon and reader in READERS else spec
+    return f"{reader}:{root / path}" if colon and reader in (*READERS, *_MASK_READERS) else spec
 
 
 def _class_mapping(suite: Suite, classes: str | None) -> dict[str, str] | None:
@@ -306,8 +299,3 @@ def _templates(suite: Suite, source: Any) -> list[str] | None:
     if isinstance(source, str) and (suite.folder / source).is_file():
         source = str(suite.folder / source)
     return templates_of(source)
-
-
-def _digest(texts: Sequence[str], numbers: NDArray[np.int64]) -> str:
-    content = json.dumps([list(texts), numbers.tolist()], ensure_ascii=False)
-    return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"

@@ -8,15 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.errors import TaskError
+from radapter_serve.serving.segment import SegmentOptions
 
-TASKS = ("classification", "retrieval")
+TASKS = ("classification", "retrieval", "segmentation")
 SHIFTS = ("id", "ood")
 SPLITS = ("test", "validation")
+CLASS_SPLITS = ("all", "base", "novel")
+DENSE = ("maskclip", "sclip", "clearclip", "naclip", "proposals")
 METRICS = {
     "classification": ("acc1", "acc5", "mean_per_class_recall"),
     "retrieval": tuple(f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)),
+    "segmentation": ("miou", "pixel_accuracy", "mean_class_accuracy"),
 }
 
 
@@ -26,18 +32,31 @@ class Entry:
 
     Attributes:
         name: in rows, tables and pictures.
-        data: `imagefolder:DIR`, `csv:FILE`, ... below the data root, or a hub name, as in `load_labelled`.
-        task: `classification`, or `retrieval` between images and their captions.
+        data: `imagefolder:DIR`, `csv:FILE`, ... below the data root, or a hub name, as in `load_labelled`; for
+            segmentation `masks:DIR` or `coco:FILE.json`, as in `load_masked`; for retrieval also `karpathy:FILE.json`,
+            of which `@test` at the end takes one split.
+        task: `classification`, `retrieval` between images and their captions, or `segmentation`.
         shift: `id`, as the training data, or `ood`, shifted.
         split: `test`, or `validation`, which `--alpha auto` chooses by.
         metric: what tables, pictures and the choice of α show; every row has all metrics of the task.
         classes: classification: a label file in the order of the labels; a YAML mapping from the data's own class names
             to names for prompts, which leaves out classes that it lacks; `imagenet`, that mapping from WordNet ids or
-            numbers to CLIP's names; None takes the data's own names. A file is looked for beside the suite.
-        templates: classification: prompt templates, `openai`, `simple`, or a file beside the suite; None takes the
+            numbers to CLIP's names; None takes the data's own names. Segmentation: the class file of the masks, as in
+            `load_masked`; None takes the one with the data. A file is looked for beside the suite.
+        class_split: `base`, the first half of the classes, or `novel`, the others; `all` takes all. Of a data set that
+            has both, the harmonic mean of the two is reported, too.
+        templates: prompt templates, `openai`, `simple`, or a file beside the suite; None takes the
             model's own.
         border: pixels that are cut off each side of an image first (ObjectNet's have a red frame).
         image_column, label_column, caption_column: names of columns.
+        max_captions: retrieval: no more captions of an image than this, its first; None takes all.
+        images: folder of the images below the data root, for data that names them relative to elsewhere.
+        dense: segmentation: the way from patches to embeddings; `proposals` gives the model the true masks instead and
+            classifies their crops, the upper bound of what proposals can reach; None takes the model's own way.
+        short_side, stride, refine, threshold: segmentation: as of `SegmentOptions`.
+        background: segmentation with a threshold: the class that stands for all that no other class is sure of, and has
+            no prompt. With a threshold and no such class, a pixel below it is wrong.
+        language: of the texts.
     """
 
     name: str
@@ -52,17 +71,44 @@ class Entry:
     image_column: str = "image"
     label_column: str = "label"
     caption_column: str = "caption"
+    max_captions: int | None = None
+    images: str | None = None
+    class_split: str = "all"
+    dense: str | None = None
+    short_side: int | None = None
+    stride: int | None = None
+    refine: int = 0
+    threshold: float | None = None
+    background: str | None = None
+    language: str = "en"
 
     def __post_init__(self) -> None:
-        allowed: dict[str, tuple[str, ...]] = {"task": TASKS, "shift": SHIFTS, "split": SPLITS}
+        allowed: dict[str, tuple[str, ...]] = {
+            "task": TASKS,
+            "shift": SHIFTS,
+            "split": SPLITS,
+            "class_split": CLASS_SPLITS,
+        }
         if not self.metric and self.task in TASKS:
             object.__setattr__(self, "metric", METRICS[self.task][0])
         allowed["metric"] = METRICS.get(self.task, ())
+        if self.dense is not None:
+            allowed["dense"] = DENSE
         for field, values in allowed.items():
             if getattr(self, field) not in values:
                 raise RAdapterError(
                     f"data set {self.name!r}: {field} is {getattr(self, field)!r}; allowed: {', '.join(values)}"
                 )
+        if self.background is not None and self.threshold is None:
+            raise RAdapterError(
+                f"data set {self.name!r}: background is {self.background!r}, which needs a threshold, such as 0.1"
+            )
+        try:
+            SegmentOptions(self.short_side, self.stride, self.refine, self.threshold)
+        except TaskError as error:
+            raise RAdapterError(f"data set {self.name!r}: {error.message}") from None
+        if self.max_captions is not None and self.max_captions < 1:
+            raise RAdapterError(f"data set {self.name!r}: max_captions is {self.max_captions}; allowed: 1 or more")
 
 
 @dataclass(frozen=True)
@@ -84,6 +130,12 @@ class Suite:
     def of_split(self, split: str) -> tuple[Entry, ...]:
         """The data sets of one split."""
         return tuple(entry for entry in self.entries if entry.split == split)
+
+    def pairs(self, split: str) -> list[tuple[str, str]]:
+        """Names of the data sets of one split that are the base and the novel classes of the same data."""
+        found = self.of_split(split)
+        novel = {entry.data: entry.name for entry in found if entry.class_split == "novel"}
+        return [(e.name, novel[e.data]) for e in found if e.class_split == "base" and e.data in novel]
 
 
 def load_suite(path: str | Path, data_root: str | Path = ".") -> Suite:
@@ -118,7 +170,13 @@ def load_suite(path: str | Path, data_root: str | Path = ".") -> Suite:
         for field in ("name", "data"):
             if not isinstance(values.get(field), str):
                 raise RAdapterError(f"{path}, set {number} has no {field}")
-        entries.append(Entry(**values))
+        try:
+            entries.append(TypeAdapter(Entry).validate_python(values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise RAdapterError(
+                f"{path}, set {number}: {'.'.join(map(str, first['loc']))} is {first['input']!r}; {first['msg']}"
+            ) from None
     names = [entry.name for entry in entries]
     double = sorted({n for n in names if names.count(n) > 1})
     if double:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from open_clip.factory import load_state_dict
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
@@ -18,15 +20,28 @@ from torch import Tensor
 from radapter_serve.adapter import Adapter, load_adapter
 from radapter_serve.adapter.file import check_alpha, check_base
 from radapter_serve.base import LOCAL, Base, load_base
+from radapter_serve.dense import check_dense, encode_patches
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.evaluation.embedder import Variant, release_facts
+from radapter_serve.evaluation.embedder import (
+    PROPOSALS,
+    NoSuchWay,
+    SegmentImage,
+    SegmentQuery,
+    Variant,
+    release_facts,
+    segment_here,
+)
+from radapter_serve.evaluation.judged import class_embeds
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.serving.preprocess import decode
+from radapter_serve.serving.masks import MaskCrop
+from radapter_serve.serving.preprocess import Preprocess, decode
+from radapter_serve.serving.segment import Segmenter
 from radapter_serve.towers import encode_image, encode_text
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TEXTS = 256  # a pass of torch
+_WINDOWS = 16
 
 
 @dataclass
@@ -46,6 +61,8 @@ class TorchEmbedder:
         lines: what the models differ by.
         alphas: re-scalings in [0, 1], for each line.
         templates: prompt templates for data sets that bring none.
+        dense: the lines' own way of dense embeddings; None where they name none.
+        crop: how the masks of proposals are shown; None takes the usual crop.
         precision: fp32, or bf16 or fp16 by autocast.
         device: of torch; None takes a GPU where there is one.
     """
@@ -57,10 +74,12 @@ class TorchEmbedder:
         alphas: Sequence[float | None],
         templates: list[str],
         *,
+        dense: str | None = None,
+        crop: MaskCrop | None = None,
         precision: Precision = "fp32",
         device: str | None = None,
     ) -> None:
-        self.templates, self._precision = templates, precision
+        self.templates, self._dense, self._precision = templates, dense, precision
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self._device = torch.device(device)
@@ -68,6 +87,9 @@ class TorchEmbedder:
         except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch says depends on its build
             raise RAdapterError(f"device {device!r} can't be used: {reason(error)}; allowed: cpu, cuda, ...") from error
         self._transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
+        self._preprocess = Preprocess.from_dict(base.preprocess)
+        self.size = self._preprocess.size[0]
+        self._crop = crop or MaskCrop.from_recipe({}, base.preprocess["mean"])
         self._tensors = self._model.state_dict()
         self._lines = {line.source: line for line in lines}
         common = {"model": base.name, "pretrained": base.pretrained, "precision": precision}
@@ -114,11 +136,47 @@ class TorchEmbedder:
         embeds[order] = torch.cat(parts)
         return np.asarray(embeds.numpy())
 
+    def way(self, dense: str | None) -> str:
+        way = dense or self._dense
+        if way is None:
+            raise NoSuchWay(
+                "these models name no way of their own (dense: none); give the set a `dense`, such as naclip"
+            )
+        if way != PROPOSALS:
+            check_dense(self._model, way)
+        return way
+
+    def segmenter(self, query: SegmentQuery, known: dict[Any, Floats]) -> SegmentImage:
+        embeds = class_embeds(self.embed_texts, query.labels, query.templates, known)
+
+        @torch.inference_mode()
+        def encode(windows: NDArray[np.uint8], way: str | None = None) -> Floats:
+            pixels = self._pixels(windows)
+            with self._autocast():
+                found = encode_image(self._model, pixels) if way is None else encode_patches(self._model, pixels, way)
+            return np.asarray(found.float().cpu().numpy())
+
+        segmenter = Segmenter(
+            self.size,
+            None if query.dense == PROPOSALS else functools.partial(encode, way=query.dense),
+            encode,
+            self._preprocess,
+            self._crop,
+            float(self._tensors["logit_scale"].float().exp()),
+            _WINDOWS,
+        )
+        return segment_here(segmenter, embeds, query.options)
+
     @torch.no_grad()
     def close(self) -> None:
         for key, original in self._originals.items():
             self._tensors[key].copy_(original)
         self._selected = None
+
+    def _pixels(self, windows: NDArray[np.uint8]) -> Tensor:
+        pixels = torch.from_numpy(windows).to(self._device).permute(0, 3, 1, 2).float() / 255
+        mean, std = (torch.tensor(self._base.preprocess[key], device=self._device) for key in ("mean", "std"))
+        return (pixels - mean[:, None, None]) / std[:, None, None]
 
     def _autocast(self) -> Any:
         kind = _AUTOCAST.get(self._precision)
@@ -180,7 +238,18 @@ def embedder_of(
     if finetuned is not None:
         change, digest = _difference(Path(finetuned), weights)
         lines.append(_Line("wise-ft", change, {**facts, "weights_digest": digest}))
-    return TorchEmbedder(base, lines, alphas, adapter.metadata.templates, precision=precision, device=device)
+    recipe = adapter.metadata.recipe
+    dense = recipe.get("dense", "none")
+    return TorchEmbedder(
+        base,
+        lines,
+        alphas,
+        adapter.metadata.templates,
+        dense=None if dense == "none" else dense,
+        crop=MaskCrop.from_recipe(recipe, base.preprocess["mean"]),
+        precision=precision,
+        device=device,
+    )
 
 
 def from_merged(folder: str | Path, *, precision: Precision = "fp32", device: str | None = None) -> TorchEmbedder:
@@ -196,7 +265,17 @@ def from_merged(folder: str | Path, *, precision: Precision = "fp32", device: st
     facts = {"weights_digest": _file_digest(weights)} if weights else {}
     line = _Line("merged", {}, {**(release_facts(release) if release else {}), **facts, "precision": precision})
     templates = release.get("templates") or ["a photo of a {}."]
-    return TorchEmbedder(base, [line], [release.get("alpha")], templates, precision=precision, device=device)
+    dense, crop = (release.get("dense") or {}).get("way"), release.get("crop")
+    return TorchEmbedder(
+        base,
+        [line],
+        [release.get("alpha")],
+        templates,
+        dense=dense,
+        crop=MaskCrop.from_dict(crop) if crop else None,
+        precision=precision,
+        device=device,
+    )
 
 
 def _difference(path: Path, base: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:

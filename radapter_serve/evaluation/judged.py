@@ -1,0 +1,104 @@
+"""What judging needs of a data set, and what data sets share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_serve.evaluation.embedder import Embedder
+from radapter_serve.evaluation.metrics import Floats
+from radapter_serve.evaluation.suite import Entry
+from radapter_serve.serving.labels import split_label
+
+EmbedTexts = Callable[[Sequence[str]], Floats]
+Known = dict[tuple[tuple[str, ...], str], Floats]
+
+
+class Scorer(Protocol):
+    """Takes all images of a set, in order, and tells the metrics of one model."""
+
+    def add(self, items: Sequence[Any]) -> None:
+        """Judge images, from `prepare`, by the model that is selected."""
+
+    def metrics(self) -> dict[str, float]:
+        """Shares in [0, 1] by name."""
+
+
+class JudgedSet(Protocol):
+    """A data set.
+
+    Attributes:
+        task: as CLIP_benchmark names it.
+        most: images in memory at once; None leaves it to the caller.
+    """
+
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def most(self) -> int | None: ...
+
+    @property
+    def entry(self) -> Entry: ...
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a row says of the set."""
+
+    def how(self, embedder: Embedder) -> dict[str, Any]:
+        """What a row says of how the set is judged by these models."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, number: int) -> str:
+        """What to call an image in an error."""
+
+    def prepare(self, embedder: Embedder, number: int) -> Any:
+        """Read and decode an image; thread-safe."""
+
+    def scorer(self, embedder: Embedder, known: Known) -> Scorer:
+        """Judges by the model that is selected; embeds the texts first, but for those known."""
+
+
+def class_embeds(
+    embed_texts: EmbedTexts, classes: Sequence[str], templates: Sequence[str], known: Known | None = None
+) -> Floats:
+    """One unit-length embedding a class: the mean over its names and all templates.
+
+    Args:
+        embed_texts: texts to unit-length embeddings [N, D].
+        classes: class names, synonyms after commas.
+        templates: prompt templates with `{}`.
+        known: of the same model, by templates and class; takes the new ones.
+
+    Returns:
+        float32 [C, D].
+    """
+    known, key = {} if known is None else known, tuple(templates)
+    new = [line for line in dict.fromkeys(classes) if (key, line) not in known]
+    prompts = [[t.replace("{}", name) for name in split_label(line) for t in templates] for line in new]
+    if new:
+        embeds = embed_texts([text for group in prompts for text in group])
+        ends = np.cumsum([len(group) for group in prompts])
+        for line, group in zip(new, np.split(embeds, ends[:-1]), strict=True):
+            mean = group.mean(axis=0)
+            known[key, line] = np.asarray(mean / np.linalg.norm(mean), np.float32)
+    return np.stack([known[key, line] for line in classes])
+
+
+def drawn(count: int, limit: int | None, seed: int) -> NDArray[np.int64]:
+    """Which of `count` images are judged: all, or `limit` drawn by the seed; ascending."""
+    if limit is None or limit >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
+
+
+def digest(*parts: Sequence[Any]) -> str:
+    """`sha256:` over lists of texts and numbers."""
+    content = json.dumps([list(part) for part in parts], ensure_ascii=False)
+    return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"

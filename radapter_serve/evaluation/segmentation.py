@@ -1,0 +1,157 @@
+"""Judging by images whose pixels have classes: mIoU over a whole data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_serve.data.masks import IGNORE, MaskedImage
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.embedder import PROPOSALS, Embedder, SegmentImage, SegmentQuery
+from radapter_serve.evaluation.judged import Known, digest
+from radapter_serve.evaluation.metrics import confusion, segmentation_metrics
+from radapter_serve.evaluation.suite import Entry
+from radapter_serve.serving.labels import split_label
+from radapter_serve.serving.segment import SegmentOptions
+
+
+@dataclass(frozen=True)
+class MaskedItem:
+    """An image with what it is judged by.
+
+    Attributes:
+        number: of the image in its set.
+        data: the bytes of its file.
+        truth: class of each pixel, or IGNORE, int32 [H, W].
+        masks: where masks are given to the model: those of the true segments, uint8 [N, H, W], 0 or 255.
+    """
+
+    number: int
+    data: bytes
+    truth: NDArray[np.int32]
+    masks: NDArray[np.uint8] | None
+
+
+@dataclass(frozen=True)
+class SegmentationSet:
+    """Images with masks.
+
+    Attributes:
+        entry: what the suite says.
+        images: not decoded.
+        classes: synonyms after commas; the numbers in the masks are places in this list.
+        templates: prompt templates; None takes the model's own.
+    """
+
+    entry: Entry
+    images: Sequence[MaskedImage]
+    classes: list[str]
+    templates: list[str] | None
+
+    task = "zeroshot_segmentation"
+    most = 4  # images and their masks in memory at once
+
+    def __post_init__(self) -> None:
+        names = [split_label(line)[0] for line in self.classes]
+        if self.entry.background is not None and self.entry.background not in names:
+            raise RAdapterError(
+                f"data set {self.entry.name!r}: background is {self.entry.background!r}, which is none of the classes: "
+                f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, number: int) -> str:
+        return self.images[number].name
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        names = [image.name for image in self.images]
+        return {
+            "n": len(self.images),
+            "classes": len(self.classes),
+            "classes_digest": digest(self.classes),
+            "set_digest": digest(self.classes, names),
+        }
+
+    @property
+    def background(self) -> int | None:
+        """Number of the class that stands for everything else; it has no prompt."""
+        names = [split_label(line)[0] for line in self.classes]
+        return None if self.entry.background is None else names.index(self.entry.background)
+
+    def query(self, embedder: Embedder) -> SegmentQuery:
+        """What the set's images are segmented by; sizes are written out, so that a row tells them.
+
+        Raises:
+            NoSuchWay: the models do not have the way that the suite asks for.
+        """
+        entry, dense = self.entry, embedder.way(self.entry.dense)
+        labels = [line for number, line in enumerate(self.classes) if number != self.background]
+        sizes: dict[str, Any] = {}
+        if dense != PROPOSALS:
+            # 1.5 windows and half a window: the Segmenter's own choice
+            sizes["short_side"] = entry.short_side or embedder.size + embedder.size // 2
+            sizes["stride"] = entry.stride or max(1, embedder.size // 2)
+            sizes["refine"] = entry.refine
+        options = SegmentOptions(**sizes, threshold=entry.threshold)
+        return SegmentQuery(labels, list(self.templates or embedder.templates), dense, options)
+
+    def how(self, embedder: Embedder) -> dict[str, Any]:
+        query = self.query(embedder)
+        options = {name: getattr(query.options, name) for name in ("short_side", "stride", "refine", "threshold")}
+        common = {"dense": query.dense, "size": embedder.size, **options, "background": self.entry.background}
+        return {**common, "templates": query.templates}
+
+    def prepare(self, embedder: Embedder, number: int) -> MaskedItem:
+        image = self.images[number]
+        masks: NDArray[np.uint8] | None = None
+        if self.entry.dense == PROPOSALS:
+            segments = [mask for label, mask in image.segments() if label != self.background]
+            masks = np.array([np.where(mask, 255, 0) for mask in segments], np.uint8)
+        return MaskedItem(number, image.data(), image.mask(), masks)
+
+    def scorer(self, embedder: Embedder, known: Known) -> SegmentationScorer:
+        query = self.query(embedder)
+        return SegmentationScorer(self, embedder.segmenter(query, known), query.options.threshold is not None)
+
+
+class SegmentationScorer:
+    """Counts pixels of one model over a whole set.
+
+    Args:
+        data: the set.
+        segment: of the model.
+        open_world: whether a pixel may get no label.
+    """
+
+    def __init__(self, data: SegmentationSet, segment: SegmentImage, open_world: bool) -> None:
+        self._data, self._segment = data, segment
+        count, background = len(data.classes), data.background
+        # What an index of the answer means; the answer "none" is wrong everywhere where no class stands for it.
+        self._class_of = np.array([number for number in range(count) if number != background], np.int64)
+        if open_world:
+            self._class_of = np.append(self._class_of, count if background is None else background)
+        self._confusion = np.zeros((count, count + 1), np.int64)
+
+    def add(self, items: Sequence[MaskedItem]) -> None:
+        for item in items:
+            if item.masks is not None and not len(item.masks):
+                found = np.full(item.truth.shape, len(self._class_of) - 1, np.int64)
+            else:
+                try:
+                    found = self._segment(item.data, item.masks).astype(np.int64)
+                except RAdapterError as error:
+                    name = self._data.name(item.number)
+                    raise RAdapterError(f"data set {self._data.entry.name!r}, {name}: {error}") from error
+            judged = item.truth != IGNORE
+            self._confusion += confusion(item.truth[judged], self._class_of[found[judged]], len(self._data.classes))
+
+    def metrics(self) -> dict[str, float]:
+        return segmentation_metrics(self._confusion)
