@@ -15,11 +15,11 @@ from common import RESULTS, Report, say
 from radapter_serve.adapter import load_adapter
 from radapter_serve.base import load_base
 from radapter_serve.demo.data import BASE
-from radapter_serve.evaluation.embedders import embedder_of
 from radapter_serve.evaluation.plots import plot_alpha_curve
 from radapter_serve.evaluation.results import Results, Row, curve
 from radapter_serve.evaluation.run import judge_suite
 from radapter_serve.evaluation.suite import Entry, Suite
+from radapter_serve.evaluation.torch_embedder import embedder_of
 from radapter_serve.training import Recipe, train
 
 STYLES = ("photo", "art_painting", "cartoon", "sketch")
@@ -55,8 +55,8 @@ def main() -> None:
         "PACS: fine-tuned on photos, judged on other styles too",
         f"Zero-shot accuracy in % on {arguments.limit} images of a style at most; photos: every {HELD_OUT}th, which "
         f"fine-tuning does not see. The demo's small base unless another one is named, batches of {RECIPE.batch_size}, "
-        f"{arguments.steps} steps. Mean over the seeds, ± the standard deviation. An accuracy of 50 % over 1,000 images "
-        "has a standard error of 1.6.",
+        f"{arguments.steps} steps. Mean over the seeds, ± the standard deviation. 50 % over 1,000 images has a standard "
+        "error of 1.6.",
         timed=False,
     )
     curves = []
