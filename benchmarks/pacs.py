@@ -55,8 +55,8 @@ def main() -> None:
         "PACS: fine-tuned on photos, judged on other styles too",
         f"Zero-shot accuracy in % on {arguments.limit} images of a style at most; photos: every {HELD_OUT}th, which "
         f"fine-tuning does not see. The demo's small base unless another one is named, batches of {RECIPE.batch_size}, "
-        f"{arguments.steps} steps. Mean over the seeds, ± the standard deviation. 50 % over 1,000 images has a standard "
-        "error of 1.6.",
+        f"{arguments.steps} steps. Mean over the seeds, ± the standard deviation. 50 % over 1,000 images has a "
+        "standard error of 1.6.",
         timed=False,
     )
     curves = []
