@@ -20,11 +20,14 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_export.tokenizer import write_tokenizer
 from radapter_serve.serving.labels import LabelEmbedder
+from radapter_serve.serving.masks import MaskCrop
+from radapter_serve.serving.segment_task import Segment
 from radapter_serve.serving.tasks import Classify, EmbedImages, EmbedTexts, load_label_sets
 from radapter_serve.serving.tokenizer import Tokenizer
 
 SOURCES = Path(__file__).parents[2] / "model_repository"
-SIZE, WIDTH, VOCABULARY = 16, 8, 49408
+SIZE, GRID, WIDTH, VOCABULARY = 16, 4, 8, 49408
+TASKS = ("embed_image", "embed_text", "segment", "classify")
 LABELS = ["red", "green", "blue, azure", "a striped thing"]
 
 
@@ -35,10 +38,12 @@ def unit_length(source: str, target: str) -> list[onnx.NodeProto]:
     ]
 
 
-def graph(name: str, nodes: list, inputs: list, output: str, weights: dict[str, np.ndarray]) -> onnx.ModelProto:
+def graph(
+    name: str, nodes: list, inputs: list, output: str, weights: dict[str, np.ndarray], shape: tuple[int, ...] = ()
+) -> onnx.ModelProto:
     constants = [numpy_helper.from_array(array, key) for key, array in weights.items()]
     constants.append(numpy_helper.from_array(np.array([-1]), "last"))
-    outputs = [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["batch", WIDTH])]
+    outputs = [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["batch", *shape, WIDTH])]
     opset = [helper.make_opsetid("", 18)]
     model = helper.make_model(helper.make_graph(nodes, name, inputs, outputs, constants), opset_imports=opset)
     model.ir_version = 10
@@ -59,6 +64,27 @@ def image_encoder(random: np.random.Generator) -> onnx.ModelProto:
     return graph("image", nodes, inputs, "image_embeds", {"weight": weight, "middle": np.float32(120)})
 
 
+def patch_encoder(random: np.random.Generator) -> onnx.ModelProto:
+    patch = SIZE // GRID
+    nodes = [
+        helper.make_node("Cast", ["image"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["floats", "middle"], ["centred"]),
+        helper.make_node("Reshape", ["centred", "cut"], ["pieces"]),
+        helper.make_node("Transpose", ["pieces"], ["patches"], perm=[0, 1, 3, 2, 4, 5]),
+        helper.make_node("Reshape", ["patches", "rows"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "weight"], ["sum"]),
+        *unit_length("sum", "patch_embeds"),
+    ]
+    inputs = [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", SIZE, SIZE, 3])]
+    weights = {
+        "middle": np.float32(120),
+        "cut": np.array([0, GRID, patch, GRID, patch, 3]),
+        "rows": np.array([0, GRID, GRID, patch * patch * 3]),
+        "weight": random.normal(size=(patch * patch * 3, WIDTH)).astype(np.float32),
+    }
+    return graph("patches", nodes, inputs, "patch_embeds", weights, (GRID, GRID))
+
+
 def text_encoder(random: np.random.Generator) -> onnx.ModelProto:
     table = random.normal(size=(VOCABULARY, WIDTH)).astype(np.float32)
     table[0] = 0  # padding adds nothing: cropping to the longest text is exact
@@ -71,7 +97,7 @@ def text_encoder(random: np.random.Generator) -> onnx.ModelProto:
     return graph("text", nodes, inputs, "text_embeds", {"table": table, "length": np.array([1])})
 
 
-def write_release(repository: Path, version: int, seed: int) -> None:
+def write_release(repository: Path, version: int, seed: int, *, dense: bool = True) -> None:
     random = np.random.default_rng(seed)
     release = {
         "format": 1,
@@ -85,19 +111,24 @@ def write_release(repository: Path, version: int, seed: int) -> None:
         "logit_bias": None,
         "templates": ["a photo of a {}."],
         "max_batch_size": 64,
+        "dense": {"way": "naclip", "grid": GRID} if dense else None,
+        "crop": MaskCrop().to_dict(),
     }
-    for name, model in (("image_encoder", image_encoder(random)), ("text_encoder", text_encoder(random))):
+    encoders = {"image_encoder": image_encoder(random), "text_encoder": text_encoder(random)}
+    if dense:
+        encoders["patch_encoder"] = patch_encoder(random)
+    for name, model in encoders.items():
         folder = repository / name / str(version)
         folder.mkdir(parents=True)
         onnx.save(model, folder / "model.onnx")
-    for name in ("embed_image", "embed_text", "classify"):
+    for name in TASKS:
         folder = repository / name / str(version)
         folder.mkdir(parents=True)
         shutil.copy(SOURCES / name / "model.py", folder)
         tokenizer = open_clip.get_tokenizer("ViT-B-32")
         release["tokenizer"] = write_tokenizer(tokenizer, folder / "tokenizer.json", dynamic_length=True)
         (folder / "release.json").write_text(json.dumps(release))
-    for name in ("image_encoder", "text_encoder", "embed_image", "embed_text", "classify"):
+    for name in (*encoders, *TASKS):
         text = (SOURCES / name / "config.template.pbtxt").read_text()
         config = text_format.Parse(text, model_config_pb2.ModelConfig())
         config.version_policy.latest.num_versions = 2
@@ -105,12 +136,13 @@ def write_release(repository: Path, version: int, seed: int) -> None:
             if tensor.name == "image" and tensor.data_type == model_config_pb2.TYPE_UINT8:
                 tensor.dims[:] = [SIZE, SIZE, 3]
             if tensor.name.endswith("_embeds"):
-                tensor.dims[:] = [WIDTH]
+                tensor.dims[:] = [WIDTH] if len(tensor.dims) == 1 else [GRID, GRID, WIDTH]
         (repository / name / "config.pbtxt").write_text(text_format.MessageToString(config))
-    sets = repository / "classify" / str(version) / "label_sets"
-    sets.mkdir()
     local = Local(repository, version)
-    local.embed_labels(LABELS, ["a {}"]).save(sets / "colours.npz")
+    for name in ("classify", "segment"):
+        sets = repository / name / str(version) / "label_sets"
+        sets.mkdir()
+        local.embed_labels(LABELS, ["a {}"]).save(sets / "colours.npz")
 
 
 class Local:
@@ -128,6 +160,9 @@ class Local:
         self.embed_labels = LabelEmbedder(tokenizer, encode_tokens, max_batch_size=64)
         label_sets = load_label_sets(folder / "label_sets")
         self.classify = Classify(release, self.embed_images, self.embed_labels, label_sets)
+        patches = repository / "patch_encoder" / str(version) / "model.onnx"
+        encode_patches = self._encoder(patches, "image") if release["dense"] else None
+        self.segment = Segment(release, encode_images, encode_patches, self.embed_labels, label_sets)
 
     def _encoder(self, path: Path, name: str):
         options = onnxruntime.SessionOptions()

@@ -1,0 +1,196 @@
+"""`segment` on a real tritonserver against the same task in this process."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpc
+from small_release import Local, png
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+from radapter_serve.serving.segment_task import SegmentRequest
+from radapter_serve.serving.server import TritonServer, free_ports
+
+pytestmark = pytest.mark.triton
+
+CATS = [b"cat, kitty", b"dog", b"bird"]
+
+
+@pytest.fixture(scope="module")
+def server(repository):
+    with TritonServer(repository, "127.0.0.1", *free_ports(), timeout=120) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as client:
+        yield client
+
+
+def tensors(**values) -> list[grpc.InferInput]:
+    made = []
+    for name, value in values.items():
+        kind = {bytes: object, int: np.int32, float: np.float32}.get(type(value), object)
+        array = (
+            value if isinstance(value, np.ndarray) else np.array(value if isinstance(value, list) else [value], kind)
+        )
+        made.append(grpc.InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))
+        made[-1].set_data_from_numpy(array)
+    return made
+
+
+def segment(client, version="", **values):
+    result = client.infer("segment", tensors(**values), model_version=version)
+    return result.as_numpy("mask"), [name.decode() for name in result.as_numpy("label")], result.as_numpy("score")
+
+
+def check(local: Local, served, request: SegmentRequest) -> None:
+    expected = local.segment(request)
+    mask, labels, scores = served
+    assert mask.dtype == np.uint16
+    assert mask.shape == expected.mask.shape
+    assert (mask != expected.mask).mean() < 1e-3  # rounding of the encoders' batches moves a tie
+    assert labels == list(expected.labels)
+    np.testing.assert_allclose(scores, expected.scores, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"threshold": 0.5}, {"short_side": 40, "stride": 16, "refine": 2}, {"templates": [b"one {}", b"two {}"]}],
+)
+def test_served_equals_local(client, local, options):
+    image = png(3, 70, 45)
+    templates = options.get("templates")
+    given = {name: value for name, value in options.items() if name != "templates"}
+    request = SegmentRequest(image, CATS, templates=templates, options=given)
+    check(local, segment(client, image=image, labels=CATS, **options), request)
+
+
+def test_a_label_set(client, local):
+    image = png(3, 45, 70, "JPEG")
+    check(local, segment(client, image=image, label_set=b"colours"), SegmentRequest(image, label_set=b"colours"))
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_proposals(client, repository, version):
+    local, image = Local(repository, int(version)), png(3, 70, 45)
+    masks = np.zeros((3, 45, 70), np.uint8)
+    masks[0, :30], masks[1, 20:], masks[2, :, 40:] = 255, 180, 120
+    scores = np.random.default_rng(0).random((3, 3), np.float32)
+    check(local, segment(client, version, image=image, labels=CATS, proposals=masks),
+          SegmentRequest(image, CATS, proposals=masks))  # fmt: skip
+    served = segment(client, version, image=image, labels=CATS, proposals=masks, proposal_scores=scores,
+                     proposal_weight=0.25, threshold=0.3)  # fmt: skip
+    options = {"proposal_weight": 0.25, "threshold": np.float32(0.3).item()}
+    check(local, served, SegmentRequest(image, CATS, proposals=masks, proposal_scores=scores, options=options))
+
+
+def test_a_large_image(client, local):
+    image = png(3, 3000, 2000, "JPEG")
+    served = segment(client, image=image, labels=CATS, threshold=0.5)
+    assert served[0].shape == (2000, 3000)
+    check(local, served, SegmentRequest(image, CATS, options={"threshold": 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"image": b"nonsense", "labels": CATS}, r"\[invalid_image\] "),
+        ({"image": png(0)}, r"\[no_labels\] .*label_set of this release: colours"),
+        ({"image": png(0), "label_set": b"x"}, r"\[unknown_label_set\] .* there are: colours"),
+        ({"image": png(0), "labels": CATS, "stride": 17}, r"\[invalid_argument\] stride is 17; 1 to 16"),
+        ({"image": png(0), "labels": CATS, "threshold": float("nan")}, r"\[invalid_argument\] threshold is nan"),
+        ({"image": png(0), "labels": CATS, "version": "1"}, r"\[no_patch_encoder\] .*or send proposals"),
+        (
+            {"image": png(0), "labels": CATS, "proposals": np.ones((1, 20, 30), np.uint8)},
+            r"\[invalid_argument\] no value of the proposals is above 1",
+        ),
+        (
+            {"image": png(0), "labels": CATS, "proposals": np.full((1, 30, 20), 255, np.uint8)},
+            r"\[invalid_argument\] proposals are uint8 \[1, 30, 20\]; for this image: uint8 \[N, 20, 30\]",
+        ),
+        (
+            {"image": png(0), "labels": CATS, "proposals": np.zeros((0, 20, 30), np.uint8)},
+            r"\[invalid_argument\] proposals are uint8 \[0, 20, 30\]",
+        ),
+    ],
+)
+def test_errors_reach_the_caller(client, values, message):
+    with pytest.raises(InferenceServerException) as error:
+        segment(client, **values)
+    assert error.value.status() == "StatusCode.INVALID_ARGUMENT"
+    assert re.match(message, error.value.message())
+
+
+def test_callers_at_once_get_their_own_masks(client, local):
+    def call(index: int):
+        labels = [f"label {number}".encode() for number in range(1 + index % 4)]
+        image = b"nonsense" if index % 7 == 3 else png(index, 20 + index, 40)
+        try:
+            return image, labels, segment(client, image=image, labels=labels)
+        except InferenceServerException as error:
+            return image, labels, error
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(call, range(24)))
+    for image, labels, result in results:
+        if image == b"nonsense":
+            assert result.message().startswith("[invalid_image] ")
+        else:
+            check(local, result, SegmentRequest(image, labels))
+
+
+def test_callers_who_give_up_do_not_hold_up_the_others(client):
+    def encoded() -> int:
+        return sum(stats.inference_count for stats in client.get_inference_statistics("patch_encoder").model_stats)
+
+    before = encoded()
+    values = tensors(image=png(0, 64, 64), labels=CATS, short_side=300, stride=14)  # 484 windows
+    calls = [client.async_infer("segment", values, callback=lambda result, error: None) for _ in range(10)]
+    while encoded() == before:
+        time.sleep(0.001)
+    for call in calls:
+        call.cancel()
+    segment(client, image=png(0), labels=CATS)
+    assert encoded() - before < 484 * 10
+
+
+def post(url: str, body: dict) -> tuple[int, dict]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode())) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def test_json_over_http_as_curl_sends_it(server, local):
+    url, image = f"{server.http_url}/v2/models/segment/infer", png(3, 30, 20)
+    masks = np.zeros((1, 20, 30), np.uint8)
+    masks[:, 5:15, 5:15] = 255
+    image_input = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [base64.b64encode(image).decode()]}
+    labels = {"name": "labels", "shape": [3], "datatype": "BYTES", "data": [label.decode() for label in CATS]}
+    threshold = {"name": "threshold", "shape": [1], "datatype": "FP32", "data": [0.5]}
+    proposals = {"name": "proposals", "shape": [1, 20, 30], "datatype": "UINT8", "data": masks.ravel().tolist()}
+    options = {"threshold": 0.5}
+    for more, request in (
+        ([], SegmentRequest(image, CATS)),
+        ([threshold], SegmentRequest(image, CATS, options=options)),
+        ([threshold, proposals], SegmentRequest(image, CATS, options=options, proposals=masks)),
+    ):
+        status, answer = post(url, {"inputs": [image_input, labels, *more]})
+        assert status == 200
+        outputs = {output["name"]: output for output in answer["outputs"]}
+        mask = np.array(outputs["mask"]["data"], np.uint16).reshape(outputs["mask"]["shape"])
+        check(local, (mask, outputs["label"]["data"], np.array(outputs["score"]["data"])), request)
+    status, answer = post(url, {"inputs": [{**image_input, "data": ["nonsense"]}, labels]})
+    assert (status, answer["error"][:16]) == (400, "[invalid_image] ")

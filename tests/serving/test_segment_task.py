@@ -1,0 +1,118 @@
+"""The task `segment` in this process: what a request may hold, and whose labels it gets."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_release import LABELS, Local, png, png_header
+
+from radapter_serve.serving.errors import TaskError
+from radapter_serve.serving.masks import MaskCrop
+from radapter_serve.serving.preprocess import Preprocess
+from radapter_serve.serving.segment import Segmenter, SegmentOptions
+from radapter_serve.serving.segment_task import SegmentRequest
+
+CATS = [b"cat, kitty", b"dog", b"bird"]
+
+
+def segmenter(local: Local) -> Segmenter:
+    """Of the same encoders, without the task."""
+    made = local.segment._segmenter
+    size = (16, 16)
+    return Segmenter(16, made._encode_patches, made._encode_images, Preprocess(size), MaskCrop(), 10.0, 64)
+
+
+def test_labels_of_the_request(local):
+    image = Image.open(io.BytesIO(png(3)))
+    label_set = local.embed_labels(["cat, kitty", "dog", "bird"], ["a photo of a {}."])
+    expected = segmenter(local).dense(image, label_set.embeds)
+    found = local.segment(SegmentRequest(png(3), CATS))
+    assert found.labels == ("cat", "dog", "bird")
+    np.testing.assert_array_equal(found.mask, expected.mask)
+    np.testing.assert_array_equal(found.scores, expected.scores)
+
+    label_set = local.embed_labels(["cat, kitty", "dog", "bird"], ["one {}", "two {}"])
+    options = SegmentOptions(20, 5, 2, 0.5)
+    expected = segmenter(local).dense(image, label_set.embeds, options)
+    given = {"short_side": 20, "stride": 5, "refine": 2, "threshold": 0.5}
+    found = local.segment(SegmentRequest(png(3), CATS, templates=[b"one {}", b"two {}"], options=given))
+    assert found.labels == ("cat", "dog", "bird", "background")
+    np.testing.assert_array_equal(found.mask, expected.mask)
+    np.testing.assert_array_equal(found.scores, expected.scores)
+
+
+def test_a_label_set_and_proposals(local):
+    masks = np.zeros((2, 20, 30), np.uint8)
+    masks[0, :12], masks[1, 8:] = 255, 180
+    scores = np.random.default_rng(0).random((2, len(LABELS)), np.float32)
+    label_set = local.embed_labels(LABELS, ["a {}"])
+    expected = segmenter(local).from_proposals(
+        Image.open(io.BytesIO(png(3))), label_set.embeds, masks, scores, SegmentOptions(proposal_weight=0.4)
+    )
+    request = SegmentRequest(png(3), label_set=b"colours", proposals=masks, proposal_scores=scores)
+    request.options = {"proposal_weight": 0.4}
+    found = local.segment(request)
+    assert found.labels == ("red", "green", "blue", "a striped thing")
+    np.testing.assert_array_equal(found.mask, expected.mask)
+    np.testing.assert_array_equal(found.scores, expected.scores)
+
+
+PROPOSALS = {"proposals": np.full((1, 20, 30), 255, np.uint8)}
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({}, r"\[no_labels\] .*label_set of this release: colours"),
+        ({"labels": []}, r"\[no_labels\] "),
+        ({"labels": [b"a", b" "]}, r"\[invalid_argument\] label 2 of 2 is empty"),
+        ({"labels": [b"\xff"]}, r"\[invalid_argument\] a text is not UTF-8"),
+        ({"labels": CATS, "templates": [b"no place"]}, r"\[invalid_argument\] the template 'no place' has no {}"),
+        ({"labels": CATS, "label_set": b"colours"}, r"\[invalid_argument\] give labels .* not both"),
+        ({"label_set": b"colors"}, r"\[unknown_label_set\] .*there are: colours"),
+        ({"labels": CATS, "options": {"stride": 17}}, r"\[invalid_argument\] stride is 17; 1 to 16"),
+        ({"labels": CATS, "options": {"refine": 1000}}, r"\[invalid_argument\] refine is 1000"),
+        ({"labels": CATS, "options": {"proposal_weight": 0.5}}, r"proposal_weight has no effect .*send proposals"),
+        ({"labels": CATS, "proposal_scores": np.ones((1, 3))}, r"proposal_scores has no effect .*send proposals"),
+        ({"labels": CATS, **PROPOSALS, "options": {"stride": 8}}, r"stride has no effect here; leave it out"),
+        ({"labels": CATS, **PROPOSALS, "options": {"proposal_weight": 1}}, r"no effect here; send proposal_scores"),
+    ],
+)
+def test_what_is_refused_before_the_image_is_looked_at(local, request_, message):
+    with pytest.raises(TaskError, match=message):
+        local.segment(SegmentRequest(b"nonsense", **request_))
+    assert not local.calls
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (b"nonsense", r"\[invalid_image\] "),
+        (png(0)[:70], r"\[invalid_image\] .*broken or truncated"),
+        (png_header(60_000, 60_000), r"\[image_too_large\] "),
+        (png(0, 4_000, 1), r"\[invalid_argument\] an image of 4000 x 1, .* takes \d+ windows"),
+    ],
+)
+def test_images_that_are_refused(local, image, message):
+    with pytest.raises(TaskError, match=message):
+        local.segment(SegmentRequest(image, CATS))
+
+
+def test_a_release_without_patch_encoder(repository):
+    local = Local(repository, 1)
+    with pytest.raises(TaskError, match=r"\[no_patch_encoder\] .*--dense naclip, or send proposals"):
+        local.segment(SegmentRequest(png(0), CATS))
+    assert not local.calls
+    assert local.segment(SegmentRequest(png(0), CATS, **PROPOSALS)).mask.shape == (20, 30)
+
+
+def test_a_16_bit_image_gets_an_answer_or_a_reason(local):
+    file = io.BytesIO()
+    Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30)).save(file, "PNG")
+    try:
+        assert local.segment(SegmentRequest(file.getvalue(), CATS)).mask.shape == (20, 30)
+    except TaskError as error:
+        assert error.code == "invalid_image"
