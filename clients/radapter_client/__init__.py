@@ -1,6 +1,7 @@
-"""Client of a radapter-serve server: classifies and embeds images and texts over gRPC or HTTP, without torch."""
+"""Client of a radapter-serve server: classifies, segments, searches and embeds over gRPC or HTTP, without torch."""
 
-from ._client import AsyncClient, Client
+from ._async_client import AsyncClient
+from ._client import Client
 from ._exceptions import (
     InvalidImage,
     InvalidRequest,
@@ -13,12 +14,13 @@ from ._exceptions import (
 )
 from ._images import ImageLike
 from ._profile import Profile
-from ._results import Classification, Release
+from ._results import Classification, Hit, Release, Segmentation
 
 __all__ = [
     "AsyncClient",
     "Classification",
     "Client",
+    "Hit",
     "ImageLike",
     "InvalidImage",
     "InvalidRequest",
@@ -27,6 +29,7 @@ __all__ = [
     "Profile",
     "RAdapterClientError",
     "Release",
+    "Segmentation",
     "ServerError",
     "ServerUnavailable",
     "Timeout",

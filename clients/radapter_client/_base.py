@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,17 +18,29 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ._exceptions import InvalidRequest, ModelNotFound, RAdapterClientError, ServerError, ServerUnavailable, Timeout
+from ._arguments import (
+    count,
+    for_each,
+    image_input,
+    label_inputs,
+    listed,
+    proposal_inputs,
+    search_inputs,
+    seconds,
+    segment_inputs,
+    utf8,
+)
+from ._exceptions import ModelNotFound, RAdapterClientError, ServerError, ServerUnavailable, Timeout
 from ._images import ImageLike, chunks, encode_image, is_one_image, size_bound
 from ._profile import Totals, read_statistics
-from ._results import Classification, Release, pick_release, read_releases
+from ._results import Classification, Hit, Release, Segmentation, pick_release, read_hits, read_releases
 from ._url import parse_url
 from ._wire import Array, Request, Tensors, text_array
 
 T = TypeVar("T")
 Embeddings = npt.NDArray[np.float32]
 
-TASKS = ("embed_image", "embed_text", "classify")
+TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
 NOT_READY = (ServerUnavailable, Timeout, ModelNotFound)
 # Half of the smallest limit on a request's body in use (64 MiB, newer Tritons over HTTP).
 MAX_BYTES = 32 * 2**20
@@ -56,10 +66,10 @@ class Plan(Generic[T]):
 class BaseClient:
     def __init__(self, url: str, *, release: int | None, timeout: float, batch_size: int, concurrency: int) -> None:
         self._url = parse_url(url)
-        self._version = None if release is None else _count("release", release)
-        self._timeout = _seconds(timeout)
-        self._batch_size = _count("batch_size", batch_size)
-        self._concurrency = _count("concurrency", concurrency)
+        self._version = None if release is None else count("release", release)
+        self._timeout = seconds(timeout)
+        self._batch_size = count("batch_size", batch_size)
+        self._concurrency = count("concurrency", concurrency)
         self._closed = False
 
     def __repr__(self) -> str:
@@ -70,7 +80,7 @@ class BaseClient:
         """The time-out of a call that begins, in seconds."""
         if self._closed:
             raise RAdapterClientError("the client is closed; make a new one")
-        return self._timeout if timeout is None else _seconds(timeout)
+        return self._timeout if timeout is None else seconds(timeout)
 
     @contextlib.contextmanager
     def _until_closed(self) -> Iterator[None]:
@@ -105,11 +115,11 @@ class BaseClient:
         return Plan([partial(Request, "statistics", "")], lambda replies: read_statistics(replies[0]))
 
     def _embed_images(self, images: Iterable[ImageLike]) -> Plan[Embeddings]:
-        items = _listed("images", images)
+        items = listed("images", images)
         return self._embed("embed_image", "image", "image_embeds", items, encode_image, list(map(size_bound, items)))
 
     def _embed_texts(self, texts: Iterable[str]) -> Plan[Embeddings]:
-        items = [_utf8("texts", text) for text in _listed("texts", texts)]
+        items = [utf8("texts", text) for text in listed("texts", texts)]
         return self._embed("embed_text", "text", "text_embeds", items, bytes, list(map(len, items)))
 
     def _embed(
@@ -138,26 +148,79 @@ class BaseClient:
     ) -> Plan[Any]:
         """Gives one Classification for one image, else a list of them."""
         one = is_one_image(images)
-        items: list[Any] = [images] if one else _listed("images", images)
-        options = _classify_options(labels, label_set, templates, top_k)
+        items: list[Any] = [images] if one else listed("images", images)
+        options = label_inputs(labels, label_set, templates) | {"top_k": np.array([count("top_k", top_k)], np.int32)}
 
         def part(rows: range) -> Request:
-            inputs = {name: np.repeat(array, len(rows), axis=0) for name, array in options.items()}
+            inputs = {name: np.tile(array, (len(rows), 1)) for name, array in options.items()}
             inputs["image"] = text_array([[encode_image(items[row])] for row in rows])
             return Request("infer", "classify", inputs=inputs)
 
         def finish(replies: list[Tensors]) -> Classification | list[Classification]:
             found = [
-                Classification([name.decode("utf-8", "replace") for name in names], scores.tolist(), reply.version)
+                Classification(_texts(names), scores.tolist(), reply.version)
                 for reply in replies
                 for names, scores in zip(_output(reply, "label"), _output(reply, "score"), strict=True)
             ]
             return found[0] if one else found
 
-        strings = sum(array.shape[1] for array in options.values())
+        strings = sum(map(len, options.values()))
         rows = max(1, min(self._batch_size, MAX_STRINGS // strings))
         runs = chunks(list(map(size_bound, items)), rows, MAX_BYTES)
         return Plan([partial(part, run) for run in runs], finish, one_release=len(runs) > 1)
+
+    def _segment(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        labels: Sequence[str] | None,
+        label_set: str | None,
+        templates: Sequence[str] | None,
+        threshold: float | None,
+        short_side: int | None,
+        stride: int | None,
+        refine: int | None,
+        proposals: Any,
+        proposal_scores: Any,
+        proposal_weight: float | None,
+    ) -> Plan[Any]:
+        """Gives one Segmentation for one image, else a list of them; a request takes one image."""
+        one = is_one_image(images)
+        items: list[Any] = [images] if one else listed("images", images)
+        many = None if one else len(items)
+        options = label_inputs(labels, label_set, templates) | segment_inputs(threshold, short_side, stride, refine)
+        masks, scores = for_each("proposals", proposals, many), for_each("proposal_scores", proposal_scores, many)
+
+        def part(index: int) -> Request:
+            given = proposal_inputs(items[index], masks[index], scores[index], proposal_weight)
+            return Request("infer", "segment", inputs={"image": image_input(items[index]), **options, **given})
+
+        def finish(replies: list[Tensors]) -> Segmentation | list[Segmentation]:
+            found = []
+            for image, reply in zip(items, replies, strict=True):
+                mask, names = _output(reply, "mask"), _texts(_output(reply, "label"))
+                if mask.ndim != 2 or not mask.size or mask.max() >= len(names):
+                    raise ServerError(f"the server's mask {list(mask.shape)} does not fit its {len(names)} labels")
+                background = None if threshold is None else len(names) - 1
+                scored = _output(reply, "score").tolist()
+                found.append(Segmentation(mask, names, scored, reply.version, background, image))
+            return found[0] if one else found
+
+        return Plan([partial(part, index) for index in range(len(items))], finish, one_release=len(items) > 1)
+
+    def _search(
+        self, text: str | None, image: ImageLike | None, index: str, top_k: int, where: str | None, thumbnails: bool
+    ) -> Plan[list[Hit]]:
+        options = search_inputs(text, image, index, top_k, where)
+        outputs = ("id", "score", "metadata", *(["thumbnail"] if thumbnails else []))
+
+        def part() -> Request:
+            inputs = options if image is None else {"image": image_input(image), **options}
+            return Request("infer", "retrieve", inputs=inputs, outputs=outputs)
+
+        def finish(replies: list[Tensors]) -> list[Hit]:
+            return read_hits(*(_output(replies[0], name) for name in outputs))
+
+        return Plan([part], finish)
 
     @staticmethod
     def _sample_image(release: Release) -> Image.Image:
@@ -166,62 +229,11 @@ class BaseClient:
         return Image.radial_gradient("L").resize((side, side)).convert("RGB")
 
 
-def _classify_options(
-    labels: Sequence[str] | None, label_set: str | None, templates: Sequence[str] | None, top_k: int
-) -> dict[str, Array]:
-    """The inputs of `classify` beside the image, as arrays of one row."""
-    if labels is not None and label_set is not None:
-        raise InvalidRequest("give labels or a label_set, not both", code="invalid_argument")
-    options: dict[str, Array] = {"top_k": np.array([[_count("top_k", top_k)]], np.int32)}
-    if label_set is not None:
-        options["label_set"] = text_array([[_utf8("label_set", label_set)]])
-    else:
-        names = [] if labels is None else [_utf8("labels", label) for label in _listed("labels", labels)]
-        if not names:
-            raise InvalidRequest('no labels: give labels=["a cat", "a dog"] or label_set="NAME"', code="no_labels")
-        options["labels"] = text_array([names])
-    if templates is not None:
-        texts = [_utf8("templates", template) for template in _listed("templates", templates)]
-        if not texts:
-            why = 'no templates: give some, such as "a photo of a {}.", or None for the release\'s own'
-            raise InvalidRequest(why, code="invalid_argument")
-        options["templates"] = text_array([texts])
-    return options
-
-
 def _output(reply: Tensors, name: str) -> Array:
     if name not in reply.outputs:
         raise ServerError(f"the server's answer has no {name!r}, but {sorted(reply.outputs)}")
     return reply.outputs[name]
 
 
-def _listed(name: str, items: Any) -> list[Any]:
-    """A list of many; one alone would otherwise fall apart into letters or rows."""
-    if is_one_image(items) or not isinstance(items, Iterable):
-        raise InvalidRequest(f"{name} takes a list, not one {type(items).__name__}", code="invalid_argument")
-    return list(items)
-
-
-def _utf8(name: str, text: str) -> bytes:
-    if not isinstance(text, str):
-        raise InvalidRequest(f"{name} takes texts, not {type(text).__name__} {text!r}", code="invalid_argument")
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(f"{name} has a text that is not Unicode: {text!r}", code="invalid_argument") from error
-
-
-def _count(name: str, value: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if not 1 <= number < 2**31 or isinstance(value, bool):
-        raise InvalidRequest(f"{name} is {value!r}; allowed are whole numbers from 1", code="invalid_argument")
-    return number
-
-
-def _seconds(value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
-        raise InvalidRequest(f"timeout is {value!r}; allowed are seconds above 0", code="invalid_argument")
-    return float(value)
+def _texts(array: Array) -> list[str]:
+    return [text.decode("utf-8", "replace") for text in array]

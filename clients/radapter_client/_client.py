@@ -1,20 +1,20 @@
-"""The clients: Client waits with threads, AsyncClient with tasks; what they ask and answer is in _base.py."""
+"""Client waits with threads; what it asks and answers is in _base.py."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, overload
 
-from ._base import NOT_READY, BaseClient, Embeddings, Plan, T, _count
+from ._arguments import count
+from ._base import NOT_READY, BaseClient, Embeddings, Plan, T
 from ._images import ImageLike
 from ._profile import Profile
-from ._results import Classification, Release
+from ._results import Classification, Hit, Release, Segmentation
 from ._url import ServerURL
-from ._wire import AsyncTransport, Request, Transport
+from ._wire import Request, Transport
 
 
 class Client(BaseClient):
@@ -95,6 +95,110 @@ class Client(BaseClient):
         """
         return self._run(self._classify(images, labels, label_set, templates, top_k), timeout)
 
+    @overload
+    def segment(  # type: ignore[overload-overlap]
+        self,
+        images: ImageLike,
+        labels: Sequence[str] | None = None,
+        *,
+        label_set: str | None = None,
+        templates: Sequence[str] | None = None,
+        threshold: float | None = None,
+        short_side: int | None = None,
+        stride: int | None = None,
+        refine: int | None = None,
+        proposals: Any = None,
+        proposal_scores: Any = None,
+        proposal_weight: float | None = None,
+        timeout: float | None = None,
+    ) -> Segmentation: ...
+
+    @overload
+    def segment(
+        self,
+        images: Iterable[ImageLike],
+        labels: Sequence[str] | None = None,
+        *,
+        label_set: str | None = None,
+        templates: Sequence[str] | None = None,
+        threshold: float | None = None,
+        short_side: int | None = None,
+        stride: int | None = None,
+        refine: int | None = None,
+        proposals: Any = None,
+        proposal_scores: Any = None,
+        proposal_weight: float | None = None,
+        timeout: float | None = None,
+    ) -> list[Segmentation]: ...
+
+    def segment(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        labels: Sequence[str] | None = None,
+        *,
+        label_set: str | None = None,
+        templates: Sequence[str] | None = None,
+        threshold: float | None = None,
+        short_side: int | None = None,
+        stride: int | None = None,
+        refine: int | None = None,
+        proposals: Any = None,
+        proposal_scores: Any = None,
+        proposal_weight: float | None = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """Which label each pixel of an image has, or of each of a list of images; there, one request an image.
+
+        Args:
+            images: as in `classify`.
+            labels: as in `classify`; at most 65,534.
+            label_set: as in `classify`.
+            templates: as in `classify`.
+            threshold: probability in [0, 1] below which a pixel is background; None for no background.
+            short_side: shorter side in pixels of the working image that windows go over; None for 1.5 windows.
+            stride: pixels from one window to the next; None for half a window.
+            refine: steps of pixel-adaptive refinement along the image's edges; None for 0.
+            proposals: masks to classify instead of patches: bool, float in [0, 1] or uint8 (255 inside) [N, H, W] of
+                the image's own size, from any network that proposes masks. For a list of images, a list of them.
+            proposal_scores: float [N, C], the proposals' own probabilities of the labels, to be fused with CLIP's.
+            proposal_weight: w in [0, 1] of the fusion p = p_proposal^(1-w) p_clip^w (OVSeg); None for 0.7.
+            timeout: seconds for each request of this call.
+
+        Raises:
+            InvalidRequest: bad arguments; InvalidImage among them.
+            ModelNotFound: the release has no patch encoder, and no proposals were given.
+        """
+        options = (threshold, short_side, stride, refine, proposals, proposal_scores, proposal_weight)
+        return self._run(self._segment(images, labels, label_set, templates, *options), timeout)
+
+    def search(
+        self,
+        text: str | None = None,
+        *,
+        image: ImageLike | None = None,
+        index: str,
+        top_k: int = 10,
+        where: str | None = None,
+        thumbnails: bool = False,
+        timeout: float | None = None,
+    ) -> list[Hit]:
+        """The images of an index that are nearest to a text or an image, best first.
+
+        Args:
+            text: what to search for; or
+            image: an image (as in `classify`) to find the like of.
+            index: name of an index that `radapter-index build` wrote and the server has.
+            top_k: hits to return, fewer where there are fewer.
+            where: condition in SQL on the index's metadata, such as "year > 2020".
+            thumbnails: whether hits bring their thumbnails.
+            timeout: seconds for the request.
+
+        Raises:
+            InvalidRequest: bad arguments, an unknown index, or one of another release; its message names the command
+                that builds it.
+        """
+        return self._run(self._search(text, image, index, top_k, where, thumbnails), timeout)
+
     def embed_images(self, images: Iterable[ImageLike], *, timeout: float | None = None) -> Embeddings:
         """Embeddings of images (as in `classify`): float32 [N, D], unit length, in the order given."""
         return self._run(self._embed_images(images), timeout)
@@ -122,7 +226,7 @@ class Client(BaseClient):
 
     def profile(self, *, requests: int = 10, timeout: float | None = None) -> Profile:
         """Where the time of an `embed_images` request of one image goes: print it. Sends `requests` of them."""
-        requests = _count("requests", requests)
+        requests = count("requests", requests)
         image = self._sample_image(self.release)
         self.embed_images([image], timeout=timeout)  # connects and warms up
         before, start = self._run(self._statistics(), timeout), time.perf_counter()
@@ -160,132 +264,6 @@ class Client(BaseClient):
             return plan.finish(list(self._threads.map(send, plan.parts)))
 
 
-class AsyncClient(BaseClient):
-    """Client for asyncio: the same arguments, methods and results, to be awaited (`await client.release`, too).
-
-    It belongs to one event loop, that of its first call.
-    """
-
-    def __init__(
-        self,
-        url: str = "grpc://localhost:8001",
-        *,
-        release: int | None = None,
-        timeout: float = 60.0,
-        batch_size: int = 16,
-        concurrency: int = 4,
-    ) -> None:
-        super().__init__(url, release=release, timeout=timeout, batch_size=batch_size, concurrency=concurrency)
-        self._transport = _async_transport(self._url)
-        self._slots = asyncio.Semaphore(self._concurrency)
-
-    @overload
-    async def classify(  # type: ignore[overload-overlap]
-        self,
-        images: ImageLike,
-        labels: Sequence[str] | None = None,
-        *,
-        label_set: str | None = None,
-        templates: Sequence[str] | None = None,
-        top_k: int = 5,
-        timeout: float | None = None,
-    ) -> Classification: ...
-
-    @overload
-    async def classify(
-        self,
-        images: Iterable[ImageLike],
-        labels: Sequence[str] | None = None,
-        *,
-        label_set: str | None = None,
-        templates: Sequence[str] | None = None,
-        top_k: int = 5,
-        timeout: float | None = None,
-    ) -> list[Classification]: ...
-
-    async def classify(
-        self,
-        images: ImageLike | Iterable[ImageLike],
-        labels: Sequence[str] | None = None,
-        *,
-        label_set: str | None = None,
-        templates: Sequence[str] | None = None,
-        top_k: int = 5,
-        timeout: float | None = None,
-    ) -> Any:
-        """See Client.classify."""
-        return await self._run(self._classify(images, labels, label_set, templates, top_k), timeout)
-
-    async def embed_images(self, images: Iterable[ImageLike], *, timeout: float | None = None) -> Embeddings:
-        """See Client.embed_images."""
-        return await self._run(self._embed_images(images), timeout)
-
-    async def embed_texts(self, texts: Iterable[str], *, timeout: float | None = None) -> Embeddings:
-        """See Client.embed_texts."""
-        return await self._run(self._embed_texts(texts), timeout)
-
-    @property
-    def release(self) -> Coroutine[Any, Any, Release]:
-        """See Client.release; `await client.release`."""
-        return self._run(self._release())
-
-    @property
-    def releases(self) -> Coroutine[Any, Any, list[Release]]:
-        """See Client.releases; `await client.releases`."""
-        return self._run(self._releases())
-
-    async def is_ready(self, *, timeout: float | None = None) -> bool:
-        """See Client.is_ready."""
-        try:
-            return await self._run(self._ready(), timeout)
-        except NOT_READY:
-            return False
-
-    async def profile(self, *, requests: int = 10, timeout: float | None = None) -> Profile:
-        """See Client.profile."""
-        requests = _count("requests", requests)
-        image = self._sample_image(await self.release)
-        await self.embed_images([image], timeout=timeout)
-        before, start = await self._run(self._statistics(), timeout), time.perf_counter()
-        for _ in range(requests):
-            await self.embed_images([image], timeout=timeout)
-        seconds = time.perf_counter() - start
-        return Profile.between(before, await self._run(self._statistics(), timeout), seconds, requests)
-
-    async def close(self) -> None:
-        """Closes the connections; calls under way in other tasks fail."""
-        self._closed = True
-        await self._transport.close()
-
-    async def __aenter__(self) -> AsyncClient:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    async def _run(self, plan: Plan[T], timeout: float | None = None) -> T:
-        seconds = self._start(timeout)
-        version = self._version
-        if plan.one_release and version is None:
-            version = (await self.release).version
-
-        async def send(part: Callable[[], Request]) -> Any:
-            async with self._slots:
-                with self._until_closed():
-                    request = await asyncio.to_thread(part)  # reads files, encodes images
-                    return await self._transport.send(self._pinned(request, version), seconds)
-
-        tasks = [asyncio.ensure_future(send(part)) for part in plan.parts]
-        try:
-            return plan.finish(await asyncio.gather(*tasks))
-        finally:  # where one failed, the others have nothing left to do
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-
 # The protocol's libraries are loaded by the first client that needs them: gRPC and HTTP take 0.2 s each.
 def _transport(url: ServerURL) -> Transport:
     if url.protocol == "grpc":
@@ -295,13 +273,3 @@ def _transport(url: ServerURL) -> Transport:
     from ._http import HttpTransport
 
     return HttpTransport(url)
-
-
-def _async_transport(url: ServerURL) -> AsyncTransport:
-    if url.protocol == "grpc":
-        from ._grpc import AsyncGrpcTransport
-
-        return AsyncGrpcTransport(url)
-    from ._http import AsyncHttpTransport
-
-    return AsyncHttpTransport(url)

@@ -6,7 +6,7 @@ RAdapterClientError
 ├── InvalidRequest        the request was wrong, here or in the server's eyes
 │   ├── InvalidImage      an image that cannot be read, decoded or is too large
 │   └── InvalidURL        a server URL that is none
-├── ModelNotFound         the server does not serve this model or this release
+├── ModelNotFound         the server does not serve this model or this release, or the release lacks a model
 └── ServerError           the server failed
 """
 
@@ -50,7 +50,7 @@ class InvalidURL(InvalidRequest):
 
 
 class ModelNotFound(RAdapterClientError):
-    """The server does not serve this model, or not in this release."""
+    """The server does not serve this model, or not in this release; or the release lacks a model that is needed."""
 
 
 class ServerError(RAdapterClientError):
@@ -58,7 +58,8 @@ class ServerError(RAdapterClientError):
 
 
 IMAGE_CODES = frozenset({"image_too_large", "invalid_image"})
-REQUEST_CODES = frozenset({"invalid_argument", "no_labels", "unknown_label_set"})
+REQUEST_CODES = frozenset({"index_mismatch", "invalid_argument", "no_labels", "unknown_index", "unknown_label_set"})
+MODEL_CODES = frozenset({"no_patch_encoder"})
 
 # gRPC's names and HTTP's numbers of the same failures.
 KINDS: dict[str, type[RAdapterClientError]] = {
@@ -94,6 +95,10 @@ def from_server(status: str, text: str) -> RAdapterClientError:
         kind = InvalidImage
     elif code in REQUEST_CODES:
         kind = InvalidRequest
-    if kind is ModelNotFound:
+    elif code in MODEL_CODES:
+        kind = ModelNotFound
+    elif absent := re.search(r"unknown model: '(\w+)' is not found", text):
+        text = f"the server has no model {absent[1]!r}: export the release again with this version's radapter-export"
+    elif kind is ModelNotFound:
         text = f"{text}; see what is served with: radapter-query release"
     return kind(text or f"the server answered {status} and no more", code=code)

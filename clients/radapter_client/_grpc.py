@@ -45,6 +45,7 @@ class _Grpc:
         }
         if request.action == "infer":
             arguments["inputs"] = infer_inputs(tritonclient.grpc, request.inputs)
+            arguments["outputs"] = [tritonclient.grpc.InferRequestedOutput(name) for name in request.outputs] or None
         elif request.action != "ready":
             arguments["as_json"] = True
         return METHODS[request.action], arguments

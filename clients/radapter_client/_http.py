@@ -40,7 +40,8 @@ class _Http:
         if request.action != "infer":
             return "GET", target, None, {}
         inputs = infer_inputs(tritonclient.http, request.inputs)
-        body, header_length = tritonclient.http.InferenceServerClient.generate_request_body(inputs)
+        outputs = [tritonclient.http.InferRequestedOutput(name) for name in request.outputs] or None
+        body, header_length = tritonclient.http.InferenceServerClient.generate_request_body(inputs, outputs=outputs)
         headers = {"Content-Type": "application/octet-stream"}
         if header_length is not None:
             headers[HEADER_LENGTH] = str(header_length)

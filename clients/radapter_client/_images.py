@@ -48,6 +48,41 @@ def encode_image(image: ImageLike) -> bytes:
     return _png(image)
 
 
+def read_image(image: ImageLike) -> Image.Image:
+    """The image as RGB, as it is stored: EXIF orientation is not applied.
+
+    Raises:
+        InvalidImage: it cannot be read.
+    """
+    if isinstance(image, np.ndarray):
+        image = _from_array(image)
+    if not isinstance(image, Image.Image):
+        data = encode_image(image)
+        try:
+            image = Image.open(io.BytesIO(data))
+        except (OSError, Image.DecompressionBombError) as error:
+            raise InvalidImage(f"cannot read the image: {error}", code="invalid_image") from error
+    try:
+        if "transparency" in image.info:  # a palette's would be lost with a warning
+            image = image.convert("RGBA")
+        return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InvalidImage(f"cannot read the image: {error}", code="invalid_image") from error
+
+
+def image_size(image: ImageLike) -> tuple[int, int] | None:
+    """Width and height in pixels as the image is stored; None where it cannot be told here."""
+    if isinstance(image, np.ndarray):
+        return (image.shape[1], image.shape[0]) if image.ndim > 1 else None
+    if isinstance(image, Image.Image):
+        return image.size
+    try:
+        with Image.open(Path(image) if isinstance(image, (str, os.PathLike)) else io.BytesIO(image)) as opened:
+            return opened.size
+    except Exception:  # whatever is wrong with it, the server says
+        return None
+
+
 def size_bound(image: ImageLike) -> int:
     """About how many bytes the encoded image has at most; 0 where that is unknown."""
     if isinstance(image, (str, os.PathLike)):

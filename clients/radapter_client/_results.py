@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from ._exceptions import ModelNotFound, ServerError
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ._exceptions import InvalidRequest, ModelNotFound, ServerError
+from ._images import ImageLike, read_image
+from ._wire import Array
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,86 @@ class Classification:
     def top(self) -> str:
         """The best label."""
         return self.labels[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """Which label each pixel of one image has.
+
+    Args:
+        mask: uint16 [H, W], index into `labels`; H and W are the image's own, as stored (EXIF orientation not applied).
+        labels: the request's labels, and "background" behind them where a threshold was given.
+        scores: of each label, in [0, 1]: the mean probability over its pixels, 0 where it has none.
+        release: the version of the release that answered.
+        background: index of the background, or None where no threshold was given.
+        image: what was segmented, for `overlay`.
+    """
+
+    mask: npt.NDArray[np.uint16] = field(repr=False)
+    labels: list[str]
+    scores: list[float]
+    release: int
+    background: int | None = None
+    image: ImageLike | None = field(default=None, repr=False)
+
+    @cached_property
+    def shares(self) -> list[float]:
+        """Each label's share of the pixels, in [0, 1], in the order of `labels`."""
+        pixels = np.bincount(self.mask.ravel(), minlength=len(self.labels))
+        return [float(share) for share in pixels / self.mask.size]
+
+    def overlay(
+        self,
+        image: ImageLike | None = None,
+        *,
+        opacity: float = 0.5,
+        legend: bool = True,
+        font: str | os.PathLike[str] | None = None,
+    ) -> Image.Image:
+        """The image with its labels in colour; a label has the same colour in every image, the background none.
+
+        Args:
+            image: to draw on, of the mask's size; None for the one that was segmented.
+            opacity: of the colours, in [0, 1]; outlines are always opaque.
+            legend: below the image, the labels that occur with their share of the pixels; a small image is enlarged to
+                fit it. Without it, the answer has the mask's size.
+            font: TrueType or OpenType file for labels beyond the Latin alphabet, which are otherwise spelled out in
+                code points.
+
+        Raises:
+            InvalidImage: the image cannot be read, or no longer.
+            InvalidRequest: an image of another size, or a font that is none.
+        """
+        from ._overlay import draw
+
+        chosen = self.image if image is None else image
+        if chosen is None:
+            raise InvalidRequest("no image to draw on: give overlay(image)", code="invalid_argument")
+        if not 0 <= opacity <= 1:
+            raise InvalidRequest(f"opacity is {opacity!r}; allowed are numbers from 0 to 1", code="invalid_argument")
+        picture = read_image(chosen)
+        height, width = self.mask.shape
+        if picture.size != (width, height):
+            why = f"an image of {picture.width} x {picture.height} pixels for a mask of {width} x {height}"
+            raise InvalidRequest(why, code="invalid_argument")
+        return draw(picture, self, opacity, legend, font)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An image of an index that a search found.
+
+    Args:
+        id: its name in the index.
+        score: cosine with the query, in [-1, 1].
+        metadata: what the index knows of it.
+        thumbnail: a JPEG file's bytes, where the search asked for thumbnails and the index has one.
+    """
+
+    id: str
+    score: float
+    metadata: dict[str, Any]
+    thumbnail: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -70,6 +158,18 @@ class Release:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ServerError(f"the server describes its release in a way unknown to this client: {error!r}") from error
+
+
+def read_hits(ids: Array, scores: Array, metadata: Array, thumbnails: Array | None = None) -> list[Hit]:
+    """The outputs of `retrieve`, best first."""
+    pictures = [None] * len(ids) if thumbnails is None else [bytes(picture) or None for picture in thumbnails]
+    try:
+        return [
+            Hit(name.decode("utf-8", "replace"), float(score), json.loads(known), picture)
+            for name, score, known, picture in zip(ids, scores, metadata, pictures, strict=True)
+        ]
+    except ValueError as error:
+        raise ServerError(f"the server's hits cannot be read: {error}") from error
 
 
 def read_releases(config: Mapping[str, Any]) -> list[Release]:

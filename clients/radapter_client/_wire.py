@@ -20,13 +20,15 @@ class Request:
         action: "infer" is answered by Tensors, "config" and "statistics" by a dict as JSON has it, "ready" by a bool.
         model: name; empty for the statistics of all models.
         version: of the model; empty for the newest.
-        inputs: name to array with the batch first; object arrays of bytes become BYTES.
+        inputs: name to array, with the batch first where the model has one; object arrays of bytes become BYTES.
+        outputs: names of the outputs to compute and send; none for all of them.
     """
 
     action: Literal["infer", "config", "ready", "statistics"]
     model: str
     version: str = ""
     inputs: Mapping[str, Array] = field(default_factory=dict)
+    outputs: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ def text_array(rows: Sequence[Sequence[bytes]]) -> Array:
     for index, row in enumerate(rows):
         array[index] = row
     return array
+
+
+def bytes_array(items: Sequence[bytes]) -> Array:
+    """Byte strings as the object array [N] that tritonclient takes for BYTES."""
+    return text_array([items]).reshape(-1)
 
 
 def infer_inputs(module: Any, inputs: Mapping[str, Array]) -> list[Any]:

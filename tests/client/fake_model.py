@@ -5,12 +5,14 @@ An image whose bytes are JSON is an order: {"sleep": seconds} waits first, {"err
 """
 
 import hashlib
+import io
 import json
 import os
 import time
 
 import numpy as np
 import triton_python_backend_utils as pb
+from PIL import Image
 
 DIM = 4
 
@@ -19,6 +21,22 @@ def embed(data: bytes) -> np.ndarray:
     """Unit-length float32 [DIM] that only these bytes have."""
     digest = np.frombuffer(hashlib.sha256(data).digest()[: 2 * DIM], np.uint16).astype(np.float32)
     return digest / np.linalg.norm(digest)
+
+
+SEGMENT = [
+    *("labels", "label_set", "templates", "threshold", "short_side", "stride", "refine"),
+    *("proposals", "proposal_scores", "proposal_weight"),
+]
+
+
+def digest(inputs: dict) -> bytes:
+    """Of the inputs that are there: name, shape, values."""
+    state = hashlib.sha256()
+    for name in SEGMENT:
+        if inputs.get(name) is not None:
+            array = np.asarray(inputs[name])
+            state.update(f"{name} {array.shape} {array.dtype} {array.tolist()}".encode())
+    return state.digest()
 
 
 class TritonPythonModel:
@@ -40,6 +58,10 @@ class TritonPythonModel:
             tensor = pb.get_input_tensor_by_name(request, name)
             return None if tensor is None else tensor.as_numpy()
 
+        if self.name == "segment":
+            return self.segment(read)
+        if self.name == "retrieve":
+            return self.retrieve(read, request.requested_output_names())
         rows = read("text" if self.name == "embed_text" else "image")[:, 0]
         for row in rows:
             self.obey(row)
@@ -62,6 +84,45 @@ class TritonPythonModel:
             best.append([names[index] for index in order])
             scores.append((raw / raw.sum())[order])
         return [pb.Tensor("label", np.array(best, np.object_)), pb.Tensor("score", np.array(scores, np.float32))]
+
+    def segment(self, read) -> list:
+        """Label x + y of each pixel, modulo the labels; the first score is a digest of what the request brought."""
+        image = read("image")[0]
+        self.obey(image)
+        labels = [b"a", b"b", b"c"] if read("labels") is None else list(read("labels"))
+        labels += [] if read("threshold") is None else [b"background"]
+        if image.startswith(b"{"):
+            width, height = json.loads(image).get("size", (5, 4))
+        else:
+            width, height = Image.open(io.BytesIO(image)).size
+        mask = np.add.outer(np.arange(height), np.arange(width)) % len(labels)
+        scores = np.zeros(len(labels), np.float32)
+        scores[0] = int.from_bytes(digest({name: read(name) for name in SEGMENT})[:2], "big")
+        return [
+            pb.Tensor("mask", mask.astype(np.uint16)),
+            pb.Tensor("label", np.array(labels, np.object_)),
+            pb.Tensor("score", scores),
+        ]
+
+    def retrieve(self, read, outputs: list) -> list:
+        """Hits whose metadata repeat the request."""
+        names = ("index", "text", "image", "where")
+        given = {name: read(name)[0].decode("latin-1") for name in names if read(name) is not None}
+        if given["index"] == "none":
+            raise ValueError("[unknown_index] no index 'none'; there are: photos")
+        if given["index"] == "old":
+            raise ValueError("[index_mismatch] made by another release; run: radapter-index build photos")
+        hits = min(3, int(read("top_k")[0]))
+        about = [json.dumps({**given, "rank": rank, "outputs": sorted(outputs)}).encode() for rank in range(hits)]
+        tensors = [
+            pb.Tensor("id", np.array([f"ordner/bild ü {rank}.jpg".encode() for rank in range(hits)], np.object_)),
+            pb.Tensor("score", np.array([1 - rank / 4 for rank in range(hits)], np.float32)),
+            pb.Tensor("metadata", np.array(about, np.object_)),
+        ]
+        if "thumbnail" in outputs:  # the last has none
+            thumbnails = [b"" if rank == 2 else f"JPEG {rank}".encode() for rank in range(hits)]
+            tensors.append(pb.Tensor("thumbnail", np.array(thumbnails, np.object_)))
+        return tensors
 
     def obey(self, row: bytes) -> None:
         if not row.startswith(b"{"):

@@ -25,6 +25,26 @@ TASKS = {
         ["image BYTES 1", "labels BYTES -1 ?", "label_set BYTES 1 ?", "templates BYTES -1 ?", "top_k INT32 1 ?"],
         ["label BYTES -1", "score FP32 -1"],
     ),
+    "segment": (
+        [
+            "image BYTES 1",
+            "labels BYTES -1 ?",
+            "label_set BYTES 1 ?",
+            "templates BYTES -1 ?",
+            "threshold FP32 1 ?",
+            "short_side INT32 1 ?",
+            "stride INT32 1 ?",
+            "refine INT32 1 ?",
+            "proposals UINT8 -1,-1,-1 ?",
+            "proposal_scores FP32 -1,-1 ?",
+            "proposal_weight FP32 1 ?",
+        ],
+        ["mask UINT16 -1,-1", "label BYTES -1", "score FP32 -1"],
+    ),
+    "retrieve": (
+        ["text BYTES 1 ?", "image BYTES 1 ?", "index BYTES 1", "top_k INT32 1 ?", "where BYTES 1 ?"],
+        ["id BYTES -1", "score FP32 -1", "metadata BYTES -1", "thumbnail BYTES -1"],
+    ),
 }
 
 
@@ -48,7 +68,7 @@ def release(version: int) -> dict[str, Any]:
 
 
 def write_repository(folder: Path) -> Path:
-    """Writes the three task models in both versions, with the configurations' parameters."""
+    """Writes the task models in both versions, with the configurations' parameters."""
 
     def tensor(spec: str) -> str:
         name, kind, dims, *optional = spec.split()
@@ -66,7 +86,7 @@ def write_repository(folder: Path) -> Path:
             (model / str(version)).mkdir(parents=True)
             shutil.copy(Path(__file__).with_name("fake_model.py"), model / str(version) / "model.py")
         (model / "config.pbtxt").write_text(
-            f'name: "{name}"\nbackend: "python"\nmax_batch_size: 64\n'
+            f'name: "{name}"\nbackend: "python"\nmax_batch_size: {0 if name in ("segment", "retrieve") else 64}\n'
             f"input [ {', '.join(map(tensor, inputs))} ]\noutput [ {', '.join(map(tensor, outputs))} ]\n"
             f"instance_group {{ kind: KIND_CPU count: {2 if name == 'classify' else 1} }}\n"
             f"version_policy: {{ latest {{ num_versions: {len(VERSIONS)} }} }}\n{parameters}\n"

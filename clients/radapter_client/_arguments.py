@@ -1,0 +1,177 @@
+"""Arguments of the clients' methods, checked and made into the inputs of the served models."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ._exceptions import InvalidRequest
+from ._images import ImageLike, encode_image, image_size, is_one_image
+from ._wire import Array, bytes_array
+
+
+def label_inputs(
+    labels: Sequence[str] | None, label_set: str | None, templates: Sequence[str] | None
+) -> dict[str, Array]:
+    """What an image's pixels or the image itself are to be called: `labels` or `label_set`, and `templates`."""
+    if labels is not None and label_set is not None:
+        raise InvalidRequest("give labels or a label_set, not both", code="invalid_argument")
+    inputs: dict[str, Array] = {}
+    if label_set is not None:
+        inputs["label_set"] = bytes_array([utf8("label_set", label_set)])
+    else:
+        names = [] if labels is None else [utf8("labels", label) for label in listed("labels", labels)]
+        if not names:
+            raise InvalidRequest('no labels: give labels=["a cat", "a dog"] or label_set="NAME"', code="no_labels")
+        inputs["labels"] = bytes_array(names)
+    if templates is not None:
+        texts = [utf8("templates", template) for template in listed("templates", templates)]
+        if not texts:
+            why = 'no templates: give some, such as "a photo of a {}.", or None for the release\'s own'
+            raise InvalidRequest(why, code="invalid_argument")
+        inputs["templates"] = bytes_array(texts)
+    return inputs
+
+
+def segment_inputs(
+    threshold: float | None, short_side: int | None, stride: int | None, refine: int | None
+) -> dict[str, Array]:
+    """The options of `segment` that were given."""
+    inputs: dict[str, Array] = {}
+    if threshold is not None:
+        inputs["threshold"] = np.array([_share("threshold", threshold)], np.float32)
+    for name, value, least in (("short_side", short_side, 1), ("stride", stride, 1), ("refine", refine, 0)):
+        if value is not None:
+            inputs[name] = np.array([count(name, value, least)], np.int32)
+    return inputs
+
+
+def proposal_inputs(image: ImageLike, proposals: Any, scores: Any, weight: float | None) -> dict[str, Array]:
+    """One image's proposals in the types that `segment` takes; none where there are no proposals."""
+    if proposals is None:
+        for name, value in (("proposal_scores", scores), ("proposal_weight", weight)):
+            if value is not None:
+                raise InvalidRequest(f"{name} without proposals", code="invalid_argument")
+        return {}
+    inputs = {"proposals": _masks(proposals, image_size(image))}
+    if scores is not None:
+        inputs["proposal_scores"] = table = _array("proposal_scores", scores).astype(np.float32)
+        many = len(inputs["proposals"])
+        if table.ndim != 2 or len(table) != many:
+            why = f"proposal_scores have the shape {list(table.shape)}; needed are [{many}, C]: a row for each proposal"
+            raise InvalidRequest(f"{why} and a column for each of the C labels", code="invalid_argument")
+    if weight is not None:
+        inputs["proposal_weight"] = np.array([_share("proposal_weight", weight)], np.float32)
+    return inputs
+
+
+def search_inputs(
+    text: str | None, image: ImageLike | None, index: str, top_k: int, where: str | None
+) -> dict[str, Array]:
+    """The inputs of `retrieve`, but for the image."""
+    if (text is None) == (image is None):
+        raise InvalidRequest('give a text to search for, or image="FILE", and not both', code="invalid_argument")
+    if image is not None and not is_one_image(image):
+        raise InvalidRequest(f"image takes one image, not {type(image).__name__}", code="invalid_argument")
+    inputs = {"index": bytes_array([utf8("index", index)]), "top_k": np.array([count("top_k", top_k)], np.int32)}
+    if text is not None:
+        inputs["text"] = bytes_array([utf8("text", text)])
+    if where is not None:
+        inputs["where"] = bytes_array([utf8("where", where)])
+    return inputs
+
+
+def image_input(image: ImageLike) -> Array:
+    """An image for a model without batches."""
+    return bytes_array([encode_image(image)])
+
+
+def for_each(name: str, value: Any, images: int | None) -> list[Any]:
+    """An argument of one image as a list of one; that of a list of images must be a list as long.
+
+    Args:
+        images: how many; None for one image that does not stand in a list.
+    """
+    if images is None:
+        return [value]
+    if value is None:
+        return [None] * images
+    items = listed(name, value)
+    if len(items) != images:
+        why = f"{name} has {len(items)} entries for {images} images; a list of images needs one for each, or None"
+        raise InvalidRequest(why, code="invalid_argument")
+    return items
+
+
+def _masks(proposals: Any, size: tuple[int, int] | None) -> Array:
+    """Proposals as uint8 [N, H, W], 255 inside."""
+    masks = _array("proposals", proposals)
+    allowed = "bool, uint8 from 0 to 255, or float from 0 to 1, [N, H, W]"
+    if masks.ndim != 3 or 0 in masks.shape:
+        raise InvalidRequest(f"proposals of shape {list(masks.shape)}; allowed: {allowed}", code="invalid_argument")
+    if size is not None and masks.shape[:0:-1] != size:
+        why = f"proposals of {masks.shape[2]} x {masks.shape[1]} pixels (width x height)"
+        raise InvalidRequest(f"{why} for an image of {size[0]} x {size[1]}", code="invalid_argument")
+    if masks.dtype == np.bool_:
+        return np.asarray(masks.view(np.uint8) * np.uint8(255))
+    if masks.dtype.kind == "f" and masks.min() >= 0 and masks.max() <= 1:
+        return np.asarray(np.rint(masks * np.float32(255)), np.uint8)
+    if masks.dtype != np.uint8:
+        found = f"from {masks.min():g} to {masks.max():g}" if masks.dtype.kind in "fiu" else "values"
+        raise InvalidRequest(f"proposals of {masks.dtype} {found}; allowed: {allowed}", code="invalid_argument")
+    if masks.max() == 1:
+        why = "no value of the proposals is above 1 of 255; send proposals.astype(bool) if they are 0 and 1"
+        raise InvalidRequest(why, code="invalid_argument")
+    return np.asarray(masks)
+
+
+def _array(name: str, value: Any) -> Array:
+    try:
+        array = np.asarray(value)
+        if array.dtype.kind not in "bfiu":
+            raise ValueError(f"values of type {array.dtype}")
+    except (ValueError, TypeError, RuntimeError) as error:  # a ragged list; a tensor on a GPU
+        raise InvalidRequest(f"{name} is no array of numbers: {error}", code="invalid_argument") from error
+    return array
+
+
+def listed(name: str, items: Any) -> list[Any]:
+    """A list of many; one alone would otherwise fall apart into letters or rows."""
+    if is_one_image(items) or not isinstance(items, Iterable):
+        raise InvalidRequest(f"{name} takes a list, not one {type(items).__name__}", code="invalid_argument")
+    return list(items)
+
+
+def utf8(name: str, text: str) -> bytes:
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{name} takes texts, not {type(text).__name__} {text!r}", code="invalid_argument")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"{name} has a text that is not Unicode: {text!r}", code="invalid_argument") from error
+
+
+def count(name: str, value: int, least: int = 1) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if not least <= number < 2**31 or isinstance(value, bool):
+        raise InvalidRequest(f"{name} is {value!r}; allowed are whole numbers from {least}", code="invalid_argument")
+    return number
+
+
+def seconds(value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+        raise InvalidRequest(f"timeout is {value!r}; allowed are seconds above 0", code="invalid_argument")
+    return float(value)
+
+
+def _share(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not 0 <= value <= 1:
+        raise InvalidRequest(f"{name} is {value!r}; allowed are numbers from 0 to 1", code="invalid_argument")
+    return float(value)
