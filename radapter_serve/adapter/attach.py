@@ -130,7 +130,14 @@ class Adapters(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, LinearAdapter)]
 
 
-def attach(model: nn.Module, rank: int | None = None, *, form: Form = "activation", drop: float = 0.0) -> Adapters:
+def attach(
+    model: nn.Module,
+    rank: int | None = None,
+    *,
+    form: Form = "activation",
+    drop: float = 0.0,
+    text: bool = True,
+) -> Adapters:
     """Freeze a CLIP and put an adapter after attention and feed-forward of every block of both towers.
 
     Args:
@@ -139,6 +146,7 @@ def attach(model: nn.Module, rank: int | None = None, *, form: Form = "activatio
         form: where the adapter computes. Both give the same outputs and gradients: `activation` costs time by the
             token, `weight` by the step (`training.choose_form` tells which is faster).
         drop: probability p in [0, 1) of adapter dropping (Eq. 7); takes effect with `Adapters.sample_drop`.
+        text: False leaves the text tower as it is.
 
     Raises:
         RAdapterError: the model cannot be folded exactly, has adapters already, or an argument is out of range;
@@ -148,7 +156,7 @@ def attach(model: nn.Module, rank: int | None = None, *, form: Form = "activatio
         raise RAdapterError(f"rank is {rank}; allowed: 1 or more, or null for full rank")
     if not 0 <= drop < 1:
         raise RAdapterError(f"drop is {drop}; allowed: 0 <= drop < 1")
-    sites = find_sites(model)
+    sites = find_sites(model, text=text)
     width = min(site.layer.out_features for site in sites)
     if rank is not None and rank >= width:
         raise RAdapterError(f"rank is {rank}; allowed: less than the width {width}, or null for full rank")
@@ -175,7 +183,7 @@ def attach_adapter(model: nn.Module, adapter: Adapter, alpha: float, *, form: Fo
     """
     check_alpha(alpha)
     check_base(model.state_dict(), adapter)
-    adapters = attach(model, adapter.metadata.rank, form=form)
+    adapters = attach(model, adapter.metadata.rank, form=form, text=adapter.has_text)
     missing = sorted(set(adapters.named_tensors()) - set(adapter.tensors))
     if missing:
         adapters.remove()

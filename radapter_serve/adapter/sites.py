@@ -43,11 +43,12 @@ OPEN_CLIP = _Layout(
 )
 
 
-def find_sites(model: nn.Module) -> list[Site]:
+def find_sites(model: nn.Module, *, text: bool = True) -> list[Site]:
     """Find the adapted layers of a CLIP, image tower first, and prove that each can be folded exactly.
 
     Args:
         model: an open_clip model.
+        text: look in the text tower too.
 
     Raises:
         RAdapterError: a tower has no known sites, or something stands between a site and its residual.
@@ -55,7 +56,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     modules = dict(model.named_modules())
     layout = OPEN_CLIP
     sites = []
-    for tower, names in (("image", layout.image), ("text", layout.text)):
+    for tower, names in (("image", layout.image), ("text", layout.text))[: 1 + text]:
         blocks = next((name for name in names if isinstance(modules.get(name), nn.ModuleList)), None)
         if blocks is None:
             raise RAdapterError(

@@ -1,6 +1,15 @@
 """Data for training and judging: rows of images, their labels, their captions, their masks."""
 
-from radapter_serve.data.labelled import Labelled, LabelledImages, evaluation_batches, load_labelled
+from radapter_serve.data.captions import Captioned, CaptionedImage, load_captioned
+from radapter_serve.data.labelled import (
+    Labelled,
+    LabelledImages,
+    class_split,
+    evaluation_batches,
+    few_shot,
+    load_labelled,
+    split_classes,
+)
 from radapter_serve.data.masks import IGNORE, Masked, MaskedImage, load_masked
 from radapter_serve.data.rows import READERS, BrokenImage, ImageColumn, TrainingData, open_rows
 
@@ -8,14 +17,20 @@ __all__ = [
     "IGNORE",
     "READERS",
     "BrokenImage",
+    "Captioned",
+    "CaptionedImage",
     "ImageColumn",
     "Labelled",
     "LabelledImages",
     "Masked",
     "MaskedImage",
     "TrainingData",
+    "class_split",
     "evaluation_batches",
+    "few_shot",
+    "load_captioned",
     "load_labelled",
     "load_masked",
     "open_rows",
+    "split_classes",
 ]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
@@ -30,6 +33,7 @@ class Labelled(ImageColumn):
         image_column, label_column: names of the two columns.
         folder: what relative image paths are relative to.
         templates: prompt templates with `{}`, of which a training pair draws one.
+        first_class: what labels that are numbers start from, where `classes` is a part of all classes.
     """
 
     rows: Any
@@ -38,6 +42,7 @@ class Labelled(ImageColumn):
     label_column: str
     folder: Path = field(default_factory=Path)
     templates: Sequence[str] = ("a photo of a {}.",)
+    first_class: int = 0
 
     def __post_init__(self) -> None:
         names = [(line, split_label(line)) for line in self.classes]
@@ -59,7 +64,7 @@ class Labelled(ImageColumn):
         """
         value = row[self.label_column]
         try:
-            index = self._index.get(value, -1) if isinstance(value, str) else int(value)
+            index = self._index.get(value, -1) if isinstance(value, str) else int(value) - self.first_class
         except (TypeError, ValueError):
             index = -1
         if not 0 <= index < len(self.classes):
@@ -68,6 +73,66 @@ class Labelled(ImageColumn):
                 f"name every class of {self.label_column!r} in the file given with --classes"
             )
         return index
+
+    def labels(self) -> NDArray[np.int64]:
+        """The numbers of all rows' classes, [N]; not of a stream."""
+        values = self.rows[self.label_column]
+        return np.fromiter((self.label({self.label_column: value}) for value in values), np.int64, len(self.rows))
+
+
+def split_classes(count: int, split: str) -> range:
+    """The numbers of the classes of a base-to-novel split, as CoOp cuts it: the first half is rounded up.
+
+    Args:
+        count: of all classes.
+        split: `base` for the first half, `novel` for the second, `all` for all.
+    """
+    middle = (count + 1) // 2
+    return {"all": range(count), "base": range(middle), "novel": range(middle, count)}[split]
+
+
+def class_split(data: Labelled, split: str) -> Labelled:
+    """The images of the base or of the novel classes, and these classes alone.
+
+    Args:
+        data: not a stream.
+        split: of `split_classes`.
+
+    Raises:
+        RAdapterError: it is a stream, or the half has no class.
+    """
+    if split == "all":
+        return data
+    if isinstance(data.rows, datasets.IterableDataset):
+        raise RAdapterError(f"class_split {split} needs all labels at once; it does not go with a stream")
+    chosen = split_classes(len(data.classes), split)
+    if not chosen:
+        raise RAdapterError(f"class_split {split} of {len(data.classes)} class leaves none")
+    labels = data.labels()
+    rows = data.rows.select(np.flatnonzero((labels >= chosen.start) & (labels < chosen.stop)))
+    classes = data.classes[chosen.start : chosen.stop]
+    return dataclasses.replace(data, rows=rows, classes=classes, first_class=data.first_class + chosen.start)
+
+
+def few_shot(data: Labelled, shots: int, seed: int) -> Labelled:
+    """A few images of each class, drawn by the seed; a class with fewer gives all that it has, as in CoOp.
+
+    More shots of the same seed hold the fewer.
+
+    Args:
+        data: not a stream.
+        shots: images a class, 1 or more.
+        seed: of the draw.
+
+    Raises:
+        RAdapterError: it is a stream.
+    """
+    if isinstance(data.rows, datasets.IterableDataset):
+        raise RAdapterError("shots needs all labels at once; it does not go with a stream")
+    order = np.random.default_rng(seed).permutation(len(data.rows))
+    labels = data.labels()[order]
+    chosen = [order[np.flatnonzero(labels == number)[:shots]] for number in range(len(data.classes))]
+    return dataclasses.replace(data, rows=data.rows.select(np.sort(np.concatenate(chosen))))
 
 
 def load_labelled(
@@ -129,7 +194,7 @@ def _check_classes(data: Labelled, spec: str, own: list[str] | None, folder: Pat
     if isinstance(data.rows, datasets.Dataset):
         if len(data.rows) == 0:
             raise RAdapterError(f"{spec} holds no images")
-        present = {data.label({data.label_column: value}) for value in set(data.rows[data.label_column])}
+        present = set(data.labels().tolist())
         missing = [name for index, name in enumerate(data.classes) if index not in present]
         if missing:
             raise RAdapterError(
@@ -165,35 +230,36 @@ class LabelledImages(Protocol):
 
 def evaluation_batches(
     base: Base,
-    data: LabelledImages,
+    rows: Sequence[Any],
+    read: Callable[[Any], tuple[Image.Image, int]],
     batch_size: int = 64,
     *,
     rank: int = 0,
     world: int = 1,
     broken: list[str] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pixels, as open_clip's own transform makes them, and labels of a data set.
+    """Pixels, as open_clip's own transform makes them, and labels of images.
 
     Args:
         base: whose preprocessing is used.
-        data: not a stream.
+        rows: not a stream.
+        read: the image of a row and its label.
         batch_size: images a batch.
         rank, world: number of this process and of all; each gets its share.
         broken: takes the names of images that can't be read, which are then left out; None raises BrokenImage.
     """
     transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
-    rows = range(rank, len(data.rows), world)
-    for first in range(0, len(rows), batch_size):
+    mine = range(rank, len(rows), world)
+    for first in range(0, len(mine), batch_size):
         pixels, labels = [], []
-        for index in rows[first : first + batch_size]:
-            row = data.rows[index]
+        for index in mine[first : first + batch_size]:
             try:
-                pixels.append(transform(data.image(row)))
+                image, label = read(rows[index])
+                pixels.append(transform(image))
+                labels.append(label)
             except BrokenImage as error:
                 if broken is None:
                     raise
                 broken.append(str(error))
-            else:
-                labels.append(data.label(row))
         if pixels:
             yield torch.stack(pixels), torch.tensor(labels)  # type: ignore[arg-type]

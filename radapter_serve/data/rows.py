@@ -72,17 +72,19 @@ class ImageColumn:
         Raises:
             BrokenImage: it is missing; says which.
         """
-        value = row[self.image_column]
+        value = row.get(self.image_column)
         try:
             if isinstance(value, dict):
                 return bytes(value["bytes"]) if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+            if value is None:
+                raise BrokenImage(f"a row has no image in the column {self.image_column!r}")
             return value if isinstance(value, bytes) else (self.folder / str(value)).read_bytes()
         except OSError as error:
             raise BrokenImage(f"image {self.name(row)} can't be read: {error.strerror or error}") from None
 
     def name(self, row: dict[str, Any]) -> str:
         """What to call a row's image in a message."""
-        value = row[self.image_column]
+        value = row.get(self.image_column)
         path = value.get("path") if isinstance(value, dict) else value
         return path if isinstance(path, str) else "in the table"
 
@@ -120,7 +122,7 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
         ) from error
     features = rows.features or {}
     for column, flag in columns.items():
-        if features and column not in features:
+        if features and not _has(features, column):
             hint = " (an image folder needs one sub-folder a class)" if reader == "imagefolder" else ""
             raise RAdapterError(
                 f"{spec} has no column {column!r}{hint}; its columns: {', '.join(features)}; see {flag}"
@@ -129,6 +131,21 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
             rows = rows.cast_column(column, datasets.Image(decode=False))
     folder = Path(path) if reader == "imagefolder" else Path(path).parent if local else Path()
     return rows, folder
+
+
+def value_at(row: Mapping[str, Any], column: str) -> Any:
+    """A row's value in a column, or in a field of a column: `json.caption`; None where the row has none."""
+    if column in row:
+        return row[column]
+    outer, _, inner = column.partition(".")
+    nested = row.get(outer)
+    return nested.get(inner) if isinstance(nested, Mapping) else None
+
+
+def _has(features: Mapping[str, Any], column: str) -> bool:
+    outer, _, inner = column.partition(".")
+    nested = features.get(outer)
+    return column in features or (isinstance(nested, Mapping) and inner in nested)
 
 
 def _image_folder(path: Path, split: str, spec: str) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from radapter_serve.data import BrokenImage, TrainingData
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, reason
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -75,7 +75,16 @@ class _Stream(IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         broken: list[str] = []
-        for index, row in enumerate(self.rows, self.first):
+        rows, index = iter(self.rows), self.first - 1
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # of many kinds: a torn file, a lost connection
+                yield {"error": f"the stream broke off: {reason(error)}"}
+                return
+            index += 1
             try:
                 item = self.examples.item(row, index)
             except BrokenImage as error:

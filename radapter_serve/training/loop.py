@@ -28,7 +28,8 @@ from radapter_serve.training.checkpoint import load_checkpoint, save_checkpoint
 from radapter_serve.training.loss import gather_with_grad, mpm_nce
 from radapter_serve.training.progress import Progress
 from radapter_serve.training.recipe import Recipe
-from radapter_serve.training.tasks import open_data, validate
+from radapter_serve.training.tasks import open_data
+from radapter_serve.training.validation import validate
 
 
 class TwoTower(nn.Module):
@@ -61,13 +62,14 @@ def train(recipe: Recipe) -> Path:
     accelerator = _accelerator(recipe, out)
     torch.manual_seed(recipe.seed)
     base = load_base(recipe.architecture, recipe.pretrained)
-    data = open_data(recipe, recipe.data, streaming=recipe.streaming)
-    val = open_data(recipe, recipe.val_data) if recipe.val_data else None
+    broken: list[str] = []
+    data = open_data(recipe, broken=broken)
+    val = open_data(recipe, validation=True, broken=broken) if recipe.val_data else None
     examples = Examples(data, augmentation(base, recipe), recipe.seed, refuse=recipe.on_broken == "refuse")
     part = _part(recipe, accelerator, data)
-    digest = base_digest(base.model.state_dict(), [site.key for site in find_sites(base.model)])
-    form = choose_form(base.model, recipe.rank, part) if recipe.form == "auto" else recipe.form
-    adapters = attach(base.model, recipe.rank, form=form, drop=recipe.drop)
+    digest = base_digest(base.model.state_dict(), [site.key for site in find_sites(base.model, text=recipe.adapt_text)])
+    form = choose_form(base.model, recipe.rank, part, text=recipe.adapt_text) if recipe.form == "auto" else recipe.form
+    adapters = attach(base.model, recipe.rank, form=form, drop=recipe.drop, text=recipe.adapt_text)
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     towers, optimizer = accelerator.prepare(TwoTower(base.model, adapters), optimizer)
     average = Average(adapters, recipe.momentum, bias_correction=recipe.bias_correction)
@@ -90,6 +92,7 @@ def train(recipe: Recipe) -> Path:
             f"in {form} form; {steps} steps of {recipe.batch_size} images"
             + (f" in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else "")
         )
+        progress.broken(broken)
         source = _endless(examples, part, position, accelerator, recipe.workers)
         while step < steps:
             started = time.perf_counter()
@@ -104,10 +107,13 @@ def train(recipe: Recipe) -> Path:
                     tokens = base.tokenizer(batch["texts"]).to(accelerator.device)
                     images, texts = towers(batch["pixels"].to(accelerator.device, non_blocking=True), tokens)
                     labels = accelerator.gather(batch["labels"].to(accelerator.device))
+                    # each image stands beside each of its texts: but for a constant that is the loss of one image
+                    # with several texts, because all images come equally often
+                    several = len(texts) // len(images)
                     loss = mpm_nce(
-                        gather_with_grad(images),
+                        gather_with_grad(images).repeat_interleave(several, dim=0),
                         gather_with_grad(texts),
-                        labels,
+                        labels.repeat_interleave(several),
                         logit_scale=scale,
                         delta=recipe.delta,
                         epsilon=recipe.epsilon,
@@ -167,7 +173,7 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     )
 
 
-def choose_form(model: nn.Module, rank: int | None, batch_size: int) -> Form:
+def choose_form(model: nn.Module, rank: int | None, batch_size: int, *, text: bool = True) -> Form:
     """The form of the adapters that costs less for a batch, by its multiplications.
 
     The activation form pays by the token; the weight form pays for `F·W` once a step, and for the gradient of the
@@ -177,11 +183,12 @@ def choose_form(model: nn.Module, rank: int | None, batch_size: int) -> Form:
         model: an open_clip model.
         rank: of the adapters; None is full.
         batch_size: images a step and process.
+        text: whether the text tower has adapters.
     """
     grid = getattr(model.visual, "grid_size", (14, 14))
     tokens = {True: batch_size * (grid[0] * grid[1] + 1), False: batch_size * 16}
     weight = activation = 0
-    for site in find_sites(model):
+    for site in find_sites(model, text=text):
         count, width, inner = tokens[site.key.startswith("visual.")], site.layer.out_features, site.layer.in_features
         weight += 4 * width * (width if rank is None else 2 * rank) * inner + 2 * count * width * inner
         activation += 6 * count * width * (width if rank is None else 2 * rank)

@@ -34,7 +34,7 @@ class Recipe:
         classes: file with one class a line, synonyms after commas, in the order of the labels; none takes the names
             that the data set gives.
         templates: file with one prompt template a line ({} is the class), `openai` for the 80 of OpenAI, or `simple`.
-        shots: images of each class to train with, drawn by the seed; none takes all.
+        shots: images of each class to train with, drawn by the seed (a class with fewer gives all); none takes all.
         class_split: base or novel, the first or second half of the classes, for training and validation; all takes all.
         streaming: read the data set as a stream, without a copy on disk.
         on_broken: what a broken or missing image does: skip takes the next image and counts, refuse stops the run.
@@ -128,6 +128,8 @@ class Recipe:
                 self.accumulate >= 1 and self.batch_size % self.accumulate == 0,
                 f"a divisor of batch_size {self.batch_size}",
             ),
+            "captions_per_image": (self.captions_per_image >= 1, "1 or more"),
+            "shots": (self.shots is None or self.shots >= 1, "1 or more, or none for all"),
             "steps": (self.steps is None or self.steps >= 1, "1 or more"),
             "epochs": (self.epochs >= 1, "1 or more"),
             "learning_rate": (self.learning_rate > 0, "more than 0"),
@@ -147,6 +149,10 @@ class Recipe:
             raise RAdapterError("--resume needs --out, the folder of the run to go on with")
         if not self.data:
             raise RAdapterError("no training data; name it with --data, for example --data imagefolder:photos")
+        if self.task != "classification" and (self.shots or self.class_split != "all"):
+            raise RAdapterError(f"shots and class_split draw from classes; task {self.task} takes all its data")
+        if self.streaming and (self.shots or self.class_split != "all"):
+            raise RAdapterError("shots and class_split need all labels at once; leave --streaming out")
         if self.streaming and self.steps is None:
             raise RAdapterError("a stream has no length; say how long to train with --steps")
 

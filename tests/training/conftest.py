@@ -1,12 +1,21 @@
-"""A small image folder: three classes that differ in colour."""
+"""A small image folder: three classes that differ in colour; runs that are cut, runs in two processes."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
+
+from radapter_serve.training import Average, Recipe, train
 
 COLOURS = {"blue": (30, 40, 220), "green": (20, 200, 40), "red": (220, 30, 30)}
 
@@ -30,3 +39,51 @@ def images(tmp_path: Path) -> Path:
             pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"{index}.png")
     return tmp_path / "images"
+
+
+@pytest.fixture
+def interrupt_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Recipe], None]:
+    """Trains, and is killed behind a step."""
+    update = Average.update
+
+    def run(steps: int, recipe: Recipe) -> None:
+        def die(self: Average) -> None:
+            update(self)
+            if self.steps == steps:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Average, "update", die)
+            with pytest.raises(KeyboardInterrupt):
+                train(recipe)
+
+    return run
+
+
+@pytest.fixture
+def train_in_two_processes(tmp_path: Path) -> Callable[[Recipe, Path], None]:
+    """Trains by the command, in two processes, into a folder."""
+
+    def run(recipe: Recipe, out: Path) -> None:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe.to_dict()))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command += ["-m", "radapter_serve.cli.train", "--recipe", str(path), "--out", str(out)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=240)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        assert process.returncode == 0, output[-3000:]
+        assert "in 2 processes" in output
+
+    return run

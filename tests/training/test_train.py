@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +15,7 @@ from radapter_serve.adapter import load_adapter
 from radapter_serve.base import load_base
 from radapter_serve.cli.train import main
 from radapter_serve.errors import RAdapterError
-from radapter_serve.training import Average, Recipe, choose_form, load_recipe, train
+from radapter_serve.training import Recipe, choose_form, load_recipe, train
 from radapter_serve.training.loop import learning_rate
 
 
@@ -70,28 +65,14 @@ def test_a_run_learns_and_leaves_what_it_says(recipe: Recipe, capsys: pytest.Cap
     )
 
 
-def interrupt_after(steps: int, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    update = Average.update
-
-    def die(self: Average) -> None:
-        update(self)
-        if self.steps == steps:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Average, "update", die)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe)
-
-
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_killed_run_resumes_to_the_same_result(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int | None
+    recipe: Recipe, tmp_path: Path, interrupt_after: Any, rank: int | None
 ) -> None:
     recipe = dataclasses.replace(recipe, rank=rank, accumulate=2, flip=True)
     whole = load_adapter(train(recipe))
     cut = dataclasses.replace(recipe, out=tmp_path / "cut")
-    interrupt_after(6, cut, monkeypatch)
+    interrupt_after(6, cut)
     assert not (cut.out / "adapter.safetensors").exists()  # type: ignore[operator]
     resumed = load_adapter(train(dataclasses.replace(cut, resume=True)))
     for name, value in whole.tensors.items():
@@ -108,24 +89,12 @@ def test_both_forms_train_to_the_same_adapter(recipe: Recipe, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_two_processes_train_to_the_same_adapter_as_one(recipe: Recipe, images: Path, tmp_path: Path) -> None:
+def test_two_processes_train_to_the_same_adapter_as_one(
+    recipe: Recipe, images: Path, tmp_path: Path, train_in_two_processes: Any
+) -> None:
     (images / "red" / "7.png").unlink()  # 23 images: no multiple of the batch nor of the processes
     one = load_adapter(train(recipe))
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe.to_dict()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "radapter_serve.cli.train", "--recipe", str(path), "--out", str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=240)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output[-3000:]
-    assert "in 2 processes" in output
+    train_in_two_processes(recipe, tmp_path / "two")
     two = load_adapter(tmp_path / "two")
     for name, value in one.tensors.items():
         torch.testing.assert_close(two.tensors[name], value, rtol=0, atol=5e-3 * value.abs().max().item())
@@ -231,7 +200,7 @@ def test_a_resumed_finished_run_keeps_its_metrics(recipe: Recipe) -> None:
 
 
 def test_a_stream_resumes_behind_broken_images(
-    recipe: Recipe, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, images: Path, tmp_path: Path, interrupt_after: Any
 ) -> None:
     files = sorted(images.rglob("*.png"))
     table = [f"{file},{file.parent.name}" for file in files]
@@ -244,7 +213,7 @@ def test_a_stream_resumes_behind_broken_images(
     )  # fmt: skip
     whole = load_adapter(train(recipe))
     cut = dataclasses.replace(recipe, out=tmp_path / "cut")
-    interrupt_after(4, cut, monkeypatch)
+    interrupt_after(4, cut)
     resumed = load_adapter(train(dataclasses.replace(cut, resume=True)))
     for name, value in whole.tensors.items():
         torch.testing.assert_close(resumed.tensors[name], value, rtol=0, atol=1e-7)

@@ -1,0 +1,150 @@
+"""Images with captions: each pair is an image and one or several of its captions."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+from PIL import Image
+
+from radapter_serve.data.rows import BrokenImage, ImageColumn, open_rows, value_at
+from radapter_serve.errors import RAdapterError
+
+_BLOCK = 1000  # rows in memory at once
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """One image: the number of the first row that holds it, and its captions from all rows."""
+
+    row: int
+    captions: tuple[str, ...]
+
+
+@dataclass
+class Captioned(ImageColumn):
+    """Images with captions; the label of a pair is the image's identity: its path, or the digest of its bytes.
+
+    Attributes:
+        table: a Hugging Face data set with a caption or a list of captions a row, or its stream.
+        images: every image of the table once; none of a stream.
+        image_column, caption_column: names of the two columns; `json.caption` is the field of a column `json`.
+        folder: what relative image paths are relative to.
+        captions_per_image: texts of a training pair.
+    """
+
+    table: Any
+    images: Sequence[CaptionedImage]
+    image_column: str
+    caption_column: str
+    folder: Path = field(default_factory=Path)
+    captions_per_image: int = 1
+
+    @cached_property
+    def rows(self) -> Any:
+        """What training goes through: the captions, or with several of them a pair the images, or the stream."""
+        if isinstance(self.table, datasets.IterableDataset):
+            return self.table
+        numbered = list(enumerate(image.captions for image in self.images))
+        if self.captions_per_image > 1:
+            return numbered
+        return [(number, (caption,)) for number, captions in numbered for caption in captions]
+
+    def pair(self, row: Any, draw: random.Random) -> tuple[Image.Image, int, str | list[str]]:
+        """The image, its number, and captions drawn of its own; where there are too few, some come again."""
+        if isinstance(row, tuple):
+            (label, captions), row = row, self.table[self.images[row[0]].row]
+        else:
+            label, captions = self._of_stream(row)
+        image, count = self.image(row), self.captions_per_image
+        texts = draw.sample(captions, len(captions))
+        return image, label, texts[0] if count == 1 else [texts[index % len(texts)] for index in range(count)]
+
+    def _of_stream(self, row: Any) -> tuple[int, tuple[str, ...]]:
+        value = value_at(row, self.caption_column)
+        captions = _texts(value)
+        if not captions:
+            raise BrokenImage(f"image {self.name(row)} has no text in {self.caption_column!r}: {value!r}")
+        if isinstance(value, str) and self.captions_per_image > 1:
+            raise RAdapterError(
+                f"captions_per_image is {self.captions_per_image} but a row of the stream has one caption; "
+                f"allowed: 1, or a column with lists of captions, or no --streaming"
+            )
+        return int(image_identity(row.get(self.image_column))[:15], 16), captions
+
+
+def load_captioned(
+    spec: str,
+    *,
+    image_column: str = "image",
+    caption_column: str = "caption",
+    captions_per_image: int = 1,
+    streaming: bool = False,
+    broken: list[str] | None = None,
+) -> Captioned:
+    """Open images with captions; rows of the same image belong together.
+
+    Args:
+        spec: `csv:FILE`, `parquet:FILE`, ..., as of `load_labelled`.
+        image_column: paths, bytes or images.
+        caption_column: a text or a list of texts; `json.caption` is the field of a column `json`.
+        captions_per_image: texts of a training pair, 1 or more.
+        streaming: read row by row.
+        broken: takes the names of rows without a caption, which are then left out; None refuses them.
+
+    Raises:
+        RAdapterError: it can't be read, a column is missing, a caption is empty, or no image has as many captions.
+    """
+    columns = {image_column: "--image-column", caption_column: "--caption-column"}
+    table, folder = open_rows(spec, columns, streaming=streaming)
+    data = Captioned(table, [], image_column, caption_column, folder, captions_per_image)
+    if streaming:
+        return data
+    first: dict[str, int] = {}
+    found: dict[str, list[str]] = {}
+    for number, image, value in _values(table, image_column, caption_column):
+        captions = _texts(value)
+        if not captions:
+            line = f"row {number + 1} of {spec} has no text in {caption_column!r}: {value!r}"
+            if broken is None:
+                raise RAdapterError(f"{line}; mend it, or leave such rows out with --on-broken skip")
+            broken.append(line)
+            continue
+        key = image_identity(image)
+        first.setdefault(key, number)
+        found.setdefault(key, []).extend(captions)
+    data.images = [CaptionedImage(first[key], tuple(captions)) for key, captions in found.items()]
+    most = max((len(image.captions) for image in data.images), default=0)
+    if not most:
+        raise RAdapterError(f"{spec} holds no images with captions")
+    if most < captions_per_image:
+        raise RAdapterError(f"captions_per_image is {captions_per_image} but no image of {spec} has more than {most}")
+    return data
+
+
+def image_identity(value: Any) -> str:
+    """A digest that tells an image from others: of its bytes where the column holds them, else of its path."""
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value["path"]
+    return hashlib.sha256(value if isinstance(value, bytes) else str(value).encode()).hexdigest()
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """The captions of a row; none where one of them is empty or no text."""
+    several = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return several if all(isinstance(text, str) and text.strip() for text in several) else ()
+
+
+def _values(table: Any, image_column: str, caption_column: str) -> Iterator[tuple[int, Any, Any]]:
+    """Number, image and caption of each row, block by block: a table's images may be larger than memory."""
+    names = [name if name in table.column_names else name.partition(".")[0] for name in (image_column, caption_column)]
+    for start, block in enumerate(table.select_columns(list(dict.fromkeys(names))).iter(_BLOCK)):
+        for offset in range(len(block[names[0]])):
+            row = {name: values[offset] for name, values in block.items()}
+            yield start * _BLOCK + offset, row[image_column], value_at(row, caption_column)

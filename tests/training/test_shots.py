@@ -1,0 +1,107 @@
+"""Few-shot draws, the base-to-novel split, and training without text adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from radapter_serve.adapter import attach_adapter, fold, load_adapter
+from radapter_serve.base import load_base
+from radapter_serve.data import Labelled, class_split, few_shot, load_labelled, split_classes
+from radapter_serve.errors import RAdapterError
+from radapter_serve.training import Recipe, train
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Labelled:
+    """Five classes with 6, 6, 2, 6 and 6 rows, as names."""
+    rows = [(f"{name}{index}.png", name) for name in "abcde" for index in range(2 if name == "c" else 6)]
+    pd.DataFrame(rows, columns=["image", "label"]).to_csv(tmp_path / "t.csv", index=False)
+    return load_labelled(f"csv:{tmp_path}/t.csv")
+
+
+def drawn(data: Labelled) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for row in data.rows:
+        found.setdefault(data.classes[data.label(row)], set()).add(row["image"])
+    return found
+
+
+def test_shots_of_each_class_by_the_seed(labelled: Labelled) -> None:
+    two, four = drawn(few_shot(labelled, 2, 1)), drawn(few_shot(labelled, 4, 1))
+    assert {name: len(images) for name, images in two.items()} == dict.fromkeys("abcde", 2)
+    assert {name: len(images) for name, images in four.items()} == {"a": 4, "b": 4, "c": 2, "d": 4, "e": 4}
+    assert all(image.startswith(name) for name, images in four.items() for image in images)
+    assert all(two[name] <= four[name] for name in two)
+    assert drawn(few_shot(labelled, 2, 1)) == two
+    assert len({str(sorted(map(sorted, drawn(few_shot(labelled, 2, seed)).values()))) for seed in (1, 2, 3)}) == 3
+
+
+@given(st.integers(1, 50))
+def test_halves_of_the_classes(count: int) -> None:
+    base, novel = split_classes(count, "base"), split_classes(count, "novel")
+    assert [*base, *novel] == [*split_classes(count, "all")] == list(range(count))
+    assert len(base) - len(novel) in (0, 1)
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_base_and_novel_classes(labelled: Labelled, tmp_path: Path, numbers: bool) -> None:
+    if numbers:
+        table = pd.read_csv(tmp_path / "t.csv")
+        table["label"] = table["label"].map("abcde".index)
+        table.to_csv(tmp_path / "n.csv", index=False)
+        (tmp_path / "classes.txt").write_text("\n".join("abcde"))
+        labelled = load_labelled(f"csv:{tmp_path}/n.csv", classes=tmp_path / "classes.txt")
+    base, novel = class_split(labelled, "base"), class_split(labelled, "novel")
+    assert base.classes == ["a", "b", "c"] and novel.classes == ["d", "e"]
+    assert drawn(base) == {name: images for name, images in drawn(labelled).items() if name in "abc"}
+    assert drawn(novel) == {name: images for name, images in drawn(labelled).items() if name in "de"}
+    assert drawn(few_shot(novel, 1, 1)).keys() == {"d", "e"}
+    assert class_split(labelled, "all") is labelled
+
+
+def test_streams_and_other_tasks_have_no_shots() -> None:
+    for change in ({"shots": 4}, {"class_split": "base"}):
+        with pytest.raises(RAdapterError, match="leave --streaming out"):
+            Recipe(data="csv:t.csv", streaming=True, steps=1, **change).check()  # type: ignore[arg-type]
+        with pytest.raises(RAdapterError, match="task retrieval takes all its data"):
+            Recipe(data="csv:t.csv", task="retrieval", **change).check()  # type: ignore[arg-type]
+    with pytest.raises(RAdapterError, match="shots is 0; allowed: 1 or more"):
+        Recipe(data="csv:t.csv", shots=0).check()
+
+
+def test_a_few_shot_run_on_base_classes(tiny_clip_dir: str, images: Path, tmp_path: Path) -> None:
+    recipe = Recipe(
+        architecture=tiny_clip_dir, data=f"imagefolder:{images}", val_data=f"imagefolder:{images}", batch_size=2,
+        shots=2, class_split="base", epochs=1, warmup_steps=0, workers=0, tracker="none", out=tmp_path / "run",
+    )  # fmt: skip
+    out = train(recipe)  # two classes, two images each: two steps
+    assert len([line for line in (out / "metrics.jsonl").read_text().splitlines() if "loss" in line]) == 2
+
+
+@pytest.mark.parametrize(("rank", "form"), [(None, "activation"), (2, "weight")])
+def test_without_text_adapters(tiny_clip_dir: str, images: Path, tmp_path: Path, rank: int | None, form: str) -> None:
+    recipe = Recipe(
+        architecture=tiny_clip_dir, data=f"imagefolder:{images}", val_data=f"imagefolder:{images}", batch_size=8,
+        steps=10, warmup_steps=1, momentum=0.5, learning_rate=3e-3, adapt_text=False, rank=rank, form=form,  # type: ignore[arg-type]
+        workers=0, tracker="none", out=tmp_path / "run",
+    )  # fmt: skip
+    adapter = load_adapter(train(recipe))
+    assert adapter.keys and all(key.startswith("visual.") for key in adapter.keys) and not adapter.has_text
+    base = load_base(tiny_clip_dir)
+    folded = fold(base.model.state_dict(), adapter, 0.7)
+    changed = {name for name, value in base.model.state_dict().items() if not torch.equal(folded[name], value)}
+    assert changed and all(name.startswith("visual.") for name in changed)
+    other, pixels = load_base(tiny_clip_dir), torch.randn(2, 3, 32, 32)
+    attached = attach_adapter(other.model, adapter, 0.7)
+    base.model.load_state_dict(folded)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            other.model.encode_image(pixels), base.model.encode_image(pixels), rtol=1e-4, atol=1e-5
+        )
+    assert all(name.startswith("visual.") for name in attached.named_tensors())
