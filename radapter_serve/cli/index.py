@@ -12,9 +12,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from radapter_serve.cli import guard
 from radapter_serve.errors import RAdapterError
@@ -113,10 +111,8 @@ def info(out: tyro.conf.Positional[Path]) -> None:
         "created": facts["created"],
         "changed": facts["changed"],
     }
-    table = Table(title=escape(str(out)), title_justify="left", show_header=False)
     for name, value in rows.items():
-        table.add_row(name, escape(value))
-    Console().print(table)
+        print(f"{name:<16}{value}")
 
 
 def verify(out: tyro.conf.Positional[Path]) -> int:

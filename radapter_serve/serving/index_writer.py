@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 import lancedb
 import numpy as np
 import pyarrow as pa
+from lancedb.index import IvfPq
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -221,7 +222,7 @@ class Writer:
             return basis
         if count > 2 * engine.get("trained_on", 0):  # its cells are of what there was then
             dim = int(self._facts["release"]["embed_dim"])
-            self._table.create_index("dot", index_type="IVF_PQ", num_sub_vectors=max(1, dim // 8), replace=True)
+            self._table.create_index("vector", config=IvfPq("dot", num_sub_vectors=max(1, dim // 8)))
             engine = {"trained_on": count}
         self._table.optimize()
         return {**basis, "index": "IVF_PQ", "trained_on": engine["trained_on"], **self._tune()}
