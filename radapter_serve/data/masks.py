@@ -144,11 +144,15 @@ class LabelMap(MaskedImage):
 
     def segments(self) -> list[Segment]:
         mask = self.mask()
-        return [(int(label), mask == label) for label in np.unique(mask) if label != IGNORE]
+        return [(label, mask == label) for label, _ in _areas(mask)]
 
     def areas(self) -> list[tuple[int, int]]:
-        labels, areas = np.unique(self.mask(), return_counts=True)
-        return [(int(n), int(area)) for n, area in zip(labels, areas, strict=True) if n != IGNORE]
+        return _areas(self.mask())
+
+
+def _areas(mask: NDArray[np.int32]) -> list[tuple[int, int]]:
+    counts = np.bincount(mask.ravel() - IGNORE)[-IGNORE:]  # a tenth of the time of np.unique
+    return [(int(label), int(counts[label])) for label in np.flatnonzero(counts)]
 
 
 def open_mask(path: Path) -> Image.Image:

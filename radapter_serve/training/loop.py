@@ -63,8 +63,8 @@ def train(recipe: Recipe) -> Path:
     torch.manual_seed(recipe.seed)
     base = load_base(recipe.architecture, recipe.pretrained)
     broken: list[str] = []
-    data = open_data(recipe, broken=broken)
-    val = open_data(recipe, validation=True, broken=broken) if recipe.val_data else None
+    data = open_data(recipe, base, broken=broken)
+    val = open_data(recipe, base, validation=True, broken=broken) if recipe.val_data else None
     examples = Examples(data, augmentation(base, recipe), recipe.seed, refuse=recipe.on_broken == "refuse")
     part = _part(recipe, accelerator, data)
     digest = base_digest(base.model.state_dict(), [site.key for site in find_sites(base.model, text=recipe.adapt_text)])

@@ -23,7 +23,8 @@ class Recipe:
         architecture: open_clip model such as ViT-B-32, or local-dir:PATH.
         pretrained: open_clip tag such as openai, or the path of a checkpoint; none for local-dir:.
         data: training data: imagefolder:DIR, csv:FILE, parquet:FILE, webdataset:FILE, json:FILE or the name of a data
-            set on the Hugging Face hub; @SPLIT at the end names a split, train by default.
+            set on the Hugging Face hub; @SPLIT at the end names a split, train by default. For segmentation masks:DIR
+            (DIR/images/* and the label maps DIR/masks/*.png) or coco:FILE.json (panoptic or instance annotations).
         val_data: validation data, the same forms; none skips validation.
         image_column: column of the images (paths, bytes or images).
         label_column: column of the labels (class names or numbers).
@@ -32,7 +33,7 @@ class Recipe:
             as they come, where captions of one image meet by chance.
         images: folder of the images, for data that names them relative to elsewhere.
         classes: file with one class a line, synonyms after commas, in the order of the labels; none takes the names
-            that the data set gives.
+            that the data set gives. For segmentation the first line is id 0; or JSON or YAML that maps id to name.
         templates: file with one prompt template a line ({} is the class), `openai` for the 80 of OpenAI, or `simple`.
         shots: images of each class to train with, drawn by the seed (a class with fewer gives all); none takes all.
         class_split: base or novel, the first or second half of the classes, for training and validation; all takes all.
@@ -58,6 +59,11 @@ class Recipe:
         grad_clip: largest gradient norm; none does not clip.
         crop_scale: smallest share of the image's area that a random crop keeps, from 0 to 1.
         flip: flip images left to right half of the time.
+        mask_padding: border around the box of a segment on each side, as a share of its longer side; all of it is
+            filled, as everything outside the segment is, so more of it only makes the segment smaller.
+        mask_square: keep the aspect ratio of a segment, its box made square; false squashes the box, as OVSeg does.
+        mask_min_area: pixels below which a segment is not trained with or validated on. In pixels and not as a share of
+            the image, because they are what a crop has to show: 1024, COCO's limit of small objects, is 32 x 32.
         dense: how patches become embeddings where this adapter is exported for dense prediction; none exports none.
         precision: no, fp16 or bf16 mixed precision.
         workers: processes that read images, for each training process.
@@ -105,6 +111,9 @@ class Recipe:
     grad_clip: float | None = 1.0
     crop_scale: float = 0.9
     flip: bool = False
+    mask_padding: float = 0.0
+    mask_square: bool = True
+    mask_min_area: int = 1024
     dense: Literal["none", "maskclip", "sclip", "clearclip", "naclip"] = "none"
     precision: Literal["no", "fp16", "bf16"] = "no"
     workers: int = 2
@@ -123,6 +132,8 @@ class Recipe:
             "alpha": (0 <= self.alpha <= 1, "0 <= alpha <= 1"),
             "epsilon": (0 <= self.epsilon < 1, "0 <= epsilon < 1"),
             "crop_scale": (0 < self.crop_scale <= 1, "0 < crop_scale <= 1"),
+            "mask_padding": (0 <= self.mask_padding <= 1, "0 to 1"),
+            "mask_min_area": (self.mask_min_area >= 1, "1 or more"),
             "batch_size": (self.batch_size >= 2, "2 or more: the loss contrasts the pairs of a batch"),
             "accumulate": (
                 self.accumulate >= 1 and self.batch_size % self.accumulate == 0,
@@ -153,6 +164,8 @@ class Recipe:
             raise RAdapterError(f"shots and class_split draw from classes; task {self.task} takes all its data")
         if self.streaming and (self.shots or self.class_split != "all"):
             raise RAdapterError("shots and class_split need all labels at once; leave --streaming out")
+        if self.streaming and self.task == "segmentation":
+            raise RAdapterError("segmentation lists all segments before it starts; leave --streaming out")
         if self.streaming and self.steps is None:
             raise RAdapterError("a stream has no length; say how long to train with --steps")
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 
-from radapter_serve.data import Captioned, Labelled, class_split, few_shot, load_captioned, load_labelled
-from radapter_serve.errors import RAdapterError
+from radapter_serve.base import Base
+from radapter_serve.data import Captioned, Labelled, class_split, few_shot, load_captioned, load_labelled, load_masked
+from radapter_serve.data.segments import Segments, load_segments
 from radapter_serve.prompts import templates_of
+from radapter_serve.serving.masks import MaskCrop
 from radapter_serve.training.recipe import Recipe
 
 
-def open_data(recipe: Recipe, *, validation: bool = False, broken: list[str] | None = None) -> Labelled | Captioned:
+def open_data(
+    recipe: Recipe, base: Base, *, validation: bool = False, broken: list[str] | None = None
+) -> Labelled | Captioned | Segments:
     """Open the data of a recipe, as its task reads it.
 
     Args:
         recipe: names the task, the data and its columns.
+        base: whose mean fills what is outside a segment.
         validation: open `val_data` rather than `data`: all of its images, and no stream.
         broken: takes the names of rows that `on_broken: skip` leaves out.
 
@@ -22,8 +27,16 @@ def open_data(recipe: Recipe, *, validation: bool = False, broken: list[str] | N
         RAdapterError: it can't be read, or is no data for this task.
     """
     spec, streaming = (recipe.val_data or "", False) if validation else (recipe.data, recipe.streaming)
+    if recipe.on_broken == "refuse":
+        broken = None
     if recipe.task == "segmentation":
-        raise RAdapterError("task segmentation can't be trained yet; allowed: classification, retrieval")
+        return load_segments(
+            load_masked(spec, classes=recipe.classes, images=recipe.images),
+            MaskCrop.from_recipe(recipe.to_dict(), base.preprocess["mean"]),
+            min_area=recipe.mask_min_area,
+            templates=templates_of(recipe.templates),
+            broken=broken,
+        )
     if recipe.task == "retrieval":
         captioned = load_captioned(
             spec,
@@ -31,7 +44,7 @@ def open_data(recipe: Recipe, *, validation: bool = False, broken: list[str] | N
             caption_column=recipe.caption_column,
             captions_per_image=1 if validation else recipe.captions_per_image,
             streaming=streaming,
-            broken=broken if recipe.on_broken == "skip" else None,
+            broken=broken,
         )
         return dataclasses.replace(captioned, folder=recipe.images or captioned.folder)
     data = load_labelled(

@@ -1,0 +1,205 @@
+"""Segmentation training: from images with masks to an adapter file, on a tiny model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torchvision import transforms
+
+from radapter_serve.adapter import attach_adapter, load_adapter
+from radapter_serve.base import load_base
+from radapter_serve.cli.train import main
+from radapter_serve.data import BrokenImage, load_masked
+from radapter_serve.data.segments import Segments, load_segments
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.classification import zero_shot_classifier
+from radapter_serve.serving.masks import MaskCrop
+from radapter_serve.towers import encode_image
+from radapter_serve.training import Recipe, train
+
+COLOURS = {1: (220, 30, 30), 2: (20, 200, 40), 3: (30, 40, 220)}
+IMAGES = 8
+
+
+@pytest.fixture
+def scenes(tmp_path: Path) -> Path:
+    """DIR of 8 images of 48 by 40 pixels: noise, and on it a rectangle of each class in its colour."""
+    generator = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (tmp_path / "scenes" / name).mkdir(parents=True)
+    for index in range(IMAGES):
+        pixels = generator.integers(0, 255, (40, 48, 3)).astype(np.uint8)
+        mask = np.zeros((40, 48), np.uint8)
+        for id_, colour in COLOURS.items():
+            top, left = generator.integers(0, 20), 16 * (id_ - 1)
+            height, width = generator.integers(10, 20), generator.integers(10, 14)
+            pixels[top : top + height, left : left + width] = colour
+            mask[top : top + height, left : left + width] = id_
+        mask[39, 47] = 200  # no class
+        Image.fromarray(pixels).save(tmp_path / "scenes" / "images" / f"{index}.png")
+        Image.fromarray(mask).save(tmp_path / "scenes" / "masks" / f"{index}.png")
+    (tmp_path / "scenes" / "classes.json").write_text(json.dumps({0: "void", 1: "red", 2: "green, lime", 3: "blue"}))
+    return tmp_path / "scenes"
+
+
+def segments(scenes: Path, **options: Any) -> Segments:
+    options = {"min_area": 1, "templates": ["a {} thing"], **options}
+    return load_segments(load_masked(f"masks:{scenes}"), MaskCrop(), **options)
+
+
+@pytest.fixture
+def recipe(tiny_clip_dir: str, scenes: Path, tmp_path: Path) -> Recipe:
+    return Recipe(
+        task="segmentation",
+        architecture=tiny_clip_dir,
+        data=f"masks:{scenes}",
+        val_data=f"masks:{scenes}",
+        mask_min_area=50,
+        mask_padding=0.1,
+        alpha=0.4,
+        batch_size=8,
+        steps=30,
+        warmup_steps=2,
+        learning_rate=3e-3,
+        momentum=0.5,
+        dense="naclip",
+        workers=0,
+        tracker="none",
+        out=tmp_path / "run",
+    )
+
+
+def test_rows_are_the_segments_and_pairs_their_crops(scenes: Path) -> None:
+    data = segments(scenes)
+    assert len(data.rows) == 3 * IMAGES and data.classes == ["red", "green, lime", "blue"]
+    for index, row in enumerate(data.rows):
+        image, label, text = data.pair(row, random.Random(0))
+        assert label == index % 3 and text == f"a {('red', 'green', 'blue')[label]} thing"
+        number = index // 3
+        mask = np.asarray(Image.open(scenes / "masks" / f"{number}.png")) == label + 1
+        source = Image.open(scenes / "images" / f"{number}.png")
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(MaskCrop()(source, mask)))
+        colours = {colour for _, colour in image.getcolors() or []}
+        assert colours <= {COLOURS[label + 1], MaskCrop.fill}  # none of the noise
+
+
+def test_small_segments_are_left_out(scenes: Path) -> None:
+    areas = [(np.asarray(Image.open(path)) == id_).sum() for path in (scenes / "masks").iterdir() for id_ in COLOURS]
+    assert len(segments(scenes, min_area=150).rows) == sum(area >= 150 for area in areas) < 3 * IMAGES
+    with pytest.raises(RAdapterError, match=f"no segment has 1024 pixels, the largest {max(areas)}; lower --mask-min"):
+        segments(scenes, min_area=1024)
+    (scenes / "classes.json").write_text('{"9": "cat"}')
+    with pytest.raises(RAdapterError, match="hold no pixel of a class that is named .cat"):
+        segments(scenes)
+
+
+def test_broken_images_are_refused_or_left_out(scenes: Path) -> None:
+    (scenes / "images" / "3.png").write_bytes(b"no image")
+    with pytest.raises(BrokenImage, match="3.png can't be read"):
+        segments(scenes)
+    broken: list[str] = []
+    data = segments(scenes, broken=broken)
+    assert len(data.rows) == 3 * (IMAGES - 1) and len(broken) == 1
+    path = scenes / "images" / "4.png"
+    path.write_bytes(path.read_bytes()[:200])  # its header is whole
+    with pytest.raises(BrokenImage, match="4.png can't be read: the image is broken"):
+        data.image(data.rows[9])
+
+
+def test_each_image_is_decoded_once_in_a_pass_in_order(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from radapter_serve.data import segments as module
+
+    data, reads = segments(scenes), []
+    monkeypatch.setattr(module, "decode", lambda data, original=module.decode: reads.append(1) or original(data))
+    for row in data.rows:
+        data.image(row)
+    assert len(reads) == IMAGES
+
+
+def test_a_run_learns_and_its_file_says_how_to_crop(recipe: Recipe, scenes: Path) -> None:
+    adapter = load_adapter(train(recipe))
+    metadata = adapter.metadata
+    assert metadata.task == "segmentation" and metadata.alpha == 0.4
+    base = load_base(recipe.architecture)
+    crop = MaskCrop.from_recipe(metadata.recipe, base.preprocess["mean"])
+    assert crop == MaskCrop(0.1, True, (122, 117, 105))  # the mean of this base, not CLIP's
+    assert metadata.recipe["dense"] == "naclip" and metadata.recipe["mask_min_area"] == 50
+    assert set(metadata.metrics) == {"acc1@alpha=0.4", "acc1@alpha=1"}
+    # the accuracy again, from the files: crops made here, torchvision's own steps, one segment after another
+    adapters = attach_adapter(base.model, adapter, 1.0)
+    prepare = transforms.Compose(
+        [
+            transforms.Resize(32, transforms.InterpolationMode.BICUBIC),
+            transforms.ToTensor(),
+            transforms.Normalize(base.preprocess["mean"], base.preprocess["std"]),
+        ]
+    )
+    for alpha in (0.4, 1.0):
+        adapters.alpha, hits = alpha, 0
+        names = ["red", "green, lime", "blue"]
+        classifier = zero_shot_classifier(base.model, base.tokenizer, names, ["a photo of a {}."])
+        for number in range(IMAGES):
+            image = Image.open(scenes / "images" / f"{number}.png")
+            ids = np.asarray(Image.open(scenes / "masks" / f"{number}.png"))
+            for id_ in COLOURS:
+                pixels = prepare(crop(image, ids == id_))[None]
+                with torch.no_grad():
+                    hits += int((encode_image(base.model, pixels) @ classifier.T).argmax()) == id_ - 1
+        assert metadata.metrics[f"acc1@alpha={alpha:g}"] == pytest.approx(100 * hits / (3 * IMAGES), abs=0.01)
+    assert metadata.metrics["acc1@alpha=1"] == 100.0  # three plain colours
+
+
+def test_coco_annotations_train_as_label_maps_do(recipe: Recipe, scenes: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(recipe, steps=3, val_data=None)
+    whole = load_adapter(train(recipe))
+    images, annotations = [], []
+    (tmp_path / "panoptic").mkdir()
+    for number in range(IMAGES):
+        ids = np.asarray(Image.open(scenes / "masks" / f"{number}.png")).astype(np.int64)
+        ids[ids == 200] = 0
+        found = ids * 1000
+        Image.fromarray(np.dstack([found % 256, found // 256, found * 0]).astype(np.uint8)).save(
+            tmp_path / "panoptic" / f"{number}.png"
+        )
+        images.append({"id": number, "file_name": f"{number}.png", "width": 48, "height": 40})
+        info = [{"id": id_ * 1000, "category_id": id_, "area": int((ids == id_).sum())} for id_ in COLOURS]
+        annotations.append({"image_id": number, "file_name": f"{number}.png", "segments_info": info})
+    categories = [{"id": id_, "name": name} for id_, name in enumerate(("red", "green, lime", "blue"), 1)]
+    content = {"images": images, "categories": categories, "annotations": annotations}
+    (tmp_path / "panoptic.json").write_text(json.dumps(content))
+    coco = dataclasses.replace(
+        recipe, data=f"coco:{tmp_path}/panoptic.json", images=scenes / "images", out=tmp_path / "coco"
+    )
+    for name, value in load_adapter(train(coco)).tensors.items():
+        assert torch.equal(value, whole.tensors[name]), name
+
+
+def test_what_is_wrong_is_one_line(
+    recipe: Recipe, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.to_dict()))
+
+    def run(*arguments: str) -> str:
+        assert main(["--recipe", str(path), "--out", str(tmp_path / "run"), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("radapter-train: error: ") and error.count("\n") == 1
+        return error
+
+    assert "allowed: masks:DIR, coco:FILE.json" in run("--data", "imagefolder:photos")
+    assert "mask_padding is -1.0; allowed: 0 to 1" in run("--mask-padding", "-1")
+    assert "mask_min_area is 0; allowed: 1 or more" in run("--mask-min-area", "0")
+    assert "lower --mask-min-area" in run("--mask-min-area", "5000")
+    assert "leave --streaming out" in run("--streaming")
+    (scenes / "masks" / "5.png").unlink()
+    assert "5.png has no mask" in run()
+    assert not (tmp_path / "run").exists()
