@@ -136,13 +136,17 @@ def test_index_that_cannot_be_searched(client, index: str, code: str):
     assert (type(caught.value), caught.value.code) == (radapter_client.InvalidRequest, code)
 
 
-def test_server_without_the_models(client, fake_repository: Path, protocol: str, tmp_path: Path):
+def test_server_without_the_models(fake_repository: Path, tmp_path: Path):
     """A server whose releases are older than the tasks says so; what it has still works."""
     for name in ("embed_image", "embed_text", "classify"):
         shutil.copytree(fake_repository / name, tmp_path / name)
-    with FakeServer(tmp_path) as server, type(client)(server.urls[protocol]) as old:
-        assert not old.is_ready()
-        for call in (lambda: old.segment(b"x", ["a"]), lambda: old.search("x", index="photos")):
-            with pytest.raises(radapter_client.ModelNotFound, match="no model '(segment|retrieve)'.*radapter-export"):
-                call()
-        assert old.classify(b"x", ["a"]).top == "a"
+    with FakeServer(tmp_path) as server:
+        for url in server.urls.values():
+            for kind in (Client, Awaited):
+                with kind(url, timeout=20) as client:
+                    assert not client.is_ready()
+                    with pytest.raises(radapter_client.ModelNotFound, match="no model 'segment'.*radapter-export"):
+                        client.segment(b"x", ["a"])
+                    with pytest.raises(radapter_client.ModelNotFound, match="no model 'retrieve'.*radapter-export"):
+                        client.search("x", index="photos")
+                    assert client.classify(b"x", ["a"]).top == "a"

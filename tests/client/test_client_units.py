@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import radapter_client
-from radapter_client import _exceptions, query
+from radapter_client import _exceptions, _files
 from radapter_client._base import MAX_BYTES, MAX_STRINGS
 from radapter_client._images import chunks, encode_image, is_one_image, size_bound
 from radapter_client._url import parse_url
@@ -271,7 +271,18 @@ def test_large_images_are_split_by_bytes():
         ("INTERNAL", "500", "[encoder_failed] it did", "ServerError", "encoder_failed", "it did"),
         ("INVALID_ARGUMENT", "400", "[a_new_code] new", "InvalidRequest", "a_new_code", "new"),
         ("INVALID_ARGUMENT", "400", "[request id: <id_unknown>] batch-size", "InvalidRequest", None, "batch-size"),
-        ("NOT_FOUND", "404", "Request for unknown model: 'x'", "ModelNotFound", None, "unknown model.*radapter-query"),
+        ("NOT_FOUND", "404", "model 'x' has no version 7", "ModelNotFound", None, "version 7.*radapter-query release"),
+        (
+            "NOT_FOUND",
+            "404",
+            "Request for unknown model: 'segment' is not found",
+            "ModelNotFound",
+            None,
+            "no model 'segment': .*radapter-export",
+        ),
+        ("INVALID_ARGUMENT", "400", "[no_patch_encoder] export", "ModelNotFound", "no_patch_encoder", "^export$"),
+        ("INTERNAL", "500", "[unknown_index] no such", "InvalidRequest", "unknown_index", "no such"),
+        ("INTERNAL", "500", "[index_mismatch] old", "InvalidRequest", "index_mismatch", "old"),
         ("UNAVAILABLE", "503", "not ready", "ServerUnavailable", None, "not ready"),
         ("DEADLINE_EXCEEDED", "504", "late", "Timeout", None, "late"),
         (
@@ -316,6 +327,77 @@ def test_errors_of_the_server(grpc: str, http: str, text: str, kind: str, code: 
 def test_bad_arguments_of_classify(arguments, why: str):
     with pytest.raises(radapter_client.InvalidRequest, match=why):
         CLIENT.classify(b"x", **arguments)
+
+
+MASK = np.ones((1, 4, 5), bool)
+PIXELS = np.zeros((4, 5, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"labels": None}, "no labels: give labels="),
+        ({"threshold": 1.5}, "threshold is 1.5; allowed are numbers from 0 to 1"),
+        ({"threshold": True}, "threshold is True"),
+        ({"short_side": 0}, "short_side is 0; allowed are whole numbers from 1"),
+        ({"stride": 2.5}, "stride is 2.5"),
+        ({"refine": -1}, "refine is -1; allowed are whole numbers from 0"),
+        ({"proposal_scores": [[1.0]]}, "proposal_scores without proposals"),
+        ({"proposal_weight": 0.5}, "proposal_weight without proposals"),
+        ({"proposals": MASK, "proposal_weight": -1}, "proposal_weight is -1"),
+        ({"proposals": MASK, "proposal_scores": [[1], [1]]}, r"shape \[2, 1\]; needed are \[1, C\]"),
+        ({"proposals": MASK[0]}, r"proposals of shape \[4, 5\]; allowed: bool, uint8 from 0 to 255, or float"),
+        ({"proposals": MASK[:0]}, r"proposals of shape \[0, 4, 5\]"),
+        ({"proposals": MASK.transpose(0, 2, 1)}, "proposals of 4 x 5 pixels .* for an image of 5 x 4"),
+        ({"proposals": MASK * 1}, "proposals of int64 from 1 to 1"),
+        ({"proposals": MASK * 1.5}, "proposals of float64 from 1.5 to 1.5"),
+        ({"proposals": MASK * np.nan}, "proposals of float64 from nan"),
+        ({"proposals": MASK.astype(np.uint8)}, r"above 1 of 255; send proposals.astype\(bool\)"),
+        ({"proposals": [[[1], [1, 2]]]}, "proposals is no array of numbers"),
+        ({"proposals": "masks.npy"}, "proposals is no array of numbers"),
+    ],
+)
+def test_bad_arguments_of_segment(arguments, why: str):
+    with pytest.raises(radapter_client.InvalidRequest, match=why):
+        CLIENT.segment(PIXELS, **{"labels": ["a"], **arguments})
+
+
+def test_each_image_of_a_list_has_proposals_of_its_own():
+    with pytest.raises(radapter_client.InvalidRequest, match="proposals has 1 entries for 2 images"):
+        CLIENT.segment([PIXELS, PIXELS], ["a"], proposals=[MASK])
+
+
+@pytest.mark.parametrize("kind", [bool, np.uint8, np.float16, np.float32, np.float64])
+def test_proposals_are_sent_as_0_to_255(kind, tmp_path: Path):
+    values = np.array([[[0, 1, 1, 0, 1]] * 4], kind)
+    if kind == np.uint8:
+        values *= 255
+    Image.fromarray(PIXELS).save(tmp_path / "image.png")
+    for image in (PIXELS, tmp_path / "image.png", (tmp_path / "image.png").read_bytes()):
+        [part] = CLIENT._segment(image, ["a"], None, None, None, None, None, None, values, None, None).parts
+        sent = part().inputs["proposals"]
+        assert (sent.dtype, sent.tolist()) == (np.uint8, [[[0, 255, 255, 0, 255]] * 4])
+        wrong = CLIENT._segment(image, ["a"], None, None, None, None, None, None, values[:, 1:], None, None).parts[0]
+        with pytest.raises(radapter_client.InvalidRequest, match="5 x 3 pixels"):
+            wrong()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"index": "i"}, "give a text to search for, or image="),
+        ({"text": "a", "image": b"x", "index": "i"}, "and not both"),
+        ({"image": [b"x"], "index": "i"}, "image takes one image, not list"),
+        ({"text": ["a"], "index": "i"}, "text takes texts, not list"),
+        ({"text": "a", "index": None}, "index takes texts, not NoneType"),
+        ({"text": "a", "index": "i", "top_k": 0}, "top_k is 0"),
+        ({"text": "a", "index": "i", "where": 3}, "where takes texts"),
+        ({"image": "no.jpg", "index": "i"}, "cannot read the image no.jpg"),
+    ],
+)
+def test_bad_arguments_of_search(arguments, why: str):
+    with pytest.raises(radapter_client.InvalidRequest, match=why):
+        CLIENT.search(**arguments)
 
 
 def test_other_bad_arguments():
@@ -376,4 +458,4 @@ def test_closed_between_the_start_of_a_call_and_its_requests(protocol: str, coun
 def test_label_files_are_read_as_the_exporter_reads_them(tmp_path: Path):
     path = tmp_path / "labels.txt"
     path.write_text("\ufeff# animals\n\ncat, kitty\n  ein Hündchen \r\nC# code\n   # no label\n", encoding="utf-8")
-    assert query.read_lines(path, "a label") == read_label_file(path) == ["cat, kitty", "ein Hündchen", "C# code"]
+    assert _files.read_lines(path, "a label") == read_label_file(path) == ["cat, kitty", "ein Hündchen", "C# code"]
