@@ -73,7 +73,7 @@ def _with_legend(
     picture: Image.Image, found: Segmentation, table: npt.NDArray[np.uint8], path: str | os.PathLike[str] | None
 ) -> Image.Image:
     size = max(14, round(max(picture.size) / 50))
-    font = _font(path, size)
+    font = read_font(path, size)
     width, gap, line = max(picture.width, 24 * size), size // 2, round(1.7 * size)
     entries = _entries(found, table, font)
     # Columns as wide as the widest entry, or one column in which long names are cut.
@@ -141,7 +141,8 @@ def _cut(name: str, font: ImageFont.FreeTypeFont, room: float) -> str:
     return f"{name.rstrip()}…"
 
 
-def _font(path: str | os.PathLike[str] | None, size: int) -> ImageFont.FreeTypeFont:
+def read_font(path: str | os.PathLike[str] | None, size: int) -> ImageFont.FreeTypeFont:
+    """The font of a file, or Pillow's own; `size` in px."""
     try:
         # Characters stand side by side in either way; the basic one never fails on a script.
         layout = ImageFont.Layout.BASIC

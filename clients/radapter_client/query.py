@@ -40,6 +40,10 @@ def classify(args: argparse.Namespace) -> None:
 
 
 def segment(args: argparse.Namespace) -> None:
+    if args.font is not None:
+        from ._overlay import read_font
+
+        read_font(args.font, 20)
     if args.save is not None:
         check_output("--save", args.save, ".png", ".jpg")
     if args.save_mask is not None:

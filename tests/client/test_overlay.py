@@ -11,7 +11,7 @@ from PIL import Image
 
 import radapter_client
 from radapter_client import Segmentation
-from radapter_client._overlay import FIRST, _font, _spelled, colours
+from radapter_client._overlay import FIRST, _spelled, colours, read_font
 
 
 def segmentation(mask: np.ndarray, labels: list[str], image, background: int | None = None) -> Segmentation:
@@ -109,7 +109,7 @@ LABELS = ["猫", "🦊 fox", "", "   ", "line\nbreak", "a" * 1000, "Größe", "�
 def test_labels_of_every_kind():
     mask = np.arange(11 * 11).reshape(11, 11) % 11
     assert segmentation(mask, LABELS, noise(11, 11)).overlay().width == 517
-    font = _font(None, 20)
+    font = read_font(None, 20)
     spelled = [_spelled(label, font) for label in LABELS]
     assert spelled[:5] == ["\\u732b", "\\U0001f98a fox", "(no name)", "(no name)", "line break"]
     assert spelled[6] in ("Größe", "Gro\\xdfe")  # as the font of the Pillow at hand has it

@@ -48,6 +48,52 @@ def test_classify(run, image: str, tmp_path: Path):
 
 
 @pytest.mark.triton
+def test_segment(run, image: str, tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    table = run("segment", image, "--labels", "a [bold]cat", "ein Hündchen", "nothing", "--save", str(out / "a.png"))
+    assert all(word in table for word in ("a [bold]cat", "ein Hündchen", "nothing", "34.4 %", str(out / "a.png")))
+    with Image.open(out / "a.png") as picture:
+        assert picture.width == 512 and picture.height > 512
+    options = ["--threshold", "0.5", "--short-side", "300", "--stride", "20", "--refine", "2", "--templates", "a {}"]
+    saved = ["--save", str(out / "b.JPG"), "--save-mask", str(out / "mask.png")]
+    found = json.loads(run("segment", image, "--label-set", "letters", *options, *saved, "--json"))
+    assert (found["labels"], found["size"], found["release"]) == (["a", "b", "c", "background"], [8, 8], 2)
+    assert found["shares"] == [0.25] * 4
+    with Image.open(out / "mask.png") as mask:
+        assert mask.mode == "L"
+        assert np.array_equal(np.asarray(mask), np.add.outer(np.arange(8), np.arange(8)) % 4)
+    many = [f"label {index}" for index in range(300)]
+    run("segment", image, "--labels", *many, "--save-mask", str(out / "mask.png"))
+    with Image.open(out / "mask.png") as mask:
+        assert mask.mode == "I;16"
+        assert np.array_equal(np.asarray(mask), np.add.outer(np.arange(8), np.arange(8)))
+    assert {path.name for path in out.iterdir()} == {"a.png", "b.JPG", "mask.png"}
+
+
+@pytest.mark.triton
+def test_search(run, image: str, tmp_path: Path):
+    table = run("search", "a red [b]bicycle", "--index", "photos")
+    assert "ordner/bild ü 0.jpg" in table and "0.7500" in table and "[b]bicycle" in table
+    where = ["--index", "photos", "--top-k", "2", "--where", "year > 2020"]
+    first, second = map(json.loads, run("search", "x", *where, "--json").splitlines())
+    assert (first["id"], first["score"], second["metadata"]["where"]) == ("ordner/bild ü 0.jpg", 1.0, "year > 2020")
+    page = tmp_path / "results.html"
+    assert str(page) in run("search", "--image", image, *where, "--save", str(page))
+    text = page.read_text(encoding="utf-8")
+    assert "cat.png" in text and "index: photos · where: year &gt; 2020 · hits: 2 · release: 2" in text
+    assert text.count("data:image/jpeg;base64,") == 3
+    assert "no thumbnail" in run("search", "x", "--index", "photos", "--save", str(page)) + page.read_text("utf-8")
+
+
+@pytest.mark.triton
+def test_search_of_an_unknown_index(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["search", "x", "--index", "none", "--save", str(tmp_path / "page.html"), "--url", url]) == 2
+    assert capsys.readouterr().err == "error: no index 'none'; there are: photos\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.triton
 def test_embed(run, image: str, tmp_path: Path):
     out = tmp_path / "out" / "embeds.npy"
     out.parent.mkdir()
@@ -90,6 +136,20 @@ def test_failed_query_leaves_the_old_file(url: str, tmp_path: Path, capsys: pyte
         (["embed-text", "a", "--timeout", "-1"], "timeout is -1"),
         (["embed-text", "a", "--out", "x.txt"], "x.txt does not end in .npy"),
         (["embed-text", "a", "--out", "no/such/x.npy"], "no/such is no folder"),
+        (["segment", "no.png", "--labels", "a", "--save", "x.txt"], "--save x.txt does not end in .png or .jpg"),
+        (["segment", "no.png", "--labels", "a", "--save", "no/such/x.png"], "no/such is no folder"),
+        (["segment", "no.png", "--labels", "a", "--save-mask", "x.jpg"], "--save-mask x.jpg does not end in .png"),
+        (["segment", "no.png", "--labels", "a", "--save", "x.png", "--save-mask", "x.png"], "are both x.png"),
+        (["segment", "no.png", "--labels", "a", "--save", "x.png"], "cannot read the image no.png"),
+        (["segment", "no.png", "--labels", "a", "--threshold", "2"], "threshold is 2.0; allowed are"),
+        (["segment", "no.png", "--labels-file", "no.txt"], "cannot read no.txt"),
+        (
+            ["segment", "{tmp}/latin.txt", "--labels", "a", "--font", "no.ttf", "--save", "x.png"],
+            "cannot read the font no.ttf",
+        ),
+        (["search", "a", "--index", "i", "--save", "x.txt"], "--save x.txt does not end in .html"),
+        (["search", "--image", "no.png", "--index", "i"], "cannot read the image no.png"),
+        (["search", "a", "--index", "i", "--top-k", "0"], "top_k is 0"),
         (["embed-text", "a", "--url", "http://127.0.0.1:9"], "no answer from http://127.0.0.1:9.*radapter-serve"),
     ],
 )
@@ -106,7 +166,13 @@ def test_bad_input_is_one_line(arguments, why: str, tmp_path: Path, monkeypatch,
     assert set(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("command", [[], ["classify"], ["embed-image"], ["embed-text"], ["release"], ["profile"]])
+COMMANDS = [
+    [],
+    *([name] for name in ["classify", "segment", "search", "embed-image", "embed-text", "release", "profile"]),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
@@ -117,7 +183,17 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["classify", "a.png"], ["classify", "a.png", "--labels", "a", "--label-set", "b"]]
+    "arguments",
+    [
+        [],
+        ["classify", "a.png"],
+        ["classify", "a.png", "--labels", "a", "--label-set", "b"],
+        ["segment", "a.png"],
+        ["segment", "a.png", "b.png", "--labels", "a"],
+        ["search", "--index", "photos"],
+        ["search", "a", "--image", "a.png", "--index", "photos"],
+        ["search", "a"],
+    ],
 )
 def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:

@@ -1,0 +1,118 @@
+"""The page of search results: whole in itself, and harmless whatever the index says."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from radapter_client import Hit
+from radapter_client._gallery import page
+
+VOID = {"meta", "img"}
+EVIL = [
+    "<script>alert(1)</script>.jpg",
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='alert(1)",
+    "</style></title><script>",
+    "&lt;b&gt; & <!-- -->",
+    "javascript:alert(1)",
+    "\ud800 猫\x00\n",
+]
+
+
+class Page(HTMLParser):
+    """Reads a page and fails where its elements do not close in order."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self._open: list[str] = []
+        self.feed(content.decode())
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.text.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def jpeg(colour: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 6), colour).save(file, "JPEG")
+    return file.getvalue()
+
+
+def decoded(source: str | None) -> Image.Image:
+    assert source is not None and source.startswith("data:image/jpeg;base64,")
+    return Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
+
+
+def test_page():
+    hits = [
+        Hit("deep/a.jpg", 0.28125, {"year": 2021, "author": "Zoë", "tags": ["a", "b"]}, jpeg("red")),
+        Hit("b.jpg", -0.5, {}, None),
+    ]
+    found = Page(page(hits, "a red bicycle", None, {"index": "photos", "release": "3"}))
+    text = "\n".join(found.text)
+    for piece in ("a red bicycle", "index: photos · release: 3", "1. deep/a.jpg", "0.2812", "-0.5000", "year", "2021"):
+        assert piece in text
+    assert "Zoë" in text and '["a", "b"]' in text and "no thumbnail" in text
+    [picture] = found.all("img")
+    assert (decoded(picture["src"]).size, picture["alt"]) == ((8, 6), "deep/a.jpg")
+    assert [meter["value"] for meter in found.all("meter")] == ["0.2812", "-0.5000"]
+
+
+def test_page_of_an_image():
+    image = np.zeros((500, 2000, 3), np.uint8)
+    found = Page(page([], "query.png", image, {}))
+    assert decoded(found.all("img")[0]["src"]).size == (320, 80)
+    assert "Nothing was found." in found.text
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_nothing_gets_out_of_its_place(evil: str):
+    plain = Page(page([Hit("a", 0.5, {"k": "v"}, b"x")], "t", None, {"index": "i"}))
+    content = page(
+        [Hit(evil, 0.5, {evil: evil, "k": {evil: [evil]}}, evil.encode("utf-8", "replace"))], evil, None, {evil: evil}
+    )
+    found = Page(content)
+    allowed = [tag for tag, _ in plain.elements]
+    assert [tag for tag, _ in found.elements if tag not in ("dt", "dd")] == [
+        t for t in allowed if t not in ("dt", "dd")
+    ]
+    names = {(tag, name) for tag, attributes in plain.elements for name in attributes}
+    assert {(tag, name) for tag, attributes in found.elements for name in attributes} <= names
+    shown = evil.encode("utf-8", "replace").decode()
+    assert found.all("article")[0]["title"] == shown
+    assert f"1. {shown}" in "".join(found.text)
+
+
+def test_page_needs_nothing_but_itself():
+    content = page([Hit("https://example.org/a.jpg", 1, {"url": "https://example.org"}, jpeg("red"))], "t", None, {})
+    found = Page(content)
+    assert not {"script", "link", "iframe", "a", "object"} & {tag for tag, _ in found.elements}
+    for _, attributes in found.elements:
+        for name in {"src", "href", "srcset", "style"} & set(attributes):
+            assert str(attributes[name]).startswith("data:")
+    style = re.search(r"<style>(.*)</style>", content.decode(), re.S)
+    assert style and "url(" not in style[1] and "@import" not in style[1]
+    assert "prefers-color-scheme: dark" in style[1]
+    assert {meta.get("http-equiv") for meta in found.all("meta")} == {None, "Content-Security-Policy"}
