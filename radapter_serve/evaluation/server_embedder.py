@@ -29,7 +29,7 @@ class ServerEmbedder:
             with Client(url) as client:
                 release = client.release
             rows = min(16, int(release.facts.get("max_batch_size", 16)))  # a batch becomes some requests at once
-            self._client: Any = Client(url, release=release.version, batch_size=rows)
+            self._client = Client(url, release=release.version, batch_size=rows)
         except RAdapterClientError as error:
             raise RAdapterError(f"{url}: {error}") from error
         self._facts = release.facts

@@ -140,7 +140,7 @@ class TorchEmbedder:
         way = dense or self._dense
         if way is None:
             raise NoSuchWay(
-                "these models name no way of their own (dense: none); give the set a `dense`, such as naclip"
+                "these models have no way of their own (dense: none); give the set one, as in dense: naclip"
             )
         if way != PROPOSALS:
             check_dense(self._model, way)

@@ -1,0 +1,270 @@
+"""Judging segmentation: mIoU against sets of pixels, known answers, and the same masks whichever way a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from radapter_serve.adapter import load_adapter, save_adapter
+from radapter_serve.adapter.file import Adapter
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.embedder import (
+    PROPOSALS,
+    NoSuchWay,
+    SegmentImage,
+    SegmentQuery,
+    Variant,
+    exported_way,
+    segment_here,
+)
+from radapter_serve.evaluation.judge import judge
+from radapter_serve.evaluation.metrics import confusion, segmentation_metrics
+from radapter_serve.evaluation.results import Results
+from radapter_serve.evaluation.run import judge_suite
+from radapter_serve.evaluation.sets import open_set
+from radapter_serve.evaluation.suite import Suite, load_suite
+from radapter_serve.evaluation.torch_embedder import from_adapter
+from radapter_serve.serving.masks import MaskCrop
+from radapter_serve.serving.preprocess import Preprocess, decode
+from radapter_serve.serving.segment import Segmenter
+
+NAMES = ["sky", "grass, lawn", "cow", "barn"]
+SIZE, PATCH = 32, 8
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_metrics_against_sets_of_pixels(classes: int, images: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    used = generator.integers(1, classes + 1)  # some classes may be nowhere
+    truths = [generator.integers(-1, used, (3, 4)) for _ in range(images)]
+    answers = [generator.integers(0, classes + 1, (3, 4)) for _ in range(images)]
+    counts = np.zeros((classes, classes + 1), np.int64)
+    for truth, answer in zip(truths, answers, strict=True):
+        counts += confusion(truth[truth >= 0], answer[truth >= 0], classes)
+    places = [(i, y, x) for i, truth in enumerate(truths) for y, x in np.argwhere(truth >= 0).tolist()]
+    ious, recalls, right = [], [], 0
+    for label in range(classes):
+        true = {(i, y, x) for i, y, x in places if truths[i][y, x] == label}
+        found = {(i, y, x) for i, y, x in places if answers[i][y, x] == label}
+        right += len(true & found)
+        if true | found:
+            ious.append(len(true & found) / len(true | found))
+        if true:
+            recalls.append(len(true & found) / len(true))
+    metrics = segmentation_metrics(counts)
+    assert metrics["miou"] == pytest.approx(np.mean(ious) if ious else 0)
+    assert metrics["mean_class_accuracy"] == pytest.approx(np.mean(recalls) if recalls else 0)
+    assert metrics["pixel_accuracy"] == pytest.approx(right / len(places) if places else 0)
+
+
+class Oracle:
+    """Knows the class of every colour: a patch's embedding is the one-hot vector of the class at its centre."""
+
+    templates: Sequence[str] = ["{}"]
+    size = SIZE
+    variants: Sequence[Variant] = [Variant("oracle", None, {"model": None, "pretrained": None})]
+
+    def select(self, variant: Variant) -> None:
+        pass
+
+    def way(self, dense: str | None) -> str:
+        return dense or "naclip"
+
+    def segmenter(self, query: SegmentQuery, known: Any) -> SegmentImage:
+        colours = np.array([NAMES.index(label) for label in query.labels]) * 60
+
+        def at(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+            return (np.abs(pixels[..., :1].astype(int) - colours) < 30).astype(np.float32)
+
+        def patches(windows: NDArray[np.uint8]) -> NDArray[np.float32]:
+            return at(windows[:, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH])
+
+        def images(crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+            votes = at(crops).sum((1, 2)) + 1e-6
+            return votes / np.linalg.norm(votes, axis=1, keepdims=True)
+
+        crop = MaskCrop(fill=(255, 255, 255))
+        size = Preprocess((SIZE, SIZE), "bilinear")
+        segmenter = Segmenter(SIZE, patches, images, size, crop, 100.0, 4)
+        return segment_here(segmenter, np.eye(len(query.labels), dtype=np.float32), query.options)
+
+
+def regions(generator: np.random.Generator) -> NDArray[np.uint8]:
+    """A label map of rectangles, sides of 32 pixels at least: several patches."""
+    return np.kron(generator.integers(0, len(NAMES), (3, 4), dtype=np.uint8), np.ones((48, 40), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`data` of 6 images whose red tells their class, with a border that is ignored, and a suite."""
+    root = tmp_path_factory.mktemp("masked")
+    generator = np.random.default_rng(0)
+    for kind in ("images", "masks"):
+        (root / "data" / kind).mkdir(parents=True)
+    for number in range(6):
+        labels = regions(generator)
+        pixels = np.stack([labels * 60, generator.integers(0, 255, labels.shape, np.uint8), labels], -1)
+        Image.fromarray(pixels.astype(np.uint8)).save(root / "data" / "images" / f"{number}.png")
+        labels = labels.copy()
+        labels[:3] = 255
+        Image.fromarray(labels).save(root / "data" / "masks" / f"{number}.png")
+    (root / "data" / "classes.txt").write_text("\n".join(NAMES), encoding="utf-8")
+    return root
+
+
+def suite_of(masked: Path, sets: str, name: str = "s") -> Suite:
+    text = f"task: segmentation\ndata: 'masks:data'\nshort_side: 64\nstride: 16\nsets:\n{sets}"
+    (masked / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return load_suite(masked / f"{name}.yaml", masked)
+
+
+def test_an_oracle_of_patches_reaches_one_but_for_edges(masked: Path) -> None:
+    suite = suite_of(masked, "- {name: a, dense: naclip}\n- {name: b, dense: naclip, short_side: 144, stride: 8}")
+    coarse, fine = (judge(Oracle(), open_set(suite, entry))[0] for entry in suite.entries)  # type: ignore[arg-type]
+    assert coarse["metrics"]["miou"] < fine["metrics"]["miou"]
+    assert fine["metrics"]["miou"] > 0.93 and fine["metrics"]["pixel_accuracy"] > 0.96
+    expected = {
+        "task": "zeroshot_segmentation", "metric": "miou", "n": 6, "classes": 4, "dense": "naclip", "size": 32,
+        "short_side": 64, "stride": 16, "refine": 0, "threshold": None, "background": None, "templates": ["{}"],
+        "language": "en",
+    }  # fmt: skip
+    assert expected.items() <= coarse.items()
+    assert coarse["classes_digest"].startswith("sha256:") and coarse["set_digest"] == fine["set_digest"]
+
+
+def test_an_oracle_of_crops_reaches_one_with_true_masks(masked: Path) -> None:
+    suite = suite_of(masked, "- {name: a, dense: proposals}")
+    (row,) = judge(Oracle(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
+    assert row["metrics"] == {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
+    assert row["dense"] == PROPOSALS and row["short_side"] is None and row["stride"] is None
+
+
+def test_background_is_a_class_without_a_prompt(masked: Path) -> None:
+    lines = [
+        f"- {{name: {dense}-{name}, dense: {dense}, threshold: 0.5{also}}}"
+        for dense in ("naclip", "proposals")
+        for name, also in (("class", ", background: grass"), ("none", ""))
+    ]
+    suite = suite_of(masked, "\n".join(lines))
+    rows = {e.name: judge(Oracle(), open_set(suite, e))[0]["metrics"] for e in suite.entries}  # type: ignore[arg-type]
+    # the oracle sees no class where grass is: equal cosines
+    assert rows["naclip-class"]["pixel_accuracy"] > 0.8
+    assert rows["proposals-class"] == {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
+    assert rows["proposals-none"]["pixel_accuracy"] == 1.0
+
+
+@pytest.fixture(scope="module")
+def dense_run(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of random values, as if trained for naclip."""
+    adapter = load_adapter(run_folder)
+    recipe = {"dense": "naclip", "mask_padding": 0.1, "mask_square": False}
+    metadata = adapter.metadata.__class__(**{**vars(adapter.metadata), "recipe": recipe, "task": "segmentation"})
+    run = tmp_path_factory.mktemp("runs") / "dense"
+    run.mkdir()
+    save_adapter(Adapter(adapter.tensors, metadata), run / "adapter.safetensors")
+    return run
+
+
+SETS = "- {name: dense}\n- {name: sure, threshold: 0.26, background: cow}\n- {name: masks, dense: proposals}"
+
+
+def masks_of(embedder: Any, suite: Suite) -> dict[str, list[NDArray[np.uint16]]]:
+    """The masks themselves, of each set."""
+    embedder.select(embedder.variants[-1])
+    found = {}
+    for entry in suite.entries:
+        data: Any = open_set(suite, entry)
+        segment = embedder.segmenter(data.query(embedder), {})
+        items = [data.prepare(embedder, number) for number in range(len(data))]
+        found[entry.name] = [segment(item.data, item.masks) for item in items]
+    embedder.close()
+    return found
+
+
+def test_every_alpha_is_the_folded_model(masked: Path, dense_run: Path, tiny_clip_dir: str) -> None:
+    import open_clip
+    import torch
+
+    from radapter_serve.adapter import fold
+    from radapter_serve.base import load_base
+    from radapter_serve.dense import encode_patches
+    from radapter_serve.evaluation.classification import zero_shot_classifier
+
+    suite = suite_of(masked, SETS)
+    found = masks_of(from_adapter(dense_run, [0.0, 0.6]), suite)["dense"]
+    base = load_base(tiny_clip_dir)
+    base.model.load_state_dict(fold(base.model.state_dict(), load_adapter(dense_run), 0.6))
+    _, _, transform = open_clip.create_model_and_transforms(tiny_clip_dir)
+    classifier = zero_shot_classifier(base.model, base.tokenizer, NAMES, ["a photo of a {}."])
+
+    @torch.no_grad()
+    def encode(windows: NDArray[np.uint8]) -> NDArray[np.float32]:
+        pixels = torch.stack([transform(Image.fromarray(window)) for window in windows])
+        return encode_patches(base.model, pixels, "naclip").numpy()
+
+    preprocess = Preprocess.from_dict(base.preprocess)
+    segmenter = Segmenter(SIZE, encode, None, preprocess, MaskCrop(), 1.0, 5)
+    data: Any = open_set(suite, suite.entries[0])
+    for image, mask in zip(data.images, found, strict=True):
+        expected = segmenter.dense(decode(image.data()), classifier.numpy(), data.query(Named()).options).mask
+        assert (mask == expected).mean() > 0.999
+    assert len(np.unique(np.stack(found))) > 1
+
+
+class Named(Oracle):
+    templates: Sequence[str] = ["a photo of a {}."]
+
+
+def test_a_set_that_a_release_can_not_be_judged_by_is_left_out() -> None:
+    facts = {"version": 3, "dense": {"way": "sclip", "grid": 7}}
+    assert exported_way(facts, None) == exported_way(facts, "sclip") == "sclip"
+    assert exported_way({"version": 3, "dense": None}, "proposals") == "proposals"
+    with pytest.raises(NoSuchWay, match="release 3 has dense sclip; export one with radapter-export --dense naclip"):
+        exported_way(facts, "naclip")
+    with pytest.raises(NoSuchWay, match="has no patch_encoder; export one with radapter-export --dense naclip"):
+        exported_way({"version": 3}, None)
+
+
+def test_left_out_sets_are_told_and_others_judged(masked: Path, run_folder: Path, tmp_path: Path) -> None:
+    suite = suite_of(masked, "- {name: own}\n- {name: named, dense: sclip}")
+    embedder = from_adapter(run_folder, [0.5])  # its recipe names no way
+    lines: list[str] = []
+    rows = judge_suite(embedder, suite, Results(tmp_path), skip=lines.append)
+    assert [row["dataset"] for row in rows] == ["named"]
+    assert len(lines) == 1 and lines[0].startswith("own is left out: these models have no way of their own")
+    with pytest.raises(NoSuchWay):
+        judge_suite(embedder, suite, Results(tmp_path, resume=True))
+    embedder.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("dense: other", "dense is 'other'; allowed: maskclip, sclip, clearclip, naclip, proposals"),
+        ("threshold: 2", "threshold is 2.0; allowed: 0 to 1"),
+        ("stride: 0", "stride is 0"),
+        ("stride: wide", "stride is 'wide'"),
+        ("background: cow", "background is 'cow', which needs a threshold"),
+        ("background: pig, threshold: 0.1", "background is 'pig', which is none of the classes: sky, grass, cow, barn"),
+    ],
+)
+def test_bad_entries(masked: Path, fields: str, message: str) -> None:
+    with pytest.raises(RAdapterError) as error:
+        suite = suite_of(masked, f"- {{name: a, {fields}}}", "bad")
+        open_set(suite, suite.entries[0])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_error_names_the_image(masked: Path) -> None:
+    suite = suite_of(masked, "- {name: a, dense: naclip, short_side: 8}")
+    with pytest.raises(RAdapterError, match=r"data set 'a', 0.png: .*short_side is 8; at least 32"):
+        judge(Oracle(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
