@@ -89,9 +89,11 @@ def load_segments(
         RAdapterError: a mask can't be read or does not fit its image, or no segment is left.
     """
     rows, largest = [], 0
-    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of several processes, one shows its bar
-    quiet = not (first and Console().is_terminal)
-    for number, image in enumerate(track(masked.images, "reading masks", transient=True, disable=quiet)):
+    console = Console(quiet=os.environ.get("LOCAL_RANK", "0") != "0")  # of several processes, one tells
+    if not console.is_terminal:
+        console.print(f"reading the masks of {len(masked.images)} images", highlight=False)
+    bar = track(masked.images, "reading masks", console=console, transient=True, disable=not console.is_terminal)
+    for number, image in enumerate(bar):
         try:
             areas = image.areas()
         except BrokenImage as error:
