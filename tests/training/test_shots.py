@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from radapter_export import export_release
 from radapter_serve.adapter import attach_adapter, fold, load_adapter
 from radapter_serve.base import load_base
 from radapter_serve.data import Labelled, class_split, few_shot, load_labelled, split_classes
@@ -105,3 +106,7 @@ def test_without_text_adapters(tiny_clip_dir: str, images: Path, tmp_path: Path,
             other.model.encode_image(pixels), base.model.encode_image(pixels), rtol=1e-4, atol=1e-5
         )
     assert all(name.startswith("visual.") for name in attached.named_tensors())
+    if form == "weight":
+        places = {"model_repository": tmp_path / "model_repository", "merged": tmp_path / "merged"}
+        (release,) = export_release(tmp_path / "run", [0.7], **places)  # type: ignore[arg-type]
+        assert all(graph.agreement.max_error < 1e-4 for graph in release.graphs)  # against the base with adapters
