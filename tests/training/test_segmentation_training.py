@@ -183,6 +183,16 @@ def test_coco_annotations_train_as_label_maps_do(recipe: Recipe, scenes: Path, t
         assert torch.equal(value, whole.tensors[name]), name
 
 
+def test_a_run_leaves_out_and_names_broken_images(recipe: Recipe, scenes: Path) -> None:
+    for number, keep in ((3, 0), (4, 200)):  # the second is found out only when it is decoded
+        path = scenes / "images" / f"{number}.png"
+        path.write_bytes(path.read_bytes()[:keep])
+    out = train(dataclasses.replace(recipe, steps=4, on_broken="skip", workers=1))
+    named = (out / "broken.txt").read_text().splitlines()
+    assert len(named) == 2 and "3.png" in named[0] and "4.png" in named[1]
+    assert load_adapter(out).metadata.metrics["acc1@alpha=1"] >= 0
+
+
 def test_what_is_wrong_is_one_line(
     recipe: Recipe, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
