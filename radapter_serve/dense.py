@@ -128,9 +128,8 @@ def patch_features(visual: Any, pixels: Tensor, way: Way, near: Tensor | None = 
     else:
         x = attended
     x = visual.ln_post(x[:, 1:])
-    if visual.proj is not None:
-        x = x @ visual.proj
-    return x.unflatten(1, visual.grid_size)
+    embeds: Tensor = x if visual.proj is None else x @ visual.proj
+    return embeds.unflatten(1, visual.grid_size)
 
 
 def neighbourhood(grid: int, std: float) -> Tensor:

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TEMPLATES = ("classify", "embed_image", "embed_text", "image_encoder", "retrieve", "segment", "text_encoder")
+TEMPLATES = (
+    "classify",
+    "embed_image",
+    "embed_text",
+    "image_encoder",
+    "patch_encoder",
+    "retrieve",
+    "segment",
+    "text_encoder",
+)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from radapter_serve.base import Base
+from radapter_serve.dense import encode_patches
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.encoder import Encoder
 from radapter_serve.serving.tokenizer import Tokenizer
@@ -68,20 +69,31 @@ class References:
     """torch's embeddings of `Samples`, from open_clip's own towers with adapters attached.
 
     Attributes:
-        embeds: of each graph, float32 [B, D] a batch.
+        embeds: of each graph, float32 [B, D] a batch; [B, g, g, D] for `patch_encoder`.
+
+    Args:
+        base: with adapters attached.
+        samples: what is embedded.
+        way: how patches are, one of `radapter_serve.dense.WAYS`; None if they are not.
     """
 
     @torch.inference_mode()
-    def __init__(self, base: Base, samples: Samples) -> None:
+    def __init__(self, base: Base, samples: Samples, way: str | None = None) -> None:
         model: Any = base.model
         mean, std = (torch.tensor(base.preprocess[key], dtype=torch.float32).view(3, 1, 1) for key in ("mean", "std"))
-        images, texts = [], []
+        images, patches, texts = [], [], []
         for image, tokens in zip(samples.images, samples.full_tokens, strict=True):
             pixels = torch.from_numpy(image).permute(0, 3, 1, 2).float().div(255).sub(mean).div(std)
             images.append(encode_image(model, pixels).numpy())
+            if way is not None:
+                patches.append(encode_patches(model, pixels, way).numpy())
             # Not towers.encode_text, which crops: that cropping is exact is part of what is checked.
             texts.append(nn.functional.normalize(model.encode_text(tokens).float(), dim=-1).numpy())
-        self.embeds: dict[str, list[Array]] = {"image_encoder": images, "text_encoder": texts}
+        self.embeds: dict[str, list[Array]] = {
+            "image_encoder": images,
+            "patch_encoder": patches,
+            "text_encoder": texts,
+        }
 
 
 def compare(

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from radapter_export.agreement import BATCHES, TOLERANCE, Agreement, References, Samples, compare
 from radapter_export.files import disk_errors
-from radapter_export.graph import Graph, image_graph, text_graph
+from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_export.merged import Merged
 from radapter_export.repository import MODELS, PATCH_ENCODER, TASKS, Repository
 from radapter_export.tokenizer import write_tokenizer
@@ -25,16 +26,19 @@ from radapter_export.towers import check
 from radapter_serve.adapter import Adapter, Adapters, attach_adapter, fold, load_adapter
 from radapter_serve.adapter.file import check_alpha, check_base
 from radapter_serve.base import Base, load_base
+from radapter_serve.dense import check_dense
 from radapter_serve.errors import RAdapterError
 from radapter_serve.prompts import templates_of
 from radapter_serve.serving.encoder import Encoder
 from radapter_serve.serving.errors import TaskError
 from radapter_serve.serving.labels import LabelEmbedder, check_labels, read_label_file
+from radapter_serve.serving.masks import MaskCrop
 from radapter_serve.serving.tokenizer import Tokenizer
 from radapter_serve.towers import is_causal
 
 FORMAT = 1
-TOKENIZED = ("embed_text", "classify")
+TOKENIZED = ("embed_text", "segment", "classify")
+LABELLED = ("segment", "classify")
 _TOOLS = ("torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "radapter-serve")
 
 
@@ -83,6 +87,7 @@ def export_release(
     merged: str | Path = "merged",
     label_sets: Mapping[str, str | Path] | None = None,
     templates: str | Path | Sequence[str] | None = None,
+    dense: str | None = None,
     tolerance: float = TOLERANCE,
     max_batch_size: int = 64,
     progress: Callable[[str], None] | None = None,
@@ -101,6 +106,8 @@ def export_release(
         merged: folder for the merged checkpoint, replaced if it holds one; with several α, for a folder of each.
         label_sets: name to label file; their text embeddings become part of the release.
         templates: prompt templates, a file of them or the name of a built-in set; the adapter's own if None.
+        dense: how patches are embedded, one of `radapter_serve.dense.WAYS`; "none" leaves `patch_encoder` out; the
+            adapter's own if None.
         tolerance: largest difference allowed between ONNX Runtime and torch, per component of a unit-length embedding.
         max_batch_size: rows that the server puts into one batch.
         progress: called with a short line before each step.
@@ -122,15 +129,22 @@ def export_release(
     say("loading the base")
     clip = load_base(base or meta.architecture, pretrained or meta.pretrained)
     check(clip.model)
+    way = dense or meta.recipe.get("dense")
+    way = None if way == "none" else way
+    if way is not None:
+        check_dense(clip.model, way)
     weights = dict(clip.model.state_dict())
     check_base(weights, adapter)
     say("exporting image_encoder")
-    images = image_graph(clip)
+    graphs = [image_graph(clip)]
+    if way is not None:
+        say("exporting patch_encoder")
+        graphs.append(patch_graph(clip, way))
     say("exporting text_encoder")
-    texts = text_graph(clip)
-    models = [model for model in MODELS if model != PATCH_ENCODER]
+    graphs.append(text_graph(clip))
+    models = [model for model in MODELS if model != PATCH_ENCODER or way is not None]
     with Merged(merged) as checkpoints, Repository(model_repository, models) as repository:
-        writer = _Writer(clip, adapter, weights, (images, texts), prompts, labels, tolerance, max_batch_size)
+        writer = _Writer(clip, adapter, weights, graphs, way, prompts, labels, tolerance, max_batch_size)
         first = repository.next_version()
         releases = []
         for version, alpha in enumerate(alphas, first):
@@ -153,23 +167,26 @@ class _Writer:
         base: Base,
         adapter: Adapter,
         weights: dict[str, Tensor],
-        graphs: tuple[Graph, Graph],
+        graphs: Sequence[Graph],
+        way: str | None,
         templates: list[str],
         labels: Mapping[str, list[str]],
         tolerance: float,
         max_batch_size: int,
     ) -> None:
         self._base, self._adapter, self._weights, self._graphs = base, adapter, weights, graphs
-        self._templates, self._labels, self._tolerance = templates, labels, tolerance
+        self._way, self._templates, self._labels, self._tolerance = way, templates, labels, tolerance
         self._max_batch_size = max_batch_size
         self._attached: Adapters | None = None
         self.size = _square(base.preprocess["size"])
         self.embed_dim = int(base.config["embed_dim"])
+        self.grid = int(base.model.visual.grid_size[0])  # type: ignore[union-attr,index,arg-type]
         dynamic = is_causal(base.model)
         self.dims = {
             "image": [self.size, self.size, 3],
             "tokens": [-1 if dynamic else base.tokenizer.context_length],  # type: ignore[attr-defined]
             "image_embeds": [self.embed_dim],
+            "patch_embeds": [self.grid, self.grid, self.embed_dim],
             "text_embeds": [self.embed_dim],
         }
         self._dynamic = dynamic
@@ -195,17 +212,18 @@ class _Writer:
             samples = Samples(self._base, tokenizer, self.size)
             references = self._references(samples, alpha)
             exported, sets = [], {}
-            for graph, inputs in ((self._graphs[0], samples.images), (self._graphs[1], samples.tokens)):
+            for graph in self._graphs:
                 say(f"writing and checking {graph.name} at alpha {alpha:g}")
                 start = time.perf_counter()
                 path = repository.staged(graph.name, version) / "model.onnx"
                 size = graph.save(folded, path)
                 encoder = Encoder(path)
+                inputs = samples.tokens if graph.name == "text_encoder" else samples.images
                 agreement = compare(graph.name, encoder, inputs, references.embeds[graph.name], self._tolerance)
                 exported.append(Exported(graph.name, size, agreement, time.perf_counter() - start))
                 if graph.name == "text_encoder":
-                    folder = repository.staged("classify", version) / "label_sets"
-                    sets = self._write_label_sets(folder, encoder, tokenizer, say)
+                    folders = [repository.staged(model, version) for model in LABELLED if model in repository.models]
+                    sets = self._write_label_sets(folders, encoder, tokenizer, say)
                 del encoder
             facts = self._facts(version, alpha, folded, spec, sets, exported)
             for model in TASKS:
@@ -219,26 +237,29 @@ class _Writer:
         if self._attached is None:
             self._attached = attach_adapter(self._base.model, self._adapter, alpha)
         self._attached.alpha = alpha
-        return References(self._base, samples)
+        return References(self._base, samples, self._way)
 
     def _write_tokenizers(self, repository: Repository, version: int) -> tuple[Tokenizer, dict[str, Any]]:
-        for model in TOKENIZED:
+        for model in (model for model in TOKENIZED if model in repository.models):
             path = repository.staged(model, version) / "tokenizer.json"
             spec = write_tokenizer(self._base.tokenizer, path, dynamic_length=self._dynamic)
         return Tokenizer.load(path, spec), spec
 
     def _write_label_sets(
-        self, folder: Path, encoder: Encoder, tokenizer: Tokenizer, say: Callable[[str], None]
+        self, folders: Sequence[Path], encoder: Encoder, tokenizer: Tokenizer, say: Callable[[str], None]
     ) -> dict[str, Any]:
         embed = LabelEmbedder(tokenizer, encoder, max_batch_size=self._max_batch_size)
-        folder.mkdir()
+        sets = folders[0] / "label_sets"
+        sets.mkdir()
         facts = {}
         for name, labels in self._labels.items():
             say(f"embedding label set {name}: {len(labels)} labels")
-            path = folder / f"{name}.npz"
+            path = sets / f"{name}.npz"
             embed(labels, self._templates).save(path)
             digest = f"sha256:{sha256(path.read_bytes()).hexdigest()}"
             facts[name] = {"labels": len(labels), "templates": self._templates, "digest": digest}
+        for folder in folders[1:]:
+            shutil.copytree(sets, folder / sets.name)
         return facts
 
     def _facts(
@@ -267,6 +288,8 @@ class _Writer:
             },
             "tokenizer": dict(tokenizer),
             "embed_dim": self.embed_dim,
+            "dense": None if self._way is None else {"way": self._way, "grid": self.grid},
+            "crop": MaskCrop.from_recipe(meta.recipe, preprocess["mean"]).to_dict(),
             "logit_scale": float(folded["logit_scale"].float().exp()),
             "logit_bias": None if bias is None else float(bias),
             "templates": self._templates,

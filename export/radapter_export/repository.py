@@ -19,7 +19,7 @@ from radapter_serve.errors import RAdapterError
 
 PATCH_ENCODER = "patch_encoder"  # the one model that an export may lack
 ENCODERS = ("image_encoder", PATCH_ENCODER, "text_encoder")
-TASKS = ("embed_image", "embed_text", "retrieve", "classify")
+TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
 MODELS = (*ENCODERS, *TASKS)  # in the order of writing: a version that stands in the last is complete
 
 

@@ -27,6 +27,7 @@ def export(
     merged: str = "merged",
     label_set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     templates: str | None = None,
+    dense: Annotated[str | None, tyro.conf.arg(metavar="WAY")] = None,
     tolerance: float = 1e-4,
     max_batch_size: int = 64,
 ) -> None:
@@ -45,6 +46,8 @@ def export(
         merged: folder for the merged checkpoint; with several alphas, for a folder of each.
         label_set: NAME=FILE, classes whose text embeddings become part of the release; one class a line.
         templates: a file of prompt templates, a built-in set, or one template; the run's own if none is given.
+        dense: how the patches of an image are embedded, for segmentation: naclip, clearclip, sclip or maskclip; none
+            leaves patch_encoder out; the run's own if none is given.
         tolerance: largest difference from torch allowed in a component of the unit-length embeddings.
         max_batch_size: images or texts in one batch of the server.
     """
@@ -66,6 +69,7 @@ def export(
             merged=merged,
             label_sets=label_sets,
             templates=templates,
+            dense=dense,
             tolerance=tolerance,
             max_batch_size=max_batch_size,
             progress=status.update,

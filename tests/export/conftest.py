@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from radapter_export import Release, export_release
-from radapter_export.graph import Graph, image_graph, text_graph
+from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_serve.adapter import Adapter, Metadata, attach, base_digest, save_adapter
 from radapter_serve.base import Base, load_base
 
@@ -64,7 +64,7 @@ class Exported:
 
     folder: Path
     releases: list[Release]
-    graphs: tuple[Graph, Graph]
+    graphs: dict[str, Graph]
 
 
 @pytest.fixture(scope="session")
@@ -72,15 +72,16 @@ def export_once(adapter_path: Path, labels_path: Path, tmp_path_factory: pytest.
     folder = tmp_path_factory.mktemp("exported")
     graphs: list[Graph] = []
 
-    def recorded(make: Callable[[Base], Graph]) -> Callable[[Base], Graph]:
-        def call(base: Base) -> Graph:
-            graphs.append(make(base))
+    def recorded(make: Callable[..., Graph]) -> Callable[..., Graph]:
+        def call(base: Base, *way: str) -> Graph:
+            graphs.append(make(base, *way))
             return graphs[-1]
 
         return call
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("radapter_export.release.image_graph", recorded(image_graph))
+        patch.setattr("radapter_export.release.patch_graph", recorded(patch_graph))
         patch.setattr("radapter_export.release.text_graph", recorded(text_graph))
         releases = export_release(
             adapter_path,
@@ -88,8 +89,9 @@ def export_once(adapter_path: Path, labels_path: Path, tmp_path_factory: pytest.
             model_repository=folder / "repository",
             merged=folder / "merged",
             label_sets={"animals": labels_path},
+            dense="naclip",
         )
-    return Exported(folder, releases, (graphs[0], graphs[1]))
+    return Exported(folder, releases, {graph.name: graph for graph in graphs})
 
 
 @pytest.fixture(scope="session")
@@ -99,13 +101,14 @@ def exported(export_once: Exported) -> tuple[Path, list[Release]]:
 
 
 @pytest.fixture(scope="session")
-def graphs(export_once: Exported) -> tuple[Graph, Graph]:
-    """The image and the text graph of the tiny CLIP."""
+def graphs(export_once: Exported) -> dict[str, Graph]:
+    """The graphs of the tiny CLIP by name."""
     return export_once.graphs
 
 
 @pytest.fixture
-def quick(graphs: tuple[Graph, Graph], monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(graphs: dict[str, Graph], monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare `export_release` of the tiny CLIP the seconds that torch's exporter takes: graphs hold no weights."""
-    monkeypatch.setattr("radapter_export.release.image_graph", lambda base: graphs[0])
-    monkeypatch.setattr("radapter_export.release.text_graph", lambda base: graphs[1])
+    monkeypatch.setattr("radapter_export.release.image_graph", lambda base: graphs["image_encoder"])
+    monkeypatch.setattr("radapter_export.release.patch_graph", lambda base, way: graphs["patch_encoder"])
+    monkeypatch.setattr("radapter_export.release.text_graph", lambda base: graphs["text_encoder"])

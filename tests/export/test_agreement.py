@@ -32,7 +32,7 @@ def samples(exported: tuple[Path, list[Release]], tiny_base: Base) -> Samples:
 def references(adapter_path: Path, samples: Samples, tiny_clip_dir: str) -> References:
     base = load_base(tiny_clip_dir)
     attach_adapter(base.model, load_adapter(adapter_path), 0.3, form="weight")
-    return References(base, samples)
+    return References(base, samples, "naclip")
 
 
 def model_file(exported: tuple[Path, list[Release]], name: str) -> Path:
@@ -40,7 +40,7 @@ def model_file(exported: tuple[Path, list[Release]], name: str) -> Path:
 
 
 def inputs(samples: Samples, name: str) -> list[np.ndarray]:
-    return samples.images if name == "image_encoder" else samples.tokens
+    return samples.tokens if name == "text_encoder" else samples.images
 
 
 def test_samples_have_several_batches_and_lengths(samples: Samples, tiny_base: Base) -> None:
@@ -53,7 +53,7 @@ def test_samples_have_several_batches_and_lengths(samples: Samples, tiny_base: B
         np.testing.assert_array_equal(served, full[:, : served.shape[1]])
 
 
-@pytest.mark.parametrize("name", ["image_encoder", "text_encoder"])
+@pytest.mark.parametrize("name", ["image_encoder", "patch_encoder", "text_encoder"])
 def test_folded_graph_agrees_with_attached_adapters(
     name: str, exported: tuple[Path, list[Release]], samples: Samples, references: References
 ) -> None:
@@ -64,7 +64,7 @@ def test_folded_graph_agrees_with_attached_adapters(
     assert 0.999999 < agreement.min_cosine < 1.000001
 
 
-@pytest.mark.parametrize("name", ["image_encoder", "text_encoder"])
+@pytest.mark.parametrize("name", ["image_encoder", "patch_encoder", "text_encoder"])
 def test_another_alpha_is_refused(
     name: str, exported: tuple[Path, list[Release]], samples: Samples, references: References
 ) -> None:
@@ -87,6 +87,7 @@ def changed(path: Path, target: Path, name: str, value: float) -> Path:
     ("name", "weight"),
     [
         ("image_encoder", "visual.transformer.resblocks.1.mlp.c_proj.bias"),
+        ("patch_encoder", "visual.transformer.resblocks.1.attn.out_proj.bias"),
         ("text_encoder", "transformer.resblocks.0.attn.out_proj.bias"),
     ],
 )
@@ -126,12 +127,12 @@ def test_another_provider_than_the_one_asked_for_is_refused(exported: tuple[Path
 
 
 def test_base_graph_agrees_at_alpha_0(
-    tiny_base: Base, graphs: tuple[Graph, Graph], samples: Samples, adapter_path: Path, tmp_path: Path
+    tiny_base: Base, graphs: dict[str, Graph], samples: Samples, adapter_path: Path, tmp_path: Path
 ) -> None:
     weights = tiny_base.model.state_dict()
     folded = fold(weights, load_adapter(adapter_path), 0.0)
     assert all(torch.equal(value, weights[key]) for key, value in folded.items())
-    graphs[0].save(folded, tmp_path / "model.onnx")
+    graphs["image_encoder"].save(folded, tmp_path / "model.onnx")
     references = References(tiny_base, samples).embeds["image_encoder"]
     compare("image_encoder", Encoder(tmp_path / "model.onnx"), samples.images, references, 2e-6)
     assert logging.getLogger("torch.onnx").level == logging.NOTSET

@@ -27,11 +27,26 @@ def checkout(quick: None, adapter_path: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def test_newest_run_is_exported_and_a_table_printed(checkout: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["--alpha", "0.3", "0.5", "--label-set", "animals=animals.txt", "--label-set", "b=animals.txt"]) == 0
+    assert (
+        main(
+            [
+                "--alpha",
+                "0.3",
+                "0.5",
+                "--dense",
+                "naclip",
+                "--label-set",
+                "animals=animals.txt",
+                "--label-set",
+                "b=animals.txt",
+            ]
+        )
+        == 0
+    )
     out, err = capfd.readouterr()
     assert err == ""
     assert "runs/new/adapter.safetensors: 2 releases" in out
-    for word in ("image_encoder", "text_encoder", "max error", "min cosine", "seconds"):
+    for word in ("image_encoder", "patch_encoder", "text_encoder", "max error", "min cosine", "seconds"):
         assert word in out
     assert out.endswith("Next:   radapter-serve\n")
     assert {path.name for path in (checkout / "merged").iterdir()} == {"alpha-0.3", "alpha-0.5"}
@@ -51,6 +66,7 @@ def test_newest_run_is_exported_and_a_table_printed(checkout: Path, capfd: pytes
         (["--label-set", "a=b.txt"], "cannot read b.txt"),
         (["--adapter", "runs/none"], "no adapter file at runs/none"),
         (["--base", "ViT-B-33"], "unknown model 'ViT-B-33'"),
+        (["--dense", "cnn"], "dense is 'cnn'; allowed: none, maskclip"),
         (["--templates", "none.txt"], "cannot read none.txt"),
         (["--merged", "runs"], "runs holds"),
         (["--model-repository", "animals.txt"], "animals.txt is a file"),

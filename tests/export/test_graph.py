@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from radapter_export import Release
-from radapter_export.graph import EXTERNAL_ABOVE, Graph, image_graph, text_graph
+from radapter_export.graph import EXTERNAL_ABOVE, Graph, image_graph, patch_graph, text_graph
 from radapter_export.towers import Attention, check
 from radapter_serve.base import Base, load_base
+from radapter_serve.dense import WAYS, encode_patches
 from radapter_serve.errors import RAdapterError
 
 TEXTS = ["a photo of a cat", "hello", "", "many words " * 100, "a drawing of a dog, in the rain", "x y z", "7"]
@@ -55,20 +56,39 @@ def custom(tiny_base: Base) -> tuple[Base, Graph]:
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
 def test_image_graph_gives_what_open_clip_gives(
-    tiny_base: Base, graphs: tuple[Graph, Graph], tmp_path: Path, batch: int
+    tiny_base: Base, graphs: dict[str, Graph], tmp_path: Path, batch: int
 ) -> None:
-    graphs[0].save(tiny_base.model.state_dict(), tmp_path / "model.onnx")
+    graphs["image_encoder"].save(tiny_base.model.state_dict(), tmp_path / "model.onnx")
     image = np.random.default_rng(batch).integers(0, 256, (batch, 32, 32, 3), dtype=np.uint8)
     with torch.no_grad():
         expected = tiny_base.model.encode_image(pixels(tiny_base, image), normalize=True).numpy()
     np.testing.assert_allclose(run(tmp_path / "model.onnx", image), expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_patch_graph_gives_what_torch_gives_in_every_way(
+    tiny_base: Base, graphs: dict[str, Graph], tmp_path: Path, way: str
+) -> None:
+    graph = patch_graph(tiny_base, way)
+    graph.save(tiny_base.model.state_dict(), tmp_path / "model.onnx")
+    # TensorRT takes these of the image encoder; uint8 only to be cast, and no reduction but that of `unit`.
+    assert set(graph.operators()) <= set(graphs["image_encoder"].operators()) | {"Slice"}
+    assert graph.operators()["ReduceSum"] == 1
+    image_input = onnx.load(tmp_path / "model.onnx").graph.input[0].name
+    users = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node if image_input in node.input}
+    assert users == {"Shape", "Cast"}
+    for batch in (1, 2, 7):
+        image = np.random.default_rng(batch).integers(0, 256, (batch, 32, 32, 3), dtype=np.uint8)
+        with torch.no_grad():
+            expected = encode_patches(tiny_base.model, pixels(tiny_base, image), way).numpy()
+        np.testing.assert_allclose(run(tmp_path / "model.onnx", image), expected, atol=2e-6)
+
+
 @pytest.mark.parametrize("kind", ["CLIP", "CustomTextCLIP"])
 def test_text_graph_gives_what_open_clip_gives_at_every_length(
-    kind: str, custom: tuple[Base, Graph], tiny_base: Base, graphs: tuple[Graph, Graph], tmp_path: Path
+    kind: str, custom: tuple[Base, Graph], tiny_base: Base, graphs: dict[str, Graph], tmp_path: Path
 ) -> None:
-    base, graph = (tiny_base, graphs[1]) if kind == "CLIP" else custom
+    base, graph = (tiny_base, graphs["text_encoder"]) if kind == "CLIP" else custom
     assert type(base.model).__name__ == kind
     graph.save(base.model.state_dict(), tmp_path / "model.onnx")
     tokens = base.tokenizer(TEXTS)
@@ -94,9 +114,9 @@ def test_text_graph_without_causal_mask_has_one_length(tiny_base: Base, tmp_path
 
 
 def test_folded_graph_has_the_operators_of_the_untouched_base(
-    exported: tuple[Path, list[Release]], tiny_base: Base, graphs: tuple[Graph, Graph], tmp_path: Path
+    exported: tuple[Path, list[Release]], tiny_base: Base, graphs: dict[str, Graph], tmp_path: Path
 ) -> None:
-    for graph in graphs:
+    for graph in graphs.values():
         graph.save(tiny_base.model.state_dict(), tmp_path / "base.onnx")
         expected = operators(tmp_path / "base.onnx")
         assert expected == Counter(graph.operators())
@@ -105,7 +125,7 @@ def test_folded_graph_has_the_operators_of_the_untouched_base(
 
 
 def test_graph_does_not_depend_on_weights_and_leaves_them(
-    tiny_clip_dir: str, graphs: tuple[Graph, Graph], tmp_path: Path
+    tiny_clip_dir: str, graphs: dict[str, Graph], tmp_path: Path
 ) -> None:
     """torch's exporter by itself drops zero biases and merges equal tensors."""
     base = load_base(tiny_clip_dir)
@@ -117,7 +137,8 @@ def test_graph_does_not_depend_on_weights_and_leaves_them(
                 parameter.fill_(1)
     before = {key: value.clone() for key, value in base.model.state_dict().items()}
     structure = repr(base.model)
-    for expected, graph in zip(graphs, (image_graph(base), text_graph(base)), strict=True):
+    for graph in (image_graph(base), patch_graph(base, "naclip"), text_graph(base)):
+        expected = graphs[graph.name]
         graph.save(base.model.state_dict(), tmp_path / "model.onnx")
         model = onnx.load(tmp_path / "model.onnx")
         assert operators(tmp_path / "model.onnx") == Counter(expected.operators())
@@ -127,15 +148,15 @@ def test_graph_does_not_depend_on_weights_and_leaves_them(
     assert all(torch.equal(value, before[key]) for key, value in base.model.state_dict().items())
 
 
-def test_weights_keep_their_names(graphs: tuple[Graph, Graph], custom: tuple[Base, Graph], tiny_base: Base) -> None:
-    names = {key for graph in graphs for key in graph.model.graph.initializers}
+def test_weights_keep_their_names(graphs: dict[str, Graph], custom: tuple[Base, Graph], tiny_base: Base) -> None:
+    names = {key for graph in graphs.values() for key in graph.model.graph.initializers}
     assert set(tiny_base.model.state_dict()) - {"logit_scale"} <= names
     base, graph = custom
     assert {key for key in base.model.state_dict() if key.startswith("text.")} <= set(graph.model.graph.initializers)
 
 
 def test_files_are_plain_onnx_without_traces_of_this_machine(exported: tuple[Path, list[Release]]) -> None:
-    for name in ("image_encoder", "text_encoder"):
+    for name in ("image_encoder", "patch_encoder", "text_encoder"):
         path = exported[0] / "repository" / name / "1" / "model.onnx"
         model = onnx.load(path)
         onnx.checker.check_model(model, full_check=True)
@@ -144,22 +165,22 @@ def test_files_are_plain_onnx_without_traces_of_this_machine(exported: tuple[Pat
         assert b".py" not in path.read_bytes()
 
 
-def test_saving_leaves_the_graph_without_weights(tiny_base: Base, graphs: tuple[Graph, Graph], tmp_path: Path) -> None:
+def test_saving_leaves_the_graph_without_weights(tiny_base: Base, graphs: dict[str, Graph], tmp_path: Path) -> None:
     weights = tiny_base.model.state_dict()
     first, second, third = (tmp_path / f"{n}.onnx" for n in range(3))
-    graphs[0].save(weights, first)
-    graphs[0].save({key: value * 2 for key, value in weights.items()}, second)
-    graphs[0].save(weights, third)
+    graphs["image_encoder"].save(weights, first)
+    graphs["image_encoder"].save({key: value * 2 for key, value in weights.items()}, second)
+    graphs["image_encoder"].save(weights, third)
     assert first.read_bytes() == third.read_bytes() != second.read_bytes()
 
 
 def test_large_weights_go_beside_the_graph(
-    tiny_base: Base, graphs: tuple[Graph, Graph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Base, graphs: dict[str, Graph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert EXTERNAL_ABOVE < 2**31
-    graphs[0].save(tiny_base.model.state_dict(), tmp_path / "inside.onnx")
+    graphs["image_encoder"].save(tiny_base.model.state_dict(), tmp_path / "inside.onnx")
     monkeypatch.setattr("radapter_export.graph.EXTERNAL_ABOVE", 1000)
-    size = graphs[0].save(tiny_base.model.state_dict(), tmp_path / "model.onnx")
+    size = graphs["image_encoder"].save(tiny_base.model.state_dict(), tmp_path / "model.onnx")
     files = {path.name for path in tmp_path.glob("model*")}
     assert files == {"model.onnx", "model.onnx.data"}
     assert size == sum((tmp_path / name).stat().st_size for name in files)

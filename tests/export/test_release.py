@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -25,14 +26,18 @@ from radapter_serve.base import Base
 from radapter_serve.errors import RAdapterError
 
 TASK = {"model.py", "release.json"}
+LABELLED = TASK | {"tokenizer.json", "label_sets", "label_sets/animals.npz"}
 FILES = {
     "image_encoder": {"model.onnx"},
+    "patch_encoder": {"model.onnx"},
     "text_encoder": {"model.onnx"},
     "embed_image": TASK,
     "embed_text": TASK | {"tokenizer.json"},
     "retrieve": TASK,
-    "classify": TASK | {"tokenizer.json", "label_sets", "label_sets/animals.npz"},
+    "segment": LABELLED,
+    "classify": LABELLED,
 }
+WITHOUT_PATCHES = [model for model in MODELS if model != PATCH_ENCODER]
 
 Export = Callable[..., list[Release]]
 
@@ -91,6 +96,8 @@ def test_release_json(exported: tuple[Path, list[Release]], adapter_path: Path, 
         assert facts["tokenizer"]["context_length"] == 77
         assert facts["tokenizer"]["dynamic_length"] is True
         assert facts["embed_dim"] == 32
+        assert facts["dense"] == {"way": "naclip", "grid": 2}
+        assert facts["crop"] == {"padding": 0.0, "square": True, "fill": [122, 117, 105]}  # of the mean below
         assert facts["logit_scale"] == pytest.approx(float(tiny_base.model.logit_scale.detach().exp()))
         assert facts["logit_bias"] is None
         assert facts["templates"] == ["a photo of a {}.", "a drawing of a {}."]
@@ -156,6 +163,34 @@ def test_versions_count_up_and_one_alpha_stands_in_merged_itself(
     assert capfd.readouterr() == ("", "")
 
 
+def with_recipe(adapter_path: Path, target: Path, **recipe: Any) -> Path:
+    adapter = load_adapter(adapter_path)
+    save_adapter(Adapter(adapter.tensors, dataclasses.replace(adapter.metadata, recipe=recipe)), target)
+    return target
+
+
+def test_the_recipe_says_how_patches_are_embedded_and_segments_cropped(
+    export: Export, adapter_path: Path, tmp_path: Path
+) -> None:
+    recipe = {"dense": "naclip", "mask_padding": 0.25, "mask_square": False}
+    trained = with_recipe(adapter_path, tmp_path / "dense.safetensors", **recipe)
+    (release,) = export(adapter=trained)
+    assert release.facts["dense"] == {"way": "naclip", "grid": 2}
+    assert release.facts["crop"] == {"padding": 0.25, "square": False, "fill": [122, 117, 105]}
+    assert [graph.name for graph in release.graphs] == ["image_encoder", "patch_encoder", "text_encoder"]
+    assert set(release.facts["agreement"]) == {*FILES.keys() - WITHOUT_PATCHES} | {
+        *("image_encoder", "text_encoder", "batches", "tolerance")
+    }
+    (without,) = export(adapter=trained, dense="none")
+    assert without.facts["dense"] is None
+    assert [graph.name for graph in without.graphs] == ["image_encoder", "text_encoder"]
+    assert names(tmp_path / "repository" / PATCH_ENCODER) == {"1"}
+    (plain,) = export()
+    assert plain.facts["dense"] is None
+    served = {path.parent.name for path in (tmp_path / "repository").glob("*/config.pbtxt")}
+    assert served == set(WITHOUT_PATCHES)
+
+
 def test_repository_may_hold_models_of_others(export: Export, tmp_path: Path) -> None:
     other = tmp_path / "repository" / "mine" / "7"
     other.mkdir(parents=True)
@@ -179,6 +214,7 @@ def test_repository_may_hold_models_of_others(export: Export, tmp_path: Path) ->
         ({"label_sets": {"../a": "nothing.txt"}}, "label set '../a'"),
         ({"templates": ["no place for a label"]}, "{}"),
         ({"tolerance": 1e-12}, "image_encoder differs from torch"),
+        ({"dense": "clip"}, "dense is 'clip'; allowed: none, maskclip, sclip, clearclip, naclip"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
@@ -260,7 +296,7 @@ def test_killed_export_leaves_what_is_served_and_the_next_one_tidies(
     assert not [path for path in tree(tmp_path) if ".export-" in path]
 
 
-@pytest.mark.parametrize("renames", [1, 4, 5, 7, 9])  # five versions, then five configs
+@pytest.mark.parametrize("renames", [1, 6, 7, 10, 13])  # seven versions, then seven configs
 def test_export_killed_while_it_puts_versions_in_place_serves_no_half_release(
     export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
 ) -> None:
@@ -293,18 +329,17 @@ def test_export_killed_while_it_puts_versions_in_place_serves_no_half_release(
         with pytest.raises(Killed):
             export()
     served = set()
-    models = [model for model in MODELS if model != PATCH_ENCODER]
-    for model in models:
+    for model in WITHOUT_PATCHES:
         text = (folder / model / "config.pbtxt").read_text(encoding="utf-8")
         (version,) = text_format.Parse(text, model_config_pb2.ModelConfig()).version_policy.specific.versions
         assert set(tree(folder / model / str(version))) >= FILES[model] - {"label_sets/animals.npz"}
         served.add(version)
-    if renames <= len(models):
+    if renames <= len(WITHOUT_PATCHES):
         assert served == {1}
     (release,) = export()
-    assert release.version == (2 if renames < len(models) else 3)
+    assert release.version == (2 if renames < len(WITHOUT_PATCHES) else 3)
     assert not [path for path in tree(tmp_path) if ".export-" in path]
-    versions = [{name for name in names(folder / model) if name.isdecimal()} for model in models]
+    versions = [{name for name in names(folder / model) if name.isdecimal()} for model in WITHOUT_PATCHES]
     assert all(each == versions[0] for each in versions)
 
 

@@ -21,7 +21,7 @@ def parse(text: str) -> model_config_pb2.ModelConfig:
     return text_format.Parse(text, model_config_pb2.ModelConfig())
 
 
-@pytest.mark.parametrize("model", [model for model in MODELS if model != PATCH_ENCODER])
+@pytest.mark.parametrize("model", MODELS)
 def test_config_parses_and_holds_the_releases(exported: tuple[Path, list[Release]], model: str) -> None:
     folder, releases = exported
     parsed = parse((folder / "repository" / model / "config.pbtxt").read_text(encoding="utf-8"))
@@ -36,12 +36,13 @@ def test_config_parses_and_holds_the_releases(exported: tuple[Path, list[Release
 
 def test_encoder_configs_have_the_shapes_of_the_graphs(exported: tuple[Path, list[Release]]) -> None:
     shapes = {}
-    for model in ("image_encoder", "text_encoder", "embed_image", "embed_text"):
+    for model in ("image_encoder", "patch_encoder", "text_encoder", "embed_image", "embed_text"):
         parsed = parse((exported[0] / "repository" / model / "config.pbtxt").read_text(encoding="utf-8"))
         (source,), (result,) = parsed.input, parsed.output
         shapes[model] = (source.name, list(source.dims), result.name, list(result.dims))
     assert shapes == {
         "image_encoder": ("image", [32, 32, 3], "image_embeds", [32]),
+        "patch_encoder": ("image", [32, 32, 3], "patch_embeds", [2, 2, 32]),
         "text_encoder": ("tokens", [-1], "text_embeds", [32]),
         "embed_image": ("image", [1], "image_embeds", [32]),
         "embed_text": ("text", [1], "text_embeds", [32]),

@@ -44,7 +44,7 @@ def test_served_equals_open_clip(exported_tiny_clip):
         grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as client,
     ):
         tasks = ["classify", "embed_image", "embed_text"]
-        assert list(server.models) == [*tasks, "image_encoder", "retrieve", "text_encoder"]
+        assert list(server.models) == [*tasks, "image_encoder", "retrieve", "segment", "text_encoder"]
         image = tensor("image", [[data] for data in images])
         found = client.infer("embed_image", [image]).as_numpy("image_embeds")
         np.testing.assert_allclose(found, image_embeds, atol=1e-5)
