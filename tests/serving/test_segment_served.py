@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import time
@@ -11,11 +12,17 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import open_clip
 import pytest
+import torch
 import tritonclient.grpc as grpc
+from PIL import Image
 from small_release import Local, png
+from torch.nn.functional import interpolate
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
+from radapter_export import export_release
+from radapter_serve.dense import encode_patches
 from radapter_serve.serving.segment_task import SegmentRequest
 from radapter_serve.serving.server import TritonServer, free_ports
 
@@ -194,3 +201,36 @@ def test_json_over_http_as_curl_sends_it(server, local):
         check(local, (mask, outputs["label"]["data"], np.array(outputs["score"]["data"])), request)
     status, answer = post(url, {"inputs": [{**image_input, "data": ["nonsense"]}, labels]})
     assert (status, answer["error"][:16]) == (400, "[invalid_image] ")
+
+
+@torch.no_grad()
+def test_an_export_serves_what_torch_computes(exported_tiny_clip, tmp_path):
+    """One window over a square image, from the merged checkpoint by torch and open_clip alone."""
+    [release] = export_release(
+        exported_tiny_clip / "adapter.safetensors",
+        [0.5],
+        model_repository=tmp_path / "repository",
+        merged=tmp_path / "merged",
+        dense="naclip",
+    )
+    name = f"local-dir:{release.merged}"
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    model.eval()
+    image, labels = png(0, 40, 40), ["cat", "a dog in the SNOW", "don't know", "猫"]
+    texts = open_clip.get_tokenizer(name)([f"a photo of a {label}." for label in labels])
+    patches = encode_patches(model, transform(Image.open(io.BytesIO(image)))[None], "naclip")
+    cosines = (patches @ model.encode_text(texts, normalize=True).T).permute(0, 3, 1, 2)
+    for side in (32, 40):  # of the window, and of the image
+        cosines = interpolate(cosines, (side, side), mode="bilinear", align_corners=False)
+    probabilities, expected = (40 * cosines[0]).softmax(0).max(0)
+    with (
+        TritonServer(tmp_path / "repository", "127.0.0.1", *free_ports(), timeout=120) as server,
+        grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as client,
+    ):
+        names = np.array([label.encode() for label in labels], object)
+        mask, found, scores = segment(client, image=image, labels=names, short_side=32)
+    assert found == labels
+    assert (mask != expected.numpy()).mean() < 0.01
+    for index in range(len(labels)):
+        values = probabilities[expected == index]
+        assert scores[index] == pytest.approx(values.mean().item() if len(values) else 0, abs=1e-3)
