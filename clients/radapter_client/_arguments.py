@@ -13,6 +13,9 @@ from ._exceptions import InvalidRequest
 from ._images import ImageLike, encode_image, image_size, is_one_image
 from ._wire import Array, bytes_array
 
+# A message of gRPC cannot have 2 GiB; this leaves room for the image.
+MAX_PROPOSALS = 3 * 2**29
+
 
 def label_inputs(
     labels: Sequence[str] | None, label_set: str | None, templates: Sequence[str] | None
@@ -116,6 +119,9 @@ def _masks(proposals: Any, size: tuple[int, int] | None) -> Array:
     if size is not None and masks.shape[:0:-1] != size:
         why = f"proposals of {masks.shape[2]} x {masks.shape[1]} pixels (width x height)"
         raise InvalidRequest(f"{why} for an image of {size[0]} x {size[1]}", code="invalid_argument")
+    if masks.size > MAX_PROPOSALS:
+        why = f"{len(masks)} proposals of {masks.shape[2]} x {masks.shape[1]} pixels are {masks.size / 2**30:.1f} GiB"
+        raise InvalidRequest(f"{why}; a request holds {MAX_PROPOSALS / 2**30:g}: send fewer", code="invalid_argument")
     if masks.dtype == np.bool_:
         return np.asarray(masks.view(np.uint8) * np.uint8(255))
     if masks.dtype.kind == "f" and masks.min() >= 0 and masks.max() <= 1:

@@ -14,6 +14,9 @@ from PIL import Image
 
 import radapter_client
 from radapter_client import Client
+from radapter_export import export_release
+from radapter_serve.serving.indexing import build
+from radapter_serve.serving.release import LocalRelease
 from radapter_serve.serving.server import TritonServer, free_ports
 
 pytestmark = pytest.mark.triton
@@ -23,8 +26,22 @@ ALPHAS = [0.3, 0.8]
 
 
 @pytest.fixture(scope="module")
-def server(exported_tiny_clip: Path) -> Iterator[TritonServer]:
-    with TritonServer(exported_tiny_clip / "model_repository", "127.0.0.1", *free_ports()) as server:
+def indexes(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of indexes with one, `pictures`, made by the newest release."""
+    folder = tmp_path_factory.mktemp("indexed")
+    (folder / "pictures").mkdir()
+    for index, image in enumerate(pictures()):
+        image.save(folder / "pictures" / f"bild é {index}.png")
+    build(
+        str(folder / "pictures"), folder / "indexes" / "pictures", LocalRelease(exported_tiny_clip / "model_repository")
+    )
+    return folder / "indexes"
+
+
+@pytest.fixture(scope="module")
+def server(exported_tiny_clip: Path, indexes: Path) -> Iterator[TritonServer]:
+    models = exported_tiny_clip / "model_repository"
+    with TritonServer(models, "127.0.0.1", *free_ports(), indexes=indexes) as server:
         yield server
 
 
@@ -88,6 +105,79 @@ def test_releases(server: TritonServer, client: Client):
         assert pinned.release == first
         assert pinned.classify(pictures()[0], LABELS).release == first.version
         assert not np.allclose(pinned.embed_texts(["a cat"]), client.embed_texts(["a cat"]), atol=1e-3)
+
+
+def test_segment_proposals(client: Client):
+    """A mask of the whole of a square image is that image: it gets the label that `classify` gives."""
+    image = pictures()[0].crop((0, 0, 40, 40))
+    whole = np.ones((1, 40, 40), bool)
+    best = client.classify(image, LABELS, top_k=1)
+    found = client.segment(image, LABELS, proposals=whole)
+    assert found.labels == ["cat", *LABELS[1:]]
+    assert found.release == client.release.version
+    assert found.labels[int(found.mask[0, 0])] == best.top and len(np.unique(found.mask)) == 1
+    assert max(found.scores) == pytest.approx(best.scores[0], rel=1e-3)
+    half = whole.copy()
+    half[:, :, 20:] = False
+    split = client.segment(image, label_set="four", proposals=half, threshold=0.0)
+    assert split.labels[-1] == "background" and split.background == 4
+    assert (split.mask[:, 20:] == 4).all() and (split.mask[:, :20] < 4).all()
+    assert split.overlay().width == 520
+    fused = client.segment(image, LABELS, proposals=whole, proposal_scores=[[0, 0, 0, 1]], proposal_weight=0.5)
+    assert (fused.mask == 3).all()
+
+
+def test_segment_without_a_patch_encoder(client: Client):
+    with pytest.raises(
+        radapter_client.ModelNotFound, match="radapter-export --dense naclip, or send proposals"
+    ) as caught:
+        client.segment(pictures()[0], LABELS)
+    assert caught.value.code == "no_patch_encoder"
+
+
+def test_segment_dense(exported_tiny_clip: Path, tmp_path: Path):
+    models = tmp_path / "model_repository"
+    adapter = exported_tiny_clip / "adapter.safetensors"
+    export_release(adapter, [0.5], model_repository=models, merged=tmp_path / "merged", dense="naclip")
+    with TritonServer(models, "127.0.0.1", *free_ports()) as server:
+        answers = []
+        for url in (server.grpc_url, server.http_url):
+            with Client(url) as client:
+                assert client.is_ready()
+                answers.append(client.segment(pictures(), LABELS, threshold=0.3, stride=8, refine=1))
+    for image, found, other in zip(pictures(), *answers, strict=True):
+        assert (found.mask.dtype, found.mask.shape) == (np.uint16, image.size[::-1])
+        assert found.labels == ["cat", *LABELS[1:], "background"]
+        assert (found.mask != other.mask).mean() < 1e-2  # rounding of the encoder's batches moves a tie
+        assert sum(found.shares) == pytest.approx(1)
+        assert all((score > 0) == (share > 0) for score, share in zip(found.scores, found.shares, strict=True))
+        assert found.overlay(legend=False).size == image.size
+
+
+def test_search(client: Client):
+    images, [words] = client.embed_images(pictures()), client.embed_texts(["a cat"])
+    order = np.argsort(-images @ words)
+    hits = client.search("a cat", index="pictures", top_k=5)
+    assert [hit.id for hit in hits] == [f"bild é {index}.png" for index in order[:5]]
+    np.testing.assert_allclose([hit.score for hit in hits], (images @ words)[order[:5]], atol=1e-5)
+    assert hits[0].thumbnail is None
+    [same] = client.search(image=pictures()[3], index="pictures", top_k=1, thumbnails=True, where="width > 1")
+    assert (same.id, same.metadata["width"]) == ("bild é 3.png", pictures()[3].width)
+    assert same.score == pytest.approx(1, abs=1e-5)
+    assert same.thumbnail and Image.open(io.BytesIO(same.thumbnail)).format == "JPEG"
+    with pytest.raises(radapter_client.InvalidRequest, match="there are: pictures") as caught:
+        client.search("a cat", index="photos")
+    assert caught.value.code == "unknown_index"
+    with pytest.raises(radapter_client.InvalidRequest) as caught:
+        client.search("a cat", index="pictures", where="no such column")
+    assert caught.value.code == "invalid_argument"
+
+
+def test_index_of_another_release(server: TritonServer, client: Client):
+    url = str(client._url)
+    old = client.releases[0].version
+    with Client(url, release=old) as pinned, pytest.raises(radapter_client.InvalidRequest, match="radapter-index"):
+        pinned.search("a cat", index="pictures")
 
 
 def test_ten_thousand_labels(client: Client):

@@ -354,6 +354,7 @@ PIXELS = np.zeros((4, 5, 3), np.uint8)
         ({"proposals": MASK * np.nan}, "proposals of float64 from nan"),
         ({"proposals": MASK.astype(np.uint8)}, r"above 1 of 255; send proposals.astype\(bool\)"),
         ({"proposals": [[[1], [1, 2]]]}, "proposals is no array of numbers"),
+        ({"proposals": np.broadcast_to(MASK, (100_000_000, 4, 5))}, "are 1.9 GiB; a request holds 1.5: send fewer"),
         ({"proposals": "masks.npy"}, "proposals is no array of numbers"),
     ],
 )
