@@ -62,7 +62,7 @@ class ServerEmbedder:
         options = query.options
 
         def segment(data: bytes, masks: NDArray[np.uint8] | None) -> NDArray[np.uint16]:
-            windows = {} if masks is not None else {
+            windows: dict[str, Any] = {} if masks is not None else {
                 "short_side": options.short_side, "stride": options.stride, "refine": options.refine
             }  # fmt: skip
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,12 @@ import open_clip
 import yaml
 from numpy.typing import NDArray
 
-from radapter_serve.data import READERS, Labelled, load_labelled, open_rows
+from radapter_serve.data import READERS, ImageColumn, Labelled, class_split, load_captioned, load_labelled
 from radapter_serve.data.masks import load_masked
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder
 from radapter_serve.evaluation.judged import JudgedSet, Known, Scorer, class_embeds, digest, drawn
+from radapter_serve.evaluation.karpathy import load_karpathy
 from radapter_serve.evaluation.metrics import Floats, classification_metrics, retrieval_metrics, true_ranks
 from radapter_serve.evaluation.segmentation import SegmentationSet
 from radapter_serve.evaluation.suite import Entry, Suite
@@ -27,7 +27,7 @@ from radapter_serve.prompts import templates_of
 from radapter_serve.serving.labels import split_label
 from radapter_serve.serving.preprocess import decode
 
-_MASK_READERS = ("masks", "coco")
+_READERS = (*READERS, "masks", "coco", "karpathy")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int 
     spec = _below(suite.data_root, entry.data)
     try:
         if entry.task == "retrieval":
-            return _retrieval_set(entry, spec, limit, seed)
+            return _retrieval_set(suite, entry, spec, limit, seed)
         if entry.task == "segmentation":
             return _segmentation_set(suite, entry, spec, limit, seed)
         mapping = _class_mapping(suite, entry.classes)
@@ -158,8 +158,11 @@ def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int 
             spec,
             image_column=entry.image_column,
             label_column=entry.label_column,
-            classes=suite.folder / entry.classes if entry.classes and mapping is None else None,
+            classes=_file(suite, entry.classes) if entry.classes and mapping is None else None,
         )
+        if entry.images:
+            data.folder = suite.data_root / entry.images
+        data = class_split(data, entry.class_split)
     except RAdapterError as error:
         raise RAdapterError(f"data set {entry.name!r}: {error}") from error
     templates = _templates(suite, entry.templates)
@@ -185,7 +188,7 @@ def classification_set(
         limit: no more images than this, drawn by `seed`.
         seed: of that draw.
     """
-    labels = np.array([data.label({data.label_column: value}) for value in data.rows[data.label_column]], np.int64)
+    labels = data.labels()
     classes, chosen = data.classes, np.arange(len(labels))
     if mapping is not None:
         kept = [index for index, name in enumerate(classes) if name in mapping]
@@ -199,65 +202,53 @@ def classification_set(
         classes, labels = [mapping[classes[index]] for index in kept], new[labels]
         chosen = np.flatnonzero(labels >= 0)
     chosen = chosen[drawn(len(chosen), limit, seed)]
-    images = [Image(data, int(index), entry.border) for index in chosen]
+    images = [Image(data, data.rows, int(index), entry.border) for index in chosen]
     return ClassificationSet(entry, images, labels[chosen], list(classes), templates)
 
 
-def _retrieval_set(entry: Entry, spec: str, limit: int | None, seed: int) -> RetrievalSet:
-    columns = {entry.image_column: "image_column", entry.caption_column: "caption_column"}
-    rows, folder = open_rows(spec, {column: f"`{field}` in the suite" for column, field in columns.items()})
-    if not len(rows):
-        raise RAdapterError(f"{spec} holds no rows")
-    data = Labelled(rows, [], entry.image_column, entry.caption_column, folder)
-    first: dict[str, int] = {}
-    texts: dict[str, list[str]] = {}
-    for index, (image, caption) in enumerate(zip(rows[entry.image_column], rows[entry.caption_column], strict=True)):
-        key = _image_key(image)
-        first.setdefault(key, index)
-        several = caption if isinstance(caption, (list, tuple)) else [caption]
-        for text in several:
-            if not isinstance(text, str) or not text.strip():
-                raise RAdapterError(f"row {index + 1} of {spec} has no text in {entry.caption_column!r}: {text!r}")
-            texts.setdefault(key, []).append(text)
-    keys = [list(first)[index] for index in drawn(len(first), limit, seed)]
-    image_of = np.repeat(np.arange(len(keys)), [len(texts[key]) for key in keys])
-    images = [Image(data, first[key], entry.border) for key in keys]
-    return RetrievalSet(entry, images, [text for key in keys for text in texts[key]], image_of)
+def _retrieval_set(suite: Suite, entry: Entry, spec: str, limit: int | None, seed: int) -> RetrievalSet:
+    folder = suite.data_root / entry.images if entry.images else None
+    reader, _, place = spec.partition(":")
+    if reader == "karpathy":
+        path, _, split = place.rpartition("@") if "@" in place else (place, "", "test")
+        data = load_karpathy(Path(path), split, folder or Path(path).parent)
+    else:
+        data = load_captioned(spec, image_column=entry.image_column, caption_column=entry.caption_column)
+        data.folder = folder or data.folder
+    chosen = [data.images[index] for index in drawn(len(data.images), limit, seed)]
+    captions = [image.captions[: entry.max_captions] for image in chosen]
+    image_of = np.repeat(np.arange(len(chosen)), [len(texts) for texts in captions])
+    images = [Image(data, data.table, image.row, entry.border) for image in chosen]
+    return RetrievalSet(entry, images, [text for texts in captions for text in texts], image_of)
 
 
 def _segmentation_set(suite: Suite, entry: Entry, spec: str, limit: int | None, seed: int) -> SegmentationSet:
     data = load_masked(
         spec,
-        classes=suite.folder / entry.classes if entry.classes else None,
+        classes=_file(suite, entry.classes) if entry.classes else None,
         images=suite.data_root / entry.images if entry.images else None,
     )
     images = [data.images[index] for index in drawn(len(data.images), limit, seed)]
     return SegmentationSet(entry, images, data.classes, _templates(suite, entry.templates))
 
 
-def _image_key(value: Any) -> str:
-    """What rows of the same image share."""
-    if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else value["path"]
-    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
-
-
 @dataclass(frozen=True)
 class Image:
     """Reads the bytes of one image of a data set."""
 
-    data: Labelled
+    column: ImageColumn
+    rows: Any
     index: int
     border: int
 
     def __call__(self) -> bytes:
-        found = self.data.data(self.data.rows[self.index])
+        found = self.column.data(self.rows[self.index])
         return _cropped(found, self.border) if self.border else found
 
     @property
     def name(self) -> str:
         """What to call the image in an error."""
-        return self.data.name(self.data.rows[self.index])
+        return self.column.name(self.rows[self.index])
 
 
 def _cropped(data: bytes, border: int) -> bytes:
@@ -269,7 +260,12 @@ def _cropped(data: bytes, border: int) -> bytes:
 
 def _below(root: Path, spec: str) -> str:
     reader, colon, path = spec.partition(":")
-    return f"{reader}:{root / path}" if colon and reader in (*READERS, *_MASK_READERS) else spec
+    return f"{reader}:{root / path}" if colon and reader in _READERS else spec
+
+
+def _file(suite: Suite, name: str) -> Path:
+    """A file beside the suite or, where there is none, below the data root."""
+    return suite.folder / name if (suite.folder / name).exists() else suite.data_root / name
 
 
 def _class_mapping(suite: Suite, classes: str | None) -> dict[str, str] | None:
@@ -283,7 +279,7 @@ def _class_mapping(suite: Suite, classes: str | None) -> dict[str, str] | None:
         return {**wordnet, **{str(index): name for index, name in enumerate(names)}}
     if classes is None or not classes.endswith((".yaml", ".yml")):
         return None
-    path = suite.folder / classes
+    path = _file(suite, classes)
     try:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:

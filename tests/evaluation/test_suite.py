@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import csv
+import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
+from rich.console import Console
 
+from radapter_serve.data.class_ids import read_class_ids
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.results import Results
+from radapter_serve.evaluation.results import Results, harmonic, table
 from radapter_serve.evaluation.run import judge_suite
 from radapter_serve.evaluation.sets import ClassificationSet, RetrievalSet, open_set
 from radapter_serve.evaluation.suite import Suite, load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter
 
-SUITES = Path(__file__).parents[2] / "recipes" / "suites"
+ROOT = Path(__file__).parents[2]
+SUITES = ROOT / "recipes" / "suites"
+DATA = ROOT.parent / "shared" / "data"
+CLASS_COUNTS = {"ade150": 150, "pascal-context-59": 59, "pascal-voc-20": 20, "coco-objects": 130}
 
 
 def suite_of(text: str, folder: Path) -> Suite:
@@ -34,8 +42,88 @@ def folders(root: Path, names: list[str], size: tuple[int, int] = (8, 6)) -> Non
 def test_ready_suites(file: Path) -> None:
     suite = load_suite(file, "data")
     assert suite.name == file.stem
-    assert all(entry.data.partition(":")[0] in ("imagefolder", "csv") for entry in suite.entries)
+    readers = {"classification": ("imagefolder", "csv"), "retrieval": ("csv", "karpathy"), "segmentation": ("masks",)}
+    for entry in suite.entries:
+        assert entry.data.partition(":")[0] in readers[entry.task]
+        if entry.classes and entry.classes.startswith("classes/"):
+            names = yaml.safe_load((SUITES / entry.classes).read_text(encoding="utf-8"))
+            assert entry.task != "segmentation" or list(names) == sorted(names)
     assert any(entry.shift == "id" for entry in suite.of_split("test"))
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the photos of ../shared/data are not here")
+@pytest.mark.parametrize("name", ["pacs", "flickr8k", "coco200"])
+def test_ready_suites_on_their_data(name: str, run_folder: Path, tmp_path: Path) -> None:
+    suite = load_suite(SUITES / f"{name}.yaml", DATA)
+    embedder = from_adapter(run_folder, [0.5])
+    rows = judge_suite(embedder, suite, Results(tmp_path), limit=3)
+    embedder.close()
+    assert [row["dataset"] for row in rows] == [entry.name for entry in suite.of_split("test")]
+    assert all(row["n"] == 3 for row in rows)
+    if name == "flickr8k":
+        assert rows[0]["captions"] == 15
+    if name == "coco200":
+        assert {row["classes"] for row in rows} == {129, 77}
+
+
+def test_names_of_the_segmentation_sets() -> None:
+    counts = {name: len(read_class_ids(SUITES / "classes" / f"{name}.yaml")) for name in CLASS_COUNTS}
+    assert counts == CLASS_COUNTS
+
+
+def test_base_and_novel_classes_have_a_harmonic_mean(world: Path, run_folder: Path, tmp_path: Path) -> None:
+    sets = "".join(f"- {{name: {n}, data: 'imagefolder:plain', class_split: {n}}}\n" for n in ("base", "novel"))
+    suite = suite_of(f"sets:\n{sets}- {{name: all, data: 'imagefolder:plain'}}", tmp_path)
+    suite = Suite(suite.name, suite.entries, tmp_path, world)
+    base, novel = (open_set(suite, entry) for entry in suite.entries[:2])
+    assert isinstance(base, ClassificationSet) and isinstance(novel, ClassificationSet)
+    assert (base.classes, novel.classes) == (["cat", "dog", "guitar"], ["horse", "house", "tree"])
+    assert base.labels.tolist() == novel.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    results = Results(tmp_path / "out")
+    embedder = from_adapter(run_folder, [0.0, 1.0])
+    for _ in range(2):  # the second time nothing is added
+        rows = judge_suite(embedder, suite, results)
+    embedder.close()
+    found = [row for row in results.rows if row["metric"] == "harmonic_mean"]
+    assert len(rows) == 6 and len(results.rows) == 8
+    assert [(row["dataset"], row["alpha"], row["n"]) for row in found] == [
+        ("base and novel", 0.0, 24),
+        ("base and novel", 1.0, 24),
+    ]
+    for row in found:
+        a, b = (r["metrics"]["acc1"] for r in rows if r["alpha"] == row["alpha"] and r["dataset"] != "all")
+        assert row["metrics"] == pytest.approx(
+            {"base": a, "novel": b, "harmonic_mean": 2 * a * b / (a + b) if a and b else 0.0}
+        )
+    shown = Console(file=io.StringIO(), width=120)
+    shown.print(table(rows, "", suite.pairs("test")))
+    text = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert "novel" in text and f"{100 * found[0]['metrics']['harmonic_mean']:.2f}" in text
+
+
+def test_harmonic_mean_by_hand() -> None:
+    assert harmonic(0.5, 0.75) == pytest.approx(0.6)
+    assert harmonic(0.0, 0.75) == 0.0
+
+
+def test_karpathys_splits(world: Path, tmp_path: Path) -> None:
+    def image(name: str, split: str, count: int) -> dict[str, object]:
+        sentences = [{"raw": f"{name} {number}"} for number in range(count)]
+        return {"filepath": "images", "filename": name, "split": split, "sentences": sentences}
+
+    images = [image("0.jpg", "test", 6), image("1.jpg", "train", 5), image("2.jpg", "test", 2)]
+    (tmp_path / "dataset.json").write_text(json.dumps({"images": images}), encoding="utf-8")
+    (tmp_path / "images").symlink_to(world / "images")
+    fields = "task: retrieval, data: 'karpathy:dataset.json@test', images: ., max_captions: 5"
+    data = open_set(suite := suite_of(f"sets: [{{name: a, {fields}}}]", tmp_path), suite.entries[0])
+    assert isinstance(data, RetrievalSet)
+    assert data.captions == [f"0.jpg {number}" for number in range(5)] + ["2.jpg 0", "2.jpg 1"]
+    assert data.image_of.tolist() == [0] * 5 + [1] * 2
+    assert [read() for read in data.images] == [(world / "images" / f"{n}.jpg").read_bytes() for n in (0, 2)]
+    for name, message in (("dataset.json@val", "it has test, train"), ("none.json", "could not read")):
+        suite = suite_of(f"sets: [{{name: a, task: retrieval, data: 'karpathy:{name}'}}]", tmp_path)
+        with pytest.raises(RAdapterError, match=message):
+            open_set(suite, suite.entries[0])
 
 
 def test_imagenet_and_its_shifts_with_clips_names(tmp_path: Path) -> None:
