@@ -85,6 +85,7 @@ def _show(server: TritonServer) -> None:
     console = Console()
     console.print(table)
     print(f"HTTP     {server.http_url}\ngRPC     {server.grpc_url}\nmetrics  {server.metrics_url}")
+    print(f"indexes  {server.indexes}")
     if "classify" in server.models:
         print(f"\ntry:\n{curl(server.http_url)}\n")
     print("A new export is served after a restart. Ctrl-C stops the server.", flush=True)

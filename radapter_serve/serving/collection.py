@@ -35,12 +35,14 @@ class Collection:
     """The image files of a source.
 
     Args:
+        source: as it can be opened from anywhere.
         root: folder that ids start from.
-        items: in the order of their ids, or of the table.
+        items: folder by folder, or in the order of the table.
         columns: the table's columns without that of the images, as Arrow types by name.
         repeated: rows of the table left out, for an earlier one names the same image.
     """
 
+    source: str
     root: Path
     items: list[Item]
     columns: dict[str, Any]
@@ -62,7 +64,7 @@ def open_collection(source: str, *, image_column: str = "image", root: Path | No
     kind, colon, place = source.partition(":")
     if not colon or kind not in ("folder", "csv", "parquet"):
         kind, place = "folder", source
-    path = Path(place).absolute()
+    path = Path(os.path.abspath(place))  # noqa: PTH100  # without "..", symbolic links as they are
     if kind == "folder":
         if not path.is_dir():
             raise RAdapterError(f"{source} is no folder; give a folder of images, csv:FILE or parquet:FILE")
@@ -70,14 +72,9 @@ def open_collection(source: str, *, image_column: str = "image", root: Path | No
         items = [Item(_id(file, root), file) for file in _images(path)]
         if not items:
             raise RAdapterError(f"{source} holds no image; an index takes {', '.join(SUFFIXES)}, in any folder of it")
-        return Collection(root, items, {})
+        return Collection(f"folder:{path}" if ":" in str(path) else str(path), root, items, {})
     root = root or path.parent
     return _of_table(kind, path, image_column, root)
-
-
-def file_of(id: str, root: Path) -> Path:
-    """Where the image of that id lies."""
-    return root / id
 
 
 def _id(file: Path, root: Path) -> str:
@@ -111,7 +108,7 @@ def _of_table(kind: str, path: Path, image_column: str, root: Path) -> Collectio
         items.setdefault(_id(file, root), Item(_id(file, root), file, row))
     if not items:
         raise RAdapterError(f"{path} has no row, so there is nothing to index")
-    return Collection(root, list(items.values()), columns, len(names) - len(items))
+    return Collection(f"{kind}:{path}", root, list(items.values()), columns, len(names) - len(items))
 
 
 def _read(kind: str, path: Path) -> Any:

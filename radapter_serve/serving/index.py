@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 def rebuild(folder: Path, facts: dict[str, Any] | None = None) -> str:
     """The command that builds an index again."""
-    return f"radapter-index build {(facts or {}).get('source', 'SOURCE')} --out {folder}"
+    source = shlex.quote(facts["source"]) if facts else "SOURCE"
+    return f"radapter-index build {source} --out {shlex.quote(str(folder))}"
 
 
 def check_condition(where: str) -> str:

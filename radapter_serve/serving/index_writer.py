@@ -232,21 +232,31 @@ class Writer:
         chosen = np.random.default_rng(0).choice(len(self.known), queries, replace=False)
         asked = vectors_of(self._table.take_offsets(sorted(map(int, chosen))).select(["vector"]).to_arrow()["vector"])
 
-        def found(query: Any) -> set[str]:
-            return set(query.limit(TOP_K + 1).select(["path", "_distance"]).to_arrow()["path"].to_pylist()[1:])
-
-        def search(vector: NDArray[np.float32]) -> Any:
+        def found(vector: NDArray[np.float32], nprobes: int, refine: int) -> set[str]:
             query: Any = self._table.search(vector)
-            return query.distance_type("dot")
+            query = query.distance_type("dot").nprobes(nprobes).refine_factor(refine).limit(TOP_K + 1)
+            return set(query.select(["path", "_distance"]).to_arrow()["path"].to_pylist()[1:])
 
-        truth = [found(search(vector).bypass_vector_index()) for vector in asked]
+        truth = self._nearest(asked)
         recall = 0.0
         for nprobes, refine in _EFFORTS:
-            hits = [found(search(vector).nprobes(nprobes).refine_factor(refine)) for vector in asked]
+            hits = [found(vector, nprobes, refine) for vector in asked]
             recall = sum(len(a & b) for a, b in zip(truth, hits, strict=True)) / (queries * TOP_K)
             if recall >= RECALL:
                 break
         return {"nprobes": nprobes, "refine_factor": refine, "recall": recall}
+
+    def _nearest(self, asked: NDArray[np.float32]) -> list[set[str]]:
+        """Ids of the nearest ten of each vector, itself left out, by comparing all in one pass over the table."""
+        scores = np.zeros((len(asked), 0), np.float32)
+        ids = np.empty((len(asked), 0), object)
+        for batch in self._table.search().select(["path", "vector"]).to_batches():
+            names = np.array(batch["path"].to_pylist(), object)
+            scores = np.concatenate([scores, asked @ vectors_of(batch["vector"]).T], axis=1)
+            ids = np.concatenate([ids, np.broadcast_to(names, (len(asked), len(names)))], axis=1)
+            best = np.argsort(-scores, axis=1)[:, : TOP_K + 1]
+            scores, ids = np.take_along_axis(scores, best, 1), np.take_along_axis(ids, best, 1)
+        return [set(row[1:]) for row in ids]
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def build(
     collection = open_collection(source, image_column=image_column)
     facts: dict[str, Any] = {
         "format": FORMAT,
-        "source": source,
+        "source": collection.source,
         "image_column": image_column,
         "root": collection.root.as_posix(),
         "release_digest": release_digest(release.facts),
@@ -124,9 +124,11 @@ def build(
             writer.finish(summary, datetime.timedelta(milliseconds=1))
             plan.unlink()
             _replace(staged, out)
-        except BaseException:
+        except BaseException as error:
             if not _rows(staged):  # nothing to resume
                 shutil.rmtree(staged, ignore_errors=True)
+            elif isinstance(error, RAdapterError):
+                raise RAdapterError(f"{error}; what is embedded is kept, go on with --resume") from error
             raise
     return summary
 

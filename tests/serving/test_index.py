@@ -266,14 +266,15 @@ def test_broken_images(photos: Path, tmp_path: Path, release: FakeRelease) -> No
     (photos / "empty.jpg").write_bytes(b"")
     (photos / "cut.jpg").write_bytes((photos / "a.jpg").read_bytes()[:200])
     (photos / "gone.png").symlink_to(tmp_path / "nowhere")
+    Path(os.fsdecode(os.fsencode(photos) + b"/\xff.jpg")).write_bytes((photos / "a.jpg").read_bytes())
     with pytest.raises(RAdapterError, match="can't be indexed"):
         build(str(photos), tmp_path / "index", release)
     assert not list(tmp_path.glob("*index*"))
     summary = build(str(photos), tmp_path / "index", release, on_broken="skip")
-    assert summary.count == 12 and set(summary.broken) == {"empty.jpg", "cut.jpg", "gone.png"}
+    assert summary.count == 12 and set(summary.broken) == {"empty.jpg", "cut.jpg", "gone.png", "\udcff.jpg"}
     lines = (tmp_path / "index" / "broken.txt").read_text(encoding="utf-8").splitlines()
-    assert [line.split("\t")[0] for line in lines] == ["cut.jpg", "empty.jpg", "gone.png"]
-    assert verify(tmp_path / "index").ok
+    assert [line.split("\t")[0] for line in lines] == ["cut.jpg", "empty.jpg", "gone.png", r"\udcff.jpg"]
+    assert verify(tmp_path / "index").new == ["\udcff.jpg"]
 
 
 def test_nothing_is_written_where_there_is_nothing_to_index(tmp_path: Path, release: FakeRelease) -> None:

@@ -17,6 +17,7 @@ import tritonclient.grpc as grpc
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+from radapter_serve.cli.index import main
 from radapter_serve.serving.indexing import build
 from radapter_serve.serving.release import LocalRelease
 from radapter_serve.serving.server import TritonServer, free_ports
@@ -80,6 +81,11 @@ def test_retrieve(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -
     assert Image.open(io.BytesIO(found["thumbnail"][0])).format == "JPEG"
     assert len(ask(server, image=photo(3), index="photos")["id"]) == 6
     assert len(ask(server, text="a cat", index="photos", where="width > 1000")["id"]) == 0
+
+    arguments = ["build", str(folder / "photos"), "--out", str(folder / "indexes" / "by-url"), "--url", server.grpc_url]
+    assert main(arguments) == 0  # the server itself embeds
+    found = ask(server, image=photo(3), index="by-url", top_k=1)
+    assert found["id"][0].decode() == "3é.png" and found["score"][0] > 0.9999
 
     (folder / "photos" / "new.png").write_bytes(photo(99))
     build(str(folder / "photos"), folder / "indexes" / "photos", release)  # replaced

@@ -1,0 +1,107 @@
+"""The task `retrieve` without a server: names, indexes that come, change and go, and what is computed when."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from test_index import FakeRelease, embeds_of, write
+
+from radapter_serve.serving.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
+from radapter_serve.serving.indexing import add, build
+from radapter_serve.serving.retrieve import Retrieve, RetrieveRequest
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for number in range(4):
+        write(tmp_path / "photos" / f"{number}.png", number)
+    return tmp_path / "photos"
+
+
+def task(folder: Path, release: FakeRelease) -> Retrieve:
+    def embed_image(image: bytes) -> NDArray[np.float32]:
+        return release.encode_images([release.prepare(image)])[0]
+
+    def embed_text(text: bytes) -> NDArray[np.float32]:
+        return np.eye(16, dtype=np.float32)[len(text)]
+
+    return Retrieve(release.facts, folder, embed_text, embed_image)
+
+
+def test_answers_and_what_they_cost(photos: Path, tmp_path: Path) -> None:
+    release = FakeRelease()
+    build(str(photos), tmp_path / "indexes" / "photos", release)
+    retrieve = task(tmp_path / "indexes", release)
+    embeds = embeds_of(release, sorted(photos.iterdir()))
+    found = retrieve(RetrieveRequest(b"photos", text=b"abc", top_k=2))
+    best = np.argsort(-embeds[:, 3])[:2]
+    assert list(found.ids) == [f"{number}.png" for number in best] and found.thumbnails is None
+    np.testing.assert_allclose(found.scores, embeds[best, 3], atol=1e-6)
+    assert [json.loads(text)["path"] for text in found.metadata] == list(found.ids)
+    image = (photos / "2.png").read_bytes()
+    found = retrieve(RetrieveRequest(b"photos", image=image, thumbnails=True))
+    assert found.ids[0] == "2.png" and len(found.ids) == 4 and found.thumbnails is not None
+    assert all(thumbnail.startswith(b"\xff\xd8") for thumbnail in found.thumbnails)
+    assert len(retrieve(RetrieveRequest(b"photos", text=b"a", where=b"path = 'x'")).ids) == 0
+
+
+def test_indexes_come_change_and_go(photos: Path, tmp_path: Path) -> None:
+    release = FakeRelease()
+    retrieve = task(tmp_path / "indexes", release)
+
+    def count() -> int:
+        return len(retrieve(RetrieveRequest(b"photos", text=b"a", top_k=100)).ids)
+
+    with pytest.raises(TaskError, match="none in .*radapter-index build"):
+        count()
+    build(str(photos), tmp_path / "indexes" / "photos", release)
+    assert count() == 4 and retrieve.index("photos") is retrieve.index("photos")
+    write(photos / "new.png", 9)
+    add(tmp_path / "indexes" / "photos", release)
+    assert count() == 5
+    (photos / "0.png").unlink()
+    build(str(photos), tmp_path / "indexes" / "photos", release)
+    assert count() == 4
+    shutil.rmtree(tmp_path / "indexes" / "photos")
+    with pytest.raises(TaskError) as error:
+        count()
+    assert error.value.code == UNKNOWN_INDEX
+
+
+def test_refusals(photos: Path, tmp_path: Path) -> None:
+    build(str(photos), tmp_path / "indexes" / "photos", FakeRelease())
+    build(str(photos), tmp_path / "outside", FakeRelease())
+    (tmp_path / "indexes" / "broken").mkdir()
+    (tmp_path / "indexes" / "broken" / "index.json").write_text("{")
+    retrieve = task(tmp_path / "indexes", FakeRelease())
+    for name in (
+        b"../outside",
+        b"..",
+        b".",
+        b"",
+        b"photos/",
+        str(tmp_path / "outside").encode(),
+        b"photos\n",
+        b"broken",
+    ):
+        with pytest.raises(TaskError) as error:
+            retrieve(RetrieveRequest(name, text=b"a"))
+        assert error.value.code == UNKNOWN_INDEX
+    for request in (
+        RetrieveRequest(b"photos"),
+        RetrieveRequest(b"photos", text=b"a", image=b"b"),
+        RetrieveRequest(b"photos", text=b"a", where=b"\xff"),
+        RetrieveRequest(b"\xff", text=b"a"),
+        RetrieveRequest(b"photos", text=b"a", top_k=0),
+    ):
+        with pytest.raises(TaskError) as error:
+            retrieve(request)
+        assert error.value.code == INVALID_ARGUMENT
+    with pytest.raises(TaskError, match=r"alpha 0\.5.*alpha 0\.9.*radapter-index build .*photos --out") as error:
+        task(tmp_path / "indexes", FakeRelease(alpha=0.9))(RetrieveRequest(b"photos", text=b"a"))
+    assert error.value.code == INDEX_MISMATCH
