@@ -16,7 +16,7 @@ from radapter_serve.serving.masks import MaskCrop
 from radapter_serve.serving.preprocess import Preprocess
 from radapter_serve.serving.refine import refine
 from radapter_serve.serving.tasks import EncodeImages
-from radapter_serve.serving.windows import Axis, window_starts
+from radapter_serve.serving.windows import BLOCK, Axis, upsampled, window_starts
 
 EncodePatches = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 Cancelled = Callable[[], bool]
@@ -27,8 +27,6 @@ MAX_LABELS = 65_534  # the background's index and every label's fit into uint16
 MAX_WINDOWS = 500
 MAX_REFINE = 100
 MAX_VALUES = 2**27  # cosines of one image in memory, half a gigabyte
-_BLOCK = 2**22  # values worked on at once
-_COLUMNS = 256
 
 
 @dataclass(frozen=True)
@@ -153,14 +151,14 @@ class Segmenter:
         if options.refine:
             _check_values(height * width, len(embeds), "to refine; or leave refine out")
             maps = np.empty((height, width, len(embeds)), np.float32)
-            for where, part in _upsampled(values, replace(rows, pixels=height), replace(columns, pixels=width)):
+            for where, part in upsampled(values, replace(rows, pixels=height), replace(columns, pixels=width)):
                 check()
                 maps[where] = part
             refine(maps, working, options.refine, check)
             values = maps
             rows, columns = (Axis(a.pixels, a.working, a.working, a.working, (0,)) for a in (rows, columns))
         tally = _Tally((image.height, image.width), len(embeds), options.threshold)
-        for where, cosines in _upsampled(values, rows, columns):
+        for where, cosines in upsampled(values, rows, columns):
             check()
             best = cosines.argmax(-1)
             cosines -= np.take_along_axis(cosines, best[..., None], -1)
@@ -229,7 +227,7 @@ class Segmenter:
             classes = scores[used] ** np.float32(1 - weight) * classes ** np.float32(weight)
         flat, whole = masks.reshape(len(masks), -1), None
         tally = _Tally((flat.shape[1],), len(embeds), options.threshold)
-        step = max(1, _BLOCK // max(len(masks), len(embeds)))
+        step = max(1, BLOCK // max(len(masks), len(embeds)))
         for where in (slice(start, start + step) for start in range(0, flat.shape[1], step)):
             check()
             part = flat[:, where][used]
@@ -308,28 +306,6 @@ class _Tally:
     def result(self, shape: tuple[int, ...] | None = None) -> Segmented:
         scores = np.asarray(self._sums / np.maximum(self._pixels, 1), np.float32)
         return Segmented(self._mask if shape is None else self._mask.reshape(shape), scores)
-
-
-def _upsampled(
-    values: NDArray[np.float32], rows: Axis, columns: Axis
-) -> Iterator[tuple[tuple[slice, slice], NDArray[np.float32]]]:
-    """The values [k, l, C] of patches at the image's own pixels, block by block: where, and float32 [h, w, C]."""
-    count = values.shape[2]
-    across = [
-        (
-            slice(left, min(left + _COLUMNS, columns.pixels)),
-            *columns.weights(left, min(left + _COLUMNS, columns.pixels)),
-        )
-        for left in range(0, columns.pixels, _COLUMNS)
-    ]
-    step = max(1, _BLOCK // (min(columns.pixels, _COLUMNS) * count))
-    for top in range(0, rows.pixels, step):
-        bottom = min(top + step, rows.pixels)
-        above, down = rows.weights(top, bottom)
-        for where, beside, right in across:
-            part = values[above, beside]
-            part = (down @ part.reshape(len(part), -1)).reshape(len(down), -1, count)
-            yield (slice(top, bottom), where), right @ part
 
 
 def _check_labels(embeds: NDArray[np.float32]) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+BLOCK = 2**22  # values worked on at once: bounds the memory
+_COLUMNS = 256
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -64,6 +69,23 @@ class Axis:
                 total[inside, index, high] += share
         total /= total.sum((1, 2), keepdims=True)
         return total.reshape(len(positions), -1)
+
+
+def upsampled(
+    values: NDArray[np.float32], rows: Axis, columns: Axis
+) -> Iterator[tuple[tuple[slice, slice], NDArray[np.float32]]]:
+    """The values [k, l, C] of patches at the image's own pixels, block by block: where, and float32 [h, w, C]."""
+    count = values.shape[2]
+    edges = [*range(0, columns.pixels, _COLUMNS), columns.pixels]
+    across = [(slice(left, right), *columns.weights(left, right)) for left, right in itertools.pairwise(edges)]
+    step = max(1, BLOCK // (min(columns.pixels, _COLUMNS) * count))
+    for top in range(0, rows.pixels, step):
+        bottom = min(top + step, rows.pixels)
+        above, down = rows.weights(top, bottom)
+        for where, beside, along in across:
+            part = values[above, beside]
+            part = (down @ part.reshape(len(part), -1)).reshape(len(down), -1, count)
+            yield (slice(top, bottom), where), along @ part
 
 
 def _between(
