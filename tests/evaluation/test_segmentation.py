@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from radapter_serve.evaluation.embedder import (
 from radapter_serve.evaluation.judge import judge
 from radapter_serve.evaluation.metrics import confusion, segmentation_metrics
 from radapter_serve.evaluation.results import Results
-from radapter_serve.evaluation.run import judge_suite
+from radapter_serve.evaluation.run import choose_alpha, judge_suite
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Suite, load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter
@@ -167,7 +168,7 @@ def dense_run(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """The run of random values, as if trained for naclip."""
     adapter = load_adapter(run_folder)
     recipe = {"dense": "naclip", "mask_padding": 0.1, "mask_square": False}
-    metadata = adapter.metadata.__class__(**{**vars(adapter.metadata), "recipe": recipe, "task": "segmentation"})
+    metadata = dataclasses.replace(adapter.metadata, recipe=recipe, task="segmentation")
     run = tmp_path_factory.mktemp("runs") / "dense"
     run.mkdir()
     save_adapter(Adapter(adapter.tensors, metadata), run / "adapter.safetensors")
@@ -268,3 +269,30 @@ def test_an_error_names_the_image(masked: Path) -> None:
     suite = suite_of(masked, "- {name: a, dense: naclip, short_side: 8}")
     with pytest.raises(RAdapterError, match=r"data set 'a', 0.png: .*short_side is 8; at least 32"):
         judge(Oracle(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("task", "recipe", "metric", "n"),
+    [
+        ("segmentation", {"val_data": "masks:{masked}/data"}, "miou", 6),
+        ("segmentation", {"val_data": "masks:{masked}/data", "dense": "naclip"}, "miou", 6),
+        ("retrieval", {"val_data": "csv:{world}/captions.csv"}, "image_retrieval_recall@1", 12),
+    ],
+)
+def test_alpha_is_chosen_on_the_runs_own_validation_data(
+    task: str, recipe: dict[str, str], metric: str, n: int, masked: Path, world: Path, run_folder: Path, tmp_path: Path
+) -> None:
+    adapter = load_adapter(run_folder)
+    own = {name: value.format(masked=masked, world=world) for name, value in recipe.items()}
+    metadata = dataclasses.replace(adapter.metadata, recipe=own, task=task)
+    save_adapter(Adapter(adapter.tensors, metadata), tmp_path / "adapter.safetensors")
+    embedder = from_adapter(tmp_path, [0.0, 1.0])
+    results = Results(tmp_path / "out")
+    choice, file = choose_alpha(embedder, tmp_path, None, results)
+    embedder.close()
+    assert file == tmp_path / "alpha.json"
+    assert choice.sets["validation"]["metric"] == metric and choice.sets["validation"]["n"] == n
+    scores = {row["alpha"]: row["metrics"][metric] for row in results.rows}
+    assert choice.alpha == min(alpha for alpha, score in scores.items() if score == max(scores.values()))
+    if task == "segmentation":
+        assert {row["dense"] for row in results.rows} == {recipe.get("dense", "proposals")}
