@@ -129,7 +129,7 @@ def patch_features(visual: Any, pixels: Tensor, way: Way, near: Tensor | None = 
         x = attended
     x = visual.ln_post(x[:, 1:])
     embeds: Tensor = x if visual.proj is None else x @ visual.proj
-    return embeds.unflatten(1, visual.grid_size)
+    return embeds.reshape(-1, *visual.grid_size, embeds.shape[-1])
 
 
 def neighbourhood(grid: int, std: float) -> Tensor:
