@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from radapter_serve.adapter import Adapter
 
 TINY_CLIP = {
     "embed_dim": 32,
@@ -39,29 +44,40 @@ def tiny_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"local-dir:{folder}"
 
 
+@pytest.fixture(scope="session")
+def random_adapter(tiny_clip_dir: str) -> Callable[..., Adapter]:
+    """Makes an adapter of random values for the tiny CLIP: their standard deviation, and fields of its metadata."""
+
+    def make(scale: float = 0.2, **metadata: Any) -> Adapter:
+        import torch
+
+        from radapter_serve.adapter import Metadata, attach, base_digest
+        from radapter_serve.base import load_base
+
+        base = load_base(tiny_clip_dir)
+        adapters = attach(base.model)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for tensor in adapters.named_tensors().values():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
+        digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
+        return adapters.adapter(Metadata(architecture=tiny_clip_dir, base_digest=digest, **metadata))
+
+    return make
+
+
 EXPORTED_ALPHAS = (0.3, 0.8)
 EXPORTED_LABELS = ("cat, kitty", "a dog in the SNOW", "don't know", "猫")
 
 
 @pytest.fixture(scope="session")
-def exported_tiny_clip(tiny_clip_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported_tiny_clip(random_adapter: Callable[..., Adapter], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `model_repository` and `merged`: an adapter of the tiny CLIP, exported, with a label set `four`."""
-    import torch
-
     from radapter_export import export_release
-    from radapter_serve.adapter import Metadata, attach, base_digest, save_adapter
-    from radapter_serve.base import load_base
+    from radapter_serve.adapter import save_adapter
 
     folder = tmp_path_factory.mktemp("exported")
-    base = load_base(tiny_clip_dir)
-    adapters = attach(base.model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in adapters.named_tensors().values():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.05)
-    digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
-    adapter = adapters.adapter(Metadata(architecture=tiny_clip_dir, base_digest=digest))
-    save_adapter(adapter, folder / "adapter.safetensors")
+    save_adapter(random_adapter(scale=0.05), folder / "adapter.safetensors")
     (folder / "labels.txt").write_text("\n".join(EXPORTED_LABELS), encoding="utf-8")
     export_release(
         folder / "adapter.safetensors",

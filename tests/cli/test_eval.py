@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from radapter_export import export_release
-from radapter_serve.adapter import Metadata, attach, base_digest, save_adapter
-from radapter_serve.base import load_base
+from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.cli.eval import main
 from radapter_serve.cli.export import main as export
 
@@ -28,7 +27,7 @@ sets:
 
 
 @pytest.fixture(scope="module")
-def made(tiny_clip_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(random_adapter: Callable[..., Adapter], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`data` with three small image folders, `suite.yaml`, `runs/tiny`."""
     root = tmp_path_factory.mktemp("eval")
     generator = np.random.default_rng(0)
@@ -41,16 +40,8 @@ def made(tiny_clip_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "suite.yaml").write_text(SUITE, encoding="utf-8")
     run = root / "runs" / "tiny"
     run.mkdir(parents=True)
-    base = load_base(tiny_clip_dir)
-    adapters = attach(base.model)
-    generator_ = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for tensor in adapters.named_tensors().values():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator_) * 0.2)
-    digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
     recipe = {"val_data": f"imagefolder:{root / 'data' / 'held-out'}", "image_column": "image", "label_column": "label"}
-    metadata = Metadata(architecture=tiny_clip_dir, base_digest=digest, alpha=0.5, recipe=recipe)
-    save_adapter(adapters.adapter(metadata), run / "adapter.safetensors")
+    save_adapter(random_adapter(alpha=0.5, recipe=recipe), run / "adapter.safetensors")
     return root
 
 

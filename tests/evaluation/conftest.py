@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from radapter_serve.adapter import Metadata, attach, base_digest, save_adapter
-from radapter_serve.base import load_base
+from radapter_serve.adapter import Adapter, save_adapter
 
 CLASSES = ["cat", "dog", "guitar", "horse", "house", "tree"]
 SUITE = """
@@ -62,17 +61,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run_folder(tiny_clip_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(random_adapter: Callable[..., Adapter], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with an adapter of random values."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
     run.mkdir()
-    base = load_base(tiny_clip_dir)
-    adapters = attach(base.model)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for tensor in adapters.named_tensors().values():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.2)
-    digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
-    metadata = Metadata(architecture=tiny_clip_dir, base_digest=digest, alpha=0.5)
-    save_adapter(adapters.adapter(metadata), run / "adapter.safetensors")
+    save_adapter(random_adapter(alpha=0.5), run / "adapter.safetensors")
     return run
