@@ -28,11 +28,12 @@ from radapter_serve.evaluation.embedder import (
 )
 from radapter_serve.evaluation.judge import judge
 from radapter_serve.evaluation.metrics import confusion, segmentation_metrics
+from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
 from radapter_serve.evaluation.results import Results
 from radapter_serve.evaluation.run import choose_alpha, judge_suite
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Suite, load_suite
-from radapter_serve.evaluation.torch_embedder import from_adapter
+from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
 from radapter_serve.serving.masks import MaskCrop
 from radapter_serve.serving.preprocess import Preprocess, decode
 from radapter_serve.serving.segment import Segmenter
@@ -219,6 +220,46 @@ def test_every_alpha_is_the_folded_model(masked: Path, dense_run: Path, tiny_cli
         expected = segmenter.dense(decode(image.data()), classifier.numpy(), data.query(Named()).options).mask
         assert (mask == expected).mean() > 0.999
     assert len(np.unique(np.stack(found))) > 1
+
+
+@pytest.fixture(scope="module")
+def dense_release(dense_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model_repository` and `merged`: that run at α = 0.6."""
+    from radapter_export import export_release
+
+    folder = tmp_path_factory.mktemp("dense-release")
+    export_release(dense_run, [0.6], model_repository=folder / "model_repository", merged=folder / "merged")
+    return folder
+
+
+def alike(masks: Sequence[NDArray[np.uint16]], others: Sequence[NDArray[np.uint16]]) -> bool:
+    """Whether two ways of running a model label the pixels alike, but for those that lie between two labels."""
+    return all((one == other).mean() > 0.999 for one, other in zip(masks, others, strict=True))
+
+
+def test_a_run_its_checkpoint_and_its_release_give_the_same_masks(
+    masked: Path, dense_run: Path, dense_release: Path
+) -> None:
+    suite = suite_of(masked, SETS)
+    run = masks_of(from_adapter(dense_run, [0.6]), suite)
+    merged = masks_of(from_merged(dense_release / "merged"), suite)
+    release = masks_of(ReleaseEmbedder(str(dense_release / "model_repository")), suite)
+    for name, masks in run.items():
+        assert alike(masks, merged[name]) and alike(masks, release[name]), name
+    assert len(np.unique(np.stack(run["dense"]))) > 1
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_live_server_gives_the_same_masks(masked: Path, dense_release: Path, protocol: str) -> None:
+    from radapter_serve.evaluation.server_embedder import ServerEmbedder
+    from radapter_serve.serving.server import TritonServer, free_ports
+
+    suite, repository = suite_of(masked, SETS), dense_release / "model_repository"
+    with TritonServer(repository, "127.0.0.1", *free_ports()) as server:
+        served = masks_of(ServerEmbedder(server.grpc_url if protocol == "grpc" else server.http_url), suite)
+    for name, masks in masks_of(ReleaseEmbedder(str(repository)), suite).items():
+        assert alike(masks, served[name]), name
 
 
 class Named(Oracle):
