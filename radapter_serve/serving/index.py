@@ -13,6 +13,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.errors import INVALID_ARGUMENT, TaskError
+from radapter_serve.serving.errors import INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
 
 FORMAT = 1
 FACTS, TABLE = "index.json", "images"
@@ -28,6 +29,7 @@ FACTS, TABLE = "index.json", "images"
 EXACT = 100_000
 MAX_TOP_K = 1000
 MAX_CONDITION = 2000  # characters
+MAX_OPERATORS = 300  # with names and brackets: the engine's stack overflows on deeper conditions, and ends the process
 _FUNCTIONS = ("cast", "coalesce", "length", "lower", "upper")
 _BEFORE_BRACKET = ("and", "or", "not", "in", *_FUNCTIONS)
 _SQL = re.compile(
@@ -104,20 +106,56 @@ class Index:
         if not 1 <= top_k <= MAX_TOP_K:
             raise TaskError(INVALID_ARGUMENT, f"top_k is {top_k}; allowed are whole numbers from 1 to {MAX_TOP_K}")
         condition = check_condition(where) if where and where.strip() else None
-        columns = [*self._columns, *(["thumbnail"] if thumbnails else []), "_distance"]
-        query: Any = self.table.search(np.asarray(embedding, np.float32))
-        query = query.distance_type("dot").limit(top_k).select(columns)
-        with _condition_errors(where, self._columns):
-            if condition is not None:
-                query = query.where(condition, prefilter=True)
-            effort = self.facts["engine"].get("nprobes")
-            if effort and (condition is None or self.table.count_rows(condition) > EXACT):
-                query = query.nprobes(effort).refine_factor(self.facts["engine"]["refine_factor"])
-            elif effort:
-                query = query.bypass_vector_index()
-            rows = query.to_arrow().to_pylist()
-        hits = [_hit(row) for row in rows]
+        columns = [*self._columns, *(["thumbnail"] if thumbnails else [])]
+        find = self._approximate if "index" in self.facts["engine"] else self._exact
+        with _condition_errors(self.folder, where, self._columns):
+            hits = [_hit(row, score) for row, score in find(embedding, top_k, condition, columns)]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))
+
+    @cached_property
+    def _vectors(self) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
+        """The engine's row ids [N], ascending, and the embeddings, float32 [N, D].
+
+        Read at the first exact search, for numpy compares several times as fast as the engine: at most EXACT of them
+        (205 MB where D is 512) until the index is replaced.
+        """
+        table = self.table.search().select(["vector"]).with_row_id(True).to_arrow()
+        ids = table["_rowid"].to_numpy()
+        vectors = vectors_of(table["vector"])
+        order = np.argsort(ids)
+        return ids[order], vectors if (order[1:] > order[:-1]).all() else vectors[order]
+
+    def _exact(
+        self, embedding: NDArray[np.float32], top_k: int, condition: str | None, columns: list[str]
+    ) -> Iterator[tuple[dict[str, Any], float]]:
+        """Rows and scores, of all that meet the condition."""
+        ids, vectors = self._vectors
+        scores = vectors @ embedding
+        if condition is not None:
+            met = self.table.search().where(condition).select(["path"]).with_row_id(True).to_arrow()
+            which = np.searchsorted(ids, met["_rowid"].to_numpy())
+            ids, scores = ids[which], scores[which]
+        best = np.argsort(-scores)[:top_k] if len(ids) <= top_k else np.argpartition(-scores, top_k)[:top_k]
+        found = dict(zip(ids[best].tolist(), scores[best].tolist(), strict=True))
+        if found:
+            for row in self.table.take_row_ids(list(found)).select(columns).with_row_id().to_arrow().to_pylist():
+                yield row, found[row.pop("_rowid")]
+
+    def _approximate(
+        self, embedding: NDArray[np.float32], top_k: int, condition: str | None, columns: list[str]
+    ) -> Iterator[tuple[dict[str, Any], float]]:
+        """The same by the engine's approximate index, but for conditions that leave few."""
+        engine = self.facts["engine"]
+        query: Any = self.table.search(np.asarray(embedding, np.float32))
+        query = query.distance_type("dot").limit(top_k).select([*columns, "_distance"])
+        if condition is not None:
+            query = query.where(condition, prefilter=True)
+        if condition is None or self.table.count_rows(condition) > EXACT:
+            query = query.nprobes(engine["nprobes"]).refine_factor(engine["refine_factor"])
+        else:
+            query = query.bypass_vector_index()
+        for row in query.to_arrow().to_pylist():
+            yield row, 1.0 - row.pop("_distance")
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -152,7 +190,7 @@ def check_condition(where: str) -> str:
     """
     if len(where) > MAX_CONDITION:
         raise TaskError(INVALID_ARGUMENT, f"where has {len(where)} characters; at most {MAX_CONDITION} are allowed")
-    place, last = 0, ""
+    place, last, operators = 0, "", 0
     while place < len(where):
         found = _SQL.match(where, place)
         if found is None:
@@ -163,7 +201,14 @@ def check_condition(where: str) -> str:
             last = (found["word"] or found["name"] or found[0]).lower()
         if found["word"] and last in ("select", "from"):
             raise TaskError(INVALID_ARGUMENT, f"where has {found[0]!r}, and takes no query; {_ALLOWED}")
+        operators += not (found[0].isspace() or found["text"] or found["number"] or found[0] == ",")
         place = found.end()
+    if operators > MAX_OPERATORS:
+        raise TaskError(
+            INVALID_ARGUMENT,
+            f"where has {operators} operators, names and brackets; at most {MAX_OPERATORS} are allowed: write a list "
+            "as path IN ('a.jpg', 'b.jpg')",
+        )
     return where
 
 
@@ -182,14 +227,16 @@ def engine_errors(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _condition_errors(where: str | None, columns: Sequence[str]) -> Iterator[None]:
+def _condition_errors(folder: Path, where: str | None, columns: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the engine's is no Exception
         if where is None:
-            raise RAdapterError(f"the index failed: {_short(error)}") from error
+            raise TaskError(
+                UNKNOWN_INDEX, f"the index {folder} can't be searched: {_short(error)}; see radapter-index verify"
+            ) from error
         raise TaskError(
             INVALID_ARGUMENT, f"where {where!r:.200} fails: {_short(error)}; the columns: {', '.join(columns)}"
         ) from None
@@ -201,8 +248,13 @@ def _short(error: BaseException) -> str:
     return re.sub(r"(, /\S+\.rs.*| \(code=.*)$", "", line)[:300].removeprefix("Invalid input, ")
 
 
-def _hit(row: dict[str, Any]) -> Hit:
-    score = 1.0 - row.pop("_distance")
+def vectors_of(column: Any) -> NDArray[np.float32]:
+    """An Arrow column of embeddings as float32 [N, D]."""
+    array = column.combine_chunks() if hasattr(column, "combine_chunks") else column
+    return np.asarray(array.flatten().to_numpy(zero_copy_only=False), np.float32).reshape(len(array), -1)
+
+
+def _hit(row: dict[str, Any], score: float) -> Hit:
     thumbnail = row.pop("thumbnail", None) or b""
     return Hit(row["path"], score, {name: _plain(value) for name, value in row.items()}, thumbnail)
 

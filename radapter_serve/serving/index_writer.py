@@ -25,10 +25,11 @@ from PIL import Image, ImageOps
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.collection import Collection, Item
 from radapter_serve.serving.errors import TaskError
-from radapter_serve.serving.index import EXACT, FACTS, TABLE, engine_errors, rebuild
+from radapter_serve.serving.index import EXACT, FACTS, TABLE, engine_errors, rebuild, vectors_of
 
 BATCH = 256  # images that are embedded, then written; what a killed build loses at most
 BROKEN = "broken.txt"
+_NEVER = datetime.timedelta(days=36500)
 RECALL, TOP_K = 0.95, 10
 # cells probed, and how many times the answers are sorted again by the vectors themselves
 _EFFORTS = ((16, 10), (32, 10), (64, 10), (128, 20), (256, 50), (1024, 100))
@@ -97,15 +98,23 @@ class Writer:
             self.known = {row["path"]: (row["digest"], self._hash(row)) for batch in rows for row in batch.to_pylist()}
         self._digests = {digest for digest, _ in self.known.values()}
 
-    def check_columns(self, columns: Mapping[str, Any]) -> None:
-        """Refuse a table whose columns are not those of the index."""
-        own = {name for name in self._own if name not in ("path", "digest")}
-        if columns and set(columns) != own:
-            names = ", ".join(sorted(own)) or "none"
+    def check_columns(self, collection: Collection) -> None:
+        """Refuse a table whose columns, or whose values, the index has no place for."""
+        own = {name: self._schema.field(name).type for name in self._own if name not in ("path", "digest")}
+        again = f"build the index again: {rebuild(self._folder, self._facts)}"
+        if collection.columns and set(collection.columns) != set(own):
             raise RAdapterError(
-                f"the table's columns ({', '.join(sorted(columns))}) are not those of the index ({names}); build the "
-                f"index again: {rebuild(self._folder, self._facts)}"
+                f"the table's columns ({', '.join(sorted(collection.columns))}) are not those of the index "
+                f"({', '.join(sorted(own)) or 'none'}); {again}"
             )
+        for name in collection.columns:
+            try:
+                pa.array([item.row[name] for item in collection.items], own[name])
+            except (pa.ArrowException, OverflowError) as error:
+                raise RAdapterError(
+                    f"the table's column {name!r} is {collection.columns[name]} now, and {own[name]} in the index "
+                    f"({error}); {again}"
+                ) from None
 
     def write(self, collection: Collection, on_broken: OnBroken, progress: Progress | None) -> Summary:
         """Embed and append what is not there yet."""
@@ -145,8 +154,9 @@ class Writer:
         digests = [digest for digest, _ in self.known.values()]
         summary.copies = len(digests) - len(set(digests))
         with engine_errors(self._folder):
+            # What index.json names till it is replaced below must stay, however old.
+            self._table.optimize(cleanup_older_than=_NEVER)
             engine = self._index(self._facts.get("engine", {}))
-            self._table.optimize(cleanup_older_than=keep)
             summary.recall = engine.get("recall")
             engine["table_version"] = self._table.version
         facts = {
@@ -160,6 +170,8 @@ class Writer:
         lines = "".join(f"{id}\t{why}\n" for id, why in sorted(summary.broken.items()))
         _write(self._folder / BROKEN, lines)
         _write(self._folder / FACTS, json.dumps(facts, indent=2, ensure_ascii=False))
+        with engine_errors(self._folder):
+            self._table.optimize(cleanup_older_than=keep)
 
     def _read(self, item: Item) -> _Image:
         """In one of several threads; the file's bytes are given back before the next."""
@@ -224,7 +236,6 @@ class Writer:
             dim = int(self._facts["release"]["embed_dim"])
             self._table.create_index("vector", config=IvfPq("dot", num_sub_vectors=max(1, dim // 8)))
             engine = {"trained_on": count}
-        self._table.optimize()
         return {**basis, "index": "IVF_PQ", "trained_on": engine["trained_on"], **self._tune()}
 
     def _tune(self, queries: int = 100) -> dict[str, float]:
@@ -296,12 +307,6 @@ def _look(data: bytes, size: int) -> dict[str, Any]:
             small.save(out, "JPEG", quality=80)
             look["thumbnail"] = out.getvalue()
     return look
-
-
-def vectors_of(column: Any) -> NDArray[np.float32]:
-    """A column of embeddings as float32 [N, D]."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return np.asarray(array.flatten().to_numpy(zero_copy_only=False), np.float32).reshape(len(array), -1)
 
 
 def digest_of(data: bytes) -> str:

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.collection import open_collection
-from radapter_serve.serving.index import FACTS, FORMAT, TABLE, Index, engine_errors, read_facts, rebuild
+from radapter_serve.serving.index import FACTS, FORMAT, TABLE, Index, engine_errors, read_facts, rebuild, vectors_of
 from radapter_serve.serving.index_writer import (
     BATCH,
     OnBroken,
@@ -31,7 +31,6 @@ from radapter_serve.serving.index_writer import (
     digest_of,
     read_broken,
     threads,
-    vectors_of,
 )
 from radapter_serve.serving.release import release_digest
 
@@ -101,10 +100,11 @@ def build(
         "release_digest": release_digest(release.facts),
         "release": {name: release.facts[name] for name in _NAMES},
         "thumbnails": thumbnails,
+        "columns": {name: str(kind) for name, kind in collection.columns.items()},
     }
     staged = out.with_name(f".{out.name}.building")
     plan = staged / "plan.json"
-    with disk_errors(out), lock(staged):
+    with disk_errors(out), lock(staged), lock(out) if out.exists() else contextlib.nullcontext():
         if resume and plan.is_file():
             before = json.loads(plan.read_text(encoding="utf-8"))
             other = [name for name in facts if name not in ("release", "source") and before.get(name) != facts[name]]
@@ -155,13 +155,14 @@ def add(
         RAdapterError: no index, one of another release, or as of `build`.
     """
     out = out.absolute()
-    facts = read_facts(out)
-    check_release(out, facts, release.facts)
-    root = Path(facts["root"])
-    collection = open_collection(source or facts["source"], image_column=facts["image_column"], root=root)
+    read_facts(out)  # locking would make the folder
     with disk_errors(out), lock(out):
+        facts = read_facts(out)
+        check_release(out, facts, release.facts)
+        root = Path(facts["root"])
+        collection = open_collection(source or facts["source"], image_column=facts["image_column"], root=root)
         writer = Writer(out, facts, release, None)
-        writer.check_columns(collection.columns)
+        writer.check_columns(collection)
         summary = writer.write(collection, on_broken, progress)
         if prune:
             gone = {id for id in writer.known if not os.path.lexists(root / id)}

@@ -97,10 +97,10 @@ class Retrieve:
         try:
             hits = index.search(embedding, top_k, where, thumbnails=request.thumbnails)
         except TaskError:
-            raise
-        except RAdapterError:  # its files were replaced this very moment
-            self._open.pop(name, None)
-            hits = self.index(name).search(embedding, top_k, where, thumbnails=request.thumbnails)
+            before, index = index, self.index(name)
+            if index is before:
+                raise
+            hits = index.search(embedding, top_k, where, thumbnails=request.thumbnails)  # it was replaced meanwhile
         return Retrieved(
             _objects([hit.id for hit in hits]),
             np.array([hit.score for hit in hits], np.float32),
@@ -120,6 +120,7 @@ class Retrieve:
         try:
             state = (folder / FACTS).stat()
         except OSError:
+            self._open.pop(name, None)
             raise TaskError(UNKNOWN_INDEX, f"no index {name!r}; there are: {self._known()}") from None
         key = state.st_mtime_ns, state.st_ino, state.st_size
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving import index_writer
+from radapter_serve.serving import index_writer, indexing
 from radapter_serve.serving.errors import INVALID_ARGUMENT, TaskError
 from radapter_serve.serving.index import FACTS, Index, check_condition
 from radapter_serve.serving.indexing import add, build, verify
@@ -181,6 +182,14 @@ def test_a_bad_condition_is_refused_with_the_columns(
     assert len(index.search(query, 3, "width = 40")) == 3
 
 
+@pytest.mark.parametrize("deep", ["width>" + "+".join(["1"] * 990), "(" * 400 + "width>1" + ")" * 400, "NOT " * 400])
+def test_a_condition_that_would_overflow_the_engines_stack_is_refused(deep: str) -> None:
+    with pytest.raises(TaskError, match="at most 300") as error:
+        check_condition(deep)
+    assert error.value.code == INVALID_ARGUMENT
+    check_condition(f"path IN ({', '.join(['1'] * 600)})")
+
+
 def test_conditions_that_only_compare_are_let_through() -> None:
     for where in ("a in (1, 2) AND NOT (b = 'x(y)')", "cast(a AS int) <= -1.5e3", "ö != 'select' OR `from` = 1"):
         assert check_condition(where) == where
@@ -241,6 +250,69 @@ def test_add_from_elsewhere_and_changed_metadata(photos: Path, tmp_path: Path, r
     (tmp_path / "t.csv").write_text("image,name\nphotos/a.jpg,second\n")
     with pytest.raises(RAdapterError, match="columns"):
         add(tmp_path / "index", release)
+
+
+def test_a_column_of_another_type_is_refused_before_work(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+    (tmp_path / "t.csv").write_text("image,year\nphotos/a.jpg,2001.5\n")
+    build(f"csv:{tmp_path / 't.csv'}", tmp_path / "index", release)
+    (tmp_path / "t.csv").write_text("image,year\nphotos/a.jpg,2001\n")
+    assert add(tmp_path / "index", release).count == 1  # a whole number is one of these, too
+    (tmp_path / "t.csv").write_text("image,year\nphotos/a.jpg,2001\nphotos/deep/er/0.JPG,unknown\n")
+    before = release.embedded
+    with pytest.raises(
+        RAdapterError, match=r"'year' is string now, and double in the index.*radapter-index build csv:"
+    ):
+        add(tmp_path / "index", release)
+    assert release.embedded == before
+
+
+def test_a_build_of_other_columns_is_not_resumed(
+    photos: Path, tmp_path: Path, release: FakeRelease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_writer, "BATCH", 1)
+    table = tmp_path / "t.csv"
+    table.write_text("image,year\nphotos/a.jpg,1\nphotos/gone.jpg,2\n")
+    with pytest.raises(RAdapterError, match="--resume"):
+        build(f"csv:{table}", tmp_path / "index", release)
+    table.write_text("image,year,title\nphotos/a.jpg,1,x\n")
+    with pytest.raises(RAdapterError, match="another columns"):
+        build(f"csv:{table}", tmp_path / "index", release, resume=True)
+
+
+def test_what_is_searched_stays_until_it_is_replaced(
+    photos: Path, tmp_path: Path, release: FakeRelease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An addition that dies before `index.json` is written leaves the old version, however old that is."""
+    build(str(photos), tmp_path / "index", release)
+    write(photos / "new.png", 50)
+
+    def die(*_: Any) -> None:
+        raise RAdapterError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing, "_KEEP", datetime.timedelta(0))
+        patch.setattr(index_writer, "_write", die)
+        with pytest.raises(RAdapterError, match="killed"):
+            add(tmp_path / "index", release)
+    query = np.eye(DIM, dtype=np.float32)[0]
+    assert len(Index(tmp_path / "index").search(query, 100)) == 12
+    add(tmp_path / "index", release)
+    assert len(Index(tmp_path / "index").search(query, 100)) == 13
+
+
+def test_a_folder_that_cannot_be_read_is_said(
+    photos: Path, tmp_path: Path, release: FakeRelease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan = os.scandir
+
+    def scandir(path: str) -> Any:
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(RAdapterError, match=r"cannot read the folder .*deep: Permission denied"):
+        build(str(photos), tmp_path / "index", release)
 
 
 def test_an_addition_that_fails_is_not_seen(
@@ -329,7 +401,12 @@ def test_only_one_writer_at_a_time(photos: Path, tmp_path: Path, release: FakeRe
         with pytest.raises(RAdapterError, match="another radapter-index"):
             build(str(photos), tmp_path / "index", release)
 
+    def addition(done: int, total: int) -> None:
+        with pytest.raises(RAdapterError, match="another radapter-index"):
+            add(tmp_path / "index", release)
+
     build(str(photos), tmp_path / "index", release, progress=again)
+    build(str(photos), tmp_path / "index", release, progress=addition)  # it would be lost, or spoil the new one
     assert names(tmp_path) == {"photos", "index"}
     assert names(tmp_path / "index") == {FACTS, "broken.txt", "images.lance"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from test_index import FakeRelease, embeds_of, write
 
 from radapter_serve.serving.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
+from radapter_serve.serving.index import Hit, Index
 from radapter_serve.serving.indexing import add, build
 from radapter_serve.serving.retrieve import Retrieve, RetrieveRequest
 
@@ -71,6 +73,29 @@ def test_indexes_come_change_and_go(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(TaskError) as error:
         count()
     assert error.value.code == UNKNOWN_INDEX
+
+
+def test_an_index_that_is_replaced_while_it_is_searched(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = FakeRelease()
+    build(str(photos), tmp_path / "indexes" / "photos", release)
+    retrieve = task(tmp_path / "indexes", release)
+    search = Index.search
+
+    def replaced_first(self: Index, *args: Any, **options: Any) -> list[Hit]:
+        monkeypatch.undo()
+        (photos / "0.png").unlink()
+        build(str(photos), tmp_path / "indexes" / "photos", release)
+        return search(self, *args, **options)
+
+    monkeypatch.setattr(Index, "search", replaced_first)
+    assert len(retrieve(RetrieveRequest(b"photos", text=b"a", where=b"width > 1")).ids) == 3
+    table = next((tmp_path / "indexes" / "photos" / "images.lance" / "data").iterdir())
+    retrieve.index("photos").__dict__.pop("_vectors", None)
+    table.unlink()
+    with pytest.raises(TaskError, match="radapter-index verify"):
+        retrieve(RetrieveRequest(b"photos", text=b"a"))
 
 
 def test_refusals(photos: Path, tmp_path: Path) -> None:
