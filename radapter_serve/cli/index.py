@@ -151,14 +151,19 @@ class _ServerRelease:
     """A live server's newest release, as an index is built with it."""
 
     def __init__(self, client: Any) -> None:
+        from radapter_serve.serving.preprocess import Preprocess
+
         self._client = client
         self.facts: Mapping[str, Any] = client.release.facts
+        self._preprocess = Preprocess.from_dict(self.facts["preprocess"])
 
-    def prepare(self, data: bytes) -> Any:
-        from radapter_serve.serving.preprocess import decode
+    def prepare(self, data: bytes) -> NDArray[np.uint8]:
+        """As `LocalRelease` does: the server leaves such an image as it is, and what is broken fails no batch."""
+        from radapter_serve.serving.preprocess import decode_into
 
-        decode(data)  # what is broken is told apart here, not by a failing batch
-        return data
+        pixels = np.empty((*self._preprocess.size, 3), np.uint8)
+        decode_into(data, self._preprocess, pixels)
+        return pixels
 
     def encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
         return np.asarray(self._client.embed_images(list(images)), np.float32)

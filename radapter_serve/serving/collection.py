@@ -82,7 +82,10 @@ def _id(file: Path, root: Path) -> str:
 
 
 def _images(folder: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(folder):
+    def refuse(error: OSError) -> None:  # or its images would be missing in silence
+        raise RAdapterError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
