@@ -80,10 +80,12 @@ def _instances(file: Path, folder: Path, annotations: Any, listed: Any, index: d
         raise RAdapterError(
             f"the instances of {file} need pycocotools, which is not installed; pip install 'radapter-serve[train]'"
         ) from None
-    objects: dict[int, list[tuple[int, Any]]] = {}
+    objects: dict[int, list[tuple[int, bytes]]] = {}
     for row in annotations:
         if row["category_id"] in index:
-            objects.setdefault(row["image_id"], []).append((index[row["category_id"]], row["segmentation"]))
+            image = listed[row["image_id"]]
+            runs = _runs(row["segmentation"], image["file_name"], image["width"], image["height"])
+            objects.setdefault(row["image_id"], []).append((index[row["category_id"]], runs))
     found: list[MaskedImage] = []
     for id_, some in objects.items():
         path = folder / listed[id_]["file_name"]
@@ -143,26 +145,29 @@ class Panoptic(MaskedImage):
 
 @dataclass(frozen=True, eq=False)
 class Instances(MaskedImage):
-    """Polygons or run lengths, one for each object; where objects overlap, the smaller lies on top.
+    """Run lengths, one for each object; where objects overlap, the smaller lies on top.
 
     Attributes:
         size: width and height that the file says the image has.
-        objects: class and segmentation, as JSON has it.
+        objects: class and compressed run lengths; JSON's polygons, 860,000 in COCO, would fill gigabytes.
     """
 
     size: tuple[int, int]
-    objects: list[tuple[int, Any]]
+    objects: list[tuple[int, bytes]]
 
     def segments(self) -> list[Segment]:
+        from pycocotools import mask as coco
+
         self._check_size(self.size, f"the annotation of {self.name}")
-        try:
-            return [(label, _decode(segmentation, *self.size)) for label, segmentation in self.objects]
-        except Exception as error:  # pycocotools raises many kinds on values that are not as it expects
-            width, height = self.size
-            raise RAdapterError(
-                f"a segmentation of the image {self.name} is broken ({reason(error)}); allowed: polygons "
-                f"[[x, y, x, y, x, y, ...], ...], or run lengths of size [{height}, {width}]"
-            ) from None
+        return [(label, np.asarray(coco.decode(runs), bool)) for label, runs in self._coded()]
+
+    def areas(self) -> list[tuple[int, int]]:
+        from pycocotools import mask as coco
+
+        return [(label, int(coco.area(runs))) for label, runs in self._coded()]
+
+    def _coded(self) -> list[tuple[int, dict[str, Any]]]:
+        return [(label, {"size": list(self.size[::-1]), "counts": runs}) for label, runs in self.objects]
 
     def mask(self) -> NDArray[np.int32]:
         mask = np.full(self.size[::-1], IGNORE, np.int32)
@@ -171,23 +176,30 @@ class Instances(MaskedImage):
         return mask
 
 
-def _decode(segmentation: Any, width: int, height: int) -> NDArray[np.bool_]:
-    """The mask of what JSON has: polygons, or run lengths as a list or compressed."""
+def _runs(segmentation: Any, name: str, width: int, height: int) -> bytes:
+    """The compressed run lengths of what JSON has: polygons, or run lengths as a list or compressed."""
     from pycocotools import mask as coco
 
-    if isinstance(segmentation, list):
-        if not segmentation or any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
-            raise ValueError("a polygon needs three points or more")
-        runs = coco.merge(coco.frPyObjects(segmentation, height, width))
-    elif list(segmentation["size"]) != [height, width]:
-        raise ValueError(f"size is {segmentation['size']}")
-    elif isinstance(counts := segmentation["counts"], list):
-        if sum(counts) != width * height or min(counts) < 0:
-            raise ValueError(f"counts are for {sum(counts)} pixels")
-        runs = coco.frPyObjects(segmentation, height, width)
-    else:
-        runs = {"size": [height, width], "counts": counts.encode()}
-    return np.asarray(coco.decode(runs), bool)
+    try:
+        if isinstance(segmentation, list):
+            if not segmentation or any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
+                raise ValueError("a polygon needs three points or more")
+            runs = coco.merge(coco.frPyObjects(segmentation, height, width))
+        elif list(segmentation["size"]) != [height, width]:
+            raise ValueError(f"size is {segmentation['size']}")
+        elif isinstance(counts := segmentation["counts"], list):
+            if sum(counts) != width * height or min(counts) < 0:
+                raise ValueError(f"counts are for {sum(counts)} pixels")
+            runs = coco.frPyObjects(segmentation, height, width)
+        else:
+            runs = {"size": [height, width], "counts": counts.encode()}
+            coco.decode(runs)  # which alone finds out whether they are whole
+    except Exception as error:  # pycocotools raises many kinds on values that are not as it expects
+        raise RAdapterError(
+            f"a segmentation of the image {name} is broken ({reason(error)}); allowed: polygons "
+            f"[[x, y, x, y, x, y, ...], ...], or run lengths of size [{height}, {width}]"
+        ) from None
+    return bytes(runs["counts"])
 
 
 def _check_files(paths: list[Path], folder: Path, what: str, hint: str) -> None:

@@ -113,8 +113,8 @@ class SegmentationSet:
         image = self.images[number]
         masks: NDArray[np.uint8] | None = None
         if self.entry.dense == PROPOSALS:
-            segments = [mask for label, mask in image.segments() if label != self.background]
-            masks = np.array([np.where(mask, 255, 0) for mask in segments], np.uint8)
+            segments = [mask for label, mask in image.segments() if label != self.background and mask.any()]
+            masks = np.array(segments, np.uint8) * np.uint8(255)
         return MaskedItem(number, image.data(), image.mask(), masks)
 
     def scorer(self, embedder: Embedder, known: Known) -> SegmentationScorer:
