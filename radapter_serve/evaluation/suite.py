@@ -24,6 +24,13 @@ METRICS = {
     "retrieval": tuple(f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)),
     "segmentation": ("miou", "pixel_accuracy", "mean_class_accuracy"),
 }
+USED_BY = {  # of the fields that not every task has a use for
+    "classes": ("classification", "segmentation"),
+    **dict.fromkeys(("image_column", "border"), ("classification", "retrieval")),
+    **dict.fromkeys(("label_column", "class_split"), ("classification",)),
+    **dict.fromkeys(("caption_column", "max_captions"), ("retrieval",)),
+    **dict.fromkeys(("dense", "short_side", "stride", "refine", "threshold", "background"), ("segmentation",)),
+}
 
 
 @dataclass(frozen=True)
@@ -178,6 +185,13 @@ def load_suite(path: str | Path, data_root: str | Path = ".") -> Suite:
             raise RAdapterError(
                 f"{path}, set {number}: {'.'.join(map(str, first['loc']))} is {first['input']!r}; {first['msg']}"
             ) from None
+        task = entries[-1].task
+        for field in item:  # what stands beside `sets` is for those that have a use for it
+            if task not in USED_BY.get(field, (task,)):
+                raise RAdapterError(
+                    f"{path}, set {number} has {field}, which task {task} has no use for; leave it out "
+                    f"(it is for {' and '.join(USED_BY[field])})"
+                )
     names = [entry.name for entry in entries]
     double = sorted({n for n in names if names.count(n) > 1})
     if double:

@@ -12,6 +12,18 @@ from pydantic import TypeAdapter, ValidationError
 
 from radapter_serve.errors import RAdapterError
 
+USED_BY = {  # of the fields that not every task has a use for
+    "image_column": ("classification", "retrieval"),
+    "label_column": ("classification",),
+    "caption_column": ("retrieval",),
+    "captions_per_image": ("retrieval",),
+    "classes": ("classification", "segmentation"),
+    "shots": ("classification",),
+    "class_split": ("classification",),
+    "streaming": ("classification", "retrieval"),
+    "mask_min_area": ("segmentation",),
+}
+
 
 @dataclass
 class Recipe:
@@ -160,12 +172,15 @@ class Recipe:
             raise RAdapterError("--resume needs --out, the folder of the run to go on with")
         if not self.data:
             raise RAdapterError("no training data; name it with --data, for example --data imagefolder:photos")
-        if self.task != "classification" and (self.shots or self.class_split != "all"):
-            raise RAdapterError(f"shots and class_split draw from classes; task {self.task} takes all its data")
+        for field in dataclasses.fields(self):
+            value, tasks = getattr(self, field.name), USED_BY.get(field.name, (self.task,))
+            if self.task not in tasks and value != field.default:
+                raise RAdapterError(
+                    f"{field.name} is {value}, which task {self.task} has no use for; leave it out "
+                    f"(it is for {' and '.join(tasks)})"
+                )
         if self.streaming and (self.shots or self.class_split != "all"):
             raise RAdapterError("shots and class_split need all labels at once; leave --streaming out")
-        if self.streaming and self.task == "segmentation":
-            raise RAdapterError("segmentation lists all segments before it starts; leave --streaming out")
         if self.streaming and self.steps is None:
             raise RAdapterError("a stream has no length; say how long to train with --steps")
 

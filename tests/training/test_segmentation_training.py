@@ -209,7 +209,7 @@ def test_what_is_wrong_is_one_line(
     assert "mask_padding is -1.0; allowed: 0 to 1" in run("--mask-padding", "-1")
     assert "mask_min_area is 0; allowed: 1 or more" in run("--mask-min-area", "0")
     assert "lower --mask-min-area" in run("--mask-min-area", "5000")
-    assert "leave --streaming out" in run("--streaming")
+    assert "streaming is True, which task segmentation has no use for" in run("--streaming")
     (scenes / "masks" / "5.png").unlink()
     assert "5.png has no mask" in run()
     assert not (tmp_path / "run").exists()

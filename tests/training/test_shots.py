@@ -66,12 +66,22 @@ def test_base_and_novel_classes(labelled: Labelled, tmp_path: Path, numbers: boo
     assert class_split(labelled, "all") is labelled
 
 
-def test_streams_and_other_tasks_have_no_shots() -> None:
+def test_fields_that_a_stream_or_a_task_has_no_use_for() -> None:
     for change in ({"shots": 4}, {"class_split": "base"}):
         with pytest.raises(RAdapterError, match="leave --streaming out"):
             Recipe(data="csv:t.csv", streaming=True, steps=1, **change).check()  # type: ignore[arg-type]
-        with pytest.raises(RAdapterError, match="task retrieval takes all its data"):
+        with pytest.raises(RAdapterError, match="which task retrieval has no use for"):
             Recipe(data="csv:t.csv", task="retrieval", **change).check()  # type: ignore[arg-type]
+    for task, change in (
+        ("classification", {"captions_per_image": 2}),
+        ("classification", {"mask_min_area": 9}),
+        ("retrieval", {"classes": Path("c.txt")}),
+        ("retrieval", {"label_column": "c"}),
+        ("segmentation", {"class_split": "novel"}),
+        ("segmentation", {"image_column": "c"}),
+    ):
+        with pytest.raises(RAdapterError, match=f"{next(iter(change))} is .*, which task {task} has no use for"):
+            Recipe(data="csv:t.csv", task=task, **change).check()  # type: ignore[arg-type]
     with pytest.raises(RAdapterError, match="shots is 0; allowed: 1 or more"):
         Recipe(data="csv:t.csv", shots=0).check()
 
