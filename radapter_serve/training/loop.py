@@ -24,6 +24,7 @@ from radapter_serve.prompts import templates_of
 from radapter_serve.towers import encode_image, encode_text
 from radapter_serve.training.average import Average
 from radapter_serve.training.batches import Examples, Transform, batches
+from radapter_serve.training.checkpoint import NAME as CHECKPOINT
 from radapter_serve.training.checkpoint import load_checkpoint, save_checkpoint
 from radapter_serve.training.loss import gather_with_grad, mpm_nce
 from radapter_serve.training.progress import Progress
@@ -246,7 +247,8 @@ def _part(recipe: Recipe, accelerator: Accelerator, data: TrainingData) -> int:
 def _run_folder(recipe: Recipe) -> Path:
     stem = recipe.architecture.removeprefix("local-dir:").rstrip("/").split("/")[-1]
     out = recipe.out or Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if not recipe.resume and (out / "recipe.yaml").exists():
+    # what failed before there was a checkpoint has nothing to go on with, and nothing to lose
+    if not recipe.resume and any((out / name).exists() for name in (CHECKPOINT, "adapter.safetensors")):
         raise RAdapterError(f"{out} holds a run; go on with it by --resume, or name another folder by --out")
     return out
 

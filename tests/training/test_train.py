@@ -248,6 +248,18 @@ def test_a_run_is_not_overwritten_nor_resumed_by_another_recipe(recipe: Recipe) 
         train(dataclasses.replace(recipe, resume=True, delta=0.1))
 
 
+def test_a_run_that_failed_before_its_first_checkpoint_starts_again(recipe: Recipe, images: Path) -> None:
+    broken = next(images.rglob("*.png"))
+    whole = broken.read_bytes()
+    broken.write_bytes(b"no image")
+    recipe = dataclasses.replace(recipe, val_data=None, on_broken="refuse")
+    with pytest.raises(RAdapterError, match="can't be read"):
+        train(recipe)
+    broken.write_bytes(whole)
+    load_adapter(train(recipe))
+    assert recipe.out is not None and len(rows(recipe.out)) == recipe.steps
+
+
 def test_recipes_of_the_project_are_valid() -> None:
     paths = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
     assert paths
