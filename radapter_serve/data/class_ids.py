@@ -65,11 +65,13 @@ def number_classes(names: Mapping[int, str]) -> tuple[dict[int, int], list[str]]
 
 def find_class_file(folder: Path) -> Path:
     """The class file in a folder or beside it."""
+    if not folder.is_dir():
+        raise RAdapterError(f"no folder {folder}; it should hold images/, masks/ and a class file")
     for parent in (folder, folder.parent):
         for name in _CLASS_FILES:
             if (parent / name).is_file():
                 return parent / name
     raise RAdapterError(
         f"no {', '.join(_CLASS_FILES)} in {folder} or beside it; write one (one class a line, the first is id 0), or "
-        "name a file: --classes FILE"
+        "name a file: --classes FILE, or `classes` in a suite"
     )

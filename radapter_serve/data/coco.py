@@ -44,7 +44,12 @@ def load_coco(file: Path, classes: Path | None, images: Path | None) -> Masked:
         ) from None
     if not masked:
         raise RAdapterError(f"{file} has no segment of a class that is named; its categories: {_some(categories)}")
-    _check_files([image.path for image in masked], folder, "image", "name the folder of the images: --images DIR")
+    _check_files(
+        [image.path for image in masked],
+        folder,
+        "image",
+        "name the folder of the images: --images DIR, or `images` in a suite",
+    )
     return Masked(masked, entries)
 
 

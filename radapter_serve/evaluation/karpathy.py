@@ -32,7 +32,9 @@ def load_karpathy(path: Path, split: str, images: Path) -> Captioned:
             for image in found
             if image["split"] == split
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise RAdapterError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
         raise RAdapterError(f"could not read {path} as a file of Karpathy's splits: {error!r}") from error
     if not rows:
         names = ", ".join(sorted({str(image["split"]) for image in found}))

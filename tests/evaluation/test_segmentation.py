@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
 from radapter_serve.evaluation.results import Results
 from radapter_serve.evaluation.run import choose_alpha, judge_suite
 from radapter_serve.evaluation.sets import open_set
-from radapter_serve.evaluation.suite import Suite, load_suite
+from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
 from radapter_serve.serving.masks import MaskCrop
 from radapter_serve.serving.preprocess import Preprocess, decode
@@ -148,6 +149,23 @@ def test_an_oracle_of_crops_reaches_one_with_true_masks(masked: Path) -> None:
     (row,) = judge(Oracle(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
     assert row["metrics"] == {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
     assert row["dense"] == PROPOSALS and row["short_side"] is None and row["stride"] is None
+
+
+def test_an_object_without_a_pixel_is_no_proposal(masked: Path, tmp_path: Path) -> None:
+    height, width = 144, 160
+    runs = {0: [height * width], 1: [0, height * width]}  # nothing, and everything
+    content = {
+        "images": [{"id": n, "file_name": f"{n}.png", "width": width, "height": height} for n in runs],
+        "categories": [{"id": n, "name": name} for n, name in enumerate(NAMES)],
+        "annotations": [
+            {"image_id": n, "category_id": 0, "segmentation": {"size": [height, width], "counts": counts}}
+            for n, counts in runs.items()
+        ],
+    }
+    (tmp_path / "objects.json").write_text(json.dumps(content), encoding="utf-8")
+    entry = Entry("o", "coco:objects.json", "segmentation", dense="proposals", images=str(masked / "data" / "images"))
+    (row,) = judge(Oracle(), open_set(Suite("s", (entry,), data_root=tmp_path), entry))  # type: ignore[arg-type]
+    assert row["n"] == 2 and row["metrics"]["pixel_accuracy"] in (0, 1)  # one proposal, one label
 
 
 def test_background_is_a_class_without_a_prompt(masked: Path) -> None:

@@ -120,7 +120,7 @@ def test_karpathys_splits(world: Path, tmp_path: Path) -> None:
     assert data.captions == [f"0.jpg {number}" for number in range(5)] + ["2.jpg 0", "2.jpg 1"]
     assert data.image_of.tolist() == [0] * 5 + [1] * 2
     assert [read() for read in data.images] == [(world / "images" / f"{n}.jpg").read_bytes() for n in (0, 2)]
-    for name, message in (("dataset.json@val", "it has test, train"), ("none.json", "could not read")):
+    for name, message in (("dataset.json@val", "it has test, train"), ("none.json", "cannot read .*: No such file")):
         suite = suite_of(f"sets: [{{name: a, task: retrieval, data: 'karpathy:{name}'}}]", tmp_path)
         with pytest.raises(RAdapterError, match=message):
             open_set(suite, suite.entries[0])
@@ -194,6 +194,10 @@ def test_a_broken_image_is_named(run_folder: Path, tmp_path: Path) -> None:
         ("sets: [{name: a, data: x, metric: bleu}]", "metric is 'bleu'; allowed: acc1"),
         ("sets: [{name: a, data: x, task: retrieval, metric: acc1}]", "allowed: image_retrieval_recall@1"),
         ("sets: [{name: a, data: x}, {name: a, data: y}]", "names 'a' twice"),
+        (
+            "sets: [{name: a, data: x, task: retrieval, class_split: base}]",
+            "set 1 has class_split, which task retrieval has no use for; leave it out (it is for classification)",
+        ),
         ("sets: {", "could not read the suite"),
     ],
 )
