@@ -1,4 +1,4 @@
-"""The demo's accuracies over several seeds of fine-tuning, over α, in and out of distribution."""
+"""The demo's figures over several seeds of fine-tuning, over α, in and out of distribution, for its three tasks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from common import RESULTS, Report, say
 
-from radapter_serve.demo.data import FINE_TUNED, SHIFTS, STYLES
+from radapter_serve.demo.data import FINE_TUNED, STYLES
 from radapter_serve.demo.run import run_demo
 
 
@@ -23,9 +23,9 @@ def main() -> None:
     report = Report(
         "demo",
         "The demo: robustness over α",
-        "Zero-shot accuracy in % on concepts that neither the base nor the fine-tuning has seen, in any style; one "
-        "base, one split, the seeds vary the fine-tuning. Mean over the seeds, ± the standard deviation. An "
-        "accuracy of 50 % over 214 images has a standard error of 3.4, over 1,068 of 1.5.",
+        "Figures in % on concepts that neither the base nor the fine-tuning has seen, in any style; one base, one "
+        "split, the seeds vary the fine-tuning. Mean over the seeds, ± the standard deviation. An accuracy of 50 % "
+        "over 214 images has a standard error of 3.4, over 1,068 of 1.5.",
         timed=False,
     )
     runs: list[dict[str, Any]] = []
@@ -33,23 +33,23 @@ def main() -> None:
         for seed in arguments.seeds:
             say(f"seed {seed}")
             runs.append(dict(run_demo(Path(folder), seed=seed)))
-    alphas = [row["alpha"] for row in runs[0]["rows"]]
-    lines = [(STYLES[name], [name]) for name in (FINE_TUNED, *SHIFTS)] + [
-        (f"mean of the {len(SHIFTS)} shifts", list(SHIFTS))
-    ]
-    rows = []
-    for label, names in lines:
-        cells = [
-            label + (" (in distribution)" if names == [FINE_TUNED] else ""),
-            str(sum(runs[0]["n"][n] for n in names)),
-        ]
-        for index in range(len(alphas)):
-            values = [statistics.mean(run["rows"][index][name] for name in names) for run in runs]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):.1f} ± {spread:.1f}" if alphas[index] else f"{values[0]:.1f}")
-        rows.append(cells)
-    columns = ["style", "images", *(f"α = {alpha:g}" for alpha in alphas)]
-    report.table(f"Seeds {', '.join(map(str, arguments.seeds))}", columns, rows)
+    seeds = ", ".join(map(str, arguments.seeds))
+    for task in ("classification", "retrieval", "segmentation"):
+        found = [run[task] for run in runs]
+        for number, metric in enumerate(found[0]["metrics"]):
+            alphas, rows = list(found[0]["sets"][0][2]), []
+            for place, (name, count, values) in enumerate(found[0]["sets"]):
+                style, _, rest = name.partition(", ")
+                label = STYLES.get(style, style) + (f", {rest}" if rest else "")
+                cells = [label + (" (in distribution)" if name == FINE_TUNED else ""), f"{count:,}"]
+                for alpha in alphas:
+                    figures = [one["sets"][place][2][alpha][number] for one in found] if alpha in values else []
+                    spread = statistics.stdev(figures) if len(figures) > 1 and alpha else None
+                    mean = f"{statistics.mean(figures):.1f}" if figures else ""
+                    cells.append(mean if spread is None else f"{mean} ± {spread:.1f}")
+                rows.append(cells)
+            columns = ["data", "images", *(f"α = {alpha:g}" for alpha in alphas)]
+            report.table(f"{task.capitalize()}: {metric}, seeds {seeds}", columns, rows)
     seconds = ", ".join(f"{run['seconds']:.0f}" for run in runs)
     report.note(f"Seconds of a whole demo, with drawing, training, export and serving: {seconds}.")
     report.write(arguments.out)

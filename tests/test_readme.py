@@ -44,20 +44,23 @@ def test_the_way_through_by_hand(tmp_path: Path) -> None:
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=900)
+        output, _ = process.communicate(timeout=1500)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
     assert process.returncode == 0, output[-4000:]
-    assert "60 of 60 labels equal" in output
-    for name in ("alpha.png", "classified.png", "results.json", "merged/open_clip_model.safetensors"):
+    assert "60 of 60 labels equal" in output and "60 of 60 searches equal" in output and "pixels equal" in output
+    for name in ("alpha.png", "classified.png", "found.png", "segmented.png", "results.json"):
         assert (tmp_path / "demo-output" / name).is_file()
-    assert '"model_name":"classify"' in output and '"model_name":"embed_text"' in output
+    for name in ("found.html", "overlay.png", "merged/open_clip_model.safetensors"):
+        assert (tmp_path / name).is_file()
+    for model in ("classify", "embed_text", "retrieve", "segment"):
+        assert f'"model_name":"{model}"' in output
     assert "Traceback" not in output
 
 
 def test_commands_of_the_readme_exist() -> None:
     commands = set(re.findall(r"^(?:\.venv/bin/)?(radapter-[a-z]+)", walk_through(), re.MULTILINE))
-    assert {"radapter-train", "radapter-export", "radapter-serve", "radapter-query"} <= commands
+    assert {"radapter-train", "radapter-export", "radapter-index", "radapter-serve", "radapter-query"} <= commands
     for command in commands:
         assert (Path(sys.executable).parent / command).is_file()

@@ -12,11 +12,13 @@ from radapter_serve.cli import run
 def demo(out: Path = Path("demo-output"), seed: int = 0, steps: int | None = None, alpha: float | None = None) -> None:
     """Fine-tune, judge, export, serve and query a small CLIP on real drawings, offline, in a few minutes.
 
+    For classification, retrieval and segmentation, one adapter each, all served by one server.
+
     Args:
-        out: folder for all that the demo makes: images, run, pictures, merged checkpoint, model repository.
-        seed: of the fine-tuning.
-        steps: optimizer steps of the fine-tuning; the demo's recipe if none is given.
-        alpha: re-scaling of the exported release, from 0 to 1; the recipe's if none is given.
+        out: folder for all that the demo makes: images, runs, pictures, merged checkpoints, model repository, index.
+        seed: of the fine-tunings.
+        steps: optimizer steps of each fine-tuning; those of the demo's recipes if none is given.
+        alpha: re-scaling of the exported releases, from 0 to 1; the recipes' if none is given.
     """
     from radapter_serve.demo.run import run_demo  # torch takes seconds to load
 

