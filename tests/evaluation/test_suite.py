@@ -69,6 +69,10 @@ def test_ready_suites_on_their_data(name: str, run_folder: Path, tmp_path: Path)
 def test_names_of_the_segmentation_sets() -> None:
     counts = {name: len(read_class_ids(SUITES / "classes" / f"{name}.yaml")) for name in CLASS_COUNTS}
     assert counts == CLASS_COUNTS
+    # the converter ranks ids of an alphabetic list: VOC's 2008_000002, which shows a television, has 55 and 58
+    context = read_class_ids(SUITES / "classes" / "pascal-context-59.yaml")
+    assert list(context.values()) == sorted(context.values())
+    assert context[55] == "tv monitor" and context[58] == "window"
 
 
 def test_base_and_novel_classes_have_a_harmonic_mean(world: Path, run_folder: Path, tmp_path: Path) -> None:
