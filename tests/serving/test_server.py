@@ -18,8 +18,8 @@ from radapter_serve.serving.server import TritonServer, find_tritonserver, free_
 
 
 def test_repository(repository, tmp_path):
-    names = ["classify", "embed_image", "embed_text", "image_encoder", "text_encoder"]
-    assert models_of(repository) == {name: [1, 2] for name in names}
+    names = ["classify", "embed_image", "embed_text", "image_encoder", "segment", "text_encoder"]
+    assert models_of(repository) == {**{name: [1, 2] for name in names}, "patch_encoder": [2]}
     with pytest.raises(RAdapterError, match=r"does not exist; make it with: radapter-export"):
         models_of(tmp_path / "none")
     (tmp_path / "classify").mkdir()
