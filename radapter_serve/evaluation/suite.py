@@ -186,8 +186,8 @@ def load_suite(path: str | Path, data_root: str | Path = ".") -> Suite:
                 f"{path}, set {number}: {'.'.join(map(str, first['loc']))} is {first['input']!r}; {first['msg']}"
             ) from None
         task = entries[-1].task
-        for field in item:  # what stands beside `sets` is for those that have a use for it
-            if task not in USED_BY.get(field, (task,)):
+        for field, value in item.items():  # what stands beside `sets` is for those that have a use for it
+            if value is not None and task not in USED_BY.get(field, (task,)):
                 raise RAdapterError(
                     f"{path}, set {number} has {field}, which task {task} has no use for; leave it out "
                     f"(it is for {' and '.join(USED_BY[field])})"
