@@ -260,6 +260,7 @@ def _accelerator(recipe: Recipe, out: Path) -> Accelerator:
     AcceleratorState._reset_state()  # else a second run in this process could not have another precision
     try:
         return Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else several processes on CPUs would not know of each other
             mixed_precision=precision,
             gradient_accumulation_steps=recipe.accumulate,
             log_with=None if recipe.tracker == "none" else recipe.tracker,

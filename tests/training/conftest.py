@@ -69,7 +69,7 @@ def train_in_two_processes(tmp_path: Path) -> Callable[[Recipe, Path], None]:
         path.write_text(yaml.safe_dump(recipe.to_dict()))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         command += ["-m", "radapter_serve.cli.train", "--recipe", str(path), "--out", str(out)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
