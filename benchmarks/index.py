@@ -66,6 +66,23 @@ def lance_search(folder: Path, index: str | None) -> Search:
     return search
 
 
+def numpy_build(vectors: Array, folder: Path, kind: str) -> None:
+    """The vectors alone, which radapter-serve keeps in memory up to 100,000."""
+    folder.mkdir()
+    np.save(folder / "index.npy", vectors)
+
+
+def numpy_search(folder: Path, kind: str) -> Search:
+    vectors = np.load(folder / "index.npy")
+
+    def search(query: Array, effort: int) -> NDArray[np.int64]:
+        scores = vectors @ query
+        best = np.argpartition(-scores, TOP_K)[:TOP_K]
+        return np.asarray(best[np.argsort(-scores[best])])
+
+    return search
+
+
 def faiss_build(vectors: Array, folder: Path, kind: str) -> None:
     """A FAISS index; IVF-PQ beside the vectors themselves, by which the best are sorted again."""
     import faiss
@@ -125,6 +142,7 @@ def usearch_search(folder: Path, kind: str) -> Search:
 
 
 ENGINES: dict[str, tuple[Any, Any, Any]] = {
+    "numpy exact": (numpy_build, numpy_search, None),
     "LanceDB exact": (lance, lance_search, None),
     "LanceDB IVF-PQ": (lance, lance_search, "IVF_PQ"),
     "LanceDB IVF-HNSW-SQ": (lance, lance_search, "IVF_HNSW_SQ"),

@@ -76,7 +76,7 @@ def page(hits: Sequence[Hit], text: str | None, image: ImageLike | None, facts: 
 def _card(rank: int, hit: Hit) -> str:
     name = escape(hit.id)
     shown = f'<img src="{_data(hit.thumbnail)}" alt="{name}" loading="lazy">' if hit.thumbnail else "no thumbnail"
-    about = "".join(f"<dt>{escape(key)}</dt><dd>{_value(value)}</dd>" for key, value in hit.metadata.items())
+    about = "".join(f"<dt>{escape(key)}</dt><dd>{_value(value)}</dd>" for key, value in hit.about.items())
     cosine = f"{hit.score:.4f}"
     return (
         f'<article title="{name}">\n<div class="picture">{shown}</div>\n<div class="text">\n<h2>{rank}. {name}</h2>\n'

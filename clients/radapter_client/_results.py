@@ -117,6 +117,11 @@ class Hit:
     metadata: dict[str, Any]
     thumbnail: bytes | None = field(default=None, repr=False)
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """The metadata that people read: without the path, which is the id, and the file's digest."""
+        return {name: value for name, value in self.metadata.items() if name not in ("path", "digest")}
+
 
 @dataclass(frozen=True)
 class Release:

@@ -108,7 +108,7 @@ def search(args: argparse.Namespace) -> None:
         return
     table = Table(Column("score", justify="right"), "id", "metadata")
     for hit in hits:
-        about = ", ".join(f"{key}: {value}" for key, value in hit.metadata.items() if key not in ("path", "digest"))
+        about = ", ".join(f"{key}: {value}" for key, value in hit.about.items())
         table.add_row(f"{hit.score:.4f}", Text(hit.id, overflow="fold"), Text(about, overflow="fold"))
     Console().print(table)
     if args.save is not None:

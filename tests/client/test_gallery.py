@@ -67,13 +67,19 @@ def decoded(source: str | None) -> Image.Image:
 
 def test_page():
     hits = [
-        Hit("deep/a.jpg", 0.28125, {"year": 2021, "author": "Zoë", "tags": ["a", "b"]}, jpeg("red")),
+        Hit(
+            "deep/a.jpg",
+            0.28125,
+            {"path": "deep/a.jpg", "digest": "sha256:00", "year": 2021, "author": "Zoë", "tags": ["a", "b"]},
+            jpeg("red"),
+        ),
         Hit("b.jpg", -0.5, {}, None),
     ]
     found = Page(page(hits, "a red bicycle", None, {"index": "photos", "release": "3"}))
     text = "\n".join(found.text)
     for piece in ("a red bicycle", "index: photos · release: 3", "1. deep/a.jpg", "0.2812", "-0.5000", "year", "2021"):
         assert piece in text
+    assert "path" not in text and "sha256" not in text
     assert "Zoë" in text and '["a", "b"]' in text and "no thumbnail" in text
     [picture] = found.all("img")
     assert (decoded(picture["src"]).size, picture["alt"]) == ((8, 6), "deep/a.jpg")
@@ -85,6 +91,14 @@ def test_page_of_an_image():
     found = Page(page([], "query.png", image, {}))
     assert decoded(found.all("img")[0]["src"]).size == (320, 80)
     assert "Nothing was found." in found.text
+
+
+def test_the_picture_of_the_query_is_upright():
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.new("RGB", (80, 40)).save(file, "JPEG", exif=exif)
+    assert decoded(Page(page([], "q", file.getvalue(), {})).all("img")[0]["src"]).size == (40, 80)
 
 
 @pytest.mark.parametrize("evil", EVIL)
