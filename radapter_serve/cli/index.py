@@ -168,6 +168,9 @@ class _ServerRelease:
     def encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
         return np.asarray(self._client.embed_images(list(images)), np.float32)
 
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        return np.asarray(self._client.embed_texts(texts), np.float32)
+
 
 @contextmanager
 def _release(model_repository: str, url: str | None) -> Iterator[Any]:

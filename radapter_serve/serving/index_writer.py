@@ -26,13 +26,11 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.collection import Collection, Item
 from radapter_serve.serving.errors import TaskError
 from radapter_serve.serving.index import EXACT, FACTS, TABLE, engine_errors, rebuild, vectors_of
+from radapter_serve.serving.recall import TEXTS, tune
 
 BATCH = 256  # images that are embedded, then written; what a killed build loses at most
 BROKEN = "broken.txt"
 _NEVER = datetime.timedelta(days=36500)
-RECALL, TOP_K = 0.95, 10
-# cells probed, and how many times the answers are sorted again by the vectors themselves
-_EFFORTS = ((16, 10), (32, 10), (64, 10), (128, 20), (256, 50), (1024, 100))
 
 OnBroken = Literal["refuse", "skip"]
 Progress = Callable[[int, int], None]  # images done, of how many
@@ -53,6 +51,9 @@ class Release(Protocol):
 
     def encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
         """Prepared images to float32 [B, D] of unit length."""
+
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Texts to float32 [N, D] of unit length; asked for where search is approximate."""
 
 
 @dataclass
@@ -154,8 +155,6 @@ class Writer:
         digests = [digest for digest, _ in self.known.values()]
         summary.copies = len(digests) - len(set(digests))
         with engine_errors(self._folder):
-            # What index.json names till it is replaced below must stay, however old.
-            self._table.optimize(cleanup_older_than=_NEVER)
             engine = self._index(self._facts.get("engine", {}))
             summary.recall = engine.get("recall")
             engine["table_version"] = self._table.version
@@ -231,43 +230,25 @@ class Writer:
         count = len(self.known)
         basis = {"name": "lancedb", "version": importlib.metadata.version("lancedb")}
         if count <= EXACT:
+            self._settle()
             return basis
         if count > 2 * engine.get("trained_on", 0):  # its cells are of what there was then
             dim = int(self._facts["release"]["embed_dim"])
             self._table.create_index("vector", config=IvfPq("dot", num_sub_vectors=max(1, dim // 8)))
             engine = {"trained_on": count}
-        return {**basis, "index": "IVF_PQ", "trained_on": engine["trained_on"], **self._tune()}
+        self._settle()
+        effort = tune(self._table, count, self._release.embed_texts(TEXTS))
+        return {**basis, "index": "IVF_PQ", "trained_on": engine["trained_on"], **effort}
 
-    def _tune(self, queries: int = 100) -> dict[str, float]:
-        """The least effort with a recall@10 of 0.95 on vectors of the index, which don't count as their own answers."""
-        chosen = np.random.default_rng(0).choice(len(self.known), queries, replace=False)
-        asked = vectors_of(self._table.take_offsets(sorted(map(int, chosen))).select(["vector"]).to_arrow()["vector"])
+    def _settle(self) -> None:
+        """Optimize until nothing is left to do, so that doing it once more only removes old versions.
 
-        def found(vector: NDArray[np.float32], nprobes: int, refine: int) -> set[str]:
-            query: Any = self._table.search(vector)
-            query = query.distance_type("dot").nprobes(nprobes).refine_factor(refine).limit(TOP_K + 1)
-            return set(query.select(["path", "_distance"]).to_arrow()["path"].to_pylist()[1:])
-
-        truth = self._nearest(asked)
-        recall = 0.0
-        for nprobes, refine in _EFFORTS:
-            hits = [found(vector, nprobes, refine) for vector in asked]
-            recall = sum(len(a & b) for a, b in zip(truth, hits, strict=True)) / (queries * TOP_K)
-            if recall >= RECALL:
-                break
-        return {"nprobes": nprobes, "refine_factor": refine, "recall": recall}
-
-    def _nearest(self, asked: NDArray[np.float32]) -> list[set[str]]:
-        """Ids of the nearest ten of each vector, itself left out, by comparing all in one pass over the table."""
-        scores = np.zeros((len(asked), 0), np.float32)
-        ids = np.empty((len(asked), 0), object)
-        for batch in self._table.search().select(["path", "vector"]).to_batches():
-            names = np.array(batch["path"].to_pylist(), object)
-            scores = np.concatenate([scores, asked @ vectors_of(batch["vector"]).T], axis=1)
-            ids = np.concatenate([ids, np.broadcast_to(names, (len(asked), len(names)))], axis=1)
-            best = np.argsort(-scores, axis=1)[:, : TOP_K + 1]
-            scores, ids = np.take_along_axis(scores, best, 1), np.take_along_axis(ids, best, 1)
-        return [set(row[1:]) for row in ids]
+        What `index.json` names must stay, however old, until it is replaced.
+        """
+        before = None
+        while before != self._table.version:
+            before = self._table.version
+            self._table.optimize(cleanup_older_than=_NEVER)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving import index_writer, indexing
+from radapter_serve.serving import index_writer, indexing, recall
 from radapter_serve.serving.errors import INVALID_ARGUMENT, TaskError
 from radapter_serve.serving.index import FACTS, Index, check_condition
 from radapter_serve.serving.indexing import add, build, verify
@@ -46,6 +46,10 @@ class FakeRelease:
     def encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
         self.embedded += len(images)
         embeds = np.stack(images) @ np.random.default_rng(0).standard_normal((48, DIM))
+        return np.asarray(embeds / np.linalg.norm(embeds, axis=1, keepdims=True), np.float32)
+
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        embeds = np.random.default_rng(1).standard_normal((len(texts), self.facts["embed_dim"]))
         return np.asarray(embeds / np.linalg.norm(embeds, axis=1, keepdims=True), np.float32)
 
 
@@ -442,6 +446,50 @@ def test_a_killed_build_is_resumed(photos: Path, tmp_path: Path, release: FakeRe
     assert (summary.count, summary.kept, release.embedded) == (12, 6, 6)
     assert verify(out).ok and names(tmp_path / "indexes") == {"photos"}
     assert build(str(photos), tmp_path / "fresh", release, resume=True).embedded == 12  # nothing to go on with
+
+
+@pytest.mark.parametrize("worse", ["images", "texts"])
+def test_recall_is_of_the_worse_kind_of_query(worse: str) -> None:
+    """A table that is searched exactly, but finds nothing for one kind of query unless it probes 64 cells."""
+    random = np.random.default_rng(0)
+    vectors, texts = random.standard_normal((300, 8)), random.standard_normal((40, 8))
+    vectors, texts = (np.float32(v / np.linalg.norm(v, axis=1, keepdims=True)) for v in (vectors, texts))
+    vectors[150:] = vectors[:150]  # equal ones are as good as each other
+
+    class Table:
+        def __init__(self, rows: NDArray[np.float32] = vectors, asked: Any = None, probes: int = 0) -> None:
+            self.rows, self.asked, self.probes, self.count = rows, asked, probes, None
+
+        def search(self, asked: Any = None) -> Table:
+            return Table(self.rows, asked)
+
+        def take_offsets(self, offsets: list[int]) -> Table:
+            return Table(self.rows[offsets])
+
+        def nprobes(self, probes: int) -> Table:
+            return Table(self.rows, self.asked, probes)
+
+        def limit(self, count: int) -> Table:
+            self.count = count
+            return self
+
+        def select(self, _: Any) -> Table:
+            return self
+
+        distance_type = refine_factor = select
+
+        def to_batches(self) -> list[pa.Table]:
+            return [self.to_arrow()]
+
+        def to_arrow(self) -> pa.Table:
+            if self.asked is None:
+                return pa.table({"vector": pa.FixedSizeListArray.from_arrays(pa.array(self.rows.ravel()), 8)})
+            scores = np.sort(self.rows @ self.asked)[::-1]
+            bad = self.probes < 64 and (self.asked == texts).all(1).any() == (worse == "texts")
+            return pa.table({"_distance": 1 - (scores[20:] if bad else scores)[: self.count]})
+
+    found = recall.tune(Table(), len(vectors), texts)
+    assert found == {"nprobes": 64, "refine_factor": 10, "recall": 1.0}
 
 
 @pytest.mark.slow
