@@ -11,7 +11,7 @@ from radapter_serve.serving.index import vectors_of
 
 RECALL, TOP_K = 0.95, 10
 # cells probed, and how many times the answers are sorted again by the vectors themselves
-_EFFORTS = ((16, 10), (32, 10), (64, 10), (128, 20), (256, 50), (1024, 100))
+_EFFORTS = ((16, 10), (32, 10), (64, 10), (128, 20), (256, 50), (1024, 100), (1024, 400))
 # Texts lie far from all images in CLIP's space, so their nearest images are spread over more cells.
 _THINGS = (
     "a dog, a cat, a horse, a bird, a cow, a sheep, an elephant, a bear, a fish, an insect, a snake, a monkey, a "
