@@ -22,7 +22,14 @@ def read_class_ids(path: Path) -> dict[int, str]:
         RAdapterError: it can't be read or is no such mapping.
     """
     if path.suffix not in (".json", ".yaml", ".yml"):
-        return dict(enumerate(read_label_file(path)))
+        numbered = dict(enumerate(read_label_file(path)))
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+        blank = next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
+        if blank is not None:
+            raise RAdapterError(
+                f"{path}, line {blank} is blank: fill it (an id without a class is `unlabeled`), or remove it"
+            )
+        return numbered
     try:
         text = path.read_text(encoding="utf-8-sig")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)

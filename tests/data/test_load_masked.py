@@ -106,6 +106,9 @@ def test_class_files(folder: Path, tmp_path: Path) -> None:
     (folder / "classes.txt").write_text("Ignore\n# no class\nbird\ncat\n")
     data = load_masked(f"masks:{folder}")
     assert data.classes == ["bird", "cat"] and (data.images[0].mask() == 0).sum() == 12
+    (tmp_path / "blank.txt").write_text("\ncat\n")  # meant as id 1
+    with pytest.raises(RAdapterError, match=r"blank.txt, line 1 is blank: fill it"):
+        load_masked(f"masks:{folder}", classes=tmp_path / "blank.txt")
     for content, word in (
         ('["cat"]', "must map class ids to names"),
         ('{"one": "cat"}', "it has 'one': 'cat'"),
