@@ -97,6 +97,13 @@ def ratio(times: Sequence[float], baseline: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, baseline, strict=True))
 
 
+def with_spread(figures: Sequence[float]) -> str:
+    """The mean of several runs, ± the standard deviation where there is one."""
+    mean = f"{statistics.mean(figures):.1f}"
+    spread = statistics.stdev(figures) if len(figures) > 1 else 0.0
+    return f"{mean} ± {spread:.1f}" if spread else mean
+
+
 def memory(field: str = "VmHWM") -> int:
     """Bytes of memory of this process: `VmHWM`, its peak so far, or `VmRSS`, now. Mapped files count."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():

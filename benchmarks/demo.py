@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, Report, say
+from common import RESULTS, Report, say, with_spread
 
-from radapter_serve.demo.data import FINE_TUNED, STYLES
+from radapter_serve.demo.data import style_of
 from radapter_serve.demo.run import run_demo
 
 
@@ -39,14 +38,10 @@ def main() -> None:
         for number, metric in enumerate(found[0]["metrics"]):
             alphas, rows = list(found[0]["sets"][0][2]), []
             for place, (name, count, values) in enumerate(found[0]["sets"]):
-                style, _, rest = name.partition(", ")
-                label = STYLES.get(style, style) + (f", {rest}" if rest else "")
-                cells = [label + (" (in distribution)" if name == FINE_TUNED else ""), f"{count:,}"]
+                cells = [style_of(name), f"{count:,}"]
                 for alpha in alphas:
                     figures = [one["sets"][place][2][alpha][number] for one in found] if alpha in values else []
-                    spread = statistics.stdev(figures) if len(figures) > 1 and alpha else None
-                    mean = f"{statistics.mean(figures):.1f}" if figures else ""
-                    cells.append(mean if spread is None else f"{mean} ± {spread:.1f}")
+                    cells.append(with_spread(figures) if figures else "")
                 rows.append(cells)
             columns = ["data", "images", *(f"α = {alpha:g}" for alpha in alphas)]
             report.table(f"{task.capitalize()}: {metric}, seeds {seeds}", columns, rows)

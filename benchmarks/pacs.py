@@ -10,7 +10,7 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from common import RESULTS, Report, say
+from common import RESULTS, Report, say, with_spread
 
 from radapter_serve.adapter import load_adapter
 from radapter_serve.base import load_base
@@ -89,8 +89,7 @@ def main() -> None:
         cells = [label + (" (in distribution)" if label == STYLES[0] else ""), str(sum(counts[s] for s in styles))]
         for index in range(len(ALPHAS)):
             values = [statistics.mean(c[index][s] for s in styles) for c in curves]
-            spread = f" ± {statistics.stdev(values):.1f}" if index and len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
+            cells.append(with_spread(values))
         table.append(cells)
     columns = ["style", "images", *(f"α = {alpha:g}" for alpha in ALPHAS)]
     report.table(f"Seeds {', '.join(map(str, arguments.seeds))}", columns, table)

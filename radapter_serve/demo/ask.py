@@ -20,7 +20,7 @@ from PIL import Image
 from radapter_client import Client, Hit, Segmentation
 from radapter_serve.data import load_masked
 from radapter_serve.demo.data import FINE_TUNED, DemoData
-from radapter_serve.demo.scenes import CAPTIONS, SceneData
+from radapter_serve.demo.scenes import CAPTIONS, SHORT_SIDE, SceneData
 from radapter_serve.dense import encode_patches
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.labels import read_label_file, read_templates
@@ -29,7 +29,6 @@ from radapter_serve.serving.preprocess import Preprocess
 from radapter_serve.serving.segment import Segmenter, SegmentOptions
 
 QUESTIONS = 60  # images, captions, scenes: as many of each as are compared
-SHORT_SIDE, STRIDE = 96, 24  # pixels, of dense segmentation: a scene's drawings are as large as a window
 CLOSE = 1e-3  # of scores
 Floats = NDArray[np.float32]
 
@@ -140,14 +139,14 @@ def ask_segment(client: Client, merged: Path, data: DemoData, scenes: SceneData,
         masks = np.stack([mask for _, mask in segments])
         labels = [masked.classes[label] for label, _ in segments]
         proposed = client.segment(image, masked.classes, proposals=masks, threshold=0.0)
-        dense = client.segment(image, labels, short_side=SHORT_SIDE, stride=STRIDE)
+        dense = client.segment(image, labels, short_side=SHORT_SIDE)
         scores = _softmax(reference.scale * reference.images([crop(image, mask) for mask in masks]) @ classes.T)
         expected, sure = np.full(masks.shape[1:], len(masked.classes)), np.zeros(masks.shape[1:])
         for mask, row in zip(masks, scores, strict=True):
             expected[mask], sure[mask] = row.argmax(), row.max()
         for label in np.unique(expected[masks.any(axis=0)]):
             error = max(error, abs(float(sure[expected == label].mean()) - proposed.scores[label]))
-        here = segmenter.dense(image, classes[[label for label, _ in segments]], SegmentOptions(SHORT_SIDE, STRIDE))
+        here = segmenter.dense(image, classes[[label for label, _ in segments]], SegmentOptions(SHORT_SIDE))
         same += int((proposed.mask == expected).sum() + (dense.mask == here.mask).sum())
         pixels += 2 * expected.size
         pictures.append((proposed, dense, dict(zip(labels, masks, strict=True))))

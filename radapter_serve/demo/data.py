@@ -6,6 +6,7 @@ this file (`drawings/vendors.json.xz`, SVG). Where each comes from and its licen
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import importlib.util
@@ -142,9 +143,7 @@ def prepare(folder: str | Path, *, quiet: bool = False) -> DemoData:
     """
     folder = Path(folder)
     if not (folder / "classes.txt").is_file():
-        part = folder.with_name(f".{folder.name}.part")
-        try:
-            shutil.rmtree(part, ignore_errors=True)
+        with made_whole(folder, "images") as part:
             for path, svg in track(list(_plan()), "Drawing the images", disable=quiet):
                 (part / path).parent.mkdir(parents=True, exist_ok=True)
                 image = render(svg, SIDE)
@@ -153,13 +152,41 @@ def prepare(folder: str | Path, *, quiet: bool = False) -> DemoData:
                 paper.save(part / path)
             (part / "classes.txt").write_text("\n".join(class_names()) + "\n", encoding="utf-8")
             (part / "templates.txt").write_text("\n".join(TEMPLATES) + "\n", encoding="utf-8")
-            part.replace(folder)
-        except OSError as error:
-            raise RAdapterError(f"could not make the demo's images in {folder}: {error}") from error
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
     test = {style: folder / "test" / style for style in (FINE_TUNED, *SHIFTS)}
     return DemoData(folder / "train", folder / "val", test, folder / "classes.txt", folder / "templates.txt")
+
+
+@contextlib.contextmanager
+def made_whole(folder: Path, what: str) -> Iterator[Path]:
+    """A folder to fill, which stands at `folder` once all is in it; nothing is left otherwise.
+
+    Args:
+        folder: where it is to stand.
+        what: it holds, for the message.
+
+    Raises:
+        RAdapterError: it can't be written.
+    """
+    part = folder.with_name(f".{folder.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        yield part
+        part.replace(folder)
+    except OSError as error:
+        raise RAdapterError(f"could not make the demo's {what} in {folder}: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def style_of(name: str) -> str:
+    """In words, the style that a set of drawings or scenes is named after, and what follows the name's comma.
+
+    Args:
+        name: of STYLES, as in `color` or `color, dense`, or any other name, which is given back.
+    """
+    style, _, rest = name.partition(", ")
+    label = STYLES.get(style, style) + (f", {rest}" if rest else "")
+    return label + (" (in distribution)" if name == FINE_TUNED else "")
 
 
 def _plan() -> Iterator[tuple[str, str]]:

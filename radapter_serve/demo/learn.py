@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
-from radapter_serve.demo.data import BASE, FINE_TUNED, SHIFTS, STYLES, DemoData
-from radapter_serve.demo.scenes import SCENE_SHIFTS, SceneData
+from radapter_serve.demo.data import BASE, FINE_TUNED, SHIFTS, STYLES, DemoData, style_of
+from radapter_serve.demo.scenes import SCENE_SHIFTS, SHORT_SIDE, SceneData
 from radapter_serve.evaluation.plots import plot_alpha_curve
 from radapter_serve.evaluation.results import Results, curve
 from radapter_serve.evaluation.run import judge_suite
@@ -21,7 +21,6 @@ from radapter_serve.training import load_recipe, train
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(11))
 RECIPES = Path(__file__).parent / "recipes"
-IN_DISTRIBUTION = "in distribution"
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,9 @@ def lessons(data: DemoData, scenes: SceneData) -> list[Lesson]:
         Entry(name, f"masks:{folder}", dense="proposals", threshold=0.0, **masks)
         for name, folder in scenes.test.items()
     )
-    dense = Entry(f"{FINE_TUNED}, dense", f"masks:{scenes.test[FINE_TUNED]}", dense="naclip", short_side=96, **masks)
+    dense = Entry(
+        f"{FINE_TUNED}, dense", f"masks:{scenes.test[FINE_TUNED]}", dense="naclip", short_side=SHORT_SIDE, **masks
+    )
     return [
         Lesson(
             "classification",
@@ -163,8 +164,6 @@ def table(lesson: Lesson, learned: Learned) -> Table:
     for column in ("data", "images", "zero-shot", "fine-tuned, α = 1", f"α = {learned.alpha:g}"):
         result.add_column(column, justify="left" if column == "data" else "right")
     for name, count, values in figures(lesson, learned):
-        style, _, rest = name.partition(", ")
-        label = STYLES.get(style, style) + (f", {rest}" if rest else "")
         cells = (" / ".join(f"{value:.1f}" for value in values[alpha]) for alpha in (0.0, 1.0, learned.alpha))
-        result.add_row(label + (f" ({IN_DISTRIBUTION})" if name == FINE_TUNED else ""), str(count), *cells)
+        result.add_row(style_of(name), str(count), *cells)
     return result

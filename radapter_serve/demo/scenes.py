@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import functools
 import random
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,17 +15,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
 
-from radapter_serve.demo.data import FINE_TUNED, Concept, Split, class_names, concepts, drawing, render
-from radapter_serve.errors import RAdapterError
+from radapter_serve.demo.data import FINE_TUNED, Concept, Split, class_names, concepts, drawing, made_whole, render
 
 CELL, CELLS = 80, 2  # a scene is a square of 2 x 2 cells, each with a drawing or none
 SIDES = (60, 81)  # pixels of a drawing, from and below
 TRAIN, TEST = 600, 100  # scenes
 CAPTIONS = 3  # of each scene; the first names all that is shown
 SCENE_SHIFTS = ("noto", "fluent")
+SHORT_SIDE = 96  # pixels, of dense segmentation: a scene's drawings are as large as a window then
 PAPERS = ("white", "#fdf6e3", "#eaf2fb", "#edf7ed", "#fbeaf0", "#f1f1f1")
 KINDS = ("a drawing", "a picture", "an emoji")
-BACKGROUND = "background"
 
 
 @dataclass(frozen=True)
@@ -52,14 +50,12 @@ class SceneData:
         train: drawings of the style that the demo fine-tunes on.
         test: by style, concepts that neither the base nor fine-tuning has seen; scene for scene the same in all styles.
         classes: class file; the paper is none of them.
-        with_background: the same and, as its last class, the paper.
         gallery: CSV of all test scenes: image, style, caption.
     """
 
     train: Path
     test: dict[str, Path]
     classes: Path
-    with_background: Path
     gallery: Path
 
 
@@ -78,22 +74,13 @@ def prepare_scenes(folder: str | Path, *, seed: int = 0, quiet: bool = False) ->
     places: list[tuple[str, Split, str, int]] = [("train", "train", FINE_TUNED, TRAIN)]
     places += [(f"test-{style}", "test", style, TEST) for style in (FINE_TUNED, *SCENE_SHIFTS)]
     if not (folder / "classes.txt").is_file():
-        part = folder.with_name(f".{folder.name}.part")
-        try:
-            shutil.rmtree(part, ignore_errors=True)
+        with made_whole(folder, "scenes") as part:
             for place, split, style, count in track(places, "Composing the scenes", disable=quiet):
                 _write(part / place, compose(split, style, count, seed), seed)
             _write_gallery(part)
-            for name, names in (("classes", class_names()), ("with-background", [*class_names(), BACKGROUND])):
-                (part / f"{name}.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
-            part.replace(folder)
-        except OSError as error:
-            raise RAdapterError(f"could not make the demo's scenes in {folder}: {error}") from error
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+            (part / "classes.txt").write_text("\n".join(class_names()) + "\n", encoding="utf-8")
     test = {style: folder / f"test-{style}" for style in (FINE_TUNED, *SCENE_SHIFTS)}
-    files = (folder / name for name in ("classes.txt", "with-background.txt", "gallery.csv"))
-    return SceneData(folder / "train", test, *files)
+    return SceneData(folder / "train", test, folder / "classes.txt", folder / "gallery.csv")
 
 
 def compose(split: Split, style: str, count: int, seed: int) -> Iterator[Scene]:

@@ -68,17 +68,19 @@ def test_styles_show_the_same_scenes() -> None:
     assert all(a.image.tobytes() != b.image.tobytes() for a, b in zip(color, noto, strict=True))
 
 
-def test_the_folders_are_data_of_masks_and_of_captions(folder: scenes.SceneData) -> None:
+def test_the_folders_are_data_of_masks_and_of_captions(folder: scenes.SceneData, tmp_path: Path) -> None:
+    with_paper = tmp_path / "classes.txt"
+    with_paper.write_text("\n".join([*data.class_names(), "paper"]), encoding="utf-8")
     for place, split, style in (
         (folder.train, "train", "color"),
         *((path, "test", style) for style, path in folder.test.items()),
     ):
         composed = list(scenes.compose(split, style, FEW, 0))
-        closed, opened = (load_masked(f"masks:{place}", classes=c) for c in (folder.classes, folder.with_background))
-        assert closed.classes == data.class_names() and opened.classes == [*closed.classes, scenes.BACKGROUND]
-        for scene, image, with_background in zip(composed, closed.images, opened.images, strict=True):
+        closed, opened = (load_masked(f"masks:{place}", classes=c) for c in (folder.classes, with_paper))
+        assert closed.classes == data.class_names() and opened.classes == [*closed.classes, "paper"]
+        for scene, image, whole in zip(composed, closed.images, opened.images, strict=True):
             assert Image.open(image.path).tobytes() == scene.image.tobytes()
-            np.testing.assert_array_equal(with_background.mask(), scene.mask)
+            np.testing.assert_array_equal(whole.mask(), scene.mask)
             inside = scene.mask < len(closed.classes)
             np.testing.assert_array_equal(image.mask() >= 0, inside)  # the paper is ignored
             assert len(image.segments()) == len(scene.shown)
