@@ -128,9 +128,7 @@ def ask_segment(client: Client, merged: Path, data: DemoData, scenes: SceneData,
     reference = Reference(merged)
     facts = client.release.facts
     preprocess, crop = Preprocess.from_dict(facts["preprocess"]), MaskCrop.from_dict(facts["crop"])
-    segmenter = Segmenter(
-        preprocess.size[0], reference.patches, None, preprocess, crop, reference.scale, facts["max_batch_size"]
-    )
+    segmenter = Segmenter(reference.patches, None, preprocess, crop, reference.scale, facts["max_batch_size"])
     classes = reference.classes(masked.classes, data.templates)
     pictures, pixels, same, error = [], 0, 0, 0.0
     for masked_image in images:

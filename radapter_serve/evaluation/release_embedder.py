@@ -56,7 +56,6 @@ class ReleaseEmbedder:
     def segmenter(self, query: SegmentQuery, known: dict[Any, Floats]) -> SegmentImage:
         facts = self._release.facts
         segmenter = Segmenter(
-            self.size,
             None if query.dense == PROPOSALS else self._release.patch_encoder(),
             self._release.encode_images,
             self._release.preprocess,

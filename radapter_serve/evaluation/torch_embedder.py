@@ -157,7 +157,6 @@ class TorchEmbedder:
             return np.asarray(found.float().cpu().numpy())
 
         segmenter = Segmenter(
-            self.size,
             None if query.dense == PROPOSALS else functools.partial(encode, way=query.dense),
             encode,
             self._preprocess,

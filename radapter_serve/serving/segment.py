@@ -82,10 +82,9 @@ class Segmenter:
     """Segments images with the encoders of one release.
 
     Args:
-        size: side in pixels of the encoders' square input, S.
         encode_patches: uint8 [B, S, S, 3] -> float32 [B, g, g, D] of unit length, or None where there is none.
         encode_images: uint8 [B, S, S, 3] -> float32 [B, D] of unit length, or None; for proposals.
-        preprocess: makes the input of `encode_images`; its interpolation also makes the working image.
+        preprocess: makes the input of `encode_images`, S x S; its interpolation also makes the working image.
         crop: how a mask is shown to `encode_images`.
         logit_scale: of the release, for proposals.
         max_batch_size: rows that an encoder takes at most.
@@ -93,7 +92,6 @@ class Segmenter:
 
     def __init__(
         self,
-        size: int,
         encode_patches: EncodePatches | None,
         encode_images: EncodeImages | None,
         preprocess: Preprocess,
@@ -101,8 +99,8 @@ class Segmenter:
         logit_scale: float,
         max_batch_size: int,
     ) -> None:
-        self._size, self._encode_patches, self._encode_images = size, encode_patches, encode_images
-        self._preprocess, self._crop = preprocess, crop
+        self._encode_patches, self._encode_images = encode_patches, encode_images
+        self._preprocess, self._crop, self._size = preprocess, crop, preprocess.size[0]
         self._logit_scale, self._max_batch_size = logit_scale, max_batch_size
 
     def dense(

@@ -74,13 +74,11 @@ class Segment:
         embed_labels: LabelEmbedder,
         label_sets: Mapping[str, LabelSet],
     ) -> None:
-        preprocess = Preprocess.from_dict(release["preprocess"])
         self._label_source = LabelSource(release["templates"], embed_labels, label_sets)
         self._segmenter = Segmenter(
-            preprocess.size[0],
             encode_patches,
             encode_images,
-            preprocess,
+            Preprocess.from_dict(release["preprocess"]),
             MaskCrop.from_dict(release["crop"]),
             float(release["logit_scale"]),
             int(release["max_batch_size"]),

@@ -97,7 +97,7 @@ class Oracle:
 
         crop = MaskCrop(fill=(255, 255, 255))
         size = Preprocess((SIZE, SIZE), "bilinear")
-        segmenter = Segmenter(SIZE, patches, images, size, crop, 100.0, 4)
+        segmenter = Segmenter(patches, images, size, crop, 100.0, 4)
         return segment_here(segmenter, np.eye(len(query.labels), dtype=np.float32), query.options)
 
 
@@ -232,7 +232,7 @@ def test_every_alpha_is_the_folded_model(masked: Path, dense_run: Path, tiny_cli
         return encode_patches(base.model, pixels, "naclip").numpy()
 
     preprocess = Preprocess.from_dict(base.preprocess)
-    segmenter = Segmenter(SIZE, encode, None, preprocess, MaskCrop(), 1.0, 5)
+    segmenter = Segmenter(encode, None, preprocess, MaskCrop(), 1.0, 5)
     data: Any = open_set(suite, suite.entries[0])
     for image, mask in zip(data.images, found, strict=True):
         expected = segmenter.dense(decode(image.data()), classifier.numpy(), data.query(Named()).options).mask

@@ -49,7 +49,7 @@ def colour_images(pixels: np.ndarray) -> np.ndarray:
 
 
 def segmenter(patches=random_patches, images=colour_images, *, fill=(127, 128, 127), scale=10.0, batch=3) -> Segmenter:
-    return Segmenter(SIZE, patches, images, Preprocess((SIZE, SIZE)), MaskCrop(fill=fill), scale, batch)
+    return Segmenter(patches, images, Preprocess((SIZE, SIZE)), MaskCrop(fill=fill), scale, batch)
 
 
 def image(width: int, height: int, seed: int = 0) -> Image.Image:

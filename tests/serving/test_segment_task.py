@@ -22,7 +22,7 @@ def segmenter(local: Local) -> Segmenter:
     """Of the same encoders, without the task."""
     made = local.segment._segmenter
     size = (16, 16)
-    return Segmenter(16, made._encode_patches, made._encode_images, Preprocess(size), MaskCrop(), 10.0, 64)
+    return Segmenter(made._encode_patches, made._encode_images, Preprocess(size), MaskCrop(), 10.0, 64)
 
 
 def test_labels_of_the_request(local):
