@@ -16,7 +16,6 @@ from radapter_serve.evaluation.embedder import (
 )
 from radapter_serve.evaluation.judged import class_embeds
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.serving.masks import MaskCrop
 from radapter_serve.serving.release import LocalRelease
 from radapter_serve.serving.segment import Segmenter
 
@@ -54,15 +53,8 @@ class ReleaseEmbedder:
         return exported_way(self._release.facts, dense)
 
     def segmenter(self, query: SegmentQuery, known: dict[Any, Floats]) -> SegmentImage:
-        facts = self._release.facts
-        segmenter = Segmenter(
-            None if query.dense == PROPOSALS else self._release.patch_encoder(),
-            self._release.encode_images,
-            self._release.preprocess,
-            MaskCrop.from_dict(facts["crop"]) if facts.get("crop") else MaskCrop(),
-            float(facts["logit_scale"]),
-            int(facts["max_batch_size"]),
-        )
+        patches = None if query.dense == PROPOSALS else self._release.patch_encoder()
+        segmenter = Segmenter.of_release(self._release.facts, patches, self._release.encode_images)
         embeds = class_embeds(self.embed_texts, query.labels, query.templates, known)
         return segment_here(segmenter, embeds, query.options)
 

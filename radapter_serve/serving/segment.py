@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,6 +102,20 @@ class Segmenter:
         self._encode_patches, self._encode_images = encode_patches, encode_images
         self._preprocess, self._crop, self._size = preprocess, crop, preprocess.size[0]
         self._logit_scale, self._max_batch_size = logit_scale, max_batch_size
+
+    @classmethod
+    def of_release(
+        cls, release: Mapping[str, Any], encode_patches: EncodePatches | None, encode_images: EncodeImages | None
+    ) -> Segmenter:
+        """With what a release's facts (`release.json`) say; releases before there was a crop get the usual one."""
+        return cls(
+            encode_patches,
+            encode_images,
+            Preprocess.from_dict(release["preprocess"]),
+            MaskCrop.from_dict(release["crop"]) if release.get("crop") else MaskCrop(),
+            float(release["logit_scale"]),
+            int(release["max_batch_size"]),
+        )
 
     def dense(
         self,

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from radapter_serve.serving.errors import IMAGE_TOO_LARGE, INVALID_ARGUMENT, INVALID_IMAGE, TaskError
 from radapter_serve.serving.label_source import LabelSource
 from radapter_serve.serving.labels import LabelEmbedder, LabelSet
-from radapter_serve.serving.masks import MaskCrop
-from radapter_serve.serving.preprocess import Preprocess, decode
+from radapter_serve.serving.preprocess import decode
 from radapter_serve.serving.segment import EncodePatches, Segmented, Segmenter, SegmentOptions
 from radapter_serve.serving.tasks import EncodeImages
 
@@ -75,14 +74,7 @@ class Segment:
         label_sets: Mapping[str, LabelSet],
     ) -> None:
         self._label_source = LabelSource(release["templates"], embed_labels, label_sets)
-        self._segmenter = Segmenter(
-            encode_patches,
-            encode_images,
-            Preprocess.from_dict(release["preprocess"]),
-            MaskCrop.from_dict(release["crop"]),
-            float(release["logit_scale"]),
-            int(release["max_batch_size"]),
-        )
+        self._segmenter = Segmenter.of_release(release, encode_patches, encode_images)
 
     def __call__(self, request: SegmentRequest) -> Segments:
         """Segment one image.
