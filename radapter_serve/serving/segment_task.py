@@ -113,14 +113,12 @@ class Segment:
 def _options(request: SegmentRequest) -> SegmentOptions:
     given = dict(request.options or {})
     if request.proposals is None:
-        unused = [name for name in ("proposal_weight",) if name in given]
-        unused += ["proposal_scores"] if request.proposal_scores is not None else []
-        way_out = "send proposals with it"
-    elif unused := [name for name in _DENSE_ONLY if name in given]:
-        way_out = "leave it out with proposals"
+        idle = dict.fromkeys(("proposal_weight", "proposal_scores"), "send proposals with it")
     else:
-        unused = ["proposal_weight"] if "proposal_weight" in given and request.proposal_scores is None else []
-        way_out = "send proposal_scores with it"
-    if unused:
-        raise TaskError(INVALID_ARGUMENT, f"{unused[0]} has no effect here; {way_out}")
+        idle = dict.fromkeys(_DENSE_ONLY, "leave it out with proposals")
+        if request.proposal_scores is None:
+            idle["proposal_weight"] = "send proposal_scores with it"
+    for name, way_out in idle.items():
+        if name in given or (name == "proposal_scores" and request.proposal_scores is not None):
+            raise TaskError(INVALID_ARGUMENT, f"{name} has no effect here; {way_out}")
     return SegmentOptions(**given)
