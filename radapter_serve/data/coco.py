@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from radapter_serve.data.class_ids import number_classes, read_class_ids
 from radapter_serve.data.masks import IGNORE, Masked, MaskedImage, Segment, open_mask
@@ -113,22 +112,6 @@ class Panoptic(MaskedImage):
     listed_areas: list[int | None]
 
     def segments(self) -> list[Segment]:
-        return [(label, inside) for label, inside in self._all() if label != IGNORE]
-
-    def mask(self) -> NDArray[np.int32]:
-        segments = self._all()
-        mask = np.full(segments[0][1].shape, IGNORE, np.int32)
-        for label, inside in segments:
-            mask[inside] = label
-        return mask
-
-    def areas(self) -> list[tuple[int, int]]:
-        if None in self.listed_areas:
-            return super().areas()
-        pairs = zip(self.labels.values(), self.listed_areas, strict=True)
-        return [(label, area) for label, area in pairs if label != IGNORE and area is not None]
-
-    def _all(self) -> list[Segment]:
         image = open_mask(self.mask_path)
         if image.mode != "RGB":
             raise RAdapterError(
@@ -145,7 +128,13 @@ class Panoptic(MaskedImage):
                 f"the mask {self.mask_path} and its annotation do not belong together: the segments "
                 f"{', '.join(map(str, wrong[:5]))} are in one of them alone"
             )
-        return segments
+        return [(label, inside) for label, inside in segments if label != IGNORE]
+
+    def areas(self) -> list[tuple[int, int]]:
+        if None in self.listed_areas:
+            return super().areas()
+        pairs = zip(self.labels.values(), self.listed_areas, strict=True)
+        return [(label, area) for label, area in pairs if label != IGNORE and area is not None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,12 +162,6 @@ class Instances(MaskedImage):
 
     def _coded(self) -> list[tuple[int, dict[str, Any]]]:
         return [(label, {"size": list(self.size[::-1]), "counts": runs}) for label, runs in self.objects]
-
-    def mask(self) -> NDArray[np.int32]:
-        mask = np.full(self.size[::-1], IGNORE, np.int32)
-        for label, inside in sorted(self.segments(), key=lambda segment: -int(segment[1].sum())):
-            mask[inside] = label
-        return mask
 
 
 def _runs(segmentation: Any, name: str, width: int, height: int) -> bytes:

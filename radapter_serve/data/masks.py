@@ -46,21 +46,27 @@ class MaskedImage(ABC):
             raise BrokenImage(f"image {self.path} can't be read: {error.strerror or error}") from None
 
     @abstractmethod
-    def mask(self) -> NDArray[np.int32]:
-        """The class of every pixel, int32 [H, W]: an index into `Masked.classes`, or IGNORE.
+    def segments(self) -> list[Segment]:
+        """Class and mask, bool [H, W], of each segment; instances of a class stay apart where the data has them.
 
         Raises:
             RAdapterError: the mask can't be read, or is of another size than the image.
             BrokenImage: the image is missing, or no image.
         """
 
-    @abstractmethod
-    def segments(self) -> list[Segment]:
-        """Class and mask, bool [H, W], of each segment; instances of a class stay apart where the data has them.
+    def mask(self) -> NDArray[np.int32]:
+        """The class of every pixel, int32 [H, W]: an index into `Masked.classes`, or IGNORE.
+
+        Where segments overlap, the smaller lies on top.
 
         Raises:
-            RAdapterError, BrokenImage: as `mask`.
+            RAdapterError, BrokenImage: as `segments`.
         """
+        segments = self.segments()
+        mask = np.full(segments[0][1].shape, IGNORE, np.int32)
+        for label, inside in sorted(segments, key=lambda segment: -int(segment[1].sum())):
+            mask[inside] = label
+        return mask
 
     def areas(self) -> list[tuple[int, int]]:
         """Class and area in pixels of each of `segments`, in their order."""
