@@ -80,7 +80,7 @@ class SegmentationSet:
             "set_digest": digest(self.classes, names),
         }
 
-    @property
+    @cached_property
     def background(self) -> int | None:
         """Number of the class that stands for everything else; it has no prompt."""
         names = [split_label(line)[0] for line in self.classes]
