@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -94,13 +94,12 @@ class SegmentationSet:
         """
         entry, dense = self.entry, embedder.way(self.entry.dense)
         labels = [line for number, line in enumerate(self.classes) if number != self.background]
-        sizes: dict[str, Any] = {}
-        if dense != PROPOSALS:
-            # 1.5 windows and half a window: the Segmenter's own choice
-            sizes["short_side"] = entry.short_side or embedder.size + embedder.size // 2
-            sizes["stride"] = entry.stride or max(1, embedder.size // 2)
-            sizes["refine"] = entry.refine
-        options = SegmentOptions(**sizes, threshold=entry.threshold)
+        if dense == PROPOSALS:
+            options = SegmentOptions(threshold=entry.threshold)
+        else:
+            options = SegmentOptions(entry.short_side, entry.stride, entry.refine, entry.threshold)
+            short_side, stride = options.sizes(embedder.size)
+            options = replace(options, short_side=short_side, stride=stride)
         return SegmentQuery(labels, list(self.templates or embedder.templates), dense, options)
 
     def how(self, embedder: Embedder) -> dict[str, Any]:

@@ -62,6 +62,11 @@ class SegmentOptions:
             if share is not None and not 0 <= share <= 1:
                 raise TaskError(INVALID_ARGUMENT, f"{name} is {share}; allowed: 0 to 1")
 
+    def sizes(self, window: int) -> tuple[int, int]:
+        """`short_side` and `stride`, with windows of this many pixels where they are None."""
+        short_side = window + window // 2 if self.short_side is None else self.short_side
+        return short_side, max(1, window // 2) if self.stride is None else self.stride
+
 
 @dataclass
 class Segmented:
@@ -190,8 +195,7 @@ class Segmenter:
                 "this release has no patch_encoder; export with radapter-export --dense naclip, or send proposals",
             )
         size = self._size
-        short_side = size + size // 2 if options.short_side is None else options.short_side
-        stride = max(1, size // 2) if options.stride is None else options.stride
+        short_side, stride = options.sizes(size)
         if short_side < size:
             raise TaskError(INVALID_ARGUMENT, f"short_side is {short_side}; at least {size}, the size of a window")
         if stride > size:
