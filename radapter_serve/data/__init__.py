@@ -3,7 +3,6 @@
 from radapter_serve.data.captions import Captioned, CaptionedImage, load_captioned
 from radapter_serve.data.labelled import (
     Labelled,
-    LabelledImages,
     class_split,
     evaluation_batches,
     few_shot,
@@ -11,7 +10,7 @@ from radapter_serve.data.labelled import (
     split_classes,
 )
 from radapter_serve.data.masks import IGNORE, Masked, MaskedImage, load_masked
-from radapter_serve.data.rows import READERS, BrokenImage, ImageColumn, TrainingData, open_rows
+from radapter_serve.data.rows import READERS, BrokenImage, ImageColumn, LabelledImages, TrainingData, open_rows
 
 __all__ = [
     "IGNORE",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import numpy as np
@@ -18,13 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from radapter_serve.base import Base
-from radapter_serve.data.rows import BrokenImage, ImageColumn, open_rows, sub_folders
+from radapter_serve.data.rows import BrokenImage, ImageColumn, LabelledImages, open_rows, sub_folders
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.labels import read_label_file, split_label
 
 
 @dataclass
-class Labelled(ImageColumn):
+class Labelled(ImageColumn, LabelledImages):
     """A data set of labelled images.
 
     Attributes:
@@ -49,12 +48,6 @@ class Labelled(ImageColumn):
         self._index = {name: i for i, (_, synonyms) in enumerate(names) for name in synonyms}
         self._index |= {synonyms[0]: i for i, (_, synonyms) in enumerate(names)}  # a first name beats a synonym
         self._index |= {line: i for i, (line, _) in enumerate(names)}
-
-    def pair(self, row: dict[str, Any], draw: random.Random) -> tuple[Image.Image, int, str]:
-        """The image, the number of its class, and a prompt with the class's first name."""
-        label, image = self.label(row), self.image(row)
-        name = split_label(self.classes[label])[0]
-        return image, label, draw.choice(self.templates).replace("{}", name)
 
     def label(self, row: dict[str, Any]) -> int:
         """The number of a row's class.
@@ -201,31 +194,6 @@ def _check_classes(data: Labelled, spec: str, own: list[str] | None, folder: Pat
                 f"the class {missing[0]!r} has no image in {spec} ({len(missing)} of {len(data.classes)} classes are "
                 f"empty); add images or take it out of the class file"
             )
-
-
-class LabelledImages(Protocol):
-    """What validation needs of data whose labels are classes: `Labelled` is such data, and crops of masks are.
-
-    Attributes:
-        rows: a sequence or a Hugging Face data set.
-        classes: one entry a class, synonyms after commas.
-        templates: prompt templates with `{}`.
-    """
-
-    @property
-    def rows(self) -> Any: ...
-
-    @property
-    def classes(self) -> Sequence[str]: ...
-
-    @property
-    def templates(self) -> Sequence[str]: ...
-
-    def image(self, row: Any) -> Image.Image:
-        """The image of a row; raises BrokenImage."""
-
-    def label(self, row: Any) -> int:
-        """The number of a row's class."""
 
 
 def evaluation_batches(

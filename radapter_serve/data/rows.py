@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import os
 import random
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import datasets
 from PIL import Image
 
 from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.serving.labels import split_label
 from radapter_serve.serving.preprocess import decode
 
 READERS = ("imagefolder", "csv", "json", "parquet", "webdataset")
@@ -48,6 +50,34 @@ class TrainingData(Protocol):
         """
 
 
+class LabelledImages(ABC):
+    """Images whose labels are classes, as training and validation go through them.
+
+    Attributes:
+        rows: a sequence, a Hugging Face data set, or its stream.
+        classes: one entry a class, in the order of the labels, synonyms after commas.
+        templates: prompt templates with `{}`, of which a training pair draws one.
+    """
+
+    rows: Any
+    classes: list[str]
+    templates: Sequence[str]
+
+    @abstractmethod
+    def image(self, row: Any) -> Image.Image:
+        """The image of a row; raises BrokenImage."""
+
+    @abstractmethod
+    def label(self, row: Any) -> int:
+        """The number of a row's class."""
+
+    def pair(self, row: Any, draw: random.Random) -> tuple[Image.Image, int, str]:
+        """The image, the number of its class, and a prompt with the class's first name."""
+        label, image = self.label(row), self.image(row)
+        name = split_label(self.classes[label])[0]
+        return image, label, draw.choice(self.templates).replace("{}", name)
+
+
 class ImageColumn:
     """Reads the images of rows that have them in a column, as a path, as bytes or as both."""
 
@@ -60,11 +90,7 @@ class ImageColumn:
         Raises:
             BrokenImage: it is missing, or no image; says which.
         """
-        data = self.data(row)
-        try:
-            return decode(data)
-        except RAdapterError as error:
-            raise BrokenImage(f"image {self.name(row)} can't be read: {getattr(error, 'message', error)}") from None
+        return decode_named(self.data(row), self.name(row))
 
     def data(self, row: dict[str, Any]) -> bytes:
         """The bytes of a row's image file.
@@ -87,6 +113,18 @@ class ImageColumn:
         value = row.get(self.image_column)
         path = value.get("path") if isinstance(value, dict) else value
         return path if isinstance(path, str) else "in the table"
+
+
+def decode_named(data: bytes, name: str | Path) -> Image.Image:
+    """Decode the bytes of an image file as the server does.
+
+    Raises:
+        BrokenImage: it is no image; says which.
+    """
+    try:
+        return decode(data)
+    except RAdapterError as error:
+        raise BrokenImage(f"image {name} can't be read: {getattr(error, 'message', error)}") from None
 
 
 def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False) -> tuple[Any, Path]:

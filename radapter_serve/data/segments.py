@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,15 +14,13 @@ from rich.console import Console
 from rich.progress import track
 
 from radapter_serve.data.masks import Masked, MaskedImage, Segment
-from radapter_serve.data.rows import BrokenImage
+from radapter_serve.data.rows import BrokenImage, LabelledImages, decode_named
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.labels import split_label
 from radapter_serve.serving.masks import MaskCrop
-from radapter_serve.serving.preprocess import decode
 
 
 @dataclass
-class Segments:
+class Segments(LabelledImages):
     """Data for training and validation of which each row is one segment of an image.
 
     Attributes:
@@ -41,12 +38,6 @@ class Segments:
     templates: Sequence[str]
     _last: tuple[int, Image.Image, list[Segment]] | None = field(default=None, init=False, repr=False)
 
-    def pair(self, row: Any, draw: random.Random) -> tuple[Image.Image, int, str]:
-        """The crop, the number of its class, and a prompt with the class's first name."""
-        label, image = self.label(row), self.image(row)
-        name = split_label(self.classes[label])[0]
-        return image, label, draw.choice(self.templates).replace("{}", name)
-
     def label(self, row: Any) -> int:
         """The number of a segment's class."""
         return int(row[2])
@@ -61,14 +52,7 @@ class Segments:
         number, segment = int(row[0]), int(row[1])
         if self._last is None or self._last[0] != number:  # in their order, as in validation, each is decoded once
             masked = self.images[number]
-            try:
-                image = decode(masked.data())
-            except BrokenImage:
-                raise
-            except RAdapterError as error:
-                message = getattr(error, "message", error)
-                raise BrokenImage(f"image {masked.path} can't be read: {message}") from None
-            self._last = number, image, masked.segments()
+            self._last = number, decode_named(masked.data(), masked.path), masked.segments()
         _, image, segments = self._last
         return self.crop(image, segments[segment][1])
 

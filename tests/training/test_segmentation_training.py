@@ -119,7 +119,8 @@ def test_each_image_is_decoded_once_in_a_pass_in_order(scenes: Path, monkeypatch
     from radapter_serve.data import segments as module
 
     data, reads = segments(scenes), []
-    monkeypatch.setattr(module, "decode", lambda data, original=module.decode: reads.append(1) or original(data))
+    decode = module.decode_named
+    monkeypatch.setattr(module, "decode_named", lambda data, name: reads.append(1) or decode(data, name))
     for row in data.rows:
         data.image(row)
     assert len(reads) == IMAGES
