@@ -85,6 +85,7 @@ def load_captioned(
     image_column: str = "image",
     caption_column: str = "caption",
     captions_per_image: int = 1,
+    images: Path | None = None,
     streaming: bool = False,
     broken: list[str] | None = None,
 ) -> Captioned:
@@ -95,6 +96,7 @@ def load_captioned(
         image_column: paths, bytes or images.
         caption_column: a text or a list of texts; `json.caption` is the field of a column `json`.
         captions_per_image: texts of a training pair, 1 or more.
+        images: folder that relative paths start from; None takes that of the file.
         streaming: read row by row.
         broken: takes the names of rows without a caption, which are then left out; None refuses them.
 
@@ -103,7 +105,7 @@ def load_captioned(
     """
     columns = {image_column: "--image-column", caption_column: "--caption-column"}
     table, folder = open_rows(spec, columns, streaming=streaming)
-    data = Captioned(table, [], image_column, caption_column, folder, captions_per_image)
+    data = Captioned(table, [], image_column, caption_column, images or folder, captions_per_image)
     if streaming:
         return data
     first: dict[str, int] = {}

@@ -135,6 +135,7 @@ def load_labelled(
     label_column: str = "label",
     classes: Path | None = None,
     templates: Sequence[str] = ("a photo of a {}.",),
+    images: Path | None = None,
     streaming: bool = False,
 ) -> Labelled:
     """Open a data set.
@@ -146,6 +147,7 @@ def load_labelled(
         label_column: class names or numbers.
         classes: label file in the order of the labels; None takes the data set's own names.
         templates: prompt templates with `{}`.
+        images: folder that relative paths start from; None takes that of the file.
         streaming: read row by row.
 
     Raises:
@@ -162,7 +164,8 @@ def load_labelled(
     if names is None:
         raise RAdapterError(f"{spec} does not name its classes; give a file with one class a line: --classes FILE")
     class_folders = spec.startswith("imagefolder:")
-    data = Labelled(rows, list(names), image_column, label_column, Path() if class_folders else folder, templates)
+    start = images or (Path() if class_folders else folder)
+    data = Labelled(rows, list(names), image_column, label_column, start, templates)
     _check_classes(data, spec, own, folder if class_folders else None)
     return data
 

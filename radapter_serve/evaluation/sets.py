@@ -159,9 +159,8 @@ def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int 
             image_column=entry.image_column,
             label_column=entry.label_column,
             classes=_file(suite, entry.classes) if entry.classes and mapping is None else None,
+            images=_images(suite, entry),
         )
-        if entry.images:
-            data.folder = suite.data_root / entry.images
         data = class_split(data, entry.class_split)
     except RAdapterError as error:
         raise RAdapterError(f"data set {entry.name!r}: {error}") from error
@@ -207,14 +206,13 @@ def classification_set(
 
 
 def _retrieval_set(suite: Suite, entry: Entry, spec: str, limit: int | None, seed: int) -> RetrievalSet:
-    folder = suite.data_root / entry.images if entry.images else None
+    folder = _images(suite, entry)
     reader, _, place = spec.partition(":")
     if reader == "karpathy":
         path, _, split = place.rpartition("@") if "@" in place else (place, "", "test")
         data = load_karpathy(Path(path), split, folder or Path(path).parent)
     else:
-        data = load_captioned(spec, image_column=entry.image_column, caption_column=entry.caption_column)
-        data.folder = folder or data.folder
+        data = load_captioned(spec, image_column=entry.image_column, caption_column=entry.caption_column, images=folder)
     chosen = [data.images[index] for index in drawn(len(data.images), limit, seed)]
     captions = [image.captions[: entry.max_captions] for image in chosen]
     image_of = np.repeat(np.arange(len(chosen)), [len(texts) for texts in captions])
@@ -226,7 +224,7 @@ def _segmentation_set(suite: Suite, entry: Entry, spec: str, limit: int | None, 
     data = load_masked(
         spec,
         classes=_file(suite, entry.classes) if entry.classes else None,
-        images=suite.data_root / entry.images if entry.images else None,
+        images=_images(suite, entry),
     )
     images = [data.images[index] for index in drawn(len(data.images), limit, seed)]
     return SegmentationSet(entry, images, data.classes, _templates(suite, entry.templates))
@@ -261,6 +259,10 @@ def _cropped(data: bytes, border: int) -> bytes:
 def _below(root: Path, spec: str) -> str:
     reader, colon, path = spec.partition(":")
     return f"{reader}:{root / path}" if colon and reader in _READERS else spec
+
+
+def _images(suite: Suite, entry: Entry) -> Path | None:
+    return suite.data_root / entry.images if entry.images else None
 
 
 def _file(suite: Suite, name: str) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from radapter_serve.base import Base
 from radapter_serve.data import Captioned, Labelled, class_split, few_shot, load_captioned, load_labelled, load_masked
 from radapter_serve.data.segments import Segments, load_segments
@@ -38,22 +36,23 @@ def open_data(
             broken=broken,
         )
     if recipe.task == "retrieval":
-        captioned = load_captioned(
+        return load_captioned(
             spec,
             image_column=recipe.image_column,
             caption_column=recipe.caption_column,
             captions_per_image=1 if validation else recipe.captions_per_image,
+            images=recipe.images,
             streaming=streaming,
             broken=broken,
         )
-        return dataclasses.replace(captioned, folder=recipe.images or captioned.folder)
     data = load_labelled(
         spec,
         image_column=recipe.image_column,
         label_column=recipe.label_column,
         classes=recipe.classes,
         templates=templates_of(recipe.templates),
+        images=recipe.images,
         streaming=streaming,
     )
-    data = class_split(dataclasses.replace(data, folder=recipe.images or data.folder), recipe.class_split)
+    data = class_split(data, recipe.class_split)
     return data if validation or recipe.shots is None else few_shot(data, recipe.shots, recipe.seed)
