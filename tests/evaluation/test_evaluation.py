@@ -14,8 +14,12 @@ from radapter_serve.adapter import Adapter, Metadata, attach, base_digest, find_
 from radapter_serve.base import load_base
 from radapter_serve.data import Labelled, load_labelled
 from radapter_serve.evaluation.classification import count_hits, zero_shot_classifier
+from radapter_serve.evaluation.judge import judge
 from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars
-from radapter_serve.evaluation.sweep import alpha_sweep
+from radapter_serve.evaluation.results import curve
+from radapter_serve.evaluation.sets import classification_set
+from radapter_serve.evaluation.suite import Entry
+from radapter_serve.evaluation.torch_embedder import embedder_of
 
 CLASSES = ["cat", "dog", "tree", "house"]
 TEMPLATES = ["a photo of a {}.", "a drawing of the {}"]
@@ -56,7 +60,7 @@ def test_hits_by_hand(tiny_clip_dir: str) -> None:
     assert count_hits(base.model, embeds, [(pixels[:4], labels[:4]), (pixels[4:], labels[4:])]) == (5, 6)
 
 
-def test_sweep_equals_folding_each_alpha(tiny_clip_dir: str, images: Labelled) -> None:
+def test_the_curve_equals_folding_each_alpha(tiny_clip_dir: str, images: Labelled) -> None:
     base = load_base(tiny_clip_dir)
     state = {name: value.clone() for name, value in base.model.state_dict().items()}
     sites = find_sites(base.model)
@@ -64,7 +68,9 @@ def test_sweep_equals_folding_each_alpha(tiny_clip_dir: str, images: Labelled) -
     tensors = {site.key: torch.randn(64, 64) * 0.3 for site in sites}
     digest = base_digest(state, [site.key for site in sites])
     adapter = Adapter(tensors, Metadata(architecture=tiny_clip_dir, base_digest=digest, templates=TEMPLATES))
-    rows = alpha_sweep(base, adapter, [0.0, 0.5, 1.0], {"all": images})
+    embedder = embedder_of(base, adapter, [0.0, 0.5, 1.0])
+    rows = curve(judge(embedder, classification_set(Entry("all", "all"), images)))
+    embedder.close()
     _, _, preprocess = open_clip.create_model_and_transforms(tiny_clip_dir)
     pixels = torch.stack([preprocess(images.image(row)) for row in images.rows])
     labels = torch.tensor([images.label(row) for row in images.rows])
@@ -76,7 +82,7 @@ def test_sweep_equals_folding_each_alpha(tiny_clip_dir: str, images: Labelled) -
         assert row["all"] == pytest.approx(100 * (logits.argmax(dim=1) == labels).float().mean().item())
     assert len({row["all"] for row in rows}) > 1
     base.model.load_state_dict(state)
-    attach(base.model).remove()  # the sweep left no adapters behind
+    attach(base.model).remove()  # judging left no adapters behind
 
 
 def test_picture_of_the_curve(tmp_path: Path) -> None:
