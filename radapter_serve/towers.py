@@ -43,6 +43,23 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=-1)[inverse]
 
 
+def encode_texts(model: Any, tokens: Tensor, batch_size: int = 256) -> Tensor:
+    """Embed any number of texts, those of a length together: a causal tower sees no more tokens than the longest has.
+
+    Args:
+        model: an open_clip model.
+        tokens: token ids, integer [N, L], padded with 0, on any device; N is 1 or more.
+        batch_size: texts a pass.
+
+    Returns:
+        float32 [N, D], unit length, on the model's device.
+    """
+    device = next(model.parameters()).device
+    order = torch.argsort(tokens.ne(0).sum(dim=1), stable=True)
+    embeds = torch.cat([encode_text(model, tokens[some].to(device)) for some in torch.split(order, batch_size)])
+    return embeds[torch.argsort(order).to(device)]
+
+
 def is_causal(model: nn.Module) -> bool:
     """Whether cropping a batch of texts to its longest one leaves the embeddings as they are."""
     text = text_tower(model)

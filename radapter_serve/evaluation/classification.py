@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from radapter_serve.serving.labels import split_label
-from radapter_serve.towers import encode_image, encode_text
+from radapter_serve.towers import encode_image, encode_texts
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -32,11 +32,8 @@ def zero_shot_classifier(
     """
     prompts = [[t.replace("{}", name) for name in split_label(line) for t in templates] for line in classes]
     texts = [text for group in prompts for text in group]
-    device = next(model.parameters()).device
-    parts = [
-        encode_text(model, tokenizer(texts[i : i + batch_size]).to(device)) for i in range(0, len(texts), batch_size)
-    ]
-    groups = torch.split(torch.cat(parts), [len(group) for group in prompts])
+    embeds = encode_texts(model, tokenizer(texts), batch_size)
+    groups = torch.split(embeds, [len(group) for group in prompts])
     return F.normalize(torch.stack([group.mean(dim=0) for group in groups]), dim=-1)
 
 

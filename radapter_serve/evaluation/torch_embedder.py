@@ -36,11 +36,10 @@ from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.serving.masks import MaskCrop
 from radapter_serve.serving.preprocess import Preprocess, decode
 from radapter_serve.serving.segment import Segmenter
-from radapter_serve.towers import encode_image, encode_text
+from radapter_serve.towers import encode_image, encode_texts
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_TEXTS = 256  # a pass of torch
 _WINDOWS = 16
 
 
@@ -125,16 +124,9 @@ class TorchEmbedder:
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Floats:
-        tokens = self._base.tokenizer(list(texts))
-        # texts of a length together: a causal tower sees no more tokens than the longest has
-        order = torch.argsort(tokens.ne(0).sum(dim=1), stable=True)
-        parts = []
         with self._autocast():
-            for chosen in torch.split(order, _TEXTS):
-                parts.append(encode_text(self._model, tokens[chosen].to(self._device)).float().cpu())
-        embeds = torch.empty_like(torch.cat(parts))
-        embeds[order] = torch.cat(parts)
-        return np.asarray(embeds.numpy())
+            embeds = encode_texts(self._model, self._base.tokenizer(list(texts)))
+        return np.asarray(embeds.float().cpu().numpy())
 
     def way(self, dense: str | None) -> str:
         way = dense or self._dense

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,8 @@ from radapter_serve.base import Base
 from radapter_serve.data import Captioned, LabelledImages, evaluation_batches
 from radapter_serve.evaluation.classification import count_hits, zero_shot_classifier
 from radapter_serve.evaluation.metrics import retrieval_metrics
-from radapter_serve.towers import encode_image, encode_text
+from radapter_serve.towers import encode_image, encode_texts
 from radapter_serve.training.recipe import Recipe
-
-_TEXTS = 256  # a pass
 
 
 def validate(
@@ -83,7 +82,7 @@ def _retrieval(
     """Recall at 1 for each α, over all images and captions; a broken image takes its captions along."""
     device = next(base.model.parameters()).device
 
-    def at_each_alpha(encode: Any, inputs: Tensor) -> list[Tensor]:
+    def at_each_alpha(encode: Callable[[Any, Tensor], Tensor], inputs: Tensor) -> list[Tensor]:
         embeds = []
         for alpha in alphas:
             adapters.alpha = alpha
@@ -91,16 +90,14 @@ def _retrieval(
         return embeds
 
     texts = [(caption, number) for number, image in enumerate(val.images) for caption in image.captions]
-    mine = sorted(range(share["rank"], len(texts), share["world"]), key=lambda index: len(texts[index][0]))
     images, captions = [], []  # pairs of numbers and, for each α, embeddings
     for pixels, numbers in evaluation_batches(
         base, range(len(val.images)), lambda number: (val.image(val.table[val.images[number].row]), number), **share
     ):
         images.append((numbers.numpy(), at_each_alpha(encode_image, pixels)))
-    for start in range(0, len(mine), _TEXTS):
-        chosen = mine[start : start + _TEXTS]
-        tokens = base.tokenizer([texts[index][0] for index in chosen])
-        captions.append((np.array(chosen), at_each_alpha(encode_text, tokens)))
+    if mine := range(share["rank"], len(texts), share["world"]):
+        tokens = base.tokenizer([texts[index][0] for index in mine])
+        captions.append((np.array(mine), at_each_alpha(encode_texts, tokens)))
     images, captions = gather_object(images), gather_object(captions)
     if not images:
         return [{} for _ in alphas]
