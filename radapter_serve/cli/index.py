@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import tyro
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -147,31 +145,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guard(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog=PROG), prog=PROG)
 
 
-class _ServerRelease:
-    """A live server's newest release, as an index is built with it."""
-
-    def __init__(self, client: Any) -> None:
-        from radapter_serve.serving.preprocess import Preprocess
-
-        self._client = client
-        self.facts: Mapping[str, Any] = client.release.facts
-        self._preprocess = Preprocess.from_dict(self.facts["preprocess"])
-
-    def prepare(self, data: bytes) -> NDArray[np.uint8]:
-        """As `LocalRelease` does: the server leaves such an image as it is, and what is broken fails no batch."""
-        from radapter_serve.serving.preprocess import decode_into
-
-        pixels = np.empty((*self._preprocess.size, 3), np.uint8)
-        decode_into(data, self._preprocess, pixels)
-        return pixels
-
-    def encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
-        return np.asarray(self._client.embed_images(list(images)), np.float32)
-
-    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        return np.asarray(self._client.embed_texts(texts), np.float32)
-
-
 @contextmanager
 def _release(model_repository: str, url: str | None) -> Iterator[Any]:
     """What embeds."""
@@ -180,13 +153,13 @@ def _release(model_repository: str, url: str | None) -> Iterator[Any]:
 
         yield LocalRelease(model_repository)
         return
-    from radapter_client import Client, RAdapterClientError
+    from radapter_client import RAdapterClientError
+    from radapter_serve.serving.live import ServerRelease, connect
 
+    client, release = connect(url)
     try:
-        with Client(url) as client:
-            release = client.release
-        with Client(url, release=release.version, batch_size=16) as client:  # a new release changes nothing midway
-            yield _ServerRelease(client)
+        with client:
+            yield ServerRelease(client, release.facts)
     except RAdapterClientError as error:
         raise RAdapterError(f"{url}: {error}") from error
 

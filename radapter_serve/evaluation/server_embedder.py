@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_client import Client, RAdapterClientError
+from radapter_client import RAdapterClientError
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import SegmentImage, SegmentQuery, Variant, exported_way, release_facts
 from radapter_serve.evaluation.metrics import Floats
+from radapter_serve.serving.live import connect
 
 
 class ServerEmbedder:
@@ -25,13 +26,7 @@ class ServerEmbedder:
     """
 
     def __init__(self, url: str) -> None:
-        try:
-            with Client(url) as client:
-                release = client.release
-            rows = min(16, int(release.facts.get("max_batch_size", 16)))  # a batch becomes some requests at once
-            self._client = Client(url, release=release.version, batch_size=rows)
-        except RAdapterClientError as error:
-            raise RAdapterError(f"{url}: {error}") from error
+        self._client, release = connect(url)
         self._facts = release.facts
         self.templates = release.templates
         self.size = int(release.facts["preprocess"]["size"])

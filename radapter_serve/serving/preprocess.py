@@ -68,6 +68,13 @@ def decode_into(data: bytes, preprocess: Preprocess, out: NDArray[np.uint8]) -> 
         raise TaskError(INVALID_IMAGE, f"the image cannot be resized ({error}); send {_allowed()}") from None
 
 
+def decode_pixels(data: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """`decode_into` a new array, uint8 [H, W, 3]."""
+    pixels = np.empty((*preprocess.size, 3), np.uint8)
+    decode_into(data, preprocess, pixels)
+    return pixels
+
+
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     """The image, of which only the header has been read."""
     if not data.startswith(_MAGIC):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.errors import TaskError
 from radapter_serve.serving.labels import embed_texts
-from radapter_serve.serving.preprocess import Preprocess, decode_into
+from radapter_serve.serving.preprocess import Preprocess, decode_pixels
 from radapter_serve.serving.tasks import EmbedImages
 from radapter_serve.serving.tokenizer import Tokenizer
 
@@ -107,9 +107,7 @@ class LocalRelease:
         Raises:
             TaskError: no image, broken, or too large.
         """
-        pixels = np.empty((*self.preprocess.size, 3), np.uint8)
-        decode_into(data, self.preprocess, pixels)
-        return pixels
+        return decode_pixels(data, self.preprocess)
 
     def encode_images(self, pixels: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """Prepared images, uint8 [B, S, S, 3], to float32 [B, D] of unit length; any B."""
