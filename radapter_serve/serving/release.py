@@ -12,10 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.errors import TaskError
 from radapter_serve.serving.labels import embed_texts
 from radapter_serve.serving.preprocess import Preprocess, decode_pixels
-from radapter_serve.serving.tasks import EmbedImages
 from radapter_serve.serving.tokenizer import Tokenizer
 
 _DECIDING = (
@@ -71,7 +69,6 @@ class LocalRelease:
 
     Args:
         repository: as of `find_release`.
-        threads: how many images are decoded at once.
 
     Raises:
         RAdapterError: no such release, or ONNX Runtime can't load it.
@@ -82,7 +79,7 @@ class LocalRelease:
         preprocess: from an image to what `encode_images` takes.
     """
 
-    def __init__(self, repository: str | Path, *, threads: int = 2) -> None:
+    def __init__(self, repository: str | Path) -> None:
         folder = find_release(repository)
         self.version = int(folder.name)
         try:
@@ -94,12 +91,6 @@ class LocalRelease:
         self._tokenizer = Tokenizer.load(folder / "tokenizer.json", self.facts["tokenizer"])
         self._images, self._texts = self._encoder("image_encoder"), self._encoder("text_encoder")
         self._rows = int(self.facts["max_batch_size"])
-        self._embed_images = EmbedImages(self.facts, self.encode_images, threads=threads)
-
-    @property
-    def digest(self) -> str:
-        """Its `release_digest`."""
-        return release_digest(self.facts)
 
     def prepare(self, data: bytes) -> NDArray[np.uint8]:
         """From the bytes of an image file to uint8 [S, S, 3]. Thread-safe.
@@ -112,11 +103,6 @@ class LocalRelease:
     def encode_images(self, pixels: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """Prepared images, uint8 [B, S, S, 3], to float32 [B, D] of unit length; any B."""
         return self._in_batches(self._images, pixels)
-
-    def embed_images(self, images: Sequence[bytes]) -> list[NDArray[np.float32] | TaskError]:
-        """Image files to float32 [D] of unit length each, or to the error of one that is no image."""
-        found = self._embed_images([[image] for image in images])
-        return [embeds if isinstance(embeds, TaskError) else embeds[0] for embeds in found]
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Texts to float32 [N, D] of unit length."""

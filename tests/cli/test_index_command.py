@@ -92,7 +92,8 @@ def test_the_digest_is_of_what_decides_the_embeddings(place: Path) -> None:
     assert release_digest(json.loads(json.dumps(again))) == release_digest(facts)
     for name, value in (("alpha", 0.1), ("adapter_digest", "x"), ("precision", "fp16"), ("tokenizer", {})):
         assert release_digest({**facts, name: value}) != release_digest(facts)
-    assert LocalRelease("model_repository@1").digest != LocalRelease("model_repository@2").digest
+    first, second = (release_digest(LocalRelease(f"model_repository@{number}").facts) for number in (1, 2))
+    assert first != second
 
 
 def test_an_index_is_made_without_torch(place: Path) -> None:

@@ -69,7 +69,7 @@ def test_retrieve(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -
             ask(server, text="a cat", index=bad)
     build(str(folder / "photos"), folder / "indexes" / "photos", release)  # while the server runs
     names = [f"{number}é.png" for number in range(6)]
-    embeds = np.stack(release.embed_images([photo(number) for number in range(6)]))
+    embeds = release.encode_images([release.prepare(photo(number)) for number in range(6)])
     (query,) = release.embed_texts(["a cat"])
     found = ask(server, text="a cat", index="photos", top_k=4)
     best = np.argsort(-(embeds @ query))[:4]
