@@ -11,7 +11,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -176,10 +176,22 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def rebuild(folder: Path, facts: dict[str, Any] | None = None) -> str:
+def rebuild(folder: Path, facts: Mapping[str, Any] | None = None) -> str:
     """The command that builds an index again."""
     source = shlex.quote(facts["source"]) if facts else "SOURCE"
     return f"radapter-index build {source} --out {shlex.quote(str(folder))}"
+
+
+def mismatch(folder: Path, facts: Mapping[str, Any], release: Mapping[str, Any]) -> str:
+    """Why an index that another release made is refused, and the command that builds it again."""
+    made, now = (
+        f"{one['architecture']} at alpha {one['alpha']:g}, release {one['version']}"
+        for one in (facts["release"], release)
+    )
+    return (
+        f"the index {folder} is of another release ({made} then; this is {now}), so their embeddings can't be "
+        f"compared; build it again: {rebuild(folder, facts)}"
+    )
 
 
 def check_condition(where: str) -> str:

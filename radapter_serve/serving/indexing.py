@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.collection import open_collection
-from radapter_serve.serving.index import FACTS, FORMAT, TABLE, Index, engine_errors, read_facts, rebuild, vectors_of
+from radapter_serve.serving.index import FACTS, FORMAT, TABLE, Index, engine_errors, mismatch, read_facts, vectors_of
 from radapter_serve.serving.index_writer import (
     BATCH,
     OnBroken,
@@ -158,7 +158,8 @@ def add(
     read_facts(out)  # locking would make the folder
     with disk_errors(out), lock(out):
         facts = read_facts(out)
-        check_release(out, facts, release.facts)
+        if facts["release_digest"] != release_digest(release.facts):
+            raise RAdapterError(mismatch(out, facts, release.facts))
         root = Path(facts["root"])
         collection = open_collection(source or facts["source"], image_column=facts["image_column"], root=root)
         writer = Writer(out, facts, release, None)
@@ -170,21 +171,6 @@ def add(
             summary.removed = len(gone)
         writer.finish(summary, _KEEP)
     return summary
-
-
-def check_release(folder: Path, facts: Mapping[str, Any], release: Mapping[str, Any]) -> None:
-    """Refuse an index that another release made: its embeddings and this one's can't be compared.
-
-    Raises:
-        RAdapterError: another digest; says which releases, and the command that builds it again.
-    """
-    if facts["release_digest"] != release_digest(release):
-        made, now = (f"{r['architecture']} at alpha {r['alpha']:g}" for r in (facts["release"], release))
-        raise RAdapterError(
-            f"the index {folder} is of another release ({made}, release {facts['release']['version']} then; this is "
-            f"{now}, release {release['version']}), so their embeddings can't be compared; build it again: "
-            f"{rebuild(folder, dict(facts))}"
-        )
 
 
 def verify(out: Path, *, progress: Progress | None = None) -> Verification:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
-from radapter_serve.serving.index import FACTS, Index, rebuild
+from radapter_serve.serving.index import FACTS, Index, mismatch
 from radapter_serve.serving.release import release_digest
 
 DEFAULT_TOP_K = 10
@@ -132,13 +132,7 @@ class Retrieve:
                     raise TaskError(UNKNOWN_INDEX, str(error)) from None
         index = found[1]
         if index.facts["release_digest"] != self._digest:
-            made = index.facts["release"]
-            raise TaskError(
-                INDEX_MISMATCH,
-                f"the index {name!r} is of another release ({made['architecture']} at alpha {made['alpha']:g}) than "
-                f"this one ({self._release['architecture']} at alpha {self._release['alpha']:g}, release "
-                f"{self._release['version']}); build it again: {rebuild(folder, index.facts)}",
-            )
+            raise TaskError(INDEX_MISMATCH, mismatch(folder, index.facts, self._release))
         return index
 
     def _known(self) -> str:
