@@ -67,6 +67,7 @@ class Index:
 
     Attributes:
         facts: `index.json`.
+        columns: names of the metadata's columns, which a condition may use.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -79,15 +80,10 @@ class Index:
         with engine_errors(self.folder):
             self.table = lancedb.connect(self.folder).open_table(TABLE)
             self.table.checkout(self.facts["engine"]["table_version"])
-        self._columns = [name for name in self.table.schema.names if name not in ("vector", "thumbnail")]
+            self.columns: list[str] = self.facts["columns"]
 
     def __len__(self) -> int:
         return int(self.facts["count"])
-
-    @property
-    def columns(self) -> list[str]:
-        """Names of the metadata's columns, which a condition may use."""
-        return list(self._columns)
 
     def search(
         self, embedding: NDArray[np.float32], top_k: int = 10, where: str | None = None, *, thumbnails: bool = False
@@ -106,9 +102,9 @@ class Index:
         if not 1 <= top_k <= MAX_TOP_K:
             raise TaskError(INVALID_ARGUMENT, f"top_k is {top_k}; allowed are whole numbers from 1 to {MAX_TOP_K}")
         condition = check_condition(where) if where and where.strip() else None
-        columns = [*self._columns, *(["thumbnail"] if thumbnails else [])]
+        columns = [*self.columns, *(["thumbnail"] if thumbnails else [])]
         find = self._approximate if "index" in self.facts["engine"] else self._exact
-        with _condition_errors(self.folder, where, self._columns):
+        with _condition_errors(self.folder, where, self.columns):
             hits = [_hit(row, score) for row, score in find(embedding, top_k, condition, columns)]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))
 
