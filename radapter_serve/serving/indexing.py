@@ -181,8 +181,8 @@ def verify(out: Path, *, progress: Progress | None = None) -> Verification:
     """
     index = Index(out)
     root = Path(index.facts["root"])
-    missing, changed, damaged = [], [], []
-    done = 0
+    known: set[str] = set()
+    missing, changed, damaged, new = [], [], [], []
     with engine_errors(out), ThreadPoolExecutor(threads()) as pool:
         for batch in index.table.search().select(["path", "digest", "vector"]).to_batches(BATCH):
             ids, digests = batch["path"].to_pylist(), batch["digest"].to_pylist()
@@ -193,16 +193,14 @@ def verify(out: Path, *, progress: Progress | None = None) -> Verification:
                     changed.append(id)
             lengths = np.linalg.norm(vectors_of(batch["vector"]), axis=1)
             damaged += [id for id, length in zip(ids, lengths, strict=True) if not abs(length - 1) < 1e-3]
-            done += len(ids)
+            known.update(ids)
             if progress is not None:
-                progress(done, len(index))
-        known = set(index.table.search().select(["path"]).to_arrow()["path"].to_pylist())
+                progress(len(known), len(index))
     broken = set(read_broken(out))
     with contextlib.suppress(RAdapterError):  # a source that is gone shows in `missing`
         collection = open_collection(index.facts["source"], image_column=index.facts["image_column"], root=root)
         new = [item.id for item in collection.items if item.id not in known and item.id not in broken]
-        return Verification(sorted(missing), sorted(changed), sorted(new), sorted(damaged))
-    return Verification(sorted(missing), sorted(changed), [], sorted(damaged))
+    return Verification(sorted(missing), sorted(changed), sorted(new), sorted(damaged))
 
 
 def _schema(facts: Mapping[str, Any], columns: Mapping[str, Any]) -> pa.Schema:
