@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.serving.errors import INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
 
 FORMAT = 1
@@ -252,8 +252,7 @@ def _condition_errors(folder: Path, where: str | None, columns: Sequence[str]) -
 
 def _short(error: BaseException) -> str:
     """The engine's first line without its source paths."""
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return re.sub(r"(, /\S+\.rs.*| \(code=.*)$", "", line)[:300].removeprefix("Invalid input, ")
+    return re.sub(r"(, /\S+\.rs.*| \(code=.*)$", "", reason(error))[:300].removeprefix("Invalid input, ")
 
 
 def vectors_of(column: Any) -> NDArray[np.float32]:
