@@ -158,13 +158,14 @@ class Writer:
             engine = self._index(self._facts.get("engine", {}))
             summary.recall = engine.get("recall")
             engine["table_version"] = self._table.version
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         facts = {
             **self._facts,
             "count": summary.count,
             "columns": [name for name in self._schema.names if name not in ("vector", "thumbnail")],
             "engine": engine,
-            "created": _now(self._facts.get("created")),
-            "changed": _now(),
+            "created": self._facts.get("created", now),
+            "changed": now,
         }
         lines = "".join(f"{id}\t{why}\n" for id, why in sorted(summary.broken.items()))
         _write(self._folder / BROKEN, lines)
@@ -311,10 +312,6 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     temporary.replace(path)
-
-
-def _now(before: str | None = None) -> str:
-    return before or datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def threads() -> int:
