@@ -6,10 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from radapter_serve.serving.errors import TaskError
 from radapter_serve.serving.retrieve import Retrieve, Retrieved, RetrieveRequest
 from radapter_serve.serving.server import INDEXES
-from radapter_serve.serving.triton import Version, answer, read
+from radapter_serve.serving.triton import Version, answer_each, read
 
 
 class TritonPythonModel:
@@ -21,16 +20,13 @@ class TritonPythonModel:
         self._task = Retrieve(version.release, folder, version.embed_text, version.embed_image)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return answer(requests, lambda: [self._run(request) for request in requests], _outputs)
+        return answer_each(requests, lambda request: self._task(_request(request)), _outputs)
 
-    def _run(self, request: Any) -> Retrieved | TaskError:
-        values = {name: read(request, name) for name in ("index", "text", "image", "top_k", "where")}
-        one = {name: None if value is None else value.ravel()[0] for name, value in values.items()}
-        one["thumbnails"] = "thumbnail" in request.requested_output_names()
-        try:
-            return self._task(RetrieveRequest(**one))
-        except TaskError as error:
-            return error
+
+def _request(request: Any) -> RetrieveRequest:
+    values = {name: read(request, name) for name in ("index", "text", "image", "top_k", "where")}
+    one = {name: None if value is None else value.ravel()[0] for name, value in values.items()}
+    return RetrieveRequest(**one, thumbnails="thumbnail" in request.requested_output_names())
 
 
 def _outputs(found: Retrieved) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from radapter_serve.serving.segment_task import Segment, SegmentRequest, Segments
 from radapter_serve.serving.tasks import load_label_sets
-from radapter_serve.serving.triton import Version, answer, read
+from radapter_serve.serving.triton import Version, answer_each, read
 
 OPTIONS = ("threshold", "short_side", "stride", "refine", "proposal_weight")
 
@@ -23,11 +23,7 @@ class TritonPythonModel:
         self._task = Segment(version.release, version.encode_images, patches, version.embed_labels(), label_sets)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return [self._answer(request) for request in requests]
-
-    def _answer(self, request: Any) -> Any:
-        [response] = answer([request], lambda: [self._task(_request(request))], _outputs)
-        return response
+        return answer_each(requests, lambda request: self._task(_request(request)), _outputs)
 
 
 def _request(request: Any) -> SegmentRequest:

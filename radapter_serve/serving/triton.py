@@ -102,6 +102,24 @@ def answer(
     return [_response(result, outputs) for result in results]
 
 
+def answer_each(
+    requests: Sequence[Any], run: Callable[[Any], Any], outputs: Callable[[Any], dict[str, NDArray[Any]]]
+) -> list[Any]:
+    """`answer`, one request after the other.
+
+    Args:
+        requests: what Triton gave to `execute`.
+        run: a request's result; may raise a `TaskError`.
+        outputs: the output tensors of a result.
+    """
+
+    def response(request: Any) -> Any:
+        [one] = answer([request], lambda: [run(request)], outputs)
+        return one
+
+    return [response(request) for request in requests]
+
+
 def _response(result: Any, outputs: Callable[[Any], dict[str, NDArray[Any]]]) -> Any:
     if isinstance(result, TaskError):
         codes = {ENCODER_FAILED: pb.TritonError.INTERNAL, CANCELLED: pb.TritonError.CANCELLED}
