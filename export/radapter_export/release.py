@@ -222,7 +222,7 @@ class _Writer:
                 agreement = compare(graph.name, encoder, inputs, references.embeds[graph.name], self._tolerance)
                 exported.append(Exported(graph.name, size, agreement, time.perf_counter() - start))
                 if graph.name == "text_encoder":
-                    folders = [repository.staged(model, version) for model in LABELLED if model in repository.models]
+                    folders = [repository.staged(model, version) for model in LABELLED]
                     sets = self._write_label_sets(folders, encoder, tokenizer, say)
                 del encoder
             facts = self._facts(version, alpha, folded, spec, sets, exported)
@@ -240,7 +240,7 @@ class _Writer:
         return References(self._base, samples, self._way)
 
     def _write_tokenizers(self, repository: Repository, version: int) -> tuple[Tokenizer, dict[str, Any]]:
-        for model in (model for model in TOKENIZED if model in repository.models):
+        for model in TOKENIZED:
             path = repository.staged(model, version) / "tokenizer.json"
             spec = write_tokenizer(self._base.tokenizer, path, dynamic_length=self._dynamic)
         return Tokenizer.load(path, spec), spec
