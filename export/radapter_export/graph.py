@@ -76,18 +76,12 @@ class Graph:
 
 def image_graph(base: Base) -> Graph:
     """The graph of `image_encoder`: `image` uint8 [B, S, S, 3] to `image_embeds` float32 [B, D]."""
-    tower = ImageTower(base.model, base.preprocess)
-    size = tower.visual.image_size[0]
-    example = torch.zeros(2, size, size, 3, dtype=torch.uint8, device="meta")
-    return _export("image_encoder", tower, example, ("image", "image_embeds"), {0: _batch()}, prefix="")
+    return _of_images("image_encoder", ImageTower(base.model, base.preprocess), "image_embeds")
 
 
 def patch_graph(base: Base, way: str) -> Graph:
     """The graph of `patch_encoder`: `image` uint8 [B, S, S, 3] to `patch_embeds` float32 [B, g, g, D]."""
-    tower = PatchTower(base.model, base.preprocess, way)
-    size = tower.visual.image_size[0]
-    example = torch.zeros(2, size, size, 3, dtype=torch.uint8, device="meta")
-    return _export("patch_encoder", tower, example, ("image", "patch_embeds"), {0: _batch()}, prefix="")
+    return _of_images("patch_encoder", PatchTower(base.model, base.preprocess, way), "patch_embeds")
 
 
 def text_graph(base: Base) -> Graph:
@@ -101,6 +95,12 @@ def text_graph(base: Base) -> Graph:
     example = torch.zeros(2, length, dtype=torch.int32, device="meta")
     prefix = "text." if hasattr(base.model, "text") else ""
     return _export("text_encoder", tower, example, ("tokens", "text_embeds"), shape, prefix=prefix)
+
+
+def _of_images(name: str, tower: ImageTower, output: str) -> Graph:
+    size = tower.visual.image_size[0]
+    example = torch.zeros(2, size, size, 3, dtype=torch.uint8, device="meta")
+    return _export(name, tower, example, ("image", output), {0: _batch()}, prefix="")
 
 
 def _batch() -> torch.export.Dim:
