@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from short_run import rows, short_run
 
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.base import load_base
@@ -38,28 +38,16 @@ def recipe(tiny_clip_dir: str, tmp_path: Path) -> Recipe:
             rows += [(f"{name}{index}.png", phrase.format(name)) for phrase in PHRASES]
     pd.DataFrame(rows, columns=["image", "caption"]).to_csv(tmp_path / "rows.csv", index=False)
     pd.DataFrame(rows[::12] + rows[1::12], columns=["image", "caption"]).to_csv(tmp_path / "val.csv", index=False)
-    return Recipe(
+    return short_run(
+        tiny_clip_dir,
+        tmp_path,
         task="retrieval",
-        architecture=tiny_clip_dir,
         data=f"csv:{tmp_path}/rows.csv",
         val_data=f"csv:{tmp_path}/val.csv",
         alpha=0.8,
         epsilon=0.0,
-        batch_size=8,
-        steps=8,
-        warmup_steps=2,
-        learning_rate=3e-3,
         grad_clip=None,
-        momentum=0.5,
-        save_every=4,
-        workers=0,
-        tracker="none",
-        out=tmp_path / "run",
     )
-
-
-def rows(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.05])

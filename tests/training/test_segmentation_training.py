@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from short_run import short_run
 from torchvision import transforms
 
 from radapter_serve.adapter import attach_adapter, load_adapter
@@ -58,23 +59,18 @@ def segments(scenes: Path, **options: Any) -> Segments:
 
 @pytest.fixture
 def recipe(tiny_clip_dir: str, scenes: Path, tmp_path: Path) -> Recipe:
-    return Recipe(
+    return short_run(
+        tiny_clip_dir,
+        tmp_path,
         task="segmentation",
-        architecture=tiny_clip_dir,
         data=f"masks:{scenes}",
         val_data=f"masks:{scenes}",
         mask_min_area=50,
         mask_padding=0.1,
         alpha=0.4,
-        batch_size=8,
         steps=30,
-        warmup_steps=2,
-        learning_rate=3e-3,
-        momentum=0.5,
         dense="naclip",
-        workers=0,
-        tracker="none",
-        out=tmp_path / "run",
+        save_every=500,
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from short_run import rows, short_run
 
 from radapter_export import export_release
 from radapter_serve.adapter import attach_adapter, fold, load_adapter
@@ -87,21 +89,18 @@ def test_fields_that_a_stream_or_a_task_has_no_use_for() -> None:
 
 
 def test_a_few_shot_run_on_base_classes(tiny_clip_dir: str, images: Path, tmp_path: Path) -> None:
-    recipe = Recipe(
-        architecture=tiny_clip_dir, data=f"imagefolder:{images}", val_data=f"imagefolder:{images}", batch_size=2,
-        shots=2, class_split="base", epochs=1, warmup_steps=0, workers=0, tracker="none", out=tmp_path / "run",
-    )  # fmt: skip
-    out = train(recipe)  # two classes, two images each: two steps
-    assert len([line for line in (out / "metrics.jsonl").read_text().splitlines() if "loss" in line]) == 2
+    data = f"imagefolder:{images}"
+    few: dict[str, Any] = {"batch_size": 2, "shots": 2, "class_split": "base", "warmup_steps": 0}
+    recipe = short_run(tiny_clip_dir, tmp_path, data=data, val_data=data, steps=None, epochs=1, **few)
+    steps = [row for row in rows(train(recipe)) if "loss" in row]
+    assert len(steps) == 2  # two classes, two images each
 
 
 @pytest.mark.parametrize(("rank", "form"), [(None, "activation"), (2, "weight")])
 def test_without_text_adapters(tiny_clip_dir: str, images: Path, tmp_path: Path, rank: int | None, form: str) -> None:
-    recipe = Recipe(
-        architecture=tiny_clip_dir, data=f"imagefolder:{images}", val_data=f"imagefolder:{images}", batch_size=8,
-        steps=10, warmup_steps=1, momentum=0.5, learning_rate=3e-3, adapt_text=False, rank=rank, form=form,  # type: ignore[arg-type]
-        workers=0, tracker="none", out=tmp_path / "run",
-    )  # fmt: skip
+    data = f"imagefolder:{images}"
+    own: dict[str, Any] = {"steps": 10, "warmup_steps": 1, "adapt_text": False, "rank": rank, "form": form}
+    recipe = short_run(tiny_clip_dir, tmp_path, data=data, val_data=data, **own)
     adapter = load_adapter(train(recipe))
     assert adapter.keys and all(key.startswith("visual.") for key in adapter.keys) and not adapter.has_text
     base = load_base(tiny_clip_dir)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from short_run import rows, short_run
 
 from radapter_serve.adapter import load_adapter
 from radapter_serve.base import load_base
@@ -21,24 +21,8 @@ from radapter_serve.training.loop import learning_rate
 
 @pytest.fixture
 def recipe(tiny_clip_dir: str, images: Path, tmp_path: Path) -> Recipe:
-    return Recipe(
-        architecture=tiny_clip_dir,
-        data=f"imagefolder:{images}",
-        val_data=f"imagefolder:{images}",
-        batch_size=8,
-        steps=8,
-        warmup_steps=2,
-        learning_rate=3e-3,
-        momentum=0.5,
-        save_every=4,
-        workers=0,
-        tracker="none",
-        out=tmp_path / "run",
-    )
-
-
-def rows(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    data = f"imagefolder:{images}"
+    return short_run(tiny_clip_dir, tmp_path, data=data, val_data=data)
 
 
 def test_a_run_learns_and_leaves_what_it_says(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
