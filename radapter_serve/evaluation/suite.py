@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from radapter_serve.dense import WAYS
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.embedder import PROPOSALS
 from radapter_serve.serving.errors import TaskError
 from radapter_serve.serving.segment import SegmentOptions
 
@@ -18,7 +20,7 @@ TASKS = ("classification", "retrieval", "segmentation")
 SHIFTS = ("id", "ood")
 SPLITS = ("test", "validation")
 CLASS_SPLITS = ("all", "base", "novel")
-DENSE = ("maskclip", "sclip", "clearclip", "naclip", "proposals")
+DENSE = (*WAYS, PROPOSALS)
 METRICS = {
     "classification": ("acc1", "acc5", "mean_per_class_recall"),
     "retrieval": tuple(f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)),
