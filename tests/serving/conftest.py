@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tritonclient.grpc as grpc
+from asking import connect
 from small_release import Local, write_release
+
+from radapter_serve.serving.server import TritonServer, free_ports
 
 
 @pytest.fixture(scope="session")
@@ -12,6 +17,18 @@ def repository(tmp_path_factory) -> Path:
     write_release(folder, 1, seed=1, dense=False)
     write_release(folder, 2, seed=2)
     return folder
+
+
+@pytest.fixture(scope="module")
+def server(repository) -> Iterator[TritonServer]:
+    with TritonServer(repository, "127.0.0.1", *free_ports(), timeout=120) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server) -> Iterator[grpc.InferenceServerClient]:
+    with connect(server) as client:
+        yield client
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-import tritonclient.grpc as grpc
+from asking import connect, tensor
 from PIL import Image
 from small_release import png
 
@@ -17,13 +17,6 @@ from radapter_serve.serving.server import TritonServer, free_ports
 pytestmark = pytest.mark.triton
 
 LABELS = ["cat", "a dog in the SNOW", "don't know", "猫"]
-
-
-def tensor(name: str, rows: list[list[bytes]]) -> grpc.InferInput:
-    array = np.array(rows, dtype=object)
-    made = grpc.InferInput(name, array.shape, "BYTES")
-    made.set_data_from_numpy(array)
-    return made
 
 
 @torch.no_grad()
@@ -41,7 +34,7 @@ def test_served_equals_open_clip(exported_tiny_clip):
 
     with (
         TritonServer(exported_tiny_clip / "model_repository", "127.0.0.1", *free_ports()) as server,
-        grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as client,
+        connect(server) as client,
     ):
         tasks = ["classify", "embed_image", "embed_text"]
         assert list(server.models) == [*tasks, "image_encoder", "retrieve", "segment", "text_encoder"]

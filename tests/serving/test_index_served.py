@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
+from asking import connect, post, tensors
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
@@ -46,16 +45,9 @@ def served(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def ask(server: TritonServer, outputs: tuple[str, ...] = ("id", "score", "metadata"), **inputs: Any) -> Any:
     """The outputs of `retrieve` by name, over gRPC."""
-    tensors = []
-    for name, value in inputs.items():
-        kind, array = ("INT32", np.array([value], np.int32)) if isinstance(value, int) else ("BYTES", None)
-        if array is None:
-            array = np.array([value if isinstance(value, bytes) else value.encode()], object)
-        tensors.append(grpc.InferInput(name, [1], kind))
-        tensors[-1].set_data_from_numpy(array)
-    with grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as client:
+    with connect(server) as client:
         wanted = [grpc.InferRequestedOutput(name) for name in outputs]
-        result = client.infer("retrieve", tensors, outputs=wanted)
+        result = client.infer("retrieve", tensors(**inputs), outputs=wanted)
         return {name: result.as_numpy(name) for name in outputs}
 
 
@@ -99,7 +91,8 @@ def test_retrieve(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -
         ],
         "outputs": [{"name": "id"}, {"name": "score"}, {"name": "metadata"}],
     }
-    answer = post(server, body)
+    status, answer = post(server, "models/retrieve/infer", body)
+    assert status == 200
     values = {output["name"]: output["data"] for output in answer["outputs"]}
     assert len(values["id"]) == 2 and json.loads(values["metadata"][0])["path"] == values["id"][0]
     shutil.rmtree(folder / "indexes" / "photos")
@@ -124,12 +117,6 @@ def test_retrieve_refuses(served: tuple[TritonServer, Path], exported_tiny_clip:
     ):
         with pytest.raises(InferenceServerException, match=match):
             ask(server, **inputs)
-    with pytest.raises(urllib.error.HTTPError) as error:
-        post(server, {"inputs": [{"name": "index", "shape": [1], "datatype": "BYTES", "data": ["good"]}]})
-    assert error.value.code == 400 and "[invalid_argument]" in json.load(error.value)["error"]
-
-
-def post(server: TritonServer, body: Any) -> Any:
-    url = f"{server.http_url}/v2/models/retrieve/infer"
-    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=30) as response:
-        return json.load(response)
+    body = {"inputs": [{"name": "index", "shape": [1], "datatype": "BYTES", "data": ["good"]}]}
+    status, answer = post(server, "models/retrieve/infer", body)
+    assert status == 400 and "[invalid_argument]" in answer["error"]

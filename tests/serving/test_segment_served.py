@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-import tritonclient.grpc as grpc
+from asking import connect, post, tensors
 from PIL import Image
 from small_release import Local, png
 from torch.nn.functional import interpolate
-from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+from tritonclient.utils import InferenceServerException
 
 from radapter_export import export_release
 from radapter_serve.dense import encode_patches
@@ -29,30 +26,6 @@ from radapter_serve.serving.server import TritonServer, free_ports
 pytestmark = pytest.mark.triton
 
 CATS = [b"cat, kitty", b"dog", b"bird"]
-
-
-@pytest.fixture(scope="module")
-def server(repository):
-    with TritonServer(repository, "127.0.0.1", *free_ports(), timeout=120) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as client:
-        yield client
-
-
-def tensors(**values) -> list[grpc.InferInput]:
-    made = []
-    for name, value in values.items():
-        kind = {bytes: object, int: np.int32, float: np.float32}.get(type(value), object)
-        array = (
-            value if isinstance(value, np.ndarray) else np.array(value if isinstance(value, list) else [value], kind)
-        )
-        made.append(grpc.InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))
-        made[-1].set_data_from_numpy(array)
-    return made
 
 
 def segment(client, version="", **values):
@@ -171,17 +144,8 @@ def test_callers_who_give_up_do_not_hold_up_the_others(client):
     assert encoded() - before < 484 * 10
 
 
-def post(url: str, body: dict) -> tuple[int, dict]:
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode())) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, json.load(error)
-
-
 def test_json_over_http_as_curl_sends_it(server, local):
-    url, image = f"{server.http_url}/v2/models/segment/infer", png(3, 30, 20)
+    path, image = "models/segment/infer", png(3, 30, 20)
     masks = np.zeros((1, 20, 30), np.uint8)
     masks[:, 5:15, 5:15] = 255
     image_input = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [base64.b64encode(image).decode()]}
@@ -194,12 +158,12 @@ def test_json_over_http_as_curl_sends_it(server, local):
         ([threshold], SegmentRequest(image, CATS, options=options)),
         ([threshold, proposals], SegmentRequest(image, CATS, options=options, proposals=masks)),
     ):
-        status, answer = post(url, {"inputs": [image_input, labels, *more]})
+        status, answer = post(server, path, {"inputs": [image_input, labels, *more]})
         assert status == 200
         outputs = {output["name"]: output for output in answer["outputs"]}
         mask = np.array(outputs["mask"]["data"], np.uint16).reshape(outputs["mask"]["shape"])
         check(local, (mask, outputs["label"]["data"], np.array(outputs["score"]["data"])), request)
-    status, answer = post(url, {"inputs": [{**image_input, "data": ["nonsense"]}, labels]})
+    status, answer = post(server, path, {"inputs": [{**image_input, "data": ["nonsense"]}, labels]})
     assert (status, answer["error"][:16]) == (400, "[invalid_image] ")
 
 
@@ -225,7 +189,7 @@ def test_an_export_serves_what_torch_computes(exported_tiny_clip, tmp_path):
     probabilities, expected = (40 * cosines[0]).softmax(0).max(0)
     with (
         TritonServer(tmp_path / "repository", "127.0.0.1", *free_ports(), timeout=120) as server,
-        grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as client,
+        connect(server) as client,
     ):
         names = np.array([label.encode() for label in labels], object)
         mask, found, scores = segment(client, image=image, labels=names, short_side=32)

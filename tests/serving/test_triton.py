@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
+from asking import connect, post, tensor
 from PIL import Image
 from small_release import Local, png, png_header
 from tritonclient.utils import InferenceServerException
@@ -32,40 +32,19 @@ from radapter_serve.serving.tasks import ClassifyRequest
 pytestmark = pytest.mark.triton
 
 
-@pytest.fixture(scope="module")
-def server(repository):
-    with TritonServer(repository, "127.0.0.1", *free_ports(), timeout=120) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as client:
-        yield client
-
-
-def strings(name: str, values: list) -> grpc.InferInput:
-    array = np.array(values, dtype=object)
-    tensor = grpc.InferInput(name, array.shape, "BYTES")
-    tensor.set_data_from_numpy(array)
-    return tensor
-
-
 def numbers(name: str, values: list[list[int]]) -> grpc.InferInput:
-    tensor = grpc.InferInput(name, np.shape(values), "INT32")
-    tensor.set_data_from_numpy(np.array(values, np.int32))
-    return tensor
+    return tensor(name, np.array(values, np.int32))
 
 
 def classify(client, images, labels=None, label_set=None, templates=None, top_k=None, version=""):
     count = len(images)
-    inputs = [strings("image", [[image] for image in images])]
+    inputs = [tensor("image", [[image] for image in images])]
     if labels is not None:
-        inputs.append(strings("labels", [labels] * count))
+        inputs.append(tensor("labels", [labels] * count))
     if label_set is not None:
-        inputs.append(strings("label_set", [[label_set]] * count))
+        inputs.append(tensor("label_set", [[label_set]] * count))
     if templates is not None:
-        inputs.append(strings("templates", [templates] * count))
+        inputs.append(tensor("templates", [templates] * count))
     if top_k is not None:
         inputs.append(numbers("top_k", [[top_k]] * count))
     result = client.infer("classify", inputs, model_version=version)
@@ -83,11 +62,11 @@ def check(local: Local, served, request: ClassifyRequest) -> None:
 def test_served_equals_local(client, repository, version):
     local, number = Local(repository, version), str(version)
     images = [png(0), png(1, kind="JPEG"), png(2, 60, 61, kind="WEBP")]
-    found = client.infer("embed_image", [strings("image", [[i] for i in images])], model_version=number)
+    found = client.infer("embed_image", [tensor("image", [[i] for i in images])], model_version=number)
     np.testing.assert_allclose(found.as_numpy("image_embeds"), local.embed_images([images])[0], atol=1e-6)
 
     texts = [b"a cat", "Ölkäfer 猫".encode(), b"word " * 200]
-    found = client.infer("embed_text", [strings("text", [[t] for t in texts])], model_version=number)
+    found = client.infer("embed_text", [tensor("text", [[t] for t in texts])], model_version=number)
     np.testing.assert_allclose(found.as_numpy("text_embeds"), local.embed_texts([texts])[0], atol=1e-6)
 
     labels = [b"cat", b"dog, hound", b"bird"]
@@ -107,9 +86,7 @@ def test_versions_differ_and_the_newest_is_the_default(client):
 
 def test_encoders_take_pixels_and_tokens(client, local):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    tensor = grpc.InferInput("image", pixels.shape, "UINT8")
-    tensor.set_data_from_numpy(pixels)
-    found = client.infer("image_encoder", [tensor]).as_numpy("image_embeds")
+    found = client.infer("image_encoder", [tensor("image", pixels)]).as_numpy("image_embeds")
     np.testing.assert_allclose(found, local.embed_images._encode(pixels), atol=1e-6)
     found = client.infer("text_encoder", [numbers("tokens", [[1, 2, 3, 0]] * 2)]).as_numpy("text_embeds")
     assert found.shape == (2, 8)
@@ -164,7 +141,7 @@ def test_a_decompression_bomb_as_base64(client):
     Image.new("1", (30_000, 30_000)).save(file, "PNG")
     for data in (file.getvalue(), base64.encodebytes(file.getvalue())):
         with pytest.raises(InferenceServerException, match=r"\[image_too_large\] .*at most 64000000"):
-            client.infer("embed_image", [strings("image", [[data]])])
+            client.infer("embed_image", [tensor("image", [[data]])])
 
 
 def test_too_many_prompts(client):
@@ -178,7 +155,7 @@ def test_a_caller_who_gives_up_does_not_hold_up_the_others(client):
         return sum(stats.inference_count for stats in client.get_inference_statistics("text_encoder").model_stats)
 
     labels = [f"nobody's label {index}".encode() for index in range(20_000)]
-    inputs = [strings("image", [[png(0)]]), strings("labels", [labels])]
+    inputs = [tensor("image", [[png(0)]]), tensor("labels", [labels])]
     before = encoded()
     call = client.async_infer("classify", inputs, callback=lambda result, error: None)
     while encoded() == before:
@@ -190,7 +167,7 @@ def test_a_caller_who_gives_up_does_not_hold_up_the_others(client):
 
 def test_empty_text(client):
     with pytest.raises(InferenceServerException, match=r"\[invalid_argument\] text 2 of 2 is empty"):
-        client.infer("embed_text", [strings("text", [[b"a"], [b""]])])
+        client.infer("embed_text", [tensor("text", [[b"a"], [b""]])])
 
 
 def test_ten_thousand_labels(client, local):
@@ -198,24 +175,14 @@ def test_ten_thousand_labels(client, local):
     check(local, classify(client, [png(0)], labels), ClassifyRequest([png(0)], [labels]))
 
 
-def post(url: str, body: dict) -> tuple[int, dict]:
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode())) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, json.load(error)
-
-
 def test_json_over_http_as_curl_sends_it(server, local):
-    url = f"{server.http_url}/v2/models/classify/infer"
     body = {
         "inputs": [
             {"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": [base64.b64encode(png(0)).decode()]},
             {"name": "labels", "shape": [1, 2], "datatype": "BYTES", "data": ["a cat", "a dog"]},
         ]
     }
-    status, answer = post(url, body)
+    status, answer = post(server, "models/classify/infer", body)
     outputs = {output["name"]: output["data"] for output in answer["outputs"]}
     [classes] = local.classify([ClassifyRequest([png(0)], [[b"a cat", b"a dog"]])])
     assert status == 200
@@ -223,7 +190,7 @@ def test_json_over_http_as_curl_sends_it(server, local):
     np.testing.assert_allclose(outputs["score"], classes.scores[0], rtol=1e-5)
 
     body["inputs"][0]["data"] = ["nonsense"]
-    status, answer = post(url, body)
+    status, answer = post(server, "models/classify/infer", body)
     assert status == 400
     assert answer["error"].startswith("[invalid_image] ")
 
@@ -262,10 +229,10 @@ def test_a_killed_model_process_is_reported_and_nothing_stays(repository, tmp_pa
         with pytest.raises(RAdapterError, match=r"process of image_encoder version 2 died .* radapter-serve"):
             server.wait()
         with (
-            grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as client,
+            connect(server) as client,
             pytest.raises(InferenceServerException, match=r"\[encoder_failed\] image_encoder version 2 .*not healthy"),
         ):
-            client.infer("embed_image", [strings("image", [[png(0)]])])
+            client.infer("embed_image", [tensor("image", [[png(0)]])])
     assert not any(map(alive, [pid, *stubs]))
     assert not any(path.exists() for path in shared)
 
@@ -295,7 +262,7 @@ def test_only_what_is_a_model_is_served_and_nobody_can_load_another(repository, 
     config = json.dumps({"backend": "python", "max_batch_size": 0})
     with (
         TritonServer(folder, "localhost", *free_ports()) as server,
-        grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as client,
+        connect(server) as client,
     ):
         assert list(server.models) == ["embed_image", "image_encoder"]
         files = {"file:1/model.py": code.encode()}
@@ -305,7 +272,7 @@ def test_only_what_is_a_model_is_served_and_nobody_can_load_another(repository, 
             for what in ("load", "unload"):
                 parameters = {"config": config, "file:1/model.py": base64.b64encode(code.encode()).decode()}
                 body = {"parameters": parameters} if what == "load" else {}
-                status, answer = post(f"{server.http_url}/v2/repository/models/{name}/{what}", body)
+                status, answer = post(server, f"repository/models/{name}/{what}", body)
                 assert (status, "not allowed" in answer["error"]) == (503, True)
         with pytest.raises(InferenceServerException, match="not allowed"):
             client.unload_model("embed_image")
@@ -329,8 +296,8 @@ def test_it_listens_on_loopback_only(repository, tmp_path, host):
         assert set(listening.values()) <= (four if host == "127.0.0.1" else {"00000000000000000000000001000000"})
         with urllib.request.urlopen(server.metrics_url) as response:
             assert response.status == 200
-        with grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as client:
-            found = client.infer("embed_image", [strings("image", [[png(0)]])])
+        with connect(server) as client:
+            found = client.infer("embed_image", [tensor("image", [[png(0)]])])
             assert found.as_numpy("image_embeds").shape == (1, 8)
 
 
