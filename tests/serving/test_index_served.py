@@ -14,6 +14,7 @@ import pytest
 import tritonclient.grpc as grpc
 from asking import connect, post, tensors
 from PIL import Image
+from small_release import png
 from tritonclient.utils import InferenceServerException
 
 from radapter_serve.cli.index import main
@@ -24,20 +25,13 @@ from radapter_serve.serving.server import TritonServer, free_ports
 pytestmark = pytest.mark.triton
 
 
-def photo(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 @pytest.fixture(scope="module")
 def served(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TritonServer, Path]]:
     """A server of two releases, and the folder with its photos and indexes (there is none yet)."""
     folder = tmp_path_factory.mktemp("served")
     (folder / "photos").mkdir()
     for number in range(6):
-        (folder / "photos" / f"{number}é.png").write_bytes(photo(number))
+        (folder / "photos" / f"{number}é.png").write_bytes(png(number, 50, 40))
     models = exported_tiny_clip / "model_repository"
     with TritonServer(models, "127.0.0.1", *free_ports(), indexes=folder / "indexes") as server:
         yield server, folder
@@ -61,27 +55,27 @@ def test_retrieve(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -
             ask(server, text="a cat", index=bad)
     build(str(folder / "photos"), folder / "indexes" / "photos", release)  # while the server runs
     names = [f"{number}é.png" for number in range(6)]
-    embeds = release.encode_images([release.prepare(photo(number)) for number in range(6)])
+    embeds = release.encode_images([release.prepare(png(number, 50, 40)) for number in range(6)])
     (query,) = release.embed_texts(["a cat"])
     found = ask(server, text="a cat", index="photos", top_k=4)
     best = np.argsort(-(embeds @ query))[:4]
     assert [id.decode() for id in found["id"]] == [names[number] for number in best]
     np.testing.assert_allclose(found["score"], (embeds @ query)[best], atol=1e-5)
     assert json.loads(found["metadata"][0])["width"] == 50
-    found = ask(server, ("id", "thumbnail"), image=photo(3), index="photos", top_k=1, where="path LIKE '%é.png'")
+    found = ask(server, ("id", "thumbnail"), image=png(3, 50, 40), index="photos", top_k=1, where="path LIKE '%é.png'")
     assert found["id"][0].decode() == "3é.png"
     assert Image.open(io.BytesIO(found["thumbnail"][0])).format == "JPEG"
-    assert len(ask(server, image=photo(3), index="photos")["id"]) == 6
+    assert len(ask(server, image=png(3, 50, 40), index="photos")["id"]) == 6
     assert len(ask(server, text="a cat", index="photos", where="width > 1000")["id"]) == 0
 
     arguments = ["build", str(folder / "photos"), "--out", str(folder / "indexes" / "by-url"), "--url", server.grpc_url]
     assert main(arguments) == 0  # the server itself embeds
-    found = ask(server, image=photo(3), index="by-url", top_k=1)
+    found = ask(server, image=png(3, 50, 40), index="by-url", top_k=1)
     assert found["id"][0].decode() == "3é.png" and found["score"][0] > 0.9999
 
-    (folder / "photos" / "new.png").write_bytes(photo(99))
+    (folder / "photos" / "new.png").write_bytes(png(99, 50, 40))
     build(str(folder / "photos"), folder / "indexes" / "photos", release)  # replaced
-    assert ask(server, image=photo(99), index="photos", top_k=1)["id"][0] == b"new.png"
+    assert ask(server, image=png(99, 50, 40), index="photos", top_k=1)["id"][0] == b"new.png"
 
     body: Any = {
         "inputs": [
@@ -111,7 +105,7 @@ def test_retrieve_refuses(served: tuple[TritonServer, Path], exported_tiny_clip:
         (r"\[invalid_argument\] top_k is 0", {"text": "a", "index": "good", "top_k": 0}),
         (r"\[invalid_argument\] top_k is 9999", {"text": "a", "index": "good", "top_k": 9999}),
         (r"\[invalid_argument\] give text or image", {"index": "good"}),
-        (r"\[invalid_argument\] give text or image", {"index": "good", "text": "a", "image": photo(1)}),
+        (r"\[invalid_argument\] give text or image", {"index": "good", "text": "a", "image": png(1)}),
         (r"\[invalid_argument\] text 1 of 1 is empty", {"index": "good", "text": " "}),
         (r"\[invalid_image\]", {"index": "good", "image": b"no image"}),
     ):
