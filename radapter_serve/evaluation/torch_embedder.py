@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +34,7 @@ from radapter_serve.evaluation.judged import class_embeds
 from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.serving.masks import MaskCrop
 from radapter_serve.serving.preprocess import Preprocess, decode
+from radapter_serve.serving.release import read_release
 from radapter_serve.serving.segment import Segmenter
 from radapter_serve.towers import encode_image, encode_texts
 
@@ -251,7 +251,7 @@ def from_merged(folder: str | Path, *, precision: Precision = "fp32", device: st
     """
     folder = Path(folder)
     base = load_base(f"{LOCAL}{folder}")
-    release = _json(folder / "release.json") if (folder / "release.json").exists() else {}
+    release = read_release(folder) if (folder / "release.json").exists() else {}
     weights = next((p for p in folder.glob("open_clip_*") if p.suffix in (".safetensors", ".bin", ".pt")), None)
     facts = {"weights_digest": _file_digest(weights)} if weights else {}
     line = _Line("merged", {}, {**(release_facts(release) if release else {}), **facts, "precision": precision})
@@ -287,14 +287,6 @@ def _difference(path: Path, base: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
         )
     changes = {key: tuned[key].float() - base[key].float().cpu() for key in sorted(names)}
     return {key: value for key, value in changes.items() if value.any()}, _file_digest(file)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RAdapterError(f"could not read {path}: {error}") from error
-    return values
 
 
 def _file_digest(path: Path) -> str:

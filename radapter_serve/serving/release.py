@@ -44,6 +44,20 @@ def release_digest(facts: Mapping[str, Any]) -> str:
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
+def read_release(folder: Path) -> dict[str, Any]:
+    """A release's facts, `release.json` of the folder.
+
+    Raises:
+        RAdapterError: there is none, or it is no JSON.
+    """
+    path = folder / "release.json"
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RAdapterError(f"could not read {path}: {error}") from error
+    return facts
+
+
 def find_release(repository: str | Path) -> Path:
     """The folder of a release in a model repository, that of its task `classify`.
 
@@ -82,10 +96,7 @@ class LocalRelease:
     def __init__(self, repository: str | Path) -> None:
         folder = find_release(repository)
         self.version = int(folder.name)
-        try:
-            self.facts: dict[str, Any] = json.loads((folder / "release.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RAdapterError(f"could not read {folder / 'release.json'}: {error}") from error
+        self.facts = read_release(folder)
         self.preprocess = Preprocess.from_dict(self.facts["preprocess"])
         self._repository = folder.parent.parent
         self._tokenizer = Tokenizer.load(folder / "tokenizer.json", self.facts["tokenizer"])

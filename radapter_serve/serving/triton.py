@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.serving.errors import CANCELLED, ENCODER_FAILED, TaskError
 from radapter_serve.serving.labels import LabelEmbedder
+from radapter_serve.serving.release import read_release
 from radapter_serve.serving.tasks import EmbedImages
 from radapter_serve.serving.tokenizer import Tokenizer
 
@@ -28,7 +28,7 @@ class Version:
 
     def __init__(self, arguments: dict[str, str]) -> None:
         self.folder = Path(arguments["model_repository"]) / arguments["model_version"]
-        self.release: dict[str, Any] = json.loads((self.folder / "release.json").read_text(encoding="utf-8"))
+        self.release = read_release(self.folder)
         self._number = int(arguments["model_version"])
 
     def encode_images(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
