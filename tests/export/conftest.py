@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 from radapter_export import Release, export_release
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
-from radapter_serve.adapter import Adapter, Metadata, attach, base_digest, save_adapter
+from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.base import Base, load_base
 
 ALPHAS = (0.3, 0.8)
@@ -23,31 +22,11 @@ def tiny_base(tiny_clip_dir: str) -> Base:
     return load_base(tiny_clip_dir)
 
 
-def make_adapter(name: str, rank: int | None = None, scale: float = 0.05) -> Adapter:
-    """An adapter with random values for the model of this name."""
-    base = load_base(name)
-    adapters = attach(base.model, rank)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for tensor in adapters.named_tensors().values():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
-    digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
-    return adapters.adapter(
-        Metadata(
-            architecture=name,
-            pretrained=None,
-            base_digest=digest,
-            rank=rank,
-            templates=["a photo of a {}.", "a drawing of a {}."],
-        )
-    )
-
-
 @pytest.fixture(scope="session")
-def adapter_path(tiny_clip_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter_path(random_adapter: Callable[..., Adapter], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "tiny" / "adapter.safetensors"
     path.parent.mkdir()
-    save_adapter(make_adapter(tiny_clip_dir), path)
+    save_adapter(random_adapter(scale=0.05, templates=["a photo of a {}.", "a drawing of a {}."]), path)
     return path
 
 
