@@ -53,7 +53,7 @@ class ReleaseEmbedder:
         return exported_way(self._release.facts, dense)
 
     def segmenter(self, query: SegmentQuery, known: dict[Any, Floats]) -> SegmentImage:
-        patches = None if query.dense == PROPOSALS else self._release.patch_encoder()
+        patches = None if query.dense == PROPOSALS else self._release.patch_encoder
         segmenter = Segmenter.of_release(self._release.facts, patches, self._release.encode_images)
         embeds = class_embeds(self.embed_texts, query.labels, query.templates, known)
         return segment_here(segmenter, embeds, query.options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ class LocalRelease:
         """Texts to float32 [N, D] of unit length."""
         return embed_texts(texts, self._tokenizer, self._texts, self._rows)
 
+    @cached_property
     def patch_encoder(self) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]] | None:
         """Prepared images, uint8 [B, S, S, 3], to float32 [B, g, g, D]; None where the release has no such graph."""
         if not (self._repository / "patch_encoder" / str(self.version)).is_dir():
