@@ -240,9 +240,10 @@ class _Writer:
         return References(self._base, samples, self._way)
 
     def _write_tokenizers(self, repository: Repository, version: int) -> tuple[Tokenizer, dict[str, Any]]:
-        for model in TOKENIZED:
-            path = repository.staged(model, version) / "tokenizer.json"
-            spec = write_tokenizer(self._base.tokenizer, path, dynamic_length=self._dynamic)
+        path, *others = (repository.staged(model, version) / "tokenizer.json" for model in TOKENIZED)
+        spec = write_tokenizer(self._base.tokenizer, path, dynamic_length=self._dynamic)
+        for other in others:
+            shutil.copyfile(path, other)
         return Tokenizer.load(path, spec), spec
 
     def _write_label_sets(
