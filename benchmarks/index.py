@@ -275,6 +275,7 @@ def main(
     sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000),
     photos: int = 5000,
     limit: float = 120,
+    engines: tuple[str, ...] = tuple(ENGINES),
     out: Path = RESULTS,
     cache: Path | None = None,
 ) -> None:
@@ -285,6 +286,7 @@ def main(
         sizes: numbers of vectors.
         photos: how many of them at most, drawn at random.
         limit: seconds that a build, or the queries of an engine, may take.
+        engines: those to measure.
         out: folder of the table.
         cache: file that keeps the photos' embeddings for another run.
     """
@@ -321,7 +323,7 @@ def main(
             collection(embeds[QUERIES:], size, data)
             np.save(nearest, exact(data, queries))
             rows = []
-            for name in ENGINES:
+            for name in engines:
                 say(f"{size} vectors: {name}")
                 index = folder / "engine"
                 built = limited(build, limit, folder / "built.json", name, data, index)
