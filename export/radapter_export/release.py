@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from radapter_export.agreement import BATCHES, TOLERANCE, Agreement, References, Samples, compare
+from radapter_export.agreement import BATCHES, Inputs, References
 from radapter_export.files import disk_errors
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_export.merged import Merged
@@ -29,6 +29,7 @@ from radapter_serve.base import Base, load_base
 from radapter_serve.dense import check_dense
 from radapter_serve.errors import RAdapterError
 from radapter_serve.prompts import templates_of
+from radapter_serve.serving.agreement import TOLERANCE, Agreement, Samples, compare
 from radapter_serve.serving.encoder import Encoder
 from radapter_serve.serving.errors import TaskError
 from radapter_serve.serving.labels import LabelEmbedder, check_labels, read_label_file
@@ -209,8 +210,8 @@ class _Writer:
                 repository.staged(model, version).mkdir()
             tokenizer, spec = self._write_tokenizers(repository, version)
             say(f"torch's embeddings at alpha {alpha:g}, adapters attached")
-            samples = Samples(self._base, tokenizer, self.size)
-            references = self._references(samples, alpha)
+            inputs = Inputs(self._base, tokenizer, self.size)
+            references = self._references(inputs, alpha)
             exported, sets = [], {}
             for graph in self._graphs:
                 say(f"writing and checking {graph.name} at alpha {alpha:g}")
@@ -218,8 +219,9 @@ class _Writer:
                 path = repository.staged(graph.name, version) / "model.onnx"
                 size = graph.save(folded, path)
                 encoder = Encoder(path)
-                inputs = samples.tokens if graph.name == "text_encoder" else samples.images
-                agreement = compare(graph.name, encoder, inputs, references.embeds[graph.name], self._tolerance)
+                samples = Samples(inputs.of(graph.name), references.embeds[graph.name])
+                samples.save(path.parent)
+                agreement = compare(graph.name, encoder, samples, self._tolerance)
                 exported.append(Exported(graph.name, size, agreement, time.perf_counter() - start))
                 if graph.name == "text_encoder":
                     folders = [repository.staged(model, version) for model in LABELLED]
@@ -233,11 +235,11 @@ class _Writer:
         checkpoints.add_release(name, facts)
         return Release(facts, exported, checkpoints.folder / name)
 
-    def _references(self, samples: Samples, alpha: float) -> References:
+    def _references(self, inputs: Inputs, alpha: float) -> References:
         if self._attached is None:
             self._attached = attach_adapter(self._base.model, self._adapter, alpha)
         self._attached.alpha = alpha
-        return References(self._base, samples, self._way)
+        return References(self._base, inputs, self._way)
 
     def _write_tokenizers(self, repository: Repository, version: int) -> tuple[Tokenizer, dict[str, Any]]:
         path, *others = (repository.staged(model, version) / "tokenizer.json" for model in TOKENIZED)

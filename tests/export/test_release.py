@@ -28,9 +28,9 @@ from radapter_serve.errors import RAdapterError
 TASK = {"model.py", "release.json"}
 LABELLED = TASK | {"tokenizer.json", "label_sets", "label_sets/animals.npz"}
 FILES = {
-    "image_encoder": {"model.onnx"},
-    "patch_encoder": {"model.onnx"},
-    "text_encoder": {"model.onnx"},
+    "image_encoder": {"model.onnx", "samples.npz"},
+    "patch_encoder": {"model.onnx", "samples.npz"},
+    "text_encoder": {"model.onnx", "samples.npz"},
     "embed_image": TASK,
     "embed_text": TASK | {"tokenizer.json"},
     "retrieve": TASK,

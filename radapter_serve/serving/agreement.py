@@ -1,0 +1,110 @@
+"""Proof that a graph computes what torch computes, on any machine and by any runtime: no torch needed.
+
+Each encoder of a release lies beside samples and torch's embeddings of them, written by the export. So whoever runs the
+graph in another way, or makes an engine of it, can check that the numbers are still the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_serve.errors import RAdapterError
+
+SAMPLES = "samples.npz"
+TOLERANCE = 1e-4
+
+Encode = Callable[[NDArray[np.generic]], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a graph is from torch, over all rows of all batches.
+
+    Attributes:
+        max_error: largest absolute difference of a component of the unit-length embeddings.
+        min_cosine: smallest cosine between an embedding and its reference.
+    """
+
+    max_error: float
+    min_cosine: float
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs of an encoder, and torch's embeddings of them, a batch each.
+
+    Attributes:
+        inputs: uint8 [B, S, S, 3] or int32 [B, L] each.
+        references: float32 [B, D] of unit length each; [B, g, g, D] of `patch_encoder`.
+    """
+
+    inputs: Sequence[NDArray[np.generic]]
+    references: Sequence[NDArray[np.float32]]
+
+    def save(self, folder: Path) -> None:
+        """Write `samples.npz` beside a graph."""
+        arrays: dict[str, NDArray[np.generic]] = {}
+        for number, (values, reference) in enumerate(zip(self.inputs, self.references, strict=True)):
+            arrays |= {f"input_{number}": values, f"reference_{number}": reference}
+        np.savez(folder / SAMPLES, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, folder: Path) -> Samples:
+        """Read what `save` wrote.
+
+        Raises:
+            RAdapterError: it is missing or broken.
+        """
+        try:
+            with np.load(folder / SAMPLES) as file:
+                count = len(file.files) // 2
+                kinds = ([file[f"{kind}_{number}"] for number in range(count)] for kind in ("input", "reference"))
+                return cls(*kinds)
+        except (OSError, ValueError, KeyError) as error:
+            raise RAdapterError(
+                f"{folder / SAMPLES}: {error}; export the release again with radapter-export"
+            ) from error
+
+
+def compare(
+    name: str,
+    encoder: Encode,
+    samples: Samples,
+    tolerance: float,
+) -> Agreement:
+    """Run a graph on every batch and compare it with its reference.
+
+    Args:
+        name: of the graph, for the message.
+        encoder: the graph, run in the way that is to be checked.
+        samples: inputs for it, and torch's embeddings of them.
+        tolerance: largest `max_error` allowed.
+
+    Raises:
+        RAdapterError: the graph fails on a batch, gives NaN, another shape, or differs by more than the tolerance.
+    """
+    max_error, min_cosine = 0.0, 1.0
+    for values, reference in zip(samples.inputs, samples.references, strict=True):
+        try:
+            embeds = encoder(values)
+        except Exception as error:
+            raise RAdapterError(f"{name} fails on a batch of shape {values.shape}: {error}") from error
+        if embeds.shape != reference.shape:
+            raise RAdapterError(f"{name} gives {embeds.shape} where torch gives {reference.shape}; nothing was written")
+        if not (np.isfinite(embeds).all() and np.isfinite(reference).all()):
+            raise RAdapterError(f"{name} gives values that are not finite at batch {len(values)}; nothing was written")
+        a, b = embeds.astype(np.float64), reference.astype(np.float64)
+        cosine = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+        max_error = max(max_error, float(np.abs(a - b).max()))
+        min_cosine = min(min_cosine, float(cosine.min()))
+    if not max_error <= tolerance:
+        raise RAdapterError(
+            f"{name} differs from torch by up to {max_error:.2e} (smallest cosine {min_cosine:.6f}), the tolerance is "
+            f"{tolerance:.0e}; nothing was written. If you accept that, give --tolerance {max_error * 1.5:.0e}"
+        )
+    return Agreement(max_error, min_cosine)
