@@ -20,8 +20,10 @@ from common import RESULTS, Report, memory, say
 from numpy.typing import NDArray
 from PIL import Image
 
+from radapter_serve.serving.recall import EFFORTS as LANCE_EFFORTS
+
 Array = NDArray[np.float32]
-Search = Callable[[Array, int], NDArray[np.int64]]  # a query [D] and an effort to the rows of the ten nearest
+Search = Callable[[Array, Any], NDArray[np.int64]]  # a query [D] and an effort to the rows of the ten nearest
 
 QUERIES, TOP_K, RECALL = 100, 10, 0.95
 CROPS, TOGETHER = 6, 4  # random crops of a photo; of these, so many side by side make a vector
@@ -55,12 +57,12 @@ def lance_search(folder: Path, index: str | None) -> Search:
 
     table = lancedb.connect(folder).open_table("t")
 
-    def search(query: Array, effort: int) -> NDArray[np.int64]:
+    def search(query: Array, effort: Any) -> NDArray[np.int64]:
         asked = table.search(query).distance_type("dot").limit(TOP_K).select(["row", "_distance"])
-        if index is not None:
-            asked = asked.nprobes(effort).refine_factor(10)
+        if index == "IVF_PQ":
+            asked = asked.nprobes(effort[0]).refine_factor(effort[1])
         if index == "IVF_HNSW_SQ":
-            asked = asked.ef(max(100, 4 * effort))
+            asked = asked.nprobes(effort).refine_factor(10).ef(max(100, 4 * effort))
         return np.asarray(asked.to_arrow()["row"].to_numpy())
 
     return search
@@ -172,7 +174,7 @@ def query(engine: str, queries: str, exact: str, folder: str, result: str) -> No
     asked, nearest = np.load(queries), np.load(exact)
     before = memory("VmRSS")
     search = opened(Path(folder), kind)
-    for effort in (0,) if "exact" in engine or "flat" in engine else EFFORTS:
+    for effort in (0,) if "exact" in engine or "flat" in engine else LANCE_EFFORTS if kind == "IVF_PQ" else EFFORTS:
         for one in asked[:3]:
             search(one, effort)
         times, hits = [], 0
@@ -183,16 +185,17 @@ def query(engine: str, queries: str, exact: str, folder: str, result: str) -> No
             hits += len(np.intersect1d(found, truth))
         recall = hits / nearest.size
         p50 = statistics.median(times)
-        _save(result, effort=effort, recall=recall, p50=p50, memory=memory("VmRSS") - before)
+        said = "/".join(map(str, effort)) if isinstance(effort, tuple) else str(effort or "–")
+        _save(result, effort=said, recall=recall, p50=p50, memory=memory("VmRSS") - before)
         if recall >= RECALL:
             break
 
 
-def _save(path: str, **values: float) -> None:
+def _save(path: str, **values: Any) -> None:
     Path(path).write_text(json.dumps(values), encoding="utf-8")
 
 
-def limited(function: Any, limit: float, result: Path, *arguments: Any) -> dict[str, float] | None:
+def limited(function: Any, limit: float, result: Path, *arguments: Any) -> dict[str, Any] | None:
     """What a function wrote down from a fresh process; None where the process took longer than allowed."""
     # Threads that wait for each other say more of the machine's other work than of an engine.
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LANCE_CPU_THREADS": "1"}
@@ -298,9 +301,10 @@ def main(
         f"random order, plus Gaussian noise of length 0.1, and unit length again: more vectors than photos are more "
         f"orders of the same crops. The {QUERIES} queries are made the same way of photos that are not in the "
         f"collection. Builds and queries run in fresh processes; a query is one vector, with no filter, one thread. "
-        f"Recall@{TOP_K} is against numpy; the effort (cells probed, or HNSW's ef) is the least of "
-        f"{', '.join(map(str, EFFORTS))} with a recall of {RECALL}, else the greatest; memory is that of the process, "
-        "mapped files included, less its start.",
+        f"Recall@{TOP_K} is against numpy; the effort is the least with a recall of {RECALL}, else the greatest: cells "
+        "probed, or HNSW's ef; of LanceDB's IVF-PQ cells and how many times as many answers are sorted again by the "
+        "vectors themselves, as radapter-index tries them. Memory is that of the process, mapped files included, less "
+        "its start.",
         timed=False,
     )
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("lancedb", "faiss-cpu", "usearch"))
@@ -340,14 +344,19 @@ def main(
             report.write(out)
 
 
-def _row(name: str, built: dict[str, float] | None, found: dict[str, float] | None) -> list[str]:
+def _row(name: str, built: dict[str, Any] | None, found: dict[str, Any] | None) -> list[str]:
     if built is None:
         return [name, "stopped", *["–"] * 6]
     row = [name, f"{built['build']:.1f}", f"{built['build_memory'] / 1e6:.0f}", f"{built['size'] / 1e6:.0f}"]
     if found is None:
         return [*row, "stopped", *["–"] * 3]
-    effort = f"{found['effort']:g}" if found["effort"] else "–"
-    return [*row, f"{found['p50'] * 1e3:.2f}", f"{found['recall']:.3f}", effort, f"{found['memory'] / 1e6:.0f}"]
+    return [
+        *row,
+        f"{found['p50'] * 1e3:.2f}",
+        f"{found['recall']:.3f}",
+        found["effort"],
+        f"{found['memory'] / 1e6:.0f}",
+    ]
 
 
 if __name__ == "__main__":

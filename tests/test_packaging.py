@@ -40,6 +40,10 @@ def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path:
     held = {name.removeprefix("radapter_export/model_repository/") for name in names if "/model_repository/" in name}
     tasks = {f"{model}/model.py" for model in TEMPLATES if not model.endswith("encoder")}
     assert held == tasks | {f"{model}/config.template.pbtxt" for model in TEMPLATES}
-    for name in ("serving/backends/onnxruntime/model.py", "demo/recipe.yaml", "demo/base/open_clip_model.safetensors"):
+    for name in (
+        "serving/backends/onnxruntime/model.py",
+        "demo/recipes/retrieval.yaml",
+        "demo/base/open_clip_config.json",
+    ):
         assert f"radapter_serve/{name}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

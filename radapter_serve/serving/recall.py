@@ -11,7 +11,7 @@ from radapter_serve.serving.index import vectors_of
 
 RECALL, TOP_K = 0.95, 10
 # cells probed, and how many times the answers are sorted again by the vectors themselves
-_EFFORTS = ((16, 10), (32, 10), (64, 10), (128, 20), (256, 50), (1024, 100), (1024, 400))
+EFFORTS = ((16, 10), (32, 10), (64, 10), (128, 20), (256, 50), (1024, 100), (1024, 400))
 # Texts lie far from all images in CLIP's space, so their nearest images are spread over more cells.
 _THINGS = (
     "a dog, a cat, a horse, a bird, a cow, a sheep, an elephant, a bear, a fish, an insect, a snake, a monkey, a "
@@ -57,7 +57,7 @@ def tune(table: Any, count: int, texts: NDArray[np.float32], queries: int = 100)
             found[row] = (1 - np.sort(answers)[own[row] :] >= tenth[row]).sum()
         return found / TOP_K
 
-    for nprobes, refine in _EFFORTS:
+    for nprobes, refine in EFFORTS:
         shares = share(nprobes, refine)
         recall = min(float(shares[own == kind].mean()) for kind in (0, 1))
         if recall >= RECALL:
