@@ -103,7 +103,9 @@ FAMILIES = {
         "nllb-clip-base",
         text=_hugging_face({"model_type": "m2m_100", **M2M}, hf_pooler_type="cls_pooler", hf_proj_type="linear"),
     ),
-    "resnet": Family("RN50", {"image_size": 32, "layers": [1, 1, 1, 1], "width": 32, "patch_size": None}, partial=True),
+    "resnet": Family(
+        "RN50, RN101", {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}, partial=True
+    ),
     "mobileclip-s": Family(
         "MobileCLIP-S1", _timm("small_mobileclip_s", 64, "avg"), {**TEXT, "no_causal_mask": True}, CUSTOM, partial=True
     ),
@@ -140,7 +142,9 @@ def make_base(family: str, folder: Path, **model_cfg: Any) -> str:
             else:  # large enough for embeddings that differ from input to input
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
         for key, buffer in model.named_buffers():
-            if key.endswith(("running_mean", "running_var")):
+            if key.endswith("running_mean"):
+                buffer.normal_(std=0.1)
+            if key.endswith("running_var"):
                 buffer.uniform_(0.5, 1.5)
     weights = {key: value.contiguous() for key, value in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
