@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -116,10 +115,9 @@ def test_convolutional_towers_are_refused_or_left_out(
 
 def test_norms_between_are_refused_or_left_out(load: Callable[[str], Base]) -> None:
     """A block of open_clip may have one behind attention; timm's post-norm blocks have one behind both layers."""
+    import open_clip
     from timm.models.eva import EvaBlockPostNorm
     from timm.models.vision_transformer import ResPostBlock
-
-    import open_clip
 
     config = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32, "scale_attn": True}
     normed = open_clip.CLIP(32, config, {"vocab_size": 8, "width": 32, "heads": 2, "layers": 1})
