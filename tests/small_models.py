@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from radapter_serve.adapter import Adapter
 
 IMAGE = {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -149,6 +152,23 @@ def make_base(family: str, folder: Path, **model_cfg: Any) -> str:
     weights = {key: value.contiguous() for key, value in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
     return name
+
+
+def random_adapter(name: str, scale: float = 0.1, *, partial: bool = False, **metadata: Any) -> Adapter:
+    """An adapter of random values for a model: their standard deviation, and fields of its metadata."""
+    import torch
+
+    from radapter_serve.adapter import Metadata, attach, base_digest
+    from radapter_serve.base import load_base
+
+    base = load_base(name)
+    adapters = attach(base.model, partial=partial)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in adapters.parameters():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
+    digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
+    return adapters.adapter(Metadata(architecture=name, base_digest=digest, **metadata))
 
 
 def _width(family: Family) -> int:

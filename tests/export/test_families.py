@@ -9,10 +9,10 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from small_models import FAMILIES, make_base
+from small_models import FAMILIES, make_base, random_adapter
 
 from radapter_export import export_release
-from radapter_serve.adapter import Metadata, attach, base_digest, fold, load_adapter, save_adapter
+from radapter_serve.adapter import fold, save_adapter
 from radapter_serve.base import load_base
 from radapter_serve.serving.encoder import Encoder
 from radapter_serve.serving.preprocess import Preprocess, decode_pixels
@@ -26,19 +26,14 @@ TEXTS = ["a photo of a cat", "", "many words " * 60, "Sand, sea & sun"]
 @pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FAMILIES])
 def test_release_of_a_family_gives_what_open_clip_gives(family: str, tmp_path: Path) -> None:
     name = make_base(family, tmp_path / "base")
-    base = load_base(name)
-    weights = {key: value.clone() for key, value in base.model.state_dict().items()}
-    adapters = attach(base.model, partial=FAMILIES[family].partial)
-    with torch.no_grad():
-        for tensor in adapters.parameters():
-            tensor.normal_(std=0.1)
-    adapter = adapters.adapter(Metadata(name, base_digest(weights, [site.key for site in adapters.sites])))
+    adapter = random_adapter(name, partial=FAMILIES[family].partial)
     save_adapter(adapter, tmp_path / "adapter.safetensors")
     repository, merged = tmp_path / "repository", tmp_path / "merged"
     (release,) = export_release(tmp_path, [0.7], model_repository=repository, merged=merged)
 
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{merged}")
-    folded = fold(weights, load_adapter(tmp_path), 0.7)
+    weights = load_base(name).model.state_dict()
+    folded = fold(weights, adapter, 0.7)
     assert folded.keys() == model.state_dict().keys()
     assert all(torch.equal(value, folded[key]) for key, value in model.state_dict().items())
     assert any(not torch.equal(value, weights[key]) for key, value in folded.items())
