@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from radapter_export.towers import COPY, ImageTower, PatchTower, TextTower, skeleton
 from radapter_serve.base import Base
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, reason
 
 OPSET = 20  # the first with Gelu; newer Attention operators are not built by TensorRT in fp32
 EXTERNAL_ABOVE = 1 << 30  # bytes of weights above which they go into a file beside the graph; protobuf ends at 2 GiB
@@ -113,19 +113,23 @@ def _export(
     names: tuple[str, str],
     shape: Mapping[int, torch.export.Dim],
 ) -> Graph:
-    # `optimize=False`: its passes look at values, which a skeleton does not have; `_optimize` runs them safely.
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            skeleton(tower).eval(),
-            (example,),
-            input_names=[names[0]],
-            output_names=[names[1]],
-            dynamic_shapes=(dict(shape),),
-            opset_version=OPSET,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-        )
+    try:
+        # `optimize=False`: its passes look at values, which a skeleton does not have; `_optimize` runs them safely.
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                skeleton(tower).eval(),
+                (example,),
+                input_names=[names[0]],
+                output_names=[names[1]],
+                dynamic_shapes=(dict(shape),),
+                opset_version=OPSET,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        why = reason(error.__cause__ or error)
+        raise RAdapterError(f"torch {torch.__version__} cannot export {name} of this model: {why}") from error
     if program is None:
         raise RAdapterError(f"torch {torch.__version__} gave no ONNX program for {name}; install torch 2.9 or newer")
     model, initializers = program.model, program.model.graph.initializers

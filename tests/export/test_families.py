@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import open_clip
 import pytest
 import torch
@@ -20,6 +21,7 @@ from radapter_serve.serving.tokenizer import Tokenizer
 
 QUICK = ("coca", "siglip", "roberta")
 CROPPED = ("vit", "vit-quickgelu", "vit-layer-scale", "vit-custom-blocks", "mobileclip-b", "eva02", "pe-core", "resnet")
+NOT_IN_TENSORRT = {"Attention", "ReduceL2", "SequenceAt", "SplitToSequence"}
 TEXTS = ["a photo of a cat", "", "many words " * 60, "Sand, sea & sun"]
 
 
@@ -48,7 +50,12 @@ def test_release_of_a_family_gives_what_open_clip_gives(family: str, tmp_path: P
     with torch.no_grad():
         images = model.eval().encode_image(transform(image)[None], normalize=True)  # type: ignore[operator,index]
         texts = model.encode_text(full, normalize=True)  # type: ignore[operator]
-    image_encoder = Encoder(repository / "image_encoder" / "1" / "model.onnx")
-    text_encoder = Encoder(repository / "text_encoder" / "1" / "model.onnx")
-    np.testing.assert_allclose(image_encoder(served[None]), images, atol=1e-5)
-    np.testing.assert_allclose(text_encoder(tokens), texts, atol=1e-5)
+    names: set[str] = set()
+    for encoder, values, expected in (("image_encoder", served[None], images), ("text_encoder", tokens, texts)):
+        path = repository / encoder / "1" / "model.onnx"
+        np.testing.assert_allclose(Encoder(path)(values), expected, atol=1e-5)
+        graph = onnx.load(path).graph
+        assert not {node.op_type for node in graph.node} & NOT_IN_TENSORRT
+        names |= {tensor.name for tensor in graph.initializer}
+    unused = ("logit_", "text_decoder.", "num_batches_tracked")
+    assert {key for key in weights if not any(part in key for part in unused)} <= names

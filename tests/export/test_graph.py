@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import Counter
 from pathlib import Path
@@ -195,3 +196,15 @@ def test_models_without_one_embedding_of_a_square_image_are_refused(tiny_base: B
             check(dataclasses.replace(tiny_base, model=model))
     with pytest.raises(RAdapterError, match=r"images of \(32, 48\); only square"):
         check(dataclasses.replace(tiny_base, preprocess={**tiny_base.preprocess, "size": (32, 48)}))
+
+
+def test_model_that_the_exporter_fails_on_is_refused_in_one_line(tiny_base: Base) -> None:
+    class Undecided(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return pixels.flatten(1) if pixels.sum() > 0 else pixels.flatten(1) * 2
+
+    model = copy.copy(tiny_base.model)
+    model._modules = {**model._modules, "visual": Undecided()}
+    with pytest.raises(RAdapterError, match=r"cannot export image_encoder of this model: .+") as error:
+        image_graph(dataclasses.replace(tiny_base, model=model))
+    assert "\n" not in str(error.value)
