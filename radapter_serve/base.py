@@ -41,6 +41,19 @@ class Base:
     preprocess: dict[str, Any]
     tokenizer: Callable[[list[str]], Tensor]
 
+    @property
+    def image_size(self) -> int:
+        """Side of the square images that the model takes, in pixels.
+
+        Raises:
+            RAdapterError: they are not square.
+        """
+        size = self.preprocess["size"]
+        sides = {int(side) for side in size} if isinstance(size, (tuple, list)) else {int(size)}
+        if len(sides) > 1:
+            raise RAdapterError(f"{self.name} takes images of {size}; only square ones can be exported")
+        return sides.pop()
+
 
 def load_base(name: str, pretrained: str | None = None) -> Base:
     """Load a CLIP with its weights; never one with random weights.

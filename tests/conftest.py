@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from small_models import random_adapter as make_adapter
 
 if TYPE_CHECKING:
     from radapter_serve.adapter import Adapter
@@ -49,19 +50,7 @@ def random_adapter(tiny_clip_dir: str) -> Callable[..., Adapter]:
     """Makes an adapter of random values for the tiny CLIP: their standard deviation, and fields of its metadata."""
 
     def make(scale: float = 0.2, **metadata: Any) -> Adapter:
-        import torch
-
-        from radapter_serve.adapter import Metadata, attach, base_digest
-        from radapter_serve.base import load_base
-
-        base = load_base(tiny_clip_dir)
-        adapters = attach(base.model)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for tensor in adapters.named_tensors().values():
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
-        digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
-        return adapters.adapter(Metadata(architecture=tiny_clip_dir, base_digest=digest, **metadata))
+        return make_adapter(tiny_clip_dir, scale, **metadata)
 
     return make
 

@@ -21,9 +21,9 @@ import torch
 from onnx_ir import tensor_adapters
 from torch import Tensor, nn
 
-from radapter_export.towers import ImageTower, PatchTower, TextTower, skeleton
+from radapter_export.towers import COPY, ImageTower, PatchTower, TextTower, skeleton
 from radapter_serve.base import Base
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, reason
 
 OPSET = 20  # the first with Gelu; newer Attention operators are not built by TensorRT in fp32
 EXTERNAL_ABOVE = 1 << 30  # bytes of weights above which they go into a file beside the graph; protobuf ends at 2 GiB
@@ -35,7 +35,7 @@ class Graph:
 
     Attributes:
         name: the model's name in the repository, such as `image_encoder`.
-        constants: values that are no weights: mean, std, the causal mask, the neighbourhood of patches.
+        constants: values that no state dict holds: mean, std, the causal mask, the neighbourhood of patches.
     """
 
     name: str
@@ -57,9 +57,10 @@ class Graph:
         total = 0
         try:
             for name, value in mine.items():
-                tensor = (self.constants[name] if name in self.constants else weights[name]).detach()
+                tensor = (weights[name] if name in weights else self.constants[name]).detach().cpu().contiguous()
                 assert value.shape is not None and tuple(tensor.shape) == tuple(value.shape), name
-                value.const_value = tensor_adapters.TorchTensor(tensor.float().cpu().contiguous(), name=name)
+                tensor = tensor.float() if tensor.is_floating_point() else tensor
+                value.const_value = tensor_adapters.TorchTensor(tensor, name=name)
                 total += value.const_value.nbytes
             ir.save(self.model, path, external_data=f"{path.name}.data" if total > EXTERNAL_ABOVE else None)
         finally:
@@ -76,31 +77,29 @@ class Graph:
 
 def image_graph(base: Base) -> Graph:
     """The graph of `image_encoder`: `image` uint8 [B, S, S, 3] to `image_embeds` float32 [B, D]."""
-    return _of_images("image_encoder", ImageTower(base.model, base.preprocess), "image_embeds")
+    return _of_images("image_encoder", ImageTower(base), "image_embeds", base.image_size)
 
 
 def patch_graph(base: Base, way: str) -> Graph:
     """The graph of `patch_encoder`: `image` uint8 [B, S, S, 3] to `patch_embeds` float32 [B, g, g, D]."""
-    return _of_images("patch_encoder", PatchTower(base.model, base.preprocess, way), "patch_embeds")
+    return _of_images("patch_encoder", PatchTower(base, way), "patch_embeds", base.image_size)
 
 
 def text_graph(base: Base) -> Graph:
     """The graph of `text_encoder`: `tokens` int32 [B, L] to `text_embeds` float32 [B, D]."""
-    tower = TextTower(base.model)
+    tower = TextTower(base)
     shape: dict[int, torch.export.Dim] = {0: _batch()}
     length = tower.context_length
     if tower.dynamic_length:
         shape[1] = torch.export.Dim("length", min=1, max=length)
         length = min(9, length)
     example = torch.zeros(2, length, dtype=torch.int32, device="meta")
-    prefix = "text." if hasattr(base.model, "text") else ""
-    return _export("text_encoder", tower, example, ("tokens", "text_embeds"), shape, prefix=prefix)
+    return _export("text_encoder", tower, example, ("tokens", "text_embeds"), shape)
 
 
-def _of_images(name: str, tower: ImageTower, output: str) -> Graph:
-    size = tower.visual.image_size[0]
+def _of_images(name: str, tower: ImageTower, output: str, size: int) -> Graph:
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8, device="meta")
-    return _export(name, tower, example, ("image", output), {0: _batch()}, prefix="")
+    return _export(name, tower, example, ("image", output), {0: _batch()})
 
 
 def _batch() -> torch.export.Dim:
@@ -113,35 +112,36 @@ def _export(
     example: Tensor,
     names: tuple[str, str],
     shape: Mapping[int, torch.export.Dim],
-    prefix: str,
 ) -> Graph:
-    # `optimize=False`: its passes look at values, which a skeleton does not have; `_optimize` runs them safely.
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            skeleton(tower).eval(),
-            (example,),
-            input_names=[names[0]],
-            output_names=[names[1]],
-            dynamic_shapes=(dict(shape),),
-            opset_version=OPSET,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-        )
+    try:
+        # `optimize=False`: its passes look at values, which a skeleton does not have; `_optimize` runs them safely.
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                skeleton(tower).eval(),
+                (example,),
+                input_names=[names[0]],
+                output_names=[names[1]],
+                dynamic_shapes=(dict(shape),),
+                opset_version=OPSET,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        why = reason(error.__cause__ or error)
+        raise RAdapterError(f"torch {torch.__version__} cannot export {name} of this model: {why}") from error
     if program is None:
         raise RAdapterError(f"torch {torch.__version__} gave no ONNX program for {name}; install torch 2.9 or newer")
-    buffers = dict(tower.named_buffers())
-    weights = [key for key, _ in tower.named_parameters()]
-    model = program.model
+    model, initializers = program.model, program.model.graph.initializers
+    values = [key for key, _ in (*tower.named_parameters(), *tower.named_buffers()) if key in initializers]
     with _quiet():
-        _optimize(model, [key for key in (*weights, *buffers) if key in model.graph.initializers])
-    for key in weights:
-        if prefix and key in model.graph.initializers:
-            value = model.graph.initializers.pop(key)
-            value.name = prefix + key
-            model.graph.initializers.add(value)
+        _optimize(model, values)
+    for key in values:
+        value = initializers.pop(key)
+        value.name = key.removeprefix(COPY)
+        initializers.add(value)
     _forget_origin(model)
-    return Graph(name, model, buffers)
+    return Graph(name, model, {key.removeprefix(COPY): buffer for key, buffer in tower.named_buffers()})
 
 
 def _optimize(model: ir.Model, weights: list[str]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from radapter_serve.base import Base
 from radapter_serve.errors import RAdapterError
 
 CONFIG, WEIGHTS, RELEASE = "open_clip_config.json", "open_clip_model.safetensors", "release.json"
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}  # of Hugging Face
 
 
 def write_merged(folder: str | Path, base: Base, state_dict: Mapping[str, Tensor], release: Mapping[str, Any]) -> None:
@@ -74,6 +76,8 @@ class Merged:
             save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
             config = {"model_cfg": base.config, "preprocess_cfg": base.preprocess}
             (target / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+            if isinstance(base.tokenizer, HFTokenizer):  # which open_clip looks for in the folder, whatever its name
+                base.tokenizer.tokenizer.save_pretrained(target, legacy_format=False)
         if release is not None:
             self.add_release(name, release)
 
@@ -96,7 +100,7 @@ def check_replaceable(folder: Path) -> None:
     """
     if not folder.exists():
         return
-    ours = {CONFIG, WEIGHTS, RELEASE}
+    ours = {CONFIG, WEIGHTS, RELEASE, *TOKENIZER}
     if not folder.is_dir():
         raise RAdapterError(f"{folder} is a file; give another folder with --merged")
     for path in folder.iterdir():

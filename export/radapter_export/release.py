@@ -129,7 +129,7 @@ def export_release(
     labels = {name: _read_labels(name, path) for name, path in (label_sets or {}).items()}
     say("loading the base")
     clip = load_base(base or meta.architecture, pretrained or meta.pretrained)
-    check(clip.model)
+    check(clip)
     way = dense or meta.recipe.get("dense")
     way = None if way == "none" else way
     if way is not None:
@@ -179,9 +179,9 @@ class _Writer:
         self._way, self._templates, self._labels, self._tolerance = way, templates, labels, tolerance
         self._max_batch_size = max_batch_size
         self._attached: Adapters | None = None
-        self.size = _square(base.preprocess["size"])
+        self.size = base.image_size
         self.embed_dim = int(base.config["embed_dim"])
-        self.grid = int(base.model.visual.grid_size[0])  # type: ignore[union-attr,index,arg-type]
+        self.grid = 0 if way is None else int(check_dense(base.model, way).grid_size[0])
         dynamic = is_causal(base.model)
         self.dims = {
             "image": [self.size, self.size, 3],
@@ -330,10 +330,3 @@ def _read_labels(name: str, path: str | Path) -> list[str]:
     except TaskError as error:
         raise RAdapterError(f"{path}: {error.message}") from error
     return labels
-
-
-def _square(size: Any) -> int:
-    sides = {int(side) for side in size} if isinstance(size, (tuple, list)) else {int(size)}
-    if len(sides) != 1:
-        raise RAdapterError(f"the base takes images of {size}; only square ones can be exported")
-    return sides.pop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from radapter_serve.adapter.file import Adapter, Metadata, check_alpha, check_base
-from radapter_serve.adapter.sites import Site, find_sites
+from radapter_serve.adapter.sites import Site, find_sites, left_out
 from radapter_serve.errors import RAdapterError
 
 Form = Literal["weight", "activation"]
@@ -51,9 +51,11 @@ class LinearAdapter(nn.Module):
 class Adapters(nn.Module):
     """All adapters of one model, as a module: its parameters are what is trained."""
 
-    def __init__(self, sites: Iterable[Site], rank: int | None, form: Form, drop: float) -> None:
+    def __init__(
+        self, sites: Iterable[Site], rank: int | None, form: Form, drop: float, left_out: Sequence[str] = ()
+    ) -> None:
         super().__init__()
-        self.sites = list(sites)
+        self.sites, self.left_out = list(sites), left_out
         self.rank, self.form, self.drop = rank, form, drop
         self.layers = nn.ModuleList(LinearAdapter(site.layer.out_features, rank) for site in self.sites)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -121,10 +123,12 @@ class Adapters(nn.Module):
                     parametrize.remove_parametrizations(site.layer, name, leave_parametrized=False)
 
     def share(self, model: nn.Module) -> str:
-        """One line that says how much of a model is trained."""
+        """One line that says how much of a model is trained, and what is left out."""
         trained = sum(p.numel() for p in self.parameters())
         base = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-        return f"trainable: {trained:,} parameters, {100 * trained / base:.2f} % of the base's {base:,}"
+        share = f"trainable: {trained:,} parameters, {100 * trained / base:.2f} % of the base's {base:,}"
+        more = f", and {len(self.left_out) - 1} more" if len(self.left_out) > 1 else ""
+        return share + (f"; left out: {self.left_out[0]}{more}" if self.left_out else "")
 
     def _adapters(self) -> list[LinearAdapter]:
         return [layer for layer in self.layers if isinstance(layer, LinearAdapter)]
@@ -137,6 +141,7 @@ def attach(
     form: Form = "activation",
     drop: float = 0.0,
     text: bool = True,
+    partial: bool = False,
 ) -> Adapters:
     """Freeze a CLIP and put an adapter after attention and feed-forward of every block of both towers.
 
@@ -147,16 +152,24 @@ def attach(
             token, `weight` by the step (`training.choose_form` tells which is faster).
         drop: probability p in [0, 1) of adapter dropping (Eq. 7); takes effect with `Adapters.sample_drop`.
         text: False leaves the text tower as it is.
+        partial: adapt only what can be: a tower without known blocks (a convolutional one) and layers with a norm
+            between them and their residual are left out, where else they are refused.
 
     Raises:
-        RAdapterError: the model cannot be folded exactly, has adapters already, or an argument is out of range;
-            nothing was changed then.
+        RAdapterError: the model cannot be adapted, has adapters already, or an argument is out of range; nothing was
+            changed then.
     """
     if rank is not None and rank < 1:
         raise RAdapterError(f"rank is {rank}; allowed: 1 or more, or null for full rank")
     if not 0 <= drop < 1:
         raise RAdapterError(f"drop is {drop}; allowed: 0 <= drop < 1")
-    sites = find_sites(model, text=text)
+    sites = find_sites(model, text=text, partial=partial)
+    return _attach(model, sites, rank, form, drop, left_out(model, text=text))
+
+
+def _attach(
+    model: nn.Module, sites: list[Site], rank: int | None, form: Form, drop: float = 0.0, left_out: Sequence[str] = ()
+) -> Adapters:
     width = min(site.layer.out_features for site in sites)
     if rank is not None and rank >= width:
         raise RAdapterError(f"rank is {rank}; allowed: less than the width {width}, or null for full rank")
@@ -165,13 +178,15 @@ def attach(
         if any(isinstance(owner, LinearAdapter) for owner in owners) or parametrize.is_parametrized(site.layer):
             raise RAdapterError(f"{site.key} has an adapter already; call remove() on the first adapters")
     model.requires_grad_(False)
-    adapters = Adapters(sites, rank, form, drop)
+    adapters = Adapters(sites, rank, form, drop, left_out)
     logging.getLogger(__name__).info(adapters.share(model))
     return adapters
 
 
 def attach_adapter(model: nn.Module, adapter: Adapter, alpha: float, *, form: Form = "activation") -> Adapters:
     """Attach a saved adapter at a fixed α, not folded: the reference that an export must agree with.
+
+    Exactly the layers that the file has are adapted, so one that is partial needs no word here.
 
     Args:
         model: the base that the adapter was trained on, in fp32; changed in place.
@@ -183,11 +198,11 @@ def attach_adapter(model: nn.Module, adapter: Adapter, alpha: float, *, form: Fo
     """
     check_alpha(alpha)
     check_base(model.state_dict(), adapter)
-    adapters = attach(model, adapter.metadata.rank, form=form, text=adapter.has_text)
-    missing = sorted(set(adapters.named_tensors()) - set(adapter.tensors))
-    if missing:
-        adapters.remove()
-        raise RAdapterError(f"the adapter file is damaged: it has no tensor {missing[0]}")
+    keys = set(adapter.keys)
+    sites = [site for site in find_sites(model, partial=True) if site.key in keys]
+    if unknown := sorted(keys - {site.key for site in sites}):
+        raise RAdapterError(f"the adapter file is damaged: adapters do not fit {unknown[0]}")
+    adapters = _attach(model, sites, adapter.metadata.rank, form)
     adapters.load_tensors(adapter.tensors)
     adapters.alpha = alpha
     return adapters

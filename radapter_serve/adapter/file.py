@@ -63,11 +63,6 @@ class Adapter:
         return sorted({name.removesuffix(".up").removesuffix(".down") for name in self.tensors})
 
     @property
-    def has_text(self) -> bool:
-        """Whether it changes the text tower too; training with `adapt_text: false` leaves that alone."""
-        return any(not key.startswith("visual.") for key in self.keys)
-
-    @property
     def digest(self) -> str:
         """`sha256:` over names and fp32 values."""
         return _digest(self.tensors, self.tensors)

@@ -68,9 +68,10 @@ def train(recipe: Recipe) -> Path:
     val = open_data(recipe, base, validation=True, broken=broken) if recipe.val_data else None
     examples = Examples(data, augmentation(base, recipe), recipe.seed, refuse=recipe.on_broken == "refuse")
     part = _part(recipe, accelerator, data)
-    digest = base_digest(base.model.state_dict(), [site.key for site in find_sites(base.model, text=recipe.adapt_text)])
-    form = choose_form(base.model, recipe.rank, part, text=recipe.adapt_text) if recipe.form == "auto" else recipe.form
-    adapters = attach(base.model, recipe.rank, form=form, drop=recipe.drop, text=recipe.adapt_text)
+    where = {"text": recipe.adapt_text, "partial": recipe.partial}
+    digest = base_digest(base.model.state_dict(), [site.key for site in find_sites(base.model, **where)])
+    form = choose_form(base.model, recipe.rank, part, **where) if recipe.form == "auto" else recipe.form
+    adapters = attach(base.model, recipe.rank, form=form, drop=recipe.drop, **where)
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     towers, optimizer = accelerator.prepare(TwoTower(base.model, adapters), optimizer)
     average = Average(adapters, recipe.momentum, bias_correction=recipe.bias_correction)
@@ -174,7 +175,9 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     )
 
 
-def choose_form(model: nn.Module, rank: int | None, batch_size: int, *, text: bool = True) -> Form:
+def choose_form(
+    model: nn.Module, rank: int | None, batch_size: int, *, text: bool = True, partial: bool = False
+) -> Form:
     """The form of the adapters that costs less for a batch, by its multiplications.
 
     The activation form pays by the token; the weight form pays for `F·W` once a step, and for the gradient of the
@@ -185,11 +188,12 @@ def choose_form(model: nn.Module, rank: int | None, batch_size: int, *, text: bo
         rank: of the adapters; None is full.
         batch_size: images a step and process.
         text: whether the text tower has adapters.
+        partial: whether only what can be adapted is.
     """
     grid = getattr(model.visual, "grid_size", (14, 14))
     tokens = {True: batch_size * (grid[0] * grid[1] + 1), False: batch_size * 16}
     weight = activation = 0
-    for site in find_sites(model, text=text):
+    for site in find_sites(model, text=text, partial=partial):
         count, width, inner = tokens[site.key.startswith("visual.")], site.layer.out_features, site.layer.in_features
         weight += 4 * width * (width if rank is None else 2 * rank) * inner + 2 * count * width * inner
         activation += 6 * count * width * (width if rank is None else 2 * rank)

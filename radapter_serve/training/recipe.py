@@ -53,6 +53,8 @@ class Recipe:
         on_broken: what a broken or missing image does: skip takes the next image and counts, refuse stops the run.
         rank: rank of the adapters; none is full rank.
         adapt_text: whether the text tower has adapters too.
+        partial: adapt only what can be folded exactly, where else the model is refused: of a CLIP with a convolutional
+            image tower the text tower.
         form: where adapters compute, auto picks the faster for this batch and model; the result is the same.
         drop: probability p of adapter dropping (Eq. 7).
         momentum: m of the adapters' moving average (Eq. 8).
@@ -105,6 +107,7 @@ class Recipe:
     on_broken: Literal["skip", "refuse"] = "refuse"
     rank: int | None = None
     adapt_text: bool = True
+    partial: bool = False
     form: Literal["auto", "activation", "weight"] = "auto"
     drop: float = 0.2
     momentum: float = 0.999

@@ -219,11 +219,14 @@ def test_adapter_of_another_base_names_both_digests(model: nn.Module) -> None:
 
 
 def test_attach_refuses_before_it_changes_anything(tiny_clip_dir: str) -> None:
-    scaled = load_base(tiny_clip_dir).model
-    scaled.transformer.resblocks[1].ls_2 = nn.Linear(64, 64)  # type: ignore[union-attr,index]
+    normed = load_base(tiny_clip_dir).model
+    normed.transformer.resblocks[1].ln_attn = nn.LayerNorm(64)  # type: ignore[union-attr,index]
     convolutional = load_base(tiny_clip_dir).model
     convolutional.visual = nn.Conv2d(3, 8, 3)
-    for broken, reason in ((scaled, r"resblocks\.1\.ls_2 .*stands between"), (convolutional, "image tower of CLIP")):
+    for broken, reason in (
+        (normed, r"resblocks\.1\.ln_attn .*stands between .*--partial"),
+        (convolutional, r"image tower of CLIP \(Conv2d\) has no blocks .*--partial"),
+    ):
         with pytest.raises(RAdapterError, match=reason):
             attach(broken)
         assert all(p.requires_grad for p in broken.parameters())

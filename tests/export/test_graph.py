@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,6 @@ import onnxruntime
 import open_clip
 import pytest
 import torch
-from torch import nn
 
 from radapter_export import Release
 from radapter_export.graph import EXTERNAL_ABOVE, Graph, image_graph, patch_graph, text_graph
@@ -188,16 +188,23 @@ def test_large_weights_go_beside_the_graph(
     np.testing.assert_array_equal(run(tmp_path / "model.onnx", image), run(tmp_path / "inside.onnx", image))
 
 
-def test_models_of_other_kinds_are_refused(tiny_base: Base) -> None:
+def test_models_without_one_embedding_of_a_square_image_are_refused(tiny_base: Base) -> None:
     config = tiny_base.config
-    pooled = open_clip.CLIP(**{**config, "vision_cfg": {**config["vision_cfg"], "attentional_pool": True}})
-    with pytest.raises(RAdapterError, match=r"pools by attention.*allowed: .*ViT-B-32"):
-        check(pooled)
-    scaled = open_clip.CLIP(**{**config, "vision_cfg": {**config["vision_cfg"], "block_type": "custom"}})
-    with pytest.raises(RAdapterError, match="CustomResidualAttentionBlock"):
-        check(scaled)
-    resnet = open_clip.CLIP(**{**config, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 32}})
-    with pytest.raises(RAdapterError, match="ModifiedResNet"):
-        check(resnet)
-    with pytest.raises(RAdapterError, match="NoneType"):
-        check(nn.Linear(1, 1))
+    for tower, part in (("image", "vision_cfg"), ("text", "text_cfg")):
+        model = open_clip.CLIP(**{**config, part: {**config[part], "pool_type": "none"}})
+        with pytest.raises(RAdapterError, match=rf"its {tower} tower does not pool"):
+            check(dataclasses.replace(tiny_base, model=model))
+    with pytest.raises(RAdapterError, match=r"images of \(32, 48\); only square"):
+        check(dataclasses.replace(tiny_base, preprocess={**tiny_base.preprocess, "size": (32, 48)}))
+
+
+def test_model_that_the_exporter_fails_on_is_refused_in_one_line(tiny_base: Base) -> None:
+    class Undecided(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return pixels.flatten(1) if pixels.sum() > 0 else pixels.flatten(1) * 2
+
+    model = copy.copy(tiny_base.model)
+    model._modules = {**model._modules, "visual": Undecided()}
+    with pytest.raises(RAdapterError, match=r"cannot export image_encoder of this model: .+") as error:
+        image_graph(dataclasses.replace(tiny_base, model=model))
+    assert "\n" not in str(error.value)

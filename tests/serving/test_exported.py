@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -10,8 +11,11 @@ import pytest
 import torch
 from asking import connect, tensor
 from PIL import Image
+from small_models import make_base, random_adapter
 from small_release import png
 
+from radapter_export import export_release
+from radapter_serve.adapter import save_adapter
 from radapter_serve.serving.server import TritonServer, free_ports
 
 pytestmark = pytest.mark.triton
@@ -19,9 +23,21 @@ pytestmark = pytest.mark.triton
 LABELS = ["cat", "a dog in the SNOW", "don't know", "猫"]
 
 
+@pytest.fixture(scope="module")
+def exported_siglip(tmp_path_factory) -> Path:
+    """What a server has to do otherwise for a SigLIP: squashed images, texts of one length, sigmoids with a bias."""
+    folder = tmp_path_factory.mktemp("siglip")
+    name = make_base("siglip", folder / "base")
+    save_adapter(random_adapter(name), folder / "adapter.safetensors")
+    export_release(folder, [0.7], model_repository=folder / "model_repository", merged=folder / "merged")
+    return folder
+
+
+@pytest.mark.parametrize("exported", ["exported_tiny_clip", "exported_siglip"])
 @torch.no_grad()
-def test_served_equals_open_clip(exported_tiny_clip):
-    newest = sorted(path.parent for path in exported_tiny_clip.glob("merged/**/open_clip_config.json"))[-1]
+def test_served_equals_open_clip(exported, request):
+    folder = request.getfixturevalue(exported)
+    newest = sorted(path.parent for path in folder.glob("merged/**/open_clip_config.json"))[-1]
     name = f"local-dir:{newest}"
     model, _, transform = open_clip.create_model_and_transforms(name)
     model.eval()
@@ -30,10 +46,11 @@ def test_served_equals_open_clip(exported_tiny_clip):
     pixels = torch.stack([transform(Image.open(io.BytesIO(image))) for image in images])
     image_embeds = model.encode_image(pixels, normalize=True)
     text_embeds = model.encode_text(tokenize([f"a photo of a {label}." for label in LABELS]), normalize=True)
-    scores = (model.logit_scale.exp() * image_embeds @ text_embeds.T).softmax(-1).numpy()
+    logits = model.logit_scale.exp() * image_embeds @ text_embeds.T
+    scores = (logits.softmax(-1) if model.logit_bias is None else (logits + model.logit_bias).sigmoid()).numpy()
 
     with (
-        TritonServer(exported_tiny_clip / "model_repository", "127.0.0.1", *free_ports()) as server,
+        TritonServer(folder / "model_repository", "127.0.0.1", *free_ports()) as server,
         connect(server) as client,
     ):
         tasks = ["classify", "embed_image", "embed_text"]

@@ -1,4 +1,4 @@
-"""Few-shot draws, the base-to-novel split, and training without text adapters."""
+"""Few-shot draws, the base-to-novel split, and training of one tower alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from short_run import rows, short_run
+from small_models import make_base
 
 from radapter_export import export_release
 from radapter_serve.adapter import attach_adapter, fold, load_adapter
@@ -102,7 +103,7 @@ def test_without_text_adapters(tiny_clip_dir: str, images: Path, tmp_path: Path,
     own: dict[str, Any] = {"steps": 10, "warmup_steps": 1, "adapt_text": False, "rank": rank, "form": form}
     recipe = short_run(tiny_clip_dir, tmp_path, data=data, val_data=data, **own)
     adapter = load_adapter(train(recipe))
-    assert adapter.keys and all(key.startswith("visual.") for key in adapter.keys) and not adapter.has_text
+    assert adapter.keys and all(key.startswith("visual.") for key in adapter.keys)
     base = load_base(tiny_clip_dir)
     folded = fold(base.model.state_dict(), adapter, 0.7)
     changed = {name for name, value in base.model.state_dict().items() if not torch.equal(folded[name], value)}
@@ -119,3 +120,13 @@ def test_without_text_adapters(tiny_clip_dir: str, images: Path, tmp_path: Path,
         places = {"model_repository": tmp_path / "model_repository", "merged": tmp_path / "merged"}
         (release,) = export_release(tmp_path / "run", [0.7], **places)  # type: ignore[arg-type]
         assert all(graph.agreement.max_error < 1e-4 for graph in release.graphs)  # against the base with adapters
+
+
+def test_partial_adapts_the_text_tower_of_a_convolutional_clip(images: Path, tmp_path: Path) -> None:
+    name, data = make_base("resnet", tmp_path / "base"), f"imagefolder:{images}"
+    with pytest.raises(RAdapterError, match=r"image tower .*ModifiedResNet.*--partial"):
+        train(short_run(name, tmp_path, data=data))
+    assert not (tmp_path / "run").exists()
+    adapter = load_adapter(train(short_run(name, tmp_path, data=data, steps=3, partial=True)))
+    assert {key.split(".")[0] for key in adapter.keys} == {"transformer"}
+    assert adapter.metadata.recipe["partial"] is True

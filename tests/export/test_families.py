@@ -1,0 +1,61 @@
+"""Every family from its adapter to a release, and what the release holds against open_clip itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from small_models import FAMILIES, make_base, random_adapter
+
+from radapter_export import export_release
+from radapter_serve.adapter import fold, save_adapter
+from radapter_serve.base import load_base
+from radapter_serve.serving.encoder import Encoder
+from radapter_serve.serving.preprocess import Preprocess, decode_pixels
+from radapter_serve.serving.tokenizer import Tokenizer
+
+QUICK = ("coca", "siglip", "roberta")
+CROPPED = ("vit", "vit-quickgelu", "vit-layer-scale", "vit-custom-blocks", "mobileclip-b", "eva02", "pe-core", "resnet")
+NOT_IN_TENSORRT = {"Attention", "ReduceL2", "SequenceAt", "SplitToSequence"}
+TEXTS = ["a photo of a cat", "", "many words " * 60, "Sand, sea & sun"]
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FAMILIES])
+def test_release_of_a_family_gives_what_open_clip_gives(family: str, tmp_path: Path) -> None:
+    name = make_base(family, tmp_path / "base")
+    adapter = random_adapter(name, partial=FAMILIES[family].partial)
+    save_adapter(adapter, tmp_path / "adapter.safetensors")
+    repository, merged = tmp_path / "repository", tmp_path / "merged"
+    (release,) = export_release(tmp_path, [0.7], model_repository=repository, merged=merged)
+
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{merged}")
+    weights = load_base(name).model.state_dict()
+    folded = fold(weights, adapter, 0.7)
+    assert folded.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, folded[key]) for key, value in model.state_dict().items())
+    assert any(not torch.equal(value, weights[key]) for key, value in folded.items())
+
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (90, 70, 3), dtype=np.uint8))
+    image.save(tmp_path / "image.png")
+    served = decode_pixels((tmp_path / "image.png").read_bytes(), Preprocess.from_dict(release.facts["preprocess"]))
+    tokens = Tokenizer.load(repository / "classify" / "1" / "tokenizer.json", release.facts["tokenizer"])(TEXTS)
+    full = open_clip.get_tokenizer(f"local-dir:{merged}")(TEXTS)
+    assert release.facts["tokenizer"]["dynamic_length"] == (family in CROPPED)
+    assert np.array_equal(tokens, full[:, : tokens.shape[1]])
+    with torch.no_grad():
+        images = model.eval().encode_image(transform(image)[None], normalize=True)  # type: ignore[operator,index]
+        texts = model.encode_text(full, normalize=True)  # type: ignore[operator]
+    names: set[str] = set()
+    for encoder, values, expected in (("image_encoder", served[None], images), ("text_encoder", tokens, texts)):
+        path = repository / encoder / "1" / "model.onnx"
+        np.testing.assert_allclose(Encoder(path)(values), expected, atol=1e-5)
+        graph = onnx.load(path).graph
+        assert not {node.op_type for node in graph.node} & NOT_IN_TENSORRT
+        names |= {tensor.name for tensor in graph.initializer}
+    unused = ("logit_", "text_decoder.", "num_batches_tracked")
+    assert {key for key in weights if not any(part in key for part in unused)} <= names
