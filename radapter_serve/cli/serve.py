@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from radapter_serve.cli import run
+from radapter_serve.serving.choice import BATCHES, fastest
 from radapter_serve.serving.server import TritonServer
 
 PROG = "radapter-serve"
@@ -27,6 +28,8 @@ def serve(
     grpc_port: int = 8001,
     metrics_port: int = 8002,
     indexes: Path = Path("indexes"),
+    runtime: Literal["onnxruntime", "openvino", "tensorrt", "auto"] | None = None,
+    threads: int | None = None,
     timeout: float = 120.0,
     verbose: bool = False,
 ) -> None:
@@ -39,12 +42,24 @@ def serve(
         grpc_port: port of the gRPC endpoint.
         metrics_port: port of the Prometheus metrics.
         indexes: folder of the indexes that radapter-index makes; a new or replaced one is served at once.
+        runtime: what runs the encoders, once it is checked against torch's embeddings; auto takes the fastest on this
+            machine; as exported if none is given.
+        threads: that compute in all encoders together; one a core if none is given.
         timeout: seconds to wait until all models are ready.
         verbose: show Triton's own messages.
     """
     console = Console(stderr=True)
     ports = http_port, grpc_port, metrics_port
-    server = TritonServer(model_repository, host, *ports, indexes=indexes, timeout=timeout, verbose=verbose)
+    server = TritonServer(
+        model_repository,
+        host,
+        *ports,
+        indexes=indexes,
+        runtime=runtime,
+        threads=threads,
+        timeout=timeout,
+        verbose=verbose,
+    )
     if not server.loopback:
         console.print(
             f"[bold yellow]Note:[/] listening on {server.host}, others can reach this server. Triton has no "
@@ -59,8 +74,10 @@ def serve(
         if verbose:
             server.start()
         else:
-            with console.status(f"starting tritonserver for {escape(str(model_repository))} ..."):
-                server.start()
+            with console.status("starting") as status:
+                server.start(lambda line: status.update(f"{escape(line)} ..."))
+        if server.measured:
+            _show_measured(server)
         _show(server)
         server.wait()
     except KeyboardInterrupt:
@@ -89,6 +106,21 @@ def _show(server: TritonServer) -> None:
     if "classify" in server.models:
         print(f"\ntry:\n{curl(server.http_url)}\n")
     print("A new export is served after a restart. Ctrl-C stops the server.", flush=True)
+
+
+def _show_measured(server: TritonServer) -> None:
+    """Print what `--runtime auto` found."""
+    table = Table(title=f"runtimes on this machine, {server.threads} threads in all", title_justify="left")
+    columns = [f"{unit} at {batch}" for batch in BATCHES for unit in ("ms", "images/s")]
+    for column in ("encoder", "runtime", *columns, "1 - cosine"):
+        table.add_column(column)
+    for one in server.measured:
+        cells = [f"{cell:.1f}" for batch, s in one.seconds.items() for cell in (1e3 * s, batch / s)]
+        row = [*cells, f"{one.distance:.1e}"] if cells else [*[""] * len(columns), escape(f"left out: {one.why}")]
+        table.add_row(escape(one.encoder), one.runtime, *row)
+    console = Console()
+    console.print(table)
+    print(f"fastest: {fastest(server.measured)}")
 
 
 def curl(url: str) -> str:

@@ -76,8 +76,12 @@ def openvino_properties(precision: str, threads: int | None = None) -> dict[str,
     Left alone it computes fp32 in bf16 wherever the CPU can, so the precision is always said. A CPU without bf16
     computes in fp32 what asks for it.
     """
-    properties = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32", "PERFORMANCE_HINT": "LATENCY"}
-    return properties if threads is None else {**properties, "INFERENCE_NUM_THREADS": threads}
+    return {
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "ENABLE_CPU_PINNING": False,  # each encoder's process would pin its first thread to the first core
+        **({} if threads is None else {"INFERENCE_NUM_THREADS": threads}),
+    }
 
 
 Loaded = tuple[list[str], Callable[[Feed], NDArray[Any]]]
