@@ -44,7 +44,7 @@ def serve(
         indexes: folder of the indexes that radapter-index makes; a new or replaced one is served at once.
         runtime: what runs the encoders, once it is checked against torch's embeddings; auto takes the fastest on this
             machine; as exported if none is given.
-        threads: that compute in all encoders together; one a core if none is given.
+        threads: that compute in an encoder, shared by its instances; one a core if none is given.
         timeout: seconds to wait until all models are ready.
         verbose: show Triton's own messages.
     """
@@ -110,7 +110,7 @@ def _show(server: TritonServer) -> None:
 
 def _show_measured(server: TritonServer) -> None:
     """Print what `--runtime auto` found."""
-    table = Table(title=f"runtimes on this machine, {server.threads} threads in all", title_justify="left")
+    table = Table(title=f"runtimes on this machine, {server.threads} threads", title_justify="left")
     columns = [f"{unit} at {batch}" for batch in BATCHES for unit in ("ms", "images/s")]
     for column in ("encoder", "runtime", *columns, "1 - cosine"):
         table.add_column(column)

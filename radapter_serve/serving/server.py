@@ -30,7 +30,7 @@ from types import TracebackType
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.choice import Measured, check, fastest, measure
 from radapter_serve.serving.runtimes import AUTO, RUNTIMES, encoders_of
-from radapter_serve.serving.threads import environment, shares, total
+from radapter_serve.serving.threads import environment, share, total
 
 INDEXES = "RADAPTER_INDEXES"  # environment variable: the folder of the indexes, for the model `retrieve`
 OUR_BACKENDS = Path(__file__).parent / "backends"
@@ -197,7 +197,7 @@ class TritonServer:
         indexes: folder of the indexes for `retrieve`; need not be there yet.
         runtime: that runs the encoders, once it is checked to compute what torch computed: onnxruntime, openvino or
             tensorrt; auto measures and takes the fastest. As exported if None.
-        threads: that compute in all encoders together; one a core if None.
+        threads: that compute in an encoder, shared by its instances; one a core if None.
         timeout: seconds to wait until every model is ready.
         log: file for the server's messages; None keeps them for the report of a failure only.
         verbose: let the server write its messages to this process's stderr instead.
@@ -373,9 +373,9 @@ class TritonServer:
                 raise RAdapterError(f"cannot listen on {self.host} port {port}: {why}") from None
 
     def _configure(self, installation: Installation, progress: Callable[[str], None]) -> dict[str, str]:
-        """Configs of the encoders for this machine, by name: their runtime, and their share of the threads."""
+        """Configs of the encoders for this machine, by name: their runtime and their threads."""
         encoders = encoders_of(self.model_repository)
-        threads = shares({encoder.name: encoder.instances for encoder in encoders}, self.threads)
+        threads = {encoder.name: share(self.threads, encoder.instances) for encoder in encoders}
         chosen = self._runtime
         if chosen == AUTO:
             self.measured = measure(encoders, threads, installation.backends, progress)

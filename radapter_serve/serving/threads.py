@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 THREADS = "RADAPTER_THREADS"  # environment variable: what `total` says, for the processes of a server
@@ -21,7 +20,7 @@ def cores(root: Path = Path("/")) -> int:
 
 
 def total() -> int:
-    """Threads for all encoders of a server together: what it was given with --threads, else one a core."""
+    """Threads that an encoder computes with: what the server was given with --threads, else one a core."""
     return int(os.environ.get(THREADS) or cores())
 
 
@@ -30,14 +29,13 @@ def decoders(most: int = 4) -> int:
     return min(most, total())
 
 
-def shares(instances: Mapping[str, int], threads: int) -> dict[str, int]:
-    """Threads of each instance of each encoder, at least one.
+def share(threads: int, instances: int) -> int:
+    """Threads of each of an encoder's instances, which compute at once when many ask for it.
 
-    Args:
-        instances: of each encoder, by name.
-        threads: of all together.
+    Encoders are not set against each other: where only images are asked for, half of the cores would idle, and where
+    texts are, too, so many threads cost no more than they do one encoder alone (`benchmarks/threads.py`): none spins.
     """
-    return {name: max(1, threads // sum(instances.values())) for name in instances}
+    return max(1, threads // instances)
 
 
 def environment(threads: int) -> dict[str, str]:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.triton
 def test_the_same_answers_by_openvino_in_any_version(repository, tmp_path):
     for name in ("image_encoder", "text_encoder", "embed_image"):
         (tmp_path / name).symlink_to(repository / name)
-    server = TritonServer(tmp_path, "127.0.0.1", *free_ports(), runtime="openvino", threads=4)
+    server = TritonServer(tmp_path, "127.0.0.1", *free_ports(), runtime="openvino", threads=2)
     with server, connect(server) as client:
         for name in ("image_encoder", "text_encoder"):
             config = client.get_model_config(name, as_json=True)["config"]
