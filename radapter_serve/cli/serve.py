@@ -111,16 +111,17 @@ def _show(server: TritonServer) -> None:
 def _show_measured(server: TritonServer) -> None:
     """Print what `--runtime auto` found."""
     table = Table(title=f"runtimes on this machine, {server.threads} threads", title_justify="left")
-    columns = [f"{unit} at {batch}" for batch in BATCHES for unit in ("ms", "images/s")]
-    for column in ("encoder", "runtime", *columns, "1 - cosine"):
-        table.add_column(column)
+    for column in ("encoder", "runtime", *(f"ms at {batch}" for batch in BATCHES), "a second", "1 - cosine"):
+        table.add_column(column, no_wrap=True, justify="left" if column in ("encoder", "runtime") else "right")
     for one in server.measured:
-        cells = [f"{cell:.1f}" for batch, s in one.seconds.items() for cell in (1e3 * s, batch / s)]
-        row = [*cells, f"{one.distance:.1e}"] if cells else [*[""] * len(columns), escape(f"left out: {one.why}")]
-        table.add_row(escape(one.encoder), one.runtime, *row)
-    console = Console()
-    console.print(table)
-    print(f"fastest: {fastest(server.measured)}")
+        if one.seconds:
+            rate = max(batch / seconds for batch, seconds in one.seconds.items())
+            times = (f"{1e3 * seconds:.1f}" for seconds in one.seconds.values())
+            table.add_row(escape(one.encoder), one.runtime, *times, f"{rate:.0f}", f"{one.distance:.1e}")
+    Console().print(table)
+    for line in dict.fromkeys(f"{one.runtime} is left out: {one.why}" for one in server.measured if one.why):
+        print(line)
+    print(f"fastest: {fastest(server.measured)}\n")
 
 
 def curl(url: str) -> str:

@@ -77,7 +77,7 @@ def measure(
     found = []
     for encoder in encoders:
         runs: dict[str, Encoder] = {}
-        distances = {}
+        distances, reasons = {}, {}
         for runtime in RUNTIMES:
             progress(f"checking {encoder.name} by {runtime}")
             try:
@@ -86,13 +86,14 @@ def measure(
                 distances[runtime] = check(encoder, runtime, threads[encoder.name])
                 runs[runtime] = _load(encoder, encoder.versions[-1], runtime, threads[encoder.name])
             except RAdapterError as error:
-                found.append(Measured(encoder.name, runtime, {}, why=str(error)))
+                reasons[runtime] = str(error)
         progress(f"measuring {encoder.name}")
         values = Samples.load(encoder.folder / str(encoder.versions[-1])).inputs[-1]
         seconds = {batch: _take_turns(runs, np.resize(values, (batch, *values.shape[1:]))) for batch in BATCHES}
-        for runtime, distance in distances.items():
-            medians = {batch: seconds[batch][runtime] for batch in BATCHES}
-            found.append(Measured(encoder.name, runtime, medians, distance))
+        for runtime in RUNTIMES:
+            medians = {batch: seconds[batch][runtime] for batch in BATCHES} if runtime in runs else {}
+            distance, why = distances.get(runtime, math.nan), reasons.get(runtime, "")
+            found.append(Measured(encoder.name, runtime, medians, distance, why))
     return found
 
 
