@@ -34,6 +34,7 @@ from radapter_serve.serving.encoder import Encoder
 from radapter_serve.serving.errors import TaskError
 from radapter_serve.serving.labels import LabelEmbedder, check_labels, read_label_file
 from radapter_serve.serving.masks import MaskCrop
+from radapter_serve.serving.runtimes import RUNTIMES
 from radapter_serve.serving.tokenizer import Tokenizer
 from radapter_serve.towers import is_causal
 
@@ -89,6 +90,7 @@ def export_release(
     label_sets: Mapping[str, str | Path] | None = None,
     templates: str | Path | Sequence[str] | None = None,
     dense: str | None = None,
+    runtime: str = "onnxruntime",
     tolerance: float = TOLERANCE,
     max_batch_size: int = 64,
     progress: Callable[[str], None] | None = None,
@@ -109,7 +111,9 @@ def export_release(
         templates: prompt templates, a file of them or the name of a built-in set; the adapter's own if None.
         dense: how patches are embedded, one of `radapter_serve.dense.WAYS`; "none" leaves `patch_encoder` out; the
             adapter's own if None.
-        tolerance: largest difference allowed between ONNX Runtime and torch, per component of a unit-length embedding.
+        runtime: what runs the encoders in the server, and checks them here, one of
+            `radapter_serve.serving.runtimes.RUNTIMES`.
+        tolerance: largest difference allowed between the runtime and torch, per component of a unit-length embedding.
         max_batch_size: rows that the server puts into one batch.
         progress: called with a short line before each step.
 
@@ -123,7 +127,7 @@ def export_release(
     adapter = load_adapter(adapter_path)
     meta = adapter.metadata
     alphas = [meta.alpha] if alphas is None else alphas
-    _check_arguments(alphas, tolerance, max_batch_size)
+    _check_arguments(alphas, runtime, tolerance, max_batch_size)
     own = meta.templates or "simple"
     prompts = templates_of(own if templates is None else templates)
     labels = {name: _read_labels(name, path) for name, path in (label_sets or {}).items()}
@@ -145,7 +149,7 @@ def export_release(
     graphs.append(text_graph(clip))
     models = [model for model in MODELS if model != PATCH_ENCODER or way is not None]
     with Merged(merged) as checkpoints, Repository(model_repository, models) as repository:
-        writer = _Writer(clip, adapter, weights, graphs, way, prompts, labels, tolerance, max_batch_size)
+        writer = _Writer(clip, adapter, weights, graphs, way, prompts, labels, runtime, tolerance, max_batch_size)
         first = repository.next_version()
         releases = []
         for version, alpha in enumerate(alphas, first):
@@ -172,12 +176,13 @@ class _Writer:
         way: str | None,
         templates: list[str],
         labels: Mapping[str, list[str]],
+        runtime: str,
         tolerance: float,
         max_batch_size: int,
     ) -> None:
         self._base, self._adapter, self._weights, self._graphs = base, adapter, weights, graphs
         self._way, self._templates, self._labels, self._tolerance = way, templates, labels, tolerance
-        self._max_batch_size = max_batch_size
+        self._runtime, self._max_batch_size = runtime, max_batch_size
         self._attached: Adapters | None = None
         self.size = base.image_size
         self.embed_dim = int(base.config["embed_dim"])
@@ -218,7 +223,7 @@ class _Writer:
                 start = time.perf_counter()
                 path = repository.staged(graph.name, version) / "model.onnx"
                 size = graph.save(folded, path)
-                encoder = Encoder(path)
+                encoder = Encoder(path, self._runtime)
                 samples = Samples(inputs.of(graph.name), references.embeds[graph.name])
                 samples.save(path.parent)
                 agreement = compare(graph.name, encoder, samples, self._tolerance)
@@ -284,6 +289,7 @@ class _Writer:
             "base_digest": meta.base_digest,
             "adapter_digest": self._adapter.digest,
             "precision": "fp32",
+            "runtime": self._runtime,
             "preprocess": {
                 "size": self.size,
                 **{key: preprocess[key] for key in ("mode", "interpolation", "resize_mode", "fill_color")},
@@ -308,13 +314,15 @@ class _Writer:
         }
 
 
-def _check_arguments(alphas: Sequence[float], tolerance: float, max_batch_size: int) -> None:
+def _check_arguments(alphas: Sequence[float], runtime: str, tolerance: float, max_batch_size: int) -> None:
     if not alphas:
         raise RAdapterError("no alpha; give at least one number from 0 to 1, such as --alpha 0.5")
     for alpha in alphas:
         check_alpha(alpha)
     if len({f"{alpha:g}" for alpha in alphas}) < len(alphas):
         raise RAdapterError(f"an alpha is given twice: {' '.join(f'{alpha:g}' for alpha in alphas)}")
+    if runtime not in RUNTIMES:
+        raise RAdapterError(f"--runtime is {runtime}; allowed are {', '.join(RUNTIMES)}")
     if not 0 < tolerance <= 1:
         raise RAdapterError(f"tolerance is {tolerance}; allowed: more than 0, at most 1, such as {TOLERANCE:g}")
     if max_batch_size < 1:

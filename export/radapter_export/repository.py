@@ -16,6 +16,7 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_export.files import STAGED, disk_errors, make_folder, remove_empty
 from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.runtimes import configure
 
 PATCH_ENCODER = "patch_encoder"  # the one model that an export may lack
 ENCODERS = ("image_encoder", PATCH_ENCODER, "text_encoder")
@@ -188,6 +189,8 @@ def config(
     for release in releases:
         parsed.parameters[f"release.{release['version']}"].string_value = json.dumps(release)
     parsed.parameters["release"].string_value = json.dumps(releases[-1])
+    if model in ENCODERS:
+        configure(parsed, releases[-1]["runtime"], releases[-1]["precision"], max_batch_size)
     return str(text_format.MessageToString(parsed))
 
 

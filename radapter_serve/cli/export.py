@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -28,6 +28,7 @@ def export(
     label_set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     templates: str | None = None,
     dense: Annotated[str | None, tyro.conf.arg(metavar="WAY")] = None,
+    runtime: Literal["onnxruntime", "openvino"] = "onnxruntime",
     tolerance: float = 1e-4,
     max_batch_size: int = 64,
 ) -> None:
@@ -48,6 +49,7 @@ def export(
         templates: a file of prompt templates, a built-in set, or one template; the run's own if none is given.
         dense: how the patches of an image are embedded, for segmentation: naclip, clearclip, sclip or maskclip; none
             leaves patch_encoder out; the run's own if none is given.
+        runtime: what runs the encoders in the server; they are checked with it.
         tolerance: largest difference from torch allowed in a component of the unit-length embeddings.
         max_batch_size: images or texts in one batch of the server.
     """
@@ -70,6 +72,7 @@ def export(
             label_sets=label_sets,
             templates=templates,
             dense=dense,
+            runtime=runtime,
             tolerance=tolerance,
             max_batch_size=max_batch_size,
             progress=status.update,

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from radapter_serve.cli import run
+from radapter_serve.serving.choice import BATCHES, fastest
 from radapter_serve.serving.server import TritonServer
 
 PROG = "radapter-serve"
@@ -27,6 +28,8 @@ def serve(
     grpc_port: int = 8001,
     metrics_port: int = 8002,
     indexes: Path = Path("indexes"),
+    runtime: Literal["onnxruntime", "openvino", "tensorrt", "auto"] | None = None,
+    threads: int | None = None,
     timeout: float = 120.0,
     verbose: bool = False,
 ) -> None:
@@ -39,12 +42,24 @@ def serve(
         grpc_port: port of the gRPC endpoint.
         metrics_port: port of the Prometheus metrics.
         indexes: folder of the indexes that radapter-index makes; a new or replaced one is served at once.
+        runtime: what runs the encoders, once it is checked against torch's embeddings; auto takes the fastest on this
+            machine; as exported if none is given.
+        threads: that compute in an encoder, shared by its instances; one a core if none is given.
         timeout: seconds to wait until all models are ready.
         verbose: show Triton's own messages.
     """
     console = Console(stderr=True)
     ports = http_port, grpc_port, metrics_port
-    server = TritonServer(model_repository, host, *ports, indexes=indexes, timeout=timeout, verbose=verbose)
+    server = TritonServer(
+        model_repository,
+        host,
+        *ports,
+        indexes=indexes,
+        runtime=runtime,
+        threads=threads,
+        timeout=timeout,
+        verbose=verbose,
+    )
     if not server.loopback:
         console.print(
             f"[bold yellow]Note:[/] listening on {server.host}, others can reach this server. Triton has no "
@@ -59,8 +74,10 @@ def serve(
         if verbose:
             server.start()
         else:
-            with console.status(f"starting tritonserver for {escape(str(model_repository))} ..."):
-                server.start()
+            with console.status("starting") as status:
+                server.start(lambda line: status.update(f"{escape(line)} ..."))
+        if server.measured:
+            _show_measured(server)
         _show(server)
         server.wait()
     except KeyboardInterrupt:
@@ -89,6 +106,22 @@ def _show(server: TritonServer) -> None:
     if "classify" in server.models:
         print(f"\ntry:\n{curl(server.http_url)}\n")
     print("A new export is served after a restart. Ctrl-C stops the server.", flush=True)
+
+
+def _show_measured(server: TritonServer) -> None:
+    """Print what `--runtime auto` found."""
+    table = Table(title=f"runtimes on this machine, {server.threads} threads", title_justify="left")
+    for column in ("encoder", "runtime", *(f"ms at {batch}" for batch in BATCHES), "a second", "1 - cosine"):
+        table.add_column(column, no_wrap=True, justify="left" if column in ("encoder", "runtime") else "right")
+    for one in server.measured:
+        if one.seconds:
+            rate = max(batch / seconds for batch, seconds in one.seconds.items())
+            times = (f"{1e3 * seconds:.1f}" for seconds in one.seconds.values())
+            table.add_row(escape(one.encoder), one.runtime, *times, f"{rate:.0f}", f"{one.distance:.1e}")
+    Console().print(table)
+    for line in dict.fromkeys(f"{one.runtime} is left out: {one.why}" for one in server.measured if one.why):
+        print(line)
+    print(f"fastest: {fastest(server.measured)}\n")
 
 
 def curl(url: str) -> str:

@@ -1,4 +1,4 @@
-"""A release in a model repository, by ONNX Runtime."""
+"""A release in a model repository, by its own runtime."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from radapter_serve.serving.segment import Segmenter
 
 
 class ReleaseEmbedder:
-    """A release in a model repository, by ONNX Runtime, with the very preprocessing and tokenizer that are served.
+    """A release in a model repository, by its own runtime, with the very preprocessing and tokenizer that are served.
 
     Args:
         repository: the model repository; `PATH@N` names a release, the newest otherwise.
 
     Raises:
-        RAdapterError: no such release, or ONNX Runtime can't load it.
+        RAdapterError: no such release, or its runtime can't load it.
     """
 
     def __init__(self, repository: str) -> None:

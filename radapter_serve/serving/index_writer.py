@@ -8,7 +8,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from radapter_serve.serving.collection import Collection, Item
 from radapter_serve.serving.errors import TaskError
 from radapter_serve.serving.index import EXACT, FACTS, TABLE, engine_errors, rebuild, vectors_of
 from radapter_serve.serving.recall import TEXTS, tune
+from radapter_serve.serving.threads import decoders
 
 BATCH = 256  # images that are embedded, then written; what a killed build loses at most
 BROKEN = "broken.txt"
@@ -120,7 +120,7 @@ class Writer:
     def write(self, collection: Collection, on_broken: OnBroken, progress: Progress | None) -> Summary:
         """Embed and append what is not there yet."""
         summary = Summary(repeated=collection.repeated)
-        with ThreadPoolExecutor(threads(), thread_name_prefix="decode") as pool:
+        with ThreadPoolExecutor(decoders(8), thread_name_prefix="decode") as pool:
             for start in range(0, len(collection.items), BATCH):
                 batch = collection.items[start : start + BATCH]
                 found = list(pool.map(self._read, batch))
@@ -312,8 +312,3 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     temporary.replace(path)
-
-
-def threads() -> int:
-    """How many files are read and decoded at once."""
-    return min(8, os.cpu_count() or 1)

@@ -30,9 +30,9 @@ from radapter_serve.serving.index_writer import (
     Writer,
     digest_of,
     read_broken,
-    threads,
 )
 from radapter_serve.serving.release import release_digest
+from radapter_serve.serving.threads import decoders
 
 _NAMES = ("architecture", "alpha", "version", "precision", "base_digest", "adapter_digest", "embed_dim")
 _KEEP = datetime.timedelta(hours=1)  # for servers that still read what an addition replaced
@@ -183,7 +183,7 @@ def verify(out: Path, *, progress: Progress | None = None) -> Verification:
     root = Path(index.facts["root"])
     known: set[str] = set()
     missing, changed, damaged, new = [], [], [], []
-    with engine_errors(out), ThreadPoolExecutor(threads()) as pool:
+    with engine_errors(out), ThreadPoolExecutor(decoders(8)) as pool:
         for batch in index.table.search().select(["path", "digest", "vector"]).to_batches(BATCH):
             ids, digests = batch["path"].to_pylist(), batch["digest"].to_pylist()
             for id, digest, now in zip(ids, digests, pool.map(lambda id: _file_digest(root / id), ids), strict=True):

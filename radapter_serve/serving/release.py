@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.encoder import Encoder
 from radapter_serve.serving.labels import embed_texts
 from radapter_serve.serving.preprocess import Preprocess, decode_pixels
+from radapter_serve.serving.runtimes import RUNTIMES
 from radapter_serve.serving.tokenizer import Tokenizer
 
 _DECIDING = (
@@ -80,13 +82,13 @@ def find_release(repository: str | Path) -> Path:
 
 
 class LocalRelease:
-    """A release in a model repository, run by ONNX Runtime in this process.
+    """A release in a model repository, run in this process by the runtime that it was exported for.
 
     Args:
         repository: as of `find_release`.
 
     Raises:
-        RAdapterError: no such release, or ONNX Runtime can't load it.
+        RAdapterError: no such release, or its runtime can't load it.
 
     Attributes:
         facts: its `release.json`.
@@ -129,10 +131,9 @@ class LocalRelease:
         return lambda pixels: self._in_batches(encoder, pixels)
 
     def _encoder(self, name: str) -> Callable[[NDArray[np.generic]], NDArray[np.float32]]:
-        # Here, for whoever only wants the facts or the digest needs no ONNX Runtime.
-        from radapter_serve.serving.encoder import Encoder
-
-        return Encoder(self._repository / name / str(self.version) / "model.onnx")
+        runtime = self.facts.get("runtime", "onnxruntime")
+        path = self._repository / name / str(self.version) / RUNTIMES[runtime].file
+        return Encoder(path, runtime, precision=self.facts["precision"])
 
     def _in_batches(
         self,

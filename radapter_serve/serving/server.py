@@ -22,12 +22,15 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.choice import Measured, check, fastest, measure
+from radapter_serve.serving.runtimes import AUTO, RUNTIMES, encoders_of
+from radapter_serve.serving.threads import environment, share, total
 
 INDEXES = "RADAPTER_INDEXES"  # environment variable: the folder of the indexes, for the model `retrieve`
 OUR_BACKENDS = Path(__file__).parent / "backends"
@@ -97,8 +100,9 @@ def _native(binary: Path) -> Installation:
             f"the Python backend of {binary} is for Python 3.{int(wanted[1])}, this is {_python()}; "
             f"install radapter-serve under Python 3.{int(wanted[1])} and start again"
         )
-    if not (backends.get("onnxruntime", folder) / "libtriton_onnxruntime.so").exists():
-        backends["onnxruntime"] = OUR_BACKENDS / "onnxruntime"
+    for name, ours in _our_backends().items():
+        if not (backends.get(name, folder) / f"libtriton_{name}.so").exists():
+            backends[name] = ours
     return Installation(binary, backends)
 
 
@@ -112,11 +116,15 @@ def _wheel(package: Path) -> Installation:
     libdir = sysconfig.get_config_var("LIBDIR")
     return Installation(
         binary,
-        {"python": server / "backends" / "python", "onnxruntime": OUR_BACKENDS / "onnxruntime"},
+        {"python": server / "backends" / "python", **_our_backends()},
         server / "caches",
         (package.parent / "nvidia_pytriton.libs", *([Path(libdir)] if libdir else [])),
         stub,
     )
+
+
+def _our_backends() -> dict[str, Path]:
+    return {model.parent.name: model.parent for model in OUR_BACKENDS.glob("*/model.py")}
 
 
 def _check_environment() -> None:
@@ -187,13 +195,16 @@ class TritonServer:
         grpc_port: port of the gRPC endpoint.
         metrics_port: port of the Prometheus metrics.
         indexes: folder of the indexes for `retrieve`; need not be there yet.
+        runtime: that runs the encoders, once it is checked to compute what torch computed: onnxruntime, openvino or
+            tensorrt; auto measures and takes the fastest. As exported if None.
+        threads: that compute in an encoder, shared by its instances; one a core if None.
         timeout: seconds to wait until every model is ready.
         log: file for the server's messages; None keeps them for the report of a failure only.
         verbose: let the server write its messages to this process's stderr instead.
 
     Raises:
-        RAdapterError: an unknown host or a time-out that is none; at `start` (or on entering): no server, no release,
-            a port in use, or a model that does not load.
+        RAdapterError: an unknown host or runtime, a time-out or threads that are none; at `start` (or on entering): no
+            server, no release, a port in use, a runtime that is not right here, or a model that does not load.
     """
 
     def __init__(
@@ -205,6 +216,8 @@ class TritonServer:
         metrics_port: int = 8002,
         *,
         indexes: str | Path = "indexes",
+        runtime: str | None = None,
+        threads: int | None = None,
         timeout: float = 120.0,
         log: str | Path | None = None,
         verbose: bool = False,
@@ -213,6 +226,10 @@ class TritonServer:
         self.indexes = Path(indexes).resolve()
         if not timeout > 0:
             raise RAdapterError(f"--timeout is {timeout:g}; allowed are seconds above 0")
+        if runtime not in (None, AUTO, *RUNTIMES):
+            raise RAdapterError(f"--runtime is {runtime}; allowed are {', '.join((*RUNTIMES, AUTO))}")
+        if threads is not None and threads < 1:
+            raise RAdapterError(f"--threads is {threads}; allowed are 1 and more")
         self.host, self.http_port, self.grpc_port, self.metrics_port = _ip(host), http_port, grpc_port, metrics_port
         self._timeout, self._log, self._verbose = timeout, Path(log) if log else None, verbose
         self._process: subprocess.Popen[bytes] | None = None
@@ -220,6 +237,8 @@ class TritonServer:
         self._lock: int | None = None
         self._dead: set[int] = set()
         self._stubs: dict[int, str] = {}
+        self._runtime, self.threads = runtime, threads or total()
+        self.measured: list[Measured] = []
         self.models: dict[str, list[int]] = {}
 
     @property
@@ -252,17 +271,23 @@ class TritonServer:
         """For example `http://127.0.0.1:8002/metrics`."""
         return f"http://{self.address}:{self.metrics_port}/metrics"
 
-    def start(self) -> TritonServer:
-        """Start the server and wait until all its models are ready."""
+    def start(self, progress: Callable[[str], None] = lambda line: None) -> TritonServer:
+        """Start the server and wait until all its models are ready.
+
+        Args:
+            progress: called with a short line before each step that takes long.
+        """
         self.models = models_of(self.model_repository)
         self._check_ports()
         installation = find_tritonserver()
         _remove_leftovers()
+        configs = self._configure(installation, progress)
+        progress(f"starting tritonserver for {self.model_repository}")
         try:
             self._folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX))
             self._lock = os.open(self._folder, os.O_RDONLY)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-            self._launch(installation, self._folder)
+            self._launch(installation, self._folder, configs)
             self._wait_until_ready()
             self.models = self._served()
             self.check()
@@ -347,14 +372,42 @@ class TritonServer:
                 why = f"{os.strerror(error.errno or 0)}; choose another with {flag}"
                 raise RAdapterError(f"cannot listen on {self.host} port {port}: {why}") from None
 
-    def _launch(self, installation: Installation, folder: Path) -> None:
+    def _configure(self, installation: Installation, progress: Callable[[str], None]) -> dict[str, str]:
+        """Configs of the encoders for this machine, by name: their runtime and their threads."""
+        encoders = encoders_of(self.model_repository)
+        threads = {encoder.name: share(self.threads, encoder.instances) for encoder in encoders}
+        chosen = self._runtime
+        if chosen == AUTO:
+            self.measured = measure(encoders, threads, installation.backends, progress)
+            chosen = fastest(self.measured)
+        configs = {}
+        for encoder in encoders:
+            runtime = chosen or encoder.runtime
+            if runtime not in installation.backends:
+                raise RAdapterError(f"{installation.binary} has no backend {runtime}, which {encoder.name} asks for")
+            for version in encoder.versions:
+                encoder.file(version, runtime)
+            if runtime != encoder.runtime and not self.measured:
+                progress(f"checking {encoder.name} by {runtime}")
+                check(encoder, runtime, threads[encoder.name])
+            configs[encoder.name] = encoder.configured(runtime, threads[encoder.name])
+        return configs
+
+    def _launch(self, installation: Installation, folder: Path, configs: Mapping[str, str]) -> None:
         backends, models = folder / "backends", folder / "models"
         backends.mkdir()
         installation.assemble(backends)
         # Triton loads every folder that it sees: the models, and nothing that lies beside them.
         models.mkdir()
         for name in self.models:
-            (models / name).symlink_to(self.model_repository / name)
+            source, target = self.model_repository / name, models / name
+            if name not in configs:
+                target.symlink_to(source)
+                continue
+            target.mkdir()
+            (target / "config.pbtxt").write_text(configs[name], encoding="utf-8")
+            for version in self.models[name]:
+                (target / str(version)).symlink_to(source / str(version))
         command = [
             str(installation.binary),
             f"--model-repository={models}",
@@ -378,7 +431,12 @@ class TritonServer:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", _LAUNCHER, *command],
                 # ONNX Runtime leaves a file in TMPDIR.
-                env={**_environment(installation), "TMPDIR": str(folder), INDEXES: str(self.indexes)},
+                env={
+                    **_environment(installation),
+                    **environment(self.threads),
+                    "TMPDIR": str(folder),
+                    INDEXES: str(self.indexes),
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,
@@ -488,16 +546,13 @@ def _remove_leftovers() -> None:
 
 
 def _environment(installation: Installation) -> dict[str, str]:
-    environment = dict(os.environ)
-    libraries = [*map(str, installation.libraries), environment.get("LD_LIBRARY_PATH", "")]
-    environment["LD_LIBRARY_PATH"] = ":".join(filter(None, libraries))
+    variables = dict(os.environ)
+    libraries = [*map(str, installation.libraries), variables.get("LD_LIBRARY_PATH", "")]
+    variables["LD_LIBRARY_PATH"] = ":".join(filter(None, libraries))
     # The model processes take their Python from the first python3 on PATH.
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment.get('PATH', '')}"
-    environment["TOKENIZERS_PARALLELISM"] = "false"
-    # The cores are for the encoders, which do not use OpenMP.
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    environment.setdefault("OPENBLAS_NUM_THREADS", "1")
-    return environment
+    variables["PATH"] = f"{Path(sys.executable).parent}:{variables.get('PATH', '')}"
+    variables["TOKENIZERS_PARALLELISM"] = "false"
+    return variables
 
 
 def _children(parent: int) -> dict[int, tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from radapter_serve.serving.errors import CANCELLED, ENCODER_FAILED, TaskError
 from radapter_serve.serving.labels import LabelEmbedder
 from radapter_serve.serving.release import read_release
 from radapter_serve.serving.tasks import EmbedImages
+from radapter_serve.serving.threads import decoders
 from radapter_serve.serving.tokenizer import Tokenizer
 
 
@@ -45,7 +45,7 @@ class Version:
 
     def embed_images(self) -> EmbedImages:
         """The task that embeds images with this version's encoder."""
-        return EmbedImages(self.release, self.encode_images, threads=min(4, os.cpu_count() or 1))
+        return EmbedImages(self.release, self.encode_images, threads=decoders())
 
     def tokenizer(self) -> Tokenizer:
         """This version's tokenizer."""

@@ -120,7 +120,7 @@ def test_batch_that_does_not_run_is_said_with_its_shape(exported: tuple[Path, li
 @pytest.mark.filterwarnings("ignore:Specified provider")
 def test_another_provider_than_the_one_asked_for_is_refused(exported: tuple[Path, list[Release]]) -> None:
     with pytest.raises(RAdapterError, match="TensorrtExecutionProvider"):
-        Encoder(model_file(exported, "image_encoder"), "TensorrtExecutionProvider")
+        Encoder(model_file(exported, "image_encoder"), provider="TensorrtExecutionProvider")
 
 
 def test_base_graph_agrees_at_alpha_0(

@@ -24,6 +24,10 @@ from radapter_export.repository import MODELS, PATCH_ENCODER
 from radapter_serve.adapter import Adapter, fold, load_adapter, save_adapter
 from radapter_serve.base import Base
 from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.agreement import Samples
+from radapter_serve.serving.encoder import Encoder
+from radapter_serve.serving.release import LocalRelease
+from radapter_serve.serving.runtimes import encoders_of
 
 TASK = {"model.py", "release.json"}
 LABELLED = TASK | {"tokenizer.json", "label_sets", "label_sets/animals.npz"}
@@ -191,6 +195,25 @@ def test_the_recipe_says_how_patches_are_embedded_and_segments_cropped(
     assert served == set(WITHOUT_PATCHES)
 
 
+def test_a_release_for_another_runtime_says_so_and_is_checked_with_it(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    monkeypatch.setattr(
+        "radapter_export.release.Encoder", lambda path, *runtime: used.append(runtime) or Encoder(path, *runtime)
+    )
+    (made,) = export(runtime="openvino")
+    assert used == [("openvino",)] * 2
+    encoders = {encoder.name: encoder for encoder in encoders_of(tmp_path / "repository")}
+    assert {name: encoder.runtime for name, encoder in encoders.items()} == dict.fromkeys(encoders, "openvino")
+    assert made.facts["runtime"] == "openvino"
+    # The batch is a dimension of its own for this runtime.
+    assert list(encoders["image_encoder"].config.input[0].dims) == [-1, 32, 32, 3]
+    local = LocalRelease(tmp_path / "repository")
+    samples = Samples.load(tmp_path / "repository" / "image_encoder" / "1")
+    np.testing.assert_allclose(local.encode_images(samples.inputs[1]), samples.references[1], atol=1e-5)
+
+
 def test_repository_may_hold_models_of_others(export: Export, tmp_path: Path) -> None:
     other = tmp_path / "repository" / "mine" / "7"
     other.mkdir(parents=True)
@@ -206,6 +229,7 @@ def test_repository_may_hold_models_of_others(export: Export, tmp_path: Path) ->
         ({"alphas": [0.5, float("nan")]}, "alpha is nan"),
         ({"alphas": []}, "no alpha.*--alpha 0.5"),
         ({"alphas": [0.5, 0.5]}, "twice"),
+        ({"runtime": "torch"}, "--runtime is torch; allowed are onnxruntime, openvino"),
         ({"tolerance": 0}, "tolerance is 0"),
         ({"max_batch_size": 0}, "max_batch_size is 0"),
         ({"adapter": Path("nowhere")}, "no adapter file at nowhere.*radapter-train"),

@@ -15,12 +15,15 @@ import onnxruntime
 import open_clip
 from google.protobuf import text_format
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
 from radapter_export.tokenizer import write_tokenizer
+from radapter_serve.serving.agreement import Samples
 from radapter_serve.serving.labels import LabelEmbedder
 from radapter_serve.serving.masks import MaskCrop
+from radapter_serve.serving.runtimes import configure
 from radapter_serve.serving.segment_task import Segment
 from radapter_serve.serving.tasks import Classify, EmbedImages, EmbedTexts, load_label_sets
 from radapter_serve.serving.tokenizer import Tokenizer
@@ -97,6 +100,15 @@ def text_encoder(random: np.random.Generator) -> onnx.ModelProto:
     return graph("text", nodes, inputs, "text_embeds", {"table": table, "length": np.array([1])})
 
 
+def samples(name: str, model: onnx.ModelProto, random: np.random.Generator) -> Samples:
+    """Inputs, and what onnx's own interpreter makes of them."""
+    shape = (SIZE, SIZE, 3) if name != "text_encoder" else (5,)
+    kind, most = (np.uint8, 256) if name != "text_encoder" else (np.int32, VOCABULARY)
+    inputs = [random.integers(0, most, (batch, *shape), dtype=kind) for batch in (1, 3)]
+    [source] = [tensor.name for tensor in model.graph.input]
+    return Samples(inputs, [ReferenceEvaluator(model).run(None, {source: values})[0] for values in inputs])
+
+
 def write_release(repository: Path, version: int, seed: int, *, dense: bool = True) -> None:
     random = np.random.default_rng(seed)
     release = {
@@ -105,6 +117,8 @@ def write_release(repository: Path, version: int, seed: int, *, dense: bool = Tr
         "alpha": 0.5,
         "architecture": "ViT-B-32",
         "precision": "fp32",
+        "runtime": "onnxruntime",
+        "agreement": {"tolerance": 1e-4},
         "preprocess": {"size": SIZE, "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0},
         "embed_dim": WIDTH,
         "logit_scale": 10.0,
@@ -121,6 +135,7 @@ def write_release(repository: Path, version: int, seed: int, *, dense: bool = Tr
         folder = repository / name / str(version)
         folder.mkdir(parents=True)
         onnx.save(model, folder / "model.onnx")
+        samples(name, model, random).save(folder)
     for name in TASKS:
         folder = repository / name / str(version)
         folder.mkdir(parents=True)
@@ -132,11 +147,14 @@ def write_release(repository: Path, version: int, seed: int, *, dense: bool = Tr
         text = (SOURCES / name / "config.template.pbtxt").read_text()
         config = text_format.Parse(text, model_config_pb2.ModelConfig())
         config.version_policy.latest.num_versions = 2
+        config.parameters["release"].string_value = json.dumps(release)
         for tensor in [*config.input, *config.output]:
             if tensor.name == "image" and tensor.data_type == model_config_pb2.TYPE_UINT8:
                 tensor.dims[:] = [SIZE, SIZE, 3]
             if tensor.name.endswith("_embeds"):
                 tensor.dims[:] = [WIDTH] if len(tensor.dims) == 1 else [GRID, GRID, WIDTH]
+        if name in encoders:
+            configure(config, release["runtime"], release["precision"], release["max_batch_size"])
         (repository / name / "config.pbtxt").write_text(text_format.MessageToString(config))
     local = Local(repository, version)
     for name in ("classify", "segment"):

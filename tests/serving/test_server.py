@@ -169,6 +169,8 @@ def test_what_a_killed_server_left_is_removed_and_no_more(tmp_path, monkeypatch)
 
 
 def test_a_log_that_cannot_be_written(repository, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "find_tritonserver", lambda: module.Installation(Path("/bin/false"), {}))
+    monkeypatch.setattr(
+        module, "find_tritonserver", lambda: module.Installation(Path("/bin/false"), module._our_backends())
+    )
     with pytest.raises(RAdapterError, match="cannot write the log .*none/log: No such file"):
         TritonServer(repository, "127.0.0.1", *free_ports(), log=tmp_path / "none" / "log").start()

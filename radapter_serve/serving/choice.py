@@ -1,0 +1,130 @@
+"""Which runtime serves a release on this machine: any that computes what torch computed, or the fastest of them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.agreement import Samples, compare
+from radapter_serve.serving.encoder import Encoder
+from radapter_serve.serving.runtimes import RUNTIMES, ServedEncoder
+
+BATCHES = (1, 8)
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One encoder by one runtime, on this machine.
+
+    Attributes:
+        encoder: its name.
+        runtime: one of `RUNTIMES`.
+        seconds: median for a batch of each of `BATCHES`; empty if it is left out.
+        distance: 1 − cosine to torch's embeddings, the largest.
+        why: why it is left out.
+    """
+
+    encoder: str
+    runtime: str
+    seconds: Mapping[int, float]
+    distance: float = math.nan
+    why: str = ""
+
+
+def check(encoder: ServedEncoder, runtime: str, threads: int | None = None) -> float:
+    """1 − cosine between a runtime's embeddings and torch's, the largest over all samples of all served versions.
+
+    Raises:
+        RAdapterError: the runtime is not installed, cannot load a graph, or differs by more than was allowed at export.
+    """
+    tolerance, distance = float(encoder.facts["agreement"]["tolerance"]), 0.0
+    for version in encoder.versions:
+        name = f"{encoder.name} of release {version}, run by {runtime} on this machine,"
+        samples = Samples.load(encoder.folder / str(version))
+        agreement = compare(name, _load(encoder, version, runtime, threads), samples, math.inf)
+        if not agreement.max_error <= tolerance:
+            raise RAdapterError(
+                f"{name} differs from torch by up to {agreement.max_error:.2e}, and {tolerance:.0e} is allowed; "
+                f"leave --runtime out, or export for it: radapter-export --runtime {runtime}"
+            )
+        distance = max(distance, 1 - agreement.min_cosine)
+    return distance
+
+
+def measure(
+    encoders: Sequence[ServedEncoder],
+    threads: Mapping[str, int],
+    backends: Collection[str],
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Measured]:
+    """Check each encoder with each runtime, and time the newest version of those that agree; they take turns.
+
+    Args:
+        encoders: of a repository.
+        threads: of an instance of each encoder, by name.
+        backends: what the server can run.
+        progress: called with a short line before each step.
+    """
+    found = []
+    for encoder in encoders:
+        runs: dict[str, Encoder] = {}
+        distances, reasons = {}, {}
+        for runtime in RUNTIMES:
+            progress(f"checking {encoder.name} by {runtime}")
+            try:
+                if runtime not in backends:
+                    raise RAdapterError("this tritonserver has no such backend")
+                distances[runtime] = check(encoder, runtime, threads[encoder.name])
+                runs[runtime] = _load(encoder, encoder.versions[-1], runtime, threads[encoder.name])
+            except RAdapterError as error:
+                reasons[runtime] = str(error)
+        progress(f"measuring {encoder.name}")
+        values = Samples.load(encoder.folder / str(encoder.versions[-1])).inputs[-1]
+        seconds = {batch: _take_turns(runs, np.resize(values, (batch, *values.shape[1:]))) for batch in BATCHES}
+        for runtime in RUNTIMES:
+            medians = {batch: seconds[batch][runtime] for batch in BATCHES} if runtime in runs else {}
+            distance, why = distances.get(runtime, math.nan), reasons.get(runtime, "")
+            found.append(Measured(encoder.name, runtime, medians, distance, why))
+    return found
+
+
+def fastest(measured: Sequence[Measured]) -> str:
+    """The runtime that needs the least time for a row, over all encoders and `BATCHES`.
+
+    Raises:
+        RAdapterError: none can run all encoders.
+    """
+    costs = {}
+    for runtime in RUNTIMES:
+        own = [one for one in measured if one.runtime == runtime]
+        if own and all(one.seconds for one in own):
+            costs[runtime] = sum(seconds / batch for one in own for batch, seconds in one.seconds.items())
+    if not costs:
+        reasons = "; ".join(f"{one.encoder} by {one.runtime}: {one.why}" for one in measured if one.why)
+        raise RAdapterError(f"no runtime can run all encoders: {reasons}")
+    return min(costs, key=costs.__getitem__)
+
+
+def _load(encoder: ServedEncoder, version: int, runtime: str, threads: int | None) -> Encoder:
+    return Encoder(encoder.file(version, runtime), runtime, precision=encoder.precision, threads=threads)
+
+
+def _take_turns(runs: Mapping[str, Encoder], values: NDArray[Any]) -> dict[str, float]:
+    """Median seconds of each, after a warm-up."""
+    times: dict[str, list[float]] = {runtime: [] for runtime in runs}
+    for number in range(_ROUNDS + 1):
+        for runtime, run in runs.items():
+            start = time.perf_counter()
+            run(values)
+            if number:
+                times[runtime].append(time.perf_counter() - start)
+    return {runtime: statistics.median(taken) for runtime, taken in times.items()}

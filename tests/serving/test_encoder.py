@@ -1,0 +1,81 @@
+"""An exported graph in each runtime of this process, against torch's own embeddings."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.serving import release
+from radapter_serve.serving.agreement import Samples, compare
+from radapter_serve.serving.encoder import Encoder, openvino_properties
+
+
+@pytest.mark.parametrize("name", ["image_encoder", "text_encoder"])
+def test_openvino_computes_what_torch_computed(exported_tiny_clip: Path, name: str, tmp_path: Path) -> None:
+    folder = exported_tiny_clip / "model_repository" / name / "2"
+    encoder = Encoder(folder / "model.onnx", "openvino", threads=1)
+    assert compare(name, encoder, Samples.load(folder), 1e-5).min_cosine > 1 - 1e-6
+    # Weights in a file of their own, as those above 2 GB are.
+    model = onnx.load(folder / "model.onnx")
+    assert not (folder / "model.onnx.data").exists()
+    apart = tmp_path / "apart.onnx"
+    onnx.save(model, apart, save_as_external_data=True, location="apart.data", size_threshold=0)
+    assert compare(name, Encoder(apart, "openvino", threads=1), Samples.load(folder), 1e-5).max_error < 1e-5
+
+
+def test_inputs_come_in_the_order_of_the_graph(tmp_path: Path) -> None:
+    names = ("b", "a")
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2]) for name in names]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2])
+    graph = helper.make_graph([helper.make_node("Sub", names, ["y"])], "difference", inputs, [output])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    model.ir_version = 10
+    onnx.save(model, tmp_path / "model.onnx")
+    first, second = np.array([[5, 3]], np.float32), np.array([[1, 1]], np.float32)
+    for runtime in ("onnxruntime", "openvino"):
+        encoder = Encoder(tmp_path / "model.onnx", runtime)
+        kept = encoder(first, second)
+        encoder(second, second)
+        np.testing.assert_array_equal(kept, [[4, 2]])
+
+
+@pytest.mark.parametrize(("precision", "hint"), [("fp32", "f32"), ("fp16", "f32"), ("int8", "f32"), ("bf16", "bf16")])
+def test_openvino_is_never_left_to_choose_the_precision(precision: str, hint: str) -> None:
+    assert openvino_properties(precision)["INFERENCE_PRECISION_HINT"] == hint
+
+
+def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "model.onnx"
+    broken.write_bytes(b"not a graph")
+    for runtime, name in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")):
+        with pytest.raises(RAdapterError, match=rf"{name} \d.* cannot load model.onnx: "):
+            Encoder(broken, runtime)
+        monkeypatch.setitem(sys.modules, runtime, None)
+        with pytest.raises(RAdapterError, match=rf'{name} is not installed .*pip install "radapter-serve\[\w+\]"'):
+            Encoder(broken, runtime)
+    with pytest.raises(RAdapterError, match="no runtime 'torch'; allowed are"):
+        Encoder(broken, "torch")
+
+
+def test_a_release_is_run_by_its_own_runtime(exported_tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, asked = release.read_release, []
+    monkeypatch.setattr(release, "read_release", lambda folder: {**read(folder), "runtime": "openvino"})
+    monkeypatch.setattr(release, "Encoder", lambda path, runtime, precision: asked.append((path.name, runtime)))
+    release.LocalRelease(exported_tiny_clip / "model_repository")
+    assert asked == [("model.onnx", "openvino")] * 2
+
+
+def test_openvino_reports_to_nobody_and_leaves_nothing_at_home(tmp_path: Path) -> None:
+    code = (
+        "import sys; from radapter_serve.serving.encoder import import_openvino; import_openvino();"
+        "assert not [name for name, module in sys.modules.items() if name.startswith('openvino_telemetry') and module]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={"HOME": str(tmp_path)})
+    assert not list(tmp_path.iterdir())

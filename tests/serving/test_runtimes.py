@@ -1,0 +1,180 @@
+"""What a config says of each runtime, and which runtime may serve: one that computes what torch computed."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from radapter_serve.cli import serve
+from radapter_serve.errors import RAdapterError
+from radapter_serve.serving import choice, server
+from radapter_serve.serving.agreement import Samples
+from radapter_serve.serving.choice import Measured, check, fastest, measure
+from radapter_serve.serving.runtimes import RUNTIMES, ServedEncoder, encoders_of
+from radapter_serve.serving.server import TritonServer, free_ports
+
+
+def encoder(repository, name="image_encoder") -> ServedEncoder:
+    [found] = [one for one in encoders_of(repository) if one.name == name]
+    return found
+
+
+@pytest.fixture
+def own(repository, tmp_path):
+    """A copy of the images' encoder that a test may change."""
+    shutil.copytree(repository / "image_encoder", tmp_path / "repository" / "image_encoder")
+    return tmp_path / "repository"
+
+
+def parameters(config) -> dict[str, str]:
+    return {key: value.string_value for key, value in config.parameters.items() if key != "release"}
+
+
+def parsed(text: str):
+    return text_format.Parse(text, model_config_pb2.ModelConfig())
+
+
+def test_encoders_are_found_with_their_versions(repository):
+    found = {one.name: (one.versions, one.runtime, one.precision, one.instances) for one in encoders_of(repository)}
+    both = ([1, 2], "onnxruntime", "fp32", 1)
+    assert found == {"image_encoder": both, "text_encoder": both, "patch_encoder": ([2], "onnxruntime", "fp32", 1)}
+
+
+def test_configs_of_each_runtime_and_the_way_back(repository):
+    exported = encoder(repository)
+    openvino = parsed(exported.configured("openvino", 3))
+    assert (openvino.backend, openvino.default_model_filename) == ("openvino", "model.onnx")
+    # Its official backend would pad each batch to max_batch_size rows.
+    assert (openvino.max_batch_size, openvino.HasField("dynamic_batching")) == (0, False)
+    assert (list(openvino.input[0].dims), list(openvino.output[0].dims)) == ([-1, 16, 16, 3], [-1, 8])
+    assert openvino.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU
+    given = {"INFERENCE_NUM_THREADS": "3", "NUM_STREAMS": "1", "PERFORMANCE_HINT": "LATENCY"}
+    assert parameters(openvino) == given
+
+    back = ServedEncoder(exported.folder, openvino, exported.facts).configured("onnxruntime", None)
+    assert parsed(back) == exported.config
+
+    plan = parsed(exported.configured("tensorrt", 3))
+    assert (plan.backend, plan.default_model_filename, parameters(plan)) == ("tensorrt", "model.plan", {})
+    assert (plan.max_batch_size, plan.instance_group[0].kind) == (64, model_config_pb2.ModelInstanceGroup.KIND_GPU)
+
+
+def test_openvino_is_asked_for_bf16_by_its_own_parameter(repository):
+    exported = encoder(repository)
+    bf16 = ServedEncoder(exported.folder, exported.config, {**exported.facts, "precision": "bf16"})
+    assert parameters(parsed(bf16.configured("openvino", None)))["HINT_BF16"] == "YES"
+    assert "HINT_BF16" not in parameters(parsed(bf16.configured("onnxruntime", None)))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_runtime_that_computes_what_the_samples_say_is_right(repository, runtime):
+    assert check(encoder(repository), runtime, 1) < 1e-6
+
+
+def test_a_runtime_that_differs_is_refused_with_the_way_out(own):
+    folder = own / "image_encoder" / "1"
+    samples = Samples.load(folder)
+    Samples(samples.inputs, [-reference for reference in samples.references]).save(folder)
+    message = (
+        r"image_encoder of release 1, run by openvino on this machine, differs .*radapter-export --runtime openvino"
+    )
+    with pytest.raises(RAdapterError, match=message):
+        check(encoder(own), "openvino")
+    with pytest.raises(RAdapterError, match=message):
+        TritonServer(own, "127.0.0.1", *free_ports(), runtime="openvino").start()
+
+
+def test_what_is_not_there_is_said_with_the_command_that_makes_it(own):
+    with pytest.raises(
+        RAdapterError, match=r"model\.plan, which tensorrt needs, .* radapter-build-engine .*repository"
+    ):
+        check(encoder(own), "tensorrt")
+    with pytest.raises(RAdapterError, match="has no backend tensorrt, which image_encoder asks for"):
+        TritonServer(own, "127.0.0.1", *free_ports(), runtime="tensorrt").start()
+    (own / "image_encoder" / "2" / "model.onnx").unlink()
+    with pytest.raises(RAdapterError, match=r"model\.onnx, which onnxruntime needs, does not exist; .*radapter-export"):
+        TritonServer(own, "127.0.0.1", *free_ports()).start()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"runtime": "torch"}, "--runtime is torch; allowed are onnxruntime, openvino, tensorrt, auto"),
+        ({"threads": 0}, "--threads is 0; allowed are 1 and more"),
+    ],
+)
+def test_bad_flags(repository, flags, message):
+    with pytest.raises(RAdapterError, match=message):
+        TritonServer(repository, **flags)
+
+
+def test_all_that_agree_are_measured_and_the_reason_is_given_for_the_others(own, monkeypatch):
+    found = measure(encoders_of(own), {"image_encoder": 1}, ["onnxruntime", "openvino"])
+    by_runtime = {one.runtime: one for one in found}
+    assert set(by_runtime) == set(RUNTIMES)
+    for runtime in ("onnxruntime", "openvino"):
+        assert set(by_runtime[runtime].seconds) == {1, 8}
+        assert min(by_runtime[runtime].seconds.values()) > 0
+        assert by_runtime[runtime].distance < 1e-6
+    assert (by_runtime["tensorrt"].seconds, by_runtime["tensorrt"].why) == ({}, "this tritonserver has no such backend")
+
+    monkeypatch.setattr(choice, "Encoder", lambda path, runtime, **_: wrong_unless(runtime == "openvino"))
+    found = measure(encoders_of(own), {"image_encoder": 1}, ["onnxruntime", "openvino"])
+    assert [one.runtime for one in found if one.seconds] == []
+    assert fails(found) == ["onnxruntime", "openvino", "tensorrt"]
+
+
+def wrong_unless(right):
+    def encode(values):
+        if not right:
+            raise RuntimeError("no kernel")
+        return np.ones((len(values), 8), np.float32)
+
+    return encode
+
+
+def fails(found):
+    return sorted(one.runtime for one in found if one.why)
+
+
+def test_the_fastest_is_that_with_the_least_time_for_a_row_over_all_encoders():
+    def one(encoder, runtime, alone, eight):
+        return Measured(encoder, runtime, {1: alone, 8: eight}, 0.0)
+
+    # A row costs 10 + 40/8 + 2 + 8/8 = 18 against 8 + 32/8 + 4 + 32/8 = 20.
+    found = [
+        one("image_encoder", "onnxruntime", 10, 40),
+        one("text_encoder", "onnxruntime", 2, 8),
+        one("image_encoder", "openvino", 8, 32),
+        one("text_encoder", "openvino", 4, 32),
+    ]
+    assert fastest(found) == "onnxruntime"
+    out = Measured("text_encoder", "onnxruntime", {}, why="no kernel")
+    assert fastest([found[0], out, *found[2:]]) == "openvino"
+    with pytest.raises(RAdapterError, match="no runtime can run all encoders: text_encoder by onnxruntime: no kernel"):
+        fastest([found[0], out])
+
+
+def test_the_table_says_why_one_is_left_out(repository, capsys):
+    stand_in = TritonServer(repository, threads=3)
+    stand_in.measured = [
+        Measured("image_encoder", "openvino", {1: 0.02, 8: 0.1}, 2e-7),
+        Measured("image_encoder", "tensorrt", {}, why="no [plan]"),
+    ]
+    serve._show_measured(stand_in)
+    shown = capsys.readouterr().out
+    assert "on this machine, 3 threads" in shown
+    for cell in ("20.0", "100.0", "80", "2.0e-07", "tensorrt is left out: no [plan]", "fastest: openvino"):
+        assert cell in shown
+
+
+def test_auto_serves_the_fastest(own, monkeypatch):
+    found = [Measured("image_encoder", "openvino", {1: 1.0}), Measured("image_encoder", "onnxruntime", {1: 2.0})]
+    monkeypatch.setattr(server, "measure", lambda *_: found)
+    made = TritonServer(own, runtime="auto")
+    configs = made._configure(server.Installation(own, server._our_backends()), lambda line: None)
+    assert parsed(configs["image_encoder"]).backend == "openvino"
