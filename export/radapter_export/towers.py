@@ -56,7 +56,7 @@ class ImageTower(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] in RGB to float32 [B, D] of unit length."""
-        return unit(self.model.encode_image(self.pixels(image)))
+        return unit(self.model.encode_image(self.pixels(image), normalize=False))
 
     def pixels(self, image: Tensor) -> Tensor:
         """Normalised, float32 [B, 3, S, S]."""
@@ -100,7 +100,9 @@ class TextTower(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int32 [B, L] to float32 [B, D] of unit length."""
-        return unit(causal_text_features(self.model, tokens) if self.dynamic_length else self.model.encode_text(tokens))
+        if self.dynamic_length:
+            return unit(causal_text_features(self.model, tokens))
+        return unit(self.model.encode_text(tokens, normalize=False))
 
 
 class Attention(nn.Module):
@@ -144,9 +146,13 @@ class Attention(nn.Module):
     def _project(self, query: Tensor, key: Tensor) -> Iterable[Tensor]:
         if query is key:
             return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        # Slices: the exporter turns a chunk of a weight into a sequence, which TensorRT does not take.
+        width = len(self.in_proj_bias) // 3
+        parts = [slice(i * width, (i + 1) * width) for i in range(3)]
         separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        weights = separate if self._separate else self.in_proj_weight.chunk(3)
-        return map(F.linear, (query, key, key), weights, self.in_proj_bias.chunk(3))
+        weights = separate if self._separate else [self.in_proj_weight[part] for part in parts]
+        biases = [self.in_proj_bias[part] for part in parts]
+        return map(F.linear, (query, key, key), weights, biases)
 
 
 def unit(x: Tensor) -> Tensor:
