@@ -101,7 +101,10 @@ def main(architecture: str = "ViT-B-32", count: int = 12, repeats: int = 5, out:
                 rows.append([title, name, *cells])
     columns = ["load", "candidate", "ms", "ratio", "processor ms", "ratio"]
     report.table("A request, or one of each kind", columns, rows)
-    report.note(f"Ratios: to {baseline}, which is what ONNX Runtime takes by itself.")
+    report.note(
+        f"Ratios: to {baseline}, which is what ONNX Runtime takes by itself. Other work on the machine makes ms "
+        "longer, not processor ms."
+    )
     report.write(out)
 
 

@@ -42,6 +42,7 @@ def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path:
     assert held == tasks | {f"{model}/config.template.pbtxt" for model in TEMPLATES}
     for name in (
         "serving/backends/onnxruntime/model.py",
+        "serving/backends/openvino/model.py",
         "demo/recipes/retrieval.yaml",
         "demo/base/open_clip_config.json",
     ):

@@ -125,7 +125,9 @@ def encoders_of(repository: Path) -> list[ServedEncoder]:
     found = []
     for path in sorted(repository.glob("*/config.pbtxt")):
         try:
-            config = text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
+            text = path.read_text(encoding="utf-8")
+            # A server may be newer than what is known here.
+            config = text_format.Parse(text, model_config_pb2.ModelConfig(), allow_unknown_field=True)
         except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
             raise RAdapterError(f"{path} is not a Triton model config: {error}") from error
         if config.backend in RUNTIMES and "release" in config.parameters:

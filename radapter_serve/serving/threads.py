@@ -12,11 +12,14 @@ THREADS = "RADAPTER_THREADS"  # environment variable: what `total` says, for the
 def cores(root: Path = Path("/")) -> int:
     """How many cores this process may use: those it may run on, and no more than the quota of its control group.
 
+    Two threads on one core share what multiplies matrices, so a core counts once however many it runs.
+
     Args:
         root: where `proc` and `sys` are.
     """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([allowed, *map(math.ceil, _quotas(root))]))
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    own = {_siblings(root, number) for number in allowed}
+    return max(1, min([len(own), *map(math.ceil, _quotas(root))]))
 
 
 def total() -> int:
@@ -42,6 +45,14 @@ def environment(threads: int) -> dict[str, str]:
     """Variables for the processes of a server: the cores are for the encoders, which do not use OpenMP."""
     own = {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     return {THREADS: str(threads), **own}
+
+
+def _siblings(root: Path, number: int) -> str:
+    """The processors that are one core with this one."""
+    try:
+        return (root / f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return str(number)
 
 
 def _quotas(root: Path) -> list[float]:

@@ -44,6 +44,15 @@ def test_encoders_are_found_with_their_versions(repository):
     assert found == {"image_encoder": both, "text_encoder": both, "patch_encoder": ([2], "onnxruntime", "fp32", 1)}
 
 
+def test_models_of_others_are_left_alone_and_a_broken_config_is_said(own):
+    (own / "other").mkdir()
+    (own / "other" / "config.pbtxt").write_text('backend: "onnxruntime" of_tomorrow: 1')
+    assert [one.name for one in encoders_of(own)] == ["image_encoder"]
+    (own / "other" / "config.pbtxt").write_text("backend {")
+    with pytest.raises(RAdapterError, match=r"other/config\.pbtxt is not a Triton model config: "):
+        encoders_of(own)
+
+
 def test_configs_of_each_runtime_and_the_way_back(repository):
     exported = encoder(repository)
     openvino = parsed(exported.configured("openvino", 3))

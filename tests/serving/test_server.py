@@ -87,7 +87,8 @@ def test_a_server_on_path_comes_first_and_keeps_its_backends(tmp_path, monkeypat
 
     (tmp_path / "backends" / "onnxruntime" / "libtriton_onnxruntime.so").unlink()
     found = find_tritonserver()
-    assert (found.backends["onnxruntime"] / "model.py").exists()
+    assert found.backends["onnxruntime"] == module.OUR_BACKENDS / "onnxruntime"
+    assert (found.backends["openvino"] / "model.py").exists()
     assembled = tmp_path / "assembled"
     assembled.mkdir()
     found.assemble(assembled)

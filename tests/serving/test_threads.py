@@ -56,6 +56,15 @@ def test_cores_are_those_that_are_allowed_and_no_more_than_the_quota(machine, al
     assert cores(machine(allowed, groups, **files)) == expected
 
 
+def test_threads_of_one_core_count_once(machine):
+    siblings = {0: "0,4", 1: "1,5", 4: "0,4", 5: "1,5"}
+    topology = {
+        f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list": f"{text}\n"
+        for number, text in siblings.items()
+    }
+    assert cores(machine(8, **topology)) == 2 + 4  # and 2, 3, 6 and 7, of which nothing is known
+
+
 def test_cores_where_there_are_no_control_groups(machine, tmp_path):
     machine(6)
     assert cores(tmp_path / "none") == 6
