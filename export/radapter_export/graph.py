@@ -25,7 +25,7 @@ from radapter_export.towers import COPY, ImageTower, PatchTower, TextTower, skel
 from radapter_serve.base import Base
 from radapter_serve.errors import RAdapterError, reason
 
-OPSET = 20  # the first with Gelu; newer Attention operators are not built by TensorRT in fp32
+OPSET = 22  # the first with Conv in bf16; the Attention of the next one is not built by TensorRT in fp32
 EXTERNAL_ABOVE = 1 << 30  # bytes of weights above which they go into a file beside the graph; protobuf ends at 2 GiB
 
 
@@ -46,7 +46,8 @@ class Graph:
         """Put weights in, write the file, check it.
 
         Args:
-            weights: a state dict of the whole CLIP; initializers of the graph have the same names.
+            weights: a state dict of the whole CLIP; initializers of the graph have the same names, and types of
+                their own, to which weights are cast.
             path: `model.onnx`; large weights go beside it.
 
         Returns:
@@ -57,22 +58,27 @@ class Graph:
         total = 0
         try:
             for name, value in mine.items():
-                tensor = (weights[name] if name in weights else self.constants[name]).detach().cpu().contiguous()
+                tensor = (weights[name] if name in weights else self.constants[name]).detach()
                 assert value.shape is not None and tuple(tensor.shape) == tuple(value.shape), name
-                tensor = tensor.float() if tensor.is_floating_point() else tensor
-                value.const_value = tensor_adapters.TorchTensor(tensor, name=name)
+                kind = tensor_adapters.to_torch_dtype(value.dtype or ir.DataType.FLOAT)
+                value.const_value = tensor_adapters.TorchTensor(tensor.to("cpu", kind).contiguous(), name=name)
                 total += value.const_value.nbytes
             ir.save(self.model, path, external_data=f"{path.name}.data" if total > EXTERNAL_ABOVE else None)
         finally:
             for value in mine.values():
                 value.const_value = None
         onnx.checker.check_model(str(path))
-        return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+        return size_of(path)
 
     def operators(self) -> dict[str, int]:
         """Number of nodes of each kind."""
         kinds = [node.op_type for node in self.model.graph]
         return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+
+def size_of(path: Path) -> int:
+    """Bytes of an ONNX file and of the weights beside it."""
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
 
 
 def image_graph(base: Base) -> Graph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -16,10 +17,13 @@ from typing import Any
 
 from torch import Tensor
 
+from radapter_export.accuracy import Accuracy, Validation, open_validation
 from radapter_export.agreement import BATCHES, Inputs, References
 from radapter_export.files import disk_errors
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_export.merged import Merged
+from radapter_export.precision import TYPES, check_precision, lower
+from radapter_export.quantization import Calibration, calibration_images, quantize
 from radapter_export.repository import MODELS, PATCH_ENCODER, TASKS, Repository
 from radapter_export.tokenizer import write_tokenizer
 from radapter_export.towers import check
@@ -29,11 +33,13 @@ from radapter_serve.base import Base, load_base
 from radapter_serve.dense import check_dense
 from radapter_serve.errors import RAdapterError
 from radapter_serve.prompts import templates_of
-from radapter_serve.serving.agreement import TOLERANCE, Agreement, Samples, compare
+from radapter_serve.serving.agreement import TOLERANCES, Agreement, Samples, Tolerance, compare
+from radapter_serve.serving.collection import Collection, open_collection
 from radapter_serve.serving.encoder import Encoder
 from radapter_serve.serving.errors import TaskError
-from radapter_serve.serving.labels import LabelEmbedder, check_labels, read_label_file
+from radapter_serve.serving.labels import LabelEmbedder, check_labels, read_label_file, split_label
 from radapter_serve.serving.masks import MaskCrop
+from radapter_serve.serving.preprocess import Preprocess
 from radapter_serve.serving.runtimes import RUNTIMES
 from radapter_serve.serving.tokenizer import Tokenizer
 from radapter_serve.towers import is_causal
@@ -62,11 +68,13 @@ class Release:
         facts: what `release.json` holds.
         graphs: the encoders.
         merged: folder of the merged checkpoint.
+        accuracy: on validation data, by torch and by the encoders; None if it was not measured.
     """
 
     facts: dict[str, Any]
     graphs: list[Exported]
     merged: Path
+    accuracy: Accuracy | None
 
     @property
     def version(self) -> int:
@@ -90,8 +98,12 @@ def export_release(
     label_sets: Mapping[str, str | Path] | None = None,
     templates: str | Path | Sequence[str] | None = None,
     dense: str | None = None,
+    precision: str = "fp32",
+    calibration: str | None = None,
+    validation: str | None = None,
+    max_drop: float = 0.5,
     runtime: str = "onnxruntime",
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     max_batch_size: int = 64,
     progress: Callable[[str], None] | None = None,
 ) -> list[Release]:
@@ -113,7 +125,14 @@ def export_release(
             adapter's own if None.
         runtime: what runs the encoders in the server, and checks them here, one of
             `radapter_serve.serving.runtimes.RUNTIMES`.
-        tolerance: largest difference allowed between the runtime and torch, per component of a unit-length embedding.
+        precision: of the encoders: `fp32`, `fp16`, `bf16` or `int8`.
+        calibration: images for `int8`, as of `radapter_serve.serving.collection.open_collection`: the ranges of
+            activations are found by them and fixed (static); found for each batch if None (dynamic).
+        validation: labelled images, captions or masks, of the form of a recipe's `val_data`, by which torch and the
+            encoders are compared; the run's own if None and the precision is not `fp32`; "none" for none.
+        max_drop: points of the task's metric, in per cent, that the encoders may lose there.
+        tolerance: largest difference allowed between the runtime and torch, per component of a unit-length embedding;
+            what `radapter_serve.serving.agreement.TOLERANCES` says of the precision if None.
         max_batch_size: rows that the server puts into one batch.
         progress: called with a short line before each step.
 
@@ -127,15 +146,19 @@ def export_release(
     adapter = load_adapter(adapter_path)
     meta = adapter.metadata
     alphas = [meta.alpha] if alphas is None else alphas
-    _check_arguments(alphas, runtime, tolerance, max_batch_size)
+    _check_arguments(alphas, runtime, tolerance, max_drop, max_batch_size)
+    check_precision(precision, calibration, runtime)
+    bounds = TOLERANCES[precision] if tolerance is None else Tolerance(tolerance, -1.0)
     own = meta.templates or "simple"
     prompts = templates_of(own if templates is None else templates)
     labels = {name: _read_labels(name, path) for name, path in (label_sets or {}).items()}
+    way = dense or meta.recipe.get("dense")
+    way = None if way == "none" else way
+    judged_by = open_validation(meta, validation, way, precision, max_drop)
+    collection = None if calibration is None else open_collection(calibration.removeprefix("imagefolder:"))
     say("loading the base")
     clip = load_base(base or meta.architecture, pretrained or meta.pretrained)
     check(clip)
-    way = dense or meta.recipe.get("dense")
-    way = None if way == "none" else way
     if way is not None:
         check_dense(clip.model, way)
     weights = dict(clip.model.state_dict())
@@ -147,14 +170,18 @@ def export_release(
         graphs.append(patch_graph(clip, way))
     say("exporting text_encoder")
     graphs.append(text_graph(clip))
+    if precision in TYPES:
+        graphs = [lower(graph, precision) for graph in graphs]
     models = [model for model in MODELS if model != PATCH_ENCODER or way is not None]
     with Merged(merged) as checkpoints, Repository(model_repository, models) as repository:
-        writer = _Writer(clip, adapter, weights, graphs, way, prompts, labels, runtime, tolerance, max_batch_size)
+        writer = _Writer(
+            clip, adapter, weights, graphs, way, prompts, labels, runtime, precision, collection, bounds, max_batch_size
+        )
         first = repository.next_version()
         releases = []
         for version, alpha in enumerate(alphas, first):
             name = f"alpha-{alpha:g}" if len(alphas) > 1 else ""
-            releases.append(writer.write(version, alpha, checkpoints, name, repository, say))
+            releases.append(writer.write(version, alpha, checkpoints, name, repository, judged_by, say))
         facts = [release.facts for release in releases]
         for model in models:
             repository.add_config(model, facts, writer.dims, max_batch_size)
@@ -177,12 +204,16 @@ class _Writer:
         templates: list[str],
         labels: Mapping[str, list[str]],
         runtime: str,
-        tolerance: float,
+        precision: str,
+        collection: Collection | None,
+        bounds: Tolerance,
         max_batch_size: int,
     ) -> None:
         self._base, self._adapter, self._weights, self._graphs = base, adapter, weights, graphs
-        self._way, self._templates, self._labels, self._tolerance = way, templates, labels, tolerance
-        self._runtime, self._max_batch_size = runtime, max_batch_size
+        self._way, self._templates, self._labels, self._bounds = way, templates, labels, bounds
+        self._runtime, self._precision, self._max_batch_size = runtime, precision, max_batch_size
+        self._collection, self._calibration = collection, Calibration((), ())
+        self._crop = MaskCrop.from_recipe(adapter.metadata.recipe, base.preprocess["mean"])
         self._attached: Adapters | None = None
         self.size = base.image_size
         self.embed_dim = int(base.config["embed_dim"])
@@ -204,6 +235,7 @@ class _Writer:
         checkpoints: Merged,
         name: str,
         repository: Repository,
+        judged_by: Validation | None,
         say: Callable[[str], None],
     ) -> Release:
         """Write one release into the temporary folders."""
@@ -217,16 +249,22 @@ class _Writer:
             say(f"torch's embeddings at alpha {alpha:g}, adapters attached")
             inputs = Inputs(self._base, tokenizer, self.size)
             references = self._references(inputs, alpha)
+            if self._collection is not None and not self._calibration.images:
+                self._calibration = self._calibrate(self._collection, tokenizer)
             exported, sets = [], {}
             for graph in self._graphs:
                 say(f"writing and checking {graph.name} at alpha {alpha:g}")
                 start = time.perf_counter()
                 path = repository.staged(graph.name, version) / "model.onnx"
                 size = graph.save(folded, path)
-                encoder = Encoder(path, self._runtime)
+                if self._precision == "int8":
+                    size = quantize(path, self._calibration.of(graph.name))
+                encoder = Encoder(path, self._runtime, precision=self._precision)
                 samples = Samples(inputs.of(graph.name), references.embeds[graph.name])
                 samples.save(path.parent)
-                agreement = compare(graph.name, encoder, samples, self._tolerance)
+                agreement = compare(
+                    f"{graph.name} in {self._precision}", encoder, samples, *dataclasses.astuple(self._bounds)
+                )
                 exported.append(Exported(graph.name, size, agreement, time.perf_counter() - start))
                 if graph.name == "text_encoder":
                     folders = [repository.staged(model, version) for model in LABELLED]
@@ -235,10 +273,28 @@ class _Writer:
             facts = self._facts(version, alpha, folded, spec, sets, exported)
             for model in TASKS:
                 repository.add_model_file(model, version)
-                path = repository.staged(model, version) / "release.json"
-                path.write_text(json.dumps(facts, indent=2), encoding="utf-8")
+            _write_facts(repository, facts)
+            accuracy = None
+            if judged_by is not None:
+                with repository.view(version) as view:
+                    accuracy = judged_by(self._base, alpha, view, self._templates, self._crop, say)
+                facts["accuracy"] = asdict(accuracy)
+                _write_facts(repository, facts)
         checkpoints.add_release(name, facts)
-        return Release(facts, exported, checkpoints.folder / name)
+        return Release(facts, exported, checkpoints.folder / name, accuracy)
+
+    def _calibrate(self, collection: Collection, tokenizer: Tokenizer) -> Calibration:
+        """Images of the collection; prompts of label sets, and texts that agreement is not checked with."""
+        images = calibration_images(collection, Preprocess.from_dict(self._base.preprocess))
+        prompts = [
+            template.replace("{}", name)
+            for labels in self._labels.values()
+            for label in labels
+            for name in split_label(label)
+            for template in self._templates
+        ]
+        texts = [tokenizer(prompts[start : start + 64]) for start in range(0, len(prompts), 64)]
+        return Calibration(images, [*Inputs(self._base, tokenizer, self.size, seed=1).tokens, *texts])
 
     def _references(self, inputs: Inputs, alpha: float) -> References:
         if self._attached is None:
@@ -280,6 +336,10 @@ class _Writer:
         exported: Sequence[Exported],
     ) -> dict[str, Any]:
         preprocess, meta = self._base.preprocess, self._adapter.metadata
+        quantization = {}
+        if self._precision == "int8":
+            kind = {"kind": "dynamic"} if self._collection is None else {"kind": "static", **self._calibration.facts()}
+            quantization = {"quantization": kind}
         bias = folded.get("logit_bias")
         return {
             "format": FORMAT,
@@ -288,7 +348,8 @@ class _Writer:
             "architecture": self._base.name,
             "base_digest": meta.base_digest,
             "adapter_digest": self._adapter.digest,
-            "precision": "fp32",
+            "precision": self._precision,
+            **quantization,
             "runtime": self._runtime,
             "preprocess": {
                 "size": self.size,
@@ -298,7 +359,7 @@ class _Writer:
             "tokenizer": dict(tokenizer),
             "embed_dim": self.embed_dim,
             "dense": None if self._way is None else {"way": self._way, "grid": self.grid},
-            "crop": MaskCrop.from_recipe(meta.recipe, preprocess["mean"]).to_dict(),
+            "crop": self._crop.to_dict(),
             "logit_scale": float(folded["logit_scale"].float().exp()),
             "logit_bias": None if bias is None else float(bias),
             "templates": self._templates,
@@ -308,13 +369,15 @@ class _Writer:
             "agreement": {
                 **{graph.name: asdict(graph.agreement) for graph in exported},
                 "batches": list(BATCHES),
-                "tolerance": self._tolerance,
+                "tolerance": self._bounds.max_error,
             },
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
 
 
-def _check_arguments(alphas: Sequence[float], runtime: str, tolerance: float, max_batch_size: int) -> None:
+def _check_arguments(
+    alphas: Sequence[float], runtime: str, tolerance: float | None, max_drop: float, max_batch_size: int
+) -> None:
     if not alphas:
         raise RAdapterError("no alpha; give at least one number from 0 to 1, such as --alpha 0.5")
     for alpha in alphas:
@@ -323,10 +386,18 @@ def _check_arguments(alphas: Sequence[float], runtime: str, tolerance: float, ma
         raise RAdapterError(f"an alpha is given twice: {' '.join(f'{alpha:g}' for alpha in alphas)}")
     if runtime not in RUNTIMES:
         raise RAdapterError(f"--runtime is {runtime}; allowed are {', '.join(RUNTIMES)}")
-    if not 0 < tolerance <= 1:
-        raise RAdapterError(f"tolerance is {tolerance}; allowed: more than 0, at most 1, such as {TOLERANCE:g}")
+    if tolerance is not None and not 0 < tolerance <= 1:
+        raise RAdapterError(f"tolerance is {tolerance}; allowed: more than 0, at most 1, such as 1e-4")
+    if not 0 <= max_drop <= 100:
+        raise RAdapterError(f"max_drop is {max_drop}; allowed: points from 0 to 100, such as 0.5")
     if max_batch_size < 1:
         raise RAdapterError(f"max_batch_size is {max_batch_size}; allowed: 1 or more, 64 is usual")
+
+
+def _write_facts(repository: Repository, facts: Mapping[str, Any]) -> None:
+    for model in TASKS:
+        path = repository.staged(model, facts["version"]) / "release.json"
+        path.write_text(json.dumps(facts, indent=2), encoding="utf-8")
 
 
 def _read_labels(name: str, path: str | Path) -> list[str]:

@@ -7,7 +7,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,15 @@ class Repository:
         """The temporary folder of a model, or of one version of it."""
         folder = self.folder / model / f"{STAGED}{os.getpid()}"
         return folder if version is None else folder / str(version)
+
+    @contextlib.contextmanager
+    def view(self, version: int) -> Iterator[Path]:
+        """A staged version as a repository of its own, to be read while it is not yet in place."""
+        with tempfile.TemporaryDirectory() as name:
+            for model in self.models:
+                Path(name, model).mkdir()
+                Path(name, model, str(version)).symlink_to(self.staged(model, version), target_is_directory=True)
+            yield Path(name)
 
     def next_version(self) -> int:
         """One more than the highest version of any model."""

@@ -28,8 +28,12 @@ def export(
     label_set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     templates: str | None = None,
     dense: Annotated[str | None, tyro.conf.arg(metavar="WAY")] = None,
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32",
+    calibration: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None,
+    validation: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None,
+    max_drop: float = 0.5,
     runtime: Literal["onnxruntime", "openvino"] = "onnxruntime",
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
     max_batch_size: int = 64,
 ) -> None:
     """Fold an adapter into its base, export the towers, and check them against torch with the adapters attached.
@@ -49,8 +53,15 @@ def export(
         templates: a file of prompt templates, a built-in set, or one template; the run's own if none is given.
         dense: how the patches of an image are embedded, for segmentation: naclip, clearclip, sclip or maskclip; none
             leaves patch_encoder out; the run's own if none is given.
+        precision: of the encoders' weights and matrix products. int8 is quantized as it runs, for CPUs; with
+            --calibration by fixed ranges, which TensorRT takes too.
+        calibration: about a hundred typical images for int8: a folder, csv:FILE or parquet:FILE.
+        validation: data as of radapter-train --val-data, by which the encoders are compared with torch in the task's
+            own metric; the run's own if none is given and the precision is not fp32; none for none.
+        max_drop: points of that metric, in per cent, that the encoders may lose.
         runtime: what runs the encoders in the server; they are checked with it.
-        tolerance: largest difference from torch allowed in a component of the unit-length embeddings.
+        tolerance: largest difference from torch allowed in a component of the unit-length embeddings; the precision's
+            own if none is given: 1e-4 in fp32.
         max_batch_size: images or texts in one batch of the server.
     """
     alphas = [None if value == "auto" else _number(value) for value in alpha]
@@ -61,6 +72,7 @@ def export(
         start = time.perf_counter()
         from radapter_export import export_release  # torch and onnx take seconds to load: not for --help
         from radapter_serve.evaluation.choice import chosen_alpha
+        from radapter_serve.evaluation.results import metric_name
 
         releases = export_release(
             path,
@@ -72,6 +84,10 @@ def export(
             label_sets=label_sets,
             templates=templates,
             dense=dense,
+            precision=precision,
+            calibration=calibration,
+            validation=validation,
+            max_drop=max_drop,
             runtime=runtime,
             tolerance=tolerance,
             max_batch_size=max_batch_size,
@@ -79,7 +95,7 @@ def export(
         )
     seconds = time.perf_counter() - start
     table = Table(title=f"{path}: {len(releases)} release{'s' if len(releases) > 1 else ''} in {seconds:.0f} s")
-    for column in ("release", "alpha", "graph", "MB", "max error", "min cosine", "seconds"):
+    for column in ("release", "alpha", "precision", "graph", "MB", "max error", "1 - cosine", "seconds"):
         table.add_column(column, justify="left" if column == "graph" else "right")
     for release in releases:
         for graph in release.graphs:
@@ -87,14 +103,26 @@ def export(
             table.add_row(
                 str(release.version),
                 f"{release.alpha:g}",
+                precision,
                 graph.name,
                 f"{graph.size / 1e6:.1f}",
                 f"{agreement.max_error:.1e}",
-                f"{agreement.min_cosine:.7f}",
+                f"{1 - agreement.min_cosine:.1e}",
                 f"{graph.seconds:.1f}",
             )
     out = Console()
     out.print(table)
+    for release in releases:
+        if found := release.accuracy:
+            out.print(
+                f"Release {release.version}: {metric_name(found.metric)} on {found.n} images of {found.dataset}: "
+                f"{found.release:.2f} %, torch {found.torch:.2f} %",
+                soft_wrap=True,
+            )
+    if precision != "fp32" and validation is None and not releases[-1].accuracy:
+        out.print(
+            "No task accuracy was measured: the run has no validation data here; give some with --validation DATA"
+        )
     out.print(f"Merged: {', '.join(str(release.merged) for release in releases)}", soft_wrap=True)
     repository = "" if model_repository == "model_repository" else f" --model-repository {model_repository}"
     out.print(f"Next:   radapter-serve{repository}", soft_wrap=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from radapter_serve.adapter import load_adapter
+from radapter_serve.adapter import Metadata, load_adapter
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.choice import Choice, choose, save_choice
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder, NoSuchWay, Variant
@@ -106,7 +106,7 @@ def choose_alpha(
         RAdapterError: there is no validation data.
     """
     if suite is None or not suite.of_split("validation"):
-        suite = _own_validation(adapter)
+        suite = own_validation(load_adapter(adapter).metadata)
     variants = [variant for variant in embedder.variants if variant.source == "adapter"]
     choice = choose(judge_suite(embedder, suite, results, split="validation", variants=variants, **options))
     return choice, save_choice(choice, adapter)
@@ -140,16 +140,25 @@ def draw(rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
     return pictures
 
 
-def _own_validation(adapter: str | Path) -> Suite:
-    metadata = load_adapter(adapter).metadata
+def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
+    """Validation data of a run as a suite of one set, read as the run read its own.
+
+    Args:
+        metadata: of the run's adapter.
+        data: other data of the same columns and classes; what the run was validated with if None.
+
+    Raises:
+        RAdapterError: the run was trained without any.
+    """
     recipe, task = metadata.recipe, metadata.task
-    if not recipe.get("val_data"):
+    data = data or recipe.get("val_data")
+    if not data:
         raise RAdapterError(
-            f"alpha is chosen on validation data, and the run {adapter} was trained without any (--val-data); "
-            f"name some in a suite: data sets with `split: validation`"
+            "alpha is chosen on validation data, and the run was trained without any (--val-data); "
+            "name some in a suite: data sets with `split: validation`"
         )
     own = ("image_column", "label_column", "caption_column", "class_split", "images", "classes")
     fields: dict[str, Any] = {name: str(recipe[name]) for name in own if recipe.get(name)}
     if task == "segmentation":
         fields["dense"] = recipe["dense"] if recipe.get("dense", "none") != "none" else PROPOSALS
-    return Suite("validation", (Entry("validation", recipe["val_data"], task, split="validation", **fields),))
+    return Suite("validation", (Entry("validation", data, task, split="validation", **fields),))

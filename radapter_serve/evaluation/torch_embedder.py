@@ -243,6 +243,21 @@ def embedder_of(
     )
 
 
+def as_it_is(
+    base: Base, alpha: float, templates: list[str], *, dense: str | None = None, crop: MaskCrop | None = None
+) -> TorchEmbedder:
+    """A base with adapters attached to it, embedding by whatever they are set to.
+
+    Args:
+        base: its weights stay as they are.
+        alpha: what its rows say.
+        templates: prompt templates for data sets that bring none.
+        dense: way of dense embeddings.
+        crop: how the masks of proposals are shown.
+    """
+    return TorchEmbedder(base, [_Line("adapter", {})], [alpha], templates, dense=dense, crop=crop)
+
+
 def from_merged(folder: str | Path, *, precision: Precision = "fp32", device: str | None = None) -> TorchEmbedder:
     """A merged checkpoint, or any folder that open_clip loads by `local-dir:`.
 

@@ -71,7 +71,7 @@ def open_collection(source: str, *, image_column: str = "image", root: Path | No
         root = root or path
         items = [Item(_id(file, root), file) for file in _images(path)]
         if not items:
-            raise RAdapterError(f"{source} holds no image; an index takes {', '.join(SUFFIXES)}, in any folder of it")
+            raise RAdapterError(f"{source} holds no image; allowed are {', '.join(SUFFIXES)}, in any folder of it")
         return Collection(f"folder:{path}" if ":" in str(path) else str(path), root, items, {})
     root = root or path.parent
     return _of_table(kind, path, image_column, root)

@@ -43,7 +43,10 @@ def release_digest(facts: Mapping[str, Any]) -> str:
     missing = [name for name in _DECIDING if name not in facts]
     if missing:
         raise RAdapterError(f"the release does not say its {', '.join(missing)}; export it again with radapter-export")
-    text = json.dumps({name: facts[name] for name in _DECIDING}, sort_keys=True)
+    deciding = {name: facts[name] for name in _DECIDING}
+    if facts.get("quantization"):  # of int8 alone
+        deciding["quantization"] = facts["quantization"]
+    text = json.dumps(deciding, sort_keys=True)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 

@@ -46,7 +46,7 @@ def test_newest_run_is_exported_and_a_table_printed(checkout: Path, capfd: pytes
     out, err = capfd.readouterr()
     assert err == ""
     assert "runs/new/adapter.safetensors: 2 releases" in out
-    for word in ("image_encoder", "patch_encoder", "text_encoder", "max error", "min cosine", "seconds"):
+    for word in ("image_encoder", "patch_encoder", "text_encoder", "max error", "1 - cosine", "seconds"):
         assert word in out
     assert out.endswith("Next:   radapter-serve\n")
     assert {path.name for path in (checkout / "merged").iterdir()} == {"alpha-0.3", "alpha-0.5"}
@@ -68,6 +68,12 @@ def test_newest_run_is_exported_and_a_table_printed(checkout: Path, capfd: pytes
         (["--base", "ViT-B-33"], "unknown model 'ViT-B-33'"),
         (["--dense", "cnn"], "dense is 'cnn'; allowed: none, maskclip"),
         (["--templates", "none.txt"], "cannot read none.txt"),
+        (["--precision", "bf16"], "ONNX Runtime cannot compute in bf16 on a CPU; add --runtime openvino"),
+        (["--precision", "fp16", "--calibration", "."], "--calibration is for --precision int8 alone"),
+        (["--precision", "int8", "--calibration", "none"], "none is no folder"),
+        (["--precision", "int8", "--calibration", "runs"], "runs holds no image"),
+        (["--validation", "imagefolder:none"], "no folder none"),
+        (["--max-drop", "-1"], "max_drop is -1.0; allowed: points from 0 to 100"),
         (["--merged", "runs"], "runs holds"),
         (["--model-repository", "animals.txt"], "animals.txt is a file"),
     ],

@@ -160,7 +160,7 @@ def test_files_are_plain_onnx_without_traces_of_this_machine(exported: tuple[Pat
         path = exported[0] / "repository" / name / "1" / "model.onnx"
         model = onnx.load(path)
         onnx.checker.check_model(model, full_check=True)
-        assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 20)]
+        assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 22)]
         assert not model.functions
         assert b".py" not in path.read_bytes()
 

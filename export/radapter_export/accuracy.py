@@ -1,0 +1,130 @@
+"""What a release costs in the task's own metric: torch with adapters attached and the encoders, on the same images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from radapter_serve.adapter import Metadata
+from radapter_serve.base import Base
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.embedder import PROPOSALS, Embedder
+from radapter_serve.evaluation.judge import judge
+from radapter_serve.evaluation.judged import JudgedSet
+from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
+from radapter_serve.evaluation.run import own_validation
+from radapter_serve.evaluation.sets import open_set
+from radapter_serve.evaluation.torch_embedder import as_it_is
+from radapter_serve.serving.masks import MaskCrop
+
+MOST = 2000  # images at most: one is 0.05 points then
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A metric of the task in per cent, by torch with adapters attached and by the encoders of a release.
+
+    Attributes:
+        dataset: what was judged by.
+        n: its images.
+        metric: such as `acc1`.
+        torch, release: its two values.
+        drop: points lost; negative where the release is better.
+    """
+
+    dataset: str
+    n: int
+    metric: str
+    torch: float
+    release: float
+    drop: float
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Data that releases are judged by before they are put in place.
+
+    Attributes:
+        data: opened.
+        max_drop: points that a release may lose.
+    """
+
+    data: JudgedSet
+    max_drop: float
+
+    def __call__(
+        self,
+        base: Base,
+        alpha: float,
+        repository: Path,
+        templates: list[str],
+        crop: MaskCrop,
+        say: Callable[[str], None],
+    ) -> Accuracy:
+        """Judge one release.
+
+        Args:
+            base: with adapters attached and set to `alpha`.
+            alpha: of the release.
+            repository: holds the release alone.
+            templates: prompt templates of the release.
+            crop: how the release shows the masks of proposals.
+            say: called with a line about what is going on.
+
+        Raises:
+            RAdapterError: the release loses more than `max_drop`; an image can't be read.
+        """
+        entry, values = self.data.entry, {}
+        embedders: dict[str, Embedder] = {
+            "torch": as_it_is(base, alpha, templates, crop=crop),
+            "release": ReleaseEmbedder(str(repository)),
+        }
+        for name, embedder in embedders.items():
+            (row,) = judge(
+                embedder,
+                self.data,
+                progress=lambda done, n, by=name: say(f"{entry.data}: {done} of {n} images by {by}"),  # type: ignore[misc]
+            )
+            values[name] = round(100 * row["metrics"][entry.metric], 3)
+        drop = round(values["torch"] - values["release"], 3)
+        if drop > self.max_drop:
+            raise RAdapterError(
+                f"the encoders lose {drop:.2f} points of {entry.metric} on the {len(self.data)} images of {entry.data} "
+                f"({values['torch']:.2f} by torch, {values['release']:.2f} by the release), and {self.max_drop:g} are "
+                f"allowed; nothing was written. Export with --precision fp32, or allow more with --max-drop"
+            )
+        return Accuracy(entry.data, len(self.data), entry.metric, drop=drop, **values)
+
+
+def open_validation(
+    metadata: Metadata, data: str | None, way: str | None, precision: str, max_drop: float
+) -> Validation | None:
+    """Open the data that releases are to be judged by.
+
+    Args:
+        metadata: of the adapter, whose recipe says which columns and classes the data has.
+        data: of the form of a recipe's `val_data`; "none" for none. If None, that of the recipe, where it can still be
+            read and the precision is not fp32.
+        way: how the release embeds patches; None if it does not.
+        precision: of the release.
+        max_drop: points that a release may lose.
+
+    Raises:
+        RAdapterError: the data that was asked for can't be read.
+    """
+    own = data is None
+    if data == NONE or (own and (precision == "fp32" or not metadata.recipe.get("val_data"))):
+        return None
+    suite = own_validation(metadata, data)
+    (entry,) = suite.entries
+    if metadata.task == "segmentation":
+        entry = dataclasses.replace(entry, dense=way or PROPOSALS)
+    try:
+        return Validation(open_set(suite, entry, limit=MOST), max_drop)
+    except RAdapterError:
+        if own:
+            return None
+        raise

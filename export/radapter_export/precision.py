@@ -1,0 +1,121 @@
+"""Precision as types in the graph: products in 16 bits, and in fp32 what would overflow there.
+
+The rules are those of `torch.autocast`: products and convolutions are computed in the low type; norms, softmax and sums
+in fp32; everything else in the widest of its inputs. They know operators, not architectures. Runtimes do what the graph
+says: TensorRT's networks are strongly typed, and the same file gives the same numbers everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from radapter_export.graph import Graph
+from radapter_serve.errors import RAdapterError
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+_FLOAT = ir.DataType.FLOAT
+_PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"}
+_WIDE = {  # squares, sums and exponentials leave the range of fp16
+    *("LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization"),
+    *("Softmax", "LogSoftmax", "Exp", "Log", "Pow", "Sqrt", "Reciprocal", "CumSum", "GlobalAveragePool"),
+    *("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceProd", "ReduceLogSumExp"),
+}
+_MOVES = {  # they compute nothing and take what they get
+    *("Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Pad", "Reshape"),
+    *("Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
+}
+
+
+def check_precision(precision: str, calibration: str | None, runtime: str) -> None:
+    """Refuse what can't be exported, or could not be run.
+
+    Raises:
+        RAdapterError: says what to give instead.
+    """
+    if precision not in PRECISIONS:
+        raise RAdapterError(f"precision is {precision!r}; allowed: {', '.join(PRECISIONS)}")
+    if calibration is not None and precision != "int8":
+        raise RAdapterError(f"--calibration is for --precision int8 alone, and the precision is {precision}")
+    if precision == "bf16" and runtime == "onnxruntime":
+        raise RAdapterError("ONNX Runtime cannot compute in bf16 on a CPU; add --runtime openvino, or use fp16")
+    if precision == "int8" and calibration is None and runtime == "tensorrt":
+        raise RAdapterError("TensorRT takes only int8 with fixed ranges; add --calibration DATA, a folder of images")
+
+
+def lower(graph: Graph, precision: str) -> Graph:
+    """The same graph in fp16 or bf16; inputs and outputs keep their types, initializers their names.
+
+    Args:
+        graph: in fp32; it is left as it is.
+        precision: `fp16` or `bf16`.
+    """
+    low = TYPES[precision]
+    model = graph.model.clone()
+    nodes = list(model.graph)
+    wide = _wide_nodes(nodes, low)
+    # A weight is kept in the low type wherever some node takes it so: tables and matrices, but no norm's weight.
+    for value in model.graph.initializers.values():
+        if value.dtype == _FLOAT and any(node not in wide for node in value.consumers()):
+            value.type = ir.TensorType(low)  # not `.dtype`: clones share their types
+            if value.const_value is not None:
+                value.const_value = ir.tensor(value.const_value.numpy().astype(low.numpy()), name=value.name)
+    for node in nodes:
+        for value in node.outputs:
+            if value.dtype == _FLOAT and node not in wide:
+                value.type = ir.TensorType(low)  # not `.dtype`: clones share their types
+    casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+    for node in nodes:
+        kind = _FLOAT if node in wide else low
+        for place, value in _floats(node):
+            if value.dtype == kind:
+                continue
+            if (value, kind) not in casts:
+                cast = ir.node("Cast", [value], {"to": kind})
+                cast.outputs[0].name, cast.outputs[0].dtype = f"{value.name}_{kind.short_name()}", kind
+                cast.outputs[0].shape = value.shape
+                model.graph.insert_before(node, cast)
+                casts[value, kind] = cast.outputs[0]
+            node.replace_input_with(place, casts[value, kind])
+    return dataclasses.replace(graph, model=model)
+
+
+def _wide_nodes(nodes: list[ir.Node], low: ir.DataType) -> set[ir.Node]:
+    """The nodes that compute in fp32."""
+    wide = {
+        node
+        for node in nodes
+        if node.op_type in _WIDE
+        or not any(True for _ in _floats(node))
+        or any(value.is_graph_output() for value in node.outputs)
+    }
+    free = [node for node in nodes if node.op_type not in _PRODUCTS]
+    while more := {node for node in free if node not in wide and _follows(node, wide, low)}:
+        wide |= more
+    return wide
+
+
+def _follows(node: ir.Node, wide: set[ir.Node], low: ir.DataType) -> bool:
+    """Whether a node is to be computed in fp32 as one before it is, or as all of those after it are."""
+    if any(value.producer() in wide or _too_large(value, low) for _, value in _floats(node)):
+        return True
+    return node.op_type not in _MOVES and all(user in wide for value in node.outputs for user in value.consumers())
+
+
+def _floats(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
+    for place, value in enumerate(node.inputs):
+        if value is not None and value.dtype in (_FLOAT, *TYPES.values()):
+            yield place, value
+
+
+def _too_large(value: ir.Value, low: ir.DataType) -> bool:
+    """Whether it is a constant beyond the low type, such as what stands for minus infinity in a mask."""
+    if value.const_value is None:
+        return False
+    array = value.const_value.numpy()
+    with np.errstate(over="ignore"):
+        return bool((np.isfinite(array) & ~np.isfinite(array.astype(low.numpy()))).any())

@@ -1,0 +1,138 @@
+"""int8 by ONNX Runtime's own quantizer: the weights of matrix products, and what goes into them.
+
+Weights get 7 bits (`reduce_range`): CPUs without VNNI add products of bytes in 16 bits and saturate there, so that with
+8 bits one file would give other numbers there, and worse ones than the lost bit costs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from radapter_export.graph import EXTERNAL_ABOVE, size_of
+from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.collection import Collection
+from radapter_serve.serving.errors import TaskError
+from radapter_serve.serving.preprocess import Preprocess, decode_pixels
+
+IMAGES = 128  # of a collection, evenly spread; more hardly move the ranges
+_BATCH = 8
+
+Batches = Sequence[NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Inputs by which the ranges of activations are found.
+
+    Attributes:
+        images: uint8 [B, S, S, 3] each, as served.
+        tokens: int32 [B, L] each.
+    """
+
+    images: Batches
+    tokens: Batches
+
+    def of(self, graph: str) -> Batches:
+        """The batches for a graph, by its name."""
+        return self.tokens if graph == "text_encoder" else self.images
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the ranges, for a release."""
+        digest = hashlib.sha256()
+        for batch in (*self.images, *self.tokens):
+            digest.update(np.ascontiguousarray(batch).data)
+        counts = {"images": sum(map(len, self.images)), "texts": sum(map(len, self.tokens))}
+        return {**counts, "digest": f"sha256:{digest.hexdigest()}"}
+
+
+def calibration_images(collection: Collection, preprocess: Preprocess) -> list[NDArray[np.uint8]]:
+    """Images of a collection in batches, prepared as the server prepares them.
+
+    Raises:
+        RAdapterError: an image can't be read; says which.
+    """
+    step = max(1, len(collection.items) // IMAGES)
+    pixels = []
+    for item in collection.items[::step][:IMAGES]:
+        try:
+            pixels.append(decode_pixels(item.file.read_bytes(), preprocess))
+        except (OSError, TaskError) as error:
+            why = error.message if isinstance(error, TaskError) else error.strerror
+            raise RAdapterError(f"calibration image {item.file} can't be read: {why}") from error
+    return [np.stack(pixels[start : start + _BATCH]) for start in range(0, len(pixels), _BATCH)]
+
+
+def quantize(path: Path, calibration: Batches = ()) -> int:
+    """Exchange an encoder in fp32 for one in int8.
+
+    Args:
+        path: `model.onnx` with weights; it is replaced.
+        calibration: inputs by which the ranges of activations are found, to be constants of the graph (static, in
+            QuantizeLinear and DequantizeLinear, symmetric, which TensorRT reads too). Without any they are found for
+            each batch as it comes (dynamic, for CPUs only).
+
+    Returns:
+        Size in bytes of all that was written.
+    """
+    large = size_of(path) > EXTERNAL_ABOVE
+    common: dict[str, Any] = {
+        "op_types_to_quantize": ["MatMul"],
+        "per_channel": True,
+        "reduce_range": True,
+        "weight_type": QuantType.QInt8,
+        "use_external_data_format": large,
+    }
+    with tempfile.TemporaryDirectory(dir=path.parent) as name:
+        plain, made = Path(name, "plain.onnx"), Path(name, "made", path.name)
+        made.parent.mkdir()
+        # Folds the transposing of weights, which would else hide that they are constants.
+        quant_pre_process(
+            str(path), str(plain), skip_onnx_shape=True, skip_symbolic_shape=True, save_as_external_data=large
+        )
+        if calibration:
+            quantize_static(
+                str(plain),
+                str(made),
+                _Reader(plain, calibration),
+                quant_format=QuantFormat.QDQ,
+                activation_type=QuantType.QInt8,
+                nodes_to_exclude=_products_of_activations(plain),
+                extra_options={"ActivationSymmetric": True, "OpTypesToExcludeOutputQuantization": ["MatMul"]},
+                **common,
+            )
+        else:
+            quantize_dynamic(str(plain), str(made), **common)
+        for old in path.parent.glob(f"{path.name}*"):
+            old.unlink()
+        for file in made.parent.iterdir():
+            file.rename(path.parent / file.name)
+    return size_of(path)
+
+
+class _Reader(CalibrationDataReader):  # type: ignore[misc]
+    """Gives calibration its batches one by one."""
+
+    def __init__(self, path: Path, batches: Batches) -> None:
+        (name,) = (value.name for value in onnx.load(path, load_external_data=False).graph.input)
+        self._feeds: Iterator[Mapping[str, NDArray[np.generic]]] = iter([{name: batch} for batch in batches])
+
+    def get_next(self) -> Mapping[str, NDArray[np.generic]] | None:
+        return next(self._feeds, None)
+
+
+def _products_of_activations(path: Path) -> list[str]:
+    """Names of the products that have no weights: queries by keys, and attention by values."""
+    graph = onnx.load(path, load_external_data=False).graph
+    weights = {initializer.name for initializer in graph.initializer}
+    return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] not in weights]
