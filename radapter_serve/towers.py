@@ -30,7 +30,7 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
 
     Args:
         model: an open_clip model.
-        tokens: token ids, integer [N, L], padded with 0.
+        tokens: token ids, integer [N, L], padded.
 
     Returns:
         float32 [N, D], unit length.
@@ -48,7 +48,7 @@ def encode_texts(model: Any, tokens: Tensor, batch_size: int = 256) -> Tensor:
 
     Args:
         model: an open_clip model.
-        tokens: token ids, integer [N, L], padded with 0, on any device; N is 1 or more.
+        tokens: token ids, integer [N, L], padded, on any device; N is 1 or more.
         batch_size: texts a pass.
 
     Returns:
