@@ -200,10 +200,11 @@ def test_a_release_for_another_runtime_says_so_and_is_checked_with_it(
 ) -> None:
     used = []
     monkeypatch.setattr(
-        "radapter_export.release.Encoder", lambda path, *runtime: used.append(runtime) or Encoder(path, *runtime)
+        "radapter_export.release.Encoder",
+        lambda path, runtime, **how: used.append(runtime) or Encoder(path, runtime, **how),
     )
     (made,) = export(runtime="openvino")
-    assert used == [("openvino",)] * 2
+    assert used == ["openvino"] * 2
     encoders = {encoder.name: encoder for encoder in encoders_of(tmp_path / "repository")}
     assert {name: encoder.runtime for name, encoder in encoders.items()} == dict.fromkeys(encoders, "openvino")
     assert made.facts["runtime"] == "openvino"
