@@ -200,7 +200,7 @@ def test_a_release_for_another_runtime_says_so_and_is_checked_with_it(
 ) -> None:
     used = []
     monkeypatch.setattr(
-        "radapter_export.release.Encoder", lambda path, *runtime: used.append(runtime) or Encoder(path, *runtime)
+        "radapter_export.writer.Encoder", lambda path, *runtime: used.append(runtime) or Encoder(path, *runtime)
     )
     (made,) = export(runtime="openvino")
     assert used == [("openvino",)] * 2
