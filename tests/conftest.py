@@ -76,3 +76,19 @@ def exported_tiny_clip(random_adapter: Callable[..., Adapter], tmp_path_factory:
         label_sets={"four": folder / "labels.txt"},
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def dial_tiny_clip(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository with one release: the adapter of `exported_tiny_clip`, α an input, its own 0.5."""
+    from radapter_export import export_release
+
+    folder = tmp_path_factory.mktemp("dial")
+    export_release(
+        exported_tiny_clip / "adapter.safetensors",
+        "dynamic",
+        model_repository=folder / "model_repository",
+        merged=folder / "merged",
+        label_sets={"four": exported_tiny_clip / "labels.txt"},
+    )
+    return folder / "model_repository"

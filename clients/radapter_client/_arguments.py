@@ -40,6 +40,11 @@ def label_inputs(
     return inputs
 
 
+def alpha_input(alpha: float | None) -> dict[str, Array]:
+    """The α of a request, where one is given."""
+    return {} if alpha is None else {"alpha": np.array([_share("alpha", alpha)], np.float32)}
+
+
 def segment_inputs(
     threshold: float | None, short_side: int | None, stride: int | None, refine: int | None
 ) -> dict[str, Array]:

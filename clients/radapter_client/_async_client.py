@@ -45,6 +45,7 @@ class AsyncClient(BaseClient):
         label_set: str | None = None,
         templates: Sequence[str] | None = None,
         top_k: int = 5,
+        alpha: float | None = None,
         timeout: float | None = None,
     ) -> Classification: ...
 
@@ -57,6 +58,7 @@ class AsyncClient(BaseClient):
         label_set: str | None = None,
         templates: Sequence[str] | None = None,
         top_k: int = 5,
+        alpha: float | None = None,
         timeout: float | None = None,
     ) -> list[Classification]: ...
 
@@ -68,10 +70,11 @@ class AsyncClient(BaseClient):
         label_set: str | None = None,
         templates: Sequence[str] | None = None,
         top_k: int = 5,
+        alpha: float | None = None,
         timeout: float | None = None,
     ) -> Any:
         """See Client.classify."""
-        return await self._run(self._classify(images, labels, label_set, templates, top_k), timeout)
+        return await self._run(self._classify(images, labels, label_set, templates, top_k, alpha), timeout)
 
     @overload
     async def segment(  # type: ignore[overload-overlap]
@@ -81,6 +84,7 @@ class AsyncClient(BaseClient):
         *,
         label_set: str | None = None,
         templates: Sequence[str] | None = None,
+        alpha: float | None = None,
         threshold: float | None = None,
         short_side: int | None = None,
         stride: int | None = None,
@@ -99,6 +103,7 @@ class AsyncClient(BaseClient):
         *,
         label_set: str | None = None,
         templates: Sequence[str] | None = None,
+        alpha: float | None = None,
         threshold: float | None = None,
         short_side: int | None = None,
         stride: int | None = None,
@@ -116,6 +121,7 @@ class AsyncClient(BaseClient):
         *,
         label_set: str | None = None,
         templates: Sequence[str] | None = None,
+        alpha: float | None = None,
         threshold: float | None = None,
         short_side: int | None = None,
         stride: int | None = None,
@@ -126,7 +132,7 @@ class AsyncClient(BaseClient):
         timeout: float | None = None,
     ) -> Any:
         """See Client.segment."""
-        options = (threshold, short_side, stride, refine, proposals, proposal_scores, proposal_weight)
+        options = (threshold, short_side, stride, refine, proposals, proposal_scores, proposal_weight, alpha)
         return await self._run(self._segment(images, labels, label_set, templates, *options), timeout)
 
     async def search(
@@ -143,13 +149,17 @@ class AsyncClient(BaseClient):
         """See Client.search."""
         return await self._run(self._search(text, image, index, top_k, where, thumbnails), timeout)
 
-    async def embed_images(self, images: Iterable[ImageLike], *, timeout: float | None = None) -> Embeddings:
+    async def embed_images(
+        self, images: Iterable[ImageLike], *, alpha: float | None = None, timeout: float | None = None
+    ) -> Embeddings:
         """See Client.embed_images."""
-        return await self._run(self._embed_images(images), timeout)
+        return await self._run(self._embed_images(images, alpha), timeout)
 
-    async def embed_texts(self, texts: Iterable[str], *, timeout: float | None = None) -> Embeddings:
+    async def embed_texts(
+        self, texts: Iterable[str], *, alpha: float | None = None, timeout: float | None = None
+    ) -> Embeddings:
         """See Client.embed_texts."""
-        return await self._run(self._embed_texts(texts), timeout)
+        return await self._run(self._embed_texts(texts, alpha), timeout)
 
     @property
     def release(self) -> Coroutine[Any, Any, Release]:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ._arguments import (
+    alpha_input,
     count,
     for_each,
     image_input,
@@ -114,23 +115,33 @@ class BaseClient:
     def _statistics(self) -> Plan[Totals]:
         return Plan([partial(Request, "statistics", "")], lambda replies: read_statistics(replies[0]))
 
-    def _embed_images(self, images: Iterable[ImageLike]) -> Plan[Embeddings]:
+    def _embed_images(self, images: Iterable[ImageLike], alpha: float | None = None) -> Plan[Embeddings]:
         items = listed("images", images)
-        return self._embed("embed_image", "image", "image_embeds", items, encode_image, list(map(size_bound, items)))
+        sizes = list(map(size_bound, items))
+        return self._embed("embed_image", "image", "image_embeds", items, encode_image, sizes, alpha)
 
-    def _embed_texts(self, texts: Iterable[str]) -> Plan[Embeddings]:
+    def _embed_texts(self, texts: Iterable[str], alpha: float | None = None) -> Plan[Embeddings]:
         items = [utf8("texts", text) for text in listed("texts", texts)]
-        return self._embed("embed_text", "text", "text_embeds", items, bytes, list(map(len, items)))
+        return self._embed("embed_text", "text", "text_embeds", items, bytes, list(map(len, items)), alpha)
 
     def _embed(
-        self, task: str, name: str, output: str, items: list[Any], encode: Callable[[Any], bytes], sizes: list[int]
+        self,
+        task: str,
+        name: str,
+        output: str,
+        items: list[Any],
+        encode: Callable[[Any], bytes],
+        sizes: list[int],
+        alpha: float | None,
     ) -> Plan[Embeddings]:
+        options = alpha_input(alpha)
         if not items:
             release = self._release()
             return Plan(release.parts, lambda replies: np.zeros((0, release.finish(replies).embed_dim), np.float32))
 
         def part(rows: range) -> Request:
-            return Request("infer", task, inputs={name: text_array([[encode(items[row])] for row in rows])})
+            inputs = _rows(options, len(rows)) | {name: text_array([[encode(items[row])] for row in rows])}
+            return Request("infer", task, inputs=inputs)
 
         def finish(replies: list[Tensors]) -> Embeddings:
             return np.concatenate([_output(reply, output) for reply in replies]).astype(np.float32, copy=False)
@@ -145,15 +156,16 @@ class BaseClient:
         label_set: str | None,
         templates: Sequence[str] | None,
         top_k: int,
+        alpha: float | None = None,
     ) -> Plan[Any]:
         """Gives one Classification for one image, else a list of them."""
         one = is_one_image(images)
         items: list[Any] = [images] if one else listed("images", images)
-        options = label_inputs(labels, label_set, templates) | {"top_k": np.array([count("top_k", top_k)], np.int32)}
+        options = label_inputs(labels, label_set, templates) | alpha_input(alpha)
+        options["top_k"] = np.array([count("top_k", top_k)], np.int32)
 
         def part(rows: range) -> Request:
-            inputs = {name: np.tile(array, (len(rows), 1)) for name, array in options.items()}
-            inputs["image"] = text_array([[encode_image(items[row])] for row in rows])
+            inputs = _rows(options, len(rows)) | {"image": text_array([[encode_image(items[row])] for row in rows])}
             return Request("infer", "classify", inputs=inputs)
 
         def finish(replies: list[Tensors]) -> Classification | list[Classification]:
@@ -182,12 +194,14 @@ class BaseClient:
         proposals: Any,
         proposal_scores: Any,
         proposal_weight: float | None,
+        alpha: float | None = None,
     ) -> Plan[Any]:
         """Gives one Segmentation for one image, else a list of them; a request takes one image."""
         one = is_one_image(images)
         items: list[Any] = [images] if one else listed("images", images)
         many = None if one else len(items)
-        options = label_inputs(labels, label_set, templates) | segment_inputs(threshold, short_side, stride, refine)
+        options = label_inputs(labels, label_set, templates) | alpha_input(alpha)
+        options |= segment_inputs(threshold, short_side, stride, refine)
         masks, scores = for_each("proposals", proposals, many), for_each("proposal_scores", proposal_scores, many)
 
         def part(index: int) -> Request:
@@ -227,6 +241,11 @@ class BaseClient:
         """A picture of the size that the release takes, for a request whose time is measured."""
         side = int(release.facts.get("preprocess", {}).get("size", 224))
         return Image.radial_gradient("L").resize((side, side)).convert("RGB")
+
+
+def _rows(options: dict[str, Array], count: int) -> dict[str, Array]:
+    """What all rows of a request share, once for each."""
+    return {name: np.tile(array, (count, 1)) for name, array in options.items()}
 
 
 def _output(reply: Tensors, name: str) -> Array:

@@ -54,6 +54,7 @@ class Client(BaseClient):
         label_set: str | None = None,
         templates: Sequence[str] | None = None,
         top_k: int = 5,
+        alpha: float | None = None,
         timeout: float | None = None,
     ) -> Classification: ...
 
@@ -66,6 +67,7 @@ class Client(BaseClient):
         label_set: str | None = None,
         templates: Sequence[str] | None = None,
         top_k: int = 5,
+        alpha: float | None = None,
         timeout: float | None = None,
     ) -> list[Classification]: ...
 
@@ -77,6 +79,7 @@ class Client(BaseClient):
         label_set: str | None = None,
         templates: Sequence[str] | None = None,
         top_k: int = 5,
+        alpha: float | None = None,
         timeout: float | None = None,
     ) -> Any:
         """The best labels of an image, or of each of a list of images.
@@ -88,12 +91,14 @@ class Client(BaseClient):
             label_set: instead of labels, the name of a set that was exported with the release.
             templates: prompts with {} for the label; None for the release's own.
             top_k: labels to return, fewer where there are fewer.
+            alpha: the adapter's weight in [0, 1], of a release that takes any (`release.dynamic_alpha`); None for the
+                release's own.
             timeout: seconds for each request of this call.
 
         Raises:
             InvalidRequest: bad arguments; InvalidImage among them, for the first image that is none.
         """
-        return self._run(self._classify(images, labels, label_set, templates, top_k), timeout)
+        return self._run(self._classify(images, labels, label_set, templates, top_k, alpha), timeout)
 
     @overload
     def segment(  # type: ignore[overload-overlap]
@@ -103,6 +108,7 @@ class Client(BaseClient):
         *,
         label_set: str | None = None,
         templates: Sequence[str] | None = None,
+        alpha: float | None = None,
         threshold: float | None = None,
         short_side: int | None = None,
         stride: int | None = None,
@@ -121,6 +127,7 @@ class Client(BaseClient):
         *,
         label_set: str | None = None,
         templates: Sequence[str] | None = None,
+        alpha: float | None = None,
         threshold: float | None = None,
         short_side: int | None = None,
         stride: int | None = None,
@@ -138,6 +145,7 @@ class Client(BaseClient):
         *,
         label_set: str | None = None,
         templates: Sequence[str] | None = None,
+        alpha: float | None = None,
         threshold: float | None = None,
         short_side: int | None = None,
         stride: int | None = None,
@@ -154,6 +162,7 @@ class Client(BaseClient):
             labels: as in `classify`; at most 65,534.
             label_set: as in `classify`.
             templates: as in `classify`.
+            alpha: as in `classify`.
             threshold: probability in [0, 1] below which a pixel is background; None for no background.
             short_side: shorter side in pixels of the working image that windows go over; None for 1.5 windows.
             stride: pixels from one window to the next; None for half a window.
@@ -168,7 +177,7 @@ class Client(BaseClient):
             InvalidRequest: bad arguments; InvalidImage among them.
             ModelNotFound: the release has no patch encoder, and no proposals were given.
         """
-        options = (threshold, short_side, stride, refine, proposals, proposal_scores, proposal_weight)
+        options = (threshold, short_side, stride, refine, proposals, proposal_scores, proposal_weight, alpha)
         return self._run(self._segment(images, labels, label_set, templates, *options), timeout)
 
     def search(
@@ -199,13 +208,17 @@ class Client(BaseClient):
         """
         return self._run(self._search(text, image, index, top_k, where, thumbnails), timeout)
 
-    def embed_images(self, images: Iterable[ImageLike], *, timeout: float | None = None) -> Embeddings:
-        """Embeddings of images (as in `classify`): float32 [N, D], unit length, in the order given."""
-        return self._run(self._embed_images(images), timeout)
+    def embed_images(
+        self, images: Iterable[ImageLike], *, alpha: float | None = None, timeout: float | None = None
+    ) -> Embeddings:
+        """Embeddings of images, at `alpha` (both as in `classify`): float32 [N, D], unit length, in the order given."""
+        return self._run(self._embed_images(images, alpha), timeout)
 
-    def embed_texts(self, texts: Iterable[str], *, timeout: float | None = None) -> Embeddings:
-        """Embeddings of texts: float32 [N, D], unit length, in the order given; long texts are cut as by open_clip."""
-        return self._run(self._embed_texts(texts), timeout)
+    def embed_texts(
+        self, texts: Iterable[str], *, alpha: float | None = None, timeout: float | None = None
+    ) -> Embeddings:
+        """Embeddings of texts, as of images; long texts are cut as by open_clip."""
+        return self._run(self._embed_texts(texts, alpha), timeout)
 
     @property
     def release(self) -> Release:

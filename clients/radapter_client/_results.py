@@ -130,6 +130,7 @@ class Release:
     Args:
         version: integer that all models of the release share.
         alpha: the adapter's weight in it, in [0, 1]; 0 is the untouched base.
+        dynamic_alpha: whether requests may bring another.
         embed_dim: width D of its embeddings.
         logit_scale: factor on the cosine before the softmax.
         templates: the prompt templates used where a request brings none.
@@ -139,6 +140,7 @@ class Release:
 
     version: int
     alpha: float
+    dynamic_alpha: bool
     architecture: str
     precision: str
     embed_dim: int
@@ -153,6 +155,7 @@ class Release:
             return cls(
                 version=int(facts["version"]),
                 alpha=float(facts["alpha"]),
+                dynamic_alpha=bool(facts.get("dynamic_alpha", False)),
                 architecture=facts["architecture"],
                 precision=facts["precision"],
                 embed_dim=int(facts["embed_dim"]),

@@ -25,7 +25,12 @@ def classify(args: argparse.Namespace) -> None:
     labels = chosen_labels(args)
     with connect(args) as client:
         found = client.classify(
-            args.images, labels, label_set=args.label_set, templates=args.templates, top_k=args.top_k
+            args.images,
+            labels,
+            label_set=args.label_set,
+            templates=args.templates,
+            top_k=args.top_k,
+            alpha=args.alpha,
         )
     if args.json:
         for image, result in zip(args.images, found, strict=True):
@@ -56,6 +61,7 @@ def segment(args: argparse.Namespace) -> None:
             chosen_labels(args),
             label_set=args.label_set,
             templates=args.templates,
+            alpha=args.alpha,
             threshold=args.threshold,
             short_side=args.short_side,
             stride=args.stride,
@@ -118,13 +124,13 @@ def search(args: argparse.Namespace) -> None:
 def embed_image(args: argparse.Namespace) -> None:
     check_output("--out", args.out, ".npy")
     with connect(args) as client:
-        save_embeds(args, client.embed_images(args.images))
+        save_embeds(args, client.embed_images(args.images, alpha=args.alpha))
 
 
 def embed_text(args: argparse.Namespace) -> None:
     check_output("--out", args.out, ".npy")
     with connect(args) as client:
-        save_embeds(args, client.embed_texts(args.texts))
+        save_embeds(args, client.embed_texts(args.texts, alpha=args.alpha))
 
 
 def save_embeds(args: argparse.Namespace, embeds: npt.NDArray[np.float32]) -> None:
@@ -143,7 +149,7 @@ def release(args: argparse.Namespace) -> None:
         return
     facts = {
         "release": used.version,
-        "α": used.alpha,
+        "α": f"{used.alpha:g}, or any from 0 to 1 by request" if used.dynamic_alpha else used.alpha,
         "architecture": used.architecture,
         "precision": used.precision,
         "embedding width": used.embed_dim,
@@ -187,11 +193,13 @@ def parser() -> argparse.ArgumentParser:
     made = command("classify", classify, "the best labels of images")
     made.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP file")
     label_arguments(made)
+    alpha_argument(made)
     made.add_argument("--top-k", type=int, default=5, metavar="K", help="labels to show (default: %(default)s)")
 
     made = command("segment", segment, "which label each pixel of an image has")
     made.add_argument("image", metavar="IMAGE", help="JPEG, PNG or WebP file")
     label_arguments(made)
+    alpha_argument(made)
     made.add_argument(
         "--threshold", type=float, metavar="P", help="probability below which a pixel is background (default: none is)"
     )
@@ -218,10 +226,12 @@ def parser() -> argparse.ArgumentParser:
     made = command("embed-image", embed_image, "writes embeddings of images: float32 [N, D], unit length")
     made.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP file")
     made.add_argument("--out", type=Path, default=Path("image_embeds.npy"), help="file to write (default: %(default)s)")
+    alpha_argument(made)
 
     made = command("embed-text", embed_text, "writes embeddings of texts: float32 [N, D], unit length")
     made.add_argument("texts", nargs="+", metavar="TEXT")
     made.add_argument("--out", type=Path, default=Path("text_embeds.npy"), help="file to write (default: %(default)s)")
+    alpha_argument(made)
 
     command("release", release, "what the server serves: α, model, label sets")
 
@@ -239,6 +249,12 @@ def label_arguments(made: argparse.ArgumentParser) -> None:
     choice.add_argument("--label-set", metavar="NAME", help="a set that was exported with the release")
     made.add_argument(
         "--templates", nargs="+", metavar="TEMPLATE", help="with {} for the label (default: the release's)"
+    )
+
+
+def alpha_argument(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--alpha", type=float, metavar="A", help="0 to 1, of a release that takes any (default: the release's own)"
     )
 
 

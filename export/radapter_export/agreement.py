@@ -6,6 +6,7 @@ The reference is not folded and goes through open_clip's own code, so fold, expo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from radapter_export.repository import ENCODERS, PATCH_ENCODER
+from radapter_serve.adapter import Adapters
 from radapter_serve.base import Base
 from radapter_serve.dense import encode_patches
+from radapter_serve.serving.dial import Alpha
 from radapter_serve.serving.tokenizer import Tokenizer
 from radapter_serve.towers import encode_image
 
@@ -51,6 +55,38 @@ class Inputs:
     def of(self, graph: str) -> Sequence[npt.NDArray[np.generic]]:
         """The batches for a graph, by its name."""
         return self.tokens if graph == "text_encoder" else self.images
+
+
+def mixed_alphas(own: float) -> list[Alpha]:
+    """α of each row of each batch where it is an input, float32 [B, 1]: a release's own, and others beside it."""
+    values = itertools.cycle((own, 0.0, 1.0, 0.25))
+    return [np.array([[next(values)] for _ in range(batch)], np.float32) for batch in BATCHES]
+
+
+def references_at(
+    base: Base, adapters: Adapters, alphas: Sequence[Alpha], inputs: Inputs, way: str | None = None
+) -> dict[str, list[Array]]:
+    """torch's embeddings of each row of `Inputs` at an α of its own; a pass over all of them for each α.
+
+    Args:
+        base: with `adapters` attached, whose α changes.
+        adapters: these.
+        alphas: of the rows, float32 [B, 1] a batch.
+        inputs: as of `References`.
+        way: as of `References`.
+    """
+    embeds = {}
+    for alpha in {float(one) for batch in alphas for one in batch.ravel()}:
+        adapters.alpha = alpha
+        embeds[alpha] = References(base, inputs, way).embeds
+    return {
+        graph: [
+            np.stack([embeds[float(alpha)][graph][number][row] for row, alpha in enumerate(batch.ravel())])
+            for number, batch in enumerate(alphas)
+        ]
+        for graph in ENCODERS
+        if way is not None or graph != PATCH_ENCODER
+    }
 
 
 class References:

@@ -21,7 +21,9 @@ import torch
 from onnx_ir import tensor_adapters
 from torch import Tensor, nn
 
-from radapter_export.towers import COPY, ImageTower, PatchTower, TextTower, skeleton
+from radapter_export.dial import DialTower, name_in_base
+from radapter_export.towers import ImageTower, PatchTower, TextTower, skeleton
+from radapter_serve.adapter import Adapter
 from radapter_serve.base import Base
 from radapter_serve.errors import RAdapterError, reason
 
@@ -81,17 +83,20 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
 
 
-def image_graph(base: Base) -> Graph:
-    """The graph of `image_encoder`: `image` uint8 [B, S, S, 3] to `image_embeds` float32 [B, D]."""
-    return _of_images("image_encoder", ImageTower(base), "image_embeds", base.image_size)
+def image_graph(base: Base, dial: Adapter | None = None) -> Graph:
+    """The graph of `image_encoder`: `image` uint8 [B, S, S, 3] to `image_embeds` float32 [B, D].
+
+    With `dial`, here and below, `alpha` float32 [B, 1] is a second input: the weights are the base's and the adapter's.
+    """
+    return _of_images("image_encoder", ImageTower(base), "image_embeds", base.image_size, dial)
 
 
-def patch_graph(base: Base, way: str) -> Graph:
+def patch_graph(base: Base, way: str, dial: Adapter | None = None) -> Graph:
     """The graph of `patch_encoder`: `image` uint8 [B, S, S, 3] to `patch_embeds` float32 [B, g, g, D]."""
-    return _of_images("patch_encoder", PatchTower(base, way), "patch_embeds", base.image_size)
+    return _of_images("patch_encoder", PatchTower(base, way), "patch_embeds", base.image_size, dial)
 
 
-def text_graph(base: Base) -> Graph:
+def text_graph(base: Base, dial: Adapter | None = None) -> Graph:
     """The graph of `text_encoder`: `tokens` int32 [B, L] to `text_embeds` float32 [B, D]."""
     tower = TextTower(base)
     shape: dict[int, torch.export.Dim] = {0: _batch()}
@@ -100,12 +105,12 @@ def text_graph(base: Base) -> Graph:
         shape[1] = torch.export.Dim("length", min=1, max=length)
         length = min(9, length)
     example = torch.zeros(2, length, dtype=torch.int32, device="meta")
-    return _export("text_encoder", tower, example, ("tokens", "text_embeds"), shape)
+    return _export("text_encoder", tower, example, ("tokens", "text_embeds"), shape, dial)
 
 
-def _of_images(name: str, tower: ImageTower, output: str, size: int) -> Graph:
+def _of_images(name: str, tower: ImageTower, output: str, size: int, dial: Adapter | None) -> Graph:
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8, device="meta")
-    return _export(name, tower, example, ("image", output), {0: _batch()})
+    return _export(name, tower, example, ("image", output), {0: _batch()}, dial)
 
 
 def _batch() -> torch.export.Dim:
@@ -117,17 +122,22 @@ def _export(
     tower: nn.Module,
     example: Tensor,
     names: tuple[str, str],
-    shape: Mapping[int, torch.export.Dim],
+    shape: dict[int, torch.export.Dim],
+    dial: Adapter | None,
 ) -> Graph:
+    inputs = {names[0]: (example, shape)}
+    if dial is not None:
+        tower = DialTower(tower, dial)
+        inputs["alpha"] = torch.zeros(2, 1, device="meta"), {0: shape[0]}
     try:
         # `optimize=False`: its passes look at values, which a skeleton does not have; `_optimize` runs them safely.
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 skeleton(tower).eval(),
-                (example,),
-                input_names=[names[0]],
+                tuple(values for values, _ in inputs.values()),
+                input_names=list(inputs),
                 output_names=[names[1]],
-                dynamic_shapes=(dict(shape),),
+                dynamic_shapes=tuple(dims for _, dims in inputs.values()),
                 opset_version=OPSET,
                 dynamo=True,
                 optimize=False,
@@ -144,10 +154,10 @@ def _export(
         _optimize(model, values)
     for key in values:
         value = initializers.pop(key)
-        value.name = key.removeprefix(COPY)
+        value.name = name_in_base(key)
         initializers.add(value)
     _forget_origin(model)
-    return Graph(name, model, {key.removeprefix(COPY): buffer for key, buffer in tower.named_buffers()})
+    return Graph(name, model, {name_in_base(key): buffer for key, buffer in tower.named_buffers()})
 
 
 def _optimize(model: ir.Model, weights: list[str]) -> None:

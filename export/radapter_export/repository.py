@@ -194,6 +194,8 @@ def config(
     for tensor in (*parsed.input, *parsed.output):
         if tensor.name in dims and len(tensor.dims) == len(dims[tensor.name]):
             tensor.dims[:] = dims[tensor.name]
+    if model in ENCODERS and releases[-1].get("dynamic_alpha"):
+        parsed.input.add(name="alpha", data_type=model_config_pb2.TYPE_FP32, dims=[1])
     # By number, not "the latest K": what a killed export left, or half of a release, is never served.
     parsed.version_policy.specific.versions[:] = [release["version"] for release in releases]
     for release in releases:

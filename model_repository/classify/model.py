@@ -29,5 +29,6 @@ def _request(request: Any) -> ClassifyRequest:
         label_set=None if label_set is None else label_set.ravel(),
         templates=read(request, "templates"),
         top_k=None if top_k is None else top_k.ravel(),
+        alpha=read(request, "alpha"),
         cancelled=request.is_cancelled,
     )

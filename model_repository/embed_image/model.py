@@ -15,4 +15,5 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         images = [read(request, "image").ravel() for request in requests]
-        return answer(requests, lambda: self._task(images), lambda embeds: {"image_embeds": embeds})
+        alphas = [read(request, "alpha") for request in requests]
+        return answer(requests, lambda: self._task(images, alphas), lambda embeds: {"image_embeds": embeds})

@@ -17,4 +17,5 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         texts = [read(request, "text").ravel() for request in requests]
-        return answer(requests, lambda: self._task(texts), lambda embeds: {"text_embeds": embeds})
+        alphas = [read(request, "alpha") for request in requests]
+        return answer(requests, lambda: self._task(texts, alphas), lambda embeds: {"text_embeds": embeds})

@@ -37,6 +37,7 @@ def _request(request: Any) -> SegmentRequest:
         options={name: value[0].item() for name, value in given.items() if value is not None},
         proposals=read(request, "proposals"),
         proposal_scores=read(request, "proposal_scores"),
+        alpha=read(request, "alpha"),
         cancelled=request.is_cancelled,
     )
 

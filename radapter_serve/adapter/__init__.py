@@ -8,6 +8,7 @@ from radapter_serve.adapter.attach import Adapters, Form, attach, attach_adapter
 from radapter_serve.adapter.file import Adapter, Metadata, base_digest, load_adapter, save_adapter
 from radapter_serve.adapter.fold import fold
 from radapter_serve.adapter.sites import Site, find_sites
+from radapter_serve.adapter.soup import average_adapters
 
 __all__ = [
     "Adapter",
@@ -17,6 +18,7 @@ __all__ = [
     "Site",
     "attach",
     "attach_adapter",
+    "average_adapters",
     "base_digest",
     "find_sites",
     "fold",

@@ -67,6 +67,12 @@ class Adapter:
         """`sha256:` over names and fp32 values."""
         return _digest(self.tensors, self.tensors)
 
+    def layer(self, key: str) -> dict[str, Tensor]:
+        """The tensors of one layer: `full` [d, d], or `up` [d, r] and `down` [r, d]."""
+        if key in self.tensors:
+            return {"full": self.tensors[key]}
+        return {name: self.tensors[f"{key}.{name}"] for name in ("up", "down")}
+
     def matrix(self, key: str) -> Tensor:
         """F of one layer, fp32 [d, d]."""
         if key in self.tensors:

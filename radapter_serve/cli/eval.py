@@ -49,7 +49,8 @@ def evaluate(
         suite: YAML file of data sets; ready ones are in recipes/suites.
         adapter: folder of a run or adapter file; the newest run in ./runs if nothing else is to be judged.
         alpha: re-scalings from 0 (the base) to 1 (all that was learned); 0, the run's own and 1 if none is given. auto
-            chooses the best on validation data: the suite's sets with `split: validation`, else the run's own.
+            chooses the best on validation data: the suite's sets with `split: validation`, else the run's own. Of a
+            release or a server: one whose requests may bring it (radapter-export --alpha dynamic).
         merged: folder of a merged checkpoint, to be judged instead of a run.
         release: model repository, to be judged by ONNX Runtime instead of a run; PATH@N for release N, else the newest.
         url: a live server, to be judged instead of a run, such as grpc://localhost:8001.
@@ -66,7 +67,9 @@ def evaluate(
         device: of torch, such as cpu or cuda:1; a GPU if there is one.
     """
     given = [flag for flag, value in (("merged", merged), ("release", release), ("url", url)) if value]
-    of_a_run = {"adapter": adapter, "alpha": alpha, "finetuned": finetuned, "base": base, "pretrained": pretrained}
+    of_a_run: dict[str, Any] = {"adapter": adapter, "finetuned": finetuned, "base": base, "pretrained": pretrained}
+    if merged or "auto" in alpha:  # which release has which alpha is seen when it is read
+        of_a_run["alpha"] = alpha
     also = [flag for flag, value in of_a_run.items() if value]
     if len(given) > 1 or (given and also):
         flags = ", ".join(f"--{flag}" for flag in given + also)
@@ -99,9 +102,9 @@ def evaluate(
         if merged:
             embedder: Embedder = from_merged(merged, precision=precision, device=device)
         elif release:
-            embedder = ReleaseEmbedder(release)
+            embedder = ReleaseEmbedder(release, alphas)
         elif url:
-            embedder = ServerEmbedder(url)
+            embedder = ServerEmbedder(url, alphas)
         else:
             embedder = from_adapter(
                 path,

@@ -19,8 +19,9 @@ RUNS = Path("runs")
 
 def export(
     *,
-    alpha: Annotated[tuple[str, ...], tyro.conf.arg(metavar="A [A ...]")] = (),
-    adapter: str | None = None,
+    alpha: Annotated[tuple[str, ...], tyro.conf.arg(metavar="A [A ...]|dynamic|auto")] = (),
+    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    weights: Annotated[tuple[float, ...], tyro.conf.arg(metavar="W [W ...]")] = (),
     base: str | None = None,
     pretrained: str | None = None,
     model_repository: str = "model_repository",
@@ -28,13 +29,14 @@ def export(
     label_set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     templates: str | None = None,
     dense: Annotated[str | None, tyro.conf.arg(metavar="WAY")] = None,
-    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32",
+    precision: Literal["fp32", "fp16", "bf16", "int8"] | None = None,
     calibration: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None,
     validation: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None,
     max_drop: float = 0.5,
-    runtime: Literal["onnxruntime", "openvino"] = "onnxruntime",
+    runtime: Literal["onnxruntime", "openvino"] | None = None,
     tolerance: float | None = None,
-    max_batch_size: int = 64,
+    max_batch_size: int | None = None,
+    update: bool = False,
 ) -> None:
     """Fold an adapter into its base, export the towers, and check them against torch with the adapters attached.
 
@@ -43,8 +45,10 @@ def export(
 
     Args:
         alpha: re-scaling from 0 (the base) to 1 (all that was learned); the run's own if none is given; auto takes what
-            radapter-eval --alpha auto chose.
-        adapter: folder of a run or adapter file; the newest run in ./runs if none is given.
+            radapter-eval --alpha auto chose; dynamic makes one release that takes any alpha from each request.
+        adapter: folder of a run or adapter file; the newest run in ./runs if none is given. Given several times, the
+            average of these adapters of one base is exported.
+        weights: of the adapters in their average, one each, with sum 1; equal ones if none are given.
         base: open_clip model or local-dir:PATH; what the adapter was trained on if none is given.
         pretrained: open_clip tag or path of a checkpoint; what the adapter was trained on if none is given.
         model_repository: folder that radapter-serve serves; releases are added to it.
@@ -53,20 +57,27 @@ def export(
         templates: a file of prompt templates, a built-in set, or one template; the run's own if none is given.
         dense: how the patches of an image are embedded, for segmentation: naclip, clearclip, sclip or maskclip; none
             leaves patch_encoder out; the run's own if none is given.
-        precision: of the encoders' weights and matrix products. int8 is quantized as it runs, for CPUs; with
-            --calibration by fixed ranges, which TensorRT takes too.
+        precision: of the encoders' weights and matrix products; fp32 if none is given. int8 is quantized as it runs,
+            for CPUs; with --calibration by fixed ranges, which TensorRT takes too.
         calibration: about a hundred typical images for int8: a folder, csv:FILE or parquet:FILE.
         validation: data as of radapter-train --val-data, by which the encoders are compared with torch in the task's
             own metric; the run's own if none is given and the precision is not fp32; none for none.
         max_drop: points of that metric, in per cent, that the encoders may lose.
-        runtime: what runs the encoders in the server; they are checked with it.
+        runtime: what runs the encoders in the server; they are checked with it; onnxruntime if none is given.
         tolerance: largest difference from torch allowed in a component of the unit-length embeddings; the precision's
             own if none is given: 1e-4 in fp32.
-        max_batch_size: images or texts in one batch of the server.
+        max_batch_size: images or texts in one batch of the server; 64 if none is given.
+        update: put new weights into the graphs of the repository's newest release instead of exporting them again: of
+            another alpha, or of another adapter of the same layers; takes seconds.
     """
-    alphas = [None if value == "auto" else _number(value) for value in alpha]
+    dynamic = "dynamic" in alpha
+    if dynamic and len(alpha) > 1:
+        raise RAdapterError("--alpha dynamic stands alone: its one release takes any alpha from 0 to 1")
+    alphas = [] if dynamic else [None if value == "auto" else _number(value) for value in alpha]
     label_sets = _label_sets(label_set)
-    path = Path(adapter) if adapter else newest_run()
+    paths = [Path(path) for path in adapter] or [newest_run()]
+    if None in alphas and len(paths) > 1:
+        raise RAdapterError("--alpha auto was chosen for one adapter, not for an average; give a number, or dynamic")
     console = Console(stderr=True)
     with console.status("starting") as status:
         start = time.perf_counter()
@@ -74,9 +85,11 @@ def export(
         from radapter_serve.evaluation.choice import chosen_alpha
         from radapter_serve.evaluation.results import metric_name
 
+        numbers = [chosen_alpha(paths[0]) if value is None else value for value in alphas]
         releases = export_release(
-            path,
-            [chosen_alpha(path) if value is None else value for value in alphas] or None,
+            paths,
+            "dynamic" if dynamic else numbers or None,
+            weights=weights or None,
             base=base,
             pretrained=pretrained,
             model_repository=model_repository,
@@ -91,10 +104,12 @@ def export(
             runtime=runtime,
             tolerance=tolerance,
             max_batch_size=max_batch_size,
+            update=update,
             progress=status.update,
         )
     seconds = time.perf_counter() - start
-    table = Table(title=f"{path}: {len(releases)} release{'s' if len(releases) > 1 else ''} in {seconds:.0f} s")
+    names = ", ".join(map(str, paths))
+    table = Table(title=f"{names}: {len(releases)} release{'s' if len(releases) > 1 else ''} in {seconds:.0f} s")
     for column in ("release", "alpha", "precision", "graph", "MB", "max error", "1 - cosine", "seconds"):
         table.add_column(column, justify="left" if column == "graph" else "right")
     for release in releases:
@@ -102,8 +117,8 @@ def export(
             agreement = graph.agreement
             table.add_row(
                 str(release.version),
-                f"{release.alpha:g}",
-                precision,
+                f"{release.alpha:g}{' (dynamic)' if dynamic else ''}",
+                str(release.facts["precision"]),
                 graph.name,
                 f"{graph.size / 1e6:.1f}",
                 f"{agreement.max_error:.1e}",
@@ -119,7 +134,7 @@ def export(
                 f"{found.release:.2f} %, torch {found.torch:.2f} %",
                 soft_wrap=True,
             )
-    if precision != "fp32" and validation is None and not releases[-1].accuracy:
+    if releases[-1].facts["precision"] != "fp32" and validation is None and not releases[-1].accuracy:
         out.print(
             "No task accuracy was measured: the run has no validation data here; give some with --validation DATA"
         )
@@ -158,7 +173,9 @@ def _number(value: str) -> float:
     try:
         return float(value)
     except ValueError:
-        raise RAdapterError(f"alpha is {value!r}; allowed: a number from 0 to 1, such as 0.5, or auto") from None
+        raise RAdapterError(
+            f"alpha is {value!r}; allowed: a number from 0 to 1, such as 0.5, auto or dynamic"
+        ) from None
 
 
 def main(argv: list[str] | None = None) -> int:

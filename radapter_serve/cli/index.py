@@ -24,6 +24,7 @@ def build(
     out: Path,
     model_repository: str = "model_repository",
     url: str | None = None,
+    alpha: float | None = None,
     image_column: str = "image",
     thumbnails: int = 128,
     on_broken: Literal["refuse", "skip"] = "refuse",
@@ -36,6 +37,8 @@ def build(
         out: folder of the index, such as indexes/photos; radapter-serve serves what is in ./indexes.
         model_repository: whose newest release embeds; DIR@N for release N.
         url: a live server that embeds instead, such as grpc://localhost:8001.
+        alpha: re-scaling from 0 to 1 of images and, later, queries, of a release that takes any (radapter-export
+            --alpha dynamic); the release's own if none is given.
         image_column: column of a table that holds the paths; the others become metadata.
         thumbnails: longer side in px at most; 0 for none.
         on_broken: an image that can't be read stops the build, or is skipped and named in OUT/broken.txt.
@@ -44,6 +47,8 @@ def build(
     from radapter_serve.serving.indexing import build
 
     with _release(model_repository, url) as release, _progress("embedding") as progress:
+        if alpha is not None:
+            release.dial(alpha)
         summary = build(
             source,
             out,
@@ -135,7 +140,7 @@ def verify(out: tyro.conf.Positional[Path]) -> int:
             if len(ids) > _NAMED:
                 print(f"  ... and {len(ids) - _NAMED} more")
     if found.ok:
-        print("the index and the files agree")
+        print(f"the index, at alpha {found.alpha:g}, and the files agree")
     return 0 if found.ok else 1
 
 

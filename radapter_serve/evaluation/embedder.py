@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats
+from radapter_serve.serving.dial import facts_at
 from radapter_serve.serving.preprocess import decode
 from radapter_serve.serving.segment import Segmenter, SegmentOptions
 
@@ -126,6 +127,16 @@ def exported_way(facts: Mapping[str, Any], dense: str | None) -> str:
     has = f"has dense {own}" if own else "has no patch_encoder"
     wanted = dense or "naclip"
     raise NoSuchWay(f"release {facts.get('version')} {has}; export one with radapter-export --dense {wanted}")
+
+
+def release_variants(source: str, release: Mapping[str, Any], alphas: Sequence[float]) -> Sequence[Variant]:
+    """The models of a release: itself, or itself at each of several α, which only one whose α is an input has.
+
+    Raises:
+        RAdapterError: it does not have one of these α.
+    """
+    facts = release_facts(release)
+    return [Variant(source, facts_at(release, alpha)["alpha"], facts) for alpha in alphas or (release["alpha"],)]
 
 
 def release_facts(release: Mapping[str, Any]) -> dict[str, Any]:

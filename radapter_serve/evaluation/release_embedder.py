@@ -11,7 +11,7 @@ from radapter_serve.evaluation.embedder import (
     SegmentQuery,
     Variant,
     exported_way,
-    release_facts,
+    release_variants,
     segment_here,
 )
 from radapter_serve.evaluation.judged import class_embeds
@@ -25,20 +25,22 @@ class ReleaseEmbedder:
 
     Args:
         repository: the model repository; `PATH@N` names a release, the newest otherwise.
+        alphas: re-scalings in [0, 1] to judge; the release's own if none.
 
     Raises:
-        RAdapterError: no such release, or its runtime can't load it.
+        RAdapterError: no such release, one that lacks an α, or its runtime can't load it.
     """
 
-    def __init__(self, repository: str) -> None:
+    def __init__(self, repository: str, alphas: Sequence[float] = ()) -> None:
         self._release = LocalRelease(repository)
         facts = self._release.facts
         self.templates = list(facts["templates"])
         self.size = self._release.preprocess.size[0]
-        self.variants: Sequence[Variant] = [Variant("release", facts["alpha"], release_facts(facts))]
+        self.variants = release_variants("release", facts, alphas)
 
     def select(self, variant: Variant) -> None:
-        pass
+        assert variant.alpha is not None
+        self._release.dial(variant.alpha)
 
     def prepare(self, data: bytes) -> Any:
         return self._release.prepare(data)

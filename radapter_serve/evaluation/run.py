@@ -113,7 +113,7 @@ def choose_alpha(
 
 
 def draw(rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
-    """Draw what the rows of one call allow: `bars.png` always, `alpha.png` where there are several α.
+    """Draw what the rows of one call allow: `bars.png` always, `alpha.png` where there are several α of one source.
 
     Args:
         rows: from `judge_suite`.
@@ -132,11 +132,13 @@ def draw(rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
     unit = f"{metrics.pop()}, %" if len(metrics) == 1 else "%"
     pictures = [folder / "bars.png"]
     plot_bars(bars, pictures[0], title=title, unit=unit)
-    lines = {source: curve([r for r in rows if r["source"] == source]) for source in ("adapter", "wise-ft")}
-    if len(lines["adapter"]) > 1:
+    names = ("adapter", "release", "server", "wise-ft")
+    lines = {source: curve([r for r in rows if r["source"] == source]) for source in names}
+    line = next((lines[source] for source in names[:3] if len(lines[source]) > 1), None)
+    if line is not None:
         pictures.append(folder / "alpha.png")
         beside = {"WiSE-FT": lines["wise-ft"]} if lines["wise-ft"] else None
-        plot_alpha_curve(lines["adapter"], ids, ood, pictures[1], title=title, beside=beside, unit=unit)
+        plot_alpha_curve(line, ids, ood, pictures[1], title=title, beside=beside, unit=unit)
     return pictures
 
 

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from radapter_client import RAdapterClientError
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.embedder import SegmentImage, SegmentQuery, Variant, exported_way, release_facts
+from radapter_serve.evaluation.embedder import SegmentImage, SegmentQuery, Variant, exported_way, release_variants
 from radapter_serve.evaluation.metrics import Floats
+from radapter_serve.serving.dial import Dial
 from radapter_serve.serving.live import connect
 
 
@@ -20,33 +21,35 @@ class ServerEmbedder:
 
     Args:
         url: `grpc://HOST:PORT` or `http://HOST:PORT`.
+        alphas: re-scalings in [0, 1] to judge; the release's own if none.
 
     Raises:
-        RAdapterError: nobody answers there.
+        RAdapterError: nobody answers there, or the release lacks an α.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, alphas: Sequence[float] = ()) -> None:
         self._client, release = connect(url)
         self._facts = release.facts
         self.templates = release.templates
         self.size = int(release.facts["preprocess"]["size"])
-        self.variants: Sequence[Variant] = [Variant("server", release.alpha, release_facts(release.facts))]
+        self.variants = release_variants("server", release.facts, alphas)
+        self._alpha: float | None = None
 
     def select(self, variant: Variant) -> None:
-        pass
+        self._alpha = Dial(self._facts).one(variant.alpha)
 
     def prepare(self, data: bytes) -> Any:
         return data
 
     def embed_images(self, items: Sequence[Any]) -> Floats:
         try:
-            return np.asarray(self._client.embed_images(list(items)), np.float32)
+            return np.asarray(self._client.embed_images(list(items), alpha=self._alpha), np.float32)
         except RAdapterClientError as error:
             raise RAdapterError(f"the server failed: {error}") from error
 
     def embed_texts(self, texts: Sequence[str]) -> Floats:
         try:
-            return np.asarray(self._client.embed_texts(list(texts)), np.float32)
+            return np.asarray(self._client.embed_texts(list(texts), alpha=self._alpha), np.float32)
         except RAdapterClientError as error:
             raise RAdapterError(f"the server failed: {error}") from error
 
@@ -65,6 +68,7 @@ class ServerEmbedder:
                     data,
                     list(query.labels),
                     templates=list(query.templates),
+                    alpha=self._alpha,
                     threshold=options.threshold,
                     proposals=masks,
                     **windows,

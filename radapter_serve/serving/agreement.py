@@ -6,18 +6,18 @@ graph in another way, or makes an engine of it, can check that the numbers are s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.dial import Alpha, Encode
 
 SAMPLES = "samples.npz"
-
-Encode = Callable[[NDArray[np.generic]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,23 @@ class Samples:
     Attributes:
         inputs: uint8 [B, S, S, 3] or int32 [B, L] each.
         references: float32 [B, D] of unit length each; [B, g, g, D] of `patch_encoder`.
+        alphas: float32 [B, 1] each, where α is an input too; else none.
     """
 
     inputs: Sequence[NDArray[np.generic]]
     references: Sequence[NDArray[np.float32]]
+    alphas: Sequence[Alpha] = ()
+
+    def batches(self) -> Iterator[tuple[list[NDArray[Any]], NDArray[np.float32]]]:
+        """What an encoder takes, one or two arrays, and what it shall give."""
+        for number, (values, reference) in enumerate(zip(self.inputs, self.references, strict=True)):
+            yield [values, *self.alphas[number : number + 1]], reference
 
     def save(self, folder: Path) -> None:
         """Write `samples.npz` beside a graph."""
         arrays: dict[str, NDArray[np.generic]] = {}
-        for number, (values, reference) in enumerate(zip(self.inputs, self.references, strict=True)):
-            arrays |= {f"input_{number}": values, f"reference_{number}": reference}
+        for kind, batches in (("input", self.inputs), ("reference", self.references), ("alpha", self.alphas)):
+            arrays |= {f"{kind}_{number}": batch for number, batch in enumerate(batches)}
         np.savez(folder / SAMPLES, **arrays)  # type: ignore[arg-type]
 
     @classmethod
@@ -78,9 +85,7 @@ class Samples:
         """
         try:
             with np.load(folder / SAMPLES) as file:
-                count = len(file.files) // 2
-                kinds = ([file[f"{kind}_{number}"] for number in range(count)] for kind in ("input", "reference"))
-                return cls(*kinds)
+                return cls(*(_numbered(file, kind) for kind in ("input", "reference", "alpha")))
         except (OSError, ValueError, KeyError) as error:
             raise RAdapterError(
                 f"{folder / SAMPLES}: {error}; export the release again with radapter-export"
@@ -107,15 +112,17 @@ def compare(
         RAdapterError: the graph fails on a batch, gives NaN, another shape, or differs by more than is allowed.
     """
     max_error, least = 0.0, 1.0
-    for values, reference in zip(samples.inputs, samples.references, strict=True):
+    for given, reference in samples.batches():
         try:
-            embeds = encoder(values)
+            embeds = encoder(*given)
         except Exception as error:
-            raise RAdapterError(f"{name} fails on a batch of shape {values.shape}: {error}") from error
+            raise RAdapterError(f"{name} fails on a batch of shape {given[0].shape}: {error}") from error
         if embeds.shape != reference.shape:
             raise RAdapterError(f"{name} gives {embeds.shape} where torch gives {reference.shape}; nothing was written")
         if not (np.isfinite(embeds).all() and np.isfinite(reference).all()):
-            raise RAdapterError(f"{name} gives values that are not finite at batch {len(values)}; nothing was written")
+            raise RAdapterError(
+                f"{name} gives values that are not finite at batch {len(reference)}; nothing was written"
+            )
         a, b = embeds.astype(np.float64), reference.astype(np.float64)
         cosine = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
         max_error = max(max_error, float(np.abs(a - b).max()))
@@ -128,3 +135,7 @@ def compare(
             f"--tolerance {max_error * 1.5:.0e}"
         )
     return Agreement(max_error, least)
+
+
+def _numbered(file: Any, kind: str) -> list[NDArray[Any]]:
+    return [file[f"{kind}_{number}"] for number in range(sum(name.startswith(f"{kind}_") for name in file.files))]

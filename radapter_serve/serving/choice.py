@@ -88,8 +88,11 @@ def measure(
             except RAdapterError as error:
                 reasons[runtime] = str(error)
         progress(f"measuring {encoder.name}")
-        values = Samples.load(encoder.folder / str(encoder.versions[-1])).inputs[-1]
-        seconds = {batch: _take_turns(runs, np.resize(values, (batch, *values.shape[1:]))) for batch in BATCHES}
+        *_, (values, _) = Samples.load(encoder.folder / str(encoder.versions[-1])).batches()
+        seconds = {
+            batch: _take_turns(runs, [np.resize(each, (batch, *each.shape[1:])) for each in values])
+            for batch in BATCHES
+        }
         for runtime in RUNTIMES:
             medians = {batch: seconds[batch][runtime] for batch in BATCHES} if runtime in runs else {}
             distance, why = distances.get(runtime, math.nan), reasons.get(runtime, "")
@@ -118,13 +121,13 @@ def _load(encoder: ServedEncoder, version: int, runtime: str, threads: int | Non
     return Encoder(encoder.file(version, runtime), runtime, precision=encoder.precision, threads=threads)
 
 
-def _take_turns(runs: Mapping[str, Encoder], values: NDArray[Any]) -> dict[str, float]:
+def _take_turns(runs: Mapping[str, Encoder], values: Sequence[NDArray[Any]]) -> dict[str, float]:
     """Median seconds of each, after a warm-up."""
     times: dict[str, list[float]] = {runtime: [] for runtime in runs}
     for number in range(_ROUNDS + 1):
         for runtime, run in runs.items():
             start = time.perf_counter()
-            run(values)
+            run(*values)
             if number:
                 times[runtime].append(time.perf_counter() - start)
     return {runtime: statistics.median(taken) for runtime, taken in times.items()}

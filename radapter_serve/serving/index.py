@@ -184,9 +184,10 @@ def mismatch(folder: Path, facts: Mapping[str, Any], release: Mapping[str, Any])
         f"{one['architecture']} at alpha {one['alpha']:g}, release {one['version']}"
         for one in (facts["release"], release)
     )
+    at = f" --alpha {facts['release']['alpha']:g}" if release.get("dynamic_alpha") else ""
     return (
         f"the index {folder} is of another release ({made} then; this is {now}), so their embeddings can't be "
-        f"compared; build it again: {rebuild(folder, facts)}"
+        f"compared; build it again: {rebuild(folder, facts)}{at}"
     )
 
 

@@ -40,11 +40,14 @@ class Release(Protocol):
     """What embeds: a `LocalRelease`, or a server's.
 
     Attributes:
-        facts: its `release.json`.
+        facts: its `release.json`, with the α that it embeds at.
     """
 
     @property
     def facts(self) -> Mapping[str, Any]: ...
+
+    def dial(self, alpha: float) -> None:
+        """Embed at this α from now on; `facts` say so."""
 
     def prepare(self, data: bytes) -> Any:
         """From an image file to what `encode_images` takes; thread-safe, raises TaskError."""

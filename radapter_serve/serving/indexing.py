@@ -47,12 +47,14 @@ class Verification:
         changed: the file has other bytes now.
         new: in the source, not in the index.
         damaged: the embedding is not of unit length.
+        alpha: what the index was embedded at.
     """
 
     missing: list[str]
     changed: list[str]
     new: list[str]
     damaged: list[str]
+    alpha: float
 
     @property
     def ok(self) -> bool:
@@ -158,6 +160,8 @@ def add(
     read_facts(out)  # locking would make the folder
     with disk_errors(out), lock(out):
         facts = read_facts(out)
+        if release.facts.get("dynamic_alpha"):
+            release.dial(facts["release"]["alpha"])
         if facts["release_digest"] != release_digest(release.facts):
             raise RAdapterError(mismatch(out, facts, release.facts))
         root = Path(facts["root"])
@@ -200,7 +204,8 @@ def verify(out: Path, *, progress: Progress | None = None) -> Verification:
     with contextlib.suppress(RAdapterError):  # a source that is gone shows in `missing`
         collection = open_collection(index.facts["source"], image_column=index.facts["image_column"], root=root)
         new = [item.id for item in collection.items if item.id not in known and item.id not in broken]
-    return Verification(sorted(missing), sorted(changed), sorted(new), sorted(damaged))
+    alpha = float(index.facts["release"]["alpha"])
+    return Verification(sorted(missing), sorted(changed), sorted(new), sorted(damaged), alpha)
 
 
 def _schema(facts: Mapping[str, Any], columns: Mapping[str, Any]) -> pa.Schema:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from radapter_serve.serving.dial import Alpha
 from radapter_serve.serving.errors import INVALID_ARGUMENT, NO_LABELS, UNKNOWN_LABEL_SET, TaskError
 from radapter_serve.serving.labels import LabelEmbedder, LabelSet, check_prompts
 
@@ -17,21 +19,23 @@ class LabelSource:
     """The label sets of requests.
 
     Args:
-        templates: the release's prompt templates, for requests that bring none.
+        release: the release's facts; its prompt templates are for requests that bring none.
         embed_labels: embeds the labels that a request brings.
-        label_sets: the release's label sets by name.
+        label_sets: the release's label sets by name, at its own α.
     """
 
     def __init__(
-        self, templates: Sequence[str], embed_labels: LabelEmbedder, label_sets: Mapping[str, LabelSet]
+        self, release: Mapping[str, Any], embed_labels: LabelEmbedder, label_sets: Mapping[str, LabelSet]
     ) -> None:
-        self._templates, self._embed_labels, self._label_sets = tuple(templates), embed_labels, label_sets
+        self._templates, self._alpha = tuple(release["templates"]), np.float32(release["alpha"])
+        self._embed_labels, self._label_sets = embed_labels, label_sets
 
     def __call__(
         self,
         labels: Sequence[Texts] | None,
         label_set: Texts | None,
         templates: Sequence[Texts] | None,
+        alpha: Alpha | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> list[LabelSet]:
         """The label set of each image of a request; the arguments have one entry per image.
@@ -40,35 +44,44 @@ class LabelSource:
             labels: labels of each image, or None.
             label_set: name of a label set for each image, or None.
             templates: prompt templates for `labels`, or None for the release's.
+            alpha: of each image, from `Dial`.
             cancelled: asked between batches of prompts.
 
         Raises:
             TaskError: neither labels nor a label set, or both; an unknown label set; bad labels or templates.
         """
+        alphas: Iterable[float | None] = itertools.repeat(None) if alpha is None else alpha.ravel().tolist()
         if label_set is not None:
             if labels is not None or templates is not None:
                 raise TaskError(INVALID_ARGUMENT, "give labels (with templates, if you like) or label_set, not both")
-            return [self._named(name) for name in label_set]
+            return [self._named(name, own, cancelled) for name, own in zip(label_set, alphas, strict=False)]
         if labels is None:
             raise TaskError(NO_LABELS, f"give labels, or a label_set of this release: {self._known()}")
         own: Sequence[Sequence[Any]] = [self._templates] * len(labels) if templates is None else templates
-        lists: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+        lists: list[tuple[tuple[str, ...], tuple[str, ...], float | None]] = []
         last: Any = None
-        for row in zip(labels, own, strict=True):
+        row: Any
+        for row in zip(labels, own, alphas, strict=False):
             # Mostly all images of a request bring the same list.
             if last is None or not all(map(np.array_equal, row, last)):
-                found, last = (strings(*row[0]), strings(*row[1])), row
+                found, last = (strings(*row[0]), strings(*row[1]), row[2]), row
             lists.append(found)
-        unique = {id(pair): pair for pair in lists}
-        check_prompts(unique.values())
-        embedded = {key: self._embed_labels(*pair, cancelled=cancelled) for key, pair in unique.items()}
-        return [embedded[id(pair)] for pair in lists]
+        unique = {id(one): one for one in lists}
+        check_prompts((texts, prompts) for texts, prompts, _ in unique.values())
+        embedded = {
+            key: self._embed_labels(texts, prompts, alpha=at, cancelled=cancelled)
+            for key, (texts, prompts, at) in unique.items()
+        }
+        return [embedded[id(one)] for one in lists]
 
-    def _named(self, name: bytes) -> LabelSet:
+    def _named(self, name: bytes, alpha: float | None, cancelled: Callable[[], bool] | None) -> LabelSet:
         text = name.decode("utf-8", "replace")
         if text not in self._label_sets:
             raise TaskError(UNKNOWN_LABEL_SET, f"no label set {text!r} in this release; there are: {self._known()}")
-        return self._label_sets[text]
+        found = self._label_sets[text]
+        if alpha is None or alpha == self._alpha:
+            return found
+        return self._embed_labels(found.lines, found.templates, alpha=alpha, cancelled=cancelled)
 
     def _known(self) -> str:
         return ", ".join(sorted(self._label_sets)) or "none (radapter-export --label-set NAME=FILE makes one)"

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.dial import Alpha, Encode, at
 from radapter_serve.serving.errors import CANCELLED, INVALID_ARGUMENT, NO_LABELS, TaskError
 from radapter_serve.serving.tokenizer import Tokenizer
 
@@ -23,7 +24,7 @@ MAX_TEXT_LENGTH = 10_000
 MAX_LABEL_LENGTH = 1_000  # of a label with its synonyms, and of a template
 MAX_PLACES = 4  # for the label in a template
 
-EncodeTokens = Callable[[NDArray[np.int32]], NDArray[np.float32]]
+_Prompts = tuple[float | None, bytes]  # α, and the digest of the templates
 
 
 def read_label_file(path: str | Path) -> list[str]:
@@ -80,6 +81,9 @@ def split_label(label: str) -> list[str]:
     return list(dict.fromkeys(name for name in map(str.strip, label.split(",")) if name))
 
 
+_TEXTS = ("labels", "lines", "templates")  # of a label set
+
+
 @dataclass(frozen=True)
 class LabelSet:
     """Classes and their text embeddings.
@@ -87,63 +91,75 @@ class LabelSet:
     Args:
         labels: names to show, C of them.
         embeds: float32 [C, D], unit length.
+        lines: the labels with their synonyms, and
+        templates: their prompt templates: what it takes to embed them again; none in files of earlier releases.
     """
 
     labels: tuple[str, ...]
     embeds: NDArray[np.float32]
+    lines: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
 
     def save(self, path: str | Path) -> None:
-        """Write `labels` and `embeds` as npz, in one piece or not at all."""
+        """Write all of it as npz, in one piece or not at all."""
         path = Path(path)
         temporary = path.with_name(path.name + ".tmp")
+        texts = {name: np.array(getattr(self, name), dtype=np.str_) for name in _TEXTS}
         with temporary.open("wb") as file:
-            np.savez(file, labels=np.array(self.labels, dtype=np.str_), embeds=np.asarray(self.embeds, np.float32))
+            np.savez(file, embeds=np.asarray(self.embeds, np.float32), **texts)  # type: ignore[arg-type]
         temporary.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> LabelSet:
         """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as file:
-            return cls(tuple(file["labels"].tolist()), np.ascontiguousarray(file["embeds"], np.float32))
+            texts = {name: tuple(file[name].tolist()) for name in _TEXTS if name in file.files}
+            return cls(embeds=np.ascontiguousarray(file["embeds"], np.float32), **texts)
 
 
 class LabelEmbedder:
-    """Text embeddings of labels: computed once per (templates, label), kept in a bounded cache.
+    """Text embeddings of labels: computed once per (α, templates, label), kept in a bounded cache.
 
     One embedder belongs to one release, so the release is no part of the key.
 
     Args:
         tokenizer: the release's tokenizer.
-        encode_tokens: int32 [B, L] -> float32 [B, D] of unit length.
+        encode_tokens: int32 [B, L], with α where that is an input, -> float32 [B, D] of unit length.
         max_batch_size: rows that `encode_tokens` takes at most.
         cache_size: number of labels whose embeddings are kept; the least recently used go first.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, encode_tokens: EncodeTokens, *, max_batch_size: int = 64, cache_size: int = 20_000
+        self, tokenizer: Tokenizer, encode_tokens: Encode, *, max_batch_size: int = 64, cache_size: int = 20_000
     ) -> None:
         self._tokenizer, self._encode, self._max_batch_size = tokenizer, encode_tokens, max_batch_size
         # Templates by their digest, and labels have a greatest length: so the size bounds the bytes, too.
-        self._cache: OrderedDict[tuple[bytes, str], NDArray[np.float32]] = OrderedDict()
+        self._cache: OrderedDict[tuple[_Prompts, str], NDArray[np.float32]] = OrderedDict()
         self._cache_size = cache_size
         # Callers mostly send the same list again; this saves them the walk through it.
-        self._sets: OrderedDict[tuple[bytes, tuple[str, ...]], LabelSet] = OrderedDict()
+        self._sets: OrderedDict[tuple[_Prompts, tuple[str, ...]], LabelSet] = OrderedDict()
         self._labels_in_sets = 0
 
     def __call__(
-        self, labels: Sequence[str], templates: Sequence[str], *, cancelled: Callable[[], bool] | None = None
+        self,
+        labels: Sequence[str],
+        templates: Sequence[str],
+        *,
+        alpha: float | None = None,
+        cancelled: Callable[[], bool] | None = None,
     ) -> LabelSet:
         """Embed labels: the mean over all prompts (names x templates) at unit length, made unit length again.
 
         Args:
             labels: each perhaps with synonyms after commas.
             templates: with `{}` for the label.
+            alpha: where that is an input of the encoder; else None.
             cancelled: asked between batches; where it says yes, nobody waits for the rest.
 
         Raises:
             TaskError: no labels, an empty, a repeated or too long a one, a template without `{}`; cancelled.
         """
-        key = hashlib.sha256(repr(tuple(templates)).encode()).digest(), tuple(labels)
+        key = (alpha, hashlib.sha256(repr(tuple(templates)).encode()).digest()), tuple(labels)
         if (found := self._sets.get(key)) is not None:
             self._sets.move_to_end(key)
             return found
@@ -155,25 +171,33 @@ class LabelEmbedder:
         return label_set
 
     def _embed(
-        self, digest: bytes, templates: tuple[str, ...], labels: tuple[str, ...], cancelled: Callable[[], bool] | None
+        self,
+        prompts: _Prompts,
+        templates: tuple[str, ...],
+        labels: tuple[str, ...],
+        cancelled: Callable[[], bool] | None,
     ) -> LabelSet:
         names = check_labels(labels)
         check_templates(templates)
-        known = {label: self._cache.get((digest, label)) for label in labels}
+        known = {label: self._cache.get((prompts, label)) for label in labels}
         missing = {label: names[label] for label, embed in known.items() if embed is None}
-        new = self._compute(templates, missing, cancelled)
+        new = self._compute(at(self._encode, prompts[0]), templates, missing, cancelled)
         embeds = np.stack([new[label] if embed is None else embed for label, embed in known.items()])
         for label in labels:
             if label in new:
-                self._cache[digest, label] = new[label]
+                self._cache[prompts, label] = new[label]
             else:
-                self._cache.move_to_end((digest, label))
+                self._cache.move_to_end((prompts, label))
         while len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
-        return LabelSet(tuple(names[label][0] for label in labels), embeds)
+        return LabelSet(tuple(names[label][0] for label in labels), embeds, labels, templates)
 
     def _compute(
-        self, templates: tuple[str, ...], missing: dict[str, list[str]], cancelled: Callable[[], bool] | None
+        self,
+        encode: Encode,
+        templates: tuple[str, ...],
+        missing: dict[str, list[str]],
+        cancelled: Callable[[], bool] | None,
     ) -> dict[str, NDArray[np.float32]]:
         prompts = {
             label: [template.replace("{}", name) for name in names for template in templates]
@@ -181,18 +205,19 @@ class LabelEmbedder:
         }
         texts = list(dict.fromkeys(prompt for some in prompts.values() for prompt in some))
         where = {text: row for row, text in enumerate(texts)}
-        embeds = embed_texts(texts, self._tokenizer, self._encode, self._max_batch_size, cancelled)
+        embeds = embed_texts(texts, self._tokenizer, encode, self._max_batch_size, cancelled)
         return {label: _unit(embeds[[where[text] for text in some]].mean(0)) for label, some in prompts.items()}
 
 
 def embed_texts(
     texts: Sequence[str],
     tokenizer: Tokenizer,
-    encode_tokens: EncodeTokens,
+    encode_tokens: Encode,
     max_batch_size: int,
     cancelled: Callable[[], bool] | None = None,
+    alpha: Alpha | None = None,
 ) -> NDArray[np.float32]:
-    """Embed texts in batches of similar length, float32 [N, D] in the order of `texts`.
+    """Embed texts in batches of similar length, float32 [N, D] in the order of `texts`; `alpha` has the α of each.
 
     Raises:
         TaskError: `cancelled`, asked before each batch but the first, said yes.
@@ -206,7 +231,8 @@ def embed_texts(
     for batch in batches:
         if embeds and cancelled is not None and cancelled():
             raise TaskError(CANCELLED, "the caller gave up")
-        embeds.append(encode_tokens(tokenizer.batch([rows[index] for index in batch])))
+        tokens = tokenizer.batch([rows[index] for index in batch])
+        embeds.append(encode_tokens(tokens) if alpha is None else encode_tokens(tokens, alpha[batch]))
     result = np.empty((len(rows), embeds[0].shape[1]), np.float32)
     result[order] = np.concatenate(embeds)
     return result

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from radapter_client import Client, RAdapterClientError, Release
 from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.dial import Dial, facts_at
 from radapter_serve.serving.preprocess import Preprocess, decode_pixels
 
 
@@ -37,11 +38,18 @@ class ServerRelease:
     Args:
         client: pinned to the release.
         facts: its `release.json`.
+
+    Attributes:
+        facts: these, with the α that it embeds at.
     """
 
     def __init__(self, client: Client, facts: Mapping[str, Any]) -> None:
-        self._client, self.facts = client, facts
+        self._client, self.facts = client, dict(facts)
         self._preprocess = Preprocess.from_dict(facts["preprocess"])
+
+    def dial(self, alpha: float) -> None:
+        """As `LocalRelease` does."""
+        self.facts = facts_at(self.facts, alpha)
 
     def prepare(self, data: bytes) -> NDArray[np.uint8]:
         """As `LocalRelease` does: the server leaves such an image as it is, and what is broken fails no batch."""
@@ -49,8 +57,8 @@ class ServerRelease:
 
     def encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
         """Prepared images to float32 [B, D] of unit length."""
-        return np.asarray(self._client.embed_images(list(images)), np.float32)
+        return np.asarray(self._client.embed_images(list(images), alpha=Dial(self.facts).one(None)), np.float32)
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Texts to float32 [N, D] of unit length."""
-        return np.asarray(self._client.embed_texts(texts), np.float32)
+        return np.asarray(self._client.embed_texts(texts, alpha=Dial(self.facts).one(None)), np.float32)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.dial import Dial, Encode, at, facts_at
 from radapter_serve.serving.encoder import Encoder
 from radapter_serve.serving.labels import embed_texts
 from radapter_serve.serving.preprocess import Preprocess, decode_pixels
@@ -33,6 +34,8 @@ _DECIDING = (
 
 def release_digest(facts: Mapping[str, Any]) -> str:
     """sha256 over what decides the embeddings: the same fold, exported again, has the same digest.
+
+    So has a release whose α is an input, at the fold's α.
 
     Args:
         facts: a release's `release.json`.
@@ -94,7 +97,7 @@ class LocalRelease:
         RAdapterError: no such release, or its runtime can't load it.
 
     Attributes:
-        facts: its `release.json`.
+        facts: its `release.json`, with the α that it embeds at.
         version: its number in the repository.
         preprocess: from an image to what `encode_images` takes.
     """
@@ -108,6 +111,14 @@ class LocalRelease:
         self._tokenizer = Tokenizer.load(folder / "tokenizer.json", self.facts["tokenizer"])
         self._images, self._texts = self._encoder("image_encoder"), self._encoder("text_encoder")
         self._rows = int(self.facts["max_batch_size"])
+
+    def dial(self, alpha: float) -> None:
+        """Embed at this α from now on.
+
+        Raises:
+            RAdapterError: the release does not have it.
+        """
+        self.facts = facts_at(self.facts, alpha)
 
     def prepare(self, data: bytes) -> NDArray[np.uint8]:
         """From the bytes of an image file to uint8 [S, S, 3]. Thread-safe.
@@ -133,14 +144,15 @@ class LocalRelease:
         encoder = self._encoder("patch_encoder")
         return lambda pixels: self._in_batches(encoder, pixels)
 
-    def _encoder(self, name: str) -> Callable[[NDArray[np.generic]], NDArray[np.float32]]:
+    def _encoder(self, name: str) -> Encode:
         runtime = self.facts.get("runtime", "onnxruntime")
         path = self._repository / name / str(self.version) / RUNTIMES[runtime].file
-        return Encoder(path, runtime, precision=self.facts["precision"])
+        encoder = Encoder(path, runtime, precision=self.facts["precision"])
+        return lambda values: at(encoder, Dial(self.facts).one(None))(values)
 
     def _in_batches(
         self,
-        encoder: Callable[[NDArray[np.generic]], NDArray[np.float32]],
+        encoder: Encode,
         pixels: NDArray[np.uint8] | Sequence[NDArray[np.uint8]],
     ) -> NDArray[np.float32]:
         starts = range(0, len(pixels), self._rows)

@@ -14,13 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.dial import Dial
 from radapter_serve.serving.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
 from radapter_serve.serving.index import FACTS, Index, mismatch
 from radapter_serve.serving.release import release_digest
 
 DEFAULT_TOP_K = 10
 
-Embed = Callable[[bytes], NDArray[np.float32]]  # a text (UTF-8) or an encoded image to its embedding, float32 [D]
+# A text (UTF-8) or an encoded image, with α where that is an input, to its embedding, float32 [D].
+Embed = Callable[..., NDArray[np.float32]]
 
 
 @dataclass
@@ -72,7 +74,7 @@ class Retrieve:
     """
 
     def __init__(self, release: Mapping[str, Any], indexes: Path, embed_text: Embed, embed_image: Embed) -> None:
-        self._release, self._digest = release, release_digest(release)
+        self._release, self._dial = release, Dial(release)
         self._folder, self._embed_text, self._embed_image = indexes, embed_text, embed_image
         self._open: dict[str, tuple[tuple[int, int, int], Index]] = {}
         self._lock = threading.Lock()
@@ -90,23 +92,27 @@ class Retrieve:
         where = None if request.where is None else _text(request.where, "where")
         top_k = DEFAULT_TOP_K if request.top_k is None else request.top_k
         index = self.index(name)
-        if request.text is not None:
-            embedding = self._embed_text(request.text)
-        else:
-            embedding = self._embed_image(request.image or b"")
         try:
-            hits = index.search(embedding, top_k, where, thumbnails=request.thumbnails)
+            hits = index.search(self._embedding(request, index), top_k, where, thumbnails=request.thumbnails)
         except TaskError:
             before, index = index, self.index(name)
             if index is before:
-                raise
-            hits = index.search(embedding, top_k, where, thumbnails=request.thumbnails)  # it was replaced meanwhile
+                raise  # else it was replaced meanwhile
+            hits = index.search(self._embedding(request, index), top_k, where, thumbnails=request.thumbnails)
         return Retrieved(
             _objects([hit.id for hit in hits]),
             np.array([hit.score for hit in hits], np.float32),
             _objects([json.dumps(hit.metadata, ensure_ascii=False) for hit in hits]),
             _objects([hit.thumbnail for hit in hits]) if request.thumbnails else None,
         )
+
+    def _embedding(self, request: RetrieveRequest, index: Index) -> NDArray[np.float32]:
+        """Of the query, at the index's α."""
+        alpha = self._dial(index.facts["release"]["alpha"], 1)
+        extra = [] if alpha is None else [alpha]
+        if request.text is not None:
+            return self._embed_text(request.text, *extra)
+        return self._embed_image(request.image or b"", *extra)
 
     def index(self, name: str) -> Index:
         """The index of that name as it is now, opened once for as long as it doesn't change.
@@ -131,7 +137,8 @@ class Retrieve:
                 except RAdapterError as error:
                     raise TaskError(UNKNOWN_INDEX, str(error)) from None
         index = found[1]
-        if index.facts["release_digest"] != self._digest:
+        at = {"alpha": index.facts["release"]["alpha"]} if self._dial.dynamic else {}
+        if index.facts["release_digest"] != release_digest({**self._release, **at}):
             raise TaskError(INDEX_MISMATCH, mismatch(folder, index.facts, self._release))
         return index
 

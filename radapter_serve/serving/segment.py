@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from radapter_serve.serving.dial import Encode
 from radapter_serve.serving.errors import CANCELLED, INVALID_ARGUMENT, NO_PATCH_ENCODER, TaskError
 from radapter_serve.serving.masks import MaskCrop
 from radapter_serve.serving.preprocess import Preprocess
 from radapter_serve.serving.refine import refine
-from radapter_serve.serving.tasks import EncodeImages
 from radapter_serve.serving.windows import BLOCK, Axis, upsampled, window_starts
 
-EncodePatches = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 Cancelled = Callable[[], bool]
 
 PATCH_SCALE = 40.0  # of the softmax over a pixel's cosines: SCLIP's (Wang et al., ECCV 2024); patches are less sure
@@ -97,8 +96,8 @@ class Segmenter:
 
     def __init__(
         self,
-        encode_patches: EncodePatches | None,
-        encode_images: EncodeImages | None,
+        encode_patches: Encode | None,
+        encode_images: Encode | None,
         preprocess: Preprocess,
         crop: MaskCrop,
         logit_scale: float,
@@ -110,7 +109,7 @@ class Segmenter:
 
     @classmethod
     def of_release(
-        cls, release: Mapping[str, Any], encode_patches: EncodePatches | None, encode_images: EncodeImages | None
+        cls, release: Mapping[str, Any], encode_patches: Encode | None, encode_images: Encode | None
     ) -> Segmenter:
         """With what a release's facts (`release.json`) say; releases before there was a crop get the usual one."""
         return cls(

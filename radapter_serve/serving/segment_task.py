@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from radapter_serve.serving.dial import Dial, Encode, at
 from radapter_serve.serving.errors import IMAGE_TOO_LARGE, INVALID_ARGUMENT, INVALID_IMAGE, TaskError
 from radapter_serve.serving.label_source import LabelSource
 from radapter_serve.serving.labels import LabelEmbedder, LabelSet
 from radapter_serve.serving.preprocess import decode
-from radapter_serve.serving.segment import EncodePatches, Segmented, Segmenter, SegmentOptions
-from radapter_serve.serving.tasks import EncodeImages
+from radapter_serve.serving.segment import Segmented, Segmenter, SegmentOptions
 
 BACKGROUND = "background"
 _DENSE_ONLY = ("short_side", "stride", "refine")
@@ -32,6 +32,7 @@ class SegmentRequest:
         options: those fields of `SegmentOptions` that the request gives.
         proposals: uint8 [N, H, W], or None for dense segmentation.
         proposal_scores: float32 [N, C], or None.
+        alpha: one, or None for the release's own.
         cancelled: whether the caller has given up; None where that is unknown.
     """
 
@@ -42,6 +43,7 @@ class SegmentRequest:
     options: Mapping[str, Any] | None = None
     proposals: NDArray[np.uint8] | None = None
     proposal_scores: NDArray[np.float32] | None = None
+    alpha: ArrayLike | None = None
     cancelled: Callable[[], bool] | None = None
 
 
@@ -59,8 +61,8 @@ class Segment:
 
     Args:
         release: the release's facts.
-        encode_images: uint8 [B, S, S, 3] -> float32 [B, D] of unit length.
-        encode_patches: uint8 [B, S, S, 3] -> float32 [B, g, g, D] of unit length, or None where the release has none.
+        encode_images: uint8 [B, S, S, 3], with α where that is an input, -> float32 [B, D] of unit length.
+        encode_patches: the same to float32 [B, g, g, D], or None where the release has none.
         embed_labels: embeds the labels a request brings.
         label_sets: the release's label sets by name.
     """
@@ -68,13 +70,13 @@ class Segment:
     def __init__(
         self,
         release: Mapping[str, Any],
-        encode_images: EncodeImages,
-        encode_patches: EncodePatches | None,
+        encode_images: Encode,
+        encode_patches: Encode | None,
         embed_labels: LabelEmbedder,
         label_sets: Mapping[str, LabelSet],
     ) -> None:
-        self._label_source = LabelSource(release["templates"], embed_labels, label_sets)
-        self._segmenter = Segmenter.of_release(release, encode_patches, encode_images)
+        self._label_source, self._dial = LabelSource(release, embed_labels, label_sets), Dial(release)
+        self._release, self._encode_images, self._encode_patches = release, encode_images, encode_patches
 
     def __call__(self, request: SegmentRequest) -> Segments:
         """Segment one image.
@@ -82,32 +84,41 @@ class Segment:
         Raises:
             TaskError: whatever is wrong with the request; labels are refused before the image is looked at.
         """
-        options = _options(request)
+        options, alpha = _options(request), self._dial(request.alpha, 1)
+        segmenter = self._segmenter(self._dial.one(request.alpha))
         if request.proposals is None:
-            self._segmenter.check_dense(options)
+            segmenter.check_dense(options)
         [label_set] = self._label_source(
             None if request.labels is None else [request.labels],
             None if request.label_set is None else [request.label_set],
             None if request.templates is None else [request.templates],
+            alpha,
             request.cancelled,
         )
-        segmented = self._segment(request, label_set.embeds, options)
+        segmented = _segment(segmenter, request, label_set.embeds, options)
         extra = () if options.threshold is None else (BACKGROUND,)
         return Segments(segmented.mask, label_set.labels + extra, segmented.scores)
 
-    def _segment(self, request: SegmentRequest, embeds: NDArray[np.float32], options: SegmentOptions) -> Segmented:
-        try:
-            image = decode(request.image)
-            if request.proposals is None:
-                return self._segmenter.dense(image, embeds, options, cancelled=request.cancelled)
-            masks, scores = request.proposals, request.proposal_scores
-            return self._segmenter.from_proposals(image, embeds, masks, scores, options, cancelled=request.cancelled)
-        except MemoryError:
-            raise TaskError(
-                IMAGE_TOO_LARGE, "the server has not enough memory for this image; send a smaller one"
-            ) from None
-        except (OSError, ValueError) as error:  # what Pillow says of modes that it cannot resize
-            raise TaskError(INVALID_IMAGE, f"the image cannot be segmented ({error})") from None
+    def _segmenter(self, alpha: float | None) -> Segmenter:
+        patches = None if self._encode_patches is None else at(self._encode_patches, alpha)
+        return Segmenter.of_release(self._release, patches, at(self._encode_images, alpha))
+
+
+def _segment(
+    segmenter: Segmenter, request: SegmentRequest, embeds: NDArray[np.float32], options: SegmentOptions
+) -> Segmented:
+    try:
+        image = decode(request.image)
+        if request.proposals is None:
+            return segmenter.dense(image, embeds, options, cancelled=request.cancelled)
+        masks, scores = request.proposals, request.proposal_scores
+        return segmenter.from_proposals(image, embeds, masks, scores, options, cancelled=request.cancelled)
+    except MemoryError:
+        raise TaskError(
+            IMAGE_TOO_LARGE, "the server has not enough memory for this image; send a smaller one"
+        ) from None
+    except (OSError, ValueError) as error:  # what Pillow says of modes that it cannot resize
+        raise TaskError(INVALID_IMAGE, f"the image cannot be segmented ({error})") from None
 
 
 def _options(request: SegmentRequest) -> SegmentOptions:

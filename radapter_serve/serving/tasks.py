@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from radapter_serve.serving.dial import Alpha, Dial, Encode
 from radapter_serve.serving.errors import INVALID_ARGUMENT, TaskError
 from radapter_serve.serving.label_source import LabelSource, strings
 from radapter_serve.serving.labels import (
-    EncodeTokens,
     LabelEmbedder,
     LabelSet,
     check_length,
@@ -23,7 +23,6 @@ from radapter_serve.serving.labels import (
 from radapter_serve.serving.preprocess import Preprocess, decode_into
 from radapter_serve.serving.tokenizer import Tokenizer
 
-EncodeImages = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 DEFAULT_TOP_K = 5
 
 
@@ -32,25 +31,31 @@ class EmbedImages:
 
     Args:
         release: the release's facts (`release.json`).
-        encode_images: uint8 [B, S, S, 3] -> float32 [B, D] of unit length, B at most the release's max_batch_size.
+        encode_images: uint8 [B, S, S, 3], with α where that is an input, -> float32 [B, D] of unit length; B at most
+            the release's max_batch_size.
         threads: how many images are decoded at once; Pillow gives the interpreter free while it works.
     """
 
-    def __init__(self, release: Mapping[str, Any], encode_images: EncodeImages, *, threads: int = 2) -> None:
-        self._preprocess = Preprocess.from_dict(release["preprocess"])
+    def __init__(self, release: Mapping[str, Any], encode_images: Encode, *, threads: int = 2) -> None:
+        self._preprocess, self._dial = Preprocess.from_dict(release["preprocess"]), Dial(release)
         self._encode, self._max_batch_size = encode_images, int(release["max_batch_size"])
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
 
-    def __call__(self, requests: Sequence[Sequence[bytes]]) -> list[NDArray[np.float32] | TaskError]:
+    def __call__(
+        self, requests: Sequence[Sequence[bytes]], alphas: Sequence[ArrayLike | None] | None = None
+    ) -> list[NDArray[np.float32] | TaskError]:
         """Embed the images of several requests in as few encoder calls as possible.
 
         Args:
             requests: the images of each request.
+            alphas: of each request what it brings: an α for each image, or None for the release's own.
 
         Returns:
-            For each request float32 [B, D], or the error of its first bad image; it does not touch its neighbours.
+            For each request float32 [B, D], or the error of its α or its first bad image; it does not touch its
+            neighbours.
         """
         images = [image for request in requests for image in request]
+        dials = _dials(self._dial, requests, alphas)
         pixels = np.empty((len(images), *self._preprocess.size, 3), np.uint8)
 
         def fill(index: int) -> TaskError | None:
@@ -67,21 +72,23 @@ class EmbedImages:
         bad = np.zeros(len(images), bool)
         results: list[Any] = []
         start = 0
-        for request in requests:
+        for request, alpha in zip(requests, dials, strict=True):
             rows = slice(start, start + len(request))
             start += len(request)
-            error = next(filter(None, errors[rows]), None)
+            error = alpha if isinstance(alpha, TaskError) else next(filter(None, errors[rows]), None)
             bad[rows] = error is not None
             results.append(np.arange(rows.start, rows.stop) if error is None else error)
         if bad.all():
             return results
         where = np.cumsum(~bad) - 1
-        embeds = self._encode_all(pixels[~bad] if bad.any() else pixels)
+        good = [alpha for alpha, result in zip(dials, results, strict=True) if not isinstance(result, TaskError)]
+        embeds = self._encode_all(pixels[~bad] if bad.any() else pixels, *_joined(good))
         return [result if isinstance(result, TaskError) else embeds[where[result]] for result in results]
 
-    def _encode_all(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def _encode_all(self, *rows: NDArray[Any]) -> NDArray[np.float32]:
         step = self._max_batch_size
-        parts = [self._encode(pixels[start : start + step]) for start in range(0, len(pixels), step)]
+        starts = range(0, len(rows[0]), step)
+        parts = [self._encode(*(each[start : start + step] for each in rows)) for start in starts]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -91,20 +98,34 @@ class EmbedTexts:
     Args:
         release: the release's facts.
         tokenizer: the release's tokenizer.
-        encode_tokens: int32 [B, L] -> float32 [B, D] of unit length.
+        encode_tokens: int32 [B, L], with α where that is an input, -> float32 [B, D] of unit length.
     """
 
-    def __init__(self, release: Mapping[str, Any], tokenizer: Tokenizer, encode_tokens: EncodeTokens) -> None:
-        self._tokenizer, self._encode = tokenizer, encode_tokens
+    def __init__(self, release: Mapping[str, Any], tokenizer: Tokenizer, encode_tokens: Encode) -> None:
+        self._tokenizer, self._encode, self._dial = tokenizer, encode_tokens, Dial(release)
         self._max_batch_size = int(release["max_batch_size"])
 
-    def __call__(self, requests: Sequence[Sequence[bytes]]) -> list[NDArray[np.float32] | TaskError]:
-        """Embed the texts (UTF-8) of several requests; for each float32 [B, D] or its error."""
-        texts: list[list[str] | TaskError] = [_caught(_texts, request) for request in requests]
-        unique = list(dict.fromkeys(text for some in texts if not isinstance(some, TaskError) for text in some))
-        embeds = embed_texts(unique, self._tokenizer, self._encode, self._max_batch_size)
-        where = {text: row for row, text in enumerate(unique)}
-        return [some if isinstance(some, TaskError) else embeds[[where[text] for text in some]] for some in texts]
+    def __call__(
+        self, requests: Sequence[Sequence[bytes]], alphas: Sequence[ArrayLike | None] | None = None
+    ) -> list[NDArray[np.float32] | TaskError]:
+        """Embed the texts (UTF-8) of several requests; for each float32 [B, D] or its error.
+
+        Args:
+            requests: the texts of each request.
+            alphas: as of `EmbedImages`.
+        """
+        wanted: list[Any] = []  # of each request, texts with the α of each, or its error
+        for request, alpha in zip(requests, _dials(self._dial, requests, alphas), strict=True):
+            texts = alpha if isinstance(alpha, TaskError) else _caught(_texts, request)
+            if not isinstance(texts, TaskError):
+                texts = list(zip(texts, [None] * len(texts) if alpha is None else alpha.ravel(), strict=True))
+            wanted.append(texts)
+        unique = list(dict.fromkeys(pair for some in wanted if not isinstance(some, TaskError) for pair in some))
+        rows = np.array([[alpha] for _, alpha in unique], np.float32) if self._dial.dynamic else None
+        names = [text for text, _ in unique]
+        embeds = embed_texts(names, self._tokenizer, self._encode, self._max_batch_size, alpha=rows)
+        where = {pair: row for row, pair in enumerate(unique)}
+        return [some if isinstance(some, TaskError) else embeds[[where[pair] for pair in some]] for some in wanted]
 
 
 @dataclass
@@ -117,6 +138,7 @@ class ClassifyRequest:
         label_set: name of a label set for each image, or None.
         templates: prompt templates for `labels`, or None for the release's.
         top_k: number of labels to give back, or None for 5.
+        alpha: of each image, or None for the release's own.
         cancelled: whether the caller has given up; None where that is unknown.
     """
 
@@ -125,6 +147,7 @@ class ClassifyRequest:
     label_set: Sequence[bytes] | None = None
     templates: Sequence[Sequence[bytes]] | None = None
     top_k: Sequence[int] | None = None
+    alpha: ArrayLike | None = None
     cancelled: Callable[[], bool] | None = None
 
 
@@ -154,7 +177,7 @@ class Classify:
         label_sets: Mapping[str, LabelSet],
     ) -> None:
         self._embed_images = embed_images
-        self._label_source = LabelSource(release["templates"], embed_labels, label_sets)
+        self._label_source, self._dial = LabelSource(release, embed_labels, label_sets), Dial(release)
         self._scale, self._bias = float(release["logit_scale"]), release.get("logit_bias")
 
     def __call__(self, requests: Sequence[ClassifyRequest]) -> list[Classes | TaskError]:
@@ -166,7 +189,8 @@ class Classify:
         plans = [_caught(self._plan, request) for request in requests]
         wanted = [index for index, plan in enumerate(plans) if not isinstance(plan, TaskError)]
         results: list[Any] = list(plans)
-        for index, embeds in zip(wanted, self._embed_images([requests[i].images for i in wanted]), strict=True):
+        images, alphas = [requests[i].images for i in wanted], [requests[i].alpha for i in wanted]
+        for index, embeds in zip(wanted, self._embed_images(images, alphas), strict=True):
             results[index] = embeds if isinstance(embeds, TaskError) else self._score(embeds, *plans[index])
         return results
 
@@ -175,7 +199,8 @@ class Classify:
         top_k = [DEFAULT_TOP_K] if request.top_k is None else [int(k) for k in request.top_k]
         if min(top_k) < 1 or len(set(top_k)) > 1:
             raise TaskError(INVALID_ARGUMENT, f"top_k is {top_k}; one whole number from 1 for all images of a request")
-        sets = self._label_source(request.labels, request.label_set, request.templates, request.cancelled)
+        alpha = self._dial(request.alpha, len(request.images))
+        sets = self._label_source(request.labels, request.label_set, request.templates, alpha, request.cancelled)
         return sets, min(top_k[0], *(len(label_set.labels) for label_set in sets))
 
     def _score(self, embeds: NDArray[np.float32], sets: list[LabelSet], k: int) -> Classes:
@@ -203,6 +228,18 @@ class Classify:
 def load_label_sets(folder: str | Path) -> dict[str, LabelSet]:
     """All `NAME.npz` of a folder by name; none if there is no such folder."""
     return {path.stem: LabelSet.load(path) for path in sorted(Path(folder).glob("*.npz"))}
+
+
+def _dials(dial: Dial, requests: Sequence[Sequence[bytes]], alphas: Sequence[ArrayLike | None] | None) -> list[Any]:
+    """The α of each request's rows, for the encoder, or its error."""
+    given = [None] * len(requests) if alphas is None else alphas
+    return [_caught(lambda one: dial(one[0], len(one[1])), one) for one in zip(given, requests, strict=True)]
+
+
+def _joined(alphas: Sequence[Alpha | None]) -> list[Alpha]:
+    """The α of several requests as the encoder's second argument; none where α is no input."""
+    known = [alpha for alpha in alphas if alpha is not None]
+    return [np.concatenate(known)] if known else []
 
 
 def _texts(request: Sequence[bytes]) -> list[str]:

@@ -219,3 +219,22 @@ def test_help_and_unknown_flags(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_status:
         main(["--no-such-flag", "1"])
     assert exit_status.value.code == 2
+
+
+def test_a_release_that_takes_any_alpha_is_swept(
+    here: Path, dial_tiny_clip: Path, exported_tiny_clip: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    dial, fixed = str(dial_tiny_clip), str(exported_tiny_clip / "model_repository")
+    assert main([*COMMON, "--release", dial, "--alpha", "0.3", "0.8"]) == 0
+    assert main([*COMMON, "--release", f"{fixed}@1", "--out", "fixed"]) == 0
+    assert main([*COMMON, "--release", f"{fixed}@2", "--alpha", "0.8", "--out", "fixed", "--resume"]) == 0
+    found, expected = rows(here / "results"), rows(here / "fixed")
+    assert [row["alpha"] for row in found] == [0.3, 0.8, 0.3, 0.8]
+    for row in expected:
+        [same] = [other for other in found if (other["dataset"], other["alpha"]) == (row["dataset"], row["alpha"])]
+        assert same["metrics"] == row["metrics"]
+    assert (here / "results" / "alpha.png").is_file() and not (here / "fixed" / "alpha.png").exists()
+    capfd.readouterr()
+    assert main([*COMMON, "--release", fixed, "--alpha", "0.5", "--out", "none"]) == 2
+    assert "exported at alpha 0.8; radapter-export --alpha dynamic" in capfd.readouterr().err
+    assert not (here / "none").exists()

@@ -102,3 +102,17 @@ def test_an_index_is_made_without_torch(place: Path) -> None:
         "sys.exit(status or any(name in sys.modules for name in ('torch', 'open_clip')))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_build_at_an_alpha(place: Path, dial_tiny_clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dial = ["--model-repository", str(dial_tiny_clip)]
+    assert main(["build", "photos", "--out", "indexes/photos", *dial, "--alpha", "0.8"]) == 0
+    assert main(["add", "--out", "indexes/photos", *dial]) == 0
+    assert main(["verify", "indexes/photos"]) == 0
+    assert "the index, at alpha 0.8, and the files agree" in capsys.readouterr().out
+    # It is the index that the release with this alpha folded in makes.
+    assert main(["add", "--out", "indexes/photos"]) == 0
+    capsys.readouterr()
+    assert main(["build", "photos", "--out", "indexes/other", "--alpha", "0.5"]) == 2
+    assert "exported at alpha 0.8; radapter-export --alpha dynamic" in capsys.readouterr().err
+    assert not Path("indexes/other").exists()

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from radapter_export import Release, export_release
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
-from radapter_serve.adapter import Adapter, save_adapter
+from radapter_serve.adapter import Adapter, load_adapter, save_adapter
 from radapter_serve.base import Base, load_base
 
 ALPHAS = (0.3, 0.8)
@@ -52,8 +53,8 @@ def export_once(adapter_path: Path, labels_path: Path, tmp_path_factory: pytest.
     graphs: list[Graph] = []
 
     def recorded(make: Callable[..., Graph]) -> Callable[..., Graph]:
-        def call(base: Base, *way: str) -> Graph:
-            graphs.append(make(base, *way))
+        def call(base: Base, *arguments: Any) -> Graph:
+            graphs.append(make(base, *arguments))
             return graphs[-1]
 
         return call
@@ -86,8 +87,20 @@ def graphs(export_once: Exported) -> dict[str, Graph]:
 
 
 @pytest.fixture
-def quick(graphs: dict[str, Graph], monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(graphs: dict[str, Graph], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare `export_release` of the tiny CLIP the seconds that torch's exporter takes: graphs hold no weights."""
-    monkeypatch.setattr("radapter_export.release.image_graph", lambda base: graphs["image_encoder"])
-    monkeypatch.setattr("radapter_export.release.patch_graph", lambda base, way: graphs["patch_encoder"])
-    monkeypatch.setattr("radapter_export.release.text_graph", lambda base: graphs["text_encoder"])
+
+    def known(name: str, dial: Adapter | None) -> Graph:
+        return graphs[name] if dial is None else request.getfixturevalue("dial_graphs")[name]
+
+    monkeypatch.setattr("radapter_export.release.image_graph", lambda base, dial: known("image_encoder", dial))
+    monkeypatch.setattr("radapter_export.release.patch_graph", lambda base, way, dial: known("patch_encoder", dial))
+    monkeypatch.setattr("radapter_export.release.text_graph", lambda base, dial: known("text_encoder", dial))
+
+
+@pytest.fixture(scope="session")
+def dial_graphs(tiny_base: Base, adapter_path: Path) -> dict[str, Graph]:
+    """The graphs of the tiny CLIP and its adapter, of full rank, with α as an input."""
+    adapter = load_adapter(adapter_path)
+    made = (image_graph(tiny_base, adapter), patch_graph(tiny_base, "naclip", adapter), text_graph(tiny_base, adapter))
+    return {graph.name: graph for graph in made}

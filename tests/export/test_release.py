@@ -200,7 +200,7 @@ def test_a_release_for_another_runtime_says_so_and_is_checked_with_it(
 ) -> None:
     used = []
     monkeypatch.setattr(
-        "radapter_export.release.Encoder",
+        "radapter_export.writer.Encoder",
         lambda path, runtime, **how: used.append(runtime) or Encoder(path, runtime, **how),
     )
     (made,) = export(runtime="openvino")

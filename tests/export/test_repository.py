@@ -38,7 +38,8 @@ def test_encoder_configs_have_the_shapes_of_the_graphs(exported: tuple[Path, lis
     shapes = {}
     for model in ("image_encoder", "patch_encoder", "text_encoder", "embed_image", "embed_text"):
         parsed = parse((exported[0] / "repository" / model / "config.pbtxt").read_text(encoding="utf-8"))
-        (source,), (result,) = parsed.input, parsed.output
+        (source, *optional), (result,) = parsed.input, parsed.output
+        assert [(each.name, each.optional) for each in optional] == ([("alpha", True)] if "embed_" in model else [])
         shapes[model] = (source.name, list(source.dims), result.name, list(result.dims))
     assert shapes == {
         "image_encoder": ("image", [32, 32, 3], "image_embeds", [32]),

@@ -159,4 +159,4 @@ def test_templates_are_not_kept(local):
     local.embed_labels(["cat"], templates)
     local.embed_labels(["cat"], templates)
     assert len(local.calls) == 1
-    assert all(isinstance(key, bytes) for key, _ in [*local.embed_labels._cache, *local.embed_labels._sets])
+    assert all(isinstance(digest, bytes) for (_, digest), _ in [*local.embed_labels._cache, *local.embed_labels._sets])

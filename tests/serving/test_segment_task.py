@@ -20,7 +20,7 @@ CATS = [b"cat, kitty", b"dog", b"bird"]
 
 def segmenter(local: Local) -> Segmenter:
     """Of the same encoders, without the task."""
-    made = local.segment._segmenter
+    made = local.segment._segmenter(None)
     size = (16, 16)
     return Segmenter(made._encode_patches, made._encode_images, Preprocess(size), MaskCrop(), 10.0, 64)
 

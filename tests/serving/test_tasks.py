@@ -105,7 +105,7 @@ def test_classify_is_the_softmax_of_scaled_cosines(local):
 
 
 def test_sigmoid_where_the_model_has_a_bias(local):
-    release = {"templates": ["a {}"], "logit_scale": 10.0, "logit_bias": -3.0}
+    release = {"alpha": 0.5, "templates": ["a {}"], "logit_scale": 10.0, "logit_bias": -3.0}
     classify = Classify(release, local.embed_images, local.embed_labels, {})
     [classes] = classify([ClassifyRequest([png(5)], [[b"cat", b"dog"]])])
     label_set, image = local.embed_labels(["cat", "dog"], ["a {}"]), local.embed_images([[png(5)]])[0][0]

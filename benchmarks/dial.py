@@ -1,0 +1,135 @@
+"""α as an input of the encoders against α folded in, and an update of a release against its export."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from common import RESULTS, Report, alternate, clocked, random_clip, ratio, say
+from towers import IMAGE, LONG, batch_of
+
+from radapter_export import export_release
+from radapter_export.graph import image_graph, text_graph
+from radapter_serve.adapter import Adapter, fold, load_adapter
+from radapter_serve.base import Base, load_base
+from radapter_serve.serving.encoder import Encoder
+
+FOLDED, FULL = "folded", "full rank"
+
+
+def low_rank(adapter: Adapter, rank: int) -> Adapter:
+    """Random values of another rank for the layers of an adapter."""
+    generator = torch.Generator().manual_seed(rank)
+    tensors = {}
+    for key, matrix in adapter.tensors.items():
+        for name, shape in (("up", (len(matrix), rank)), ("down", (rank, len(matrix)))):
+            tensors[f"{key}.{name}"] = torch.randn(shape, generator=generator) * 0.03
+    return Adapter(tensors, dataclasses.replace(adapter.metadata, rank=rank))
+
+
+def encoders(base: Base, adapter: Adapter, ranks: tuple[int, ...], folder: Path) -> dict[str, dict[str, Encoder]]:
+    """Of images and of texts: the adapter folded in, then adapters beside their layers."""
+    state = dict(base.model.state_dict())
+    dials = {FULL: adapter} | {f"rank {rank}": low_rank(adapter, rank) for rank in ranks}
+    found: dict[str, dict[str, Encoder]] = {}
+    for case, make in ((IMAGE, image_graph), (LONG, text_graph)):
+        say(f"exporting {case}")
+        make(base).save(fold(state, adapter, 0.5), folder / "model.onnx")
+        found[case] = {FOLDED: Encoder(folder / "model.onnx")}
+        for name, dial in dials.items():
+            make(base, dial).save({**state, **dial.tensors}, folder / "model.onnx")
+            found[case][name] = Encoder(folder / "model.onnx")
+    return found
+
+
+def overhead(
+    report: Report, base: Base, adapter: Adapter, ranks: tuple[int, ...], batches: tuple[int, ...], repeats: int
+) -> None:
+    """Add the table of times a batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        cases = encoders(base, adapter, ranks, Path(folder))
+    rows = []
+    for case, candidates in cases.items():
+        for size in batches:
+            values, alpha = batch_of(base, case, size), np.full((size, 1), 0.5, np.float32)
+            error = float(np.abs(candidates[FOLDED](values) - candidates[FULL](values, alpha)).max())
+            assert error < 1e-5, f"{case}, batch {size}: the dial differs from the fold by {error}"
+            say(f"{case}, batch {size}: {repeats} rounds")
+            times = alternate(
+                {
+                    name: clocked(partial(encoder, values, *([] if name == FOLDED else [alpha])))
+                    for name, encoder in candidates.items()
+                },
+                repeats,
+            )
+            cells = [f"{1e3 * statistics.median(times[FOLDED]):.1f}"]
+            for name in list(candidates)[1:]:
+                cells += [f"{1e3 * statistics.median(times[name]):.1f}", f"{ratio(times[name], times[FOLDED]):.2f}"]
+            rows.append([case, str(size), *cells])
+    columns = ["input", "batch", f"{FOLDED} ms"]
+    for number, name in enumerate(list(cases[IMAGE])[1:]):
+        columns += [f"{name} ms", "ratio" + " " * number]
+    report.table("A batch", columns, rows)
+    report.note("Ratios are to the fold, which has the speed of the base.")
+
+
+def update(report: Report, adapter: Path, repeats: int) -> None:
+    """Add the table of seconds of a release."""
+    seconds: dict[str, list[float]] = {"export": [], "update": []}
+    for number in range(repeats + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            where = {"model_repository": f"{folder}/repository", "merged": f"{folder}/merged"}
+            for name, alpha in (("export", 0.5), ("update", 0.7)):
+                say(f"round {number} of {repeats}: {name}")
+                start = time.perf_counter()
+                export_release(adapter, [alpha], update=name == "update", **where)
+                if number:
+                    seconds[name].append(time.perf_counter() - start)
+    rows = [
+        [name, f"{statistics.median(times):.1f}", f"{ratio(times, seconds['export']):.2f}"]
+        for name, times in seconds.items()
+    ]
+    report.table("A release, with its check against torch and its merged checkpoint", ["", "s", "ratio"], rows)
+
+
+@torch.no_grad()
+def main(
+    architecture: str = "ViT-B-32",
+    ranks: tuple[int, ...] = (16,),
+    batches: tuple[int, ...] = (1, 8, 32),
+    repeats: int = 9,
+    updates: int = 3,
+    out: Path = RESULTS,
+) -> None:
+    """Measure α as an input, and updates.
+
+    Args:
+        architecture: open_clip architecture, with random weights and adapters.
+        ranks: low ranks beside the full one.
+        batches: batch sizes.
+        repeats: rounds; in each a candidate runs for at least 0.3 s.
+        updates: rounds of an export and an update; a first one, to warm up, is not counted.
+        out: folder of the table.
+    """
+    report = Report(
+        "dial",
+        f"α as an input of the encoders of {architecture}",
+        "ONNX Runtime, fp32, from uint8 pixels or 77 token ids to unit-length embeddings; α is 0.5 in all rows. The "
+        "fold has α in its weights; the others compute y + α·F·y behind each adapted layer, F in full or as up·down.",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        name, adapter, _ = random_clip(architecture, Path(folder))
+        overhead(report, load_base(name), load_adapter(adapter), ranks, batches, repeats)
+        update(report, adapter, updates)
+    report.write(out)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,73 @@
+"""α as an input of a tower: each adapter stays beside its linear layer, and each row of a batch brings its own α."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from radapter_export.towers import COPY
+from radapter_serve.adapter import Adapter
+
+
+def name_in_base(name: str) -> str:
+    """What a tower's parameter or buffer, with a dial or without, is called in a state dict or an adapter file."""
+    return name.removeprefix("tower.").removeprefix(COPY).removesuffix(".full")
+
+
+class DialTower(nn.Module):
+    """A tower with a second input, `alpha` float32 [B, 1], in place of one α that is folded into its weights.
+
+    Args:
+        tower: of the base; its adapted layers are exchanged in place.
+        adapter: for the same base; only its names and shapes count here.
+    """
+
+    def __init__(self, tower: nn.Module, adapter: Adapter) -> None:
+        super().__init__()
+        self.tower = tower
+        self._alpha = _Alpha()
+        modules = dict(tower.named_modules())
+        for key in adapter.keys:
+            name = COPY + key
+            if isinstance(layer := modules.get(name), nn.Linear):
+                tower.set_submodule(name, DialledLinear(layer, adapter.layer(key), self._alpha))
+
+    def forward(self, values: Tensor, alpha: Tensor) -> Tensor:
+        """What the tower takes, and the α of each of its rows."""
+        self._alpha.rows = alpha
+        embeds: Tensor = self.tower(values)
+        return embeds
+
+
+class DialledLinear(nn.Module):
+    """`y + α·F·y` with `y = W·x + b`, which is what the fold at α computes: (W + α·F·W)·x + (b + α·F·b).
+
+    Args:
+        layer: gives W [d, k] and b [d].
+        adapter: `full` [d, d], or `up` [d, r] and `down` [r, d].
+        alpha: of the tower.
+    """
+
+    full: Tensor
+    up: Tensor
+    down: Tensor
+
+    def __init__(self, layer: nn.Linear, adapter: dict[str, Tensor], alpha: _Alpha) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        for name, tensor in adapter.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self._alpha = alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ..., k] to [B, ..., d]."""
+        y = F.linear(x, self.weight, self.bias)
+        change = F.linear(y, self.full) if hasattr(self, "full") else F.linear(F.linear(y, self.down), self.up)
+        alpha = self._alpha.rows.to(y.dtype).reshape(-1, *[1] * (y.ndim - 1))
+        return y + alpha * change
+
+
+class _Alpha:
+    """Where the layers find the α of the rows while their tower runs; an attribute of a module would be its state."""
+
+    rows: Tensor

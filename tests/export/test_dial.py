@@ -1,0 +1,196 @@
+"""α as an input of the graphs, against float64 math and against graphs with α folded in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from google.protobuf import text_format
+from onnx import load
+from safetensors.torch import load_file
+from torch import nn
+from tritonclient.grpc import model_config_pb2
+
+from radapter_export import Release, export_release
+from radapter_export.dial import DialTower
+from radapter_export.graph import Graph, image_graph, text_graph
+from radapter_serve.adapter import Adapter, Metadata, base_digest, fold, load_adapter
+from radapter_serve.base import Base
+from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.agreement import Samples, compare
+from radapter_serve.serving.encoder import Encoder
+
+ALPHAS = np.array([[0], [0.25], [0.5], [1], [0.8], [0.25], [0]], np.float32)
+
+
+def run(path: Path, values: np.ndarray, alpha: np.ndarray | None = None) -> np.ndarray:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+    assert names[1:] == ([] if alpha is None else ["alpha"])
+    (result,) = session.run(None, dict(zip(names, [values, alpha], strict=False)))
+    return result
+
+
+def inputs_of(name: str, base: Base) -> np.ndarray:
+    if name != "text_encoder":
+        return np.random.default_rng(0).integers(0, 256, (len(ALPHAS), 32, 32, 3), dtype=np.uint8)
+    texts = ["a cat", "hello", "", "many words " * 100, "a drawing of a dog, in the rain", "x y z", "7"]
+    return base.tokenizer(texts).numpy().astype(np.int32)
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_a_layer_computes_w_plus_alpha_f_w(rank: int | None) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 4)
+    f = {"full": torch.randn(4, 4)} if rank is None else {"up": torch.randn(4, rank), "down": torch.randn(rank, 4)}
+    tensors = {f"layer.{name}".removesuffix(".full"): tensor for name, tensor in f.items()}
+    model = nn.Sequential(OrderedDict(model=nn.Sequential(OrderedDict(layer=layer))))
+    tower = DialTower(model, Adapter(tensors, Metadata("x", "y", rank=rank)))
+    x, alpha = torch.randn(3, 7, 5), torch.tensor([[0.0], [0.3], [1.0]])
+    w, b = layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy()
+    matrix = (f["full"] if rank is None else f["up"].double() @ f["down"].double()).double().numpy()
+    for row, a in enumerate((0.0, 0.3, 1.0)):
+        expected = x[row].double().numpy() @ (w + a * matrix @ w).T + (b + a * matrix @ b)
+        np.testing.assert_allclose(tower(x, alpha)[row].detach().numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["image_encoder", "patch_encoder", "text_encoder"])
+def test_each_row_is_what_the_fold_at_its_alpha_gives(
+    name: str,
+    graphs: dict[str, Graph],
+    dial_graphs: dict[str, Graph],
+    tiny_base: Base,
+    adapter_path: Path,
+    tmp_path: Path,
+) -> None:
+    base, adapter, values = tiny_base.model.state_dict(), load_adapter(adapter_path), inputs_of(name, tiny_base)
+    dial_graphs[name].save({**base, **adapter.tensors}, tmp_path / "dial.onnx")
+    found = run(tmp_path / "dial.onnx", values, ALPHAS)
+    expected = np.empty_like(found)
+    for alpha in np.unique(ALPHAS):
+        rows = ALPHAS[:, 0] == alpha
+        graphs[name].save(fold(base, adapter, float(alpha)), tmp_path / "fixed.onnx")
+        expected[rows] = run(tmp_path / "fixed.onnx", values[rows])
+    np.testing.assert_allclose(found, expected, atol=3e-6)
+    assert np.abs(run(tmp_path / "dial.onnx", values, ALPHAS[::-1].copy()) - expected).max() > 1e-3
+    # Every weight keeps its name in the state dict or in the adapter file, so that it can be found again.
+    stored = {tensor.name for tensor in load(tmp_path / "dial.onnx").graph.initializer}
+    wanted = {key for key in adapter.tensors if key.startswith("visual.") == (name != "text_encoder")}
+    if name == "patch_encoder":  # naclip leaves out the last block's feed-forward layer
+        wanted.remove("visual.transformer.resblocks.1.mlp.c_proj")
+    assert stored & set(adapter.tensors) == wanted
+
+
+def test_low_rank_and_a_text_tower_that_is_not_adapted(
+    graphs: dict[str, Graph], tiny_base: Base, adapter_path: Path, tmp_path: Path
+) -> None:
+    base, generator = tiny_base.model.state_dict(), torch.Generator().manual_seed(5)
+    tensors = {
+        f"{key}.{name}": torch.randn(shape, generator=generator) * 0.1
+        for key in load_adapter(adapter_path).keys
+        if key.startswith("visual.")
+        for name, shape in (("up", (64, 4)), ("down", (4, 64)))
+    }
+    keys = {name.rpartition(".")[0] for name in tensors}
+    adapter = Adapter(tensors, Metadata("x", base_digest(base, keys), rank=4))
+    for make in (image_graph, text_graph):
+        graph = make(tiny_base, adapter)
+        graph.save({**base, **tensors}, tmp_path / "dial.onnx")
+        graphs[graph.name].save(fold(base, adapter, 0.25), tmp_path / "fixed.onnx")
+        values, alpha = inputs_of(graph.name, tiny_base), np.full((len(ALPHAS), 1), 0.25, np.float32)
+        found = run(tmp_path / "dial.onnx", values, alpha)
+        np.testing.assert_allclose(found, run(tmp_path / "fixed.onnx", values), atol=2e-6)
+
+
+@pytest.fixture(scope="module")
+def dial(
+    tiny_base: Base, adapter_path: Path, labels_path: Path, dial_graphs: dict[str, Graph], tmp_path_factory: Any
+) -> tuple[Path, Release]:
+    folder = tmp_path_factory.mktemp("dial")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("image", "patch", "text"):
+            graph = dial_graphs[f"{name}_encoder"]
+            patch.setattr(f"radapter_export.release.{name}_graph", lambda *_, graph=graph: graph)
+        [release] = export_release(
+            adapter_path,
+            "dynamic",
+            model_repository=folder / "repository",
+            merged=folder / "merged",
+            label_sets={"animals": labels_path},
+            dense="naclip",
+        )
+    return folder, release
+
+
+def test_release_says_that_alpha_is_an_input(dial: tuple[Path, Release], exported: tuple[Path, list[Release]]) -> None:
+    folder, release = dial
+    assert (release.alpha, release.facts["dynamic_alpha"]) == (0.5, True)
+    assert exported[1][0].facts["dynamic_alpha"] is False
+    for model in ("image_encoder", "patch_encoder", "text_encoder"):
+        text = (folder / "repository" / model / "config.pbtxt").read_text(encoding="utf-8")
+        _, alpha = text_format.Parse(text, model_config_pb2.ModelConfig()).input
+        assert (alpha.name, alpha.data_type, list(alpha.dims)) == ("alpha", model_config_pb2.TYPE_FP32, [1])
+        assert not alpha.optional
+
+
+def test_merged_is_the_fold_at_its_own_alpha(dial: tuple[Path, Release], adapter_path: Path, tiny_base: Base) -> None:
+    expected = fold(tiny_base.model.state_dict(), load_adapter(adapter_path), 0.5)
+    merged = load_file(dial[1].merged / "open_clip_model.safetensors")
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[key], expected[key]) for key in expected)
+
+
+def test_samples_hold_alphas_and_another_is_refused(dial: tuple[Path, Release]) -> None:
+    for name in ("image_encoder", "patch_encoder", "text_encoder"):
+        folder = dial[0] / "repository" / name / "1"
+        samples, encoder = Samples.load(folder), Encoder(folder / "model.onnx")
+        assert {float(alpha) for batch in samples.alphas for alpha in batch.ravel()} == {0.0, 0.25, 0.5, 1.0}
+        assert any(len(np.unique(batch)) > 2 for batch in samples.alphas)
+        assert compare(name, encoder, samples, 1e-5).max_error == dial[1].facts["agreement"][name]["max_error"]
+        other = dataclasses.replace(samples, alphas=[1 - batch for batch in samples.alphas])
+        with pytest.raises(RAdapterError, match=f"{name} differs from torch"):
+            compare(name, encoder, other, 1e-4)
+        with pytest.raises(RAdapterError, match="fails on a batch"):
+            compare(name, encoder, dataclasses.replace(samples, alphas=()), 1e-4)
+
+
+def test_label_set_keeps_what_embeds_it_again(dial: tuple[Path, Release]) -> None:
+    with np.load(dial[0] / "repository" / "classify" / "1" / "label_sets" / "animals.npz") as file:
+        assert file["lines"].tolist() == ["cat, kitty", "dog", "guinea pig"]
+        assert file["templates"].tolist() == ["a photo of a {}.", "a drawing of a {}."]
+
+
+def test_dynamic_stands_alone(adapter_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from radapter_serve.cli.export import main
+
+    assert main(["--adapter", str(adapter_path), "--alpha", "dynamic", "0.5"]) == 2
+    assert "--alpha dynamic stands alone" in capfd.readouterr().err
+
+
+def test_soup_is_exported_as_the_average(
+    quick: None, adapter_path: Path, random_adapter: Callable[..., Adapter], tiny_base: Base, tmp_path: Path
+) -> None:
+    from radapter_serve.adapter import save_adapter
+
+    save_adapter(random_adapter(scale=0.02), tmp_path / "other.safetensors")
+    paths = [adapter_path, tmp_path / "other.safetensors"]
+    [release] = export_release(
+        paths, [0.5], weights=[0.75, 0.25], model_repository=tmp_path / "repository", merged=tmp_path / "merged"
+    )
+    one, other = (load_adapter(path) for path in paths)
+    assert release.facts["adapters"] == [
+        {"digest": one.digest, "weight": 0.75},
+        {"digest": other.digest, "weight": 0.25},
+    ]
+    assert release.facts["adapter_digest"] not in (one.digest, other.digest)
+    base, merged = tiny_base.model.state_dict(), load_file(release.merged / "open_clip_model.safetensors")
+    folds = [fold(base, adapter, 0.5) for adapter in (one, other)]
+    for key, value in merged.items():
+        np.testing.assert_allclose(value, 0.75 * folds[0][key] + 0.25 * folds[1][key], atol=1e-5)

@@ -1,0 +1,172 @@
+"""A release that takes any α, served: each request's answer is that of the release with its α folded in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from asking import post
+from PIL import Image
+
+import radapter_client
+from radapter_client import Client
+from radapter_client.query import main as query
+from radapter_serve.evaluation.server_embedder import ServerEmbedder
+from radapter_serve.serving.indexing import build
+from radapter_serve.serving.labels import split_label
+from radapter_serve.serving.live import ServerRelease
+from radapter_serve.serving.release import LocalRelease
+from radapter_serve.serving.server import TritonServer, free_ports
+
+pytestmark = pytest.mark.triton
+
+LABELS = ["cat, kitty", "a dog in the SNOW", "don't know", "猫"]
+FIXED = {0.3: 1, 0.8: 2}  # α of the releases of `exported_tiny_clip`
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (33, 33, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def indexes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("indexes")
+
+
+@pytest.fixture(scope="module")
+def server(dial_tiny_clip: Path, indexes: Path) -> Iterator[TritonServer]:
+    with TritonServer(dial_tiny_clip, "127.0.0.1", *free_ports(), indexes=indexes) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: TritonServer) -> Iterator[Client]:
+    with Client(server.grpc_url, batch_size=3) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def fixed(exported_tiny_clip: Path) -> dict[float, LocalRelease]:
+    repository = exported_tiny_clip / "model_repository"
+    return {alpha: LocalRelease(f"{repository}@{version}") for alpha, version in FIXED.items()}
+
+
+def files(photos: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(photos.iterdir())]
+
+
+def scores(release: LocalRelease, image: bytes) -> dict[str, float]:
+    """By the formula, with the fixed release's embeddings."""
+    template = release.facts["templates"][0]
+    texts = [release.embed_texts([template.format(name) for name in split_label(line)]).mean(0) for line in LABELS]
+    labels = np.stack([text / np.linalg.norm(text) for text in texts])
+    logits = release.facts["logit_scale"] * labels @ release.encode_images([release.prepare(image)])[0]
+    shares = np.exp(logits - logits.max())
+    return dict(zip([split_label(line)[0] for line in LABELS], (shares / shares.sum()).tolist(), strict=True))
+
+
+def test_embeddings(client: Client, photos: Path, fixed: dict[float, LocalRelease]) -> None:
+    assert (client.release.alpha, client.release.dynamic_alpha) == (0.5, True)
+    for alpha, release in fixed.items():
+        pixels = [release.prepare(data) for data in files(photos)]
+        found = client.embed_images(files(photos), alpha=alpha)
+        np.testing.assert_allclose(found, release.encode_images(pixels), atol=1e-5)
+        found = client.embed_texts(["a cat", "two dogs"], alpha=alpha)
+        np.testing.assert_allclose(found, release.embed_texts(["a cat", "two dogs"]), atol=1e-5)
+    own = client.embed_texts(["a cat"])
+    np.testing.assert_array_equal(own, client.embed_texts(["a cat"], alpha=0.5))
+    assert np.abs(own - client.embed_texts(["a cat"], alpha=0)).max() > 1e-3
+
+
+def test_classify_at_many_alphas_at_once(client: Client, photos: Path, fixed: dict[float, LocalRelease]) -> None:
+    jobs = [(image, alpha, named) for image in files(photos)[:2] for alpha in FIXED for named in (True, False)] * 3
+
+    def call(job: tuple[bytes, float, bool]) -> dict[str, float]:
+        image, alpha, named = job
+        given = {"label_set": "four"} if named else {"labels": LABELS}
+        found = client.classify(image, alpha=alpha, **given)  # type: ignore[call-overload]
+        return dict(zip(found.labels, found.scores, strict=True))
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(call, jobs))
+    for (image, alpha, _), result in zip(jobs, results, strict=True):
+        assert result == pytest.approx(scores(fixed[alpha], image), rel=1e-3)
+
+
+def test_segment(client: Client, photos: Path, fixed: dict[float, LocalRelease]) -> None:
+    """A mask of the whole of a square image is that image."""
+    image = files(photos)[0]
+    for alpha, release in fixed.items():
+        expected = scores(release, image)
+        found = client.segment(image, LABELS, proposals=np.ones((1, 33, 33), bool), alpha=alpha)
+        best = found.labels[int(found.mask[0, 0])]
+        assert found.scores[found.labels.index(best)] == pytest.approx(max(expected.values()), rel=1e-3)
+
+
+def test_search_asks_at_the_alpha_of_the_index(
+    client: Client, photos: Path, indexes: Path, fixed: dict[float, LocalRelease]
+) -> None:
+    release = ServerRelease(client, client.release.facts)
+    release.dial(0.8)
+    build(str(photos), indexes / "photos", release)
+    hits = client.search("a cat", index="photos")
+    one = fixed[0.8]
+    for hit in hits:
+        image = one.encode_images([one.prepare((photos / hit.id).read_bytes())])[0]
+        assert hit.score == pytest.approx(float(image @ one.embed_texts(["a cat"])[0]), abs=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [1.5, -0.1, float("nan"), True, "0.5"])
+def test_alpha_out_of_range_is_not_sent(client: Client, alpha: float) -> None:
+    with pytest.raises(radapter_client.InvalidRequest, match=r"alpha is .*; allowed are numbers from 0 to 1"):
+        client.embed_texts(["a cat"], alpha=alpha)
+
+
+def test_json_and_the_servers_own_check(server: TritonServer, fixed: dict[float, LocalRelease]) -> None:
+    def body(alpha: float) -> dict[str, object]:
+        text = {"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": ["a cat"]}
+        return {"inputs": [text, {"name": "alpha", "shape": [1, 1], "datatype": "FP32", "data": [alpha]}]}
+
+    status, answer = post(server, "models/embed_text/infer", body(0.3))
+    assert status == 200
+    np.testing.assert_allclose(answer["outputs"][0]["data"], fixed[0.3].embed_texts(["a cat"])[0], atol=1e-5)
+    status, answer = post(server, "models/embed_text/infer", body(7))
+    assert status == 400 and "[invalid_argument] alpha is 7; allowed: 0" in answer["error"]
+
+
+def test_query(server: TritonServer, photos: Path, fixed: dict[float, LocalRelease], capfd, tmp_path: Path) -> None:
+    image = sorted(photos.iterdir())[0]
+    shared = ["--url", server.grpc_url, "--alpha", "0.3"]
+    assert query(["classify", str(image), "--label-set", "four", "--json", *shared]) == 0
+    found = json.loads(capfd.readouterr().out)
+    expected = scores(fixed[0.3], image.read_bytes())
+    assert dict(zip(found["labels"], found["scores"], strict=True)) == pytest.approx(expected, rel=1e-3)
+    assert query(["embed-text", "a cat", "--out", str(tmp_path / "x.npy"), *shared]) == 0
+    np.testing.assert_allclose(np.load(tmp_path / "x.npy"), fixed[0.3].embed_texts(["a cat"]), atol=1e-5)
+    assert query(["release", "--url", server.grpc_url]) == 0
+    assert "0.5, or any from 0 to 1 by request" in capfd.readouterr().out
+
+
+def test_a_sweep_over_the_server(server: TritonServer, photos: Path, fixed: dict[float, LocalRelease]) -> None:
+    embedder = ServerEmbedder(server.grpc_url, [0.3, 0.8])
+    try:
+        assert [variant.alpha for variant in embedder.variants] == [0.3, 0.8]
+        for variant in embedder.variants:
+            embedder.select(variant)
+            assert variant.alpha is not None
+            release = fixed[variant.alpha]
+            image = files(photos)[0]
+            expected = release.encode_images([release.prepare(image)])
+            np.testing.assert_allclose(embedder.embed_images([image]), expected, atol=1e-5)
+            np.testing.assert_allclose(embedder.embed_texts(["a cat"]), release.embed_texts(["a cat"]), atol=1e-5)
+    finally:
+        embedder.close()

@@ -1,0 +1,227 @@
+"""α of requests, without Triton: rows of an encoder that has it as an input, labels by α, indexes by α."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_release import SIZE, png
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.dial import Dial, at, facts_at
+from radapter_serve.serving.errors import TaskError
+from radapter_serve.serving.index import Index
+from radapter_serve.serving.indexing import add, build
+from radapter_serve.serving.labels import LabelEmbedder
+from radapter_serve.serving.release import LocalRelease, release_digest
+from radapter_serve.serving.retrieve import Retrieve, RetrieveRequest
+from radapter_serve.serving.segment_task import Segment, SegmentRequest
+from radapter_serve.serving.tasks import Classify, ClassifyRequest, EmbedImages, EmbedTexts
+
+FIXED = {"alpha": 0.3, "dynamic_alpha": False}
+DYNAMIC = {"alpha": 0.3, "dynamic_alpha": True}
+
+
+def test_rows() -> None:
+    dial = Dial(DYNAMIC)
+    np.testing.assert_array_equal(dial(None, 2), np.full((2, 1), 0.3, np.float32))
+    np.testing.assert_array_equal(dial(0.5, 2), [[0.5], [0.5]])
+    np.testing.assert_array_equal(dial(np.array([[0], [1]], np.float32), 2), [[0], [1]])
+    assert (dial.one(1), dial.one(None)) == (1.0, float(np.float32(0.3)))
+    for value in (None, 0.3, np.float32(0.3), np.full((2, 1), 0.3, np.float32)):
+        assert Dial(FIXED)(value, 2) is None
+        assert Dial({"alpha": 0.3})(value, 2) is None  # of a release that is older than this
+
+
+@pytest.mark.parametrize("facts", [FIXED, DYNAMIC])
+@pytest.mark.parametrize("value", [-0.1, 1.01, float("nan"), float("inf"), np.array([[0.3], [2]])])
+def test_what_is_no_alpha(facts: dict[str, Any], value: Any) -> None:
+    with pytest.raises(TaskError, match=r"^\[invalid_argument\] alpha is .*; allowed: 0 .* to 1"):
+        Dial(facts)(value, 2)
+
+
+def test_another_than_was_exported() -> None:
+    with pytest.raises(TaskError, match=r"alpha is 0.5, but .* exported at alpha 0.3; radapter-export --alpha dynamic"):
+        Dial(FIXED)([[0.3], [0.5]], 2)
+    with pytest.raises(RAdapterError, match=r"^alpha is 0.5, but"):
+        facts_at(FIXED, 0.5)
+
+
+@pytest.fixture
+def tasks(local: Any) -> Callable[..., Any]:
+    """Makes a task of the small release as if α were an input: an encoder turns its embeddings around by α."""
+    calls: list[list[float]] = []
+
+    def turned(encode: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+        def call(values: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+            assert alpha.shape == (len(values), 1) and alpha.dtype == np.float32
+            calls.append(alpha.ravel().tolist())
+            embeds = encode(values)
+            turn = alpha.reshape(-1, *[1] * (embeds.ndim - 1))
+            mixed = (1 - turn) * embeds + turn * np.roll(embeds, 1, -1)
+            return mixed / np.linalg.norm(mixed, axis=-1, keepdims=True)
+
+        return call
+
+    facts = {
+        **DYNAMIC,
+        "preprocess": {"size": SIZE, "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0},
+        "templates": ["a photo of a {}."],
+        "max_batch_size": 64,
+        "logit_scale": 10.0,
+    }
+    images, tokens = turned(local.embed_images._encode), turned(local.embed_texts._encode)
+    embed_images = EmbedImages(facts, images)
+    embed_labels = LabelEmbedder(local.embed_texts._tokenizer, tokens)
+    own = Dial(facts).one(None)
+    sets = {"colours": embed_labels(["red, scarlet", "blue"], ["a {}"], alpha=own)}
+
+    def make(kind: str) -> Any:
+        calls.clear()
+        made = {
+            "images": embed_images,
+            "texts": EmbedTexts(facts, local.embed_texts._tokenizer, tokens),
+            "classify": Classify(facts, embed_images, embed_labels, sets),
+            "segment": Segment(facts, images, turned(local.segment._encode_patches), embed_labels, sets),
+            "labels": embed_labels,
+            "calls": calls,
+        }
+        return made[kind]
+
+    return make
+
+
+@pytest.mark.parametrize(("kind", "one", "two"), [("images", png(0), png(1)), ("texts", b"a cat", b"a dog")])
+def test_requests_of_several_alphas_share_a_batch(tasks: Any, kind: str, one: bytes, two: bytes) -> None:
+    embed = tasks(kind)
+    alone = {a: embed([[one, two]], [np.full((2, 1), a, np.float32)])[0] for a in (0, 0.3, 1)}
+    assert np.abs(alone[0] - alone[1]).max() > 0.01
+    calls = tasks("calls")
+    given = [np.array([[0], [1]]), None, np.array([[2.0]]), np.array([[1.0]])]
+    found = embed([[one, two], [two], [one], [two]], given)
+    assert len(calls) == 1
+    np.testing.assert_allclose(found[0], [alone[0][0], alone[1][1]], atol=1e-6)
+    np.testing.assert_allclose(found[1], alone[0.3][1:], atol=1e-6)
+    assert isinstance(found[2], TaskError) and "alpha is 2" in str(found[2])
+    np.testing.assert_allclose(found[3], alone[1][1:], atol=1e-6)
+
+
+def test_labels_are_embedded_once_for_each_alpha(tasks: Any) -> None:
+    labels, calls = tasks("labels"), tasks("calls")
+    low, high = (labels(["cat", "dog"], ["a {}"], alpha=alpha) for alpha in (0.0, 1.0))
+    assert calls == [[0, 0], [1, 1]]
+    assert np.abs(low.embeds - high.embeds).max() > 0.01
+    assert labels(["cat", "dog"], ["a {}"], alpha=0.0) is low
+    np.testing.assert_array_equal(labels(["dog"], ["a {}"], alpha=1.0).embeds[0], high.embeds[1])
+    assert len(calls) == 2
+
+
+def test_classify_takes_images_and_labels_at_the_alpha_of_the_row(tasks: Any) -> None:
+    classify, calls = tasks("classify"), tasks("calls")
+    alpha = np.array([[0], [1]], np.float32)
+    [mixed] = classify([ClassifyRequest([png(0), png(0)], label_set=[b"colours"] * 2, alpha=alpha)])
+    for row, a in enumerate((0, 1)):
+        [alone] = classify([ClassifyRequest([png(0)], label_set=[b"colours"], alpha=np.array([[a]], np.float32))])
+        [named] = classify(
+            [ClassifyRequest([png(0)], [[b"red, scarlet", b"blue"]], templates=[[b"a {}"]], alpha=[[a]])]
+        )
+        for other in (alone, named):
+            assert other.labels[0].tolist() == mixed.labels[row].tolist()
+            np.testing.assert_allclose(other.scores[0], mixed.scores[row], rtol=1e-5)
+        image, texts = tasks("images")([[png(0)]], [[[a]]])[0][0], tasks("labels")
+        logits = 10 * texts(["red, scarlet", "blue"], ["a {}"], alpha=float(a)).embeds @ image
+        expected = np.exp(logits) / np.exp(logits).sum()
+        np.testing.assert_allclose(mixed.scores[row], np.sort(expected)[::-1], rtol=1e-5)
+    calls.clear()
+    classify([ClassifyRequest([png(0)], label_set=[b"colours"])])  # at its own: as it was exported
+    assert calls == [[pytest.approx(0.3)]]
+    [error] = classify([ClassifyRequest([png(0)], label_set=[b"colours"], alpha=[[float("nan")]])])
+    assert isinstance(error, TaskError) and error.code == "invalid_argument"
+
+
+def test_segment_takes_every_encoder_at_one_alpha(tasks: Any) -> None:
+    segment, calls = tasks("segment"), tasks("calls")
+    masks = np.full((1, 20, 30), 255, np.uint8)
+    found = []
+    for alpha in (0.0, 0.5):
+        calls.clear()
+        found.append(segment(SegmentRequest(png(3), label_set=b"colours", alpha=np.array([alpha], np.float32))))
+        segment(SegmentRequest(png(3), [b"a", b"b"], proposals=masks, alpha=[alpha]))
+        assert {one for call in calls for one in call} == {alpha} and len(calls) >= 3
+    assert np.abs(found[0].scores - found[1].scores).max() > 1e-4
+    with pytest.raises(TaskError, match="alpha is 3"):
+        segment(SegmentRequest(png(3), [b"a"], alpha=[3.0]))
+
+
+def test_at_binds_or_leaves_an_encoder() -> None:
+    def encode(values: np.ndarray, alpha: np.ndarray | None = None) -> Any:
+        return alpha
+
+    assert at(encode, None) is encode
+    np.testing.assert_array_equal(at(encode, 0.25)(np.zeros(3)), np.full((3, 1), 0.25, np.float32))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((40, 30), Image.Resampling.NEAREST).save(folder / f"{number}.png")
+    return folder
+
+
+def test_a_release_at_an_alpha_embeds_what_the_fold_embeds(
+    dial_tiny_clip: Path, exported_tiny_clip: Path, photos: Path
+) -> None:
+    release = LocalRelease(dial_tiny_clip)
+    pixels = [release.prepare(path.read_bytes()) for path in sorted(photos.iterdir())]
+    for version, alpha in ((1, 0.3), (2, 0.8)):
+        fixed = LocalRelease(f"{exported_tiny_clip / 'model_repository'}@{version}")
+        release.dial(alpha)
+        np.testing.assert_allclose(release.encode_images(pixels), fixed.encode_images(pixels), atol=3e-6)
+        np.testing.assert_allclose(release.embed_texts(["a cat"]), fixed.embed_texts(["a cat"]), atol=3e-6)
+        assert release_digest(release.facts) == release_digest(fixed.facts)
+        fixed.dial(alpha)
+        with pytest.raises(RAdapterError, match="--alpha dynamic"):
+            fixed.dial(0.5)
+    with pytest.raises(RAdapterError, match="alpha is 2; allowed"):
+        release.dial(2)
+
+
+def test_an_index_belongs_to_one_alpha(
+    dial_tiny_clip: Path, exported_tiny_clip: Path, photos: Path, tmp_path: Path
+) -> None:
+    release = LocalRelease(dial_tiny_clip)
+    release.dial(0.8)
+    build(str(photos), tmp_path / "indexes" / "photos", release)
+    facts = Index(tmp_path / "indexes" / "photos").facts
+    assert facts["release"]["alpha"] == 0.8
+    again = LocalRelease(dial_tiny_clip)
+    assert add(tmp_path / "indexes" / "photos", again).kept == 6
+    assert again.facts["alpha"] == 0.8
+
+    asked: list[float] = []
+
+    def embed_text(text: bytes, alpha: np.ndarray) -> np.ndarray:
+        asked.append(float(alpha[0, 0]))
+        again.dial(float(alpha[0, 0]))
+        return again.embed_texts([text.decode()])[0]
+
+    served = LocalRelease(dial_tiny_clip)  # its own alpha is 0.5
+    retrieve = Retrieve(served.facts, tmp_path / "indexes", embed_text, embed_text)
+    found = retrieve(RetrieveRequest(b"photos", b"a cat"))
+    assert asked == [pytest.approx(0.8)]
+    fixed = LocalRelease(f"{exported_tiny_clip / 'model_repository'}@2")
+    images = fixed.encode_images([fixed.prepare((photos / name).read_bytes()) for name in found.ids])
+    np.testing.assert_allclose(found.scores, images @ fixed.embed_texts(["a cat"])[0], atol=1e-5)
+    # A release with that alpha folded in can search it, too; one with another can't.
+    text = fixed.embed_texts(["a cat"])[0]
+    one = Retrieve(fixed.facts, tmp_path / "indexes", lambda _: text, lambda _: text)
+    assert one(RetrieveRequest(b"photos", b"a cat")).ids.tolist() == found.ids.tolist()
+    other = LocalRelease(f"{exported_tiny_clip / 'model_repository'}@1")
+    with pytest.raises(TaskError, match=r"index_mismatch.*at alpha 0.8.*this is .* at alpha 0.3"):
+        Retrieve(other.facts, tmp_path / "indexes", lambda _: text, lambda _: text).index("photos")
