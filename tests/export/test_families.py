@@ -58,3 +58,21 @@ def test_release_of_a_family_gives_what_open_clip_gives(family: str, tmp_path: P
         names |= {tensor.name for tensor in graph.initializer}
     unused = ("logit_", "text_decoder.", "num_batches_tracked")
     assert {key for key in weights if not any(part in key for part in unused)} <= names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_release_of_a_family_that_takes_any_alpha(family: str, tmp_path: Path) -> None:
+    name = make_base(family, tmp_path / "base")
+    save_adapter(random_adapter(name, partial=FAMILIES[family].partial), tmp_path / "adapter.safetensors")
+    (release,) = export_release(
+        tmp_path, "dynamic", model_repository=tmp_path / "repository", merged=tmp_path / "merged"
+    )
+    base = load_base(name)
+    base.model.load_state_dict(fold(base.model.state_dict(), load_adapter(tmp_path), 0.7))
+    tokens = Tokenizer.load(tmp_path / "repository/classify/1/tokenizer.json", release.facts["tokenizer"])(TEXTS)
+    alpha = np.full((len(TEXTS), 1), 0.7, np.float32)
+    found = Encoder(tmp_path / "repository" / "text_encoder" / "1" / "model.onnx")(tokens, alpha)
+    with torch.no_grad():
+        expected = base.model.encode_text(base.tokenizer(TEXTS), normalize=True)  # type: ignore[operator]
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -85,6 +85,22 @@ def test_another_alpha(export: Export, labels_path: Path, tmp_path: Path) -> Non
         assert initializers(tmp_path / "repository", model, 4) == initializers(tmp_path / "repository", model, 2)
 
 
+@pytest.mark.parametrize("alpha", [0.7, "dynamic"])
+def test_weights_of_a_lower_precision(export: Export, other_adapter: Path, tmp_path: Path, alpha: Any) -> None:
+    """Folded in fp32 and cast once, as in a full export."""
+    first, given = ([0.3] if alpha == 0.7 else alpha), (alpha if alpha == "dynamic" else [alpha])
+    export(first, precision="fp16")
+    [updated] = export(given, adapter=other_adapter, update=True)
+    assert updated.facts["precision"] == "fp16"
+    export(given, "full", adapter=other_adapter, precision="fp16")
+    for model in ("image_encoder", "text_encoder"):
+        found = initializers(tmp_path / "repository", model, 2)
+        assert found == initializers(tmp_path / "full" / "repository", model, 1)
+        assert found != initializers(tmp_path / "repository", model, 1)
+    with pytest.raises(RAdapterError, match="release 2 has precision fp16, which an update keeps"):
+        export(given, update=True, precision="fp32")
+
+
 def test_another_adapter(export: Export, labels_path: Path, other_adapter: Path, tmp_path: Path) -> None:
     given = {"label_sets": {"animals": labels_path}, "dense": "naclip"}
     [first] = export([0.3], **given)
