@@ -22,6 +22,7 @@ def build_engine(
     model_repository: tyro.conf.Positional[Path] = Path("model_repository"),
     check: bool = False,
     force: bool = False,
+    opt_batch_size: int = 8,
     workspace: float | None = None,
     version_compatible: bool = False,
     hardware_compatible: bool = False,
@@ -38,6 +39,7 @@ def build_engine(
         model_repository: folder that radapter-export has filled.
         check: build nothing; say whether what is there can be served here.
         force: build those that fit, too.
+        opt_batch_size: rows of the batch that engines are tuned for; they take all others, too.
         workspace: GiB of GPU memory that a layer may use; all that is free if not given.
         version_compatible: engines also run under later versions of TensorRT, somewhat slower.
         hardware_compatible: engines also run on other GPUs of compute capability 8.0 and above, somewhat slower.
@@ -52,7 +54,9 @@ def build_engine(
         return
     if workspace is not None and not workspace > 0:
         raise RAdapterError(f"--workspace is {workspace:g}; allowed: GiB above 0, such as 4")
-    options = Options(workspace, version_compatible, hardware_compatible, refittable)
+    if opt_batch_size < 1:
+        raise RAdapterError(f"--opt-batch-size is {opt_batch_size}; allowed: 1 or more")
+    options = Options(opt_batch_size, workspace, version_compatible, hardware_compatible, refittable)
     console = Console(stderr=True)
     with console.status("starting") as status:
         built = build_engines(

@@ -23,7 +23,7 @@ from radapter_serve.serving.cuda import Stream
 Shape = tuple[int, ...]
 Profile = dict[str, tuple[Shape, Shape, Shape]]
 
-_OPT_BATCH, _OPT_LENGTH = 8, 16  # what TensorRT optimizes for, where the limits allow it; prompts have 8 to 16 tokens
+_OPT_LENGTH = 16  # tokens of a text that engines are tuned for; prompts have 8 to 16
 _INSTALL = (
     "run: pip install tensorrt; or, in NVIDIA's Triton container, which has the libraries, "
     "pip install tensorrt-cu13-bindings==VERSION, with the version that `ls /usr/lib/*/libnvinfer.so.*` shows"
@@ -35,12 +35,14 @@ class Options:
     """How engines are built.
 
     Args:
+        opt_batch_size: rows of the batch that engines are tuned for; they take all others, too.
         workspace: GiB of GPU memory that a layer may use while it runs; all that is free if None.
         version_compatible: engines also run under later versions of TensorRT, somewhat slower.
         hardware_compatible: engines also run on other GPUs of compute capability 8.0 and above, somewhat slower.
         refittable: engines take new weights without being built again, somewhat slower.
     """
 
+    opt_batch_size: int = 8
     workspace: float | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
@@ -103,7 +105,8 @@ def build(
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32; whoever wants speed exports in fp16 or bf16
     inputs = (network.get_input(number) for number in range(network.num_inputs))
-    profile = make_profile({tensor.name: tuple(tensor.shape) for tensor in inputs}, max_batch_size, max_length)
+    open_shapes = {tensor.name: tuple(tensor.shape) for tensor in inputs}
+    profile = make_profile(open_shapes, options.opt_batch_size, max_batch_size, max_length)
     shapes = builder.create_optimization_profile()
     for name, limits in profile.items():
         shapes.set_shape(name, *limits)
@@ -129,13 +132,13 @@ def build(
     return bytes(plan), profile
 
 
-def make_profile(inputs: Mapping[str, Shape], max_batch_size: int, max_length: int) -> Profile:
+def make_profile(inputs: Mapping[str, Shape], opt_batch_size: int, max_batch_size: int, max_length: int) -> Profile:
     """Smallest, usual and largest shape of each input; an open dimension (-1) is the batch if first, else a length."""
 
     def fill(shape: Shape, batch: int, length: int) -> Shape:
         return tuple((length if axis else batch) if size < 0 else size for axis, size in enumerate(shape))
 
-    limits = ((1, 1), (min(_OPT_BATCH, max_batch_size), min(_OPT_LENGTH, max_length)), (max_batch_size, max_length))
+    limits = ((1, 1), (min(opt_batch_size, max_batch_size), min(_OPT_LENGTH, max_length)), (max_batch_size, max_length))
     return {
         name: (fill(shape, *limits[0]), fill(shape, *limits[1]), fill(shape, *limits[2]))
         for name, shape in inputs.items()

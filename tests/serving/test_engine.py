@@ -159,12 +159,12 @@ def test_shapes_and_types_that_an_engine_does_not_take_are_refused(trt: Any, gra
 
 def test_profiles_of_every_kind_of_input() -> None:
     shapes = {"image": (-1, 224, 224, 3), "tokens": (-1, -1), "alpha": (-1, 1)}
-    assert make_profile(shapes, 64, 77) == {
+    assert make_profile(shapes, 8, 64, 77) == {
         "image": ((1, 224, 224, 3), (8, 224, 224, 3), (64, 224, 224, 3)),
         "tokens": ((1, 1), (8, 16), (64, 77)),
         "alpha": ((1, 1), (8, 1), (64, 1)),
     }
-    assert make_profile({"tokens": (-1, 64)}, 4, 64) == {"tokens": ((1, 64), (4, 64), (4, 64))}
+    assert make_profile({"tokens": (-1, 64)}, 8, 4, 64) == {"tokens": ((1, 64), (4, 64), (4, 64))}
 
 
 def test_options_reach_the_builder_and_fp32_is_no_tf32(trt: Any, graph: Path) -> None:
