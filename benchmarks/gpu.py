@@ -279,12 +279,9 @@ def tensorrt(towers: Towers, case: str, batches: tuple[int, ...]) -> Callable[[T
     return bind
 
 
-def inference(
-    bench: Bench, towers: Towers, case: str, title: str, batches: tuple[int, ...], compiled: set[int]
-) -> None:
+def inference(bench: Bench, towers: Towers, case: str, batches: tuple[int, ...], compiled: tuple[int, ...]) -> None:
     """One tower at every batch, by every candidate that works here."""
-    from copy import deepcopy
-
+    title = f"{towers.name}, {case}, {bench.precision}"
     dtype = TYPES[bench.precision]
     model = deepcopy(towers.reference).to(dtype)
     flashing = deepcopy(model)

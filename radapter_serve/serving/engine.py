@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,12 @@ class Engine:
         self.outputs = [name for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
 
     def __call__(self, *inputs: NDArray[np.generic]) -> NDArray[np.float32]:
-        """One batch to embeddings, float32 [B, D] ([B, g, g, D] of a patch encoder)."""
+        """Any number of rows to embeddings, float32 [B, D] ([B, g, g, D] of a patch encoder)."""
+        most = self._engine.get_tensor_profile_shape(self.inputs[0], 0)[2][0]
+        starts = range(0, len(inputs[0]), most)
+        return np.concatenate([self._run([array[start : start + most] for array in inputs]) for start in starts])
+
+    def _run(self, inputs: Sequence[NDArray[np.generic]]) -> NDArray[np.float32]:
         [output] = self.outputs
         with Stream() as stream:
             addresses = {}

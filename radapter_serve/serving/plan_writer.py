@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import time
@@ -12,19 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from google.protobuf import text_format
-from numpy.typing import NDArray
-from tritonclient.grpc import model_config_pb2
-
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.agreement import Agreement, Samples, compare
 from radapter_serve.serving.cuda import Gpu, find_gpu
 from radapter_serve.serving.engine import Engine, Options, Profile, build, import_tensorrt, refit
 from radapter_serve.serving.lock import lock
 from radapter_serve.serving.plan import EDITION, ONNX, PLAN, SIDECAR, Sidecar, check_plan, digest, mismatch, replace
-
-BACKEND = "tensorrt"
+from radapter_serve.serving.runtimes import TENSORRT, ServedEncoder, encoders_of
 
 
 @dataclass(frozen=True)
@@ -43,8 +36,8 @@ def check_engines(repository: Path) -> dict[Path, Sidecar]:
     """`check_plan` for all that a repository serves with TensorRT, by folder."""
     return {
         (folder := encoder.folder / str(version)): check_plan(folder)
-        for encoder in _encoders(repository)
-        if encoder.config.backend == BACKEND
+        for encoder in encoders_of(repository)
+        if encoder.runtime == TENSORRT
         for version in encoder.versions
     }
 
@@ -80,38 +73,13 @@ def build_engines(
     if not repository.is_dir():
         raise RAdapterError(f"the model repository {repository} does not exist; make it with: radapter-export")
     with lock(repository, "radapter-export or radapter-build-engine"):
-        encoders = _encoders(repository)
+        encoders = encoders_of(repository)
+        if not encoders:
+            raise RAdapterError(f"the model repository {repository} holds no encoder; make one with: radapter-export")
         built = [builder.make(encoder, version, force) for encoder in encoders for version in encoder.versions]
         for encoder in encoders:
-            encoder.switch()
+            replace(encoder.folder / "config.pbtxt", encoder.configured(TENSORRT, None).encode())
     return built
-
-
-@dataclass(frozen=True)
-class _Encoder:
-    """An encoder of a repository: its folder, its config, and the versions that are served."""
-
-    folder: Path
-    config: Any
-    versions: list[int]
-
-    def facts(self, version: int) -> dict[str, Any]:
-        try:
-            facts: dict[str, Any] = json.loads(self.config.parameters[f"release.{version}"].string_value)
-        except ValueError:
-            raise RAdapterError(
-                f"{self.folder / 'config.pbtxt'} does not describe release {version}; export again: radapter-export"
-            ) from None
-        return facts
-
-    def switch(self) -> None:
-        """Let TensorRT serve it."""
-        self.config.backend, self.config.default_model_filename = BACKEND, PLAN
-        for group in self.config.instance_group:
-            group.kind = model_config_pb2.ModelInstanceGroup.KIND_GPU
-        for key in [key for key in self.config.parameters if key.startswith("session.")]:
-            del self.config.parameters[key]  # ONNX Runtime's
-        replace(self.folder / "config.pbtxt", text_format.MessageToString(self.config).encode())
 
 
 class _Builder:
@@ -129,23 +97,23 @@ class _Builder:
         self._trt, self._gpu, self._options, self._tolerance = trt, gpu, options, tolerance
         self._timing_cache, self._say = timing_cache, progress or (lambda line: None)
 
-    def make(self, encoder: _Encoder, version: int, force: bool) -> Built:
+    def make(self, encoder: ServedEncoder, version: int, force: bool) -> Built:
         start = time.perf_counter()
         folder = encoder.folder / str(version)
         kept = None if force else self._fitting(folder)
         how, sidecar = ("kept", kept) if kept else self._new(encoder, version)
         size = (folder / PLAN).stat().st_size
-        return Built(encoder.folder.name, version, how, size, sidecar.agreement, time.perf_counter() - start)
+        return Built(encoder.name, version, how, size, sidecar.agreement, time.perf_counter() - start)
 
-    def _new(self, encoder: _Encoder, version: int) -> tuple[str, Sidecar]:
-        name, facts, folder = encoder.folder.name, encoder.facts(version), encoder.folder / str(version)
-        rows = int(encoder.config.max_batch_size)
+    def _new(self, encoder: ServedEncoder, version: int) -> tuple[str, Sidecar]:
+        name, facts, folder = encoder.name, encoder.facts, encoder.folder / str(version)
+        rows = int(facts["max_batch_size"])
         for donor, profile in self._donors(encoder.folder, version, rows):
             self._say(f"refitting {name} of release {version}")
             # What refitting cannot do, or does wrong, building does.
             with contextlib.suppress(RAdapterError):
                 if (plan := refit(self._trt, donor.read_bytes(), folder / ONNX)) is not None:
-                    return "refitted", self._write(name, folder, facts, plan, profile, rows)
+                    return "refitted", self._write(encoder, folder, plan, profile)
         label = f"building {name} of release {version}"
         self._say(label)
         plan, profile = build(
@@ -157,20 +125,12 @@ class _Builder:
             timing_cache=self._timing_cache,
             progress=lambda line: self._say(f"{label}: {line}"),
         )
-        return "built", self._write(name, folder, facts, plan, profile, rows)
+        return "built", self._write(encoder, folder, plan, profile)
 
-    def _write(
-        self, name: str, folder: Path, facts: dict[str, Any], plan: bytes, profile: Profile, rows: int
-    ) -> Sidecar:
+    def _write(self, encoder: ServedEncoder, folder: Path, plan: bytes, profile: Profile) -> Sidecar:
         """Compare an engine with torch, then put it in place, with the sidecar last."""
-        engine = Engine(self._trt, plan)
-
-        def encode(*inputs: NDArray[np.generic]) -> NDArray[np.float32]:
-            starts = range(0, len(inputs[0]), rows)
-            return np.concatenate([engine(*(array[start : start + rows] for array in inputs)) for start in starts])
-
-        tolerance = float(facts["agreement"]["tolerance"]) if self._tolerance is None else self._tolerance
-        agreement = compare(name, encode, Samples.load(folder), tolerance)
+        allowed = float(encoder.facts["agreement"]["tolerance"]) if self._tolerance is None else self._tolerance
+        agreement = compare(encoder.name, Engine(self._trt, plan), Samples.load(folder), allowed)
         (folder / SIDECAR).unlink(missing_ok=True)
         replace(folder / PLAN, plan)
         sidecar = Sidecar(
@@ -204,22 +164,6 @@ class _Builder:
             if sidecar and all(largest[0] == rows for _, _, largest in sidecar.profile.values()):
                 yield model / str(number) / PLAN, sidecar.profile
                 return
-
-
-def _encoders(repository: Path) -> list[_Encoder]:
-    found = []
-    for path in sorted(repository.glob("*/config.pbtxt")):
-        try:
-            config = text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
-        except (OSError, ValueError, text_format.ParseError) as error:
-            raise RAdapterError(f"{path} is not a Triton model config: {error}") from error
-        there = sorted(int(version.parent.name) for version in path.parent.glob(f"*/{ONNX}"))
-        served = list(config.version_policy.specific.versions) or there
-        if there:
-            found.append(_Encoder(path.parent, config, [version for version in there if version in served]))
-    if not found:
-        raise RAdapterError(f"the model repository {repository} holds no encoder; make one with: radapter-export")
-    return found
 
 
 def _timing_cache(trt: Any, gpu: Gpu) -> Path | None:
