@@ -17,7 +17,7 @@ from radapter_serve.serving.cuda import Gpu, find_gpu
 from radapter_serve.serving.engine import Engine, Options, Profile, build, import_tensorrt, refit
 from radapter_serve.serving.lock import lock
 from radapter_serve.serving.plan import EDITION, ONNX, PLAN, SIDECAR, Sidecar, check_plan, digest, mismatch, replace
-from radapter_serve.serving.runtimes import TENSORRT, ServedEncoder, encoders_of
+from radapter_serve.serving.runtimes import TENSORRT, encoders_of
 
 
 @dataclass(frozen=True)
@@ -67,82 +67,117 @@ def build_engines(
     Raises:
         RAdapterError: no GPU, no TensorRT, a graph that it cannot build, or one that differs from torch.
     """
-    gpu = find_gpu()  # before TensorRT is touched
-    trt = import_tensorrt()
-    builder = _Builder(trt, gpu, options, tolerance, timing_cache or _timing_cache(trt, gpu), progress)
+    writer = PlanWriter(options, timing_cache=timing_cache, progress=progress)
     if not repository.is_dir():
         raise RAdapterError(f"the model repository {repository} does not exist; make it with: radapter-export")
     with lock(repository, "radapter-export or radapter-build-engine"):
         encoders = encoders_of(repository)
         if not encoders:
             raise RAdapterError(f"the model repository {repository} holds no encoder; make one with: radapter-export")
-        built = [builder.make(encoder, version, force) for encoder in encoders for version in encoder.versions]
+        built = [
+            writer.write(
+                encoder.name,
+                encoder.folder / str(version),
+                max_batch_size=int(encoder.facts["max_batch_size"]),
+                max_length=int(encoder.facts["tokenizer"]["context_length"]),
+                tolerance=float(encoder.facts["agreement"]["tolerance"]) if tolerance is None else tolerance,
+                donors=encoder.folder,
+                keep=not force,
+            )
+            for encoder in encoders
+            for version in encoder.versions
+        ]
         for encoder in encoders:
             replace(encoder.folder / "config.pbtxt", encoder.configured(TENSORRT, None).encode())
     return built
 
 
-class _Builder:
-    """Makes one engine after the other with the same TensorRT and options."""
+class PlanWriter:
+    """Writes one engine after the other, all with the same options.
+
+    Args:
+        options: how engines are built.
+        timing_cache: file of what TensorRT measured; one in the user's cache folder if None.
+        progress: called with a short line as the work goes on.
+
+    Raises:
+        RAdapterError: no GPU, or no TensorRT.
+    """
 
     def __init__(
         self,
-        trt: Any,
-        gpu: Gpu,
-        options: Options,
-        tolerance: float | None,
-        timing_cache: Path | None,
-        progress: Callable[[str], None] | None,
+        options: Options = Options(),  # noqa: B008  # frozen
+        *,
+        timing_cache: Path | None = None,
+        progress: Callable[[str], None] | None = None,
     ) -> None:
-        self._trt, self._gpu, self._options, self._tolerance = trt, gpu, options, tolerance
-        self._timing_cache, self._say = timing_cache, progress or (lambda line: None)
+        self._gpu = find_gpu()  # before TensorRT is touched
+        self._trt = import_tensorrt()
+        self._options, self._say = options, progress or (lambda line: None)
+        self._timing_cache = timing_cache or _timing_cache(self._trt, self._gpu)
 
-    def make(self, encoder: ServedEncoder, version: int, force: bool) -> Built:
+    def write(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        max_batch_size: int,
+        max_length: int,
+        tolerance: float,
+        donors: Path | None = None,
+        keep: bool = False,
+    ) -> Built:
+        """Write an engine beside a graph, once it is compared with torch; the sidecar comes last.
+
+        Args:
+            name: of the encoder.
+            folder: of one version, with `model.onnx` and `samples.npz`.
+            max_batch_size: rows of the largest batch.
+            max_length: tokens of the longest text.
+            tolerance: largest difference from torch, per component of a unit-length embedding.
+            donors: folder of other versions, whose engines may lend themselves to be refitted.
+            keep: leave an engine that fits as it is.
+
+        Raises:
+            RAdapterError: TensorRT cannot build the graph, or the engine differs from torch.
+        """
         start = time.perf_counter()
-        folder = encoder.folder / str(version)
-        kept = None if force else self._fitting(folder)
-        how, sidecar = ("kept", kept) if kept else self._new(encoder, version)
-        size = (folder / PLAN).stat().st_size
-        return Built(encoder.name, version, how, size, sidecar.agreement, time.perf_counter() - start)
+        label, graph = f"{name} of release {folder.name}", folder / ONNX
 
-    def _new(self, encoder: ServedEncoder, version: int) -> tuple[str, Sidecar]:
-        name, facts, folder = encoder.name, encoder.facts, encoder.folder / str(version)
-        rows = int(facts["max_batch_size"])
-        for donor, profile in self._donors(encoder.folder, version, rows):
-            self._say(f"refitting {name} of release {version}")
+        def built(how: str, sidecar: Sidecar) -> Built:
+            size, seconds = (folder / PLAN).stat().st_size, time.perf_counter() - start
+            return Built(name, int(folder.name), how, size, sidecar.agreement, seconds)
+
+        def put(plan: bytes, profile: Profile) -> Sidecar:
+            agreement = compare(name, Engine(self._trt, plan), Samples.load(folder), tolerance)
+            return self._put(folder, plan, profile, agreement)
+
+        if keep and (kept := self._fitting(folder)):
+            return built("kept", kept)
+        for donor, profile in self._refittable(donors, folder.name, max_batch_size):
+            self._say(f"refitting {label}")
             # What refitting cannot do, or does wrong, building does.
             with contextlib.suppress(RAdapterError):
-                if (plan := refit(self._trt, donor.read_bytes(), folder / ONNX)) is not None:
-                    return "refitted", self._write(encoder, folder, plan, profile)
-        label = f"building {name} of release {version}"
-        self._say(label)
+                if (plan := refit(self._trt, donor.read_bytes(), graph)) is not None:
+                    return built("refitted", put(plan, profile))
+        self._say(f"building {label}")
         plan, profile = build(
             self._trt,
-            folder / ONNX,
+            graph,
             self._options,
-            max_batch_size=rows,
-            max_length=int(facts["tokenizer"]["context_length"]),
+            max_batch_size=max_batch_size,
+            max_length=max_length,
             timing_cache=self._timing_cache,
-            progress=lambda line: self._say(f"{label}: {line}"),
+            progress=lambda line: self._say(f"building {label}: {line}"),
         )
-        return "built", self._write(encoder, folder, plan, profile)
+        return built("built", put(plan, profile))
 
-    def _write(self, encoder: ServedEncoder, folder: Path, plan: bytes, profile: Profile) -> Sidecar:
-        """Compare an engine with torch, then put it in place, with the sidecar last."""
-        allowed = float(encoder.facts["agreement"]["tolerance"]) if self._tolerance is None else self._tolerance
-        agreement = compare(encoder.name, Engine(self._trt, plan), Samples.load(folder), allowed)
+    def _put(self, folder: Path, plan: bytes, profile: Profile, agreement: Agreement) -> Sidecar:
         (folder / SIDECAR).unlink(missing_ok=True)
         replace(folder / PLAN, plan)
-        sidecar = Sidecar(
-            EDITION,
-            str(self._trt.__version__),
-            self._gpu.name,
-            self._gpu.compute_capability,
-            digest(folder),
-            profile,
-            self._options,
-            agreement,
-        )
+        gpu, version = self._gpu, str(self._trt.__version__)
+        onnx = digest(folder)
+        sidecar = Sidecar(EDITION, version, gpu.name, gpu.compute_capability, onnx, profile, self._options, agreement)
         sidecar.save(folder)
         return sidecar
 
@@ -154,15 +189,15 @@ class _Builder:
                 return sidecar
         return None
 
-    def _donors(self, model: Path, version: int, rows: int) -> Iterator[tuple[Path, Profile]]:
-        """The newest engine of another release that could be refitted, if there is one."""
-        if not self._options.refittable:
+    def _refittable(self, donors: Path | None, version: str, rows: int) -> Iterator[tuple[Path, Profile]]:
+        """The newest engine of another version that could be refitted, if there is one."""
+        if donors is None or not self._options.refittable:
             return
-        numbers = sorted((int(path.parent.name) for path in model.glob(f"*/{SIDECAR}")), reverse=True)
-        for number in numbers:
-            sidecar = self._fitting(model / str(number)) if number != version else None
+        others = [path.parent for path in donors.glob(f"*/{SIDECAR}") if path.parent.name != version]
+        for folder in sorted(others, key=lambda folder: int(folder.name), reverse=True):
+            sidecar = self._fitting(folder)
             if sidecar and all(largest[0] == rows for _, _, largest in sidecar.profile.values()):
-                yield model / str(number) / PLAN, sidecar.profile
+                yield folder / PLAN, sidecar.profile
                 return
 
 

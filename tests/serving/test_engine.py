@@ -144,9 +144,7 @@ def test_an_engine_gives_what_the_graph_gives(driver: Driver, trt: Any, graph: P
 
 def test_shapes_and_types_that_an_engine_does_not_take_are_refused(trt: Any, graph: Path, tmp_path: Path) -> None:
     engine = Engine(trt, build(trt, graph, Options(), **LIMITS)[0])
-    with pytest.raises(
-        RAdapterError, match=r"image has the shape \(2, 8, 8, 3\); the engine takes \(1, 16, .* to \(8, "
-    ):
+    with pytest.raises(RAdapterError, match=r"image has the shape \(2, 8, 8, 3\); the engine takes \(1, 16, "):
         engine(images(2)[:, :8, :8])
     with pytest.raises(TypeError, match="Cannot cast"):
         engine(images(1).astype(np.float32))
