@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ class PlanWriter:
     """Writes one engine after the other, all with the same options.
 
     Args:
-        options: how engines are built.
+        options: how engines are built; as the newest one of another version that fits this machine if None.
         timing_cache: file of what TensorRT measured; one in the user's cache folder if None.
         progress: called with a short line as the work goes on.
 
@@ -106,7 +106,7 @@ class PlanWriter:
 
     def __init__(
         self,
-        options: Options = Options(),  # noqa: B008  # frozen
+        options: Options | None = None,
         *,
         timing_cache: Path | None = None,
         progress: Callable[[str], None] | None = None,
@@ -148,23 +148,26 @@ class PlanWriter:
             size, seconds = (folder / PLAN).stat().st_size, time.perf_counter() - start
             return Built(name, int(folder.name), how, size, sidecar.agreement, seconds)
 
-        def put(plan: bytes, profile: Profile) -> Sidecar:
-            agreement = compare(name, Engine(self._trt, plan), Samples.load(folder), tolerance)
-            return self._put(folder, plan, profile, agreement)
-
         if keep and (kept := self._fitting(folder)):
             return built("kept", kept)
-        for donor, profile in self._refittable(donors, folder.name, max_batch_size):
+        beside, donor = self._newest(donors, folder.name)
+        options = self._options or (donor.options if donor else Options())
+
+        def put(plan: bytes, profile: Profile) -> Sidecar:
+            agreement = compare(name, Engine(self._trt, plan), Samples.load(folder), tolerance)
+            return self._put(folder, plan, profile, options, agreement)
+
+        if donor and options.refittable and all(most[0] == max_batch_size for _, _, most in donor.profile.values()):
             self._say(f"refitting {label}")
             # What refitting cannot do, or does wrong, building does.
             with contextlib.suppress(RAdapterError):
-                if (plan := refit(self._trt, donor.read_bytes(), graph)) is not None:
-                    return built("refitted", put(plan, profile))
+                if (plan := refit(self._trt, (beside / PLAN).read_bytes(), graph)) is not None:
+                    return built("refitted", put(plan, donor.profile))
         self._say(f"building {label}")
         plan, profile = build(
             self._trt,
             graph,
-            self._options,
+            options,
             max_batch_size=max_batch_size,
             max_length=max_length,
             timing_cache=self._timing_cache,
@@ -172,33 +175,30 @@ class PlanWriter:
         )
         return built("built", put(plan, profile))
 
-    def _put(self, folder: Path, plan: bytes, profile: Profile, agreement: Agreement) -> Sidecar:
+    def _put(self, folder: Path, plan: bytes, profile: Profile, options: Options, agreement: Agreement) -> Sidecar:
         (folder / SIDECAR).unlink(missing_ok=True)
         replace(folder / PLAN, plan)
-        gpu, version = self._gpu, str(self._trt.__version__)
-        onnx = digest(folder)
-        sidecar = Sidecar(EDITION, version, gpu.name, gpu.compute_capability, onnx, profile, self._options, agreement)
+        gpu, version, onnx = self._gpu, str(self._trt.__version__), digest(folder)
+        sidecar = Sidecar(EDITION, version, gpu.name, gpu.compute_capability, onnx, profile, options, agreement)
         sidecar.save(folder)
         return sidecar
 
     def _fitting(self, folder: Path) -> Sidecar | None:
+        """What lies beside an engine that fits this machine and the options."""
         with contextlib.suppress(RAdapterError):
             sidecar = Sidecar.load(folder)
             problem = mismatch(sidecar, folder, self._gpu, str(self._trt.__version__))
-            if (folder / PLAN).is_file() and sidecar.options == self._options and not problem:
+            if (folder / PLAN).is_file() and sidecar.options == (self._options or sidecar.options) and not problem:
                 return sidecar
         return None
 
-    def _refittable(self, donors: Path | None, version: str, rows: int) -> Iterator[tuple[Path, Profile]]:
-        """The newest engine of another version that could be refitted, if there is one."""
-        if donors is None or not self._options.refittable:
-            return
-        others = [path.parent for path in donors.glob(f"*/{SIDECAR}") if path.parent.name != version]
+    def _newest(self, model: Path | None, version: str) -> tuple[Path, Sidecar | None]:
+        """The newest engine of another version that fits, and where it is."""
+        others = [path.parent for path in model.glob(f"*/{SIDECAR}")] if model else []
         for folder in sorted(others, key=lambda folder: int(folder.name), reverse=True):
-            sidecar = self._fitting(folder)
-            if sidecar and all(largest[0] == rows for _, _, largest in sidecar.profile.values()):
-                yield folder / PLAN, sidecar.profile
-                return
+            if folder.name != version and (sidecar := self._fitting(folder)):
+                return folder, sidecar
+        return Path(), None
 
 
 def _timing_cache(trt: Any, gpu: Gpu) -> Path | None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_models import FAMILIES, make_base
 from torch import Tensor
 
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
+from radapter_export.precision import PRECISIONS, TYPES, lower
+from radapter_export.quantization import quantize
 from radapter_serve.base import Base, load_base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.engine import Options, build
@@ -18,12 +21,17 @@ trt = pytest.importorskip("tensorrt_rtx")
 LIMITS = {"max_batch_size": 64, "max_length": 77}
 
 
-def check(graph: Graph, weights: Mapping[str, Tensor], folder: Path) -> None:
+def check(graph: Graph, weights: Mapping[str, Tensor], precision: str, folder: Path) -> None:
     """Build an engine of a graph, and compare the shapes it takes with those that are served."""
     folder.mkdir(exist_ok=True)
     path = folder / "model.onnx"
     shape = [dim if isinstance(dim, int) else -1 for dim in graph.model.graph.inputs[0].shape]
-    graph.save(weights, path)
+    (lower(graph, precision) if precision in TYPES else graph).save(weights, path)
+    if precision == "int8":
+        random = np.random.default_rng(0)
+        tokens = graph.name == "text_encoder"
+        batch = [3, *(9 if size < 0 else size for size in shape[1:])]
+        quantize(path, [random.integers(0, 256, batch).astype(np.int32 if tokens else np.uint8)])
     plan, profile = build(trt, path, Options(), **LIMITS)
     assert len(plan) > 10_000
     [name] = profile
@@ -31,9 +39,12 @@ def check(graph: Graph, weights: Mapping[str, Tensor], folder: Path) -> None:
         assert found == (batch, *(length if size < 0 else size for size in shape[1:]))
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["image_encoder", "patch_encoder", "text_encoder"])
-def test_the_graphs_of_a_vit_are_built(name: str, graphs: dict[str, Graph], tiny_base: Base, tmp_path: Path) -> None:
-    check(graphs[name], tiny_base.model.state_dict(), tmp_path)
+def test_the_graphs_of_a_vit_are_built(
+    name: str, precision: str, graphs: dict[str, Graph], tiny_base: Base, tmp_path: Path
+) -> None:
+    check(graphs[name], tiny_base.model.state_dict(), precision, tmp_path)
 
 
 @pytest.mark.slow
@@ -46,4 +57,5 @@ def test_the_graphs_of_every_family_are_built(family: str, tmp_path: Path) -> No
     except RAdapterError as error:
         assert "dense" in str(error)  # not every image tower has patches
     for graph in graphs:
-        check(graph, base.model.state_dict(), tmp_path)
+        for precision in PRECISIONS:
+            check(graph, base.model.state_dict(), precision, tmp_path / precision)
