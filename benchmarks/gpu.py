@@ -206,12 +206,14 @@ class Towers:
         return float(counter.get_total_flops())
 
     def graph(self, case: str) -> Path:
-        """The graph as radapter-export writes it."""
+        """The graph as radapter-export writes it in this precision."""
         from radapter_export.graph import image_graph, text_graph
+        from radapter_export.precision import lower
 
-        path = self.folder / f"{case}.onnx"
+        path, precision = self.folder / f"{case}.onnx", self.bench.precision
         if not path.exists():
-            (image_graph if case == IMAGES else text_graph)(self.base).save(self.weights, path)
+            graph = (image_graph if case == IMAGES else text_graph)(self.base)
+            (graph if precision == "fp32" else lower(graph, precision)).save(self.weights, path)
         return path
 
 
@@ -279,7 +281,9 @@ def tensorrt(towers: Towers, case: str, batches: tuple[int, ...]) -> Callable[[T
     return bind
 
 
-def inference(bench: Bench, towers: Towers, case: str, batches: tuple[int, ...], compiled: tuple[int, ...]) -> None:
+def inference(
+    bench: Bench, towers: Towers, case: str, batches: tuple[int, ...], compile_batches: tuple[int, ...]
+) -> None:
     """One tower at every batch, by every candidate that works here."""
     title = f"{towers.name}, {case}, {bench.precision}"
     dtype = TYPES[bench.precision]
@@ -290,6 +294,11 @@ def inference(bench: Bench, towers: Towers, case: str, batches: tuple[int, ...],
             if isinstance(child, nn.MultiheadAttention):
                 setattr(module, name, Flash(child))
     eager, flash = towers.torch(case, model, dtype), towers.torch(case, flashing, dtype)
+
+    def compiled(batch: Tensor) -> Run:
+        torch.compiler.reset()
+        return partial(torch.compile(eager, dynamic=False), batch)
+
     binds: dict[str, Callable[[Tensor], Run]] = {EAGER: lambda x: partial(eager, x), FLASH: lambda x: partial(flash, x)}
     with bench.item(f"{title}: {ONNX}"):
         binds[ONNX] = onnxruntime(towers, case)
@@ -300,17 +309,11 @@ def inference(bench: Bench, towers: Towers, case: str, batches: tuple[int, ...],
     for size in batches:
         with bench.item(f"{title}, batch {size}"):
             batch = towers.batch(case, size)
-            runs = {name: bind(batch) for name, bind in binds.items()}
-            if size in compiled:
-                with bench.item(f"{title}, batch {size}: {COMPILE}"):
-                    torch.compiler.reset()
-                    faster = torch.compile(eager, dynamic=False)
-                    faster(batch)
-                    runs[COMPILE] = partial(faster, batch)
             expected = towers.torch(case, towers.reference, torch.float32)(batch)
-            right = {}
-            for name, run in runs.items():
+            right: dict[str, Run] = {}
+            for name, bind in (binds | ({COMPILE: compiled} if size in compile_batches else {})).items():
                 with bench.item(f"{title}, batch {size}: {name}"):
+                    run = bind(batch)
                     embeds = run()
                     bench.synchronize()
                     worst = float((1 - F.cosine_similarity(embeds, expected)).max())
@@ -339,7 +342,7 @@ def main(
 ) -> None:
     """Measure what a GPU does with this project, in one call.
 
-    Needs torch and the extras train and export (pip install -e '.[train,export]'), no network and no data. Measures
+    Needs torch, open_clip_torch, rich and tyro, for the towers onnx and onnxscript too; no network, no data. Measures
     what is installed of onnxruntime-gpu, tensorrt and, where there is no tensorrt, tensorrt_rtx (needs nothing else);
     what is not there, or does not work on this card, is named and left out. Writes OUT/gpu-CARD.md.
 
