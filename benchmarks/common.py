@@ -33,7 +33,7 @@ T = TypeVar("T")
 logging.getLogger().addHandler(logging.NullHandler())  # else open_clip warns of random weights, which are meant here
 RESULTS = Path(__file__).parent / "results"
 _TIMES = "Times are medians over alternating rounds; ratios are medians of the ratios within a round."
-_PACKAGES = ("torch", "onnxruntime", "open_clip_torch", "numpy")
+_PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt_rtx", "open_clip_torch", "numpy")
 
 # CIFAR-100's: short, common, and a hundred.
 CLASS_NAMES = """apple, aquarium fish, baby, bear, beaver, bed, bee, beetle, bicycle, bottle, bowl, boy, bridge, bus,
@@ -165,11 +165,19 @@ def machine() -> str:
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     cpu = next((line.partition(":")[2].strip() for line in info.splitlines() if "model name" in line), "unknown CPU")
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    versions = [f"{name.removesuffix('_torch')} {importlib.metadata.version(name)}" for name in _PACKAGES]
+    installed = {name: _version(name) for name in _PACKAGES}
+    versions = [f"{name.removesuffix('_torch')} {version}" for name, version in installed.items() if version]
     return (
         f"{cpu}, {len(os.sched_getaffinity(0))} cores, {size / 1e9:.0f} GB of memory; load {os.getloadavg()[0]:.1f} "
         f"at the start; Python {platform.python_version()}, {', '.join(versions)}; {torch.get_num_threads()} threads"
     )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @dataclass
@@ -181,12 +189,14 @@ class Report:
         title: heading.
         what: how it was measured, in a few sentences.
         timed: whether the figures are times.
+        file: of the results; as the script if None.
     """
 
     name: str
     title: str
     what: str
     timed: bool = True
+    file: str | None = None
 
     def __post_init__(self) -> None:
         self._machine = machine()  # the load is that of the start
@@ -211,7 +221,7 @@ class Report:
         self._parts.append(text)
 
     def write(self, folder: Path) -> None:
-        """Write FOLDER/NAME.md."""
+        """Write FOLDER/FILE.md."""
         command = " ".join(["python", f"benchmarks/{self.name}.py", *sys.argv[1:]])
         head = [
             f"# {self.title}",
@@ -219,6 +229,6 @@ class Report:
             f"{self.what} {_TIMES}" if self.timed else self.what,
         ]
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.name}.md"
+        path = folder / f"{self.file or self.name}.md"
         path.write_text("\n\n".join([*head, *self._parts]) + "\n", encoding="utf-8")
         say(f"wrote {path}")

@@ -39,12 +39,16 @@ class Step:
         name: of the candidate.
         architecture: an open_clip name.
         batch: pairs in a step.
+        device: where.
+        dtype: that autocast computes in; float32 if None.
     """
 
-    def __init__(self, name: str, architecture: str, batch: int) -> None:
+    def __init__(
+        self, name: str, architecture: str, batch: int, device: str = "cpu", dtype: torch.dtype | None = None
+    ) -> None:
         torch.manual_seed(0)
-        self.model: Any = open_clip.create_model(architecture).eval()
-        self.batch = batch
+        self.model: Any = open_clip.create_model(architecture, device=device).eval()
+        self.batch, self.device, self.dtype = batch, device, dtype
         self.tokens = open_clip.get_tokenizer(architecture)([f"a photo of a {label}." for label in CLASS_NAMES])
         self.average = None
         trained = self.model
@@ -59,22 +63,30 @@ class Step:
         """Seconds of forward, loss, backward, AdamW and average, on a batch that the seed draws."""
         draw = torch.Generator().manual_seed(seed)
         labels = torch.randint(len(CLASS_NAMES), (self.batch,), generator=draw)
-        pixels = torch.randn(self.batch, 3, *self.model.visual.image_size, generator=draw)
-        tokens = self.tokens[labels]
+        pixels = torch.randn(self.batch, 3, *self.model.visual.image_size, generator=draw).to(self.device)
+        tokens = self.tokens[labels].to(self.device)
+        labels = labels.to(self.device)
+        self._synchronize()
         start = time.perf_counter()
-        if self.average is None:
-            images = F.normalize(self.model.encode_image(pixels), dim=-1)
-            texts = F.normalize(self.model.encode_text(tokens), dim=-1)
-        else:
-            self.adapters.sample_drop(draw)
-            images, texts = encode_image(self.model, pixels), encode_text(self.model, tokens)
-        loss = mpm_nce(images, texts, labels, logit_scale=self.model.logit_scale.exp(), epsilon=0.02)
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype is not None):
+            if self.average is None:
+                images = F.normalize(self.model.encode_image(pixels), dim=-1)
+                texts = F.normalize(self.model.encode_text(tokens), dim=-1)
+            else:
+                self.adapters.sample_drop(draw)
+                images, texts = encode_image(self.model, pixels), encode_text(self.model, tokens)
+            loss = mpm_nce(images, texts, labels, logit_scale=self.model.logit_scale.exp(), epsilon=0.02)
         torch.autograd.backward(loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update()
+        self._synchronize()
         return time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
 
 _step: Step

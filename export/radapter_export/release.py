@@ -25,7 +25,8 @@ from radapter_serve.serving.agreement import TOLERANCES, Tolerance
 from radapter_serve.serving.collection import open_collection
 from radapter_serve.serving.errors import TaskError
 from radapter_serve.serving.labels import check_labels, read_label_file
-from radapter_serve.serving.runtimes import RUNTIMES
+from radapter_serve.serving.plan_writer import PlanWriter
+from radapter_serve.serving.runtimes import RUNTIMES, TENSORRT
 
 __all__ = ["Exported", "Release", "export_release"]
 
@@ -116,6 +117,7 @@ def export_release(
         raise RAdapterError(
             "--calibration finds ranges at one alpha, and --alpha dynamic has all; leave one of them out"
         )
+    engines = PlanWriter(progress=say) if runtime == TENSORRT else None  # which looks for a GPU, before all else
     bounds = TOLERANCES[precision] if tolerance is None else Tolerance(tolerance, -1.0)
     prompts = templates_of(templates if templates is not None else meta.templates or "simple")
     labels |= {name: _read_labels(name, path) for name, path in (label_sets or {}).items()}
@@ -156,6 +158,7 @@ def export_release(
             templates=prompts,
             labels=labels,
             runtime=runtime,
+            engines=engines,
             precision=precision,
             collection=collection,
             bounds=bounds,

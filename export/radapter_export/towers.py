@@ -94,6 +94,10 @@ class TextTower(nn.Module):
     def __init__(self, base: Base) -> None:
         super().__init__()
         self.model = share(base.model, without="visual")
+        transformer: Any = getattr(text_tower(self.model), "transformer", None)
+        if hasattr(transformer, "set_attn_implementation"):  # Hugging Face's
+            # Written out, as in `Attention`: torch's own guards against NaN, which TensorRT cannot build in 16 bits.
+            transformer.set_attn_implementation("eager")
         #: tokens of one text: at most this many if `dynamic_length`, else exactly
         self.context_length = int(base.tokenizer.context_length)  # type: ignore[attr-defined]
         self.dynamic_length = is_causal(base.model)

@@ -34,7 +34,9 @@ from radapter_serve.serving.dial import Encode, at
 from radapter_serve.serving.encoder import Encoder
 from radapter_serve.serving.labels import LabelEmbedder, split_label
 from radapter_serve.serving.masks import MaskCrop
+from radapter_serve.serving.plan_writer import PlanWriter
 from radapter_serve.serving.preprocess import Preprocess
+from radapter_serve.serving.runtimes import RUNTIMES
 from radapter_serve.serving.tokenizer import Tokenizer
 from radapter_serve.towers import is_causal
 
@@ -95,6 +97,7 @@ class Writer:
         templates: prompt templates.
         labels: of each label set, by name.
         runtime: of the encoders.
+        engines: writes those of TensorRT, where it is the runtime.
         precision: of the encoders.
         collection: images by which the ranges of int8 are found; None if they are not fixed.
         bounds: of the difference from torch.
@@ -110,6 +113,7 @@ class Writer:
     templates: list[str]
     labels: Mapping[str, list[str]]
     runtime: str
+    engines: PlanWriter | None
     precision: str
     collection: Collection | None
     bounds: Tolerance
@@ -170,9 +174,19 @@ class Writer:
                 size = graph.save(weights, path)
                 if self.precision == "int8":
                     size = quantize(path, self._calibration.of(graph.name))
-                encoder = Encoder(path, self.runtime, precision=self.precision)
                 samples = Samples(inputs.of(graph.name), references[graph.name], alphas if self.dial else ())
                 samples.save(path.parent)
+                if self.engines is not None:
+                    size = self.engines.write(
+                        graph.name,
+                        path.parent,
+                        max_batch_size=self.max_batch_size,
+                        max_length=int(spec["context_length"]),
+                        tolerance=self.bounds.max_error,
+                        donors=repository.folder / graph.name,
+                    ).size
+                served = path.with_name(RUNTIMES[self.runtime].file)
+                encoder = Encoder(served, self.runtime, precision=self.precision)
                 agreement = compare(
                     f"{graph.name} in {self.precision}", encoder, samples, *dataclasses.astuple(self.bounds)
                 )

@@ -33,7 +33,8 @@ def export(
     calibration: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None,
     validation: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None,
     max_drop: float = 0.5,
-    runtime: Literal["onnxruntime", "openvino"] | None = None,
+    runtime: Literal["onnxruntime", "openvino", "tensorrt"] | None = None,
+    format: Literal["onnx", "tensorrt"] = "onnx",
     tolerance: float | None = None,
     max_batch_size: int | None = None,
     update: bool = False,
@@ -64,12 +65,15 @@ def export(
             own metric; the run's own if none is given and the precision is not fp32; none for none.
         max_drop: points of that metric, in per cent, that the encoders may lose.
         runtime: what runs the encoders in the server; they are checked with it; onnxruntime if none is given.
+        format: tensorrt also builds engines for this machine's GPU, and lets them be served: --runtime tensorrt.
         tolerance: largest difference from torch allowed in a component of the unit-length embeddings; the precision's
             own if none is given: 1e-4 in fp32.
         max_batch_size: images or texts in one batch of the server; 64 if none is given.
         update: put new weights into the graphs of the repository's newest release instead of exporting them again: of
             another alpha, or of another adapter of the same layers; takes seconds.
     """
+    if format == "tensorrt" and runtime not in (None, "tensorrt"):
+        raise RAdapterError(f"--format tensorrt is served by --runtime tensorrt, and not by {runtime}; leave one out")
     dynamic = "dynamic" in alpha
     if dynamic and len(alpha) > 1:
         raise RAdapterError("--alpha dynamic stands alone: its one release takes any alpha from 0 to 1")
@@ -101,7 +105,7 @@ def export(
             calibration=calibration,
             validation=validation,
             max_drop=max_drop,
-            runtime=runtime,
+            runtime="tensorrt" if format == "tensorrt" else runtime,
             tolerance=tolerance,
             max_batch_size=max_batch_size,
             update=update,

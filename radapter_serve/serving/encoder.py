@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.engine import Engine, import_tensorrt
+from radapter_serve.serving.plan import check_plan
 
 Feed = Mapping[str, NDArray[Any]]
 
@@ -43,8 +45,10 @@ class Encoder:
             self._inputs, self._run = _onnxruntime(path, threads, provider)
         elif runtime == "openvino":
             self._inputs, self._run = _openvino(path, precision, threads)
+        elif runtime == "tensorrt":
+            self._inputs, self._run = _tensorrt(path)
         else:
-            raise RAdapterError(f"no runtime {runtime!r}; allowed are onnxruntime and openvino")
+            raise RAdapterError(f"no runtime {runtime!r}; allowed are onnxruntime, openvino and tensorrt")
 
     def __call__(self, *values: NDArray[np.generic]) -> NDArray[np.float32]:
         """One batch of images or tokens to embeddings, float32 [B, D] ([B, g, g, D] of a patch encoder).
@@ -96,7 +100,9 @@ def _onnxruntime(path: Path, threads: int | None, provider: str) -> Loaded:
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        # Without TF32, which is its default and differs from fp32 in the fourth digit.
+        chosen = (provider, {"use_tf32": "0"}) if provider == "CUDAExecutionProvider" else provider
+        session = onnxruntime.InferenceSession(str(path), options, providers=[chosen])
     except Exception as error:  # ONNX Runtime's errors have no common base
         raise RAdapterError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path.name}: {error}") from error
     used = session.get_providers()[0]
@@ -112,6 +118,12 @@ def _openvino(path: Path, precision: str, threads: int | None) -> Loaded:
     except Exception as error:
         raise RAdapterError(f"OpenVINO {openvino.__version__} cannot load {path.name}: {error}") from error
     return [tensor.any_name for tensor in model.inputs], lambda feed: model(dict(feed))[0]
+
+
+def _tensorrt(path: Path) -> Loaded:
+    check_plan(path.parent)
+    engine = Engine(import_tensorrt(), path.read_bytes())
+    return engine.inputs, lambda feed: engine(*feed.values())
 
 
 def _missing(name: str, extra: str, error: ImportError) -> RAdapterError:

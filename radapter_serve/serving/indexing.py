@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
 import os
 import shutil
@@ -31,6 +30,7 @@ from radapter_serve.serving.index_writer import (
     digest_of,
     read_broken,
 )
+from radapter_serve.serving.lock import lock
 from radapter_serve.serving.release import release_digest
 from radapter_serve.serving.threads import decoders
 
@@ -106,7 +106,11 @@ def build(
     }
     staged = out.with_name(f".{out.name}.building")
     plan = staged / "plan.json"
-    with disk_errors(out), lock(staged), lock(out) if out.exists() else contextlib.nullcontext():
+    with (
+        disk_errors(out),
+        lock(staged, "radapter-index"),
+        lock(out, "radapter-index") if out.exists() else contextlib.nullcontext(),
+    ):
         if resume and plan.is_file():
             before = json.loads(plan.read_text(encoding="utf-8"))
             other = [name for name in facts if name not in ("release", "source") and before.get(name) != facts[name]]
@@ -158,7 +162,7 @@ def add(
     """
     out = out.absolute()
     read_facts(out)  # locking would make the folder
-    with disk_errors(out), lock(out):
+    with disk_errors(out), lock(out, "radapter-index"):
         facts = read_facts(out)
         if release.facts.get("dynamic_alpha"):
             release.dial(facts["release"]["alpha"])
@@ -259,21 +263,3 @@ def disk_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RAdapterError(f"cannot write {out}: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """One writer of a folder at a time; made if there is none.
-
-    Raises:
-        RAdapterError: another radapter-index is writing it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise RAdapterError(f"another radapter-index is writing {folder}; wait for it") from None
-    finally:
-        os.close(handle)

@@ -34,6 +34,7 @@ class Runtime:
     batched: bool = True
 
 
+TENSORRT = "tensorrt"
 RUNTIMES = {
     "onnxruntime": Runtime(
         "model.onnx",
@@ -49,7 +50,7 @@ RUNTIMES = {
         parameters={"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"},
         batched=False,
     ),
-    "tensorrt": Runtime("model.plan", kind=model_config_pb2.ModelInstanceGroup.KIND_GPU),
+    TENSORRT: Runtime("model.plan", kind=model_config_pb2.ModelInstanceGroup.KIND_GPU),
 }
 AUTO = "auto"  # the fastest of them
 _BF16 = "HINT_BF16"  # of openvino, "YES" or not there

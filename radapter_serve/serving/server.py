@@ -29,7 +29,8 @@ from types import TracebackType
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.choice import Measured, check, fastest, measure
-from radapter_serve.serving.runtimes import AUTO, RUNTIMES, encoders_of
+from radapter_serve.serving.plan import Sidecar, check_plan
+from radapter_serve.serving.runtimes import AUTO, RUNTIMES, TENSORRT, encoders_of
 from radapter_serve.serving.threads import environment, share, total
 
 INDEXES = "RADAPTER_INDEXES"  # environment variable: the folder of the indexes, for the model `retrieve`
@@ -239,6 +240,7 @@ class TritonServer:
         self._stubs: dict[int, str] = {}
         self._runtime, self.threads = runtime, threads or total()
         self.measured: list[Measured] = []
+        self._plans: list[Sidecar] = []
         self.models: dict[str, list[int]] = {}
 
     @property
@@ -380,13 +382,14 @@ class TritonServer:
         if chosen == AUTO:
             self.measured = measure(encoders, threads, installation.backends, progress)
             chosen = fastest(self.measured)
-        configs = {}
+        configs, self._plans = {}, []
         for encoder in encoders:
             runtime = chosen or encoder.runtime
             if runtime not in installation.backends:
                 raise RAdapterError(f"{installation.binary} has no backend {runtime}, which {encoder.name} asks for")
-            for version in encoder.versions:
-                encoder.file(version, runtime)
+            files = [encoder.file(version, runtime) for version in encoder.versions]
+            if runtime == TENSORRT:
+                self._plans += [check_plan(file.parent) for file in files]
             if runtime != encoder.runtime and not self.measured:
                 progress(f"checking {encoder.name} by {runtime}")
                 check(encoder, runtime, threads[encoder.name])
@@ -408,6 +411,7 @@ class TritonServer:
             (target / "config.pbtxt").write_text(configs[name], encoding="utf-8")
             for version in self.models[name]:
                 (target / str(version)).symlink_to(source / str(version))
+        version_compatible = any(plan.options.version_compatible for plan in self._plans)
         command = [
             str(installation.binary),
             f"--model-repository={models}",
@@ -422,6 +426,8 @@ class TritonServer:
             "--disable-auto-complete-config",  # configs of an export are complete; this halves the start
             f"--exit-timeout-secs={_EXIT_TIMEOUT}",
             f"--backend-config=python,shm-region-prefix-name={_shm_prefix(folder)}",
+            # Such a plan brings a runtime of its own, code that Triton runs only if it is told to.
+            *(["--backend-config=tensorrt,version-compatible=true"] if version_compatible else []),
         ]
         with contextlib.ExitStack() as stack:
             try:

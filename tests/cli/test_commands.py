@@ -9,11 +9,12 @@ from collections.abc import Callable
 import pytest
 
 from radapter_client import query
-from radapter_serve.cli import demo, export, guard, index, serve, train
+from radapter_serve.cli import build_engine, demo, export, guard, index, serve, train
 from radapter_serve.cli import eval as cli_eval
 from radapter_serve.errors import RAdapterError
 
 COMMANDS = {
+    "build-engine": build_engine.main,
     "demo": demo.main,
     "eval": cli_eval.main,
     "export": export.main,
@@ -53,7 +54,13 @@ def test_guard_turns_errors_into_a_line_and_a_status(capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize(
     "module",
-    ["radapter_serve.cli.serve", "radapter_serve.cli.export", "radapter_serve.cli.index", "radapter_client.query"],
+    [
+        "radapter_serve.cli.serve",
+        "radapter_serve.cli.build_engine",
+        "radapter_serve.cli.export",
+        "radapter_serve.cli.index",
+        "radapter_client.query",
+    ],
 )
 def test_commands_start_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit(any(m in sys.modules for m in ('torch', 'open_clip', 'onnx')))"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+from fake_tensorrt import Driver, install
 
 from radapter_serve.cli.export import main
+from radapter_serve.serving.engine import Options
+from radapter_serve.serving.plan_writer import build_engines, check_engines
 
 
 @pytest.fixture
@@ -54,9 +58,47 @@ def test_newest_run_is_exported_and_a_table_printed(checkout: Path, capfd: pytes
     assert {path.name for path in sets.iterdir()} == {"animals.npz", "b.npz"}
 
 
+def test_engines_are_built_with_the_release_and_refitted_for_the_next(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, Driver())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(checkout / "cache"))
+    how = ["--format", "tensorrt", "--precision", "fp16", "--max-batch-size", "4"]
+    assert main(["--alpha", "0.3", *how]) == 0
+    assert capfd.readouterr().err == ""
+    repository = checkout / "model_repository"
+    for folder, sidecar in check_engines(repository).items():
+        release = json.loads((repository / "classify" / folder.name / "release.json").read_text())
+        assert (release["runtime"], release["precision"]) == ("tensorrt", "fp16")
+        assert release["agreement"][folder.parent.name]["max_error"] == pytest.approx(sidecar.agreement.max_error)
+        assert {shapes[2][0] for shapes in sidecar.profile.values()} == {4}
+    # From here on refittable: the next export builds as the engines beside are built.
+    assert {one.how for one in build_engines(repository, Options(refittable=True))} == {"built"}
+    said: list[str] = []
+    monkeypatch.setattr("rich.status.Status.update", lambda _, line: said.append(line))
+    assert main(["--alpha", "0.8", *how]) == 0
+    assert [line for line in said if line.startswith("refitting")] == [
+        f"refitting {model} of release 2" for model in ("image_encoder", "text_encoder")
+    ]
+    assert not any(line.startswith("building") for line in said)
+    assert [folder.name for folder in check_engines(repository)] == ["2", "2"]
+
+
+def test_an_engine_needs_a_gpu_and_nothing_is_begun_without(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, None)
+    monkeypatch.setattr("radapter_export.release.load_base", lambda *_: pytest.fail("the base was loaded"))
+    assert main(["--format", "tensorrt"]) == 2
+    assert "no GPU" in capfd.readouterr().err
+    assert not (checkout / "model_repository").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--format", "tensorrt", "--runtime", "openvino"], "--format tensorrt is served by --runtime tensorrt"),
+        (["--format", "tensorrt", "--precision", "int8"], "TensorRT takes only int8 with fixed ranges"),
         (["--alpha", "half"], "alpha is 'half'; allowed: a number from 0 to 1"),
         (["--alpha", "1.01"], "alpha is 1.01; allowed"),
         (["--alpha", "nan"], "alpha is nan; allowed"),

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fake_tensorrt import Driver, install
 
 from radapter_serve.serving.agreement import Samples
+from radapter_serve.serving.engine import Options, build
 from radapter_serve.serving.server import OUR_BACKENDS
 
 
@@ -140,3 +142,19 @@ def test_numpy_2_is_refused(load, repository, monkeypatch, backend):
     monkeypatch.setattr(np, "__version__", "2.0.1")
     with pytest.raises(RuntimeError, match=r"numpy 2\.0\.1 is installed"):
         load(backend).initialize(arguments(repository))
+
+
+def test_tensorrt_runs_an_engine(load, repository, tmp_path, monkeypatch):
+    trt = install(monkeypatch, Driver())
+    folder = tmp_path / "image_encoder" / "1"
+    folder.mkdir(parents=True)
+    graph = repository / "image_encoder" / "1" / "model.onnx"
+    folder.joinpath("model.plan").write_bytes(build(trt, graph, Options(), max_batch_size=64, max_length=77)[0])
+    samples = Samples.load(graph.parent)
+    model = load("tensorrt")
+    model.initialize(arguments(tmp_path, kind="GPU", default_model_filename="model.plan"))
+    answers = model.execute([{"image": values} for values in samples.inputs])
+    for [embeds], reference in zip(answers, samples.references, strict=True):
+        np.testing.assert_allclose(embeds, reference, atol=1e-6)
+    with pytest.raises(RuntimeError, match="instance on the CPU: .*KIND_GPU"):
+        load("tensorrt").initialize(arguments(tmp_path, default_model_filename="model.plan"))

@@ -57,4 +57,5 @@ def _options(config: Mapping[str, Any], parameters: Mapping[str, str]) -> ort.Se
 
 def _providers(device: int | None) -> list[Any]:
     cpu = ["CPUExecutionProvider"]
-    return cpu if device is None else [("CUDAExecutionProvider", {"device_id": device}), *cpu]
+    # Without TF32, its default: what is served is what was compared with torch.
+    return cpu if device is None else [("CUDAExecutionProvider", {"device_id": device, "use_tf32": "0"}), *cpu]

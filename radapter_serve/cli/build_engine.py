@@ -1,0 +1,92 @@
+"""`radapter-build-engine`: TensorRT engines for a model repository, on the GPU that will serve it; no torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from radapter_serve.cli import run
+from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.engine import Options
+from radapter_serve.serving.plan_writer import Built, build_engines, check_engines
+
+PROG = "radapter-build-engine"
+
+
+def build_engine(
+    model_repository: tyro.conf.Positional[Path] = Path("model_repository"),
+    check: bool = False,
+    force: bool = False,
+    opt_batch_size: int = 8,
+    workspace: float | None = None,
+    version_compatible: bool = False,
+    hardware_compatible: bool = False,
+    refittable: bool = False,
+    timing_cache: Path | None = None,
+    tolerance: float | None = None,
+) -> None:
+    """Build a TensorRT engine of each encoder and release, check them against torch, and let TensorRT serve them.
+
+    Runs on the GPU that will serve, under the TensorRT that will: in NVIDIA's Triton container, say. It needs neither
+    torch nor the adapter, for samples and torch's embeddings of them lie beside each graph. Engines that fit stay.
+
+    Args:
+        model_repository: folder that radapter-export has filled.
+        check: build nothing; say whether what is there can be served here.
+        force: build those that fit, too.
+        opt_batch_size: rows of the batch that engines are tuned for; they take all others, too.
+        workspace: GiB of GPU memory that a layer may use; all that is free if not given.
+        version_compatible: engines also run under later versions of TensorRT, somewhat slower.
+        hardware_compatible: engines also run on other GPUs of compute capability 8.0 and above, somewhat slower.
+        refittable: engines take the weights of the next release without being built again, somewhat slower.
+        timing_cache: file of what TensorRT measured, which makes the next build faster; one in ~/.cache if not given.
+        tolerance: largest difference from torch allowed in a component of the unit-length embeddings; the release's
+            own if not given.
+    """
+    if check:
+        folders = check_engines(model_repository)
+        print("\n".join(f"{folder}: fits" for folder in folders) or "TensorRT serves nothing here: nothing to check")
+        return
+    if workspace is not None and not workspace > 0:
+        raise RAdapterError(f"--workspace is {workspace:g}; allowed: GiB above 0, such as 4")
+    if opt_batch_size < 1:
+        raise RAdapterError(f"--opt-batch-size is {opt_batch_size}; allowed: 1 or more")
+    options = Options(opt_batch_size, workspace, version_compatible, hardware_compatible, refittable)
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        built = build_engines(
+            model_repository,
+            options,
+            tolerance=tolerance,
+            timing_cache=timing_cache,
+            force=force,
+            progress=status.update,
+        )
+    show(built)
+    print(f"Next:   radapter-serve {model_repository}, or tritonserver --model-repository {model_repository}")
+
+
+def show(built: Sequence[Built]) -> None:
+    """Print what was built."""
+    table = Table(title="TensorRT engines", title_justify="left")
+    for column in ("release", "graph", "engine", "MB", "max error", "min cosine", "seconds"):
+        table.add_column(column, justify="left" if column in ("graph", "engine") else "right")
+    for one in built:
+        error, cosine = one.agreement.max_error, one.agreement.min_cosine
+        figures = f"{one.size / 1e6:.1f}", f"{error:.1e}", f"{cosine:.7f}", f"{one.seconds:.1f}"
+        table.add_row(str(one.version), one.model, one.how, *figures)
+    Console().print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `radapter-build-engine`."""
+    return run(build_engine, argv, prog=PROG)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

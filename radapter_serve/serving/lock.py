@@ -1,0 +1,33 @@
+"""One writer of a folder at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from radapter_serve.errors import RAdapterError
+
+
+@contextlib.contextmanager
+def lock(folder: Path, writer: str) -> Iterator[None]:
+    """Hold a folder; made if there is none. A killed program lets go of it.
+
+    Args:
+        folder: what is written.
+        writer: the commands that do, for the message.
+
+    Raises:
+        RAdapterError: another one is writing it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise RAdapterError(f"another {writer} is writing {folder}; wait for it") from None
+    finally:
+        os.close(handle)

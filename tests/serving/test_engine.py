@@ -1,0 +1,235 @@
+"""Engines and the GPU's driver, on a fake of both; `tests/export/test_tensorrt.py` builds with the real parser."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from fake_tensorrt import Driver, install, make_tensorrt
+from small_release import image_encoder, text_encoder
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.cuda import Gpu, Stream, find_gpu
+from radapter_serve.serving.engine import Engine, Options, build, import_tensorrt, make_profile, refit
+
+LIMITS = {"max_batch_size": 8, "max_length": 77}
+
+
+@pytest.fixture
+def driver() -> Driver:
+    return Driver()
+
+
+@pytest.fixture
+def trt(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Any:
+    return install(monkeypatch, driver)
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Path:
+    onnx.save(image_encoder(np.random.default_rng(0)), tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def images(batch: int) -> np.ndarray:
+    return np.random.default_rng(batch).integers(0, 256, (batch, 16, 16, 3), dtype=np.uint8)
+
+
+def run(path: Path, array: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(path)
+    return session.run(None, {session.get_inputs()[0].name: array})[0]
+
+
+def facts(plan: bytes) -> dict[str, Any]:
+    return json.loads(plan.partition(b"\n")[0])
+
+
+def test_the_fake_has_nothing_that_the_real_bindings_lack() -> None:
+    real = pytest.importorskip("tensorrt_rtx")
+    fake = make_tensorrt(Driver())
+    for name, mine in vars(fake).items():
+        if name.startswith("__") or name == "refits_wrong":
+            continue
+        assert hasattr(real, name), name
+        if isinstance(mine, type):
+            members = {member for member in vars(mine) if not member.startswith("_")}
+            assert members - set(dir(getattr(real, name))) == set(), name
+
+
+def test_the_gpu_is_named_and_its_absence_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, Driver(name="NVIDIA A100", capability="8.0"))
+    assert find_gpu() == Gpu("NVIDIA A100", "8.0")
+    for driver, why in (
+        (None, r"no NVIDIA driver \(libcuda.so.1\)"),
+        (Driver(init=100), "says CUDA_ERROR_NO_DEVICE"),
+        (Driver(init=9999), "says error 9999"),
+        (Driver(devices=0), "shows none"),
+    ):
+        install(monkeypatch, driver)
+        with pytest.raises(RAdapterError, match=rf"no GPU: .*{why}.*; .*radapter-serve --runtime onnxruntime"):
+            find_gpu()
+
+
+def test_without_a_gpu_this_machine_says_so() -> None:
+    try:
+        assert find_gpu().compute_capability
+    except RAdapterError as error:
+        assert "no GPU" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (None, "TensorRT is not installed for Python; run: pip install tensorrt"),
+        ("libnvonnxparser.so.11: cannot open shared object file", "does not load: libnvonnxparser.so.11: cannot"),
+    ],
+)
+def test_a_missing_tensorrt_is_explained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken: str | None, message: str
+) -> None:
+    install(monkeypatch, Driver(), version=None)
+    if broken:
+        monkeypatch.delitem(sys.modules, "tensorrt")
+        (tmp_path / "tensorrt.py").write_text(f"raise ImportError({broken!r})")
+        monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RAdapterError, match=message):
+        import_tensorrt()
+
+
+def test_the_bindings_alone_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, Driver(), version=None)
+    monkeypatch.setitem(sys.modules, "tensorrt_bindings", SimpleNamespace(__version__="11.2.1"))
+    assert import_tensorrt().__version__ == "11.2.1"
+
+
+def test_memory_comes_back_as_it_went_and_is_freed(driver: Driver, trt: Any) -> None:
+    array = np.arange(24, dtype=np.int32).reshape(2, 3, 4)[:, ::-1]
+    with Stream() as stream:
+        address = stream.upload(array)
+        assert driver.memory and driver.contexts == driver.streams == 1
+        np.testing.assert_array_equal(stream.download(address, array.shape, array.dtype), array)
+    assert not driver.memory
+    assert driver.contexts == driver.streams == 0
+
+
+def test_a_full_gpu_is_one_line_and_leaves_nothing(driver: Driver, trt: Any) -> None:
+    driver.budget = 100
+    with (
+        pytest.raises(RAdapterError, match=r"the GPU failed: cuMemAlloc_v2 says CUDA_ERROR_OUT_OF_MEMORY"),
+        Stream() as stream,
+    ):
+        stream.allocate(10)
+        stream.allocate(1000)
+    assert not driver.memory and not driver.contexts
+
+
+def test_an_engine_gives_what_the_graph_gives(driver: Driver, trt: Any, graph: Path) -> None:
+    plan, profile = build(trt, graph, Options(), **LIMITS)
+    assert profile == {"image": ((1, 16, 16, 3), (8, 16, 16, 3), (8, 16, 16, 3))}
+    engine = Engine(trt, plan)
+    assert (engine.inputs, engine.outputs) == (["image"], ["image_embeds"])
+    for batch in (1, 3, 8, 19):  # more than it takes at once, too
+        embeds = engine(images(batch))
+        assert embeds.dtype == np.float32
+        np.testing.assert_array_equal(embeds, run(graph, images(batch)))
+    assert not driver.memory and not driver.contexts
+
+
+def test_shapes_and_types_that_an_engine_does_not_take_are_refused(trt: Any, graph: Path, tmp_path: Path) -> None:
+    engine = Engine(trt, build(trt, graph, Options(), **LIMITS)[0])
+    with pytest.raises(RAdapterError, match=r"image has the shape \(2, 8, 8, 3\); the engine takes \(1, 16, "):
+        engine(images(2)[:, :8, :8])
+    with pytest.raises(TypeError, match="Cannot cast"):
+        engine(images(1).astype(np.float32))
+    onnx.save(text_encoder(np.random.default_rng(0)), tmp_path / "text.onnx")
+    plan, profile = build(trt, tmp_path / "text.onnx", Options(), **LIMITS)
+    assert profile == {"tokens": ((1, 1), (8, 16), (8, 77))}
+    tokens = np.array([[5, 7, 9]], np.int32)
+    np.testing.assert_array_equal(Engine(trt, plan)(tokens), run(tmp_path / "text.onnx", tokens))
+
+
+def test_profiles_of_every_kind_of_input() -> None:
+    shapes = {"image": (-1, 224, 224, 3), "tokens": (-1, -1), "alpha": (-1, 1)}
+    assert make_profile(shapes, 8, 64, 77) == {
+        "image": ((1, 224, 224, 3), (8, 224, 224, 3), (64, 224, 224, 3)),
+        "tokens": ((1, 1), (8, 16), (64, 77)),
+        "alpha": ((1, 1), (8, 1), (64, 1)),
+    }
+    assert make_profile({"tokens": (-1, 64)}, 8, 4, 64) == {"tokens": ((1, 64), (4, 64), (4, 64))}
+
+
+def test_options_reach_the_builder_and_fp32_is_no_tf32(trt: Any, graph: Path) -> None:
+    plain = facts(build(trt, graph, Options(), **LIMITS)[0])
+    assert (plain["flags"], plain["level"], plain["pools"], plain["cache"]) == ([], "NONE", {}, None)
+    options = Options(workspace=2, version_compatible=True, hardware_compatible=True, refittable=True)
+    full = facts(build(trt, graph, options, **LIMITS)[0])
+    assert full["flags"] == ["REFIT", "VERSION_COMPATIBLE"]
+    assert (full["level"], full["pools"]) == ("AMPERE_PLUS", {"WORKSPACE": 2 << 30})
+
+
+def test_a_timing_cache_is_kept_and_one_of_another_gpu_replaced(
+    trt: Any, graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "caches" / "mine.timing"
+    assert facts(build(trt, graph, Options(), **LIMITS, timing_cache=cache)[0])["cache"] == ""
+    assert facts(build(trt, graph, Options(), **LIMITS, timing_cache=cache)[0])["cache"] == "measured on NVIDIA H100"
+    other = install(monkeypatch, Driver(name="NVIDIA L4"))
+    assert facts(build(other, graph, Options(), **LIMITS, timing_cache=cache)[0])["cache"] == ""
+    assert cache.read_bytes() == b"measured on NVIDIA L4"
+    assert [path.name for path in cache.parent.iterdir()] == ["mine.timing"]
+
+
+def test_progress_is_told_and_ctrl_c_ends_the_build(trt: Any, graph: Path) -> None:
+    lines: list[str] = []
+    build(trt, graph, Options(), **LIMITS, progress=lines.append)
+    assert lines == ["Building engine 1/2", "Building engine 2/2"]
+
+    def interrupt(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(trt, graph, Options(), **LIMITS, progress=interrupt)
+
+
+def test_graphs_that_tensorrt_cannot_read_are_explained(trt: Any, tmp_path: Path) -> None:
+    with pytest.raises(RAdapterError, match=r"TensorRT 11.4.0.106 cannot read .*none.onnx: "):
+        build(trt, tmp_path / "none.onnx", Options(), **LIMITS)
+    model = image_encoder(np.random.default_rng(0))
+    quantize = onnx.helper.make_node("DynamicQuantizeLinear", ["floats"], ["a", "b", "c"], name="quantize_7")
+    model.graph.node.insert(1, quantize)
+    onnx.save(model, tmp_path / "int8.onnx")
+    with pytest.raises(RAdapterError, match=r"DynamicQuantizeLinear quantize_7: unsupported; .*--calibration DATA"):
+        build(trt, tmp_path / "int8.onnx", Options(), **LIMITS)
+
+
+def test_another_version_does_not_load_the_engine(trt: Any, graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, _ = build(trt, graph, Options(), **LIMITS)
+    other = install(monkeypatch, Driver(), version="11.5.0.1")
+    with pytest.raises(RAdapterError, match=r"TensorRT 11.5.0.1 does not load the engine: the engine plan file is not"):
+        Engine(other, plan)
+
+
+def test_refitting_gives_the_engine_of_the_other_weights(trt: Any, graph: Path, tmp_path: Path) -> None:
+    onnx.save(image_encoder(np.random.default_rng(1)), tmp_path / "next.onnx")
+    plan, _ = build(trt, graph, Options(refittable=True), **LIMITS)
+    fresh = refit(trt, plan, tmp_path / "next.onnx")
+    assert fresh is not None
+    np.testing.assert_array_equal(Engine(trt, fresh)(images(2)), run(tmp_path / "next.onnx", images(2)))
+    again = refit(trt, fresh, graph)  # it stays refittable
+    assert again is not None
+    np.testing.assert_array_equal(Engine(trt, again)(images(2)), run(graph, images(2)))
+
+
+def test_what_cannot_be_refitted_is_to_be_built(trt: Any, graph: Path, tmp_path: Path) -> None:
+    fixed, _ = build(trt, graph, Options(), **LIMITS)
+    assert refit(trt, fixed, graph) is None
+    plan, _ = build(trt, graph, Options(refittable=True), **LIMITS)
+    onnx.save(text_encoder(np.random.default_rng(1)), tmp_path / "other.onnx")
+    assert refit(trt, plan, tmp_path / "other.onnx") is None

@@ -1,0 +1,310 @@
+"""Engines of a repository: built, checked, kept, refitted, served; on a fake of TensorRT and the GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_tensorrt import Driver, install
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from radapter_serve.cli.build_engine import main
+from radapter_serve.errors import RAdapterError
+from radapter_serve.serving import plan_writer
+from radapter_serve.serving.engine import Options
+from radapter_serve.serving.plan import PLAN, SIDECAR, Sidecar, check_plan
+from radapter_serve.serving.plan_writer import build_engines, check_engines
+from radapter_serve.serving.server import TritonServer, free_ports
+
+ENGINES = [("image_encoder", 1), ("image_encoder", 2), ("patch_encoder", 2), ("text_encoder", 1), ("text_encoder", 2)]
+ENCODERS = sorted({model for model, _ in ENGINES})
+
+
+def copy_encoders(source: Path, target: Path) -> Path:
+    for model in ENCODERS:
+        shutil.copytree(source / model, target / model)
+    return target
+
+
+@pytest.fixture
+def mine(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The encoders of two releases; patches in the second only."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return copy_encoders(repository, tmp_path / "repository")
+
+
+@pytest.fixture
+def trt(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return install(monkeypatch, Driver())
+
+
+def config(repository: Path, model: str) -> Any:
+    text = (repository / model / "config.pbtxt").read_text(encoding="utf-8")
+    return text_format.Parse(text, model_config_pb2.ModelConfig())
+
+
+def configs(repository: Path) -> dict[str, bytes]:
+    return {path.parent.name: path.read_bytes() for path in repository.glob("*/config.pbtxt")}
+
+
+def how(mine: Path, options: Options = Options(), **arguments: Any) -> set[str]:  # noqa: B008
+    return {one.how for one in build_engines(mine, options, **arguments)}
+
+
+def test_every_encoder_gets_an_engine_that_agrees_and_tensorrt_serves_it(trt: Any, mine: Path) -> None:
+    before = {model: config(mine, model) for model in ENCODERS}
+    built = build_engines(mine)
+    assert [(one.model, one.version) for one in built] == ENGINES
+    assert {one.how for one in built} == {"built"}
+    for one in built:
+        folder = mine / one.model / str(one.version)
+        assert one.agreement.max_error < 1e-6
+        sidecar = Sidecar.load(folder)
+        assert (sidecar.version, sidecar.gpu, sidecar.compute_capability) == ("11.4.0.106", "NVIDIA H100", "9.0")
+        assert sidecar.agreement == one.agreement
+        assert one.size == (folder / PLAN).stat().st_size
+        assert {path.name for path in folder.iterdir()} == {"model.onnx", "samples.npz", PLAN, SIDECAR}
+    assert Sidecar.load(mine / "text_encoder" / "1").profile == {"tokens": ((1, 1), (8, 16), (64, 77))}
+    for model in ENCODERS:
+        now, then = config(mine, model), before[model]
+        assert (now.backend, now.default_model_filename) == ("tensorrt", PLAN)
+        assert [group.kind for group in now.instance_group] == [model_config_pb2.ModelInstanceGroup.KIND_GPU]
+        for field in ("name", "max_batch_size", "input", "output", "version_policy", "dynamic_batching"):
+            assert getattr(now, field) == getattr(then, field)
+        assert set(now.parameters) == {"release"}  # nothing is left of ONNX Runtime's
+    assert list(check_engines(mine)) == [mine / model / str(version) for model, version in ENGINES]
+    [cache] = (mine.parent / "cache" / "radapter-serve").iterdir()
+    assert cache.name == "tensorrt-11.4.0.106-NVIDIA-H100.timing"
+
+
+def test_engines_that_fit_stay(trt: Any, mine: Path) -> None:
+    assert how(mine) == {"built"}
+    stamps = {path: path.stat().st_mtime_ns for path in mine.glob(f"*/*/{PLAN}")}
+    assert how(mine) == {"kept"}
+    assert {path: path.stat().st_mtime_ns for path in mine.glob(f"*/*/{PLAN}")} == stamps
+    assert how(mine, Options(version_compatible=True)) == {"built"}
+    assert how(mine, Options(version_compatible=True), force=True) == {"built"}
+
+
+def test_a_refittable_engine_takes_the_next_release(trt: Any, mine: Path) -> None:
+    built = build_engines(mine, Options(refittable=True))
+    assert [one.how for one in built] == ["built", "refitted", "built", "built", "refitted"]
+    assert all(one.agreement.max_error < 1e-5 for one in built)  # of release 2's own weights
+    assert len({(mine / "image_encoder" / v / PLAN).read_bytes() for v in "12"}) == 2
+
+
+def test_what_refitting_does_wrong_is_built(trt: Any, mine: Path) -> None:
+    trt.refits_wrong = True
+    built = build_engines(mine, Options(refittable=True))
+    assert {one.how for one in built} == {"built"}
+    assert all(one.agreement.max_error < 1e-5 for one in built)
+
+
+def test_an_engine_that_differs_from_torch_is_not_served(trt: Any, mine: Path) -> None:
+    samples = dict(np.load(mine / "text_encoder" / "2" / "samples.npz"))
+    samples["reference_1"] = np.roll(samples["reference_1"], 1, axis=0)
+    np.savez(mine / "text_encoder" / "2" / "samples.npz", **samples)
+    before = configs(mine)
+    with pytest.raises(RAdapterError, match=r"text_encoder differs from torch by up to .*--tolerance"):
+        build_engines(mine)
+    assert configs(mine) == before
+    assert not (mine / "text_encoder" / "2" / PLAN).exists()
+    build_engines(mine, tolerance=2)  # no error can be larger
+    assert config(mine, "text_encoder").backend == "tensorrt"
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RAdapterError("cannot build")])
+def test_a_build_that_stops_leaves_the_repository_served_as_it_was(
+    trt: Any, mine: Path, monkeypatch: pytest.MonkeyPatch, stop: Any
+) -> None:
+    before, build, calls = configs(mine), plan_writer.build, []
+
+    def third_fails(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise stop
+        return build(*arguments, **keywords)
+
+    monkeypatch.setattr(plan_writer, "build", third_fails)
+    with pytest.raises(stop if isinstance(stop, type) else RAdapterError):
+        build_engines(mine)
+    assert configs(mine) == before
+    assert not list(mine.rglob("*.new"))
+    assert not check_engines(mine)  # ONNX Runtime serves
+    assert [one.how for one in build_engines(mine)] == ["kept", "kept", "built", "built", "built"]
+
+
+def test_a_full_disk_leaves_no_half_plan(trt: Any, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, write = configs(mine), Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if path.name == f".{PLAN}.new":
+            write(path, content[:100])
+            raise OSError(28, "No space left on device", str(path))
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main([str(mine)]) == 2
+    assert configs(mine) == before
+    assert not list(mine.rglob("*plan*"))
+
+
+def tampered(change: Callable[[Sidecar], Sidecar]) -> Callable[[Path], None]:
+    return lambda folder: change(Sidecar.load(folder)).save(folder)
+
+
+def damage(**fields: Any) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        found = json.loads((folder / SIDECAR).read_text())
+        (folder / SIDECAR).write_text(json.dumps(found | fields))
+
+    return write
+
+
+MISMATCHES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "version": (tampered(lambda s: replace(s, version="11.2.1")), "built with TensorRT 11.2.1, this is 11.4.0.106"),
+    "edition": (tampered(lambda s: replace(s, edition="tensorrt_rtx")), "an engine of tensorrt_rtx, which Triton"),
+    "gpu": (
+        tampered(lambda s: replace(s, gpu="NVIDIA L4", compute_capability="8.9")),
+        r"for compute capability 8.9 \(NVIDIA L4\), this GPU \(NVIDIA H100\) has 9.0",
+    ),
+    "graph": (lambda folder: (folder / "model.onnx").write_bytes(b"other"), "from another model.onnx"),
+    "weights": (lambda folder: (folder / "model.onnx.data").write_bytes(b"other"), "from another model.onnx"),
+    "no sidecar": (lambda folder: (folder / SIDECAR).unlink(), "is not finished, model.plan.json is missing"),
+    "no plan": (lambda folder: (folder / PLAN).unlink(), "model.plan does not exist"),
+    "half a sidecar": (lambda folder: os.truncate(folder / SIDECAR, 40), "model.plan.json is damaged"),
+    "no JSON object": (lambda folder: (folder / SIDECAR).write_text("[1]"), "model.plan.json is damaged"),
+    "no number": (damage(version="new"), "model.plan.json is damaged"),
+    "a field too many": (damage(colour="red"), "model.plan.json is damaged"),
+}
+
+
+@pytest.fixture(scope="module")
+def built(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Encoders with engines. Not to be changed."""
+    folder = copy_encoders(repository, tmp_path_factory.mktemp("built") / "repository")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder.parent))
+        install(patch, Driver())
+        build_engines(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", MISMATCHES)
+def test_a_plan_that_does_not_fit_is_one_line_that_says_what_to_run(
+    kind: str, built: Path, tmp_path: Path, trt: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = copy_encoders(built, tmp_path / "repository")
+    folder = mine / "image_encoder" / "1"
+    change, message = MISMATCHES[kind]
+    change(folder)
+    with pytest.raises(RAdapterError, match=rf"{message}.*; run: radapter-build-engine {mine}$"):
+        check_plan(folder)
+    assert main(["--check", str(mine)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(RAdapterError, match=r"model\.plan.* radapter-build-engine"):
+        TritonServer(mine, "127.0.0.1", *free_ports()).start()
+    check_plan(mine / "image_encoder" / "2")
+
+
+def test_compatible_plans_fit_where_others_do_not(trt: Any, built: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(built / "image_encoder", tmp_path / "r" / "image_encoder")) / "1"
+    sidecar = Sidecar.load(folder)
+    later, other = Options(version_compatible=True), Options(hardware_compatible=True)
+    for version, fits in (("10.13.2", True), ("11.2.1", True), ("11.9.0", False), ("9.3.0", False)):
+        replace(sidecar, version=version, options=later).save(folder)
+        if fits:
+            check_plan(folder)
+        else:
+            with pytest.raises(RAdapterError, match=f"built with TensorRT {version}"):
+                check_plan(folder)
+    replace(sidecar, compute_capability="8.0", options=other).save(folder)
+    check_plan(folder)
+    replace(sidecar, compute_capability="7.5", options=other).save(folder)
+    with pytest.raises(RAdapterError, match="compute capability 7.5"):
+        check_plan(folder)
+
+
+def test_without_a_gpu_nothing_is_touched(mine: Path, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, None, version=None)
+    before = configs(mine)
+    with pytest.raises(RAdapterError, match="no GPU: .*--runtime onnxruntime"):
+        build_engines(mine)
+    assert configs(mine) == before
+    with pytest.raises(RAdapterError, match="no GPU"):
+        check_plan(built / "image_encoder" / "1")
+    with pytest.raises(RAdapterError, match="no GPU"):
+        TritonServer(built, "127.0.0.1", *free_ports()).start()
+    install(monkeypatch, Driver(), version=None)
+    with pytest.raises(RAdapterError, match="TensorRT is not installed"):
+        build_engines(mine)
+
+
+def test_the_systems_library_tells_the_version_where_python_has_no_package(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, Driver(), version=None)
+    found = ctypes.CDLL
+    for number, fits in ((110400, True), (110201, False)):
+        library = SimpleNamespace(getInferLibVersion=lambda number=number: number)
+        monkeypatch.setattr(
+            ctypes, "CDLL", lambda name, library=library: library if name == "libnvinfer.so.11" else found(name)
+        )
+        if fits:
+            check_plan(built / "image_encoder" / "1")
+        else:
+            with pytest.raises(RAdapterError, match=r"built with TensorRT 11.4.0.106, this is 11.2.1"):
+                check_plan(built / "image_encoder" / "1")
+
+
+def test_no_repository_no_encoder_and_a_config_that_is_none(trt: Any, mine: Path, tmp_path: Path) -> None:
+    with pytest.raises(RAdapterError, match="none does not exist; make it with: radapter-export"):
+        build_engines(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RAdapterError, match="holds no encoder"):
+        build_engines(tmp_path / "empty")
+    handle = os.open(mine, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(RAdapterError, match=r"another radapter-export or radapter-build-engine is writing"):
+        build_engines(mine)
+    os.close(handle)
+    (mine / "image_encoder" / "config.pbtxt").write_text("name: {")
+    with pytest.raises(RAdapterError, match="is not a Triton model config"):
+        build_engines(mine)
+
+
+def test_batches_smaller_than_the_samples(trt: Any, mine: Path) -> None:
+    for model in ENCODERS:
+        small = config(mine, model)
+        facts = json.loads(small.parameters["release"].string_value) | {"max_batch_size": 2}
+        small.parameters["release"].string_value = json.dumps(facts)
+        (mine / model / "config.pbtxt").write_text(text_format.MessageToString(small))
+    assert all(one.agreement.max_error < 1e-5 for one in build_engines(mine))
+    assert Sidecar.load(mine / "image_encoder" / "1").profile["image"][2] == (2, 16, 16, 3)
+    assert config(mine, "image_encoder").max_batch_size == 2
+
+
+def test_the_command(trt: Any, mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--check", str(mine)]) == 0
+    assert "nothing to check" in capsys.readouterr().out
+    assert main([str(mine), "--timing-cache", str(mine.parent / "my.timing")]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for word in (*ENCODERS, "built", "min cosine", f"Next:   radapter-serve {mine}"):
+        assert word in out
+    assert (mine.parent / "my.timing").exists()
+    assert main(["--check", str(mine)]) == 0
+    assert capsys.readouterr().out.count(": fits") == 5
+    assert main([str(mine), "--workspace", "0"]) == 2
+    assert "--workspace is 0; allowed: GiB above 0" in capsys.readouterr().err
