@@ -28,10 +28,11 @@ class Tolerance:
     min_cosine: float
 
 
-#: By precision; several times what towers of open_clip show, random or trained, and far below what a mistake makes.
+#: By precision: twice the worst that small random models of every family show, about ten times ViT-B-32's. int8 keeps
+#: 7 bits of a weight and 8 of an activation, bf16 8 of each, fp16 11.
 TOLERANCES = {
     "fp32": Tolerance(1e-4, 0.999999),
-    "fp16": Tolerance(1e-3, 0.99999),
+    "fp16": Tolerance(2e-3, 0.99999),
     "bf16": Tolerance(1e-2, 0.999),
     "int8": Tolerance(5e-2, 0.99),
 }
