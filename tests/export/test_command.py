@@ -77,11 +77,14 @@ def test_engines_are_built_with_the_release_and_refitted_for_the_next(
     said: list[str] = []
     monkeypatch.setattr("rich.status.Status.update", lambda _, line: said.append(line))
     assert main(["--alpha", "0.8", *how]) == 0
+    assert main(["--alpha", "0.5", "--update"]) == 0  # of the same precision, and for the same runtime
     assert [line for line in said if line.startswith("refitting")] == [
-        f"refitting {model} of release 2" for model in ("image_encoder", "text_encoder")
+        f"refitting {model} of release {version}" for version in (2, 3) for model in ("image_encoder", "text_encoder")
     ]
     assert not any(line.startswith("building") for line in said)
-    assert [folder.name for folder in check_engines(repository)] == ["2", "2"]
+    assert [folder.name for folder in check_engines(repository)] == ["3", "3"]
+    assert main(["--alpha", "dynamic", "--format", "tensorrt"]) == 0
+    assert all(sidecar.profile["alpha"][2] == (64, 1) for sidecar in check_engines(repository).values())
 
 
 def test_an_engine_needs_a_gpu_and_nothing_is_begun_without(

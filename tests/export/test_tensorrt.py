@@ -7,17 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_models import FAMILIES, make_base
+from small_models import FAMILIES, make_base, random_adapter
 from torch import Tensor
 
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_export.precision import PRECISIONS, TYPES, lower
 from radapter_export.quantization import quantize
+from radapter_serve.adapter import load_adapter
 from radapter_serve.base import Base, load_base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.engine import Options, build
 
 trt = pytest.importorskip("tensorrt_rtx")
+FLOATS = ("fp32", *TYPES)  # α as an input has no int8 with fixed ranges
 LIMITS = {"max_batch_size": 64, "max_length": 77}
 
 
@@ -25,18 +27,21 @@ def check(graph: Graph, weights: Mapping[str, Tensor], precision: str, folder: P
     """Build an engine of a graph, and compare the shapes it takes with those that are served."""
     folder.mkdir(exist_ok=True)
     path = folder / "model.onnx"
-    shape = [dim if isinstance(dim, int) else -1 for dim in graph.model.graph.inputs[0].shape]
     (lower(graph, precision) if precision in TYPES else graph).save(weights, path)
+    shapes = {}
+    for tensor in graph.model.graph.inputs:
+        shapes[str(tensor.name)] = [size if isinstance(size, int) else -1 for size in tensor.shape or ()]
     if precision == "int8":
         random = np.random.default_rng(0)
-        tokens = graph.name == "text_encoder"
+        [shape], kind = shapes.values(), np.int32 if graph.name == "text_encoder" else np.uint8
         batch = [3, *(9 if size < 0 else size for size in shape[1:])]
-        quantize(path, [random.integers(0, 256, batch).astype(np.int32 if tokens else np.uint8)])
+        quantize(path, [random.integers(0, 256, batch).astype(kind)])
     plan, profile = build(trt, path, Options(), **LIMITS)
     assert len(plan) > 10_000
-    [name] = profile
-    for found, (batch, length) in zip(profile[name], ((1, 1), (8, 16), (64, 77)), strict=True):
-        assert found == (batch, *(length if size < 0 else size for size in shape[1:]))
+    assert profile.keys() == shapes.keys()
+    for name, shape in shapes.items():
+        for found, (batch, length) in zip(profile[name], ((1, 1), (8, 16), (64, 77)), strict=True):
+            assert found == (batch, *(length if size < 0 else size for size in shape[1:]))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -47,15 +52,28 @@ def test_the_graphs_of_a_vit_are_built(
     check(graphs[name], tiny_base.model.state_dict(), precision, tmp_path)
 
 
+@pytest.mark.parametrize("precision", FLOATS)
+@pytest.mark.parametrize("name", ["image_encoder", "text_encoder"])
+def test_graphs_that_take_alpha_are_built(
+    name: str, precision: str, dial_graphs: dict[str, Graph], tiny_base: Base, adapter_path: Path, tmp_path: Path
+) -> None:
+    weights = {**tiny_base.model.state_dict(), **load_adapter(adapter_path).tensors}
+    check(dial_graphs[name], weights, precision, tmp_path)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("dial", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_graphs_of_every_family_are_built(family: str, tmp_path: Path) -> None:
-    base = load_base(make_base(family, tmp_path / "base"))
-    graphs = [image_graph(base), text_graph(base)]
+def test_the_graphs_of_every_family_are_built(family: str, dial: bool, tmp_path: Path) -> None:
+    name = make_base(family, tmp_path / "base")
+    base = load_base(name)
+    adapter = random_adapter(name, partial=FAMILIES[family].partial) if dial else None
+    graphs = [image_graph(base, adapter), text_graph(base, adapter)]
     try:
-        graphs += [patch_graph(base, way) for way in ("maskclip", "naclip")]
+        graphs += [patch_graph(base, way, adapter) for way in ("maskclip", "naclip")]
     except RAdapterError as error:
         assert "dense" in str(error)  # not every image tower has patches
+    weights = {**base.model.state_dict(), **(adapter.tensors if adapter else {})}
     for graph in graphs:
-        for precision in PRECISIONS:
-            check(graph, base.model.state_dict(), precision, tmp_path / precision)
+        for precision in FLOATS if dial else PRECISIONS:
+            check(graph, weights, precision, tmp_path / precision)
