@@ -98,11 +98,10 @@ def test_a_runtime_that_differs_is_refused_with_the_way_out(own):
 
 
 def test_what_is_not_there_is_said_with_the_command_that_makes_it(own):
-    with pytest.raises(
-        RAdapterError, match=r"model\.plan, which tensorrt needs, .* radapter-build-engine .*repository"
-    ):
+    message = r"model\.plan, which tensorrt needs, .* radapter-build-engine .*repository"
+    with pytest.raises(RAdapterError, match=message):
         check(encoder(own), "tensorrt")
-    with pytest.raises(RAdapterError, match="has no backend tensorrt, which image_encoder asks for"):
+    with pytest.raises(RAdapterError, match=message):
         TritonServer(own, "127.0.0.1", *free_ports(), runtime="tensorrt").start()
     (own / "image_encoder" / "2" / "model.onnx").unlink()
     with pytest.raises(RAdapterError, match=r"model\.onnx, which onnxruntime needs, does not exist; .*radapter-export"):
