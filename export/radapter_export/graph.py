@@ -152,9 +152,12 @@ def _export(
     values = [key for key, _ in (*tower.named_parameters(), *tower.named_buffers()) if key in initializers]
     with _quiet():
         _optimize(model, values)
+    computed = {value.name: value for node in model.graph for value in node.outputs}
     for key in values:
-        value = initializers.pop(key)
-        value.name = name_in_base(key)
+        value, known = initializers.pop(key), name_in_base(key)
+        if known in computed:  # such as the "mean" over patches, named by torch, and that of pixels
+            computed[known].name = f"{known}_computed"
+        value.name = known
         initializers.add(value)
     _forget_origin(model)
     return Graph(name, model, {name_in_base(key): buffer for key, buffer in tower.named_buffers()})
