@@ -10,9 +10,8 @@ from radapter_serve.adapter import Adapter
 
 
 def name_in_base(name: str) -> str:
-    """What a parameter of a tower, with a dial or without, is called in a state dict or an adapter file."""
-    # Other names are left alone: made shorter, `mean` would be that of an operator's output, too.
-    return name.removeprefix(f"tower.{COPY}").removeprefix(COPY).removesuffix(".full")
+    """What a tower's parameter or buffer, with a dial or without, is called in a state dict or an adapter file."""
+    return name.removeprefix("tower.").removeprefix(COPY).removesuffix(".full")
 
 
 class DialTower(nn.Module):
