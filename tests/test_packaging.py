@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -43,8 +44,18 @@ def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path:
     for name in (
         "serving/backends/onnxruntime/model.py",
         "serving/backends/openvino/model.py",
+        "serving/backends/tensorrt/model.py",
         "demo/recipes/retrieval.yaml",
         "demo/base/open_clip_config.json",
     ):
         assert f"radapter_serve/{name}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.parametrize("package", ["radapter_export", "radapter_serve.training"])
+def test_what_loads_on_first_use_is_there(package: str) -> None:
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        assert getattr(module, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        module.nothing  # noqa: B018

@@ -5,6 +5,7 @@ The names below load on first use: a graph alone (`radapter_export.graph`) needs
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,12 +13,12 @@ if TYPE_CHECKING:
     from radapter_export.release import Exported, Release, export_release
     from radapter_serve.serving.agreement import Agreement
 
+_ELSEWHERE = {"Agreement": "radapter_serve.serving.agreement", "write_merged": "radapter_export.merged"}
+
 __all__ = ["Agreement", "Exported", "Release", "export_release", "write_merged"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from radapter_export import merged, release
-
-    return getattr(merged if name == "write_merged" else release, name)
+    return getattr(importlib.import_module(_ELSEWHERE.get(name, "radapter_export.release")), name)
