@@ -118,7 +118,7 @@ def export_release(
             "--calibration finds ranges at one alpha, and --alpha dynamic has all; leave one of them out"
         )
     engines = PlanWriter(progress=say) if runtime == TENSORRT else None  # which looks for a GPU, before all else
-    bounds = TOLERANCES[precision] if tolerance is None else Tolerance(tolerance, -1.0)
+    bounds = TOLERANCES[precision] if tolerance is None else Tolerance(tolerance)
     prompts = templates_of(templates if templates is not None else meta.templates or "simple")
     labels |= {name: _read_labels(name, path) for name, path in (label_sets or {}).items()}
     way = dense or meta.recipe.get("dense")

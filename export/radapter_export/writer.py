@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -182,14 +181,12 @@ class Writer:
                         path.parent,
                         max_batch_size=self.max_batch_size,
                         max_length=int(spec["context_length"]),
-                        tolerance=self.bounds.max_error,
+                        bounds=self.bounds,
                         donors=repository.folder / graph.name,
                     ).size
                 served = path.with_name(RUNTIMES[self.runtime].file)
                 encoder = Encoder(served, self.runtime, precision=self.precision)
-                agreement = compare(
-                    f"{graph.name} in {self.precision}", encoder, samples, *dataclasses.astuple(self.bounds)
-                )
+                agreement = compare(f"{graph.name} in {self.precision}", encoder, samples, self.bounds)
                 exported.append(Exported(graph.name, size, agreement, time.perf_counter() - start))
                 if graph.name == "text_encoder":
                     folders = [repository.staged(model, version) for model in LABELLED]
@@ -299,6 +296,7 @@ class Writer:
                 **{graph.name: asdict(graph.agreement) for graph in exported},
                 "batches": list(BATCHES),
                 "tolerance": self.bounds.max_error,
+                "min_cosine": self.bounds.min_cosine,
             },
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }

@@ -25,7 +25,10 @@ class Tolerance:
     """How far from torch in fp32 a graph may be: bounds of what `Agreement` measures."""
 
     max_error: float
-    min_cosine: float
+    min_cosine: float = -1.0  # any
+
+    def __str__(self) -> str:
+        return f"{self.max_error:.0e}" + (f" (and {1 - self.min_cosine:.0e})" if self.min_cosine > -1 else "")
 
 
 #: By precision: twice the worst that small random models of every family show, about ten times ViT-B-32's. int8 keeps
@@ -49,6 +52,10 @@ class Agreement:
 
     max_error: float
     min_cosine: float
+
+    def within(self, bounds: Tolerance) -> bool:
+        """Whether it is near enough."""
+        return self.max_error <= bounds.max_error and self.min_cosine >= bounds.min_cosine
 
 
 @dataclass(frozen=True)
@@ -97,8 +104,7 @@ def compare(
     name: str,
     encoder: Encode,
     samples: Samples,
-    tolerance: float,
-    min_cosine: float = -1.0,
+    bounds: Tolerance | float,
 ) -> Agreement:
     """Run a graph on every batch and compare it with its reference.
 
@@ -106,12 +112,12 @@ def compare(
         name: of the graph, for the message.
         encoder: the graph, run in the way that is to be checked.
         samples: inputs for it, and torch's embeddings of them.
-        tolerance: largest `max_error` allowed.
-        min_cosine: smallest `min_cosine` allowed.
+        bounds: how far they may be apart; a number bounds `max_error` alone.
 
     Raises:
         RAdapterError: the graph fails on a batch, gives NaN, another shape, or differs by more than is allowed.
     """
+    bounds = bounds if isinstance(bounds, Tolerance) else Tolerance(bounds)
     max_error, least = 0.0, 1.0
     for given, reference in samples.batches():
         try:
@@ -128,14 +134,14 @@ def compare(
         cosine = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
         max_error = max(max_error, float(np.abs(a - b).max()))
         least = min(least, float(cosine.min()))
-    if not (max_error <= tolerance and least >= min_cosine):
-        bounds = f"{tolerance:.0e}" + (f" (and {1 - min_cosine:.0e})" if min_cosine > -1 else "")
+    agreement = Agreement(max_error, least)
+    if not agreement.within(bounds):
         raise RAdapterError(
             f"{name} differs from torch by up to {max_error:.2e} (1 - cosine up to {1 - least:.1e}), the tolerance is "
             f"{bounds}; nothing was written. fp32 is the closest --precision; if you accept this, give "
             f"--tolerance {max_error * 1.5:.0e}"
         )
-    return Agreement(max_error, least)
+    return agreement
 
 
 def _numbered(file: Any, kind: str) -> list[NDArray[Any]]:

@@ -46,14 +46,15 @@ def check(encoder: ServedEncoder, runtime: str, threads: int | None = None) -> f
     Raises:
         RAdapterError: the runtime is not installed, cannot load a graph, or differs by more than was allowed at export.
     """
-    tolerance, distance = float(encoder.facts["agreement"]["tolerance"]), 0.0
+    bounds, distance = encoder.bounds, 0.0
     for version in encoder.versions:
         name = f"{encoder.name} of release {version}, run by {runtime} on this machine,"
         samples = Samples.load(encoder.folder / str(version))
         agreement = compare(name, _load(encoder, version, runtime, threads), samples, math.inf)
-        if not agreement.max_error <= tolerance:
+        if not agreement.within(bounds):
             raise RAdapterError(
-                f"{name} differs from torch by up to {agreement.max_error:.2e}, and {tolerance:.0e} is allowed; "
+                f"{name} differs from torch by up to {agreement.max_error:.2e} (1 - cosine up to "
+                f"{1 - agreement.min_cosine:.1e}), and {bounds} is allowed; "
                 f"leave --runtime out, or export for it: radapter-export --runtime {runtime}"
             )
         distance = max(distance, 1 - agreement.min_cosine)

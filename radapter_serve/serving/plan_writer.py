@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.agreement import Agreement, Samples, compare
+from radapter_serve.serving.agreement import Agreement, Samples, Tolerance, compare
 from radapter_serve.serving.cuda import Gpu, find_gpu
 from radapter_serve.serving.engine import Engine, Options, Profile, build, import_tensorrt, refit
 from radapter_serve.serving.lock import lock
@@ -80,7 +80,7 @@ def build_engines(
                 encoder.folder / str(version),
                 max_batch_size=int(encoder.facts["max_batch_size"]),
                 max_length=int(encoder.facts["tokenizer"]["context_length"]),
-                tolerance=float(encoder.facts["agreement"]["tolerance"]) if tolerance is None else tolerance,
+                bounds=encoder.bounds if tolerance is None else Tolerance(tolerance),
                 donors=encoder.folder,
                 keep=not force,
             )
@@ -123,7 +123,7 @@ class PlanWriter:
         *,
         max_batch_size: int,
         max_length: int,
-        tolerance: float,
+        bounds: Tolerance,
         donors: Path | None = None,
         keep: bool = False,
     ) -> Built:
@@ -134,7 +134,7 @@ class PlanWriter:
             folder: of one version, with `model.onnx` and `samples.npz`.
             max_batch_size: rows of the largest batch.
             max_length: tokens of the longest text.
-            tolerance: largest difference from torch, per component of a unit-length embedding.
+            bounds: of the difference from torch.
             donors: folder of other versions, whose engines may lend themselves to be refitted.
             keep: leave an engine that fits as it is.
 
@@ -154,7 +154,7 @@ class PlanWriter:
         options = self._options or (donor.options if donor else Options())
 
         def put(plan: bytes, profile: Profile) -> Sidecar:
-            agreement = compare(name, Engine(self._trt, plan), Samples.load(folder), tolerance)
+            agreement = compare(name, Engine(self._trt, plan), Samples.load(folder), bounds)
             return self._put(folder, plan, profile, options, agreement)
 
         if donor and options.refittable and all(most[0] == max_batch_size for _, _, most in donor.profile.values()):

@@ -12,6 +12,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.agreement import Tolerance
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,12 @@ class ServedEncoder:
     def precision(self) -> str:
         """For example `fp32`."""
         return str(self.facts["precision"])
+
+    @property
+    def bounds(self) -> Tolerance:
+        """How far from torch it may be, as at its export."""
+        agreement = self.facts["agreement"]
+        return Tolerance(float(agreement["tolerance"]), float(agreement.get("min_cosine", -1)))
 
     @property
     def versions(self) -> list[int]:

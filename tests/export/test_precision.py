@@ -250,7 +250,7 @@ def test_release_says_what_its_precision_costs(
         folder = tmp_path / "repository" / graph.name / "1"
         assert {path.name for path in folder.iterdir()} == {"model.onnx", "samples.npz"}
         encoder = Encoder(folder / "model.onnx", facts["runtime"], precision=precision)
-        again = compare(graph.name, encoder, Samples.load(folder), bounds.max_error, bounds.min_cosine)
+        again = compare(graph.name, encoder, Samples.load(folder), bounds)
         assert again.max_error == pytest.approx(graph.agreement.max_error, rel=0.2)
     found = facts["accuracy"]
     assert found["torch"] == pytest.approx(accuracy_of_torch(tiny_base, load_adapter(adapter_path), photos), abs=0.01)

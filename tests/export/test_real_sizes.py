@@ -70,4 +70,4 @@ def test_folded_graph_agrees_with_attached_adapters(name: str, tmp_path: Path) -
     for make, inputs, reference in zip(made, (images, tokens), references, strict=True):
         graph = make(base)
         graph.save(folded, tmp_path / "model.onnx")
-        compare(graph.name, Encoder(tmp_path / "model.onnx"), Samples(inputs, reference), tolerance=1e-4)
+        compare(graph.name, Encoder(tmp_path / "model.onnx"), Samples(inputs, reference), 1e-4)

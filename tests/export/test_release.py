@@ -183,7 +183,7 @@ def test_the_recipe_says_how_patches_are_embedded_and_segments_cropped(
     assert release.facts["crop"] == {"padding": 0.25, "square": False, "fill": [122, 117, 105]}
     assert [graph.name for graph in release.graphs] == ["image_encoder", "patch_encoder", "text_encoder"]
     assert set(release.facts["agreement"]) == {*FILES.keys() - WITHOUT_PATCHES} | {
-        *("image_encoder", "text_encoder", "batches", "tolerance")
+        *("image_encoder", "text_encoder", "batches", "tolerance", "min_cosine")
     }
     (without,) = export(adapter=trained, dense="none")
     assert without.facts["dense"] is None

@@ -120,6 +120,14 @@ def test_an_engine_that_differs_from_torch_is_not_served(trt: Any, mine: Path) -
         build_engines(mine)
     assert configs(mine) == before
     assert not (mine / "text_encoder" / "2" / PLAN).exists()
+    small = config(mine, "text_encoder")
+    facts = json.loads(small.parameters["release"].string_value) | {"agreement": {"tolerance": 2, "min_cosine": 0.999}}
+    small.parameters["release"].string_value = json.dumps(facts)
+    (mine / "text_encoder" / "config.pbtxt").write_text(text_format.MessageToString(small))
+    with pytest.raises(
+        RAdapterError, match=r"text_encoder differs from torch .* the tolerance is 2e\+00 \(and 1e-03\)"
+    ):
+        build_engines(mine)
     build_engines(mine, tolerance=2)  # no error can be larger
     assert config(mine, "text_encoder").backend == "tensorrt"
 

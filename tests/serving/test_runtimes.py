@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -95,6 +96,24 @@ def test_a_runtime_that_differs_is_refused_with_the_way_out(own):
         check(encoder(own), "openvino")
     with pytest.raises(RAdapterError, match=message):
         TritonServer(own, "127.0.0.1", *free_ports(), runtime="openvino").start()
+
+
+def test_a_runtime_is_held_to_the_cosine_of_the_export_too(own):
+    config = own / "image_encoder" / "config.pbtxt"
+    folder = own / "image_encoder" / "2"
+    samples = Samples.load(folder)
+    turned = [reference @ np.diag([-1] + [1] * 7).astype(np.float32) for reference in samples.references]
+    Samples(samples.inputs, turned).save(folder)
+    for least, right in ((-1, True), (0.99999, False)):
+        exported = encoder(own)
+        agreement = {"tolerance": 2, "min_cosine": least}  # no error is larger
+        exported.config.parameters["release"].string_value = json.dumps({**exported.facts, "agreement": agreement})
+        config.write_text(text_format.MessageToString(exported.config), encoding="utf-8")
+        if right:
+            assert check(encoder(own), "onnxruntime", 1) > 1e-5
+        else:
+            with pytest.raises(RAdapterError, match=r"1 - cosine up to .*\(and 1e-05\) is allowed"):
+                check(encoder(own), "onnxruntime", 1)
 
 
 def test_what_is_not_there_is_said_with_the_command_that_makes_it(own):
