@@ -105,7 +105,7 @@ def export_release(
     if newest is not None:
         newest.check(dense, precision, dial)
         facts = newest.facts
-        dense, precision, runtime = newest.dense, newest.precision, runtime or facts.get("runtime")
+        dense, precision, runtime = newest.dense, newest.precision, runtime or newest.runtime
         templates = facts["templates"] if templates is None else templates
         max_batch_size = facts["max_batch_size"] if max_batch_size is None else max_batch_size
         labels = newest.label_sets()

@@ -15,6 +15,7 @@ from radapter_serve.adapter import Adapter, fold
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.labels import LabelSet
 from radapter_serve.serving.release import find_release, read_release
+from radapter_serve.serving.runtimes import encoders_of
 
 _CLOSE = 64  # roundings of the number format, of a tensor's largest value: another machine folds in another order
 
@@ -33,6 +34,7 @@ class Newest:
         dial: whether α is an input of its encoders.
         dense: how they embed patches, or "none".
         precision: of its encoders.
+        runtime: by which they are served; radapter-build-engine changes it after an export.
     """
 
     def __init__(self, repository: str | Path) -> None:
@@ -41,6 +43,7 @@ class Newest:
         self.dial = bool(self.facts.get("dynamic_alpha"))
         self.dense = str((self.facts.get("dense") or {}).get("way", "none"))
         self.precision = str(self.facts["precision"])
+        self.runtime = next((encoder.runtime for encoder in encoders_of(self._repository)), "onnxruntime")
 
     def check(self, dense: str | None, precision: str | None, dial: bool) -> None:
         """Refuse what only a new export can change.

@@ -121,7 +121,7 @@ def export(
             agreement = graph.agreement
             table.add_row(
                 str(release.version),
-                f"{release.alpha:g}{' (dynamic)' if dynamic else ''}",
+                f"{release.alpha:g}{' (dynamic)' if release.facts['dynamic_alpha'] else ''}",
                 str(release.facts["precision"]),
                 graph.name,
                 f"{graph.size / 1e6:.1f}",

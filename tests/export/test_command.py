@@ -85,6 +85,9 @@ def test_engines_are_built_with_the_release_and_refitted_for_the_next(
     assert [folder.name for folder in check_engines(repository)] == ["3", "3"]
     assert main(["--alpha", "dynamic", "--format", "tensorrt"]) == 0
     assert all(sidecar.profile["alpha"][2] == (64, 1) for sidecar in check_engines(repository).values())
+    capfd.readouterr()
+    assert main(["--update"]) == 0
+    assert capfd.readouterr().out.count("(dynamic)") == 2
 
 
 def test_an_engine_needs_a_gpu_and_nothing_is_begun_without(

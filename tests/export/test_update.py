@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from radapter_export import Release, export_release
 from radapter_serve.adapter import Adapter, load_adapter, save_adapter
 from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.runtimes import encoders_of
 
 ENCODERS = ("image_encoder", "patch_encoder", "text_encoder")
 Export = Callable[..., list[Release]]
@@ -83,6 +84,19 @@ def test_another_alpha(export: Export, labels_path: Path, tmp_path: Path) -> Non
     assert [release.version for release in export([0.3, 0.7], update=True)] == [3, 4]
     for model in ENCODERS:
         assert initializers(tmp_path / "repository", model, 4) == initializers(tmp_path / "repository", model, 2)
+
+
+def test_what_is_served_by_another_runtime_since_its_export_stays_so(export: Export, tmp_path: Path) -> None:
+    """As radapter-build-engine leaves it, whose runtime needs a GPU."""
+    pytest.importorskip("openvino")
+    export([0.3])
+    for encoder in encoders_of(tmp_path / "repository"):
+        (encoder.folder / "config.pbtxt").write_text(encoder.configured("openvino", None), encoding="utf-8")
+    [updated] = export([0.7], update=True)
+    assert updated.facts["runtime"] == "openvino"
+    assert {encoder.runtime for encoder in encoders_of(tmp_path / "repository")} == {"openvino"}
+    [back] = export([0.7], update=True, runtime="onnxruntime")
+    assert back.facts["runtime"] == "onnxruntime"
 
 
 @pytest.mark.parametrize("alpha", [0.7, "dynamic"])
