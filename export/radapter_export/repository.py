@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_export.files import STAGED, disk_errors, make_folder, remove_empty
 from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.lock import lock
 from radapter_serve.serving.runtimes import configure
 
 PATCH_ENCODER = "patch_encoder"  # the one model that an export may lack
@@ -51,14 +51,13 @@ class Repository:
         if self.folder.exists() and not self.folder.is_dir():
             raise RAdapterError(f"{self.folder} is a file; give a folder with --model-repository")
         self._new: list[Path] = []
-        self._lock = -1
+        self._held = contextlib.ExitStack()
 
     def __enter__(self) -> Repository:
         try:
             with disk_errors(self.folder):
                 self._new = make_folder(self.folder)
-                self._lock = os.open(self.folder, os.O_RDONLY)
-                self._take_lock()
+                self._held.enter_context(lock(self.folder, "radapter-export or radapter-build-engine"))
                 self._remove_leftovers()
                 for model in self.models:
                     self._new += make_folder(self.folder / model)
@@ -72,8 +71,7 @@ class Repository:
         for model in self.models:
             shutil.rmtree(self.staged(model), ignore_errors=True)
         remove_empty(self._new)
-        if self._lock >= 0:
-            os.close(self._lock)
+        self._held.close()
 
     def staged(self, model: str, version: int | None = None) -> Path:
         """The temporary folder of a model, or of one version of it."""
@@ -126,18 +124,6 @@ class Repository:
                 (self.staged(model) / "config.pbtxt").replace(self.folder / model / "config.pbtxt")
             for model in set(MODELS) - set(self.models):
                 (self.folder / model / "config.pbtxt").unlink(missing_ok=True)
-
-    def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            self._lock = -1
-            raise RAdapterError(
-                f"another radapter-export is writing {self.folder}; wait for it, or give another --model-repository"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
 
     def _remove_leftovers(self) -> None:
         complete = set(_versions(self.folder / MODELS[-1]))

@@ -25,9 +25,16 @@ def lock(folder: Path, writer: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _take(handle, f"another {writer} is writing {folder}; wait for it")
         yield
-    except BlockingIOError:
-        raise RAdapterError(f"another {writer} is writing {folder}; wait for it") from None
     finally:
         os.close(handle)
+
+
+def _take(handle: int, message: str) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RAdapterError(message) from None
+    except OSError:
+        pass  # a file system without locks

@@ -350,7 +350,7 @@ def test_export_killed_while_it_puts_versions_in_place_serves_no_half_release(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", counted(rename))
         patch.setattr(Path, "replace", counted(replace))
-        patch.setattr(repository.Repository, "__exit__", lambda self, *_: os.close(self._lock))
+        patch.setattr(repository.Repository, "__exit__", lambda self, *_: self._held.close())
         with pytest.raises(Killed):
             export()
     served = set()

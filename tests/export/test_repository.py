@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from radapter_export import Release
 from radapter_export import repository as module
 from radapter_export.repository import MODELS, PATCH_ENCODER, Repository, config
 from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.lock import lock
 
 
 def parse(text: str) -> model_config_pb2.ModelConfig:
@@ -83,6 +85,15 @@ def test_two_exports_at_a_time_are_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_a_file_system_without_locks_is_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock(tmp_path, "radapter-x"), Repository(tmp_path) as repository:
+        assert repository.next_version() == 1
+
+
 def test_repository_that_nothing_was_committed_to_does_not_stay(tmp_path: Path) -> None:
     with Repository(tmp_path / "a" / "b") as repository:
         assert repository.next_version() == 1
@@ -136,7 +147,7 @@ def put(folder: Path, models: Sequence[str], killed: bool = False) -> int:
         repository.staged(model, version).mkdir()
         (repository.staged(model) / "config.pbtxt").write_text(f'parameters {{ key: "release" }} # {version}')
     if killed:
-        os.close(repository._lock)
+        repository._held.close()
     else:
         repository.commit([version])
         repository.__exit__()
