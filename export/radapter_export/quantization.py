@@ -62,9 +62,10 @@ def calibration_images(collection: Collection, preprocess: Preprocess) -> list[N
     Raises:
         RAdapterError: an image can't be read; says which.
     """
-    step = max(1, len(collection.items) // IMAGES)
+    items = collection.items
+    count = min(len(items), IMAGES)
     pixels = []
-    for item in collection.items[::step][:IMAGES]:
+    for item in (items[number * len(items) // count] for number in range(count)):
         try:
             pixels.append(decode_pixels(item.file.read_bytes(), preprocess))
         except (OSError, TaskError) as error:

@@ -52,7 +52,8 @@ def evaluate(
             chooses the best on validation data: the suite's sets with `split: validation`, else the run's own. Of a
             release or a server: one whose requests may bring it (radapter-export --alpha dynamic).
         merged: folder of a merged checkpoint, to be judged instead of a run.
-        release: model repository, to be judged in this process instead of a run; PATH@N for release N, else the newest.
+        release: model repository, to be judged by its own runtime instead of a run; PATH@N for release N, else the
+            newest.
         url: a live server, to be judged instead of a run, such as grpc://localhost:8001.
         finetuned: checkpoint of the base fine-tuned as a whole, for WiSE-FT at the same alphas beside the run.
         base: open_clip model or local-dir:PATH; what the adapter was trained on if none is given.

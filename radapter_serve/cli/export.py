@@ -113,16 +113,17 @@ def export(
         )
     seconds = time.perf_counter() - start
     names = ", ".join(map(str, paths))
-    table = Table(title=f"{names}: {len(releases)} release{'s' if len(releases) > 1 else ''} in {seconds:.0f} s")
-    for column in ("release", "alpha", "precision", "graph", "MB", "max error", "1 - cosine", "seconds"):
-        table.add_column(column, justify="left" if column == "graph" else "right")
+    kind = f"{len(releases)} release{'s' if len(releases) > 1 else ''} in {releases[0].facts['precision']}"
+    table = Table(title=f"{names}: {kind}, {seconds:.0f} s")
+    for column in ("release", "alpha", "graph", "MB", "max error", "1 - cosine", "seconds"):
+        left = column == "graph"
+        table.add_column(column, justify="left" if left else "right", no_wrap=left)
     for release in releases:
         for graph in release.graphs:
             agreement = graph.agreement
             table.add_row(
                 str(release.version),
                 f"{release.alpha:g}{' (dynamic)' if release.facts['dynamic_alpha'] else ''}",
-                str(release.facts["precision"]),
                 graph.name,
                 f"{graph.size / 1e6:.1f}",
                 f"{agreement.max_error:.1e}",

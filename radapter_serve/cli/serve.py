@@ -143,7 +143,8 @@ def _describe(model: Path, versions: Sequence[int]) -> str:
     for version in versions:
         try:
             release: dict[str, Any] = json.loads((model / str(version) / "release.json").read_text(encoding="utf-8"))
-            parts.append(f"{version}: {release['architecture']} at alpha {release['alpha']:g}, {release['precision']}")
+            own = f"alpha {release['alpha']:g}{' or any' if release.get('dynamic_alpha') else ''}"
+            parts.append(f"{version}: {release['architecture']} at {own}, {release['precision']}")
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return "\n".join(parts)

@@ -26,7 +26,7 @@ def checkout(quick: None, adapter_path: Path, tmp_path: Path, monkeypatch: pytes
         os.utime(run / "adapter.safetensors", (stamp, stamp))
     (tmp_path / "animals.txt").write_text("cat, kitty\ndog\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "80")
     return tmp_path
 
 
@@ -49,7 +49,7 @@ def test_newest_run_is_exported_and_a_table_printed(checkout: Path, capfd: pytes
     )
     out, err = capfd.readouterr()
     assert err == ""
-    assert "runs/new/adapter.safetensors: 2 releases" in out
+    assert "runs/new/adapter.safetensors: 2 releases in fp32" in out
     for word in ("image_encoder", "patch_encoder", "text_encoder", "max error", "1 - cosine", "seconds"):
         assert word in out
     assert out.endswith("Next:   radapter-serve\n")

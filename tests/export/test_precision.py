@@ -21,13 +21,15 @@ from radapter_export import Release, export_release
 from radapter_export.accuracy import Accuracy, Validation, open_validation
 from radapter_export.graph import Graph
 from radapter_export.precision import lower
-from radapter_export.quantization import quantize
+from radapter_export.quantization import calibration_images, quantize
 from radapter_serve.adapter import Adapter, attach_adapter, fold, load_adapter
 from radapter_serve.base import Base, load_base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.agreement import TOLERANCES, Samples, compare
+from radapter_serve.serving.collection import open_collection
 from radapter_serve.serving.encoder import Encoder
 from radapter_serve.serving.masks import MaskCrop
+from radapter_serve.serving.preprocess import Preprocess
 from radapter_serve.serving.release import release_digest
 
 LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -269,6 +271,16 @@ def test_release_says_what_its_precision_costs(
         assert "quantization" not in facts
     if "calibration" in changes:
         assert (facts["quantization"]["images"], facts["quantization"]["texts"]) == (30, 10)
+
+
+def test_calibration_takes_images_of_all_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(15):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
+    monkeypatch.setattr("radapter_export.quantization.IMAGES", 10)
+    batches = calibration_images(open_collection(str(tmp_path)), Preprocess.from_dict({"size": 4}))
+    taken = np.concatenate(batches)[:, 0, 0, 0].astype(int)
+    assert (len(taken), taken[0]) == (10, 0)
+    assert set(np.diff([*taken, 15])) == {1, 2}
 
 
 def test_digest_tells_apart_how_int8_was_made(exported: tuple[Path, list[Release]]) -> None:
