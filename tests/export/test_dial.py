@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +22,15 @@ from tritonclient.grpc import model_config_pb2
 from radapter_export import Release, export_release
 from radapter_export.dial import DialTower
 from radapter_export.graph import Graph, image_graph, text_graph
+from radapter_export.quantization import quantize
+from radapter_export.repository import ENCODERS
 from radapter_serve.adapter import Adapter, Metadata, base_digest, fold, load_adapter
 from radapter_serve.base import Base
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.agreement import Samples, compare
+from radapter_serve.serving.agreement import TOLERANCES, Samples, compare
+from radapter_serve.serving.choice import measure
 from radapter_serve.serving.encoder import Encoder
+from radapter_serve.serving.runtimes import encoders_of
 
 ALPHAS = np.array([[0], [0.25], [0.5], [1], [0.8], [0.25], [0]], np.float32)
 
@@ -159,6 +164,24 @@ def test_samples_hold_alphas_and_another_is_refused(dial: tuple[Path, Release]) 
             compare(name, encoder, other, 1e-4)
         with pytest.raises(RAdapterError, match="fails on a batch"):
             compare(name, encoder, dataclasses.replace(samples, alphas=()), 1e-4)
+
+
+def test_runtimes_and_int8_take_alpha(dial: tuple[Path, Release], tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    encoders = encoders_of(dial[0] / "repository")
+    measured = measure(encoders, dict.fromkeys(ENCODERS, 1), ["onnxruntime", "openvino"])
+    assert {(one.encoder, one.runtime) for one in measured if one.distance < 1e-6} == {
+        (encoder, runtime) for encoder in ENCODERS for runtime in ("onnxruntime", "openvino")
+    }
+    for encoder in encoders:
+        config = text_format.Parse(encoder.configured("openvino", 1), model_config_pb2.ModelConfig())
+        assert list(config.input[1].dims) == [-1, 1]  # the batch is a dimension of its own for this runtime
+        shutil.copy(encoder.file(1, "onnxruntime"), tmp_path / "model.onnx")
+        quantize(tmp_path / "model.onnx")
+        samples = Samples.load(encoder.folder / "1")
+        for runtime in ("onnxruntime", "openvino"):
+            quantized = Encoder(tmp_path / "model.onnx", runtime, precision="int8", threads=1)
+            assert compare(encoder.name, quantized, samples, TOLERANCES["int8"]).max_error > 1e-5
 
 
 def test_label_set_keeps_what_embeds_it_again(dial: tuple[Path, Release]) -> None:
