@@ -19,6 +19,7 @@ import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 from onnx_ir import tensor_adapters
+from onnx_ir.passes.common import NameFixPass
 from torch import Tensor, nn
 
 from radapter_export.dial import DialTower, name_in_base
@@ -156,6 +157,7 @@ def _export(
         value = initializers.pop(key)
         value.name = name_in_base(key)
         initializers.add(value)
+    NameFixPass()(model)  # torch calls values after operators, so one may be called as a weight is in the base
     _forget_origin(model)
     return Graph(name, model, {name_in_base(key): buffer for key, buffer in tower.named_buffers()})
 
