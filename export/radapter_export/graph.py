@@ -19,6 +19,7 @@ import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 from onnx_ir import tensor_adapters
+from onnx_ir.passes.common import NameFixPass
 from torch import Tensor, nn
 
 from radapter_export.dial import DialTower, name_in_base
@@ -152,13 +153,11 @@ def _export(
     values = [key for key, _ in (*tower.named_parameters(), *tower.named_buffers()) if key in initializers]
     with _quiet():
         _optimize(model, values)
-    computed = {value.name: value for node in model.graph for value in node.outputs}
     for key in values:
-        value, known = initializers.pop(key), name_in_base(key)
-        if known in computed:  # such as the "mean" over patches, named by torch, and that of pixels
-            computed[known].name = f"{known}_computed"
-        value.name = known
+        value = initializers.pop(key)
+        value.name = name_in_base(key)
         initializers.add(value)
+    NameFixPass()(model)  # torch calls values after operators, so one may be called as a weight is in the base
     _forget_origin(model)
     return Graph(name, model, {name_in_base(key): buffer for key, buffer in tower.named_buffers()})
 

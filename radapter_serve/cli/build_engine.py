@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,10 +53,12 @@ def build_engine(
         folders = check_engines(model_repository)
         print("\n".join(f"{folder}: fits" for folder in folders) or "TensorRT serves nothing here: nothing to check")
         return
-    if workspace is not None and not workspace > 0:
+    if workspace is not None and not 0 < workspace < math.inf:
         raise RAdapterError(f"--workspace is {workspace:g}; allowed: GiB above 0, such as 4")
     if opt_batch_size < 1:
         raise RAdapterError(f"--opt-batch-size is {opt_batch_size}; allowed: 1 or more")
+    if tolerance is not None and not 0 < tolerance <= 1:
+        raise RAdapterError(f"--tolerance is {tolerance:g}; allowed: more than 0, at most 1, such as 1e-4")
     options = Options(opt_batch_size, workspace, version_compatible, hardware_compatible, refittable)
     console = Console(stderr=True)
     with console.status("starting") as status:

@@ -70,7 +70,7 @@ def evaluate(
     given = [flag for flag, value in (("merged", merged), ("release", release), ("url", url)) if value]
     of_a_run: dict[str, Any] = {"adapter": adapter, "finetuned": finetuned, "base": base, "pretrained": pretrained}
     if merged or "auto" in alpha:  # which release has which alpha is seen when it is read
-        of_a_run["alpha"] = alpha
+        of_a_run["alpha auto" if "auto" in alpha else "alpha"] = alpha
     also = [flag for flag, value in of_a_run.items() if value]
     if len(given) > 1 or (given and also):
         flags = ", ".join(f"--{flag}" for flag in given + also)

@@ -110,7 +110,8 @@ def _show(server: TritonServer) -> None:
 
 def _show_measured(server: TritonServer) -> None:
     """Print what `--runtime auto` found."""
-    table = Table(title=f"runtimes on this machine, {server.threads} threads", title_justify="left")
+    threads = f"{server.threads} thread{'s' if server.threads > 1 else ''}"
+    table = Table(title=f"runtimes on this machine, {threads}", title_justify="left")
     for column in ("encoder", "runtime", *(f"ms at {batch}" for batch in BATCHES), "a second", "1 - cosine"):
         table.add_column(column, no_wrap=True, justify="left" if column in ("encoder", "runtime") else "right")
     for one in server.measured:
@@ -119,8 +120,9 @@ def _show_measured(server: TritonServer) -> None:
             times = (f"{1e3 * seconds:.1f}" for seconds in one.seconds.values())
             table.add_row(escape(one.encoder), one.runtime, *times, f"{rate:.0f}", f"{one.distance:.1e}")
     Console().print(table)
-    for line in dict.fromkeys(f"{one.runtime} is left out: {one.why}" for one in server.measured if one.why):
-        print(line)
+    # One reason each: what cannot run an encoder is out for all.
+    for runtime, why in {one.runtime: one.why for one in reversed(server.measured) if one.why}.items():
+        print(f"{runtime} is left out: {why}")
     print(f"fastest: {fastest(server.measured)}\n")
 
 

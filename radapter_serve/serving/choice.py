@@ -54,8 +54,7 @@ def check(encoder: ServedEncoder, runtime: str, threads: int | None = None) -> f
         if not agreement.within(bounds):
             raise RAdapterError(
                 f"{name} differs from torch by up to {agreement.max_error:.2e} (1 - cosine up to "
-                f"{1 - agreement.min_cosine:.1e}), and {bounds} is allowed; "
-                f"leave --runtime out, or export for it: radapter-export --runtime {runtime}"
+                f"{1 - agreement.min_cosine:.1e}), and {bounds} is allowed"
             )
         distance = max(distance, 1 - agreement.min_cosine)
     return distance

@@ -17,7 +17,7 @@ from radapter_serve.serving.cuda import Gpu, find_gpu
 from radapter_serve.serving.engine import Engine, Options, Profile, build, import_tensorrt, refit
 from radapter_serve.serving.lock import lock
 from radapter_serve.serving.plan import EDITION, ONNX, PLAN, SIDECAR, Sidecar, check_plan, digest, mismatch, replace
-from radapter_serve.serving.runtimes import TENSORRT, encoders_of
+from radapter_serve.serving.runtimes import TENSORRT, ServedEncoder, encoders_of
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,14 @@ class Built:
 
 
 def check_engines(repository: Path) -> dict[Path, Sidecar]:
-    """`check_plan` for all that a repository serves with TensorRT, by folder."""
+    """`check_plan` for all that a repository serves with TensorRT, by folder.
+
+    Raises:
+        RAdapterError: of `check_plan`, or there is no encoder in the repository.
+    """
     return {
         (folder := encoder.folder / str(version)): check_plan(folder)
-        for encoder in encoders_of(repository)
+        for encoder in _encoders(repository)
         if encoder.runtime == TENSORRT
         for version in encoder.versions
     }
@@ -67,13 +71,10 @@ def build_engines(
     Raises:
         RAdapterError: no GPU, no TensorRT, a graph that it cannot build, or one that differs from torch.
     """
+    _encoders(repository)  # before a GPU is looked for
     writer = PlanWriter(options, timing_cache=timing_cache, progress=progress)
-    if not repository.is_dir():
-        raise RAdapterError(f"the model repository {repository} does not exist; make it with: radapter-export")
     with lock(repository, "radapter-export or radapter-build-engine"):
-        encoders = encoders_of(repository)
-        if not encoders:
-            raise RAdapterError(f"the model repository {repository} holds no encoder; make one with: radapter-export")
+        encoders = _encoders(repository)
         built = [
             writer.write(
                 encoder.name,
@@ -199,6 +200,14 @@ class PlanWriter:
             if folder.name != version and (sidecar := self._fitting(folder)):
                 return folder, sidecar
         return Path(), None
+
+
+def _encoders(repository: Path) -> list[ServedEncoder]:
+    if not repository.is_dir():
+        raise RAdapterError(f"the model repository {repository} does not exist; make it with: radapter-export")
+    if not (encoders := encoders_of(repository)):
+        raise RAdapterError(f"the model repository {repository} holds no encoder; make one with: radapter-export")
+    return encoders
 
 
 def _timing_cache(trt: Any, gpu: Gpu) -> Path | None:

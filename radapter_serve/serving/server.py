@@ -392,7 +392,13 @@ class TritonServer:
                 self._plans += [check_plan(file.parent) for file in files]
             if runtime != encoder.runtime and not self.measured:
                 progress(f"checking {encoder.name} by {runtime}")
-                check(encoder, runtime, threads[encoder.name])
+                try:
+                    check(encoder, runtime, threads[encoder.name])
+                except RAdapterError as error:
+                    raise RAdapterError(
+                        f"{error}; leave --runtime out ({encoder.name} was exported for {encoder.runtime}), or export "
+                        f"for it: radapter-export --runtime {runtime}"
+                    ) from error
             configs[encoder.name] = encoder.configured(runtime, threads[encoder.name])
         return configs
 

@@ -192,6 +192,7 @@ def test_merged_and_release_by_flag(here: Path) -> None:
         ([*COMMON, "--url", "grpc://127.0.0.1:1"], "grpc://127.0.0.1:1: "),
         ([*COMMON, "--url", "ftp://x"], "ftp://x: "),
         ([*COMMON, "--merged", "a", "--alpha", "0.5"], "--merged, --alpha don't go together"),
+        ([*COMMON, "--release", "a", "--alpha", "auto"], "--release, --alpha auto don't go together"),
         ([*COMMON, "--limit", "0"], "--limit is 0; allowed: 1 or more"),
         ([*COMMON, "--finetuned", "none.pt"], "no checkpoint at none.pt"),
         ([*COMMON, "--finetuned", "suite.yaml"], "could not read the checkpoint suite.yaml"),

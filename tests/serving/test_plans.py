@@ -277,11 +277,12 @@ def test_the_systems_library_tells_the_version_where_python_has_no_package(
 
 
 def test_no_repository_no_encoder_and_a_config_that_is_none(trt: Any, mine: Path, tmp_path: Path) -> None:
-    with pytest.raises(RAdapterError, match="none does not exist; make it with: radapter-export"):
-        build_engines(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RAdapterError, match="holds no encoder"):
-        build_engines(tmp_path / "empty")
+    for command in (build_engines, check_engines):
+        with pytest.raises(RAdapterError, match="none does not exist; make it with: radapter-export"):
+            command(tmp_path / "none")
+        with pytest.raises(RAdapterError, match="holds no encoder"):
+            command(tmp_path / "empty")
     handle = os.open(mine, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     with pytest.raises(RAdapterError, match=r"another radapter-export or radapter-build-engine is writing"):
@@ -314,5 +315,6 @@ def test_the_command(trt: Any, mine: Path, capsys: pytest.CaptureFixture[str]) -
     assert (mine.parent / "my.timing").exists()
     assert main(["--check", str(mine)]) == 0
     assert capsys.readouterr().out.count(": fits") == 5
-    assert main([str(mine), "--workspace", "0"]) == 2
-    assert "--workspace is 0; allowed: GiB above 0" in capsys.readouterr().err
+    for flag, value in (("workspace", "0"), ("workspace", "inf"), ("tolerance", "nan"), ("tolerance", "-1")):
+        assert main([str(mine), f"--{flag}", value]) == 2
+        assert f"--{flag} is {value}; allowed: " in capsys.readouterr().err

@@ -89,12 +89,14 @@ def test_a_runtime_that_differs_is_refused_with_the_way_out(own):
     folder = own / "image_encoder" / "1"
     samples = Samples.load(folder)
     Samples(samples.inputs, [-reference for reference in samples.references]).save(folder)
-    message = (
-        r"image_encoder of release 1, run by openvino on this machine, differs .*radapter-export --runtime openvino"
-    )
+    message = "image_encoder of release 1, run by openvino on this machine, differs from torch"
+    way_out = "; leave --runtime out .* or export for it: radapter-export --runtime openvino"
     with pytest.raises(RAdapterError, match=message):
         check(encoder(own), "openvino")
-    with pytest.raises(RAdapterError, match=message):
+    with pytest.raises(RAdapterError, match=f"{message}.*{way_out}"):
+        TritonServer(own, "127.0.0.1", *free_ports(), runtime="openvino").start()
+    (folder / "model.onnx").write_bytes(b"none")
+    with pytest.raises(RAdapterError, match=f"cannot load model.onnx.*{way_out}"):
         TritonServer(own, "127.0.0.1", *free_ports(), runtime="openvino").start()
 
 
@@ -191,12 +193,15 @@ def test_the_table_says_why_one_is_left_out(repository, capsys):
     stand_in.measured = [
         Measured("image_encoder", "openvino", {1: 0.02, 8: 0.1}, 2e-7),
         Measured("image_encoder", "tensorrt", {}, why="no [plan]"),
+        Measured("text_encoder", "openvino", {1: 0.02, 8: 0.1}, 2e-7),
+        Measured("text_encoder", "tensorrt", {}, why="no plan here either"),
     ]
     serve._show_measured(stand_in)
     shown = capsys.readouterr().out
     assert "on this machine, 3 threads" in shown
     for cell in ("20.0", "100.0", "80", "2.0e-07", "tensorrt is left out: no [plan]", "fastest: openvino"):
         assert cell in shown
+    assert shown.count("left out") == 1
 
 
 def test_auto_serves_the_fastest(own, monkeypatch):
