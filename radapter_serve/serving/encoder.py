@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.serving.engine import Engine, import_tensorrt
 from radapter_serve.serving.plan import check_plan
 
@@ -104,7 +104,7 @@ def _onnxruntime(path: Path, threads: int | None, provider: str) -> Loaded:
         chosen = (provider, {"use_tf32": "0"}) if provider == "CUDAExecutionProvider" else provider
         session = onnxruntime.InferenceSession(str(path), options, providers=[chosen])
     except Exception as error:  # ONNX Runtime's errors have no common base
-        raise RAdapterError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path.name}: {error}") from error
+        raise RAdapterError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {reason(error)}") from error
     used = session.get_providers()[0]
     if used != provider:
         raise RAdapterError(f"ONNX Runtime uses {used} where {provider} was asked for; it is not installed here")
@@ -116,7 +116,9 @@ def _openvino(path: Path, precision: str, threads: int | None) -> Loaded:
     try:
         model = openvino.Core().compile_model(str(path), "CPU", openvino_properties(precision, threads))
     except Exception as error:
-        raise RAdapterError(f"OpenVINO {openvino.__version__} cannot load {path.name}: {error}") from error
+        lines = [line for line in str(error).splitlines() if not line.startswith("Exception from")]
+        why = " ".join(lines).strip()
+        raise RAdapterError(f"OpenVINO {openvino.__version__} cannot load {path}: {why}") from error
     return [tensor.any_name for tensor in model.inputs], lambda feed: model(dict(feed))[0]
 
 
