@@ -103,7 +103,7 @@ def export_release(
     numbers = [meta.alpha] if alphas is None or isinstance(alphas, str) else list(alphas)
     labels = {}
     if newest is not None:
-        newest.check(dense, precision, dial)
+        newest.check(adapter, dense, precision, dial)
         facts = newest.facts
         dense, precision, runtime = newest.dense, newest.precision, runtime or newest.runtime
         templates = facts["templates"] if templates is None else templates

@@ -45,10 +45,11 @@ class Newest:
         self.precision = str(self.facts["precision"])
         self.runtime = next((encoder.runtime for encoder in encoders_of(self._repository)), "onnxruntime")
 
-    def check(self, dense: str | None, precision: str | None, dial: bool) -> None:
+    def check(self, adapter: Adapter, dense: str | None, precision: str | None, dial: bool) -> None:
         """Refuse what only a new export can change.
 
         Args:
+            adapter: of the next release.
             dense: the way that was asked for, or "none"; None for the release's own.
             precision: that was asked for; None for the release's own.
             dial: whether α shall be an input.
@@ -56,6 +57,8 @@ class Newest:
         Raises:
             RAdapterError: says what the release has.
         """
+        if self.facts["base_digest"] != adapter.metadata.base_digest:
+            raise self._refuse(f"is of another base or of other adapted layers ({self.facts['base_digest']})")
         if self.precision == "int8":
             raise self._refuse("is in int8, whose scales belong to its weights")
         for name, wanted, has in (("dense", dense, self.dense), ("precision", precision, self.precision)):
@@ -96,8 +99,6 @@ class Newest:
         Raises:
             RAdapterError: names the first weight that differs.
         """
-        if self.facts["base_digest"] != adapter.metadata.base_digest:
-            raise self._refuse(f"is of another base or of other adapted layers ({self.facts['base_digest']})")
         same = self.facts["adapter_digest"] == adapter.digest
         adapted = {f"{key}.{kind}" for key in adapter.keys for kind in ("weight", "bias")} & set(base)
         if self.dial:

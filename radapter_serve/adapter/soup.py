@@ -57,13 +57,14 @@ def average_adapters(adapters: Sequence[Adapter], weights: Sequence[float] | Non
 
 def _check_same_base(first: Adapter, other: Adapter, number: int) -> None:
     # A digest covers the adapted layers alone: with other layers, one base could not be told from two.
-    if differing := sorted(set(first.keys) ^ set(other.keys)):
+    one, two = first.metadata, other.metadata
+    differing = sorted(set(first.keys) ^ set(other.keys))
+    if differing and one.architecture == two.architecture:
         has, lacks = (1, number) if differing[0] in first.keys else (number, 1)
         raise RAdapterError(
             f"adapter {has} adapts {differing[0]} and adapter {lacks} does not; only adapters of the same layers can "
             f"be averaged (were both trained with the same --adapt-text?)"
         )
-    one, two = first.metadata, other.metadata
     if one.base_digest != two.base_digest:
         raise RAdapterError(
             f"adapter 1 was trained on {one.base_digest} ({one.architecture}, pretrained {one.pretrained}), adapter "

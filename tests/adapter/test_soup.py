@@ -94,7 +94,7 @@ def test_adapters_of_other_bases_or_layers_are_refused() -> None:
     other = dataclasses.replace(first.metadata, base_digest="sha256:0123", architecture="ViT-B-16")
     with pytest.raises(RAdapterError, match=f"{first.metadata.base_digest}.*adapter 3 on sha256:0123 .ViT-B-16"):
         average_adapters([first, first, Adapter(first.tensors, other)])
-    fewer = Adapter({"a.out_proj": first.tensors["a.out_proj"]}, other)
+    fewer = Adapter({"a.out_proj": first.tensors["a.out_proj"]}, dataclasses.replace(other, architecture="x"))
     with pytest.raises(RAdapterError, match=r"adapter 1 adapts b.c_proj and adapter 2 does not.*--adapt-text"):
         average_adapters([first, fewer])
     with pytest.raises(RAdapterError, match="no adapters"):
