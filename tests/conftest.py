@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,9 @@ from small_models import random_adapter as make_adapter
 
 if TYPE_CHECKING:
     from radapter_serve.adapter import Adapter
+
+# Tests, too, import openvino without telling its makers, and without a file in the user's home.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 TINY_CLIP = {
     "embed_dim": 32,
