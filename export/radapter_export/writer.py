@@ -291,7 +291,10 @@ class Writer:
             "templates": self.templates,
             "label_sets": dict(label_sets),
             "max_batch_size": self.max_batch_size,
-            "tools": {name.removesuffix("_torch"): importlib.metadata.version(name) for name in _TOOLS},
+            "tools": {
+                name.removesuffix("_torch"): importlib.metadata.version(name)
+                for name in (*_TOOLS, *(["openvino"] if self.runtime == "openvino" else []))
+            },
             "agreement": {
                 **{graph.name: asdict(graph.agreement) for graph in exported},
                 "batches": list(BATCHES),
