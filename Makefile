@@ -10,7 +10,7 @@ demo: install
 
 # One process a core, one thread each: the models are small, and threads would only wait for one another.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 check: install
 	$(BIN)/ruff check .

@@ -305,7 +305,6 @@ export_release(sys.argv[1], [0.2, 0.3], model_repository="repository", merged="m
 """
 
 
-@pytest.mark.slow
 def test_killed_export_leaves_what_is_served_and_the_next_one_tidies(
     export: Export, adapter_path: Path, tmp_path: Path
 ) -> None:
