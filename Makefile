@@ -8,9 +8,8 @@ BIN := $(VENV)/bin
 demo: install
 	$(BIN)/radapter-demo
 
-# One process a core, one thread each: the models are small, and threads would only wait for one another.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
+	$(BIN)/pytest
 
 check: install
 	$(BIN)/ruff check .
