@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -74,6 +75,19 @@ def import_openvino() -> Any:
     return openvino
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """OpenVINO in this process, one for all encoders and to its end.
+
+    Its CPU plugin gives the thread a stack for signals, and puts the one before back when it goes. Of two that go in
+    another order the second puts back what the first has freed, and the next signal, such as Ctrl-C, is the last.
+
+    Raises:
+        RAdapterError: it is not installed.
+    """
+    return import_openvino().Core()
+
+
 def openvino_properties(precision: str, threads: int | None = None) -> dict[str, Any]:
     """How OpenVINO's CPU plugin is to run a release of some precision.
 
@@ -112,13 +126,13 @@ def _onnxruntime(path: Path, threads: int | None, provider: str) -> Loaded:
 
 
 def _openvino(path: Path, precision: str, threads: int | None) -> Loaded:
-    openvino = import_openvino()
+    core, version = openvino_core(), import_openvino().__version__
     try:
-        model = openvino.Core().compile_model(str(path), "CPU", openvino_properties(precision, threads))
+        model = core.compile_model(str(path), "CPU", openvino_properties(precision, threads))
     except Exception as error:
         lines = [line for line in str(error).splitlines() if not line.startswith("Exception from")]
         why = " ".join(lines).strip()
-        raise RAdapterError(f"OpenVINO {openvino.__version__} cannot load {path}: {why}") from error
+        raise RAdapterError(f"OpenVINO {version} cannot load {path}: {why}") from error
     return [tensor.any_name for tensor in model.inputs], lambda feed: model(dict(feed))[0]
 
 

@@ -79,3 +79,15 @@ def test_openvino_reports_to_nobody_and_leaves_nothing_at_home(tmp_path: Path) -
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"HOME": str(tmp_path)})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_after_openvino_is_handled(exported_tiny_clip: Path) -> None:
+    """In a process of its own, which would die: the plugin's stacks for signals are freed in another order."""
+    code = (
+        "import os, signal, sys; from pathlib import Path; from radapter_serve.serving.encoder import Encoder;"
+        "first, second = (Encoder(Path(sys.argv[1]), 'openvino') for _ in range(2)); del first; del second;"
+        "signal.signal(signal.SIGUSR1, lambda *_: print('handled')); os.kill(os.getpid(), signal.SIGUSR1)"
+    )
+    path = exported_tiny_clip / "model_repository" / "image_encoder" / "2" / "model.onnx"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

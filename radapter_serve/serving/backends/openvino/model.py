@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from radapter_serve.serving.backend import Graph, GraphModel
-from radapter_serve.serving.encoder import import_openvino, openvino_properties
+from radapter_serve.serving.encoder import openvino_core, openvino_properties
 
 _COPIED = ("INFERENCE_NUM_THREADS", "NUM_STREAMS", "PERFORMANCE_HINT")
 
@@ -26,7 +26,7 @@ class TritonPythonModel(GraphModel):
             raise RuntimeError(f"instance on GPU {device}: OpenVINO runs on the CPU; set instance_group kind: KIND_CPU")
         precision = "bf16" if parameters.get("HINT_BF16", "").upper() == "YES" else "fp32"
         given = {name: parameters[name] for name in _COPIED if name in parameters}
-        model = import_openvino().Core().compile_model(str(path), "CPU", {**openvino_properties(precision), **given})
+        model = openvino_core().compile_model(str(path), "CPU", {**openvino_properties(precision), **given})
         inputs, outputs = ([tensor.any_name for tensor in some] for some in (model.inputs, model.outputs))
 
         def run(feed: Mapping[str, Any], names: Any) -> list[Any]:
