@@ -33,7 +33,7 @@ def test_the_way_through_by_hand(tmp_path: Path) -> None:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 pytest.skip(f"port {port}, which the README uses, is taken on this machine")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    script = "set -e; radapter-demo --steps 20\n" + walk_through()  # a whole demo takes minutes and shows no other way
+    script = "set -e; radapter-demo --steps 5\n" + walk_through()  # a whole demo takes minutes and shows no other way
     process = subprocess.Popen(
         ["bash", "-c", script],
         cwd=tmp_path,
