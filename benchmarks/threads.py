@@ -17,7 +17,8 @@ from common import RESULTS, Process, Report, alternate, ratio, say
 from serving import export, picture
 
 from radapter_client import Client
-from radapter_serve.serving.server import TritonServer, _children, free_ports
+from radapter_serve.serving.processes import children
+from radapter_serve.serving.server import TritonServer, free_ports
 from radapter_serve.serving.threads import cores
 
 # Callers that ask for images and for texts at the same time, each one request after the other.
@@ -48,7 +49,7 @@ class Load:
 def processor_seconds(pid: int) -> float:
     """What a server and the processes of its models have used."""
     ticks = 0
-    for one in (pid, *_children(pid)):
+    for one in (pid, *children(pid)):
         fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.agreement import Samples, compare
+from radapter_serve.serving.cuda import find_gpu
 from radapter_serve.serving.encoder import Encoder
 from radapter_serve.serving.runtimes import RUNTIMES, ServedEncoder
 
@@ -40,8 +42,10 @@ class Measured:
     why: str = ""
 
 
-def check(encoder: ServedEncoder, runtime: str, threads: int | None = None) -> float:
+def check(encoder: ServedEncoder, runtime: str, threads: int | None = None) -> tuple[float, Encoder]:
     """1 − cosine between a runtime's embeddings and torch's, the largest over all samples of all served versions.
+
+    The newest version comes with it, loaded.
 
     Raises:
         RAdapterError: the runtime is not installed, cannot load a graph, or differs by more than was allowed at export.
@@ -50,14 +54,15 @@ def check(encoder: ServedEncoder, runtime: str, threads: int | None = None) -> f
     for version in encoder.versions:
         name = f"{encoder.name} of release {version}, run by {runtime} on this machine,"
         samples = Samples.load(encoder.folder / str(version))
-        agreement = compare(name, _load(encoder, version, runtime, threads), samples, math.inf)
+        loaded = _load(encoder, version, runtime, threads)
+        agreement = compare(name, loaded, samples, math.inf)
         if not agreement.within(bounds):
             raise RAdapterError(
                 f"{name} differs from torch by up to {agreement.max_error:.2e} (1 - cosine up to "
                 f"{1 - agreement.min_cosine:.1e}), and {bounds} is allowed"
             )
         distance = max(distance, 1 - agreement.min_cosine)
-    return distance
+    return distance, loaded
 
 
 def measure(
@@ -83,8 +88,7 @@ def measure(
             try:
                 if runtime not in backends:
                     raise RAdapterError("this tritonserver has no such backend")
-                distances[runtime] = check(encoder, runtime, threads[encoder.name])
-                runs[runtime] = _load(encoder, encoder.versions[-1], runtime, threads[encoder.name])
+                distances[runtime], runs[runtime] = check(encoder, runtime, threads[encoder.name])
             except RAdapterError as error:
                 reasons[runtime] = str(error)
         progress(f"measuring {encoder.name}")
@@ -118,7 +122,20 @@ def fastest(measured: Sequence[Measured]) -> str:
 
 
 def _load(encoder: ServedEncoder, version: int, runtime: str, threads: int | None) -> Encoder:
-    return Encoder(encoder.file(version, runtime), runtime, precision=encoder.precision, threads=threads)
+    path, provider = encoder.file(version, runtime), _provider(encoder, runtime)
+    return Encoder(path, runtime, precision=encoder.precision, threads=threads, provider=provider)
+
+
+def _provider(encoder: ServedEncoder, runtime: str) -> str:
+    """ONNX Runtime's, where Triton will place it: on a GPU if there is one, unless the config says KIND_CPU."""
+    kinds = {group.kind for group in encoder.config.instance_group}
+    if runtime == encoder.runtime and model_config_pb2.ModelInstanceGroup.KIND_CPU in kinds:
+        return "CPUExecutionProvider"
+    try:
+        find_gpu()
+    except RAdapterError:
+        return "CPUExecutionProvider"
+    return "CUDAExecutionProvider"
 
 
 def _take_turns(runs: Mapping[str, Encoder], values: Sequence[NDArray[Any]]) -> dict[str, float]:

@@ -121,7 +121,10 @@ def _onnxruntime(path: Path, threads: int | None, provider: str) -> Loaded:
         raise RAdapterError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {reason(error)}") from error
     used = session.get_providers()[0]
     if used != provider:
-        raise RAdapterError(f"ONNX Runtime uses {used} where {provider} was asked for; it is not installed here")
+        raise RAdapterError(
+            f"ONNX Runtime uses {used} where {provider} was asked for; install onnxruntime-gpu with CUDA and cuDNN, or "
+            "set kind: KIND_CPU in the instance_group of the encoders' config.pbtxt"
+        )
     return [tensor.name for tensor in session.get_inputs()], lambda feed: session.run(None, dict(feed))[0]
 
 

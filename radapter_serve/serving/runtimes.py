@@ -120,7 +120,10 @@ class ServedEncoder:
         """The text of a config.pbtxt for another runtime or number of threads."""
         config = model_config_pb2.ModelConfig()
         config.CopyFrom(self.config)
-        configure(config, runtime, self.precision, int(self.facts["max_batch_size"]), threads)
+        if runtime != self.runtime:  # else what its owner may have changed stays, such as KIND_CPU
+            configure(config, runtime, self.precision, int(self.facts["max_batch_size"]))
+        if (name := RUNTIMES[runtime].threads) and threads:
+            config.parameters[name].string_value = str(threads)
         return str(text_format.MessageToString(config))
 
 
@@ -144,7 +147,7 @@ def encoders_of(repository: Path) -> list[ServedEncoder]:
     return found
 
 
-def configure(config: Any, runtime: str, precision: str, max_batch_size: int, threads: int | None = None) -> None:
+def configure(config: Any, runtime: str, precision: str, max_batch_size: int) -> None:
     """Make an encoder's config ask for a runtime, whatever it asked for before.
 
     Args:
@@ -152,7 +155,6 @@ def configure(config: Any, runtime: str, precision: str, max_batch_size: int, th
         runtime: one of `RUNTIMES`.
         precision: of the release.
         max_batch_size: rows of a batch.
-        threads: of each instance; left to the runtime if None.
     """
     ours = {_BF16, *(name for known in RUNTIMES.values() for name in (*known.parameters, known.threads))}
     for name in ours & set(config.parameters):
@@ -164,8 +166,6 @@ def configure(config: Any, runtime: str, precision: str, max_batch_size: int, th
     parameters = dict(chosen.parameters)
     if runtime == "openvino" and precision == "bf16":
         parameters[_BF16] = "YES"
-    if chosen.threads and threads:
-        parameters[chosen.threads] = str(threads)
     for name, value in parameters.items():
         config.parameters[name].string_value = value
     _batch(config, max_batch_size if chosen.batched else 0)

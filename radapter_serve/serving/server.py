@@ -1,12 +1,9 @@
-"""Finding, starting and stopping tritonserver: NVIDIA's own where it is on PATH, else the one of the pytriton wheel."""
+"""Starting and stopping tritonserver."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes.util
 import fcntl
-import importlib.metadata
-import importlib.util
 import ipaddress
 import json
 import os
@@ -16,143 +13,29 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.choice import Measured, check, fastest, measure
+from radapter_serve.serving.installation import Installation, find_tritonserver
 from radapter_serve.serving.plan import Sidecar, check_plan
+from radapter_serve.serving.processes import FOLDER_PREFIX, children, remove, remove_leftovers, shm_prefix, undisturbed
 from radapter_serve.serving.runtimes import AUTO, RUNTIMES, TENSORRT, encoders_of
 from radapter_serve.serving.threads import environment, share, total
 
 INDEXES = "RADAPTER_INDEXES"  # environment variable: the folder of the indexes, for the model `retrieve`
-OUR_BACKENDS = Path(__file__).parent / "backends"
-INSTALL_HINT = 'run: pip install "radapter-serve[server]" (Python 3.10 to 3.12), or use NVIDIA\'s Triton container'
 _EXIT_TIMEOUT = 5
-_FOLDER_PREFIX = "radapter-serve-"
 # Runs the server so that it ends when the process (more exactly: the thread) that started it is killed.
 _LAUNCHER = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 
 # A proxy of the environment is not for this machine.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-@dataclass(frozen=True)
-class Installation:
-    """A tritonserver that can be started.
-
-    Args:
-        binary: the program.
-        backends: folders of backends by name; ours among them where the server lacks one.
-        caches: its folder of response caches, or None.
-        libraries: folders for LD_LIBRARY_PATH.
-        stub: the program that runs Python models, where it is not with the Python backend.
-    """
-
-    binary: Path
-    backends: dict[str, Path]
-    caches: Path | None = None
-    libraries: tuple[Path, ...] = ()
-    stub: Path | None = None
-
-    def assemble(self, folder: Path) -> None:
-        """Make a backend directory in `folder`: links, and a copy of the Python backend, as Triton insists."""
-        for name, source in self.backends.items():
-            if name == "python":
-                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                (folder / name).symlink_to(source)
-        if self.stub is not None:
-            shutil.copy(self.stub, folder / "python")
-
-
-def find_tritonserver() -> Installation:
-    """Find a server: `tritonserver` on PATH, else the one that the wheel nvidia-pytriton brings.
-
-    Raises:
-        RAdapterError: there is none, or none that works with this Python and numpy.
-    """
-    if (found := shutil.which("tritonserver")) is not None:
-        return _native(Path(found).resolve())
-    _check_environment()
-    spec = importlib.util.find_spec("pytriton")
-    if spec is None or not spec.submodule_search_locations:
-        raise RAdapterError(f"tritonserver is neither on PATH nor installed with nvidia-pytriton; {INSTALL_HINT}")
-    return _wheel(Path(spec.submodule_search_locations[0]))
-
-
-def _native(binary: Path) -> Installation:
-    folder = binary.parent.parent / "backends"
-    backends = {path.name: path for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else {}
-    if "python" not in backends:
-        raise RAdapterError(f"{binary} has no Python backend in {folder}; {INSTALL_HINT}")
-    stub = backends["python"] / "triton_python_backend_stub"
-    wanted = re.search(rb"libpython3\.(\d+)", stub.read_bytes()) if stub.exists() else None
-    if wanted and int(wanted[1]) != sys.version_info[1]:
-        raise RAdapterError(
-            f"the Python backend of {binary} is for Python 3.{int(wanted[1])}, this is {_python()}; "
-            f"install radapter-serve under Python 3.{int(wanted[1])} and start again"
-        )
-    for name, ours in _our_backends().items():
-        if not (backends.get(name, folder) / f"libtriton_{name}.so").exists():
-            backends[name] = ours
-    return Installation(binary, backends)
-
-
-def _wheel(package: Path) -> Installation:
-    server = package / "tritonserver"
-    binary = server / "bin" / "tritonserver"
-    stub = server / "python_backend_stubs" / _python().removeprefix("Python ") / "triton_python_backend_stub"
-    if not binary.exists() or not stub.exists():
-        raise RAdapterError(f"nvidia-pytriton at {package} brings no server for {_python()}; {INSTALL_HINT}")
-    _check_libpython()
-    libdir = sysconfig.get_config_var("LIBDIR")
-    return Installation(
-        binary,
-        {"python": server / "backends" / "python", **_our_backends()},
-        server / "caches",
-        (package.parent / "nvidia_pytriton.libs", *([Path(libdir)] if libdir else [])),
-        stub,
-    )
-
-
-def _our_backends() -> dict[str, Path]:
-    return {model.parent.name: model.parent for model in OUR_BACKENDS.glob("*/model.py")}
-
-
-def _check_environment() -> None:
-    numpy = importlib.metadata.version("numpy")
-    if int(numpy.split(".")[0]) >= 2:
-        raise RAdapterError(
-            f"numpy {numpy} is installed, but Triton's Python backend misreads tensors under numpy 2; {INSTALL_HINT}"
-        )
-    if sys.version_info >= (3, 13):
-        raise RAdapterError(
-            f"this is {_python()}, for which there is no numpy below 2, as Triton needs; {INSTALL_HINT}"
-        )
-
-
-def _check_libpython() -> None:
-    name = f"libpython{sys.version_info[0]}.{sys.version_info[1]}.so.1.0"
-    libdir, multiarch = sysconfig.get_config_var("LIBDIR") or "", sysconfig.get_config_var("MULTIARCH") or ""
-    if any((Path(folder) / name).exists() for folder in (libdir, Path(libdir) / multiarch)):
-        return
-    if ctypes.util.find_library(name.removeprefix("lib").removesuffix(".so.1.0")) is None:
-        raise RAdapterError(
-            f"{name} is missing, which Triton's Python backend needs; install the shared library of {_python()}"
-        )
-
-
-def _python() -> str:
-    return f"Python {sys.version_info[0]}.{sys.version_info[1]}"
 
 
 def free_ports() -> tuple[int, int, int]:
@@ -282,11 +165,11 @@ class TritonServer:
         self.models = models_of(self.model_repository)
         self._check_ports()
         installation = find_tritonserver()
-        _remove_leftovers()
+        remove_leftovers()
         configs = self._configure(installation, progress)
         progress(f"starting tritonserver for {self.model_repository}")
         try:
-            self._folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX))
+            self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
             self._lock = os.open(self._folder, os.O_RDONLY)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
             self._launch(installation, self._folder, configs)
@@ -317,8 +200,8 @@ class TritonServer:
         process = self._process
         if process is None or process.poll() is not None:
             raise RAdapterError(f"tritonserver ended by itself: {self._reason()}")
-        children = _children(process.pid)
-        dead = {pid for pid, (state, _) in children.items() if state == "Z"}
+        found = children(process.pid)
+        dead = {pid for pid, (state, _) in found.items() if state == "Z"}
         # The process of a model that is unloaded is dead for a moment, too.
         if gone := dead & self._dead:
             names = sorted({self._stubs.get(pid, str(pid)) for pid in gone})
@@ -327,14 +210,14 @@ class TritonServer:
                 "start the server again: radapter-serve"
             )
         self._dead = dead
-        for pid, (_, argument) in children.items():
+        for pid, (_, argument) in found.items():
             # .../MODEL/VERSION/model.py; for a moment the child is still a shell.
             if match := re.search(r"([^/]+)/(\d+)/[^/]+$", argument):
                 self._stubs[pid] = f"{match[1]} version {match[2]}"
 
     def stop(self) -> None:
         """Stop the server and all its processes; nothing of it stays, in /dev/shm, /tmp or the model repository."""
-        with _undisturbed():
+        with undisturbed():
             process, self._process = self._process, None
             if process is not None:
                 process.terminate()
@@ -346,7 +229,7 @@ class TritonServer:
             for cache in self.model_repository.glob("*/*/__pycache__"):  # the stub knows no PYTHONDONTWRITEBYTECODE
                 shutil.rmtree(cache, ignore_errors=True)
             if self._folder is not None:
-                _remove(self._folder)
+                remove(self._folder)
             if self._lock is not None:
                 os.close(self._lock)
             self._folder = self._lock = None
@@ -431,7 +314,7 @@ class TritonServer:
             "--model-control-mode=none",  # explicit takes models, and with them code, from whoever asks
             "--disable-auto-complete-config",  # configs of an export are complete; this halves the start
             f"--exit-timeout-secs={_EXIT_TIMEOUT}",
-            f"--backend-config=python,shm-region-prefix-name={_shm_prefix(folder)}",
+            f"--backend-config=python,shm-region-prefix-name={shm_prefix(folder)}",
             # Such a plan brings a runtime of its own, code that Triton runs only if it is told to.
             *(["--backend-config=tensorrt,version-compatible=true"] if version_compatible else []),
         ]
@@ -516,47 +399,6 @@ def _ip(host: str) -> str:
     return str(min(found, key=lambda info: info[0] != socket.AF_INET)[4][0])
 
 
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Without signals to end: what stops already must not be cut short by a second Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():  # which alone is told of signals
-        yield
-        return
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        for number in kept:
-            signal.signal(number, signal.SIG_IGN)
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-
-def _shm_prefix(folder: Path) -> str:
-    """How a server's files in /dev/shm begin: as its folder is called."""
-    return folder.name.replace("-", "_") + "_"
-
-
-def _remove(folder: Path) -> None:
-    for file in Path("/dev/shm").glob(f"{_shm_prefix(folder)}*"):
-        file.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_leftovers() -> None:
-    """Remove what servers left whose process was killed: its lock on the folder went with it."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER_PREFIX}*"):
-        if not (folder / "models").is_dir():  # just made, and not locked yet
-            continue
-        with contextlib.suppress(OSError):  # another's, or in use
-            lock = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(folder)
-            finally:
-                os.close(lock)
-
-
 def _environment(installation: Installation) -> dict[str, str]:
     variables = dict(os.environ)
     libraries = [*map(str, installation.libraries), variables.get("LD_LIBRARY_PATH", "")]
@@ -565,15 +407,3 @@ def _environment(installation: Installation) -> dict[str, str]:
     variables["PATH"] = f"{Path(sys.executable).parent}:{variables.get('PATH', '')}"
     variables["TOKENIZERS_PARALLELISM"] = "false"
     return variables
-
-
-def _children(parent: int) -> dict[int, tuple[str, str]]:
-    """State ("Z": dead) and first argument of the processes that `parent` started, by process id."""
-    found = {}
-    for task in Path(f"/proc/{parent}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # threads and processes come and go
-            for pid in map(int, task.read_text().split()):
-                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-                arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                found[pid] = state, arguments[1].decode() if len(arguments) > 1 else ""
-    return found

@@ -13,7 +13,7 @@ from fake_tensorrt import Driver, install
 
 from radapter_serve.serving.agreement import Samples
 from radapter_serve.serving.engine import Options, build
-from radapter_serve.serving.server import OUR_BACKENDS
+from radapter_serve.serving.installation import OUR_BACKENDS
 
 
 @pytest.fixture

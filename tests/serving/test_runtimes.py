@@ -15,6 +15,8 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.serving import choice, server
 from radapter_serve.serving.agreement import Samples
 from radapter_serve.serving.choice import Measured, check, fastest, measure
+from radapter_serve.serving.cuda import Gpu
+from radapter_serve.serving.installation import Installation, our_backends
 from radapter_serve.serving.runtimes import RUNTIMES, ServedEncoder, encoders_of
 from radapter_serve.serving.server import TritonServer, free_ports
 
@@ -82,7 +84,22 @@ def test_openvino_is_asked_for_bf16_by_its_own_parameter(repository):
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_a_runtime_that_computes_what_the_samples_say_is_right(repository, runtime):
-    assert check(encoder(repository), runtime, 1) < 1e-6
+    distance, loaded = check(encoder(repository), runtime, 1)
+    assert distance < 1e-6
+    samples = Samples.load(repository / "image_encoder" / "2")
+    np.testing.assert_allclose(loaded(samples.inputs[0]), samples.references[0], atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
+def test_onnxruntime_is_checked_where_triton_will_place_it(own, monkeypatch):
+    monkeypatch.setattr(choice, "find_gpu", lambda: Gpu("NVIDIA A100", "8.0"))
+    with pytest.raises(RAdapterError, match="CUDA.* was asked for; install onnxruntime-gpu .* KIND_CPU"):
+        check(encoder(own), "onnxruntime", 1)
+    made = encoder(own)
+    made.config.instance_group[0].kind = model_config_pb2.ModelInstanceGroup.KIND_CPU
+    assert check(made, "onnxruntime", 1)[0] < 1e-6
+    assert parsed(made.configured("onnxruntime", 1)).instance_group[0].kind == made.config.instance_group[0].kind
+    assert check(made, "openvino", 1)[0] < 1e-6
 
 
 def test_a_runtime_that_differs_is_refused_with_the_way_out(own):
@@ -113,7 +130,7 @@ def test_a_runtime_is_held_to_the_cosine_of_the_export_too(own):
         exported.config.parameters["release"].string_value = json.dumps({**exported.facts, "agreement": agreement})
         config.write_text(text_format.MessageToString(exported.config), encoding="utf-8")
         if right:
-            assert check(encoder(own), "onnxruntime", 1) > 1e-5
+            assert check(encoder(own), "onnxruntime", 1)[0] > 1e-5
         else:
             with pytest.raises(RAdapterError, match=r"1 - cosine up to .*\(and 1e-05\) is allowed"):
                 check(encoder(own), "onnxruntime", 1)
@@ -209,5 +226,5 @@ def test_auto_serves_the_fastest(own, monkeypatch):
     found = [Measured("image_encoder", "openvino", {1: 1.0}), Measured("image_encoder", "onnxruntime", {1: 2.0})]
     monkeypatch.setattr(server, "measure", lambda *_: found)
     made = TritonServer(own, runtime="auto")
-    configs = made._configure(server.Installation(own, server._our_backends()), lambda line: None)
+    configs = made._configure(Installation(own, our_backends()), lambda line: None)
     assert parsed(configs["image_encoder"]).backend == "openvino"

@@ -13,8 +13,10 @@ import pytest
 
 from radapter_serve.cli.serve import main
 from radapter_serve.errors import RAdapterError
+from radapter_serve.serving import installation, processes
 from radapter_serve.serving import server as module
-from radapter_serve.serving.server import TritonServer, find_tritonserver, free_ports, models_of, reason
+from radapter_serve.serving.installation import OUR_BACKENDS, Installation, find_tritonserver, our_backends
+from radapter_serve.serving.server import TritonServer, free_ports, models_of, reason
 
 
 def test_repository(repository, tmp_path):
@@ -57,7 +59,7 @@ def test_the_command_gives_one_line(tmp_path, capsys):
 
 
 def test_numpy_2_and_python_313_are_refused(monkeypatch):
-    monkeypatch.setattr(module.importlib.metadata, "version", lambda _: "2.1.0")
+    monkeypatch.setattr(installation.importlib.metadata, "version", lambda _: "2.1.0")
     with pytest.raises(RAdapterError, match=r"numpy 2\.1\.0 .* misreads tensors"):
         find_tritonserver()
     monkeypatch.undo()
@@ -87,7 +89,7 @@ def test_a_server_on_path_comes_first_and_keeps_its_backends(tmp_path, monkeypat
 
     (tmp_path / "backends" / "onnxruntime" / "libtriton_onnxruntime.so").unlink()
     found = find_tritonserver()
-    assert found.backends["onnxruntime"] == module.OUR_BACKENDS / "onnxruntime"
+    assert found.backends["onnxruntime"] == OUR_BACKENDS / "onnxruntime"
     assert (found.backends["openvino"] / "model.py").exists()
     assembled = tmp_path / "assembled"
     assembled.mkdir()
@@ -134,7 +136,7 @@ def test_hosts(repository):
 def test_a_server_on_path_needs_no_numpy_of_ours(tmp_path, monkeypatch):
     native = fake_server(tmp_path, b"", "onnxruntime")
     monkeypatch.setenv("PATH", str(native.parent))
-    monkeypatch.setattr(module.importlib.metadata, "version", lambda _: "2.1.0")
+    monkeypatch.setattr(installation.importlib.metadata, "version", lambda _: "2.1.0")
     assert find_tritonserver().binary == native
 
 
@@ -142,13 +144,13 @@ def test_a_server_on_path_needs_no_numpy_of_ours(tmp_path, monkeypatch):
 def test_children_that_are_no_model(repository, monkeypatch, argument):
     server = TritonServer(repository)
     monkeypatch.setattr(server, "_process", SimpleNamespace(pid=1, poll=lambda: None))
-    monkeypatch.setattr(module, "_children", lambda _: {2: ("S", argument), 3: ("S", "/m/classify/12/model.py")})
+    monkeypatch.setattr(module, "children", lambda _: {2: ("S", argument), 3: ("S", "/m/classify/12/model.py")})
     server.check()
     assert server._stubs == {3: "classify version 12"}
 
 
 def test_what_a_killed_server_left_is_removed_and_no_more(tmp_path, monkeypatch):
-    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(processes.tempfile, "gettempdir", lambda: str(tmp_path))
     dead, alive, new, other = (tmp_path / f"{name}{os.getpid()}" for name in (*["radapter-serve-test-"] * 3, "other-"))
     dead, alive, new = (path.with_name(path.name + kind) for path, kind in ((dead, "d"), (alive, "a"), (new, "n")))
     for folder in (dead, alive, other):
@@ -160,7 +162,7 @@ def test_what_a_killed_server_left_is_removed_and_no_more(tmp_path, monkeypatch)
     try:
         for file in files:
             file.touch()
-        module._remove_leftovers()
+        processes.remove_leftovers()
         assert sorted(tmp_path.iterdir()) == sorted([alive, new, other])
         assert [file.exists() for file in files] == [False, True]
     finally:
@@ -170,8 +172,6 @@ def test_what_a_killed_server_left_is_removed_and_no_more(tmp_path, monkeypatch)
 
 
 def test_a_log_that_cannot_be_written(repository, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        module, "find_tritonserver", lambda: module.Installation(Path("/bin/false"), module._our_backends())
-    )
+    monkeypatch.setattr(module, "find_tritonserver", lambda: Installation(Path("/bin/false"), our_backends()))
     with pytest.raises(RAdapterError, match="cannot write the log .*none/log: No such file"):
         TritonServer(repository, "127.0.0.1", *free_ports(), log=tmp_path / "none" / "log").start()

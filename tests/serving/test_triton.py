@@ -26,7 +26,8 @@ from small_release import Local, png, png_header
 from tritonclient.utils import InferenceServerException
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.server import TritonServer, _shm_prefix, free_ports
+from radapter_serve.serving.processes import shm_prefix
+from radapter_serve.serving.server import TritonServer, free_ports
 from radapter_serve.serving.tasks import ClassifyRequest
 
 pytestmark = pytest.mark.triton
@@ -223,7 +224,7 @@ def test_a_killed_model_process_is_reported_and_nothing_stays(repository, tmp_pa
         stubs = processes_of(pid)
         assert len(stubs) == 2
         server.check()
-        shared = list(Path("/dev/shm").glob(f"{_shm_prefix(server._folder)}*"))
+        shared = list(Path("/dev/shm").glob(f"{shm_prefix(server._folder)}*"))
         assert shared
         os.kill(next(stub for stub, command in stubs.items() if "/image_encoder/" in command), signal.SIGKILL)
         with pytest.raises(RAdapterError, match=r"process of image_encoder version 2 died .* radapter-serve"):
@@ -327,7 +328,7 @@ def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
         assert re.search(r"image_encoder\W+2\W", shown)
         assert "2: ViT-B-32 at alpha 0.5, fp32" in shown
         [kept] = temporary.iterdir()
-        assert list(Path("/dev/shm").glob(f"{_shm_prefix(kept)}*"))
+        assert list(Path("/dev/shm").glob(f"{shm_prefix(kept)}*"))
         [triton] = [pid for pid, command in processes_of(process.pid).items() if "tritonserver" in command]
         children = [triton, *processes_of(triton)]
         process.send_signal(kind)
@@ -345,7 +346,7 @@ def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
     if kind != signal.SIGKILL:
         assert not list(folder.rglob("__pycache__"))
         assert not list(temporary.iterdir())
-        assert not list(Path("/dev/shm").glob(f"{_shm_prefix(kept)}*"))
+        assert not list(Path("/dev/shm").glob(f"{shm_prefix(kept)}*"))
     else:
-        for file in Path("/dev/shm").glob(f"{_shm_prefix(kept)}*"):
+        for file in Path("/dev/shm").glob(f"{shm_prefix(kept)}*"):
             file.unlink()

@@ -1,0 +1,129 @@
+"""Finding tritonserver: NVIDIA's own where it is on PATH, else the one of the pytriton wheel."""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.metadata
+import importlib.util
+import re
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from radapter_serve.errors import RAdapterError
+
+OUR_BACKENDS = Path(__file__).parent / "backends"
+INSTALL_HINT = 'run: pip install "radapter-serve[server]" (Python 3.10 to 3.12), or use NVIDIA\'s Triton container'
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A tritonserver that can be started.
+
+    Args:
+        binary: the program.
+        backends: folders of backends by name; ours among them where the server lacks one.
+        caches: its folder of response caches, or None.
+        libraries: folders for LD_LIBRARY_PATH.
+        stub: the program that runs Python models, where it is not with the Python backend.
+    """
+
+    binary: Path
+    backends: dict[str, Path]
+    caches: Path | None = None
+    libraries: tuple[Path, ...] = ()
+    stub: Path | None = None
+
+    def assemble(self, folder: Path) -> None:
+        """Make a backend directory in `folder`: links, and a copy of the Python backend, as Triton insists."""
+        for name, source in self.backends.items():
+            if name == "python":
+                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                (folder / name).symlink_to(source)
+        if self.stub is not None:
+            shutil.copy(self.stub, folder / "python")
+
+
+def find_tritonserver() -> Installation:
+    """Find a server: `tritonserver` on PATH, else the one that the wheel nvidia-pytriton brings.
+
+    Raises:
+        RAdapterError: there is none, or none that works with this Python and numpy.
+    """
+    if (found := shutil.which("tritonserver")) is not None:
+        return _native(Path(found).resolve())
+    _check_environment()
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or not spec.submodule_search_locations:
+        raise RAdapterError(f"tritonserver is neither on PATH nor installed with nvidia-pytriton; {INSTALL_HINT}")
+    return _wheel(Path(spec.submodule_search_locations[0]))
+
+
+def _native(binary: Path) -> Installation:
+    folder = binary.parent.parent / "backends"
+    backends = {path.name: path for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else {}
+    if "python" not in backends:
+        raise RAdapterError(f"{binary} has no Python backend in {folder}; {INSTALL_HINT}")
+    stub = backends["python"] / "triton_python_backend_stub"
+    wanted = re.search(rb"libpython3\.(\d+)", stub.read_bytes()) if stub.exists() else None
+    if wanted and int(wanted[1]) != sys.version_info[1]:
+        raise RAdapterError(
+            f"the Python backend of {binary} is for Python 3.{int(wanted[1])}, this is {_python()}; "
+            f"install radapter-serve under Python 3.{int(wanted[1])} and start again"
+        )
+    for name, ours in our_backends().items():
+        if not (backends.get(name, folder) / f"libtriton_{name}.so").exists():
+            backends[name] = ours
+    return Installation(binary, backends)
+
+
+def _wheel(package: Path) -> Installation:
+    server = package / "tritonserver"
+    binary = server / "bin" / "tritonserver"
+    stub = server / "python_backend_stubs" / _python().removeprefix("Python ") / "triton_python_backend_stub"
+    if not binary.exists() or not stub.exists():
+        raise RAdapterError(f"nvidia-pytriton at {package} brings no server for {_python()}; {INSTALL_HINT}")
+    _check_libpython()
+    libdir = sysconfig.get_config_var("LIBDIR")
+    return Installation(
+        binary,
+        {"python": server / "backends" / "python", **our_backends()},
+        server / "caches",
+        (package.parent / "nvidia_pytriton.libs", *([Path(libdir)] if libdir else [])),
+        stub,
+    )
+
+
+def our_backends() -> dict[str, Path]:
+    """Folders of the backends in Python that come with this package, by name."""
+    return {model.parent.name: model.parent for model in OUR_BACKENDS.glob("*/model.py")}
+
+
+def _check_environment() -> None:
+    numpy = importlib.metadata.version("numpy")
+    if int(numpy.split(".")[0]) >= 2:
+        raise RAdapterError(
+            f"numpy {numpy} is installed, but Triton's Python backend misreads tensors under numpy 2; {INSTALL_HINT}"
+        )
+    if sys.version_info >= (3, 13):
+        raise RAdapterError(
+            f"this is {_python()}, for which there is no numpy below 2, as Triton needs; {INSTALL_HINT}"
+        )
+
+
+def _check_libpython() -> None:
+    name = f"libpython{sys.version_info[0]}.{sys.version_info[1]}.so.1.0"
+    libdir, multiarch = sysconfig.get_config_var("LIBDIR") or "", sysconfig.get_config_var("MULTIARCH") or ""
+    if any((Path(folder) / name).exists() for folder in (libdir, Path(libdir) / multiarch)):
+        return
+    if ctypes.util.find_library(name.removeprefix("lib").removesuffix(".so.1.0")) is None:
+        raise RAdapterError(
+            f"{name} is missing, which Triton's Python backend needs; install the shared library of {_python()}"
+        )
+
+
+def _python() -> str:
+    return f"Python {sys.version_info[0]}.{sys.version_info[1]}"
