@@ -200,11 +200,11 @@ class Report:
 
     def __post_init__(self) -> None:
         self._machine = machine()  # the load is that of the start
-        self._parts: list[str] = []
+        self._parts: dict[str, str] = {}
         self._console = Console(width=120)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Add a table, its first column to the left and the others to the right."""
+        """Add a table, its first column to the left and the others to the right; in place of one of the same title."""
         table = Table(title=title)
         for number, column in enumerate(columns):
             table.add_column(column, justify="right" if number else "left")
@@ -213,12 +213,12 @@ class Report:
         self._console.print(table)
         rule = ["---", *["---:"] * (len(columns) - 1)]
         lines = [f"| {' | '.join(cells)} |" for cells in (columns, rule, *rows)]
-        self._parts.append("\n".join([f"**{title}**", "", *lines]))
+        self._parts[title] = "\n".join([f"**{title}**", "", *lines])
 
     def note(self, text: str) -> None:
         """Add a sentence."""
         self._console.print(text, markup=False, highlight=False)
-        self._parts.append(text)
+        self._parts[text] = text
 
     def write(self, folder: Path) -> None:
         """Write FOLDER/FILE.md."""
@@ -230,5 +230,5 @@ class Report:
         ]
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.file or self.name}.md"
-        path.write_text("\n\n".join([*head, *self._parts]) + "\n", encoding="utf-8")
+        path.write_text("\n\n".join([*head, *self._parts.values()]) + "\n", encoding="utf-8")
         say(f"wrote {path}")

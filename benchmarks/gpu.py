@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import statistics
@@ -27,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.base import Base, load_base
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, reason
 
 EAGER, COMPILE, FLASH, ONNX, TENSORRT = "torch eager", "torch.compile", "torch flash", "ONNX Runtime", "TensorRT"
 IMAGES, TEXTS = "images", "texts"
@@ -69,7 +70,8 @@ class Bench:
         device: cuda or cpu.
         precision: of the towers.
         repeats: rounds.
-        deadline: when no further item is begun, by `time.monotonic`.
+        deadline: when all has to be done, by `time.monotonic`.
+        out: folder of the results, which are written after every table: a call may be cut off, a library may crash.
         peaks: measured operations a second of a matmul, by type.
         left_out: what failed, and why.
     """
@@ -79,22 +81,29 @@ class Bench:
     precision: str
     repeats: int
     deadline: float
+    out: Path
     peaks: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
-    def item(self, name: str) -> Iterator[None]:
-        """One thing to measure: what fails or is not installed is left out and named, the rest goes on."""
+    def item(self, name: str, seconds: float = 0) -> Iterator[None]:
+        """One thing to measure, which may take so long: what fails or is not installed is left out and named."""
         say(name)
         try:
-            if time.monotonic() > self.deadline:
+            if time.monotonic() + seconds > self.deadline:
                 raise TimeoutError("the time was up")
             yield
-        except (RAdapterError, ImportError, RuntimeError, TimeoutError) as error:
-            self.left_out[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        except Exception as error:  # whatever a library does on a card that nobody has tried
+            self.left_out[name] = f"{type(error).__name__}: {reason(error)}"
             say(f"left out: {self.left_out[name]}")
         if self.device == "cuda":
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # an error of the GPU before stays
+                torch.cuda.empty_cache()
+
+    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+        """Add or renew a table, and write all that there is."""
+        self.report.table(title, columns, rows)
+        self.report.write(self.out)
 
     def synchronize(self) -> None:
         """Wait for the GPU."""
@@ -123,7 +132,7 @@ def matmul(bench: Bench, size: int) -> None:
         seconds = statistics.median(bench.timed({name: partial(torch.matmul, a, b)})[name])
         bench.peaks[name] = 2 * size**3 / seconds
         rows.append([f"{name}, {size} x {size}", f"{1e3 * seconds:.2f}", f"{bench.peaks[name] / 1e12:.2f}"])
-    bench.report.table("Matmul", ["", "ms", "TFLOP/s"], rows)
+    bench.table("Matmul", ["", "ms", "TFLOP/s"], rows)
 
 
 def training(bench: Bench, architecture: str, batch: int) -> None:
@@ -150,7 +159,7 @@ def training(bench: Bench, architecture: str, batch: int) -> None:
         figures = f"{1e3 * seconds:.0f}", f"{batch / seconds:.0f}", f"{ratio(times[name], times[FULL]):.2f}"
         rows.append([name, *figures, *memory, bench.share(flops[name], seconds, "bf16")])
     columns = ["candidate", "ms", "images/s", "ratio", "peak GB", "ratio ", "% of matmul"]
-    bench.report.table(f"A training step of {architecture}, batch {batch}, bf16", columns, rows)
+    bench.table(f"A training step of {architecture}, batch {batch}, bf16", columns, rows)
 
 
 class Towers:
@@ -250,7 +259,7 @@ def onnxruntime(towers: Towers, case: str) -> Callable[[Tensor], Run]:
 
 
 def tensorrt(towers: Towers, case: str, batches: tuple[int, ...]) -> Callable[[Tensor], Run]:
-    """The graph as an engine of TensorRT, or of its RTX edition where only that is installed."""
+    """The graph as an engine of TensorRT, or of its RTX edition where only that is installed; for these very texts."""
     from radapter_serve.serving.cuda import find_gpu
     from radapter_serve.serving.engine import Engine, Options, build, import_tensorrt
 
@@ -261,10 +270,12 @@ def tensorrt(towers: Towers, case: str, batches: tuple[int, ...]) -> Callable[[T
         import tensorrt_rtx as trt
     start = time.perf_counter()
     options = Options(opt_batch_size=statistics.median_high(batches))
-    plan, _ = build(trt, towers.graph(case), options, max_batch_size=max(batches), max_length=77)
+    limits = {"max_batch_size": max(batches), "max_length": 77, "opt_length": 77}
+    plan, _ = build(trt, towers.graph(case), options, **limits)
     engine = Engine(trt, plan)
     took = f"{time.perf_counter() - start:.0f} s, {len(plan) / 1e6:.0f} MB"
-    towers.bench.report.note(f"{trt.__name__} {trt.__version__}, engine of {case}: {took}.")
+    tuned = f"{towers.name}, {case}, tuned for batches of {options.opt_batch_size}"
+    towers.bench.report.note(f"{trt.__name__} {trt.__version__}, engine of {tuned}: {took}.")
     stream = torch.cuda.Stream()
 
     def bind(batch: Tensor) -> Run:
@@ -281,51 +292,73 @@ def tensorrt(towers: Towers, case: str, batches: tuple[int, ...]) -> Callable[[T
     return bind
 
 
-def inference(
-    bench: Bench, towers: Towers, case: str, batches: tuple[int, ...], compile_batches: tuple[int, ...]
-) -> None:
-    """One tower at every batch, by every candidate that works here."""
-    title = f"{towers.name}, {case}, {bench.precision}"
-    dtype = TYPES[bench.precision]
-    model = deepcopy(towers.reference).to(dtype)
-    flashing = deepcopy(model)
-    for module in list(flashing.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.MultiheadAttention):
-                setattr(module, name, Flash(child))
-    eager, flash = towers.torch(case, model, dtype), towers.torch(case, flashing, dtype)
+class Inference:
+    """One tower at every batch, candidate by candidate, each beside torch eager in the same rounds.
 
-    def compiled(batch: Tensor) -> Run:
-        torch.compiler.reset()
-        return partial(torch.compile(eager, dynamic=False), batch)
+    Args:
+        towers: whose.
+        case: images or texts.
+        batches: sizes.
+    """
 
-    binds: dict[str, Callable[[Tensor], Run]] = {EAGER: lambda x: partial(eager, x), FLASH: lambda x: partial(flash, x)}
-    with bench.item(f"{title}: {ONNX}"):
-        binds[ONNX] = onnxruntime(towers, case)
-    with bench.item(f"{title}: {TENSORRT}"):
-        binds[TENSORRT] = tensorrt(towers, case, batches)
-    flops = towers.flops(case)
-    rows = []
-    for size in batches:
-        with bench.item(f"{title}, batch {size}"):
-            batch = towers.batch(case, size)
-            expected = towers.torch(case, towers.reference, torch.float32)(batch)
-            right: dict[str, Run] = {}
-            for name, bind in (binds | ({COMPILE: compiled} if size in compile_batches else {})).items():
-                with bench.item(f"{title}, batch {size}: {name}"):
-                    run = bind(batch)
-                    embeds = run()
-                    bench.synchronize()
-                    worst = float((1 - F.cosine_similarity(embeds, expected)).max())
-                    if not worst < 1e-2:
-                        raise RuntimeError(f"differs from torch in fp32: 1 - cosine is {worst:.1e}")
-                    right[name] = run
-            times = bench.timed(right)
-            for name in right:
-                seconds = statistics.median(times[name])
-                figures = f"{1e3 * seconds:.2f}", f"{size / seconds:.0f}", f"{ratio(times[name], times[EAGER]):.2f}"
-                rows.append([f"{size}, {name}", *figures, bench.share(flops * size, seconds, bench.precision)])
-    bench.report.table(title, ["batch, candidate", "ms", f"{case}/s", "ratio", "% of matmul"], rows)
+    def __init__(self, towers: Towers, case: str, batches: tuple[int, ...]) -> None:
+        self.bench, self.towers, self.case, self.batches = towers.bench, towers, case, batches
+        self.title = f"{towers.name}, {case}, {self.bench.precision}"
+        self.flops = towers.flops(case)
+        self._rows: dict[tuple[int, str], list[str]] = {}
+
+    def models(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Torch's own candidates."""
+        dtype = TYPES[self.bench.precision]
+        model = deepcopy(self.towers.reference).to(dtype)
+        flashing = deepcopy(model)
+        for module in list(flashing.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.MultiheadAttention):
+                    setattr(module, name, Flash(child))
+        return {EAGER: self.towers.torch(self.case, model, dtype), FLASH: self.towers.torch(self.case, flashing, dtype)}
+
+    def measure(self, name: str, batches: tuple[int, ...]) -> None:
+        """Measure a candidate at some batches."""
+        models = self.models()
+        eager = models[EAGER]
+
+        def compiled(batch: Tensor) -> Run:
+            torch.compiler.reset()
+            return partial(torch.compile(eager, dynamic=False), batch)
+
+        with self.bench.item(f"{self.title}: {name}", 100 if name == TENSORRT else 40 if name == ONNX else 0):
+            if name == ONNX:
+                bind = onnxruntime(self.towers, self.case)
+            elif name == TENSORRT:
+                bind = tensorrt(self.towers, self.case, self.batches)
+            else:
+                bind = compiled if name == COMPILE else lambda batch: partial(models[name], batch)
+            for size in batches:
+                with self.bench.item(f"{self.title}, batch {size}: {name}", 80 if name == COMPILE else 5):
+                    self._measure(name, size, {EAGER: partial(eager, self.batch(size)), name: bind(self.batch(size))})
+
+    def batch(self, size: int) -> Tensor:
+        """The same at every call."""
+        return self.towers.batch(self.case, size)
+
+    def _measure(self, name: str, size: int, runs: dict[str, Run]) -> None:
+        bench, towers = self.bench, self.towers
+        expected = towers.torch(self.case, towers.reference, torch.float32)(self.batch(size))
+        for which, run in runs.items():
+            embeds = run()
+            bench.synchronize()
+            worst = float((1 - F.cosine_similarity(embeds, expected)).max())
+            if not worst < 1e-2:
+                raise RuntimeError(f"{which} differs from torch in fp32: 1 - cosine is {worst:.1e}")
+        times = bench.timed(runs)
+        seconds = statistics.median(times[name])
+        figures = f"{1e3 * seconds:.2f}", f"{size / seconds:.0f}", f"{ratio(times[name], times[EAGER]):.2f}"
+        share = bench.share(self.flops * size, seconds, bench.precision)
+        self._rows[size, name] = [f"{size}, {name}", *figures, share]
+        order = [EAGER, FLASH, COMPILE, ONNX, TENSORRT]
+        rows = [self._rows[key] for key in sorted(self._rows, key=lambda key: (key[0], order.index(key[1])))]
+        bench.table(self.title, ["batch, candidate", "ms", f"{self.case}/s", "ratio", "% of matmul"], rows)
 
 
 @torch.no_grad()
@@ -336,15 +369,16 @@ def main(
     train_batch: int = 128,
     precision: Literal["fp32", "fp16", "bf16"] = "fp16",
     repeats: int = 5,
-    minutes: float = 8.5,
+    minutes: float = 9.5,
     smoke: bool = False,
     out: Path = RESULTS,
 ) -> None:
     """Measure what a GPU does with this project, in one call.
 
-    Needs torch, open_clip_torch, rich and tyro, for the towers onnx and onnxscript too; no network, no data. Measures
-    what is installed of onnxruntime-gpu, tensorrt and, where there is no tensorrt, tensorrt_rtx (needs nothing else);
-    what is not there, or does not work on this card, is named and left out. Writes OUT/gpu-CARD.md.
+    Needs torch, open_clip_torch, rich and tyro, for the towers onnx and onnxscript too; no network, no data, and no
+    installation of this project: PYTHONPATH=.:export python benchmarks/gpu.py. Measures what is installed of
+    onnxruntime-gpu, tensorrt and, where there is no tensorrt, tensorrt_rtx (needs nothing else); what is not there, or
+    does not work on this card, is named and left out. Writes OUT/gpu-CARD.md after every table.
 
     Args:
         architectures: open_clip architectures, with random weights and a folded adapter.
@@ -353,7 +387,7 @@ def main(
         train_batch: pairs in a training step.
         precision: of the towers; training is in bf16.
         repeats: rounds; in each a candidate runs for at least 0.1 s.
-        minutes: after which nothing more is begun.
+        minutes: nothing is begun that may not be done by then.
         smoke: a tiny model on the CPU, to see that the script works.
         out: folder of the table.
     """
@@ -377,18 +411,24 @@ def main(
         "operations that torch counts, over those that the measured matmul makes in that time.",
         file=f"gpu-{re.sub(r'[^A-Za-z0-9]+', '-', card)}",
     )
-    bench = Bench(report, device, precision, repeats, time.monotonic() + 60 * minutes)
+    bench = Bench(report, device, precision, repeats, time.monotonic() + 60 * minutes, out)
     with bench.item("matmul"):
         matmul(bench, size)
     for architecture in architectures:
-        with bench.item(f"training {architecture}"), torch.enable_grad():
+        with bench.item(f"training {architecture}", 40), torch.enable_grad():
             training(bench, architecture, train_batch)
-    for number, architecture in enumerate(architectures):
-        with bench.item(architecture), tempfile.TemporaryDirectory() as files:
-            towers = Towers(bench, architecture, Path(files))
-            for case in (IMAGES, TEXTS) if number == 0 else (IMAGES,):
-                inference(bench, towers, case, batches, compile_batches)
-        report.write(out)  # what there is, should the call be cut off
+    with contextlib.ExitStack() as stack:
+        towers = []
+        for number, architecture in enumerate(architectures):
+            with bench.item(architecture):
+                files = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                one = Towers(bench, architecture, files)
+                cases = (IMAGES, TEXTS) if number == 0 else (IMAGES,)
+                towers += [Inference(one, case, batches) for case in cases]
+        # What may end the process, or takes longest, comes last.
+        for name in (EAGER, FLASH, ONNX, TENSORRT, COMPILE):
+            for tower in towers:
+                tower.measure(name, compile_batches if name == COMPILE else batches)
     for name, why in bench.left_out.items():
         report.note(f"Left out: {name}: {why}")
     report.write(out)
