@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 from torch import Tensor
 
 from radapter_export.accuracy import Accuracy, Validation
@@ -42,7 +43,7 @@ from radapter_serve.towers import is_causal
 FORMAT = 1
 TOKENIZED = ("embed_text", "segment", "classify")
 LABELLED = ("segment", "classify")
-_TOOLS = ("torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "radapter-serve")
+_TOOLS = ("torch", "open_clip_torch", "onnx", "onnxscript", "radapter-serve")
 
 
 @dataclass(frozen=True)
@@ -294,7 +295,8 @@ class Writer:
             "tools": {
                 name.removesuffix("_torch"): importlib.metadata.version(name)
                 for name in (*_TOOLS, *(["openvino"] if self.runtime == "openvino" else []))
-            },
+            }
+            | {"onnxruntime": onnxruntime.__version__},  # installed as onnxruntime or onnxruntime-gpu
             "agreement": {
                 **{graph.name: asdict(graph.agreement) for graph in exported},
                 "batches": list(BATCHES),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -102,6 +104,15 @@ def openvino_properties(precision: str, threads: int | None = None) -> dict[str,
     }
 
 
+@functools.cache
+def find_cuda() -> None:
+    """Let ONNX Runtime find the CUDA and cuDNN that came with pip, which lie where no loader looks."""
+    import onnxruntime
+
+    with contextlib.redirect_stdout(io.StringIO()):  # what is missing shows when it falls back
+        onnxruntime.preload_dlls()
+
+
 Loaded = tuple[list[str], Callable[[Feed], NDArray[Any]]]
 
 
@@ -113,9 +124,11 @@ def _onnxruntime(path: Path, threads: int | None, provider: str) -> Loaded:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
+    chosen: Any = provider
+    if provider == "CUDAExecutionProvider":
+        find_cuda()
+        chosen = provider, {"use_tf32": "0"}  # TF32 is its default, and differs from fp32 in the fourth digit
     try:
-        # Without TF32, which is its default and differs from fp32 in the fourth digit.
-        chosen = (provider, {"use_tf32": "0"}) if provider == "CUDAExecutionProvider" else provider
         session = onnxruntime.InferenceSession(str(path), options, providers=[chosen])
     except Exception as error:  # ONNX Runtime's errors have no common base
         raise RAdapterError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {reason(error)}") from error

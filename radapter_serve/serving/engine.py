@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from radapter_serve.serving.cuda import Stream
 Shape = tuple[int, ...]
 Profile = dict[str, tuple[Shape, Shape, Shape]]
 
-_OPT_LENGTH = 16  # tokens of a text that engines are tuned for; prompts have 8 to 16
+OPT_LENGTH = 16  # tokens of a text that engines are tuned for; prompts have 8 to 16
 _INSTALL = (
     "run: pip install tensorrt; or, in NVIDIA's Triton container, which has the libraries, "
     "pip install tensorrt-cu13-bindings==VERSION, with the version that `ls /usr/lib/*/libnvinfer.so.*` shows"
@@ -74,6 +76,7 @@ def build(
     *,
     max_batch_size: int,
     max_length: int,
+    opt_length: int = OPT_LENGTH,
     timing_cache: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[bytes, Profile]:
@@ -85,6 +88,7 @@ def build(
         options: how.
         max_batch_size: rows of the largest batch.
         max_length: tokens of the longest text, where the graph takes any length.
+        opt_length: tokens of the text that the engine is tuned for.
         timing_cache: file of what TensorRT measured, read and written: the next build is faster.
         progress: called with a short line as the build goes on; from TensorRT's own threads.
 
@@ -106,7 +110,8 @@ def build(
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32; whoever wants speed exports in fp16 or bf16
     inputs = (network.get_input(number) for number in range(network.num_inputs))
     open_shapes = {tensor.name: tuple(tensor.shape) for tensor in inputs}
-    profile = make_profile(open_shapes, options.opt_batch_size, max_batch_size, max_length)
+    batches, lengths = (options.opt_batch_size, max_batch_size), (opt_length, max_length)
+    profile = make_profile(open_shapes, batches, lengths)
     shapes = builder.create_optimization_profile()
     for name, limits in profile.items():
         shapes.set_shape(name, *limits)
@@ -121,24 +126,38 @@ def build(
         config.set_flag(trt.BuilderFlag.REFIT)
     if timing_cache is not None:
         _use_timing_cache(config, timing_cache)
-    config.progress_monitor = monitor = _monitor(trt, progress or (lambda line: None))
-    plan = builder.build_serialized_network(network, config)
-    if monitor.interrupted:
-        raise KeyboardInterrupt
+    say = progress or (lambda line: None)
+    config.progress_monitor = monitor = _monitor(trt, say)
+    # In a thread of its own: TensorRT drops the exception of a Ctrl-C that comes while it calls us.
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            plan = pool.submit(builder.build_serialized_network, network, config).result()
+        except KeyboardInterrupt:
+            monitor.interrupted = True
+            raise
     if plan is None:
         raise RAdapterError(f"TensorRT {trt.__version__} cannot build {onnx}: {log.summary()}")
     if timing_cache is not None:
-        _keep_timing_cache(config, timing_cache)
+        try:
+            _keep_timing_cache(config, timing_cache)
+        except OSError as error:
+            say(f"what TensorRT measured is not kept for the next build: {error}")
     return bytes(plan), profile
 
 
-def make_profile(inputs: Mapping[str, Shape], opt_batch_size: int, max_batch_size: int, max_length: int) -> Profile:
-    """Smallest, usual and largest shape of each input; an open dimension (-1) is the batch if first, else a length."""
+def make_profile(inputs: Mapping[str, Shape], batches: tuple[int, int], lengths: tuple[int, int]) -> Profile:
+    """Smallest, usual and largest shape of each input; an open dimension (-1) is the batch if first, else a length.
+
+    Args:
+        inputs: shapes, by name.
+        batches: rows, usually and at most.
+        lengths: tokens, usually and at most.
+    """
 
     def fill(shape: Shape, batch: int, length: int) -> Shape:
         return tuple((length if axis else batch) if size < 0 else size for axis, size in enumerate(shape))
 
-    limits = ((1, 1), (min(opt_batch_size, max_batch_size), min(_OPT_LENGTH, max_length)), (max_batch_size, max_length))
+    limits = ((1, 1), (min(batches), min(lengths)), (batches[1], lengths[1]))
     return {
         name: (fill(shape, *limits[0]), fill(shape, *limits[1]), fill(shape, *limits[2]))
         for name, shape in inputs.items()
@@ -153,13 +172,13 @@ class Engine:
         plan: what `build` gave.
 
     Raises:
-        RAdapterError: TensorRT refuses it: another version, or another GPU.
+        RAdapterError: TensorRT refuses it: another version, another GPU, or too little memory.
     """
 
     def __init__(self, trt: Any, plan: bytes) -> None:
         self._trt = trt
         self._engine = _deserialize(trt, plan)
-        self._context = self._engine.create_execution_context()
+        self._context = _context(trt, self._engine)
         names = [self._engine.get_tensor_name(number) for number in range(self._engine.num_io_tensors)]
         modes = {name: self._engine.get_tensor_mode(name) for name in names}
         self.inputs = [name for name in names if modes[name] == trt.TensorIOMode.INPUT]
@@ -246,6 +265,20 @@ def _deserialize(trt: Any, plan: bytes) -> Any:
     return engine
 
 
+def _context(trt: Any, engine: Any) -> Any:
+    log = _log(trt)
+    log.clear()
+    if (kernels := getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)) is None:
+        context = engine.create_execution_context()
+    else:  # the RTX edition makes kernels for a shape when it meets it: at once, not beside the first runs
+        config = engine.create_runtime_config()
+        config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+        context = engine.create_execution_context(config)
+    if context is None:
+        raise RAdapterError(f"TensorRT {trt.__version__} does not run the engine: {log.summary()}")
+    return context
+
+
 def _use_timing_cache(config: Any, path: Path) -> None:
     kept = path.read_bytes() if path.is_file() else b""
     if not config.set_timing_cache(config.create_timing_cache(kept), ignore_mismatch=False):
@@ -254,9 +287,12 @@ def _use_timing_cache(config: Any, path: Path) -> None:
 
 def _keep_timing_cache(config: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f"{path.name}.new")
-    staged.write_bytes(bytes(config.get_timing_cache().serialize()))
-    staged.replace(path)
+    staged = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        staged.write_bytes(bytes(config.get_timing_cache().serialize()))
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def _errors(parser: Any) -> str:
@@ -291,7 +327,7 @@ def _log(trt: Any) -> Any:
 
 def _monitor(trt: Any, progress: Callable[[str], None]) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc,name-defined]
-        """Passes on phase and step; Ctrl-C, which cannot pass through TensorRT as an exception, ends the build."""
+        """Passes on phase and step, and ends the build at the next one if it is told to."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -302,10 +338,7 @@ def _monitor(trt: Any, progress: Callable[[str], None]) -> Any:
             self._steps[phase_name] = num_steps
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            try:
-                progress(f"{phase_name} {step + 1}/{self._steps.get(phase_name, 0)}")
-            except KeyboardInterrupt:
-                self.interrupted = True
+            progress(f"{phase_name} {step + 1}/{self._steps.get(phase_name, 0)}")
             return not self.interrupted
 
         def phase_finish(self, phase_name: str) -> None:

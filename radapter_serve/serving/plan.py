@@ -99,6 +99,8 @@ def mismatch(sidecar: Sidecar, folder: Path, gpu: Gpu, version: str) -> str | No
     wanted, found = _numbers(sidecar.compute_capability), _numbers(gpu.compute_capability)
     if sidecar.edition != EDITION:
         return f"is an engine of {sidecar.edition}, which Triton cannot load"
+    # The fourth number is the build, which not every version here tells; plans are refused for it, too.
+    built, here = built[: len(here)], here[: len(built)]
     # Across majors NVIDIA promises 10 to 11 only.
     later = options.version_compatible and built <= here and here[0] - built[0] <= 1
     if built != here and not later:
@@ -118,15 +120,20 @@ def _served_version(sidecar: Sidecar) -> str:
     try:
         return str(import_tensorrt().__version__)
     except RAdapterError:
-        with contextlib.suppress(OSError):
-            number = int(ctypes.CDLL(f"libnvinfer.so.{_numbers(sidecar.version)[0]}").getInferLibVersion())
-            return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+        own = _numbers(sidecar.version)[0]
+        for major in (own, own + 1, own - 1):
+            with contextlib.suppress(OSError):
+                library = ctypes.CDLL(f"libnvinfer.so.{major}")
+                number = int(library.getInferLibVersion())
+                numbers = [number // 10000, number // 100 % 100, number % 100]
+                with contextlib.suppress(AttributeError):  # older ones do not tell their build
+                    numbers.append(int(library.getInferLibBuildVersion()))
+                return ".".join(map(str, numbers))
         raise
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """At most three numbers of a version: what follows is the build of the same code."""
-    return tuple(map(int, version.split(".")[:3]))
+    return tuple(map(int, version.split(".")[:4]))
 
 
 def digest(folder: Path) -> str:

@@ -65,7 +65,7 @@ def build_engines(
         options: how engines are built.
         tolerance: largest difference from torch, per component of a unit-length embedding; the release's own if None.
         timing_cache: file of what TensorRT measured; one in the user's cache folder if None.
-        force: build those that fit, too.
+        force: build all, those that fit, too.
         progress: called with a short line as the work goes on.
 
     Raises:
@@ -82,7 +82,7 @@ def build_engines(
                 max_batch_size=int(encoder.facts["max_batch_size"]),
                 max_length=int(encoder.facts["tokenizer"]["context_length"]),
                 bounds=encoder.bounds if tolerance is None else Tolerance(tolerance),
-                donors=encoder.folder,
+                donors=None if force else encoder.folder,
                 keep=not force,
             )
             for encoder in encoders
@@ -102,7 +102,7 @@ class PlanWriter:
         progress: called with a short line as the work goes on.
 
     Raises:
-        RAdapterError: no GPU, or no TensorRT.
+        RAdapterError: no GPU, no TensorRT, or a folder for the timing cache.
     """
 
     def __init__(
@@ -112,6 +112,8 @@ class PlanWriter:
         timing_cache: Path | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> None:
+        if timing_cache is not None and timing_cache.is_dir():
+            raise RAdapterError(f"the timing cache {timing_cache} is a folder; name a file")
         self._gpu = find_gpu()  # before TensorRT is touched
         self._trt = import_tensorrt()
         self._options, self._say = options, progress or (lambda line: None)

@@ -24,6 +24,8 @@ class Runtime:
         kind: where its instances run.
         threads: the parameter that says how many threads an instance computes with, if there is one.
         parameters: those that every config has.
+        gpus: on which its instances run; all that there are if empty.
+        cuda: options of ONNX Runtime's provider on a GPU.
         batched: whether Triton puts requests together. NVIDIA's `openvino` backend pads every batch to
             `max_batch_size` rows if it does, so there a tensor's first dimension is its own, and any number of rows.
     """
@@ -32,6 +34,8 @@ class Runtime:
     kind: int = model_config_pb2.ModelInstanceGroup.KIND_AUTO
     threads: str | None = None
     parameters: Mapping[str, str] = field(default_factory=dict)
+    gpus: tuple[int, ...] = ()
+    cuda: Mapping[str, str] = field(default_factory=dict)
     batched: bool = True
 
 
@@ -43,6 +47,8 @@ RUNTIMES = {
         # The cores are shared with decoding and the network: waiting threads must not spin on them.
         # The backend of radapter-serve heeds this; NVIDIA's own in C++ may ignore it.
         parameters={"session.intra_op.allow_spinning": "0"},
+        # Without TF32, its default: what is served is what was compared with torch.
+        cuda={"use_tf32": "0"},
     ),
     "openvino": Runtime(
         "model.onnx",
@@ -51,7 +57,8 @@ RUNTIMES = {
         parameters={"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"},
         batched=False,
     ),
-    TENSORRT: Runtime("model.plan", kind=model_config_pb2.ModelInstanceGroup.KIND_GPU),
+    # On the GPU that engines are built for and checked against.
+    TENSORRT: Runtime("model.plan", kind=model_config_pb2.ModelInstanceGroup.KIND_GPU, gpus=(0,)),
 }
 AUTO = "auto"  # the fastest of them
 _BF16 = "HINT_BF16"  # of openvino, "YES" or not there
@@ -94,9 +101,17 @@ class ServedEncoder:
 
     @property
     def versions(self) -> list[int]:
-        """The served ones that are there, the newest last."""
+        """The served ones that are there, the newest last.
+
+        Raises:
+            RAdapterError: there is none.
+        """
         found = sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
-        return [version for version in found if version in (self.config.version_policy.specific.versions or found)]
+        wanted = self.config.version_policy.specific.versions or found
+        if served := [version for version in found if version in wanted]:
+            return served
+        names = ", ".join(map(str, wanted)) or "none at all"
+        raise RAdapterError(f"{self.folder} lacks the releases that it serves ({names}); run: radapter-export")
 
     @property
     def instances(self) -> int:
@@ -162,7 +177,10 @@ def configure(config: Any, runtime: str, precision: str, max_batch_size: int) ->
     chosen = RUNTIMES[runtime]
     config.backend, config.default_model_filename = runtime, chosen.file
     for group in config.instance_group:
-        group.kind = chosen.kind
+        group.kind, group.gpus[:] = chosen.kind, chosen.gpus
+    config.optimization.execution_accelerators.ClearField("gpu_execution_accelerator")
+    if chosen.cuda:
+        config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda", parameters=chosen.cuda)
     parameters = dict(chosen.parameters)
     if runtime == "openvino" and precision == "bf16":
         parameters[_BF16] = "YES"

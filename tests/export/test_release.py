@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir
+import onnxruntime
 import pytest
 import torch
 
@@ -106,6 +107,7 @@ def test_release_json(exported: tuple[Path, list[Release]], adapter_path: Path, 
         assert facts["logit_bias"] is None
         assert facts["templates"] == ["a photo of a {}.", "a drawing of a {}."]
         assert facts["tools"]["torch"] == torch.__version__
+        assert facts["tools"]["onnxruntime"] == onnxruntime.__version__
         for graph in release.graphs:
             measured = facts["agreement"][graph.name]
             assert 0 <= measured["max_error"] <= facts["agreement"]["tolerance"] == 1e-4

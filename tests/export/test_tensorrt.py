@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -59,6 +61,23 @@ def test_graphs_that_take_alpha_are_built(
 ) -> None:
     weights = {**tiny_base.model.state_dict(), **load_adapter(adapter_path).tensors}
     check(dial_graphs[name], weights, precision, tmp_path)
+
+
+def test_ctrl_c_ends_a_build(graphs: dict[str, Graph], tiny_base: Base, tmp_path: Path) -> None:
+    graphs["image_encoder"].save(tiny_base.model.state_dict(), tmp_path / "model.onnx")
+    lines: list[str] = []
+    build(trt, tmp_path / "model.onnx", Options(), **LIMITS, progress=lines.append)
+    whole = len(lines)
+
+    def interrupt(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 1:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    lines.clear()
+    with pytest.raises(KeyboardInterrupt):
+        build(trt, tmp_path / "model.onnx", Options(), **LIMITS, progress=interrupt)
+    assert 1 <= len(lines) < whole
 
 
 def build_all(family: str, folder: Path, *, dial: bool) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -157,12 +160,12 @@ def test_shapes_and_types_that_an_engine_does_not_take_are_refused(trt: Any, gra
 
 def test_profiles_of_every_kind_of_input() -> None:
     shapes = {"image": (-1, 224, 224, 3), "tokens": (-1, -1), "alpha": (-1, 1)}
-    assert make_profile(shapes, 8, 64, 77) == {
+    assert make_profile(shapes, (8, 64), (16, 77)) == {
         "image": ((1, 224, 224, 3), (8, 224, 224, 3), (64, 224, 224, 3)),
         "tokens": ((1, 1), (8, 16), (64, 77)),
         "alpha": ((1, 1), (8, 1), (64, 1)),
     }
-    assert make_profile({"tokens": (-1, 64)}, 8, 4, 64) == {"tokens": ((1, 64), (4, 64), (4, 64))}
+    assert make_profile({"tokens": (-1, 64)}, (8, 4), (16, 64)) == {"tokens": ((1, 64), (4, 64), (4, 64))}
 
 
 def test_options_reach_the_builder_and_fp32_is_no_tf32(trt: Any, graph: Path) -> None:
@@ -186,16 +189,37 @@ def test_a_timing_cache_is_kept_and_one_of_another_gpu_replaced(
     assert [path.name for path in cache.parent.iterdir()] == ["mine.timing"]
 
 
+def test_a_timing_cache_that_cannot_be_written_costs_no_engine(
+    trt: Any, graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    lines: list[str] = []
+    plan, _ = build(trt, graph, Options(), **LIMITS, timing_cache=tmp_path / "file" / "a.timing", progress=lines.append)
+    assert Engine(trt, plan).inputs == ["image"]
+    assert lines[-1].startswith("what TensorRT measured is not kept for the next build: ")
+
+
+def test_an_engine_without_room_to_run_is_one_line(trt: Any, graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, _ = build(trt, graph, Options(), **LIMITS)
+    monkeypatch.setattr(trt.ICudaEngine, "create_execution_context", lambda self: None)
+    with pytest.raises(RAdapterError, match=r"TensorRT 11.4.0.106 does not run the engine: it does not say why"):
+        Engine(trt, plan)
+
+
 def test_progress_is_told_and_ctrl_c_ends_the_build(trt: Any, graph: Path) -> None:
     lines: list[str] = []
     build(trt, graph, Options(), **LIMITS, progress=lines.append)
     assert lines == ["Building engine 1/2", "Building engine 2/2"]
 
     def interrupt(line: str) -> None:
-        raise KeyboardInterrupt
+        lines.append(line)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(1)  # until it is heard
 
+    lines.clear()
     with pytest.raises(KeyboardInterrupt):
         build(trt, graph, Options(), **LIMITS, progress=interrupt)
+    assert lines == ["Building engine 1/2"]
 
 
 def test_graphs_that_tensorrt_cannot_read_are_explained(trt: Any, tmp_path: Path) -> None:

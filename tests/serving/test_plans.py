@@ -102,6 +102,7 @@ def test_a_refittable_engine_takes_the_next_release(trt: Any, mine: Path) -> Non
     assert [one.how for one in built] == ["built", "refitted", "built", "built", "refitted"]
     assert all(one.agreement.max_error < 1e-5 for one in built)  # of release 2's own weights
     assert len({(mine / "image_encoder" / v / PLAN).read_bytes() for v in "12"}) == 2
+    assert how(mine, Options(refittable=True), force=True) == {"built"}
 
 
 def test_what_refitting_does_wrong_is_built(trt: Any, mine: Path) -> None:
@@ -181,6 +182,10 @@ def damage(**fields: Any) -> Callable[[Path], None]:
 
 
 MISMATCHES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "build": (
+        tampered(lambda s: replace(s, version="11.4.0.105")),
+        "built with TensorRT 11.4.0.105, this is 11.4.0.106",
+    ),
     "version": (tampered(lambda s: replace(s, version="11.2.1")), "built with TensorRT 11.2.1, this is 11.4.0.106"),
     "edition": (tampered(lambda s: replace(s, edition="tensorrt_rtx")), "an engine of tensorrt_rtx, which Triton"),
     "gpu": (
@@ -264,15 +269,26 @@ def test_the_systems_library_tells_the_version_where_python_has_no_package(
 ) -> None:
     install(monkeypatch, Driver(), version=None)
     found = ctypes.CDLL
-    for number, fits in ((110400, True), (110201, False)):
+    for number, build, here in (
+        (110400, None, None),  # an older one, which does not tell its build
+        (110400, 106, None),
+        (110400, 99, "11.4.0.99"),
+        (110201, 2, "11.2.1.2"),
+        (101303, None, "10.13.3"),
+    ):
         library = SimpleNamespace(getInferLibVersion=lambda number=number: number)
+        if build is not None:
+            library.getInferLibBuildVersion = lambda build=build: build
+        name = f"libnvinfer.so.{number // 10000}"
         monkeypatch.setattr(
-            ctypes, "CDLL", lambda name, library=library: library if name == "libnvinfer.so.11" else found(name)
+            ctypes, "CDLL", lambda asked, name=name, library=library: library if asked == name else found(asked)
         )
-        if fits:
+        if here is None:
             check_plan(built / "image_encoder" / "1")
         else:
-            with pytest.raises(RAdapterError, match=r"built with TensorRT 11.4.0.106, this is 11.2.1"):
+            with pytest.raises(
+                RAdapterError, match=rf"built with TensorRT 11.4.0.106, this is {here}; run: radapter-b"
+            ):
                 check_plan(built / "image_encoder" / "1")
 
 
@@ -315,6 +331,8 @@ def test_the_command(trt: Any, mine: Path, capsys: pytest.CaptureFixture[str]) -
     assert (mine.parent / "my.timing").exists()
     assert main(["--check", str(mine)]) == 0
     assert capsys.readouterr().out.count(": fits") == 5
+    assert main([str(mine), "--timing-cache", str(mine)]) == 2
+    assert f"the timing cache {mine} is a folder; name a file" in capsys.readouterr().err
     for flag, value in (("workspace", "0"), ("workspace", "inf"), ("tolerance", "nan"), ("tolerance", "-1")):
         assert main([str(mine), f"--{flag}", value]) == 2
         assert f"--{flag} is {value}; allowed: " in capsys.readouterr().err

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import numpy as np
+import onnxruntime
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
@@ -16,6 +17,7 @@ from radapter_serve.serving import choice, server
 from radapter_serve.serving.agreement import Samples
 from radapter_serve.serving.choice import Measured, check, fastest, measure
 from radapter_serve.serving.cuda import Gpu
+from radapter_serve.serving.encoder import find_cuda
 from radapter_serve.serving.installation import Installation, our_backends
 from radapter_serve.serving.runtimes import RUNTIMES, ServedEncoder, encoders_of
 from radapter_serve.serving.server import TritonServer, free_ports
@@ -66,6 +68,7 @@ def test_configs_of_each_runtime_and_the_way_back(repository):
     assert openvino.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU
     given = {"INFERENCE_NUM_THREADS": "3", "NUM_STREAMS": "1", "PERFORMANCE_HINT": "LATENCY"}
     assert parameters(openvino) == given
+    assert not openvino.optimization.execution_accelerators.gpu_execution_accelerator
 
     back = ServedEncoder(exported.folder, openvino, exported.facts).configured("onnxruntime", None)
     assert parsed(back) == exported.config
@@ -73,6 +76,13 @@ def test_configs_of_each_runtime_and_the_way_back(repository):
     plan = parsed(exported.configured("tensorrt", 3))
     assert (plan.backend, plan.default_model_filename, parameters(plan)) == ("tensorrt", "model.plan", {})
     assert (plan.max_batch_size, plan.instance_group[0].kind) == (64, model_config_pb2.ModelInstanceGroup.KIND_GPU)
+    # Triton would put an instance on every GPU; the engine was built and checked on one.
+    assert list(plan.instance_group[0].gpus) == [0]
+    assert not plan.optimization.execution_accelerators.gpu_execution_accelerator
+    back = parsed(ServedEncoder(exported.folder, plan, exported.facts).configured("onnxruntime", None))
+    assert back == exported.config
+    [cuda] = back.optimization.execution_accelerators.gpu_execution_accelerator
+    assert (cuda.name, dict(cuda.parameters)) == ("cuda", {"use_tf32": "0"})  # fp32 is fp32, as it was checked
 
 
 def test_openvino_is_asked_for_bf16_by_its_own_parameter(repository):
@@ -93,8 +103,12 @@ def test_a_runtime_that_computes_what_the_samples_say_is_right(repository, runti
 @pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
 def test_onnxruntime_is_checked_where_triton_will_place_it(own, monkeypatch):
     monkeypatch.setattr(choice, "find_gpu", lambda: Gpu("NVIDIA A100", "8.0"))
+    looked = []
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: looked.append("for CUDA"))
+    find_cuda.cache_clear()
     with pytest.raises(RAdapterError, match="CUDA.* was asked for; install onnxruntime-gpu .* KIND_CPU"):
         check(encoder(own), "onnxruntime", 1)
+    assert looked == ["for CUDA"]
     made = encoder(own)
     made.config.instance_group[0].kind = model_config_pb2.ModelInstanceGroup.KIND_CPU
     assert check(made, "onnxruntime", 1)[0] < 1e-6
@@ -145,6 +159,17 @@ def test_what_is_not_there_is_said_with_the_command_that_makes_it(own):
     (own / "image_encoder" / "2" / "model.onnx").unlink()
     with pytest.raises(RAdapterError, match=r"model\.onnx, which onnxruntime needs, does not exist; .*radapter-export"):
         TritonServer(own, "127.0.0.1", *free_ports()).start()
+
+
+def test_releases_that_are_gone_are_said(repository, own):
+    shutil.copytree(repository / "text_encoder", own / "text_encoder")
+    for version in ("1", "2"):
+        shutil.rmtree(own / "image_encoder" / version)
+    for runtime in (None, "openvino", "auto"):
+        with pytest.raises(
+            RAdapterError, match=r"image_encoder lacks the releases that it serves \(.*\); run: radapter-e"
+        ):
+            TritonServer(own, "127.0.0.1", *free_ports(), runtime=runtime).start()
 
 
 @pytest.mark.parametrize(

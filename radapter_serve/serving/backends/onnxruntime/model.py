@@ -13,6 +13,7 @@ from typing import Any
 import onnxruntime as ort
 
 from radapter_serve.serving.backend import Graph, GraphModel
+from radapter_serve.serving.encoder import find_cuda
 
 # A server tells nobody but its callers.
 ort.disable_telemetry_events()
@@ -24,6 +25,8 @@ class TritonPythonModel(GraphModel):
     runtime = "ONNX Runtime"
 
     def load(self, path: Path, config: Mapping[str, Any], parameters: Mapping[str, str], device: int | None) -> Graph:
+        if device is not None:
+            find_cuda()
         session = ort.InferenceSession(str(path), _options(config, parameters), providers=_providers(device))
         used = session.get_providers()[0]
         if device is not None and used != "CUDAExecutionProvider":
