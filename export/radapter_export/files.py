@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.lock import lock
 
 STAGED = ".export-"  # Triton ignores folders inside a model's folder whose names are no numbers
 
@@ -52,9 +53,14 @@ def swap_in(staged: Path, folder: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Undo what a killed `swap_in` or its preparations left beside a folder."""
+    """Undo what a killed `swap_in` or its preparations left beside a folder.
+
+    Raises:
+        RAdapterError: whoever prepares it is alive, and holds the lock.
+    """
     old = folder.with_name(f"{STAGED}{folder.name}.old")
     if old.exists() and not folder.exists():
         old.rename(folder)
     for leftover in folder.parent.glob(f"{STAGED}{folder.name}.*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        with lock(leftover, "radapter-export"):
+            shutil.rmtree(leftover, ignore_errors=True)

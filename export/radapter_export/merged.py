@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from torch import Tensor
 from radapter_export.files import STAGED, disk_errors, make_folder, recover, remove_empty, swap_in
 from radapter_serve.base import Base
 from radapter_serve.errors import RAdapterError
+from radapter_serve.serving.lock import lock
 
 CONFIG, WEIGHTS, RELEASE = "open_clip_config.json", "open_clip_model.safetensors", "release.json"
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}  # of Hugging Face
@@ -45,25 +47,27 @@ class Merged:
         folder: where they shall be: one checkpoint, or a folder `alpha-0.5` for each of several.
 
     Raises:
-        RAdapterError: the folder holds something that was not written here.
+        RAdapterError: the folder holds something that was not written here, or another export is writing it.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).absolute()
         self._staged = self.folder.with_name(f"{STAGED}{self.folder.name}.{os.getpid()}")
         self._new: list[Path] = []
+        self._held = contextlib.ExitStack()
         check_replaceable(self.folder)
 
     def __enter__(self) -> Merged:
         with disk_errors(self.folder.parent):
             self._new = make_folder(self.folder.parent)
             recover(self.folder)
-            self._staged.mkdir()
+            self._held.enter_context(lock(self._staged, "radapter-export"))
         return self
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self._staged, ignore_errors=True)
         remove_empty(self._new)
+        self._held.close()
 
     def add(
         self, name: str, base: Base, state_dict: Mapping[str, Tensor], release: Mapping[str, Any] | None = None

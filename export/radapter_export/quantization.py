@@ -26,6 +26,7 @@ from radapter_serve.serving.errors import TaskError
 from radapter_serve.serving.preprocess import Preprocess, decode_pixels
 
 IMAGES = 128  # of a collection, evenly spread; more hardly move the ranges
+PROMPTS = 512  # likewise
 _BATCH = 8
 
 Batches = Sequence[NDArray[np.generic]]

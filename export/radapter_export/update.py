@@ -17,7 +17,7 @@ from radapter_serve.serving.labels import LabelSet
 from radapter_serve.serving.release import find_release, read_release
 from radapter_serve.serving.runtimes import encoders_of
 
-_CLOSE = 64  # roundings of the number format, of a tensor's largest value: another machine folds in another order
+_CLOSE = 64  # roundings of float32, of a tensor's largest value: another machine folds in another order
 
 
 class Newest:
@@ -134,8 +134,10 @@ class Newest:
             return
         wanted = weight.detach().to(dtype).float()
         # By way of float32, which holds every value of the narrower formats, and which numpy and torch both know.
-        error = (torch.from_numpy(found.numpy().astype("float32")) - wanted).abs().max()
-        if not error <= _CLOSE * torch.finfo(dtype).eps * wanted.abs().max():
+        error = (torch.from_numpy(found.numpy().astype("float32")) - wanted).abs()
+        # In 16 bits such a difference may turn the last bit, of numbers too small for the format's exponents, too.
+        last = torch.finfo(dtype).eps * wanted.abs().clamp(min=torch.finfo(dtype).smallest_normal)
+        if not bool((error <= _CLOSE * torch.finfo(torch.float32).eps * wanted.abs().max() + 2 * last).all()):
             raise self._refuse(
                 f"has other values in {key} of {graph} than this base and adapter at alpha {self._alpha}"
             )

@@ -22,7 +22,7 @@ from radapter_export.agreement import BATCHES, Inputs, mixed_alphas, references_
 from radapter_export.files import disk_errors
 from radapter_export.graph import Graph
 from radapter_export.merged import Merged
-from radapter_export.quantization import Calibration, calibration_images, quantize
+from radapter_export.quantization import PROMPTS, Calibration, calibration_images, quantize
 from radapter_export.repository import TASKS, Repository
 from radapter_export.tokenizer import write_tokenizer
 from radapter_serve.adapter import Adapter, Adapters, attach_adapter, fold
@@ -215,7 +215,7 @@ class Writer:
         return self._attached
 
     def _calibrate(self, collection: Collection, tokenizer: Tokenizer) -> Calibration:
-        """Images of the collection; prompts of label sets, and texts that agreement is not checked with."""
+        """Images of the collection; some prompts of label sets, and texts that agreement is not checked with."""
         images = calibration_images(collection, Preprocess.from_dict(self.base.preprocess))
         prompts = [
             template.replace("{}", name)
@@ -224,7 +224,9 @@ class Writer:
             for name in split_label(label)
             for template in self.templates
         ]
-        texts = [tokenizer(prompts[start : start + 64]) for start in range(0, len(prompts), 64)]
+        count = min(len(prompts), PROMPTS)
+        prompts = [prompts[number * len(prompts) // count] for number in range(count)]
+        texts = [tokenizer(prompts[start : start + 64]) for start in range(0, count, 64)]
         return Calibration(images, [*Inputs(self.base, tokenizer, self._size, seed=1).tokens, *texts])
 
     def _write_tokenizers(self, repository: Repository, version: int) -> tuple[Tokenizer, dict[str, Any]]:

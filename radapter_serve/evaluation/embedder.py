@@ -143,4 +143,7 @@ def release_facts(release: Mapping[str, Any]) -> dict[str, Any]:
     """What a row says of a release, given its `release.json`."""
     names = ("base_digest", "adapter_digest", "precision")
     facts = {"model": release["architecture"], "pretrained": release.get("pretrained")}
-    return {**facts, **{name: release.get(name) for name in names}, "release": release["version"]}
+    facts |= {name: release.get(name) for name in names}
+    if release.get("quantization"):  # of int8: ranges found as it runs, or by which images
+        facts["quantization"] = release["quantization"]
+    return {**facts, "release": release["version"]}

@@ -249,13 +249,14 @@ def as_it_is(
     """A base with adapters attached to it, embedding by whatever they are set to.
 
     Args:
-        base: its weights stay as they are.
+        base: its weights stay as they are, and where they are: adapters behind activations would not come along.
         alpha: what its rows say.
         templates: prompt templates for data sets that bring none.
         dense: way of dense embeddings.
         crop: how the masks of proposals are shown.
     """
-    return TorchEmbedder(base, [_Line("adapter", {})], [alpha], templates, dense=dense, crop=crop)
+    device = str(next(base.model.parameters()).device)
+    return TorchEmbedder(base, [_Line("adapter", {})], [alpha], templates, dense=dense, crop=crop, device=device)
 
 
 def from_merged(folder: str | Path, *, precision: Precision = "fp32", device: str | None = None) -> TorchEmbedder:

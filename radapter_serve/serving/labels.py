@@ -23,6 +23,7 @@ MAX_CHARACTERS = 10_000_000  # of all its prompts together
 MAX_TEXT_LENGTH = 10_000
 MAX_LABEL_LENGTH = 1_000  # of a label with its synonyms, and of a template
 MAX_PLACES = 4  # for the label in a template
+_BATCHES = 16  # of prompts, after which the labels so far are kept, even if the caller gives up
 
 _Prompts = tuple[float | None, bytes]  # α, and the digest of the templates
 
@@ -179,17 +180,22 @@ class LabelEmbedder:
     ) -> LabelSet:
         names = check_labels(labels)
         check_templates(templates)
-        known = {label: self._cache.get((prompts, label)) for label in labels}
-        missing = {label: names[label] for label, embed in known.items() if embed is None}
-        new = self._compute(at(self._encode, prompts[0]), templates, missing, cancelled)
-        embeds = np.stack([new[label] if embed is None else embed for label, embed in known.items()])
+        known: dict[str, NDArray[np.float32]] = {}
         for label in labels:
-            if label in new:
-                self._cache[prompts, label] = new[label]
-            else:
+            if (embed := self._cache.get((prompts, label))) is not None:
+                known[label] = embed
                 self._cache.move_to_end((prompts, label))
-        while len(self._cache) > self._cache_size:
-            self._cache.popitem(last=False)
+        missing = [label for label in labels if label not in known]
+        encode, step = at(self._encode, prompts[0]), max(1, _BATCHES * self._max_batch_size // len(templates))
+        for start in range(0, len(missing), step):
+            part = {label: names[label] for label in missing[start : start + step]}
+            for label, embed in self._compute(encode, templates, part, cancelled).items():
+                known[label] = self._cache[prompts, label] = embed
+            while len(self._cache) > self._cache_size:
+                self._cache.popitem(last=False)
+            if len(known) < len(labels) and cancelled is not None and cancelled():
+                raise TaskError(CANCELLED, "the caller gave up")
+        embeds = np.stack([known[label] for label in labels])
         return LabelSet(tuple(names[label][0] for label in labels), embeds, labels, templates)
 
     def _compute(

@@ -35,7 +35,7 @@ _DECIDING = (
 def release_digest(facts: Mapping[str, Any]) -> str:
     """sha256 over what decides the embeddings: the same fold, exported again, has the same digest.
 
-    So has a release whose α is an input, at the fold's α.
+    So has a release whose α is an input, at the fold's α, but in int8: there its two summands are rounded apart.
 
     Args:
         facts: a release's `release.json`.
@@ -49,6 +49,8 @@ def release_digest(facts: Mapping[str, Any]) -> str:
     deciding = {name: facts[name] for name in _DECIDING}
     if facts.get("quantization"):  # of int8 alone
         deciding["quantization"] = facts["quantization"]
+        if facts.get("dynamic_alpha"):
+            deciding["dynamic_alpha"] = True
     text = json.dumps(deciding, sort_keys=True)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 

@@ -94,6 +94,20 @@ def test_killed_swap_is_undone(tiny_base: Base, tmp_path: Path, monkeypatch: pyt
     killed = Merged(tmp_path / "merged").__enter__()
     killed.add("", tiny_base, weights, {"which": "second"})
     (tmp_path / "merged").rename(tmp_path / ".export-merged.old")
+    killed._held.close()
     with Merged(tmp_path / "merged"):
         assert json.loads((tmp_path / "merged" / "release.json").read_text(encoding="utf-8")) == {"which": "first"}
+    assert names(tmp_path) == {"merged"}
+
+
+def test_one_export_at_a_time_writes_a_folder(tiny_base: Base, tmp_path: Path) -> None:
+    weights = tiny_base.model.state_dict()
+    with Merged(tmp_path / "merged") as first:
+        with pytest.raises(RAdapterError, match="another radapter-export is writing .*merged"), Merged(first.folder):
+            pass
+        with Merged(tmp_path / "other"):
+            pass
+        first.add("", tiny_base, weights, {"which": "first"})
+        first.commit()
+    assert names(tmp_path / "merged") == FILES
     assert names(tmp_path) == {"merged"}

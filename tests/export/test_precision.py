@@ -25,6 +25,7 @@ from radapter_export.quantization import calibration_images, quantize
 from radapter_serve.adapter import Adapter, attach_adapter, fold, load_adapter
 from radapter_serve.base import Base, load_base
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.embedder import release_facts
 from radapter_serve.serving.agreement import TOLERANCES, Samples, compare
 from radapter_serve.serving.collection import open_collection
 from radapter_serve.serving.encoder import Encoder
@@ -288,13 +289,30 @@ def test_digest_tells_apart_how_int8_was_made(exported: tuple[Path, list[Release
     kinds = [{"kind": "dynamic"}, {"kind": "static", "digest": "a"}, {"kind": "static", "digest": "b"}]
     int8 = {**facts, "precision": "int8"}
     digests = [release_digest(facts), *(release_digest({**int8, "quantization": kind}) for kind in kinds)]
-    assert len(set(digests)) == 4
+    dial = {**int8, "quantization": kinds[0], "dynamic_alpha": True}
+    assert len({*digests, release_digest(dial)}) == 5
+    # And so do rows of results, which tell whether a release was judged before.
+    assert len({str(release_facts({**int8, "quantization": kind})) for kind in kinds}) == 3
+
+
+def test_some_prompts_of_a_label_set_calibrate(
+    export: Export, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("radapter_export.writer.PROMPTS", 4)
+    (tmp_path / "many.txt").write_text("\n".join(f"thing {number}" for number in range(30)))
+    given = {"calibration": str(photos), "label_sets": {"many": tmp_path / "many.txt"}}
+    assert export(precision="int8", **given).facts["quantization"]["texts"] == 4 + 10
 
 
 def test_a_release_that_loses_points_is_refused(
-    exported: tuple[Path, list[Release]], adapter_path: Path, tiny_clip_dir: str, photos: Path
+    exported: tuple[Path, list[Release]],
+    adapter_path: Path,
+    tiny_clip_dir: str,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Judged is the newest release, of 0.8, where torch is at 1."""
+    """Judged is the newest release, of 0.8, where torch is at 1, and stays on the CPU, where its adapters are."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     base, adapter = load_base(tiny_clip_dir), load_adapter(adapter_path)
     data = open_validation(adapter.metadata, f"imagefolder:{photos}", None, "fp32", 0.0)
     assert data is not None

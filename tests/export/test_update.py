@@ -143,7 +143,7 @@ def rewrite(path: Path, change: Callable[[onnx.ModelProto, onnx.TensorProto], No
 
 def nudge(model: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
     array = numpy_helper.to_array(tensor).copy()
-    array.flat[3] += 1e-3
+    array.flat[3] += max(1e-3, 4 * np.abs(array.flat[3]) * torch.finfo(getattr(torch, str(array.dtype))).eps)
     tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
 
 
@@ -161,6 +161,7 @@ def rename(model: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
 ADAPTED, PLAIN = "visual.transformer.resblocks.1.mlp.c_proj.weight", "visual.transformer.resblocks.0.mlp.c_fc.weight"
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(
     ("change", "name", "message"),
     [
@@ -171,9 +172,9 @@ ADAPTED, PLAIN = "visual.transformer.resblocks.1.mlp.c_proj.weight", "visual.tra
     ],
 )
 def test_a_weight_that_is_not_where_it_must_be(
-    export: Export, tmp_path: Path, change: Callable[..., None], name: str, message: str
+    export: Export, tmp_path: Path, change: Callable[..., None], name: str, message: str, precision: str
 ) -> None:
-    export([0.3])
+    export([0.3], precision=precision, **({"runtime": "openvino"} if precision == "bf16" else {}))
     rewrite(tmp_path / "repository" / "image_encoder" / "1" / "model.onnx", change, name)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(RAdapterError, match=f"release 1 has {message}.*export without --update"):

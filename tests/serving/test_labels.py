@@ -154,6 +154,23 @@ def test_a_caller_who_gave_up_gets_no_more_batches(local):
     assert len(local.calls) == 2
 
 
+def test_what_was_embedded_until_a_caller_gave_up_is_kept(local):
+    labels, tries = [f"thing {n}" for n in range(3000)], 0  # 47 batches
+    while tries < 5:
+        tries, before = tries + 1, len(local.calls)
+        try:
+            # As patient as 20 batches: none of the callers sees all of it.
+            found = local.embed_labels(labels, SIMPLE, cancelled=lambda before=before: len(local.calls) - before > 20)
+            break
+        except TaskError as error:
+            assert error.code == "cancelled"
+    assert tries == 3
+    again = local.embed_labels(labels[::-1], SIMPLE)
+    np.testing.assert_array_equal(found.embeds, again.embeds[::-1])
+    fresh = LabelEmbedder(local.embed_labels._tokenizer, local.embed_labels._encode)(labels[:100], SIMPLE)
+    np.testing.assert_allclose(found.embeds[:100], fresh.embeds, atol=1e-6)
+
+
 def test_templates_are_not_kept(local):
     templates = [f"{index} {{}}" for index in range(50)]
     local.embed_labels(["cat"], templates)
