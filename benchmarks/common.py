@@ -33,6 +33,7 @@ T = TypeVar("T")
 logging.getLogger().addHandler(logging.NullHandler())  # else open_clip warns of random weights, which are meant here
 RESULTS = Path(__file__).parent / "results"
 _TIMES = "Times are medians over alternating rounds; ratios are medians of the ratios within a round."
+_INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 _PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt_rtx", "open_clip_torch", "numpy")
 
 # CIFAR-100's: short, common, and a hundred.
@@ -161,9 +162,11 @@ def random_clip(architecture: str, folder: Path) -> tuple[str, Path, int]:
 
 
 def machine() -> str:
-    """Processor, cores, memory, load, and the versions of what does the work."""
+    """Processor, its instructions for matrices, cores, memory, load, and the versions of what does the work."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     cpu = next((line.partition(":")[2].strip() for line in info.splitlines() if "model name" in line), "unknown CPU")
+    flags = set(next((line for line in info.splitlines() if line.startswith("flags")), "").split())
+    cpu += f" ({', '.join(name.upper() for name in _INSTRUCTIONS if name in flags)})"
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     installed = {name: _version(name) for name in _PACKAGES}
     versions = [f"{name.removesuffix('_torch')} {version}" for name, version in installed.items() if version]
