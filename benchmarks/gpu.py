@@ -73,7 +73,6 @@ class Bench:
         deadline: when all has to be done, by `time.monotonic`.
         out: folder of the results, which are written after every table: a call may be cut off, a library may crash.
         peaks: measured operations a second of a matmul, by type.
-        left_out: what failed, and why.
     """
 
     report: Report
@@ -83,22 +82,24 @@ class Bench:
     deadline: float
     out: Path
     peaks: dict[str, float] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
-    def item(self, name: str, seconds: float = 0) -> Iterator[None]:
-        """One thing to measure, which may take so long: what fails or is not installed is left out and named."""
+    def item(self, name: str) -> Iterator[None]:
+        """One thing to measure: what fails, is not installed or has no time is left out and named, the rest goes on."""
         say(name)
         try:
-            if time.monotonic() + seconds > self.deadline:
-                raise TimeoutError("the time was up")
             yield
         except Exception as error:  # whatever a library does on a card that nobody has tried
-            self.left_out[name] = f"{type(error).__name__}: {reason(error)}"
-            say(f"left out: {self.left_out[name]}")
+            self.report.note(f"Left out: {name}: {type(error).__name__}: {reason(error)}")
+            self.report.write(self.out)
         if self.device == "cuda":
             with contextlib.suppress(RuntimeError):  # an error of the GPU before stays
                 torch.cuda.empty_cache()
+
+    def need(self, seconds: float) -> None:
+        """Raise a `TimeoutError` unless there is so much time left."""
+        if time.monotonic() + seconds > self.deadline:
+            raise TimeoutError("the time was up")
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """Add or renew a table, and write all that there is."""
@@ -139,6 +140,7 @@ def training(bench: Bench, architecture: str, batch: int) -> None:
     """A training step in bf16 of adapters and of full fine-tuning."""
     from training_step import FULL, Step
 
+    bench.need(40)
     names = [FULL, "activation form, full rank", "weight form, full rank", "activation form, rank 4"]
     steps, peaks, flops = {}, {}, {}
     for name in names:
@@ -320,14 +322,15 @@ class Inference:
 
     def measure(self, name: str, batches: tuple[int, ...]) -> None:
         """Measure a candidate at some batches."""
-        models = self.models()
-        eager = models[EAGER]
 
         def compiled(batch: Tensor) -> Run:
             torch.compiler.reset()
             return partial(torch.compile(eager, dynamic=False), batch)
 
-        with self.bench.item(f"{self.title}: {name}", 100 if name == TENSORRT else 40 if name == ONNX else 0):
+        with self.bench.item(f"{self.title}: {name}"):
+            self.bench.need({ONNX: 40, TENSORRT: 100}.get(name, 5))
+            models = self.models()
+            eager = models[EAGER]
             if name == ONNX:
                 bind = onnxruntime(self.towers, self.case)
             elif name == TENSORRT:
@@ -335,16 +338,14 @@ class Inference:
             else:
                 bind = compiled if name == COMPILE else lambda batch: partial(models[name], batch)
             for size in batches:
-                with self.bench.item(f"{self.title}, batch {size}: {name}", 80 if name == COMPILE else 5):
-                    self._measure(name, size, {EAGER: partial(eager, self.batch(size)), name: bind(self.batch(size))})
+                with self.bench.item(f"{self.title}, batch {size}: {name}"):
+                    self.bench.need(80 if name == COMPILE else 5)
+                    batch = self.towers.batch(self.case, size)
+                    self._measure(name, batch, {EAGER: partial(eager, batch), name: bind(batch)})
 
-    def batch(self, size: int) -> Tensor:
-        """The same at every call."""
-        return self.towers.batch(self.case, size)
-
-    def _measure(self, name: str, size: int, runs: dict[str, Run]) -> None:
-        bench, towers = self.bench, self.towers
-        expected = towers.torch(self.case, towers.reference, torch.float32)(self.batch(size))
+    def _measure(self, name: str, batch: Tensor, runs: dict[str, Run]) -> None:
+        bench, towers, size = self.bench, self.towers, len(batch)
+        expected = towers.torch(self.case, towers.reference, torch.float32)(batch)
         for which, run in runs.items():
             embeds = run()
             bench.synchronize()
@@ -415,7 +416,7 @@ def main(
     with bench.item("matmul"):
         matmul(bench, size)
     for architecture in architectures:
-        with bench.item(f"training {architecture}", 40), torch.enable_grad():
+        with bench.item(f"training {architecture}"), torch.enable_grad():
             training(bench, architecture, train_batch)
     with contextlib.ExitStack() as stack:
         towers = []
@@ -429,8 +430,6 @@ def main(
         for name in (EAGER, FLASH, ONNX, TENSORRT, COMPILE):
             for tower in towers:
                 tower.measure(name, compile_batches if name == COMPILE else batches)
-    for name, why in bench.left_out.items():
-        report.note(f"Left out: {name}: {why}")
     report.write(out)
 
 

@@ -56,11 +56,19 @@ def recover(folder: Path) -> None:
     """Undo what a killed `swap_in` or its preparations left beside a folder.
 
     Raises:
-        RAdapterError: whoever prepares it is alive, and holds the lock.
+        RAdapterError: whoever prepares it is alive, and holds what it prepares.
     """
     old = folder.with_name(f"{STAGED}{folder.name}.old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    for leftover in folder.parent.glob(f"{STAGED}{folder.name}.*"):
-        with lock(leftover, "radapter-export"):
+    with contextlib.ExitStack() as held:
+        leftovers = list(folder.parent.glob(f"{STAGED}{folder.name}.*"))
+        try:
+            for leftover in leftovers:
+                held.enter_context(lock(leftover, "radapter-export"))
+        except RAdapterError:
+            raise RAdapterError(
+                f"another radapter-export is writing {folder}; wait for it, or give another folder with --merged"
+            ) from None
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for leftover in leftovers:
             shutil.rmtree(leftover, ignore_errors=True)

@@ -60,8 +60,9 @@ class Merged:
     def __enter__(self) -> Merged:
         with disk_errors(self.folder.parent):
             self._new = make_folder(self.folder.parent)
-            recover(self.folder)
-            self._held.enter_context(lock(self._staged, "radapter-export"))
+            with lock(self.folder.parent, "radapter-export"):  # one after the other looks for others
+                recover(self.folder)
+                self._held.enter_context(lock(self._staged, "radapter-export"))
         return self
 
     def __exit__(self, *_: object) -> None:

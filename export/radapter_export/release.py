@@ -147,7 +147,7 @@ def export_release(
         if precision in TYPES:
             graphs = [lower(graph, precision) for graph in graphs]
     models = [model for model in MODELS if model != PATCH_ENCODER or way is not None]
-    with Repository(model_repository, models) as repository, Merged(merged) as checkpoints:
+    with Merged(merged) as checkpoints, Repository(model_repository, models) as repository:
         writer = Writer(
             base=clip,
             adapter=adapter,

@@ -136,6 +136,8 @@ def release_variants(source: str, release: Mapping[str, Any], alphas: Sequence[f
         RAdapterError: it does not have one of these α.
     """
     facts = release_facts(release)
+    if release.get("quantization"):  # of int8: ranges found as it runs, or by which images
+        facts["quantization"] = release["quantization"]
     return [Variant(source, facts_at(release, alpha)["alpha"], facts) for alpha in alphas or (release["alpha"],)]
 
 
@@ -143,7 +145,4 @@ def release_facts(release: Mapping[str, Any]) -> dict[str, Any]:
     """What a row says of a release, given its `release.json`."""
     names = ("base_digest", "adapter_digest", "precision")
     facts = {"model": release["architecture"], "pretrained": release.get("pretrained")}
-    facts |= {name: release.get(name) for name in names}
-    if release.get("quantization"):  # of int8: ranges found as it runs, or by which images
-        facts["quantization"] = release["quantization"]
-    return {**facts, "release": release["version"]}
+    return {**facts, **{name: release.get(name) for name in names}, "release": release["version"]}

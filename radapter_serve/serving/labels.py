@@ -185,10 +185,9 @@ class LabelEmbedder:
             if (embed := self._cache.get((prompts, label))) is not None:
                 known[label] = embed
                 self._cache.move_to_end((prompts, label))
-        missing = [label for label in labels if label not in known]
-        encode, step = at(self._encode, prompts[0]), max(1, _BATCHES * self._max_batch_size // len(templates))
-        for start in range(0, len(missing), step):
-            part = {label: names[label] for label in missing[start : start + step]}
+        encode = at(self._encode, prompts[0])
+        missing = {label: names[label] for label in labels if label not in known}
+        for part in _parts(missing, _BATCHES * self._max_batch_size // len(templates)):
             for label, embed in self._compute(encode, templates, part, cancelled).items():
                 known[label] = self._cache[prompts, label] = embed
             while len(self._cache) > self._cache_size:
@@ -306,6 +305,18 @@ def check_prompts(lists: Iterable[tuple[Sequence[str], Sequence[str]]]) -> None:
                 f"{number} {what} in all prompts (names x templates) of one request; at most {limit} are allowed, "
                 "so export them as a label set: radapter-export --label-set NAME=FILE",
             )
+
+
+def _parts(names: dict[str, list[str]], most: int) -> Iterable[dict[str, list[str]]]:
+    """Labels with so many names together, or one that has more."""
+    part: dict[str, list[str]] = {}
+    for label, own in names.items():
+        if part and sum(map(len, part.values())) + len(own) > most:
+            yield part
+            part = {}
+        part[label] = own
+    if part:
+        yield part
 
 
 def _unit(vector: NDArray[np.float32]) -> NDArray[np.float32]:

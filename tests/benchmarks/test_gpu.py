@@ -17,6 +17,14 @@ def table(text: str, title: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
+def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--smoke", "--minutes", "0", "--batches", "1"]
+    subprocess.run([*command, "--out", str(tmp_path)], check=True, timeout=200)
+    text = (tmp_path / "gpu-smoke.md").read_text(encoding="utf-8")
+    for what in ("training smoke", "smoke, images, fp16: TensorRT", "smoke, texts, fp16: torch.compile"):
+        assert f"Left out: {what}: TimeoutError: the time was up" in text
+
+
 @pytest.mark.slow
 def test_smoke(tmp_path: Path) -> None:
     arguments = ["--batches", "1", "3", "--compile-batches", "3", "--train-batch", "4", "--repeats", "2"]

@@ -25,7 +25,7 @@ from radapter_export.quantization import calibration_images, quantize
 from radapter_serve.adapter import Adapter, attach_adapter, fold, load_adapter
 from radapter_serve.base import Base, load_base
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.embedder import release_facts
+from radapter_serve.evaluation.embedder import release_variants
 from radapter_serve.serving.agreement import TOLERANCES, Samples, compare
 from radapter_serve.serving.collection import open_collection
 from radapter_serve.serving.encoder import Encoder
@@ -292,7 +292,7 @@ def test_digest_tells_apart_how_int8_was_made(exported: tuple[Path, list[Release
     dial = {**int8, "quantization": kinds[0], "dynamic_alpha": True}
     assert len({*digests, release_digest(dial)}) == 5
     # And so do rows of results, which tell whether a release was judged before.
-    assert len({str(release_facts({**int8, "quantization": kind})) for kind in kinds}) == 3
+    assert len({str(release_variants("release", {**int8, "quantization": kind}, ())) for kind in kinds}) == 3
 
 
 def test_some_prompts_of_a_label_set_calibrate(

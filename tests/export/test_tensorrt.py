@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -73,6 +74,7 @@ def test_ctrl_c_ends_a_build(graphs: dict[str, Graph], tiny_base: Base, tmp_path
         lines.append(line)
         if len(lines) == 1:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            time.sleep(1)  # until it is heard
 
     lines.clear()
     with pytest.raises(KeyboardInterrupt):

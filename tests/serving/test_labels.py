@@ -155,7 +155,7 @@ def test_a_caller_who_gave_up_gets_no_more_batches(local):
 
 
 def test_what_was_embedded_until_a_caller_gave_up_is_kept(local):
-    labels, tries = [f"thing {n}" for n in range(3000)], 0  # 47 batches
+    labels, tries = [f"thing {n}, object {n}" for n in range(1500)], 0  # 47 batches
     while tries < 5:
         tries, before = tries + 1, len(local.calls)
         try:
