@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +61,9 @@ def test_graphs_that_take_alpha_are_built(
     check(dial_graphs[name], weights, precision, tmp_path)
 
 
-def test_ctrl_c_ends_a_build(graphs: dict[str, Graph], tiny_base: Base, tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_build(
+    graphs: dict[str, Graph], tiny_base: Base, tmp_path: Path, ctrl_c: Callable[[], None]
+) -> None:
     graphs["image_encoder"].save(tiny_base.model.state_dict(), tmp_path / "model.onnx")
     lines: list[str] = []
     build(trt, tmp_path / "model.onnx", Options(), **LIMITS, progress=lines.append)
@@ -73,8 +72,7 @@ def test_ctrl_c_ends_a_build(graphs: dict[str, Graph], tiny_base: Base, tmp_path
     def interrupt(line: str) -> None:
         lines.append(line)
         if len(lines) == 1:
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-            time.sleep(1)  # until it is heard
+            ctrl_c()
 
     lines.clear()
     with pytest.raises(KeyboardInterrupt):

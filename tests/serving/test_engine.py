@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -206,15 +204,14 @@ def test_an_engine_without_room_to_run_is_one_line(trt: Any, graph: Path, monkey
         Engine(trt, plan)
 
 
-def test_progress_is_told_and_ctrl_c_ends_the_build(trt: Any, graph: Path) -> None:
+def test_progress_is_told_and_ctrl_c_ends_the_build(trt: Any, graph: Path, ctrl_c: Callable[[], None]) -> None:
     lines: list[str] = []
     build(trt, graph, Options(), **LIMITS, progress=lines.append)
     assert lines == ["Building engine 1/2", "Building engine 2/2"]
 
     def interrupt(line: str) -> None:
         lines.append(line)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-        time.sleep(1)  # until it is heard
+        ctrl_c()
 
     lines.clear()
     with pytest.raises(KeyboardInterrupt):
