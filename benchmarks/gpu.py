@@ -232,15 +232,15 @@ def onnxruntime(towers: Towers, case: str) -> Callable[[Tensor], Run]:
     """The graph in ONNX Runtime, reading and writing the GPU's memory where there is one; for a batch, what runs it."""
     import onnxruntime as ort
 
+    from radapter_serve.serving.encoder import CUDA, cuda_provider
+
     if towers.bench.device == "cpu":
         session = ort.InferenceSession(towers.graph(case), providers=["CPUExecutionProvider"])
         name = session.get_inputs()[0].name
         return lambda batch: lambda: torch.from_numpy(session.run(None, {name: batch.numpy()})[0])
-    ort.preload_dlls()
-    options = {"use_tf32": "0"}
-    session = ort.InferenceSession(towers.graph(case), providers=[("CUDAExecutionProvider", options)])
+    session = ort.InferenceSession(towers.graph(case), providers=[cuda_provider()])
     used = session.get_providers()[0]
-    if used != "CUDAExecutionProvider":
+    if used != CUDA:
         raise RAdapterError(f"ONNX Runtime fell back to {used}; install onnxruntime-gpu with CUDA and cuDNN")
 
     def bind(batch: Tensor) -> Run:
@@ -307,41 +307,52 @@ class Inference:
         self.bench, self.towers, self.case, self.batches = towers.bench, towers, case, batches
         self.title = f"{towers.name}, {case}, {self.bench.precision}"
         self.flops = towers.flops(case)
+        self.eager = self.run(self.model())
         self._rows: dict[tuple[int, str], list[str]] = {}
 
-    def models(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Torch's own candidates."""
-        dtype = TYPES[self.bench.precision]
-        model = deepcopy(self.towers.reference).to(dtype)
-        flashing = deepcopy(model)
-        for module in list(flashing.modules()):
+    def model(self) -> Any:
+        """A copy in the precision of the towers."""
+        return deepcopy(self.towers.reference).to(TYPES[self.bench.precision])
+
+    def flash(self) -> Callable[[Tensor], Tensor]:
+        """Torch with flash attention."""
+        model = self.model()
+        for module in list(model.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.MultiheadAttention):
                     setattr(module, name, Flash(child))
-        return {EAGER: self.towers.torch(self.case, model, dtype), FLASH: self.towers.torch(self.case, flashing, dtype)}
+        return self.run(model)
+
+    def run(self, model: Any) -> Callable[[Tensor], Tensor]:
+        """From raw input to embeddings by a model of torch."""
+        return self.towers.torch(self.case, model, TYPES[self.bench.precision])
+
+    def compiled(self, batch: Tensor) -> Run:
+        """torch.compile for the very shape."""
+        torch.compiler.reset()
+        return partial(torch.compile(self.eager, dynamic=False), batch)
+
+    def bind(self, name: str) -> Callable[[Tensor], Run]:
+        """A candidate: for a batch, what runs it."""
+        if name == ONNX:
+            return onnxruntime(self.towers, self.case)
+        if name == TENSORRT:
+            return tensorrt(self.towers, self.case, self.batches)
+        if name == COMPILE:
+            return self.compiled
+        torchs = self.flash() if name == FLASH else self.eager
+        return lambda batch: partial(torchs, batch)
 
     def measure(self, name: str, batches: tuple[int, ...]) -> None:
         """Measure a candidate at some batches."""
-
-        def compiled(batch: Tensor) -> Run:
-            torch.compiler.reset()
-            return partial(torch.compile(eager, dynamic=False), batch)
-
         with self.bench.item(f"{self.title}: {name}"):
             self.bench.need({ONNX: 40, TENSORRT: 100}.get(name, 5))
-            models = self.models()
-            eager = models[EAGER]
-            if name == ONNX:
-                bind = onnxruntime(self.towers, self.case)
-            elif name == TENSORRT:
-                bind = tensorrt(self.towers, self.case, self.batches)
-            else:
-                bind = compiled if name == COMPILE else lambda batch: partial(models[name], batch)
+            bind = self.bind(name)
             for size in batches:
                 with self.bench.item(f"{self.title}, batch {size}: {name}"):
                     self.bench.need(80 if name == COMPILE else 5)
                     batch = self.towers.batch(self.case, size)
-                    self._measure(name, batch, {EAGER: partial(eager, batch), name: bind(batch)})
+                    self._measure(name, batch, {EAGER: partial(self.eager, batch), name: bind(batch)})
 
     def _measure(self, name: str, batch: Tensor, runs: dict[str, Run]) -> None:
         bench, towers, size = self.bench, self.towers, len(batch)

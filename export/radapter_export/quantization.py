@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -26,9 +26,10 @@ from radapter_serve.serving.errors import TaskError
 from radapter_serve.serving.preprocess import Preprocess, decode_pixels
 
 IMAGES = 128  # of a collection, evenly spread; more hardly move the ranges
-PROMPTS = 512  # likewise
+PROMPTS = 512  # likewise, of label sets
 _BATCH = 8
 
+T = TypeVar("T")
 Batches = Sequence[NDArray[np.generic]]
 
 
@@ -57,16 +58,20 @@ class Calibration:
         return {**counts, "digest": f"sha256:{digest.hexdigest()}"}
 
 
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """So many of them at most, evenly spread."""
+    count = min(len(items), most)
+    return [items[number * len(items) // count] for number in range(count)]
+
+
 def calibration_images(collection: Collection, preprocess: Preprocess) -> list[NDArray[np.uint8]]:
     """Images of a collection in batches, prepared as the server prepares them.
 
     Raises:
         RAdapterError: an image can't be read; says which.
     """
-    items = collection.items
-    count = min(len(items), IMAGES)
     pixels = []
-    for item in (items[number * len(items) // count] for number in range(count)):
+    for item in spread(collection.items, IMAGES):
         try:
             pixels.append(decode_pixels(item.file.read_bytes(), preprocess))
         except (OSError, TaskError) as error:

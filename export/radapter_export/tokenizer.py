@@ -11,6 +11,7 @@ import open_clip.tokenizer as clip
 import tokenizers
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import staged
 
 _CLEAN = {clip._clean_lower: "lower", clip._clean_whitespace: "whitespace", clip._clean_canonicalize: "canonicalize"}
 
@@ -39,9 +40,8 @@ def write_tokenizer(tokenizer: Any, path: str | Path, *, dynamic_length: bool = 
         raise RAdapterError(
             f"cannot export a tokenizer of class {type(tokenizer).__name__}; allowed: SimpleTokenizer, HFTokenizer"
         )
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with staged(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
     return {**spec, "digest": digest, "context_length": tokenizer.context_length, "dynamic_length": dynamic_length}
 

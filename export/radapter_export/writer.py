@@ -22,7 +22,7 @@ from radapter_export.agreement import BATCHES, Inputs, mixed_alphas, references_
 from radapter_export.files import disk_errors
 from radapter_export.graph import Graph
 from radapter_export.merged import Merged
-from radapter_export.quantization import PROMPTS, Calibration, calibration_images, quantize
+from radapter_export.quantization import PROMPTS, Calibration, calibration_images, quantize, spread
 from radapter_export.repository import TASKS, Repository
 from radapter_export.tokenizer import write_tokenizer
 from radapter_serve.adapter import Adapter, Adapters, attach_adapter, fold
@@ -224,9 +224,8 @@ class Writer:
             for name in split_label(label)
             for template in self.templates
         ]
-        count = min(len(prompts), PROMPTS)
-        prompts = [prompts[number * len(prompts) // count] for number in range(count)]
-        texts = [tokenizer(prompts[start : start + 64]) for start in range(0, count, 64)]
+        some = spread(prompts, PROMPTS)
+        texts = [tokenizer(some[start : start + 64]) for start in range(0, len(some), 64)]
         return Calibration(images, [*Inputs(self.base, tokenizer, self._size, seed=1).tokens, *texts])
 
     def _write_tokenizers(self, repository: Repository, version: int) -> tuple[Tokenizer, dict[str, Any]]:

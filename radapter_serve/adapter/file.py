@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import staged
 
 FORMAT_VERSION = 1
 
@@ -130,14 +130,12 @@ def save_adapter(adapter: Adapter, path: str | Path) -> None:
     """
     path = Path(path)
     header = {name: json.dumps(value) for name, value in dataclasses.asdict(adapter.metadata).items()}
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors.items()}
     try:
-        save_file({name: tensor.contiguous() for name, tensor in adapter.tensors.items()}, part, metadata=header)
-        part.replace(path)
+        with staged(path) as temporary:
+            save_file(tensors, temporary, metadata=header)
     except (OSError, SafetensorError) as error:
         raise RAdapterError(f"could not write {path}: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_adapter(path: str | Path) -> Adapter:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import staged
 
 FILE = "alpha.json"
 RULE = "the alpha of the best mean over in-distribution validation sets; of equal ones the smallest"
@@ -72,14 +72,11 @@ def save_choice(choice: Choice, adapter: str | Path) -> Path:
         adapter: adapter file, or the folder of a run.
     """
     path = _path(adapter)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(json.dumps(asdict(choice), indent=2), encoding="utf-8")
-        part.replace(path)
+        with staged(path) as temporary:
+            temporary.write_text(json.dumps(asdict(choice), indent=2), encoding="utf-8")
     except OSError as error:
         raise RAdapterError(f"could not write {path}: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

@@ -16,7 +16,7 @@ from tritonclient.grpc import model_config_pb2
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.agreement import Samples, compare
 from radapter_serve.serving.cuda import find_gpu
-from radapter_serve.serving.encoder import Encoder
+from radapter_serve.serving.encoder import CUDA, Encoder
 from radapter_serve.serving.runtimes import RUNTIMES, ServedEncoder
 
 BATCHES = (1, 8)
@@ -135,7 +135,7 @@ def _provider(encoder: ServedEncoder, runtime: str) -> str:
         find_gpu()
     except RAdapterError:
         return "CPUExecutionProvider"
-    return "CUDAExecutionProvider"
+    return CUDA
 
 
 def _take_turns(runs: Mapping[str, Encoder], values: Sequence[NDArray[Any]]) -> dict[str, float]:

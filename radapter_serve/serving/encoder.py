@@ -104,9 +104,21 @@ def openvino_properties(precision: str, threads: int | None = None) -> dict[str,
     }
 
 
+CUDA = "CUDAExecutionProvider"
+CUDA_OPTIONS = {"use_tf32": "0"}  # TF32 is its default, and differs from fp32 in the fourth digit
+
+
+def cuda_provider(device: int = 0) -> tuple[str, dict[str, str]]:
+    """ONNX Runtime's provider on a GPU, and its options, by which fp32 is fp32.
+
+    The CUDA and cuDNN that came with pip, which lie where no loader looks, are loaded first.
+    """
+    _load_cuda()
+    return CUDA, {"device_id": str(device), **CUDA_OPTIONS}
+
+
 @functools.cache
-def find_cuda() -> None:
-    """Let ONNX Runtime find the CUDA and cuDNN that came with pip, which lie where no loader looks."""
+def _load_cuda() -> None:
     import onnxruntime
 
     with contextlib.redirect_stdout(io.StringIO()):  # what is missing shows when it falls back
@@ -124,12 +136,9 @@ def _onnxruntime(path: Path, threads: int | None, provider: str) -> Loaded:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
-    chosen: Any = provider
-    if provider == "CUDAExecutionProvider":
-        find_cuda()
-        chosen = provider, {"use_tf32": "0"}  # TF32 is its default, and differs from fp32 in the fourth digit
+    providers = [cuda_provider() if provider == CUDA else provider]
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[chosen])
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime's errors have no common base
         raise RAdapterError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {reason(error)}") from error
     used = session.get_providers()[0]

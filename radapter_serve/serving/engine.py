@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import staged
 from radapter_serve.serving.cuda import Stream
 
 Shape = tuple[int, ...]
 Profile = dict[str, tuple[Shape, Shape, Shape]]
 
-OPT_LENGTH = 16  # tokens of a text that engines are tuned for; prompts have 8 to 16
+_OPT_LENGTH = 16  # tokens of a text that engines are tuned for; prompts have 8 to 16
 _INSTALL = (
     "run: pip install tensorrt; or, in NVIDIA's Triton container, which has the libraries, "
     "pip install tensorrt-cu13-bindings==VERSION, with the version that `ls /usr/lib/*/libnvinfer.so.*` shows"
@@ -76,7 +76,7 @@ def build(
     *,
     max_batch_size: int,
     max_length: int,
-    opt_length: int = OPT_LENGTH,
+    opt_length: int = _OPT_LENGTH,
     timing_cache: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[bytes, Profile]:
@@ -287,12 +287,8 @@ def _use_timing_cache(config: Any, path: Path) -> None:
 
 def _keep_timing_cache(config: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        staged.write_bytes(bytes(config.get_timing_cache().serialize()))
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    with staged(path) as file:
+        file.write_bytes(bytes(config.get_timing_cache().serialize()))
 
 
 def _errors(parser: Any) -> str:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import staged
 from radapter_serve.serving.collection import Collection, Item
 from radapter_serve.serving.errors import TaskError
 from radapter_serve.serving.index import EXACT, FACTS, TABLE, engine_errors, rebuild, vectors_of
@@ -311,7 +312,5 @@ def read_broken(folder: Path) -> list[str]:
 
 
 def _write(path: Path, text: str) -> None:
-    """A file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    temporary.replace(path)
+    with staged(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

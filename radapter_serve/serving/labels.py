@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import staged
 from radapter_serve.serving.dial import Alpha, Encode, at
 from radapter_serve.serving.errors import CANCELLED, INVALID_ARGUMENT, NO_LABELS, TaskError
 from radapter_serve.serving.tokenizer import Tokenizer
@@ -103,12 +104,9 @@ class LabelSet:
 
     def save(self, path: str | Path) -> None:
         """Write all of it as npz, in one piece or not at all."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
         texts = {name: np.array(getattr(self, name), dtype=np.str_) for name in _TEXTS}
-        with temporary.open("wb") as file:
+        with staged(Path(path)) as temporary, temporary.open("wb") as file:
             np.savez(file, embeds=np.asarray(self.embeds, np.float32), **texts)  # type: ignore[arg-type]
-        temporary.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> LabelSet:
@@ -310,11 +308,13 @@ def check_prompts(lists: Iterable[tuple[Sequence[str], Sequence[str]]]) -> None:
 def _parts(names: dict[str, list[str]], most: int) -> Iterable[dict[str, list[str]]]:
     """Labels with so many names together, or one that has more."""
     part: dict[str, list[str]] = {}
+    count = 0
     for label, own in names.items():
-        if part and sum(map(len, part.values())) + len(own) > most:
+        if part and count + len(own) > most:
             yield part
-            part = {}
+            part, count = {}, 0
         part[label] = own
+        count += len(own)
     if part:
         yield part
 

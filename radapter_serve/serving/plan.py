@@ -14,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import staged
 from radapter_serve.serving.agreement import Agreement
 from radapter_serve.serving.cuda import Gpu, find_gpu
 from radapter_serve.serving.engine import Options, Profile, import_tensorrt
@@ -48,7 +49,8 @@ class Sidecar:
 
     def save(self, folder: Path) -> None:
         """Write it beside the plan."""
-        replace(folder / SIDECAR, json.dumps(asdict(self), indent=2).encode())
+        with staged(folder / SIDECAR) as path:
+            path.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Sidecar:
@@ -145,16 +147,6 @@ def digest(folder: Path) -> str:
                 while block := file.read(1 << 20):
                     total.update(block)
     return f"sha256:{total.hexdigest()}"
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    staged = path.with_name(f".{path.name}.new")
-    try:
-        staged.write_bytes(content)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 def _again(folder: Path) -> str:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import staged
 from radapter_serve.serving.agreement import Agreement, Samples, Tolerance, compare
 from radapter_serve.serving.cuda import Gpu, find_gpu
 from radapter_serve.serving.engine import Engine, Options, Profile, build, import_tensorrt, refit
 from radapter_serve.serving.lock import lock
-from radapter_serve.serving.plan import EDITION, ONNX, PLAN, SIDECAR, Sidecar, check_plan, digest, mismatch, replace
+from radapter_serve.serving.plan import EDITION, ONNX, PLAN, SIDECAR, Sidecar, check_plan, digest, mismatch
 from radapter_serve.serving.runtimes import TENSORRT, ServedEncoder, encoders_of
 
 
@@ -89,7 +90,8 @@ def build_engines(
             for version in encoder.versions
         ]
         for encoder in encoders:
-            replace(encoder.folder / "config.pbtxt", encoder.configured(TENSORRT, None).encode())
+            with staged(encoder.folder / "config.pbtxt") as path:
+                path.write_text(encoder.configured(TENSORRT, None), encoding="utf-8")
     return built
 
 
@@ -180,7 +182,8 @@ class PlanWriter:
 
     def _put(self, folder: Path, plan: bytes, profile: Profile, options: Options, agreement: Agreement) -> Sidecar:
         (folder / SIDECAR).unlink(missing_ok=True)
-        replace(folder / PLAN, plan)
+        with staged(folder / PLAN) as path:
+            path.write_bytes(plan)
         gpu, version, onnx = self._gpu, str(self._trt.__version__), digest(folder)
         sidecar = Sidecar(EDITION, version, gpu.name, gpu.compute_capability, onnx, profile, options, agreement)
         sidecar.save(folder)

@@ -13,6 +13,7 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.agreement import Tolerance
+from radapter_serve.serving.encoder import CUDA_OPTIONS
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,7 @@ RUNTIMES = {
         # The cores are shared with decoding and the network: waiting threads must not spin on them.
         # The backend of radapter-serve heeds this; NVIDIA's own in C++ may ignore it.
         parameters={"session.intra_op.allow_spinning": "0"},
-        # Without TF32, its default: what is served is what was compared with torch.
-        cuda={"use_tf32": "0"},
+        cuda=CUDA_OPTIONS,
     ),
     "openvino": Runtime(
         "model.onnx",

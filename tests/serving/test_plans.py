@@ -158,7 +158,7 @@ def test_a_full_disk_leaves_no_half_plan(trt: Any, mine: Path, monkeypatch: pyte
     before, write = configs(mine), Path.write_bytes
 
     def full(path: Path, content: bytes) -> int:
-        if path.name == f".{PLAN}.new":
+        if path.name.startswith(f".{PLAN}."):
             write(path, content[:100])
             raise OSError(28, "No space left on device", str(path))
         return write(path, content)

@@ -17,7 +17,7 @@ from radapter_serve.serving import choice, server
 from radapter_serve.serving.agreement import Samples
 from radapter_serve.serving.choice import Measured, check, fastest, measure
 from radapter_serve.serving.cuda import Gpu
-from radapter_serve.serving.encoder import find_cuda
+from radapter_serve.serving.encoder import _load_cuda
 from radapter_serve.serving.installation import Installation, our_backends
 from radapter_serve.serving.runtimes import RUNTIMES, ServedEncoder, encoders_of
 from radapter_serve.serving.server import TritonServer, free_ports
@@ -105,7 +105,7 @@ def test_onnxruntime_is_checked_where_triton_will_place_it(own, monkeypatch):
     monkeypatch.setattr(choice, "find_gpu", lambda: Gpu("NVIDIA A100", "8.0"))
     looked = []
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: looked.append("for CUDA"))
-    find_cuda.cache_clear()
+    _load_cuda.cache_clear()
     with pytest.raises(RAdapterError, match="CUDA.* was asked for; install onnxruntime-gpu .* KIND_CPU"):
         check(encoder(own), "onnxruntime", 1)
     assert looked == ["for CUDA"]

@@ -13,7 +13,7 @@ from typing import Any
 import onnxruntime as ort
 
 from radapter_serve.serving.backend import Graph, GraphModel
-from radapter_serve.serving.encoder import find_cuda
+from radapter_serve.serving.encoder import CUDA, cuda_provider
 
 # A server tells nobody but its callers.
 ort.disable_telemetry_events()
@@ -25,11 +25,9 @@ class TritonPythonModel(GraphModel):
     runtime = "ONNX Runtime"
 
     def load(self, path: Path, config: Mapping[str, Any], parameters: Mapping[str, str], device: int | None) -> Graph:
-        if device is not None:
-            find_cuda()
         session = ort.InferenceSession(str(path), _options(config, parameters), providers=_providers(device))
         used = session.get_providers()[0]
-        if device is not None and used != "CUDAExecutionProvider":
+        if device is not None and used != CUDA:
             raise RuntimeError(
                 f"instance on GPU {device}: ONNX Runtime fell back to {used} without an error; "
                 "install onnxruntime-gpu with CUDA and cuDNN, or set instance_group kind: KIND_CPU"
@@ -60,5 +58,4 @@ def _options(config: Mapping[str, Any], parameters: Mapping[str, str]) -> ort.Se
 
 def _providers(device: int | None) -> list[Any]:
     cpu = ["CPUExecutionProvider"]
-    # Without TF32, its default: what is served is what was compared with torch.
-    return cpu if device is None else [("CUDAExecutionProvider", {"device_id": device, "use_tf32": "0"}), *cpu]
+    return cpu if device is None else [cuda_provider(device), *cpu]
