@@ -1,6 +1,7 @@
 """Data for training and judging: rows of images, their labels, their captions, their masks."""
 
 from radapter_serve.data.captions import Captioned, CaptionedImage, load_captioned
+from radapter_serve.data.classes import imagenet_classes, refuse_wordnet_ids
 from radapter_serve.data.labelled import (
     Labelled,
     class_split,
@@ -27,9 +28,11 @@ __all__ = [
     "class_split",
     "evaluation_batches",
     "few_shot",
+    "imagenet_classes",
     "load_captioned",
     "load_labelled",
     "load_masked",
     "open_rows",
+    "refuse_wordnet_ids",
     "split_classes",
 ]

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from radapter_serve.base import Base
-from radapter_serve.data import Captioned, Labelled, class_split, few_shot, load_captioned, load_labelled, load_masked
+from radapter_serve.data import (
+    Captioned,
+    Labelled,
+    class_split,
+    few_shot,
+    load_captioned,
+    load_labelled,
+    load_masked,
+    refuse_wordnet_ids,
+)
 from radapter_serve.data.segments import Segments, load_segments
 from radapter_serve.prompts import templates_of
 from radapter_serve.serving.masks import MaskCrop
@@ -54,5 +63,7 @@ def open_data(
         images=recipe.images,
         streaming=streaming,
     )
+    if recipe.classes is None:
+        refuse_wordnet_ids(data.own)
     data = class_split(data, recipe.class_split)
     return data if validation or recipe.shots is None else few_shot(data, recipe.shots, recipe.seed)
