@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.labels import read_label_file, split_label
+from radapter_serve.inputs.labels import read_label_file, split_label
 
 IMAGENET = "imagenet"
 _WORDNET_ID = re.compile(r"n\d{8}")

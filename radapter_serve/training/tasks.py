@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from radapter_serve.base import Base
+from radapter_serve.clip.base import Base
+from radapter_serve.clip.prompts import templates_of
 from radapter_serve.data import (
     Captioned,
     Labelled,
@@ -14,8 +15,7 @@ from radapter_serve.data import (
     refuse_wordnet_ids,
 )
 from radapter_serve.data.segments import Segments, load_segments
-from radapter_serve.prompts import templates_of
-from radapter_serve.serving.masks import MaskCrop
+from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.training.recipe import Recipe
 
 
