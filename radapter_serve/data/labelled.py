@@ -18,7 +18,7 @@ from torch import Tensor
 
 from radapter_serve.clip.base import Base
 from radapter_serve.data.classes import prompt_names
-from radapter_serve.data.rows import BrokenImage, ImageColumn, LabelledImages, open_rows, sub_folders
+from radapter_serve.data.rows import BrokenImage, ImageColumn, LabelledImages, open_rows, share_of, sub_folders
 from radapter_serve.errors import RAdapterError
 from radapter_serve.inputs.labels import split_label
 
@@ -76,6 +76,26 @@ class Labelled(ImageColumn, LabelledImages):
         """The numbers of all rows' classes, [N]; not of a stream."""
         values = self.rows[self.label_column]
         return np.fromiter((self.label({self.label_column: value}) for value in values), np.int64, len(self.rows))
+
+    def held_out(self, fraction: float, seed: int) -> tuple[Labelled, Labelled]:
+        """The data without a share of each class, and that share.
+
+        Args:
+            fraction: more than 0 and less than 1; a class of two images and more gives one at least, and keeps one.
+            seed: of the draw.
+
+        Raises:
+            RAdapterError: every class has one image alone.
+        """
+        order = np.random.default_rng(seed).permutation(len(self.rows))
+        labels, held = self.labels()[order], np.zeros(len(self.rows), bool)
+        for number in range(len(self.classes)):
+            images = order[labels == number]
+            held[images[: share_of(len(images), fraction)]] = True
+        kept, taken = (self.rows.select(np.flatnonzero(part)) for part in (~held, held))
+        if not len(taken):
+            raise RAdapterError(f"val_fraction is {fraction} but no class has two images; name validation data")
+        return dataclasses.replace(self, rows=kept), dataclasses.replace(self, rows=taken)
 
 
 def split_classes(count: int, split: str) -> range:
