@@ -35,15 +35,12 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         max_pixels: width times height above which the image is refused; only its header has been read then.
 
     Returns:
-        The image as the file has it: mode not converted, EXIF orientation not applied (as open_clip does).
+        The image as the file has it, but for 16 bits, of which the upper 8 are kept: mode not converted, EXIF orientation not applied (as open_clip does).
 
     Raises:
         TaskError: not an image of these formats, broken, truncated, or too large.
     """
-    image = _open(data, max_pixels)
-    with _broken():
-        image.load()
-    return image
+    return _loaded(_open(data, max_pixels))
 
 
 def decode_into(data: bytes, preprocess: Preprocess, out: NDArray[np.uint8]) -> None:
@@ -55,9 +52,7 @@ def decode_into(data: bytes, preprocess: Preprocess, out: NDArray[np.uint8]) -> 
     try:
         image = _open(data, MAX_PIXELS)
         with _LARGE if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext():
-            with _broken():
-                image.load()
-            preprocess(image, out=out)
+            preprocess(_loaded(image), out=out)
     except TaskError:
         raise
     except MemoryError:
@@ -88,6 +83,13 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
             raise TaskError(IMAGE_TOO_LARGE, f"{error}; at most {max_pixels} pixels are allowed") from None
         _check_pixels(*image.size, max_pixels, "the image")
         return image
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    """The image with its pixels; of 16 bits the upper 8, as Pillow does with colours, but not with gray: it clips."""
+    with _broken():
+        image.load()
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I") else image
 
 
 @contextlib.contextmanager
