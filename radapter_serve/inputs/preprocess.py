@@ -35,7 +35,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         max_pixels: width times height above which the image is refused; only its header has been read then.
 
     Returns:
-        The image as the file has it, but for 16 bits, of which the upper 8 are kept: mode not converted, EXIF orientation not applied (as open_clip does).
+        The image as the file has it, mode not converted, EXIF orientation not applied (as open_clip does); but for 16
+        bits of gray, of which the upper 8 are kept.
 
     Raises:
         TaskError: not an image of these formats, broken, truncated, or too large.
