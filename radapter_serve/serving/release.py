@@ -78,15 +78,19 @@ def find_release(repository: str | Path) -> Path:
     Raises:
         RAdapterError: no release there, or none of that number.
     """
-    path, at, number = str(repository).rpartition("@")
-    if not (at and number.isdecimal()):
-        path, number = str(repository), ""
+    path, number = split_repository(repository)
     found = [int(p.parent.name) for p in Path(path, "classify").glob("*/release.json") if p.parent.name.isdecimal()]
     if not found:
         raise RAdapterError(f"no release in the model repository {path}; make one with radapter-export")
     if number and int(number) not in found:
         raise RAdapterError(f"no release {number} in {path}; it holds {', '.join(map(str, sorted(found)))}")
     return Path(path, "classify", str(int(number) if number else max(found)))
+
+
+def split_repository(repository: str | Path) -> tuple[str, str]:
+    """The folder of `DIR@N`, and the number of the release, which is empty where none is named."""
+    path, at, number = str(repository).rpartition("@")
+    return (path, number) if at and number.isdecimal() else (str(repository), "")
 
 
 class LocalRelease:
@@ -101,6 +105,7 @@ class LocalRelease:
     Attributes:
         facts: its `release.json`, with the α that it embeds at.
         version: its number in the repository.
+        origin: `model_repository` as it was given, but from the root.
         preprocess: from an image to what `encode_images` takes.
     """
 
@@ -109,6 +114,7 @@ class LocalRelease:
         self.version = int(folder.name)
         self.facts = read_release(folder)
         self.preprocess = Preprocess.from_dict(self.facts["preprocess"])
+        self.origin = {"model_repository": str(Path(repository).absolute())}
         self._repository = folder.parent.parent
         self._tokenizer = Tokenizer.load(folder / "tokenizer.json", self.facts["tokenizer"])
         self._images, self._texts = self._encoder("image_encoder"), self._encoder("text_encoder")

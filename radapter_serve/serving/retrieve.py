@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from radapter_serve.errors import RAdapterError
 from radapter_serve.serving.dial import Dial
 from radapter_serve.serving.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
-from radapter_serve.serving.index import FACTS, Index, mismatch
+from radapter_serve.serving.index import FACTS, NAME, Index, mismatch
 from radapter_serve.serving.release import release_digest
 
 DEFAULT_TOP_K = 10
@@ -120,7 +120,7 @@ class Retrieve:
         Raises:
             TaskError: no such index, one that can't be read, or one of another release.
         """
-        if not re.fullmatch(r"\w[\w.-]*", name):
+        if not re.fullmatch(NAME, name):
             raise TaskError(UNKNOWN_INDEX, f"{name!r:.80} is no name of an index; there are: {self._known()}")
         folder = self._folder / name
         try:
@@ -139,7 +139,10 @@ class Retrieve:
         index = found[1]
         at = {"alpha": index.facts["release"]["alpha"]} if self._dial.dynamic else {}
         if index.facts["release_digest"] != release_digest({**self._release, **at}):
-            raise TaskError(INDEX_MISMATCH, mismatch(folder, index.facts, self._release))
+            raise TaskError(
+                INDEX_MISMATCH,
+                f"the index {name!r} {mismatch(index.facts, self._release)}; build it again with radapter-index build",
+            )
         return index
 
     def _known(self) -> str:
