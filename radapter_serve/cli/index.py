@@ -52,7 +52,7 @@ def build(
         resume: go on with what is embedded already; --no-resume throws a stopped build away and embeds every image
             again.
     """
-    from radapter_serve.serving.indexing import build
+    from radapter_serve.index.build import build
 
     with _release({"url": url} if url else {"model_repository": model_repository}) as release:
         if alpha is not None:
@@ -100,8 +100,8 @@ def add(
         prune: remove images whose files are gone.
         on_broken: an image that can't be read stops this, or is skipped and named in OUT/broken.txt.
     """
-    from radapter_serve.serving.index import read_facts
-    from radapter_serve.serving.indexing import add
+    from radapter_serve.index.build import add
+    from radapter_serve.index.index import read_facts
 
     origin = read_facts(out).get("origin", {"model_repository": "model_repository"})
     if model_repository or url:
@@ -117,7 +117,7 @@ def info(out: tyro.conf.Positional[Path]) -> None:
     Args:
         out: folder of the index.
     """
-    from radapter_serve.serving.index import read_facts
+    from radapter_serve.index.index import read_facts
 
     facts = read_facts(out)
     release, search = facts["release"], facts["search"]
@@ -146,8 +146,8 @@ def verify(out: tyro.conf.Positional[Path]) -> int:
     Args:
         out: folder of the index.
     """
-    from radapter_serve.serving.index import build_command, read_facts
-    from radapter_serve.serving.indexing import verify
+    from radapter_serve.index.build import verify
+    from radapter_serve.index.index import build_command, read_facts
 
     with _progress("reading") as progress:
         found = verify(out, progress=progress)
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve_command(model_repository: str, out: Path) -> str:
-    from radapter_serve.serving.release import split_repository
+    from radapter_serve.release.facts import split_repository
 
     repository, _ = split_repository(model_repository)
     place = [] if repository == "model_repository" else [repository]
@@ -184,7 +184,7 @@ def _serve_command(model_repository: str, out: Path) -> str:
 
 
 def _release_flag(model_repository: str) -> list[str]:
-    from radapter_serve.serving.release import split_repository
+    from radapter_serve.release.facts import split_repository
 
     _, number = split_repository(model_repository)
     return ["--release", number] if number else []
@@ -194,11 +194,11 @@ def _release_flag(model_repository: str) -> list[str]:
 def _release(origin: Mapping[str, str]) -> Iterator[Any]:
     """What embeds, from `model_repository` or from `url`."""
     if "model_repository" in origin:
-        from radapter_serve.serving.release import LocalRelease
+        from radapter_serve.runtimes.local_release import LocalRelease
 
         yield LocalRelease(origin["model_repository"])
         return
-    from radapter_serve.serving.live import ServerRelease, connect
+    from radapter_serve.runtimes.served_release import ServerRelease, connect
 
     client, release = connect(origin["url"])
     with client:
@@ -226,7 +226,7 @@ def _show(summary: Any, out: Path) -> None:
     state = "" if summary.changed else "up to date, "
     print(f"{out}: {state}{summary.count:,} images ({', '.join(parts)})")
     if summary.left_out:
-        from radapter_serve.serving.collection import SUFFIXES, count_kinds
+        from radapter_serve.index.collection import SUFFIXES, count_kinds
 
         count = sum(summary.left_out.values())
         print(f"left out, for an index takes {', '.join(SUFFIXES)}: {count:,} files ({count_kinds(summary.left_out)})")
