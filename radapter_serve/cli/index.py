@@ -70,14 +70,14 @@ def build(
                 progress=progress,
             )
     _show(summary, out)
-    search = ["radapter-query", "search", "a red bicycle", "--index", out.absolute().name]
+    search = ["--index", out.absolute().name]
     if url:
         print(f"\nserve it:   the server needs --indexes {shlex.quote(str(out.absolute().parent))}")
         search += ["--url", url]
     else:
         print(f"\nserve it:   {_serve_command(model_repository, out)}")
         search += _release_flag(model_repository)
-    print(f"search it:  {shlex.join(search)}")
+    print(f'search it:  radapter-query search "a red bicycle" {shlex.join(search)}')
 
 
 def add(

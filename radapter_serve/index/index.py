@@ -105,7 +105,7 @@ class Index:
         condition = check_condition(where) if where and where.strip() else None
         columns = [*self.columns, *(["thumbnail"] if thumbnails else [])]
         find = self._approximate if "index" in self.facts["search"] else self._exact
-        with _condition_errors(self.folder, where, self.columns):
+        with _search_errors(self.folder.name, where, self.columns):
             hits = [_hit(row, score) for row, score in find(embedding, top_k, condition, columns)]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))
 
@@ -254,7 +254,7 @@ def table_errors(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _condition_errors(folder: Path, where: str | None, columns: Sequence[str]) -> Iterator[None]:
+def _search_errors(name: str, where: str | None, columns: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -262,7 +262,7 @@ def _condition_errors(folder: Path, where: str | None, columns: Sequence[str]) -
     except BaseException as error:  # a panic of LanceDB's is no Exception
         if where is None:
             raise TaskError(
-                UNKNOWN_INDEX, f"the index {folder} can't be searched: {_short(error)}; see radapter-index verify"
+                UNKNOWN_INDEX, f"the index {name!r} can't be searched: {_short(error)}; see radapter-index verify"
             ) from error
         raise TaskError(
             INVALID_ARGUMENT, f"where {where!r:.200} fails: {_short(error)}; the columns: {', '.join(columns)}"

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from lancedb.index import IvfPq
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
@@ -32,6 +32,7 @@ from radapter_serve.threads import decoders
 
 BATCH = 256  # images that are embedded, then written; what a killed build loses at most
 BROKEN = "broken.txt"
+_ORIENTATION = ExifTags.Base.Orientation
 _NEVER = datetime.timedelta(days=36500)
 
 OnBroken = Literal["refuse", "skip"]
@@ -201,13 +202,29 @@ class Writer:
             if before == digest and (not item.row or metadata == self._hash(_row(item, digest))):
                 return _Image(item, digest, kept=True)
             prepared = self._release.prepare(data)
-            return _Image(item, digest, prepared, _look(data, int(self._facts["thumbnails"])))
+            return _Image(item, digest, prepared, self._look(data))
         except UnicodeEncodeError:
             return _Image(item, error="its name is not UTF-8")
         except OSError as error:
             return _Image(item, error=error.strerror or str(error))
         except TaskError as error:
             return _Image(item, error=error.message)
+
+    def _look(self, data: bytes) -> dict[str, Any]:
+        """Width and height of the image as it was embedded, and a thumbnail, which always stands upright."""
+        look: dict[str, Any] = {}
+        size = int(self._facts["thumbnails"])
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:  # it was decoded once; do without
+            sideways = self._release.preprocess.exif_orientation and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+            look["width"], look["height"] = image.size[::-1] if sideways else image.size
+            if size:
+                image.draft("RGB", (size, size))
+                small = oriented(image).convert("RGB")
+                small.thumbnail((size, size))
+                out = io.BytesIO()
+                small.save(out, "JPEG", quality=80)
+                look["thumbnail"] = out.getvalue()
+        return look
 
     def _hash(self, row: Mapping[str, Any]) -> int:
         return hash(repr([row.get(name) for name in self._own]))
@@ -292,21 +309,6 @@ def _complain(image: _Image, summary: Summary, on_broken: OnBroken) -> None:
             f"{image.item.id!r} can't be indexed: {image.error}; mend it, or leave such images out: --on-broken skip"
         )
     summary.broken[image.item.id] = image.error
-
-
-def _look(data: bytes, size: int) -> dict[str, Any]:
-    """Width and height as the file has them, and a thumbnail, upright as people look at it."""
-    look: dict[str, Any] = {}
-    with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:  # it was decoded once; do without
-        look["width"], look["height"] = image.size
-        if size:
-            image.draft("RGB", (size, size))
-            small = oriented(image).convert("RGB")
-            small.thumbnail((size, size))
-            out = io.BytesIO()
-            small.save(out, "JPEG", quality=80)
-            look["thumbnail"] = out.getvalue()
-    return look
 
 
 def digest_of(data: bytes) -> str:

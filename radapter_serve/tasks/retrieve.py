@@ -135,7 +135,9 @@ class Retrieve:
                 try:
                     found = self._open[name] = key, Index(folder)
                 except RAdapterError as error:
-                    raise TaskError(UNKNOWN_INDEX, str(error)) from None
+                    raise TaskError(
+                        UNKNOWN_INDEX, f"the index {name!r} can't be read; see radapter-index verify"
+                    ) from error
         index = found[1]
         at = {"alpha": index.facts["release"]["alpha"]} if self._dial.dynamic else {}
         if index.facts["release_digest"] != release_digest({**self._release, **at}):
@@ -147,7 +149,7 @@ class Retrieve:
 
     def _known(self) -> str:
         names = sorted(path.parent.name for path in self._folder.glob(f"*/{FACTS}") if path.parent.name[0] != ".")
-        return ", ".join(names) or f"none in {self._folder} (radapter-index build PHOTOS --out {self._folder}/NAME)"
+        return ", ".join(names) or "none (make one with radapter-index build PHOTOS --out indexes/NAME)"
 
 
 def _text(value: bytes, what: str) -> str:

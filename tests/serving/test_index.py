@@ -279,11 +279,12 @@ def test_a_column_of_another_type_is_refused_before_work(photos: Path, tmp_path:
 
 def stop_a_build(photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch, release: FakeRelease) -> str:
     """Build up to a broken image, the last one; returns the error."""
-    (photos / "zz.png").write_bytes(b"broken")
+    last = photos / "deep" / "er" / "z.png"
+    last.write_bytes(b"broken")
     with monkeypatch.context() as patch, pytest.raises(RAdapterError) as error:
         patch.setattr(index_writer, "BATCH", 4)
         build(str(photos), out, release)
-    (photos / "zz.png").unlink()
+    last.unlink()
     return str(error.value)
 
 
@@ -291,7 +292,9 @@ def test_a_stopped_build_goes_on_unasked(
     photos: Path, tmp_path: Path, release: FakeRelease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = stop_a_build(photos, tmp_path / "index", monkeypatch, release)
-    assert "'zz.png' can't be indexed" in said and "what is embedded is kept: give the same command again" in said
+    assert (
+        "'deep/er/z.png' can't be indexed" in said and "what is embedded is kept: give the same command again" in said
+    )
     summary = build(str(photos), tmp_path / "index", again := FakeRelease())
     assert (summary.count, summary.kept, again.embedded) == (12, 12, 0)
     assert names(tmp_path) == {"photos", "index"}
