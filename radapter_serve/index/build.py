@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import swap_in
 from radapter_serve.index.collection import Collection, open_collection
 from radapter_serve.index.index import (
     FACTS,
@@ -158,8 +159,7 @@ def build(
 
     with disk_errors(out), lock(out, "radapter-index") if out.exists() else contextlib.nullcontext():
         goes_on = resume and _holds_rows(staged)
-        made = read_facts(out) if out.exists() else {}
-        if resume and not goes_on and made and not _differences(made, facts):
+        if resume and not goes_on and not _differences(made := _read_made(out), facts):
             return fill(out, made | facts, _KEEP)
         with lock(staged, "radapter-index"):
             if goes_on and (other := _differences(stopped := _read_stopped(staged), facts)):
@@ -169,11 +169,11 @@ def build(
                 )
             with _kept_or_removed(staged), disk_errors(out):
                 if not goes_on:
-                    _clear(staged)
+                    shutil.rmtree(staged / f"{TABLE}.lance", ignore_errors=True)
                     (staged / _STOPPED).write_text(json.dumps(facts), encoding="utf-8")
                 summary = fill(staged, facts, _DROP)
-                (staged / _STOPPED).unlink()
-                _replace(staged, out)
+                swap_in(staged, out, out.with_name(f".{out.name}.old"))
+                (out / _STOPPED).unlink()
     return summary
 
 
@@ -298,16 +298,18 @@ def _file_digest(file: Path) -> str | None:
         return None
 
 
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def _holds_rows(staged: Path) -> bool:
     """Whether a stopped build has embedded anything."""
     with contextlib.suppress(Exception):
         return staged.is_dir() and bool(lancedb.connect(staged).open_table(TABLE).count_rows())
     return False
+
+
+def _read_made(out: Path) -> dict[str, Any]:
+    """The facts of a finished index; none where there is no index that can be used."""
+    with contextlib.suppress(RAdapterError):
+        return Index(out).facts
+    return {}
 
 
 def _read_stopped(staged: Path) -> dict[str, Any]:
@@ -331,16 +333,6 @@ def _kept_or_removed(staged: Path) -> Iterator[None]:
         if isinstance(error, RAdapterError):
             raise RAdapterError(f"{error}; {kept}") from error
         raise
-
-
-def _replace(staged: Path, out: Path) -> None:
-    """Put the new index in place of what stands there."""
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    staged.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -250,7 +250,8 @@ def table_errors(folder: Path) -> Iterator[None]:
     except RAdapterError:
         raise
     except Exception as error:
-        raise RAdapterError(f"the index {folder} can't be used: {_short(error)}; see radapter-index verify") from error
+        again = f"{build_command(folder)} --no-resume"
+        raise RAdapterError(f"the index {folder} can't be used: {_short(error)}; build it again: {again}") from error
 
 
 @contextlib.contextmanager

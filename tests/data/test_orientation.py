@@ -59,6 +59,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @everyone
 def test_labelled_and_captioned_images(orientation: int, tmp_path: Path) -> None:
     save(tmp_path / "set" / "cat" / "a.png", stored(UPRIGHT, orientation), orientation)
+    save(tmp_path / "set" / "dog" / "b.png", UPRIGHT, 1)
     (tmp_path / "t.csv").write_text("image,caption\nset/cat/a.png,a cat\n")
     labelled, captioned = load_labelled(f"imagefolder:{tmp_path / 'set'}"), load_captioned(f"csv:{tmp_path / 't.csv'}")
     for data, row in ((labelled, labelled.rows[0]), (captioned, captioned.table[0])):

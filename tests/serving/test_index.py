@@ -341,6 +341,21 @@ def test_a_finished_index_is_not_embedded_again(photos: Path, tmp_path: Path, re
     assert names(tmp_path) == {"photos", "index"}
 
 
+def test_a_damaged_index_is_built_again(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+    out = tmp_path / "index"
+    build(str(photos), out, release)
+    (out / FACTS).write_text("{")
+    assert build(str(photos), out, FakeRelease()).embedded == 12
+    shutil.rmtree(out / "images.lance")
+    assert build(str(photos), out, FakeRelease()).embedded == 12
+    for file in (out / "images.lance" / "data").iterdir():
+        file.unlink()
+    with pytest.raises(RAdapterError, match="can't be used: .*; build it again: .* --no-resume"):
+        build(str(photos), out, FakeRelease())
+    assert build(str(photos), out, FakeRelease(), resume=False).embedded == 12 and verify(out).ok
+    assert names(tmp_path) == {"photos", "index"}
+
+
 def test_an_index_of_the_first_format_is_read(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
     """As version 0.1 wrote it: no origin, no orientation, and another word for how it is searched."""
     out = tmp_path / "index"
