@@ -124,6 +124,7 @@ class Writer:
         self._attached: Adapters | None = None
         self._calibration = Calibration((), ())
         self._crop = MaskCrop.from_recipe(self.adapter.metadata.recipe, self.base.preprocess["mean"])
+        self._turns = self.adapter.metadata.recipe.get("exif_orientation") is not False  # as in training
         self._size, self._width = self.base.image_size, int(self.base.config["embed_dim"])
         self._grid = 0 if self.way is None else int(check_dense(self.base.model, self.way).grid_size[0])
         self._dynamic_length = is_causal(self.base.model)
@@ -216,7 +217,9 @@ class Writer:
 
     def _calibrate(self, collection: Collection, tokenizer: Tokenizer) -> Calibration:
         """Images of the collection; some prompts of label sets, and texts that agreement is not checked with."""
-        images = calibration_images(collection, Preprocess.from_dict(self.base.preprocess))
+        images = calibration_images(
+            collection, Preprocess.from_dict({**self.base.preprocess, "exif_orientation": self._turns})
+        )
         prompts = [
             template.replace("{}", name)
             for labels in self.labels.values()
@@ -283,6 +286,7 @@ class Writer:
                 "size": self._size,
                 **{key: preprocess[key] for key in ("mode", "interpolation", "resize_mode", "fill_color")},
                 **{key: [float(value) for value in preprocess[key]] for key in ("mean", "std")},
+                "exif_orientation": self._turns,
             },
             "tokenizer": dict(tokenizer),
             "embed_dim": self._width,

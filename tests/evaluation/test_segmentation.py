@@ -74,6 +74,7 @@ class Oracle:
 
     templates: Sequence[str] = ["{}"]
     size = SIZE
+    exif_orientation = True
     variants: Sequence[Variant] = [Variant("oracle", None, {"model": None, "pretrained": None})]
 
     def select(self, variant: Variant) -> None:
