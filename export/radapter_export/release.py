@@ -13,7 +13,6 @@ from radapter_export.merged import Merged
 from radapter_export.precision import TYPES, check_precision, lower
 from radapter_export.repository import MODELS, PATCH_ENCODER, Repository
 from radapter_export.towers import check
-from radapter_export.update import Newest
 from radapter_export.writer import Exported, Release, Writer
 from radapter_serve.adapter import average_adapters, load_adapter
 from radapter_serve.adapter.file import check_alpha, check_base
@@ -43,14 +42,13 @@ def export_release(
     label_sets: Mapping[str, str | Path] | None = None,
     templates: str | Path | Sequence[str] | None = None,
     dense: str | None = None,
-    precision: str | None = None,
+    precision: str = "fp32",
     calibration: str | None = None,
     validation: str | None = None,
     max_drop: float = 0.5,
-    runtime: str | None = None,
+    runtime: str = "onnxruntime",
     tolerance: float | None = None,
-    max_batch_size: int | None = None,
-    update: bool = False,
+    max_batch_size: int = 64,
     progress: Callable[[str], None] | None = None,
 ) -> list[Release]:
     """Fold an adapter at one or several α, and add a release for each to a model repository.
@@ -72,8 +70,8 @@ def export_release(
         dense: how patches are embedded, one of `radapter_serve.dense.WAYS`; "none" leaves `patch_encoder` out; the
             adapter's own if None.
         runtime: what runs the encoders in the server, and checks them here, one of
-            `radapter_serve.serving.runtimes.RUNTIMES`; `onnxruntime` if None.
-        precision: of the encoders: `fp32`, `fp16`, `bf16` or `int8`; `fp32` if None.
+            `radapter_serve.serving.runtimes.RUNTIMES`.
+        precision: of the encoders: `fp32`, `fp16`, `bf16` or `int8`.
         calibration: images for `int8`, as of `radapter_serve.serving.collection.open_collection`: the ranges of
             activations are found by them and fixed (static); found for each batch if None (dynamic).
         validation: labelled images, captions or masks, of the form of a recipe's `val_data`, by which torch and the
@@ -81,9 +79,7 @@ def export_release(
         max_drop: points of the task's metric, in per cent, that the encoders may lose there.
         tolerance: largest difference allowed between the runtime and torch, per component of a unit-length embedding;
             what `radapter_serve.serving.agreement.TOLERANCES` says of the precision if None.
-        max_batch_size: rows that the server puts into one batch; 64 if None.
-        update: put other weights into the graphs of the repository's newest release instead of exporting them again.
-            What is None is taken from that release: label sets, templates, dense, precision, runtime, max_batch_size.
+        max_batch_size: rows that the server puts into one batch.
         progress: called with a short line before each step.
 
     Returns:
@@ -93,24 +89,13 @@ def export_release(
         RAdapterError: bad input, graphs that differ from torch, a full disk; nothing was written then.
     """
     say = progress or (lambda line: None)
-    newest = Newest(model_repository) if update else None
     paths = [adapter_path] if isinstance(adapter_path, (str, Path)) else list(adapter_path)
     adapters = [load_adapter(path) for path in paths]
     shares = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
     adapter = average_adapters(adapters, shares)
     meta = adapter.metadata
-    dial = alphas == "dynamic" or (alphas is None and newest is not None and newest.dial)
+    dial = alphas == "dynamic"
     numbers = [meta.alpha] if alphas is None or isinstance(alphas, str) else list(alphas)
-    labels = {}
-    if newest is not None:
-        newest.check(adapter, dense, precision, dial)
-        facts = newest.facts
-        dense, precision, runtime = newest.dense, newest.precision, runtime or newest.runtime
-        templates = facts["templates"] if templates is None else templates
-        max_batch_size = facts["max_batch_size"] if max_batch_size is None else max_batch_size
-        labels = newest.label_sets()
-    precision, runtime = precision or "fp32", runtime or "onnxruntime"
-    max_batch_size = 64 if max_batch_size is None else max_batch_size
     _check_arguments(numbers, runtime, tolerance, max_drop, max_batch_size)
     check_precision(precision, calibration, runtime)
     if dial and calibration is not None:
@@ -120,7 +105,7 @@ def export_release(
     engines = PlanWriter(progress=say) if runtime == TENSORRT else None  # which looks for a GPU, before all else
     bounds = TOLERANCES[precision] if tolerance is None else Tolerance(tolerance)
     prompts = templates_of(templates if templates is not None else meta.templates or "simple")
-    labels |= {name: _read_labels(name, path) for name, path in (label_sets or {}).items()}
+    labels = {name: _read_labels(name, path) for name, path in (label_sets or {}).items()}
     way = dense or meta.recipe.get("dense")
     way = None if way == "none" else way
     judged_by = open_validation(meta, validation, way, precision, max_drop)
@@ -132,20 +117,16 @@ def export_release(
         check_dense(clip.model, way)
     state = dict(clip.model.state_dict())
     check_base(state, adapter)
-    if newest is not None:
-        say(f"reading the graphs of release {newest.facts['version']}")
-        graphs = newest.graphs(state, adapter)
-    else:
-        beside = adapter if dial else None
-        say("exporting image_encoder")
-        graphs = [image_graph(clip, beside)]
-        if way is not None:
-            say("exporting patch_encoder")
-            graphs.append(patch_graph(clip, way, beside))
-        say("exporting text_encoder")
-        graphs.append(text_graph(clip, beside))
-        if precision in TYPES:
-            graphs = [lower(graph, precision) for graph in graphs]
+    beside = adapter if dial else None
+    say("exporting image_encoder")
+    graphs = [image_graph(clip, beside)]
+    if way is not None:
+        say("exporting patch_encoder")
+        graphs.append(patch_graph(clip, way, beside))
+    say("exporting text_encoder")
+    graphs.append(text_graph(clip, beside))
+    if precision in TYPES:
+        graphs = [lower(graph, precision) for graph in graphs]
     models = [model for model in MODELS if model != PATCH_ENCODER or way is not None]
     with Merged(merged) as checkpoints, Repository(model_repository, models) as repository:
         writer = Writer(

@@ -183,7 +183,6 @@ class Writer:
                         max_batch_size=self.max_batch_size,
                         max_length=int(spec["context_length"]),
                         bounds=self.bounds,
-                        donors=repository.folder / graph.name,
                     ).size
                 served = path.with_name(RUNTIMES[self.runtime].file)
                 encoder = Encoder(served, self.runtime, precision=self.precision)

@@ -29,15 +29,14 @@ def export(
     label_set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     templates: str | None = None,
     dense: Annotated[str | None, tyro.conf.arg(metavar="WAY")] = None,
-    precision: Literal["fp32", "fp16", "bf16", "int8"] | None = None,
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32",
     calibration: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None,
     validation: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None,
     max_drop: float = 0.5,
     runtime: Literal["onnxruntime", "openvino", "tensorrt"] | None = None,
     format: Literal["onnx", "tensorrt"] = "onnx",
     tolerance: float | None = None,
-    max_batch_size: int | None = None,
-    update: bool = False,
+    max_batch_size: int = 64,
 ) -> None:
     """Fold an adapter into its base, export the towers, and check them against torch with the adapters attached.
 
@@ -58,7 +57,7 @@ def export(
         templates: a file of prompt templates, a built-in set, or one template; the run's own if none is given.
         dense: how the patches of an image are embedded, for segmentation: naclip, clearclip, sclip or maskclip; none
             leaves patch_encoder out; the run's own if none is given.
-        precision: of the encoders' weights and matrix products; fp32 if none is given. int8 is quantized as it runs,
+        precision: of the encoders' weights and matrix products. int8 is quantized as it runs,
             for CPUs; with --calibration by fixed ranges, which TensorRT takes too.
         calibration: about a hundred typical images for int8: a folder, csv:FILE or parquet:FILE.
         validation: data as of radapter-train --val-data, by which the encoders are compared with torch in the task's
@@ -68,9 +67,7 @@ def export(
         format: tensorrt also builds engines for this machine's GPU, and lets them be served: --runtime tensorrt.
         tolerance: largest difference from torch allowed in a component of the unit-length embeddings; the precision's
             own if none is given: 1e-4 in fp32.
-        max_batch_size: images or texts in one batch of the server; 64 if none is given.
-        update: put new weights into the graphs of the repository's newest release instead of exporting them again: of
-            another alpha, or of another adapter of the same layers; takes seconds.
+        max_batch_size: images or texts in one batch of the server.
     """
     if format == "tensorrt" and runtime not in (None, "tensorrt"):
         raise RAdapterError(f"--format tensorrt is served by --runtime tensorrt, and not by {runtime}; leave one out")
@@ -105,10 +102,9 @@ def export(
             calibration=calibration,
             validation=validation,
             max_drop=max_drop,
-            runtime="tensorrt" if format == "tensorrt" else runtime,
+            runtime="tensorrt" if format == "tensorrt" else runtime or "onnxruntime",
             tolerance=tolerance,
             max_batch_size=max_batch_size,
-            update=update,
             progress=status.update,
         )
     seconds = time.perf_counter() - start
