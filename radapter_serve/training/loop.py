@@ -18,7 +18,7 @@ from torchvision import transforms
 
 from radapter_serve.adapter import Adapters, Form, Metadata, attach, base_digest, find_sites, save_adapter
 from radapter_serve.base import Base, load_base
-from radapter_serve.data import TrainingData
+from radapter_serve.data import Captioned, TrainingData
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.prompts import templates_of
 from radapter_serve.towers import encode_image, encode_text
@@ -154,6 +154,7 @@ def train(recipe: Recipe) -> Path:
                 templates=templates_of(recipe.templates),
                 recipe=recipe.to_dict(),
                 metrics=metrics,
+                classes=None if isinstance(data, Captioned) else list(data.classes),
             )
             save_adapter(adapters.adapter(metadata), out / "adapter.safetensors")
             progress.say(

@@ -34,6 +34,7 @@ def test_a_run_learns_and_leaves_what_it_says(recipe: Recipe, capsys: pytest.Cap
     assert len(accuracies) == 3 and accuracies[-1] == 100.0  # three plain colours
     adapter = load_adapter(out)
     assert adapter.metadata.metrics["acc1@alpha=1"] == 100.0
+    assert adapter.metadata.classes == ["blue", "green", "red"]
     assert adapter.metadata.recipe == yaml.safe_load((out / "recipe.yaml").read_text()) == recipe.to_dict()
     assert {p.name for p in out.iterdir()} == {
         "adapter.safetensors",
