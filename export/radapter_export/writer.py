@@ -282,6 +282,7 @@ class Writer:
                 "size": self._size,
                 **{key: preprocess[key] for key in ("mode", "interpolation", "resize_mode", "fill_color")},
                 **{key: [float(value) for value in preprocess[key]] for key in ("mean", "std")},
+                "exif_orientation": bool(preprocess.get("exif_orientation", True)),
             },
             "tokenizer": dict(tokenizer),
             "embed_dim": self._width,
