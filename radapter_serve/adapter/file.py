@@ -44,6 +44,9 @@ class TrainedBy(TypedDict, total=False):
     mask_square: bool
 
 
+Recipe = Annotated[dict[str, Any], GetPydanticSchema(lambda _, handler: handler(TrainedBy))]
+
+
 @dataclass(frozen=True)
 class Metadata:
     """What the header of an adapter file says.
@@ -70,9 +73,7 @@ class Metadata:
     task: Literal["classification", "retrieval", "segmentation"] = "classification"
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     templates: Annotated[list[Template], Field(min_length=1)] = field(default_factory=lambda: ["a photo of a {}."])
-    recipe: Annotated[dict[str, Any], GetPydanticSchema(lambda _, handler: handler(TrainedBy))] = field(
-        default_factory=dict
-    )
+    recipe: Recipe = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     classes: Annotated[list[Text], Field(min_length=1)] | None = None
     format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)] = FORMAT_VERSION

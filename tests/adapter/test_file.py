@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from radapter_serve.adapter import Adapter, Metadata, attach_adapter, base_digest, fold, load_adapter, save_adapter
-from radapter_serve.base import load_base
+from radapter_serve.clip.base import load_base
 from radapter_serve.errors import RAdapterError
 
 FIELDS = [field.name for field in dataclasses.fields(Metadata)]

@@ -11,7 +11,7 @@ import pytest
 from fake_tensorrt import Driver, install
 
 from radapter_serve.cli.export import main
-from radapter_serve.serving.plan_writer import check_engines
+from radapter_serve.runtimes.tensorrt.plan_writer import check_engines
 
 
 @pytest.fixture
