@@ -215,7 +215,8 @@ class Writer:
 
     def _calibrate(self, collection: Collection, tokenizer: Tokenizer) -> Calibration:
         """Images of the collection; some prompts of label sets, and texts that agreement is not checked with."""
-        images = calibration_images(collection, Preprocess.from_dict(self.base.preprocess))
+        turns = {"exif_orientation": self.adapter.metadata.recipe.get("exif_orientation", True)}
+        images = calibration_images(collection, Preprocess.from_dict({**self.base.preprocess, **turns}))
         prompts = [
             template.replace("{}", name)
             for labels in self.labels.values()
@@ -282,7 +283,7 @@ class Writer:
                 "size": self._size,
                 **{key: preprocess[key] for key in ("mode", "interpolation", "resize_mode", "fill_color")},
                 **{key: [float(value) for value in preprocess[key]] for key in ("mean", "std")},
-                "exif_orientation": bool(preprocess.get("exif_orientation", True)),
+                "exif_orientation": bool(meta.recipe.get("exif_orientation", True)),
             },
             "tokenizer": dict(tokenizer),
             "embed_dim": self._width,

@@ -48,6 +48,6 @@ def guard(call: Callable[[], Any], *, prog: str) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"{prog}: error: {where}{error.strerror or reason(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"{prog}: interrupted{f'; {error}' if str(error) else ''}", file=sys.stderr)
         return 130

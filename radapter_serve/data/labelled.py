@@ -33,6 +33,7 @@ class Labelled(ImageColumn, LabelledImages):
         folder: what relative image paths are relative to.
         templates: prompt templates with `{}`, of which a training pair draws one.
         first_class: what labels that are numbers start from, where `classes` is a part of all classes.
+        exif_orientation: turn images as their EXIF says.
     """
 
     rows: Any
@@ -42,6 +43,7 @@ class Labelled(ImageColumn, LabelledImages):
     folder: Path = field(default_factory=Path)
     templates: Sequence[str] = ("a photo of a {}.",)
     first_class: int = 0
+    exif_orientation: bool = True
 
     def __post_init__(self) -> None:
         names = [(line, split_label(line)) for line in self.classes]

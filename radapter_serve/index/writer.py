@@ -19,18 +19,20 @@ import numpy as np
 import pyarrow as pa
 from lancedb.index import IvfPq
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
 from radapter_serve.index.collection import Collection, Item
-from radapter_serve.index.index import EXACT, FACTS, TABLE, engine_errors, rebuild, vectors_of
+from radapter_serve.index.index import EXACT, FACTS, TABLE, build_command, table_errors, vectors_of
 from radapter_serve.index.recall import TEXTS, tune
 from radapter_serve.inputs.errors import TaskError
+from radapter_serve.inputs.preprocess import Preprocess, oriented
 from radapter_serve.threads import decoders
 
 BATCH = 256  # images that are embedded, then written; what a killed build loses at most
 BROKEN = "broken.txt"
+_ORIENTATION = ExifTags.Base.Orientation
 _NEVER = datetime.timedelta(days=36500)
 
 OnBroken = Literal["refuse", "skip"]
@@ -42,10 +44,15 @@ class Release(Protocol):
 
     Attributes:
         facts: its `release.json`, with the α that it embeds at.
+        origin: the flag of radapter-index that names it, `model_repository` or `url`, and its value.
+        preprocess: what `prepare` does.
     """
 
+    facts: Any
+    preprocess: Preprocess
+
     @property
-    def facts(self) -> Mapping[str, Any]: ...
+    def origin(self) -> Mapping[str, str]: ...
 
     def dial(self, alpha: float) -> None:
         """Embed at this α from now on; `facts` say so."""
@@ -65,16 +72,19 @@ class Summary:
     """What a build or an addition did.
 
     Attributes:
+        changed: whether the index is another than before.
         count: images in the index now.
-        embedded: newly embedded.
-        kept: there before, unchanged.
-        copies: files whose bytes another one has, too; each is in the index, and embedded once.
-        removed: pruned.
-        broken: what could not be read and why, by id.
-        repeated: rows of the table left out, for an earlier one names the same image.
+        embedded: images that were embedded.
+        kept: images that were in the index before and are unchanged.
+        copies: files whose bytes another file has, too; each is in the index, and embedded once.
+        removed: images that were taken out.
+        broken: why each image that can't be read can't, by id.
+        repeated: rows of the table that name an image of an earlier row.
+        left_out: number of files of other kinds in the folder, by the end of their names.
         recall: recall@10 of the approximate search; None where every vector is compared.
     """
 
+    changed: bool = True
     count: int = 0
     embedded: int = 0
     kept: int = 0
@@ -82,15 +92,16 @@ class Summary:
     removed: int = 0
     broken: dict[str, str] = field(default_factory=dict)
     repeated: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
     recall: float | None = None
 
 
 class Writer:
     """The table of an index while it is written."""
 
-    def __init__(self, folder: Path, facts: dict[str, Any], release: Release, schema: pa.Schema | None) -> None:
+    def __init__(self, folder: Path, facts: dict[str, Any], release: Release, schema: pa.Schema | None = None) -> None:
         self._folder, self._facts, self._release = folder, facts, release
-        with engine_errors(folder):
+        with table_errors(folder):
             database = lancedb.connect(folder)
             if (folder / f"{TABLE}.lance").is_dir():
                 self._table = database.open_table(TABLE)
@@ -106,7 +117,7 @@ class Writer:
     def check_columns(self, collection: Collection) -> None:
         """Refuse a table whose columns, or whose values, the index has no place for."""
         own = {name: self._schema.field(name).type for name in self._own if name not in ("path", "digest")}
-        again = f"build the index again: {rebuild(self._folder, self._facts)}"
+        again = f"build the index again: {build_command(self._folder, self._facts)}"
         if collection.columns and set(collection.columns) != set(own):
             raise RAdapterError(
                 f"the table's columns ({', '.join(sorted(collection.columns))}) are not those of the index "
@@ -123,7 +134,7 @@ class Writer:
 
     def write(self, collection: Collection, on_broken: OnBroken, progress: Progress | None) -> Summary:
         """Embed and append what is not there yet."""
-        summary = Summary(repeated=collection.repeated)
+        summary = Summary(repeated=collection.repeated, left_out=collection.left_out)
         with ThreadPoolExecutor(decoders(8), thread_name_prefix="decode") as pool:
             for start in range(0, len(collection.items), BATCH):
                 batch = collection.items[start : start + BATCH]
@@ -132,21 +143,22 @@ class Writer:
                     if image.error:
                         _complain(image, summary, on_broken)
                 summary.kept += sum(image.kept for image in found)
-                with engine_errors(self._folder):
+                with table_errors(self._folder):
                     self._append([image for image in found if not (image.error or image.kept)], summary)
                 if progress is not None:
                     progress(start + len(batch), len(collection.items))
         return summary
 
-    def delete(self, ids: Iterable[str]) -> None:
-        """Remove rows."""
-        ids = sorted(ids)
-        with engine_errors(self._folder):
+    def delete(self, ids: Iterable[str]) -> int:
+        """Remove images; returns how many were there."""
+        ids = sorted(self.known.keys() & set(ids))
+        with table_errors(self._folder):
             for start in range(0, len(ids), BATCH):
                 names = ", ".join(map(_quoted, ids[start : start + BATCH]))
                 self._table.delete(f"path IN ({names})")
         for id in ids:
-            self.known.pop(id, None)
+            del self.known[id]
+        return len(ids)
 
     def finish(self, summary: Summary, keep: datetime.timedelta) -> None:
         """Make the approximate index where one is needed, and say in `index.json` that all this counts.
@@ -158,23 +170,25 @@ class Writer:
         summary.count = len(self.known)
         digests = [digest for digest, _ in self.known.values()]
         summary.copies = len(digests) - len(set(digests))
-        with engine_errors(self._folder):
-            engine = self._index(self._facts.get("engine", {}))
-            summary.recall = engine.get("recall")
-            engine["table_version"] = self._table.version
+        search = self._facts.get("search", {})
+        summary.changed = search.get("table_version") != self._table.version
+        if summary.changed:
+            with table_errors(self._folder):
+                search = {**self._index(search), "table_version": self._table.version}
+        summary.recall = search.get("recall")
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         facts = {
             **self._facts,
             "count": summary.count,
             "columns": [name for name in self._schema.names if name not in ("vector", "thumbnail")],
-            "engine": engine,
+            "search": search,
             "created": self._facts.get("created", now),
-            "changed": now,
+            "changed": now if summary.changed else self._facts["changed"],
         }
         lines = "".join(f"{id}\t{why}\n" for id, why in sorted(summary.broken.items()))
         _write(self._folder / BROKEN, lines)
         _write(self._folder / FACTS, json.dumps(facts, indent=2, ensure_ascii=False))
-        with engine_errors(self._folder):
+        with table_errors(self._folder):
             self._table.optimize(cleanup_older_than=keep)
 
     def _read(self, item: Item) -> _Image:
@@ -188,13 +202,29 @@ class Writer:
             if before == digest and (not item.row or metadata == self._hash(_row(item, digest))):
                 return _Image(item, digest, kept=True)
             prepared = self._release.prepare(data)
-            return _Image(item, digest, prepared, _look(data, int(self._facts["thumbnails"])))
+            return _Image(item, digest, prepared, self._look(data))
         except UnicodeEncodeError:
             return _Image(item, error="its name is not UTF-8")
         except OSError as error:
             return _Image(item, error=error.strerror or str(error))
         except TaskError as error:
             return _Image(item, error=error.message)
+
+    def _look(self, data: bytes) -> dict[str, Any]:
+        """Width and height of the image as it was embedded, and a thumbnail, which always stands upright."""
+        look: dict[str, Any] = {}
+        size = int(self._facts["thumbnails"])
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:  # it was decoded once; do without
+            sideways = self._release.preprocess.exif_orientation and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+            look["width"], look["height"] = image.size[::-1] if sideways else image.size
+            if size:
+                image.draft("RGB", (size, size))
+                small = oriented(image).convert("RGB")
+                small.thumbnail((size, size))
+                out = io.BytesIO()
+                small.save(out, "JPEG", quality=80)
+                look["thumbnail"] = out.getvalue()
+        return look
 
     def _hash(self, row: Mapping[str, Any]) -> int:
         return hash(repr([row.get(name) for name in self._own]))
@@ -216,7 +246,7 @@ class Writer:
         }
         vectors = np.stack([embeds[image.digest] for image in images])
         arrays["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
-        self.delete(image.item.id for image in images if image.item.id in self.known)
+        self.delete(image.item.id for image in images)
         self._table.add(pa.table([arrays[name] for name in self._schema.names], schema=self._schema))
         for image, row in zip(images, rows, strict=True):
             self.known[image.item.id] = image.digest, self._hash(row)
@@ -230,20 +260,21 @@ class Writer:
         found = self._table.search().where(f"digest IN ({names})").select(["digest", "vector"]).to_arrow()
         return dict(zip(found["digest"].to_pylist(), vectors_of(found["vector"]), strict=True))
 
-    def _index(self, engine: dict[str, Any]) -> dict[str, Any]:
-        """An approximate index above EXACT vectors, searched with the least effort that has the recall."""
+    def _index(self, search: dict[str, Any]) -> dict[str, Any]:
+        """How the table is to be searched: above EXACT vectors by an approximate index, with the least effort that has
+        the recall."""
         count = len(self.known)
         basis = {"name": "lancedb", "version": importlib.metadata.version("lancedb")}
         if count <= EXACT:
             self._settle()
             return basis
-        if count > 2 * engine.get("trained_on", 0):  # its cells are of what there was then
+        if count > 2 * search.get("trained_on", 0):  # its cells are of what there was then
             dim = int(self._facts["release"]["embed_dim"])
             self._table.create_index("vector", config=IvfPq("dot", num_sub_vectors=max(1, dim // 8)))
-            engine = {"trained_on": count}
+            search = {"trained_on": count}
         self._settle()
         effort = tune(self._table, count, self._release.embed_texts(TEXTS))
-        return {**basis, "index": "IVF_PQ", "trained_on": engine["trained_on"], **effort}
+        return {**basis, "index": "IVF_PQ", "trained_on": search["trained_on"], **effort}
 
     def _settle(self) -> None:
         """Optimize until nothing is left to do, so that doing it once more only removes old versions.
@@ -278,21 +309,6 @@ def _complain(image: _Image, summary: Summary, on_broken: OnBroken) -> None:
             f"{image.item.id!r} can't be indexed: {image.error}; mend it, or leave such images out: --on-broken skip"
         )
     summary.broken[image.item.id] = image.error
-
-
-def _look(data: bytes, size: int) -> dict[str, Any]:
-    """Width and height as the file has them, and a thumbnail, upright as people look at it."""
-    look: dict[str, Any] = {}
-    with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:  # it was decoded once; do without
-        look["width"], look["height"] = image.size
-        if size:
-            image.draft("RGB", (size, size))
-            small = ImageOps.exif_transpose(image).convert("RGB")
-            small.thumbnail((size, size))
-            out = io.BytesIO()
-            small.save(out, "JPEG", quality=80)
-            look["thumbnail"] = out.getvalue()
-    return look
 
 
 def digest_of(data: bytes) -> str:

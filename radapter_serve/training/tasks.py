@@ -29,14 +29,14 @@ def open_data(
         broken = None
     if recipe.task == "segmentation":
         return load_segments(
-            load_masked(spec, classes=recipe.classes, images=recipe.images),
+            load_masked(spec, classes=recipe.classes, images=recipe.images, exif_orientation=recipe.exif_orientation),
             MaskCrop.from_recipe(recipe.to_dict(), base.preprocess["mean"]),
             min_area=recipe.mask_min_area,
             templates=templates_of(recipe.templates),
             broken=broken,
         )
     if recipe.task == "retrieval":
-        return load_captioned(
+        captioned = load_captioned(
             spec,
             image_column=recipe.image_column,
             caption_column=recipe.caption_column,
@@ -45,6 +45,8 @@ def open_data(
             streaming=streaming,
             broken=broken,
         )
+        captioned.exif_orientation = recipe.exif_orientation
+        return captioned
     data = load_labelled(
         spec,
         image_column=recipe.image_column,
@@ -54,5 +56,6 @@ def open_data(
         images=recipe.images,
         streaming=streaming,
     )
+    data.exif_orientation = recipe.exif_orientation
     data = class_split(data, recipe.class_split)
     return data if validation or recipe.shots is None else few_shot(data, recipe.shots, recipe.seed)
