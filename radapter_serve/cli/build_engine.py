@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,7 +70,7 @@ def build_engine(
             progress=status.update,
         )
     show(built)
-    print(f"Next:   radapter-serve {model_repository}, or tritonserver --model-repository {model_repository}")
+    print(f"Next:   radapter-serve {shlex.quote(str(model_repository))}")
 
 
 def show(built: Sequence[Built]) -> None:

@@ -65,6 +65,7 @@ def build_engines(
         repository: what radapter-export has filled.
         options: how engines are built.
         tolerance: largest difference from torch, per component of a unit-length embedding; the release's own if None.
+            The cosine's bound widens with it.
         timing_cache: file of what TensorRT measured; one in the user's cache folder if None.
         force: build all, those that fit, too.
         progress: called with a short line as the work goes on.
@@ -82,7 +83,7 @@ def build_engines(
                 encoder.folder / str(version),
                 max_batch_size=int(encoder.facts["max_batch_size"]),
                 max_length=int(encoder.facts["tokenizer"]["context_length"]),
-                bounds=encoder.bounds if tolerance is None else Tolerance(tolerance),
+                bounds=encoder.bounds if tolerance is None else encoder.bounds.widened(tolerance),
                 keep=not force,
             )
             for encoder in encoders
