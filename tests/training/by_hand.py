@@ -1,4 +1,4 @@
-"""Training once more, step by step from the paper's equations: nothing here comes from `radapter_serve` but the recipe."""
+"""Training once more, step by step from the paper's equations; only the recipe comes from `radapter_serve`."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class ClipWithAdapters:
 
 
 def mpm_nce_by_hand(f: Tensor, g: Tensor, y: Tensor, scale: float, delta: float, epsilon: float) -> Tensor:
-    """The loss of N images f and M texts g, y [N, M] telling who belongs to whom; each direction is a mean of its own."""
+    """The loss of N images f and M texts g; y [N, M] says which belong together. Each direction has its own mean."""
 
     def one_way(logits: Tensor, y: Tensor) -> Tensor:
         positives = y.sum(1, keepdim=True)
