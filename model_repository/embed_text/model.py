@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from radapter_serve.serving.responses import answer, need, read
-from radapter_serve.serving.tasks import EmbedTexts
-from radapter_serve.serving.triton import Version
+from radapter_serve.tasks.classify import EmbedTexts
+from radapter_serve.tasks.responses import answer, need, read
+from radapter_serve.tasks.triton import Version
 
 
 class TritonPythonModel:

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from radapter_serve.serving.responses import answer, each, need, read
-from radapter_serve.serving.segment_task import Segment, SegmentRequest, Segments
-from radapter_serve.serving.tasks import load_label_sets
-from radapter_serve.serving.triton import Version
+from radapter_serve.tasks.classify import load_label_sets
+from radapter_serve.tasks.responses import answer, each, need, read
+from radapter_serve.tasks.segment import Segment, SegmentRequest, Segments
+from radapter_serve.tasks.triton import Version
 
 OPTIONS = ("threshold", "short_side", "stride", "refine", "proposal_weight")
 
