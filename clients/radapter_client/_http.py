@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import socket
 import struct
 from concurrent.futures import ThreadPoolExecutor
@@ -132,12 +131,10 @@ def decode(body: bytes, length: str | None) -> Reply:
         if "data" in output:
             values = [text.encode() for text in output["data"]] if kind is np.object_ else output["data"]
             array = np.array(values, kind)
-        elif kind is np.object_:
-            start, end = end, end + int(output["parameters"]["binary_data_size"])
-            array = deserialize_bytes_tensor(body[start:end])
         else:
-            array = np.frombuffer(body, kind, math.prod(shape), end)
-            end += array.nbytes
+            start, end = end, end + int(output["parameters"]["binary_data_size"])
+            data = memoryview(body)[start:end]
+            array = deserialize_bytes_tensor(data) if kind is np.object_ else np.frombuffer(data, kind)
         outputs[output["name"]] = array.reshape(shape)
     return Reply(int(head["model_version"]), outputs)
 
