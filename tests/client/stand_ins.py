@@ -81,7 +81,7 @@ class AsyncRecorder(Recorder):
 
 @contextmanager
 def http_server(status: int, body: bytes, headers: dict[str, str] | None = None) -> Iterator[tuple[str, list[Any]]]:
-    """A server that gives one answer to all; its URL, and the requests it got: (method, path, headers, body, caller)."""
+    """A server that gives one answer to all; its URL, and its requests: (method, path, headers, body, caller)."""
     seen: list[Any] = []
 
     class Handler(BaseHTTPRequestHandler):

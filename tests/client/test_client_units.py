@@ -339,12 +339,12 @@ def test_one_image_or_several():
 MAX_BYTES = 32 * 2**20
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.lists(st.integers(0, 40), max_size=8), st.integers(1, 5))
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.sampled_from([0, 1, 10, 20, 33]), max_size=8), st.integers(1, 5))
 def test_batches(sizes: list[int], rows: int):
     """Runs of at most `rows` images and 32 MiB, or of one image, and none shorter than it must be."""
     recorder = Recorder()
-    images = [bytes([index + 1]) + bytes(MEGABYTES[size]) for index, size in enumerate(sizes)]
+    images = [bytes([index + 1]) + bytes(size * 2**20) for index, size in enumerate(sizes)]
     Client(transport=recorder, release=1, batch_size=rows, concurrency=1).embed_images(images)
     runs = [[image for [image] in request.inputs["image"]] for request in recorder.inferences]
     assert [image for run in runs for image in run] == images
@@ -353,9 +353,6 @@ def test_batches(sizes: list[int], rows: int):
         assert len(run) == 1 or sum(map(len, run)) <= MAX_BYTES
     for run, following in itertools.pairwise(runs):
         assert len(run) == rows or sum(map(len, [*run, following[0]])) > MAX_BYTES
-
-
-MEGABYTES = [size * 2**20 for size in range(41)]
 
 
 @given(st.integers(1, 40), st.integers(1, 3000), st.integers(0, 80))
