@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check install
+.PHONY: demo test check docs install
 
 demo: install
 	$(BIN)/radapter-demo
@@ -16,11 +16,15 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site lies in site/; a warning, such as a link to nowhere, is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
 	  { echo "Python 3.10 to 3.12 is needed, $$($(PYTHON) --version) found; name another: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[all,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[all,docs,test]'
 	@touch $@
