@@ -1,4 +1,4 @@
-"""The README's commands, run as they stand there."""
+"""The commands of the walk-through and of the README, run as they stand there."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README, WALK_THROUGH = ROOT / "README.md", ROOT / "docs" / "walk-through.md"
 
 
 def walk_through() -> str:
-    """The shell script of the section: python blocks become `python -`."""
-    text = README.read_text(encoding="utf-8")
+    """The shell script of the page: python blocks become `python -`."""
+    text = WALK_THROUGH.read_text(encoding="utf-8")
     section = text.split("<!-- walk-through -->")[1].split("<!-- /walk-through -->")[0]
     # without the trap a failing line would leave the server, which holds the pipe
     script = ["set -eumo pipefail", "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"]
@@ -31,7 +32,7 @@ def test_the_way_through_by_hand(tmp_path: Path) -> None:
     for port in (8000, 8001, 8002):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
-                pytest.skip(f"port {port}, which the README uses, is taken on this machine")
+                pytest.skip(f"port {port}, which the page uses, is taken on this machine")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     script = "set -e; radapter-demo --steps 5\n" + walk_through()  # a whole demo takes minutes and shows no other way
     process = subprocess.Popen(
@@ -59,7 +60,7 @@ def test_the_way_through_by_hand(tmp_path: Path) -> None:
     assert "Traceback" not in output
 
 
-def test_commands_of_the_readme_exist() -> None:
+def test_commands_of_the_walk_through_exist() -> None:
     commands = set(re.findall(r"^(?:\.venv/bin/)?(radapter-[a-z]+)", walk_through(), re.MULTILINE))
     assert {"radapter-train", "radapter-export", "radapter-index", "radapter-serve", "radapter-query"} <= commands
     for command in commands:

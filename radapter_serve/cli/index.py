@@ -147,7 +147,7 @@ def verify(out: tyro.conf.Positional[Path]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `radapter-index`."""
     commands: dict[str, Any] = {"build": build, "add": add, "info": info, "verify": verify}
-    return guard(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog=PROG), prog=PROG)
+    return guard(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog=PROG), argv, prog=PROG)
 
 
 @contextmanager
