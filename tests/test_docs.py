@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
 import radapter_client
 
 ROOT = Path(__file__).parents[1]
