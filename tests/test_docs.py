@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import importlib.metadata
@@ -83,6 +84,28 @@ def test_commands_and_their_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None
             names = set(re.findall(r"--[a-z][a-z-]*", known))
             unknown += [f"{page}: {command} {takes} {flag}" for flag in sorted(flags - names)]
     assert not unknown
+
+
+def python_blocks() -> Iterator[tuple[str, ast.Module]]:
+    """Page and parsed code of every Python block, which may await."""
+    for page in PAGES:
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+            yield page.name, compile(block, page.name, "exec", flags=flags)  # type: ignore[misc]
+
+
+def test_python_on_the_pages_uses_what_there_is() -> None:
+    nodes = [(page, node) for page, tree in python_blocks() for node in ast.walk(tree)]
+    imported = [(page, node) for page, node in nodes if isinstance(node, ast.ImportFrom)]
+    assert len(imported) > 5
+    for page, node in imported:
+        module = importlib.import_module(str(node.module))
+        assert not [f"{page}: {alias.name}" for alias in node.names if not hasattr(module, alias.name)]
+    called = [node.func for _, node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    asked = {call.attr for call in called if isinstance(call.value, ast.Name) and call.value.id == "client"}
+    assert "classify" in asked
+    for kind in (radapter_client.Client, radapter_client.AsyncClient):
+        assert not [name for name in asked if not hasattr(kind, name)]
 
 
 def test_recipes_and_suites_exist() -> None:
