@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import open_clip
 import pytest
+import torch
 
 import radapter_client
+from radapter_serve.adapter import fold, load_adapter
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -106,6 +109,23 @@ def test_python_on_the_pages_uses_what_there_is() -> None:
     assert "classify" in asked
     for kind in (radapter_client.Client, radapter_client.AsyncClient):
         assert not [name for name in asked if not hasattr(kind, name)]
+
+
+def test_the_loop_on_the_page_of_adapters_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = f"local-dir:{ROOT}/radapter_serve/demo/base"
+    model, tokenizer = open_clip.create_model_and_transforms(base)[0], open_clip.get_tokenizer(base)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.rand(4, 3, *model.visual.image_size)
+    batches = [(images, tokenizer(["a cat", "a dog", "a dog", "a house"]), torch.tensor([0, 1, 1, 2]))] * 2
+    _, loop = re.findall(r"```python\n(.*?)```", (ROOT / "docs/api/adapters.md").read_text("utf-8"), re.DOTALL)
+    loop = loop.replace('"ViT-B-32", digest, pretrained="openai"', f'"{base}", digest')
+    exec(loop, {"model": model, "batches": batches})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    folded = fold(before, load_adapter(tmp_path), alpha=0.5)
+    changed = {name for name, value in folded.items() if not torch.equal(value, before[name])}
+    assert any(name.startswith("visual.") for name in changed)
+    assert any(not name.startswith("visual.") for name in changed)
 
 
 def test_recipes_and_suites_exist() -> None:
