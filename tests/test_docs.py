@@ -129,8 +129,10 @@ def test_the_loop_on_the_page_of_adapters_trains(tmp_path: Path, monkeypatch: py
 
 
 def test_recipes_and_suites_exist() -> None:
-    named = {path for page in PAGES for path in re.findall(r"\brecipes/[\w./-]+\.yaml", page.read_text("utf-8"))}
-    assert named
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = {f"recipes/{name}.yaml" for name in re.findall(r"(?:--recipe |load_recipe\(\")([a-z-]+)(?![\w./-])", text)}
+    assert "recipes/retrieval.yaml" in named
+    named |= set(re.findall(r"\brecipes/[\w./-]+\.yaml", text))
     assert not [path for path in named if not (ROOT / path).is_file()]
 
 

@@ -31,7 +31,7 @@ def quick_start() -> str:
     base = f"local-dir:{ROOT}/radapter_serve/demo/base --pretrained None"
     ready = "mkdir quick; cp -r demo-output/data/train quick/photos; cp picture.png quick/cat.jpg; cd quick\n"
     text = text.replace("--architecture ViT-B-32", f"--architecture {base} --steps 3 --batch-size 32 --workers 0")
-    return ready + text.replace("--recipe recipes/", f"--recipe {ROOT}/recipes/")
+    return ready + text
 
 
 def script(page: Path, name: str) -> str:
