@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +26,7 @@ from radapter_serve.data import (
 from radapter_serve.data.masked import load_masked
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder
-from radapter_serve.evaluation.judged import JudgedSet, Known, Scorer, class_embeds, digest, drawn
+from radapter_serve.evaluation.judged import JudgedSet, Known, Scorer, as_seen, class_embeds, digest, drawn, png_of
 from radapter_serve.evaluation.karpathy import load_karpathy
 from radapter_serve.evaluation.metrics import Floats, classification_metrics, retrieval_metrics, true_ranks
 from radapter_serve.evaluation.segmentation import SegmentationSet
@@ -59,7 +58,7 @@ class _ImageSet:
         return self.images[number].name
 
     def prepare(self, embedder: Embedder, number: int) -> Any:
-        return embedder.prepare(self.images[number]())
+        return embedder.prepare(as_seen(self.images[number](), self.entry, embedder))
 
 
 @dataclass(frozen=True)
@@ -211,6 +210,7 @@ def classification_set(
         classes, labels = [mapping[data.own[index]] for index in kept], new[labels]
         chosen = np.flatnonzero(labels >= 0)
     chosen = chosen[drawn(len(chosen), limit, seed)]
+    data.exif_orientation = entry.exif_orientation
     images = [Image(data, data.rows, int(index), entry.border) for index in chosen]
     return ClassificationSet(entry, images, labels[chosen], list(classes), templates)
 
@@ -223,6 +223,7 @@ def _retrieval_set(suite: Suite, entry: Entry, spec: str, limit: int | None, see
         data = load_karpathy(Path(path), split, folder or Path(path).parent)
     else:
         data = load_captioned(spec, image_column=entry.image_column, caption_column=entry.caption_column, images=folder)
+    data.exif_orientation = entry.exif_orientation
     chosen = [data.images[index] for index in drawn(len(data.images), limit, seed)]
     captions = [image.captions[: entry.max_captions] for image in chosen]
     image_of = np.repeat(np.arange(len(chosen)), [len(texts) for texts in captions])
@@ -235,6 +236,7 @@ def _segmentation_set(suite: Suite, entry: Entry, spec: str, limit: int | None, 
         spec,
         classes=_file(suite, entry.classes) if entry.classes else None,
         images=_images(suite, entry),
+        exif_orientation=entry.exif_orientation,
     )
     images = [data.images[index] for index in drawn(len(data.images), limit, seed)]
     return SegmentationSet(entry, images, data.classes, _templates(suite, entry.templates))
@@ -251,7 +253,7 @@ class Image:
 
     def __call__(self) -> bytes:
         found = self.column.data(self.rows[self.index])
-        return _cropped(found, self.border) if self.border else found
+        return _cropped(found, self.border, self.column.exif_orientation) if self.border else found
 
     @property
     def name(self) -> str:
@@ -259,11 +261,9 @@ class Image:
         return self.column.name(self.rows[self.index])
 
 
-def _cropped(data: bytes, border: int) -> bytes:
-    image = decode(data)
-    out = io.BytesIO()
-    image.crop((border, border, image.width - border, image.height - border)).save(out, "PNG")
-    return out.getvalue()
+def _cropped(data: bytes, border: int, exif_orientation: bool) -> bytes:
+    image = decode(data, exif_orientation=exif_orientation)
+    return png_of(image.crop((border, border, image.width - border, image.height - border)))
 
 
 def _below(root: Path, spec: str) -> str:
