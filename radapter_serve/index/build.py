@@ -163,9 +163,10 @@ def build(
             return fill(out, made | facts, _KEEP)
         with lock(staged, "radapter-index"):
             if goes_on and (other := _differences(stopped := _read_stopped(staged), facts)):
+                command = f": {build_command(out, stopped)}" if stopped.keys() >= facts.keys() else ""
                 raise RAdapterError(
-                    f"a build of {out} was stopped that had another {', '.join(other)}; finish it"
-                    f"{f': {build_command(out, stopped)}' if stopped else ''}, or throw it away with --no-resume"
+                    f"a build of {out} was stopped that had another {', '.join(other)}; finish it{command}, or throw "
+                    "it away with --no-resume"
                 )
             with _kept_or_removed(staged), disk_errors(out):
                 if not goes_on:
