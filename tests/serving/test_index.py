@@ -440,8 +440,8 @@ def test_what_is_searched_stays_until_it_is_replaced(
         raise RAdapterError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(indexing, "_KEEP", datetime.timedelta(0))
-        patch.setattr(index_writer, "_write", die)
+        patch.setattr(indexing, "KEEP", datetime.timedelta(0))
+        patch.setattr(Path, "replace", die)
         with pytest.raises(RAdapterError, match="killed"):
             add(tmp_path / "index", release)
     query = np.eye(DIM, dtype=np.float32)[0]
