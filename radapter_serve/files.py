@@ -11,10 +11,16 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """Where to write a file: beside its place, which it takes at the end; whatever fails before leaves nothing."""
+    """Where to write a file: beside its place, which it takes at the end; whatever fails before leaves nothing.
+
+    Its mode follows the umask, whoever writes it: safetensors makes files that only their owner can read.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
