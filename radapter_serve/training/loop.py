@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,9 +158,8 @@ def train(recipe: Recipe) -> Path:
                 classes=None if isinstance(data, Captioned) else list(data.classes),
             )
             save_adapter(adapters.adapter(metadata), out / "adapter.safetensors")
-            progress.say(
-                f"wrote {out / 'adapter.safetensors'}; next: radapter-export --adapter {out} --alpha {recipe.alpha}"
-            )
+            again = f"radapter-export --adapter {shlex.quote(str(out))} --alpha {recipe.alpha}"
+            progress.say(f"wrote {out / 'adapter.safetensors'}; next: {again}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return out
