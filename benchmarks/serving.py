@@ -93,8 +93,8 @@ class Local:
 
     def classify(self, images: Sequence[bytes]) -> list[str]:
         """The best label of each image, which are a request each."""
-        results: list[Any] = self._task([ClassifyRequest([image], label_set=[LABEL_SET.encode()]) for image in images])
-        return [str(result.labels[0, 0]) for result in results]
+        outcomes = self._task([ClassifyRequest([image], label_set=[LABEL_SET.encode()]) for image in images])
+        return [str(one.unwrap().labels[0, 0]) for one in outcomes]
 
 
 def counters(server: TritonServer) -> dict[str, dict[str, float]]:

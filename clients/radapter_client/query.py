@@ -100,7 +100,7 @@ def search(args: argparse.Namespace) -> None:
             where=args.where,
             thumbnails=args.save is not None,
         )
-        version = client.release.version if args.save is not None else None
+        version = client.release().version if args.save is not None else None
     if args.save is not None:
         from ._gallery import page
 
@@ -143,7 +143,7 @@ def save_embeds(args: argparse.Namespace, embeds: npt.NDArray[np.float32]) -> No
 
 def release(args: argparse.Namespace) -> None:
     with connect(args) as client:
-        used, served = client.release, client.releases
+        used, served = client.release(), client.releases()
     if args.json:
         print_json({"release": used.facts, "served": [release.version for release in served]})
         return

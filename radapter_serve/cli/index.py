@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `radapter-index`."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is written is put in order as on Ctrl-C
     commands: dict[str, Any] = {"build": build, "add": add, "info": info, "verify": verify}
-    return guard(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog=PROG), prog=PROG)
+    return guard(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog=PROG), argv, prog=PROG)
 
 
 def _serve_command(model_repository: str, out: Path) -> str:

@@ -69,14 +69,14 @@ _DROP = datetime.timedelta(milliseconds=1)
 
 @dataclass(frozen=True)
 class Verification:
-    """How an index and the files differ, ids of each kind.
+    """How an index and its files differ.
 
     Attributes:
-        missing: in the index, the file is gone.
-        changed: the file has other bytes now.
-        new: in the source, not in the index.
-        damaged: the embedding is not of unit length.
-        alpha: what the index was embedded at.
+        missing: ids of images whose files are gone.
+        changed: ids of images whose files have other bytes now.
+        new: ids of images that the index does not have yet.
+        damaged: ids of images whose embedding has not unit length.
+        alpha: the α that the images were embedded at.
     """
 
     missing: list[str]
@@ -87,7 +87,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing differs."""
+        """Whether index and files agree."""
         return not (self.missing or self.changed or self.new or self.damaged)
 
 
@@ -337,7 +337,7 @@ def _kept_or_removed(staged: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
-    """What the disk refuses, as an error for people."""
+    """Turn what the disk refuses into an error for people."""
     try:
         yield
     except OSError as error:

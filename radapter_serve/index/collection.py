@@ -1,4 +1,4 @@
-"""What an index is made of: image files of a folder or of a table, each with a name of its own and perhaps metadata."""
+"""The image files that an index is made of: all of a folder, or those that a table names beside their metadata."""
 
 from __future__ import annotations
 

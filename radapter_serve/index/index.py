@@ -1,7 +1,7 @@
-"""An index: a folder of embeddings with metadata, made by one release, searched by cosine.
+"""An index: a folder of embeddings with metadata that one release made, and that is searched by cosine.
 
-The folder holds `index.json` and a LanceDB table. What counts is what `index.json` says: it names the version of the
-table that is searched, so whatever a killed process added to the table is not seen before `index.json` is replaced.
+The folder holds `index.json` and a LanceDB table. `index.json` names the version of the table that is searched: what a
+killed process added to the table is not seen until `index.json` is replaced.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from radapter_serve.inputs.errors import INVALID_ARGUMENT, UNKNOWN_INDEX, TaskEr
 FORMAT = 2  # 1 says "engine" for "search", and can be read
 FACTS, TABLE = "index.json", "images"
 NAME = r"\w[\w.-]*"  # of an index, by which clients search it
-#: up to here, every vector is compared; above, LanceDB's approximate index chooses which
+#: up to so many images a search compares every embedding; above, LanceDB's approximate index chooses some
 EXACT = 100_000
 MAX_TOP_K = 1000
 MAX_CONDITION = 2000  # characters
-MAX_OPERATORS = 300  # with names and brackets: the engine's stack overflows on deeper conditions, and ends the process
+MAX_OPERATORS = 300  # with names and brackets: deeper conditions overflow LanceDB's stack and end the process
 _FUNCTIONS = ("cast", "coalesce", "length", "lower", "upper")
 _BEFORE_BRACKET = ("and", "or", "not", "in", *_FUNCTIONS)
 _SQL = re.compile(
@@ -58,17 +58,17 @@ class Hit:
 
 
 class Index:
-    """An index that was built, as `index.json` describes it at this moment.
+    """An index as it is when it is opened; what is added later is not seen.
 
     Args:
-        folder: made by `radapter-index build`.
+        folder: of the index, made by `radapter-index build`.
 
     Raises:
-        RAdapterError: no index there, or a broken one.
+        RAdapterError: there is no index, or a broken one.
 
     Attributes:
-        facts: `index.json`.
-        columns: names of the metadata's columns, which a condition may use.
+        facts: what `index.json` says.
+        columns: the columns of the metadata, which a condition may name.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -89,13 +89,13 @@ class Index:
     def search(
         self, embedding: NDArray[np.float32], top_k: int = 10, where: str | None = None, *, thumbnails: bool = False
     ) -> list[Hit]:
-        """The nearest images, best first; of equal ones, in the order of their ids.
+        """Find the nearest images, best first; images with equal scores come in the order of their ids.
 
         Args:
             embedding: float32 [D], unit length.
-            top_k: how many at most, 1 to 1000.
+            top_k: how many images at most, 1 to 1000.
             where: a condition in SQL on the columns, such as "year > 2020 AND path LIKE 'cats/%'".
-            thumbnails: bring them along.
+            thumbnails: whether the hits have their thumbnails.
 
         Raises:
             TaskError: `top_k` or the condition is not allowed.
@@ -210,10 +210,10 @@ def mismatch(facts: Mapping[str, Any], release: Mapping[str, Any]) -> str:
 
 
 def check_condition(where: str) -> str:
-    """A condition that compares columns and nothing else: SQL that could do more is refused before it is run.
+    """Refuse a condition that does more than compare columns, before it is run.
 
     Raises:
-        TaskError: too long, or with something in it that no comparison needs.
+        TaskError: the condition is too long, or has something in it that no comparison needs.
     """
     if len(where) > MAX_CONDITION:
         raise TaskError(INVALID_ARGUMENT, f"where has {len(where)} characters; at most {MAX_CONDITION} are allowed")

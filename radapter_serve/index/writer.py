@@ -1,4 +1,4 @@
-"""The table of an index while it is written: what is not there yet is read, embedded and appended, batch by batch."""
+"""Writing an index's table: images that are not in it yet are read, embedded and appended, batch by batch."""
 
 from __future__ import annotations
 
@@ -97,7 +97,14 @@ class Summary:
 
 
 class Writer:
-    """The table of an index while it is written."""
+    """Writes an index's table, which nobody sees before `finish`.
+
+    Args:
+        folder: of the index.
+        facts: what `index.json` is to say, but for what only the table tells.
+        release: embeds the images.
+        schema: of a table that is not there yet.
+    """
 
     def __init__(self, folder: Path, facts: dict[str, Any], release: Release, schema: pa.Schema | None = None) -> None:
         self._folder, self._facts, self._release = folder, facts, release
@@ -192,7 +199,7 @@ class Writer:
             self._table.optimize(cleanup_older_than=keep)
 
     def _read(self, item: Item) -> _Image:
-        """In one of several threads; the file's bytes are given back before the next."""
+        """Read a file, and prepare it where the index does not have it; several threads do so at once."""
         try:
             item.id.encode()
             data = item.file.read_bytes()
@@ -230,7 +237,7 @@ class Writer:
         return hash(repr([row.get(name) for name in self._own]))
 
     def _append(self, images: list[_Image], summary: Summary) -> None:
-        """Embed one batch, each content once, and write its rows."""
+        """Embed a batch and write its rows; files with the same bytes are embedded once."""
         if not images:
             return
         embeds = self._embedded({image.digest for image in images} & self._digests)
@@ -238,22 +245,15 @@ class Writer:
         if fresh:
             embeds |= dict(zip(fresh, self._release.encode_images(list(fresh.values())), strict=True))
             summary.embedded += len(fresh)
-        rows = [{**_row(image.item, image.digest), **image.look} for image in images]
-        arrays = {
-            column.name: pa.array([row.get(column.name) for row in rows], column.type)
-            for column in self._schema
-            if column.name != "vector"
-        }
-        vectors = np.stack([embeds[image.digest] for image in images])
-        arrays["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+        rows = [{**_row(image.item, image.digest), **image.look, "vector": embeds[image.digest]} for image in images]
         self.delete(image.item.id for image in images)
-        self._table.add(pa.table([arrays[name] for name in self._schema.names], schema=self._schema))
+        self._table.add(pa.Table.from_pylist(rows, schema=self._schema))
         for image, row in zip(images, rows, strict=True):
             self.known[image.item.id] = image.digest, self._hash(row)
             self._digests.add(image.digest)
 
     def _embedded(self, digests: set[str]) -> dict[str, NDArray[np.float32]]:
-        """The embeddings of contents that are in the table."""
+        """The embeddings in the table, by the digest of the file."""
         if not digests:
             return {}
         names = ", ".join(_quoted(digest) for digest in digests)
@@ -261,8 +261,7 @@ class Writer:
         return dict(zip(found["digest"].to_pylist(), vectors_of(found["vector"]), strict=True))
 
     def _index(self, search: dict[str, Any]) -> dict[str, Any]:
-        """How the table is to be searched: above EXACT vectors by an approximate index, with the least effort that has
-        the recall."""
+        """Make the approximate index that a table of more than EXACT images needs; returns how to search the table."""
         count = len(self.known)
         basis = {"name": "lancedb", "version": importlib.metadata.version("lancedb")}
         if count <= EXACT:
@@ -277,9 +276,9 @@ class Writer:
         return {**basis, "index": "IVF_PQ", "trained_on": search["trained_on"], **effort}
 
     def _settle(self) -> None:
-        """Optimize until nothing is left to do, so that doing it once more only removes old versions.
+        """Let LanceDB tidy up until nothing is left to do; later it only has to remove old versions.
 
-        What `index.json` names must stay, however old, until it is replaced.
+        The version that `index.json` names has to stay, however old it is, until `index.json` is replaced.
         """
         before = None
         while before != self._table.version:
@@ -289,7 +288,7 @@ class Writer:
 
 @dataclass(frozen=True)
 class _Image:
-    """A file that was read: kept as it is in the index, or prepared and looked at, or broken."""
+    """A file that was read: it is in the index already, or it is prepared for the encoder, or it is broken."""
 
     item: Item
     digest: str = ""
@@ -312,7 +311,7 @@ def _complain(image: _Image, summary: Summary, on_broken: OnBroken) -> None:
 
 
 def digest_of(data: bytes) -> str:
-    """Of a file's content."""
+    """The digest by which a file's bytes are told from others."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
@@ -321,7 +320,7 @@ def _quoted(text: str) -> str:
 
 
 def read_broken(folder: Path) -> list[str]:
-    """Ids of the images that could not be read."""
+    """The ids of the images that could not be read when the index was written."""
     with contextlib.suppress(OSError):
         return [line.partition("\t")[0] for line in (folder / BROKEN).read_text(encoding="utf-8").splitlines()]
     return []

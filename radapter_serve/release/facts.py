@@ -37,6 +37,7 @@ def release_digest(facts: Mapping[str, Any]) -> str:
     if missing:
         raise RAdapterError(f"the release does not say its {', '.join(missing)}; export it again with radapter-export")
     deciding = {name: facts[name] for name in _DECIDING}
+    deciding["preprocess"] = {"exif_orientation": True, **facts["preprocess"]}  # which older releases do not say
     if facts.get("quantization"):  # of int8 alone
         deciding["quantization"] = facts["quantization"]
         if facts.get("dynamic_alpha"):
