@@ -14,9 +14,10 @@ from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from radapter_export.files import STAGED, disk_errors, make_folder, recover, remove_empty, swap_in
+from radapter_export.files import STAGED, disk_errors, make_folder, recover, remove_empty, replaced
 from radapter_serve.clip.base import Base
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import staged, swap_in
 from radapter_serve.lock import lock
 
 CONFIG, WEIGHTS, RELEASE = "open_clip_config.json", "open_clip_model.safetensors", "release.json"
@@ -78,7 +79,8 @@ class Merged:
         with disk_errors(self.folder.parent):
             target.mkdir(exist_ok=True)
             tensors = {key: tensor.detach().contiguous() for key, tensor in state_dict.items()}
-            save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+            with staged(target / WEIGHTS) as path:
+                save_file(tensors, path, metadata={"format": "pt"})
             config = {"model_cfg": base.config, "preprocess_cfg": base.preprocess}
             (target / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
             if isinstance(base.tokenizer, HFTokenizer):  # which open_clip looks for in the folder, whatever its name
@@ -94,7 +96,7 @@ class Merged:
     def commit(self) -> None:
         """Put all of it in place."""
         with disk_errors(self.folder.parent):
-            swap_in(self._staged, self.folder)
+            swap_in(self._staged, self.folder, replaced(self.folder))
 
 
 def check_replaceable(folder: Path) -> None:

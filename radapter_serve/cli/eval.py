@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -142,7 +143,9 @@ def evaluate(
     for line in (results.path, *pictures):
         screen.print(f"wrote {line}", highlight=False, soft_wrap=True)
     if auto:
-        screen.print(f"Next:   radapter-export --adapter {path} --alpha auto", highlight=False, soft_wrap=True)
+        screen.print(
+            f"Next:   radapter-export --adapter {shlex.quote(str(path))} --alpha auto", highlight=False, soft_wrap=True
+        )
 
 
 def _choice_table(choice: Choice) -> Table:

@@ -71,9 +71,9 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
         pretrained = None
         config = _local_config(Path(name.removeprefix(LOCAL)))
     else:
-        config = open_clip.get_model_config(name)
-        if config is None:
+        if ":" in name or (found := open_clip.get_model_config(name)) is None:  # hf-hub: would be downloaded
             raise RAdapterError(f"unknown model {name!r}; allowed: local-dir:PATH, or one of {_similar(name)}")
+        config = found
         tags = open_clip.list_pretrained_tags_by_model(name)
         if not pretrained or not (pretrained in tags or Path(pretrained).is_file()):
             raise RAdapterError(

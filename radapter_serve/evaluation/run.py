@@ -161,6 +161,7 @@ def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
         )
     own = ("image_column", "label_column", "caption_column", "class_split", "images", "classes")
     fields: dict[str, Any] = {name: str(recipe[name]) for name in own if recipe.get(name)}
+    fields["exif_orientation"] = recipe.get("exif_orientation", True)
     if task == "segmentation":
         fields["dense"] = recipe["dense"] if recipe.get("dense", "none") != "none" else PROPOSALS
     return Suite("validation", (Entry("validation", data, task, split="validation", **fields),))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radapter_export import export_release
+from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.cli.eval import main
 from radapter_serve.cli.export import main as export
@@ -163,7 +163,7 @@ def test_export_auto_without_a_choice_or_with_another_adapters(here: Path, capfd
 
 
 def test_merged_and_release_by_flag(here: Path) -> None:
-    export_release("runs/tiny", [0.5], model_repository="repository", merged="merged")
+    export_release("runs/tiny", [0.5], ExportSettings(model_repository="repository", merged="merged"))
     common = [*COMMON, "--resume"]
     for flags in (
         ["--alpha", "0.5"],

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from radapter_export import Release, export_release
+from radapter_export import ExportSettings, Release, export_release
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_serve.adapter import Adapter, load_adapter, save_adapter
 from radapter_serve.clip.base import Base, load_base
@@ -66,10 +66,12 @@ def export_once(adapter_path: Path, labels_path: Path, tmp_path_factory: pytest.
         releases = export_release(
             adapter_path,
             ALPHAS,
-            model_repository=folder / "repository",
-            merged=folder / "merged",
-            label_sets={"animals": labels_path},
-            dense="naclip",
+            ExportSettings(
+                model_repository=folder / "repository",
+                merged=folder / "merged",
+                label_sets={"animals": labels_path},
+                dense="naclip",
+            ),
         )
     return Exported(folder, releases, {graph.name: graph for graph in graphs})
 

@@ -18,7 +18,7 @@ from radapter_serve.adapter import attach_adapter, fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.inputs.tokenizer import Tokenizer
-from radapter_serve.release.agreement import Samples, compare
+from radapter_serve.release.agreement import TOLERANCES, Agreement, Samples, Tolerance, compare
 from radapter_serve.runtimes.encoder import Encoder
 
 
@@ -142,3 +142,45 @@ def test_samples_lie_beside_each_graph_so_that_anyone_can_check_it(exported: tup
         assert agreement.max_error == exported[1][0].facts["agreement"][name]["max_error"]
     with pytest.raises(RAdapterError, match=r"samples.npz.*radapter-export"):
         Samples.load(path.parents[1])
+
+
+def agreement_of(embeds: np.ndarray, reference: np.ndarray, bounds: Tolerance | float | None) -> Agreement:
+    samples = Samples([np.zeros((len(reference), 1), np.uint8)], [reference.astype(np.float32)])
+    return compare("graph", lambda values: embeds.astype(np.float32), samples, bounds)
+
+
+def units(seed: int, width: int = 512) -> np.ndarray:
+    rows = np.random.default_rng(seed).normal(size=(4, width))
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize("tolerance", [1e-4, 0.3, 1.0])
+def test_unrelated_directions_never_pass_whatever_the_tolerance(precision: str, tolerance: float) -> None:
+    bounds = TOLERANCES[precision].widened(tolerance)
+    one, other = units(0), units(1)
+    assert np.abs(one - other).max() < 0.3  # by components alone, they are near
+    with pytest.raises(RAdapterError, match=r"1 - cosine up to (1\.|9\.).*no --tolerance allows a cosine below 0\.9"):
+        agreement_of(one, other, bounds)
+
+
+def test_a_zero_vector_agrees_with_nothing() -> None:
+    embeds = units(0)
+    embeds[2] = 0
+    assert agreement_of(embeds, units(0), None).min_cosine == 0
+    with pytest.raises(RAdapterError, match="no --tolerance allows"):
+        agreement_of(embeds, units(0), TOLERANCES["int8"].widened(1))
+
+
+def test_tolerance_widens_the_cosine_by_its_square_and_the_advice_suffices() -> None:
+    own = TOLERANCES["fp32"]
+    assert own.widened(1e-4) == own
+    assert own.widened(1e-6).min_cosine == own.min_cosine
+    assert 1 - own.widened(1e-3).min_cosine == pytest.approx(100 * (1 - own.min_cosine))
+    assert own.widened(1.0).min_cosine == 0.9
+    for size in (3e-4, 3e-3, 1e-2):
+        near = units(0) + np.random.default_rng(2).normal(size=(4, 512)) * size
+        with pytest.raises(RAdapterError, match="if you accept this, give --tolerance") as error:
+            agreement_of(near, units(0), own)
+        advice = float(str(error.value).rpartition(" ")[2])
+        assert agreement_of(near, units(0), own.widened(advice)).max_error <= advice

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from tritonclient.grpc import model_config_pb2
 
-from radapter_export import Release, export_release
+from radapter_export import ExportSettings, Release, export_release
 from radapter_export.dial import DialTower
 from radapter_export.graph import Graph, image_graph, text_graph
 from radapter_export.quantization import quantize
@@ -126,10 +126,12 @@ def dial(
         [release] = export_release(
             adapter_path,
             "dynamic",
-            model_repository=folder / "repository",
-            merged=folder / "merged",
-            label_sets={"animals": labels_path},
-            dense="naclip",
+            ExportSettings(
+                model_repository=folder / "repository",
+                merged=folder / "merged",
+                label_sets={"animals": labels_path},
+                dense="naclip",
+            ),
         )
     return folder, release
 
@@ -205,7 +207,9 @@ def test_soup_is_exported_as_the_average(
     save_adapter(random_adapter(scale=0.02), tmp_path / "other.safetensors")
     paths = [adapter_path, tmp_path / "other.safetensors"]
     [release] = export_release(
-        paths, [0.5], weights=[0.75, 0.25], model_repository=tmp_path / "repository", merged=tmp_path / "merged"
+        paths,
+        [0.5],
+        ExportSettings(weights=[0.75, 0.25], model_repository=tmp_path / "repository", merged=tmp_path / "merged"),
     )
     one, other = (load_adapter(path) for path in paths)
     assert release.facts["adapters"] == [

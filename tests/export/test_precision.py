@@ -17,7 +17,7 @@ from onnx import TensorProto
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from radapter_export import Release, export_release
+from radapter_export import ExportSettings, Release, export_release
 from radapter_export.accuracy import Accuracy, Validation, open_validation
 from radapter_export.graph import Graph
 from radapter_export.precision import lower
@@ -203,7 +203,7 @@ def export(quick: None, adapter_path: Path, tmp_path: Path) -> Export:
 
     def call(**changes: Any) -> Release:
         where = {"model_repository": tmp_path / "repository", "merged": tmp_path / "merged"}
-        (release,) = export_release(changes.pop("adapter", adapter_path), [0.7], **{**where, **changes})
+        (release,) = export_release(changes.pop("adapter", adapter_path), [0.7], ExportSettings(**{**where, **changes}))
         return release
 
     return call
@@ -328,3 +328,7 @@ def test_a_release_that_loses_points_is_refused(
     assert any("30 of 30 images by release" in line for line in lines)
     with pytest.raises(RAdapterError, match="or allow more with --max-drop"):
         judged(found.drop - 0.01)
+    metrics = iter([0.5, float("nan")])
+    monkeypatch.setattr("radapter_export.accuracy.judge", lambda *_, **__: [{"metrics": {"acc1": next(metrics)}}])
+    with pytest.raises(RAdapterError, match="the encoders lose nan points"):
+        judged(100)

@@ -20,7 +20,7 @@ import onnxruntime
 import pytest
 import torch
 
-from radapter_export import Release, export_release
+from radapter_export import ExportSettings, Release, export_release
 from radapter_export.repository import MODELS, PATCH_ENCODER
 from radapter_serve.adapter import Adapter, fold, load_adapter, save_adapter
 from radapter_serve.clip.base import Base
@@ -63,7 +63,8 @@ def export(quick: None, adapter_path: Path, tmp_path: Path) -> Export:
 
     def call(alphas: Any = (0.5,), **changes: Any) -> list[Release]:
         where = {"model_repository": tmp_path / "repository", "merged": tmp_path / "merged"}
-        return export_release(changes.pop("adapter", adapter_path), alphas, **{**where, **changes})
+        adapter, progress = changes.pop("adapter", adapter_path), changes.pop("progress", None)
+        return export_release(adapter, alphas, ExportSettings(**{**where, **changes}), progress=progress)
 
     return call
 
@@ -97,6 +98,7 @@ def test_release_json(exported: tuple[Path, list[Release]], adapter_path: Path, 
             "interpolation": "bicubic",
             "resize_mode": "shortest",
             "fill_color": 0,
+            "exif_orientation": True,
         }
         assert facts["tokenizer"]["context_length"] == 77
         assert facts["tokenizer"]["dynamic_length"] is True
@@ -239,7 +241,7 @@ def test_repository_may_hold_models_of_others(export: Export, tmp_path: Path) ->
         ({"base": "ViT-B-33"}, "unknown model 'ViT-B-33'"),
         ({"label_sets": {"a": "nothing.txt"}}, "nothing.txt"),
         ({"label_sets": {"../a": "nothing.txt"}}, "label set '../a'"),
-        ({"templates": ["no place for a label"]}, "{}"),
+        ({"templates": "no place for a label"}, "{}"),
         ({"tolerance": 1e-12}, "image_encoder in fp32 differs from torch"),
         ({"dense": "clip"}, "dense is 'clip'; allowed: none, maskclip, sclip, clearclip, naclip"),
     ],
@@ -299,11 +301,12 @@ def test_interrupt_leaves_everything_as_it_was(export: Export, tmp_path: Path) -
 
 KILLED = """
 import os, signal, sys
-from radapter_export import export_release
+from radapter_export import ExportSettings, export_release
 def progress(line):
     if "text_encoder at alpha 0.3" in line:
         os.kill(os.getpid(), signal.SIGKILL)
-export_release(sys.argv[1], [0.2, 0.3], model_repository="repository", merged="merged", progress=progress)
+settings = ExportSettings(model_repository="repository", merged="merged")
+export_release(sys.argv[1], [0.2, 0.3], settings, progress=progress)
 """
 
 
