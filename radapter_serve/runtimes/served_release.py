@@ -25,7 +25,7 @@ def connect(url: str) -> tuple[Client, Release]:
     """
     try:
         with Client(url) as client:
-            release = client.release
+            release = client.release()
         rows = min(16, int(release.facts.get("max_batch_size", 16)))  # a batch becomes some requests at once
         return Client(url, release=release.version, batch_size=rows), release
     except RAdapterClientError as error:
