@@ -16,9 +16,10 @@ from rich.table import Table
 from radapter_export.settings import CLASSES, ExportSettings
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
+from radapter_serve.threads import limit_threads
 
 if TYPE_CHECKING:
-    from radapter_export import Release
+    from radapter_export import ExportedRelease
 
 RUNS = Path("runs")
 
@@ -29,6 +30,7 @@ def export(
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     label_set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     format: Literal["onnx", "tensorrt"] = "onnx",
+    threads: int | None = None,
     settings: tyro.conf.OmitArgPrefixes[ExportSettings] = ExportSettings(),  # noqa: B008  # frozen
 ) -> None:
     """Fold an adapter into its base, export the towers, and check them against torch with the adapters attached.
@@ -45,8 +47,10 @@ def export(
         label_set: NAME=FILE, classes whose text embeddings become part of the release; one class a line. The run's own
             classes become the label set "classes" by themselves.
         format: tensorrt also builds engines for this machine's GPU, and lets them be served: --runtime tensorrt.
+        threads: threads to compute with; one a core if none is given. Fewer is faster where other work shares the cores.
         settings: all the rest.
     """
+    limit_threads(threads)
     settings = dataclasses.replace(settings, label_sets=_label_sets(label_set))
     if format == "tensorrt":
         if settings.runtime not in (None, "tensorrt"):
@@ -74,12 +78,12 @@ def export(
     _show(releases, paths, settings, time.perf_counter() - start)
 
 
-def _show(releases: Sequence[Release], paths: Sequence[Path], settings: ExportSettings, seconds: float) -> None:
+def _show(releases: Sequence[ExportedRelease], paths: Sequence[Path], settings: ExportSettings, seconds: float) -> None:
     """Print what was exported, and how to go on."""
     from radapter_serve.evaluation.results import metric_name
 
     names = ", ".join(map(str, paths))
-    kind = f"{len(releases)} release{'s' if len(releases) > 1 else ''} in {releases[0].facts['precision']}"
+    kind = f"{len(releases)} release{'s' if len(releases) > 1 else ''} in {settings.precision}"
     table = Table(title=f"{names}: {kind}, {seconds:.0f} s")
     for column in ("release", "alpha", "graph", "MB", "max error", "1 - cosine", "seconds"):
         left = column == "graph"
@@ -89,7 +93,7 @@ def _show(releases: Sequence[Release], paths: Sequence[Path], settings: ExportSe
             agreement = graph.agreement
             table.add_row(
                 str(release.version),
-                f"{release.alpha:g}{' (dynamic)' if release.facts['dynamic_alpha'] else ''}",
+                f"{release.alpha:g}{' (dynamic)' if release.release.dynamic_alpha else ''}",
                 graph.name,
                 f"{graph.size / 1e6:.1f}",
                 f"{agreement.max_error:.1e}",
@@ -113,7 +117,7 @@ def _show(releases: Sequence[Release], paths: Sequence[Path], settings: ExportSe
     folder = settings.model_repository
     repository = "" if folder == ExportSettings.model_repository else f" {shlex.quote(str(folder))}"
     out.print(f"Next:   radapter-serve{repository}", markup=False, highlight=False, soft_wrap=True)
-    if sets := sorted(releases[-1].facts["label_sets"]):
+    if sets := sorted(releases[-1].release.label_sets):
         name = CLASSES if CLASSES in sets else sets[0]
         out.print(f"        radapter-query classify PHOTO.jpg --label-set {name}", markup=False, highlight=False)
 
