@@ -69,7 +69,7 @@ def evaluate(
         batch_size: images a pass.
         precision: of torch; releases and servers have their own.
         device: of torch, such as cpu or cuda:1; a GPU if there is one.
-        threads: threads to compute with; one a core if none is given. Fewer is faster where other work shares the cores.
+        threads: threads to compute with; one a core if none is given. Fewer is faster beside other work.
     """
     limit_threads(threads)
     given = [flag for flag, value in (("merged", merged), ("release", release), ("url", url)) if value]

@@ -47,7 +47,7 @@ def export(
         label_set: NAME=FILE, classes whose text embeddings become part of the release; one class a line. The run's own
             classes become the label set "classes" by themselves.
         format: tensorrt also builds engines for this machine's GPU, and lets them be served: --runtime tensorrt.
-        threads: threads to compute with; one a core if none is given. Fewer is faster where other work shares the cores.
+        threads: threads to compute with; one a core if none is given. Fewer is faster beside other work.
         settings: all the rest.
     """
     limit_threads(threads)

@@ -50,21 +50,17 @@ def oriented(image: Image.Image) -> Image.Image:
 def decode(data: bytes, *, exif_orientation: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a JPEG, PNG or WebP image; of an animation, the first frame.
 
-        Args:
-            data: the file's bytes, or the same as base64 text, with or without a `data:` URI in front.
-            exif_orientation: turn the image as its EXIF says; False leaves the pixels as the file has them, as open_clip
-                does.
-            max_pixels: width times height above which the image is refused; only its header has been read then.
+    Args:
+        data: the file's bytes, or the same as base64 text, with or without a `data:` URI in front.
+        exif_orientation: turn the image as its EXIF says; False leaves the pixels as the file has them, as open_clip
+            does.
+        max_pixels: width times height above which the image is refused; only its header has been read then.
 
-        Returns:
-    <<<<<<< HEAD
-            The image, its mode not converted; of 16 bits of gray the upper 8.
-    =======
-            The image, its mode not converted; but of 16 bits of gray the upper 8 are kept.
-    >>>>>>> main
+    Returns:
+        The image, its mode not converted; but of 16 bits of gray the upper 8 are kept.
 
-        Raises:
-            TaskError: not an image of these formats, broken, truncated, or too large.
+    Raises:
+        TaskError: not an image of these formats, broken, truncated, or too large.
     """
     return _loaded(_open(data, max_pixels), exif_orientation)
 
