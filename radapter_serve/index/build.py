@@ -19,7 +19,17 @@ import pyarrow as pa
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.collection import open_collection
-from radapter_serve.index.index import FACTS, FORMAT, TABLE, Index, engine_errors, mismatch, read_facts, vectors_of
+from radapter_serve.index.index import (
+    FACTS,
+    FORMAT,
+    TABLE,
+    Index,
+    engine_errors,
+    mismatch,
+    read_facts,
+    rebuild,
+    vectors_of,
+)
 from radapter_serve.index.writer import (
     BATCH,
     OnBroken,
@@ -167,7 +177,8 @@ def add(
         if release.facts.get("dynamic_alpha"):
             release.dial(facts["release"]["alpha"])
         if facts["release_digest"] != release_digest(release.facts):
-            raise RAdapterError(mismatch(out, facts, release.facts))
+            at = f" --alpha {facts['release']['alpha']:g}" if release.facts.get("dynamic_alpha") else ""
+            raise RAdapterError(f"{mismatch(str(out), facts, release.facts)}: {rebuild(out, facts)}{at}")
         root = Path(facts["root"])
         collection = open_collection(source or facts["source"], image_column=facts["image_column"], root=root)
         writer = Writer(out, facts, release, None)

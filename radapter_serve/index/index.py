@@ -11,6 +11,7 @@ import json
 import math
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,22 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.inputs.errors import INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
+from radapter_serve.files import as_text, ascii_path
+from radapter_serve.index.condition import check_condition
+from radapter_serve.inputs.errors import INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError, public
 
 FORMAT = 1
 FACTS, TABLE = "index.json", "images"
 #: up to here, every vector is compared; above, LanceDB's approximate index chooses which
 EXACT = 100_000
 MAX_TOP_K = 1000
-MAX_CONDITION = 2000  # characters
-MAX_OPERATORS = 300  # with names and brackets: the engine's stack overflows on deeper conditions, and ends the process
-_FUNCTIONS = ("cast", "coalesce", "length", "lower", "upper")
-_BEFORE_BRACKET = ("and", "or", "not", "in", *_FUNCTIONS)
-_SQL = re.compile(
-    r"""\s+ | (?P<text>'(?:[^']|'')*') | (?P<name>`[^`]+` | "[^"]+") | (?P<number>\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)
-    | (?P<word>[^\W\d]\w*) | (?P<open>\() | (?P<sign><=|>=|<>|!=|[=<>+\-*/%,)])""",
-    re.VERBOSE,
-)
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ class Index:
         except ModuleNotFoundError:
             raise RAdapterError("lancedb is not installed; pip install 'radapter-serve[server]'") from None
         with engine_errors(self.folder):
-            self.table = lancedb.connect(self.folder).open_table(TABLE)
+            self.table = lancedb.connect(ascii_path(self.folder)).open_table(TABLE)
             self.table.checkout(self.facts["engine"]["table_version"])
             self.columns: list[str] = self.facts["columns"]
 
@@ -104,7 +98,7 @@ class Index:
         condition = check_condition(where) if where and where.strip() else None
         columns = [*self.columns, *(["thumbnail"] if thumbnails else [])]
         find = self._approximate if "index" in self.facts["engine"] else self._exact
-        with _condition_errors(self.folder, where, self.columns):
+        with _condition_errors(as_text(self.folder.name), where, self.columns):
             hits = [_hit(row, score) for row, score in find(embedding, top_k, condition, columns)]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))
 
@@ -178,50 +172,16 @@ def rebuild(folder: Path, facts: Mapping[str, Any] | None = None) -> str:
     return f"radapter-index build {source} --out {shlex.quote(str(folder))}"
 
 
-def mismatch(folder: Path, facts: Mapping[str, Any], release: Mapping[str, Any]) -> str:
-    """Why an index that another release made is refused, and the command that builds it again."""
+def mismatch(name: str, facts: Mapping[str, Any], release: Mapping[str, Any]) -> str:
+    """Why an index that another release made is refused."""
     made, now = (
         f"{one['architecture']} at alpha {one['alpha']:g}, release {one['version']}"
         for one in (facts["release"], release)
     )
-    at = f" --alpha {facts['release']['alpha']:g}" if release.get("dynamic_alpha") else ""
     return (
-        f"the index {folder} is of another release ({made} then; this is {now}), so their embeddings can't be "
-        f"compared; build it again: {rebuild(folder, facts)}{at}"
+        f"the index {name} is of another release ({made} then; this is {now}), so their embeddings can't be compared; "
+        "build it again"
     )
-
-
-def check_condition(where: str) -> str:
-    """A condition that compares columns and nothing else: SQL that could do more is refused before it is run.
-
-    Raises:
-        TaskError: too long, or with something in it that no comparison needs.
-    """
-    if len(where) > MAX_CONDITION:
-        raise TaskError(INVALID_ARGUMENT, f"where has {len(where)} characters; at most {MAX_CONDITION} are allowed")
-    place, last, operators = 0, "", 0
-    while place < len(where):
-        found = _SQL.match(where, place)
-        if found is None:
-            raise TaskError(INVALID_ARGUMENT, f"where has {where[place]!r} at character {place + 1}; {_ALLOWED}")
-        if found["open"] and re.search(r"[\w`\"']$", last) and last not in _BEFORE_BRACKET:
-            raise TaskError(INVALID_ARGUMENT, f"where calls {last}(); functions: {', '.join(_FUNCTIONS)}")
-        if not found[0].isspace():
-            last = (found["word"] or found["name"] or found[0]).lower()
-        if found["word"] and last in ("select", "from"):
-            raise TaskError(INVALID_ARGUMENT, f"where has {found[0]!r}, and takes no query; {_ALLOWED}")
-        operators += not (found[0].isspace() or found["text"] or found["number"] or found[0] == ",")
-        place = found.end()
-    if operators > MAX_OPERATORS:
-        raise TaskError(
-            INVALID_ARGUMENT,
-            f"where has {operators} operators, names and brackets; at most {MAX_OPERATORS} are allowed: write a list "
-            "as path IN ('a.jpg', 'b.jpg')",
-        )
-    return where
-
-
-_ALLOWED = "allowed is a condition such as year > 2020 AND (path LIKE 'cats/%' OR `file name` = 'it''s')"
 
 
 @contextlib.contextmanager
@@ -236,18 +196,20 @@ def engine_errors(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _condition_errors(folder: Path, where: str | None, columns: Sequence[str]) -> Iterator[None]:
+def _condition_errors(name: str, where: str | None, columns: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the engine's is no Exception
+        why = public(_short(error))
         if where is None:
+            print(f"the index {name} can't be searched: {error}", file=sys.stderr)
             raise TaskError(
-                UNKNOWN_INDEX, f"the index {folder} can't be searched: {_short(error)}; see radapter-index verify"
-            ) from error
+                UNKNOWN_INDEX, f"the index {name} can't be searched ({why}); see radapter-index verify"
+            ) from None
         raise TaskError(
-            INVALID_ARGUMENT, f"where {where!r:.200} fails: {_short(error)}; the columns: {', '.join(columns)}"
+            INVALID_ARGUMENT, f"where {where!r:.200} fails: {why}; the columns: {', '.join(columns)}"
         ) from None
 
 

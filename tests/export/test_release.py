@@ -97,6 +97,7 @@ def test_release_json(exported: tuple[Path, list[Release]], adapter_path: Path, 
             "interpolation": "bicubic",
             "resize_mode": "shortest",
             "fill_color": 0,
+            "exif_orientation": True,
         }
         assert facts["tokenizer"]["context_length"] == 77
         assert facts["tokenizer"]["dynamic_length"] is True
