@@ -8,6 +8,7 @@ import ipaddress
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -31,6 +32,10 @@ from radapter_serve.server.runtime_choice import Measured, check, fastest, measu
 from radapter_serve.threads import environment, share, total
 
 _EXIT_TIMEOUT = 5
+# What a caller could read or change the server's memory, files and log by; open to who sends the secret of this server.
+_RESTRICTED = "shared-memory,model-repository,trace,logging"
+_RESTRICTING = ("http-restricted-api", "grpc-restricted-protocol")
+_KEY = "radapter-secret"
 # Runs the server so that it ends when the process (more exactly: the thread) that started it is killed.
 _LAUNCHER = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 
@@ -122,6 +127,7 @@ class TritonServer:
         self._dead: set[int] = set()
         self._stubs: dict[int, str] = {}
         self._runtime, self.threads = runtime, threads or total()
+        self._secret = secrets.token_hex(32)
         self.measured: list[Measured] = []
         self._plans: list[Sidecar] = []
         self.models: dict[str, list[int]] = {}
@@ -312,6 +318,7 @@ class TritonServer:
             f"--grpc-port={self.grpc_port}",
             f"--metrics-port={self.metrics_port}",
             "--model-control-mode=none",  # explicit takes models, and with them code, from whoever asks
+            *(f"--{flag}={_RESTRICTED}:{_KEY}={self._secret}" for flag in _RESTRICTING),
             "--disable-auto-complete-config",  # configs of an export are complete; this halves the start
             f"--exit-timeout-secs={_EXIT_TIMEOUT}",
             f"--backend-config=python,shm-region-prefix-name={shm_prefix(folder)}",
@@ -351,7 +358,8 @@ class TritonServer:
 
     def _served(self) -> dict[str, list[int]]:
         """What the server itself says it serves: a config may leave versions of the folder out."""
-        request = urllib.request.Request(f"{self.http_url}/v2/repository/index", b'{"ready": true}', method="POST")
+        url, headers = f"{self.http_url}/v2/repository/index", {_KEY: self._secret}
+        request = urllib.request.Request(url, b'{"ready": true}', headers)
         with _OPENER.open(request, timeout=10) as response:
             models: dict[str, list[int]] = {}
             for entry in json.load(response):

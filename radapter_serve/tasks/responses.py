@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -15,7 +14,6 @@ from radapter_serve.tasks.outcome import Outcome, isolated
 
 T = TypeVar("T")
 A = TypeVar("A")
-_PRIVATE = re.compile(r"['\"]?(?<![\w.])/\S+|\S*radapter_serve_\w+\S*")  # paths, and names of shared memory
 
 
 def read(request: Any, name: str) -> Any:
@@ -58,11 +56,6 @@ def answer(
 def each(task: Callable[[T], A]) -> Callable[[Sequence[T]], list[Outcome[A]]]:
     """A task for one request as `answer` runs it."""
     return lambda requests: [Outcome.of(partial(task, request)) for request in requests]
-
-
-def public(message: str) -> str:
-    """What callers may read of an error's message: its first line, without paths and names of shared memory."""
-    return _PRIVATE.sub("...", message.strip().partition("\n")[0])
 
 
 def _response(outcome: Outcome[dict[str, NDArray[Any]]]) -> Any:

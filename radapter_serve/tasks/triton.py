@@ -12,12 +12,11 @@ import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
 from radapter_serve.inputs.alpha import Alpha
-from radapter_serve.inputs.errors import ENCODER_FAILED, TaskError
+from radapter_serve.inputs.errors import ENCODER_FAILED, TaskError, public
 from radapter_serve.inputs.labels import LabelEmbedder
 from radapter_serve.inputs.tokenizer import Tokenizer
 from radapter_serve.release.facts import read_release
 from radapter_serve.tasks.classify import EmbedImages
-from radapter_serve.tasks.responses import public
 from radapter_serve.threads import decoders
 
 

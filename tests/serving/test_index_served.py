@@ -131,7 +131,7 @@ def test_the_printed_commands_serve_and_search(
         (tmp_path / "my photos" / f"{number}.png").write_bytes(png(number, 50, 40))
     (tmp_path / "my models").symlink_to(exported_tiny_clip / "model_repository")
     monkeypatch.chdir(tmp_path)
-    assert main(["build", "my photos", "--out", "my indexes/photos", "--model-repository", "my models@1"]) == 0
+    assert main(["build", "my photos", "--out", "my indexes/Büro", "--model-repository", "my models@1"]) == 0
     said = capsys.readouterr().out
     serve, search = (re.search(rf"{what} it: +(.*)", said)[1] for what in ("serve", "search"))  # type: ignore[index]
     http, grpc_port, metrics = free_ports()
@@ -146,6 +146,9 @@ def test_the_printed_commands_serve_and_search(
             found = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
             assert found.returncode == 0, found.stderr
             assert {json.loads(line)["id"] for line in found.stdout.splitlines()} == {"0.png", "1.png", "2.png"}
+            command = command.replace("Büro", "nosuch")
+            found = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+            assert found.returncode == 2 and "there are: Büro" in found.stderr
         finally:
             server.terminate()
             server.communicate()
