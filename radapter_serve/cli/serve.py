@@ -136,7 +136,8 @@ def curl(url: str) -> str:
     }
     before, after = json.dumps(body).split("IMAGE")
     image = "base64 < cat.jpg | tr -d '\\n'"
-    send = f"curl {url}/v2/models/classify/infer --data-binary @-"
+    # With curl's own content type a body of 4 MiB and more ends tritonserver.
+    send = f"curl {url}/v2/models/classify/infer -H 'Content-Type: application/json' --data-binary @-"
     return f"(printf '{before}'; {image}; printf '{after}') | \\\n  {send}"
 
 
