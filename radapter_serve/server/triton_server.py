@@ -191,7 +191,7 @@ class TritonServer:
             except OSError as error:
                 why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
                 raise RAdapterError(
-                    f"cannot write into {tempfile.gettempdir()}: {why}; free some space, or set TMPDIR to another folder"
+                    f"cannot write into {tempfile.gettempdir()}: {why}; free some space, or set TMPDIR to another"
                 ) from None
             self._wait_until_ready()
             hide_shared_memory(self._folder)

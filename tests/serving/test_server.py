@@ -60,6 +60,13 @@ def test_the_command_gives_one_line(tmp_path, capsys):
     assert lines[-1].startswith("radapter-serve: error: the model repository ")
 
 
+def test_the_repository_by_position_and_by_flag(tmp_path, capsys):
+    none = str(tmp_path / "none")
+    for arguments in ([none], ["--model-repository", none], [f"--model-repository={none}"]):
+        assert main(arguments) == 2
+        assert f"the model repository {none} does not exist" in capsys.readouterr().err
+
+
 def test_numpy_2_and_python_313_are_refused(monkeypatch):
     monkeypatch.setattr(installation.importlib.metadata, "version", lambda _: "2.1.0")
     with pytest.raises(RAdapterError, match=r"numpy 2\.1\.0 .* misreads tensors"):
