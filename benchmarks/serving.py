@@ -34,14 +34,16 @@ STAGES = ("decode, resize, score, hand-over", "encoder", "Triton: queues, copies
 
 def export(architecture: str, folder: Path) -> tuple[float, int]:
     """What radapter-export does, with a label set; its seconds, and the checkpoint's size in bytes."""
-    from radapter_export import export_release  # only in the process that exports
+    from radapter_export import ExportSettings, export_release  # only in the process that exports
 
     _, adapter, size = random_clip(architecture, folder)
     names = folder / "names.txt"
     names.write_text("\n".join(CLASS_NAMES), encoding="utf-8")
     start = time.perf_counter()
     merged, repository = folder / "merged", folder / "repository"
-    export_release(adapter, [0.5], merged=merged, model_repository=repository, label_sets={LABEL_SET: names})
+    export_release(
+        adapter, [0.5], ExportSettings(merged=merged, model_repository=repository, label_sets={LABEL_SET: names})
+    )
     return time.perf_counter() - start, size
 
 

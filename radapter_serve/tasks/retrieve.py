@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_name, as_text
-from radapter_serve.index.index import FACTS, Index, mismatch
+from radapter_serve.index.index import FACTS, NAME, Index, mismatch
 from radapter_serve.inputs.alpha import Dial
 from radapter_serve.inputs.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
 from radapter_serve.release.facts import release_digest
@@ -122,7 +122,7 @@ class Retrieve:
         Raises:
             TaskError: no such index, one that can't be read, or one of another release.
         """
-        if not re.fullmatch(r"\w[\w.-]*", name):
+        if not re.fullmatch(NAME, name):
             raise TaskError(UNKNOWN_INDEX, f"{name!r:.80} is no name of an index; there are: {self._known()}")
         folder = self._folder / as_name(name)
         try:
@@ -143,8 +143,8 @@ class Retrieve:
         index = found[1]
         at = {"alpha": index.facts["release"]["alpha"]} if self._dial.dynamic else {}
         if index.facts["release_digest"] != release_digest({**self._release, **at}):
-            why = mismatch(name, index.facts, self._release)
-            raise TaskError(INDEX_MISMATCH, f"{why} on the server with radapter-index build")
+            why = f"the index {name!r} {mismatch(index.facts, self._release)}"
+            raise TaskError(INDEX_MISMATCH, f"{why}; build it again on the server with radapter-index build")
         return index
 
     def _known(self) -> str:
