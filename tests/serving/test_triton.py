@@ -319,6 +319,12 @@ def bad(name: str, shape: list[int], data: list[object], kind: str = "BYTES") ->
     return {"name": name, "shape": shape, "datatype": kind, "data": data}
 
 
+def test_a_large_body_with_its_content_type_is_answered(server):
+    sent = bad("image", [1, 1], [base64.b64encode(png(0) + bytes(6 << 20)).decode()])
+    assert post(server, "models/embed_image/infer", {"inputs": [sent]})[0] == 200
+    assert post(server, "models/embed_image/infer", {"inputs": [bad("image", [1, 1], ["A" * (8 << 20)])]})[0] == 400
+
+
 def test_bad_requests_answer_400_while_good_ones_are_answered(server, client, local):
     image = base64.b64encode(png(0)).decode()
     both = [bad("image", [1, 1], [image]), bad("labels", [1, 1], ["a"])]
