@@ -219,6 +219,11 @@ class TritonServer:
             RAdapterError: the server, or the process of one of its models, is gone.
         """
         process = self._process
+        if process is not None and process.poll() == -signal.SIGSEGV:
+            raise RAdapterError(
+                "tritonserver ended by a segmentation fault, as a request of 4 MiB and more causes without the header "
+                "Content-Type: application/json; start it again: radapter-serve"
+            )
         if process is None or process.poll() is not None:
             raise RAdapterError(f"tritonserver ended by itself: {self._reason()}")
         found = children(process.pid)
