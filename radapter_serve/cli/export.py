@@ -45,7 +45,7 @@ def export(
         label_set: NAME=FILE, classes whose text embeddings become part of the release; one class a line. The run's own
             classes become the label set "classes" by themselves.
         format: tensorrt also builds engines for this machine's GPU, and lets them be served: --runtime tensorrt.
-        settings: all the rest.
+        settings: how the adapters become releases; the fields of `ExportSettings` in Python.
     """
     settings = dataclasses.replace(settings, label_sets=_label_sets(label_set))
     if format == "tensorrt":
