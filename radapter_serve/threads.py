@@ -1,12 +1,14 @@
-"""The one place that decides how many threads each part of a server gets."""
+"""The one place that decides how many threads each part of a server or of a command gets."""
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 from pathlib import Path
 
 from radapter_serve.environment import THREADS
+from radapter_serve.errors import RAdapterError
 
 
 def cores(root: Path = Path("/")) -> int:
@@ -45,6 +47,24 @@ def environment(threads: int) -> dict[str, str]:
     """Variables for the processes of a server: the cores are for the encoders, which do not use OpenMP."""
     own = {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     return {THREADS: str(threads), **own}
+
+
+def limit_threads(threads: int | None) -> None:
+    """Let a command compute with so many threads, its encoders too; call it before torch is loaded.
+
+    Args:
+        threads: 1 or more; None takes one a core, or what OMP_NUM_THREADS says.
+
+    Raises:
+        RAdapterError: fewer than one.
+    """
+    if threads is not None and threads < 1:
+        raise RAdapterError(f"--threads is {threads}; allowed: 1 or more")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave their cores to other work
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = os.environ[THREADS] = str(threads)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(threads)
 
 
 def _siblings(root: Path, number: int) -> str:

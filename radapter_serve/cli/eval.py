@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,6 +14,7 @@ from rich.table import Table
 from radapter_serve.cli import run
 from radapter_serve.cli.export import newest_run
 from radapter_serve.errors import RAdapterError
+from radapter_serve.threads import limit_threads
 
 if TYPE_CHECKING:
     from radapter_serve.evaluation.choice import Choice
@@ -40,6 +42,7 @@ def evaluate(
     batch_size: int = 64,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     device: str | None = None,
+    threads: int | None = None,
 ) -> None:
     """Judge models by the data sets of a suite: a run at any alpha, a merged checkpoint, a release, or a live server.
 
@@ -66,7 +69,9 @@ def evaluate(
         batch_size: images a pass.
         precision: of torch; releases and servers have their own.
         device: of torch, such as cpu or cuda:1; a GPU if there is one.
+        threads: threads to compute with; one a core if none is given. Fewer is faster beside other work.
     """
+    limit_threads(threads)
     given = [flag for flag, value in (("merged", merged), ("release", release), ("url", url)) if value]
     of_a_run: dict[str, Any] = {"adapter": adapter, "finetuned": finetuned, "base": base, "pretrained": pretrained}
     if merged or "auto" in alpha:  # which release has which alpha is seen when it is read
@@ -92,7 +97,7 @@ def evaluate(
         # torch takes seconds to load: not for --help
         from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
         from radapter_serve.evaluation.results import Results, table
-        from radapter_serve.evaluation.run import choose_alpha, draw, judge_suite
+        from radapter_serve.evaluation.run import choose_alpha, draw, draw_choice, judge_suite
         from radapter_serve.evaluation.server_embedder import ServerEmbedder
         from radapter_serve.evaluation.suite import load_suite
         from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
@@ -132,7 +137,10 @@ def evaluate(
             rows = judge_suite(embedder, judged, results, variants=variants, **options) if judged else []
         finally:
             embedder.close()
-        pictures = draw(rows, Path(out), judged.name) if judged and rows else []
+        # Of the α that auto judges on test data there are only two: no curve to replace a whole one by.
+        pictures = draw(rows, Path(out), judged.name, curve_too=not auto) if judged and rows else []
+        if auto:
+            pictures.append(draw_choice(choice, Path(out)))
     if judged and rows:
         screen.print(table(rows, f"{judged.name}: per cent", judged.pairs("test")))
     for left_out in skipped:
@@ -142,7 +150,9 @@ def evaluate(
     for line in (results.path, *pictures):
         screen.print(f"wrote {line}", highlight=False, soft_wrap=True)
     if auto:
-        screen.print(f"Next:   radapter-export --adapter {path} --alpha auto", highlight=False, soft_wrap=True)
+        screen.print(
+            f"Next:   radapter-export --adapter {shlex.quote(str(path))} --alpha auto", highlight=False, soft_wrap=True
+        )
 
 
 def _choice_table(choice: Choice) -> Table:

@@ -90,6 +90,7 @@ def facts_of(embedder: Embedder, data: JudgedSet, variant: Variant) -> Row:
         "shift": data.entry.shift,
         "split": data.entry.split,
         "metric": data.entry.metric,
+        **({} if data.entry.exif_orientation else {"exif_orientation": False}),
         **facts,
         **data.facts,
         **data.how(embedder),

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from radapter_serve.evaluation.embedder import Embedder
 from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.evaluation.suite import Entry
 from radapter_serve.inputs.labels import split_label
+from radapter_serve.inputs.preprocess import decode, oriented
 
+_OF_PNG = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 EmbedTexts = Callable[[Sequence[str]], Floats]
 Known = dict[tuple[tuple[str, ...], str], Floats]
 
@@ -89,6 +93,24 @@ def class_embeds(
             mean = group.mean(axis=0)
             known[key, line] = np.asarray(mean / np.linalg.norm(mean), np.float32)
     return np.stack([known[key, line] for line in classes])
+
+
+def as_seen(data: bytes, entry: Entry, embedder: Embedder) -> bytes:
+    """An image file for models that turn images by EXIF, or don't, such that they see what the suite wants."""
+    if entry.exif_orientation == embedder.exif_orientation:
+        return data
+    stored = decode(data, exif_orientation=False)
+    turned = oriented(stored)
+    if turned is stored:
+        return data
+    return png_of(turned if entry.exif_orientation else stored)
+
+
+def png_of(image: Image.Image) -> bytes:
+    """An image as a PNG file that has no EXIF."""
+    out = io.BytesIO()
+    (image if image.mode in _OF_PNG else image.convert("RGB")).save(out, "PNG", exif=b"")
+    return out.getvalue()
 
 
 def drawn(count: int, limit: int | None, seed: int) -> NDArray[np.int64]:

@@ -36,6 +36,7 @@ class ReleaseEmbedder:
         facts = self._release.facts
         self.templates = list(facts["templates"])
         self.size = self._release.preprocess.size[0]
+        self.exif_orientation = self._release.preprocess.exif_orientation
         self.variants = release_variants("release", facts, alphas)
 
     def select(self, variant: Variant) -> None:

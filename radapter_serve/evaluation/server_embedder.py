@@ -32,6 +32,7 @@ class ServerEmbedder:
         self._facts = release.facts
         self.templates = release.templates
         self.size = int(release.facts["preprocess"]["size"])
+        self.exif_orientation = bool(release.facts["preprocess"].get("exif_orientation", True))
         self.variants = release_variants("server", release.facts, alphas)
         self._alpha: float | None = None
 

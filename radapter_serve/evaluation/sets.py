@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,16 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import yaml
 from numpy.typing import NDArray
 
 from radapter_serve.clip.prompts import templates_of
-from radapter_serve.data import READERS, ImageColumn, Labelled, class_split, load_captioned, load_labelled
+from radapter_serve.data import (
+    READERS,
+    ImageColumn,
+    Labelled,
+    class_split,
+    imagenet_classes,
+    load_captioned,
+    load_labelled,
+    refuse_wordnet_ids,
+)
 from radapter_serve.data.masked import load_masked
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder
-from radapter_serve.evaluation.judged import JudgedSet, Known, Scorer, class_embeds, digest, drawn
+from radapter_serve.evaluation.judged import JudgedSet, Known, Scorer, as_seen, class_embeds, digest, drawn, png_of
 from radapter_serve.evaluation.karpathy import load_karpathy
 from radapter_serve.evaluation.metrics import Floats, classification_metrics, retrieval_metrics, true_ranks
 from radapter_serve.evaluation.segmentation import SegmentationSet
@@ -51,7 +58,7 @@ class _ImageSet:
         return self.images[number].name
 
     def prepare(self, embedder: Embedder, number: int) -> Any:
-        return embedder.prepare(self.images[number]())
+        return embedder.prepare(as_seen(self.images[number](), self.entry, embedder))
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,8 @@ def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int 
             classes=_file(suite, entry.classes) if entry.classes and mapping is None else None,
             images=_images(suite, entry),
         )
+        if entry.classes is None:
+            refuse_wordnet_ids(data.own)
         data = class_split(data, entry.class_split)
     except RAdapterError as error:
         raise RAdapterError(f"data set {entry.name!r}: {error}") from error
@@ -190,17 +199,18 @@ def classification_set(
     labels = data.labels()
     classes, chosen = data.classes, np.arange(len(labels))
     if mapping is not None:
-        kept = [index for index, name in enumerate(classes) if name in mapping]
+        kept = [index for index, name in enumerate(data.own) if name in mapping]
         if not kept:
             raise RAdapterError(
                 f"data set {entry.name!r}: the class mapping {entry.classes} knows none of its classes: "
-                f"{', '.join(classes[:5])}, ..."
+                f"{', '.join(data.own[:5])}, ..."
             )
         new = np.full(len(classes), -1)
         new[kept] = np.arange(len(kept))
-        classes, labels = [mapping[classes[index]] for index in kept], new[labels]
+        classes, labels = [mapping[data.own[index]] for index in kept], new[labels]
         chosen = np.flatnonzero(labels >= 0)
     chosen = chosen[drawn(len(chosen), limit, seed)]
+    data.exif_orientation = entry.exif_orientation
     images = [Image(data, data.rows, int(index), entry.border) for index in chosen]
     return ClassificationSet(entry, images, labels[chosen], list(classes), templates)
 
@@ -213,6 +223,7 @@ def _retrieval_set(suite: Suite, entry: Entry, spec: str, limit: int | None, see
         data = load_karpathy(Path(path), split, folder or Path(path).parent)
     else:
         data = load_captioned(spec, image_column=entry.image_column, caption_column=entry.caption_column, images=folder)
+    data.exif_orientation = entry.exif_orientation
     chosen = [data.images[index] for index in drawn(len(data.images), limit, seed)]
     captions = [image.captions[: entry.max_captions] for image in chosen]
     image_of = np.repeat(np.arange(len(chosen)), [len(texts) for texts in captions])
@@ -225,6 +236,7 @@ def _segmentation_set(suite: Suite, entry: Entry, spec: str, limit: int | None, 
         spec,
         classes=_file(suite, entry.classes) if entry.classes else None,
         images=_images(suite, entry),
+        exif_orientation=entry.exif_orientation,
     )
     images = [data.images[index] for index in drawn(len(data.images), limit, seed)]
     return SegmentationSet(entry, images, data.classes, _templates(suite, entry.templates))
@@ -241,7 +253,7 @@ class Image:
 
     def __call__(self) -> bytes:
         found = self.column.data(self.rows[self.index])
-        return _cropped(found, self.border) if self.border else found
+        return _cropped(found, self.border, self.column.exif_orientation) if self.border else found
 
     @property
     def name(self) -> str:
@@ -249,11 +261,9 @@ class Image:
         return self.column.name(self.rows[self.index])
 
 
-def _cropped(data: bytes, border: int) -> bytes:
-    image = decode(data)
-    out = io.BytesIO()
-    image.crop((border, border, image.width - border, image.height - border)).save(out, "PNG")
-    return out.getvalue()
+def _cropped(data: bytes, border: int, exif_orientation: bool) -> bytes:
+    image = decode(data, exif_orientation=exif_orientation)
+    return png_of(image.crop((border, border, image.width - border, image.height - border)))
 
 
 def _below(root: Path, spec: str) -> str:
@@ -273,12 +283,7 @@ def _file(suite: Suite, name: str) -> Path:
 def _class_mapping(suite: Suite, classes: str | None) -> dict[str, str] | None:
     """The mapping that `classes` names; None where it is no mapping."""
     if classes == "imagenet":
-        from timm.data.imagenet_info import ImageNetInfo
-
-        names = open_clip.IMAGENET_CLASSNAMES
-        info = ImageNetInfo("imagenet-1k")
-        wordnet = dict(zip(info.label_names(), names, strict=True))  # type: ignore[no-untyped-call]
-        return {**wordnet, **{str(index): name for index, name in enumerate(names)}}
+        return imagenet_classes()
     if classes is None or not classes.endswith((".yaml", ".yml")):
         return None
     path = _file(suite, classes)

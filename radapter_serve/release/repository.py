@@ -12,7 +12,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.agreement import Tolerance
+from radapter_serve.release.agreement import LEAST_COSINE, Tolerance
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ class ServedEncoder:
     def bounds(self) -> Tolerance:
         """How far from torch it may be, as at its export."""
         agreement = self.facts["agreement"]
-        return Tolerance(float(agreement["tolerance"]), float(agreement.get("min_cosine", -1)))
+        cosine = float(agreement.get("min_cosine", LEAST_COSINE))
+        return Tolerance(float(agreement["tolerance"]), max(LEAST_COSINE, cosine))
 
     @property
     def versions(self) -> list[int]:
@@ -137,6 +138,10 @@ class ServedEncoder:
         config.CopyFrom(self.config)
         if runtime != self.runtime:  # else what its owner may have changed stays, such as KIND_CPU
             configure(config, runtime, self.precision, int(self.facts["max_batch_size"]))
+        if all(dim == -1 for tensor in config.input for dim in tensor.dims):
+            # Where no size tells Triton that an empty batch is none, it takes the request and never answers it. Without
+            # batches of Triton's the encoder gets to see it; the tasks make the batches of texts anyway.
+            _batch(config, 0)
         if (name := RUNTIMES[runtime].threads) and threads:
             config.parameters[name].string_value = str(threads)
         return str(text_format.MessageToString(config))

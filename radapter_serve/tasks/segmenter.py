@@ -72,8 +72,8 @@ class Segmented:
     """A segmented image.
 
     Args:
-        mask: uint16 [H, W], index of each pixel's label; C is the background, where a threshold was given. H and W as
-            the file stores the image: EXIF orientation is not applied.
+        mask: uint16 [H, W], index of each pixel's label; C is the background, where a threshold was given. H and W are
+            those of the image as it was given: of a decoded file, after it was turned by its EXIF orientation.
         scores: float32 [C], or [C + 1] with the background: the mean probability over the pixels that got the label
             (of background pixels, one minus their best label's), 0 where none did.
     """
@@ -106,6 +106,11 @@ class Segmenter:
         self._encode_patches, self._encode_images = encode_patches, encode_images
         self._preprocess, self._crop, self._size = preprocess, crop, preprocess.size[0]
         self._logit_scale, self._max_batch_size = logit_scale, max_batch_size
+
+    @property
+    def exif_orientation(self) -> bool:
+        """Whether images are to be turned as their EXIF says."""
+        return self._preprocess.exif_orientation
 
     @classmethod
     def of_release(

@@ -74,6 +74,7 @@ class Oracle:
 
     templates: Sequence[str] = ["{}"]
     size = SIZE
+    exif_orientation = True
     variants: Sequence[Variant] = [Variant("oracle", None, {"model": None, "pretrained": None})]
 
     def select(self, variant: Variant) -> None:
@@ -245,10 +246,12 @@ def test_every_alpha_is_the_folded_model(masked: Path, dense_run: Path, tiny_cli
 @pytest.fixture(scope="module")
 def dense_release(dense_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `model_repository` and `merged`: that run at α = 0.6."""
-    from radapter_export import export_release
+    from radapter_export import ExportSettings, export_release
 
     folder = tmp_path_factory.mktemp("dense-release")
-    export_release(dense_run, [0.6], model_repository=folder / "model_repository", merged=folder / "merged")
+    export_release(
+        dense_run, [0.6], ExportSettings(model_repository=folder / "model_repository", merged=folder / "merged")
+    )
     return folder
 
 

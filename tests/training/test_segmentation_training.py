@@ -117,7 +117,7 @@ def test_each_image_is_decoded_once_in_a_pass_in_order(scenes: Path, monkeypatch
 
     data, reads = segments(scenes), []
     decode = module.decode_named
-    monkeypatch.setattr(module, "decode_named", lambda data, name: reads.append(1) or decode(data, name))
+    monkeypatch.setattr(module, "decode_named", lambda *args, **options: reads.append(1) or decode(*args, **options))
     for row in data.rows:
         data.image(row)
     assert len(reads) == IMAGES
@@ -214,8 +214,8 @@ def test_what_is_wrong_is_one_line(
         return error
 
     assert "allowed: masks:DIR, coco:FILE.json" in run("--data", "imagefolder:photos")
-    assert "mask_padding is -1.0; allowed: 0 to 1" in run("--mask-padding", "-1")
-    assert "mask_min_area is 0; allowed: 1 or more" in run("--mask-min-area", "0")
+    assert "mask_padding is -1.0; it should be greater than or equal to 0" in run("--mask-padding", "-1")
+    assert "mask_min_area is 0; it should be greater than or equal to 1" in run("--mask-min-area", "0")
     assert "lower --mask-min-area" in run("--mask-min-area", "5000")
     assert "streaming is True, which task segmentation has no use for" in run("--streaming")
     (scenes / "masks" / "5.png").unlink()
