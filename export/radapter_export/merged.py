@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import save_file
@@ -19,12 +18,13 @@ from radapter_serve.clip.base import Base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged, swap_in
 from radapter_serve.lock import lock
+from radapter_serve.release.release import FILE, Release
 
-CONFIG, WEIGHTS, RELEASE = "open_clip_config.json", "open_clip_model.safetensors", "release.json"
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}  # of Hugging Face
 
 
-def write_merged(folder: str | Path, base: Base, state_dict: Mapping[str, Tensor], release: Mapping[str, Any]) -> None:
+def write_merged(folder: str | Path, base: Base, state_dict: Mapping[str, Tensor], release: Release) -> None:
     """Write one merged checkpoint; it appears whole or not at all.
 
     Args:
@@ -71,9 +71,7 @@ class Merged:
         remove_empty(self._new)
         self._held.close()
 
-    def add(
-        self, name: str, base: Base, state_dict: Mapping[str, Tensor], release: Mapping[str, Any] | None = None
-    ) -> None:
+    def add(self, name: str, base: Base, state_dict: Mapping[str, Tensor], release: Release | None = None) -> None:
         """Write a checkpoint into the subfolder `name`, "" for the folder itself; `add_release` may follow later."""
         target = self._staged / name
         with disk_errors(self.folder.parent):
@@ -88,10 +86,10 @@ class Merged:
         if release is not None:
             self.add_release(name, release)
 
-    def add_release(self, name: str, release: Mapping[str, Any]) -> None:
+    def add_release(self, name: str, release: Release) -> None:
         """Write `release.json` beside a checkpoint."""
         with disk_errors(self.folder.parent):
-            (self._staged / name / RELEASE).write_text(json.dumps(release, indent=2), encoding="utf-8")
+            release.save(self._staged / name)
 
     def commit(self) -> None:
         """Put all of it in place."""
@@ -107,7 +105,7 @@ def check_replaceable(folder: Path) -> None:
     """
     if not folder.exists():
         return
-    ours = {CONFIG, WEIGHTS, RELEASE, *TOKENIZER}
+    ours = {CONFIG, WEIGHTS, FILE, *TOKENIZER}
     if not folder.is_dir():
         raise RAdapterError(f"{folder} is a file; give another folder with --merged")
     for path in folder.iterdir():

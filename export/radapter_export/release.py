@@ -14,7 +14,7 @@ from radapter_export.repository import MODELS, PATCH_ENCODER, Repository
 from radapter_export.settings import ExportSettings
 from radapter_export.source import Source
 from radapter_export.towers import check
-from radapter_export.writer import Exported, Release, Writer
+from radapter_export.writer import Exported, ExportedRelease, Writer
 from radapter_serve.adapter.file import check_alpha, check_base
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.dense import check_dense
@@ -23,7 +23,7 @@ from radapter_serve.index.collection import open_collection
 from radapter_serve.release.repository import RUNTIMES, TENSORRT
 from radapter_serve.runtimes.tensorrt.plan_writer import PlanWriter
 
-__all__ = ["Exported", "Release", "export_release"]
+__all__ = ["Exported", "ExportedRelease", "export_release"]
 
 Say = Callable[[str], None]
 
@@ -34,7 +34,7 @@ def export_release(
     settings: ExportSettings = ExportSettings(),  # noqa: B008  # frozen
     *,
     progress: Say | None = None,
-) -> list[Release]:
+) -> list[ExportedRelease]:
     """Fold an adapter at one or several α, and add a release for each to a model repository.
 
     Nothing is written unless all of it succeeds; what a killed export left is removed by the next one.
@@ -74,8 +74,8 @@ def export_release(
             name = f"alpha-{alpha:g}" if len(numbers) > 1 else ""
             releases.append(writer.write(version, alpha, checkpoints, name, repository, judged_by, say))
         for model in models:
-            facts = [release.facts for release in releases]
-            repository.add_config(model, facts, writer.dims, settings.max_batch_size)
+            written = [release.release for release in releases]
+            repository.add_config(model, written, writer.dims, settings.max_batch_size)
         say("putting everything in place")
         checkpoints.commit()
         repository.commit([release.version for release in releases])

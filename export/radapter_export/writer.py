@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -32,18 +31,18 @@ from radapter_serve.clip.base import Base
 from radapter_serve.clip.dense import check_dense
 from radapter_serve.clip.towers import is_causal
 from radapter_serve.index.collection import Collection
-from radapter_serve.inputs.alpha import at
+from radapter_serve.inputs.alpha import Encode, at
 from radapter_serve.inputs.labels import LabelEmbedder, split_label
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.inputs.probabilities import SAME, indistinguishable
 from radapter_serve.inputs.tokenizer import Tokenizer
 from radapter_serve.release.agreement import Agreement, Samples, compare
+from radapter_serve.release.release import Release
 from radapter_serve.release.repository import RUNTIMES
 from radapter_serve.runtimes.encoder import Encoder
 from radapter_serve.runtimes.tensorrt.plan_writer import PlanWriter
 
-FORMAT = 1
 TOKENIZED = ("embed_text", "segment", "classify")
 LABELLED = ("segment", "classify")
 _TOOLS = ("torch", "open_clip_torch", "onnx", "onnxscript", "radapter-serve")
@@ -60,32 +59,37 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class Release:
+class ExportedRelease:
     """One exported release.
 
     Attributes:
-        facts: what `release.json` holds.
+        release: its facts, by name.
         graphs: the encoders.
         merged: folder of the merged checkpoint.
         accuracy: on validation data, by torch and by the encoders; None if it was not measured.
         warnings: what a user should know, a line each.
     """
 
-    facts: dict[str, Any]
+    release: Release
     graphs: list[Exported]
     merged: Path
     accuracy: Accuracy | None
     warnings: list[str]
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What `release.json` holds."""
+        return self.release.to_dict()
+
+    @property
     def version(self) -> int:
         """Number of the release in its model repository."""
-        return int(self.facts["version"])
+        return self.release.version
 
     @property
     def alpha(self) -> float:
         """The re-scaling that was folded, or the default where requests may bring their own."""
-        return float(self.facts["alpha"])
+        return self.release.alpha
 
 
 class Writer:
@@ -140,7 +144,7 @@ class Writer:
         repository: Repository,
         judged_by: Validation | None,
         say: Callable[[str], None],
-    ) -> Release:
+    ) -> ExportedRelease:
         """Write one release into the temporary folders."""
         source = self._source
         say(f"folding at alpha {alpha:g}")
@@ -162,27 +166,27 @@ class Writer:
                 folder = repository.staged(graph.name, version)
                 samples[graph.name].save(folder)
                 size = self._write_graph(graph, weights, folder, int(spec["context_length"]))
-                agreement = compare(
-                    f"{graph.name} in {self._settings.precision}",
-                    self._encoder(folder),
-                    samples[graph.name],
-                    self._settings.bounds,
-                )
+                encoder = self._encoder(folder)
+                named = f"{graph.name} in {self._settings.precision}"
+                agreement = compare(named, encoder, samples[graph.name], self._settings.bounds)
                 exported.append(Exported(graph.name, size, agreement, time.perf_counter() - start))
-            sets, warnings = self._write_label_sets(repository, version, alpha, tokenizer, say)
-            facts = self._facts(version, alpha, folded, spec, sets, exported)
+            folders = [repository.staged(model, version) / "label_sets" for model in LABELLED]
+            encode = at(encoder, alpha if source.dynamic_alpha else None)  # of texts, which come last
+            sets, warnings = self._write_label_sets(folders, encode, tokenizer, say)
+            release = self._release(version, alpha, folded, spec, sets, exported)
             for model in TASKS:
                 repository.add_model_file(model, version)
-            _write_facts(repository, facts)
+                release.save(repository.staged(model, version))
             accuracy = None
             if judged_by is not None:
                 self._at(alpha)
                 with repository.view(version) as view:
                     accuracy = judged_by(self._base, alpha, view, source.templates, self._crop, say)
-                facts["accuracy"] = asdict(accuracy)
-                _write_facts(repository, facts)
-        checkpoints.add_release(name, facts)
-        return Release(facts, exported, checkpoints.folder / name, accuracy, warnings)
+                release = replace(release, accuracy=asdict(accuracy))
+                for model in TASKS:
+                    release.save(repository.staged(model, version))
+        checkpoints.add_release(name, release)
+        return ExportedRelease(release, exported, checkpoints.folder / name, accuracy, warnings)
 
     def _samples(self, alpha: float, tokenizer: Tokenizer) -> dict[str, Samples]:
         """Inputs of each graph, and torch's embeddings of them with adapters attached."""
@@ -244,14 +248,12 @@ class Writer:
         return Tokenizer.load(path, spec), spec
 
     def _write_label_sets(
-        self, repository: Repository, version: int, alpha: float, tokenizer: Tokenizer, say: Callable[[str], None]
+        self, folders: Sequence[Path], encode: Encode, tokenizer: Tokenizer, say: Callable[[str], None]
     ) -> tuple[dict[str, Any], list[str]]:
         """Their facts by name, and a warning for each that has labels which can't be told apart."""
-        folder, *others = (repository.staged(model, version) / "label_sets" for model in LABELLED)
+        folder, templates = folders[0], self._source.templates
         folder.mkdir()
-        encoder = self._encoder(repository.staged("text_encoder", version))
-        own, templates = alpha if self._source.dynamic_alpha else None, self._source.templates
-        embed = LabelEmbedder(tokenizer, at(encoder, own), max_batch_size=self._settings.max_batch_size)
+        embed = LabelEmbedder(tokenizer, encode, max_batch_size=self._settings.max_batch_size)
         facts, warnings = {}, []
         for name, labels in self._source.label_sets.items():
             say(f"embedding label set {name}: {len(labels)} labels")
@@ -266,68 +268,59 @@ class Writer:
                     f"label set {name} has labels that the text tower can't tell apart (cosine above {SAME}), so that "
                     f"an image scores them alike: {pairs}{more}; name them by other words"
                 )
-        for other in others:
+        for other in folders[1:]:
             shutil.copytree(folder, other)
         return facts, warnings
 
-    def _facts(
+    def _release(
         self,
         version: int,
         alpha: float,
         folded: Mapping[str, Tensor],
-        tokenizer: Mapping[str, Any],
-        label_sets: Mapping[str, Any],
+        tokenizer: dict[str, Any],
+        label_sets: dict[str, Any],
         exported: Sequence[Exported],
-    ) -> dict[str, Any]:
-        preprocess, meta = self._base.preprocess, self._source.adapter.metadata
-        quantization = {}
-        if self._settings.precision == "int8":
-            kind = {"kind": "dynamic"} if self._collection is None else {"kind": "static", **self._calibration.facts()}
-            quantization = {"quantization": kind}
+    ) -> Release:
+        base, source, settings = self._base, self._source, self._settings
+        quantization = None
+        if settings.precision == "int8":
+            fixed = self._collection is not None
+            quantization = {"kind": "static", **self._calibration.facts()} if fixed else {"kind": "dynamic"}
         bias = folded.get("logit_bias")
-        return {
-            "format": FORMAT,
-            "version": version,
-            "alpha": alpha,
-            "dynamic_alpha": self._source.dynamic_alpha,
-            "architecture": self._base.name,
-            "base_digest": meta.base_digest,
-            "adapter_digest": self._source.adapter.digest,
-            "adapters": self._source.adapters,
-            "precision": self._settings.precision,
-            **quantization,
-            "runtime": self._settings.served_by,
-            "preprocess": {
+        tools = (*_TOOLS, *(["openvino"] if settings.served_by == "openvino" else []))
+        return Release(
+            version=version,
+            alpha=alpha,
+            dynamic_alpha=source.dynamic_alpha,
+            architecture=base.name,
+            base_digest=source.adapter.metadata.base_digest,
+            adapter_digest=source.adapter.digest,
+            adapters=source.adapters,
+            precision=settings.precision,
+            quantization=quantization,
+            runtime=settings.served_by,
+            preprocess={
                 "size": self._size,
-                **{key: preprocess[key] for key in ("mode", "interpolation", "resize_mode", "fill_color")},
-                **{key: [float(value) for value in preprocess[key]] for key in ("mean", "std")},
-                "exif_orientation": self._source.exif_orientation,
+                **{key: base.preprocess[key] for key in ("mode", "interpolation", "resize_mode", "fill_color")},
+                **{key: [float(value) for value in base.preprocess[key]] for key in ("mean", "std")},
+                "exif_orientation": source.exif_orientation,
             },
-            "tokenizer": dict(tokenizer),
-            "embed_dim": self._width,
-            "dense": None if self._source.way is None else {"way": self._source.way, "grid": self._grid},
-            "crop": self._crop.to_dict(),
-            "logit_scale": float(folded["logit_scale"].float().exp()),
-            "logit_bias": None if bias is None else float(bias),
-            "templates": self._source.templates,
-            "label_sets": dict(label_sets),
-            "max_batch_size": self._settings.max_batch_size,
-            "tools": {
-                name.removesuffix("_torch"): importlib.metadata.version(name)
-                for name in (*_TOOLS, *(["openvino"] if self._settings.served_by == "openvino" else []))
-            }
+            tokenizer=tokenizer,
+            embed_dim=self._width,
+            dense=None if source.way is None else {"way": source.way, "grid": self._grid},
+            crop=self._crop.to_dict(),
+            logit_scale=float(folded["logit_scale"].float().exp()),
+            logit_bias=None if bias is None else float(bias),
+            templates=source.templates,
+            label_sets=label_sets,
+            max_batch_size=settings.max_batch_size,
+            tools={name.removesuffix("_torch"): importlib.metadata.version(name) for name in tools}
             | {"onnxruntime": onnxruntime.__version__},  # installed as onnxruntime or onnxruntime-gpu
-            "agreement": {
+            agreement={
                 **{graph.name: asdict(graph.agreement) for graph in exported},
                 "batches": list(BATCHES),
-                "tolerance": self._settings.bounds.max_error,
-                "min_cosine": self._settings.bounds.min_cosine,
+                "tolerance": settings.bounds.max_error,
+                "min_cosine": settings.bounds.min_cosine,
             },
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        }
-
-
-def _write_facts(repository: Repository, facts: Mapping[str, Any]) -> None:
-    for model in TASKS:
-        path = repository.staged(model, facts["version"]) / "release.json"
-        path.write_text(json.dumps(facts, indent=2), encoding="utf-8")
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        )

@@ -18,7 +18,7 @@ from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 
 if TYPE_CHECKING:
-    from radapter_export import Release
+    from radapter_export import ExportedRelease
 
 RUNS = Path("runs")
 
@@ -74,12 +74,12 @@ def export(
     _show(releases, paths, settings, time.perf_counter() - start)
 
 
-def _show(releases: Sequence[Release], paths: Sequence[Path], settings: ExportSettings, seconds: float) -> None:
+def _show(releases: Sequence[ExportedRelease], paths: Sequence[Path], settings: ExportSettings, seconds: float) -> None:
     """Print what was exported, and how to go on."""
     from radapter_serve.evaluation.results import metric_name
 
     names = ", ".join(map(str, paths))
-    kind = f"{len(releases)} release{'s' if len(releases) > 1 else ''} in {releases[0].facts['precision']}"
+    kind = f"{len(releases)} release{'s' if len(releases) > 1 else ''} in {settings.precision}"
     table = Table(title=f"{names}: {kind}, {seconds:.0f} s")
     for column in ("release", "alpha", "graph", "MB", "max error", "1 - cosine", "seconds"):
         left = column == "graph"
@@ -89,7 +89,7 @@ def _show(releases: Sequence[Release], paths: Sequence[Path], settings: ExportSe
             agreement = graph.agreement
             table.add_row(
                 str(release.version),
-                f"{release.alpha:g}{' (dynamic)' if release.facts['dynamic_alpha'] else ''}",
+                f"{release.alpha:g}{' (dynamic)' if release.release.dynamic_alpha else ''}",
                 graph.name,
                 f"{graph.size / 1e6:.1f}",
                 f"{agreement.max_error:.1e}",
@@ -113,7 +113,7 @@ def _show(releases: Sequence[Release], paths: Sequence[Path], settings: ExportSe
     folder = settings.model_repository
     repository = "" if folder == ExportSettings.model_repository else f" {shlex.quote(str(folder))}"
     out.print(f"Next:   radapter-serve{repository}", markup=False, highlight=False, soft_wrap=True)
-    if sets := sorted(releases[-1].facts["label_sets"]):
+    if sets := sorted(releases[-1].release.label_sets):
         name = CLASSES if CLASSES in sets else sets[0]
         out.print(f"        radapter-query classify PHOTO.jpg --label-set {name}", markup=False, highlight=False)
 

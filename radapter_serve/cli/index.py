@@ -28,7 +28,7 @@ def build(
     alpha: float | None = None,
     image_column: str = "image",
     thumbnails: int = 128,
-    exif_orientation: bool | None = None,
+    exif_orientation: bool = True,
     on_broken: Literal["refuse", "skip"] = "refuse",
     resume: bool = True,
 ) -> None:
@@ -46,8 +46,8 @@ def build(
             --alpha dynamic); the release's own if none is given.
         image_column: column of a table that holds the paths; the others become metadata.
         thumbnails: longest side of a thumbnail in px; 0 for none.
-        exif_orientation: turn images as their EXIF says, or, as open_clip does, not; as the release does with queries
-            if none is given.
+        exif_orientation: turn images as their EXIF says, where the release does so with queries;
+            --no-exif-orientation leaves them as the files have them, as open_clip does.
         on_broken: an image that can't be read stops the build, or is skipped and named in OUT/broken.txt.
         resume: go on with what is embedded already; --no-resume throws a stopped build away and embeds every image
             again.
@@ -64,20 +64,13 @@ def build(
                 release,
                 image_column=image_column,
                 thumbnails=thumbnails,
-                exif_orientation=exif_orientation,
+                exif_orientation=None if exif_orientation else False,
                 on_broken=on_broken,
                 resume=resume,
                 progress=progress,
             )
     _show(summary, out)
-    search = ["--index", out.absolute().name]
-    if url:
-        print(f"\nserve it:   the server needs --indexes {shlex.quote(str(out.absolute().parent))}")
-        search += ["--url", url]
-    else:
-        print(f"\nserve it:   {_serve_command(model_repository, out)}")
-        search += _release_flag(model_repository)
-    print(f'search it:  radapter-query search "a red bicycle" {shlex.join(search)}')
+    print(f"\n{_next_commands(out, model_repository, url)}")
 
 
 def add(
@@ -175,19 +168,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guard(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog=PROG), argv, prog=PROG)
 
 
-def _serve_command(model_repository: str, out: Path) -> str:
+def _next_commands(out: Path, model_repository: str, url: str | None) -> str:
+    """How to serve an index that was built, and how to search it."""
     from radapter_serve.release.facts import split_repository
 
-    repository, _ = split_repository(model_repository)
-    place = [] if repository == "model_repository" else [repository]
-    return shlex.join(["radapter-serve", *place, "--indexes", str(out.parent)])
-
-
-def _release_flag(model_repository: str) -> list[str]:
-    from radapter_serve.release.facts import split_repository
-
-    _, number = split_repository(model_repository)
-    return ["--release", number] if number else []
+    repository, number = split_repository(model_repository)
+    indexes, index = shlex.quote(str(out.parent)), shlex.quote(out.absolute().name)
+    place = "" if repository == "model_repository" else f" {shlex.quote(repository)}"
+    serve = f"radapter-serve{place} --indexes {indexes}"
+    search = f'radapter-query search "a red bicycle" --index {index}'
+    if url:
+        serve, search = f"the server needs --indexes {indexes}", f"{search} --url {shlex.quote(url)}"
+    elif number:
+        search += f" --release {number}"
+    return f"serve it:   {serve}\nsearch it:  {search}"
 
 
 @contextmanager

@@ -160,14 +160,17 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
     try:
         rows = datasets.load_dataset(reader if local else place, split=split, streaming=streaming, **source)
     except Exception as error:  # datasets, pyarrow and the hub raise many kinds, and all mean: can't be read
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # datasets says no more than that an error occurred
+            cause = cause.__cause__
         kinds = ", ".join(f"{name}:PATH" for name in READERS)
-        raise RAdapterError(
-            f"could not read the data {spec}: {reason(error)}; allowed: {kinds}, or a hub name"
-        ) from error
+        why = "it holds no rows" if "corresponds to no data" in str(cause) else reason(cause)
+        why += "; save the file as UTF-8" if isinstance(cause, UnicodeDecodeError) else ""
+        raise RAdapterError(f"could not read the data {spec}: {why}; allowed: {kinds}, or a hub name") from error
     features = rows.features or {}
     for column, flag in columns.items():
         if features and not _has(features, column):
-            hint = " (an image folder needs one sub-folder a class)" if reader == "imagefolder" else ""
+            hint = " (an image folder needs one sub-folder a class, and two classes)" if reader == "imagefolder" else ""
             raise RAdapterError(
                 f"{spec} has no column {column!r}{hint}; its columns: {', '.join(features)}; see {flag}"
             )

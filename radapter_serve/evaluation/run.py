@@ -112,13 +112,29 @@ def choose_alpha(
     return choice, save_choice(choice, adapter)
 
 
-def draw(rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
+def draw_choice(choice: Choice, folder: Path) -> Path:
+    """Draw the curve on validation data that an α was chosen from, as `validation.png`; returns its path.
+
+    Args:
+        choice: from `choose_alpha`.
+        folder: for the picture.
+    """
+    ids, ood = ([name for name, of in choice.sets.items() if of["shift"] == shift] for shift in ("id", "ood"))
+    metrics = {metric_name(of["metric"]) for of in choice.sets.values()}
+    unit = f"{metrics.pop()}, %" if len(metrics) == 1 else "%"
+    path = folder / "validation.png"
+    plot_alpha_curve(choice.curve, ids, ood, path, title=f"validation: α = {choice.alpha:g}", unit=unit)
+    return path
+
+
+def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = True) -> list[Path]:
     """Draw what the rows of one call allow: `bars.png` always, `alpha.png` where there are several α of one source.
 
     Args:
         rows: from `judge_suite`.
         folder: for the pictures.
         title: above them.
+        curve_too: False leaves `alpha.png` as it is.
 
     Returns:
         The pictures' paths.
@@ -135,7 +151,7 @@ def draw(rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
     names = ("adapter", "release", "server", "wise-ft")
     lines = {source: curve([r for r in rows if r["source"] == source]) for source in names}
     line = next((lines[source] for source in names[:3] if len(lines[source]) > 1), None)
-    if line is not None:
+    if curve_too and line is not None:
         pictures.append(folder / "alpha.png")
         beside = {"WiSE-FT": lines["wise-ft"]} if lines["wise-ft"] else None
         plot_alpha_curve(line, ids, ood, pictures[1], title=title, beside=beside, unit=unit)

@@ -63,7 +63,7 @@ _DECIDING = {
     "thumbnails": "size of thumbnails",
     "exif_orientation": "EXIF orientation",
 }
-_KEEP = datetime.timedelta(hours=1)  # for servers that still read what an addition replaced
+KEEP = datetime.timedelta(hours=1)  # how long servers may read a version of the table that was replaced
 _DROP = datetime.timedelta(milliseconds=1)
 
 
@@ -160,12 +160,13 @@ def build(
     with disk_errors(out), lock(out, "radapter-index") if out.exists() else contextlib.nullcontext():
         goes_on = resume and _holds_rows(staged)
         if resume and not goes_on and not _differences(made := _read_made(out), facts):
-            return fill(out, made | facts, _KEEP)
+            return fill(out, made | facts, KEEP)
         with lock(staged, "radapter-index"):
             if goes_on and (other := _differences(stopped := _read_stopped(staged), facts)):
+                command = f": {build_command(out, stopped)}" if stopped.keys() >= facts.keys() else ""
                 raise RAdapterError(
-                    f"a build of {out} was stopped that had another {', '.join(other)}; finish it"
-                    f"{f': {build_command(out, stopped)}' if stopped else ''}, or throw it away with --no-resume"
+                    f"a build of {out} was stopped that had another {', '.join(other)}; finish it{command}, or throw "
+                    "it away with --no-resume"
                 )
             with _kept_or_removed(staged), disk_errors(out):
                 if not goes_on:
@@ -214,7 +215,7 @@ def add(
         summary = writer.write(collection, on_broken, progress)
         if prune:
             summary.removed = writer.delete({id for id in writer.known if not os.path.lexists(root / id)})
-        writer.finish(summary, _KEEP)
+        writer.finish(summary, KEEP)
     return summary
 
 

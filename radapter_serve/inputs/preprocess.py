@@ -57,15 +57,12 @@ def decode(data: bytes, *, exif_orientation: bool = True, max_pixels: int = MAX_
         max_pixels: width times height above which the image is refused; only its header has been read then.
 
     Returns:
-        The image, its mode not converted.
+        The image, its mode not converted; but of 16 bits of gray the upper 8 are kept.
 
     Raises:
         TaskError: not an image of these formats, broken, truncated, or too large.
     """
-    image = _open(data, max_pixels)
-    with _broken():
-        image.load()
-    return oriented(image) if exif_orientation else image
+    return _loaded(_open(data, max_pixels), exif_orientation)
 
 
 def decode_into(data: bytes, preprocess: Preprocess, out: NDArray[np.uint8]) -> None:
@@ -77,9 +74,7 @@ def decode_into(data: bytes, preprocess: Preprocess, out: NDArray[np.uint8]) -> 
     try:
         image = _open(data, MAX_PIXELS)
         with _LARGE if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext():
-            with _broken():
-                image.load()
-            preprocess(oriented(image) if preprocess.exif_orientation else image, out=out)
+            preprocess(_loaded(image, preprocess.exif_orientation), out=out)
     except TaskError:
         raise
     except MemoryError:
@@ -110,6 +105,14 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
             raise TaskError(IMAGE_TOO_LARGE, f"{error}; at most {max_pixels} pixels are allowed") from None
         _check_pixels(*image.size, max_pixels, "the image")
         return image
+
+
+def _loaded(image: Image.Image, exif_orientation: bool) -> Image.Image:
+    """The image with its pixels; of 16 bits the upper 8, as Pillow does with colours, but not with gray: it clips."""
+    with _broken():
+        image.load()
+    image = oriented(image) if exif_orientation else image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I") else image
 
 
 @contextlib.contextmanager

@@ -55,7 +55,9 @@ def read_release(folder: Path) -> dict[str, Any]:
     path = folder / "release.json"
     try:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if not isinstance(facts, dict):
+            raise ValueError("it holds no names of facts")
+    except (OSError, ValueError, RecursionError) as error:
         raise RAdapterError(f"could not read {path}: {error}") from error
     return facts
 

@@ -17,6 +17,7 @@ from radapter_serve.data import (
     refuse_wordnet_ids,
 )
 from radapter_serve.data.segments import Segments, load_segments
+from radapter_serve.errors import RAdapterError
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.training.recipe import Recipe
 
@@ -39,6 +40,10 @@ def open_data(recipe: Recipe, base: Base, *, broken: list[str] | None = None) ->
     """
     broken = None if recipe.on_broken == "refuse" else broken
     data, val = _open(recipe, base, recipe.data, broken, streaming=recipe.streaming), None
+    if not isinstance(data, Captioned) and len(data.classes) < 2:
+        raise RAdapterError(
+            f"{recipe.data} has the one class {data.classes[0]!r}; training tells classes apart, so it needs two"
+        )
     if recipe.val_data:
         val = _open(recipe, base, recipe.val_data, broken)
     elif recipe.val_fraction:

@@ -134,8 +134,12 @@ def test_limit_draws_by_the_seed(here: Path) -> None:
 def test_auto_chooses_on_validation_data_and_export_takes_it(
     here: Path, capfd: pytest.CaptureFixture[str], with_suite: bool
 ) -> None:
+    (here / "results").mkdir(exist_ok=True)
+    (here / "results" / "alpha.png").write_bytes(b"the curve of an earlier call")
     assert main([*(COMMON if with_suite else []), "--alpha", "auto"]) == 0
     out, _ = capfd.readouterr()
+    assert (here / "results" / "alpha.png").read_bytes() == b"the curve of an earlier call"
+    assert (here / "results" / "validation.png").read_bytes().startswith(b"\x89PNG")
     assert "rule: the alpha of the best mean over in-distribution validation sets; of equal ones the smallest" in out
     choice = json.loads((here / "runs" / "tiny" / "alpha.json").read_text(encoding="utf-8"))
     name = "held-out" if with_suite else "validation"

@@ -200,7 +200,7 @@ def test_what_a_stopped_build_prints_works(
     (place / "my photos" / "last.png").unlink()
     assert main(["build", "my photos", "--out", "indexes/photos"]) == 2
     said = capsys.readouterr().err
-    assert "had another release, size of thumbnails, EXIF orientation" in said and "--no-resume" in said
+    assert "had another size of thumbnails, EXIF orientation" in said and "--no-resume" in said
     assert main(shlex.split(printed(said)[0])) == 0
     assert "5 images (1 embedded, 4 there before)" in capsys.readouterr().out
     assert [path.name for path in Path("indexes").iterdir()] == ["photos"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from radapter_export import Release
+from radapter_export import ExportedRelease
 from radapter_export.agreement import BATCHES, Inputs, References
 from radapter_export.graph import Graph
 from radapter_serve.adapter import attach_adapter, fold, load_adapter
@@ -23,7 +23,7 @@ from radapter_serve.runtimes.encoder import Encoder
 
 
 @pytest.fixture(scope="module")
-def inputs(exported: tuple[Path, list[Release]], tiny_base: Base) -> Inputs:
+def inputs(exported: tuple[Path, list[ExportedRelease]], tiny_base: Base) -> Inputs:
     folder, releases = exported
     path = folder / "repository" / "classify" / "1" / "tokenizer.json"
     return Inputs(tiny_base, Tokenizer.load(path, releases[0].facts["tokenizer"]), 32)
@@ -36,7 +36,7 @@ def references(adapter_path: Path, inputs: Inputs, tiny_clip_dir: str) -> Refere
     return References(base, inputs, "naclip")
 
 
-def model_file(exported: tuple[Path, list[Release]], name: str) -> Path:
+def model_file(exported: tuple[Path, list[ExportedRelease]], name: str) -> Path:
     return exported[0] / "repository" / name / "1" / "model.onnx"
 
 
@@ -52,7 +52,7 @@ def test_samples_have_several_batches_and_lengths(inputs: Inputs, tiny_base: Bas
 
 @pytest.mark.parametrize("name", ["image_encoder", "patch_encoder", "text_encoder"])
 def test_folded_graph_agrees_with_attached_adapters(
-    name: str, exported: tuple[Path, list[Release]], inputs: Inputs, references: References
+    name: str, exported: tuple[Path, list[ExportedRelease]], inputs: Inputs, references: References
 ) -> None:
     """Adapters attached in weight form here; the export itself attaches them to activations."""
     encoder = Encoder(model_file(exported, name))
@@ -63,7 +63,7 @@ def test_folded_graph_agrees_with_attached_adapters(
 
 @pytest.mark.parametrize("name", ["image_encoder", "patch_encoder", "text_encoder"])
 def test_another_alpha_is_refused(
-    name: str, exported: tuple[Path, list[Release]], inputs: Inputs, references: References
+    name: str, exported: tuple[Path, list[ExportedRelease]], inputs: Inputs, references: References
 ) -> None:
     path = exported[0] / "repository" / name / "2" / "model.onnx"
     with pytest.raises(RAdapterError, match=f"{name} differs from torch by up to .*cosine.*--tolerance"):
@@ -94,7 +94,7 @@ def test_one_changed_weight_is_refused(
     weight: str,
     value: float,
     message: str,
-    exported: tuple[Path, list[Release]],
+    exported: tuple[Path, list[ExportedRelease]],
     inputs: Inputs,
     references: References,
     tmp_path: Path,
@@ -104,13 +104,13 @@ def test_one_changed_weight_is_refused(
         compare(name, Encoder(path), Samples(inputs.of(name), references.embeds[name]), 1e-4)
 
 
-def test_reference_that_is_not_finite_is_refused(exported: tuple[Path, list[Release]], inputs: Inputs) -> None:
+def test_reference_that_is_not_finite_is_refused(exported: tuple[Path, list[ExportedRelease]], inputs: Inputs) -> None:
     nan = [np.full((batch, 32), np.nan, np.float32) for batch in BATCHES]
     with pytest.raises(RAdapterError, match="not finite"):
         compare("image_encoder", Encoder(model_file(exported, "image_encoder")), Samples(inputs.images, nan), 1e-4)
 
 
-def test_batch_that_does_not_run_is_said_with_its_shape(exported: tuple[Path, list[Release]]) -> None:
+def test_batch_that_does_not_run_is_said_with_its_shape(exported: tuple[Path, list[ExportedRelease]]) -> None:
     encoder = Encoder(model_file(exported, "image_encoder"))
     wrong = np.zeros((2, 16, 16, 3), np.uint8)
     with pytest.raises(RAdapterError, match=r"fails on a batch of shape \(2, 16, 16, 3\)"):
@@ -118,7 +118,7 @@ def test_batch_that_does_not_run_is_said_with_its_shape(exported: tuple[Path, li
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
-def test_another_provider_than_the_one_asked_for_is_refused(exported: tuple[Path, list[Release]]) -> None:
+def test_another_provider_than_the_one_asked_for_is_refused(exported: tuple[Path, list[ExportedRelease]]) -> None:
     with pytest.raises(RAdapterError, match="TensorrtExecutionProvider"):
         Encoder(model_file(exported, "image_encoder"), provider="TensorrtExecutionProvider")
 
@@ -135,7 +135,9 @@ def test_base_graph_agrees_at_alpha_0(
     assert logging.getLogger("torch.onnx").level == logging.NOTSET
 
 
-def test_samples_lie_beside_each_graph_so_that_anyone_can_check_it(exported: tuple[Path, list[Release]]) -> None:
+def test_samples_lie_beside_each_graph_so_that_anyone_can_check_it(
+    exported: tuple[Path, list[ExportedRelease]],
+) -> None:
     for name in ("image_encoder", "patch_encoder", "text_encoder"):
         path = model_file(exported, name)
         agreement = compare(name, Encoder(path), Samples.load(path.parent), 1e-5)

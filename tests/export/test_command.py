@@ -51,7 +51,8 @@ def test_newest_run_is_exported_and_a_table_printed(checkout: Path, capfd: pytes
     assert "runs/new/adapter.safetensors: 2 releases in fp32" in out
     for word in ("image_encoder", "patch_encoder", "text_encoder", "max error", "1 - cosine", "seconds"):
         assert word in out
-    assert out.endswith("Next:   radapter-serve\n")
+    asked = "        radapter-query classify PHOTO.jpg --label-set animals\n"
+    assert out.endswith(f"Next:   radapter-serve\n{asked}")
     assert {path.name for path in (checkout / "merged").iterdir()} == {"alpha-0.3", "alpha-0.5"}
     sets = checkout / "model_repository" / "classify" / "2" / "label_sets"
     assert {path.name for path in sets.iterdir()} == {"animals.npz", "b.npz"}

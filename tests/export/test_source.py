@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from radapter_export import ExportSettings, Release, export_release
+from radapter_export import ExportedRelease, ExportSettings, export_release
 from radapter_serve.adapter import Adapter, load_adapter, save_adapter
 from radapter_serve.cli.export import main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.choice import Choice, save_choice
 from radapter_serve.inputs.labels import LabelSet
 
-Export = Callable[..., Release]
+Export = Callable[..., ExportedRelease]
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def run(adapter_path: Path, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def export(quick: None, tmp_path: Path) -> Export:
-    def call(adapter: Path, alphas: Any = (0.5,), **changes: Any) -> Release:
+    def call(adapter: Path, alphas: Any = (0.5,), **changes: Any) -> ExportedRelease:
         where = {"model_repository": tmp_path / "repository", "merged": tmp_path / "merged"}
         (release,) = export_release(adapter, alphas, ExportSettings(**where, **changes))
         return release
@@ -43,7 +43,7 @@ def export(quick: None, tmp_path: Path) -> Export:
     return call
 
 
-def label_set(tmp_path: Path, release: Release, name: str) -> LabelSet:
+def label_set(tmp_path: Path, release: ExportedRelease, name: str) -> LabelSet:
     return LabelSet.load(tmp_path / "repository" / "classify" / str(release.version) / "label_sets" / f"{name}.npz")
 
 

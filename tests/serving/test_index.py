@@ -194,7 +194,7 @@ def test_a_bad_condition_is_refused_with_the_columns(
 
 
 @pytest.mark.parametrize("deep", ["width>" + "+".join(["1"] * 990), "(" * 400 + "width>1" + ")" * 400, "NOT " * 400])
-def test_a_condition_that_would_overflow_the_engines_stack_is_refused(deep: str) -> None:
+def test_a_condition_that_would_overflow_lancedbs_stack_is_refused(deep: str) -> None:
     with pytest.raises(TaskError, match="at most 300") as error:
         check_condition(deep)
     assert error.value.code == INVALID_ARGUMENT
@@ -440,8 +440,8 @@ def test_what_is_searched_stays_until_it_is_replaced(
         raise RAdapterError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(indexing, "_KEEP", datetime.timedelta(0))
-        patch.setattr(index_writer, "_write", die)
+        patch.setattr(indexing, "KEEP", datetime.timedelta(0))
+        patch.setattr(Path, "replace", die)
         with pytest.raises(RAdapterError, match="killed"):
             add(tmp_path / "index", release)
     query = np.eye(DIM, dtype=np.float32)[0]

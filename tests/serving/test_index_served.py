@@ -143,7 +143,8 @@ def test_the_printed_commands_serve_and_search(
             assert server.stdout is not None
             assert any(line.startswith("indexes") for line in server.stdout)  # which it prints when it is ready
             command = f"{search} --json --url grpc://127.0.0.1:{grpc_port}"
-            found = subprocess.run(command, shell=True, capture_output=True, text=True, check=True, timeout=60)
+            found = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+            assert found.returncode == 0, found.stderr
             assert {json.loads(line)["id"] for line in found.stdout.splitlines()} == {"0.png", "1.png", "2.png"}
         finally:
             server.terminate()

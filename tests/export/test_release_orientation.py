@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from radapter_export import export_release
+from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.runtimes.local_release import LocalRelease
 
@@ -19,6 +19,7 @@ def test_a_release_turns_images_as_training_did(
 ) -> None:
     path = tmp_path / "adapter.safetensors"
     save_adapter(random_adapter(scale=0.05, recipe=recipe), path)
-    (release,) = export_release(path, model_repository=tmp_path / "models", merged=tmp_path / "merged")
+    settings = ExportSettings(model_repository=tmp_path / "models", merged=tmp_path / "merged")
+    (release,) = export_release(path, None, settings)
     assert release.facts["preprocess"]["exif_orientation"] is turns
     assert LocalRelease(tmp_path / "models").preprocess.exif_orientation is turns
