@@ -17,7 +17,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.threads import limit_threads
 
 if TYPE_CHECKING:
-    from radapter_serve.evaluation.choice import Choice
+    from radapter_serve.evaluation.alpha_choice import Choice
     from radapter_serve.evaluation.embedder import Embedder
 
 GRID = tuple(round(0.1 * step, 1) for step in range(11))

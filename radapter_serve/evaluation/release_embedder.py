@@ -41,7 +41,7 @@ class ReleaseEmbedder:
 
     def select(self, variant: Variant) -> None:
         assert variant.alpha is not None
-        self._release.dial(variant.alpha)
+        self._release.set_alpha(variant.alpha)
 
     def prepare(self, data: bytes) -> Any:
         return self._release.prepare(data)

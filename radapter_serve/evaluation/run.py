@@ -8,7 +8,7 @@ from typing import Any
 
 from radapter_serve.adapter import Metadata, load_adapter
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.choice import Choice, choose, save_choice
+from radapter_serve.evaluation.alpha_choice import Choice, choose, save_choice
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder, NoSuchWay, Variant
 from radapter_serve.evaluation.judge import facts_of, judge
 from radapter_serve.evaluation.judged import Known

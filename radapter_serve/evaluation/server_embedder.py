@@ -12,7 +12,7 @@ from radapter_client import RAdapterClientError
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import SegmentImage, SegmentQuery, Variant, exported_way, release_variants
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.inputs.alpha import Dial
+from radapter_serve.inputs.alpha import RequestAlpha
 from radapter_serve.runtimes.served_release import connect
 
 
@@ -37,7 +37,7 @@ class ServerEmbedder:
         self._alpha: float | None = None
 
     def select(self, variant: Variant) -> None:
-        self._alpha = Dial(self._facts).one(variant.alpha)
+        self._alpha = RequestAlpha(self._facts).one(variant.alpha)
 
     def prepare(self, data: bytes) -> Any:
         return data

@@ -227,10 +227,10 @@ def test_help_and_unknown_flags(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_release_that_takes_any_alpha_is_swept(
-    here: Path, dial_tiny_clip: Path, exported_tiny_clip: Path, capfd: pytest.CaptureFixture[str]
+    here: Path, dynamic_tiny_clip: Path, exported_tiny_clip: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    dial, fixed = str(dial_tiny_clip), str(exported_tiny_clip / "model_repository")
-    assert main([*COMMON, "--release", dial, "--alpha", "0.3", "0.8"]) == 0
+    dynamic, fixed = str(dynamic_tiny_clip), str(exported_tiny_clip / "model_repository")
+    assert main([*COMMON, "--release", dynamic, "--alpha", "0.3", "0.8"]) == 0
     assert main([*COMMON, "--release", f"{fixed}@1", "--out", "fixed"]) == 0
     assert main([*COMMON, "--release", f"{fixed}@2", "--alpha", "0.8", "--out", "fixed", "--resume"]) == 0
     found, expected = rows(here / "results"), rows(here / "fixed")

@@ -119,10 +119,10 @@ def test_an_index_is_made_without_torch(place: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
-def test_build_at_an_alpha(place: Path, dial_tiny_clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    dial = ["--model-repository", str(dial_tiny_clip)]
-    assert main(["build", "photos", "--out", "indexes/photos", *dial, "--alpha", "0.8"]) == 0
-    assert main(["add", "--out", "indexes/photos", *dial]) == 0
+def test_build_at_an_alpha(place: Path, dynamic_tiny_clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dynamic = ["--model-repository", str(dynamic_tiny_clip)]
+    assert main(["build", "photos", "--out", "indexes/photos", *dynamic, "--alpha", "0.8"]) == 0
+    assert main(["add", "--out", "indexes/photos", *dynamic]) == 0
     assert main(["verify", "indexes/photos"]) == 0
     assert "the index, at alpha 0.8, and the files agree" in capsys.readouterr().out
     # It is the index that the release with this alpha folded in makes.
@@ -181,14 +181,14 @@ def test_what_verify_prints_works(place: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_what_a_stopped_build_prints_works(
-    place: Path, dial_tiny_clip: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    place: Path, dynamic_tiny_clip: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("photos").rename("my photos")
     (place / "my photos" / "last.png").write_bytes(b"no image")
     monkeypatch.setattr("radapter_serve.index.writer.BATCH", 2)
     options = [
         "--model-repository",
-        str(dial_tiny_clip),
+        str(dynamic_tiny_clip),
         "--alpha",
         "0.8",
         "--thumbnails",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.choice import RULE, RULE_SHIFTED, choose, load_choice, save_choice
+from radapter_serve.evaluation.alpha_choice import RULE, RULE_SHIFTED, choose, load_choice, save_choice
 
 
 def rows(**sets: tuple[str, dict[float, float]]) -> list[dict[str, Any]]:
