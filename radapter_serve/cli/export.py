@@ -48,7 +48,7 @@ def export(
             classes become the label set "classes" by themselves.
         format: tensorrt also builds engines for this machine's GPU, and lets them be served: --runtime tensorrt.
         threads: threads to compute with; one a core if none is given. Fewer is faster beside other work.
-        settings: all the rest.
+        settings: how the adapters become releases; the fields of `ExportSettings` in Python.
     """
     limit_threads(threads)
     settings = dataclasses.replace(settings, label_sets=_label_sets(label_set))
