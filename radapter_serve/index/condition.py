@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sqlglot import TokenType, exp, parse_one, tokens
+from sqlglot import TokenType, exp, generator, parse_one, tokens
 from sqlglot.dialects.dialect import Dialect
 
 from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
@@ -31,6 +31,12 @@ class _Lance(Dialect):
 
     class Tokenizer(tokens.Tokenizer):
         IDENTIFIERS = ["`", '"']  # noqa: RUF012  # as its base has it; the first is written
+
+    class Generator(generator.Generator):
+        TYPE_MAPPING = {  # noqa: RUF012
+            **generator.Generator.TYPE_MAPPING,
+            **dict.fromkeys((exp.DataType.Type.TEXT, exp.DataType.Type.VARCHAR, exp.DataType.Type.CHAR), "STRING"),
+        }
 
 
 def check_condition(where: str) -> str:

@@ -18,6 +18,7 @@ INDEX_MISMATCH = "index_mismatch"
 ENCODER_FAILED = "encoder_failed"
 CANCELLED = "cancelled"
 INTERNAL_ERROR = "internal_error"
+SERVER_STOPPING = "server_stopping"
 
 _PRIVATE = re.compile(r"['\"]?(?<![\w.])/\S+|\S*radapter_serve_\w+\S*")
 

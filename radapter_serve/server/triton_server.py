@@ -27,7 +27,15 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.repository import AUTO, RUNTIMES, TENSORRT, encoders_of
 from radapter_serve.runtimes.tensorrt.plan import Sidecar, check_plan
 from radapter_serve.server.installation import Installation, find_tritonserver
-from radapter_serve.server.processes import FOLDER_PREFIX, children, remove, remove_leftovers, shm_prefix, undisturbed
+from radapter_serve.server.processes import (
+    FOLDER_PREFIX,
+    children,
+    hide_shared_memory,
+    remove,
+    remove_leftovers,
+    shm_prefix,
+    undisturbed,
+)
 from radapter_serve.server.runtime_choice import Measured, check, fastest, measure
 from radapter_serve.threads import environment, share, total
 
@@ -175,11 +183,18 @@ class TritonServer:
         configs = self._configure(installation, progress)
         progress(f"starting tritonserver for {self.model_repository}")
         try:
-            self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
-            self._lock = os.open(self._folder, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-            self._launch(installation, self._folder, configs)
+            try:
+                self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+                self._lock = os.open(self._folder, os.O_RDONLY)
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+                self._launch(installation, self._folder, configs)
+            except OSError as error:
+                why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
+                raise RAdapterError(
+                    f"cannot write into {tempfile.gettempdir()}: {why}; free some space, or set TMPDIR to another"
+                ) from None
             self._wait_until_ready()
+            hide_shared_memory(self._folder)
             self.models = self._served()
             self.check()
         except BaseException:
@@ -204,6 +219,11 @@ class TritonServer:
             RAdapterError: the server, or the process of one of its models, is gone.
         """
         process = self._process
+        if process is not None and process.poll() == -signal.SIGSEGV:
+            raise RAdapterError(
+                "tritonserver ended by a segmentation fault, as a request of 4 MiB and more causes without the header "
+                "Content-Type: application/json; start it again: radapter-serve"
+            )
         if process is None or process.poll() is not None:
             raise RAdapterError(f"tritonserver ended by itself: {self._reason()}")
         found = children(process.pid)

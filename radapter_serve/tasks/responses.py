@@ -9,7 +9,14 @@ from typing import Any, TypeVar
 import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
-from radapter_serve.inputs.errors import CANCELLED, ENCODER_FAILED, INTERNAL_ERROR, INVALID_ARGUMENT, TaskError
+from radapter_serve.inputs.errors import (
+    CANCELLED,
+    ENCODER_FAILED,
+    INTERNAL_ERROR,
+    INVALID_ARGUMENT,
+    SERVER_STOPPING,
+    TaskError,
+)
 from radapter_serve.tasks.outcome import Outcome, isolated
 
 T = TypeVar("T")
@@ -61,7 +68,11 @@ def each(task: Callable[[T], A]) -> Callable[[Sequence[T]], list[Outcome[A]]]:
 def _response(outcome: Outcome[dict[str, NDArray[Any]]]) -> Any:
     if (error := outcome.error) is None:
         return pb.InferenceResponse([pb.Tensor(name, array) for name, array in outcome.unwrap().items()])
-    internal = pb.TritonError.INTERNAL
-    codes = {ENCODER_FAILED: internal, INTERNAL_ERROR: internal, CANCELLED: pb.TritonError.CANCELLED}
-    code = codes.get(error.code, pb.TritonError.INVALID_ARG)
+    kinds = {
+        ENCODER_FAILED: pb.TritonError.INTERNAL,
+        INTERNAL_ERROR: pb.TritonError.INTERNAL,
+        CANCELLED: pb.TritonError.CANCELLED,
+        SERVER_STOPPING: pb.TritonError.UNAVAILABLE,
+    }
+    code = kinds.get(error.code, pb.TritonError.INVALID_ARG)
     return pb.InferenceResponse(error=pb.TritonError(str(error), code))

@@ -160,7 +160,7 @@ def test_columns_of_tables_are_metadata_and_conditions(photos: Path, tmp_path: P
     assert found("day >= timestamp '1970-01-01 00:00:01'") == {"photos/it's.png", "photos/Ünïcode 猫.webp"}
     assert found("width > 1000") == set()
     assert found("cast(year as string) = '1999' and year not in (1, 2) and path ilike 'PHOTOS/%'") == {"photos/a.jpg"}
-    assert found("day between date '1970-01-01' and '1970-01-01 00:00:00' and score % 1 = 0.5") == {"photos/a.jpg"}
+    assert found("day < timestamp '1970-01-01 00:00:01' and score % 1 = 0.5") == {"photos/a.jpg"}
     assert found("\"File Name\" = 'b'") == {"photos/it's.png"}
 
 
