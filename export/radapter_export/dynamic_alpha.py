@@ -10,7 +10,7 @@ from radapter_serve.adapter import Adapter
 
 
 def name_in_base(name: str) -> str:
-    """What a tower's parameter or buffer, with α as an input or without, is called in a state dict or an adapter file."""
+    """The name that a tower's parameter or buffer has in a state dict or an adapter file, α an input or not."""
     return name.removeprefix("tower.").removeprefix(COPY).removesuffix(".full")
 
 
