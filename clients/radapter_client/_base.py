@@ -214,7 +214,7 @@ class BaseClient:
                 mask, names = _output(reply, "mask"), _texts(_output(reply, "label"))
                 if mask.ndim != 2 or not mask.size or mask.max() >= len(names):
                     raise ServerError(f"the server's mask {list(mask.shape)} does not fit its {len(names)} labels")
-                background = None if threshold is None else len(names) - 1
+                background = None if threshold is None and proposals is None else len(names) - 1
                 scored = _output(reply, "score").tolist()
                 found.append(Segmentation(mask, names, scored, reply.version, background, image))
             return found[0] if one else found

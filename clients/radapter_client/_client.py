@@ -163,7 +163,7 @@ class Client(BaseClient):
             label_set: as in `classify`.
             templates: as in `classify`.
             alpha: as in `classify`.
-            threshold: probability in [0, 1] below which a pixel is background; None for no background.
+            threshold: probability in [0, 1] below which a pixel is background; None: only those in no proposal are.
             short_side: shorter side in pixels of the working image that windows go over; None for 1.5 windows.
             stride: pixels from one window to the next; None for half a window.
             refine: steps of pixel-adaptive refinement along the image's edges; None for 0.

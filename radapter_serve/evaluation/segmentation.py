@@ -118,7 +118,8 @@ class SegmentationSet:
 
     def scorer(self, embedder: Embedder, known: Known) -> SegmentationScorer:
         query = self.query(embedder)
-        return SegmentationScorer(self, embedder.segmenter(query, known), query.options.threshold is not None)
+        open_world = query.dense == PROPOSALS or query.options.threshold is not None
+        return SegmentationScorer(self, embedder.segmenter(query, known), open_world)
 
 
 class SegmentationScorer:

@@ -148,6 +148,7 @@ class TorchEmbedder:
                 found = encode_image(self._model, pixels) if way is None else encode_patches(self._model, pixels, way)
             return np.asarray(found.float().cpu().numpy())
 
+        bias = self._tensors.get("logit_bias")
         segmenter = Segmenter(
             None if query.dense == PROPOSALS else functools.partial(encode, way=query.dense),
             encode,
@@ -155,6 +156,7 @@ class TorchEmbedder:
             self._crop,
             float(self._tensors["logit_scale"].float().exp()),
             _WINDOWS,
+            None if bias is None else float(bias),
         )
         return segment_here(segmenter, embeds, query.options)
 

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from radapter_serve.serving.dial import Encode
-from radapter_serve.serving.errors import CANCELLED, INVALID_ARGUMENT, NO_PATCH_ENCODER, TaskError
+from radapter_serve.serving.errors import CANCELLED, ENCODER_FAILED, INVALID_ARGUMENT, NO_PATCH_ENCODER, TaskError
 from radapter_serve.serving.masks import MaskCrop
 from radapter_serve.serving.preprocess import Preprocess
+from radapter_serve.serving.probabilities import class_probabilities
 from radapter_serve.serving.refine import refine
 from radapter_serve.serving.windows import BLOCK, Axis, upsampled, window_starts
 
@@ -38,7 +39,8 @@ class SegmentOptions:
             that one view of the whole image shows too small get more patches.
         stride: pixels from one window to the next, from 1 to a window's size. None: half a window.
         refine: steps of pixel-adaptive refinement of the cosines, 0 for none; 10 is usual.
-        threshold: probability in [0, 1] below which a pixel is background. None: there is no background.
+        threshold: probability in [0, 1] below which a pixel is background. None: only pixels that no proposal covers
+            are; without proposals there is no background.
         proposal_weight: w in [0, 1] of the fusion p = p_proposal^(1-w) p_clip^w, for proposals that bring scores.
 
     Raises:
@@ -72,8 +74,8 @@ class Segmented:
     """A segmented image.
 
     Args:
-        mask: uint16 [H, W], index of each pixel's label; C is the background, where a threshold was given. H and W as
-            the file stores the image: EXIF orientation is not applied.
+        mask: uint16 [H, W], index of each pixel's label; C is the background, with a threshold or with proposals. H and
+            W as the file stores the image: EXIF orientation is not applied.
         scores: float32 [C], or [C + 1] with the background: the mean probability over the pixels that got the label
             (of background pixels, one minus their best label's), 0 where none did.
     """
@@ -92,6 +94,7 @@ class Segmenter:
         crop: how a mask is shown to `encode_images`.
         logit_scale: of the release, for proposals.
         max_batch_size: rows that an encoder takes at most.
+        logit_bias: of a release whose model was trained with a sigmoid loss.
     """
 
     def __init__(
@@ -102,10 +105,11 @@ class Segmenter:
         crop: MaskCrop,
         logit_scale: float,
         max_batch_size: int,
+        logit_bias: float | None = None,
     ) -> None:
         self._encode_patches, self._encode_images = encode_patches, encode_images
         self._preprocess, self._crop, self._size = preprocess, crop, preprocess.size[0]
-        self._logit_scale, self._max_batch_size = logit_scale, max_batch_size
+        self._logit_scale, self._logit_bias, self._max_batch_size = logit_scale, logit_bias, max_batch_size
 
     @classmethod
     def of_release(
@@ -119,6 +123,7 @@ class Segmenter:
             MaskCrop.from_dict(release["crop"]) if release.get("crop") else MaskCrop(),
             float(release["logit_scale"]),
             int(release["max_batch_size"]),
+            release.get("logit_bias"),
         )
 
     def dense(
@@ -133,7 +138,7 @@ class Segmenter:
 
         The image is resized to a working image, in which windows overlap; cosines are upsampled bilinearly to their
         window, averaged over the windows of a pixel, refined if wished, and upsampled to the image's own size, where
-        softmax(40 cos) gives the probabilities.
+        softmax(40 cos) gives the probabilities; of a release with a bias, the sigmoid of each label, as in `classify`.
 
         Args:
             image: as `decode` gives it, any mode.
@@ -173,13 +178,13 @@ class Segmenter:
             refine(maps, working, options.refine, check)
             values = maps
             rows, columns = (Axis(a.pixels, a.working, a.working, a.working, (0,)) for a in (rows, columns))
-        tally = _Tally((image.height, image.width), len(embeds), options.threshold)
+        scale = PATCH_SCALE if self._logit_bias is None else self._logit_scale  # a bias belongs to its own scale
+        tally = _Tally((image.height, image.width), len(embeds), options.threshold is not None, options.threshold)
         for where, cosines in upsampled(values, rows, columns):
             check()
-            best = cosines.argmax(-1)
-            cosines -= np.take_along_axis(cosines, best[..., None], -1)
-            cosines *= PATCH_SCALE
-            tally.put(where, best, 1 / np.exp(cosines, out=cosines).sum(-1))
+            best = cosines.argmax(-1)[..., None]
+            probabilities = class_probabilities(cosines, scale, self._logit_bias)
+            tally.put(where, best[..., 0], np.take_along_axis(probabilities, best, -1)[..., 0])
         return tally.result()
 
     def check_dense(self, options: SegmentOptions) -> tuple[int, int]:
@@ -213,10 +218,10 @@ class Segmenter:
     ) -> Segmented:
         """Label each pixel by the classes of the masks that cover it, as OVSeg does.
 
-        Each mask's crop is classified by softmax(logit_scale cos); with scores, the class probabilities of mask q are
+        Each mask's crop is classified as `classify` does it; with scores, the class probabilities of mask q are
         p_q = scores_q^(1-w) p_clip^w. A pixel gets the best label of sum_q p_q mask_q, divided by sum_q mask_q where
-        that is above one (which changes no label and keeps it a probability). A pixel without any mask is background
-        where a threshold is given; else it gets the label of the whole image.
+        that is above one (which changes no label and keeps it a probability). A pixel without any mask is background,
+        with a threshold or without.
 
         Args:
             image: as `decode` gives it, any mode.
@@ -240,8 +245,8 @@ class Segmenter:
         if scores is not None:
             weight = options.proposal_weight
             classes = scores[used] ** np.float32(1 - weight) * classes ** np.float32(weight)
-        flat, whole = masks.reshape(len(masks), -1), None
-        tally = _Tally((flat.shape[1],), len(embeds), options.threshold)
+        flat = masks.reshape(len(masks), -1)
+        tally = _Tally((flat.shape[1],), len(embeds), True, options.threshold)
         step = max(1, BLOCK // max(len(masks), len(embeds)))
         for where in (slice(start, start + step) for start in range(0, flat.shape[1], step)):
             check()
@@ -250,14 +255,9 @@ class Segmenter:
             inside = part.astype(np.float32) / 255
             sums, total = inside.T @ classes[present], inside.sum(0)
             sums /= np.maximum(total, 1)[:, None]
-            bare = total == 0
-            if options.threshold is None and bare.any():
-                whole = self._classify(iter([image]), embeds, check) if whole is None else whole
-                sums[bare] = whole
             best = sums.argmax(1)
             probabilities = np.take_along_axis(sums, best[:, None], 1)[:, 0]
-            if options.threshold is not None:
-                best[bare] = len(embeds)
+            best[total == 0] = len(embeds)
             tally.put(where, best, probabilities)
         return tally.result(masks.shape[1:])
 
@@ -283,7 +283,7 @@ class Segmenter:
                 _check_values(len(corners) * grid * grid, len(embeds), "at a smaller short_side")
                 values = np.empty((len(tops), grid, len(lefts), grid, len(embeds)), np.float32)
             for (row, column), patch in zip(batch, patches, strict=True):
-                values[row, :, column] = patch @ embeds.T
+                values[row, :, column] = _finite(patch @ embeds.T)
         return values.reshape(len(tops) * grid, len(lefts) * grid, -1)
 
     def _classify(
@@ -294,26 +294,25 @@ class Segmenter:
         parts = []
         while batch := [self._preprocess(image) for image in itertools.islice(images, self._max_batch_size)]:
             check()
-            logits = self._logit_scale * self._encode_images(np.stack(batch)) @ embeds.T
-            exponents = np.exp(logits - logits.max(1, keepdims=True))
-            parts.append(exponents / exponents.sum(1, keepdims=True))
+            cosines = _finite(self._encode_images(np.stack(batch)) @ embeds.T)
+            parts.append(class_probabilities(cosines, self._logit_scale, self._logit_bias))
         return np.concatenate(parts)
 
 
 class _Tally:
     """The mask as it fills, and what the scores need."""
 
-    def __init__(self, shape: tuple[int, ...], labels: int, threshold: float | None) -> None:
+    def __init__(self, shape: tuple[int, ...], labels: int, background: bool, threshold: float | None) -> None:
         self._mask = np.empty(shape, np.uint16)
         self._labels, self._threshold = labels, threshold
-        self._sums = np.zeros(labels + (threshold is not None))
+        self._sums = np.zeros(labels + background)
         self._pixels = np.zeros(len(self._sums), np.int64)
 
     def put(self, where: Any, best: NDArray[np.intp], probabilities: NDArray[np.float32]) -> None:
         """Label the pixels `where`; `best` may hold the background already."""
         if self._threshold is not None:
             best = np.where(probabilities < self._threshold, self._labels, best)
-            probabilities = np.where(best == self._labels, 1 - probabilities, probabilities)
+        probabilities = np.where(best == self._labels, 1 - probabilities, probabilities)
         self._mask[where] = best
         self._sums += np.bincount(best.ravel(), probabilities.ravel(), len(self._sums))
         self._pixels += np.bincount(best.ravel(), minlength=len(self._sums))
@@ -321,6 +320,12 @@ class _Tally:
     def result(self, shape: tuple[int, ...] | None = None) -> Segmented:
         scores = np.asarray(self._sums / np.maximum(self._pixels, 1), np.float32)
         return Segmented(self._mask if shape is None else self._mask.reshape(shape), scores)
+
+
+def _finite(cosines: NDArray[np.float32]) -> NDArray[np.float32]:
+    if not np.isfinite(cosines).all():
+        raise TaskError(ENCODER_FAILED, "the embeddings hold values that are not finite (NaN or infinite)")
+    return cosines
 
 
 def _check_labels(embeds: NDArray[np.float32]) -> None:
