@@ -277,13 +277,13 @@ class Segmenter:
             check()
             batch = corners[start : start + self._max_batch_size]
             views = [working[tops[i] : tops[i] + self._size, lefts[j] : lefts[j] + self._size] for i, j in batch]
-            patches = self._encode_patches(np.stack(views))
+            patches = _finite(self._encode_patches(np.stack(views)))
             if not start:
                 grid = patches.shape[1]
                 _check_values(len(corners) * grid * grid, len(embeds), "at a smaller short_side")
                 values = np.empty((len(tops), grid, len(lefts), grid, len(embeds)), np.float32)
             for (row, column), patch in zip(batch, patches, strict=True):
-                values[row, :, column] = _finite(patch @ embeds.T)
+                values[row, :, column] = patch @ embeds.T
         return values.reshape(len(tops) * grid, len(lefts) * grid, -1)
 
     def _classify(
@@ -294,7 +294,7 @@ class Segmenter:
         parts = []
         while batch := [self._preprocess(image) for image in itertools.islice(images, self._max_batch_size)]:
             check()
-            cosines = _finite(self._encode_images(np.stack(batch)) @ embeds.T)
+            cosines = _finite(self._encode_images(np.stack(batch))) @ embeds.T
             parts.append(class_probabilities(cosines, self._logit_scale, self._logit_bias))
         return np.concatenate(parts)
 
@@ -322,15 +322,16 @@ class _Tally:
         return Segmented(self._mask if shape is None else self._mask.reshape(shape), scores)
 
 
-def _finite(cosines: NDArray[np.float32]) -> NDArray[np.float32]:
-    if not np.isfinite(cosines).all():
+def _finite(embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+    if not np.isfinite(embeds).all():
         raise TaskError(ENCODER_FAILED, "the embeddings hold values that are not finite (NaN or infinite)")
-    return cosines
+    return embeds
 
 
 def _check_labels(embeds: NDArray[np.float32]) -> None:
     if not 1 <= len(embeds) <= MAX_LABELS:
         raise TaskError(INVALID_ARGUMENT, f"{len(embeds)} labels; 1 to {MAX_LABELS} are allowed")
+    _finite(embeds)
 
 
 def _check_values(places: int, labels: int, way_out: str) -> None:
