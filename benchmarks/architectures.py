@@ -17,9 +17,9 @@ from torch import nn
 
 from radapter_export.graph import image_graph, text_graph
 from radapter_serve.adapter import Metadata, attach, base_digest, fold
-from radapter_serve.base import Base
-from radapter_serve.serving.agreement import Samples, compare
-from radapter_serve.serving.encoder import Encoder
+from radapter_serve.clip.base import Base
+from radapter_serve.release.agreement import Samples, compare
+from radapter_serve.runtimes.encoder import Encoder
 
 NAMES = (
     "ViT-B-32", "ViT-B-16", "ViT-L-14", "coca_ViT-B-32", "ViT-B-16-SigLIP", "ViT-B-32-SigLIP2-256", "MobileCLIP-B",

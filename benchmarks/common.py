@@ -27,7 +27,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from radapter_serve.adapter import Metadata, attach, base_digest, save_adapter
-from radapter_serve.base import load_base
+from radapter_serve.clip.base import load_base
 
 T = TypeVar("T")
 logging.getLogger().addHandler(logging.NullHandler())  # else open_clip warns of random weights, which are meant here

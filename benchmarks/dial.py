@@ -18,8 +18,8 @@ from towers import IMAGE, LONG, batch_of
 from radapter_export import export_release
 from radapter_export.graph import image_graph, text_graph
 from radapter_serve.adapter import Adapter, fold, load_adapter
-from radapter_serve.base import Base, load_base
-from radapter_serve.serving.encoder import Encoder
+from radapter_serve.clip.base import Base, load_base
+from radapter_serve.runtimes.encoder import Encoder
 
 FOLDED, FULL = "folded", "full rank"
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from radapter_export import write_merged
 from radapter_serve.adapter import fold, load_adapter
-from radapter_serve.base import load_base
+from radapter_serve.clip.base import load_base
 
 BASELINE, FOLD = "torch.load + torch.save", "load, fold, save"
 

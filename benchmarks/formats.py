@@ -18,10 +18,10 @@ from radapter_export.graph import Graph, image_graph, text_graph
 from radapter_export.precision import TYPES, lower
 from radapter_export.quantization import quantize
 from radapter_serve.adapter import fold, load_adapter
-from radapter_serve.base import Base, load_base
+from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.agreement import Samples, compare
-from radapter_serve.serving.encoder import Encoder
+from radapter_serve.release.agreement import Samples, compare
+from radapter_serve.runtimes.encoder import Encoder
 
 FORMATS = {
     "fp32": ("onnxruntime", "openvino"),

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from radapter_serve.adapter import fold, load_adapter
-from radapter_serve.base import Base, load_base
+from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError, reason
 
 EAGER, COMPILE, FLASH, ONNX, TENSORRT = "torch eager", "torch.compile", "torch flash", "ONNX Runtime", "TensorRT"
@@ -232,7 +232,7 @@ def onnxruntime(towers: Towers, case: str) -> Callable[[Tensor], Run]:
     """The graph in ONNX Runtime, reading and writing the GPU's memory where there is one; for a batch, what runs it."""
     import onnxruntime as ort
 
-    from radapter_serve.serving.encoder import CUDA, cuda_provider
+    from radapter_serve.runtimes.encoder import CUDA, cuda_provider
 
     if towers.bench.device == "cpu":
         session = ort.InferenceSession(towers.graph(case), providers=["CPUExecutionProvider"])
@@ -262,8 +262,8 @@ def onnxruntime(towers: Towers, case: str) -> Callable[[Tensor], Run]:
 
 def tensorrt(towers: Towers, case: str, batches: tuple[int, ...]) -> Callable[[Tensor], Run]:
     """The graph as an engine of TensorRT, or of its RTX edition where only that is installed; for these very texts."""
-    from radapter_serve.serving.cuda import find_gpu
-    from radapter_serve.serving.engine import Engine, Options, build, import_tensorrt
+    from radapter_serve.runtimes.cuda import find_gpu
+    from radapter_serve.runtimes.tensorrt.engine import Engine, Options, build, import_tensorrt
 
     find_gpu()
     try:

@@ -20,7 +20,7 @@ from common import RESULTS, Report, memory, say
 from numpy.typing import NDArray
 from PIL import Image
 
-from radapter_serve.serving.recall import EFFORTS as LANCE_EFFORTS
+from radapter_serve.index.recall import EFFORTS as LANCE_EFFORTS
 
 Array = NDArray[np.float32]
 Search = Callable[[Array, Any], NDArray[np.int64]]  # a query [D] and an effort to the rows of the ten nearest
@@ -215,8 +215,8 @@ def embed(photos: list[Path], folder: Path) -> Array:
     """Random crops of photos, half of them mirrored, by the demo's base as a release: float32 [N, CROPS, D]."""
     from radapter_export import export_release
     from radapter_serve.adapter import Metadata, attach, base_digest, save_adapter
-    from radapter_serve.base import load_base
-    from radapter_serve.serving.release import LocalRelease
+    from radapter_serve.clip.base import load_base
+    from radapter_serve.runtimes.local_release import LocalRelease
 
     name = f"local-dir:{DEMO_BASE}"
     base = load_base(name)

@@ -13,7 +13,7 @@ from pathlib import Path
 from common import RESULTS, Report, say, with_spread
 
 from radapter_serve.adapter import load_adapter
-from radapter_serve.base import load_base
+from radapter_serve.clip.base import load_base
 from radapter_serve.demo.data import BASE
 from radapter_serve.evaluation.plots import plot_alpha_curve
 from radapter_serve.evaluation.results import Results, Row, curve

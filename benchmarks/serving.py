@@ -25,8 +25,8 @@ from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
 from radapter_client import Client
-from radapter_serve.serving.server import TritonServer, free_ports
-from radapter_serve.serving.tasks import Classify, ClassifyRequest, EmbedImages, load_label_sets
+from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.tasks.classify import Classify, ClassifyRequest, EmbedImages, load_label_sets
 
 LABEL_SET = "names"
 STAGES = ("decode, resize, score, hand-over", "encoder", "Triton: queues, copies", "client, protocol, network")

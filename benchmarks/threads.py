@@ -17,9 +17,9 @@ from common import RESULTS, Process, Report, alternate, ratio, say
 from serving import export, picture
 
 from radapter_client import Client
-from radapter_serve.serving.processes import children
-from radapter_serve.serving.server import TritonServer, free_ports
-from radapter_serve.serving.threads import cores
+from radapter_serve.server.processes import children
+from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.threads import cores
 
 # Callers that ask for images and for texts at the same time, each one request after the other.
 LOADS = {"1 image": (1, 0), "4 images": (4, 0), "1 text": (0, 1), "4 texts": (0, 4), "2 images, 2 texts": (2, 2)}

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from radapter_export.graph import image_graph, text_graph
 from radapter_serve.adapter import fold, load_adapter
-from radapter_serve.base import Base, load_base
-from radapter_serve.serving.encoder import Encoder
-from radapter_serve.towers import causal_text_features
+from radapter_serve.clip.base import Base, load_base
+from radapter_serve.clip.towers import causal_text_features
+from radapter_serve.runtimes.encoder import Encoder
 
 Embed = Callable[[Tensor], Tensor]
 EAGER, COMPILE, ONNX = "torch eager", "torch.compile", "ONNX Runtime"

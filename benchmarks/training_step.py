@@ -18,7 +18,7 @@ import tyro
 from common import CLASS_NAMES, RESULTS, Process, Report, alternate, ratio, say
 
 from radapter_serve.adapter import attach
-from radapter_serve.towers import encode_image, encode_text
+from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.training.average import Average
 from radapter_serve.training.loss import mpm_nce
 

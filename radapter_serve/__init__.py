@@ -1,7 +1,7 @@
 """Robust fine-tuning of CLIP with R-Adapter, from training to a served model.
 
-The names below need the extra `train` or `export`; they load on first use, so that `radapter_serve.serving`
-stays free of torch.
+The names below need the extra `train` or `export`; they load on first use, so that whoever imports
+the rooms below without torch stays free of it.
 """
 
 from __future__ import annotations

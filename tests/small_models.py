@@ -159,7 +159,7 @@ def random_adapter(name: str, scale: float = 0.1, *, partial: bool = False, **me
     import torch
 
     from radapter_serve.adapter import Metadata, attach, base_digest
-    from radapter_serve.base import load_base
+    from radapter_serve.clip.base import load_base
 
     base = load_base(name)
     adapters = attach(base.model, partial=partial)

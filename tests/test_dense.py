@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from radapter_serve.adapter import Adapter, Metadata, attach, attach_adapter, base_digest, fold
-from radapter_serve.dense import WAYS, Way, encode_patches, patch_features
+from radapter_serve.clip.dense import WAYS, Way, encode_patches, patch_features
 from radapter_serve.errors import RAdapterError
 
 VISION = {"image_size": 48, "layers": 2, "width": 64, "head_width": 16, "patch_size": 16}

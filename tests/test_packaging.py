@@ -42,9 +42,9 @@ def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path:
     tasks = {f"{model}/model.py" for model in TEMPLATES if not model.endswith("encoder")}
     assert held == tasks | {f"{model}/config.template.pbtxt" for model in TEMPLATES}
     for name in (
-        "serving/backends/onnxruntime/model.py",
-        "serving/backends/openvino/model.py",
-        "serving/backends/tensorrt/model.py",
+        "server/backends/onnxruntime/model.py",
+        "server/backends/openvino/model.py",
+        "server/backends/tensorrt/model.py",
         "demo/recipes/retrieval.yaml",
         "demo/base/open_clip_config.json",
     ):

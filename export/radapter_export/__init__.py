@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from radapter_export.merged import write_merged
     from radapter_export.release import Exported, Release, export_release
-    from radapter_serve.serving.agreement import Agreement
+    from radapter_serve.release.agreement import Agreement
 
-_ELSEWHERE = {"Agreement": "radapter_serve.serving.agreement", "write_merged": "radapter_export.merged"}
+_ELSEWHERE = {"Agreement": "radapter_serve.release.agreement", "write_merged": "radapter_export.merged"}
 
 __all__ = ["Agreement", "Exported", "Release", "export_release", "write_merged"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from radapter_serve.adapter import Metadata
-from radapter_serve.base import Base
+from radapter_serve.clip.base import Base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder
 from radapter_serve.evaluation.judge import judge
@@ -17,7 +17,7 @@ from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
 from radapter_serve.evaluation.run import own_validation
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.torch_embedder import as_it_is
-from radapter_serve.serving.masks import MaskCrop
+from radapter_serve.inputs.mask_crop import MaskCrop
 
 MOST = 2000  # images at most: one is 0.05 points then
 NONE = "none"

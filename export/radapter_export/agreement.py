@@ -1,7 +1,7 @@
 """What a graph must compute: inputs, and torch's embeddings of them with adapters attached.
 
 The reference is not folded and goes through open_clip's own code, so fold, export and runtime are tested together
-(`radapter_serve.serving.agreement` compares).
+(`radapter_serve.release.agreement` compares).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import nn
 
 from radapter_export.repository import ENCODERS, PATCH_ENCODER
 from radapter_serve.adapter import Adapters
-from radapter_serve.base import Base
-from radapter_serve.dense import encode_patches
-from radapter_serve.serving.dial import Alpha
-from radapter_serve.serving.tokenizer import Tokenizer
-from radapter_serve.towers import encode_image
+from radapter_serve.clip.base import Base
+from radapter_serve.clip.dense import encode_patches
+from radapter_serve.clip.towers import encode_image
+from radapter_serve.inputs.alpha import Alpha
+from radapter_serve.inputs.tokenizer import Tokenizer
 
 BATCHES = (1, 2, 7)  # constants baked into a Reshape show up at the odd ones
 
@@ -98,7 +98,7 @@ class References:
     Args:
         base: with adapters attached.
         inputs: what is embedded.
-        way: how patches are, one of `radapter_serve.dense.WAYS`; None if they are not.
+        way: how patches are, one of `radapter_serve.clip.dense.WAYS`; None if they are not.
     """
 
     @torch.inference_mode()

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.lock import lock
+from radapter_serve.lock import lock
 
 STAGED = ".export-"  # Triton ignores folders inside a model's folder whose names are no numbers
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from radapter_export.dial import DialTower, name_in_base
 from radapter_export.towers import ImageTower, PatchTower, TextTower, skeleton
 from radapter_serve.adapter import Adapter
-from radapter_serve.base import Base
+from radapter_serve.clip.base import Base
 from radapter_serve.errors import RAdapterError, reason
 
 OPSET = 22  # the first with Conv in bf16; the Attention of the next one is not built by TensorRT in fp32

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from radapter_export.files import STAGED, disk_errors, make_folder, recover, remove_empty, swap_in
-from radapter_serve.base import Base
+from radapter_serve.clip.base import Base
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.lock import lock
+from radapter_serve.lock import lock
 
 CONFIG, WEIGHTS, RELEASE = "open_clip_config.json", "open_clip_model.safetensors", "release.json"
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}  # of Hugging Face

@@ -21,9 +21,9 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from radapter_export.graph import EXTERNAL_ABOVE, size_of
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.collection import Collection
-from radapter_serve.serving.errors import TaskError
-from radapter_serve.serving.preprocess import Preprocess, decode_pixels
+from radapter_serve.index.collection import Collection
+from radapter_serve.inputs.errors import TaskError
+from radapter_serve.inputs.preprocess import Preprocess, decode_pixels
 
 IMAGES = 128  # of a collection, evenly spread; more hardly move the ranges
 PROMPTS = 512  # likewise, of label sets

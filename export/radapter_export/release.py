@@ -17,16 +17,16 @@ from radapter_export.update import Newest
 from radapter_export.writer import Exported, Release, Writer
 from radapter_serve.adapter import average_adapters, load_adapter
 from radapter_serve.adapter.file import check_alpha, check_base
-from radapter_serve.base import load_base
-from radapter_serve.dense import check_dense
+from radapter_serve.clip.base import load_base
+from radapter_serve.clip.dense import check_dense
+from radapter_serve.clip.prompts import templates_of
 from radapter_serve.errors import RAdapterError
-from radapter_serve.prompts import templates_of
-from radapter_serve.serving.agreement import TOLERANCES, Tolerance
-from radapter_serve.serving.collection import open_collection
-from radapter_serve.serving.errors import TaskError
-from radapter_serve.serving.labels import check_labels, read_label_file
-from radapter_serve.serving.plan_writer import PlanWriter
-from radapter_serve.serving.runtimes import RUNTIMES, TENSORRT
+from radapter_serve.index.collection import open_collection
+from radapter_serve.inputs.errors import TaskError
+from radapter_serve.inputs.labels import check_labels, read_label_file
+from radapter_serve.release.agreement import TOLERANCES, Tolerance
+from radapter_serve.release.repository import RUNTIMES, TENSORRT
+from radapter_serve.runtimes.tensorrt.plan_writer import PlanWriter
 
 __all__ = ["Exported", "Release", "export_release"]
 
@@ -69,18 +69,18 @@ def export_release(
         merged: folder for the merged checkpoint, replaced if it holds one; with several α, for a folder of each.
         label_sets: name to label file; their text embeddings become part of the release.
         templates: prompt templates, a file of them or the name of a built-in set; the adapter's own if None.
-        dense: how patches are embedded, one of `radapter_serve.dense.WAYS`; "none" leaves `patch_encoder` out; the
+        dense: how patches are embedded, one of `radapter_serve.clip.dense.WAYS`; "none" leaves `patch_encoder` out; the
             adapter's own if None.
         runtime: what runs the encoders in the server, and checks them here, one of
-            `radapter_serve.serving.runtimes.RUNTIMES`; `onnxruntime` if None.
+            `radapter_serve.release.repository.RUNTIMES`; `onnxruntime` if None.
         precision: of the encoders: `fp32`, `fp16`, `bf16` or `int8`; `fp32` if None.
-        calibration: images for `int8`, as of `radapter_serve.serving.collection.open_collection`: the ranges of
+        calibration: images for `int8`, as of `radapter_serve.index.collection.open_collection`: the ranges of
             activations are found by them and fixed (static); found for each batch if None (dynamic).
         validation: labelled images, captions or masks, of the form of a recipe's `val_data`, by which torch and the
             encoders are compared; the run's own if None and the precision is not `fp32`; "none" for none.
         max_drop: points of the task's metric, in per cent, that the encoders may lose there.
         tolerance: largest difference allowed between the runtime and torch, per component of a unit-length embedding;
-            what `radapter_serve.serving.agreement.TOLERANCES` says of the precision if None.
+            what `radapter_serve.release.agreement.TOLERANCES` says of the precision if None.
         max_batch_size: rows that the server puts into one batch; 64 if None.
         update: put other weights into the graphs of the repository's newest release instead of exporting them again.
             What is None is taken from that release: label sets, templates, dense, precision, runtime, max_batch_size.

@@ -16,8 +16,8 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_export.files import STAGED, disk_errors, make_folder, remove_empty
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.lock import lock
-from radapter_serve.serving.runtimes import configure
+from radapter_serve.lock import lock
+from radapter_serve.release.repository import configure
 
 PATCH_ENCODER = "patch_encoder"  # the one model that an export may lack
 ENCODERS = ("image_encoder", PATCH_ENCODER, "text_encoder")

@@ -22,7 +22,7 @@ def write_tokenizer(tokenizer: Any, path: str | Path, *, dynamic_length: bool = 
     Args:
         tokenizer: what `open_clip.get_tokenizer` returns.
         path: file to write, `tokenizer.json`.
-        dynamic_length: texts may be cropped to the longest one (see `radapter_serve.towers.is_causal`).
+        dynamic_length: texts may be cropped to the longest one (see `radapter_serve.clip.towers.is_causal`).
 
     Returns:
         The `tokenizer` entry of a release: kind, digest, context_length, dynamic_length, start, end, pad, clean.

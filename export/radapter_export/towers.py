@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from radapter_serve.base import Base
-from radapter_serve.dense import WAYS, check_dense, neighbourhood, patch_features
+from radapter_serve.clip.base import Base
+from radapter_serve.clip.dense import WAYS, check_dense, neighbourhood, patch_features
+from radapter_serve.clip.towers import causal_text_features, is_causal, pool_type, text_tower
 from radapter_serve.errors import RAdapterError
-from radapter_serve.towers import causal_text_features, is_causal, pool_type, text_tower
 
 COPY = "model."  # how the names of a copy's weights begin; the rest of a name is its key in the state dict
 
@@ -69,7 +69,7 @@ class PatchTower(ImageTower):
 
     Args:
         base: that `check` accepts.
-        way: one of `radapter_serve.dense.WAYS`.
+        way: one of `radapter_serve.clip.dense.WAYS`.
     """
 
     def __init__(self, base: Base, way: str) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 from radapter_export.graph import Graph
 from radapter_serve.adapter import Adapter, fold
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.labels import LabelSet
-from radapter_serve.serving.release import find_release, read_release
-from radapter_serve.serving.runtimes import encoders_of
+from radapter_serve.inputs.labels import LabelSet
+from radapter_serve.release.facts import find_release, read_release
+from radapter_serve.release.repository import encoders_of
 
 _CLOSE = 64  # roundings of float32, of a tensor's largest value: another machine folds in another order
 

@@ -26,19 +26,19 @@ from radapter_export.quantization import PROMPTS, Calibration, calibration_image
 from radapter_export.repository import TASKS, Repository
 from radapter_export.tokenizer import write_tokenizer
 from radapter_serve.adapter import Adapter, Adapters, attach_adapter, fold
-from radapter_serve.base import Base
-from radapter_serve.dense import check_dense
-from radapter_serve.serving.agreement import Agreement, Samples, Tolerance, compare
-from radapter_serve.serving.collection import Collection
-from radapter_serve.serving.dial import Encode, at
-from radapter_serve.serving.encoder import Encoder
-from radapter_serve.serving.labels import LabelEmbedder, split_label
-from radapter_serve.serving.masks import MaskCrop
-from radapter_serve.serving.plan_writer import PlanWriter
-from radapter_serve.serving.preprocess import Preprocess
-from radapter_serve.serving.runtimes import RUNTIMES
-from radapter_serve.serving.tokenizer import Tokenizer
-from radapter_serve.towers import is_causal
+from radapter_serve.clip.base import Base
+from radapter_serve.clip.dense import check_dense
+from radapter_serve.clip.towers import is_causal
+from radapter_serve.index.collection import Collection
+from radapter_serve.inputs.alpha import Encode, at
+from radapter_serve.inputs.labels import LabelEmbedder, split_label
+from radapter_serve.inputs.mask_crop import MaskCrop
+from radapter_serve.inputs.preprocess import Preprocess
+from radapter_serve.inputs.tokenizer import Tokenizer
+from radapter_serve.release.agreement import Agreement, Samples, Tolerance, compare
+from radapter_serve.release.repository import RUNTIMES
+from radapter_serve.runtimes.encoder import Encoder
+from radapter_serve.runtimes.tensorrt.plan_writer import PlanWriter
 
 FORMAT = 1
 TOKENIZED = ("embed_text", "segment", "classify")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from radapter_serve.serving.triton import Version, answer, read
+from radapter_serve.tasks.triton import Version, answer, read
 
 
 class TritonPythonModel:

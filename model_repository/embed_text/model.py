@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from radapter_serve.serving.tasks import EmbedTexts
-from radapter_serve.serving.triton import Version, answer, read
+from radapter_serve.tasks.classify import EmbedTexts
+from radapter_serve.tasks.triton import Version, answer, read
 
 
 class TritonPythonModel:

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from radapter_serve.serving.retrieve import Retrieve, Retrieved, RetrieveRequest
-from radapter_serve.serving.server import INDEXES
-from radapter_serve.serving.triton import Version, answer_each, read
+from radapter_serve.environment import INDEXES
+from radapter_serve.tasks.retrieve import Retrieve, Retrieved, RetrieveRequest
+from radapter_serve.tasks.triton import Version, answer_each, read
 
 
 class TritonPythonModel:

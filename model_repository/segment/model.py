@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from radapter_serve.serving.segment_task import Segment, SegmentRequest, Segments
-from radapter_serve.serving.tasks import load_label_sets
-from radapter_serve.serving.triton import Version, answer_each, read
+from radapter_serve.tasks.classify import load_label_sets
+from radapter_serve.tasks.segment import Segment, SegmentRequest, Segments
+from radapter_serve.tasks.triton import Version, answer_each, read
 
 OPTIONS = ("threshold", "short_side", "stride", "refine", "proposal_weight")
 

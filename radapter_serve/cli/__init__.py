@@ -1,4 +1,7 @@
-"""The commands: one thin file each; what they share is `run`."""
+"""The commands, one thin file each: they read flags, call the rooms, and print.
+
+What they share is here; what they do lives in the rooms.
+"""
 
 from __future__ import annotations
 

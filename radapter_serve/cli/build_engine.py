@@ -13,8 +13,8 @@ from rich.table import Table
 
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.engine import Options
-from radapter_serve.serving.plan_writer import Built, build_engines, check_engines
+from radapter_serve.runtimes.tensorrt.engine import Options
+from radapter_serve.runtimes.tensorrt.plan_writer import Built, build_engines, check_engines
 
 PROG = "radapter-build-engine"
 

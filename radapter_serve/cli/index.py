@@ -44,7 +44,7 @@ def build(
         on_broken: an image that can't be read stops the build, or is skipped and named in OUT/broken.txt.
         resume: go on with a build that was stopped, without embedding again what it has.
     """
-    from radapter_serve.serving.indexing import build
+    from radapter_serve.index.build import build
 
     with _release(model_repository, url) as release, _progress("embedding") as progress:
         if alpha is not None:
@@ -83,7 +83,7 @@ def add(
         prune: remove images whose files are gone.
         on_broken: an image that can't be read stops this, or is skipped and named in OUT/broken.txt.
     """
-    from radapter_serve.serving.indexing import add
+    from radapter_serve.index.build import add
 
     with _release(model_repository, url) as release, _progress("embedding") as progress:
         summary = add(out, release, source, prune=prune, on_broken=on_broken, progress=progress)
@@ -96,7 +96,7 @@ def info(out: tyro.conf.Positional[Path]) -> None:
     Args:
         out: folder of the index.
     """
-    from radapter_serve.serving.index import read_facts
+    from radapter_serve.index.index import read_facts
 
     facts = read_facts(out)
     release, engine = facts["release"], facts["engine"]
@@ -124,7 +124,7 @@ def verify(out: tyro.conf.Positional[Path]) -> int:
     Args:
         out: folder of the index.
     """
-    from radapter_serve.serving.indexing import verify
+    from radapter_serve.index.build import verify
 
     with _progress("reading") as progress:
         found = verify(out, progress=progress)
@@ -154,12 +154,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _release(model_repository: str, url: str | None) -> Iterator[Any]:
     """What embeds."""
     if url is None:
-        from radapter_serve.serving.release import LocalRelease
+        from radapter_serve.runtimes.local_release import LocalRelease
 
         yield LocalRelease(model_repository)
         return
     from radapter_client import RAdapterClientError
-    from radapter_serve.serving.live import ServerRelease, connect
+    from radapter_serve.runtimes.served_release import ServerRelease, connect
 
     client, release = connect(url)
     try:

@@ -15,8 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from radapter_serve.cli import run
-from radapter_serve.serving.choice import BATCHES, fastest
-from radapter_serve.serving.server import TritonServer
+from radapter_serve.server.runtime_choice import BATCHES, fastest
+from radapter_serve.server.triton_server import TritonServer
 
 PROG = "radapter-serve"
 

@@ -1,4 +1,7 @@
-"""Data for training and judging: rows of images, their labels, their captions, their masks."""
+"""Data for training and evaluation: rows of images with their labels, captions or masks.
+
+It reads and checks; what is learned or measured from the data lives in `training/` and `evaluation/`.
+"""
 
 from radapter_serve.data.captions import Captioned, CaptionedImage, load_captioned
 from radapter_serve.data.labelled import (
@@ -9,7 +12,8 @@ from radapter_serve.data.labelled import (
     load_labelled,
     split_classes,
 )
-from radapter_serve.data.masks import IGNORE, Masked, MaskedImage, load_masked
+from radapter_serve.data.masked import load_masked
+from radapter_serve.data.masks import IGNORE, Masked, MaskedImage
 from radapter_serve.data.rows import READERS, BrokenImage, ImageColumn, LabelledImages, TrainingData, open_rows
 
 __all__ = [

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.serving.labels import read_label_file, split_label
+from radapter_serve.inputs.labels import read_label_file, split_label
 
 IGNORED_NAMES = ("unlabeled", "void", "ignore")
 _CLASS_FILES = ("classes.txt", "classes.json", "classes.yaml")

@@ -16,10 +16,10 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
-from radapter_serve.base import Base
+from radapter_serve.clip.base import Base
 from radapter_serve.data.rows import BrokenImage, ImageColumn, LabelledImages, open_rows, sub_folders
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.labels import read_label_file, split_label
+from radapter_serve.inputs.labels import read_label_file, split_label
 
 
 @dataclass

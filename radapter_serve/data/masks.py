@@ -100,32 +100,6 @@ class Masked:
     classes: list[str]
 
 
-def load_masked(spec: str, *, classes: Path | None = None, images: Path | None = None) -> Masked:
-    """Open a data set of images with masks.
-
-    Args:
-        spec: `masks:DIR` for the images DIR/images/* with the label maps DIR/masks/STEM.png (gray, palette or 16 bit;
-            the value is the class id), or `coco:FILE.json` for COCO's panoptic annotations (their PNGs in the folder
-            FILE) or instance annotations (polygons or run lengths).
-        classes: file of the class ids: text with one class a line, the first of which is id 0, or JSON or YAML that
-            maps id to name; None takes DIR/classes.txt, .json or .yaml, the same beside DIR, or COCO's categories. Ids
-            without a name (255 by custom) and those named unlabeled, void or ignore are ignored; ids of one name are
-            one class.
-        images: folder of the images; None takes DIR/images, or `images` beside FILE.json.
-
-    Raises:
-        RAdapterError: it can't be read, an image or a mask is missing, there is no class file, or ids do not match.
-    """
-    reader, _, place = spec.partition(":")
-    if reader == "masks" and place:
-        return _load_label_maps(Path(place), classes, images)
-    if reader == "coco" and place:
-        from radapter_serve.data.coco import load_coco  # which builds on this module
-
-        return load_coco(Path(place), classes, images)
-    raise RAdapterError(f"could not read the masks {spec}; allowed: masks:DIR, coco:FILE.json")
-
-
 @dataclass(frozen=True, eq=False)
 class LabelMap(MaskedImage):
     """The value of a pixel is the id of its class: one segment a class.
@@ -175,7 +149,12 @@ def open_mask(path: Path) -> Image.Image:
     return image
 
 
-def _load_label_maps(folder: Path, classes: Path | None, images: Path | None) -> Masked:
+def load_label_maps(folder: Path, classes: Path | None, images: Path | None) -> Masked:
+    """Open a folder of images with label maps, as `load_masked` says.
+
+    Raises:
+        RAdapterError: an image or a mask is missing, or there is no class file.
+    """
     names = read_class_ids(classes or find_class_file(folder))
     if max(names) > MAX_ID:
         raise RAdapterError(f"the class id {max(names)} is too high for a label map; allowed: 0 to {MAX_ID}")

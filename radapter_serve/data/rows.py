@@ -14,8 +14,8 @@ import datasets
 from PIL import Image
 
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.serving.labels import split_label
-from radapter_serve.serving.preprocess import decode
+from radapter_serve.inputs.labels import split_label
+from radapter_serve.inputs.preprocess import decode
 
 READERS = ("imagefolder", "csv", "json", "parquet", "webdataset")
 

@@ -16,7 +16,7 @@ from rich.progress import track
 from radapter_serve.data.masks import Masked, MaskedImage, Segment
 from radapter_serve.data.rows import BrokenImage, LabelledImages, decode_named
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.masks import MaskCrop
+from radapter_serve.inputs.mask_crop import MaskCrop
 
 
 @dataclass

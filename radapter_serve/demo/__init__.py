@@ -1,1 +1,4 @@
-"""The small base model of `radapter-demo`, and its data: emoji drawings of several vendors."""
+"""What `radapter-demo` runs: a small base model, emoji drawings of several vendors, and every step from data to answer.
+
+Nothing else imports it.
+"""

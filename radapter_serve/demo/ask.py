@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from radapter_client import Client, Hit, Segmentation
+from radapter_serve.clip.dense import encode_patches
 from radapter_serve.data import load_masked
 from radapter_serve.demo.data import FINE_TUNED, DemoData
 from radapter_serve.demo.scenes import CAPTIONS, SHORT_SIDE, SceneData
-from radapter_serve.dense import encode_patches
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.labels import read_label_file, read_templates
-from radapter_serve.serving.masks import MaskCrop
-from radapter_serve.serving.preprocess import Preprocess
-from radapter_serve.serving.segment import Segmenter, SegmentOptions
+from radapter_serve.inputs.labels import read_label_file, read_templates
+from radapter_serve.inputs.mask_crop import MaskCrop
+from radapter_serve.inputs.preprocess import Preprocess
+from radapter_serve.tasks.segmenter import Segmenter, SegmentOptions
 
 QUESTIONS = 60  # images, captions, scenes: as many of each as are compared
 CLOSE = 1e-3  # of scores

@@ -16,9 +16,9 @@ from radapter_serve.demo.ask import ask_classify, ask_search, ask_segment
 from radapter_serve.demo.data import FINE_TUNED, STYLES, prepare
 from radapter_serve.demo.learn import draw_curve, figures, learn, lessons, table
 from radapter_serve.demo.scenes import prepare_scenes
-from radapter_serve.serving.indexing import build
-from radapter_serve.serving.release import LocalRelease
-from radapter_serve.serving.server import TritonServer, free_ports
+from radapter_serve.index.build import build
+from radapter_serve.runtimes.local_release import LocalRelease
+from radapter_serve.server.triton_server import TritonServer, free_ports
 
 LABEL_SET = "emoji"
 INDEX = "scenes"

@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize
 
+from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.demo.data import STYLES, Concept, concepts, drawing, render
-from radapter_serve.towers import encode_image, encode_text
 
 SIZE, MEAN, STD = 48, (0.75, 0.73, 0.7), (0.32, 0.32, 0.34)
 MODEL: dict[str, Any] = {

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from radapter_serve.clip.towers import encode_image, encode_texts
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import NOT_FINITE
-from radapter_serve.serving.labels import split_label
-from radapter_serve.towers import encode_image, encode_texts
+from radapter_serve.inputs.labels import split_label
 
 Tokenizer = Callable[[list[str]], Tensor]
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.serving.dial import facts_at
-from radapter_serve.serving.preprocess import decode
-from radapter_serve.serving.segment import Segmenter, SegmentOptions
+from radapter_serve.inputs.alpha import facts_at
+from radapter_serve.inputs.preprocess import decode
+from radapter_serve.tasks.segmenter import Segmenter, SegmentOptions
 
 PROPOSALS = "proposals"  # in place of a way: masks are given, and their crops are classified
 # From the bytes of an image file, and masks uint8 [N, H, W] where masks are given, to the index of each pixel's label,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from radapter_serve.evaluation.embedder import Embedder
 from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.evaluation.suite import Entry
-from radapter_serve.serving.labels import split_label
+from radapter_serve.inputs.labels import split_label
 
 EmbedTexts = Callable[[Sequence[str]], Floats]
 Known = dict[tuple[tuple[str, ...], str], Floats]

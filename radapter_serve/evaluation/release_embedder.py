@@ -16,8 +16,8 @@ from radapter_serve.evaluation.embedder import (
 )
 from radapter_serve.evaluation.judged import class_embeds
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.serving.release import LocalRelease
-from radapter_serve.serving.segment import Segmenter
+from radapter_serve.runtimes.local_release import LocalRelease
+from radapter_serve.tasks.segmenter import Segmenter
 
 
 class ReleaseEmbedder:

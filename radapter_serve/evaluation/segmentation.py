@@ -16,8 +16,8 @@ from radapter_serve.evaluation.embedder import PROPOSALS, Embedder, SegmentImage
 from radapter_serve.evaluation.judged import Known, digest
 from radapter_serve.evaluation.metrics import confusion, segmentation_metrics
 from radapter_serve.evaluation.suite import Entry
-from radapter_serve.serving.labels import split_label
-from radapter_serve.serving.segment import SegmentOptions
+from radapter_serve.inputs.labels import split_label
+from radapter_serve.tasks.segmenter import SegmentOptions
 
 
 @dataclass(frozen=True)

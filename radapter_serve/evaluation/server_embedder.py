@@ -12,8 +12,8 @@ from radapter_client import RAdapterClientError
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import SegmentImage, SegmentQuery, Variant, exported_way, release_variants
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.serving.dial import Dial
-from radapter_serve.serving.live import connect
+from radapter_serve.inputs.alpha import Dial
+from radapter_serve.runtimes.served_release import connect
 
 
 class ServerEmbedder:

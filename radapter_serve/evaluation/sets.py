@@ -14,8 +14,9 @@ import open_clip
 import yaml
 from numpy.typing import NDArray
 
+from radapter_serve.clip.prompts import templates_of
 from radapter_serve.data import READERS, ImageColumn, Labelled, class_split, load_captioned, load_labelled
-from radapter_serve.data.masks import load_masked
+from radapter_serve.data.masked import load_masked
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder
 from radapter_serve.evaluation.judged import JudgedSet, Known, Scorer, class_embeds, digest, drawn
@@ -23,9 +24,8 @@ from radapter_serve.evaluation.karpathy import load_karpathy
 from radapter_serve.evaluation.metrics import Floats, classification_metrics, retrieval_metrics, true_ranks
 from radapter_serve.evaluation.segmentation import SegmentationSet
 from radapter_serve.evaluation.suite import Entry, Suite
-from radapter_serve.prompts import templates_of
-from radapter_serve.serving.labels import split_label
-from radapter_serve.serving.preprocess import decode
+from radapter_serve.inputs.labels import split_label
+from radapter_serve.inputs.preprocess import decode
 
 _READERS = (*READERS, "masks", "coco", "karpathy")
 

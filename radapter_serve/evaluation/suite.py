@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from radapter_serve.dense import WAYS
+from radapter_serve.clip.dense import WAYS
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import PROPOSALS
-from radapter_serve.serving.errors import TaskError
-from radapter_serve.serving.segment import SegmentOptions
+from radapter_serve.inputs.errors import TaskError
+from radapter_serve.tasks.segmenter import SegmentOptions
 
 TASKS = ("classification", "retrieval", "segmentation")
 SHIFTS = ("id", "ood")

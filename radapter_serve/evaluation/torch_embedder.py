@@ -18,8 +18,9 @@ from torch import Tensor
 
 from radapter_serve.adapter import Adapter, load_adapter
 from radapter_serve.adapter.file import check_alpha, check_base
-from radapter_serve.base import LOCAL, Base, load_base
-from radapter_serve.dense import check_dense, encode_patches
+from radapter_serve.clip.base import LOCAL, Base, load_base
+from radapter_serve.clip.dense import check_dense, encode_patches
+from radapter_serve.clip.towers import encode_image, encode_texts
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.evaluation.embedder import (
     PROPOSALS,
@@ -32,11 +33,10 @@ from radapter_serve.evaluation.embedder import (
 )
 from radapter_serve.evaluation.judged import class_embeds
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.serving.masks import MaskCrop
-from radapter_serve.serving.preprocess import Preprocess, decode
-from radapter_serve.serving.release import read_release
-from radapter_serve.serving.segment import Segmenter
-from radapter_serve.towers import encode_image, encode_texts
+from radapter_serve.inputs.mask_crop import MaskCrop
+from radapter_serve.inputs.preprocess import Preprocess, decode
+from radapter_serve.release.facts import read_release
+from radapter_serve.tasks.segmenter import Segmenter
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

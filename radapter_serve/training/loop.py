@@ -17,11 +17,11 @@ from torch.nn.utils import parametrize
 from torchvision import transforms
 
 from radapter_serve.adapter import Adapters, Form, Metadata, attach, base_digest, find_sites, save_adapter
-from radapter_serve.base import Base, load_base
+from radapter_serve.clip.base import Base, load_base
+from radapter_serve.clip.prompts import templates_of
+from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.data import TrainingData
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.prompts import templates_of
-from radapter_serve.towers import encode_image, encode_text
 from radapter_serve.training.average import Average
 from radapter_serve.training.batches import Examples, Transform, batches
 from radapter_serve.training.checkpoint import NAME as CHECKPOINT

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from radapter_serve.base import Base
+from radapter_serve.clip.base import Base
+from radapter_serve.clip.prompts import templates_of
 from radapter_serve.data import Captioned, Labelled, class_split, few_shot, load_captioned, load_labelled, load_masked
 from radapter_serve.data.segments import Segments, load_segments
-from radapter_serve.prompts import templates_of
-from radapter_serve.serving.masks import MaskCrop
+from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.training.recipe import Recipe
 
 

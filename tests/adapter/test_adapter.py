@@ -24,9 +24,9 @@ from radapter_serve.adapter import (
     load_adapter,
     save_adapter,
 )
-from radapter_serve.base import load_base
+from radapter_serve.clip.base import load_base
+from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.errors import RAdapterError
-from radapter_serve.towers import encode_image, encode_text
 
 TEXTS = ["a cat", "!? a !longer text about dogs and !x", "", "a cat"]
 

@@ -11,9 +11,9 @@ from small_models import FAMILIES, make_base
 from torch import nn
 
 from radapter_serve.adapter import Metadata, attach, attach_adapter, base_digest, find_sites, fold
-from radapter_serve.base import Base, load_base
+from radapter_serve.clip.base import Base, load_base
+from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.errors import RAdapterError
-from radapter_serve.towers import encode_image, encode_text
 from radapter_serve.training import mpm_nce
 
 NATIVE = ("{}.resblocks.0.attn.out_proj", "{}.resblocks.0.mlp.c_proj")

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from radapter_serve.cli.index import main
-from radapter_serve.serving.index import Index
-from radapter_serve.serving.release import LocalRelease, release_digest
+from radapter_serve.index.index import Index
+from radapter_serve.release.facts import release_digest
+from radapter_serve.runtimes.local_release import LocalRelease
 
 
 @pytest.fixture

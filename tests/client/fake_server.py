@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from radapter_serve.serving.server import TritonServer, free_ports
+from radapter_serve.server.triton_server import TritonServer, free_ports
 
 VERSIONS = (1, 2)
 TASKS = {

@@ -15,9 +15,9 @@ from PIL import Image
 import radapter_client
 from radapter_client import Client
 from radapter_export import export_release
-from radapter_serve.serving.indexing import build
-from radapter_serve.serving.release import LocalRelease
-from radapter_serve.serving.server import TritonServer, free_ports
+from radapter_serve.index.build import build
+from radapter_serve.runtimes.local_release import LocalRelease
+from radapter_serve.server.triton_server import TritonServer, free_ports
 
 pytestmark = pytest.mark.triton
 

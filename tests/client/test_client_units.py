@@ -22,7 +22,7 @@ from radapter_client import _exceptions, _files
 from radapter_client._base import MAX_BYTES, MAX_STRINGS
 from radapter_client._images import chunks, encode_image, is_one_image, size_bound
 from radapter_client._url import parse_url
-from radapter_serve.serving.labels import read_label_file
+from radapter_serve.inputs.labels import read_label_file
 
 CLIENT = radapter_client.Client("http://localhost:1")
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from radapter_serve.adapter import Adapter, Metadata, attach, base_digest, find_sites, fold
-from radapter_serve.base import load_base
+from radapter_serve.clip.base import load_base
 from radapter_serve.data import Labelled, load_labelled
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import count_hits, zero_shot_classifier

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from radapter_export import export_release
 from radapter_serve.adapter import fold, load_adapter
-from radapter_serve.base import load_base
+from radapter_serve.clip.base import load_base
 from radapter_serve.evaluation.embedder import Embedder
 from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
 from radapter_serve.evaluation.results import Results
@@ -157,7 +157,7 @@ def test_wise_ft_interpolates_all_weights(run_folder: Path, tiny_clip_dir: str, 
 def test_a_live_server_gives_the_same_numbers(
     run_folder: Path, exported: Path, world: Path, tmp_path: Path, protocol: str
 ) -> None:
-    from radapter_serve.serving.server import TritonServer
+    from radapter_serve.server.triton_server import TritonServer
 
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]

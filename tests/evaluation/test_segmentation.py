@@ -35,9 +35,9 @@ from radapter_serve.evaluation.run import choose_alpha, judge_suite
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
-from radapter_serve.serving.masks import MaskCrop
-from radapter_serve.serving.preprocess import Preprocess, decode
-from radapter_serve.serving.segment import Segmenter
+from radapter_serve.inputs.mask_crop import MaskCrop
+from radapter_serve.inputs.preprocess import Preprocess, decode
+from radapter_serve.tasks.segmenter import Segmenter
 
 NAMES = ["sky", "grass, lawn", "cow", "barn"]
 SIZE, PATCH = 32, 8
@@ -216,8 +216,8 @@ def test_every_alpha_is_the_folded_model(masked: Path, dense_run: Path, tiny_cli
     import torch
 
     from radapter_serve.adapter import fold
-    from radapter_serve.base import load_base
-    from radapter_serve.dense import encode_patches
+    from radapter_serve.clip.base import load_base
+    from radapter_serve.clip.dense import encode_patches
     from radapter_serve.evaluation.classification import zero_shot_classifier
 
     suite = suite_of(masked, SETS)
@@ -272,7 +272,7 @@ def test_a_run_its_checkpoint_and_its_release_give_the_same_masks(
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_a_live_server_gives_the_same_masks(masked: Path, dense_release: Path, protocol: str) -> None:
     from radapter_serve.evaluation.server_embedder import ServerEmbedder
-    from radapter_serve.serving.server import TritonServer, free_ports
+    from radapter_serve.server.triton_server import TritonServer, free_ports
 
     suite, repository = suite_of(masked, SETS), dense_release / "model_repository"
     with TritonServer(repository, "127.0.0.1", *free_ports()) as server:

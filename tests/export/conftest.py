@@ -12,7 +12,7 @@ import pytest
 from radapter_export import Release, export_release
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_serve.adapter import Adapter, load_adapter, save_adapter
-from radapter_serve.base import Base, load_base
+from radapter_serve.clip.base import Base, load_base
 
 ALPHAS = (0.3, 0.8)
 ANIMALS = "cat, kitty\ndog\n# a comment\n\nguinea pig\n"

@@ -15,11 +15,11 @@ from radapter_export import Release
 from radapter_export.agreement import BATCHES, Inputs, References
 from radapter_export.graph import Graph
 from radapter_serve.adapter import attach_adapter, fold, load_adapter
-from radapter_serve.base import Base, load_base
+from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.agreement import Samples, compare
-from radapter_serve.serving.encoder import Encoder
-from radapter_serve.serving.tokenizer import Tokenizer
+from radapter_serve.inputs.tokenizer import Tokenizer
+from radapter_serve.release.agreement import Samples, compare
+from radapter_serve.runtimes.encoder import Encoder
 
 
 @pytest.fixture(scope="module")

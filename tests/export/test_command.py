@@ -11,8 +11,8 @@ import pytest
 from fake_tensorrt import Driver, install
 
 from radapter_serve.cli.export import main
-from radapter_serve.serving.engine import Options
-from radapter_serve.serving.plan_writer import build_engines, check_engines
+from radapter_serve.runtimes.tensorrt.engine import Options
+from radapter_serve.runtimes.tensorrt.plan_writer import build_engines, check_engines
 
 
 @pytest.fixture

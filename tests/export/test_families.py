@@ -14,10 +14,10 @@ from small_models import FAMILIES, make_base, random_adapter
 
 from radapter_export import export_release
 from radapter_serve.adapter import fold, load_adapter, save_adapter
-from radapter_serve.base import load_base
-from radapter_serve.serving.encoder import Encoder
-from radapter_serve.serving.preprocess import Preprocess, decode_pixels
-from radapter_serve.serving.tokenizer import Tokenizer
+from radapter_serve.clip.base import load_base
+from radapter_serve.inputs.preprocess import Preprocess, decode_pixels
+from radapter_serve.inputs.tokenizer import Tokenizer
+from radapter_serve.runtimes.encoder import Encoder
 
 QUICK = ("coca", "siglip", "roberta")
 CROPPED = ("vit", "vit-quickgelu", "vit-layer-scale", "vit-custom-blocks", "mobileclip-b", "eva02", "pe-core", "resnet")

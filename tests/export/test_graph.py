@@ -17,8 +17,8 @@ import torch
 from radapter_export import Release
 from radapter_export.graph import EXTERNAL_ABOVE, Graph, image_graph, patch_graph, text_graph
 from radapter_export.towers import Attention, check
-from radapter_serve.base import Base, load_base
-from radapter_serve.dense import WAYS, encode_patches
+from radapter_serve.clip.base import Base, load_base
+from radapter_serve.clip.dense import WAYS, encode_patches
 from radapter_serve.errors import RAdapterError
 
 TEXTS = ["a photo of a cat", "hello", "", "many words " * 100, "a drawing of a dog, in the rain", "x y z", "7"]

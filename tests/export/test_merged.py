@@ -14,7 +14,7 @@ from open_clip.transformer import QuickGELU
 from radapter_export import Release, write_merged
 from radapter_export.merged import Merged
 from radapter_serve.adapter import fold, load_adapter
-from radapter_serve.base import Base, load_base
+from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError
 
 FILES = {"open_clip_config.json", "open_clip_model.safetensors", "release.json"}

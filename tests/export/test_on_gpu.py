@@ -13,12 +13,12 @@ import pytest
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.agreement import Samples, compare
-from radapter_serve.serving.cuda import Stream, find_gpu
-from radapter_serve.serving.encoder import Encoder
-from radapter_serve.serving.engine import Engine, Options, build
-from radapter_serve.serving.plan import PLAN, check_plan
-from radapter_serve.serving.plan_writer import build_engines, check_engines
+from radapter_serve.release.agreement import Samples, compare
+from radapter_serve.runtimes.cuda import Stream, find_gpu
+from radapter_serve.runtimes.encoder import Encoder
+from radapter_serve.runtimes.tensorrt.engine import Engine, Options, build
+from radapter_serve.runtimes.tensorrt.plan import PLAN, check_plan
+from radapter_serve.runtimes.tensorrt.plan_writer import build_engines, check_engines
 
 pytestmark = pytest.mark.gpu
 ENCODERS = ("image_encoder", "text_encoder")

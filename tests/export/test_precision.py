@@ -23,15 +23,15 @@ from radapter_export.graph import Graph
 from radapter_export.precision import lower
 from radapter_export.quantization import calibration_images, quantize
 from radapter_serve.adapter import Adapter, attach_adapter, fold, load_adapter
-from radapter_serve.base import Base, load_base
+from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import release_variants
-from radapter_serve.serving.agreement import TOLERANCES, Samples, compare
-from radapter_serve.serving.collection import open_collection
-from radapter_serve.serving.encoder import Encoder
-from radapter_serve.serving.masks import MaskCrop
-from radapter_serve.serving.preprocess import Preprocess
-from radapter_serve.serving.release import release_digest
+from radapter_serve.index.collection import open_collection
+from radapter_serve.inputs.mask_crop import MaskCrop
+from radapter_serve.inputs.preprocess import Preprocess
+from radapter_serve.release.agreement import TOLERANCES, Samples, compare
+from radapter_serve.release.facts import release_digest
+from radapter_serve.runtimes.encoder import Encoder
 
 LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 CLASSES = ("cat", "dog", "guinea pig", "horse", "old wall")

@@ -14,9 +14,9 @@ from torch import nn
 
 from radapter_export.graph import Graph, image_graph, text_graph
 from radapter_serve.adapter import Metadata, attach, base_digest, fold
-from radapter_serve.base import Base
-from radapter_serve.serving.agreement import Samples, compare
-from radapter_serve.serving.encoder import Encoder
+from radapter_serve.clip.base import Base
+from radapter_serve.release.agreement import Samples, compare
+from radapter_serve.runtimes.encoder import Encoder
 
 NAMES = (
     "ViT-B-32",

@@ -23,12 +23,12 @@ import torch
 from radapter_export import Release, export_release
 from radapter_export.repository import MODELS, PATCH_ENCODER
 from radapter_serve.adapter import Adapter, fold, load_adapter, save_adapter
-from radapter_serve.base import Base
+from radapter_serve.clip.base import Base
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.agreement import Samples
-from radapter_serve.serving.encoder import Encoder
-from radapter_serve.serving.release import LocalRelease
-from radapter_serve.serving.runtimes import encoders_of
+from radapter_serve.release.agreement import Samples
+from radapter_serve.release.repository import encoders_of
+from radapter_serve.runtimes.encoder import Encoder
+from radapter_serve.runtimes.local_release import LocalRelease
 
 TASK = {"model.py", "release.json"}
 LABELLED = TASK | {"tokenizer.json", "label_sets", "label_sets/animals.npz"}

@@ -16,7 +16,7 @@ from radapter_export import Release
 from radapter_export import repository as module
 from radapter_export.repository import MODELS, PATCH_ENCODER, Repository, config
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.lock import lock
+from radapter_serve.lock import lock
 
 
 def parse(text: str) -> model_config_pb2.ModelConfig:

@@ -14,9 +14,9 @@ from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_export.precision import PRECISIONS, TYPES, lower
 from radapter_export.quantization import quantize
 from radapter_serve.adapter import load_adapter
-from radapter_serve.base import Base, load_base
+from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.engine import Options, build
+from radapter_serve.runtimes.tensorrt.engine import Options, build
 
 trt = pytest.importorskip("tensorrt_rtx")
 FLOATS = ("fp32", *TYPES)  # α as an input has no int8 with fixed ranges

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from radapter_export import Release, export_release
 from radapter_serve.adapter import Adapter, load_adapter, save_adapter
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.runtimes import encoders_of
+from radapter_serve.release.repository import encoders_of
 
 ENCODERS = ("image_encoder", "patch_encoder", "text_encoder")
 Export = Callable[..., list[Release]]

@@ -11,7 +11,7 @@ import numpy as np
 import tritonclient.grpc as grpc
 from tritonclient.utils import np_to_triton_dtype
 
-from radapter_serve.serving.server import TritonServer
+from radapter_serve.server.triton_server import TritonServer
 
 
 def connect(server: TritonServer) -> grpc.InferenceServerClient:

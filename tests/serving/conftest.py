@@ -8,7 +8,7 @@ import tritonclient.grpc as grpc
 from asking import connect
 from small_release import Local, write_release
 
-from radapter_serve.serving.server import TritonServer, free_ports
+from radapter_serve.server.triton_server import TritonServer, free_ports
 
 
 @pytest.fixture(scope="session")

@@ -20,13 +20,13 @@ from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
 from radapter_export.tokenizer import write_tokenizer
-from radapter_serve.serving.agreement import Samples
-from radapter_serve.serving.labels import LabelEmbedder
-from radapter_serve.serving.masks import MaskCrop
-from radapter_serve.serving.runtimes import configure
-from radapter_serve.serving.segment_task import Segment
-from radapter_serve.serving.tasks import Classify, EmbedImages, EmbedTexts, load_label_sets
-from radapter_serve.serving.tokenizer import Tokenizer
+from radapter_serve.inputs.labels import LabelEmbedder
+from radapter_serve.inputs.mask_crop import MaskCrop
+from radapter_serve.inputs.tokenizer import Tokenizer
+from radapter_serve.release.agreement import Samples
+from radapter_serve.release.repository import configure
+from radapter_serve.tasks.classify import Classify, EmbedImages, EmbedTexts, load_label_sets
+from radapter_serve.tasks.segment import Segment
 
 SOURCES = Path(__file__).parents[2] / "model_repository"
 SIZE, GRID, WIDTH, VOCABULARY = 16, 4, 8, 49408

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from fake_tensorrt import Driver, install
 
-from radapter_serve.serving.agreement import Samples
-from radapter_serve.serving.engine import Options, build
-from radapter_serve.serving.installation import OUR_BACKENDS
+from radapter_serve.release.agreement import Samples
+from radapter_serve.runtimes.tensorrt.engine import Options, build
+from radapter_serve.server.installation import OUR_BACKENDS
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def load(monkeypatch):
         InferenceResponse=lambda tensors=None, error=None: tensors or error,
     )
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stand_in)
-    monkeypatch.delitem(sys.modules, "radapter_serve.serving.backend", raising=False)
+    monkeypatch.delitem(sys.modules, "radapter_serve.server.backend", raising=False)
 
     def load(backend):
         spec = importlib.util.spec_from_file_location("backend", OUR_BACKENDS / backend / "model.py")

@@ -16,11 +16,11 @@ import radapter_client
 from radapter_client import Client
 from radapter_client.query import main as query
 from radapter_serve.evaluation.server_embedder import ServerEmbedder
-from radapter_serve.serving.indexing import build
-from radapter_serve.serving.labels import split_label
-from radapter_serve.serving.live import ServerRelease
-from radapter_serve.serving.release import LocalRelease
-from radapter_serve.serving.server import TritonServer, free_ports
+from radapter_serve.index.build import build
+from radapter_serve.inputs.labels import split_label
+from radapter_serve.runtimes.local_release import LocalRelease
+from radapter_serve.runtimes.served_release import ServerRelease
+from radapter_serve.server.triton_server import TritonServer, free_ports
 
 pytestmark = pytest.mark.triton
 

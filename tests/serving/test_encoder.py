@@ -12,9 +12,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving import release
-from radapter_serve.serving.agreement import Samples, compare
-from radapter_serve.serving.encoder import Encoder, openvino_properties
+from radapter_serve.release.agreement import Samples, compare
+from radapter_serve.runtimes import local_release as release
+from radapter_serve.runtimes.encoder import Encoder, openvino_properties
 
 
 @pytest.mark.parametrize("name", ["image_encoder", "text_encoder"])
@@ -74,7 +74,7 @@ def test_a_release_is_run_by_its_own_runtime(exported_tiny_clip: Path, monkeypat
 
 def test_openvino_reports_to_nobody_and_leaves_nothing_at_home(tmp_path: Path) -> None:
     code = (
-        "import sys; from radapter_serve.serving.encoder import import_openvino; import_openvino();"
+        "import sys; from radapter_serve.runtimes.encoder import import_openvino; import_openvino();"
         "assert not [name for name, module in sys.modules.items() if name.startswith('openvino_telemetry') and module]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"HOME": str(tmp_path)})
@@ -84,7 +84,7 @@ def test_openvino_reports_to_nobody_and_leaves_nothing_at_home(tmp_path: Path) -
 def test_a_signal_after_openvino_is_handled(exported_tiny_clip: Path) -> None:
     """In a process of its own, which would die: the plugin's stacks for signals are freed in another order."""
     code = (
-        "import os, signal, sys; from pathlib import Path; from radapter_serve.serving.encoder import Encoder;"
+        "import os, signal, sys; from pathlib import Path; from radapter_serve.runtimes.encoder import Encoder;"
         "first, second = (Encoder(Path(sys.argv[1]), 'openvino') for _ in range(2)); del first; del second;"
         "signal.signal(signal.SIGUSR1, lambda *_: print('handled')); os.kill(os.getpid(), signal.SIGUSR1)"
     )

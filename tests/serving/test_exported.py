@@ -16,7 +16,7 @@ from small_release import png
 
 from radapter_export import export_release
 from radapter_serve.adapter import save_adapter
-from radapter_serve.serving.server import TritonServer, free_ports
+from radapter_serve.server.triton_server import TritonServer, free_ports
 
 pytestmark = pytest.mark.triton
 

@@ -23,11 +23,13 @@ from PIL import Image
 from pyarrow import parquet
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving import index_writer, indexing, recall
-from radapter_serve.serving.errors import INVALID_ARGUMENT, TaskError
-from radapter_serve.serving.index import FACTS, Index, check_condition
-from radapter_serve.serving.indexing import add, build, verify
-from radapter_serve.serving.preprocess import decode
+from radapter_serve.index import build as indexing
+from radapter_serve.index import recall
+from radapter_serve.index import writer as index_writer
+from radapter_serve.index.build import add, build, verify
+from radapter_serve.index.index import FACTS, Index, check_condition
+from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
+from radapter_serve.inputs.preprocess import decode
 
 DIM = 16
 
@@ -420,7 +422,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_index import FakeRelease, build
-from radapter_serve.serving import index_writer
+from radapter_serve.index import writer as index_writer
 index_writer.BATCH = 2
 def progress(done, total):
     print(done, flush=True)

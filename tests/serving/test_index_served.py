@@ -18,9 +18,9 @@ from small_release import png
 from tritonclient.utils import InferenceServerException
 
 from radapter_serve.cli.index import main
-from radapter_serve.serving.indexing import build
-from radapter_serve.serving.release import LocalRelease
-from radapter_serve.serving.server import TritonServer, free_ports
+from radapter_serve.index.build import build
+from radapter_serve.runtimes.local_release import LocalRelease
+from radapter_serve.server.triton_server import TritonServer, free_ports
 
 pytestmark = pytest.mark.triton
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving import labels as module
-from radapter_serve.serving.errors import TaskError
-from radapter_serve.serving.labels import LabelEmbedder, LabelSet, read_label_file, read_templates
+from radapter_serve.inputs import labels as module
+from radapter_serve.inputs.errors import TaskError
+from radapter_serve.inputs.labels import LabelEmbedder, LabelSet, read_label_file, read_templates
 
 SIMPLE = ["a photo of a {}."]
 

@@ -9,7 +9,7 @@ import pytest
 
 from radapter_client import RAdapterClientError
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving import live
+from radapter_serve.runtimes import served_release as live
 
 
 @pytest.mark.parametrize(("facts", "rows"), [({"max_batch_size": 4}, 4), ({"max_batch_size": 64}, 16), ({}, 16)])

@@ -21,11 +21,11 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.cli.build_engine import main
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving import plan_writer
-from radapter_serve.serving.engine import Options
-from radapter_serve.serving.plan import PLAN, SIDECAR, Sidecar, check_plan
-from radapter_serve.serving.plan_writer import build_engines, check_engines
-from radapter_serve.serving.server import TritonServer, free_ports
+from radapter_serve.runtimes.tensorrt import plan_writer
+from radapter_serve.runtimes.tensorrt.engine import Options
+from radapter_serve.runtimes.tensorrt.plan import PLAN, SIDECAR, Sidecar, check_plan
+from radapter_serve.runtimes.tensorrt.plan_writer import build_engines, check_engines
+from radapter_serve.server.triton_server import TritonServer, free_ports
 
 ENGINES = [("image_encoder", 1), ("image_encoder", 2), ("patch_encoder", 2), ("text_encoder", 1), ("text_encoder", 2)]
 ENCODERS = sorted({model for model, _ in ENGINES})

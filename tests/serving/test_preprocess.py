@@ -15,9 +15,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from small_release import png_header
 
-from radapter_serve.serving import preprocess as module
-from radapter_serve.serving.errors import TaskError
-from radapter_serve.serving.preprocess import Preprocess, decode, decode_into
+from radapter_serve.inputs import preprocess as module
+from radapter_serve.inputs.errors import TaskError
+from radapter_serve.inputs.preprocess import Preprocess, decode, decode_into
 
 MODES = ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "YCbCr", "I", "F"]
 

@@ -12,15 +12,16 @@ from PIL import Image
 from small_release import SIZE, png
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.dial import Dial, at, facts_at
-from radapter_serve.serving.errors import TaskError
-from radapter_serve.serving.index import Index
-from radapter_serve.serving.indexing import add, build
-from radapter_serve.serving.labels import LabelEmbedder
-from radapter_serve.serving.release import LocalRelease, release_digest
-from radapter_serve.serving.retrieve import Retrieve, RetrieveRequest
-from radapter_serve.serving.segment_task import Segment, SegmentRequest
-from radapter_serve.serving.tasks import Classify, ClassifyRequest, EmbedImages, EmbedTexts
+from radapter_serve.index.build import add, build
+from radapter_serve.index.index import Index
+from radapter_serve.inputs.alpha import Dial, at, facts_at
+from radapter_serve.inputs.errors import TaskError
+from radapter_serve.inputs.labels import LabelEmbedder
+from radapter_serve.release.facts import release_digest
+from radapter_serve.runtimes.local_release import LocalRelease
+from radapter_serve.tasks.classify import Classify, ClassifyRequest, EmbedImages, EmbedTexts
+from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
+from radapter_serve.tasks.segment import Segment, SegmentRequest
 
 FIXED = {"alpha": 0.3, "dynamic_alpha": False}
 DYNAMIC = {"alpha": 0.3, "dynamic_alpha": True}

@@ -13,14 +13,15 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.cli import serve
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving import choice, server
-from radapter_serve.serving.agreement import Samples
-from radapter_serve.serving.choice import Measured, check, fastest, measure
-from radapter_serve.serving.cuda import Gpu
-from radapter_serve.serving.encoder import _load_cuda
-from radapter_serve.serving.installation import Installation, our_backends
-from radapter_serve.serving.runtimes import RUNTIMES, ServedEncoder, encoders_of
-from radapter_serve.serving.server import TritonServer, free_ports
+from radapter_serve.release.agreement import Samples
+from radapter_serve.release.repository import RUNTIMES, ServedEncoder, encoders_of
+from radapter_serve.runtimes.cuda import Gpu
+from radapter_serve.runtimes.encoder import _load_cuda
+from radapter_serve.server import runtime_choice as choice
+from radapter_serve.server import triton_server as server
+from radapter_serve.server.installation import Installation, our_backends
+from radapter_serve.server.runtime_choice import Measured, check, fastest, measure
+from radapter_serve.server.triton_server import TritonServer, free_ports
 
 
 def encoder(repository, name="image_encoder") -> ServedEncoder:

@@ -7,7 +7,7 @@ import pytest
 from asking import connect, tensor
 from small_release import Local, png
 
-from radapter_serve.serving.server import TritonServer, free_ports
+from radapter_serve.server.triton_server import TritonServer, free_ports
 
 pytestmark = pytest.mark.triton
 

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn.functional import interpolate, pad
 
-from radapter_serve.serving.errors import TaskError
-from radapter_serve.serving.masks import MaskCrop
-from radapter_serve.serving.preprocess import Preprocess, decode
-from radapter_serve.serving.refine import refine
-from radapter_serve.serving.segment import PATCH_SCALE, Segmenter, SegmentOptions
-from radapter_serve.serving.windows import window_starts
+from radapter_serve.inputs.errors import TaskError
+from radapter_serve.inputs.mask_crop import MaskCrop
+from radapter_serve.inputs.preprocess import Preprocess, decode
+from radapter_serve.tasks.refine import refine
+from radapter_serve.tasks.segmenter import PATCH_SCALE, Segmenter, SegmentOptions
+from radapter_serve.tasks.windows import window_starts
 
 SIZE, GRID, WIDTH = 32, 4, 6
 

@@ -19,9 +19,9 @@ from torch.nn.functional import interpolate
 from tritonclient.utils import InferenceServerException
 
 from radapter_export import export_release
-from radapter_serve.dense import encode_patches
-from radapter_serve.serving.segment_task import SegmentRequest
-from radapter_serve.serving.server import TritonServer, free_ports
+from radapter_serve.clip.dense import encode_patches
+from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.tasks.segment import SegmentRequest
 
 pytestmark = pytest.mark.triton
 

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 from small_release import LABELS, Local, png, png_header
 
-from radapter_serve.serving.errors import TaskError
-from radapter_serve.serving.masks import MaskCrop
-from radapter_serve.serving.preprocess import Preprocess
-from radapter_serve.serving.segment import Segmenter, SegmentOptions
-from radapter_serve.serving.segment_task import SegmentRequest
+from radapter_serve.inputs.errors import TaskError
+from radapter_serve.inputs.mask_crop import MaskCrop
+from radapter_serve.inputs.preprocess import Preprocess
+from radapter_serve.tasks.segment import SegmentRequest
+from radapter_serve.tasks.segmenter import Segmenter, SegmentOptions
 
 CATS = [b"cat, kitty", b"dog", b"bird"]
 

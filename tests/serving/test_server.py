@@ -13,10 +13,10 @@ import pytest
 
 from radapter_serve.cli.serve import main
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving import installation, processes
-from radapter_serve.serving import server as module
-from radapter_serve.serving.installation import OUR_BACKENDS, Installation, find_tritonserver, our_backends
-from radapter_serve.serving.server import TritonServer, free_ports, models_of, reason
+from radapter_serve.server import installation, processes
+from radapter_serve.server import triton_server as module
+from radapter_serve.server.installation import OUR_BACKENDS, Installation, find_tritonserver, our_backends
+from radapter_serve.server.triton_server import TritonServer, free_ports, models_of, reason
 
 
 def test_repository(repository, tmp_path):

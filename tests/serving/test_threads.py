@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from radapter_serve.serving import threads
-from radapter_serve.serving.threads import cores, decoders, environment, share, total
+from radapter_serve import threads
+from radapter_serve.threads import cores, decoders, environment, share, total
 
 
 @pytest.fixture

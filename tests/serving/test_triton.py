@@ -26,9 +26,9 @@ from small_release import Local, png, png_header
 from tritonclient.utils import InferenceServerException
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.serving.processes import shm_prefix
-from radapter_serve.serving.server import TritonServer, free_ports
-from radapter_serve.serving.tasks import ClassifyRequest
+from radapter_serve.server.processes import shm_prefix
+from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.tasks.classify import ClassifyRequest
 
 pytestmark = pytest.mark.triton
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from radapter_serve.adapter import attach
-from radapter_serve.base import load_base
+from radapter_serve.clip.base import load_base
 from radapter_serve.training import Average
 
 

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+from radapter_serve.clip.prompts import templates_of
 from radapter_serve.data import load_labelled
 from radapter_serve.errors import RAdapterError
-from radapter_serve.prompts import templates_of
 from radapter_serve.training.batches import Examples, batches
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from short_run import rows, short_run
 
 from radapter_serve.adapter import fold, load_adapter
-from radapter_serve.base import load_base
+from radapter_serve.clip.base import load_base
 from radapter_serve.data import load_captioned
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, mpm_nce, train

@@ -17,14 +17,14 @@ from short_run import short_run
 from torchvision import transforms
 
 from radapter_serve.adapter import attach_adapter, load_adapter
-from radapter_serve.base import load_base
 from radapter_serve.cli.train import main
+from radapter_serve.clip.base import load_base
+from radapter_serve.clip.towers import encode_image
 from radapter_serve.data import BrokenImage, load_masked
 from radapter_serve.data.segments import Segments, load_segments
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import zero_shot_classifier
-from radapter_serve.serving.masks import MaskCrop
-from radapter_serve.towers import encode_image
+from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.training import Recipe, train
 
 COLOURS = {1: (220, 30, 30), 2: (20, 200, 40), 3: (30, 40, 220)}

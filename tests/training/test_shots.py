@@ -15,7 +15,7 @@ from small_models import make_base
 
 from radapter_export import export_release
 from radapter_serve.adapter import attach_adapter, fold, load_adapter
-from radapter_serve.base import load_base
+from radapter_serve.clip.base import load_base
 from radapter_serve.data import Labelled, class_split, few_shot, load_labelled, split_classes
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, train

@@ -12,8 +12,8 @@ import yaml
 from short_run import rows, short_run
 
 from radapter_serve.adapter import load_adapter
-from radapter_serve.base import load_base
 from radapter_serve.cli.train import main
+from radapter_serve.clip.base import load_base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, choose_form, load_recipe, train
 from radapter_serve.training.loop import learning_rate

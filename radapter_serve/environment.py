@@ -1,0 +1,4 @@
+"""The environment variables by which the processes of a server learn its settings."""
+
+THREADS = "RADAPTER_THREADS"  # how many threads an encoder computes with
+INDEXES = "RADAPTER_INDEXES"  # the folder of the indexes that the task `retrieve` searches

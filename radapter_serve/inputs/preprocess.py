@@ -1,0 +1,212 @@
+"""From the bytes of an image to the uint8 square that the image encoder takes, as open_clip makes it, to the bit."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import io
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_IMAGE, TaskError
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 64_000_000
+# Above this, one at a time is decoded in this process: an image of MAX_PIXELS takes half a gigabyte. Nor is a thin
+# image blown up beyond it.
+LARGE_PIXELS = 16_000_000
+_LARGE = threading.Lock()
+_MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF")
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a JPEG, PNG or WebP image; of an animation, the first frame.
+
+    Args:
+        data: the file's bytes, or the same as base64 text, with or without a `data:` URI in front.
+        max_pixels: width times height above which the image is refused; only its header has been read then.
+
+    Returns:
+        The image as the file has it: mode not converted, EXIF orientation not applied (as open_clip does).
+
+    Raises:
+        TaskError: not an image of these formats, broken, truncated, or too large.
+    """
+    image = _open(data, max_pixels)
+    with _broken():
+        image.load()
+    return image
+
+
+def decode_into(data: bytes, preprocess: Preprocess, out: NDArray[np.uint8]) -> None:
+    """`decode` and `preprocess` into `out`, for several threads: of large images one at a time is in memory.
+
+    Raises:
+        TaskError: as `decode` and `preprocess` do, and where anything else fails.
+    """
+    try:
+        image = _open(data, MAX_PIXELS)
+        with _LARGE if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext():
+            with _broken():
+                image.load()
+            preprocess(image, out=out)
+    except TaskError:
+        raise
+    except MemoryError:
+        raise TaskError(
+            IMAGE_TOO_LARGE, "the server has not enough memory for this image; send a smaller one"
+        ) from None
+    except Exception as error:
+        raise TaskError(INVALID_IMAGE, f"the image cannot be resized ({error}); send {_allowed()}") from None
+
+
+def decode_pixels(data: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """`decode_into` a new array, uint8 [H, W, 3]."""
+    pixels = np.empty((*preprocess.size, 3), np.uint8)
+    decode_into(data, preprocess, pixels)
+    return pixels
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """The image, of which only the header has been read."""
+    if not data.startswith(_MAGIC):
+        data = _from_base64(data)
+    with _broken():
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise TaskError(INVALID_IMAGE, f"{len(data)} bytes are not an image; send {_allowed()}") from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise TaskError(IMAGE_TOO_LARGE, f"{error}; at most {max_pixels} pixels are allowed") from None
+        _check_pixels(*image.size, max_pixels, "the image")
+        return image
+
+
+@contextlib.contextmanager
+def _broken() -> Iterator[None]:
+    try:
+        yield
+    except (TaskError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise anything on broken files, from SyntaxError to struct.error
+        raise TaskError(INVALID_IMAGE, f"the image is broken or truncated ({error}); send {_allowed()}") from None
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """open_clip's evaluation transform without its last two steps (to [0, 1], normalising), which the graph does.
+
+    Args:
+        size: height and width of the encoder's input in pixels.
+        interpolation: "bicubic" or "bilinear".
+        resize_mode: "shortest" (shorter side to `size`, centre crop), "squash" (both sides, the aspect ratio changes)
+            or "longest" (longer side to `size`, padded with `fill_color`).
+        fill_color: value in [0, 255] of the padding.
+    """
+
+    size: tuple[int, int]
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+    fill_color: int = 0
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Preprocess:
+        """Read the `preprocess` entry of a release (or of open_clip's own configuration); unknown keys are ignored."""
+        size = config["size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        # "random" is for training; open_clip takes bicubic for it in evaluation.
+        interpolation = "bilinear" if config.get("interpolation") == "bilinear" else "bicubic"
+        mode = config.get("resize_mode") or "shortest"
+        if mode not in ("shortest", "squash", "longest"):
+            raise ValueError(f"resize_mode is {mode!r}; allowed are shortest, squash, longest")
+        return cls((int(height), int(width)), interpolation, mode, int(config.get("fill_color") or 0))
+
+    def __call__(self, image: Image.Image, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """Resize, crop or pad, and only then convert to RGB: the order of open_clip.
+
+        Args:
+            image: as `decode` gives it, any mode.
+            out: uint8 [H, W, 3] to write into; a new array if None.
+
+        Returns:
+            uint8 [H, W, 3], RGB.
+
+        Raises:
+            TaskError: the image is so long and thin that resizing its short side would make it huge.
+        """
+        height, width = self.size
+        image = self.resize(image)
+        if self.resize_mode != "squash":
+            image = _center_crop(image, height, width, self.fill_color if self.resize_mode == "longest" else 0)
+        pixels = np.asarray(image.convert("RGB"))
+        if out is None:
+            return pixels.copy()
+        out[...] = pixels
+        return out
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """The first step alone, mode not converted.
+
+        Raises:
+            TaskError: the image is so long and thin that resizing its short side would make it huge.
+        """
+        (height, width), (image_width, image_height) = self.size, image.size
+        resample = _FILTERS[self.interpolation]
+        if self.resize_mode == "squash":
+            target = (width, height)
+        elif self.resize_mode == "shortest" and height == width:
+            long = int(height * max(image.size) / min(image.size))
+            target = (height, long) if image_width <= image_height else (long, height)
+        else:
+            ratios = image_height / height, image_width / width
+            ratio = max(ratios) if self.resize_mode == "longest" else min(ratios)
+            # Where rounding leaves nothing of a thin side, open_clip fails; one pixel is the nearest that works.
+            target = (max(1, round(image_width / ratio)), max(1, round(image_height / ratio)))
+            if self.resize_mode == "shortest":
+                resample = Image.Resampling.BICUBIC  # open_clip passes no interpolation on here
+        _check_pixels(*target, LARGE_PIXELS, f"an image of {image_width} x {image_height}, resized,")
+        return image if target == image.size else image.resize(target, resample)
+
+
+def _center_crop(image: Image.Image, height: int, width: int, fill: int) -> Image.Image:
+    """Crop to the middle, padded first where the image is smaller (torchvision's rounding)."""
+    down, right = max(0, height - image.height), max(0, width - image.width)
+    if down or right:
+        bands = len(image.getbands())
+        palette = image.getpalette() if image.mode == "P" else None
+        border = (right // 2, down // 2, (right + 1) // 2, (down + 1) // 2)
+        image = ImageOps.expand(image, border, fill if bands == 1 else (fill,) * bands)
+        if palette is not None:
+            image.putpalette(palette)
+    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+    if image.size == (width, height):
+        return image
+    return image.crop((left, top, left + width, top + height))
+
+
+def _check_pixels(width: int, height: int, limit: int, what: str) -> None:
+    if width * height > limit:
+        raise TaskError(
+            IMAGE_TOO_LARGE, f"{what} has {width} x {height} = {width * height} pixels; at most {limit} are allowed"
+        )
+
+
+def _from_base64(data: bytes) -> bytes:
+    """What `data` holds as base64 text, or `data` itself if it is none."""
+    text = data.split(b",", 1)[1] if data.startswith(b"data:") and b"," in data else data
+    try:
+        return base64.b64decode(text.translate(None, b" \t\r\n"), validate=True)
+    except binascii.Error:
+        return data
+
+
+def _allowed() -> str:
+    return "a JPEG, PNG or WebP file, as bytes or as base64 text"

@@ -1,0 +1,146 @@
+"""Proof that a graph computes what torch computes, on any machine and by any runtime: no torch needed.
+
+Each encoder of a release lies beside samples and torch's embeddings of them, written by the export. So whoever runs the
+graph in another way, or makes an engine of it, can check that the numbers are still the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.inputs.alpha import Alpha, Encode
+
+SAMPLES = "samples.npz"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far from torch in fp32 a graph may be: bounds of what `Agreement` measures."""
+
+    max_error: float
+    min_cosine: float = -1.0  # any
+
+    def __str__(self) -> str:
+        return f"{self.max_error:.0e}" + (f" (and {1 - self.min_cosine:.0e})" if self.min_cosine > -1 else "")
+
+
+#: By precision: twice the worst that small random models of every family show, about ten times ViT-B-32's. int8 keeps
+#: 7 bits of a weight and 8 of an activation, bf16 8 of each, fp16 11.
+TOLERANCES = {
+    "fp32": Tolerance(1e-4, 0.999999),
+    "fp16": Tolerance(2e-3, 0.99999),
+    "bf16": Tolerance(1e-2, 0.999),
+    "int8": Tolerance(5e-2, 0.99),
+}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a graph is from torch, over all rows of all batches.
+
+    Attributes:
+        max_error: largest absolute difference of a component of the unit-length embeddings.
+        min_cosine: smallest cosine between an embedding and its reference.
+    """
+
+    max_error: float
+    min_cosine: float
+
+    def within(self, bounds: Tolerance) -> bool:
+        """Whether it is near enough."""
+        return self.max_error <= bounds.max_error and self.min_cosine >= bounds.min_cosine
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs of an encoder, and torch's embeddings of them, a batch each.
+
+    Attributes:
+        inputs: uint8 [B, S, S, 3] or int32 [B, L] each.
+        references: float32 [B, D] of unit length each; [B, g, g, D] of `patch_encoder`.
+        alphas: float32 [B, 1] each, where α is an input too; else none.
+    """
+
+    inputs: Sequence[NDArray[np.generic]]
+    references: Sequence[NDArray[np.float32]]
+    alphas: Sequence[Alpha] = ()
+
+    def batches(self) -> Iterator[tuple[list[NDArray[Any]], NDArray[np.float32]]]:
+        """What an encoder takes, one or two arrays, and what it shall give."""
+        for number, (values, reference) in enumerate(zip(self.inputs, self.references, strict=True)):
+            yield [values, *self.alphas[number : number + 1]], reference
+
+    def save(self, folder: Path) -> None:
+        """Write `samples.npz` beside a graph."""
+        arrays: dict[str, NDArray[np.generic]] = {}
+        for kind, batches in (("input", self.inputs), ("reference", self.references), ("alpha", self.alphas)):
+            arrays |= {f"{kind}_{number}": batch for number, batch in enumerate(batches)}
+        np.savez(folder / SAMPLES, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, folder: Path) -> Samples:
+        """Read what `save` wrote.
+
+        Raises:
+            RAdapterError: it is missing or broken.
+        """
+        try:
+            with np.load(folder / SAMPLES) as file:
+                return cls(*(_numbered(file, kind) for kind in ("input", "reference", "alpha")))
+        except (OSError, ValueError, KeyError) as error:
+            raise RAdapterError(
+                f"{folder / SAMPLES}: {error}; export the release again with radapter-export"
+            ) from error
+
+
+def compare(
+    name: str,
+    encoder: Encode,
+    samples: Samples,
+    bounds: Tolerance | float,
+) -> Agreement:
+    """Run a graph on every batch and compare it with its reference.
+
+    Args:
+        name: of the graph, for the message.
+        encoder: the graph, run in the way that is to be checked.
+        samples: inputs for it, and torch's embeddings of them.
+        bounds: how far they may be apart; a number bounds `max_error` alone.
+
+    Raises:
+        RAdapterError: the graph fails on a batch, gives NaN, another shape, or differs by more than is allowed.
+    """
+    bounds = bounds if isinstance(bounds, Tolerance) else Tolerance(bounds)
+    max_error, least = 0.0, 1.0
+    for given, reference in samples.batches():
+        try:
+            embeds = encoder(*given)
+        except Exception as error:
+            raise RAdapterError(f"{name} fails on a batch of shape {given[0].shape}: {error}") from error
+        if embeds.shape != reference.shape:
+            raise RAdapterError(f"{name} gives {embeds.shape} where torch gives {reference.shape}")
+        if not (np.isfinite(embeds).all() and np.isfinite(reference).all()):
+            raise RAdapterError(f"{name} gives values that are not finite at batch {len(reference)}")
+        a, b = embeds.astype(np.float64), reference.astype(np.float64)
+        cosine = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+        max_error = max(max_error, float(np.abs(a - b).max()))
+        least = min(least, float(cosine.min()))
+    agreement = Agreement(max_error, least)
+    if not agreement.within(bounds):
+        raise RAdapterError(
+            f"{name} differs from torch by up to {max_error:.2e} (1 - cosine up to {1 - least:.1e}), the tolerance is "
+            f"{bounds}; nothing was written. fp32 is the closest --precision; if you accept this, give "
+            f"--tolerance {max_error * 1.5:.0e}"
+        )
+    return agreement
+
+
+def _numbered(file: Any, kind: str) -> list[NDArray[Any]]:
+    return [file[f"{kind}_{number}"] for number in range(sum(name.startswith(f"{kind}_") for name in file.files))]

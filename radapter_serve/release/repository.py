@@ -1,0 +1,201 @@
+"""The one place that knows how a Triton config asks for a runtime, and which encoders a model repository holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.release.agreement import Tolerance
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a config.pbtxt asks for a runtime, beside `backend`, which is its name.
+
+    Attributes:
+        file: what it loads, in a version's folder.
+        kind: where its instances run.
+        threads: the parameter that says how many threads an instance computes with, if there is one.
+        parameters: those that every config has.
+        gpus: on which its instances run; all that there are if empty.
+        cuda: options of ONNX Runtime's provider on a GPU.
+        batched: whether Triton puts requests together. NVIDIA's `openvino` backend pads every batch to
+            `max_batch_size` rows if it does, so there a tensor's first dimension is its own, and any number of rows.
+    """
+
+    file: str
+    kind: int = model_config_pb2.ModelInstanceGroup.KIND_AUTO
+    threads: str | None = None
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    gpus: tuple[int, ...] = ()
+    cuda: Mapping[str, str] = field(default_factory=dict)
+    batched: bool = True
+
+
+TENSORRT = "tensorrt"
+CUDA_OPTIONS = {"use_tf32": "0"}  # TF32 is ONNX Runtime's default, and differs from fp32 in the fourth digit
+RUNTIMES = {
+    "onnxruntime": Runtime(
+        "model.onnx",
+        threads="intra_op_thread_count",
+        # The cores are shared with decoding and the network: waiting threads must not spin on them.
+        # The backend of radapter-serve heeds this; NVIDIA's own in C++ may ignore it.
+        parameters={"session.intra_op.allow_spinning": "0"},
+        cuda=CUDA_OPTIONS,
+    ),
+    "openvino": Runtime(
+        "model.onnx",
+        kind=model_config_pb2.ModelInstanceGroup.KIND_CPU,
+        threads="INFERENCE_NUM_THREADS",
+        parameters={"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"},
+        batched=False,
+    ),
+    # On the GPU that engines are built for and checked against.
+    TENSORRT: Runtime("model.plan", kind=model_config_pb2.ModelInstanceGroup.KIND_GPU, gpus=(0,)),
+}
+AUTO = "auto"  # the fastest of them
+_BF16 = "HINT_BF16"  # of openvino, "YES" or not there
+
+
+@dataclass(frozen=True)
+class ServedEncoder:
+    """An encoder of a model repository.
+
+    Attributes:
+        folder: the model's.
+        config: its config.pbtxt.
+        facts: of its newest release.
+    """
+
+    folder: Path
+    config: Any
+    facts: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """For example `image_encoder`."""
+        return self.folder.name
+
+    @property
+    def runtime(self) -> str:
+        """By which it was exported."""
+        return str(self.config.backend)
+
+    @property
+    def precision(self) -> str:
+        """For example `fp32`."""
+        return str(self.facts["precision"])
+
+    @property
+    def bounds(self) -> Tolerance:
+        """How far from torch it may be, as at its export."""
+        agreement = self.facts["agreement"]
+        return Tolerance(float(agreement["tolerance"]), float(agreement.get("min_cosine", -1)))
+
+    @property
+    def versions(self) -> list[int]:
+        """The served ones that are there, the newest last.
+
+        Raises:
+            RAdapterError: there is none.
+        """
+        found = sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+        wanted = self.config.version_policy.specific.versions or found
+        if served := [version for version in found if version in wanted]:
+            return served
+        names = ", ".join(map(str, wanted)) or "none at all"
+        raise RAdapterError(f"{self.folder} lacks the releases that it serves ({names}); run: radapter-export")
+
+    @property
+    def instances(self) -> int:
+        """How many batches each version computes at once."""
+        return sum(group.count or 1 for group in self.config.instance_group) or 1
+
+    def file(self, version: int, runtime: str) -> Path:
+        """What a runtime loads.
+
+        Raises:
+            RAdapterError: it is not there.
+        """
+        path = self.folder / str(version) / RUNTIMES[runtime].file
+        if not path.exists():
+            plan = RUNTIMES[runtime].file == "model.plan"
+            make = f"build it here with: radapter-build-engine {self.folder.parent}" if plan else "run: radapter-export"
+            raise RAdapterError(f"{path}, which {runtime} needs, does not exist; {make}")
+        return path
+
+    def configured(self, runtime: str, threads: int | None) -> str:
+        """The text of a config.pbtxt for another runtime or number of threads."""
+        config = model_config_pb2.ModelConfig()
+        config.CopyFrom(self.config)
+        if runtime != self.runtime:  # else what its owner may have changed stays, such as KIND_CPU
+            configure(config, runtime, self.precision, int(self.facts["max_batch_size"]))
+        if (name := RUNTIMES[runtime].threads) and threads:
+            config.parameters[name].string_value = str(threads)
+        return str(text_format.MessageToString(config))
+
+
+def encoders_of(repository: Path) -> list[ServedEncoder]:
+    """The encoders that radapter-export wrote into a model repository.
+
+    Raises:
+        RAdapterError: a config.pbtxt is broken.
+    """
+    found = []
+    for path in sorted(repository.glob("*/config.pbtxt")):
+        try:
+            text = path.read_text(encoding="utf-8")
+            # A server may be newer than what is known here.
+            config = text_format.Parse(text, model_config_pb2.ModelConfig(), allow_unknown_field=True)
+        except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+            raise RAdapterError(f"{path} is not a Triton model config: {error}") from error
+        if config.backend in RUNTIMES and "release" in config.parameters:
+            facts = json.loads(config.parameters["release"].string_value)
+            found.append(ServedEncoder(path.parent, config, facts))
+    return found
+
+
+def configure(config: Any, runtime: str, precision: str, max_batch_size: int) -> None:
+    """Make an encoder's config ask for a runtime, whatever it asked for before.
+
+    Args:
+        config: a `ModelConfig`, changed in place.
+        runtime: one of `RUNTIMES`.
+        precision: of the release.
+        max_batch_size: rows of a batch.
+    """
+    ours = {_BF16, *(name for known in RUNTIMES.values() for name in (*known.parameters, known.threads))}
+    for name in ours & set(config.parameters):
+        del config.parameters[name]
+    chosen = RUNTIMES[runtime]
+    config.backend, config.default_model_filename = runtime, chosen.file
+    for group in config.instance_group:
+        group.kind, group.gpus[:] = chosen.kind, chosen.gpus
+    config.optimization.execution_accelerators.ClearField("gpu_execution_accelerator")
+    if chosen.cuda:
+        config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda", parameters=chosen.cuda)
+    parameters = dict(chosen.parameters)
+    if runtime == "openvino" and precision == "bf16":
+        parameters[_BF16] = "YES"
+    for name, value in parameters.items():
+        config.parameters[name].string_value = value
+    _batch(config, max_batch_size if chosen.batched else 0)
+
+
+def _batch(config: Any, max_batch_size: int) -> None:
+    was, config.max_batch_size = config.max_batch_size, max_batch_size
+    if bool(was) == bool(max_batch_size):
+        return
+    for tensor in (*config.input, *config.output):
+        tensor.dims[:] = tensor.dims[1:] if max_batch_size else [-1, *tensor.dims]
+    if max_batch_size:
+        config.dynamic_batching.SetInParent()
+    else:
+        config.ClearField("dynamic_batching")

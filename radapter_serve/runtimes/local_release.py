@@ -1,0 +1,90 @@
+"""A release in a model repository, run in this process as the server runs it, preprocessing and tokenizer included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_serve.inputs.alpha import Dial, Encode, at, facts_at
+from radapter_serve.inputs.labels import embed_texts
+from radapter_serve.inputs.preprocess import Preprocess, decode_pixels
+from radapter_serve.inputs.tokenizer import Tokenizer
+from radapter_serve.release.facts import find_release, read_release
+from radapter_serve.release.repository import RUNTIMES
+from radapter_serve.runtimes.encoder import Encoder
+
+
+class LocalRelease:
+    """A release in a model repository, run in this process by the runtime that it was exported for.
+
+    Args:
+        repository: as of `find_release`.
+
+    Raises:
+        RAdapterError: no such release, or its runtime can't load it.
+
+    Attributes:
+        facts: its `release.json`, with the α that it embeds at.
+        version: its number in the repository.
+        preprocess: from an image to what `encode_images` takes.
+    """
+
+    def __init__(self, repository: str | Path) -> None:
+        folder = find_release(repository)
+        self.version = int(folder.name)
+        self.facts = read_release(folder)
+        self.preprocess = Preprocess.from_dict(self.facts["preprocess"])
+        self._repository = folder.parent.parent
+        self._tokenizer = Tokenizer.load(folder / "tokenizer.json", self.facts["tokenizer"])
+        self._images, self._texts = self._encoder("image_encoder"), self._encoder("text_encoder")
+        self._rows = int(self.facts["max_batch_size"])
+
+    def dial(self, alpha: float) -> None:
+        """Embed at this α from now on.
+
+        Raises:
+            RAdapterError: the release does not have it.
+        """
+        self.facts = facts_at(self.facts, alpha)
+
+    def prepare(self, data: bytes) -> NDArray[np.uint8]:
+        """From the bytes of an image file to uint8 [S, S, 3]. Thread-safe.
+
+        Raises:
+            TaskError: no image, broken, or too large.
+        """
+        return decode_pixels(data, self.preprocess)
+
+    def encode_images(self, pixels: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """Prepared images, uint8 [B, S, S, 3], to float32 [B, D] of unit length; any B."""
+        return self._in_batches(self._images, pixels)
+
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Texts to float32 [N, D] of unit length."""
+        return embed_texts(texts, self._tokenizer, self._texts, self._rows)
+
+    @cached_property
+    def patch_encoder(self) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]] | None:
+        """Prepared images, uint8 [B, S, S, 3], to float32 [B, g, g, D]; None where the release has no such graph."""
+        if not (self._repository / "patch_encoder" / str(self.version)).is_dir():
+            return None
+        encoder = self._encoder("patch_encoder")
+        return lambda pixels: self._in_batches(encoder, pixels)
+
+    def _encoder(self, name: str) -> Encode:
+        runtime = self.facts.get("runtime", "onnxruntime")
+        path = self._repository / name / str(self.version) / RUNTIMES[runtime].file
+        encoder = Encoder(path, runtime, precision=self.facts["precision"])
+        return lambda values: at(encoder, Dial(self.facts).one(None))(values)
+
+    def _in_batches(
+        self,
+        encoder: Encode,
+        pixels: NDArray[np.uint8] | Sequence[NDArray[np.uint8]],
+    ) -> NDArray[np.float32]:
+        starts = range(0, len(pixels), self._rows)
+        return np.concatenate([encoder(np.asarray(pixels[start : start + self._rows])) for start in starts])

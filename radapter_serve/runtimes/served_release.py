@@ -1,0 +1,64 @@
+"""The release of a live server, through the client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_client import Client, RAdapterClientError, Release
+from radapter_serve.errors import RAdapterError
+from radapter_serve.inputs.alpha import Dial, facts_at
+from radapter_serve.inputs.preprocess import Preprocess, decode_pixels
+
+
+def connect(url: str) -> tuple[Client, Release]:
+    """A client of a live server's newest release, which one that appears meanwhile does not change.
+
+    Args:
+        url: `grpc://HOST:PORT` or `http://HOST:PORT`.
+
+    Raises:
+        RAdapterError: nobody answers there.
+    """
+    try:
+        with Client(url) as client:
+            release = client.release
+        rows = min(16, int(release.facts.get("max_batch_size", 16)))  # a batch becomes some requests at once
+        return Client(url, release=release.version, batch_size=rows), release
+    except RAdapterClientError as error:
+        raise RAdapterError(f"{url}: {error}") from error
+
+
+class ServerRelease:
+    """A live server's release, as an index is built with it.
+
+    Args:
+        client: pinned to the release.
+        facts: its `release.json`.
+
+    Attributes:
+        facts: these, with the α that it embeds at.
+    """
+
+    def __init__(self, client: Client, facts: Mapping[str, Any]) -> None:
+        self._client, self.facts = client, dict(facts)
+        self._preprocess = Preprocess.from_dict(facts["preprocess"])
+
+    def dial(self, alpha: float) -> None:
+        """As `LocalRelease` does."""
+        self.facts = facts_at(self.facts, alpha)
+
+    def prepare(self, data: bytes) -> NDArray[np.uint8]:
+        """As `LocalRelease` does: the server leaves such an image as it is, and what is broken fails no batch."""
+        return decode_pixels(data, self._preprocess)
+
+    def encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
+        """Prepared images to float32 [B, D] of unit length."""
+        return np.asarray(self._client.embed_images(list(images), alpha=Dial(self.facts).one(None)), np.float32)
+
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Texts to float32 [N, D] of unit length."""
+        return np.asarray(self._client.embed_texts(texts, alpha=Dial(self.facts).one(None)), np.float32)

@@ -1,0 +1,343 @@
+"""An ONNX graph as an engine of TensorRT: built, run and refitted on the GPU that serves it; no torch.
+
+Networks are strongly typed: precision is what the ONNX says. Works with TensorRT 10.13 and newer, 11 included, and its
+builder half with TensorRT's RTX edition, which builds without a GPU; so the functions take the module. Ask
+`radapter_serve.runtimes.cuda.find_gpu` first: without a driver TensorRT ends the process.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.files import staged
+from radapter_serve.runtimes.cuda import Stream
+
+Shape = tuple[int, ...]
+Profile = dict[str, tuple[Shape, Shape, Shape]]
+
+_OPT_LENGTH = 16  # tokens of a text that engines are tuned for; prompts have 8 to 16
+_INSTALL = (
+    "run: pip install tensorrt; or, in NVIDIA's Triton container, which has the libraries, "
+    "pip install tensorrt-cu13-bindings==VERSION, with the version that `ls /usr/lib/*/libnvinfer.so.*` shows"
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How engines are built.
+
+    Args:
+        opt_batch_size: rows of the batch that engines are tuned for; they take all others, too.
+        workspace: GiB of GPU memory that a layer may use while it runs; all that is free if None.
+        version_compatible: engines also run under later versions of TensorRT, somewhat slower.
+        hardware_compatible: engines also run on other GPUs of compute capability 8.0 and above, somewhat slower.
+        refittable: engines take new weights without being built again, somewhat slower.
+    """
+
+    opt_batch_size: int = 8
+    workspace: float | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    refittable: bool = False
+
+
+def import_tensorrt() -> Any:
+    """The module `tensorrt`, or its bindings alone, which find TensorRT's libraries where the system has them.
+
+    Raises:
+        RAdapterError: it is not installed, or its libraries are missing.
+    """
+    problem = "TensorRT is not installed for Python"
+    for name in ("tensorrt", "tensorrt_bindings"):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                problem = f"TensorRT does not load: {error}"
+        except ImportError as error:  # the bindings are there, the libraries are not
+            problem = f"TensorRT does not load: {error}"
+    raise RAdapterError(f"{problem}; {_INSTALL}")
+
+
+def build(
+    trt: Any,
+    onnx: Path,
+    options: Options,
+    *,
+    max_batch_size: int,
+    max_length: int,
+    opt_length: int = _OPT_LENGTH,
+    timing_cache: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[bytes, Profile]:
+    """Build an engine for batches of 1 to `max_batch_size` rows.
+
+    Args:
+        trt: the module `tensorrt` or `tensorrt_rtx`.
+        onnx: `model.onnx`.
+        options: how.
+        max_batch_size: rows of the largest batch.
+        max_length: tokens of the longest text, where the graph takes any length.
+        opt_length: tokens of the text that the engine is tuned for.
+        timing_cache: file of what TensorRT measured, read and written: the next build is faster.
+        progress: called with a short line as the build goes on; from TensorRT's own threads.
+
+    Returns:
+        The engine, and smallest, usual and largest shape of each input.
+
+    Raises:
+        RAdapterError: TensorRT cannot read the graph or cannot build it; the message has TensorRT's own words.
+    """
+    log = _log(trt)
+    log.clear()
+    builder = trt.Builder(log)
+    # TensorRT 10 asks for the flag; since 11 there is nothing else.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(onnx)):
+        raise RAdapterError(f"TensorRT {trt.__version__} cannot read {onnx}: {_errors(parser)}")
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32; whoever wants speed exports in fp16 or bf16
+    inputs = (network.get_input(number) for number in range(network.num_inputs))
+    open_shapes = {tensor.name: tuple(tensor.shape) for tensor in inputs}
+    batches, lengths = (options.opt_batch_size, max_batch_size), (opt_length, max_length)
+    profile = make_profile(open_shapes, batches, lengths)
+    shapes = builder.create_optimization_profile()
+    for name, limits in profile.items():
+        shapes.set_shape(name, *limits)
+    config.add_optimization_profile(shapes)
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace * 2**30))
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.refittable:
+        config.set_flag(trt.BuilderFlag.REFIT)
+    if timing_cache is not None:
+        _use_timing_cache(config, timing_cache)
+    say = progress or (lambda line: None)
+    config.progress_monitor = monitor = _monitor(trt, say)
+    # In a thread of its own: TensorRT drops the exception of a Ctrl-C that comes while it calls us.
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            plan = pool.submit(builder.build_serialized_network, network, config).result()
+        except KeyboardInterrupt:
+            monitor.interrupted = True
+            raise
+    if plan is None:
+        raise RAdapterError(f"TensorRT {trt.__version__} cannot build {onnx}: {log.summary()}")
+    if timing_cache is not None:
+        try:
+            _keep_timing_cache(config, timing_cache)
+        except OSError as error:
+            say(f"what TensorRT measured is not kept for the next build: {error}")
+    return bytes(plan), profile
+
+
+def make_profile(inputs: Mapping[str, Shape], batches: tuple[int, int], lengths: tuple[int, int]) -> Profile:
+    """Smallest, usual and largest shape of each input; an open dimension (-1) is the batch if first, else a length.
+
+    Args:
+        inputs: shapes, by name.
+        batches: rows, usually and at most.
+        lengths: tokens, usually and at most.
+    """
+
+    def fill(shape: Shape, batch: int, length: int) -> Shape:
+        return tuple((length if axis else batch) if size < 0 else size for axis, size in enumerate(shape))
+
+    limits = ((1, 1), (min(batches), min(lengths)), (batches[1], lengths[1]))
+    return {
+        name: (fill(shape, *limits[0]), fill(shape, *limits[1]), fill(shape, *limits[2]))
+        for name, shape in inputs.items()
+    }
+
+
+class Engine:
+    """An engine in this process, to be called with the graph's inputs in their order.
+
+    Args:
+        trt: the module `tensorrt` or `tensorrt_rtx`.
+        plan: what `build` gave.
+
+    Raises:
+        RAdapterError: TensorRT refuses it: another version, another GPU, or too little memory.
+    """
+
+    def __init__(self, trt: Any, plan: bytes) -> None:
+        self._trt = trt
+        self._engine = _deserialize(trt, plan)
+        self._context = _context(trt, self._engine)
+        names = [self._engine.get_tensor_name(number) for number in range(self._engine.num_io_tensors)]
+        modes = {name: self._engine.get_tensor_mode(name) for name in names}
+        self.inputs = [name for name in names if modes[name] == trt.TensorIOMode.INPUT]
+        self.outputs = [name for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
+
+    def __call__(self, *inputs: NDArray[np.generic]) -> NDArray[np.float32]:
+        """Any number of rows to embeddings, float32 [B, D] ([B, g, g, D] of a patch encoder)."""
+        most = self._engine.get_tensor_profile_shape(self.inputs[0], 0)[2][0]
+        starts = range(0, len(inputs[0]), most)
+        return np.concatenate([self._run([array[start : start + most] for array in inputs]) for start in starts])
+
+    def _run(self, inputs: Sequence[NDArray[np.generic]]) -> NDArray[np.float32]:
+        [output] = self.outputs
+        with Stream() as stream:
+            addresses = {}
+            for name, array in zip(self.inputs, inputs, strict=True):
+                dtype = self._trt.nptype(self._engine.get_tensor_dtype(name))
+                addresses[name] = stream.upload(array.astype(dtype, casting="same_kind", copy=False))
+            shape = self.shapes({name: array.shape for name, array in zip(self.inputs, inputs, strict=True)})[output]
+            dtype = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(output)))
+            addresses[output] = stream.allocate(int(np.prod(shape)) * dtype.itemsize)
+            self.enqueue(addresses, stream.handle)
+            return stream.download(addresses[output], shape, dtype).astype(np.float32, copy=False)
+
+    def shapes(self, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Set the inputs' shapes; gives those of the outputs.
+
+        Raises:
+            RAdapterError: a shape is outside the engine's profile.
+        """
+        for name, shape in inputs.items():
+            if not self._context.set_input_shape(name, shape):
+                limits = self._engine.get_tensor_profile_shape(name, 0)
+                raise RAdapterError(
+                    f"{name} has the shape {shape}; the engine takes {tuple(limits[0])} to {tuple(limits[2])}"
+                )
+        return {name: tuple(self._context.get_tensor_shape(name)) for name in self.outputs}
+
+    def enqueue(self, addresses: Mapping[str, int], stream: int) -> None:
+        """Run on what lies at these addresses of the GPU, in the shapes that were set, without waiting.
+
+        Raises:
+            RAdapterError: TensorRT refuses to run.
+        """
+        for name, address in addresses.items():
+            self._context.set_tensor_address(name, address)
+        if not self._context.execute_async_v3(stream):
+            raise RAdapterError(f"TensorRT does not run the engine: {_log(self._trt).summary()}")
+
+
+def refit(trt: Any, plan: bytes, onnx: Path) -> bytes | None:
+    """Put the weights of another fold of the same graph into an engine: seconds, where building takes minutes.
+
+    Whoever refits compares the result with torch: TensorRT 11.3.0 lost biases here.
+
+    Args:
+        trt: the module `tensorrt`.
+        plan: an engine that was built refittable.
+        onnx: the other `model.onnx`, with the same names.
+
+    Returns:
+        The new engine, refittable again; None where this one cannot be refitted, and has to be built.
+    """
+    engine = _deserialize(trt, plan)
+    if not engine.refittable:
+        return None
+    refitter = trt.Refitter(engine, _log(trt))
+    parser = trt.OnnxParserRefitter(refitter, _log(trt))
+    if not parser.refit_from_file(str(onnx)) or refitter.get_missing_weights() or not refitter.refit_cuda_engine():
+        return None
+    config = engine.create_serialization_config()
+    config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
+    return bytes(engine.serialize_with_config(config))
+
+
+def _deserialize(trt: Any, plan: bytes) -> Any:
+    log = _log(trt)
+    log.clear()
+    runtime = trt.Runtime(log)
+    runtime.engine_host_code_allowed = True  # version-compatible engines bring their own runtime; all are of our making
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise RAdapterError(f"TensorRT {trt.__version__} does not load the engine: {log.summary()}")
+    return engine
+
+
+def _context(trt: Any, engine: Any) -> Any:
+    log = _log(trt)
+    log.clear()
+    if (kernels := getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)) is None:
+        context = engine.create_execution_context()
+    else:  # the RTX edition makes kernels for a shape when it meets it: at once, not beside the first runs
+        config = engine.create_runtime_config()
+        config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+        context = engine.create_execution_context(config)
+    if context is None:
+        raise RAdapterError(f"TensorRT {trt.__version__} does not run the engine: {log.summary()}")
+    return context
+
+
+def _use_timing_cache(config: Any, path: Path) -> None:
+    kept = path.read_bytes() if path.is_file() else b""
+    if not config.set_timing_cache(config.create_timing_cache(kept), ignore_mismatch=False):
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)  # of another GPU or version
+
+
+def _keep_timing_cache(config: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with staged(path) as file:
+        file.write_bytes(bytes(config.get_timing_cache().serialize()))
+
+
+def _errors(parser: Any) -> str:
+    errors = [parser.get_error(number) for number in range(parser.num_errors)]
+    text = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}".strip() for error in errors)
+    if "DynamicQuantizeLinear" in text:
+        text += "; int8 that is quantized as it runs is for CPUs only: export with --precision int8 --calibration DATA"
+    return text
+
+
+@functools.cache  # TensorRT keeps the first logger of a process and ignores all others
+def _log(trt: Any) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc,name-defined]
+        """Keeps what TensorRT says went wrong, for our own error's message."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self._lines: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self._lines.append(message.strip())
+
+        def clear(self) -> None:
+            self._lines.clear()
+
+        def summary(self) -> str:
+            return "; ".join(self._lines) or "it does not say why"
+
+    return Log()
+
+
+def _monitor(trt: Any, progress: Callable[[str], None]) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc,name-defined]
+        """Passes on phase and step, and ends the build at the next one if it is told to."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+            self.interrupted = False
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            progress(f"{phase_name} {step + 1}/{self._steps.get(phase_name, 0)}")
+            return not self.interrupted
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._steps.pop(phase_name, None)
+
+    return Monitor()

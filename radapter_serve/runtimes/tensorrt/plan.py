@@ -1,0 +1,153 @@
+"""What lies beside a TensorRT engine: `model.plan.json`, which says what `model.plan` was built from, with and for.
+
+An engine runs under the TensorRT and on the kind of GPU that built it; the sidecar tells of a mismatch before a server
+starts. It is written last, so an engine without it is not finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.files import staged
+from radapter_serve.release.agreement import Agreement
+from radapter_serve.runtimes.cuda import Gpu, find_gpu
+from radapter_serve.runtimes.tensorrt.engine import Options, Profile, import_tensorrt
+
+ONNX, PLAN, SIDECAR = "model.onnx", "model.plan", "model.plan.json"
+EDITION = "tensorrt"
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What a plan was built from, with and for: `model.plan.json`.
+
+    Attributes:
+        edition: "tensorrt", or "tensorrt_rtx", whose engines Triton cannot load.
+        version: of TensorRT, such as "11.2.1".
+        gpu: its name.
+        compute_capability: of the GPU, such as "9.0".
+        onnx: `sha256:` of the graph and its weights.
+        profile: smallest, usual and largest shape of each input.
+        options: how it was built.
+        agreement: with torch, measured where it was built.
+    """
+
+    edition: str
+    version: str
+    gpu: str
+    compute_capability: str
+    onnx: str
+    profile: Profile
+    options: Options
+    agreement: Agreement
+
+    def save(self, folder: Path) -> None:
+        """Write it beside the plan."""
+        with staged(folder / SIDECAR) as path:
+            path.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Sidecar:
+        """Read what `save` wrote.
+
+        Raises:
+            RAdapterError: it is missing or damaged; the message says how to build again.
+        """
+        path = folder / SIDECAR
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            found |= {"options": Options(**found["options"]), "agreement": Agreement(**found["agreement"])}
+            limits = {name: tuple(map(tuple, shapes)) for name, shapes in found["profile"].items()}
+            sidecar = cls(**found | {"profile": limits})
+            _numbers(sidecar.version), _numbers(sidecar.compute_capability)
+        except FileNotFoundError:
+            raise RAdapterError(f"{folder / PLAN} is not finished, {SIDECAR} is missing; {_again(folder)}") from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RAdapterError(f"{path} is damaged: {error}; {_again(folder)}") from error
+        return sidecar
+
+
+def check_plan(folder: Path) -> Sidecar:
+    """Whether the plan of one version of an encoder can be served here.
+
+    Args:
+        folder: such as `model_repository/image_encoder/1`.
+
+    Returns:
+        What lies beside it.
+
+    Raises:
+        RAdapterError: it is missing, unfinished, or for another TensorRT, GPU or graph; or there is no GPU. The message
+            says which command to run.
+    """
+    gpu = find_gpu()
+    if not (folder / PLAN).is_file():
+        raise RAdapterError(f"{folder / PLAN} does not exist; {_again(folder)}")
+    sidecar = Sidecar.load(folder)
+    if problem := mismatch(sidecar, folder, gpu, _served_version(sidecar)):
+        raise RAdapterError(f"{folder / PLAN} {problem}; {_again(folder)}")
+    return sidecar
+
+
+def mismatch(sidecar: Sidecar, folder: Path, gpu: Gpu, version: str) -> str | None:
+    """Why a plan cannot run here, or None."""
+    options, built, here = sidecar.options, _numbers(sidecar.version), _numbers(version)
+    wanted, found = _numbers(sidecar.compute_capability), _numbers(gpu.compute_capability)
+    if sidecar.edition != EDITION:
+        return f"is an engine of {sidecar.edition}, which Triton cannot load"
+    # The fourth number is the build, which not every version here tells; plans are refused for it, too.
+    built, here = built[: len(here)], here[: len(built)]
+    # Across majors NVIDIA promises 10 to 11 only.
+    later = options.version_compatible and built <= here and here[0] - built[0] <= 1
+    if built != here and not later:
+        return f"was built with TensorRT {sidecar.version}, this is {version}"
+    if wanted != found and not (options.hardware_compatible and min(wanted, found) >= (8, 0)):
+        return (
+            f"was built for compute capability {sidecar.compute_capability} ({sidecar.gpu}), "
+            f"this GPU ({gpu.name}) has {gpu.compute_capability}"
+        )
+    if sidecar.onnx != digest(folder):
+        return f"was built from another {ONNX} than lies beside it"
+    return None
+
+
+def _served_version(sidecar: Sidecar) -> str:
+    """The TensorRT that serves: of Python's package, or of the system, where Triton's container has no package."""
+    try:
+        return str(import_tensorrt().__version__)
+    except RAdapterError:
+        own = _numbers(sidecar.version)[0]
+        for major in (own, own + 1, own - 1):
+            with contextlib.suppress(OSError):
+                library = ctypes.CDLL(f"libnvinfer.so.{major}")
+                number = int(library.getInferLibVersion())
+                numbers = [number // 10000, number // 100 % 100, number % 100]
+                with contextlib.suppress(AttributeError):  # older ones do not tell their build
+                    numbers.append(int(library.getInferLibBuildVersion()))
+                return ".".join(map(str, numbers))
+        raise
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")[:4]))
+
+
+def digest(folder: Path) -> str:
+    """`sha256:` of a version's graph and of the weights beside it."""
+    total = sha256()
+    for name in (ONNX, f"{ONNX}.data"):
+        if (folder / name).exists() or name == ONNX:
+            with (folder / name).open("rb") as file:
+                while block := file.read(1 << 20):
+                    total.update(block)
+    return f"sha256:{total.hexdigest()}"
+
+
+def _again(folder: Path) -> str:
+    return f"run: radapter-build-engine {folder.parent.parent}"

@@ -1,0 +1,224 @@
+"""TensorRT engines for a model repository: `model.plan` beside the `model.onnx` of each encoder and release."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.files import staged
+from radapter_serve.lock import lock
+from radapter_serve.release.agreement import Agreement, Samples, Tolerance, compare
+from radapter_serve.release.repository import TENSORRT, ServedEncoder, encoders_of
+from radapter_serve.runtimes.cuda import Gpu, find_gpu
+from radapter_serve.runtimes.tensorrt.engine import Engine, Options, Profile, build, import_tensorrt, refit
+from radapter_serve.runtimes.tensorrt.plan import EDITION, ONNX, PLAN, SIDECAR, Sidecar, check_plan, digest, mismatch
+
+
+@dataclass(frozen=True)
+class Built:
+    """One engine of a repository: its model and release, whether it was built, refitted or kept, size and agreement."""
+
+    model: str
+    version: int
+    how: str
+    size: int
+    agreement: Agreement
+    seconds: float
+
+
+def check_engines(repository: Path) -> dict[Path, Sidecar]:
+    """`check_plan` for all that a repository serves with TensorRT, by folder.
+
+    Raises:
+        RAdapterError: of `check_plan`, or there is no encoder in the repository.
+    """
+    return {
+        (folder := encoder.folder / str(version)): check_plan(folder)
+        for encoder in _encoders(repository)
+        if encoder.runtime == TENSORRT
+        for version in encoder.versions
+    }
+
+
+def build_engines(
+    repository: Path,
+    options: Options = Options(),  # noqa: B008  # frozen
+    *,
+    tolerance: float | None = None,
+    timing_cache: Path | None = None,
+    force: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> list[Built]:
+    """Build the engine of every encoder and release that a repository serves, and let TensorRT serve them.
+
+    An engine is compared with torch before it is written. Configs change at the very end: whatever fails before leaves
+    the repository served as it was. Engines that fit stay; one that can be refitted lends itself to later releases.
+
+    Args:
+        repository: what radapter-export has filled.
+        options: how engines are built.
+        tolerance: largest difference from torch, per component of a unit-length embedding; the release's own if None.
+        timing_cache: file of what TensorRT measured; one in the user's cache folder if None.
+        force: build all, those that fit, too.
+        progress: called with a short line as the work goes on.
+
+    Raises:
+        RAdapterError: no GPU, no TensorRT, a graph that it cannot build, or one that differs from torch.
+    """
+    _encoders(repository)  # before a GPU is looked for
+    writer = PlanWriter(options, timing_cache=timing_cache, progress=progress)
+    with lock(repository, "radapter-export or radapter-build-engine"):
+        encoders = _encoders(repository)
+        built = [
+            writer.write(
+                encoder.name,
+                encoder.folder / str(version),
+                max_batch_size=int(encoder.facts["max_batch_size"]),
+                max_length=int(encoder.facts["tokenizer"]["context_length"]),
+                bounds=encoder.bounds if tolerance is None else Tolerance(tolerance),
+                donors=None if force else encoder.folder,
+                keep=not force,
+            )
+            for encoder in encoders
+            for version in encoder.versions
+        ]
+        for encoder in encoders:
+            with staged(encoder.folder / "config.pbtxt") as path:
+                path.write_text(encoder.configured(TENSORRT, None), encoding="utf-8")
+    return built
+
+
+class PlanWriter:
+    """Writes one engine after the other, all with the same options.
+
+    Args:
+        options: how engines are built; as the newest one of another version that fits this machine if None.
+        timing_cache: file of what TensorRT measured; one in the user's cache folder if None.
+        progress: called with a short line as the work goes on.
+
+    Raises:
+        RAdapterError: no GPU, no TensorRT, or a folder for the timing cache.
+    """
+
+    def __init__(
+        self,
+        options: Options | None = None,
+        *,
+        timing_cache: Path | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        if timing_cache is not None and timing_cache.is_dir():
+            raise RAdapterError(f"the timing cache {timing_cache} is a folder; name a file")
+        self._gpu = find_gpu()  # before TensorRT is touched
+        self._trt = import_tensorrt()
+        self._options, self._say = options, progress or (lambda line: None)
+        self._timing_cache = timing_cache or _timing_cache(self._trt, self._gpu)
+
+    def write(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        max_batch_size: int,
+        max_length: int,
+        bounds: Tolerance,
+        donors: Path | None = None,
+        keep: bool = False,
+    ) -> Built:
+        """Write an engine beside a graph, once it is compared with torch; the sidecar comes last.
+
+        Args:
+            name: of the encoder.
+            folder: of one version, with `model.onnx` and `samples.npz`.
+            max_batch_size: rows of the largest batch.
+            max_length: tokens of the longest text.
+            bounds: of the difference from torch.
+            donors: folder of other versions, whose engines may lend themselves to be refitted.
+            keep: leave an engine that fits as it is.
+
+        Raises:
+            RAdapterError: TensorRT cannot build the graph, or the engine differs from torch.
+        """
+        start = time.perf_counter()
+        label, graph = f"{name} of release {folder.name}", folder / ONNX
+
+        def built(how: str, sidecar: Sidecar) -> Built:
+            size, seconds = (folder / PLAN).stat().st_size, time.perf_counter() - start
+            return Built(name, int(folder.name), how, size, sidecar.agreement, seconds)
+
+        if keep and (kept := self._fitting(folder)):
+            return built("kept", kept)
+        beside, donor = self._newest(donors, folder.name)
+        options = self._options or (donor.options if donor else Options())
+
+        def put(plan: bytes, profile: Profile) -> Sidecar:
+            agreement = compare(name, Engine(self._trt, plan), Samples.load(folder), bounds)
+            return self._put(folder, plan, profile, options, agreement)
+
+        if donor and options.refittable and all(most[0] == max_batch_size for _, _, most in donor.profile.values()):
+            self._say(f"refitting {label}")
+            # What refitting cannot do, or does wrong, building does.
+            with contextlib.suppress(RAdapterError):
+                if (plan := refit(self._trt, (beside / PLAN).read_bytes(), graph)) is not None:
+                    return built("refitted", put(plan, donor.profile))
+        self._say(f"building {label}")
+        plan, profile = build(
+            self._trt,
+            graph,
+            options,
+            max_batch_size=max_batch_size,
+            max_length=max_length,
+            timing_cache=self._timing_cache,
+            progress=lambda line: self._say(f"building {label}: {line}"),
+        )
+        return built("built", put(plan, profile))
+
+    def _put(self, folder: Path, plan: bytes, profile: Profile, options: Options, agreement: Agreement) -> Sidecar:
+        (folder / SIDECAR).unlink(missing_ok=True)
+        with staged(folder / PLAN) as path:
+            path.write_bytes(plan)
+        gpu, version, onnx = self._gpu, str(self._trt.__version__), digest(folder)
+        sidecar = Sidecar(EDITION, version, gpu.name, gpu.compute_capability, onnx, profile, options, agreement)
+        sidecar.save(folder)
+        return sidecar
+
+    def _fitting(self, folder: Path) -> Sidecar | None:
+        """What lies beside an engine that fits this machine and the options."""
+        with contextlib.suppress(RAdapterError):
+            sidecar = Sidecar.load(folder)
+            problem = mismatch(sidecar, folder, self._gpu, str(self._trt.__version__))
+            if (folder / PLAN).is_file() and sidecar.options == (self._options or sidecar.options) and not problem:
+                return sidecar
+        return None
+
+    def _newest(self, model: Path | None, version: str) -> tuple[Path, Sidecar | None]:
+        """The newest engine of another version that fits, and where it is."""
+        others = [path.parent for path in model.glob(f"*/{SIDECAR}")] if model else []
+        for folder in sorted(others, key=lambda folder: int(folder.name), reverse=True):
+            if folder.name != version and (sidecar := self._fitting(folder)):
+                return folder, sidecar
+        return Path(), None
+
+
+def _encoders(repository: Path) -> list[ServedEncoder]:
+    if not repository.is_dir():
+        raise RAdapterError(f"the model repository {repository} does not exist; make it with: radapter-export")
+    if not (encoders := encoders_of(repository)):
+        raise RAdapterError(f"the model repository {repository} holds no encoder; make one with: radapter-export")
+    return encoders
+
+
+def _timing_cache(trt: Any, gpu: Gpu) -> Path | None:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "radapter-serve"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that is read-only
+        return None
+    return folder / f"tensorrt-{trt.__version__}-{re.sub(r'[^A-Za-z0-9]+', '-', gpu.name)}.timing"

@@ -1,0 +1,150 @@
+"""Which runtime serves a release on this machine: any that computes what torch computed, or the fastest of them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient.grpc import model_config_pb2
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.release.agreement import Samples, compare
+from radapter_serve.release.repository import RUNTIMES, ServedEncoder
+from radapter_serve.runtimes.cuda import find_gpu
+from radapter_serve.runtimes.encoder import CUDA, Encoder
+
+BATCHES = (1, 8)
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One encoder by one runtime, on this machine.
+
+    Attributes:
+        encoder: its name.
+        runtime: one of `RUNTIMES`.
+        seconds: median for a batch of each of `BATCHES`; empty if it is left out.
+        distance: 1 − cosine to torch's embeddings, the largest.
+        why: why it is left out.
+    """
+
+    encoder: str
+    runtime: str
+    seconds: Mapping[int, float]
+    distance: float = math.nan
+    why: str = ""
+
+
+def check(encoder: ServedEncoder, runtime: str, threads: int | None = None) -> tuple[float, Encoder]:
+    """1 − cosine between a runtime's embeddings and torch's, the largest over all samples of all served versions.
+
+    The newest version comes with it, loaded.
+
+    Raises:
+        RAdapterError: the runtime is not installed, cannot load a graph, or differs by more than was allowed at export.
+    """
+    bounds, distance = encoder.bounds, 0.0
+    for version in encoder.versions:
+        name = f"{encoder.name} of release {version}, run by {runtime} on this machine,"
+        samples = Samples.load(encoder.folder / str(version))
+        loaded = _load(encoder, version, runtime, threads)
+        agreement = compare(name, loaded, samples, math.inf)
+        if not agreement.within(bounds):
+            raise RAdapterError(
+                f"{name} differs from torch by up to {agreement.max_error:.2e} (1 - cosine up to "
+                f"{1 - agreement.min_cosine:.1e}), and {bounds} is allowed"
+            )
+        distance = max(distance, 1 - agreement.min_cosine)
+    return distance, loaded
+
+
+def measure(
+    encoders: Sequence[ServedEncoder],
+    threads: Mapping[str, int],
+    backends: Collection[str],
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Measured]:
+    """Check each encoder with each runtime, and time the newest version of those that agree; they take turns.
+
+    Args:
+        encoders: of a repository.
+        threads: of an instance of each encoder, by name.
+        backends: what the server can run.
+        progress: called with a short line before each step.
+    """
+    found = []
+    for encoder in encoders:
+        runs: dict[str, Encoder] = {}
+        distances, reasons = {}, {}
+        for runtime in RUNTIMES:
+            progress(f"checking {encoder.name} by {runtime}")
+            try:
+                if runtime not in backends:
+                    raise RAdapterError("this tritonserver has no such backend")
+                distances[runtime], runs[runtime] = check(encoder, runtime, threads[encoder.name])
+            except RAdapterError as error:
+                reasons[runtime] = str(error)
+        progress(f"measuring {encoder.name}")
+        *_, (values, _) = Samples.load(encoder.folder / str(encoder.versions[-1])).batches()
+        seconds = {
+            batch: _take_turns(runs, [np.resize(each, (batch, *each.shape[1:])) for each in values])
+            for batch in BATCHES
+        }
+        for runtime in RUNTIMES:
+            medians = {batch: seconds[batch][runtime] for batch in BATCHES} if runtime in runs else {}
+            distance, why = distances.get(runtime, math.nan), reasons.get(runtime, "")
+            found.append(Measured(encoder.name, runtime, medians, distance, why))
+    return found
+
+
+def fastest(measured: Sequence[Measured]) -> str:
+    """The runtime that needs the least time for a row, over all encoders and `BATCHES`.
+
+    Raises:
+        RAdapterError: none can run all encoders.
+    """
+    costs = {}
+    for runtime in RUNTIMES:
+        own = [one for one in measured if one.runtime == runtime]
+        if own and all(one.seconds for one in own):
+            costs[runtime] = sum(seconds / batch for one in own for batch, seconds in one.seconds.items())
+    if not costs:
+        reasons = "; ".join(f"{one.encoder} by {one.runtime}: {one.why}" for one in measured if one.why)
+        raise RAdapterError(f"no runtime can run all encoders: {reasons}")
+    return min(costs, key=costs.__getitem__)
+
+
+def _load(encoder: ServedEncoder, version: int, runtime: str, threads: int | None) -> Encoder:
+    path, provider = encoder.file(version, runtime), _provider(encoder, runtime)
+    return Encoder(path, runtime, precision=encoder.precision, threads=threads, provider=provider)
+
+
+def _provider(encoder: ServedEncoder, runtime: str) -> str:
+    """ONNX Runtime's, where Triton will place it: on a GPU if there is one, unless the config says KIND_CPU."""
+    kinds = {group.kind for group in encoder.config.instance_group}
+    if runtime == encoder.runtime and model_config_pb2.ModelInstanceGroup.KIND_CPU in kinds:
+        return "CPUExecutionProvider"
+    try:
+        find_gpu()
+    except RAdapterError:
+        return "CPUExecutionProvider"
+    return CUDA
+
+
+def _take_turns(runs: Mapping[str, Encoder], values: Sequence[NDArray[Any]]) -> dict[str, float]:
+    """Median seconds of each, after a warm-up."""
+    times: dict[str, list[float]] = {runtime: [] for runtime in runs}
+    for number in range(_ROUNDS + 1):
+        for runtime, run in runs.items():
+            start = time.perf_counter()
+            run(*values)
+            if number:
+                times[runtime].append(time.perf_counter() - start)
+    return {runtime: statistics.median(taken) for runtime, taken in times.items()}

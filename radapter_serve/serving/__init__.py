@@ -1,1 +1,0 @@
-"""What runs inside the server, and what starts it: numpy and Pillow, never torch."""

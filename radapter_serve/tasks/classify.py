@@ -1,0 +1,252 @@
+"""The tasks, without Triton: a batch of requests and two encoders in, an answer or an error for each request out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from radapter_serve.inputs.alpha import Alpha, Dial, Encode
+from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
+from radapter_serve.inputs.labels import (
+    LabelEmbedder,
+    LabelSet,
+    check_length,
+    embed_texts,
+)
+from radapter_serve.inputs.preprocess import Preprocess, decode_into
+from radapter_serve.inputs.probabilities import class_probabilities
+from radapter_serve.inputs.tokenizer import Tokenizer
+from radapter_serve.tasks.label_source import LabelSource, strings
+
+DEFAULT_TOP_K = 5
+
+
+class EmbedImages:
+    """Encoded images to embeddings.
+
+    Args:
+        release: the release's facts (`release.json`).
+        encode_images: uint8 [B, S, S, 3], with α where that is an input, -> float32 [B, D] of unit length; B at most
+            the release's max_batch_size.
+        threads: how many images are decoded at once; Pillow gives the interpreter free while it works.
+    """
+
+    def __init__(self, release: Mapping[str, Any], encode_images: Encode, *, threads: int = 2) -> None:
+        self._preprocess, self._dial = Preprocess.from_dict(release["preprocess"]), Dial(release)
+        self._encode, self._max_batch_size = encode_images, int(release["max_batch_size"])
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
+
+    def __call__(
+        self, requests: Sequence[Sequence[bytes]], alphas: Sequence[ArrayLike | None] | None = None
+    ) -> list[NDArray[np.float32] | TaskError]:
+        """Embed the images of several requests in as few encoder calls as possible.
+
+        Args:
+            requests: the images of each request.
+            alphas: of each request what it brings: an α for each image, or None for the release's own.
+
+        Returns:
+            For each request float32 [B, D], or the error of its α or its first bad image; it does not touch its
+            neighbours.
+        """
+        images = [image for request in requests for image in request]
+        dials = _dials(self._dial, requests, alphas)
+        pixels = np.empty((len(images), *self._preprocess.size, 3), np.uint8)
+
+        def fill(index: int) -> TaskError | None:
+            try:
+                decode_into(images[index], self._preprocess, pixels[index])
+            except TaskError as error:
+                return error
+            return None
+
+        indices = range(len(images))
+        errors = list(self._pool.map(fill, indices) if self._pool and len(images) > 1 else map(fill, indices))
+
+        # Rows of a request with a bad image are left out, so `where` says where the others are in the encoder's output.
+        bad = np.zeros(len(images), bool)
+        results: list[Any] = []
+        start = 0
+        for request, alpha in zip(requests, dials, strict=True):
+            rows = slice(start, start + len(request))
+            start += len(request)
+            error = alpha if isinstance(alpha, TaskError) else next(filter(None, errors[rows]), None)
+            bad[rows] = error is not None
+            results.append(np.arange(rows.start, rows.stop) if error is None else error)
+        if bad.all():
+            return results
+        where = np.cumsum(~bad) - 1
+        good = [alpha for alpha, result in zip(dials, results, strict=True) if not isinstance(result, TaskError)]
+        embeds = self._encode_all(pixels[~bad] if bad.any() else pixels, *_joined(good))
+        return [result if isinstance(result, TaskError) else embeds[where[result]] for result in results]
+
+    def _encode_all(self, *rows: NDArray[Any]) -> NDArray[np.float32]:
+        step = self._max_batch_size
+        starts = range(0, len(rows[0]), step)
+        parts = [self._encode(*(each[start : start + step] for each in rows)) for start in starts]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+class EmbedTexts:
+    """Texts to embeddings.
+
+    Args:
+        release: the release's facts.
+        tokenizer: the release's tokenizer.
+        encode_tokens: int32 [B, L], with α where that is an input, -> float32 [B, D] of unit length.
+    """
+
+    def __init__(self, release: Mapping[str, Any], tokenizer: Tokenizer, encode_tokens: Encode) -> None:
+        self._tokenizer, self._encode, self._dial = tokenizer, encode_tokens, Dial(release)
+        self._max_batch_size = int(release["max_batch_size"])
+
+    def __call__(
+        self, requests: Sequence[Sequence[bytes]], alphas: Sequence[ArrayLike | None] | None = None
+    ) -> list[NDArray[np.float32] | TaskError]:
+        """Embed the texts (UTF-8) of several requests; for each float32 [B, D] or its error.
+
+        Args:
+            requests: the texts of each request.
+            alphas: as of `EmbedImages`.
+        """
+        wanted: list[Any] = []  # of each request, texts with the α of each, or its error
+        for request, alpha in zip(requests, _dials(self._dial, requests, alphas), strict=True):
+            texts = alpha if isinstance(alpha, TaskError) else _caught(_texts, request)
+            if not isinstance(texts, TaskError):
+                texts = list(zip(texts, [None] * len(texts) if alpha is None else alpha.ravel(), strict=True))
+            wanted.append(texts)
+        unique = list(dict.fromkeys(pair for some in wanted if not isinstance(some, TaskError) for pair in some))
+        rows = np.array([[alpha] for _, alpha in unique], np.float32) if self._dial.dynamic else None
+        names = [text for text, _ in unique]
+        embeds = embed_texts(names, self._tokenizer, self._encode, self._max_batch_size, alpha=rows)
+        where = {pair: row for row, pair in enumerate(unique)}
+        return [some if isinstance(some, TaskError) else embeds[[where[pair] for pair in some]] for some in wanted]
+
+
+@dataclass
+class ClassifyRequest:
+    """One request of `classify`; every list has one entry per image (B of them).
+
+    Args:
+        images: encoded images.
+        labels: labels of each image, or None.
+        label_set: name of a label set for each image, or None.
+        templates: prompt templates for `labels`, or None for the release's.
+        top_k: number of labels to give back, or None for 5.
+        alpha: of each image, or None for the release's own.
+        cancelled: whether the caller has given up; None where that is unknown.
+    """
+
+    images: Sequence[bytes]
+    labels: Sequence[Sequence[bytes]] | None = None
+    label_set: Sequence[bytes] | None = None
+    templates: Sequence[Sequence[bytes]] | None = None
+    top_k: Sequence[int] | None = None
+    alpha: ArrayLike | None = None
+    cancelled: Callable[[], bool] | None = None
+
+
+@dataclass
+class Classes:
+    """The answer: labels, object [B, k] of str, and their scores, float32 [B, k], best first."""
+
+    labels: NDArray[np.object_]
+    scores: NDArray[np.float32]
+
+
+class Classify:
+    """Zero-shot classification.
+
+    Args:
+        release: the release's facts.
+        embed_images: the task that embeds.
+        embed_labels: embeds the labels a request brings.
+        label_sets: the release's label sets by name.
+    """
+
+    def __init__(
+        self,
+        release: Mapping[str, Any],
+        embed_images: EmbedImages,
+        embed_labels: LabelEmbedder,
+        label_sets: Mapping[str, LabelSet],
+    ) -> None:
+        self._embed_images = embed_images
+        self._label_source, self._dial = LabelSource(release, embed_labels, label_sets), Dial(release)
+        self._scale, self._bias = float(release["logit_scale"]), release.get("logit_bias")
+
+    def __call__(self, requests: Sequence[ClassifyRequest]) -> list[Classes | TaskError]:
+        """Classify the images of several requests: all images together, each request against its own labels.
+
+        Returns:
+            For each request its classes, or its error; bad labels are refused before any image is encoded.
+        """
+        plans = [_caught(self._plan, request) for request in requests]
+        wanted = [index for index, plan in enumerate(plans) if not isinstance(plan, TaskError)]
+        results: list[Any] = list(plans)
+        images, alphas = [requests[i].images for i in wanted], [requests[i].alpha for i in wanted]
+        for index, embeds in zip(wanted, self._embed_images(images, alphas), strict=True):
+            results[index] = embeds if isinstance(embeds, TaskError) else self._score(embeds, *plans[index])
+        return results
+
+    def _plan(self, request: ClassifyRequest) -> tuple[list[LabelSet], int]:
+        """The label set of each image, and how many labels to give back."""
+        top_k = [DEFAULT_TOP_K] if request.top_k is None else [int(k) for k in request.top_k]
+        if min(top_k) < 1 or len(set(top_k)) > 1:
+            raise TaskError(INVALID_ARGUMENT, f"top_k is {top_k}; one whole number from 1 for all images of a request")
+        alpha = self._dial(request.alpha, len(request.images))
+        sets = self._label_source(request.labels, request.label_set, request.templates, alpha, request.cancelled)
+        return sets, min(top_k[0], *(len(label_set.labels) for label_set in sets))
+
+    def _score(self, embeds: NDArray[np.float32], sets: list[LabelSet], k: int) -> Classes:
+        labels, scores = np.empty((len(sets), k), object), np.empty((len(sets), k), np.float32)
+        if all(label_set is sets[0] for label_set in sets):
+            cosines = list(embeds @ sets[0].embeds.T)
+        else:
+            cosines = [label_set.embeds @ embed for label_set, embed in zip(sets, embeds, strict=True)]
+        for row, (cosine, label_set) in enumerate(zip(cosines, sets, strict=True)):
+            probabilities = class_probabilities(cosine, self._scale, self._bias)
+            best = np.argpartition(-probabilities, k - 1)[:k]
+            best = best[np.lexsort((best, -probabilities[best]))]
+            labels[row] = [label_set.labels[index] for index in best]
+            scores[row] = probabilities[best]
+        return Classes(labels, scores)
+
+
+def load_label_sets(folder: str | Path) -> dict[str, LabelSet]:
+    """All `NAME.npz` of a folder by name; none if there is no such folder."""
+    return {path.stem: LabelSet.load(path) for path in sorted(Path(folder).glob("*.npz"))}
+
+
+def _dials(dial: Dial, requests: Sequence[Sequence[bytes]], alphas: Sequence[ArrayLike | None] | None) -> list[Any]:
+    """The α of each request's rows, for the encoder, or its error."""
+    given = [None] * len(requests) if alphas is None else alphas
+    return [_caught(lambda one: dial(one[0], len(one[1])), one) for one in zip(given, requests, strict=True)]
+
+
+def _joined(alphas: Sequence[Alpha | None]) -> list[Alpha]:
+    """The α of several requests as the encoder's second argument; none where α is no input."""
+    known = [alpha for alpha in alphas if alpha is not None]
+    return [np.concatenate(known)] if known else []
+
+
+def _texts(request: Sequence[bytes]) -> list[str]:
+    texts = list(strings(*request))
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            raise TaskError(INVALID_ARGUMENT, f"text {number} of {len(texts)} is empty; give at least one word")
+        check_length(text)
+    return texts
+
+
+def _caught(function: Callable[[Any], Any], argument: Any) -> Any:
+    try:
+        return function(argument)
+    except TaskError as error:
+        return error

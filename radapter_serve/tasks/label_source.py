@@ -1,0 +1,99 @@
+"""Which labels a request means: a list that it brings, or a label set of the release."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from radapter_serve.inputs.alpha import Alpha
+from radapter_serve.inputs.errors import INVALID_ARGUMENT, NO_LABELS, UNKNOWN_LABEL_SET, TaskError
+from radapter_serve.inputs.labels import LabelEmbedder, LabelSet, check_prompts
+
+Texts = Sequence[bytes]
+
+
+class LabelSource:
+    """The label sets of requests.
+
+    Args:
+        release: the release's facts; its prompt templates are for requests that bring none.
+        embed_labels: embeds the labels that a request brings.
+        label_sets: the release's label sets by name, at its own α.
+    """
+
+    def __init__(
+        self, release: Mapping[str, Any], embed_labels: LabelEmbedder, label_sets: Mapping[str, LabelSet]
+    ) -> None:
+        self._templates, self._alpha = tuple(release["templates"]), np.float32(release["alpha"])
+        self._embed_labels, self._label_sets = embed_labels, label_sets
+
+    def __call__(
+        self,
+        labels: Sequence[Texts] | None,
+        label_set: Texts | None,
+        templates: Sequence[Texts] | None,
+        alpha: Alpha | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[LabelSet]:
+        """The label set of each image of a request; the arguments have one entry per image.
+
+        Args:
+            labels: labels of each image, or None.
+            label_set: name of a label set for each image, or None.
+            templates: prompt templates for `labels`, or None for the release's.
+            alpha: of each image, from `Dial`.
+            cancelled: asked between batches of prompts.
+
+        Raises:
+            TaskError: neither labels nor a label set, or both; an unknown label set; bad labels or templates.
+        """
+        alphas: Iterable[float | None] = itertools.repeat(None) if alpha is None else alpha.ravel().tolist()
+        if label_set is not None:
+            if labels is not None or templates is not None:
+                raise TaskError(INVALID_ARGUMENT, "give labels (with templates, if you like) or label_set, not both")
+            return [self._named(name, own, cancelled) for name, own in zip(label_set, alphas, strict=False)]
+        if labels is None:
+            raise TaskError(NO_LABELS, f"give labels, or a label_set of this release: {self._known()}")
+        own: Sequence[Sequence[Any]] = [self._templates] * len(labels) if templates is None else templates
+        lists: list[tuple[tuple[str, ...], tuple[str, ...], float | None]] = []
+        last: Any = None
+        row: Any
+        for row in zip(labels, own, alphas, strict=False):
+            # Mostly all images of a request bring the same list.
+            if last is None or not all(map(np.array_equal, row, last)):
+                found, last = (strings(*row[0]), strings(*row[1]), row[2]), row
+            lists.append(found)
+        unique = {id(one): one for one in lists}
+        check_prompts((texts, prompts) for texts, prompts, _ in unique.values())
+        embedded = {
+            key: self._embed_labels(texts, prompts, alpha=at, cancelled=cancelled)
+            for key, (texts, prompts, at) in unique.items()
+        }
+        return [embedded[id(one)] for one in lists]
+
+    def _named(self, name: bytes, alpha: float | None, cancelled: Callable[[], bool] | None) -> LabelSet:
+        text = name.decode("utf-8", "replace")
+        if text not in self._label_sets:
+            raise TaskError(UNKNOWN_LABEL_SET, f"no label set {text!r} in this release; there are: {self._known()}")
+        found = self._label_sets[text]
+        if alpha is None or alpha == self._alpha:
+            return found
+        return self._embed_labels(found.lines, found.templates, alpha=alpha, cancelled=cancelled)
+
+    def _known(self) -> str:
+        return ", ".join(sorted(self._label_sets)) or "none (radapter-export --label-set NAME=FILE makes one)"
+
+
+def strings(*values: bytes | str) -> tuple[str, ...]:
+    """Texts as a request brings them, decoded.
+
+    Raises:
+        TaskError: one is not UTF-8.
+    """
+    try:
+        return tuple(value if isinstance(value, str) else value.decode() for value in values)
+    except UnicodeDecodeError as error:
+        raise TaskError(INVALID_ARGUMENT, f"a text is not UTF-8 ({error})") from None

@@ -1,0 +1,160 @@
+"""The task `retrieve`, without Triton: a text or an image in, the images of an index that are nearest to it out."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.index.index import FACTS, Index, mismatch
+from radapter_serve.inputs.alpha import Dial
+from radapter_serve.inputs.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
+from radapter_serve.release.facts import release_digest
+
+DEFAULT_TOP_K = 10
+
+# A text (UTF-8) or an encoded image, with α where that is an input, to its embedding, float32 [D].
+Embed = Callable[..., NDArray[np.float32]]
+
+
+@dataclass
+class RetrieveRequest:
+    """One request of `retrieve`.
+
+    Args:
+        index: name of the index.
+        text: UTF-8; either this or `image`.
+        image: encoded image.
+        top_k: number of images to give back, or None for 10.
+        where: a condition in SQL on the metadata's columns, or None.
+        thumbnails: whether they are asked for.
+    """
+
+    index: bytes
+    text: bytes | None = None
+    image: bytes | None = None
+    top_k: int | None = None
+    where: bytes | None = None
+    thumbnails: bool = False
+
+
+@dataclass
+class Retrieved:
+    """The answer, best first.
+
+    Args:
+        ids: object [k] of str.
+        scores: float32 [k], cosines.
+        metadata: object [k] of str, JSON.
+        thumbnails: object [k] of bytes, JPEG; None where they were not asked for.
+    """
+
+    ids: NDArray[np.object_]
+    scores: NDArray[np.float32]
+    metadata: NDArray[np.object_]
+    thumbnails: NDArray[np.object_] | None
+
+
+class Retrieve:
+    """Retrieval from the indexes of a folder.
+
+    Args:
+        release: the release's facts.
+        indexes: folder of index folders; one that appears there is found, one that is replaced is opened again.
+        embed_text: by the server's `embed_text`.
+        embed_image: by the server's `embed_image`.
+    """
+
+    def __init__(self, release: Mapping[str, Any], indexes: Path, embed_text: Embed, embed_image: Embed) -> None:
+        self._release, self._dial = release, Dial(release)
+        self._folder, self._embed_text, self._embed_image = indexes, embed_text, embed_image
+        self._open: dict[str, tuple[tuple[int, int, int], Index]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, request: RetrieveRequest) -> Retrieved:
+        """Search.
+
+        Raises:
+            TaskError: no such index, one of another release, a bad condition or top_k, neither text nor image, or an
+                embedding that failed.
+        """
+        if (request.text is None) == (request.image is None):
+            raise TaskError(INVALID_ARGUMENT, "give text or image, one of them")
+        name = _text(request.index, "index")
+        where = None if request.where is None else _text(request.where, "where")
+        top_k = DEFAULT_TOP_K if request.top_k is None else request.top_k
+        index = self.index(name)
+        try:
+            hits = index.search(self._embedding(request, index), top_k, where, thumbnails=request.thumbnails)
+        except TaskError:
+            before, index = index, self.index(name)
+            if index is before:
+                raise  # else it was replaced meanwhile
+            hits = index.search(self._embedding(request, index), top_k, where, thumbnails=request.thumbnails)
+        return Retrieved(
+            _objects([hit.id for hit in hits]),
+            np.array([hit.score for hit in hits], np.float32),
+            _objects([json.dumps(hit.metadata, ensure_ascii=False) for hit in hits]),
+            _objects([hit.thumbnail for hit in hits]) if request.thumbnails else None,
+        )
+
+    def _embedding(self, request: RetrieveRequest, index: Index) -> NDArray[np.float32]:
+        """Of the query, at the index's α."""
+        alpha = self._dial(index.facts["release"]["alpha"], 1)
+        extra = [] if alpha is None else [alpha]
+        if request.text is not None:
+            return self._embed_text(request.text, *extra)
+        return self._embed_image(request.image or b"", *extra)
+
+    def index(self, name: str) -> Index:
+        """The index of that name as it is now, opened once for as long as it doesn't change.
+
+        Raises:
+            TaskError: no such index, one that can't be read, or one of another release.
+        """
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise TaskError(UNKNOWN_INDEX, f"{name!r:.80} is no name of an index; there are: {self._known()}")
+        folder = self._folder / name
+        try:
+            state = (folder / FACTS).stat()
+        except OSError:
+            self._open.pop(name, None)
+            raise TaskError(UNKNOWN_INDEX, f"no index {name!r}; there are: {self._known()}") from None
+        key = state.st_mtime_ns, state.st_ino, state.st_size
+        with self._lock:
+            found = self._open.get(name)
+            if found is None or found[0] != key:
+                try:
+                    found = self._open[name] = key, Index(folder)
+                except RAdapterError as error:
+                    raise TaskError(UNKNOWN_INDEX, str(error)) from None
+        index = found[1]
+        at = {"alpha": index.facts["release"]["alpha"]} if self._dial.dynamic else {}
+        if index.facts["release_digest"] != release_digest({**self._release, **at}):
+            raise TaskError(INDEX_MISMATCH, mismatch(folder, index.facts, self._release))
+        return index
+
+    def _known(self) -> str:
+        names = sorted(path.parent.name for path in self._folder.glob(f"*/{FACTS}") if path.parent.name[0] != ".")
+        return ", ".join(names) or f"none in {self._folder} (radapter-index build PHOTOS --out {self._folder}/NAME)"
+
+
+def _text(value: bytes, what: str) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise TaskError(INVALID_ARGUMENT, f"{what} is not UTF-8 ({error})") from None
+
+
+def _objects(values: Sequence[Any]) -> NDArray[np.object_]:
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array

@@ -1,0 +1,135 @@
+"""The task `segment`, without Triton: one request in, a mask with the names of its labels out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from radapter_serve.inputs.alpha import Dial, Encode, at
+from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_ARGUMENT, INVALID_IMAGE, TaskError
+from radapter_serve.inputs.labels import LabelEmbedder, LabelSet
+from radapter_serve.inputs.preprocess import decode
+from radapter_serve.tasks.label_source import LabelSource
+from radapter_serve.tasks.segmenter import Segmented, Segmenter, SegmentOptions
+
+BACKGROUND = "background"
+_DENSE_ONLY = ("short_side", "stride", "refine")
+
+
+@dataclass
+class SegmentRequest:
+    """One request of `segment`.
+
+    Args:
+        image: encoded image.
+        labels: its labels, or None.
+        label_set: name of a label set, or None.
+        templates: prompt templates for `labels`, or None for the release's.
+        options: those fields of `SegmentOptions` that the request gives.
+        proposals: uint8 [N, H, W], or None for dense segmentation.
+        proposal_scores: float32 [N, C], or None.
+        alpha: one, or None for the release's own.
+        cancelled: whether the caller has given up; None where that is unknown.
+    """
+
+    image: bytes
+    labels: Sequence[bytes] | None = None
+    label_set: bytes | None = None
+    templates: Sequence[bytes] | None = None
+    options: Mapping[str, Any] | None = None
+    proposals: NDArray[np.uint8] | None = None
+    proposal_scores: NDArray[np.float32] | None = None
+    alpha: ArrayLike | None = None
+    cancelled: Callable[[], bool] | None = None
+
+
+@dataclass
+class Segments:
+    """The answer: a mask, uint16 [H, W], the labels it points to, and the score of each, float32."""
+
+    mask: NDArray[np.uint16]
+    labels: tuple[str, ...]
+    scores: NDArray[np.float32]
+
+
+class Segment:
+    """Open-vocabulary segmentation.
+
+    Args:
+        release: the release's facts.
+        encode_images: uint8 [B, S, S, 3], with α where that is an input, -> float32 [B, D] of unit length.
+        encode_patches: the same to float32 [B, g, g, D], or None where the release has none.
+        embed_labels: embeds the labels a request brings.
+        label_sets: the release's label sets by name.
+    """
+
+    def __init__(
+        self,
+        release: Mapping[str, Any],
+        encode_images: Encode,
+        encode_patches: Encode | None,
+        embed_labels: LabelEmbedder,
+        label_sets: Mapping[str, LabelSet],
+    ) -> None:
+        self._label_source, self._dial = LabelSource(release, embed_labels, label_sets), Dial(release)
+        self._release, self._encode_images, self._encode_patches = release, encode_images, encode_patches
+
+    def __call__(self, request: SegmentRequest) -> Segments:
+        """Segment one image.
+
+        Raises:
+            TaskError: whatever is wrong with the request; labels are refused before the image is looked at.
+        """
+        options, alpha = _options(request), self._dial(request.alpha, 1)
+        segmenter = self._segmenter(self._dial.one(request.alpha))
+        if request.proposals is None:
+            segmenter.check_dense(options)
+        [label_set] = self._label_source(
+            None if request.labels is None else [request.labels],
+            None if request.label_set is None else [request.label_set],
+            None if request.templates is None else [request.templates],
+            alpha,
+            request.cancelled,
+        )
+        segmented = _segment(segmenter, request, label_set.embeds, options)
+        extra = () if len(segmented.scores) == len(label_set.labels) else (BACKGROUND,)
+        return Segments(segmented.mask, label_set.labels + extra, segmented.scores)
+
+    def _segmenter(self, alpha: float | None) -> Segmenter:
+        patches = None if self._encode_patches is None else at(self._encode_patches, alpha)
+        return Segmenter.of_release(self._release, patches, at(self._encode_images, alpha))
+
+
+def _segment(
+    segmenter: Segmenter, request: SegmentRequest, embeds: NDArray[np.float32], options: SegmentOptions
+) -> Segmented:
+    try:
+        image = decode(request.image)
+        if request.proposals is None:
+            return segmenter.dense(image, embeds, options, cancelled=request.cancelled)
+        masks, scores = request.proposals, request.proposal_scores
+        return segmenter.from_proposals(image, embeds, masks, scores, options, cancelled=request.cancelled)
+    except MemoryError:
+        raise TaskError(
+            IMAGE_TOO_LARGE, "the server has not enough memory for this image; send a smaller one"
+        ) from None
+    except (OSError, ValueError) as error:  # what Pillow says of modes that it cannot resize
+        raise TaskError(INVALID_IMAGE, f"the image cannot be segmented ({error})") from None
+
+
+def _options(request: SegmentRequest) -> SegmentOptions:
+    given = dict(request.options or {})
+    if request.proposals is None:
+        idle = dict.fromkeys(("proposal_weight", "proposal_scores"), "send proposals with it")
+    else:
+        idle = dict.fromkeys(_DENSE_ONLY, "leave it out with proposals")
+        if request.proposal_scores is None:
+            idle["proposal_weight"] = "send proposal_scores with it"
+    for name, way_out in idle.items():
+        if name in given or (name == "proposal_scores" and request.proposal_scores is not None):
+            raise TaskError(INVALID_ARGUMENT, f"{name} has no effect here; {way_out}")
+    return SegmentOptions(**given)

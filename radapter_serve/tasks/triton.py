@@ -1,0 +1,131 @@
+"""What the task models share of Triton's Python backend; importable only inside one of its processes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb
+from numpy.typing import NDArray
+
+from radapter_serve.inputs.alpha import Alpha
+from radapter_serve.inputs.errors import CANCELLED, ENCODER_FAILED, TaskError
+from radapter_serve.inputs.labels import LabelEmbedder
+from radapter_serve.inputs.tokenizer import Tokenizer
+from radapter_serve.release.facts import read_release
+from radapter_serve.tasks.classify import EmbedImages
+from radapter_serve.threads import decoders
+
+
+class Version:
+    """One version of a task model: its folder, its release, and the encoders of the same release.
+
+    Args:
+        arguments: what Triton gives to `initialize`.
+    """
+
+    def __init__(self, arguments: dict[str, str]) -> None:
+        self.folder = Path(arguments["model_repository"]) / arguments["model_version"]
+        self.release = read_release(self.folder)
+        self._number = int(arguments["model_version"])
+
+    def encode_images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
+        """uint8 [B, S, S, 3] -> float32 [B, D] by `image_encoder`; here and below with α where that is an input."""
+        return self._call("image_encoder", "image", pixels, alpha, "image_embeds")
+
+    def encode_patches(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
+        """uint8 [B, S, S, 3] -> float32 [B, g, g, D] by `patch_encoder`."""
+        return self._call("patch_encoder", "image", pixels, alpha, "patch_embeds")
+
+    def encode_tokens(self, tokens: NDArray[np.int32], alpha: Alpha | None = None) -> NDArray[np.float32]:
+        """int32 [B, L] -> float32 [B, D] by `text_encoder`."""
+        return self._call("text_encoder", "tokens", tokens, alpha, "text_embeds")
+
+    def embed_images(self) -> EmbedImages:
+        """The task that embeds images with this version's encoder."""
+        return EmbedImages(self.release, self.encode_images, threads=decoders())
+
+    def tokenizer(self) -> Tokenizer:
+        """This version's tokenizer."""
+        return Tokenizer.load(self.folder / "tokenizer.json", self.release["tokenizer"])
+
+    def embed_text(self, text: bytes, alpha: Alpha | None = None) -> NDArray[np.float32]:
+        """Text in UTF-8 -> float32 [D] by `embed_text`."""
+        return self._call("embed_text", "text", np.array([[text]], object), alpha, "text_embeds").ravel()
+
+    def embed_image(self, image: bytes, alpha: Alpha | None = None) -> NDArray[np.float32]:
+        """Encoded image -> float32 [D] by `embed_image`."""
+        return self._call("embed_image", "image", np.array([[image]], object), alpha, "image_embeds").ravel()
+
+    def embed_labels(self) -> LabelEmbedder:
+        """What embeds the labels of a request with this version's text encoder."""
+        size = int(self.release["max_batch_size"])
+        return LabelEmbedder(self.tokenizer(), self.encode_tokens, max_batch_size=size)
+
+    def _call(
+        self, model: str, source: str, array: NDArray[Any], alpha: Alpha | None, target: str
+    ) -> NDArray[np.float32]:
+        response = pb.InferenceRequest(
+            model_name=model,
+            model_version=self._number,
+            inputs=[pb.Tensor(source, array), *([] if alpha is None else [pb.Tensor("alpha", alpha)])],
+            requested_output_names=[target],
+            preferred_memory=pb.PreferredMemory(pb.TRITONSERVER_MEMORY_CPU, 0),
+        ).exec()
+        if response.has_error():
+            if said := re.fullmatch(r"\[(\w+)\] (.*)", response.error().message(), re.DOTALL):  # a task's own error
+                raise TaskError(said[1], said[2])
+            raise TaskError(ENCODER_FAILED, f"{model} version {self._number} failed: {response.error().message()}")
+        return np.array(pb.get_output_tensor_by_name(response, target).as_numpy(), np.float32)
+
+
+def read(request: Any, name: str) -> Any:
+    """A request's input as an array, or None where it was left out."""
+    tensor = pb.get_input_tensor_by_name(request, name)
+    return None if tensor is None else tensor.as_numpy()
+
+
+def answer(
+    requests: Sequence[Any], run: Callable[[], Sequence[Any]], outputs: Callable[[Any], dict[str, NDArray[Any]]]
+) -> list[Any]:
+    """One response a request, an error where its result is one.
+
+    Args:
+        requests: what Triton gave to `execute`.
+        run: computes a result or a `TaskError` for each of them.
+        outputs: the output tensors of a result.
+    """
+    try:
+        results = run()
+    except TaskError as error:  # an encoder that fails, fails for all
+        results = [error] * len(requests)
+    return [_response(result, outputs) for result in results]
+
+
+def answer_each(
+    requests: Sequence[Any], run: Callable[[Any], Any], outputs: Callable[[Any], dict[str, NDArray[Any]]]
+) -> list[Any]:
+    """`answer`, one request after the other.
+
+    Args:
+        requests: what Triton gave to `execute`.
+        run: a request's result; may raise a `TaskError`.
+        outputs: the output tensors of a result.
+    """
+
+    def response(request: Any) -> Any:
+        [one] = answer([request], lambda: [run(request)], outputs)
+        return one
+
+    return [response(request) for request in requests]
+
+
+def _response(result: Any, outputs: Callable[[Any], dict[str, NDArray[Any]]]) -> Any:
+    if isinstance(result, TaskError):
+        codes = {ENCODER_FAILED: pb.TritonError.INTERNAL, CANCELLED: pb.TritonError.CANCELLED}
+        code = codes.get(result.code, pb.TritonError.INVALID_ARG)
+        return pb.InferenceResponse(error=pb.TritonError(str(result), code))
+    return pb.InferenceResponse([pb.Tensor(name, array) for name, array in outputs(result).items()])

@@ -1,0 +1,98 @@
+"""The rooms of the house: what each may import, and which of them stay free of torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# From the lowest floor up: a room imports from those before it, never from those after it.
+FLOORS = [
+    "errors files lock environment threads",
+    "inputs",
+    "release",
+    "runtimes",
+    "index",
+    "tasks",
+    "server",
+    "clip",
+    "adapter",
+    "data",
+    "evaluation",
+    "training",
+    "demo cli",
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
+TORCH_FREE = ("inputs", "release", "runtimes", "index", "tasks", "server")
+HEAVY = ("torch", "open_clip", "torchvision", "transformers", "onnxruntime", "tensorrt")
+
+
+def sources(folder: str) -> dict[str, Path]:
+    """The modules below a folder of the checkout, by their full names."""
+    package = ROOT / folder
+    found = {}
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path, known: dict[str, Path], *, inside: bool = True) -> Iterator[str]:
+    """The modules of the house that a module imports, those inside functions included."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree) if inside else tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module in known:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in known else str(node.module)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+
+
+def test_no_room_imports_from_a_floor_above():
+    modules = sources("radapter_serve")
+    for name, path in modules.items():
+        if name.count(".") == 0:
+            continue
+        room = name.split(".")[1]
+        for other in imports(path, modules):
+            above = other.split(".")[1] if "." in other else ""
+            assert not above or FLOOR[above] <= FLOOR[room], f"{name} imports {other}, which lives above it"
+
+
+def test_no_import_circle():
+    modules = {**sources("radapter_serve"), **sources("export/radapter_export"), **sources("clients/radapter_client")}
+    packages = {"radapter_serve", "radapter_export"}  # these two load their names on first use
+    graph = {name: set(imports(path, modules)) - {name} for name, path in modules.items() if name not in packages}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def test_every_room_says_what_lives_there():
+    for room in (ROOT / "radapter_serve").iterdir():
+        if (room / "__init__.py").exists():
+            text = ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8"))) or ""
+            assert len(text.splitlines()) >= 2, f"{room.name}/__init__.py says too little"
+
+
+@pytest.mark.parametrize("room", [*TORCH_FREE, "client"])
+def test_torch_is_not_imported(room: str):
+    folder = "clients/radapter_client" if room == "client" else f"radapter_serve/{room}"
+    package = ROOT / folder
+    inside_triton = {"radapter_serve.tasks.triton", "radapter_serve.server.backend"}
+    prefix = "radapter_client" if room == "client" else "radapter_serve"
+    modules = [
+        prefix + name.removeprefix(package.name) if room == "client" else f"radapter_serve.{name}"
+        for name in sources(folder)
+    ]
+    names = [name for name in modules if name not in inside_triton and ".backends." not in name]
+    assert names
+    code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
+    code += f"print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
