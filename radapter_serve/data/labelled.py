@@ -137,6 +137,7 @@ def load_labelled(
     templates: Sequence[str] = ("a photo of a {}.",),
     images: Path | None = None,
     streaming: bool = False,
+    every_class: bool = True,
 ) -> Labelled:
     """Open a data set.
 
@@ -149,6 +150,7 @@ def load_labelled(
         templates: prompt templates with `{}`.
         images: folder that relative paths start from; None takes that of the file.
         streaming: read row by row.
+        every_class: refuse classes without an image, which training needs and judging does not.
 
     Raises:
         RAdapterError: it can't be read, a column is missing, a class has no image, or the classes do not match.
@@ -166,11 +168,11 @@ def load_labelled(
     class_folders = spec.startswith("imagefolder:")
     start = images or (Path() if class_folders else folder)
     data = Labelled(rows, list(names), image_column, label_column, start, templates)
-    _check_classes(data, spec, own, folder if class_folders else None)
+    _check_classes(data, spec, own, folder if class_folders else None, every_class)
     return data
 
 
-def _check_classes(data: Labelled, spec: str, own: list[str] | None, folder: Path | None) -> None:
+def _check_classes(data: Labelled, spec: str, own: list[str] | None, folder: Path | None, every_class: bool) -> None:
     if own is not None and len(own) != len(data.classes):
         raise RAdapterError(
             f"the class file names {len(data.classes)} classes but {spec} has {len(own)}: "
@@ -192,7 +194,7 @@ def _check_classes(data: Labelled, spec: str, own: list[str] | None, folder: Pat
             raise RAdapterError(f"{spec} holds no images")
         present = set(data.labels().tolist())
         missing = [name for index, name in enumerate(data.classes) if index not in present]
-        if missing:
+        if missing and every_class:
             raise RAdapterError(
                 f"the class {missing[0]!r} has no image in {spec} ({len(missing)} of {len(data.classes)} classes are "
                 f"empty); add images or take it out of the class file"

@@ -177,8 +177,12 @@ def pixel_sums(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np
 
 def class_ious(right: NDArray[Any], true: NDArray[Any], found: NDArray[Any]) -> NDArray[np.float64]:
     """Intersection over union of each class, in [0, 1]; NaN where neither the truth nor the answers have it."""
-    union = true + found - right
-    return np.divide(right, union, out=np.full(np.shape(union), np.nan), where=union > 0)
+    return shares(right, true + found - right)
+
+
+def shares(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
+    """Part by whole; NaN where the whole is 0."""
+    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
 
 
 def mean_metrics(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
@@ -188,12 +192,11 @@ def mean_metrics(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
         sums: of `pixel_sums`, [3, B, C].
     """
     right, true, found = sums
-    recalls = np.divide(right, true, out=np.full(true.shape, np.nan), where=true > 0)
     pixels = true.sum(axis=-1)
     return {
         "miou": _mean_of_known(class_ious(right, true, found)),
         "pixel_accuracy": right.sum(axis=-1) / np.maximum(pixels, 1),
-        "mean_class_accuracy": _mean_of_known(recalls),
+        "mean_class_accuracy": _mean_of_known(shares(right, true)),
     }
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import open_clip
-import yaml
 from numpy.typing import NDArray
 
 from radapter_serve.clip.prompts import templates_of
@@ -19,13 +18,35 @@ from radapter_serve.data import READERS, ImageColumn, Labelled, class_split, loa
 from radapter_serve.data.masked import load_masked
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder
-from radapter_serve.evaluation.judged import JudgedSet, Known, Scorer, class_embeds, digest, drawn
+from radapter_serve.evaluation.intervals import mean_recall_interval, wilson
+from radapter_serve.evaluation.judged import (
+    MOST_CONFUSED,
+    JudgedSet,
+    Known,
+    Scorer,
+    by_class,
+    class_embeds,
+    confused,
+    contents,
+    digest,
+    drawn,
+)
 from radapter_serve.evaluation.karpathy import load_karpathy
-from radapter_serve.evaluation.metrics import Floats, classification_metrics, retrieval_metrics, true_ranks
+from radapter_serve.evaluation.metrics import (
+    Floats,
+    caption_groups,
+    check_finite,
+    classification_metrics,
+    confusion,
+    retrieval_metrics,
+    shares,
+    true_ranks,
+)
 from radapter_serve.evaluation.segmentation import SegmentationSet
-from radapter_serve.evaluation.suite import Entry, Suite
+from radapter_serve.evaluation.suite import Entry, Suite, read_yaml
 from radapter_serve.inputs.labels import split_label
 from radapter_serve.inputs.preprocess import decode
+from radapter_serve.inputs.probabilities import indistinguishable
 
 _READERS = (*READERS, "masks", "coco", "karpathy")
 
@@ -49,6 +70,11 @@ class _ImageSet:
 
     def name(self, number: int) -> str:
         return self.images[number].name
+
+    @cached_property
+    def contents(self) -> list[str]:
+        """Digests of the images' files."""
+        return contents(self.entry.name, [lambda image=image: [image.data()] for image in self.images])  # type: ignore[misc]
 
     def prepare(self, embedder: Embedder, number: int) -> Any:
         return embedder.prepare(self.images[number]())
@@ -74,7 +100,7 @@ class ClassificationSet(_ImageSet):
     def facts(self) -> dict[str, Any]:
         split = {} if self.entry.class_split == "all" else {"class_split": self.entry.class_split}
         count = {"n": len(self.labels), "classes": len(self.classes)}
-        return {**count, **split, "set_digest": digest(self.classes, self.labels.tolist())}
+        return {**count, **split, "set_digest": digest(self.classes, self.labels.tolist(), self.contents)}
 
     def how(self, embedder: Embedder) -> dict[str, Any]:
         return {"templates": list(self.templates or embedder.templates)}
@@ -100,8 +126,15 @@ class RetrievalSet(_ImageSet):
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        count = {"n": len(self.images), "captions": len(self.captions)}
-        return {**count, "set_digest": digest(self.captions, self.image_of.tolist())}
+        different = len(set(self.groups.tolist()))
+        equal = {"different_captions": different} if different < len(self.captions) else {}
+        count = {"n": len(self.images), "captions": len(self.captions), **equal}
+        return {**count, "set_digest": digest(self.captions, self.image_of.tolist(), self.contents)}
+
+    @cached_property
+    def groups(self) -> NDArray[np.int64]:
+        """A number for each caption that equal ones share: images of equal captions match each other's."""
+        return caption_groups(self.captions)
 
     def how(self, embedder: Embedder) -> dict[str, Any]:
         return {}
@@ -113,15 +146,29 @@ class RetrievalSet(_ImageSet):
 class _ClassificationScorer:
     def __init__(self, data: ClassificationSet, embedder: Embedder, classifier: Floats) -> None:
         self._data, self._embedder, self._classifier = data, embedder, classifier
-        self._ranks = [np.zeros(0, np.int64)]
+        self._ranks, self._found = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
 
     def add(self, items: Sequence[Any]) -> None:
         start = sum(map(len, self._ranks))
-        scores = self._embedder.embed_images(items) @ self._classifier.T
+        scores = check_finite(self._embedder.embed_images(items)) @ self._classifier.T
         self._ranks.append(true_ranks(scores, self._data.labels[start : start + len(items)]))
+        self._found.append(scores.argmax(axis=1))
 
-    def metrics(self) -> dict[str, float]:
-        return classification_metrics(np.concatenate(self._ranks), self._data.labels, len(self._data.classes))
+    def measured(self) -> dict[str, Any]:
+        labels, classes, ranks = self._data.labels, self._data.classes, np.concatenate(self._ranks)
+        metrics = classification_metrics(ranks, labels, len(classes))
+        count, hits = (np.bincount(of, minlength=len(classes)) for of in (labels, labels[ranks < 1]))
+        intervals = {name: wilson(metrics[name], len(labels)) for name in ("acc1", "acc5") if name in metrics}
+        intervals["mean_per_class_recall"] = mean_recall_interval(hits[count > 0], count[count > 0])
+        few = len(classes) <= MOST_CONFUSED
+        alike = indistinguishable([split_label(line)[0] for line in classes], self._classifier)
+        return {
+            "metrics": metrics,
+            "intervals": intervals,
+            **by_class(classes, count, recall=shares(hits, count)),
+            **(confused(confusion(labels, np.concatenate(self._found), len(classes))) if few else {}),
+            **({"indistinguishable": alike} if alike else {}),
+        }
 
 
 class _RetrievalScorer:
@@ -131,8 +178,11 @@ class _RetrievalScorer:
     def add(self, items: Sequence[Any]) -> None:
         self._images.append(self._embedder.embed_images(items))
 
-    def metrics(self) -> dict[str, float]:
-        return retrieval_metrics(np.concatenate(self._images), self._texts, self._data.image_of)
+    def measured(self) -> dict[str, Any]:
+        data, images = self._data, np.concatenate(self._images)
+        metrics = retrieval_metrics(images, self._texts, data.image_of, groups=data.groups)
+        # captions of one image are no independent cases: images are counted both ways
+        return {"metrics": metrics, "intervals": {name: wilson(share, len(images)) for name, share in metrics.items()}}
 
 
 def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int = 0) -> JudgedSet:
@@ -160,6 +210,7 @@ def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int 
             label_column=entry.label_column,
             classes=_file(suite, entry.classes) if entry.classes and mapping is None else None,
             images=_images(suite, entry),
+            every_class=False,
         )
         data = class_split(data, entry.class_split)
     except RAdapterError as error:
@@ -240,8 +291,11 @@ class Image:
     border: int
 
     def __call__(self) -> bytes:
-        found = self.column.data(self.rows[self.index])
-        return _cropped(found, self.border) if self.border else found
+        return _cropped(self.data(), self.border) if self.border else self.data()
+
+    def data(self) -> bytes:
+        """The bytes of the file, the border still there."""
+        return self.column.data(self.rows[self.index])
 
     @property
     def name(self) -> str:
@@ -251,6 +305,11 @@ class Image:
 
 def _cropped(data: bytes, border: int) -> bytes:
     image = decode(data)
+    most = (min(image.size) - 1) // 2
+    if border > most:
+        raise RAdapterError(
+            f"border is {border}, which leaves nothing of {image.width} x {image.height} pixels; allowed: 0 to {most}"
+        )
     out = io.BytesIO()
     image.crop((border, border, image.width - border, image.height - border)).save(out, "PNG")
     return out.getvalue()
@@ -282,10 +341,7 @@ def _class_mapping(suite: Suite, classes: str | None) -> dict[str, str] | None:
     if classes is None or not classes.endswith((".yaml", ".yml")):
         return None
     path = _file(suite, classes)
-    try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RAdapterError(f"could not read the classes {path}: {' '.join(str(error).split())}") from error
+    mapping = read_yaml(path, "the classes")
     if not isinstance(mapping, dict) or not mapping or not all(split_label(str(name)) for name in mapping.values()):
         raise RAdapterError(f"the classes {path} must map the data's class names to names for prompts")
     return {str(own): str(name) for own, name in mapping.items()}

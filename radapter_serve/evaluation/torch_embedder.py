@@ -88,7 +88,7 @@ class TorchEmbedder:
         self._transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
         self._preprocess = Preprocess.from_dict(base.preprocess)
         self.size = self._preprocess.size[0]
-        self._crop = crop or MaskCrop.from_recipe({}, base.preprocess["mean"])
+        self.crop = crop or MaskCrop.from_recipe({}, base.preprocess["mean"])
         self._tensors = self._model.state_dict()
         self._lines = {line.source: line for line in lines}
         common = {"model": base.name, "pretrained": base.pretrained, "precision": precision}
@@ -153,7 +153,7 @@ class TorchEmbedder:
             None if query.dense == PROPOSALS else functools.partial(encode, way=query.dense),
             encode,
             self._preprocess,
-            self._crop,
+            self.crop,
             float(self._tensors["logit_scale"].float().exp()),
             _WINDOWS,
             None if bias is None else float(bias),

@@ -115,12 +115,12 @@ class Segmenter:
     def of_release(
         cls, release: Mapping[str, Any], encode_patches: Encode | None, encode_images: Encode | None
     ) -> Segmenter:
-        """With what a release's facts (`release.json`) say; releases before there was a crop get the usual one."""
+        """With what a release's facts (`release.json`) say."""
         return cls(
             encode_patches,
             encode_images,
             Preprocess.from_dict(release["preprocess"]),
-            MaskCrop.from_dict(release["crop"]) if release.get("crop") else MaskCrop(),
+            MaskCrop.of_release(release),
             float(release["logit_scale"]),
             int(release["max_batch_size"]),
             release.get("logit_bias"),
