@@ -1,9 +1,10 @@
-"""The one place that decides how many threads each part of a server gets."""
+"""The one place that decides how many threads each part of a server or of a command gets."""
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 from pathlib import Path
 
 from radapter_serve.environment import THREADS
@@ -45,6 +46,19 @@ def environment(threads: int) -> dict[str, str]:
     """Variables for the processes of a server: the cores are for the encoders, which do not use OpenMP."""
     own = {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     return {THREADS: str(threads), **own}
+
+
+def limit_threads(threads: int | None) -> None:
+    """Let this process compute with so many threads; call it before torch is loaded.
+
+    Args:
+        threads: None leaves the number to OpenMP: one a core, or what OMP_NUM_THREADS says.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave their cores to other work
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(threads)
 
 
 def _siblings(root: Path, number: int) -> str:

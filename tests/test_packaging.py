@@ -46,6 +46,8 @@ def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path:
         "server/backends/openvino/model.py",
         "server/backends/tensorrt/model.py",
         "demo/recipes/retrieval.yaml",
+        "recipes/small.yaml",
+        "recipes/suites/pacs.yaml",
         "demo/base/open_clip_config.json",
     ):
         assert f"radapter_serve/{name}" in names

@@ -36,6 +36,9 @@ class Metadata:
         templates: prompt templates with `{}` for the class name.
         recipe: how it was trained.
         metrics: what validation measured.
+        classes: names of the classes that it was trained on, in the order of the labels and as a label file has them:
+            synonyms after commas. A name may occur twice, for two classes. None where the task has no classes, and in
+            files of earlier releases.
     """
 
     architecture: str
@@ -47,6 +50,7 @@ class Metadata:
     templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])
     recipe: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    classes: list[str] | None = None
     format_version: int = FORMAT_VERSION
 
 

@@ -2,39 +2,77 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from types import NoneType
+from typing import get_args, get_type_hints
 
 import tyro
 
 from radapter_serve.cli import guard
+from radapter_serve.errors import RAdapterError
+from radapter_serve.threads import limit_threads
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train adapters; `--recipe FILE` reads a recipe, and every field of a recipe is a flag."""
+    """Train adapters; `--recipe NAME` or FILE reads a recipe, and every field of a recipe is a flag."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     return guard(lambda: _train(arguments), prog="radapter-train")
 
 
 def _train(arguments: list[str]) -> None:
-    from radapter_serve.training import Recipe, load_recipe, train  # torch takes seconds to load
+    from radapter_serve.training.recipe import RECIPE, Recipe, load_recipe, ready_recipes
 
-    path, rest = _take_recipe(arguments)
-    recipe = load_recipe(path) if path else Recipe()
-    description = "Train R-Adapter on a CLIP. --recipe FILE reads a recipe (YAML); each flag below replaces its field."
-    train(tyro.cli(Recipe, args=rest, default=recipe, prog="radapter-train", description=description))
+    source, rest = _take("--recipe", arguments)
+    run, rest = _take("--resume", rest)
+    if run is None and source is None and "--resume" in rest:  # as --resume --out RUN
+        run, _ = _take("--out", rest)
+    if run and source is None:
+        if not (Path(run) / RECIPE).is_file():
+            raise RAdapterError(f"no run to go on with in {run}: it has no {RECIPE}")
+        source = str(Path(run) / RECIPE)
+    recipe = load_recipe(source) if source else Recipe()
+    if run:
+        recipe = dataclasses.replace(recipe, out=Path(run), resume=True)
+    description = (
+        f"Train R-Adapter on a CLIP. --recipe NAME ({', '.join(ready_recipes())}) or --recipe FILE reads a recipe in "
+        "YAML, and --resume RUN that of a run which it goes on with; each flag below replaces a field of the recipe."
+    )
+    recipe = tyro.cli(Recipe, args=_nones(rest, Recipe), default=recipe, prog="radapter-train", description=description)
+    recipe.check()  # before torch is loaded, which takes seconds
+    limit_threads(recipe.threads)
+    from radapter_serve.training.loop import train
+
+    train(recipe)
 
 
-def _take_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """`--recipe FILE` comes out first: it makes the defaults of the other flags."""
+def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The value of a flag and the arguments without both; these flags make the defaults of all others."""
     for index, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
-        if name == "--recipe":
+        if name == flag:
             if value:
                 return value, arguments[:index] + arguments[index + 1 :]
-            if index + 1 < len(arguments):
+            if index + 1 < len(arguments) and not arguments[index + 1].startswith("--"):
                 return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
     return None, arguments
+
+
+def _nones(arguments: list[str], settings: type) -> list[str]:
+    """The arguments with `none`, as the help has it, in the letters that tyro knows."""
+    optional = {
+        f"--{name.replace('_', '-')}" for name, kind in get_type_hints(settings).items() if NoneType in get_args(kind)
+    }
+    found = list(arguments)
+    for index, argument in enumerate(found):
+        name, equals, value = argument.replace("_", "-").partition("=")
+        if name in optional and value.lower() == "none":
+            found[index] = f"{name}{equals}None"
+        elif argument.lower() == "none" and index and found[index - 1].replace("_", "-") in optional:
+            found[index] = "None"
+    return found
 
 
 if __name__ == "__main__":  # for `accelerate launch -m radapter_serve.cli.train`

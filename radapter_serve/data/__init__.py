@@ -4,6 +4,7 @@ It reads and checks; what is learned or measured from the data lives in `trainin
 """
 
 from radapter_serve.data.captions import Captioned, CaptionedImage, load_captioned
+from radapter_serve.data.classes import imagenet_classes, refuse_wordnet_ids
 from radapter_serve.data.labelled import (
     Labelled,
     class_split,
@@ -31,9 +32,11 @@ __all__ = [
     "class_split",
     "evaluation_batches",
     "few_shot",
+    "imagenet_classes",
     "load_captioned",
     "load_labelled",
     "load_masked",
     "open_rows",
+    "refuse_wordnet_ids",
     "split_classes",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from radapter_serve.data.rows import BrokenImage, ImageColumn, open_rows, value_at
+from radapter_serve.data.rows import BrokenImage, ImageColumn, open_rows, share_of, value_at
 from radapter_serve.errors import RAdapterError
 
 _BLOCK = 1000  # rows in memory at once
@@ -65,6 +66,18 @@ class Captioned(ImageColumn):
         image, count = self.image(row), self.captions_per_image
         texts = draw.sample(captions, len(captions))
         return image, label, texts[0] if count == 1 else [texts[index % len(texts)] for index in range(count)]
+
+    def held_out(self, fraction: float, seed: int) -> tuple[Captioned, Captioned]:
+        """The data without a share of the images, drawn by the seed, and that share; captions stay with their image.
+
+        Raises:
+            RAdapterError: there is one image alone.
+        """
+        images = random.Random(seed).sample(list(self.images), len(self.images))
+        count = share_of(len(images), fraction)
+        if not count:
+            raise RAdapterError(f"val_fraction is {fraction} but there is one image; name validation data")
+        return dataclasses.replace(self, images=images[count:]), dataclasses.replace(self, images=images[:count])
 
     def _of_stream(self, row: Any) -> tuple[int, tuple[str, ...]]:
         value = value_at(row, self.caption_column)

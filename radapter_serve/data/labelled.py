@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from radapter_serve.clip.base import Base
-from radapter_serve.data.rows import BrokenImage, ImageColumn, LabelledImages, open_rows, sub_folders
+from radapter_serve.data.classes import prompt_names
+from radapter_serve.data.rows import BrokenImage, ImageColumn, LabelledImages, open_rows, share_of, sub_folders
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs.labels import read_label_file, split_label
+from radapter_serve.inputs.labels import split_label
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Labelled(ImageColumn, LabelledImages):
         image_column, label_column: names of the two columns.
         folder: what relative image paths are relative to.
         templates: prompt templates with `{}`, of which a training pair draws one.
+        own: what the data itself calls the classes, such as the names of their folders; empty where it is the same.
         first_class: what labels that are numbers start from, where `classes` is a part of all classes.
     """
 
@@ -41,12 +43,14 @@ class Labelled(ImageColumn, LabelledImages):
     label_column: str
     folder: Path = field(default_factory=Path)
     templates: Sequence[str] = ("a photo of a {}.",)
+    own: list[str] = field(default_factory=list)
     first_class: int = 0
 
     def __post_init__(self) -> None:
-        names = [(line, split_label(line)) for line in self.classes]
+        self.own = self.own or self.classes
+        names = [(line, split_label(line)) for line in self.own]
         self._index = {name: i for i, (_, synonyms) in enumerate(names) for name in synonyms}
-        self._index |= {synonyms[0]: i for i, (_, synonyms) in enumerate(names)}  # a first name beats a synonym
+        self._index |= {synonyms[0]: i for i, (_, synonyms) in enumerate(names) if synonyms}  # before a synonym
         self._index |= {line: i for i, (line, _) in enumerate(names)}
 
     def label(self, row: dict[str, Any]) -> int:
@@ -57,12 +61,13 @@ class Labelled(ImageColumn, LabelledImages):
         """
         value = row[self.label_column]
         try:
+            whole = isinstance(value, str) or (not isinstance(value, bool) and value == int(value))
             index = self._index.get(value, -1) if isinstance(value, str) else int(value) - self.first_class
-        except (TypeError, ValueError):
-            index = -1
-        if not 0 <= index < len(self.classes):
+        except (TypeError, ValueError, OverflowError):
+            whole, index = False, -1
+        if not whole or not 0 <= index < len(self.classes):
             raise RAdapterError(
-                f"label {value!r} is none of the {len(self.classes)} classes ({', '.join(self.classes[:5])}, ...); "
+                f"label {value!r} is none of the {len(self.classes)} classes ({', '.join(self.own[:5])}, ...); "
                 f"name every class of {self.label_column!r} in the file given with --classes"
             )
         return index
@@ -71,6 +76,26 @@ class Labelled(ImageColumn, LabelledImages):
         """The numbers of all rows' classes, [N]; not of a stream."""
         values = self.rows[self.label_column]
         return np.fromiter((self.label({self.label_column: value}) for value in values), np.int64, len(self.rows))
+
+    def held_out(self, fraction: float, seed: int) -> tuple[Labelled, Labelled]:
+        """The data without a share of each class, and that share.
+
+        Args:
+            fraction: more than 0 and less than 1; a class of two images and more gives one at least, and keeps one.
+            seed: of the draw.
+
+        Raises:
+            RAdapterError: every class has one image alone.
+        """
+        order = np.random.default_rng(seed).permutation(len(self.rows))
+        labels, held = self.labels()[order], np.zeros(len(self.rows), bool)
+        for number in range(len(self.classes)):
+            images = order[labels == number]
+            held[images[: share_of(len(images), fraction)]] = True
+        kept, taken = (self.rows.select(np.flatnonzero(part)) for part in (~held, held))
+        if not len(taken):
+            raise RAdapterError(f"val_fraction is {fraction} but no class has two images; name validation data")
+        return dataclasses.replace(self, rows=kept), dataclasses.replace(self, rows=taken)
 
 
 def split_classes(count: int, split: str) -> range:
@@ -103,8 +128,14 @@ def class_split(data: Labelled, split: str) -> Labelled:
         raise RAdapterError(f"class_split {split} of {len(data.classes)} class leaves none")
     labels = data.labels()
     rows = data.rows.select(np.flatnonzero((labels >= chosen.start) & (labels < chosen.stop)))
-    classes = data.classes[chosen.start : chosen.stop]
-    return dataclasses.replace(data, rows=rows, classes=classes, first_class=data.first_class + chosen.start)
+    part = slice(chosen.start, chosen.stop)
+    return dataclasses.replace(
+        data,
+        rows=rows,
+        classes=data.classes[part],
+        own=data.own[part],
+        first_class=data.first_class + chosen.start,
+    )
 
 
 def few_shot(data: Labelled, shots: int, seed: int) -> Labelled:
@@ -146,11 +177,12 @@ def load_labelled(
             Hugging Face hub; `@SPLIT` at the end names a split, `train` by default.
         image_column: paths, bytes or images.
         label_column: class names or numbers.
-        classes: label file in the order of the labels; None takes the data set's own names.
+        classes: class file as of `prompt_names`, or `imagenet`; None takes the data set's own names.
         templates: prompt templates with `{}`.
         images: folder that relative paths start from; None takes that of the file.
         streaming: read row by row.
-        every_class: refuse classes without an image, which training needs and judging does not.
+        every_class: refuse classes without an image, which training needs and judging does not; of an image folder
+            these stand behind the others.
 
     Raises:
         RAdapterError: it can't be read, a column is missing, a class has no image, or the classes do not match.
@@ -158,33 +190,24 @@ def load_labelled(
     rows, folder = open_rows(
         spec, {image_column: "--image-column", label_column: "--label-column"}, streaming=streaming
     )
-    features = rows.features or {}
-    own = getattr(features.get(label_column), "names", None)
-    names = read_label_file(classes) if classes else own
-    if names is None and not streaming and "string" in getattr(features.get(label_column), "dtype", ""):
-        names = sorted({value for value in rows[label_column] if value is not None})
-    if names is None:
-        raise RAdapterError(f"{spec} does not name its classes; give a file with one class a line: --classes FILE")
+    feature = (rows.features or {}).get(label_column)
+    own = getattr(feature, "names", None)
+    by_name = own is None
+    if by_name and not streaming and "string" in getattr(feature, "dtype", ""):
+        own = sorted({value for value in rows[label_column] if value is not None})
     class_folders = spec.startswith("imagefolder:")
+    if class_folders and not every_class:
+        own = [*own, *sorted(sub_folders(folder) - set(own))]
+    own, names = prompt_names(own, classes, spec, by_name=by_name, every_class=every_class)
     start = images or (Path() if class_folders else folder)
-    data = Labelled(rows, list(names), image_column, label_column, start, templates)
-    _check_classes(data, spec, own, folder if class_folders else None, every_class)
+    data = Labelled(rows, names, image_column, label_column, start, templates, own)
+    _check_classes(data, spec, folder if class_folders else None, every_class)
     return data
 
 
-def _check_classes(data: Labelled, spec: str, own: list[str] | None, folder: Path | None, every_class: bool) -> None:
-    if own is not None and len(own) != len(data.classes):
-        raise RAdapterError(
-            f"the class file names {len(data.classes)} classes but {spec} has {len(own)}: "
-            f"{', '.join(own[:8])}{', ...' if len(own) > 8 else ''}; write one line for each, in this order"
-        )
-    lines = [split_label(line) for line in data.classes]
-    known = own is not None and all(any(name in line for line in lines) for name in own)
-    if own is not None and known and any(name not in line for name, line in zip(own, lines, strict=True)):
-        names = f"{', '.join(own[:8])}{', ...' if len(own) > 8 else ''}"
-        raise RAdapterError(f"the class file has the names of {spec} in another order; write them as: {names}")
-    if folder is not None and own is not None:
-        empty = sorted(sub_folders(folder) - set(own))
+def _check_classes(data: Labelled, spec: str, folder: Path | None, every_class: bool) -> None:
+    if folder is not None:
+        empty = sorted(sub_folders(folder) - set(data.own))
         if empty:
             raise RAdapterError(
                 f"the class folder {empty[0]!r} of {spec} holds no image; add some or remove the folder"

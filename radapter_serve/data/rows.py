@@ -171,6 +171,11 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
     return rows, folder
 
 
+def share_of(count: int, fraction: float) -> int:
+    """How many of so many images are held out: one at least, where one is left."""
+    return min(count - 1, max(1, round(fraction * count))) if count else 0
+
+
 def value_at(row: Mapping[str, Any], column: str) -> Any:
     """A row's value in a column, or in a field of a column: `json.caption`; None where the row has none."""
     if column in row:

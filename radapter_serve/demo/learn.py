@@ -120,7 +120,12 @@ def learn(lesson: Lesson, out: Path, *, seed: int, steps: int | None, alpha: flo
     shutil.rmtree(folder, ignore_errors=True)  # the demo's own, from an earlier call
     steps = recipe.steps if steps is None else steps
     assert steps is not None
-    fields = {**lesson.fields, "steps": steps, "warmup_steps": min(recipe.warmup_steps, steps // 10), "seed": seed}
+    fields = {
+        **lesson.fields,
+        "steps": steps,
+        "warmup_steps": min(recipe.warmup_steps or steps, steps // 10),
+        "seed": seed,
+    }
     run = train(dataclasses.replace(recipe, architecture=f"local-dir:{BASE}", out=folder, **fields))
     alpha = recipe.alpha if alpha is None else alpha
     embedder = from_adapter(run, sorted({0.0, *lesson.alphas, 1.0, alpha}))

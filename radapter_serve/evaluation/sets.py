@@ -10,11 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 from numpy.typing import NDArray
 
 from radapter_serve.clip.prompts import templates_of
-from radapter_serve.data import READERS, ImageColumn, Labelled, class_split, load_captioned, load_labelled
+from radapter_serve.data import (
+    READERS,
+    ImageColumn,
+    Labelled,
+    class_split,
+    imagenet_classes,
+    load_captioned,
+    load_labelled,
+    refuse_wordnet_ids,
+)
 from radapter_serve.data.masked import load_masked
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder
@@ -210,8 +218,10 @@ def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int 
             label_column=entry.label_column,
             classes=_file(suite, entry.classes) if entry.classes and mapping is None else None,
             images=_images(suite, entry),
-            every_class=False,
+            every_class=entry.class_split != "all",  # the halves are of all classes
         )
+        if entry.classes is None:
+            refuse_wordnet_ids(data.own)
         data = class_split(data, entry.class_split)
     except RAdapterError as error:
         raise RAdapterError(f"data set {entry.name!r}: {error}") from error
@@ -241,15 +251,15 @@ def classification_set(
     labels = data.labels()
     classes, chosen = data.classes, np.arange(len(labels))
     if mapping is not None:
-        kept = [index for index, name in enumerate(classes) if name in mapping]
+        kept = [index for index, name in enumerate(data.own) if name in mapping]
         if not kept:
             raise RAdapterError(
                 f"data set {entry.name!r}: the class mapping {entry.classes} knows none of its classes: "
-                f"{', '.join(classes[:5])}, ..."
+                f"{', '.join(data.own[:5])}, ..."
             )
         new = np.full(len(classes), -1)
         new[kept] = np.arange(len(kept))
-        classes, labels = [mapping[classes[index]] for index in kept], new[labels]
+        classes, labels = [mapping[data.own[index]] for index in kept], new[labels]
         chosen = np.flatnonzero(labels >= 0)
     chosen = chosen[drawn(len(chosen), limit, seed)]
     images = [Image(data, data.rows, int(index), entry.border) for index in chosen]
@@ -332,12 +342,7 @@ def _file(suite: Suite, name: str) -> Path:
 def _class_mapping(suite: Suite, classes: str | None) -> dict[str, str] | None:
     """The mapping that `classes` names; None where it is no mapping."""
     if classes == "imagenet":
-        from timm.data.imagenet_info import ImageNetInfo
-
-        names = open_clip.IMAGENET_CLASSNAMES
-        info = ImageNetInfo("imagenet-1k")
-        wordnet = dict(zip(info.label_names(), names, strict=True))  # type: ignore[no-untyped-call]
-        return {**wordnet, **{str(index): name for index, name in enumerate(names)}}
+        return imagenet_classes()
     if classes is None or not classes.endswith((".yaml", ".yml")):
         return None
     path = _file(suite, classes)

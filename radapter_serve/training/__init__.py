@@ -5,20 +5,30 @@ The names below load on first use: the loss alone (`radapter_serve.training.loss
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from radapter_serve.training.average import Average
-    from radapter_serve.training.loop import choose_form, train
+    from radapter_serve.training.loop import train
     from radapter_serve.training.loss import gather_with_grad, mpm_nce
     from radapter_serve.training.recipe import Recipe, load_recipe
+    from radapter_serve.training.setup import choose_form
 
 __all__ = ["Average", "Recipe", "choose_form", "gather_with_grad", "load_recipe", "mpm_nce", "train"]
 
+_HOME = {
+    "Average": "average",
+    "Recipe": "recipe",
+    "choose_form": "setup",
+    "gather_with_grad": "loss",
+    "load_recipe": "recipe",
+    "mpm_nce": "loss",
+    "train": "loop",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from radapter_serve.training import loop, recipe
-
-    return getattr(recipe if name == "load_recipe" else loop, name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

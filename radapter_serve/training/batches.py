@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from radapter_serve.data import BrokenImage, TrainingData
 from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.training.interruption import ignore_interruptions
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -118,7 +119,12 @@ def batches(
         workers: reading processes.
     """
     examples.epoch = epoch
-    common: dict[str, Any] = {"collate_fn": _collate, "num_workers": workers, "pin_memory": torch.cuda.is_available()}
+    common: dict[str, Any] = {
+        "collate_fn": _collate,
+        "num_workers": workers,
+        "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": ignore_interruptions,
+    }
     if isinstance(examples.data.rows, datasets.IterableDataset):
         common["num_workers"] = min(workers, 1)  # one reader keeps the order
         stream = _Stream(examples, rank, world, start)

@@ -13,10 +13,9 @@ from torch.optim import Optimizer
 from radapter_serve.adapter import Adapters
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.training.average import Average
-from radapter_serve.training.recipe import Recipe
+from radapter_serve.training.recipe import CHECKPOINT, Recipe
 
-NAME = "checkpoint.pt"
-FREE = {"workers", "tracker", "save_every", "validate_every", "val_data", "form", "on_broken"}
+FREE = {"workers", "threads", "tracker", "save_every", "validate_every", "val_data", "form", "on_broken"}
 
 
 def save_checkpoint(
@@ -43,12 +42,14 @@ def save_checkpoint(
         "step": step,
         "positions": positions,
     }
-    part = out / f".{NAME}.part"
+    part = out / f".{CHECKPOINT}.part"
     try:
         torch.save(state, part)
-        part.replace(out / NAME)
+        part.replace(out / CHECKPOINT)
     except (OSError, RuntimeError) as error:
-        raise RAdapterError(f"could not write {out / NAME}: {error}; the last whole checkpoint is kept") from error
+        raise RAdapterError(
+            f"could not write {out / CHECKPOINT}: {error}; the last whole checkpoint is kept"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -64,7 +65,7 @@ def load_checkpoint(
     Raises:
         RAdapterError: there is none, or it belongs to another recipe.
     """
-    path = out / NAME
+    path = out / CHECKPOINT
     if not path.is_file():
         raise RAdapterError(f"no checkpoint at {path}; leave --resume out to start a run")
     try:

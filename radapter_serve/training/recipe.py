@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from radapter_serve.errors import RAdapterError
+
+RECIPE, CHECKPOINT = "recipe.yaml", "checkpoint.pt"  # files of a run's folder
+LONGEST_WARMUP, LONGEST_MOMENTUM = 500, 0.999  # the paper's, where they follow the length of the run
+
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("it should be a number")
+    return value
+
+
+# YAML reads 5e-4 as text and `true` as what Python counts as 1: the former is a number here, the latter is none
+Real = Annotated[float, BeforeValidator(_no_truth), Field(allow_inf_nan=False)]
+Positive = Annotated[Real, Field(gt=0)]
+Share = Annotated[Real, Field(ge=0, le=1)]  # of a whole
+PartShare = Annotated[Real, Field(ge=0, lt=1)]  # of a whole, and not all of it
+Number = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, ge=1)]
 
 USED_BY = {  # of the fields that not every task has a use for
     "image_column": ("classification", "retrieval"),
@@ -38,14 +57,18 @@ class Recipe:
             set on the Hugging Face hub; @SPLIT at the end names a split, train by default. For segmentation masks:DIR
             (DIR/images/* and the label maps DIR/masks/*.png) or coco:FILE.json (panoptic or instance annotations).
         val_data: validation data, the same forms; none skips validation.
+        val_fraction: share of the training images, of each class where there are classes, that is validated on and not
+            trained on, drawn by the seed; in place of val_data. 0 holds none back.
         image_column: column of the images (paths, bytes or images).
         label_column: column of the labels (class names or numbers).
         caption_column: column of the captions, one text or a list of texts; rows of the same image belong together.
         captions_per_image: captions of an image that a batch holds together, each a positive of the image; 1 takes rows
             as they come, where captions of one image meet by chance.
         images: folder of the images, for data that names them relative to elsewhere.
-        classes: file with one class a line, synonyms after commas, in the order of the labels; none takes the names
-            that the data set gives. For segmentation the first line is id 0; or JSON or YAML that maps id to name.
+        classes: file with one class a line: `folder: name for prompts, synonym, ...`, or the name alone where the
+            folder has it; `imagenet` for CLIP's names of ImageNet's classes; none takes the names that the data set
+            gives, with spaces for underscores. For segmentation one name a line, the first is id 0; or JSON or YAML
+            that maps id to name.
         templates: file with one prompt template a line ({} is the class), `openai` for the 80 of OpenAI, or `simple`.
         shots: images of each class to train with, drawn by the seed (a class with fewer gives all); none takes all.
         class_split: base or novel, the first or second half of the classes, for training and validation; all takes all.
@@ -57,7 +80,7 @@ class Recipe:
             image tower the text tower.
         form: where adapters compute, auto picks the faster for this batch and model; the result is the same.
         drop: probability p of adapter dropping (Eq. 7).
-        momentum: m of the adapters' moving average (Eq. 8).
+        momentum: m of the adapters' moving average (Eq. 8); none follows the run's length, 1-5/steps and at most 0.999.
         bias_correction: correct the average for its start at zero; for runs of fewer than about 5/(1-m) steps.
         alpha: re-scaling α (Eq. 9) that validation uses and that the adapter file recommends, from 0 to 1.
         delta: margin δ of MPM-NCE, in cosine.
@@ -69,7 +92,7 @@ class Recipe:
         learning_rate: peak learning rate of AdamW.
         min_learning_rate: where the cosine ends.
         weight_decay: of AdamW.
-        warmup_steps: steps of linear warm-up.
+        warmup_steps: steps of linear warm-up; none takes a fifth of the run, and 500 at most.
         grad_clip: largest gradient norm; none does not clip.
         crop_scale: smallest share of the image's area that a random crop keeps, from 0 to 1.
         flip: flip images left to right half of the time.
@@ -81,12 +104,15 @@ class Recipe:
         dense: how patches become embeddings where this adapter is exported for dense prediction; none exports none.
         precision: no, fp16 or bf16 mixed precision.
         workers: processes that read images, for each training process.
+        threads: threads that each training process computes with; none takes one a core. Fewer is faster where other
+            work shares the cores.
         seed: seeds order, augmentation, prompts, adapter dropping and the start.
         validate_every: steps between validations; none validates at the end only.
-        save_every: steps between checkpoints, which --resume goes on from; none writes none.
+        save_every: steps between checkpoints, which --resume goes on from; none writes none, but for the one that a
+            run leaves when it is ended by Ctrl-C or SIGTERM.
         tracker: tensorboard, none, or another tracker that accelerate knows (wandb, mlflow, ...).
         out: folder of the run; none makes runs/NAME-TIME.
-        resume: go on from the checkpoint in out.
+        resume: go on from the checkpoint in out; --resume RUN needs no other flag, as the run's folder has its recipe.
     """
 
     task: Literal["classification", "retrieval", "segmentation"] = "classification"
@@ -94,83 +120,67 @@ class Recipe:
     pretrained: str | None = None
     data: str = ""
     val_data: str | None = None
+    val_fraction: PartShare = 0.0
     image_column: str = "image"
     label_column: str = "label"
     caption_column: str = "caption"
-    captions_per_image: int = 1
+    captions_per_image: Count = 1
     images: Path | None = None
     classes: Path | None = None
     templates: str = "simple"
-    shots: int | None = None
+    shots: Count | None = None
     class_split: Literal["all", "base", "novel"] = "all"
     streaming: bool = False
     on_broken: Literal["skip", "refuse"] = "refuse"
-    rank: int | None = None
+    rank: Count | None = None
     adapt_text: bool = True
     partial: bool = False
     form: Literal["auto", "activation", "weight"] = "auto"
-    drop: float = 0.2
-    momentum: float = 0.999
+    drop: PartShare = 0.2
+    momentum: PartShare | None = 0.999
     bias_correction: bool = False
-    alpha: float = 0.5
-    delta: float = 0.05
-    epsilon: float = 0.02
-    batch_size: int = 512
-    accumulate: int = 1
-    epochs: int = 10
-    steps: int | None = None
-    learning_rate: float = 5e-4
-    min_learning_rate: float = 1e-6
-    weight_decay: float = 0.0
-    warmup_steps: int = 500
-    grad_clip: float | None = 1.0
-    crop_scale: float = 0.9
+    alpha: Share = 0.5
+    delta: Real = 0.05
+    epsilon: PartShare = 0.02
+    batch_size: Annotated[Count, Field(ge=2)] = 512
+    accumulate: Count = 1
+    epochs: Count = 10
+    steps: Count | None = None
+    learning_rate: Positive = 5e-4
+    min_learning_rate: Annotated[Real, Field(ge=0)] = 1e-6
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    warmup_steps: Number | None = None
+    grad_clip: Positive | None = 1.0
+    crop_scale: Annotated[Share, Field(gt=0)] = 0.9
     flip: bool = False
-    mask_padding: float = 0.0
+    mask_padding: Share = 0.0
     mask_square: bool = True
-    mask_min_area: int = 1024
+    mask_min_area: Count = 1024
     dense: Literal["none", "maskclip", "sclip", "clearclip", "naclip"] = "none"
     precision: Literal["no", "fp16", "bf16"] = "no"
-    workers: int = 2
-    seed: int = 0
-    validate_every: int | None = None
-    save_every: int | None = 500
+    workers: Number = 2
+    threads: Count | None = None
+    seed: Annotated[Number, Field(lt=2**31)] = 0
+    validate_every: Count | None = None
+    save_every: Count | None = 500
     tracker: str = "tensorboard"
     out: Path | None = None
     resume: bool = False
 
     def check(self) -> None:
-        """Refuse values that are out of range, each with what is allowed."""
-        allowed = {
-            "drop": (0 <= self.drop < 1, "0 <= drop < 1"),
-            "momentum": (0 <= self.momentum < 1, "0 <= momentum < 1"),
-            "alpha": (0 <= self.alpha <= 1, "0 <= alpha <= 1"),
-            "epsilon": (0 <= self.epsilon < 1, "0 <= epsilon < 1"),
-            "crop_scale": (0 < self.crop_scale <= 1, "0 < crop_scale <= 1"),
-            "mask_padding": (0 <= self.mask_padding <= 1, "0 to 1"),
-            "mask_min_area": (self.mask_min_area >= 1, "1 or more"),
-            "batch_size": (self.batch_size >= 2, "2 or more: the loss contrasts the pairs of a batch"),
-            "accumulate": (
-                self.accumulate >= 1 and self.batch_size % self.accumulate == 0,
-                f"a divisor of batch_size {self.batch_size}",
-            ),
-            "captions_per_image": (self.captions_per_image >= 1, "1 or more"),
-            "shots": (self.shots is None or self.shots >= 1, "1 or more, or none for all"),
-            "steps": (self.steps is None or self.steps >= 1, "1 or more"),
-            "epochs": (self.epochs >= 1, "1 or more"),
-            "learning_rate": (self.learning_rate > 0, "more than 0"),
-            "min_learning_rate": (0 <= self.min_learning_rate <= self.learning_rate, "0 to learning_rate"),
-            "weight_decay": (self.weight_decay >= 0, "0 or more"),
-            "warmup_steps": (self.warmup_steps >= 0, "0 or more"),
-            "grad_clip": (self.grad_clip is None or self.grad_clip > 0, "more than 0, or none"),
-            "workers": (self.workers >= 0, "0 or more"),
-            "seed": (0 <= self.seed < 2**31, "0 to 2147483647"),
-            "validate_every": (self.validate_every is None or self.validate_every >= 1, "1 or more, or none"),
-            "save_every": (self.save_every is None or self.save_every >= 1, "1 or more, or none"),
-        }
-        for name, (fine, rule) in allowed.items():
-            if not fine:
-                raise RAdapterError(f"{name} is {getattr(self, name)}; allowed: {rule}")
+        """Refuse values of the wrong kind or out of range, and those that do not go together."""
+        _validated({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+        if self.batch_size % self.accumulate:
+            raise RAdapterError(
+                f"accumulate is {self.accumulate}; it should be a divisor of batch_size {self.batch_size}"
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise RAdapterError(
+                f"min_learning_rate is {self.min_learning_rate}; it should be 0 to learning_rate {self.learning_rate}"
+            )
+        if self.val_fraction and (self.val_data or self.streaming):
+            other = "val_data names validation data" if self.val_data else "a stream can't be divided"
+            raise RAdapterError(f"val_fraction is {self.val_fraction} but {other}; leave one of them out")
         if self.resume and self.out is None:
             raise RAdapterError("--resume needs --out, the folder of the run to go on with")
         if not self.data:
@@ -187,35 +197,77 @@ class Recipe:
         if self.streaming and self.steps is None:
             raise RAdapterError("a stream has no length; say how long to train with --steps")
 
+    def of_length(self, steps: int) -> Recipe:
+        """The recipe with the warm-up and the averaging that it has in a run of so many steps.
+
+        Raises:
+            RAdapterError: the warm-up is no shorter than the run.
+        """
+        warmup = min(LONGEST_WARMUP, steps // 5) if self.warmup_steps is None else self.warmup_steps
+        momentum = min(LONGEST_MOMENTUM, max(0.0, 1 - 5 / steps)) if self.momentum is None else self.momentum
+        if warmup >= steps:
+            raise RAdapterError(
+                f"warmup_steps is {warmup} but the run has {steps} steps; lower it, or let it follow the length of the "
+                f"run with --warmup-steps none"
+            )
+        return dataclasses.replace(self, warmup_steps=warmup, momentum=momentum)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and the adapter file hold them, without what belongs to one run: out and resume."""
         values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
         return {k: v for k, v in values.items() if k not in ("out", "resume")}
 
 
-def load_recipe(path: str | Path) -> Recipe:
+def ready_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    packed = Path(__file__).parents[1] / "recipes"  # in a wheel; in a checkout they lie where a reader looks for them
+    folder = packed if packed.is_dir() else Path(__file__).parents[2] / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(source: str | Path) -> Recipe:
     """Read a recipe from YAML; a field that is not named keeps its default.
 
     Args:
-        path: a mapping of `Recipe`'s fields.
+        source: a file, a mapping of `Recipe`'s fields; or the name of a recipe that comes with the package.
 
     Raises:
-        RAdapterError: no such file, a field that does not exist, or a value of the wrong kind.
+        RAdapterError: no such file, a field that does not exist, or a value of the wrong kind or out of range.
     """
+    ready = ready_recipes()
+    path = ready.get(str(source), Path(source))
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise RAdapterError(f"could not read the recipe {path}: {error}") from error
-    if not isinstance(values, dict):
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RAdapterError(f"there is no recipe {source}; allowed: a file, or one of {', '.join(ready)}") from None
+    except Exception as error:  # PyYAML raises many kinds on values that it can't construct, and on deep nesting
+        why = isinstance(error, OSError) and error.strerror
+        raise RAdapterError(f"could not read the recipe {path}: {why or ' '.join(str(error).split())}") from None
+    if not isinstance(values, dict | None):
         raise RAdapterError(f"the recipe {path} must be a mapping of field: value")
+    values = values or {}
     fields = [field.name for field in dataclasses.fields(Recipe)]
-    unknown = sorted(set(values) - set(fields))
+    unknown = sorted({_short(name) for name in values if name not in fields})
     if unknown:
         raise RAdapterError(f"the recipe {path} has unknown fields {', '.join(unknown)}; allowed: {', '.join(fields)}")
     if values.get("precision") is False:
         values["precision"] = "no"  # which YAML reads as false
     try:
+        return _validated(values)
+    except RAdapterError as error:
+        raise RAdapterError(f"the recipe {path} won't do: {error}") from None
+
+
+def _validated(values: dict[str, Any]) -> Recipe:
+    try:
         return TypeAdapter(Recipe).validate_python(values)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors())
-        raise RAdapterError(f"the recipe {path} won't do: {wrong}") from None
+        wrong: dict[str, str] = {}
+        for found in error.errors():  # of a field that may be none, the errors of both kinds
+            message = found["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
+            wrong.setdefault(str(found["loc"][0]), f"{found['loc'][0]} is {reprlib.repr(found['input'])}; {message}")
+        raise RAdapterError("; ".join(wrong.values())) from None
+
+
+def _short(name: Any) -> str:
+    return name[:40] if isinstance(name, str) and name.isprintable() else reprlib.repr(name)

@@ -203,8 +203,8 @@ def test_what_is_wrong_is_one_line(
         return error
 
     assert "allowed: masks:DIR, coco:FILE.json" in run("--data", "imagefolder:photos")
-    assert "mask_padding is -1.0; allowed: 0 to 1" in run("--mask-padding", "-1")
-    assert "mask_min_area is 0; allowed: 1 or more" in run("--mask-min-area", "0")
+    assert "mask_padding is -1.0; it should be greater than or equal to 0" in run("--mask-padding", "-1")
+    assert "mask_min_area is 0; it should be greater than or equal to 1" in run("--mask-min-area", "0")
     assert "lower --mask-min-area" in run("--mask-min-area", "5000")
     assert "streaming is True, which task segmentation has no use for" in run("--streaming")
     (scenes / "masks" / "5.png").unlink()

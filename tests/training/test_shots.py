@@ -85,7 +85,7 @@ def test_fields_that_a_stream_or_a_task_has_no_use_for() -> None:
     ):
         with pytest.raises(RAdapterError, match=f"{next(iter(change))} is .*, which task {task} has no use for"):
             Recipe(data="csv:t.csv", task=task, **change).check()  # type: ignore[arg-type]
-    with pytest.raises(RAdapterError, match="shots is 0; allowed: 1 or more"):
+    with pytest.raises(RAdapterError, match="shots is 0; it should be greater than or equal to 1"):
         Recipe(data="csv:t.csv", shots=0).check()
 
 

@@ -34,6 +34,7 @@ def test_a_run_learns_and_leaves_what_it_says(recipe: Recipe, capsys: pytest.Cap
     assert len(accuracies) == 3 and accuracies[-1] == 100.0  # three plain colours
     adapter = load_adapter(out)
     assert adapter.metadata.metrics["acc1@alpha=1"] == 100.0
+    assert adapter.metadata.classes == ["blue", "green", "red"]
     assert adapter.metadata.recipe == yaml.safe_load((out / "recipe.yaml").read_text()) == recipe.to_dict()
     assert {p.name for p in out.iterdir()} == {
         "adapter.safetensors",
@@ -90,7 +91,7 @@ def test_bf16_trains(recipe: Recipe) -> None:
 
 
 def test_schedule_warms_up_and_falls_as_a_cosine() -> None:
-    recipe = Recipe(learning_rate=1.0, min_learning_rate=0.0, warmup_steps=10)
+    recipe = Recipe(learning_rate=1.0, min_learning_rate=0.0, warmup_steps=10).of_length(110)
     rates = [learning_rate(recipe, step, 110) for step in range(110)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
     assert rates[60] == pytest.approx(0.5) and rates[109] < 0.001
@@ -120,7 +121,9 @@ def test_bad_input_is_one_line(recipe: Recipe, tmp_path: Path, capsys: pytest.Ca
     assert "is no model folder" in run(capsys, *known, "--architecture", "local-dir:/nowhere")
     assert "alpha is 1.5" in run(capsys, *known, "--alpha", "1.5")
     assert "lower it" in run(capsys, *known, "--batch-size", "100")
-    assert "could not read the recipe" in run(capsys, "--recipe", "/nowhere.yaml")
+    assert "there is no recipe /nowhere.yaml; allowed: a file, or one of base-to-novel" in run(
+        capsys, "--recipe", "/nowhere.yaml"
+    )
     assert "--resume needs --out" in run(capsys, *known, "--resume")
     assert "no checkpoint" in run(capsys, *known, "--resume", "--out", str(tmp_path / "run"))
     assert "warmup_steps is 8" in run(capsys, *known, "--warmup-steps", "8")

@@ -1,0 +1,141 @@
+"""Which class of a data set gets which name in prompts."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import open_clip
+import pandas as pd
+import pytest
+from PIL import Image
+from timm.data.imagenet_info import ImageNetInfo
+
+from radapter_serve.data import load_labelled
+from radapter_serve.data.classes import prompt_names
+from radapter_serve.errors import RAdapterError
+from radapter_serve.training import Recipe
+from radapter_serve.training.tasks import open_data
+
+# from the list of ImageNet's classes: id, number
+MISSILE, PROJECTILE, TENCH, SUNGLASS, SUNGLASSES = "n03773504", "n04008634", "n01440764", "n04355933", "n04356056"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+def folders(root: Path, *names: str) -> str:
+    for number, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(root / name / "a.png")
+    return f"imagefolder:{root}"
+
+
+def prompts(data: object) -> dict[str, str]:
+    """The prompt of each image, by its folder."""
+    found = {}
+    for row in data.rows:  # type: ignore[attr-defined]
+        _, _, prompt = data.pair(row, random.Random(0))  # type: ignore[attr-defined]
+        found[Path(data.name(row)).parent.name] = prompt  # type: ignore[attr-defined]
+    return found
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_underscores_of_folders_are_spaces_in_prompts(tmp_path: Path) -> None:
+    data = load_labelled(folders(tmp_path / "d", "fire_truck", "car"))
+    assert prompts(data) == {"fire_truck": "a photo of a fire truck.", "car": "a photo of a car."}
+    assert data.classes == ["car", "fire truck"] and data.own == ["car", "fire_truck"]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["fire_truck: fire engine, truck", "car: automobile"],
+        ["car: automobile", "fire_truck: fire engine, truck"],
+        ["automobile, car", "fire engine, Fire truck"],
+        ["fire engine, fire-truck", "car: automobile"],
+    ],
+)
+def test_lines_of_a_class_file_find_their_folders_in_any_order(tmp_path: Path, lines: list[str]) -> None:
+    data = load_labelled(folders(tmp_path / "d", "fire_truck", "car"), classes=write(tmp_path / "c.txt", *lines))
+    assert prompts(data) == {"fire_truck": "a photo of a fire engine.", "car": "a photo of a automobile."}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            ["the truck", "the car"],
+            "without a line: car, fire_truck; without a class: the truck, the car; .*'car: name",
+        ),
+        (["fire_truck", "car", "bus"], "without a line: none; without a class: bus"),
+        (["fire_truck"], "without a line: car; without a class: none"),
+        (["fire_truck, car"], "does not match the 2 classes"),
+        (["lorry: x", "car"], "without a line: fire_truck; without a class: lorry"),
+        (["fire_truck: ,", "car"], "names no class|without a line"),
+    ],
+)
+def test_a_class_file_that_does_not_match_is_refused(tmp_path: Path, lines: list[str], message: str) -> None:
+    data = folders(tmp_path / "d", "fire_truck", "car")
+    with pytest.raises(RAdapterError, match=message):
+        load_labelled(data, classes=write(tmp_path / "c.txt", *lines))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_class_file_gives_names_in_a_table_other_names(tmp_path: Path, streaming: bool) -> None:
+    rows = [("a.png", "T1"), ("b.png", "C7"), ("c.png", "Mission: Impossible")]
+    pd.DataFrame(rows, columns=["image", "label"]).to_csv(tmp_path / "t.csv", index=False)
+    lines = ["T1: truck", "C7: car, auto", "Mission: Impossible"]
+    data = load_labelled(
+        f"csv:{tmp_path}/t.csv", classes=write(tmp_path / "c.txt", *lines[: 2 + (not streaming)]), streaming=streaming
+    )
+    assert data.classes == ["truck", "car, auto", "Mission: Impossible"][: len(data.classes)]
+    assert [data.label(row) for row in list(data.rows)[:2]] == [0, 1]
+
+
+def test_numbers_before_the_names_are_in_order(tmp_path: Path) -> None:
+    pd.DataFrame({"image": ["a.png", "b.png"], "label": [0, 1]}).to_csv(tmp_path / "t.csv", index=False)
+    data = load_labelled(f"csv:{tmp_path}/t.csv", classes=write(tmp_path / "c.txt", "0: car", "1: bus"))
+    assert data.classes == ["car", "bus"] and [data.label(row) for row in data.rows] == [0, 1]
+    with pytest.raises(RAdapterError, match="must number its lines from 0 on"):
+        load_labelled(f"csv:{tmp_path}/t.csv", classes=write(tmp_path / "c.txt", "1: car", "0: bus"))
+
+
+def test_imagenet_names_its_folders_as_clip_does(tmp_path: Path) -> None:
+    data = load_labelled(folders(tmp_path / "d", MISSILE, PROJECTILE, TENCH), classes=Path("imagenet"))
+    assert prompts(data) == {
+        MISSILE: "a photo of a missile.", PROJECTILE: "a photo of a missile.", TENCH: "a photo of a tench.",
+    }  # fmt: skip
+    assert len(set(data.labels().tolist())) == 3  # the two missiles are two classes
+    table = pd.DataFrame({"image": ["a.png", "b.png", "c.png"], "label": [SUNGLASS, SUNGLASSES, SUNGLASS]})
+    table.to_csv(tmp_path / "t.csv", index=False)
+    named = load_labelled(f"csv:{tmp_path}/t.csv", classes=Path("imagenet"))
+    assert named.classes == ["sunglasses", "sunglasses"] and named.labels().tolist() == [0, 1, 0]
+
+
+def test_imagenet_by_numbers_and_by_the_hub_s_names(tmp_path: Path) -> None:
+    numbers = list(range(1000))
+    pd.DataFrame({"image": ["a.png"] * 1000, "label": numbers}).to_csv(tmp_path / "t.csv", index=False)
+    data = load_labelled(f"csv:{tmp_path}/t.csv", classes=Path("imagenet"))
+    assert data.classes == list(open_clip.IMAGENET_CLASSNAMES) and data.labels().tolist() == numbers
+    words = ImageNetInfo("imagenet-1k").label_descriptions()  # type: ignore[no-untyped-call]
+    hub = ["crane bird" if index == 134 else name for index, name in enumerate(words)]
+    assert prompt_names(hub, Path("imagenet"), "hub", by_name=False) == (hub, data.classes)
+    with pytest.raises(RAdapterError, match="'cat' .*no class of ImageNet"):
+        load_labelled(folders(tmp_path / "d", "cat", TENCH), classes=Path("imagenet"))
+
+
+def test_folders_of_wordnet_ids_alone_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    recipe = Recipe(data=folders(tmp_path / "d", MISSILE, TENCH))
+    with pytest.raises(RAdapterError, match="WordNet ids .*--classes imagenet"):
+        open_data(recipe, None)  # type: ignore[arg-type]
+    recipe.classes = Path("imagenet")
+    assert open_data(recipe, None)[0].classes == ["tench", "missile"]  # type: ignore[arg-type, union-attr]

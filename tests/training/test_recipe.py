@@ -1,0 +1,161 @@
+"""Recipes: what is read, what is refused in one line, and what follows the length of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from radapter_serve.cli.train import main
+from radapter_serve.errors import RAdapterError
+from radapter_serve.training import Recipe, load_recipe
+from radapter_serve.training.recipe import ready_recipes
+
+FIELDS = [field.name for field in dataclasses.fields(Recipe)]
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.dates() | st.binary()
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(scalars, inner, max_size=3))
+
+
+def read(path: Path, content: bytes) -> Recipe | None:
+    """The recipe of a file, valid and able to become YAML again; None where it is refused, in one line."""
+    path.write_bytes(content)
+    try:
+        recipe = load_recipe(path)
+    except RAdapterError as error:
+        assert "\n" not in str(error) and len(str(error)) < 3000
+        return None
+    assert load_recipe(path) == recipe
+    yaml.safe_dump(recipe.to_dict())
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("recipes") / "recipe.yaml"
+
+
+@given(content=st.binary() | st.text().map(str.encode) | st.text(alphabet="{}[]:&*!|>-?%@\n \"'ab1").map(str.encode))
+@settings(max_examples=60, deadline=None)
+@example(content=b"\xff\xfe alpha")
+@example(content=b"a: 2001-99-99")
+@example(content=b"[" * 1500)
+@example(content=b"? [1]\n: 2\n1: 2\nb: 3")
+@example(content=b"alpha: !!int ''")
+@example(content=b"a: &a [x, x, x]\nb: &b [*a, *a, *a]\ntemplates: [*b, *b, *b]")
+def test_any_bytes_give_a_recipe_or_one_line(path: Path, content: bytes) -> None:
+    read(path, content)
+
+
+@settings(max_examples=60, deadline=None)
+@given(document=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=5), values, max_size=6) | values)
+def test_any_yaml_gives_a_recipe_or_one_line(path: Path, document: Any) -> None:
+    try:
+        content = yaml.dump(document, allow_unicode=True).encode()
+    except UnicodeEncodeError:
+        return
+    read(path, content)
+
+
+def test_a_yaml_error_and_another_encoding_say_where(path: Path) -> None:
+    for content, words in (
+        (b"alpha: 0.5\ndelta: [0.1\nepsilon: 0", "could not read .*line 3"),
+        ("tracker: grün".encode("latin-1"), "could not read .*utf-8"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(RAdapterError, match=words):
+            load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("shots: true", "shots is True; it should be a valid integer"),
+        ("drop: true", "drop is True; it should be a number"),
+        ("shots: 1.5", "shots is 1.5; it should be a valid integer"),
+        ("learning_rate: .inf", "learning_rate is inf; it should be a finite number"),
+        ("delta: .nan", "delta is nan; it should be a finite number"),
+        ("rank: 0", "rank is 0; it should be greater than or equal to 1"),
+        ("drop: 1.0", "drop is 1.0; it should be less than 1"),
+        ("seed: 2147483648", "seed is 2147483648; it should be less than 2147483648"),
+        ("threads: 0", "threads is 0; it should be greater than or equal to 1"),
+        ("task: sing", "task is 'sing'; it should be 'classification', 'retrieval' or 'segmentation'"),
+    ],
+)
+def test_values_of_the_wrong_kind_or_out_of_range(path: Path, line: str, message: str) -> None:
+    path.write_text(line)
+    with pytest.raises(RAdapterError, match=message):
+        load_recipe(path)
+    name, value = next(iter(yaml.safe_load(line).items()))
+    with pytest.raises(RAdapterError, match=message):
+        Recipe(data="csv:t.csv", **{name: value}).check()
+
+
+def test_values_that_do_not_go_together() -> None:
+    for fields, message in (
+        ({"batch_size": 6, "accumulate": 4}, "accumulate is 4; it should be a divisor of batch_size 6"),
+        ({"min_learning_rate": 1.0}, "min_learning_rate is 1.0; it should be 0 to learning_rate"),
+        ({"val_fraction": 0.1, "val_data": "csv:v.csv"}, "val_data names validation data"),
+        ({"val_fraction": 0.1, "streaming": True, "steps": 1}, "a stream can't be divided"),
+    ):
+        with pytest.raises(RAdapterError, match=message):
+            Recipe(data="csv:t.csv", **fields).check()  # type: ignore[arg-type]
+
+
+def test_yaml_s_own_ways_with_numbers_and_no(path: Path) -> None:
+    path.write_text("learning_rate: 5e-4\nprecision: no\nclasses: c.txt\ndrop: 0\n")
+    recipe = load_recipe(path)
+    assert (recipe.learning_rate, recipe.precision, recipe.classes, recipe.drop) == (5e-4, "no", Path("c.txt"), 0.0)
+
+
+def test_recipes_by_name_and_by_path() -> None:
+    root = Path(__file__).parents[2] / "recipes"
+    assert set(ready_recipes()) == {path.stem for path in root.glob("*.yaml")} >= {"small", "imagenet", "few-shot"}
+    assert load_recipe("small") == load_recipe(root / "small.yaml")
+    with pytest.raises(RAdapterError, match="no recipe tiny; allowed: a file, or one of .*small"):
+        load_recipe("tiny")
+    for name in ready_recipes():
+        dataclasses.replace(load_recipe(name), data="imagefolder:x").check()
+
+
+@pytest.mark.parametrize(("steps", "warmup", "momentum"), [(4, 0, 0.0), (180, 36, 1 - 5 / 180), (10_000, 500, 0.999)])
+def test_warm_up_and_averaging_follow_the_length(steps: int, warmup: int, momentum: float) -> None:
+    recipe = load_recipe("small").of_length(steps)
+    assert recipe.warmup_steps == warmup and recipe.momentum == pytest.approx(momentum)
+    fixed = Recipe(warmup_steps=3, momentum=0.5).of_length(steps)
+    assert (fixed.warmup_steps, fixed.momentum) == (3, 0.5)
+    with pytest.raises(
+        RAdapterError, match=f"warmup_steps is {steps} but the run has {steps} steps.*--warmup-steps none"
+    ):
+        Recipe(warmup_steps=steps).of_length(steps)
+
+
+def test_the_paper_s_base_to_novel_recipe_takes_data_of_eurosat_s_size() -> None:
+    recipe = load_recipe("base-to-novel")
+    assert recipe.of_length(recipe.epochs * (5 * 16 // recipe.batch_size)).warmup_steps == 40  # of 202
+    assert recipe.of_length(25_250).warmup_steps == 500  # ImageNet's
+
+
+@pytest.mark.parametrize("given", [("--rank", "none"), ("--rank=None",), ("--val-data", "NONE", "--rank", "none")])
+def test_none_as_the_help_writes_it(given: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--recipe", "few-shot", *given, "--data", "imagefolder:/nowhere", "--tracker", "none"]) == 2
+    assert "ViT-B-16" in (error := capsys.readouterr().err) or "no folder" in error  # past the flags
+
+
+def test_help_and_refusals_do_not_load_torch() -> None:
+    code = (
+        "import sys, contextlib\n"
+        "from radapter_serve.cli.train import main\n"
+        "with contextlib.suppress(SystemExit): main(['--help'])\n"
+        "assert main(['--alpha', '2', '--data', 'csv:t.csv']) == 2\n"
+        "assert not {'torch', 'open_clip', 'datasets'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "--val-fraction" in done.stdout and "alpha is 2.0" in done.stderr
