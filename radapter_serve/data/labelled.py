@@ -196,7 +196,7 @@ def load_labelled(
     if by_name and not streaming and "string" in getattr(feature, "dtype", ""):
         own = sorted({value for value in rows[label_column] if value is not None})
     class_folders = spec.startswith("imagefolder:")
-    if class_folders and not every_class:
+    if class_folders and own is not None and not every_class:
         own = [*own, *sorted(sub_folders(folder) - set(own))]
     own, names = prompt_names(own, classes, spec, by_name=by_name, every_class=every_class)
     start = images or (Path() if class_folders else folder)

@@ -12,11 +12,13 @@ import pydantic
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 
+from radapter_serve.clip.dense import WAYS
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import PROPOSALS
 from radapter_serve.inputs.errors import TaskError
 from radapter_serve.tasks.segmenter import SegmentOptions
 
+DENSE = (*WAYS, PROPOSALS)
 METRICS = {
     "classification": ("acc1", "acc5", "mean_per_class_recall"),
     "retrieval": tuple(f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)),
@@ -82,14 +84,14 @@ class Entry:
     metric: str = ""
     classes: str | None = None
     templates: Templates = None
-    border: int = Field(0, ge=0)
+    border: Annotated[int, Field(ge=0)] = 0
     image_column: str = "image"
     label_column: str = "label"
     caption_column: str = "caption"
-    max_captions: int | None = Field(None, ge=1)
+    max_captions: Annotated[int, Field(ge=1)] | None = None
     images: str | None = None
     class_split: Literal["all", "base", "novel"] = "all"
-    dense: Literal["maskclip", "sclip", "clearclip", "naclip", "proposals"] | None = None
+    dense: str | None = None
     short_side: int | None = None
     stride: int | None = None
     refine: int = 0
@@ -101,8 +103,10 @@ class Entry:
         allowed = METRICS[self.task]
         if not self.metric:
             object.__setattr__(self, "metric", allowed[0])
-        if self.metric not in allowed:
-            raise RAdapterError(f"data set {self.name!r}: metric is {self.metric!r}; allowed: {' or '.join(allowed)}")
+        for field, values in (("metric", allowed), ("dense", (None, *DENSE))):
+            if (value := getattr(self, field)) not in values:
+                names = ", ".join(filter(None, values))
+                raise RAdapterError(f"data set {self.name!r}: {field} is {value!r}; allowed: {names}")
         if self.background is not None and self.threshold is None and self.dense != PROPOSALS:
             raise RAdapterError(
                 f"data set {self.name!r}: background is {self.background!r}, which needs a threshold, such as 0.1"

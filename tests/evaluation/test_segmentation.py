@@ -380,7 +380,7 @@ def test_left_out_sets_are_told_and_others_judged(masked: Path, run_folder: Path
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ("dense: other", "dense is 'other'; allowed: 'maskclip', 'sclip', 'clearclip', 'naclip' or 'proposals'"),
+        ("dense: other", "dense is 'other'; allowed: maskclip, sclip, clearclip, naclip, proposals"),
         ("threshold: 2", "threshold is 2.0; allowed: 0 to 1"),
         ("stride: 0", "stride is 0"),
         ("stride: wide", "stride is 'wide'"),

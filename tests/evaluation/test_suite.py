@@ -19,9 +19,10 @@ from rich.console import Console
 
 from radapter_serve.data.class_ids import read_class_ids
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.image_sets import ClassificationSet, RetrievalSet
 from radapter_serve.evaluation.results import Results, harmonic, table
 from radapter_serve.evaluation.run import judge_suite
-from radapter_serve.evaluation.sets import ClassificationSet, RetrievalSet, open_set
+from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter
 
