@@ -1,20 +1,32 @@
-# `make demo` and `make test` set up all they need; PYTHON is Python 3.10 to 3.12.
+# `make demo` and `make test` set up all they need; PYTHON is Python 3.10 to 3.12. PYTHONS are those of `make test-all`.
 PYTHON ?= python3
+PYTHONS ?= python3.10 python3.12
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check install
+.PHONY: demo test test-all check docs install
 
 demo: install
 	$(BIN)/radapter-demo
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --cov
+
+# Each Python has an environment of its own: .venv-3.10, .venv-3.12.
+test-all:
+	set -e; for python in $(PYTHONS); do \
+	  version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	  $(MAKE) test PYTHON=$$python VENV=.venv-$$version; \
+	done
 
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site lies in site/; a warning, such as a link to nowhere, is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 install: $(VENV)/installed
 
@@ -22,5 +34,5 @@ $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
 	  { echo "Python 3.10 to 3.12 is needed, $$($(PYTHON) --version) found; name another: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[all,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[all,docs,test]'
 	@touch $@

@@ -1,11 +1,10 @@
-"""α as an input of the encoders against α folded in, and an update of a release against its export."""
+"""α as an input of the encoders against α folded in."""
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import tyro
 from common import RESULTS, Report, alternate, clocked, random_clip, ratio, say
 from towers import IMAGE, LONG, batch_of
 
-from radapter_export import export_release
 from radapter_export.graph import image_graph, text_graph
 from radapter_serve.adapter import Adapter, fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
@@ -80,42 +78,21 @@ def overhead(
     report.note("Ratios are to the fold, which has the speed of the base.")
 
 
-def update(report: Report, adapter: Path, repeats: int) -> None:
-    """Add the table of seconds of a release."""
-    seconds: dict[str, list[float]] = {"export": [], "update": []}
-    for number in range(repeats + 1):
-        with tempfile.TemporaryDirectory() as folder:
-            where = {"model_repository": f"{folder}/repository", "merged": f"{folder}/merged"}
-            for name, alpha in (("export", 0.5), ("update", 0.7)):
-                say(f"round {number} of {repeats}: {name}")
-                start = time.perf_counter()
-                export_release(adapter, [alpha], update=name == "update", **where)
-                if number:
-                    seconds[name].append(time.perf_counter() - start)
-    rows = [
-        [name, f"{statistics.median(times):.1f}", f"{ratio(times, seconds['export']):.2f}"]
-        for name, times in seconds.items()
-    ]
-    report.table("A release, with its check against torch and its merged checkpoint", ["", "s", "ratio"], rows)
-
-
 @torch.no_grad()
 def main(
     architecture: str = "ViT-B-32",
     ranks: tuple[int, ...] = (16,),
     batches: tuple[int, ...] = (1, 8, 32),
     repeats: int = 9,
-    updates: int = 3,
     out: Path = RESULTS,
 ) -> None:
-    """Measure α as an input, and updates.
+    """Measure α as an input.
 
     Args:
         architecture: open_clip architecture, with random weights and adapters.
         ranks: low ranks beside the full one.
         batches: batch sizes.
         repeats: rounds; in each a candidate runs for at least 0.3 s.
-        updates: rounds of an export and an update; a first one, to warm up, is not counted.
         out: folder of the table.
     """
     report = Report(
@@ -127,7 +104,6 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         name, adapter, _ = random_clip(architecture, Path(folder))
         overhead(report, load_base(name), load_adapter(adapter), ranks, batches, repeats)
-        update(report, adapter, updates)
     report.write(out)
 
 

@@ -13,7 +13,7 @@ from common import RESULTS, Report, alternate, clocked, random_clip, ratio, say
 from torch import Tensor
 from towers import IMAGE, SHORT, batch_of, torch_towers
 
-from radapter_export import export_release
+from radapter_export import ExportSettings, export_release
 from radapter_export.graph import Graph, image_graph, text_graph
 from radapter_export.precision import TYPES, lower
 from radapter_export.quantization import quantize
@@ -132,13 +132,16 @@ def _accuracies(run: Path, calibration: str | None, validation: str | None) -> t
         with tempfile.TemporaryDirectory() as name:
             (release,) = export_release(
                 run,
-                model_repository=Path(name, "repository"),
-                merged=Path(name, "merged"),
-                precision=form.partition(" ")[0],
-                runtime=runtime,
-                calibration=calibration if form == "int8 static" else None,
-                validation=validation or load_adapter(run).metadata.recipe["val_data"],
-                max_drop=100,
+                None,
+                ExportSettings(
+                    model_repository=Path(name, "repository"),
+                    merged=Path(name, "merged"),
+                    precision=form.partition(" ")[0],
+                    runtime=runtime,
+                    calibration=calibration if form == "int8 static" else None,
+                    validation=validation or load_adapter(run).metadata.recipe["val_data"],
+                    max_drop=100,
+                ),
             )
         found = release.accuracy
         if found is None:

@@ -213,7 +213,7 @@ def limited(function: Any, limit: float, result: Path, *arguments: Any) -> dict[
 
 def embed(photos: list[Path], folder: Path) -> Array:
     """Random crops of photos, half of them mirrored, by the demo's base as a release: float32 [N, CROPS, D]."""
-    from radapter_export import export_release
+    from radapter_export import ExportSettings, export_release
     from radapter_serve.adapter import Metadata, attach, base_digest, save_adapter
     from radapter_serve.clip.base import load_base
     from radapter_serve.runtimes.local_release import LocalRelease
@@ -224,7 +224,9 @@ def embed(photos: list[Path], folder: Path) -> Array:
     digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
     save_adapter(adapters.adapter(Metadata(architecture=name, base_digest=digest)), folder / "adapter.safetensors")
     models = folder / "model_repository"
-    export_release(folder / "adapter.safetensors", model_repository=models, merged=folder / "merged")
+    export_release(
+        folder / "adapter.safetensors", None, ExportSettings(model_repository=models, merged=folder / "merged")
+    )
     release = LocalRelease(models)
     random = np.random.default_rng(0)
     embeds, pixels = [], []

@@ -34,14 +34,16 @@ STAGES = ("decode, resize, score, hand-over", "encoder", "Triton: queues, copies
 
 def export(architecture: str, folder: Path) -> tuple[float, int]:
     """What radapter-export does, with a label set; its seconds, and the checkpoint's size in bytes."""
-    from radapter_export import export_release  # only in the process that exports
+    from radapter_export import ExportSettings, export_release  # only in the process that exports
 
     _, adapter, size = random_clip(architecture, folder)
     names = folder / "names.txt"
     names.write_text("\n".join(CLASS_NAMES), encoding="utf-8")
     start = time.perf_counter()
     merged, repository = folder / "merged", folder / "repository"
-    export_release(adapter, [0.5], merged=merged, model_repository=repository, label_sets={LABEL_SET: names})
+    export_release(
+        adapter, [0.5], ExportSettings(merged=merged, model_repository=repository, label_sets={LABEL_SET: names})
+    )
     return time.perf_counter() - start, size
 
 
@@ -91,8 +93,8 @@ class Local:
 
     def classify(self, images: Sequence[bytes]) -> list[str]:
         """The best label of each image, which are a request each."""
-        results: list[Any] = self._task([ClassifyRequest([image], label_set=[LABEL_SET.encode()]) for image in images])
-        return [str(result.labels[0, 0]) for result in results]
+        outcomes = self._task([ClassifyRequest([image], label_set=[LABEL_SET.encode()]) for image in images])
+        return [str(one.unwrap().labels[0, 0]) for one in outcomes]
 
 
 def counters(server: TritonServer) -> dict[str, dict[str, float]]:

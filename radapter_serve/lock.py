@@ -13,14 +13,14 @@ from radapter_serve.errors import RAdapterError
 
 @contextlib.contextmanager
 def lock(folder: Path, writer: str) -> Iterator[None]:
-    """Hold a folder; made if there is none. A killed program lets go of it.
+    """Keep other writers out of a folder, which is made where there is none. A killed program lets go of it.
 
     Args:
-        folder: what is written.
-        writer: the commands that do, for the message.
+        folder: to be written.
+        writer: what to call the commands that write such a folder, in the message.
 
     Raises:
-        RAdapterError: another one is writing it.
+        RAdapterError: another one is writing the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)

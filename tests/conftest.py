@@ -83,7 +83,7 @@ EXPORTED_LABELS = ("cat, kitty", "a dog in the SNOW", "don't know", "猫")
 @pytest.fixture(scope="session")
 def exported_tiny_clip(random_adapter: Callable[..., Adapter], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `model_repository` and `merged`: an adapter of the tiny CLIP, exported, with a label set `four`."""
-    from radapter_export import export_release
+    from radapter_export import ExportSettings, export_release
     from radapter_serve.adapter import save_adapter
 
     folder = tmp_path_factory.mktemp("exported")
@@ -92,9 +92,11 @@ def exported_tiny_clip(random_adapter: Callable[..., Adapter], tmp_path_factory:
     export_release(
         folder / "adapter.safetensors",
         EXPORTED_ALPHAS,
-        model_repository=folder / "model_repository",
-        merged=folder / "merged",
-        label_sets={"four": folder / "labels.txt"},
+        ExportSettings(
+            model_repository=folder / "model_repository",
+            merged=folder / "merged",
+            label_sets={"four": folder / "labels.txt"},
+        ),
     )
     return folder
 
@@ -102,14 +104,16 @@ def exported_tiny_clip(random_adapter: Callable[..., Adapter], tmp_path_factory:
 @pytest.fixture(scope="session")
 def dial_tiny_clip(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model repository with one release: the adapter of `exported_tiny_clip`, α an input, its own 0.5."""
-    from radapter_export import export_release
+    from radapter_export import ExportSettings, export_release
 
     folder = tmp_path_factory.mktemp("dial")
     export_release(
         exported_tiny_clip / "adapter.safetensors",
         "dynamic",
-        model_repository=folder / "model_repository",
-        merged=folder / "merged",
-        label_sets={"four": exported_tiny_clip / "labels.txt"},
+        ExportSettings(
+            model_repository=folder / "model_repository",
+            merged=folder / "merged",
+            label_sets={"four": exported_tiny_clip / "labels.txt"},
+        ),
     )
     return folder / "model_repository"

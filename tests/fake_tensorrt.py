@@ -17,7 +17,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import numpy_helper
 
 STREAM = 77
 _CDLL = ctypes.CDLL
@@ -121,13 +120,11 @@ def make_tensorrt(driver: Driver, version: str = "11.4.0.106") -> Any:
     trt.__version__ = version
     trt.DataType = enum.Enum("DataType", list(_TYPES))
     trt.TensorIOMode = enum.Enum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"])
-    trt.BuilderFlag = enum.Enum("BuilderFlag", ["TF32", "REFIT", "VERSION_COMPATIBLE"])
+    trt.BuilderFlag = enum.Enum("BuilderFlag", ["TF32", "VERSION_COMPATIBLE"])
     trt.MemoryPoolType = enum.Enum("MemoryPoolType", ["WORKSPACE"])
     trt.HardwareCompatibilityLevel = enum.Enum("HardwareCompatibilityLevel", ["NONE", "AMPERE_PLUS"])
-    trt.SerializationFlag = enum.Enum("SerializationFlag", ["INCLUDE_REFIT"])
     trt.NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", {"STRONGLY_TYPED": 1})
     trt.nptype = lambda dtype: _TYPES[dtype.name]
-    trt.refits_wrong = False  # as 11.3.0 did
     loggers: list[Any] = []
 
     class ILogger:
@@ -282,10 +279,6 @@ def make_tensorrt(driver: Driver, version: str = "11.4.0.106") -> Any:
         def num_io_tensors(self) -> int:
             return len(self._names)
 
-        @property
-        def refittable(self) -> bool:
-            return "REFIT" in self._facts["flags"]
-
         def get_tensor_name(self, index: int) -> str:
             return self._names[index]
 
@@ -303,21 +296,6 @@ def make_tensorrt(driver: Driver, version: str = "11.4.0.106") -> Any:
 
         def create_execution_context(self) -> Any:
             return IExecutionContext(self)
-
-        def create_serialization_config(self) -> Any:
-            return ISerializationConfig()
-
-        def serialize_with_config(self, config: Any) -> Any:
-            flags = set(self._facts["flags"]) - ({"REFIT"} - config._flags)
-            head = {**self._facts, "flags": sorted(flags)}
-            return memoryview(json.dumps(head).encode() + b"\n" + self._model.SerializeToString())
-
-    class ISerializationConfig:
-        def __init__(self) -> None:
-            self._flags: set[str] = set()
-
-        def set_flag(self, flag: Any) -> None:
-            self._flags.add({"INCLUDE_REFIT": "REFIT"}[flag.name])
 
     class IExecutionContext:
         def __init__(self, engine: Any) -> None:
@@ -360,41 +338,13 @@ def make_tensorrt(driver: Driver, version: str = "11.4.0.106") -> Any:
             assert len(buffer) == int(np.prod(shape)) * dtype.itemsize, "memory of another size than the tensor's"
             return np.frombuffer(buffer, dtype).reshape(shape)
 
-    class Refitter:
-        def __init__(self, engine: Any, logger: Any) -> None:
-            _require(logger)
-            self._engine, self._new = engine, None
-
-        def get_missing_weights(self) -> list[str]:
-            return [] if self._new is not None else ["all"]
-
-        def refit_cuda_engine(self) -> bool:
-            for tensor in self._engine._model.graph.initializer:
-                array = numpy_helper.to_array(self._new[tensor.name])
-                if trt.refits_wrong and array.ndim > 1:
-                    array = array[::-1]
-                tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-            return True
-
-    class OnnxParserRefitter:
-        def __init__(self, refitter: Any, logger: Any) -> None:
-            self._refitter = refitter
-
-        def refit_from_file(self, path: str) -> bool:
-            new = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
-            old = {tensor.name: tensor for tensor in self._refitter._engine._model.graph.initializer}
-            if {key: list(value.dims) for key, value in new.items()} != {key: list(v.dims) for key, v in old.items()}:
-                return False
-            self._refitter._new = new
-            return True
-
     def _require(logger: Any) -> None:
         assert isinstance(logger, ILogger) and logger is loggers[0], "TensorRT ignores all loggers but the first"
         assert driver.init == 0 and driver.devices, "without a GPU TensorRT ends the process"
 
     classes = (ILogger, IProgressMonitor, OnnxParser, INetworkDefinition, IOptimizationProfile, ITimingCache)
-    classes += (IBuilderConfig, Builder, Runtime, ICudaEngine, ISerializationConfig, IExecutionContext, Refitter)
-    for kind in (*classes, OnnxParserRefitter):
+    classes += (IBuilderConfig, Builder, Runtime, ICudaEngine, IExecutionContext)
+    for kind in classes:
         setattr(trt, kind.__name__, kind)
     return trt
 

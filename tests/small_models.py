@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from radapter_serve.adapter import Adapter
+    from radapter_serve.release.release import Release
 
 IMAGE = {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -169,6 +170,18 @@ def random_adapter(name: str, scale: float = 0.1, *, partial: bool = False, **me
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
     digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
     return adapters.adapter(Metadata(architecture=name, base_digest=digest, **metadata))
+
+
+def release(version: int = 1, **changes: Any) -> Release:
+    """Facts of a release that nothing stands behind."""
+    from radapter_serve.release.release import Release
+
+    facts: dict[str, Any] = {
+        "architecture": "ViT-B-32", "alpha": 0.5, "base_digest": "sha256:1", "adapter_digest": "sha256:2",
+        "preprocess": {"size": 32}, "tokenizer": {"digest": "sha256:3"}, "embed_dim": 32, "logit_scale": 100.0,
+        "templates": ["a photo of a {}."], "agreement": {"tolerance": 1e-4, "min_cosine": 0.999999},
+    }  # fmt: skip
+    return Release(version=version, **{**facts, **changes})
 
 
 def _width(family: Family) -> int:

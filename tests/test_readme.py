@@ -1,4 +1,4 @@
-"""The README's commands, run as they stand there."""
+"""The commands of the walk-through and of the README, run as they stand there."""
 
 from __future__ import annotations
 
@@ -12,30 +12,47 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README, WALK_THROUGH = ROOT / "README.md", ROOT / "docs" / "walk-through.md"
+
+
+PRELUDE = ["set -eumo pipefail", "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"]  # else a server holds the pipe
 
 
 def walk_through() -> str:
-    """The shell script of the section: python blocks become `python -`."""
-    text = README.read_text(encoding="utf-8")
-    section = text.split("<!-- walk-through -->")[1].split("<!-- /walk-through -->")[0]
-    # without the trap a failing line would leave the server, which holds the pipe
-    script = ["set -eumo pipefail", "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"]
-    for language, block in re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL):
-        script.append(block if language == "sh" else f"python - <<'PYTHON'\n{block}PYTHON")
-    return "\n".join(script)
+    """The shell script of the page: python blocks become `python -`."""
+    return script(WALK_THROUGH, "walk-through")
+
+
+def quick_start() -> str:
+    """The README's lines, in a folder of their own, on the demo's drawings and its small base for a few steps."""
+    lines = script(README, "quick-start").splitlines()
+    text = "\n".join(line for line in lines if not line.startswith(("python3 -m venv", "pip install")))
+    base = f"local-dir:{ROOT}/radapter_serve/demo/base --pretrained None"
+    ready = "mkdir quick; cp -r demo-output/data/train quick/photos; cp picture.png quick/cat.jpg; cd quick\n"
+    text = text.replace("--architecture ViT-B-32", f"--architecture {base} --steps 3 --batch-size 32 --workers 0")
+    return ready + text
+
+
+def script(page: Path, name: str) -> str:
+    """The blocks of code between two marks of a page."""
+    section = page.read_text(encoding="utf-8").split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
+    blocks = re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL)
+    return "\n".join(block if language == "sh" else f"python - <<'PYTHON'\n{block}PYTHON" for language, block in blocks)
 
 
 @pytest.mark.triton
-def test_the_way_through_by_hand(tmp_path: Path) -> None:
+def test_the_walk_through_and_the_quick_start(tmp_path: Path) -> None:
     for port in (8000, 8001, 8002):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
-                pytest.skip(f"port {port}, which the README uses, is taken on this machine")
+                pytest.skip(f"port {port}, which the page uses, is taken on this machine")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    script = "set -e; radapter-demo --steps 5\n" + walk_through()  # a whole demo takes minutes and shows no other way
+    demo = "radapter-demo --steps 5"  # a whole demo takes minutes and shows no other way
+    stopped = "wait  # until the server of the walk-through is gone"
+    lines = [*PRELUDE, demo, walk_through(), stopped, quick_start()]
     process = subprocess.Popen(
-        ["bash", "-c", script],
+        ["bash", "-c", "\n".join(lines)],
         cwd=tmp_path,
         env=environment,
         stdout=subprocess.PIPE,
@@ -54,13 +71,15 @@ def test_the_way_through_by_hand(tmp_path: Path) -> None:
         assert (tmp_path / "demo-output" / name).is_file()
     for name in ("found.html", "overlay.png", "merged/open_clip_model.safetensors"):
         assert (tmp_path / name).is_file()
+    assert (tmp_path / "quick" / "runs" / "photos" / "adapter.safetensors").is_file()
+    assert (tmp_path / "quick" / "merged" / "open_clip_model.safetensors").is_file()
     for model in ("classify", "embed_text", "retrieve", "segment"):
         assert f'"model_name":"{model}"' in output
     assert "Traceback" not in output
 
 
-def test_commands_of_the_readme_exist() -> None:
-    commands = set(re.findall(r"^(?:\.venv/bin/)?(radapter-[a-z]+)", walk_through(), re.MULTILINE))
+def test_commands_of_the_walk_through_exist() -> None:
+    commands = set(re.findall(r"^(radapter-[a-z]+)", walk_through() + quick_start(), re.MULTILINE))
     assert {"radapter-train", "radapter-export", "radapter-index", "radapter-serve", "radapter-query"} <= commands
     for command in commands:
         assert (Path(sys.executable).parent / command).is_file()

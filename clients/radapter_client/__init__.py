@@ -1,7 +1,6 @@
 """Client of a radapter-serve server: classifies, segments, searches and embeds over gRPC or HTTP, without torch."""
 
-from ._async_client import AsyncClient
-from ._client import Client
+from ._client import AsyncClient, Client
 from ._exceptions import (
     InvalidImage,
     InvalidRequest,
@@ -15,9 +14,11 @@ from ._exceptions import (
 from ._images import ImageLike
 from ._profile import Profile
 from ._results import Classification, Hit, Release, Segmentation
+from ._wire import AsyncTransport, Reply, Request, Transport
 
 __all__ = [
     "AsyncClient",
+    "AsyncTransport",
     "Classification",
     "Client",
     "Hit",
@@ -29,8 +30,11 @@ __all__ = [
     "Profile",
     "RAdapterClientError",
     "Release",
+    "Reply",
+    "Request",
     "Segmentation",
     "ServerError",
     "ServerUnavailable",
     "Timeout",
+    "Transport",
 ]

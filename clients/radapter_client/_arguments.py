@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ._exceptions import InvalidRequest
-from ._images import ImageLike, encode_image, image_size, is_one_image
+from ._images import ImageLike, encode_image, image_sizes, is_one_image
 from ._wire import Array, bytes_array
 
 # A message of gRPC cannot have 2 GiB; this leaves room for the image.
@@ -65,7 +65,7 @@ def proposal_inputs(image: ImageLike, proposals: Any, scores: Any, weight: float
             if value is not None:
                 raise InvalidRequest(f"{name} without proposals", code="invalid_argument")
         return {}
-    inputs = {"proposals": _masks(proposals, image_size(image))}
+    inputs = {"proposals": _masks(proposals, image_sizes(image))}
     if scores is not None:
         inputs["proposal_scores"] = table = _array("proposal_scores", scores).astype(np.float32)
         many = len(inputs["proposals"])
@@ -115,17 +115,19 @@ def for_each(name: str, value: Any, images: int | None) -> list[Any]:
     return items
 
 
-def _masks(proposals: Any, size: tuple[int, int] | None) -> Array:
+def _masks(proposals: Any, sizes: set[tuple[int, int]]) -> Array:
     """Proposals as uint8 [N, H, W], 255 inside."""
     masks = _array("proposals", proposals)
     allowed = "bool, uint8 from 0 to 255, or float from 0 to 1, [N, H, W]"
     if masks.ndim != 3 or 0 in masks.shape:
         raise InvalidRequest(f"proposals of shape {list(masks.shape)}; allowed: {allowed}", code="invalid_argument")
-    if size is not None and masks.shape[:0:-1] != size:
-        why = f"proposals of {masks.shape[2]} x {masks.shape[1]} pixels (width x height)"
-        raise InvalidRequest(f"{why} for an image of {size[0]} x {size[1]}", code="invalid_argument")
+    width, height = masks.shape[:0:-1]
+    if sizes and (width, height) not in sizes:
+        allowed = " or ".join(f"{wide} x {high}" for wide, high in sorted(sizes))
+        why = f"proposals of {width} x {height} pixels (width x height) for an image of {allowed}"
+        raise InvalidRequest(why, code="invalid_argument")
     if masks.size > MAX_PROPOSALS:
-        why = f"{len(masks)} proposals of {masks.shape[2]} x {masks.shape[1]} pixels are {masks.size / 2**30:.1f} GiB"
+        why = f"{len(masks)} proposals of {width} x {height} pixels are {masks.size / 2**30:.1f} GiB"
         raise InvalidRequest(f"{why}; a request holds {MAX_PROPOSALS / 2**30:g}: send fewer", code="invalid_argument")
     if masks.dtype == np.bool_:
         return np.asarray(masks.view(np.uint8) * np.uint8(255))

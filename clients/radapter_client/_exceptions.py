@@ -1,7 +1,7 @@
 """The exceptions, the same over gRPC and HTTP.
 
 RAdapterClientError
-├── ServerUnavailable     nobody answers at the URL, or the server went away in the middle of a call
+├── ServerUnavailable     nobody answers at the URL, or the server starts, stops or went away in the middle of a call
 ├── Timeout               no answer within the time-out
 ├── InvalidRequest        the request was wrong, here or in the server's eyes
 │   ├── InvalidImage      an image that cannot be read, decoded or is too large
@@ -22,6 +22,8 @@ class RAdapterClientError(Exception):
         message: a sentence for people.
         code: what programs can rely on, such as "invalid_image": the word in brackets before a server's sentence, or
             None.
+
+    Example: `except RAdapterClientError as error: print(error, error.code)`
     """
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
@@ -30,31 +32,37 @@ class RAdapterClientError(Exception):
 
 
 class ServerUnavailable(RAdapterClientError):
-    """Nobody answers at the URL, or the server went away in the middle of a call; trying again later may help."""
+    """Nobody answers at the URL, or the server starts, stops or went away in mid-call: try again later.
+
+    Example: `except ServerUnavailable: time.sleep(5)`
+    """
 
 
 class Timeout(RAdapterClientError):
-    """The server did not answer within the time-out."""
+    """The server did not answer within the time-out, as in `client.classify(image, labels, timeout=0.001)`."""
 
 
 class InvalidRequest(RAdapterClientError):
-    """The request was wrong; sending it again will not help."""
+    """The request was wrong, and sending it again will not help, as in `client.classify(image, labels=[])`."""
 
 
 class InvalidImage(InvalidRequest):
-    """An image that cannot be read, cannot be decoded, or is too large."""
+    """An image that cannot be read or decoded, or is too large, as in `client.embed_images(["notes.txt"])`."""
 
 
 class InvalidURL(InvalidRequest):
-    """A server URL without one of the allowed schemes, or otherwise not a server's address."""
+    """A server URL without an allowed scheme, or otherwise no server's address, as in `Client("localhost:8001")`."""
 
 
 class ModelNotFound(RAdapterClientError):
-    """The server does not serve this model, or not in this release; or the release lacks a model that is needed."""
+    """A model or release that the server does not serve, as in `Client(release=99).embed_texts(["a cat"])`."""
 
 
 class ServerError(RAdapterClientError):
-    """The server failed, or answered with something that is no answer."""
+    """The server failed, or answered with something that is no answer.
+
+    Example: `except ServerError as error: log.error("the server failed: %s", error)`
+    """
 
 
 IMAGE_CODES = frozenset({"image_too_large", "invalid_image"})
@@ -99,6 +107,8 @@ def from_server(status: str, text: str) -> RAdapterClientError:
         kind = ModelNotFound
     elif absent := re.search(r"unknown model: '(\w+)' is not found", text):
         text = f"the server has no model {absent[1]!r}: export the release again with this version's radapter-export"
+    elif re.search("has no available versions|not at ready state", text):  # which holds for all models of a server then
+        kind, text = ServerUnavailable, f"the server is starting or stopping: {text}"
     elif kind is ModelNotFound:
         text = f"{text}; see what is served with: radapter-query release"
     return kind(text or f"the server answered {status} and no more", code=code)

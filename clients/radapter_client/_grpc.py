@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import tritonclient.grpc
 import tritonclient.grpc.aio
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from ._exceptions import RAdapterClientError, ServerUnavailable, Timeout, from_server
 from ._url import ServerURL
-from ._wire import Request, Tensors, infer_inputs
+from ._wire import Reply, Request
 
 CHANNEL = [
     ("grpc.max_send_message_length", -1),
@@ -28,33 +29,38 @@ METHODS = {
     "ready": "is_model_ready",
     "statistics": "get_inference_statistics",
 }
+# gRPC says UNAVAILABLE of a server that accepts a connection and then is silent for a second; in all clients of the
+# process, for they share connections.
+SILENT = re.compile("timed out|timeout|handshaker shutdown", re.IGNORECASE)
 
 
 class _Grpc:
     def __init__(self, url: ServerURL) -> None:
         self._url = url
+        self._options = {"url": url.address, "ssl": url.secure, "channel_args": CHANNEL}
 
-    def _options(self) -> dict[str, Any]:
-        return {"url": self._url.address, "ssl": self._url.secure, "channel_args": CHANNEL}
-
-    def _call(self, request: Request, timeout: float) -> tuple[str, dict[str, Any]]:
+    def _call(self, client: Any, request: Request, timeout: float) -> Any:
+        """What the client's method returns: an answer, or a coroutine of one."""
         arguments: dict[str, Any] = {
             "model_name": request.model,
             "model_version": request.version,
             "client_timeout": timeout,
         }
         if request.action == "infer":
-            arguments["inputs"] = infer_inputs(tritonclient.grpc, request.inputs)
+            arguments["inputs"] = []
+            for name, array in request.inputs.items():
+                tensor = tritonclient.grpc.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+                arguments["inputs"].append(tensor.set_data_from_numpy(array))
             arguments["outputs"] = [tritonclient.grpc.InferRequestedOutput(name) for name in request.outputs] or None
         elif request.action != "ready":
             arguments["as_json"] = True
-        return METHODS[request.action], arguments
+        return getattr(client, METHODS[request.action])(**arguments)
 
     def _reply(self, request: Request, reply: Any) -> Any:
         if request.action == "infer":
             response = reply.get_response()
             outputs = {output.name: reply.as_numpy(output.name) for output in response.outputs}
-            return Tensors(int(response.model_version), outputs)
+            return Reply(int(response.model_version), outputs)
         return reply["config"] if request.action == "config" else reply
 
     def _error(self, error: InferenceServerException, timeout: float) -> RAdapterClientError:
@@ -65,19 +71,19 @@ class _Grpc:
         if status == "DEADLINE_EXCEEDED":
             return Timeout(f"no answer from {self._url} within {timeout:g} s")
         if status == "UNAVAILABLE":
-            return ServerUnavailable(f"no answer from {self._url}: {text}; is the server running (radapter-serve)?")
+            kind = Timeout if SILENT.search(text) else ServerUnavailable
+            return kind(f"no answer from {self._url}: {text}; is the server running (radapter-serve)?")
         return from_server(status, text)
 
 
 class GrpcTransport(_Grpc):
     def __init__(self, url: ServerURL) -> None:
         super().__init__(url)
-        self._client = tritonclient.grpc.InferenceServerClient(**self._options())
+        self._client = tritonclient.grpc.InferenceServerClient(**self._options)
 
     def send(self, request: Request, timeout: float) -> Any:
-        method, arguments = self._call(request, timeout)
         try:
-            return self._reply(request, getattr(self._client, method)(**arguments))
+            return self._reply(request, self._call(self._client, request, timeout))
         except InferenceServerException as error:
             raise self._error(error, timeout) from error
 
@@ -86,16 +92,13 @@ class GrpcTransport(_Grpc):
 
 
 class AsyncGrpcTransport(_Grpc):
-    def __init__(self, url: ServerURL) -> None:
-        super().__init__(url)
-        self._client: Any = None  # belongs to the event loop of the first call
+    _client: Any = None  # belongs to the event loop of the first call
 
     async def send(self, request: Request, timeout: float) -> Any:
         if self._client is None:
-            self._client = tritonclient.grpc.aio.InferenceServerClient(**self._options())
-        method, arguments = self._call(request, timeout)
+            self._client = tritonclient.grpc.aio.InferenceServerClient(**self._options)
         try:
-            return self._reply(request, await getattr(self._client, method)(**arguments))
+            return self._reply(request, await self._call(self._client, request, timeout))
         except InferenceServerException as error:
             raise self._error(error, timeout) from error
 

@@ -1,140 +1,162 @@
-"""HTTP: tritonclient's request and response bodies over urllib3 and aiohttp.
+"""HTTP by urllib3: the KServe protocol with tensors in binary behind the JSON.
 
-tritonclient's own HTTP client is not safe from several threads and takes its time-outs only when it is made; urllib3's
-pool is safe, has time-outs by the call and TLS, and the bodies are public functions of tritonclient.
+Asynchronous calls wait for urllib3 in threads. An asynchronous HTTP library of its own is no gain: httpx's client takes
+two to eight times the CPU time for a request.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Mapping
+import socket
+import struct
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
 
-import aiohttp
-import tritonclient.http
+import numpy as np
 import urllib3
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import (
+    deserialize_bytes_tensor,
+    np_to_triton_dtype,
+    serialize_byte_tensor,
+    triton_to_np_dtype,
+)
+from urllib3.connection import HTTPConnection, HTTPSConnection
 
-from ._exceptions import RAdapterClientError, ServerError, ServerUnavailable, Timeout, from_server
+from ._exceptions import ServerError, ServerUnavailable, Timeout, from_server
 from ._url import ServerURL
-from ._wire import Request, Tensors, infer_inputs
+from ._wire import Array, Reply, Request
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 CONNECTIONS = 64  # kept open for the next request; more are opened where more threads ask
 TAILS = {"infer": "/infer", "config": "/config", "ready": "/ready", "statistics": "/stats"}
-Call = tuple[str, str, bytes | None, dict[str, str]]
 
 
-class _Http:
+class HttpTransport:
     def __init__(self, url: ServerURL) -> None:
         self._url = url
-
-    def _call(self, request: Request) -> Call:
-        """Method, URL, body and headers."""
-        path = "/v2/models"
-        if request.model:
-            path += f"/{quote(request.model)}" + (f"/versions/{request.version}" if request.version else "")
-        target = f"{self._url}{path}{TAILS[request.action]}"
-        if request.action != "infer":
-            return "GET", target, None, {}
-        inputs = infer_inputs(tritonclient.http, request.inputs)
-        outputs = [tritonclient.http.InferRequestedOutput(name) for name in request.outputs] or None
-        body, header_length = tritonclient.http.InferenceServerClient.generate_request_body(inputs, outputs=outputs)
-        headers = {"Content-Type": "application/octet-stream"}
-        if header_length is not None:
-            headers[HEADER_LENGTH] = str(header_length)
-        return "POST", target, body, headers
-
-    def _reply(self, request: Request, status: int, headers: Mapping[str, str], body: bytes) -> Any:
-        if request.action == "ready" and status in (200, 400, 404):
-            return status == 200
-        if status != 200:
-            raise from_server(str(status), self._message(body))
-        try:
-            if request.action != "infer":
-                return json.loads(body)
-            length = headers.get(HEADER_LENGTH)
-            result = tritonclient.http.InferenceServerClient.parse_response_body(
-                body, header_length=None if length is None else int(length)
-            )
-            response = result.get_response()
-            outputs = {output["name"]: result.as_numpy(output["name"]) for output in response["outputs"]}
-            return Tensors(int(response["model_version"]), outputs)
-        except (InferenceServerException, ValueError, KeyError, TypeError) as error:
-            raise ServerError(f"{self._url} answers, but not as a Triton server does: {error!r}") from error
-
-    @staticmethod
-    def _message(body: bytes) -> str:
-        text = body.decode("utf-8", "replace")
-        try:
-            return str(json.loads(text)["error"])
-        except (ValueError, KeyError, TypeError):
-            return text[:200]
-
-    def _late(self, timeout: float) -> Timeout:
-        return Timeout(f"no answer from {self._url} within {timeout:g} s")
-
-    def _gone(self, error: Exception) -> RAdapterClientError:
-        return ServerUnavailable(f"no answer from {self._url}: {error}; is the server running (radapter-serve)?")
-
-
-class HttpTransport(_Http):
-    def __init__(self, url: ServerURL) -> None:
-        super().__init__(url)
-        self._pool = urllib3.PoolManager(maxsize=CONNECTIONS)
+        self._open: set[HTTPConnection] = set()
+        kind = urllib3.HTTPSConnectionPool if url.secure else urllib3.HTTPConnectionPool
+        self._pool = kind(url.host, url.port, maxsize=CONNECTIONS)
+        self._pool.ConnectionCls = _remembered(HTTPSConnection if url.secure else HTTPConnection, self._open)
 
     def send(self, request: Request, timeout: float) -> Any:
-        method, target, body, headers = self._call(request)
+        target = f"{self._url.path}/v2/models"
+        if request.model:
+            target += f"/{quote(request.model)}" + (f"/versions/{request.version}" if request.version else "")
+        body, headers = encode(request) if request.action == "infer" else (None, {})
         try:
             response = self._pool.request(
-                method,
-                target,
+                "GET" if body is None else "POST",
+                target + TAILS[request.action],
                 body=body,
                 headers=headers,
                 timeout=urllib3.Timeout(total=timeout),
                 retries=False,
                 redirect=False,
             )
-        except urllib3.exceptions.NewConnectionError as error:  # to urllib3 a time-out, too
-            raise self._gone(error) from error
-        except urllib3.exceptions.TimeoutError as error:
-            raise self._late(timeout) from error
         except urllib3.exceptions.HTTPError as error:
-            if any(isinstance(argument, TimeoutError) for argument in error.args):  # while the body was being sent
-                raise self._late(timeout) from error
-            raise self._gone(error) from error
-        return self._reply(request, response.status, response.headers, response.data)
+            # A time-out while the body is being sent is wrapped; to urllib3, a connection that is refused is one, too.
+            late = isinstance(error, urllib3.exceptions.TimeoutError) or any(
+                isinstance(argument, TimeoutError) for argument in error.args
+            )
+            if late and not isinstance(error, urllib3.exceptions.NewConnectionError):
+                raise Timeout(f"no answer from {self._url} within {timeout:g} s") from error
+            why = f"no answer from {self._url}: {error}; is the server running (radapter-serve)?"
+            raise ServerUnavailable(why) from error
+        if request.action == "ready" and response.status in (200, 400, 404):
+            return response.status == 200
+        if response.status != 200:
+            raise from_server(str(response.status), _message(response.data))
+        try:
+            if request.action != "infer":
+                return json.loads(response.data)
+            return decode(response.data, response.headers.get(HEADER_LENGTH))
+        except (ValueError, KeyError, TypeError, struct.error) as error:
+            raise ServerError(f"{self._url} answers, but not as a Triton server does: {error!r}") from error
 
     def close(self) -> None:
-        self._pool.clear()
+        """Ends the connections, those in use as well."""
+        self._pool.close()
+        for connection in list(self._open):
+            with contextlib.suppress(OSError, AttributeError):  # one that is closed by now has no socket
+                connection.sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it
 
 
-class AsyncHttpTransport(_Http):
+class AsyncHttpTransport:
+    """A cancelled request still occupies a thread until it is answered, late, or the transport is closed."""
+
     def __init__(self, url: ServerURL) -> None:
-        super().__init__(url)
-        self._session: aiohttp.ClientSession | None = None  # belongs to the event loop of the first call
+        self._http = HttpTransport(url)
+        self._threads = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="radapter-client-http")
 
     async def send(self, request: Request, timeout: float) -> Any:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
-        method, target, body, headers = self._call(request)
-        try:
-            async with self._session.request(
-                method,
-                target,
-                data=body,
-                headers=headers,
-                timeout=aiohttp.ClientTimeout(total=timeout),
-                allow_redirects=False,
-            ) as response:
-                return self._reply(request, response.status, response.headers, await response.read())
-        except (asyncio.TimeoutError, TimeoutError) as error:  # two classes in Python 3.10
-            raise self._late(timeout) from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise self._gone(error) from error
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._http.send, request, timeout)
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        self._http.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def encode(request: Request) -> tuple[bytes, dict[str, str]]:
+    """The body and the headers of an inference."""
+    tensors, parts = [], []
+    for name, array in request.inputs.items():
+        data = serialize_byte_tensor(array).item() if array.dtype == np.object_ else array.tobytes()
+        parts.append(data)
+        tensors.append(
+            {
+                "name": name,
+                "shape": array.shape,
+                "datatype": np_to_triton_dtype(array.dtype),
+                "parameters": {"binary_data_size": len(data)},
+            }
+        )
+    head: dict[str, Any] = {"inputs": tensors, "parameters": {"binary_data_output": True}}
+    if request.outputs:
+        head["outputs"] = [{"name": name} for name in request.outputs]
+    text = json.dumps(head).encode()
+    return b"".join([text, *parts]), {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
+
+
+def decode(body: bytes, length: str | None) -> Reply:
+    """The reply in a body, of which `length` bytes are JSON and the rest are tensors; all is JSON where it is None."""
+    end = len(body) if length is None else int(length)
+    head = json.loads(body[:end])
+    outputs: dict[str, Array] = {}
+    for output in head["outputs"]:
+        shape, kind = [int(side) for side in output["shape"]], triton_to_np_dtype(output["datatype"])
+        if "data" in output:
+            values = [text.encode() for text in output["data"]] if kind is np.object_ else output["data"]
+            array = np.array(values, kind)
+        else:
+            start, end = end, end + int(output["parameters"]["binary_data_size"])
+            data = memoryview(body)[start:end]
+            array = deserialize_bytes_tensor(data) if kind is np.object_ else np.frombuffer(data, kind)
+        outputs[output["name"]] = array.reshape(shape)
+    return Reply(int(head["model_version"]), outputs)
+
+
+def _message(body: bytes) -> str:
+    text = body.decode("utf-8", "replace")
+    try:
+        return str(json.loads(text)["error"])
+    except (ValueError, KeyError, TypeError):
+        return text[:200]
+
+
+def _remembered(kind: type[HTTPConnection], connections: set[HTTPConnection]) -> Any:
+    """A kind of connection that is in `connections` while it is open."""
+
+    class Remembered(kind):  # type: ignore[misc, valid-type]
+        def connect(self) -> None:
+            super().connect()
+            connections.add(self)
+
+        def close(self) -> None:
+            connections.discard(self)
+            super().close()
+
+    return Remembered

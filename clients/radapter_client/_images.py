@@ -1,7 +1,11 @@
-"""Images on their way out: a file's bytes as they are, pixels as PNG, which keeps them and their mode to the bit."""
+"""Images on their way out: a file's bytes as they are, pixels as PNG, which keeps them and their mode to the bit.
+
+Nothing is turned here: the EXIF orientation travels with the pixels, and the server turns them as its release says.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Sequence
@@ -10,7 +14,7 @@ from typing import Any, TypeAlias, Union
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from ._exceptions import InvalidImage
 
@@ -48,39 +52,51 @@ def encode_image(image: ImageLike) -> bytes:
     return _png(image)
 
 
-def read_image(image: ImageLike) -> Image.Image:
-    """The image as RGB, as it is stored: EXIF orientation is not applied.
+def read_image(image: ImageLike, *, exif_orientation: bool = True) -> Image.Image:
+    """The image as RGB.
+
+    Args:
+        exif_orientation: turn it as its EXIF orientation says; False leaves it as it is stored.
 
     Raises:
         InvalidImage: it cannot be read.
     """
-    if isinstance(image, np.ndarray):
-        image = _from_array(image)
-    if not isinstance(image, Image.Image):
-        data = encode_image(image)
-        try:
-            image = Image.open(io.BytesIO(data))
-        except (OSError, Image.DecompressionBombError) as error:
-            raise InvalidImage(f"cannot read the image: {error}", code="invalid_image") from error
     try:
-        if "transparency" in image.info:  # a palette's would be lost with a warning
-            image = image.convert("RGBA")
-        return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+        opened = _opened(image)
+        if exif_orientation and orientation(opened) != 1:
+            opened.load()  # a broken image is an error, a broken EXIF is none
+            with contextlib.suppress(Exception):
+                opened = ImageOps.exif_transpose(opened)
+        if "transparency" in opened.info:  # a palette's would be lost with a warning
+            opened = opened.convert("RGBA")
+        return opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InvalidImage(f"cannot read the image: {error}", code="invalid_image") from error
 
 
-def image_size(image: ImageLike) -> tuple[int, int] | None:
-    """Width and height in pixels as the image is stored; None where it cannot be told here."""
-    if isinstance(image, np.ndarray):
-        return (image.shape[1], image.shape[0]) if image.ndim > 1 else None
-    if isinstance(image, Image.Image):
-        return image.size
+def orientation(image: ImageLike) -> int:
+    """The EXIF orientation from 1 (upright) to 8; 1 where there is none or it cannot be told here."""
     try:
-        with Image.open(Path(image) if isinstance(image, (str, os.PathLike)) else io.BytesIO(image)) as opened:
-            return opened.size
+        value = _opened(image).getexif().get(ExifTags.Base.Orientation, 1)
+        return value if value in range(1, 9) else 1
+    except Exception:  # Pillow raises anything on broken EXIF
+        return 1
+
+
+def image_sizes(image: ImageLike) -> set[tuple[int, int]]:
+    """Width and height in pixels, as the image is stored and as it is turned; none where they cannot be told here."""
+    try:
+        opened = _opened(image)
     except Exception:  # whatever is wrong with it, the server says
-        return None
+        return set()
+    return {opened.size, opened.size[::-1]} if orientation(opened) > 4 else {opened.size}
+
+
+def _opened(image: ImageLike) -> Image.Image:
+    """The image, of which only the header has been read where it is a file."""
+    if isinstance(image, Image.Image):
+        return image
+    return _from_array(image) if isinstance(image, np.ndarray) else Image.open(io.BytesIO(encode_image(image)))
 
 
 def size_bound(image: ImageLike) -> int:
@@ -144,6 +160,9 @@ def _png(image: Image.Image) -> bytes:
     # A colour profile is as large as a small image, and nobody reads it.
     options: dict[str, Any] = {"compress_level": 1, "icc_profile": None}
     try:
+        if (turned := orientation(image)) != 1:
+            options["exif"] = Image.Exif()
+            options["exif"][ExifTags.Base.Orientation] = turned
         if image.mode == "P" and np.asarray(image).max() >= len(image.getpalette() or ()) // 3:
             raise InvalidImage(  # PNG packs by the palette's length and would change them
                 "a PIL image of mode P has pixels beyond its palette; send image.convert('RGB')", code="invalid_image"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import colorsys
 import os
 import unicodedata
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,21 +18,40 @@ if TYPE_CHECKING:
 
 # Colours that people with any colour vision tell apart: Okabe and Ito, "Color Universal Design" (2008), without black.
 FIRST = ((86, 180, 233), (230, 159, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66), (0, 114, 178), (213, 94, 0))
-GOLDEN = 0.618034  # of a turn: the hues that follow stay far from those before
+COLOURS = 256  # before they repeat
+RECENT, CLOSER = 3, 3  # the last colours, from which the next one is to differ three times as much as from the others
 LEAST_SIDE = 512  # px of the longer side of a picture with a legend, so that its text can be read
 ENTRIES = 40  # of the legend at most; the rest is summed up in one
 PAPER, INK, PALE = (255, 255, 255), (32, 33, 36), (110, 114, 120)
 
 
-def colours(count: int) -> npt.NDArray[np.uint8]:
-    """The colours of labels 0 to count - 1, RGB [count, 3]."""
-    table = [FIRST[index] if index < len(FIRST) else _colour(index) for index in range(count)]
-    return np.array(table, np.uint8).reshape(-1, 3)
+@lru_cache(maxsize=1)
+def palette() -> npt.NDArray[np.uint8]:
+    """The colours of labels, RGB [COLOURS, 3]: after the first ones, always the colour farthest from all before."""
+    levels = np.linspace(0, 255, 12).round()
+    known = np.concatenate([FIRST, np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)])
+    lab = _lab(known)
+    near = np.full(len(known), np.inf)
+    near[(lab[:, 0] < 30) | (lab[:, 0] > 92)] = 0  # too dark or too light to be seen as a colour
+    chosen: list[int] = []
+    distances: list[npt.NDArray[np.float64]] = []
+    for index in range(COLOURS):
+        if index >= len(FIRST):
+            index = int(np.minimum(near, np.min(distances[-RECENT:], 0) / CLOSER).argmax())
+        chosen.append(index)
+        distances.append(np.linalg.norm(lab - lab[index], axis=1))
+        near = np.minimum(near, distances[-1])
+    table: npt.NDArray[np.uint8] = known[chosen].astype(np.uint8)
+    return table
 
 
-def _colour(index: int) -> tuple[int, int, int]:
-    red, green, blue = colorsys.hls_to_rgb(index * GOLDEN % 1, (0.35, 0.55, 0.75)[index % 3], 0.7)
-    return round(red * 255), round(green * 255), round(blue * 255)
+def _lab(rgb: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """sRGB from 0 to 255 in CIE L*a*b*, where equal distances look about equally different."""
+    linear = np.where(rgb > 10.3, ((rgb / 255 + 0.055) / 1.055) ** 2.4, rgb / 255 / 12.92)
+    to_xyz = [[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]]
+    xyz = linear @ np.array(to_xyz) / (0.9505, 1, 1.089)
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
 
 
 def draw(
@@ -43,12 +62,12 @@ def draw(
     font: str | os.PathLike[str] | None,
 ) -> Image.Image:
     """See Segmentation.overlay; `image` is RGB and of the mask's size."""
-    mask, table = found.mask, colours(len(found.labels))
+    mask, table = found.mask, palette()
     times = -(-LEAST_SIDE // max(image.size)) if legend else 1
     if times > 1:
         image = image.resize((image.width * times, image.height * times), Image.Resampling.BICUBIC)
         mask = mask.repeat(times, 0).repeat(times, 1)
-    painted = Image.fromarray(table[mask])
+    painted = Image.fromarray(table[mask % COLOURS])
     picture = Image.blend(image, painted, opacity)
     picture.paste(painted, mask=_outlines(mask, max(1, round(max(image.size) / 600))))
     if found.background is not None:
@@ -105,7 +124,7 @@ def _entries(found: Segmentation, table: npt.NDArray[np.uint8], font: ImageFont.
     order = [index for index in np.argsort(found.shares, kind="stable")[::-1] if found.shares[index] > 0]
     entries: list[Entry] = []
     for index in order[:ENTRIES]:
-        colour = PAPER if index == found.background else tuple(map(int, table[index]))
+        colour = PAPER if index == found.background else tuple(map(int, table[index % COLOURS]))
         entries.append((colour, _spelled(found.labels[index], font), _percent(found.shares[index])))
     if rest := order[ENTRIES:]:
         entries.append((None, f"{len(rest)} more", _percent(sum(found.shares[index] for index in rest))))

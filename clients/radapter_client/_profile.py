@@ -21,6 +21,8 @@ class Profile:
         task: the task's own work: decoding, resizing or tokenizing, and the hand-over to the encoder.
         encoder: the encoder's work.
         requests: how many were averaged. On a server with other callers, theirs are in the server's means.
+
+    Example: `print(client.profile())`
     """
 
     total: float

@@ -26,6 +26,8 @@ class Classification:
         labels: best first.
         scores: of these labels, in [0, 1]; over all labels of the request they sum to 1 (softmax models).
         release: the version of the release that answered.
+
+    Example: `client.classify("cat.jpg", ["a cat", "a dog"]).top` is "a cat".
     """
 
     labels: list[str]
@@ -43,12 +45,16 @@ class Segmentation:
     """Which label each pixel of one image has.
 
     Args:
-        mask: uint16 [H, W], index into `labels`; H and W are the image's own, as stored (EXIF orientation not applied).
+        mask: uint16 [H, W], index into `labels`; H and W are the image's own, turned by its EXIF orientation unless the
+            release says otherwise.
         labels: the request's labels, and "background" behind them where a threshold or proposals were given.
         scores: of each label, in [0, 1]: the mean probability over its pixels, 0 where it has none.
         release: the version of the release that answered.
         background: index of the background, or None without a threshold and proposals.
         image: what was segmented, for `overlay`.
+        exif_orientation: whether the release turns images as their EXIF orientation says.
+
+    Example: `client.segment("street.jpg", ["road", "car", "sky"]).overlay().save("overlay.png")`
     """
 
     mask: npt.NDArray[np.uint16] = field(repr=False)
@@ -57,6 +63,7 @@ class Segmentation:
     release: int
     background: int | None = None
     image: ImageLike | None = field(default=None, repr=False)
+    exif_orientation: bool = True
 
     @cached_property
     def shares(self) -> list[float]:
@@ -93,7 +100,7 @@ class Segmentation:
             raise InvalidRequest("no image to draw on: give overlay(image)", code="invalid_argument")
         if not 0 <= opacity <= 1:
             raise InvalidRequest(f"opacity is {opacity!r}; allowed are numbers from 0 to 1", code="invalid_argument")
-        picture = read_image(chosen)
+        picture = read_image(chosen, exif_orientation=self.exif_orientation)
         height, width = self.mask.shape
         if picture.size != (width, height):
             why = f"an image of {picture.width} x {picture.height} pixels for a mask of {width} x {height}"
@@ -110,6 +117,8 @@ class Hit:
         score: cosine with the query, in [-1, 1].
         metadata: what the index knows of it.
         thumbnail: a JPEG file's bytes, where the search asked for thumbnails and the index has one.
+
+    Example: `[(hit.id, hit.score) for hit in client.search("a red bicycle", index="photos")]`
     """
 
     id: str
@@ -136,6 +145,8 @@ class Release:
         templates: the prompt templates used where a request brings none.
         label_sets: name to facts of each label set that `classify` knows by name.
         facts: the whole of its release.json.
+
+    Example: `client.release().alpha`
     """
 
     version: int
@@ -148,6 +159,11 @@ class Release:
     templates: list[str]
     label_sets: dict[str, Any]
     facts: dict[str, Any] = field(repr=False)
+
+    @property
+    def exif_orientation(self) -> bool:
+        """Whether it turns images as their EXIF orientation says, before it looks at them."""
+        return bool(self.facts.get("preprocess", {}).get("exif_orientation", True))
 
     @classmethod
     def from_facts(cls, facts: dict[str, Any]) -> Release:

@@ -1,4 +1,4 @@
-"""One request to the server, whatever the protocol; the wire formats themselves are tritonclient's."""
+"""The seam between the clients and the protocols: a client makes requests, a transport brings their replies."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Request:
-    """One round trip.
+    """One request to the server, whatever the protocol.
 
     Args:
-        action: "infer" is answered by Tensors, "config" and "statistics" by a dict as JSON has it, "ready" by a bool.
-        model: name; empty for the statistics of all models.
+        action: "infer" is answered by a `Reply`, "config" and "statistics" by a dict as JSON has it, "ready" by a bool.
+        model: name of the model; empty for the statistics of all models.
         version: of the model; empty for the newest.
-        inputs: name to array, with the batch first where the model has one; object arrays of bytes become BYTES.
+        inputs: name to array, with the batch first where the model has one; texts and encoded images are bytes in
+            arrays of dtype object.
         outputs: names of the outputs to compute and send; none for all of them.
+
+    Example: `Request("infer", "embed_text", inputs={"text": np.array([[b"a cat"]], object)})`
     """
 
     action: Literal["infer", "config", "ready", "statistics"]
@@ -32,47 +35,69 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Tensors:
-    """The outputs of an inference, and the version of the model that gave them."""
+class Reply:
+    """The answer to an inference.
+
+    Args:
+        version: of the model that answered, which is the version of its release.
+        outputs: name to array, with the batch first where the model has one.
+
+    Example: `Reply(1, {"text_embeds": np.ones((1, 512), np.float32)})`
+    """
 
     version: int
-    outputs: dict[str, Array]
+    outputs: Mapping[str, Array]
 
 
 class Transport(Protocol):
-    """Sends requests from any thread; raises nothing but RAdapterClientError."""
+    """What `Client` sends its requests through; give it one of your own to test code without a server.
 
-    def send(self, request: Request, timeout: float) -> Any: ...
+    `send` is called from several threads, and raises nothing but `RAdapterClientError`.
 
-    def close(self) -> None: ...
+    Example: a server that calls every image a cat.
+        ```python
+        class Cats:
+            def send(self, request: Request, timeout: float) -> Any:
+                rows = len(request.inputs["image"])
+                scores = np.ones((rows, 1), np.float32)
+                return Reply(1, {"label": np.full((rows, 1), b"cat", object), "score": scores})
+
+            def close(self) -> None:
+                pass
+
+        with Client(transport=Cats(), release=1) as client:
+            assert client.classify("photo.jpg", ["cat", "dog"]).top == "cat"
+        ```
+    """
+
+    def send(self, request: Request, timeout: float) -> Any:
+        """The reply to a request, of the type that its action has, within `timeout` seconds."""
+
+    def close(self) -> None:
+        """Ends the connections."""
 
 
 class AsyncTransport(Protocol):
-    """The same, in one event loop."""
+    """What `AsyncClient` sends its requests through: `Transport`, to be awaited, in one event loop.
 
-    async def send(self, request: Request, timeout: float) -> Any: ...
+    Example: `Cats` from the example of `Transport` with `async def send` and `async def close`.
+    """
 
-    async def close(self) -> None: ...
+    async def send(self, request: Request, timeout: float) -> Any:
+        """The reply to a request, of the type that its action has, within `timeout` seconds."""
+
+    async def close(self) -> None:
+        """Ends the connections."""
 
 
 def text_array(rows: Sequence[Sequence[bytes]]) -> Array:
-    """Rows of byte strings as the object array [N, M] that tritonclient takes for BYTES."""
-    array = np.empty((len(rows), len(rows[0])), np.object_)
+    """Rows of byte strings as an object array [N, M]; numpy's own conversion would cut off zero bytes."""
+    array: Array = np.empty((len(rows), len(rows[0])), np.object_)
     for index, row in enumerate(rows):
         array[index] = row
     return array
 
 
 def bytes_array(items: Sequence[bytes]) -> Array:
-    """Byte strings as the object array [N] that tritonclient takes for BYTES."""
+    """Byte strings as an object array [N]."""
     return text_array([items]).reshape(-1)
-
-
-def infer_inputs(module: Any, inputs: Mapping[str, Array]) -> list[Any]:
-    """The inputs in the words of tritonclient.grpc or tritonclient.http, given as `module`."""
-    tensors = []
-    for name, array in inputs.items():
-        tensor = module.InferInput(name, list(array.shape), module.np_to_triton_dtype(array.dtype))
-        tensor.set_data_from_numpy(array)
-        tensors.append(tensor)
-    return tensors

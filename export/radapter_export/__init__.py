@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from radapter_export.merged import write_merged
-    from radapter_export.release import Exported, Release, export_release
+    from radapter_export.release import Exported, ExportedRelease, export_release
+    from radapter_export.settings import ExportSettings
     from radapter_serve.release.agreement import Agreement
 
-_ELSEWHERE = {"Agreement": "radapter_serve.release.agreement", "write_merged": "radapter_export.merged"}
+_ELSEWHERE = {
+    "Agreement": "radapter_serve.release.agreement",
+    "ExportSettings": "radapter_export.settings",
+    "write_merged": "radapter_export.merged",
+}
 
-__all__ = ["Agreement", "Exported", "Release", "export_release", "write_merged"]
+__all__ = ["Agreement", "ExportSettings", "Exported", "ExportedRelease", "export_release", "write_merged"]
 
 
 def __getattr__(name: str) -> Any:

@@ -90,7 +90,7 @@ class Validation:
             )
             values[name] = round(100 * row["metrics"][entry.metric], 3)
         drop = round(values["torch"] - values["release"], 3)
-        if drop > self.max_drop:
+        if not drop <= self.max_drop:  # NaN, too
             raise RAdapterError(
                 f"the encoders lose {drop:.2f} points of {entry.metric} on the {len(self.data)} images of {entry.data} "
                 f"({values['torch']:.2f} by torch, {values['release']:.2f} by the release), and {self.max_drop:g} are "

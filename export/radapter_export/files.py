@@ -43,13 +43,9 @@ def remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def swap_in(staged: Path, folder: Path) -> None:
-    """Put a finished folder in the place of another one (or of none)."""
-    old = folder.with_name(f"{STAGED}{folder.name}.old")
-    if folder.exists():
-        folder.rename(old)
-    staged.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+def replaced(folder: Path) -> Path:
+    """Where a folder goes while another one takes its place."""
+    return folder.with_name(f"{STAGED}{folder.name}.old")
 
 
 def recover(folder: Path) -> None:
@@ -58,7 +54,7 @@ def recover(folder: Path) -> None:
     Raises:
         RAdapterError: whoever prepares it is alive, and holds what it prepares.
     """
-    old = folder.with_name(f"{STAGED}{folder.name}.old")
+    old = replaced(folder)
     with contextlib.ExitStack() as held:
         leftovers = list(folder.parent.glob(f"{STAGED}{folder.name}.*"))
         try:

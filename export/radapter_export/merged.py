@@ -8,22 +8,23 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from radapter_export.files import STAGED, disk_errors, make_folder, recover, remove_empty, swap_in
+from radapter_export.files import STAGED, disk_errors, make_folder, recover, remove_empty, replaced
 from radapter_serve.clip.base import Base
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import staged, swap_in
 from radapter_serve.lock import lock
+from radapter_serve.release.release import FILE, Release
 
-CONFIG, WEIGHTS, RELEASE = "open_clip_config.json", "open_clip_model.safetensors", "release.json"
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}  # of Hugging Face
 
 
-def write_merged(folder: str | Path, base: Base, state_dict: Mapping[str, Tensor], release: Mapping[str, Any]) -> None:
+def write_merged(folder: str | Path, base: Base, state_dict: Mapping[str, Tensor], release: Release) -> None:
     """Write one merged checkpoint; it appears whole or not at all.
 
     Args:
@@ -70,15 +71,14 @@ class Merged:
         remove_empty(self._new)
         self._held.close()
 
-    def add(
-        self, name: str, base: Base, state_dict: Mapping[str, Tensor], release: Mapping[str, Any] | None = None
-    ) -> None:
+    def add(self, name: str, base: Base, state_dict: Mapping[str, Tensor], release: Release | None = None) -> None:
         """Write a checkpoint into the subfolder `name`, "" for the folder itself; `add_release` may follow later."""
         target = self._staged / name
         with disk_errors(self.folder.parent):
             target.mkdir(exist_ok=True)
             tensors = {key: tensor.detach().contiguous() for key, tensor in state_dict.items()}
-            save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+            with staged(target / WEIGHTS) as path:
+                save_file(tensors, path, metadata={"format": "pt"})
             config = {"model_cfg": base.config, "preprocess_cfg": base.preprocess}
             (target / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
             if isinstance(base.tokenizer, HFTokenizer):  # which open_clip looks for in the folder, whatever its name
@@ -86,15 +86,15 @@ class Merged:
         if release is not None:
             self.add_release(name, release)
 
-    def add_release(self, name: str, release: Mapping[str, Any]) -> None:
+    def add_release(self, name: str, release: Release) -> None:
         """Write `release.json` beside a checkpoint."""
         with disk_errors(self.folder.parent):
-            (self._staged / name / RELEASE).write_text(json.dumps(release, indent=2), encoding="utf-8")
+            release.save(self._staged / name)
 
     def commit(self) -> None:
         """Put all of it in place."""
         with disk_errors(self.folder.parent):
-            swap_in(self._staged, self.folder)
+            swap_in(self._staged, self.folder, replaced(self.folder))
 
 
 def check_replaceable(folder: Path) -> None:
@@ -105,7 +105,7 @@ def check_replaceable(folder: Path) -> None:
     """
     if not folder.exists():
         return
-    ours = {CONFIG, WEIGHTS, RELEASE, *TOKENIZER}
+    ours = {CONFIG, WEIGHTS, FILE, *TOKENIZER}
     if not folder.is_dir():
         raise RAdapterError(f"{folder} is a file; give another folder with --merged")
     for path in folder.iterdir():

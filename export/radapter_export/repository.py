@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
@@ -17,6 +16,7 @@ from tritonclient.grpc import model_config_pb2
 from radapter_export.files import STAGED, disk_errors, make_folder, remove_empty
 from radapter_serve.errors import RAdapterError
 from radapter_serve.lock import lock
+from radapter_serve.release.release import Release
 from radapter_serve.release.repository import configure
 
 PATCH_ENCODER = "patch_encoder"  # the one model that an export may lack
@@ -92,13 +92,13 @@ class Repository:
         return max((version for model in MODELS for version in _versions(self.folder / model)), default=0) + 1
 
     def add_config(
-        self, model: str, releases: Sequence[Mapping[str, Any]], dims: Mapping[str, Sequence[int]], max_batch_size: int
+        self, model: str, releases: Sequence[Release], dims: Mapping[str, Sequence[int]], max_batch_size: int
     ) -> None:
         """Write a model's config.pbtxt from its template, for the versions of these releases.
 
         Args:
             model: its name.
-            releases: the facts of each, oldest first.
+            releases: oldest first.
             dims: shapes, without the batch, of tensors whose template leaves them open (-1).
             max_batch_size: rows of a batch; a template that says 0, a model without batches, keeps its 0.
         """
@@ -156,7 +156,7 @@ class Repository:
 def config(
     template: Path,
     model: str,
-    releases: Sequence[Mapping[str, Any]],
+    releases: Sequence[Release],
     dims: Mapping[str, Sequence[int]],
     max_batch_size: int,
 ) -> str:
@@ -180,15 +180,15 @@ def config(
     for tensor in (*parsed.input, *parsed.output):
         if tensor.name in dims and len(tensor.dims) == len(dims[tensor.name]):
             tensor.dims[:] = dims[tensor.name]
-    if model in ENCODERS and releases[-1].get("dynamic_alpha"):
+    if model in ENCODERS and releases[-1].dynamic_alpha:
         parsed.input.add(name="alpha", data_type=model_config_pb2.TYPE_FP32, dims=[1])
     # By number, not "the latest K": what a killed export left, or half of a release, is never served.
-    parsed.version_policy.specific.versions[:] = [release["version"] for release in releases]
+    parsed.version_policy.specific.versions[:] = [release.version for release in releases]
     for release in releases:
-        parsed.parameters[f"release.{release['version']}"].string_value = json.dumps(release)
-    parsed.parameters["release"].string_value = json.dumps(releases[-1])
+        parsed.parameters[f"release.{release.version}"].string_value = json.dumps(release.to_dict())
+    parsed.parameters["release"].string_value = json.dumps(releases[-1].to_dict())
     if model in ENCODERS:
-        configure(parsed, releases[-1]["runtime"], releases[-1]["precision"], max_batch_size)
+        configure(parsed, releases[-1].runtime, releases[-1].precision, max_batch_size)
     return str(text_format.MessageToString(parsed))
 
 

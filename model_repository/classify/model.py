@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from radapter_serve.tasks.classify import Classify, ClassifyRequest, load_label_sets
-from radapter_serve.tasks.triton import Version, answer, read
+from radapter_serve.tasks.responses import answer, need, read
+from radapter_serve.tasks.triton import Version
 
 
 class TritonPythonModel:
@@ -17,14 +18,13 @@ class TritonPythonModel:
         self._task = Classify(version.release, version.embed_images(), version.embed_labels(), label_sets)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        inputs = [_request(request) for request in requests]
-        return answer(requests, lambda: self._task(inputs), lambda c: {"label": c.labels, "score": c.scores})
+        return answer(requests, _request, self._task, lambda c: {"label": c.labels, "score": c.scores})
 
 
 def _request(request: Any) -> ClassifyRequest:
     label_set, top_k = read(request, "label_set"), read(request, "top_k")
     return ClassifyRequest(
-        images=read(request, "image").ravel(),
+        images=need(request, "image").ravel(),
         labels=read(request, "labels"),
         label_set=None if label_set is None else label_set.ravel(),
         templates=read(request, "templates"),

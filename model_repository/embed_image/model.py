@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from radapter_serve.tasks.triton import Version, answer, read
+from radapter_serve.tasks.responses import answer, need, read
+from radapter_serve.tasks.triton import Version
 
 
 class TritonPythonModel:
@@ -14,6 +15,10 @@ class TritonPythonModel:
         self._task = Version(args).embed_images()
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        images = [read(request, "image").ravel() for request in requests]
-        alphas = [read(request, "alpha") for request in requests]
-        return answer(requests, lambda: self._task(images, alphas), lambda embeds: {"image_embeds": embeds})
+        return answer(
+            requests, _request, lambda some: self._task(*zip(*some, strict=True)), lambda e: {"image_embeds": e}
+        )
+
+
+def _request(request: Any) -> tuple[Any, Any]:
+    return need(request, "image").ravel(), read(request, "alpha")

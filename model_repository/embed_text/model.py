@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from radapter_serve.tasks.classify import EmbedTexts
-from radapter_serve.tasks.triton import Version, answer, read
+from radapter_serve.tasks.responses import answer, need, read
+from radapter_serve.tasks.triton import Version
 
 
 class TritonPythonModel:
@@ -16,6 +17,10 @@ class TritonPythonModel:
         self._task = EmbedTexts(version.release, version.tokenizer(), version.encode_tokens)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        texts = [read(request, "text").ravel() for request in requests]
-        alphas = [read(request, "alpha") for request in requests]
-        return answer(requests, lambda: self._task(texts, alphas), lambda embeds: {"text_embeds": embeds})
+        return answer(
+            requests, _request, lambda some: self._task(*zip(*some, strict=True)), lambda e: {"text_embeds": e}
+        )
+
+
+def _request(request: Any) -> tuple[Any, Any]:
+    return need(request, "text").ravel(), read(request, "alpha")

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from radapter_serve.environment import INDEXES
+from radapter_serve.tasks.responses import answer, each, need, read
 from radapter_serve.tasks.retrieve import Retrieve, Retrieved, RetrieveRequest
-from radapter_serve.tasks.triton import Version, answer_each, read
+from radapter_serve.tasks.triton import Version
 
 
 class TritonPythonModel:
@@ -20,13 +21,15 @@ class TritonPythonModel:
         self._task = Retrieve(version.release, folder, version.embed_text, version.embed_image)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return answer_each(requests, lambda request: self._task(_request(request)), _outputs)
+        return answer(requests, _request, each(self._task), _outputs)
 
 
 def _request(request: Any) -> RetrieveRequest:
-    values = {name: read(request, name) for name in ("index", "text", "image", "top_k", "where")}
+    values = {name: read(request, name) for name in ("text", "image", "top_k", "where")}
     one = {name: None if value is None else value.ravel()[0] for name, value in values.items()}
-    return RetrieveRequest(**one, thumbnails="thumbnail" in request.requested_output_names())
+    return RetrieveRequest(
+        need(request, "index").ravel()[0], **one, thumbnails="thumbnail" in request.requested_output_names()
+    )
 
 
 def _outputs(found: Retrieved) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from radapter_serve.tasks.classify import load_label_sets
+from radapter_serve.tasks.responses import answer, each, need, read
 from radapter_serve.tasks.segment import Segment, SegmentRequest, Segments
-from radapter_serve.tasks.triton import Version, answer_each, read
+from radapter_serve.tasks.triton import Version
 
 OPTIONS = ("threshold", "short_side", "stride", "refine", "proposal_weight")
 
@@ -23,14 +24,14 @@ class TritonPythonModel:
         self._task = Segment(version.release, version.encode_images, patches, version.embed_labels(), label_sets)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return answer_each(requests, lambda request: self._task(_request(request)), _outputs)
+        return answer(requests, _request, each(self._task), _outputs)
 
 
 def _request(request: Any) -> SegmentRequest:
     label_set = read(request, "label_set")
     given = {name: read(request, name) for name in OPTIONS}
     return SegmentRequest(
-        image=read(request, "image")[0],
+        image=need(request, "image")[0],
         labels=read(request, "labels"),
         label_set=None if label_set is None else label_set[0],
         templates=read(request, "templates"),

@@ -9,17 +9,42 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import ConfigDict, Field, GetPydanticSchema, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import staged
 
 FORMAT_VERSION = 1
+
+Text = Annotated[str, Field(min_length=1)]
+Template = Annotated[str, Field(pattern=r"\{\}")]
+
+
+class TrainedBy(TypedDict, total=False):
+    """The fields of a recipe that evaluation and export read; whatever else it holds is kept as it is."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    val_data: str | None
+    image_column: str
+    label_column: str
+    caption_column: str
+    class_split: str
+    images: str | None
+    classes: str | None
+    dense: str
+    mask_padding: Annotated[float, Field(ge=0, le=1)]
+    mask_square: bool
+
+
+Recipe = Annotated[dict[str, Any], GetPydanticSchema(lambda _, handler: handler(TrainedBy))]
 
 
 @dataclass(frozen=True)
@@ -41,17 +66,17 @@ class Metadata:
             files of earlier releases.
     """
 
-    architecture: str
-    base_digest: str
+    architecture: Text
+    base_digest: Text
     pretrained: str | None = None
-    rank: int | None = None
-    task: str = "classification"
-    alpha: float = 0.5
-    templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])
-    recipe: dict[str, Any] = field(default_factory=dict)
+    rank: Annotated[int, Field(ge=1)] | None = None
+    task: Literal["classification", "retrieval", "segmentation"] = "classification"
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    templates: Annotated[list[Template], Field(min_length=1)] = field(default_factory=lambda: ["a photo of a {}."])
+    recipe: Recipe = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
-    classes: list[str] | None = None
-    format_version: int = FORMAT_VERSION
+    classes: Annotated[list[Text], Field(min_length=1)] | None = None
+    format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)] = FORMAT_VERSION
 
 
 @dataclass(frozen=True)
@@ -110,13 +135,7 @@ def check_base(state_dict: Mapping[str, Tensor], adapter: Adapter) -> None:
             f"({meta.architecture}, pretrained {meta.pretrained}), this model has {found}; "
             f"load that base (--base, --pretrained) or train a new adapter with radapter-train"
         )
-    for key in adapter.keys:
-        width, rank = len(state_dict[f"{key}.weight"]), adapter.metadata.rank
-        shapes = {key: (width, width)} if rank is None else {f"{key}.up": (width, rank), f"{key}.down": (rank, width)}
-        for name, shape in shapes.items():
-            found_shape = tuple(adapter.tensors[name].shape) if name in adapter.tensors else "missing"
-            if found_shape != shape:
-                raise RAdapterError(f"the adapter file is damaged: tensor {name} is {found_shape}, should be {shape}")
+    _check_tensors(adapter, state_dict)
 
 
 def check_alpha(alpha: float) -> None:
@@ -131,9 +150,14 @@ def save_adapter(adapter: Adapter, path: str | Path) -> None:
     Args:
         adapter: tensors and metadata.
         path: the file; its folder must exist.
+
+    Raises:
+        RAdapterError: tensors or metadata are not as the specification says, or the disk is full.
     """
     path = Path(path)
     header = {name: json.dumps(value) for name, value in dataclasses.asdict(adapter.metadata).items()}
+    _metadata(header)
+    _check_tensors(adapter)
     tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors.items()}
     try:
         with staged(path) as temporary:
@@ -149,7 +173,7 @@ def load_adapter(path: str | Path) -> Adapter:
         path: `adapter.safetensors`, or a folder that holds it.
 
     Raises:
-        RAdapterError: there is none, or it is not an adapter file of a version known here.
+        RAdapterError: there is none, or it is not an adapter file as the specification says, of a version known here.
     """
     path = Path(path)
     path = path / "adapter.safetensors" if path.is_dir() else path
@@ -157,19 +181,61 @@ def load_adapter(path: str | Path) -> Adapter:
         raise RAdapterError(f"no adapter file at {path}; make one with radapter-train --out {path.parent}")
     try:
         with safe_open(path, framework="pt") as file:
-            header = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        version = header.get("format_version", FORMAT_VERSION)
-        if version > FORMAT_VERSION:
-            raise RAdapterError(
-                f"{path} has format version {version}; this release reads up to {FORMAT_VERSION}: "
-                f"pip install --upgrade radapter-serve"
-            )
-        known = {f.name for f in dataclasses.fields(Metadata)}
-        metadata = Metadata(**{name: value for name, value in header.items() if name in known})
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise RAdapterError(f"{path} is not an adapter file: {error}") from error
-    return Adapter(tensors, metadata)
+        adapter = Adapter(tensors, _metadata(header))
+        _check_tensors(adapter)
+    except (SafetensorError, OSError, RAdapterError) as error:
+        raise RAdapterError(f"{path} is not an adapter file: {reason(error)}") from error
+    return adapter
+
+
+def _metadata(header: Mapping[str, str]) -> Metadata:
+    """The metadata that a header holds as JSON, checked by the types and ranges of `Metadata`."""
+    known, values = {field.name for field in dataclasses.fields(Metadata)}, {}
+    for name in known & set(header):
+        try:
+            values[name] = json.loads(header[name])
+        except (ValueError, RecursionError) as error:
+            raise RAdapterError(f"its {name} is no JSON: {reason(error)}") from error
+    version = values.get("format_version", FORMAT_VERSION)
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise RAdapterError(
+            f"it has format version {version}; this release reads up to {FORMAT_VERSION}: "
+            f"pip install --upgrade radapter-serve"
+        )
+    try:
+        return TypeAdapter(Metadata).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RAdapterError(f"its {where!r} is {first['input']!r:.80}: {first['msg']}") from error
+
+
+def _check_tensors(adapter: Adapter, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Refuse tensors of other names, types, shapes or values than the specification says.
+
+    Args:
+        adapter: its tensors and its rank.
+        state_dict: of the base, whose layers say how wide the adapters are; the adapters themselves do if None.
+    """
+    tensors, rank = adapter.tensors, adapter.metadata.rank
+    shapes: dict[str, tuple[int, int]] = {}
+    for key in adapter.keys:
+        names = [key] if rank is None else [f"{key}.up", f"{key}.down"]
+        wide = tensors.get(names[0]) if state_dict is None else state_dict[f"{key}.weight"]
+        width = 0 if wide is None or not wide.ndim else len(wide)
+        shapes |= dict(zip(names, [(width, width)] if rank is None else [(width, rank), (rank, width)], strict=True))
+    if not shapes:
+        raise RAdapterError("the adapter is damaged: it has no tensors")
+    for name in sorted({*shapes, *tensors}):
+        tensor, shape = tensors.get(name), shapes.get(name)
+        if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+            found = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+            wanted = f"torch.float32 {shape}" if shape else f"left out at rank {rank}"
+            raise RAdapterError(f"the adapter is damaged: tensor {name!r} is {found}, should be {wanted}")
+        if not tensor.isfinite().all():
+            raise RAdapterError(f"the adapter is damaged: tensor {name!r} holds values that are not finite")
 
 
 def _digest(tensors: Mapping[str, Tensor], names: Iterable[str]) -> str:

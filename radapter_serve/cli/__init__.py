@@ -12,6 +12,7 @@ from typing import Any
 
 import tyro
 
+from radapter_serve import __version__
 from radapter_serve.errors import RAdapterError, reason
 
 
@@ -26,11 +27,20 @@ def run(function: Callable[..., Any], argv: Sequence[str] | None = None, *, prog
     Returns:
         The exit status: 2 for input that an `RAdapterError` complains of, 130 after Ctrl-C.
     """
-    return guard(lambda: tyro.cli(function, args=argv, prog=prog), prog=prog)
+    return guard(lambda: tyro.cli(function, args=argv, prog=prog), argv, prog=prog)
 
 
-def guard(call: Callable[[], Any], *, prog: str) -> int:
-    """Turn the errors that are meant for people into one line and an exit status."""
+def guard(call: Callable[[], Any], argv: Sequence[str] | None = None, *, prog: str) -> int:
+    """Turn the errors that are meant for people into one line and an exit status; answer `--version`.
+
+    Args:
+        call: what the command does; may return an exit status, None means 0.
+        argv: arguments without the program's name; `sys.argv` if None.
+        prog: name of the command.
+    """
+    if "--version" in (sys.argv[1:] if argv is None else argv):
+        print(f"{prog} {__version__}")
+        return 0
     try:
         return call() or 0
     except RAdapterError as error:
@@ -48,6 +58,6 @@ def guard(call: Callable[[], Any], *, prog: str) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"{prog}: error: {where}{error.strerror or reason(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"{prog}: interrupted{f'; {error}' if str(error) else ''}", file=sys.stderr)
         return 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,6 @@ def build_engine(
     workspace: float | None = None,
     version_compatible: bool = False,
     hardware_compatible: bool = False,
-    refittable: bool = False,
     timing_cache: Path | None = None,
     tolerance: float | None = None,
 ) -> None:
@@ -44,7 +44,6 @@ def build_engine(
         workspace: GiB of GPU memory that a layer may use; all that is free if not given.
         version_compatible: engines also run under later versions of TensorRT, somewhat slower.
         hardware_compatible: engines also run on other GPUs of compute capability 8.0 and above, somewhat slower.
-        refittable: engines take the weights of the next release without being built again, somewhat slower.
         timing_cache: file of what TensorRT measured, which makes the next build faster; one in ~/.cache if not given.
         tolerance: largest difference from torch allowed in a component of the unit-length embeddings; the release's
             own if not given.
@@ -59,7 +58,7 @@ def build_engine(
         raise RAdapterError(f"--opt-batch-size is {opt_batch_size}; allowed: 1 or more")
     if tolerance is not None and not 0 < tolerance <= 1:
         raise RAdapterError(f"--tolerance is {tolerance:g}; allowed: more than 0, at most 1, such as 1e-4")
-    options = Options(opt_batch_size, workspace, version_compatible, hardware_compatible, refittable)
+    options = Options(opt_batch_size, workspace, version_compatible, hardware_compatible)
     console = Console(stderr=True)
     with console.status("starting") as status:
         built = build_engines(
@@ -71,7 +70,7 @@ def build_engine(
             progress=status.update,
         )
     show(built)
-    print(f"Next:   radapter-serve {model_repository}, or tritonserver --model-repository {model_repository}")
+    print(f"Next:   radapter-serve {shlex.quote(str(model_repository))}")
 
 
 def show(built: Sequence[Built]) -> None:

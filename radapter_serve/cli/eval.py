@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -95,7 +96,7 @@ def evaluate(
         # torch takes seconds to load: not for --help
         from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
         from radapter_serve.evaluation.results import Results, prompts, table, warnings
-        from radapter_serve.evaluation.run import choose_alpha, draw, judge_suite
+        from radapter_serve.evaluation.run import choose_alpha, draw, draw_choice, judge_suite
         from radapter_serve.evaluation.server_embedder import ServerEmbedder
         from radapter_serve.evaluation.suite import load_suite
         from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
@@ -135,7 +136,10 @@ def evaluate(
             rows = judge_suite(embedder, judged, results, variants=variants, **options) if judged else []
         finally:
             embedder.close()
-        pictures = draw(rows, Path(out), judged.name) if judged and rows else []
+        # Of the α that auto judges on test data there are only two: no curve to replace a whole one by.
+        pictures = draw(rows, Path(out), judged.name, curve_too=not auto) if judged and rows else []
+        if auto:
+            pictures.append(draw_choice(choice, Path(out)))
     if judged and rows:
         screen.print(table(rows, f"{judged.name}: per cent", judged.pairs("test")))
         for line in prompts(rows):
@@ -147,7 +151,9 @@ def evaluate(
     for file in (results.path, *pictures):
         screen.print(f"wrote {file}", highlight=False, soft_wrap=True)
     if auto:
-        screen.print(f"Next:   radapter-export --adapter {path} --alpha auto", highlight=False, soft_wrap=True)
+        screen.print(
+            f"Next:   radapter-export --adapter {shlex.quote(str(path))} --alpha auto", highlight=False, soft_wrap=True
+        )
 
 
 def _choice_table(choice: Choice) -> Table:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from radapter_export.settings import CLASSES, ExportSettings
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
+
+if TYPE_CHECKING:
+    from radapter_export import ExportedRelease
 
 RUNS = Path("runs")
 
@@ -21,23 +27,9 @@ def export(
     *,
     alpha: Annotated[tuple[str, ...], tyro.conf.arg(metavar="A [A ...]|dynamic|auto")] = (),
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-    weights: Annotated[tuple[float, ...], tyro.conf.arg(metavar="W [W ...]")] = (),
-    base: str | None = None,
-    pretrained: str | None = None,
-    model_repository: str = "model_repository",
-    merged: str = "merged",
     label_set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-    templates: str | None = None,
-    dense: Annotated[str | None, tyro.conf.arg(metavar="WAY")] = None,
-    precision: Literal["fp32", "fp16", "bf16", "int8"] | None = None,
-    calibration: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None,
-    validation: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None,
-    max_drop: float = 0.5,
-    runtime: Literal["onnxruntime", "openvino", "tensorrt"] | None = None,
     format: Literal["onnx", "tensorrt"] = "onnx",
-    tolerance: float | None = None,
-    max_batch_size: int | None = None,
-    update: bool = False,
+    settings: tyro.conf.OmitArgPrefixes[ExportSettings] = ExportSettings(),  # noqa: B008  # frozen
 ) -> None:
     """Fold an adapter into its base, export the towers, and check them against torch with the adapters attached.
 
@@ -46,39 +38,26 @@ def export(
 
     Args:
         alpha: re-scaling from 0 (the base) to 1 (all that was learned); the run's own if none is given; auto takes what
-            radapter-eval --alpha auto chose; dynamic makes one release that takes any alpha from each request.
+            radapter-eval --alpha auto chose; dynamic makes one release that takes any alpha from each request, by
+            default the chosen one.
         adapter: folder of a run or adapter file; the newest run in ./runs if none is given. Given several times, the
             average of these adapters of one base is exported.
-        weights: of the adapters in their average, one each, with sum 1; equal ones if none are given.
-        base: open_clip model or local-dir:PATH; what the adapter was trained on if none is given.
-        pretrained: open_clip tag or path of a checkpoint; what the adapter was trained on if none is given.
-        model_repository: folder that radapter-serve serves; releases are added to it.
-        merged: folder for the merged checkpoint; with several alphas, for a folder of each.
-        label_set: NAME=FILE, classes whose text embeddings become part of the release; one class a line.
-        templates: a file of prompt templates, a built-in set, or one template; the run's own if none is given.
-        dense: how the patches of an image are embedded, for segmentation: naclip, clearclip, sclip or maskclip; none
-            leaves patch_encoder out; the run's own if none is given.
-        precision: of the encoders' weights and matrix products; fp32 if none is given. int8 is quantized as it runs,
-            for CPUs; with --calibration by fixed ranges, which TensorRT takes too.
-        calibration: about a hundred typical images for int8: a folder, csv:FILE or parquet:FILE.
-        validation: data as of radapter-train --val-data, by which the encoders are compared with torch in the task's
-            own metric; the run's own if none is given and the precision is not fp32; none for none.
-        max_drop: points of that metric, in per cent, that the encoders may lose.
-        runtime: what runs the encoders in the server; they are checked with it; onnxruntime if none is given.
+        label_set: NAME=FILE, classes whose text embeddings become part of the release; one class a line. The run's own
+            classes become the label set "classes" by themselves.
         format: tensorrt also builds engines for this machine's GPU, and lets them be served: --runtime tensorrt.
-        tolerance: largest difference from torch allowed in a component of the unit-length embeddings; the precision's
-            own if none is given: 1e-4 in fp32.
-        max_batch_size: images or texts in one batch of the server; 64 if none is given.
-        update: put new weights into the graphs of the repository's newest release instead of exporting them again: of
-            another alpha, or of another adapter of the same layers; takes seconds.
+        settings: all the rest.
     """
-    if format == "tensorrt" and runtime not in (None, "tensorrt"):
-        raise RAdapterError(f"--format tensorrt is served by --runtime tensorrt, and not by {runtime}; leave one out")
+    settings = dataclasses.replace(settings, label_sets=_label_sets(label_set))
+    if format == "tensorrt":
+        if settings.runtime not in (None, "tensorrt"):
+            raise RAdapterError(
+                f"--format tensorrt is served by --runtime tensorrt, and not by {settings.runtime}; leave one out"
+            )
+        settings = dataclasses.replace(settings, runtime="tensorrt")
     dynamic = "dynamic" in alpha
     if dynamic and len(alpha) > 1:
         raise RAdapterError("--alpha dynamic stands alone: its one release takes any alpha from 0 to 1")
     alphas = [] if dynamic else [None if value == "auto" else _number(value) for value in alpha]
-    label_sets = _label_sets(label_set)
     paths = [Path(path) for path in adapter] or [newest_run()]
     if None in alphas and len(paths) > 1:
         raise RAdapterError("--alpha auto was chosen for one adapter, not for an average; give a number, or dynamic")
@@ -87,33 +66,20 @@ def export(
         start = time.perf_counter()
         from radapter_export import export_release  # torch and onnx take seconds to load: not for --help
         from radapter_serve.evaluation.choice import chosen_alpha
-        from radapter_serve.evaluation.results import metric_name
 
         numbers = [chosen_alpha(paths[0]) if value is None else value for value in alphas]
-        releases = export_release(
-            paths,
-            "dynamic" if dynamic else numbers or None,
-            weights=weights or None,
-            base=base,
-            pretrained=pretrained,
-            model_repository=model_repository,
-            merged=merged,
-            label_sets=label_sets,
-            templates=templates,
-            dense=dense,
-            precision=precision,
-            calibration=calibration,
-            validation=validation,
-            max_drop=max_drop,
-            runtime="tensorrt" if format == "tensorrt" else runtime,
-            tolerance=tolerance,
-            max_batch_size=max_batch_size,
-            update=update,
-            progress=status.update,
-        )
-    seconds = time.perf_counter() - start
+        releases = export_release(paths, "dynamic" if dynamic else numbers or None, settings, progress=status.update)
+    for warning in releases[-1].warnings:
+        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+    _show(releases, paths, settings, time.perf_counter() - start)
+
+
+def _show(releases: Sequence[ExportedRelease], paths: Sequence[Path], settings: ExportSettings, seconds: float) -> None:
+    """Print what was exported, and how to go on."""
+    from radapter_serve.evaluation.results import metric_name
+
     names = ", ".join(map(str, paths))
-    kind = f"{len(releases)} release{'s' if len(releases) > 1 else ''} in {releases[0].facts['precision']}"
+    kind = f"{len(releases)} release{'s' if len(releases) > 1 else ''} in {settings.precision}"
     table = Table(title=f"{names}: {kind}, {seconds:.0f} s")
     for column in ("release", "alpha", "graph", "MB", "max error", "1 - cosine", "seconds"):
         left = column == "graph"
@@ -123,7 +89,7 @@ def export(
             agreement = graph.agreement
             table.add_row(
                 str(release.version),
-                f"{release.alpha:g}{' (dynamic)' if release.facts['dynamic_alpha'] else ''}",
+                f"{release.alpha:g}{' (dynamic)' if release.release.dynamic_alpha else ''}",
                 graph.name,
                 f"{graph.size / 1e6:.1f}",
                 f"{agreement.max_error:.1e}",
@@ -139,13 +105,17 @@ def export(
                 f"{found.release:.2f} %, torch {found.torch:.2f} %",
                 soft_wrap=True,
             )
-    if releases[-1].facts["precision"] != "fp32" and validation is None and not releases[-1].accuracy:
+    if settings.precision != "fp32" and settings.validation is None and not releases[-1].accuracy:
         out.print(
             "No task accuracy was measured: the run has no validation data here; give some with --validation DATA"
         )
     out.print(f"Merged: {', '.join(str(release.merged) for release in releases)}", soft_wrap=True)
-    repository = "" if model_repository == "model_repository" else f" --model-repository {model_repository}"
-    out.print(f"Next:   radapter-serve{repository}", soft_wrap=True)
+    folder = settings.model_repository
+    repository = "" if folder == ExportSettings.model_repository else f" {shlex.quote(str(folder))}"
+    out.print(f"Next:   radapter-serve{repository}", markup=False, highlight=False, soft_wrap=True)
+    if sets := sorted(releases[-1].release.label_sets):
+        name = CLASSES if CLASSES in sets else sets[0]
+        out.print(f"        radapter-query classify PHOTO.jpg --label-set {name}", markup=False, highlight=False)
 
 
 def newest_run() -> Path:
@@ -162,15 +132,15 @@ def newest_run() -> Path:
     return found[-1]
 
 
-def _label_sets(pairs: Sequence[str]) -> dict[str, str]:
-    label_sets: dict[str, str] = {}
+def _label_sets(pairs: Sequence[str]) -> dict[str, Path]:
+    label_sets: dict[str, Path] = {}
     for pair in pairs:
         name, equals, file = pair.partition("=")
         if not (name and equals and file):
             raise RAdapterError(f"--label-set {pair}: write NAME=FILE, such as --label-set animals=animals.txt")
         if name in label_sets:
             raise RAdapterError(f"--label-set {name} is given twice")
-        label_sets[name] = file
+        label_sets[name] = Path(file)
     return label_sets
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +15,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from radapter_serve.cli import guard
-from radapter_serve.errors import RAdapterError
 
 PROG = "radapter-index"
 _NAMED = 10  # ids that a list shows
@@ -27,48 +28,56 @@ def build(
     alpha: float | None = None,
     image_column: str = "image",
     thumbnails: int = 128,
+    exif_orientation: bool = True,
     on_broken: Literal["refuse", "skip"] = "refuse",
-    resume: bool = False,
+    resume: bool = True,
 ) -> None:
-    """Make an index of all images of a folder or a table; one that stands there is replaced when this one is complete.
+    """Make an index of all images of a folder or a table.
+
+    A build that was stopped goes on. An index that the same release made of the same images is brought up to date. Any
+    other index at OUT is replaced when the new one is complete.
 
     Args:
-        source: folder of images, read with all folders in it, csv:FILE or parquet:FILE with paths of images.
+        source: folder of images, read with all folders in it, or csv:FILE or parquet:FILE with paths of images.
         out: folder of the index, such as indexes/photos; radapter-serve serves what is in ./indexes.
-        model_repository: whose newest release embeds; DIR@N for release N.
-        url: a live server that embeds instead, such as grpc://localhost:8001.
+        model_repository: whose newest release embeds the images; DIR@N for release N.
+        url: a live server that embeds them instead, such as grpc://localhost:8001.
         alpha: re-scaling from 0 to 1 of images and, later, queries, of a release that takes any (radapter-export
             --alpha dynamic); the release's own if none is given.
         image_column: column of a table that holds the paths; the others become metadata.
-        thumbnails: longer side in px at most; 0 for none.
+        thumbnails: longest side of a thumbnail in px; 0 for none.
+        exif_orientation: turn images as their EXIF says, where the release does so with queries;
+            --no-exif-orientation leaves them as the files have them, as open_clip does.
         on_broken: an image that can't be read stops the build, or is skipped and named in OUT/broken.txt.
-        resume: go on with a build that was stopped, without embedding again what it has.
+        resume: go on with what is embedded already; --no-resume throws a stopped build away and embeds every image
+            again.
     """
     from radapter_serve.index.build import build
 
-    with _release(model_repository, url) as release, _progress("embedding") as progress:
+    with _release({"url": url} if url else {"model_repository": model_repository}) as release:
         if alpha is not None:
             release.dial(alpha)
-        summary = build(
-            source,
-            out,
-            release,
-            image_column=image_column,
-            thumbnails=thumbnails,
-            on_broken=on_broken,
-            resume=resume,
-            progress=progress,
-        )
+        with _progress("embedding") as progress:
+            summary = build(
+                source,
+                out,
+                release,
+                image_column=image_column,
+                thumbnails=thumbnails,
+                exif_orientation=None if exif_orientation else False,
+                on_broken=on_broken,
+                resume=resume,
+                progress=progress,
+            )
     _show(summary, out)
-    print(f"\nserve it:   radapter-serve --indexes {out.parent}")
-    print(f'search it:  radapter-query search "a red bicycle" --index {out.name}')
+    print(f"\n{_next_commands(out, model_repository, url)}")
 
 
 def add(
     source: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[SOURCE]")] = None,
     *,
     out: Path,
-    model_repository: str = "model_repository",
+    model_repository: str | None = None,
     url: str | None = None,
     prune: bool = False,
     on_broken: Literal["refuse", "skip"] = "refuse",
@@ -78,14 +87,19 @@ def add(
     Args:
         source: where to look; the source that the index was made of if none is given.
         out: folder of the index.
-        model_repository: whose newest release embeds, the one that made the index; DIR@N for release N.
-        url: a live server that embeds instead.
+        model_repository: whose newest release embeds the images, the one that made the index; DIR@N for release N; the
+            repository or server that made the index if none is given.
+        url: a live server that embeds them instead.
         prune: remove images whose files are gone.
         on_broken: an image that can't be read stops this, or is skipped and named in OUT/broken.txt.
     """
     from radapter_serve.index.build import add
+    from radapter_serve.index.index import read_facts
 
-    with _release(model_repository, url) as release, _progress("embedding") as progress:
+    origin = read_facts(out).get("origin", {"model_repository": "model_repository"})
+    if model_repository or url:
+        origin = {"url": url} if url else {"model_repository": model_repository}
+    with _release(origin) as release, _progress("embedding") as progress:
         summary = add(out, release, source, prune=prune, on_broken=on_broken, progress=progress)
     _show(summary, out)
 
@@ -99,15 +113,16 @@ def info(out: tyro.conf.Positional[Path]) -> None:
     from radapter_serve.index.index import read_facts
 
     facts = read_facts(out)
-    release, engine = facts["release"], facts["engine"]
+    release, search = facts["release"], facts["search"]
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    approximate = f"{engine['index']}, recall@10 {engine['recall']:.3f}" if "index" in engine else "exact"
+    how = f"{search['index']}, recall@10 {search['recall']:.3f}" if "index" in search else "exact"
     rows = {
         "images": f"{facts['count']:,}",
-        "search": approximate,
+        "search": how,
         "columns": ", ".join(facts["columns"]),
         "release": f"{release['architecture']} at alpha {release['alpha']:g}, {release['precision']}",
         "digest": facts["release_digest"],
+        "made by": " ".join(facts.get("origin", {}).values()),
         "source": facts["source"],
         "ids start from": facts["root"],
         "size": f"{size / 1e6:.1f} MB",
@@ -125,14 +140,16 @@ def verify(out: tyro.conf.Positional[Path]) -> int:
         out: folder of the index.
     """
     from radapter_serve.index.build import verify
+    from radapter_serve.index.index import build_command, read_facts
 
     with _progress("reading") as progress:
         found = verify(out, progress=progress)
+    update = f"radapter-index add --out {shlex.quote(str(out))}"
     for name, ids, hint in (
-        ("file gone", found.missing, f"radapter-index add --out {out} --prune removes them"),
-        ("file changed", found.changed, f"radapter-index add --out {out} embeds them again"),
-        ("not in the index", found.new, f"radapter-index add --out {out} adds them"),
-        ("embedding damaged", found.damaged, "build the index again"),
+        ("file gone", found.missing, f"{update} --prune removes them"),
+        ("file changed", found.changed, f"{update} embeds them again"),
+        ("not in the index", found.new, f"{update} adds them"),
+        ("embedding damaged", found.damaged, f"{build_command(out, read_facts(out))} --no-resume embeds all again"),
     ):
         if ids:
             print(f"{name}: {len(ids)}; {hint}")
@@ -146,27 +163,40 @@ def verify(out: tyro.conf.Positional[Path]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `radapter-index`."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is written is put in order as on Ctrl-C
     commands: dict[str, Any] = {"build": build, "add": add, "info": info, "verify": verify}
-    return guard(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog=PROG), prog=PROG)
+    return guard(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog=PROG), argv, prog=PROG)
+
+
+def _next_commands(out: Path, model_repository: str, url: str | None) -> str:
+    """How to serve an index that was built, and how to search it."""
+    from radapter_serve.release.facts import split_repository
+
+    repository, number = split_repository(model_repository)
+    indexes, index = shlex.quote(str(out.parent)), shlex.quote(out.absolute().name)
+    place = "" if repository == "model_repository" else f" {shlex.quote(repository)}"
+    serve = f"radapter-serve{place} --indexes {indexes}"
+    search = f'radapter-query search "a red bicycle" --index {index}'
+    if url:
+        serve, search = f"the server needs --indexes {indexes}", f"{search} --url {shlex.quote(url)}"
+    elif number:
+        search += f" --release {number}"
+    return f"serve it:   {serve}\nsearch it:  {search}"
 
 
 @contextmanager
-def _release(model_repository: str, url: str | None) -> Iterator[Any]:
-    """What embeds."""
-    if url is None:
+def _release(origin: Mapping[str, str]) -> Iterator[Any]:
+    """What embeds, from `model_repository` or from `url`."""
+    if "model_repository" in origin:
         from radapter_serve.runtimes.local_release import LocalRelease
 
-        yield LocalRelease(model_repository)
+        yield LocalRelease(origin["model_repository"])
         return
-    from radapter_client import RAdapterClientError
     from radapter_serve.runtimes.served_release import ServerRelease, connect
 
-    client, release = connect(url)
-    try:
-        with client:
-            yield ServerRelease(client, release.facts)
-    except RAdapterClientError as error:
-        raise RAdapterError(f"{url}: {error}") from error
+    client, release = connect(origin["url"])
+    with client:
+        yield ServerRelease(client, origin["url"], release.facts)
 
 
 @contextmanager
@@ -187,9 +217,16 @@ def _show(summary: Any, out: Path) -> None:
     ):
         if number:
             parts.append(f"{number:,} {what}")
-    print(f"{out}: {summary.count:,} images ({', '.join(parts)})")
+    state = "" if summary.changed else "up to date, "
+    print(f"{out}: {state}{summary.count:,} images ({', '.join(parts)})")
+    if summary.left_out:
+        from radapter_serve.index.collection import SUFFIXES, count_kinds
+
+        count = sum(summary.left_out.values())
+        print(f"left out, for an index takes {', '.join(SUFFIXES)}: {count:,} files ({count_kinds(summary.left_out)})")
     if summary.broken:
-        print(f"{len(summary.broken):,} images can't be read, see {out / 'broken.txt'}")
+        broken = shlex.quote(str(out / "broken.txt"))
+        print(f"{len(summary.broken):,} images can't be read, see {broken}")
     if summary.recall is not None:
         print(f"approximate search, recall@10 {summary.recall:.3f}")
 

@@ -19,7 +19,7 @@ from radapter_serve.threads import limit_threads
 def main(argv: Sequence[str] | None = None) -> int:
     """Train adapters; `--recipe NAME` or FILE reads a recipe, and every field of a recipe is a flag."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return guard(lambda: _train(arguments), prog="radapter-train")
+    return guard(lambda: _train(arguments), arguments, prog="radapter-train")
 
 
 def _train(arguments: list[str]) -> None:

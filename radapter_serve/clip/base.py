@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -71,17 +72,19 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
         pretrained = None
         config = _local_config(Path(name.removeprefix(LOCAL)))
     else:
-        config = open_clip.get_model_config(name)
-        if config is None:
+        if ":" in name or (found := open_clip.get_model_config(name)) is None:  # hf-hub: would be downloaded
             raise RAdapterError(f"unknown model {name!r}; allowed: local-dir:PATH, or one of {_similar(name)}")
+        config = found
         tags = open_clip.list_pretrained_tags_by_model(name)
         if not pretrained or not (pretrained in tags or Path(pretrained).is_file()):
             raise RAdapterError(
                 f"no weights for {name}: pretrained is {pretrained!r}; allowed: the path of a checkpoint, "
                 f"or one of {', '.join(tags) or 'no tags for this model'}"
             )
+        if Path(pretrained).is_file():
+            quick_gelu = _quick_gelu(name, config, Path(pretrained))
         # open_clip only warns where a tag's activation differs from the architecture's; the numbers would change
-        quick_gelu = bool((open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu", False))
+        quick_gelu |= bool((open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu", False))
     try:
         with _quiet():
             model = open_clip.create_model(name, pretrained, force_quick_gelu=quick_gelu, require_pretrained=True)
@@ -113,6 +116,31 @@ def _local_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise RAdapterError(f"{folder} is no model folder: {path.name} is missing or broken ({error})") from error
     return config
+
+
+def _quick_gelu(name: str, config: dict[str, Any], checkpoint: Path) -> bool:
+    """Whether a checkpoint was trained with QuickGELU: by the configuration beside it, else by its name.
+
+    Raises:
+        RAdapterError: the architecture has QuickGELU and the checkpoint has not.
+    """
+    if (checkpoint.parent / "open_clip_config.json").is_file():
+        quick = bool(_local_config(checkpoint.parent).get("quick_gelu", False))
+    else:
+        openai = "openai" in checkpoint.name.lower() or any(part.endswith(".openai") for part in checkpoint.parts)
+        if not openai and not config.get("quick_gelu") and f"{name}-quickgelu" in open_clip.list_models():
+            print(
+                f"note: {checkpoint} does not say which activation it was trained with; {name} has GELU. "
+                f"For weights of OpenAI name the architecture {name}-quickgelu",
+                file=sys.stderr,
+            )
+        return openai
+    if config.get("quick_gelu") and not quick:
+        raise RAdapterError(
+            f"{name} computes with QuickGELU but {checkpoint} was trained with GELU, as the open_clip_config.json "
+            f"beside it says; name the architecture {name.removesuffix('-quickgelu')}"
+        )
+    return quick
 
 
 def _similar(name: str) -> str:

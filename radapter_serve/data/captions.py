@@ -38,6 +38,7 @@ class Captioned(ImageColumn):
         image_column, caption_column: names of the two columns; `json.caption` is the field of a column `json`.
         folder: what relative image paths are relative to.
         captions_per_image: texts of a training pair.
+        exif_orientation: turn images as their EXIF says.
     """
 
     table: Any
@@ -46,6 +47,7 @@ class Captioned(ImageColumn):
     caption_column: str
     folder: Path = field(default_factory=Path)
     captions_per_image: int = 1
+    exif_orientation: bool = True
 
     @cached_property
     def rows(self) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from radapter_serve.data.class_ids import number_classes, read_class_ids
 from radapter_serve.data.masks import IGNORE, Masked, MaskedImage, Segment, open_mask
@@ -118,7 +119,7 @@ class Panoptic(MaskedImage):
                 f"the mask {self.mask_path} is a picture in {image.mode}; a panoptic mask is a PNG in RGB, whose "
                 "colour, R + 256 G + 65536 B, is the id of the segment"
             )
-        self._check_size(image.size, f"the mask {self.mask_path}")
+        image = self._fit(image, f"the mask {self.mask_path}")
         ids = np.asarray(image).astype(np.int32) @ np.array([1, 256, 65536], np.int32)
         segments = [(label, ids == id_) for id_, label in self.labels.items()]
         areas = [int(inside.sum()) for _, inside in segments]
@@ -152,8 +153,9 @@ class Instances(MaskedImage):
     def segments(self) -> list[Segment]:
         from pycocotools import mask as coco
 
-        self._check_size(self.size, f"the annotation of {self.name}")
-        return [(label, np.asarray(coco.decode(runs), bool)) for label, runs in self._coded()]
+        what = f"the annotation of {self.name}"
+        masks = [(label, Image.fromarray(coco.decode(runs))) for label, runs in self._coded()]
+        return [(label, np.asarray(self._fit(mask, what), bool)) for label, mask in masks]
 
     def areas(self) -> list[tuple[int, int]]:
         from pycocotools import mask as coco

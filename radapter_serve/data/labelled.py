@@ -35,6 +35,7 @@ class Labelled(ImageColumn, LabelledImages):
         templates: prompt templates with `{}`, of which a training pair draws one.
         own: what the data itself calls the classes, such as the names of their folders; empty where it is the same.
         first_class: what labels that are numbers start from, where `classes` is a part of all classes.
+        exif_orientation: turn images as their EXIF says.
     """
 
     rows: Any
@@ -45,6 +46,7 @@ class Labelled(ImageColumn, LabelledImages):
     templates: Sequence[str] = ("a photo of a {}.",)
     own: list[str] = field(default_factory=list)
     first_class: int = 0
+    exif_orientation: bool = True
 
     def __post_init__(self) -> None:
         self.own = self.own or self.classes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from radapter_serve.data.coco import load_coco
@@ -9,7 +10,9 @@ from radapter_serve.data.masks import Masked, load_label_maps
 from radapter_serve.errors import RAdapterError
 
 
-def load_masked(spec: str, *, classes: Path | None = None, images: Path | None = None) -> Masked:
+def load_masked(
+    spec: str, *, classes: Path | None = None, images: Path | None = None, exif_orientation: bool = True
+) -> Masked:
     """Open a data set of images with masks.
 
     Args:
@@ -21,13 +24,18 @@ def load_masked(spec: str, *, classes: Path | None = None, images: Path | None =
             without a name (255 by custom) and those named unlabeled, void or ignore are ignored; ids of one name are
             one class.
         images: folder of the images; None takes DIR/images, or `images` beside FILE.json.
+        exif_orientation: turn images as their EXIF says. A mask turns with its image unless it stands upright already:
+            then it has the size of the turned image, or an EXIF orientation of its own.
 
     Raises:
         RAdapterError: it can't be read, an image or a mask is missing, there is no class file, or ids do not match.
     """
     reader, _, place = spec.partition(":")
     if reader == "masks" and place:
-        return load_label_maps(Path(place), classes, images)
-    if reader == "coco" and place:
-        return load_coco(Path(place), classes, images)
-    raise RAdapterError(f"could not read the masks {spec}; allowed: masks:DIR, coco:FILE.json")
+        masked = load_label_maps(Path(place), classes, images)
+    elif reader == "coco" and place:
+        masked = load_coco(Path(place), classes, images)
+    else:
+        raise RAdapterError(f"could not read the masks {spec}; allowed: masks:DIR, coco:FILE.json")
+    images_ = [replace(image, exif_orientation=exif_orientation) for image in masked.images]
+    return Masked(images_, masked.classes)

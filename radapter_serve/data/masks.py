@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 from radapter_serve.data.class_ids import find_class_file, number_classes, read_class_ids
 from radapter_serve.data.rows import BrokenImage
 from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.inputs.preprocess import oriented
 
 IGNORE = -1
+_ORIENTATION = ExifTags.Base.Orientation
 MAX_ID = 65535  # of a label map, which has 16 bits at most
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -29,10 +31,12 @@ class MaskedImage(ABC):
     Attributes:
         name: what to call it in a message.
         path: its file.
+        exif_orientation: turn image and mask as the image's EXIF says.
     """
 
     name: str
     path: Path
+    exif_orientation: bool = field(default=True, kw_only=True)
 
     def data(self) -> bytes:
         """The bytes of the image file.
@@ -72,19 +76,34 @@ class MaskedImage(ABC):
         """Class and area in pixels of each of `segments`, in their order."""
         return [(label, int(mask.sum())) for label, mask in self.segments()]
 
-    def _check_size(self, size: tuple[int, int], mask: str | Path) -> None:
-        """Refuse a mask that has another size, (width, height), than the image."""
+    def _fit(self, mask: Image.Image, what: str) -> Image.Image:
+        """Turn a mask as its image is turned, unless it stands upright already.
+
+        Args:
+            mask: without an EXIF orientation it may be upright, which its size tells, or lie as the image is stored.
+            what: what to call it in a message.
+
+        Raises:
+            RAdapterError: its size is not that of the image.
+        """
         try:
             with Image.open(self.path) as image:
-                own = image.size
+                orientation = image.getexif().get(_ORIENTATION, 1) if self.exif_orientation else 1
+                stored = image.size
         except Exception as error:  # Pillow raises anything on broken files
             raise BrokenImage(f"image {self.path} can't be read: {reason(error)}") from None
-        if own != size:
-            hint = "; the image's EXIF orientation is not applied" if own == size[::-1] else ""
+        size = stored[::-1] if orientation in (5, 6, 7, 8) else stored
+        upright = oriented(mask) if self.exif_orientation else mask
+        if upright is mask and mask.size == stored and orientation != 1:
+            mask.getexif()[_ORIENTATION] = orientation
+            upright = oriented(mask)
+        if upright.size != size:
             raise RAdapterError(
-                f"{mask} has {size[0]} x {size[1]} pixels but the image {self.path} has {own[0]} x {own[1]}; "
-                f"make them the same size{hint}"
+                f"{what} has {mask.width} x {mask.height} pixels but the image {self.path} has {stored[0]} x "
+                f"{stored[1]}; make them the same size"
+                + ("; the image is not turned as its EXIF says" if mask.size == stored[::-1] else "")
             )
+        return upright
 
 
 @dataclass(frozen=True)
@@ -119,7 +138,7 @@ class LabelMap(MaskedImage):
                 f"the mask {self.mask_path} is a picture in {image.mode}; a label map is a PNG, gray, palette or 16 "
                 "bit, whose value is the class id (for COCO's panoptic masks, which are coloured, use coco:FILE.json)"
             )
-        self._check_size(image.size, f"the mask {self.mask_path}")
+        image = self._fit(image, f"the mask {self.mask_path}")
         return self.table.take(np.asarray(image).astype(np.int32), mode="clip")
 
     def segments(self) -> list[Segment]:

@@ -83,6 +83,7 @@ class ImageColumn:
 
     image_column: str
     folder: Path  # relative paths start there
+    exif_orientation: bool  # turn images as their EXIF says
 
     def image(self, row: dict[str, Any]) -> Image.Image:
         """The image of a row, decoded as the server decodes it.
@@ -90,7 +91,7 @@ class ImageColumn:
         Raises:
             BrokenImage: it is missing, or no image; says which.
         """
-        return decode_named(self.data(row), self.name(row))
+        return decode_named(self.data(row), self.name(row), exif_orientation=self.exif_orientation)
 
     def data(self, row: dict[str, Any]) -> bytes:
         """The bytes of a row's image file.
@@ -115,14 +116,19 @@ class ImageColumn:
         return path if isinstance(path, str) else "in the table"
 
 
-def decode_named(data: bytes, name: str | Path) -> Image.Image:
+def decode_named(data: bytes, name: str | Path, *, exif_orientation: bool = True) -> Image.Image:
     """Decode the bytes of an image file as the server does.
+
+    Args:
+        data: of the file.
+        name: what to call the image in a message.
+        exif_orientation: turn the image as its EXIF says.
 
     Raises:
         BrokenImage: it is no image; says which.
     """
     try:
-        return decode(data)
+        return decode(data, exif_orientation=exif_orientation)
     except RAdapterError as error:
         raise BrokenImage(f"image {name} can't be read: {getattr(error, 'message', error)}") from None
 
@@ -154,14 +160,17 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
     try:
         rows = datasets.load_dataset(reader if local else place, split=split, streaming=streaming, **source)
     except Exception as error:  # datasets, pyarrow and the hub raise many kinds, and all mean: can't be read
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # datasets says no more than that an error occurred
+            cause = cause.__cause__
         kinds = ", ".join(f"{name}:PATH" for name in READERS)
-        raise RAdapterError(
-            f"could not read the data {spec}: {reason(error)}; allowed: {kinds}, or a hub name"
-        ) from error
+        why = "it holds no rows" if "corresponds to no data" in str(cause) else reason(cause)
+        why += "; save the file as UTF-8" if isinstance(cause, UnicodeDecodeError) else ""
+        raise RAdapterError(f"could not read the data {spec}: {why}; allowed: {kinds}, or a hub name") from error
     features = rows.features or {}
     for column, flag in columns.items():
         if features and not _has(features, column):
-            hint = " (an image folder needs one sub-folder a class)" if reader == "imagefolder" else ""
+            hint = " (an image folder needs one sub-folder a class, and two classes)" if reader == "imagefolder" else ""
             raise RAdapterError(
                 f"{spec} has no column {column!r}{hint}; its columns: {', '.join(features)}; see {flag}"
             )

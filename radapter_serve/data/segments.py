@@ -53,7 +53,8 @@ class Segments(LabelledImages):
         number, segment = int(row[0]), int(row[1])
         if self._last is None or self._last[0] != number:  # in their order, as in validation, each is decoded once
             masked = self.images[number]
-            self._last = number, decode_named(masked.data(), masked.path), masked.segments()
+            image = decode_named(masked.data(), masked.path, exif_orientation=masked.exif_orientation)
+            self._last = number, image, masked.segments()
         _, image, segments = self._last
         return self.crop(image, segments[segment][1])
 

@@ -126,7 +126,7 @@ def ask_segment(client: Client, merged: Path, data: DemoData, scenes: SceneData,
     masked = load_masked(f"masks:{scenes.test[FINE_TUNED]}", classes=scenes.classes)
     images = random.Random(seed).sample(list(masked.images), QUESTIONS // 3)
     reference = Reference(merged)
-    facts = client.release.facts
+    facts = client.release().facts
     preprocess, crop = Preprocess.from_dict(facts["preprocess"]), MaskCrop.from_dict(facts["crop"])
     segmenter = Segmenter(reference.patches, None, preprocess, crop, reference.scale, facts["max_batch_size"])
     classes = reference.classes(masked.classes, data.templates)

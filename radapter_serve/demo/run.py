@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from radapter_client import Client
-from radapter_export import export_release
+from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter.file import check_alpha
 from radapter_serve.demo.ask import ask_classify, ask_search, ask_segment
 from radapter_serve.demo.data import FINE_TUNED, STYLES, prepare
@@ -68,10 +68,12 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, alpha: float
         (release,) = export_release(
             learned.run,
             [learned.alpha],
-            model_repository=repository,
-            merged=out / "merged" / task,
-            label_sets={LABEL_SET: data.classes},
-            templates=data.templates,
+            ExportSettings(
+                model_repository=repository,
+                merged=out / "merged" / task,
+                label_sets={LABEL_SET: data.classes},
+                templates=data.templates,
+            ),
             progress=lambda line: say(f"[dim]{line}[/]"),
         )
         errors = {graph.name: graph.agreement.max_error for graph in release.graphs}

@@ -29,6 +29,7 @@ from torchvision.transforms.functional import normalize
 
 from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.demo.data import STYLES, Concept, concepts, drawing, render
+from radapter_serve.files import staged
 
 SIZE, MEAN, STD = 48, (0.75, 0.73, 0.7), (0.32, 0.32, 0.34)
 MODEL: dict[str, Any] = {
@@ -183,9 +184,8 @@ def save(model: nn.Module, used: Tensor, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    part = folder / ".open_clip_model.part"
-    save_file(state, part)
-    part.replace(folder / "open_clip_model.safetensors")
+    with staged(folder / "open_clip_model.safetensors") as part:
+        save_file(state, part)
 
 
 def main() -> None:

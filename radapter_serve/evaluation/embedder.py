@@ -66,12 +66,14 @@ class Embedder(Protocol):
         templates: prompt templates for data sets that bring none.
         size: side of the image encoder's input in pixels, which is the window's too.
         crop: how the masks of proposals are shown.
+        exif_orientation: whether it turns images as their EXIF says.
     """
 
     variants: Sequence[Variant]
     templates: list[str]
     size: int
     crop: MaskCrop
+    exif_orientation: bool
 
     def select(self, variant: Variant) -> None:
         """Embed by this model from now on."""
@@ -114,7 +116,7 @@ def segment_here(segmenter: Segmenter, embeds: Floats, options: SegmentOptions) 
     """
 
     def segment(data: bytes, masks: NDArray[np.uint8] | None) -> NDArray[np.uint16]:
-        image = decode(data)
+        image = decode(data, exif_orientation=segmenter.exif_orientation)
         if masks is None:
             return segmenter.dense(image, embeds, options).mask
         return segmenter.from_proposals(image, embeds, masks, None, options).mask

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,9 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.data import (
-    ImageColumn,
-)
+from radapter_serve.data import ImageColumn
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder
 from radapter_serve.evaluation.intervals import Interval, mean_recall_interval, wilson
@@ -21,11 +18,13 @@ from radapter_serve.evaluation.judged import (
     MOST_CONFUSED,
     Known,
     Scorer,
+    as_seen,
     by_class,
     class_embeds,
     confused,
     contents,
     digest,
+    png_of,
 )
 from radapter_serve.evaluation.metrics import (
     Floats,
@@ -53,7 +52,7 @@ class Image:
     border: int
 
     def __call__(self) -> bytes:
-        return _cropped(self.data(), self.border) if self.border else self.data()
+        return _cropped(self.data(), self.border, self.column.exif_orientation) if self.border else self.data()
 
     def data(self) -> bytes:
         """The bytes of the file, the border still there."""
@@ -65,16 +64,14 @@ class Image:
         return self.column.name(self.rows[self.index])
 
 
-def _cropped(data: bytes, border: int) -> bytes:
-    image = decode(data)
+def _cropped(data: bytes, border: int, exif_orientation: bool) -> bytes:
+    image = decode(data, exif_orientation=exif_orientation)
     most = (min(image.size) - 1) // 2
     if border > most:
         raise RAdapterError(
             f"border is {border}, which leaves nothing of {image.width} x {image.height} pixels; allowed: 0 to {most}"
         )
-    out = io.BytesIO()
-    image.crop((border, border, image.width - border, image.height - border)).save(out, "PNG")
-    return out.getvalue()
+    return png_of(image.crop((border, border, image.width - border, image.height - border)))
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ class _ImageSet:
         return contents(self.entry.name, [lambda image=image: [image.data()] for image in self.images])  # type: ignore[misc]
 
     def prepare(self, embedder: Embedder, number: int) -> Any:
-        return embedder.prepare(self.images[number]())
+        return embedder.prepare(as_seen(self.images[number](), self.entry, embedder))
 
 
 @dataclass(frozen=True)

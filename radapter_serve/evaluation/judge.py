@@ -94,6 +94,7 @@ def facts_of(embedder: Embedder, data: JudgedSet, variant: Variant) -> Row:
         "split": data.entry.split,
         "metric": data.entry.metric,
         **({"border": data.entry.border} if data.entry.border else {}),
+        **({} if data.entry.exif_orientation else {"exif_orientation": False}),
         **facts,
         **data.facts,
         **data.how(embedder),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,15 +11,18 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder
 from radapter_serve.evaluation.metrics import Floats, check_finite
 from radapter_serve.evaluation.suite import Entry
 from radapter_serve.inputs.labels import split_label
+from radapter_serve.inputs.preprocess import decode, oriented
 
 MOST_CONFUSED = 50  # classes of a confusion matrix that a row keeps and a picture can show
 _READERS = 8  # files that are read at once
+_OF_PNG = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 EmbedTexts = Callable[[Sequence[str]], Floats]
 Known = dict[tuple[tuple[str, ...], str], Floats]
 
@@ -118,6 +122,24 @@ def by_class(classes: Sequence[str], n: NDArray[Any], **values: NDArray[np.float
 def confused(counts: NDArray[np.int64]) -> dict[str, Any]:
     """`confusion` of a row, from `metrics.confusion`; nothing where there are too many classes to look at."""
     return {"confusion": counts.tolist()} if len(counts) <= MOST_CONFUSED else {}
+
+
+def as_seen(data: bytes, entry: Entry, embedder: Embedder) -> bytes:
+    """An image file for models that turn images by EXIF, or don't, such that they see what the suite wants."""
+    if entry.exif_orientation == embedder.exif_orientation:
+        return data
+    stored = decode(data, exif_orientation=False)
+    turned = oriented(stored)
+    if turned is stored:
+        return data
+    return png_of(turned if entry.exif_orientation else stored)
+
+
+def png_of(image: Image.Image) -> bytes:
+    """An image as a PNG file that has no EXIF."""
+    out = io.BytesIO()
+    (image if image.mode in _OF_PNG else image.convert("RGB")).save(out, "PNG", exif=b"")
+    return out.getvalue()
 
 
 def drawn(count: int, limit: int | None, seed: int) -> NDArray[np.int64]:

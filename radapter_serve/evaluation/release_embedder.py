@@ -37,6 +37,7 @@ class ReleaseEmbedder:
         facts = self._release.facts
         self.templates = list(facts["templates"])
         self.size, self.crop = self._release.preprocess.size[0], MaskCrop.of_release(facts)
+        self.exif_orientation = self._release.preprocess.exif_orientation
         self.variants = release_variants("release", facts, alphas)
 
     def select(self, variant: Variant) -> None:

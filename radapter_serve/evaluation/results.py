@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import staged
 from radapter_serve.inputs.probabilities import SAME
 
 Row = dict[str, Any]
@@ -45,15 +45,13 @@ class Results:
     def add(self, rows: Iterable[Row]) -> None:
         """Add rows, and write the file."""
         self.rows += rows
-        part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in self.rows)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in self.rows), encoding="utf-8")
-            part.replace(self.path)
+            with staged(self.path) as part:
+                part.write_text(lines, encoding="utf-8")
         except OSError as error:
             raise RAdapterError(f"could not write {self.path}: {error.strerror}") from error
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def curve(rows: Sequence[Row]) -> list[dict[str, float]]:

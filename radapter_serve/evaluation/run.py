@@ -113,7 +113,22 @@ def choose_alpha(
     return choice, save_choice(choice, adapter)
 
 
-def draw(rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
+def draw_choice(choice: Choice, folder: Path) -> Path:
+    """Draw the curve on validation data that an α was chosen from, as `validation.png`; returns its path.
+
+    Args:
+        choice: from `choose_alpha`.
+        folder: for the picture.
+    """
+    ids, ood = ([name for name, of in choice.sets.items() if of["shift"] == shift] for shift in ("id", "ood"))
+    metrics = {metric_name(of["metric"]) for of in choice.sets.values()}
+    unit = f"{metrics.pop()}, %" if len(metrics) == 1 else "%"
+    path = folder / "validation.png"
+    plot_alpha_curve(choice.curve, ids, ood, path, title=f"validation: α = {choice.alpha:g}", unit=unit)
+    return path
+
+
+def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = True) -> list[Path]:
     """Draw what the rows of one call allow.
 
     `bars.png` always; `alpha.png` where there are several α of one source, one each for dense segmentation and
@@ -123,6 +138,7 @@ def draw(rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
         rows: from `judge_suite`.
         folder: for the pictures.
         title: above them.
+        curve_too: False leaves `alpha.png` as it is.
 
     Returns:
         The pictures' paths.
@@ -143,7 +159,7 @@ def draw(rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
         ids, ood = (list(dict.fromkeys(r["dataset"] for r in some if r["shift"] == s)) for s in ("id", "ood"))
         lines = {source: curve([r for r in some if r["source"] == source]) for source in names}
         line = next((lines[source] for source in names[:3] if len(lines[source]) > 1), None)
-        if line is not None:
+        if curve_too and line is not None:
             pictures.append(folder / ("alpha.png" if len(ways) == 1 else f"alpha-{way}.png"))
             beside = {"WiSE-FT": lines["wise-ft"]} if lines["wise-ft"] else None
             plot_alpha_curve(line, ids, ood, pictures[-1], title=title, beside=beside, unit=unit)
@@ -173,6 +189,7 @@ def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
         )
     own = ("image_column", "label_column", "caption_column", "class_split", "images", "classes")
     fields: dict[str, Any] = {name: str(recipe[name]) for name in own if recipe.get(name)}
+    fields["exif_orientation"] = recipe.get("exif_orientation", True)
     if task == "segmentation":
         fields["dense"] = recipe["dense"] if recipe.get("dense", "none") != "none" else PROPOSALS
     fields |= {"name": "validation", "data": data, "task": task, "split": "validation"}

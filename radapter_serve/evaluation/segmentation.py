@@ -14,7 +14,7 @@ from radapter_serve.data.masks import IGNORE, MaskedImage
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder, SegmentImage, SegmentQuery
 from radapter_serve.evaluation.intervals import segmentation_intervals
-from radapter_serve.evaluation.judged import Known, by_class, confused, contents, digest
+from radapter_serve.evaluation.judged import Known, as_seen, by_class, confused, contents, digest
 from radapter_serve.evaluation.metrics import class_ious, confusion, pixel_sums, segmentation_metrics, shares
 from radapter_serve.evaluation.suite import Entry
 from radapter_serve.inputs.labels import split_label
@@ -128,7 +128,7 @@ class SegmentationSet:
         if self.entry.dense == PROPOSALS:
             segments = [mask for label, mask in image.segments() if label != self.background and mask.any()]
             masks = np.array(segments, np.uint8) * np.uint8(255)
-        return MaskedItem(number, image.data(), image.mask(), masks)
+        return MaskedItem(number, as_seen(image.data(), self.entry, embedder), image.mask(), masks)
 
     def scorer(self, embedder: Embedder, known: Known) -> SegmentationScorer:
         query = self.query(embedder)

@@ -33,6 +33,7 @@ class ServerEmbedder:
         self._facts = release.facts
         self.templates = release.templates
         self.size, self.crop = int(release.facts["preprocess"]["size"]), MaskCrop.of_release(release.facts)
+        self.exif_orientation = bool(release.facts["preprocess"].get("exif_orientation", True))
         self.variants = release_variants("server", release.facts, alphas)
         self._alpha: float | None = None
 

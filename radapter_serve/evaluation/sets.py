@@ -21,10 +21,7 @@ from radapter_serve.data import (
 from radapter_serve.data.masked import load_masked
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import ClassificationSet, Image, RetrievalSet
-from radapter_serve.evaluation.judged import (
-    JudgedSet,
-    drawn,
-)
+from radapter_serve.evaluation.judged import JudgedSet, drawn
 from radapter_serve.evaluation.karpathy import load_karpathy
 from radapter_serve.evaluation.segmentation import SegmentationSet
 from radapter_serve.evaluation.suite import Entry, Suite, read_yaml
@@ -102,6 +99,7 @@ def classification_set(
         classes, labels = [mapping[data.own[index]] for index in kept], new[labels]
         chosen = np.flatnonzero(labels >= 0)
     chosen = chosen[drawn(len(chosen), limit, seed)]
+    data.exif_orientation = entry.exif_orientation
     images = [Image(data, data.rows, int(index), entry.border) for index in chosen]
     return ClassificationSet(entry, images, labels[chosen], list(classes), templates)
 
@@ -114,6 +112,7 @@ def _retrieval_set(suite: Suite, entry: Entry, spec: str, limit: int | None, see
         data = load_karpathy(Path(path), split, folder or Path(path).parent)
     else:
         data = load_captioned(spec, image_column=entry.image_column, caption_column=entry.caption_column, images=folder)
+    data.exif_orientation = entry.exif_orientation
     chosen = [data.images[index] for index in drawn(len(data.images), limit, seed)]
     captions = [image.captions[: entry.max_captions] for image in chosen]
     image_of = np.repeat(np.arange(len(chosen)), [len(texts) for texts in captions])
@@ -126,6 +125,7 @@ def _segmentation_set(suite: Suite, entry: Entry, spec: str, limit: int | None, 
         spec,
         classes=_file(suite, entry.classes) if entry.classes else None,
         images=_images(suite, entry),
+        exif_orientation=entry.exif_orientation,
     )
     images = [data.images[index] for index in drawn(len(data.images), limit, seed)]
     return SegmentationSet(entry, images, data.classes, _templates(suite, entry.templates))

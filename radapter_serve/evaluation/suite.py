@@ -64,6 +64,8 @@ class Entry:
             has both, the harmonic mean of the two is reported, too.
         templates: prompt templates, `openai`, `simple`, or a file beside the suite; None takes the
             model's own.
+        exif_orientation: turn images as their EXIF says, for every model that is judged; false leaves the pixels as the
+            file has them, as open_clip does.
         border: pixels that are cut off each side of an image first (ObjectNet's have a red frame).
         image_column, label_column, caption_column: names of columns.
         max_captions: retrieval: no more captions of an image than this, its first; None takes all.
@@ -84,6 +86,7 @@ class Entry:
     metric: str = ""
     classes: str | None = None
     templates: Templates = None
+    exif_orientation: bool = True
     border: Annotated[int, Field(ge=0)] = 0
     image_column: str = "image"
     label_column: str = "label"

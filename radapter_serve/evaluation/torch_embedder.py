@@ -87,7 +87,7 @@ class TorchEmbedder:
             raise RAdapterError(f"device {device!r} can't be used: {reason(error)}; allowed: cpu, cuda, ...") from error
         self._transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
         self._preprocess = Preprocess.from_dict(base.preprocess)
-        self.size = self._preprocess.size[0]
+        self.size, self.exif_orientation = self._preprocess.size[0], self._preprocess.exif_orientation
         self.crop = crop or MaskCrop.from_recipe({}, base.preprocess["mean"])
         self._tensors = self._model.state_dict()
         self._lines = {line.source: line for line in lines}

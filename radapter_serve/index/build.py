@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +21,20 @@ import numpy as np
 import pyarrow as pa
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.index.collection import open_collection
-from radapter_serve.index.index import FACTS, FORMAT, TABLE, Index, engine_errors, mismatch, read_facts, vectors_of
+from radapter_serve.files import swap_in
+from radapter_serve.index.collection import Collection, open_collection
+from radapter_serve.index.index import (
+    FACTS,
+    FORMAT,
+    NAME,
+    TABLE,
+    Index,
+    build_command,
+    mismatch,
+    read_facts,
+    table_errors,
+    vectors_of,
+)
 from radapter_serve.index.writer import (
     BATCH,
     OnBroken,
@@ -31,23 +46,37 @@ from radapter_serve.index.writer import (
     read_broken,
 )
 from radapter_serve.lock import lock
-from radapter_serve.release.facts import release_digest
+from radapter_serve.release.facts import find_release, read_release, release_digest, split_repository
 from radapter_serve.threads import decoders
 
-_NAMES = ("architecture", "alpha", "version", "precision", "base_digest", "adapter_digest", "embed_dim")
-_KEEP = datetime.timedelta(hours=1)  # for servers that still read what an addition replaced
+_STOPPED = "building.json"  # in the folder of an unfinished build: the facts of the index that it makes
+_OF_RELEASE = (
+    *("architecture", "alpha", "dynamic_alpha", "version", "precision"),
+    *("base_digest", "adapter_digest", "embed_dim"),
+)
+#: where an index and a build differ in one of these facts, every image is embedded again
+_DECIDING = {
+    "release_digest": "release",
+    "root": "folder",
+    "image_column": "image column",
+    "column_types": "columns",
+    "thumbnails": "size of thumbnails",
+    "exif_orientation": "EXIF orientation",
+}
+KEEP = datetime.timedelta(hours=1)  # how long servers may read a version of the table that was replaced
+_DROP = datetime.timedelta(milliseconds=1)
 
 
 @dataclass(frozen=True)
 class Verification:
-    """How an index and the files differ, ids of each kind.
+    """How an index and its files differ.
 
     Attributes:
-        missing: in the index, the file is gone.
-        changed: the file has other bytes now.
-        new: in the source, not in the index.
-        damaged: the embedding is not of unit length.
-        alpha: what the index was embedded at.
+        missing: ids of images whose files are gone.
+        changed: ids of images whose files have other bytes now.
+        new: ids of images that the index does not have yet.
+        damaged: ids of images whose embedding has not unit length.
+        alpha: the α that the images were embedded at.
     """
 
     missing: list[str]
@@ -58,7 +87,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing differs."""
+        """Whether index and files agree."""
         return not (self.missing or self.changed or self.new or self.damaged)
 
 
@@ -69,28 +98,38 @@ def build(
     *,
     image_column: str = "image",
     thumbnails: int = 128,
+    exif_orientation: bool | None = None,
     on_broken: OnBroken = "refuse",
-    resume: bool = False,
+    resume: bool = True,
     progress: Progress | None = None,
 ) -> Summary:
-    """Make an index, whole or not at all; one that stands at `out` is replaced when the new one is complete.
+    """Make an index, whole or not at all.
+
+    A build that was stopped goes on. An index that the same release made of the same images is brought up to date. Any
+    other index at `out` is replaced when the new one is complete.
 
     Args:
-        source: folder, `csv:FILE` or `parquet:FILE`.
-        out: folder of the index.
-        release: embeds.
-        image_column: of a table.
-        thumbnails: longer side at most in px; 0 for none.
-        on_broken: skip counts and names images that can't be read, refuse stops.
-        resume: go on with a build that was stopped; it begins anew otherwise.
-        progress: told after every batch.
+        source: a folder, `csv:FILE` or `parquet:FILE`.
+        out: the index's folder; clients search by the folder's name.
+        release: embeds the images.
+        image_column: the table's column of image paths.
+        thumbnails: longest side of a thumbnail, 0 (none) to 1024 px.
+        exif_orientation: whether images are turned as their EXIF says; None does as the release does.
+        on_broken: "skip" counts and names images that can't be read, "refuse" stops at the first.
+        resume: False throws a stopped build away and embeds every image again.
+        progress: called after every batch.
 
     Raises:
-        RAdapterError: no image, a broken one to be refused, another thing at `out`, or nothing could be written.
+        RAdapterError: there is no image, an image is broken, `out` is something else, a stopped build had other
+            arguments, or nothing could be written.
     """
     if not 0 <= thumbnails <= 1024:
         raise RAdapterError(f"--thumbnails is {thumbnails}; allowed: 0 (none) to 1024 px")
     out = out.absolute()
+    if not re.fullmatch(NAME, out.name):
+        raise RAdapterError(
+            f"{out.name!r} can't be the name of an index; allowed are letters, digits, and _ . - after the first"
+        )
     if out.exists() and not (out / FACTS).is_file():
         raise RAdapterError(f"{out} stands already and is no index; give another folder with --out")
     collection = open_collection(source, image_column=image_column)
@@ -98,44 +137,44 @@ def build(
         "format": FORMAT,
         "source": collection.source,
         "image_column": image_column,
+        "column_types": {name: str(kind) for name, kind in collection.columns.items()},
         "root": collection.root.as_posix(),
         "release_digest": release_digest(release.facts),
-        "release": {name: release.facts[name] for name in _NAMES},
+        "release": {name: release.facts.get(name) for name in _OF_RELEASE},
+        "origin": dict(release.origin),
         "thumbnails": thumbnails,
-        "columns": {name: str(kind) for name, kind in collection.columns.items()},
+        "exif_orientation": _turn(release, exif_orientation),
     }
     staged = out.with_name(f".{out.name}.building")
-    plan = staged / "plan.json"
-    with (
-        disk_errors(out),
-        lock(staged, "radapter-index"),
-        lock(out, "radapter-index") if out.exists() else contextlib.nullcontext(),
-    ):
-        if resume and plan.is_file():
-            before = json.loads(plan.read_text(encoding="utf-8"))
-            other = [name for name in facts if name not in ("release", "source") and before.get(name) != facts[name]]
-            if other:
+
+    def fill(folder: Path, facts: dict[str, Any], keep: datetime.timedelta) -> Summary:
+        writer = Writer(folder, facts, release, _schema(facts, collection))
+        summary = writer.write(collection, on_broken, progress)
+        there = {item.id for item in collection.items} - summary.broken.keys()
+        summary.removed = writer.delete(writer.known.keys() - there)
+        if not writer.known:
+            raise RAdapterError(f"none of the {len(collection.items)} images of {source} can be read")
+        writer.finish(summary, keep)
+        return summary
+
+    with disk_errors(out), lock(out, "radapter-index") if out.exists() else contextlib.nullcontext():
+        goes_on = resume and _holds_rows(staged)
+        if resume and not goes_on and not _differences(made := _read_made(out), facts):
+            return fill(out, made | facts, KEEP)
+        with lock(staged, "radapter-index"):
+            if goes_on and (other := _differences(stopped := _read_stopped(staged), facts)):
+                command = f": {build_command(out, stopped)}" if stopped.keys() >= facts.keys() else ""
                 raise RAdapterError(
-                    f"the build of {out} that was stopped had another {', '.join(other)}; build without --resume"
+                    f"a build of {out} was stopped that had another {', '.join(other)}; finish it{command}, or throw "
+                    "it away with --no-resume"
                 )
-        else:
-            _clear(staged)
-            plan.write_text(json.dumps(facts), encoding="utf-8")
-        try:
-            writer = Writer(staged, facts, release, _schema(facts, collection.columns))
-            summary = writer.write(collection, on_broken, progress)
-            writer.delete(set(writer.known) - {item.id for item in collection.items})  # gone since it was stopped
-            if not writer.known:
-                raise RAdapterError(f"none of the {len(collection.items)} images of {source} can be read")
-            writer.finish(summary, datetime.timedelta(milliseconds=1))
-            plan.unlink()
-            _replace(staged, out)
-        except BaseException as error:
-            if not _rows(staged):  # nothing to resume
-                shutil.rmtree(staged, ignore_errors=True)
-            elif isinstance(error, RAdapterError):
-                raise RAdapterError(f"{error}; what is embedded is kept, go on with --resume") from error
-            raise
+            with _kept_or_removed(staged), disk_errors(out):
+                if not goes_on:
+                    shutil.rmtree(staged / f"{TABLE}.lance", ignore_errors=True)
+                    (staged / _STOPPED).write_text(json.dumps(facts), encoding="utf-8")
+                summary = fill(staged, facts, _DROP)
+                swap_in(staged, out, out.with_name(f".{out.name}.old"))
+                (out / _STOPPED).unlink()
     return summary
 
 
@@ -148,17 +187,17 @@ def add(
     on_broken: OnBroken = "refuse",
     progress: Progress | None = None,
 ) -> Summary:
-    """Bring an index up to date: embed what is new or has other bytes, keep the rest. Seen whole or not at all.
+    """Embed what is new or has other bytes, and keep the rest. The addition is seen whole or not at all.
 
     Args:
-        out: folder of the index.
-        release: embeds; of the index's own digest.
-        source: where to look, as of `build`; the index's own source if None.
+        out: the index's folder.
+        release: embeds the images; it must be the one that made the index, or the same exported again.
+        source: where to look, as of `build`; None takes the index's own source.
         prune: remove images whose files are gone.
         on_broken, progress: as of `build`.
 
     Raises:
-        RAdapterError: no index, one of another release, or as of `build`.
+        RAdapterError: there is no index, another release made it, or as of `build`.
     """
     out = out.absolute()
     read_facts(out)  # locking would make the folder
@@ -167,31 +206,30 @@ def add(
         if release.facts.get("dynamic_alpha"):
             release.dial(facts["release"]["alpha"])
         if facts["release_digest"] != release_digest(release.facts):
-            raise RAdapterError(mismatch(out, facts, release.facts))
+            raise RAdapterError(_other_release(out, facts, release))
+        _turn(release, facts.get("exif_orientation", False))
         root = Path(facts["root"])
         collection = open_collection(source or facts["source"], image_column=facts["image_column"], root=root)
-        writer = Writer(out, facts, release, None)
+        writer = Writer(out, {**facts, "origin": dict(release.origin)}, release)
         writer.check_columns(collection)
         summary = writer.write(collection, on_broken, progress)
         if prune:
-            gone = {id for id in writer.known if not os.path.lexists(root / id)}
-            writer.delete(gone)
-            summary.removed = len(gone)
-        writer.finish(summary, _KEEP)
+            summary.removed = writer.delete({id for id in writer.known if not os.path.lexists(root / id)})
+        writer.finish(summary, KEEP)
     return summary
 
 
 def verify(out: Path, *, progress: Progress | None = None) -> Verification:
-    """Compare an index with the files: every file is read, no image is embedded.
+    """Compare an index with its files: every file is read, and no image is embedded.
 
     Raises:
-        RAdapterError: no index, or a broken one.
+        RAdapterError: there is no index, or a broken one.
     """
     index = Index(out)
     root = Path(index.facts["root"])
     known: set[str] = set()
     missing, changed, damaged, new = [], [], [], []
-    with engine_errors(out), ThreadPoolExecutor(decoders(8)) as pool:
+    with table_errors(out), ThreadPoolExecutor(decoders(8)) as pool:
         for batch in index.table.search().select(["path", "digest", "vector"]).to_batches(BATCH):
             ids, digests = batch["path"].to_pylist(), batch["digest"].to_pylist()
             for id, digest, now in zip(ids, digests, pool.map(lambda id: _file_digest(root / id), ids), strict=True):
@@ -212,17 +250,44 @@ def verify(out: Path, *, progress: Progress | None = None) -> Verification:
     return Verification(sorted(missing), sorted(changed), sorted(new), sorted(damaged), alpha)
 
 
-def _schema(facts: Mapping[str, Any], columns: Mapping[str, Any]) -> pa.Schema:
-    dim = int(facts["release"]["embed_dim"])
+def _turn(release: Release, wanted: bool | None) -> bool:
+    """Have the release turn images by their EXIF orientation or not; None leaves it as it is."""
+    own = bool(release.facts["preprocess"].get("exif_orientation", True))
+    if wanted is None or wanted == own:
+        return own
+    release.preprocess = dataclasses.replace(release.preprocess, exif_orientation=wanted)
+    return wanted
+
+
+def _other_release(out: Path, facts: Mapping[str, Any], release: Release) -> str:
+    """Why `add` refuses, and the commands that help."""
+    text = f"the index {out} {mismatch(facts, release.facts)}; build it again: {build_command(out, facts, release)}"
+    repository, _ = split_repository(facts.get("origin", {}).get("model_repository", ""))
+    made, place = facts["release"], f"{repository}@{facts['release']['version']}"
+    with contextlib.suppress(RAdapterError):
+        found = read_release(find_release(place))
+        alpha = made["alpha"] if found.get("dynamic_alpha") else found["alpha"]
+        if release_digest({**found, "alpha": alpha}) == facts["release_digest"]:
+            again = shlex.join(["radapter-index", "add", "--out", str(out), "--model-repository", place])
+            text += f"; or add to it by the release that made it: {again}"
+    return text
+
+
+def _differences(made: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    """In what an index, or a stopped build, is unlike the one that is to be built."""
+    return [word for name, word in _DECIDING.items() if made.get(name) != facts[name]]
+
+
+def _schema(facts: Mapping[str, Any], collection: Collection) -> pa.Schema:
     return pa.schema(
         [
             ("path", pa.string()),
             ("width", pa.int32()),
             ("height", pa.int32()),
             ("digest", pa.string()),
-            *columns.items(),
+            *collection.columns.items(),
             ("thumbnail", pa.binary()),
-            ("vector", pa.list_(pa.float32(), dim)),
+            ("vector", pa.list_(pa.float32(), int(facts["release"]["embed_dim"]))),
         ]
     )
 
@@ -234,31 +299,46 @@ def _file_digest(file: Path) -> str | None:
         return None
 
 
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _rows(staged: Path) -> bool:
-    """Whether a stopped build has written any row."""
+def _holds_rows(staged: Path) -> bool:
+    """Whether a stopped build has embedded anything."""
     with contextlib.suppress(Exception):
-        return bool(lancedb.connect(staged).open_table(TABLE).count_rows())
+        return staged.is_dir() and bool(lancedb.connect(staged).open_table(TABLE).count_rows())
     return False
 
 
-def _replace(staged: Path, out: Path) -> None:
-    """Put the new index in place of what stands there."""
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    staged.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+def _read_made(out: Path) -> dict[str, Any]:
+    """The facts of a finished index; none where there is no index that can be used."""
+    with contextlib.suppress(RAdapterError):
+        return Index(out).facts
+    return {}
+
+
+def _read_stopped(staged: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        return dict(json.loads((staged / _STOPPED).read_text(encoding="utf-8")))
+    return {}
+
+
+@contextlib.contextmanager
+def _kept_or_removed(staged: Path) -> Iterator[None]:
+    """Where a build fails: keep what it has embedded and say how to go on, or leave nothing where it has nothing."""
+    try:
+        yield
+    except BaseException as error:
+        if not _holds_rows(staged):
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
+        kept = "what is embedded is kept: give the same command again to go on"
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(kept) from error
+        if isinstance(error, RAdapterError):
+            raise RAdapterError(f"{error}; {kept}") from error
+        raise
 
 
 @contextlib.contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
-    """What the disk refuses, as an error for people."""
+    """Turn what the disk refuses into an error for people."""
     try:
         yield
     except OSError as error:

@@ -1,9 +1,10 @@
-"""What an index is made of: image files of a folder or of a table, each with a name of its own and perhaps metadata."""
+"""The image files that an index is made of: all of a folder, or those that a table names beside their metadata."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Collection:
         items: folder by folder, or in the order of the table.
         columns: the table's columns without that of the images, as Arrow types by name.
         repeated: rows of the table left out, for an earlier one names the same image.
+        left_out: number of files of other kinds in the folder, by the end of their names.
     """
 
     source: str
@@ -47,6 +49,7 @@ class Collection:
     items: list[Item]
     columns: dict[str, Any]
     repeated: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def open_collection(source: str, *, image_column: str = "image", root: Path | None = None) -> Collection:
@@ -69,10 +72,14 @@ def open_collection(source: str, *, image_column: str = "image", root: Path | No
         if not path.is_dir():
             raise RAdapterError(f"{source} is no folder; give a folder of images, csv:FILE or parquet:FILE")
         root = root or path
-        items = [Item(_id(file, root), file) for file in _images(path)]
+        files = list(_files(path))
+        items = [Item(_id(file, root), file) for file in files if file.name.lower().endswith(SUFFIXES)]
+        left_out = dict(Counter(file.suffix.lower() for file in files if not file.name.lower().endswith(SUFFIXES)))
         if not items:
-            raise RAdapterError(f"{source} holds no image; allowed are {', '.join(SUFFIXES)}, in any folder of it")
-        return Collection(f"folder:{path}" if ":" in str(path) else str(path), root, items, {})
+            has = f"; it has {count_kinds(left_out)}" if left_out else ""
+            raise RAdapterError(f"{source} holds no image; allowed are {', '.join(SUFFIXES)}, in any folder of it{has}")
+        source = f"folder:{path}" if ":" in str(path) else str(path)
+        return Collection(source, root, items, {}, left_out=left_out)
     root = root or path.parent
     return _of_table(kind, path, image_column, root)
 
@@ -81,14 +88,20 @@ def _id(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.as_posix()
 
 
-def _images(folder: Path) -> Iterator[Path]:
+def count_kinds(left_out: Mapping[str, int]) -> str:
+    """Files by kind in words, the most frequent first: "3 .gif, 1 .txt"."""
+    kinds = sorted(left_out.items(), key=lambda kind: (-kind[1], kind[0]))
+    return ", ".join(f"{count:,} {suffix or 'without an ending'}" for suffix, count in kinds)
+
+
+def _files(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:  # or its images would be missing in silence
         raise RAdapterError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
     for place, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+            if not name.startswith("."):
                 yield Path(place, name)
 
 

@@ -1,7 +1,7 @@
-"""An index: a folder of embeddings with metadata, made by one release, searched by cosine.
+"""An index: a folder of embeddings with metadata that one release made, and that is searched by cosine.
 
-The folder holds `index.json` and a LanceDB table. What counts is what `index.json` says: it names the version of the
-table that is searched, so whatever a killed process added to the table is not seen before `index.json` is replaced.
+The folder holds `index.json` and a LanceDB table. `index.json` names the version of the table that is searched: what a
+killed process added to the table is not seen until `index.json` is replaced.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.inputs.errors import INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
 
-FORMAT = 1
+FORMAT = 2  # 1 says "engine" for "search", and can be read
 FACTS, TABLE = "index.json", "images"
-#: up to here, every vector is compared; above, LanceDB's approximate index chooses which
+NAME = r"\w[\w.-]*"  # of an index, by which clients search it
+#: up to so many images a search compares every embedding; above, LanceDB's approximate index chooses some
 EXACT = 100_000
 MAX_TOP_K = 1000
 MAX_CONDITION = 2000  # characters
-MAX_OPERATORS = 300  # with names and brackets: the engine's stack overflows on deeper conditions, and ends the process
+MAX_OPERATORS = 300  # with names and brackets: deeper conditions overflow LanceDB's stack and end the process
 _FUNCTIONS = ("cast", "coalesce", "length", "lower", "upper")
 _BEFORE_BRACKET = ("and", "or", "not", "in", *_FUNCTIONS)
 _SQL = re.compile(
@@ -57,17 +58,17 @@ class Hit:
 
 
 class Index:
-    """An index that was built, as `index.json` describes it at this moment.
+    """An index as it is when it is opened; what is added later is not seen.
 
     Args:
-        folder: made by `radapter-index build`.
+        folder: of the index, made by `radapter-index build`.
 
     Raises:
-        RAdapterError: no index there, or a broken one.
+        RAdapterError: there is no index, or a broken one.
 
     Attributes:
-        facts: `index.json`.
-        columns: names of the metadata's columns, which a condition may use.
+        facts: what `index.json` says.
+        columns: the columns of the metadata, which a condition may name.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -77,9 +78,9 @@ class Index:
             import lancedb  # here: a server without indexes needs none
         except ModuleNotFoundError:
             raise RAdapterError("lancedb is not installed; pip install 'radapter-serve[server]'") from None
-        with engine_errors(self.folder):
+        with table_errors(self.folder):
             self.table = lancedb.connect(self.folder).open_table(TABLE)
-            self.table.checkout(self.facts["engine"]["table_version"])
+            self.table.checkout(self.facts["search"]["table_version"])
             self.columns: list[str] = self.facts["columns"]
 
     def __len__(self) -> int:
@@ -88,13 +89,13 @@ class Index:
     def search(
         self, embedding: NDArray[np.float32], top_k: int = 10, where: str | None = None, *, thumbnails: bool = False
     ) -> list[Hit]:
-        """The nearest images, best first; of equal ones, in the order of their ids.
+        """Find the nearest images, best first; images with equal scores come in the order of their ids.
 
         Args:
             embedding: float32 [D], unit length.
-            top_k: how many at most, 1 to 1000.
+            top_k: how many images at most, 1 to 1000.
             where: a condition in SQL on the columns, such as "year > 2020 AND path LIKE 'cats/%'".
-            thumbnails: bring them along.
+            thumbnails: whether the hits have their thumbnails.
 
         Raises:
             TaskError: `top_k` or the condition is not allowed.
@@ -103,17 +104,17 @@ class Index:
             raise TaskError(INVALID_ARGUMENT, f"top_k is {top_k}; allowed are whole numbers from 1 to {MAX_TOP_K}")
         condition = check_condition(where) if where and where.strip() else None
         columns = [*self.columns, *(["thumbnail"] if thumbnails else [])]
-        find = self._approximate if "index" in self.facts["engine"] else self._exact
-        with _condition_errors(self.folder, where, self.columns):
+        find = self._approximate if "index" in self.facts["search"] else self._exact
+        with _search_errors(self.folder.name, where, self.columns):
             hits = [_hit(row, score) for row, score in find(embedding, top_k, condition, columns)]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))
 
     @cached_property
     def _vectors(self) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
-        """The engine's row ids [N], ascending, and the embeddings, float32 [N, D].
+        """LanceDB's row ids [N], ascending, and the embeddings, float32 [N, D].
 
-        Read at the first exact search, for numpy compares several times as fast as the engine: at most EXACT of them
-        (205 MB where D is 512) until the index is replaced.
+        They are read at the first exact search, for numpy compares several times as fast as LanceDB: at most EXACT of
+        them (205 MB where D is 512) stay in memory until the index is replaced.
         """
         table = self.table.search().select(["vector"]).with_row_id(True).to_arrow()
         ids = table["_rowid"].to_numpy()
@@ -124,7 +125,7 @@ class Index:
     def _exact(
         self, embedding: NDArray[np.float32], top_k: int, condition: str | None, columns: list[str]
     ) -> Iterator[tuple[dict[str, Any], float]]:
-        """Rows and scores, of all that meet the condition."""
+        """The best hits by comparing every embedding that meets the condition."""
         ids, vectors = self._vectors
         scores = vectors @ embedding
         if condition is not None:
@@ -140,14 +141,14 @@ class Index:
     def _approximate(
         self, embedding: NDArray[np.float32], top_k: int, condition: str | None, columns: list[str]
     ) -> Iterator[tuple[dict[str, Any], float]]:
-        """The same by the engine's approximate index, but for conditions that leave few."""
-        engine = self.facts["engine"]
+        """The best hits by the approximate index; conditions that leave few rows are compared exactly."""
+        effort = self.facts["search"]
         query: Any = self.table.search(np.asarray(embedding, np.float32))
         query = query.distance_type("dot").limit(top_k).select([*columns, "_distance"])
         if condition is not None:
             query = query.where(condition, prefilter=True)
         if condition is None or self.table.count_rows(condition) > EXACT:
-            query = query.nprobes(engine["nprobes"]).refine_factor(engine["refine_factor"])
+            query = query.nprobes(effort["nprobes"]).refine_factor(effort["refine_factor"])
         else:
             query = query.bypass_vector_index()
         for row in query.to_arrow().to_pylist():
@@ -163,39 +164,56 @@ def read_facts(folder: Path) -> dict[str, Any]:
     path = folder / FACTS
     try:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if facts["format"] != FORMAT:
-            raise RAdapterError(f"{folder} is an index of format {facts['format']}; this version reads {FORMAT}")
+        if facts["format"] not in (1, FORMAT):
+            raise RAdapterError(f"{folder} is an index of format {facts['format']}; this version reads 1 and {FORMAT}")
+        if "engine" in facts:
+            facts["search"] = facts.pop("engine")
     except (FileNotFoundError, NotADirectoryError):
-        raise RAdapterError(f"no index at {folder}; make one: radapter-index build PHOTOS --out {folder}") from None
+        raise RAdapterError(
+            f"no index at {folder}; make one: radapter-index build PHOTOS --out {shlex.quote(str(folder))}"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RAdapterError(f"{path} can't be read ({error}); build the index again: {rebuild(folder)}") from None
+        raise RAdapterError(f"{path} can't be read ({error}); build the index again: {build_command(folder)}") from None
     return facts
 
 
-def rebuild(folder: Path, facts: Mapping[str, Any] | None = None) -> str:
-    """The command that builds an index again."""
-    source = shlex.quote(facts["source"]) if facts else "SOURCE"
-    return f"radapter-index build {source} --out {shlex.quote(str(folder))}"
+def build_command(folder: Path, facts: Mapping[str, Any] | None = None, release: Any = None) -> str:
+    """The command that builds an index again, by the release that made it or by another.
+
+    Args:
+        folder: of the index.
+        facts: of the index; None where they can't be read.
+        release: the other release, with `facts` and `origin`.
+    """
+    if facts is None:
+        return f"radapter-index build SOURCE --out {shlex.quote(str(folder))}"
+    command = ["radapter-index", "build", facts["source"], "--out", str(folder)]
+    for name, usual in (("image_column", "image"), ("thumbnails", 128)):
+        if facts[name] != usual:
+            command += [f"--{name.replace('_', '-')}", str(facts[name])]
+    if not facts.get("exif_orientation", True):
+        command.append("--no-exif-orientation")
+    for name, place in (release.origin if release else facts.get("origin", {})).items():
+        command += [f"--{name.replace('_', '-')}", place]
+    if (release.facts if release else facts["release"]).get("dynamic_alpha"):
+        command += ["--alpha", f"{facts['release']['alpha']:g}"]
+    return shlex.join(command)
 
 
-def mismatch(folder: Path, facts: Mapping[str, Any], release: Mapping[str, Any]) -> str:
-    """Why an index that another release made is refused, and the command that builds it again."""
+def mismatch(facts: Mapping[str, Any], release: Mapping[str, Any]) -> str:
+    """Why an index can't be searched by a release that did not make it, as the end of a sentence about the index."""
     made, now = (
         f"{one['architecture']} at alpha {one['alpha']:g}, release {one['version']}"
         for one in (facts["release"], release)
     )
-    at = f" --alpha {facts['release']['alpha']:g}" if release.get("dynamic_alpha") else ""
-    return (
-        f"the index {folder} is of another release ({made} then; this is {now}), so their embeddings can't be "
-        f"compared; build it again: {rebuild(folder, facts)}{at}"
-    )
+    return f"is of another release ({made} then; this is {now}), so their embeddings can't be compared"
 
 
 def check_condition(where: str) -> str:
-    """A condition that compares columns and nothing else: SQL that could do more is refused before it is run.
+    """Refuse a condition that does more than compare columns, before it is run.
 
     Raises:
-        TaskError: too long, or with something in it that no comparison needs.
+        TaskError: the condition is too long, or has something in it that no comparison needs.
     """
     if len(where) > MAX_CONDITION:
         raise TaskError(INVALID_ARGUMENT, f"where has {len(where)} characters; at most {MAX_CONDITION} are allowed")
@@ -225,26 +243,27 @@ _ALLOWED = "allowed is a condition such as year > 2020 AND (path LIKE 'cats/%' O
 
 
 @contextlib.contextmanager
-def engine_errors(folder: Path) -> Iterator[None]:
-    """Errors of the engine, which have no common base, as one for people."""
+def table_errors(folder: Path) -> Iterator[None]:
+    """Turn LanceDB's errors, which have no common base, into one for people."""
     try:
         yield
     except RAdapterError:
         raise
     except Exception as error:
-        raise RAdapterError(f"the index {folder} can't be used: {_short(error)}; see radapter-index verify") from error
+        again = f"{build_command(folder)} --no-resume"
+        raise RAdapterError(f"the index {folder} can't be used: {_short(error)}; build it again: {again}") from error
 
 
 @contextlib.contextmanager
-def _condition_errors(folder: Path, where: str | None, columns: Sequence[str]) -> Iterator[None]:
+def _search_errors(name: str, where: str | None, columns: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of the engine's is no Exception
+    except BaseException as error:  # a panic of LanceDB's is no Exception
         if where is None:
             raise TaskError(
-                UNKNOWN_INDEX, f"the index {folder} can't be searched: {_short(error)}; see radapter-index verify"
+                UNKNOWN_INDEX, f"the index {name!r} can't be searched: {_short(error)}; see radapter-index verify"
             ) from error
         raise TaskError(
             INVALID_ARGUMENT, f"where {where!r:.200} fails: {_short(error)}; the columns: {', '.join(columns)}"
@@ -252,7 +271,7 @@ def _condition_errors(folder: Path, where: str | None, columns: Sequence[str]) -
 
 
 def _short(error: BaseException) -> str:
-    """The engine's first line without its source paths."""
+    """The first line of LanceDB's error, without the paths of its source."""
     return re.sub(r"(, /\S+\.rs.*| \(code=.*)$", "", reason(error))[:300].removeprefix("Invalid input, ")
 
 

@@ -1,4 +1,4 @@
-"""How hard an approximate index must look: the least effort with the recall, on images and on texts."""
+"""How much effort an approximate search needs: the least that has the recall, on images and on texts."""
 
 from __future__ import annotations
 

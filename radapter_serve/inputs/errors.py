@@ -15,6 +15,7 @@ UNKNOWN_INDEX = "unknown_index"
 INDEX_MISMATCH = "index_mismatch"
 ENCODER_FAILED = "encoder_failed"
 CANCELLED = "cancelled"
+INTERNAL_ERROR = "internal_error"
 
 
 class TaskError(RAdapterError):

@@ -262,8 +262,12 @@ def check_labels(labels: Sequence[str]) -> dict[str, list[str]]:
     return names
 
 
-def check_templates(templates: Iterable[str]) -> None:
-    """Raise a `TaskError` for a template without a place for the label, with too many, or too long."""
+def check_templates(templates: Sequence[str]) -> None:
+    """Raise a `TaskError` for no template, or one without a place for the label, with too many, or too long."""
+    if not templates:
+        raise TaskError(
+            INVALID_ARGUMENT, "no templates; give at least one, such as 'a photo of a {}.', or leave them out"
+        )
     for template in templates:
         check_length(template, MAX_LABEL_LENGTH, "template")
         if not 1 <= template.count("{}") <= MAX_PLACES:

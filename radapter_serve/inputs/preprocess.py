@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_IMAGE, TaskError
 
@@ -27,23 +27,42 @@ _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF")
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def oriented(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF orientation says, so that a photo taken with the phone held upright stands upright.
+
+    Args:
+        image: as Pillow opened it.
+
+    Returns:
+        The turned image without an orientation in its EXIF, so that nothing turns it twice; the same image where there
+        is nothing to turn, or where its EXIF cannot be read.
+    """
+    try:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            return image
+        return ImageOps.exif_transpose(image)
+    except (MemoryError, TaskError):
+        raise
+    except Exception:  # Pillow raises anything on broken EXIF, which viewers ignore too
+        return image
+
+
+def decode(data: bytes, *, exif_orientation: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a JPEG, PNG or WebP image; of an animation, the first frame.
 
     Args:
         data: the file's bytes, or the same as base64 text, with or without a `data:` URI in front.
+        exif_orientation: turn the image as its EXIF says; False leaves the pixels as the file has them, as open_clip
+            does.
         max_pixels: width times height above which the image is refused; only its header has been read then.
 
     Returns:
-        The image as the file has it: mode not converted, EXIF orientation not applied (as open_clip does).
+        The image, its mode not converted; but of 16 bits of gray the upper 8 are kept.
 
     Raises:
         TaskError: not an image of these formats, broken, truncated, or too large.
     """
-    image = _open(data, max_pixels)
-    with _broken():
-        image.load()
-    return image
+    return _loaded(_open(data, max_pixels), exif_orientation)
 
 
 def decode_into(data: bytes, preprocess: Preprocess, out: NDArray[np.uint8]) -> None:
@@ -55,9 +74,7 @@ def decode_into(data: bytes, preprocess: Preprocess, out: NDArray[np.uint8]) -> 
     try:
         image = _open(data, MAX_PIXELS)
         with _LARGE if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext():
-            with _broken():
-                image.load()
-            preprocess(image, out=out)
+            preprocess(_loaded(image, preprocess.exif_orientation), out=out)
     except TaskError:
         raise
     except MemoryError:
@@ -90,6 +107,14 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         return image
 
 
+def _loaded(image: Image.Image, exif_orientation: bool) -> Image.Image:
+    """The image with its pixels; of 16 bits the upper 8, as Pillow does with colours, but not with gray: it clips."""
+    with _broken():
+        image.load()
+    image = oriented(image) if exif_orientation else image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I") else image
+
+
 @contextlib.contextmanager
 def _broken() -> Iterator[None]:
     try:
@@ -110,12 +135,14 @@ class Preprocess:
         resize_mode: "shortest" (shorter side to `size`, centre crop), "squash" (both sides, the aspect ratio changes)
             or "longest" (longer side to `size`, padded with `fill_color`).
         fill_color: value in [0, 255] of the padding.
+        exif_orientation: whether images are turned as their EXIF says when they are decoded; open_clip does not.
     """
 
     size: tuple[int, int]
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
     fill_color: int = 0
+    exif_orientation: bool = True
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Preprocess:
@@ -127,13 +154,14 @@ class Preprocess:
         mode = config.get("resize_mode") or "shortest"
         if mode not in ("shortest", "squash", "longest"):
             raise ValueError(f"resize_mode is {mode!r}; allowed are shortest, squash, longest")
-        return cls((int(height), int(width)), interpolation, mode, int(config.get("fill_color") or 0))
+        fill, turn = int(config.get("fill_color") or 0), bool(config.get("exif_orientation", True))
+        return cls((int(height), int(width)), interpolation, mode, fill, turn)
 
     def __call__(self, image: Image.Image, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         """Resize, crop or pad, and only then convert to RGB: the order of open_clip.
 
         Args:
-            image: as `decode` gives it, any mode.
+            image: as `decode` gives it, of any mode, turned already.
             out: uint8 [H, W, 3] to write into; a new array if None.
 
         Returns:

@@ -6,6 +6,7 @@ graph in another way, or makes an engine of it, can check that the numbers are s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,23 @@ from radapter_serve.inputs.alpha import Alpha, Encode
 SAMPLES = "samples.npz"
 
 
+LEAST_COSINE = 0.9  # no bound allows less: what points elsewhere is another embedding, however small its components
+
+
 @dataclass(frozen=True)
 class Tolerance:
     """How far from torch in fp32 a graph may be: bounds of what `Agreement` measures."""
 
     max_error: float
-    min_cosine: float = -1.0  # any
+    min_cosine: float = LEAST_COSINE
+
+    def widened(self, max_error: float) -> Tolerance:
+        """These bounds for another largest error; 1 - cosine grows with its square, up to 1 - LEAST_COSINE."""
+        angle = (1 - self.min_cosine) * max(1.0, max_error / self.max_error) ** 2
+        return Tolerance(max_error, max(1 - angle, LEAST_COSINE))
 
     def __str__(self) -> str:
-        return f"{self.max_error:.0e}" + (f" (and {1 - self.min_cosine:.0e})" if self.min_cosine > -1 else "")
+        return f"{self.max_error:.0e} (and {1 - self.min_cosine:.0e})"
 
 
 #: By precision: twice the worst that small random models of every family show, about ten times ViT-B-32's. int8 keeps
@@ -104,7 +113,7 @@ def compare(
     name: str,
     encoder: Encode,
     samples: Samples,
-    bounds: Tolerance | float,
+    bounds: Tolerance | float | None,
 ) -> Agreement:
     """Run a graph on every batch and compare it with its reference.
 
@@ -112,12 +121,11 @@ def compare(
         name: of the graph, for the message.
         encoder: the graph, run in the way that is to be checked.
         samples: inputs for it, and torch's embeddings of them.
-        bounds: how far they may be apart; a number bounds `max_error` alone.
+        bounds: how far they may be apart; a number is that of `max_error`; None only measures.
 
     Raises:
         RAdapterError: the graph fails on a batch, gives NaN, another shape, or differs by more than is allowed.
     """
-    bounds = bounds if isinstance(bounds, Tolerance) else Tolerance(bounds)
     max_error, least = 0.0, 1.0
     for given, reference in samples.batches():
         try:
@@ -129,15 +137,20 @@ def compare(
         if not (np.isfinite(embeds).all() and np.isfinite(reference).all()):
             raise RAdapterError(f"{name} gives values that are not finite at batch {len(reference)}")
         a, b = embeds.astype(np.float64), reference.astype(np.float64)
-        cosine = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+        lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        cosine = (a * b).sum(-1) / np.maximum(lengths, 1e-12)  # a zero vector agrees with none: 0
         max_error = max(max_error, float(np.abs(a - b).max()))
         least = min(least, float(cosine.min()))
     agreement = Agreement(max_error, least)
-    if not agreement.within(bounds):
+    bounds = bounds if bounds is None or isinstance(bounds, Tolerance) else Tolerance(bounds)
+    if bounds is not None and not agreement.within(bounds):
+        advice = f"no --tolerance allows a cosine below {LEAST_COSINE}"
+        if least > LEAST_COSINE:
+            needed = max(max_error, bounds.max_error * math.sqrt((1 - least) / (1 - bounds.min_cosine)))
+            advice = f"if you accept this, give --tolerance {min(1.5 * needed, 1.0):.0e}"
         raise RAdapterError(
             f"{name} differs from torch by up to {max_error:.2e} (1 - cosine up to {1 - least:.1e}), the tolerance is "
-            f"{bounds}; nothing was written. fp32 is the closest --precision; if you accept this, give "
-            f"--tolerance {max_error * 1.5:.0e}"
+            f"{bounds}; nothing was written. fp32 is the closest --precision; {advice}"
         )
     return agreement
 

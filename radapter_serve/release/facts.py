@@ -37,6 +37,7 @@ def release_digest(facts: Mapping[str, Any]) -> str:
     if missing:
         raise RAdapterError(f"the release does not say its {', '.join(missing)}; export it again with radapter-export")
     deciding = {name: facts[name] for name in _DECIDING}
+    deciding["preprocess"] = {"exif_orientation": True, **facts["preprocess"]}  # which older releases do not say
     if facts.get("quantization"):  # of int8 alone
         deciding["quantization"] = facts["quantization"]
         if facts.get("dynamic_alpha"):
@@ -54,9 +55,17 @@ def read_release(folder: Path) -> dict[str, Any]:
     path = folder / "release.json"
     try:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if not isinstance(facts, dict):
+            raise ValueError("it holds no names of facts")
+    except (OSError, ValueError, RecursionError) as error:
         raise RAdapterError(f"could not read {path}: {error}") from error
     return facts
+
+
+def split_repository(repository: str | Path) -> tuple[str, str]:
+    """The folder of `DIR@N`, and the number of the release, which is empty where none is named."""
+    path, at, number = str(repository).rpartition("@")
+    return (path, number) if at and number.isdecimal() else (str(repository), "")
 
 
 def find_release(repository: str | Path) -> Path:
@@ -68,9 +77,7 @@ def find_release(repository: str | Path) -> Path:
     Raises:
         RAdapterError: no release there, or none of that number.
     """
-    path, at, number = str(repository).rpartition("@")
-    if not (at and number.isdecimal()):
-        path, number = str(repository), ""
+    path, number = split_repository(repository)
     found = [int(p.parent.name) for p in Path(path, "classify").glob("*/release.json") if p.parent.name.isdecimal()]
     if not found:
         raise RAdapterError(f"no release in the model repository {path}; make one with radapter-export")

@@ -12,7 +12,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.agreement import Tolerance
+from radapter_serve.release.agreement import LEAST_COSINE, Tolerance
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ class ServedEncoder:
     def bounds(self) -> Tolerance:
         """How far from torch it may be, as at its export."""
         agreement = self.facts["agreement"]
-        return Tolerance(float(agreement["tolerance"]), float(agreement.get("min_cosine", -1)))
+        cosine = float(agreement.get("min_cosine", LEAST_COSINE))
+        return Tolerance(float(agreement["tolerance"]), max(LEAST_COSINE, cosine))
 
     @property
     def versions(self) -> list[int]:

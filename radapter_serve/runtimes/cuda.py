@@ -20,7 +20,7 @@ _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: TensorRT wants another stream than 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 _INSTEAD = (
     "an engine is built and run on the GPU that serves it: go on there, or take the ONNX graphs on this machine: "
-    "radapter-serve --runtime onnxruntime, or radapter-export --update --runtime onnxruntime"
+    "radapter-serve --runtime onnxruntime, or radapter-export --runtime onnxruntime"
 )
 
 

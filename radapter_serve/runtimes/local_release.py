@@ -30,6 +30,7 @@ class LocalRelease:
     Attributes:
         facts: its `release.json`, with the α that it embeds at.
         version: its number in the repository.
+        origin: `model_repository` as it was given, but from the root.
         preprocess: from an image to what `encode_images` takes.
     """
 
@@ -38,6 +39,7 @@ class LocalRelease:
         self.version = int(folder.name)
         self.facts = read_release(folder)
         self.preprocess = Preprocess.from_dict(self.facts["preprocess"])
+        self.origin = {"model_repository": str(Path(repository).absolute())}
         self._repository = folder.parent.parent
         self._tokenizer = Tokenizer.load(folder / "tokenizer.json", self.facts["tokenizer"])
         self._images, self._texts = self._encoder("image_encoder"), self._encoder("text_encoder")

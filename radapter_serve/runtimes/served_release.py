@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ def connect(url: str) -> tuple[Client, Release]:
     """
     try:
         with Client(url) as client:
-            release = client.release
+            release = client.release()
         rows = min(16, int(release.facts.get("max_batch_size", 16)))  # a batch becomes some requests at once
         return Client(url, release=release.version, batch_size=rows), release
     except RAdapterClientError as error:
@@ -37,15 +37,17 @@ class ServerRelease:
 
     Args:
         client: pinned to the release.
+        url: of the server.
         facts: its `release.json`.
 
     Attributes:
         facts: these, with the α that it embeds at.
+        origin, preprocess: as of `LocalRelease`.
     """
 
-    def __init__(self, client: Client, facts: Mapping[str, Any]) -> None:
-        self._client, self.facts = client, dict(facts)
-        self._preprocess = Preprocess.from_dict(facts["preprocess"])
+    def __init__(self, client: Client, url: str, facts: Mapping[str, Any]) -> None:
+        self._client, self.facts, self.origin = client, dict(facts), {"url": url}
+        self.preprocess = Preprocess.from_dict(facts["preprocess"])
 
     def dial(self, alpha: float) -> None:
         """As `LocalRelease` does."""
@@ -53,12 +55,18 @@ class ServerRelease:
 
     def prepare(self, data: bytes) -> NDArray[np.uint8]:
         """As `LocalRelease` does: the server leaves such an image as it is, and what is broken fails no batch."""
-        return decode_pixels(data, self._preprocess)
+        return decode_pixels(data, self.preprocess)
 
     def encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
         """Prepared images to float32 [B, D] of unit length."""
-        return np.asarray(self._client.embed_images(list(images), alpha=Dial(self.facts).one(None)), np.float32)
+        return self._ask(self._client.embed_images, images)
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Texts to float32 [N, D] of unit length."""
-        return np.asarray(self._client.embed_texts(texts, alpha=Dial(self.facts).one(None)), np.float32)
+        return self._ask(self._client.embed_texts, texts)
+
+    def _ask(self, embed: Callable[..., Any], items: Sequence[Any]) -> NDArray[np.float32]:
+        try:
+            return np.asarray(embed(list(items), alpha=Dial(self.facts).one(None)), np.float32)
+        except RAdapterClientError as error:
+            raise RAdapterError(f"{self.origin['url']}: {error}") from error

@@ -6,15 +6,21 @@ Importable only inside one of Triton's processes, like `radapter_serve.tasks.tri
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb
 from numpy.typing import NDArray
+
+from radapter_serve.inputs.errors import ENCODER_FAILED, INVALID_ARGUMENT, TaskError
+from radapter_serve.tasks.outcome import Outcome
+from radapter_serve.tasks.responses import answer, need, public
 
 Feed = dict[str, NDArray[Any]]
 
@@ -75,44 +81,49 @@ class GraphModel(ABC):
         self._inputs = [tensor["name"] for tensor in config["input"]]
         device = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         parameters = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
+        tokenizer = json.loads(parameters.get("release", "{}")).get("tokenizer", {})
+        self._most_tokens = float(tokenizer.get("context_length", math.inf))
         self._graph = self.load(path, config, parameters, device)
         self._check_names()
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        arrays = [
-            {name: pb.get_input_tensor_by_name(request, name).as_numpy() for name in self._inputs}
-            for request in requests
-        ]
-        if self._batched and len(requests) > 1 and _same_shapes(arrays):
-            return self._run_together(arrays)
-        return [self._run_alone(feed) for feed in arrays]
+        return answer(requests, self._feed, self._run_all, lambda tensors: tensors)
 
     def finalize(self) -> None:
         del self._graph
 
-    def _run_together(self, arrays: list[Feed]) -> list[Any]:
-        feed = {name: np.concatenate([one[name] for one in arrays]) for name in self._inputs}
+    def _feed(self, request: Any) -> Feed:
+        feed = {name: need(request, name) for name in self._inputs}
+        for name, values in feed.items():
+            if not values.size:
+                raise TaskError(
+                    INVALID_ARGUMENT, f"{name} of shape {list(values.shape)} holds nothing; send one or more"
+                )
+        tokens = feed.get("tokens")
+        if tokens is not None and (tokens.min() < 0 or tokens.shape[-1] > self._most_tokens):
+            raise TaskError(
+                INVALID_ARGUMENT,
+                f"tokens of shape {list(tokens.shape)} from {tokens.min()}; allowed are numbers from 0, and at most "
+                f"{self._most_tokens:g} for a text",
+            )
+        return feed
+
+    def _run_all(self, feeds: Sequence[Feed]) -> list[Outcome[Feed]]:
+        if not self._batched or len(feeds) == 1 or not _same_shapes(feeds):
+            return [Outcome.of(partial(self._run, feed)) for feed in feeds]
+        outputs = self._run({name: np.concatenate([one[name] for one in feeds]) for name in self._inputs})
+        ends = np.cumsum([len(one[self._inputs[0]]) for one in feeds])[:-1]
+        parts = zip(*(np.split(output, ends) for output in outputs.values()), strict=True)
+        return [Outcome(dict(zip(outputs, part, strict=True))) for part in parts]
+
+    def _run(self, feed: Feed) -> Feed:
         try:
-            outputs = self._run(feed)
-        except Exception:  # of one of them; the others are not to fail with it
-            return [self._run_alone(feed) for feed in arrays]
-        ends = np.cumsum([len(one[self._inputs[0]]) for one in arrays])[:-1]
-        parts = zip(*(np.split(output, ends) for output in outputs), strict=True)
-        return [self._response(part) for part in parts]
-
-    def _run_alone(self, feed: Feed) -> Any:
-        try:
-            return self._response(self._run(feed))
-        except Exception as error:
-            return pb.InferenceResponse(error=pb.TritonError(f"{self.runtime}: {error}", pb.TritonError.INTERNAL))
-
-    def _run(self, feed: Feed) -> Sequence[NDArray[Any]]:
-        return self._graph.run(feed, [name for name, _ in self._outputs])
-
-    def _response(self, outputs: Sequence[NDArray[Any]]) -> Any:
+            outputs = self._graph.run(feed, [name for name, _ in self._outputs])
+        except Exception as error:  # runtimes' errors have no common base; ONNX Runtime names what a caller did wrong
+            code = INVALID_ARGUMENT if type(error).__name__ == "InvalidArgument" else ENCODER_FAILED
+            raise TaskError(code, f"{self.runtime}: {public(str(error))}") from None
         pairs = zip(self._outputs, outputs, strict=True)
-        tensors = [pb.Tensor(name, output.astype(dtype, copy=False)) for (name, dtype), output in pairs]
-        return pb.InferenceResponse(tensors)
+        return {name: output.astype(dtype, copy=False) for (name, dtype), output in pairs}
 
     def _check_names(self) -> None:
         for kind, wanted, actual in (
@@ -123,6 +134,6 @@ class GraphModel(ABC):
                 raise RuntimeError(f"config.pbtxt names the {kind} {unknown}, the graph has {sorted(actual)}")
 
 
-def _same_shapes(arrays: list[Feed]) -> bool:
+def _same_shapes(arrays: Sequence[Feed]) -> bool:
     first = [array.shape[1:] for array in arrays[0].values()]
     return all([array.shape[1:] for array in one.values()] == first for one in arrays[1:])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from radapter_serve.inputs.alpha import Alpha, Dial, Encode
 from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
-from radapter_serve.inputs.labels import (
-    LabelEmbedder,
-    LabelSet,
-    check_length,
-    embed_texts,
-)
+from radapter_serve.inputs.labels import LabelEmbedder, LabelSet, check_length, embed_texts
 from radapter_serve.inputs.preprocess import Preprocess, decode_into
 from radapter_serve.inputs.probabilities import class_probabilities
 from radapter_serve.inputs.tokenizer import Tokenizer
 from radapter_serve.tasks.label_source import LabelSource, strings
+from radapter_serve.tasks.outcome import Outcome
 
 DEFAULT_TOP_K = 5
 
@@ -44,7 +42,7 @@ class EmbedImages:
 
     def __call__(
         self, requests: Sequence[Sequence[bytes]], alphas: Sequence[ArrayLike | None] | None = None
-    ) -> list[NDArray[np.float32] | TaskError]:
+    ) -> list[Outcome[NDArray[np.float32]]]:
         """Embed the images of several requests in as few encoder calls as possible.
 
         Args:
@@ -52,39 +50,34 @@ class EmbedImages:
             alphas: of each request what it brings: an α for each image, or None for the release's own.
 
         Returns:
-            For each request float32 [B, D], or the error of its α or its first bad image; it does not touch its
-            neighbours.
+            For each request float32 [B, D], or the error of its α or its first bad image.
         """
         images = [image for request in requests for image in request]
-        dials = _dials(self._dial, requests, alphas)
         pixels = np.empty((len(images), *self._preprocess.size, 3), np.uint8)
 
-        def fill(index: int) -> TaskError | None:
-            try:
-                decode_into(images[index], self._preprocess, pixels[index])
-            except TaskError as error:
-                return error
-            return None
+        def fill(index: int) -> Outcome[None]:
+            return Outcome.of(lambda: decode_into(images[index], self._preprocess, pixels[index]))
 
         indices = range(len(images))
-        errors = list(self._pool.map(fill, indices) if self._pool and len(images) > 1 else map(fill, indices))
+        decoded = list(self._pool.map(fill, indices) if self._pool and len(images) > 1 else map(fill, indices))
 
-        # Rows of a request with a bad image are left out, so `where` says where the others are in the encoder's output.
-        bad = np.zeros(len(images), bool)
-        results: list[Any] = []
-        start = 0
-        for request, alpha in zip(requests, dials, strict=True):
-            rows = slice(start, start + len(request))
-            start += len(request)
-            error = alpha if isinstance(alpha, TaskError) else next(filter(None, errors[rows]), None)
-            bad[rows] = error is not None
-            results.append(np.arange(rows.start, rows.stop) if error is None else error)
-        if bad.all():
-            return results
-        where = np.cumsum(~bad) - 1
-        good = [alpha for alpha, result in zip(dials, results, strict=True) if not isinstance(result, TaskError)]
-        embeds = self._encode_all(pixels[~bad] if bad.any() else pixels, *_joined(good))
-        return [result if isinstance(result, TaskError) else embeds[where[result]] for result in results]
+        def prepared(own: slice, given: ArrayLike | None) -> Alpha | None:
+            alpha = self._dial(given, own.stop - own.start)
+            for outcome in decoded[own]:
+                outcome.unwrap()
+            return alpha
+
+        ends = itertools.accumulate(map(len, requests))
+        rows = [slice(end - len(request), end) for request, end in zip(requests, ends, strict=True)]
+        ready = [Outcome.of(partial(prepared, *one)) for one in zip(rows, _given(alphas, requests), strict=True)]
+        good = [own for own, alpha in zip(rows, ready, strict=True) if alpha.error is None]
+        if not good:
+            return [Outcome(error=alpha.error) for alpha in ready]
+        kept = pixels if len(good) == len(rows) else np.concatenate([pixels[own] for own in good])
+        known = [alpha.answer for alpha in ready if alpha.answer is not None]  # none where α is no input
+        embeds = self._encode_all(kept, *([np.concatenate(known)] if known else []))
+        parts = iter(np.split(embeds, np.cumsum([own.stop - own.start for own in good])))
+        return [alpha.then(lambda _: next(parts)) for alpha in ready]
 
     def _encode_all(self, *rows: NDArray[Any]) -> NDArray[np.float32]:
         step = self._max_batch_size
@@ -108,25 +101,25 @@ class EmbedTexts:
 
     def __call__(
         self, requests: Sequence[Sequence[bytes]], alphas: Sequence[ArrayLike | None] | None = None
-    ) -> list[NDArray[np.float32] | TaskError]:
+    ) -> list[Outcome[NDArray[np.float32]]]:
         """Embed the texts (UTF-8) of several requests; for each float32 [B, D] or its error.
 
         Args:
             requests: the texts of each request.
             alphas: as of `EmbedImages`.
         """
-        wanted: list[Any] = []  # of each request, texts with the α of each, or its error
-        for request, alpha in zip(requests, _dials(self._dial, requests, alphas), strict=True):
-            texts = alpha if isinstance(alpha, TaskError) else _caught(_texts, request)
-            if not isinstance(texts, TaskError):
-                texts = list(zip(texts, [None] * len(texts) if alpha is None else alpha.ravel(), strict=True))
-            wanted.append(texts)
-        unique = list(dict.fromkeys(pair for some in wanted if not isinstance(some, TaskError) for pair in some))
+
+        def prepared(request: Sequence[bytes], given: ArrayLike | None) -> list[tuple[str, float | None]]:
+            alpha, texts = self._dial(given, len(request)), _texts(request)
+            return list(zip(texts, [None] * len(texts) if alpha is None else alpha.ravel(), strict=True))
+
+        ready = [Outcome.of(partial(prepared, *one)) for one in zip(requests, _given(alphas, requests), strict=True)]
+        unique = list(dict.fromkeys(pair for some in ready for pair in some.answer or ()))
         rows = np.array([[alpha] for _, alpha in unique], np.float32) if self._dial.dynamic else None
         names = [text for text, _ in unique]
         embeds = embed_texts(names, self._tokenizer, self._encode, self._max_batch_size, alpha=rows)
         where = {pair: row for row, pair in enumerate(unique)}
-        return [some if isinstance(some, TaskError) else embeds[[where[pair] for pair in some]] for some in wanted]
+        return [some.then(lambda pairs: embeds[[where[pair] for pair in pairs]]) for some in ready]
 
 
 @dataclass
@@ -181,19 +174,16 @@ class Classify:
         self._label_source, self._dial = LabelSource(release, embed_labels, label_sets), Dial(release)
         self._scale, self._bias = float(release["logit_scale"]), release.get("logit_bias")
 
-    def __call__(self, requests: Sequence[ClassifyRequest]) -> list[Classes | TaskError]:
+    def __call__(self, requests: Sequence[ClassifyRequest]) -> list[Outcome[Classes]]:
         """Classify the images of several requests: all images together, each request against its own labels.
 
         Returns:
             For each request its classes, or its error; bad labels are refused before any image is encoded.
         """
-        plans = [_caught(self._plan, request) for request in requests]
-        wanted = [index for index, plan in enumerate(plans) if not isinstance(plan, TaskError)]
-        results: list[Any] = list(plans)
-        images, alphas = [requests[i].images for i in wanted], [requests[i].alpha for i in wanted]
-        for index, embeds in zip(wanted, self._embed_images(images, alphas), strict=True):
-            results[index] = embeds if isinstance(embeds, TaskError) else self._score(embeds, *plans[index])
-        return results
+        plans = [Outcome.of(partial(self._plan, request)) for request in requests]
+        good = [request for request, plan in zip(requests, plans, strict=True) if plan.error is None]
+        embeds = iter(self._embed_images([one.images for one in good], [one.alpha for one in good]))
+        return [plan.then(lambda own: self._score(next(embeds).unwrap(), *own)) for plan in plans]
 
     def _plan(self, request: ClassifyRequest) -> tuple[list[LabelSet], int]:
         """The label set of each image, and how many labels to give back."""
@@ -224,16 +214,8 @@ def load_label_sets(folder: str | Path) -> dict[str, LabelSet]:
     return {path.stem: LabelSet.load(path) for path in sorted(Path(folder).glob("*.npz"))}
 
 
-def _dials(dial: Dial, requests: Sequence[Sequence[bytes]], alphas: Sequence[ArrayLike | None] | None) -> list[Any]:
-    """The α of each request's rows, for the encoder, or its error."""
-    given = [None] * len(requests) if alphas is None else alphas
-    return [_caught(lambda one: dial(one[0], len(one[1])), one) for one in zip(given, requests, strict=True)]
-
-
-def _joined(alphas: Sequence[Alpha | None]) -> list[Alpha]:
-    """The α of several requests as the encoder's second argument; none where α is no input."""
-    known = [alpha for alpha in alphas if alpha is not None]
-    return [np.concatenate(known)] if known else []
+def _given(alphas: Sequence[ArrayLike | None] | None, requests: Sequence[Any]) -> Sequence[ArrayLike | None]:
+    return [None] * len(requests) if alphas is None else alphas
 
 
 def _texts(request: Sequence[bytes]) -> list[str]:
@@ -243,10 +225,3 @@ def _texts(request: Sequence[bytes]) -> list[str]:
             raise TaskError(INVALID_ARGUMENT, f"text {number} of {len(texts)} is empty; give at least one word")
         check_length(text)
     return texts
-
-
-def _caught(function: Callable[[Any], Any], argument: Any) -> Any:
-    try:
-        return function(argument)
-    except TaskError as error:
-        return error

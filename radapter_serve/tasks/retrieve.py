@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.index.index import FACTS, Index, mismatch
+from radapter_serve.index.index import FACTS, NAME, Index, mismatch
 from radapter_serve.inputs.alpha import Dial
 from radapter_serve.inputs.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
 from radapter_serve.release.facts import release_digest
@@ -120,7 +120,7 @@ class Retrieve:
         Raises:
             TaskError: no such index, one that can't be read, or one of another release.
         """
-        if not re.fullmatch(r"\w[\w.-]*", name):
+        if not re.fullmatch(NAME, name):
             raise TaskError(UNKNOWN_INDEX, f"{name!r:.80} is no name of an index; there are: {self._known()}")
         folder = self._folder / name
         try:
@@ -135,16 +135,21 @@ class Retrieve:
                 try:
                     found = self._open[name] = key, Index(folder)
                 except RAdapterError as error:
-                    raise TaskError(UNKNOWN_INDEX, str(error)) from None
+                    raise TaskError(
+                        UNKNOWN_INDEX, f"the index {name!r} can't be read; see radapter-index verify"
+                    ) from error
         index = found[1]
         at = {"alpha": index.facts["release"]["alpha"]} if self._dial.dynamic else {}
         if index.facts["release_digest"] != release_digest({**self._release, **at}):
-            raise TaskError(INDEX_MISMATCH, mismatch(folder, index.facts, self._release))
+            raise TaskError(
+                INDEX_MISMATCH,
+                f"the index {name!r} {mismatch(index.facts, self._release)}; build it again with radapter-index build",
+            )
         return index
 
     def _known(self) -> str:
         names = sorted(path.parent.name for path in self._folder.glob(f"*/{FACTS}") if path.parent.name[0] != ".")
-        return ", ".join(names) or f"none in {self._folder} (radapter-index build PHOTOS --out {self._folder}/NAME)"
+        return ", ".join(names) or "none (make one with radapter-index build PHOTOS --out indexes/NAME)"
 
 
 def _text(value: bytes, what: str) -> str:

@@ -108,7 +108,7 @@ def _segment(
     segmenter: Segmenter, request: SegmentRequest, embeds: NDArray[np.float32], options: SegmentOptions
 ) -> Segmented:
     try:
-        image = decode(request.image)
+        image = decode(request.image, exif_orientation=segmenter.exif_orientation)
         if request.proposals is None:
             return segmenter.dense(image, embeds, options, cancelled=request.cancelled)
         masks, scores = request.proposals, request.proposal_scores

@@ -75,7 +75,7 @@ class Segmented:
 
     Args:
         mask: uint16 [H, W], index of each pixel's label; C is the background, with a threshold or with proposals. H and
-            W as the file stores the image: EXIF orientation is not applied.
+            W are those of the image as it was given: of a decoded file, after it was turned by its EXIF orientation.
         scores: float32 [C], or [C + 1] with the background: the mean probability over the pixels that got the label
             (of background pixels, one minus their best label's), 0 where none did.
     """
@@ -110,6 +110,11 @@ class Segmenter:
         self._encode_patches, self._encode_images = encode_patches, encode_images
         self._preprocess, self._crop, self._size = preprocess, crop, preprocess.size[0]
         self._logit_scale, self._logit_bias, self._max_batch_size = logit_scale, logit_bias, max_batch_size
+
+    @property
+    def exif_orientation(self) -> bool:
+        """Whether images are to be turned as their EXIF says."""
+        return self._preprocess.exif_orientation
 
     @classmethod
     def of_release(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
 from radapter_serve.inputs.alpha import Alpha
-from radapter_serve.inputs.errors import CANCELLED, ENCODER_FAILED, TaskError
+from radapter_serve.inputs.errors import ENCODER_FAILED, TaskError
 from radapter_serve.inputs.labels import LabelEmbedder
 from radapter_serve.inputs.tokenizer import Tokenizer
 from radapter_serve.release.facts import read_release
 from radapter_serve.tasks.classify import EmbedImages
+from radapter_serve.tasks.responses import public
 from radapter_serve.threads import decoders
 
 
@@ -76,56 +77,9 @@ class Version:
             preferred_memory=pb.PreferredMemory(pb.TRITONSERVER_MEMORY_CPU, 0),
         ).exec()
         if response.has_error():
-            if said := re.fullmatch(r"\[(\w+)\] (.*)", response.error().message(), re.DOTALL):  # a task's own error
+            message = response.error().message()
+            if said := re.fullmatch(r"\[(\w+)\] (.*)", message, re.DOTALL):  # a task's own error
                 raise TaskError(said[1], said[2])
-            raise TaskError(ENCODER_FAILED, f"{model} version {self._number} failed: {response.error().message()}")
+            print(f"{model} version {self._number} failed: {message}", file=sys.stderr)
+            raise TaskError(ENCODER_FAILED, f"{model} version {self._number} failed: {public(message)}")
         return np.array(pb.get_output_tensor_by_name(response, target).as_numpy(), np.float32)
-
-
-def read(request: Any, name: str) -> Any:
-    """A request's input as an array, or None where it was left out."""
-    tensor = pb.get_input_tensor_by_name(request, name)
-    return None if tensor is None else tensor.as_numpy()
-
-
-def answer(
-    requests: Sequence[Any], run: Callable[[], Sequence[Any]], outputs: Callable[[Any], dict[str, NDArray[Any]]]
-) -> list[Any]:
-    """One response a request, an error where its result is one.
-
-    Args:
-        requests: what Triton gave to `execute`.
-        run: computes a result or a `TaskError` for each of them.
-        outputs: the output tensors of a result.
-    """
-    try:
-        results = run()
-    except TaskError as error:  # an encoder that fails, fails for all
-        results = [error] * len(requests)
-    return [_response(result, outputs) for result in results]
-
-
-def answer_each(
-    requests: Sequence[Any], run: Callable[[Any], Any], outputs: Callable[[Any], dict[str, NDArray[Any]]]
-) -> list[Any]:
-    """`answer`, one request after the other.
-
-    Args:
-        requests: what Triton gave to `execute`.
-        run: a request's result; may raise a `TaskError`.
-        outputs: the output tensors of a result.
-    """
-
-    def response(request: Any) -> Any:
-        [one] = answer([request], lambda: [run(request)], outputs)
-        return one
-
-    return [response(request) for request in requests]
-
-
-def _response(result: Any, outputs: Callable[[Any], dict[str, NDArray[Any]]]) -> Any:
-    if isinstance(result, TaskError):
-        codes = {ENCODER_FAILED: pb.TritonError.INTERNAL, CANCELLED: pb.TritonError.CANCELLED}
-        code = codes.get(result.code, pb.TritonError.INVALID_ARG)
-        return pb.InferenceResponse(error=pb.TritonError(str(result), code))
-    return pb.InferenceResponse([pb.Tensor(name, array) for name, array in outputs(result).items()])

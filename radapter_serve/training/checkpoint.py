@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from radapter_serve.adapter import Adapters
 from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.files import staged
 from radapter_serve.training.average import Average
 from radapter_serve.training.recipe import CHECKPOINT, Recipe
 
@@ -42,16 +43,13 @@ def save_checkpoint(
         "step": step,
         "positions": positions,
     }
-    part = out / f".{CHECKPOINT}.part"
     try:
-        torch.save(state, part)
-        part.replace(out / CHECKPOINT)
+        with staged(out / CHECKPOINT) as part:
+            torch.save(state, part)
     except (OSError, RuntimeError) as error:
         raise RAdapterError(
             f"could not write {out / CHECKPOINT}: {error}; the last whole checkpoint is kept"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_checkpoint(

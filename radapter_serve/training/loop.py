@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -278,7 +279,7 @@ def _write_adapter(run: _Run, metrics: dict[str, float], progress: Progress) -> 
         classes=None if isinstance(run.data, Captioned) else list(run.data.classes),
     )
     save_adapter(run.adapters.adapter(metadata), path)
-    progress.say(f"wrote {path}; next: radapter-export --adapter {run.out} --alpha {recipe.alpha}")
+    progress.say(f"wrote {path}; next: radapter-export --adapter {shlex.quote(str(run.out))} --alpha {recipe.alpha}")
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:

@@ -73,6 +73,8 @@ class Recipe:
         shots: images of each class to train with, drawn by the seed (a class with fewer gives all); none takes all.
         class_split: base or novel, the first or second half of the classes, for training and validation; all takes all.
         streaming: read the data set as a stream, without a copy on disk.
+        exif_orientation: turn images as their EXIF says, so that photos stand upright; false leaves the pixels as the
+            file has them, as open_clip does. An export of this adapter does the same.
         on_broken: what a broken or missing image does: skip takes the next image and counts, refuse stops the run.
         rank: rank of the adapters; none is full rank.
         adapt_text: whether the text tower has adapters too.
@@ -131,6 +133,7 @@ class Recipe:
     shots: Count | None = None
     class_split: Literal["all", "base", "novel"] = "all"
     streaming: bool = False
+    exif_orientation: bool = True
     on_broken: Literal["skip", "refuse"] = "refuse"
     rank: Count | None = None
     adapt_text: bool = True

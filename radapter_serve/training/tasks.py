@@ -17,6 +17,7 @@ from radapter_serve.data import (
     refuse_wordnet_ids,
 )
 from radapter_serve.data.segments import Segments, load_segments
+from radapter_serve.errors import RAdapterError
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.training.recipe import Recipe
 
@@ -39,6 +40,10 @@ def open_data(recipe: Recipe, base: Base, *, broken: list[str] | None = None) ->
     """
     broken = None if recipe.on_broken == "refuse" else broken
     data, val = _open(recipe, base, recipe.data, broken, streaming=recipe.streaming), None
+    if not isinstance(data, Captioned) and len(data.classes) < 2:
+        raise RAdapterError(
+            f"{recipe.data} has the one class {data.classes[0]!r}; training tells classes apart, so it needs two"
+        )
     if recipe.val_data:
         val = _open(recipe, base, recipe.val_data, broken)
     elif recipe.val_fraction:
@@ -53,14 +58,14 @@ def open_data(recipe: Recipe, base: Base, *, broken: list[str] | None = None) ->
 def _open(recipe: Recipe, base: Base, spec: str, broken: list[str] | None, *, streaming: bool = False) -> Data:
     if recipe.task == "segmentation":
         return load_segments(
-            load_masked(spec, classes=recipe.classes, images=recipe.images),
+            load_masked(spec, classes=recipe.classes, images=recipe.images, exif_orientation=recipe.exif_orientation),
             MaskCrop.from_recipe(recipe.to_dict(), base.preprocess["mean"]),
             min_area=recipe.mask_min_area,
             templates=templates_of(recipe.templates),
             broken=broken,
         )
     if recipe.task == "retrieval":
-        return load_captioned(
+        captioned = load_captioned(
             spec,
             image_column=recipe.image_column,
             caption_column=recipe.caption_column,
@@ -69,6 +74,8 @@ def _open(recipe: Recipe, base: Base, spec: str, broken: list[str] | None, *, st
             streaming=streaming,
             broken=broken,
         )
+        captioned.exif_orientation = recipe.exif_orientation
+        return captioned
     data = load_labelled(
         spec,
         image_column=recipe.image_column,
@@ -78,6 +85,7 @@ def _open(recipe: Recipe, base: Base, spec: str, broken: list[str] | None, *, st
         images=recipe.images,
         streaming=streaming,
     )
+    data.exif_orientation = recipe.exif_orientation
     if recipe.classes is None:
         refuse_wordnet_ids(data.own)
     return class_split(data, recipe.class_split)

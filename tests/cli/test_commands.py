@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+import radapter_serve
 from radapter_client import query
 from radapter_serve.cli import build_engine, demo, export, guard, index, serve, train
 from radapter_serve.cli import eval as cli_eval
@@ -36,6 +37,12 @@ def test_help_and_unknown_flags(name: str, capsys: pytest.CaptureFixture[str]) -
         main(["--no-such-flag", "1"])
     assert exit_status.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"query"}))
+def test_version(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert COMMANDS[name](["--version"]) == 0
+    assert capsys.readouterr().out == f"radapter-{name} {radapter_serve.__version__}\n"
 
 
 def test_guard_turns_errors_into_a_line_and_a_status(capsys: pytest.CaptureFixture[str]) -> None:

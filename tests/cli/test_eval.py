@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radapter_export import export_release
+from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.cli.eval import main
 from radapter_serve.cli.export import main as export
@@ -219,8 +219,12 @@ def test_limit_draws_by_the_seed(here: Path) -> None:
 def test_auto_chooses_on_validation_data_and_export_takes_it(
     here: Path, capfd: pytest.CaptureFixture[str], with_suite: bool
 ) -> None:
+    (here / "results").mkdir(exist_ok=True)
+    (here / "results" / "alpha.png").write_bytes(b"the curve of an earlier call")
     assert main([*(COMMON if with_suite else []), "--alpha", "auto"]) == 0
     out, _ = capfd.readouterr()
+    assert (here / "results" / "alpha.png").read_bytes() == b"the curve of an earlier call"
+    assert (here / "results" / "validation.png").read_bytes().startswith(b"\x89PNG")
     assert "rule: the alpha of the best mean over in-distribution validation sets; of equal ones the smallest" in out
     choice = json.loads((here / "runs" / "tiny" / "alpha.json").read_text(encoding="utf-8"))
     name = "held-out" if with_suite else "validation"
@@ -248,7 +252,7 @@ def test_export_auto_without_a_choice_or_with_another_adapters(here: Path, capfd
 
 
 def test_merged_and_release_by_flag(here: Path) -> None:
-    export_release("runs/tiny", [0.5], model_repository="repository", merged="merged")
+    export_release("runs/tiny", [0.5], ExportSettings(model_repository="repository", merged="merged"))
     common = [*COMMON, "--resume"]
     for flags in (
         ["--alpha", "0.5"],

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +21,17 @@ from radapter_serve.cli.index import main
 from radapter_serve.index.index import Index
 from radapter_serve.release.facts import release_digest
 from radapter_serve.runtimes.local_release import LocalRelease
+
+# How Pillow turns what is stored with each value of EXIF's orientation, so that it stands upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @pytest.fixture
@@ -117,3 +131,126 @@ def test_build_at_an_alpha(place: Path, dial_tiny_clip: Path, capsys: pytest.Cap
     assert main(["build", "photos", "--out", "indexes/other", "--alpha", "0.5"]) == 2
     assert "exported at alpha 0.8; radapter-export --alpha dynamic" in capsys.readouterr().err
     assert not Path("indexes/other").exists()
+
+
+def printed(said: str, command: str = "radapter-index") -> list[str]:
+    """The arguments of the commands that a message shows, each up to the end of its clause."""
+    return re.findall(rf"{command} (.*?)(?=;| removes them| embeds| adds them|, or|$)", said, re.MULTILINE)
+
+
+def test_printed_commands_name_the_repository(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("model_repository").rename("my models")
+    out = "my indexes/Büro"
+    assert main(["build", "photos", "--out", out, "--model-repository", "my models@2"]) == 0
+    said = capsys.readouterr().out
+    assert shlex.split(*printed(said, "radapter-serve")) == ["my models", "--indexes", "my indexes"]
+    assert shlex.split(*printed(said, "radapter-query")) == [
+        *("search", "a red bicycle", "--index", "Büro", "--release", "2")
+    ]
+    (place / "elsewhere").mkdir()
+    monkeypatch.chdir(place / "elsewhere")
+    assert main(["add", "--out", f"../{out}"]) == 0  # the index remembers its repository
+    assert "up to date, 5 images" in capsys.readouterr().out
+
+    # Another release is refused, and each of the two commands that the message shows works.
+    other = ["--model-repository", str(place / "my models@1")]
+    assert main(["add", "--out", f"../{out}", *other]) == 2
+    build, add = printed(capsys.readouterr().err)
+    assert main(shlex.split(add)) == 0
+    assert "up to date, 5 images" in capsys.readouterr().out
+    assert main(shlex.split(build)) == 0
+    assert "5 images (5 embedded)" in capsys.readouterr().out
+    assert main(["add", "--out", f"../{out}", *other]) == 0
+
+
+def test_what_verify_prints_works(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = "my indexes/photos"
+    assert main(["build", "photos", "--out", out]) == 0
+    shutil.copy("photos/0.png", "photos/copy.png")
+    shutil.copy("photos/2.png", "photos/3.png")
+    Path("photos/1.png").unlink()
+    capsys.readouterr()
+    assert main(["verify", out]) == 1
+    commands = printed(capsys.readouterr().out)
+    assert len(commands) == 3
+    for command in commands:
+        assert main(shlex.split(command)) == 0
+    assert main(["verify", out]) == 0
+
+
+def test_what_a_stopped_build_prints_works(
+    place: Path, dial_tiny_clip: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("photos").rename("my photos")
+    (place / "my photos" / "last.png").write_bytes(b"no image")
+    monkeypatch.setattr("radapter_serve.index.writer.BATCH", 2)
+    options = [
+        "--model-repository",
+        str(dial_tiny_clip),
+        "--alpha",
+        "0.8",
+        "--thumbnails",
+        "64",
+        "--no-exif-orientation",
+    ]
+    assert main(["build", "my photos", "--out", "indexes/photos", *options]) == 2
+    assert "what is embedded is kept: give the same command again to go on" in capsys.readouterr().err
+    (place / "my photos" / "last.png").unlink()
+    assert main(["build", "my photos", "--out", "indexes/photos"]) == 2
+    said = capsys.readouterr().err
+    assert "had another size of thumbnails, EXIF orientation" in said and "--no-resume" in said
+    assert main(shlex.split(printed(said)[0])) == 0
+    assert "5 images (1 embedded, 4 there before)" in capsys.readouterr().out
+    assert [path.name for path in Path("indexes").iterdir()] == ["photos"]
+    assert main(["build", "my photos", "--out", "indexes/photos", *options]) == 0
+    assert "up to date, 5 images (0 embedded, 5 there before)" in capsys.readouterr().out
+
+
+def test_other_files_are_counted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.gif", "b.gif", "c.bmp"):
+        (place / "photos" / name).write_bytes(b"GIF89a")
+    assert main(["build", "photos", "--out", "indexes/photos"]) == 0
+    said = "left out, for an index takes .jpg, .jpeg, .png, .webp: 3 files (2 .gif, 1 .bmp)"
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_embedded_as_people_see_them(orientation: int, place: Path, exported_tiny_clip: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    for path in Path("photos").iterdir():
+        with Image.open(path) as image:
+            stored = image.copy()
+        stored.save(path, exif=exif)
+    (place / "turned").mkdir()
+    for path in Path("photos").iterdir():
+        with Image.open(path) as image:
+            seen = image.transpose(TURNS[orientation]) if orientation > 1 else image.copy()
+        seen.save(place / "turned" / path.name, exif=b"")
+    release = LocalRelease("model_repository")
+    for folder, flag in (("turned", "--exif-orientation"), ("photos", "--no-exif-orientation")):
+        assert main(["build", "photos", "--out", f"indexes/{folder}", flag, "--thumbnails", "0"]) == 0
+        index = Index(f"indexes/{folder}")
+        for path in sorted(Path(folder).iterdir()):
+            with Image.open(path) as image:
+                clean, size = io.BytesIO(), image.size
+                image.save(clean, "PNG", exif=b"")
+            (embed,) = release.encode_images([release.prepare(clean.getvalue())])
+            (hit,) = index.search(embed, 1, f"path = '{path.name}'")
+            assert hit.score == pytest.approx(1, abs=1e-5)
+            assert (hit.metadata["width"], hit.metadata["height"]) == size
+    assert main(["build", "photos", "--out", "indexes/turned"]) == 0  # the default
+    assert json.loads(Path("indexes/turned/index.json").read_text())["exif_orientation"] is True
+
+
+def test_a_stopped_build_is_put_in_order_by_sigterm(place: Path) -> None:
+    code = (
+        "import os, signal, sys; from radapter_serve.cli.index import main; from radapter_serve.index import writer; "
+        "writer.Writer._append = lambda *a: os.kill(os.getpid(), signal.SIGTERM); "
+        "sys.exit(main(['build', 'photos', '--out', 'i']))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
+    assert found.returncode == 130 and "interrupted" in found.stderr
+    assert not list(place.glob(".i*"))

@@ -25,7 +25,7 @@ def embed(data: bytes) -> np.ndarray:
 
 SEGMENT = [
     *("labels", "label_set", "templates", "threshold", "short_side", "stride", "refine"),
-    *("proposals", "proposal_scores", "proposal_weight"),
+    *("proposals", "proposal_scores", "proposal_weight", "alpha"),
 ]
 
 

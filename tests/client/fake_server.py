@@ -12,40 +12,8 @@ from typing import Any
 from radapter_serve.server.triton_server import TritonServer, free_ports
 
 VERSIONS = (1, 2)
-TASKS = {
-    "embed_image": (
-        ["image BYTES 1"],
-        ["image_embeds FP32 4"],
-    ),
-    "embed_text": (
-        ["text BYTES 1"],
-        ["text_embeds FP32 4"],
-    ),
-    "classify": (
-        ["image BYTES 1", "labels BYTES -1 ?", "label_set BYTES 1 ?", "templates BYTES -1 ?", "top_k INT32 1 ?"],
-        ["label BYTES -1", "score FP32 -1"],
-    ),
-    "segment": (
-        [
-            "image BYTES 1",
-            "labels BYTES -1 ?",
-            "label_set BYTES 1 ?",
-            "templates BYTES -1 ?",
-            "threshold FP32 1 ?",
-            "short_side INT32 1 ?",
-            "stride INT32 1 ?",
-            "refine INT32 1 ?",
-            "proposals UINT8 -1,-1,-1 ?",
-            "proposal_scores FP32 -1,-1 ?",
-            "proposal_weight FP32 1 ?",
-        ],
-        ["mask UINT16 -1,-1", "label BYTES -1", "score FP32 -1"],
-    ),
-    "retrieve": (
-        ["text BYTES 1 ?", "image BYTES 1 ?", "index BYTES 1", "top_k INT32 1 ?", "where BYTES 1 ?"],
-        ["id BYTES -1", "score FP32 -1", "metadata BYTES -1", "thumbnail BYTES -1"],
-    ),
-}
+TASKS = ("embed_image", "embed_text", "classify", "segment", "retrieve")
+CONFIGS = Path(__file__).parents[2] / "model_repository"
 
 
 def release(version: int) -> dict[str, Any]:
@@ -68,29 +36,20 @@ def release(version: int) -> dict[str, Any]:
 
 
 def write_repository(folder: Path) -> Path:
-    """Writes the task models in both versions, with the configurations' parameters."""
-
-    def tensor(spec: str) -> str:
-        name, kind, dims, *optional = spec.split()
-        datatype = "TYPE_STRING" if kind == "BYTES" else f"TYPE_{kind}"
-        return f'{{ name: "{name}" data_type: {datatype} dims: [ {dims} ] {"optional: true" if optional else ""} }}'
-
+    """Writes the task models in both versions, with the project's own configurations and a release's parameters."""
     releases = {"release": release(VERSIONS[-1])} | {f"release.{version}": release(version) for version in VERSIONS}
     parameters = "\n".join(
         f'parameters {{ key: "{key}" value: {{ string_value: {json.dumps(json.dumps(value))} }} }}'
         for key, value in releases.items()
     )
-    for name, (inputs, outputs) in TASKS.items():
+    for name in TASKS:
         model = folder / name
         for version in VERSIONS:
             (model / str(version)).mkdir(parents=True)
             shutil.copy(Path(__file__).with_name("fake_model.py"), model / str(version) / "model.py")
-        (model / "config.pbtxt").write_text(
-            f'name: "{name}"\nbackend: "python"\nmax_batch_size: {0 if name in ("segment", "retrieve") else 64}\n'
-            f"input [ {', '.join(map(tensor, inputs))} ]\noutput [ {', '.join(map(tensor, outputs))} ]\n"
-            f"instance_group {{ kind: KIND_CPU count: {2 if name == 'classify' else 1} }}\n"
-            f"version_policy: {{ latest {{ num_versions: {len(VERSIONS)} }} }}\n{parameters}\n"
-        )
+        config = (CONFIGS / name / "config.template.pbtxt").read_text()
+        policy = f"version_policy: {{ latest {{ num_versions: {len(VERSIONS)} }} }}"
+        (model / "config.pbtxt").write_text(f"{config}\n{policy}\n{parameters}\n")
     return folder
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import radapter_client
 from radapter_client import Client
-from radapter_export import export_release
+from radapter_export import ExportSettings, export_release
 from radapter_serve.index.build import build
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.triton_server import TritonServer, free_ports
@@ -46,8 +46,13 @@ def server(exported_tiny_clip: Path, indexes: Path) -> Iterator[TritonServer]:
 
 
 @pytest.fixture
-def client(server: TritonServer, protocol: str) -> Iterator[Client]:
-    with Client(server.grpc_url if protocol == "grpc" else server.http_url, batch_size=3) as client:
+def url(server: TritonServer, protocol: str) -> str:
+    return server.grpc_url if protocol == "grpc" else server.http_url
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[Client]:
+    with Client(url, batch_size=3) as client:
         yield client
 
 
@@ -69,13 +74,13 @@ def test_embeds_what_open_clip_embeds(client: Client, exported_tiny_clip: Path):
     with torch.no_grad():
         images = model.encode_image(torch.stack([transform(image) for image in pictures()]), normalize=True).numpy()
         words = model.encode_text(tokenize(texts), normalize=True).numpy()
-    assert client.release.alpha == ALPHAS[-1]
+    assert client.release().alpha == ALPHAS[-1]
     np.testing.assert_allclose(client.embed_images(pictures()), images, atol=1e-5)
     np.testing.assert_allclose(client.embed_texts(texts), words, atol=1e-5)
 
 
 def test_classify(client: Client):
-    release = client.release
+    release = client.release()
     named = client.classify(pictures(), label_set="four")
     for one, other in zip(named, client.classify(pictures(), LABELS), strict=True):
         assert sorted(one.labels) == sorted(["cat", "a dog in the SNOW", "don't know", "猫"])
@@ -93,16 +98,15 @@ def test_classify(client: Client):
         np.testing.assert_allclose(result.scores, np.sort(row)[::-1], rtol=1e-3)
 
 
-def test_releases(server: TritonServer, client: Client):
-    assert [release.alpha for release in client.releases] == ALPHAS
-    first, second = client.releases
-    assert client.release == second
+def test_releases(url: str, client: Client):
+    assert [release.alpha for release in client.releases()] == ALPHAS
+    first, second = client.releases()
+    assert client.release() == second
     assert list(second.label_sets) == ["four"]
     assert second.facts["max_batch_size"] >= 16
-    url = str(client._url)
     with Client(url, release=first.version) as pinned:
         assert pinned.is_ready()
-        assert pinned.release == first
+        assert pinned.release() == first
         assert pinned.classify(pictures()[0], LABELS).release == first.version
         assert not np.allclose(pinned.embed_texts(["a cat"]), client.embed_texts(["a cat"]), atol=1e-3)
 
@@ -114,7 +118,7 @@ def test_segment_proposals(client: Client):
     best = client.classify(image, LABELS, top_k=1)
     found = client.segment(image, LABELS, proposals=whole)
     assert found.labels == ["cat", *LABELS[1:], "background"]
-    assert found.release == client.release.version
+    assert found.release == client.release().version
     assert found.labels[int(found.mask[0, 0])] == best.top and len(np.unique(found.mask)) == 1
     assert max(found.scores) == pytest.approx(best.scores[0], rel=1e-3)
     half = whole.copy()
@@ -138,7 +142,7 @@ def test_segment_without_a_patch_encoder(client: Client):
 def test_segment_dense(exported_tiny_clip: Path, tmp_path: Path):
     models = tmp_path / "model_repository"
     adapter = exported_tiny_clip / "adapter.safetensors"
-    export_release(adapter, [0.5], model_repository=models, merged=tmp_path / "merged", dense="naclip")
+    export_release(adapter, [0.5], ExportSettings(model_repository=models, merged=tmp_path / "merged", dense="naclip"))
     with TritonServer(models, "127.0.0.1", *free_ports()) as server:
         answers = []
         for url in (server.grpc_url, server.http_url):
@@ -173,9 +177,8 @@ def test_search(client: Client):
     assert caught.value.code == "invalid_argument"
 
 
-def test_index_of_another_release(server: TritonServer, client: Client):
-    url = str(client._url)
-    old = client.releases[0].version
+def test_index_of_another_release(url: str, client: Client):
+    old = client.releases()[0].version
     with Client(url, release=old) as pinned, pytest.raises(radapter_client.InvalidRequest, match="radapter-index"):
         pinned.search("a cat", index="pictures")
 

@@ -1,30 +1,34 @@
-"""What can be checked without a server: names, URLs, images to the bit, batches, errors, arguments."""
+"""What can be checked without a server, through a transport that records: names, URLs, images, batches, arguments."""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import io
 import itertools
-import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
+from stand_ins import AsyncRecorder, Recorder
 
 import radapter_client
-from radapter_client import _exceptions, _files
-from radapter_client._base import MAX_BYTES, MAX_STRINGS
-from radapter_client._images import chunks, encode_image, is_one_image, size_bound
-from radapter_client._url import parse_url
-from radapter_serve.inputs.labels import read_label_file
+from radapter_client import AsyncClient, Client, Reply, Request
 
-CLIENT = radapter_client.Client("http://localhost:1")
+CLIENT = Client(transport=Recorder(), release=1)
+
+
+def sent(image: Any) -> bytes:
+    """What reaches the server of one image."""
+    recorder = Recorder()
+    Client(transport=recorder, release=1).embed_images([image])
+    return recorder.requests[0].inputs["image"][0, 0]
 
 
 def test_exported_names():
@@ -34,19 +38,90 @@ def test_exported_names():
     assert radapter_client.__all__ == sorted(radapter_client.__all__)
 
 
-def test_twins_have_the_same_methods_and_arguments():
-    def signatures(kind: type) -> dict[str, object]:
-        members = {name: value for name, value in vars(kind).items() if not name.startswith("_")}
-        return {
-            name: "property" if isinstance(value, property) else [*inspect.signature(value).parameters.values()]
-            for name, value in members.items()
-        }
+@pytest.mark.parametrize("name", ["classify", "segment", "search", "embed_images", "is_ready", "profile", "release"])
+def test_methods_have_their_own_signature_and_words(name: str):
+    """They are written once for both clients, and look like methods of either."""
+    own = AsyncClient(transport=AsyncRecorder())
+    for method in (getattr(CLIENT, name), getattr(own, name)):
+        assert inspect.signature(method).parameters["timeout"].default is None
+        assert "self" not in inspect.signature(method).parameters
+        assert method.__name__ == name and "Example:" in method.__doc__
+    assert inspect.signature(Client).parameters == inspect.signature(AsyncClient).parameters
 
-    assert signatures(radapter_client.Client) == signatures(radapter_client.AsyncClient)
-    constructors = [
-        inspect.signature(kind).parameters for kind in (radapter_client.Client, radapter_client.AsyncClient)
-    ]
-    assert constructors[0] == constructors[1]
+
+def test_public_names_have_an_example():
+    for name in radapter_client.__all__:
+        thing = getattr(radapter_client, name)
+        if name != "ImageLike":
+            assert "Example:" in thing.__doc__ or "as in `" in thing.__doc__, name
+    for name in dir(Client):
+        if not name.startswith("_") and name != "close":
+            assert "Example:" in getattr(Client, name).__doc__, name
+
+
+class Cats:
+    """The example of Transport's docstring."""
+
+    def send(self, request: Request, timeout: float) -> Any:
+        rows = len(request.inputs["image"])
+        scores = np.ones((rows, 1), np.float32)
+        return Reply(1, {"label": np.full((rows, 1), b"cat", object), "score": scores})
+
+    def close(self) -> None:
+        pass
+
+
+def test_transport_of_the_user():
+    code = "".join(inspect.getsource(Cats.send).split())
+    assert code in "".join(radapter_client.Transport.__doc__.split())
+    with Client(transport=Cats(), release=1) as client:
+        assert client.classify(b"photo", ["cat", "dog"]).top == "cat"
+        assert [found.top for found in client.classify([b"photo"] * 40, ["cat", "dog"])] == ["cat"] * 40
+
+
+def test_both_clients_ask_the_same_of_their_transport():
+    recorder, other = Recorder(), AsyncRecorder()
+
+    def calls(client: Any) -> list[Any]:
+        return [
+            lambda: client.classify(b"x", ["a"], timeout=3),
+            lambda: client.classify([b"x"] * 3, ["a"]),
+            lambda: client.embed_texts([]),
+            lambda: client.embed_texts(["a"] * 3),
+            lambda: client.segment(PIXELS, ["a"]),
+            lambda: client.search("a", index="i"),
+            lambda: client.is_ready(),
+            lambda: client.profile(requests=2),
+            lambda: client.release(),
+            lambda: client.releases(),
+        ]
+
+    async def main() -> list[str]:
+        async with AsyncClient(transport=other, batch_size=2, concurrency=1, timeout=7) as client:
+            return [str(await call()) for call in calls(client)]
+
+    with Client(transport=recorder, batch_size=2, concurrency=1, timeout=7) as client:
+        answers = [str(call()) for call in calls(client)]
+    found = asyncio.run(main())
+    assert answers[:7] + answers[8:] == found[:7] + found[8:]  # all but times
+    assert list(map(str, recorder.requests)) == list(map(str, other.requests))
+    assert recorder.timeouts == other.timeouts and set(recorder.timeouts) == {3, 7}
+    assert [request.version for request in recorder.inferences[1:3]] == ["1", "1"]  # of one call, from one release
+
+
+def test_release_was_a_property():
+    with pytest.warns(DeprecationWarning, match=r"write client.release\(\)"):
+        assert CLIENT.release.version == 1
+    with pytest.warns(DeprecationWarning, match=r"write client.releases\(\)"):
+        assert [release.version for release in CLIENT.releases] == [1]
+    with pytest.warns(DeprecationWarning):
+        assert (len(CLIENT.releases), CLIENT.releases[0].alpha) == (1, 0.5)
+
+    async def main() -> int:
+        return (await AsyncClient(transport=AsyncRecorder()).release).version
+
+    with pytest.warns(DeprecationWarning):
+        assert asyncio.run(main()) == 1
 
 
 def test_drawn_exception_tree_is_the_tree():
@@ -54,7 +129,7 @@ def test_drawn_exception_tree_is_the_tree():
         return [(indent, kind.__name__)] + [line for sub in kind.__subclasses__() for line in draw(sub, indent + 1)]
 
     drawn = []
-    for line in inspect.cleandoc(_exceptions.__doc__).splitlines()[2:]:
+    for line in inspect.cleandoc(sys.modules[radapter_client.Timeout.__module__].__doc__).splitlines()[2:]:
         name = line.lstrip(" │├└─").split()[0]
         drawn.append((line.index(name) // 4, name))
     assert drawn == draw(radapter_client.RAdapterClientError)
@@ -84,7 +159,7 @@ def test_imports_neither_torch_nor_the_server_side():
     ],
 )
 def test_url(url: str, whole: str):
-    assert str(parse_url(url)) == whole
+    assert repr(Client(url)) == f"Client({whole!r})"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +211,7 @@ def images() -> list[Image.Image]:
 
 @pytest.mark.parametrize("image", images(), ids=lambda image: f"{image.mode}-{image.width}-{len(image.info)}")
 def test_pil_image_arrives_to_the_bit(image: Image.Image):
-    data = encode_image(image)
+    data = sent(image)
     back = Image.open(io.BytesIO(data))
     assert (back.format, back.mode, back.size) == ("PNG", image.mode, image.size)
     assert back.tobytes() == image.tobytes()
@@ -153,14 +228,14 @@ def test_pil_image_arrives_to_the_bit(image: Image.Image):
 def test_mode_that_png_would_change_is_refused(mode: str):
     image = Image.new("RGBA", (4, 4)).convert(mode) if mode == "RGBa" else Image.new(mode, (4, 4))
     with pytest.raises(radapter_client.InvalidImage, match=rf"mode {mode} .* allowed are RGB.*convert\('RGB'\)"):
-        encode_image(image)
+        sent(image)
 
 
 def test_pixels_beyond_the_palette_are_refused():
     image = Image.new("P", (4, 4), 200)
     image.putpalette([0, 0, 0, 255, 0, 0])
     with pytest.raises(radapter_client.InvalidImage, match="beyond its palette"):
-        encode_image(image)
+        sent(image)
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.booleans(), st.integers(0, 2**32 - 1))
@@ -168,14 +243,14 @@ def test_array_arrives_to_the_bit(height: int, width: int, grey: bool, seed: int
     shape = (height, width) if grey else (height, width, 3)
     array = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
     for view in (array, array[::-1, ::-1]):
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_image(view)))), view)
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(sent(view)))), view)
 
 
 def test_file_is_sent_as_it_is(tmp_path: Path):
     path = tmp_path / "ein Bild.jpg"
     Image.fromarray(pixels(8, 8, 3)).save(path)
     data = path.read_bytes()
-    assert encode_image(path) == encode_image(str(path)) == encode_image(data) == encode_image(memoryview(data)) == data
+    assert sent(path) == sent(str(path)) == sent(data) == sent(memoryview(data)) == data
 
 
 @pytest.mark.parametrize(
@@ -195,7 +270,7 @@ def test_file_is_sent_as_it_is(tmp_path: Path):
 )
 def test_what_is_no_image(image, why: str):
     with pytest.raises(radapter_client.InvalidImage, match=why) as caught:
-        encode_image(image)
+        sent(image)
     assert caught.value.code == "invalid_image"
 
 
@@ -203,105 +278,106 @@ def test_broken_and_empty_files(tmp_path: Path):
     empty = tmp_path / "empty.png"
     empty.touch()
     with pytest.raises(radapter_client.InvalidImage, match="empty file"):
-        encode_image(empty)
+        sent(empty)
     Image.fromarray(pixels(64, 64, 3)).save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
     with Image.open(tmp_path / "half.png") as lazy, pytest.raises(radapter_client.InvalidImage, match="cannot read"):
-        encode_image(lazy)
+        sent(lazy)
+
+
+def oriented(value: int) -> Image.Image:
+    """An image, and the EXIF orientation that a phone would give it."""
+    image = Image.fromarray(pixels(31, 45, 3))
+    image.info["exif"] = exif(value).tobytes()
+    return image
+
+
+def exif(value: int) -> Image.Exif:
+    found = Image.Exif()
+    found[0x0112] = value
+    return found
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+def test_orientation_travels_with_the_pixels(value: int, tmp_path: Path):
+    """A file, its bytes and Pillow's image of it are one image to the server, whatever its release does with EXIF."""
+    path = tmp_path / "image.png"
+    Image.fromarray(pixels(31, 45, 3)).save(path, exif=exif(value))
+    with Image.open(path) as opened:
+        copies = [sent(path), sent(path.read_bytes()), sent(opened), sent(opened.convert("RGB")), sent(oriented(value))]
+        turned = ImageOps.exif_transpose(opened)
+    for data in copies:
+        with Image.open(io.BytesIO(data)) as back:
+            assert back.tobytes() == Image.fromarray(pixels(31, 45, 3)).tobytes()
+            assert back.getexif().get(0x0112, 1) == value
+            assert ImageOps.exif_transpose(back).tobytes() == turned.tobytes()
+    with Image.open(io.BytesIO(sent(turned))) as back:  # what was turned already is not turned again
+        assert back.getexif().get(0x0112, 1) == 1 and back.tobytes() == turned.tobytes()
+
+
+@pytest.mark.parametrize("broken", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"x" * 9])
+def test_broken_exif_is_no_error(broken: bytes):
+    image = Image.fromarray(pixels(31, 45, 3))
+    image.info["exif"] = broken
+    with Image.open(io.BytesIO(sent(image))) as back:
+        assert back.tobytes() == image.tobytes()
 
 
 def test_one_image_or_several():
-    assert all(map(is_one_image, ["a.jpg", Path("a.jpg"), b"x", Image.new("L", (1, 1)), pixels(4, 4, 3), pixels(4, 4)]))
-    assert not any(map(is_one_image, [["a.jpg"], ("a.jpg",), [], pixels(2, 4, 4, 3), iter([b"x"])]))
+    ones = ["a.jpg", Path("a.jpg"), b"x", Image.new("L", (1, 1)), pixels(4, 4, 3), pixels(4, 4)]
+    for one in ones:
+        try:
+            assert not isinstance(CLIENT.classify(one, ["a"]), list)
+        except radapter_client.InvalidImage as error:
+            assert "a.jpg" in str(error)
+    for several in ([b"x"], (b"x",), [], pixels(2, 4, 4, 3), iter([b"x"])):
+        assert isinstance(CLIENT.classify(several, ["a"]), list)
 
 
 # Batches
 
+MAX_BYTES = 32 * 2**20
 
-@given(st.lists(st.integers(0, 100)), st.integers(1, 10), st.integers(1, 200))
-def test_chunks(sizes: list[int], max_rows: int, max_bytes: int):
-    runs = chunks(sizes, max_rows, max_bytes)
-    assert [index for run in runs for index in run] == list(range(len(sizes)))
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.sampled_from([0, 1, 10, 20, 33]), max_size=8), st.integers(1, 5))
+def test_batches(sizes: list[int], rows: int):
+    """Runs of at most `rows` images and 32 MiB, or of one image, and none shorter than it must be."""
+    recorder = Recorder()
+    images = [bytes([index + 1]) + bytes(size * 2**20) for index, size in enumerate(sizes)]
+    Client(transport=recorder, release=1, batch_size=rows, concurrency=1).embed_images(images)
+    runs = [[image for [image] in request.inputs["image"]] for request in recorder.inferences]
+    assert [image for run in runs for image in run] == images
     for run in runs:
-        assert 1 <= len(run) <= max_rows
-        assert len(run) == 1 or sum(sizes[index] for index in run) <= max_bytes
-    for run, following in itertools.pairwise(runs):  # none is shorter than it must be
-        assert len(run) == max_rows or sum(sizes[index] for index in [*run, following[0]]) > max_bytes
+        assert 1 <= len(run) <= rows
+        assert len(run) == 1 or sum(map(len, run)) <= MAX_BYTES
+    for run, following in itertools.pairwise(runs):
+        assert len(run) == rows or sum(map(len, [*run, following[0]])) > MAX_BYTES
 
 
 @given(st.integers(1, 40), st.integers(1, 3000), st.integers(0, 80))
 def test_classify_keeps_requests_moderate(count: int, labels: int, templates: int):
+    recorder = Recorder()
     names = [f"label {index}" for index in range(labels)]
     prompts = [f"{index} {{}}" for index in range(templates)] or None
-    plan = CLIENT._classify([b"x"] * count, names, None, prompts, 3)
-    requests = [part() for part in plan.parts]
-    assert sum(len(request.inputs["image"]) for request in requests) == count
-    assert plan.one_release == (len(requests) > 1)
-    for request in requests:
+    Client(transport=recorder).classify([b"x"] * count, names, templates=prompts, top_k=3)
+    assert sum(len(request.inputs["image"]) for request in recorder.inferences) == count
+    assert {request.version for request in recorder.inferences} == {"1" if len(recorder.inferences) > 1 else ""}
+    for request in recorder.inferences:
         rows = len(request.inputs["image"])
         assert {len(array) for array in request.inputs.values()} == {rows}
-        assert rows == 1 or rows * (labels + templates) <= MAX_STRINGS
+        assert rows == 1 or rows * (labels + templates) <= 8192
         assert [name.decode() for name in request.inputs["labels"][-1]] == names
         assert request.inputs["top_k"].tolist() == [[3]] * rows
 
 
 def test_large_images_are_split_by_bytes():
-    array = np.zeros((2000, 2000, 3), np.uint8)
-    plan = CLIENT._embed_images([array] * 7)
-    assert size_bound(array) * 2 < MAX_BYTES < size_bound(array) * 3
-    assert len(plan.parts) == 4
+    recorder = Recorder()
+    Client(transport=recorder, release=1).embed_images([np.zeros((2000, 2000, 3), np.uint8)] * 7)
+    assert len(recorder.inferences) == 4
 
 
-# Errors
-
-
-@pytest.mark.parametrize(
-    ("grpc", "http", "text", "kind", "code", "message"),
-    [
-        (
-            "INVALID_ARGUMENT",
-            "400",
-            "[invalid_image] row 3: not an image",
-            "InvalidImage",
-            "invalid_image",
-            "row 3: not",
-        ),
-        ("INVALID_ARGUMENT", "400", "[image_too_large] 9 GP", "InvalidImage", "image_too_large", "9 GP"),
-        ("INTERNAL", "500", "[no_labels] give labels", "InvalidRequest", "no_labels", "give labels"),
-        ("INTERNAL", "500", "[encoder_failed] it did", "ServerError", "encoder_failed", "it did"),
-        ("INVALID_ARGUMENT", "400", "[a_new_code] new", "InvalidRequest", "a_new_code", "new"),
-        ("INVALID_ARGUMENT", "400", "[request id: <id_unknown>] batch-size", "InvalidRequest", None, "batch-size"),
-        ("NOT_FOUND", "404", "model 'x' has no version 7", "ModelNotFound", None, "version 7.*radapter-query release"),
-        (
-            "NOT_FOUND",
-            "404",
-            "Request for unknown model: 'segment' is not found",
-            "ModelNotFound",
-            None,
-            "no model 'segment': .*radapter-export",
-        ),
-        ("INVALID_ARGUMENT", "400", "[no_patch_encoder] export", "ModelNotFound", "no_patch_encoder", "^export$"),
-        ("INTERNAL", "500", "[unknown_index] no such", "InvalidRequest", "unknown_index", "no such"),
-        ("INTERNAL", "500", "[index_mismatch] old", "InvalidRequest", "index_mismatch", "old"),
-        ("UNAVAILABLE", "503", "not ready", "ServerUnavailable", None, "not ready"),
-        ("DEADLINE_EXCEEDED", "504", "late", "Timeout", None, "late"),
-        (
-            "INTERNAL",
-            "500",
-            "failed, message: X: y\n\nAt:\n  /a.py(3): b",
-            "ServerError",
-            None,
-            "failed, message: X: y$",
-        ),
-        ("INTERNAL", "500", "", "ServerError", None, "answered"),
-    ],
-)
-def test_errors_of_the_server(grpc: str, http: str, text: str, kind: str, code: str | None, message: str):
-    for status in (grpc, http):
-        error = _exceptions.from_server(status, text)
-        assert type(error) is getattr(radapter_client, kind)
-        assert error.code == code
-        assert re.search(message, str(error))
+# Arguments
 
 
 @pytest.mark.parametrize(
@@ -375,12 +451,36 @@ def test_proposals_are_sent_as_0_to_255(kind, tmp_path: Path):
         values *= 255
     Image.fromarray(PIXELS).save(tmp_path / "image.png")
     for image in (PIXELS, tmp_path / "image.png", (tmp_path / "image.png").read_bytes()):
-        [part] = CLIENT._segment(image, ["a"], None, None, None, None, None, None, values, None, None).parts
-        sent = part().inputs["proposals"]
-        assert (sent.dtype, sent.tolist()) == (np.uint8, [[[0, 255, 255, 0, 255]] * 4])
-        wrong = CLIENT._segment(image, ["a"], None, None, None, None, None, None, values[:, 1:], None, None).parts[0]
+        recorder = Recorder()
+        Client(transport=recorder, release=1).segment(image, ["a"], proposals=values)
+        found = recorder.requests[0].inputs["proposals"]
+        assert (found.dtype, found.tolist()) == (np.uint8, [[[0, 255, 255, 0, 255]] * 4])
         with pytest.raises(radapter_client.InvalidRequest, match="5 x 3 pixels"):
-            wrong()
+            CLIENT.segment(image, ["a"], proposals=values[:, 1:])
+
+
+def test_proposals_of_a_turned_image():
+    """Either size is sent: which is right, the release decides."""
+    image = Image.fromarray(PIXELS)
+    image.info["exif"] = exif(6).tobytes()
+    for masks in (MASK, MASK.transpose(0, 2, 1)):
+        CLIENT.segment(image, ["a"], proposals=masks)
+    with pytest.raises(radapter_client.InvalidRequest, match="5 x 3 pixels .* for an image of 4 x 5 or 5 x 4"):
+        CLIENT.segment(image, ["a"], proposals=MASK[:, 1:])
+
+
+@pytest.mark.parametrize("turns", [True, False])
+def test_segmentation_knows_whether_its_release_turned_the_image(turns: bool):
+    recorder = Recorder(preprocess={"exif_orientation": turns})
+    client = Client(transport=recorder, release=1)
+    image = Image.fromarray(PIXELS.transpose(1, 0, 2) if turns else PIXELS)  # the mask has 4 x 5 pixels
+    image.info["exif"] = exif(6).tobytes()
+    plain, found = client.segment([PIXELS, image], ["a"])
+    assert found.exif_orientation == client.release().exif_orientation == turns
+    assert plain.overlay(legend=False).size == found.overlay(legend=False).size == (5, 4)
+    recorder.requests.clear()
+    client.segment(PIXELS, ["a"])
+    assert len(recorder.requests) == 1  # nothing is asked where it does not matter
 
 
 @pytest.mark.parametrize(
@@ -413,50 +513,3 @@ def test_other_bad_arguments():
         CLIENT.embed_images(Path("a.jpg"))
     with pytest.raises(radapter_client.InvalidRequest, match="takes a list, not one int"):
         CLIENT.embed_images(3)
-
-
-def test_nobody_there(protocol: str):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    with radapter_client.Client(f"{protocol}://127.0.0.1:{port}", timeout=5) as client:
-        with pytest.raises(radapter_client.ServerUnavailable, match=rf"{protocol}://127.0.0.1:{port}.*radapter-serve"):
-            client.embed_texts(["x"])
-        assert not client.is_ready()
-
-
-def test_not_a_triton_server(protocol: str):
-    """Someone who accepts and never says a word, or hangs up."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        with (
-            radapter_client.Client(f"{protocol}://127.0.0.1:{port}", timeout=0.3) as client,
-            pytest.raises((radapter_client.Timeout, radapter_client.ServerUnavailable)),
-        ):
-            client.embed_texts(["x"])
-
-
-def test_closed_client_says_so(protocol: str):
-    client = radapter_client.Client(f"{protocol}://localhost:1")
-    client.close()
-    client.close()
-    with pytest.raises(radapter_client.RAdapterClientError, match="closed"):
-        client.embed_texts(["x"])
-
-
-@pytest.mark.parametrize("count", [1, 20])
-def test_closed_between_the_start_of_a_call_and_its_requests(protocol: str, count: int, monkeypatch):
-    client = radapter_client.Client(f"{protocol}://127.0.0.1:1", batch_size=1, release=1)
-
-    def start(timeout: float | None) -> float:
-        client.close()
-        return 0.3
-
-    monkeypatch.setattr(client, "_start", start)
-    with pytest.raises(radapter_client.RAdapterClientError, match="closed in the middle|no answer"):
-        client.embed_texts(["x"] * count)
-
-
-def test_label_files_are_read_as_the_exporter_reads_them(tmp_path: Path):
-    path = tmp_path / "labels.txt"
-    path.write_text("\ufeff# animals\n\ncat, kitty\n  ein Hündchen \r\nC# code\n   # no label\n", encoding="utf-8")
-    assert _files.read_lines(path, "a label") == read_label_file(path) == ["cat, kitty", "ein Hündchen", "C# code"]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from radapter_client import Hit
-from radapter_client._gallery import page
+from radapter_client.query.gallery import page
 
 VOID = {"meta", "img"}
 EVIL = [

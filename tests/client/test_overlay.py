@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 import radapter_client
 from radapter_client import Segmentation
-from radapter_client._overlay import FIRST, _spelled, colours, read_font
+
+# Okabe and Ito's, which people with any colour vision tell apart.
+FIRST = ((86, 180, 233), (230, 159, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66), (0, 114, 178), (213, 94, 0))
 
 
 def segmentation(mask: np.ndarray, labels: list[str], image, background: int | None = None) -> Segmentation:
@@ -27,13 +30,38 @@ def noise(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
 
 
-def test_colours_are_distinct_and_stay():
-    table = colours(300)
-    assert table.shape == (300, 3)
-    assert np.array_equal(colours(10), table[:10])
-    assert len(np.unique(table[:150], axis=0)) == 150
-    distances = np.abs(table[:20, None].astype(int) - table[None, :20]).sum(-1) + 999 * np.eye(20, dtype=int)
-    assert distances.min() > 40
+def colours(count: int) -> list[tuple[int, ...]]:
+    """The colours that `count` labels are painted in."""
+    found = segmentation(
+        np.arange(count)[None], [f"{index}" for index in range(count)], np.zeros((1, count, 3), np.uint8)
+    )
+    return [tuple(colour) for colour in np.asarray(found.overlay(opacity=1, legend=False))[0].tolist()]
+
+
+def lab(rgb: tuple[int, ...]) -> np.ndarray:
+    """CIE L*a*b* of an sRGB colour under D65, by its definition."""
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in rgb))
+    x = (0.4124564 * red + 0.3575761 * green + 0.1804375 * blue) / 0.95047
+    y = 0.2126729 * red + 0.7151522 * green + 0.0721750 * blue
+    z = (0.0193339 * red + 0.1191920 * green + 0.9503041 * blue) / 1.08883
+    f, g, h = (t ** (1 / 3) if t > (6 / 29) ** 3 else t / (3 * (6 / 29) ** 2) + 4 / 29 for t in (x, y, z))
+    return np.array([116 * g - 16, 500 * (f - g), 200 * (g - h)])
+
+
+def test_colours_can_be_told_apart():
+    np.testing.assert_allclose(lab((255, 0, 0)), [53.24, 80.09, 67.20], atol=0.02)  # as tables have it
+    np.testing.assert_allclose(lab((0, 0, 255)), [32.30, 79.19, -107.86], atol=0.02)
+    known = np.array(list(map(lab, colours(256))))
+    distances = np.linalg.norm(known[:, None] - known[None], axis=-1)  # CIE76; 2.3 is just noticeable
+    assert np.diag(distances, 1).min() > 35  # of labels that follow each other
+    np.fill_diagonal(distances, np.inf)
+    for count, least in ((20, 25), (64, 18), (256, 10)):  # of any two
+        assert distances[:count, :count].min() > least
+
+
+def test_a_label_keeps_its_colour():
+    assert colours(10) == colours(300)[:10]
+    assert colours(300)[256:] == colours(300)[:44]
 
 
 def test_pixels():
@@ -81,13 +109,24 @@ def test_shares_and_legend_of_many_labels():
     assert found.overlay().height < 3000
 
 
-def test_stored_image_is_not_turned(tmp_path: Path):
-    """A photograph with an EXIF orientation: mask and overlay have the pixels as they lie in the file."""
+@pytest.mark.parametrize("value", range(1, 9))
+def test_photograph_is_turned_as_its_mask_is(value: int, tmp_path: Path):
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = value
     Image.fromarray(noise(20, 30)).save(tmp_path / "turned.png", exif=exif)
-    found = segmentation(halves(20, 30), ["a", "b"], tmp_path / "turned.png")
-    assert np.array_equal(np.asarray(found.overlay(opacity=0, legend=False))[:, :10], noise(20, 30)[:, :10])
+    with Image.open(tmp_path / "turned.png") as opened:
+        for turns, wanted in ((True, np.asarray(ImageOps.exif_transpose(opened))), (False, noise(20, 30))):
+            for image in (tmp_path / "turned.png", opened):
+                found = segmentation(np.zeros(wanted.shape[:2]), ["a"], image)
+                found = dataclasses.replace(found, exif_orientation=turns)
+                assert np.array_equal(np.asarray(found.overlay(opacity=0, legend=False)), wanted)
+
+
+@pytest.mark.parametrize("broken", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"x" * 9])
+def test_broken_exif_is_no_error(broken: bytes):
+    image = Image.fromarray(noise(20, 30))
+    image.info["exif"] = broken
+    assert segmentation(halves(20, 30), ["a", "b"], image).overlay(legend=False).size == (30, 20)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "transparent"])
@@ -109,11 +148,17 @@ LABELS = ["猫", "🦊 fox", "", "   ", "line\nbreak", "a" * 1000, "Größe", "�
 def test_labels_of_every_kind():
     mask = np.arange(11 * 11).reshape(11, 11) % 11
     assert segmentation(mask, LABELS, noise(11, 11)).overlay().width == 517
-    font = read_font(None, 20)
-    spelled = [_spelled(label, font) for label in LABELS]
-    assert spelled[:5] == ["\\u732b", "\\U0001f98a fox", "(no name)", "(no name)", "line break"]
-    assert spelled[6] in ("Größe", "Gro\\xdfe")  # as the font of the Pillow at hand has it
-    assert len(set(spelled)) == len(LABELS) - 1
+
+
+def legend(label: str) -> bytes:
+    """The picture of one label, with its legend."""
+    return segmentation(np.zeros((4, 4)), [label], noise(4, 4)).overlay().tobytes()
+
+
+def test_labels_are_spelled():
+    assert legend("猫") == legend("\\u732b") and legend("🦊 fox") == legend("\\U0001f98a fox")
+    assert legend("") == legend("   ") == legend("(no name)") and legend("line\nbreak") == legend("line break")
+    assert len(set(map(legend, LABELS))) == len(LABELS) - 1
 
 
 def test_font_of_the_user(tmp_path: Path):

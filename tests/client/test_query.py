@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from stand_ins import Recorder
 
+from radapter_client import Client, query
 from radapter_client.query import main
+from radapter_serve.inputs.labels import read_label_file
 
 
 @pytest.fixture
@@ -72,6 +79,77 @@ def test_segment(run, image: str, tmp_path: Path):
 
 
 @pytest.mark.triton
+def test_folders(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder, pictures = tmp_path / "photos", tmp_path / "pictures"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("b.PNG", "a.jpg", "deep/a.webp"):
+        Image.new("RGB", (8, 6), "red").save(folder / name)
+    (folder / "broken.png").write_text('{"error": "[invalid_image] no image"}')
+    (folder / "empty.jpg").touch()
+    for name in ("notes.txt", "c.gif", "d.gif"):
+        (folder / name).write_text("x")
+    wanted = [str(folder / name) for name in ("a.jpg", "b.PNG", "deep/a.webp")]
+    labels = ["--labels", "a, b", "ü", "--url", url]
+    assert main(["classify", str(folder), *labels, "--json"]) == 1  # not all could be read
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["image"] for line in out.splitlines()] == wanted
+    assert "left out: 2 .gif, 1 .txt" in err
+    assert f"left out: {folder / 'broken.png'}: no image" in err and f"{folder / 'empty.jpg'} is an empty file" in err
+    assert main(["classify", str(folder), *labels, "--top-k", "2", "--out", str(tmp_path / "found.csv")]) == 1
+    assert "found.csv: 3 images" in capsys.readouterr().out
+    with (tmp_path / "found.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows[::2]] == [row["image"] for row in rows[1::2]] == wanted
+    assert {row["label"] for row in rows} == {"a, b", "ü"}
+    assert all(float(one["score"]) >= float(two["score"]) for one, two in zip(rows[::2], rows[1::2], strict=True))
+    assert main(["segment", str(folder), *labels, "--out", str(tmp_path / "found.jsonl"), "--save", str(pictures)]) == 1
+    lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text("utf-8").splitlines()]
+    assert [line["image"] for line in lines] == wanted
+    assert all((line["size"], line["labels"]) == ([8, 6], ["a, b", "ü"]) for line in lines)
+    assert {str(path.relative_to(pictures)) for path in pictures.rglob("*.*")} == {
+        *("a.jpg.png", "b.PNG.png", "deep/a.webp.png")
+    }
+    assert main(["segment", *wanted, *labels, "--save-mask", str(pictures), "--out", str(tmp_path / "found.csv")]) == 0
+    with Image.open(pictures / "deep" / "a.webp.png") as mask:
+        assert (mask.mode, mask.size) == ("L", (8, 6))
+    assert (tmp_path / "found.csv").read_text("utf-8").startswith("image,label,share,score\n")
+    capsys.readouterr()
+    assert main(["classify", wanted[0], str(folder / "broken.png"), *labels]) == 2  # a file that was named is an error
+    assert capsys.readouterr().err == f"error: {folder / 'broken.png'}: no image\n"
+    assert main(["embed-image", str(folder / "deep"), "--out", str(tmp_path / "x.npy"), "--url", url]) == 0
+    assert np.load(tmp_path / "x.npy").shape == (1, 4)
+
+
+@pytest.mark.triton
+def test_server_of_the_environment(url: str, monkeypatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("RADAPTER_SERVER", url)
+    assert main(["release", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["served"] == [1, 2]
+    assert main(["release", "--url", "http://127.0.0.1:9"]) == 2
+
+
+def test_closed_pipe(tmp_path: Path):
+    """As `radapter-query classify photos/ … | head -1` does it."""
+    script = tmp_path / "ask.py"
+    script.write_text(
+        "import sys\nfrom stand_ins import Recorder\n"
+        "from radapter_client import Client, query\n"
+        "query.Client = lambda *_, **__: Client(transport=Recorder(), release=1)\n"
+        "sys.exit(query.main())\n"
+    )
+    image = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(image)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    for flags in (["--json"], []):
+        command = [sys.executable, str(script), "classify", *[str(image)] * 3000, "--labels", "a", *flags]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+            process.stdout.readline()
+            process.stdout.close()
+            assert process.stderr.read() == b""
+        assert process.returncode in (0, 1)
+
+
+@pytest.mark.triton
 def test_search(run, image: str, tmp_path: Path):
     table = run("search", "a red [b]bicycle", "--index", "photos")
     assert "ordner/bild ü 0.jpg" in table and "0.7500" in table and "[b]bicycle" in table
@@ -108,6 +186,7 @@ def test_embed(run, image: str, tmp_path: Path):
 def test_release_and_profile(run):
     table = run("release")
     assert all(word in table for word in ("ViT-B-32", "a photo of a {}.", "letters", "1 (α = 0.5), 2 (α = 1)"))
+    assert run("release").index("architecture") < run("release").index("templates")
     assert json.loads(run("release", "--release", "1", "--json"))["release"]["alpha"] == 0.5
     assert "encoder" in run("profile", "--requests", "2")
 
@@ -140,6 +219,18 @@ def test_failed_query_leaves_the_old_file(url: str, tmp_path: Path, capsys: pyte
         (["segment", "no.png", "--labels", "a", "--save", "no/such/x.png"], "no/such is no folder"),
         (["segment", "no.png", "--labels", "a", "--save-mask", "x.jpg"], "--save-mask x.jpg does not end in .png"),
         (["segment", "no.png", "--labels", "a", "--save", "x.png", "--save-mask", "x.png"], "are both x.png"),
+        (["segment", "a.png", "b.png", "--labels", "a", "--save", "x.png"], "of several images, give a folder"),
+        (["classify", "no.png", "--labels", "a", "--out", "x.txt"], "x.txt does not end in .csv or .jsonl"),
+        (["classify", "no.png", "--labels", "a", "--out", "no/x.csv"], "no is no folder"),
+        (["segment", "no.png", "--labels", "a", "--out", "x.npy"], "x.npy does not end in .csv or .jsonl"),
+        (["classify", "{tmp}", "--labels", "a"], "no JPEG, PNG or WebP files"),
+        (["classify", "--labels", "a"], "give files or folders"),
+        (["classify", "a.png"], "give one of --labels, --labels-file and --label-set"),
+        (["classify", "a.png", "--labels", "a", "--label-set", "b"], "give one of --labels"),
+        (["segment", "a.png"], "give one of --labels"),
+        (["search", "--index", "photos"], "give a text to search for"),
+        (["search", "a", "--image", "a.png", "--index", "photos"], "and not both"),
+        (["embed-text"], "give texts"),
         (["segment", "no.png", "--labels", "a", "--save", "x.png"], "cannot read the image no.png"),
         (["segment", "no.png", "--labels", "a", "--threshold", "2"], "threshold is 2.0; allowed are"),
         (["segment", "no.png", "--labels-file", "no.txt"], "cannot read no.txt"),
@@ -161,8 +252,9 @@ def test_bad_input_is_one_line(arguments, why: str, tmp_path: Path, monkeypatch,
     assert main([argument.replace("{tmp}", str(tmp_path)) for argument in arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
-    assert re.search(why, captured.err)
+    *notes, error = captured.err.splitlines()
+    assert error.startswith("error: ") and all(note.startswith("note: ") for note in notes)
+    assert re.search(why, error)
     assert set(tmp_path.iterdir()) == before
 
 
@@ -178,25 +270,48 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]):
         main([*command, "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    assert "usage: radapter-query" in text
-    assert not command or "default: grpc://localhost:8001" in " ".join(text.split())
+    assert "usage: radapter-query" in text and len(text.splitlines()) > 5
+    assert not command or ("grpc://localhost:8001" in text and "RADAPTER_SERVER" in text)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["classify", "a.png"],
-        ["classify", "a.png", "--labels", "a", "--label-set", "b"],
-        ["segment", "a.png"],
-        ["segment", "a.png", "b.png", "--labels", "a"],
-        ["search", "--index", "photos"],
-        ["search", "a", "--image", "a.png", "--index", "photos"],
-        ["search", "a"],
-    ],
-)
+@pytest.mark.parametrize("arguments", [[], ["search", "a"], ["classify", "a.png", "--no-such-flag"], ["classfy"]])
 def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
     assert "radapter-query" in capsys.readouterr().err
+
+
+def test_templates_are_summed_up(monkeypatch, capsys: pytest.CaptureFixture[str]):
+    templates = [f"photo {index} of a {{}}." for index in range(80)]
+    recorder = Recorder(templates=templates, preprocess={"exif_orientation": False})
+    monkeypatch.setattr(query, "Client", lambda *_, **__: Client(transport=recorder))
+    assert main(["release"]) == 0
+    shown = capsys.readouterr().out
+    assert "80, such as 'photo 0 of a {}.'" in shown and "photo 1 of" not in shown and "is ignored" in shown
+    assert main(["release", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["release"]["templates"] == templates
+
+
+def test_label_files_are_read_as_the_exporter_reads_them(tmp_path: Path, monkeypatch):
+    path = tmp_path / "labels.txt"
+    path.write_text("\ufeff# animals\n\ncat, kitty\n  ein Hündchen \r\nC# code\n   # no label\n", encoding="utf-8")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    recorder = Recorder()
+    monkeypatch.setattr(query, "Client", lambda *_, **__: Client(transport=recorder, release=1))
+    assert main(["classify", str(tmp_path / "a.png"), "--labels-file", str(path)]) == 0
+    labels = [label.decode() for label in recorder.requests[0].inputs["labels"][0]]
+    assert labels == read_label_file(path) == ["cat, kitty", "ein Hündchen", "C# code"]
+
+
+def test_names_that_are_not_utf8(tmp_path: Path, monkeypatch, capfdbinary):
+    name = os.fsencode(tmp_path) + b"/\xe4.png"
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    os.rename(tmp_path / "a.png", name)  # noqa: PTH104
+    monkeypatch.setattr(query, "Client", lambda *_, **__: Client(transport=Recorder(), release=1))
+    with open(1, "w", encoding="utf-8", closefd=False) as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        assert main(["classify", os.fsdecode(name), "--labels", "a", "--json"]) == 0
+    assert name in capfdbinary.readouterr().out
+    assert main(["classify", os.fsdecode(name), "--labels", "a", "--out", str(tmp_path / "found.csv")]) == 0
+    assert name in (tmp_path / "found.csv").read_bytes()

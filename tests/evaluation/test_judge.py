@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from radapter_export import export_release
+from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.evaluation.embedder import Embedder
@@ -34,7 +34,7 @@ TEMPLATES = ["a photo of a {}.", "a drawing of the {}"]
 def exported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`merged` and `repository` at α = 0.4."""
     folder = tmp_path_factory.mktemp("exported")
-    export_release(run_folder, [0.4], model_repository=folder / "repository", merged=folder / "merged")
+    export_release(run_folder, [0.4], ExportSettings(model_repository=folder / "repository", merged=folder / "merged"))
     return folder
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from radapter_export import Release, export_release
+from radapter_export import ExportedRelease, ExportSettings, export_release
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_serve.adapter import Adapter, load_adapter, save_adapter
 from radapter_serve.clip.base import Base, load_base
@@ -43,7 +43,7 @@ class Exported:
     """One call of `export_release` on the tiny CLIP: its folder, with `repository` and `merged`, and what it made."""
 
     folder: Path
-    releases: list[Release]
+    releases: list[ExportedRelease]
     graphs: dict[str, Graph]
 
 
@@ -66,16 +66,18 @@ def export_once(adapter_path: Path, labels_path: Path, tmp_path_factory: pytest.
         releases = export_release(
             adapter_path,
             ALPHAS,
-            model_repository=folder / "repository",
-            merged=folder / "merged",
-            label_sets={"animals": labels_path},
-            dense="naclip",
+            ExportSettings(
+                model_repository=folder / "repository",
+                merged=folder / "merged",
+                label_sets={"animals": labels_path},
+                dense="naclip",
+            ),
         )
     return Exported(folder, releases, {graph.name: graph for graph in graphs})
 
 
 @pytest.fixture(scope="session")
-def exported(export_once: Exported) -> tuple[Path, list[Release]]:
+def exported(export_once: Exported) -> tuple[Path, list[ExportedRelease]]:
     """A folder with `repository` and `merged`, and the two releases that were exported into it. Not to be changed."""
     return export_once.folder, export_once.releases
 

@@ -11,19 +11,19 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from radapter_export import Release
+from radapter_export import ExportedRelease
 from radapter_export.agreement import BATCHES, Inputs, References
 from radapter_export.graph import Graph
 from radapter_serve.adapter import attach_adapter, fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.inputs.tokenizer import Tokenizer
-from radapter_serve.release.agreement import Samples, compare
+from radapter_serve.release.agreement import TOLERANCES, Agreement, Samples, Tolerance, compare
 from radapter_serve.runtimes.encoder import Encoder
 
 
 @pytest.fixture(scope="module")
-def inputs(exported: tuple[Path, list[Release]], tiny_base: Base) -> Inputs:
+def inputs(exported: tuple[Path, list[ExportedRelease]], tiny_base: Base) -> Inputs:
     folder, releases = exported
     path = folder / "repository" / "classify" / "1" / "tokenizer.json"
     return Inputs(tiny_base, Tokenizer.load(path, releases[0].facts["tokenizer"]), 32)
@@ -36,7 +36,7 @@ def references(adapter_path: Path, inputs: Inputs, tiny_clip_dir: str) -> Refere
     return References(base, inputs, "naclip")
 
 
-def model_file(exported: tuple[Path, list[Release]], name: str) -> Path:
+def model_file(exported: tuple[Path, list[ExportedRelease]], name: str) -> Path:
     return exported[0] / "repository" / name / "1" / "model.onnx"
 
 
@@ -52,7 +52,7 @@ def test_samples_have_several_batches_and_lengths(inputs: Inputs, tiny_base: Bas
 
 @pytest.mark.parametrize("name", ["image_encoder", "patch_encoder", "text_encoder"])
 def test_folded_graph_agrees_with_attached_adapters(
-    name: str, exported: tuple[Path, list[Release]], inputs: Inputs, references: References
+    name: str, exported: tuple[Path, list[ExportedRelease]], inputs: Inputs, references: References
 ) -> None:
     """Adapters attached in weight form here; the export itself attaches them to activations."""
     encoder = Encoder(model_file(exported, name))
@@ -63,7 +63,7 @@ def test_folded_graph_agrees_with_attached_adapters(
 
 @pytest.mark.parametrize("name", ["image_encoder", "patch_encoder", "text_encoder"])
 def test_another_alpha_is_refused(
-    name: str, exported: tuple[Path, list[Release]], inputs: Inputs, references: References
+    name: str, exported: tuple[Path, list[ExportedRelease]], inputs: Inputs, references: References
 ) -> None:
     path = exported[0] / "repository" / name / "2" / "model.onnx"
     with pytest.raises(RAdapterError, match=f"{name} differs from torch by up to .*cosine.*--tolerance"):
@@ -94,7 +94,7 @@ def test_one_changed_weight_is_refused(
     weight: str,
     value: float,
     message: str,
-    exported: tuple[Path, list[Release]],
+    exported: tuple[Path, list[ExportedRelease]],
     inputs: Inputs,
     references: References,
     tmp_path: Path,
@@ -104,13 +104,13 @@ def test_one_changed_weight_is_refused(
         compare(name, Encoder(path), Samples(inputs.of(name), references.embeds[name]), 1e-4)
 
 
-def test_reference_that_is_not_finite_is_refused(exported: tuple[Path, list[Release]], inputs: Inputs) -> None:
+def test_reference_that_is_not_finite_is_refused(exported: tuple[Path, list[ExportedRelease]], inputs: Inputs) -> None:
     nan = [np.full((batch, 32), np.nan, np.float32) for batch in BATCHES]
     with pytest.raises(RAdapterError, match="not finite"):
         compare("image_encoder", Encoder(model_file(exported, "image_encoder")), Samples(inputs.images, nan), 1e-4)
 
 
-def test_batch_that_does_not_run_is_said_with_its_shape(exported: tuple[Path, list[Release]]) -> None:
+def test_batch_that_does_not_run_is_said_with_its_shape(exported: tuple[Path, list[ExportedRelease]]) -> None:
     encoder = Encoder(model_file(exported, "image_encoder"))
     wrong = np.zeros((2, 16, 16, 3), np.uint8)
     with pytest.raises(RAdapterError, match=r"fails on a batch of shape \(2, 16, 16, 3\)"):
@@ -118,7 +118,7 @@ def test_batch_that_does_not_run_is_said_with_its_shape(exported: tuple[Path, li
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
-def test_another_provider_than_the_one_asked_for_is_refused(exported: tuple[Path, list[Release]]) -> None:
+def test_another_provider_than_the_one_asked_for_is_refused(exported: tuple[Path, list[ExportedRelease]]) -> None:
     with pytest.raises(RAdapterError, match="TensorrtExecutionProvider"):
         Encoder(model_file(exported, "image_encoder"), provider="TensorrtExecutionProvider")
 
@@ -135,10 +135,54 @@ def test_base_graph_agrees_at_alpha_0(
     assert logging.getLogger("torch.onnx").level == logging.NOTSET
 
 
-def test_samples_lie_beside_each_graph_so_that_anyone_can_check_it(exported: tuple[Path, list[Release]]) -> None:
+def test_samples_lie_beside_each_graph_so_that_anyone_can_check_it(
+    exported: tuple[Path, list[ExportedRelease]],
+) -> None:
     for name in ("image_encoder", "patch_encoder", "text_encoder"):
         path = model_file(exported, name)
         agreement = compare(name, Encoder(path), Samples.load(path.parent), 1e-5)
         assert agreement.max_error == exported[1][0].facts["agreement"][name]["max_error"]
     with pytest.raises(RAdapterError, match=r"samples.npz.*radapter-export"):
         Samples.load(path.parents[1])
+
+
+def agreement_of(embeds: np.ndarray, reference: np.ndarray, bounds: Tolerance | float | None) -> Agreement:
+    samples = Samples([np.zeros((len(reference), 1), np.uint8)], [reference.astype(np.float32)])
+    return compare("graph", lambda values: embeds.astype(np.float32), samples, bounds)
+
+
+def units(seed: int, width: int = 512) -> np.ndarray:
+    rows = np.random.default_rng(seed).normal(size=(4, width))
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize("tolerance", [1e-4, 0.3, 1.0])
+def test_unrelated_directions_never_pass_whatever_the_tolerance(precision: str, tolerance: float) -> None:
+    bounds = TOLERANCES[precision].widened(tolerance)
+    one, other = units(0), units(1)
+    assert np.abs(one - other).max() < 0.3  # by components alone, they are near
+    with pytest.raises(RAdapterError, match=r"1 - cosine up to (1\.|9\.).*no --tolerance allows a cosine below 0\.9"):
+        agreement_of(one, other, bounds)
+
+
+def test_a_zero_vector_agrees_with_nothing() -> None:
+    embeds = units(0)
+    embeds[2] = 0
+    assert agreement_of(embeds, units(0), None).min_cosine == 0
+    with pytest.raises(RAdapterError, match="no --tolerance allows"):
+        agreement_of(embeds, units(0), TOLERANCES["int8"].widened(1))
+
+
+def test_tolerance_widens_the_cosine_by_its_square_and_the_advice_suffices() -> None:
+    own = TOLERANCES["fp32"]
+    assert own.widened(1e-4) == own
+    assert own.widened(1e-6).min_cosine == own.min_cosine
+    assert 1 - own.widened(1e-3).min_cosine == pytest.approx(100 * (1 - own.min_cosine))
+    assert own.widened(1.0).min_cosine == 0.9
+    for size in (3e-4, 3e-3, 1e-2):
+        near = units(0) + np.random.default_rng(2).normal(size=(4, 512)) * size
+        with pytest.raises(RAdapterError, match="if you accept this, give --tolerance") as error:
+            agreement_of(near, units(0), own)
+        advice = float(str(error.value).rpartition(" ")[2])
+        assert agreement_of(near, units(0), own.widened(advice)).max_error <= advice

@@ -11,8 +11,7 @@ import pytest
 from fake_tensorrt import Driver, install
 
 from radapter_serve.cli.export import main
-from radapter_serve.runtimes.tensorrt.engine import Options
-from radapter_serve.runtimes.tensorrt.plan_writer import build_engines, check_engines
+from radapter_serve.runtimes.tensorrt.plan_writer import check_engines
 
 
 @pytest.fixture
@@ -52,13 +51,14 @@ def test_newest_run_is_exported_and_a_table_printed(checkout: Path, capfd: pytes
     assert "runs/new/adapter.safetensors: 2 releases in fp32" in out
     for word in ("image_encoder", "patch_encoder", "text_encoder", "max error", "1 - cosine", "seconds"):
         assert word in out
-    assert out.endswith("Next:   radapter-serve\n")
+    asked = "        radapter-query classify PHOTO.jpg --label-set animals\n"
+    assert out.endswith(f"Next:   radapter-serve\n{asked}")
     assert {path.name for path in (checkout / "merged").iterdir()} == {"alpha-0.3", "alpha-0.5"}
     sets = checkout / "model_repository" / "classify" / "2" / "label_sets"
     assert {path.name for path in sets.iterdir()} == {"animals.npz", "b.npz"}
 
 
-def test_engines_are_built_with_the_release_and_refitted_for_the_next(
+def test_engines_are_built_with_the_release(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     install(monkeypatch, Driver())
@@ -72,22 +72,8 @@ def test_engines_are_built_with_the_release_and_refitted_for_the_next(
         assert (release["runtime"], release["precision"]) == ("tensorrt", "fp16")
         assert release["agreement"][folder.parent.name]["max_error"] == pytest.approx(sidecar.agreement.max_error)
         assert {shapes[2][0] for shapes in sidecar.profile.values()} == {4}
-    # From here on refittable: the next export builds as the engines beside are built.
-    assert {one.how for one in build_engines(repository, Options(refittable=True))} == {"built"}
-    said: list[str] = []
-    monkeypatch.setattr("rich.status.Status.update", lambda _, line: said.append(line))
-    assert main(["--alpha", "0.8", *how]) == 0
-    assert main(["--alpha", "0.5", "--update"]) == 0  # of the same precision, and for the same runtime
-    assert [line for line in said if line.startswith("refitting")] == [
-        f"refitting {model} of release {version}" for version in (2, 3) for model in ("image_encoder", "text_encoder")
-    ]
-    assert not any(line.startswith("building") for line in said)
-    assert [folder.name for folder in check_engines(repository)] == ["3", "3"]
     assert main(["--alpha", "dynamic", "--format", "tensorrt"]) == 0
     assert all(sidecar.profile["alpha"][2] == (64, 1) for sidecar in check_engines(repository).values())
-    capfd.readouterr()
-    assert main(["--update"]) == 0
-    assert capfd.readouterr().out.count("(dynamic)") == 2
 
 
 def test_an_engine_needs_a_gpu_and_nothing_is_begun_without(

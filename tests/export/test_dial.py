@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from tritonclient.grpc import model_config_pb2
 
-from radapter_export import Release, export_release
+from radapter_export import ExportedRelease, ExportSettings, export_release
 from radapter_export.dial import DialTower
 from radapter_export.graph import Graph, image_graph, text_graph
 from radapter_export.quantization import quantize
@@ -117,7 +117,7 @@ def test_low_rank_and_a_text_tower_that_is_not_adapted(
 @pytest.fixture(scope="module")
 def dial(
     tiny_base: Base, adapter_path: Path, labels_path: Path, dial_graphs: dict[str, Graph], tmp_path_factory: Any
-) -> tuple[Path, Release]:
+) -> tuple[Path, ExportedRelease]:
     folder = tmp_path_factory.mktemp("dial")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("image", "patch", "text"):
@@ -126,15 +126,19 @@ def dial(
         [release] = export_release(
             adapter_path,
             "dynamic",
-            model_repository=folder / "repository",
-            merged=folder / "merged",
-            label_sets={"animals": labels_path},
-            dense="naclip",
+            ExportSettings(
+                model_repository=folder / "repository",
+                merged=folder / "merged",
+                label_sets={"animals": labels_path},
+                dense="naclip",
+            ),
         )
     return folder, release
 
 
-def test_release_says_that_alpha_is_an_input(dial: tuple[Path, Release], exported: tuple[Path, list[Release]]) -> None:
+def test_release_says_that_alpha_is_an_input(
+    dial: tuple[Path, ExportedRelease], exported: tuple[Path, list[ExportedRelease]]
+) -> None:
     folder, release = dial
     assert (release.alpha, release.facts["dynamic_alpha"]) == (0.5, True)
     assert exported[1][0].facts["dynamic_alpha"] is False
@@ -145,14 +149,16 @@ def test_release_says_that_alpha_is_an_input(dial: tuple[Path, Release], exporte
         assert not alpha.optional
 
 
-def test_merged_is_the_fold_at_its_own_alpha(dial: tuple[Path, Release], adapter_path: Path, tiny_base: Base) -> None:
+def test_merged_is_the_fold_at_its_own_alpha(
+    dial: tuple[Path, ExportedRelease], adapter_path: Path, tiny_base: Base
+) -> None:
     expected = fold(tiny_base.model.state_dict(), load_adapter(adapter_path), 0.5)
     merged = load_file(dial[1].merged / "open_clip_model.safetensors")
     assert merged.keys() == expected.keys()
     assert all(torch.equal(merged[key], expected[key]) for key in expected)
 
 
-def test_samples_hold_alphas_and_another_is_refused(dial: tuple[Path, Release]) -> None:
+def test_samples_hold_alphas_and_another_is_refused(dial: tuple[Path, ExportedRelease]) -> None:
     for name in ("image_encoder", "patch_encoder", "text_encoder"):
         folder = dial[0] / "repository" / name / "1"
         samples, encoder = Samples.load(folder), Encoder(folder / "model.onnx")
@@ -166,7 +172,7 @@ def test_samples_hold_alphas_and_another_is_refused(dial: tuple[Path, Release]) 
             compare(name, encoder, dataclasses.replace(samples, alphas=()), 1e-4)
 
 
-def test_runtimes_and_int8_take_alpha(dial: tuple[Path, Release], tmp_path: Path) -> None:
+def test_runtimes_and_int8_take_alpha(dial: tuple[Path, ExportedRelease], tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     encoders = encoders_of(dial[0] / "repository")
     measured = measure(encoders, dict.fromkeys(ENCODERS, 1), ["onnxruntime", "openvino"])
@@ -184,7 +190,7 @@ def test_runtimes_and_int8_take_alpha(dial: tuple[Path, Release], tmp_path: Path
             assert compare(encoder.name, quantized, samples, TOLERANCES["int8"]).max_error > 1e-5
 
 
-def test_label_set_keeps_what_embeds_it_again(dial: tuple[Path, Release]) -> None:
+def test_label_set_keeps_what_embeds_it_again(dial: tuple[Path, ExportedRelease]) -> None:
     with np.load(dial[0] / "repository" / "classify" / "1" / "label_sets" / "animals.npz") as file:
         assert file["lines"].tolist() == ["cat, kitty", "dog", "guinea pig"]
         assert file["templates"].tolist() == ["a photo of a {}.", "a drawing of a {}."]
@@ -205,7 +211,9 @@ def test_soup_is_exported_as_the_average(
     save_adapter(random_adapter(scale=0.02), tmp_path / "other.safetensors")
     paths = [adapter_path, tmp_path / "other.safetensors"]
     [release] = export_release(
-        paths, [0.5], weights=[0.75, 0.25], model_repository=tmp_path / "repository", merged=tmp_path / "merged"
+        paths,
+        [0.5],
+        ExportSettings(weights=[0.75, 0.25], model_repository=tmp_path / "repository", merged=tmp_path / "merged"),
     )
     one, other = (load_adapter(path) for path in paths)
     assert release.facts["adapters"] == [

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from small_models import FAMILIES, make_base, random_adapter
 
-from radapter_export import export_release
+from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import fold, load_adapter, save_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.inputs.preprocess import Preprocess, decode_pixels
@@ -30,7 +30,7 @@ def test_release_of_a_family_gives_what_open_clip_gives(family: str, tmp_path: P
     name = make_base(family, tmp_path / "base")
     save_adapter(random_adapter(name, partial=FAMILIES[family].partial), tmp_path / "adapter.safetensors")
     repository, merged = tmp_path / "repository", tmp_path / "merged"
-    (release,) = export_release(tmp_path, [0.7], model_repository=repository, merged=merged)
+    (release,) = export_release(tmp_path, [0.7], ExportSettings(model_repository=repository, merged=merged))
 
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{merged}")
     weights = load_base(name).model.state_dict()
@@ -66,7 +66,7 @@ def test_release_of_a_family_that_takes_any_alpha(family: str, tmp_path: Path) -
     name = make_base(family, tmp_path / "base")
     save_adapter(random_adapter(name, partial=FAMILIES[family].partial), tmp_path / "adapter.safetensors")
     (release,) = export_release(
-        tmp_path, "dynamic", model_repository=tmp_path / "repository", merged=tmp_path / "merged"
+        tmp_path, "dynamic", ExportSettings(model_repository=tmp_path / "repository", merged=tmp_path / "merged")
     )
     base = load_base(name)
     base.model.load_state_dict(fold(base.model.state_dict(), load_adapter(tmp_path), 0.7))

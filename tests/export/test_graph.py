@@ -14,7 +14,7 @@ import open_clip
 import pytest
 import torch
 
-from radapter_export import Release
+from radapter_export import ExportedRelease
 from radapter_export.graph import EXTERNAL_ABOVE, Graph, image_graph, patch_graph, text_graph
 from radapter_export.towers import Attention, check
 from radapter_serve.clip.base import Base, load_base
@@ -114,7 +114,7 @@ def test_text_graph_without_causal_mask_has_one_length(tiny_base: Base, tmp_path
 
 
 def test_folded_graph_has_the_operators_of_the_untouched_base(
-    exported: tuple[Path, list[Release]], tiny_base: Base, graphs: dict[str, Graph], tmp_path: Path
+    exported: tuple[Path, list[ExportedRelease]], tiny_base: Base, graphs: dict[str, Graph], tmp_path: Path
 ) -> None:
     for graph in graphs.values():
         graph.save(tiny_base.model.state_dict(), tmp_path / "base.onnx")
@@ -155,7 +155,7 @@ def test_weights_keep_their_names(graphs: dict[str, Graph], custom: tuple[Base, 
     assert {key for key in base.model.state_dict() if key.startswith("text.")} <= set(graph.model.graph.initializers)
 
 
-def test_files_are_plain_onnx_without_traces_of_this_machine(exported: tuple[Path, list[Release]]) -> None:
+def test_files_are_plain_onnx_without_traces_of_this_machine(exported: tuple[Path, list[ExportedRelease]]) -> None:
     for name in ("image_encoder", "patch_encoder", "text_encoder"):
         path = exported[0] / "repository" / name / "1" / "model.onnx"
         model = onnx.load(path)

@@ -10,12 +10,14 @@ import open_clip
 import pytest
 import torch
 from open_clip.transformer import QuickGELU
+from small_models import release
 
-from radapter_export import Release, write_merged
+from radapter_export import ExportedRelease, write_merged
 from radapter_export.merged import Merged
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError
+from radapter_serve.release.release import Release
 
 FILES = {"open_clip_config.json", "open_clip_model.safetensors", "release.json"}
 
@@ -25,29 +27,29 @@ def names(folder: Path) -> set[str]:
 
 
 def test_open_clip_loads_it_equal_to_the_bit(
-    exported: tuple[Path, list[Release]], tiny_base: Base, adapter_path: Path
+    exported: tuple[Path, list[ExportedRelease]], tiny_base: Base, adapter_path: Path
 ) -> None:
     folder, releases = exported
     assert names(folder / "merged") == {"alpha-0.3", "alpha-0.8"}
-    for release in releases:
-        assert names(release.merged) == FILES
-        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{release.merged}")
-        expected = fold(tiny_base.model.state_dict(), load_adapter(adapter_path), release.alpha)
+    for made in releases:
+        assert names(made.merged) == FILES
+        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{made.merged}")
+        expected = fold(tiny_base.model.state_dict(), load_adapter(adapter_path), made.alpha)
         state = model.state_dict()
         assert set(state) == set(expected)
         assert all(torch.equal(state[key], expected[key]) for key in expected)
         assert any(isinstance(module, QuickGELU) for module in model.modules())
         _, _, expected_preprocess = open_clip.create_model_and_transforms(tiny_base.name)
         assert repr(preprocess) == repr(expected_preprocess)
-        assert json.loads((release.merged / "release.json").read_text(encoding="utf-8")) == release.facts
-        again = load_base(f"local-dir:{release.merged}")
+        assert json.loads((made.merged / "release.json").read_text(encoding="utf-8")) == made.facts
+        again = load_base(f"local-dir:{made.merged}")
         assert again.config == tiny_base.config
 
 
 @pytest.mark.parametrize("quick_gelu", [True, False])
 def test_quick_gelu_is_always_written(tiny_base: Base, tmp_path: Path, quick_gelu: bool) -> None:
     base = Base(**{**vars(tiny_base), "config": {**tiny_base.config, "quick_gelu": quick_gelu}})
-    write_merged(tmp_path / "merged", base, base.model.state_dict(), {})
+    write_merged(tmp_path / "merged", base, base.model.state_dict(), release(1))
     config = json.loads((tmp_path / "merged" / "open_clip_config.json").read_text(encoding="utf-8"))
     assert config["model_cfg"]["quick_gelu"] is quick_gelu
     assert set(config["preprocess_cfg"]) >= {"mean", "std", "interpolation", "resize_mode"}
@@ -66,15 +68,15 @@ def test_earlier_merged_is_replaced_as_a_whole(tiny_base: Base, tmp_path: Path) 
 def test_folder_of_somebody_else_is_refused(tiny_base: Base, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
     with pytest.raises(RAdapterError, match=r"thesis\.tex.*--merged"):
-        write_merged(tmp_path, tiny_base, {}, {})
+        write_merged(tmp_path, tiny_base, {}, release(1))
     with pytest.raises(RAdapterError, match="is a file"):
-        write_merged(tmp_path / "thesis.tex", tiny_base, {}, {})
+        write_merged(tmp_path / "thesis.tex", tiny_base, {}, release(1))
     assert names(tmp_path) == {"thesis.tex"}
 
 
 def test_full_disk_leaves_the_earlier_one(tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = tiny_base.model.state_dict()
-    write_merged(tmp_path / "merged", tiny_base, weights, {"which": "first"})
+    write_merged(tmp_path / "merged", tiny_base, weights, release(1))
 
     def full(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
@@ -82,21 +84,21 @@ def test_full_disk_leaves_the_earlier_one(tiny_base: Base, tmp_path: Path, monke
 
     monkeypatch.setattr("radapter_export.merged.save_file", full)
     with pytest.raises(RAdapterError, match="no space left on the disk"):
-        write_merged(tmp_path / "merged", tiny_base, weights, {"which": "second"})
+        write_merged(tmp_path / "merged", tiny_base, weights, release(2))
     assert names(tmp_path) == {"merged"}
-    assert json.loads((tmp_path / "merged" / "release.json").read_text(encoding="utf-8")) == {"which": "first"}
+    assert Release.load(tmp_path / "merged") == release(1)
 
 
 def test_killed_swap_is_undone(tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between taking the old folder away and putting the new one in its place."""
     weights = tiny_base.model.state_dict()
-    write_merged(tmp_path / "merged", tiny_base, weights, {"which": "first"})
+    write_merged(tmp_path / "merged", tiny_base, weights, release(1))
     killed = Merged(tmp_path / "merged").__enter__()
-    killed.add("", tiny_base, weights, {"which": "second"})
+    killed.add("", tiny_base, weights, release(2))
     (tmp_path / "merged").rename(tmp_path / ".export-merged.old")
     killed._held.close()
     with Merged(tmp_path / "merged"):
-        assert json.loads((tmp_path / "merged" / "release.json").read_text(encoding="utf-8")) == {"which": "first"}
+        assert Release.load(tmp_path / "merged") == release(1)
     assert names(tmp_path) == {"merged"}
 
 
@@ -107,7 +109,7 @@ def test_one_export_at_a_time_writes_a_folder(tiny_base: Base, tmp_path: Path) -
             pass
         with Merged(tmp_path / "other"):
             pass
-        first.add("", tiny_base, weights, {"which": "first"})
+        first.add("", tiny_base, weights, release(1))
         first.commit()
     assert names(tmp_path / "merged") == FILES
     assert names(tmp_path) == {"merged"}

@@ -17,7 +17,7 @@ from onnx import TensorProto
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from radapter_export import Release, export_release
+from radapter_export import ExportedRelease, ExportSettings, export_release
 from radapter_export.accuracy import Accuracy, Validation, open_validation
 from radapter_export.graph import Graph
 from radapter_export.precision import lower
@@ -194,16 +194,16 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-Export = Callable[..., Release]
+Export = Callable[..., ExportedRelease]
 
 
 @pytest.fixture
 def export(quick: None, adapter_path: Path, tmp_path: Path) -> Export:
     """One release of the tiny adapter in `tmp_path`."""
 
-    def call(**changes: Any) -> Release:
+    def call(**changes: Any) -> ExportedRelease:
         where = {"model_repository": tmp_path / "repository", "merged": tmp_path / "merged"}
-        (release,) = export_release(changes.pop("adapter", adapter_path), [0.7], **{**where, **changes})
+        (release,) = export_release(changes.pop("adapter", adapter_path), [0.7], ExportSettings(**{**where, **changes}))
         return release
 
     return call
@@ -284,7 +284,7 @@ def test_calibration_takes_images_of_all_of_a_folder(tmp_path: Path, monkeypatch
     assert set(np.diff([*taken, 15])) == {1, 2}
 
 
-def test_digest_tells_apart_how_int8_was_made(exported: tuple[Path, list[Release]]) -> None:
+def test_digest_tells_apart_how_int8_was_made(exported: tuple[Path, list[ExportedRelease]]) -> None:
     facts = exported[1][0].facts
     kinds = [{"kind": "dynamic"}, {"kind": "static", "digest": "a"}, {"kind": "static", "digest": "b"}]
     int8 = {**facts, "precision": "int8"}
@@ -305,7 +305,7 @@ def test_some_prompts_of_a_label_set_calibrate(
 
 
 def test_a_release_that_loses_points_is_refused(
-    exported: tuple[Path, list[Release]],
+    exported: tuple[Path, list[ExportedRelease]],
     adapter_path: Path,
     tiny_clip_dir: str,
     photos: Path,
@@ -328,3 +328,7 @@ def test_a_release_that_loses_points_is_refused(
     assert any("30 of 30 images by release" in line for line in lines)
     with pytest.raises(RAdapterError, match="or allow more with --max-drop"):
         judged(found.drop - 0.01)
+    metrics = iter([0.5, float("nan")])
+    monkeypatch.setattr("radapter_export.accuracy.judge", lambda *_, **__: [{"metrics": {"acc1": next(metrics)}}])
+    with pytest.raises(RAdapterError, match="the encoders lose nan points"):
+        judged(100)

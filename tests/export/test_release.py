@@ -20,7 +20,7 @@ import onnxruntime
 import pytest
 import torch
 
-from radapter_export import Release, export_release
+from radapter_export import ExportedRelease, ExportSettings, export_release
 from radapter_export.repository import MODELS, PATCH_ENCODER
 from radapter_serve.adapter import Adapter, fold, load_adapter, save_adapter
 from radapter_serve.clip.base import Base
@@ -44,7 +44,7 @@ FILES = {
 }
 WITHOUT_PATCHES = [model for model in MODELS if model != PATCH_ENCODER]
 
-Export = Callable[..., list[Release]]
+Export = Callable[..., list[ExportedRelease]]
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -61,14 +61,15 @@ def names(folder: Path) -> set[str]:
 def export(quick: None, adapter_path: Path, tmp_path: Path) -> Export:
     """`export_release` of the tiny adapter into `tmp_path`."""
 
-    def call(alphas: Any = (0.5,), **changes: Any) -> list[Release]:
+    def call(alphas: Any = (0.5,), **changes: Any) -> list[ExportedRelease]:
         where = {"model_repository": tmp_path / "repository", "merged": tmp_path / "merged"}
-        return export_release(changes.pop("adapter", adapter_path), alphas, **{**where, **changes})
+        adapter, progress = changes.pop("adapter", adapter_path), changes.pop("progress", None)
+        return export_release(adapter, alphas, ExportSettings(**{**where, **changes}), progress=progress)
 
     return call
 
 
-def test_repository_holds_exactly_the_contract(exported: tuple[Path, list[Release]]) -> None:
+def test_repository_holds_exactly_the_contract(exported: tuple[Path, list[ExportedRelease]]) -> None:
     repository = exported[0] / "repository"
     assert {path.name for path in repository.iterdir()} == set(FILES)
     for model, files in FILES.items():
@@ -77,7 +78,7 @@ def test_repository_holds_exactly_the_contract(exported: tuple[Path, list[Releas
             assert set(tree(repository / model / version)) == files
 
 
-def test_release_json(exported: tuple[Path, list[Release]], adapter_path: Path, tiny_base: Base) -> None:
+def test_release_json(exported: tuple[Path, list[ExportedRelease]], adapter_path: Path, tiny_base: Base) -> None:
     folder, releases = exported
     adapter = load_adapter(adapter_path)
     assert [(release.version, release.alpha) for release in releases] == [(1, 0.3), (2, 0.8)]
@@ -97,6 +98,7 @@ def test_release_json(exported: tuple[Path, list[Release]], adapter_path: Path, 
             "interpolation": "bicubic",
             "resize_mode": "shortest",
             "fill_color": 0,
+            "exif_orientation": True,
         }
         assert facts["tokenizer"]["context_length"] == 77
         assert facts["tokenizer"]["dynamic_length"] is True
@@ -116,7 +118,7 @@ def test_release_json(exported: tuple[Path, list[Release]], adapter_path: Path, 
 
 
 def test_label_set_is_what_torch_gives(
-    exported: tuple[Path, list[Release]], adapter_path: Path, tiny_base: Base
+    exported: tuple[Path, list[ExportedRelease]], adapter_path: Path, tiny_base: Base
 ) -> None:
     """Mean over synonyms and templates of unit-length embeddings, at unit length again, from the folded weights."""
     folder, releases = exported
@@ -239,7 +241,7 @@ def test_repository_may_hold_models_of_others(export: Export, tmp_path: Path) ->
         ({"base": "ViT-B-33"}, "unknown model 'ViT-B-33'"),
         ({"label_sets": {"a": "nothing.txt"}}, "nothing.txt"),
         ({"label_sets": {"../a": "nothing.txt"}}, "label set '../a'"),
-        ({"templates": ["no place for a label"]}, "{}"),
+        ({"templates": "no place for a label"}, "cannot read no place for a label.*built-in sets"),
         ({"tolerance": 1e-12}, "image_encoder in fp32 differs from torch"),
         ({"dense": "clip"}, "dense is 'clip'; allowed: none, maskclip, sclip, clearclip, naclip"),
     ],
@@ -299,11 +301,12 @@ def test_interrupt_leaves_everything_as_it_was(export: Export, tmp_path: Path) -
 
 KILLED = """
 import os, signal, sys
-from radapter_export import export_release
+from radapter_export import ExportSettings, export_release
 def progress(line):
     if "text_encoder at alpha 0.3" in line:
         os.kill(os.getpid(), signal.SIGKILL)
-export_release(sys.argv[1], [0.2, 0.3], model_repository="repository", merged="merged", progress=progress)
+settings = ExportSettings(model_repository="repository", merged="merged")
+export_release(sys.argv[1], [0.2, 0.3], settings, progress=progress)
 """
 
 

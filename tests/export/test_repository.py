@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from google.protobuf import text_format
+from small_models import release
 from tritonclient.grpc import model_config_pb2
 
-from radapter_export import Release
+from radapter_export import ExportedRelease
 from radapter_export import repository as module
 from radapter_export.repository import MODELS, PATCH_ENCODER, Repository, config
 from radapter_serve.errors import RAdapterError
@@ -24,7 +25,7 @@ def parse(text: str) -> model_config_pb2.ModelConfig:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_config_parses_and_holds_the_releases(exported: tuple[Path, list[Release]], model: str) -> None:
+def test_config_parses_and_holds_the_releases(exported: tuple[Path, list[ExportedRelease]], model: str) -> None:
     folder, releases = exported
     parsed = parse((folder / "repository" / model / "config.pbtxt").read_text(encoding="utf-8"))
     assert parsed.name == model
@@ -36,7 +37,7 @@ def test_config_parses_and_holds_the_releases(exported: tuple[Path, list[Release
     assert facts == {"release": releases[1].facts, "release.1": releases[0].facts, "release.2": releases[1].facts}
 
 
-def test_encoder_configs_have_the_shapes_of_the_graphs(exported: tuple[Path, list[Release]]) -> None:
+def test_encoder_configs_have_the_shapes_of_the_graphs(exported: tuple[Path, list[ExportedRelease]]) -> None:
     shapes = {}
     for model in ("image_encoder", "patch_encoder", "text_encoder", "embed_image", "embed_text"):
         parsed = parse((exported[0] / "repository" / model / "config.pbtxt").read_text(encoding="utf-8"))
@@ -57,7 +58,7 @@ def test_preferred_batches_never_exceed_the_largest(tmp_path: Path) -> None:
     template.write_text(
         'name: "x" max_batch_size: 64 dynamic_batching { preferred_batch_size: [4, 8, 64] }', encoding="utf-8"
     )
-    parsed = parse(config(template, "embed_text", [{"version": 3}], {}, 8))
+    parsed = parse(config(template, "embed_text", [release(3)], {}, 8))
     assert list(parsed.dynamic_batching.preferred_batch_size) == [4, 8]
     assert parsed.max_batch_size == 8
     assert parsed.name == "embed_text"
@@ -66,7 +67,7 @@ def test_preferred_batches_never_exceed_the_largest(tmp_path: Path) -> None:
 def test_a_model_without_batches_stays_one(tmp_path: Path) -> None:
     template = tmp_path / "config.template.pbtxt"
     template.write_text('name: "segment" max_batch_size: 0', encoding="utf-8")
-    parsed = parse(config(template, "segment", [{"version": 3}], {}, 8))
+    parsed = parse(config(template, "segment", [release(3)], {}, 8))
     assert parsed.max_batch_size == 0
     assert not parsed.HasField("dynamic_batching")
 
@@ -74,10 +75,10 @@ def test_a_model_without_batches_stays_one(tmp_path: Path) -> None:
 def test_broken_template_is_said(tmp_path: Path) -> None:
     template = tmp_path / "config.template.pbtxt"
     with pytest.raises(RAdapterError, match=r"no template .*install radapter-serve again"):
-        config(template, "classify", [{"version": 1}], {}, 64)
+        config(template, "classify", [release(1)], {}, 64)
     template.write_text("max_batch: 4", encoding="utf-8")
     with pytest.raises(RAdapterError, match="is not a Triton model config"):
-        config(template, "classify", [{"version": 1}], {}, 64)
+        config(template, "classify", [release(1)], {}, 64)
 
 
 def test_two_exports_at_a_time_are_refused(tmp_path: Path) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from types import SimpleNamespace
+import re
 
+import fake_triton
 import numpy as np
 import pytest
 from fake_tensorrt import Driver, install
+from fake_triton import Request
 
 from radapter_serve.release.agreement import Samples
 from radapter_serve.runtimes.tensorrt.engine import Options, build
@@ -19,23 +19,13 @@ from radapter_serve.server.installation import OUR_BACKENDS
 @pytest.fixture
 def load(monkeypatch):
     """Import a backend as Triton does, with a stand-in for Triton's module."""
-    stand_in = SimpleNamespace(
-        triton_string_to_numpy=lambda _: np.float32,
-        get_input_tensor_by_name=lambda request, name: SimpleNamespace(as_numpy=lambda: request[name]),
-        Tensor=lambda name, array: array,
-        TritonError=type("TritonError", (str,), {"INTERNAL": 1, "__new__": lambda cls, text, code: str(text)}),
-        InferenceResponse=lambda tensors=None, error=None: tensors or error,
-    )
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stand_in)
-    monkeypatch.delitem(sys.modules, "radapter_serve.server.backend", raising=False)
+    fake_triton.install(monkeypatch)
+    return lambda backend: fake_triton.load(OUR_BACKENDS / backend / "model.py")
 
-    def load(backend):
-        spec = importlib.util.spec_from_file_location("backend", OUR_BACKENDS / backend / "model.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.TritonPythonModel()
 
-    return load
+def embeds_of(responses):
+    """The one output of each response."""
+    return [array for response in responses for array in response.outputs().values()]
 
 
 def arguments(repository, model="image_encoder", kind="CPU", **config):
@@ -62,11 +52,11 @@ both = pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @both
 def test_requests_are_answered_together_and_alone(load, repository, backend):
     samples = Samples.load(repository / "image_encoder" / "1")
-    requests = [{"image": values} for values in samples.inputs]
+    requests = [Request(image=values) for values in samples.inputs]
     for max_batch_size in (64, 0):
         model = load(backend)
         model.initialize(arguments(repository, max_batch_size=max_batch_size))
-        for [embeds], reference in zip(model.execute(requests), samples.references, strict=True):
+        for embeds, reference in zip(embeds_of(model.execute(requests)), samples.references, strict=True):
             np.testing.assert_allclose(embeds, reference, atol=1e-6)
         model.finalize()
 
@@ -103,20 +93,19 @@ def test_openvino_heeds_the_parameters_of_the_official_backend(load, repository,
 def test_a_bad_request_fails_alone(load, repository, backend):
     model = load(backend)
     model.initialize(arguments(repository, "text_encoder"))
-    good = {"tokens": np.array([[1, 2]], np.int32)}
-    bad = {"tokens": np.array([[[1, 2]]], np.int32)}
+    good, bad = Request(tokens=np.array([[1, 2]], np.int32)), Request(tokens=np.array([[[1, 2]]], np.int32))
     first, error, last = model.execute([good, bad, good])
-    assert first[0].shape == last[0].shape == (1, 8)
-    assert error.startswith({"onnxruntime": "ONNX Runtime: ", "openvino": "OpenVINO: "}[backend])
+    assert [embeds.shape for embeds in embeds_of([first, last])] == [(1, 8)] * 2
+    assert re.match(r"\[\w+\] " + {"onnxruntime": "ONNX Runtime: ", "openvino": "OpenVINO: "}[backend], error.error())
 
 
 def test_a_batch_that_fails_for_one_is_run_again_one_by_one(load, repository):
     model = load("onnxruntime")
     model.initialize(arguments(repository, "text_encoder"))
-    good, bad = ({"tokens": np.array([[1, token]], np.int32)} for token in (2, 10**6))
+    good, bad = (Request(tokens=np.array([[1, token]], np.int32)) for token in (2, 10**6))
     first, error, last = model.execute([good, bad, good])
-    assert first[0].shape == last[0].shape == (1, 8)
-    assert error.startswith("ONNX Runtime: ")
+    assert [embeds.shape for embeds in embeds_of([first, last])] == [(1, 8)] * 2
+    assert error.error().startswith("[invalid_argument] ONNX Runtime: ")
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
@@ -153,8 +142,8 @@ def test_tensorrt_runs_an_engine(load, repository, tmp_path, monkeypatch):
     samples = Samples.load(graph.parent)
     model = load("tensorrt")
     model.initialize(arguments(tmp_path, kind="GPU", default_model_filename="model.plan"))
-    answers = model.execute([{"image": values} for values in samples.inputs])
-    for [embeds], reference in zip(answers, samples.references, strict=True):
+    answers = model.execute([Request(image=values) for values in samples.inputs])
+    for embeds, reference in zip(embeds_of(answers), samples.references, strict=True):
         np.testing.assert_allclose(embeds, reference, atol=1e-6)
     with pytest.raises(RuntimeError, match="instance on the CPU: .*KIND_GPU"):
         load("tensorrt").initialize(arguments(tmp_path, default_model_filename="model.plan"))

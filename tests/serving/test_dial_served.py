@@ -75,7 +75,7 @@ def scores(release: LocalRelease, image: bytes) -> dict[str, float]:
 
 
 def test_embeddings(client: Client, photos: Path, fixed: dict[float, LocalRelease]) -> None:
-    assert (client.release.alpha, client.release.dynamic_alpha) == (0.5, True)
+    assert (client.release().alpha, client.release().dynamic_alpha) == (0.5, True)
     for alpha, release in fixed.items():
         pixels = [release.prepare(data) for data in files(photos)]
         found = client.embed_images(files(photos), alpha=alpha)
@@ -115,7 +115,7 @@ def test_segment(client: Client, photos: Path, fixed: dict[float, LocalRelease])
 def test_search_asks_at_the_alpha_of_the_index(
     client: Client, photos: Path, indexes: Path, fixed: dict[float, LocalRelease]
 ) -> None:
-    release = ServerRelease(client, client.release.facts)
+    release = ServerRelease(client, client.release().facts)
     release.dial(0.8)
     build(str(photos), indexes / "photos", release)
     hits = client.search("a cat", index="photos")

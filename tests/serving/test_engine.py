@@ -18,7 +18,7 @@ from small_release import image_encoder, text_encoder
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.runtimes.cuda import Gpu, Stream, find_gpu
-from radapter_serve.runtimes.tensorrt.engine import Engine, Options, build, import_tensorrt, make_profile, refit
+from radapter_serve.runtimes.tensorrt.engine import Engine, Options, build, import_tensorrt, make_profile
 
 LIMITS = {"max_batch_size": 8, "max_length": 77}
 
@@ -56,7 +56,7 @@ def test_the_fake_has_nothing_that_the_real_bindings_lack() -> None:
     real = pytest.importorskip("tensorrt_rtx")
     fake = make_tensorrt(Driver())
     for name, mine in vars(fake).items():
-        if name.startswith("__") or name == "refits_wrong":
+        if name.startswith("__"):
             continue
         assert hasattr(real, name), name
         if isinstance(mine, type):
@@ -169,9 +169,9 @@ def test_profiles_of_every_kind_of_input() -> None:
 def test_options_reach_the_builder_and_fp32_is_no_tf32(trt: Any, graph: Path) -> None:
     plain = facts(build(trt, graph, Options(), **LIMITS)[0])
     assert (plain["flags"], plain["level"], plain["pools"], plain["cache"]) == ([], "NONE", {}, None)
-    options = Options(workspace=2, version_compatible=True, hardware_compatible=True, refittable=True)
+    options = Options(workspace=2, version_compatible=True, hardware_compatible=True)
     full = facts(build(trt, graph, options, **LIMITS)[0])
-    assert full["flags"] == ["REFIT", "VERSION_COMPATIBLE"]
+    assert full["flags"] == ["VERSION_COMPATIBLE"]
     assert (full["level"], full["pools"]) == ("AMPERE_PLUS", {"WORKSPACE": 2 << 30})
 
 
@@ -235,22 +235,3 @@ def test_another_version_does_not_load_the_engine(trt: Any, graph: Path, monkeyp
     other = install(monkeypatch, Driver(), version="11.5.0.1")
     with pytest.raises(RAdapterError, match=r"TensorRT 11.5.0.1 does not load the engine: the engine plan file is not"):
         Engine(other, plan)
-
-
-def test_refitting_gives_the_engine_of_the_other_weights(trt: Any, graph: Path, tmp_path: Path) -> None:
-    onnx.save(image_encoder(np.random.default_rng(1)), tmp_path / "next.onnx")
-    plan, _ = build(trt, graph, Options(refittable=True), **LIMITS)
-    fresh = refit(trt, plan, tmp_path / "next.onnx")
-    assert fresh is not None
-    np.testing.assert_array_equal(Engine(trt, fresh)(images(2)), run(tmp_path / "next.onnx", images(2)))
-    again = refit(trt, fresh, graph)  # it stays refittable
-    assert again is not None
-    np.testing.assert_array_equal(Engine(trt, again)(images(2)), run(graph, images(2)))
-
-
-def test_what_cannot_be_refitted_is_to_be_built(trt: Any, graph: Path, tmp_path: Path) -> None:
-    fixed, _ = build(trt, graph, Options(), **LIMITS)
-    assert refit(trt, fixed, graph) is None
-    plan, _ = build(trt, graph, Options(refittable=True), **LIMITS)
-    onnx.save(text_encoder(np.random.default_rng(1)), tmp_path / "other.onnx")
-    assert refit(trt, plan, tmp_path / "other.onnx") is None

@@ -14,7 +14,7 @@ from PIL import Image
 from small_models import make_base, random_adapter
 from small_release import png
 
-from radapter_export import export_release
+from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import save_adapter
 from radapter_serve.server.triton_server import TritonServer, free_ports
 
@@ -29,7 +29,9 @@ def exported_siglip(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("siglip")
     name = make_base("siglip", folder / "base")
     save_adapter(random_adapter(name), folder / "adapter.safetensors")
-    export_release(folder, [0.7], model_repository=folder / "model_repository", merged=folder / "merged")
+    export_release(
+        folder, [0.7], ExportSettings(model_repository=folder / "model_repository", merged=folder / "merged")
+    )
     return folder
 
 

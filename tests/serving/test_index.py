@@ -29,7 +29,8 @@ from radapter_serve.index import writer as index_writer
 from radapter_serve.index.build import add, build, verify
 from radapter_serve.index.index import FACTS, Index, check_condition
 from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
-from radapter_serve.inputs.preprocess import decode
+from radapter_serve.inputs.preprocess import Preprocess, decode
+from radapter_serve.lock import lock
 
 DIM = 16
 
@@ -38,12 +39,16 @@ class FakeRelease:
     """Embeds an image by a fixed random projection of its mean colours; counts what it embeds."""
 
     def __init__(self, alpha: float = 0.5) -> None:
-        names = ("base_digest", "adapter_digest", "architecture", "precision", "preprocess", "tokenizer")
+        names = ("base_digest", "adapter_digest", "architecture", "precision", "tokenizer")
         self.facts: dict[str, Any] = {**dict.fromkeys(names, "x"), "embed_dim": DIM, "version": 1, "alpha": alpha}
+        self.facts["preprocess"] = {"size": 4}
+        self.preprocess = Preprocess.from_dict(self.facts["preprocess"])
+        self.origin = {"model_repository": "/models of mine"}
         self.embedded = 0
 
     def prepare(self, data: bytes) -> Any:
-        return np.asarray(decode(data).convert("RGB").resize((4, 4)), np.float32).ravel() / 255 - 0.5
+        image = decode(data, exif_orientation=self.preprocess.exif_orientation)
+        return np.asarray(image.convert("RGB").resize((4, 4)), np.float32).ravel() / 255 - 0.5
 
     def encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
         self.embedded += len(images)
@@ -189,7 +194,7 @@ def test_a_bad_condition_is_refused_with_the_columns(
 
 
 @pytest.mark.parametrize("deep", ["width>" + "+".join(["1"] * 990), "(" * 400 + "width>1" + ")" * 400, "NOT " * 400])
-def test_a_condition_that_would_overflow_the_engines_stack_is_refused(deep: str) -> None:
+def test_a_condition_that_would_overflow_lancedbs_stack_is_refused(deep: str) -> None:
     with pytest.raises(TaskError, match="at most 300") as error:
         check_condition(deep)
     assert error.value.code == INVALID_ARGUMENT
@@ -272,17 +277,156 @@ def test_a_column_of_another_type_is_refused_before_work(photos: Path, tmp_path:
     assert release.embedded == before
 
 
-def test_a_build_of_other_columns_is_not_resumed(
+def stop_a_build(photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch, release: FakeRelease) -> str:
+    """Build up to a broken image, the last one; returns the error."""
+    last = photos / "deep" / "er" / "z.png"
+    last.write_bytes(b"broken")
+    with monkeypatch.context() as patch, pytest.raises(RAdapterError) as error:
+        patch.setattr(index_writer, "BATCH", 4)
+        build(str(photos), out, release)
+    last.unlink()
+    return str(error.value)
+
+
+def test_a_stopped_build_goes_on_unasked(
     photos: Path, tmp_path: Path, release: FakeRelease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_writer, "BATCH", 1)
-    table = tmp_path / "t.csv"
-    table.write_text("image,year\nphotos/a.jpg,1\nphotos/gone.jpg,2\n")
-    with pytest.raises(RAdapterError, match="--resume"):
-        build(f"csv:{table}", tmp_path / "index", release)
-    table.write_text("image,year,title\nphotos/a.jpg,1,x\n")
-    with pytest.raises(RAdapterError, match="another columns"):
-        build(f"csv:{table}", tmp_path / "index", release, resume=True)
+    said = stop_a_build(photos, tmp_path / "index", monkeypatch, release)
+    assert (
+        "'deep/er/z.png' can't be indexed" in said and "what is embedded is kept: give the same command again" in said
+    )
+    summary = build(str(photos), tmp_path / "index", again := FakeRelease())
+    assert (summary.count, summary.kept, again.embedded) == (12, 12, 0)
+    assert names(tmp_path) == {"photos", "index"}
+    assert names(tmp_path / "index") == {FACTS, "broken.txt", "images.lance"}
+
+
+@pytest.mark.parametrize("what", ["release", "columns", "size of thumbnails", "EXIF orientation", "folder"])
+def test_a_stopped_build_with_other_arguments_is_not_thrown_away_unasked(
+    what: str, photos: Path, tmp_path: Path, release: FakeRelease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "index"
+    stop_a_build(photos, out, monkeypatch, release)
+    source, other, options = str(photos), FakeRelease(), dict[str, Any]()
+    if what == "release":
+        other = FakeRelease(alpha=0.1)
+    elif what == "columns":
+        (photos / "t.csv").write_text("image,year\na.jpg,1\n")
+        source = f"csv:{photos / 't.csv'}"
+    elif what == "folder":
+        source = str(photos / "deep")
+    else:
+        options = {"thumbnails": 64} if "thumbnails" in what else {"exif_orientation": False}
+    with pytest.raises(RAdapterError, match=f"that had another {what}; finish it: radapter-index build.*--no-resume"):
+        build(source, out, other, **options)
+    assert other.embedded == 0 and not out.exists()
+    build(source, out, other, resume=False, **options)
+    assert other.embedded > 0 and names(tmp_path) == {"photos", "index"}
+
+
+def test_a_finished_index_is_not_embedded_again(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+    out = tmp_path / "index"
+    assert build(str(photos), out, release).changed
+    before = json.loads((out / FACTS).read_text())
+    summary = build(str(photos), out, again := FakeRelease())
+    assert (summary.changed, summary.count, summary.kept, again.embedded) == (False, 12, 12, 0)
+    assert json.loads((out / FACTS).read_text()) == before
+    write(photos / "new.png", 50)
+    (photos / "a.jpg").unlink()
+    summary = build(str(photos), out, again)
+    assert (summary.changed, summary.count, summary.removed, again.embedded) == (True, 12, 1, 1)
+    assert verify(out).ok and len(Index(out).search(np.eye(DIM, dtype=np.float32)[0], 100)) == 12
+    assert build(str(photos), out, FakeRelease(), thumbnails=64).embedded == 12
+    assert build(str(photos), out, FakeRelease(), thumbnails=64, resume=False).embedded == 12
+    assert names(tmp_path) == {"photos", "index"}
+
+
+def test_a_damaged_index_is_built_again(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+    out = tmp_path / "index"
+    build(str(photos), out, release)
+    (out / FACTS).write_text("{")
+    assert build(str(photos), out, FakeRelease()).embedded == 12
+    shutil.rmtree(out / "images.lance")
+    assert build(str(photos), out, FakeRelease()).embedded == 12
+    for file in (out / "images.lance" / "data").iterdir():
+        file.unlink()
+    with pytest.raises(RAdapterError, match="can't be used: .*; build it again: .* --no-resume"):
+        build(str(photos), out, FakeRelease())
+    assert build(str(photos), out, FakeRelease(), resume=False).embedded == 12 and verify(out).ok
+    assert names(tmp_path) == {"photos", "index"}
+
+
+def test_an_index_of_the_first_format_is_read(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+    """As version 0.1 wrote it: no origin, no orientation, and another word for how it is searched."""
+    out = tmp_path / "index"
+    build(str(photos), out, release)
+    facts = json.loads((out / FACTS).read_text())
+    facts["engine"] = facts.pop("search")
+    facts["format"] = 1
+    for name in ("origin", "exif_orientation", "column_types"):
+        del facts[name]
+    (out / FACTS).write_text(json.dumps(facts))
+    assert len(Index(out).search(np.eye(DIM, dtype=np.float32)[0], 100)) == 12 and verify(out).ok
+    assert add(out, FakeRelease()).kept == 12
+    assert build(str(photos), out, FakeRelease()).embedded == 12
+
+
+def test_a_build_that_fails_with_nothing_embedded_leaves_nothing(
+    photos: Path, tmp_path: Path, release: FakeRelease
+) -> None:
+    class Fails(FakeRelease):
+        error: BaseException
+
+        def encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
+            raise self.error
+
+    for error in (RAdapterError("the server is gone"), KeyboardInterrupt(), OSError(28, "No space left on device")):
+        Fails.error = error
+        with pytest.raises((RAdapterError, KeyboardInterrupt)) as raised:
+            build(str(photos), tmp_path / "index", Fails())
+        assert "kept" not in str(raised.value) and names(tmp_path) == {"photos"}
+    build(str(photos), tmp_path / "index", release)
+    with lock(tmp_path / "index", "radapter-index"), pytest.raises(RAdapterError, match="another radapter-index"):
+        build(str(photos), tmp_path / "index", FakeRelease(alpha=0.1))
+    assert names(tmp_path) == {"photos", "index"}
+
+
+def test_a_build_that_is_interrupted_says_how_to_go_on(
+    photos: Path, tmp_path: Path, release: FakeRelease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(index_writer, "BATCH", 5)
+    with pytest.raises(KeyboardInterrupt, match="what is embedded is kept: give the same command again to go on"):
+        build(str(photos), tmp_path / "index", release, progress=interrupt)
+    assert build(str(photos), tmp_path / "index", release).kept == 5
+
+
+def test_files_that_are_left_out_are_counted(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+    for name in ("x.gif", "deep/y.GIF", "z.bmp", "README"):
+        (photos / name).write_bytes(b"GIF89a")
+    assert build(str(photos), tmp_path / "index", release).left_out == {".gif": 2, ".bmp": 1, ".txt": 1, "": 1}
+    (tmp_path / "gifs").mkdir()
+    (tmp_path / "gifs" / "x.gif").write_bytes(b"GIF89a")
+    with pytest.raises(RAdapterError, match=r"holds no image; allowed are .jpg.*; it has 1 \.gif"):
+        build(str(tmp_path / "gifs"), tmp_path / "other", release)
+
+
+@pytest.mark.parametrize("name", ["my photos", "-x", ".x", "a;b"])
+def test_a_name_that_no_client_could_search_by_is_refused(
+    name: str, photos: Path, tmp_path: Path, release: FakeRelease
+) -> None:
+    with pytest.raises(RAdapterError, match="can't be the name of an index; allowed are letters"):
+        build(str(photos), tmp_path / name, release)
+    assert names(tmp_path) == {"photos"}
+
+
+def test_a_name_outside_ascii(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+    out = tmp_path / "Bücher 猫" / "Büro"
+    build(str(photos), out, release)
+    assert add(out, release).kept == 12 and verify(out).ok
+    assert len(Index(out).search(np.eye(DIM, dtype=np.float32)[0], 100)) == 12
 
 
 def test_what_is_searched_stays_until_it_is_replaced(
@@ -296,8 +440,8 @@ def test_what_is_searched_stays_until_it_is_replaced(
         raise RAdapterError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(indexing, "_KEEP", datetime.timedelta(0))
-        patch.setattr(index_writer, "_write", die)
+        patch.setattr(indexing, "KEEP", datetime.timedelta(0))
+        patch.setattr(Path, "replace", die)
         with pytest.raises(RAdapterError, match="killed"):
             add(tmp_path / "index", release)
     query = np.eye(DIM, dtype=np.float32)[0]
@@ -442,12 +586,12 @@ def test_a_killed_build_is_resumed(photos: Path, tmp_path: Path, release: FakeRe
         process.send_signal(signal.SIGKILL)
     time.sleep(0)
     assert not out.exists()
-    with pytest.raises(RAdapterError, match="another release_digest"):
-        build(str(photos), out, FakeRelease(alpha=0.1), resume=True)
-    summary = build(str(photos), out, release, resume=True)
+    with pytest.raises(RAdapterError, match="another release"):
+        build(str(photos), out, FakeRelease(alpha=0.1))
+    summary = build(str(photos), out, release)
     assert (summary.count, summary.kept, release.embedded) == (12, 6, 6)
     assert verify(out).ok and names(tmp_path / "indexes") == {"photos"}
-    assert build(str(photos), tmp_path / "fresh", release, resume=True).embedded == 12  # nothing to go on with
+    assert build(str(photos), tmp_path / "fresh", release).embedded == 12  # nothing to go on with
 
 
 @pytest.mark.parametrize("worse", ["images", "texts"])

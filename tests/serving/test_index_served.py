@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,3 +118,34 @@ def test_retrieve_refuses(served: tuple[TritonServer, Path], exported_tiny_clip:
     body = {"inputs": [{"name": "index", "shape": [1], "datatype": "BYTES", "data": ["good"]}]}
     status, answer = post(server, "models/retrieve/infer", body)
     assert status == 400 and "[invalid_argument]" in answer["error"]
+
+
+def test_the_printed_commands_serve_and_search(
+    exported_tiny_clip: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "my photos").mkdir()
+    for number in range(3):
+        (tmp_path / "my photos" / f"{number}.png").write_bytes(png(number, 50, 40))
+    (tmp_path / "my models").symlink_to(exported_tiny_clip / "model_repository")
+    monkeypatch.chdir(tmp_path)
+    assert main(["build", "my photos", "--out", "my indexes/photos", "--model-repository", "my models@1"]) == 0
+    said = capsys.readouterr().out
+    serve, search = (re.search(rf"{what} it: +(.*)", said)[1] for what in ("serve", "search"))  # type: ignore[index]
+    http, grpc_port, metrics = free_ports()
+    ports = f"--http-port {http} --grpc-port {grpc_port} --metrics-port {metrics}"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    monkeypatch.setenv("PATH", path)
+    with subprocess.Popen(f"exec {serve} {ports}", shell=True, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            assert any(line.startswith("indexes") for line in server.stdout)  # which it prints when it is ready
+            command = f"{search} --json --url grpc://127.0.0.1:{grpc_port}"
+            found = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+            assert found.returncode == 0, found.stderr
+            assert {json.loads(line)["id"] for line in found.stdout.splitlines()} == {"0.png", "1.png", "2.png"}
+        finally:
+            server.terminate()
+            server.communicate()

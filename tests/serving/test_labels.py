@@ -73,7 +73,7 @@ def test_embeddings_are_the_mean_over_names_and_templates(local):
     assert found.labels == ("cat", "a very long name of a dog")
     for names, embed in zip((["cat", "kitty"], ["a very long name of a dog"]), found.embeds, strict=True):
         prompts = [template.replace("{}", name).encode() for name in names for template in templates]
-        mean = np.mean([local.embed_texts([[prompt]])[0][0] for prompt in prompts], axis=0)
+        mean = np.mean([local.embed_texts([[prompt]])[0].unwrap()[0] for prompt in prompts], axis=0)
         np.testing.assert_allclose(embed, mean / np.linalg.norm(mean), atol=1e-6)
 
 

@@ -17,7 +17,7 @@ from small_release import png_header
 
 from radapter_serve.inputs import preprocess as module
 from radapter_serve.inputs.errors import TaskError
-from radapter_serve.inputs.preprocess import Preprocess, decode, decode_into
+from radapter_serve.inputs.preprocess import Preprocess, decode, decode_into, decode_pixels, oriented
 
 MODES = ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "YCbCr", "I", "F"]
 
@@ -100,6 +100,56 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 def test_decode_takes_bytes_base64_and_data_uri(kind, wrap):
     data = encoded(picture("RGB", 30, 20, 2), kind)
     np.testing.assert_array_equal(np.asarray(decode(wrap(data))), np.asarray(Image.open(io.BytesIO(data))))
+
+
+# What each value of EXIF's orientation says of the stored rows and columns (CIPA DC-008, tag 274).
+TURNS = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a.swapaxes(0, 1), 2),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+def with_orientation(image: Image.Image, orientation: int, kind: str) -> bytes:
+    exif = Image.Exif()
+    exif[274] = orientation
+    return encoded(image, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", TURNS)
+def test_images_are_turned_by_their_exif_orientation_but_where_the_release_says_no(kind, orientation):
+    data = with_orientation(picture("RGB", 30, 20, 4), orientation, kind)
+    stored = np.asarray(Image.open(io.BytesIO(data)))
+    turned = decode(data)
+    np.testing.assert_array_equal(np.asarray(turned), TURNS[orientation](stored))
+    assert oriented(turned) is turned
+    np.testing.assert_array_equal(np.asarray(decode(data, exif_orientation=False)), stored)
+
+    config = {"size": 16, "resize_mode": "squash", "interpolation": "bicubic", "fill_color": 0}
+    for facts, pixels in (
+        ({}, TURNS[orientation](stored)),
+        ({"exif_orientation": True}, TURNS[orientation](stored)),
+        ({"exif_orientation": False}, stored),
+    ):
+        expected = reference(Image.fromarray(np.ascontiguousarray(pixels)), **config)
+        np.testing.assert_array_equal(decode_pixels(data, Preprocess.from_dict({**config, **facts})), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning")  # Pillow tells of them
+@settings(max_examples=100, deadline=None)
+@given(
+    st.binary(max_size=60),
+    st.sampled_from([b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0", b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12"]),
+)
+def test_broken_exif_leaves_an_image_as_it_is(exif, head):
+    data = encoded(picture("RGB", 8, 8, 0), "JPEG", exif=head + exif)
+    assert decode(data).size == (8, 8)
 
 
 def test_first_frame_of_an_animation():

@@ -59,7 +59,7 @@ def test_indexes_come_change_and_go(photos: Path, tmp_path: Path) -> None:
     def count() -> int:
         return len(retrieve(RetrieveRequest(b"photos", text=b"a", top_k=100)).ids)
 
-    with pytest.raises(TaskError, match="none in .*radapter-index build"):
+    with pytest.raises(TaskError, match=r"none \(make one with radapter-index build"):
         count()
     build(str(photos), tmp_path / "indexes" / "photos", release)
     assert count() == 4 and retrieve.index("photos") is retrieve.index("photos")
@@ -86,16 +86,15 @@ def test_an_index_that_is_replaced_while_it_is_searched(
     def replaced_first(self: Index, *args: Any, **options: Any) -> list[Hit]:
         monkeypatch.undo()
         (photos / "0.png").unlink()
-        build(str(photos), tmp_path / "indexes" / "photos", release)
+        build(str(photos), tmp_path / "indexes" / "photos", release, resume=False)
         return search(self, *args, **options)
 
     monkeypatch.setattr(Index, "search", replaced_first)
     assert len(retrieve(RetrieveRequest(b"photos", text=b"a", where=b"width > 1")).ids) == 3
     table = next((tmp_path / "indexes" / "photos" / "images.lance" / "data").iterdir())
-    retrieve.index("photos").__dict__.pop("_vectors", None)
     table.unlink()
     with pytest.raises(TaskError, match="radapter-index verify"):
-        retrieve(RetrieveRequest(b"photos", text=b"a"))
+        task(tmp_path / "indexes", release)(RetrieveRequest(b"photos", text=b"a"))
 
 
 def test_refusals(photos: Path, tmp_path: Path) -> None:
@@ -116,7 +115,7 @@ def test_refusals(photos: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(TaskError) as error:
             retrieve(RetrieveRequest(name, text=b"a"))
-        assert error.value.code == UNKNOWN_INDEX
+        assert error.value.code == UNKNOWN_INDEX and str(tmp_path / "indexes") not in str(error.value)
     for request in (
         RetrieveRequest(b"photos"),
         RetrieveRequest(b"photos", text=b"a", image=b"b"),
@@ -127,6 +126,6 @@ def test_refusals(photos: Path, tmp_path: Path) -> None:
         with pytest.raises(TaskError) as error:
             retrieve(request)
         assert error.value.code == INVALID_ARGUMENT
-    with pytest.raises(TaskError, match=r"alpha 0\.5.*alpha 0\.9.*radapter-index build .*photos --out") as error:
+    with pytest.raises(TaskError, match=r"alpha 0\.5.*alpha 0\.9.*radapter-index build$") as error:
         task(tmp_path / "indexes", FakeRelease(alpha=0.9))(RetrieveRequest(b"photos", text=b"a"))
-    assert error.value.code == INDEX_MISMATCH
+    assert error.value.code == INDEX_MISMATCH and str(tmp_path) not in str(error.value)

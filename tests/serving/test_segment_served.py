@@ -18,7 +18,7 @@ from small_release import Local, png
 from torch.nn.functional import interpolate
 from tritonclient.utils import InferenceServerException
 
-from radapter_export import export_release
+from radapter_export import ExportSettings, export_release
 from radapter_serve.clip.dense import encode_patches
 from radapter_serve.server.triton_server import TritonServer, free_ports
 from radapter_serve.tasks.segment import SegmentRequest
@@ -173,9 +173,7 @@ def test_an_export_serves_what_torch_computes(exported_tiny_clip, tmp_path):
     [release] = export_release(
         exported_tiny_clip / "adapter.safetensors",
         [0.5],
-        model_repository=tmp_path / "repository",
-        merged=tmp_path / "merged",
-        dense="naclip",
+        ExportSettings(model_repository=tmp_path / "repository", merged=tmp_path / "merged", dense="naclip"),
     )
     name = f"local-dir:{release.merged}"
     model, _, transform = open_clip.create_model_and_transforms(name)

@@ -9,14 +9,22 @@ import pytest
 from PIL import Image
 from small_release import LABELS, SIZE, WIDTH, png
 
-from radapter_serve.inputs.errors import TaskError
 from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.tasks.classify import Classify, ClassifyRequest
 
 
+def answers(outcomes):
+    return [outcome.unwrap() for outcome in outcomes]
+
+
+def failures(outcomes):
+    """The errors, None where there is an answer."""
+    return [outcome.error for outcome in outcomes]
+
+
 def test_embed_images(local):
     requests = [[png(0)], [png(1), png(2, 90, 16)], [png(3, kind="JPEG")]]
-    embeds = local.embed_images(requests)
+    embeds = answers(local.embed_images(requests))
     assert [array.shape for array in embeds] == [(1, WIDTH), (2, WIDTH), (1, WIDTH)]
     assert local.calls == [(4, SIZE, SIZE, 3)]
     for request, rows in zip(requests, embeds, strict=True):
@@ -28,51 +36,49 @@ def test_embed_images(local):
 
 def test_a_bad_image_fails_its_own_request_only(local):
     good, bad = png(0), png(1)[:60]
-    alone = local.embed_images([[good]])[0]
+    [alone] = answers(local.embed_images([[good]]))
     results = local.embed_images([[bad], [good], [good, bad], [good]])
-    assert isinstance(results[0], TaskError)
-    assert results[0].code == "invalid_image"
-    assert isinstance(results[2], TaskError)
-    np.testing.assert_allclose(results[1], alone, atol=1e-6)
-    np.testing.assert_allclose(results[3], alone, atol=1e-6)
+    assert [error and error.code for error in failures(results)] == ["invalid_image", None] * 2
+    np.testing.assert_allclose(results[1].unwrap(), alone, atol=1e-6)
+    np.testing.assert_allclose(results[3].unwrap(), alone, atol=1e-6)
     local.calls.clear()
-    assert isinstance(local.embed_images([[bad]])[0], TaskError)
+    assert local.embed_images([[bad]])[0].error
     assert not local.calls
 
 
 def test_large_batches_are_split(local):
-    assert local.embed_images([[png(0)] * 40] * 3)[2].shape == (40, WIDTH)
+    assert local.embed_images([[png(0)] * 40] * 3)[2].unwrap().shape == (40, WIDTH)
     assert [shape[0] for shape in local.calls] == [64, 56]
 
 
 def test_embed_texts(local):
     results = local.embed_texts([[b"a cat", b"a dog"], [b" "], [b"a dog"], [b"\xff"], ["Ölkäfer".encode()]])
-    assert [type(result) for result in results] == [np.ndarray, TaskError, np.ndarray, TaskError, np.ndarray]
-    assert "text 1 of 1 is empty" in str(results[1])
-    assert "UTF-8" in str(results[3])
-    np.testing.assert_array_equal(results[0][1], results[2][0])
+    assert [error is None for error in failures(results)] == [True, False, True, False, True]
+    assert "text 1 of 1 is empty" in str(results[1].error)
+    assert "UTF-8" in str(results[3].error)
+    np.testing.assert_array_equal(results[0].unwrap()[1], results[2].unwrap()[0])
     assert local.calls == [(3, max(shape[1] for shape in local.calls))]
 
 
 def test_too_long_a_text_fails_its_own_request_only(local):
     results = local.embed_texts([[b"a cat"], [b"x" * 10_001], [b"x" * 10_000]])
-    assert [type(result) for result in results] == [np.ndarray, TaskError, np.ndarray]
-    assert "a text of 10001 characters" in str(results[1])
+    assert [error is None for error in failures(results)] == [True, False, True]
+    assert "a text of 10001 characters" in str(results[1].error)
 
 
 def test_prompts_are_counted_over_all_rows_of_a_request(local):
     lists = [[f"{row} {index}".encode() for index in range(7_000)] for row in range(3)]
-    [error] = local.classify([ClassifyRequest([png(0)] * 3, lists)])
+    [error] = failures(local.classify([ClassifyRequest([png(0)] * 3, lists)]))
     assert "21000 prompts" in str(error)
     assert not local.calls
-    [error] = local.classify([ClassifyRequest([png(0)], [[b"a" * 1_001]])])
+    [error] = failures(local.classify([ClassifyRequest([png(0)], [[b"a" * 1_001]])]))
     assert "a label of 1001 characters" in str(error)
-    [classes] = local.classify([ClassifyRequest([png(0)] * 50, [lists[0][:500]] * 50)])
+    [classes] = answers(local.classify([ClassifyRequest([png(0)] * 50, [lists[0][:500]] * 50)]))
     assert len(classes.labels) == 50
 
 
 def expected(local, image: bytes, labels: list[str], templates: list[str]) -> dict[str, float]:
-    image_embed = local.embed_images([[image]])[0][0]
+    image_embed = local.embed_images([[image]])[0].unwrap()[0]
     label_set = local.embed_labels(labels, templates)
     logits = 10 * label_set.embeds.astype(np.float64) @ image_embed
     exponents = np.exp(logits)
@@ -82,11 +88,11 @@ def expected(local, image: bytes, labels: list[str], templates: list[str]) -> di
 def test_classify_is_the_softmax_of_scaled_cosines(local):
     image, labels = png(5), [b"cat", b"dog", b"bird, fowl", b"fish", b"a man", b"tree"]
     scores = expected(local, image, [label.decode() for label in labels], ["a photo of a {}."])
-    [classes] = local.classify([ClassifyRequest([image], [labels])])
+    [classes] = answers(local.classify([ClassifyRequest([image], [labels])]))
     best = sorted(scores, key=scores.get, reverse=True)
     assert classes.labels.tolist() == [best[:5]]
     np.testing.assert_allclose(classes.scores[0], [scores[label] for label in best[:5]], rtol=1e-5)
-    [classes] = local.classify([ClassifyRequest([image], [labels], top_k=[100])])
+    [classes] = answers(local.classify([ClassifyRequest([image], [labels], top_k=[100])]))
     assert classes.labels.tolist() == [best]
     assert classes.scores.sum() == pytest.approx(1)
 
@@ -94,8 +100,8 @@ def test_classify_is_the_softmax_of_scaled_cosines(local):
 def test_sigmoid_where_the_model_has_a_bias(local):
     release = {"alpha": 0.5, "templates": ["a {}"], "logit_scale": 10.0, "logit_bias": -3.0}
     classify = Classify(release, local.embed_images, local.embed_labels, {})
-    [classes] = classify([ClassifyRequest([png(5)], [[b"cat", b"dog"]])])
-    label_set, image = local.embed_labels(["cat", "dog"], ["a {}"]), local.embed_images([[png(5)]])[0][0]
+    [classes] = answers(classify([ClassifyRequest([png(5)], [[b"cat", b"dog"]])]))
+    label_set, image = local.embed_labels(["cat", "dog"], ["a {}"]), local.embed_images([[png(5)]])[0].unwrap()[0]
     expected = sorted(1 / (1 + np.exp(-(10 * label_set.embeds @ image - 3))), reverse=True)
     np.testing.assert_allclose(classes.scores[0], expected, rtol=1e-5)
 
@@ -114,27 +120,28 @@ def test_requests_of_all_kinds_share_a_batch(local):
         ClassifyRequest([good], [[b"cat"]], top_k=[0]),
         ClassifyRequest([good], [[b"cat"]], templates=[[b"no place"]]),
         ClassifyRequest([good], [[]]),
+        ClassifyRequest([good], [[b"cat"]], templates=[[]]),
+        ClassifyRequest([good], [[b"cat"]], alpha=[float("nan")]),
     ]
     results = local.classify(requests)
     alone = [local.classify([request])[0] for request in requests]
     for together, single in zip(results, alone, strict=True):
-        assert type(together) is type(single)
-        if isinstance(single, TaskError):
-            assert str(together) == str(single)
-        else:
-            assert together.labels.tolist() == single.labels.tolist()
-            np.testing.assert_allclose(together.scores, single.scores, rtol=1e-5)
-    codes = [result.code if isinstance(result, TaskError) else "" for result in results]
+        assert str(together.error) == str(single.error)
+        if single.error is None:
+            assert together.unwrap().labels.tolist() == single.unwrap().labels.tolist()
+            np.testing.assert_allclose(together.unwrap().scores, single.unwrap().scores, rtol=1e-5)
+    codes = [error.code if error else "" for error in failures(results)]
     assert codes == [
         "", "invalid_image", "", "", "", "unknown_label_set", "no_labels", *["invalid_argument"] * 3, "no_labels",
+        "invalid_argument", "invalid_argument",
     ]  # fmt: skip
-    assert results[5].message.endswith("there are: colours")
-    assert set(results[2].labels[0]) < {label.split(",")[0] for label in LABELS}
-    assert results[4].labels.shape == (2, 3)
+    assert results[5].error.message.endswith("there are: colours")
+    assert set(results[2].unwrap().labels[0]) < {label.split(",")[0] for label in LABELS}
+    assert results[4].unwrap().labels.shape == (2, 3)
 
 
 def test_ten_thousand_labels(local):
     labels = [f"label {index}".encode() for index in range(10_000)]
-    [classes] = local.classify([ClassifyRequest([png(0)], [labels])])
+    [classes] = answers(local.classify([ClassifyRequest([png(0)], [labels])]))
     assert classes.labels.shape == (1, 5)
     assert (np.diff(classes.scores[0]) <= 0).all()

@@ -53,7 +53,7 @@ def classify(client, images, labels=None, label_set=None, templates=None, top_k=
 
 
 def check(local: Local, served, request: ClassifyRequest) -> None:
-    [classes] = local.classify([request])
+    classes = local.classify([request])[0].unwrap()
     labels, scores = served
     assert [[label.decode() for label in row] for row in labels] == classes.labels.tolist()
     np.testing.assert_allclose(scores, classes.scores, rtol=1e-5)
@@ -64,11 +64,11 @@ def test_served_equals_local(client, repository, version):
     local, number = Local(repository, version), str(version)
     images = [png(0), png(1, kind="JPEG"), png(2, 60, 61, kind="WEBP")]
     found = client.infer("embed_image", [tensor("image", [[i] for i in images])], model_version=number)
-    np.testing.assert_allclose(found.as_numpy("image_embeds"), local.embed_images([images])[0], atol=1e-6)
+    np.testing.assert_allclose(found.as_numpy("image_embeds"), local.embed_images([images])[0].unwrap(), atol=1e-6)
 
     texts = [b"a cat", "Ölkäfer 猫".encode(), b"word " * 200]
     found = client.infer("embed_text", [tensor("text", [[t] for t in texts])], model_version=number)
-    np.testing.assert_allclose(found.as_numpy("text_embeds"), local.embed_texts([texts])[0], atol=1e-6)
+    np.testing.assert_allclose(found.as_numpy("text_embeds"), local.embed_texts([texts])[0].unwrap(), atol=1e-6)
 
     labels = [b"cat", b"dog, hound", b"bird"]
     served = classify(client, images, labels, top_k=2, version=number)
@@ -185,7 +185,7 @@ def test_json_over_http_as_curl_sends_it(server, local):
     }
     status, answer = post(server, "models/classify/infer", body)
     outputs = {output["name"]: output["data"] for output in answer["outputs"]}
-    [classes] = local.classify([ClassifyRequest([png(0)], [[b"a cat", b"a dog"]])])
+    classes = local.classify([ClassifyRequest([png(0)], [[b"a cat", b"a dog"]])])[0].unwrap()
     assert status == 200
     assert outputs["label"] == classes.labels[0].tolist()
     np.testing.assert_allclose(outputs["score"], classes.scores[0], rtol=1e-5)

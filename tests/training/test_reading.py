@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import random
 import re
 import shutil
 import tarfile
@@ -17,9 +19,14 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from radapter_serve.clip.prompts import templates_of
-from radapter_serve.data import load_labelled
+from radapter_serve.data import Labelled, load_labelled
+from radapter_serve.data.segments import Segments
 from radapter_serve.errors import RAdapterError
+from radapter_serve.inputs.mask_crop import MaskCrop
+from radapter_serve.inputs.preprocess import Preprocess, decode_pixels
+from radapter_serve.training import Recipe
 from radapter_serve.training.batches import Examples, batches
+from radapter_serve.training.tasks import open_data
 
 
 def pixels(data: Any) -> dict[bytes, str]:
@@ -153,8 +160,70 @@ def test_what_can_not_be_read(images: Path, tmp_path: Path) -> None:
         load_labelled(f"csv:{tmp_path}/t.csv")
     shutil.rmtree(images / "red")
     shutil.rmtree(images / "green")
-    with pytest.raises(RAdapterError, match="one sub-folder a class"):
+    with pytest.raises(RAdapterError, match="one sub-folder a class, and two classes"):
         load_labelled(f"imagefolder:{images}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "No columns to parse"),
+        (b"image,label\n", "it holds no rows"),
+        ("image,label\na.png,grün\n".encode("latin-1"), "'utf-8' codec can't decode.*save the file as UTF-8"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_said(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(RAdapterError, match=message):
+        load_labelled(f"csv:{tmp_path}/t.csv")
+
+
+def test_one_class_alone_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("image,label\na.png,cat\nb.png,cat\n")
+    with pytest.raises(RAdapterError, match="has the one class 'cat'"):
+        open_data(Recipe(data=f"csv:{tmp_path}/t.csv"), None)  # type: ignore[arg-type]
+
+
+def test_sixteen_bits_of_gray_keep_their_upper_eight(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    for name in ("a", "b"):
+        Image.fromarray(values).save(tmp_path / f"{name}.png")
+    (tmp_path / "t.csv").write_text("image,label\na.png,x\nb.png,y\n")
+    data = load_labelled(f"csv:{tmp_path}/t.csv")
+    image, _, _ = data.pair(data.rows[0], random.Random(0))
+    np.testing.assert_array_equal(np.asarray(image.convert("RGB"))[..., 1], values // 256)
+    served = decode_pixels((tmp_path / "a.png").read_bytes(), Preprocess((64, 64)))
+    np.testing.assert_array_equal(served[..., 1], values // 256)
+
+
+def test_a_share_of_each_class_is_held_out_for_validation(images: Path) -> None:
+    for number in range(7):
+        (images / "red" / f"{number}.png").unlink()  # one is left, which is trained with
+    recipe = Recipe(data=f"imagefolder:{images}", val_fraction=0.25, shots=2)
+    data, val = open_data(recipe, None)  # type: ignore[arg-type]
+    assert isinstance(data, Labelled) and isinstance(val, Labelled)
+    names = [{part.name(row) for row in part.rows} for part in (data, val)]
+    assert not names[0] & names[1]
+    assert np.bincount(data.labels()).tolist() == [2, 2, 1] and np.bincount(val.labels()).tolist() == [2, 2]
+    again = open_data(recipe, None)[1]  # type: ignore[arg-type]
+    other = open_data(dataclasses.replace(recipe, seed=1), None)[1]  # type: ignore[arg-type]
+    assert {again.name(row) for row in again.rows} == names[1] != {other.name(row) for row in other.rows}  # type: ignore[union-attr]
+    whole = open_data(dataclasses.replace(recipe, shots=None), None)[0]  # type: ignore[arg-type]
+    assert np.bincount(whole.labels()).tolist() == [6, 6, 1]  # type: ignore[union-attr]
+
+
+def test_held_out_captions_and_segments_keep_an_image_together(tmp_path: Path) -> None:
+    rows = [(f"{number}.png", f"{number} {word}") for number in range(5) for word in ("one", "two")]
+    pd.DataFrame(rows, columns=["image", "caption"]).to_csv(tmp_path / "t.csv", index=False)
+    recipe = Recipe(task="retrieval", data=f"csv:{tmp_path}/t.csv", val_fraction=0.4, captions_per_image=2)
+    data, val = open_data(recipe, None)  # type: ignore[arg-type]
+    seen = [[image.captions for image in part.images] for part in (data, val)]  # type: ignore[union-attr]
+    assert (len(seen[0]), len(seen[1])) == (3, 2) and val.captions_per_image == 1  # type: ignore[union-attr]
+    assert {text for part in seen for captions in part for text in captions} == {text for _, text in rows}
+    numbered = np.array([(image, segment, 0) for image in range(5) for segment in range(3)], np.int32)
+    segments = Segments(numbered, [], ["x", "y"], MaskCrop.from_recipe({}, (0, 0, 0)), ["{}"])
+    kept, held = segments.held_out(0.4, 0)
+    assert set(kept.rows[:, 0]) | set(held.rows[:, 0]) == set(range(5)) and len(held.rows) == 6 and len(kept.rows) == 9
 
 
 def test_names_of_splits_in_folders_of_images(images: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from short_run import rows, short_run
 from small_models import make_base
 
-from radapter_export import export_release
+from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import attach_adapter, fold, load_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.data import Labelled, class_split, few_shot, load_labelled, split_classes
@@ -118,7 +118,7 @@ def test_without_text_adapters(tiny_clip_dir: str, images: Path, tmp_path: Path,
     assert all(name.startswith("visual.") for name in attached.named_tensors())
     if form == "weight":
         places = {"model_repository": tmp_path / "model_repository", "merged": tmp_path / "merged"}
-        (release,) = export_release(tmp_path / "run", [0.7], **places)  # type: ignore[arg-type]
+        (release,) = export_release(tmp_path / "run", [0.7], ExportSettings(**places))  # type: ignore[arg-type]
         assert all(graph.agreement.max_error < 1e-4 for graph in release.graphs)  # against the base with adapters
 
 

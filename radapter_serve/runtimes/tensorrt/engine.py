@@ -1,4 +1,4 @@
-"""An ONNX graph as an engine of TensorRT: built, run and refitted on the GPU that serves it; no torch.
+"""An ONNX graph as an engine of TensorRT: built and run on the GPU that serves it; no torch.
 
 Networks are strongly typed: precision is what the ONNX says. Works with TensorRT 10.13 and newer, 11 included, and its
 builder half with TensorRT's RTX edition, which builds without a GPU; so the functions take the module. Ask
@@ -41,14 +41,12 @@ class Options:
         workspace: GiB of GPU memory that a layer may use while it runs; all that is free if None.
         version_compatible: engines also run under later versions of TensorRT, somewhat slower.
         hardware_compatible: engines also run on other GPUs of compute capability 8.0 and above, somewhat slower.
-        refittable: engines take new weights without being built again, somewhat slower.
     """
 
     opt_batch_size: int = 8
     workspace: float | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
-    refittable: bool = False
 
 
 def import_tensorrt() -> Any:
@@ -122,8 +120,6 @@ def build(
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    if options.refittable:
-        config.set_flag(trt.BuilderFlag.REFIT)
     if timing_cache is not None:
         _use_timing_cache(config, timing_cache)
     say = progress or (lambda line: None)
@@ -227,31 +223,6 @@ class Engine:
             self._context.set_tensor_address(name, address)
         if not self._context.execute_async_v3(stream):
             raise RAdapterError(f"TensorRT does not run the engine: {_log(self._trt).summary()}")
-
-
-def refit(trt: Any, plan: bytes, onnx: Path) -> bytes | None:
-    """Put the weights of another fold of the same graph into an engine: seconds, where building takes minutes.
-
-    Whoever refits compares the result with torch: TensorRT 11.3.0 lost biases here.
-
-    Args:
-        trt: the module `tensorrt`.
-        plan: an engine that was built refittable.
-        onnx: the other `model.onnx`, with the same names.
-
-    Returns:
-        The new engine, refittable again; None where this one cannot be refitted, and has to be built.
-    """
-    engine = _deserialize(trt, plan)
-    if not engine.refittable:
-        return None
-    refitter = trt.Refitter(engine, _log(trt))
-    parser = trt.OnnxParserRefitter(refitter, _log(trt))
-    if not parser.refit_from_file(str(onnx)) or refitter.get_missing_weights() or not refitter.refit_cuda_engine():
-        return None
-    config = engine.create_serialization_config()
-    config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
-    return bytes(engine.serialize_with_config(config))
 
 
 def _deserialize(trt: Any, plan: bytes) -> Any:

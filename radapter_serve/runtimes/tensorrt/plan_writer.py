@@ -17,13 +17,13 @@ from radapter_serve.lock import lock
 from radapter_serve.release.agreement import Agreement, Samples, Tolerance, compare
 from radapter_serve.release.repository import TENSORRT, ServedEncoder, encoders_of
 from radapter_serve.runtimes.cuda import Gpu, find_gpu
-from radapter_serve.runtimes.tensorrt.engine import Engine, Options, Profile, build, import_tensorrt, refit
+from radapter_serve.runtimes.tensorrt.engine import Engine, Options, Profile, build, import_tensorrt
 from radapter_serve.runtimes.tensorrt.plan import EDITION, ONNX, PLAN, SIDECAR, Sidecar, check_plan, digest, mismatch
 
 
 @dataclass(frozen=True)
 class Built:
-    """One engine of a repository: its model and release, whether it was built, refitted or kept, size and agreement."""
+    """One engine of a repository: its model and release, whether it was built or kept, size and agreement."""
 
     model: str
     version: int
@@ -59,12 +59,13 @@ def build_engines(
     """Build the engine of every encoder and release that a repository serves, and let TensorRT serve them.
 
     An engine is compared with torch before it is written. Configs change at the very end: whatever fails before leaves
-    the repository served as it was. Engines that fit stay; one that can be refitted lends itself to later releases.
+    the repository served as it was. Engines that fit stay.
 
     Args:
         repository: what radapter-export has filled.
         options: how engines are built.
         tolerance: largest difference from torch, per component of a unit-length embedding; the release's own if None.
+            The cosine's bound widens with it.
         timing_cache: file of what TensorRT measured; one in the user's cache folder if None.
         force: build all, those that fit, too.
         progress: called with a short line as the work goes on.
@@ -82,8 +83,7 @@ def build_engines(
                 encoder.folder / str(version),
                 max_batch_size=int(encoder.facts["max_batch_size"]),
                 max_length=int(encoder.facts["tokenizer"]["context_length"]),
-                bounds=encoder.bounds if tolerance is None else Tolerance(tolerance),
-                donors=None if force else encoder.folder,
+                bounds=encoder.bounds if tolerance is None else encoder.bounds.widened(tolerance),
                 keep=not force,
             )
             for encoder in encoders
@@ -99,7 +99,7 @@ class PlanWriter:
     """Writes one engine after the other, all with the same options.
 
     Args:
-        options: how engines are built; as the newest one of another version that fits this machine if None.
+        options: how engines are built.
         timing_cache: file of what TensorRT measured; one in the user's cache folder if None.
         progress: called with a short line as the work goes on.
 
@@ -109,7 +109,7 @@ class PlanWriter:
 
     def __init__(
         self,
-        options: Options | None = None,
+        options: Options = Options(),  # noqa: B008  # frozen
         *,
         timing_cache: Path | None = None,
         progress: Callable[[str], None] | None = None,
@@ -129,7 +129,6 @@ class PlanWriter:
         max_batch_size: int,
         max_length: int,
         bounds: Tolerance,
-        donors: Path | None = None,
         keep: bool = False,
     ) -> Built:
         """Write an engine beside a graph, once it is compared with torch; the sidecar comes last.
@@ -140,14 +139,13 @@ class PlanWriter:
             max_batch_size: rows of the largest batch.
             max_length: tokens of the longest text.
             bounds: of the difference from torch.
-            donors: folder of other versions, whose engines may lend themselves to be refitted.
             keep: leave an engine that fits as it is.
 
         Raises:
             RAdapterError: TensorRT cannot build the graph, or the engine differs from torch.
         """
         start = time.perf_counter()
-        label, graph = f"{name} of release {folder.name}", folder / ONNX
+        label = f"{name} of release {folder.name}"
 
         def built(how: str, sidecar: Sidecar) -> Built:
             size, seconds = (folder / PLAN).stat().st_size, time.perf_counter() - start
@@ -155,37 +153,25 @@ class PlanWriter:
 
         if keep and (kept := self._fitting(folder)):
             return built("kept", kept)
-        beside, donor = self._newest(donors, folder.name)
-        options = self._options or (donor.options if donor else Options())
-
-        def put(plan: bytes, profile: Profile) -> Sidecar:
-            agreement = compare(name, Engine(self._trt, plan), Samples.load(folder), bounds)
-            return self._put(folder, plan, profile, options, agreement)
-
-        if donor and options.refittable and all(most[0] == max_batch_size for _, _, most in donor.profile.values()):
-            self._say(f"refitting {label}")
-            # What refitting cannot do, or does wrong, building does.
-            with contextlib.suppress(RAdapterError):
-                if (plan := refit(self._trt, (beside / PLAN).read_bytes(), graph)) is not None:
-                    return built("refitted", put(plan, donor.profile))
         self._say(f"building {label}")
         plan, profile = build(
             self._trt,
-            graph,
-            options,
+            folder / ONNX,
+            self._options,
             max_batch_size=max_batch_size,
             max_length=max_length,
             timing_cache=self._timing_cache,
             progress=lambda line: self._say(f"building {label}: {line}"),
         )
-        return built("built", put(plan, profile))
+        agreement = compare(name, Engine(self._trt, plan), Samples.load(folder), bounds)
+        return built("built", self._put(folder, plan, profile, agreement))
 
-    def _put(self, folder: Path, plan: bytes, profile: Profile, options: Options, agreement: Agreement) -> Sidecar:
+    def _put(self, folder: Path, plan: bytes, profile: Profile, agreement: Agreement) -> Sidecar:
         (folder / SIDECAR).unlink(missing_ok=True)
         with staged(folder / PLAN) as path:
             path.write_bytes(plan)
         gpu, version, onnx = self._gpu, str(self._trt.__version__), digest(folder)
-        sidecar = Sidecar(EDITION, version, gpu.name, gpu.compute_capability, onnx, profile, options, agreement)
+        sidecar = Sidecar(EDITION, version, gpu.name, gpu.compute_capability, onnx, profile, self._options, agreement)
         sidecar.save(folder)
         return sidecar
 
@@ -194,17 +180,9 @@ class PlanWriter:
         with contextlib.suppress(RAdapterError):
             sidecar = Sidecar.load(folder)
             problem = mismatch(sidecar, folder, self._gpu, str(self._trt.__version__))
-            if (folder / PLAN).is_file() and sidecar.options == (self._options or sidecar.options) and not problem:
+            if (folder / PLAN).is_file() and sidecar.options == self._options and not problem:
                 return sidecar
         return None
-
-    def _newest(self, model: Path | None, version: str) -> tuple[Path, Sidecar | None]:
-        """The newest engine of another version that fits, and where it is."""
-        others = [path.parent for path in model.glob(f"*/{SIDECAR}")] if model else []
-        for folder in sorted(others, key=lambda folder: int(folder.name), reverse=True):
-            if folder.name != version and (sidecar := self._fitting(folder)):
-                return folder, sidecar
-        return Path(), None
 
 
 def _encoders(repository: Path) -> list[ServedEncoder]:

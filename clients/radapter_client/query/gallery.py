@@ -10,8 +10,8 @@ from html import escape
 
 from PIL import ImageOps
 
-from ._images import ImageLike, read_image
-from ._results import Hit
+from .._images import ImageLike, read_image
+from .._results import Hit
 
 SIDE = 320  # px of the query's picture
 # The policy keeps the page to itself even if something in it were to ask for more.

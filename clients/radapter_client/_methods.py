@@ -1,0 +1,384 @@
+"""The methods that both clients have, and what they ask and answer; how, is in _calls.py."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ._arguments import (
+    alpha_input,
+    count,
+    for_each,
+    image_input,
+    label_inputs,
+    listed,
+    proposal_inputs,
+    search_inputs,
+    seconds,
+    segment_inputs,
+    utf8,
+)
+from ._calls import Answer, Part, call, call_each, was_property
+from ._exceptions import ModelNotFound, RAdapterClientError, ServerError, ServerUnavailable, Timeout
+from ._images import ImageLike, chunks, encode_image, is_one_image, orientation, size_bound
+from ._profile import Profile, read_statistics
+from ._results import Classification, Hit, Release, Segmentation, pick_release, read_hits, read_releases
+from ._url import ServerURL, parse_url
+from ._wire import Array, Reply, Request, text_array
+
+W = TypeVar("W")
+Embeddings = npt.NDArray[np.float32]
+
+TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
+# Half of the smallest limit on a request's body in use (64 MiB, newer Tritons over HTTP).
+MAX_BYTES = 32 * 2**20
+# Labels and templates are repeated for each row of a request; this many keep it small beside its images.
+MAX_STRINGS = 8192
+
+
+class BaseClient(Generic[W]):
+    """Everything of the clients but the waiting."""
+
+    def __init__(
+        self,
+        url: str = "grpc://localhost:8001",
+        *,
+        release: int | None = None,
+        timeout: float = 60.0,
+        batch_size: int = 16,
+        concurrency: int = 4,
+        transport: W | None = None,
+    ) -> None:
+        self._url = parse_url(url)
+        self._version = None if release is None else count("release", release)
+        self._timeout = seconds(timeout)
+        self._batch_size = count("batch_size", batch_size)
+        self._concurrency = count("concurrency", concurrency)
+        self._closed = False
+        self._transport: W = self._connect(self._url) if transport is None else transport
+        self._threads = ThreadPoolExecutor(self._concurrency, thread_name_prefix="radapter-client")
+
+    def __repr__(self) -> str:
+        pinned = "" if self._version is None else f", release={self._version}"
+        return f"{type(self).__name__}({str(self._url)!r}{pinned})"
+
+    @call_each
+    def classify(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        labels: Sequence[str] | None = None,
+        *,
+        label_set: str | None = None,
+        templates: Sequence[str] | None = None,
+        top_k: int = 5,
+        alpha: float | None = None,
+        timeout: float | None = None,
+    ) -> Answer[list[Classification]]:
+        """The best labels of an image, or of each of a list of images.
+
+        Args:
+            images: a path, the bytes of an image file, a PIL image, a uint8 array [H, W, 3] (RGB) or [H, W] (grey);
+                or a list of them. The server turns an image by its EXIF orientation, unless its release says otherwise.
+            labels: the labels to choose from; synonyms after commas ("cat, kitty") count as one label.
+            label_set: instead of labels, the name of a set that was exported with the release.
+            templates: prompts with {} for the label; None for the release's own.
+            top_k: labels to return, fewer where there are fewer.
+            alpha: the adapter's weight in [0, 1], of a release that takes any (`release().dynamic_alpha`); None for the
+                release's own.
+            timeout: seconds for each request of this call.
+
+        Returns:
+            A `Classification` for one image, and a list of them for a list of images.
+
+        Raises:
+            InvalidRequest: bad arguments; InvalidImage among them, for the first image that is none.
+
+        Example: `client.classify("cat.jpg", ["a cat", "a dog"]).top`
+        """
+        items = _items(images)
+        options = label_inputs(labels, label_set, templates) | alpha_input(alpha)
+        options["top_k"] = np.array([count("top_k", top_k)], np.int32)
+        strings = sum(map(len, options.values()))
+        rows = max(1, min(self._batch_size, MAX_STRINGS // strings))
+        runs = chunks(list(map(size_bound, items)), rows, MAX_BYTES)
+        replies = yield from self._infer([partial(_batch, "classify", "image", items, run, options) for run in runs])
+        return [
+            Classification(_texts(names), scores.tolist(), reply.version)
+            for reply in replies
+            for names, scores in zip(_output(reply, "label"), _output(reply, "score"), strict=True)
+        ]
+
+    @call_each
+    def segment(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        labels: Sequence[str] | None = None,
+        *,
+        label_set: str | None = None,
+        templates: Sequence[str] | None = None,
+        alpha: float | None = None,
+        threshold: float | None = None,
+        short_side: int | None = None,
+        stride: int | None = None,
+        refine: int | None = None,
+        proposals: Any = None,
+        proposal_scores: Any = None,
+        proposal_weight: float | None = None,
+        timeout: float | None = None,
+    ) -> Answer[list[Segmentation]]:
+        """Which label each pixel of an image has, or of each of a list of images; there, one request an image.
+
+        Args:
+            images: as in `classify`.
+            labels: as in `classify`; at most 65,534.
+            label_set: as in `classify`.
+            templates: as in `classify`.
+            alpha: as in `classify`.
+            threshold: probability in [0, 1] below which a pixel is background; None: only those in no proposal are.
+            short_side: shorter side in pixels of the working image that windows go over; None for 1.5 windows.
+            stride: pixels from one window to the next; None for half a window.
+            refine: steps of pixel-adaptive refinement along the image's edges; None for 0.
+            proposals: masks to classify instead of patches: bool, float in [0, 1] or uint8 (255 inside) [N, H, W] of
+                the image's own size, from any network that proposes masks. For a list of images, a list of them.
+            proposal_scores: float [N, C], the proposals' own probabilities of the labels, to be fused with CLIP's.
+            proposal_weight: w in [0, 1] of the fusion p = p_proposal^(1-w) p_clip^w (OVSeg); None for 0.7.
+            timeout: seconds for each request of this call.
+
+        Returns:
+            A `Segmentation` for one image, and a list of them for a list of images.
+
+        Raises:
+            InvalidRequest: bad arguments; InvalidImage among them.
+            ModelNotFound: the release has no patch encoder, and no proposals were given.
+
+        Example: `client.segment("street.jpg", ["road", "car", "sky"]).overlay().save("overlay.png")`
+        """
+        items = _items(images)
+        many = None if is_one_image(images) else len(items)
+        options = label_inputs(labels, label_set, templates) | alpha_input(alpha)
+        options |= segment_inputs(threshold, short_side, stride, refine)
+        masks, scores = for_each("proposals", proposals, many), for_each("proposal_scores", proposal_scores, many)
+
+        def part(index: int) -> Request:
+            given = proposal_inputs(items[index], masks[index], scores[index], proposal_weight)
+            return Request("infer", "segment", inputs={"image": image_input(items[index]), **options, **given})
+
+        replies = yield from self._infer([partial(part, index) for index in range(len(items))])
+        turned: dict[int, bool] = {}  # by release, asked only where it matters
+        if any(orientation(image) != 1 for image in items):
+            turned = {release.version: release.exif_orientation for release in (yield from self._served())}
+        found = []
+        for image, reply in zip(items, replies, strict=True):
+            mask, names = _output(reply, "mask"), _texts(_output(reply, "label"))
+            if mask.ndim != 2 or not mask.size or mask.max() >= len(names):
+                raise ServerError(f"the server's mask {list(mask.shape)} does not fit its {len(names)} labels")
+            background = None if threshold is None and proposals is None else len(names) - 1
+            scored, upright = _output(reply, "score").tolist(), turned.get(reply.version, True)
+            found.append(Segmentation(mask, names, scored, reply.version, background, image, upright))
+        return found
+
+    @call
+    def search(
+        self,
+        text: str | None = None,
+        *,
+        image: ImageLike | None = None,
+        index: str,
+        top_k: int = 10,
+        where: str | None = None,
+        thumbnails: bool = False,
+        timeout: float | None = None,
+    ) -> Answer[list[Hit]]:
+        """The images of an index that are nearest to a text or an image, best first.
+
+        Args:
+            text: what to search for; or
+            image: an image (as in `classify`) to find the like of.
+            index: name of an index that `radapter-index build` wrote and the server has.
+            top_k: hits to return, fewer where there are fewer.
+            where: condition in SQL on the index's metadata, such as "year > 2020".
+            thumbnails: whether hits bring their thumbnails.
+            timeout: seconds for the request.
+
+        Raises:
+            InvalidRequest: bad arguments, an unknown index, or one of another release; its message names the command
+                that builds it.
+
+        Example: `client.search("a red bicycle", index="photos", where="year > 2020")[0].id`
+        """
+        options = search_inputs(text, image, index, top_k, where)
+        outputs = ("id", "score", "metadata", *(["thumbnail"] if thumbnails else []))
+
+        def part() -> Request:
+            inputs = options if image is None else {"image": image_input(image), **options}
+            return Request("infer", "retrieve", inputs=inputs, outputs=outputs)
+
+        [reply] = yield from self._infer([part])
+        return read_hits(*(_output(reply, name) for name in outputs))
+
+    @call
+    def embed_images(
+        self, images: Iterable[ImageLike], *, alpha: float | None = None, timeout: float | None = None
+    ) -> Answer[Embeddings]:
+        """Embeddings of images: float32 [N, D], unit length, in the order given.
+
+        Args:
+            images: a list of images, each as in `classify`.
+            alpha: as in `classify`.
+            timeout: seconds for each request of this call.
+
+        Raises:
+            InvalidRequest: bad arguments; InvalidImage among them, for the first image that is none.
+
+        Example: `client.embed_images(["cat.jpg", "dog.jpg"]) @ client.embed_texts(["a cat"]).T`
+        """
+        items = listed("images", images)
+        return (yield from self._embed("image", items, list(map(size_bound, items)), alpha))
+
+    @call
+    def embed_texts(
+        self, texts: Iterable[str], *, alpha: float | None = None, timeout: float | None = None
+    ) -> Answer[Embeddings]:
+        """Embeddings of texts: float32 [N, D], unit length, in the order given.
+
+        Args:
+            texts: a list of texts; long ones are cut as by open_clip.
+            alpha: as in `classify`.
+            timeout: seconds for each request of this call.
+
+        Raises:
+            InvalidRequest: bad arguments.
+
+        Example: `client.embed_texts(["a photo of a cat."]).shape`
+        """
+        items = [utf8("texts", text) for text in listed("texts", texts)]
+        return (yield from self._embed("text", items, list(map(len, items)), alpha))
+
+    @was_property
+    def release(self, *, timeout: float | None = None) -> Answer[Release]:
+        """The release that calls use, asked of the server: the one given to the client, or the newest.
+
+        Example: `client.release().alpha`
+        """
+        return pick_release((yield from self._served()), self._version)
+
+    @was_property
+    def releases(self, *, timeout: float | None = None) -> Answer[list[Release]]:
+        """All releases that the server serves, oldest first.
+
+        Example: `[release.version for release in client.releases()]`
+        """
+        return (yield from self._served())
+
+    @call
+    def is_ready(self, *, timeout: float | None = None) -> Answer[bool]:
+        """Whether the server can answer every method, in the client's release; False also where nobody answers.
+
+        Example: `while not client.is_ready(): time.sleep(1)`
+        """
+        version = "" if self._version is None else str(self._version)
+        try:
+            return all((yield [partial(Request, "ready", task, version) for task in TASKS]))
+        except (ServerUnavailable, Timeout, ModelNotFound):
+            return False
+
+    @call
+    def profile(self, *, requests: int = 10, timeout: float | None = None) -> Answer[Profile]:
+        """Where the time of an `embed_images` request of one image goes; prints as a tree.
+
+        Args:
+            requests: how many to send, one after the other.
+            timeout: seconds for each of them.
+
+        Example: `print(client.profile())`
+        """
+        requests = count("requests", requests)
+        release = pick_release((yield from self._served()), self._version)
+        side = int(release.facts.get("preprocess", {}).get("size", 224))
+        image = Image.radial_gradient("L").resize((side, side)).convert("RGB")
+        yield from BaseClient.embed_images(self, [image])  # connects and warms up
+        statistics = [partial(Request, "statistics", "")]
+        [before] = yield statistics
+        start = time.perf_counter()
+        for _ in range(requests):
+            yield from BaseClient.embed_images(self, [image])
+        spent = time.perf_counter() - start
+        [after] = yield statistics
+        return Profile.between(read_statistics(before), read_statistics(after), spent, requests)
+
+    # What the methods share
+
+    def _infer(self, parts: Sequence[Part]) -> Answer[list[Reply]]:
+        """The replies to inferences, all from one release."""
+        version = self._version
+        if version is None and len(parts) > 1:
+            version = (yield from self._served())[-1].version
+        return (yield [partial(_pinned, part, version) for part in parts])
+
+    def _served(self) -> Answer[list[Release]]:
+        [config] = yield [partial(Request, "config", TASKS[-1])]  # the newest configuration names every release
+        return read_releases(config)
+
+    def _embed(self, kind: str, items: list[Any], sizes: list[int], alpha: float | None) -> Answer[Embeddings]:
+        options = alpha_input(alpha)
+        if not items:
+            release = pick_release((yield from self._served()), self._version)
+            return np.zeros((0, release.embed_dim), np.float32)
+        runs = chunks(sizes, self._batch_size, MAX_BYTES)
+        replies = yield from self._infer([partial(_batch, f"embed_{kind}", kind, items, run, options) for run in runs])
+        return np.concatenate([_output(reply, f"{kind}_embeds") for reply in replies]).astype(np.float32, copy=False)
+
+    def _connect(self, url: ServerURL) -> W:
+        raise NotImplementedError
+
+    def _start(self, timeout: float | None) -> float:
+        """The time-out of a call that begins, in seconds."""
+        if self._closed:
+            raise RAdapterClientError("the client is closed; make a new one")
+        return self._timeout if timeout is None else seconds(timeout)
+
+    @contextlib.contextmanager
+    def _until_closed(self) -> Iterator[None]:
+        """Each protocol has its own way to fail in a call under way when its connection is closed."""
+        try:
+            yield
+        except (Exception, asyncio.CancelledError) as error:
+            if self._closed:
+                raise RAdapterClientError("the client was closed in the middle of a call") from error
+            raise
+
+
+def _items(images: Any) -> list[Any]:
+    return [images] if is_one_image(images) else listed("images", images)
+
+
+def _batch(task: str, name: str, items: list[Any], rows: range, options: dict[str, Array]) -> Request:
+    """Some images or encoded texts; what they share, once for each."""
+    shared = {key: np.tile(array, (len(rows), 1)) for key, array in options.items()}
+    encode: Callable[[Any], bytes] = encode_image if name == "image" else bytes
+    return Request("infer", task, inputs=shared | {name: text_array([[encode(items[row])] for row in rows])})
+
+
+def _pinned(part: Part, version: int | None) -> Request:
+    request = part()
+    return request if version is None else replace(request, version=str(version))
+
+
+def _output(reply: Reply, name: str) -> Array:
+    if name not in reply.outputs:
+        raise ServerError(f"the server's answer has no {name!r}, but {sorted(reply.outputs)}")
+    return reply.outputs[name]
+
+
+def _texts(array: Array) -> list[str]:
+    return [text.decode("utf-8", "replace") for text in array]

@@ -1,0 +1,81 @@
+"""What a user may choose of an export: one object for Python and for the flags of `radapter-export`; no torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.release.agreement import TOLERANCES, Tolerance
+
+CLASSES = "classes"  # the label set of the run's own classes
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """How adapters become releases.
+
+    Args:
+        weights: of the adapters in their average, one each, with sum 1; equal ones if none are given.
+        base: open_clip model or local-dir:PATH; what the adapter was trained on if none is given.
+        pretrained: open_clip tag or path of a checkpoint; what the adapter was trained on if none is given.
+        model_repository: folder that radapter-serve serves; releases are added to it, and it is made if there is none.
+        merged: folder for the merged checkpoint, replaced if it holds one; with several alphas, for a folder of each.
+        label_sets: files of classes by the name of their label set, whose text embeddings become part of the release.
+            The run's own classes become the label set `classes`, unless a file of that name is given.
+        templates: a file of prompt templates, a built-in set, or one template; the run's own if none is given.
+        dense: how the patches of an image are embedded, for segmentation: naclip, clearclip, sclip or maskclip; none
+            leaves patch_encoder out; the run's own if none is given.
+        precision: of the encoders' weights and matrix products. int8 is quantized as it runs, for CPUs; with
+            --calibration by fixed ranges, which TensorRT takes too.
+        calibration: about a hundred typical images for int8: a folder, csv:FILE or parquet:FILE.
+        validation: data as of radapter-train --val-data, by which the encoders are compared with torch in the task's
+            own metric; the run's own if none is given and the precision is not fp32; none for none.
+        max_drop: points of that metric, in per cent, that the encoders may lose.
+        runtime: what runs the encoders in the server; they are checked with it; onnxruntime if none is given.
+        tolerance: largest difference from torch allowed in a component of the unit-length embeddings; the precision's
+            own if none is given: 1e-4 in fp32. The bound on the cosine widens with its square, down to 0.9.
+        max_batch_size: images or texts in one batch of the server.
+        exif_orientation: whether the server turns images as their EXIF says; if it does not, it sees the pixels as the
+            file has them, as open_clip does; as in training if none is given.
+    """
+
+    weights: Annotated[tuple[float, ...], tyro.conf.arg(metavar="W [W ...]")] = ()
+    base: str | None = None
+    pretrained: str | None = None
+    model_repository: Path = Path("model_repository")
+    merged: Path = Path("merged")
+    label_sets: tyro.conf.Suppress[Mapping[str, Path]] = field(default_factory=dict)
+    templates: str | Path | None = None
+    dense: Annotated[str | None, tyro.conf.arg(metavar="WAY")] = None
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    calibration: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
+    validation: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
+    max_drop: float = 0.5
+    runtime: Literal["onnxruntime", "openvino", "tensorrt"] | None = None
+    tolerance: float | None = None
+    max_batch_size: int = 64
+    exif_orientation: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.tolerance is not None and not 0 < self.tolerance <= 1:
+            raise RAdapterError(f"tolerance is {self.tolerance}; allowed: more than 0, at most 1, such as 1e-4")
+        if not 0 <= self.max_drop <= 100:
+            raise RAdapterError(f"max_drop is {self.max_drop}; allowed: points from 0 to 100, such as 0.5")
+        if self.max_batch_size < 1:
+            raise RAdapterError(f"max_batch_size is {self.max_batch_size}; allowed: 1 or more, 64 is usual")
+
+    @property
+    def served_by(self) -> str:
+        """The runtime of the releases."""
+        return self.runtime or "onnxruntime"
+
+    @property
+    def bounds(self) -> Tolerance:
+        """How far from torch the encoders may be."""
+        own = TOLERANCES[self.precision]
+        return own if self.tolerance is None else own.widened(self.tolerance)

@@ -1,0 +1,116 @@
+"""A release as an export writes it: every fact by name, as `release.json` and the models' configs hold them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.files import staged
+from radapter_serve.release.facts import read_release, release_digest
+
+FORMAT = 1
+FILE = "release.json"
+_OPTIONAL = ("quantization", "accuracy")  # left out of the file where they are None
+
+
+@dataclass(frozen=True)
+class Release:
+    """The facts of one release.
+
+    Args:
+        version: its number in the model repository, which all models share.
+        alpha: the re-scaling that was folded, or the default where requests may bring their own; in [0, 1].
+        architecture: of the base: an open_clip name, or `local-dir:PATH`.
+        base_digest: of the base's adapted tensors.
+        adapter_digest: of the adapter, or of the average of several.
+        preprocess: size in pixels, mode, interpolation, resize_mode, fill_color, mean, std, exif_orientation.
+        tokenizer: kind, digest, context_length, dynamic_length, start, end, pad, clean.
+        embed_dim: width of the embeddings.
+        logit_scale: factor on the cosines.
+        templates: prompt templates.
+        agreement: with torch: of each encoder max_error and min_cosine; batches, and the bounds tolerance, min_cosine.
+        logit_bias: of models that were trained with a sigmoid loss; None for a softmax.
+        dynamic_alpha: whether the encoders take α as an input.
+        adapters: digest and weight of each adapter that was averaged.
+        precision: of the encoders.
+        quantization: of int8: kind, and what the ranges were found by; None for other precisions.
+        runtime: what runs the encoders.
+        dense: way and grid of `patch_encoder`; None where there is none.
+        crop: how masks are shown to the image encoder: padding, square, fill.
+        label_sets: of each its number of labels, templates and digest, by name.
+        max_batch_size: rows of a batch.
+        tools: versions of what made it, by name.
+        created: time in UTC, ISO 8601.
+        accuracy: on validation data, by torch and by the encoders; None if it was not measured.
+        format: version of this format.
+    """
+
+    version: int
+    alpha: float
+    architecture: str
+    base_digest: str
+    adapter_digest: str
+    preprocess: dict[str, Any]
+    tokenizer: dict[str, Any]
+    embed_dim: int
+    logit_scale: float
+    templates: list[str]
+    agreement: dict[str, Any]
+    logit_bias: float | None = None
+    dynamic_alpha: bool = False
+    adapters: list[dict[str, Any]] = field(default_factory=list)
+    precision: str = "fp32"
+    quantization: dict[str, Any] | None = None
+    runtime: str = "onnxruntime"
+    dense: dict[str, Any] | None = None
+    crop: dict[str, Any] = field(default_factory=dict)
+    label_sets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    max_batch_size: int = 64
+    tools: dict[str, str] = field(default_factory=dict)
+    created: str = ""
+    accuracy: dict[str, Any] | None = None
+    format: int = FORMAT
+
+    @property
+    def digest(self) -> str:
+        """sha256 over what decides the embeddings, see `release_digest`."""
+        return release_digest(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON holds them."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in _OPTIONAL or value is not None}
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> Release:
+        """Read what `to_dict` gave; unknown names are ignored, so that older software reads newer releases.
+
+        Raises:
+            RAdapterError: a fact is missing.
+        """
+        fields = dataclasses.fields(cls)
+        needed = {one.name for one in fields if one.default is one.default_factory is dataclasses.MISSING}
+        if missing := sorted(needed - set(facts)):
+            raise RAdapterError(
+                f"the release does not say its {', '.join(missing)}; export it again with radapter-export"
+            )
+        return cls(**{one.name: facts[one.name] for one in fields if one.name in facts})
+
+    def save(self, folder: Path) -> None:
+        """Write `release.json` into a folder, whole or not at all."""
+        with staged(folder / FILE) as path:
+            path.write_text(json.dumps(self.to_dict(), indent=2), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Release:
+        """Read `release.json` of a folder.
+
+        Raises:
+            RAdapterError: there is none, it is no JSON, or a fact is missing.
+        """
+        return cls.from_dict(read_release(folder))

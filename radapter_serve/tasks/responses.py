@@ -1,0 +1,74 @@
+"""From Triton's requests to inputs, and from outcomes to its responses; importable only inside one of its processes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import triton_python_backend_utils as pb
+from numpy.typing import NDArray
+
+from radapter_serve.inputs.errors import CANCELLED, ENCODER_FAILED, INTERNAL_ERROR, INVALID_ARGUMENT, TaskError
+from radapter_serve.tasks.outcome import Outcome, isolated
+
+T = TypeVar("T")
+A = TypeVar("A")
+_PRIVATE = re.compile(r"['\"]?(?<![\w.])/\S+|\S*radapter_serve_\w+\S*")  # paths, and names of shared memory
+
+
+def read(request: Any, name: str) -> Any:
+    """A request's input as an array, or None where it was left out."""
+    tensor = pb.get_input_tensor_by_name(request, name)
+    return None if tensor is None else tensor.as_numpy()
+
+
+def need(request: Any, name: str) -> Any:
+    """A request's input as an array.
+
+    Raises:
+        TaskError: it was left out.
+    """
+    array = read(request, name)
+    if array is None:
+        raise TaskError(INVALID_ARGUMENT, f"the input {name} is missing")
+    return array
+
+
+def answer(
+    requests: Sequence[Any],
+    read_one: Callable[[Any], T],
+    run: Callable[[Sequence[T]], Sequence[Outcome[A]]],
+    outputs: Callable[[A], dict[str, NDArray[Any]]],
+) -> list[Any]:
+    """One response for each request. Whatever is wrong with a request, its neighbours are answered as without it.
+
+    Args:
+        requests: what Triton gave to `execute`.
+        read_one: what the task needs of a request; may raise a `TaskError`.
+        run: the outcomes of all requests that could be read.
+        outputs: the output tensors of an answer, by name.
+    """
+    inputs = [Outcome.of(partial(read_one, request)) for request in requests]
+    outcomes = iter(isolated(run, [one.unwrap() for one in inputs if one.error is None]))
+    return [_response(one.then(lambda _: outputs(next(outcomes).unwrap()))) for one in inputs]
+
+
+def each(task: Callable[[T], A]) -> Callable[[Sequence[T]], list[Outcome[A]]]:
+    """A task for one request as `answer` runs it."""
+    return lambda requests: [Outcome.of(partial(task, request)) for request in requests]
+
+
+def public(message: str) -> str:
+    """What callers may read of an error's message: its first line, without paths and names of shared memory."""
+    return _PRIVATE.sub("...", message.strip().partition("\n")[0])
+
+
+def _response(outcome: Outcome[dict[str, NDArray[Any]]]) -> Any:
+    if (error := outcome.error) is None:
+        return pb.InferenceResponse([pb.Tensor(name, array) for name, array in outcome.unwrap().items()])
+    internal = pb.TritonError.INTERNAL
+    codes = {ENCODER_FAILED: internal, INTERNAL_ERROR: internal, CANCELLED: pb.TritonError.CANCELLED}
+    code = codes.get(error.code, pb.TritonError.INVALID_ARG)
+    return pb.InferenceResponse(error=pb.TritonError(str(error), code))

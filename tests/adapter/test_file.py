@@ -1,0 +1,192 @@
+"""The adapter file: what its specification refuses, on load and on save, and that any bytes at all give one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from radapter_serve.adapter import Adapter, Metadata, attach_adapter, base_digest, fold, load_adapter, save_adapter
+from radapter_serve.clip.base import load_base
+from radapter_serve.errors import RAdapterError
+
+FIELDS = [field.name for field in dataclasses.fields(Metadata)]
+HEADER = {"architecture": "ViT-B-32", "base_digest": "sha256:0", "rank": None, "format_version": 1}
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def write(path: Path, tensors: dict[str, torch.Tensor] | None = None, **fields: Any) -> Path:
+    header = {name: json.dumps(value) for name, value in {**HEADER, **fields}.items()}
+    save_file(tensors or {"layer": torch.eye(4)}, path, metadata=header)
+    return path
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(RAdapterError) as error:
+        load_adapter(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def loads_or_is_refused_in_one_line(path: Path) -> None:
+    try:
+        assert isinstance(load_adapter(path), Adapter)
+    except RAdapterError as error:
+        assert str(path) in str(error) and len(str(error).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("alpha", "0.5", "its 'alpha' is '0.5': "),
+        ("alpha", True, "its 'alpha' is True: "),
+        ("alpha", 1.5, "its 'alpha' is 1.5: "),
+        ("alpha", math.nan, "its 'alpha' is nan: "),
+        ("templates", [], "its 'templates' is []: "),
+        ("templates", "a {}", "its 'templates' is 'a {}': "),
+        ("templates", ["a {}", 5], "its 'templates.1' is 5: "),
+        ("templates", ["a photo"], "its 'templates.0' is 'a photo': "),
+        ("recipe", ["x"], "its 'recipe"),
+        ("recipe", {"dense": 5}, "its 'recipe.dense' is 5: "),
+        ("recipe", {"mask_padding": "much"}, "its 'recipe.mask_padding' is 'much': "),
+        ("recipe", {"val_data": {}}, "its 'recipe.val_data' is {}: "),
+        ("architecture", None, "its 'architecture' is None: "),
+        ("architecture", "", "its 'architecture' is '': "),
+        ("base_digest", 7, "its 'base_digest' is 7: "),
+        ("pretrained", ["openai"], "its 'pretrained' is ['openai']: "),
+        ("rank", 0, "its 'rank' is 0: "),
+        ("rank", 1.5, "its 'rank' is 1.5: "),
+        ("task", "counting", "its 'task' is 'counting': "),
+        ("metrics", 3, "its 'metrics' is 3: "),
+        ("classes", "cat", "its 'classes' is 'cat': "),
+        ("classes", [], "its 'classes' is []: "),
+        ("classes", ["cat", None], "its 'classes.1' is None: "),
+        ("format_version", 2, "format version 2; this release reads up to 1: pip install"),
+        ("format_version", "1", "its 'format_version' is '1': "),
+    ],
+)
+def test_metadata_of_wrong_types_or_ranges_is_one_line(tmp_path: Path, field: str, value: Any, message: str) -> None:
+    assert message in refused(write(tmp_path / "adapter.safetensors", **{field: value}))
+    if field != "format_version":
+        values = {name: value for name, value in HEADER.items() if name != field}
+        with pytest.raises(RAdapterError, match="its '"):
+            save_adapter(Adapter({"layer": torch.eye(4)}, Metadata(**values, **{field: value})), tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
+
+
+def test_what_must_be_there_is_missed_and_what_is_unknown_is_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    save_file({"layer": torch.eye(4)}, path, metadata={"rank": "null", "base_digest": '"x"', "format_version": "1"})
+    assert "architecture" in refused(path)
+    header = {name: json.dumps(value) for name, value in HEADER.items()}
+    save_file(
+        {"layer": torch.eye(4)}, path, metadata={**header, "format": "pt", "recipe": '{"classes": null, "x": [1]}'}
+    )
+    assert load_adapter(path).metadata.recipe == {"classes": None, "x": [1]}
+    save_file({"layer": torch.eye(4)}, path, metadata={**header, "alpha": "half"})
+    assert "its alpha is no JSON" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "rank", "message"),
+    [
+        ({"a": torch.full((2, 2), math.nan)}, None, "tensor 'a' holds values that are not finite"),
+        ({"a": torch.tensor([[1.0, -math.inf], [0, 1]])}, None, "tensor 'a' holds values that are not finite"),
+        ({"a": torch.eye(2).half()}, None, "tensor 'a' is torch.float16 (2, 2), should be torch.float32 (2, 2)"),
+        ({"a": torch.ones(2, 3)}, None, "tensor 'a' is torch.float32 (2, 3), should be torch.float32 (2, 2)"),
+        ({"a": torch.tensor(1.0)}, None, "tensor 'a' is torch.float32 ()"),
+        ({"a": torch.eye(2), "a.up": torch.ones(2, 1)}, None, "tensor 'a.up' is torch.float32 (2, 1), should be left"),
+        ({"a.up": torch.ones(2, 1)}, 1, "tensor 'a.down' is missing, should be torch.float32 (1, 2)"),
+        ({"a.up": torch.ones(2, 1), "a.down": torch.ones(2, 2)}, 1, "tensor 'a.down' is torch.float32 (2, 2)"),
+        ({}, None, "it has no tensors"),
+    ],
+)
+def test_tensors_that_the_specification_does_not_allow(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], rank: int | None, message: str
+) -> None:
+    header = {name: json.dumps(value) for name, value in {**HEADER, "rank": rank}.items()}
+    save_file(tensors, tmp_path / "adapter.safetensors", metadata=header)
+    assert message in refused(tmp_path / "adapter.safetensors")
+    with pytest.raises(RAdapterError) as error:
+        save_adapter(Adapter(tensors, Metadata("x", "y", rank=rank)), tmp_path / "saved")
+    assert message in str(error.value)
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_values_that_are_not_finite_are_neither_attached_nor_folded(tiny_clip_dir: str, alpha: float) -> None:
+    model, key = load_base(tiny_clip_dir).model, "visual.transformer.resblocks.0.mlp.c_proj"
+    matrix = torch.zeros(64, 64)
+    matrix[3, 5] = math.nan
+    adapter = Adapter({key: matrix}, Metadata("x", base_digest(model.state_dict(), [key])))
+    for use in (lambda: attach_adapter(model, adapter, alpha), lambda: fold(model.state_dict(), adapter, alpha)):
+        with pytest.raises(RAdapterError, match=f"'{key}' holds values that are not finite"):
+            use()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz") / "adapter.safetensors"
+
+
+@given(content=st.binary(max_size=300))
+def test_any_bytes(place: Path, content: bytes) -> None:
+    place.write_bytes(content)
+    loads_or_is_refused_in_one_line(place)
+
+
+@given(header=st.dictionaries(st.sampled_from([*FIELDS, "other"]), JSON))
+@settings(suppress_health_check=[HealthCheck.too_slow])
+def test_any_json_in_the_metadata(place: Path, header: dict[str, Any]) -> None:
+    loads_or_is_refused_in_one_line(write(place, **header))
+
+
+@given(header=st.dictionaries(st.sampled_from(FIELDS), st.text(max_size=20)), deep=st.sampled_from(FIELDS))
+def test_any_text_in_the_metadata(place: Path, header: dict[str, str], deep: str) -> None:
+    texts = {**{name: json.dumps(value) for name, value in HEADER.items()}, **header, deep: "[" * 100_000}
+    save_file({"layer": torch.eye(4)}, place, metadata=texts)
+    loads_or_is_refused_in_one_line(place)
+
+
+DTYPES = ["F32", "F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "C64", "F33"]
+ENTRY = JSON | st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(DTYPES),
+        "shape": st.lists(st.integers(-1, 9), max_size=3),
+        "data_offsets": st.tuples(st.integers(-1, 70), st.integers(-1, 70)),
+    }
+)
+
+
+@given(
+    header=JSON | st.dictionaries(st.text(max_size=5) | st.just("__metadata__"), ENTRY, max_size=4),
+    size=st.integers(0, 64),
+)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+def test_any_json_as_the_header(place: Path, header: Any, size: int) -> None:
+    text = json.dumps(header).encode()
+    place.write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
+    loads_or_is_refused_in_one_line(place)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_type_of_tensor(place: Path, dtype: str) -> None:
+    for size in (2, 4, 8, 16, 32, 64):
+        entry = {"dtype": dtype, "shape": [2, 2], "data_offsets": [0, size]}
+        metadata = {name: json.dumps(value) for name, value in HEADER.items()}
+        text = json.dumps({"__metadata__": metadata, "layer": entry}).encode()
+        place.write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
+        loads_or_is_refused_in_one_line(place)

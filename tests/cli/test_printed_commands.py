@@ -1,0 +1,99 @@
+"""Every command that a command prints as the next one works as it is printed, whatever the folders are called."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from radapter_client import query
+from radapter_serve.cli import build_engine, eval, export, index, serve, train
+from radapter_serve.server.triton_server import free_ports
+
+COMMANDS = {"train": train, "eval": eval, "export": export, "index": index, "build-engine": build_engine}
+COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+
+
+def printed(text: str) -> list[list[str]]:
+    """The commands that stand at the end of a line, or of a clause, of what a command prints."""
+    return [shlex.split(line) for line in re.findall(r"(radapter-[a-z-]+ [^;\n]+)", text)]
+
+
+def run(command: list[str]) -> None:
+    name = command[0].removeprefix("radapter-")
+    assert COMMANDS[name].main(command[1:]) == 0, shlex.join(command)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with photos of three classes, and with one called as in the printed command."""
+    for name, colour in COLOURS.items():
+        (tmp_path / "my photos" / name).mkdir(parents=True)
+        for number in range(8):
+            shade = tuple(min(255, value + 5 * number) for value in colour)
+            Image.new("RGB", (40, 36), shade).save(tmp_path / "my photos" / name / f"{number}.png")
+    Image.new("RGB", (40, 36), COLOURS["red"]).save(tmp_path / "PHOTO.jpg")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def trained(tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]) -> list[str]:
+    """Train a run; gives the command that is printed at the end."""
+    data = ["--data", "imagefolder:my photos", "--val-data", "imagefolder:my photos", "--out", "my runs/first run"]
+    short = ["--steps", "4", "--batch-size", "8", "--warmup-steps", "1", "--workers", "0", "--tracker", "none"]
+    assert train.main(["--architecture", tiny_clip_dir, *data, *short]) == 0
+    (command,) = [words for words in printed(capfd.readouterr().out) if words[0] == "radapter-export"]
+    return command
+
+
+def test_from_training_to_export(place: Path, tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]) -> None:
+    run([*trained(tiny_clip_dir, capfd), "--model-repository", "my models", "--merged", "my merged"])
+    served, asked = printed(capfd.readouterr().out)[-2:]
+    assert served == ["radapter-serve", "my models"]
+    assert asked == ["radapter-query", "classify", "PHOTO.jpg", "--label-set", "classes"]
+    run(["radapter-eval", "--adapter", "my runs/first run", "--alpha", "auto", "--device", "cpu"])
+    (command,) = printed(capfd.readouterr().out)
+    run([*command, "--model-repository", "my models", "--merged", "my merged"])
+
+
+@contextmanager
+def serving(command: list[str]) -> Iterator[str]:
+    """A server started by a printed command, on free ports; gives its URL."""
+    assert command[0] == "radapter-serve"
+    http, grpc, metrics = map(str, free_ports())
+    ports = ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics]
+    started = [sys.executable, "-m", serve.__name__, *command[1:], *ports]
+    with subprocess.Popen(started, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            assert any("Ctrl-C stops the server" in line for line in server.stdout)
+            yield f"grpc://localhost:{grpc}"
+        finally:
+            server.terminate()
+
+
+def ask(command: list[str], url: str) -> None:
+    assert command[0] == "radapter-query"
+    assert query.main([*command[1:], "--url", url]) == 0, shlex.join(command)
+
+
+@pytest.mark.triton
+def test_from_training_to_answers(place: Path, tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]) -> None:
+    run([*trained(tiny_clip_dir, capfd), "--model-repository", "my models", "--merged", "my merged"])
+    *_, served, asked = printed(capfd.readouterr().out)
+    with serving(served) as url:
+        ask(asked, url)
+    answer = capfd.readouterr().out
+    assert any(name in answer for name in COLOURS)
+    run(["radapter-index", "build", "my photos", "--out", "my indexes/Büro", "--model-repository", "my models"])
+    served, searched = printed(capfd.readouterr().out)
+    with serving(served) as url:
+        ask(searched, url)
+    assert "0.png" in capfd.readouterr().out

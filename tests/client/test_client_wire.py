@@ -1,0 +1,314 @@
+"""What goes over the wire and comes back, with servers that a test makes up: errors, silence, HTTP's bodies."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import re
+import socket
+import struct
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from stand_ins import grpc_server, http_server
+
+import radapter_client
+from radapter_client import AsyncClient, Client
+
+
+def attempt(kind: type, url: str, ask: Any, **options: Any) -> Any:
+    """The answer of a call by a client of either kind, or the error."""
+
+    async def main() -> Any:
+        async with AsyncClient(url, **options) as client:
+            return await ask(client)
+
+    try:
+        if kind is AsyncClient:
+            return asyncio.run(main())
+        with Client(url, **options) as client:
+            return ask(client)
+    except radapter_client.RAdapterClientError as error:
+        return error
+
+
+@pytest.fixture(params=[Client, AsyncClient], ids=["sync", "async"])
+def kind(request: pytest.FixtureRequest) -> type:
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("grpc_status", "http_status", "text", "error", "code", "message"),
+    [
+        ("INVALID_ARGUMENT", 400, "[invalid_image] row 3: none", "InvalidImage", "invalid_image", "^row 3: none$"),
+        ("INVALID_ARGUMENT", 400, "[image_too_large] 9 GP", "InvalidImage", "image_too_large", "9 GP"),
+        ("INTERNAL", 500, "[no_labels] give labels", "InvalidRequest", "no_labels", "give labels"),
+        ("INTERNAL", 500, "[encoder_failed] it did", "ServerError", "encoder_failed", "it did"),
+        ("INVALID_ARGUMENT", 400, "[a_new_code] new", "InvalidRequest", "a_new_code", "new"),
+        ("INVALID_ARGUMENT", 400, "[request id: <id_unknown>] batch-size", "InvalidRequest", None, "^batch-size"),
+        ("NOT_FOUND", 404, "model 'x' has no version 7", "ModelNotFound", None, "version 7.*radapter-query release"),
+        (
+            *("NOT_FOUND", 404, "Request for unknown model: 'segment' is not found"),
+            *("ModelNotFound", None, "no model 'segment': .*radapter-export"),
+        ),
+        (
+            *("NOT_FOUND", 404, "Request for unknown model: 'segment' has no available versions"),
+            *("ServerUnavailable", None, "the server is starting or stopping"),
+        ),
+        ("UNAVAILABLE", 503, "version 2 is not at ready state", "ServerUnavailable", None, "not at ready state"),
+        ("INVALID_ARGUMENT", 400, "[no_patch_encoder] export", "ModelNotFound", "no_patch_encoder", "^export$"),
+        ("INTERNAL", 500, "[unknown_index] no such", "InvalidRequest", "unknown_index", "no such"),
+        ("INTERNAL", 500, "[index_mismatch] old", "InvalidRequest", "index_mismatch", "old"),
+        ("UNAVAILABLE", 503, "not ready", "ServerUnavailable", None, "not ready"),
+        ("DEADLINE_EXCEEDED", 504, "late", "Timeout", None, "late|within"),
+        ("INTERNAL", 500, "failed: X: y\n\nAt:\n  /a.py(3): b", "ServerError", None, "failed: X: y$"),
+        ("INTERNAL", 500, "", "ServerError", None, "answered"),
+    ],
+)
+def test_errors_of_the_server(
+    kind: type, grpc_status: str, http_status: int, text: str, error: str, code: str | None, message: str
+):
+    body = json.dumps({"error": text}).encode()
+    with grpc_server(grpc.StatusCode[grpc_status], text) as one, http_server(http_status, body) as (other, _):
+        for url in (one, other):
+            found = attempt(kind, url, lambda client: client.embed_texts(["x"]), timeout=20)
+            assert (type(found).__name__, found.code) == (error, code)
+            assert re.search(message, str(found))
+
+
+ANSWER = {"model_name": "m", "model_version": "3"}
+
+
+def binary(**outputs: np.ndarray) -> tuple[bytes, dict[str, str]]:
+    """A reply in binary, written here by the letter of Triton's extension of the protocol."""
+    heads, parts = [], []
+    for name, array in outputs.items():
+        if array.dtype == object:
+            data = b"".join(struct.pack("<I", len(text)) + text for text in array.ravel())
+        else:
+            data = array.tobytes()
+        datatype = {"O": "BYTES", "f": "FP32", "u": "UINT16"}[array.dtype.kind]
+        size = {"binary_data_size": len(data)}
+        heads.append({"name": name, "datatype": datatype, "shape": list(array.shape), "parameters": size})
+        parts.append(data)
+    head = json.dumps({**ANSWER, "outputs": heads}).encode()
+    return b"".join([head, *parts]), {"Inference-Header-Content-Length": str(len(head))}
+
+
+def test_inference_over_http(kind: type):
+    body, headers = binary(label=np.array([[b"a\0", "ü".encode()]], object), score=np.array([[0.75, 0.25]], np.float32))
+    with http_server(200, body, headers) as (url, seen):
+        found = attempt(kind, url, lambda c: c.classify(b"image", ["a\0", "ü"], alpha=0.5), release=3)
+    assert (found.labels, found.scores, found.release) == (["a\0", "ü"], [0.75, 0.25], 3)
+    [(method, path, sent, body, _)] = seen
+    assert (method, path) == ("POST", "/v2/models/classify/versions/3/infer")
+    assert sent["Content-Type"] == "application/octet-stream"
+    length = int(sent["Inference-Header-Content-Length"])
+    head, rest = json.loads(body[:length]), body[length:]
+    assert head["parameters"] == {"binary_data_output": True}
+    values: dict[str, Any] = {}
+    for tensor in head["inputs"]:
+        size = tensor["parameters"]["binary_data_size"]
+        values[tensor["name"]] = (tensor["datatype"], tensor["shape"], rest[:size])
+        rest = rest[size:]
+    assert rest == b""
+    assert values == {
+        "labels": ("BYTES", [1, 2], b"\2\0\0\0a\0\2\0\0\0\xc3\xbc"),
+        "alpha": ("FP32", [1, 1], struct.pack("<f", 0.5)),
+        "top_k": ("INT32", [1, 1], struct.pack("<i", 5)),
+        "image": ("BYTES", [1, 1], b"\5\0\0\0image"),
+    }
+
+
+def test_answer_in_json(kind: type):
+    """A proxy or another server may answer without the binary extension."""
+    outputs = [
+        {"name": "label", "datatype": "BYTES", "shape": [1, 1], "data": ["ü"]},
+        {"name": "score", "datatype": "FP32", "shape": [1, 1], "data": [0.5]},
+    ]
+    with http_server(200, json.dumps({**ANSWER, "outputs": outputs}).encode()) as (url, _):
+        found = attempt(kind, url, lambda client: client.classify(b"x", ["ü"]))
+    assert (found.labels, found.scores) == (["ü"], [0.5])
+
+
+GOOD, LENGTH = binary(text_embeds=np.ones((1, 4), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (b"<html>hello</html>", {}),
+        (b"[]", {}),
+        (b"null", {}),
+        (GOOD, {}),
+        (GOOD[:-1], LENGTH),
+        (GOOD, {"Inference-Header-Content-Length": "9" * 9}),
+        (GOOD, {"Inference-Header-Content-Length": "x"}),
+        (GOOD.replace(b"[1, 4]", b"[1, 9]"), LENGTH),
+        (GOOD.replace(b"FP32", b"CATS"), LENGTH),
+        (GOOD.replace(b'"FP32"', b'"BYTES"').replace(b": [1, 4]", b":[1, 4]"), LENGTH),
+        (json.dumps({**ANSWER, "outputs": []}).encode(), {}),
+    ],
+)
+def test_answer_that_is_none(body: bytes, headers: dict[str, str]):
+    with http_server(200, body, headers) as (url, _):
+        found = attempt(Client, url, lambda client: client.embed_texts(["x"]))
+    assert type(found) is radapter_client.ServerError and "\n" not in str(found)
+
+
+def test_every_request_with_a_body_says_what_it_is(kind: type):
+    """curl's default type, with a body of 4 MiB and more, ends some servers."""
+    asked = [
+        lambda client: client.is_ready(),
+        lambda client: client.release(),
+        lambda client: client.profile(requests=1),
+        lambda client: client.classify([b"x"] * 40, ["a"]),
+        lambda client: client.embed_texts(["x" * 5_000_000]),
+        lambda client: client.search("x", index="i"),
+        lambda client: client.segment(b"x", ["a"]),
+    ]
+    with http_server(400, b"{}") as (url, seen):
+        for ask in asked:
+            attempt(kind, url, ask, release=1)
+    assert {method for method, *_ in seen} == {"GET", "POST"}
+    for method, _, headers, body, _ in seen:
+        assert headers["Content-Type"] == ("application/octet-stream" if method == "POST" else None)
+        assert method == "POST" or not body
+
+
+def test_connections_are_kept(kind: type):
+    body, headers = binary(text_embeds=np.ones((1, 4), np.float32))
+
+    async def awaited(url: str) -> None:
+        async with AsyncClient(url) as client:
+            for _ in range(5):
+                await client.embed_texts(["x"])
+
+    with http_server(200, body, headers) as (url, seen):
+        if kind is AsyncClient:
+            asyncio.run(awaited(url))
+        else:
+            with Client(url) as client:
+                for _ in range(5):
+                    client.embed_texts(["x"])
+    assert len(seen) == 5 and len({caller for *_, caller in seen}) == 1
+
+
+def test_nobody_there(protocol: str, kind: type):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"{protocol}://127.0.0.1:{listener.getsockname()[1]}"
+    found = attempt(kind, url, lambda client: client.embed_texts(["x"]), timeout=5)
+    assert type(found) is radapter_client.ServerUnavailable
+    assert re.search(rf"{url}.*radapter-serve", str(found))
+    assert attempt(kind, url, lambda client: client.is_ready(), timeout=5) is False
+
+
+@pytest.mark.parametrize("timeout", [0.3, 1.2])
+def test_silence_is_a_timeout(protocol: str, kind: type, timeout: float):
+    """Someone accepts and never says a word; gRPC itself gives up after a second."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"{protocol}://127.0.0.1:{listener.getsockname()[1]}"
+        start = time.monotonic()
+        for _ in range(2 if protocol == "grpc" else 1):  # it remembers the first failure
+            found = attempt(kind, url, lambda client: client.embed_texts(["x"]), timeout=timeout)
+            assert type(found) is radapter_client.Timeout
+        assert time.monotonic() - start < 2 * timeout + 2
+
+
+def test_hanging_up_is_no_timeout(protocol: str, kind: type):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"{protocol}://127.0.0.1:{listener.getsockname()[1]}"
+
+        def hang_up() -> None:
+            try:
+                while True:
+                    listener.accept()[0].close()
+            except OSError:
+                pass
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        found = attempt(kind, url, lambda client: client.embed_texts(["x"]), timeout=5)
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert type(found) is radapter_client.ServerUnavailable
+
+
+def test_closed_client_says_so(protocol: str):
+    client = Client(f"{protocol}://localhost:1")
+    client.close()
+    client.close()
+    with pytest.raises(radapter_client.RAdapterClientError, match="closed"):
+        client.embed_texts(["x"])
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_closed_between_the_start_of_a_call_and_its_requests(protocol: str, count: int):
+    client = Client(f"{protocol}://127.0.0.1:1", batch_size=1, release=1, timeout=0.3)
+
+    def texts() -> Any:
+        client.close()
+        yield from ["x"] * count
+
+    with pytest.raises(radapter_client.RAdapterClientError, match="closed in the middle"):
+        client.embed_texts(texts())
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_close_ends_calls_that_wait(protocol: str, kind: type, count: int):
+    """At once, and not when the time-out of their requests is over."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"{protocol}://127.0.0.1:{listener.getsockname()[1]}"
+        start = time.monotonic()
+        options: dict[str, Any] = {"batch_size": 1, "release": 1, "timeout": 30}
+
+        async def main() -> None:
+            client = AsyncClient(url, **options)
+            waiting = asyncio.ensure_future(client.embed_texts(["x"] * count))
+            await asyncio.sleep(0.3)
+            await client.close()
+            with pytest.raises(radapter_client.RAdapterClientError, match="closed in the middle"):
+                await waiting
+
+        if kind is AsyncClient:
+            asyncio.run(main())
+        else:
+            client = Client(url, **options)
+            with ThreadPoolExecutor(1) as thread:
+                waiting = thread.submit(client.embed_texts, ["x"] * count)
+                time.sleep(0.3)
+                client.close()
+                with pytest.raises(radapter_client.RAdapterClientError, match="closed in the middle"):
+                    waiting.result()
+        assert time.monotonic() - start < 5
+
+
+def test_cancelled_call_does_not_wait():
+    """Over HTTP its thread goes on; neither the caller nor the end of the loop waits for it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+        async def main() -> None:
+            async with AsyncClient(url, timeout=30) as client:
+                with pytest.raises(asyncio.TimeoutError):
+                    await asyncio.wait_for(client.embed_texts(["x"]), 0.2)
+
+        start = time.monotonic()
+        asyncio.run(main())
+        assert time.monotonic() - start < 5
+
+
+def test_awaited_methods_are_awaitable():
+    async def main() -> None:
+        async with AsyncClient("http://127.0.0.1:1") as client:
+            call = client.is_ready()
+            assert inspect.isawaitable(call)
+            assert await call is False
+
+    asyncio.run(main())

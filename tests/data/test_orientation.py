@@ -1,0 +1,214 @@
+"""Photos that a camera stored lying on a side or mirrored: their pixels stand upright wherever a model sees them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as runs
+
+from radapter_serve.data import IGNORE, load_captioned, load_labelled, load_masked
+from radapter_serve.data.segments import load_segments
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.judged import as_seen
+from radapter_serve.evaluation.sets import open_set
+from radapter_serve.evaluation.suite import Entry, Suite
+from radapter_serve.inputs.mask_crop import MaskCrop
+
+UPRIGHT = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+MASK = np.random.default_rng(1).integers(0, 2, (6, 9), dtype=np.uint8) + 1
+# How a camera stores what stands upright, for each value of EXIF's orientation (CIPA DC-008, tag 274).
+STORED: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: lambda a: np.rot90(a, -1),
+}
+everyone = pytest.mark.parametrize("orientation", STORED)
+
+
+def stored(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    return np.ascontiguousarray(STORED[orientation](pixels))
+
+
+def save(path: Path, pixels: NDArray[Any], orientation: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(pixels).save(path, exif=exif if orientation != 1 else b"")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@everyone
+def test_labelled_and_captioned_images(orientation: int, tmp_path: Path) -> None:
+    save(tmp_path / "set" / "cat" / "a.png", stored(UPRIGHT, orientation), orientation)
+    save(tmp_path / "set" / "dog" / "b.png", UPRIGHT, 1)
+    (tmp_path / "t.csv").write_text("image,caption\nset/cat/a.png,a cat\n")
+    labelled, captioned = load_labelled(f"imagefolder:{tmp_path / 'set'}"), load_captioned(f"csv:{tmp_path / 't.csv'}")
+    for data, row in ((labelled, labelled.rows[0]), (captioned, captioned.table[0])):
+        np.testing.assert_array_equal(np.asarray(data.image(row)), UPRIGHT)
+        data.exif_orientation = False
+        np.testing.assert_array_equal(np.asarray(data.image(row)), stored(UPRIGHT, orientation))
+
+
+def masked(folder: Path, mask: NDArray[Any], orientation: int, of_mask: int = 1) -> str:
+    save(folder / "images" / "a.png", stored(UPRIGHT, orientation), orientation)
+    save(folder / "masks" / "a.png", mask, of_mask)
+    (folder / "classes.json").write_text('{"1": "cat", "2": "dog"}')
+    return f"masks:{folder}"
+
+
+def check(image: Any, expected: NDArray[Any], pixels: NDArray[Any]) -> None:
+    np.testing.assert_array_equal(image.mask(), expected - 1)
+    for label, inside in image.segments():
+        np.testing.assert_array_equal(inside, expected == label + 1)
+    crop = MaskCrop.from_recipe({}, (0.5, 0.5, 0.5))
+    segments = load_segments(
+        type("Data", (), {"images": [image], "classes": ["cat", "dog"]})(), crop, min_area=1, templates=["{}"]
+    )
+    for row in segments.rows:
+        shown = crop(Image.fromarray(pixels), expected == row[2] + 1)
+        np.testing.assert_array_equal(np.asarray(segments.image(row)), np.asarray(shown))
+
+
+@everyone
+def test_a_label_map_turns_with_its_image(orientation: int, tmp_path: Path) -> None:
+    spec = masked(tmp_path, stored(MASK, orientation), orientation)
+    check(load_masked(spec).images[0], MASK, UPRIGHT)
+    (raw,) = load_masked(spec, exif_orientation=False).images
+    check(raw, stored(MASK, orientation), stored(UPRIGHT, orientation))
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_a_label_map_that_is_upright_stays(orientation: int, tmp_path: Path) -> None:
+    spec = masked(tmp_path, MASK, orientation)
+    check(load_masked(spec).images[0], MASK, UPRIGHT)
+    with pytest.raises(RAdapterError, match="the same size; the image is not turned as its EXIF says"):
+        load_masked(spec, exif_orientation=False).images[0].mask()
+
+
+@everyone
+def test_a_label_map_with_an_orientation_of_its_own(orientation: int, tmp_path: Path) -> None:
+    for own in set(STORED) - {1}:
+        spec = masked(tmp_path / str(own), stored(MASK, own), orientation, own)
+        check(load_masked(spec).images[0], MASK, UPRIGHT)
+
+
+def test_a_label_map_of_another_size_is_refused(tmp_path: Path) -> None:
+    spec = masked(tmp_path, MASK[:, :5], 6)
+    with pytest.raises(RAdapterError, match=r"5 x 6 pixels but the image .* has 6 x 9"):
+        load_masked(spec).images[0].mask()
+
+
+def coco(folder: Path, name: str, annotations: list[Any], width: int, height: int) -> str:
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": width, "height": height}],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "annotations": annotations,
+    }
+    (folder / name).write_text(json.dumps(content))
+    return f"coco:{folder / name}"
+
+
+@everyone
+@pytest.mark.parametrize("upright", [False, True])
+def test_cocos_masks_turn_with_their_image(orientation: int, upright: bool, tmp_path: Path) -> None:
+    if upright and orientation < 5:
+        pytest.skip("the size does not tell that such a mask is upright")
+    save(tmp_path / "images" / "a.png", stored(UPRIGHT, orientation), orientation)
+    mask = MASK if upright else stored(MASK, orientation)
+    height, width = mask.shape
+    objects = []
+    for label in (1, 2):
+        coded = runs.encode(np.asfortranarray(mask == label).astype(np.uint8))
+        coded["counts"] = coded["counts"].decode()
+        objects.append({"image_id": 1, "category_id": label, "segmentation": coded})
+    check(load_masked(coco(tmp_path, "instances.json", objects, width, height)).images[0], MASK, UPRIGHT)
+    segments = [{"id": label, "category_id": label, "area": int((mask == label).sum())} for label in (1, 2)]
+    panoptic = [{"image_id": 1, "file_name": "a.png", "segments_info": segments}]
+    save(tmp_path / "panoptic" / "a.png", np.stack([mask, 0 * mask, 0 * mask], -1), 1)
+    check(load_masked(coco(tmp_path, "panoptic.json", panoptic, width, height)).images[0], MASK, UPRIGHT)
+
+
+class Sees:
+    """An embedder that gives back the pixels that its models see."""
+
+    def __init__(self, exif_orientation: bool) -> None:
+        self.exif_orientation = exif_orientation
+
+    def prepare(self, data: bytes) -> NDArray[Any]:
+        image = Image.open(io.BytesIO(data))
+        pixels, number = np.asarray(image), image.getexif().get(274, 1)
+        if not self.exif_orientation:
+            return pixels
+        candidates = [a for k in range(4) for a in (np.rot90(pixels, k), np.rot90(pixels, k).swapaxes(0, 1))]
+        (upright,) = (a for a in candidates if a.shape == stored_shape(pixels, number) and equal(a, pixels, number))
+        return upright
+
+
+def stored_shape(pixels: NDArray[Any], number: int) -> tuple[int, ...]:
+    return (pixels.shape[1], pixels.shape[0], 3) if number > 4 else pixels.shape
+
+
+def equal(upright: NDArray[Any], pixels: NDArray[Any], number: int) -> bool:
+    return np.array_equal(STORED[number](upright), pixels)
+
+
+@everyone
+@pytest.mark.parametrize("model_turns", [True, False])
+@pytest.mark.parametrize("border", [0, 1])
+def test_a_suite_decides_what_every_model_sees(
+    orientation: int, model_turns: bool, border: int, tmp_path: Path
+) -> None:
+    save(tmp_path / "set" / "cat" / "a.png", stored(UPRIGHT, orientation), orientation)
+    save(tmp_path / "set" / "dog" / "b.png", UPRIGHT, 1)
+    for wanted, expected in ((True, UPRIGHT), (False, stored(UPRIGHT, orientation))):
+        entry = Entry("set", "imagefolder:set", exif_orientation=wanted, border=border)
+        data = open_set(Suite("suite", (entry,), data_root=tmp_path), entry)
+        seen = data.prepare(Sees(model_turns), 0)  # type: ignore[arg-type]
+        height, width = expected.shape[:2]
+        np.testing.assert_array_equal(seen, expected[border : height - border, border : width - border])
+
+
+@everyone
+def test_a_suite_of_masks(orientation: int, tmp_path: Path) -> None:
+    masked(tmp_path / "set", stored(MASK, orientation), orientation)
+    for wanted, pixels, mask in (
+        (True, UPRIGHT, MASK),
+        (False, stored(UPRIGHT, orientation), stored(MASK, orientation)),
+    ):
+        entry = Entry("set", "masks:set", "segmentation", dense="proposals", exif_orientation=wanted)
+        data = open_set(Suite("suite", (entry,), data_root=tmp_path), entry)
+        for model in (Sees(True), Sees(False)):
+            item = data.prepare(model, 0)  # type: ignore[arg-type]
+            np.testing.assert_array_equal(model.prepare(item.data), pixels)
+            np.testing.assert_array_equal(item.truth, mask - 1)
+            np.testing.assert_array_equal(item.masks > 0, [mask == label for label in (1, 2)])
+    assert IGNORE not in item.truth
+
+
+def test_a_photo_in_cmyk_can_be_turned_for_a_model_that_does_not() -> None:
+    out = io.BytesIO()
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(UPRIGHT).convert("CMYK").save(out, "JPEG", exif=exif)
+    entry = Entry("set", "imagefolder:set")
+    seen = Image.open(io.BytesIO(as_seen(out.getvalue(), entry, Sees(False))))  # type: ignore[arg-type]
+    assert seen.size == (6, 9) and not seen.getexif()

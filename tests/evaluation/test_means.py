@@ -1,0 +1,38 @@
+"""Means over data sets, in tables and in the choice of α: several sets of a shift count as one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from radapter_serve.evaluation.choice import choose
+from radapter_serve.evaluation.results import table
+
+SETS = {"a": "id", "b": "id", "c": "ood", "d": "ood", "e": "ood"}
+ACCURACIES = {0.25: (0.5, 0.8, 0.1, 0.3, 0.8), 0.75: (0.9, 0.3, 0.2, 0.2, 0.35)}
+MEANS = {0.25: (65.0, 40.0), 0.75: (60.0, 25.0)}
+
+
+def rows() -> list[dict[str, Any]]:
+    return [
+        {
+            "dataset": name, "shift": SETS[name], "metric": "acc1", "metrics": {"acc1": value}, "alpha": alpha, "n": 20,
+            "source": "adapter", "task": "zeroshot_classification", "set_digest": "sha256:1",
+            "adapter_digest": "sha256:2",
+        }
+        for alpha, values in ACCURACIES.items()
+        for name, value in zip(SETS, values, strict=True)
+    ]  # fmt: skip
+
+
+def test_a_table_has_the_mean_over_sets_in_distribution_and_over_the_others() -> None:
+    columns = {" ".join(str(column.header).split()): list(column.cells) for column in table(rows(), "t").columns}
+    for number, name in enumerate(("mean of 2 id", "mean of 3 ood")):
+        assert columns[name] == [f"{means[number]:.2f}" for means in MEANS.values()]
+
+
+def test_the_choice_takes_the_mean_of_the_two_means() -> None:
+    choice = choose(rows())
+    assert [point["score"] for point in choice.curve] == pytest.approx([sum(means) / 2 for means in MEANS.values()])
+    assert choice.alpha == 0.25

@@ -1,0 +1,42 @@
+"""The facts of a release by name: the same JSON out and in, and what is missing is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from small_models import release
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.release.facts import read_release, release_digest
+from radapter_serve.release.release import Release
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    for one in (release(3), release(4, quantization={"kind": "dynamic"}, accuracy={"drop": 0.1}, logit_bias=-10.0)):
+        one.save(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["release.json"]
+        assert Release.load(tmp_path) == one
+        assert read_release(tmp_path) == one.to_dict()
+        assert one.digest == release_digest(one.to_dict())
+    # A fact that does not apply is left out of the file, but a bias that a model lacks is null.
+    assert {"quantization", "accuracy"} & set(release().to_dict()) == set()
+    assert release().to_dict()["logit_bias"] is None
+
+
+def test_older_and_newer_releases(tmp_path: Path) -> None:
+    facts = release().to_dict()
+    for name in ("dense", "crop", "label_sets", "dynamic_alpha", "adapters"):
+        del facts[name]
+    (tmp_path / "release.json").write_text(json.dumps({**facts, "colour": "blue"}), encoding="utf-8")
+    found = Release.load(tmp_path)
+    assert (found.dense, found.dynamic_alpha, found.label_sets) == (None, False, {})
+    del facts["alpha"], facts["templates"]
+    (tmp_path / "release.json").write_text(json.dumps(facts), encoding="utf-8")
+    with pytest.raises(RAdapterError, match="does not say its alpha, templates; export it again"):
+        Release.load(tmp_path)
+    for broken in ("[1]", "{", '"text"'):
+        (tmp_path / "release.json").write_text(broken, encoding="utf-8")
+        with pytest.raises(RAdapterError, match=r"release\.json"):
+            Release.load(tmp_path)

@@ -1,0 +1,111 @@
+"""A stand-in for Triton's Python module, so that a test chooses which requests share a batch."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+@dataclass
+class Tensor:
+    name: str
+    array: np.ndarray
+
+    def as_numpy(self) -> np.ndarray:
+        return self.array
+
+
+class TritonError(str):
+    INTERNAL, INVALID_ARG, CANCELLED = "INTERNAL", "INVALID_ARG", "CANCELLED"
+
+    def __new__(cls, text: str, code: str) -> TritonError:
+        self = super().__new__(cls, text)
+        self.code = code
+        return self
+
+    def message(self) -> str:
+        return str(self)
+
+
+@dataclass
+class Response:
+    output_tensors: list[Tensor] | None = None
+    error_: TritonError | None = None
+
+    def __init__(self, output_tensors: Any = None, error: Any = None) -> None:
+        self.output_tensors, self.error_ = output_tensors, error
+
+    def has_error(self) -> bool:
+        return self.error_ is not None
+
+    def error(self) -> TritonError | None:
+        return self.error_
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        assert self.error_ is None, self.error_
+        return {tensor.name: tensor.array for tensor in self.output_tensors}
+
+
+class Request:
+    """What a caller sent: arrays by name."""
+
+    def __init__(self, **arrays: Any) -> None:
+        self.arrays = {name: value if isinstance(value, np.ndarray) else texts(value) for name, value in arrays.items()}
+
+    def requested_output_names(self) -> list[str]:
+        return []
+
+    def is_cancelled(self) -> bool:
+        return False
+
+
+def texts(value: Any) -> np.ndarray:
+    return np.array(value, np.object_)
+
+
+def by_name(owner: Request | Response, name: str) -> Tensor | None:
+    if isinstance(owner, Response):
+        return Tensor(name, owner.outputs()[name])
+    return Tensor(name, owner.arrays[name]) if name in owner.arrays else None
+
+
+def install(monkeypatch: pytest.MonkeyPatch, encode: Callable[[str, list[np.ndarray]], Response] | None = None) -> None:
+    """Put the stand-in where models import it from.
+
+    Args:
+        encode: what a request to another model gives, from its name and its inputs.
+    """
+
+    def request(model_name: str, inputs: list[Tensor], **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(exec=lambda: encode(model_name, [tensor.array for tensor in inputs]))
+
+    stand_in = SimpleNamespace(
+        triton_string_to_numpy=lambda _: np.float32,
+        get_input_tensor_by_name=by_name,
+        get_output_tensor_by_name=by_name,
+        Tensor=Tensor,
+        TritonError=TritonError,
+        InferenceResponse=Response,
+        InferenceRequest=request,
+        PreferredMemory=lambda *_: None,
+        TRITONSERVER_MEMORY_CPU=0,
+    )
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stand_in)
+    for name in ("server.backend", "tasks.responses", "tasks.triton"):
+        monkeypatch.delitem(sys.modules, f"radapter_serve.{name}", raising=False)
+
+
+def load(path: Path) -> Any:
+    """The model of a model.py, imported as Triton does."""
+    spec = importlib.util.spec_from_file_location("model", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.TritonPythonModel()

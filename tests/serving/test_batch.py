@@ -1,0 +1,208 @@
+"""Every kind of bad request in one batch with good ones: each gets what it would get alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_triton import Request, Response, Tensor, TritonError, install, load
+from small_release import SOURCES, png, png_header
+from test_backends import arguments
+
+from radapter_serve.server.installation import OUR_BACKENDS
+
+GOOD = {"image": [[png(7)]], "labels": [[b"cat", b"dog"]]}
+F32 = np.float32
+LABELS = [b"cat", b"dog"]
+# Of each model: a request that is right, then those that are not, with the code that their callers get.
+BAD: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
+    "embed_image": (
+        {"image": [[png(7)]]},
+        [
+            ({}, "invalid_argument"),
+            ({"alpha": np.array([[0.5]], F32)}, "invalid_argument"),
+            ({"image": [[b"nonsense"]]}, "invalid_image"),
+            ({"image": [[b""]]}, "invalid_image"),
+            ({"image": [[png(1)[:60]]]}, "invalid_image"),
+            ({"image": [[png_header(60_000, 60_000)]]}, "image_too_large"),
+            ({"image": [[png(7)]], "alpha": np.array([[np.nan]], F32)}, "invalid_argument"),
+            ({"image": [[png(7)], [b"nonsense"]]}, "invalid_image"),
+        ],
+    ),
+    "embed_text": (
+        {"text": [[b"a cat"]]},
+        [
+            ({}, "invalid_argument"),
+            ({"text": [[b" "]]}, "invalid_argument"),
+            ({"text": [[b"\xff"]]}, "invalid_argument"),
+            ({"text": [[b"x" * 10_001]]}, "invalid_argument"),
+            ({"text": [[b"a cat"]], "alpha": np.array([[2]], F32)}, "invalid_argument"),
+        ],
+    ),
+    "classify": (
+        GOOD,
+        [
+            ({"labels": [LABELS]}, "invalid_argument"),
+            ({"image": [[png(7)]]}, "no_labels"),
+            ({"image": [[b"nonsense"]], "labels": [LABELS]}, "invalid_image"),
+            ({**GOOD, "labels": np.empty((1, 0), object)}, "no_labels"),
+            ({**GOOD, "labels": [[b"\xff"]]}, "invalid_argument"),
+            ({**GOOD, "labels": [[b"cat", b"cat"]]}, "invalid_argument"),
+            ({**GOOD, "templates": np.empty((1, 0), object)}, "invalid_argument"),
+            ({**GOOD, "templates": [[b"no place"]]}, "invalid_argument"),
+            ({**GOOD, "templates": [[b"{}" * 400]]}, "invalid_argument"),
+            ({**GOOD, "label_set": [[b"colours"]]}, "invalid_argument"),
+            ({"image": [[png(7)]], "label_set": [[b"colors"]]}, "unknown_label_set"),
+            ({**GOOD, "top_k": np.array([[0]], np.int32)}, "invalid_argument"),
+            ({**GOOD, "alpha": np.array([[-1]], F32)}, "invalid_argument"),
+        ],
+    ),
+    "segment": (
+        {"image": [png(7)], "labels": LABELS},
+        [
+            ({"labels": LABELS}, "invalid_argument"),
+            ({"image": [png(7)]}, "no_labels"),
+            ({"image": [b"nonsense"], "labels": LABELS}, "invalid_image"),
+            ({"image": [png(7)], "labels": LABELS, "templates": np.empty(0, object)}, "invalid_argument"),
+            ({"image": [png(7)], "labels": np.empty(0, object)}, "no_labels"),
+            ({"image": [png(7)], "labels": LABELS, "threshold": np.array([np.nan], F32)}, "invalid_argument"),
+            ({"image": [png(7)], "labels": LABELS, "stride": np.array([0], np.int32)}, "invalid_argument"),
+            (
+                {"image": [png(7)], "labels": LABELS, "proposals": np.empty((0, 20, 30), np.uint8)},
+                "invalid_argument",
+            ),
+        ],
+    ),
+}
+
+
+@pytest.fixture
+def model(repository, local, monkeypatch):
+    """A model.py of the repository, whose encoders run in this process."""
+    encoders = {
+        "image_encoder": ("image_embeds", local.embed_images._encode),
+        "text_encoder": ("text_embeds", local.embed_texts._encode),
+        "patch_encoder": ("patch_embeds", local.segment._encode_patches),
+    }
+
+    def encode(name: str, inputs: list[np.ndarray]) -> Response:
+        output, run = encoders[name]
+        return Response([Tensor(output, run(*inputs))])
+
+    install(monkeypatch, encode)
+
+    def make(name: str) -> Any:
+        made = load(SOURCES / name / "model.py")
+        made.initialize({"model_repository": str(repository / name), "model_version": "2"})
+        return made
+
+    make.encoders = encoders
+    return make
+
+
+def same(one: Response, other: Response) -> None:
+    assert one.error() == other.error()
+    if not one.has_error():
+        for name, values in one.outputs().items():
+            expected = other.outputs()[name]
+            if values.dtype == np.float32:
+                np.testing.assert_allclose(values, expected, atol=1e-6)
+            else:
+                np.testing.assert_array_equal(values, expected)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_good_requests_between_bad_ones_are_answered_as_alone(model, name, capfd):
+    made, (good, bad) = model(name), BAD[name]
+    requests = [one for wrong, _ in bad for one in (good, wrong)] + [good]
+    together = made.execute([Request(**one) for one in requests])
+    [expected] = made.execute([Request(**good)])
+    for request, response in zip(requests, together, strict=True):
+        if request is good:
+            same(response, expected)
+        else:
+            [alone] = made.execute([Request(**request)])
+            same(response, alone)
+    errors = [response.error() for response in together[1::2]]
+    assert [str(error).partition("] ")[0].lstrip("[") for error in errors] == [code for _, code in bad]
+    assert all(error.code == "INVALID_ARG" and "\n" not in error for error in errors)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_missing_input_is_named(model):
+    [response] = model("classify").execute([Request(labels=[LABELS])])
+    assert response.error() == "[invalid_argument] the input image is missing"
+    [response] = model("segment").execute([Request(labels=LABELS)])
+    assert response.error() == "[invalid_argument] the input image is missing"
+
+
+@pytest.mark.parametrize("name", ["embed_image", "classify"])
+def test_where_the_program_fails_callers_get_one_line_and_the_log_the_rest(model, monkeypatch, capfd, name):
+    """A fault of the encoder's that no check foresees, for one image in a batch of three."""
+    output, run = model.encoders["image_encoder"]
+
+    def fails(pixels: np.ndarray) -> np.ndarray:
+        if any((one == one[0, 0]).all() for one in pixels):
+            raise ZeroDivisionError("at /home/somebody/secret.py")
+        return run(pixels)
+
+    model.encoders["image_encoder"] = output, fails
+    grey = Request(**{**BAD[name][0], "image": [[grey_png()]]})
+    good = Request(**BAD[name][0])
+    first, error, last = model(name).execute([good, grey, good])
+    same(first, last)
+    assert not first.has_error()
+    assert error.error() == "[internal_error] the server failed on this request; its log says why"
+    assert error.error().code == "INTERNAL"
+    assert "secret.py" in capfd.readouterr().err
+
+
+def grey_png() -> bytes:
+    import io
+
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20), "grey").save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "Failed to increase the shared memory pool size for key '/radapter_serve_x7_1' to 9 bytes.\nMore",
+            "[encoder_failed] image_encoder version 2 failed: "
+            "Failed to increase the shared memory pool size for key ... to 9 bytes.",
+        ),
+        ("no /home/me/file.onnx here", "[encoder_failed] image_encoder version 2 failed: no ... here"),
+        ("[invalid_image] 3 bytes are no image", "[invalid_image] 3 bytes are no image"),
+    ],
+)
+def test_what_an_encoder_says_names_no_path_and_no_shared_memory(model, monkeypatch, capfd, said, told):
+    install(monkeypatch, lambda name, inputs: Response(error=TritonError(said, "INTERNAL")))
+    [response] = model("embed_image").execute([Request(**BAD["embed_image"][0])])
+    assert response.error() == told
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_tokens_that_no_text_has(repository, monkeypatch, backend):
+    install(monkeypatch)
+    model = load(OUR_BACKENDS / backend / "model.py")
+    facts = {"release": {"string_value": '{"tokenizer": {"context_length": 77}}'}}
+    model.initialize(arguments(repository, "text_encoder", parameters=facts))
+
+    def tokens(*values: int, shape: tuple[int, ...] = (1, -1)) -> Request:
+        return Request(tokens=np.array(values, np.int32).reshape(shape))
+
+    good = tokens(1, 2, 3)
+    bad = [Request(), tokens(shape=(0, 0)), tokens(shape=(1, 0)), tokens(1, -1, 3), tokens(*[1] * 78)]
+    if backend == "onnxruntime":  # OpenVINO takes zeros for what lies outside the vocabulary
+        bad.append(tokens(1, 10**6, 3))
+    together = model.execute([one for wrong in bad for one in (good, wrong)] + [good])
+    [expected] = model.execute([good])
+    for response in together[::2]:
+        same(response, expected)
+    for response in together[1::2]:
+        assert response.error().startswith("[invalid_argument] ") and response.error().code == "INVALID_ARG"

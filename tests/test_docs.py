@@ -1,0 +1,151 @@
+"""What the pages say of the code is so: error codes, exceptions, commands and their flags, recipes and suites."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import importlib.metadata
+import inspect
+import io
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+import radapter_client
+from radapter_serve.adapter import fold, load_adapter
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+COMMANDS = {
+    point.name: point
+    for point in importlib.metadata.distribution("radapter-serve").entry_points
+    if point.group == "console_scripts"
+}
+
+
+def codes() -> set[str]:
+    """The codes of errors: the constants beside `TaskError`, and those that the client gives of its own."""
+    (home,) = (path for path in (ROOT / "radapter_serve").rglob("*.py") if "class TaskError" in path.read_text("utf-8"))
+    of_server = re.findall(r'^[A-Z_]+ = "([a-z_]+)"$', home.read_text(encoding="utf-8"), re.MULTILINE)
+    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "clients").rglob("*.py"))
+    of_client = {code for source in sources for code in re.findall(r'code="([a-z_]+)"', source)}
+    assert len(of_server) > 5 and of_client
+    return {*of_server, *of_client}
+
+
+def entries(section: str) -> set[str]:
+    """The names that a section of the troubleshooting page has an entry for."""
+    text = re.split(r"^## ", TROUBLESHOOTING.partition(f"\n## {section}\n")[2], flags=re.MULTILINE)[0]
+    return set(re.findall(r"^### `(\w+)`$", text, re.MULTILINE))
+
+
+def test_every_code_has_its_entry() -> None:
+    assert entries("Codes in the server's answers") == codes()
+
+
+def test_every_exception_of_the_client_has_its_entry() -> None:
+    public = (getattr(radapter_client, name) for name in radapter_client.__all__)
+    kinds = {kind.__name__ for kind in public if inspect.isclass(kind) and issubclass(kind, Exception)}
+    assert entries("Exceptions of the client") == kinds - {"RAdapterClientError"}
+
+
+def named_commands() -> Iterator[tuple[str, str, str, set[str]]]:
+    """Page, command, subcommand (or none) and flags of every line that names a command."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for command, rest in re.findall(r"\b(radapter-[a-z]+(?:-[a-z]+)*)\b(?!/)([^`\n|)]*)", text):
+            first = rest.split()[:1]
+            subcommand = first[0] if first and re.fullmatch(r"[a-z]+(-[a-z]+)?", first[0]) else ""
+            yield page.name, command, subcommand, set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest))
+
+
+@cache
+def help_of(command: str, *subcommand: str) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        point = COMMANDS[command]
+        getattr(importlib.import_module(point.module), point.attr)([*subcommand, "--help"])
+    return out.getvalue()
+
+
+def test_commands_and_their_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    found = list(named_commands())
+    assert {command for _, command, *_ in found} == set(COMMANDS)
+    unknown = []
+    for page, command, subcommand, flags in found:
+        if flags := flags - {"--help", "--version"}:
+            takes = subcommand if command in ("radapter-index", "radapter-query") else ""
+            known = help_of(command, *([takes] if takes else []))
+            names = set(re.findall(r"--[a-z][a-z-]*", known))
+            unknown += [f"{page}: {command} {takes} {flag}" for flag in sorted(flags - names)]
+    assert not unknown
+
+
+def python_blocks() -> Iterator[tuple[str, ast.Module]]:
+    """Page and parsed code of every Python block, which may await."""
+    for page in PAGES:
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+            yield page.name, compile(block, page.name, "exec", flags=flags)  # type: ignore[misc]
+
+
+def test_python_on_the_pages_uses_what_there_is() -> None:
+    nodes = [(page, node) for page, tree in python_blocks() for node in ast.walk(tree)]
+    imported = [(page, node) for page, node in nodes if isinstance(node, ast.ImportFrom)]
+    assert len(imported) > 5
+    for page, node in imported:
+        module = importlib.import_module(str(node.module))
+        assert not [f"{page}: {alias.name}" for alias in node.names if not hasattr(module, alias.name)]
+    called = [node.func for _, node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    asked = {call.attr for call in called if isinstance(call.value, ast.Name) and call.value.id == "client"}
+    assert "classify" in asked
+    for kind in (radapter_client.Client, radapter_client.AsyncClient):
+        assert not [name for name in asked if not hasattr(kind, name)]
+
+
+def test_the_loop_on_the_page_of_adapters_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = f"local-dir:{ROOT}/radapter_serve/demo/base"
+    model, tokenizer = open_clip.create_model_and_transforms(base)[0], open_clip.get_tokenizer(base)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.rand(4, 3, *model.visual.image_size)
+    batches = [(images, tokenizer(["a cat", "a dog", "a dog", "a house"]), torch.tensor([0, 1, 1, 2]))] * 2
+    _, loop = re.findall(r"```python\n(.*?)```", (ROOT / "docs/api/adapters.md").read_text("utf-8"), re.DOTALL)
+    loop = loop.replace('"ViT-B-32", digest, pretrained="openai"', f'"{base}", digest')
+    exec(loop, {"model": model, "batches": batches})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    folded = fold(before, load_adapter(tmp_path), alpha=0.5)
+    changed = {name for name, value in folded.items() if not torch.equal(value, before[name])}
+    assert any(name.startswith("visual.") for name in changed)
+    assert any(not name.startswith("visual.") for name in changed)
+
+
+def test_recipes_and_suites_exist() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = {f"recipes/{name}.yaml" for name in re.findall(r"(?:--recipe |load_recipe\(\")([a-z-]+)(?![\w./-])", text)}
+    assert "recipes/retrieval.yaml" in named
+    named |= set(re.findall(r"\brecipes/[\w./-]+\.yaml", text))
+    assert not [path for path in named if not (ROOT / path).is_file()]
+
+
+def test_benchmarks_that_are_named_exist() -> None:
+    named = {p for page in PAGES for p in re.findall(r"\bbenchmarks/[\w./-]+\.(?:md|py|png)", page.read_text("utf-8"))}
+    assert named
+    assert not [path for path in named if not (ROOT / path).is_file()]
+
+
+def test_every_recipe_is_described() -> None:
+    page = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
+    assert not [path.name for path in (ROOT / "recipes").glob("*.yaml") if f"`{path.stem}" not in page]
+
+
+def test_the_readme_fits_on_a_few_screens() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150

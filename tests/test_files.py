@@ -1,0 +1,37 @@
+"""Files that appear whole or not at all, readable by whom the umask says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from radapter_serve.files import staged
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o002])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_the_mode_follows_the_umask_whoever_writes(umask: int, tmp_path: Path) -> None:
+    with staged(tmp_path / "weights.safetensors") as path:
+        save_file({"a": torch.eye(2)}, path)
+    with staged(tmp_path / "text") as path:
+        path.write_text("text", encoding="utf-8")
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
+def test_what_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("old", encoding="utf-8")
+    with pytest.raises(ValueError, match="half"), staged(tmp_path / "text") as path:
+        path.write_text("new", encoding="utf-8")
+        raise ValueError("half-written")
+    assert [file.name for file in tmp_path.iterdir()] == ["text"]
+    assert (tmp_path / "text").read_text(encoding="utf-8") == "old"

@@ -1,0 +1,219 @@
+"""Training once more, step by step from the paper's equations; only the recipe comes from `radapter_serve`."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torchvision.transforms import RandomResizedCrop
+
+from radapter_serve.training import Recipe
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image, its label, and the texts of which one or several are drawn."""
+
+    image: Image.Image
+    label: int
+    texts: Sequence[str]
+
+
+class ClipWithAdapters:
+    """An open_clip model with a linear map behind every attention and feed-forward: `X + α·γ·X·W`.
+
+    Args:
+        name: of a model that open_clip loads.
+        weights: by the name of the adapted layer, W transposed [d, d], or `up` [d, r] and `down` [r, d]; None puts
+            zeros, which change nothing.
+    """
+
+    def __init__(self, name: str, weights: Mapping[str, Tensor] | None = None) -> None:
+        model, _, self.transform = open_clip.create_model_and_transforms(name)
+        self.model, self.tokenize = model.eval().requires_grad_(False), open_clip.get_tokenizer(name)
+        self.alpha, self.keys, self.gates = 1.0, list[str](), dict[str, float]()
+        start: Weights = {}
+        for tower, blocks in (
+            ("visual.transformer", model.visual.transformer.resblocks),
+            ("transformer", model.transformer.resblocks),
+        ):
+            for number, block in enumerate(blocks):
+                for layer, module in (("attn.out_proj", block.attn), ("mlp.c_proj", block.mlp.c_proj)):
+                    key = f"{tower}.resblocks.{number}.{layer}"
+                    self.keys.append(key)
+                    width = block.mlp.c_proj.out_features
+                    start[key] = torch.zeros(width, width)
+                    module.register_forward_hook(self._hook(key))
+        self.weights = {k: v.clone().requires_grad_() for k, v in (start if weights is None else weights).items()}
+
+    def _hook(self, key: str) -> Callable[..., Any]:
+        def change(x: Tensor) -> Tensor:
+            if key in self.weights:
+                added = x @ self.weights[key].T
+            else:
+                added = x @ self.weights[f"{key}.down"].T @ self.weights[f"{key}.up"].T
+            return x + self.alpha * self.gates.get(key, 1.0) * added
+
+        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+        return hook
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """Unit length, [B, D]."""
+        return F.normalize(self.model.encode_image(pixels), dim=-1)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit length, [B, D]."""
+        return F.normalize(self.model.encode_text(self.tokenize(list(texts))), dim=-1)
+
+    @contextmanager
+    def at(self, alpha: float) -> Iterator[None]:
+        """Within the block the adapters count α times."""
+        self.alpha = alpha
+        with torch.no_grad():
+            yield
+        self.alpha = 1.0
+
+
+def mpm_nce_by_hand(f: Tensor, g: Tensor, y: Tensor, scale: float, delta: float, epsilon: float) -> Tensor:
+    """The loss of N images f and M texts g; y [N, M] says which belong together. Each direction has its own mean."""
+
+    def one_way(logits: Tensor, y: Tensor) -> Tensor:
+        positives = y.sum(1, keepdim=True)
+        negatives = y.shape[1] - positives
+        smoothing = epsilon * (negatives > 0)  # a row without negatives keeps all on its positives
+        targets = y * (1 - smoothing) / positives + (1 - y) * smoothing / negatives.clamp(min=1)
+        return -(targets * F.log_softmax(logits, dim=1)).sum(1).mean()
+
+    y = y.float()
+    logits = scale * (f @ g.T + delta * (1 - y))
+    return (one_way(logits, y) + one_way(logits.T, y.T)) / 2
+
+
+def train_by_hand(
+    recipe: Recipe,
+    pairs: Sequence[Pair],
+    start: Mapping[str, Tensor] | None = None,
+    see: Callable[[int, Weights], None] = lambda step, average: None,
+) -> Weights:
+    """The averaged adapters after all of a recipe's steps.
+
+    Args:
+        recipe: as the trainer takes it; in fp32, in one process.
+        pairs: of the data, in its order.
+        start: of the adapters; zeros if None.
+        see: called with each step, from 1, and the average behind it.
+    """
+    assert recipe.steps is not None
+    clip = ClipWithAdapters(recipe.architecture, start)
+    optimizer = torch.optim.AdamW(clip.weights.values(), lr=1.0, weight_decay=recipe.weight_decay)
+    scale = clip.model.logit_scale.exp().item()
+    raw = {name: w.detach() * (not recipe.bias_correction) for name, w in clip.weights.items()}
+    average: Weights = {}
+    parts = _parts(recipe, pairs, clip)
+    for step in range(recipe.steps):
+        optimizer.param_groups[0]["lr"] = _rate(recipe, step)
+        draw = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+        for key, value in zip(clip.keys, torch.rand(len(clip.keys), generator=draw).tolist(), strict=True):
+            clip.gates[key] = 0.0 if value < recipe.drop else 1 / (1 - recipe.drop)
+        optimizer.zero_grad(set_to_none=False)
+        for _ in range(recipe.accumulate):
+            pixels, labels, texts = next(parts)
+            of_text = labels.repeat_interleave(recipe.captions_per_image)
+            y = labels[:, None] == of_text[None, :]
+            f, g = clip.images(pixels), clip.texts(texts)
+            loss = mpm_nce_by_hand(f, g, y, scale, recipe.delta, recipe.epsilon)
+            (loss / recipe.accumulate).backward()  # type: ignore[no-untyped-call]
+        if recipe.grad_clip is not None:
+            norm = math.sqrt(sum(w.grad.square().sum().item() for w in clip.weights.values() if w.grad is not None))
+            for weight in clip.weights.values():
+                assert weight.grad is not None
+                weight.grad *= min(1.0, recipe.grad_clip / norm)
+        optimizer.step()
+        m = recipe.momentum
+        raw = {name: m * raw[name] + (1 - m) * weight.detach() for name, weight in clip.weights.items()}
+        corrected = 1 - m ** (step + 1) if recipe.bias_correction else 1.0
+        average = {name: value / corrected for name, value in raw.items()}
+        see(step + 1, average)
+    return average
+
+
+def _rate(recipe: Recipe, step: int) -> float:
+    assert recipe.steps is not None
+    low, high, warm = recipe.min_learning_rate, recipe.learning_rate, recipe.warmup_steps
+    if step < warm:
+        return high * (step + 1) / warm
+    return low + (high - low) * 0.5 * (1 + math.cos(math.pi * (step - warm) / (recipe.steps - warm)))
+
+
+def _parts(recipe: Recipe, pairs: Sequence[Pair], clip: ClipWithAdapters) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    """Pixels, labels and texts of batch after batch, by the draws that the seed gives to epoch and index."""
+    size, epoch = recipe.batch_size // recipe.accumulate, 0
+    while True:
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch))
+        for chunk in order.split(size):
+            if len(chunk) < size:
+                continue
+            pixels, texts = [], []
+            for index in chunk.tolist():
+                draw = random.Random(f"{recipe.seed}-{epoch}-{index}")
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(draw.getrandbits(63))
+                    pixels.append(_augmented(pairs[index].image, recipe, clip))
+                texts += _drawn_texts(pairs[index].texts, recipe, draw)
+            yield torch.stack(pixels), torch.tensor([pairs[index].label for index in chunk.tolist()]), texts
+        epoch += 1
+
+
+def _augmented(image: Image.Image, recipe: Recipe, clip: ClipWithAdapters) -> Tensor:
+    top, left, height, width = RandomResizedCrop.get_params(image, [recipe.crop_scale, 1.0], [3 / 4, 4 / 3])  # type: ignore[arg-type]
+    visual: Any = clip.model.visual
+    crop = image.crop((left, top, left + width, top + height)).resize(visual.image_size, Image.Resampling.BICUBIC)
+    if recipe.flip and torch.rand(1).item() < 0.5:
+        crop = ImageOps.mirror(crop)
+    config = visual.preprocess_cfg
+    values = (np.asarray(crop) / 255 - config["mean"]) / config["std"]
+    return torch.from_numpy(values).float().permute(2, 0, 1)
+
+
+def _drawn_texts(texts: Sequence[str], recipe: Recipe, draw: random.Random) -> list[str]:
+    if recipe.task != "retrieval":
+        return [draw.choice(texts)]
+    shuffled = draw.sample(texts, len(texts))
+    return [shuffled[number % len(texts)] for number in range(recipe.captions_per_image)]
+
+
+def accuracy_by_hand(
+    clip: ClipWithAdapters, alpha: float, pairs: Sequence[Pair], prompts: Sequence[Sequence[str]]
+) -> float:
+    """Zero-shot accuracy at α, per cent: a class is the mean of the embeddings of its prompts."""
+    with clip.at(alpha):
+        classes = torch.stack([F.normalize(clip.texts(texts).mean(0), dim=0) for texts in prompts])
+        found = (clip.images(_prepared(clip, pairs)) @ classes.T).argmax(1)
+    return 100 * (found == torch.tensor([pair.label for pair in pairs])).float().mean().item()
+
+
+def recall_by_hand(clip: ClipWithAdapters, alpha: float, pairs: Sequence[Pair]) -> tuple[float, float]:
+    """Recall at 1 at α, per cent: of images looked for by each of their texts, and of texts by their image."""
+    owner = torch.tensor([number for number, pair in enumerate(pairs) for _ in pair.texts])
+    with clip.at(alpha):
+        scores = clip.texts([text for pair in pairs for text in pair.texts]) @ clip.images(_prepared(clip, pairs)).T
+    image, text = scores.argmax(1) == owner, owner[scores.argmax(0)] == torch.arange(len(pairs))
+    return 100 * image.float().mean().item(), 100 * text.float().mean().item()
+
+
+def _prepared(clip: ClipWithAdapters, pairs: Sequence[Pair]) -> Tensor:
+    return torch.stack([clip.transform(pair.image) for pair in pairs])

@@ -1,0 +1,177 @@
+"""What the trainer writes against training by hand (`by_hand`): each setting of a recipe does what the paper says."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from by_hand import ClipWithAdapters, Pair, Weights, accuracy_by_hand, recall_by_hand, train_by_hand
+from PIL import Image
+from short_run import rows, short_run
+
+from radapter_serve.adapter import load_adapter
+from radapter_serve.evaluation.results import Results
+from radapter_serve.evaluation.run import choose_alpha
+from radapter_serve.evaluation.torch_embedder import from_adapter
+from radapter_serve.training import Recipe, train
+
+CLASSES = ["bird", "fish", "snake"]
+TEMPLATES = ["a photo of a {}.", "{}", "the drawing of one {}", "many a {} here"]
+# every one large enough to be seen in a few steps
+FIELDS: dict[str, Any] = {
+    "batch_size": 4, "steps": 7, "warmup_steps": 3, "learning_rate": 1e-2, "min_learning_rate": 4e-3,
+    "weight_decay": 5.0, "momentum": 0.8, "drop": 0.4, "epsilon": 0.1, "delta": 0.1, "grad_clip": 1.5,
+    "crop_scale": 0.5, "seed": 5, "save_every": None,
+}  # fmt: skip
+
+
+def picture(generator: np.random.Generator) -> Image.Image:
+    """44 by 36 pixels of coarse noise, in which left and right differ."""
+    return Image.fromarray(generator.integers(0, 255, (9, 11, 3), dtype=np.uint8)).resize(
+        (44, 36), Image.Resampling.BOX
+    )
+
+
+def prompts(name: str) -> list[str]:
+    return [template.replace("{}", name) for template in TEMPLATES]
+
+
+def labelled(folder: Path, count: int, seed: int) -> tuple[str, list[Pair]]:
+    """A table of images with labels, and the same as pairs."""
+    generator, table, pairs = np.random.default_rng(seed), [], []
+    folder.mkdir()
+    for number in range(count):
+        image, label = picture(generator), number * 2 % 3
+        image.save(folder / f"{number}.png")
+        table.append((f"{number}.png", CLASSES[label]))
+        pairs.append(Pair(image, label, prompts(CLASSES[label])))
+    pd.DataFrame(table, columns=["image", "label"]).to_csv(folder / "rows.csv", index=False)
+    return f"csv:{folder}/rows.csv", pairs
+
+
+def captioned(folder: Path, count: int, seed: int) -> tuple[str, list[Pair]]:
+    """A table of images with two or three captions each, one a row, and the images with all of theirs as pairs."""
+    generator, table, pairs = np.random.default_rng(seed), [], []
+    folder.mkdir()
+    for number in range(count):
+        image, captions = picture(generator), [f"picture {number} in way {way}" for way in range(2 + number % 2)]
+        image.save(folder / f"{number}.png")
+        table += [(f"{number}.png", caption) for caption in captions]
+        pairs.append(Pair(image, number, captions))
+    pd.DataFrame(table, columns=["image", "caption"]).to_csv(folder / "rows.csv", index=False)
+    return f"csv:{folder}/rows.csv", pairs
+
+
+def masked(folder: Path, count: int, padding: float, fill: tuple[int, ...]) -> tuple[str, list[Pair]]:
+    """Images with an ellipse of each class, and their crops as pairs: the box made square, all around it filled."""
+    generator, pairs = np.random.default_rng(4), []
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    (folder / "classes.txt").write_text("\n".join(CLASSES))
+    y, x = np.mgrid[:36, :44]
+    for number in range(count):
+        image, ids = picture(generator), np.full((36, 44), 255, np.uint8)
+        for label in range(3):
+            height, width = generator.integers(4, 16), generator.integers(4, 7)
+            ids[((y - 17) / height) ** 2 + ((x - 7 - 14 * label) / width) ** 2 < 1] = label
+        image.save(folder / "images" / f"{number}.png")
+        Image.fromarray(ids).save(folder / "masks" / f"{number}.png")
+        for label, name in enumerate(CLASSES):
+            inside = ids == label
+            ys, xs = np.nonzero(inside)
+            box = np.s_[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+            pixels = np.where(inside[..., None], np.asarray(image), np.uint8(fill))[box]
+            longer = max(pixels.shape[:2])
+            side = longer + 2 * round(padding * longer)
+            crop = np.full((side, side, 3), fill, np.uint8)
+            top, left = ((side - length + 1) // 2 for length in pixels.shape[:2])
+            crop[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+            pairs.append(Pair(Image.fromarray(crop), label, prompts(name)))
+    return f"masks:{folder}", pairs
+
+
+@pytest.fixture
+def recipe(tiny_clip_dir: str, tmp_path: Path) -> Recipe:
+    (tmp_path / "templates.txt").write_text("\n".join(TEMPLATES))
+    return short_run(tiny_clip_dir, tmp_path, templates=str(tmp_path / "templates.txt"), **FIELDS)
+
+
+def assert_same(found: Weights, expected: Weights) -> None:
+    """But for rounding, which decides the sign of the few steps whose gradient is next to nothing."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] - value).norm() < 5e-3 * value.norm(), name
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"flip": True, "bias_correction": True, "grad_clip": None}, {"accumulate": 2, "form": "weight"}]
+)
+def test_classification(recipe: Recipe, tmp_path: Path, change: dict[str, Any]) -> None:
+    data, pairs = labelled(tmp_path / "data", 11, seed=0)  # no multiple of the batch
+    recipe = dataclasses.replace(recipe, data=data, **change)
+    assert_same(load_adapter(train(recipe)).tensors, train_by_hand(recipe, pairs))
+
+
+def test_low_rank(recipe: Recipe, tmp_path: Path) -> None:
+    data, pairs = labelled(tmp_path / "data", 11, seed=0)
+    recipe = dataclasses.replace(recipe, data=data, rank=3)
+    still = {"learning_rate": 1e-20, "min_learning_rate": 0.0, "steps": 1, "warmup_steps": 0, "out": tmp_path / "start"}
+    start = load_adapter(train(dataclasses.replace(recipe, **still))).tensors
+    assert all(value.any() == name.endswith(".down") for name, value in start.items() if not name.endswith(".up"))
+    assert_same(load_adapter(train(recipe)).tensors, train_by_hand(recipe, pairs, start))
+
+
+@pytest.mark.parametrize("captions_per_image", [1, 2])
+def test_retrieval(recipe: Recipe, tmp_path: Path, captions_per_image: int) -> None:
+    data, pairs = captioned(tmp_path / "data", 6, seed=1)
+    recipe = dataclasses.replace(
+        recipe, task="retrieval", data=data, captions_per_image=captions_per_image, templates="simple"
+    )
+    if captions_per_image == 1:  # each caption comes by itself, with its image
+        pairs = [Pair(pair.image, pair.label, [caption]) for pair in pairs for caption in pair.texts]
+    assert_same(load_adapter(train(recipe)).tensors, train_by_hand(recipe, pairs))
+
+
+def test_segmentation(recipe: Recipe, tmp_path: Path) -> None:
+    data, pairs = masked(tmp_path / "data", 4, padding=0.2, fill=(122, 117, 105))  # the mean of the tiny CLIP
+    recipe = dataclasses.replace(recipe, task="segmentation", data=data, mask_padding=0.2, mask_min_area=1)
+    assert_same(load_adapter(train(recipe)).tensors, train_by_hand(recipe, pairs))
+
+
+def test_validation_on_the_way_and_the_choice_of_alpha(recipe: Recipe, tmp_path: Path) -> None:
+    data, pairs = labelled(tmp_path / "data", 11, seed=0)
+    val_data, val = labelled(tmp_path / "val", 45, seed=2)
+    recipe = dataclasses.replace(recipe, data=data, val_data=val_data, validate_every=3, alpha=0.6)
+    seen: dict[int, Weights] = {}
+    out = train(recipe)
+    assert_same(load_adapter(out).tensors, train_by_hand(recipe, pairs, see=seen.__setitem__))
+    classes = [prompts(name) for name in CLASSES]
+    scores = {}
+    for row in (row for row in rows(out) if "acc1@alpha=1" in row):
+        clip = ClipWithAdapters(recipe.architecture, seen[row["step"]])
+        scores = {alpha: accuracy_by_hand(clip, alpha, val, classes) for alpha in (0.0, 0.3, 0.6, 1.0)}
+        found = {name: value for name, value in row.items() if name != "step"}
+        assert found == pytest.approx({"acc1@alpha=0.6": scores[0.6], "acc1@alpha=1": scores[1.0]}, abs=0.01), row
+    embedder = from_adapter(out, list(scores))
+    choice, _ = choose_alpha(embedder, out, None, Results(tmp_path / "results"))
+    embedder.close()
+    assert {point["alpha"]: point["score"] for point in choice.curve} == pytest.approx(scores, abs=0.01)
+    assert choice.alpha == min(alpha for alpha, score in scores.items() if score == max(scores.values()))
+
+
+def test_validation_by_captions(recipe: Recipe, tmp_path: Path) -> None:
+    data, pairs = captioned(tmp_path / "data", 16, seed=1)
+    recipe = dataclasses.replace(
+        recipe, task="retrieval", data=data, val_data=data, alpha=0.6, templates="simple", steps=24, weight_decay=0.0
+    )
+    adapter = load_adapter(train(recipe))
+    clip = ClipWithAdapters(recipe.architecture, adapter.tensors)
+    expected = {}
+    for alpha in (0.6, 1.0):
+        for way, recall in zip(("image", "text"), recall_by_hand(clip, alpha, pairs), strict=True):
+            expected[f"{way}_retrieval_recall@1@alpha={alpha:g}"] = recall
+    assert adapter.metadata.metrics == pytest.approx(expected, abs=0.01)
