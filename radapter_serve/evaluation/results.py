@@ -122,7 +122,9 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
     for column in ("model", "α"):
         out.add_column(column, justify="left" if column == "model" else "right")
     for name, row in sets.items():
-        out.add_column(f"{name}\n{metric_name(row['metric'])}, {row['shift']}\nn {row['n']}", justify="right")
+        out.add_column(
+            f"{name}\n{metric_name(row['metric'])}, {row['shift']}\nn {row['n']}", justify="right", overflow="fold"
+        )
     for names in means:
         shift, dense = sets[names[0]]["shift"], sets[names[0]].get("dense")
         out.add_column(f"mean of\n{len(names)} {shift}\n{dense or ''}", justify="right")
@@ -153,7 +155,7 @@ def _kind(row: Row) -> tuple[Any, ...]:
 def _figure(row: Row) -> str:
     figure = f"{100 * row['metrics'][row['metric']]:.2f}"
     interval = row.get("intervals", {}).get(row["metric"])
-    return f"{figure}\n{100 * interval[0]:.1f}–{100 * interval[1]:.1f}" if interval else figure
+    return f"{figure}\n{100 * interval[0]:.1f} – {100 * interval[1]:.1f}" if interval else figure
 
 
 def prompts(rows: Sequence[Row]) -> list[str]:
@@ -170,18 +172,19 @@ def prompts(rows: Sequence[Row]) -> list[str]:
 
 
 def warnings(rows: Sequence[Row]) -> list[str]:
-    """A line for each data set with labels that a model can't tell apart."""
-    found: dict[str, tuple[int, list[Any]]] = {}
+    """A line for each list of labels that a model can't tell apart, with the data sets and the models."""
+    found: dict[tuple[tuple[str, str], ...], tuple[dict[str, None], dict[str, None]]] = {}
     for row in rows:
-        if alike := row.get("indistinguishable"):
-            count, most = found.get(row["dataset"], (0, []))
-            found[row["dataset"]] = count + 1, max(most, alike, key=len)
+        if row.get("indistinguishable"):
+            sets, models = found.setdefault(tuple((a, b) for a, b in row["indistinguishable"]), ({}, {}))
+            sets[row["dataset"]] = None
+            models[row["source"] if row["alpha"] is None else f"{row['source']} at alpha {row['alpha']:g}"] = None
     return [
-        f"{name}: warning: the text tower can't tell apart "
+        f"{', '.join(sets)}: warning: {', '.join(models)} can't tell apart "
         + ", ".join(f"{one!r} and {other!r}" for one, other in alike[:5])
         + (f" and {len(alike) - 5} pairs more" if len(alike) > 5 else "")
-        + f" (cosine above {SAME}, {count} model{'s' if count > 1 else ''}): their scores are ties, and the first wins"
-        for name, (count, alike) in found.items()
+        + f" (cosine of the texts above {SAME}): their scores are ties, and the first label wins"
+        for alike, (sets, models) in found.items()
     ]
 
 

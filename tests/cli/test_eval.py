@@ -88,7 +88,7 @@ def test_a_sweep_writes_rows_a_table_and_pictures(here: Path, capfd: pytest.Capt
         assert isinstance(row["runtime"], float)
         figures: Any = row
         low, high = figures["intervals"]["acc1"]
-        assert low < figures["metrics"]["acc1"] < high and f"{100 * low:.1f}–{100 * high:.1f}" in out
+        assert low < figures["metrics"]["acc1"] < high and f"{100 * low:.1f} – {100 * high:.1f}" in out
         assert [of["class"] for of in figures["per_class"]] == CLASSES
         right = sum(line[i] for i, line in enumerate(figures["confusion"]))
         assert right / 12 == figures["metrics"]["acc1"] == sum(of["recall"] for of in figures["per_class"]) / 3
@@ -153,7 +153,7 @@ def test_labels_that_are_alike_are_named(here: Path, capfd: pytest.CaptureFixtur
     for _ in range(2):  # and where the row is there already
         assert main([*COMMON, "--alpha", "0", "1", "--resume"]) == 0
         err = capfd.readouterr().err
-        assert "plain: warning: the text tower can't tell apart 'a cat' and 'A  CAT' (" in err and "2 models" in err
+        assert "plain: warning: adapter at alpha 0, adapter at alpha 1 can't tell apart 'a cat' and 'A  CAT' (" in err
         assert err.count("\n") == 1
 
 
