@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,3 +41,27 @@ def swap_in(staged: Path, folder: Path, old: Path) -> None:
         folder.rename(old)
     staged.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+# Triton's model processes read file names as ASCII, and no variable changes that (the interpreter in them is started
+# without the locale and without PYTHONUTF8). Python keeps other letters as surrogates there, which only its own
+# functions for files understand. Everywhere else these three change nothing.
+
+
+def as_text(name: str) -> str:
+    """A file's name, as the functions for files have it, as text that can be shown and compared."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def as_name(text: str) -> str:
+    """Text as the functions for files want a name."""
+    return os.fsdecode(text.encode())
+
+
+def ascii_path(folder: Path) -> Path:
+    """A folder for a library that is not Python's: where it couldn't read the path, a link to it."""
+    if str(folder).isascii() or sys.getfilesystemencoding() == "utf-8":
+        return folder
+    link = Path(tempfile.mkdtemp(), "link")
+    link.symlink_to(folder)
+    return link

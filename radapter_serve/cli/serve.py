@@ -36,7 +36,7 @@ def serve(
     """Serve a model repository, made by radapter-export, until Ctrl-C. A new export is served after a restart.
 
     Args:
-        model_repository: folder to serve.
+        model_repository: folder to serve; --model-repository PATH says the same.
         host: address or name to listen on; anything but loopback lets others in, and Triton asks nobody for a password.
         http_port: port of the HTTP endpoint.
         grpc_port: port of the gRPC endpoint.
@@ -44,7 +44,7 @@ def serve(
         indexes: folder of the indexes that radapter-index makes; a new or replaced one is served at once.
         runtime: what runs the encoders, once it is checked against torch's embeddings; auto takes the fastest on this
             machine; as exported if none is given.
-        threads: that compute in an encoder, shared by its instances; one a core if none is given.
+        threads: how many threads compute in an encoder, shared by its instances; one a core if none is given.
         timeout: seconds to wait until all models are ready.
         verbose: show Triton's own messages.
     """
@@ -88,7 +88,10 @@ def serve(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `radapter-serve`."""
-    return run(serve, argv, prog=PROG)
+    given = list(sys.argv[1:] if argv is None else argv)
+    # Other commands name the repository by a flag, and so may who starts a server.
+    given = [one.removeprefix("--model-repository=") for one in given if one != "--model-repository"]
+    return run(serve, given, prog=PROG)
 
 
 def _show(server: TritonServer) -> None:
@@ -136,7 +139,8 @@ def curl(url: str) -> str:
     }
     before, after = json.dumps(body).split("IMAGE")
     image = "base64 < cat.jpg | tr -d '\\n'"
-    send = f"curl {url}/v2/models/classify/infer --data-binary @-"
+    # With curl's own content type a body of 4 MiB and more ends tritonserver.
+    send = f"curl {url}/v2/models/classify/infer -H 'Content-Type: application/json' --data-binary @-"
     return f"(printf '{before}'; {image}; printf '{after}') | \\\n  {send}"
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.inputs.errors import INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
+from radapter_serve.files import as_text, ascii_path
+from radapter_serve.index.condition import check_condition
+from radapter_serve.inputs.errors import INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError, public
 
 FORMAT = 2  # 1 says "engine" for "search", and can be read
 FACTS, TABLE = "index.json", "images"
@@ -29,15 +32,6 @@ NAME = r"\w[\w.-]*"  # of an index, by which clients search it
 #: up to so many images a search compares every embedding; above, LanceDB's approximate index chooses some
 EXACT = 100_000
 MAX_TOP_K = 1000
-MAX_CONDITION = 2000  # characters
-MAX_OPERATORS = 300  # with names and brackets: deeper conditions overflow LanceDB's stack and end the process
-_FUNCTIONS = ("cast", "coalesce", "length", "lower", "upper")
-_BEFORE_BRACKET = ("and", "or", "not", "in", *_FUNCTIONS)
-_SQL = re.compile(
-    r"""\s+ | (?P<text>'(?:[^']|'')*') | (?P<name>`[^`]+` | "[^"]+") | (?P<number>\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)
-    | (?P<word>[^\W\d]\w*) | (?P<open>\() | (?P<sign><=|>=|<>|!=|[=<>+\-*/%,)])""",
-    re.VERBOSE,
-)
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ class Index:
         except ModuleNotFoundError:
             raise RAdapterError("lancedb is not installed; pip install 'radapter-serve[server]'") from None
         with table_errors(self.folder):
-            self.table = lancedb.connect(self.folder).open_table(TABLE)
+            self.table = lancedb.connect(ascii_path(self.folder)).open_table(TABLE)
             self.table.checkout(self.facts["search"]["table_version"])
             self.columns: list[str] = self.facts["columns"]
 
@@ -105,7 +99,7 @@ class Index:
         condition = check_condition(where) if where and where.strip() else None
         columns = [*self.columns, *(["thumbnail"] if thumbnails else [])]
         find = self._approximate if "index" in self.facts["search"] else self._exact
-        with _search_errors(self.folder.name, where, self.columns):
+        with _search_errors(as_text(self.folder.name), where, self.columns):
             hits = [_hit(row, score) for row, score in find(embedding, top_k, condition, columns)]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))
 
@@ -209,39 +203,6 @@ def mismatch(facts: Mapping[str, Any], release: Mapping[str, Any]) -> str:
     return f"is of another release ({made} then; this is {now}), so their embeddings can't be compared"
 
 
-def check_condition(where: str) -> str:
-    """Refuse a condition that does more than compare columns, before it is run.
-
-    Raises:
-        TaskError: the condition is too long, or has something in it that no comparison needs.
-    """
-    if len(where) > MAX_CONDITION:
-        raise TaskError(INVALID_ARGUMENT, f"where has {len(where)} characters; at most {MAX_CONDITION} are allowed")
-    place, last, operators = 0, "", 0
-    while place < len(where):
-        found = _SQL.match(where, place)
-        if found is None:
-            raise TaskError(INVALID_ARGUMENT, f"where has {where[place]!r} at character {place + 1}; {_ALLOWED}")
-        if found["open"] and re.search(r"[\w`\"']$", last) and last not in _BEFORE_BRACKET:
-            raise TaskError(INVALID_ARGUMENT, f"where calls {last}(); functions: {', '.join(_FUNCTIONS)}")
-        if not found[0].isspace():
-            last = (found["word"] or found["name"] or found[0]).lower()
-        if found["word"] and last in ("select", "from"):
-            raise TaskError(INVALID_ARGUMENT, f"where has {found[0]!r}, and takes no query; {_ALLOWED}")
-        operators += not (found[0].isspace() or found["text"] or found["number"] or found[0] == ",")
-        place = found.end()
-    if operators > MAX_OPERATORS:
-        raise TaskError(
-            INVALID_ARGUMENT,
-            f"where has {operators} operators, names and brackets; at most {MAX_OPERATORS} are allowed: write a list "
-            "as path IN ('a.jpg', 'b.jpg')",
-        )
-    return where
-
-
-_ALLOWED = "allowed is a condition such as year > 2020 AND (path LIKE 'cats/%' OR `file name` = 'it''s')"
-
-
 @contextlib.contextmanager
 def table_errors(folder: Path) -> Iterator[None]:
     """Turn LanceDB's errors, which have no common base, into one for people."""
@@ -261,12 +222,14 @@ def _search_errors(name: str, where: str | None, columns: Sequence[str]) -> Iter
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of LanceDB's is no Exception
+        why = public(_short(error))
         if where is None:
+            print(f"the index {name} can't be searched: {error}", file=sys.stderr)
             raise TaskError(
-                UNKNOWN_INDEX, f"the index {name!r} can't be searched: {_short(error)}; see radapter-index verify"
-            ) from error
+                UNKNOWN_INDEX, f"the index {name} can't be searched ({why}); see radapter-index verify"
+            ) from None
         raise TaskError(
-            INVALID_ARGUMENT, f"where {where!r:.200} fails: {_short(error)}; the columns: {', '.join(columns)}"
+            INVALID_ARGUMENT, f"where {where!r:.200} fails: {why}; the columns: {', '.join(columns)}"
         ) from None
 
 

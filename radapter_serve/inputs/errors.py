@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from radapter_serve.errors import RAdapterError
 
 # The codes are part of the interface: clients tell errors apart by them.
@@ -16,6 +18,9 @@ INDEX_MISMATCH = "index_mismatch"
 ENCODER_FAILED = "encoder_failed"
 CANCELLED = "cancelled"
 INTERNAL_ERROR = "internal_error"
+SERVER_STOPPING = "server_stopping"
+
+_PRIVATE = re.compile(r"['\"]?(?<![\w.])/\S+|\S*radapter_serve_\w+\S*")
 
 
 class TaskError(RAdapterError):
@@ -30,3 +35,8 @@ class TaskError(RAdapterError):
         super().__init__(f"[{code}] {message}")
         self.code = code
         self.message = message
+
+
+def public(message: str) -> str:
+    """What callers may read of an error's message: its first line, without paths and names of shared memory."""
+    return _PRIVATE.sub("...", message.strip().partition("\n")[0])

@@ -138,6 +138,10 @@ class ServedEncoder:
         config.CopyFrom(self.config)
         if runtime != self.runtime:  # else what its owner may have changed stays, such as KIND_CPU
             configure(config, runtime, self.precision, int(self.facts["max_batch_size"]))
+        if all(dim == -1 for tensor in config.input for dim in tensor.dims):
+            # Where no size tells Triton that an empty batch is none, it takes the request and never answers it. Without
+            # batches of Triton's the encoder gets to see it; the tasks make the batches of texts anyway.
+            _batch(config, 0)
         if (name := RUNTIMES[runtime].threads) and threads:
             config.parameters[name].string_value = str(threads)
         return str(text_format.MessageToString(config))

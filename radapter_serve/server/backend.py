@@ -18,9 +18,9 @@ import numpy as np
 import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
-from radapter_serve.inputs.errors import ENCODER_FAILED, INVALID_ARGUMENT, TaskError
+from radapter_serve.inputs.errors import ENCODER_FAILED, INVALID_ARGUMENT, TaskError, public
 from radapter_serve.tasks.outcome import Outcome
-from radapter_serve.tasks.responses import answer, need, public
+from radapter_serve.tasks.responses import answer, need
 
 Feed = dict[str, NDArray[Any]]
 

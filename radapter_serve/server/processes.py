@@ -36,10 +36,15 @@ def shm_prefix(folder: Path) -> str:
     return folder.name.replace("-", "_") + "_"
 
 
-def remove(folder: Path) -> None:
-    """Remove a server's folder and what it left in /dev/shm."""
+def hide_shared_memory(folder: Path) -> None:
+    """Remove the names of a server's files in /dev/shm: its processes keep them open, and nobody else can open them."""
     for file in Path("/dev/shm").glob(f"{shm_prefix(folder)}*"):
         file.unlink(missing_ok=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove a server's folder and what it left in /dev/shm."""
+    hide_shared_memory(folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -8,6 +8,7 @@ import ipaddress
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -26,11 +27,23 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.repository import AUTO, RUNTIMES, TENSORRT, encoders_of
 from radapter_serve.runtimes.tensorrt.plan import Sidecar, check_plan
 from radapter_serve.server.installation import Installation, find_tritonserver
-from radapter_serve.server.processes import FOLDER_PREFIX, children, remove, remove_leftovers, shm_prefix, undisturbed
+from radapter_serve.server.processes import (
+    FOLDER_PREFIX,
+    children,
+    hide_shared_memory,
+    remove,
+    remove_leftovers,
+    shm_prefix,
+    undisturbed,
+)
 from radapter_serve.server.runtime_choice import Measured, check, fastest, measure
 from radapter_serve.threads import environment, share, total
 
 _EXIT_TIMEOUT = 5
+# What a caller could read or change the server's memory, files and log by; open to who sends the secret of this server.
+_RESTRICTED = "shared-memory,model-repository,trace,logging"
+_RESTRICTING = ("http-restricted-api", "grpc-restricted-protocol")
+_KEY = "radapter-secret"
 # Runs the server so that it ends when the process (more exactly: the thread) that started it is killed.
 _LAUNCHER = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 
@@ -122,6 +135,7 @@ class TritonServer:
         self._dead: set[int] = set()
         self._stubs: dict[int, str] = {}
         self._runtime, self.threads = runtime, threads or total()
+        self._secret = secrets.token_hex(32)
         self.measured: list[Measured] = []
         self._plans: list[Sidecar] = []
         self.models: dict[str, list[int]] = {}
@@ -169,11 +183,18 @@ class TritonServer:
         configs = self._configure(installation, progress)
         progress(f"starting tritonserver for {self.model_repository}")
         try:
-            self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
-            self._lock = os.open(self._folder, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-            self._launch(installation, self._folder, configs)
+            try:
+                self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+                self._lock = os.open(self._folder, os.O_RDONLY)
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+                self._launch(installation, self._folder, configs)
+            except OSError as error:
+                why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
+                raise RAdapterError(
+                    f"cannot write into {tempfile.gettempdir()}: {why}; free some space, or set TMPDIR to another"
+                ) from None
             self._wait_until_ready()
+            hide_shared_memory(self._folder)
             self.models = self._served()
             self.check()
         except BaseException:
@@ -198,6 +219,11 @@ class TritonServer:
             RAdapterError: the server, or the process of one of its models, is gone.
         """
         process = self._process
+        if process is not None and process.poll() == -signal.SIGSEGV:
+            raise RAdapterError(
+                "tritonserver ended by a segmentation fault, as a request of 4 MiB and more causes without the header "
+                "Content-Type: application/json; start it again: radapter-serve"
+            )
         if process is None or process.poll() is not None:
             raise RAdapterError(f"tritonserver ended by itself: {self._reason()}")
         found = children(process.pid)
@@ -312,6 +338,7 @@ class TritonServer:
             f"--grpc-port={self.grpc_port}",
             f"--metrics-port={self.metrics_port}",
             "--model-control-mode=none",  # explicit takes models, and with them code, from whoever asks
+            *(f"--{flag}={_RESTRICTED}:{_KEY}={self._secret}" for flag in _RESTRICTING),
             "--disable-auto-complete-config",  # configs of an export are complete; this halves the start
             f"--exit-timeout-secs={_EXIT_TIMEOUT}",
             f"--backend-config=python,shm-region-prefix-name={shm_prefix(folder)}",
@@ -351,7 +378,8 @@ class TritonServer:
 
     def _served(self) -> dict[str, list[int]]:
         """What the server itself says it serves: a config may leave versions of the folder out."""
-        request = urllib.request.Request(f"{self.http_url}/v2/repository/index", b'{"ready": true}', method="POST")
+        url, headers = f"{self.http_url}/v2/repository/index", {_KEY: self._secret}
+        request = urllib.request.Request(url, b'{"ready": true}', headers)
         with _OPENER.open(request, timeout=10) as response:
             models: dict[str, list[int]] = {}
             for entry in json.load(response):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from radapter_serve.files import as_text
 from radapter_serve.inputs.alpha import Alpha, Dial, Encode
 from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
 from radapter_serve.inputs.labels import LabelEmbedder, LabelSet, check_length, embed_texts
@@ -211,7 +212,7 @@ class Classify:
 
 def load_label_sets(folder: str | Path) -> dict[str, LabelSet]:
     """All `NAME.npz` of a folder by name; none if there is no such folder."""
-    return {path.stem: LabelSet.load(path) for path in sorted(Path(folder).glob("*.npz"))}
+    return {as_text(path.stem): LabelSet.load(path) for path in sorted(Path(folder).glob("*.npz"))}
 
 
 def _given(alphas: Sequence[ArrayLike | None] | None, requests: Sequence[Any]) -> Sequence[ArrayLike | None]:

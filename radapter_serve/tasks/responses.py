@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -10,12 +9,18 @@ from typing import Any, TypeVar
 import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
-from radapter_serve.inputs.errors import CANCELLED, ENCODER_FAILED, INTERNAL_ERROR, INVALID_ARGUMENT, TaskError
+from radapter_serve.inputs.errors import (
+    CANCELLED,
+    ENCODER_FAILED,
+    INTERNAL_ERROR,
+    INVALID_ARGUMENT,
+    SERVER_STOPPING,
+    TaskError,
+)
 from radapter_serve.tasks.outcome import Outcome, isolated
 
 T = TypeVar("T")
 A = TypeVar("A")
-_PRIVATE = re.compile(r"['\"]?(?<![\w.])/\S+|\S*radapter_serve_\w+\S*")  # paths, and names of shared memory
 
 
 def read(request: Any, name: str) -> Any:
@@ -60,15 +65,14 @@ def each(task: Callable[[T], A]) -> Callable[[Sequence[T]], list[Outcome[A]]]:
     return lambda requests: [Outcome.of(partial(task, request)) for request in requests]
 
 
-def public(message: str) -> str:
-    """What callers may read of an error's message: its first line, without paths and names of shared memory."""
-    return _PRIVATE.sub("...", message.strip().partition("\n")[0])
-
-
 def _response(outcome: Outcome[dict[str, NDArray[Any]]]) -> Any:
     if (error := outcome.error) is None:
         return pb.InferenceResponse([pb.Tensor(name, array) for name, array in outcome.unwrap().items()])
-    internal = pb.TritonError.INTERNAL
-    codes = {ENCODER_FAILED: internal, INTERNAL_ERROR: internal, CANCELLED: pb.TritonError.CANCELLED}
-    code = codes.get(error.code, pb.TritonError.INVALID_ARG)
+    kinds = {
+        ENCODER_FAILED: pb.TritonError.INTERNAL,
+        INTERNAL_ERROR: pb.TritonError.INTERNAL,
+        CANCELLED: pb.TritonError.CANCELLED,
+        SERVER_STOPPING: pb.TritonError.UNAVAILABLE,
+    }
+    code = kinds.get(error.code, pb.TritonError.INVALID_ARG)
     return pb.InferenceResponse(error=pb.TritonError(str(error), code))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import as_name, as_text
 from radapter_serve.index.index import FACTS, NAME, Index, mismatch
 from radapter_serve.inputs.alpha import Dial
 from radapter_serve.inputs.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
@@ -122,7 +124,7 @@ class Retrieve:
         """
         if not re.fullmatch(NAME, name):
             raise TaskError(UNKNOWN_INDEX, f"{name!r:.80} is no name of an index; there are: {self._known()}")
-        folder = self._folder / name
+        folder = self._folder / as_name(name)
         try:
             state = (folder / FACTS).stat()
         except OSError:
@@ -135,21 +137,19 @@ class Retrieve:
                 try:
                     found = self._open[name] = key, Index(folder)
                 except RAdapterError as error:
-                    raise TaskError(
-                        UNKNOWN_INDEX, f"the index {name!r} can't be read; see radapter-index verify"
-                    ) from error
+                    print(error, file=sys.stderr)
+                    why = f"the index {name!r} can't be opened; the server's log says why"
+                    raise TaskError(UNKNOWN_INDEX, why) from None
         index = found[1]
         at = {"alpha": index.facts["release"]["alpha"]} if self._dial.dynamic else {}
         if index.facts["release_digest"] != release_digest({**self._release, **at}):
-            raise TaskError(
-                INDEX_MISMATCH,
-                f"the index {name!r} {mismatch(index.facts, self._release)}; build it again with radapter-index build",
-            )
+            why = f"the index {name!r} {mismatch(index.facts, self._release)}"
+            raise TaskError(INDEX_MISMATCH, f"{why}; build it again on the server with radapter-index build")
         return index
 
     def _known(self) -> str:
-        names = sorted(path.parent.name for path in self._folder.glob(f"*/{FACTS}") if path.parent.name[0] != ".")
-        return ", ".join(names) or "none (make one with radapter-index build PHOTOS --out indexes/NAME)"
+        names = sorted(as_text(path.parent.name) for path in self._folder.glob(f"*/{FACTS}"))
+        return ", ".join(name for name in names if name[0] != ".") or "none (radapter-index build makes them)"
 
 
 def _text(value: bytes, what: str) -> str:

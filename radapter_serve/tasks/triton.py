@@ -12,12 +12,11 @@ import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
 from radapter_serve.inputs.alpha import Alpha
-from radapter_serve.inputs.errors import ENCODER_FAILED, TaskError
+from radapter_serve.inputs.errors import ENCODER_FAILED, SERVER_STOPPING, TaskError, public
 from radapter_serve.inputs.labels import LabelEmbedder
 from radapter_serve.inputs.tokenizer import Tokenizer
 from radapter_serve.release.facts import read_release
 from radapter_serve.tasks.classify import EmbedImages
-from radapter_serve.tasks.responses import public
 from radapter_serve.threads import decoders
 
 
@@ -80,6 +79,8 @@ class Version:
             message = response.error().message()
             if said := re.fullmatch(r"\[(\w+)\] (.*)", message, re.DOTALL):  # a task's own error
                 raise TaskError(said[1], said[2])
+            if re.search("Server not ready|has stopped accepting|no available versions", message):
+                raise TaskError(SERVER_STOPPING, "the server is stopping; ask again when it is back")
             print(f"{model} version {self._number} failed: {message}", file=sys.stderr)
             raise TaskError(ENCODER_FAILED, f"{model} version {self._number} failed: {public(message)}")
         return np.array(pb.get_output_tensor_by_name(response, target).as_numpy(), np.float32)

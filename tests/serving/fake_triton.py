@@ -24,7 +24,7 @@ class Tensor:
 
 
 class TritonError(str):
-    INTERNAL, INVALID_ARG, CANCELLED = "INTERNAL", "INVALID_ARG", "CANCELLED"
+    INTERNAL, INVALID_ARG, CANCELLED, UNAVAILABLE = "INTERNAL", "INVALID_ARG", "CANCELLED", "UNAVAILABLE"
 
     def __new__(cls, text: str, code: str) -> TritonError:
         self = super().__new__(cls, text)

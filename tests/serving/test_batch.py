@@ -177,6 +177,10 @@ def grey_png() -> bytes:
             "Failed to increase the shared memory pool size for key ... to 9 bytes.",
         ),
         ("no /home/me/file.onnx here", "[encoder_failed] image_encoder version 2 failed: no ... here"),
+        (
+            "Model image_encoder - Error when running inference: Server not ready",
+            "[server_stopping] the server is stopping; ask again when it is back",
+        ),
         ("[invalid_image] 3 bytes are no image", "[invalid_image] 3 bytes are no image"),
     ],
 )

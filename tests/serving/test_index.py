@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from pyarrow import parquet
@@ -27,7 +29,8 @@ from radapter_serve.index import build as indexing
 from radapter_serve.index import recall
 from radapter_serve.index import writer as index_writer
 from radapter_serve.index.build import add, build, verify
-from radapter_serve.index.index import FACTS, Index, check_condition
+from radapter_serve.index.condition import check_condition
+from radapter_serve.index.index import FACTS, Index
 from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
 from radapter_serve.inputs.preprocess import Preprocess, decode
 from radapter_serve.lock import lock
@@ -156,6 +159,9 @@ def test_columns_of_tables_are_metadata_and_conditions(photos: Path, tmp_path: P
     assert found("`File Name` = 'it''s'") == found("lower(path) LIKE '%/A.jpg' OR year < 2000") == {"photos/a.jpg"}
     assert found("day >= timestamp '1970-01-01 00:00:01'") == {"photos/it's.png", "photos/Ünïcode 猫.webp"}
     assert found("width > 1000") == set()
+    assert found("cast(year as string) = '1999' and year not in (1, 2) and path ilike 'PHOTOS/%'") == {"photos/a.jpg"}
+    assert found("day < timestamp '1970-01-01 00:00:01' and score % 1 = 0.5") == {"photos/a.jpg"}
+    assert found("\"File Name\" = 'b'") == {"photos/it's.png"}
 
 
 @pytest.mark.parametrize(
@@ -193,17 +199,79 @@ def test_a_bad_condition_is_refused_with_the_columns(
     assert len(index.search(query, 3, "width = 40")) == 3
 
 
-@pytest.mark.parametrize("deep", ["width>" + "+".join(["1"] * 990), "(" * 400 + "width>1" + ")" * 400, "NOT " * 400])
-def test_a_condition_that_would_overflow_lancedbs_stack_is_refused(deep: str) -> None:
-    with pytest.raises(TaskError, match="at most 300") as error:
-        check_condition(deep)
-    assert error.value.code == INVALID_ARGUMENT
+def test_a_condition_that_would_overflow_lancedbs_stack_is_refused() -> None:
+    with pytest.raises(TaskError, match="at most 300"):
+        check_condition("width>" + "+".join(["1"] * 990))
     check_condition(f"path IN ({', '.join(['1'] * 600)})")
 
 
-def test_conditions_that_only_compare_are_let_through() -> None:
-    for where in ("a in (1, 2) AND NOT (b = 'x(y)')", "cast(a AS int) <= -1.5e3", "ö != 'select' OR `from` = 1"):
-        assert check_condition(where) == where
+@pytest.mark.parametrize(
+    "deep",
+    [
+        "cast(" * 22 + "width",
+        "(" * 400 + "width>1" + ")" * 400,
+        "(" * 11 + "width>1" + ")" * 11,
+        "NOT " * 11 + "width = 1",
+        "NOT " * 400 + "width = 1",
+        "- " * 11 + "1 = width",
+        "lower(" * 11 + "path" + ")" * 11 + " = 'x'",
+        "[" * 500,
+    ],
+)
+def test_what_is_nested_deeper_than_ten_is_refused_at_once(deep: str) -> None:
+    start = time.perf_counter()
+    with pytest.raises(TaskError, match="in each other; at most 10") as error:
+        check_condition(deep)
+    assert error.value.code == INVALID_ARGUMENT
+    assert time.perf_counter() - start < 1
+    check_condition("(" * 10 + "width>1" + ")" * 10)
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("a in (1, 2) AND NOT (b = 'x(y)')", "a IN (1, 2) AND NOT (b = 'x(y)')"),
+        ("cast(a AS int) <= -1.5e3", "CAST(a AS INT) <= -1.5e3"),
+        ("ö != 'select' OR `from` = 1", "ö <> 'select' OR `from` = 1"),
+        ('"two words" = \'it\'\'s\' -- why', "`two words` = 'it''s'"),
+        ("path LIKE 'a\\' OR path = ' OR 1=1 '", "path LIKE 'a\\' OR path = ' OR 1=1 '"),
+        ("path not like 'x!%' escape '!'", "path NOT LIKE 'x!%' ESCAPE '!'"),
+        ("day between date '2020-01-01' and timestamp '2021-01-01 00:00:00'",
+         "day BETWEEN CAST('2020-01-01' AS DATE) AND CAST('2021-01-01 00:00:00' AS TIMESTAMP)"),
+        ("coalesce(a, 1) % 2 + length(b) - 3 * 4 / 5 > 0 or c is not null",
+         "COALESCE(a, 1) % 2 + LENGTH(b) - 3 * 4 / 5 > 0 OR NOT c IS NULL"),
+    ],
+)  # fmt: skip
+def test_conditions_that_only_compare_are_let_through(where: str, expected: str) -> None:
+    assert check_condition(where) == expected
+    assert check_condition(expected) == expected
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        *("a.b = 1", "path = ?", "x = :p", "[a] = 1", "a ->> 'b' = 1", "a IN b; x", "a @> b", "a = current_date"),
+        *("CASE WHEN a THEN b END = 1", "* = 1", "x = ANY(y)"),
+    ],
+)
+def test_what_no_comparison_needs_is_refused(where: str) -> None:
+    with pytest.raises(TaskError, match="^.invalid_argument. where "):
+        check_condition(where)
+
+
+WORDS = ["cast(", "coalesce(", "lower(", "(", ")", "a", "path", ",", "'x'", "1", "AND", "OR", "NOT", "IN", "IS", "NULL",
+         "=", "<", "-", "*", "LIKE", "as", "int", "`", '"', "'", "--", "/*", "[", "{", "case", "when", "end", "select",
+         "struct(", "decimal(", "interval", "date"]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=1000)
+@given(st.text(max_size=2100) | st.lists(st.sampled_from(WORDS), max_size=500).map(" ".join)
+       | st.tuples(st.sampled_from(WORDS), st.integers(1, 2000)).map(lambda one: one[0] * one[1]))  # fmt: skip
+def test_any_condition_is_answered_soon_and_in_one_line(where: str) -> None:
+    try:
+        assert check_condition(where)
+    except TaskError as error:
+        assert error.code == INVALID_ARGUMENT and "\n" not in str(error)
 
 
 @pytest.mark.parametrize("top_k", [0, -1, 1001])
@@ -401,6 +469,19 @@ def test_a_build_that_is_interrupted_says_how_to_go_on(
     with pytest.raises(KeyboardInterrupt, match="what is embedded is kept: give the same command again to go on"):
         build(str(photos), tmp_path / "index", release, progress=interrupt)
     assert build(str(photos), tmp_path / "index", release).kept == 5
+
+
+@pytest.mark.parametrize("turns", [True, False])
+def test_an_addition_turns_images_as_the_build_did(turns: bool, photos: Path, tmp_path: Path) -> None:
+    build(str(photos), tmp_path / "index", FakeRelease(), exif_orientation=turns)
+    exif = Image.Exif()
+    exif[274] = 6
+    pixels = np.random.default_rng(9).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(photos / "new.png", exif=exif)
+    add(tmp_path / "index", FakeRelease())
+    (query,) = FakeRelease().encode_images([(np.rot90(pixels, -1) if turns else pixels).ravel() / 255 - 0.5])
+    (hit,) = Index(tmp_path / "index").search(query, 1, "path = 'new.png'")
+    assert hit.score == pytest.approx(1, abs=1e-5)
 
 
 def test_files_that_are_left_out_are_counted(photos: Path, tmp_path: Path, release: FakeRelease) -> None:

@@ -37,7 +37,7 @@ def served(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -
     for number in range(6):
         (folder / "photos" / f"{number}é.png").write_bytes(png(number, 50, 40))
     models = exported_tiny_clip / "model_repository"
-    with TritonServer(models, "127.0.0.1", *free_ports(), indexes=folder / "indexes") as server:
+    with TritonServer(models, "127.0.0.1", *free_ports(), indexes=folder / "Büro" / "indexes") as server:
         yield server, folder
 
 
@@ -57,7 +57,7 @@ def test_retrieve(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -
     for bad in ("../photos", "", ".", "a/b", ".photos.building"):
         with pytest.raises(InferenceServerException, match=r"\[unknown_index\]"):
             ask(server, text="a cat", index=bad)
-    build(str(folder / "photos"), folder / "indexes" / "photos", release)  # while the server runs
+    build(str(folder / "photos"), folder / "Büro" / "indexes" / "photos", release)  # while the server runs
     names = [f"{number}é.png" for number in range(6)]
     embeds = release.encode_images([release.prepare(png(number, 50, 40)) for number in range(6)])
     (query,) = release.embed_texts(["a cat"])
@@ -72,13 +72,20 @@ def test_retrieve(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -
     assert len(ask(server, image=png(3, 50, 40), index="photos")["id"]) == 6
     assert len(ask(server, text="a cat", index="photos", where="width > 1000")["id"]) == 0
 
-    arguments = ["build", str(folder / "photos"), "--out", str(folder / "indexes" / "by-url"), "--url", server.grpc_url]
+    arguments = [
+        "build",
+        str(folder / "photos"),
+        "--out",
+        str(folder / "Büro" / "indexes" / "by-url"),
+        "--url",
+        server.grpc_url,
+    ]
     assert main(arguments) == 0  # the server itself embeds
     found = ask(server, image=png(3, 50, 40), index="by-url", top_k=1)
     assert found["id"][0].decode() == "3é.png" and found["score"][0] > 0.9999
 
     (folder / "photos" / "new.png").write_bytes(png(99, 50, 40))
-    build(str(folder / "photos"), folder / "indexes" / "photos", release)  # replaced
+    build(str(folder / "photos"), folder / "Büro" / "indexes" / "photos", release)  # replaced
     assert ask(server, image=png(99, 50, 40), index="photos", top_k=1)["id"][0] == b"new.png"
 
     body: Any = {
@@ -93,16 +100,32 @@ def test_retrieve(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -
     assert status == 200
     values = {output["name"]: output["data"] for output in answer["outputs"]}
     assert len(values["id"]) == 2 and json.loads(values["metadata"][0])["path"] == values["id"][0]
-    shutil.rmtree(folder / "indexes" / "photos")
+    shutil.rmtree(folder / "Büro" / "indexes" / "photos")
     with pytest.raises(InferenceServerException, match=r"\[unknown_index\]"):
         ask(server, text="a cat", index="photos")
+
+
+def test_names_outside_ascii(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -> None:
+    server, folder = served
+    release = LocalRelease(exported_tiny_clip / "model_repository")
+    for name in ("Büro", "猫", "plain"):
+        build(str(folder / "photos"), folder / "Büro" / "indexes" / name, release)
+    for name in ("Büro", "猫", "plain"):
+        found = ask(server, image=png(3, 50, 40), index=name, top_k=1, where="path LIKE '%é.png'")
+        assert found["id"][0].decode() == "3é.png"
+    with pytest.raises(InferenceServerException, match="there are: Büro, .*猫$") as error:
+        ask(server, text="a cat", index="Küche")
+    assert str(folder) not in str(error.value)
+    body: Any = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a cat"]}]}
+    status, answer = post(server, "models/retrieve/infer", body)  # no index
+    assert (status, answer["error"]) == (400, "[invalid_argument] the input index is missing")
 
 
 def test_retrieve_refuses(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -> None:
     server, folder = served
     models = exported_tiny_clip / "model_repository"
-    build(str(folder / "photos"), folder / "indexes" / "good", LocalRelease(models))
-    build(str(folder / "photos"), folder / "indexes" / "other", LocalRelease(f"{models}@1"))
+    build(str(folder / "photos"), folder / "Büro" / "indexes" / "good", LocalRelease(models))
+    build(str(folder / "photos"), folder / "Büro" / "indexes" / "other", LocalRelease(f"{models}@1"))
     for match, inputs in (
         (r"\[index_mismatch\].*alpha 0\.3.*alpha 0\.8.*radapter-index build", {"text": "a", "index": "other"}),
         (r"\[invalid_argument\] where 'nosuch = 1'.*path", {"text": "a", "index": "good", "where": "nosuch = 1"}),
@@ -131,7 +154,7 @@ def test_the_printed_commands_serve_and_search(
         (tmp_path / "my photos" / f"{number}.png").write_bytes(png(number, 50, 40))
     (tmp_path / "my models").symlink_to(exported_tiny_clip / "model_repository")
     monkeypatch.chdir(tmp_path)
-    assert main(["build", "my photos", "--out", "my indexes/photos", "--model-repository", "my models@1"]) == 0
+    assert main(["build", "my photos", "--out", "my indexes/Büro", "--model-repository", "my models@1"]) == 0
     said = capsys.readouterr().out
     serve, search = (re.search(rf"{what} it: +(.*)", said)[1] for what in ("serve", "search"))  # type: ignore[index]
     http, grpc_port, metrics = free_ports()
@@ -146,6 +169,9 @@ def test_the_printed_commands_serve_and_search(
             found = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
             assert found.returncode == 0, found.stderr
             assert {json.loads(line)["id"] for line in found.stdout.splitlines()} == {"0.png", "1.png", "2.png"}
+            command = command.replace("Büro", "nosuch")
+            found = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+            assert found.returncode == 2 and "there are: Büro" in found.stderr
         finally:
             server.terminate()
             server.communicate()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from radapter_serve.cli.serve import main
+from radapter_serve.cli.serve import curl, main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server import installation, processes
 from radapter_serve.server import triton_server as module
@@ -56,6 +58,13 @@ def test_the_command_gives_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "none")]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("radapter-serve: error: the model repository ")
+
+
+def test_the_repository_by_position_and_by_flag(tmp_path, capsys):
+    none = str(tmp_path / "none")
+    for arguments in ([none], ["--model-repository", none], [f"--model-repository={none}"]):
+        assert main(arguments) == 2
+        assert f"the model repository {none} does not exist" in capsys.readouterr().err
 
 
 def test_numpy_2_and_python_313_are_refused(monkeypatch):
@@ -169,6 +178,29 @@ def test_what_a_killed_server_left_is_removed_and_no_more(tmp_path, monkeypatch)
         os.close(lock)
         for file in files:
             file.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")]),
+    ],
+)
+def test_a_full_disk_is_told_in_one_line(repository, tmp_path, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(Installation, "assemble", full)
+    monkeypatch.setattr(module, "find_tritonserver", lambda: Installation(Path("/bin/false"), our_backends()))
+    monkeypatch.setattr(processes.tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(RAdapterError, match=r"cannot write into .*: .*No space left on device.*; .*TMPDIR"):
+        TritonServer(repository, "127.0.0.1", *free_ports()).start()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_to_try_names_its_content_type():
+    assert "-H 'Content-Type: application/json'" in curl("http://localhost:8000")
 
 
 def test_a_log_that_cannot_be_written(repository, tmp_path, monkeypatch):
