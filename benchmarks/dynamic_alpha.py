@@ -58,9 +58,7 @@ def overhead(
         for size in batches:
             values, alpha = batch_of(base, case, size), np.full((size, 1), 0.5, np.float32)
             error = float(np.abs(candidates[FOLDED](values) - candidates[FULL](values, alpha)).max())
-            assert error < 1e-5, (
-                f"{case}, batch {size}: the graph with alpha is {error} from the fold"
-            )
+            assert error < 1e-5, f"{case}, batch {size}: the graph with alpha is {error} from the fold"
             say(f"{case}, batch {size}: {repeats} rounds")
             times = alternate(
                 {

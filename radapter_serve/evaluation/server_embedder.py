@@ -13,6 +13,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import SegmentImage, SegmentQuery, Variant, exported_way, release_variants
 from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.inputs.alpha import RequestAlpha
+from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.runtimes.served_release import connect
 
 
@@ -31,7 +32,7 @@ class ServerEmbedder:
         self._client, release = connect(url)
         self._facts = release.facts
         self.templates = release.templates
-        self.size = int(release.facts["preprocess"]["size"])
+        self.size, self.crop = int(release.facts["preprocess"]["size"]), MaskCrop.of_release(release.facts)
         self.exif_orientation = bool(release.facts["preprocess"].get("exif_orientation", True))
         self.variants = release_variants("server", release.facts, alphas)
         self._alpha: float | None = None

@@ -18,6 +18,7 @@ from radapter_serve.inputs.alpha import Alpha, Encode, RequestAlpha
 from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
 from radapter_serve.inputs.labels import LabelEmbedder, LabelSet, check_length, embed_texts
 from radapter_serve.inputs.preprocess import Preprocess, decode_into
+from radapter_serve.inputs.probabilities import class_probabilities
 from radapter_serve.inputs.tokenizer import Tokenizer
 from radapter_serve.tasks.label_source import LabelSource, strings
 from radapter_serve.tasks.outcome import Outcome
@@ -201,19 +202,12 @@ class Classify:
         else:
             cosines = [label_set.embeds @ embed for label_set, embed in zip(sets, embeds, strict=True)]
         for row, (cosine, label_set) in enumerate(zip(cosines, sets, strict=True)):
-            probabilities = self._probabilities(self._scale * cosine)
+            probabilities = class_probabilities(cosine, self._scale, self._bias)
             best = np.argpartition(-probabilities, k - 1)[:k]
             best = best[np.lexsort((best, -probabilities[best]))]
             labels[row] = [label_set.labels[index] for index in best]
             scores[row] = probabilities[best]
         return Classes(labels, scores)
-
-    def _probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Softmax over the labels; for a model trained with a sigmoid loss (it has a bias), each label's sigmoid."""
-        if self._bias is not None:
-            return np.asarray(1 / (1 + np.exp(-np.clip(logits + self._bias, -80, 80))), np.float32)
-        exponents = np.exp(logits - logits.max())
-        return np.asarray(exponents / exponents.sum(), np.float32)
 
 
 def load_label_sets(folder: str | Path) -> dict[str, LabelSet]:

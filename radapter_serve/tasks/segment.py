@@ -96,7 +96,7 @@ class Segment:
             request.cancelled,
         )
         segmented = _segment(segmenter, request, label_set.embeds, options)
-        extra = () if options.threshold is None else (BACKGROUND,)
+        extra = () if len(segmented.scores) == len(label_set.labels) else (BACKGROUND,)
         return Segments(segmented.mask, label_set.labels + extra, segmented.scores)
 
     def _segmenter(self, alpha: float | None) -> Segmenter:

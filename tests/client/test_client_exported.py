@@ -136,7 +136,7 @@ def test_segment_proposals(client: Client):
     whole = np.ones((1, 40, 40), bool)
     best = client.classify(image, LABELS, top_k=1)
     found = client.segment(image, LABELS, proposals=whole)
-    assert found.labels == ["cat", *LABELS[1:]]
+    assert found.labels == ["cat", *LABELS[1:], "background"]
     assert found.release == client.release().version
     assert found.labels[int(found.mask[0, 0])] == best.top and len(np.unique(found.mask)) == 1
     assert max(found.scores) == pytest.approx(best.scores[0], rel=1e-3)

@@ -38,6 +38,14 @@ def test_a_shift_counts_as_much_as_all_sets_in_distribution() -> None:
     assert choose(rows(a=("id", one), b=("id", two))).alpha == 1.0
 
 
+def test_dense_labels_and_proposals_are_no_mean() -> None:
+    mixed = rows(a=("id", {0.0: 0.5}), b=("id", {0.0: 0.9}))
+    for row, dense in zip(mixed, ("naclip", "proposals"), strict=True):
+        row["dense"] = dense
+    with pytest.raises(RAdapterError, match="dense segmentation and proposals are no mean"):
+        choose(mixed)
+
+
 def test_a_shift_alone_chooses_nothing() -> None:
     with pytest.raises(RAdapterError, match="without an in-distribution validation set"):
         choose(rows(c=("ood", {0.0: 0.1})))
