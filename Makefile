@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PYTHONS ?= python3.10 python3.12
 VENV ?= .venv
+COVERAGE ?= --cov
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-all check docs install
@@ -10,13 +11,13 @@ demo: install
 	$(BIN)/radapter-demo
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --cov
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile $(COVERAGE)
 
 # Each Python has an environment of its own: .venv-3.10, .venv-3.12.
 test-all:
 	set -e; for python in $(PYTHONS); do \
 	  version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
-	  $(MAKE) test PYTHON=$$python VENV=.venv-$$version; \
+	  $(MAKE) test PYTHON=$$python VENV=.venv-$$version COVERAGE=; \
 	done
 
 check: install
@@ -34,5 +35,5 @@ $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
 	  { echo "Python 3.10 to 3.12 is needed, $$($(PYTHON) --version) found; name another: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[all,docs,test]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --editable '.[all,docs,test]'
 	@touch $@

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from radapter_serve.environment import THREADS
+from radapter_serve.errors import RAdapterError
 
 
 def cores(root: Path = Path("/")) -> int:
@@ -49,14 +50,19 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def limit_threads(threads: int | None) -> None:
-    """Let this process compute with so many threads; call it before torch is loaded.
+    """Let a command compute with so many threads, its encoders too; call it before torch is loaded.
 
     Args:
-        threads: None leaves the number to OpenMP: one a core, or what OMP_NUM_THREADS says.
+        threads: 1 or more; None takes one a core, or what OMP_NUM_THREADS says.
+
+    Raises:
+        RAdapterError: fewer than one.
     """
+    if threads is not None and threads < 1:
+        raise RAdapterError(f"--threads is {threads}; allowed: 1 or more")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave their cores to other work
     if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
+        os.environ["OMP_NUM_THREADS"] = os.environ[THREADS] = str(threads)
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(threads)
 

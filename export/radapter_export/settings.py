@@ -40,8 +40,8 @@ class ExportSettings:
         tolerance: largest difference from torch allowed in a component of the unit-length embeddings; the precision's
             own if none is given: 1e-4 in fp32. The bound on the cosine widens with its square, down to 0.9.
         max_batch_size: images or texts in one batch of the server.
-        exif_orientation: whether the server turns images as their EXIF says; if it does not, it sees the pixels as the
-            file has them, as open_clip does; as in training if none is given.
+        exif_orientation: the server turns images as their EXIF says, where training did so; --no-exif-orientation
+            leaves them as the files have them, as open_clip does.
     """
 
     weights: Annotated[tuple[float, ...], tyro.conf.arg(metavar="W [W ...]")] = ()
@@ -59,7 +59,7 @@ class ExportSettings:
     runtime: Literal["onnxruntime", "openvino", "tensorrt"] | None = None
     tolerance: float | None = None
     max_batch_size: int = 64
-    exif_orientation: bool | None = None
+    exif_orientation: bool = True
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and not 0 < self.tolerance <= 1:

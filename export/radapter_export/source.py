@@ -52,7 +52,7 @@ class Source:
         adapters = [load_adapter(path) for path in paths]
         weights = list(settings.weights) or [1 / len(adapters)] * len(adapters)
         adapter = average_adapters(adapters, weights)
-        meta, alpha, turn = adapter.metadata, adapter.metadata.alpha, settings.exif_orientation
+        meta, alpha = adapter.metadata, adapter.metadata.alpha
         if dynamic_alpha and len(paths) == 1:
             with contextlib.suppress(RAdapterError):  # none was chosen, or for another adapter
                 alpha = chosen_alpha(paths[0])
@@ -65,7 +65,7 @@ class Source:
             None if way == "none" else way,
             templates_of(meta.templates if settings.templates is None else settings.templates),
             _label_sets(settings.label_sets, meta.classes),
-            bool(meta.recipe.get("exif_orientation", True)) if turn is None else turn,
+            settings.exif_orientation and bool(meta.recipe.get("exif_orientation", True)),
         )
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from radapter_serve.cli import run
 from radapter_serve.cli.export import newest_run
 from radapter_serve.errors import RAdapterError
+from radapter_serve.threads import limit_threads
 
 if TYPE_CHECKING:
     from radapter_serve.evaluation.choice import Choice
@@ -41,6 +42,7 @@ def evaluate(
     batch_size: int = 64,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     device: str | None = None,
+    threads: int | None = None,
 ) -> None:
     """Judge models by the data sets of a suite: a run at any alpha, a merged checkpoint, a release, or a live server.
 
@@ -67,7 +69,9 @@ def evaluate(
         batch_size: images a pass.
         precision: of torch; releases and servers have their own.
         device: of torch, such as cpu or cuda:1; a GPU if there is one.
+        threads: threads to compute with; one a core if none is given. Fewer is faster beside other work.
     """
+    limit_threads(threads)
     given = [flag for flag, value in (("merged", merged), ("release", release), ("url", url)) if value]
     of_a_run: dict[str, Any] = {"adapter": adapter, "finetuned": finetuned, "base": base, "pretrained": pretrained}
     if merged or "auto" in alpha:  # which release has which alpha is seen when it is read

@@ -16,6 +16,7 @@ from rich.table import Table
 from radapter_export.settings import CLASSES, ExportSettings
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
+from radapter_serve.threads import limit_threads
 
 if TYPE_CHECKING:
     from radapter_export import ExportedRelease
@@ -29,6 +30,7 @@ def export(
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     label_set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     format: Literal["onnx", "tensorrt"] = "onnx",
+    threads: int | None = None,
     settings: tyro.conf.OmitArgPrefixes[ExportSettings] = ExportSettings(),  # noqa: B008  # frozen
 ) -> None:
     """Fold an adapter into its base, export the towers, and check them against torch with the adapters attached.
@@ -45,8 +47,10 @@ def export(
         label_set: NAME=FILE, classes whose text embeddings become part of the release; one class a line. The run's own
             classes become the label set "classes" by themselves.
         format: tensorrt also builds engines for this machine's GPU, and lets them be served: --runtime tensorrt.
-        settings: all the rest.
+        threads: threads to compute with; one a core if none is given. Fewer is faster beside other work.
+        settings: how the adapters become releases; the fields of `ExportSettings` in Python.
     """
+    limit_threads(threads)
     settings = dataclasses.replace(settings, label_sets=_label_sets(label_set))
     if format == "tensorrt":
         if settings.runtime not in (None, "tensorrt"):

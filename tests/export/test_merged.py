@@ -59,7 +59,7 @@ def test_earlier_merged_is_replaced_as_a_whole(tiny_base: Base, tmp_path: Path) 
     weights = tiny_base.model.state_dict()
     for name in ("", "alpha-0.5", ""):
         with Merged(tmp_path / "merged") as merged:
-            merged.add(name, tiny_base, weights, {"name": name})
+            merged.add(name, tiny_base, weights, release(1))
             merged.commit()
         assert names(tmp_path / "merged") == ({name} if name else FILES)
         assert names(tmp_path) == {"merged"}

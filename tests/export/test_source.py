@@ -93,10 +93,9 @@ def test_dynamic_takes_the_chosen_alpha_by_default(run: Callable[..., Path], exp
 
 def test_photos_are_turned_as_in_training_unless_said_otherwise(run: Callable[..., Path], export: Export) -> None:
     for recipe, given, expected in (
-        ({}, None, True),
+        ({}, True, True),
         ({}, False, False),
-        ({"exif_orientation": False}, None, False),
-        ({"exif_orientation": False}, True, True),
+        ({"exif_orientation": False}, True, False),
     ):
         release = export(run(recipe=recipe), exif_orientation=given)
         assert release.facts["preprocess"]["exif_orientation"] is expected

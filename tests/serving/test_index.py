@@ -471,6 +471,19 @@ def test_a_build_that_is_interrupted_says_how_to_go_on(
     assert build(str(photos), tmp_path / "index", release).kept == 5
 
 
+@pytest.mark.parametrize("turns", [True, False])
+def test_an_addition_turns_images_as_the_build_did(turns: bool, photos: Path, tmp_path: Path) -> None:
+    build(str(photos), tmp_path / "index", FakeRelease(), exif_orientation=turns)
+    exif = Image.Exif()
+    exif[274] = 6
+    pixels = np.random.default_rng(9).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(photos / "new.png", exif=exif)
+    add(tmp_path / "index", FakeRelease())
+    (query,) = FakeRelease().encode_images([(np.rot90(pixels, -1) if turns else pixels).ravel() / 255 - 0.5])
+    (hit,) = Index(tmp_path / "index").search(query, 1, "path = 'new.png'")
+    assert hit.score == pytest.approx(1, abs=1e-5)
+
+
 def test_files_that_are_left_out_are_counted(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
     for name in ("x.gif", "deep/y.GIF", "z.bmp", "README"):
         (photos / name).write_bytes(b"GIF89a")

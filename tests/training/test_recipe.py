@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from radapter_serve.cli.eval import main as evaluate
+from radapter_serve.cli.export import main as export
 from radapter_serve.cli.train import main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, load_recipe
@@ -157,3 +161,25 @@ def test_help_and_refusals_do_not_load_torch() -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "--val-fraction" in done.stdout and "alpha is 2.0" in done.stderr
+
+
+def test_threads_are_set_before_torch_is_loaded() -> None:
+    code = (
+        "import os, sys\n"
+        "from radapter_serve.threads import limit_threads, total\n"
+        "limit_threads(3)\n"
+        "assert 'torch' not in sys.modules and total() == 3 and os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'\n"
+        "import torch\n"
+        "assert torch.get_num_threads() == 3\n"
+        "limit_threads(2)\n"
+        "assert torch.get_num_threads() == 2\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [evaluate, export])
+def test_other_commands_refuse_no_threads(command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["--threads", "0"]) == 2
+    assert "--threads is 0; allowed: 1 or more" in capsys.readouterr().err

@@ -1,0 +1,80 @@
+"""Mutations of `adapter/`, `training/` and `evaluation/`: each of a sample is seen by a test, or listed with a reason.
+
+mutmut makes and runs them. It leaves decorated functions alone, such as those under `torch.no_grad`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+SURVIVORS = ROOT / "tests" / "mutation_survivors.yaml"
+COPIED = ("radapter_serve", "export", "clients", "tests", "model_repository", "recipes", "pyproject.toml", "README.md")
+CONFIG = """
+[tool.mutmut]
+source_paths = ["radapter_serve"]
+only_mutate = ["radapter_serve/adapter/*", "radapter_serve/training/*", "radapter_serve/evaluation/*"]
+also_copy = ["export", "clients", "model_repository", "recipes", "README.md"]
+do_not_mutate_patterns = ["raise ", "say\\\\(", "RAdapterError\\\\("]
+pytest_add_cli_args = ["-p", "no:cacheprovider"]
+pytest_add_cli_args_test_selection = ["tests/adapter", "tests/training", "tests/evaluation"]
+process_isolation = "forkserver"
+"""
+# of those that decide the result of a training all or many, of every other function one
+SAMPLE = (
+    "*learning_rate__mutmut_*",
+    "*sample_drop__mutmut_*",
+    "*x_mpm_nce__mutmut_*3",
+    "*x_augmentation__mutmut_*3",
+    "*x_train__mutmut_*13",
+    "*__mutmut_13",
+)
+SEEN = ("killed", "timeout", "segfault")
+
+
+def mutmut(folder: Path, *arguments: str) -> str:
+    paths = [str(folder / "mutants" / name) for name in ("export", "clients")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [str(Path(sys.executable).with_name("mutmut")), *arguments]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+def change_of(diff: str) -> dict[str, str]:
+    """The lines that a mutation takes out and puts in."""
+    lines = [line for line in diff.splitlines() if not line.startswith(("---", "+++"))]
+    was, becomes = (" ".join(line[1:].strip() for line in lines if line.startswith(sign)) for sign in "-+")
+    return {"was": was, "becomes": becomes}
+
+
+@pytest.mark.slow
+def test_every_mutation_of_the_sample_is_seen_or_listed(tmp_path: Path) -> None:
+    pytest.importorskip("mutmut", reason="pip install mutmut")
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, tmp_path / name)
+    with (tmp_path / "pyproject.toml").open("a", encoding="utf-8") as file:
+        file.write(CONFIG)
+    mutmut(tmp_path, "run", "--max-children", "2", *SAMPLE)
+    lines = [line.strip().rpartition(": ") for line in mutmut(tmp_path, "results", "--all", "True").splitlines()]
+    states = {name: state for name, _, state in lines if state != "not checked"}
+    found = []
+    for name in (name for name, state in states.items() if state not in SEEN):
+        module, _, function = name.rpartition("__mutmut_")[0].rpartition(".")
+        function = function.removeprefix("xǁ").removeprefix("x_").replace("ǁ", ".")
+        found.append({"function": f"{module}.{function}", **change_of(mutmut(tmp_path, "show", name))})
+    listed = yaml.safe_load(SURVIVORS.read_text(encoding="utf-8"))
+    known = [{name: entry[name] for name in ("function", "was", "becomes")} for entry in listed]
+    print(f"{len(states)} of {len(lines)} mutations tried, {len(found)} not seen by a test")
+    assert not (new := [entry for entry in found if entry not in known]), yaml.safe_dump(new, allow_unicode=True)
+    assert not (old := [entry for entry in known if entry not in found]), f"seen by a test now: {old}"
