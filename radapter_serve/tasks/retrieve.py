@@ -18,7 +18,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_name, as_text
 from radapter_serve.index.index import FACTS, NAME, Index, mismatch
 from radapter_serve.inputs.alpha import RequestAlpha
-from radapter_serve.inputs.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
+from radapter_serve.inputs.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError, public
 from radapter_serve.release.facts import release_digest
 
 DEFAULT_TOP_K = 10
@@ -143,7 +143,7 @@ class Retrieve:
         index = found[1]
         at = {"alpha": index.facts["release"]["alpha"]} if self._request_alpha.dynamic else {}
         if index.facts["release_digest"] != release_digest({**self._release, **at}):
-            why = f"the index {name!r} {mismatch(index.facts, self._release)}"
+            why = f"the index {name!r} {public(mismatch(index.facts, self._release))}"
             raise TaskError(INDEX_MISMATCH, f"{why}; build it again on the server with radapter-index build")
         return index
 
