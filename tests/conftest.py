@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from small_models import random_adapter as make_adapter
+
+from tests.helpers.small_models import random_adapter as make_adapter
 
 if TYPE_CHECKING:
     from radapter_serve.adapter import Adapter

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from small_models import FAMILIES, make_base
 from torch import nn
 
 from radapter_serve.adapter import Metadata, attach, attach_adapter, base_digest, find_sites, fold
@@ -15,6 +14,7 @@ from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import mpm_nce
+from tests.helpers.small_models import FAMILIES, make_base
 
 NATIVE = ("{}.resblocks.0.attn.out_proj", "{}.resblocks.0.mlp.c_proj")
 TIMM = ["visual.trunk.blocks.0.attn.proj", "visual.trunk.blocks.0.mlp.fc2"]

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_server import FakeServer, write_repository
+
+from tests.helpers.fake_server import FakeServer, write_repository
 
 
 @pytest.fixture(scope="session")

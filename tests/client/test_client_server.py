@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_server import FakeServer
 from PIL import Image
 
 import radapter_client
 from radapter_client import AsyncClient, Client
+from tests.helpers.fake_server import FakeServer
 
 pytestmark = pytest.mark.triton
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_server import FakeServer
-from test_client_server import Awaited, order
 
 import radapter_client
 from radapter_client import Client
+from tests.client.test_client_server import Awaited, order
+from tests.helpers.fake_server import FakeServer
 
 pytestmark = pytest.mark.triton
 

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
-from stand_ins import AsyncRecorder, Recorder
 
 import radapter_client
 from radapter_client import AsyncClient, Client, Reply, Request
+from tests.helpers.stand_ins import AsyncRecorder, Recorder
 
 CLIENT = Client(transport=Recorder(), release=1)
 

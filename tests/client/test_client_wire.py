@@ -17,10 +17,10 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from stand_ins import grpc_server, http_server
 
 import radapter_client
 from radapter_client import AsyncClient, Client
+from tests.helpers.stand_ins import grpc_server, http_server
 
 
 def attempt(kind: type, url: str, ask: Any, **options: Any) -> Any:

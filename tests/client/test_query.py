@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from stand_ins import Recorder
 
 import radapter_serve
 from radapter_client import Client, query
 from radapter_client.query import main
 from radapter_serve.inputs.labels import read_label_file
+from tests.helpers.stand_ins import Recorder
 
 
 @pytest.fixture
@@ -133,14 +133,14 @@ def test_closed_pipe(tmp_path: Path):
     """As `radapter-query classify photos/ … | head -1` does it."""
     script = tmp_path / "ask.py"
     script.write_text(
-        "import sys\nfrom stand_ins import Recorder\n"
+        "import sys\nfrom tests.helpers.stand_ins import Recorder\n"
         "from radapter_client import Client, query\n"
         "query.Client = lambda *_, **__: Client(transport=Recorder(), release=1)\n"
         "sys.exit(query.main())\n"
     )
     image = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(image)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
     for flags in (["--json"], []):
         command = [sys.executable, str(script), "classify", *[str(image)] * 3000, "--labels", "a", *flags]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:

@@ -8,10 +8,10 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from small_models import IMAGE, TEXT
 
 from radapter_serve.clip.base import load_base
 from radapter_serve.errors import RAdapterError
+from tests.helpers.small_models import IMAGE, TEXT
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from fake_tensorrt import Driver, install
 
 from radapter_serve.cli.export import main
 from radapter_serve.runtimes.tensorrt.plan_writer import check_engines
+from tests.helpers.fake_tensorrt import Driver, install
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from small_models import FAMILIES, make_base, random_adapter
 
 from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import fold, load_adapter, save_adapter
@@ -18,6 +17,7 @@ from radapter_serve.clip.base import load_base
 from radapter_serve.inputs.preprocess import Preprocess, decode_pixels
 from radapter_serve.inputs.tokenizer import Tokenizer
 from radapter_serve.runtimes.encoder import Encoder
+from tests.helpers.small_models import FAMILIES, make_base, random_adapter
 
 QUICK = ("coca", "siglip", "roberta")
 CROPPED = ("vit", "vit-quickgelu", "vit-layer-scale", "vit-custom-blocks", "mobileclip-b", "eva02", "pe-core", "resnet")

@@ -10,7 +10,6 @@ import open_clip
 import pytest
 import torch
 from open_clip.transformer import QuickGELU
-from small_models import release
 
 from radapter_export import ExportedRelease, write_merged
 from radapter_export.merged import Merged
@@ -18,6 +17,7 @@ from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import Release
+from tests.helpers.small_models import release
 
 FILES = {"open_clip_config.json", "open_clip_model.safetensors", "release.json"}
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from google.protobuf import text_format
-from small_models import release
 from tritonclient.grpc import model_config_pb2
 
 from radapter_export import ExportedRelease
@@ -18,6 +17,7 @@ from radapter_export import repository as module
 from radapter_export.repository import MODELS, PATCH_ENCODER, Repository, config
 from radapter_serve.errors import RAdapterError
 from radapter_serve.lock import lock
+from tests.helpers.small_models import release
 
 
 def parse(text: str) -> model_config_pb2.ModelConfig:

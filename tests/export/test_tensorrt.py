@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_models import FAMILIES, make_base, random_adapter
 from torch import Tensor
 
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
@@ -17,6 +16,7 @@ from radapter_serve.adapter import load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.runtimes.tensorrt.engine import Options, build
+from tests.helpers.small_models import FAMILIES, make_base, random_adapter
 
 trt = pytest.importorskip("tensorrt_rtx")
 FLOATS = ("fp32", *TYPES)  # α as an input has no int8 with fixed ranges

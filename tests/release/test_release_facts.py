@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from small_models import release
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.facts import read_release, release_digest
 from radapter_serve.release.release import Release
+from tests.helpers.small_models import release
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from short_run import rows, short_run
 
 from radapter_serve.adapter import load_adapter
 from radapter_serve.cli.train import main
 from radapter_serve.training import Average, Recipe, train
+from tests.helpers.short_run import rows, short_run
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from short_run import rows, short_run
 
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.data import load_captioned
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, mpm_nce, train
+from tests.helpers.short_run import rows, short_run
 
 COLOURS = {"red": (220, 30, 30), "green": (20, 200, 40), "blue": (30, 40, 220), "grey": (120, 120, 120)}
 PHRASES = ("a {} square", "all is {} here", "the colour {}")

@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from short_run import short_run
 from torchvision import transforms
 
 from radapter_serve.adapter import Adapter, attach_adapter, load_adapter
@@ -27,6 +26,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import zero_shot_classifier
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.training import Recipe, train
+from tests.helpers.short_run import short_run
 
 COLOURS = {1: (220, 30, 30), 2: (20, 200, 40), 3: (30, 40, 220)}
 IMAGES = 8

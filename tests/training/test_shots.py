@@ -10,8 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from short_run import rows, short_run
-from small_models import make_base
 
 from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import attach_adapter, fold, load_adapter
@@ -19,6 +17,8 @@ from radapter_serve.clip.base import load_base
 from radapter_serve.data import Labelled, class_split, few_shot, load_labelled, split_classes
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, train
+from tests.helpers.short_run import rows, short_run
+from tests.helpers.small_models import make_base
 
 
 @pytest.fixture

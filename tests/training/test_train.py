@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from short_run import rows, short_run
 
 from radapter_serve.adapter import load_adapter
 from radapter_serve.cli.train import main
@@ -17,6 +16,7 @@ from radapter_serve.clip.base import load_base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, choose_form, load_recipe, train
 from radapter_serve.training.loop import learning_rate
+from tests.helpers.short_run import rows, short_run
 
 
 @pytest.fixture

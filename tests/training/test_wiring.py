@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from by_hand import ClipWithAdapters, Pair, Weights, accuracy_by_hand, recall_by_hand, train_by_hand
 from PIL import Image
-from short_run import rows, short_run
 
 from radapter_serve.adapter import load_adapter
 from radapter_serve.evaluation.results import Results
 from radapter_serve.evaluation.run import choose_alpha
 from radapter_serve.evaluation.torch_embedder import from_adapter
 from radapter_serve.training import Recipe, train
+from tests.helpers.by_hand import ClipWithAdapters, Pair, Weights, accuracy_by_hand, recall_by_hand, train_by_hand
+from tests.helpers.short_run import rows, short_run
 
 CLASSES = ["bird", "fish", "snake"]
 TEMPLATES = ["a photo of a {}.", "{}", "the drawing of one {}", "many a {} here"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from asking import connect, tensor
-from small_release import Local, png
 
 from radapter_serve.server.triton_server import TritonServer, free_ports
+from tests.helpers.asking import connect, tensor
+from tests.helpers.small_release import Local, png
 
 pytestmark = pytest.mark.triton
 

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
-from asking import connect, post, tensors
 from PIL import Image
-from small_release import png
 from tritonclient.utils import InferenceServerException
 
 from radapter_serve.cli.index import main
 from radapter_serve.index.build import build
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.triton_server import TritonServer, free_ports
+from tests.helpers.asking import connect, post, tensors
+from tests.helpers.small_release import png
 
 pytestmark = pytest.mark.triton
 

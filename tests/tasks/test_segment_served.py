@@ -12,9 +12,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from asking import connect, post, tensors
 from PIL import Image
-from small_release import Local, png
 from torch.nn.functional import interpolate
 from tritonclient.utils import InferenceServerException
 
@@ -22,6 +20,8 @@ from radapter_export import ExportSettings, export_release
 from radapter_serve.clip.dense import encode_patches
 from radapter_serve.server.triton_server import TritonServer, free_ports
 from radapter_serve.tasks.segment import SegmentRequest
+from tests.helpers.asking import connect, post, tensors
+from tests.helpers.small_release import Local, png
 
 pytestmark = pytest.mark.triton
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from open_clip.transform import image_transform
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
-from small_release import png_header
 
 from radapter_serve.inputs import preprocess as module
 from radapter_serve.inputs.errors import TaskError
 from radapter_serve.inputs.preprocess import Preprocess, decode, decode_into, decode_pixels, oriented
+from tests.helpers.small_release import png_header
 
 MODES = ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "YCbCr", "I", "F"]
 

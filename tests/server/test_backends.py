@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import re
 
-import fake_triton
 import numpy as np
 import pytest
-from fake_tensorrt import Driver, install
-from fake_triton import Request
 
 from radapter_serve.release.agreement import Samples
 from radapter_serve.runtimes.tensorrt.engine import Options, build
 from radapter_serve.server.installation import OUR_BACKENDS
+from tests.helpers import fake_triton
+from tests.helpers.fake_tensorrt import Driver, install
+from tests.helpers.fake_triton import Request
 
 
 @pytest.fixture

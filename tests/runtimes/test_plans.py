@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_tensorrt import Driver, install
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
@@ -26,6 +25,7 @@ from radapter_serve.runtimes.tensorrt.engine import Options
 from radapter_serve.runtimes.tensorrt.plan import PLAN, SIDECAR, Sidecar, check_plan
 from radapter_serve.runtimes.tensorrt.plan_writer import build_engines, check_engines
 from radapter_serve.server.triton_server import TritonServer, free_ports
+from tests.helpers.fake_tensorrt import Driver, install
 
 ENGINES = [("image_encoder", 1), ("image_encoder", 2), ("patch_encoder", 2), ("text_encoder", 1), ("text_encoder", 2)]
 ENCODERS = sorted({model for model, _ in ENGINES})

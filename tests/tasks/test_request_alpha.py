@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from small_release import SIZE, png
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import add, build
@@ -22,6 +21,7 @@ from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.tasks.classify import Classify, ClassifyRequest, EmbedImages, EmbedTexts
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
 from radapter_serve.tasks.segment import Segment, SegmentRequest
+from tests.helpers.small_release import SIZE, png
 
 FIXED = {"alpha": 0.3, "dynamic_alpha": False}
 DYNAMIC = {"alpha": 0.3, "dynamic_alpha": True}

@@ -9,14 +9,14 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from asking import connect, tensor
 from PIL import Image
-from small_models import make_base, random_adapter
-from small_release import png
 
 from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import save_adapter
 from radapter_serve.server.triton_server import TritonServer, free_ports
+from tests.helpers.asking import connect, tensor
+from tests.helpers.small_models import make_base, random_adapter
+from tests.helpers.small_release import png
 
 pytestmark = pytest.mark.triton
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from test_index import FakeRelease, embeds_of, write
 
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import Hit, Index
 from radapter_serve.inputs.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
+from tests.index.test_index import FakeRelease, embeds_of, write
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from asking import post
 from PIL import Image
 
 import radapter_client
@@ -21,6 +20,7 @@ from radapter_serve.inputs.labels import split_label
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.runtimes.served_release import ServerRelease
 from radapter_serve.server.triton_server import TritonServer, free_ports
+from tests.helpers.asking import post
 
 pytestmark = pytest.mark.triton
 

@@ -7,10 +7,10 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from small_release import LABELS, SIZE, WIDTH, png
 
 from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.tasks.classify import Classify, ClassifyRequest
+from tests.helpers.small_release import LABELS, SIZE, WIDTH, png
 
 
 def answers(outcomes):

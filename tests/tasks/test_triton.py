@@ -22,15 +22,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
-from asking import connect, post, tensor
 from PIL import Image
-from small_release import Local, png, png_header
 from tritonclient.utils import InferenceServerException
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server.processes import shm_prefix
 from radapter_serve.server.triton_server import TritonServer, free_ports
 from radapter_serve.tasks.classify import ClassifyRequest
+from tests.helpers.asking import connect, post, tensor
+from tests.helpers.small_release import Local, png, png_header
 
 pytestmark = pytest.mark.triton
 

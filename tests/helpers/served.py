@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import tritonclient.grpc as grpc
-from asking import connect
-from small_release import Local, write_release
 
 from radapter_serve.server.triton_server import TritonServer, free_ports
+from tests.helpers.asking import connect
+from tests.helpers.small_release import Local, write_release
 
 
 @pytest.fixture(scope="session")

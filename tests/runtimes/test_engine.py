@@ -13,12 +13,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from fake_tensorrt import Driver, install, make_tensorrt
-from small_release import image_encoder, text_encoder
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.runtimes.cuda import Gpu, Stream, find_gpu
 from radapter_serve.runtimes.tensorrt.engine import Engine, Options, build, import_tensorrt, make_profile
+from tests.helpers.fake_tensorrt import Driver, install, make_tensorrt
+from tests.helpers.small_release import image_encoder, text_encoder
 
 LIMITS = {"max_batch_size": 8, "max_length": 77}
 

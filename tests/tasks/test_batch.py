@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_triton import Request, Response, Tensor, TritonError, install, load
-from small_release import SOURCES, png, png_header
-from test_backends import arguments
 
 from radapter_serve.server.installation import OUR_BACKENDS
+from tests.helpers.fake_triton import Request, Response, Tensor, TritonError, install, load
+from tests.helpers.small_release import SOURCES, png, png_header
+from tests.server.test_backends import arguments
 
 GOOD = {"image": [[png(7)]], "labels": [[b"cat", b"dog"]]}
 F32 = np.float32

@@ -646,7 +646,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_index import FakeRelease, build
+from tests.index.test_index import FakeRelease, build
 from radapter_serve.index import writer as index_writer
 index_writer.BATCH = 2
 def progress(done, total):
@@ -658,7 +658,7 @@ build({photos!r}, Path({out!r}), FakeRelease(), progress=progress)
 
 def test_a_killed_build_is_resumed(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
     out = tmp_path / "indexes" / "photos"
-    code = KILLED.format(tests=str(Path(__file__).parent), photos=str(photos), out=str(out))
+    code = KILLED.format(tests=str(Path(__file__).parents[2]), photos=str(photos), out=str(out))
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
