@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import Adapter, save_adapter
@@ -157,15 +158,14 @@ def test_labels_that_are_alike_are_named(here: Path, capfd: pytest.CaptureFixtur
         assert err.count("\n") == 1
 
 
-def test_nan_is_an_error_and_no_hit(
-    here: Path, random_adapter: Callable[..., Adapter], capfd: pytest.CaptureFixture[str]
-) -> None:
-    adapter = random_adapter(alpha=0.5)
-    next(iter(adapter.tensors.values()))[0, 0] = float("nan")
-    save_adapter(adapter, here / "nan.safetensors")
-    assert main([*COMMON, "--adapter", "nan.safetensors", "--alpha", "0.5"]) == 2
+def test_nan_is_an_error_and_no_hit(here: Path, tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(tiny_clip_dir.removeprefix("local-dir:"), here / "nan")
+    weights = load_file(here / "nan" / "open_clip_model.safetensors")
+    weights["visual.proj"][0, 0] = float("nan")
+    save_file(weights, here / "nan" / "open_clip_model.safetensors")
+    assert main([*COMMON, "--merged", "nan"]) == 2
     err = capfd.readouterr().err
-    assert "not finite" in err and err.count("\n") == 1
+    assert "data set 'plain', merged: the embeddings hold values that are not finite" in err and err.count("\n") == 1
     assert not (here / "results").exists()
 
 
