@@ -1,4 +1,7 @@
-"""Fine-tuned on the photos of PACS, judged on its photos, art, cartoons and sketches, over α and several seeds."""
+"""Fine-tuned on the photos of PACS, judged on its photos, art, cartoons and sketches, over α and several seeds.
+
+α is chosen on photos that neither training nor testing sees; the other styles choose nothing.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from common import RESULTS, Report, say, with_spread
 from radapter_serve.adapter import load_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.demo.data import BASE
+from radapter_serve.evaluation.alpha_choice import Choice, choose
 from radapter_serve.evaluation.plots import plot_alpha_curve
 from radapter_serve.evaluation.results import Results, Row, curve
 from radapter_serve.evaluation.run import judge_suite
@@ -22,9 +26,10 @@ from radapter_serve.evaluation.suite import Entry, Suite
 from radapter_serve.evaluation.torch_embedder import embedder_of
 from radapter_serve.training import Recipe, train
 
+VALIDATION = "photo, validation"
 STYLES = ("photo", "art_painting", "cartoon", "sketch")
 ALPHAS = [round(0.1 * step, 1) for step in range(11)]
-HELD_OUT = 5  # every fifth photo of a class is not trained on
+HELD_OUT = 5  # every fifth photo of a class is not trained on: these judge and, every other one, choose α
 RECIPE = Recipe(
     momentum=0.99,
     bias_correction=True,
@@ -53,16 +58,18 @@ def main() -> None:
     report = Report(
         "pacs",
         "PACS: fine-tuned on photos, judged on other styles too",
-        f"Zero-shot accuracy in % on {arguments.limit} images of a style at most; photos: every {HELD_OUT}th, which "
-        f"fine-tuning does not see. The demo's small base unless another one is named, batches of {RECIPE.batch_size}, "
+        f"Zero-shot accuracy in % on {arguments.limit} images of a style at most. Every {HELD_OUT}th photo is kept "
+        f"from fine-tuning: half of these choose α, the others judge. The demo's small base unless another one is "
+        f"named, batches of {RECIPE.batch_size}, "
         f"{arguments.steps} steps. Mean over the seeds, ± the standard deviation. 50 % over 1,000 images has a "
         "standard error of 1.6.",
         timed=False,
     )
-    curves = []
+    curves: list[list[dict[str, float]]] = []
+    chosen: list[float] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        train_csv, test_csv = _split(arguments.root / "photo", folder)
+        train_csv, val_csv, test_csv = _split(arguments.root / "photo", folder)
         for seed in arguments.seeds:
             say(f"seed {seed}: training")
             run = train(
@@ -77,15 +84,19 @@ def main() -> None:
                 )
             )
             say(f"seed {seed}: judging")
-            rows = _judge(run, test_csv, arguments.root, arguments.limit)
+            choice, rows = _judge(run, val_csv, test_csv, arguments.root, arguments.limit)
+            chosen.append(choice.alpha)
             curves.append(curve(rows))
-    counts = {row["dataset"]: row["n"] for row in rows}
+            for point, judged in zip(curves[-1], choice.curve, strict=True):
+                point[VALIDATION] = judged[VALIDATION]
+    counts = {row["dataset"]: row["n"] for row in rows} | {VALIDATION: choice.sets[VALIDATION]["n"]}
     points = [
         {"alpha": alpha, **{s: statistics.mean(c[i][s] for c in curves) for s in STYLES}}
         for i, alpha in enumerate(ALPHAS)
     ]
     table = []
-    for label, styles in [*((s, [s]) for s in STYLES), ("mean of the shifts", list(STYLES[1:]))]:
+    groups = [*((s, [s]) for s in STYLES), ("mean of the shifts", list(STYLES[1:]))]
+    for label, styles in [(VALIDATION, [VALIDATION]), *groups]:
         cells = [label + (" (in distribution)" if label == STYLES[0] else ""), str(sum(counts[s] for s in styles))]
         for index in range(len(ALPHAS)):
             values = [statistics.mean(c[index][s] for s in styles) for c in curves]
@@ -93,6 +104,19 @@ def main() -> None:
         table.append(cells)
     columns = ["style", "images", *(f"α = {alpha:g}" for alpha in ALPHAS)]
     report.table(f"Seeds {', '.join(map(str, arguments.seeds))}", columns, table)
+    at = [ALPHAS.index(alpha) for alpha in chosen]
+    report.table(
+        f"At the α that validation chooses for each seed: {', '.join(f'{alpha:g}' for alpha in chosen)}",
+        ["style", "α = 0", "chosen α"],
+        [
+            [
+                label,
+                with_spread([statistics.mean(c[0][s] for s in styles) for c in curves]),
+                with_spread([statistics.mean(c[i][s] for s in styles) for c, i in zip(curves, at, strict=True)]),
+            ]
+            for label, styles in groups
+        ],
+    )
     arguments.out.mkdir(parents=True, exist_ok=True)
     title = "Fine-tuned on the photos of PACS"
     plot_alpha_curve(points, STYLES[0], STYLES[1:], arguments.out / "pacs.png", title=title)
@@ -100,26 +124,31 @@ def main() -> None:
 
 
 def _split(photos: Path, folder: Path) -> list[Path]:
-    """CSV files of the photos to train on, and of those to judge by."""
-    parts: dict[bool, list[tuple[Path, str]]] = defaultdict(list)
+    """CSV files of the photos to train on, of those to choose α by, and of those to judge by."""
+    parts: dict[str, list[tuple[Path, str]]] = defaultdict(list)
     for class_folder in sorted(path for path in photos.iterdir() if path.is_dir()):
         for number, file in enumerate(sorted(class_folder.iterdir())):
-            parts[number % HELD_OUT == 0].append((file.absolute(), class_folder.name))
-    paths = [folder / "photo-train.csv", folder / "photo-test.csv"]
-    for path, held_out in zip(paths, (False, True), strict=True):
+            part = "train" if number % HELD_OUT else ("val", "test")[number // HELD_OUT % 2]
+            parts[part].append((file.absolute(), class_folder.name))
+    paths = [folder / f"photo-{part}.csv" for part in ("train", "val", "test")]
+    for path, part in zip(paths, ("train", "val", "test"), strict=True):
         with path.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([("image", "label"), *parts[held_out]])
+            csv.writer(file).writerows([("image", "label"), *parts[part]])
     return paths
 
 
-def _judge(run: Path, photos: Path, root: Path, limit: int) -> list[Row]:
+def _judge(run: Path, validation: Path, photos: Path, root: Path, limit: int) -> tuple[Choice, list[Row]]:
+    """The choice of α by the validation photos, and the rows of the tests, which come after it."""
     places = {s: f"imagefolder:{root.absolute() / s}" for s in STYLES} | {STYLES[0]: f"csv:{photos}"}
     entries = tuple(
         Entry(s, place, shift="id" if s == STYLES[0] else "ood", templates="simple") for s, place in places.items()
     )
     adapter = load_adapter(run)
     embedder = embedder_of(load_base(adapter.metadata.architecture, adapter.metadata.pretrained), adapter, ALPHAS)
-    return judge_suite(embedder, Suite("pacs", entries), Results(run / "judged"), limit=limit)
+    own = Entry(VALIDATION, f"csv:{validation}", split="validation", templates="simple")
+    suite, results = Suite("pacs", (own, *entries)), Results(run / "judged")
+    choice = choose(judge_suite(embedder, suite, results, split="validation"))
+    return choice, judge_suite(embedder, suite, results, limit=limit)
 
 
 if __name__ == "__main__":

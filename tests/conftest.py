@@ -102,11 +102,11 @@ def exported_tiny_clip(random_adapter: Callable[..., Adapter], tmp_path_factory:
 
 
 @pytest.fixture(scope="session")
-def dial_tiny_clip(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dynamic_tiny_clip(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model repository with one release: the adapter of `exported_tiny_clip`, α an input, its own 0.5."""
     from radapter_export import ExportSettings, export_release
 
-    folder = tmp_path_factory.mktemp("dial")
+    folder = tmp_path_factory.mktemp("dynamic")
     export_release(
         exported_tiny_clip / "adapter.safetensors",
         "dynamic",

@@ -31,6 +31,7 @@ from ._wire import Array, Reply, Request
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 CONNECTIONS = 64  # kept open for the next request; more are opened where more threads ask
+THREADS = 1024  # started as they are needed
 TAILS = {"infer": "/infer", "config": "/config", "ready": "/ready", "statistics": "/stats"}
 
 
@@ -63,7 +64,7 @@ class HttpTransport:
                 isinstance(argument, TimeoutError) for argument in error.args
             )
             if late and not isinstance(error, urllib3.exceptions.NewConnectionError):
-                raise Timeout(f"no answer from {self._url} within {timeout:g} s") from error
+                raise self.late(timeout) from error
             why = f"no answer from {self._url}: {error}; is the server running (radapter-serve)?"
             raise ServerUnavailable(why) from error
         if request.action == "ready" and response.status in (200, 400, 404):
@@ -76,6 +77,9 @@ class HttpTransport:
             return decode(response.data, response.headers.get(HEADER_LENGTH))
         except (ValueError, KeyError, TypeError, struct.error) as error:
             raise ServerError(f"{self._url} answers, but not as a Triton server does: {error!r}") from error
+
+    def late(self, timeout: float) -> Timeout:
+        return Timeout(f"no answer from {self._url} within {timeout:g} s")
 
     def close(self) -> None:
         """Ends the connections, those in use as well."""
@@ -90,10 +94,14 @@ class AsyncHttpTransport:
 
     def __init__(self, url: ServerURL) -> None:
         self._http = HttpTransport(url)
-        self._threads = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="radapter-client-http")
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="radapter-client-http")
 
     async def send(self, request: Request, timeout: float) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._http.send, request, timeout)
+        answer = asyncio.get_running_loop().run_in_executor(self._threads, self._http.send, request, timeout)
+        try:
+            return await asyncio.wait_for(answer, timeout)
+        except asyncio.TimeoutError as error:
+            raise self._http.late(timeout) from error
 
     async def close(self) -> None:
         self._http.close()
@@ -115,8 +123,8 @@ def encode(request: Request) -> tuple[bytes, dict[str, str]]:
             }
         )
     head: dict[str, Any] = {"inputs": tensors, "parameters": {"binary_data_output": True}}
-    if request.outputs:
-        head["outputs"] = [{"name": name} for name in request.outputs]
+    if request.outputs:  # then the parameter above does not count
+        head["outputs"] = [{"name": name, "parameters": {"binary_data": True}} for name in request.outputs]
     text = json.dumps(head).encode()
     return b"".join([text, *parts]), {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
 

@@ -144,7 +144,7 @@ class BaseClient(Generic[W]):
             label_set: as in `classify`.
             templates: as in `classify`.
             alpha: as in `classify`.
-            threshold: probability in [0, 1] below which a pixel is background; None for no background.
+            threshold: probability in [0, 1] below which a pixel is background; None: only those in no proposal are.
             short_side: shorter side in pixels of the working image that windows go over; None for 1.5 windows.
             stride: pixels from one window to the next; None for half a window.
             refine: steps of pixel-adaptive refinement along the image's edges; None for 0.
@@ -182,7 +182,7 @@ class BaseClient(Generic[W]):
             mask, names = _output(reply, "mask"), _texts(_output(reply, "label"))
             if mask.ndim != 2 or not mask.size or mask.max() >= len(names):
                 raise ServerError(f"the server's mask {list(mask.shape)} does not fit its {len(names)} labels")
-            background = None if threshold is None else len(names) - 1
+            background = None if threshold is None and proposals is None else len(names) - 1
             scored, upright = _output(reply, "score").tolist(), turned.get(reply.version, True)
             found.append(Segmentation(mask, names, scored, reply.version, background, image, upright))
         return found

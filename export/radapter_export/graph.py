@@ -22,7 +22,7 @@ from onnx_ir import tensor_adapters
 from onnx_ir.passes.common import NameFixPass
 from torch import Tensor, nn
 
-from radapter_export.dial import DialTower, name_in_base
+from radapter_export.dynamic_alpha import DynamicAlphaTower, name_in_base
 from radapter_export.towers import ImageTower, PatchTower, TextTower, skeleton
 from radapter_serve.adapter import Adapter
 from radapter_serve.clip.base import Base
@@ -84,20 +84,21 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
 
 
-def image_graph(base: Base, dial: Adapter | None = None) -> Graph:
+def image_graph(base: Base, dynamic: Adapter | None = None) -> Graph:
     """The graph of `image_encoder`: `image` uint8 [B, S, S, 3] to `image_embeds` float32 [B, D].
 
-    With `dial`, here and below, `alpha` float32 [B, 1] is a second input: the weights are the base's and the adapter's.
+    With `dynamic`, here and below, `alpha` float32 [B, 1] is a second input; the weights are the base's and the
+    adapter's.
     """
-    return _of_images("image_encoder", ImageTower(base), "image_embeds", base.image_size, dial)
+    return _of_images("image_encoder", ImageTower(base), "image_embeds", base.image_size, dynamic)
 
 
-def patch_graph(base: Base, way: str, dial: Adapter | None = None) -> Graph:
+def patch_graph(base: Base, way: str, dynamic: Adapter | None = None) -> Graph:
     """The graph of `patch_encoder`: `image` uint8 [B, S, S, 3] to `patch_embeds` float32 [B, g, g, D]."""
-    return _of_images("patch_encoder", PatchTower(base, way), "patch_embeds", base.image_size, dial)
+    return _of_images("patch_encoder", PatchTower(base, way), "patch_embeds", base.image_size, dynamic)
 
 
-def text_graph(base: Base, dial: Adapter | None = None) -> Graph:
+def text_graph(base: Base, dynamic: Adapter | None = None) -> Graph:
     """The graph of `text_encoder`: `tokens` int32 [B, L] to `text_embeds` float32 [B, D]."""
     tower = TextTower(base)
     shape: dict[int, torch.export.Dim] = {0: _batch()}
@@ -106,12 +107,12 @@ def text_graph(base: Base, dial: Adapter | None = None) -> Graph:
         shape[1] = torch.export.Dim("length", min=1, max=length)
         length = min(9, length)
     example = torch.zeros(2, length, dtype=torch.int32, device="meta")
-    return _export("text_encoder", tower, example, ("tokens", "text_embeds"), shape, dial)
+    return _export("text_encoder", tower, example, ("tokens", "text_embeds"), shape, dynamic)
 
 
-def _of_images(name: str, tower: ImageTower, output: str, size: int, dial: Adapter | None) -> Graph:
+def _of_images(name: str, tower: ImageTower, output: str, size: int, dynamic: Adapter | None) -> Graph:
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8, device="meta")
-    return _export(name, tower, example, ("image", output), {0: _batch()}, dial)
+    return _export(name, tower, example, ("image", output), {0: _batch()}, dynamic)
 
 
 def _batch() -> torch.export.Dim:
@@ -124,11 +125,11 @@ def _export(
     example: Tensor,
     names: tuple[str, str],
     shape: dict[int, torch.export.Dim],
-    dial: Adapter | None,
+    dynamic: Adapter | None,
 ) -> Graph:
     inputs = {names[0]: (example, shape)}
-    if dial is not None:
-        tower = DialTower(tower, dial)
+    if dynamic is not None:
+        tower = DynamicAlphaTower(tower, dynamic)
         inputs["alpha"] = torch.zeros(2, 1, device="meta"), {0: shape[0]}
     try:
         # `optimize=False`: its passes look at values, which a skeleton does not have; `_optimize` runs them safely.

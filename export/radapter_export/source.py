@@ -13,7 +13,7 @@ from radapter_export.settings import CLASSES, ExportSettings
 from radapter_serve.adapter import Adapter, average_adapters, load_adapter
 from radapter_serve.clip.prompts import templates_of
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.choice import chosen_alpha
+from radapter_serve.evaluation.alpha_choice import chosen_alpha
 from radapter_serve.inputs.errors import TaskError
 from radapter_serve.inputs.labels import check_labels, read_label_file, split_label
 

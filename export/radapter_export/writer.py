@@ -17,11 +17,11 @@ import onnxruntime
 from torch import Tensor
 
 from radapter_export.accuracy import Accuracy, Validation
-from radapter_export.agreement import BATCHES, Inputs, mixed_alphas, references_at
 from radapter_export.files import disk_errors
 from radapter_export.graph import Graph
 from radapter_export.merged import Merged
 from radapter_export.quantization import PROMPTS, Calibration, calibration_images, quantize, spread
+from radapter_export.references import BATCHES, Inputs, mixed_alphas, references_at
 from radapter_export.repository import TASKS, Repository
 from radapter_export.settings import ExportSettings
 from radapter_export.source import Source

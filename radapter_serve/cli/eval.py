@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,7 +18,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.threads import limit_threads
 
 if TYPE_CHECKING:
-    from radapter_serve.evaluation.choice import Choice
+    from radapter_serve.evaluation.alpha_choice import Choice
     from radapter_serve.evaluation.embedder import Embedder
 
 GRID = tuple(round(0.1 * step, 1) for step in range(11))
@@ -46,7 +47,8 @@ def evaluate(
 ) -> None:
     """Judge models by the data sets of a suite: a run at any alpha, a merged checkpoint, a release, or a live server.
 
-    Writes OUT/results.jsonl, a row for each model and data set, and pictures; prints a table.
+    Writes OUT/results.jsonl, a row for each model and data set, with intervals and the figures of each class, and
+    pictures; prints a table.
 
     Args:
         suite: YAML file of data sets; ready ones are in recipes/suites.
@@ -94,9 +96,10 @@ def evaluate(
     path = Path(adapter) if adapter else newest_run() if not given else Path()
     console, screen = Console(stderr=True), Console()
     with console.status("starting") as status:
+        say = _escaped(status.update) if console.is_terminal else _Lines(console)
         # torch takes seconds to load: not for --help
         from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
-        from radapter_serve.evaluation.results import Results, table
+        from radapter_serve.evaluation.results import Results, prompts, table, warnings
         from radapter_serve.evaluation.run import choose_alpha, draw, draw_choice, judge_suite
         from radapter_serve.evaluation.server_embedder import ServerEmbedder
         from radapter_serve.evaluation.suite import load_suite
@@ -104,7 +107,7 @@ def evaluate(
 
         judged = load_suite(suite, data_root) if suite else None
         results = Results(out, resume=resume)
-        status.update("loading the model")
+        say("loading the model")
         if merged:
             embedder: Embedder = from_merged(merged, precision=precision, device=device)
         elif release:
@@ -122,7 +125,7 @@ def evaluate(
                 device=device,
             )
         options: dict[str, Any] = {
-            "limit": limit, "seed": seed, "batch_size": batch_size, "say": _escaped(status.update),
+            "limit": limit, "seed": seed, "batch_size": batch_size, "say": say,
         }  # fmt: skip
         try:
             variants = embedder.variants
@@ -143,12 +146,14 @@ def evaluate(
             pictures.append(draw_choice(choice, Path(out)))
     if judged and rows:
         screen.print(table(rows, f"{judged.name}: per cent", judged.pairs("test")))
-    for left_out in skipped:
-        console.print(left_out, markup=False, highlight=False, soft_wrap=True)
+        for line in prompts(rows):
+            screen.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in (*skipped, *warnings(rows)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if judged and not rows and skipped:
         raise RAdapterError(f"nothing was judged: all data sets of {judged.name} are left out")
-    for line in (results.path, *pictures):
-        screen.print(f"wrote {line}", highlight=False, soft_wrap=True)
+    for file in (results.path, *pictures):
+        screen.print(f"wrote {file}", highlight=False, soft_wrap=True)
     if auto:
         screen.print(
             f"Next:   radapter-export --adapter {shlex.quote(str(path))} --alpha auto", highlight=False, soft_wrap=True
@@ -167,6 +172,19 @@ def _choice_table(choice: Choice) -> Table:
     return table
 
 
+class _Lines:
+    """Prints what is going on where no terminal shows it: a plain line, and the next one some seconds later."""
+
+    def __init__(self, console: Console, seconds: float = 10) -> None:
+        self._console, self._seconds, self._printed = console, seconds, time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        now = time.monotonic()
+        if now - self._printed >= self._seconds:
+            self._printed = now
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def _escaped(update: Callable[[str], None]) -> Callable[[str], None]:
     from rich.markup import escape
 
@@ -175,9 +193,12 @@ def _escaped(update: Callable[[str], None]) -> Callable[[str], None]:
 
 def _number(value: str) -> float:
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
-        raise RAdapterError(f"alpha is {value!r}; allowed: numbers from 0 to 1, or auto") from None
+        number = -1
+    if not 0 <= number <= 1:  # which is how NaN is refused, too
+        raise RAdapterError(f"alpha is {value!r}; allowed: numbers from 0 (the base) to 1 (all learned), or auto")
+    return number
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -69,7 +69,7 @@ def export(
     with console.status("starting") as status:
         start = time.perf_counter()
         from radapter_export import export_release  # torch and onnx take seconds to load: not for --help
-        from radapter_serve.evaluation.choice import chosen_alpha
+        from radapter_serve.evaluation.alpha_choice import chosen_alpha
 
         numbers = [chosen_alpha(paths[0]) if value is None else value for value in alphas]
         releases = export_release(paths, "dynamic" if dynamic else numbers or None, settings, progress=status.update)

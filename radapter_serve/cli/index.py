@@ -56,7 +56,7 @@ def build(
 
     with _release({"url": url} if url else {"model_repository": model_repository}) as release:
         if alpha is not None:
-            release.dial(alpha)
+            release.set_alpha(alpha)
         with _progress("embedding") as progress:
             summary = build(
                 source,

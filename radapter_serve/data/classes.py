@@ -33,7 +33,7 @@ def refuse_wordnet_ids(names: Sequence[str]) -> None:
 
 
 def prompt_names(
-    own: Sequence[str] | None, classes: Path | None, spec: str, *, by_name: bool
+    own: Sequence[str] | None, classes: Path | None, spec: str, *, by_name: bool, every_class: bool = True
 ) -> tuple[list[str], list[str]]:
     """The classes of a data set, in the order of its labels.
 
@@ -43,6 +43,7 @@ def prompt_names(
             the file is `own name: name for prompts` or a name alone; synonyms of the latter stand after commas.
         spec: what to call the data in a message.
         by_name: labels are names rather than numbers of `own`; then the classes and their order are those of the file.
+        every_class: refuse lines of the file that are no class of the data; else these classes stand behind the others.
 
     Returns:
         The data's own name of each class, and its name for prompts with synonyms after commas.
@@ -63,7 +64,7 @@ def prompt_names(
             if all(name.isdecimal() for name in own) and own != [str(index) for index in range(len(own))]:
                 raise RAdapterError(f"the class file {classes} must number its lines from 0 on, in order")
         else:
-            shown = _matched(own, lines, classes, spec)
+            own, shown = _matched(own, lines, classes, spec, every_class)
     nameless = next((name for name, line in zip(own, shown, strict=True) if not split_label(line)), None)
     if nameless is not None:
         raise RAdapterError(f"the class {nameless!r} of {spec} has no name for a prompt; rename it, or see --classes")
@@ -104,8 +105,10 @@ def _read(path: Path, own: Sequence[str]) -> list[tuple[str | None, str]]:
     return lines
 
 
-def _matched(own: Sequence[str], lines: Sequence[tuple[str | None, str]], path: Path, spec: str) -> list[str]:
-    """The line of each own name, in whatever order the file has them."""
+def _matched(
+    own: Sequence[str], lines: Sequence[tuple[str | None, str]], path: Path, spec: str, every_class: bool
+) -> tuple[list[str], list[str]]:
+    """The own names and the line of each, in whatever order the file has them; last the lines that are left."""
     index: dict[str, int] = {}
     for kind in (lambda line: split_label(line), lambda line: split_label(line)[:1], lambda line: [line]):
         for number, (key, line) in enumerate(lines):  # a first name beats a synonym, the whole line both
@@ -113,14 +116,15 @@ def _matched(own: Sequence[str], lines: Sequence[tuple[str | None, str]], path: 
     index |= {key: number for number, (key, _) in enumerate(lines) if key}
     found = [index.get(name, index.get(_plain(name), -1)) for name in own]
     without = [name for name, number in zip(own, found, strict=True) if number < 0]
-    unused = [key or line for number, (key, line) in enumerate(lines) if number not in found]
-    if without or unused or len(set(found)) < len(found):
+    rest = [number for number in range(len(lines)) if number not in found]
+    unused = [lines[number][0] or lines[number][1] for number in rest]
+    if without or (unused and every_class) or len(set(found)) < len(found):
         raise RAdapterError(
             f"the class file {path} does not match the {len(own)} classes of {spec}: "
             f"without a line: {_some(without)}; without a class: {_some(unused)}; "
             f"write one line for each class, such as '{(without or list(own))[0]}: name for prompts'"
         )
-    return [lines[number][1] for number in found]
+    return [*own, *unused], [lines[number][1] for number in (*found, *rest)]
 
 
 def _plain(name: str) -> str:

@@ -170,6 +170,7 @@ def load_labelled(
     templates: Sequence[str] = ("a photo of a {}.",),
     images: Path | None = None,
     streaming: bool = False,
+    every_class: bool = True,
 ) -> Labelled:
     """Open a data set.
 
@@ -182,6 +183,8 @@ def load_labelled(
         templates: prompt templates with `{}`.
         images: folder that relative paths start from; None takes that of the file.
         streaming: read row by row.
+        every_class: refuse classes without an image, which training needs and judging does not; of an image folder
+            these stand behind the others.
 
     Raises:
         RAdapterError: it can't be read, a column is missing, a class has no image, or the classes do not match.
@@ -194,15 +197,17 @@ def load_labelled(
     by_name = own is None
     if by_name and not streaming and "string" in getattr(feature, "dtype", ""):
         own = sorted({value for value in rows[label_column] if value is not None})
-    own, names = prompt_names(own, classes, spec, by_name=by_name)
     class_folders = spec.startswith("imagefolder:")
+    if class_folders and own is not None and not every_class:
+        own = [*own, *sorted(sub_folders(folder) - set(own))]
+    own, names = prompt_names(own, classes, spec, by_name=by_name, every_class=every_class)
     start = images or (Path() if class_folders else folder)
     data = Labelled(rows, names, image_column, label_column, start, templates, own)
-    _check_classes(data, spec, folder if class_folders else None)
+    _check_classes(data, spec, folder if class_folders else None, every_class)
     return data
 
 
-def _check_classes(data: Labelled, spec: str, folder: Path | None) -> None:
+def _check_classes(data: Labelled, spec: str, folder: Path | None, every_class: bool) -> None:
     if folder is not None:
         empty = sorted(sub_folders(folder) - set(data.own))
         if empty:
@@ -214,7 +219,7 @@ def _check_classes(data: Labelled, spec: str, folder: Path | None) -> None:
             raise RAdapterError(f"{spec} holds no images")
         present = set(data.labels().tolist())
         missing = [name for index, name in enumerate(data.classes) if index not in present]
-        if missing:
+        if missing and every_class:
             raise RAdapterError(
                 f"the class {missing[0]!r} has no image in {spec} ({len(missing)} of {len(data.classes)} classes are "
                 f"empty); add images or take it out of the class file"

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from radapter_serve.clip.towers import encode_image, encode_texts
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.metrics import NOT_FINITE
 from radapter_serve.inputs.labels import split_label
 
 Tokenizer = Callable[[list[str]], Tensor]
@@ -45,10 +47,15 @@ def count_hits(model: nn.Module, classifier: Tensor, batches: Iterable[tuple[Ten
         model: an open_clip model.
         classifier: [C, D] from `zero_shot_classifier`.
         batches: pairs of pixels [B, 3, S, S] and labels [B].
+
+    Raises:
+        RAdapterError: embeddings that are not finite.
     """
     hits = total = 0
     for pixels, labels in batches:
-        embeds = encode_image(model, pixels.to(classifier.device))
-        hits += int(((embeds @ classifier.T).argmax(dim=1).cpu() == labels.cpu()).sum())
+        scores = encode_image(model, pixels.to(classifier.device)) @ classifier.T
+        if not scores.isfinite().all():
+            raise RAdapterError(NOT_FINITE)
+        hits += int((scores.argmax(dim=1).cpu() == labels.cpu()).sum())
         total += len(labels)
     return hits, total

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.inputs.alpha import facts_at
+from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import decode
 from radapter_serve.tasks.segmenter import Segmenter, SegmentOptions
 
@@ -64,12 +65,14 @@ class Embedder(Protocol):
         variants: the models that it holds; `select` says which one embeds.
         templates: prompt templates for data sets that bring none.
         size: side of the image encoder's input in pixels, which is the window's too.
+        crop: how the masks of proposals are shown.
         exif_orientation: whether it turns images as their EXIF says.
     """
 
     variants: Sequence[Variant]
     templates: list[str]
     size: int
+    crop: MaskCrop
     exif_orientation: bool
 
     def select(self, variant: Variant) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -37,11 +38,11 @@ def judge(
         known: embeddings of classes by model, for calls with the same embedder; takes new ones.
 
     Returns:
-        A row a model, in CLIP_benchmark's schema and more: metrics as shares in [0, 1], `runtime` in seconds of
+        A row a model, in CLIP_benchmark's schema and more: what `Scorer.measured` tells, `runtime` in seconds of
         embedding and scoring, without reading and decoding.
 
     Raises:
-        RAdapterError: an image can't be read; a model fails.
+        RAdapterError: an image can't be read; a model fails, or gives values that are not finite.
     """
     known = {} if known is None else known
     chosen = list(embedder.variants if variants is None else variants)
@@ -50,14 +51,16 @@ def judge(
         start = time.perf_counter()
         embedder.select(variant)
         of_model = known.setdefault((variant.source, variant.alpha), {})
-        scorers.append(data.scorer(embedder, of_model))
+        with _named(data, variant):
+            scorers.append(data.scorer(embedder, of_model))
         seconds[number] += time.perf_counter() - start
     done = 0
     for items in _batches(embedder, data, min(batch_size, data.most or batch_size), threads):
         for number, variant in enumerate(chosen):
             start = time.perf_counter()
             embedder.select(variant)
-            scorers[number].add(items)
+            with _named(data, variant):
+                scorers[number].add(items)
             seconds[number] += time.perf_counter() - start
         done += len(items)
         if progress:
@@ -65,10 +68,10 @@ def judge(
     rows = []
     for number, (variant, scorer) in enumerate(zip(chosen, scorers, strict=True)):
         start = time.perf_counter()
-        metrics = scorer.metrics()
+        with _named(data, variant):
+            measured = scorer.measured()
         seconds[number] += time.perf_counter() - start
-        facts = facts_of(embedder, data, variant)
-        rows.append({**facts, "metrics": metrics, "runtime": round(seconds[number], 3)})
+        rows.append({**facts_of(embedder, data, variant), **measured, "runtime": round(seconds[number], 3)})
     return rows
 
 
@@ -90,11 +93,22 @@ def facts_of(embedder: Embedder, data: JudgedSet, variant: Variant) -> Row:
         "shift": data.entry.shift,
         "split": data.entry.split,
         "metric": data.entry.metric,
+        **({"border": data.entry.border} if data.entry.border else {}),
         **({} if data.entry.exif_orientation else {"exif_orientation": False}),
         **facts,
         **data.facts,
         **data.how(embedder),
     }
+
+
+@contextmanager
+def _named(data: JudgedSet, variant: Variant) -> Iterator[None]:
+    """Name the data set and the model in an error."""
+    try:
+        yield
+    except RAdapterError as error:
+        model = variant.source + ("" if variant.alpha is None else f" at alpha {variant.alpha:g}")
+        raise RAdapterError(f"data set {data.entry.name!r}, {model}: {error}") from error
 
 
 def _batches(embedder: Embedder, data: JudgedSet, batch_size: int, threads: int) -> Iterator[list[Any]]:

@@ -5,32 +5,40 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder
-from radapter_serve.evaluation.metrics import Floats
+from radapter_serve.evaluation.metrics import Floats, check_finite
 from radapter_serve.evaluation.suite import Entry
 from radapter_serve.inputs.labels import split_label
 from radapter_serve.inputs.preprocess import decode, oriented
 
+MOST_CONFUSED = 50  # classes of a confusion matrix that a row keeps and a picture can show
+_READERS = 8  # files that are read at once
 _OF_PNG = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 EmbedTexts = Callable[[Sequence[str]], Floats]
 Known = dict[tuple[tuple[str, ...], str], Floats]
 
 
 class Scorer(Protocol):
-    """Takes all images of a set, in order, and tells the metrics of one model."""
+    """Takes all images of a set, in order, and tells what it measured of one model."""
 
     def add(self, items: Sequence[Any]) -> None:
         """Judge images, from `prepare`, by the model that is selected."""
 
-    def metrics(self) -> dict[str, float]:
-        """Shares in [0, 1] by name."""
+    def measured(self) -> dict[str, Any]:
+        """`metrics`, shares in [0, 1] by name, and `intervals`, the lowest and the highest share of 95 % of each.
+
+        With classes also `per_class`; `confusion` of few classes, by true and found class; and `indistinguishable`,
+        pairs of labels, where there are some.
+        """
 
 
 class JudgedSet(Protocol):
@@ -82,17 +90,38 @@ def class_embeds(
 
     Returns:
         float32 [C, D].
+
+    Raises:
+        RAdapterError: no template, or embeddings that are not finite.
     """
+    if not templates:
+        raise RAdapterError("no prompt template; give one or more, such as 'a photo of a {}.'")
     known, key = {} if known is None else known, tuple(templates)
     new = [line for line in dict.fromkeys(classes) if (key, line) not in known]
     prompts = [[t.replace("{}", name) for name in split_label(line) for t in templates] for line in new]
     if new:
-        embeds = embed_texts([text for group in prompts for text in group])
+        embeds = check_finite(embed_texts([text for group in prompts for text in group]))
         ends = np.cumsum([len(group) for group in prompts])
         for line, group in zip(new, np.split(embeds, ends[:-1]), strict=True):
             mean = group.mean(axis=0)
             known[key, line] = np.asarray(mean / np.linalg.norm(mean), np.float32)
     return np.stack([known[key, line] for line in classes])
+
+
+def by_class(classes: Sequence[str], n: NDArray[Any], **values: NDArray[np.float64]) -> dict[str, Any]:
+    """`per_class` of a row: of each class its first name, how much of the truth it is, and its values; NaN is None."""
+    rounded = {name: [None if np.isnan(x) else round(float(x), 4) for x in of] for name, of in values.items()}
+    return {
+        "per_class": [
+            {"class": split_label(line)[0], "n": int(n[i]), **{name: of[i] for name, of in rounded.items()}}
+            for i, line in enumerate(classes)
+        ]
+    }
+
+
+def confused(counts: NDArray[np.int64]) -> dict[str, Any]:
+    """`confusion` of a row, from `metrics.confusion`; nothing where there are too many classes to look at."""
+    return {"confusion": counts.tolist()} if len(counts) <= MOST_CONFUSED else {}
 
 
 def as_seen(data: bytes, entry: Entry, embedder: Embedder) -> bytes:
@@ -118,6 +147,30 @@ def drawn(count: int, limit: int | None, seed: int) -> NDArray[np.int64]:
     if limit is None or limit >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
+
+
+def contents(name: str, parts: Sequence[Callable[[], Iterable[bytes | NDArray[Any]]]]) -> list[str]:
+    """Digests of what images and masks hold, each read once.
+
+    Args:
+        name: of the data set.
+        parts: what to read of each image.
+
+    Raises:
+        RAdapterError: one can't be read.
+    """
+
+    def of(read: Callable[[], Iterable[bytes | NDArray[Any]]]) -> str:
+        whole = hashlib.sha256()
+        for part in read():
+            whole.update(part if isinstance(part, bytes) else f"{part.dtype}{part.shape}".encode() + part.tobytes())
+        return whole.hexdigest()
+
+    try:
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="digest") as pool:
+            return list(pool.map(of, parts))
+    except RAdapterError as error:
+        raise RAdapterError(f"data set {name!r}: {error}") from error
 
 
 def digest(*parts: Sequence[Any]) -> str:

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.errors import RAdapterError
+
 Floats = NDArray[np.float32]
 Ranks = NDArray[np.int64]
 
 RECALLS = (1, 5, 10)
 _BLOCK = 1024  # rows of similarities in memory at once
+NOT_FINITE = "the embeddings hold values that are not finite (NaN or infinite); the weights or the adapter are broken"
+
+
+def check_finite(values: Floats) -> Floats:
+    """Embeddings or scores as they are.
+
+    Raises:
+        RAdapterError: they hold values that are not finite, which stand behind no other and before no other.
+    """
+    if not np.isfinite(values).all():
+        raise RAdapterError(NOT_FINITE)
+    return values
 
 
 def true_ranks(scores: Floats, truth: NDArray[Any]) -> Ranks:
@@ -24,7 +39,11 @@ def true_ranks(scores: Floats, truth: NDArray[Any]) -> Ranks:
 
     Returns:
         int64 [N].
+
+    Raises:
+        RAdapterError: scores that are not finite.
     """
+    check_finite(scores)
     own = np.take_along_axis(scores, truth[:, None], axis=1)
     earlier = np.arange(scores.shape[1]) < truth[:, None]
     return np.asarray(((scores > own) | ((scores == own) & earlier)).sum(axis=1), np.int64)
@@ -51,34 +70,75 @@ def classification_metrics(ranks: Ranks, labels: NDArray[Any], classes: int) -> 
     return metrics
 
 
+def caption_groups(captions: Sequence[str]) -> NDArray[np.int64]:
+    """A number for each caption that equal captions share.
+
+    Captions are equal where they differ by nothing but Unicode's compatible forms (NFKC), upper and lower case, white
+    space, and full stops at the end.
+
+    Args:
+        captions: T texts.
+
+    Returns:
+        int64 [T].
+    """
+    plain = [" ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(" .") for text in captions]
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(plain))}
+    return np.array([numbers[text] for text in plain], np.int64)
+
+
 def retrieval_metrics(
-    images: Floats, texts: Floats, image_of: NDArray[Any], recalls: Sequence[int] = RECALLS
+    images: Floats,
+    texts: Floats,
+    image_of: NDArray[Any],
+    recalls: Sequence[int] = RECALLS,
+    groups: NDArray[np.int64] | None = None,
 ) -> dict[str, float]:
     """Recall at k both ways, a hit being at least one true match among the best k.
+
+    An image and a text are a true match where the image has that text, or one of its group, among its own.
 
     Args:
         images: unit length, [I, D].
         texts: unit length, [T, D]; each image has at least one.
         image_of: the image that each text belongs to, integer [T].
         recalls: values of k.
+        groups: from `caption_groups`, [T]; None takes each text for another.
 
     Returns:
-        Shares in [0, 1]: `image_retrieval_recall@k`, over the texts, each of which looks for its image, and
+        Shares in [0, 1]: `image_retrieval_recall@k`, over the texts, each of which looks for any of its images, and
         `text_retrieval_recall@k`, over the images, each of which looks for any of its texts.
+
+    Raises:
+        RAdapterError: embeddings that are not finite.
     """
-    own = np.split(np.argsort(image_of, kind="stable"), np.cumsum(np.bincount(image_of, minlength=len(images)))[:-1])
-    to_image = [
-        true_ranks(texts[start : start + _BLOCK] @ images.T, image_of[start : start + _BLOCK])
-        for start in range(0, len(texts), _BLOCK)
-    ]
-    to_text = []
-    for start in range(0, len(images), _BLOCK):
-        scores = images[start : start + _BLOCK] @ texts.T
-        # of an image's own texts the best is looked for: the others only stand behind it
-        best = [own[start + row][values[own[start + row]].argmax()] for row, values in enumerate(scores)]
-        to_text.append(true_ranks(scores, np.array(best)))
-    ways = {"image": np.concatenate(to_image), "text": np.concatenate(to_text)}
+    check_finite(images)
+    check_finite(texts)
+    groups = np.arange(len(texts)) if groups is None else groups
+    texts_of_group = _members(groups, np.arange(len(texts)))
+    images_of_group = _members(groups, image_of)
+    groups_of_image = [np.unique(of) for of in _members(image_of, groups)]
+    texts_of_image = [np.concatenate([texts_of_group[group] for group in of]) for of in groups_of_image]
+    ways = {
+        "image": _best_ranks(texts, images, [images_of_group[group] for group in groups]),
+        "text": _best_ranks(images, texts, texts_of_image),
+    }
     return {f"{way}_retrieval_recall@{k}": float((ranks < k).mean()) for k in recalls for way, ranks in ways.items()}
+
+
+def _members(keys: NDArray[Any], values: NDArray[Any]) -> list[NDArray[Any]]:
+    """The values of each key 0, 1, 2, ..."""
+    return np.split(values[np.argsort(keys, kind="stable")], np.cumsum(np.bincount(keys))[:-1])
+
+
+def _best_ranks(queries: Floats, items: Floats, own: Sequence[NDArray[Any]]) -> Ranks:
+    """Where the best of its own items stands for each query: the others of its own only stand behind it."""
+    parts = []
+    for start in range(0, len(queries), _BLOCK):
+        scores = queries[start : start + _BLOCK] @ items.T
+        best = [mine[row[mine].argmax()] for row, mine in zip(scores, own[start : start + _BLOCK], strict=True)]
+        parts.append(true_ranks(scores, np.array(best)))
+    return np.concatenate(parts)
 
 
 def confusion(truth: NDArray[Any], found: NDArray[Any], classes: int) -> NDArray[np.int64]:
@@ -103,14 +163,44 @@ def segmentation_metrics(counts: NDArray[np.int64]) -> dict[str, float]:
         counts: from `confusion`, summed over the images.
 
     Returns:
-        Shares in [0, 1]: `miou`, the mean of intersection over union over the classes that the truth or the answers
-        have anywhere in the set; `pixel_accuracy`; `mean_class_accuracy` over the classes that the truth has.
+        Shares in [0, 1]: `miou`, the mean of `class_ious` over the classes that the truth or the answers have anywhere
+        in the set; `pixel_accuracy`; `mean_class_accuracy` over the classes that the truth has.
     """
-    classes = len(counts)
-    hits, true, found = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)[:classes]
-    union = true + found - hits
+    found = mean_metrics(np.stack(pixel_sums(counts)).astype(float)[:, None])
+    return {name: float(values[0]) for name, values in found.items()}
+
+
+def pixel_sums(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Of each class its pixels that are right, true and found, int64 [C] each, from `confusion`."""
+    return counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)[: len(counts)]
+
+
+def class_ious(right: NDArray[Any], true: NDArray[Any], found: NDArray[Any]) -> NDArray[np.float64]:
+    """Intersection over union of each class, in [0, 1]; NaN where neither the truth nor the answers have it."""
+    return shares(right, true + found - right)
+
+
+def shares(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
+    """Part by whole; NaN where the whole is 0."""
+    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
+
+
+def mean_metrics(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """What `segmentation_metrics` returns, [B] each, for B data sets of the same classes.
+
+    Args:
+        sums: of `pixel_sums`, [3, B, C].
+    """
+    right, true, found = sums
+    pixels = true.sum(axis=-1)
     return {
-        "miou": float((hits[union > 0] / union[union > 0]).mean()) if union.any() else 0.0,
-        "pixel_accuracy": float(hits.sum() / max(1, true.sum())),
-        "mean_class_accuracy": float((hits[true > 0] / true[true > 0]).mean()) if true.any() else 0.0,
+        "miou": _mean_of_known(class_ious(right, true, found)),
+        "pixel_accuracy": right.sum(axis=-1) / np.maximum(pixels, 1),
+        "mean_class_accuracy": _mean_of_known(shares(right, true)),
     }
+
+
+def _mean_of_known(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean over the last axis without NaN; 0 where all are."""
+    known = ~np.isnan(values)
+    return np.asarray(np.where(known, values, 0).sum(axis=-1) / np.maximum(known.sum(axis=-1), 1))

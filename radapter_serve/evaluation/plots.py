@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -91,4 +93,36 @@ def plot_bars(values: Mapping[str, Mapping[str, float]], path: str | Path, *, ti
     axes.grid(axis="y", alpha=0.3)
     figure.legend(fontsize=8, loc="outside right upper")
     figure.suptitle(title)
+    figure.savefig(path)
+
+
+def plot_confusion(row: Mapping[str, Any], path: str | Path) -> None:
+    """Draw which classes are taken for which, with the number of images (of segmentation pixels) of each class.
+
+    Args:
+        row: of results, with `confusion` and `per_class`.
+        path: a picture file; its ending says which kind.
+    """
+    counts = np.array(row["confusion"], float)
+    if not counts[:, -1].any():
+        counts = counts[:, :-1]  # no answer is "none of them"
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    names = [of["class"] for of in row["per_class"]]
+    side = 2.5 + 0.3 * len(names)
+    figure = Figure(figsize=(side + 1.5, side), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    figure.colorbar(axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100), label="% of the true class")
+    if len(names) <= 15:
+        for (i, j), share in np.ndenumerate(shares):
+            axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", color="white" if share > 0.5 else "black")
+    axes.set_xticks(range(counts.shape[1]), [*names, "none"][: counts.shape[1]], rotation=90)
+    kind = "iou" if "iou" in row["per_class"][0] else "recall"
+    own = [of[kind] for of in row["per_class"]]
+    labels = [f"{name}, n {of['n']}" for name, of in zip(names, row["per_class"], strict=True)]
+    figures = [f", {kind} {100 * value:.1f} %" if value is not None else "" for value in own]
+    axes.set_yticks(range(len(names)), [f"{label}{figure}" for label, figure in zip(labels, figures, strict=True)])
+    axes.set_xlabel("found")
+    axes.set_ylabel("true")
+    model = row["source"] if row["alpha"] is None else f"{row['source']}, α = {row['alpha']:g}"
+    figure.suptitle(f"{row['dataset']}: {model}")
     figure.savefig(path)

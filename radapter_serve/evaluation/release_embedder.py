@@ -16,6 +16,7 @@ from radapter_serve.evaluation.embedder import (
 )
 from radapter_serve.evaluation.judged import class_embeds
 from radapter_serve.evaluation.metrics import Floats
+from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.tasks.segmenter import Segmenter
 
@@ -35,13 +36,13 @@ class ReleaseEmbedder:
         self._release = LocalRelease(repository)
         facts = self._release.facts
         self.templates = list(facts["templates"])
-        self.size = self._release.preprocess.size[0]
+        self.size, self.crop = self._release.preprocess.size[0], MaskCrop.of_release(facts)
         self.exif_orientation = self._release.preprocess.exif_orientation
         self.variants = release_variants("release", facts, alphas)
 
     def select(self, variant: Variant) -> None:
         assert variant.alpha is not None
-        self._release.dial(variant.alpha)
+        self._release.set_alpha(variant.alpha)
 
     def prepare(self, data: bytes) -> Any:
         return self._release.prepare(data)

@@ -11,10 +11,11 @@ from rich.table import Table
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
+from radapter_serve.inputs.probabilities import SAME
 
 Row = dict[str, Any]
 FILE = "results.jsonl"
-MEASURED = ("metrics", "runtime")
+MEASURED = ("metrics", "intervals", "per_class", "confusion", "indistinguishable", "runtime")
 
 
 class Results:
@@ -103,40 +104,88 @@ def harmonic(*values: float) -> float:
 
 
 def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()) -> Table:
-    """Models down, data sets across, with the means over sets in and out of distribution; per cent.
+    """Models down, data sets across, with number of images and intervals of 95 %; per cent.
+
+    Means are over sets in or out of distribution that are measured alike: by one metric and one way of segmentation.
 
     Args:
         rows: of any sources and data sets.
         title: above the table.
         pairs: names of the sets of base and of novel classes; H is the harmonic mean of their two means.
     """
-    sets = {row["dataset"]: row for row in rows}
-    shifts = {s: [name for name, row in sets.items() if row["shift"] == s] for s in ("id", "ood")}
-    means = [s for s in ("id", "ood") if len(shifts[s]) > 1]
+    sets = {row["dataset"]: row for row in sorted(rows, key=lambda row: str(row["shift"]))}  # in distribution first
+    kinds: dict[tuple[Any, ...], list[str]] = {}
+    for name, row in sets.items():
+        kinds.setdefault(_kind(row), []).append(name)
+    means = [names for names in kinds.values() if len(names) > 1]
     out = Table(title=title)
     for column in ("model", "α"):
         out.add_column(column, justify="left" if column == "model" else "right")
-    for s in ("id", "ood"):
-        for name in shifts[s]:
-            out.add_column(f"{name}\n{metric_name(sets[name]['metric'])}\n{s}", justify="right")
-    for s in means:
-        out.add_column(f"mean of\n{len(shifts[s])}\n{s}", justify="right")
+    for name, row in sets.items():
+        out.add_column(
+            f"{name}\n{metric_name(row['metric'])}, {row['shift']}\nn {row['n']}", justify="right", overflow="fold"
+        )
+    for names in means:
+        shift, dense = sets[names[0]]["shift"], sets[names[0]].get("dense")
+        out.add_column(f"mean of\n{len(names)} {shift}\n{dense or ''}", justify="right")
     if pairs:
         out.add_column("H\nbase,\nnovel", justify="right")
-    models: dict[tuple[str, Any], dict[str, float]] = {}
+    models: dict[tuple[str, Any], dict[str, Row]] = {}
     for row in rows:
-        models.setdefault((row["source"], row["alpha"]), {})[row["dataset"]] = 100 * row["metrics"][row["metric"]]
-    for (source, alpha), values in models.items():
-        cells = [f"{values[name]:.2f}" if name in values else "" for s in shifts for name in shifts[s]]
-        for s in means:
-            found = [values[name] for name in shifts[s] if name in values]
-            cells.append(f"{sum(found) / len(found):.2f}" if len(found) == len(shifts[s]) else "")
+        models.setdefault((row["source"], row["alpha"]), {})[row["dataset"]] = row
+    for (source, alpha), of_set in models.items():
+        values = {name: 100 * row["metrics"][row["metric"]] for name, row in of_set.items()}
+        cells = [_figure(of_set[name]) if name in of_set else "" for name in sets]
+        for names in means:
+            found = [values[name] for name in names if name in values]
+            cells.append(f"{sum(found) / len(found):.2f}" if len(found) == len(names) else "")
         if pairs:
             means_of = [[values.get(name) for name in names] for names in zip(*pairs, strict=True)]
             whole = all(value is not None for of in means_of for value in of)
             cells.append(f"{harmonic(*(sum(of) / len(of) for of in means_of)):.2f}" if whole else "")  # type: ignore[arg-type]
         out.add_row(source, "" if alpha is None else f"{alpha:g}", *cells)
     return out
+
+
+def _kind(row: Row) -> tuple[Any, ...]:
+    """What sets have in common that may be averaged: dense labels and proposals, say, are different things."""
+    return row["shift"], row["metric"], row.get("dense"), row.get("background") is None
+
+
+def _figure(row: Row) -> str:
+    figure = f"{100 * row['metrics'][row['metric']]:.2f}"
+    interval = row.get("intervals", {}).get(row["metric"])
+    return f"{figure}\n{100 * interval[0]:.1f} – {100 * interval[1]:.1f}" if interval else figure
+
+
+def prompts(rows: Sequence[Row]) -> list[str]:
+    """A line for each list of prompt templates, with the data sets that it was used for."""
+    sets: dict[tuple[str, ...], dict[str, None]] = {}
+    for row in rows:
+        if row.get("templates"):
+            sets.setdefault(tuple(row["templates"]), {})[row["dataset"]] = None
+    return [
+        f"prompts of {', '.join(names)}: {templates[0]!r}"
+        + (f" to {templates[-1]!r}, {len(templates)} templates" if len(templates) > 1 else "")
+        for templates, names in sets.items()
+    ]
+
+
+def warnings(rows: Sequence[Row]) -> list[str]:
+    """A line for each list of labels that a model can't tell apart, with the data sets and the models."""
+    found: dict[tuple[tuple[str, str], ...], tuple[dict[str, None], dict[str, None]]] = {}
+    for row in rows:
+        if row.get("indistinguishable"):
+            sets, models = found.setdefault(tuple((a, b) for a, b in row["indistinguishable"]), ({}, {}))
+            sets[row["dataset"]] = None
+            models[row["source"] if row["alpha"] is None else f"{row['source']} at alpha {row['alpha']:g}"] = None
+    return [
+        f"{', '.join(sets)}: warning: {', '.join(models)} can't tell apart "
+        + ", ".join(f"{one!r} and {other!r}" for one, other in alike[:5])
+        + (f" and {len(alike) - 5} pairs more" if len(alike) > 5 else "")
+        + f" (cosine of the texts above {SAME}): their scores are ties, and the first label wins"
+        for alike, (sets, models) in found.items()
+    ]
 
 
 def _key(row: Mapping[str, Any]) -> str:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from radapter_serve.adapter import Metadata, load_adapter
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.choice import Choice, choose, save_choice
+from radapter_serve.evaluation.alpha_choice import Choice, choose, save_choice
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder, NoSuchWay, Variant
 from radapter_serve.evaluation.judge import facts_of, judge
 from radapter_serve.evaluation.judged import Known
-from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars
+from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars, plot_confusion
 from radapter_serve.evaluation.results import Results, Row, curve, harmonic_means, metric_name
 from radapter_serve.evaluation.sets import open_set
-from radapter_serve.evaluation.suite import Entry, Suite
+from radapter_serve.evaluation.suite import Suite, entry_of
 
 Say = Callable[[str], None]
 
@@ -57,7 +58,7 @@ def judge_suite(
     rows: list[Row] = []
     known: dict[tuple[str, float | None], Known] = {}
     for entry in suite.of_split(split):
-        say(f"{entry.name}: opening {entry.data}")
+        say(f"{entry.name}: reading {entry.data}")
         data = open_set(suite, entry, limit=limit, seed=seed)
         common = {"suite": suite.name, "seed": seed}
         try:
@@ -128,7 +129,10 @@ def draw_choice(choice: Choice, folder: Path) -> Path:
 
 
 def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = True) -> list[Path]:
-    """Draw what the rows of one call allow: `bars.png` always, `alpha.png` where there are several α of one source.
+    """Draw what the rows of one call allow.
+
+    `bars.png` always; `alpha.png` where there are several α of one source, one each for dense segmentation and
+    proposals; `confusion-NAME.png` of each data set of few classes, by the last model.
 
     Args:
         rows: from `judge_suite`.
@@ -139,7 +143,6 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
     Returns:
         The pictures' paths.
     """
-    ids, ood = (list(dict.fromkeys(r["dataset"] for r in rows if r["shift"] == s)) for s in ("id", "ood"))
     bars: dict[str, dict[str, float]] = {}
     for row in rows:
         name = row["source"] if row["alpha"] is None else f"{row['source']}, α = {row['alpha']:g}"
@@ -148,13 +151,22 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
     unit = f"{metrics.pop()}, %" if len(metrics) == 1 else "%"
     pictures = [folder / "bars.png"]
     plot_bars(bars, pictures[0], title=title, unit=unit)
+    ways: dict[str, list[Row]] = {}
+    for row in rows:
+        ways.setdefault("proposals" if row.get("dense") == PROPOSALS else "dense", []).append(row)
     names = ("adapter", "release", "server", "wise-ft")
-    lines = {source: curve([r for r in rows if r["source"] == source]) for source in names}
-    line = next((lines[source] for source in names[:3] if len(lines[source]) > 1), None)
-    if curve_too and line is not None:
-        pictures.append(folder / "alpha.png")
-        beside = {"WiSE-FT": lines["wise-ft"]} if lines["wise-ft"] else None
-        plot_alpha_curve(line, ids, ood, pictures[1], title=title, beside=beside, unit=unit)
+    for way, some in ways.items():
+        ids, ood = (list(dict.fromkeys(r["dataset"] for r in some if r["shift"] == s)) for s in ("id", "ood"))
+        lines = {source: curve([r for r in some if r["source"] == source]) for source in names}
+        line = next((lines[source] for source in names[:3] if len(lines[source]) > 1), None)
+        if curve_too and line is not None:
+            pictures.append(folder / ("alpha.png" if len(ways) == 1 else f"alpha-{way}.png"))
+            beside = {"WiSE-FT": lines["wise-ft"]} if lines["wise-ft"] else None
+            plot_alpha_curve(line, ids, ood, pictures[-1], title=title, beside=beside, unit=unit)
+    for row in {row["dataset"]: row for row in rows if "confusion" in row}.values():
+        name = re.sub(r"[^\w.-]+", "_", row["dataset"])
+        pictures.append(folder / f"confusion-{name}.png")
+        plot_confusion(row, pictures[-1])
     return pictures
 
 
@@ -180,4 +192,5 @@ def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
     fields["exif_orientation"] = recipe.get("exif_orientation", True)
     if task == "segmentation":
         fields["dense"] = recipe["dense"] if recipe.get("dense", "none") != "none" else PROPOSALS
-    return Suite("validation", (Entry("validation", data, task, split="validation", **fields),))
+    fields |= {"name": "validation", "data": data, "task": task, "split": "validation"}
+    return Suite("validation", (entry_of(fields, "the run's validation data"),))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from radapter_serve.data.masks import IGNORE, MaskedImage
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder, SegmentImage, SegmentQuery
-from radapter_serve.evaluation.judged import Known, as_seen, digest
-from radapter_serve.evaluation.metrics import confusion, segmentation_metrics
+from radapter_serve.evaluation.intervals import segmentation_intervals
+from radapter_serve.evaluation.judged import Known, as_seen, by_class, confused, contents, digest
+from radapter_serve.evaluation.metrics import class_ious, confusion, pixel_sums, segmentation_metrics, shares
 from radapter_serve.evaluation.suite import Entry
 from radapter_serve.inputs.labels import split_label
+from radapter_serve.inputs.probabilities import indistinguishable
 from radapter_serve.tasks.segmenter import SegmentOptions
 
 
@@ -77,8 +79,19 @@ class SegmentationSet:
             "n": len(self.images),
             "classes": len(self.classes),
             "classes_digest": digest(self.classes),
-            "set_digest": digest(self.classes, names),
+            "set_digest": digest(
+                self.classes, names, contents(self.entry.name, [self._reader(i) for i in self.images])
+            ),
         }
+
+    def _reader(self, image: MaskedImage) -> Callable[[], Iterator[bytes | NDArray[Any]]]:
+        def read() -> Iterator[bytes | NDArray[Any]]:
+            yield image.data()
+            yield image.mask()
+            if self.entry.dense == PROPOSALS:
+                yield from (part for label, mask in image.segments() for part in (str(label).encode(), mask))
+
+        return read
 
     @cached_property
     def background(self) -> int | None:
@@ -106,7 +119,8 @@ class SegmentationSet:
         query = self.query(embedder)
         options = {name: getattr(query.options, name) for name in ("short_side", "stride", "refine", "threshold")}
         common = {"dense": query.dense, "size": embedder.size, **options, "background": self.entry.background}
-        return {**common, "templates": query.templates}
+        crop = {"crop": embedder.crop.to_dict()} if query.dense == PROPOSALS else {}
+        return {**common, **crop, "templates": query.templates}
 
     def prepare(self, embedder: Embedder, number: int) -> MaskedItem:
         image = self.images[number]
@@ -118,7 +132,11 @@ class SegmentationSet:
 
     def scorer(self, embedder: Embedder, known: Known) -> SegmentationScorer:
         query = self.query(embedder)
-        return SegmentationScorer(self, embedder.segmenter(query, known), query.options.threshold is not None)
+        open_world = query.dense == PROPOSALS or query.options.threshold is not None
+        segment, names = embedder.segmenter(query, known), [split_label(line)[0] for line in query.labels]
+        embeds = [known[key] for line in query.labels if (key := (tuple(query.templates), line)) in known]
+        alike = indistinguishable(names, np.stack(embeds)) if len(embeds) == len(names) else []
+        return SegmentationScorer(self, segment, open_world, alike)
 
 
 class SegmentationScorer:
@@ -128,16 +146,20 @@ class SegmentationScorer:
         data: the set.
         segment: of the model.
         open_world: whether a pixel may get no label.
+        alike: pairs of labels that the model can't tell apart.
     """
 
-    def __init__(self, data: SegmentationSet, segment: SegmentImage, open_world: bool) -> None:
-        self._data, self._segment = data, segment
+    def __init__(
+        self, data: SegmentationSet, segment: SegmentImage, open_world: bool, alike: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        self._data, self._segment, self._alike = data, segment, alike
         count, background = len(data.classes), data.background
         # What an index of the answer means; the answer "none" is wrong everywhere where no class stands for it.
         self._class_of = np.array([number for number in range(count) if number != background], np.int64)
         if open_world:
             self._class_of = np.append(self._class_of, count if background is None else background)
         self._confusion = np.zeros((count, count + 1), np.int64)
+        self._sums: list[NDArray[np.int64]] = []  # of each image, from which the intervals are drawn
 
     def add(self, items: Sequence[MaskedItem]) -> None:
         for item in items:
@@ -147,10 +169,18 @@ class SegmentationScorer:
                 try:
                     found = self._segment(item.data, item.masks).astype(np.int64)
                 except RAdapterError as error:
-                    name = self._data.name(item.number)
-                    raise RAdapterError(f"data set {self._data.entry.name!r}, {name}: {error}") from error
+                    raise RAdapterError(f"{self._data.name(item.number)}: {error}") from error
             judged = item.truth != IGNORE
-            self._confusion += confusion(item.truth[judged], self._class_of[found[judged]], len(self._data.classes))
+            counts = confusion(item.truth[judged], self._class_of[found[judged]], len(self._data.classes))
+            self._confusion += counts
+            self._sums.append(np.stack(pixel_sums(counts)))
 
-    def metrics(self) -> dict[str, float]:
-        return segmentation_metrics(self._confusion)
+    def measured(self) -> dict[str, Any]:
+        right, true, found = pixel_sums(self._confusion)
+        return {
+            "metrics": segmentation_metrics(self._confusion),
+            "intervals": segmentation_intervals(np.stack(self._sums, 1)),
+            **by_class(self._data.classes, true, recall=shares(right, true), iou=class_ious(right, true, found)),
+            **confused(self._confusion),
+            **({"indistinguishable": self._alike} if self._alike else {}),
+        }

@@ -12,7 +12,8 @@ from radapter_client import RAdapterClientError
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import SegmentImage, SegmentQuery, Variant, exported_way, release_variants
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.inputs.alpha import Dial
+from radapter_serve.inputs.alpha import RequestAlpha
+from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.runtimes.served_release import connect
 
 
@@ -31,13 +32,13 @@ class ServerEmbedder:
         self._client, release = connect(url)
         self._facts = release.facts
         self.templates = release.templates
-        self.size = int(release.facts["preprocess"]["size"])
+        self.size, self.crop = int(release.facts["preprocess"]["size"]), MaskCrop.of_release(release.facts)
         self.exif_orientation = bool(release.facts["preprocess"].get("exif_orientation", True))
         self.variants = release_variants("server", release.facts, alphas)
         self._alpha: float | None = None
 
     def select(self, variant: Variant) -> None:
-        self._alpha = Dial(self._facts).one(variant.alpha)
+        self._alpha = RequestAlpha(self._facts).one(variant.alpha)
 
     def prepare(self, data: bytes) -> Any:
         return data

@@ -1,21 +1,16 @@
-"""Classification and retrieval as judged sets, and opening the sets that a suite names."""
+"""Opening the data sets that a suite names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
-from numpy.typing import NDArray
 
 from radapter_serve.clip.prompts import templates_of
 from radapter_serve.data import (
     READERS,
-    ImageColumn,
     Labelled,
     class_split,
     imagenet_classes,
@@ -25,121 +20,14 @@ from radapter_serve.data import (
 )
 from radapter_serve.data.masked import load_masked
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.embedder import Embedder
-from radapter_serve.evaluation.judged import JudgedSet, Known, Scorer, as_seen, class_embeds, digest, drawn, png_of
+from radapter_serve.evaluation.image_sets import ClassificationSet, Image, RetrievalSet
+from radapter_serve.evaluation.judged import JudgedSet, drawn
 from radapter_serve.evaluation.karpathy import load_karpathy
-from radapter_serve.evaluation.metrics import Floats, classification_metrics, retrieval_metrics, true_ranks
 from radapter_serve.evaluation.segmentation import SegmentationSet
-from radapter_serve.evaluation.suite import Entry, Suite
+from radapter_serve.evaluation.suite import Entry, Suite, read_yaml
 from radapter_serve.inputs.labels import split_label
-from radapter_serve.inputs.preprocess import decode
 
 _READERS = (*READERS, "masks", "coco", "karpathy")
-
-
-@dataclass(frozen=True)
-class _ImageSet:
-    """Images that are embedded as a whole.
-
-    Attributes:
-        entry: what the suite says.
-        images: of the files.
-    """
-
-    entry: Entry
-    images: Sequence[Image]
-
-    most = None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def name(self, number: int) -> str:
-        return self.images[number].name
-
-    def prepare(self, embedder: Embedder, number: int) -> Any:
-        return embedder.prepare(as_seen(self.images[number](), self.entry, embedder))
-
-
-@dataclass(frozen=True)
-class ClassificationSet(_ImageSet):
-    """Labelled images.
-
-    Attributes:
-        labels: integer [N].
-        classes: one a label, synonyms after commas.
-        templates: prompt templates; None takes the model's own.
-    """
-
-    labels: NDArray[np.int64]
-    classes: list[str]
-    templates: list[str] | None
-
-    task = "zeroshot_classification"
-
-    @cached_property
-    def facts(self) -> dict[str, Any]:
-        split = {} if self.entry.class_split == "all" else {"class_split": self.entry.class_split}
-        count = {"n": len(self.labels), "classes": len(self.classes)}
-        return {**count, **split, "set_digest": digest(self.classes, self.labels.tolist())}
-
-    def how(self, embedder: Embedder) -> dict[str, Any]:
-        return {"templates": list(self.templates or embedder.templates)}
-
-    def scorer(self, embedder: Embedder, known: Known) -> Scorer:
-        templates = self.templates or embedder.templates
-        return _ClassificationScorer(self, embedder, class_embeds(embedder.embed_texts, self.classes, templates, known))
-
-
-@dataclass(frozen=True)
-class RetrievalSet(_ImageSet):
-    """Images and their captions.
-
-    Attributes:
-        captions: all of them.
-        image_of: the image that each caption belongs to, integer [T].
-    """
-
-    captions: list[str]
-    image_of: NDArray[np.int64]
-
-    task = "zeroshot_retrieval"
-
-    @cached_property
-    def facts(self) -> dict[str, Any]:
-        count = {"n": len(self.images), "captions": len(self.captions)}
-        return {**count, "set_digest": digest(self.captions, self.image_of.tolist())}
-
-    def how(self, embedder: Embedder) -> dict[str, Any]:
-        return {}
-
-    def scorer(self, embedder: Embedder, known: Known) -> Scorer:
-        return _RetrievalScorer(self, embedder, embedder.embed_texts(self.captions))
-
-
-class _ClassificationScorer:
-    def __init__(self, data: ClassificationSet, embedder: Embedder, classifier: Floats) -> None:
-        self._data, self._embedder, self._classifier = data, embedder, classifier
-        self._ranks = [np.zeros(0, np.int64)]
-
-    def add(self, items: Sequence[Any]) -> None:
-        start = sum(map(len, self._ranks))
-        scores = self._embedder.embed_images(items) @ self._classifier.T
-        self._ranks.append(true_ranks(scores, self._data.labels[start : start + len(items)]))
-
-    def metrics(self) -> dict[str, float]:
-        return classification_metrics(np.concatenate(self._ranks), self._data.labels, len(self._data.classes))
-
-
-class _RetrievalScorer:
-    def __init__(self, data: RetrievalSet, embedder: Embedder, texts: Floats) -> None:
-        self._data, self._embedder, self._texts, self._images = data, embedder, texts, list[Floats]()
-
-    def add(self, items: Sequence[Any]) -> None:
-        self._images.append(self._embedder.embed_images(items))
-
-    def metrics(self) -> dict[str, float]:
-        return retrieval_metrics(np.concatenate(self._images), self._texts, self._data.image_of)
 
 
 def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int = 0) -> JudgedSet:
@@ -167,6 +55,7 @@ def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int 
             label_column=entry.label_column,
             classes=_file(suite, entry.classes) if entry.classes and mapping is None else None,
             images=_images(suite, entry),
+            every_class=entry.class_split != "all",  # the halves are of all classes
         )
         if entry.classes is None:
             refuse_wordnet_ids(data.own)
@@ -242,30 +131,6 @@ def _segmentation_set(suite: Suite, entry: Entry, spec: str, limit: int | None, 
     return SegmentationSet(entry, images, data.classes, _templates(suite, entry.templates))
 
 
-@dataclass(frozen=True)
-class Image:
-    """Reads the bytes of one image of a data set."""
-
-    column: ImageColumn
-    rows: Any
-    index: int
-    border: int
-
-    def __call__(self) -> bytes:
-        found = self.column.data(self.rows[self.index])
-        return _cropped(found, self.border, self.column.exif_orientation) if self.border else found
-
-    @property
-    def name(self) -> str:
-        """What to call the image in an error."""
-        return self.column.name(self.rows[self.index])
-
-
-def _cropped(data: bytes, border: int, exif_orientation: bool) -> bytes:
-    image = decode(data, exif_orientation=exif_orientation)
-    return png_of(image.crop((border, border, image.width - border, image.height - border)))
-
-
 def _below(root: Path, spec: str) -> str:
     reader, colon, path = spec.partition(":")
     return f"{reader}:{root / path}" if colon and reader in _READERS else spec
@@ -287,10 +152,7 @@ def _class_mapping(suite: Suite, classes: str | None) -> dict[str, str] | None:
     if classes is None or not classes.endswith((".yaml", ".yml")):
         return None
     path = _file(suite, classes)
-    try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RAdapterError(f"could not read the classes {path}: {' '.join(str(error).split())}") from error
+    mapping = read_yaml(path, "the classes")
     if not isinstance(mapping, dict) or not mapping or not all(split_label(str(name)) for name in mapping.values()):
         raise RAdapterError(f"the classes {path} must map the data's class names to names for prompts")
     return {str(own): str(name) for own, name in mapping.items()}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import pydantic
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from radapter_serve.clip.dense import WAYS
 from radapter_serve.errors import RAdapterError
@@ -16,10 +18,6 @@ from radapter_serve.evaluation.embedder import PROPOSALS
 from radapter_serve.inputs.errors import TaskError
 from radapter_serve.tasks.segmenter import SegmentOptions
 
-TASKS = ("classification", "retrieval", "segmentation")
-SHIFTS = ("id", "ood")
-SPLITS = ("test", "validation")
-CLASS_SPLITS = ("all", "base", "novel")
 DENSE = (*WAYS, PROPOSALS)
 METRICS = {
     "classification": ("acc1", "acc5", "mean_per_class_recall"),
@@ -35,7 +33,16 @@ USED_BY = {  # of the fields that not every task has a use for
 }
 
 
-@dataclass(frozen=True)
+def _templates(value: Any) -> Any:
+    if value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(t, str) for t in value)):
+        return value
+    raise ValueError("allowed: openai, simple, a file, a template, or a list of templates")
+
+
+Templates = Annotated[Any, BeforeValidator(_templates)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config={"extra": "forbid"})
 class Entry:
     """One data set of a suite.
 
@@ -73,20 +80,20 @@ class Entry:
 
     name: str
     data: str
-    task: str = "classification"
-    shift: str = "id"
-    split: str = "test"
+    task: Literal["classification", "retrieval", "segmentation"] = "classification"
+    shift: Literal["id", "ood"] = "id"
+    split: Literal["test", "validation"] = "test"
     metric: str = ""
     classes: str | None = None
-    templates: Any = None
+    templates: Templates = None
     exif_orientation: bool = True
-    border: int = 0
+    border: Annotated[int, Field(ge=0)] = 0
     image_column: str = "image"
     label_column: str = "label"
     caption_column: str = "caption"
-    max_captions: int | None = None
+    max_captions: Annotated[int, Field(ge=1)] | None = None
     images: str | None = None
-    class_split: str = "all"
+    class_split: Literal["all", "base", "novel"] = "all"
     dense: str | None = None
     short_side: int | None = None
     stride: int | None = None
@@ -96,23 +103,14 @@ class Entry:
     language: str = "en"
 
     def __post_init__(self) -> None:
-        allowed: dict[str, tuple[str, ...]] = {
-            "task": TASKS,
-            "shift": SHIFTS,
-            "split": SPLITS,
-            "class_split": CLASS_SPLITS,
-        }
-        if not self.metric and self.task in TASKS:
-            object.__setattr__(self, "metric", METRICS[self.task][0])
-        allowed["metric"] = METRICS.get(self.task, ())
-        if self.dense is not None:
-            allowed["dense"] = DENSE
-        for field, values in allowed.items():
-            if getattr(self, field) not in values:
-                raise RAdapterError(
-                    f"data set {self.name!r}: {field} is {getattr(self, field)!r}; allowed: {', '.join(values)}"
-                )
-        if self.background is not None and self.threshold is None:
+        allowed = METRICS[self.task]
+        if not self.metric:
+            object.__setattr__(self, "metric", allowed[0])
+        for field, values in (("metric", allowed), ("dense", (None, *DENSE))):
+            if (value := getattr(self, field)) not in values:
+                names = ", ".join(filter(None, values))
+                raise RAdapterError(f"data set {self.name!r}: {field} is {value!r}; allowed: {names}")
+        if self.background is not None and self.threshold is None and self.dense != PROPOSALS:
             raise RAdapterError(
                 f"data set {self.name!r}: background is {self.background!r}, which needs a threshold, such as 0.1"
             )
@@ -120,8 +118,34 @@ class Entry:
             SegmentOptions(self.short_side, self.stride, self.refine, self.threshold)
         except TaskError as error:
             raise RAdapterError(f"data set {self.name!r}: {error.message}") from None
-        if self.max_captions is not None and self.max_captions < 1:
-            raise RAdapterError(f"data set {self.name!r}: max_captions is {self.max_captions}; allowed: 1 or more")
+
+
+def entry_of(values: Mapping[str, Any], where: str) -> Entry:
+    """An entry from the values of its fields.
+
+    Args:
+        values: by name.
+        where: where they come from, for a message.
+
+    Raises:
+        RAdapterError: a field is unknown, missing, or has a value that is not allowed.
+    """
+    fields = [field.name for field in dataclasses.fields(Entry)]
+    unknown = sorted(str(name) for name in values if name not in fields)
+    if unknown:
+        raise RAdapterError(f"{where} has unknown fields {', '.join(unknown)[:200]}; allowed: {', '.join(fields)}")
+    for field in ("name", "data"):
+        if not isinstance(values.get(field), str):
+            raise RAdapterError(f"{where} has no {field}")
+    try:
+        return Entry(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field, rule = (
+            str(first["loc"][0]),
+            first["msg"].removeprefix("Value error, ").replace("Input should be", "allowed:"),
+        )
+        raise RAdapterError(f"{where}, {values['name']!r}: {field} is {str(values[field])[:80]!r}; {rule}") from None
 
 
 @dataclass(frozen=True)
@@ -162,34 +186,14 @@ def load_suite(path: str | Path, data_root: str | Path = ".") -> Suite:
         RAdapterError: no such file, not YAML, unknown fields, or values that are not allowed.
     """
     path = Path(path)
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        why = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
-        raise RAdapterError(f"could not read the suite {path}: {why}; ready ones are in recipes/suites") from error
+    document = read_yaml(path, "the suite")
     sets = document.pop("sets", None) if isinstance(document, dict) else None
     if not isinstance(sets, list) or not sets or not all(isinstance(item, dict) for item in sets):
         raise RAdapterError(f"the suite {path} must have `sets`, a list with name and data for each data set")
     name = str(document.pop("name", path.stem))
-    fields = [field.name for field in dataclasses.fields(Entry)]
     entries = []
     for number, item in enumerate(sets, 1):
-        values = {**document, **item}
-        unknown = sorted(set(values) - set(fields))
-        if unknown:
-            raise RAdapterError(
-                f"{path}, set {number} has unknown fields {', '.join(unknown)}; allowed: {', '.join(fields)}"
-            )
-        for field in ("name", "data"):
-            if not isinstance(values.get(field), str):
-                raise RAdapterError(f"{path}, set {number} has no {field}")
-        try:
-            entries.append(TypeAdapter(Entry).validate_python(values))
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise RAdapterError(
-                f"{path}, set {number}: {'.'.join(map(str, first['loc']))} is {first['input']!r}; {first['msg']}"
-            ) from None
+        entries.append(entry_of({**document, **item}, f"{path}, set {number}"))
         task = entries[-1].task
         for field, value in item.items():  # what stands beside `sets` is for those that have a use for it
             if value is not None and task not in USED_BY.get(field, (task,)):
@@ -202,3 +206,19 @@ def load_suite(path: str | Path, data_root: str | Path = ".") -> Suite:
     if double:
         raise RAdapterError(f"{path} names {double[0]!r} twice; each data set needs a name of its own")
     return Suite(name, tuple(entries), path.absolute().parent, Path(data_root))
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        RAdapterError: it can't be read, or is no YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RAdapterError(
+            f"could not read {what} {path}: {error.strerror}; ready ones are in recipes/suites"
+        ) from None
+    except Exception as error:  # PyYAML raises many kinds on what it can't make a value of
+        raise RAdapterError(f"could not read {what} {path}: {' '.join(str(error).split())[:300]}") from None

@@ -88,7 +88,7 @@ class TorchEmbedder:
         self._transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
         self._preprocess = Preprocess.from_dict(base.preprocess)
         self.size, self.exif_orientation = self._preprocess.size[0], self._preprocess.exif_orientation
-        self._crop = crop or MaskCrop.from_recipe({}, base.preprocess["mean"])
+        self.crop = crop or MaskCrop.from_recipe({}, base.preprocess["mean"])
         self._tensors = self._model.state_dict()
         self._lines = {line.source: line for line in lines}
         common = {"model": base.name, "pretrained": base.pretrained, "precision": precision}
@@ -148,13 +148,15 @@ class TorchEmbedder:
                 found = encode_image(self._model, pixels) if way is None else encode_patches(self._model, pixels, way)
             return np.asarray(found.float().cpu().numpy())
 
+        bias = self._tensors.get("logit_bias")
         segmenter = Segmenter(
             None if query.dense == PROPOSALS else functools.partial(encode, way=query.dense),
             encode,
             self._preprocess,
-            self._crop,
+            self.crop,
             float(self._tensors["logit_scale"].float().exp()),
             _WINDOWS,
+            None if bias is None else float(bias),
         )
         return segment_here(segmenter, embeds, query.options)
 

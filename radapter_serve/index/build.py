@@ -204,7 +204,7 @@ def add(
     with disk_errors(out), lock(out, "radapter-index"):
         facts = read_facts(out)
         if release.facts.get("dynamic_alpha"):
-            release.dial(facts["release"]["alpha"])
+            release.set_alpha(facts["release"]["alpha"])
         if facts["release_digest"] != release_digest(release.facts):
             raise RAdapterError(_other_release(out, facts, release))
         _turn(release, facts.get("exif_orientation", False))

@@ -54,7 +54,7 @@ class Release(Protocol):
     @property
     def origin(self) -> Mapping[str, str]: ...
 
-    def dial(self, alpha: float) -> None:
+    def set_alpha(self, alpha: float) -> None:
         """Embed at this α from now on; `facts` say so."""
 
     def prepare(self, data: bytes) -> Any:

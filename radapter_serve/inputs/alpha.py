@@ -16,7 +16,7 @@ Alpha = NDArray[np.float32]  # [B, 1], a row's own each
 Encode = Callable[..., NDArray[np.float32]]
 
 
-class Dial:
+class RequestAlpha:
     """α of a release's requests.
 
     Args:
@@ -73,7 +73,7 @@ def facts_at(release: Mapping[str, Any], alpha: float) -> dict[str, Any]:
         RAdapterError: an α that the release does not have.
     """
     try:
-        Dial(release).one(alpha)
+        RequestAlpha(release).one(alpha)
     except TaskError as error:
         raise RAdapterError(error.message) from None
     return {**release, "alpha": float(alpha)}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.inputs.alpha import Dial, Encode, at, facts_at
+from radapter_serve.inputs.alpha import Encode, RequestAlpha, at, facts_at
 from radapter_serve.inputs.labels import embed_texts
 from radapter_serve.inputs.preprocess import Preprocess, decode_pixels
 from radapter_serve.inputs.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ class LocalRelease:
         self._images, self._texts = self._encoder("image_encoder"), self._encoder("text_encoder")
         self._rows = int(self.facts["max_batch_size"])
 
-    def dial(self, alpha: float) -> None:
+    def set_alpha(self, alpha: float) -> None:
         """Embed at this α from now on.
 
         Raises:
@@ -81,7 +81,7 @@ class LocalRelease:
         runtime = self.facts.get("runtime", "onnxruntime")
         path = self._repository / name / str(self.version) / RUNTIMES[runtime].file
         encoder = Encoder(path, runtime, precision=self.facts["precision"])
-        return lambda values: at(encoder, Dial(self.facts).one(None))(values)
+        return lambda values: at(encoder, RequestAlpha(self.facts).one(None))(values)
 
     def _in_batches(
         self,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from radapter_client import Client, RAdapterClientError, Release
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs.alpha import Dial, facts_at
+from radapter_serve.inputs.alpha import RequestAlpha, facts_at
 from radapter_serve.inputs.preprocess import Preprocess, decode_pixels
 
 
@@ -49,7 +49,7 @@ class ServerRelease:
         self._client, self.facts, self.origin = client, dict(facts), {"url": url}
         self.preprocess = Preprocess.from_dict(facts["preprocess"])
 
-    def dial(self, alpha: float) -> None:
+    def set_alpha(self, alpha: float) -> None:
         """As `LocalRelease` does."""
         self.facts = facts_at(self.facts, alpha)
 
@@ -67,6 +67,6 @@ class ServerRelease:
 
     def _ask(self, embed: Callable[..., Any], items: Sequence[Any]) -> NDArray[np.float32]:
         try:
-            return np.asarray(embed(list(items), alpha=Dial(self.facts).one(None)), np.float32)
+            return np.asarray(embed(list(items), alpha=RequestAlpha(self.facts).one(None)), np.float32)
         except RAdapterClientError as error:
             raise RAdapterError(f"{self.origin['url']}: {error}") from error

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from radapter_serve.files import as_text
-from radapter_serve.inputs.alpha import Alpha, Dial, Encode
+from radapter_serve.inputs.alpha import Alpha, Encode, RequestAlpha
 from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
 from radapter_serve.inputs.labels import LabelEmbedder, LabelSet, check_length, embed_texts
 from radapter_serve.inputs.preprocess import Preprocess, decode_into
+from radapter_serve.inputs.probabilities import class_probabilities
 from radapter_serve.inputs.tokenizer import Tokenizer
 from radapter_serve.tasks.label_source import LabelSource, strings
 from radapter_serve.tasks.outcome import Outcome
@@ -36,7 +37,7 @@ class EmbedImages:
     """
 
     def __init__(self, release: Mapping[str, Any], encode_images: Encode, *, threads: int = 2) -> None:
-        self._preprocess, self._dial = Preprocess.from_dict(release["preprocess"]), Dial(release)
+        self._preprocess, self._request_alpha = Preprocess.from_dict(release["preprocess"]), RequestAlpha(release)
         self._encode, self._max_batch_size = encode_images, int(release["max_batch_size"])
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
 
@@ -62,7 +63,7 @@ class EmbedImages:
         decoded = list(self._pool.map(fill, indices) if self._pool and len(images) > 1 else map(fill, indices))
 
         def prepared(own: slice, given: ArrayLike | None) -> Alpha | None:
-            alpha = self._dial(given, own.stop - own.start)
+            alpha = self._request_alpha(given, own.stop - own.start)
             for outcome in decoded[own]:
                 outcome.unwrap()
             return alpha
@@ -96,7 +97,7 @@ class EmbedTexts:
     """
 
     def __init__(self, release: Mapping[str, Any], tokenizer: Tokenizer, encode_tokens: Encode) -> None:
-        self._tokenizer, self._encode, self._dial = tokenizer, encode_tokens, Dial(release)
+        self._tokenizer, self._encode, self._request_alpha = tokenizer, encode_tokens, RequestAlpha(release)
         self._max_batch_size = int(release["max_batch_size"])
 
     def __call__(
@@ -110,12 +111,12 @@ class EmbedTexts:
         """
 
         def prepared(request: Sequence[bytes], given: ArrayLike | None) -> list[tuple[str, float | None]]:
-            alpha, texts = self._dial(given, len(request)), _texts(request)
+            alpha, texts = self._request_alpha(given, len(request)), _texts(request)
             return list(zip(texts, [None] * len(texts) if alpha is None else alpha.ravel(), strict=True))
 
         ready = [Outcome.of(partial(prepared, *one)) for one in zip(requests, _given(alphas, requests), strict=True)]
         unique = list(dict.fromkeys(pair for some in ready for pair in some.answer or ()))
-        rows = np.array([[alpha] for _, alpha in unique], np.float32) if self._dial.dynamic else None
+        rows = np.array([[alpha] for _, alpha in unique], np.float32) if self._request_alpha.dynamic else None
         names = [text for text, _ in unique]
         embeds = embed_texts(names, self._tokenizer, self._encode, self._max_batch_size, alpha=rows)
         where = {pair: row for row, pair in enumerate(unique)}
@@ -171,7 +172,7 @@ class Classify:
         label_sets: Mapping[str, LabelSet],
     ) -> None:
         self._embed_images = embed_images
-        self._label_source, self._dial = LabelSource(release, embed_labels, label_sets), Dial(release)
+        self._label_source, self._request_alpha = LabelSource(release, embed_labels, label_sets), RequestAlpha(release)
         self._scale, self._bias = float(release["logit_scale"]), release.get("logit_bias")
 
     def __call__(self, requests: Sequence[ClassifyRequest]) -> list[Outcome[Classes]]:
@@ -190,7 +191,7 @@ class Classify:
         top_k = [DEFAULT_TOP_K] if request.top_k is None else [int(k) for k in request.top_k]
         if min(top_k) < 1 or len(set(top_k)) > 1:
             raise TaskError(INVALID_ARGUMENT, f"top_k is {top_k}; one whole number from 1 for all images of a request")
-        alpha = self._dial(request.alpha, len(request.images))
+        alpha = self._request_alpha(request.alpha, len(request.images))
         sets = self._label_source(request.labels, request.label_set, request.templates, alpha, request.cancelled)
         return sets, min(top_k[0], *(len(label_set.labels) for label_set in sets))
 
@@ -201,19 +202,12 @@ class Classify:
         else:
             cosines = [label_set.embeds @ embed for label_set, embed in zip(sets, embeds, strict=True)]
         for row, (cosine, label_set) in enumerate(zip(cosines, sets, strict=True)):
-            probabilities = self._probabilities(self._scale * cosine)
+            probabilities = class_probabilities(cosine, self._scale, self._bias)
             best = np.argpartition(-probabilities, k - 1)[:k]
             best = best[np.lexsort((best, -probabilities[best]))]
             labels[row] = [label_set.labels[index] for index in best]
             scores[row] = probabilities[best]
         return Classes(labels, scores)
-
-    def _probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Softmax over the labels; for a model trained with a sigmoid loss (it has a bias), each label's sigmoid."""
-        if self._bias is not None:
-            return np.asarray(1 / (1 + np.exp(-np.clip(logits + self._bias, -80, 80))), np.float32)
-        exponents = np.exp(logits - logits.max())
-        return np.asarray(exponents / exponents.sum(), np.float32)
 
 
 def load_label_sets(folder: str | Path) -> dict[str, LabelSet]:

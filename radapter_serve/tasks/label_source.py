@@ -44,7 +44,7 @@ class LabelSource:
             labels: labels of each image, or None.
             label_set: name of a label set for each image, or None.
             templates: prompt templates for `labels`, or None for the release's.
-            alpha: of each image, from `Dial`.
+            alpha: of each image, from `RequestAlpha`.
             cancelled: asked between batches of prompts.
 
         Raises:

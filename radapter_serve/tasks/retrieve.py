@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_name, as_text
 from radapter_serve.index.index import FACTS, NAME, Index, mismatch
-from radapter_serve.inputs.alpha import Dial
-from radapter_serve.inputs.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
+from radapter_serve.inputs.alpha import RequestAlpha
+from radapter_serve.inputs.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError, public
 from radapter_serve.release.facts import release_digest
 
 DEFAULT_TOP_K = 10
@@ -76,7 +76,7 @@ class Retrieve:
     """
 
     def __init__(self, release: Mapping[str, Any], indexes: Path, embed_text: Embed, embed_image: Embed) -> None:
-        self._release, self._dial = release, Dial(release)
+        self._release, self._request_alpha = release, RequestAlpha(release)
         self._folder, self._embed_text, self._embed_image = indexes, embed_text, embed_image
         self._open: dict[str, tuple[tuple[int, int, int], Index]] = {}
         self._lock = threading.Lock()
@@ -110,7 +110,7 @@ class Retrieve:
 
     def _embedding(self, request: RetrieveRequest, index: Index) -> NDArray[np.float32]:
         """Of the query, at the index's α."""
-        alpha = self._dial(index.facts["release"]["alpha"], 1)
+        alpha = self._request_alpha(index.facts["release"]["alpha"], 1)
         extra = [] if alpha is None else [alpha]
         if request.text is not None:
             return self._embed_text(request.text, *extra)
@@ -141,9 +141,9 @@ class Retrieve:
                     why = f"the index {name!r} can't be opened; the server's log says why"
                     raise TaskError(UNKNOWN_INDEX, why) from None
         index = found[1]
-        at = {"alpha": index.facts["release"]["alpha"]} if self._dial.dynamic else {}
+        at = {"alpha": index.facts["release"]["alpha"]} if self._request_alpha.dynamic else {}
         if index.facts["release_digest"] != release_digest({**self._release, **at}):
-            why = f"the index {name!r} {mismatch(index.facts, self._release)}"
+            why = f"the index {name!r} {public(mismatch(index.facts, self._release))}"
             raise TaskError(INDEX_MISMATCH, f"{why}; build it again on the server with radapter-index build")
         return index
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from radapter_serve.inputs.alpha import Dial, Encode, at
+from radapter_serve.inputs.alpha import Encode, RequestAlpha, at
 from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_ARGUMENT, INVALID_IMAGE, TaskError
 from radapter_serve.inputs.labels import LabelEmbedder, LabelSet
 from radapter_serve.inputs.preprocess import decode
@@ -75,7 +75,7 @@ class Segment:
         embed_labels: LabelEmbedder,
         label_sets: Mapping[str, LabelSet],
     ) -> None:
-        self._label_source, self._dial = LabelSource(release, embed_labels, label_sets), Dial(release)
+        self._label_source, self._request_alpha = LabelSource(release, embed_labels, label_sets), RequestAlpha(release)
         self._release, self._encode_images, self._encode_patches = release, encode_images, encode_patches
 
     def __call__(self, request: SegmentRequest) -> Segments:
@@ -84,8 +84,8 @@ class Segment:
         Raises:
             TaskError: whatever is wrong with the request; labels are refused before the image is looked at.
         """
-        options, alpha = _options(request), self._dial(request.alpha, 1)
-        segmenter = self._segmenter(self._dial.one(request.alpha))
+        options, alpha = _options(request), self._request_alpha(request.alpha, 1)
+        segmenter = self._segmenter(self._request_alpha.one(request.alpha))
         if request.proposals is None:
             segmenter.check_dense(options)
         [label_set] = self._label_source(
@@ -96,7 +96,7 @@ class Segment:
             request.cancelled,
         )
         segmented = _segment(segmenter, request, label_set.embeds, options)
-        extra = () if options.threshold is None else (BACKGROUND,)
+        extra = () if len(segmented.scores) == len(label_set.labels) else (BACKGROUND,)
         return Segments(segmented.mask, label_set.labels + extra, segmented.scores)
 
     def _segmenter(self, alpha: float | None) -> Segmenter:

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from radapter_serve.inputs.alpha import Encode
-from radapter_serve.inputs.errors import CANCELLED, INVALID_ARGUMENT, NO_PATCH_ENCODER, TaskError
+from radapter_serve.inputs.errors import CANCELLED, ENCODER_FAILED, INVALID_ARGUMENT, NO_PATCH_ENCODER, TaskError
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess
+from radapter_serve.inputs.probabilities import class_probabilities
 from radapter_serve.tasks.refine import refine
 from radapter_serve.tasks.windows import BLOCK, Axis, upsampled, window_starts
 
@@ -38,7 +39,8 @@ class SegmentOptions:
             that one view of the whole image shows too small get more patches.
         stride: pixels from one window to the next, from 1 to a window's size. None: half a window.
         refine: steps of pixel-adaptive refinement of the cosines, 0 for none; 10 is usual.
-        threshold: probability in [0, 1] below which a pixel is background. None: there is no background.
+        threshold: probability in [0, 1] below which a pixel is background. None: only pixels that no proposal covers
+            are; without proposals there is no background.
         proposal_weight: w in [0, 1] of the fusion p = p_proposal^(1-w) p_clip^w, for proposals that bring scores.
 
     Raises:
@@ -72,8 +74,8 @@ class Segmented:
     """A segmented image.
 
     Args:
-        mask: uint16 [H, W], index of each pixel's label; C is the background, where a threshold was given. H and W are
-            those of the image as it was given: of a decoded file, after it was turned by its EXIF orientation.
+        mask: uint16 [H, W], index of each pixel's label; C is the background, with a threshold or with proposals. H and
+            W are those of the image as it was given: of a decoded file, after it was turned by its EXIF orientation.
         scores: float32 [C], or [C + 1] with the background: the mean probability over the pixels that got the label
             (of background pixels, one minus their best label's), 0 where none did.
     """
@@ -92,6 +94,7 @@ class Segmenter:
         crop: how a mask is shown to `encode_images`.
         logit_scale: of the release, for proposals.
         max_batch_size: rows that an encoder takes at most.
+        logit_bias: of a release whose model was trained with a sigmoid loss.
     """
 
     def __init__(
@@ -102,10 +105,11 @@ class Segmenter:
         crop: MaskCrop,
         logit_scale: float,
         max_batch_size: int,
+        logit_bias: float | None = None,
     ) -> None:
         self._encode_patches, self._encode_images = encode_patches, encode_images
         self._preprocess, self._crop, self._size = preprocess, crop, preprocess.size[0]
-        self._logit_scale, self._max_batch_size = logit_scale, max_batch_size
+        self._logit_scale, self._logit_bias, self._max_batch_size = logit_scale, logit_bias, max_batch_size
 
     @property
     def exif_orientation(self) -> bool:
@@ -116,14 +120,15 @@ class Segmenter:
     def of_release(
         cls, release: Mapping[str, Any], encode_patches: Encode | None, encode_images: Encode | None
     ) -> Segmenter:
-        """With what a release's facts (`release.json`) say; releases before there was a crop get the usual one."""
+        """With what a release's facts (`release.json`) say."""
         return cls(
             encode_patches,
             encode_images,
             Preprocess.from_dict(release["preprocess"]),
-            MaskCrop.from_dict(release["crop"]) if release.get("crop") else MaskCrop(),
+            MaskCrop.of_release(release),
             float(release["logit_scale"]),
             int(release["max_batch_size"]),
+            release.get("logit_bias"),
         )
 
     def dense(
@@ -138,7 +143,7 @@ class Segmenter:
 
         The image is resized to a working image, in which windows overlap; cosines are upsampled bilinearly to their
         window, averaged over the windows of a pixel, refined if wished, and upsampled to the image's own size, where
-        softmax(40 cos) gives the probabilities.
+        softmax(40 cos) gives the probabilities; of a release with a bias, the sigmoid of each label, as in `classify`.
 
         Args:
             image: as `decode` gives it, any mode.
@@ -178,13 +183,13 @@ class Segmenter:
             refine(maps, working, options.refine, check)
             values = maps
             rows, columns = (Axis(a.pixels, a.working, a.working, a.working, (0,)) for a in (rows, columns))
-        tally = _Tally((image.height, image.width), len(embeds), options.threshold)
+        scale = PATCH_SCALE if self._logit_bias is None else self._logit_scale  # a bias belongs to its own scale
+        tally = _Tally((image.height, image.width), len(embeds), options.threshold is not None, options.threshold)
         for where, cosines in upsampled(values, rows, columns):
             check()
-            best = cosines.argmax(-1)
-            cosines -= np.take_along_axis(cosines, best[..., None], -1)
-            cosines *= PATCH_SCALE
-            tally.put(where, best, 1 / np.exp(cosines, out=cosines).sum(-1))
+            best = cosines.argmax(-1)[..., None]
+            probabilities = class_probabilities(cosines, scale, self._logit_bias)
+            tally.put(where, best[..., 0], np.take_along_axis(probabilities, best, -1)[..., 0])
         return tally.result()
 
     def check_dense(self, options: SegmentOptions) -> tuple[int, int]:
@@ -218,10 +223,10 @@ class Segmenter:
     ) -> Segmented:
         """Label each pixel by the classes of the masks that cover it, as OVSeg does.
 
-        Each mask's crop is classified by softmax(logit_scale cos); with scores, the class probabilities of mask q are
+        Each mask's crop is classified as `classify` does it; with scores, the class probabilities of mask q are
         p_q = scores_q^(1-w) p_clip^w. A pixel gets the best label of sum_q p_q mask_q, divided by sum_q mask_q where
-        that is above one (which changes no label and keeps it a probability). A pixel without any mask is background
-        where a threshold is given; else it gets the label of the whole image.
+        that is above one (which changes no label and keeps it a probability). A pixel without any mask is background,
+        with a threshold or without.
 
         Args:
             image: as `decode` gives it, any mode.
@@ -245,8 +250,8 @@ class Segmenter:
         if scores is not None:
             weight = options.proposal_weight
             classes = scores[used] ** np.float32(1 - weight) * classes ** np.float32(weight)
-        flat, whole = masks.reshape(len(masks), -1), None
-        tally = _Tally((flat.shape[1],), len(embeds), options.threshold)
+        flat = masks.reshape(len(masks), -1)
+        tally = _Tally((flat.shape[1],), len(embeds), True, options.threshold)
         step = max(1, BLOCK // max(len(masks), len(embeds)))
         for where in (slice(start, start + step) for start in range(0, flat.shape[1], step)):
             check()
@@ -255,14 +260,9 @@ class Segmenter:
             inside = part.astype(np.float32) / 255
             sums, total = inside.T @ classes[present], inside.sum(0)
             sums /= np.maximum(total, 1)[:, None]
-            bare = total == 0
-            if options.threshold is None and bare.any():
-                whole = self._classify(iter([image]), embeds, check) if whole is None else whole
-                sums[bare] = whole
             best = sums.argmax(1)
             probabilities = np.take_along_axis(sums, best[:, None], 1)[:, 0]
-            if options.threshold is not None:
-                best[bare] = len(embeds)
+            best[total == 0] = len(embeds)
             tally.put(where, best, probabilities)
         return tally.result(masks.shape[1:])
 
@@ -282,7 +282,7 @@ class Segmenter:
             check()
             batch = corners[start : start + self._max_batch_size]
             views = [working[tops[i] : tops[i] + self._size, lefts[j] : lefts[j] + self._size] for i, j in batch]
-            patches = self._encode_patches(np.stack(views))
+            patches = _finite(self._encode_patches(np.stack(views)))
             if not start:
                 grid = patches.shape[1]
                 _check_values(len(corners) * grid * grid, len(embeds), "at a smaller short_side")
@@ -299,26 +299,25 @@ class Segmenter:
         parts = []
         while batch := [self._preprocess(image) for image in itertools.islice(images, self._max_batch_size)]:
             check()
-            logits = self._logit_scale * self._encode_images(np.stack(batch)) @ embeds.T
-            exponents = np.exp(logits - logits.max(1, keepdims=True))
-            parts.append(exponents / exponents.sum(1, keepdims=True))
+            cosines = _finite(self._encode_images(np.stack(batch))) @ embeds.T
+            parts.append(class_probabilities(cosines, self._logit_scale, self._logit_bias))
         return np.concatenate(parts)
 
 
 class _Tally:
     """The mask as it fills, and what the scores need."""
 
-    def __init__(self, shape: tuple[int, ...], labels: int, threshold: float | None) -> None:
+    def __init__(self, shape: tuple[int, ...], labels: int, background: bool, threshold: float | None) -> None:
         self._mask = np.empty(shape, np.uint16)
         self._labels, self._threshold = labels, threshold
-        self._sums = np.zeros(labels + (threshold is not None))
+        self._sums = np.zeros(labels + background)
         self._pixels = np.zeros(len(self._sums), np.int64)
 
     def put(self, where: Any, best: NDArray[np.intp], probabilities: NDArray[np.float32]) -> None:
         """Label the pixels `where`; `best` may hold the background already."""
         if self._threshold is not None:
             best = np.where(probabilities < self._threshold, self._labels, best)
-            probabilities = np.where(best == self._labels, 1 - probabilities, probabilities)
+        probabilities = np.where(best == self._labels, 1 - probabilities, probabilities)
         self._mask[where] = best
         self._sums += np.bincount(best.ravel(), probabilities.ravel(), len(self._sums))
         self._pixels += np.bincount(best.ravel(), minlength=len(self._sums))
@@ -328,9 +327,16 @@ class _Tally:
         return Segmented(self._mask if shape is None else self._mask.reshape(shape), scores)
 
 
+def _finite(embeds: NDArray[np.float32]) -> NDArray[np.float32]:
+    if not np.isfinite(embeds).all():
+        raise TaskError(ENCODER_FAILED, "the embeddings hold values that are not finite (NaN or infinite)")
+    return embeds
+
+
 def _check_labels(embeds: NDArray[np.float32]) -> None:
     if not 1 <= len(embeds) <= MAX_LABELS:
         raise TaskError(INVALID_ARGUMENT, f"{len(embeds)} labels; 1 to {MAX_LABELS} are allowed")
+    _finite(embeds)
 
 
 def _check_values(places: int, labels: int, way_out: str) -> None:

@@ -16,7 +16,7 @@ from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import encode_image, encode_texts
 from radapter_serve.data import Captioned, LabelledImages, evaluation_batches
 from radapter_serve.evaluation.classification import count_hits, zero_shot_classifier
-from radapter_serve.evaluation.metrics import retrieval_metrics
+from radapter_serve.evaluation.metrics import caption_groups, retrieval_metrics
 from radapter_serve.training.recipe import Recipe
 
 
@@ -106,10 +106,11 @@ def _retrieval(
     place[np.sort(read)] = np.arange(len(read))
     told = np.concatenate([numbers for numbers, _ in captions])
     image_of = place[[number for _, number in texts]]
+    kept = image_of >= 0
+    groups = caption_groups([caption for (caption, _), here in zip(texts, kept, strict=True) if here])
     results = []
     for index in range(len(alphas)):
         image_embeds = np.concatenate([embeds[index] for _, embeds in images])[np.argsort(read)]
         text_embeds = np.concatenate([embeds[index] for _, embeds in captions])[np.argsort(told)]
-        kept = image_of >= 0
-        results.append(retrieval_metrics(image_embeds, text_embeds[kept], image_of[kept], recalls=(1,)))
+        results.append(retrieval_metrics(image_embeds, text_embeds[kept], image_of[kept], (1,), groups))
     return results

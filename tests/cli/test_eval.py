@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def rows(folder: Path) -> list[dict[str, object]]:
+def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -71,7 +72,10 @@ def test_a_sweep_writes_rows_a_table_and_pictures(here: Path, capfd: pytest.Capt
     out, err = capfd.readouterr()
     assert err == ""
     assert "shifted" in out and "adapter" in out
-    assert {path.name for path in (here / "results").iterdir()} == {"results.jsonl", "alpha.png", "bars.png"}
+    assert {path.name for path in (here / "results").iterdir()} == {
+        "results.jsonl", "alpha.png", "bars.png", "confusion-plain.png", "confusion-shifted.png"
+    }  # fmt: skip
+    assert "n 12" in out and "prompts of plain, shifted: 'a photo of a {}.'" in out
     found = rows(here / "results")
     assert [(row["dataset"], row["alpha"]) for row in found] == [
         (s, a) for s in ("plain", "shifted") for a in (0, 0.5, 1)
@@ -82,6 +86,12 @@ def test_a_sweep_writes_rows_a_table_and_pictures(here: Path, capfd: pytest.Capt
         assert set(row["metrics"]) == {"acc1", "mean_per_class_recall"}  # type: ignore[call-overload]
         assert str(row["base_digest"]).startswith("sha256:") and str(row["adapter_digest"]).startswith("sha256:")
         assert isinstance(row["runtime"], float)
+        figures: Any = row
+        low, high = figures["intervals"]["acc1"]
+        assert low < figures["metrics"]["acc1"] < high and f"{100 * low:.1f} – {100 * high:.1f}" in out
+        assert [of["class"] for of in figures["per_class"]] == CLASSES
+        right = sum(line[i] for i, line in enumerate(figures["confusion"]))
+        assert right / 12 == figures["metrics"]["acc1"] == sum(of["recall"] for of in figures["per_class"]) / 3
 
 
 def test_resume_judges_only_what_is_missing(
@@ -102,6 +112,81 @@ def test_resume_judges_only_what_is_missing(
     monkeypatch.setattr("radapter_serve.evaluation.run.judge", never)
     assert main([*COMMON, "--alpha", "0.5", "1", "0", "--resume"]) == 0
     assert rows(here / "results") == after
+
+
+def test_resume_judges_again_what_has_changed(here: Path, made: Path) -> None:
+    (here / "data").unlink()
+    shutil.copytree(made / "data", here / "data")
+    command = [*COMMON, "--alpha", "0.5", "--resume"]
+    assert main(command) == main(command) == 0
+    assert len(rows(here / "results")) == 2
+    for file in (here / "data" / "plain").rglob("*.png"):
+        noise = np.random.default_rng(int(file.stem)).integers(0, 255, (41, 50, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(file)
+    assert main(command) == 0
+    found = rows(here / "results")
+    assert [row["dataset"] for row in found] == ["plain", "shifted", "plain"]
+    assert found[0]["set_digest"] != found[2]["set_digest"]
+    bordered = SUITE.replace('"imagefolder:plain"', '"imagefolder:plain", border: 9')
+    (here / "suite.yaml").write_text(bordered, encoding="utf-8")
+    assert main(command) == 0
+    found = rows(here / "results")
+    assert len(found) == 4 and found[3]["border"] == 9 and found[3]["set_digest"] == found[2]["set_digest"]
+
+
+def test_piped_output_has_plain_lines_of_progress(
+    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from radapter_serve.cli import eval as command
+
+    monkeypatch.setattr(command._Lines.__init__, "__defaults__", (0.0,))
+    assert main([*COMMON, "--alpha", "0.5"]) == 0
+    lines = capfd.readouterr().err.splitlines()
+    assert "plain: 12 of 12 images by 1 model" in lines and "shifted: reading imagefolder:shifted" in lines
+    assert not any("\x1b" in line for line in lines)
+
+
+def test_labels_that_are_alike_are_named(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (here / "names.yaml").write_text("cat: a cat\ndog: a dog\nhouse: A  CAT\n", encoding="utf-8")
+    suite = 'sets: [{name: plain, data: "imagefolder:plain", classes: names.yaml}]'
+    (here / "suite.yaml").write_text(suite, encoding="utf-8")
+    for _ in range(2):  # and where the row is there already
+        assert main([*COMMON, "--alpha", "0", "1", "--resume"]) == 0
+        err = capfd.readouterr().err
+        assert "plain: warning: adapter at alpha 0, adapter at alpha 1 can't tell apart 'a cat' and 'A  CAT' (" in err
+        assert err.count("\n") == 1
+
+
+def test_nan_is_an_error_and_no_hit(
+    here: Path, random_adapter: Callable[..., Adapter], capfd: pytest.CaptureFixture[str]
+) -> None:
+    adapter = random_adapter(alpha=0.5)
+    next(iter(adapter.tensors.values()))[0, 0] = float("nan")
+    save_adapter(adapter, here / "nan.safetensors")
+    assert main([*COMMON, "--adapter", "nan.safetensors", "--alpha", "0.5"]) == 2
+    err = capfd.readouterr().err
+    assert "not finite" in err and err.count("\n") == 1
+    assert not (here / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("border: 30", "border is 30, which leaves nothing of 50 x 41 pixels; allowed: 0 to 20"),
+        ("border: -1", "border is '-1'; allowed: greater than or equal to 0"),
+        ("templates: 5", "templates is '5'; allowed: openai, simple, a file, a template, or a list of templates"),
+        ("templates: [1, 2]", "templates is '[1, 2]'; allowed: openai"),
+        ("templates: []", "no template"),
+        ("shift: [far]", "shift is \"['far']\"; allowed: 'id' or 'ood'"),
+    ],
+)
+def test_bad_values_in_a_suite_are_one_line(
+    here: Path, capfd: pytest.CaptureFixture[str], fields: str, message: str
+) -> None:
+    (here / "suite.yaml").write_text(f'sets: [{{name: a, data: "imagefolder:plain", {fields}}}]', encoding="utf-8")
+    assert main([*COMMON, "--alpha", "0"]) == 2
+    err = capfd.readouterr().err
+    assert message in err and err.count("\n") == 1 and "\n" not in err[:-1]
 
 
 def test_interrupted_rows_are_kept(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,8 +271,11 @@ def test_merged_and_release_by_flag(here: Path) -> None:
     [
         ([], "no suite; give one with --suite"),
         (["--suite", "none.yaml"], "could not read the suite none.yaml"),
-        ([*COMMON, "--alpha", "half"], "alpha is 'half'; allowed: numbers from 0 to 1, or auto"),
-        ([*COMMON, "--alpha", "2"], "alpha is 2.0; allowed"),
+        ([*COMMON, "--alpha", "half"], "alpha is 'half'; allowed: numbers from 0 "),
+        ([*COMMON, "--alpha", "2"], "alpha is '2'; allowed"),
+        ([*COMMON, "--alpha", "nan"], "alpha is 'nan'; allowed"),
+        ([*COMMON, "--alpha", "-0.1"], "alpha is '-0.1'; allowed"),
+        ([*COMMON, "--release", "none", "--alpha", "inf"], "alpha is 'inf'; allowed"),
         ([*COMMON, "--alpha", "0.5", "0.5"], "given twice"),
         ([*COMMON, "--alpha", "auto", "0.5"], "stands alone"),
         ([*COMMON, "--adapter", "none"], "no adapter file at none"),
@@ -227,10 +315,10 @@ def test_help_and_unknown_flags(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_release_that_takes_any_alpha_is_swept(
-    here: Path, dial_tiny_clip: Path, exported_tiny_clip: Path, capfd: pytest.CaptureFixture[str]
+    here: Path, dynamic_tiny_clip: Path, exported_tiny_clip: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    dial, fixed = str(dial_tiny_clip), str(exported_tiny_clip / "model_repository")
-    assert main([*COMMON, "--release", dial, "--alpha", "0.3", "0.8"]) == 0
+    dynamic, fixed = str(dynamic_tiny_clip), str(exported_tiny_clip / "model_repository")
+    assert main([*COMMON, "--release", dynamic, "--alpha", "0.3", "0.8"]) == 0
     assert main([*COMMON, "--release", f"{fixed}@1", "--out", "fixed"]) == 0
     assert main([*COMMON, "--release", f"{fixed}@2", "--alpha", "0.8", "--out", "fixed", "--resume"]) == 0
     found, expected = rows(here / "results"), rows(here / "fixed")

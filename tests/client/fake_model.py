@@ -90,7 +90,7 @@ class TritonPythonModel:
         image = read("image")[0]
         self.obey(image)
         labels = [b"a", b"b", b"c"] if read("labels") is None else list(read("labels"))
-        labels += [] if read("threshold") is None else [b"background"]
+        labels += [] if read("threshold") is None and read("proposals") is None else [b"background"]
         if image.startswith(b"{"):
             width, height = json.loads(image).get("size", (5, 4))
         else:

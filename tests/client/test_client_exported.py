@@ -10,7 +10,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import radapter_client
 from radapter_client import Client
@@ -79,6 +79,25 @@ def test_embeds_what_open_clip_embeds(client: Client, exported_tiny_clip: Path):
     np.testing.assert_allclose(client.embed_texts(texts), words, atol=1e-5)
 
 
+def test_photographs_are_turned(client: Client, tmp_path: Path):
+    """A file, its bytes and Pillow's image of it are embedded as the upright image is, for each EXIF orientation."""
+    assert client.release().exif_orientation
+    upright = pictures()[0]
+    for value in range(2, 9):
+        exif = Image.Exif()
+        exif[0x0112] = value
+        path = tmp_path / f"{value}.png"
+        upright.save(path, exif=exif)
+        with Image.open(path) as opened:
+            turned = ImageOps.exif_transpose(opened)
+            embeds = client.embed_images([turned, path, path.read_bytes(), opened, opened.convert("RGB"), upright])
+        np.testing.assert_allclose(embeds[:5], embeds[[0] * 5], atol=1e-5)
+        assert not np.allclose(embeds[0], embeds[5], atol=1e-3)
+        whole = np.ones((1, *turned.size[::-1]), bool)
+        found = client.segment(path, LABELS, proposals=whole)
+        assert found.mask.shape == whole.shape[1:] and found.overlay(legend=False).size == turned.size
+
+
 def test_classify(client: Client):
     release = client.release()
     named = client.classify(pictures(), label_set="four")
@@ -117,7 +136,7 @@ def test_segment_proposals(client: Client):
     whole = np.ones((1, 40, 40), bool)
     best = client.classify(image, LABELS, top_k=1)
     found = client.segment(image, LABELS, proposals=whole)
-    assert found.labels == ["cat", *LABELS[1:]]
+    assert found.labels == ["cat", *LABELS[1:], "background"]
     assert found.release == client.release().version
     assert found.labels[int(found.mask[0, 0])] == best.top and len(np.unique(found.mask)) == 1
     assert max(found.scores) == pytest.approx(best.scores[0], rel=1e-3)

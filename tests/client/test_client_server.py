@@ -268,6 +268,35 @@ def test_server_that_goes_away(fake_repository: Path):
             client.__exit__(None, None, None)
 
 
+def test_server_that_stops(fake_repository: Path):
+    """It answers what it has begun, and meanwhile takes its models away: to its clients it is unavailable."""
+    with FakeServer(fake_repository) as server, ThreadPoolExecutor(4) as threads:
+        clients = [kind(url, timeout=20) for url in server.urls.values() for kind in (Client, Awaited)]
+
+        def ask(client: Any) -> set[str]:
+            """What happens until the server is gone."""
+            seen, start = set(), time.monotonic()
+            while time.monotonic() - start < 10 and not any("Failed to connect" in s or "refused" in s for s in seen):
+                for call in (lambda: client.embed_texts(["x"]), lambda: client.embed_texts(["x"] * 40), client.release):
+                    try:
+                        call()
+                    except Exception as error:
+                        seen.add(f"{type(error).__name__}: {error}")
+            client.__exit__(None, None, None)
+            return seen
+
+        for client in clients:
+            client.embed_texts(["x"])
+        with Client(server.urls["grpc"], timeout=20) as busy:
+            held = threading.Thread(target=lambda: busy.classify(order(sleep=3), LABELS))
+            held.start()
+            time.sleep(0.3)
+            server.signal(signal.SIGTERM)
+            for seen in threads.map(ask, clients):
+                assert seen and all(error.startswith("ServerUnavailable: ") for error in seen), seen
+            held.join()
+
+
 def test_server_that_no_longer_answers(fake_repository: Path):
     with FakeServer(fake_repository) as server:
         try:
@@ -276,7 +305,7 @@ def test_server_that_no_longer_answers(fake_repository: Path):
                 for kind in (Client, Awaited):
                     with kind(url, timeout=0.3) as client:
                         assert not client.is_ready()
-                        with pytest.raises((radapter_client.Timeout, radapter_client.ServerUnavailable)):
+                        with pytest.raises(radapter_client.Timeout):
                             client.embed_images([b"x" * 10_000_000] * 4)  # more than the sockets hold
         finally:
             server.signal(signal.SIGCONT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import json
 import re
@@ -219,6 +220,25 @@ def test_silence_is_a_timeout(protocol: str, kind: type, timeout: float):
             found = attempt(kind, url, lambda client: client.embed_texts(["x"]), timeout=timeout)
             assert type(found) is radapter_client.Timeout
         assert time.monotonic() - start < 2 * timeout + 2
+
+
+def test_an_answer_that_comes_byte_by_byte_is_late():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            with listener.accept()[0] as caller, contextlib.suppress(OSError):
+                caller.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                for _ in range(100):
+                    time.sleep(0.05)
+                    caller.sendall(b"x")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        start = time.monotonic()
+        found = attempt(AsyncClient, url, lambda client: client.embed_texts(["x"]), timeout=0.3)
+        assert type(found) is radapter_client.Timeout and time.monotonic() - start < 2
+        thread.join()
 
 
 def test_hanging_up_is_no_timeout(protocol: str, kind: type):

@@ -13,6 +13,7 @@ from PIL import Image
 from radapter_serve.adapter import Adapter, Metadata, attach, base_digest, find_sites, fold
 from radapter_serve.clip.base import load_base
 from radapter_serve.data import Labelled, load_labelled
+from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import count_hits, zero_shot_classifier
 from radapter_serve.evaluation.judge import judge
 from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars
@@ -58,6 +59,14 @@ def test_hits_by_hand(tiny_clip_dir: str) -> None:
         embeds = base.model.encode_image(pixels, normalize=True)  # type: ignore[operator]
     labels = torch.tensor([0, 1, 2, 3, 4, 0])  # each image is its own class; the last label is wrong
     assert count_hits(base.model, embeds, [(pixels[:4], labels[:4]), (pixels[4:], labels[4:])]) == (5, 6)
+
+
+def test_a_model_of_nan_is_an_error(tiny_clip_dir: str) -> None:
+    base = load_base(tiny_clip_dir)
+    with torch.no_grad():
+        base.model.visual.proj[0, 0] = torch.nan  # type: ignore[union-attr, index]
+    with pytest.raises(RAdapterError, match="not finite"):
+        count_hits(base.model, torch.ones(2, 32), [(torch.randn(1, 3, 32, 32), torch.zeros(1, dtype=torch.long))])
 
 
 def test_the_curve_equals_folding_each_alpha(tiny_clip_dir: str, images: Labelled) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from radapter_serve.evaluation.choice import choose
+from radapter_serve.evaluation.alpha_choice import choose
 from radapter_serve.evaluation.results import table
 
 SETS = {"a": "id", "b": "id", "c": "ood", "d": "ood", "e": "ood"}

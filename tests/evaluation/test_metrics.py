@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radapter_serve.evaluation.metrics import classification_metrics, retrieval_metrics, true_ranks
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.metrics import caption_groups, classification_metrics, retrieval_metrics, true_ranks
 
 
 def best_first(scores: np.ndarray) -> list[int]:
@@ -58,3 +59,41 @@ def test_retrieval_against_a_loop(captions: list[int], seed: int, tied: bool) ->
 def test_equal_scores_are_no_hits_for_all() -> None:
     same = np.ones((6, 4), np.float32)
     assert retrieval_metrics(same, same, np.arange(6))["image_retrieval_recall@1"] == pytest.approx(1 / 6)
+
+
+def test_equal_captions_match_each_others_images_by_hand() -> None:
+    captions = ["A dog.", "a  DOG", "a cat", "a dog .", "the tree"]
+    assert caption_groups(captions).tolist() == [0, 0, 1, 0, 2]
+    images = np.eye(4, dtype=np.float32)
+    image_of = np.array([0, 1, 1, 2, 3])  # image 1 has two captions
+    texts = np.array([[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 1]], np.float32)
+    found = retrieval_metrics(images, texts, image_of, (1, 2), caption_groups(captions))
+    # by text: a dog finds image 1, image 2 (a dog each: hits), a cat finds 2 (a miss), a dog 3 (a miss), a tree 3
+    assert found["image_retrieval_recall@1"] == pytest.approx(3 / 5)
+    # by image: 0 sees nothing, of equal texts the first, a dog; 1 the first; 2 the second; 3 a dog before the tree
+    assert found["text_retrieval_recall@1"] == pytest.approx(3 / 4)
+    assert found["text_retrieval_recall@2"] == 1
+    alone = retrieval_metrics(images, texts, image_of, (1,))
+    assert alone == {"image_retrieval_recall@1": 1 / 5, "text_retrieval_recall@1": 1 / 4}
+
+
+def test_class_names_as_captions_are_judged_as_classes() -> None:
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 3, 60)
+    classes = np.eye(3, dtype=np.float32)
+    images = (classes[labels] + generator.normal(size=(60, 3)) * 0.8).astype(np.float32)
+    groups = caption_groups([f"Class {label}" for label in labels])
+    found = retrieval_metrics(images, classes[labels], np.arange(60), (1,), groups)
+    assert found["text_retrieval_recall@1"] == pytest.approx(np.mean((images @ classes.T).argmax(1) == labels))
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_an_error(wrong: float) -> None:
+    scores = np.eye(3, dtype=np.float32)
+    scores[1, 0] = wrong
+    with pytest.raises(RAdapterError, match="not finite"):
+        true_ranks(scores, np.arange(3))
+    with pytest.raises(RAdapterError, match="not finite"):
+        retrieval_metrics(scores, np.eye(3, dtype=np.float32), np.arange(3))
+    with pytest.raises(RAdapterError, match="not finite"):
+        retrieval_metrics(np.eye(3, dtype=np.float32), scores, np.arange(3))

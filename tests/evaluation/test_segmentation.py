@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from rich.console import Console
 
 from radapter_serve.adapter import load_adapter, save_adapter
 from radapter_serve.adapter.file import Adapter
@@ -30,8 +33,8 @@ from radapter_serve.evaluation.embedder import (
 from radapter_serve.evaluation.judge import judge
 from radapter_serve.evaluation.metrics import confusion, segmentation_metrics
 from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
-from radapter_serve.evaluation.results import Results
-from radapter_serve.evaluation.run import choose_alpha, judge_suite
+from radapter_serve.evaluation.results import Results, table
+from radapter_serve.evaluation.run import choose_alpha, draw, judge_suite
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
@@ -74,6 +77,7 @@ class Oracle:
 
     templates: Sequence[str] = ["{}"]
     size = SIZE
+    crop = MaskCrop()
     exif_orientation = True
     variants: Sequence[Variant] = [Variant("oracle", None, {"model": None, "pretrained": None})]
 
@@ -150,6 +154,72 @@ def test_an_oracle_of_crops_reaches_one_with_true_masks(masked: Path) -> None:
     (row,) = judge(Oracle(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
     assert row["metrics"] == {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
     assert row["dense"] == PROPOSALS and row["short_side"] is None and row["stride"] is None
+
+
+def test_results_have_the_iou_of_each_class_and_an_interval(masked: Path) -> None:
+    suite = suite_of(masked, "- {name: a, dense: naclip}")
+    (row,) = judge(Oracle(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
+    counts = np.array(row["confusion"])
+    for label, of in enumerate(row["per_class"]):
+        true, found = counts[label].sum(), counts[:, label].sum()
+        iou = counts[label, label] / (true + found - counts[label, label])
+        assert of["class"] == ["sky", "grass", "cow", "barn"][label] and of["n"] == true
+        assert of["iou"] == pytest.approx(iou, abs=1e-4)
+        assert of["recall"] == pytest.approx(counts[label, label] / true, abs=1e-4)
+    assert np.mean([of["iou"] for of in row["per_class"]]) == pytest.approx(row["metrics"]["miou"], abs=1e-4)
+    for name, value in row["metrics"].items():
+        assert row["intervals"][name][0] < value < row["intervals"][name][1]
+
+
+def test_the_digest_covers_images_and_masks(masked: Path, tmp_path: Path) -> None:
+    shutil.copytree(masked / "data", tmp_path / "data")
+    suite = suite_of(tmp_path, "- {name: a, dense: naclip}\n- {name: b, dense: proposals}")
+
+    def digests() -> list[str]:
+        return [open_set(suite, entry).facts["set_digest"] for entry in suite.entries]
+
+    first = digests()
+    assert digests() == first
+    labels = np.array(Image.open(tmp_path / "data" / "masks" / "3.png"))
+    labels[-1, -1] = (labels[-1, -1] + 1) % 4
+    Image.fromarray(labels).save(tmp_path / "data" / "masks" / "3.png")
+    second = digests()
+    Image.new("RGB", labels.shape[::-1]).save(tmp_path / "data" / "images" / "0.png")
+    third = digests()
+    assert all(len(set(of_set)) == 3 for of_set in zip(first, second, third, strict=True))
+
+
+def test_without_a_proposal_all_is_background(masked: Path, tmp_path: Path) -> None:
+    for kind in ("images", "masks"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+    Image.new("RGB", (40, 40)).save(tmp_path / "data" / "images" / "0.png")
+    Image.new("L", (40, 40), 1).save(tmp_path / "data" / "masks" / "0.png")  # grass alone
+    (tmp_path / "data" / "classes.txt").write_text("\n".join(NAMES), encoding="utf-8")
+    suite = suite_of(tmp_path, "- {name: a, dense: proposals, background: grass}\n- {name: b, dense: proposals}")
+    data = [open_set(suite, entry) for entry in suite.entries]
+    row = judge(Oracle(), data[0])[0]  # type: ignore[arg-type]
+    assert row["metrics"]["pixel_accuracy"] == 1 and row["intervals"] == {}
+    empty: Any = data[1].prepare(Oracle(), 0)  # type: ignore[arg-type]
+    scorer: Any = data[1].scorer(Oracle(), {})  # type: ignore[arg-type]
+    scorer.add([dataclasses.replace(empty, masks=empty.masks[:0])])
+    assert np.array(scorer.measured()["confusion"])[1].tolist() == [0, 0, 0, 0, 1600]  # none of the classes
+
+
+def test_dense_labels_and_proposals_are_never_averaged(masked: Path, tmp_path: Path) -> None:
+    sets = "\n".join(f"- {{name: {name}, dense: {dense}}}" for name, dense in (
+        ("a", "naclip"), ("b", "naclip"), ("c", "proposals")))  # fmt: skip
+    suite = suite_of(masked, sets)
+    rows = [judge(Oracle(), open_set(suite, entry))[0] for entry in suite.entries]  # type: ignore[arg-type]
+    shown = Console(file=io.StringIO(), width=120)
+    shown.print(table(rows, ""))
+    text = shown.file.getvalue()  # type: ignore[attr-defined]
+    means = [line for line in text.splitlines() if "mean of" in line]
+    assert len(means) == 1 and means[0].count("mean of") == 1 and "2 id" in text
+    value = 50 * (rows[0]["metrics"]["miou"] + rows[1]["metrics"]["miou"])
+    assert f"{value:.2f}" in text
+    names = {path.name for path in draw([{**row, "source": "adapter", "alpha": alpha} for row in rows
+                                         for alpha in (0.0, 1.0)], tmp_path, "t")}  # fmt: skip
+    assert names >= {"alpha-dense.png", "alpha-proposals.png", "confusion-a.png"} and "alpha.png" not in names
 
 
 def test_an_object_without_a_pixel_is_no_proposal(masked: Path, tmp_path: Path) -> None:
@@ -331,7 +401,7 @@ def test_bad_entries(masked: Path, fields: str, message: str) -> None:
 
 def test_an_error_names_the_image(masked: Path) -> None:
     suite = suite_of(masked, "- {name: a, dense: naclip, short_side: 8}")
-    with pytest.raises(RAdapterError, match=r"data set 'a', 0.png: .*short_side is 8; at least 32"):
+    with pytest.raises(RAdapterError, match=r"data set 'a', oracle: 0.png: .*short_side is 8; at least 32"):
         judge(Oracle(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
 
 

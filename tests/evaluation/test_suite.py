@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
 from radapter_serve.data.class_ids import read_class_ids
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.image_sets import ClassificationSet, RetrievalSet
 from radapter_serve.evaluation.results import Results, harmonic, table
 from radapter_serve.evaluation.run import judge_suite
-from radapter_serve.evaluation.sets import ClassificationSet, RetrievalSet, open_set
-from radapter_serve.evaluation.suite import Suite, load_suite
+from radapter_serve.evaluation.sets import open_set
+from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter
 
 ROOT = Path(__file__).parents[2]
@@ -193,8 +198,8 @@ def test_a_broken_image_is_named(run_folder: Path, tmp_path: Path) -> None:
         ("sets: []", "must have `sets`"),
         ("sets: [{name: a}]", "set 1 has no data"),
         ("sets: [{name: a, data: x, colour: red}]", "unknown fields colour; allowed: name, data"),
-        ("sets: [{name: a, data: x, shift: far}]", "'a': shift is 'far'; allowed: id, ood"),
-        ("sets: [{name: a, data: x, task: poetry}]", "task is 'poetry'; allowed: classification, retrieval"),
+        ("sets: [{name: a, data: x, shift: far}]", "'a': shift is 'far'; allowed: 'id' or 'ood'"),
+        ("sets: [{name: a, data: x, task: poetry}]", "task is 'poetry'; allowed: 'classification', 'retrieval'"),
         ("sets: [{name: a, data: x, metric: bleu}]", "metric is 'bleu'; allowed: acc1"),
         ("sets: [{name: a, data: x, task: retrieval, metric: acc1}]", "allowed: image_retrieval_recall@1"),
         ("sets: [{name: a, data: x}, {name: a, data: y}]", "names 'a' twice"),
@@ -210,6 +215,65 @@ def test_bad_suites(tmp_path: Path, text: str, message: str) -> None:
         suite_of(text, tmp_path)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+SUITE_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(["name", "data", *(field.name for field in dataclasses.fields(Entry))])
+ANY_SET = st.dictionaries(FIELDS, SUITE_VALUES, max_size=4).map(lambda values: {"name": "a", "data": "x", **values})
+ANY_SUITE = st.fixed_dictionaries({"sets": st.lists(ANY_SET, max_size=2) | SUITE_VALUES, "name": SUITE_VALUES})
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.binary(max_size=60)
+    | st.text(alphabet="sets: name-data[]{}'&*!?|>%@`#\n\t0129.e+~", max_size=60).map(str.encode)
+    | (ANY_SUITE | SUITE_VALUES).map(lambda value: yaml.safe_dump(value, allow_unicode=True).encode("utf-8", "ignore"))
+)
+@example(b"[" * 5000)
+@example(b"sets: &a [*a]")
+@example(b"sets: [{name: a, data: x, templates: &t [*t]}]")
+@example(b"9" * 5000)
+@example(b"2001-99-99")
+@example(b"sets: [{name: a, data: x, 1: 2, ? [3] : 4}]")
+@example(b"sets: [{name: a, data: x, ? 1 : 2, b: 3}]")
+@example(b'sets: [{name: "\\ud800", data: x}]')
+@example("sets: [{name: b\u00fcro, data: x}]".encode("latin-1"))
+def test_whatever_a_suite_holds_is_a_suite_or_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "s.yaml").write_bytes(content)
+    try:
+        suite = load_suite(tmp_path / "s.yaml")
+    except RAdapterError as error:
+        assert len(str(error).splitlines()) == 1
+        assert len(str(error)) < 1500
+    else:
+        assert suite.entries and all(entry.border >= 0 for entry in suite.entries)
+
+
+def test_a_class_without_an_image_stays_a_choice(world: Path, run_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "plain", tmp_path / "few")
+    shutil.rmtree(tmp_path / "few" / "dog")
+    paths = sorted(path for path in (tmp_path / "few").rglob("*.png"))
+    with (tmp_path / "few.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("image", "label"), *((str(path), path.parent.name) for path in paths)])
+    names = ["cat", "dog", "guitar", "horse", "house", "tree"]
+    (tmp_path / "names.txt").write_text("\n".join(names), encoding="utf-8")
+    sets = "- {name: a, data: 'csv:few.csv', classes: names.txt}\n- {name: c, data: 'imagefolder:few'}"
+    suite = suite_of(f"sets:\n{sets}\n- {{name: b, data: 'imagefolder:few', classes: names.txt}}", tmp_path)
+    for entry in sorted(suite.entries, key=lambda entry: entry.name):
+        if entry.name == "c":
+            (tmp_path / "few" / "dog").mkdir()  # which says by itself that there is such a class
+        data = open_set(suite, entry)
+        assert isinstance(data, ClassificationSet)
+        counts = dict(zip(data.classes, np.bincount(data.labels, minlength=6).tolist(), strict=True))
+        assert counts == {name: 0 if name == "dog" else 4 for name in names}
+    embedder = from_adapter(run_folder, [0.5])
+    row = judge_suite(embedder, suite, Results(tmp_path / "out"))[0]
+    embedder.close()
+    assert row["n"] == 20 and row["classes"] == 6 and row["per_class"][1] == {"class": "dog", "n": 0, "recall": None}
 
 
 @pytest.mark.parametrize(

@@ -92,16 +92,16 @@ def graphs(export_once: Exported) -> dict[str, Graph]:
 def quick(graphs: dict[str, Graph], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare `export_release` of the tiny CLIP the seconds that torch's exporter takes: graphs hold no weights."""
 
-    def known(name: str, dial: Adapter | None) -> Graph:
-        return graphs[name] if dial is None else request.getfixturevalue("dial_graphs")[name]
+    def known(name: str, dynamic: Adapter | None) -> Graph:
+        return graphs[name] if dynamic is None else request.getfixturevalue("dynamic_graphs")[name]
 
-    monkeypatch.setattr("radapter_export.release.image_graph", lambda base, dial: known("image_encoder", dial))
-    monkeypatch.setattr("radapter_export.release.patch_graph", lambda base, way, dial: known("patch_encoder", dial))
-    monkeypatch.setattr("radapter_export.release.text_graph", lambda base, dial: known("text_encoder", dial))
+    monkeypatch.setattr("radapter_export.release.image_graph", lambda base, dynamic: known("image_encoder", dynamic))
+    monkeypatch.setattr("radapter_export.release.patch_graph", lambda base, way, a: known("patch_encoder", a))
+    monkeypatch.setattr("radapter_export.release.text_graph", lambda base, dynamic: known("text_encoder", dynamic))
 
 
 @pytest.fixture(scope="session")
-def dial_graphs(tiny_base: Base, adapter_path: Path) -> dict[str, Graph]:
+def dynamic_graphs(tiny_base: Base, adapter_path: Path) -> dict[str, Graph]:
     """The graphs of the tiny CLIP and its adapter, of full rank, with α as an input."""
     adapter = load_adapter(adapter_path)
     made = (image_graph(tiny_base, adapter), patch_graph(tiny_base, "naclip", adapter), text_graph(tiny_base, adapter))

@@ -12,8 +12,8 @@ import torch
 from onnx import numpy_helper
 
 from radapter_export import ExportedRelease
-from radapter_export.agreement import BATCHES, Inputs, References
 from radapter_export.graph import Graph
+from radapter_export.references import BATCHES, Inputs, References
 from radapter_serve.adapter import attach_adapter, fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError

@@ -289,8 +289,8 @@ def test_digest_tells_apart_how_int8_was_made(exported: tuple[Path, list[Exporte
     kinds = [{"kind": "dynamic"}, {"kind": "static", "digest": "a"}, {"kind": "static", "digest": "b"}]
     int8 = {**facts, "precision": "int8"}
     digests = [release_digest(facts), *(release_digest({**int8, "quantization": kind}) for kind in kinds)]
-    dial = {**int8, "quantization": kinds[0], "dynamic_alpha": True}
-    assert len({*digests, release_digest(dial)}) == 5
+    dynamic = {**int8, "quantization": kinds[0], "dynamic_alpha": True}
+    assert len({*digests, release_digest(dynamic)}) == 5
     # And so do rows of results, which tell whether a release was judged before.
     assert len({str(release_variants("release", {**int8, "quantization": kind}, ())) for kind in kinds}) == 3
 

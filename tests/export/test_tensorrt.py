@@ -55,10 +55,10 @@ def test_the_graphs_of_a_vit_are_built(
 @pytest.mark.parametrize("precision", FLOATS)
 @pytest.mark.parametrize("name", ["image_encoder", "text_encoder"])
 def test_graphs_that_take_alpha_are_built(
-    name: str, precision: str, dial_graphs: dict[str, Graph], tiny_base: Base, adapter_path: Path, tmp_path: Path
+    name: str, precision: str, dynamic_graphs: dict[str, Graph], tiny_base: Base, adapter_path: Path, tmp_path: Path
 ) -> None:
     weights = {**tiny_base.model.state_dict(), **load_adapter(adapter_path).tensors}
-    check(dial_graphs[name], weights, precision, tmp_path)
+    check(dynamic_graphs[name], weights, precision, tmp_path)
 
 
 def test_ctrl_c_ends_a_build(
@@ -80,11 +80,11 @@ def test_ctrl_c_ends_a_build(
     assert 1 <= len(lines) < whole
 
 
-def build_all(family: str, folder: Path, *, dial: bool) -> None:
+def build_all(family: str, folder: Path, *, dynamic: bool) -> None:
     """Build the engines of a family's graphs, but for towers that a family before it has."""
     name = make_base(family, folder / "base")
     base = load_base(name)
-    adapter = random_adapter(name, partial=FAMILIES[family].partial) if dial else None
+    adapter = random_adapter(name, partial=FAMILIES[family].partial) if dynamic else None
     graphs = []
     if family == next(f for f in FAMILIES if image_tower(f) == image_tower(family)):
         graphs.append(image_graph(base, adapter))
@@ -96,7 +96,7 @@ def build_all(family: str, folder: Path, *, dial: bool) -> None:
         graphs.append(text_graph(base, adapter))
     weights = {**base.model.state_dict(), **(adapter.tensors if adapter else {})}
     for graph in graphs:
-        for precision in FLOATS if dial else PRECISIONS:
+        for precision in FLOATS if dynamic else PRECISIONS:
             check(graph, weights, precision, folder / precision)
 
 
@@ -111,10 +111,10 @@ def text_tower(family: str) -> object:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_graphs_of_every_family_are_built(family: str, tmp_path: Path) -> None:
-    build_all(family, tmp_path, dial=False)
+    build_all(family, tmp_path, dynamic=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_graphs_of_every_family_that_take_alpha_are_built(family: str, tmp_path: Path) -> None:
-    build_all(family, tmp_path, dial=True)
+    build_all(family, tmp_path, dynamic=True)

@@ -14,7 +14,7 @@ from small_release import SIZE, png
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import Index
-from radapter_serve.inputs.alpha import Dial, at, facts_at
+from radapter_serve.inputs.alpha import RequestAlpha, at, facts_at
 from radapter_serve.inputs.errors import TaskError
 from radapter_serve.inputs.labels import LabelEmbedder
 from radapter_serve.release.facts import release_digest
@@ -28,26 +28,26 @@ DYNAMIC = {"alpha": 0.3, "dynamic_alpha": True}
 
 
 def test_rows() -> None:
-    dial = Dial(DYNAMIC)
-    np.testing.assert_array_equal(dial(None, 2), np.full((2, 1), 0.3, np.float32))
-    np.testing.assert_array_equal(dial(0.5, 2), [[0.5], [0.5]])
-    np.testing.assert_array_equal(dial(np.array([[0], [1]], np.float32), 2), [[0], [1]])
-    assert (dial.one(1), dial.one(None)) == (1.0, float(np.float32(0.3)))
+    dynamic = RequestAlpha(DYNAMIC)
+    np.testing.assert_array_equal(dynamic(None, 2), np.full((2, 1), 0.3, np.float32))
+    np.testing.assert_array_equal(dynamic(0.5, 2), [[0.5], [0.5]])
+    np.testing.assert_array_equal(dynamic(np.array([[0], [1]], np.float32), 2), [[0], [1]])
+    assert (dynamic.one(1), dynamic.one(None)) == (1.0, float(np.float32(0.3)))
     for value in (None, 0.3, np.float32(0.3), np.full((2, 1), 0.3, np.float32)):
-        assert Dial(FIXED)(value, 2) is None
-        assert Dial({"alpha": 0.3})(value, 2) is None  # of a release that is older than this
+        assert RequestAlpha(FIXED)(value, 2) is None
+        assert RequestAlpha({"alpha": 0.3})(value, 2) is None  # of a release that is older than this
 
 
 @pytest.mark.parametrize("facts", [FIXED, DYNAMIC])
 @pytest.mark.parametrize("value", [-0.1, 1.01, float("nan"), float("inf"), np.array([[0.3], [2]])])
 def test_what_is_no_alpha(facts: dict[str, Any], value: Any) -> None:
     with pytest.raises(TaskError, match=r"^\[invalid_argument\] alpha is .*; allowed: 0 .* to 1"):
-        Dial(facts)(value, 2)
+        RequestAlpha(facts)(value, 2)
 
 
 def test_another_than_was_exported() -> None:
     with pytest.raises(TaskError, match=r"alpha is 0.5, but .* exported at alpha 0.3; radapter-export --alpha dynamic"):
-        Dial(FIXED)([[0.3], [0.5]], 2)
+        RequestAlpha(FIXED)([[0.3], [0.5]], 2)
     with pytest.raises(RAdapterError, match=r"^alpha is 0.5, but"):
         facts_at(FIXED, 0.5)
 
@@ -78,7 +78,7 @@ def tasks(local: Any) -> Callable[..., Any]:
     images, tokens = turned(local.embed_images._encode), turned(local.embed_texts._encode)
     embed_images = EmbedImages(facts, images)
     embed_labels = LabelEmbedder(local.embed_texts._tokenizer, tokens)
-    own = Dial(facts).one(None)
+    own = RequestAlpha(facts).one(None)
     sets = {"colours": embed_labels(["red, scarlet", "blue"], ["a {}"], alpha=own)}
 
     def make(kind: str) -> Any:
@@ -176,32 +176,32 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_release_at_an_alpha_embeds_what_the_fold_embeds(
-    dial_tiny_clip: Path, exported_tiny_clip: Path, photos: Path
+    dynamic_tiny_clip: Path, exported_tiny_clip: Path, photos: Path
 ) -> None:
-    release = LocalRelease(dial_tiny_clip)
+    release = LocalRelease(dynamic_tiny_clip)
     pixels = [release.prepare(path.read_bytes()) for path in sorted(photos.iterdir())]
     for version, alpha in ((1, 0.3), (2, 0.8)):
         fixed = LocalRelease(f"{exported_tiny_clip / 'model_repository'}@{version}")
-        release.dial(alpha)
+        release.set_alpha(alpha)
         np.testing.assert_allclose(release.encode_images(pixels), fixed.encode_images(pixels), atol=3e-6)
         np.testing.assert_allclose(release.embed_texts(["a cat"]), fixed.embed_texts(["a cat"]), atol=3e-6)
         assert release_digest(release.facts) == release_digest(fixed.facts)
-        fixed.dial(alpha)
+        fixed.set_alpha(alpha)
         with pytest.raises(RAdapterError, match="--alpha dynamic"):
-            fixed.dial(0.5)
+            fixed.set_alpha(0.5)
     with pytest.raises(RAdapterError, match="alpha is 2; allowed"):
-        release.dial(2)
+        release.set_alpha(2)
 
 
 def test_an_index_belongs_to_one_alpha(
-    dial_tiny_clip: Path, exported_tiny_clip: Path, photos: Path, tmp_path: Path
+    dynamic_tiny_clip: Path, exported_tiny_clip: Path, photos: Path, tmp_path: Path
 ) -> None:
-    release = LocalRelease(dial_tiny_clip)
-    release.dial(0.8)
+    release = LocalRelease(dynamic_tiny_clip)
+    release.set_alpha(0.8)
     build(str(photos), tmp_path / "indexes" / "photos", release)
     facts = Index(tmp_path / "indexes" / "photos").facts
     assert facts["release"]["alpha"] == 0.8
-    again = LocalRelease(dial_tiny_clip)
+    again = LocalRelease(dynamic_tiny_clip)
     assert add(tmp_path / "indexes" / "photos", again).kept == 6
     assert again.facts["alpha"] == 0.8
 
@@ -209,10 +209,10 @@ def test_an_index_belongs_to_one_alpha(
 
     def embed_text(text: bytes, alpha: np.ndarray) -> np.ndarray:
         asked.append(float(alpha[0, 0]))
-        again.dial(float(alpha[0, 0]))
+        again.set_alpha(float(alpha[0, 0]))
         return again.embed_texts([text.decode()])[0]
 
-    served = LocalRelease(dial_tiny_clip)  # its own alpha is 0.5
+    served = LocalRelease(dynamic_tiny_clip)  # its own alpha is 0.5
     retrieve = Retrieve(served.facts, tmp_path / "indexes", embed_text, embed_text)
     found = retrieve(RetrieveRequest(b"photos", b"a cat"))
     assert asked == [pytest.approx(0.8)]

@@ -48,8 +48,10 @@ def colour_images(pixels: np.ndarray) -> np.ndarray:
     return colour_embeds(pixels.mean((1, 2)))
 
 
-def segmenter(patches=random_patches, images=colour_images, *, fill=(127, 128, 127), scale=10.0, batch=3) -> Segmenter:
-    return Segmenter(patches, images, Preprocess((SIZE, SIZE)), MaskCrop(fill=fill), scale, batch)
+def segmenter(
+    patches=random_patches, images=colour_images, *, fill=(127, 128, 127), scale=10.0, batch=3, bias=None
+) -> Segmenter:
+    return Segmenter(patches, images, Preprocess((SIZE, SIZE)), MaskCrop(fill=fill), scale, batch, bias)
 
 
 def image(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -130,6 +132,40 @@ def test_dense_with_other_windows(short_side, stride):
 @pytest.mark.parametrize("threshold", [0.0, 0.25, 0.3, 0.5, 0.9])
 def test_dense_below_the_threshold_is_background(threshold):
     check(image(90, 71), embeds(6), SegmentOptions(threshold=threshold))
+
+
+def test_a_model_trained_with_a_sigmoid_is_scored_by_it_everywhere():
+    picture, labels = image(90, 71), embeds(6)
+    maps, _ = reference(picture, labels, SIZE * 3 // 2, SIZE // 2)
+    full = interpolate(maps[None], picture.size[::-1], mode="bilinear", align_corners=False)[0]
+    best, expected = (values.numpy() for values in (9 * full - 3).sigmoid().max(0))
+    found = segmenter(scale=9.0, bias=-3.0).dense(picture, labels, SegmentOptions(threshold=0.5))
+    same = found.mask == np.where(best < 0.5, 6, expected)
+    assert same.mean() > 0.999 and 0.05 < (found.mask == 6).mean() < 0.95
+    pixels = np.full((20, 20, 3), (0, 255, 0), np.uint8)
+    masks = np.full((1, 20, 20), 255, np.uint8)
+    logits = 3.0 * torch.from_numpy(colour_images(pixels[None]) @ colour_labels().T)[0] - 2.0
+    found = segmenter(scale=3.0, bias=-2.0).from_proposals(Image.fromarray(pixels), colour_labels(), masks)
+    assert (found.mask == int(logits.argmax())).all()
+    assert found.scores.max() == pytest.approx(float(logits.sigmoid().max()), abs=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_embeddings_that_are_not_finite_are_an_error(wrong):
+    def spoilt(encode):
+        def broken(pixels):
+            found = encode(pixels)
+            found[-1, ..., 0] = wrong
+            return found
+
+        return broken
+
+    with pytest.raises(TaskError, match=r"\[encoder_failed\] .* not finite"):
+        segmenter(spoilt(random_patches)).dense(image(40, 30), embeds(3))
+    with pytest.raises(TaskError, match=r"\[encoder_failed\] .* not finite"):
+        segmenter(images=spoilt(colour_images)).from_proposals(
+            image(20, 20), colour_labels(), np.full((1, 20, 20), 255, np.uint8)
+        )
 
 
 def test_one_label_and_many_labels():
@@ -305,10 +341,11 @@ def test_pixels_that_no_mask_covers():
     masks = np.zeros((1, 20, 20), np.uint8)
     masks[0, :5, :5] = 255
     covered = masks[0] > 0
-    for threshold, outside in ((0.0, 4), (0.3, 4), (None, 1)):  # background, or the label of the whole image
+    for threshold in (0.0, 0.3, None):
         options = SegmentOptions(threshold=threshold)
         found = segmenter().from_proposals(Image.fromarray(pixels), colour_labels(), masks, options=options)
-        np.testing.assert_array_equal(found.mask, np.where(covered, 0, outside))
+        np.testing.assert_array_equal(found.mask, np.where(covered, 0, 4))  # the background
+        assert len(found.scores) == 5 and found.scores[4] == pytest.approx(1)
 
 
 def test_many_masks_are_classified_in_batches():

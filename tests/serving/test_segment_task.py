@@ -55,7 +55,7 @@ def test_a_label_set_and_proposals(local):
     request = SegmentRequest(png(3), label_set=b"colours", proposals=masks, proposal_scores=scores)
     request.options = {"proposal_weight": 0.4}
     found = local.segment(request)
-    assert found.labels == ("red", "green", "blue", "a striped thing")
+    assert found.labels == ("red", "green", "blue", "a striped thing", "background")
     np.testing.assert_array_equal(found.mask, expected.mask)
     np.testing.assert_array_equal(found.scores, expected.scores)
 

@@ -167,14 +167,14 @@ def test_threads_are_set_before_torch_is_loaded() -> None:
     code = (
         "import os, sys\n"
         "from radapter_serve.threads import limit_threads, total\n"
-        "limit_threads(3)\n"
-        "assert 'torch' not in sys.modules and total() == 3 and os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'\n"
+        "limit_threads(1)\n"
+        "assert 'torch' not in sys.modules and total() == 1 and os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'\n"
         "import torch\n"
-        "assert torch.get_num_threads() == 3\n"
+        "assert torch.get_num_threads() == 1\n"
         "limit_threads(2)\n"
         "assert torch.get_num_threads() == 2\n"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -197,11 +198,11 @@ def search(
         check_output("--save", save, ".html")
     with server.client() as client:
         hits = client.search(text, image=image, index=index, top_k=top_k, where=where, thumbnails=save is not None)
-        version = client.release().version if save is not None else None
+        used = client.release().version if save is not None else None
     if save is not None:
         from .gallery import page
 
-        facts = {"index": index, "where": where, "hits": len(hits), "release": version}
+        facts = {"index": index, "where": where, "hits": len(hits), "release": used}
         known = {name: str(value) for name, value in facts.items() if value is not None}
         content = page(hits, text or Path(image or "").name, image, known)
         write_whole(save, lambda file: file.write(content))
@@ -299,6 +300,9 @@ def profile(server: OmitArgPrefixes[Server], requests: int = 10) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; its exit status: 0, 1 where images were left out, 2 for an error, 130 after Ctrl-C."""
+    if "--version" in (sys.argv[1:] if argv is None else argv):
+        print(PROG, version("radapter-serve"))
+        return 0
     commands = (classify, segment, search, embed_image, embed_text, release, profile)
     named = {command.__name__.replace("_", "-"): command for command in commands}
     description = "Asks a server that radapter-serve started."

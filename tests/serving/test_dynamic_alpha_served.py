@@ -43,8 +43,8 @@ def indexes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(dial_tiny_clip: Path, indexes: Path) -> Iterator[TritonServer]:
-    with TritonServer(dial_tiny_clip, "127.0.0.1", *free_ports(), indexes=indexes) as server:
+def server(dynamic_tiny_clip: Path, indexes: Path) -> Iterator[TritonServer]:
+    with TritonServer(dynamic_tiny_clip, "127.0.0.1", *free_ports(), indexes=indexes) as server:
         yield server
 
 
@@ -116,7 +116,7 @@ def test_search_asks_at_the_alpha_of_the_index(
     client: Client, photos: Path, indexes: Path, fixed: dict[float, LocalRelease]
 ) -> None:
     release = ServerRelease(client, client.release().facts)
-    release.dial(0.8)
+    release.set_alpha(0.8)
     build(str(photos), indexes / "photos", release)
     hits = client.search("a cat", index="photos")
     one = fixed[0.8]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.choice import RULE, RULE_SHIFTED, choose, load_choice, save_choice
+from radapter_serve.evaluation.alpha_choice import RULE, RULE_SHIFTED, choose, load_choice, save_choice
 
 
 def rows(**sets: tuple[str, dict[float, float]]) -> list[dict[str, Any]]:
@@ -36,6 +36,14 @@ def test_a_shift_counts_as_much_as_all_sets_in_distribution() -> None:
     assert (choice.alpha, choice.rule) == (0.5, RULE_SHIFTED)
     assert [point["score"] for point in choice.curve] == pytest.approx([50, 70, 62.5])
     assert choose(rows(a=("id", one), b=("id", two))).alpha == 1.0
+
+
+def test_dense_labels_and_proposals_are_no_mean() -> None:
+    mixed = rows(a=("id", {0.0: 0.5}), b=("id", {0.0: 0.9}))
+    for row, dense in zip(mixed, ("naclip", "proposals"), strict=True):
+        row["dense"] = dense
+    with pytest.raises(RAdapterError, match="dense segmentation and proposals are no mean"):
+        choose(mixed)
 
 
 def test_a_shift_alone_chooses_nothing() -> None:

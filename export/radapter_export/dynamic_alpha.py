@@ -10,11 +10,11 @@ from radapter_serve.adapter import Adapter
 
 
 def name_in_base(name: str) -> str:
-    """What a tower's parameter or buffer, with a dial or without, is called in a state dict or an adapter file."""
+    """The name that a tower's parameter or buffer has in a state dict or an adapter file, α an input or not."""
     return name.removeprefix("tower.").removeprefix(COPY).removesuffix(".full")
 
 
-class DialTower(nn.Module):
+class DynamicAlphaTower(nn.Module):
     """A tower with a second input, `alpha` float32 [B, 1], in place of one α that is folded into its weights.
 
     Args:
@@ -30,7 +30,7 @@ class DialTower(nn.Module):
         for key in adapter.keys:
             name = COPY + key
             if isinstance(layer := modules.get(name), nn.Linear):
-                tower.set_submodule(name, DialledLinear(layer, adapter.layer(key), self._alpha))
+                tower.set_submodule(name, DynamicAlphaLinear(layer, adapter.layer(key), self._alpha))
 
     def forward(self, values: Tensor, alpha: Tensor) -> Tensor:
         """What the tower takes, and the α of each of its rows."""
@@ -39,7 +39,7 @@ class DialTower(nn.Module):
         return embeds
 
 
-class DialledLinear(nn.Module):
+class DynamicAlphaLinear(nn.Module):
     """`y + α·F·y` with `y = W·x + b`, which is what the fold at α computes: (W + α·F·W)·x + (b + α·F·b).
 
     Args:

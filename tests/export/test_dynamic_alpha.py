@@ -20,7 +20,7 @@ from torch import nn
 from tritonclient.grpc import model_config_pb2
 
 from radapter_export import ExportedRelease, ExportSettings, export_release
-from radapter_export.dial import DialTower
+from radapter_export.dynamic_alpha import DynamicAlphaTower
 from radapter_export.graph import Graph, image_graph, text_graph
 from radapter_export.quantization import quantize
 from radapter_export.repository import ENCODERS
@@ -57,7 +57,7 @@ def test_a_layer_computes_w_plus_alpha_f_w(rank: int | None) -> None:
     f = {"full": torch.randn(4, 4)} if rank is None else {"up": torch.randn(4, rank), "down": torch.randn(rank, 4)}
     tensors = {f"layer.{name}".removesuffix(".full"): tensor for name, tensor in f.items()}
     model = nn.Sequential(OrderedDict(model=nn.Sequential(OrderedDict(layer=layer))))
-    tower = DialTower(model, Adapter(tensors, Metadata("x", "y", rank=rank)))
+    tower = DynamicAlphaTower(model, Adapter(tensors, Metadata("x", "y", rank=rank)))
     x, alpha = torch.randn(3, 7, 5), torch.tensor([[0.0], [0.3], [1.0]])
     w, b = layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy()
     matrix = (f["full"] if rank is None else f["up"].double() @ f["down"].double()).double().numpy()
@@ -70,23 +70,23 @@ def test_a_layer_computes_w_plus_alpha_f_w(rank: int | None) -> None:
 def test_each_row_is_what_the_fold_at_its_alpha_gives(
     name: str,
     graphs: dict[str, Graph],
-    dial_graphs: dict[str, Graph],
+    dynamic_graphs: dict[str, Graph],
     tiny_base: Base,
     adapter_path: Path,
     tmp_path: Path,
 ) -> None:
     base, adapter, values = tiny_base.model.state_dict(), load_adapter(adapter_path), inputs_of(name, tiny_base)
-    dial_graphs[name].save({**base, **adapter.tensors}, tmp_path / "dial.onnx")
-    found = run(tmp_path / "dial.onnx", values, ALPHAS)
+    dynamic_graphs[name].save({**base, **adapter.tensors}, tmp_path / "dynamic.onnx")
+    found = run(tmp_path / "dynamic.onnx", values, ALPHAS)
     expected = np.empty_like(found)
     for alpha in np.unique(ALPHAS):
         rows = ALPHAS[:, 0] == alpha
         graphs[name].save(fold(base, adapter, float(alpha)), tmp_path / "fixed.onnx")
         expected[rows] = run(tmp_path / "fixed.onnx", values[rows])
     np.testing.assert_allclose(found, expected, atol=3e-6)
-    assert np.abs(run(tmp_path / "dial.onnx", values, ALPHAS[::-1].copy()) - expected).max() > 1e-3
+    assert np.abs(run(tmp_path / "dynamic.onnx", values, ALPHAS[::-1].copy()) - expected).max() > 1e-3
     # Every weight keeps its name in the state dict or in the adapter file, so that it can be found again.
-    stored = {tensor.name for tensor in load(tmp_path / "dial.onnx").graph.initializer}
+    stored = {tensor.name for tensor in load(tmp_path / "dynamic.onnx").graph.initializer}
     wanted = {key for key in adapter.tensors if key.startswith("visual.") == (name != "text_encoder")}
     if name == "patch_encoder":  # naclip leaves out the last block's feed-forward layer
         wanted.remove("visual.transformer.resblocks.1.mlp.c_proj")
@@ -107,21 +107,21 @@ def test_low_rank_and_a_text_tower_that_is_not_adapted(
     adapter = Adapter(tensors, Metadata("x", base_digest(base, keys), rank=4))
     for make in (image_graph, text_graph):
         graph = make(tiny_base, adapter)
-        graph.save({**base, **tensors}, tmp_path / "dial.onnx")
+        graph.save({**base, **tensors}, tmp_path / "dynamic.onnx")
         graphs[graph.name].save(fold(base, adapter, 0.25), tmp_path / "fixed.onnx")
         values, alpha = inputs_of(graph.name, tiny_base), np.full((len(ALPHAS), 1), 0.25, np.float32)
-        found = run(tmp_path / "dial.onnx", values, alpha)
+        found = run(tmp_path / "dynamic.onnx", values, alpha)
         np.testing.assert_allclose(found, run(tmp_path / "fixed.onnx", values), atol=2e-6)
 
 
 @pytest.fixture(scope="module")
-def dial(
-    tiny_base: Base, adapter_path: Path, labels_path: Path, dial_graphs: dict[str, Graph], tmp_path_factory: Any
+def dynamic(
+    tiny_base: Base, adapter_path: Path, labels_path: Path, dynamic_graphs: dict[str, Graph], tmp_path_factory: Any
 ) -> tuple[Path, ExportedRelease]:
-    folder = tmp_path_factory.mktemp("dial")
+    folder = tmp_path_factory.mktemp("dynamic")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("image", "patch", "text"):
-            graph = dial_graphs[f"{name}_encoder"]
+            graph = dynamic_graphs[f"{name}_encoder"]
             patch.setattr(f"radapter_export.release.{name}_graph", lambda *_, graph=graph: graph)
         [release] = export_release(
             adapter_path,
@@ -137,9 +137,9 @@ def dial(
 
 
 def test_release_says_that_alpha_is_an_input(
-    dial: tuple[Path, ExportedRelease], exported: tuple[Path, list[ExportedRelease]]
+    dynamic: tuple[Path, ExportedRelease], exported: tuple[Path, list[ExportedRelease]]
 ) -> None:
-    folder, release = dial
+    folder, release = dynamic
     assert (release.alpha, release.facts["dynamic_alpha"]) == (0.5, True)
     assert exported[1][0].facts["dynamic_alpha"] is False
     for model in ("image_encoder", "patch_encoder", "text_encoder"):
@@ -150,21 +150,21 @@ def test_release_says_that_alpha_is_an_input(
 
 
 def test_merged_is_the_fold_at_its_own_alpha(
-    dial: tuple[Path, ExportedRelease], adapter_path: Path, tiny_base: Base
+    dynamic: tuple[Path, ExportedRelease], adapter_path: Path, tiny_base: Base
 ) -> None:
     expected = fold(tiny_base.model.state_dict(), load_adapter(adapter_path), 0.5)
-    merged = load_file(dial[1].merged / "open_clip_model.safetensors")
+    merged = load_file(dynamic[1].merged / "open_clip_model.safetensors")
     assert merged.keys() == expected.keys()
     assert all(torch.equal(merged[key], expected[key]) for key in expected)
 
 
-def test_samples_hold_alphas_and_another_is_refused(dial: tuple[Path, ExportedRelease]) -> None:
+def test_samples_hold_alphas_and_another_is_refused(dynamic: tuple[Path, ExportedRelease]) -> None:
     for name in ("image_encoder", "patch_encoder", "text_encoder"):
-        folder = dial[0] / "repository" / name / "1"
+        folder = dynamic[0] / "repository" / name / "1"
         samples, encoder = Samples.load(folder), Encoder(folder / "model.onnx")
         assert {float(alpha) for batch in samples.alphas for alpha in batch.ravel()} == {0.0, 0.25, 0.5, 1.0}
         assert any(len(np.unique(batch)) > 2 for batch in samples.alphas)
-        assert compare(name, encoder, samples, 1e-5).max_error == dial[1].facts["agreement"][name]["max_error"]
+        assert compare(name, encoder, samples, 1e-5).max_error == dynamic[1].facts["agreement"][name]["max_error"]
         other = dataclasses.replace(samples, alphas=[1 - batch for batch in samples.alphas])
         with pytest.raises(RAdapterError, match=f"{name} differs from torch"):
             compare(name, encoder, other, 1e-4)
@@ -172,9 +172,9 @@ def test_samples_hold_alphas_and_another_is_refused(dial: tuple[Path, ExportedRe
             compare(name, encoder, dataclasses.replace(samples, alphas=()), 1e-4)
 
 
-def test_runtimes_and_int8_take_alpha(dial: tuple[Path, ExportedRelease], tmp_path: Path) -> None:
+def test_runtimes_and_int8_take_alpha(dynamic: tuple[Path, ExportedRelease], tmp_path: Path) -> None:
     pytest.importorskip("openvino")
-    encoders = encoders_of(dial[0] / "repository")
+    encoders = encoders_of(dynamic[0] / "repository")
     measured = measure(encoders, dict.fromkeys(ENCODERS, 1), ["onnxruntime", "openvino"])
     assert {(one.encoder, one.runtime) for one in measured if one.distance < 1e-6} == {
         (encoder, runtime) for encoder in ENCODERS for runtime in ("onnxruntime", "openvino")
@@ -190,8 +190,8 @@ def test_runtimes_and_int8_take_alpha(dial: tuple[Path, ExportedRelease], tmp_pa
             assert compare(encoder.name, quantized, samples, TOLERANCES["int8"]).max_error > 1e-5
 
 
-def test_label_set_keeps_what_embeds_it_again(dial: tuple[Path, ExportedRelease]) -> None:
-    with np.load(dial[0] / "repository" / "classify" / "1" / "label_sets" / "animals.npz") as file:
+def test_label_set_keeps_what_embeds_it_again(dynamic: tuple[Path, ExportedRelease]) -> None:
+    with np.load(dynamic[0] / "repository" / "classify" / "1" / "label_sets" / "animals.npz") as file:
         assert file["lines"].tolist() == ["cat, kitty", "dog", "guinea pig"]
         assert file["templates"].tolist() == ["a photo of a {}.", "a drawing of a {}."]
 

@@ -35,14 +35,14 @@ def low_rank(adapter: Adapter, rank: int) -> Adapter:
 def encoders(base: Base, adapter: Adapter, ranks: tuple[int, ...], folder: Path) -> dict[str, dict[str, Encoder]]:
     """Of images and of texts: the adapter folded in, then adapters beside their layers."""
     state = dict(base.model.state_dict())
-    dials = {FULL: adapter} | {f"rank {rank}": low_rank(adapter, rank) for rank in ranks}
+    beside = {FULL: adapter} | {f"rank {rank}": low_rank(adapter, rank) for rank in ranks}
     found: dict[str, dict[str, Encoder]] = {}
     for case, make in ((IMAGE, image_graph), (LONG, text_graph)):
         say(f"exporting {case}")
         make(base).save(fold(state, adapter, 0.5), folder / "model.onnx")
         found[case] = {FOLDED: Encoder(folder / "model.onnx")}
-        for name, dial in dials.items():
-            make(base, dial).save({**state, **dial.tensors}, folder / "model.onnx")
+        for name, dynamic in beside.items():
+            make(base, dynamic).save({**state, **dynamic.tensors}, folder / "model.onnx")
             found[case][name] = Encoder(folder / "model.onnx")
     return found
 
@@ -58,7 +58,7 @@ def overhead(
         for size in batches:
             values, alpha = batch_of(base, case, size), np.full((size, 1), 0.5, np.float32)
             error = float(np.abs(candidates[FOLDED](values) - candidates[FULL](values, alpha)).max())
-            assert error < 1e-5, f"{case}, batch {size}: the dial differs from the fold by {error}"
+            assert error < 1e-5, f"{case}, batch {size}: the graph with alpha is {error} from the fold"
             say(f"{case}, batch {size}: {repeats} rounds")
             times = alternate(
                 {
@@ -96,7 +96,7 @@ def main(
         out: folder of the table.
     """
     report = Report(
-        "dial",
+        "dynamic",
         f"α as an input of the encoders of {architecture}",
         "ONNX Runtime, fp32, from uint8 pixels or 77 token ids to unit-length embeddings; α is 0.5 in all rows. The "
         "fold has α in its weights; the others compute y + α·F·y behind each adapted layer, F in full or as up·down.",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.embedder import PROPOSALS
 from radapter_serve.files import staged
 
 FILE = "alpha.json"
@@ -45,8 +46,14 @@ def choose(rows: Sequence[Mapping[str, Any]]) -> Choice:
         rows: from `judge`, of one adapter, every α on every validation set.
 
     Raises:
-        RAdapterError: no set is in distribution.
+        RAdapterError: no set is in distribution, or dense labels and proposals would be averaged.
     """
+    ways = {row.get("dense") for row in rows}
+    if PROPOSALS in ways and len(ways) > 1:
+        raise RAdapterError(
+            "alpha is chosen by a mean over validation sets, and dense segmentation and proposals are no mean; "
+            "leave one of them out of the sets with split: validation"
+        )
     facts = ("shift", "metric", "n", "set_digest")
     sets = {row["dataset"]: {name: row[name] for name in facts} for row in rows}
     groups = [[name for name, of in sets.items() if of["shift"] == shift] for shift in ("id", "ood")]

@@ -1,0 +1,210 @@
+"""Classification and retrieval as judged sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_serve.data import ImageColumn
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.embedder import Embedder
+from radapter_serve.evaluation.intervals import Interval, mean_recall_interval, wilson
+from radapter_serve.evaluation.judged import (
+    MOST_CONFUSED,
+    Known,
+    Scorer,
+    as_seen,
+    by_class,
+    class_embeds,
+    confused,
+    contents,
+    digest,
+    png_of,
+)
+from radapter_serve.evaluation.metrics import (
+    Floats,
+    caption_groups,
+    check_finite,
+    classification_metrics,
+    confusion,
+    retrieval_metrics,
+    shares,
+    true_ranks,
+)
+from radapter_serve.evaluation.suite import Entry
+from radapter_serve.inputs.labels import split_label
+from radapter_serve.inputs.preprocess import decode
+from radapter_serve.inputs.probabilities import indistinguishable
+
+
+@dataclass(frozen=True)
+class Image:
+    """Reads the bytes of one image of a data set."""
+
+    column: ImageColumn
+    rows: Any
+    index: int
+    border: int
+
+    def __call__(self) -> bytes:
+        return _cropped(self.data(), self.border, self.column.exif_orientation) if self.border else self.data()
+
+    def data(self) -> bytes:
+        """The bytes of the file, the border still there."""
+        return self.column.data(self.rows[self.index])
+
+    @property
+    def name(self) -> str:
+        """What to call the image in an error."""
+        return self.column.name(self.rows[self.index])
+
+
+def _cropped(data: bytes, border: int, exif_orientation: bool) -> bytes:
+    image = decode(data, exif_orientation=exif_orientation)
+    most = (min(image.size) - 1) // 2
+    if border > most:
+        raise RAdapterError(
+            f"border is {border}, which leaves nothing of {image.width} x {image.height} pixels; allowed: 0 to {most}"
+        )
+    return png_of(image.crop((border, border, image.width - border, image.height - border)))
+
+
+@dataclass(frozen=True)
+class _ImageSet:
+    """Images that are embedded as a whole.
+
+    Attributes:
+        entry: what the suite says.
+        images: of the files.
+    """
+
+    entry: Entry
+    images: Sequence[Image]
+
+    most = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, number: int) -> str:
+        return self.images[number].name
+
+    @cached_property
+    def contents(self) -> list[str]:
+        """Digests of the images' files."""
+        return contents(self.entry.name, [lambda image=image: [image.data()] for image in self.images])  # type: ignore[misc]
+
+    def prepare(self, embedder: Embedder, number: int) -> Any:
+        return embedder.prepare(as_seen(self.images[number](), self.entry, embedder))
+
+
+@dataclass(frozen=True)
+class ClassificationSet(_ImageSet):
+    """Labelled images.
+
+    Attributes:
+        labels: integer [N].
+        classes: one a label, synonyms after commas.
+        templates: prompt templates; None takes the model's own.
+    """
+
+    labels: NDArray[np.int64]
+    classes: list[str]
+    templates: list[str] | None
+
+    task = "zeroshot_classification"
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        split = {} if self.entry.class_split == "all" else {"class_split": self.entry.class_split}
+        count = {"n": len(self.labels), "classes": len(self.classes)}
+        return {**count, **split, "set_digest": digest(self.classes, self.labels.tolist(), self.contents)}
+
+    def how(self, embedder: Embedder) -> dict[str, Any]:
+        return {"templates": list(self.templates or embedder.templates)}
+
+    def scorer(self, embedder: Embedder, known: Known) -> Scorer:
+        templates = self.templates or embedder.templates
+        return _ClassificationScorer(self, embedder, class_embeds(embedder.embed_texts, self.classes, templates, known))
+
+
+@dataclass(frozen=True)
+class RetrievalSet(_ImageSet):
+    """Images and their captions.
+
+    Attributes:
+        captions: all of them.
+        image_of: the image that each caption belongs to, integer [T].
+    """
+
+    captions: list[str]
+    image_of: NDArray[np.int64]
+
+    task = "zeroshot_retrieval"
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        different = len(set(self.groups.tolist()))
+        equal = {"different_captions": different} if different < len(self.captions) else {}
+        count = {"n": len(self.images), "captions": len(self.captions), **equal}
+        return {**count, "set_digest": digest(self.captions, self.image_of.tolist(), self.contents)}
+
+    @cached_property
+    def groups(self) -> NDArray[np.int64]:
+        """A number for each caption that equal ones share: images of equal captions match each other's."""
+        return caption_groups(self.captions)
+
+    def how(self, embedder: Embedder) -> dict[str, Any]:
+        return {}
+
+    def scorer(self, embedder: Embedder, known: Known) -> Scorer:
+        return _RetrievalScorer(self, embedder, embedder.embed_texts(self.captions))
+
+
+class _ClassificationScorer:
+    def __init__(self, data: ClassificationSet, embedder: Embedder, classifier: Floats) -> None:
+        self._data, self._embedder, self._classifier = data, embedder, classifier
+        self._ranks, self._found = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+
+    def add(self, items: Sequence[Any]) -> None:
+        start = sum(map(len, self._ranks))
+        scores = check_finite(self._embedder.embed_images(items)) @ self._classifier.T
+        self._ranks.append(true_ranks(scores, self._data.labels[start : start + len(items)]))
+        self._found.append(scores.argmax(axis=1))
+
+    def measured(self) -> dict[str, Any]:
+        labels, classes, ranks = self._data.labels, self._data.classes, np.concatenate(self._ranks)
+        metrics = classification_metrics(ranks, labels, len(classes))
+        count, hits = (np.bincount(of, minlength=len(classes)) for of in (labels, labels[ranks < 1]))
+        intervals: dict[str, Interval] = {
+            name: wilson(metrics[name], len(labels)) for name in ("acc1", "acc5") if name in metrics
+        }
+        intervals["mean_per_class_recall"] = mean_recall_interval(hits[count > 0], count[count > 0])
+        few = len(classes) <= MOST_CONFUSED
+        alike = indistinguishable([split_label(line)[0] for line in classes], self._classifier)
+        return {
+            "metrics": metrics,
+            "intervals": intervals,
+            **by_class(classes, count, recall=shares(hits, count)),
+            **(confused(confusion(labels, np.concatenate(self._found), len(classes))) if few else {}),
+            **({"indistinguishable": alike} if alike else {}),
+        }
+
+
+class _RetrievalScorer:
+    def __init__(self, data: RetrievalSet, embedder: Embedder, texts: Floats) -> None:
+        self._data, self._embedder, self._texts, self._images = data, embedder, texts, list[Floats]()
+
+    def add(self, items: Sequence[Any]) -> None:
+        self._images.append(self._embedder.embed_images(items))
+
+    def measured(self) -> dict[str, Any]:
+        data, images = self._data, np.concatenate(self._images)
+        metrics = retrieval_metrics(images, self._texts, data.image_of, groups=data.groups)
+        # captions of one image are no independent cases: images are counted both ways
+        return {"metrics": metrics, "intervals": {name: wilson(share, len(images)) for name, share in metrics.items()}}

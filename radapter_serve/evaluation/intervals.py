@@ -1,0 +1,65 @@
+"""Intervals of 95 %: how far off a figure may be because other images of the same kind could have been drawn."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_serve.evaluation.metrics import mean_metrics
+
+Interval = tuple[float, float]
+
+_Z = 1.959964  # of the normal distribution, 95 % within
+_DRAWS = 1000  # of the bootstrap
+_BLOCK = 100  # draws in memory at once
+
+
+def wilson(share: float, n: int) -> Interval:
+    """Wilson's interval of a share of n independent cases.
+
+    Args:
+        share: in [0, 1].
+        n: 1 or more.
+    """
+    middle, spread = share + _Z**2 / (2 * n), _Z * sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    low, high = ((middle + sign * spread) / (1 + _Z**2 / n) for sign in (-1, 1))
+    return max(0.0, low), min(1.0, high)
+
+
+def mean_recall_interval(hits: NDArray[Any], count: NDArray[Any]) -> Interval:
+    """The interval of a mean over classes, by a bootstrap that draws images within each class.
+
+    Args:
+        hits: right images of each class, integer [C].
+        count: images of each class, 1 or more, integer [C].
+    """
+    draws = np.random.default_rng(0).binomial(count, hits / count, (_DRAWS, len(count)))
+    return _middle((draws / count).mean(axis=1))
+
+
+def segmentation_intervals(sums: NDArray[Any]) -> dict[str, Interval]:
+    """The intervals of `segmentation_metrics`, by a bootstrap that draws images.
+
+    Args:
+        sums: of `pixel_sums` of each image, [3, N, C].
+
+    Returns:
+        By metric; empty for a single image, which says nothing about others.
+    """
+    _, n, classes = sums.shape
+    if n < 2:
+        return {}
+    generator, flat, parts = np.random.default_rng(0), np.moveaxis(sums, 1, 0).reshape(n, -1).astype(float), []
+    for _ in range(_DRAWS // _BLOCK):
+        times = generator.multinomial(n, np.full(n, 1 / n), _BLOCK)
+        drawn = (times @ flat).reshape(_BLOCK, 3, classes)
+        parts.append(mean_metrics(np.moveaxis(drawn, 0, 1)))
+    return {name: _middle(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+
+
+def _middle(values: NDArray[np.float64]) -> Interval:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,48 @@
+"""Intervals against published values, exact binomials, and simulated repetitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from radapter_serve.evaluation.intervals import mean_recall_interval, segmentation_intervals, wilson
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "expected"),
+    [(0, 10, (0, 0.2775)), (5, 10, (0.2366, 0.7634)), (10, 10, (0.7225, 1)), (81, 263, (0.2553, 0.3662))],
+)
+def test_wilsons_interval_by_hand(hits: int, n: int, expected: tuple[float, float]) -> None:
+    assert wilson(hits / n, n) == pytest.approx(expected, abs=5e-5)  # the last is Newcombe's (1998) example
+
+
+@given(st.integers(1, 5000), st.floats(0, 1))
+def test_wilsons_interval_holds_the_share(n: int, share: float) -> None:
+    low, high = wilson(share, n)
+    assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1
+
+
+def test_a_mean_over_classes() -> None:
+    assert mean_recall_interval(np.array([3, 5]), np.array([3, 5])) == (1, 1)
+    low, high = mean_recall_interval(np.array([50, 200]), np.array([100, 400]))
+    error = 1.96 * np.sqrt(0.25 / 100 + 0.25 / 400) / 2
+    assert (low, high) == pytest.approx((0.5 - error, 0.5 + error), abs=0.01)
+
+
+def test_images_are_drawn_for_segmentation() -> None:
+    generator = np.random.default_rng(0)
+    true = np.full((200, 2), 50)
+    right = generator.binomial(true, 0.8)
+    found = right + (true - right)[:, ::-1]  # what is not one class is the other
+    sums = np.stack([right, true, found]).transpose(0, 1, 2)
+    intervals = segmentation_intervals(sums)
+    error = 1.96 * np.std(right.sum(1) / 100) / np.sqrt(200)
+    mean = right.sum() / true.sum()
+    assert intervals["pixel_accuracy"] == pytest.approx((mean - error, mean + error), abs=0.002)
+    low, high = intervals["miou"]
+    assert low < (right.sum(0) / (true + found - right).sum(0)).mean() < high and high - low < 0.05
+    same = segmentation_intervals(np.repeat(sums[:, :1], 9, axis=1))
+    assert all(high - low == pytest.approx(0) for low, high in same.values())
+    assert segmentation_intervals(sums[:, :1]) == {}
