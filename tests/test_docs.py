@@ -142,6 +142,12 @@ def test_benchmarks_that_are_named_exist() -> None:
     assert not [path for path in named if not (ROOT / path).is_file()]
 
 
+def test_links_of_the_pages_beside_the_site_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
+        links = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text(encoding="utf-8"))
+        assert not [f"{page.name}: {link}" for link in links if not (ROOT / link).exists()]
+
+
 def test_every_recipe_is_described() -> None:
     page = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
     assert not [path.name for path in (ROOT / "recipes").glob("*.yaml") if f"`{path.stem}" not in page]
