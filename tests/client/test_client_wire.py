@@ -67,6 +67,7 @@ def kind(request: pytest.FixtureRequest) -> type:
         ("INTERNAL", 500, "[unknown_index] no such", "InvalidRequest", "unknown_index", "no such"),
         ("INTERNAL", 500, "[index_mismatch] old", "InvalidRequest", "index_mismatch", "old"),
         ("UNAVAILABLE", 503, "not ready", "ServerUnavailable", None, "not ready"),
+        ("CANCELLED", 503, "stopping", "ServerUnavailable", None, "stopping"),
         ("DEADLINE_EXCEEDED", 504, "late", "Timeout", None, "late|within"),
         ("INTERNAL", 500, "failed: X: y\n\nAt:\n  /a.py(3): b", "ServerError", None, "failed: X: y$"),
         ("INTERNAL", 500, "", "ServerError", None, "answered"),
