@@ -80,8 +80,11 @@ def test_every_encoder_gets_an_engine_that_agrees_and_tensorrt_serves_it(trt: An
         now, then = config(mine, model), before[model]
         assert (now.backend, now.default_model_filename) == ("tensorrt", PLAN)
         assert [group.kind for group in now.instance_group] == [model_config_pb2.ModelInstanceGroup.KIND_GPU]
-        for field in ("name", "max_batch_size", "input", "output", "version_policy", "dynamic_batching"):
+        same = ("name", "version_policy", "max_batch_size", "input", "output", "dynamic_batching")
+        for field in same[:2] if model == "text_encoder" else same:
             assert getattr(now, field) == getattr(then, field)
+        if model == "text_encoder":  # the tasks make the batches of texts; an empty text would be lost in Triton's
+            assert (now.max_batch_size, list(now.input[0].dims)) == (0, [-1, -1])
         assert set(now.parameters) == {"release"}  # nothing is left of ONNX Runtime's
     assert list(check_engines(mine)) == [mine / model / str(version) for model, version in ENGINES]
     [cache] = (mine.parent / "cache" / "radapter-serve").iterdir()
