@@ -144,6 +144,7 @@ def test_closed_pipe(tmp_path: Path):
     for flags in (["--json"], []):
         command = [sys.executable, str(script), "classify", *[str(image)] * 3000, "--labels", "a", *flags]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+            assert process.stdout is not None and process.stderr is not None
             process.stdout.readline()
             process.stdout.close()
             assert process.stderr.read() == b""
