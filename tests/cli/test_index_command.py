@@ -69,7 +69,7 @@ def test_build_add_info_verify(place: Path, exported_tiny_clip: Path, capsys: py
     merged = sorted(exported_tiny_clip.glob("merged/**/open_clip_config.json"))[-1].parent
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{merged}")
     with torch.no_grad(), Image.open("photos/3.png") as image:
-        embed = model.eval().encode_image(transform(image)[None], normalize=True)[0].numpy()  # type: ignore[operator]
+        embed = model.eval().encode_image(transform(image)[None], normalize=True)[0].numpy()
     (hit,) = Index("indexes/photos").search(embed, 1)
     assert hit.id == "3.png" and hit.score == pytest.approx(1, abs=1e-4)
 
