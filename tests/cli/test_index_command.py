@@ -240,8 +240,9 @@ def test_photos_are_embedded_as_people_see_them(place: Path) -> None:
 
 def test_a_stopped_build_is_put_in_order_by_sigterm(place: Path) -> None:
     code = (
-        "import os, signal, sys; from radapter_serve.cli.index import main; from radapter_serve.index import writer; "
-        "writer.Writer._append = lambda *a: os.kill(os.getpid(), signal.SIGTERM); "
+        "import os, signal, sys; from radapter_serve.cli.index import main; "
+        "from radapter_serve.runtimes.local_release import LocalRelease; "
+        "LocalRelease.encode_images = lambda *_: os.kill(os.getpid(), signal.SIGTERM); "
         "sys.exit(main(['build', 'photos', '--out', 'i']))"
     )
     found = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
