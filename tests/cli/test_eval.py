@@ -17,6 +17,7 @@ from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.cli.eval import main
 from radapter_serve.cli.export import main as export
+from tests.helpers.own_cache import own_cache as own_cache
 
 CLASSES = ["cat", "dog", "house"]
 SUITE = """
@@ -50,9 +51,6 @@ def made(random_adapter: Callable[..., Adapter], tmp_path_factory: pytest.TempPa
 @pytest.fixture
 def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder of its own with all of `made`."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", made / "cache")
     shutil.copytree(made / "runs", tmp_path / "runs")
     shutil.copy(made / "suite.yaml", tmp_path)
     (tmp_path / "data").symlink_to(made / "data")

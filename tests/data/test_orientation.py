@@ -49,13 +49,6 @@ def save(path: Path, pixels: NDArray[Any], orientation: int) -> None:
     Image.fromarray(pixels).save(path, exif=exif if orientation != 1 else b"")
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @everyone
 def test_labelled_and_captioned_images(orientation: int, tmp_path: Path) -> None:
     save(tmp_path / "set" / "cat" / "a.png", stored(UPRIGHT, orientation), orientation)

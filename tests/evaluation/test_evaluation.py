@@ -39,7 +39,7 @@ def images(tmp_path: Path) -> Labelled:
 
 def test_classifier_is_open_clips(tiny_clip_dir: str) -> None:
     base = load_base(tiny_clip_dir)
-    templates = [lambda name, t=t: t.replace("{}", name) for t in TEMPLATES]  # type: ignore[misc]
+    templates = [lambda name, t=t: t.replace("{}", name) for t in TEMPLATES]
     expected = open_clip.build_zero_shot_classifier(base.model, base.tokenizer, CLASSES, templates)
     found = zero_shot_classifier(base.model, base.tokenizer, CLASSES, TEMPLATES, batch_size=3)
     torch.testing.assert_close(found.T, expected, rtol=0, atol=1e-6)

@@ -165,7 +165,7 @@ def test_captions_of_an_image_stand_together(world: Path) -> None:
     assert isinstance(data, RetrievalSet)
     with (world / "captions.csv").open(encoding="utf-8") as file:
         expected = {(row["image"], row["caption"]) for row in csv.DictReader(file)}
-    names = [image.name for image in data.images]  # type: ignore[attr-defined]
+    names = [image.name for image in data.images]
     assert {(names[i], text) for i, text in zip(data.image_of, data.captions, strict=True)} == expected
     assert len(names) == len(set(names)) == 12
     few = open_set(suite, data.entry, limit=5, seed=1)

@@ -30,7 +30,7 @@ def test_embed_images(local):
     for request, rows in zip(requests, embeds, strict=True):
         for data, row in zip(request, rows, strict=True):
             pixels = Preprocess((SIZE, SIZE))(Image.open(io.BytesIO(data)))
-            np.testing.assert_allclose(row, local.embed_images._encode(pixels[None])[0], atol=1e-6)
+            np.testing.assert_allclose(row, local.encode_images(pixels[None])[0], atol=1e-6)
             assert np.linalg.norm(row) == pytest.approx(1)
 
 

@@ -77,9 +77,9 @@ def tasks(local: Any) -> Callable[..., Any]:
         "max_batch_size": 64,
         "logit_scale": 10.0,
     }
-    images, tokens = turned(local.embed_images._encode), turned(local.embed_texts._encode)
+    images, tokens = turned(local.encode_images), turned(local.encode_tokens)
     embed_images = EmbedImages(facts, images)
-    embed_labels = LabelEmbedder(local.embed_texts._tokenizer, tokens)
+    embed_labels = LabelEmbedder(local.tokenizer, tokens)
     own = RequestAlpha(facts).one(None)
     sets = {"colours": embed_labels(["red, scarlet", "blue"], ["a {}"], alpha=own)}
 
@@ -87,9 +87,9 @@ def tasks(local: Any) -> Callable[..., Any]:
         calls.clear()
         made = {
             "images": embed_images,
-            "texts": EmbedTexts(facts, local.embed_texts._tokenizer, tokens),
+            "texts": EmbedTexts(facts, local.tokenizer, tokens),
             "classify": Classify(facts, embed_images, embed_labels, sets),
-            "segment": Segment(facts, images, turned(local.segment._encode_patches), embed_labels, sets),
+            "segment": Segment(facts, images, turned(local.encode_patches), embed_labels, sets),
             "labels": embed_labels,
             "calls": calls,
         }
