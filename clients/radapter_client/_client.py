@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from functools import cached_property, partial
-from types import TracebackType
 from typing import Any
 
 from ._calls import Answer, Part, T
@@ -47,9 +46,7 @@ class Client(BaseClient[Transport]):
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _connect(self, url: ServerURL) -> Transport:
@@ -103,9 +100,7 @@ class AsyncClient(BaseClient[AsyncTransport]):
     async def __aenter__(self) -> AsyncClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     def _connect(self, url: ServerURL) -> AsyncTransport:

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from ._arguments import (
-    alpha_input,
     count,
+    count_inputs,
     for_each,
     image_input,
     label_inputs,
@@ -25,7 +25,7 @@ from ._arguments import (
     proposal_inputs,
     search_inputs,
     seconds,
-    segment_inputs,
+    share_inputs,
     utf8,
 )
 from ._calls import Answer, Part, call, call_each, was_property
@@ -106,7 +106,7 @@ class BaseClient(Generic[W]):
         Example: `client.classify("cat.jpg", ["a cat", "a dog"]).top`
         """
         items = _items(images)
-        options = label_inputs(labels, label_set, templates) | alpha_input(alpha)
+        options = label_inputs(labels, label_set, templates) | share_inputs(alpha=alpha)
         options["top_k"] = np.array([count("top_k", top_k)], np.int32)
         strings = sum(map(len, options.values()))
         rows = max(1, min(self._batch_size, MAX_STRINGS // strings))
@@ -165,8 +165,8 @@ class BaseClient(Generic[W]):
         """
         items = _items(images)
         many = None if is_one_image(images) else len(items)
-        options = label_inputs(labels, label_set, templates) | alpha_input(alpha)
-        options |= segment_inputs(threshold, short_side, stride, refine)
+        options = label_inputs(labels, label_set, templates) | share_inputs(alpha=alpha, threshold=threshold)
+        options |= count_inputs(short_side=short_side, stride=stride) | count_inputs(0, refine=refine)
         masks, scores = for_each("proposals", proposals, many), for_each("proposal_scores", proposal_scores, many)
 
         def part(index: int) -> Request:
@@ -330,7 +330,7 @@ class BaseClient(Generic[W]):
         return read_releases(config)
 
     def _embed(self, kind: str, items: list[Any], sizes: list[int], alpha: float | None) -> Answer[Embeddings]:
-        options = alpha_input(alpha)
+        options = share_inputs(alpha=alpha)
         if not items:
             release = pick_release((yield from self._served()), self._version)
             return np.zeros((0, release.embed_dim), np.float32)
