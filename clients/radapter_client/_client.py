@@ -22,7 +22,7 @@ class Client(BaseClient[Transport]):
         url: grpc://HOST:8001, grpcs://HOST, http://HOST:8000 or https://HOST.
         release: version of the release that every call is to use; None for the newest. A call of several requests gets
             all its answers from one release; two calls may not, unless the release is given here.
-        timeout: seconds that one request may take; each method takes its own as well.
+        timeout: seconds that one request may take, where a call brings no time-out of its own.
         batch_size: images or texts in a request at most; the server's limit is `release().facts["max_batch_size"]`.
         concurrency: requests that calls with lists keep under way at once, over all threads.
         transport: what requests go through instead of gRPC or HTTP, such as a stand-in for a server in tests.

@@ -88,6 +88,7 @@ def report(found: Iterable[Found], columns: Sequence[str], out: Path | None, as_
         as_json: print JSON lines, or where they are, instead of a table.
     """
     if out is not None:
+        check_output("--out", out, ".csv", ".jsonl")
         count = 0
 
         def write(file: BinaryIO) -> None:
