@@ -106,8 +106,8 @@ def open_validation(
 
     Args:
         metadata: of the adapter, whose recipe says which columns and classes the data has.
-        data: of the form of a recipe's `val_data`; "none" for none. If None, that of the recipe, where it can still be
-            read and the precision is not fp32.
+        data: of the form of a recipe's `val_data`; "none" for none. If None, the run's own (`val_data`, or the share
+            that it held out), where it can still be read and the precision is not fp32.
         way: how the release embeds patches; None if it does not.
         precision: of the release.
         max_drop: points that a release may lose.
@@ -116,7 +116,8 @@ def open_validation(
         RAdapterError: the data that was asked for can't be read.
     """
     own = data is None
-    if data == NONE or (own and (precision == "fp32" or not metadata.recipe.get("val_data"))):
+    has_own = metadata.recipe.get("val_data") or metadata.recipe.get("val_fraction")
+    if data == NONE or (own and (precision == "fp32" or not has_own)):
         return None
     suite = own_validation(metadata, data)
     (entry,) = suite.entries

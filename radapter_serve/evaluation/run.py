@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -171,26 +172,28 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
 
 
 def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
-    """Validation data of a run as a suite of one set, read as the run read its own.
+    """Validation data of a run as a suite of one set, opened as training opened its own.
 
     Args:
         metadata: of the run's adapter.
-        data: other data of the same columns and classes; what the run was validated with if None.
+        data: other data of the same columns; None takes what the run was validated with.
 
     Raises:
         RAdapterError: the run was trained without any.
     """
-    recipe, task = metadata.recipe, metadata.task
-    data = data or recipe.get("val_data")
-    if not data:
+    recipe = {**metadata.recipe, "task": metadata.task}
+    if data is not None:
+        recipe |= {"val_data": data}
+    held_out = f"{recipe.get('val_fraction')} of {recipe.get('data')}" if recipe.get("val_fraction") else ""
+    place = recipe.get("val_data") or held_out
+    if not place:
         raise RAdapterError(
-            "alpha is chosen on validation data, and the run was trained without any (--val-data); "
+            "alpha is chosen on validation data, and the run was trained without any (--val-fraction or --val-data); "
             "name some in a suite: data sets with `split: validation`"
         )
-    own = ("image_column", "label_column", "caption_column", "class_split", "images", "classes")
-    fields: dict[str, Any] = {name: str(recipe[name]) for name in own if recipe.get(name)}
-    fields["exif_orientation"] = recipe.get("exif_orientation", True)
-    if task == "segmentation":
+    fields: dict[str, Any] = {name: recipe[name] for name in ("class_split", "exif_orientation") if name in recipe}
+    if metadata.task == "segmentation":
         fields["dense"] = recipe["dense"] if recipe.get("dense", "none") != "none" else PROPOSALS
-    fields |= {"name": "validation", "data": data, "task": task, "split": "validation"}
-    return Suite("validation", (entry_of(fields, "the run's validation data"),))
+    fields |= {"name": "validation", "data": place, "task": metadata.task, "split": "validation"}
+    run = dataclasses.replace(metadata, recipe=recipe)
+    return Suite("validation", (entry_of(fields, "the run's validation data"),), run=run)

@@ -12,6 +12,7 @@ import pydantic
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 
+from radapter_serve.adapter import Metadata
 from radapter_serve.clip.dense import WAYS
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import PROPOSALS
@@ -157,12 +158,14 @@ class Suite:
         entries: its data sets, in the order of the file.
         folder: the suite file's folder, where its class and template files are.
         data_root: what relative paths of data are relative to.
+        run: the run whose own validation data the one entry is; None for data that a suite file names.
     """
 
     name: str
     entries: tuple[Entry, ...]
     folder: Path = Path()
     data_root: Path = Path()
+    run: Metadata | None = None
 
     def of_split(self, split: str) -> tuple[Entry, ...]:
         """The data sets of one split."""
