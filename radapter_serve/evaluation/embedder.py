@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.inputs.alpha import facts_at
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import decode
+from radapter_serve.release.release import Release
 from radapter_serve.tasks.segmenter import Segmenter, SegmentOptions
 
 PROPOSALS = "proposals"  # in place of a way: masks are given, and their crops are classified
@@ -124,30 +124,35 @@ def segment_here(segmenter: Segmenter, embeds: Floats, options: SegmentOptions) 
     return segment
 
 
-def exported_way(facts: Mapping[str, Any], dense: str | None) -> str:
-    """`Embedder.way` of a release, given its `release.json`."""
-    own = (facts.get("dense") or {}).get("way")
+def exported_way(release: Release, dense: str | None) -> str:
+    """`Embedder.way` of a release."""
+    own = (release.dense or {}).get("way")
     if dense == PROPOSALS or (own and dense in (None, own)):
         return dense or str(own)
     has = f"has dense {own}" if own else "has no patch_encoder"
     wanted = dense or "naclip"
-    raise NoSuchWay(f"release {facts.get('version')} {has}; export one with radapter-export --dense {wanted}")
+    raise NoSuchWay(f"release {release.version} {has}; export one with radapter-export --dense {wanted}")
 
 
-def release_variants(source: str, release: Mapping[str, Any], alphas: Sequence[float]) -> Sequence[Variant]:
+def release_variants(source: str, release: Release, alphas: Sequence[float]) -> Sequence[Variant]:
     """The models of a release: itself, or itself at each of several α, which only one whose α is an input has.
 
     Raises:
         RAdapterError: it does not have one of these α.
     """
     facts = release_facts(release)
-    if release.get("quantization"):  # of int8: ranges found as it runs, or by which images
-        facts["quantization"] = release["quantization"]
-    return [Variant(source, facts_at(release, alpha)["alpha"], facts) for alpha in alphas or (release["alpha"],)]
+    if release.quantization:  # of int8: ranges found as it runs, or by which images
+        facts["quantization"] = release.quantization
+    return [Variant(source, release.at(alpha).alpha, facts) for alpha in alphas or (release.alpha,)]
 
 
-def release_facts(release: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row says of a release, given its `release.json`."""
-    names = ("base_digest", "adapter_digest", "precision")
-    facts = {"model": release["architecture"], "pretrained": release.get("pretrained")}
-    return {**facts, **{name: release.get(name) for name in names}, "release": release["version"]}
+def release_facts(release: Release) -> dict[str, Any]:
+    """What a row says of a release."""
+    return {
+        "model": release.architecture,
+        "pretrained": None,
+        "base_digest": release.base_digest,
+        "adapter_digest": release.adapter_digest,
+        "precision": release.precision,
+        "release": release.version,
+    }

@@ -35,8 +35,8 @@ class ReleaseEmbedder:
     def __init__(self, repository: str, alphas: Sequence[float] = ()) -> None:
         self._release = LocalRelease(repository)
         facts = self._release.facts
-        self.templates = list(facts["templates"])
-        self.size, self.crop = self._release.preprocess.size[0], MaskCrop.of_release(facts)
+        self.templates = list(facts.templates)
+        self.size, self.crop = self._release.preprocess.size[0], MaskCrop.from_dict(facts.crop)
         self.exif_orientation = self._release.preprocess.exif_orientation
         self.variants = release_variants("release", facts, alphas)
 

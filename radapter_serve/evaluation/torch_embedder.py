@@ -35,7 +35,7 @@ from radapter_serve.evaluation.judged import class_embeds
 from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess, decode
-from radapter_serve.release.facts import read_release
+from radapter_serve.release.release import FILE, Release
 from radapter_serve.tasks.segmenter import Segmenter
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -269,19 +269,17 @@ def from_merged(folder: str | Path, *, precision: Precision = "fp32", device: st
     """
     folder = Path(folder)
     base = load_base(f"{LOCAL}{folder}")
-    release = read_release(folder) if (folder / "release.json").exists() else {}
+    release = Release.load(folder) if (folder / FILE).exists() else None
     weights = next((p for p in folder.glob("open_clip_*") if p.suffix in (".safetensors", ".bin", ".pt")), None)
     facts = {"weights_digest": _file_digest(weights)} if weights else {}
     line = _Line("merged", {}, {**(release_facts(release) if release else {}), **facts, "precision": precision})
-    templates = release.get("templates") or ["a photo of a {}."]
-    dense, crop = (release.get("dense") or {}).get("way"), release.get("crop")
     return TorchEmbedder(
         base,
         [line],
-        [release.get("alpha")],
-        templates,
-        dense=dense,
-        crop=MaskCrop.from_dict(crop) if crop else None,
+        [release.alpha if release else None],
+        release.templates if release and release.templates else ["a photo of a {}."],
+        dense=release.dense["way"] if release and release.dense else None,
+        crop=MaskCrop.from_dict(release.crop) if release and release.crop else None,
         precision=precision,
         device=device,
     )

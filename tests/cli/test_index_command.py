@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -19,7 +20,7 @@ from PIL import Image
 
 from radapter_serve.cli.index import main
 from radapter_serve.index.index import Index
-from radapter_serve.release.facts import release_digest
+from radapter_serve.release.release import Release
 from radapter_serve.runtimes.local_release import LocalRelease
 
 # How Pillow turns what is stored with each value of EXIF's orientation, so that it stands upright.
@@ -103,11 +104,11 @@ def test_errors_are_one_line(place: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_the_digest_is_of_what_decides_the_embeddings(place: Path) -> None:
     facts = LocalRelease("model_repository").facts
-    again = {**facts, "version": 9, "created": "now", "tools": {}, "max_batch_size": 1, "label_sets": {}}
-    assert release_digest(json.loads(json.dumps(again))) == release_digest(facts)
+    again = {**facts.to_dict(), "version": 9, "created": "now", "tools": {}, "max_batch_size": 1, "label_sets": {}}
+    assert Release.from_dict(json.loads(json.dumps(again))).digest == facts.digest
     for name, value in (("alpha", 0.1), ("adapter_digest", "x"), ("precision", "fp16"), ("tokenizer", {})):
-        assert release_digest({**facts, name: value}) != release_digest(facts)
-    first, second = (release_digest(LocalRelease(f"model_repository@{number}").facts) for number in (1, 2))
+        assert dataclasses.replace(facts, **{name: value}).digest != facts.digest
+    first, second = (LocalRelease(f"model_repository@{number}").facts.digest for number in (1, 2))
     assert first != second
 
 

@@ -41,6 +41,7 @@ from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess, decode
 from radapter_serve.tasks.segmenter import Segmenter
+from tests.helpers.small_models import release
 
 NAMES = ["sky", "grass, lawn", "cow", "barn"]
 SIZE, PATCH = 32, 8
@@ -360,13 +361,13 @@ class Named(Oracle):
 
 
 def test_a_set_that_a_release_can_not_be_judged_by_is_left_out() -> None:
-    facts = {"version": 3, "dense": {"way": "sclip", "grid": 7}}
+    facts = release(3, dense={"way": "sclip", "grid": 7})
     assert exported_way(facts, None) == exported_way(facts, "sclip") == "sclip"
-    assert exported_way({"version": 3, "dense": None}, "proposals") == "proposals"
+    assert exported_way(release(3), "proposals") == "proposals"
     with pytest.raises(NoSuchWay, match="release 3 has dense sclip; export one with radapter-export --dense naclip"):
         exported_way(facts, "naclip")
     with pytest.raises(NoSuchWay, match="has no patch_encoder; export one with radapter-export --dense naclip"):
-        exported_way({"version": 3}, None)
+        exported_way(release(3), None)
 
 
 def test_left_out_sets_are_told_and_others_judged(masked: Path, run_folder: Path, tmp_path: Path) -> None:

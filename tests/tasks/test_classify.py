@@ -10,6 +10,7 @@ from PIL import Image
 
 from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.tasks.classify import Classify, ClassifyRequest
+from tests.helpers.small_models import release
 from tests.helpers.small_release import LABELS, SIZE, WIDTH, png
 
 
@@ -98,8 +99,8 @@ def test_classify_is_the_softmax_of_scaled_cosines(local):
 
 
 def test_sigmoid_where_the_model_has_a_bias(local):
-    release = {"alpha": 0.5, "templates": ["a {}"], "logit_scale": 10.0, "logit_bias": -3.0}
-    classify = Classify(release, local.embed_images, local.embed_labels, {})
+    sigmoid = release(alpha=0.5, templates=["a {}"], logit_scale=10.0, logit_bias=-3.0)
+    classify = Classify(sigmoid, local.embed_images, local.embed_labels, {})
     [classes] = answers(classify([ClassifyRequest([png(5)], [[b"cat", b"dog"]])]))
     label_set, image = local.embed_labels(["cat", "dog"], ["a {}"]), local.embed_images([[png(5)]])[0].unwrap()[0]
     expected = sorted(1 / (1 + np.exp(-(10 * label_set.embeds @ image - 3))), reverse=True)
