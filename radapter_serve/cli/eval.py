@@ -100,7 +100,7 @@ def evaluate(
         # torch takes seconds to load: not for --help
         from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
         from radapter_serve.evaluation.results import Results, prompts, table, warnings
-        from radapter_serve.evaluation.run import choose_alpha, draw, draw_choice, judge_suite
+        from radapter_serve.evaluation.run import choose_alpha, draw, draw_choice, evaluate_suite
         from radapter_serve.evaluation.server_embedder import ServerEmbedder
         from radapter_serve.evaluation.suite import load_suite
         from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
@@ -137,7 +137,7 @@ def evaluate(
                 variants = [v for v in variants if v.alpha in (0.0, choice.alpha)]
             skipped: list[str] = []
             options["skip"] = skipped.append
-            rows = judge_suite(embedder, judged, results, variants=variants, **options) if judged else []
+            rows = evaluate_suite(embedder, judged, results, variants=variants, **options) if judged else []
         finally:
             embedder.close()
         # Of the α that auto judges on test data there are only two: no curve to replace a whole one by.

@@ -1,4 +1,4 @@
-"""Classification and retrieval as judged sets."""
+"""Data sets of whole images: classification and retrieval."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from radapter_serve.data import ImageColumn
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder
-from radapter_serve.evaluation.intervals import Interval, mean_recall_interval, wilson
-from radapter_serve.evaluation.judged import (
+from radapter_serve.evaluation.evaluation_set import (
     MOST_CONFUSED,
     Known,
     Scorer,
@@ -26,6 +25,7 @@ from radapter_serve.evaluation.judged import (
     digest,
     png_of,
 )
+from radapter_serve.evaluation.intervals import Interval, mean_recall_interval, wilson
 from radapter_serve.evaluation.metrics import (
     Floats,
     caption_groups,

@@ -1,4 +1,4 @@
-"""Judging by images whose pixels have classes: mIoU over a whole data set."""
+"""Data sets of images whose pixels have classes: mIoU over a whole set."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from radapter_serve.data.masks import IGNORE, MaskedImage
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder, SegmentImage, SegmentQuery
+from radapter_serve.evaluation.evaluation_set import Known, as_seen, by_class, confused, contents, digest
 from radapter_serve.evaluation.intervals import segmentation_intervals
-from radapter_serve.evaluation.judged import Known, as_seen, by_class, confused, contents, digest
 from radapter_serve.evaluation.metrics import class_ious, confusion, pixel_sums, segmentation_metrics, shares
 from radapter_serve.evaluation.suite import Entry
 from radapter_serve.inputs.labels import split_label
@@ -24,7 +24,7 @@ from radapter_serve.tasks.segmenter import SegmentOptions
 
 @dataclass(frozen=True)
 class MaskedItem:
-    """An image with what it is judged by.
+    """An image and the truth about its pixels.
 
     Attributes:
         number: of the image in its set.
@@ -60,7 +60,7 @@ class SegmentationSet:
 
     def __post_init__(self) -> None:
         names = [split_label(line)[0] for line in self.classes]
-        if self.entry.background is not None and self.entry.background not in names:
+        if self.entry.background not in (None, *names):
             raise RAdapterError(
                 f"data set {self.entry.name!r}: background is {self.entry.background!r}, which is none of the classes: "
                 f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
@@ -170,8 +170,8 @@ class SegmentationScorer:
                     found = self._segment(item.data, item.masks).astype(np.int64)
                 except RAdapterError as error:
                     raise RAdapterError(f"{self._data.name(item.number)}: {error}") from error
-            judged = item.truth != IGNORE
-            counts = confusion(item.truth[judged], self._class_of[found[judged]], len(self._data.classes))
+            known = item.truth != IGNORE
+            counts = confusion(item.truth[known], self._class_of[found[known]], len(self._data.classes))
             self._confusion += counts
             self._sums.append(np.stack(pixel_sums(counts)))
 

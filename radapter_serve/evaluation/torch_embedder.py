@@ -31,7 +31,7 @@ from radapter_serve.evaluation.embedder import (
     release_facts,
     segment_here,
 )
-from radapter_serve.evaluation.judged import class_embeds
+from radapter_serve.evaluation.evaluation_set import class_embeds
 from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess, decode
