@@ -108,13 +108,18 @@ def class_embeds(
     return np.stack([known[key, line] for line in classes])
 
 
+def first_names(classes: Sequence[str]) -> list[str]:
+    """The names to show: of each class the first of its synonyms."""
+    return [split_label(line)[0] for line in classes]
+
+
 def by_class(classes: Sequence[str], n: NDArray[Any], **values: NDArray[np.float64]) -> dict[str, Any]:
     """`per_class` of a row: each class's first name, number of cases and values; NaN becomes None."""
     rounded = {name: [None if np.isnan(x) else round(float(x), 4) for x in of] for name, of in values.items()}
     return {
         "per_class": [
-            {"class": split_label(line)[0], "n": int(n[i]), **{name: of[i] for name, of in rounded.items()}}
-            for i, line in enumerate(classes)
+            {"class": shown, "n": int(n[i]), **{name: of[i] for name, of in rounded.items()}}
+            for i, shown in enumerate(first_names(classes))
         ]
     }
 
@@ -150,11 +155,11 @@ def drawn(count: int, limit: int | None, seed: int) -> NDArray[np.int64]:
 
 
 def contents(name: str, parts: Sequence[Callable[[], Iterable[bytes | NDArray[Any]]]]) -> list[str]:
-    """Digests of what images and masks hold, each read once.
+    """Digests of images and their masks, each read once.
 
     Args:
         name: of the data set.
-        parts: what to read of each image.
+        parts: for each image, a function that reads its file and its masks.
 
     Raises:
         RAdapterError: one can't be read.

@@ -23,6 +23,7 @@ from radapter_serve.evaluation.evaluation_set import (
     confused,
     contents,
     digest,
+    first_names,
     png_of,
 )
 from radapter_serve.evaluation.intervals import Interval, mean_recall_interval, wilson
@@ -37,7 +38,6 @@ from radapter_serve.evaluation.metrics import (
     true_ranks,
 )
 from radapter_serve.evaluation.suite import Entry
-from radapter_serve.inputs.labels import split_label
 from radapter_serve.inputs.preprocess import decode
 from radapter_serve.inputs.probabilities import indistinguishable
 
@@ -186,7 +186,7 @@ class _ClassificationScorer:
         }
         intervals["mean_per_class_recall"] = mean_recall_interval(hits[count > 0], count[count > 0])
         few = len(classes) <= MOST_CONFUSED
-        alike = indistinguishable([split_label(line)[0] for line in classes], self._classifier)
+        alike = indistinguishable(first_names(classes), self._classifier)
         return {
             "metrics": metrics,
             "intervals": intervals,

@@ -109,13 +109,12 @@ def harmonic_means(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> lis
             if name != base or other is None:
                 continue
             values = {"base": row["metrics"][row["metric"]], "novel": other["metrics"][other["metric"]]}
-            facts = {key: value for key, value in row.items() if key not in (*MEASURED, "class_split", "classes")}
-            facts |= {"dataset": f"{base} and {novel}", "metric": "harmonic_mean", "n": row["n"] + other["n"]}
-            facts["set_digest"] = f"{row['set_digest']} {other['set_digest']}"
-            runtime = round(row["runtime"] + other["runtime"], 3)
-            means.append(
-                {**facts, "metrics": {**values, "harmonic_mean": harmonic(*values.values())}, "runtime": runtime}
-            )
+            mean = {key: value for key, value in row.items() if key not in (*MEASURED, "class_split", "classes")}
+            mean |= {"dataset": f"{base} and {novel}", "metric": "harmonic_mean", "n": row["n"] + other["n"]}
+            mean["set_digest"] = f"{row['set_digest']} {other['set_digest']}"
+            mean["metrics"] = {**values, "harmonic_mean": harmonic(*values.values())}
+            mean["runtime"] = round(row["runtime"] + other["runtime"], 3)
+            means.append(mean)
     return means
 
 
