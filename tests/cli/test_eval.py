@@ -192,13 +192,14 @@ def test_bad_values_in_a_suite_are_one_line(
 def test_interrupted_rows_are_kept(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from radapter_serve.evaluation import run
 
-    real, calls = run.evaluate, []
+    real: Any = vars(run)["evaluate"]
+    calls: list[int] = []
 
     def once(*arguments: object, **options: object) -> object:
         if calls:
             raise KeyboardInterrupt
         calls.append(1)
-        return real(*arguments, **options)  # type: ignore[arg-type]
+        return real(*arguments, **options)
 
     monkeypatch.setattr(run, "evaluate", once)
     assert main([*COMMON, "--alpha", "0.5"]) == 130
@@ -252,7 +253,7 @@ def test_export_auto_without_a_choice_or_with_another_adapters(here: Path, capfd
 
 
 def test_merged_and_release_by_flag(here: Path) -> None:
-    export_release("runs/tiny", [0.5], ExportSettings(model_repository="repository", merged="merged"))
+    export_release("runs/tiny", [0.5], ExportSettings(model_repository=Path("repository"), merged=Path("merged")))
     common = [*COMMON, "--resume"]
     for flags in (
         ["--alpha", "0.5"],

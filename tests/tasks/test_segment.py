@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def test_a_label_set_and_proposals(local):
     np.testing.assert_array_equal(found.scores, expected.scores)
 
 
-PROPOSALS = {"proposals": np.full((1, 20, 30), 255, np.uint8)}
+PROPOSALS: dict[str, Any] = {"proposals": np.full((1, 20, 30), 255, np.uint8)}
 
 
 @pytest.mark.parametrize(
