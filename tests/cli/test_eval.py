@@ -108,7 +108,7 @@ def test_resume_judges_only_what_is_missing(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("judged again")
 
-    monkeypatch.setattr("radapter_serve.evaluation.run.judge", never)
+    monkeypatch.setattr("radapter_serve.evaluation.run.evaluate", never)
     assert main([*COMMON, "--alpha", "0.5", "1", "0", "--resume"]) == 0
     assert rows(here / "results") == after
 
@@ -190,7 +190,7 @@ def test_bad_values_in_a_suite_are_one_line(
 def test_interrupted_rows_are_kept(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from radapter_serve.evaluation import run
 
-    real: Any = vars(run)["judge"]
+    real: Any = vars(run)["evaluate"]
     calls: list[int] = []
 
     def once(*arguments: object, **options: object) -> object:
@@ -199,7 +199,7 @@ def test_interrupted_rows_are_kept(here: Path, monkeypatch: pytest.MonkeyPatch) 
         calls.append(1)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(run, "judge", once)
+    monkeypatch.setattr(run, "evaluate", once)
     assert main([*COMMON, "--alpha", "0.5"]) == 130
     assert [row["dataset"] for row in rows(here / "results")] == ["plain"]
     assert {path.name for path in (here / "results").iterdir()} == {"results.jsonl"}

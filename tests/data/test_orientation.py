@@ -17,7 +17,7 @@ from pycocotools import mask as runs
 from radapter_serve.data import IGNORE, load_captioned, load_labelled, load_masked
 from radapter_serve.data.segments import load_segments
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.judged import as_seen
+from radapter_serve.evaluation.evaluation_set import as_seen
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Entry, Suite
 from radapter_serve.inputs.mask_crop import MaskCrop

@@ -328,6 +328,6 @@ def test_a_release_that_loses_points_is_refused(
     with pytest.raises(RAdapterError, match="or allow more with --max-drop"):
         judged(found.drop - 0.01)
     metrics = iter([0.5, float("nan")])
-    monkeypatch.setattr("radapter_export.accuracy.judge", lambda *_, **__: [{"metrics": {"acc1": next(metrics)}}])
+    monkeypatch.setattr("radapter_export.accuracy.evaluate", lambda *_, **__: [{"metrics": {"acc1": next(metrics)}}])
     with pytest.raises(RAdapterError, match="the encoders lose nan points"):
         judged(100)
