@@ -23,7 +23,7 @@ class ServerEmbedder:
 
     Args:
         url: `grpc://HOST:PORT` or `http://HOST:PORT`.
-        alphas: re-scalings in [0, 1] to judge; the release's own if none.
+        alphas: re-scalings in [0, 1] to evaluate; the release's own if none.
 
     Raises:
         RAdapterError: nobody answers there, or the release lacks an α.

@@ -70,7 +70,7 @@ def test_build_add_info_verify(place: Path, exported_tiny_clip: Path, capsys: py
     merged = sorted(exported_tiny_clip.glob("merged/**/open_clip_config.json"))[-1].parent
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{merged}")
     with torch.no_grad(), Image.open("photos/3.png") as image:
-        embed = model.eval().encode_image(transform(image)[None], normalize=True)[0].numpy()  # type: ignore[operator]
+        embed = model.eval().encode_image(transform(image)[None], normalize=True)[0].numpy()
     (hit,) = Index("indexes/photos").search(embed, 1)
     assert hit.id == "3.png" and hit.score == pytest.approx(1, abs=1e-4)
 
@@ -146,8 +146,8 @@ def test_printed_commands_name_the_repository(
     out = "my indexes/Büro"
     assert main(["build", "photos", "--out", out, "--model-repository", "my models@2"]) == 0
     said = capsys.readouterr().out
-    assert shlex.split(*printed(said, "radapter-serve")) == ["my models", "--indexes", "my indexes"]
-    assert shlex.split(*printed(said, "radapter-query")) == [
+    assert shlex.split(printed(said, "radapter-serve")[0]) == ["my models", "--indexes", "my indexes"]
+    assert shlex.split(printed(said, "radapter-query")[0]) == [
         *("search", "a red bicycle", "--index", "Büro", "--release", "2")
     ]
     (place / "elsewhere").mkdir()
@@ -241,8 +241,9 @@ def test_photos_are_embedded_as_people_see_them(place: Path) -> None:
 
 def test_a_stopped_build_is_put_in_order_by_sigterm(place: Path) -> None:
     code = (
-        "import os, signal, sys; from radapter_serve.cli.index import main; from radapter_serve.index import writer; "
-        "writer.Writer._append = lambda *a: os.kill(os.getpid(), signal.SIGTERM); "
+        "import os, signal, sys; from radapter_serve.cli.index import main; "
+        "from radapter_serve.runtimes.local_release import LocalRelease; "
+        "LocalRelease.encode_images = lambda *_: os.kill(os.getpid(), signal.SIGTERM); "
         "sys.exit(main(['build', 'photos', '--out', 'i']))"
     )
     found = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)

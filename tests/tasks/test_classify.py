@@ -31,7 +31,7 @@ def test_embed_images(local):
     for request, rows in zip(requests, embeds, strict=True):
         for data, row in zip(request, rows, strict=True):
             pixels = Preprocess((SIZE, SIZE))(Image.open(io.BytesIO(data)))
-            np.testing.assert_allclose(row, local.embed_images._encode(pixels[None])[0], atol=1e-6)
+            np.testing.assert_allclose(row, local.encode_images(pixels[None])[0], atol=1e-6)
             assert np.linalg.norm(row) == pytest.approx(1)
 
 
@@ -90,7 +90,7 @@ def test_classify_is_the_softmax_of_scaled_cosines(local):
     image, labels = png(5), [b"cat", b"dog", b"bird, fowl", b"fish", b"a man", b"tree"]
     scores = expected(local, image, [label.decode() for label in labels], ["a photo of a {}."])
     [classes] = answers(local.classify([ClassifyRequest([image], [labels])]))
-    best = sorted(scores, key=scores.get, reverse=True)
+    best = sorted(scores, key=lambda label: scores[label], reverse=True)
     assert classes.labels.tolist() == [best[:5]]
     np.testing.assert_allclose(classes.scores[0], [scores[label] for label in best[:5]], rtol=1e-5)
     [classes] = answers(local.classify([ClassifyRequest([image], [labels], top_k=[100])]))

@@ -94,7 +94,7 @@ def test_classify_at_many_alphas_at_once(client: Client, photos: Path, fixed: di
     def call(job: tuple[bytes, float, bool]) -> dict[str, float]:
         image, alpha, named = job
         given = {"label_set": "four"} if named else {"labels": LABELS}
-        found = client.classify(image, alpha=alpha, **given)  # type: ignore[call-overload]
+        found = client.classify(image, alpha=alpha, **given)
         return dict(zip(found.labels, found.scores, strict=True))
 
     with ThreadPoolExecutor(8) as pool:

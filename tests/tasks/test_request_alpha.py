@@ -28,9 +28,11 @@ FIXED, DYNAMIC = RequestAlpha(0.3), RequestAlpha(0.3, dynamic=True)
 
 def test_rows() -> None:
     dynamic = DYNAMIC
-    np.testing.assert_array_equal(dynamic(None, 2), np.full((2, 1), 0.3, np.float32))
-    np.testing.assert_array_equal(dynamic(0.5, 2), [[0.5], [0.5]])
-    np.testing.assert_array_equal(dynamic(np.array([[0], [1]], np.float32), 2), [[0], [1]])
+    per_row = np.array([[0], [1]], np.float32)
+    for asked, rows in ((None, [[np.float32(0.3)]] * 2), (0.5, [[0.5]] * 2), (per_row, [[0], [1]])):
+        found = dynamic(asked, 2)
+        assert found is not None
+        np.testing.assert_array_equal(found, rows)
     assert (dynamic.one(1), dynamic.one(None)) == (1.0, float(np.float32(0.3)))
     for value in (None, 0.3, np.float32(0.3), np.full((2, 1), 0.3, np.float32)):
         assert FIXED(value, 2) is None
@@ -72,9 +74,9 @@ def tasks(local: Any) -> Callable[..., Any]:
         preprocess={"size": SIZE, "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0},
         logit_scale=10.0,
     )
-    images, tokens = turned(local.embed_images._encode), turned(local.embed_texts._encode)
+    images, tokens = turned(local.encode_images), turned(local.encode_tokens)
     embed_images = EmbedImages(facts, images)
-    embed_labels = LabelEmbedder(local.embed_texts._tokenizer, tokens)
+    embed_labels = LabelEmbedder(local.tokenizer, tokens)
     own = facts.request_alpha.one(None)
     sets = {"colours": embed_labels(["red, scarlet", "blue"], ["a {}"], alpha=own)}
 
@@ -82,9 +84,9 @@ def tasks(local: Any) -> Callable[..., Any]:
         calls.clear()
         made = {
             "images": embed_images,
-            "texts": EmbedTexts(facts, local.embed_texts._tokenizer, tokens),
+            "texts": EmbedTexts(facts, local.tokenizer, tokens),
             "classify": Classify(facts, embed_images, embed_labels, sets),
-            "segment": Segment(facts, images, turned(local.segment._encode_patches), embed_labels, sets),
+            "segment": Segment(facts, images, turned(local.encode_patches), embed_labels, sets),
             "labels": embed_labels,
             "calls": calls,
         }
