@@ -121,7 +121,7 @@ def _retrieval_set(suite: Suite, entry: Entry, spec: str, limit: int | None, see
     return retrieval_set(entry, data, limit, seed)
 
 
-def _own_set(run: Metadata, entry: Entry, limit: int | None, seed: int) -> JudgedSet:
+def _own_set(run: Metadata, entry: Entry, limit: int | None, seed: int) -> EvaluationSet:
     """The validation data of a run, as training opened it."""
     data = validation_data(run.recipe, run.classes, broken=[])
     assert data is not None  # as own_validation has seen
