@@ -362,7 +362,7 @@ class TritonServer:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,
-                cwd=folder,  # a model's process runs the code that it finds in the current folder before what is installed
+                cwd=folder,  # a model's process imports from the current folder first
                 start_new_session=True,  # Ctrl-C reaches this process only, which then stops the server in order
             )
 
@@ -430,10 +430,10 @@ def _ip(host: str) -> str:
 
 def _environment(installation: Installation) -> dict[str, str]:
     # The model processes take their Python from the first python3 on PATH.
-    first = {"LD_LIBRARY_PATH": installation.libraries, "PATH": (Path(sys.executable).parent,)}
+    first = {"LD_LIBRARY_PATH": [*installation.libraries], "PATH": [Path(sys.executable).parent]}
     variables = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     for name, folders in first.items():
-        given = [folder for folder in variables.get(name, "").split(":") if folder]
+        given = [Path(folder) for folder in variables.get(name, "").split(":") if folder]
         # Relative ones would start from the server's own folder.
-        variables[name] = ":".join(str(Path(folder).absolute()) for folder in (*folders, *given))
+        variables[name] = ":".join(str(folder.absolute()) for folder in folders + given)
     return variables

@@ -16,10 +16,11 @@ from numpy.typing import ArrayLike, NDArray
 from radapter_serve.files import as_text
 from radapter_serve.inputs.alpha import Alpha, Encode, RequestAlpha
 from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
-from radapter_serve.inputs.labels import LabelEmbedder, LabelSet, check_length, embed_texts
+from radapter_serve.inputs.labels import check_length
 from radapter_serve.inputs.preprocess import Preprocess, decode_into
 from radapter_serve.inputs.probabilities import class_probabilities
-from radapter_serve.inputs.tokenizer import Tokenizer
+from radapter_serve.inputs.tokenizer import Tokenizer, embed_texts
+from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
 from radapter_serve.tasks.label_source import LabelSource, strings
 from radapter_serve.tasks.outcome import Outcome
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from radapter_serve.inputs.alpha import Alpha
 from radapter_serve.inputs.errors import INVALID_ARGUMENT, NO_LABELS, UNKNOWN_LABEL_SET, TaskError
-from radapter_serve.inputs.labels import LabelEmbedder, LabelSet, check_prompts
+from radapter_serve.inputs.labels import check_prompts
+from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
 
 Texts = Sequence[bytes]
 

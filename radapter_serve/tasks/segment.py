@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from radapter_serve.inputs.alpha import Encode, RequestAlpha, at
 from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_ARGUMENT, INVALID_IMAGE, TaskError
-from radapter_serve.inputs.labels import LabelEmbedder, LabelSet
 from radapter_serve.inputs.preprocess import decode
+from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
 from radapter_serve.tasks.label_source import LabelSource
 from radapter_serve.tasks.segmenter import Segmented, Segmenter, SegmentOptions
 

@@ -293,7 +293,7 @@ def test_code_in_the_folder_where_the_server_is_started_is_never_run(repository,
     with TritonServer("repository", "127.0.0.1", *free_ports()) as server, connect(server) as client:
         assert client.infer("embed_image", [tensor("image", [[png(0)]])]).as_numpy("image_embeds").shape[0] == 1
         pids = [server._process.pid, *processes_of(server._process.pid)]
-        assert {os.readlink(f"/proc/{pid}/cwd") for pid in pids} == {str(server._folder)}
+        assert {Path(f"/proc/{pid}/cwd").readlink() for pid in pids} == {server._folder}
     assert not (tmp_path / "evil").exists()
 
 
