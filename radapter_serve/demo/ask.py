@@ -25,7 +25,8 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.inputs.labels import mean_embeddings, read_label_file, read_templates
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess
-from radapter_serve.tasks.segmenter import Segmenter, SegmentOptions
+from radapter_serve.tasks.segment_options import SegmentOptions
+from radapter_serve.tasks.segmenter import Segmenter
 
 QUESTIONS = 60  # images, captions, scenes: as many of each as are compared
 CLOSE = 1e-3  # of scores

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.inputs.alpha import Alpha, Encode
-from radapter_serve.inputs.errors import CANCELLED, TaskError
+from radapter_serve.inputs.errors import Cancelled, check_cancelled
 
 # Long words are rare and could fill the memory.
 _CACHED_WORDS, _CACHED_LENGTH = 1 << 16, 32
@@ -70,7 +70,7 @@ def embed_texts(
     tokenizer: Tokenizer,
     encode_tokens: Encode,
     max_batch_size: int,
-    cancelled: Callable[[], bool] | None = None,
+    cancelled: Cancelled | None = None,
     alpha: Alpha | None = None,
 ) -> NDArray[np.float32]:
     """Embed texts in batches of similar length, float32 [N, D] in the order of `texts`; `alpha` has the α of each.
@@ -85,8 +85,8 @@ def embed_texts(
     batches = [order[start : start + max_batch_size] for start in range(0, len(order), max_batch_size)]
     embeds: list[NDArray[np.float32]] = []
     for batch in batches:
-        if embeds and cancelled is not None and cancelled():
-            raise TaskError(CANCELLED, "the caller gave up")
+        if embeds:
+            check_cancelled(cancelled)
         tokens = tokenizer.batch([rows[index] for index in batch])
         embeds.append(encode_tokens(tokens) if alpha is None else encode_tokens(tokens, alpha[batch]))
     result = np.empty((len(rows), embeds[0].shape[1]), np.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from radapter_serve.files import as_text
 from radapter_serve.inputs.alpha import Alpha, Encode, RequestAlpha
-from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
+from radapter_serve.inputs.errors import INVALID_ARGUMENT, Cancelled, TaskError
 from radapter_serve.inputs.labels import check_length
 from radapter_serve.inputs.preprocess import Preprocess, decode_into
 from radapter_serve.inputs.probabilities import class_probabilities
@@ -144,7 +144,7 @@ class ClassifyRequest:
     templates: Sequence[Sequence[bytes]] | None = None
     top_k: Sequence[int] | None = None
     alpha: ArrayLike | None = None
-    cancelled: Callable[[], bool] | None = None
+    cancelled: Cancelled | None = None
 
 
 @dataclass

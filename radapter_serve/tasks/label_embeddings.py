@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.files import staged
 from radapter_serve.inputs.alpha import Encode, at
-from radapter_serve.inputs.errors import CANCELLED, TaskError
+from radapter_serve.inputs.errors import Cancelled, check_cancelled
 from radapter_serve.inputs.labels import check_labels, check_templates, mean_embeddings
 from radapter_serve.inputs.tokenizer import Tokenizer, embed_texts
 
@@ -82,7 +82,7 @@ class LabelEmbedder:
         templates: Sequence[str],
         *,
         alpha: float | None = None,
-        cancelled: Callable[[], bool] | None = None,
+        cancelled: Cancelled | None = None,
     ) -> LabelSet:
         """Embed labels: the mean over all prompts (names x templates) at unit length, made unit length again.
 
@@ -111,7 +111,7 @@ class LabelEmbedder:
         prompts: _Prompts,
         templates: tuple[str, ...],
         labels: tuple[str, ...],
-        cancelled: Callable[[], bool] | None,
+        cancelled: Cancelled | None,
     ) -> LabelSet:
         names = check_labels(labels)
         check_templates(templates)
@@ -132,8 +132,8 @@ class LabelEmbedder:
                 known[label] = self._cache[prompts, label] = mean
             while len(self._cache) > self._cache_size:
                 self._cache.popitem(last=False)
-            if len(known) < len(labels) and cancelled is not None and cancelled():
-                raise TaskError(CANCELLED, "the caller gave up")
+            if len(known) < len(labels):
+                check_cancelled(cancelled)
         embeds = np.stack([known[label] for label in labels])
         return LabelSet(tuple(names[label][0] for label in labels), embeds, labels, templates)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from radapter_serve.inputs.alpha import Alpha
-from radapter_serve.inputs.errors import INVALID_ARGUMENT, NO_LABELS, UNKNOWN_LABEL_SET, TaskError
+from radapter_serve.inputs.errors import INVALID_ARGUMENT, NO_LABELS, UNKNOWN_LABEL_SET, Cancelled, TaskError
 from radapter_serve.inputs.labels import check_prompts
 from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
 
@@ -37,7 +37,7 @@ class LabelSource:
         label_set: Texts | None,
         templates: Sequence[Texts] | None,
         alpha: Alpha | None = None,
-        cancelled: Callable[[], bool] | None = None,
+        cancelled: Cancelled | None = None,
     ) -> list[LabelSet]:
         """The label set of each image of a request; the arguments have one entry per image.
 
@@ -75,7 +75,7 @@ class LabelSource:
         }
         return [embedded[id(one)] for one in lists]
 
-    def _named(self, name: bytes, alpha: float | None, cancelled: Callable[[], bool] | None) -> LabelSet:
+    def _named(self, name: bytes, alpha: float | None, cancelled: Cancelled | None) -> LabelSet:
         text = name.decode("utf-8", "replace")
         if text not in self._label_sets:
             raise TaskError(UNKNOWN_LABEL_SET, f"no label set {text!r} in this release; there are: {self._known()}")

@@ -16,12 +16,12 @@ from radapter_serve.data import (
     load_masked,
     refuse_wordnet_ids,
 )
-from radapter_serve.data.segments import Segments, load_segments
+from radapter_serve.data.segments import SegmentCrops, load_segments
 from radapter_serve.errors import RAdapterError
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.training.recipe import Recipe
 
-Data = Labelled | Captioned | Segments
+Data = Labelled | Captioned | SegmentCrops
 
 
 def open_data(recipe: Recipe, base: Base, *, broken: list[str] | None = None) -> tuple[Data, Data | None]:

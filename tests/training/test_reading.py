@@ -20,7 +20,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from radapter_serve.clip.prompts import templates_of
 from radapter_serve.data import Labelled, load_labelled
-from radapter_serve.data.segments import Segments
+from radapter_serve.data.segments import SegmentCrops
 from radapter_serve.errors import RAdapterError
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess, decode_pixels
@@ -221,7 +221,7 @@ def test_held_out_captions_and_segments_keep_an_image_together(tmp_path: Path) -
     assert (len(seen[0]), len(seen[1])) == (3, 2) and val.captions_per_image == 1  # type: ignore[union-attr]
     assert {text for part in seen for captions in part for text in captions} == {text for _, text in rows}
     numbered = np.array([(image, segment, 0) for image in range(5) for segment in range(3)], np.int32)
-    segments = Segments(numbered, [], ["x", "y"], MaskCrop.from_recipe({}, (0, 0, 0)), ["{}"])
+    segments = SegmentCrops(numbered, [], ["x", "y"], MaskCrop.from_recipe({}, (0, 0, 0)), ["{}"])
     kept, held = segments.held_out(0.4, 0)
     assert set(kept.rows[:, 0]) | set(held.rows[:, 0]) == set(range(5)) and len(held.rows) == 6 and len(kept.rows) == 9
 
