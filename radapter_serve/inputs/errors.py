@@ -40,6 +40,11 @@ class TaskError(RAdapterError):
         self.message = message
 
 
+def invalid(message: str) -> TaskError:
+    """The error of a request that asks for something that is not allowed."""
+    return TaskError(INVALID_ARGUMENT, message)
+
+
 def check_cancelled(cancelled: Cancelled | None) -> None:
     """Raise a `TaskError` where the caller has given up, so that nobody waits for the rest."""
     if cancelled is not None and cancelled():

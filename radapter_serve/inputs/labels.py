@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs.errors import INVALID_ARGUMENT, NO_LABELS, TaskError
+from radapter_serve.inputs.errors import NO_LABELS, TaskError, invalid
 
 BUILT_IN_TEMPLATES = {"simple": ["a photo of a {}."]}
 # Of one request, checked before a prompt is built. A label set that is exported may have more prompts.
@@ -108,9 +108,9 @@ def check_labels(labels: Sequence[str]) -> dict[str, list[str]]:
         check_length(label, MAX_LABEL_LENGTH, "label")
         names[label] = split_label(label)
         if not names[label]:
-            raise TaskError(INVALID_ARGUMENT, f"label {number} of {len(labels)} is empty ({label!r})")
+            raise invalid(f"label {number} of {len(labels)} is empty ({label!r})")
         if (shown := names[label][0]) in first:
-            raise TaskError(INVALID_ARGUMENT, f"label {number}, {shown!r}, is the same as label {first[shown]}")
+            raise invalid(f"label {number}, {shown!r}, is the same as label {first[shown]}")
         first[shown] = number
     return names
 
@@ -118,25 +118,20 @@ def check_labels(labels: Sequence[str]) -> dict[str, list[str]]:
 def check_templates(templates: Sequence[str]) -> None:
     """Raise a `TaskError` for no template, or one without a place for the label, with too many, or too long."""
     if not templates:
-        raise TaskError(
-            INVALID_ARGUMENT, "no templates; give at least one, such as 'a photo of a {}.', or leave them out"
-        )
+        raise invalid("no templates; give at least one, such as 'a photo of a {}.', or leave them out")
     for template in templates:
         check_length(template, MAX_LABEL_LENGTH, "template")
         if not 1 <= template.count("{}") <= MAX_PLACES:
             many = f"more than {MAX_PLACES}" if "{}" in template else "no"
-            raise TaskError(
-                INVALID_ARGUMENT,
-                f"the template {template[:80]!r} has {many} {{}} where the label goes; such as 'a photo of a {{}}.'",
+            raise invalid(
+                f"the template {template[:80]!r} has {many} {{}} where the label goes; such as 'a photo of a {{}}.'"
             )
 
 
 def check_length(text: str, limit: int = MAX_TEXT_LENGTH, what: str = "text") -> None:
     """Raise a `TaskError` for a text too long to be meant."""
     if len(text) > limit:
-        raise TaskError(
-            INVALID_ARGUMENT, f"a {what} of {len(text)} characters ({text[:30]!r}...); at most {limit} are allowed"
-        )
+        raise invalid(f"a {what} of {len(text)} characters ({text[:30]!r}...); at most {limit} are allowed")
 
 
 def check_prompts(lists: Iterable[tuple[Sequence[str], Sequence[str]]]) -> None:
@@ -155,10 +150,9 @@ def check_prompts(lists: Iterable[tuple[Sequence[str], Sequence[str]]]) -> None:
         characters += sum(names * len(template) + length * template.count("{}") for template in templates)
     for number, limit, what in ((prompts, MAX_PROMPTS, "prompts"), (characters, MAX_CHARACTERS, "characters")):
         if number > limit:
-            raise TaskError(
-                INVALID_ARGUMENT,
+            raise invalid(
                 f"{number} {what} in all prompts (names x templates) of one request; at most {limit} are allowed, "
-                "so export them as a label set: radapter-export --label-set NAME=FILE",
+                "so export them as a label set: radapter-export --label-set NAME=FILE"
             )
 
 

@@ -28,15 +28,7 @@ def lay_out(
     models: Mapping[str, Sequence[int]],
     configs: Mapping[str, str],
 ) -> None:
-    """Fill a server's folder with links to its backends and models, and with the configs that this machine needs.
-
-    Args:
-        folder: an empty one, which is the server's current folder, too.
-        installation: the server.
-        repository: the model repository.
-        models: names and versions of what is served.
-        configs: of the encoders, by name.
-    """
+    """Fill a server's folder with links to its backends and models, and with the configs that this machine needs."""
     backends, served = folder / "backends", folder / "models"
     backends.mkdir()
     installation.assemble(backends)
@@ -56,15 +48,7 @@ def lay_out(
 def command_line(
     folder: Path, installation: Installation, endpoint_flags: Sequence[str], secret: str, version_compatible: bool
 ) -> list[str]:
-    """The program and its arguments.
-
-    Args:
-        folder: as `lay_out` filled it.
-        installation: the server.
-        endpoint_flags: where it listens.
-        secret: what opens the restricted parts of its interface.
-        version_compatible: whether engines may run the runtime that they bring.
-    """
+    """The program and its arguments, for a folder that `lay_out` filled; `secret` opens what callers may not reach."""
     arguments = [
         str(installation.binary),
         f"--model-repository={folder / 'models'}",
@@ -83,21 +67,14 @@ def command_line(
 
 
 def server_environment(installation: Installation, folder: Path, indexes: Path, threads: int) -> dict[str, str]:
-    """The variables of the server's processes.
-
-    Args:
-        installation: the server.
-        folder: of the server; ONNX Runtime leaves a file in TMPDIR.
-        indexes: folder of the indexes for `retrieve`.
-        threads: that compute in an encoder.
-    """
+    """The variables of the server's processes."""
     # The model processes take their Python from the first python3 on PATH.
     first = {"LD_LIBRARY_PATH": [*installation.libraries], "PATH": [Path(sys.executable).parent]}
     variables = {
         **os.environ,
         **environment(threads),
         "TOKENIZERS_PARALLELISM": "false",
-        "TMPDIR": str(folder),
+        "TMPDIR": str(folder),  # ONNX Runtime leaves a file there
         INDEXES: str(indexes),
     }
     for name, folders in first.items():

@@ -66,13 +66,6 @@ def configure(
 ) -> Configured:
     """Choose the runtime of each encoder, and check that it computes what torch computed.
 
-    Args:
-        repository: the model repository.
-        runtime: one of `RUNTIMES`; auto takes the fastest, None the one of the export.
-        threads: shared by the instances of an encoder.
-        installation: the server.
-        progress: called with a short line before each step.
-
     Raises:
         RAdapterError: the server lacks the runtime, or it does not compute the same.
     """

@@ -25,13 +25,7 @@ from radapter_serve.release.repository import AUTO, RUNTIMES
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.installation import Installation, find_tritonserver
 from radapter_serve.server.launch import EXIT_TIMEOUT, SECRET_HEADER, command_line, lay_out, server_environment
-from radapter_serve.server.processes import (
-    FOLDER_PREFIX,
-    children,
-    hide_shared_memory,
-    remove,
-    remove_leftovers,
-)
+from radapter_serve.server.processes import FOLDER_PREFIX, children, hide_shared_memory, remove, remove_leftovers
 from radapter_serve.server.runtime_choice import Configured, Measured, configure
 from radapter_serve.signals import handled
 from radapter_serve.threads import total

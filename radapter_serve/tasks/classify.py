@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from radapter_serve.files import as_text
 from radapter_serve.inputs.alpha import Alpha, Encode, RequestAlpha
-from radapter_serve.inputs.errors import INVALID_ARGUMENT, Cancelled, TaskError
+from radapter_serve.inputs.errors import Cancelled, invalid
 from radapter_serve.inputs.labels import check_length
 from radapter_serve.inputs.preprocess import Preprocess, decode_into
 from radapter_serve.inputs.probabilities import class_probabilities
@@ -191,7 +191,7 @@ class Classify:
         """The label set of each image, and how many labels to give back."""
         top_k = [DEFAULT_TOP_K] if request.top_k is None else [int(k) for k in request.top_k]
         if min(top_k) < 1 or len(set(top_k)) > 1:
-            raise TaskError(INVALID_ARGUMENT, f"top_k is {top_k}; one whole number from 1 for all images of a request")
+            raise invalid(f"top_k is {top_k}; one whole number from 1 for all images of a request")
         alpha = self._request_alpha(request.alpha, len(request.images))
         sets = self._label_source(request.labels, request.label_set, request.templates, alpha, request.cancelled)
         return sets, min(top_k[0], *(len(label_set.labels) for label_set in sets))
@@ -224,6 +224,6 @@ def _texts(request: Sequence[bytes]) -> list[str]:
     texts = list(strings(*request))
     for number, text in enumerate(texts, 1):
         if not text.strip():
-            raise TaskError(INVALID_ARGUMENT, f"text {number} of {len(texts)} is empty; give at least one word")
+            raise invalid(f"text {number} of {len(texts)} is empty; give at least one word")
         check_length(text)
     return texts

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from radapter_serve.inputs.alpha import Encode
-from radapter_serve.inputs.errors import INVALID_ARGUMENT, Cancelled, TaskError, check_cancelled
+from radapter_serve.inputs.errors import Cancelled, check_cancelled, invalid
 from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.inputs.probabilities import class_probabilities
 from radapter_serve.tasks.refine import refine
@@ -26,15 +26,7 @@ MAX_VALUES = 2**27  # cosines of one image in memory, half a gigabyte
 
 @dataclass(frozen=True)
 class DenseSegmenter:
-    """Labels each pixel by the cosines of patches with labels.
-
-    Args:
-        encode_patches: uint8 [B, S, S, 3] -> float32 [B, g, g, D] of unit length.
-        preprocess: its size S is a window's, and its interpolation makes the working image.
-        max_batch_size: rows that the encoder takes at most.
-        scale: of the cosines, before the softmax or the sigmoid.
-        bias: of a model that was trained with a sigmoid loss.
-    """
+    """Labels each pixel by the cosines of patches with labels; `Segmenter` says what the fields are."""
 
     encode_patches: Encode
     preprocess: Preprocess
@@ -83,11 +75,10 @@ class DenseSegmenter:
         height, width = working.shape[:2]
         tops, lefts = window_starts(height, size, stride), window_starts(width, size, stride)
         if len(tops) * len(lefts) > MAX_WINDOWS:
-            raise TaskError(
-                INVALID_ARGUMENT,
+            raise invalid(
                 f"an image of {image.width} x {image.height}, resized to {width} x {height}, takes "
                 f"{len(tops) * len(lefts)} windows of {size} pixels; at most {MAX_WINDOWS} are allowed: "
-                "give a smaller short_side, a larger stride, or the image in parts",
+                "give a smaller short_side, a larger stride, or the image in parts"
             )
         return working, tops, lefts
 
@@ -120,6 +111,4 @@ class DenseSegmenter:
 def _check_values(places: int, labels: int, way_out: str) -> None:
     if places * labels > MAX_VALUES:
         most = MAX_VALUES // places
-        raise TaskError(
-            INVALID_ARGUMENT, f"{labels} labels are too many for this image; at most {most} are allowed {way_out}"
-        )
+        raise invalid(f"{labels} labels are too many for this image; at most {most} are allowed {way_out}")

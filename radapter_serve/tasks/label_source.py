@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from radapter_serve.inputs.alpha import Alpha
-from radapter_serve.inputs.errors import INVALID_ARGUMENT, NO_LABELS, UNKNOWN_LABEL_SET, Cancelled, TaskError
+from radapter_serve.inputs.errors import NO_LABELS, UNKNOWN_LABEL_SET, Cancelled, TaskError, invalid
 from radapter_serve.inputs.labels import check_prompts
 from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
 
@@ -54,7 +54,7 @@ class LabelSource:
         alphas: Iterable[float | None] = itertools.repeat(None) if alpha is None else alpha.ravel().tolist()
         if label_set is not None:
             if labels is not None or templates is not None:
-                raise TaskError(INVALID_ARGUMENT, "give labels (with templates, if you like) or label_set, not both")
+                raise invalid("give labels (with templates, if you like) or label_set, not both")
             return [self._named(name, own, cancelled) for name, own in zip(label_set, alphas, strict=False)]
         if labels is None:
             raise TaskError(NO_LABELS, f"give labels, or a label_set of this release: {self._known()}")
@@ -97,4 +97,4 @@ def strings(*values: bytes | str) -> tuple[str, ...]:
     try:
         return tuple(value if isinstance(value, str) else value.decode() for value in values)
     except UnicodeDecodeError as error:
-        raise TaskError(INVALID_ARGUMENT, f"a text is not UTF-8 ({error})") from None
+        raise invalid(f"a text is not UTF-8 ({error})") from None

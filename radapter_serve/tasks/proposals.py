@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from radapter_serve.inputs.alpha import Encode
-from radapter_serve.inputs.errors import INVALID_ARGUMENT, Cancelled, TaskError, check_cancelled
+from radapter_serve.inputs.errors import Cancelled, check_cancelled, invalid
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.inputs.probabilities import class_probabilities
@@ -25,16 +25,7 @@ BINARY = 102  # 0.4 of 255: a proposal's crop holds the pixels above it (Liang e
 
 @dataclass(frozen=True)
 class ProposalSegmenter:
-    """Labels each pixel by the classes of the masks that cover it.
-
-    Args:
-        encode_images: uint8 [B, S, S, 3] -> float32 [B, D] of unit length.
-        preprocess: makes the input of `encode_images`.
-        crop: how a mask is shown to `encode_images`.
-        logit_scale: factor on the cosines.
-        max_batch_size: rows that the encoder takes at most.
-        logit_bias: of a model that was trained with a sigmoid loss.
-    """
+    """Labels each pixel by the classes of the masks that cover it; `Segmenter` says what the fields are."""
 
     encode_images: Encode
     preprocess: Preprocess
@@ -58,7 +49,7 @@ class ProposalSegmenter:
         check = partial(check_cancelled, cancelled)
         used = [index for index, mask in enumerate(masks) if mask.max() > BINARY]
         if not used:
-            raise TaskError(INVALID_ARGUMENT, f"all {len(masks)} proposals are empty: no value is above {BINARY}")
+            raise invalid(f"all {len(masks)} proposals are empty: no value is above {BINARY}")
         classes = self._classify((self.crop(image, masks[index] > BINARY) for index in used), embeds, check)
         if scores is not None:
             weight = options.proposal_weight
@@ -97,15 +88,14 @@ def _check_proposals(
     expected = f"uint8 [N, {image.height}, {image.width}], N from 1, 255 inside and 0 outside"
     shape = list(masks.shape)
     if masks.dtype != np.uint8 or masks.ndim != 3 or shape[1:] != [image.height, image.width] or not len(masks):
-        raise TaskError(INVALID_ARGUMENT, f"proposals are {masks.dtype} {shape}; for this image: {expected}")
+        raise invalid(f"proposals are {masks.dtype} {shape}; for this image: {expected}")
     if masks.max() == 1:
-        raise TaskError(INVALID_ARGUMENT, f"no value of the proposals is above 1; send {expected}")
+        raise invalid(f"no value of the proposals is above 1; send {expected}")
     if scores is not None:
         if scores.shape != (len(masks), labels):
-            raise TaskError(
-                INVALID_ARGUMENT,
+            raise invalid(
                 f"proposal_scores have the shape {list(scores.shape)}; "
-                f"[{len(masks)}, {labels}] is needed, a row for each proposal and a column for each label",
+                f"[{len(masks)}, {labels}] is needed, a row for each proposal and a column for each label"
             )
         if not ((scores >= 0) & (scores <= 1)).all():
-            raise TaskError(INVALID_ARGUMENT, "proposal_scores hold a value outside 0 to 1; send probabilities")
+            raise invalid("proposal_scores hold a value outside 0 to 1; send probabilities")

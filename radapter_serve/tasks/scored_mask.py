@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.inputs.errors import ENCODER_FAILED, INVALID_ARGUMENT, TaskError
+from radapter_serve.inputs.errors import ENCODER_FAILED, TaskError, invalid
 
 MAX_LABELS = 65_534  # the background's index and every label's fit into uint16
 
@@ -69,5 +69,5 @@ def finite(embeds: NDArray[np.float32]) -> NDArray[np.float32]:
 def check_label_embeddings(embeds: NDArray[np.float32]) -> None:
     """Raise a `TaskError` for no or too many labels, or embeddings that are not finite."""
     if not 1 <= len(embeds) <= MAX_LABELS:
-        raise TaskError(INVALID_ARGUMENT, f"{len(embeds)} labels; 1 to {MAX_LABELS} are allowed")
+        raise invalid(f"{len(embeds)} labels; 1 to {MAX_LABELS} are allowed")
     finite(embeds)

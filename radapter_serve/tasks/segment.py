@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from radapter_serve.inputs.alpha import Encode, RequestAlpha, at
-from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_ARGUMENT, INVALID_IMAGE, Cancelled, TaskError
+from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_IMAGE, Cancelled, TaskError, invalid
 from radapter_serve.inputs.preprocess import decode
 from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
 from radapter_serve.tasks.label_source import LabelSource
@@ -133,5 +133,5 @@ def _options(request: SegmentRequest) -> SegmentOptions:
             idle["proposal_weight"] = "send proposal_scores with it"
     for name, way_out in idle.items():
         if name in given or (name == "proposal_scores" and request.proposal_scores is not None):
-            raise TaskError(INVALID_ARGUMENT, f"{name} has no effect here; {way_out}")
+            raise invalid(f"{name} has no effect here; {way_out}")
     return SegmentOptions(**given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
+from radapter_serve.inputs.errors import invalid
 
 MAX_REFINE = 100
 
@@ -36,12 +36,12 @@ class SegmentOptions:
     def __post_init__(self) -> None:
         for name, value in (("short_side", self.short_side), ("stride", self.stride)):
             if value is not None and value < 1:
-                raise TaskError(INVALID_ARGUMENT, f"{name} is {value}; a number of pixels, 1 or more")
+                raise invalid(f"{name} is {value}; a number of pixels, 1 or more")
         if not 0 <= self.refine <= MAX_REFINE:
-            raise TaskError(INVALID_ARGUMENT, f"refine is {self.refine}; 0 (none) to {MAX_REFINE} steps, 10 is usual")
+            raise invalid(f"refine is {self.refine}; 0 (none) to {MAX_REFINE} steps, 10 is usual")
         for name, share in (("threshold", self.threshold), ("proposal_weight", self.proposal_weight)):
             if share is not None and not 0 <= share <= 1:
-                raise TaskError(INVALID_ARGUMENT, f"{name} is {share}; allowed: 0 to 1")
+                raise invalid(f"{name} is {share}; allowed: 0 to 1")
 
     def sizes(self, window: int) -> tuple[int, int]:
         """`short_side` and `stride` in pixels, with their usual values where they are None.
@@ -55,9 +55,9 @@ class SegmentOptions:
         short_side = window + window // 2 if self.short_side is None else self.short_side
         stride = max(1, window // 2) if self.stride is None else self.stride
         if short_side < window:
-            raise TaskError(INVALID_ARGUMENT, f"short_side is {short_side}; at least {window}, the size of a window")
+            raise invalid(f"short_side is {short_side}; at least {window}, the size of a window")
         if stride > window:
-            raise TaskError(INVALID_ARGUMENT, f"stride is {stride}; 1 to {window}, the size of a window")
+            raise invalid(f"stride is {stride}; 1 to {window}, the size of a window")
         return short_side, stride
 
 
