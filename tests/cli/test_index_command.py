@@ -146,8 +146,8 @@ def test_printed_commands_name_the_repository(
     out = "my indexes/Büro"
     assert main(["build", "photos", "--out", out, "--model-repository", "my models@2"]) == 0
     said = capsys.readouterr().out
-    assert shlex.split(*printed(said, "radapter-serve")) == ["my models", "--indexes", "my indexes"]
-    assert shlex.split(*printed(said, "radapter-query")) == [
+    assert shlex.split(printed(said, "radapter-serve")[0]) == ["my models", "--indexes", "my indexes"]
+    assert shlex.split(printed(said, "radapter-query")[0]) == [
         *("search", "a red bicycle", "--index", "Büro", "--release", "2")
     ]
     (place / "elsewhere").mkdir()

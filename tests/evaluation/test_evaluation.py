@@ -64,7 +64,7 @@ def test_hits_by_hand(tiny_clip_dir: str) -> None:
 def test_a_model_of_nan_is_an_error(tiny_clip_dir: str) -> None:
     base = load_base(tiny_clip_dir)
     with torch.no_grad():
-        base.model.visual.proj[0, 0] = torch.nan  # type: ignore[union-attr, index]
+        base.model.get_parameter("visual.proj")[0, 0] = torch.nan
     with pytest.raises(RAdapterError, match="not finite"):
         count_hits(base.model, torch.ones(2, 32), [(torch.randn(1, 3, 32, 32), torch.zeros(1, dtype=torch.long))])
 

@@ -70,9 +70,9 @@ def by_open_clip(model: torch.nn.Module, name: str, world: Path) -> dict[str, fl
         found[data] = float(np.mean(best == [label for _, label in files]))
     with (world / "captions.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    files = sorted({row["image"] for row in rows})
-    scores = embed_texts([row["caption"] for row in rows]) @ embed([world / f for f in files]).T
-    hits = [files[line.argmax()] == row["image"] for line, row in zip(scores, rows, strict=True)]
+    images = sorted({row["image"] for row in rows})
+    scores = embed_texts([row["caption"] for row in rows]) @ embed([world / name for name in images]).T
+    hits = [images[line.argmax()] == row["image"] for line, row in zip(scores, rows, strict=True)]
     found["captioned"] = float(np.mean(hits))
     return found
 

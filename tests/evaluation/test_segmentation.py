@@ -184,7 +184,7 @@ def test_the_digest_covers_images_and_masks(masked: Path, tmp_path: Path) -> Non
     labels[-1, -1] = (labels[-1, -1] + 1) % 4
     Image.fromarray(labels).save(tmp_path / "data" / "masks" / "3.png")
     second = digests()
-    Image.new("RGB", labels.shape[::-1]).save(tmp_path / "data" / "images" / "0.png")
+    Image.new("RGB", (labels.shape[1], labels.shape[0])).save(tmp_path / "data" / "images" / "0.png")
     third = digests()
     assert all(len(set(of_set)) == 3 for of_set in zip(first, second, third, strict=True))
 
@@ -414,7 +414,7 @@ def test_an_error_names_the_image(masked: Path) -> None:
     ],
 )
 def test_alpha_is_chosen_on_the_runs_own_validation_data(
-    task: str, recipe: dict[str, str], metric: str, n: int, masked: Path, world: Path, run_folder: Path, tmp_path: Path
+    task: Any, recipe: dict[str, str], metric: str, n: int, masked: Path, world: Path, run_folder: Path, tmp_path: Path
 ) -> None:
     adapter = load_adapter(run_folder)
     own = {name: value.format(masked=masked, world=world) for name, value in recipe.items()}

@@ -137,7 +137,7 @@ def parsed(text: str, **weights: np.ndarray) -> tuple[Graph, dict[str, torch.Ten
 
 def test_a_norm_written_out_is_right_where_fp16_overflows(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    arrays = {name: random.normal(size=shape).astype(np.float32) for name, shape in [("gain", 4), ("square", (4, 4))]}
+    arrays = {"gain": random.normal(size=4).astype(np.float32), "square": random.normal(size=(4, 4)).astype(np.float32)}
     arrays["weight"] = random.normal(size=(8, 4)).astype(np.float32) * 4
     arrays["square"] *= 300
     graph, weights = parsed(NORM, **arrays)
@@ -161,7 +161,7 @@ def test_a_mask_beyond_fp16_hides_and_gives_no_nan(tmp_path: Path) -> None:
     scores = image.astype(np.float64) @ arrays["weight"]
     shares = np.exp(scores) * (image <= 100)
     shares[1] = 1  # all hidden: all alike, where minus infinity would give NaN
-    shares /= shares.sum(-1, keepdims=True)
+    shares = shares / shares.sum(-1, keepdims=True)
     np.testing.assert_allclose(Encoder(tmp_path / "model.onnx")(image), shares @ arrays["value"], atol=1e-4)
 
 

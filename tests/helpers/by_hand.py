@@ -117,7 +117,7 @@ def train_by_hand(
         start: of the adapters; zeros if None.
         see: called with each step, from 1, and the average behind it.
     """
-    assert recipe.steps is not None
+    assert recipe.steps is not None and recipe.momentum is not None
     clip = ClipWithAdapters(recipe.architecture, start)
     optimizer = torch.optim.AdamW(clip.weights.values(), lr=1.0, weight_decay=recipe.weight_decay)
     scale = clip.model.logit_scale.exp().item()
@@ -152,7 +152,7 @@ def train_by_hand(
 
 
 def _rate(recipe: Recipe, step: int) -> float:
-    assert recipe.steps is not None
+    assert recipe.steps is not None and recipe.warmup_steps is not None
     low, high, warm = recipe.min_learning_rate, recipe.learning_rate, recipe.warmup_steps
     if step < warm:
         return high * (step + 1) / warm

@@ -7,7 +7,9 @@ import json
 import shutil
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -64,7 +66,7 @@ def image_encoder(random: np.random.Generator) -> onnx.ModelProto:
         *unit_length("sum", "image_embeds"),
     ]
     inputs = [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", SIZE, SIZE, 3])]
-    return graph("image", nodes, inputs, "image_embeds", {"weight": weight, "middle": np.float32(120)})
+    return graph("image", nodes, inputs, "image_embeds", {"weight": weight, "middle": np.array(120, np.float32)})
 
 
 def patch_encoder(random: np.random.Generator) -> onnx.ModelProto:
@@ -80,7 +82,7 @@ def patch_encoder(random: np.random.Generator) -> onnx.ModelProto:
     ]
     inputs = [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", SIZE, SIZE, 3])]
     weights = {
-        "middle": np.float32(120),
+        "middle": np.array(120, np.float32),
         "cut": np.array([0, GRID, patch, GRID, patch, 3]),
         "rows": np.array([0, GRID, GRID, patch * patch * 3]),
         "weight": random.normal(size=(patch * patch * 3, WIDTH)).astype(np.float32),
@@ -106,12 +108,13 @@ def samples(name: str, model: onnx.ModelProto, random: np.random.Generator) -> S
     kind, most = (np.uint8, 256) if name != "text_encoder" else (np.int32, VOCABULARY)
     inputs = [random.integers(0, most, (batch, *shape), dtype=kind) for batch in (1, 3)]
     [source] = [tensor.name for tensor in model.graph.input]
-    return Samples(inputs, [ReferenceEvaluator(model).run(None, {source: values})[0] for values in inputs])
+    run: Callable[[None, dict[str, np.ndarray]], Any] = ReferenceEvaluator(model).run
+    return Samples(inputs, [run(None, {source: values})[0] for values in inputs])
 
 
 def write_release(repository: Path, version: int, seed: int, *, dense: bool = True) -> None:
     random = np.random.default_rng(seed)
-    release = {
+    release: dict[str, Any] = {
         "format": 1,
         "version": version,
         "alpha": 0.5,

@@ -49,6 +49,9 @@ class FakeRelease:
         self.origin = {"model_repository": "/models of mine"}
         self.embedded = 0
 
+    def set_alpha(self, alpha: float) -> None:
+        self.facts["alpha"] = alpha
+
     def prepare(self, data: bytes) -> Any:
         image = decode(data, exif_orientation=self.preprocess.exif_orientation)
         return np.asarray(image.convert("RGB").resize((4, 4)), np.float32).ravel() / 255 - 0.5
@@ -679,13 +682,14 @@ def test_a_killed_build_is_resumed(photos: Path, tmp_path: Path, release: FakeRe
 def test_recall_is_of_the_worse_kind_of_query(worse: str) -> None:
     """A table that is searched exactly, but finds nothing for one kind of query unless it probes 64 cells."""
     random = np.random.default_rng(0)
-    vectors, texts = random.standard_normal((300, 8)), random.standard_normal((40, 8))
-    vectors, texts = (np.float32(v / np.linalg.norm(v, axis=1, keepdims=True)) for v in (vectors, texts))
+    drawn = (random.standard_normal((count, 8)) for count in (300, 40))
+    vectors, texts = ((v / np.linalg.norm(v, axis=1, keepdims=True)).astype(np.float32) for v in drawn)
     vectors[150:] = vectors[:150]  # equal ones are as good as each other
 
     class Table:
         def __init__(self, rows: NDArray[np.float32] = vectors, asked: Any = None, probes: int = 0) -> None:
-            self.rows, self.asked, self.probes, self.count = rows, asked, probes, None
+            self.rows, self.asked, self.probes = rows, asked, probes
+            self.count: int | None = None
 
         def search(self, asked: Any = None) -> Table:
             return Table(self.rows, asked)

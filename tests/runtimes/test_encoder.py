@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, compare
+from radapter_serve.release.facts import read_release
 from radapter_serve.runtimes import local_release as release
 from radapter_serve.runtimes.encoder import Encoder, openvino_properties
 
@@ -65,8 +66,9 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_release_is_run_by_its_own_runtime(exported_tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, asked = release.read_release, []
-    monkeypatch.setattr(release, "read_release", lambda folder: {**read(folder), "runtime": "openvino"})
+    asked: list[tuple[str, str]] = []
+    facts = {**read_release(exported_tiny_clip / "model_repository"), "runtime": "openvino"}
+    monkeypatch.setattr(release, "read_release", lambda _: facts)
     monkeypatch.setattr(release, "Encoder", lambda path, runtime, precision: asked.append((path.name, runtime)))
     release.LocalRelease(exported_tiny_clip / "model_repository")
     assert asked == [("model.onnx", "openvino")] * 2

@@ -89,7 +89,7 @@ def test_classify_is_the_softmax_of_scaled_cosines(local):
     image, labels = png(5), [b"cat", b"dog", b"bird, fowl", b"fish", b"a man", b"tree"]
     scores = expected(local, image, [label.decode() for label in labels], ["a photo of a {}."])
     [classes] = answers(local.classify([ClassifyRequest([image], [labels])]))
-    best = sorted(scores, key=scores.get, reverse=True)
+    best = sorted(scores, key=lambda label: scores[label], reverse=True)
     assert classes.labels.tolist() == [best[:5]]
     np.testing.assert_allclose(classes.scores[0], [scores[label] for label in best[:5]], rtol=1e-5)
     [classes] = answers(local.classify([ClassifyRequest([image], [labels], top_k=[100])]))

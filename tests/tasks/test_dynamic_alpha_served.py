@@ -115,7 +115,7 @@ def test_segment(client: Client, photos: Path, fixed: dict[float, LocalRelease])
 def test_search_asks_at_the_alpha_of_the_index(
     client: Client, photos: Path, indexes: Path, fixed: dict[float, LocalRelease]
 ) -> None:
-    release = ServerRelease(client, client.release().facts)
+    release = ServerRelease(client, "", client.release().facts)
     release.set_alpha(0.8)
     build(str(photos), indexes / "photos", release)
     hits = client.search("a cat", index="photos")

@@ -29,9 +29,11 @@ DYNAMIC = {"alpha": 0.3, "dynamic_alpha": True}
 
 def test_rows() -> None:
     dynamic = RequestAlpha(DYNAMIC)
-    np.testing.assert_array_equal(dynamic(None, 2), np.full((2, 1), 0.3, np.float32))
-    np.testing.assert_array_equal(dynamic(0.5, 2), [[0.5], [0.5]])
-    np.testing.assert_array_equal(dynamic(np.array([[0], [1]], np.float32), 2), [[0], [1]])
+    per_row = np.array([[0], [1]], np.float32)
+    for asked, rows in ((None, [[np.float32(0.3)]] * 2), (0.5, [[0.5]] * 2), (per_row, [[0], [1]])):
+        found = dynamic(asked, 2)
+        assert found is not None
+        np.testing.assert_array_equal(found, rows)
     assert (dynamic.one(1), dynamic.one(None)) == (1.0, float(np.float32(0.3)))
     for value in (None, 0.3, np.float32(0.3), np.full((2, 1), 0.3, np.float32)):
         assert RequestAlpha(FIXED)(value, 2) is None

@@ -222,6 +222,7 @@ def one_release(repository: Path, folder: Path) -> Path:
 def test_a_killed_model_process_is_reported_and_nothing_stays(repository, tmp_path):
     folder = one_release(repository, tmp_path / "repository")
     with TritonServer(folder, "127.0.0.1", *free_ports()) as server:
+        assert server._process is not None and server._folder is not None
         pid = server._process.pid
         stubs = processes_of(pid)
         assert len(stubs) == 2
@@ -292,6 +293,7 @@ def test_code_in_the_folder_where_the_server_is_started_is_never_run(repository,
     monkeypatch.setenv("LD_LIBRARY_PATH", f".:{os.environ.get('LD_LIBRARY_PATH', '')}")
     with TritonServer("repository", "127.0.0.1", *free_ports()) as server, connect(server) as client:
         assert client.infer("embed_image", [tensor("image", [[png(0)]])]).as_numpy("image_embeds").shape[0] == 1
+        assert server._process is not None
         pids = [server._process.pid, *processes_of(server._process.pid)]
         assert {Path(f"/proc/{pid}/cwd").readlink() for pid in pids} == {server._folder}
     assert not (tmp_path / "evil").exists()
@@ -415,7 +417,8 @@ def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
         contextlib.ExitStack() as stack,
     ):
         stack.callback(process.kill)
-        lines = []
+        assert process.stdout is not None and process.stderr is not None
+        lines: list[str] = []
         while not lines or "Ctrl-C" not in lines[-1]:
             lines.append(process.stdout.readline())
             assert lines[-1], process.stderr.read()

@@ -81,8 +81,8 @@ def test_every_reader_gives_the_same_captions(folder: Path) -> None:
         )
         seen: dict[int, list[str]] = {}
         for row in stream.rows:
-            image, label, text = stream.pair(row, random.Random(0))
-            seen.setdefault(label, []).append(f"{np.asarray(image)[0, 0, 0] // 60} {text}")
+            image, label, caption = stream.pair(row, random.Random(0))
+            seen.setdefault(label, []).append(f"{np.asarray(image)[0, 0, 0] // 60} {caption}")
         assert sorted(map(sorted, seen.values())) == [
             sorted(f"{number} {text}" for text in texts) for number, texts in expected.items()
         ]

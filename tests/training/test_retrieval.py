@@ -118,13 +118,14 @@ def test_validation_is_recall_of_the_folded_model(recipe: Recipe) -> None:
     val = load_captioned(recipe.val_data or "")
     for alpha in (0.8, 1.0):
         base = load_base(recipe.architecture)
-        base.model.load_state_dict(fold(base.model.state_dict(), adapter, alpha))
+        model: Any = base.model
+        model.load_state_dict(fold(model.state_dict(), adapter, alpha))
         _, _, preprocess = open_clip.create_model_and_transforms(recipe.architecture)
         texts = [(text, number) for number, image in enumerate(val.images) for text in image.captions]
         with torch.no_grad():
             pixels = torch.stack([preprocess(val.image(val.table[image.row])) for image in val.images])
-            f = base.model.encode_image(pixels, normalize=True)
-            g = base.model.encode_text(base.tokenizer([text for text, _ in texts]), normalize=True)
+            f = model.encode_image(pixels, normalize=True)
+            g = model.encode_text(base.tokenizer([text for text, _ in texts]), normalize=True)
         owner = torch.tensor([number for _, number in texts])
         to_image = ((g @ f.T).argmax(1) == owner).float().mean().item()
         to_text = (owner[(f @ g.T).argmax(1)] == torch.arange(len(f))).float().mean().item()

@@ -12,7 +12,7 @@ import yaml
 
 from radapter_serve.adapter import load_adapter
 from radapter_serve.cli.train import main
-from radapter_serve.clip.base import load_base
+from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, choose_form, load_recipe, train
 from radapter_serve.training.loop import learning_rate
@@ -171,7 +171,12 @@ def test_flags_go_before_the_recipe_file(recipe: Recipe, tmp_path: Path) -> None
 
 def test_the_base_stays_to_the_bit(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     bases = []
-    monkeypatch.setattr("radapter_serve.training.loop.load_base", lambda *a: bases.append(load_base(*a)) or bases[-1])
+
+    def load(*arguments: Any) -> Base:
+        bases.append(load_base(*arguments))
+        return bases[-1]
+
+    monkeypatch.setattr("radapter_serve.training.loop.load_base", load)
     train(recipe)
     after = bases[0].model.state_dict()
     for name, value in load_base(recipe.architecture).model.state_dict().items():
