@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from radapter_serve.files import staged
 
@@ -22,7 +22,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 
 def test_the_mode_follows_the_umask_whoever_writes(umask: int, tmp_path: Path) -> None:
     with staged(tmp_path / "weights.safetensors") as path:
-        save_file({"a": torch.eye(2)}, path)
+        save_file({"a": np.eye(2)}, path)
     with staged(tmp_path / "text") as path:
         path.write_text("text", encoding="utf-8")
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}

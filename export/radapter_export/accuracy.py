@@ -11,8 +11,8 @@ from radapter_serve.adapter import Metadata
 from radapter_serve.clip.base import Base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder
-from radapter_serve.evaluation.judge import judge
-from radapter_serve.evaluation.judged import JudgedSet
+from radapter_serve.evaluation.evaluate import evaluate
+from radapter_serve.evaluation.evaluation_set import EvaluationSet
 from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
 from radapter_serve.evaluation.run import own_validation
 from radapter_serve.evaluation.sets import open_set
@@ -52,7 +52,7 @@ class Validation:
         max_drop: points that a release may lose.
     """
 
-    data: JudgedSet
+    data: EvaluationSet
     max_drop: float
 
     def __call__(
@@ -83,7 +83,7 @@ class Validation:
             "release": ReleaseEmbedder(str(repository)),
         }
         for name, embedder in embedders.items():
-            (row,) = judge(
+            (row,) = evaluate(
                 embedder,
                 self.data,
                 progress=lambda done, n, by=name: say(f"{entry.data}: {done} of {n} images by {by}"),  # type: ignore[misc]
@@ -106,8 +106,8 @@ def open_validation(
 
     Args:
         metadata: of the adapter, whose recipe says which columns and classes the data has.
-        data: of the form of a recipe's `val_data`; "none" for none. If None, that of the recipe, where it can still be
-            read and the precision is not fp32.
+        data: of the form of a recipe's `val_data`; "none" for none. If None, the run's own (`val_data`, or the share
+            that it held out), where it can still be read and the precision is not fp32.
         way: how the release embeds patches; None if it does not.
         precision: of the release.
         max_drop: points that a release may lose.
@@ -116,7 +116,8 @@ def open_validation(
         RAdapterError: the data that was asked for can't be read.
     """
     own = data is None
-    if data == NONE or (own and (precision == "fp32" or not metadata.recipe.get("val_data"))):
+    has_own = metadata.recipe.get("val_data") or metadata.recipe.get("val_fraction")
+    if data == NONE or (own and (precision == "fp32" or not has_own)):
         return None
     suite = own_validation(metadata, data)
     (entry,) = suite.entries

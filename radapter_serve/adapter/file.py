@@ -32,10 +32,16 @@ class TrainedBy(TypedDict, total=False):
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
+    data: str
     val_data: str | None
+    val_fraction: Annotated[float, Field(ge=0, lt=1)]
+    seed: Annotated[int, Field(ge=0)]
     image_column: str
     label_column: str
     caption_column: str
+    captions_per_image: Annotated[int, Field(ge=1)]
+    exif_orientation: bool
+    streaming: bool
     class_split: str
     images: str | None
     classes: str | None

@@ -16,6 +16,7 @@ from radapter_serve.data.labelled import (
 from radapter_serve.data.masked import load_masked
 from radapter_serve.data.masks import IGNORE, Masked, MaskedImage
 from radapter_serve.data.rows import READERS, BrokenImage, ImageColumn, LabelledImages, TrainingData, open_rows
+from radapter_serve.data.run_data import run_data, validation_data
 
 __all__ = [
     "IGNORE",
@@ -38,5 +39,7 @@ __all__ = [
     "load_masked",
     "open_rows",
     "refuse_wordnet_ids",
+    "run_data",
     "split_classes",
+    "validation_data",
 ]

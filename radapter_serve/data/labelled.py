@@ -34,7 +34,8 @@ class Labelled(ImageColumn, LabelledImages):
         folder: what relative image paths are relative to.
         templates: prompt templates with `{}`, of which a training pair draws one.
         own: what the data itself calls the classes, such as the names of their folders; empty where it is the same.
-        first_class: what labels that are numbers start from, where `classes` is a part of all classes.
+        numbers: the number that each class has in the data, where labels are numbers; None where it has none. Empty
+            where the data has all classes in this order.
         exif_orientation: turn images as their EXIF says.
     """
 
@@ -45,11 +46,13 @@ class Labelled(ImageColumn, LabelledImages):
     folder: Path = field(default_factory=Path)
     templates: Sequence[str] = ("a photo of a {}.",)
     own: list[str] = field(default_factory=list)
-    first_class: int = 0
+    numbers: Sequence[int | None] = ()
     exif_orientation: bool = True
 
     def __post_init__(self) -> None:
         self.own = self.own or self.classes
+        self.numbers = self.numbers or range(len(self.classes))
+        self._by_number = {number: i for i, number in enumerate(self.numbers)}
         names = [(line, split_label(line)) for line in self.own]
         self._index = {name: i for i, (_, synonyms) in enumerate(names) for name in synonyms}
         self._index |= {synonyms[0]: i for i, (_, synonyms) in enumerate(names) if synonyms}  # before a synonym
@@ -64,10 +67,10 @@ class Labelled(ImageColumn, LabelledImages):
         value = row[self.label_column]
         try:
             whole = isinstance(value, str) or (not isinstance(value, bool) and value == int(value))
-            index = self._index.get(value, -1) if isinstance(value, str) else int(value) - self.first_class
+            index = self._index.get(value, -1) if isinstance(value, str) else self._by_number.get(int(value), -1)
         except (TypeError, ValueError, OverflowError):
             whole, index = False, -1
-        if not whole or not 0 <= index < len(self.classes):
+        if not whole or index < 0:
             raise RAdapterError(
                 f"label {value!r} is none of the {len(self.classes)} classes ({', '.join(self.own[:5])}, ...); "
                 f"name every class of {self.label_column!r} in the file given with --classes"
@@ -99,6 +102,39 @@ class Labelled(ImageColumn, LabelledImages):
             raise RAdapterError(f"val_fraction is {fraction} but no class has two images; name validation data")
         return dataclasses.replace(self, rows=kept), dataclasses.replace(self, rows=taken)
 
+    def among(self, classes: Sequence[str], *, alone: bool = False) -> Labelled:
+        """The same images, with other classes beside their own.
+
+        Args:
+            classes: the first of the new classes, in their order; a class that the data has not is one without images.
+            alone: leave out the images of other classes, which else stand behind.
+
+        Raises:
+            RAdapterError: no image is left.
+        """
+        own: dict[str, list[int]] = {}
+        for index, line in enumerate(self.classes):
+            own.setdefault(line, []).append(index)
+        order = [own[line].pop(0) if own.get(line) else None for line in classes]
+        rest = [] if alone else sorted(index for indices in own.values() for index in indices)
+        return self._of_classes([*order, *rest], [*classes, *(self.classes[index] for index in rest)])
+
+    def _of_classes(self, order: Sequence[int | None], classes: Sequence[str]) -> Labelled:
+        rows = self.rows
+        if missing := set(range(len(self.classes))).difference(order):
+            rows = rows.select(np.flatnonzero(~np.isin(self.labels(), list(missing))))
+        if not len(rows):
+            raise RAdapterError(
+                f"the data has no image of the classes {', '.join(classes[:5])}; it has {', '.join(self.classes[:5])}"
+            )
+        return dataclasses.replace(
+            self,
+            rows=rows,
+            classes=list(classes),
+            own=[line if index is None else self.own[index] for index, line in zip(order, classes, strict=True)],
+            numbers=[None if index is None else self.numbers[index] for index in order],
+        )
+
 
 def split_classes(count: int, split: str) -> range:
     """The numbers of the classes of a base-to-novel split, as CoOp cuts it: the first half is rounded up.
@@ -128,16 +164,7 @@ def class_split(data: Labelled, split: str) -> Labelled:
     chosen = split_classes(len(data.classes), split)
     if not chosen:
         raise RAdapterError(f"class_split {split} of {len(data.classes)} class leaves none")
-    labels = data.labels()
-    rows = data.rows.select(np.flatnonzero((labels >= chosen.start) & (labels < chosen.stop)))
-    part = slice(chosen.start, chosen.stop)
-    return dataclasses.replace(
-        data,
-        rows=rows,
-        classes=data.classes[part],
-        own=data.own[part],
-        first_class=data.first_class + chosen.start,
-    )
+    return data._of_classes(chosen, [data.classes[number] for number in chosen])
 
 
 def few_shot(data: Labelled, shots: int, seed: int) -> Labelled:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from radapter_serve.data.class_ids import find_class_file, number_classes, read_class_ids
-from radapter_serve.data.rows import BrokenImage
+from radapter_serve.data.rows import BrokenImage, share_of
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.inputs.preprocess import oriented
 
@@ -117,6 +117,19 @@ class Masked:
 
     images: Sequence[MaskedImage]
     classes: list[str]
+
+    def held_out(self, fraction: float, seed: int) -> tuple[Masked, Masked]:
+        """The data without a share of the images, drawn by the seed, and that share.
+
+        Raises:
+            RAdapterError: there is one image alone.
+        """
+        order = np.random.default_rng(seed).permutation(len(self.images))
+        count = share_of(len(order), fraction)
+        if not count:
+            raise RAdapterError(f"val_fraction is {fraction} but there is one image; name validation data")
+        kept, held = ([self.images[index] for index in sorted(part)] for part in (order[count:], order[:count]))
+        return replace(self, images=kept), replace(self, images=held)
 
 
 @dataclass(frozen=True, eq=False)

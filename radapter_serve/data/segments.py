@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from radapter_serve.data.masks import ClassMask, Masked, MaskedImage
-from radapter_serve.data.rows import BrokenImage, LabelledImages, decode_named, share_of
+from radapter_serve.data.rows import BrokenImage, LabelledImages, decode_named
 from radapter_serve.errors import RAdapterError
 from radapter_serve.inputs.mask_crop import MaskCrop
 
@@ -57,18 +56,6 @@ class SegmentCrops(LabelledImages):
             self._last = number, image, masked.segments()
         _, image, segments = self._last
         return self.crop(image, segments[segment][1])
-
-    def held_out(self, fraction: float, seed: int) -> tuple[SegmentCrops, SegmentCrops]:
-        """The segments without those of a share of the images, drawn by the seed, and those.
-
-        Raises:
-            RAdapterError: one image alone has segments.
-        """
-        images = np.random.default_rng(seed).permutation(np.unique(self.rows[:, 0]))
-        held = np.isin(self.rows[:, 0], images[: share_of(len(images), fraction)])
-        if not held.any():
-            raise RAdapterError(f"val_fraction is {fraction} but there is one image; name validation data")
-        return dataclasses.replace(self, rows=self.rows[~held]), dataclasses.replace(self, rows=self.rows[held])
 
 
 def load_segments(

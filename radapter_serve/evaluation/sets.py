@@ -8,20 +8,24 @@ from typing import Any
 
 import numpy as np
 
+from radapter_serve.adapter import Metadata
 from radapter_serve.clip.prompts import templates_of
 from radapter_serve.data import (
     READERS,
+    Captioned,
     Labelled,
+    Masked,
     class_split,
     imagenet_classes,
     load_captioned,
     load_labelled,
     refuse_wordnet_ids,
+    validation_data,
 )
 from radapter_serve.data.masked import load_masked
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.evaluation_set import EvaluationSet, drawn
 from radapter_serve.evaluation.image_sets import ClassificationSet, Image, RetrievalSet
-from radapter_serve.evaluation.judged import JudgedSet, drawn
 from radapter_serve.evaluation.karpathy import load_karpathy
 from radapter_serve.evaluation.segmentation import SegmentationSet
 from radapter_serve.evaluation.suite import Entry, Suite, read_yaml
@@ -30,13 +34,13 @@ from radapter_serve.inputs.labels import split_label
 _READERS = (*READERS, "masks", "coco", "karpathy")
 
 
-def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int = 0) -> JudgedSet:
+def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int = 0) -> EvaluationSet:
     """Open one data set of a suite.
 
     Args:
         suite: where it stands.
         entry: the data set.
-        limit: judge no more than this many images, drawn by the seed; None takes all.
+        limit: images at most, drawn by the seed; None takes all.
         seed: of that draw.
 
     Raises:
@@ -44,6 +48,8 @@ def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int 
     """
     spec = _below(suite.data_root, entry.data)
     try:
+        if suite.run is not None:
+            return _own_set(suite.run, entry, limit, seed)
         if entry.task == "retrieval":
             return _retrieval_set(suite, entry, spec, limit, seed)
         if entry.task == "segmentation":
@@ -112,6 +118,23 @@ def _retrieval_set(suite: Suite, entry: Entry, spec: str, limit: int | None, see
         data = load_karpathy(Path(path), split, folder or Path(path).parent)
     else:
         data = load_captioned(spec, image_column=entry.image_column, caption_column=entry.caption_column, images=folder)
+    return retrieval_set(entry, data, limit, seed)
+
+
+def _own_set(run: Metadata, entry: Entry, limit: int | None, seed: int) -> EvaluationSet:
+    """The validation data of a run, as training opened it."""
+    data = validation_data(run.recipe, run.classes, broken=[])
+    assert data is not None  # as own_validation has seen
+    if isinstance(data, Masked):
+        images = [data.images[index] for index in drawn(len(data.images), limit, seed)]
+        return SegmentationSet(entry, images, data.classes, None)
+    if isinstance(data, Captioned):
+        return retrieval_set(entry, data, limit, seed)
+    return classification_set(entry, data, limit=limit, seed=seed)
+
+
+def retrieval_set(entry: Entry, data: Captioned, limit: int | None = None, seed: int = 0) -> RetrievalSet:
+    """A set of images with captions from an open data set; the arguments are those of `classification_set`."""
     data.exif_orientation = entry.exif_orientation
     chosen = [data.images[index] for index in drawn(len(data.images), limit, seed)]
     captions = [image.captions[: entry.max_captions] for image in chosen]

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.repository import AUTO, RUNTIMES
+from radapter_serve.release.repository import AUTO, RUNTIMES, versions_of
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.installation import Installation, find_tritonserver
 from radapter_serve.server.launch import EXIT_TIMEOUT, SECRET_HEADER, command_line, lay_out, server_environment
@@ -30,7 +30,6 @@ from radapter_serve.server.runtime_choice import Configured, Measured, configure
 from radapter_serve.signals import handled
 from radapter_serve.threads import total
 
-_EXIT_TIMEOUT = 5
 # A proxy of the environment is not for this machine.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -52,10 +51,10 @@ def models_of(repository: Path) -> dict[str, list[int]]:
     if not repository.is_dir():
         raise RAdapterError(f"the model repository {repository} does not exist; make it with: radapter-export")
     models = {
-        path.parent.name: sorted(int(v.name) for v in path.parent.iterdir() if v.is_dir() and v.name.isdecimal())
+        path.parent.name: versions
         for path in sorted(repository.glob("*/config.pbtxt"))
+        if (versions := versions_of(path.parent))
     }
-    models = {name: versions for name, versions in models.items() if versions}
     if not models:
         raise RAdapterError(f"the model repository {repository} holds no release; make one with: radapter-export")
     return models

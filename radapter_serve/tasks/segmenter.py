@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -13,6 +10,7 @@ from radapter_serve.inputs.alpha import Encode
 from radapter_serve.inputs.errors import NO_PATCH_ENCODER, Cancelled, TaskError
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess
+from radapter_serve.release.release import Release
 from radapter_serve.tasks.dense import PATCH_SCALE, DenseSegmenter
 from radapter_serve.tasks.proposals import ProposalSegmenter
 from radapter_serve.tasks.scored_mask import ScoredMask
@@ -58,18 +56,16 @@ class Segmenter:
         return self._preprocess.exif_orientation
 
     @classmethod
-    def of_release(
-        cls, release: Mapping[str, Any], encode_patches: Encode | None, encode_images: Encode | None
-    ) -> Segmenter:
-        """With what a release's facts (`release.json`) say."""
+    def of_release(cls, release: Release, encode_patches: Encode | None, encode_images: Encode | None) -> Segmenter:
+        """As a release says."""
         return cls(
             encode_patches,
             encode_images,
-            Preprocess.from_dict(release["preprocess"]),
-            MaskCrop.of_release(release),
-            float(release["logit_scale"]),
-            int(release["max_batch_size"]),
-            release.get("logit_bias"),
+            Preprocess.from_dict(release.preprocess),
+            MaskCrop.from_dict(release.crop),
+            release.logit_scale,
+            release.max_batch_size,
+            release.logit_bias,
         )
 
     def dense(

@@ -6,16 +6,7 @@ import dataclasses
 
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.prompts import templates_of
-from radapter_serve.data import (
-    Captioned,
-    Labelled,
-    class_split,
-    few_shot,
-    load_captioned,
-    load_labelled,
-    load_masked,
-    refuse_wordnet_ids,
-)
+from radapter_serve.data import Captioned, Labelled, Masked, few_shot, run_data
 from radapter_serve.data.segments import SegmentCrops, load_segments
 from radapter_serve.errors import RAdapterError
 from radapter_serve.inputs.mask_crop import MaskCrop
@@ -39,53 +30,22 @@ def open_data(recipe: Recipe, base: Base, *, broken: list[str] | None = None) ->
         RAdapterError: it can't be read, or is no data for this task.
     """
     broken = None if recipe.on_broken == "refuse" else broken
-    data, val = _open(recipe, base, recipe.data, broken, streaming=recipe.streaming), None
+    data, val = run_data(recipe.to_dict(), broken)
     if not isinstance(data, Captioned) and len(data.classes) < 2:
         raise RAdapterError(
             f"{recipe.data} has the one class {data.classes[0]!r}; training tells classes apart, so it needs two"
         )
-    if recipe.val_data:
-        val = _open(recipe, base, recipe.val_data, broken)
-    elif recipe.val_fraction:
-        data, val = data.held_out(recipe.val_fraction, recipe.seed)
-    if isinstance(val, Captioned):
-        val = dataclasses.replace(val, captions_per_image=1)
     if isinstance(data, Labelled) and recipe.shots is not None:
         data = few_shot(data, recipe.shots, recipe.seed)
-    return data, val
+    return _ready(recipe, base, data, broken), None if val is None else _ready(recipe, base, val, broken)
 
 
-def _open(recipe: Recipe, base: Base, spec: str, broken: list[str] | None, *, streaming: bool = False) -> Data:
-    if recipe.task == "segmentation":
-        return load_segments(
-            load_masked(spec, classes=recipe.classes, images=recipe.images, exif_orientation=recipe.exif_orientation),
-            MaskCrop.from_recipe(recipe.to_dict(), base.preprocess["mean"]),
-            min_area=recipe.mask_min_area,
-            templates=templates_of(recipe.templates),
-            broken=broken,
-        )
-    if recipe.task == "retrieval":
-        captioned = load_captioned(
-            spec,
-            image_column=recipe.image_column,
-            caption_column=recipe.caption_column,
-            captions_per_image=recipe.captions_per_image if spec == recipe.data else 1,
-            images=recipe.images,
-            streaming=streaming,
-            broken=broken,
-        )
-        captioned.exif_orientation = recipe.exif_orientation
-        return captioned
-    data = load_labelled(
-        spec,
-        image_column=recipe.image_column,
-        label_column=recipe.label_column,
-        classes=recipe.classes,
-        templates=templates_of(recipe.templates),
-        images=recipe.images,
-        streaming=streaming,
-    )
-    data.exif_orientation = recipe.exif_orientation
-    if recipe.classes is None:
-        refuse_wordnet_ids(data.own)
-    return class_split(data, recipe.class_split)
+def _ready(recipe: Recipe, base: Base, data: Labelled | Captioned | Masked, broken: list[str] | None) -> Data:
+    """The data with the recipe's templates; images with masks by their segments."""
+    if isinstance(data, Captioned):
+        return data
+    templates = templates_of(recipe.templates)
+    if isinstance(data, Labelled):
+        return dataclasses.replace(data, templates=templates)
+    crop = MaskCrop.from_recipe(recipe.to_dict(), base.preprocess["mean"])
+    return load_segments(data, crop, min_area=recipe.mask_min_area, templates=templates, broken=broken)

@@ -17,6 +17,7 @@ from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.cli.eval import main
 from radapter_serve.cli.export import main as export
+from tests.helpers.own_cache import own_cache as own_cache
 
 CLASSES = ["cat", "dog", "house"]
 SUITE = """
@@ -50,9 +51,6 @@ def made(random_adapter: Callable[..., Adapter], tmp_path_factory: pytest.TempPa
 @pytest.fixture
 def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder of its own with all of `made`."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", made / "cache")
     shutil.copytree(made / "runs", tmp_path / "runs")
     shutil.copy(made / "suite.yaml", tmp_path)
     (tmp_path / "data").symlink_to(made / "data")
@@ -110,7 +108,7 @@ def test_resume_judges_only_what_is_missing(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("judged again")
 
-    monkeypatch.setattr("radapter_serve.evaluation.run.judge", never)
+    monkeypatch.setattr("radapter_serve.evaluation.run.evaluate", never)
     assert main([*COMMON, "--alpha", "0.5", "1", "0", "--resume"]) == 0
     assert rows(here / "results") == after
 
@@ -192,7 +190,7 @@ def test_bad_values_in_a_suite_are_one_line(
 def test_interrupted_rows_are_kept(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from radapter_serve.evaluation import run
 
-    real: Any = vars(run)["judge"]
+    real: Any = vars(run)["evaluate"]
     calls: list[int] = []
 
     def once(*arguments: object, **options: object) -> object:
@@ -201,7 +199,7 @@ def test_interrupted_rows_are_kept(here: Path, monkeypatch: pytest.MonkeyPatch) 
         calls.append(1)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(run, "judge", once)
+    monkeypatch.setattr(run, "evaluate", once)
     assert main([*COMMON, "--alpha", "0.5"]) == 130
     assert [row["dataset"] for row in rows(here / "results")] == ["plain"]
     assert {path.name for path in (here / "results").iterdir()} == {"results.jsonl"}

@@ -136,7 +136,7 @@ def train_by_hand(
             y = labels[:, None] == of_text[None, :]
             f, g = clip.images(pixels), clip.texts(texts)
             loss = mpm_nce_by_hand(f, g, y, scale, recipe.delta, recipe.epsilon)
-            (loss / recipe.accumulate).backward()  # type: ignore[no-untyped-call]
+            (loss / recipe.accumulate).backward()
         if recipe.grad_clip is not None:
             norm = math.sqrt(sum(w.grad.square().sum().item() for w in clip.weights.values() if w.grad is not None))
             for weight in clip.weights.values():
@@ -179,7 +179,7 @@ def _parts(recipe: Recipe, pairs: Sequence[Pair], clip: ClipWithAdapters) -> Ite
 
 
 def _augmented(image: Image.Image, recipe: Recipe, clip: ClipWithAdapters) -> Tensor:
-    top, left, height, width = RandomResizedCrop.get_params(image, [recipe.crop_scale, 1.0], [3 / 4, 4 / 3])  # type: ignore[arg-type]
+    top, left, height, width = RandomResizedCrop.get_params(image, [recipe.crop_scale, 1.0], [3 / 4, 4 / 3])
     visual: Any = clip.model.visual
     crop = image.crop((left, top, left + width, top + height)).resize(visual.image_size, Image.Resampling.BICUBIC)
     if recipe.flip and torch.rand(1).item() < 0.5:

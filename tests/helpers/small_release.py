@@ -25,6 +25,7 @@ from radapter_export.tokenizer import write_tokenizer
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.tokenizer import Tokenizer
 from radapter_serve.release.agreement import Samples
+from radapter_serve.release.release import Release
 from radapter_serve.release.repository import configure
 from radapter_serve.tasks.classify import Classify, EmbedImages, EmbedTexts, load_label_sets
 from radapter_serve.tasks.label_embeddings import LabelEmbedder
@@ -119,6 +120,8 @@ def write_release(repository: Path, version: int, seed: int, *, dense: bool = Tr
         "version": version,
         "alpha": 0.5,
         "architecture": "ViT-B-32",
+        "base_digest": "sha256:1",
+        "adapter_digest": "sha256:2",
         "precision": "fp32",
         "runtime": "onnxruntime",
         "agreement": {"tolerance": 1e-4},
@@ -145,7 +148,7 @@ def write_release(repository: Path, version: int, seed: int, *, dense: bool = Tr
         shutil.copy(SOURCES / name / "model.py", folder)
         tokenizer = open_clip.get_tokenizer("ViT-B-32")
         release["tokenizer"] = write_tokenizer(tokenizer, folder / "tokenizer.json", dynamic_length=True)
-        (folder / "release.json").write_text(json.dumps(release))
+        Release.from_dict(release).save(folder)
     for name in (*encoders, *TASKS):
         text = (SOURCES / name / "config.template.pbtxt").read_text()
         config = text_format.Parse(text, model_config_pb2.ModelConfig())
@@ -167,23 +170,23 @@ def write_release(repository: Path, version: int, seed: int, *, dense: bool = Tr
 
 
 class Local:
-    """The same tasks in this process: what the served ones must equal."""
+    """The same tasks in this process: what the served ones must equal; and the encoders and tokenizer below them."""
 
     def __init__(self, repository: Path, version: int) -> None:
         folder = repository / "classify" / str(version)
-        release = json.loads((folder / "release.json").read_text())
-        tokenizer = Tokenizer.load(folder / "tokenizer.json", release["tokenizer"])
+        release = Release.load(folder)
+        self.tokenizer = Tokenizer.load(folder / "tokenizer.json", release.tokenizer)
         self.calls: list[tuple[int, ...]] = []
-        encode_images = self._encoder(repository / "image_encoder" / str(version) / "model.onnx", "image")
-        encode_tokens = self._encoder(repository / "text_encoder" / str(version) / "model.onnx", "tokens")
-        self.embed_images = EmbedImages(release, encode_images)
-        self.embed_texts = EmbedTexts(release, tokenizer, encode_tokens)
-        self.embed_labels = LabelEmbedder(tokenizer, encode_tokens, max_batch_size=64)
+        self.encode_images = self._encoder(repository / "image_encoder" / str(version) / "model.onnx", "image")
+        self.encode_tokens = self._encoder(repository / "text_encoder" / str(version) / "model.onnx", "tokens")
+        self.embed_images = EmbedImages(release, self.encode_images)
+        self.embed_texts = EmbedTexts(release, self.tokenizer, self.encode_tokens)
+        self.embed_labels = LabelEmbedder(self.tokenizer, self.encode_tokens, max_batch_size=64)
         label_sets = load_label_sets(folder / "label_sets")
         self.classify = Classify(release, self.embed_images, self.embed_labels, label_sets)
         patches = repository / "patch_encoder" / str(version) / "model.onnx"
-        encode_patches = self._encoder(patches, "image") if release["dense"] else None
-        self.segment = Segment(release, encode_images, encode_patches, self.embed_labels, label_sets)
+        self.encode_patches = self._encoder(patches, "image") if release.dense else None
+        self.segment = Segment(release, self.encode_images, self.encode_patches, self.embed_labels, label_sets)
 
     def _encoder(self, path: Path, name: str):
         options = onnxruntime.SessionOptions()

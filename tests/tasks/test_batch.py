@@ -82,9 +82,9 @@ BAD: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
 def model(repository, local, monkeypatch):
     """A model.py of the repository, whose encoders run in this process."""
     encoders = {
-        "image_encoder": ("image_embeds", local.embed_images._encode),
-        "text_encoder": ("text_embeds", local.embed_texts._encode),
-        "patch_encoder": ("patch_embeds", local.segment._encode_patches),
+        "image_encoder": ("image_embeds", local.encode_images),
+        "text_encoder": ("text_embeds", local.encode_tokens),
+        "patch_encoder": ("patch_embeds", local.encode_patches),
     }
 
     def encode(name: str, inputs: list[np.ndarray]) -> Response:

@@ -22,8 +22,7 @@ CATS = [b"cat, kitty", b"dog", b"bird"]
 
 def segmenter(local: Local) -> Segmenter:
     """Of the same encoders, without the task."""
-    made, size = local.segment, (16, 16)
-    return Segmenter(made._encode_patches, made._encode_images, Preprocess(size), MaskCrop(), 10.0, 64)
+    return Segmenter(local.encode_patches, local.encode_images, Preprocess((16, 16)), MaskCrop(), 10.0, 64)
 
 
 def test_labels_of_the_request(local):

@@ -90,7 +90,7 @@ def test_versions_differ_and_the_newest_is_the_default(client):
 def test_encoders_take_pixels_and_tokens(client, local):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     found = client.infer("image_encoder", [tensor("image", pixels)]).as_numpy("image_embeds")
-    np.testing.assert_allclose(found, local.embed_images._encode(pixels), atol=1e-6)
+    np.testing.assert_allclose(found, local.encode_images(pixels), atol=1e-6)
     found = client.infer("text_encoder", [numbers("tokens", [[1, 2, 3, 0]] * 2)]).as_numpy("text_embeds")
     assert found.shape == (2, 8)
     with pytest.raises(InferenceServerException):

@@ -91,7 +91,7 @@ def test_every_reader_gives_the_same_captions(folder: Path) -> None:
 def loaded(data: Captioned, size: int, **options: Any) -> list[dict[str, Any]]:
     examples = Examples(data, lambda image: pil_to_tensor(image).float(), 0)
     common = {"epoch": 0, "start": 0, "rank": 0, "world": 1, "workers": 0} | options
-    return list(batches(examples, size, **common))  # type: ignore[arg-type]
+    return list(batches(examples, size, **common))
 
 
 def test_an_epoch_has_every_caption_once(folder: Path) -> None:

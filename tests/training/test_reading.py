@@ -18,11 +18,13 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+from radapter_serve.adapter import Metadata
 from radapter_serve.clip.prompts import templates_of
-from radapter_serve.data import Labelled, load_labelled
-from radapter_serve.data.segments import SegmentCrops
+from radapter_serve.data import Captioned, Labelled, Masked, load_labelled
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs.mask_crop import MaskCrop
+from radapter_serve.evaluation.image_sets import ClassificationSet
+from radapter_serve.evaluation.run import own_validation
+from radapter_serve.evaluation.sets import open_set
 from radapter_serve.inputs.preprocess import Preprocess, decode_pixels
 from radapter_serve.training import Recipe
 from radapter_serve.training.batches import Examples, batches
@@ -220,10 +222,50 @@ def test_held_out_captions_and_segments_keep_an_image_together(tmp_path: Path) -
     seen = [[image.captions for image in part.images] for part in (data, val)]  # type: ignore[union-attr]
     assert (len(seen[0]), len(seen[1])) == (3, 2) and val.captions_per_image == 1  # type: ignore[union-attr]
     assert {text for part in seen for captions in part for text in captions} == {text for _, text in rows}
-    numbered = np.array([(image, segment, 0) for image in range(5) for segment in range(3)], np.int32)
-    segments = SegmentCrops(numbered, [], ["x", "y"], MaskCrop.from_recipe({}, (0, 0, 0)), ["{}"])
-    kept, held = segments.held_out(0.4, 0)
-    assert set(kept.rows[:, 0]) | set(held.rows[:, 0]) == set(range(5)) and len(held.rows) == 6 and len(kept.rows) == 9
+    masked = Masked(list("abcde"), ["x", "y"])  # type: ignore[arg-type]
+    kept, held = masked.held_out(0.4, 0)
+    assert sorted([*kept.images, *held.images]) == masked.images and (len(kept.images), len(held.images)) == (3, 2)
+    with pytest.raises(RAdapterError, match="there is one image; name validation data"):
+        Masked(masked.images[:1], ["x"]).held_out(0.4, 0)
+
+
+def test_validation_data_is_judged_among_all_classes_of_the_run(images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images, tmp_path / "val", ignore=shutil.ignore_patterns("green"))
+    (tmp_path / "val" / "amber").mkdir()
+    shutil.copy(images / "red" / "0.png", tmp_path / "val" / "amber")
+    recipe = Recipe(data=f"imagefolder:{images}", val_data=f"imagefolder:{tmp_path}/val")
+    data, val = open_data(recipe, None)  # type: ignore[arg-type]
+    assert isinstance(data, Labelled) and isinstance(val, Labelled)
+    assert val.classes == [*data.classes, "amber"] == ["blue", "green", "red", "amber"]
+    assert {(Path(val.name(row)).parent.name, val.classes[val.label(row)]) for row in val.rows} == {
+        (name, name) for name in ("amber", "blue", "red")
+    }
+    base = open_data(dataclasses.replace(recipe, class_split="base"), None)[1]  # type: ignore[arg-type]
+    assert isinstance(base, Labelled) and base.classes == ["blue", "green"]
+    assert np.bincount(base.labels()).tolist() == [8]
+    suite = own_validation(Metadata("ViT-B-32", "sha256:0", recipe=recipe.to_dict(), classes=data.classes))
+    judged = open_set(suite, suite.entries[0])
+    assert isinstance(judged, ClassificationSet) and judged.classes == val.classes
+    assert judged.labels.tolist() == val.labels().tolist()
+
+
+@pytest.mark.parametrize("task", ["classification", "retrieval"])
+def test_the_share_that_training_held_out_is_the_run_s_own_validation_data(
+    task: str, images: Path, tmp_path: Path
+) -> None:
+    files = sorted(images.rglob("*.png"))
+    rows = [(str(file), f"photo {file.stem}") for file in files]
+    pd.DataFrame(rows, columns=["image", "caption"]).to_csv(tmp_path / "t.csv")
+    data = f"csv:{tmp_path}/t.csv" if task == "retrieval" else f"imagefolder:{images}"
+    recipe = Recipe(task=task, data=data, val_fraction=0.25, seed=3)  # type: ignore[arg-type]
+    val = open_data(recipe, None)[1]  # type: ignore[arg-type]
+    assert isinstance(val, Labelled | Captioned)
+    held = val.rows if isinstance(val, Labelled) else [val.table[image.row] for image in val.images]
+    classes = val.classes if isinstance(val, Labelled) else None
+    suite = own_validation(Metadata("ViT-B-32", "sha256:0", task=task, recipe=recipe.to_dict(), classes=classes))  # type: ignore[arg-type]
+    judged = open_set(suite, suite.entries[0])
+    assert {judged.name(number) for number in range(len(judged))} == {val.name(row) for row in held}
+    assert len(judged) == len(held) == 6
 
 
 def test_names_of_splits_in_folders_of_images(images: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +53,9 @@ def test_a_run_learns_and_leaves_what_it_says(recipe: Recipe, capsys: pytest.Cap
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_killed_run_resumes_to_the_same_result(
-    recipe: Recipe, tmp_path: Path, interrupt_after: Any, rank: int | None
+    recipe: Recipe, assert_resumes: Callable[[Recipe, int], None], rank: int | None
 ) -> None:
-    recipe = dataclasses.replace(recipe, rank=rank, accumulate=2, flip=True)
-    whole = load_adapter(train(recipe))
-    cut = dataclasses.replace(recipe, out=tmp_path / "cut")
-    interrupt_after(6, cut)
-    assert not (cut.out / "adapter.safetensors").exists()  # type: ignore[operator]
-    resumed = load_adapter(train(dataclasses.replace(cut, resume=True)))
-    for name, value in whole.tensors.items():
-        torch.testing.assert_close(resumed.tensors[name], value, rtol=0, atol=1e-7)
+    assert_resumes(dataclasses.replace(recipe, rank=rank, accumulate=2, flip=True), 6)
 
 
 def test_both_forms_train_to_the_same_adapter(recipe: Recipe, tmp_path: Path) -> None:
@@ -192,7 +186,7 @@ def test_a_resumed_finished_run_keeps_its_metrics(recipe: Recipe) -> None:
 
 
 def test_a_stream_resumes_behind_broken_images(
-    recipe: Recipe, images: Path, tmp_path: Path, interrupt_after: Any
+    recipe: Recipe, images: Path, tmp_path: Path, assert_resumes: Callable[[Recipe, int], None]
 ) -> None:
     files = sorted(images.rglob("*.png"))
     table = [f"{file},{file.parent.name}" for file in files]
@@ -203,12 +197,7 @@ def test_a_stream_resumes_behind_broken_images(
         recipe, data=f"csv:{tmp_path}/table.csv", classes=tmp_path / "classes.txt", streaming=True, val_data=None,
         on_broken="skip", save_every=1, steps=6,
     )  # fmt: skip
-    whole = load_adapter(train(recipe))
-    cut = dataclasses.replace(recipe, out=tmp_path / "cut")
-    interrupt_after(4, cut)
-    resumed = load_adapter(train(dataclasses.replace(cut, resume=True)))
-    for name, value in whole.tensors.items():
-        torch.testing.assert_close(resumed.tensors[name], value, rtol=0, atol=1e-7)
+    assert_resumes(recipe, 4)
 
 
 def test_a_damaged_checkpoint(recipe: Recipe) -> None:

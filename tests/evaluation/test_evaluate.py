@@ -21,7 +21,7 @@ from radapter_serve.clip.base import load_base
 from radapter_serve.evaluation.embedder import Embedder
 from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
 from radapter_serve.evaluation.results import Results
-from radapter_serve.evaluation.run import judge_suite
+from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.server_embedder import ServerEmbedder
 from radapter_serve.evaluation.suite import load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
@@ -40,7 +40,7 @@ def exported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def judged(embedder: Embedder, world: Path, out: Path) -> list[dict[str, object]]:
     try:
-        return judge_suite(embedder, load_suite(world / "suite.yaml", world), Results(out), batch_size=7)
+        return evaluate_suite(embedder, load_suite(world / "suite.yaml", world), Results(out), batch_size=7)
     finally:
         embedder.close()
 
