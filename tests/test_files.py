@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from radapter_serve.files import staged
+from radapter_serve.files import digest_of, staged
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])
@@ -35,3 +36,10 @@ def test_what_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
         raise ValueError("half-written")
     assert [file.name for file in tmp_path.iterdir()] == ["text"]
     assert (tmp_path / "text").read_text(encoding="utf-8") == "old"
+
+
+def test_the_digest_of_files_is_that_of_their_bytes_in_a_row(tmp_path: Path) -> None:
+    first, second = os.urandom((1 << 20) + 3), b"more"
+    (tmp_path / "a").write_bytes(first)
+    (tmp_path / "b").write_bytes(second)
+    assert digest_of(tmp_path / "a", tmp_path / "b") == f"sha256:{hashlib.sha256(first + second).hexdigest()}"

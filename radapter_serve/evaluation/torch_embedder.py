@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from radapter_serve.evaluation.embedder import (
 )
 from radapter_serve.evaluation.evaluation_set import class_embeds
 from radapter_serve.evaluation.metrics import Floats
+from radapter_serve.files import digest_of
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess, decode
 from radapter_serve.release.release import FILE, Release
@@ -270,7 +270,7 @@ def from_merged(folder: str | Path, *, precision: Precision = "fp32", device: st
     base = load_base(f"{LOCAL}{folder}")
     release = Release.load(folder) if (folder / FILE).exists() else None
     weights = next((p for p in folder.glob("open_clip_*") if p.suffix in (".safetensors", ".bin", ".pt")), None)
-    facts = {"weights_digest": _file_digest(weights)} if weights else {}
+    facts = {"weights_digest": digest_of(weights)} if weights else {}
     line = _Line("merged", {}, {**(release_facts(release) if release else {}), **facts, "precision": precision})
     return TorchEmbedder(
         base,
@@ -301,12 +301,4 @@ def _difference(path: Path, base: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
             f" ({len(odd)} of {len(names)} tensors); give a checkpoint of the same architecture"
         )
     changes = {key: tuned[key].float() - base[key].float().cpu() for key in sorted(names)}
-    return {key: value for key, value in changes.items() if value.any()}, _file_digest(file)
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return f"sha256:{digest.hexdigest()}"
+    return {key: value for key, value in changes.items() if value.any()}, digest_of(file)

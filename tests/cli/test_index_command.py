@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -107,8 +108,9 @@ def test_the_digest_is_of_what_decides_the_embeddings(place: Path) -> None:
     facts = LocalRelease("model_repository").facts
     again = {**facts.to_dict(), "version": 9, "created": "now", "tools": {}, "max_batch_size": 1, "label_sets": {}}
     assert Release.from_dict(json.loads(json.dumps(again))).digest == facts.digest
-    for name, value in (("alpha", 0.1), ("adapter_digest", "x"), ("precision", "fp16"), ("tokenizer", {})):
-        assert dataclasses.replace(facts, **{name: value}).digest != facts.digest
+    changes: list[dict[str, Any]] = [{"alpha": 0.1}, {"adapter_digest": "x"}, {"precision": "fp16"}, {"tokenizer": {}}]
+    for change in changes:
+        assert dataclasses.replace(facts, **change).digest != facts.digest
     first, second = (LocalRelease(f"model_repository@{number}").facts.digest for number in (1, 2))
     assert first != second
 

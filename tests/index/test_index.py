@@ -50,7 +50,7 @@ class FakeRelease:
         self.embedded = 0
 
     def set_alpha(self, alpha: float) -> None:
-        self.facts["alpha"] = alpha
+        self.facts = dataclasses.replace(self.facts, alpha=alpha)
 
     def prepare(self, data: bytes) -> Any:
         image = decode(data, exif_orientation=self.preprocess.exif_orientation)

@@ -45,7 +45,9 @@ def parsed(text: str):
 
 
 def test_encoders_are_found_with_their_versions(repository):
-    found = {one.name: (one.versions, one.runtime, one.precision, one.instances) for one in encoders_of(repository)}
+    found = {
+        one.name: (one.versions, one.runtime, one.facts.precision, one.instances) for one in encoders_of(repository)
+    }
     both = ([1, 2], "onnxruntime", "fp32", 1)
     assert found == {"image_encoder": both, "text_encoder": both, "patch_encoder": ([2], "onnxruntime", "fp32", 1)}
 

@@ -222,7 +222,7 @@ def test_held_out_captions_and_segments_keep_an_image_together(tmp_path: Path) -
     seen = [[image.captions for image in part.images] for part in (data, val)]  # type: ignore[union-attr]
     assert (len(seen[0]), len(seen[1])) == (3, 2) and val.captions_per_image == 1  # type: ignore[union-attr]
     assert {text for part in seen for captions in part for text in captions} == {text for _, text in rows}
-    masked = Masked(list("abcde"), ["x", "y"])  # type: ignore[arg-type]
+    masked: Any = Masked(list("abcde"), ["x", "y"])  # type: ignore[arg-type]
     kept, held = masked.held_out(0.4, 0)
     assert sorted([*kept.images, *held.images]) == masked.images and (len(kept.images), len(held.images)) == (3, 2)
     with pytest.raises(RAdapterError, match="there is one image; name validation data"):
