@@ -254,7 +254,8 @@ def test_the_share_that_training_held_out_is_the_run_s_own_validation_data(
     task: str, images: Path, tmp_path: Path
 ) -> None:
     files = sorted(images.rglob("*.png"))
-    pd.DataFrame([(str(file), f"photo {file.stem}") for file in files], columns=["image", "caption"]).to_csv(tmp_path / "t.csv")
+    table = pd.DataFrame([(str(file), f"photo {file.stem}") for file in files], columns=["image", "caption"])
+    table.to_csv(tmp_path / "t.csv")
     data = f"csv:{tmp_path}/t.csv" if task == "retrieval" else f"imagefolder:{images}"
     recipe = Recipe(task=task, data=data, val_fraction=0.25, seed=3)  # type: ignore[arg-type]
     val = open_data(recipe, None)[1]  # type: ignore[arg-type]
