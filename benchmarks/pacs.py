@@ -21,7 +21,7 @@ from radapter_serve.demo.data import BASE
 from radapter_serve.evaluation.alpha_choice import Choice, choose
 from radapter_serve.evaluation.plots import plot_alpha_curve
 from radapter_serve.evaluation.results import Results, Row, curve
-from radapter_serve.evaluation.run import judge_suite
+from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.suite import Entry, Suite
 from radapter_serve.evaluation.torch_embedder import embedder_of
 from radapter_serve.training import Recipe, train
@@ -147,8 +147,8 @@ def _judge(run: Path, validation: Path, photos: Path, root: Path, limit: int) ->
     embedder = embedder_of(load_base(adapter.metadata.architecture, adapter.metadata.pretrained), adapter, ALPHAS)
     own = Entry(VALIDATION, f"csv:{validation}", split="validation", templates="simple")
     suite, results = Suite("pacs", (own, *entries)), Results(run / "judged")
-    choice = choose(judge_suite(embedder, suite, results, split="validation"))
-    return choice, judge_suite(embedder, suite, results, limit=limit)
+    choice = choose(evaluate_suite(embedder, suite, results, split="validation"))
+    return choice, evaluate_suite(embedder, suite, results, limit=limit)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from radapter_serve.demo.data import BASE
 from radapter_serve.demo.learn import RECIPES
 from radapter_serve.demo.scenes import prepare_scenes
 from radapter_serve.evaluation.results import Results
-from radapter_serve.evaluation.run import judge_suite
+from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.suite import Entry, Suite
 from radapter_serve.evaluation.torch_embedder import from_adapter
 from radapter_serve.training import load_recipe, train
@@ -69,7 +69,7 @@ def main() -> None:
             out = folder / f"{delta:g}-{captions}"
             train(dataclasses.replace(recipe, data=source, delta=delta, captions_per_image=captions, out=out))
             embedder = from_adapter(out, [recipe.alpha, 1.0] if lines else [0.0, recipe.alpha, 1.0])
-            rows = judge_suite(embedder, suite, Results(out))
+            rows = evaluate_suite(embedder, suite, Results(out))
             for alpha in sorted({row["alpha"] for row in rows}):
                 mine = [row["metrics"] for row in rows if row["alpha"] == alpha]
                 cells = [f"{100 * statistics.mean(metrics[recall] for metrics in mine):.1f}" for recall in RECALLS]

@@ -25,6 +25,7 @@ from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
 from radapter_client import Client
+from radapter_serve.release.release import Release
 from radapter_serve.server.triton_server import TritonServer, free_ports
 from radapter_serve.tasks.classify import Classify, ClassifyRequest, EmbedImages, load_label_sets
 
@@ -79,7 +80,7 @@ class Local:
         path = repository / "image_encoder" / "1" / "model.onnx"
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         folder = repository / "classify" / "1"
-        release = json.loads((folder / "release.json").read_text(encoding="utf-8"))
+        release = Release.load(folder)
         no_labels: Any = None  # no request here brings its own
         label_sets = load_label_sets(folder / "label_sets")
         self._task = Classify(release, EmbedImages(release, self._encode), no_labels, label_sets)

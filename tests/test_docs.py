@@ -94,7 +94,7 @@ def python_blocks() -> Iterator[tuple[str, ast.Module]]:
     for page in PAGES:
         for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
             flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-            yield page.name, compile(block, page.name, "exec", flags=flags)  # type: ignore[misc]
+            yield page.name, compile(block, page.name, "exec", flags=flags)
 
 
 def test_python_on_the_pages_uses_what_there_is() -> None:

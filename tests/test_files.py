@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
-from radapter_serve.files import staged
+from radapter_serve.files import digest_of, staged
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])
@@ -22,7 +23,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 
 def test_the_mode_follows_the_umask_whoever_writes(umask: int, tmp_path: Path) -> None:
     with staged(tmp_path / "weights.safetensors") as path:
-        save_file({"a": torch.eye(2)}, path)
+        save_file({"a": np.eye(2)}, path)
     with staged(tmp_path / "text") as path:
         path.write_text("text", encoding="utf-8")
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}
@@ -35,3 +36,10 @@ def test_what_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
         raise ValueError("half-written")
     assert [file.name for file in tmp_path.iterdir()] == ["text"]
     assert (tmp_path / "text").read_text(encoding="utf-8") == "old"
+
+
+def test_the_digest_of_files_is_that_of_their_bytes_in_a_row(tmp_path: Path) -> None:
+    first, second = os.urandom((1 << 20) + 3), b"more"
+    (tmp_path / "a").write_bytes(first)
+    (tmp_path / "b").write_bytes(second)
+    assert digest_of(tmp_path / "a", tmp_path / "b") == f"sha256:{hashlib.sha256(first + second).hexdigest()}"

@@ -26,6 +26,7 @@ do_not_mutate_patterns = ["raise ", "say\\\\(", "RAdapterError\\\\("]
 pytest_add_cli_args = ["-p", "no:cacheprovider"]
 pytest_add_cli_args_test_selection = ["tests/adapter", "tests/training", "tests/evaluation"]
 process_isolation = "forkserver"
+debug = true
 """
 # of those that decide the result of a training all or many, of every other function one
 SAMPLE = (

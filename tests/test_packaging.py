@@ -27,7 +27,7 @@ TEMPLATES = (
 @pytest.mark.slow
 def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
-    ignore = shutil.ignore_patterns(".*", "runs", "merged", "demo-output", "__pycache__", "tests")
+    ignore = shutil.ignore_patterns(".git", ".[!g]*", "runs", "merged", "demo-output", "__pycache__", "tests")
     shutil.copytree(ROOT, tree, ignore=ignore)
     for model in TEMPLATES:
         stray = tree / "model_repository" / model / "1" / "model.onnx"

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from radapter_serve import threads
+from radapter_serve.environment import THREADS
 from radapter_serve.threads import cores, decoders, environment, share, total
 
 
@@ -15,7 +15,7 @@ def machine(monkeypatch, tmp_path):
     """A machine of so many allowed cores, and the control groups of a process on it."""
 
     def make(allowed: int, groups: str = "", **files: str):
-        monkeypatch.delenv(threads.THREADS, raising=False)
+        monkeypatch.delenv(THREADS, raising=False)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)), raising=False)
         for name, text in {"proc/self/cgroup": groups, **files}.items():
             path = tmp_path / name

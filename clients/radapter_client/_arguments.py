@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ._exceptions import InvalidRequest
+from ._exceptions import InvalidRequest, bad_argument
 from ._images import ImageLike, encode_image, image_sizes, is_one_image
-from ._wire import Array, bytes_array
+from ._wire import Array, text_array
 
 # A message of gRPC cannot have 2 GiB; this leaves room for the image.
 MAX_PROPOSALS = 3 * 2**29
@@ -22,40 +22,34 @@ def label_inputs(
 ) -> dict[str, Array]:
     """What an image's pixels or the image itself are to be called: `labels` or `label_set`, and `templates`."""
     if labels is not None and label_set is not None:
-        raise InvalidRequest("give labels or a label_set, not both", code="invalid_argument")
-    inputs: dict[str, Array] = {}
-    if label_set is not None:
-        inputs["label_set"] = bytes_array([utf8("label_set", label_set)])
-    else:
+        raise bad_argument("give labels or a label_set, not both")
+    inputs = text_inputs(label_set=label_set)
+    if label_set is None:
         names = [] if labels is None else [utf8("labels", label) for label in listed("labels", labels)]
         if not names:
             raise InvalidRequest('no labels: give labels=["a cat", "a dog"] or label_set="NAME"', code="no_labels")
-        inputs["labels"] = bytes_array(names)
+        inputs["labels"] = text_array(names)
     if templates is not None:
         texts = [utf8("templates", template) for template in listed("templates", templates)]
         if not texts:
-            why = 'no templates: give some, such as "a photo of a {}.", or None for the release\'s own'
-            raise InvalidRequest(why, code="invalid_argument")
-        inputs["templates"] = bytes_array(texts)
+            raise bad_argument('no templates: give some, such as "a photo of a {}.", or None for the release\'s own')
+        inputs["templates"] = text_array(texts)
     return inputs
 
 
-def alpha_input(alpha: float | None) -> dict[str, Array]:
-    """The α of a request, where one is given."""
-    return {} if alpha is None else {"alpha": np.array([_share("alpha", alpha)], np.float32)}
+def share_inputs(**given: float | None) -> dict[str, Array]:
+    """Those that are not None of numbers in [0, 1]."""
+    return {name: np.array([_share(name, value)], np.float32) for name, value in given.items() if value is not None}
 
 
-def segment_inputs(
-    threshold: float | None, short_side: int | None, stride: int | None, refine: int | None
-) -> dict[str, Array]:
-    """The options of `segment` that were given."""
-    inputs: dict[str, Array] = {}
-    if threshold is not None:
-        inputs["threshold"] = np.array([_share("threshold", threshold)], np.float32)
-    for name, value, least in (("short_side", short_side, 1), ("stride", stride, 1), ("refine", refine, 0)):
-        if value is not None:
-            inputs[name] = np.array([count(name, value, least)], np.int32)
-    return inputs
+def count_inputs(least: int = 1, **given: int | None) -> dict[str, Array]:
+    """Those that are not None of whole numbers from `least`."""
+    return {name: np.array([count(name, value, least)], np.int32) for name, value in given.items() if value is not None}
+
+
+def text_inputs(**given: str | None) -> dict[str, Array]:
+    """Those that are not None of texts."""
+    return {name: text_array([utf8(name, value)]) for name, value in given.items() if value is not None}
 
 
 def proposal_inputs(image: ImageLike, proposals: Any, scores: Any, weight: float | None) -> dict[str, Array]:
@@ -63,7 +57,7 @@ def proposal_inputs(image: ImageLike, proposals: Any, scores: Any, weight: float
     if proposals is None:
         for name, value in (("proposal_scores", scores), ("proposal_weight", weight)):
             if value is not None:
-                raise InvalidRequest(f"{name} without proposals", code="invalid_argument")
+                raise bad_argument(f"{name} without proposals")
         return {}
     inputs = {"proposals": _masks(proposals, image_sizes(image))}
     if scores is not None:
@@ -71,10 +65,8 @@ def proposal_inputs(image: ImageLike, proposals: Any, scores: Any, weight: float
         many = len(inputs["proposals"])
         if table.ndim != 2 or len(table) != many:
             why = f"proposal_scores have the shape {list(table.shape)}; needed are [{many}, C]: a row for each proposal"
-            raise InvalidRequest(f"{why} and a column for each of the C labels", code="invalid_argument")
-    if weight is not None:
-        inputs["proposal_weight"] = np.array([_share("proposal_weight", weight)], np.float32)
-    return inputs
+            raise bad_argument(f"{why} and a column for each of the C labels")
+    return inputs | share_inputs(proposal_weight=weight)
 
 
 def search_inputs(
@@ -82,20 +74,16 @@ def search_inputs(
 ) -> dict[str, Array]:
     """The inputs of `retrieve`, but for the image."""
     if (text is None) == (image is None):
-        raise InvalidRequest('give a text to search for, or image="FILE", and not both', code="invalid_argument")
+        raise bad_argument('give a text to search for, or image="FILE", and not both')
     if image is not None and not is_one_image(image):
-        raise InvalidRequest(f"image takes one image, not {type(image).__name__}", code="invalid_argument")
-    inputs = {"index": bytes_array([utf8("index", index)]), "top_k": np.array([count("top_k", top_k)], np.int32)}
-    if text is not None:
-        inputs["text"] = bytes_array([utf8("text", text)])
-    if where is not None:
-        inputs["where"] = bytes_array([utf8("where", where)])
-    return inputs
+        raise bad_argument(f"image takes one image, not {type(image).__name__}")
+    inputs = {"index": text_array([utf8("index", index)]), "top_k": np.array([count("top_k", top_k)], np.int32)}
+    return inputs | text_inputs(text=text, where=where)
 
 
 def image_input(image: ImageLike) -> Array:
     """An image for a model without batches."""
-    return bytes_array([encode_image(image)])
+    return text_array([encode_image(image)])
 
 
 def for_each(name: str, value: Any, images: int | None) -> list[Any]:
@@ -110,8 +98,9 @@ def for_each(name: str, value: Any, images: int | None) -> list[Any]:
         return [None] * images
     items = listed(name, value)
     if len(items) != images:
-        why = f"{name} has {len(items)} entries for {images} images; a list of images needs one for each, or None"
-        raise InvalidRequest(why, code="invalid_argument")
+        raise bad_argument(
+            f"{name} has {len(items)} entries for {images} images; a list of images needs one for each, or None"
+        )
     return items
 
 
@@ -120,25 +109,25 @@ def _masks(proposals: Any, sizes: set[tuple[int, int]]) -> Array:
     masks = _array("proposals", proposals)
     allowed = "bool, uint8 from 0 to 255, or float from 0 to 1, [N, H, W]"
     if masks.ndim != 3 or 0 in masks.shape:
-        raise InvalidRequest(f"proposals of shape {list(masks.shape)}; allowed: {allowed}", code="invalid_argument")
+        raise bad_argument(f"proposals of shape {list(masks.shape)}; allowed: {allowed}")
     width, height = masks.shape[:0:-1]
     if sizes and (width, height) not in sizes:
-        allowed = " or ".join(f"{wide} x {high}" for wide, high in sorted(sizes))
-        why = f"proposals of {width} x {height} pixels (width x height) for an image of {allowed}"
-        raise InvalidRequest(why, code="invalid_argument")
+        known = " or ".join(f"{wide} x {high}" for wide, high in sorted(sizes))
+        raise bad_argument(f"proposals of {width} x {height} pixels (width x height) for an image of {known}")
     if masks.size > MAX_PROPOSALS:
         why = f"{len(masks)} proposals of {width} x {height} pixels are {masks.size / 2**30:.1f} GiB"
-        raise InvalidRequest(f"{why}; a request holds {MAX_PROPOSALS / 2**30:g}: send fewer", code="invalid_argument")
+        raise bad_argument(f"{why}; a request holds {MAX_PROPOSALS / 2**30:g}: send fewer")
     if masks.dtype == np.bool_:
         return np.asarray(masks.view(np.uint8) * np.uint8(255))
     if masks.dtype.kind == "f" and masks.min() >= 0 and masks.max() <= 1:
         return np.asarray(np.rint(masks * np.float32(255)), np.uint8)
     if masks.dtype != np.uint8:
         found = f"from {masks.min():g} to {masks.max():g}" if masks.dtype.kind in "fiu" else "values"
-        raise InvalidRequest(f"proposals of {masks.dtype} {found}; allowed: {allowed}", code="invalid_argument")
+        raise bad_argument(f"proposals of {masks.dtype} {found}; allowed: {allowed}")
     if masks.max() == 1:
-        why = "no value of the proposals is above 1 of 255; send proposals.astype(bool) if they are 0 and 1"
-        raise InvalidRequest(why, code="invalid_argument")
+        raise bad_argument(
+            "no value of the proposals is above 1 of 255; send proposals.astype(bool) if they are 0 and 1"
+        )
     return np.asarray(masks)
 
 
@@ -148,24 +137,24 @@ def _array(name: str, value: Any) -> Array:
         if array.dtype.kind not in "bfiu":
             raise ValueError(f"values of type {array.dtype}")
     except (ValueError, TypeError, RuntimeError) as error:  # a ragged list; a tensor on a GPU
-        raise InvalidRequest(f"{name} is no array of numbers: {error}", code="invalid_argument") from error
+        raise bad_argument(f"{name} is no array of numbers: {error}") from error
     return array
 
 
 def listed(name: str, items: Any) -> list[Any]:
     """A list of many; one alone would otherwise fall apart into letters or rows."""
     if is_one_image(items) or not isinstance(items, Iterable):
-        raise InvalidRequest(f"{name} takes a list, not one {type(items).__name__}", code="invalid_argument")
+        raise bad_argument(f"{name} takes a list, not one {type(items).__name__}")
     return list(items)
 
 
 def utf8(name: str, text: str) -> bytes:
     if not isinstance(text, str):
-        raise InvalidRequest(f"{name} takes texts, not {type(text).__name__} {text!r}", code="invalid_argument")
+        raise bad_argument(f"{name} takes texts, not {type(text).__name__} {text!r}")
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidRequest(f"{name} has a text that is not Unicode: {text!r}", code="invalid_argument") from error
+        raise bad_argument(f"{name} has a text that is not Unicode: {text!r}") from error
 
 
 def count(name: str, value: int, least: int = 1) -> int:
@@ -174,17 +163,17 @@ def count(name: str, value: int, least: int = 1) -> int:
     except TypeError:
         number = -1
     if not least <= number < 2**31 or isinstance(value, bool):
-        raise InvalidRequest(f"{name} is {value!r}; allowed are whole numbers from {least}", code="invalid_argument")
+        raise bad_argument(f"{name} is {value!r}; allowed are whole numbers from {least}")
     return number
 
 
 def seconds(value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
-        raise InvalidRequest(f"timeout is {value!r}; allowed are seconds above 0", code="invalid_argument")
+        raise bad_argument(f"timeout is {value!r}; allowed are seconds above 0")
     return float(value)
 
 
 def _share(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not 0 <= value <= 1:
-        raise InvalidRequest(f"{name} is {value!r}; allowed are numbers from 0 to 1", code="invalid_argument")
+        raise bad_argument(f"{name} is {value!r}; allowed are numbers from 0 to 1")
     return float(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from functools import cached_property, partial
-from types import TracebackType
 from typing import Any
 
 from ._calls import Answer, Part, T
@@ -23,7 +22,7 @@ class Client(BaseClient[Transport]):
         url: grpc://HOST:8001, grpcs://HOST, http://HOST:8000 or https://HOST.
         release: version of the release that every call is to use; None for the newest. A call of several requests gets
             all its answers from one release; two calls may not, unless the release is given here.
-        timeout: seconds that one request may take; each method takes its own as well.
+        timeout: seconds that one request may take, where a call brings no time-out of its own.
         batch_size: images or texts in a request at most; the server's limit is `release().facts["max_batch_size"]`.
         concurrency: requests that calls with lists keep under way at once, over all threads.
         transport: what requests go through instead of gRPC or HTTP, such as a stand-in for a server in tests.
@@ -47,9 +46,7 @@ class Client(BaseClient[Transport]):
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _connect(self, url: ServerURL) -> Transport:
@@ -103,9 +100,7 @@ class AsyncClient(BaseClient[AsyncTransport]):
     async def __aenter__(self) -> AsyncClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     def _connect(self, url: ServerURL) -> AsyncTransport:

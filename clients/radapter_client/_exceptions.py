@@ -65,24 +65,24 @@ class ServerError(RAdapterClientError):
     """
 
 
+def bad_argument(why: str) -> InvalidRequest:
+    return InvalidRequest(why, code="invalid_argument")
+
+
+def bad_image(why: str) -> InvalidImage:
+    return InvalidImage(why, code="invalid_image")
+
+
 IMAGE_CODES = frozenset({"image_too_large", "invalid_image"})
 REQUEST_CODES = frozenset({"index_mismatch", "invalid_argument", "no_labels", "unknown_index", "unknown_label_set"})
 MODEL_CODES = frozenset({"no_patch_encoder"})
 
 # gRPC's names and HTTP's numbers of the same failures.
 KINDS: dict[str, type[RAdapterClientError]] = {
-    "INVALID_ARGUMENT": InvalidRequest,
-    "OUT_OF_RANGE": InvalidRequest,
-    "RESOURCE_EXHAUSTED": InvalidRequest,
-    "400": InvalidRequest,
-    "413": InvalidRequest,
-    "NOT_FOUND": ModelNotFound,
-    "404": ModelNotFound,
-    "UNAVAILABLE": ServerUnavailable,
-    "502": ServerUnavailable,
-    "503": ServerUnavailable,
-    "DEADLINE_EXCEEDED": Timeout,
-    "504": Timeout,
+    **dict.fromkeys(("INVALID_ARGUMENT", "OUT_OF_RANGE", "RESOURCE_EXHAUSTED", "400", "413"), InvalidRequest),
+    **dict.fromkeys(("NOT_FOUND", "404"), ModelNotFound),
+    **dict.fromkeys(("UNAVAILABLE", "502", "503"), ServerUnavailable),
+    **dict.fromkeys(("DEADLINE_EXCEEDED", "504"), Timeout),
 }
 
 

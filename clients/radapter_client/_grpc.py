@@ -66,11 +66,9 @@ class _Grpc:
     def _error(self, error: InferenceServerException, timeout: float) -> RAdapterClientError:
         status = str(error.status()).removeprefix("StatusCode.")
         text = str(error.message())
-        if status == "CANCELLED":
-            return RAdapterClientError("the client was closed in the middle of a call")
         if status == "DEADLINE_EXCEEDED":
             return Timeout(f"no answer from {self._url} within {timeout:g} s")
-        if status == "UNAVAILABLE":
+        if status in ("UNAVAILABLE", "CANCELLED"):  # a server that stops cancels what it has not answered
             kind = Timeout if SILENT.search(text) else ServerUnavailable
             return kind(f"no answer from {self._url}: {text}; is the server running (radapter-serve)?")
         return from_server(status, text)

@@ -1,16 +1,19 @@
 """HTTP by urllib3: the KServe protocol with tensors in binary behind the JSON.
 
-Asynchronous calls wait for urllib3 in threads. An asynchronous HTTP library of its own is no gain: httpx's client takes
-two to eight times the CPU time for a request.
+Asynchronous calls wait for urllib3 in threads: httpx's client takes two to eight times the CPU time for a request.
+tritonclient has code for the bodies, too, but importing it takes gevent, geventhttpclient and rapidjson.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
+import io
 import json
 import socket
 import struct
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
@@ -41,7 +44,7 @@ class HttpTransport:
         self._open: set[HTTPConnection] = set()
         kind = urllib3.HTTPSConnectionPool if url.secure else urllib3.HTTPConnectionPool
         self._pool = kind(url.host, url.port, maxsize=CONNECTIONS)
-        self._pool.ConnectionCls = _remembered(HTTPSConnection if url.secure else HTTPConnection, self._open)
+        self._pool.ConnectionCls = _connection(HTTPSConnection if url.secure else HTTPConnection, self._open)
 
     def send(self, request: Request, timeout: float) -> Any:
         target = f"{self._url.path}/v2/models"
@@ -90,7 +93,7 @@ class HttpTransport:
 
 
 class AsyncHttpTransport:
-    """A cancelled request still occupies a thread until it is answered, late, or the transport is closed."""
+    """A cancelled request still occupies a thread until it is answered, or its time-out is over."""
 
     def __init__(self, url: ServerURL) -> None:
         self._http = HttpTransport(url)
@@ -155,16 +158,43 @@ def _message(body: bytes) -> str:
         return text[:200]
 
 
-def _remembered(kind: type[HTTPConnection], connections: set[HTTPConnection]) -> Any:
-    """A kind of connection that is in `connections` while it is open."""
+class _Until(io.RawIOBase):
+    """What a socket receives until a deadline; its own time-out starts again with every byte."""
 
-    class Remembered(kind):  # type: ignore[misc, valid-type]
+    def __init__(self, received: io.RawIOBase, sock: socket.socket, deadline: float) -> None:
+        self._received, self._sock, self._deadline = received, sock, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._sock.settimeout(max(self._deadline - time.monotonic(), 1e-6))  # 0 would mean not to wait at all
+        return self._received.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
+
+    def close(self) -> None:
+        self._received.close()
+        super().close()
+
+
+def _connection(kind: type[HTTPConnection], connections: set[HTTPConnection]) -> Any:
+    """A kind of connection that is in `connections` while it is open, and ends a request at its deadline."""
+
+    class Connection(kind):  # type: ignore[misc, valid-type]
         def connect(self) -> None:
             super().connect()
             connections.add(self)
+
+        def request(self, *args: Any, **options: Any) -> None:
+            self._deadline = time.monotonic() + self.timeout
+            super().request(*args, **options)
+
+        def response_class(self, sock: socket.socket, *args: Any, **options: Any) -> http.client.HTTPResponse:
+            response = http.client.HTTPResponse(sock, *args, **options)
+            response.fp = io.BufferedReader(_Until(response.fp.detach(), sock, self._deadline))
+            return response
 
         def close(self) -> None:
             connections.discard(self)
             super().close()
 
-    return Remembered
+    return Connection

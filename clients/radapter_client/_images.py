@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
-from ._exceptions import InvalidImage
+from ._exceptions import bad_image
 
 ImageLike: TypeAlias = Union[str, "os.PathLike[str]", bytes, Image.Image, "npt.NDArray[Any]"]
 
@@ -43,12 +43,12 @@ def encode_image(image: ImageLike) -> bytes:
         return _read(Path(image))
     if isinstance(image, (bytes, bytearray, memoryview)):
         if not len(image):
-            raise InvalidImage("an image of zero bytes", code="invalid_image")
+            raise bad_image("an image of zero bytes")
         return bytes(image)
     if isinstance(image, np.ndarray):
         image = _from_array(image)
     if not isinstance(image, Image.Image):
-        raise InvalidImage(f"not an image: {type(image).__name__}; allowed are {ALLOWED}", code="invalid_image")
+        raise bad_image(f"not an image: {type(image).__name__}; allowed are {ALLOWED}")
     return _png(image)
 
 
@@ -71,7 +71,7 @@ def read_image(image: ImageLike, *, exif_orientation: bool = True) -> Image.Imag
             opened = opened.convert("RGBA")
         return opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InvalidImage(f"cannot read the image: {error}", code="invalid_image") from error
+        raise bad_image(f"cannot read the image: {error}") from error
 
 
 def orientation(image: ImageLike) -> int:
@@ -130,32 +130,26 @@ def _read(path: Path) -> bytes:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise InvalidImage(f"cannot read the image {path}: {reason}", code="invalid_image") from error
+        raise bad_image(f"cannot read the image {path}: {reason}") from error
     if not data:
-        raise InvalidImage(f"the image {path} is an empty file", code="invalid_image")
+        raise bad_image(f"the image {path} is an empty file")
     return data
 
 
 def _from_array(array: npt.NDArray[Any]) -> Image.Image:
     shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
     if array.dtype != np.uint8 or not shaped or 0 in array.shape:
-        raise InvalidImage(
-            f"an array of {array.dtype} {list(array.shape)} is not an image; "
-            "allowed are uint8 [H, W, 3] (RGB) and uint8 [H, W] (grey)",
-            code="invalid_image",
-        )
+        why = f"an array of {array.dtype} {list(array.shape)} is not an image"
+        raise bad_image(f"{why}; allowed are uint8 [H, W, 3] (RGB) and uint8 [H, W] (grey)")
     return Image.fromarray(np.ascontiguousarray(array))
 
 
 def _png(image: Image.Image) -> bytes:
     if image.mode not in MODES:
-        raise InvalidImage(
-            f"a PIL image of mode {image.mode} cannot be sent without changing it; allowed are {', '.join(MODES)}; "
-            "send the file's path or bytes, or image.convert('RGB')",
-            code="invalid_image",
-        )
+        why = f"a PIL image of mode {image.mode} cannot be sent without changing it; allowed are {', '.join(MODES)}"
+        raise bad_image(f"{why}; send the file's path or bytes, or image.convert('RGB')")
     if 0 in image.size:
-        raise InvalidImage(f"an image of {image.width} x {image.height} pixels", code="invalid_image")
+        raise bad_image(f"an image of {image.width} x {image.height} pixels")
     file = io.BytesIO()
     # A colour profile is as large as a small image, and nobody reads it.
     options: dict[str, Any] = {"compress_level": 1, "icc_profile": None}
@@ -164,10 +158,9 @@ def _png(image: Image.Image) -> bytes:
             options["exif"] = Image.Exif()
             options["exif"][ExifTags.Base.Orientation] = turned
         if image.mode == "P" and np.asarray(image).max() >= len(image.getpalette() or ()) // 3:
-            raise InvalidImage(  # PNG packs by the palette's length and would change them
-                "a PIL image of mode P has pixels beyond its palette; send image.convert('RGB')", code="invalid_image"
-            )
+            # PNG packs by the palette's length and would change them.
+            raise bad_image("a PIL image of mode P has pixels beyond its palette; send image.convert('RGB')")
         image.save(file, "PNG", **options)
     except (OSError, ValueError, SyntaxError) as error:  # an image opened from a broken file fails only now
-        raise InvalidImage(f"cannot read the PIL image: {error}", code="invalid_image") from error
+        raise bad_image(f"cannot read the PIL image: {error}") from error
     return file.getvalue()

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from ._arguments import (
-    alpha_input,
     count,
+    count_inputs,
     for_each,
     image_input,
     label_inputs,
@@ -25,7 +25,7 @@ from ._arguments import (
     proposal_inputs,
     search_inputs,
     seconds,
-    segment_inputs,
+    share_inputs,
     utf8,
 )
 from ._calls import Answer, Part, call, call_each, was_property
@@ -84,7 +84,7 @@ class BaseClient(Generic[W]):
         alpha: float | None = None,
         timeout: float | None = None,
     ) -> Answer[list[Classification]]:
-        """The best labels of an image, or of each of a list of images.
+        """The best labels of an image, or of each of a list of images: a `Classification`, or a list of them.
 
         Args:
             images: a path, the bytes of an image file, a PIL image, a uint8 array [H, W, 3] (RGB) or [H, W] (grey);
@@ -95,10 +95,7 @@ class BaseClient(Generic[W]):
             top_k: labels to return, fewer where there are fewer.
             alpha: the adapter's weight in [0, 1], of a release that takes any (`release().dynamic_alpha`); None for the
                 release's own.
-            timeout: seconds for each request of this call.
-
-        Returns:
-            A `Classification` for one image, and a list of them for a list of images.
+            timeout: seconds for each request of this call; None for the client's own.
 
         Raises:
             InvalidRequest: bad arguments; InvalidImage among them, for the first image that is none.
@@ -106,7 +103,7 @@ class BaseClient(Generic[W]):
         Example: `client.classify("cat.jpg", ["a cat", "a dog"]).top`
         """
         items = _items(images)
-        options = label_inputs(labels, label_set, templates) | alpha_input(alpha)
+        options = label_inputs(labels, label_set, templates) | share_inputs(alpha=alpha)
         options["top_k"] = np.array([count("top_k", top_k)], np.int32)
         strings = sum(map(len, options.values()))
         rows = max(1, min(self._batch_size, MAX_STRINGS // strings))
@@ -136,14 +133,12 @@ class BaseClient(Generic[W]):
         proposal_weight: float | None = None,
         timeout: float | None = None,
     ) -> Answer[list[Segmentation]]:
-        """Which label each pixel of an image has, or of each of a list of images; there, one request an image.
+        """Which label each pixel of an image has: a `Segmentation`, or a list of them for a list of images.
+
+        Each image is one request. The arguments that are not named here are those of `classify`.
 
         Args:
-            images: as in `classify`.
             labels: as in `classify`; at most 65,534.
-            label_set: as in `classify`.
-            templates: as in `classify`.
-            alpha: as in `classify`.
             threshold: probability in [0, 1] below which a pixel is background; None: only those in no proposal are.
             short_side: shorter side in pixels of the working image that windows go over; None for 1.5 windows.
             stride: pixels from one window to the next; None for half a window.
@@ -152,21 +147,17 @@ class BaseClient(Generic[W]):
                 the image's own size, from any network that proposes masks. For a list of images, a list of them.
             proposal_scores: float [N, C], the proposals' own probabilities of the labels, to be fused with CLIP's.
             proposal_weight: w in [0, 1] of the fusion p = p_proposal^(1-w) p_clip^w (OVSeg); None for 0.7.
-            timeout: seconds for each request of this call.
-
-        Returns:
-            A `Segmentation` for one image, and a list of them for a list of images.
 
         Raises:
-            InvalidRequest: bad arguments; InvalidImage among them.
+            InvalidRequest: as in `classify`.
             ModelNotFound: the release has no patch encoder, and no proposals were given.
 
         Example: `client.segment("street.jpg", ["road", "car", "sky"]).overlay().save("overlay.png")`
         """
         items = _items(images)
         many = None if is_one_image(images) else len(items)
-        options = label_inputs(labels, label_set, templates) | alpha_input(alpha)
-        options |= segment_inputs(threshold, short_side, stride, refine)
+        options = label_inputs(labels, label_set, templates) | share_inputs(alpha=alpha, threshold=threshold)
+        options |= count_inputs(short_side=short_side, stride=stride) | count_inputs(0, refine=refine)
         masks, scores = for_each("proposals", proposals, many), for_each("proposal_scores", proposal_scores, many)
 
         def part(index: int) -> Request:
@@ -208,7 +199,7 @@ class BaseClient(Generic[W]):
             top_k: hits to return, fewer where there are fewer.
             where: condition in SQL on the index's metadata, such as "year > 2020".
             thumbnails: whether hits bring their thumbnails.
-            timeout: seconds for the request.
+            timeout: as in `classify`.
 
         Raises:
             InvalidRequest: bad arguments, an unknown index, or one of another release; its message names the command
@@ -230,15 +221,9 @@ class BaseClient(Generic[W]):
     def embed_images(
         self, images: Iterable[ImageLike], *, alpha: float | None = None, timeout: float | None = None
     ) -> Answer[Embeddings]:
-        """Embeddings of images: float32 [N, D], unit length, in the order given.
+        """Embeddings of a list of images: float32 [N, D], unit length, in the order given.
 
-        Args:
-            images: a list of images, each as in `classify`.
-            alpha: as in `classify`.
-            timeout: seconds for each request of this call.
-
-        Raises:
-            InvalidRequest: bad arguments; InvalidImage among them, for the first image that is none.
+        The arguments and the exceptions are those of `classify`.
 
         Example: `client.embed_images(["cat.jpg", "dog.jpg"]) @ client.embed_texts(["a cat"]).T`
         """
@@ -249,15 +234,9 @@ class BaseClient(Generic[W]):
     def embed_texts(
         self, texts: Iterable[str], *, alpha: float | None = None, timeout: float | None = None
     ) -> Answer[Embeddings]:
-        """Embeddings of texts: float32 [N, D], unit length, in the order given.
+        """Embeddings of a list of texts: float32 [N, D], unit length, in the order given.
 
-        Args:
-            texts: a list of texts; long ones are cut as by open_clip.
-            alpha: as in `classify`.
-            timeout: seconds for each request of this call.
-
-        Raises:
-            InvalidRequest: bad arguments.
+        Texts that are too long are cut as by open_clip. The other arguments are those of `classify`.
 
         Example: `client.embed_texts(["a photo of a cat."]).shape`
         """
@@ -298,7 +277,7 @@ class BaseClient(Generic[W]):
 
         Args:
             requests: how many to send, one after the other.
-            timeout: seconds for each of them.
+            timeout: as in `classify`.
 
         Example: `print(client.profile())`
         """
@@ -330,7 +309,7 @@ class BaseClient(Generic[W]):
         return read_releases(config)
 
     def _embed(self, kind: str, items: list[Any], sizes: list[int], alpha: float | None) -> Answer[Embeddings]:
-        options = alpha_input(alpha)
+        options = share_inputs(alpha=alpha)
         if not items:
             release = pick_release((yield from self._served()), self._version)
             return np.zeros((0, release.embed_dim), np.float32)

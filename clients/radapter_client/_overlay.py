@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from ._exceptions import InvalidRequest
+from ._exceptions import bad_argument
 
 if TYPE_CHECKING:
     from ._results import Segmentation
@@ -167,7 +167,6 @@ def read_font(path: str | os.PathLike[str] | None, size: int) -> ImageFont.FreeT
         layout = ImageFont.Layout.BASIC
         font = ImageFont.load_default(size) if path is None else ImageFont.truetype(path, size, layout_engine=layout)
     except OSError as error:
-        why = f"cannot read the font {path}: {error}; allowed are TrueType and OpenType files"
-        raise InvalidRequest(why, code="invalid_argument") from error
+        raise bad_argument(f"cannot read the font {path}: {error}; allowed are TrueType and OpenType files") from error
     assert isinstance(font, ImageFont.FreeTypeFont)
     return font

@@ -57,14 +57,7 @@ class Profile:
         queue = mean("embed_image", "queue") + encoder_queue
         # The task waits for its encoder, so the encoder's time is inside the task's.
         task = max(0.0, mean("embed_image", "compute") - encoder - encoder_queue)
-        return cls(
-            total=total,
-            network=max(0.0, total - queue - task - encoder),
-            queue=queue,
-            task=task,
-            encoder=encoder,
-            requests=requests,
-        )
+        return cls(total, max(0.0, total - queue - task - encoder), queue, task, encoder, requests)
 
 
 def read_statistics(statistics: Mapping[str, Any]) -> Totals:

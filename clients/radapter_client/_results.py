@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ._exceptions import InvalidRequest, ModelNotFound, ServerError
+from ._exceptions import ModelNotFound, ServerError, bad_argument
 from ._images import ImageLike, read_image
 from ._wire import Array
 
@@ -97,14 +97,15 @@ class Segmentation:
 
         chosen = self.image if image is None else image
         if chosen is None:
-            raise InvalidRequest("no image to draw on: give overlay(image)", code="invalid_argument")
+            raise bad_argument("no image to draw on: give overlay(image)")
         if not 0 <= opacity <= 1:
-            raise InvalidRequest(f"opacity is {opacity!r}; allowed are numbers from 0 to 1", code="invalid_argument")
+            raise bad_argument(f"opacity is {opacity!r}; allowed are numbers from 0 to 1")
         picture = read_image(chosen, exif_orientation=self.exif_orientation)
         height, width = self.mask.shape
         if picture.size != (width, height):
-            why = f"an image of {picture.width} x {picture.height} pixels for a mask of {width} x {height}"
-            raise InvalidRequest(why, code="invalid_argument")
+            raise bad_argument(
+                f"an image of {picture.width} x {picture.height} pixels for a mask of {width} x {height}"
+            )
         return draw(picture, self, opacity, legend, font)
 
 

@@ -90,14 +90,6 @@ class AsyncTransport(Protocol):
         """Ends the connections."""
 
 
-def text_array(rows: Sequence[Sequence[bytes]]) -> Array:
-    """Rows of byte strings as an object array [N, M]; numpy's own conversion would cut off zero bytes."""
-    array: Array = np.empty((len(rows), len(rows[0])), np.object_)
-    for index, row in enumerate(rows):
-        array[index] = row
-    return array
-
-
-def bytes_array(items: Sequence[bytes]) -> Array:
-    """Byte strings as an object array [N]."""
-    return text_array([items]).reshape(-1)
+def text_array(texts: Sequence[bytes] | Sequence[Sequence[bytes]]) -> Array:
+    """Byte strings as an object array [N], or rows of them as [N, M]; numpy's own kind would cut off zero bytes."""
+    return np.array(texts, np.object_)

@@ -11,8 +11,8 @@ from radapter_serve.adapter import Metadata
 from radapter_serve.clip.base import Base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder
-from radapter_serve.evaluation.judge import judge
-from radapter_serve.evaluation.judged import JudgedSet
+from radapter_serve.evaluation.evaluate import evaluate
+from radapter_serve.evaluation.evaluation_set import EvaluationSet
 from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
 from radapter_serve.evaluation.run import own_validation
 from radapter_serve.evaluation.sets import open_set
@@ -52,7 +52,7 @@ class Validation:
         max_drop: points that a release may lose.
     """
 
-    data: JudgedSet
+    data: EvaluationSet
     max_drop: float
 
     def __call__(
@@ -83,7 +83,7 @@ class Validation:
             "release": ReleaseEmbedder(str(repository)),
         }
         for name, embedder in embedders.items():
-            (row,) = judge(
+            (row,) = evaluate(
                 embedder,
                 self.data,
                 progress=lambda done, n, by=name: say(f"{entry.data}: {done} of {n} images by {by}"),  # type: ignore[misc]

@@ -17,7 +17,7 @@ from radapter_export.files import STAGED, disk_errors, make_folder, remove_empty
 from radapter_serve.errors import RAdapterError
 from radapter_serve.lock import lock
 from radapter_serve.release.release import Release
-from radapter_serve.release.repository import configure
+from radapter_serve.release.repository import configure, versions_of
 
 PATCH_ENCODER = "patch_encoder"  # the one model that an export may lack
 ENCODERS = ("image_encoder", PATCH_ENCODER, "text_encoder")
@@ -89,7 +89,7 @@ class Repository:
 
     def next_version(self) -> int:
         """One more than the highest version of any model."""
-        return max((version for model in MODELS for version in _versions(self.folder / model)), default=0) + 1
+        return max((version for model in MODELS for version in versions_of(self.folder / model)), default=0) + 1
 
     def add_config(
         self, model: str, releases: Sequence[Release], dims: Mapping[str, Sequence[int]], max_batch_size: int
@@ -126,11 +126,11 @@ class Repository:
                 (self.folder / model / "config.pbtxt").unlink(missing_ok=True)
 
     def _remove_leftovers(self) -> None:
-        complete = set(_versions(self.folder / MODELS[-1]))
+        complete = set(versions_of(self.folder / MODELS[-1]))
         for model in MODELS:
             self._check_ours(model, complete if model == PATCH_ENCODER else set())
         for model in MODELS:
-            for version in _versions(self.folder / model):
+            for version in versions_of(self.folder / model):
                 if version not in complete:
                     shutil.rmtree(self.folder / model / str(version), ignore_errors=True)
             for folder in (self.folder / model).glob(f"{STAGED}*"):
@@ -147,7 +147,7 @@ class Repository:
         config = folder / "config.pbtxt"
         if any(folder.glob(f"{STAGED}*")) or (config.is_file() and 'key: "release"' in config.read_text("utf-8")):
             return
-        if set(_versions(folder)) - retired or config.is_file():
+        if set(versions_of(folder)) - retired or config.is_file():
             raise RAdapterError(
                 f"{folder} holds a model that radapter-export did not make; move it, or give another --model-repository"
             )
@@ -190,9 +190,3 @@ def config(
     if model in ENCODERS:
         configure(parsed, releases[-1].runtime, releases[-1].precision, max_batch_size)
     return str(text_format.MessageToString(parsed))
-
-
-def _versions(folder: Path) -> list[int]:
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdecimal())
-    return []

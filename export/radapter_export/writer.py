@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from radapter_serve.adapter import Adapters, attach_adapter, fold
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.dense import check_dense
 from radapter_serve.clip.towers import is_causal
+from radapter_serve.files import digest_of
 from radapter_serve.index.collection import Collection
 from radapter_serve.inputs.alpha import Encode, at
 from radapter_serve.inputs.labels import LabelEmbedder, split_label
@@ -259,8 +259,7 @@ class Writer:
             say(f"embedding label set {name}: {len(labels)} labels")
             path, found = folder / f"{name}.npz", embed(labels, templates)
             found.save(path)
-            digest = f"sha256:{sha256(path.read_bytes()).hexdigest()}"
-            facts[name] = {"labels": len(labels), "templates": templates, "digest": digest}
+            facts[name] = {"labels": len(labels), "templates": templates, "digest": digest_of(path)}
             if alike := indistinguishable(found.labels, found.embeds):
                 pairs = "; ".join(f"{one!r} and {other!r}" for one, other in alike[:10])
                 more = f"; and {len(alike) - 10} more pairs" if len(alike) > 10 else ""

@@ -19,7 +19,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         version = Version(args)
-        patches = version.encode_patches if version.release["dense"] else None
+        patches = version.encode_patches if version.release.dense else None
         label_sets = load_label_sets(version.folder / "label_sets")
         self._task = Segment(version.release, version.encode_images, patches, version.embed_labels(), label_sets)
 

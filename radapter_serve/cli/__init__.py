@@ -17,7 +17,7 @@ from radapter_serve.errors import RAdapterError, reason
 
 
 def run(function: Callable[..., Any], argv: Sequence[str] | None = None, *, prog: str) -> int:
-    """Run a typed function as a command: its signature makes the flags, its docstring the help.
+    """Run a typed function as a command: its signature makes the flags, and its docstring the help.
 
     Args:
         function: what the command does; may return an exit status, None means 0.
@@ -25,39 +25,31 @@ def run(function: Callable[..., Any], argv: Sequence[str] | None = None, *, prog
         prog: name of the command, as in `pyproject.toml`.
 
     Returns:
-        The exit status: 2 for input that an `RAdapterError` complains of, 130 after Ctrl-C.
+        The exit status: 2 for an error that the user can mend, 130 after Ctrl-C.
     """
     return guard(lambda: tyro.cli(function, args=argv, prog=prog), argv, prog=prog)
 
 
 def guard(call: Callable[[], Any], argv: Sequence[str] | None = None, *, prog: str) -> int:
-    """Turn the errors that are meant for people into one line and an exit status; answer `--version`.
-
-    Args:
-        call: what the command does; may return an exit status, None means 0.
-        argv: arguments without the program's name; `sys.argv` if None.
-        prog: name of the command.
-    """
+    """`run` for a command that reads its arguments itself."""
     if "--version" in (sys.argv[1:] if argv is None else argv):
         print(f"{prog} {__version__}")
         return 0
     try:
         return call() or 0
     except RAdapterError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
+        message = str(error)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("radapter"):
             raise
-        print(f"{prog}: error: {error.name} is not installed; pip install 'radapter-serve[all]'", file=sys.stderr)
-        return 2
+        message = f"{error.name} is not installed; pip install 'radapter-serve[all]'"
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for the interpreter's last flush
         return 1
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"{prog}: error: {where}{error.strerror or reason(error)}", file=sys.stderr)
-        return 2
+        message = (f"{error.filename}: " if error.filename else "") + (error.strerror or reason(error))
     except KeyboardInterrupt as error:
         print(f"{prog}: interrupted{f'; {error}' if str(error) else ''}", file=sys.stderr)
         return 130
+    print(f"{prog}: error: {message}", file=sys.stderr)
+    return 2

@@ -1,4 +1,4 @@
-"""`radapter-eval`: judge a run, a merged checkpoint, a release or a live server by a suite."""
+"""`radapter-eval`: evaluate a run, a merged checkpoint, a release or a live server on a suite."""
 
 from __future__ import annotations
 
@@ -45,27 +45,26 @@ def evaluate(
     device: str | None = None,
     threads: int | None = None,
 ) -> None:
-    """Judge models by the data sets of a suite: a run at any alpha, a merged checkpoint, a release, or a live server.
+    """Evaluate a run at any alpha, a merged checkpoint, a release, or a live server on the data sets of a suite.
 
-    Writes OUT/results.jsonl, a row for each model and data set, with intervals and the figures of each class, and
-    pictures; prints a table.
+    It prints a table, and writes pictures and OUT/results.jsonl, which has a row for each model and data set with
+    intervals and the figures of each class.
 
     Args:
         suite: YAML file of data sets; ready ones are in recipes/suites.
-        adapter: folder of a run or adapter file; the newest run in ./runs if nothing else is to be judged.
+        adapter: folder of a run or adapter file; the newest run in ./runs if nothing else is given.
         alpha: re-scalings from 0 (the base) to 1 (all that was learned); 0, the run's own and 1 if none is given. auto
             chooses the best on validation data: the suite's sets with `split: validation`, else the run's own. Of a
             release or a server: one whose requests may bring it (radapter-export --alpha dynamic).
-        merged: folder of a merged checkpoint, to be judged instead of a run.
-        release: model repository, to be judged by its own runtime instead of a run; PATH@N for release N, else the
-            newest.
-        url: a live server, to be judged instead of a run, such as grpc://localhost:8001.
+        merged: folder of a merged checkpoint, instead of a run.
+        release: model repository, instead of a run; its own runtime runs it. PATH@N for release N, else the newest.
+        url: a live server, instead of a run, such as grpc://localhost:8001.
         finetuned: checkpoint of the base fine-tuned as a whole, for WiSE-FT at the same alphas beside the run.
         base: open_clip model or local-dir:PATH; what the adapter was trained on if none is given.
         pretrained: open_clip tag or path of a checkpoint; what the adapter was trained on if none is given.
         data_root: folder that the suite's paths start from.
         out: folder for rows and pictures.
-        resume: keep the rows in OUT, and judge only what is missing.
+        resume: keep the rows in OUT, and evaluate only what is missing.
         limit: images of a data set at most, drawn by the seed.
         seed: of that draw.
         batch_size: images a pass.
@@ -74,101 +73,118 @@ def evaluate(
         threads: threads to compute with; one a core if none is given. Fewer is faster beside other work.
     """
     limit_threads(threads)
-    given = [flag for flag, value in (("merged", merged), ("release", release), ("url", url)) if value]
-    of_a_run: dict[str, Any] = {"adapter": adapter, "finetuned": finetuned, "base": base, "pretrained": pretrained}
-    if merged or "auto" in alpha:  # which release has which alpha is seen when it is read
-        of_a_run["alpha auto" if "auto" in alpha else "alpha"] = alpha
-    also = [flag for flag, value in of_a_run.items() if value]
-    if len(given) > 1 or (given and also):
-        flags = ", ".join(f"--{flag}" for flag in given + also)
-        raise RAdapterError(f"{flags} don't go together: judge one thing a call, and add to its rows by --resume")
     auto = "auto" in alpha
-    alphas = () if auto else tuple(_number(value) for value in alpha)
-    if auto and len(alpha) > 1:
-        raise RAdapterError("--alpha auto stands alone: it tries 0 to 1 in steps of 0.1")
-    if len(set(alphas)) < len(alphas):
-        raise RAdapterError(f"an alpha is given twice: {' '.join(alpha)}")
+    others = {"merged": merged, "release": release, "url": url}
+    of_a_run = {"adapter": adapter, "finetuned": finetuned, "base": base, "pretrained": pretrained}
+    if merged or auto:  # which release has which alpha is seen when it is read
+        of_a_run["alpha auto" if auto else "alpha"] = " ".join(alpha)
+    _refuse_together(others, of_a_run)
+    alphas = _alphas(alpha)
     if suite is None and not auto:
         raise RAdapterError("no suite; give one with --suite, such as --suite recipes/suites/pacs.yaml")
     for name, count in (("limit", limit), ("batch-size", batch_size)):
         if count is not None and count < 1:
             raise RAdapterError(f"--{name} is {count}; allowed: 1 or more")
-    path = Path(adapter) if adapter else newest_run() if not given else Path()
+    path = Path(adapter) if adapter else Path() if any(others.values()) else newest_run()
     console, screen = Console(stderr=True), Console()
+    choice, skipped, rows = None, list[str](), list[Any]()
     with console.status("starting") as status:
         say = _escaped(status.update) if console.is_terminal else _Lines(console)
         # torch takes seconds to load: not for --help
-        from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
         from radapter_serve.evaluation.results import Results, prompts, table, warnings
-        from radapter_serve.evaluation.run import choose_alpha, draw, draw_choice, judge_suite
-        from radapter_serve.evaluation.server_embedder import ServerEmbedder
+        from radapter_serve.evaluation.run import choose_alpha, draw, draw_choice, evaluate_suite
         from radapter_serve.evaluation.suite import load_suite
-        from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
 
-        judged = load_suite(suite, data_root) if suite else None
+        tests = load_suite(suite, data_root) if suite else None
         results = Results(out, resume=resume)
         say("loading the model")
-        if merged:
-            embedder: Embedder = from_merged(merged, precision=precision, device=device)
-        elif release:
-            embedder = ReleaseEmbedder(release, alphas)
-        elif url:
-            embedder = ServerEmbedder(url, alphas)
-        else:
-            embedder = from_adapter(
-                path,
-                GRID if auto else alphas or None,
-                base=base,
-                pretrained=pretrained,
-                finetuned=finetuned,
-                precision=precision,
-                device=device,
-            )
-        options: dict[str, Any] = {
-            "limit": limit, "seed": seed, "batch_size": batch_size, "say": say,
-        }  # fmt: skip
+        torch_options: dict[str, Any] = {"precision": precision, "device": device}
+        if not any(others.values()):
+            torch_options |= {"base": base, "pretrained": pretrained, "finetuned": finetuned}
+        embedder = _load(path, GRID if auto else alphas, **others, **torch_options)
+        options: dict[str, Any] = {"limit": limit, "seed": seed, "batch_size": batch_size, "say": say}
         try:
             variants = embedder.variants
             if auto:
-                choice, file = choose_alpha(embedder, path, judged, results, **options)
+                choice, file = choose_alpha(embedder, path, tests, results, **options)
                 screen.print(_choice_table(choice))
-                screen.print(f"rule: {choice.rule}", highlight=False, soft_wrap=True)
-                screen.print(f"alpha {choice.alpha:g} is written to {file}", highlight=False, soft_wrap=True)
-                variants = [v for v in variants if v.alpha in (0.0, choice.alpha)]
-            skipped: list[str] = []
-            options["skip"] = skipped.append
-            rows = judge_suite(embedder, judged, results, variants=variants, **options) if judged else []
+                _print(screen, f"rule: {choice.rule}", f"alpha {choice.alpha:g} is written to {file}")
+                variants = [variant for variant in variants if variant.alpha in (0.0, choice.alpha)]
+            if tests:
+                rows = evaluate_suite(embedder, tests, results, variants=variants, skip=skipped.append, **options)
         finally:
             embedder.close()
-        # Of the α that auto judges on test data there are only two: no curve to replace a whole one by.
-        pictures = draw(rows, Path(out), judged.name, curve_too=not auto) if judged and rows else []
-        if auto:
+        # After auto there are only two α on test data: they must not replace a whole curve.
+        pictures = draw(rows, Path(out), tests.name, curve_too=not auto) if tests and rows else []
+        if choice:
             pictures.append(draw_choice(choice, Path(out)))
-    if judged and rows:
-        screen.print(table(rows, f"{judged.name}: per cent", judged.pairs("test")))
-        for line in prompts(rows):
-            screen.print(line, markup=False, highlight=False, soft_wrap=True)
-    for line in (*skipped, *warnings(rows)):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if judged and not rows and skipped:
-        raise RAdapterError(f"nothing was judged: all data sets of {judged.name} are left out")
-    for file in (results.path, *pictures):
-        screen.print(f"wrote {file}", highlight=False, soft_wrap=True)
+    if tests and rows:
+        screen.print(table(rows, f"{tests.name}: per cent", tests.pairs("test")))
+        _print(screen, *prompts(rows))
+    _print(console, *skipped, *warnings(rows))
+    if tests and not rows and skipped:
+        raise RAdapterError(f"nothing was evaluated: all data sets of {tests.name} are left out")
+    _print(screen, *(f"wrote {file}" for file in (results.path, *pictures)))
     if auto:
-        screen.print(
-            f"Next:   radapter-export --adapter {shlex.quote(str(path))} --alpha auto", highlight=False, soft_wrap=True
-        )
+        _print(screen, f"Next:   radapter-export --adapter {shlex.quote(str(path))} --alpha auto")
+
+
+def _refuse_together(others: dict[str, str | None], of_a_run: dict[str, str | None]) -> None:
+    """Refuse flags of several models, or flags of a run beside another model."""
+    given = [flag for flag, value in others.items() if value]
+    also = [flag for flag, value in of_a_run.items() if value]
+    if len(given) > 1 or (given and also):
+        flags = ", ".join(f"--{flag}" for flag in given + also)
+        raise RAdapterError(f"{flags} don't go together: evaluate one thing a call, and add to its rows by --resume")
+
+
+def _alphas(values: Sequence[str]) -> tuple[float, ...]:
+    """The values of `--alpha` as numbers; none for auto."""
+    if "auto" in values:
+        if len(values) > 1:
+            raise RAdapterError("--alpha auto stands alone: it tries 0 to 1 in steps of 0.1")
+        return ()
+    numbers = tuple(_number(value) for value in values)
+    if len(set(numbers)) < len(numbers):
+        raise RAdapterError(f"an alpha is given twice: {' '.join(values)}")
+    return numbers
+
+
+def _load(
+    adapter: Path,
+    alphas: Sequence[float],
+    *,
+    merged: str | None,
+    release: str | None,
+    url: str | None,
+    **torch_options: Any,
+) -> Embedder:
+    from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
+    from radapter_serve.evaluation.server_embedder import ServerEmbedder
+    from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
+
+    if merged:
+        return from_merged(merged, **torch_options)
+    if release:
+        return ReleaseEmbedder(release, alphas)
+    if url:
+        return ServerEmbedder(url, alphas)
+    return from_adapter(adapter, alphas or None, **torch_options)
+
+
+def _print(console: Console, *lines: str) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _choice_table(choice: Choice) -> Table:
     table = Table(title="Validation: per cent")
-    sets: Sequence[str] = list(choice.sets)
-    for column in ("α", "score", *sets):
+    columns = ("score", *choice.sets)
+    for column in ("α", *columns):
         table.add_column(column, justify="right")
     for point in choice.curve:
         style = "bold" if point["alpha"] == choice.alpha else None
-        values = (point[name] for name in ("score", *sets))
-        table.add_row(f"{point['alpha']:g}", *(f"{value:.2f}" for value in values), style=style)
+        table.add_row(f"{point['alpha']:g}", *(f"{point[name]:.2f}" for name in columns), style=style)
     return table
 
 
@@ -182,7 +198,7 @@ class _Lines:
         now = time.monotonic()
         if now - self._printed >= self._seconds:
             self._printed = now
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            _print(self._console, line)
 
 
 def _escaped(update: Callable[[str], None]) -> Callable[[str], None]:

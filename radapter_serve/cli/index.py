@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _next_commands(out: Path, model_repository: str, url: str | None) -> str:
     """How to serve an index that was built, and how to search it."""
-    from radapter_serve.release.facts import split_repository
+    from radapter_serve.release.repository import split_repository
 
     repository, number = split_repository(model_repository)
     indexes, index = shlex.quote(str(out.parent)), shlex.quote(out.absolute().name)
@@ -192,11 +192,12 @@ def _release(origin: Mapping[str, str]) -> Iterator[Any]:
 
         yield LocalRelease(origin["model_repository"])
         return
+    from radapter_serve.release.release import Release
     from radapter_serve.runtimes.served_release import ServerRelease, connect
 
     client, release = connect(origin["url"])
     with client:
-        yield ServerRelease(client, origin["url"], release.facts)
+        yield ServerRelease(client, origin["url"], Release.from_dict(release.facts))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 from rich.console import Console
@@ -15,6 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from radapter_serve.cli import run
+from radapter_serve.errors import RAdapterError
+from radapter_serve.release.release import Release
 from radapter_serve.server.runtime_choice import BATCHES, fastest
 from radapter_serve.server.triton_server import TritonServer
 
@@ -148,10 +150,10 @@ def _describe(model: Path, versions: Sequence[int]) -> str:
     parts = []
     for version in versions:
         try:
-            release: dict[str, Any] = json.loads((model / str(version) / "release.json").read_text(encoding="utf-8"))
-            own = f"alpha {release['alpha']:g}{' or any' if release.get('dynamic_alpha') else ''}"
-            parts.append(f"{version}: {release['architecture']} at {own}, {release['precision']}")
-        except (OSError, ValueError, KeyError, TypeError):
+            release = Release.load(model / str(version))
+            own = f"alpha {release.alpha:g}{' or any' if release.dynamic_alpha else ''}"
+            parts.append(f"{version}: {release.architecture} at {own}, {release.precision}")
+        except (RAdapterError, ValueError, TypeError):
             continue
     return "\n".join(parts)
 

@@ -26,6 +26,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.inputs.labels import read_label_file, read_templates
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess
+from radapter_serve.release.release import Release
 from radapter_serve.tasks.segmenter import Segmenter, SegmentOptions
 
 QUESTIONS = 60  # images, captions, scenes: as many of each as are compared
@@ -126,9 +127,9 @@ def ask_segment(client: Client, merged: Path, data: DemoData, scenes: SceneData,
     masked = load_masked(f"masks:{scenes.test[FINE_TUNED]}", classes=scenes.classes)
     images = random.Random(seed).sample(list(masked.images), QUESTIONS // 3)
     reference = Reference(merged)
-    facts = client.release().facts
-    preprocess, crop = Preprocess.from_dict(facts["preprocess"]), MaskCrop.from_dict(facts["crop"])
-    segmenter = Segmenter(reference.patches, None, preprocess, crop, reference.scale, facts["max_batch_size"])
+    release = Release.from_dict(client.release().facts)
+    preprocess, crop = Preprocess.from_dict(release.preprocess), MaskCrop.from_dict(release.crop)
+    segmenter = Segmenter(reference.patches, None, preprocess, crop, reference.scale, release.max_batch_size)
     classes = reference.classes(masked.classes, data.templates)
     pictures, pixels, same, error = [], 0, 0, 0.0
     for masked_image in images:

@@ -14,7 +14,7 @@ from radapter_serve.demo.data import BASE, FINE_TUNED, SHIFTS, STYLES, DemoData,
 from radapter_serve.demo.scenes import SCENE_SHIFTS, SHORT_SIDE, SceneData
 from radapter_serve.evaluation.plots import plot_alpha_curve
 from radapter_serve.evaluation.results import Results, curve
-from radapter_serve.evaluation.run import judge_suite
+from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.suite import Entry, Suite
 from radapter_serve.evaluation.torch_embedder import from_adapter
 from radapter_serve.training import load_recipe, train
@@ -53,7 +53,7 @@ class Learned:
     Attributes:
         run: its folder.
         alpha: for its release.
-        rows: of `judge_suite`, every data set at every α.
+        rows: of `evaluate_suite`, every data set at every α.
     """
 
     run: Path
@@ -134,7 +134,7 @@ def learn(lesson: Lesson, out: Path, *, seed: int, steps: int | None, alpha: flo
         for number, entry in enumerate(lesson.entries):
             few = [v for v in embedder.variants if v.alpha in (0.0, alpha, 1.0)]  # of what is in no curve
             variants = None if number <= lesson.shifts else few
-            rows += judge_suite(embedder, Suite(lesson.task, (entry,)), results, variants=variants)
+            rows += evaluate_suite(embedder, Suite(lesson.task, (entry,)), results, variants=variants)
     finally:
         embedder.close()
     return Learned(run, alpha, rows)

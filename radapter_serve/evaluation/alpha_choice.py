@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import PROPOSALS
+from radapter_serve.evaluation.results import Row, by_shift, curve
 from radapter_serve.files import staged
 
 FILE = "alpha.json"
@@ -27,8 +28,8 @@ class Choice:
     Attributes:
         alpha: the choice, in [0, 1].
         rule: in words.
-        curve: for each α judged: `alpha`, `score` by the rule, and each validation set's metric, in per cent.
-        sets: of each validation set its shift, metric, n and digest.
+        curve: for each α: `alpha`, `score` by the rule, and each validation set's metric, in per cent.
+        sets: shift, metric, n and digest of each validation set, by its name.
         adapter_digest: of the adapter that it was chosen for.
     """
 
@@ -39,11 +40,11 @@ class Choice:
     adapter_digest: str
 
 
-def choose(rows: Sequence[Mapping[str, Any]]) -> Choice:
+def choose(rows: Sequence[Row]) -> Choice:
     """Choose α from rows of validation sets.
 
     Args:
-        rows: from `judge`, of one adapter, every α on every validation set.
+        rows: from `evaluate`, of one adapter, every α on every validation set.
 
     Raises:
         RAdapterError: no set is in distribution, or dense labels and proposals would be averaged.
@@ -56,19 +57,16 @@ def choose(rows: Sequence[Mapping[str, Any]]) -> Choice:
         )
     facts = ("shift", "metric", "n", "set_digest")
     sets = {row["dataset"]: {name: row[name] for name in facts} for row in rows}
-    groups = [[name for name, of in sets.items() if of["shift"] == shift] for shift in ("id", "ood")]
+    groups = by_shift(sets)
     if not groups[0]:
         raise RAdapterError("alpha can't be chosen without an in-distribution validation set (split: validation)")
-    values: dict[float, dict[str, float]] = {}
-    for row in rows:
-        values.setdefault(row["alpha"], {})[row["dataset"]] = 100 * row["metrics"][row["metric"]]
-    curve = []
-    for alpha in sorted(values):
-        means = [sum(values[alpha][name] for name in group) / len(group) for group in groups if group]
-        curve.append({"alpha": alpha, "score": sum(means) / len(means), **values[alpha]})
-    # rounded: of alphas that differ by less than a sum's error, the smallest
-    best = max(curve, key=lambda point: (round(point["score"], 6), -point["alpha"]))
-    return Choice(best["alpha"], RULE_SHIFTED if groups[1] else RULE, curve, sets, rows[0]["adapter_digest"])
+    points = []
+    for point in curve(rows):
+        means = [sum(point[name] for name in group) / len(group) for group in groups if group]
+        points.append({"alpha": point["alpha"], "score": sum(means) / len(means), **point})
+    # Scores are rounded: where two differ by no more than the error of a sum, the smaller α wins.
+    best = max(points, key=lambda point: (round(point["score"], 6), -point["alpha"]))
+    return Choice(best["alpha"], RULE_SHIFTED if groups[1] else RULE, points, sets, rows[0]["adapter_digest"])
 
 
 def save_choice(choice: Choice, adapter: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""What judging needs of models: embeddings of images and texts, and labels of pixels."""
+"""What an evaluation needs from models: embeddings of images and texts, and labels of pixels."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.inputs.alpha import facts_at
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import decode
+from radapter_serve.release.release import Release
 from radapter_serve.tasks.segmenter import Segmenter, SegmentOptions
 
 PROPOSALS = "proposals"  # in place of a way: masks are given, and their crops are classified
@@ -29,7 +29,7 @@ class Variant:
     Attributes:
         source: `adapter`, `wise-ft`, `merged`, `release`, `server`.
         alpha: its α in [0, 1]; None where that is unknown.
-        facts: what a row says of it: model, pretrained, precision, digests.
+        facts: what a row says about it: model, pretrained, precision, digests.
     """
 
     source: str
@@ -39,7 +39,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class SegmentQuery:
-    """What images are segmented by.
+    """Labels and options to segment images by.
 
     Attributes:
         labels: names, synonyms after commas.
@@ -55,14 +55,14 @@ class SegmentQuery:
 
 
 class NoSuchWay(RAdapterError):
-    """Models that have no dense embeddings in the way that is asked for; says how to get some that have."""
+    """These models have no dense embeddings in the way that is asked for; the message says how to get some."""
 
 
 class Embedder(Protocol):
-    """What judging needs of models, whichever way they run.
+    """Models that can be evaluated, whichever way they run.
 
     Attributes:
-        variants: the models that it holds; `select` says which one embeds.
+        variants: the models that it holds; `select` chooses the one that embeds.
         templates: prompt templates for data sets that bring none.
         size: side of the image encoder's input in pixels, which is the window's too.
         crop: how the masks of proposals are shown.
@@ -76,10 +76,10 @@ class Embedder(Protocol):
     exif_orientation: bool
 
     def select(self, variant: Variant) -> None:
-        """Embed by this model from now on."""
+        """Use this model from now on."""
 
     def prepare(self, data: bytes) -> Any:
-        """From the bytes of an image file to what `embed_images` takes; the same for all variants. Thread-safe."""
+        """Decode an image file for `embed_images`; the result is the same for all variants. Thread-safe."""
 
     def embed_images(self, items: Sequence[Any]) -> Floats:
         """Prepared images to float32 [N, D], unit length."""
@@ -95,15 +95,15 @@ class Embedder(Protocol):
         """
 
     def segmenter(self, query: SegmentQuery, known: dict[Any, Floats]) -> SegmentImage:
-        """Segments images by the model that is selected now, and must be selected whenever it is called.
+        """A function that segments images by the model that is selected now; call it only while that is selected.
 
         Args:
-            query: what by.
-            known: embeddings of labels by this model, as of `class_embeds`; takes new ones.
+            query: labels, templates and options.
+            known: embeddings of labels by this model, as in `class_embeds`; new ones are added.
         """
 
     def close(self) -> None:
-        """Give back what it holds; a model that it was given is as it was."""
+        """Release what it holds, and restore the weights of a model that it was given."""
 
 
 def segment_here(segmenter: Segmenter, embeds: Floats, options: SegmentOptions) -> SegmentImage:
@@ -124,30 +124,35 @@ def segment_here(segmenter: Segmenter, embeds: Floats, options: SegmentOptions) 
     return segment
 
 
-def exported_way(facts: Mapping[str, Any], dense: str | None) -> str:
-    """`Embedder.way` of a release, given its `release.json`."""
-    own = (facts.get("dense") or {}).get("way")
+def exported_way(release: Release, dense: str | None) -> str:
+    """`Embedder.way` of a release."""
+    own = (release.dense or {}).get("way")
     if dense == PROPOSALS or (own and dense in (None, own)):
         return dense or str(own)
     has = f"has dense {own}" if own else "has no patch_encoder"
     wanted = dense or "naclip"
-    raise NoSuchWay(f"release {facts.get('version')} {has}; export one with radapter-export --dense {wanted}")
+    raise NoSuchWay(f"release {release.version} {has}; export one with radapter-export --dense {wanted}")
 
 
-def release_variants(source: str, release: Mapping[str, Any], alphas: Sequence[float]) -> Sequence[Variant]:
+def release_variants(source: str, release: Release, alphas: Sequence[float]) -> Sequence[Variant]:
     """The models of a release: itself, or itself at each of several α, which only one whose α is an input has.
 
     Raises:
         RAdapterError: it does not have one of these α.
     """
     facts = release_facts(release)
-    if release.get("quantization"):  # of int8: ranges found as it runs, or by which images
-        facts["quantization"] = release["quantization"]
-    return [Variant(source, facts_at(release, alpha)["alpha"], facts) for alpha in alphas or (release["alpha"],)]
+    if release.quantization:  # of int8: ranges found as it runs, or by which images
+        facts["quantization"] = release.quantization
+    return [Variant(source, release.at(alpha).alpha, facts) for alpha in alphas or (release.alpha,)]
 
 
-def release_facts(release: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row says of a release, given its `release.json`."""
-    names = ("base_digest", "adapter_digest", "precision")
-    facts = {"model": release["architecture"], "pretrained": release.get("pretrained")}
-    return {**facts, **{name: release.get(name) for name in names}, "release": release["version"]}
+def release_facts(release: Release) -> dict[str, Any]:
+    """What a row says of a release."""
+    return {
+        "model": release.architecture,
+        "pretrained": None,
+        "base_digest": release.base_digest,
+        "adapter_digest": release.adapter_digest,
+        "precision": release.precision,
+        "release": release.version,
+    }

@@ -1,4 +1,4 @@
-"""Classification and retrieval as judged sets."""
+"""Data sets of whole images: classification and retrieval."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from radapter_serve.data import ImageColumn
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder
-from radapter_serve.evaluation.intervals import Interval, mean_recall_interval, wilson
-from radapter_serve.evaluation.judged import (
+from radapter_serve.evaluation.evaluation_set import (
     MOST_CONFUSED,
     Known,
     Scorer,
@@ -24,8 +23,10 @@ from radapter_serve.evaluation.judged import (
     confused,
     contents,
     digest,
+    first_names,
     png_of,
 )
+from radapter_serve.evaluation.intervals import Interval, mean_recall_interval, wilson
 from radapter_serve.evaluation.metrics import (
     Floats,
     caption_groups,
@@ -37,7 +38,6 @@ from radapter_serve.evaluation.metrics import (
     true_ranks,
 )
 from radapter_serve.evaluation.suite import Entry
-from radapter_serve.inputs.labels import split_label
 from radapter_serve.inputs.preprocess import decode
 from radapter_serve.inputs.probabilities import indistinguishable
 
@@ -186,7 +186,7 @@ class _ClassificationScorer:
         }
         intervals["mean_per_class_recall"] = mean_recall_interval(hits[count > 0], count[count > 0])
         few = len(classes) <= MOST_CONFUSED
-        alike = indistinguishable([split_label(line)[0] for line in classes], self._classifier)
+        alike = indistinguishable(first_names(classes), self._classifier)
         return {
             "metrics": metrics,
             "intervals": intervals,

@@ -23,7 +23,7 @@ def check_finite(values: Floats) -> Floats:
     """Embeddings or scores as they are.
 
     Raises:
-        RAdapterError: they hold values that are not finite, which stand behind no other and before no other.
+        RAdapterError: some values are not finite, so that they can't be ranked.
     """
     if not np.isfinite(values).all():
         raise RAdapterError(NOT_FINITE)

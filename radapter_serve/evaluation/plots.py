@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from radapter_serve.evaluation.results import model_name
+
 Points = Sequence[Mapping[str, float]]
 
 
@@ -97,7 +99,7 @@ def plot_bars(values: Mapping[str, Mapping[str, float]], path: str | Path, *, ti
 
 
 def plot_confusion(row: Mapping[str, Any], path: str | Path) -> None:
-    """Draw which classes are taken for which, with the number of images (of segmentation pixels) of each class.
+    """Draw which classes are taken for which, with the number of images (for segmentation: pixels) of each class.
 
     Args:
         row: of results, with `confusion` and `per_class`.
@@ -123,6 +125,5 @@ def plot_confusion(row: Mapping[str, Any], path: str | Path) -> None:
     axes.set_yticks(range(len(names)), [f"{label}{figure}" for label, figure in zip(labels, figures, strict=True)])
     axes.set_xlabel("found")
     axes.set_ylabel("true")
-    model = row["source"] if row["alpha"] is None else f"{row['source']}, α = {row['alpha']:g}"
-    figure.suptitle(f"{row['dataset']}: {model}")
+    figure.suptitle(f"{row['dataset']}: {model_name(row['source'], row['alpha'], ', α = ')}")
     figure.savefig(path)

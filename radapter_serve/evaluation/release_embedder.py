@@ -14,7 +14,7 @@ from radapter_serve.evaluation.embedder import (
     release_variants,
     segment_here,
 )
-from radapter_serve.evaluation.judged import class_embeds
+from radapter_serve.evaluation.evaluation_set import class_embeds
 from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.runtimes.local_release import LocalRelease
@@ -26,7 +26,7 @@ class ReleaseEmbedder:
 
     Args:
         repository: the model repository; `PATH@N` names a release, the newest otherwise.
-        alphas: re-scalings in [0, 1] to judge; the release's own if none.
+        alphas: re-scalings in [0, 1] to evaluate; the release's own if none.
 
     Raises:
         RAdapterError: no such release, one that lacks an α, or its runtime can't load it.
@@ -35,8 +35,8 @@ class ReleaseEmbedder:
     def __init__(self, repository: str, alphas: Sequence[float] = ()) -> None:
         self._release = LocalRelease(repository)
         facts = self._release.facts
-        self.templates = list(facts["templates"])
-        self.size, self.crop = self._release.preprocess.size[0], MaskCrop.of_release(facts)
+        self.templates = list(facts.templates)
+        self.size, self.crop = self._release.preprocess.size[0], MaskCrop.from_dict(facts.crop)
         self.exif_orientation = self._release.preprocess.exif_orientation
         self.variants = release_variants("release", facts, alphas)
 

@@ -38,7 +38,7 @@ class Results:
             self.rows = _read(self.path)
 
     def find(self, facts: Mapping[str, Any]) -> Row | None:
-        """The row of these facts, which are all of a row but what was measured."""
+        """The row with these facts: all of a row except what was measured."""
         key = _key(facts)
         return next((row for row in self.rows if _key(row) == key), None)
 
@@ -54,6 +54,22 @@ class Results:
             raise RAdapterError(f"could not write {self.path}: {error.strerror}") from error
 
 
+def own_metric(row: Mapping[str, Any]) -> float:
+    """The metric that the data set is reported by, in per cent."""
+    return 100 * float(row["metrics"][row["metric"]])
+
+
+def by_shift(sets: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """Names of the data sets in distribution, and of the shifted ones; `sets` gives a row, or its facts, by name."""
+    ids, ood = ([name for name, of in sets.items() if of["shift"] == shift] for shift in ("id", "ood"))
+    return ids, ood
+
+
+def model_name(source: str, alpha: float | None, joint: str = " at alpha ") -> str:
+    """A model as messages and pictures name it."""
+    return source if alpha is None else f"{source}{joint}{alpha:g}"
+
+
 def curve(rows: Sequence[Row]) -> list[dict[str, float]]:
     """For each α, ascending, the set's own metric in per cent by the name of the set, and `alpha`.
 
@@ -62,8 +78,7 @@ def curve(rows: Sequence[Row]) -> list[dict[str, float]]:
     """
     points: dict[float, dict[str, float]] = {}
     for row in rows:
-        point = points.setdefault(row["alpha"], {"alpha": row["alpha"]})
-        point[row["dataset"]] = 100 * row["metrics"][row["metric"]]
+        points.setdefault(row["alpha"], {"alpha": row["alpha"]})[row["dataset"]] = own_metric(row)
     return [points[alpha] for alpha in sorted(points)]
 
 
@@ -73,8 +88,14 @@ def metric_name(metric: str) -> str:
     return names.get(metric, metric.replace("_retrieval_recall", " R"))
 
 
+def common_unit(metrics: Iterable[str]) -> str:
+    """The unit of figures of these metrics: such as `mIoU, %`, or `%` where they differ."""
+    names = {metric_name(metric) for metric in metrics}
+    return f"{names.pop()}, %" if len(names) == 1 else "%"
+
+
 def harmonic_means(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[Row]:
-    """A row for each model and each data set of which it was judged by base and by novel classes.
+    """A row for each model and each data set that it was evaluated on by base and by novel classes.
 
     Args:
         rows: of any models and data sets.
@@ -88,13 +109,12 @@ def harmonic_means(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> lis
             if name != base or other is None:
                 continue
             values = {"base": row["metrics"][row["metric"]], "novel": other["metrics"][other["metric"]]}
-            facts = {key: value for key, value in row.items() if key not in (*MEASURED, "class_split", "classes")}
-            facts |= {"dataset": f"{base} and {novel}", "metric": "harmonic_mean", "n": row["n"] + other["n"]}
-            facts["set_digest"] = f"{row['set_digest']} {other['set_digest']}"
-            runtime = round(row["runtime"] + other["runtime"], 3)
-            means.append(
-                {**facts, "metrics": {**values, "harmonic_mean": harmonic(*values.values())}, "runtime": runtime}
-            )
+            mean = {key: value for key, value in row.items() if key not in (*MEASURED, "class_split", "classes")}
+            mean |= {"dataset": f"{base} and {novel}", "metric": "harmonic_mean", "n": row["n"] + other["n"]}
+            mean["set_digest"] = f"{row['set_digest']} {other['set_digest']}"
+            mean["metrics"] = {**values, "harmonic_mean": harmonic(*values.values())}
+            mean["runtime"] = round(row["runtime"] + other["runtime"], 3)
+            means.append(mean)
     return means
 
 
@@ -134,7 +154,7 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
     for row in rows:
         models.setdefault((row["source"], row["alpha"]), {})[row["dataset"]] = row
     for (source, alpha), of_set in models.items():
-        values = {name: 100 * row["metrics"][row["metric"]] for name, row in of_set.items()}
+        values = {name: own_metric(row) for name, row in of_set.items()}
         cells = [_figure(of_set[name]) if name in of_set else "" for name in sets]
         for names in means:
             found = [values[name] for name in names if name in values]
@@ -148,12 +168,12 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
 
 
 def _kind(row: Row) -> tuple[Any, ...]:
-    """What sets have in common that may be averaged: dense labels and proposals, say, are different things."""
+    """Data sets of one kind may be averaged; dense segmentation and proposals, for instance, are different kinds."""
     return row["shift"], row["metric"], row.get("dense"), row.get("background") is None
 
 
 def _figure(row: Row) -> str:
-    figure = f"{100 * row['metrics'][row['metric']]:.2f}"
+    figure = f"{own_metric(row):.2f}"
     interval = row.get("intervals", {}).get(row["metric"])
     return f"{figure}\n{100 * interval[0]:.1f} – {100 * interval[1]:.1f}" if interval else figure
 
@@ -178,7 +198,7 @@ def warnings(rows: Sequence[Row]) -> list[str]:
         if row.get("indistinguishable"):
             sets, models = found.setdefault(tuple((a, b) for a, b in row["indistinguishable"]), ({}, {}))
             sets[row["dataset"]] = None
-            models[row["source"] if row["alpha"] is None else f"{row['source']} at alpha {row['alpha']:g}"] = None
+            models[model_name(row["source"], row["alpha"])] = None
     return [
         f"{', '.join(sets)}: warning: {', '.join(models)} can't tell apart "
         + ", ".join(f"{one!r} and {other!r}" for one, other in alike[:5])

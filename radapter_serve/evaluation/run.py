@@ -1,4 +1,4 @@
-"""Judging by a whole suite, and choosing α by it."""
+"""Evaluate models on a whole suite, choose α by it, and draw the results."""
 
 from __future__ import annotations
 
@@ -12,17 +12,26 @@ from radapter_serve.adapter import Metadata, load_adapter
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import Choice, choose, save_choice
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder, NoSuchWay, Variant
-from radapter_serve.evaluation.judge import facts_of, judge
-from radapter_serve.evaluation.judged import Known
+from radapter_serve.evaluation.evaluate import evaluate, facts_of
+from radapter_serve.evaluation.evaluation_set import Known
 from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars, plot_confusion
-from radapter_serve.evaluation.results import Results, Row, curve, harmonic_means, metric_name
+from radapter_serve.evaluation.results import (
+    Results,
+    Row,
+    by_shift,
+    common_unit,
+    curve,
+    harmonic_means,
+    model_name,
+    own_metric,
+)
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Suite, entry_of
 
 Say = Callable[[str], None]
 
 
-def judge_suite(
+def evaluate_suite(
     embedder: Embedder,
     suite: Suite,
     results: Results,
@@ -35,9 +44,10 @@ def judge_suite(
     say: Say | None = None,
     skip: Say | None = None,
 ) -> list[Row]:
-    """Judge models on the data sets of one split of a suite; rows that `results` has are not made again.
+    """Evaluate models on the data sets of one split of a suite; rows that `results` has are not made again.
 
-    Where a data set is judged by its base and its novel classes, a row of the harmonic mean is added to the results.
+    Where a suite has both the base and the novel classes of a data set, a row of their harmonic mean is added to the
+    results.
 
     Args:
         embedder: holds the models.
@@ -48,8 +58,8 @@ def judge_suite(
         limit: images of a data set at most, drawn by the seed; None takes all.
         seed: of that draw.
         batch_size: images a pass.
-        say: called with a line about what is going on.
-        skip: called with a line about a data set that these models can't be judged by; None raises it.
+        say: called with a line about the progress.
+        skip: called with a line about a data set that these models can't be evaluated on; if None, that is an error.
 
     Returns:
         The rows, data set by data set.
@@ -73,7 +83,7 @@ def judge_suite(
         if missing:
             models = f"{len(missing)} model{'s' if len(missing) > 1 else ''}"
             say(f"{entry.name}: embedding its texts by {models}")
-            made = judge(
+            made = evaluate(
                 embedder,
                 data,
                 missing,
@@ -99,7 +109,7 @@ def choose_alpha(
         adapter: adapter file, or the folder of a run.
         suite: its validation sets are used; where it has none, the validation data that the run was trained with.
         results: takes the rows.
-        options: as of `judge_suite`.
+        options: of `evaluate_suite`.
 
     Returns:
         The choice, and the file that it was written to.
@@ -110,7 +120,7 @@ def choose_alpha(
     if suite is None or not suite.of_split("validation"):
         suite = own_validation(load_adapter(adapter).metadata)
     variants = [variant for variant in embedder.variants if variant.source == "adapter"]
-    choice = choose(judge_suite(embedder, suite, results, split="validation", variants=variants, **options))
+    choice = choose(evaluate_suite(embedder, suite, results, split="validation", variants=variants, **options))
     return choice, save_choice(choice, adapter)
 
 
@@ -121,11 +131,8 @@ def draw_choice(choice: Choice, folder: Path) -> Path:
         choice: from `choose_alpha`.
         folder: for the picture.
     """
-    ids, ood = ([name for name, of in choice.sets.items() if of["shift"] == shift] for shift in ("id", "ood"))
-    metrics = {metric_name(of["metric"]) for of in choice.sets.values()}
-    unit = f"{metrics.pop()}, %" if len(metrics) == 1 else "%"
-    path = folder / "validation.png"
-    plot_alpha_curve(choice.curve, ids, ood, path, title=f"validation: α = {choice.alpha:g}", unit=unit)
+    path, unit = folder / "validation.png", common_unit(of["metric"] for of in choice.sets.values())
+    plot_alpha_curve(choice.curve, *by_shift(choice.sets), path, title=f"validation: α = {choice.alpha:g}", unit=unit)
     return path
 
 
@@ -136,7 +143,7 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
     proposals; `confusion-NAME.png` of each data set of few classes, by the last model.
 
     Args:
-        rows: from `judge_suite`.
+        rows: from `evaluate_suite`.
         folder: for the pictures.
         title: above them.
         curve_too: False leaves `alpha.png` as it is.
@@ -146,18 +153,15 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
     """
     bars: dict[str, dict[str, float]] = {}
     for row in rows:
-        name = row["source"] if row["alpha"] is None else f"{row['source']}, α = {row['alpha']:g}"
-        bars.setdefault(name, {})[row["dataset"]] = 100 * row["metrics"][row["metric"]]
-    metrics = {metric_name(row["metric"]) for row in rows}
-    unit = f"{metrics.pop()}, %" if len(metrics) == 1 else "%"
-    pictures = [folder / "bars.png"]
+        bars.setdefault(model_name(row["source"], row["alpha"], ", α = "), {})[row["dataset"]] = own_metric(row)
+    pictures, unit = [folder / "bars.png"], common_unit(row["metric"] for row in rows)
     plot_bars(bars, pictures[0], title=title, unit=unit)
     ways: dict[str, list[Row]] = {}
     for row in rows:
         ways.setdefault("proposals" if row.get("dense") == PROPOSALS else "dense", []).append(row)
     names = ("adapter", "release", "server", "wise-ft")
     for way, some in ways.items():
-        ids, ood = (list(dict.fromkeys(r["dataset"] for r in some if r["shift"] == s)) for s in ("id", "ood"))
+        ids, ood = by_shift({row["dataset"]: row for row in some})
         lines = {source: curve([r for r in some if r["source"] == source]) for source in names}
         line = next((lines[source] for source in names[:3] if len(lines[source]) > 1), None)
         if curve_too and line is not None:

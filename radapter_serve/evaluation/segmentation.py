@@ -1,4 +1,4 @@
-"""Judging by images whose pixels have classes: mIoU over a whole data set."""
+"""Data sets of images whose pixels have classes: mIoU over a whole set."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from numpy.typing import NDArray
 from radapter_serve.data.masks import IGNORE, MaskedImage
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder, SegmentImage, SegmentQuery
+from radapter_serve.evaluation.evaluation_set import Known, as_seen, by_class, confused, contents, digest, first_names
 from radapter_serve.evaluation.intervals import segmentation_intervals
-from radapter_serve.evaluation.judged import Known, as_seen, by_class, confused, contents, digest
 from radapter_serve.evaluation.metrics import class_ious, confusion, pixel_sums, segmentation_metrics, shares
 from radapter_serve.evaluation.suite import Entry
-from radapter_serve.inputs.labels import split_label
 from radapter_serve.inputs.probabilities import indistinguishable
 from radapter_serve.tasks.segmenter import SegmentOptions
 
 
 @dataclass(frozen=True)
 class MaskedItem:
-    """An image with what it is judged by.
+    """An image and the truth about its pixels.
 
     Attributes:
         number: of the image in its set.
@@ -59,8 +58,8 @@ class SegmentationSet:
     most = 4  # images and their masks in memory at once
 
     def __post_init__(self) -> None:
-        names = [split_label(line)[0] for line in self.classes]
-        if self.entry.background is not None and self.entry.background not in names:
+        names = first_names(self.classes)
+        if self.entry.background not in (None, *names):
             raise RAdapterError(
                 f"data set {self.entry.name!r}: background is {self.entry.background!r}, which is none of the classes: "
                 f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
@@ -75,13 +74,12 @@ class SegmentationSet:
     @cached_property
     def facts(self) -> dict[str, Any]:
         names = [image.name for image in self.images]
+        of_images = contents(self.entry.name, [self._reader(image) for image in self.images])
         return {
             "n": len(self.images),
             "classes": len(self.classes),
             "classes_digest": digest(self.classes),
-            "set_digest": digest(
-                self.classes, names, contents(self.entry.name, [self._reader(i) for i in self.images])
-            ),
+            "set_digest": digest(self.classes, names, of_images),
         }
 
     def _reader(self, image: MaskedImage) -> Callable[[], Iterator[bytes | NDArray[Any]]]:
@@ -96,8 +94,7 @@ class SegmentationSet:
     @cached_property
     def background(self) -> int | None:
         """Number of the class that stands for everything else; it has no prompt."""
-        names = [split_label(line)[0] for line in self.classes]
-        return None if self.entry.background is None else names.index(self.entry.background)
+        return None if self.entry.background is None else first_names(self.classes).index(self.entry.background)
 
     def query(self, embedder: Embedder) -> SegmentQuery:
         """What the set's images are segmented by; sizes are written out, so that a row tells them.
@@ -133,7 +130,7 @@ class SegmentationSet:
     def scorer(self, embedder: Embedder, known: Known) -> SegmentationScorer:
         query = self.query(embedder)
         open_world = query.dense == PROPOSALS or query.options.threshold is not None
-        segment, names = embedder.segmenter(query, known), [split_label(line)[0] for line in query.labels]
+        segment, names = embedder.segmenter(query, known), first_names(query.labels)
         embeds = [known[key] for line in query.labels if (key := (tuple(query.templates), line)) in known]
         alike = indistinguishable(names, np.stack(embeds)) if len(embeds) == len(names) else []
         return SegmentationScorer(self, segment, open_world, alike)
@@ -170,8 +167,8 @@ class SegmentationScorer:
                     found = self._segment(item.data, item.masks).astype(np.int64)
                 except RAdapterError as error:
                     raise RAdapterError(f"{self._data.name(item.number)}: {error}") from error
-            judged = item.truth != IGNORE
-            counts = confusion(item.truth[judged], self._class_of[found[judged]], len(self._data.classes))
+            known = item.truth != IGNORE
+            counts = confusion(item.truth[known], self._class_of[found[known]], len(self._data.classes))
             self._confusion += counts
             self._sums.append(np.stack(pixel_sums(counts)))
 

@@ -12,8 +12,9 @@ from radapter_client import RAdapterClientError
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import SegmentImage, SegmentQuery, Variant, exported_way, release_variants
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.inputs.alpha import RequestAlpha
 from radapter_serve.inputs.mask_crop import MaskCrop
+from radapter_serve.inputs.preprocess import Preprocess
+from radapter_serve.release.release import Release
 from radapter_serve.runtimes.served_release import connect
 
 
@@ -22,23 +23,24 @@ class ServerEmbedder:
 
     Args:
         url: `grpc://HOST:PORT` or `http://HOST:PORT`.
-        alphas: re-scalings in [0, 1] to judge; the release's own if none.
+        alphas: re-scalings in [0, 1] to evaluate; the release's own if none.
 
     Raises:
         RAdapterError: nobody answers there, or the release lacks an α.
     """
 
     def __init__(self, url: str, alphas: Sequence[float] = ()) -> None:
-        self._client, release = connect(url)
-        self._facts = release.facts
+        self._client, served = connect(url)
+        self._release = release = Release.from_dict(served.facts)
         self.templates = release.templates
-        self.size, self.crop = int(release.facts["preprocess"]["size"]), MaskCrop.of_release(release.facts)
-        self.exif_orientation = bool(release.facts["preprocess"].get("exif_orientation", True))
-        self.variants = release_variants("server", release.facts, alphas)
+        preprocess = Preprocess.from_dict(release.preprocess)
+        self.size, self.crop = preprocess.size[0], MaskCrop.from_dict(release.crop)
+        self.exif_orientation = preprocess.exif_orientation
+        self.variants = release_variants("server", release, alphas)
         self._alpha: float | None = None
 
     def select(self, variant: Variant) -> None:
-        self._alpha = RequestAlpha(self._facts).one(variant.alpha)
+        self._alpha = self._release.request_alpha.one(variant.alpha)
 
     def prepare(self, data: bytes) -> Any:
         return data
@@ -56,7 +58,7 @@ class ServerEmbedder:
             raise RAdapterError(f"the server failed: {error}") from error
 
     def way(self, dense: str | None) -> str:
-        return exported_way(self._facts, dense)
+        return exported_way(self._release, dense)
 
     def segmenter(self, query: SegmentQuery, known: dict[Any, Floats]) -> SegmentImage:
         options = query.options

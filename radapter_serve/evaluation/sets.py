@@ -24,8 +24,8 @@ from radapter_serve.data import (
 )
 from radapter_serve.data.masked import load_masked
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.evaluation_set import EvaluationSet, drawn
 from radapter_serve.evaluation.image_sets import ClassificationSet, Image, RetrievalSet
-from radapter_serve.evaluation.judged import JudgedSet, drawn
 from radapter_serve.evaluation.karpathy import load_karpathy
 from radapter_serve.evaluation.segmentation import SegmentationSet
 from radapter_serve.evaluation.suite import Entry, Suite, read_yaml
@@ -34,13 +34,13 @@ from radapter_serve.inputs.labels import split_label
 _READERS = (*READERS, "masks", "coco", "karpathy")
 
 
-def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int = 0) -> JudgedSet:
+def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int = 0) -> EvaluationSet:
     """Open one data set of a suite.
 
     Args:
         suite: where it stands.
         entry: the data set.
-        limit: judge no more than this many images, drawn by the seed; None takes all.
+        limit: images at most, drawn by the seed; None takes all.
         seed: of that draw.
 
     Raises:
@@ -121,7 +121,7 @@ def _retrieval_set(suite: Suite, entry: Entry, spec: str, limit: int | None, see
     return retrieval_set(entry, data, limit, seed)
 
 
-def _own_set(run: Metadata, entry: Entry, limit: int | None, seed: int) -> JudgedSet:
+def _own_set(run: Metadata, entry: Entry, limit: int | None, seed: int) -> EvaluationSet:
     """The validation data of a run, as training opened it."""
     data = validation_data(run.recipe, run.classes, broken=[])
     assert data is not None  # as own_validation has seen

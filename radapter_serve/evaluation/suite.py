@@ -1,4 +1,4 @@
-"""Suites: YAML files that say which data sets judge a model, and how."""
+"""Suites: YAML files that say on which data sets a model is evaluated, and how."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ METRICS = {
     "retrieval": tuple(f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)),
     "segmentation": ("miou", "pixel_accuracy", "mean_class_accuracy"),
 }
-USED_BY = {  # of the fields that not every task has a use for
+USED_BY = {  # which tasks use a field, for fields that not every task uses
     "classes": ("classification", "segmentation"),
     **dict.fromkeys(("image_column", "border"), ("classification", "retrieval")),
     **dict.fromkeys(("label_column", "class_split"), ("classification",)),
@@ -65,17 +65,17 @@ class Entry:
             has both, the harmonic mean of the two is reported, too.
         templates: prompt templates, `openai`, `simple`, or a file beside the suite; None takes the
             model's own.
-        exif_orientation: turn images as their EXIF says, for every model that is judged; false leaves the pixels as the
-            file has them, as open_clip does.
+        exif_orientation: turn images as their EXIF says, for every model; false leaves the pixels as the file has
+            them, as open_clip does.
         border: pixels that are cut off each side of an image first (ObjectNet's have a red frame).
         image_column, label_column, caption_column: names of columns.
         max_captions: retrieval: no more captions of an image than this, its first; None takes all.
         images: folder of the images below the data root, for data that names them relative to elsewhere.
         dense: segmentation: the way from patches to embeddings; `proposals` gives the model the true masks instead and
             classifies their crops, the upper bound of what proposals can reach; None takes the model's own way.
-        short_side, stride, refine, threshold: segmentation: as of `SegmentOptions`.
-        background: segmentation with a threshold: the class that stands for all that no other class is sure of, and has
-            no prompt. With a threshold and no such class, a pixel below it is wrong.
+        short_side, stride, refine, threshold: segmentation: as in `SegmentOptions`.
+        background: segmentation with a threshold: the class of pixels where every other class is below the threshold;
+            it has no prompt. Without such a class these pixels count as wrong.
         language: of the texts.
     """
 
@@ -142,16 +142,14 @@ def entry_of(values: Mapping[str, Any], where: str) -> Entry:
         return Entry(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        field, rule = (
-            str(first["loc"][0]),
-            first["msg"].removeprefix("Value error, ").replace("Input should be", "allowed:"),
-        )
+        field = str(first["loc"][0])
+        rule = first["msg"].removeprefix("Value error, ").replace("Input should be", "allowed:")
         raise RAdapterError(f"{where}, {values['name']!r}: {field} is {str(values[field])[:80]!r}; {rule}") from None
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Data sets to judge by.
+    """Data sets to evaluate models on.
 
     Attributes:
         name: of the suite.

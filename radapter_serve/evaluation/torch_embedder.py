@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,11 +30,12 @@ from radapter_serve.evaluation.embedder import (
     release_facts,
     segment_here,
 )
-from radapter_serve.evaluation.judged import class_embeds
+from radapter_serve.evaluation.evaluation_set import class_embeds
 from radapter_serve.evaluation.metrics import Floats
+from radapter_serve.files import digest_of
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess, decode
-from radapter_serve.release.facts import read_release
+from radapter_serve.release.release import FILE, Release
 from radapter_serve.tasks.segmenter import Segmenter
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -45,7 +45,7 @@ _WINDOWS = 16
 
 @dataclass
 class _Line:
-    """Weights on a line from the base: `W + α·delta`, which both folding an adapter and WiSE-FT are."""
+    """Weights on a line from the base, `W + α·delta`: a folded adapter, or WiSE-FT."""
 
     source: str
     deltas: dict[str, Tensor]
@@ -53,11 +53,11 @@ class _Line:
 
 
 class TorchEmbedder:
-    """A base, and models that differ from it by α times something: each α is one sum in memory.
+    """A base, and models that differ from it by α times a fixed change; selecting one computes that sum in place.
 
     Args:
         base: gives model, preprocessing and tokenizer; its weights change until `close`.
-        lines: what the models differ by.
+        lines: the changes.
         alphas: re-scalings in [0, 1], for each line.
         templates: prompt templates for data sets that bring none.
         dense: the lines' own way of dense embeddings; None where they name none.
@@ -231,15 +231,14 @@ def embedder_of(
     if finetuned is not None:
         change, digest = _difference(Path(finetuned), weights)
         lines.append(_Line("wise-ft", change, {**facts, "weights_digest": digest}))
-    recipe = adapter.metadata.recipe
-    dense = recipe.get("dense", "none")
+    dense = adapter.metadata.recipe.get("dense", "none")
     return TorchEmbedder(
         base,
         lines,
         alphas,
         adapter.metadata.templates,
         dense=None if dense == "none" else dense,
-        crop=MaskCrop.from_recipe(recipe, base.preprocess["mean"]),
+        crop=MaskCrop.from_recipe(adapter.metadata.recipe, base.preprocess["mean"]),
         precision=precision,
         device=device,
     )
@@ -248,11 +247,11 @@ def embedder_of(
 def as_it_is(
     base: Base, alpha: float, templates: list[str], *, dense: str | None = None, crop: MaskCrop | None = None
 ) -> TorchEmbedder:
-    """A base with adapters attached to it, embedding by whatever they are set to.
+    """A base with adapters attached to it, as they are set now.
 
     Args:
-        base: its weights stay as they are, and where they are: adapters behind activations would not come along.
-        alpha: what its rows say.
+        base: stays on its device, because adapters behind activations would not move with it.
+        alpha: that its rows report.
         templates: prompt templates for data sets that bring none.
         dense: way of dense embeddings.
         crop: how the masks of proposals are shown.
@@ -269,26 +268,24 @@ def from_merged(folder: str | Path, *, precision: Precision = "fp32", device: st
     """
     folder = Path(folder)
     base = load_base(f"{LOCAL}{folder}")
-    release = read_release(folder) if (folder / "release.json").exists() else {}
+    release = Release.load(folder) if (folder / FILE).exists() else None
     weights = next((p for p in folder.glob("open_clip_*") if p.suffix in (".safetensors", ".bin", ".pt")), None)
-    facts = {"weights_digest": _file_digest(weights)} if weights else {}
+    facts = {"weights_digest": digest_of(weights)} if weights else {}
     line = _Line("merged", {}, {**(release_facts(release) if release else {}), **facts, "precision": precision})
-    templates = release.get("templates") or ["a photo of a {}."]
-    dense, crop = (release.get("dense") or {}).get("way"), release.get("crop")
     return TorchEmbedder(
         base,
         [line],
-        [release.get("alpha")],
-        templates,
-        dense=dense,
-        crop=MaskCrop.from_dict(crop) if crop else None,
+        [release.alpha if release else None],
+        release.templates if release and release.templates else ["a photo of a {}."],
+        dense=release.dense["way"] if release and release.dense else None,
+        crop=MaskCrop.from_dict(release.crop) if release and release.crop else None,
         precision=precision,
         device=device,
     )
 
 
 def _difference(path: Path, base: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """What a fine-tuned checkpoint changed, and the checkpoint's digest."""
+    """The change from the base to a fine-tuned checkpoint, and the checkpoint's digest."""
     file = path / "open_clip_model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise RAdapterError(f"no checkpoint at {file}; --finetuned takes a .pt or .safetensors file or a model folder")
@@ -304,12 +301,4 @@ def _difference(path: Path, base: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
             f" ({len(odd)} of {len(names)} tensors); give a checkpoint of the same architecture"
         )
     changes = {key: tuned[key].float() - base[key].float().cpu() for key in sorted(names)}
-    return {key: value for key, value in changes.items() if value.any()}, _file_digest(file)
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return f"sha256:{digest.hexdigest()}"
+    return {key: value for key, value in changes.items() if value.any()}, digest_of(file)

@@ -46,7 +46,8 @@ from radapter_serve.index.writer import (
     read_broken,
 )
 from radapter_serve.lock import lock
-from radapter_serve.release.facts import find_release, read_release, release_digest, split_repository
+from radapter_serve.release.release import Release as Facts
+from radapter_serve.release.repository import find_release, split_repository
 from radapter_serve.threads import decoders
 
 _STOPPED = "building.json"  # in the folder of an unfinished build: the facts of the index that it makes
@@ -139,8 +140,8 @@ def build(
         "image_column": image_column,
         "column_types": {name: str(kind) for name, kind in collection.columns.items()},
         "root": collection.root.as_posix(),
-        "release_digest": release_digest(release.facts),
-        "release": {name: release.facts.get(name) for name in _OF_RELEASE},
+        "release_digest": release.facts.digest,
+        "release": {name: getattr(release.facts, name) for name in _OF_RELEASE},
         "origin": dict(release.origin),
         "thumbnails": thumbnails,
         "exif_orientation": _turn(release, exif_orientation),
@@ -203,9 +204,9 @@ def add(
     read_facts(out)  # locking would make the folder
     with disk_errors(out), lock(out, "radapter-index"):
         facts = read_facts(out)
-        if release.facts.get("dynamic_alpha"):
+        if release.facts.dynamic_alpha:
             release.set_alpha(facts["release"]["alpha"])
-        if facts["release_digest"] != release_digest(release.facts):
+        if facts["release_digest"] != release.facts.digest:
             raise RAdapterError(_other_release(out, facts, release))
         _turn(release, facts.get("exif_orientation", False))
         root = Path(facts["root"])
@@ -252,7 +253,7 @@ def verify(out: Path, *, progress: Progress | None = None) -> Verification:
 
 def _turn(release: Release, wanted: bool | None) -> bool:
     """Have the release turn images by their EXIF orientation or not; None leaves it as it is."""
-    own = bool(release.facts["preprocess"].get("exif_orientation", True))
+    own = bool(release.facts.preprocess.get("exif_orientation", True))
     if wanted is None or wanted == own:
         return own
     release.preprocess = dataclasses.replace(release.preprocess, exif_orientation=wanted)
@@ -265,9 +266,8 @@ def _other_release(out: Path, facts: Mapping[str, Any], release: Release) -> str
     repository, _ = split_repository(facts.get("origin", {}).get("model_repository", ""))
     made, place = facts["release"], f"{repository}@{facts['release']['version']}"
     with contextlib.suppress(RAdapterError):
-        found = read_release(find_release(place))
-        alpha = made["alpha"] if found.get("dynamic_alpha") else found["alpha"]
-        if release_digest({**found, "alpha": alpha}) == facts["release_digest"]:
+        found = Facts.load(find_release(place))
+        if (found.at(made["alpha"]) if found.dynamic_alpha else found).digest == facts["release_digest"]:
             again = shlex.join(["radapter-index", "add", "--out", str(out), "--model-repository", place])
             text += f"; or add to it by the release that made it: {again}"
     return text

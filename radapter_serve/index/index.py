@@ -25,6 +25,7 @@ from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import as_text, ascii_path
 from radapter_serve.index.condition import check_condition
 from radapter_serve.inputs.errors import INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError, public
+from radapter_serve.release.release import Release
 
 FORMAT = 2  # 1 says "engine" for "search", and can be read
 FACTS, TABLE = "index.json", "images"
@@ -189,16 +190,16 @@ def build_command(folder: Path, facts: Mapping[str, Any] | None = None, release:
         command.append("--no-exif-orientation")
     for name, place in (release.origin if release else facts.get("origin", {})).items():
         command += [f"--{name.replace('_', '-')}", place]
-    if (release.facts if release else facts["release"]).get("dynamic_alpha"):
+    if release.facts.dynamic_alpha if release else facts["release"].get("dynamic_alpha"):
         command += ["--alpha", f"{facts['release']['alpha']:g}"]
     return shlex.join(command)
 
 
-def mismatch(facts: Mapping[str, Any], release: Mapping[str, Any]) -> str:
+def mismatch(facts: Mapping[str, Any], release: Release) -> str:
     """Why an index can't be searched by a release that did not make it, as the end of a sentence about the index."""
     made, now = (
         f"{one['architecture']} at alpha {one['alpha']:g}, release {one['version']}"
-        for one in (facts["release"], release)
+        for one in (facts["release"], release.to_dict())
     )
     return f"is of another release ({made} then; this is {now}), so their embeddings can't be compared"
 

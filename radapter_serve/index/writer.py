@@ -28,6 +28,7 @@ from radapter_serve.index.index import EXACT, FACTS, TABLE, build_command, table
 from radapter_serve.index.recall import TEXTS, tune
 from radapter_serve.inputs.errors import TaskError
 from radapter_serve.inputs.preprocess import Preprocess, oriented
+from radapter_serve.release.release import Release as Facts
 from radapter_serve.threads import decoders
 
 BATCH = 256  # images that are embedded, then written; what a killed build loses at most
@@ -43,12 +44,12 @@ class Release(Protocol):
     """What embeds: a `LocalRelease`, or a server's.
 
     Attributes:
-        facts: its `release.json`, with the α that it embeds at.
+        facts: of the release, with the α that it embeds at.
         origin: the flag of radapter-index that names it, `model_repository` or `url`, and its value.
         preprocess: what `prepare` does.
     """
 
-    facts: Any
+    facts: Facts
     preprocess: Preprocess
 
     @property

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from radapter_serve.errors import RAdapterError
 from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
 
 Alpha = NDArray[np.float32]  # [B, 1], a row's own each
@@ -20,11 +18,12 @@ class RequestAlpha:
     """α of a release's requests.
 
     Args:
-        release: the release's facts.
+        own: the α of the release.
+        dynamic: whether its encoders take another one, too.
     """
 
-    def __init__(self, release: Mapping[str, Any]) -> None:
-        self._own, self.dynamic = float(release["alpha"]), bool(release.get("dynamic_alpha", False))
+    def __init__(self, own: float, dynamic: bool = False) -> None:
+        self._own, self.dynamic = own, dynamic
 
     def __call__(self, given: ArrayLike | None, rows: int) -> Alpha | None:
         """α of each row for the encoders, float32 [rows, 1]; None where the release's α is folded into them.
@@ -64,16 +63,3 @@ def at(encode: Encode, alpha: float | None) -> Encode:
     if alpha is None:
         return encode
     return lambda values: encode(values, np.full((len(values), 1), alpha, np.float32))
-
-
-def facts_at(release: Mapping[str, Any], alpha: float) -> dict[str, Any]:
-    """The facts of a release as it is used at one α.
-
-    Raises:
-        RAdapterError: an α that the release does not have.
-    """
-    try:
-        RequestAlpha(release).one(alpha)
-    except TaskError as error:
-        raise RAdapterError(error.message) from None
-    return {**release, "alpha": float(alpha)}

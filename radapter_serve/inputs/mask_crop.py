@@ -44,13 +44,10 @@ class MaskCrop:
         return cls(float(padding), bool(square), (red, green, blue))
 
     @classmethod
-    def of_release(cls, release: Mapping[str, Any]) -> MaskCrop:
-        """What a release's facts say; releases before there was a crop get the usual one."""
-        return cls.from_dict(release["crop"]) if release.get("crop") else cls()
-
-    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MaskCrop:
-        """Read what `to_dict` gave; unknown keys are ignored."""
+        """Read what `to_dict` gave; unknown keys are ignored. Nothing, as of old releases, is the defaults."""
+        if not values:
+            return cls()
         red, green, blue = values["fill"]
         return cls(float(values["padding"]), bool(values["square"]), (int(red), int(green), int(blue)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,11 +12,16 @@ from typing import Any
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
-from radapter_serve.release.facts import read_release, release_digest
+from radapter_serve.inputs.alpha import RequestAlpha
+from radapter_serve.inputs.errors import TaskError
 
 FORMAT = 1
 FILE = "release.json"
 _OPTIONAL = ("quantization", "accuracy")  # left out of the file where they are None
+_DECIDING = (
+    *("base_digest", "adapter_digest", "alpha", "architecture"),
+    *("preprocess", "tokenizer", "precision", "embed_dim"),
+)
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,36 @@ class Release:
 
     @property
     def digest(self) -> str:
-        """sha256 over what decides the embeddings, see `release_digest`."""
-        return release_digest(self.to_dict())
+        """`sha256:` over what decides the embeddings: the same fold, exported again, has the same digest.
+
+        A release whose α is an input has the digest of the fold at its α. Only in int8 the two differ, for there the
+        base and the adapter are rounded apart.
+        """
+        deciding = {name: getattr(self, name) for name in _DECIDING}
+        deciding["preprocess"] = {"exif_orientation": True, **self.preprocess}  # which older releases do not say
+        if self.quantization:
+            deciding["quantization"] = self.quantization
+            if self.dynamic_alpha:
+                deciding["dynamic_alpha"] = True
+        text = json.dumps(deciding, sort_keys=True)
+        return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+    @property
+    def request_alpha(self) -> RequestAlpha:
+        """What checks the α that requests bring."""
+        return RequestAlpha(self.alpha, self.dynamic_alpha)
+
+    def at(self, alpha: float) -> Release:
+        """The release as it is used at one α.
+
+        Raises:
+            RAdapterError: an α that the release does not have.
+        """
+        try:
+            self.request_alpha.one(alpha)
+        except TaskError as error:
+            raise RAdapterError(error.message) from None
+        return dataclasses.replace(self, alpha=float(alpha))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them."""
@@ -113,4 +147,11 @@ class Release:
         Raises:
             RAdapterError: there is none, it is no JSON, or a fact is missing.
         """
-        return cls.from_dict(read_release(folder))
+        path = folder / FILE
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(facts, dict):
+                raise ValueError("it holds no names of facts")
+        except (OSError, ValueError, RecursionError) as error:
+            raise RAdapterError(f"could not read {path}: {error}") from error
+        return cls.from_dict(facts)

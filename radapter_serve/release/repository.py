@@ -1,7 +1,8 @@
-"""The one place that knows how a Triton config asks for a runtime, and which encoders a model repository holds."""
+"""What a model repository holds: releases, encoders, and the configs by which Triton is asked for a runtime."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import LEAST_COSINE, Tolerance
+from radapter_serve.release.release import FILE, Release
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,12 @@ class ServedEncoder:
     Attributes:
         folder: the model's.
         config: its config.pbtxt.
-        facts: of its newest release.
+        facts: its newest release.
     """
 
     folder: Path
     config: Any
-    facts: Mapping[str, Any]
+    facts: Release
 
     @property
     def name(self) -> str:
@@ -89,14 +91,9 @@ class ServedEncoder:
         return str(self.config.backend)
 
     @property
-    def precision(self) -> str:
-        """For example `fp32`."""
-        return str(self.facts["precision"])
-
-    @property
     def bounds(self) -> Tolerance:
         """How far from torch it may be, as at its export."""
-        agreement = self.facts["agreement"]
+        agreement = self.facts.agreement
         cosine = float(agreement.get("min_cosine", LEAST_COSINE))
         return Tolerance(float(agreement["tolerance"]), max(LEAST_COSINE, cosine))
 
@@ -107,7 +104,7 @@ class ServedEncoder:
         Raises:
             RAdapterError: there is none.
         """
-        found = sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+        found = versions_of(self.folder)
         wanted = self.config.version_policy.specific.versions or found
         if served := [version for version in found if version in wanted]:
             return served
@@ -137,7 +134,7 @@ class ServedEncoder:
         config = model_config_pb2.ModelConfig()
         config.CopyFrom(self.config)
         if runtime != self.runtime:  # else what its owner may have changed stays, such as KIND_CPU
-            configure(config, runtime, self.precision, int(self.facts["max_batch_size"]))
+            configure(config, runtime, self.facts.precision, self.facts.max_batch_size)
         if all(dim == -1 for tensor in config.input for dim in tensor.dims):
             # Where no size tells Triton that an empty batch is none, it takes the request and never answers it. Without
             # batches of Triton's the encoder gets to see it; the tasks make the batches of texts anyway.
@@ -145,6 +142,38 @@ class ServedEncoder:
         if (name := RUNTIMES[runtime].threads) and threads:
             config.parameters[name].string_value = str(threads)
         return str(text_format.MessageToString(config))
+
+
+def versions_of(model: Path) -> list[int]:
+    """The versions of a model that stand in its folder, the newest last; none where there is no such folder."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return sorted(int(path.name) for path in model.iterdir() if path.name.isdecimal() and path.is_dir())
+    return []
+
+
+def split_repository(repository: str | Path) -> tuple[str, str]:
+    """The folder of `DIR@N`, and the number of the release, which is empty where none is named."""
+    path, at, number = str(repository).rpartition("@")
+    return (path, number) if at and number.isdecimal() else (str(repository), "")
+
+
+def find_release(repository: str | Path) -> Path:
+    """The folder of a release in a model repository, that of its task `classify`.
+
+    Args:
+        repository: the model repository; `DIR@N` names release N, the newest otherwise.
+
+    Raises:
+        RAdapterError: no release there, or none of that number.
+    """
+    path, number = split_repository(repository)
+    task = Path(path, "classify")
+    found = [version for version in versions_of(task) if (task / str(version) / FILE).exists()]
+    if not found:
+        raise RAdapterError(f"no release in the model repository {path}; make one with radapter-export")
+    if number and int(number) not in found:
+        raise RAdapterError(f"no release {number} in {path}; it holds {', '.join(map(str, found))}")
+    return task / str(int(number) if number else found[-1])
 
 
 def encoders_of(repository: Path) -> list[ServedEncoder]:
@@ -163,7 +192,7 @@ def encoders_of(repository: Path) -> list[ServedEncoder]:
             raise RAdapterError(f"{path} is not a Triton model config: {error}") from error
         if config.backend in RUNTIMES and "release" in config.parameters:
             facts = json.loads(config.parameters["release"].string_value)
-            found.append(ServedEncoder(path.parent, config, facts))
+            found.append(ServedEncoder(path.parent, config, Release.from_dict(facts)))
     return found
 
 

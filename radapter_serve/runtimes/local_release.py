@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.inputs.alpha import Encode, RequestAlpha, at, facts_at
+from radapter_serve.inputs.alpha import Encode, at
 from radapter_serve.inputs.labels import embed_texts
 from radapter_serve.inputs.preprocess import Preprocess, decode_pixels
 from radapter_serve.inputs.tokenizer import Tokenizer
-from radapter_serve.release.facts import find_release, read_release
-from radapter_serve.release.repository import RUNTIMES
+from radapter_serve.release.release import Release
+from radapter_serve.release.repository import RUNTIMES, find_release
 from radapter_serve.runtimes.encoder import Encoder
 
 
@@ -28,7 +28,7 @@ class LocalRelease:
         RAdapterError: no such release, or its runtime can't load it.
 
     Attributes:
-        facts: its `release.json`, with the α that it embeds at.
+        facts: of the release, with the α that it embeds at.
         version: its number in the repository.
         origin: `model_repository` as it was given, but from the root.
         preprocess: from an image to what `encode_images` takes.
@@ -37,13 +37,13 @@ class LocalRelease:
     def __init__(self, repository: str | Path) -> None:
         folder = find_release(repository)
         self.version = int(folder.name)
-        self.facts = read_release(folder)
-        self.preprocess = Preprocess.from_dict(self.facts["preprocess"])
+        self.facts = Release.load(folder)
+        self.preprocess = Preprocess.from_dict(self.facts.preprocess)
         self.origin = {"model_repository": str(Path(repository).absolute())}
         self._repository = folder.parent.parent
-        self._tokenizer = Tokenizer.load(folder / "tokenizer.json", self.facts["tokenizer"])
+        self._tokenizer = Tokenizer.load(folder / "tokenizer.json", self.facts.tokenizer)
         self._images, self._texts = self._encoder("image_encoder"), self._encoder("text_encoder")
-        self._rows = int(self.facts["max_batch_size"])
+        self._rows = self.facts.max_batch_size
 
     def set_alpha(self, alpha: float) -> None:
         """Embed at this α from now on.
@@ -51,7 +51,7 @@ class LocalRelease:
         Raises:
             RAdapterError: the release does not have it.
         """
-        self.facts = facts_at(self.facts, alpha)
+        self.facts = self.facts.at(alpha)
 
     def prepare(self, data: bytes) -> NDArray[np.uint8]:
         """From the bytes of an image file to uint8 [S, S, 3]. Thread-safe.
@@ -78,10 +78,10 @@ class LocalRelease:
         return lambda pixels: self._in_batches(encoder, pixels)
 
     def _encoder(self, name: str) -> Encode:
-        runtime = self.facts.get("runtime", "onnxruntime")
+        runtime = self.facts.runtime
         path = self._repository / name / str(self.version) / RUNTIMES[runtime].file
-        encoder = Encoder(path, runtime, precision=self.facts["precision"])
-        return lambda values: at(encoder, RequestAlpha(self.facts).one(None))(values)
+        encoder = Encoder(path, runtime, precision=self.facts.precision)
+        return lambda values: at(encoder, self.facts.request_alpha.one(None))(values)
 
     def _in_batches(
         self,

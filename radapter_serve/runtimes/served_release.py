@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_client import Client, RAdapterClientError, Release
+from radapter_client import Client, RAdapterClientError
+from radapter_client import Release as Served
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs.alpha import RequestAlpha, facts_at
 from radapter_serve.inputs.preprocess import Preprocess, decode_pixels
+from radapter_serve.release.release import Release
 
 
-def connect(url: str) -> tuple[Client, Release]:
+def connect(url: str) -> tuple[Client, Served]:
     """A client of a live server's newest release, which one that appears meanwhile does not change.
 
     Args:
@@ -38,20 +39,20 @@ class ServerRelease:
     Args:
         client: pinned to the release.
         url: of the server.
-        facts: its `release.json`.
+        facts: of the release.
 
     Attributes:
         facts: these, with the α that it embeds at.
         origin, preprocess: as of `LocalRelease`.
     """
 
-    def __init__(self, client: Client, url: str, facts: Mapping[str, Any]) -> None:
-        self._client, self.facts, self.origin = client, dict(facts), {"url": url}
-        self.preprocess = Preprocess.from_dict(facts["preprocess"])
+    def __init__(self, client: Client, url: str, facts: Release) -> None:
+        self._client, self.facts, self.origin = client, facts, {"url": url}
+        self.preprocess = Preprocess.from_dict(facts.preprocess)
 
     def set_alpha(self, alpha: float) -> None:
         """As `LocalRelease` does."""
-        self.facts = facts_at(self.facts, alpha)
+        self.facts = self.facts.at(alpha)
 
     def prepare(self, data: bytes) -> NDArray[np.uint8]:
         """As `LocalRelease` does: the server leaves such an image as it is, and what is broken fails no batch."""
@@ -67,6 +68,6 @@ class ServerRelease:
 
     def _ask(self, embed: Callable[..., Any], items: Sequence[Any]) -> NDArray[np.float32]:
         try:
-            return np.asarray(embed(list(items), alpha=RequestAlpha(self.facts).one(None)), np.float32)
+            return np.asarray(embed(list(items), alpha=self.facts.request_alpha.one(None)), np.float32)
         except RAdapterClientError as error:
             raise RAdapterError(f"{self.origin['url']}: {error}") from error

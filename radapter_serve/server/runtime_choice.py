@@ -123,7 +123,7 @@ def fastest(measured: Sequence[Measured]) -> str:
 
 def _load(encoder: ServedEncoder, version: int, runtime: str, threads: int | None) -> Encoder:
     path, provider = encoder.file(version, runtime), _provider(encoder, runtime)
-    return Encoder(path, runtime, precision=encoder.precision, threads=threads, provider=provider)
+    return Encoder(path, runtime, precision=encoder.facts.precision, threads=threads, provider=provider)
 
 
 def _provider(encoder: ServedEncoder, runtime: str) -> str:

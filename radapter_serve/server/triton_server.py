@@ -24,7 +24,7 @@ from types import TracebackType
 
 from radapter_serve.environment import INDEXES
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.repository import AUTO, RUNTIMES, TENSORRT, encoders_of
+from radapter_serve.release.repository import AUTO, RUNTIMES, TENSORRT, encoders_of, versions_of
 from radapter_serve.runtimes.tensorrt.plan import Sidecar, check_plan
 from radapter_serve.server.installation import Installation, find_tritonserver
 from radapter_serve.server.processes import (
@@ -68,10 +68,10 @@ def models_of(repository: Path) -> dict[str, list[int]]:
     if not repository.is_dir():
         raise RAdapterError(f"the model repository {repository} does not exist; make it with: radapter-export")
     models = {
-        path.parent.name: sorted(int(v.name) for v in path.parent.iterdir() if v.is_dir() and v.name.isdecimal())
+        path.parent.name: versions
         for path in sorted(repository.glob("*/config.pbtxt"))
+        if (versions := versions_of(path.parent))
     }
-    models = {name: versions for name, versions in models.items() if versions}
     if not models:
         raise RAdapterError(f"the model repository {repository} holds no release; make one with: radapter-export")
     return models

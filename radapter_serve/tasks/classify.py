@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from radapter_serve.files import as_text
-from radapter_serve.inputs.alpha import Alpha, Encode, RequestAlpha
+from radapter_serve.inputs.alpha import Alpha, Encode
 from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
 from radapter_serve.inputs.labels import LabelEmbedder, LabelSet, check_length, embed_texts
 from radapter_serve.inputs.preprocess import Preprocess, decode_into
 from radapter_serve.inputs.probabilities import class_probabilities
 from radapter_serve.inputs.tokenizer import Tokenizer
+from radapter_serve.release.release import Release
 from radapter_serve.tasks.label_source import LabelSource, strings
 from radapter_serve.tasks.outcome import Outcome
 
@@ -30,15 +31,15 @@ class EmbedImages:
     """Encoded images to embeddings.
 
     Args:
-        release: the release's facts (`release.json`).
+        release: its facts.
         encode_images: uint8 [B, S, S, 3], with α where that is an input, -> float32 [B, D] of unit length; B at most
             the release's max_batch_size.
         threads: how many images are decoded at once; Pillow gives the interpreter free while it works.
     """
 
-    def __init__(self, release: Mapping[str, Any], encode_images: Encode, *, threads: int = 2) -> None:
-        self._preprocess, self._request_alpha = Preprocess.from_dict(release["preprocess"]), RequestAlpha(release)
-        self._encode, self._max_batch_size = encode_images, int(release["max_batch_size"])
+    def __init__(self, release: Release, encode_images: Encode, *, threads: int = 2) -> None:
+        self._preprocess, self._request_alpha = Preprocess.from_dict(release.preprocess), release.request_alpha
+        self._encode, self._max_batch_size = encode_images, release.max_batch_size
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
 
     def __call__(
@@ -91,14 +92,14 @@ class EmbedTexts:
     """Texts to embeddings.
 
     Args:
-        release: the release's facts.
+        release: its facts.
         tokenizer: the release's tokenizer.
         encode_tokens: int32 [B, L], with α where that is an input, -> float32 [B, D] of unit length.
     """
 
-    def __init__(self, release: Mapping[str, Any], tokenizer: Tokenizer, encode_tokens: Encode) -> None:
-        self._tokenizer, self._encode, self._request_alpha = tokenizer, encode_tokens, RequestAlpha(release)
-        self._max_batch_size = int(release["max_batch_size"])
+    def __init__(self, release: Release, tokenizer: Tokenizer, encode_tokens: Encode) -> None:
+        self._tokenizer, self._encode, self._request_alpha = tokenizer, encode_tokens, release.request_alpha
+        self._max_batch_size = release.max_batch_size
 
     def __call__(
         self, requests: Sequence[Sequence[bytes]], alphas: Sequence[ArrayLike | None] | None = None
@@ -158,7 +159,7 @@ class Classify:
     """Zero-shot classification.
 
     Args:
-        release: the release's facts.
+        release: its facts.
         embed_images: the task that embeds.
         embed_labels: embeds the labels a request brings.
         label_sets: the release's label sets by name.
@@ -166,14 +167,14 @@ class Classify:
 
     def __init__(
         self,
-        release: Mapping[str, Any],
+        release: Release,
         embed_images: EmbedImages,
         embed_labels: LabelEmbedder,
         label_sets: Mapping[str, LabelSet],
     ) -> None:
         self._embed_images = embed_images
-        self._label_source, self._request_alpha = LabelSource(release, embed_labels, label_sets), RequestAlpha(release)
-        self._scale, self._bias = float(release["logit_scale"]), release.get("logit_bias")
+        self._label_source, self._request_alpha = LabelSource(release, embed_labels, label_sets), release.request_alpha
+        self._scale, self._bias = release.logit_scale, release.logit_bias
 
     def __call__(self, requests: Sequence[ClassifyRequest]) -> list[Outcome[Classes]]:
         """Classify the images of several requests: all images together, each request against its own labels.

@@ -11,6 +11,7 @@ import numpy as np
 from radapter_serve.inputs.alpha import Alpha
 from radapter_serve.inputs.errors import INVALID_ARGUMENT, NO_LABELS, UNKNOWN_LABEL_SET, TaskError
 from radapter_serve.inputs.labels import LabelEmbedder, LabelSet, check_prompts
+from radapter_serve.release.release import Release
 
 Texts = Sequence[bytes]
 
@@ -19,15 +20,13 @@ class LabelSource:
     """The label sets of requests.
 
     Args:
-        release: the release's facts; its prompt templates are for requests that bring none.
+        release: its prompt templates are for requests that bring none.
         embed_labels: embeds the labels that a request brings.
         label_sets: the release's label sets by name, at its own α.
     """
 
-    def __init__(
-        self, release: Mapping[str, Any], embed_labels: LabelEmbedder, label_sets: Mapping[str, LabelSet]
-    ) -> None:
-        self._templates, self._alpha = tuple(release["templates"]), np.float32(release["alpha"])
+    def __init__(self, release: Release, embed_labels: LabelEmbedder, label_sets: Mapping[str, LabelSet]) -> None:
+        self._templates, self._alpha = tuple(release.templates), np.float32(release.alpha)
         self._embed_labels, self._label_sets = embed_labels, label_sets
 
     def __call__(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,8 @@ from numpy.typing import NDArray
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_name, as_text
 from radapter_serve.index.index import FACTS, NAME, Index, mismatch
-from radapter_serve.inputs.alpha import RequestAlpha
 from radapter_serve.inputs.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError, public
-from radapter_serve.release.facts import release_digest
+from radapter_serve.release.release import Release
 
 DEFAULT_TOP_K = 10
 
@@ -69,14 +69,14 @@ class Retrieve:
     """Retrieval from the indexes of a folder.
 
     Args:
-        release: the release's facts.
+        release: its facts.
         indexes: folder of index folders; one that appears there is found, one that is replaced is opened again.
         embed_text: by the server's `embed_text`.
         embed_image: by the server's `embed_image`.
     """
 
-    def __init__(self, release: Mapping[str, Any], indexes: Path, embed_text: Embed, embed_image: Embed) -> None:
-        self._release, self._request_alpha = release, RequestAlpha(release)
+    def __init__(self, release: Release, indexes: Path, embed_text: Embed, embed_image: Embed) -> None:
+        self._release, self._request_alpha = release, release.request_alpha
         self._folder, self._embed_text, self._embed_image = indexes, embed_text, embed_image
         self._open: dict[str, tuple[tuple[int, int, int], Index]] = {}
         self._lock = threading.Lock()
@@ -141,8 +141,10 @@ class Retrieve:
                     why = f"the index {name!r} can't be opened; the server's log says why"
                     raise TaskError(UNKNOWN_INDEX, why) from None
         index = found[1]
-        at = {"alpha": index.facts["release"]["alpha"]} if self._request_alpha.dynamic else {}
-        if index.facts["release_digest"] != release_digest({**self._release, **at}):
+        release = self._release
+        if release.dynamic_alpha:
+            release = dataclasses.replace(release, alpha=index.facts["release"]["alpha"])
+        if index.facts["release_digest"] != release.digest:
             why = f"the index {name!r} {public(mismatch(index.facts, self._release))}"
             raise TaskError(INDEX_MISMATCH, f"{why}; build it again on the server with radapter-index build")
         return index

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from radapter_serve.inputs.alpha import Encode, RequestAlpha, at
+from radapter_serve.inputs.alpha import Encode, at
 from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_ARGUMENT, INVALID_IMAGE, TaskError
 from radapter_serve.inputs.labels import LabelEmbedder, LabelSet
 from radapter_serve.inputs.preprocess import decode
+from radapter_serve.release.release import Release
 from radapter_serve.tasks.label_source import LabelSource
 from radapter_serve.tasks.segmenter import Segmented, Segmenter, SegmentOptions
 
@@ -60,7 +61,7 @@ class Segment:
     """Open-vocabulary segmentation.
 
     Args:
-        release: the release's facts.
+        release: its facts.
         encode_images: uint8 [B, S, S, 3], with α where that is an input, -> float32 [B, D] of unit length.
         encode_patches: the same to float32 [B, g, g, D], or None where the release has none.
         embed_labels: embeds the labels a request brings.
@@ -69,13 +70,13 @@ class Segment:
 
     def __init__(
         self,
-        release: Mapping[str, Any],
+        release: Release,
         encode_images: Encode,
         encode_patches: Encode | None,
         embed_labels: LabelEmbedder,
         label_sets: Mapping[str, LabelSet],
     ) -> None:
-        self._label_source, self._request_alpha = LabelSource(release, embed_labels, label_sets), RequestAlpha(release)
+        self._label_source, self._request_alpha = LabelSource(release, embed_labels, label_sets), release.request_alpha
         self._release, self._encode_images, self._encode_patches = release, encode_images, encode_patches
 
     def __call__(self, request: SegmentRequest) -> Segments:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from radapter_serve.inputs.errors import CANCELLED, ENCODER_FAILED, INVALID_ARGU
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.inputs.probabilities import class_probabilities
+from radapter_serve.release.release import Release
 from radapter_serve.tasks.refine import refine
 from radapter_serve.tasks.windows import BLOCK, Axis, upsampled, window_starts
 
@@ -117,18 +118,16 @@ class Segmenter:
         return self._preprocess.exif_orientation
 
     @classmethod
-    def of_release(
-        cls, release: Mapping[str, Any], encode_patches: Encode | None, encode_images: Encode | None
-    ) -> Segmenter:
-        """With what a release's facts (`release.json`) say."""
+    def of_release(cls, release: Release, encode_patches: Encode | None, encode_images: Encode | None) -> Segmenter:
+        """As a release says."""
         return cls(
             encode_patches,
             encode_images,
-            Preprocess.from_dict(release["preprocess"]),
-            MaskCrop.of_release(release),
-            float(release["logit_scale"]),
-            int(release["max_batch_size"]),
-            release.get("logit_bias"),
+            Preprocess.from_dict(release.preprocess),
+            MaskCrop.from_dict(release.crop),
+            release.logit_scale,
+            release.max_batch_size,
+            release.logit_bias,
         )
 
     def dense(

@@ -15,7 +15,7 @@ from radapter_serve.inputs.alpha import Alpha
 from radapter_serve.inputs.errors import ENCODER_FAILED, SERVER_STOPPING, TaskError, public
 from radapter_serve.inputs.labels import LabelEmbedder
 from radapter_serve.inputs.tokenizer import Tokenizer
-from radapter_serve.release.facts import read_release
+from radapter_serve.release.release import Release
 from radapter_serve.tasks.classify import EmbedImages
 from radapter_serve.threads import decoders
 
@@ -29,7 +29,7 @@ class Version:
 
     def __init__(self, arguments: dict[str, str]) -> None:
         self.folder = Path(arguments["model_repository"]) / arguments["model_version"]
-        self.release = read_release(self.folder)
+        self.release = Release.load(self.folder)
         self._number = int(arguments["model_version"])
 
     def encode_images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
@@ -50,7 +50,7 @@ class Version:
 
     def tokenizer(self) -> Tokenizer:
         """This version's tokenizer."""
-        return Tokenizer.load(self.folder / "tokenizer.json", self.release["tokenizer"])
+        return Tokenizer.load(self.folder / "tokenizer.json", self.release.tokenizer)
 
     def embed_text(self, text: bytes, alpha: Alpha | None = None) -> NDArray[np.float32]:
         """Text in UTF-8 -> float32 [D] by `embed_text`."""
@@ -62,8 +62,7 @@ class Version:
 
     def embed_labels(self) -> LabelEmbedder:
         """What embeds the labels of a request with this version's text encoder."""
-        size = int(self.release["max_batch_size"])
-        return LabelEmbedder(self.tokenizer(), self.encode_tokens, max_batch_size=size)
+        return LabelEmbedder(self.tokenizer(), self.encode_tokens, max_batch_size=self.release.max_batch_size)
 
     def _call(
         self, model: str, source: str, array: NDArray[Any], alpha: Alpha | None, target: str

@@ -235,13 +235,13 @@ def test_attach_refuses_before_it_changes_anything(tiny_clip_dir: str) -> None:
 
 def test_attach_refuses_twice_and_bad_arguments(model: nn.Module) -> None:
     for form in ("activation", "weight"):
-        adapters = attach(model, form=form)  # type: ignore[arg-type]
+        adapters = attach(model, form=form)
         with pytest.raises(RAdapterError, match="has an adapter already"):
             attach(model)
         adapters.remove()
     for arguments in ({"rank": 0}, {"rank": 64}, {"drop": 1.0}, {"drop": -0.1}):
         with pytest.raises(RAdapterError, match="allowed"):
-            attach(model, **arguments)  # type: ignore[arg-type]
+            attach(model, **arguments)
 
 
 def test_dropping_draws_one_scaled_gate_an_adapter(model: nn.Module) -> None:

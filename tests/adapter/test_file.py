@@ -20,7 +20,7 @@ from radapter_serve.clip.base import load_base
 from radapter_serve.errors import RAdapterError
 
 FIELDS = [field.name for field in dataclasses.fields(Metadata)]
-HEADER = {"architecture": "ViT-B-32", "base_digest": "sha256:0", "rank": None, "format_version": 1}
+HEADER: dict[str, Any] = {"architecture": "ViT-B-32", "base_digest": "sha256:0", "rank": None, "format_version": 1}
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -125,8 +126,8 @@ def test_norms_between_are_refused_or_left_out(load: Callable[[str], Base]) -> N
         attach(normed)
     assert [site.key for site in find_sites(normed, partial=True)] == [IMAGE[1], *CLIP]
     for block in (ResPostBlock(64, 2), EvaBlockPostNorm(64, 2)):
-        model = load("siglip").model
-        model.visual.trunk.blocks[0] = block  # type: ignore[union-attr,index]
+        model: Any = load("siglip").model
+        model.visual.trunk.blocks[0] = block
         with pytest.raises(RAdapterError, match=r"blocks\.0\.norm1 \(LayerNorm\) stands between .*--partial"):
             attach(model)
         adapters = attach(model, partial=True)

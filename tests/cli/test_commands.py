@@ -39,7 +39,7 @@ def test_help_and_unknown_flags(name: str, capsys: pytest.CaptureFixture[str]) -
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"query"}))
+@pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_version(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert COMMANDS[name](["--version"]) == 0
     assert capsys.readouterr().out == f"radapter-{name} {radapter_serve.__version__}\n"

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import Adapter, save_adapter
 from radapter_serve.cli.eval import main
 from radapter_serve.cli.export import main as export
+from tests.helpers.own_cache import own_cache as own_cache
 
 CLASSES = ["cat", "dog", "house"]
 SUITE = """
@@ -49,9 +51,6 @@ def made(random_adapter: Callable[..., Adapter], tmp_path_factory: pytest.TempPa
 @pytest.fixture
 def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder of its own with all of `made`."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", made / "cache")
     shutil.copytree(made / "runs", tmp_path / "runs")
     shutil.copy(made / "suite.yaml", tmp_path)
     (tmp_path / "data").symlink_to(made / "data")
@@ -109,7 +108,7 @@ def test_resume_judges_only_what_is_missing(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("judged again")
 
-    monkeypatch.setattr("radapter_serve.evaluation.run.judge", never)
+    monkeypatch.setattr("radapter_serve.evaluation.run.evaluate", never)
     assert main([*COMMON, "--alpha", "0.5", "1", "0", "--resume"]) == 0
     assert rows(here / "results") == after
 
@@ -157,15 +156,14 @@ def test_labels_that_are_alike_are_named(here: Path, capfd: pytest.CaptureFixtur
         assert err.count("\n") == 1
 
 
-def test_nan_is_an_error_and_no_hit(
-    here: Path, random_adapter: Callable[..., Adapter], capfd: pytest.CaptureFixture[str]
-) -> None:
-    adapter = random_adapter(alpha=0.5)
-    next(iter(adapter.tensors.values()))[0, 0] = float("nan")
-    save_adapter(adapter, here / "nan.safetensors")
-    assert main([*COMMON, "--adapter", "nan.safetensors", "--alpha", "0.5"]) == 2
+def test_nan_is_an_error_and_no_hit(here: Path, tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(tiny_clip_dir.removeprefix("local-dir:"), here / "nan")
+    weights = load_file(here / "nan" / "open_clip_model.safetensors")
+    weights["visual.proj"][0, 0] = float("nan")
+    save_file(weights, here / "nan" / "open_clip_model.safetensors")
+    assert main([*COMMON, "--merged", "nan"]) == 2
     err = capfd.readouterr().err
-    assert "not finite" in err and err.count("\n") == 1
+    assert "data set 'plain', merged: the embeddings hold values that are not finite" in err and err.count("\n") == 1
     assert not (here / "results").exists()
 
 
@@ -192,15 +190,16 @@ def test_bad_values_in_a_suite_are_one_line(
 def test_interrupted_rows_are_kept(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from radapter_serve.evaluation import run
 
-    real, calls = run.judge, []
+    real: Any = vars(run)["evaluate"]
+    calls: list[int] = []
 
     def once(*arguments: object, **options: object) -> object:
         if calls:
             raise KeyboardInterrupt
         calls.append(1)
-        return real(*arguments, **options)  # type: ignore[arg-type]
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(run, "judge", once)
+    monkeypatch.setattr(run, "evaluate", once)
     assert main([*COMMON, "--alpha", "0.5"]) == 130
     assert [row["dataset"] for row in rows(here / "results")] == ["plain"]
     assert {path.name for path in (here / "results").iterdir()} == {"results.jsonl"}
@@ -252,7 +251,7 @@ def test_export_auto_without_a_choice_or_with_another_adapters(here: Path, capfd
 
 
 def test_merged_and_release_by_flag(here: Path) -> None:
-    export_release("runs/tiny", [0.5], ExportSettings(model_repository="repository", merged="merged"))
+    export_release("runs/tiny", [0.5], ExportSettings(model_repository=Path("repository"), merged=Path("merged")))
     common = [*COMMON, "--resume"]
     for flags in (
         ["--alpha", "0.5"],

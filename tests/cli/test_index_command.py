@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -19,7 +21,7 @@ from PIL import Image
 
 from radapter_serve.cli.index import main
 from radapter_serve.index.index import Index
-from radapter_serve.release.facts import release_digest
+from radapter_serve.release.release import Release
 from radapter_serve.runtimes.local_release import LocalRelease
 
 # How Pillow turns what is stored with each value of EXIF's orientation, so that it stands upright.
@@ -69,7 +71,7 @@ def test_build_add_info_verify(place: Path, exported_tiny_clip: Path, capsys: py
     merged = sorted(exported_tiny_clip.glob("merged/**/open_clip_config.json"))[-1].parent
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{merged}")
     with torch.no_grad(), Image.open("photos/3.png") as image:
-        embed = model.eval().encode_image(transform(image)[None], normalize=True)[0].numpy()  # type: ignore[operator]
+        embed = model.eval().encode_image(transform(image)[None], normalize=True)[0].numpy()
     (hit,) = Index("indexes/photos").search(embed, 1)
     assert hit.id == "3.png" and hit.score == pytest.approx(1, abs=1e-4)
 
@@ -103,11 +105,12 @@ def test_errors_are_one_line(place: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_the_digest_is_of_what_decides_the_embeddings(place: Path) -> None:
     facts = LocalRelease("model_repository").facts
-    again = {**facts, "version": 9, "created": "now", "tools": {}, "max_batch_size": 1, "label_sets": {}}
-    assert release_digest(json.loads(json.dumps(again))) == release_digest(facts)
-    for name, value in (("alpha", 0.1), ("adapter_digest", "x"), ("precision", "fp16"), ("tokenizer", {})):
-        assert release_digest({**facts, name: value}) != release_digest(facts)
-    first, second = (release_digest(LocalRelease(f"model_repository@{number}").facts) for number in (1, 2))
+    again = {**facts.to_dict(), "version": 9, "created": "now", "tools": {}, "max_batch_size": 1, "label_sets": {}}
+    assert Release.from_dict(json.loads(json.dumps(again))).digest == facts.digest
+    changes: list[dict[str, Any]] = [{"alpha": 0.1}, {"adapter_digest": "x"}, {"precision": "fp16"}, {"tokenizer": {}}]
+    for change in changes:
+        assert dataclasses.replace(facts, **change).digest != facts.digest
+    first, second = (LocalRelease(f"model_repository@{number}").facts.digest for number in (1, 2))
     assert first != second
 
 
@@ -145,8 +148,8 @@ def test_printed_commands_name_the_repository(
     out = "my indexes/Büro"
     assert main(["build", "photos", "--out", out, "--model-repository", "my models@2"]) == 0
     said = capsys.readouterr().out
-    assert shlex.split(*printed(said, "radapter-serve")) == ["my models", "--indexes", "my indexes"]
-    assert shlex.split(*printed(said, "radapter-query")) == [
+    assert shlex.split(printed(said, "radapter-serve")[0]) == ["my models", "--indexes", "my indexes"]
+    assert shlex.split(printed(said, "radapter-query")[0]) == [
         *("search", "a red bicycle", "--index", "Büro", "--release", "2")
     ]
     (place / "elsewhere").mkdir()
@@ -240,8 +243,9 @@ def test_photos_are_embedded_as_people_see_them(place: Path) -> None:
 
 def test_a_stopped_build_is_put_in_order_by_sigterm(place: Path) -> None:
     code = (
-        "import os, signal, sys; from radapter_serve.cli.index import main; from radapter_serve.index import writer; "
-        "writer.Writer._append = lambda *a: os.kill(os.getpid(), signal.SIGTERM); "
+        "import os, signal, sys; from radapter_serve.cli.index import main; "
+        "from radapter_serve.runtimes.local_release import LocalRelease; "
+        "LocalRelease.encode_images = lambda *_: os.kill(os.getpid(), signal.SIGTERM); "
         "sys.exit(main(['build', 'photos', '--out', 'i']))"
     )
     found = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)

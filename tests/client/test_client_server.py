@@ -275,7 +275,8 @@ def test_server_that_stops(fake_repository: Path):
 
         def ask(client: Any) -> set[str]:
             """What happens until the server is gone."""
-            seen, start = set(), time.monotonic()
+            start = time.monotonic()
+            seen: set[str] = set()
             while time.monotonic() - start < 10 and not any("Failed to connect" in s or "refused" in s for s in seen):
                 for call in (lambda: client.embed_texts(["x"]), lambda: client.embed_texts(["x"] * 40), client.release):
                     try:

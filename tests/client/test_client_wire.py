@@ -67,6 +67,7 @@ def kind(request: pytest.FixtureRequest) -> type:
         ("INTERNAL", 500, "[unknown_index] no such", "InvalidRequest", "unknown_index", "no such"),
         ("INTERNAL", 500, "[index_mismatch] old", "InvalidRequest", "index_mismatch", "old"),
         ("UNAVAILABLE", 503, "not ready", "ServerUnavailable", None, "not ready"),
+        ("CANCELLED", 503, "stopping", "ServerUnavailable", None, "stopping"),
         ("DEADLINE_EXCEEDED", 504, "late", "Timeout", None, "late|within"),
         ("INTERNAL", 500, "failed: X: y\n\nAt:\n  /a.py(3): b", "ServerError", None, "failed: X: y$"),
         ("INTERNAL", 500, "", "ServerError", None, "answered"),
@@ -222,23 +223,43 @@ def test_silence_is_a_timeout(protocol: str, kind: type, timeout: float):
         assert time.monotonic() - start < 2 * timeout + 2
 
 
-def test_an_answer_that_comes_byte_by_byte_is_late():
+@pytest.mark.parametrize("start", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"])
+@pytest.mark.parametrize("keep", [b"", b"Connection: close\r\n"])
+def test_an_answer_that_comes_byte_by_byte_is_late(kind: type, start: bytes, keep: bytes):
+    """Whether its head is long or its body; no thread goes on for longer than the call."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def drip() -> None:
             with listener.accept()[0] as caller, contextlib.suppress(OSError):
-                caller.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-                for _ in range(100):
-                    time.sleep(0.05)
+                caller.sendall(start.replace(b"OK\r\n", b"OK\r\n" + keep))
+                for _ in range(200):
+                    time.sleep(0.02)
                     caller.sendall(b"x")
 
         thread = threading.Thread(target=drip)
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        start = time.monotonic()
-        found = attempt(AsyncClient, url, lambda client: client.embed_texts(["x"]), timeout=0.3)
-        assert type(found) is radapter_client.Timeout and time.monotonic() - start < 2
+        begin = time.monotonic()
+        found = attempt(kind, url, lambda client: client.embed_texts(["x"]), timeout=0.3)
+        assert type(found) is radapter_client.Timeout and time.monotonic() - begin < 2
         thread.join()
+
+
+def test_the_thread_of_a_cancelled_call_ends_with_its_timeout():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        async def main() -> None:
+            async with AsyncClient(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.5) as client:
+                call = asyncio.ensure_future(client.embed_texts(["x"]))
+                with (await asyncio.to_thread(listener.accept))[0] as caller:
+                    call.cancel()
+                    caller.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                    with pytest.raises(ConnectionError):  # the client has hung up
+                        for _ in range(150):
+                            await asyncio.sleep(0.02)
+                            caller.sendall(b"x")
+
+        asyncio.run(main())
 
 
 def test_hanging_up_is_no_timeout(protocol: str, kind: type):

@@ -16,7 +16,7 @@ from radapter_serve.errors import RAdapterError
 
 VISION = {"image_size": 48, "layers": 2, "width": 64, "head_width": 16, "patch_size": 16}
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
-KINDS = {
+KINDS: dict[str, tuple[dict[str, Any], bool]] = {
     "quick gelu": ({}, True),
     "gelu": ({}, False),
     "no ln_pre": ({"no_ln_pre": True}, True),

@@ -21,13 +21,6 @@ from radapter_serve.training.tasks import open_data
 MISSILE, PROJECTILE, TENCH, SUNGLASS, SUNGLASSES = "n03773504", "n04008634", "n01440764", "n04355933", "n04356056"
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
-
-
 def folders(root: Path, *names: str) -> str:
     for number, name in enumerate(names):
         (root / name).mkdir(parents=True)

@@ -17,7 +17,7 @@ from pycocotools import mask as runs
 from radapter_serve.data import IGNORE, load_captioned, load_labelled, load_masked
 from radapter_serve.data.segments import load_segments
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.judged import as_seen
+from radapter_serve.evaluation.evaluation_set import as_seen
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Entry, Suite
 from radapter_serve.inputs.mask_crop import MaskCrop
@@ -47,13 +47,6 @@ def save(path: Path, pixels: NDArray[Any], orientation: int) -> None:
     exif = Image.Exif()
     exif[274] = orientation
     Image.fromarray(pixels).save(path, exif=exif if orientation != 1 else b"")
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @everyone

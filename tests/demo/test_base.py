@@ -6,6 +6,7 @@ import argparse
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -65,8 +66,8 @@ def test_captions_use_only_the_vocabulary_that_is_trained() -> None:
 def test_training_from_scratch_writes_a_model_that_open_clip_loads(tmp_path: Path) -> None:
     args = argparse.Namespace(out=tmp_path, steps=2, concepts=8, drawings=2, learning_rate=1e-3, class_share=0.3)
     vars(args).update(patch_dropout=0.5, average=0.9, bf16=False, threads=2, seed=0)
-    trained = train_base.train(args)
-    model = open_clip.create_model(f"local-dir:{tmp_path}").eval()
+    trained: Any = train_base.train(args)
+    model: Any = open_clip.create_model(f"local-dir:{tmp_path}").eval()
     pixels = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
         torch.testing.assert_close(model.encode_image(pixels), trained.encode_image(pixels), atol=1e-2, rtol=1e-2)

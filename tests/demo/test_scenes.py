@@ -67,11 +67,10 @@ def test_styles_show_the_same_scenes() -> None:
 def test_the_folders_are_data_of_masks_and_of_captions(folder: scenes.SceneData, tmp_path: Path) -> None:
     with_paper = tmp_path / "classes.txt"
     with_paper.write_text("\n".join([*data.class_names(), "paper"]), encoding="utf-8")
-    for place, split, style in (
-        (folder.train, "train", "color"),
-        *((path, "test", style) for style, path in folder.test.items()),
-    ):
-        composed = list(scenes.compose(split, style, FEW, 0))
+    made = [(folder.train, scenes.compose("train", "color", FEW, 0))]
+    made += [(path, scenes.compose("test", style, FEW, 0)) for style, path in folder.test.items()]
+    for place, drawn in made:
+        composed = list(drawn)
         closed, opened = (load_masked(f"masks:{place}", classes=c) for c in (folder.classes, with_paper))
         assert closed.classes == data.class_names() and opened.classes == [*closed.classes, "paper"]
         for scene, image, whole in zip(composed, closed.images, opened.images, strict=True):

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from radapter_serve.adapter import Adapter, save_adapter
+from tests.helpers.own_cache import own_cache as own_cache
 
 CLASSES = ["cat", "dog", "guitar", "horse", "house", "tree"]
 SUITE = """
@@ -23,13 +24,6 @@ sets:
   - {name: held-out, data: "imagefolder:plain", split: validation}
   - {name: held-out-shift, data: "imagefolder:shifted", split: validation, shift: ood}
 """
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 
 
 def picture(generator: np.random.Generator) -> Image.Image:

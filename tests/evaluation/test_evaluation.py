@@ -15,7 +15,7 @@ from radapter_serve.clip.base import load_base
 from radapter_serve.data import Labelled, load_labelled
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import count_hits, zero_shot_classifier
-from radapter_serve.evaluation.judge import judge
+from radapter_serve.evaluation.evaluate import evaluate
 from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars
 from radapter_serve.evaluation.results import curve
 from radapter_serve.evaluation.sets import classification_set
@@ -39,7 +39,7 @@ def images(tmp_path: Path) -> Labelled:
 
 def test_classifier_is_open_clips(tiny_clip_dir: str) -> None:
     base = load_base(tiny_clip_dir)
-    templates = [lambda name, t=t: t.replace("{}", name) for t in TEMPLATES]  # type: ignore[misc]
+    templates = [lambda name, t=t: t.replace("{}", name) for t in TEMPLATES]
     expected = open_clip.build_zero_shot_classifier(base.model, base.tokenizer, CLASSES, templates)
     found = zero_shot_classifier(base.model, base.tokenizer, CLASSES, TEMPLATES, batch_size=3)
     torch.testing.assert_close(found.T, expected, rtol=0, atol=1e-6)
@@ -64,7 +64,7 @@ def test_hits_by_hand(tiny_clip_dir: str) -> None:
 def test_a_model_of_nan_is_an_error(tiny_clip_dir: str) -> None:
     base = load_base(tiny_clip_dir)
     with torch.no_grad():
-        base.model.visual.proj[0, 0] = torch.nan  # type: ignore[union-attr, index]
+        base.model.get_parameter("visual.proj")[0, 0] = torch.nan
     with pytest.raises(RAdapterError, match="not finite"):
         count_hits(base.model, torch.ones(2, 32), [(torch.randn(1, 3, 32, 32), torch.zeros(1, dtype=torch.long))])
 
@@ -78,7 +78,7 @@ def test_the_curve_equals_folding_each_alpha(tiny_clip_dir: str, images: Labelle
     digest = base_digest(state, [site.key for site in sites])
     adapter = Adapter(tensors, Metadata(architecture=tiny_clip_dir, base_digest=digest, templates=TEMPLATES))
     embedder = embedder_of(base, adapter, [0.0, 0.5, 1.0])
-    rows = curve(judge(embedder, classification_set(Entry("all", "all"), images)))
+    rows = curve(evaluate(embedder, classification_set(Entry("all", "all"), images)))
     embedder.close()
     _, _, preprocess = open_clip.create_model_and_transforms(tiny_clip_dir)
     pixels = torch.stack([preprocess(images.image(row)) for row in images.rows])

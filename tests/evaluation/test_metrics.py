@@ -19,8 +19,8 @@ def best_first(scores: np.ndarray) -> list[int]:
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 2**32 - 1), st.booleans())
 def test_classification_against_a_loop(n: int, classes: int, seed: int, tied: bool) -> None:
     generator = np.random.default_rng(seed)
-    scores = generator.integers(0, 3, (n, classes)) if tied else generator.normal(size=(n, classes))
-    scores = scores.astype(np.float32)
+    drawn = generator.integers(0, 3, (n, classes)) if tied else generator.normal(size=(n, classes))
+    scores = drawn.astype(np.float32)
     labels = generator.integers(0, classes, n)
     found = classification_metrics(true_ranks(scores, labels), labels, classes)
     ordered = [best_first(row) for row in scores]

@@ -30,17 +30,18 @@ from radapter_serve.evaluation.embedder import (
     exported_way,
     segment_here,
 )
-from radapter_serve.evaluation.judge import judge
+from radapter_serve.evaluation.evaluate import evaluate
 from radapter_serve.evaluation.metrics import confusion, segmentation_metrics
 from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
 from radapter_serve.evaluation.results import Results, table
-from radapter_serve.evaluation.run import choose_alpha, draw, judge_suite
+from radapter_serve.evaluation.run import choose_alpha, draw, evaluate_suite
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess, decode
 from radapter_serve.tasks.segmenter import Segmenter
+from tests.helpers.small_models import release
 
 NAMES = ["sky", "grass, lawn", "cow", "barn"]
 SIZE, PATCH = 32, 8
@@ -137,7 +138,7 @@ def suite_of(masked: Path, sets: str, name: str = "s") -> Suite:
 
 def test_an_oracle_of_patches_reaches_one_but_for_edges(masked: Path) -> None:
     suite = suite_of(masked, "- {name: a, dense: naclip}\n- {name: b, dense: naclip, short_side: 144, stride: 8}")
-    coarse, fine = (judge(Oracle(), open_set(suite, entry))[0] for entry in suite.entries)  # type: ignore[arg-type]
+    coarse, fine = (evaluate(Oracle(), open_set(suite, entry))[0] for entry in suite.entries)  # type: ignore[arg-type]
     assert coarse["metrics"]["miou"] < fine["metrics"]["miou"]
     assert fine["metrics"]["miou"] > 0.93 and fine["metrics"]["pixel_accuracy"] > 0.96
     expected = {
@@ -151,14 +152,14 @@ def test_an_oracle_of_patches_reaches_one_but_for_edges(masked: Path) -> None:
 
 def test_an_oracle_of_crops_reaches_one_with_true_masks(masked: Path) -> None:
     suite = suite_of(masked, "- {name: a, dense: proposals}")
-    (row,) = judge(Oracle(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
+    (row,) = evaluate(Oracle(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
     assert row["metrics"] == {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
     assert row["dense"] == PROPOSALS and row["short_side"] is None and row["stride"] is None
 
 
 def test_results_have_the_iou_of_each_class_and_an_interval(masked: Path) -> None:
     suite = suite_of(masked, "- {name: a, dense: naclip}")
-    (row,) = judge(Oracle(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
+    (row,) = evaluate(Oracle(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
     counts = np.array(row["confusion"])
     for label, of in enumerate(row["per_class"]):
         true, found = counts[label].sum(), counts[:, label].sum()
@@ -184,7 +185,7 @@ def test_the_digest_covers_images_and_masks(masked: Path, tmp_path: Path) -> Non
     labels[-1, -1] = (labels[-1, -1] + 1) % 4
     Image.fromarray(labels).save(tmp_path / "data" / "masks" / "3.png")
     second = digests()
-    Image.new("RGB", labels.shape[::-1]).save(tmp_path / "data" / "images" / "0.png")
+    Image.new("RGB", (labels.shape[1], labels.shape[0])).save(tmp_path / "data" / "images" / "0.png")
     third = digests()
     assert all(len(set(of_set)) == 3 for of_set in zip(first, second, third, strict=True))
 
@@ -197,7 +198,7 @@ def test_without_a_proposal_all_is_background(masked: Path, tmp_path: Path) -> N
     (tmp_path / "data" / "classes.txt").write_text("\n".join(NAMES), encoding="utf-8")
     suite = suite_of(tmp_path, "- {name: a, dense: proposals, background: grass}\n- {name: b, dense: proposals}")
     data = [open_set(suite, entry) for entry in suite.entries]
-    row = judge(Oracle(), data[0])[0]  # type: ignore[arg-type]
+    row = evaluate(Oracle(), data[0])[0]  # type: ignore[arg-type]
     assert row["metrics"]["pixel_accuracy"] == 1 and row["intervals"] == {}
     empty: Any = data[1].prepare(Oracle(), 0)  # type: ignore[arg-type]
     scorer: Any = data[1].scorer(Oracle(), {})  # type: ignore[arg-type]
@@ -209,7 +210,7 @@ def test_dense_labels_and_proposals_are_never_averaged(masked: Path, tmp_path: P
     sets = "\n".join(f"- {{name: {name}, dense: {dense}}}" for name, dense in (
         ("a", "naclip"), ("b", "naclip"), ("c", "proposals")))  # fmt: skip
     suite = suite_of(masked, sets)
-    rows = [judge(Oracle(), open_set(suite, entry))[0] for entry in suite.entries]  # type: ignore[arg-type]
+    rows = [evaluate(Oracle(), open_set(suite, entry))[0] for entry in suite.entries]  # type: ignore[arg-type]
     shown = Console(file=io.StringIO(), width=120)
     shown.print(table(rows, ""))
     text = shown.file.getvalue()  # type: ignore[attr-defined]
@@ -236,7 +237,7 @@ def test_an_object_without_a_pixel_is_no_proposal(masked: Path, tmp_path: Path) 
     }
     (tmp_path / "objects.json").write_text(json.dumps(content), encoding="utf-8")
     entry = Entry("o", "coco:objects.json", "segmentation", dense="proposals", images=str(masked / "data" / "images"))
-    (row,) = judge(Oracle(), open_set(Suite("s", (entry,), data_root=tmp_path), entry))  # type: ignore[arg-type]
+    (row,) = evaluate(Oracle(), open_set(Suite("s", (entry,), data_root=tmp_path), entry))  # type: ignore[arg-type]
     # the one proposal, the whole second image, gets the label that most of it shows
     assert row["n"] == 2 and row["metrics"] == {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
 
@@ -248,7 +249,7 @@ def test_background_is_a_class_without_a_prompt(masked: Path) -> None:
         for name, also in (("class", ", background: grass"), ("none", ""))
     ]
     suite = suite_of(masked, "\n".join(lines))
-    rows = {e.name: judge(Oracle(), open_set(suite, e))[0]["metrics"] for e in suite.entries}  # type: ignore[arg-type]
+    rows = {e.name: evaluate(Oracle(), open_set(suite, e))[0]["metrics"] for e in suite.entries}  # type: ignore[arg-type]
     # the oracle sees no class where grass is: equal cosines
     assert rows["naclip-class"]["pixel_accuracy"] > 0.8
     assert rows["proposals-class"] == {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
@@ -360,24 +361,24 @@ class Named(Oracle):
 
 
 def test_a_set_that_a_release_can_not_be_judged_by_is_left_out() -> None:
-    facts = {"version": 3, "dense": {"way": "sclip", "grid": 7}}
+    facts = release(3, dense={"way": "sclip", "grid": 7})
     assert exported_way(facts, None) == exported_way(facts, "sclip") == "sclip"
-    assert exported_way({"version": 3, "dense": None}, "proposals") == "proposals"
+    assert exported_way(release(3), "proposals") == "proposals"
     with pytest.raises(NoSuchWay, match="release 3 has dense sclip; export one with radapter-export --dense naclip"):
         exported_way(facts, "naclip")
     with pytest.raises(NoSuchWay, match="has no patch_encoder; export one with radapter-export --dense naclip"):
-        exported_way({"version": 3}, None)
+        exported_way(release(3), None)
 
 
 def test_left_out_sets_are_told_and_others_judged(masked: Path, run_folder: Path, tmp_path: Path) -> None:
     suite = suite_of(masked, "- {name: own}\n- {name: named, dense: sclip}")
     embedder = from_adapter(run_folder, [0.5])  # its recipe names no way
     lines: list[str] = []
-    rows = judge_suite(embedder, suite, Results(tmp_path), skip=lines.append)
+    rows = evaluate_suite(embedder, suite, Results(tmp_path), skip=lines.append)
     assert [row["dataset"] for row in rows] == ["named"]
     assert len(lines) == 1 and lines[0].startswith("own is left out: these models have no way of their own")
     with pytest.raises(NoSuchWay):
-        judge_suite(embedder, suite, Results(tmp_path, resume=True))
+        evaluate_suite(embedder, suite, Results(tmp_path, resume=True))
     embedder.close()
 
 
@@ -402,7 +403,7 @@ def test_bad_entries(masked: Path, fields: str, message: str) -> None:
 def test_an_error_names_the_image(masked: Path) -> None:
     suite = suite_of(masked, "- {name: a, dense: naclip, short_side: 8}")
     with pytest.raises(RAdapterError, match=r"data set 'a', oracle: 0.png: .*short_side is 8; at least 32"):
-        judge(Oracle(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
+        evaluate(Oracle(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -414,7 +415,7 @@ def test_an_error_names_the_image(masked: Path) -> None:
     ],
 )
 def test_alpha_is_chosen_on_the_runs_own_validation_data(
-    task: str, recipe: dict[str, str], metric: str, n: int, masked: Path, world: Path, run_folder: Path, tmp_path: Path
+    task: Any, recipe: dict[str, str], metric: str, n: int, masked: Path, world: Path, run_folder: Path, tmp_path: Path
 ) -> None:
     adapter = load_adapter(run_folder)
     own = {name: value.format(masked=masked, world=world) for name, value in recipe.items()}

@@ -21,7 +21,7 @@ from radapter_serve.data.class_ids import read_class_ids
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.image_sets import ClassificationSet, RetrievalSet
 from radapter_serve.evaluation.results import Results, harmonic, table
-from radapter_serve.evaluation.run import judge_suite
+from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter
@@ -61,7 +61,7 @@ def test_ready_suites(file: Path) -> None:
 def test_ready_suites_on_their_data(name: str, run_folder: Path, tmp_path: Path) -> None:
     suite = load_suite(SUITES / f"{name}.yaml", DATA)
     embedder = from_adapter(run_folder, [0.5])
-    rows = judge_suite(embedder, suite, Results(tmp_path), limit=3)
+    rows = evaluate_suite(embedder, suite, Results(tmp_path), limit=3)
     embedder.close()
     assert [row["dataset"] for row in rows] == [entry.name for entry in suite.of_split("test")]
     assert all(row["n"] == 3 for row in rows)
@@ -91,7 +91,7 @@ def test_base_and_novel_classes_have_a_harmonic_mean(world: Path, run_folder: Pa
     results = Results(tmp_path / "out")
     embedder = from_adapter(run_folder, [0.0, 1.0])
     for _ in range(2):  # the second time nothing is added
-        rows = judge_suite(embedder, suite, results)
+        rows = evaluate_suite(embedder, suite, results)
     embedder.close()
     found = [row for row in results.rows if row["metric"] == "harmonic_mean"]
     assert len(rows) == 6 and len(results.rows) == 8
@@ -165,7 +165,7 @@ def test_captions_of_an_image_stand_together(world: Path) -> None:
     assert isinstance(data, RetrievalSet)
     with (world / "captions.csv").open(encoding="utf-8") as file:
         expected = {(row["image"], row["caption"]) for row in csv.DictReader(file)}
-    names = [image.name for image in data.images]  # type: ignore[attr-defined]
+    names = [image.name for image in data.images]
     assert {(names[i], text) for i, text in zip(data.image_of, data.captions, strict=True)} == expected
     assert len(names) == len(set(names)) == 12
     few = open_set(suite, data.entry, limit=5, seed=1)
@@ -187,7 +187,7 @@ def test_a_broken_image_is_named(run_folder: Path, tmp_path: Path) -> None:
     suite = suite_of("sets: [{name: two, data: 'imagefolder:data'}]", tmp_path)
     embedder = from_adapter(run_folder, [0.5])
     with pytest.raises(RAdapterError, match=r"data set 'two', .*dog/1\.png: .*not an image"):
-        judge_suite(embedder, suite, Results(tmp_path / "out"))
+        evaluate_suite(embedder, suite, Results(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -271,7 +271,7 @@ def test_a_class_without_an_image_stays_a_choice(world: Path, run_folder: Path, 
         counts = dict(zip(data.classes, np.bincount(data.labels, minlength=6).tolist(), strict=True))
         assert counts == {name: 0 if name == "dog" else 4 for name in names}
     embedder = from_adapter(run_folder, [0.5])
-    row = judge_suite(embedder, suite, Results(tmp_path / "out"))[0]
+    row = evaluate_suite(embedder, suite, Results(tmp_path / "out"))[0]
     embedder.close()
     assert row["n"] == 20 and row["classes"] == 6 and row["per_class"][1] == {"class": "dog", "n": 0, "recall": None}
 

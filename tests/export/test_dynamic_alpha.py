@@ -213,7 +213,7 @@ def test_soup_is_exported_as_the_average(
     [release] = export_release(
         paths,
         [0.5],
-        ExportSettings(weights=[0.75, 0.25], model_repository=tmp_path / "repository", merged=tmp_path / "merged"),
+        ExportSettings(weights=(0.75, 0.25), model_repository=tmp_path / "repository", merged=tmp_path / "merged"),
     )
     one, other = (load_adapter(path) for path in paths)
     assert release.facts["adapters"] == [

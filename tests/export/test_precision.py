@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from radapter_serve.index.collection import open_collection
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.release.agreement import TOLERANCES, Samples, compare
-from radapter_serve.release.facts import release_digest
 from radapter_serve.runtimes.encoder import Encoder
 
 LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -137,7 +137,7 @@ def parsed(text: str, **weights: np.ndarray) -> tuple[Graph, dict[str, torch.Ten
 
 def test_a_norm_written_out_is_right_where_fp16_overflows(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    arrays = {name: random.normal(size=shape).astype(np.float32) for name, shape in [("gain", 4), ("square", (4, 4))]}
+    arrays = {"gain": random.normal(size=4).astype(np.float32), "square": random.normal(size=(4, 4)).astype(np.float32)}
     arrays["weight"] = random.normal(size=(8, 4)).astype(np.float32) * 4
     arrays["square"] *= 300
     graph, weights = parsed(NORM, **arrays)
@@ -161,7 +161,7 @@ def test_a_mask_beyond_fp16_hides_and_gives_no_nan(tmp_path: Path) -> None:
     scores = image.astype(np.float64) @ arrays["weight"]
     shares = np.exp(scores) * (image <= 100)
     shares[1] = 1  # all hidden: all alike, where minus infinity would give NaN
-    shares /= shares.sum(-1, keepdims=True)
+    shares = shares / shares.sum(-1, keepdims=True)
     np.testing.assert_allclose(Encoder(tmp_path / "model.onnx")(image), shares @ arrays["value"], atol=1e-4)
 
 
@@ -285,14 +285,13 @@ def test_calibration_takes_images_of_all_of_a_folder(tmp_path: Path, monkeypatch
 
 
 def test_digest_tells_apart_how_int8_was_made(exported: tuple[Path, list[ExportedRelease]]) -> None:
-    facts = exported[1][0].facts
+    fp32 = exported[1][0].release
     kinds = [{"kind": "dynamic"}, {"kind": "static", "digest": "a"}, {"kind": "static", "digest": "b"}]
-    int8 = {**facts, "precision": "int8"}
-    digests = [release_digest(facts), *(release_digest({**int8, "quantization": kind}) for kind in kinds)]
-    dynamic = {**int8, "quantization": kinds[0], "dynamic_alpha": True}
-    assert len({*digests, release_digest(dynamic)}) == 5
+    int8 = [replace(fp32, precision="int8", quantization=kind) for kind in kinds]
+    dynamic = replace(int8[0], dynamic_alpha=True)
+    assert len({one.digest for one in (fp32, *int8, dynamic)}) == 5
     # And so do rows of results, which tell whether a release was judged before.
-    assert len({str(release_variants("release", {**int8, "quantization": kind}, ())) for kind in kinds}) == 3
+    assert len({str(release_variants("release", one, ())) for one in int8}) == 3
 
 
 def test_some_prompts_of_a_label_set_calibrate(
@@ -329,6 +328,6 @@ def test_a_release_that_loses_points_is_refused(
     with pytest.raises(RAdapterError, match="or allow more with --max-drop"):
         judged(found.drop - 0.01)
     metrics = iter([0.5, float("nan")])
-    monkeypatch.setattr("radapter_export.accuracy.judge", lambda *_, **__: [{"metrics": {"acc1": next(metrics)}}])
+    monkeypatch.setattr("radapter_export.accuracy.evaluate", lambda *_, **__: [{"metrics": {"acc1": next(metrics)}}])
     with pytest.raises(RAdapterError, match="the encoders lose nan points"):
         judged(100)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -52,7 +53,8 @@ def test_folded_graph_agrees_with_attached_adapters(name: str, tmp_path: Path) -
             tensor.normal_(std=0.1)
         adapter = adapters.adapter(Metadata(name, base_digest(weights, [site.key for site in adapters.sites]), rank=4))
     context = config["text_cfg"]["context_length"]
-    base = Base(name, None, model, config, dict(model.visual.preprocess_cfg), SimpleNamespace(context_length=context))
+    tokenizer: Any = SimpleNamespace(context_length=context)
+    base = Base(name, None, model, config, dict(model.visual.preprocess_cfg), tokenizer)
 
     random = np.random.default_rng(0)
     images = [random.integers(0, 256, (n, base.image_size, base.image_size, 3), dtype=np.uint8) for n in (1, 2)]
@@ -67,6 +69,7 @@ def test_folded_graph_agrees_with_attached_adapters(name: str, tmp_path: Path) -
     adapters.remove()
     folded = fold(weights, adapter, 1.0)
     made: tuple[Callable[[Base], Graph], ...] = (image_graph, text_graph)
+    inputs: Any
     for make, inputs, reference in zip(made, (images, tokens), references, strict=True):
         graph = make(base)
         graph.save(folded, tmp_path / "model.onnx")

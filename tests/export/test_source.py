@@ -36,8 +36,8 @@ def run(adapter_path: Path, tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def export(quick: None, tmp_path: Path) -> Export:
     def call(adapter: Path, alphas: Any = (0.5,), **changes: Any) -> ExportedRelease:
-        where = {"model_repository": tmp_path / "repository", "merged": tmp_path / "merged"}
-        (release,) = export_release(adapter, alphas, ExportSettings(**where, **changes))
+        settings = ExportSettings(model_repository=tmp_path / "repository", merged=tmp_path / "merged", **changes)
+        (release,) = export_release(adapter, alphas, settings)
         return release
 
     return call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from tests.helpers.small_models import FAMILIES, make_base, random_adapter
 
 trt = pytest.importorskip("tensorrt_rtx")
 FLOATS = ("fp32", *TYPES)  # α as an input has no int8 with fixed ranges
-LIMITS = {"max_batch_size": 64, "max_length": 77}
+LIMITS: dict[str, Any] = {"max_batch_size": 64, "max_length": 77}
 
 
 def check(graph: Graph, weights: Mapping[str, Tensor], precision: str, folder: Path) -> None:
@@ -40,8 +41,8 @@ def check(graph: Graph, weights: Mapping[str, Tensor], precision: str, folder: P
     assert len(plan) > 10_000
     assert profile.keys() == shapes.keys()
     for name, shape in shapes.items():
-        for found, (batch, length) in zip(profile[name], ((1, 1), (8, 16), (64, 77)), strict=True):
-            assert found == (batch, *(length if size < 0 else size for size in shape[1:]))
+        for found, (rows, length) in zip(profile[name], ((1, 1), (8, 16), (64, 77)), strict=True):
+            assert found == (rows, *(length if size < 0 else size for size in shape[1:]))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

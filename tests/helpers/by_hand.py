@@ -117,7 +117,7 @@ def train_by_hand(
         start: of the adapters; zeros if None.
         see: called with each step, from 1, and the average behind it.
     """
-    assert recipe.steps is not None
+    assert recipe.steps is not None and recipe.momentum is not None
     clip = ClipWithAdapters(recipe.architecture, start)
     optimizer = torch.optim.AdamW(clip.weights.values(), lr=1.0, weight_decay=recipe.weight_decay)
     scale = clip.model.logit_scale.exp().item()
@@ -136,7 +136,7 @@ def train_by_hand(
             y = labels[:, None] == of_text[None, :]
             f, g = clip.images(pixels), clip.texts(texts)
             loss = mpm_nce_by_hand(f, g, y, scale, recipe.delta, recipe.epsilon)
-            (loss / recipe.accumulate).backward()  # type: ignore[no-untyped-call]
+            (loss / recipe.accumulate).backward()
         if recipe.grad_clip is not None:
             norm = math.sqrt(sum(w.grad.square().sum().item() for w in clip.weights.values() if w.grad is not None))
             for weight in clip.weights.values():
@@ -152,7 +152,7 @@ def train_by_hand(
 
 
 def _rate(recipe: Recipe, step: int) -> float:
-    assert recipe.steps is not None
+    assert recipe.steps is not None and recipe.warmup_steps is not None
     low, high, warm = recipe.min_learning_rate, recipe.learning_rate, recipe.warmup_steps
     if step < warm:
         return high * (step + 1) / warm
@@ -179,7 +179,7 @@ def _parts(recipe: Recipe, pairs: Sequence[Pair], clip: ClipWithAdapters) -> Ite
 
 
 def _augmented(image: Image.Image, recipe: Recipe, clip: ClipWithAdapters) -> Tensor:
-    top, left, height, width = RandomResizedCrop.get_params(image, [recipe.crop_scale, 1.0], [3 / 4, 4 / 3])  # type: ignore[arg-type]
+    top, left, height, width = RandomResizedCrop.get_params(image, [recipe.crop_scale, 1.0], [3 / 4, 4 / 3])
     visual: Any = clip.model.visual
     crop = image.crop((left, top, left + width, top + height)).resize(visual.image_size, Image.Resampling.BICUBIC)
     if recipe.flip and torch.rand(1).item() < 0.5:

@@ -61,6 +61,10 @@ class FakeServer(TritonServer):
         super().__init__(repository, "127.0.0.1", *self.ports)
         self.urls = {"grpc": self.grpc_url, "http": self.http_url}
 
+    def __enter__(self) -> FakeServer:
+        super().__enter__()
+        return self
+
     def signal(self, number: signal.Signals) -> None:
         """SIGSTOP: the server no longer answers, its connections stay. SIGKILL: it is gone at once."""
         assert self._process is not None

@@ -118,12 +118,14 @@ def make_tensorrt(driver: Driver, version: str = "11.4.0.106") -> Any:
     """A module `tensorrt` on a machine with this driver."""
     trt: Any = ModuleType("tensorrt")
     trt.__version__ = version
-    trt.DataType = enum.Enum("DataType", list(_TYPES))
-    trt.TensorIOMode = enum.Enum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"])
-    trt.BuilderFlag = enum.Enum("BuilderFlag", ["TF32", "VERSION_COMPATIBLE"])
-    trt.MemoryPoolType = enum.Enum("MemoryPoolType", ["WORKSPACE"])
-    trt.HardwareCompatibilityLevel = enum.Enum("HardwareCompatibilityLevel", ["NONE", "AMPERE_PLUS"])
-    trt.NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", {"STRONGLY_TYPED": 1})
+    vars(trt).update(
+        DataType=enum.Enum("DataType", list(_TYPES)),
+        TensorIOMode=enum.Enum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"]),
+        BuilderFlag=enum.Enum("BuilderFlag", ["TF32", "VERSION_COMPATIBLE"]),
+        MemoryPoolType=enum.Enum("MemoryPoolType", ["WORKSPACE"]),
+        HardwareCompatibilityLevel=enum.Enum("HardwareCompatibilityLevel", ["NONE", "AMPERE_PLUS"]),
+        NetworkDefinitionCreationFlag=enum.IntEnum("NetworkDefinitionCreationFlag", {"STRONGLY_TYPED": 1}),
+    )
     trt.nptype = lambda dtype: _TYPES[dtype.name]
     loggers: list[Any] = []
 
@@ -141,7 +143,8 @@ def make_tensorrt(driver: Driver, version: str = "11.4.0.106") -> Any:
 
     class OnnxParser:
         def __init__(self, network: Any, logger: Any) -> None:
-            self._network, self._errors = network, []
+            self._network = network
+            self._errors: list[Any] = []
 
         def parse_from_file(self, path: str) -> bool:
             try:
@@ -163,6 +166,8 @@ def make_tensorrt(driver: Driver, version: str = "11.4.0.106") -> Any:
             return SimpleNamespace(node_operator=lambda: operator, node_name=lambda: name, desc=lambda: description)
 
     class INetworkDefinition:
+        _model: Any
+
         @property
         def num_inputs(self) -> int:
             return len(self._model.graph.input)
@@ -192,7 +197,8 @@ def make_tensorrt(driver: Driver, version: str = "11.4.0.106") -> Any:
         hardware_compatibility_level: Any = trt.HardwareCompatibilityLevel.NONE
 
         def __init__(self) -> None:
-            self._flags, self._profiles, self._cache = {"TF32"}, [], None
+            self._flags, self._cache = {"TF32"}, None
+            self._profiles: list[Any] = []
             self._pools: dict[str, int] = {}
 
         def set_flag(self, flag: Any) -> None:
@@ -343,8 +349,7 @@ def make_tensorrt(driver: Driver, version: str = "11.4.0.106") -> Any:
         assert driver.init == 0 and driver.devices, "without a GPU TensorRT ends the process"
 
     classes = (ILogger, IProgressMonitor, OnnxParser, INetworkDefinition, IOptimizationProfile, ITimingCache)
-    classes += (IBuilderConfig, Builder, Runtime, ICudaEngine, IExecutionContext)
-    for kind in classes:
+    for kind in (*classes, IBuilderConfig, Builder, Runtime, ICudaEngine, IExecutionContext):
         setattr(trt, kind.__name__, kind)
     return trt
 

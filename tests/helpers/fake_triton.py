@@ -24,6 +24,7 @@ class Tensor:
 
 
 class TritonError(str):
+    code: str
     INTERNAL, INVALID_ARG, CANCELLED, UNAVAILABLE = "INTERNAL", "INVALID_ARG", "CANCELLED", "UNAVAILABLE"
 
     def __new__(cls, text: str, code: str) -> TritonError:
@@ -51,7 +52,7 @@ class Response:
 
     def outputs(self) -> dict[str, np.ndarray]:
         assert self.error_ is None, self.error_
-        return {tensor.name: tensor.array for tensor in self.output_tensors}
+        return {tensor.name: tensor.array for tensor in self.output_tensors or ()}
 
 
 class Request:
@@ -85,6 +86,7 @@ def install(monkeypatch: pytest.MonkeyPatch, encode: Callable[[str, list[np.ndar
     """
 
     def request(model_name: str, inputs: list[Tensor], **_: Any) -> SimpleNamespace:
+        assert encode is not None, f"{model_name} was asked"
         return SimpleNamespace(exec=lambda: encode(model_name, [tensor.array for tensor in inputs]))
 
     stand_in = SimpleNamespace(
@@ -106,6 +108,7 @@ def install(monkeypatch: pytest.MonkeyPatch, encode: Callable[[str, list[np.ndar
 def load(path: Path) -> Any:
     """The model of a model.py, imported as Triton does."""
     spec = importlib.util.spec_from_file_location("model", path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.TritonPythonModel()

@@ -1,18 +1,24 @@
+"""Fixtures of a small release; what makes it, and so PyTorch, is imported where a test asks for it."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import tritonclient.grpc as grpc
 
-from radapter_serve.server.triton_server import TritonServer, free_ports
-from tests.helpers.asking import connect
-from tests.helpers.small_release import Local, write_release
+if TYPE_CHECKING:
+    import tritonclient.grpc as grpc
+
+    from radapter_serve.server.triton_server import TritonServer
+    from tests.helpers.small_release import Local
 
 
 @pytest.fixture(scope="session")
-def repository(tmp_path_factory) -> Path:
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.helpers.small_release import write_release
+
     folder = tmp_path_factory.mktemp("release") / "model_repository"
     write_release(folder, 1, seed=1, dense=False)
     write_release(folder, 2, seed=2)
@@ -20,17 +26,23 @@ def repository(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(repository) -> Iterator[TritonServer]:
+def server(repository: Path) -> Iterator[TritonServer]:
+    from radapter_serve.server.triton_server import TritonServer, free_ports
+
     with TritonServer(repository, "127.0.0.1", *free_ports(), timeout=120) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def client(server) -> Iterator[grpc.InferenceServerClient]:
+def client(server: TritonServer) -> Iterator[grpc.InferenceServerClient]:
+    from tests.helpers.asking import connect
+
     with connect(server) as client:
         yield client
 
 
 @pytest.fixture
-def local(repository) -> Local:
+def local(repository: Path) -> Local:
+    from tests.helpers.small_release import Local
+
     return Local(repository, 2)

@@ -7,7 +7,9 @@ import json
 import shutil
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,6 +26,7 @@ from radapter_serve.inputs.labels import LabelEmbedder
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.tokenizer import Tokenizer
 from radapter_serve.release.agreement import Samples
+from radapter_serve.release.release import Release
 from radapter_serve.release.repository import configure
 from radapter_serve.tasks.classify import Classify, EmbedImages, EmbedTexts, load_label_sets
 from radapter_serve.tasks.segment import Segment
@@ -64,7 +67,7 @@ def image_encoder(random: np.random.Generator) -> onnx.ModelProto:
         *unit_length("sum", "image_embeds"),
     ]
     inputs = [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", SIZE, SIZE, 3])]
-    return graph("image", nodes, inputs, "image_embeds", {"weight": weight, "middle": np.float32(120)})
+    return graph("image", nodes, inputs, "image_embeds", {"weight": weight, "middle": np.array(120, np.float32)})
 
 
 def patch_encoder(random: np.random.Generator) -> onnx.ModelProto:
@@ -80,7 +83,7 @@ def patch_encoder(random: np.random.Generator) -> onnx.ModelProto:
     ]
     inputs = [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", SIZE, SIZE, 3])]
     weights = {
-        "middle": np.float32(120),
+        "middle": np.array(120, np.float32),
         "cut": np.array([0, GRID, patch, GRID, patch, 3]),
         "rows": np.array([0, GRID, GRID, patch * patch * 3]),
         "weight": random.normal(size=(patch * patch * 3, WIDTH)).astype(np.float32),
@@ -106,16 +109,19 @@ def samples(name: str, model: onnx.ModelProto, random: np.random.Generator) -> S
     kind, most = (np.uint8, 256) if name != "text_encoder" else (np.int32, VOCABULARY)
     inputs = [random.integers(0, most, (batch, *shape), dtype=kind) for batch in (1, 3)]
     [source] = [tensor.name for tensor in model.graph.input]
-    return Samples(inputs, [ReferenceEvaluator(model).run(None, {source: values})[0] for values in inputs])
+    run: Callable[[None, dict[str, np.ndarray]], Any] = ReferenceEvaluator(model).run
+    return Samples(inputs, [run(None, {source: values})[0] for values in inputs])
 
 
 def write_release(repository: Path, version: int, seed: int, *, dense: bool = True) -> None:
     random = np.random.default_rng(seed)
-    release = {
+    release: dict[str, Any] = {
         "format": 1,
         "version": version,
         "alpha": 0.5,
         "architecture": "ViT-B-32",
+        "base_digest": "sha256:1",
+        "adapter_digest": "sha256:2",
         "precision": "fp32",
         "runtime": "onnxruntime",
         "agreement": {"tolerance": 1e-4},
@@ -142,7 +148,7 @@ def write_release(repository: Path, version: int, seed: int, *, dense: bool = Tr
         shutil.copy(SOURCES / name / "model.py", folder)
         tokenizer = open_clip.get_tokenizer("ViT-B-32")
         release["tokenizer"] = write_tokenizer(tokenizer, folder / "tokenizer.json", dynamic_length=True)
-        (folder / "release.json").write_text(json.dumps(release))
+        Release.from_dict(release).save(folder)
     for name in (*encoders, *TASKS):
         text = (SOURCES / name / "config.template.pbtxt").read_text()
         config = text_format.Parse(text, model_config_pb2.ModelConfig())
@@ -164,23 +170,23 @@ def write_release(repository: Path, version: int, seed: int, *, dense: bool = Tr
 
 
 class Local:
-    """The same tasks in this process: what the served ones must equal."""
+    """The same tasks in this process: what the served ones must equal; and the encoders and tokenizer below them."""
 
     def __init__(self, repository: Path, version: int) -> None:
         folder = repository / "classify" / str(version)
-        release = json.loads((folder / "release.json").read_text())
-        tokenizer = Tokenizer.load(folder / "tokenizer.json", release["tokenizer"])
+        release = Release.load(folder)
+        self.tokenizer = Tokenizer.load(folder / "tokenizer.json", release.tokenizer)
         self.calls: list[tuple[int, ...]] = []
-        encode_images = self._encoder(repository / "image_encoder" / str(version) / "model.onnx", "image")
-        encode_tokens = self._encoder(repository / "text_encoder" / str(version) / "model.onnx", "tokens")
-        self.embed_images = EmbedImages(release, encode_images)
-        self.embed_texts = EmbedTexts(release, tokenizer, encode_tokens)
-        self.embed_labels = LabelEmbedder(tokenizer, encode_tokens, max_batch_size=64)
+        self.encode_images = self._encoder(repository / "image_encoder" / str(version) / "model.onnx", "image")
+        self.encode_tokens = self._encoder(repository / "text_encoder" / str(version) / "model.onnx", "tokens")
+        self.embed_images = EmbedImages(release, self.encode_images)
+        self.embed_texts = EmbedTexts(release, self.tokenizer, self.encode_tokens)
+        self.embed_labels = LabelEmbedder(self.tokenizer, self.encode_tokens, max_batch_size=64)
         label_sets = load_label_sets(folder / "label_sets")
         self.classify = Classify(release, self.embed_images, self.embed_labels, label_sets)
         patches = repository / "patch_encoder" / str(version) / "model.onnx"
-        encode_patches = self._encoder(patches, "image") if release["dense"] else None
-        self.segment = Segment(release, encode_images, encode_patches, self.embed_labels, label_sets)
+        self.encode_patches = self._encoder(patches, "image") if release.dense else None
+        self.segment = Segment(release, self.encode_images, self.encode_patches, self.embed_labels, label_sets)
 
     def _encoder(self, path: Path, name: str):
         options = onnxruntime.SessionOptions()

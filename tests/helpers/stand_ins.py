@@ -72,7 +72,7 @@ class Recorder:
 
 
 class AsyncRecorder(Recorder):
-    async def send(self, request: Request, timeout: float) -> Any:  # type: ignore[override]
+    async def send(self, request: Request, timeout: float) -> Any:
         return super().send(request, timeout)
 
     async def close(self) -> None:  # type: ignore[override]

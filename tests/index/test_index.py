@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import io
 import json
@@ -34,6 +35,7 @@ from radapter_serve.index.index import FACTS, Index
 from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
 from radapter_serve.inputs.preprocess import Preprocess, decode
 from radapter_serve.lock import lock
+from tests.helpers.small_models import release as release_facts
 
 DIM = 16
 
@@ -42,12 +44,13 @@ class FakeRelease:
     """Embeds an image by a fixed random projection of its mean colours; counts what it embeds."""
 
     def __init__(self, alpha: float = 0.5) -> None:
-        names = ("base_digest", "adapter_digest", "architecture", "precision", "tokenizer")
-        self.facts: dict[str, Any] = {**dict.fromkeys(names, "x"), "embed_dim": DIM, "version": 1, "alpha": alpha}
-        self.facts["preprocess"] = {"size": 4}
-        self.preprocess = Preprocess.from_dict(self.facts["preprocess"])
+        self.facts = release_facts(embed_dim=DIM, alpha=alpha, preprocess={"size": 4})
+        self.preprocess = Preprocess.from_dict(self.facts.preprocess)
         self.origin = {"model_repository": "/models of mine"}
         self.embedded = 0
+
+    def set_alpha(self, alpha: float) -> None:
+        self.facts = dataclasses.replace(self.facts, alpha=alpha)
 
     def prepare(self, data: bytes) -> Any:
         image = decode(data, exif_orientation=self.preprocess.exif_orientation)
@@ -59,7 +62,7 @@ class FakeRelease:
         return np.asarray(embeds / np.linalg.norm(embeds, axis=1, keepdims=True), np.float32)
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        embeds = np.random.default_rng(1).standard_normal((len(texts), self.facts["embed_dim"]))
+        embeds = np.random.default_rng(1).standard_normal((len(texts), self.facts.embed_dim))
         return np.asarray(embeds / np.linalg.norm(embeds, axis=1, keepdims=True), np.float32)
 
 
@@ -620,8 +623,7 @@ def test_another_release_is_refused_with_the_command_that_rebuilds(photos: Path,
     with pytest.raises(RAdapterError, match=rf"alpha 0\.5.*alpha 0\.6.*radapter-index build {photos} --out"):
         add(tmp_path / "index", other)
     same = FakeRelease()
-    same.facts["version"] = 7
-    same.facts["created"] = "later"
+    same.facts = dataclasses.replace(same.facts, version=7, created="later")
     assert add(tmp_path / "index", same).kept == 12
     build(str(photos), tmp_path / "index", other)
     assert add(tmp_path / "index", other).kept == 12
@@ -679,13 +681,14 @@ def test_a_killed_build_is_resumed(photos: Path, tmp_path: Path, release: FakeRe
 def test_recall_is_of_the_worse_kind_of_query(worse: str) -> None:
     """A table that is searched exactly, but finds nothing for one kind of query unless it probes 64 cells."""
     random = np.random.default_rng(0)
-    vectors, texts = random.standard_normal((300, 8)), random.standard_normal((40, 8))
-    vectors, texts = (np.float32(v / np.linalg.norm(v, axis=1, keepdims=True)) for v in (vectors, texts))
+    drawn = (random.standard_normal((count, 8)) for count in (300, 40))
+    vectors, texts = ((v / np.linalg.norm(v, axis=1, keepdims=True)).astype(np.float32) for v in drawn)
     vectors[150:] = vectors[:150]  # equal ones are as good as each other
 
     class Table:
         def __init__(self, rows: NDArray[np.float32] = vectors, asked: Any = None, probes: int = 0) -> None:
-            self.rows, self.asked, self.probes, self.count = rows, asked, probes, None
+            self.rows, self.asked, self.probes = rows, asked, probes
+            self.count: int | None = None
 
         def search(self, asked: Any = None) -> Table:
             return Table(self.rows, asked)
@@ -744,7 +747,7 @@ def test_an_approximate_index_keeps_its_promise(tmp_path: Path, monkeypatch: pyt
             return texts[:100]
 
     release = Ready()
-    release.facts["embed_dim"] = dim
+    release.facts = dataclasses.replace(release.facts, embed_dim=dim)
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in range(count):

@@ -97,7 +97,7 @@ def test_only_what_is_missing_is_computed_once_and_by_length(local):
 
 
 def test_the_cache_is_bounded_and_still_right(local):
-    small = LabelEmbedder(local.embed_labels._tokenizer, local.embed_labels._encode, cache_size=5)
+    small = LabelEmbedder(local.tokenizer, local.encode_tokens, cache_size=5)
     words = [f"thing {index}" for index in range(40)]
     for _ in range(2):
         np.testing.assert_array_equal(small(words, SIMPLE).embeds, local.embed_labels(words, SIMPLE).embeds)
@@ -146,11 +146,9 @@ def test_prompts_are_counted_before_they_are_built(lists, message):
 
 
 def test_a_caller_who_gave_up_gets_no_more_batches(local):
-    asked = []
+    asked = iter([False, True])
     with pytest.raises(TaskError, match="cancelled"):
-        local.embed_labels(
-            [f"thing {n}" for n in range(200)], SIMPLE, cancelled=lambda: asked.append(1) or len(asked) > 1
-        )
+        local.embed_labels([f"thing {n}" for n in range(200)], SIMPLE, cancelled=lambda: next(asked))
     assert len(local.calls) == 2
 
 
@@ -167,7 +165,7 @@ def test_what_was_embedded_until_a_caller_gave_up_is_kept(local):
     assert tries == 3
     again = local.embed_labels(labels[::-1], SIMPLE)
     np.testing.assert_array_equal(found.embeds, again.embeds[::-1])
-    fresh = LabelEmbedder(local.embed_labels._tokenizer, local.embed_labels._encode)(labels[:100], SIMPLE)
+    fresh = LabelEmbedder(local.tokenizer, local.encode_tokens)(labels[:100], SIMPLE)
     np.testing.assert_allclose(found.embeds[:100], fresh.embeds, atol=1e-6)
 
 

@@ -61,10 +61,10 @@ def test_a_square_crop_holds_each_pixel_of_the_mask_once_in_place_and_no_other(
 @settings(deadline=None)
 @given(masks(), st.floats(0, 1))
 def test_a_squashed_crop_is_square_and_nothing_of_the_outside_survives(mask: NDArray[np.bool_], padding: float) -> None:
-    pixels = np.where(mask[..., None], np.uint8(FILL), np.uint8((255, 0, 0)))
+    pixels = np.where(mask[..., None], np.array(FILL, np.uint8), np.array((255, 0, 0), np.uint8))
     crop = MaskCrop(padding, square=False)(Image.fromarray(pixels), mask)
     assert crop.width == crop.height
-    np.testing.assert_array_equal(np.asarray(crop), np.broadcast_to(np.uint8(FILL), (*crop.size, 3)))
+    np.testing.assert_array_equal(np.asarray(crop), np.broadcast_to(np.array(FILL, np.uint8), (*crop.size, 3)))
 
 
 def test_a_squashed_crop_stretches_the_box_alone() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def picture(mode: str, width: int, height: int, seed: int) -> Image.Image:
     return image.quantize(17) if mode == "P" else image.convert(mode)
 
 
-def reference(image: Image.Image, **config: object) -> np.ndarray:
+def reference(image: Image.Image, **config: Any) -> np.ndarray:
     transform = image_transform(
         config["size"],
         is_train=False,
@@ -74,7 +75,7 @@ def test_pixels_are_those_of_open_clip(mode, width, height, seed, **config):
 @pytest.mark.parametrize("size", [(2, 600), (600, 2), (224, 224), (225, 223), (1, 1), (640, 427)])
 def test_photo_sizes(size):
     config = {"size": 224, "resize_mode": "shortest", "interpolation": "bicubic", "fill_color": 0}
-    image = picture("RGB", *size, 0)
+    image = picture("RGB", size[0], size[1], 0)
     np.testing.assert_array_equal(Preprocess.from_dict(config)(image), reference(image, **config))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from onnx import TensorProto, helper
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, compare
+from radapter_serve.release.release import Release
 from radapter_serve.runtimes import local_release as release
 from radapter_serve.runtimes.encoder import Encoder, openvino_properties
 
@@ -64,11 +67,16 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Encoder(broken, "torch")
 
 
-def test_a_release_is_run_by_its_own_runtime(exported_tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, asked = release.read_release, []
-    monkeypatch.setattr(release, "read_release", lambda folder: {**read(folder), "runtime": "openvino"})
+def test_a_release_is_run_by_its_own_runtime(
+    exported_tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    copy = tmp_path / "repository"
+    shutil.copytree(exported_tiny_clip / "model_repository" / "classify", copy / "classify")
+    for folder in (copy / "classify").glob("[0-9]*"):
+        dataclasses.replace(Release.load(folder), runtime="openvino").save(folder)
     monkeypatch.setattr(release, "Encoder", lambda path, runtime, precision: asked.append((path.name, runtime)))
-    release.LocalRelease(exported_tiny_clip / "model_repository")
+    release.LocalRelease(copy)
     assert asked == [("model.onnx", "openvino")] * 2
 
 

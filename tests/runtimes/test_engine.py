@@ -20,7 +20,7 @@ from radapter_serve.runtimes.tensorrt.engine import Engine, Options, build, impo
 from tests.helpers.fake_tensorrt import Driver, install, make_tensorrt
 from tests.helpers.small_release import image_encoder, text_encoder
 
-LIMITS = {"max_batch_size": 8, "max_length": 77}
+LIMITS: dict[str, Any] = {"max_batch_size": 8, "max_length": 77}
 
 
 @pytest.fixture

@@ -80,8 +80,11 @@ def test_every_encoder_gets_an_engine_that_agrees_and_tensorrt_serves_it(trt: An
         now, then = config(mine, model), before[model]
         assert (now.backend, now.default_model_filename) == ("tensorrt", PLAN)
         assert [group.kind for group in now.instance_group] == [model_config_pb2.ModelInstanceGroup.KIND_GPU]
-        for field in ("name", "max_batch_size", "input", "output", "version_policy", "dynamic_batching"):
+        same = ("name", "version_policy", "max_batch_size", "input", "output", "dynamic_batching")
+        for field in same[:2] if model == "text_encoder" else same:
             assert getattr(now, field) == getattr(then, field)
+        if model == "text_encoder":  # the tasks make the batches of texts; an empty text would be lost in Triton's
+            assert (now.max_batch_size, list(now.input[0].dims)) == (0, [-1, -1])
         assert set(now.parameters) == {"release"}  # nothing is left of ONNX Runtime's
     assert list(check_engines(mine)) == [mine / model / str(version) for model, version in ENGINES]
     [cache] = (mine.parent / "cache" / "radapter-serve").iterdir()
@@ -129,13 +132,13 @@ def test_an_engine_that_differs_from_torch_is_not_served(trt: Any, mine: Path) -
 def test_a_build_that_stops_leaves_the_repository_served_as_it_was(
     trt: Any, mine: Path, monkeypatch: pytest.MonkeyPatch, stop: Any
 ) -> None:
-    before, build, calls = configs(mine), plan_writer.build, []
+    before, real, calls = configs(mine), vars(plan_writer)["build"], []
 
     def third_fails(*arguments: Any, **keywords: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise stop
-        return build(*arguments, **keywords)
+        return real(*arguments, **keywords)
 
     monkeypatch.setattr(plan_writer, "build", third_fails)
     with pytest.raises(stop if isinstance(stop, type) else RAdapterError):

@@ -19,8 +19,6 @@ def test_a_request_is_no_larger_than_the_servers_batch(
     made = []
 
     class Client:
-        release = SimpleNamespace(version=3, facts=facts)
-
         def __init__(self, url: str, **options: Any) -> None:
             made.append((url, options))
 
@@ -29,6 +27,9 @@ def test_a_request_is_no_larger_than_the_servers_batch(
 
         def __exit__(self, *_: object) -> None:
             pass
+
+        def release(self) -> SimpleNamespace:
+            return SimpleNamespace(version=3, facts=facts)
 
     monkeypatch.setattr(live, "Client", Client)
     _, release = live.connect("grpc://localhost:8001")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,7 +70,12 @@ def test_onnxruntime_heeds_the_parameters_of_the_official_backend(load, reposito
     import onnxruntime
 
     seen, real = [], onnxruntime.InferenceSession
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *args, **kw: seen.append(real(*args, **kw)) or seen[-1])
+
+    def session(*arguments: Any, **keywords: Any) -> Any:
+        seen.append(real(*arguments, **keywords))
+        return seen[-1]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     load("onnxruntime").initialize(arguments(repository, parameters=parameters(intra_op_thread_count="1")))
     assert seen[0].get_session_options().intra_op_num_threads == 1
 

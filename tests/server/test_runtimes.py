@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime
@@ -45,7 +46,9 @@ def parsed(text: str):
 
 
 def test_encoders_are_found_with_their_versions(repository):
-    found = {one.name: (one.versions, one.runtime, one.precision, one.instances) for one in encoders_of(repository)}
+    found = {
+        one.name: (one.versions, one.runtime, one.facts.precision, one.instances) for one in encoders_of(repository)
+    }
     both = ([1, 2], "onnxruntime", "fp32", 1)
     assert found == {"image_encoder": both, "text_encoder": both, "patch_encoder": ([2], "onnxruntime", "fp32", 1)}
 
@@ -88,7 +91,7 @@ def test_configs_of_each_runtime_and_the_way_back(repository):
 
 def test_openvino_is_asked_for_bf16_by_its_own_parameter(repository):
     exported = encoder(repository)
-    bf16 = ServedEncoder(exported.folder, exported.config, {**exported.facts, "precision": "bf16"})
+    bf16 = ServedEncoder(exported.folder, exported.config, replace(exported.facts, precision="bf16"))
     assert parameters(parsed(bf16.configured("openvino", None)))["HINT_BF16"] == "YES"
     assert "HINT_BF16" not in parameters(parsed(bf16.configured("onnxruntime", None)))
 
@@ -143,7 +146,8 @@ def test_a_runtime_is_held_to_the_cosine_of_the_export_too(own):
     for least, right in ((-1, True), (0.9, True), (0.99999, False)):
         exported = encoder(own)
         agreement = {"tolerance": 2, "min_cosine": least}  # no error is larger
-        exported.config.parameters["release"].string_value = json.dumps({**exported.facts, "agreement": agreement})
+        facts = replace(exported.facts, agreement=agreement).to_dict()
+        exported.config.parameters["release"].string_value = json.dumps(facts)
         config.write_text(text_format.MessageToString(exported.config), encoding="utf-8")
         if right:
             assert check(encoder(own), "onnxruntime", 1)[0] > 1e-5

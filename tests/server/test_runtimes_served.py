@@ -29,4 +29,4 @@ def test_the_same_answers_by_openvino_in_any_version(repository, tmp_path):
             found = client.infer("embed_image", [tensor("image", [[i] for i in images])], model_version=number)
             np.testing.assert_allclose(found.as_numpy("image_embeds"), embeds, atol=1e-6)
             found = client.infer("text_encoder", [tensor("tokens", tokens)], model_version=number)
-            np.testing.assert_allclose(found.as_numpy("text_embeds"), local.embed_texts._encode(tokens), atol=1e-6)
+            np.testing.assert_allclose(found.as_numpy("text_embeds"), local.encode_tokens(tokens), atol=1e-6)

@@ -15,7 +15,7 @@ import pytest
 
 from radapter_serve.cli.serve import curl, main
 from radapter_serve.errors import RAdapterError
-from radapter_serve.server import installation, processes
+from radapter_serve.server import processes
 from radapter_serve.server import triton_server as module
 from radapter_serve.server.installation import OUR_BACKENDS, Installation, find_tritonserver, our_backends
 from radapter_serve.server.triton_server import TritonServer, free_ports, models_of, reason
@@ -68,7 +68,7 @@ def test_the_repository_by_position_and_by_flag(tmp_path, capsys):
 
 
 def test_numpy_2_and_python_313_are_refused(monkeypatch):
-    monkeypatch.setattr(installation.importlib.metadata, "version", lambda _: "2.1.0")
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "2.1.0")
     with pytest.raises(RAdapterError, match=r"numpy 2\.1\.0 .* misreads tensors"):
         find_tritonserver()
     monkeypatch.undo()
@@ -145,7 +145,7 @@ def test_hosts(repository):
 def test_a_server_on_path_needs_no_numpy_of_ours(tmp_path, monkeypatch):
     native = fake_server(tmp_path, b"", "onnxruntime")
     monkeypatch.setenv("PATH", str(native.parent))
-    monkeypatch.setattr(installation.importlib.metadata, "version", lambda _: "2.1.0")
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "2.1.0")
     assert find_tritonserver().binary == native
 
 
@@ -159,7 +159,7 @@ def test_children_that_are_no_model(repository, monkeypatch, argument):
 
 
 def test_what_a_killed_server_left_is_removed_and_no_more(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     dead, alive, new, other = (tmp_path / f"{name}{os.getpid()}" for name in (*["radapter-serve-test-"] * 3, "other-"))
     dead, alive, new = (path.with_name(path.name + kind) for path, kind in ((dead, "d"), (alive, "a"), (new, "n")))
     for folder in (dead, alive, other):
@@ -193,7 +193,7 @@ def test_a_full_disk_is_told_in_one_line(repository, tmp_path, monkeypatch, erro
 
     monkeypatch.setattr(Installation, "assemble", full)
     monkeypatch.setattr(module, "find_tritonserver", lambda: Installation(Path("/bin/false"), our_backends()))
-    monkeypatch.setattr(processes.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(RAdapterError, match=r"cannot write into .*: .*No space left on device.*; .*TMPDIR"):
         TritonServer(repository, "127.0.0.1", *free_ports()).start()
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -81,9 +82,9 @@ BAD: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
 def model(repository, local, monkeypatch):
     """A model.py of the repository, whose encoders run in this process."""
     encoders = {
-        "image_encoder": ("image_embeds", local.embed_images._encode),
-        "text_encoder": ("text_embeds", local.embed_texts._encode),
-        "patch_encoder": ("patch_embeds", local.segment._encode_patches),
+        "image_encoder": ("image_embeds", local.encode_images),
+        "text_encoder": ("text_embeds", local.encode_tokens),
+        "patch_encoder": ("patch_embeds", local.encode_patches),
     }
 
     def encode(name: str, inputs: list[np.ndarray]) -> Response:
@@ -97,8 +98,7 @@ def model(repository, local, monkeypatch):
         made.initialize({"model_repository": str(repository / name), "model_version": "2"})
         return made
 
-    make.encoders = encoders
-    return make
+    return SimpleNamespace(load=make, encoders=encoders)
 
 
 def same(one: Response, other: Response) -> None:
@@ -114,7 +114,7 @@ def same(one: Response, other: Response) -> None:
 
 @pytest.mark.parametrize("name", BAD)
 def test_good_requests_between_bad_ones_are_answered_as_alone(model, name, capfd):
-    made, (good, bad) = model(name), BAD[name]
+    made, (good, bad) = model.load(name), BAD[name]
     requests = [one for wrong, _ in bad for one in (good, wrong)] + [good]
     together = made.execute([Request(**one) for one in requests])
     [expected] = made.execute([Request(**good)])
@@ -131,9 +131,9 @@ def test_good_requests_between_bad_ones_are_answered_as_alone(model, name, capfd
 
 
 def test_a_missing_input_is_named(model):
-    [response] = model("classify").execute([Request(labels=[LABELS])])
+    [response] = model.load("classify").execute([Request(labels=[LABELS])])
     assert response.error() == "[invalid_argument] the input image is missing"
-    [response] = model("segment").execute([Request(labels=LABELS)])
+    [response] = model.load("segment").execute([Request(labels=LABELS)])
     assert response.error() == "[invalid_argument] the input image is missing"
 
 
@@ -150,7 +150,7 @@ def test_where_the_program_fails_callers_get_one_line_and_the_log_the_rest(model
     model.encoders["image_encoder"] = output, fails
     grey = Request(**{**BAD[name][0], "image": [[grey_png()]]})
     good = Request(**BAD[name][0])
-    first, error, last = model(name).execute([good, grey, good])
+    first, error, last = model.load(name).execute([good, grey, good])
     same(first, last)
     assert not first.has_error()
     assert error.error() == "[internal_error] the server failed on this request; its log says why"
@@ -186,7 +186,7 @@ def grey_png() -> bytes:
 )
 def test_what_an_encoder_says_names_no_path_and_no_shared_memory(model, monkeypatch, capfd, said, told):
     install(monkeypatch, lambda name, inputs: Response(error=TritonError(said, "INTERNAL")))
-    [response] = model("embed_image").execute([Request(**BAD["embed_image"][0])])
+    [response] = model.load("embed_image").execute([Request(**BAD["embed_image"][0])])
     assert response.error() == told
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.tasks.classify import Classify, ClassifyRequest
+from tests.helpers.small_models import release
 from tests.helpers.small_release import LABELS, SIZE, WIDTH, png
 
 
@@ -30,7 +31,7 @@ def test_embed_images(local):
     for request, rows in zip(requests, embeds, strict=True):
         for data, row in zip(request, rows, strict=True):
             pixels = Preprocess((SIZE, SIZE))(Image.open(io.BytesIO(data)))
-            np.testing.assert_allclose(row, local.embed_images._encode(pixels[None])[0], atol=1e-6)
+            np.testing.assert_allclose(row, local.encode_images(pixels[None])[0], atol=1e-6)
             assert np.linalg.norm(row) == pytest.approx(1)
 
 
@@ -89,7 +90,7 @@ def test_classify_is_the_softmax_of_scaled_cosines(local):
     image, labels = png(5), [b"cat", b"dog", b"bird, fowl", b"fish", b"a man", b"tree"]
     scores = expected(local, image, [label.decode() for label in labels], ["a photo of a {}."])
     [classes] = answers(local.classify([ClassifyRequest([image], [labels])]))
-    best = sorted(scores, key=scores.get, reverse=True)
+    best = sorted(scores, key=lambda label: scores[label], reverse=True)
     assert classes.labels.tolist() == [best[:5]]
     np.testing.assert_allclose(classes.scores[0], [scores[label] for label in best[:5]], rtol=1e-5)
     [classes] = answers(local.classify([ClassifyRequest([image], [labels], top_k=[100])]))
@@ -98,8 +99,8 @@ def test_classify_is_the_softmax_of_scaled_cosines(local):
 
 
 def test_sigmoid_where_the_model_has_a_bias(local):
-    release = {"alpha": 0.5, "templates": ["a {}"], "logit_scale": 10.0, "logit_bias": -3.0}
-    classify = Classify(release, local.embed_images, local.embed_labels, {})
+    sigmoid = release(alpha=0.5, templates=["a {}"], logit_scale=10.0, logit_bias=-3.0)
+    classify = Classify(sigmoid, local.embed_images, local.embed_labels, {})
     [classes] = answers(classify([ClassifyRequest([png(5)], [[b"cat", b"dog"]])]))
     label_set, image = local.embed_labels(["cat", "dog"], ["a {}"]), local.embed_images([[png(5)]])[0].unwrap()[0]
     expected = sorted(1 / (1 + np.exp(-(10 * label_set.embeds @ image - 3))), reverse=True)

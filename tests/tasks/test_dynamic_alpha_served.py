@@ -17,6 +17,7 @@ from radapter_client.query import main as query
 from radapter_serve.evaluation.server_embedder import ServerEmbedder
 from radapter_serve.index.build import build
 from radapter_serve.inputs.labels import split_label
+from radapter_serve.release.release import Release
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.runtimes.served_release import ServerRelease
 from radapter_serve.server.triton_server import TritonServer, free_ports
@@ -66,10 +67,10 @@ def files(photos: Path) -> list[bytes]:
 
 def scores(release: LocalRelease, image: bytes) -> dict[str, float]:
     """By the formula, with the fixed release's embeddings."""
-    template = release.facts["templates"][0]
+    template = release.facts.templates[0]
     texts = [release.embed_texts([template.format(name) for name in split_label(line)]).mean(0) for line in LABELS]
     labels = np.stack([text / np.linalg.norm(text) for text in texts])
-    logits = release.facts["logit_scale"] * labels @ release.encode_images([release.prepare(image)])[0]
+    logits = release.facts.logit_scale * labels @ release.encode_images([release.prepare(image)])[0]
     shares = np.exp(logits - logits.max())
     return dict(zip([split_label(line)[0] for line in LABELS], (shares / shares.sum()).tolist(), strict=True))
 
@@ -93,7 +94,7 @@ def test_classify_at_many_alphas_at_once(client: Client, photos: Path, fixed: di
     def call(job: tuple[bytes, float, bool]) -> dict[str, float]:
         image, alpha, named = job
         given = {"label_set": "four"} if named else {"labels": LABELS}
-        found = client.classify(image, alpha=alpha, **given)  # type: ignore[call-overload]
+        found = client.classify(image, alpha=alpha, **given)
         return dict(zip(found.labels, found.scores, strict=True))
 
     with ThreadPoolExecutor(8) as pool:
@@ -113,9 +114,9 @@ def test_segment(client: Client, photos: Path, fixed: dict[float, LocalRelease])
 
 
 def test_search_asks_at_the_alpha_of_the_index(
-    client: Client, photos: Path, indexes: Path, fixed: dict[float, LocalRelease]
+    server: TritonServer, client: Client, photos: Path, indexes: Path, fixed: dict[float, LocalRelease]
 ) -> None:
-    release = ServerRelease(client, client.release().facts)
+    release = ServerRelease(client, server.grpc_url, Release.from_dict(client.release().facts))
     release.set_alpha(0.8)
     build(str(photos), indexes / "photos", release)
     hits = client.search("a cat", index="photos")

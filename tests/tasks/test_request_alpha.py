@@ -13,43 +13,43 @@ from PIL import Image
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import Index
-from radapter_serve.inputs.alpha import RequestAlpha, at, facts_at
+from radapter_serve.inputs.alpha import RequestAlpha, at
 from radapter_serve.inputs.errors import TaskError
 from radapter_serve.inputs.labels import LabelEmbedder
-from radapter_serve.release.facts import release_digest
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.tasks.classify import Classify, ClassifyRequest, EmbedImages, EmbedTexts
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
 from radapter_serve.tasks.segment import Segment, SegmentRequest
+from tests.helpers.small_models import release
 from tests.helpers.small_release import SIZE, png
 
-FIXED = {"alpha": 0.3, "dynamic_alpha": False}
-DYNAMIC = {"alpha": 0.3, "dynamic_alpha": True}
+FIXED, DYNAMIC = RequestAlpha(0.3), RequestAlpha(0.3, dynamic=True)
 
 
 def test_rows() -> None:
-    dynamic = RequestAlpha(DYNAMIC)
-    np.testing.assert_array_equal(dynamic(None, 2), np.full((2, 1), 0.3, np.float32))
-    np.testing.assert_array_equal(dynamic(0.5, 2), [[0.5], [0.5]])
-    np.testing.assert_array_equal(dynamic(np.array([[0], [1]], np.float32), 2), [[0], [1]])
+    dynamic = DYNAMIC
+    per_row = np.array([[0], [1]], np.float32)
+    for asked, rows in ((None, [[np.float32(0.3)]] * 2), (0.5, [[0.5]] * 2), (per_row, [[0], [1]])):
+        found = dynamic(asked, 2)
+        assert found is not None
+        np.testing.assert_array_equal(found, rows)
     assert (dynamic.one(1), dynamic.one(None)) == (1.0, float(np.float32(0.3)))
     for value in (None, 0.3, np.float32(0.3), np.full((2, 1), 0.3, np.float32)):
-        assert RequestAlpha(FIXED)(value, 2) is None
-        assert RequestAlpha({"alpha": 0.3})(value, 2) is None  # of a release that is older than this
+        assert FIXED(value, 2) is None
 
 
-@pytest.mark.parametrize("facts", [FIXED, DYNAMIC])
+@pytest.mark.parametrize("alphas", [FIXED, DYNAMIC])
 @pytest.mark.parametrize("value", [-0.1, 1.01, float("nan"), float("inf"), np.array([[0.3], [2]])])
-def test_what_is_no_alpha(facts: dict[str, Any], value: Any) -> None:
+def test_what_is_no_alpha(alphas: RequestAlpha, value: Any) -> None:
     with pytest.raises(TaskError, match=r"^\[invalid_argument\] alpha is .*; allowed: 0 .* to 1"):
-        RequestAlpha(facts)(value, 2)
+        alphas(value, 2)
 
 
 def test_another_than_was_exported() -> None:
     with pytest.raises(TaskError, match=r"alpha is 0.5, but .* exported at alpha 0.3; radapter-export --alpha dynamic"):
-        RequestAlpha(FIXED)([[0.3], [0.5]], 2)
+        FIXED([[0.3], [0.5]], 2)
     with pytest.raises(RAdapterError, match=r"^alpha is 0.5, but"):
-        facts_at(FIXED, 0.5)
+        release(alpha=0.3).at(0.5)
 
 
 @pytest.fixture
@@ -68,26 +68,25 @@ def tasks(local: Any) -> Callable[..., Any]:
 
         return call
 
-    facts = {
-        **DYNAMIC,
-        "preprocess": {"size": SIZE, "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0},
-        "templates": ["a photo of a {}."],
-        "max_batch_size": 64,
-        "logit_scale": 10.0,
-    }
-    images, tokens = turned(local.embed_images._encode), turned(local.embed_texts._encode)
+    facts = release(
+        alpha=0.3,
+        dynamic_alpha=True,
+        preprocess={"size": SIZE, "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0},
+        logit_scale=10.0,
+    )
+    images, tokens = turned(local.encode_images), turned(local.encode_tokens)
     embed_images = EmbedImages(facts, images)
-    embed_labels = LabelEmbedder(local.embed_texts._tokenizer, tokens)
-    own = RequestAlpha(facts).one(None)
+    embed_labels = LabelEmbedder(local.tokenizer, tokens)
+    own = facts.request_alpha.one(None)
     sets = {"colours": embed_labels(["red, scarlet", "blue"], ["a {}"], alpha=own)}
 
     def make(kind: str) -> Any:
         calls.clear()
         made = {
             "images": embed_images,
-            "texts": EmbedTexts(facts, local.embed_texts._tokenizer, tokens),
+            "texts": EmbedTexts(facts, local.tokenizer, tokens),
             "classify": Classify(facts, embed_images, embed_labels, sets),
-            "segment": Segment(facts, images, turned(local.segment._encode_patches), embed_labels, sets),
+            "segment": Segment(facts, images, turned(local.encode_patches), embed_labels, sets),
             "labels": embed_labels,
             "calls": calls,
         }
@@ -185,7 +184,7 @@ def test_a_release_at_an_alpha_embeds_what_the_fold_embeds(
         release.set_alpha(alpha)
         np.testing.assert_allclose(release.encode_images(pixels), fixed.encode_images(pixels), atol=3e-6)
         np.testing.assert_allclose(release.embed_texts(["a cat"]), fixed.embed_texts(["a cat"]), atol=3e-6)
-        assert release_digest(release.facts) == release_digest(fixed.facts)
+        assert release.facts.digest == fixed.facts.digest
         fixed.set_alpha(alpha)
         with pytest.raises(RAdapterError, match="--alpha dynamic"):
             fixed.set_alpha(0.5)
@@ -203,7 +202,7 @@ def test_an_index_belongs_to_one_alpha(
     assert facts["release"]["alpha"] == 0.8
     again = LocalRelease(dynamic_tiny_clip)
     assert add(tmp_path / "indexes" / "photos", again).kept == 6
-    assert again.facts["alpha"] == 0.8
+    assert again.facts.alpha == 0.8
 
     asked: list[float] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +21,7 @@ CATS = [b"cat, kitty", b"dog", b"bird"]
 
 def segmenter(local: Local) -> Segmenter:
     """Of the same encoders, without the task."""
-    made = local.segment._segmenter(None)
-    size = (16, 16)
-    return Segmenter(made._encode_patches, made._encode_images, Preprocess(size), MaskCrop(), 10.0, 64)
+    return Segmenter(local.encode_patches, local.encode_images, Preprocess((16, 16)), MaskCrop(), 10.0, 64)
 
 
 def test_labels_of_the_request(local):
@@ -60,7 +59,7 @@ def test_a_label_set_and_proposals(local):
     np.testing.assert_array_equal(found.scores, expected.scores)
 
 
-PROPOSALS = {"proposals": np.full((1, 20, 30), 255, np.uint8)}
+PROPOSALS: dict[str, Any] = {"proposals": np.full((1, 20, 30), 255, np.uint8)}
 
 
 @pytest.mark.parametrize(

@@ -285,12 +285,14 @@ def test_the_mask_of_coloured_quarters():
     np.testing.assert_array_equal(found.mask, truth)
 
 
-def test_exif_orientation_is_not_applied():
+def test_the_mask_is_of_the_image_as_it_was_decoded():
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     file = io.BytesIO()
     image(40, 30).save(file, "JPEG", exif=exif)
-    assert segmenter().dense(decode(file.getvalue()), embeds(2)).mask.shape == (30, 40)
+    for turned, shape in ((True, (40, 30)), (False, (30, 40))):
+        picture = decode(file.getvalue(), exif_orientation=turned)
+        assert segmenter().dense(picture, embeds(2)).mask.shape == shape
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "RGBA", "CMYK"])

@@ -90,7 +90,7 @@ def test_versions_differ_and_the_newest_is_the_default(client):
 def test_encoders_take_pixels_and_tokens(client, local):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     found = client.infer("image_encoder", [tensor("image", pixels)]).as_numpy("image_embeds")
-    np.testing.assert_allclose(found, local.embed_images._encode(pixels), atol=1e-6)
+    np.testing.assert_allclose(found, local.encode_images(pixels), atol=1e-6)
     found = client.infer("text_encoder", [numbers("tokens", [[1, 2, 3, 0]] * 2)]).as_numpy("text_embeds")
     assert found.shape == (2, 8)
     with pytest.raises(InferenceServerException):
@@ -222,6 +222,7 @@ def one_release(repository: Path, folder: Path) -> Path:
 def test_a_killed_model_process_is_reported_and_nothing_stays(repository, tmp_path):
     folder = one_release(repository, tmp_path / "repository")
     with TritonServer(folder, "127.0.0.1", *free_ports()) as server:
+        assert server._process is not None and server._folder is not None
         pid = server._process.pid
         stubs = processes_of(pid)
         assert len(stubs) == 2
@@ -401,7 +402,8 @@ def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
         contextlib.ExitStack() as stack,
     ):
         stack.callback(process.kill)
-        lines = []
+        assert process.stdout is not None and process.stderr is not None
+        lines: list[str] = []
         while not lines or "Ctrl-C" not in lines[-1]:
             lines.append(process.stdout.readline())
             assert lines[-1], process.stderr.read()

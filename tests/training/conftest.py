@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -12,19 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+from radapter_serve.adapter import load_adapter
 from radapter_serve.training import Average, Recipe, train
+from tests.helpers.own_cache import own_cache as own_cache
 
 COLOURS = {"blue": (30, 40, 220), "green": (20, 200, 40), "red": (220, 30, 30)}
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 
 
 @pytest.fixture
@@ -42,22 +39,27 @@ def images(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def interrupt_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Recipe], None]:
-    """Trains, and is killed behind a step."""
+def assert_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe, int], None]:
+    """Checks that a run that is killed after a step, and resumed, ends with the adapter of the whole run."""
     update = Average.update
 
-    def run(steps: int, recipe: Recipe) -> None:
+    def check(recipe: Recipe, steps: int) -> None:
         def die(self: Average) -> None:
             update(self)
             if self.steps == steps:
                 raise KeyboardInterrupt
 
+        whole = load_adapter(train(recipe))
+        cut = dataclasses.replace(recipe, out=tmp_path / "cut")
         with monkeypatch.context() as patch:
             patch.setattr(Average, "update", die)
             with pytest.raises(KeyboardInterrupt):
-                train(recipe)
+                train(cut)
+        assert not (tmp_path / "cut" / "adapter.safetensors").exists()
+        resumed = load_adapter(train(dataclasses.replace(cut, resume=True)))
+        torch.testing.assert_close(resumed.tensors, whole.tensors, rtol=0, atol=1e-7)
 
-    return run
+    return check
 
 
 @pytest.fixture

@@ -81,8 +81,8 @@ def test_every_reader_gives_the_same_captions(folder: Path) -> None:
         )
         seen: dict[int, list[str]] = {}
         for row in stream.rows:
-            image, label, text = stream.pair(row, random.Random(0))
-            seen.setdefault(label, []).append(f"{np.asarray(image)[0, 0, 0] // 60} {text}")
+            image, label, caption = stream.pair(row, random.Random(0))
+            seen.setdefault(label, []).append(f"{np.asarray(image)[0, 0, 0] // 60} {caption}")
         assert sorted(map(sorted, seen.values())) == [
             sorted(f"{number} {text}" for text in texts) for number, texts in expected.items()
         ]
@@ -91,7 +91,7 @@ def test_every_reader_gives_the_same_captions(folder: Path) -> None:
 def loaded(data: Captioned, size: int, **options: Any) -> list[dict[str, Any]]:
     examples = Examples(data, lambda image: pil_to_tensor(image).float(), 0)
     common = {"epoch": 0, "start": 0, "rank": 0, "world": 1, "workers": 0} | options
-    return list(batches(examples, size, **common))  # type: ignore[arg-type]
+    return list(batches(examples, size, **common))
 
 
 def test_an_epoch_has_every_caption_once(folder: Path) -> None:

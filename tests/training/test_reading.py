@@ -222,7 +222,7 @@ def test_held_out_captions_and_segments_keep_an_image_together(tmp_path: Path) -
     seen = [[image.captions for image in part.images] for part in (data, val)]  # type: ignore[union-attr]
     assert (len(seen[0]), len(seen[1])) == (3, 2) and val.captions_per_image == 1  # type: ignore[union-attr]
     assert {text for part in seen for captions in part for text in captions} == {text for _, text in rows}
-    masked = Masked(list("abcde"), ["x", "y"])  # type: ignore[arg-type]
+    masked: Any = Masked(list("abcde"), ["x", "y"])  # type: ignore[arg-type]
     kept, held = masked.held_out(0.4, 0)
     assert sorted([*kept.images, *held.images]) == masked.images and (len(kept.images), len(held.images)) == (3, 2)
     with pytest.raises(RAdapterError, match="there is one image; name validation data"):
@@ -254,8 +254,8 @@ def test_the_share_that_training_held_out_is_the_run_s_own_validation_data(
     task: str, images: Path, tmp_path: Path
 ) -> None:
     files = sorted(images.rglob("*.png"))
-    table = pd.DataFrame([(str(file), f"photo {file.stem}") for file in files], columns=["image", "caption"])
-    table.to_csv(tmp_path / "t.csv")
+    rows = [(str(file), f"photo {file.stem}") for file in files]
+    pd.DataFrame(rows, columns=["image", "caption"]).to_csv(tmp_path / "t.csv")
     data = f"csv:{tmp_path}/t.csv" if task == "retrieval" else f"imagefolder:{images}"
     recipe = Recipe(task=task, data=data, val_fraction=0.25, seed=3)  # type: ignore[arg-type]
     val = open_data(recipe, None)[1]  # type: ignore[arg-type]

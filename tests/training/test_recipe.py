@@ -109,7 +109,7 @@ def test_values_that_do_not_go_together() -> None:
         ({"val_fraction": 0.1, "streaming": True, "steps": 1}, "a stream can't be divided"),
     ):
         with pytest.raises(RAdapterError, match=message):
-            Recipe(data="csv:t.csv", **fields).check()  # type: ignore[arg-type]
+            Recipe(data="csv:t.csv", **fields).check()
 
 
 def test_yaml_s_own_ways_with_numbers_and_no(path: Path) -> None:

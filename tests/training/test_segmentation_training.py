@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from radapter_serve.cli.train import main
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import encode_image
 from radapter_serve.data import BrokenImage, load_masked
+from radapter_serve.data.rows import decode_named
 from radapter_serve.data.segments import Segments, load_segments
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import zero_shot_classifier
@@ -115,12 +117,11 @@ def test_broken_images_are_refused_or_left_out(scenes: Path) -> None:
 def test_each_image_is_decoded_once_in_a_pass_in_order(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from radapter_serve.data import segments as module
 
-    data, reads = segments(scenes), []
-    decode = module.decode_named
-    monkeypatch.setattr(module, "decode_named", lambda *args, **options: reads.append(1) or decode(*args, **options))
+    data, reads = segments(scenes), Mock(wraps=decode_named)
+    monkeypatch.setattr(module, "decode_named", reads)
     for row in data.rows:
         data.image(row)
-    assert len(reads) == IMAGES
+    assert reads.call_count == IMAGES
 
 
 def accuracy(recipe: Recipe, adapter: Adapter, scenes: Path, alpha: float, images: Iterable[int]) -> float:

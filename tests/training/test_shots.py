@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import pytest
@@ -70,11 +70,13 @@ def test_base_and_novel_classes(labelled: Labelled, tmp_path: Path, numbers: boo
 
 
 def test_fields_that_a_stream_or_a_task_has_no_use_for() -> None:
+    change: Any
     for change in ({"shots": 4}, {"class_split": "base"}):
         with pytest.raises(RAdapterError, match="leave --streaming out"):
-            Recipe(data="csv:t.csv", streaming=True, steps=1, **change).check()  # type: ignore[arg-type]
+            Recipe(data="csv:t.csv", streaming=True, steps=1, **change).check()
         with pytest.raises(RAdapterError, match="which task retrieval has no use for"):
-            Recipe(data="csv:t.csv", task="retrieval", **change).check()  # type: ignore[arg-type]
+            Recipe(data="csv:t.csv", task="retrieval", **change).check()
+    task: Any
     for task, change in (
         ("classification", {"captions_per_image": 2}),
         ("classification", {"mask_min_area": 9}),
@@ -84,7 +86,7 @@ def test_fields_that_a_stream_or_a_task_has_no_use_for() -> None:
         ("segmentation", {"image_column": "c"}),
     ):
         with pytest.raises(RAdapterError, match=f"{next(iter(change))} is .*, which task {task} has no use for"):
-            Recipe(data="csv:t.csv", task=task, **change).check()  # type: ignore[arg-type]
+            Recipe(data="csv:t.csv", task=task, **change).check()
     with pytest.raises(RAdapterError, match="shots is 0; it should be greater than or equal to 1"):
         Recipe(data="csv:t.csv", shots=0).check()
 
@@ -112,13 +114,12 @@ def test_without_text_adapters(tiny_clip_dir: str, images: Path, tmp_path: Path,
     attached = attach_adapter(other.model, adapter, 0.7)
     base.model.load_state_dict(folded)
     with torch.no_grad():
-        torch.testing.assert_close(
-            other.model.encode_image(pixels), base.model.encode_image(pixels), rtol=1e-4, atol=1e-5
-        )
+        found, expected = (cast(Any, model).encode_image(pixels) for model in (other.model, base.model))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert all(name.startswith("visual.") for name in attached.named_tensors())
     if form == "weight":
-        places = {"model_repository": tmp_path / "model_repository", "merged": tmp_path / "merged"}
-        (release,) = export_release(tmp_path / "run", [0.7], ExportSettings(**places))  # type: ignore[arg-type]
+        settings = ExportSettings(model_repository=tmp_path / "model_repository", merged=tmp_path / "merged")
+        (release,) = export_release(tmp_path / "run", [0.7], settings)
         assert all(graph.agreement.max_error < 1e-4 for graph in release.graphs)  # against the base with adapters
 
 

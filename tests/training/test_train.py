@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 
 from radapter_serve.adapter import load_adapter
 from radapter_serve.cli.train import main
-from radapter_serve.clip.base import load_base
+from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, choose_form, load_recipe, train
 from radapter_serve.training.loop import learning_rate
@@ -52,16 +53,9 @@ def test_a_run_learns_and_leaves_what_it_says(recipe: Recipe, capsys: pytest.Cap
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_killed_run_resumes_to_the_same_result(
-    recipe: Recipe, tmp_path: Path, interrupt_after: Any, rank: int | None
+    recipe: Recipe, assert_resumes: Callable[[Recipe, int], None], rank: int | None
 ) -> None:
-    recipe = dataclasses.replace(recipe, rank=rank, accumulate=2, flip=True)
-    whole = load_adapter(train(recipe))
-    cut = dataclasses.replace(recipe, out=tmp_path / "cut")
-    interrupt_after(6, cut)
-    assert not (cut.out / "adapter.safetensors").exists()  # type: ignore[operator]
-    resumed = load_adapter(train(dataclasses.replace(cut, resume=True)))
-    for name, value in whole.tensors.items():
-        torch.testing.assert_close(resumed.tensors[name], value, rtol=0, atol=1e-7)
+    assert_resumes(dataclasses.replace(recipe, rank=rank, accumulate=2, flip=True), 6)
 
 
 def test_both_forms_train_to_the_same_adapter(recipe: Recipe, tmp_path: Path) -> None:
@@ -171,7 +165,12 @@ def test_flags_go_before_the_recipe_file(recipe: Recipe, tmp_path: Path) -> None
 
 def test_the_base_stays_to_the_bit(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     bases = []
-    monkeypatch.setattr("radapter_serve.training.loop.load_base", lambda *a: bases.append(load_base(*a)) or bases[-1])
+
+    def load(*arguments: Any) -> Base:
+        bases.append(load_base(*arguments))
+        return bases[-1]
+
+    monkeypatch.setattr("radapter_serve.training.loop.load_base", load)
     train(recipe)
     after = bases[0].model.state_dict()
     for name, value in load_base(recipe.architecture).model.state_dict().items():
@@ -187,7 +186,7 @@ def test_a_resumed_finished_run_keeps_its_metrics(recipe: Recipe) -> None:
 
 
 def test_a_stream_resumes_behind_broken_images(
-    recipe: Recipe, images: Path, tmp_path: Path, interrupt_after: Any
+    recipe: Recipe, images: Path, tmp_path: Path, assert_resumes: Callable[[Recipe, int], None]
 ) -> None:
     files = sorted(images.rglob("*.png"))
     table = [f"{file},{file.parent.name}" for file in files]
@@ -198,12 +197,7 @@ def test_a_stream_resumes_behind_broken_images(
         recipe, data=f"csv:{tmp_path}/table.csv", classes=tmp_path / "classes.txt", streaming=True, val_data=None,
         on_broken="skip", save_every=1, steps=6,
     )  # fmt: skip
-    whole = load_adapter(train(recipe))
-    cut = dataclasses.replace(recipe, out=tmp_path / "cut")
-    interrupt_after(4, cut)
-    resumed = load_adapter(train(dataclasses.replace(cut, resume=True)))
-    for name, value in whole.tensors.items():
-        torch.testing.assert_close(resumed.tensors[name], value, rtol=0, atol=1e-7)
+    assert_resumes(recipe, 4)
 
 
 def test_a_damaged_checkpoint(recipe: Recipe) -> None:

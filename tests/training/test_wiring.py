@@ -84,7 +84,7 @@ def masked(folder: Path, count: int, padding: float, fill: tuple[int, ...]) -> t
             inside = ids == label
             ys, xs = np.nonzero(inside)
             box = np.s_[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
-            pixels = np.where(inside[..., None], np.asarray(image), np.uint8(fill))[box]
+            pixels = np.where(inside[..., None], np.asarray(image), np.array(fill, np.uint8))[box]
             longer = max(pixels.shape[:2])
             side = longer + 2 * round(padding * longer)
             crop = np.full((side, side, 3), fill, np.uint8)
@@ -119,8 +119,8 @@ def test_classification(recipe: Recipe, tmp_path: Path, change: dict[str, Any]) 
 def test_low_rank(recipe: Recipe, tmp_path: Path) -> None:
     data, pairs = labelled(tmp_path / "data", 11, seed=0)
     recipe = dataclasses.replace(recipe, data=data, rank=3)
-    still = {"learning_rate": 1e-20, "min_learning_rate": 0.0, "steps": 1, "warmup_steps": 0, "out": tmp_path / "start"}
-    start = load_adapter(train(dataclasses.replace(recipe, **still))).tensors
+    still = dataclasses.replace(recipe, steps=1, learning_rate=1e-20, min_learning_rate=0.0, warmup_steps=0)
+    start = load_adapter(train(dataclasses.replace(still, out=tmp_path / "start"))).tensors
     assert all(value.any() == name.endswith(".down") for name, value in start.items() if not name.endswith(".up"))
     assert_same(load_adapter(train(recipe)).tensors, train_by_hand(recipe, pairs, start))
 

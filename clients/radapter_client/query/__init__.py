@@ -110,8 +110,6 @@ def classify(
         out: file to write instead, .csv (a row for each label) or .jsonl (a line for each image).
     """
     files, arguments = ImageFiles(images), labels.arguments()
-    if out is not None:
-        check_output("--out", out, ".csv", ".jsonl")
     with server.client() as client:
 
         def found() -> Iterator[Found]:
@@ -120,7 +118,7 @@ def classify(
                 yield {"image": image, **vars(one)}, [{"image": image, "label": a, "score": b} for a, b in pairs]
 
         report(found(), ("image", "label", "score"), out, server.json)
-    return 1 if files.left_out else 0
+    return int(files.left_out)
 
 
 def segment(
@@ -151,8 +149,6 @@ def segment(
     masks = Pictures("--save-mask", save_mask, files, ".png")
     if save is not None and save == save_mask:
         raise RAdapterClientError(f"--save and --save-mask are both {save}; give them names of their own")
-    if out is not None:
-        check_output("--out", out, ".csv", ".jsonl")
     with server.client() as client:
 
         def found() -> Iterator[Found]:
@@ -168,9 +164,10 @@ def segment(
                 yield {"image": image, "size": one.mask.shape[::-1], **facts}, flat
 
         report(found(), ("image", "label", "share", "score"), out, server.json)
-    if not server.json:
-        print(*filter(None, (save, save_mask)), sep="\n", end="\n" if save or save_mask else "")
-    return 1 if files.left_out else 0
+    for written in filter(None, (save, save_mask)):
+        if not server.json:
+            print(written)
+    return int(files.left_out)
 
 
 def search(

@@ -8,8 +8,6 @@ import json
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from PIL import ImageOps
-
 from .._images import ImageLike, read_image
 from .._results import Hit
 
@@ -90,7 +88,7 @@ def _value(value: object) -> str:
 
 
 def _small(image: ImageLike) -> bytes:
-    picture = ImageOps.exif_transpose(read_image(image))  # upright, as thumbnails are
+    picture = read_image(image)  # upright, as thumbnails are
     picture.thumbnail((SIDE, SIDE))
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=85)

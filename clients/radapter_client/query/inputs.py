@@ -42,7 +42,7 @@ class ImageFiles:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.paths: list[str] = []
-        self.left_out = 0
+        self.left_out = False
         self._found: set[str] = set()  # in folders
         others: Counter[str] = Counter()
         for name in names:
@@ -93,7 +93,7 @@ class ImageFiles:
             named = str(error) if run[0] in str(error) else f"{run[0]}: {error}"
             if run[0] not in self._found:
                 raise InvalidImage(named, code=error.code) from error
-            self.left_out += 1
+            self.left_out = True
             _note(f"left out: {named}")
             return
         yield from zip(run, found, strict=True)

@@ -88,17 +88,18 @@ def report(found: Iterable[Found], columns: Sequence[str], out: Path | None, as_
         as_json: print JSON lines, or where they are, instead of a table.
     """
     if out is not None:
+        check_output("--out", out, ".csv", ".jsonl")
         count = 0
 
         def write(file: BinaryIO) -> None:
             nonlocal count
             text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
-            table = csv.DictWriter(text, columns, lineterminator="\n") if out.suffix.lower() == ".csv" else None
-            if table is not None:
+            table, as_csv = csv.DictWriter(text, columns, lineterminator="\n"), out.suffix.lower() == ".csv"
+            if as_csv:
                 table.writeheader()
             for whole, rows in found:
                 count += 1
-                if table is not None:
+                if as_csv:
                     table.writerows(rows)
                 else:
                     text.write(to_json(whole) + "\n")

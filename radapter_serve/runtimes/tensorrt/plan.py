@@ -10,11 +10,10 @@ import contextlib
 import ctypes
 import json
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import staged
+from radapter_serve.files import digest_of, staged
 from radapter_serve.release.agreement import Agreement
 from radapter_serve.runtimes.cuda import Gpu, find_gpu
 from radapter_serve.runtimes.tensorrt.engine import Options, Profile, import_tensorrt
@@ -141,13 +140,8 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def digest(folder: Path) -> str:
     """`sha256:` of a version's graph and of the weights beside it."""
-    total = sha256()
-    for name in (ONNX, f"{ONNX}.data"):
-        if (folder / name).exists() or name == ONNX:
-            with (folder / name).open("rb") as file:
-                while block := file.read(1 << 20):
-                    total.update(block)
-    return f"sha256:{total.hexdigest()}"
+    weights = folder / f"{ONNX}.data"
+    return digest_of(folder / ONNX, *([weights] if weights.exists() else []))
 
 
 def _again(folder: Path) -> str:

@@ -81,8 +81,8 @@ def build_engines(
             writer.write(
                 encoder.name,
                 encoder.folder / str(version),
-                max_batch_size=int(encoder.facts["max_batch_size"]),
-                max_length=int(encoder.facts["tokenizer"]["context_length"]),
+                max_batch_size=encoder.facts.max_batch_size,
+                max_length=int(encoder.facts.tokenizer["context_length"]),
                 bounds=encoder.bounds if tolerance is None else encoder.bounds.widened(tolerance),
                 keep=not force,
             )

@@ -21,7 +21,7 @@ from radapter_serve.clip.base import load_base
 from radapter_serve.evaluation.embedder import Embedder
 from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
 from radapter_serve.evaluation.results import Results
-from radapter_serve.evaluation.run import judge_suite
+from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.server_embedder import ServerEmbedder
 from radapter_serve.evaluation.suite import load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
@@ -40,7 +40,7 @@ def exported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def judged(embedder: Embedder, world: Path, out: Path) -> list[dict[str, object]]:
     try:
-        return judge_suite(embedder, load_suite(world / "suite.yaml", world), Results(out), batch_size=7)
+        return evaluate_suite(embedder, load_suite(world / "suite.yaml", world), Results(out), batch_size=7)
     finally:
         embedder.close()
 
@@ -70,9 +70,9 @@ def by_open_clip(model: torch.nn.Module, name: str, world: Path) -> dict[str, fl
         found[data] = float(np.mean(best == [label for _, label in files]))
     with (world / "captions.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    files = sorted({row["image"] for row in rows})
-    scores = embed_texts([row["caption"] for row in rows]) @ embed([world / f for f in files]).T
-    hits = [files[line.argmax()] == row["image"] for line, row in zip(scores, rows, strict=True)]
+    images = sorted({row["image"] for row in rows})
+    scores = embed_texts([row["caption"] for row in rows]) @ embed([world / name for name in images]).T
+    hits = [images[line.argmax()] == row["image"] for line, row in zip(scores, rows, strict=True)]
     found["captioned"] = float(np.mean(hits))
     return found
 

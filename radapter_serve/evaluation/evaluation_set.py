@@ -1,4 +1,4 @@
-"""What judging needs of a data set, and what data sets share."""
+"""What an evaluation needs from a data set, and what data sets share."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ Known = dict[tuple[tuple[str, ...], str], Floats]
 
 
 class Scorer(Protocol):
-    """Takes all images of a set, in order, and tells what it measured of one model."""
+    """Takes all images of a set, in order, and measures one model on them."""
 
     def add(self, items: Sequence[Any]) -> None:
-        """Judge images, from `prepare`, by the model that is selected."""
+        """Take images, from `prepare`, to the model that is selected."""
 
     def measured(self) -> dict[str, Any]:
-        """`metrics`, shares in [0, 1] by name, and `intervals`, the lowest and the highest share of 95 % of each.
+        """`metrics`, shares in [0, 1] by name, and `intervals`, the two ends of the 95 % interval of each.
 
         With classes also `per_class`; `confusion` of few classes, by true and found class; and `indistinguishable`,
         pairs of labels, where there are some.
         """
 
 
-class JudgedSet(Protocol):
+class EvaluationSet(Protocol):
     """A data set.
 
     Attributes:
@@ -60,10 +60,10 @@ class JudgedSet(Protocol):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a row says of the set."""
+        """What a row says about the set."""
 
     def how(self, embedder: Embedder) -> dict[str, Any]:
-        """What a row says of how the set is judged by these models."""
+        """What a row says about how these models are evaluated on the set."""
 
     def __len__(self) -> int: ...
 
@@ -74,7 +74,7 @@ class JudgedSet(Protocol):
         """Read and decode an image; thread-safe."""
 
     def scorer(self, embedder: Embedder, known: Known) -> Scorer:
-        """Judges by the model that is selected; embeds the texts first, but for those known."""
+        """Measures the model that is selected; embeds the texts first, except those in `known`."""
 
 
 def class_embeds(
@@ -108,24 +108,29 @@ def class_embeds(
     return np.stack([known[key, line] for line in classes])
 
 
+def first_names(classes: Sequence[str]) -> list[str]:
+    """The names to show: of each class the first of its synonyms."""
+    return [split_label(line)[0] for line in classes]
+
+
 def by_class(classes: Sequence[str], n: NDArray[Any], **values: NDArray[np.float64]) -> dict[str, Any]:
-    """`per_class` of a row: of each class its first name, how much of the truth it is, and its values; NaN is None."""
+    """`per_class` of a row: each class's first name, number of cases and values; NaN becomes None."""
     rounded = {name: [None if np.isnan(x) else round(float(x), 4) for x in of] for name, of in values.items()}
     return {
         "per_class": [
-            {"class": split_label(line)[0], "n": int(n[i]), **{name: of[i] for name, of in rounded.items()}}
-            for i, line in enumerate(classes)
+            {"class": shown, "n": int(n[i]), **{name: of[i] for name, of in rounded.items()}}
+            for i, shown in enumerate(first_names(classes))
         ]
     }
 
 
 def confused(counts: NDArray[np.int64]) -> dict[str, Any]:
-    """`confusion` of a row, from `metrics.confusion`; nothing where there are too many classes to look at."""
+    """`confusion` of a row, from `metrics.confusion`; left out where there are too many classes to look at."""
     return {"confusion": counts.tolist()} if len(counts) <= MOST_CONFUSED else {}
 
 
 def as_seen(data: bytes, entry: Entry, embedder: Embedder) -> bytes:
-    """An image file for models that turn images by EXIF, or don't, such that they see what the suite wants."""
+    """An image file that looks to these models as the suite asks, whether or not they turn images by EXIF."""
     if entry.exif_orientation == embedder.exif_orientation:
         return data
     stored = decode(data, exif_orientation=False)
@@ -143,18 +148,18 @@ def png_of(image: Image.Image) -> bytes:
 
 
 def drawn(count: int, limit: int | None, seed: int) -> NDArray[np.int64]:
-    """Which of `count` images are judged: all, or `limit` drawn by the seed; ascending."""
+    """Which of `count` images are used: all, or `limit` drawn by the seed; ascending."""
     if limit is None or limit >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
 
 
 def contents(name: str, parts: Sequence[Callable[[], Iterable[bytes | NDArray[Any]]]]) -> list[str]:
-    """Digests of what images and masks hold, each read once.
+    """Digests of images and their masks, each read once.
 
     Args:
         name: of the data set.
-        parts: what to read of each image.
+        parts: for each image, a function that reads its file and its masks.
 
     Raises:
         RAdapterError: one can't be read.

@@ -1,0 +1,131 @@
+"""Evaluate models on one data set: embed its images once for every model, and compare the answers with the truth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.embedder import Embedder, Variant
+from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known, Scorer
+from radapter_serve.evaluation.results import Row, model_name
+
+
+def evaluate(
+    embedder: Embedder,
+    data: EvaluationSet,
+    variants: Sequence[Variant] | None = None,
+    *,
+    batch_size: int = 64,
+    threads: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+    known: dict[tuple[str, float | None], Known] | None = None,
+) -> list[Row]:
+    """Evaluate models on one data set; each image is read and decoded once.
+
+    Args:
+        embedder: holds the models.
+        data: from `open_set`.
+        variants: which of the embedder's models; all if None.
+        batch_size: images a pass, where the set allows as many.
+        threads: images that are decoded at once.
+        progress: called with the images done and their number.
+        known: embeddings of classes by model, shared by calls with the same embedder; new ones are added.
+
+    Returns:
+        A row a model, in CLIP_benchmark's schema and more: what `Scorer.measured` returns, and `runtime`, the seconds
+        of embedding and scoring without reading and decoding.
+
+    Raises:
+        RAdapterError: an image can't be read; a model fails, or gives values that are not finite.
+    """
+    known = {} if known is None else known
+    models = [_Model(embedder, data, variant) for variant in (embedder.variants if variants is None else variants)]
+    scorers: list[Scorer] = []
+    for model in models:
+        with model.turn():
+            scorers.append(data.scorer(embedder, known.setdefault((model.variant.source, model.variant.alpha), {})))
+    done = 0
+    for items in _batches(embedder, data, min(batch_size, data.most or batch_size), threads):
+        for model, scorer in zip(models, scorers, strict=True):
+            with model.turn():
+                scorer.add(items)
+        done += len(items)
+        if progress:
+            progress(done, len(data))
+    rows = []
+    for model, scorer in zip(models, scorers, strict=True):
+        with model.turn():
+            measured = scorer.measured()
+        rows.append({**facts_of(embedder, data, model.variant), **measured, "runtime": round(model.seconds, 3)})
+    return rows
+
+
+def facts_of(embedder: Embedder, data: EvaluationSet, variant: Variant) -> Row:
+    """What identifies a row: all of it except what was measured, CLIP_benchmark's fields first.
+
+    Raises:
+        NoSuchWay: the models do not have the dense embeddings that the set asks for.
+    """
+    facts, entry = dict(variant.facts), data.entry
+    return {
+        "dataset": entry.name,
+        "model": facts.pop("model", None),
+        "pretrained": facts.pop("pretrained", None),
+        "task": data.task,
+        "language": entry.language,
+        "source": variant.source,
+        "alpha": variant.alpha,
+        "shift": entry.shift,
+        "split": entry.split,
+        "metric": entry.metric,
+        **({"border": entry.border} if entry.border else {}),
+        **({} if entry.exif_orientation else {"exif_orientation": False}),
+        **facts,
+        **data.facts,
+        **data.how(embedder),
+    }
+
+
+class _Model:
+    """One of the models that take turns, and the seconds that its turns took."""
+
+    def __init__(self, embedder: Embedder, data: EvaluationSet, variant: Variant) -> None:
+        self.variant, self.seconds = variant, 0.0
+        self._embedder, self._data = embedder, data
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Select the model and count the seconds; an error names the model and the data set."""
+        start = time.perf_counter()
+        try:
+            self._embedder.select(self.variant)
+            yield
+        except RAdapterError as error:
+            model = model_name(self.variant.source, self.variant.alpha)
+            raise RAdapterError(f"data set {self._data.entry.name!r}, {model}: {error}") from error
+        self.seconds += time.perf_counter() - start
+
+
+def _batches(embedder: Embedder, data: EvaluationSet, batch_size: int, threads: int) -> Iterator[list[Any]]:
+    """Prepared images; the next batch is read and decoded while this one is embedded."""
+
+    def item(number: int) -> Any:
+        try:
+            return data.prepare(embedder, number)
+        except RAdapterError as error:
+            raise RAdapterError(f"data set {data.entry.name!r}, {data.name(number)}: {error}") from error
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        numbers = iter(range(len(data)))
+        ahead = [pool.submit(item, number) for number in islice(numbers, batch_size)]
+        try:
+            while ahead:
+                now, ahead = ahead, [pool.submit(item, number) for number in islice(numbers, batch_size)]
+                yield [future.result() for future in now]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
