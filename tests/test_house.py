@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the lowest floor up: a room imports from those before it, never from those after it.
 FLOORS = [
-    "errors files lock environment threads",
+    "errors files lock environment signals threads",
     "inputs",
     "release",
     "runtimes",

@@ -32,7 +32,7 @@ from radapter_serve.clip.towers import is_causal
 from radapter_serve.files import digest_of
 from radapter_serve.index.collection import Collection
 from radapter_serve.inputs.alpha import Encode, at
-from radapter_serve.inputs.labels import LabelEmbedder, split_label
+from radapter_serve.inputs.labels import split_label
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.inputs.probabilities import SAME, indistinguishable
@@ -42,6 +42,7 @@ from radapter_serve.release.release import Release
 from radapter_serve.release.repository import RUNTIMES
 from radapter_serve.runtimes.encoder import Encoder
 from radapter_serve.runtimes.tensorrt.plan_writer import PlanWriter
+from radapter_serve.tasks.label_embeddings import LabelEmbedder
 
 TOKENIZED = ("embed_text", "segment", "classify")
 LABELLED = ("segment", "classify")

@@ -8,7 +8,7 @@ import numpy as np
 
 from radapter_serve.tasks.classify import load_label_sets
 from radapter_serve.tasks.responses import answer, each, need, read
-from radapter_serve.tasks.segment import Segment, SegmentRequest, Segments
+from radapter_serve.tasks.segment import LabelledMask, Segment, SegmentRequest
 from radapter_serve.tasks.triton import Version
 
 OPTIONS = ("threshold", "short_side", "stride", "refine", "proposal_weight")
@@ -43,5 +43,5 @@ def _request(request: Any) -> SegmentRequest:
     )
 
 
-def _outputs(segments: Segments) -> dict[str, Any]:
-    return {"mask": segments.mask, "label": np.array(segments.labels, object), "score": segments.scores}
+def _outputs(found: LabelledMask) -> dict[str, Any]:
+    return {"mask": found.mask, "label": np.array(found.labels, object), "score": found.scores}

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from radapter_serve.cli import guard
+from radapter_serve.signals import handled
 
 PROG = "radapter-index"
 _NAMED = 10  # ids that a list shows
@@ -163,9 +164,9 @@ def verify(out: tyro.conf.Positional[Path]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `radapter-index`."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is written is put in order as on Ctrl-C
     commands: dict[str, Any] = {"build": build, "add": add, "info": info, "verify": verify}
-    return guard(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog=PROG), argv, prog=PROG)
+    with handled(signal.default_int_handler, signal.SIGTERM):  # what is written is put in order as on Ctrl-C
+        return guard(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog=PROG), argv, prog=PROG)
 
 
 def _next_commands(out: Path, model_repository: str, url: str | None) -> str:

@@ -19,6 +19,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import Release
 from radapter_serve.server.runtime_choice import BATCHES, fastest
 from radapter_serve.server.triton_server import TritonServer
+from radapter_serve.signals import handled
 
 PROG = "radapter-serve"
 
@@ -68,24 +69,22 @@ def serve(
             "authentication: whoever reaches it may use its models and read its statistics and metrics. "
             "Put a proxy that checks users in front."
         )
-    # kill, systemd, Kubernetes and a closed terminal: stop as in order as on Ctrl-C. Under nohup, SIGHUP is ignored.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda *_: sys.exit(0))
-    try:
-        if verbose:
-            server.start()
-        else:
-            with console.status("starting") as status:
-                server.start(lambda line: status.update(f"{escape(line)} ..."))
-        if server.measured:
-            _show_measured(server)
-        _show(server)
-        server.wait()
-    except KeyboardInterrupt:
-        print("stopping ...", file=sys.stderr)
-    finally:
-        server.stop()
+    # kill, systemd, Kubernetes and a closed terminal stop it in order, as Ctrl-C does.
+    with handled(lambda *_: sys.exit(0), signal.SIGTERM, signal.SIGHUP):
+        try:
+            if verbose:
+                server.start()
+            else:
+                with console.status("starting") as status:
+                    server.start(lambda line: status.update(f"{escape(line)} ..."))
+            if server.measured:
+                _show_measured(server)
+            _show(server)
+            server.wait()
+        except KeyboardInterrupt:
+            print("stopping ...", file=sys.stderr)
+        finally:
+            server.stop()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from radapter_serve.data.class_ids import number_classes, read_class_ids
-from radapter_serve.data.masks import IGNORE, Masked, MaskedImage, Segment, open_mask
+from radapter_serve.data.masks import IGNORE, ClassMask, Masked, MaskedImage, open_mask
 from radapter_serve.errors import RAdapterError, reason
 
 
@@ -112,7 +112,7 @@ class Panoptic(MaskedImage):
     labels: dict[int, int]
     listed_areas: list[int | None]
 
-    def segments(self) -> list[Segment]:
+    def segments(self) -> list[ClassMask]:
         image = open_mask(self.mask_path)
         if image.mode != "RGB":
             raise RAdapterError(
@@ -150,7 +150,7 @@ class Instances(MaskedImage):
     size: tuple[int, int]
     objects: list[tuple[int, bytes]]
 
-    def segments(self) -> list[Segment]:
+    def segments(self) -> list[ClassMask]:
         from pycocotools import mask as coco
 
         what = f"the annotation of {self.name}"

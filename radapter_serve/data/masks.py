@@ -21,7 +21,7 @@ _ORIENTATION = ExifTags.Base.Orientation
 MAX_ID = 65535  # of a label map, which has 16 bits at most
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
-Segment = tuple[int, NDArray[np.bool_]]
+ClassMask = tuple[int, NDArray[np.bool_]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class MaskedImage(ABC):
             raise BrokenImage(f"image {self.path} can't be read: {error.strerror or error}") from None
 
     @abstractmethod
-    def segments(self) -> list[Segment]:
+    def segments(self) -> list[ClassMask]:
         """Class and mask, bool [H, W], of each segment; instances of a class stay apart where the data has them.
 
         Raises:
@@ -154,7 +154,7 @@ class LabelMap(MaskedImage):
         image = self._fit(image, f"the mask {self.mask_path}")
         return self.table.take(np.asarray(image).astype(np.int32), mode="clip")
 
-    def segments(self) -> list[Segment]:
+    def segments(self) -> list[ClassMask]:
         mask = self.mask()
         return [(label, mask == label) for label, _ in _areas(mask)]
 

@@ -13,14 +13,14 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from radapter_serve.data.masks import Masked, MaskedImage, Segment
+from radapter_serve.data.masks import ClassMask, Masked, MaskedImage
 from radapter_serve.data.rows import BrokenImage, LabelledImages, decode_named
 from radapter_serve.errors import RAdapterError
 from radapter_serve.inputs.mask_crop import MaskCrop
 
 
 @dataclass
-class Segments(LabelledImages):
+class SegmentCrops(LabelledImages):
     """Data for training and validation of which each row is one segment of an image.
 
     Attributes:
@@ -36,7 +36,7 @@ class Segments(LabelledImages):
     classes: list[str]
     crop: MaskCrop
     templates: Sequence[str]
-    _last: tuple[int, Image.Image, list[Segment]] | None = field(default=None, init=False, repr=False)
+    _last: tuple[int, Image.Image, list[ClassMask]] | None = field(default=None, init=False, repr=False)
 
     def label(self, row: Any) -> int:
         """The number of a segment's class."""
@@ -60,7 +60,7 @@ class Segments(LabelledImages):
 
 def load_segments(
     masked: Masked, crop: MaskCrop, *, min_area: int, templates: Sequence[str], broken: list[str] | None = None
-) -> Segments:
+) -> SegmentCrops:
     """List the segments of a data set; reads every mask once, and shows how far it is.
 
     Args:
@@ -95,4 +95,4 @@ def load_segments(
             f"the masks of {len(masked.images)} images hold no pixel of a class that is named "
             f"({', '.join(masked.classes[:5])}, ...); check the ids in the class file"
         )
-    return Segments(np.array(rows, np.int32), masked.images, masked.classes, crop, templates)
+    return SegmentCrops(np.array(rows, np.int32), masked.images, masked.classes, crop, templates)

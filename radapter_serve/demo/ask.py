@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -23,11 +22,12 @@ from radapter_serve.data import load_masked
 from radapter_serve.demo.data import FINE_TUNED, DemoData
 from radapter_serve.demo.scenes import CAPTIONS, SHORT_SIDE, SceneData
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs.labels import read_label_file, read_templates
+from radapter_serve.inputs.labels import mean_embeddings, read_label_file, read_templates
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.release.release import Release
-from radapter_serve.tasks.segmenter import Segmenter, SegmentOptions
+from radapter_serve.tasks.segment_options import SegmentOptions
+from radapter_serve.tasks.segmenter import Segmenter
 
 QUESTIONS = 60  # images, captions, scenes: as many of each as are compared
 CLOSE = 1e-3  # of scores
@@ -60,9 +60,7 @@ class Reference:
 
     def classes(self, names: Sequence[str], templates: Path) -> Floats:
         """Unit-length embeddings of classes, the mean over their prompts: float32 [C, D]."""
-        prompts = [template.replace("{}", name) for name in names for template in read_templates(templates)]
-        means = np.stack([group.mean(axis=0) for group in np.split(self.texts(prompts), len(names))])
-        return np.asarray(F.normalize(torch.from_numpy(means), dim=-1))
+        return mean_embeddings(self.texts, names, read_templates(templates))
 
     @torch.no_grad()
     def patches(self, pixels: NDArray[np.uint8]) -> Floats:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from radapter_serve.clip.towers import encode_image, encode_texts
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import NOT_FINITE
-from radapter_serve.inputs.labels import split_label
+from radapter_serve.inputs.labels import mean_embeddings
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -32,11 +33,12 @@ def zero_shot_classifier(
     Returns:
         float32 [C, D], on the model's device.
     """
-    prompts = [[t.replace("{}", name) for name in split_label(line) for t in templates] for line in classes]
-    texts = [text for group in prompts for text in group]
-    embeds = encode_texts(model, tokenizer(texts), batch_size)
-    groups = torch.split(embeds, [len(group) for group in prompts])
-    return F.normalize(torch.stack([group.mean(dim=0) for group in groups]), dim=-1)
+
+    def embed(texts: list[str]) -> NDArray[np.float32]:
+        return np.asarray(encode_texts(model, tokenizer(texts), batch_size).cpu())
+
+    embeds = mean_embeddings(embed, classes, templates)
+    return torch.from_numpy(embeds).to(next(model.parameters()).device)
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import decode
 from radapter_serve.release.release import Release
-from radapter_serve.tasks.segmenter import Segmenter, SegmentOptions
+from radapter_serve.tasks.segment_options import SegmentOptions
+from radapter_serve.tasks.segmenter import Segmenter
 
 PROPOSALS = "proposals"  # in place of a way: masks are given, and their crops are classified
 # From the bytes of an image file, and masks uint8 [N, H, W] where masks are given, to the index of each pixel's label,

@@ -17,7 +17,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder
 from radapter_serve.evaluation.metrics import Floats, check_finite
 from radapter_serve.evaluation.suite import Entry
-from radapter_serve.inputs.labels import split_label
+from radapter_serve.inputs.labels import mean_embeddings, split_label
 from radapter_serve.inputs.preprocess import decode, oriented
 
 MOST_CONFUSED = 50  # classes of a confusion matrix that a row keeps and a picture can show
@@ -98,13 +98,9 @@ def class_embeds(
         raise RAdapterError("no prompt template; give one or more, such as 'a photo of a {}.'")
     known, key = {} if known is None else known, tuple(templates)
     new = [line for line in dict.fromkeys(classes) if (key, line) not in known]
-    prompts = [[t.replace("{}", name) for name in split_label(line) for t in templates] for line in new]
     if new:
-        embeds = check_finite(embed_texts([text for group in prompts for text in group]))
-        ends = np.cumsum([len(group) for group in prompts])
-        for line, group in zip(new, np.split(embeds, ends[:-1]), strict=True):
-            mean = group.mean(axis=0)
-            known[key, line] = np.asarray(mean / np.linalg.norm(mean), np.float32)
+        embeds = check_finite(mean_embeddings(embed_texts, new, templates))
+        known.update({(key, line): embed for line, embed in zip(new, embeds, strict=True)})
     return np.stack([known[key, line] for line in classes])
 
 

@@ -18,7 +18,7 @@ from radapter_serve.evaluation.intervals import segmentation_intervals
 from radapter_serve.evaluation.metrics import class_ious, confusion, pixel_sums, segmentation_metrics, shares
 from radapter_serve.evaluation.suite import Entry
 from radapter_serve.inputs.probabilities import indistinguishable
-from radapter_serve.tasks.segmenter import SegmentOptions
+from radapter_serve.tasks.segment_options import SegmentOptions
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from radapter_serve.clip.dense import WAYS
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import PROPOSALS
 from radapter_serve.inputs.errors import TaskError
-from radapter_serve.tasks.segmenter import SegmentOptions
+from radapter_serve.tasks.segment_options import SegmentOptions
 
 DENSE = (*WAYS, PROPOSALS)
 METRICS = {

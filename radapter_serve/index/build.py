@@ -35,16 +35,7 @@ from radapter_serve.index.index import (
     table_errors,
     vectors_of,
 )
-from radapter_serve.index.writer import (
-    BATCH,
-    OnBroken,
-    Progress,
-    Release,
-    Summary,
-    Writer,
-    digest_of,
-    read_broken,
-)
+from radapter_serve.index.writer import BATCH, OnBroken, Progress, Release, Summary, Writer, digest_of, read_broken
 from radapter_serve.lock import lock
 from radapter_serve.release.release import Release as Facts
 from radapter_serve.release.repository import find_release, split_repository
@@ -124,15 +115,8 @@ def build(
         RAdapterError: there is no image, an image is broken, `out` is something else, a stopped build had other
             arguments, or nothing could be written.
     """
-    if not 0 <= thumbnails <= 1024:
-        raise RAdapterError(f"--thumbnails is {thumbnails}; allowed: 0 (none) to 1024 px")
     out = out.absolute()
-    if not re.fullmatch(NAME, out.name):
-        raise RAdapterError(
-            f"{out.name!r} can't be the name of an index; allowed are letters, digits, and _ . - after the first"
-        )
-    if out.exists() and not (out / FACTS).is_file():
-        raise RAdapterError(f"{out} stands already and is no index; give another folder with --out")
+    _check_place(out, thumbnails)
     collection = open_collection(source, image_column=image_column)
     facts: dict[str, Any] = {
         "format": FORMAT,
@@ -146,34 +130,19 @@ def build(
         "thumbnails": thumbnails,
         "exif_orientation": _turn(release, exif_orientation),
     }
-    staged = out.with_name(f".{out.name}.building")
-
-    def fill(folder: Path, facts: dict[str, Any], keep: datetime.timedelta) -> Summary:
-        writer = Writer(folder, facts, release, _schema(facts, collection))
-        summary = writer.write(collection, on_broken, progress)
-        there = {item.id for item in collection.items} - summary.broken.keys()
-        summary.removed = writer.delete(writer.known.keys() - there)
-        if not writer.known:
-            raise RAdapterError(f"none of the {len(collection.items)} images of {source} can be read")
-        writer.finish(summary, keep)
-        return summary
-
     with disk_errors(out), lock(out, "radapter-index") if out.exists() else contextlib.nullcontext():
+        staged = out.with_name(f".{out.name}.building")
         goes_on = resume and _holds_rows(staged)
         if resume and not goes_on and not _differences(made := _read_made(out), facts):
-            return fill(out, made | facts, KEEP)
+            return _fill(out, made | facts, release, collection, on_broken, KEEP, progress)
         with lock(staged, "radapter-index"):
-            if goes_on and (other := _differences(stopped := _read_stopped(staged), facts)):
-                command = f": {build_command(out, stopped)}" if stopped.keys() >= facts.keys() else ""
-                raise RAdapterError(
-                    f"a build of {out} was stopped that had another {', '.join(other)}; finish it{command}, or throw "
-                    "it away with --no-resume"
-                )
+            if goes_on:
+                _check_stopped(staged, out, facts)
             with _kept_or_removed(staged), disk_errors(out):
                 if not goes_on:
                     shutil.rmtree(staged / f"{TABLE}.lance", ignore_errors=True)
                     (staged / _STOPPED).write_text(json.dumps(facts), encoding="utf-8")
-                summary = fill(staged, facts, _DROP)
+                summary = _fill(staged, facts, release, collection, on_broken, _DROP, progress)
                 swap_in(staged, out, out.with_name(f".{out.name}.old"))
                 (out / _STOPPED).unlink()
     return summary
@@ -251,6 +220,50 @@ def verify(out: Path, *, progress: Progress | None = None) -> Verification:
     return Verification(sorted(missing), sorted(changed), sorted(new), sorted(damaged), alpha)
 
 
+def _check_place(out: Path, thumbnails: int) -> None:
+    if not 0 <= thumbnails <= 1024:
+        raise RAdapterError(f"--thumbnails is {thumbnails}; allowed: 0 (none) to 1024 px")
+    if not re.fullmatch(NAME, out.name):
+        raise RAdapterError(
+            f"{out.name!r} can't be the name of an index; allowed are letters, digits, and _ . - after the first"
+        )
+    if out.exists() and not (out / FACTS).is_file():
+        raise RAdapterError(f"{out} stands already and is no index; give another folder with --out")
+
+
+def _check_stopped(staged: Path, out: Path, facts: Mapping[str, Any]) -> None:
+    """Refuse to go on with a build that was stopped where it makes another index."""
+    stopped: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        stopped = dict(json.loads((staged / _STOPPED).read_text(encoding="utf-8")))
+    if other := _differences(stopped, facts):
+        command = f": {build_command(out, stopped)}" if stopped.keys() >= facts.keys() else ""
+        raise RAdapterError(
+            f"a build of {out} was stopped that had another {', '.join(other)}; finish it{command}, or throw it away "
+            "with --no-resume"
+        )
+
+
+def _fill(
+    folder: Path,
+    facts: dict[str, Any],
+    release: Release,
+    collection: Collection,
+    on_broken: OnBroken,
+    keep: datetime.timedelta,
+    progress: Progress | None,
+) -> Summary:
+    """Bring a folder's table in line with a collection."""
+    writer = Writer(folder, facts, release, _schema(facts, collection))
+    summary = writer.write(collection, on_broken, progress)
+    there = {item.id for item in collection.items} - summary.broken.keys()
+    summary.removed = writer.delete(writer.known.keys() - there)
+    if not writer.known:
+        raise RAdapterError(f"none of the {len(collection.items)} images of {collection.source} can be read")
+    writer.finish(summary, keep)
+    return summary
+
+
 def _turn(release: Release, wanted: bool | None) -> bool:
     """Have the release turn images by their EXIF orientation or not; None leaves it as it is."""
     own = bool(release.facts.preprocess.get("exif_orientation", True))
@@ -310,12 +323,6 @@ def _read_made(out: Path) -> dict[str, Any]:
     """The facts of a finished index; none where there is no index that can be used."""
     with contextlib.suppress(RAdapterError):
         return Index(out).facts
-    return {}
-
-
-def _read_stopped(staged: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        return dict(json.loads((staged / _STOPPED).read_text(encoding="utf-8")))
     return {}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from sqlglot import TokenType, exp, generator, parse_one, tokens
 from sqlglot.dialects.dialect import Dialect
 
-from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
+from radapter_serve.inputs.errors import TaskError, invalid
 
 MAX_LENGTH = 2000  # characters
 MAX_DEPTH = 10  # of brackets, functions and NOT in each other: parsers need time and stack for them
@@ -102,4 +102,4 @@ def _too_deep() -> TaskError:
 
 
 def _refused(why: str) -> TaskError:
-    return TaskError(INVALID_ARGUMENT, f"where {why}")
+    return invalid(f"where {why}")

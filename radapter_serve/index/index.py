@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import as_text, ascii_path
 from radapter_serve.index.condition import check_condition
-from radapter_serve.inputs.errors import INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError, public
+from radapter_serve.inputs.errors import UNKNOWN_INDEX, TaskError, invalid, public
 from radapter_serve.release.release import Release
 
 FORMAT = 2  # 1 says "engine" for "search", and can be read
@@ -96,7 +96,7 @@ class Index:
             TaskError: `top_k` or the condition is not allowed.
         """
         if not 1 <= top_k <= MAX_TOP_K:
-            raise TaskError(INVALID_ARGUMENT, f"top_k is {top_k}; allowed are whole numbers from 1 to {MAX_TOP_K}")
+            raise invalid(f"top_k is {top_k}; allowed are whole numbers from 1 to {MAX_TOP_K}")
         condition = check_condition(where) if where and where.strip() else None
         columns = [*self.columns, *(["thumbnail"] if thumbnails else [])]
         find = self._approximate if "index" in self.facts["search"] else self._exact
@@ -229,9 +229,7 @@ def _search_errors(name: str, where: str | None, columns: Sequence[str]) -> Iter
             raise TaskError(
                 UNKNOWN_INDEX, f"the index {name} can't be searched ({why}); see radapter-index verify"
             ) from None
-        raise TaskError(
-            INVALID_ARGUMENT, f"where {where!r:.200} fails: {why}; the columns: {', '.join(columns)}"
-        ) from None
+        raise invalid(f"where {where!r:.200} fails: {why}; the columns: {', '.join(columns)}") from None
 
 
 def _short(error: BaseException) -> str:

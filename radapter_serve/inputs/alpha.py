@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
+from radapter_serve.inputs.errors import invalid
 
 Alpha = NDArray[np.float32]  # [B, 1], a row's own each
 # Of one encoder: rows to embeddings; with a second argument, `Alpha`, where α is an input, and none where it is not.
@@ -38,17 +38,14 @@ class RequestAlpha:
         values = np.asarray(self._own if given is None else given, np.float32).reshape(-1, 1)
         wrong = values[~((values >= 0) & (values <= 1))]
         if wrong.size:
-            raise TaskError(
-                INVALID_ARGUMENT, f"alpha is {wrong[0]:g}; allowed: 0 (the base) to 1 (all that was learned)"
-            )
+            raise invalid(f"alpha is {wrong[0]:g}; allowed: 0 (the base) to 1 (all that was learned)")
         if self.dynamic:
             return np.array(np.broadcast_to(values, (rows, 1)))
         other = values[values != np.float32(self._own)]
         if other.size:
-            raise TaskError(
-                INVALID_ARGUMENT,
+            raise invalid(
                 f"alpha is {other[0]:g}, but this release was exported at alpha {self._own:g}; "
-                "radapter-export --alpha dynamic makes one that takes any",
+                "radapter-export --alpha dynamic makes one that takes any"
             )
         return None
 

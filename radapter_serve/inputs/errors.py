@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from radapter_serve.errors import RAdapterError
 
@@ -20,6 +21,8 @@ CANCELLED = "cancelled"
 INTERNAL_ERROR = "internal_error"
 SERVER_STOPPING = "server_stopping"
 
+Cancelled = Callable[[], bool]  # whether the caller of a request has given up
+
 _PRIVATE = re.compile(r"['\"]?(?<![\w.])/\S+|\S*radapter_serve_\w+\S*")
 
 
@@ -35,6 +38,17 @@ class TaskError(RAdapterError):
         super().__init__(f"[{code}] {message}")
         self.code = code
         self.message = message
+
+
+def invalid(message: str) -> TaskError:
+    """The error of a request that asks for something that is not allowed."""
+    return TaskError(INVALID_ARGUMENT, message)
+
+
+def check_cancelled(cancelled: Cancelled | None) -> None:
+    """Raise a `TaskError` where the caller has given up, so that nobody waits for the rest."""
+    if cancelled is not None and cancelled():
+        raise TaskError(CANCELLED, "the caller gave up")
 
 
 def public(message: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_ARGUMENT, TaskError
+from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, TaskError, invalid
 from radapter_serve.inputs.preprocess import MAX_PIXELS
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -70,14 +70,13 @@ class MaskCrop:
         """
         mask = np.asarray(mask, bool)
         if mask.shape != (image.height, image.width):
-            raise TaskError(
-                INVALID_ARGUMENT,
+            raise invalid(
                 f"a mask of {' x '.join(map(str, mask.shape[::-1]))} pixels does not fit the image of "
-                f"{image.width} x {image.height}; send it at the image's size",
+                f"{image.width} x {image.height}; send it at the image's size"
             )
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         if not len(rows):
-            raise TaskError(INVALID_ARGUMENT, "a mask is empty; it needs at least one pixel")
+            raise invalid("a mask is empty; it needs at least one pixel")
         left, top, right, bottom = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
         longer = max(right - left, bottom - top)
         border = round(self.padding * longer)

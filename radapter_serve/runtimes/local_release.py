@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.inputs.alpha import Encode, at
-from radapter_serve.inputs.labels import embed_texts
 from radapter_serve.inputs.preprocess import Preprocess, decode_pixels
-from radapter_serve.inputs.tokenizer import Tokenizer
+from radapter_serve.inputs.tokenizer import Tokenizer, embed_texts
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import RUNTIMES, find_release
 from radapter_serve.runtimes.encoder import Encoder

@@ -18,7 +18,7 @@ import numpy as np
 import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
-from radapter_serve.inputs.errors import ENCODER_FAILED, INVALID_ARGUMENT, TaskError, public
+from radapter_serve.inputs.errors import ENCODER_FAILED, INVALID_ARGUMENT, TaskError, invalid, public
 from radapter_serve.tasks.outcome import Outcome
 from radapter_serve.tasks.responses import answer, need
 
@@ -96,15 +96,12 @@ class GraphModel(ABC):
         feed = {name: need(request, name) for name in self._inputs}
         for name, values in feed.items():
             if not values.size:
-                raise TaskError(
-                    INVALID_ARGUMENT, f"{name} of shape {list(values.shape)} holds nothing; send one or more"
-                )
+                raise invalid(f"{name} of shape {list(values.shape)} holds nothing; send one or more")
         tokens = feed.get("tokens")
         if tokens is not None and (tokens.min() < 0 or tokens.shape[-1] > self._most_tokens):
-            raise TaskError(
-                INVALID_ARGUMENT,
+            raise invalid(
                 f"tokens of shape {list(tokens.shape)} from {tokens.min()}; allowed are numbers from 0, and at most "
-                f"{self._most_tokens:g} for a text",
+                f"{self._most_tokens:g} for a text"
             )
         return feed
 

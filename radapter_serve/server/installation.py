@@ -14,7 +14,7 @@ from pathlib import Path
 
 from radapter_serve.errors import RAdapterError
 
-OUR_BACKENDS = Path(__file__).parent / "backends"
+OUR_BACKENDS = Path(__file__).absolute().parent / "backends"
 INSTALL_HINT = 'run: pip install "radapter-serve[server]" (Python 3.10 to 3.12), or use NVIDIA\'s Triton container'
 
 
@@ -59,7 +59,7 @@ def find_tritonserver() -> Installation:
     spec = importlib.util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
         raise RAdapterError(f"tritonserver is neither on PATH nor installed with nvidia-pytriton; {INSTALL_HINT}")
-    return _wheel(Path(spec.submodule_search_locations[0]))
+    return _wheel(Path(spec.submodule_search_locations[0]).absolute())
 
 
 def _native(binary: Path) -> Installation:

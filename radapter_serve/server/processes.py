@@ -6,29 +6,10 @@ import contextlib
 import fcntl
 import os
 import shutil
-import signal
 import tempfile
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 FOLDER_PREFIX = "radapter-serve-"
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Without signals to end: what stops already must not be cut short by a second Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():  # which alone is told of signals
-        yield
-        return
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        for number in kept:
-            signal.signal(number, signal.SIG_IGN)
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def shm_prefix(folder: Path) -> str:

@@ -6,7 +6,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,12 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples, compare
-from radapter_serve.release.repository import RUNTIMES, ServedEncoder
+from radapter_serve.release.repository import AUTO, RUNTIMES, TENSORRT, ServedEncoder, encoders_of
 from radapter_serve.runtimes.cuda import find_gpu
 from radapter_serve.runtimes.encoder import CUDA, Encoder
+from radapter_serve.runtimes.tensorrt.plan import check_plan
+from radapter_serve.server.installation import Installation
+from radapter_serve.threads import share
 
 BATCHES = (1, 8)
 _ROUNDS = 5
@@ -40,6 +44,56 @@ class Measured:
     seconds: Mapping[int, float]
     distance: float = math.nan
     why: str = ""
+
+
+@dataclass
+class Configured:
+    """The encoders of a repository as this machine is to serve them.
+
+    Attributes:
+        configs: of each encoder, by name: its runtime and its threads.
+        measured: what was measured to choose the runtime; nothing if it was given.
+        version_compatible: whether an engine brings a runtime of its own, code that Triton runs only if told to.
+    """
+
+    configs: dict[str, str] = field(default_factory=dict)
+    measured: list[Measured] = field(default_factory=list)
+    version_compatible: bool = False
+
+
+def configure(
+    repository: Path, runtime: str | None, threads: int, installation: Installation, progress: Callable[[str], None]
+) -> Configured:
+    """Choose the runtime of each encoder, and check that it computes what torch computed.
+
+    Raises:
+        RAdapterError: the server lacks the runtime, or it does not compute the same.
+    """
+    encoders = encoders_of(repository)
+    shares = {encoder.name: share(threads, encoder.instances) for encoder in encoders}
+    found, chosen = Configured(), runtime
+    if runtime == AUTO:
+        found.measured = measure(encoders, shares, installation.backends, progress)
+        chosen = fastest(found.measured)
+    for encoder in encoders:
+        own = chosen or encoder.runtime
+        if own not in installation.backends:
+            raise RAdapterError(f"{installation.binary} has no backend {own}, which {encoder.name} asks for")
+        files = [encoder.file(version, own) for version in encoder.versions]
+        if own == TENSORRT:
+            plans = [check_plan(file.parent) for file in files]
+            found.version_compatible |= any(plan.options.version_compatible for plan in plans)
+        if own != encoder.runtime and not found.measured:
+            progress(f"checking {encoder.name} by {own}")
+            try:
+                check(encoder, own, shares[encoder.name])
+            except RAdapterError as error:
+                raise RAdapterError(
+                    f"{error}; leave --runtime out ({encoder.name} was exported for {encoder.runtime}), or export "
+                    f"for it: radapter-export --runtime {own}"
+                ) from error
+        found.configs[encoder.name] = encoder.configured(own, shares[encoder.name])
+    return found
 
 
 def check(encoder: ServedEncoder, runtime: str, threads: int | None = None) -> tuple[float, Encoder]:

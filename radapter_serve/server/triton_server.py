@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import ipaddress
 import json
 import os
 import re
@@ -13,39 +12,23 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from radapter_serve.environment import INDEXES
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.repository import AUTO, RUNTIMES, TENSORRT, encoders_of, versions_of
-from radapter_serve.runtimes.tensorrt.plan import Sidecar, check_plan
+from radapter_serve.release.repository import AUTO, RUNTIMES, versions_of
+from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.installation import Installation, find_tritonserver
-from radapter_serve.server.processes import (
-    FOLDER_PREFIX,
-    children,
-    hide_shared_memory,
-    remove,
-    remove_leftovers,
-    shm_prefix,
-    undisturbed,
-)
-from radapter_serve.server.runtime_choice import Measured, check, fastest, measure
-from radapter_serve.threads import environment, share, total
-
-_EXIT_TIMEOUT = 5
-# What a caller could read or change the server's memory, files and log by; open to who sends the secret of this server.
-_RESTRICTED = "shared-memory,model-repository,trace,logging"
-_RESTRICTING = ("http-restricted-api", "grpc-restricted-protocol")
-_KEY = "radapter-secret"
-# Runs the server so that it ends when the process (more exactly: the thread) that started it is killed.
-_LAUNCHER = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+from radapter_serve.server.launch import EXIT_TIMEOUT, SECRET_HEADER, command_line, lay_out, server_environment
+from radapter_serve.server.processes import FOLDER_PREFIX, children, hide_shared_memory, remove, remove_leftovers
+from radapter_serve.server.runtime_choice import Configured, Measured, configure
+from radapter_serve.signals import handled
+from radapter_serve.threads import total
 
 # A proxy of the environment is not for this machine.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -77,7 +60,7 @@ def models_of(repository: Path) -> dict[str, list[int]]:
     return models
 
 
-class TritonServer:
+class TritonServer(Endpoints):
     """A running tritonserver, as a context manager.
 
     The server ends with the thread that started it, so that a killed program leaves none behind.
@@ -119,6 +102,7 @@ class TritonServer:
         log: str | Path | None = None,
         verbose: bool = False,
     ) -> None:
+        super().__init__(host, http_port, grpc_port, metrics_port)
         self.model_repository = Path(model_repository).resolve()
         self.indexes = Path(indexes).resolve()
         if not timeout > 0:
@@ -127,7 +111,6 @@ class TritonServer:
             raise RAdapterError(f"--runtime is {runtime}; allowed are {', '.join((*RUNTIMES, AUTO))}")
         if threads is not None and threads < 1:
             raise RAdapterError(f"--threads is {threads}; allowed are 1 and more")
-        self.host, self.http_port, self.grpc_port, self.metrics_port = _ip(host), http_port, grpc_port, metrics_port
         self._timeout, self._log, self._verbose = timeout, Path(log) if log else None, verbose
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
@@ -137,38 +120,7 @@ class TritonServer:
         self._runtime, self.threads = runtime, threads or total()
         self._secret = secrets.token_hex(32)
         self.measured: list[Measured] = []
-        self._plans: list[Sidecar] = []
         self.models: dict[str, list[int]] = {}
-
-    @property
-    def loopback(self) -> bool:
-        """Whether only this machine can reach the server."""
-        return ipaddress.ip_address(self.host).is_loopback
-
-    @property
-    def address(self) -> str:
-        """Host to reach the server at from this machine."""
-        address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"[{address}]" if self._v6 else address
-
-    @property
-    def _v6(self) -> bool:
-        return ":" in self.host
-
-    @property
-    def http_url(self) -> str:
-        """For example `http://127.0.0.1:8000`."""
-        return f"http://{self.address}:{self.http_port}"
-
-    @property
-    def grpc_url(self) -> str:
-        """For example `grpc://127.0.0.1:8001`."""
-        return f"grpc://{self.address}:{self.grpc_port}"
-
-    @property
-    def metrics_url(self) -> str:
-        """For example `http://127.0.0.1:8002/metrics`."""
-        return f"http://{self.address}:{self.metrics_port}/metrics"
 
     def start(self, progress: Callable[[str], None] = lambda line: None) -> TritonServer:
         """Start the server and wait until all its models are ready.
@@ -177,17 +129,18 @@ class TritonServer:
             progress: called with a short line before each step that takes long.
         """
         self.models = models_of(self.model_repository)
-        self._check_ports()
+        self.check_ports()
         installation = find_tritonserver()
         remove_leftovers()
-        configs = self._configure(installation, progress)
+        configured = configure(self.model_repository, self._runtime, self.threads, installation, progress)
+        self.measured = configured.measured
         progress(f"starting tritonserver for {self.model_repository}")
         try:
             try:
                 self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
                 self._lock = os.open(self._folder, os.O_RDONLY)
                 fcntl.flock(self._lock, fcntl.LOCK_EX)
-                self._launch(installation, self._folder, configs)
+                self._launch(installation, self._folder, configured)
             except OSError as error:
                 why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
                 raise RAdapterError(
@@ -243,12 +196,13 @@ class TritonServer:
 
     def stop(self) -> None:
         """Stop the server and all its processes; nothing of it stays, in /dev/shm, /tmp or the model repository."""
-        with undisturbed():
+        # What stops already must not be cut short by a second Ctrl-C.
+        with handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             process, self._process = self._process, None
             if process is not None:
                 process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_EXIT_TIMEOUT + 5)
+                    process.wait(EXIT_TIMEOUT + 5)
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -269,99 +223,20 @@ class TritonServer:
     ) -> None:
         self.stop()
 
-    def _check_ports(self) -> None:
-        ports = {"--http-port": self.http_port, "--grpc-port": self.grpc_port, "--metrics-port": self.metrics_port}
-        if len(set(ports.values())) < len(ports):
-            raise RAdapterError(f"the ports must differ: {', '.join(f'{f} {p}' for f, p in ports.items())}")
-        for flag, port in ports.items():
-            if not 0 < port < 65536:
-                raise RAdapterError(f"{flag} is {port}; allowed are 1 to 65535")
-            family = socket.AF_INET6 if self._v6 else socket.AF_INET
-            try:
-                socket.create_server((self.host, port), family=family).close()
-            except OSError as error:
-                why = f"{os.strerror(error.errno or 0)}; choose another with {flag}"
-                raise RAdapterError(f"cannot listen on {self.host} port {port}: {why}") from None
-
-    def _configure(self, installation: Installation, progress: Callable[[str], None]) -> dict[str, str]:
-        """Configs of the encoders for this machine, by name: their runtime and their threads."""
-        encoders = encoders_of(self.model_repository)
-        threads = {encoder.name: share(self.threads, encoder.instances) for encoder in encoders}
-        chosen = self._runtime
-        if chosen == AUTO:
-            self.measured = measure(encoders, threads, installation.backends, progress)
-            chosen = fastest(self.measured)
-        configs, self._plans = {}, []
-        for encoder in encoders:
-            runtime = chosen or encoder.runtime
-            if runtime not in installation.backends:
-                raise RAdapterError(f"{installation.binary} has no backend {runtime}, which {encoder.name} asks for")
-            files = [encoder.file(version, runtime) for version in encoder.versions]
-            if runtime == TENSORRT:
-                self._plans += [check_plan(file.parent) for file in files]
-            if runtime != encoder.runtime and not self.measured:
-                progress(f"checking {encoder.name} by {runtime}")
-                try:
-                    check(encoder, runtime, threads[encoder.name])
-                except RAdapterError as error:
-                    raise RAdapterError(
-                        f"{error}; leave --runtime out ({encoder.name} was exported for {encoder.runtime}), or export "
-                        f"for it: radapter-export --runtime {runtime}"
-                    ) from error
-            configs[encoder.name] = encoder.configured(runtime, threads[encoder.name])
-        return configs
-
-    def _launch(self, installation: Installation, folder: Path, configs: Mapping[str, str]) -> None:
-        backends, models = folder / "backends", folder / "models"
-        backends.mkdir()
-        installation.assemble(backends)
-        # Triton loads every folder that it sees: the models, and nothing that lies beside them.
-        models.mkdir()
-        for name in self.models:
-            source, target = self.model_repository / name, models / name
-            if name not in configs:
-                target.symlink_to(source)
-                continue
-            target.mkdir()
-            (target / "config.pbtxt").write_text(configs[name], encoding="utf-8")
-            for version in self.models[name]:
-                (target / str(version)).symlink_to(source / str(version))
-        version_compatible = any(plan.options.version_compatible for plan in self._plans)
-        command = [
-            str(installation.binary),
-            f"--model-repository={models}",
-            f"--backend-directory={backends}",
-            *([f"--cache-directory={installation.caches}"] if installation.caches else []),
-            *(f"--{kind}-address={'ipv6:' if self._v6 else ''}{self.host}" for kind in ("http", "metrics")),
-            f"--grpc-address={f'[{self.host}]' if self._v6 else self.host}",
-            f"--http-port={self.http_port}",
-            f"--grpc-port={self.grpc_port}",
-            f"--metrics-port={self.metrics_port}",
-            "--model-control-mode=none",  # explicit takes models, and with them code, from whoever asks
-            *(f"--{flag}={_RESTRICTED}:{_KEY}={self._secret}" for flag in _RESTRICTING),
-            "--disable-auto-complete-config",  # configs of an export are complete; this halves the start
-            f"--exit-timeout-secs={_EXIT_TIMEOUT}",
-            f"--backend-config=python,shm-region-prefix-name={shm_prefix(folder)}",
-            # Such a plan brings a runtime of its own, code that Triton runs only if it is told to.
-            *(["--backend-config=tensorrt,version-compatible=true"] if version_compatible else []),
-        ]
+    def _launch(self, installation: Installation, folder: Path, configured: Configured) -> None:
+        lay_out(folder, installation, self.model_repository, self.models, configured.configs)
         with contextlib.ExitStack() as stack:
             try:
                 output = None if self._verbose else stack.enter_context(self._messages.open("wb"))
             except OSError as error:
                 raise RAdapterError(f"cannot write the log {self._messages}: {error.strerror}") from None
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _LAUNCHER, *command],
-                # ONNX Runtime leaves a file in TMPDIR.
-                env={
-                    **_environment(installation),
-                    **environment(self.threads),
-                    "TMPDIR": str(folder),
-                    INDEXES: str(self.indexes),
-                },
+                command_line(folder, installation, self.flags(), self._secret, configured.version_compatible),
+                env=server_environment(installation, folder, self.indexes, self.threads),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,
+                cwd=folder,  # a model's process imports from the current folder first
                 start_new_session=True,  # Ctrl-C reaches this process only, which then stops the server in order
             )
 
@@ -378,7 +253,7 @@ class TritonServer:
 
     def _served(self) -> dict[str, list[int]]:
         """What the server itself says it serves: a config may leave versions of the folder out."""
-        url, headers = f"{self.http_url}/v2/repository/index", {_KEY: self._secret}
+        url, headers = f"{self.http_url}/v2/repository/index", {SECRET_HEADER: self._secret}
         request = urllib.request.Request(url, b'{"ready": true}', headers)
         with _OPENER.open(request, timeout=10) as response:
             models: dict[str, list[int]] = {}
@@ -413,25 +288,3 @@ def reason(log: str) -> str:
     if not best:
         return "it wrote nothing"
     return re.sub(r"^[EF]\d{4} \S+ +\d+ \S+\] ", "", best[-1]).strip().strip('"')
-
-
-def _ip(host: str) -> str:
-    """The address of a host name; IPv4 where it has both."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise RAdapterError(
-            f"--host {host!r}: {why}; give a name or an address of this machine, such as localhost or 0.0.0.0"
-        ) from None
-    return str(min(found, key=lambda info: info[0] != socket.AF_INET)[4][0])
-
-
-def _environment(installation: Installation) -> dict[str, str]:
-    variables = dict(os.environ)
-    libraries = [*map(str, installation.libraries), variables.get("LD_LIBRARY_PATH", "")]
-    variables["LD_LIBRARY_PATH"] = ":".join(filter(None, libraries))
-    # The model processes take their Python from the first python3 on PATH.
-    variables["PATH"] = f"{Path(sys.executable).parent}:{variables.get('PATH', '')}"
-    variables["TOKENIZERS_PARALLELISM"] = "false"
-    return variables

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +15,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from radapter_serve.files import as_text
 from radapter_serve.inputs.alpha import Alpha, Encode
-from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
-from radapter_serve.inputs.labels import LabelEmbedder, LabelSet, check_length, embed_texts
+from radapter_serve.inputs.errors import Cancelled, invalid
+from radapter_serve.inputs.labels import check_length
 from radapter_serve.inputs.preprocess import Preprocess, decode_into
 from radapter_serve.inputs.probabilities import class_probabilities
-from radapter_serve.inputs.tokenizer import Tokenizer
+from radapter_serve.inputs.tokenizer import Tokenizer, embed_texts
 from radapter_serve.release.release import Release
+from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
 from radapter_serve.tasks.label_source import LabelSource, strings
 from radapter_serve.tasks.outcome import Outcome
 
@@ -144,7 +145,7 @@ class ClassifyRequest:
     templates: Sequence[Sequence[bytes]] | None = None
     top_k: Sequence[int] | None = None
     alpha: ArrayLike | None = None
-    cancelled: Callable[[], bool] | None = None
+    cancelled: Cancelled | None = None
 
 
 @dataclass
@@ -191,7 +192,7 @@ class Classify:
         """The label set of each image, and how many labels to give back."""
         top_k = [DEFAULT_TOP_K] if request.top_k is None else [int(k) for k in request.top_k]
         if min(top_k) < 1 or len(set(top_k)) > 1:
-            raise TaskError(INVALID_ARGUMENT, f"top_k is {top_k}; one whole number from 1 for all images of a request")
+            raise invalid(f"top_k is {top_k}; one whole number from 1 for all images of a request")
         alpha = self._request_alpha(request.alpha, len(request.images))
         sets = self._label_source(request.labels, request.label_set, request.templates, alpha, request.cancelled)
         return sets, min(top_k[0], *(len(label_set.labels) for label_set in sets))
@@ -224,6 +225,6 @@ def _texts(request: Sequence[bytes]) -> list[str]:
     texts = list(strings(*request))
     for number, text in enumerate(texts, 1):
         if not text.strip():
-            raise TaskError(INVALID_ARGUMENT, f"text {number} of {len(texts)} is empty; give at least one word")
+            raise invalid(f"text {number} of {len(texts)} is empty; give at least one word")
         check_length(text)
     return texts

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from radapter_serve.inputs.alpha import Alpha
-from radapter_serve.inputs.errors import INVALID_ARGUMENT, NO_LABELS, UNKNOWN_LABEL_SET, TaskError
-from radapter_serve.inputs.labels import LabelEmbedder, LabelSet, check_prompts
+from radapter_serve.inputs.errors import NO_LABELS, UNKNOWN_LABEL_SET, Cancelled, TaskError, invalid
+from radapter_serve.inputs.labels import check_prompts
 from radapter_serve.release.release import Release
+from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
 
 Texts = Sequence[bytes]
 
@@ -35,7 +36,7 @@ class LabelSource:
         label_set: Texts | None,
         templates: Sequence[Texts] | None,
         alpha: Alpha | None = None,
-        cancelled: Callable[[], bool] | None = None,
+        cancelled: Cancelled | None = None,
     ) -> list[LabelSet]:
         """The label set of each image of a request; the arguments have one entry per image.
 
@@ -52,7 +53,7 @@ class LabelSource:
         alphas: Iterable[float | None] = itertools.repeat(None) if alpha is None else alpha.ravel().tolist()
         if label_set is not None:
             if labels is not None or templates is not None:
-                raise TaskError(INVALID_ARGUMENT, "give labels (with templates, if you like) or label_set, not both")
+                raise invalid("give labels (with templates, if you like) or label_set, not both")
             return [self._named(name, own, cancelled) for name, own in zip(label_set, alphas, strict=False)]
         if labels is None:
             raise TaskError(NO_LABELS, f"give labels, or a label_set of this release: {self._known()}")
@@ -73,7 +74,7 @@ class LabelSource:
         }
         return [embedded[id(one)] for one in lists]
 
-    def _named(self, name: bytes, alpha: float | None, cancelled: Callable[[], bool] | None) -> LabelSet:
+    def _named(self, name: bytes, alpha: float | None, cancelled: Cancelled | None) -> LabelSet:
         text = name.decode("utf-8", "replace")
         if text not in self._label_sets:
             raise TaskError(UNKNOWN_LABEL_SET, f"no label set {text!r} in this release; there are: {self._known()}")
@@ -95,4 +96,4 @@ def strings(*values: bytes | str) -> tuple[str, ...]:
     try:
         return tuple(value if isinstance(value, str) else value.decode() for value in values)
     except UnicodeDecodeError as error:
-        raise TaskError(INVALID_ARGUMENT, f"a text is not UTF-8 ({error})") from None
+        raise invalid(f"a text is not UTF-8 ({error})") from None

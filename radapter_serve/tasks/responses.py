@@ -9,14 +9,7 @@ from typing import Any, TypeVar
 import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
-from radapter_serve.inputs.errors import (
-    CANCELLED,
-    ENCODER_FAILED,
-    INTERNAL_ERROR,
-    INVALID_ARGUMENT,
-    SERVER_STOPPING,
-    TaskError,
-)
+from radapter_serve.inputs.errors import CANCELLED, ENCODER_FAILED, INTERNAL_ERROR, SERVER_STOPPING, invalid
 from radapter_serve.tasks.outcome import Outcome, isolated
 
 T = TypeVar("T")
@@ -37,7 +30,7 @@ def need(request: Any, name: str) -> Any:
     """
     array = read(request, name)
     if array is None:
-        raise TaskError(INVALID_ARGUMENT, f"the input {name} is missing")
+        raise invalid(f"the input {name} is missing")
     return array
 
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_name, as_text
-from radapter_serve.index.index import FACTS, NAME, Index, mismatch
-from radapter_serve.inputs.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError, public
+from radapter_serve.index.index import FACTS, NAME, Hit, Index, mismatch
+from radapter_serve.inputs.errors import INDEX_MISMATCH, UNKNOWN_INDEX, TaskError, invalid, public
 from radapter_serve.release.release import Release
 
 DEFAULT_TOP_K = 10
@@ -89,18 +89,16 @@ class Retrieve:
                 embedding that failed.
         """
         if (request.text is None) == (request.image is None):
-            raise TaskError(INVALID_ARGUMENT, "give text or image, one of them")
+            raise invalid("give text or image, one of them")
         name = _text(request.index, "index")
-        where = None if request.where is None else _text(request.where, "where")
-        top_k = DEFAULT_TOP_K if request.top_k is None else request.top_k
         index = self.index(name)
         try:
-            hits = index.search(self._embedding(request, index), top_k, where, thumbnails=request.thumbnails)
+            hits = self._search(index, request)
         except TaskError:
             before, index = index, self.index(name)
             if index is before:
                 raise  # else it was replaced meanwhile
-            hits = index.search(self._embedding(request, index), top_k, where, thumbnails=request.thumbnails)
+            hits = self._search(index, request)
         return Retrieved(
             _objects([hit.id for hit in hits]),
             np.array([hit.score for hit in hits], np.float32),
@@ -108,13 +106,16 @@ class Retrieve:
             _objects([hit.thumbnail for hit in hits]) if request.thumbnails else None,
         )
 
-    def _embedding(self, request: RetrieveRequest, index: Index) -> NDArray[np.float32]:
-        """Of the query, at the index's α."""
+    def _search(self, index: Index, request: RetrieveRequest) -> list[Hit]:
+        where = None if request.where is None else _text(request.where, "where")
+        top_k = DEFAULT_TOP_K if request.top_k is None else request.top_k
         alpha = self._request_alpha(index.facts["release"]["alpha"], 1)
         extra = [] if alpha is None else [alpha]
         if request.text is not None:
-            return self._embed_text(request.text, *extra)
-        return self._embed_image(request.image or b"", *extra)
+            embedding = self._embed_text(request.text, *extra)
+        else:
+            embedding = self._embed_image(request.image or b"", *extra)
+        return index.search(embedding, top_k, where, thumbnails=request.thumbnails)
 
     def index(self, name: str) -> Index:
         """The index of that name as it is now, opened once for as long as it doesn't change.
@@ -158,7 +159,7 @@ def _text(value: bytes, what: str) -> str:
     try:
         return value.decode()
     except UnicodeDecodeError as error:
-        raise TaskError(INVALID_ARGUMENT, f"{what} is not UTF-8 ({error})") from None
+        raise invalid(f"{what} is not UTF-8 ({error})") from None
 
 
 def _objects(values: Sequence[Any]) -> NDArray[np.object_]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from radapter_serve.inputs.alpha import Encode, at
-from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_ARGUMENT, INVALID_IMAGE, TaskError
-from radapter_serve.inputs.labels import LabelEmbedder, LabelSet
+from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_IMAGE, Cancelled, TaskError, invalid
 from radapter_serve.inputs.preprocess import decode
 from radapter_serve.release.release import Release
+from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
 from radapter_serve.tasks.label_source import LabelSource
-from radapter_serve.tasks.segmenter import Segmented, Segmenter, SegmentOptions
+from radapter_serve.tasks.scored_mask import ScoredMask
+from radapter_serve.tasks.segment_options import SegmentOptions
+from radapter_serve.tasks.segmenter import Segmenter
 
 BACKGROUND = "background"
 _DENSE_ONLY = ("short_side", "stride", "refine")
@@ -45,11 +47,11 @@ class SegmentRequest:
     proposals: NDArray[np.uint8] | None = None
     proposal_scores: NDArray[np.float32] | None = None
     alpha: ArrayLike | None = None
-    cancelled: Callable[[], bool] | None = None
+    cancelled: Cancelled | None = None
 
 
 @dataclass
-class Segments:
+class LabelledMask:
     """The answer: a mask, uint16 [H, W], the labels it points to, and the score of each, float32."""
 
     mask: NDArray[np.uint16]
@@ -79,7 +81,7 @@ class Segment:
         self._label_source, self._request_alpha = LabelSource(release, embed_labels, label_sets), release.request_alpha
         self._release, self._encode_images, self._encode_patches = release, encode_images, encode_patches
 
-    def __call__(self, request: SegmentRequest) -> Segments:
+    def __call__(self, request: SegmentRequest) -> LabelledMask:
         """Segment one image.
 
         Raises:
@@ -88,7 +90,7 @@ class Segment:
         options, alpha = _options(request), self._request_alpha(request.alpha, 1)
         segmenter = self._segmenter(self._request_alpha.one(request.alpha))
         if request.proposals is None:
-            segmenter.check_dense(options)
+            segmenter.checked_dense(options)
         [label_set] = self._label_source(
             None if request.labels is None else [request.labels],
             None if request.label_set is None else [request.label_set],
@@ -96,9 +98,9 @@ class Segment:
             alpha,
             request.cancelled,
         )
-        segmented = _segment(segmenter, request, label_set.embeds, options)
-        extra = () if len(segmented.scores) == len(label_set.labels) else (BACKGROUND,)
-        return Segments(segmented.mask, label_set.labels + extra, segmented.scores)
+        found = _segment(segmenter, request, label_set.embeds, options)
+        extra = () if len(found.scores) == len(label_set.labels) else (BACKGROUND,)
+        return LabelledMask(found.mask, label_set.labels + extra, found.scores)
 
     def _segmenter(self, alpha: float | None) -> Segmenter:
         patches = None if self._encode_patches is None else at(self._encode_patches, alpha)
@@ -107,7 +109,7 @@ class Segment:
 
 def _segment(
     segmenter: Segmenter, request: SegmentRequest, embeds: NDArray[np.float32], options: SegmentOptions
-) -> Segmented:
+) -> ScoredMask:
     try:
         image = decode(request.image, exif_orientation=segmenter.exif_orientation)
         if request.proposals is None:
@@ -132,5 +134,5 @@ def _options(request: SegmentRequest) -> SegmentOptions:
             idle["proposal_weight"] = "send proposal_scores with it"
     for name, way_out in idle.items():
         if name in given or (name == "proposal_scores" and request.proposal_scores is not None):
-            raise TaskError(INVALID_ARGUMENT, f"{name} has no effect here; {way_out}")
+            raise invalid(f"{name} has no effect here; {way_out}")
     return SegmentOptions(**given)

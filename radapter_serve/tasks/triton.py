@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from radapter_serve.inputs.alpha import Alpha
 from radapter_serve.inputs.errors import ENCODER_FAILED, SERVER_STOPPING, TaskError, public
-from radapter_serve.inputs.labels import LabelEmbedder
 from radapter_serve.inputs.tokenizer import Tokenizer
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.classify import EmbedImages
+from radapter_serve.tasks.label_embeddings import LabelEmbedder
 from radapter_serve.threads import decoders
 
 

@@ -7,12 +7,12 @@ import dataclasses
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.prompts import templates_of
 from radapter_serve.data import Captioned, Labelled, Masked, few_shot, run_data
-from radapter_serve.data.segments import Segments, load_segments
+from radapter_serve.data.segments import SegmentCrops, load_segments
 from radapter_serve.errors import RAdapterError
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.training.recipe import Recipe
 
-Data = Labelled | Captioned | Segments
+Data = Labelled | Captioned | SegmentCrops
 
 
 def open_data(recipe: Recipe, base: Base, *, broken: list[str] | None = None) -> tuple[Data, Data | None]:

@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -239,6 +240,12 @@ def test_photos_are_embedded_as_people_see_them(place: Path) -> None:
             assert (hit.metadata["width"], hit.metadata["height"]) == turned.size
     assert main(["build", "photos", "--out", "indexes/upright"]) == 0  # the default
     assert json.loads(Path("indexes/upright/index.json").read_text())["exif_orientation"] is True
+
+
+def test_the_handler_of_sigterm_is_as_before_after_the_command(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["info", str(tmp_path / "none")]) == 2
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_stopped_build_is_put_in_order_by_sigterm(place: Path) -> None:

@@ -22,13 +22,13 @@ from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
 from radapter_export.tokenizer import write_tokenizer
-from radapter_serve.inputs.labels import LabelEmbedder
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.tokenizer import Tokenizer
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import configure
 from radapter_serve.tasks.classify import Classify, EmbedImages, EmbedTexts, load_label_sets
+from radapter_serve.tasks.label_embeddings import LabelEmbedder
 from radapter_serve.tasks.segment import Segment
 
 SOURCES = Path(__file__).parents[2] / "model_repository"

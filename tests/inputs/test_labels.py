@@ -1,4 +1,4 @@
-"""Label files, templates, and embeddings of labels against a plain loop."""
+"""Label files, templates, limits, and the mean over a label's prompts by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from radapter_serve.errors import RAdapterError
 from radapter_serve.inputs import labels as module
 from radapter_serve.inputs.errors import TaskError
-from radapter_serve.inputs.labels import LabelEmbedder, LabelSet, read_label_file, read_templates
+from radapter_serve.inputs.labels import read_label_file, read_templates
 
 SIMPLE = ["a photo of a {}."]
 
@@ -58,70 +58,17 @@ def test_templates(tmp_path):
         read_templates([])
 
 
-def test_label_set_round_trip(tmp_path):
-    embeds = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
-    LabelSet(("Ölkäfer", "猫"), embeds).save(tmp_path / "a.npz")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
-    loaded = LabelSet.load(tmp_path / "a.npz")
-    assert loaded.labels == ("Ölkäfer", "猫")
-    np.testing.assert_array_equal(loaded.embeds, embeds)
+def test_the_mean_is_over_names_and_templates_and_each_text_is_embedded_once():
+    axes = {"a cat": [1, 0, 0], "the cat": [0, 1, 0], "a kitty": [0, 0, 1], "the kitty": [0, 1, 0], "a dog": [0, 0, 1]}
+    axes["the dog"] = [0, 0, 1]
 
+    def embed(texts: list[str]) -> np.ndarray:
+        assert texts == list(axes)
+        return np.array([axes[text] for text in texts], np.float32)
 
-def test_embeddings_are_the_mean_over_names_and_templates(local):
-    templates = ["a photo of a {}.", "a drawing of one {}"]
-    found = local.embed_labels(["cat, kitty", "a very long name of a dog"], templates)
-    assert found.labels == ("cat", "a very long name of a dog")
-    for names, embed in zip((["cat", "kitty"], ["a very long name of a dog"]), found.embeds, strict=True):
-        prompts = [template.replace("{}", name).encode() for name in names for template in templates]
-        mean = np.mean([local.embed_texts([[prompt]])[0].unwrap()[0] for prompt in prompts], axis=0)
-        np.testing.assert_allclose(embed, mean / np.linalg.norm(mean), atol=1e-6)
-
-
-def test_only_what_is_missing_is_computed_once_and_by_length(local):
-    local.embed_labels(["cat", "dog"], SIMPLE)
-    local.calls.clear()
-    local.embed_labels(["dog", "cat", "bird"], SIMPLE)
-    assert [shape[0] for shape in local.calls] == [1]
-    local.embed_labels(["dog", "cat", "bird"], SIMPLE)
-    assert len(local.calls) == 1
-    local.embed_labels(["cat"], ["another {}"])
-    assert len(local.calls) == 2
-
-    local.calls.clear()
-    words = [f"{'long ' * (index % 7)}label {index}" for index in range(200)]
-    local.embed_labels(words, SIMPLE)
-    lengths = [shape[1] for shape in local.calls]
-    assert [shape[0] for shape in local.calls] == [64, 64, 64, 8]
-    assert lengths == sorted(lengths)
-    assert lengths[0] < lengths[-1]
-
-
-def test_the_cache_is_bounded_and_still_right(local):
-    small = LabelEmbedder(local.tokenizer, local.encode_tokens, cache_size=5)
-    words = [f"thing {index}" for index in range(40)]
-    for _ in range(2):
-        np.testing.assert_array_equal(small(words, SIMPLE).embeds, local.embed_labels(words, SIMPLE).embeds)
-        small(words[:7], SIMPLE)
-    assert len(small._cache) <= 5
-    assert sum(len(found.labels) for found in small._sets.values()) == small._labels_in_sets <= 40
-
-
-@pytest.mark.parametrize(
-    ("labels", "templates", "message"),
-    [
-        ([], SIMPLE, r"^\[no_labels\]"),
-        (["cat", " "], SIMPLE, r"^\[invalid_argument\] label 2 of 2 is empty"),
-        (["cat", "dog", "cat, kitty"], SIMPLE, "label 3, 'cat', is the same as label 1"),
-        (["cat"], ["a photo"], r"no \{\}"),
-        (["cat, " * 300], SIMPLE, "a label of 1500 characters .* at most 1000"),
-        (["cat"], ["{}" + "x" * 1000], "a template of 1002 characters"),
-        (["cat"], ["{}" * 5], r"has more than 4 \{\}"),
-    ],
-)
-def test_bad_labels(local, labels, templates, message):
-    with pytest.raises(TaskError, match=message):
-        local.embed_labels(labels, templates)
-    assert not local.calls
+    found = module.mean_embeddings(embed, ["cat, kitty", "dog", "cat, cat"], ["a {}", "the {}"])
+    expected = np.array([[6**-0.5, 2 * 6**-0.5, 6**-0.5], [0, 0, 1], [0.5**0.5, 0.5**0.5, 0]])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -143,35 +90,3 @@ def test_prompts_are_counted_before_they_are_built(lists, message):
         return
     with pytest.raises(TaskError, match=message):
         module.check_prompts(pairs)
-
-
-def test_a_caller_who_gave_up_gets_no_more_batches(local):
-    asked = iter([False, True])
-    with pytest.raises(TaskError, match="cancelled"):
-        local.embed_labels([f"thing {n}" for n in range(200)], SIMPLE, cancelled=lambda: next(asked))
-    assert len(local.calls) == 2
-
-
-def test_what_was_embedded_until_a_caller_gave_up_is_kept(local):
-    labels, tries = [f"thing {n}, object {n}" for n in range(1500)], 0  # 47 batches
-    while tries < 5:
-        tries, before = tries + 1, len(local.calls)
-        try:
-            # As patient as 20 batches: none of the callers sees all of it.
-            found = local.embed_labels(labels, SIMPLE, cancelled=lambda before=before: len(local.calls) - before > 20)
-            break
-        except TaskError as error:
-            assert error.code == "cancelled"
-    assert tries == 3
-    again = local.embed_labels(labels[::-1], SIMPLE)
-    np.testing.assert_array_equal(found.embeds, again.embeds[::-1])
-    fresh = LabelEmbedder(local.tokenizer, local.encode_tokens)(labels[:100], SIMPLE)
-    np.testing.assert_allclose(found.embeds[:100], fresh.embeds, atol=1e-6)
-
-
-def test_templates_are_not_kept(local):
-    templates = [f"{index} {{}}" for index in range(50)]
-    local.embed_labels(["cat"], templates)
-    local.embed_labels(["cat"], templates)
-    assert len(local.calls) == 1
-    assert all(isinstance(digest, bytes) for (_, digest), _ in [*local.embed_labels._cache, *local.embed_labels._sets])

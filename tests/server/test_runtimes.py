@@ -19,7 +19,6 @@ from radapter_serve.release.repository import RUNTIMES, ServedEncoder, encoders_
 from radapter_serve.runtimes.cuda import Gpu
 from radapter_serve.runtimes.encoder import _load_cuda
 from radapter_serve.server import runtime_choice as choice
-from radapter_serve.server import triton_server as server
 from radapter_serve.server.installation import Installation, our_backends
 from radapter_serve.server.runtime_choice import Measured, check, fastest, measure
 from radapter_serve.server.triton_server import TritonServer, free_ports
@@ -255,7 +254,7 @@ def test_the_table_says_why_one_is_left_out(repository, capsys):
 
 def test_auto_serves_the_fastest(own, monkeypatch):
     found = [Measured("image_encoder", "openvino", {1: 1.0}), Measured("image_encoder", "onnxruntime", {1: 2.0})]
-    monkeypatch.setattr(server, "measure", lambda *_: found)
-    made = TritonServer(own, runtime="auto")
-    configs = made._configure(Installation(own, our_backends()), lambda line: None)
-    assert parsed(configs["image_encoder"]).backend == "openvino"
+    monkeypatch.setattr(choice, "measure", lambda *_: found)
+    made = choice.configure(own, "auto", 2, Installation(own, our_backends()), lambda line: None)
+    assert made.measured == found
+    assert parsed(made.configs["image_encoder"]).backend == "openvino"

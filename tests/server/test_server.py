@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import shutil
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -52,6 +54,24 @@ def test_a_port_in_use_is_named_with_its_flag(repository):
 def test_bad_addresses(repository, host, ports, message):
     with pytest.raises(RAdapterError, match=message):
         TritonServer(repository, host, *ports).start()
+
+
+@pytest.mark.parametrize("usual", [signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler])
+def test_the_handlers_of_signals_are_as_before_after_the_command(repository, monkeypatch, usual):
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    seen: list[object] = []
+    monkeypatch.setattr(TritonServer, "start", lambda *_: seen.extend(map(signal.getsignal, numbers)))
+    monkeypatch.setattr(TritonServer, "wait", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    before = [signal.signal(number, usual) for number in numbers]
+    try:
+        with contextlib.suppress(SystemExit):
+            main([str(repository)])
+        assert [signal.getsignal(number) for number in numbers] == [usual, usual]
+        assert all((handler == signal.SIG_IGN) == (usual == signal.SIG_IGN) for handler in seen)
+        assert (usual in seen) == (usual == signal.SIG_IGN)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_the_command_gives_one_line(tmp_path, capsys):

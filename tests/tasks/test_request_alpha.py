@@ -15,9 +15,9 @@ from radapter_serve.index.build import add, build
 from radapter_serve.index.index import Index
 from radapter_serve.inputs.alpha import RequestAlpha, at
 from radapter_serve.inputs.errors import TaskError
-from radapter_serve.inputs.labels import LabelEmbedder
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.tasks.classify import Classify, ClassifyRequest, EmbedImages, EmbedTexts
+from radapter_serve.tasks.label_embeddings import LabelEmbedder
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
 from radapter_serve.tasks.segment import Segment, SegmentRequest
 from tests.helpers.small_models import release

@@ -13,7 +13,8 @@ from radapter_serve.inputs.errors import TaskError
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.tasks.segment import SegmentRequest
-from radapter_serve.tasks.segmenter import Segmenter, SegmentOptions
+from radapter_serve.tasks.segment_options import SegmentOptions
+from radapter_serve.tasks.segmenter import Segmenter
 from tests.helpers.small_release import LABELS, Local, png, png_header
 
 CATS = [b"cat, kitty", b"dog", b"bird"]

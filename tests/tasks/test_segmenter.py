@@ -17,8 +17,10 @@ from torch.nn.functional import interpolate, pad
 from radapter_serve.inputs.errors import TaskError
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess, decode
+from radapter_serve.tasks.dense import PATCH_SCALE
 from radapter_serve.tasks.refine import refine
-from radapter_serve.tasks.segmenter import PATCH_SCALE, Segmenter, SegmentOptions
+from radapter_serve.tasks.segment_options import SegmentOptions
+from radapter_serve.tasks.segmenter import Segmenter
 from radapter_serve.tasks.windows import window_starts
 
 SIZE, GRID, WIDTH = 32, 4, 6

@@ -284,6 +284,21 @@ def test_only_what_is_a_model_is_served_and_nobody_can_load_another(repository, 
     assert not evil.exists()
 
 
+def test_code_in_the_folder_where_the_server_is_started_is_never_run(repository, tmp_path, monkeypatch):
+    one_release(repository, tmp_path / "repository")
+    for name in ("numpy", "onnxruntime", "radapter_serve", "sitecustomize", "json"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'evil')!r}, 'w')\nraise SystemExit\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f".:{os.environ['PATH']}")
+    monkeypatch.setenv("LD_LIBRARY_PATH", f".:{os.environ.get('LD_LIBRARY_PATH', '')}")
+    with TritonServer("repository", "127.0.0.1", *free_ports()) as server, connect(server) as client:
+        assert client.infer("embed_image", [tensor("image", [[png(0)]])]).as_numpy("image_embeds").shape[0] == 1
+        assert server._process is not None
+        pids = [server._process.pid, *processes_of(server._process.pid)]
+        assert {Path(f"/proc/{pid}/cwd").readlink() for pid in pids} == {server._folder}
+    assert not (tmp_path / "evil").exists()
+
+
 def test_memory_models_log_and_trace_are_closed_to_callers(server, client):
     body = {"key": "/any", "offset": 0, "byte_size": 8}
     for path, sent in (

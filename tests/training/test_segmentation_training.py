@@ -23,7 +23,7 @@ from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import encode_image
 from radapter_serve.data import BrokenImage, load_masked
 from radapter_serve.data.rows import decode_named
-from radapter_serve.data.segments import Segments, load_segments
+from radapter_serve.data.segments import SegmentCrops, load_segments
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import zero_shot_classifier
 from radapter_serve.inputs.mask_crop import MaskCrop
@@ -55,7 +55,7 @@ def scenes(tmp_path: Path) -> Path:
     return tmp_path / "scenes"
 
 
-def segments(scenes: Path, **options: Any) -> Segments:
+def segments(scenes: Path, **options: Any) -> SegmentCrops:
     options = {"min_area": 1, "templates": ["a {} thing"], **options}
     return load_segments(load_masked(f"masks:{scenes}"), MaskCrop(), **options)
 

@@ -1,0 +1,84 @@
+"""What tritonserver is started with: a folder of its own, a command line, and an environment."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from radapter_serve.environment import INDEXES
+from radapter_serve.server.installation import Installation
+from radapter_serve.server.processes import shm_prefix
+from radapter_serve.threads import environment
+
+EXIT_TIMEOUT = 5
+SECRET_HEADER = "radapter-secret"
+# What a caller could read or change the server's memory, files and log by; open to who sends the secret of this server.
+_RESTRICTED = "shared-memory,model-repository,trace,logging"
+_RESTRICTING = ("http-restricted-api", "grpc-restricted-protocol")
+# Runs the server so that it ends when the process (more exactly: the thread) that started it is killed.
+_LAUNCHER = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+def lay_out(
+    folder: Path,
+    installation: Installation,
+    repository: Path,
+    models: Mapping[str, Sequence[int]],
+    configs: Mapping[str, str],
+) -> None:
+    """Fill a server's folder with links to its backends and models, and with the configs that this machine needs."""
+    backends, served = folder / "backends", folder / "models"
+    backends.mkdir()
+    installation.assemble(backends)
+    # Triton loads every folder that it sees: the models, and nothing that lies beside them.
+    served.mkdir()
+    for name, versions in models.items():
+        source, target = repository / name, served / name
+        if name not in configs:
+            target.symlink_to(source)
+            continue
+        target.mkdir()
+        (target / "config.pbtxt").write_text(configs[name], encoding="utf-8")
+        for version in versions:
+            (target / str(version)).symlink_to(source / str(version))
+
+
+def command_line(
+    folder: Path, installation: Installation, endpoint_flags: Sequence[str], secret: str, version_compatible: bool
+) -> list[str]:
+    """The program and its arguments, for a folder that `lay_out` filled; `secret` opens what callers may not reach."""
+    arguments = [
+        str(installation.binary),
+        f"--model-repository={folder / 'models'}",
+        f"--backend-directory={folder / 'backends'}",
+        *([f"--cache-directory={installation.caches}"] if installation.caches else []),
+        *endpoint_flags,
+        "--model-control-mode=none",  # explicit takes models, and with them code, from whoever asks
+        *(f"--{flag}={_RESTRICTED}:{SECRET_HEADER}={secret}" for flag in _RESTRICTING),
+        "--disable-auto-complete-config",  # configs of an export are complete; this halves the start
+        f"--exit-timeout-secs={EXIT_TIMEOUT}",
+        f"--backend-config=python,shm-region-prefix-name={shm_prefix(folder)}",
+        # Such a plan brings a runtime of its own, code that Triton runs only if it is told to.
+        *(["--backend-config=tensorrt,version-compatible=true"] if version_compatible else []),
+    ]
+    return [sys.executable, "-I", "-S", "-c", _LAUNCHER, *arguments]
+
+
+def server_environment(installation: Installation, folder: Path, indexes: Path, threads: int) -> dict[str, str]:
+    """The variables of the server's processes."""
+    # The model processes take their Python from the first python3 on PATH.
+    first = {"LD_LIBRARY_PATH": [*installation.libraries], "PATH": [Path(sys.executable).parent]}
+    variables = {
+        **os.environ,
+        **environment(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TMPDIR": str(folder),  # ONNX Runtime leaves a file there
+        INDEXES: str(indexes),
+    }
+    for name, folders in first.items():
+        given = [Path(folder) for folder in variables.get(name, "").split(":") if folder]
+        # Relative ones would start from the server's own folder.
+        variables[name] = ":".join(str(folder.absolute()) for folder in folders + given)
+    return variables

@@ -1,0 +1,25 @@
+"""Signals that are handled otherwise within a block, and as before after it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int, Any], Any] | signal.Handlers, *numbers: int) -> Iterator[None]:
+    """Handle signals by `handler` within the block; one that is ignored, as SIGHUP is under nohup, stays ignored."""
+    before = {number: signal.getsignal(number) for number in numbers}
+    if threading.current_thread() is not threading.main_thread():  # which alone is told of signals
+        before = {}
+    try:
+        for number, usual in before.items():
+            if usual != signal.SIG_IGN:
+                signal.signal(number, handler)
+        yield
+    finally:
+        for number, usual in before.items():
+            signal.signal(number, usual or signal.SIG_DFL)

@@ -1,0 +1,101 @@
+"""Segmentation by proposals (OVSeg): masks that a request brings are classified, and their classes go to pixels."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from radapter_serve.inputs.alpha import Encode
+from radapter_serve.inputs.errors import Cancelled, check_cancelled, invalid
+from radapter_serve.inputs.mask_crop import MaskCrop
+from radapter_serve.inputs.preprocess import Preprocess
+from radapter_serve.inputs.probabilities import class_probabilities
+from radapter_serve.tasks.scored_mask import MaskTally, ScoredMask, check_label_embeddings, finite
+from radapter_serve.tasks.segment_options import SegmentOptions
+from radapter_serve.tasks.windows import BLOCK
+
+BINARY = 102  # 0.4 of 255: a proposal's crop holds the pixels above it (Liang et al., OVSeg, CVPR 2023)
+
+
+@dataclass(frozen=True)
+class ProposalSegmenter:
+    """Labels each pixel by the classes of the masks that cover it; `Segmenter` says what the fields are."""
+
+    encode_images: Encode
+    preprocess: Preprocess
+    crop: MaskCrop
+    logit_scale: float
+    max_batch_size: int
+    logit_bias: float | None = None
+
+    def __call__(
+        self,
+        image: Image.Image,
+        embeds: NDArray[np.float32],
+        masks: NDArray[np.uint8],
+        scores: NDArray[np.float32] | None,
+        options: SegmentOptions,
+        cancelled: Cancelled | None = None,
+    ) -> ScoredMask:
+        """As `Segmenter.from_proposals`."""
+        check_label_embeddings(embeds)
+        _check_proposals(masks, scores, image, len(embeds))
+        check = partial(check_cancelled, cancelled)
+        used = [index for index, mask in enumerate(masks) if mask.max() > BINARY]
+        if not used:
+            raise invalid(f"all {len(masks)} proposals are empty: no value is above {BINARY}")
+        classes = self._classify((self.crop(image, masks[index] > BINARY) for index in used), embeds, check)
+        if scores is not None:
+            weight = options.proposal_weight
+            classes = scores[used] ** np.float32(1 - weight) * classes ** np.float32(weight)
+        flat = masks.reshape(len(masks), -1)
+        tally = MaskTally((flat.shape[1],), len(embeds), True, options.threshold)
+        step = max(1, BLOCK // max(len(masks), len(embeds)))
+        for where in (slice(start, start + step) for start in range(0, flat.shape[1], step)):
+            check()
+            part = flat[:, where][used]
+            part = part[present := part.any(1)]
+            inside = part.astype(np.float32) / 255
+            sums, total = inside.T @ classes[present], inside.sum(0)
+            sums /= np.maximum(total, 1)[:, None]
+            best = sums.argmax(1)
+            probabilities = np.take_along_axis(sums, best[:, None], 1)[:, 0]
+            best[total == 0] = len(embeds)
+            tally.put(where, best, probabilities)
+        return tally.result(masks.shape[1:])
+
+    def _classify(
+        self, images: Iterator[Image.Image], embeds: NDArray[np.float32], check: Callable[[], None]
+    ) -> NDArray[np.float32]:
+        """Class probabilities of images, float32 [N, C]."""
+        parts = []
+        while batch := [self.preprocess(image) for image in itertools.islice(images, self.max_batch_size)]:
+            check()
+            cosines = finite(self.encode_images(np.stack(batch))) @ embeds.T
+            parts.append(class_probabilities(cosines, self.logit_scale, self.logit_bias))
+        return np.concatenate(parts)
+
+
+def _check_proposals(
+    masks: NDArray[np.uint8], scores: NDArray[np.float32] | None, image: Image.Image, labels: int
+) -> None:
+    expected = f"uint8 [N, {image.height}, {image.width}], N from 1, 255 inside and 0 outside"
+    shape = list(masks.shape)
+    if masks.dtype != np.uint8 or masks.ndim != 3 or shape[1:] != [image.height, image.width] or not len(masks):
+        raise invalid(f"proposals are {masks.dtype} {shape}; for this image: {expected}")
+    if masks.max() == 1:
+        raise invalid(f"no value of the proposals is above 1; send {expected}")
+    if scores is not None:
+        if scores.shape != (len(masks), labels):
+            raise invalid(
+                f"proposal_scores have the shape {list(scores.shape)}; "
+                f"[{len(masks)}, {labels}] is needed, a row for each proposal and a column for each label"
+            )
+        if not ((scores >= 0) & (scores <= 1)).all():
+            raise invalid("proposal_scores hold a value outside 0 to 1; send probabilities")
