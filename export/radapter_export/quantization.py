@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import onnx
+import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
+from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 from radapter_export.graph import EXTERNAL_ABOVE, size_of
 from radapter_serve.errors import RAdapterError
@@ -103,10 +104,7 @@ def quantize(path: Path, calibration: Batches = ()) -> int:
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         plain, made = Path(name, "plain.onnx"), Path(name, "made", path.name)
         made.parent.mkdir()
-        # Folds the transposing of weights, which would else hide that they are constants.
-        quant_pre_process(
-            str(path), str(plain), skip_onnx_shape=True, skip_symbolic_shape=True, save_as_external_data=large
-        )
+        _fold_constants(path, plain)
         if calibration:
             quantize_static(
                 str(plain),
@@ -125,6 +123,25 @@ def quantize(path: Path, calibration: Batches = ()) -> int:
         for file in made.parent.iterdir():
             file.rename(path.parent / file.name)
     return size_of(path)
+
+
+def _fold_constants(path: Path, plain: Path) -> None:
+    """Fold the transposing of weights, which would else hide that they are constants.
+
+    ONNX Runtime's own `quant_pre_process` does this too, but up to 1.23, the last for Python 3.10, it reads its result
+    after deleting it.
+    """
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(plain)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    if size_of(path) > EXTERNAL_ABOVE:
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", f"{plain.name}.data"
+        )
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    model = onnx.load(plain, load_external_data=False)
+    add_pre_process_metadata(model)  # else it warns that this was not done
+    onnx.save(model, plain)
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import importlib.metadata
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -109,7 +109,7 @@ def test_release_json(exported: tuple[Path, list[ExportedRelease]], adapter_path
         assert facts["logit_scale"] == pytest.approx(float(tiny_base.model.get_parameter("logit_scale").detach().exp()))
         assert facts["logit_bias"] is None
         assert facts["templates"] == ["a photo of a {}.", "a drawing of a {}."]
-        assert facts["tools"]["torch"] == torch.__version__
+        assert facts["tools"]["torch"] == importlib.metadata.version("torch")
         assert facts["tools"]["onnxruntime"] == onnxruntime.__version__
         for graph in release.graphs:
             measured = facts["agreement"][graph.name]
@@ -276,7 +276,7 @@ def test_full_disk_leaves_everything_as_it_was(
             args[1].write_bytes(b"half a graph")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    target = (onnx_ir, "save") if where == "graph" else (os, "replace")
+    target = (onnx_ir, "save") if where == "graph" else (Path, "replace")
     monkeypatch.setattr(*target, full)
     with pytest.raises(RAdapterError, match=r"no space left on the disk of .*run radapter-export again") as error:
         export((0.2, 0.3))
