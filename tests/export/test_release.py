@@ -276,7 +276,7 @@ def test_full_disk_leaves_everything_as_it_was(
             args[1].write_bytes(b"half a graph")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    target = (onnx_ir, "save") if where == "graph" else (Path, "replace")
+    target: tuple[Any, str] = (onnx_ir, "save") if where == "graph" else (Path, "replace")
     monkeypatch.setattr(*target, full)
     with pytest.raises(RAdapterError, match=r"no space left on the disk of .*run radapter-export again") as error:
         export((0.2, 0.3))
