@@ -400,10 +400,23 @@ def test_bad_entries(masked: Path, fields: str, message: str) -> None:
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_error_names_the_image(masked: Path) -> None:
+def test_options_that_do_not_fit_the_model_name_the_data_set(masked: Path) -> None:
     suite = suite_of(masked, "- {name: a, dense: naclip, short_side: 8}")
-    with pytest.raises(RAdapterError, match=r"data set 'a', oracle: 0.png: .*short_side is 8; at least 32"):
+    with pytest.raises(RAdapterError, match=r"data set 'a', oracle: .*short_side is 8; at least 32"):
         evaluate(Oracle(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
+
+
+def test_an_error_names_the_image(masked: Path) -> None:
+    class Refusing(Oracle):
+        def segmenter(self, query: SegmentQuery, known: Any) -> SegmentImage:
+            def refuse(*_: object) -> Any:
+                raise RAdapterError("the image is too long and thin")
+
+            return refuse
+
+    suite = suite_of(masked, "- {name: a, dense: naclip}")
+    with pytest.raises(RAdapterError, match="data set 'a', oracle: 0.png: the image is too long and thin"):
+        evaluate(Refusing(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
