@@ -1,8 +1,10 @@
 # `make demo` and `make test` set up all they need; PYTHON is Python 3.10 to 3.12. PYTHONS are those of `make test-all`.
+# TESTS are the files and folders to test; all if empty.
 PYTHON ?= python3
 PYTHONS ?= python3.10 python3.12
 VENV ?= .venv
 COVERAGE ?= --cov
+TESTS ?=
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-all check docs install
@@ -11,7 +13,7 @@ demo: install
 	$(BIN)/radapter-demo
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile $(COVERAGE)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile $(COVERAGE) $(TESTS)
 
 # Each Python has an environment of its own: .venv-3.10, .venv-3.12.
 test-all:
