@@ -35,9 +35,18 @@ from radapter_serve.index.index import (
     table_errors,
     vectors_of,
 )
-from radapter_serve.index.writer import BATCH, OnBroken, Progress, Release, Summary, Writer, digest_of, read_broken
+from radapter_serve.index.writer import (
+    BATCH,
+    EmbeddingRelease,
+    OnBroken,
+    Progress,
+    Summary,
+    Writer,
+    digest_of,
+    read_broken,
+)
 from radapter_serve.lock import lock
-from radapter_serve.release.release import Release as Facts
+from radapter_serve.release.release import Release
 from radapter_serve.release.repository import find_release, split_repository
 from radapter_serve.threads import decoders
 
@@ -86,7 +95,7 @@ class Verification:
 def build(
     source: str,
     out: Path,
-    release: Release,
+    release: EmbeddingRelease,
     *,
     image_column: str = "image",
     thumbnails: int = 128,
@@ -150,7 +159,7 @@ def build(
 
 def add(
     out: Path,
-    release: Release,
+    release: EmbeddingRelease,
     source: str | None = None,
     *,
     prune: bool = False,
@@ -247,7 +256,7 @@ def _check_stopped(staged: Path, out: Path, facts: Mapping[str, Any]) -> None:
 def _fill(
     folder: Path,
     facts: dict[str, Any],
-    release: Release,
+    release: EmbeddingRelease,
     collection: Collection,
     on_broken: OnBroken,
     keep: datetime.timedelta,
@@ -264,7 +273,7 @@ def _fill(
     return summary
 
 
-def _turn(release: Release, wanted: bool | None) -> bool:
+def _turn(release: EmbeddingRelease, wanted: bool | None) -> bool:
     """Have the release turn images by their EXIF orientation or not; None leaves it as it is."""
     own = bool(release.facts.preprocess.get("exif_orientation", True))
     if wanted is None or wanted == own:
@@ -273,13 +282,13 @@ def _turn(release: Release, wanted: bool | None) -> bool:
     return wanted
 
 
-def _other_release(out: Path, facts: Mapping[str, Any], release: Release) -> str:
+def _other_release(out: Path, facts: Mapping[str, Any], release: EmbeddingRelease) -> str:
     """Why `add` refuses, and the commands that help."""
     text = f"the index {out} {mismatch(facts, release.facts)}; build it again: {build_command(out, facts, release)}"
     repository, _ = split_repository(facts.get("origin", {}).get("model_repository", ""))
     made, place = facts["release"], f"{repository}@{facts['release']['version']}"
     with contextlib.suppress(RAdapterError):
-        found = Facts.load(find_release(place))
+        found = Release.load(find_release(place))
         if (found.at(made["alpha"]) if found.dynamic_alpha else found).digest == facts["release_digest"]:
             again = shlex.join(["radapter-index", "add", "--out", str(out), "--model-repository", place])
             text += f"; or add to it by the release that made it: {again}"

@@ -28,7 +28,7 @@ from radapter_serve.index.index import EXACT, FACTS, TABLE, build_command, table
 from radapter_serve.index.recall import TEXTS, tune
 from radapter_serve.inputs.errors import TaskError
 from radapter_serve.inputs.preprocess import Preprocess, oriented
-from radapter_serve.release.release import Release as Facts
+from radapter_serve.release.release import Release
 from radapter_serve.threads import decoders
 
 BATCH = 256  # images that are embedded, then written; what a killed build loses at most
@@ -40,7 +40,7 @@ OnBroken = Literal["refuse", "skip"]
 Progress = Callable[[int, int], None]  # images done, of how many
 
 
-class Release(Protocol):
+class EmbeddingRelease(Protocol):
     """What embeds: a `LocalRelease`, or a server's.
 
     Attributes:
@@ -49,7 +49,7 @@ class Release(Protocol):
         preprocess: what `prepare` does.
     """
 
-    facts: Facts
+    facts: Release
     preprocess: Preprocess
 
     @property
@@ -107,7 +107,9 @@ class Writer:
         schema: of a table that is not there yet.
     """
 
-    def __init__(self, folder: Path, facts: dict[str, Any], release: Release, schema: pa.Schema | None = None) -> None:
+    def __init__(
+        self, folder: Path, facts: dict[str, Any], release: EmbeddingRelease, schema: pa.Schema | None = None
+    ) -> None:
         self._folder, self._facts, self._release = folder, facts, release
         with table_errors(folder):
             database = lancedb.connect(folder)
