@@ -11,10 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from radapter_client import Client, RAdapterClientError
@@ -89,7 +89,7 @@ def outcome(call: Callable[[], Any]) -> str:
 
 def begun(threads: ThreadPoolExecutor, clients: list[Client], image: bytes) -> list[Future[str]]:
     """Calls over each protocol that are under way."""
-    calls = [threads.submit(outcome, lambda client=client: client.classify(image, ["a"])) for client in clients]
+    calls = [threads.submit(outcome, partial(client.classify, image, ["a"])) for client in clients]
     time.sleep(0.7)
     return calls
 
@@ -103,7 +103,7 @@ def test_a_killed_process_of_a_model_is_back_and_its_callers_may_ask_again(serve
     assert [call.result() for call in calls] == ["ServerUnavailable restarting"] * 2
     assert "classify version 2 died: it was killed by SIGKILL; starting it again" in watched.said[0]
     for client in clients:
-        assert outcome(lambda client=client: client.classify(b"x", ["a"])) == "an answer"
+        assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
     assert len(server.processes("classify")) == 2
 
 
@@ -128,7 +128,7 @@ def test_a_server_that_is_killed_or_frozen_is_back_for_the_same_clients(server, 
     assert re.match("tritonserver died: (it was killed by SIGKILL|a signal had stopped it)", watched.said[0])
     for client in clients:
         deadline = time.monotonic() + 10
-        while outcome(lambda client=client: client.classify(b"x", ["a"])) != "an answer":
+        while outcome(partial(client.classify, b"x", ["a"])) != "an answer":
             assert time.monotonic() < deadline
 
 
@@ -149,18 +149,20 @@ def test_a_busy_task_is_left_alone_and_one_that_waits_for_nothing_is_started_aga
 
 
 def test_many_large_requests_at_once_are_refused_and_take_bounded_memory(server, clients, threads):
-    process = psutil.Process(server._process.pid)
-    before, most, done = process.memory_info().rss, [0], threading.Event()
+    def resident() -> int:
+        return int(Path(f"/proc/{server._process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before, most, done = resident(), [0], threading.Event()
 
     def measure() -> None:
         while not done.wait(0.05):
-            most[0] = max(most[0], process.memory_info().rss)
+            most[0] = max(most[0], resident())
 
     threads.submit(measure)
     busy = threads.submit(outcome, lambda: clients[0].segment(order(sleep=3), ["a"]))
     time.sleep(0.7)
     image = order(sleep=0, rest="x" * (4 << 20))
-    calls = [threads.submit(outcome, lambda n=n: clients[n % 2].segment(image, ["a"])) for n in range(60)]
+    calls = [threads.submit(outcome, partial(clients[n % 2].segment, image, ["a"])) for n in range(60)]
     found = [call.result() for call in calls]
     done.set()
     assert busy.result() == "an answer"
