@@ -85,7 +85,7 @@ class Validation:
             "torch": as_it_is(base, alpha, templates, crop=crop),
             "release": ReleaseEmbedder(str(repository)),
         }
-        known = {("release", alpha): _label_embeds(repository)}
+        known: dict[tuple[str, float | None], Known] = {("release", alpha): _label_embeds(repository)}
         for name, embedder in embedders.items():
             say(f"{entry.data}: embedding its texts by {name}")
             (row,) = evaluate(

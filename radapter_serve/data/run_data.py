@@ -46,8 +46,8 @@ def validation_data(
     Args:
         recipe, broken: as of `run_data`.
         classes: the run's, in their order. Each image is judged among all of them, whether or not the data has an image
-            of each; further classes of labelled images stand behind them, and those of masks must be the same. None takes
-            the data's own.
+            of each; further classes of labelled images stand behind them, and those of masks must be the same. None
+            takes the data's own.
 
     Returns:
         The data, or None where the recipe has none.
