@@ -93,7 +93,7 @@ def test_a_held_out_share_is_judged_and_a_changed_one_refused(
     assert judged(metadata) == held
     monkeypatch.chdir(here)
     for path in here.joinpath(folder).rglob("11.png"):
-        shutil.copy(path, path.with_name("010.png"))
+        shutil.copy(path, path.with_name("99.png"))
     capfd.readouterr()
     assert evaluate(["--adapter", "run", "--alpha", "auto", "--out", "other"]) == 2
     error = capfd.readouterr().err
