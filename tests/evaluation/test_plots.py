@@ -72,7 +72,9 @@ def test_a_confusion_is_shown_in_per_cent_of_the_true_class(drawn: list[Figure],
         for line, of in enumerate(shares)
         for column, share in enumerate(of)
     }
-    assert {(text.get_ha(), text.get_va()) for text in axes.texts} == {("center", "center")}
+    assert {(text.get_horizontalalignment(), text.get_verticalalignment()) for text in axes.texts} == {
+        ("center", "center")
+    }
     found = [label.get_text() for label in axes.get_xticklabels()]
     assert (
         found == ["thing 0", "thing 1", "none"][: len(shares[0])]
