@@ -26,10 +26,11 @@ FLOORS = [
     "data",
     "evaluation",
     "training",
+    "bench",
     "demo cli",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
-TORCH_FREE = ("inputs", "release", "runtimes", "index", "tasks", "server")
+TORCH_FREE = ("inputs", "release", "runtimes", "index", "tasks", "server", "bench")
 HEAVY = ("torch", "open_clip", "torchvision", "transformers", "onnxruntime", "tensorrt")
 
 
