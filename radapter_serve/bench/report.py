@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from radapter_client import Profile
@@ -85,7 +84,7 @@ def stages_table(rows: Sequence[Row]) -> Table:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[tuple[Row, Sequence[str | float]]]) -> Table:
-    drawn = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False)
+    drawn = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     for column in ("task", "protocol", "load"):
         drawn.add_column(column, no_wrap=True)
     for column in columns:
