@@ -216,7 +216,7 @@ def test_limit_draws_by_the_seed(here: Path) -> None:
 
 @pytest.mark.parametrize("with_suite", [True, False])
 def test_auto_chooses_on_validation_data_and_export_takes_it(
-    here: Path, capfd: pytest.CaptureFixture[str], with_suite: bool
+    here: Path, quick: None, capfd: pytest.CaptureFixture[str], with_suite: bool
 ) -> None:
     (here / "results").mkdir(exist_ok=True)
     (here / "results" / "alpha.png").write_bytes(b"the curve of an earlier call")
@@ -250,7 +250,7 @@ def test_export_auto_without_a_choice_or_with_another_adapters(here: Path, capfd
     assert "choose again" in capfd.readouterr().err
 
 
-def test_merged_and_release_by_flag(here: Path) -> None:
+def test_merged_and_release_by_flag(here: Path, quick: None) -> None:
     export_release("runs/tiny", [0.5], ExportSettings(model_repository=Path("repository"), merged=Path("merged")))
     common = [*COMMON, "--resume"]
     for flags in (

@@ -25,6 +25,7 @@ from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.server_embedder import ServerEmbedder
 from radapter_serve.evaluation.suite import load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
+from tests.helpers.graphs import remember_graphs
 
 ALPHAS = [0.0, 0.4, 1.0]
 TEMPLATES = ["a photo of a {}.", "a drawing of the {}"]
@@ -34,7 +35,10 @@ TEMPLATES = ["a photo of a {}.", "a drawing of the {}"]
 def exported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`merged` and `repository` at α = 0.4."""
     folder = tmp_path_factory.mktemp("exported")
-    export_release(run_folder, [0.4], ExportSettings(model_repository=folder / "repository", merged=folder / "merged"))
+    settings = ExportSettings(model_repository=folder / "repository", merged=folder / "merged")
+    with pytest.MonkeyPatch.context() as patch:
+        remember_graphs(patch)
+        export_release(run_folder, [0.4], settings)
     return folder
 
 
