@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +17,14 @@ _made: dict[str, Graph] = {}
 
 
 def _once(make: Callable[..., Graph]) -> Callable[..., Graph]:
+    @functools.wraps(make)
     def remembered(base: Base, *rest: Any) -> Graph:
         shapes = [
             sorted((name, tuple(tensor.shape)) for name, tensor in each.tensors.items())
             if isinstance(each, Adapter)
             else each
             for each in rest
+            if each is not None
         ]
         key = repr((make.__name__, base.config, base.preprocess, base.model, shapes))
         if key not in _made:

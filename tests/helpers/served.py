@@ -28,7 +28,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared(tmp_path_factory, "release", make)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(repository: Path) -> Iterator[TritonServer]:
     from radapter_serve.server.triton_server import TritonServer, free_ports
 
@@ -36,7 +36,7 @@ def server(repository: Path) -> Iterator[TritonServer]:
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def client(server: TritonServer) -> Iterator[grpc.InferenceServerClient]:
     from tests.helpers.asking import connect
 
