@@ -21,6 +21,7 @@ FLOORS = [
     "index",
     "tasks",
     "server",
+    "gateway",
     "clip",
     "adapter",
     "data",
@@ -29,7 +30,7 @@ FLOORS = [
     "demo cli",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
-TORCH_FREE = ("inputs", "release", "runtimes", "index", "tasks", "server")
+TORCH_FREE = ("inputs", "release", "runtimes", "index", "tasks", "server", "gateway")
 HEAVY = ("torch", "open_clip", "torchvision", "transformers", "onnxruntime", "tensorrt")
 
 
