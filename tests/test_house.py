@@ -19,6 +19,7 @@ FLOORS = [
     "index",
     "tasks",
     "server",
+    "gateway",
     "clip",
     "adapter",
     "data",
@@ -28,7 +29,7 @@ FLOORS = [
     "demo cli",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
-TORCH_FREE = ("inputs", "release", "runtimes", "index", "tasks", "server", "bench")
+TORCH_FREE = ("inputs", "release", "runtimes", "index", "tasks", "server", "bench", "gateway")
 HEAVY = ("torch", "open_clip", "torchvision", "transformers", "onnxruntime", "tensorrt")
 
 
