@@ -55,6 +55,11 @@ class Segmenter:
         """Whether images are to be turned as their EXIF says."""
         return self._preprocess.exif_orientation
 
+    @property
+    def window(self) -> int:
+        """Pixels of a side of what an encoder sees."""
+        return self._preprocess.size[0]
+
     @classmethod
     def of_release(cls, release: Release, encode_patches: Encode | None, encode_images: Encode | None) -> Segmenter:
         """As a release says."""
