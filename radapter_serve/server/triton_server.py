@@ -21,7 +21,8 @@ from pathlib import Path
 from types import TracebackType
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.repository import AUTO, RUNTIMES, versions_of
+from radapter_serve.release.integrity import check
+from radapter_serve.release.repository import AUTO, RUNTIMES, newest_export, versions_of
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.installation import Installation, find_tritonserver
 from radapter_serve.server.launch import EXIT_TIMEOUT, SECRET_HEADER, command_line, lay_out, server_environment
@@ -120,6 +121,7 @@ class TritonServer(Endpoints):
         self._runtime, self.threads = runtime, threads or total()
         self._secret = secrets.token_hex(32)
         self.measured: list[Measured] = []
+        self.unchecked: list[int] = []  # releases without digests
         self.models: dict[str, list[int]] = {}
 
     def start(self, progress: Callable[[str], None] = lambda line: None) -> TritonServer:
@@ -130,6 +132,7 @@ class TritonServer(Endpoints):
         """
         self.models = models_of(self.model_repository)
         self.check_ports()
+        self.unchecked = check(self.model_repository, newest_export(self.model_repository), progress)
         installation = find_tritonserver()
         remove_leftovers()
         configured = configure(self.model_repository, self._runtime, self.threads, installation, progress)
