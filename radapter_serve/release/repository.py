@@ -279,7 +279,5 @@ def _batch(config: Any, max_batch_size: int) -> None:
         return
     for tensor in (*config.input, *config.output):
         tensor.dims[:] = tensor.dims[1:] if max_batch_size else [-1, *tensor.dims]
-    if max_batch_size:
-        config.dynamic_batching.SetInParent()
-    else:
-        config.ClearField("dynamic_batching")
+    config.dynamic_batching.SetInParent()  # without batches its queue policy still counts
+    config.dynamic_batching.ClearField("preferred_batch_size")
