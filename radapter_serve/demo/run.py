@@ -25,7 +25,7 @@ INDEX = "scenes"
 
 
 def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, alpha: float | None = None) -> dict[str, object]:
-    """Fine-tune on one style of drawing for each task, judge on others, export, serve, ask, and check that all agree.
+    """Fine-tune on one style of drawing for each task, evaluate on others, export, serve, ask, and check all.
 
     Args:
         out: folder for everything that the demo makes; what an earlier demo made there is replaced.
@@ -55,7 +55,7 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, alpha: float
 
     for number, lesson in enumerate(lessons(data, scenes), 2):
         task, repository = lesson.task, out / "repositories" / lesson.task
-        chapter(f"{number}. {task.capitalize()}: fine-tune on {STYLES[FINE_TUNED]}, judge on unseen concepts")
+        chapter(f"{number}. {task.capitalize()}: fine-tune on {STYLES[FINE_TUNED]}, evaluate on unseen concepts")
         learned = learn(lesson, out, seed=seed, steps=steps, alpha=alpha)
         console.print(table(lesson, learned))
         picture = out / ("alpha.png" if task == "classification" else f"alpha-{task}.png")
