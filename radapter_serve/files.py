@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import shutil
 import sys
@@ -29,11 +30,11 @@ def staged(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def digest_of(*paths: Path) -> str:
-    """`sha256:` of files, one after the other, which may be larger than memory."""
+def digest_of(*parts: Path | bytes) -> str:
+    """`sha256:` of bytes and of files, one after the other; the files may be larger than memory."""
     digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
+    for part in parts:
+        with io.BytesIO(part) if isinstance(part, bytes) else part.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return f"sha256:{digest.hexdigest()}"

@@ -159,8 +159,7 @@ def _load(
     url: str | None,
     **torch_options: Any,
 ) -> Embedder:
-    from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
-    from radapter_serve.evaluation.server_embedder import ServerEmbedder
+    from radapter_serve.evaluation.release_embedder import ReleaseEmbedder, ServerEmbedder
     from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
 
     if merged:

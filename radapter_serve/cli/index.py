@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -193,12 +193,10 @@ def _release(origin: Mapping[str, str]) -> Iterator[Any]:
 
         yield LocalRelease(origin["model_repository"])
         return
-    from radapter_serve.release.release import Release
-    from radapter_serve.runtimes.served_release import ServerRelease, connect
+    from radapter_serve.runtimes.served_release import ServerRelease
 
-    client, release = connect(origin["url"])
-    with client:
-        yield ServerRelease(client, origin["url"], Release.from_dict(release.facts))
+    with closing(ServerRelease(origin["url"])) as release:
+        yield release
 
 
 @contextmanager

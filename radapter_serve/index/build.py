@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import swap_in
+from radapter_serve.files import digest_of, swap_in
 from radapter_serve.index.collection import Collection, open_collection
 from radapter_serve.index.index import (
     FACTS,
@@ -37,17 +37,16 @@ from radapter_serve.index.index import (
 )
 from radapter_serve.index.writer import (
     BATCH,
-    EmbeddingRelease,
     OnBroken,
     Progress,
     Summary,
     Writer,
-    digest_of,
     read_broken,
 )
 from radapter_serve.lock import lock
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import find_release, split_repository
+from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 from radapter_serve.threads import decoders
 
 _STOPPED = "building.json"  # in the folder of an unfinished build: the facts of the index that it makes
@@ -316,7 +315,7 @@ def _schema(facts: Mapping[str, Any], collection: Collection) -> pa.Schema:
 
 def _file_digest(file: Path) -> str | None:
     try:
-        return digest_of(file.read_bytes())
+        return digest_of(file)
     except OSError:
         return None
 
