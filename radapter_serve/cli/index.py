@@ -140,8 +140,8 @@ def verify(out: tyro.conf.Positional[Path]) -> int:
     Args:
         out: folder of the index.
     """
-    from radapter_serve.index.build import verify
     from radapter_serve.index.index import build_command, read_facts
+    from radapter_serve.index.verify import verify
 
     with _progress("reading") as progress:
         found = verify(out, progress=progress)

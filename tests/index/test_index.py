@@ -29,9 +29,10 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.index import build as indexing
 from radapter_serve.index import recall
 from radapter_serve.index import writer as index_writer
-from radapter_serve.index.build import add, build, verify
+from radapter_serve.index.build import add, build
 from radapter_serve.index.condition import check_condition
 from radapter_serve.index.index import FACTS, Index
+from radapter_serve.index.verify import verify
 from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
 from radapter_serve.inputs.preprocess import decode
 from radapter_serve.lock import lock
