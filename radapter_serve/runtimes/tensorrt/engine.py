@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Options:
 
     Args:
         opt_batch_size: rows of the batch that engines are tuned for; they take all others, too.
-        workspace: GiB of GPU memory that a layer may use while it runs; all that is free if None.
+        workspace: GiB of GPU memory that a layer may use while it runs; all that is free if none is given.
         version_compatible: engines also run under later versions of TensorRT, somewhat slower.
         hardware_compatible: engines also run on other GPUs of compute capability 8.0 and above, somewhat slower.
     """
@@ -47,6 +48,12 @@ class Options:
     workspace: float | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
+
+    def __post_init__(self) -> None:
+        if self.workspace is not None and not 0 < self.workspace < math.inf:
+            raise RAdapterError(f"--workspace is {self.workspace:g}; allowed: GiB above 0, such as 4")
+        if self.opt_batch_size < 1:
+            raise RAdapterError(f"--opt-batch-size is {self.opt_batch_size}; allowed: 1 or more")
 
 
 def import_tensorrt() -> Any:
