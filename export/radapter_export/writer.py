@@ -257,8 +257,12 @@ class Writer:
         embed = LabelEmbedder(tokenizer, encode, max_batch_size=self._settings.max_batch_size)
         facts, warnings = {}, []
         for name, labels in self._source.label_sets.items():
-            say(f"embedding label set {name}: {len(labels)} labels")
-            path, found = folder / f"{name}.npz", embed(labels, templates)
+
+            def embedded(count: int, of: str = f"{len(labels)} labels by {len(templates)} templates") -> None:
+                say(f"embedding label set {name}: {count} of {of}")  # noqa: B023  # called before the loop goes on
+
+            embedded(0)
+            path, found = folder / f"{name}.npz", embed(labels, templates, progress=embedded)
             found.save(path)
             facts[name] = {"labels": len(labels), "templates": templates, "digest": digest_of(path)}
             if alike := indistinguishable(found.labels, found.embeds):

@@ -18,6 +18,7 @@ from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import Release
 from radapter_serve.server.runtime_choice import BATCHES, fastest
+from radapter_serve.server.supervisor import Supervisor
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.signals import handled
 
@@ -34,13 +35,17 @@ def serve(
     runtime: Literal["onnxruntime", "openvino", "tensorrt", "auto"] | None = None,
     threads: int | None = None,
     timeout: float = 120.0,
+    drain_seconds: int = 10,
+    trust_network: bool = False,
     verbose: bool = False,
 ) -> None:
     """Serve a model repository, made by radapter-export, until Ctrl-C. A new export is served after a restart.
 
+    What dies meanwhile, tritonserver or the process of a model, is started again.
+
     Args:
         model_repository: folder to serve; --model-repository PATH says the same.
-        host: address or name to listen on; anything but loopback lets others in, and Triton asks nobody for a password.
+        host: address or name to listen on; anything but loopback needs --trust-network.
         http_port: port of the HTTP endpoint.
         grpc_port: port of the gRPC endpoint.
         metrics_port: port of the Prometheus metrics.
@@ -48,7 +53,9 @@ def serve(
         runtime: what runs the encoders, once it is checked against torch's embeddings; auto takes the fastest on this
             machine; as exported if none is given.
         threads: how many threads compute in an encoder, shared by its instances; one a core if none is given.
-        timeout: seconds to wait until all models are ready.
+        timeout: seconds to wait until all models answer.
+        drain_seconds: how long calls under way may take when the server is stopped.
+        trust_network: let whoever can reach --host use the server, for Triton asks nobody for a password.
         verbose: show Triton's own messages.
     """
     console = Console(stderr=True)
@@ -61,14 +68,10 @@ def serve(
         runtime=runtime,
         threads=threads,
         timeout=timeout,
+        drain_seconds=drain_seconds,
+        trust_network=trust_network,
         verbose=verbose,
     )
-    if not server.loopback:
-        console.print(
-            f"[bold yellow]Note:[/] listening on {server.host}, others can reach this server. Triton has no "
-            "authentication: whoever reaches it may use its models and read its statistics and metrics. "
-            "Put a proxy that checks users in front."
-        )
     # kill, systemd, Kubernetes and a closed terminal stop it in order, as Ctrl-C does.
     with handled(lambda *_: sys.exit(0), signal.SIGTERM, signal.SIGHUP):
         try:
@@ -80,7 +83,7 @@ def serve(
             if server.measured:
                 _show_measured(server)
             _show(server)
-            server.wait()
+            Supervisor(server, lambda line: print(f"{PROG}: {line}", file=sys.stderr, flush=True)).run()
         except KeyboardInterrupt:
             print("stopping ...", file=sys.stderr)
         finally:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from radapter_serve.evaluation.results import Results
 from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.suite import load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
+from tests.helpers.graphs import remember_graphs
 
 ALPHAS = [0.0, 0.4, 1.0]
 TEMPLATES = ["a photo of a {}.", "a drawing of the {}"]
@@ -33,7 +32,10 @@ TEMPLATES = ["a photo of a {}.", "a drawing of the {}"]
 def exported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`merged` and `repository` at α = 0.4."""
     folder = tmp_path_factory.mktemp("exported")
-    export_release(run_folder, [0.4], ExportSettings(model_repository=folder / "repository", merged=folder / "merged"))
+    settings = ExportSettings(model_repository=folder / "repository", merged=folder / "merged")
+    with pytest.MonkeyPatch.context() as patch:
+        remember_graphs(patch)
+        export_release(run_folder, [0.4], settings)
     return folder
 
 
@@ -152,21 +154,16 @@ def test_wise_ft_interpolates_all_weights(run_folder: Path, tiny_clip_dir: str, 
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_a_live_server_gives_the_same_numbers(
-    run_folder: Path, exported: Path, world: Path, tmp_path: Path, protocol: str
-) -> None:
-    from radapter_serve.server.triton_server import TritonServer
+def test_a_live_server_gives_the_same_numbers(run_folder: Path, exported: Path, world: Path, tmp_path: Path) -> None:
+    from radapter_serve.server.triton_server import TritonServer, free_ports
 
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
-        ports = [each.getsockname()[1] for each in sockets]
-    adapter = evaluated(from_adapter(run_folder, [0.4]), world, tmp_path / "a")
-    with TritonServer(exported / "repository", "127.0.0.1", *ports) as server:
-        url = server.grpc_url if protocol == "grpc" else server.http_url
-        served = evaluated(ServerEmbedder(url), world, tmp_path / "b")
-    for one, other in zip(adapter, served, strict=True):
-        assert one["metrics"] == other["metrics"]
-        for name in ("dataset", "alpha", "n", "set_digest", "base_digest", "adapter_digest", "precision"):
-            assert one[name] == other[name], name
-        assert other["source"] == "server"
+    adapter = evaluated(from_adapter(run_folder, [0.4]), world, tmp_path / "adapter")
+    with TritonServer(exported / "repository", "127.0.0.1", *free_ports()) as server:
+        by_grpc = evaluated(ServerEmbedder(server.grpc_url), world, tmp_path / "grpc")
+        by_http = evaluated(ServerEmbedder(server.http_url), world, tmp_path / "http")
+    for served in (by_grpc, by_http):
+        for one, other in zip(adapter, served, strict=True):
+            assert one["metrics"] == other["metrics"]
+            for name in ("dataset", "alpha", "n", "set_digest", "base_digest", "adapter_digest", "precision"):
+                assert one[name] == other[name], name
+            assert other["source"] == "server"
