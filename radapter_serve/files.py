@@ -11,6 +11,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from radapter_serve.errors import RAdapterError
 
 
 @contextlib.contextmanager
@@ -38,6 +41,27 @@ def digest_of(*parts: Path | bytes) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return f"sha256:{digest.hexdigest()}"
+
+
+def read_yaml(path: Path, what: str, hint: str = "") -> Any:
+    """What a YAML file holds.
+
+    Args:
+        path: of the file.
+        what: to call it in a message.
+        hint: to add where there is no such file.
+
+    Raises:
+        RAdapterError: it can't be read, or is no YAML.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RAdapterError(f"could not read {what} {path}: {error.strerror}{hint}") from None
+    except Exception as error:  # PyYAML raises many kinds on values that it can't construct, and on deep nesting
+        raise RAdapterError(f"could not read {what} {path}: {' '.join(str(error).split())[:300]}") from None
 
 
 def swap_in(staged: Path, folder: Path, old: Path) -> None:
