@@ -111,22 +111,11 @@ def build(
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(onnx)):
         raise RAdapterError(f"TensorRT {trt.__version__} cannot read {onnx}: {_errors(parser)}")
-    config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32; whoever wants speed exports in fp16 or bf16
     inputs = (network.get_input(number) for number in range(network.num_inputs))
     open_shapes = {tensor.name: tuple(tensor.shape) for tensor in inputs}
     batches, lengths = (options.opt_batch_size, max_batch_size), (opt_length, max_length)
     profile = make_profile(open_shapes, batches, lengths)
-    shapes = builder.create_optimization_profile()
-    for name, limits in profile.items():
-        shapes.set_shape(name, *limits)
-    config.add_optimization_profile(shapes)
-    if options.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace * 2**30))
-    if options.version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if options.hardware_compatible:
-        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    config = _config(trt, builder, options, profile)
     if timing_cache is not None:
         _use_timing_cache(config, timing_cache)
     say = progress or (lambda line: None)
@@ -146,6 +135,22 @@ def build(
         except OSError as error:
             say(f"what TensorRT measured is not kept for the next build: {error}")
     return bytes(plan), profile
+
+
+def _config(trt: Any, builder: Any, options: Options, profile: Profile) -> Any:
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32; whoever wants speed exports in fp16 or bf16
+    shapes = builder.create_optimization_profile()
+    for name, limits in profile.items():
+        shapes.set_shape(name, *limits)
+    config.add_optimization_profile(shapes)
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace * 2**30))
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    return config
 
 
 def make_profile(inputs: Mapping[str, Shape], batches: tuple[int, int], lengths: tuple[int, int]) -> Profile:
