@@ -108,8 +108,9 @@ class ServerEmbedder(_Exported):
         return data
 
     def segmenter(self, query: SegmentQuery, known: dict[Any, Floats]) -> SegmentImage:
-        options, names = query.options, () if query.dense == PROPOSALS else ("short_side", "stride", "refine")
-        windows = {name: getattr(options, name) for name in names}
+        options, windows = query.options, dict[str, Any]()
+        if query.dense != PROPOSALS:
+            windows = {"short_side": options.short_side, "stride": options.stride, "refine": options.refine}
 
         def segment(data: bytes, masks: NDArray[np.uint8] | None) -> NDArray[np.uint16]:
             answer = self._release.ask(
