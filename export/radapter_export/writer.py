@@ -143,7 +143,7 @@ class Writer:
         checkpoints: Merged,
         name: str,
         repository: Repository,
-        judged_by: Validation | None,
+        validation: Validation | None,
         say: Callable[[str], None],
     ) -> ExportedRelease:
         """Write one release into the temporary folders."""
@@ -179,10 +179,10 @@ class Writer:
                 repository.add_model_file(model, version)
                 release.save(repository.staged(model, version))
             accuracy = None
-            if judged_by is not None:
+            if validation is not None:
                 self._at(alpha)
                 with repository.view(version) as view:
-                    accuracy = judged_by(self._base, alpha, view, source.templates, self._crop, say)
+                    accuracy = validation(self._base, alpha, view, source.templates, self._crop, say)
                 release = replace(release, accuracy=asdict(accuracy))
                 for model in TASKS:
                     release.save(repository.staged(model, version))
