@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from radapter_serve.cli import run
+from radapter_serve.cli.release import no_digests
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import Release
 from radapter_serve.server.runtime_choice import BATCHES, fastest
@@ -84,6 +85,8 @@ def serve(
             else:
                 with console.status("starting") as status:
                     server.start(lambda line: status.update(f"{escape(line)} ..."))
+            if server.unchecked:
+                console.print(f"[bold yellow]Note:[/] {no_digests(server.unchecked)}")
             if server.measured:
                 _show_measured(server)
             if server.warning:

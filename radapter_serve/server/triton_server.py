@@ -19,7 +19,8 @@ from types import TracebackType
 from typing import Literal
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.repository import AUTO, RUNTIMES, versions_of
+from radapter_serve.release.integrity import check
+from radapter_serve.release.repository import AUTO, RUNTIMES, newest_export, versions_of
 from radapter_serve.server.control import Control
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.installation import Installation, find_tritonserver
@@ -139,6 +140,7 @@ class TritonServer(Endpoints):
         self._command: list[str] = []
         self._environment: dict[str, str] = {}
         self.measured: list[Measured] = []
+        self.unchecked: list[int] = []  # releases without digests
         self.models: dict[str, list[int]] = {}
         self.warning: str | None = None
 
@@ -150,6 +152,7 @@ class TritonServer(Endpoints):
         """
         self.models = models_of(self.model_repository)
         self.check_ports()
+        self.unchecked = check(self.model_repository, newest_export(self.model_repository), progress)
         installation = find_tritonserver()
         remove_leftovers()
         configured = configure(self.model_repository, self._runtime, self.threads, installation, progress)
