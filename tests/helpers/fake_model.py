@@ -97,7 +97,10 @@ class TritonPythonModel:
             width, height = json.loads(image).get("size", (5, 4))
         else:
             image = base64.b64decode(image) if image.startswith(b"iVBOR") else image  # PNG in JSON
-            width, height = Image.open(io.BytesIO(image)).size
+            try:
+                width, height = Image.open(io.BytesIO(image)).size
+            except OSError:
+                raise ValueError("[invalid_image] not an image") from None
         mask = np.add.outer(np.arange(height), np.arange(width)) % len(labels)
         scores = np.zeros(len(labels), np.float32)
         scores[0] = int.from_bytes(digest({name: read(name) for name in SEGMENT})[:2], "big")
