@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -249,47 +250,51 @@ FINE, REFUSED, BROKEN = Answer(200, {}), Answer(400, {"error": "[no_labels] ..."
 
 
 def stepped(control: Asked, monkeypatch: pytest.MonkeyPatch, busy: int = 0) -> list[list[str]]:
-    """What three rounds of a probe find; `busy` is the work done in PATIENCE, in hundredths of a second."""
-    now = [0.0]
-    monkeypatch.setattr(probe, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    """What a probe finds in five looks, PATIENCE apart: it asks in the second and the fourth, and judges after each.
 
-    def ticks(_: object) -> int:
-        return round(now[0] * busy / PATIENCE)
+    Args:
+        control: answers it.
+        monkeypatch: stops the clock.
+        busy: the work done in PATIENCE, in hundredths of a second.
+    """
+    looks = [0]
+    monkeypatch.setattr(probe, "time", SimpleNamespace(monotonic=lambda: looks[0] * PATIENCE))
+    asking = Probe(control, lambda _: looks[0] * busy)  # type: ignore[arg-type]
 
-    asking, found = Probe(control, ticks), []  # type: ignore[arg-type]
-    for _ in range(3):
-        now[0] += probe.EVERY + 0.1
-        asking.step(["classify", "segment"])  # from here on they are asked in threads
-        asking._threads.submit(lambda: None).result()
-        now[0] += PATIENCE
-        until(lambda: all(one.answer is None or one.answer.done() for one in asking._asked.values()))
+    def submit(ask: Callable[[str], bool], name: str) -> Future[bool]:
+        answer: Future[bool] = Future()
+        answer.set_result(ask(name))
+        return answer
+
+    monkeypatch.setattr(asking, "_threads", SimpleNamespace(submit=submit))
+    found = []
+    for _ in range(5):
+        looks[0] += 1
         found.append(asking.step(["classify", "segment"]))
-        now[0] += probe.EVERY + 0.1
     return found
+
+
+NOTHING: list[list[str]] = [[]] * 5
 
 
 @pytest.mark.parametrize("answer", [FINE, REFUSED, BROKEN, Answer(503, {"error": "Exceeds maximum queue size"})])
 def test_whatever_a_task_answers_it_lives(answer, monkeypatch):
     control = Asked(health=FINE, classify=answer, segment=REFUSED)
-    assert stepped(control, monkeypatch) == [[], [], []]
+    assert stepped(control, monkeypatch) == NOTHING
     assert set(control.asked) == {"health/live", "models/classify/infer", "models/segment/infer"}
 
 
 def test_a_task_that_is_silent_twice_is_named(monkeypatch):
-    assert ["classify"] in stepped(Asked(health=FINE, segment=FINE), monkeypatch)
-
-
-def test_one_silence_is_none(monkeypatch):
-    assert stepped(Asked(health=FINE, segment=FINE), monkeypatch)[0] == []
+    assert stepped(Asked(health=FINE, segment=FINE), monkeypatch) == [*NOTHING[:4], ["classify"]]
 
 
 def test_who_is_silent_but_works_is_busy(monkeypatch):
-    assert stepped(Asked(), monkeypatch, busy=probe.MOVED) == [[], [], []]
-    assert stepped(Asked(), monkeypatch, busy=probe.MOVED - 3) != [[], [], []]
+    assert stepped(Asked(), monkeypatch, busy=probe.MOVED) == NOTHING
+    assert stepped(Asked(), monkeypatch, busy=probe.MOVED - 1)[-1] == [SERVER]
 
 
 def test_a_server_that_is_silent_is_named_alone(monkeypatch):
-    assert [SERVER] in stepped(Asked(), monkeypatch)
+    assert stepped(Asked(), monkeypatch)[-1] == [SERVER]
 
 
 def test_before_it_is_ready_every_version_of_every_task_is_asked():
