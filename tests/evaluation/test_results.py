@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.embedder import Variant
+from radapter_serve.evaluation.evaluate import facts_of
 from radapter_serve.evaluation.evaluation_set import as_seen, by_class
 from radapter_serve.evaluation.results import Results, common_unit, harmonic_means, metric_name, table
 from radapter_serve.evaluation.suite import Entry, entry_of
@@ -67,7 +69,24 @@ def test_a_model_sees_images_as_the_suite_asks(turn: bool, mode: str) -> None:
     seen = Image.open(io.BytesIO(as_seen(data, entry, SimpleNamespace(exif_orientation=not turn))))  # type: ignore[arg-type]
     expected = Image.open(io.BytesIO(data)).convert("L" if mode == "L" else "RGB")
     assert seen.format == "PNG" and not seen.getexif()
-    np.testing.assert_array_equal(np.asarray(seen), np.rot90(expected, -1) if turn else np.asarray(expected))
+    pixels = np.asarray(expected)
+    np.testing.assert_array_equal(np.asarray(seen), np.rot90(pixels, -1) if turn else pixels)
+
+
+def test_what_a_row_says_besides_its_figures() -> None:
+    facts = {"model": "ViT-B-32", "pretrained": "openai", "precision": "fp32"}
+    data = SimpleNamespace(
+        entry=Entry("a", "x"), task="zeroshot_classification", facts={"n": 3}, how=lambda _: {"b": 4}
+    )
+    found = facts_of(None, data, Variant("adapter", 0.5, facts))  # type: ignore[arg-type]
+    assert found == {
+        "dataset": "a", "model": "ViT-B-32", "pretrained": "openai", "task": "zeroshot_classification",
+        "language": "en", "source": "adapter", "alpha": 0.5, "shift": "id", "split": "test", "metric": "acc1",
+        "precision": "fp32", "n": 3, "b": 4,
+    }  # fmt: skip
+    data.entry = Entry("a", "x", border=2, exif_orientation=False)
+    found = facts_of(None, data, Variant("adapter", 0.5, facts))  # type: ignore[arg-type]
+    assert (found["border"], found["exif_orientation"]) == (2, False)
 
 
 def test_a_field_of_the_wrong_kind_is_named() -> None:
