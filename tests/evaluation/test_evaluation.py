@@ -90,4 +90,4 @@ def test_the_curve_equals_folding_each_alpha(tiny_clip_dir: str, images: Labelle
         assert row["all"] == pytest.approx(100 * (logits.argmax(dim=1) == labels).float().mean().item())
     assert len({row["all"] for row in rows}) > 1
     base.model.load_state_dict(state)
-    attach(base.model).remove()  # judging left no adapters behind
+    attach(base.model).remove()  # the evaluation left no adapters behind
