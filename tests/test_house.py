@@ -19,15 +19,17 @@ FLOORS = [
     "index",
     "tasks",
     "server",
+    "gateway",
     "clip",
     "adapter",
     "data",
     "evaluation",
     "training",
+    "bench",
     "demo cli",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
-TORCH_FREE = ("inputs", "release", "runtimes", "index", "tasks", "server")
+TORCH_FREE = ("inputs", "release", "runtimes", "index", "tasks", "server", "bench", "gateway")
 HEAVY = ("torch", "open_clip", "torchvision", "transformers", "onnxruntime", "tensorrt")
 
 

@@ -35,8 +35,9 @@ SILENT = re.compile("timed out|timeout|handshaker shutdown", re.IGNORECASE)
 
 
 class _Grpc:
-    def __init__(self, url: ServerURL) -> None:
+    def __init__(self, url: ServerURL, api_key: str | None = None) -> None:
         self._url = url
+        self._headers = None if api_key is None else {"authorization": f"Bearer {api_key}"}
         self._options = {"url": url.address, "ssl": url.secure, "channel_args": CHANNEL}
 
     def _call(self, client: Any, request: Request, timeout: float) -> Any:
@@ -45,6 +46,7 @@ class _Grpc:
             "model_name": request.model,
             "model_version": request.version,
             "client_timeout": timeout,
+            "headers": self._headers,
         }
         if request.action == "infer":
             arguments["inputs"] = []
@@ -69,14 +71,16 @@ class _Grpc:
         if status == "DEADLINE_EXCEEDED":
             return Timeout(f"no answer from {self._url} within {timeout:g} s")
         if status in ("UNAVAILABLE", "CANCELLED"):  # a server that stops cancels what it has not answered
+            if (said := from_server(status, text)).code is not None:  # by a task, or by Triton, and not by gRPC
+                return said
             kind = Timeout if SILENT.search(text) else ServerUnavailable
             return kind(f"no answer from {self._url}: {text}; is the server running (radapter-serve)?")
         return from_server(status, text)
 
 
 class GrpcTransport(_Grpc):
-    def __init__(self, url: ServerURL) -> None:
-        super().__init__(url)
+    def __init__(self, url: ServerURL, api_key: str | None = None) -> None:
+        super().__init__(url, api_key)
         self._client = tritonclient.grpc.InferenceServerClient(**self._options)
 
     def send(self, request: Request, timeout: float) -> Any:
