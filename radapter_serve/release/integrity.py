@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -67,6 +67,12 @@ def check(repository: Path, versions: Iterable[int], progress: Callable[[str], N
             without.append(version)
         check_configs(repository, version)
     return without
+
+
+def no_digests(versions: Sequence[int]) -> str:
+    """What to say of releases of earlier versions."""
+    which = f"{'releases' if len(versions) > 1 else 'release'} {', '.join(map(str, versions))}"
+    return f"no digests of {which}, so its files could not be checked; an export of today writes digests"
 
 
 def verify(repository: Path, version: int, progress: Callable[[str], None] = lambda line: None) -> bool:
