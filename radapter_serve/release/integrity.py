@@ -98,7 +98,7 @@ def verify(repository: Path, version: int, progress: Callable[[str], None] = lam
     problems = dict.fromkeys(sums.keys() - found.keys(), "is missing")
     problems |= dict.fromkeys(found.keys() - sums.keys(), "does not belong to it")
     sizes = {name: file.stat().st_size for name, file in found.items()}
-    total, done = sum(sizes.values()), 0
+    total, done, told = sum(sizes.values()), 0, -1
     with ThreadPoolExecutor(_WORKERS) as pool:
         # The large files first, so that no worker is left with one at the end.
         order = sorted(sums.keys() & found.keys(), key=lambda name: -sizes[name])
@@ -106,7 +106,9 @@ def verify(repository: Path, version: int, progress: Callable[[str], None] = lam
         for future in as_completed(running):
             name = running[future]
             done += sizes[name]
-            progress(f"checking the files of release {version}: {100 * done // max(total, 1)} %")
+            if (percent := 100 * done // max(total, 1)) > told:
+                told = percent
+                progress(f"checking the files of release {version}: {percent} %")
             if (digest := future.result()) != sums[name]:
                 problems[name] = "cannot be read" if digest is None else "differs" if sizes[name] else "is empty"
     if problems:
