@@ -10,6 +10,7 @@ from ._exceptions import (
     ServerError,
     ServerUnavailable,
     Timeout,
+    Unauthorized,
 )
 from ._images import ImageLike
 from ._profile import Profile
@@ -37,4 +38,5 @@ __all__ = [
     "ServerUnavailable",
     "Timeout",
     "Transport",
+    "Unauthorized",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from ._exceptions import InvalidRequest, bad_argument
 from ._images import ImageLike, encode_image, image_sizes, is_one_image
+from ._url import ServerURL
 from ._wire import Array, text_array
 
 # A message of gRPC cannot have 2 GiB; this leaves room for the image.
@@ -171,6 +173,15 @@ def seconds(value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
         raise bad_argument(f"timeout is {value!r}; allowed are seconds above 0")
     return float(value)
+
+
+def check_key(key: str, url: ServerURL) -> None:
+    """An API key that can stand in a header; warns where others could read it on the way."""
+    if not isinstance(key, str) or not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise bad_argument("api_key is no key: it has letters, digits and signs of ASCII, and no white space")
+    if not url.secure and not url.loopback:
+        kind = "grpcs" if url.protocol == "grpc" else "https"
+        warnings.warn(f"the API key travels to {url} in the clear; use {kind}://", stacklevel=3)
 
 
 def _share(name: str, value: float) -> float:

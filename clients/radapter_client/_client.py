@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from functools import cached_property, partial
 from typing import Any
 
 from ._calls import Answer, Part, T
-from ._exceptions import RAdapterClientError
+from ._exceptions import RAdapterClientError, ServerUnavailable
 from ._methods import BaseClient
 from ._url import ServerURL
 from ._wire import AsyncTransport, Transport
@@ -22,9 +23,12 @@ class Client(BaseClient[Transport]):
         url: grpc://HOST:8001, grpcs://HOST, http://HOST:8000 or https://HOST.
         release: version of the release that every call is to use; None for the newest. A call of several requests gets
             all its answers from one release; two calls may not, unless the release is given here.
-        timeout: seconds that one request may take, where a call brings no time-out of its own.
+        timeout: seconds that one request may take, with all its tries, where a call brings no time-out of its own.
+        retries: how often a request is tried again where nobody answers, the connection breaks, or the server has too
+            much to do; after a growing wait, or that which the server asks for. A time-out is not tried again.
         batch_size: images or texts in a request at most; the server's limit is `release().facts["max_batch_size"]`.
         concurrency: requests that calls with lists keep under way at once, over all threads.
+        api_key: that radapter-gateway asks for. Without TLS (https, grpcs) others can read it on the way.
         transport: what requests go through instead of gRPC or HTTP, such as a stand-in for a server in tests.
 
     Raises:
@@ -49,20 +53,27 @@ class Client(BaseClient[Transport]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _connect(self, url: ServerURL) -> Transport:
+    def _connect(self, url: ServerURL, api_key: str | None) -> Transport:
         if url.protocol == "grpc":
             from ._grpc import GrpcTransport
 
-            return GrpcTransport(url)
+            return GrpcTransport(url, api_key)
         from ._http import HttpTransport
 
-        return HttpTransport(url)
+        return HttpTransport(url, api_key)
 
     def _run(self, answer: Answer[T], timeout: float | None) -> T:
         seconds = self._start(timeout)
 
         def send(part: Part) -> Any:
-            return self._transport.send(part(), seconds)
+            request = part()
+            tries = self._tries(request, seconds)
+            while True:
+                try:
+                    return self._transport.send(request, tries.seconds)
+                except ServerUnavailable as error:
+                    pause = tries.pause(error)
+                time.sleep(pause)
 
         step = partial(next, answer)
         with self._until_closed():
@@ -103,14 +114,14 @@ class AsyncClient(BaseClient[AsyncTransport]):
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    def _connect(self, url: ServerURL) -> AsyncTransport:
+    def _connect(self, url: ServerURL, api_key: str | None) -> AsyncTransport:
         if url.protocol == "grpc":
             from ._grpc import AsyncGrpcTransport
 
-            return AsyncGrpcTransport(url)
+            return AsyncGrpcTransport(url, api_key)
         from ._http import AsyncHttpTransport
 
-        return AsyncHttpTransport(url)
+        return AsyncHttpTransport(url, api_key)
 
     @cached_property
     def _slots(self) -> asyncio.Semaphore:
@@ -124,7 +135,13 @@ class AsyncClient(BaseClient[AsyncTransport]):
                 with self._until_closed():
                     # Reads files, encodes images.
                     request = await asyncio.get_running_loop().run_in_executor(self._threads, part)
-                    return await self._transport.send(request, seconds)
+                    tries = self._tries(request, seconds)
+                    while True:
+                        try:
+                            return await self._transport.send(request, tries.seconds)
+                        except ServerUnavailable as error:
+                            pause = tries.pause(error)
+                        await asyncio.sleep(pause)
 
         step = partial(next, answer)
         try:

@@ -1,7 +1,8 @@
 """The exceptions, the same over gRPC and HTTP.
 
 RAdapterClientError
-├── ServerUnavailable     nobody answers at the URL, or the server starts, stops or went away in the middle of a call
+├── ServerUnavailable     nobody answers at the URL, or the server starts, stops, has too much to do or went away
+├── Unauthorized          the server wants an API key, or another one
 ├── Timeout               no answer within the time-out
 ├── InvalidRequest        the request was wrong, here or in the server's eyes
 │   ├── InvalidImage      an image that cannot be read, decoded or is too large
@@ -32,10 +33,18 @@ class RAdapterClientError(Exception):
 
 
 class ServerUnavailable(RAdapterClientError):
-    """Nobody answers at the URL, or the server starts, stops or went away in mid-call: try again later.
+    """Nobody answers at the URL, or the server starts, stops, has too much to do or went away in mid-call.
 
-    Example: `except ServerUnavailable: time.sleep(5)`
+    The client has tried again by then, `retries` times. `retry_after` is how many seconds the server wants you to wait.
+
+    Example: `except ServerUnavailable as error: time.sleep(error.retry_after or 5)`
     """
+
+    retry_after: float = 0.0
+
+
+class Unauthorized(RAdapterClientError):
+    """The server wants an API key, or another one, as in `Client("https://HOST", api_key="wrong").release()`."""
 
 
 class Timeout(RAdapterClientError):
@@ -74,7 +83,10 @@ def bad_image(why: str) -> InvalidImage:
 
 
 IMAGE_CODES = frozenset({"image_too_large", "invalid_image"})
-REQUEST_CODES = frozenset({"index_mismatch", "invalid_argument", "no_labels", "unknown_index", "unknown_label_set"})
+REQUEST_CODES = frozenset(
+    {"index_mismatch", "invalid_argument", "no_labels", "not_found", "unknown_index", "unknown_label_set"}
+)
+UNAVAILABLE_CODES = frozenset({"overloaded", "restarting", "server_stopping", "server_unavailable"})
 MODEL_CODES = frozenset({"no_patch_encoder"})
 # What Triton says itself when it cannot answer now, and the code that the tasks have for it.
 RETRYABLE = {
@@ -84,10 +96,11 @@ RETRYABLE = {
 
 # gRPC's names and HTTP's numbers of the same failures.
 KINDS: dict[str, type[RAdapterClientError]] = {
-    **dict.fromkeys(("INVALID_ARGUMENT", "OUT_OF_RANGE", "RESOURCE_EXHAUSTED", "400", "413"), InvalidRequest),
+    **dict.fromkeys(("INVALID_ARGUMENT", "OUT_OF_RANGE", "RESOURCE_EXHAUSTED", "400", "413", "415"), InvalidRequest),
     **dict.fromkeys(("NOT_FOUND", "404"), ModelNotFound),
-    **dict.fromkeys(("UNAVAILABLE", "502", "503"), ServerUnavailable),
-    **dict.fromkeys(("DEADLINE_EXCEEDED", "504"), Timeout),
+    **dict.fromkeys(("UNAVAILABLE", "429", "502", "503"), ServerUnavailable),
+    **dict.fromkeys(("DEADLINE_EXCEEDED", "408", "504"), Timeout),
+    **dict.fromkeys(("UNAUTHENTICATED", "PERMISSION_DENIED", "401", "403"), Unauthorized),
 }
 
 
@@ -108,8 +121,12 @@ def from_server(status: str, text: str) -> RAdapterClientError:
         kind = InvalidImage
     elif code in REQUEST_CODES:
         kind = InvalidRequest
+    elif code in UNAVAILABLE_CODES:
+        kind = ServerUnavailable
     elif code in MODEL_CODES:
         kind = ModelNotFound
+    elif kind is Unauthorized:
+        text = f"{text}; give the client api_key=KEY, or radapter-query the environment variable RADAPTER_API_KEY"
     elif code is None and (known := next((known for sign, known in RETRYABLE.items() if re.search(sign, text)), None)):
         kind, code = ServerUnavailable, known
     elif absent := re.search(r"unknown model: '(\w+)' is not found", text):

@@ -35,8 +35,9 @@ SILENT = re.compile("timed out|timeout|handshaker shutdown", re.IGNORECASE)
 
 
 class _Grpc:
-    def __init__(self, url: ServerURL) -> None:
+    def __init__(self, url: ServerURL, api_key: str | None = None) -> None:
         self._url = url
+        self._headers = None if api_key is None else {"authorization": f"Bearer {api_key}"}
         self._options = {"url": url.address, "ssl": url.secure, "channel_args": CHANNEL}
 
     def _call(self, client: Any, request: Request, timeout: float) -> Any:
@@ -45,6 +46,7 @@ class _Grpc:
             "model_name": request.model,
             "model_version": request.version,
             "client_timeout": timeout,
+            "headers": self._headers,
         }
         if request.action == "infer":
             arguments["inputs"] = []
@@ -77,8 +79,8 @@ class _Grpc:
 
 
 class GrpcTransport(_Grpc):
-    def __init__(self, url: ServerURL) -> None:
-        super().__init__(url)
+    def __init__(self, url: ServerURL, api_key: str | None = None) -> None:
+        super().__init__(url, api_key)
         self._client = tritonclient.grpc.InferenceServerClient(**self._options)
 
     def send(self, request: Request, timeout: float) -> Any:

@@ -39,8 +39,9 @@ TAILS = {"infer": "/infer", "config": "/config", "ready": "/ready", "statistics"
 
 
 class HttpTransport:
-    def __init__(self, url: ServerURL) -> None:
+    def __init__(self, url: ServerURL, api_key: str | None = None) -> None:
         self._url = url
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._open: set[HTTPConnection] = set()
         kind = urllib3.HTTPSConnectionPool if url.secure else urllib3.HTTPConnectionPool
         self._pool = kind(url.host, url.port, maxsize=CONNECTIONS)
@@ -56,7 +57,7 @@ class HttpTransport:
                 "GET" if body is None else "POST",
                 target + TAILS[request.action],
                 body=body,
-                headers=headers,
+                headers=headers | self._headers,
                 timeout=urllib3.Timeout(total=timeout),
                 retries=False,
                 redirect=False,
@@ -73,7 +74,10 @@ class HttpTransport:
         if request.action == "ready" and response.status in (200, 400, 404):
             return response.status == 200
         if response.status != 200:
-            raise from_server(str(response.status), _message(response.data))
+            failed = from_server(str(response.status), _message(response.data))
+            if isinstance(failed, ServerUnavailable):
+                failed.retry_after = _retry_after(response)
+            raise failed
         try:
             if request.action != "infer":
                 return json.loads(response.data)
@@ -95,8 +99,8 @@ class HttpTransport:
 class AsyncHttpTransport:
     """A cancelled request still occupies a thread until it is answered, or its time-out is over."""
 
-    def __init__(self, url: ServerURL) -> None:
-        self._http = HttpTransport(url)
+    def __init__(self, url: ServerURL, api_key: str | None = None) -> None:
+        self._http = HttpTransport(url, api_key)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="radapter-client-http")
 
     async def send(self, request: Request, timeout: float) -> Any:
@@ -148,6 +152,13 @@ def decode(body: bytes, length: str | None) -> Reply:
             array = deserialize_bytes_tensor(data) if kind is np.object_ else np.frombuffer(data, kind)
         outputs[output["name"]] = array.reshape(shape)
     return Reply(int(head["model_version"]), outputs)
+
+
+def _retry_after(response: urllib3.BaseHTTPResponse) -> float:
+    try:
+        return max(0.0, urllib3.Retry().get_retry_after(response) or 0.0)
+    except urllib3.exceptions.InvalidHeader:
+        return 0.0
 
 
 def _message(body: bytes) -> str:

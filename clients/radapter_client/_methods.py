@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ._arguments import (
+    check_key,
     count,
     count_inputs,
     for_each,
@@ -31,8 +32,9 @@ from ._arguments import (
 from ._calls import Answer, Part, call, call_each, was_property
 from ._exceptions import ModelNotFound, RAdapterClientError, ServerError, ServerUnavailable, Timeout
 from ._images import ImageLike, chunks, encode_image, is_one_image, orientation, size_bound
-from ._profile import Profile, read_statistics
+from ._profile import Profile, Totals, read_statistics
 from ._results import Classification, Hit, Release, Segmentation, pick_release, read_hits, read_releases
+from ._retries import Tries
 from ._url import ServerURL, parse_url
 from ._wire import Array, Reply, Request, text_array
 
@@ -55,17 +57,22 @@ class BaseClient(Generic[W]):
         *,
         release: int | None = None,
         timeout: float = 60.0,
+        retries: int = 2,
         batch_size: int = 16,
         concurrency: int = 4,
+        api_key: str | None = None,
         transport: W | None = None,
     ) -> None:
         self._url = parse_url(url)
         self._version = None if release is None else count("release", release)
         self._timeout = seconds(timeout)
+        self._retries = count("retries", retries, 0)
         self._batch_size = count("batch_size", batch_size)
         self._concurrency = count("concurrency", concurrency)
         self._closed = False
-        self._transport: W = self._connect(self._url) if transport is None else transport
+        if api_key is not None:
+            check_key(api_key, self._url)
+        self._transport: W = self._connect(self._url, api_key) if transport is None else transport
         self._threads = ThreadPoolExecutor(self._concurrency, thread_name_prefix="radapter-client")
 
     def __repr__(self) -> str:
@@ -288,14 +295,31 @@ class BaseClient(Generic[W]):
         side = int(release.facts.get("preprocess", {}).get("size", 224))
         image = Image.radial_gradient("L").resize((side, side)).convert("RGB")
         yield from BaseClient.embed_images(self, [image])  # connects and warms up
-        statistics = [partial(Request, "statistics", "")]
-        [before] = yield statistics
+        before = yield from BaseClient.statistics(self)
         start = time.perf_counter()
         for _ in range(requests):
             yield from BaseClient.embed_images(self, [image])
         spent = time.perf_counter() - start
-        [after] = yield statistics
-        return Profile.between(read_statistics(before), read_statistics(after), spent, requests)
+        after = yield from BaseClient.statistics(self)
+        return Profile.between("embed_image", before, after, spent, requests)
+
+    @call
+    def statistics(self, *, timeout: float | None = None) -> Answer[Totals]:
+        """What the server has done since its start, by model: a dict of numbers.
+
+        `count` of answered requests, `executions` of batches, and the nanoseconds that requests spent in `queue` and in
+        `compute`.
+
+        Args:
+            timeout: seconds for the request; None for the client's own.
+
+        Raises:
+            RAdapterClientError: also where a gateway answers, which keeps the statistics of the server closed.
+
+        Example: `client.statistics()["classify"]["count"]`
+        """
+        [found] = yield [partial(Request, "statistics", "")]
+        return read_statistics(found)
 
     # What the methods share
 
@@ -328,7 +352,7 @@ class BaseClient(Generic[W]):
         replies = yield from self._infer(task, [partial(_batch, task, kind, items, run, options) for run in runs])
         return np.concatenate([_output(reply, f"{kind}_embeds") for reply in replies]).astype(np.float32, copy=False)
 
-    def _connect(self, url: ServerURL) -> W:
+    def _connect(self, url: ServerURL, api_key: str | None) -> W:
         raise NotImplementedError
 
     def _start(self, timeout: float | None) -> float:
@@ -336,6 +360,10 @@ class BaseClient(Generic[W]):
         if self._closed:
             raise RAdapterClientError("the client is closed; make a new one")
         return self._timeout if timeout is None else seconds(timeout)
+
+    def _tries(self, request: Request, seconds: float) -> Tries:
+        """The tries of a request. Whether a server is ready is asked once, for "nobody answers" is an answer too."""
+        return Tries(0 if self._closed or request.action == "ready" else self._retries, seconds)
 
     @contextlib.contextmanager
     def _until_closed(self) -> Iterator[None]:

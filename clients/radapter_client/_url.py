@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from ._exceptions import InvalidURL
@@ -34,6 +35,14 @@ class ServerURL:
     @property
     def secure(self) -> bool:
         return self.scheme in ("grpcs", "https")
+
+    @property
+    def loopback(self) -> bool:
+        """Whether it is this machine."""
+        try:
+            return self.host == "localhost" or ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return False
 
     @property
     def address(self) -> str:

@@ -59,7 +59,7 @@ def export_release(
     numbers = [source.alpha] if alphas is None or isinstance(alphas, str) else list(alphas)
     _check_arguments(numbers, source, settings)
     engines = PlanWriter(progress=say) if settings.served_by == TENSORRT else None  # looks for a GPU, before all else
-    judged_by = open_validation(
+    validation = open_validation(
         source.adapter.metadata, settings.validation, source.way, settings.precision, settings.max_drop
     )
     images = settings.calibration
@@ -72,7 +72,7 @@ def export_release(
         releases = []
         for version, alpha in enumerate(numbers, repository.next_version()):
             name = f"alpha-{alpha:g}" if len(numbers) > 1 else ""
-            releases.append(writer.write(version, alpha, checkpoints, name, repository, judged_by, say))
+            releases.append(writer.write(version, alpha, checkpoints, name, repository, validation, say))
         for model in models:
             written = [release.release for release in releases]
             repository.add_config(model, written, writer.dims, settings.max_batch_size)

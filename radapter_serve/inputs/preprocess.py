@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_IMAGE, TaskError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of their files
 MAX_PIXELS = 64_000_000
 # Above this, one at a time is decoded in this process: an image of MAX_PIXELS takes half a gigabyte. Nor is a thin
 # image blown up beyond it.

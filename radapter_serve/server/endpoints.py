@@ -24,7 +24,8 @@ class Endpoints:
     def __init__(
         self, host: str, http_port: int, grpc_port: int, metrics_port: int, *, trust_network: bool = False
     ) -> None:
-        self.host, self.http_port, self.grpc_port, self.metrics_port = _ip(host), http_port, grpc_port, metrics_port
+        self.host = address_of(host)
+        self.http_port, self.grpc_port, self.metrics_port = http_port, grpc_port, metrics_port
         self._v6 = ":" in self.host
         if not (self.loopback or trust_network):
             raise RAdapterError(
@@ -84,7 +85,7 @@ class Endpoints:
         ]
 
 
-def _ip(host: str) -> str:
+def address_of(host: str) -> str:
     """The address of a host name; IPv4 where it has both."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ class Server:
 
     Args:
         url: one of grpc://HOST:8001, grpcs://HOST, http://HOST:8000 and https://HOST; the environment variable
-            RADAPTER_SERVER sets the default.
+            RADAPTER_SERVER sets the default. RADAPTER_API_KEY holds the API key that radapter-gateway asks for.
         release: version of the release to use; the newest if none is given.
         timeout: seconds that a request may take.
         json: print JSON, one object a line, instead of tables.
@@ -46,7 +47,13 @@ class Server:
     json: bool = False
 
     def client(self) -> Client:
-        return Client(self.url, release=self.release, timeout=self.timeout)
+        key = os.environ.get("RADAPTER_API_KEY") or None  # no flag: others can read a command line
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            client = Client(self.url, release=self.release, timeout=self.timeout, api_key=key)
+        for note in notes:
+            print(f"note: {note.message}", file=sys.stderr)
+        return client
 
 
 @dataclass(frozen=True)

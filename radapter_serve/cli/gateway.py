@@ -1,0 +1,61 @@
+"""radapter-gateway: the way in for callers whom nobody trusts."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+
+import tyro
+from rich.console import Console
+
+from radapter_serve.cli import run
+from radapter_serve.errors import RAdapterError
+from radapter_serve.gateway.keys import new_key
+from radapter_serve.gateway.settings import Settings
+from radapter_serve.signals import handled
+
+PROG = "radapter-gateway"
+
+
+def gateway(
+    settings: tyro.conf.OmitArgPrefixes[Settings] = Settings(),  # noqa: B008  # frozen
+    new_key: str | None = None,
+) -> None:
+    """Let strangers ask a server that radapter-serve started: by keys and TLS, within limits, until Ctrl-C.
+
+    Args:
+        settings: where it listens, whom it asks, and what it allows.
+        new_key: name of a key to make: it is printed once, its digest goes to --api-keys, and nothing is started.
+    """
+    if new_key is not None:
+        make_key(settings, new_key)
+        return
+    from radapter_serve.gateway.run import serve
+
+    console = Console(stderr=True)
+    if settings.no_api_keys:
+        console.print("[bold yellow]Note:[/] without keys, whoever reaches this port may use the models.")
+    elif settings.api_keys is not None and settings.tls_certificate is None:
+        console.print("[bold yellow]Note:[/] without --tls-certificate, keys travel in the clear.")
+    with handled(lambda *_: sys.exit(0), signal.SIGTERM, signal.SIGHUP):
+        serve(settings, lambda url: print(f"gateway  {url}\nCtrl-C stops it.", flush=True))
+
+
+def make_key(settings: Settings, name: str) -> None:
+    """Print a new key, and where it works."""
+    if settings.api_keys is None:
+        raise RAdapterError("--new-key needs the file that keeps its digest: --api-keys FILE")
+    key = new_key(settings.api_keys, name)
+    print(key)
+    print(f"Keep it: {settings.api_keys} has only its digest. Give it to whoever may ask:", file=sys.stderr)
+    print(f"RADAPTER_API_KEY={key} radapter-query release --url http://HOST:{settings.port}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `radapter-gateway`."""
+    return run(gateway, argv, prog=PROG)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""The gateway as an ASGI app: KServe v2 over HTTP for the task models, in front of an `Upstream`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from radapter_serve import __version__
+from radapter_serve.gateway import answers, requests
+from radapter_serve.gateway.errors import (
+    NOT_FOUND,
+    RETRY_AFTER,
+    SERVER_UNAVAILABLE,
+    TOO_LARGE,
+    UNKNOWN_MODEL,
+    UNSUPPORTED_TYPE,
+    Refused,
+    bad,
+    late,
+    shown,
+)
+from radapter_serve.gateway.health import Health
+from radapter_serve.gateway.keys import Keys
+from radapter_serve.gateway.limits import Memory, Places
+from radapter_serve.gateway.metrics import GONE, OK, Metrics
+from radapter_serve.gateway.models import TASKS, Model
+from radapter_serve.gateway.settings import MIB, Settings
+from radapter_serve.gateway.upstream import LOG, Upstream
+from radapter_serve.inputs.errors import INTERNAL_ERROR
+
+FRESH = 5.0  # seconds after which a model's configuration is asked for again
+_TYPES = ("", "application/json", "application/octet-stream")
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class _Gone(Exception):
+    """The caller has left."""
+
+
+class Gateway:
+    """What the gateway answers.
+
+    Args:
+        settings: what it allows.
+        connect: makes the way to Triton, in the event loop of the app.
+    """
+
+    def __init__(self, settings: Settings, connect: Callable[[], Upstream]) -> None:
+        self._settings, self._connect = settings, connect
+        self._keys = None if settings.api_keys is None else Keys(settings.api_keys)
+        self._models: dict[str, tuple[float, Model]] = {}
+        task = "/v2/models/{model}"
+        paths: list[tuple[str, Handler]] = [
+            *((f"{prefix}/health/{name}", getattr(self, name)) for prefix in ("", "/v2") for name in ("live", "ready")),
+            ("/metrics", self.metrics),
+            ("/v2", self.server),
+            *(
+                (f"{task}{version}{tail}", handler)
+                for version in ("", "/versions/{version}")
+                for tail, handler in (
+                    ("", self.metadata),
+                    ("/config", self.config),
+                    ("/ready", self.model_ready),
+                    ("/infer", self.infer),
+                )
+            ),
+        ]
+        routes = [
+            Route(path, self._guarded(handler), methods=["POST" if path.endswith("/infer") else "GET"])
+            for path, handler in paths
+        ]
+        closed: Any = self._closed
+        self.app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={404: closed, 405: closed})
+        self.app.router.redirect_slashes = False
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        self._places = Places(self._settings.max_concurrent, self._settings.max_queue)
+        self._memory = Memory(int(self._settings.max_memory * MIB))
+        self._metrics = Metrics(self._places, self._memory)
+        self._upstream = self._connect()
+        self._health = Health(self._upstream)
+        try:
+            yield
+        finally:
+            await self._upstream.close()
+
+    # What it answers
+
+    async def live(self, request: Request) -> Response:
+        """The gateway runs."""
+        return JSONResponse({"live": True})
+
+    async def ready(self, request: Request) -> Response:
+        """Every task answers."""
+        if why := await self._health.trouble():
+            raise Refused(503, SERVER_UNAVAILABLE, why)
+        return JSONResponse({"ready": True})
+
+    async def metrics(self, request: Request) -> Response:
+        """What Prometheus reads; by a key, as everything else, so that one rule holds for the whole port."""
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def server(self, request: Request) -> Response:
+        return JSONResponse({"name": "radapter-gateway", "version": __version__, "extensions": ["binary_tensor_data"]})
+
+    async def metadata(self, request: Request) -> Response:
+        name, _ = _named(request)
+        model = await self._model(name)
+        return JSONResponse(model.metadata(await self._upstream.versions(name)))
+
+    async def config(self, request: Request) -> Response:
+        """The configuration with the releases' facts, always asked of Triton: a client chooses its release by it."""
+        name, version = _named(request)
+        return JSONResponse((await self._model(name, version, fresh=0)).config())
+
+    async def model_ready(self, request: Request) -> Response:
+        name, version = _named(request)
+        if not await self._upstream.ready(name, version):
+            raise Refused(400, SERVER_UNAVAILABLE, f"{name} is not ready")
+        return JSONResponse({"ready": True})
+
+    async def infer(self, request: Request) -> Response:
+        """An inference, checked here, cancelled in Triton where its caller leaves or its time is over."""
+        start = time.monotonic()
+        name, version = _named(request)
+        limit = self._settings.timeout
+        held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            self._memory.take(size)
+            held += size
+
+        try:
+            try:
+                body = await asyncio.wait_for(_body(request, int(self._settings.max_body * MIB), hold), limit)
+            except asyncio.TimeoutError:
+                raise late(408, f"the body did not come within {limit:g} s") from None
+            model = await self._model(name)
+            asked = requests.read(body, request.headers.get(requests.HEADER_LENGTH), model, version)
+            del body
+            left = min(limit, asked.timeout or limit) - (time.monotonic() - start)
+            answer = await _while_there(request, self._run(asked.message, left), left)
+            self._health.answered(name)
+            content, headers = answers.write(answer, asked)
+            return Response(content, headers=headers)
+        finally:
+            self._memory.give_back(held)
+
+    async def _run(self, message: Any, seconds: float) -> Any:
+        """Triton's answer, as soon as there is a place for the request; its deadline goes on to Triton."""
+        end = time.monotonic() + seconds
+        async with self._places.place():
+            return await self._upstream.infer(message, max(end - time.monotonic(), 1e-3))
+
+    async def _model(self, name: str, version: str = "", fresh: float = FRESH) -> Model:
+        """A model by its configuration, which is asked for again after some seconds: a new release may change it."""
+        when, model = self._models.get(name, (0.0, None))
+        if model is None or time.monotonic() - when >= fresh:
+            model = Model.from_config(await self._upstream.config(name, version))
+            self._models[name] = time.monotonic(), model
+        return model
+
+    # What holds for all requests
+
+    def _guarded(self, handler: Handler) -> Handler:
+        """A handler behind the keys, whose every failure becomes an answer and a count."""
+        public = handler.__name__ in ("live", "ready")
+
+        async def guarded(request: Request) -> Response:
+            start = time.monotonic()
+            try:
+                if self._keys is not None and not public:
+                    self._keys.check(request.headers.get("Authorization"))
+                response, code = await handler(request), OK
+            except Refused as error:
+                response, code = _refusal(error), error.code
+            except (_Gone, ClientDisconnect):
+                response, code = Response(status_code=499), GONE
+            except Exception:
+                LOG.exception("the gateway failed on a request")
+                failed = Refused(500, INTERNAL_ERROR, "the gateway failed on this request; its log says why")
+                response, code = _refusal(failed), failed.code
+            if handler.__name__ == "infer":
+                name = request.path_params["model"]
+                self._metrics.count(name if name in TASKS else "none", code, time.monotonic() - start)
+            return response
+
+        guarded.__name__ = handler.__name__
+        return guarded
+
+    async def _closed(self, request: Request, error: Exception) -> Response:
+        open_ = "POST /v2/models/MODEL/infer; GET /v2/models/MODEL, its config and ready, /v2, /health/live and /ready"
+        status = getattr(error, "status_code", 404)
+        return _refusal(Refused(status, NOT_FOUND, f"{request.method} of this path is not open here; open are {open_}"))
+
+
+def _refusal(error: Refused) -> Response:
+    headers = {"Retry-After": str(RETRY_AFTER)} if error.status in (429, 503) else {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse({"error": str(error)}, error.status, headers)
+
+
+def _named(request: Request) -> tuple[str, str]:
+    """Model and version of a request's path."""
+    name, version = request.path_params["model"], request.path_params.get("version", "")
+    if name not in TASKS:
+        raise Refused(404, UNKNOWN_MODEL, f"no model {shown(name)} here; there are {', '.join(TASKS)}")
+    if not re.fullmatch(r"(?:[1-9][0-9]{0,17})?", version):
+        raise Refused(404, UNKNOWN_MODEL, f"{name} has no version {shown(version)}; versions are whole numbers from 1")
+    return name, version
+
+
+async def _body(request: Request, most: int, hold: Callable[[int], None]) -> bytes:
+    """The body of a request, counted while it comes; `hold` hears of each part."""
+    headers = request.headers
+    if headers.get("Content-Encoding", "identity") != "identity":
+        raise Refused(415, UNSUPPORTED_TYPE, "compressed bodies are not taken; send the body as it is")
+    kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if kind not in _TYPES:
+        raise Refused(415, UNSUPPORTED_TYPE, f"Content-Type is {shown(kind)}; send {' or '.join(_TYPES[1:])}")
+    length = headers.get("Content-Length", "")
+    too_large = Refused(413, TOO_LARGE, f"the body has more than {most / MIB:g} MiB, the most that is taken")
+    if length.isdigit() and int(length[:18]) > most:
+        raise too_large
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > most:
+            raise too_large
+        hold(len(part))
+        parts.append(part)
+    if not size:
+        raise bad("the body is empty")
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def _while_there(request: Request, work: Coroutine[Any, Any, Any], seconds: float) -> Any:
+    """The result of work that is cancelled where the caller leaves; all of the request must have been read."""
+    task = asyncio.ensure_future(work)
+    left = asyncio.ensure_future(request.receive())
+    try:
+        # Triton, which has the same deadline, has the first word.
+        await asyncio.wait({task, left}, timeout=max(seconds, 0) + 1, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise _Gone if left.done() else late(504, "the request took longer than it may")
+    finally:
+        task.cancel()
+        left.cancel()
+        await asyncio.gather(task, left, return_exceptions=True)

@@ -1,0 +1,91 @@
+"""Why the gateway refuses a request; the codes of the tasks are in `inputs/errors.py`."""
+
+from __future__ import annotations
+
+import re
+
+import grpc
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.inputs import errors as tasks
+
+UNAUTHORIZED = "unauthorized"
+NOT_FOUND = "not_found"
+UNKNOWN_MODEL = "unknown_model"
+TOO_LARGE = "too_large"
+UNSUPPORTED_TYPE = "unsupported_type"
+OVERLOADED = "overloaded"
+TIMEOUT = "timeout"
+SERVER_UNAVAILABLE = "server_unavailable"
+
+# All that a caller can get.
+CODES = frozenset(
+    {UNAUTHORIZED, NOT_FOUND, UNKNOWN_MODEL, TOO_LARGE, UNSUPPORTED_TYPE, OVERLOADED, TIMEOUT, SERVER_UNAVAILABLE}
+    | {value for name, value in vars(tasks).items() if name.isupper() and isinstance(value, str)}
+)
+RETRY_AFTER = 1  # second
+
+_STATUS = {
+    grpc.StatusCode.INVALID_ARGUMENT: 400,
+    grpc.StatusCode.OUT_OF_RANGE: 400,
+    grpc.StatusCode.NOT_FOUND: 404,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 413,
+    grpc.StatusCode.UNAVAILABLE: 503,
+    grpc.StatusCode.CANCELLED: 503,
+    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
+}
+# What Triton says without a code of ours, and what callers read of it.
+_PLAIN = {
+    404: (UNKNOWN_MODEL, None),
+    400: (tasks.INVALID_ARGUMENT, None),
+    413: (TOO_LARGE, None),
+    500: (tasks.INTERNAL_ERROR, "the server failed on this request; its log says why"),
+    503: (SERVER_UNAVAILABLE, "the model server starts, stops or does not answer; try again in a moment"),
+    504: (TIMEOUT, "the request took longer than it may"),
+}
+
+
+class Refused(RAdapterError):
+    """A request that gets no answer; `str()` is "[code] sentence".
+
+    Args:
+        status: of HTTP.
+        code: one of `CODES`, or another of a task.
+        message: what is wrong, which value, what is allowed.
+    """
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(f"[{code}] {message}")
+        self.status, self.code = status, code
+
+
+def bad(message: str) -> Refused:
+    """The refusal of a request that can never be right."""
+    return Refused(400, tasks.INVALID_ARGUMENT, message)
+
+
+def overloaded(message: str) -> Refused:
+    return Refused(429, OVERLOADED, message)
+
+
+def late(status: int, message: str) -> Refused:
+    return Refused(status, TIMEOUT, message)
+
+
+def from_triton(status: grpc.StatusCode, text: str) -> Refused:
+    """What a caller may know of a failure that Triton reported: its code and its first line, without paths."""
+    number = _STATUS.get(status, 500)
+    if found := re.search(r"(?:^|: )\[([a-z][a-z0-9_]{0,40})\] (.*)", text):
+        code, message = found[1], tasks.public(found[2])
+        if code == OVERLOADED:
+            number = 429
+        return Refused(number, code, message)
+    if number == 404 and "no available versions" in text:  # which holds for all models of a server that stops
+        number = 503
+    code, message = _PLAIN[number][0], _PLAIN[number][1] or tasks.public(re.sub(r"^\[request id: [^\]]*\] ", "", text))
+    return Refused(number, code, message)
+
+
+def shown(text: str) -> str:
+    """What a caller sent, short and printable, for a message."""
+    return repr(text if len(text) <= 60 else f"{text[:60]}...").encode("ascii", "backslashreplace").decode()

@@ -1,0 +1,83 @@
+"""Whether every task answers: ready means answers."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tritonclient.grpc import service_pb2
+from tritonclient.utils import serialize_byte_tensor
+
+from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, TIMEOUT, UNKNOWN_MODEL, Refused
+from radapter_serve.gateway.models import TASKS
+from radapter_serve.gateway.upstream import SHORT, Upstream
+from radapter_serve.inputs.errors import ENCODER_FAILED, INTERNAL_ERROR, SERVER_STOPPING
+
+FRESH = 5.0  # seconds for which an answer proves that a task answers
+# Other refusals are answers, such as that a release has no patch encoder.
+_FAILED = {ENCODER_FAILED, INTERNAL_ERROR, SERVER_STOPPING, SERVER_UNAVAILABLE, TIMEOUT, UNKNOWN_MODEL}
+
+
+class Health:
+    """Asks each task for something tiny, unless it has answered somebody a moment ago.
+
+    Args:
+        upstream: that has the tasks.
+    """
+
+    def __init__(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+        self._answered = dict.fromkeys(TASKS, -FRESH)
+        self._asking = asyncio.Lock()
+        self._failed: tuple[float, str | None] = -FRESH, None
+
+    def answered(self, task: str) -> None:
+        """Notes that a task has just answered a caller."""
+        self._answered[task] = time.monotonic()
+
+    async def trouble(self) -> str | None:
+        """Why not all tasks answer; None where they do. Whoever asks in the same seconds gets the same answer."""
+        async with self._asking:
+            when, why = self._failed
+            now = time.monotonic()
+            if why is not None and now - when < FRESH:
+                return why
+            stale = [task for task, last in self._answered.items() if now - last >= FRESH]
+            troubles = [why for why in await asyncio.gather(*map(self._ask, stale)) if why]
+            self._failed = time.monotonic(), troubles[0] if troubles else None
+            return self._failed[1]
+
+    async def _ask(self, task: str) -> str | None:
+        try:
+            if not await self._upstream.ready(task):
+                return f"{task} is not ready"
+            await self._upstream.infer(probe(task), SHORT)
+        except Refused as error:
+            if error.code in _FAILED:
+                return f"{task} does not answer"
+        self.answered(task)
+        return None
+
+
+def probe(task: str) -> service_pb2.ModelInferRequest:
+    """The smallest request that a task answers. No index is called so: that `retrieve` says so is its answer."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "grey").save(file, "PNG")
+    image, text = file.getvalue(), b"ready"
+    tasks: dict[str, dict[str, Any]] = {
+        "embed_image": {"image": [[image]]},
+        "embed_text": {"text": [[text]]},
+        "classify": {"image": [[image]], "labels": [[text]], "templates": [[b"{}"]]},
+        "segment": {"image": [image], "labels": [text], "templates": [b"{}"]},
+        "retrieve": {"text": [text], "index": [b" "]},
+    }
+    message = service_pb2.ModelInferRequest(model_name=task)
+    for name, values in tasks[task].items():
+        array = np.array(values, np.object_)
+        message.inputs.add(name=name, datatype="BYTES", shape=array.shape)
+        message.raw_input_contents.append(serialize_byte_tensor(array).item())
+    return message

@@ -1,0 +1,48 @@
+"""What Prometheus reads. Labels are tasks and codes, never what a caller sends."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from radapter_serve.gateway.errors import CODES
+from radapter_serve.gateway.limits import Memory, Places
+
+OK, GONE = "ok", "caller_gone"
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """Counters of one gateway.
+
+    Args:
+        places: whose requests are counted while they run and wait.
+        memory: whose bytes are counted.
+    """
+
+    def __init__(self, places: Places, memory: Memory) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._seconds = Histogram(
+            "radapter_gateway_request_seconds",
+            "From a request's headers to its answer",
+            ["task"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._requests = Counter("radapter_gateway_requests", "By outcome", ["task", "code"], registry=registry)
+        for name, what, read in (
+            ("running", "Requests that Triton works on", lambda: places.running),
+            ("waiting", "Requests in the queue", lambda: places.waiting),
+            ("body_bytes", "Bytes of bodies in memory", lambda: memory.held),
+        ):
+            Gauge(f"radapter_gateway_{name}", what, registry=registry).set_function(read)
+
+    def count(self, task: str, code: str, seconds: float) -> None:
+        """Notes the end of a request: its task ("none" where it named none), its code, and how long it took."""
+        known = code if code in CODES or code in (OK, GONE) else "other"
+        self._requests.labels(task, known).inc()
+        if task != "none":
+            self._seconds.labels(task).observe(seconds)
+
+    def text(self) -> bytes:
+        """All of it, as Prometheus reads it."""
+        return generate_latest(self._registry)

@@ -1,0 +1,88 @@
+"""What the gateway knows of a model: its inputs, its outputs and its releases, from Triton's own configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tritonclient.grpc import model_config_pb2
+
+# Encoders, and whatever else a repository holds, are not reached through the gateway.
+TASKS = ("embed_image", "embed_text", "classify", "retrieve", "segment")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or an output.
+
+    Args:
+        datatype: as KServe names it, such as BYTES or FP32.
+        dims: without the batch; -1 is any number.
+        optional: whether a request may leave it out.
+    """
+
+    name: str
+    datatype: str
+    dims: tuple[int, ...]
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Model:
+    """A task model.
+
+    Args:
+        max_batch_size: rows of a request at most; 0 where its tensors have no batch dimension.
+        releases: the facts of its releases, as JSON, by the names of their parameters.
+    """
+
+    name: str
+    max_batch_size: int
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    releases: dict[str, str]
+
+    @classmethod
+    def from_config(cls, config: model_config_pb2.ModelConfig) -> Model:
+        """From Triton's configuration; what is no caller's business, such as instances, stays out."""
+        inputs = [Tensor(one.name, _datatype(one), tuple(one.dims), one.optional) for one in config.input]
+        outputs = [Tensor(one.name, _datatype(one), tuple(one.dims)) for one in config.output]
+        releases = {
+            key: value.string_value for key, value in config.parameters.items() if key.partition(".")[0] == "release"
+        }
+        return cls(
+            config.name,
+            config.max_batch_size,
+            {one.name: one for one in inputs},
+            {one.name: one for one in outputs},
+            releases,
+        )
+
+    def config(self) -> dict[str, Any]:
+        """The answer to `/config`, in the form of Triton's."""
+        return {
+            "name": self.name,
+            "max_batch_size": self.max_batch_size,
+            "input": [{**_described(one), "optional": one.optional} for one in self.inputs.values()],
+            "output": [_described(one) for one in self.outputs.values()],
+            "parameters": {key: {"string_value": value} for key, value in self.releases.items()},
+        }
+
+    def metadata(self, versions: list[str]) -> dict[str, Any]:
+        """The answer to `/v2/models/MODEL`, in the form of KServe's."""
+        batch = [-1] if self.max_batch_size else []
+        inputs, outputs = (
+            [{"name": one.name, "datatype": one.datatype, "shape": [*batch, *one.dims]} for one in tensors.values()]
+            for tensors in (self.inputs, self.outputs)
+        )
+        return {"name": self.name, "versions": versions, "platform": "python", "inputs": inputs, "outputs": outputs}
+
+
+def _datatype(tensor: Any) -> str:
+    name = model_config_pb2.DataType.Name(tensor.data_type).removeprefix("TYPE_")
+    return "BYTES" if name == "STRING" else str(name)
+
+
+def _described(tensor: Tensor) -> dict[str, Any]:
+    kind = "STRING" if tensor.datatype == "BYTES" else tensor.datatype
+    return {"name": tensor.name, "data_type": f"TYPE_{kind}", "dims": list(tensor.dims)}

@@ -1,0 +1,235 @@
+"""From the body of a request to what Triton is sent: everything is checked here, before Triton sees any of it."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tritonclient.grpc import service_pb2
+from tritonclient.utils import triton_to_np_dtype
+
+from radapter_serve.gateway.errors import bad, shown
+from radapter_serve.gateway.models import Model, Tensor
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+MAX_JSON_VALUES = 2**20
+MAX_TEXTS = 2**17
+IMAGES = {"image"}  # of the inputs of type BYTES, those that are no text
+
+Name = Annotated[str, Field(max_length=64)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _InputParameters(_Strict):
+    binary_data_size: Annotated[int, Field(ge=0, lt=2**40)] | None = None
+
+
+class _Input(_Strict):
+    name: Name
+    shape: Annotated[list[Annotated[int, Field(gt=0, lt=2**31)]], Field(max_length=8)]
+    datatype: Name
+    parameters: _InputParameters = _InputParameters()
+    data: list[Any] | None = None
+
+
+class _OutputParameters(_Strict):
+    binary_data: bool | None = None
+
+
+class _Output(_Strict):
+    name: Name
+    parameters: _OutputParameters = _OutputParameters()
+
+
+class _RequestParameters(_Strict):
+    binary_data_output: bool = False
+    timeout: Annotated[int, Field(gt=0, lt=2**60)] | None = None  # microseconds
+
+
+class _Header(_Strict):
+    id: Annotated[str, Field(max_length=128)] = ""
+    parameters: _RequestParameters = _RequestParameters()
+    inputs: Annotated[list[_Input], Field(max_length=64)]
+    outputs: Annotated[list[_Output], Field(max_length=64)] = []
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A request that is right.
+
+    Args:
+        message: for Triton.
+        id: that the caller gave it, to be sent back; empty where it gave none. Triton does not see it.
+        binary: the outputs that the caller wants in binary.
+        timeout: seconds that the caller allows, or None.
+    """
+
+    message: service_pb2.ModelInferRequest
+    id: str
+    binary: frozenset[str]
+    timeout: float | None
+
+
+def read(body: bytes, header_length: str | None, model: Model, version: str = "") -> Inference:
+    """Read and check the body of an inference.
+
+    Args:
+        body: JSON, behind which tensors may stand in binary.
+        header_length: the header that says how many bytes are JSON; None where all are.
+        version: of the model; empty for the newest.
+
+    Raises:
+        Refused: the first thing that is wrong.
+    """
+    end = len(body)
+    if header_length is not None:
+        if not (header_length.isascii() and header_length.isdigit() and 0 < int(header_length[:12]) <= end):
+            raise bad(f"{HEADER_LENGTH} is {shown(header_length)}; allowed are 1 to {end}, the length of the body")
+        end = int(header_length[:12])
+    header = _header(body[:end])
+    message = service_pb2.ModelInferRequest(model_name=model.name, model_version=version)
+    rest, rows = memoryview(body)[end:], set()
+    for given in header.inputs:
+        tensor = model.inputs.get(given.name)
+        if tensor is None:
+            raise bad(f"{model.name} has no input {shown(given.name)}; it has {', '.join(model.inputs)}")
+        if any(given.name == other.name for other in message.inputs):
+            raise bad(f"the input {tensor.name} comes twice")
+        _check_kind(given, tensor, model)
+        rows.update(given.shape[:1] if model.max_batch_size else [])
+        size = given.parameters.binary_data_size
+        if (size is None) == (given.data is None):
+            raise bad(f"the input {tensor.name} needs data or binary_data_size, and not both")
+        if size is None:
+            values = _from_json(tensor, given.shape, given.data or [])
+        else:
+            if size > len(rest):
+                raise bad(f"the input {tensor.name} has {size} bytes, {len(rest)} are left in the body")
+            values, rest = bytes(rest[:size]), rest[size:]
+        _check_values(tensor, given.shape, values)
+        message.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=given.shape)
+        message.raw_input_contents.append(values)
+    if len(rest):
+        raise bad(f"{len(rest)} bytes stand behind the last input")
+    if len(rows) > 1:
+        raise bad(f"the inputs have {' and '.join(map(str, sorted(rows)))} rows; all need as many")
+    needed = {name for name, tensor in model.inputs.items() if not tensor.optional}
+    if missing := sorted(needed - {given.name for given in header.inputs}):
+        raise bad(f"the input {missing[0]} is missing")
+    binary = _outputs(header, model, message)
+    timeout = header.parameters.timeout
+    return Inference(message, header.id, binary, None if timeout is None else timeout / 1e6)
+
+
+def _header(text: bytes) -> _Header:
+    # An array or an object begins with a bracket, and all values of one but the first stand behind a comma.
+    if len(text) > MAX_JSON_VALUES and sum(map(text.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise bad(f"the JSON has more than {MAX_JSON_VALUES} values; send tensors in binary")
+    try:
+        return _Header.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        what = "the body" if not where else shown(where)
+        raise bad(f"{what}: {first['msg']}") from None
+
+
+def _check_kind(given: _Input, tensor: Tensor, model: Model) -> None:
+    """Datatype and shape, against what the model takes."""
+    if given.datatype != tensor.datatype:
+        raise bad(f"the input {tensor.name} is {shown(given.datatype)}; {tensor.datatype} is needed")
+    dims = given.shape[1:] if model.max_batch_size else given.shape
+    fits = len(dims) == len(tensor.dims) and all(want in (-1, has) for want, has in zip(tensor.dims, dims, strict=True))
+    if not fits or (model.max_batch_size and not given.shape):
+        batch = [-1] if model.max_batch_size else []
+        raise bad(f"the input {tensor.name} has the shape {given.shape}; {[*batch, *tensor.dims]} is needed (-1: any)")
+    if model.max_batch_size and given.shape[0] > model.max_batch_size:
+        raise bad(f"the input {tensor.name} has {given.shape[0]} rows; {model.name} takes {model.max_batch_size}")
+
+
+def _check_values(tensor: Tensor, shape: Sequence[int], values: bytes) -> None:
+    """As many values as the shape says, each of them sound."""
+    count = math.prod(shape)
+    if tensor.datatype == "BYTES":
+        if count > MAX_TEXTS:
+            raise bad(f"the input {tensor.name} has {count} values; at most {MAX_TEXTS} are allowed")
+        _check_texts(tensor.name, values, count)
+        return
+    kind = np.dtype(triton_to_np_dtype(tensor.datatype))
+    if len(values) != count * kind.itemsize:
+        needed = f"{list(shape)} of {tensor.datatype} are {count * kind.itemsize}"
+        raise bad(f"the input {tensor.name} has {len(values)} bytes; {needed}")
+    if kind.kind == "f" and not np.isfinite(np.frombuffer(values, kind)).all():
+        raise bad(f"the input {tensor.name} holds a value that is not a finite number")
+
+
+def _check_texts(name: str, values: bytes, count: int) -> None:
+    offset, end, text = 0, len(values), name not in IMAGES
+    for number in range(1, count + 1):
+        start = offset + 4
+        length = struct.unpack_from("<I", values, offset)[0] if start <= end else end
+        offset = start + length
+        if offset > end:
+            raise bad(f"value {number} of {count} of the input {name} goes beyond its end")
+        if text:
+            try:
+                values[start:offset].decode()
+            except UnicodeDecodeError:
+                raise bad(f"value {number} of {count} of the input {name} is not UTF-8") from None
+    if offset != end:
+        raise bad(f"the input {name} has {end - offset} bytes behind its {count} values")
+
+
+def _from_json(tensor: Tensor, shape: Sequence[int], data: list[Any]) -> bytes:
+    """Values that came in JSON, flat or nested as the shape is, as the bytes that Triton takes."""
+    for _ in shape[1:]:
+        if not any(type(value) is list for value in data):
+            break
+        if not all(type(value) is list for value in data):
+            raise bad(f"the data of the input {tensor.name} are nested unevenly")
+        data = list(chain.from_iterable(data))
+    if len(data) != math.prod(shape):
+        raise bad(f"the input {tensor.name} has {len(data)} values; the shape {list(shape)} has {math.prod(shape)}")
+    kinds = set(map(type, data))
+    if tensor.datatype == "BYTES":
+        if kinds != {str}:
+            raise bad(f"the data of the input {tensor.name} are not all texts")
+        texts = [value.encode() for value in data]
+        return b"".join(chain.from_iterable((struct.pack("<I", len(text)), text) for text in texts))
+    kind = np.dtype(triton_to_np_dtype(tensor.datatype))
+    if not kinds <= ({int, float} if kind.kind == "f" else {int}):
+        raise bad(f"the data of the input {tensor.name} are not all numbers of type {tensor.datatype}")
+    try:
+        if kind.kind == "f":
+            with np.errstate(over="ignore"):  # what is not finite is refused with all other such values
+                return np.array(data, np.float64).astype(kind).tobytes()
+        values = np.array(data, np.int64)
+        if (values == values.astype(kind)).all():
+            return values.astype(kind).tobytes()
+    except OverflowError:
+        pass
+    raise bad(f"a number of the input {tensor.name} does not fit {tensor.datatype}")
+
+
+def _outputs(header: _Header, model: Model, message: service_pb2.ModelInferRequest) -> frozenset[str]:
+    """Asks for the outputs; gives those that are to come in binary."""
+    default, binary = header.parameters.binary_data_output, set()
+    for output in header.outputs:
+        if output.name not in model.outputs:
+            raise bad(f"{model.name} has no output {shown(output.name)}; it has {', '.join(model.outputs)}")
+        if any(output.name == other.name for other in message.outputs):
+            raise bad(f"the output {output.name} is asked for twice")
+        message.outputs.add(name=output.name)
+        wish = output.parameters.binary_data
+        if default if wish is None else wish:
+            binary.add(output.name)
+    return frozenset(binary if header.outputs or not default else model.outputs)

@@ -1,0 +1,82 @@
+"""What a gateway is started with."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.server.endpoints import address_of
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where the gateway listens, whom it asks, and what it allows.
+
+    Args:
+        host: address or name to listen on.
+        port: of it.
+        server: HOST:PORT of Triton's gRPC endpoint, which strangers must not reach.
+        api_keys: file of the keys that let callers in; --new-key makes one.
+        no_api_keys: let everybody in who reaches the port, also beyond this machine.
+        tls_certificate: PEM file of the certificate and its chain, to be reached by https.
+        tls_key: PEM file of its key.
+        max_body: MiB of a request's body.
+        max_memory: MiB of the bodies of all requests under way.
+        max_concurrent: requests that run at once.
+        max_queue: requests that wait for that; one more is answered 429.
+        max_connections: connections at once.
+        timeout: seconds that a request may take, the sending of its body included.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    server: str = "127.0.0.1:8001"
+    api_keys: Path | None = None
+    no_api_keys: tyro.conf.FlagCreatePairsOff[bool] = False
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    max_body: float = 64.0
+    max_memory: float = 1024.0
+    max_concurrent: int = 64
+    max_queue: int = 64
+    max_connections: int = 512
+    timeout: float = 60.0
+
+    def check(self) -> str:
+        """The address to listen on.
+
+        Raises:
+            RAdapterError: a value that is not allowed, or doors open by mistake.
+        """
+        for name, least in (("max_concurrent", 1), ("max_queue", 0), ("max_connections", 1), ("port", 0)):
+            if getattr(self, name) < least:
+                raise RAdapterError(f"{_flag(name)} is {getattr(self, name)}; allowed are {least} and more")
+        for name in ("max_body", "max_memory", "timeout"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise RAdapterError(f"{_flag(name)} is {getattr(self, name):g}; allowed are numbers above 0")
+        if self.port > 65535:
+            raise RAdapterError(f"--port is {self.port}; allowed are 1 to 65535")
+        if self.max_memory < self.max_body:
+            raise RAdapterError(f"--max-memory {self.max_memory:g} holds no body of --max-body {self.max_body:g} MiB")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise RAdapterError("--tls-certificate and --tls-key go together; give both or none")
+        if self.api_keys is not None and self.no_api_keys:
+            raise RAdapterError("give --api-keys FILE or --no-api-keys, not both")
+        address = address_of(self.host)
+        if self.api_keys is None and not self.no_api_keys and not ipaddress.ip_address(address).is_loopback:
+            raise RAdapterError(
+                f"--host {self.host} lets others in, and there are no keys; make one with: radapter-gateway "
+                "--api-keys FILE --new-key NAME, or let everybody in with --no-api-keys"
+            )
+        return address
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

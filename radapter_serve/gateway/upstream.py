@@ -1,0 +1,78 @@
+"""The way to Triton: gRPC, in the event loop of the gateway."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
+
+from radapter_serve.gateway.errors import from_triton
+
+LOG = logging.getLogger("radapter-gateway")
+SHORT = 10.0  # seconds for what computes nothing
+_CHANNEL = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # gRPC's own waits up to two minutes before it looks again for a server that has come back.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+class Upstream(Protocol):
+    """What the gateway asks; a task that is cancelled while it waits cancels the request in Triton too."""
+
+    async def infer(self, message: service_pb2.ModelInferRequest, timeout: float) -> service_pb2.ModelInferResponse:
+        """The answer of a model, within `timeout` seconds; all methods raise nothing but `Refused`."""
+
+    async def config(self, model: str, version: str = "") -> model_config_pb2.ModelConfig:
+        """A model's configuration."""
+
+    async def versions(self, model: str) -> list[str]:
+        """The versions of a model."""
+
+    async def ready(self, model: str, version: str = "") -> bool:
+        """Whether Triton calls a model ready."""
+
+    async def close(self) -> None:
+        """Ends the connection."""
+
+
+class Triton:
+    """An `Upstream` at an address such as 127.0.0.1:8001; to be made in a running event loop."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    async def infer(self, message: service_pb2.ModelInferRequest, timeout: float) -> service_pb2.ModelInferResponse:
+        return await self._ask(self._stub.ModelInfer, message, timeout)
+
+    async def config(self, model: str, version: str = "") -> model_config_pb2.ModelConfig:
+        request = service_pb2.ModelConfigRequest(name=model, version=version)
+        return (await self._ask(self._stub.ModelConfig, request)).config
+
+    async def versions(self, model: str) -> list[str]:
+        return list((await self._ask(self._stub.ModelMetadata, service_pb2.ModelMetadataRequest(name=model))).versions)
+
+    async def ready(self, model: str, version: str = "") -> bool:
+        request = service_pb2.ModelReadyRequest(name=model, version=version)
+        return bool((await self._ask(self._stub.ModelReady, request)).ready)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    @staticmethod
+    async def _ask(method: Any, message: Any, timeout: float = SHORT) -> Any:
+        try:
+            return await method(message, timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            refused = from_triton(error.code(), error.details() or "")
+            if refused.status >= 500:
+                LOG.warning("Triton: %s: %s", error.code().name, (error.details() or "").partition("\n")[0])
+            raise refused from None

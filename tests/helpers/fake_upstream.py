@@ -1,0 +1,154 @@
+"""A gateway in a thread, in front of a stand-in for Triton that computes what is easy to compute again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import struct
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import uvicorn
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2, service_pb2
+
+from radapter_serve.gateway.app import Gateway
+from radapter_serve.gateway.connection import connection
+from radapter_serve.gateway.errors import Refused
+from radapter_serve.gateway.run import listen
+from radapter_serve.gateway.settings import Settings
+from tests.helpers.fake_server import CONFIGS, release
+
+DATATYPES = {"O": "BYTES", "f": "FP32", "i": "INT32", "u": "UINT16"}
+
+
+def config(model: str) -> model_config_pb2.ModelConfig:
+    """A task's own configuration, with one release."""
+    text = (CONFIGS / model / "config.template.pbtxt").read_text(encoding="utf-8")
+    parsed = text_format.Parse(text, model_config_pb2.ModelConfig())
+    parsed.parameters["release"].string_value = json.dumps(release(1))
+    return parsed
+
+
+def packed(texts: Any) -> bytes:
+    """Texts as the protocol packs them."""
+    return b"".join(struct.pack("<I", len(text)) + text for text in texts)
+
+
+def unpacked(data: bytes) -> list[bytes]:
+    """`packed`, backwards."""
+    texts = []
+    while data:
+        size = 4 + struct.unpack("<I", data[:4])[0]
+        texts.append(data[4:size])
+        data = data[size:]
+    return texts
+
+
+class FakeUpstream:
+    """Embeds a text or an image as its length and its first byte.
+
+    Attributes:
+        asked: the messages that came.
+        error: raised instead of every answer, where it is set.
+        hold: answers wait until it is set.
+        cancelled: how many answers nobody waited for any more.
+        probed: whether to answer what `Health` asks; those messages are in `asked`, too.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[service_pb2.ModelInferRequest] = []
+        self.timeouts: list[float] = []
+        self.error: Exception | None = None
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self.cancelled = 0
+        self.configs = {name: config(name) for name in ("embed_image", "embed_text", "classify", "retrieve", "segment")}
+        self.outputs: dict[str, np.ndarray] | None = None
+
+    async def infer(self, message: service_pb2.ModelInferRequest, timeout: float) -> service_pb2.ModelInferResponse:
+        self.asked.append(message)
+        self.timeouts.append(timeout)
+        try:
+            await self.hold.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.error is not None:
+            raise self.error
+        answer = service_pb2.ModelInferResponse(model_name=message.model_name, model_version="1")
+        for name, array in (self.outputs or self._answer(message)).items():
+            answer.outputs.add(name=name, datatype=DATATYPES[array.dtype.kind], shape=array.shape)
+            answer.raw_output_contents.append(packed(array.ravel()) if array.dtype == object else array.tobytes())
+        return answer
+
+    def _answer(self, message: service_pb2.ModelInferRequest) -> dict[str, np.ndarray]:
+        first = unpacked(message.raw_input_contents[-1])
+        embeds = np.array([[len(value), *value[:1]] for value in first], np.float32)
+        return {f"{message.model_name.removeprefix('embed_')}_embeds": embeds}
+
+    async def config(self, model: str, version: str = "") -> model_config_pb2.ModelConfig:
+        if version not in ("", "1"):
+            raise Refused(404, "unknown_model", f"{model} has no version {version}")
+        return self.configs[model]
+
+    async def versions(self, model: str) -> list[str]:
+        return ["1"]
+
+    async def ready(self, model: str, version: str = "") -> bool:
+        return version in ("", "1")
+
+    async def close(self) -> None:
+        pass
+
+
+class Served:
+    """A gateway that runs: its `url`, and its stand-in `upstream`."""
+
+    def __init__(self, url: str, upstream: FakeUpstream, loop: asyncio.AbstractEventLoop) -> None:
+        self.url, self.upstream, self._loop = url, upstream, loop
+        self.port = int(url.rpartition(":")[2])
+
+    def hold(self) -> None:
+        """Keep all answers back."""
+        self._loop.call_soon_threadsafe(self.upstream.hold.clear)
+
+    def let_go(self) -> None:
+        self._loop.call_soon_threadsafe(self.upstream.hold.set)
+
+
+@contextlib.contextmanager
+def serving(**options: Any) -> Iterator[Served]:
+    """A gateway with these settings on a free port, until the end of the block."""
+    settings = Settings(port=0, **options)
+    made: list[Any] = []
+    begun = threading.Event()
+
+    def connect() -> FakeUpstream:
+        made.append((FakeUpstream(), asyncio.get_running_loop()))
+        begun.set()
+        return made[0][0]
+
+    with listen(settings) as listener:
+        running = uvicorn.Server(
+            uvicorn.Config(
+                Gateway(settings, connect).app,
+                http=connection(settings.max_connections),
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=2,
+            )
+        )
+        thread = threading.Thread(target=running.run, args=([listener],))
+        thread.start()
+        assert begun.wait(10)
+        try:
+            yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", *made[0])
+        finally:
+            running.should_exit = True
+            thread.join(10)
