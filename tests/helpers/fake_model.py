@@ -1,7 +1,8 @@
 """A stand-in for the task models in a real tritonserver: answers follow from a digest of the input.
 
-An image whose bytes are JSON is an order: {"sleep": seconds} waits first, {"error": "[code] sentence"} fails,
-{"crash": true} ends the model's process, {"bug": true} raises. Triton's Python stub runs a copy of this file.
+An image whose bytes are JSON is an order: {"sleep": seconds} waits first, {"work": seconds} computes first,
+{"error": "[code] sentence"} fails, {"crash": true} ends the model's process, {"bug": true} raises. Triton's Python stub
+runs a copy of this file.
 """
 
 import base64
@@ -131,6 +132,9 @@ class TritonPythonModel:
             return
         order = json.loads(row)
         time.sleep(order.get("sleep", 0))
+        end = time.monotonic() + order.get("work", 0)
+        while time.monotonic() < end:
+            pass
         if "error" in order:
             raise ValueError(order["error"])
         if order.get("crash"):
