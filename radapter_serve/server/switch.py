@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -107,7 +107,7 @@ def _retire(server: Server, new: Mapping[str, Offered], gone: list[str]) -> None
         if name not in ENCODERS:
             server.put(name, None)
             server.control.unload(name)
-    _wait_for_tasks(server, new, gone)
+    _wait_for_tasks(server, [*new, *gone])
     for name in (name for name in (*new, *gone) if name in ENCODERS):
         live = server.offered[name]
         server.put(name, live.at(new[name].versions) if name in new else None)
@@ -120,8 +120,8 @@ def _retire(server: Server, new: Mapping[str, Offered], gone: list[str]) -> None
         server.renewed()
 
 
-def _wait_for_tasks(server: Server, new: Mapping[str, Offered], gone: list[str]) -> None:
-    tasks = {name for name in (*new, *gone) if name not in ENCODERS}
+def _wait_for_tasks(server: Server, models: Collection[str]) -> None:
+    tasks = {name for name in models if name not in ENCODERS}
     deadline = time.monotonic() + LEAVING
     with contextlib.suppress(RAdapterError):  # a server that died has no calls
         while time.monotonic() < deadline:
@@ -141,15 +141,18 @@ def _load(server: Server, name: str, model: Offered) -> None:
 def _go_back(server: Server, before: Mapping[str, Offered]) -> None:
     """Make the folder what it was, whatever became of tritonserver: a restart begins with it. Tasks go back first."""
     changed = [name for name, model in server.offered.items() if before.get(name) != model]
-    for name in sorted(changed, key=lambda name: name in ENCODERS):
+    for name in changed:
         with contextlib.suppress(OSError):
             server.put(name, before.get(name))
-    for name in sorted(changed, key=lambda name: name in ENCODERS):
-        with contextlib.suppress(RAdapterError):
-            if name in before:
-                server.control.load(name, timeout=LOADING)
-            else:
-                server.control.unload(name)
+    tasks = [name for name in changed if name not in ENCODERS]
+    for names in (tasks, [name for name in changed if name in ENCODERS]):
+        for name in names:
+            with contextlib.suppress(RAdapterError):
+                if name in before:
+                    server.control.load(name, timeout=LOADING)
+                else:
+                    server.control.unload(name)
+        _wait_for_tasks(server, tasks)
     with contextlib.suppress(RAdapterError):
         server.renewed()
 
