@@ -24,6 +24,10 @@ from radapter_serve.gateway.upstream import Triton
 
 KEEP_ALIVE = 30  # seconds that a connection stays open between requests
 DRAIN = 20  # seconds that running requests have when the gateway stops
+# Runs a command so that it ends with its parent, also with one that is gone by now.
+_LAUNCHER = """import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 15)
+if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[2:])"""
 
 
 def server(settings: Settings) -> uvicorn.Server:
@@ -98,9 +102,9 @@ def command(settings: Settings) -> list[str]:
 def start(settings: Settings) -> subprocess.Popen[bytes]:
     """Start a gateway in a process of its own, which ends with the thread that starts it; SIGTERM stops it in order."""
     settings.check()
-    ends_with_parent = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+    parent = str(os.getpid())
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", ends_with_parent, *command(settings)], stdin=subprocess.DEVNULL
+        [sys.executable, "-I", "-S", "-c", _LAUNCHER, parent, *command(settings)], stdin=subprocess.DEVNULL
     )
 
 
