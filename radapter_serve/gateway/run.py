@@ -20,7 +20,7 @@ from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.gateway.app import Gateway
 from radapter_serve.gateway.connection import connection
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.gateway.upstream import Triton
+from radapter_serve.gateway.upstream import Triton, Upstream
 
 KEEP_ALIVE = 30  # seconds that a connection stays open between requests
 DRAIN = 20  # seconds that running requests have when the gateway stops
@@ -30,9 +30,14 @@ ctypes.CDLL(None).prctl(1, 15)
 if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[2:])"""
 
 
-def server(settings: Settings) -> uvicorn.Server:
-    """The gateway as a uvicorn server that has not started."""
-    gateway = Gateway(settings, partial(Triton, settings.server))
+def server(settings: Settings, connect: Callable[[], Upstream] | None = None) -> uvicorn.Server:
+    """The gateway as a uvicorn server that has not started.
+
+    Args:
+        settings: of the gateway.
+        connect: makes the way to Triton; gRPC to `settings.server` if None.
+    """
+    gateway = Gateway(settings, connect or partial(Triton, settings.server))
     config = uvicorn.Config(
         gateway.app,
         http=connection(settings.max_connections),
