@@ -116,7 +116,7 @@ class TritonPythonModel:
             raise ValueError("[unknown_index] no index 'none'; there are: photos")
         if given["index"] == "old":
             raise ValueError("[index_mismatch] made by another release; run: radapter-index build photos")
-        hits = min(3, int(read("top_k")[0]))
+        hits = 3 if read("top_k") is None else min(3, int(read("top_k")[0]))
         about = [json.dumps({**given, "rank": rank, "outputs": sorted(outputs)}).encode() for rank in range(hits)]
         tensors = [
             pb.Tensor("id", np.array([f"ordner/bild ü {rank}.jpg".encode() for rank in range(hits)], np.object_)),
