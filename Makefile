@@ -7,6 +7,9 @@ COVERAGE ?= --cov
 TESTS ?=
 BIN := $(VENV)/bin
 
+# Packages are installed uncompiled: Python compiles what it imports, once, unless it is told to keep nothing.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo test test-all check docs install
 
 demo: install

@@ -7,12 +7,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
+from tests.helpers.shared import shared
 from tests.helpers.small_models import random_adapter as make_adapter
 
 if TYPE_CHECKING:
@@ -46,11 +47,14 @@ def ctrl_c() -> Iterator[Callable[[], None]]:
 @pytest.fixture(scope="session")
 def tiny_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """`local-dir:` name of a tiny CLIP with random weights, none of them zero or equal, QuickGELU included."""
+    return f"local-dir:{shared(tmp_path_factory, 'tiny-clip', _write_tiny_clip)}"
+
+
+def _write_tiny_clip(folder: Path) -> None:
     import torch
     from open_clip import CLIP
     from safetensors.torch import save_file
 
-    folder: Path = tmp_path_factory.mktemp("tiny-clip")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = CLIP(**TINY_CLIP)  # type: ignore[arg-type]
@@ -64,7 +68,6 @@ def tiny_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     preprocess = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic"}
     config = {"model_cfg": TINY_CLIP, "preprocess_cfg": {**preprocess, "resize_mode": "shortest"}}
     (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return f"local-dir:{folder}"
 
 
 @pytest.fixture(scope="session")
@@ -81,40 +84,51 @@ EXPORTED_ALPHAS = (0.3, 0.8)
 EXPORTED_LABELS = ("cat, kitty", "a dog in the SNOW", "don't know", "猫")
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare `export_release` the seconds that torch's exporter takes for a model whose graphs are known."""
+    from tests.helpers.graphs import remember_graphs
+
+    remember_graphs(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def exported_tiny_clip(random_adapter: Callable[..., Adapter], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `model_repository` and `merged`: an adapter of the tiny CLIP, exported, with a label set `four`."""
-    from radapter_export import ExportSettings, export_release
-    from radapter_serve.adapter import save_adapter
 
-    folder = tmp_path_factory.mktemp("exported")
-    save_adapter(random_adapter(scale=0.05), folder / "adapter.safetensors")
-    (folder / "labels.txt").write_text("\n".join(EXPORTED_LABELS), encoding="utf-8")
-    export_release(
-        folder / "adapter.safetensors",
-        EXPORTED_ALPHAS,
-        ExportSettings(
-            model_repository=folder / "model_repository",
-            merged=folder / "merged",
-            label_sets={"four": folder / "labels.txt"},
-        ),
-    )
-    return folder
+    def make(folder: Path) -> None:
+        from radapter_serve.adapter import save_adapter
+
+        save_adapter(random_adapter(scale=0.05), folder / "adapter.safetensors")
+        (folder / "labels.txt").write_text("\n".join(EXPORTED_LABELS), encoding="utf-8")
+        _export(folder, EXPORTED_ALPHAS, folder)
+
+    return shared(tmp_path_factory, "exported", make)
 
 
 @pytest.fixture(scope="session")
 def dynamic_tiny_clip(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model repository with one release: the adapter of `exported_tiny_clip`, α an input, its own 0.5."""
-    from radapter_export import ExportSettings, export_release
-
-    folder = tmp_path_factory.mktemp("dynamic")
-    export_release(
-        exported_tiny_clip / "adapter.safetensors",
-        "dynamic",
-        ExportSettings(
-            model_repository=folder / "model_repository",
-            merged=folder / "merged",
-            label_sets={"four": exported_tiny_clip / "labels.txt"},
-        ),
-    )
+    folder = shared(tmp_path_factory, "dynamic", lambda folder: _export(exported_tiny_clip, "dynamic", folder))
     return folder / "model_repository"
+
+
+@pytest.fixture(scope="session")
+def dense_tiny_clip(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model_repository` and `merged`: the adapter of `exported_tiny_clip` at 0.5, for segmentation."""
+    return shared(tmp_path_factory, "dense", lambda folder: _export(exported_tiny_clip, [0.5], folder, dense="naclip"))
+
+
+def _export(source: Path, alphas: Sequence[float] | Literal["dynamic"], folder: Path, **changes: Any) -> None:
+    from radapter_export import ExportSettings, export_release
+    from tests.helpers.graphs import remember_graphs
+
+    settings = ExportSettings(
+        model_repository=folder / "model_repository",
+        merged=folder / "merged",
+        label_sets={"four": source / "labels.txt"},
+        **changes,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        remember_graphs(patch)
+        export_release(source / "adapter.safetensors", alphas, settings)

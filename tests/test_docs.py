@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib
-import importlib.metadata
 import inspect
-import io
 import re
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import open_clip
@@ -19,15 +15,11 @@ import torch
 
 import radapter_client
 from radapter_serve.adapter import fold, load_adapter
+from tests.helpers.commands import COMMANDS, help_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-COMMANDS = {
-    point.name: point
-    for point in importlib.metadata.distribution("radapter-serve").entry_points
-    if point.group == "console_scripts"
-}
 
 
 def codes() -> set[str]:
@@ -64,15 +56,6 @@ def named_commands() -> Iterator[tuple[str, str, str, set[str]]]:
             first = rest.split()[:1]
             subcommand = first[0] if first and re.fullmatch(r"[a-z]+(-[a-z]+)?", first[0]) else ""
             yield page.name, command, subcommand, set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest))
-
-
-@cache
-def help_of(command: str, *subcommand: str) -> str:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        point = COMMANDS[command]
-        getattr(importlib.import_module(point.module), point.attr)([*subcommand, "--help"])
-    return out.getvalue()
 
 
 def test_commands_and_their_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from ._arguments import (
 from ._calls import Answer, Part, call, call_each, was_property
 from ._exceptions import ModelNotFound, RAdapterClientError, ServerError, ServerUnavailable, Timeout
 from ._images import ImageLike, chunks, encode_image, is_one_image, orientation, size_bound
-from ._profile import Profile, read_statistics
+from ._profile import Profile, Totals, read_statistics
 from ._results import Classification, Hit, Release, Segmentation, pick_release, read_hits, read_releases
 from ._retries import Tries
 from ._url import ServerURL, parse_url
@@ -293,14 +293,31 @@ class BaseClient(Generic[W]):
         side = int(release.facts.get("preprocess", {}).get("size", 224))
         image = Image.radial_gradient("L").resize((side, side)).convert("RGB")
         yield from BaseClient.embed_images(self, [image])  # connects and warms up
-        statistics = [partial(Request, "statistics", "")]
-        [before] = yield statistics
+        before = yield from BaseClient.statistics(self)
         start = time.perf_counter()
         for _ in range(requests):
             yield from BaseClient.embed_images(self, [image])
         spent = time.perf_counter() - start
-        [after] = yield statistics
-        return Profile.between(read_statistics(before), read_statistics(after), spent, requests)
+        after = yield from BaseClient.statistics(self)
+        return Profile.between("embed_image", before, after, spent, requests)
+
+    @call
+    def statistics(self, *, timeout: float | None = None) -> Answer[Totals]:
+        """What the server has done since its start, by model: a dict of numbers.
+
+        `count` of answered requests, `executions` of batches, and the nanoseconds that requests spent in `queue` and in
+        `compute`.
+
+        Args:
+            timeout: seconds for the request; None for the client's own.
+
+        Raises:
+            RAdapterClientError: also where a gateway answers, which keeps the statistics of the server closed.
+
+        Example: `client.statistics()["classify"]["count"]`
+        """
+        [found] = yield [partial(Request, "statistics", "")]
+        return read_statistics(found)
 
     # What the methods share
 

@@ -44,29 +44,35 @@ class Profile:
         return "\n".join(f"{name:<24}{value:9.2f} ms" for name, value in lines)
 
     @classmethod
-    def between(cls, before: Totals, after: Totals, seconds: float, requests: int) -> Profile:
-        """From the totals of task and encoder before and after `requests` requests that took `seconds` in all."""
+    def between(cls, task: str, before: Totals, after: Totals, seconds: float, requests: int) -> Profile:
+        """From the server's totals before and after `requests` requests of a task that took `seconds` in all."""
+
+        def more(model: str, kind: str) -> float:
+            return after[model][kind] - before.get(model, {}).get(kind, 0)
 
         def mean(model: str, kind: str) -> float:
-            counts, start = after.get(model, {}), before.get(model, {})
-            count = counts.get("count", 0) - start.get("count", 0)
-            return (counts[kind] - start.get(kind, 0)) / count / 1e6 if count else 0.0
+            """Of a request of the task, in ms; of what the task calls, as much as one of its batches waits for it."""
+            per = more(task, "count" if model == task else "executions")
+            return more(model, kind) / per / 1e6 if per else 0.0
 
         total = seconds / requests * 1e3
-        encoder, encoder_queue = mean("image_encoder", "compute"), mean("image_encoder", "queue")
-        queue = mean("embed_image", "queue") + encoder_queue
-        # The task waits for its encoder, so the encoder's time is inside the task's.
-        task = max(0.0, mean("embed_image", "compute") - encoder - encoder_queue)
-        return cls(total, max(0.0, total - queue - task - encoder), queue, task, encoder, requests)
+        called = [model for model in after if model != task] if task in after else []
+        encoder = sum(mean(model, "compute") for model in called if model.endswith("_encoder"))
+        waiting = sum(mean(model, "queue") for model in called)
+        queue, work = (mean(task, kind) if task in after else 0.0 for kind in ("queue", "compute"))
+        # The task waits for what it calls, so their time is inside the task's.
+        own = max(0.0, work - encoder - waiting)
+        return cls(total, max(0.0, total - queue - waiting - own - encoder), queue + waiting, own, encoder, requests)
 
 
 def read_statistics(statistics: Mapping[str, Any]) -> Totals:
-    """Per model, over its versions: requests answered, and nanoseconds in queue and compute."""
+    """By model, over its versions: requests answered, batches run, and nanoseconds in queue and compute."""
     totals: Totals = {}
     for model in statistics.get("model_stats", []):
         counters = model.get("inference_stats", {})
-        total = totals.setdefault(model["name"], {"count": 0, "queue": 0, "compute": 0})
+        total = totals.setdefault(model["name"], {"count": 0, "executions": 0, "queue": 0, "compute": 0})
         total["count"] += int(counters.get("success", {}).get("count", 0))
+        total["executions"] += int(model.get("execution_count", 0))
         total["queue"] += int(counters.get("queue", {}).get("ns", 0))
         total["compute"] += sum(int(counters.get(kind, {}).get("ns", 0)) for kind in COMPUTE)
     return totals

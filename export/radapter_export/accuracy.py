@@ -9,15 +9,18 @@ from pathlib import Path
 
 from radapter_serve.adapter import Metadata
 from radapter_serve.clip.base import Base
+from radapter_serve.data.held_out import OtherImages
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder
 from radapter_serve.evaluation.evaluate import evaluate
-from radapter_serve.evaluation.evaluation_set import EvaluationSet
+from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known
+from radapter_serve.evaluation.metrics import check_finite
 from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
 from radapter_serve.evaluation.run import own_validation
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.torch_embedder import as_it_is
 from radapter_serve.inputs.mask_crop import MaskCrop
+from radapter_serve.tasks.label_embeddings import LabelSet
 
 MOST = 2000  # images at most: one is 0.05 points then
 NONE = "none"
@@ -28,7 +31,7 @@ class Accuracy:
     """A metric of the task in per cent, by torch with adapters attached and by the encoders of a release.
 
     Attributes:
-        dataset: what was judged by.
+        dataset: what they were evaluated on.
         n: its images.
         metric: such as `acc1`.
         torch, release: its two values.
@@ -45,7 +48,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Validation:
-    """Data that releases are judged by before they are put in place.
+    """Data that releases are evaluated on before they are put in place.
 
     Attributes:
         data: opened.
@@ -64,7 +67,7 @@ class Validation:
         crop: MaskCrop,
         say: Callable[[str], None],
     ) -> Accuracy:
-        """Judge one release.
+        """Evaluate one release.
 
         Args:
             base: with adapters attached and set to `alpha`.
@@ -82,10 +85,13 @@ class Validation:
             "torch": as_it_is(base, alpha, templates, crop=crop),
             "release": ReleaseEmbedder(str(repository)),
         }
+        known: dict[tuple[str, float | None], Known] = {("release", alpha): _label_embeds(repository)}
         for name, embedder in embedders.items():
+            say(f"{entry.data}: embedding its texts by {name}")
             (row,) = evaluate(
                 embedder,
                 self.data,
+                known=known,
                 progress=lambda done, n, by=name: say(f"{entry.data}: {done} of {n} images by {by}"),  # type: ignore[misc]
             )
             values[name] = round(100 * row["metrics"][entry.metric], 3)
@@ -99,10 +105,20 @@ class Validation:
         return Accuracy(entry.data, len(self.data), entry.metric, drop=drop, **values)
 
 
+def _label_embeds(repository: Path) -> Known:
+    """What the label sets of the one release in a repository hold: 80 templates of 1,000 labels take minutes."""
+    sets = [LabelSet.load(path) for path in repository.glob("classify/*/label_sets/*.npz")]
+    return {
+        (of.templates, line): embed
+        for of in sets
+        for line, embed in zip(of.lines, check_finite(of.embeds), strict=True)
+    }
+
+
 def open_validation(
     metadata: Metadata, data: str | None, way: str | None, precision: str, max_drop: float
 ) -> Validation | None:
-    """Open the data that releases are to be judged by.
+    """Open the data that releases are to be evaluated on.
 
     Args:
         metadata: of the adapter, whose recipe says which columns and classes the data has.
@@ -113,7 +129,7 @@ def open_validation(
         max_drop: points that a release may lose.
 
     Raises:
-        RAdapterError: the data that was asked for can't be read.
+        RAdapterError: the data that was asked for can't be read; the images that training held out are others now.
     """
     own = data is None
     has_own = metadata.recipe.get("val_data") or metadata.recipe.get("val_fraction")
@@ -125,6 +141,8 @@ def open_validation(
         entry = dataclasses.replace(entry, dense=way or PROPOSALS)
     try:
         return Validation(open_set(suite, entry, limit=MOST), max_drop)
+    except OtherImages:
+        raise
     except RAdapterError:
         if own:
             return None

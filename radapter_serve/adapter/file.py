@@ -70,6 +70,8 @@ class Metadata:
         classes: names of the classes that it was trained on, in the order of the labels and as a label file has them:
             synonyms after commas. A name may occur twice, for two classes. None where the task has no classes, and in
             files of earlier releases.
+        held_out: digest of the names of the images that `val_fraction` held out of training, see `held_out_digest`;
+            None where it held none out.
     """
 
     architecture: Text
@@ -82,6 +84,7 @@ class Metadata:
     recipe: Recipe = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     classes: Annotated[list[Text], Field(min_length=1)] | None = None
+    held_out: Text | None = None
     format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)] = FORMAT_VERSION
 
 

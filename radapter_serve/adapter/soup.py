@@ -52,7 +52,11 @@ def average_adapters(adapters: Sequence[Adapter], weights: Sequence[float] | Non
             layers = [(weight, adapter.layer(key)) for weight, adapter in weighted]
             tensors[f"{key}.up"] = torch.cat([weight * layer["up"].float() for weight, layer in layers], dim=1)
             tensors[f"{key}.down"] = torch.cat([layer["down"].float() for _, layer in layers])
-    return Adapter(tensors, dataclasses.replace(first.metadata, rank=rank, metrics={}))
+    metadata = dataclasses.replace(first.metadata, rank=rank, metrics={})
+    if any(other.metadata.held_out != metadata.held_out for other in others):  # what one held out, another learned
+        recipe = {name: value for name, value in metadata.recipe.items() if name != "val_fraction"}
+        metadata = dataclasses.replace(metadata, held_out=None, recipe=recipe)
+    return Adapter(tensors, metadata)
 
 
 def _check_same_base(first: Adapter, other: Adapter, number: int) -> None:

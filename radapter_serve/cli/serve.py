@@ -15,9 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from radapter_serve.cli import run
+from radapter_serve.cli.release import no_digests
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import Release
 from radapter_serve.server.runtime_choice import BATCHES, fastest
+from radapter_serve.server.supervisor import Supervisor
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.signals import handled
 
@@ -33,14 +35,19 @@ def serve(
     indexes: Path = Path("indexes"),
     runtime: Literal["onnxruntime", "openvino", "tensorrt", "auto"] | None = None,
     threads: int | None = None,
+    instances: tuple[str, ...] = ("2",),
     timeout: float = 120.0,
+    drain_seconds: int = 10,
+    trust_network: bool = False,
     verbose: bool = False,
 ) -> None:
     """Serve a model repository, made by radapter-export, until Ctrl-C. A new export is served after a restart.
 
+    What dies meanwhile, tritonserver or the process of a model, is started again.
+
     Args:
         model_repository: folder to serve; --model-repository PATH says the same.
-        host: address or name to listen on; anything but loopback lets others in, and Triton asks nobody for a password.
+        host: address or name to listen on; anything but loopback needs --trust-network.
         http_port: port of the HTTP endpoint.
         grpc_port: port of the gRPC endpoint.
         metrics_port: port of the Prometheus metrics.
@@ -48,7 +55,11 @@ def serve(
         runtime: what runs the encoders, once it is checked against torch's embeddings; auto takes the fastest on this
             machine; as exported if none is given.
         threads: how many threads compute in an encoder, shared by its instances; one a core if none is given.
-        timeout: seconds to wait until all models are ready.
+        instances: processes of each task, so that a slow request does not hold up the others: a number for all, and
+            TASK=NUMBER for one, such as: 2 segment=4.
+        timeout: seconds to wait until all models answer.
+        drain_seconds: how long calls under way may take when the server is stopped.
+        trust_network: let whoever can reach --host use the server, for Triton asks nobody for a password.
         verbose: show Triton's own messages.
     """
     console = Console(stderr=True)
@@ -60,15 +71,12 @@ def serve(
         indexes=indexes,
         runtime=runtime,
         threads=threads,
+        instances=instances,
         timeout=timeout,
+        drain_seconds=drain_seconds,
+        trust_network=trust_network,
         verbose=verbose,
     )
-    if not server.loopback:
-        console.print(
-            f"[bold yellow]Note:[/] listening on {server.host}, others can reach this server. Triton has no "
-            "authentication: whoever reaches it may use its models and read its statistics and metrics. "
-            "Put a proxy that checks users in front."
-        )
     # kill, systemd, Kubernetes and a closed terminal stop it in order, as Ctrl-C does.
     with handled(lambda *_: sys.exit(0), signal.SIGTERM, signal.SIGHUP):
         try:
@@ -77,10 +85,14 @@ def serve(
             else:
                 with console.status("starting") as status:
                     server.start(lambda line: status.update(f"{escape(line)} ..."))
+            if server.unchecked:
+                console.print(f"[bold yellow]Note:[/] {no_digests(server.unchecked)}")
             if server.measured:
                 _show_measured(server)
+            if server.warning:
+                print(f"{PROG}: warning: {server.warning}", file=sys.stderr)
             _show(server)
-            server.wait()
+            Supervisor(server, lambda line: print(f"{PROG}: {line}", file=sys.stderr, flush=True)).run()
         except KeyboardInterrupt:
             print("stopping ...", file=sys.stderr)
         finally:

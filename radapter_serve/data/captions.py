@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from radapter_serve.data.rows import BrokenImage, ImageColumn, open_rows, share_of, value_at
+from radapter_serve.data.rows import BrokenImage, ImageColumn, image_source, open_rows, share_of, value_at
 from radapter_serve.errors import RAdapterError
 
 _BLOCK = 1000  # rows in memory at once
@@ -147,9 +147,8 @@ def load_captioned(
 
 def image_identity(value: Any) -> str:
     """A digest that tells an image from others: of its bytes where the column holds them, else of its path."""
-    if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else value["path"]
-    return hashlib.sha256(value if isinstance(value, bytes) else str(value).encode()).hexdigest()
+    source = image_source(value)
+    return hashlib.sha256(source if isinstance(source, bytes) else source.encode()).hexdigest()
 
 
 def _texts(value: Any) -> tuple[str, ...]:

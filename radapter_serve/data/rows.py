@@ -180,6 +180,13 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
     return rows, folder
 
 
+def image_source(value: Any) -> bytes | str:
+    """What the column of the images holds of one: the bytes of its file, else its path."""
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value["path"]
+    return value if isinstance(value, bytes) else str(value)
+
+
 def share_of(count: int, fraction: float) -> int:
     """How many of so many images are held out: one at least, where one is left."""
     return min(count - 1, max(1, round(fraction * count))) if count else 0

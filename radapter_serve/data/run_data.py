@@ -1,4 +1,4 @@
-"""The data of a run, opened as its recipe says, so that training and later judging see the same validation data."""
+"""The data of a run, opened as its recipe says, so that training and later evaluation see the same validation data."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from radapter_serve.data.classes import refuse_wordnet_ids
 from radapter_serve.data.labelled import Labelled, class_split, load_labelled
 from radapter_serve.data.masked import load_masked
 from radapter_serve.data.masks import Masked
+from radapter_serve.errors import RAdapterError
 
 Images = Labelled | Captioned | Masked
 
@@ -44,8 +45,9 @@ def validation_data(
 
     Args:
         recipe, broken: as of `run_data`.
-        classes: the run's, in their order. Each image is judged among all of them, whether or not the data has an image
-            of each; further classes of the data stand behind them. None takes the data's own.
+        classes: the run's, in their order. Each image is classified among all of them, whether or not the data has an
+            image of each; further classes of labelled images stand behind them, and those of masks must be the same.
+            None takes the data's own.
 
     Returns:
         The data, or None where the recipe has none.
@@ -56,7 +58,18 @@ def validation_data(
     val = _open(recipe, recipe["val_data"], broken) if recipe.get("val_data") else run_data(recipe, broken)[1]
     if isinstance(val, Labelled) and classes is not None:
         return val.among(classes, alone=recipe.get("class_split", "all") != "all")
+    if isinstance(val, Masked) and classes is not None:
+        _check_classes(val.classes, classes, recipe.get("val_data") or recipe["data"])
     return val
+
+
+def _check_classes(own: Sequence[str], classes: Sequence[str], place: str) -> None:
+    for entries, others, has, lacks in ((own, classes, place, "the run"), (classes, own, "the run", place)):
+        if more := [entry for entry in entries if entry not in others]:
+            raise RAdapterError(
+                f"{has} has the class {more[0]!r}, which {lacks} has not ({len(more)} of {len(entries)}); "
+                f"name one class file for both, with --classes FILE"
+            )
 
 
 def _open(recipe: Mapping[str, Any], spec: str, broken: list[str] | None, *, training: bool = False) -> Images:

@@ -188,7 +188,9 @@ def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
     recipe = {**metadata.recipe, "task": metadata.task}
     if data is not None:
         recipe |= {"val_data": data}
-    held_out = f"{recipe.get('val_fraction')} of {recipe.get('data')}" if recipe.get("val_fraction") else ""
+    held_out = (
+        f"{recipe['val_fraction']} of {recipe['data']}" if recipe.get("val_fraction") and recipe.get("data") else ""
+    )
     place = recipe.get("val_data") or held_out
     if not place:
         raise RAdapterError(

@@ -22,13 +22,15 @@ from radapter_serve.data import (
     refuse_wordnet_ids,
     validation_data,
 )
+from radapter_serve.data.held_out import check_held_out
 from radapter_serve.data.masked import load_masked
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, drawn
 from radapter_serve.evaluation.image_sets import ClassificationSet, Image, RetrievalSet
 from radapter_serve.evaluation.karpathy import load_karpathy
 from radapter_serve.evaluation.segmentation import SegmentationSet
-from radapter_serve.evaluation.suite import Entry, Suite, read_yaml
+from radapter_serve.evaluation.suite import Entry, Suite
+from radapter_serve.files import read_yaml
 from radapter_serve.inputs.labels import split_label
 
 _READERS = (*READERS, "masks", "coco", "karpathy")
@@ -46,10 +48,10 @@ def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int 
     Raises:
         RAdapterError: the data, a class file or a template file can't be read, or they do not match.
     """
+    if suite.run is not None:
+        return _own_set(suite.run, entry, limit, seed)
     spec = _below(suite.data_root, entry.data)
     try:
-        if suite.run is not None:
-            return _own_set(suite.run, entry, limit, seed)
         if entry.task == "retrieval":
             return _retrieval_set(suite, entry, spec, limit, seed)
         if entry.task == "segmentation":
@@ -125,6 +127,8 @@ def _own_set(run: Metadata, entry: Entry, limit: int | None, seed: int) -> Evalu
     """The validation data of a run, as training opened it."""
     data = validation_data(run.recipe, run.classes, broken=[])
     assert data is not None  # as own_validation has seen
+    if run.held_out is not None and not run.recipe.get("val_data"):
+        check_held_out(data, run.held_out, run.recipe["data"])
     if isinstance(data, Masked):
         images = [data.images[index] for index in drawn(len(data.images), limit, seed)]
         return SegmentationSet(entry, images, data.classes, None)

@@ -15,15 +15,23 @@ class Endpoints:
     Args:
         host: address or name to listen on.
         http_port, grpc_port, metrics_port: 1 to 65535, all different.
+        trust_network: whether other machines may reach the server.
 
     Raises:
-        RAdapterError: an unknown host.
+        RAdapterError: an unknown host, or one that other machines can reach though the network is not trusted.
     """
 
-    def __init__(self, host: str, http_port: int, grpc_port: int, metrics_port: int) -> None:
+    def __init__(
+        self, host: str, http_port: int, grpc_port: int, metrics_port: int, *, trust_network: bool = False
+    ) -> None:
         self.host = address_of(host)
         self.http_port, self.grpc_port, self.metrics_port = http_port, grpc_port, metrics_port
         self._v6 = ":" in self.host
+        if not (self.loopback or trust_network):
+            raise RAdapterError(
+                f"--host {host} lets other machines in, and Triton asks nobody for a password: leave --host out and "
+                "put radapter-gateway in front, or add --trust-network if you trust all who can reach this address"
+            )
 
     @property
     def loopback(self) -> bool:

@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from radapter_serve.environment import INDEXES
+from radapter_serve.server.control import SECRET_HEADER
 from radapter_serve.server.installation import Installation
 from radapter_serve.server.processes import shm_prefix
 from radapter_serve.threads import environment
 
-EXIT_TIMEOUT = 5
-SECRET_HEADER = "radapter-secret"
 # What a caller could read or change the server's memory, files and log by; open to who sends the secret of this server.
 _RESTRICTED = "shared-memory,model-repository,trace,logging"
 _RESTRICTING = ("http-restricted-api", "grpc-restricted-protocol")
@@ -28,7 +27,15 @@ def lay_out(
     models: Mapping[str, Sequence[int]],
     configs: Mapping[str, str],
 ) -> None:
-    """Fill a server's folder with links to its backends and models, and with the configs that this machine needs."""
+    """Fill a server's folder with links to its backends and models, and with the configs that this machine needs.
+
+    Args:
+        folder: of the server.
+        installation: its backends.
+        repository: the model repository.
+        models: what to serve, and its versions.
+        configs: the text of each model's config.pbtxt.
+    """
     backends, served = folder / "backends", folder / "models"
     backends.mkdir()
     installation.assemble(backends)
@@ -36,9 +43,6 @@ def lay_out(
     served.mkdir()
     for name, versions in models.items():
         source, target = repository / name, served / name
-        if name not in configs:
-            target.symlink_to(source)
-            continue
         target.mkdir()
         (target / "config.pbtxt").write_text(configs[name], encoding="utf-8")
         for version in versions:
@@ -46,21 +50,35 @@ def lay_out(
 
 
 def command_line(
-    folder: Path, installation: Installation, endpoint_flags: Sequence[str], secret: str, version_compatible: bool
+    folder: Path,
+    installation: Installation,
+    endpoint_flags: Sequence[str],
+    secret: str,
+    *,
+    exit_timeout: int,
+    version_compatible: bool,
 ) -> list[str]:
-    """The program and its arguments, for a folder that `lay_out` filled; `secret` opens what callers may not reach."""
+    """The program and its arguments, but for the models to load, for a folder that `lay_out` filled.
+
+    Args:
+        folder: of the server.
+        installation: what to start.
+        endpoint_flags: where it listens.
+        secret: opens what callers may not reach.
+        exit_timeout: seconds that it waits for calls under way when it is stopped.
+        version_compatible: whether engines of TensorRT bring a runtime of their own, code that must be allowed.
+    """
     arguments = [
         str(installation.binary),
         f"--model-repository={folder / 'models'}",
         f"--backend-directory={folder / 'backends'}",
         *([f"--cache-directory={installation.caches}"] if installation.caches else []),
         *endpoint_flags,
-        "--model-control-mode=none",  # explicit takes models, and with them code, from whoever asks
+        "--model-control-mode=explicit",  # which takes models, and with them code, from whoever has the secret
         *(f"--{flag}={_RESTRICTED}:{SECRET_HEADER}={secret}" for flag in _RESTRICTING),
         "--disable-auto-complete-config",  # configs of an export are complete; this halves the start
-        f"--exit-timeout-secs={EXIT_TIMEOUT}",
+        f"--exit-timeout-secs={exit_timeout}",
         f"--backend-config=python,shm-region-prefix-name={shm_prefix(folder)}",
-        # Such a plan brings a runtime of its own, code that Triton runs only if it is told to.
         *(["--backend-config=tensorrt,version-compatible=true"] if version_compatible else []),
     ]
     return [sys.executable, "-I", "-S", "-c", _LAUNCHER, *arguments]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
+import signal
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER_PREFIX = "radapter-serve-"
@@ -43,13 +46,71 @@ def remove_leftovers() -> None:
                 os.close(lock)
 
 
-def children(parent: int) -> dict[int, tuple[str, str]]:
-    """State ("Z": dead) and first argument of the processes that `parent` started, by process id."""
+@dataclass(frozen=True)
+class Process:
+    """A process as the kernel sees it now.
+
+    Attributes:
+        state: one letter: "Z" is dead and not yet collected, "T" is stopped by a signal.
+        ticks: of the processor's time that it has used, 100 a second.
+        status: how it ended, as `os.waitpid` gives it; 0 while it runs.
+        argument: the first argument of its command line.
+    """
+
+    state: str
+    ticks: int = 0
+    status: int = 0
+    argument: str = ""
+
+    @classmethod
+    def of(cls, pid: int) -> Process:
+        """The process of a number.
+
+        Raises:
+            OSError: there is none.
+        """
+        # Counted from the state on, which is field 3: proc(5).
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        argument = arguments[1].decode(errors="replace") if len(arguments) > 1 else ""
+        return cls(fields[0], int(fields[11]) + int(fields[12]), int(fields[49]), argument)
+
+    @property
+    def model(self) -> tuple[str, int] | None:
+        """Name and version of the model that it runs: its argument is .../MODEL/VERSION/model.py."""
+        found = re.search(r"([^/]+)/(\d+)/[^/]+$", self.argument)
+        return (found[1], int(found[2])) if found else None
+
+
+def children(parent: int) -> dict[int, Process]:
+    """The processes that `parent` started, by their numbers."""
     found = {}
     for task in Path(f"/proc/{parent}/task").glob("*/children"):
         with contextlib.suppress(OSError):  # threads and processes come and go
             for pid in map(int, task.read_text().split()):
-                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-                arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                found[pid] = state, arguments[1].decode() if len(arguments) > 1 else ""
+                found[pid] = Process.of(pid)
     return found
+
+
+def how_it_ended(status: int, *, short_of_memory: bool) -> str:
+    """Why a process died, for people.
+
+    Args:
+        status: as `os.waitpid` gives it.
+        short_of_memory: whether the kernel killed processes for want of memory at that time.
+    """
+    code = os.waitstatus_to_exitcode(status)
+    if code == -signal.SIGKILL and short_of_memory:
+        return "the kernel killed it, because memory ran out"
+    if code < 0:
+        return f"it was killed by {signal.Signals(-code).name}"
+    return f"it ended by itself with status {code}"
+
+
+def killed_for_memory() -> int:
+    """How many processes the kernel of this machine has killed for want of memory."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0

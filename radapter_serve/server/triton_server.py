@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import secrets
@@ -14,24 +13,25 @@ import socket
 import subprocess
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.repository import AUTO, RUNTIMES, versions_of
+from radapter_serve.release.integrity import check
+from radapter_serve.release.repository import AUTO, RUNTIMES, newest_export, versions_of
+from radapter_serve.server.control import Control
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.installation import Installation, find_tritonserver
-from radapter_serve.server.launch import EXIT_TIMEOUT, SECRET_HEADER, command_line, lay_out, server_environment
-from radapter_serve.server.processes import FOLDER_PREFIX, children, hide_shared_memory, remove, remove_leftovers
-from radapter_serve.server.runtime_choice import Configured, Measured, configure
+from radapter_serve.server.instances import check_shared_memory, counts, with_instances
+from radapter_serve.server.launch import command_line, lay_out, server_environment
+from radapter_serve.server.probe import warm_up
+from radapter_serve.server.processes import FOLDER_PREFIX, hide_shared_memory, remove, remove_leftovers
+from radapter_serve.server.runtime_choice import Measured, configure
+from radapter_serve.server.watch import SERVER, Death, Watch
 from radapter_serve.signals import handled
 from radapter_serve.threads import total
-
-# A proxy of the environment is not for this machine.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def free_ports() -> tuple[int, int, int]:
@@ -66,7 +66,7 @@ class TritonServer(Endpoints):
     The server ends with the thread that started it, so that a killed program leaves none behind.
 
     It serves what it finds at its start, and no caller can load a model into it: that would let him run his own code.
-    A new export is served after a restart.
+    A new export is served after a restart. `Supervisor` keeps it up.
 
     Args:
         model_repository: folder that radapter-export has filled.
@@ -78,13 +78,24 @@ class TritonServer(Endpoints):
         runtime: that runs the encoders, once it is checked to compute what torch computed: onnxruntime, openvino or
             tensorrt; auto measures and takes the fastest. As exported if None.
         threads: that compute in an encoder, shared by its instances; one a core if None.
-        timeout: seconds to wait until every model is ready.
+        instances: processes of the tasks, each a number for all or TASK=NUMBER; where a task is not named, as its
+            config says, which is one. With two, a slow request does not hold up all others of its task.
+        timeout: seconds to wait until every model answers.
+        drain_seconds: that calls under way may take when the server is stopped.
+        trust_network: whether everybody who can reach a host beyond loopback may use the server.
         log: file for the server's messages; None keeps them for the report of a failure only.
         verbose: let the server write its messages to this process's stderr instead.
 
+    Attributes:
+        control: asks Triton itself, while it runs.
+        models: what is served, and its versions.
+        measured: what `runtime="auto"` found.
+        warning: what a user should know of this machine, or None.
+
     Raises:
-        RAdapterError: an unknown host or runtime, a time-out or threads that are none; at `start` (or on entering): no
-            server, no release, a port in use, a runtime that is not right here, or a model that does not load.
+        RAdapterError: an unknown host or runtime, a time-out or threads that are none, or a network that is not
+            trusted; at `start` (or on entering): no server, no release, a port in use, a runtime that is not right
+            here, or a model that does not load or does not answer.
     """
 
     def __init__(
@@ -98,114 +109,122 @@ class TritonServer(Endpoints):
         indexes: str | Path = "indexes",
         runtime: str | None = None,
         threads: int | None = None,
+        instances: Sequence[str] = (),
         timeout: float = 120.0,
+        drain_seconds: int = 10,
+        trust_network: bool = False,
         log: str | Path | None = None,
         verbose: bool = False,
     ) -> None:
-        super().__init__(host, http_port, grpc_port, metrics_port)
+        super().__init__(host, http_port, grpc_port, metrics_port, trust_network=trust_network)
         self.model_repository = Path(model_repository).resolve()
         self.indexes = Path(indexes).resolve()
         if not timeout > 0:
             raise RAdapterError(f"--timeout is {timeout:g}; allowed are seconds above 0")
+        if drain_seconds < 1:
+            raise RAdapterError(f"--drain-seconds is {drain_seconds}; allowed are whole seconds from 1")
         if runtime not in (None, AUTO, *RUNTIMES):
             raise RAdapterError(f"--runtime is {runtime}; allowed are {', '.join((*RUNTIMES, AUTO))}")
         if threads is not None and threads < 1:
             raise RAdapterError(f"--threads is {threads}; allowed are 1 and more")
-        self._timeout, self._log, self._verbose = timeout, Path(log) if log else None, verbose
+        self._timeout, self._drain_seconds = timeout, drain_seconds
+        self._log, self._verbose = Path(log) if log else None, verbose
+        self._runtime, self.threads = runtime, threads or total()
+        self._instances = counts(instances)
+        self._secret = secrets.token_hex(32)
+        self.control = Control(self.http_url, self._secret)
         self._process: subprocess.Popen[bytes] | None = None
+        self._watch: Watch | None = None
         self._folder: Path | None = None
         self._lock: int | None = None
-        self._dead: set[int] = set()
-        self._stubs: dict[int, str] = {}
-        self._runtime, self.threads = runtime, threads or total()
-        self._secret = secrets.token_hex(32)
+        self._command: list[str] = []
+        self._environment: dict[str, str] = {}
         self.measured: list[Measured] = []
+        self.unchecked: list[int] = []  # releases without digests
         self.models: dict[str, list[int]] = {}
+        self.warning: str | None = None
 
     def start(self, progress: Callable[[str], None] = lambda line: None) -> TritonServer:
-        """Start the server and wait until all its models are ready.
+        """Start the server and wait until all its tasks have answered once.
 
         Args:
             progress: called with a short line before each step that takes long.
         """
         self.models = models_of(self.model_repository)
         self.check_ports()
+        self.unchecked = check(self.model_repository, newest_export(self.model_repository), progress)
         installation = find_tritonserver()
         remove_leftovers()
         configured = configure(self.model_repository, self._runtime, self.threads, installation, progress)
         self.measured = configured.measured
+        configs = {name: configured.configs.get(name) or self._config(name) for name in self.models}
+        configs = with_instances(configs, self._instances)
+        self.warning = check_shared_memory(configs, self.models, installation.in_python)
         progress(f"starting tritonserver for {self.model_repository}")
         try:
-            try:
-                self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
-                self._lock = os.open(self._folder, os.O_RDONLY)
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
-                self._launch(installation, self._folder, configured)
-            except OSError as error:
-                why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
-                raise RAdapterError(
-                    f"cannot write into {tempfile.gettempdir()}: {why}; free some space, or set TMPDIR to another"
-                ) from None
-            self._wait_until_ready()
-            hide_shared_memory(self._folder)
-            self.models = self._served()
-            self.check()
+            self._lay_out(installation, configs, configured.version_compatible)
+            self._run("wb")
         except BaseException:
             self.stop()
             raise
         return self
 
-    def wait(self) -> None:
-        """Wait until the server ends, which it does not by itself.
+    def restart(self) -> None:
+        """Start tritonserver again, with the same models and settings, whatever has become of it.
 
         Raises:
-            RAdapterError: the server, or the process of one of its models, is gone.
+            RAdapterError: it does not start.
         """
-        while True:
-            self.check()
-            time.sleep(1)
+        self._kill()
+        self._run("ab")
+
+    def reload(self, model: str) -> None:
+        """Start the processes of a model again; what they had begun fails, and the other models go on.
+
+        Raises:
+            RAdapterError: it does not load.
+        """
+        self.control.unload(model)
+        self.control.load(model, timeout=self._timeout)
+        self.models = self.control.serving()
+
+    def deaths(self) -> list[Death]:
+        """What has died since this was last asked; to be asked now and then, for Triton does not look by itself."""
+        if self._watch is None:
+            return [Death(SERVER, "it was not started, or it was stopped")]
+        deaths = self._watch.look()
+        if self._process is not None and (self._process.poll() or -1) >= 0:  # no signal: its log says why
+            return [Death(SERVER, f"{death.why}: {self._reason()}") for death in deaths]
+        return deaths
 
     def check(self) -> None:
-        """Look after the server; to be called now and then, for Triton does not restart a model's process that died.
+        """Look after the server, for who does not leave that to a `Supervisor`.
 
         Raises:
             RAdapterError: the server, or the process of one of its models, is gone.
         """
-        process = self._process
-        if process is not None and process.poll() == -signal.SIGSEGV:
-            raise RAdapterError(
-                "tritonserver ended by a segmentation fault, as a request of 4 MiB and more causes without the header "
-                "Content-Type: application/json; start it again: radapter-serve"
-            )
-        if process is None or process.poll() is not None:
-            raise RAdapterError(f"tritonserver ended by itself: {self._reason()}")
-        found = children(process.pid)
-        dead = {pid for pid, (state, _) in found.items() if state == "Z"}
-        # The process of a model that is unloaded is dead for a moment, too.
-        if gone := dead & self._dead:
-            names = sorted({self._stubs.get(pid, str(pid)) for pid in gone})
-            raise RAdapterError(
-                f"the process of {', '.join(names)} died (killed? out of memory?) and Triton cannot replace it; "
-                "start the server again: radapter-serve"
-            )
-        self._dead = dead
-        for pid, (_, argument) in found.items():
-            # .../MODEL/VERSION/model.py; for a moment the child is still a shell.
-            if match := re.search(r"([^/]+)/(\d+)/[^/]+$", argument):
-                self._stubs[pid] = f"{match[1]} version {match[2]}"
+        for death in self.deaths():
+            raise RAdapterError(f"{death}; start the server again: radapter-serve")
+
+    def ticks(self, models: Collection[str]) -> int:
+        """The processor's time that the processes of models have used, in hundredths of a second."""
+        return self._watch.ticks(models) if self._watch is not None else 0
+
+    def kill(self, name: str) -> None:
+        """End the processes of a model, or tritonserver itself, at once."""
+        if self._watch is not None:
+            self._watch.kill(name)
 
     def stop(self) -> None:
         """Stop the server and all its processes; nothing of it stays, in /dev/shm, /tmp or the model repository."""
         # What stops already must not be cut short by a second Ctrl-C.
         with handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            process, self._process = self._process, None
+            process = self._process
             if process is not None:
                 process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(EXIT_TIMEOUT + 5)
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                    process.wait(self._drain_seconds + 5)
+            self._kill()
             for cache in self.model_repository.glob("*/*/__pycache__"):  # the stub knows no PYTHONDONTWRITEBYTECODE
                 shutil.rmtree(cache, ignore_errors=True)
             if self._folder is not None:
@@ -213,7 +232,6 @@ class TritonServer(Endpoints):
             if self._lock is not None:
                 os.close(self._lock)
             self._folder = self._lock = None
-            self._dead, self._stubs = set(), {}
 
     def __enter__(self) -> TritonServer:
         return self.start()
@@ -223,50 +241,72 @@ class TritonServer(Endpoints):
     ) -> None:
         self.stop()
 
-    def _launch(self, installation: Installation, folder: Path, configured: Configured) -> None:
-        lay_out(folder, installation, self.model_repository, self.models, configured.configs)
+    def _config(self, model: str) -> str:
+        return (self.model_repository / model / "config.pbtxt").read_text(encoding="utf-8")
+
+    def _lay_out(self, installation: Installation, configs: Mapping[str, str], version_compatible: bool) -> None:
+        """Make the server's folder, and what tritonserver is started with."""
+        try:
+            folder = self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+            self._lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            lay_out(folder, installation, self.model_repository, self.models, configs)
+        except OSError as error:
+            why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
+            raise RAdapterError(
+                f"cannot write into {tempfile.gettempdir()}: {why}; free some space, or set TMPDIR to another"
+            ) from None
+        self._command = command_line(
+            folder,
+            installation,
+            self.flags(),
+            self._secret,
+            exit_timeout=self._drain_seconds,
+            version_compatible=version_compatible,
+        )
+        self._environment = server_environment(installation, folder, self.indexes, self.threads)
+
+    def _run(self, mode: Literal["wb", "ab"]) -> None:
+        """Start the process, and wait until all tasks have answered; `mode` begins its log or adds to it."""
+        assert self._folder is not None
         with contextlib.ExitStack() as stack:
             try:
-                output = None if self._verbose else stack.enter_context(self._messages.open("wb"))
+                output = None if self._verbose else stack.enter_context(self._messages.open(mode))
             except OSError as error:
                 raise RAdapterError(f"cannot write the log {self._messages}: {error.strerror}") from None
             self._process = subprocess.Popen(
-                command_line(folder, installation, self.flags(), self._secret, configured.version_compatible),
-                env=server_environment(installation, folder, self.indexes, self.threads),
+                [*self._command, *(f"--load-model={model}" for model in self.models)],
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,
-                cwd=folder,  # a model's process imports from the current folder first
+                cwd=self._folder,  # a model's process imports from the current folder first
+                umask=0o077,  # nobody else reads its memory in /dev/shm
                 start_new_session=True,  # Ctrl-C reaches this process only, which then stops the server in order
             )
-
-    def _wait_until_ready(self) -> None:
+        self._watch = Watch(self._process)
         deadline = time.monotonic() + self._timeout
-        while not self._ready():
-            if self._process is None or self._process.poll() is not None:
+        while not self.control.is_ready():
+            if self._process.poll() is not None:
                 raise RAdapterError(f"tritonserver did not start: {self._reason()}")
             if time.monotonic() > deadline:
                 raise RAdapterError(
                     f"tritonserver was not ready after {self._timeout:g} s: {self._reason()}; allow more with --timeout"
                 )
             time.sleep(0.05)
+        hide_shared_memory(self._folder)
+        self.models = self.control.serving()  # a config may leave versions of the folder out
+        warm_up(self.control, self.models, max(1.0, deadline - time.monotonic()))
+        self.check()
 
-    def _served(self) -> dict[str, list[int]]:
-        """What the server itself says it serves: a config may leave versions of the folder out."""
-        url, headers = f"{self.http_url}/v2/repository/index", {SECRET_HEADER: self._secret}
-        request = urllib.request.Request(url, b'{"ready": true}', headers)
-        with _OPENER.open(request, timeout=10) as response:
-            models: dict[str, list[int]] = {}
-            for entry in json.load(response):
-                models.setdefault(entry["name"], []).append(int(entry["version"]))
-        return {name: sorted(versions) for name, versions in sorted(models.items())}
-
-    def _ready(self) -> bool:
-        try:
-            with _OPENER.open(f"{self.http_url}/v2/health/ready", timeout=5) as response:
-                return bool(response.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
+    def _kill(self) -> None:
+        process, self._process, self._watch = self._process, None, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if self._folder is not None:
+            hide_shared_memory(self._folder)
 
     @property
     def _messages(self) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +83,7 @@ class LabelEmbedder:
         *,
         alpha: float | None = None,
         cancelled: Cancelled | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> LabelSet:
         """Embed labels: the mean over all prompts (names x templates) at unit length, made unit length again.
 
@@ -91,6 +92,7 @@ class LabelEmbedder:
             templates: with `{}` for the label.
             alpha: where that is an input of the encoder; else None.
             cancelled: asked between batches; where it says yes, nobody waits for the rest.
+            progress: called now and then with the number of labels that are embedded.
 
         Raises:
             TaskError: no labels, an empty, a repeated or too long a one, a template without `{}`; cancelled.
@@ -99,7 +101,7 @@ class LabelEmbedder:
         if (found := self._sets.get(key)) is not None:
             self._sets.move_to_end(key)
             return found
-        label_set = self._sets[key] = self._embed(key[0], tuple(templates), key[1], cancelled)
+        label_set = self._sets[key] = self._embed(key[0], tuple(templates), key[1], cancelled, progress)
         self._labels_in_sets += len(labels)
         while len(self._sets) > 1 and self._labels_in_sets > self._cache_size:
             _, dropped = self._sets.popitem(last=False)
@@ -112,6 +114,7 @@ class LabelEmbedder:
         templates: tuple[str, ...],
         labels: tuple[str, ...],
         cancelled: Cancelled | None,
+        progress: Callable[[int], None] | None,
     ) -> LabelSet:
         names = check_labels(labels)
         check_templates(templates)
@@ -132,6 +135,8 @@ class LabelEmbedder:
                 known[label] = self._cache[prompts, label] = mean
             while len(self._cache) > self._cache_size:
                 self._cache.popitem(last=False)
+            if progress is not None:
+                progress(len(known))
             if len(known) < len(labels):
                 check_cancelled(cancelled)
         embeds = np.stack([known[label] for label in labels])

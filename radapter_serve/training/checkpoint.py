@@ -28,6 +28,7 @@ def save_checkpoint(
     accelerator: Accelerator,
     step: int,
     position: tuple[int, int],
+    held_out: str | None,
 ) -> None:
     """Write the state behind `step`, from the main process, whole or not at all; every process calls it."""
     positions = gather_object([position])
@@ -42,6 +43,7 @@ def save_checkpoint(
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
         "step": step,
         "positions": positions,
+        "held_out": held_out,
     }
     try:
         with staged(out / CHECKPOINT) as part:
@@ -53,7 +55,13 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    out: Path, recipe: Recipe, adapters: Adapters, average: Average, optimizer: Optimizer, accelerator: Accelerator
+    out: Path,
+    recipe: Recipe,
+    adapters: Adapters,
+    average: Average,
+    optimizer: Optimizer,
+    accelerator: Accelerator,
+    held_out: str | None,
 ) -> tuple[int, tuple[int, int]]:
     """Set everything as it was behind the saved step.
 
@@ -61,7 +69,7 @@ def load_checkpoint(
         The step, and the (epoch, batch) that comes next for this process.
 
     Raises:
-        RAdapterError: there is none, or it belongs to another recipe.
+        RAdapterError: there is none, or it belongs to another recipe, or other images are held out now.
     """
     path = out / CHECKPOINT
     if not path.is_file():
@@ -75,6 +83,11 @@ def load_checkpoint(
     if changed:
         raise RAdapterError(
             f"{path} belongs to another recipe: {'; '.join(changed)}; use the old values or a new --out"
+        )
+    if state.get("held_out", held_out) != held_out:
+        raise RAdapterError(
+            f"{recipe.data} has changed since {path} was written: the share that val_fraction draws now holds images "
+            f"that the run was trained with; bring back the files as they were, or start again with a new --out"
         )
     adapters.load_tensors(state["adapters"])
     average.load(state["average"], state["average_steps"])

@@ -22,6 +22,7 @@ from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.prompts import templates_of
 from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.data import Captioned
+from radapter_serve.data.held_out import held_out_digest
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training.average import Average
 from radapter_serve.training.batches import Examples, batches
@@ -96,6 +97,7 @@ class _Run:
         schedule: the same, with the warm-up and the averaging that this run has.
         part: images a process and accumulated part.
         digest: of the base without adapters.
+        held_out: digest of the images that are validated on and else would be trained on; None where there are none.
         steps: of the whole run.
         step, position: steps done, and the (epoch, batch or row) that comes next.
         broken: images that were left out when the data was opened.
@@ -109,6 +111,7 @@ class _Run:
     val: Data | None
     part: int
     digest: str
+    held_out: str | None
     adapters: Adapters
     form: str
     towers: nn.Module
@@ -145,6 +148,7 @@ class _Run:
             self.accelerator,
             self.step,
             self.position,
+            self.held_out,
         )
 
 
@@ -157,6 +161,7 @@ def _prepare(recipe: Recipe) -> _Run:
     base = load_base(recipe.architecture, recipe.pretrained)
     broken: list[str] = []
     data, val = open_data(recipe, base, broken=broken)
+    held_out = held_out_digest(val) if val is not None and recipe.val_fraction else None
     part = part_of_batch(recipe, accelerator, data)
     steps = recipe.steps or recipe.epochs * (len(data.rows) // recipe.batch_size)
     schedule = recipe.of_length(steps)
@@ -169,11 +174,11 @@ def _prepare(recipe: Recipe) -> _Run:
     assert schedule.momentum is not None
     average = Average(adapters, schedule.momentum, bias_correction=recipe.bias_correction)
     run = _Run(
-        recipe, out, accelerator, base, data, val, part, digest, adapters, form, towers, optimizer, average, schedule,
-        steps, broken,
+        recipe, out, accelerator, base, data, val, part, digest, held_out, adapters, form, towers, optimizer, average,
+        schedule, steps, broken,
     )  # fmt: skip
     if recipe.resume:
-        run.step, run.position = load_checkpoint(out, recipe, adapters, average, optimizer, accelerator)
+        run.step, run.position = load_checkpoint(out, recipe, adapters, average, optimizer, accelerator, held_out)
     return run
 
 
@@ -277,6 +282,7 @@ def _write_adapter(run: _Run, metrics: dict[str, float], progress: Progress) -> 
         recipe=recipe.to_dict(),
         metrics=metrics,
         classes=None if isinstance(run.data, Captioned) else list(run.data.classes),
+        held_out=run.held_out,
     )
     save_adapter(run.adapters.adapter(metadata), path)
     progress.say(f"wrote {path}; next: radapter-export --adapter {shlex.quote(str(run.out))} --alpha {recipe.alpha}")

@@ -59,6 +59,12 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the second that the pictures of each call take."""
+    monkeypatch.setattr("radapter_serve.evaluation.run.draw", lambda *_, **__: [])
+
+
 def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -93,8 +99,8 @@ def test_a_sweep_writes_rows_a_table_and_pictures(here: Path, capfd: pytest.Capt
         assert right / 12 == figures["metrics"]["acc1"] == sum(of["recall"] for of in figures["per_class"]) / 3
 
 
-def test_resume_judges_only_what_is_missing(
-    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_resume_evaluates_only_what_is_missing(
+    here: Path, undrawn: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main([*COMMON, "--alpha", "0", "0.5"]) == 0
     before = rows(here / "results")
@@ -106,14 +112,14 @@ def test_resume_judges_only_what_is_missing(
     assert [(row["dataset"], row["alpha"]) for row in after[len(before) :]] == [("plain", 1), ("shifted", 1)]
 
     def never(*_: object, **__: object) -> None:
-        raise AssertionError("judged again")
+        raise AssertionError("evaluated again")
 
     monkeypatch.setattr("radapter_serve.evaluation.run.evaluate", never)
     assert main([*COMMON, "--alpha", "0.5", "1", "0", "--resume"]) == 0
     assert rows(here / "results") == after
 
 
-def test_resume_judges_again_what_has_changed(here: Path, made: Path) -> None:
+def test_resume_evaluates_again_what_has_changed(here: Path, undrawn: None, made: Path) -> None:
     (here / "data").unlink()
     shutil.copytree(made / "data", here / "data")
     command = [*COMMON, "--alpha", "0.5", "--resume"]
@@ -134,7 +140,7 @@ def test_resume_judges_again_what_has_changed(here: Path, made: Path) -> None:
 
 
 def test_piped_output_has_plain_lines_of_progress(
-    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    here: Path, undrawn: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from radapter_serve.cli import eval as command
 
@@ -145,7 +151,7 @@ def test_piped_output_has_plain_lines_of_progress(
     assert not any("\x1b" in line for line in lines)
 
 
-def test_labels_that_are_alike_are_named(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_labels_that_are_alike_are_named(here: Path, undrawn: None, capfd: pytest.CaptureFixture[str]) -> None:
     (here / "names.yaml").write_text("cat: a cat\ndog: a dog\nhouse: A  CAT\n", encoding="utf-8")
     suite = 'sets: [{name: plain, data: "imagefolder:plain", classes: names.yaml}]'
     (here / "suite.yaml").write_text(suite, encoding="utf-8")
@@ -205,7 +211,7 @@ def test_interrupted_rows_are_kept(here: Path, monkeypatch: pytest.MonkeyPatch) 
     assert {path.name for path in (here / "results").iterdir()} == {"results.jsonl"}
 
 
-def test_limit_draws_by_the_seed(here: Path) -> None:
+def test_limit_draws_by_the_seed(here: Path, undrawn: None) -> None:
     for seed in ("0", "0", "1"):
         assert main([*COMMON, "--alpha", "0.5", "--limit", "5", "--seed", seed, "--resume"]) == 0
     found = rows(here / "results")
@@ -216,7 +222,7 @@ def test_limit_draws_by_the_seed(here: Path) -> None:
 
 @pytest.mark.parametrize("with_suite", [True, False])
 def test_auto_chooses_on_validation_data_and_export_takes_it(
-    here: Path, capfd: pytest.CaptureFixture[str], with_suite: bool
+    here: Path, quick: None, capfd: pytest.CaptureFixture[str], with_suite: bool
 ) -> None:
     (here / "results").mkdir(exist_ok=True)
     (here / "results" / "alpha.png").write_bytes(b"the curve of an earlier call")
@@ -250,7 +256,7 @@ def test_export_auto_without_a_choice_or_with_another_adapters(here: Path, capfd
     assert "choose again" in capfd.readouterr().err
 
 
-def test_merged_and_release_by_flag(here: Path) -> None:
+def test_merged_and_release_by_flag(here: Path, undrawn: None, quick: None) -> None:
     export_release("runs/tiny", [0.5], ExportSettings(model_repository=Path("repository"), merged=Path("merged")))
     common = [*COMMON, "--resume"]
     for flags in (

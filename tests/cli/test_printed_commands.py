@@ -32,7 +32,7 @@ def run(command: list[str]) -> None:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with photos of three classes, and with one called as in the printed command."""
     for name, colour in COLOURS.items():
         (tmp_path / "my photos" / name).mkdir(parents=True)

@@ -14,7 +14,6 @@ from PIL import Image, ImageOps
 
 import radapter_client
 from radapter_client import Client
-from radapter_export import ExportSettings, export_release
 from radapter_serve.index.build import build
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.triton_server import TritonServer, free_ports
@@ -158,11 +157,8 @@ def test_segment_without_a_patch_encoder(client: Client):
     assert caught.value.code == "no_patch_encoder"
 
 
-def test_segment_dense(exported_tiny_clip: Path, tmp_path: Path):
-    models = tmp_path / "model_repository"
-    adapter = exported_tiny_clip / "adapter.safetensors"
-    export_release(adapter, [0.5], ExportSettings(model_repository=models, merged=tmp_path / "merged", dense="naclip"))
-    with TritonServer(models, "127.0.0.1", *free_ports()) as server:
+def test_segment_dense(dense_tiny_clip: Path):
+    with TritonServer(dense_tiny_clip / "model_repository", "127.0.0.1", *free_ports()) as server:
         answers = []
         for url in (server.grpc_url, server.http_url):
             with Client(url) as client:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.helpers.shared import shared
+
 if TYPE_CHECKING:
     import tritonclient.grpc as grpc
 
@@ -17,15 +19,16 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.helpers.small_release import write_release
+    def make(folder: Path) -> None:
+        from tests.helpers.small_release import write_release
 
-    folder = tmp_path_factory.mktemp("release") / "model_repository"
-    write_release(folder, 1, seed=1, dense=False)
-    write_release(folder, 2, seed=2)
-    return folder
+        write_release(folder, 1, seed=1, dense=False)
+        write_release(folder, 2, seed=2)
+
+    return shared(tmp_path_factory, "release", make)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(repository: Path) -> Iterator[TritonServer]:
     from radapter_serve.server.triton_server import TritonServer, free_ports
 
@@ -33,7 +36,7 @@ def server(repository: Path) -> Iterator[TritonServer]:
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def client(server: TritonServer) -> Iterator[grpc.InferenceServerClient]:
     from tests.helpers.asking import connect
 

@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +19,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.server import processes
 from radapter_serve.server import triton_server as module
 from radapter_serve.server.installation import OUR_BACKENDS, Installation, find_tritonserver, our_backends
+from radapter_serve.server.supervisor import Supervisor
 from radapter_serve.server.triton_server import TritonServer, free_ports, models_of, reason
 
 
@@ -53,7 +53,15 @@ def test_a_port_in_use_is_named_with_its_flag(repository):
 )
 def test_bad_addresses(repository, host, ports, message):
     with pytest.raises(RAdapterError, match=message):
-        TritonServer(repository, host, *ports).start()
+        TritonServer(repository, host, *ports, trust_network=True).start()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
+def test_a_host_that_others_reach_needs_a_network_that_is_trusted(repository, host, capsys):
+    assert main([str(repository), "--host", host]) == 2
+    said = capsys.readouterr().err
+    assert f"--host {host} lets other machines in, and Triton asks nobody for a password" in said
+    assert "radapter-gateway in front, or add --trust-network" in said
 
 
 @pytest.mark.parametrize("usual", [signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler])
@@ -61,7 +69,7 @@ def test_the_handlers_of_signals_are_as_before_after_the_command(repository, mon
     numbers = (signal.SIGTERM, signal.SIGHUP)
     seen: list[object] = []
     monkeypatch.setattr(TritonServer, "start", lambda *_: seen.extend(map(signal.getsignal, numbers)))
-    monkeypatch.setattr(TritonServer, "wait", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(Supervisor, "run", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     before = [signal.signal(number, usual) for number in numbers]
     try:
         with contextlib.suppress(SystemExit):
@@ -158,7 +166,7 @@ def test_hosts(repository):
     assert (local.host, local.http_url, local.loopback) == ("127.0.0.1", "http://127.0.0.1:1", True)
     six = TritonServer(repository, "::1", 1, 2, 3)
     assert (six.host, six.grpc_url, six.loopback) == ("::1", "grpc://[::1]:2", True)
-    every = TritonServer(repository, "0.0.0.0", 1, 2, 3)
+    every = TritonServer(repository, "0.0.0.0", 1, 2, 3, trust_network=True)
     assert (every.host, every.metrics_url, every.loopback) == ("0.0.0.0", "http://127.0.0.1:3/metrics", False)
 
 
@@ -167,15 +175,6 @@ def test_a_server_on_path_needs_no_numpy_of_ours(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(native.parent))
     monkeypatch.setattr("importlib.metadata.version", lambda _: "2.1.0")
     assert find_tritonserver().binary == native
-
-
-@pytest.mark.parametrize("argument", ["-c", "", "/model.py", "model.py"])
-def test_children_that_are_no_model(repository, monkeypatch, argument):
-    server = TritonServer(repository)
-    monkeypatch.setattr(server, "_process", SimpleNamespace(pid=1, poll=lambda: None))
-    monkeypatch.setattr(module, "children", lambda _: {2: ("S", argument), 3: ("S", "/m/classify/12/model.py")})
-    server.check()
-    assert server._stubs == {3: "classify version 12"}
 
 
 def test_what_a_killed_server_left_is_removed_and_no_more(tmp_path, monkeypatch):

@@ -101,6 +101,12 @@ def test_what_was_embedded_until_a_caller_gave_up_is_kept(local):
     np.testing.assert_allclose(found.embeds[:100], fresh.embeds, atol=1e-6)
 
 
+def test_a_long_list_tells_how_far_it_is(local):
+    told: list[int] = []
+    local.embed_labels([f"thing {n}" for n in range(2500)], SIMPLE, progress=told.append)
+    assert told == [1024, 2048, 2500]
+
+
 def test_templates_are_not_kept(local):
     templates = [f"{index} {{}}" for index in range(50)]
     local.embed_labels(["cat"], templates)

@@ -16,7 +16,6 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from tritonclient.utils import InferenceServerException
 
-from radapter_export import ExportSettings, export_release
 from radapter_serve.clip.dense import encode_patches
 from radapter_serve.server.triton_server import TritonServer, free_ports
 from radapter_serve.tasks.segment import SegmentRequest
@@ -168,14 +167,9 @@ def test_json_over_http_as_curl_sends_it(server, local):
 
 
 @torch.no_grad()
-def test_an_export_serves_what_torch_computes(exported_tiny_clip, tmp_path):
+def test_an_export_serves_what_torch_computes(dense_tiny_clip):
     """One window over a square image, from the merged checkpoint by torch and open_clip alone."""
-    [release] = export_release(
-        exported_tiny_clip / "adapter.safetensors",
-        [0.5],
-        ExportSettings(model_repository=tmp_path / "repository", merged=tmp_path / "merged", dense="naclip"),
-    )
-    name = f"local-dir:{release.merged}"
+    name = f"local-dir:{dense_tiny_clip / 'merged'}"
     model, _, transform = open_clip.create_model_and_transforms(name)
     model.eval()
     image, labels = png(0, 40, 40), ["cat", "a dog in the SNOW", "don't know", "猫"]
@@ -186,7 +180,7 @@ def test_an_export_serves_what_torch_computes(exported_tiny_clip, tmp_path):
         cosines = interpolate(cosines, (side, side), mode="bilinear", align_corners=False)
     probabilities, expected = (40 * cosines[0]).softmax(0).max(0)
     with (
-        TritonServer(tmp_path / "repository", "127.0.0.1", *free_ports(), timeout=120) as server,
+        TritonServer(dense_tiny_clip / "model_repository", "127.0.0.1", *free_ports(), timeout=120) as server,
         connect(server) as client,
     ):
         names = np.array([label.encode() for label in labels], object)

@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.server.control import SECRET_HEADER
 from radapter_serve.server.processes import shm_prefix
 from radapter_serve.server.triton_server import TritonServer, free_ports
 from radapter_serve.tasks.classify import ClassifyRequest
@@ -213,6 +215,14 @@ def alive(pid: int) -> bool:
         return False
 
 
+def until_dead(server: TritonServer) -> None:
+    """Ends by what `check` raises."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        server.check()
+        time.sleep(0.1)
+
+
 def one_release(repository: Path, folder: Path) -> Path:
     for name in ("image_encoder", "embed_image"):
         shutil.copytree(repository / name, folder / name, ignore=shutil.ignore_patterns("1"))
@@ -230,8 +240,10 @@ def test_a_killed_model_process_is_reported_and_nothing_stays(repository, tmp_pa
         shared = f"{shm_prefix(server._folder)}*"
         assert not list(Path("/dev/shm").glob(shared))  # nobody can open them by name
         os.kill(next(stub for stub, command in stubs.items() if "/image_encoder/" in command), signal.SIGKILL)
-        with pytest.raises(RAdapterError, match=r"process of image_encoder version 2 died .* radapter-serve"):
-            server.wait()
+        with pytest.raises(
+            RAdapterError, match=r"image_encoder version 2 died: it was killed by SIGKILL; .*radapter-serve"
+        ):
+            until_dead(server)
         with (
             connect(server) as client,
             pytest.raises(InferenceServerException, match=r"\[encoder_failed\] image_encoder version 2 .*not healthy"),
@@ -270,6 +282,14 @@ def test_only_what_is_a_model_is_served_and_nobody_can_load_another(repository, 
     ):
         assert list(server.models) == ["embed_image", "image_encoder"]
         files = {"file:1/model.py": code.encode()}
+        for headers in (None, {SECRET_HEADER: "0" * 64}, {SECRET_HEADER: ""}):
+            for call in (
+                partial(client.load_model, "embed_image", headers, config=config, files=files),
+                partial(client.unload_model, "embed_image", headers),
+                partial(client.get_model_repository_index, headers),
+            ):
+                with pytest.raises(InferenceServerException, match="restricted"):
+                    call()
         with pytest.raises(InferenceServerException, match="restricted"):
             client.load_model("evil", config=config, files=files)
         for name in ("evil", "embed_image"):
@@ -281,6 +301,14 @@ def test_only_what_is_a_model_is_served_and_nobody_can_load_another(repository, 
         with pytest.raises(InferenceServerException, match="restricted"):
             client.unload_model("embed_image")
         assert client.is_model_ready("embed_image")
+        # Who has the secret may.
+        assert server.control.serving() == {"embed_image": [2], "image_encoder": [2]}
+        server.control.unload("embed_image")
+        assert not client.is_model_ready("embed_image")
+        with pytest.raises(RAdapterError, match="failed to load 'nothing'"):
+            server.control.load("nothing")
+        server.control.load("embed_image")
+        assert client.infer("embed_image", [tensor("image", [[png(0)]])]).as_numpy("image_embeds").shape == (1, 8)
     assert not evil.exists()
 
 
@@ -349,7 +377,7 @@ def test_a_large_body_without_its_content_type_is_named_as_what_ends_the_server(
         with pytest.raises((http.client.RemoteDisconnected, urllib.error.URLError, ConnectionResetError)):
             urllib.request.urlopen(f"{server.http_url}/v2/any", b" " * (5 << 20), timeout=30)
         with pytest.raises(RAdapterError, match="segmentation fault.*Content-Type: application/json.*radapter-serve"):
-            server.wait()
+            until_dead(server)
 
 
 def test_bad_requests_answer_400_while_good_ones_are_answered(server, client, local):

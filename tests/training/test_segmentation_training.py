@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,18 @@ import yaml
 from PIL import Image
 from torchvision import transforms
 
-from radapter_serve.adapter import Adapter, attach_adapter, load_adapter
+from radapter_serve.adapter import Adapter, Metadata, attach_adapter, load_adapter
 from radapter_serve.cli.train import main
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import encode_image
-from radapter_serve.data import BrokenImage, load_masked
+from radapter_serve.data import BrokenImage, Masked, load_masked, run_data
 from radapter_serve.data.rows import decode_named
 from radapter_serve.data.segments import SegmentCrops, load_segments
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import zero_shot_classifier
+from radapter_serve.evaluation.run import own_validation
+from radapter_serve.evaluation.segmentation import SegmentationSet
+from radapter_serve.evaluation.sets import open_set
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.training import Recipe, train
 from tests.helpers.short_run import short_run
@@ -200,6 +204,37 @@ def test_a_run_leaves_out_and_names_broken_images(recipe: Recipe, scenes: Path) 
     for alpha in (0.4, 1.0):  # of the images that are whole
         expected = accuracy(recipe, adapter, scenes, alpha, (0, 1, 2, 5, 6, 7))
         assert adapter.metadata.metrics[f"acc1@alpha={alpha:g}"] == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ({1: "red", 2: "green, lime", 3: "sky"}, "masks:{val} has the class 'sky', which the run has not (1 of 3)"),
+        ({1: "red", 2: "green, lime"}, "the run has the class 'blue', which masks:{val} has not (1 of 3)"),
+        ({3: "red", 2: "green, lime", 1: "blue"}, None),
+    ],
+)
+def test_validation_masks_have_the_classes_of_the_run(
+    recipe: Recipe, scenes: Path, tmp_path: Path, classes: dict[int, str], message: str | None
+) -> None:
+    shutil.copytree(scenes, tmp_path / "val")
+    (tmp_path / "val" / "classes.json").write_text(json.dumps(classes))
+    values = {**recipe.to_dict(), "val_data": f"masks:{tmp_path}/val"}
+    suite = own_validation(
+        Metadata("x", "y", task="segmentation", recipe=values, classes=["red", "green, lime", "blue"])
+    )
+    if message is None:
+        held = run_data(values)[1]
+        evaluated = open_set(suite, suite.entries[0])
+        assert isinstance(held, Masked) and isinstance(evaluated, SegmentationSet)
+        assert held.classes == evaluated.classes == list(classes.values())
+        return
+    for open_data in (lambda: run_data(values), lambda: open_set(suite, suite.entries[0])):
+        with pytest.raises(RAdapterError) as error:
+            open_data()
+        assert str(error.value).startswith(message.format(val=tmp_path / "val")) and "--classes FILE" in str(
+            error.value
+        )
 
 
 def test_what_is_wrong_is_one_line(

@@ -100,7 +100,9 @@ def test_a_few_shot_run_on_base_classes(tiny_clip_dir: str, images: Path, tmp_pa
 
 
 @pytest.mark.parametrize(("rank", "form"), [(None, "activation"), (2, "weight")])
-def test_without_text_adapters(tiny_clip_dir: str, images: Path, tmp_path: Path, rank: int | None, form: str) -> None:
+def test_without_text_adapters(
+    quick: None, tiny_clip_dir: str, images: Path, tmp_path: Path, rank: int | None, form: str
+) -> None:
     data = f"imagefolder:{images}"
     own: dict[str, Any] = {"steps": 10, "warmup_steps": 1, "adapt_text": False, "rank": rank, "form": form}
     recipe = short_run(tiny_clip_dir, tmp_path, data=data, val_data=data, **own)

@@ -1,0 +1,146 @@
+"""Asking each task whether it answers: all it does before the server is called ready, and a little while it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.server.control import Answer, Control, NoAnswer
+from radapter_serve.server.watch import SERVER
+
+EVERY = 5.0  # seconds from an answer to the next question
+PATIENCE = 10.0  # seconds to wait for an answer
+MISSES = 2  # without an answer, one after the other
+MOVED = 10  # hundredths of a second of the processor's time, within PATIENCE: who uses as many is busy, not frozen
+
+ENCODERS = ("image_encoder", "patch_encoder", "text_encoder")
+# An image of 8 x 8 pixels.
+_PNG = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQVR4nGNsaGhgwAaYsIoOWgkAMBcBkGHHl6YAAAAASUVORK5CYII="
+
+
+def _texts(name: str, *values: str, rows: bool = True) -> dict[str, Any]:
+    shape = [1, len(values)] if rows else [len(values)]
+    return {"name": name, "shape": shape, "datatype": "BYTES", "data": list(values)}
+
+
+# What takes a task all the way through its encoders, so that no caller's first request has to wait for them.
+WHOLE: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    "embed_image": [_texts("image", _PNG)],
+    "embed_text": [_texts("text", "a")],
+    "classify": [_texts("image", _PNG), _texts("labels", "a")],
+    "segment": [_texts("image", _PNG, rows=False), _texts("labels", "a", rows=False)],
+    "retrieve": [
+        _texts("index", "/", rows=False),
+        _texts("text", "a", rows=False),
+        {"name": "top_k", "shape": [1], "datatype": "INT32", "data": [1]},
+    ],
+}
+# What a task refuses at once, without its encoders: even so it has answered.
+SMALL: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    "embed_image": [_texts("image", "-")],
+    "embed_text": [_texts("text", " ")],
+    "classify": [_texts("image", "-")],
+    "segment": [_texts("image", "-", rows=False)],
+    "retrieve": WHOLE["retrieve"],
+}
+TASKS = tuple(SMALL)
+
+
+def warm_up(control: Control, models: Mapping[str, Sequence[int]], timeout: float) -> None:
+    """Ask each version of each task once, and wait for the answers.
+
+    Args:
+        control: of a server whose models are loaded.
+        models: their versions.
+        timeout: seconds for all of them together.
+
+    Raises:
+        RAdapterError: one fails or does not answer.
+    """
+    deadline = time.monotonic() + timeout
+    for model, versions in models.items():
+        for version in versions if model in WHOLE else ():
+            path = f"models/{model}/versions/{version}/infer"
+            try:
+                answer = control.ask(path, {"inputs": WHOLE[model]}, timeout=max(0.1, deadline - time.monotonic()))
+            except NoAnswer:
+                raise RAdapterError(
+                    f"{model} version {version} did not answer within {timeout:g} s; allow more with --timeout"
+                ) from None
+            if not answers(answer):
+                raise RAdapterError(f"{model} version {version} fails: {answer.error}")
+
+
+def answers(answer: Answer) -> bool:
+    """Whether this came from a task that works; a refusal does, and a queue that is full has a task that empties it."""
+    return answer.status in (200, 400) or "maximum queue size" in answer.error
+
+
+@dataclass
+class _Asked:
+    """What is known of one model: the question that waits for an answer, and how many got none."""
+
+    due: float = 0.0
+    answer: Future[bool] | None = None
+    ticks: int = 0
+    misses: int = 0
+
+
+class Probe:
+    """Finds what lives but does not answer, such as a process that waits for itself.
+
+    A server under load may leave a question in its queue for long. So silence counts only while nothing that could
+    answer, the model or an encoder, does any work.
+
+    Args:
+        control: of the server.
+        ticks: the processor's time that models have used together, as `Watch.ticks` tells it.
+    """
+
+    def __init__(self, control: Control, ticks: Callable[[Collection[str]], int]) -> None:
+        self._control, self._ticks_of = control, ticks
+        self._asked: dict[str, _Asked] = {}
+        self._threads = ThreadPoolExecutor(len(SMALL) + 1, thread_name_prefix="probe")
+
+    def step(self, models: Collection[str]) -> list[str]:
+        """Ask who has not been asked for a while, without waiting for the answers.
+
+        Args:
+            models: that are served.
+
+        Returns:
+            Those that no longer answer; `SERVER` alone if it is the server itself.
+        """
+        silent = [name for name in (SERVER, *SMALL) if (name == SERVER or name in models) and self._step(name)]
+        return [SERVER] if SERVER in silent else silent
+
+    def forget(self) -> None:
+        """Begin anew: something was started again."""
+        self._asked.clear()
+
+    def _step(self, name: str) -> bool:
+        asked, now = self._asked.setdefault(name, _Asked(due=time.monotonic() + EVERY)), time.monotonic()
+        if asked.answer is None:
+            if now >= asked.due:
+                asked.ticks = self._ticks(name)
+                asked.answer = self._threads.submit(self._ask, name)
+        elif asked.answer.done():
+            alive = asked.answer.result() or self._ticks(name) - asked.ticks >= MOVED
+            asked.misses = 0 if alive else asked.misses + 1
+            asked.answer, asked.due = None, now + EVERY
+        return asked.misses >= MISSES
+
+    def _ticks(self, name: str) -> int:
+        return self._ticks_of([name] if name == SERVER else [name, *ENCODERS])
+
+    def _ask(self, name: str) -> bool:
+        try:
+            if name == SERVER:
+                return self._control.ask("health/live", timeout=PATIENCE).status == 200
+            return answers(self._control.ask(f"models/{name}/infer", {"inputs": SMALL[name]}, timeout=PATIENCE))
+        except NoAnswer:
+            return False

@@ -1,0 +1,120 @@
+"""Looking after the processes of one tritonserver: which died, which no longer move, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from radapter_serve.server.processes import Process, children, how_it_ended, killed_for_memory
+
+SERVER = "tritonserver"
+_SAME_TIME = 10.0  # seconds
+_SEGMENTATION_FAULT = (
+    "it ended by a segmentation fault, as a request of 4 MiB and more causes without the header "
+    "Content-Type: application/json"
+)
+
+
+@dataclass(frozen=True)
+class Death:
+    """Something that no longer works.
+
+    Attributes:
+        name: the model, or `SERVER`.
+        why: a sentence without a full stop, about "it".
+        version: of the model, or None.
+    """
+
+    name: str
+    why: str
+    version: int | None = None
+
+    def __str__(self) -> str:
+        version = "" if self.version is None else f" version {self.version}"
+        what = self.name if self.name == SERVER else f"the process of {self.name}{version}"
+        return f"{what} died: {self.why}"
+
+
+class Watch:
+    """What became of a tritonserver and the processes of its models.
+
+    A look tells only what it has seen twice: a model's process that is unloaded is dead for a moment, too.
+
+    Args:
+        process: tritonserver.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        self._names: dict[int, tuple[str, int]] = {}
+        self._suspects: set[int] = set()
+        self._told: set[int] = set()
+        self._kills, self._starved = killed_for_memory(), -math.inf
+
+    def look(self) -> list[Death]:
+        """What has died since the last look. What a signal has stopped is killed, for it holds up its callers."""
+        kills, before = killed_for_memory(), self._kills
+        self._kills = kills
+        if kills > before:
+            self._starved = time.monotonic()
+        short_of_memory = time.monotonic() - self._starved < _SAME_TIME
+        if (code := self._process.poll()) is not None:
+            return [Death(SERVER, _server_ended(code, short_of_memory=short_of_memory))]
+        found = children(self._process.pid)
+        with contextlib.suppress(OSError):
+            found[self._process.pid] = Process.of(self._process.pid)
+        for pid, process in found.items():
+            if (model := process.model) is not None:  # for a moment a child is still a shell
+                self._names[pid] = model
+        suspects = {pid for pid, process in found.items() if process.state in "ZT"} - self._told
+        certain = suspects & self._suspects
+        self._suspects = suspects
+        self._told = (self._told & set(found)) | certain
+        deaths = [self._death(pid, found[pid], short_of_memory) for pid in sorted(certain)]
+        return list({(death.name, death.version): death for death in deaths}.values())
+
+    def models(self) -> dict[int, str]:
+        """The models of the processes that live, by process number."""
+        living = children(self._process.pid)
+        return {pid: name for pid, (name, _) in self._names.items() if pid in living and living[pid].state != "Z"}
+
+    def ticks(self, names: Collection[str]) -> int:
+        """The processor's time that these models have used, 100 a second; of the server itself if `SERVER` is named."""
+        pids = [pid for pid, name in self.models().items() if name in names]
+        pids += [self._process.pid] if SERVER in names else []
+        total = 0
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                total += Process.of(pid).ticks
+        return total
+
+    def kill(self, name: str) -> None:
+        """End all processes of a model, or the server."""
+        pids = [self._process.pid] if name == SERVER else [pid for pid, own in self.models().items() if own == name]
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _death(self, pid: int, process: Process, short_of_memory: bool) -> Death:
+        if process.state == "T":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            why = "a signal had stopped it, so it was killed"
+        else:
+            why = how_it_ended(process.status, short_of_memory=short_of_memory)
+        if pid == self._process.pid:
+            return Death(SERVER, why)
+        name, version = self._names.get(pid, (f"number {pid}", None))
+        return Death(name, why, version)
+
+
+def _server_ended(code: int, *, short_of_memory: bool) -> str:
+    if code == -signal.SIGSEGV:
+        return _SEGMENTATION_FAULT
+    return how_it_ended(-code if code < 0 else code << 8, short_of_memory=short_of_memory)

@@ -1,0 +1,1 @@
+"""Tests of deploy/, none of which needs Docker or a cluster."""

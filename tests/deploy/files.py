@@ -1,0 +1,71 @@
+"""What lies in deploy/, read once for all tests."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+BOARD = DEPLOY / "grafana" / "boards" / "radapter.json"
+
+
+def documents(path: Path) -> list[Any]:
+    """The documents of a YAML file."""
+    return list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+
+
+def document(path: Path) -> Any:
+    """The one document of a YAML file."""
+    (one,) = documents(path)
+    return one
+
+
+def stages() -> dict[str, list[tuple[str, str]]]:
+    """The instructions of the Dockerfile and what stands behind them, by the name of their stage."""
+    lines = (DEPLOY / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    text = "\n".join(line for line in lines if not line.startswith("#")).replace("\\\n", " ")
+    found: dict[str, list[tuple[str, str]]] = {"": []}
+    for line in filter(str.strip, text.splitlines()):
+        instruction, _, rest = line.strip().partition(" ")
+        if instruction == "FROM":
+            found[rest.rpartition(" AS ")[2]] = []
+        [*found.values()][-1].append((instruction, " ".join(rest.split())))
+    return found
+
+
+def instructions(stage: str, name: str) -> list[str]:
+    """What stands behind all instructions of one name in a stage."""
+    return [rest for instruction, rest in stages()[stage] if instruction == name]
+
+
+def command(stage: str) -> list[str]:
+    """What an image runs."""
+    (words,) = instructions(stage, "CMD")
+    return [str(word) for word in json.loads(words)]
+
+
+def healthcheck(stage: str) -> str:
+    """What an image calls to learn whether it is well: a URL."""
+    (line,) = instructions(stage, "HEALTHCHECK")
+    (url,) = re.findall(r"http://[^']+", line)
+    return str(url)
+
+
+def expressions() -> Iterator[tuple[str, str]]:
+    """Where Prometheus is asked for something, and for what."""
+    for panel in json.loads(BOARD.read_text(encoding="utf-8"))["panels"]:
+        yield from ((panel["title"], target["expr"]) for target in panel["targets"])
+    for rule in document(DEPLOY / "kubernetes" / "prometheus-adapter.yaml")["rules"]["custom"]:
+        yield "prometheus-adapter", rule["seriesQuery"]
+        yield "prometheus-adapter", rule["metricsQuery"]
+
+
+def metrics() -> set[str]:
+    """The names of the metrics that are asked for."""
+    return {name for _, text in expressions() for name in re.findall(r"\b(?:nv|radapter_gateway)_\w+", text)}

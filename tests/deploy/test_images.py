@@ -1,0 +1,128 @@
+"""The Dockerfile: what goes into the build, what is installed, and what runs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from tests.deploy.files import ROOT, command, healthcheck, instructions, stages
+from tests.helpers.commands import help_of
+
+
+def let_in(tree: Path) -> None:
+    """Copy what .dockerignore lets into the build, by its rules: the last line that fits a path decides."""
+    rules = []
+    for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            pattern = re.escape(line.removeprefix("!")).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
+            pattern = pattern.replace(r"\[0\-9\]", "[0-9]")
+            rules.append((re.compile(f"{pattern}(/.*)?"), line.startswith("!")))
+    for path in ROOT.rglob("*"):
+        name = path.relative_to(ROOT).as_posix()
+        if path.is_file() and [inside for rule, inside in rules if rule.fullmatch(name)][-1]:
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tree / name)
+
+
+def run(stage: str, place: Path, folder: Path) -> None:
+    """Run the commands of a stage in `folder`, its /opt and /wheels below `place`; what needs Ubuntu is left out."""
+    variables = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for instruction, rest in stages()[stage]:
+        here = rest.replace("/opt/radapter", f"{place}/{stage}").replace("/wheels", f"{place}/wheels")
+        if instruction == "ENV" and (found := re.match(r"PATH=(\S+?):", here)):
+            variables["PATH"] = f"{found[1]}:{variables['PATH']}"
+        elif instruction == "RUN" and "apt-get" not in rest:
+            script = re.sub(r"--mount=\S+ ", "", here)
+            done = subprocess.run(
+                ["sh", "-ec", script], cwd=folder, env=variables, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel in `wheels`, built by the Dockerfile's command from what .dockerignore lets in."""
+    place = tmp_path_factory.mktemp("image")
+    let_in(place / "src")
+    run("wheel", place, place / "src")
+    return place
+
+
+def test_nothing_but_sources_goes_into_the_build(tmp_path: Path) -> None:
+    let_in(tmp_path)
+    tops = {path.name for path in tmp_path.iterdir()}
+    readme = {"LICENSE", "README.md", "pyproject.toml"}
+    assert tops == readme | {"clients", "export", "model_repository", "radapter_serve", "recipes"}
+    names = {path.name for path in (tmp_path / "model_repository").rglob("*") if path.is_file()}
+    assert names == {"config.template.pbtxt", "model.py"}
+
+
+@pytest.mark.slow
+def test_the_wheel_of_the_image_is_whole(place: Path) -> None:
+    (wheel,) = (place / "wheels").iterdir()
+    names = zipfile.ZipFile(wheel).namelist()
+    sources = {
+        path.relative_to(ROOT / folder).as_posix()
+        for folder in (".", "export", "clients")
+        for package in ("radapter_serve", "radapter_export", "radapter_client")
+        for path in (ROOT / folder / package).rglob("*.py")
+    }
+    assert not sources - set(names)
+    assert "radapter_export/model_repository/retrieve/model.py" in names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["gateway", "server"])
+def test_the_image_installs_and_its_command_starts(stage: str, place: Path) -> None:
+    run(stage, place, place)
+    own = place / stage / "bin"
+    program, *_ = command(stage)
+    assert subprocess.run([own / program, "--help"], capture_output=True, check=False).returncode == 0
+    installed = {path.name.partition("-")[0] for path in (place / stage).rglob("*.dist-info")}
+    assert "radapter_serve" in installed
+    assert not installed & {"torch", "nvidia_pytriton", "tritonserver"}
+    if stage == "server":
+        code = "import lancedb, numpy; assert numpy.__version__ < '2'; import radapter_serve.tasks.retrieve"
+        assert subprocess.run([own / "python", "-c", code], check=False).returncode == 0
+
+
+def test_the_server_has_what_the_extra_asks_for_but_its_own_tritonserver() -> None:
+    needed = {
+        str(requirement.name): requirement.specifier
+        for line in importlib.metadata.requires("radapter-serve") or []
+        if (requirement := Requirement(line)).marker and requirement.marker.evaluate({"extra": "server"})
+        if "extra" in str(requirement.marker)
+    }
+    installed = {
+        one.name: one.specifier
+        for line in instructions("server", "RUN")
+        for one in map(Requirement, re.findall(r"'([^']+)'", line))
+    }
+    # NVIDIA's image brings the server and ONNX Runtime.
+    assert installed == {name: needed[name] for name in needed.keys() - {"nvidia-pytriton", "onnxruntime"}}
+
+
+@pytest.mark.parametrize("stage", ["gateway", "server"])
+def test_an_image_runs_a_command_of_ours_with_flags_that_it_has(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    program, *words = command(stage)
+    flags = {word for word in words if word.startswith("--")}
+    assert flags
+    assert not flags - set(re.findall(r"--[a-z][a-z-]*", help_of(program)))
+
+
+@pytest.mark.parametrize("stage", ["gateway", "server"])
+def test_an_image_is_harmless_and_says_whether_it_is_well(stage: str) -> None:
+    assert instructions(stage, "USER") == ["1000:1000"]
+    ports = instructions(stage, "EXPOSE")[0].split()
+    found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)(/\S+/ready)", healthcheck(stage))
+    assert found and found[1] in ports

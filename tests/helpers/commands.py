@@ -1,0 +1,25 @@
+"""The commands that are installed, and what they say of themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import io
+from functools import cache
+
+COMMANDS = {
+    point.name: point
+    for point in importlib.metadata.distribution("radapter-serve").entry_points
+    if point.group == "console_scripts"
+}
+
+
+@cache
+def help_of(command: str, *subcommand: str) -> str:
+    """What a command says of itself."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        point = COMMANDS[command]
+        getattr(importlib.import_module(point.module), point.attr)([*subcommand, "--help"])
+    return out.getvalue()
