@@ -340,6 +340,7 @@ def test_deadlines(served: Served) -> None:
         ("UNAVAILABLE", "[server_stopping] it stops", (503, "server_stopping", "it stops")),
         ("UNAVAILABLE", "[overloaded] the queue is full", (429, "overloaded", "the queue is full")),
         ("UNAVAILABLE", "Exceeds maximum queue size", (429, "overloaded", "the queue")),
+        ("INTERNAL", "Failed, message: Stub process 'x_0_0' is not healthy.", (503, "restarting", "a part")),
         ("UNAVAILABLE", "Failed, message: [restarting] its encoder", (503, "restarting", "its encoder")),
         ("INTERNAL", "Failed, message: [timed_out] this took too long", (504, "timed_out", "this took")),
         ("DEADLINE_EXCEEDED", "Deadline Exceeded", (504, "timed_out", "")),
