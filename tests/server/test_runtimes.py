@@ -255,6 +255,6 @@ def test_the_table_says_why_one_is_left_out(repository, capsys):
 def test_auto_serves_the_fastest(own, monkeypatch):
     found = [Measured("image_encoder", "openvino", {1: 1.0}), Measured("image_encoder", "onnxruntime", {1: 2.0})]
     monkeypatch.setattr(choice, "measure", lambda *_: found)
-    made = choice.configure(own, "auto", 2, Installation(own, our_backends()), lambda line: None)
+    made = choice.configure(own, [], "auto", 2, Installation(own, our_backends()), lambda line: None)
     assert made.measured == found
     assert parsed(made.configs["image_encoder"]).backend == "openvino"
