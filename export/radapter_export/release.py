@@ -10,7 +10,7 @@ from radapter_export.accuracy import open_validation
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_export.merged import Merged
 from radapter_export.precision import TYPES, check_precision, lower
-from radapter_export.repository import MODELS, PATCH_ENCODER, Repository
+from radapter_export.repository import Repository
 from radapter_export.settings import ExportSettings
 from radapter_export.source import Source
 from radapter_export.towers import check
@@ -20,7 +20,7 @@ from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.dense import check_dense
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.collection import open_collection
-from radapter_serve.release.repository import RUNTIMES, TENSORRT
+from radapter_serve.release.repository import MODELS, PATCH_ENCODER, RUNTIMES, TENSORRT
 from radapter_serve.runtimes.tensorrt.plan_writer import PlanWriter
 
 __all__ = ["Exported", "ExportedRelease", "export_release"]
@@ -76,6 +76,9 @@ def export_release(
         for model in models:
             written = [release.release for release in releases]
             repository.add_config(model, written, writer.dims, settings.max_batch_size)
+        say("writing the digests of all files")
+        for release in releases:
+            repository.add_sums(release.version)
         say("putting everything in place")
         checkpoints.commit()
         repository.commit([release.version for release in releases])

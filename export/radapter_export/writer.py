@@ -21,7 +21,7 @@ from radapter_export.graph import Graph
 from radapter_export.merged import Merged
 from radapter_export.quantization import PROMPTS, Calibration, calibration_images, quantize, spread
 from radapter_export.references import BATCHES, Inputs, mixed_alphas, references_at
-from radapter_export.repository import TASKS, Repository
+from radapter_export.repository import Repository
 from radapter_export.settings import ExportSettings
 from radapter_export.source import Source
 from radapter_export.tokenizer import write_tokenizer
@@ -39,7 +39,7 @@ from radapter_serve.inputs.probabilities import SAME, indistinguishable
 from radapter_serve.inputs.tokenizer import Tokenizer
 from radapter_serve.release.agreement import Agreement, Samples, compare
 from radapter_serve.release.release import Release
-from radapter_serve.release.repository import RUNTIMES
+from radapter_serve.release.repository import RUNTIMES, TASKS
 from radapter_serve.runtimes.encoder import Encoder
 from radapter_serve.runtimes.tensorrt.plan_writer import PlanWriter
 from radapter_serve.tasks.label_embeddings import LabelEmbedder

@@ -21,6 +21,10 @@ from radapter_serve.tasks.proposals import ProposalSegmenter
 from radapter_serve.tasks.segment_options import SegmentOptions
 
 BACKGROUND = "background"
+# Of one request: each pixel's score for each label counts once; and in each step of refinement REFINED times, which is
+# how much longer that takes. It is about a minute of work for one core.
+MAX_WORK = 2**32
+REFINED = 3.5
 _DENSE_ONLY = ("short_side", "stride", "refine")
 
 
@@ -104,6 +108,7 @@ class Segment:
         embeds, masks, cancelled = label_set.embeds, request.proposals, request.cancelled
         with _image_errors():
             image = decode(request.image, exif_orientation=dense.preprocess.exif_orientation)
+            _check_work(image.size, len(embeds), options, dense.preprocess.size[0])
             if masks is None:
                 found = dense(image, embeds, options, cancelled=cancelled)
             else:
@@ -122,6 +127,18 @@ def _image_errors() -> Iterator[None]:
         ) from None
     except (OSError, ValueError) as error:  # what Pillow says of modes that it cannot resize
         raise TaskError(INVALID_IMAGE, f"the image cannot be segmented ({error})") from None
+
+
+def _check_work(size: tuple[int, int], labels: int, options: SegmentOptions, window: int) -> None:
+    pixels = size[0] * size[1]
+    working = options.sizes(window)[0] ** 2 * max(size) / min(size) if options.refine else 0
+    work = (pixels + REFINED * working * options.refine) * labels
+    if work > MAX_WORK:
+        raise invalid(
+            f"{labels} labels and {options.refine} steps of refinement for an image of {size[0]} x {size[1]} are "
+            f"{work / MAX_WORK:.1f} times the work that one request may ask for; send a smaller image, fewer labels or "
+            "fewer steps"
+        )
 
 
 def _options(request: SegmentRequest) -> SegmentOptions:
