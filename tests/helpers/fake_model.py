@@ -1,8 +1,8 @@
 """A stand-in for the task models in a real tritonserver: answers follow from a digest of the input.
 
 An image whose bytes are JSON is an order: {"sleep": seconds} waits first, {"work": seconds} computes first,
-{"error": "[code] sentence"} fails, {"crash": true} ends the model's process, {"bug": true} raises, {"watch": file} waits
-until the caller has left and then writes the file. Triton's Python stub runs a copy of this file.
+{"error": "[code] sentence"} fails, {"crash": true} ends the model's process, {"bug": true} raises, {"watch": file}
+waits until the caller has left and then writes the file. Triton's Python stub runs a copy of this file.
 """
 
 import base64
