@@ -82,8 +82,7 @@ def from_triton(status: grpc.StatusCode, text: str) -> Refused:
         return Refused(_BY_CODE.get(code, number), code, message)
     if re.search("Exceeds maximum queue size|Request timeout expired", text):
         return overloaded("the queue of this model is full; try again in a moment")
-    # A process that died says no more; a bug names its exception.
-    if re.search(r"Stub process .* is not healthy|Failed to process(?!.*message: \w+(Error|Exception):)", text):
+    if re.search("Stub process .* is not healthy", text):
         return Refused(503, RESTARTING, "a part of the server starts again; try again in a moment")
     if number == 404 and "no available versions" in text:  # which holds for all models of a server that stops
         number = 503
