@@ -91,7 +91,8 @@ MODEL_CODES = frozenset({"no_patch_encoder"})
 # What Triton says itself when it cannot answer now, and the code that the tasks have for it.
 RETRYABLE = {
     "Exceeds maximum queue size|Request timeout expired": "overloaded",
-    "Stub process .* is not healthy|Failed to process the request": "restarting",
+    # A process that died says no more; a bug names its exception.
+    r"Stub process .* is not healthy|Failed to process the request(?!.*message: \w+(Error|Exception):)": "restarting",
 }
 
 # gRPC's names and HTTP's numbers of the same failures.
@@ -123,6 +124,8 @@ def from_server(status: str, text: str) -> RAdapterClientError:
         kind = InvalidRequest
     elif code in UNAVAILABLE_CODES:
         kind = ServerUnavailable
+    elif code == "timed_out":
+        kind = Timeout
     elif code in MODEL_CODES:
         kind = ModelNotFound
     elif kind is Unauthorized:

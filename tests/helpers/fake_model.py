@@ -1,8 +1,8 @@
 """A stand-in for the task models in a real tritonserver: answers follow from a digest of the input.
 
 An image whose bytes are JSON is an order: {"sleep": seconds} waits first, {"work": seconds} computes first,
-{"error": "[code] sentence"} fails, {"crash": true} ends the model's process, {"bug": true} raises. Triton's Python stub
-runs a copy of this file.
+{"error": "[code] sentence"} fails, {"crash": true} ends the model's process, {"bug": true} raises, and {"watch": file}
+waits until the caller has left and then writes the file. Triton's Python stub runs a copy of this file.
 """
 
 import base64
@@ -11,6 +11,7 @@ import io
 import json
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb
@@ -56,6 +57,8 @@ class TritonPythonModel:
         return responses
 
     def answer(self, request) -> list:
+        self.is_cancelled = request.is_cancelled
+
         def read(name: str):
             tensor = pb.get_input_tensor_by_name(request, name)
             return None if tensor is None else tensor.as_numpy()
@@ -97,7 +100,10 @@ class TritonPythonModel:
             width, height = json.loads(image).get("size", (5, 4))
         else:
             image = base64.b64decode(image) if image.startswith(b"iVBOR") else image  # PNG in JSON
-            width, height = Image.open(io.BytesIO(image)).size
+            try:
+                width, height = Image.open(io.BytesIO(image)).size
+            except OSError:
+                raise ValueError("[invalid_image] not an image") from None
         mask = np.add.outer(np.arange(height), np.arange(width)) % len(labels)
         scores = np.zeros(len(labels), np.float32)
         scores[0] = int.from_bytes(digest({name: read(name) for name in SEGMENT})[:2], "big")
@@ -115,7 +121,7 @@ class TritonPythonModel:
             raise ValueError("[unknown_index] no index 'none'; there are: photos")
         if given["index"] == "old":
             raise ValueError("[index_mismatch] made by another release; run: radapter-index build photos")
-        hits = min(3, int(read("top_k")[0]))
+        hits = 3 if read("top_k") is None else min(3, int(read("top_k")[0]))
         about = [json.dumps({**given, "rank": rank, "outputs": sorted(outputs)}).encode() for rank in range(hits)]
         tensors = [
             pb.Tensor("id", np.array([f"ordner/bild ü {rank}.jpg".encode() for rank in range(hits)], np.object_)),
@@ -135,6 +141,11 @@ class TritonPythonModel:
         end = time.monotonic() + order.get("work", 0)
         while time.monotonic() < end:
             pass
+        if "watch" in order:
+            end = time.monotonic() + 20
+            while not self.is_cancelled() and time.monotonic() < end:
+                time.sleep(0.01)
+            Path(order["watch"]).write_text("cancelled" if self.is_cancelled() else "late")
         if "error" in order:
             raise ValueError(order["error"])
         if order.get("crash"):

@@ -194,6 +194,35 @@ def test_a_bomb_is_refused_from_its_header(side):
         decode(png_header(side, side))
 
 
+def with_scans(count: int, width: int, height: int) -> bytes:
+    """A progressive JPEG whose last scan stands there again and again, up to so many scans."""
+    data = encoded(Image.new("RGB", (width, height)), "JPEG", progressive=True)
+    last = data[data.rfind(b"\xff\xc4", 0, data.rfind(b"\xff\xda")) : -2]
+    return data[:-2] + last * (count - data.count(b"\xff\xda")) + data[-2:]
+
+
+def test_a_jpeg_of_many_scans_is_refused():
+    assert decode(with_scans(100, 64, 64)).size == (64, 64)
+    with pytest.raises(TaskError, match=r"\[image_too_large\] the JPEG has 101 scans .* at most 100 are allowed"):
+        decode(with_scans(101, 64, 64))
+    with pytest.raises(TaskError, match="has 60 scans for its 32000000 pixels; at most 50 are allowed"):
+        decode(with_scans(60, 8000, 4000))
+
+
+def test_scans_of_previews_and_behind_the_end_are_none(monkeypatch):
+    data = encoded(Image.new("RGB", (64, 64)), "JPEG")
+    many = b"\xff\xda" * 500
+    preview = b"\xff\xe1" + (len(many) + 2).to_bytes(2, "big") + many
+    assert decode(data[:2] + preview + data[2:] + many).size == (64, 64)
+
+
+def test_a_file_that_is_too_long_is_refused(monkeypatch):
+    data = encoded(Image.new("RGB", (64, 64)), "PNG")
+    monkeypatch.setattr(module, "MAX_BYTES", len(data) - 1)
+    with pytest.raises(TaskError, match=rf"\[image_too_large\] the image has {len(data)} bytes; at most"):
+        decode(data)
+
+
 def test_a_thin_image_is_refused_before_it_is_blown_up():
     with pytest.raises(TaskError, match="image_too_large"):
         Preprocess((224, 224))(Image.new("RGB", (1, 1_200)))
