@@ -202,6 +202,11 @@ class TritonServer(Endpoints):
         configured = configure(repository, releases, self.runtime, self.threads, installation, progress)
         self.runtime = configured.runtime
         self.measured = configured.measured or self.measured
+        if configured.version_compatible and self._process is not None and not self._version_compatible:
+            raise RAdapterError(
+                "an engine brings a TensorRT runtime of its own, which a server allows from its start on; stop the "
+                "server, give this command again, and start the server"
+            )
         self._version_compatible |= configured.version_compatible
         found = line_up(repository, releases, sorted(kept), configured.configs)
         configs = with_instances({name: model.config for name, model in found.items()}, self._instances)
