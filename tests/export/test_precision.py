@@ -251,7 +251,7 @@ def test_release_says_what_its_precision_costs(
         # Coarser than fp32, so it is what it says; and as close as its precision allows.
         assert 1e-6 < graph.agreement.max_error <= bounds.max_error
         folder = tmp_path / "repository" / graph.name / "1"
-        assert {path.name for path in folder.iterdir()} == {"model.onnx", "samples.npz"}
+        assert {path.name for path in folder.iterdir()} == {"config.pbtxt", "model.onnx", "samples.npz"}
         encoder = Encoder(folder / "model.onnx", facts["runtime"], precision=precision)
         again = compare(graph.name, encoder, Samples.load(folder), bounds)
         assert again.max_error == pytest.approx(graph.agreement.max_error, rel=0.2)
