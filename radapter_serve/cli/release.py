@@ -25,7 +25,7 @@ PROG = "radapter-release"
 REPOSITORY = Path("model_repository")
 
 
-def list_(model_repository: tyro.conf.Positional[Path] = REPOSITORY, http_port: int | None = None) -> None:
+def list_(model_repository: Path = REPOSITORY, http_port: int | None = None) -> None:
     """Show the releases of a repository, and which of them are served.
 
     Args:
@@ -71,7 +71,7 @@ def load(
     _do({"do": "load", "releases": wanted}, model_repository, http_port, lambda served: served.next(wanted))
 
 
-def rollback(model_repository: tyro.conf.Positional[Path] = REPOSITORY, http_port: int | None = None) -> None:
+def rollback(model_repository: Path = REPOSITORY, http_port: int | None = None) -> None:
     """Serve again what was served before, as `load` does.
 
     Args:

@@ -20,7 +20,7 @@ from radapter_serve.release.repository import CONFIG, MODELS, named_releases, re
 
 SUMS = "SHA256SUMS"
 _WORKERS = 4  # the disk, more than the processor, sets the pace of more
-_LINE = re.compile(rb"([0-9a-f]{64})  (.+)\n")  # a last line without its end was cut off
+_LINE = re.compile(rb"([0-9a-f]{64})  (.+)")
 _SHOWN = 5  # problems in a message
 _ENGINE = "model.plan"  # the start of the names of what radapter-build-engine adds later
 
@@ -210,11 +210,12 @@ def _save(path: Path, sums: Mapping[str, str]) -> None:
 def _load(path: Path) -> dict[str, str]:
     sums = {}
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        *lines, rest = path.read_bytes().split(b"\n")
     except OSError as error:
         raise RAdapterError(f"cannot read {path}: {error.strerror}") from None
-    for number, line in enumerate(lines, 1):
-        if not (found := _LINE.fullmatch(line)):
+    for number, line in enumerate([*lines, rest] if rest else lines, 1):
+        found = _LINE.fullmatch(line)
+        if not found or line is rest:  # whose end is cut off
             raise RAdapterError(
                 f"{path}, line {number}, is no digest with the name of a file; copy the release here again, or export "
                 "it again with radapter-export"

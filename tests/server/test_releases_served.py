@@ -166,15 +166,16 @@ def test_the_command_speaks_with_the_server(
     served: TritonServer, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     repository = folder / "repository"
+    where = ["--model-repository", str(repository)]
     assert find_server(folder) is None
-    assert main(["load", "2", "--model-repository", str(repository)]) == 0
+    assert main(["load", "2", *where]) == 0
     assert capsys.readouterr().out == "release 2 is served\n"
     assert Served.load(repository) == Served((2,), (1,))
-    assert main(["list", str(repository), "--http-port", str(served.http_port)]) == 0
+    assert main(["list", *where, "--http-port", str(served.http_port)]) == 0
     assert f"served at {served.http_url}" in capsys.readouterr().out
-    assert main(["rollback", str(repository)]) == 0
+    assert main(["rollback", *where]) == 0
     assert capsys.readouterr().out == "release 1 is served\n"
-    assert main(["load", "1", "--model-repository", str(repository)]) == 0
+    assert main(["load", "1", *where]) == 0
     assert capsys.readouterr().out == "release 1 is served already\n"
     assert served.models["classify"] == [1]
 

@@ -210,9 +210,9 @@ def test_without_a_server_the_next_start_is_chosen(sealed: Path, capsys: pytest.
     assert main(["load", "1", "--model-repository", str(sealed)]) == 0
     assert "from its next start on, release 1 is served" in capsys.readouterr().out
     assert json.loads((sealed / "served.json").read_text()) == {"releases": [1], "before": [1, 2]}
-    assert main(["rollback", str(sealed)]) == 0
+    assert main(["rollback", "--model-repository", str(sealed)]) == 0
     assert Served.load(sealed).releases == (1, 2)
-    assert main(["list", str(sealed)]) == 0
+    assert main(["list", "--model-repository", str(sealed)]) == 0
     shown = capsys.readouterr().out
     assert "yes, by default" in shown and "no server runs here" in shown
     (sealed / "text_encoder" / "1" / "model.onnx").write_bytes(b"")
@@ -220,7 +220,7 @@ def test_without_a_server_the_next_start_is_chosen(sealed: Path, capsys: pytest.
     assert "text_encoder/1/model.onnx is empty" in capsys.readouterr().err
     assert main(["load", "9", "--model-repository", str(sealed)]) == 2
     assert "no release 9" in capsys.readouterr().err
-    assert main(["list", str(sealed), "--http-port", "1"]) == 2
+    assert main(["list", "--model-repository", str(sealed), "--http-port", "1"]) == 2
     assert Served.load(sealed).releases == (1, 2)
     assert known(sealed, [2, 1, 2]) == [1, 2]
 
