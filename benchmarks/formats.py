@@ -63,7 +63,7 @@ def main(
         repeats: rounds; in each a candidate runs for at least 0.3 s.
         run: of radapter-train, exported in every format for its task accuracy; left out if none is given.
         calibration: images for int8 static of that run.
-        validation: data to judge that run by; its own if none is given.
+        validation: data to evaluate that run on; its own if none is given.
         out: folder of the table.
     """
     report = Report(

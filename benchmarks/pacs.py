@@ -1,4 +1,4 @@
-"""Fine-tuned on the photos of PACS, judged on its photos, art, cartoons and sketches, over α and several seeds.
+"""Fine-tuned on the photos of PACS, evaluated on its photos, art, cartoons and sketches, over α and several seeds.
 
 α is chosen on photos that neither training nor testing sees; the other styles choose nothing.
 """
@@ -29,7 +29,7 @@ from radapter_serve.training import Recipe, train
 VALIDATION = "photo, validation"
 STYLES = ("photo", "art_painting", "cartoon", "sketch")
 ALPHAS = [round(0.1 * step, 1) for step in range(11)]
-HELD_OUT = 5  # every fifth photo of a class is not trained on: these judge and, every other one, choose α
+HELD_OUT = 5  # every fifth photo of a class is not trained on: these are for the test and, every other one, choose α
 RECIPE = Recipe(
     momentum=0.99,
     bias_correction=True,
@@ -57,10 +57,10 @@ def main() -> None:
     arguments = parser.parse_args()
     report = Report(
         "pacs",
-        "PACS: fine-tuned on photos, judged on other styles too",
+        "PACS: fine-tuned on photos, evaluated on other styles too",
         f"Zero-shot accuracy in % on {arguments.limit} images of a style at most. Every {HELD_OUT}th photo is kept "
-        f"from fine-tuning: half of these choose α, the others judge. The demo's small base unless another one is "
-        f"named, batches of {RECIPE.batch_size}, "
+        f"from fine-tuning: half of these choose α, the others are for the test. The demo's small base "
+        f"unless another one is named, batches of {RECIPE.batch_size}, "
         f"{arguments.steps} steps. Mean over the seeds, ± the standard deviation. 50 % over 1,000 images has a "
         "standard error of 1.6.",
         timed=False,
@@ -83,12 +83,12 @@ def main() -> None:
                     out=folder / f"seed-{seed}",
                 )
             )
-            say(f"seed {seed}: judging")
-            choice, rows = _judge(run, val_csv, test_csv, arguments.root, arguments.limit)
+            say(f"seed {seed}: evaluating")
+            choice, rows = _evaluate(run, val_csv, test_csv, arguments.root, arguments.limit)
             chosen.append(choice.alpha)
             curves.append(curve(rows))
-            for point, judged in zip(curves[-1], choice.curve, strict=True):
-                point[VALIDATION] = judged[VALIDATION]
+            for point, evaluated in zip(curves[-1], choice.curve, strict=True):
+                point[VALIDATION] = evaluated[VALIDATION]
     counts = {row["dataset"]: row["n"] for row in rows} | {VALIDATION: choice.sets[VALIDATION]["n"]}
     points = [
         {"alpha": alpha, **{s: statistics.mean(c[i][s] for c in curves) for s in STYLES}}
@@ -124,7 +124,7 @@ def main() -> None:
 
 
 def _split(photos: Path, folder: Path) -> list[Path]:
-    """CSV files of the photos to train on, of those to choose α by, and of those to judge by."""
+    """CSV files of the photos to train on, of those to choose α by, and of those to evaluate on."""
     parts: dict[str, list[tuple[Path, str]]] = defaultdict(list)
     for class_folder in sorted(path for path in photos.iterdir() if path.is_dir()):
         for number, file in enumerate(sorted(class_folder.iterdir())):
@@ -137,7 +137,7 @@ def _split(photos: Path, folder: Path) -> list[Path]:
     return paths
 
 
-def _judge(run: Path, validation: Path, photos: Path, root: Path, limit: int) -> tuple[Choice, list[Row]]:
+def _evaluate(run: Path, validation: Path, photos: Path, root: Path, limit: int) -> tuple[Choice, list[Row]]:
     """The choice of α by the validation photos, and the rows of the tests, which come after it."""
     places = {s: f"imagefolder:{root.absolute() / s}" for s in STYLES} | {STYLES[0]: f"csv:{photos}"}
     entries = tuple(
@@ -146,7 +146,7 @@ def _judge(run: Path, validation: Path, photos: Path, root: Path, limit: int) ->
     adapter = load_adapter(run)
     embedder = embedder_of(load_base(adapter.metadata.architecture, adapter.metadata.pretrained), adapter, ALPHAS)
     own = Entry(VALIDATION, f"csv:{validation}", split="validation", templates="simple")
-    suite, results = Suite("pacs", (own, *entries)), Results(run / "judged")
+    suite, results = Suite("pacs", (own, *entries)), Results(run / "evaluated")
     choice = choose(evaluate_suite(embedder, suite, results, split="validation"))
     return choice, evaluate_suite(embedder, suite, results, limit=limit)
 

@@ -23,10 +23,10 @@ RECALLS = [f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (
 
 
 def main() -> None:
-    """Train once for each δ and once with several captions an image, judge, and write the table."""
+    """Train once for each δ and once with several captions an image, evaluate, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train", help="captions to train on, as csv:FILE; the demo's scenes if left out")
-    parser.add_argument("--judge", nargs="+", default=[], help="captions to judge by; the demo's test scenes")
+    parser.add_argument("--evaluate", nargs="+", default=[], help="captions to evaluate on; the demo's test scenes")
     parser.add_argument("--architecture", default=f"local-dir:{BASE}", help="open_clip model; the demo's if left out")
     parser.add_argument("--pretrained", help="open_clip tag, or a checkpoint's path")
     parser.add_argument("--deltas", type=float, nargs="+", default=[0.0, 0.02, 0.05, 0.1], help="margins")
@@ -48,7 +48,7 @@ def main() -> None:
         "retrieval",
         "Retrieval: the margin δ, and captions of an image in a batch",
         f"{arguments.steps} steps of {recipe.batch_size} images, otherwise the demo's recipe for retrieval; one seed. "
-        "Recall in %, mean over the sets to judge by: the demo's test scenes (100 in each of three styles, 300 "
+        "Recall in %, mean over the sets to evaluate on: the demo's test scenes (100 in each of three styles, 300 "
         "captions each, of concepts that neither base nor training has seen) unless the command names others. With "
         "300 captions in each of three sets an R@1 of 5 % has a standard error of 0.7, an R@10 of 25 % of 1.4.",
         timed=False,
@@ -56,12 +56,12 @@ def main() -> None:
     lines: list[list[str]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source, judged = arguments.train, dict(enumerate(arguments.judge))
+        source, evaluated = arguments.train, dict(enumerate(arguments.evaluate))
         if source is None:
             scenes = prepare_scenes(folder / "scenes")
             source = f"csv:{scenes.train / 'captions.csv'}"
-            judged = judged or {style: f"csv:{place / 'captions.csv'}" for style, place in scenes.test.items()}
-        suite = Suite("retrieval", tuple(Entry(str(key), place, "retrieval") for key, place in judged.items()))
+            evaluated = evaluated or {style: f"csv:{place / 'captions.csv'}" for style, place in scenes.test.items()}
+        suite = Suite("retrieval", tuple(Entry(str(key), place, "retrieval") for key, place in evaluated.items()))
         runs = [(delta, 1) for delta in arguments.deltas]
         runs += [(recipe.delta, arguments.captions)] if arguments.captions > 1 else []
         for delta, captions in runs:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from radapter_serve.errors import RAdapterError
 
 
 @contextlib.contextmanager
@@ -29,14 +33,35 @@ def staged(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def digest_of(*paths: Path) -> str:
-    """`sha256:` of files, one after the other, which may be larger than memory."""
+def digest_of(*parts: Path | bytes) -> str:
+    """`sha256:` of bytes and of files, one after the other; the files may be larger than memory."""
     digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
+    for part in parts:
+        with io.BytesIO(part) if isinstance(part, bytes) else part.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return f"sha256:{digest.hexdigest()}"
+
+
+def read_yaml(path: Path, what: str, hint: str = "") -> Any:
+    """What a YAML file holds.
+
+    Args:
+        path: of the file.
+        what: to call it in a message.
+        hint: to add where there is no such file.
+
+    Raises:
+        RAdapterError: it can't be read, or is no YAML.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RAdapterError(f"could not read {what} {path}: {error.strerror}{hint}") from None
+    except Exception as error:  # PyYAML raises many kinds on values that it can't construct, and on deep nesting
+        raise RAdapterError(f"could not read {what} {path}: {' '.join(str(error).split())[:300]}") from None
 
 
 def swap_in(staged: Path, folder: Path, old: Path) -> None:

@@ -28,6 +28,7 @@ pytest_add_cli_args = ["-p", "no:cacheprovider"]
 pytest_add_cli_args_test_selection = [
     "tests/adapter", "tests/training/test_average.py", "tests/training/test_loss.py", "tests/training/test_wiring.py",
     "tests/evaluation/test_metrics.py", "tests/evaluation/test_alpha_choice.py", "tests/evaluation/test_means.py",
+    "tests/evaluation/test_plots.py",
 ]
 process_isolation = "forkserver"
 debug = true

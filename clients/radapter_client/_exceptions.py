@@ -86,8 +86,13 @@ IMAGE_CODES = frozenset({"image_too_large", "invalid_image"})
 REQUEST_CODES = frozenset(
     {"index_mismatch", "invalid_argument", "no_labels", "not_found", "unknown_index", "unknown_label_set"}
 )
-UNAVAILABLE_CODES = frozenset({"overloaded", "server_stopping", "server_unavailable"})
+UNAVAILABLE_CODES = frozenset({"overloaded", "restarting", "server_stopping", "server_unavailable"})
 MODEL_CODES = frozenset({"no_patch_encoder"})
+# What Triton says itself when it cannot answer now, and the code that the tasks have for it.
+RETRYABLE = {
+    "Exceeds maximum queue size|Request timeout expired": "overloaded",
+    "Stub process .* is not healthy|Failed to process the request": "restarting",
+}
 
 # gRPC's names and HTTP's numbers of the same failures.
 KINDS: dict[str, type[RAdapterClientError]] = {
@@ -122,6 +127,8 @@ def from_server(status: str, text: str) -> RAdapterClientError:
         kind = ModelNotFound
     elif kind is Unauthorized:
         text = f"{text}; give the client api_key=KEY, or radapter-query the environment variable RADAPTER_API_KEY"
+    elif code is None and (known := next((known for sign, known in RETRYABLE.items() if re.search(sign, text)), None)):
+        kind, code = ServerUnavailable, known
     elif absent := re.search(r"unknown model: '(\w+)' is not found", text):
         text = f"the server has no model {absent[1]!r}: export the release again with this version's radapter-export"
     elif re.search("has no available versions|not at ready state", text):  # which holds for all models of a server then

@@ -71,6 +71,8 @@ class _Grpc:
         if status == "DEADLINE_EXCEEDED":
             return Timeout(f"no answer from {self._url} within {timeout:g} s")
         if status in ("UNAVAILABLE", "CANCELLED"):  # a server that stops cancels what it has not answered
+            if (said := from_server(status, text)).code is not None:  # by a task, or by Triton, and not by gRPC
+                return said
             kind = Timeout if SILENT.search(text) else ServerUnavailable
             return kind(f"no answer from {self._url}: {text}; is the server running (radapter-serve)?")
         return from_server(status, text)

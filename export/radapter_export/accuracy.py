@@ -31,7 +31,7 @@ class Accuracy:
     """A metric of the task in per cent, by torch with adapters attached and by the encoders of a release.
 
     Attributes:
-        dataset: what was judged by.
+        dataset: what they were evaluated on.
         n: its images.
         metric: such as `acc1`.
         torch, release: its two values.
@@ -48,7 +48,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Validation:
-    """Data that releases are judged by before they are put in place.
+    """Data that releases are evaluated on before they are put in place.
 
     Attributes:
         data: opened.
@@ -67,7 +67,7 @@ class Validation:
         crop: MaskCrop,
         say: Callable[[str], None],
     ) -> Accuracy:
-        """Judge one release.
+        """Evaluate one release.
 
         Args:
             base: with adapters attached and set to `alpha`.
@@ -118,7 +118,7 @@ def _label_embeds(repository: Path) -> Known:
 def open_validation(
     metadata: Metadata, data: str | None, way: str | None, precision: str, max_drop: float
 ) -> Validation | None:
-    """Open the data that releases are to be judged by.
+    """Open the data that releases are to be evaluated on.
 
     Args:
         metadata: of the adapter, whose recipe says which columns and classes the data has.

@@ -73,11 +73,6 @@ class Graph:
         onnx.checker.check_model(str(path))
         return size_of(path)
 
-    def operators(self) -> dict[str, int]:
-        """Number of nodes of each kind."""
-        kinds = [node.op_type for node in self.model.graph]
-        return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
-
 
 def size_of(path: Path) -> int:
     """Bytes of an ONNX file and of the weights beside it."""

@@ -10,7 +10,7 @@ from radapter_export.accuracy import open_validation
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_export.merged import Merged
 from radapter_export.precision import TYPES, check_precision, lower
-from radapter_export.repository import MODELS, PATCH_ENCODER, Repository
+from radapter_export.repository import Repository
 from radapter_export.settings import ExportSettings
 from radapter_export.source import Source
 from radapter_export.towers import check
@@ -20,7 +20,7 @@ from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.dense import check_dense
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.collection import open_collection
-from radapter_serve.release.repository import RUNTIMES, TENSORRT
+from radapter_serve.release.repository import MODELS, PATCH_ENCODER, RUNTIMES, TENSORRT
 from radapter_serve.runtimes.tensorrt.plan_writer import PlanWriter
 
 __all__ = ["Exported", "ExportedRelease", "export_release"]
@@ -59,7 +59,7 @@ def export_release(
     numbers = [source.alpha] if alphas is None or isinstance(alphas, str) else list(alphas)
     _check_arguments(numbers, source, settings)
     engines = PlanWriter(progress=say) if settings.served_by == TENSORRT else None  # looks for a GPU, before all else
-    judged_by = open_validation(
+    validation = open_validation(
         source.adapter.metadata, settings.validation, source.way, settings.precision, settings.max_drop
     )
     images = settings.calibration
@@ -72,10 +72,13 @@ def export_release(
         releases = []
         for version, alpha in enumerate(numbers, repository.next_version()):
             name = f"alpha-{alpha:g}" if len(numbers) > 1 else ""
-            releases.append(writer.write(version, alpha, checkpoints, name, repository, judged_by, say))
+            releases.append(writer.write(version, alpha, checkpoints, name, repository, validation, say))
         for model in models:
             written = [release.release for release in releases]
             repository.add_config(model, written, writer.dims, settings.max_batch_size)
+        say("writing the digests of all files")
+        for release in releases:
+            repository.add_sums(release.version)
         say("putting everything in place")
         checkpoints.commit()
         repository.commit([release.version for release in releases])

@@ -16,13 +16,9 @@ from tritonclient.grpc import model_config_pb2
 from radapter_export.files import STAGED, disk_errors, make_folder, remove_empty
 from radapter_serve.errors import RAdapterError
 from radapter_serve.lock import lock
+from radapter_serve.release.integrity import write_sums
 from radapter_serve.release.release import Release
-from radapter_serve.release.repository import configure, versions_of
-
-PATCH_ENCODER = "patch_encoder"  # the one model that an export may lack
-ENCODERS = ("image_encoder", PATCH_ENCODER, "text_encoder")
-TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
-MODELS = (*ENCODERS, *TASKS)  # in the order of writing: a version that stands in the last is complete
+from radapter_serve.release.repository import CONFIG, ENCODERS, MODELS, PATCH_ENCODER, configure, versions_of
 
 
 def sources() -> Path:
@@ -94,7 +90,7 @@ class Repository:
     def add_config(
         self, model: str, releases: Sequence[Release], dims: Mapping[str, Sequence[int]], max_batch_size: int
     ) -> None:
-        """Write a model's config.pbtxt from its template, for the versions of these releases.
+        """Write a model's configs from its template: for the versions of these releases, and for each of them alone.
 
         Args:
             model: its name.
@@ -102,9 +98,18 @@ class Repository:
             dims: shapes, without the batch, of tensors whose template leaves them open (-1).
             max_batch_size: rows of a batch; a template that says 0, a model without batches, keeps its 0.
         """
-        text = config(sources() / model / "config.template.pbtxt", model, releases, dims, max_batch_size)
+        texts = {self.staged(model) / CONFIG: releases}
+        # Its own outlives the next export, for a server that goes back to it.
+        texts |= {self.staged(model, release.version) / CONFIG: [release] for release in releases}
         with disk_errors(self.folder):
-            (self.staged(model) / "config.pbtxt").write_text(text, encoding="utf-8")
+            for path, some in texts.items():
+                text = config(sources() / model / "config.template.pbtxt", model, some, dims, max_batch_size)
+                path.write_text(text, encoding="utf-8")
+
+    def add_sums(self, version: int) -> None:
+        """Write the digests of all files of a version, which is complete."""
+        with disk_errors(self.folder), self.view(version) as view:
+            write_sums(view, version)
 
     def add_model_file(self, model: str, version: int) -> None:
         """Copy a task's model.py into a version."""
@@ -121,9 +126,9 @@ class Repository:
                 for version in versions:
                     self.staged(model, version).rename(self.folder / model / str(version))
             for model in self.models:
-                (self.staged(model) / "config.pbtxt").replace(self.folder / model / "config.pbtxt")
+                (self.staged(model) / CONFIG).replace(self.folder / model / CONFIG)
             for model in set(MODELS) - set(self.models):
-                (self.folder / model / "config.pbtxt").unlink(missing_ok=True)
+                (self.folder / model / CONFIG).unlink(missing_ok=True)
 
     def _remove_leftovers(self) -> None:
         complete = set(versions_of(self.folder / MODELS[-1]))
@@ -144,7 +149,7 @@ class Repository:
             retired: versions that are ours even where no config says so.
         """
         folder = self.folder / model
-        config = folder / "config.pbtxt"
+        config = folder / CONFIG
         if any(folder.glob(f"{STAGED}*")) or (config.is_file() and 'key: "release"' in config.read_text("utf-8")):
             return
         if set(versions_of(folder)) - retired or config.is_file():

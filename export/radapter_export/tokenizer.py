@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import open_clip.tokenizer as clip
 import tokenizers
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import staged
+from radapter_serve.files import digest_of, staged
 
 _CLEAN = {clip._clean_lower: "lower", clip._clean_whitespace: "whitespace", clip._clean_canonicalize: "canonicalize"}
 
@@ -42,8 +41,8 @@ def write_tokenizer(tokenizer: Any, path: str | Path, *, dynamic_length: bool = 
         )
     with staged(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-    return {**spec, "digest": digest, "context_length": tokenizer.context_length, "dynamic_length": dynamic_length}
+    lengths = {"context_length": tokenizer.context_length, "dynamic_length": dynamic_length}
+    return {**spec, "digest": digest_of(text.encode()), **lengths}
 
 
 def _clip(tokenizer: clip.SimpleTokenizer) -> tuple[str, dict[str, Any]]:

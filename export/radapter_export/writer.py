@@ -21,7 +21,7 @@ from radapter_export.graph import Graph
 from radapter_export.merged import Merged
 from radapter_export.quantization import PROMPTS, Calibration, calibration_images, quantize, spread
 from radapter_export.references import BATCHES, Inputs, mixed_alphas, references_at
-from radapter_export.repository import TASKS, Repository
+from radapter_export.repository import Repository
 from radapter_export.settings import ExportSettings
 from radapter_export.source import Source
 from radapter_export.tokenizer import write_tokenizer
@@ -39,7 +39,7 @@ from radapter_serve.inputs.probabilities import SAME, indistinguishable
 from radapter_serve.inputs.tokenizer import Tokenizer
 from radapter_serve.release.agreement import Agreement, Samples, compare
 from radapter_serve.release.release import Release
-from radapter_serve.release.repository import RUNTIMES
+from radapter_serve.release.repository import RUNTIMES, TASKS
 from radapter_serve.runtimes.encoder import Encoder
 from radapter_serve.runtimes.tensorrt.plan_writer import PlanWriter
 from radapter_serve.tasks.label_embeddings import LabelEmbedder
@@ -143,7 +143,7 @@ class Writer:
         checkpoints: Merged,
         name: str,
         repository: Repository,
-        judged_by: Validation | None,
+        validation: Validation | None,
         say: Callable[[str], None],
     ) -> ExportedRelease:
         """Write one release into the temporary folders."""
@@ -179,10 +179,10 @@ class Writer:
                 repository.add_model_file(model, version)
                 release.save(repository.staged(model, version))
             accuracy = None
-            if judged_by is not None:
+            if validation is not None:
                 self._at(alpha)
                 with repository.view(version) as view:
-                    accuracy = judged_by(self._base, alpha, view, source.templates, self._crop, say)
+                    accuracy = validation(self._base, alpha, view, source.templates, self._crop, say)
                 release = replace(release, accuracy=asdict(accuracy))
                 for model in TASKS:
                     release.save(repository.staged(model, version))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from radapter_serve.tasks.classify import Classify, ClassifyRequest, load_label_sets
-from radapter_serve.tasks.responses import answer, need, read
+from radapter_serve.tasks.responses import answer, given_up, need, read
 from radapter_serve.tasks.triton import Version
 
 
@@ -30,5 +30,5 @@ def _request(request: Any) -> ClassifyRequest:
         templates=read(request, "templates"),
         top_k=None if top_k is None else top_k.ravel(),
         alpha=read(request, "alpha"),
-        cancelled=request.is_cancelled,
+        cancelled=given_up(request),
     )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from radapter_serve.tasks.classify import load_label_sets
-from radapter_serve.tasks.responses import answer, each, need, read
+from radapter_serve.tasks.responses import answer, each, given_up, need, read
 from radapter_serve.tasks.segment import LabelledMask, Segment, SegmentRequest
 from radapter_serve.tasks.triton import Version
 
@@ -39,7 +39,7 @@ def _request(request: Any) -> SegmentRequest:
         proposals=read(request, "proposals"),
         proposal_scores=read(request, "proposal_scores"),
         alpha=read(request, "alpha"),
-        cancelled=request.is_cancelled,
+        cancelled=given_up(request),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -24,10 +23,7 @@ def build_engine(
     model_repository: tyro.conf.Positional[Path] = Path("model_repository"),
     check: bool = False,
     force: bool = False,
-    opt_batch_size: int = 8,
-    workspace: float | None = None,
-    version_compatible: bool = False,
-    hardware_compatible: bool = False,
+    engine: tyro.conf.OmitArgPrefixes[Options] = Options(),  # noqa: B008  # frozen
     timing_cache: Path | None = None,
     tolerance: float | None = None,
 ) -> None:
@@ -40,10 +36,7 @@ def build_engine(
         model_repository: folder that radapter-export has filled.
         check: build nothing; say whether what is there can be served here.
         force: build those that fit, too.
-        opt_batch_size: rows of the batch that engines are tuned for; they take all others, too.
-        workspace: GiB of GPU memory that a layer may use; all that is free if not given.
-        version_compatible: engines also run under later versions of TensorRT, somewhat slower.
-        hardware_compatible: engines also run on other GPUs of compute capability 8.0 and above, somewhat slower.
+        engine: how engines are built.
         timing_cache: file of what TensorRT measured, which makes the next build faster; one in ~/.cache if not given.
         tolerance: largest difference from torch allowed in a component of the unit-length embeddings; the release's
             own if not given.
@@ -52,18 +45,13 @@ def build_engine(
         folders = check_engines(model_repository)
         print("\n".join(f"{folder}: fits" for folder in folders) or "TensorRT serves nothing here: nothing to check")
         return
-    if workspace is not None and not 0 < workspace < math.inf:
-        raise RAdapterError(f"--workspace is {workspace:g}; allowed: GiB above 0, such as 4")
-    if opt_batch_size < 1:
-        raise RAdapterError(f"--opt-batch-size is {opt_batch_size}; allowed: 1 or more")
     if tolerance is not None and not 0 < tolerance <= 1:
         raise RAdapterError(f"--tolerance is {tolerance:g}; allowed: more than 0, at most 1, such as 1e-4")
-    options = Options(opt_batch_size, workspace, version_compatible, hardware_compatible)
     console = Console(stderr=True)
     with console.status("starting") as status:
         built = build_engines(
             model_repository,
-            options,
+            engine,
             tolerance=tolerance,
             timing_cache=timing_cache,
             force=force,

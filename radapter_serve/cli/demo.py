@@ -10,7 +10,7 @@ from radapter_serve.cli import run
 
 
 def demo(out: Path = Path("demo-output"), seed: int = 0, steps: int | None = None, alpha: float | None = None) -> None:
-    """Fine-tune, judge, export, serve and query a small CLIP on real drawings, offline, in a few minutes.
+    """Fine-tune, evaluate, export, serve and query a small CLIP on real drawings, offline, in a few minutes.
 
     For classification, retrieval and segmentation, one adapter each, all served by one server.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,29 +21,86 @@ from radapter_serve.threads import limit_threads
 if TYPE_CHECKING:
     from radapter_serve.evaluation.alpha_choice import Choice
     from radapter_serve.evaluation.embedder import Embedder
+    from radapter_serve.evaluation.results import Row
+    from radapter_serve.evaluation.suite import Suite
 
 GRID = tuple(round(0.1 * step, 1) for step in range(11))
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model that is evaluated: a run, unless one of the others is named.
+
+    Args:
+        adapter: folder of a run or adapter file; the newest run in ./runs if nothing else is given.
+        merged: folder of a merged checkpoint, instead of a run.
+        release: model repository, instead of a run; its own runtime runs it. PATH@N for release N, else the newest.
+        url: a live server, instead of a run, such as grpc://localhost:8001.
+        finetuned: checkpoint of the base fine-tuned as a whole, for WiSE-FT at the same alphas beside the run.
+        base: open_clip model or local-dir:PATH; what the adapter was trained on if none is given.
+        pretrained: open_clip tag or path of a checkpoint; what the adapter was trained on if none is given.
+        precision: of torch; releases and servers have their own.
+        device: of torch, such as cpu or cuda:1; a GPU if there is one.
+    """
+
+    adapter: str | None = None
+    merged: str | None = None
+    release: str | None = None
+    url: str | None = None
+    finetuned: str | None = None
+    base: str | None = None
+    pretrained: str | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: str | None = None
+
+    @property
+    def is_a_run(self) -> bool:
+        """Whether it is none of the others."""
+        return not (self.merged or self.release or self.url)
+
+    def check(self, alpha: Sequence[str]) -> None:
+        """Refuse flags of several models, or flags of a run beside another model."""
+        given = [name for name in ("merged", "release", "url") if getattr(self, name)]
+        also = [name for name in ("adapter", "finetuned", "base", "pretrained") if getattr(self, name)]
+        if alpha and (self.merged or "auto" in alpha):  # which release has which alpha is seen when it is read
+            also.append("alpha auto" if "auto" in alpha else "alpha")
+        if len(given) > 1 or (given and also):
+            flags = ", ".join(f"--{flag}" for flag in given + also)
+            raise RAdapterError(f"{flags} don't go together: evaluate one thing a call, add to its rows by --resume")
+
+    def load(self, path: Path, alphas: Sequence[float]) -> Embedder:
+        """Load it, at these alphas; of a run from its path."""
+        from radapter_serve.evaluation.release_embedder import ReleaseEmbedder, ServerEmbedder
+        from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
+
+        if self.merged:
+            return from_merged(self.merged, precision=self.precision, device=self.device)
+        if self.release:
+            return ReleaseEmbedder(self.release, alphas)
+        if self.url:
+            return ServerEmbedder(self.url, alphas)
+        return from_adapter(
+            path,
+            alphas or None,
+            base=self.base,
+            pretrained=self.pretrained,
+            finetuned=self.finetuned,
+            precision=self.precision,
+            device=self.device,
+        )
 
 
 def evaluate(
     *,
     suite: str | None = None,
-    adapter: str | None = None,
+    model: tyro.conf.OmitArgPrefixes[Model] = Model(),  # frozen
     alpha: Annotated[tuple[str, ...], tyro.conf.arg(metavar="A [A ...]|auto")] = (),
-    merged: str | None = None,
-    release: str | None = None,
-    url: str | None = None,
-    finetuned: str | None = None,
-    base: str | None = None,
-    pretrained: str | None = None,
     data_root: str = ".",
     out: str = "results",
     resume: bool = False,
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 64,
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
-    device: str | None = None,
     threads: int | None = None,
 ) -> None:
     """Evaluate a run at any alpha, a merged checkpoint, a release, or a live server on the data sets of a suite.
@@ -52,56 +110,41 @@ def evaluate(
 
     Args:
         suite: YAML file of data sets; ready ones are in recipes/suites.
-        adapter: folder of a run or adapter file; the newest run in ./runs if nothing else is given.
+        model: what is evaluated.
         alpha: re-scalings from 0 (the base) to 1 (all that was learned); 0, the run's own and 1 if none is given. auto
             chooses the best on validation data: the suite's sets with `split: validation`, else the run's own. Of a
             release or a server: one whose requests may bring it (radapter-export --alpha dynamic).
-        merged: folder of a merged checkpoint, instead of a run.
-        release: model repository, instead of a run; its own runtime runs it. PATH@N for release N, else the newest.
-        url: a live server, instead of a run, such as grpc://localhost:8001.
-        finetuned: checkpoint of the base fine-tuned as a whole, for WiSE-FT at the same alphas beside the run.
-        base: open_clip model or local-dir:PATH; what the adapter was trained on if none is given.
-        pretrained: open_clip tag or path of a checkpoint; what the adapter was trained on if none is given.
         data_root: folder that the suite's paths start from.
         out: folder for rows and pictures.
         resume: keep the rows in OUT, and evaluate only what is missing.
         limit: images of a data set at most, drawn by the seed.
         seed: of that draw.
         batch_size: images a pass.
-        precision: of torch; releases and servers have their own.
-        device: of torch, such as cpu or cuda:1; a GPU if there is one.
         threads: threads to compute with; one a core if none is given. Fewer is faster beside other work.
     """
     limit_threads(threads)
     auto = "auto" in alpha
-    others = {"merged": merged, "release": release, "url": url}
-    of_a_run = {"adapter": adapter, "finetuned": finetuned, "base": base, "pretrained": pretrained}
-    if merged or auto:  # which release has which alpha is seen when it is read
-        of_a_run["alpha auto" if auto else "alpha"] = " ".join(alpha)
-    _refuse_together(others, of_a_run)
+    model.check(alpha)
     alphas = _alphas(alpha)
     if suite is None and not auto:
         raise RAdapterError("no suite; give one with --suite, such as --suite recipes/suites/pacs.yaml")
     for name, count in (("limit", limit), ("batch-size", batch_size)):
         if count is not None and count < 1:
             raise RAdapterError(f"--{name} is {count}; allowed: 1 or more")
-    path = Path(adapter) if adapter else Path() if any(others.values()) else newest_run()
+    path = Path(model.adapter) if model.adapter else newest_run() if model.is_a_run else Path()
     console, screen = Console(stderr=True), Console()
     choice, skipped, rows = None, list[str](), list[Any]()
     with console.status("starting") as status:
         say = _escaped(status.update) if console.is_terminal else _Lines(console)
         # torch takes seconds to load: not for --help
-        from radapter_serve.evaluation.results import Results, prompts, table, warnings
+        from radapter_serve.evaluation.results import Results
         from radapter_serve.evaluation.run import choose_alpha, draw, draw_choice, evaluate_suite
         from radapter_serve.evaluation.suite import load_suite
 
         tests = load_suite(suite, data_root) if suite else None
         results = Results(out, resume=resume)
         say("loading the model")
-        torch_options: dict[str, Any] = {"precision": precision, "device": device}
-        if not any(others.values()):
-            torch_options |= {"base": base, "pretrained": pretrained, "finetuned": finetuned}
-        embedder = _load(path, GRID if auto else alphas, **others, **torch_options)
+        embedder = model.load(path, GRID if auto else alphas)
         options: dict[str, Any] = {"limit": limit, "seed": seed, "batch_size": batch_size, "say": say}
         try:
             variants = embedder.variants
@@ -118,24 +161,23 @@ def evaluate(
         pictures = draw(rows, Path(out), tests.name, curve_too=not auto) if tests and rows else []
         if choice:
             pictures.append(draw_choice(choice, Path(out)))
-    if tests and rows:
-        screen.print(table(rows, f"{tests.name}: per cent", tests.pairs("test")))
-        _print(screen, *prompts(rows))
-    _print(console, *skipped, *warnings(rows))
-    if tests and not rows and skipped:
-        raise RAdapterError(f"nothing was evaluated: all data sets of {tests.name} are left out")
+    if tests:
+        _show(tests, rows, skipped, screen, console)
     _print(screen, *(f"wrote {file}" for file in (results.path, *pictures)))
     if auto:
         _print(screen, f"Next:   radapter-export --adapter {shlex.quote(str(path))} --alpha auto")
 
 
-def _refuse_together(others: dict[str, str | None], of_a_run: dict[str, str | None]) -> None:
-    """Refuse flags of several models, or flags of a run beside another model."""
-    given = [flag for flag, value in others.items() if value]
-    also = [flag for flag, value in of_a_run.items() if value]
-    if len(given) > 1 or (given and also):
-        flags = ", ".join(f"--{flag}" for flag in given + also)
-        raise RAdapterError(f"{flags} don't go together: evaluate one thing a call, and add to its rows by --resume")
+def _show(tests: Suite, rows: Sequence[Row], skipped: Sequence[str], screen: Console, console: Console) -> None:
+    """Print what was measured, and on the other console what a user should know beside it."""
+    from radapter_serve.evaluation.results import prompts, table, warnings
+
+    if rows:
+        screen.print(table(rows, f"{tests.name}: per cent", tests.pairs("test")))
+        _print(screen, *prompts(rows))
+    _print(console, *skipped, *warnings(rows))
+    if not rows and skipped:
+        raise RAdapterError(f"nothing was evaluated: all data sets of {tests.name} are left out")
 
 
 def _alphas(values: Sequence[str]) -> tuple[float, ...]:
@@ -148,28 +190,6 @@ def _alphas(values: Sequence[str]) -> tuple[float, ...]:
     if len(set(numbers)) < len(numbers):
         raise RAdapterError(f"an alpha is given twice: {' '.join(values)}")
     return numbers
-
-
-def _load(
-    adapter: Path,
-    alphas: Sequence[float],
-    *,
-    merged: str | None,
-    release: str | None,
-    url: str | None,
-    **torch_options: Any,
-) -> Embedder:
-    from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
-    from radapter_serve.evaluation.server_embedder import ServerEmbedder
-    from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
-
-    if merged:
-        return from_merged(merged, **torch_options)
-    if release:
-        return ReleaseEmbedder(release, alphas)
-    if url:
-        return ServerEmbedder(url, alphas)
-    return from_adapter(adapter, alphas or None, **torch_options)
 
 
 def _print(console: Console, *lines: str) -> None:

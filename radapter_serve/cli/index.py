@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -140,8 +140,8 @@ def verify(out: tyro.conf.Positional[Path]) -> int:
     Args:
         out: folder of the index.
     """
-    from radapter_serve.index.build import verify
     from radapter_serve.index.index import build_command, read_facts
+    from radapter_serve.index.verify import verify
 
     with _progress("reading") as progress:
         found = verify(out, progress=progress)
@@ -193,12 +193,10 @@ def _release(origin: Mapping[str, str]) -> Iterator[Any]:
 
         yield LocalRelease(origin["model_repository"])
         return
-    from radapter_serve.release.release import Release
-    from radapter_serve.runtimes.served_release import ServerRelease, connect
+    from radapter_serve.runtimes.served_release import ServerRelease
 
-    client, release = connect(origin["url"])
-    with client:
-        yield ServerRelease(client, origin["url"], Release.from_dict(release.facts))
+    with closing(ServerRelease(origin["url"])) as release:
+        yield release
 
 
 @contextmanager
@@ -222,7 +220,8 @@ def _show(summary: Any, out: Path) -> None:
     state = "" if summary.changed else "up to date, "
     print(f"{out}: {state}{summary.count:,} images ({', '.join(parts)})")
     if summary.left_out:
-        from radapter_serve.index.collection import SUFFIXES, count_kinds
+        from radapter_serve.index.collection import count_kinds
+        from radapter_serve.inputs.preprocess import SUFFIXES
 
         count = sum(summary.left_out.values())
         print(f"left out, for an index takes {', '.join(SUFFIXES)}: {count:,} files ({count_kinds(summary.left_out)})")

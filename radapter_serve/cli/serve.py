@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from radapter_serve.cli import run
+from radapter_serve.cli.release import no_digests
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import Release
 from radapter_serve.server.runtime_choice import BATCHES, fastest
@@ -34,6 +35,7 @@ def serve(
     indexes: Path = Path("indexes"),
     runtime: Literal["onnxruntime", "openvino", "tensorrt", "auto"] | None = None,
     threads: int | None = None,
+    instances: tuple[str, ...] = ("2",),
     timeout: float = 120.0,
     drain_seconds: int = 10,
     trust_network: bool = False,
@@ -53,6 +55,8 @@ def serve(
         runtime: what runs the encoders, once it is checked against torch's embeddings; auto takes the fastest on this
             machine; as exported if none is given.
         threads: how many threads compute in an encoder, shared by its instances; one a core if none is given.
+        instances: processes of each task, so that a slow request does not hold up the others: a number for all, and
+            TASK=NUMBER for one, such as: 2 segment=4.
         timeout: seconds to wait until all models answer.
         drain_seconds: how long calls under way may take when the server is stopped.
         trust_network: let whoever can reach --host use the server, for Triton asks nobody for a password.
@@ -67,6 +71,7 @@ def serve(
         indexes=indexes,
         runtime=runtime,
         threads=threads,
+        instances=instances,
         timeout=timeout,
         drain_seconds=drain_seconds,
         trust_network=trust_network,
@@ -80,8 +85,12 @@ def serve(
             else:
                 with console.status("starting") as status:
                     server.start(lambda line: status.update(f"{escape(line)} ..."))
+            if server.unchecked:
+                console.print(f"[bold yellow]Note:[/] {no_digests(server.unchecked)}")
             if server.measured:
                 _show_measured(server)
+            if server.warning:
+                print(f"{PROG}: warning: {server.warning}", file=sys.stderr)
             _show(server)
             Supervisor(server, lambda line: print(f"{PROG}: {line}", file=sys.stderr, flush=True)).run()
         except KeyboardInterrupt:

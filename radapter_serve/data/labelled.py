@@ -210,7 +210,7 @@ def load_labelled(
         templates: prompt templates with `{}`.
         images: folder that relative paths start from; None takes that of the file.
         streaming: read row by row.
-        every_class: refuse classes without an image, which training needs and judging does not; of an image folder
+        every_class: refuse classes without an image, which training needs and evaluation does not; of an image folder
             these stand behind the others.
 
     Raises:

@@ -14,12 +14,11 @@ from PIL import ExifTags, Image
 from radapter_serve.data.class_ids import find_class_file, number_classes, read_class_ids
 from radapter_serve.data.rows import BrokenImage, share_of
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.inputs.preprocess import oriented
+from radapter_serve.inputs.preprocess import SUFFIXES, oriented
 
 IGNORE = -1
 _ORIENTATION = ExifTags.Base.Orientation
 MAX_ID = 65535  # of a label map, which has 16 bits at most
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 ClassMask = tuple[int, NDArray[np.bool_]]
 
@@ -195,7 +194,7 @@ def load_label_maps(folder: Path, classes: Path | None, images: Path | None) -> 
     for id_, label in index.items():
         table[id_] = label
     masks = {path.stem: path for path in _files(folder / "masks", (".png",), "label maps")}
-    found = _files(images or folder / "images", IMAGE_SUFFIXES, "images")
+    found = _files(images or folder / "images", SUFFIXES, "images")
     missing = [path for path in found if path.stem not in masks]
     if missing:
         raise RAdapterError(

@@ -1,4 +1,4 @@
-"""The data of a run, opened as its recipe says, so that training and later judging see the same validation data."""
+"""The data of a run, opened as its recipe says, so that training and later evaluation see the same validation data."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def validation_data(
 
     Args:
         recipe, broken: as of `run_data`.
-        classes: the run's, in their order. Each image is judged among all of them, whether or not the data has an image
-            of each; further classes of labelled images stand behind them, and those of masks must be the same. None
-            takes the data's own.
+        classes: the run's, in their order. Each image is classified among all of them, whether or not the data has an
+            image of each; further classes of labelled images stand behind them, and those of masks must be the same.
+            None takes the data's own.
 
     Returns:
         The data, or None where the recipe has none.

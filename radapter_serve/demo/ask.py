@@ -26,8 +26,8 @@ from radapter_serve.inputs.labels import mean_embeddings, read_label_file, read_
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.release.release import Release
+from radapter_serve.tasks.dense import DenseSegmenter
 from radapter_serve.tasks.segment_options import SegmentOptions
-from radapter_serve.tasks.segmenter import Segmenter
 
 QUESTIONS = 60  # images, captions, scenes: as many of each as are compared
 CLOSE = 1e-3  # of scores
@@ -127,7 +127,7 @@ def ask_segment(client: Client, merged: Path, data: DemoData, scenes: SceneData,
     reference = Reference(merged)
     release = Release.from_dict(client.release().facts)
     preprocess, crop = Preprocess.from_dict(release.preprocess), MaskCrop.from_dict(release.crop)
-    segmenter = Segmenter(reference.patches, None, preprocess, crop, reference.scale, release.max_batch_size)
+    segment = DenseSegmenter(reference.patches, preprocess, release.max_batch_size)
     classes = reference.classes(masked.classes, data.templates)
     pictures, pixels, same, error = [], 0, 0, 0.0
     for masked_image in images:
@@ -143,7 +143,7 @@ def ask_segment(client: Client, merged: Path, data: DemoData, scenes: SceneData,
             expected[mask], sure[mask] = row.argmax(), row.max()
         for label in np.unique(expected[masks.any(axis=0)]):
             error = max(error, abs(float(sure[expected == label].mean()) - proposed.scores[label]))
-        here = segmenter.dense(image, classes[[label for label, _ in segments]], SegmentOptions(SHORT_SIDE))
+        here = segment(image, classes[[label for label, _ in segments]], SegmentOptions(SHORT_SIDE))
         same += int((proposed.mask == expected).sum() + (dense.mask == here.mask).sum())
         pixels += 2 * expected.size
         pictures.append((proposed, dense, dict(zip(labels, masks, strict=True))))

@@ -30,7 +30,7 @@ class Lesson:
     Attributes:
         task: as recipes name it.
         fields: of the recipe, what the demo's data decide.
-        entries: what judges it; the first in distribution, the next `shifts` the same in other styles.
+        entries: what it is evaluated on; the first in distribution, the next `shifts` the same in other styles.
         shifts: number of these.
         metrics: shown in the table, in the rows' names; the first is what the curve shows.
         caption: of the table.
@@ -106,7 +106,7 @@ def lessons(data: DemoData, scenes: SceneData) -> list[Lesson]:
 
 
 def learn(lesson: Lesson, out: Path, *, seed: int, steps: int | None, alpha: float | None) -> Learned:
-    """Fine-tune the base for one task, and judge it over α on concepts that it has never seen.
+    """Fine-tune the base for one task, and evaluate it over α on concepts that it has never seen.
 
     Args:
         lesson: the task.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -13,8 +14,8 @@ from radapter_client import Client
 from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter.file import check_alpha
 from radapter_serve.demo.ask import ask_classify, ask_search, ask_segment
-from radapter_serve.demo.data import FINE_TUNED, STYLES, prepare
-from radapter_serve.demo.learn import draw_curve, figures, learn, lessons, table
+from radapter_serve.demo.data import FINE_TUNED, STYLES, DemoData, prepare
+from radapter_serve.demo.learn import Learned, draw_curve, figures, learn, lessons, table
 from radapter_serve.demo.scenes import prepare_scenes
 from radapter_serve.index.build import build
 from radapter_serve.runtimes.local_release import LocalRelease
@@ -25,7 +26,7 @@ INDEX = "scenes"
 
 
 def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, alpha: float | None = None) -> dict[str, object]:
-    """Fine-tune on one style of drawing for each task, judge on others, export, serve, ask, and check that all agree.
+    """Fine-tune on one style of drawing for each task, evaluate on others, export, serve, ask, and check all.
 
     Args:
         out: folder for everything that the demo makes; what an earlier demo made there is replaced.
@@ -55,7 +56,7 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, alpha: float
 
     for number, lesson in enumerate(lessons(data, scenes), 2):
         task, repository = lesson.task, out / "repositories" / lesson.task
-        chapter(f"{number}. {task.capitalize()}: fine-tune on {STYLES[FINE_TUNED]}, judge on unseen concepts")
+        chapter(f"{number}. {task.capitalize()}: fine-tune on {STYLES[FINE_TUNED]}, evaluate on unseen concepts")
         learned = learn(lesson, out, seed=seed, steps=steps, alpha=alpha)
         console.print(table(lesson, learned))
         picture = out / ("alpha.png" if task == "classification" else f"alpha-{task}.png")
@@ -64,20 +65,7 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, alpha: float
         results[task] = {"alpha": learned.alpha, "metrics": lesson.metrics, "sets": figures(lesson, learned)}
 
         say(f"fold at α = {learned.alpha:g}, export, check against torch")
-        shutil.rmtree(repository, ignore_errors=True)  # the demo's own, from an earlier call
-        (release,) = export_release(
-            learned.run,
-            [learned.alpha],
-            ExportSettings(
-                model_repository=repository,
-                merged=out / "merged" / task,
-                label_sets={LABEL_SET: data.classes},
-                templates=data.templates,
-            ),
-            progress=lambda line: say(f"[dim]{line}[/]"),
-        )
-        errors = {graph.name: graph.agreement.max_error for graph in release.graphs}
-        say("max error against torch: " + ", ".join(f"{graph} {error:.1e}" for graph, error in errors.items()))
+        merged = _export(learned, repository, out / "merged" / task, data, say)
         if task == "retrieval":
             index = out / "indexes" / INDEX
             summary = build(f"csv:{scenes.gallery}", index, LocalRelease(repository))
@@ -88,13 +76,13 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, alpha: float
         with server, Client(server.grpc_url) as client:
             if task == "classification":
                 picture = out / "classified.png"
-                say(ask_classify(client, release.merged, data, LABEL_SET, picture, seed))
+                say(ask_classify(client, merged, data, LABEL_SET, picture, seed))
             elif task == "retrieval":
                 picture = out / "found.png"
-                say(ask_search(client, release.merged, scenes, INDEX, picture, seed))
+                say(ask_search(client, merged, scenes, INDEX, picture, seed))
             else:
                 picture = out / "segmented.png"
-                say(ask_segment(client, release.merged, data, scenes, picture, seed))
+                say(ask_segment(client, merged, data, scenes, picture, seed))
         say(f"the picture: {picture}; the server has stopped")
 
     results["seconds"] = round(time.perf_counter() - started, 1)
@@ -102,3 +90,18 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, alpha: float
     chapter("Done. To go on by hand:")
     say(f"  cd {out} && radapter-serve repositories/retrieval")
     return results
+
+
+def _export(learned: Learned, repository: Path, merged: Path, data: DemoData, say: Callable[[str], None]) -> Path:
+    """Export a release into a repository of its own; returns the folder of its merged checkpoint."""
+    shutil.rmtree(repository, ignore_errors=True)  # the demo's own, from an earlier call
+    settings = ExportSettings(
+        model_repository=repository,
+        merged=merged,
+        label_sets={LABEL_SET: data.classes},
+        templates=data.templates,
+    )
+    (release,) = export_release(learned.run, [learned.alpha], settings, progress=lambda line: say(f"[dim]{line}[/]"))
+    errors = {graph.name: graph.agreement.max_error for graph in release.graphs}
+    say("max error against torch: " + ", ".join(f"{graph} {error:.1e}" for graph, error in errors.items()))
+    return release.merged

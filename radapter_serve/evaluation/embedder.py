@@ -14,8 +14,9 @@ from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import decode
 from radapter_serve.release.release import Release
+from radapter_serve.tasks.dense import DenseSegmenter
+from radapter_serve.tasks.proposals import ProposalSegmenter
 from radapter_serve.tasks.segment_options import SegmentOptions
-from radapter_serve.tasks.segmenter import Segmenter
 
 PROPOSALS = "proposals"  # in place of a way: masks are given, and their crops are classified
 # From the bytes of an image file, and masks uint8 [N, H, W] where masks are given, to the index of each pixel's label,
@@ -107,44 +108,25 @@ class Embedder(Protocol):
         """Release what it holds, and restore the weights of a model that it was given."""
 
 
-def segment_here(segmenter: Segmenter, embeds: Floats, options: SegmentOptions) -> SegmentImage:
+def segment_here(
+    segmenter: DenseSegmenter | ProposalSegmenter, embeds: Floats, options: SegmentOptions
+) -> SegmentImage:
     """Segment in this process.
 
     Args:
-        segmenter: of the model.
+        segmenter: of the model, for the way that is asked for.
         embeds: of the labels, [C, D].
         options: of the windows.
     """
 
     def segment(data: bytes, masks: NDArray[np.uint8] | None) -> NDArray[np.uint16]:
-        image = decode(data, exif_orientation=segmenter.exif_orientation)
-        if masks is None:
-            return segmenter.dense(image, embeds, options).mask
-        return segmenter.from_proposals(image, embeds, masks, None, options).mask
+        image = decode(data, exif_orientation=segmenter.preprocess.exif_orientation)
+        if isinstance(segmenter, DenseSegmenter):
+            return segmenter(image, embeds, options).mask
+        assert masks is not None
+        return segmenter(image, embeds, masks, options=options).mask
 
     return segment
-
-
-def exported_way(release: Release, dense: str | None) -> str:
-    """`Embedder.way` of a release."""
-    own = (release.dense or {}).get("way")
-    if dense == PROPOSALS or (own and dense in (None, own)):
-        return dense or str(own)
-    has = f"has dense {own}" if own else "has no patch_encoder"
-    wanted = dense or "naclip"
-    raise NoSuchWay(f"release {release.version} {has}; export one with radapter-export --dense {wanted}")
-
-
-def release_variants(source: str, release: Release, alphas: Sequence[float]) -> Sequence[Variant]:
-    """The models of a release: itself, or itself at each of several α, which only one whose α is an input has.
-
-    Raises:
-        RAdapterError: it does not have one of these α.
-    """
-    facts = release_facts(release)
-    if release.quantization:  # of int8: ranges found as it runs, or by which images
-        facts["quantization"] = release.quantization
-    return [Variant(source, release.at(alpha).alpha, facts) for alpha in alphas or (release.alpha,)]
 
 
 def release_facts(release: Release) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def _batches(embedder: Embedder, data: EvaluationSet, batch_size: int, threads: 
         try:
             return data.prepare(embedder, number)
         except RAdapterError as error:
-            raise RAdapterError(f"data set {data.entry.name!r}, {data.name(number)}: {error}") from error
+            raise RAdapterError(f"data set {data.entry.name!r}, {data.images[number].name}: {error}") from error
 
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         numbers = iter(range(len(data)))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder
 from radapter_serve.evaluation.metrics import Floats, check_finite
 from radapter_serve.evaluation.suite import Entry
+from radapter_serve.files import digest_of
 from radapter_serve.inputs.labels import mean_embeddings, split_label
 from radapter_serve.inputs.preprocess import decode, oriented
 
@@ -41,38 +44,40 @@ class Scorer(Protocol):
         """
 
 
-class EvaluationSet(Protocol):
+@dataclass(frozen=True)
+class EvaluationSet(ABC):
     """A data set.
 
     Attributes:
+        entry: what the suite says.
+        images: not decoded; `name` is what to call one in an error.
         task: as CLIP_benchmark names it.
         most: images in memory at once; None leaves it to the caller.
     """
 
-    @property
-    def task(self) -> str: ...
+    entry: Entry
+    images: Sequence[Any]
+
+    task: ClassVar[str]
+    most: ClassVar[int | None] = None
+
+    def __len__(self) -> int:
+        return len(self.images)
 
     @property
-    def most(self) -> int | None: ...
-
-    @property
-    def entry(self) -> Entry: ...
-
-    @property
+    @abstractmethod
     def facts(self) -> dict[str, Any]:
         """What a row says about the set."""
 
+    @abstractmethod
     def how(self, embedder: Embedder) -> dict[str, Any]:
         """What a row says about how these models are evaluated on the set."""
 
-    def __len__(self) -> int: ...
-
-    def name(self, number: int) -> str:
-        """What to call an image in an error."""
-
+    @abstractmethod
     def prepare(self, embedder: Embedder, number: int) -> Any:
         """Read and decode an image; thread-safe."""
 
+    @abstractmethod
     def scorer(self, embedder: Embedder, known: Known) -> Scorer:
         """Measures the model that is selected; embeds the texts first, except those in `known`."""
 
@@ -176,5 +181,4 @@ def contents(name: str, parts: Sequence[Callable[[], Iterable[bytes | NDArray[An
 
 def digest(*parts: Sequence[Any]) -> str:
     """`sha256:` over lists of texts and numbers."""
-    content = json.dumps([list(part) for part in parts], ensure_ascii=False)
-    return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
+    return digest_of(json.dumps([list(part) for part in parts], ensure_ascii=False).encode())

@@ -15,6 +15,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder
 from radapter_serve.evaluation.evaluation_set import (
     MOST_CONFUSED,
+    EvaluationSet,
     Known,
     Scorer,
     as_seen,
@@ -37,7 +38,6 @@ from radapter_serve.evaluation.metrics import (
     shares,
     true_ranks,
 )
-from radapter_serve.evaluation.suite import Entry
 from radapter_serve.inputs.preprocess import decode
 from radapter_serve.inputs.probabilities import indistinguishable
 
@@ -75,24 +75,10 @@ def _cropped(data: bytes, border: int, exif_orientation: bool) -> bytes:
 
 
 @dataclass(frozen=True)
-class _ImageSet:
-    """Images that are embedded as a whole.
+class _ImageSet(EvaluationSet):
+    """Images that are embedded as a whole."""
 
-    Attributes:
-        entry: what the suite says.
-        images: of the files.
-    """
-
-    entry: Entry
     images: Sequence[Image]
-
-    most = None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def name(self, number: int) -> str:
-        return self.images[number].name
 
     @cached_property
     def contents(self) -> list[str]:

@@ -13,10 +13,18 @@ from numpy.typing import NDArray
 from radapter_serve.data.masks import IGNORE, MaskedImage
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder, SegmentImage, SegmentQuery
-from radapter_serve.evaluation.evaluation_set import Known, as_seen, by_class, confused, contents, digest, first_names
+from radapter_serve.evaluation.evaluation_set import (
+    EvaluationSet,
+    Known,
+    as_seen,
+    by_class,
+    confused,
+    contents,
+    digest,
+    first_names,
+)
 from radapter_serve.evaluation.intervals import segmentation_intervals
 from radapter_serve.evaluation.metrics import class_ious, confusion, pixel_sums, segmentation_metrics, shares
-from radapter_serve.evaluation.suite import Entry
 from radapter_serve.inputs.probabilities import indistinguishable
 from radapter_serve.tasks.segment_options import SegmentOptions
 
@@ -39,17 +47,14 @@ class MaskedItem:
 
 
 @dataclass(frozen=True)
-class SegmentationSet:
+class SegmentationSet(EvaluationSet):
     """Images with masks.
 
     Attributes:
-        entry: what the suite says.
-        images: not decoded.
         classes: synonyms after commas; the numbers in the masks are places in this list.
         templates: prompt templates; None takes the model's own.
     """
 
-    entry: Entry
     images: Sequence[MaskedImage]
     classes: list[str]
     templates: list[str] | None
@@ -64,12 +69,6 @@ class SegmentationSet:
                 f"data set {self.entry.name!r}: background is {self.entry.background!r}, which is none of the classes: "
                 f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
             )
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def name(self, number: int) -> str:
-        return self.images[number].name
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -166,7 +165,7 @@ class SegmentationScorer:
                 try:
                     found = self._segment(item.data, item.masks).astype(np.int64)
                 except RAdapterError as error:
-                    raise RAdapterError(f"{self._data.name(item.number)}: {error}") from error
+                    raise RAdapterError(f"{self._data.images[item.number].name}: {error}") from error
             known = item.truth != IGNORE
             counts = confusion(item.truth[known], self._class_of[found[known]], len(self._data.classes))
             self._confusion += counts

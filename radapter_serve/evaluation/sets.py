@@ -29,7 +29,8 @@ from radapter_serve.evaluation.evaluation_set import EvaluationSet, drawn
 from radapter_serve.evaluation.image_sets import ClassificationSet, Image, RetrievalSet
 from radapter_serve.evaluation.karpathy import load_karpathy
 from radapter_serve.evaluation.segmentation import SegmentationSet
-from radapter_serve.evaluation.suite import Entry, Suite, read_yaml
+from radapter_serve.evaluation.suite import Entry, Suite
+from radapter_serve.files import read_yaml
 from radapter_serve.inputs.labels import split_label
 
 _READERS = (*READERS, "masks", "coco", "karpathy")

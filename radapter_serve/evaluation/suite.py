@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 
 from radapter_serve.adapter import Metadata
 from radapter_serve.clip.dense import WAYS
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import PROPOSALS
+from radapter_serve.files import read_yaml
 from radapter_serve.inputs.errors import TaskError
 from radapter_serve.tasks.segment_options import SegmentOptions
 
@@ -187,7 +187,7 @@ def load_suite(path: str | Path, data_root: str | Path = ".") -> Suite:
         RAdapterError: no such file, not YAML, unknown fields, or values that are not allowed.
     """
     path = Path(path)
-    document = read_yaml(path, "the suite")
+    document = read_yaml(path, "the suite", "; ready ones are in recipes/suites")
     sets = document.pop("sets", None) if isinstance(document, dict) else None
     if not isinstance(sets, list) or not sets or not all(isinstance(item, dict) for item in sets):
         raise RAdapterError(f"the suite {path} must have `sets`, a list with name and data for each data set")
@@ -207,19 +207,3 @@ def load_suite(path: str | Path, data_root: str | Path = ".") -> Suite:
     if double:
         raise RAdapterError(f"{path} names {double[0]!r} twice; each data set needs a name of its own")
     return Suite(name, tuple(entries), path.absolute().parent, Path(data_root))
-
-
-def read_yaml(path: Path, what: str) -> Any:
-    """What a YAML file holds.
-
-    Raises:
-        RAdapterError: it can't be read, or is no YAML.
-    """
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RAdapterError(
-            f"could not read {what} {path}: {error.strerror}; ready ones are in recipes/suites"
-        ) from None
-    except Exception as error:  # PyYAML raises many kinds on what it can't make a value of
-        raise RAdapterError(f"could not read {what} {path}: {' '.join(str(error).split())[:300]}") from None

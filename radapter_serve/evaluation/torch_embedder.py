@@ -36,7 +36,8 @@ from radapter_serve.files import digest_of
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess, decode
 from radapter_serve.release.release import FILE, Release
-from radapter_serve.tasks.segmenter import Segmenter
+from radapter_serve.tasks.dense import DenseSegmenter
+from radapter_serve.tasks.proposals import ProposalSegmenter
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -148,16 +149,14 @@ class TorchEmbedder:
                 found = encode_image(self._model, pixels) if way is None else encode_patches(self._model, pixels, way)
             return np.asarray(found.float().cpu().numpy())
 
-        bias = self._tensors.get("logit_bias")
-        segmenter = Segmenter(
-            None if query.dense == PROPOSALS else functools.partial(encode, way=query.dense),
-            encode,
-            self._preprocess,
-            self.crop,
-            float(self._tensors["logit_scale"].float().exp()),
-            _WINDOWS,
-            None if bias is None else float(bias),
-        )
+        scale, offset = float(self._tensors["logit_scale"].float().exp()), self._tensors.get("logit_bias")
+        bias = None if offset is None else float(offset)
+        segmenter: DenseSegmenter | ProposalSegmenter
+        if query.dense == PROPOSALS:
+            segmenter = ProposalSegmenter(encode, self._preprocess, self.crop, scale, _WINDOWS, bias)
+        else:
+            patches = functools.partial(encode, way=query.dense)
+            segmenter = DenseSegmenter(patches, self._preprocess, _WINDOWS, scale, bias)
         return segment_here(segmenter, embeds, query.options)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Building an index, adding to it, and comparing it with the files that it was made of."""
+"""Building an index, and adding to it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lancedb
-import numpy as np
 import pyarrow as pa
 
 from radapter_serve.errors import RAdapterError
@@ -32,23 +29,17 @@ from radapter_serve.index.index import (
     build_command,
     mismatch,
     read_facts,
-    table_errors,
-    vectors_of,
 )
 from radapter_serve.index.writer import (
-    BATCH,
-    EmbeddingRelease,
     OnBroken,
     Progress,
     Summary,
     Writer,
-    digest_of,
-    read_broken,
 )
 from radapter_serve.lock import lock
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import find_release, split_repository
-from radapter_serve.threads import decoders
+from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 
 _STOPPED = "building.json"  # in the folder of an unfinished build: the facts of the index that it makes
 _OF_RELEASE = (
@@ -66,30 +57,6 @@ _DECIDING = {
 }
 KEEP = datetime.timedelta(hours=1)  # how long servers may read a version of the table that was replaced
 _DROP = datetime.timedelta(milliseconds=1)
-
-
-@dataclass(frozen=True)
-class Verification:
-    """How an index and its files differ.
-
-    Attributes:
-        missing: ids of images whose files are gone.
-        changed: ids of images whose files have other bytes now.
-        new: ids of images that the index does not have yet.
-        damaged: ids of images whose embedding has not unit length.
-        alpha: the α that the images were embedded at.
-    """
-
-    missing: list[str]
-    changed: list[str]
-    new: list[str]
-    damaged: list[str]
-    alpha: float
-
-    @property
-    def ok(self) -> bool:
-        """Whether index and files agree."""
-        return not (self.missing or self.changed or self.new or self.damaged)
 
 
 def build(
@@ -127,18 +94,7 @@ def build(
     out = out.absolute()
     _check_place(out, thumbnails)
     collection = open_collection(source, image_column=image_column)
-    facts: dict[str, Any] = {
-        "format": FORMAT,
-        "source": collection.source,
-        "image_column": image_column,
-        "column_types": {name: str(kind) for name, kind in collection.columns.items()},
-        "root": collection.root.as_posix(),
-        "release_digest": release.facts.digest,
-        "release": {name: getattr(release.facts, name) for name in _OF_RELEASE},
-        "origin": dict(release.origin),
-        "thumbnails": thumbnails,
-        "exif_orientation": _turn(release, exif_orientation),
-    }
+    facts = _planned(collection, image_column, release, thumbnails, _turn(release, exif_orientation))
     with disk_errors(out), lock(out, "radapter-index") if out.exists() else contextlib.nullcontext():
         staged = out.with_name(f".{out.name}.building")
         goes_on = resume and _holds_rows(staged)
@@ -198,37 +154,6 @@ def add(
     return summary
 
 
-def verify(out: Path, *, progress: Progress | None = None) -> Verification:
-    """Compare an index with its files: every file is read, and no image is embedded.
-
-    Raises:
-        RAdapterError: there is no index, or a broken one.
-    """
-    index = Index(out)
-    root = Path(index.facts["root"])
-    known: set[str] = set()
-    missing, changed, damaged, new = [], [], [], []
-    with table_errors(out), ThreadPoolExecutor(decoders(8)) as pool:
-        for batch in index.table.search().select(["path", "digest", "vector"]).to_batches(BATCH):
-            ids, digests = batch["path"].to_pylist(), batch["digest"].to_pylist()
-            for id, digest, now in zip(ids, digests, pool.map(lambda id: _file_digest(root / id), ids), strict=True):
-                if now is None:
-                    missing.append(id)
-                elif now != digest:
-                    changed.append(id)
-            lengths = np.linalg.norm(vectors_of(batch["vector"]), axis=1)
-            damaged += [id for id, length in zip(ids, lengths, strict=True) if not abs(length - 1) < 1e-3]
-            known.update(ids)
-            if progress is not None:
-                progress(len(known), len(index))
-    broken = set(read_broken(out))
-    with contextlib.suppress(RAdapterError):  # a source that is gone shows in `missing`
-        collection = open_collection(index.facts["source"], image_column=index.facts["image_column"], root=root)
-        new = [item.id for item in collection.items if item.id not in known and item.id not in broken]
-    alpha = float(index.facts["release"]["alpha"])
-    return Verification(sorted(missing), sorted(changed), sorted(new), sorted(damaged), alpha)
-
-
 def _check_place(out: Path, thumbnails: int) -> None:
     if not 0 <= thumbnails <= 1024:
         raise RAdapterError(f"--thumbnails is {thumbnails}; allowed: 0 (none) to 1024 px")
@@ -238,6 +163,24 @@ def _check_place(out: Path, thumbnails: int) -> None:
         )
     if out.exists() and not (out / FACTS).is_file():
         raise RAdapterError(f"{out} stands already and is no index; give another folder with --out")
+
+
+def _planned(
+    collection: Collection, image_column: str, release: EmbeddingRelease, thumbnails: int, exif_orientation: bool
+) -> dict[str, Any]:
+    """What is known of an index before it is built."""
+    return {
+        "format": FORMAT,
+        "source": collection.source,
+        "image_column": image_column,
+        "column_types": {name: str(kind) for name, kind in collection.columns.items()},
+        "root": collection.root.as_posix(),
+        "release_digest": release.facts.digest,
+        "release": {name: getattr(release.facts, name) for name in _OF_RELEASE},
+        "origin": dict(release.origin),
+        "thumbnails": thumbnails,
+        "exif_orientation": exif_orientation,
+    }
 
 
 def _check_stopped(staged: Path, out: Path, facts: Mapping[str, Any]) -> None:
@@ -312,13 +255,6 @@ def _schema(facts: Mapping[str, Any], collection: Collection) -> pa.Schema:
             ("vector", pa.list_(pa.float32(), int(facts["release"]["embed_dim"]))),
         ]
     )
-
-
-def _file_digest(file: Path) -> str | None:
-    try:
-        return digest_of(file.read_bytes())
-    except OSError:
-        return None
 
 
 def _holds_rows(staged: Path) -> bool:

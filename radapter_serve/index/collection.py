@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.inputs.preprocess import SUFFIXES
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 #: columns that every index has; a table's own may not be called so
 COLUMNS = ("path", "width", "height", "digest", "thumbnail", "vector")
 

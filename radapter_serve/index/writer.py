@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import importlib.metadata
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import lancedb
 import numpy as np
@@ -22,13 +21,13 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import staged
+from radapter_serve.files import digest_of, staged
 from radapter_serve.index.collection import Collection, Item
 from radapter_serve.index.index import EXACT, FACTS, TABLE, build_command, table_errors, vectors_of
 from radapter_serve.index.recall import TEXTS, tune
 from radapter_serve.inputs.errors import TaskError
-from radapter_serve.inputs.preprocess import Preprocess, oriented
-from radapter_serve.release.release import Release
+from radapter_serve.inputs.preprocess import oriented
+from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 from radapter_serve.threads import decoders
 
 BATCH = 256  # images that are embedded, then written; what a killed build loses at most
@@ -38,34 +37,6 @@ _NEVER = datetime.timedelta(days=36500)
 
 OnBroken = Literal["refuse", "skip"]
 Progress = Callable[[int, int], None]  # images done, of how many
-
-
-class EmbeddingRelease(Protocol):
-    """What embeds: a `LocalRelease`, or a server's.
-
-    Attributes:
-        facts: of the release, with the α that it embeds at.
-        origin: the flag of radapter-index that names it, `model_repository` or `url`, and its value.
-        preprocess: what `prepare` does.
-    """
-
-    facts: Release
-    preprocess: Preprocess
-
-    @property
-    def origin(self) -> Mapping[str, str]: ...
-
-    def set_alpha(self, alpha: float) -> None:
-        """Embed at this α from now on; `facts` say so."""
-
-    def prepare(self, data: bytes) -> Any:
-        """From an image file to what `encode_images` takes; thread-safe, raises TaskError."""
-
-    def encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
-        """Prepared images to float32 [B, D] of unit length."""
-
-    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Texts to float32 [N, D] of unit length; asked for where search is approximate."""
 
 
 @dataclass
@@ -311,11 +282,6 @@ def _complain(image: _Image, summary: Summary, on_broken: OnBroken) -> None:
             f"{image.item.id!r} can't be indexed: {image.error}; mend it, or leave such images out: --on-broken skip"
         )
     summary.broken[image.item.id] = image.error
-
-
-def digest_of(data: bytes) -> str:
-    """The digest by which a file's bytes are told from others."""
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 def _quoted(text: str) -> str:

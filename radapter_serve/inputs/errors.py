@@ -20,6 +20,11 @@ ENCODER_FAILED = "encoder_failed"
 CANCELLED = "cancelled"
 INTERNAL_ERROR = "internal_error"
 SERVER_STOPPING = "server_stopping"
+# The same request may succeed a little later: a part of the server is starting again, or has too much to do.
+RESTARTING = "restarting"
+OVERLOADED = "overloaded"
+# It took too long, and would again.
+TIMED_OUT = "timed_out"
 
 Cancelled = Callable[[], bool]  # whether the caller of a request has given up
 

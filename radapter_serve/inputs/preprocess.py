@@ -6,6 +6,7 @@ import base64
 import binascii
 import contextlib
 import io
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,11 +19,18 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_IMAGE, TaskError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of their files
 MAX_PIXELS = 64_000_000
 # Above this, one at a time is decoded in this process: an image of MAX_PIXELS takes half a gigabyte. Nor is a thin
 # image blown up beyond it.
 LARGE_PIXELS = 16_000_000
+MAX_BYTES = 64 * 2**20  # of a file
+# A progressive JPEG is decoded anew for each of its scans, of which a small file can have thousands. Cameras and
+# libjpeg write at most 20. Of an image above LARGE_PIXELS, as many fewer are allowed as it is larger.
+MAX_SCANS = 100
 _LARGE = threading.Lock()
+_SCAN, _END = b"\xff\xda", 0xD9  # markers of JPEG
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd8]", re.DOTALL)  # within pixels 00 follows, or a restart, D0 to D7
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF")
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -96,6 +104,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     """The image, of which only the header has been read."""
     if not data.startswith(_MAGIC):
         data = _from_base64(data)
+    if len(data) > MAX_BYTES:
+        raise TaskError(IMAGE_TOO_LARGE, f"the image has {len(data)} bytes; at most {MAX_BYTES} are allowed")
     with _broken():
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -104,6 +114,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise TaskError(IMAGE_TOO_LARGE, f"{error}; at most {max_pixels} pixels are allowed") from None
         _check_pixels(*image.size, max_pixels, "the image")
+        if image.format == "JPEG":
+            _check_scans(data, image.width * image.height)
         return image
 
 
@@ -225,6 +237,27 @@ def _check_pixels(width: int, height: int, limit: int, what: str) -> None:
         raise TaskError(
             IMAGE_TOO_LARGE, f"{what} has {width} x {height} = {width * height} pixels; at most {limit} are allowed"
         )
+
+
+def _check_scans(data: bytes, pixels: int) -> None:
+    most = int(MAX_SCANS * min(1.0, LARGE_PIXELS / pixels))
+    if data.count(_SCAN) > most and (scans := count_scans(data)) > most:
+        raise TaskError(
+            IMAGE_TOO_LARGE, f"the JPEG has {scans} scans for its {pixels} pixels; at most {most} are allowed"
+        )
+
+
+def count_scans(data: bytes) -> int:
+    """The scans of a JPEG file, without those of the previews in its metadata and of what lies behind its end."""
+    position, scans = 2, 0
+    while found := _MARKER.search(data, position):
+        marker, position = found[0][1], found.end()
+        if marker == _END:
+            break
+        if marker != 0x01:  # which alone has no length, of those that get here
+            position += int.from_bytes(data[position : position + 2], "big")
+        scans += marker == _SCAN[1]
+    return scans
 
 
 def _from_base64(data: bytes) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import staged
+from radapter_serve.files import digest_of, staged
 from radapter_serve.inputs.alpha import RequestAlpha
 from radapter_serve.inputs.errors import TaskError
 
@@ -95,8 +94,7 @@ class Release:
             deciding["quantization"] = self.quantization
             if self.dynamic_alpha:
                 deciding["dynamic_alpha"] = True
-        text = json.dumps(deciding, sort_keys=True)
-        return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+        return digest_of(json.dumps(deciding, sort_keys=True).encode())
 
     @property
     def request_alpha(self) -> RequestAlpha:

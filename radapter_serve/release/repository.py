@@ -16,6 +16,12 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import LEAST_COSINE, Tolerance
 from radapter_serve.release.release import FILE, Release
 
+PATCH_ENCODER = "patch_encoder"  # the one model that a release may lack
+ENCODERS = ("image_encoder", PATCH_ENCODER, "text_encoder")
+TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
+MODELS = (*ENCODERS, *TASKS)  # in the order of writing: a version that stands in the last is complete
+CONFIG = "config.pbtxt"
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -151,6 +157,27 @@ def versions_of(model: Path) -> list[int]:
     return []
 
 
+def releases_of(repository: Path) -> list[int]:
+    """The complete releases of a model repository, the newest last."""
+    task = repository / MODELS[-1]
+    return [version for version in versions_of(task) if (task / str(version) / FILE).exists()]
+
+
+def newest_export(repository: Path) -> list[int]:
+    """The releases that the configs ask Triton to serve, which are those of the newest export; the newest last.
+
+    Raises:
+        RAdapterError: the config of `classify` is broken.
+    """
+    found = releases_of(repository)
+    if not found or not (path := repository / MODELS[-1] / CONFIG).exists():
+        return found[-1:]
+    policy = read_config(path).version_policy
+    if wanted := list(policy.specific.versions):
+        return [version for version in found if version in wanted]
+    return found if policy.HasField("all") else found[-max(1, policy.latest.num_versions) :]
+
+
 def split_repository(repository: str | Path) -> tuple[str, str]:
     """The folder of `DIR@N`, and the number of the release, which is empty where none is named."""
     path, at, number = str(repository).rpartition("@")
@@ -167,13 +194,41 @@ def find_release(repository: str | Path) -> Path:
         RAdapterError: no release there, or none of that number.
     """
     path, number = split_repository(repository)
-    task = Path(path, "classify")
-    found = [version for version in versions_of(task) if (task / str(version) / FILE).exists()]
+    task, found = Path(path, MODELS[-1]), releases_of(Path(path))
     if not found:
         raise RAdapterError(f"no release in the model repository {path}; make one with radapter-export")
     if number and int(number) not in found:
         raise RAdapterError(f"no release {number} in {path}; it holds {', '.join(map(str, found))}")
     return task / str(int(number) if number else found[-1])
+
+
+def read_config(path: Path) -> Any:
+    """A `ModelConfig` as it stands in a config.pbtxt.
+
+    Raises:
+        RAdapterError: it is missing or broken.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        # A server may be newer than what is known here.
+        return text_format.Parse(text, model_config_pb2.ModelConfig(), allow_unknown_field=True)
+    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+        raise RAdapterError(f"{path} is not a Triton model config: {error}") from error
+
+
+def named_releases(config: Any) -> dict[int, Release]:
+    """The releases that a config names in its parameters, by number.
+
+    Raises:
+        RAdapterError: what it says of one is broken.
+    """
+    texts = {key: value.string_value for key, value in config.parameters.items()}
+    keys = [key for key in texts if key.startswith("release.")] or [key for key in texts if key == "release"]
+    try:
+        found = [Release.from_dict(json.loads(texts[key])) for key in keys]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RAdapterError(f"the config of {config.name} says of its release what is no JSON: {error}") from error
+    return {int(release.version): release for release in found}
 
 
 def encoders_of(repository: Path) -> list[ServedEncoder]:
@@ -183,13 +238,8 @@ def encoders_of(repository: Path) -> list[ServedEncoder]:
         RAdapterError: a config.pbtxt is broken.
     """
     found = []
-    for path in sorted(repository.glob("*/config.pbtxt")):
-        try:
-            text = path.read_text(encoding="utf-8")
-            # A server may be newer than what is known here.
-            config = text_format.Parse(text, model_config_pb2.ModelConfig(), allow_unknown_field=True)
-        except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
-            raise RAdapterError(f"{path} is not a Triton model config: {error}") from error
+    for path in sorted(repository.glob(f"*/{CONFIG}")):
+        config = read_config(path)
         if config.backend in RUNTIMES and "release" in config.parameters:
             facts = json.loads(config.parameters["release"].string_value)
             found.append(ServedEncoder(path.parent, config, Release.from_dict(facts)))
@@ -229,7 +279,5 @@ def _batch(config: Any, max_batch_size: int) -> None:
         return
     for tensor in (*config.input, *config.output):
         tensor.dims[:] = tensor.dims[1:] if max_batch_size else [-1, *tensor.dims]
-    if max_batch_size:
-        config.dynamic_batching.SetInParent()
-    else:
-        config.ClearField("dynamic_batching")
+    config.dynamic_batching.SetInParent()  # without batches its queue policy still counts
+    config.dynamic_batching.ClearField("preferred_batch_size")

@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.inputs.alpha import Encode, at
-from radapter_serve.inputs.preprocess import Preprocess, decode_pixels
 from radapter_serve.inputs.tokenizer import Tokenizer, embed_texts
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import RUNTIMES, find_release
+from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 from radapter_serve.runtimes.encoder import Encoder
 
 
-class LocalRelease:
+class LocalRelease(EmbeddingRelease):
     """A release in a model repository, run in this process by the runtime that it was exported for.
 
     Args:
@@ -27,45 +27,22 @@ class LocalRelease:
         RAdapterError: no such release, or its runtime can't load it.
 
     Attributes:
-        facts: of the release, with the α that it embeds at.
         version: its number in the repository.
-        origin: `model_repository` as it was given, but from the root.
-        preprocess: from an image to what `encode_images` takes.
     """
 
     def __init__(self, repository: str | Path) -> None:
         folder = find_release(repository)
+        super().__init__(Release.load(folder), {"model_repository": str(Path(repository).absolute())})
         self.version = int(folder.name)
-        self.facts = Release.load(folder)
-        self.preprocess = Preprocess.from_dict(self.facts.preprocess)
-        self.origin = {"model_repository": str(Path(repository).absolute())}
         self._repository = folder.parent.parent
         self._tokenizer = Tokenizer.load(folder / "tokenizer.json", self.facts.tokenizer)
         self._images, self._texts = self._encoder("image_encoder"), self._encoder("text_encoder")
         self._rows = self.facts.max_batch_size
 
-    def set_alpha(self, alpha: float) -> None:
-        """Embed at this α from now on.
-
-        Raises:
-            RAdapterError: the release does not have it.
-        """
-        self.facts = self.facts.at(alpha)
-
-    def prepare(self, data: bytes) -> NDArray[np.uint8]:
-        """From the bytes of an image file to uint8 [S, S, 3]. Thread-safe.
-
-        Raises:
-            TaskError: no image, broken, or too large.
-        """
-        return decode_pixels(data, self.preprocess)
-
-    def encode_images(self, pixels: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        """Prepared images, uint8 [B, S, S, 3], to float32 [B, D] of unit length; any B."""
-        return self._in_batches(self._images, pixels)
+    def encode_images(self, images: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        return self._in_batches(self._images, images)
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Texts to float32 [N, D] of unit length."""
         return embed_texts(texts, self._tokenizer, self._texts, self._rows)
 
     @cached_property

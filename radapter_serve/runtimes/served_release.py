@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from radapter_client import Client, RAdapterClientError
 from radapter_client import Release as Served
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs.preprocess import Preprocess, decode_pixels
 from radapter_serve.release.release import Release
+from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 
 
 def connect(url: str) -> tuple[Client, Served]:
@@ -33,41 +33,40 @@ def connect(url: str) -> tuple[Client, Served]:
         raise RAdapterError(f"{url}: {error}") from error
 
 
-class ServerRelease:
-    """A live server's release, as an index is built with it.
+class ServerRelease(EmbeddingRelease):
+    """A live server's newest release; it takes images as `prepare` gives them, and as bytes of files.
 
     Args:
-        client: pinned to the release.
-        url: of the server.
-        facts: of the release.
+        url: `grpc://HOST:PORT` or `http://HOST:PORT`.
+
+    Raises:
+        RAdapterError: nobody answers there.
 
     Attributes:
-        facts: these, with the α that it embeds at.
-        origin, preprocess: as of `LocalRelease`.
+        client: pinned to the release.
     """
 
-    def __init__(self, client: Client, url: str, facts: Release) -> None:
-        self._client, self.facts, self.origin = client, facts, {"url": url}
-        self.preprocess = Preprocess.from_dict(facts.preprocess)
-
-    def set_alpha(self, alpha: float) -> None:
-        """As `LocalRelease` does."""
-        self.facts = self.facts.at(alpha)
-
-    def prepare(self, data: bytes) -> NDArray[np.uint8]:
-        """As `LocalRelease` does: the server leaves such an image as it is, and what is broken fails no batch."""
-        return decode_pixels(data, self.preprocess)
+    def __init__(self, url: str) -> None:
+        self.client, served = connect(url)
+        super().__init__(Release.from_dict(served.facts), {"url": url})
 
     def encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
-        """Prepared images to float32 [B, D] of unit length."""
-        return self._ask(self._client.embed_images, images)
+        return np.asarray(self.ask(self.client.embed_images, list(images)), np.float32)
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Texts to float32 [N, D] of unit length."""
-        return self._ask(self._client.embed_texts, texts)
+        return np.asarray(self.ask(self.client.embed_texts, list(texts)), np.float32)
 
-    def _ask(self, embed: Callable[..., Any], items: Sequence[Any]) -> NDArray[np.float32]:
+    def ask(self, task: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """The answer of one of the client's tasks, at the α that is set.
+
+        Raises:
+            RAdapterError: the server failed.
+        """
         try:
-            return np.asarray(embed(list(items), alpha=self.facts.request_alpha.one(None)), np.float32)
+            return task(*arguments, alpha=self.facts.request_alpha.one(None), **options)
         except RAdapterClientError as error:
             raise RAdapterError(f"{self.origin['url']}: {error}") from error
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.client.close()

@@ -36,6 +36,11 @@ class Installation:
     libraries: tuple[Path, ...] = ()
     stub: Path | None = None
 
+    @property
+    def in_python(self) -> list[str]:
+        """The backends whose models run in processes of their own."""
+        return ["python", *(name for name, folder in self.backends.items() if folder.parent == OUR_BACKENDS)]
+
     def assemble(self, folder: Path) -> None:
         """Make a backend directory in `folder`: links, and a copy of the Python backend, as Triton insists."""
         for name, source in self.backends.items():

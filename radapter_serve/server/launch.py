@@ -27,7 +27,15 @@ def lay_out(
     models: Mapping[str, Sequence[int]],
     configs: Mapping[str, str],
 ) -> None:
-    """Fill a server's folder with links to its backends and models, and with the configs that this machine needs."""
+    """Fill a server's folder with links to its backends and models, and with the configs that this machine needs.
+
+    Args:
+        folder: of the server.
+        installation: its backends.
+        repository: the model repository.
+        models: what to serve, and its versions.
+        configs: the text of each model's config.pbtxt.
+    """
     backends, served = folder / "backends", folder / "models"
     backends.mkdir()
     installation.assemble(backends)
@@ -35,9 +43,6 @@ def lay_out(
     served.mkdir()
     for name, versions in models.items():
         source, target = repository / name, served / name
-        if name not in configs:
-            target.symlink_to(source)
-            continue
         target.mkdir()
         (target / "config.pbtxt").write_text(configs[name], encoding="utf-8")
         for version in versions:

@@ -33,7 +33,11 @@ WHOLE: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "embed_text": [_texts("text", "a")],
     "classify": [_texts("image", _PNG), _texts("labels", "a")],
     "segment": [_texts("image", _PNG, rows=False), _texts("labels", "a", rows=False)],
-    "retrieve": [_texts("index", "/", rows=False), _texts("text", "a", rows=False)],
+    "retrieve": [
+        _texts("index", "/", rows=False),
+        _texts("text", "a", rows=False),
+        {"name": "top_k", "shape": [1], "datatype": "INT32", "data": [1]},
+    ],
 }
 # What a task refuses at once, without its encoders: even so it has answered.
 SMALL: Mapping[str, Sequence[Mapping[str, Any]]] = {
@@ -43,6 +47,7 @@ SMALL: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "segment": [_texts("image", "-", rows=False)],
     "retrieve": WHOLE["retrieve"],
 }
+TASKS = tuple(SMALL)
 
 
 def warm_up(control: Control, models: Mapping[str, Sequence[int]], timeout: float) -> None:

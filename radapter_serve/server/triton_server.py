@@ -13,20 +13,22 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.repository import AUTO, RUNTIMES, versions_of
+from radapter_serve.release.integrity import check
+from radapter_serve.release.repository import AUTO, RUNTIMES, newest_export, versions_of
 from radapter_serve.server.control import Control
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.installation import Installation, find_tritonserver
+from radapter_serve.server.instances import check_shared_memory, counts, with_instances
 from radapter_serve.server.launch import command_line, lay_out, server_environment
 from radapter_serve.server.probe import warm_up
 from radapter_serve.server.processes import FOLDER_PREFIX, hide_shared_memory, remove, remove_leftovers
-from radapter_serve.server.runtime_choice import Configured, Measured, configure
+from radapter_serve.server.runtime_choice import Measured, configure
 from radapter_serve.server.watch import SERVER, Death, Watch
 from radapter_serve.signals import handled
 from radapter_serve.threads import total
@@ -76,6 +78,8 @@ class TritonServer(Endpoints):
         runtime: that runs the encoders, once it is checked to compute what torch computed: onnxruntime, openvino or
             tensorrt; auto measures and takes the fastest. As exported if None.
         threads: that compute in an encoder, shared by its instances; one a core if None.
+        instances: processes of the tasks, each a number for all or TASK=NUMBER; where a task is not named, as its
+            config says, which is one. With two, a slow request does not hold up all others of its task.
         timeout: seconds to wait until every model answers.
         drain_seconds: that calls under way may take when the server is stopped.
         trust_network: whether everybody who can reach a host beyond loopback may use the server.
@@ -86,6 +90,7 @@ class TritonServer(Endpoints):
         control: asks Triton itself, while it runs.
         models: what is served, and its versions.
         measured: what `runtime="auto"` found.
+        warning: what a user should know of this machine, or None.
 
     Raises:
         RAdapterError: an unknown host or runtime, a time-out or threads that are none, or a network that is not
@@ -104,6 +109,7 @@ class TritonServer(Endpoints):
         indexes: str | Path = "indexes",
         runtime: str | None = None,
         threads: int | None = None,
+        instances: Sequence[str] = (),
         timeout: float = 120.0,
         drain_seconds: int = 10,
         trust_network: bool = False,
@@ -124,6 +130,7 @@ class TritonServer(Endpoints):
         self._timeout, self._drain_seconds = timeout, drain_seconds
         self._log, self._verbose = Path(log) if log else None, verbose
         self._runtime, self.threads = runtime, threads or total()
+        self._instances = counts(instances)
         self._secret = secrets.token_hex(32)
         self.control = Control(self.http_url, self._secret)
         self._process: subprocess.Popen[bytes] | None = None
@@ -133,7 +140,9 @@ class TritonServer(Endpoints):
         self._command: list[str] = []
         self._environment: dict[str, str] = {}
         self.measured: list[Measured] = []
+        self.unchecked: list[int] = []  # releases without digests
         self.models: dict[str, list[int]] = {}
+        self.warning: str | None = None
 
     def start(self, progress: Callable[[str], None] = lambda line: None) -> TritonServer:
         """Start the server and wait until all its tasks have answered once.
@@ -143,13 +152,17 @@ class TritonServer(Endpoints):
         """
         self.models = models_of(self.model_repository)
         self.check_ports()
+        self.unchecked = check(self.model_repository, newest_export(self.model_repository), progress)
         installation = find_tritonserver()
         remove_leftovers()
         configured = configure(self.model_repository, self._runtime, self.threads, installation, progress)
         self.measured = configured.measured
+        configs = {name: configured.configs.get(name) or self._config(name) for name in self.models}
+        configs = with_instances(configs, self._instances)
+        self.warning = check_shared_memory(configs, self.models, installation.in_python)
         progress(f"starting tritonserver for {self.model_repository}")
         try:
-            self._lay_out(installation, configured)
+            self._lay_out(installation, configs, configured.version_compatible)
             self._run("wb")
         except BaseException:
             self.stop()
@@ -179,10 +192,10 @@ class TritonServer(Endpoints):
         """What has died since this was last asked; to be asked now and then, for Triton does not look by itself."""
         if self._watch is None:
             return [Death(SERVER, "it was not started, or it was stopped")]
-        return [
-            Death(SERVER, f"{death.why}; {self._reason()}") if death.name == SERVER else death
-            for death in self._watch.look()
-        ]
+        deaths = self._watch.look()
+        if self._process is not None and (self._process.poll() or -1) >= 0:  # no signal: its log says why
+            return [Death(SERVER, f"{death.why}: {self._reason()}") for death in deaths]
+        return deaths
 
     def check(self) -> None:
         """Look after the server, for who does not leave that to a `Supervisor`.
@@ -228,13 +241,16 @@ class TritonServer(Endpoints):
     ) -> None:
         self.stop()
 
-    def _lay_out(self, installation: Installation, configured: Configured) -> None:
+    def _config(self, model: str) -> str:
+        return (self.model_repository / model / "config.pbtxt").read_text(encoding="utf-8")
+
+    def _lay_out(self, installation: Installation, configs: Mapping[str, str], version_compatible: bool) -> None:
         """Make the server's folder, and what tritonserver is started with."""
         try:
             folder = self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
             self._lock = os.open(folder, os.O_RDONLY)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-            lay_out(folder, installation, self.model_repository, self.models, configured.configs)
+            lay_out(folder, installation, self.model_repository, self.models, configs)
         except OSError as error:
             why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
             raise RAdapterError(
@@ -246,7 +262,7 @@ class TritonServer(Endpoints):
             self.flags(),
             self._secret,
             exit_timeout=self._drain_seconds,
-            version_compatible=configured.version_compatible,
+            version_compatible=version_compatible,
         )
         self._environment = server_environment(installation, folder, self.indexes, self.threads)
 

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from radapter_serve.inputs.alpha import Encode
-from radapter_serve.inputs.errors import Cancelled, check_cancelled, invalid
+from radapter_serve.inputs.errors import NO_PATCH_ENCODER, Cancelled, TaskError, check_cancelled, invalid
 from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.inputs.probabilities import class_probabilities
+from radapter_serve.release.release import Release
 from radapter_serve.tasks.refine import refine
 from radapter_serve.tasks.scored_mask import MaskTally, ScoredMask, check_label_embeddings, finite
-from radapter_serve.tasks.segment_options import SegmentOptions
+from radapter_serve.tasks.segment_options import USUAL, SegmentOptions
 from radapter_serve.tasks.windows import Axis, upsampled, window_starts
 
 PATCH_SCALE = 40.0  # of the softmax over a pixel's cosines: SCLIP's (Wang et al., ECCV 2024); patches are less sure
@@ -26,22 +27,61 @@ MAX_VALUES = 2**27  # cosines of one image in memory, half a gigabyte
 
 @dataclass(frozen=True)
 class DenseSegmenter:
-    """Labels each pixel by the cosines of patches with labels; `Segmenter` says what the fields are."""
+    """Labels each pixel of an image by the cosines of patches with labels.
 
-    encode_patches: Encode
+    The image is resized to a working image, in which windows overlap; cosines are upsampled bilinearly to their
+    window, averaged over the windows of a pixel, refined if wished, and upsampled to the image's own size, where
+    softmax(40 cos) gives the probabilities; of a release with a bias, the sigmoid of each label, as in `classify`.
+
+    Args:
+        encode_patches: uint8 [B, S, S, 3] -> float32 [B, g, g, D] of unit length, or None where there is none.
+        preprocess: says what S is; its interpolation makes the working image.
+        max_batch_size: rows that the encoder takes at most.
+        logit_scale, logit_bias: of a release whose model was trained with a sigmoid loss.
+    """
+
+    encode_patches: Encode | None
     preprocess: Preprocess
     max_batch_size: int
-    scale: float = PATCH_SCALE
-    bias: float | None = None
+    logit_scale: float = PATCH_SCALE
+    logit_bias: float | None = None
+
+    @classmethod
+    def of_release(cls, release: Release, encode_patches: Encode | None) -> DenseSegmenter:
+        """As a release says."""
+        preprocess = Preprocess.from_dict(release.preprocess)
+        return cls(encode_patches, preprocess, release.max_batch_size, release.logit_scale, release.logit_bias)
+
+    def check(self, options: SegmentOptions) -> None:
+        """Raise a `TaskError` where there is no patch encoder, or the options do not fit."""
+        if self.encode_patches is None:
+            raise TaskError(
+                NO_PATCH_ENCODER,
+                "this release has no patch_encoder; export with radapter-export --dense naclip, or send proposals",
+            )
+        options.sizes(self.preprocess.size[0])
 
     def __call__(
         self,
         image: Image.Image,
         embeds: NDArray[np.float32],
-        options: SegmentOptions,
+        options: SegmentOptions = USUAL,
+        *,
         cancelled: Cancelled | None = None,
     ) -> ScoredMask:
-        """As `Segmenter.dense`."""
+        """Segment an image.
+
+        Args:
+            image: as `decode` gives it, any mode.
+            embeds: float32 [C, D], the labels' text embeddings of unit length.
+            options: how.
+            cancelled: asked between batches of windows; where it says yes, nobody waits for the rest.
+
+        Raises:
+            TaskError: no patch encoder; options that do not fit; an image too long and thin, or too many labels, for
+                the windows it takes; cancelled.
+        """
+        self.check(options)
         check = partial(check_cancelled, cancelled)
         check_label_embeddings(embeds)
         working, tops, lefts = self._windows(image, options)
@@ -58,11 +98,12 @@ class DenseSegmenter:
             refine(maps, working, options.refine, check)
             values = maps
             rows, columns = (Axis(a.pixels, a.working, a.working, a.working, (0,)) for a in (rows, columns))
+        scale = PATCH_SCALE if self.logit_bias is None else self.logit_scale  # a bias belongs to its own scale
         tally = MaskTally((image.height, image.width), len(embeds), options.threshold is not None, options.threshold)
         for where, cosines in upsampled(values, rows, columns):
             check()
             best = cosines.argmax(-1)[..., None]
-            probabilities = class_probabilities(cosines, self.scale, self.bias)
+            probabilities = class_probabilities(cosines, scale, self.logit_bias)
             tally.put(where, best[..., 0], np.take_along_axis(probabilities, best, -1)[..., 0])
         return tally.result()
 
@@ -91,6 +132,7 @@ class DenseSegmenter:
         check: Callable[[], None],
     ) -> NDArray[np.float32]:
         """The cosines of all windows' patches side by side, float32 [windows down x g, windows across x g, C]."""
+        assert self.encode_patches is not None
         size, step = self.preprocess.size[0], self.max_batch_size
         corners = [(row, column) for row in range(len(tops)) for column in range(len(lefts))]
         values = np.empty(0, np.float32)

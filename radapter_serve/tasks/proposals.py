@@ -16,8 +16,9 @@ from radapter_serve.inputs.errors import Cancelled, check_cancelled, invalid
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.inputs.probabilities import class_probabilities
+from radapter_serve.release.release import Release
 from radapter_serve.tasks.scored_mask import MaskTally, ScoredMask, check_label_embeddings, finite
-from radapter_serve.tasks.segment_options import SegmentOptions
+from radapter_serve.tasks.segment_options import USUAL, SegmentOptions
 from radapter_serve.tasks.windows import BLOCK
 
 BINARY = 102  # 0.4 of 255: a proposal's crop holds the pixels above it (Liang et al., OVSeg, CVPR 2023)
@@ -25,7 +26,21 @@ BINARY = 102  # 0.4 of 255: a proposal's crop holds the pixels above it (Liang e
 
 @dataclass(frozen=True)
 class ProposalSegmenter:
-    """Labels each pixel by the classes of the masks that cover it; `Segmenter` says what the fields are."""
+    """Labels each pixel of an image by the classes of the masks that cover it, as OVSeg does.
+
+    Each mask's crop is classified as `classify` does it; with scores, the class probabilities of mask q are
+    p_q = scores_q^(1-w) p_clip^w. A pixel gets the best label of sum_q p_q mask_q, divided by sum_q mask_q where that
+    is above one (which changes no label and keeps it a probability). A pixel without any mask is background, with a
+    threshold or without.
+
+    Args:
+        encode_images: uint8 [B, S, S, 3] -> float32 [B, D] of unit length.
+        preprocess: makes the input of `encode_images`, S x S.
+        crop: how a mask is shown to `encode_images`.
+        logit_scale: of the release.
+        max_batch_size: rows that the encoder takes at most.
+        logit_bias: of a release whose model was trained with a sigmoid loss.
+    """
 
     encode_images: Encode
     preprocess: Preprocess
@@ -34,16 +49,37 @@ class ProposalSegmenter:
     max_batch_size: int
     logit_bias: float | None = None
 
+    @classmethod
+    def of_release(cls, release: Release, encode_images: Encode) -> ProposalSegmenter:
+        """As a release says."""
+        preprocess, crop = Preprocess.from_dict(release.preprocess), MaskCrop.from_dict(release.crop)
+        scale, bias = release.logit_scale, release.logit_bias
+        return cls(encode_images, preprocess, crop, scale, release.max_batch_size, bias)
+
     def __call__(
         self,
         image: Image.Image,
         embeds: NDArray[np.float32],
         masks: NDArray[np.uint8],
-        scores: NDArray[np.float32] | None,
-        options: SegmentOptions,
+        scores: NDArray[np.float32] | None = None,
+        options: SegmentOptions = USUAL,
+        *,
         cancelled: Cancelled | None = None,
     ) -> ScoredMask:
-        """As `Segmenter.from_proposals`."""
+        """Segment an image.
+
+        Args:
+            image: as `decode` gives it, any mode.
+            embeds: float32 [C, D], the labels' text embeddings of unit length.
+            masks: uint8 [N, H, W], the probability of each mask, 0 to 255; crops hold what is above 0.4. Masks that
+                hold nothing are left out.
+            scores: float32 [N, C], the proposals' own class probabilities, or None.
+            options: `threshold` and `proposal_weight` count here.
+            cancelled: asked between batches of crops.
+
+        Raises:
+            TaskError: masks or scores that do not fit, or hold nothing; cancelled.
+        """
         check_label_embeddings(embeds)
         _check_proposals(masks, scores, image, len(embeds))
         check = partial(check_cancelled, cancelled)

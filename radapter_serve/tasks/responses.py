@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -9,8 +10,21 @@ from typing import Any, TypeVar
 import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
-from radapter_serve.inputs.errors import CANCELLED, ENCODER_FAILED, INTERNAL_ERROR, SERVER_STOPPING, invalid
+from radapter_serve.inputs.errors import (
+    CANCELLED,
+    ENCODER_FAILED,
+    INTERNAL_ERROR,
+    OVERLOADED,
+    RESTARTING,
+    SERVER_STOPPING,
+    TIMED_OUT,
+    Cancelled,
+    TaskError,
+    invalid,
+)
 from radapter_serve.tasks.outcome import Outcome, isolated
+
+MAX_SECONDS = 120.0  # of work on one request
 
 T = TypeVar("T")
 A = TypeVar("A")
@@ -32,6 +46,22 @@ def need(request: Any, name: str) -> Any:
     if array is None:
         raise invalid(f"the input {name} is missing")
     return array
+
+
+def given_up(request: Any) -> Cancelled:
+    """What tells a task that nobody waits for a request any more.
+
+    Over gRPC Triton knows when a caller has left. Over HTTP it does not, so no request may take longer than
+    `MAX_SECONDS`: asked after that, this raises a `TaskError`.
+    """
+    deadline = time.monotonic() + MAX_SECONDS
+
+    def ask() -> bool:
+        if time.monotonic() > deadline:
+            raise TaskError(TIMED_OUT, f"this request takes more than {MAX_SECONDS:g} s; ask for less at once")
+        return bool(request.is_cancelled())
+
+    return ask
 
 
 def answer(
@@ -65,7 +95,7 @@ def _response(outcome: Outcome[dict[str, NDArray[Any]]]) -> Any:
         ENCODER_FAILED: pb.TritonError.INTERNAL,
         INTERNAL_ERROR: pb.TritonError.INTERNAL,
         CANCELLED: pb.TritonError.CANCELLED,
-        SERVER_STOPPING: pb.TritonError.UNAVAILABLE,
+        **dict.fromkeys((SERVER_STOPPING, RESTARTING, OVERLOADED), pb.TritonError.UNAVAILABLE),
     }
     code = kinds.get(error.code, pb.TritonError.INVALID_ARG)
     return pb.InferenceResponse(error=pb.TritonError(str(error), code))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,17 @@ from radapter_serve.inputs.alpha import Encode, at
 from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_IMAGE, Cancelled, TaskError, invalid
 from radapter_serve.inputs.preprocess import decode
 from radapter_serve.release.release import Release
+from radapter_serve.tasks.dense import DenseSegmenter
 from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
 from radapter_serve.tasks.label_source import LabelSource
-from radapter_serve.tasks.scored_mask import ScoredMask
+from radapter_serve.tasks.proposals import ProposalSegmenter
 from radapter_serve.tasks.segment_options import SegmentOptions
-from radapter_serve.tasks.segmenter import Segmenter
 
 BACKGROUND = "background"
+# Of one request: each pixel's score for each label counts once; and in each step of refinement REFINED times, which is
+# how much longer that takes. It is about a minute of work for one core.
+MAX_WORK = 2**32
+REFINED = 3.5
 _DENSE_ONLY = ("short_side", "stride", "refine")
 
 
@@ -88,9 +93,11 @@ class Segment:
             TaskError: whatever is wrong with the request; labels are refused before the image is looked at.
         """
         options, alpha = _options(request), self._request_alpha(request.alpha, 1)
-        segmenter = self._segmenter(self._request_alpha.one(request.alpha))
+        own, patches = self._request_alpha.one(request.alpha), self._encode_patches
+        dense = DenseSegmenter.of_release(self._release, None if patches is None else at(patches, own))
+        proposals = ProposalSegmenter.of_release(self._release, at(self._encode_images, own))
         if request.proposals is None:
-            segmenter.checked_dense(options)
+            dense.check(options)
         [label_set] = self._label_source(
             None if request.labels is None else [request.labels],
             None if request.label_set is None else [request.label_set],
@@ -98,30 +105,40 @@ class Segment:
             alpha,
             request.cancelled,
         )
-        found = _segment(segmenter, request, label_set.embeds, options)
+        embeds, masks, cancelled = label_set.embeds, request.proposals, request.cancelled
+        with _image_errors():
+            image = decode(request.image, exif_orientation=dense.preprocess.exif_orientation)
+            _check_work(image.size, len(embeds), options, dense.preprocess.size[0])
+            if masks is None:
+                found = dense(image, embeds, options, cancelled=cancelled)
+            else:
+                found = proposals(image, embeds, masks, request.proposal_scores, options, cancelled=cancelled)
         extra = () if len(found.scores) == len(label_set.labels) else (BACKGROUND,)
         return LabelledMask(found.mask, label_set.labels + extra, found.scores)
 
-    def _segmenter(self, alpha: float | None) -> Segmenter:
-        patches = None if self._encode_patches is None else at(self._encode_patches, alpha)
-        return Segmenter.of_release(self._release, patches, at(self._encode_images, alpha))
 
-
-def _segment(
-    segmenter: Segmenter, request: SegmentRequest, embeds: NDArray[np.float32], options: SegmentOptions
-) -> ScoredMask:
+@contextlib.contextmanager
+def _image_errors() -> Iterator[None]:
     try:
-        image = decode(request.image, exif_orientation=segmenter.exif_orientation)
-        if request.proposals is None:
-            return segmenter.dense(image, embeds, options, cancelled=request.cancelled)
-        masks, scores = request.proposals, request.proposal_scores
-        return segmenter.from_proposals(image, embeds, masks, scores, options, cancelled=request.cancelled)
+        yield
     except MemoryError:
         raise TaskError(
             IMAGE_TOO_LARGE, "the server has not enough memory for this image; send a smaller one"
         ) from None
     except (OSError, ValueError) as error:  # what Pillow says of modes that it cannot resize
         raise TaskError(INVALID_IMAGE, f"the image cannot be segmented ({error})") from None
+
+
+def _check_work(size: tuple[int, int], labels: int, options: SegmentOptions, window: int) -> None:
+    pixels = size[0] * size[1]
+    working = options.sizes(window)[0] ** 2 * max(size) / min(size) if options.refine else 0
+    work = (pixels + REFINED * working * options.refine) * labels
+    if work > MAX_WORK:
+        raise invalid(
+            f"{labels} labels and {options.refine} steps of refinement for an image of {size[0]} x {size[1]} are "
+            f"{work / MAX_WORK:.1f} times the work that one request may ask for; send a smaller image, fewer labels or "
+            "fewer steps"
+        )
 
 
 def _options(request: SegmentRequest) -> SegmentOptions:

@@ -12,12 +12,34 @@ import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
 from radapter_serve.inputs.alpha import Alpha
-from radapter_serve.inputs.errors import ENCODER_FAILED, SERVER_STOPPING, TaskError, public
+from radapter_serve.inputs.errors import (
+    ENCODER_FAILED,
+    OVERLOADED,
+    RESTARTING,
+    SERVER_STOPPING,
+    TaskError,
+    public,
+)
 from radapter_serve.inputs.tokenizer import Tokenizer
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.classify import EmbedImages
 from radapter_serve.tasks.label_embeddings import LabelEmbedder
 from radapter_serve.threads import decoders
+
+# What Triton says when another model cannot answer now: a pattern, and what the caller is told.
+_RETRYABLE = (
+    ("Server not ready|has stopped accepting", SERVER_STOPPING, "the server is stopping; ask again when it is back"),
+    (
+        "Stub process .* is not healthy|no available versions|not at ready state",
+        RESTARTING,
+        "{} is being started again; ask again in a few seconds",
+    ),
+    (
+        "Exceeds maximum queue size|Request timeout expired",
+        OVERLOADED,
+        "{} has more to do than it can take on; ask again in a moment, with fewer requests at once",
+    ),
+)
 
 
 class Version:
@@ -78,8 +100,9 @@ class Version:
             message = response.error().message()
             if said := re.fullmatch(r"\[(\w+)\] (.*)", message, re.DOTALL):  # a task's own error
                 raise TaskError(said[1], said[2])
-            if re.search("Server not ready|has stopped accepting|no available versions", message):
-                raise TaskError(SERVER_STOPPING, "the server is stopping; ask again when it is back")
+            for sign, code, sentence in _RETRYABLE:
+                if re.search(sign, message):
+                    raise TaskError(code, sentence.format(model))
             print(f"{model} version {self._number} failed: {message}", file=sys.stderr)
             raise TaskError(ENCODER_FAILED, f"{model} version {self._number} failed: {public(message)}")
         return np.array(pb.get_output_tensor_by_name(response, target).as_numpy(), np.float32)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
 
 import torch
 from accelerate import Accelerator
+
+from radapter_serve.signals import handled
 
 
 class Interruption:
@@ -21,17 +21,16 @@ class Interruption:
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self._say, self._signal, self._before = say, 0, dict[int, Any]()
+        self._say, self._signal, self._handled = say, 0, contextlib.ExitStack()
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():  # others can't receive signals
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handled.enter_context(handled(self._note, signal.SIGINT, signal.SIGTERM))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
+        self._handled.close()
 
     def asked(self, accelerator: Accelerator) -> bool:
         """Whether any process was told to end; every process calls it, and all hear the same."""
@@ -46,14 +45,9 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
-        self._restore()
+        self._handled.close()
         with contextlib.suppress(RuntimeError):  # the line that was just being printed can't be broken into
             self._say("ending behind this step, with a checkpoint; once more ends at once")
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
 
 
 def ignore_interruptions(worker: int) -> None:

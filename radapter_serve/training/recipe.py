@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import read_yaml
 
 RECIPE, CHECKPOINT = "recipe.yaml", "checkpoint.pt"  # files of a run's folder
 LONGEST_WARMUP, LONGEST_MOMENTUM = 500, 0.999  # the paper's, where they follow the length of the run
@@ -117,9 +117,11 @@ class Recipe:
         resume: go on from the checkpoint in out; --resume RUN needs no other flag, as the run's folder has its recipe.
     """
 
+    # what is trained
     task: Literal["classification", "retrieval", "segmentation"] = "classification"
     architecture: str = "ViT-B-32"
     pretrained: str | None = None
+    # the data
     data: str = ""
     val_data: str | None = None
     val_fraction: PartShare = 0.0
@@ -135,6 +137,7 @@ class Recipe:
     streaming: bool = False
     exif_orientation: bool = True
     on_broken: Literal["skip", "refuse"] = "refuse"
+    # the adapters (Eq. 7 to 9) and the loss
     rank: Count | None = None
     adapt_text: bool = True
     partial: bool = False
@@ -145,6 +148,7 @@ class Recipe:
     alpha: Share = 0.5
     delta: Real = 0.05
     epsilon: PartShare = 0.02
+    # the optimizer
     batch_size: Annotated[Count, Field(ge=2)] = 512
     accumulate: Count = 1
     epochs: Count = 10
@@ -154,12 +158,14 @@ class Recipe:
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     warmup_steps: Number | None = None
     grad_clip: Positive | None = 1.0
+    # what the towers see
     crop_scale: Annotated[Share, Field(gt=0)] = 0.9
     flip: bool = False
     mask_padding: Share = 0.0
     mask_square: bool = True
     mask_min_area: Count = 1024
     dense: Literal["none", "maskclip", "sclip", "clearclip", "naclip"] = "none"
+    # the run
     precision: Literal["no", "fp16", "bf16"] = "no"
     workers: Number = 2
     threads: Count | None = None
@@ -239,13 +245,9 @@ def load_recipe(source: str | Path) -> Recipe:
     """
     ready = ready_recipes()
     path = ready.get(str(source), Path(source))
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RAdapterError(f"there is no recipe {source}; allowed: a file, or one of {', '.join(ready)}") from None
-    except Exception as error:  # PyYAML raises many kinds on values that it can't construct, and on deep nesting
-        why = isinstance(error, OSError) and error.strerror
-        raise RAdapterError(f"could not read the recipe {path}: {why or ' '.join(str(error).split())}") from None
+    if not path.exists():
+        raise RAdapterError(f"there is no recipe {source}; allowed: a file, or one of {', '.join(ready)}")
+    values = read_yaml(path, "the recipe")
     if not isinstance(values, dict | None):
         raise RAdapterError(f"the recipe {path} must be a mapping of field: value")
     values = values or {}

@@ -28,7 +28,7 @@ def validate(
     Args:
         base: with the adapters attached.
         adapters: their α is 1 afterwards.
-        val: validation data; images with captions are judged by retrieval.
+        val: validation data; images with captions are evaluated by retrieval.
         recipe: gives α, and what broken images do.
         accelerator: whose processes share the work.
 

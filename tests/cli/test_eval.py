@@ -99,7 +99,7 @@ def test_a_sweep_writes_rows_a_table_and_pictures(here: Path, capfd: pytest.Capt
         assert right / 12 == figures["metrics"]["acc1"] == sum(of["recall"] for of in figures["per_class"]) / 3
 
 
-def test_resume_judges_only_what_is_missing(
+def test_resume_evaluates_only_what_is_missing(
     here: Path, undrawn: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main([*COMMON, "--alpha", "0", "0.5"]) == 0
@@ -112,14 +112,14 @@ def test_resume_judges_only_what_is_missing(
     assert [(row["dataset"], row["alpha"]) for row in after[len(before) :]] == [("plain", 1), ("shifted", 1)]
 
     def never(*_: object, **__: object) -> None:
-        raise AssertionError("judged again")
+        raise AssertionError("evaluated again")
 
     monkeypatch.setattr("radapter_serve.evaluation.run.evaluate", never)
     assert main([*COMMON, "--alpha", "0.5", "1", "0", "--resume"]) == 0
     assert rows(here / "results") == after
 
 
-def test_resume_judges_again_what_has_changed(here: Path, undrawn: None, made: Path) -> None:
+def test_resume_evaluates_again_what_has_changed(here: Path, undrawn: None, made: Path) -> None:
     (here / "data").unlink()
     shutil.copytree(made / "data", here / "data")
     command = [*COMMON, "--alpha", "0.5", "--resume"]

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from radapter_serve.demo import data, train_base
+from benchmarks import train_demo_base as train_base
+from radapter_serve.demo import data
 
 
 def test_open_clip_loads_the_base_in_fp32() -> None:

@@ -1,4 +1,4 @@
-"""Judging: each α against the folded model in open_clip, and the same numbers whichever way a model runs."""
+"""Evaluating: each α against the folded model in open_clip, and the same numbers whichever way a model runs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.evaluation.embedder import Embedder
-from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
+from radapter_serve.evaluation.release_embedder import ReleaseEmbedder, ServerEmbedder
 from radapter_serve.evaluation.results import Results
 from radapter_serve.evaluation.run import evaluate_suite
-from radapter_serve.evaluation.server_embedder import ServerEmbedder
 from radapter_serve.evaluation.suite import load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
 from tests.helpers.graphs import remember_graphs
@@ -40,7 +39,7 @@ def exported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def judged(embedder: Embedder, world: Path, out: Path) -> list[dict[str, object]]:
+def evaluated(embedder: Embedder, world: Path, out: Path) -> list[dict[str, object]]:
     try:
         return evaluate_suite(embedder, load_suite(world / "suite.yaml", world), Results(out), batch_size=7)
     finally:
@@ -83,7 +82,7 @@ def by_open_clip(model: torch.nn.Module, name: str, world: Path) -> dict[str, fl
 def test_every_alpha_is_the_folded_model_in_open_clip(
     run_folder: Path, tiny_clip_dir: str, world: Path, tmp_path: Path
 ) -> None:
-    rows = judged(from_adapter(run_folder, ALPHAS), world, tmp_path)
+    rows = evaluated(from_adapter(run_folder, ALPHAS), world, tmp_path)
     base, adapter = load_base(tiny_clip_dir), load_adapter(run_folder)
     weights = {name: value.clone() for name, value in base.model.state_dict().items()}
     for alpha in ALPHAS:
@@ -97,9 +96,9 @@ def test_every_alpha_is_the_folded_model_in_open_clip(
 def test_torch_merged_and_release_give_the_same_numbers(
     run_folder: Path, exported: Path, world: Path, tmp_path: Path
 ) -> None:
-    adapter = judged(from_adapter(run_folder, [0.4]), world, tmp_path / "a")
-    merged = judged(from_merged(exported / "merged"), world, tmp_path / "b")
-    release = judged(ReleaseEmbedder(str(exported / "repository")), world, tmp_path / "c")
+    adapter = evaluated(from_adapter(run_folder, [0.4]), world, tmp_path / "a")
+    merged = evaluated(from_merged(exported / "merged"), world, tmp_path / "b")
+    release = evaluated(ReleaseEmbedder(str(exported / "repository")), world, tmp_path / "c")
     for rows in zip(adapter, merged, release, strict=True):
         assert rows[0]["metrics"] == rows[1]["metrics"] == rows[2]["metrics"]
         for name in ("dataset", "alpha", "n", "set_digest", "base_digest", "adapter_digest", "precision"):
@@ -158,10 +157,10 @@ def test_wise_ft_interpolates_all_weights(run_folder: Path, tiny_clip_dir: str, 
 def test_a_live_server_gives_the_same_numbers(run_folder: Path, exported: Path, world: Path, tmp_path: Path) -> None:
     from radapter_serve.server.triton_server import TritonServer, free_ports
 
-    adapter = judged(from_adapter(run_folder, [0.4]), world, tmp_path / "adapter")
+    adapter = evaluated(from_adapter(run_folder, [0.4]), world, tmp_path / "adapter")
     with TritonServer(exported / "repository", "127.0.0.1", *free_ports()) as server:
-        by_grpc = judged(ServerEmbedder(server.grpc_url), world, tmp_path / "grpc")
-        by_http = judged(ServerEmbedder(server.http_url), world, tmp_path / "http")
+        by_grpc = evaluated(ServerEmbedder(server.grpc_url), world, tmp_path / "grpc")
+        by_http = evaluated(ServerEmbedder(server.http_url), world, tmp_path / "http")
     for served in (by_grpc, by_http):
         for one, other in zip(adapter, served, strict=True):
             assert one["metrics"] == other["metrics"]

@@ -1,4 +1,4 @@
-"""Zero-shot classification and the α curve against open_clip's own functions and against folded models."""
+"""Zero-shot classification and accuracy over α against open_clip's own functions and against folded models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from radapter_serve.data import Labelled, load_labelled
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import count_hits, zero_shot_classifier
 from radapter_serve.evaluation.evaluate import evaluate
-from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars
 from radapter_serve.evaluation.results import curve
 from radapter_serve.evaluation.sets import classification_set
 from radapter_serve.evaluation.suite import Entry
@@ -91,35 +90,4 @@ def test_the_curve_equals_folding_each_alpha(tiny_clip_dir: str, images: Labelle
         assert row["all"] == pytest.approx(100 * (logits.argmax(dim=1) == labels).float().mean().item())
     assert len({row["all"] for row in rows}) > 1
     base.model.load_state_dict(state)
-    attach(base.model).remove()  # judging left no adapters behind
-
-
-def test_picture_of_the_curve(tmp_path: Path) -> None:
-    rows = [{"alpha": a, "a": 50 + 20 * a, "b": 40 + 10 * a - 15 * a * a, "c": 30.0} for a in (0.0, 0.5, 1.0)]
-    plot_alpha_curve(rows, "a", ["b", "c"], tmp_path / "curve.png", title="A title")
-    with Image.open(tmp_path / "curve.png") as image:
-        assert image.size == (1500, 630)
-        colours = image.convert("RGB").getcolors(1 << 20)
-    assert colours is not None and len(colours) > 50
-
-
-def test_picture_with_another_method_beside_it_and_of_one_set_alone(tmp_path: Path) -> None:
-    rows = [{"alpha": a, "a": 50 + 20 * a, "b": 40 - 15 * a * a} for a in (0.0, 0.5, 1.0)]
-    other = [{"alpha": a, "a": 50 + 10 * a, "b": 40 - 20 * a} for a in (0.0, 1.0)]
-    plot_alpha_curve(rows, ["a"], ["b"], tmp_path / "with.png", beside={"WiSE-FT": other})
-    plot_alpha_curve(rows, ["a"], ["b"], tmp_path / "without.png")
-    plot_alpha_curve(rows, ["a"], [], tmp_path / "alone.png")
-    blue = []
-    for name, width in (("with", 1500), ("without", 1500), ("alone", 750)):
-        with Image.open(tmp_path / f"{name}.png") as image:
-            assert image.size == (width, 630)
-            left = image.convert("RGB").crop((0, 0, 740, 630)).getcolors(1 << 20) or []
-            blue.append(sum(n for n, c in left if c == (31, 119, 180)))
-    assert blue[0] > 500 and blue[1] == 0  # the other method is in the left panel, and only there where it is given
-
-
-def test_bars_of_many_models_and_sets(tmp_path: Path) -> None:
-    values = {f"α = {a}": dict.fromkeys("abcdef", 50.0 + a) for a in range(11)}
-    plot_bars(values, tmp_path / "bars.png", title="A title")
-    with Image.open(tmp_path / "bars.png") as image:
-        assert image.width > 1500
+    attach(base.model).remove()  # the evaluation left no adapters behind

@@ -77,7 +77,7 @@ def test_equal_captions_match_each_others_images_by_hand() -> None:
     assert alone == {"image_retrieval_recall@1": 1 / 5, "text_retrieval_recall@1": 1 / 4}
 
 
-def test_class_names_as_captions_are_judged_as_classes() -> None:
+def test_class_names_as_captions_are_evaluated_as_classes() -> None:
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 3, 60)
     classes = np.eye(3, dtype=np.float32)

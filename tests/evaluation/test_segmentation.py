@@ -1,4 +1,4 @@
-"""Judging segmentation: mIoU against sets of pixels, known answers, and the same masks whichever way a model runs."""
+"""Segmentation, evaluated: mIoU against sets of pixels, known answers, the same masks whichever way a model runs."""
 
 from __future__ import annotations
 
@@ -27,12 +27,11 @@ from radapter_serve.evaluation.embedder import (
     SegmentImage,
     SegmentQuery,
     Variant,
-    exported_way,
     segment_here,
 )
 from radapter_serve.evaluation.evaluate import evaluate
 from radapter_serve.evaluation.metrics import confusion, segmentation_metrics
-from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
+from radapter_serve.evaluation.release_embedder import ReleaseEmbedder, ServerEmbedder, exported_way
 from radapter_serve.evaluation.results import Results, table
 from radapter_serve.evaluation.run import choose_alpha, draw, evaluate_suite
 from radapter_serve.evaluation.sets import open_set
@@ -40,7 +39,8 @@ from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess, decode
-from radapter_serve.tasks.segmenter import Segmenter
+from radapter_serve.tasks.dense import DenseSegmenter
+from radapter_serve.tasks.proposals import ProposalSegmenter
 from tests.helpers.small_models import release
 
 NAMES = ["sky", "grass, lawn", "cow", "barn"]
@@ -103,7 +103,11 @@ class Oracle:
 
         crop = MaskCrop(fill=(255, 255, 255))
         size = Preprocess((SIZE, SIZE), "bilinear")
-        segmenter = Segmenter(patches, images, size, crop, 100.0, 4)
+        segmenter = (
+            ProposalSegmenter(images, size, crop, 100.0, 4)
+            if query.dense == PROPOSALS
+            else DenseSegmenter(patches, size, 4)
+        )
         return segment_here(segmenter, np.eye(len(query.labels), dtype=np.float32), query.options)
 
 
@@ -306,10 +310,10 @@ def test_every_alpha_is_the_folded_model(masked: Path, dense_run: Path, tiny_cli
         return encode_patches(base.model, pixels, "naclip").numpy()
 
     preprocess = Preprocess.from_dict(base.preprocess)
-    segmenter = Segmenter(encode, None, preprocess, MaskCrop(), 1.0, 5)
+    segment = DenseSegmenter(encode, preprocess, 5)
     data: Any = open_set(suite, suite.entries[0])
     for image, mask in zip(data.images, found, strict=True):
-        expected = segmenter.dense(decode(image.data()), classifier.numpy(), data.query(Named()).options).mask
+        expected = segment(decode(image.data()), classifier.numpy(), data.query(Named()).options).mask
         assert (mask == expected).mean() > 0.999
     assert len(np.unique(np.stack(found))) > 1
 
@@ -347,7 +351,6 @@ def test_a_run_its_checkpoint_and_its_release_give_the_same_masks(
 
 @pytest.mark.triton
 def test_a_live_server_gives_the_same_masks(masked: Path, dense_release: Path) -> None:
-    from radapter_serve.evaluation.server_embedder import ServerEmbedder
     from radapter_serve.server.triton_server import TritonServer, free_ports
 
     suite, repository = suite_of(masked, SETS), dense_release / "model_repository"
@@ -362,7 +365,7 @@ class Named(Oracle):
     templates: Sequence[str] = ["a photo of a {}."]
 
 
-def test_a_set_that_a_release_can_not_be_judged_by_is_left_out() -> None:
+def test_a_set_that_a_release_can_not_be_evaluated_on_is_left_out() -> None:
     facts = release(3, dense={"way": "sclip", "grid": 7})
     assert exported_way(facts, None) == exported_way(facts, "sclip") == "sclip"
     assert exported_way(release(3), "proposals") == "proposals"
@@ -372,7 +375,7 @@ def test_a_set_that_a_release_can_not_be_judged_by_is_left_out() -> None:
         exported_way(release(3), None)
 
 
-def test_left_out_sets_are_told_and_others_judged(masked: Path, run_folder: Path, tmp_path: Path) -> None:
+def test_left_out_sets_are_told_and_others_evaluated(masked: Path, run_folder: Path, tmp_path: Path) -> None:
     suite = suite_of(masked, "- {name: own}\n- {name: named, dense: sclip}")
     embedder = from_adapter(run_folder, [0.5])  # its recipe names no way
     lines: list[str] = []

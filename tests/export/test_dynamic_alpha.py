@@ -23,12 +23,11 @@ from radapter_export import ExportedRelease, ExportSettings, export_release
 from radapter_export.dynamic_alpha import DynamicAlphaTower
 from radapter_export.graph import Graph, image_graph, text_graph
 from radapter_export.quantization import quantize
-from radapter_export.repository import ENCODERS
 from radapter_serve.adapter import Adapter, Metadata, base_digest, fold, load_adapter
 from radapter_serve.clip.base import Base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import TOLERANCES, Samples, compare
-from radapter_serve.release.repository import encoders_of
+from radapter_serve.release.repository import ENCODERS, encoders_of
 from radapter_serve.runtimes.encoder import Encoder
 from radapter_serve.server.runtime_choice import measure
 

@@ -50,7 +50,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def judged(metadata: Metadata) -> list[str]:
+def evaluated(metadata: Metadata) -> list[str]:
     """The files that the run's own validation data consists of."""
     suite = own_validation(metadata)
     data: Any = open_set(suite, suite.entries[0])
@@ -58,7 +58,7 @@ def judged(metadata: Metadata) -> list[str]:
 
 
 @pytest.mark.parametrize("task", DATA)
-def test_a_held_out_share_is_judged_and_a_changed_one_refused(
+def test_a_held_out_share_is_evaluated_and_a_changed_one_refused(
     task: str, tiny_clip_dir: str, here: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     trained, pair = set(), LabelledImages.pair
@@ -72,7 +72,7 @@ def test_a_held_out_share_is_judged_and_a_changed_one_refused(
     run = RUN if task == "segmentation" else RUN.partition(" --mask-min-area")[0]
     assert train([*command, *run.split(), "--out", "run"]) == 0
     metadata = load_adapter("run").metadata
-    held = judged(metadata)
+    held = evaluated(metadata)
     assert len(held) == 3 and len(trained) == 9 and not trained & set(held)
     names = [
         f"{sorted(COLOURS)[int(Path(name).stem) % 3]}/{name}" if task == "classification" else name for name in held
@@ -90,7 +90,7 @@ def test_a_held_out_share_is_judged_and_a_changed_one_refused(
     folder = DATA[task].partition(":")[2]
     shutil.copytree(here / folder, here / "elsewhere" / folder)
     monkeypatch.chdir(here / "elsewhere")
-    assert judged(metadata) == held
+    assert evaluated(metadata) == held
     monkeypatch.chdir(here)
     for path in here.joinpath(folder).rglob("11.png"):
         shutil.copy(path, path.with_name("99.png"))

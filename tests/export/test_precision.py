@@ -26,7 +26,7 @@ from radapter_export.quantization import calibration_images, quantize
 from radapter_serve.adapter import Adapter, attach_adapter, fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.embedder import release_variants
+from radapter_serve.evaluation.release_embedder import release_variants
 from radapter_serve.index.collection import open_collection
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess
@@ -290,7 +290,7 @@ def test_digest_tells_apart_how_int8_was_made(exported: tuple[Path, list[Exporte
     int8 = [replace(fp32, precision="int8", quantization=kind) for kind in kinds]
     dynamic = replace(int8[0], dynamic_alpha=True)
     assert len({one.digest for one in (fp32, *int8, dynamic)}) == 5
-    # And so do rows of results, which tell whether a release was judged before.
+    # And so do rows of results, which tell whether a release was evaluated before.
     assert len({str(release_variants("release", one, ())) for one in int8}) == 3
 
 
@@ -310,7 +310,7 @@ def test_a_release_that_loses_points_is_refused(
     photos: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Judged is the newest release, of 0.8, where torch is at 1, and stays on the CPU, where its adapters are."""
+    """Evaluated is the newest release, of 0.8, where torch is at 1, and stays on the CPU, where its adapters are."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     base, adapter = load_base(tiny_clip_dir), load_adapter(adapter_path)
     data = open_validation(adapter.metadata, f"imagefolder:{photos}", None, "fp32", 0.0)
@@ -319,15 +319,15 @@ def test_a_release_that_loses_points_is_refused(
     crop = MaskCrop.from_recipe({}, base.preprocess["mean"])
     lines: list[str] = []
 
-    def judged(max_drop: float) -> Accuracy:
+    def evaluated(max_drop: float) -> Accuracy:
         validation = Validation(data.data, max_drop)
         return validation(base, 1.0, exported[0] / "repository", adapter.metadata.templates, crop, lines.append)
 
-    found = judged(100)
+    found = evaluated(100)
     assert any("30 of 30 images by release" in line for line in lines)
     with pytest.raises(RAdapterError, match="or allow more with --max-drop"):
-        judged(found.drop - 0.01)
+        evaluated(found.drop - 0.01)
     metrics = iter([0.5, float("nan")])
     monkeypatch.setattr("radapter_export.accuracy.evaluate", lambda *_, **__: [{"metrics": {"acc1": next(metrics)}}])
     with pytest.raises(RAdapterError, match="the encoders lose nan points"):
-        judged(100)
+        evaluated(100)

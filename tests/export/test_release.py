@@ -22,26 +22,26 @@ import pytest
 import torch
 
 from radapter_export import ExportedRelease, ExportSettings, export_release
-from radapter_export.repository import MODELS, PATCH_ENCODER
 from radapter_serve.adapter import Adapter, fold, load_adapter, save_adapter
 from radapter_serve.clip.base import Base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples
-from radapter_serve.release.repository import encoders_of
+from radapter_serve.release.repository import MODELS, PATCH_ENCODER, encoders_of
 from radapter_serve.runtimes.encoder import Encoder
 from radapter_serve.runtimes.local_release import LocalRelease
 
-TASK = {"model.py", "release.json"}
+CONFIG = "config.pbtxt"
+TASK = {CONFIG, "model.py", "release.json"}
 LABELLED = TASK | {"tokenizer.json", "label_sets", "label_sets/animals.npz"}
 FILES = {
-    "image_encoder": {"model.onnx", "samples.npz"},
-    "patch_encoder": {"model.onnx", "samples.npz"},
-    "text_encoder": {"model.onnx", "samples.npz"},
+    "image_encoder": {CONFIG, "model.onnx", "samples.npz"},
+    "patch_encoder": {CONFIG, "model.onnx", "samples.npz"},
+    "text_encoder": {CONFIG, "model.onnx", "samples.npz"},
     "embed_image": TASK,
     "embed_text": TASK | {"tokenizer.json"},
     "retrieve": TASK,
     "segment": LABELLED,
-    "classify": LABELLED,
+    "classify": LABELLED | {"SHA256SUMS"},
 }
 WITHOUT_PATCHES = [model for model in MODELS if model != PATCH_ENCODER]
 

@@ -14,9 +14,10 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_export import ExportedRelease
 from radapter_export import repository as module
-from radapter_export.repository import MODELS, PATCH_ENCODER, Repository, config
+from radapter_export.repository import Repository, config
 from radapter_serve.errors import RAdapterError
 from radapter_serve.lock import lock
+from radapter_serve.release.repository import MODELS, PATCH_ENCODER
 from tests.helpers.small_models import release
 
 

@@ -25,8 +25,9 @@ from radapter_export.tokenizer import write_tokenizer
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.tokenizer import Tokenizer
 from radapter_serve.release.agreement import Samples
+from radapter_serve.release.integrity import write_sums
 from radapter_serve.release.release import Release
-from radapter_serve.release.repository import configure
+from radapter_serve.release.repository import MODELS, configure, named_releases, read_config
 from radapter_serve.tasks.classify import Classify, EmbedImages, EmbedTexts, load_label_sets
 from radapter_serve.tasks.label_embeddings import LabelEmbedder
 from radapter_serve.tasks.segment import Segment
@@ -152,8 +153,12 @@ def write_release(repository: Path, version: int, seed: int, *, dense: bool = Tr
     for name in (*encoders, *TASKS):
         text = (SOURCES / name / "config.template.pbtxt").read_text()
         config = text_format.Parse(text, model_config_pb2.ModelConfig())
-        config.version_policy.latest.num_versions = 2
+        path = repository / name / "config.pbtxt"
+        before = named_releases(read_config(path)) if path.exists() else {}
+        for one in (*before.values(), Release.from_dict(release)):
+            config.parameters[f"release.{one.version}"].string_value = json.dumps(one.to_dict())
         config.parameters["release"].string_value = json.dumps(release)
+        config.version_policy.specific.versions[:] = [*before, version]
         for tensor in [*config.input, *config.output]:
             if tensor.name == "image" and tensor.data_type == model_config_pb2.TYPE_UINT8:
                 tensor.dims[:] = [SIZE, SIZE, 3]
@@ -161,12 +166,27 @@ def write_release(repository: Path, version: int, seed: int, *, dense: bool = Tr
                 tensor.dims[:] = [WIDTH] if len(tensor.dims) == 1 else [GRID, GRID, WIDTH]
         if name in encoders:
             configure(config, release["runtime"], release["precision"], release["max_batch_size"])
-        (repository / name / "config.pbtxt").write_text(text_format.MessageToString(config))
+        path.write_text(text_format.MessageToString(config))
     local = Local(repository, version)
     for name in ("classify", "segment"):
         sets = repository / name / str(version) / "label_sets"
         sets.mkdir()
         local.embed_labels(LABELS, ["a {}"]).save(sets / "colours.npz")
+
+
+def seal(repository: Path, *versions: int) -> None:
+    """Give releases what an export gives them beside their models: configs of their own, and digests."""
+    for version in versions:
+        for model in MODELS:
+            if (folder := repository / model / str(version)).is_dir():
+                config = read_config(repository / model / "config.pbtxt")
+                own = config.parameters[f"release.{version}"].string_value
+                for name in [name for name in config.parameters if name.startswith("release")]:
+                    del config.parameters[name]
+                config.parameters["release"].string_value = config.parameters[f"release.{version}"].string_value = own
+                config.version_policy.specific.versions[:] = [version]
+                (folder / "config.pbtxt").write_text(text_format.MessageToString(config))
+        write_sums(repository, version)
 
 
 class Local:

@@ -31,24 +31,25 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.index import build as indexing
 from radapter_serve.index import recall
 from radapter_serve.index import writer as index_writer
-from radapter_serve.index.build import add, build, verify
+from radapter_serve.index.build import add, build
 from radapter_serve.index.condition import check_condition
 from radapter_serve.index.index import FACTS, Index
+from radapter_serve.index.verify import verify
 from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
-from radapter_serve.inputs.preprocess import Preprocess, decode
+from radapter_serve.inputs.preprocess import decode
 from radapter_serve.lock import lock
+from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 from tests.helpers.small_models import release as release_facts
 
 DIM = 16
 
 
-class FakeRelease:
+class FakeRelease(EmbeddingRelease):
     """Embeds an image by a fixed random projection of its mean colours; counts what it embeds."""
 
     def __init__(self, alpha: float = 0.5) -> None:
-        self.facts = release_facts(embed_dim=DIM, alpha=alpha, preprocess={"size": 4})
-        self.preprocess = Preprocess.from_dict(self.facts.preprocess)
-        self.origin = {"model_repository": "/models of mine"}
+        facts = release_facts(embed_dim=DIM, alpha=alpha, preprocess={"size": 4})
+        super().__init__(facts, {"model_repository": "/models of mine"})
         self.embedded = 0
 
     def set_alpha(self, alpha: float) -> None:

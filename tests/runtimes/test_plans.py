@@ -85,7 +85,8 @@ def test_every_encoder_gets_an_engine_that_agrees_and_tensorrt_serves_it(trt: An
             assert getattr(now, field) == getattr(then, field)
         if model == "text_encoder":  # the tasks make the batches of texts; an empty text would be lost in Triton's
             assert (now.max_batch_size, list(now.input[0].dims)) == (0, [-1, -1])
-        assert set(now.parameters) == {"release"}  # nothing is left of ONNX Runtime's
+        # Nothing is left of ONNX Runtime's.
+        assert [name for name in now.parameters if not name.startswith("release")] == []
     assert list(check_engines(mine)) == [mine / model / str(version) for model, version in ENGINES]
     [cache] = (mine.parent / "cache" / "radapter-serve").iterdir()
     assert cache.name == "tensorrt-11.4.0.106-NVIDIA-H100.timing"

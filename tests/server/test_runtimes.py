@@ -37,7 +37,7 @@ def own(repository, tmp_path):
 
 
 def parameters(config) -> dict[str, str]:
-    return {key: value.string_value for key, value in config.parameters.items() if key != "release"}
+    return {key: value.string_value for key, value in config.parameters.items() if not key.startswith("release")}
 
 
 def parsed(text: str):

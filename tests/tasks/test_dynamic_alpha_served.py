@@ -14,10 +14,9 @@ from PIL import Image
 import radapter_client
 from radapter_client import Client
 from radapter_client.query import main as query
-from radapter_serve.evaluation.server_embedder import ServerEmbedder
+from radapter_serve.evaluation.release_embedder import ServerEmbedder
 from radapter_serve.index.build import build
 from radapter_serve.inputs.labels import split_label
-from radapter_serve.release.release import Release
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.runtimes.served_release import ServerRelease
 from radapter_serve.server.triton_server import TritonServer, free_ports
@@ -116,9 +115,10 @@ def test_segment(client: Client, photos: Path, fixed: dict[float, LocalRelease])
 def test_search_asks_at_the_alpha_of_the_index(
     server: TritonServer, client: Client, photos: Path, indexes: Path, fixed: dict[float, LocalRelease]
 ) -> None:
-    release = ServerRelease(client, server.grpc_url, Release.from_dict(client.release().facts))
+    release = ServerRelease(server.grpc_url)
     release.set_alpha(0.8)
     build(str(photos), indexes / "photos", release)
+    release.close()
     hits = client.search("a cat", index="photos")
     one = fixed[0.8]
     for hit in hits:

@@ -14,7 +14,7 @@ from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.tasks.segment import SegmentRequest
 from radapter_serve.tasks.segment_options import SegmentOptions
-from radapter_serve.tasks.segmenter import Segmenter
+from tests.helpers.segmenting import Segmenter
 from tests.helpers.small_release import LABELS, Local, png, png_header
 
 CATS = [b"cat, kitty", b"dog", b"bird"]
@@ -22,7 +22,7 @@ CATS = [b"cat, kitty", b"dog", b"bird"]
 
 def segmenter(local: Local) -> Segmenter:
     """Of the same encoders, without the task."""
-    return Segmenter(local.encode_patches, local.encode_images, Preprocess((16, 16)), MaskCrop(), 10.0, 64)
+    return Segmenter.of(local.encode_patches, local.encode_images, Preprocess((16, 16)), MaskCrop(), 10.0, 64)
 
 
 def test_labels_of_the_request(local):

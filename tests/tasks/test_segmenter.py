@@ -20,8 +20,8 @@ from radapter_serve.inputs.preprocess import Preprocess, decode
 from radapter_serve.tasks.dense import PATCH_SCALE
 from radapter_serve.tasks.refine import refine
 from radapter_serve.tasks.segment_options import SegmentOptions
-from radapter_serve.tasks.segmenter import Segmenter
 from radapter_serve.tasks.windows import window_starts
+from tests.helpers.segmenting import Segmenter
 
 SIZE, GRID, WIDTH = 32, 4, 6
 
@@ -53,7 +53,7 @@ def colour_images(pixels: np.ndarray) -> np.ndarray:
 def segmenter(
     patches=random_patches, images=colour_images, *, fill=(127, 128, 127), scale=10.0, batch=3, bias=None
 ) -> Segmenter:
-    return Segmenter(patches, images, Preprocess((SIZE, SIZE)), MaskCrop(fill=fill), scale, batch, bias)
+    return Segmenter.of(patches, images, Preprocess((SIZE, SIZE)), MaskCrop(fill=fill), scale, batch, bias)
 
 
 def image(width: int, height: int, seed: int = 0) -> Image.Image:

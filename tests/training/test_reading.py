@@ -229,7 +229,7 @@ def test_held_out_captions_and_segments_keep_an_image_together(tmp_path: Path) -
         Masked(masked.images[:1], ["x"]).held_out(0.4, 0)
 
 
-def test_validation_data_is_judged_among_all_classes_of_the_run(images: Path, tmp_path: Path) -> None:
+def test_validation_data_is_evaluated_among_all_classes_of_the_run(images: Path, tmp_path: Path) -> None:
     shutil.copytree(images, tmp_path / "val", ignore=shutil.ignore_patterns("green"))
     (tmp_path / "val" / "amber").mkdir()
     shutil.copy(images / "red" / "0.png", tmp_path / "val" / "amber")
@@ -244,9 +244,9 @@ def test_validation_data_is_judged_among_all_classes_of_the_run(images: Path, tm
     assert isinstance(base, Labelled) and base.classes == ["blue", "green"]
     assert np.bincount(base.labels()).tolist() == [8]
     suite = own_validation(Metadata("ViT-B-32", "sha256:0", recipe=recipe.to_dict(), classes=data.classes))
-    judged = open_set(suite, suite.entries[0])
-    assert isinstance(judged, ClassificationSet) and judged.classes == val.classes
-    assert judged.labels.tolist() == val.labels().tolist()
+    evaluated = open_set(suite, suite.entries[0])
+    assert isinstance(evaluated, ClassificationSet) and evaluated.classes == val.classes
+    assert evaluated.labels.tolist() == val.labels().tolist()
 
 
 @pytest.mark.parametrize("task", ["classification", "retrieval"])
@@ -263,9 +263,9 @@ def test_the_share_that_training_held_out_is_the_run_s_own_validation_data(
     held = val.rows if isinstance(val, Labelled) else [val.table[image.row] for image in val.images]
     classes = val.classes if isinstance(val, Labelled) else None
     suite = own_validation(Metadata("ViT-B-32", "sha256:0", task=task, recipe=recipe.to_dict(), classes=classes))  # type: ignore[arg-type]
-    judged = open_set(suite, suite.entries[0])
-    assert {judged.name(number) for number in range(len(judged))} == {val.name(row) for row in held}
-    assert len(judged) == len(held) == 6
+    evaluated = open_set(suite, suite.entries[0])
+    assert {evaluated.images[number].name for number in range(len(evaluated))} == {val.name(row) for row in held}
+    assert len(evaluated) == len(held) == 6
 
 
 def test_names_of_splits_in_folders_of_images(images: Path) -> None:

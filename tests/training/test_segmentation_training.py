@@ -225,9 +225,9 @@ def test_validation_masks_have_the_classes_of_the_run(
     )
     if message is None:
         held = run_data(values)[1]
-        judged = open_set(suite, suite.entries[0])
-        assert isinstance(held, Masked) and isinstance(judged, SegmentationSet)
-        assert held.classes == judged.classes == list(classes.values())
+        evaluated = open_set(suite, suite.entries[0])
+        assert isinstance(held, Masked) and isinstance(evaluated, SegmentationSet)
+        assert held.classes == evaluated.classes == list(classes.values())
         return
     for open_data in (lambda: run_data(values), lambda: open_set(suite, suite.entries[0])):
         with pytest.raises(RAdapterError) as error:

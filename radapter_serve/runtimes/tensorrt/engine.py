@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Options:
 
     Args:
         opt_batch_size: rows of the batch that engines are tuned for; they take all others, too.
-        workspace: GiB of GPU memory that a layer may use while it runs; all that is free if None.
+        workspace: GiB of GPU memory that a layer may use while it runs; all that is free if none is given.
         version_compatible: engines also run under later versions of TensorRT, somewhat slower.
         hardware_compatible: engines also run on other GPUs of compute capability 8.0 and above, somewhat slower.
     """
@@ -47,6 +48,12 @@ class Options:
     workspace: float | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
+
+    def __post_init__(self) -> None:
+        if self.workspace is not None and not 0 < self.workspace < math.inf:
+            raise RAdapterError(f"--workspace is {self.workspace:g}; allowed: GiB above 0, such as 4")
+        if self.opt_batch_size < 1:
+            raise RAdapterError(f"--opt-batch-size is {self.opt_batch_size}; allowed: 1 or more")
 
 
 def import_tensorrt() -> Any:
@@ -104,22 +111,11 @@ def build(
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(onnx)):
         raise RAdapterError(f"TensorRT {trt.__version__} cannot read {onnx}: {_errors(parser)}")
-    config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32; whoever wants speed exports in fp16 or bf16
     inputs = (network.get_input(number) for number in range(network.num_inputs))
     open_shapes = {tensor.name: tuple(tensor.shape) for tensor in inputs}
     batches, lengths = (options.opt_batch_size, max_batch_size), (opt_length, max_length)
     profile = make_profile(open_shapes, batches, lengths)
-    shapes = builder.create_optimization_profile()
-    for name, limits in profile.items():
-        shapes.set_shape(name, *limits)
-    config.add_optimization_profile(shapes)
-    if options.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace * 2**30))
-    if options.version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if options.hardware_compatible:
-        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    config = _config(trt, builder, options, profile)
     if timing_cache is not None:
         _use_timing_cache(config, timing_cache)
     say = progress or (lambda line: None)
@@ -139,6 +135,22 @@ def build(
         except OSError as error:
             say(f"what TensorRT measured is not kept for the next build: {error}")
     return bytes(plan), profile
+
+
+def _config(trt: Any, builder: Any, options: Options, profile: Profile) -> Any:
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32; whoever wants speed exports in fp16 or bf16
+    shapes = builder.create_optimization_profile()
+    for name, limits in profile.items():
+        shapes.set_shape(name, *limits)
+    config.add_optimization_profile(shapes)
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace * 2**30))
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    return config
 
 
 def make_profile(inputs: Mapping[str, Shape], batches: tuple[int, int], lengths: tuple[int, int]) -> Profile:

@@ -68,7 +68,7 @@ class Sidecar:
             _numbers(sidecar.version), _numbers(sidecar.compute_capability)
         except FileNotFoundError:
             raise RAdapterError(f"{folder / PLAN} is not finished, {SIDECAR} is missing; {_again(folder)}") from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RAdapterError) as error:
             raise RAdapterError(f"{path} is damaged: {error}; {_again(folder)}") from error
         return sidecar
 

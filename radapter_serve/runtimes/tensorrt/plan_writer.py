@@ -15,6 +15,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
 from radapter_serve.lock import lock
 from radapter_serve.release.agreement import Agreement, Samples, Tolerance, compare
+from radapter_serve.release.integrity import renew_sums
 from radapter_serve.release.repository import TENSORRT, ServedEncoder, encoders_of
 from radapter_serve.runtimes.cuda import Gpu, find_gpu
 from radapter_serve.runtimes.tensorrt.engine import Engine, Options, Profile, build, import_tensorrt
@@ -76,19 +77,19 @@ def build_engines(
     _encoders(repository)  # before a GPU is looked for
     writer = PlanWriter(options, timing_cache=timing_cache, progress=progress)
     with lock(repository, "radapter-export or radapter-build-engine"):
-        encoders = _encoders(repository)
-        built = [
-            writer.write(
-                encoder.name,
-                encoder.folder / str(version),
-                max_batch_size=encoder.facts.max_batch_size,
-                max_length=int(encoder.facts.tokenizer["context_length"]),
-                bounds=encoder.bounds if tolerance is None else encoder.bounds.widened(tolerance),
-                keep=not force,
-            )
-            for encoder in encoders
-            for version in encoder.versions
-        ]
+        encoders, built = _encoders(repository), []
+        for encoder in encoders:
+            for version in encoder.versions:
+                engine = writer.write(
+                    encoder.name,
+                    encoder.folder / str(version),
+                    max_batch_size=encoder.facts.max_batch_size,
+                    max_length=int(encoder.facts.tokenizer["context_length"]),
+                    bounds=encoder.bounds if tolerance is None else encoder.bounds.widened(tolerance),
+                    keep=not force,
+                )
+                renew_sums(repository, version, [f"{encoder.name}/{version}/{file}" for file in (PLAN, SIDECAR)])
+                built.append(engine)
         for encoder in encoders:
             with staged(encoder.folder / "config.pbtxt") as path:
                 path.write_text(encoder.configured(TENSORRT, None), encoding="utf-8")

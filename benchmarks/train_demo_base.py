@@ -1,6 +1,6 @@
 """Train the demo's base model from scratch: a small CLIP on emoji drawings in many styles.
 
-    python -m radapter_serve.demo.train_base --out base
+    python benchmarks/train_demo_base.py --out base
 
 What makes it work on so little data and two cores: several vendors' drawings of one concept are positives of the same
 caption; half of the image's patches are dropped (FLIP, arXiv 2212.00794); Muon trains the blocks; only the part of the
@@ -191,7 +191,7 @@ def save(model: nn.Module, used: Tensor, folder: Path) -> None:
 def main() -> None:
     """Read the flags and train."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, prog="train_base"
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, prog="train_demo_base.py"
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("base"), help="folder of the model")

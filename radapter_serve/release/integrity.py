@@ -1,0 +1,226 @@
+"""Whether a release is what was exported: every file by its digest, and the configs by the release that they name.
+
+The digests lie in `classify/N/SHA256SUMS`, in the format of sha256sum. In the folder of the model repository
+`sha256sum --check classify/N/SHA256SUMS` compares them, too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.files import as_text, digest_of, staged
+from radapter_serve.release.release import Release
+from radapter_serve.release.repository import CONFIG, MODELS, named_releases, read_config
+
+SUMS = "SHA256SUMS"
+_WORKERS = 4  # the disk, more than the processor, sets the pace of more
+_LINE = re.compile(rb"([0-9a-f]{64})  (.+)")
+_SHOWN = 5  # problems in a message
+_ENGINE = "model.plan"  # the start of the names of what radapter-build-engine adds later
+
+
+def sums_of(repository: Path, version: int) -> Path:
+    """Where the digests of a release lie."""
+    return repository / "classify" / str(version) / SUMS
+
+
+def write_sums(repository: Path, version: int) -> None:
+    """Write the digests of all files of a release."""
+    _save(sums_of(repository, version), {name: digest_of(path) for name, path in _files(repository, version).items()})
+
+
+def renew_sums(repository: Path, version: int, names: Iterable[str]) -> None:
+    """Write the digests of some files anew, such as `image_encoder/1/model.plan`; a release without digests stays so.
+
+    Raises:
+        RAdapterError: the list of digests is broken.
+    """
+    path = sums_of(repository, version)
+    if not path.exists():
+        return
+    sums = _load(path)
+    for name in names:
+        sums.pop(name, None)
+        if (repository / name).is_file():
+            sums[name] = digest_of(repository / name)
+    _save(path, sums)
+
+
+def check(repository: Path, versions: Iterable[int], progress: Callable[[str], None] = lambda line: None) -> list[int]:
+    """Check releases before they are served: `verify` and `check_configs` for each.
+
+    Returns:
+        Those without digests, whose files could not be checked.
+
+    Raises:
+        RAdapterError: one is not as it was exported.
+    """
+    without = []
+    for version in versions:
+        if not verify(repository, version, progress):
+            without.append(version)
+        check_configs(repository, version)
+    return without
+
+
+def verify(repository: Path, version: int, progress: Callable[[str], None] = lambda line: None) -> bool:
+    """Compare all files of a release with their digests.
+
+    Args:
+        repository: the model repository.
+        version: number of the release.
+        progress: called with a short line as the work goes on.
+
+    Returns:
+        Whether it has digests; releases of earlier versions have none.
+
+    Raises:
+        RAdapterError: a file differs, is missing, or is none of the release's; names the files.
+    """
+    path = sums_of(repository, version)
+    if not path.exists():
+        if path.with_name(CONFIG).exists():  # which releases have for as long as they have digests
+            raise _broken(repository, version, [f"{_name(path, repository)}, the list of its digests, is missing"])
+        return False
+    sums, found = _load(path), _files(repository, version)
+    problems = dict.fromkeys(sums.keys() - found.keys(), "is missing")
+    problems |= dict.fromkeys(found.keys() - sums.keys(), "does not belong to it")
+    sizes = {name: file.stat().st_size for name, file in found.items()}
+    total, done = sum(sizes.values()), 0
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        # The large files first, so that no worker is left with one at the end.
+        order = sorted(sums.keys() & found.keys(), key=lambda name: -sizes[name])
+        running = {pool.submit(_digest, found[name]): name for name in order}
+        for future in as_completed(running):
+            name = running[future]
+            done += sizes[name]
+            progress(f"checking the files of release {version}: {100 * done // max(total, 1)} %")
+            if (digest := future.result()) != sums[name]:
+                problems[name] = "cannot be read" if digest is None else "differs" if sizes[name] else "is empty"
+    if problems:
+        raise _broken(repository, version, [f"{as_text(name)} {why}" for name, why in sorted(problems.items())])
+    return True
+
+
+def check_configs(repository: Path, version: int) -> None:
+    """Check that the configs belong together and to a release, or to another one as a whole.
+
+    Each version of a model has the config that it was exported with. The config above it, which Triton reads, may have
+    been changed by its owner (instances, kinds, engines), but not in what the models are to each other.
+
+    Raises:
+        RAdapterError: one is missing, of another release than others are, or of other tensors; names the models.
+    """
+    release = Release.load(repository / "classify" / str(version))
+    models = [model for model in MODELS if (repository / model / str(version)).is_dir()]
+    upper = {model: repository / model / CONFIG for model in models}
+    configs = {model: read_config(path) for model, path in upper.items() if path.exists()}
+    naming = {model for model, config in configs.items() if version in named_releases(config)}
+    own = {model: path for model in models if (path := repository / model / str(version) / CONFIG).exists()}
+    if naming and (others := [model for model in models if model not in naming]):
+        why = ", ".join(f"{m} ({_names(configs[m])})" if m in configs else f"{m} (missing)" for m in others)
+        raise RAdapterError(
+            f"the configs in {repository} are of several releases: config.pbtxt names release {version} in "
+            f"{', '.join(sorted(naming))}, but not in {why}; copy all of them again, or export again with "
+            "radapter-export"
+        )
+    if not naming and (missing := [model for model in models if model not in own]):
+        raise RAdapterError(
+            f"release {version} in {repository} cannot be served any more: it has no config of {', '.join(missing)}, "
+            "for it was exported before each release kept its own; export it again with radapter-export"
+        )
+    for model in sorted(naming):
+        if named_releases(configs[model])[version] != release:
+            raise RAdapterError(
+                f"{upper[model]} is of another release {version} than {repository}/classify/{version}; copy all files "
+                "of one repository, or export again with radapter-export"
+            )
+        if model in own and (wrong := _difference(read_config(own[model]), configs[model])):
+            raise RAdapterError(
+                f"{upper[model]}: {wrong}; to mend it, copy {model}/{version}/{CONFIG} over it, or export again with "
+                "radapter-export"
+            )
+
+
+def _names(config: Any) -> str:
+    return f"of release {', '.join(map(str, sorted(named_releases(config)))) or 'none'}"
+
+
+def _difference(exported: Any, config: Any) -> str:
+    """What no owner may change: the model's name and its tensors."""
+    if config.name != exported.name:
+        return f"it is the config of {config.name or 'no model'}"
+    for kind in ("input", "output"):
+        ours, theirs = _tensors(exported, kind), _tensors(config, kind)
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                return f"the {kind} {name} is not the one that was exported"
+    return ""
+
+
+def _tensors(config: Any, kind: str) -> Mapping[str, Any]:
+    batch = [-1] if config.max_batch_size else []  # of Triton's, or of the tensor's own
+    return {one.name: (one.data_type, [*batch, *one.dims]) for one in getattr(config, kind)}
+
+
+def _files(repository: Path, version: int) -> dict[str, Path]:
+    """The files of a release by name, without its list of digests."""
+    found = {}
+    for model in MODELS:
+        folder = repository / model / str(version)
+        for path in sorted(folder.rglob("*")):
+            inside = path.relative_to(folder).parts
+            if path.is_file() and not any(part == "__pycache__" or part.startswith(".") for part in inside):
+                found[str(PurePosixPath(model, str(version), *inside))] = path
+    found.pop(_name(sums_of(repository, version), repository), None)
+    return found
+
+
+def _name(path: Path, repository: Path) -> str:
+    return path.relative_to(repository).as_posix()
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        return digest_of(path)
+    except OSError:
+        return None
+
+
+def _save(path: Path, sums: Mapping[str, str]) -> None:
+    lines = [f"{digest.removeprefix('sha256:')}  {name}\n" for name, digest in sorted(sums.items())]
+    with staged(path) as temporary:
+        temporary.write_bytes(b"".join(map(os.fsencode, lines)))
+
+
+def _load(path: Path) -> dict[str, str]:
+    sums = {}
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise RAdapterError(f"cannot read {path}: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        if not (found := _LINE.fullmatch(line)):
+            raise RAdapterError(
+                f"{path}, line {number}, is no digest with the name of a file; copy the release here again, or export "
+                "it again with radapter-export"
+            )
+        sums[os.fsdecode(found[2])] = f"sha256:{found[1].decode()}"
+    return sums
+
+
+def _broken(repository: Path, version: int, problems: list[str]) -> RAdapterError:
+    shown = "; ".join(problems[:_SHOWN])
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    engines = all(_ENGINE in problem for problem in problems)
+    mend = f"build it again with radapter-build-engine {repository}" if engines else "copy the release here again"
+    return RAdapterError(
+        f"release {version} in {repository} is not as it was exported: {shown}{more}; {mend}, or export it again with "
+        "radapter-export"
+    )

@@ -1,0 +1,93 @@
+"""Every metric that the board or the autoscaler asks for is there, and so is every label."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.files import BOARD, DEPLOY, documents, expressions, metrics
+
+Labels = dict[str, set[str]]
+
+
+def names_and_labels(text: str) -> Labels:
+    """The labels of each metric in what Prometheus reads."""
+    found: Labels = {}
+    for name, labels in re.findall(r"^(\w+)(?:\{(.*)\})? ", text, re.MULTILINE):
+        found.setdefault(name, set()).update(re.findall(r'(\w+)="', labels))
+    return found
+
+
+def asked_labels() -> Iterator[tuple[str, str]]:
+    """Metric and label of every selector and grouping of the board."""
+    for _, text in expressions():
+        for by, name, selector in re.findall(r"sum by \(([\w, ]+)\) \((?:rate\()?(\w+)(?:\{([^}]*)\})?", text):
+            yield from ((name, label.strip()) for label in by.split(","))
+            yield from ((name, label) for label in re.findall(r"(\w+)(?:=~?|!=)", selector))
+
+
+def test_the_board_is_whole() -> None:
+    board = json.loads(BOARD.read_text(encoding="utf-8"))
+    panels = board["panels"]
+    assert len({panel["id"] for panel in panels}) == len({panel["title"] for panel in panels}) == len(panels)
+    places = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels}
+    assert len(places) == len(panels)
+    for panel in panels:
+        assert panel["datasource"]["uid"] == "prometheus" and panel["description"]
+        for target in panel["targets"]:
+            assert target["expr"].count("(") == target["expr"].count(")")
+            shown = re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])
+            assert all(re.search(rf"by \([^)]*\b{label}\b", target["expr"]) for label in shown)
+
+
+def test_metrics_of_the_gateway() -> None:
+    from radapter_serve.gateway.limits import Memory, Places
+    from radapter_serve.gateway.metrics import Metrics
+
+    gateway = Metrics(Places(1, 1), Memory(1))
+    gateway.count("classify", "ok", 0.1)
+    there = names_and_labels(gateway.text().decode())
+    asked = {name for name in metrics() if name.startswith("radapter_gateway")}
+    assert asked and asked <= set(there)
+    assert not [(name, label) for name, label in asked_labels() if name in there and label not in there[name]]
+
+
+@pytest.mark.triton
+def test_metrics_and_probes_of_a_server(tmp_path: Path) -> None:
+    import tritonclient.grpc
+
+    from radapter_serve.server.triton_server import TritonServer, free_ports
+    from tests.helpers.asking import connect, tensors
+    from tests.helpers.small_release import write_release
+
+    write_release(tmp_path / "models", 3, seed=1)
+    with TritonServer(tmp_path / "models", "127.0.0.1", *free_ports()) as server, connect(server) as client:
+        client.infer("embed_text", tensors(text=[["a cat"]]))
+        with pytest.raises(tritonclient.grpc.InferenceServerException):
+            client.infer("classify", tensors(image=[["no image"]], labels=[["a cat"]]))
+        text = urllib.request.urlopen(server.metrics_url, timeout=10).read().decode()
+        for path in _probes():
+            assert urllib.request.urlopen(server.http_url + path, timeout=10).status == 200
+    there = names_and_labels(text)
+    asked = {name for name in metrics() if name.startswith("nv_")}
+    assert len(asked) > 5 and asked <= set(there)
+    assert not [
+        (name, label)
+        for name, label in asked_labels()
+        # Prometheus itself adds these two.
+        if name in there and label not in {*there[name], "namespace", "pod"}
+    ]
+    release = re.findall(r'nv_inference_request_success\{model="embed_text",version="(\d+)"\} (\d+)', text)
+    assert ("3", "1") in release
+
+
+def _probes() -> set[str]:
+    """The paths that Kubernetes asks the server for."""
+    deployment, *_ = documents(DEPLOY / "kubernetes" / "base" / "server.yaml")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    return {container[name]["httpGet"]["path"] for name in container if name.endswith("Probe")}

@@ -1,0 +1,193 @@
+"""The recipe for nginx: it parses, and where nginx is installed, it lets through what it says and nothing else."""
+
+from __future__ import annotations
+
+import http.client
+import http.server
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import crossplane
+import grpc
+import pytest
+import trustme
+
+from radapter_serve.server.triton_server import free_ports
+from tests.deploy.files import DEPLOY
+
+CONF = DEPLOY / "nginx.conf"
+KEY = {"Authorization": "Bearer right"}
+SERVICE = "/inference.GRPCInferenceService/"
+
+
+def test_it_parses() -> None:
+    parsed = crossplane.parse(str(CONF), comments=False, catch_errors=True)
+    assert (parsed["status"], parsed["errors"]) == ("ok", [])
+    http_block = next(one for one in parsed["config"][0]["parsed"] if one["directive"] == "http")["block"]
+    values = {one["directive"]: one["args"] for one in http_block if one["args"]}
+    assert values["client_max_body_size"] == ["64m"]
+    timed = {name for name in values if name.endswith("_timeout")}
+    assert {"client_header_timeout", "client_body_timeout", "proxy_read_timeout", "grpc_read_timeout"} <= timed
+    for server in (one["block"] for one in http_block if one["directive"] == "server"):
+        last = [one for one in server if one["directive"] == "location"][-1]
+        assert last["args"] == ["/"] and last["block"][0]["args"] == ["404"]
+
+
+class Gateway(http.server.BaseHTTPRequestHandler):
+    """Answers everything, with a key; its health without one."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        size = int(self.headers.get("Content-Length", 0))
+        self.rfile.read(size)
+        let_in = "/health/" in self.path or self.headers.get("Authorization") == KEY["Authorization"]
+        self.send_response(200 if let_in else 401)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_POST = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+
+class Triton(grpc.GenericRpcHandler):
+    """Answers every call with its own name."""
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        name = str(handler_call_details.method).encode()
+        return grpc.unary_unary_rpc_method_handler(lambda request, context: name)
+
+
+@dataclass
+class Proxy:
+    """A running nginx: its two ports, and what trusts its certificate."""
+
+    https: int
+    grpcs: int
+    tls: ssl.SSLContext
+    authority: bytes
+
+    def status(self, method: str, path: str, headers: dict[str, str] | None = None, length: int = 0) -> int:
+        connection = http.client.HTTPSConnection("localhost", self.https, context=self.tls, timeout=10)
+        connection.putrequest(method, path)
+        for name, value in {"Content-Length": str(length), **(headers or {})}.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        status = connection.getresponse().status
+        connection.close()
+        return status
+
+    def call(self, method: str, key: str = "") -> str:
+        """The name of the call that Triton got, or the status."""
+        credentials = grpc.ssl_channel_credentials(self.authority)
+        with grpc.secure_channel(f"localhost:{self.grpcs}", credentials) as channel:
+            metadata = [("authorization", f"Bearer {key}")] if key else []
+            try:
+                return channel.unary_unary(method)(b"", timeout=10, metadata=metadata).decode()
+            except grpc.RpcError as error:
+                return str(error.code().name)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if nginx is None:
+        pytest.skip("nginx is not installed: apt-get install nginx-light")
+    folder: Path = tmp_path_factory.mktemp("nginx")
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost")
+    certificate.private_key_pem.write_to_path(folder / "privkey.pem")
+    for part in certificate.cert_chain_pems:
+        part.write_to_path(folder / "fullchain.pem", append=True)
+    gateway = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Gateway)
+    triton = grpc.server(ThreadPoolExecutor(2), handlers=[Triton()])
+    https, grpcs, _ = free_ports()
+    text = CONF.read_text(encoding="utf-8").replace("/etc/nginx/tls", str(folder))
+    for port, own in ((8080, gateway.server_port), (8001, triton.add_insecure_port("127.0.0.1:0"))):
+        text = text.replace(f"127.0.0.1:{port}", f"127.0.0.1:{own}")
+    for port, own in ((443, https), (8443, grpcs)):
+        text = text.replace(f"listen {port} ssl", f"listen 127.0.0.1:{own} ssl")
+    # Where a user without rights may write, and where several may run.
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    text = text.replace("http {", "http {\n" + "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in kinds), 1)
+    (folder / "nginx.conf").write_text(text, encoding="utf-8")
+    own = ["-p", str(folder), "-e", "stderr", "-g", f"pid {folder}/pid; daemon off;", "-c", str(folder / "nginx.conf")]
+    checked = subprocess.run([nginx, "-t", *own], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+    assert "[warn]" not in checked.stderr
+    triton.start()
+    threading.Thread(target=gateway.serve_forever, daemon=True).start()
+    with subprocess.Popen([nginx, *own]) as process:
+        try:
+            for _ in range(100):
+                with socket.socket() as one:
+                    if one.connect_ex(("127.0.0.1", grpcs)) == 0:
+                        break
+                time.sleep(0.05)
+            tls = ssl.create_default_context(cadata=authority.cert_pem.bytes().decode())
+            yield Proxy(https, grpcs, tls, authority.cert_pem.bytes())
+        finally:
+            process.terminate()
+            triton.stop(None).wait()
+            gateway.shutdown()
+            gateway.server_close()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v2/health/ready", 200),
+        ("GET", "/v2/models/classify/config", 200),
+        ("GET", "/v2/models/classify/versions/3/config", 200),
+        ("POST", "/v2/models/classify/infer", 200),
+        ("GET", "/v2", 200),
+        ("GET", "/metrics", 404),
+        ("POST", "/v2/repository/index", 404),
+        ("POST", "/v2/models/classify/trace/setting", 404),
+        ("POST", "/v2/models/classify/../../repository/index", 404),
+        ("POST", "/v2/models/classify/..%2f..%2flogging", 404),
+        ("GET", "/v2/systemsharedmemory/status", 404),
+        ("POST", "/v2/logging", 404),
+        ("GET", "/key", 404),
+        ("GET", "/", 404),
+    ],
+)
+def test_paths(proxy: Proxy, method: str, path: str, status: int) -> None:
+    assert proxy.status(method, path, KEY) == status
+
+
+def test_the_key_goes_to_the_gateway(proxy: Proxy) -> None:
+    assert proxy.status("POST", "/v2/models/classify/infer") == 401
+    assert proxy.status("GET", "/v2/health/ready") == 200
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_comes(proxy: Proxy) -> None:
+    assert proxy.status("POST", "/v2/models/classify/infer", KEY, length=65 * 2**20) == 413
+
+
+@pytest.mark.parametrize("method", ["ServerReady", "ModelReady", "ModelConfig", "ModelStatistics", "ModelInfer"])
+def test_calls_of_the_client_pass_with_a_key(proxy: Proxy, method: str) -> None:
+    assert proxy.call(SERVICE + method, "right") == SERVICE + method
+    assert proxy.call(SERVICE + method, "wrong") == proxy.call(SERVICE + method) == "UNAUTHENTICATED"
+
+
+@pytest.mark.parametrize("method", ["RepositoryModelLoad", "SystemSharedMemoryRegister", "TraceSetting", "LogSettings"])
+def test_other_calls_do_not_pass(proxy: Proxy, method: str) -> None:
+    assert proxy.call(SERVICE + method, "right") == "UNIMPLEMENTED"
+
+
+def test_all_that_our_client_calls_is_let_through() -> None:
+    (listed,) = re.findall(r"GRPCInferenceService/\(([\w|]+)\)", CONF.read_text(encoding="utf-8"))
+    assert {"ModelInfer", "ModelConfig", "ModelReady", "ModelStatistics"} <= set(listed.split("|"))

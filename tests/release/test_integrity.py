@@ -1,0 +1,212 @@
+"""A release is what was exported, file by file and config by config; sha256sum is the reference."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+
+from radapter_serve.cli.release import main
+from radapter_serve.errors import RAdapterError
+from radapter_serve.release.integrity import SUMS, check, check_configs, renew_sums, sums_of, verify
+from radapter_serve.release.repository import CONFIG, MODELS, newest_export, read_config, releases_of
+from radapter_serve.server.triton_server import TritonServer, free_ports
+from tests.helpers.small_release import seal
+
+
+@pytest.fixture
+def sealed(repository: Path, tmp_path: Path) -> Path:
+    """A copy of the two small releases, with digests."""
+    shutil.copytree(repository, tmp_path / "repository")
+    seal(tmp_path / "repository", 1, 2)
+    return tmp_path / "repository"
+
+
+def files(repository: Path, version: int) -> list[str]:
+    return [str(path.relative_to(repository)) for path in repository.glob(f"*/{version}/**/*") if path.is_file()]
+
+
+def test_sha256sum_agrees_with_the_list_and_nothing_is_left_out(sealed: Path) -> None:
+    for version in (1, 2):
+        done = subprocess.run(
+            ["sha256sum", "--check", "--strict", f"classify/{version}/{SUMS}"],
+            cwd=sealed,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        named = {line.rpartition(": ")[0] for line in done.stdout.splitlines()}
+        assert named == set(files(sealed, version)) - {f"classify/{version}/{SUMS}"}
+        assert verify(sealed, version)
+    assert check(sealed, [1, 2]) == []
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "flipped": (flip, "differs"),
+    "truncated": (lambda path: os.truncate(path, path.stat().st_size - 1), "differs"),
+    "emptied": (lambda path: os.truncate(path, 0), "is empty"),
+    "missing": (Path.unlink, "is missing"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_whatever_happens_to_any_file_is_said_by_its_name(sealed: Path, harm: str) -> None:
+    spoil, word = HARMS[harm]
+    names = files(sealed, 2)
+    assert len(names) > 20
+    for name in names:
+        data = (sealed / name).read_bytes()
+        spoil(sealed / name)
+        with pytest.raises(RAdapterError) as error:
+            check(sealed, [2])
+        if not name.endswith(SUMS):  # a digest that is wrong or gone speaks against its file
+            assert f"{name} {word}" in str(error.value)
+            assert str(error.value).count(";") == 1  # one file, one problem
+        (sealed / name).write_bytes(data)
+        assert verify(sealed, 1)
+    assert verify(sealed, 2)
+
+
+def test_a_file_that_nobody_exported_is_refused(sealed: Path) -> None:
+    shutil.copy(sealed / "classify/2/label_sets/colours.npz", sealed / "classify/2/label_sets/mine.npz")
+    with pytest.raises(RAdapterError, match=r"classify/2/label_sets/mine\.npz does not belong to it"):
+        verify(sealed, 2)
+
+
+def test_what_python_and_editors_leave_is_no_part_of_it(sealed: Path) -> None:
+    (sealed / "classify/2/__pycache__").mkdir()
+    (sealed / "classify/2/__pycache__/model.pyc").touch()
+    (sealed / "classify/2/.model.py.swp").touch()
+    assert verify(sealed, 2)
+
+
+def test_many_problems_make_a_message_of_bounded_length(sealed: Path) -> None:
+    for name in files(sealed, 2):
+        if SUMS not in name:
+            (sealed / name).unlink()
+    with pytest.raises(RAdapterError, match=r"; and \d+ more; copy the release here again"):
+        verify(sealed, 2)
+
+
+def test_the_list_itself_may_be_broken(sealed: Path) -> None:
+    path = sums_of(sealed, 2)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-3]))
+    with pytest.raises(RAdapterError, match="does not belong to it"):
+        verify(sealed, 2)
+    path.write_bytes(b"\xff\x00" * 99)
+    with pytest.raises(RAdapterError, match=r"SHA256SUMS, line 1, is no digest"):
+        verify(sealed, 2)
+
+
+def test_an_older_release_has_no_digests_and_is_served_all_the_same(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check(repository, [1, 2]) == [1, 2]
+    assert main(["verify", "1", "--model-repository", str(repository)]) == 0
+    assert "release 1: has no digests" in capsys.readouterr().out
+
+
+def test_an_engine_that_is_built_later_gets_its_digest(sealed: Path) -> None:
+    plan = sealed / "image_encoder/2/model.plan"
+    plan.write_bytes(b"an engine")
+    with pytest.raises(RAdapterError, match=r"image_encoder/2/model\.plan .*; build it again with radapter-build"):
+        verify(sealed, 2)
+    renew_sums(sealed, 2, ["image_encoder/2/model.plan", "image_encoder/2/model.plan.json"])
+    assert verify(sealed, 2)
+    plan.unlink()
+    renew_sums(sealed, 2, ["image_encoder/2/model.plan"])
+    assert verify(sealed, 2)
+
+
+# The configs that Triton reads may be changed by their owner, so they have no digests.
+
+
+def test_owners_may_change_how_a_model_runs(sealed: Path) -> None:
+    path = sealed / "image_encoder" / CONFIG
+    config = read_config(path)
+    config.instance_group[0].count, config.max_batch_size = 3, 16
+    config.dynamic_batching.max_queue_delay_microseconds = 500
+    path.write_text(text_format.MessageToString(config))
+    check_configs(sealed, 2)
+
+
+@pytest.mark.parametrize("model", [model for model in MODELS if model != "retrieve"])
+def test_a_missing_config_is_named(sealed: Path, model: str) -> None:
+    (sealed / model / CONFIG).unlink()
+    with pytest.raises(RAdapterError, match=rf"not in {model} \(missing\)"):
+        check_configs(sealed, 2)
+
+
+def test_half_replaced_configs_are_named(sealed: Path) -> None:
+    for model in ("embed_text", "segment"):
+        shutil.copy(sealed / model / "1" / CONFIG, sealed / model / CONFIG)
+    with pytest.raises(RAdapterError, match=r"not in embed_text \(of release 1\), segment \(of release 1\);"):
+        check_configs(sealed, 2)
+    check_configs(sealed, 1)  # which all of them name
+
+
+def test_a_config_of_another_repository_is_named(sealed: Path) -> None:
+    path = sealed / "embed_text" / CONFIG
+    path.write_text(path.read_text().replace("sha256:2", "sha256:3"))
+    with pytest.raises(RAdapterError, match=r"embed_text/config\.pbtxt is of another release 2 than"):
+        check_configs(sealed, 2)
+
+
+def test_a_config_of_other_tensors_is_named(sealed: Path) -> None:
+    path = sealed / "image_encoder" / CONFIG
+    config = read_config(path)
+    config.output[0].dims[0] += 1
+    path.write_text(text_format.MessageToString(config))
+    with pytest.raises(RAdapterError, match=r"image_encoder/config\.pbtxt: the output image_embeds is not the one"):
+        check_configs(sealed, 2)
+    shutil.copy(sealed / "patch_encoder" / CONFIG, path)
+    with pytest.raises(RAdapterError, match=r"image_encoder/config\.pbtxt: it is the config of patch_encoder"):
+        check_configs(sealed, 2)
+
+
+def test_a_release_of_an_earlier_export_has_configs_of_its_own(sealed: Path) -> None:
+    for model in MODELS:
+        if (sealed / model / "2" / CONFIG).exists():
+            shutil.copy(sealed / model / "2" / CONFIG, sealed / model / CONFIG)
+    assert newest_export(sealed) == [2]
+    assert releases_of(sealed) == [1, 2]
+    check_configs(sealed, 1)
+    (sealed / "classify" / "1" / CONFIG).unlink()
+    with pytest.raises(RAdapterError, match=r"it has no config of classify, for it was exported before"):
+        check_configs(sealed, 1)
+
+
+def test_a_server_refuses_what_is_broken_before_it_starts_anything(
+    sealed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("looked for a tritonserver")
+
+    monkeypatch.setattr("radapter_serve.server.triton_server.find_tritonserver", never)
+    flip(sealed / "text_encoder/1/model.onnx")
+    with pytest.raises(RAdapterError, match=r"text_encoder/1/model\.onnx differs"):
+        TritonServer(sealed, "127.0.0.1", *free_ports()).start()
+    assert main(["verify", "--model-repository", str(sealed)]) == 2
+    assert "text_encoder/1/model.onnx differs" in capsys.readouterr().err
+    assert main(["verify", "2", "--model-repository", str(sealed)]) == 0
+    assert capsys.readouterr().out == "release 2: as it was exported\n"
+    assert main(["verify", "3", "--model-repository", str(sealed)]) == 2
+    assert "it holds 1, 2" in capsys.readouterr().err
+
+
+def test_progress_ends_at_the_whole(sealed: Path) -> None:
+    lines: list[str] = []
+    verify(sealed, 2, lines.append)
+    assert lines[-1] == "checking the files of release 2: 100 %"

@@ -1,0 +1,356 @@
+"""What is done about what dies or falls silent, with stand-ins for the server and its processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.server import probe, supervisor, watch
+from radapter_serve.server.control import Answer, Control, NoAnswer, ServedVersion
+from radapter_serve.server.probe import PATIENCE, SMALL, WHOLE, Probe, answers, warm_up
+from radapter_serve.server.processes import Process, how_it_ended
+from radapter_serve.server.supervisor import MOST, Supervisor
+from radapter_serve.server.watch import SERVER, Death, Watch
+from tests.helpers.stand_ins import http_server
+
+# Starts two processes whose first argument is that of a model, and waits.
+PARENT = """
+import subprocess, sys, time
+folder = sys.argv[1]
+for name in ("classify/1", "segment/12"):
+    subprocess.Popen([sys.executable, f"{folder}/{name}/model.py"])
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process with two children that look like those of models."""
+    for name in ("classify/1", "segment/12"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "model.py").write_text("import time\ntime.sleep(60)\n")
+    with subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], start_new_session=True) as process:
+        yield process
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def looked(parent: subprocess.Popen[bytes]) -> tuple[Watch, dict[str, int]]:
+    """A watch that has seen both children, and their numbers by model."""
+    looking = Watch(parent)
+    deadline = time.monotonic() + 20
+    while len(looking.models()) < 2:
+        assert looking.look() == [] and time.monotonic() < deadline
+        time.sleep(0.01)
+    return looking, {name: pid for pid, name in looking.models().items()}
+
+
+def until(found: Any) -> Any:
+    """What `found` gives, once that is something."""
+    deadline = time.monotonic() + 20
+    while not (value := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return value
+
+
+def test_a_killed_model_is_told_once_with_its_signal(parent):
+    looking, pids = looked(parent)
+    os.kill(pids["segment"], signal.SIGKILL)
+    assert until(looking.look) == [Death("segment", "it was killed by SIGKILL", 12)]
+    assert looking.look() == looking.look() == []
+    assert set(looking.models().values()) == {"classify"}
+
+
+def test_a_model_that_a_signal_has_stopped_is_killed(parent):
+    looking, pids = looked(parent)
+    os.kill(pids["classify"], signal.SIGSTOP)
+    assert until(looking.look) == [Death("classify", "a signal had stopped it, so it was killed", 1)]
+    until(lambda: Process.of(pids["classify"]).state == "Z")
+    assert looking.look() == looking.look() == []
+
+
+def test_a_process_that_is_dead_for_a_moment_is_no_death(parent, monkeypatch):
+    looking, pids = looked(parent)
+    dead = {pids["segment"]: Process("Z")}
+    for states in (dead, {}, dead, {}):
+        monkeypatch.setattr(watch, "children", lambda _, states=states: dict(states))
+        assert looking.look() == []
+
+
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        (signal.SIGKILL, "it was killed by SIGKILL"),
+        (signal.SIGSEGV, "segmentation fault, .* Content-Type: application/json"),
+        (signal.SIGSTOP, "a signal had stopped it, so it was killed"),
+    ],
+)
+def test_the_server_itself(parent, number, why):
+    looking, _ = looked(parent)
+    parent.send_signal(number)
+    [death] = until(looking.look)
+    assert death.name == SERVER
+    assert re.search(why, death.why)
+
+
+def test_a_process_that_the_kernel_killed_for_memory(parent, monkeypatch):
+    kills = iter([3, *[4] * 100])
+    monkeypatch.setattr(watch, "killed_for_memory", lambda: next(kills))
+    looking = Watch(parent)
+    parent.kill()
+    [death] = until(looking.look)
+    assert str(death) == "tritonserver died: the kernel killed it, because memory ran out"
+
+
+def test_how_a_process_ended():
+    assert how_it_ended(9, short_of_memory=False) == "it was killed by SIGKILL"
+    assert how_it_ended(15, short_of_memory=True) == "it was killed by SIGTERM"
+    assert how_it_ended(1 << 8, short_of_memory=True) == "it ended by itself with status 1"
+
+
+@pytest.mark.parametrize(
+    ("argument", "model"), [("-c", None), ("", None), ("/m/classify/12/model.py", ("classify", 12))]
+)
+def test_the_model_of_a_process(argument, model):
+    assert Process("S", argument=argument).model == model
+
+
+class Server:
+    """What a supervisor asks of a server; each look gives the next of `looks`."""
+
+    control: Any = None
+
+    def __init__(self, *looks: list[Death], fails: int = 0) -> None:
+        self.looks, self.fails, self.done = list(looks), fails, list[str]()
+        self.models = {"classify": [1], "segment": [1]}
+
+    def deaths(self) -> list[Death]:
+        return self.looks.pop(0) if self.looks else []
+
+    def ticks(self, _: object) -> int:
+        return 0
+
+    def kill(self, name: str) -> None:
+        self.done.append(f"kill {name}")
+
+    def reload(self, name: str) -> None:
+        self.done.append(f"reload {name}")
+        if self.fails:
+            self.fails -= 1
+            raise RAdapterError("no room")
+
+    def restart(self) -> None:
+        self.done.append("restart")
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that a supervisor slept, without sleeping them."""
+    slept: list[float] = []
+    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: 1000.0 + sum(slept), sleep=slept.append))
+    monkeypatch.setattr(Probe, "step", lambda *_: [])
+    return slept
+
+
+def supervised(server: Server) -> tuple[Supervisor, list[str]]:
+    said: list[str] = []
+    return Supervisor(server, said.append), said  # type: ignore[arg-type]
+
+
+def test_a_dead_model_is_loaded_again_and_what_happened_is_said(pauses):
+    server = Server([Death("classify", "it was killed by SIGKILL", 2)])
+    watched, said = supervised(server)
+    watched.step()
+    assert server.done == ["reload classify"]
+    assert said == [
+        "the process of classify version 2 died: it was killed by SIGKILL; starting it again",
+        "classify is back after 0.0 s",
+    ]
+
+
+def test_a_dead_server_is_started_again_with_all_its_models(pauses):
+    server = Server([Death("classify", "it was killed", 2), Death(SERVER, "it was killed")])
+    watched, said = supervised(server)
+    watched.step()
+    assert server.done == ["restart"]
+    assert said[0] == "tritonserver died: it was killed; starting it again"
+
+
+def test_what_no_longer_answers_is_killed_and_started_again(pauses, monkeypatch):
+    monkeypatch.setattr(Probe, "step", lambda *_: ["segment"])
+    server = Server()
+    watched, said = supervised(server)
+    watched.step()
+    assert server.done == ["kill segment", "reload segment"]
+    assert said[0] == "the process of segment died: it no longer answered, so it was killed; starting it again"
+
+
+def test_the_pauses_grow_and_what_dies_over_and_over_is_given_up_with_its_reason(pauses):
+    server = Server(*[[Death("classify", f"reason {number}", 1)] for number in range(MOST + 1)])
+    watched, _ = supervised(server)
+    for _ in range(MOST):
+        watched.step()
+    assert pauses == [0, 1, 2, 4, 8]
+    with pytest.raises(
+        RAdapterError, match="classify version 1 died: reason 5; it was started again 5 times within 60 s"
+    ):
+        watched.step()
+    assert server.done == ["reload classify"] * MOST
+
+
+def test_a_death_now_and_then_is_never_given_up(pauses):
+    server = Server(*[[Death("classify", "why", 1)] for _ in range(20)])
+    watched, _ = supervised(server)
+    for _ in range(20):
+        watched.step()
+        pauses.append(supervisor.WITHIN / 2)
+    assert len(server.done) == 20
+
+
+def test_what_cannot_be_started_is_tried_again_and_then_given_up(pauses):
+    server = Server([Death("classify", "why", 1)], fails=1)
+    supervised(server)[0].step()
+    assert server.done == ["reload classify"] * 2
+    server = Server([Death("classify", "why", 1)], fails=100)
+    with pytest.raises(RAdapterError, match="could not be started again: no room; it was started again 5 times"):
+        supervised(server)[0].step()
+
+
+class Asked:
+    """A control that answers what a test says, or not at all."""
+
+    def __init__(self, **says: Answer) -> None:
+        self.says, self.asked = says, list[str]()
+
+    def ask(self, path: str, body: object = None, *, timeout: float = 1.0) -> Answer:
+        self.asked.append(path)
+        answer = self.says.get("health" if body is None else path.split("/")[1])
+        if answer is None:
+            raise NoAnswer("none")
+        return answer
+
+
+FINE, REFUSED, BROKEN = Answer(200, {}), Answer(400, {"error": "[no_labels] ..."}), Answer(500, {"error": "why"})
+
+
+def stepped(control: Asked, monkeypatch: pytest.MonkeyPatch, busy: int = 0) -> list[list[str]]:
+    """What three rounds of a probe find; `busy` is the work done meanwhile, in hundredths of a second."""
+    now, work = [0.0], [0]
+    monkeypatch.setattr(probe, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def ticks(_: object) -> int:
+        work[0] += busy
+        return work[0]
+
+    asking, found = Probe(control, ticks), []  # type: ignore[arg-type]
+    for _ in range(3):
+        now[0] += probe.EVERY + 0.1
+        asking.step(["classify", "segment"])  # from here on they are asked in threads
+        asking._threads.submit(lambda: None).result()
+        now[0] += PATIENCE
+        until(lambda: all(one.answer is None or one.answer.done() for one in asking._asked.values()))
+        found.append(asking.step(["classify", "segment"]))
+        now[0] += probe.EVERY + 0.1
+    return found
+
+
+@pytest.mark.parametrize("answer", [FINE, REFUSED, Answer(503, {"error": "Exceeds maximum queue size"})])
+def test_whatever_a_task_answers_it_lives(answer, monkeypatch):
+    control = Asked(health=FINE, classify=answer, segment=REFUSED)
+    assert stepped(control, monkeypatch) == [[], [], []]
+    assert set(control.asked) == {"health/live", "models/classify/infer", "models/segment/infer"}
+
+
+@pytest.mark.parametrize("says", [{}, {"classify": BROKEN}])
+def test_a_task_that_is_silent_twice_is_named(says, monkeypatch):
+    assert ["classify"] in stepped(Asked(health=FINE, segment=FINE, **says), monkeypatch)
+
+
+def test_one_silence_is_none(monkeypatch):
+    assert stepped(Asked(health=FINE, segment=FINE), monkeypatch)[0] == []
+
+
+def test_who_is_silent_but_works_is_busy(monkeypatch):
+    assert stepped(Asked(), monkeypatch, busy=probe.MOVED) == [[], [], []]
+    assert stepped(Asked(), monkeypatch, busy=probe.MOVED - 1) != [[], [], []]
+
+
+def test_a_server_that_is_silent_is_named_alone(monkeypatch):
+    assert [SERVER] in stepped(Asked(), monkeypatch)
+
+
+def test_before_it_is_ready_every_version_of_every_task_is_asked():
+    control = Asked(classify=FINE, segment=REFUSED)
+    models = {"classify": [1, 2], "image_encoder": [2], "segment": [2]}
+    warm_up(control, models, 5)  # type: ignore[arg-type]
+    assert control.asked == [
+        f"models/{one}/infer" for one in ("classify/versions/1", "classify/versions/2", "segment/versions/2")
+    ]
+    with pytest.raises(RAdapterError, match="segment version 2 fails: why"):
+        warm_up(Asked(classify=FINE, segment=BROKEN), models, 5)  # type: ignore[arg-type]
+    with pytest.raises(RAdapterError, match="segment version 2 did not answer within 5 s; allow more with --timeout"):
+        warm_up(Asked(classify=FINE), models, 5)  # type: ignore[arg-type]
+
+
+def test_the_questions_fit_the_models():
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    kinds = {"BYTES": "TYPE_STRING", "INT32": "TYPE_INT32"}
+    for questions in (WHOLE, SMALL):
+        for model, inputs in questions.items():
+            template = Path(__file__).parents[2] / "model_repository" / model / "config.template.pbtxt"
+            config = text_format.Parse(template.read_text(), model_config_pb2.ModelConfig())
+            known = {tensor.name: tensor for tensor in config.input}
+            for given in inputs:
+                tensor = known[given["name"]]
+                assert model_config_pb2.DataType.Name(tensor.data_type) == kinds[given["datatype"]]
+                assert len(given["shape"]) == len(tensor.dims) + (config.max_batch_size > 0)
+    assert set(WHOLE) == set(SMALL) == {"classify", "embed_image", "embed_text", "retrieve", "segment"}
+
+
+def test_a_question_counts_as_answered_unless_the_server_failed():
+    assert [answers(one) for one in (FINE, REFUSED, BROKEN, Answer(503, {"error": "stopping"}))] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_control_sends_the_secret_and_reads_the_index():
+    ready = {"name": "a", "state": "READY"}
+    body = [{**ready, "version": "2"}, {"name": "b"}, {**ready, "version": "1"}]
+    with http_server(200, json.dumps(body).encode()) as (url, seen):
+        control = Control(url, "key")
+        assert control.index()[:2] == [ServedVersion("a", 2, "READY"), ServedVersion("b", 0, "")]
+        assert control.serving()["a"] == [1, 2]
+        control.load("a b")
+        control.unload("a")
+    assert [(one[0], one[1]) for one in seen] == [
+        ("POST", "/v2/repository/index"),
+        ("POST", "/v2/repository/index"),
+        ("POST", "/v2/repository/models/a%20b/load"),
+        ("POST", "/v2/repository/models/a/unload"),
+    ]
+    assert {one[2]["radapter-secret"] for one in seen} == {"key"}
+    with (
+        http_server(400, b'{"error": "failed to load"}') as (url, _),
+        pytest.raises(RAdapterError, match="failed to load"),
+    ):
+        Control(url, "key").load("a")
+    with pytest.raises(NoAnswer):
+        Control("http://127.0.0.1:9", "key").load("a")
