@@ -20,15 +20,24 @@ from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.gateway.app import Gateway
 from radapter_serve.gateway.connection import connection
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.gateway.upstream import Triton
+from radapter_serve.gateway.upstream import Triton, Upstream
 
 KEEP_ALIVE = 30  # seconds that a connection stays open between requests
 DRAIN = 20  # seconds that running requests have when the gateway stops
+# Runs a command so that it ends with its parent, also with one that is gone by now.
+_LAUNCHER = """import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 15)
+if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[2:])"""
 
 
-def server(settings: Settings) -> uvicorn.Server:
-    """The gateway as a uvicorn server that has not started."""
-    gateway = Gateway(settings, partial(Triton, settings.server))
+def server(settings: Settings, connect: Callable[[], Upstream] | None = None) -> uvicorn.Server:
+    """The gateway as a uvicorn server that has not started.
+
+    Args:
+        settings: of the gateway.
+        connect: makes the way to Triton; gRPC to `settings.server` if None.
+    """
+    gateway = Gateway(settings, connect or partial(Triton, settings.server))
     config = uvicorn.Config(
         gateway.app,
         http=connection(settings.max_connections),
@@ -98,9 +107,9 @@ def command(settings: Settings) -> list[str]:
 def start(settings: Settings) -> subprocess.Popen[bytes]:
     """Start a gateway in a process of its own, which ends with the thread that starts it; SIGTERM stops it in order."""
     settings.check()
-    ends_with_parent = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+    parent = str(os.getpid())
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", ends_with_parent, *command(settings)], stdin=subprocess.DEVNULL
+        [sys.executable, "-I", "-S", "-c", _LAUNCHER, parent, *command(settings)], stdin=subprocess.DEVNULL
     )
 
 

@@ -2,19 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import hashlib
+import json
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
+import grpc
 import numpy as np
 import pytest
+import urllib3
 
-from radapter_client import AsyncClient, Client
-from tests.helpers.fake_upstream import Served, serving
+import radapter_client
+from radapter_client import Client
+from radapter_serve.gateway import connection, health
+from radapter_serve.gateway.errors import Refused, from_triton
+from radapter_serve.gateway.models import TASKS
+from tests.helpers.fake_upstream import Served, packed, serving
+
+TEXT = {"inputs": [{"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": ["abc"]}]}
+INFER = "/v2/models/embed_text/infer"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def served() -> Iterator[Served]:
     with serving() as served:
         yield served
+
+
+def ask(served: Served, path: str, body: Any = None, method: str = "", **headers: str) -> tuple[int, Any, Any]:
+    """Status, JSON and headers of an answer."""
+    sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    given = {name.replace("_", "-"): value for name, value in headers.items()}
+    method = method or ("GET" if body is None else "POST")
+    answer = urllib3.request(method, served.url + path, body=sent, headers=given, retries=False, timeout=20)
+    with contextlib.suppress(ValueError):
+        return answer.status, json.loads(answer.data), answer.headers
+    return answer.status, answer.data, answer.headers
+
+
+def refusal(served: Served, path: str, body: Any = None, method: str = "", **headers: str) -> tuple[int, str]:
+    """Status and code of a refusal, which is one line."""
+    status, answer, _ = ask(served, path, body, method, **headers)
+    assert list(answer) == ["error"] and "\n" not in answer["error"]
+    found = re.match(r"\[([a-z_]+)\] .", answer["error"])
+    assert found, answer
+    return status, found[1]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# What works
 
 
 def test_the_client_works_unchanged(served: Served) -> None:
@@ -22,7 +70,374 @@ def test_the_client_works_unchanged(served: Served) -> None:
         assert client.release().version == 1 and client.is_ready()
         assert client.embed_texts(["abc", "ü"]).tolist() == [[3, 97], [2, 195]]
         assert np.array_equal(client.embed_images([b"\x05xy"]), [[3, 5]])
+    with Client(served.url, release=1) as client:
+        assert client.is_ready()
+    with Client(served.url, release=7) as client:
+        assert not client.is_ready()
 
 
-async def unused() -> AsyncClient:
-    return AsyncClient()
+def test_answers_in_json_and_in_binary(served: Served) -> None:
+    served.upstream.outputs = {"label": np.array([["ü".encode()]], object), "score": np.array([[0.1]], np.float32)}
+    image = {"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": ["eA=="]}
+    labels = {"name": "labels", "shape": [1, 1], "datatype": "BYTES", "data": ["a"]}
+    path, both = "/v2/models/classify/versions/1/infer", {"inputs": [image, labels], "id": "one"}
+    status, found, headers = ask(served, path, both)
+    assert status == 200 and headers["Content-Type"] == "application/json"
+    assert found == {
+        "id": "one",
+        "model_name": "classify",
+        "model_version": "1",
+        "outputs": [
+            {"name": "label", "datatype": "BYTES", "shape": [1, 1], "data": ["ü"]},
+            {"name": "score", "datatype": "FP32", "shape": [1, 1], "data": [float(np.float32(0.1))]},
+        ],
+    }
+    outputs = [{"name": "label"}, {"name": "score", "parameters": {"binary_data": True}}]
+    status, found, headers = ask(served, path, {**both, "outputs": outputs})
+    length = int(headers["Inference-Header-Content-Length"])
+    head, rest = json.loads(found[:length]), found[length:]
+    assert rest == np.float32(0.1).tobytes() and head["outputs"][0]["data"] == ["ü"]
+    assert head["outputs"][1]["parameters"] == {"binary_data_size": 4}
+    assert served.upstream.asked[-1].model_version == "1"
+
+
+def test_an_output_that_json_cannot_hold(served: Served) -> None:
+    served.upstream.outputs = {"text_embeds": np.zeros((1, 2**20 + 1), np.float32)}
+    assert refusal(served, INFER, TEXT) == (400, "invalid_argument")
+    served.upstream.outputs = {"text_embeds": np.array([[b"\xff\xd8"]], object)}
+    assert refusal(served, INFER, TEXT) == (400, "invalid_argument")
+
+
+def test_what_describes_the_server(served: Served) -> None:
+    assert ask(served, "/v2")[1]["extensions"] == ["binary_tensor_data"]
+    assert ask(served, "/v2/models/retrieve")[1]["inputs"][0] == {"name": "text", "datatype": "BYTES", "shape": [1]}
+    assert ask(served, "/v2/models/embed_text")[1]["outputs"] == [
+        {"name": "text_embeds", "datatype": "FP32", "shape": [-1, -1]}
+    ]
+    found = ask(served, "/v2/models/classify/versions/1/config")[1]
+    assert found["input"][4] == {"name": "top_k", "data_type": "TYPE_INT32", "dims": [1], "optional": True}
+    assert found["max_batch_size"] == 64 and json.loads(found["parameters"]["release"]["string_value"])["version"] == 1
+    assert set(found) == {"name", "max_batch_size", "input", "output", "parameters"}
+
+
+def test_a_configuration_is_read_again(served: Served) -> None:
+    served.upstream.configs["classify"].parameters["release"].string_value = '{"version": 2}'
+    ask(served, "/v2/models/classify/config")
+    served.upstream.configs["classify"].parameters["release"].string_value = '{"version": 3}'
+    assert "3" in ask(served, "/v2/models/classify/config")[1]["parameters"]["release"]["string_value"]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        *(
+            (f"/v2/{path}", 404)
+            for path in ("repository/index", "systemsharedmemory/status", "trace/setting", "logging")
+        ),
+        *(
+            (f"/v2/models/{path}", 404)
+            for path in ("stats", "classify/stats", "classify/trace/setting", "image_encoder")
+        ),
+        *((path, 404) for path in ("/", "/v2/", "//v2", "/docs", "/v2/models/%2e%2e%2fclassify/config")),
+        *(
+            (f"/v2/models/classify/versions/{version}/config", 404)
+            for version in ("0", "x", "-1", "1e3", "9" * 30, "7")
+        ),
+        ("/v2/models/classify/infer", 405),
+    ],
+)
+def test_what_is_closed(served: Served, path: str, status: int) -> None:
+    found, code = refusal(served, path)
+    assert found == status and code in ("not_found", "unknown_model")
+
+
+def test_encoders_and_admin_are_closed_to_posts(served: Served) -> None:
+    for path in ("repository/models/classify/unload", "models/image_encoder/infer", "cudasharedmemory/unregister"):
+        assert refusal(served, f"/v2/{path}", TEXT)[0] == 404
+    assert not served.upstream.asked
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "code"),
+    [
+        ({"Content_Encoding": "gzip"}, 415, "unsupported_type"),
+        ({"Content_Encoding": "identity, br"}, 415, "unsupported_type"),
+        ({"Content_Type": "application/x-www-form-urlencoded"}, 415, "unsupported_type"),
+        ({"Content_Type": "text/plain; charset=utf-8"}, 415, "unsupported_type"),
+        ({"Inference_Header_Content_Length": "99999"}, 400, "invalid_argument"),
+    ],
+)
+def test_headers_that_are_refused(served: Served, headers: dict[str, str], status: int, code: str) -> None:
+    assert refusal(served, INFER, TEXT, **headers) == (status, code)
+    assert ask(served, INFER, TEXT, Content_Type="application/json; charset=utf-8")[0] == 200
+
+
+def test_bodies_that_are_too_large() -> None:
+    with serving(max_body=0.01) as served:
+        assert refusal(served, INFER, b"x" * 11_000) == (413, "too_large")
+        assert refusal(served, INFER, b"") == (400, "invalid_argument")
+        chunks = [f"{0x1000:x}\r\n".encode() + b"x" * 0x1000 + b"\r\n"] * 3
+        with talking(
+            served, b"POST %s HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" % INFER.encode()
+        ) as it:
+            it.sendall(b"".join(chunks))
+            assert b"413" in heard(it)
+        assert ask(served, INFER, TEXT)[0] == 200
+
+
+def test_bodies_together_take_no_more_than_the_memory_set_apart() -> None:
+    with serving(max_body=1, max_memory=1) as served:
+        served.hold()
+        text = {"inputs": [{**TEXT["inputs"][0], "data": ["x" * 600_000]}]}
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(ask, served, INFER, text)
+            until(lambda: bool(served.upstream.asked))
+            assert refusal(served, INFER, text) == (429, "overloaded")
+            served.let_go()
+            assert first.result()[0] == 200
+        assert ask(served, INFER, text)[0] == 200
+
+
+@contextlib.contextmanager
+def talking(served: Served, data: bytes) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=15) as it:
+        it.sendall(data)
+        yield it
+
+
+def heard(it: socket.socket) -> bytes:
+    """All of an answer in JSON."""
+    answer = b""
+    while b"}" not in answer and (part := it.recv(1000)):
+        answer += part
+    return answer
+
+
+HEAD = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n" % INFER.encode()
+
+
+def test_a_body_that_does_not_come() -> None:
+    with serving(timeout=0.3) as served, talking(served, HEAD + b"\r\nabc") as it:
+        assert b"408" in (answer := heard(it)) and b"[timeout]" in answer
+
+
+@pytest.mark.parametrize("data", [b"", b"GET /v2 HT", HEAD])
+def test_headers_that_do_not_come(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(connection, "PATIENCE", 0.3)
+    with serving() as served, talking(served, data) as it:
+        with contextlib.suppress(ConnectionResetError):
+            assert it.recv(100) == b""
+        assert ask(served, "/health/live")[0] == 200
+
+
+def test_the_rest_of_a_refused_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "PATIENCE", 0.3)
+    with serving() as served, talking(served, HEAD + b"Content-Encoding: gzip\r\n\r\nabc") as it:
+        assert b"415" in heard(it)
+        with contextlib.suppress(ConnectionResetError):
+            while it.recv(1000):
+                pass
+
+
+def test_an_answer_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "PATIENCE", 0.3)
+    with serving() as served:
+        served.upstream.outputs = {"text_embeds": np.zeros((1, 2**23), np.float32)}
+        body = json.dumps({**TEXT, "parameters": {"binary_data_output": True}}).encode()
+        head = HEAD.replace(b"10", str(len(body)).encode()) + b"\r\n"
+        with talking(served, head + body) as it:
+            until(lambda: bool(served.upstream.asked))
+            time.sleep(1)
+            got = 0
+            with contextlib.suppress(ConnectionResetError):
+                while part := it.recv(2**20):
+                    got += len(part)
+            assert got < 2**25
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01", b"400"),
+        (b"GET / HTTP/9.9\r\n\r\n", b"400"),
+        (b"POST /v2 HTTP/1.1\r\nContent-Length: -1\r\n\r\n", b"400"),
+        (b"POST /v2 HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n", b"400"),
+        (b"GET /" + b"x" * 40_000, b"431"),
+        (b"GET / HTTP/1.1\r\n" + b"X-A: b\r\n" * 5000, b"431"),
+    ],
+)
+def test_what_is_no_request(served: Served, data: bytes, status: bytes) -> None:
+    with talking(served, data) as it:
+        answer = heard(it)
+        assert answer.startswith(b"HTTP/1.1 " + status) and b'{"error": "[' in answer
+
+
+def test_too_many_connections() -> None:
+    with serving(max_connections=2) as served:
+        with talking(served, b""), talking(served, b""):
+            time.sleep(0.2)
+            with talking(served, b"") as third:
+                assert (answer := heard(third)).startswith(b"HTTP/1.1 503") and b"[overloaded]" in answer
+        until(lambda: ask(served, "/health/live")[0] == 200)
+
+
+# Load, deadlines, callers that leave
+
+
+def test_more_than_may_wait_is_refused_at_once() -> None:
+    with serving(max_concurrent=2, max_queue=1) as served, ThreadPoolExecutor(3) as pool:
+        served.hold()
+        others = [pool.submit(ask, served, INFER, TEXT) for _ in range(3)]
+        until(lambda: len(served.upstream.asked) == 2)
+        time.sleep(0.2)
+        status, answer, headers = ask(served, INFER, TEXT)
+        assert (status, headers["Retry-After"]) == (429, "1") and answer["error"].startswith("[overloaded] 2 requests")
+        assert len(served.upstream.asked) == 2
+        served.let_go()
+        assert [other.result()[0] for other in others] == [200] * 3
+        assert ask(served, INFER, TEXT)[0] == 200
+
+
+def test_a_caller_that_leaves_cancels_its_request() -> None:
+    with serving(max_concurrent=1) as served:
+        served.hold()
+        body = json.dumps(TEXT).encode()
+        with talking(served, HEAD.replace(b"10", str(len(body)).encode()) + b"\r\n" + body):
+            until(lambda: bool(served.upstream.asked))
+        until(lambda: served.upstream.cancelled == 1)
+        served.let_go()
+        assert ask(served, INFER, TEXT)[0] == 200  # its place is free again
+
+
+def test_deadlines(served: Served) -> None:
+    ask(served, INFER, TEXT)
+    assert 59 < served.upstream.timeouts[-1] <= 60
+    ask(served, INFER, {**TEXT, "parameters": {"timeout": 2_000_000}})
+    assert 1 < served.upstream.timeouts[-1] <= 2
+    ask(served, INFER, {**TEXT, "parameters": {"timeout": 10**15}})
+    assert 59 < served.upstream.timeouts[-1] <= 60
+    served.hold()  # a Triton that does not keep to its deadline
+    assert refusal(served, INFER, {**TEXT, "parameters": {"timeout": 1}}) == (504, "timeout")
+    until(lambda: served.upstream.cancelled == 1)
+
+
+# Failures behind the gateway
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "expected"),
+    [
+        ("INVALID_ARGUMENT", "[invalid_image] 5 bytes are not an image", (400, "invalid_image", "5 bytes")),
+        ("INTERNAL", "Failed: x, message: [encoder_failed] it did /srv/m.py", (500, "encoder_failed", "it did ...")),
+        ("INTERNAL", "Stub died at /tmp/x\n\nAt:\n /a.py(3)", (500, "internal_error", "the server failed")),
+        ("INVALID_ARGUMENT", "[request id: <id_unknown>] bad /etc/x", (400, "invalid_argument", "bad ...")),
+        ("NOT_FOUND", "Request for unknown model: 'x' has no available versions", (503, "server_unavailable", "")),
+        ("NOT_FOUND", "model 'x' version 7 is not found", (404, "unknown_model", "")),
+        ("UNAVAILABLE", "ipv4:127.0.0.1:8001: refused", (503, "server_unavailable", "the model server starts")),
+        ("UNAVAILABLE", "[server_stopping] it stops", (503, "server_stopping", "it stops")),
+        ("UNAVAILABLE", "[overloaded] the queue is full", (429, "overloaded", "the queue is full")),
+        ("DEADLINE_EXCEEDED", "Deadline Exceeded", (504, "timeout", "")),
+        ("UNKNOWN", "x", (500, "internal_error", "")),
+    ],
+)
+def test_errors_of_triton(status: str, text: str, expected: tuple[int, str, str]) -> None:
+    found = from_triton(grpc.StatusCode[status], text)
+    assert (found.status, found.code) == expected[:2]
+    assert str(found).startswith(f"[{expected[1]}] {expected[2]}") and "/" not in str(found)
+
+
+def test_a_fault_of_the_gateway_is_one_line_without_a_trace(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    served.upstream.error = RuntimeError("a bug at /home/x")
+    status, answer, _ = ask(served, INFER, TEXT)
+    assert (status, answer) == (
+        500,
+        {"error": "[internal_error] the gateway failed on this request; its log says why"},
+    )
+    assert "a bug at /home/x" in caplog.text
+
+
+# Health and metrics
+
+
+def test_ready_means_that_every_task_answers(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ask(served, "/health/live")[0] == ask(served, "/v2/health/live")[0] == 200
+    assert ask(served, "/v2/health/ready")[0] == ask(served, "/health/ready")[0] == 200
+    assert sorted(message.model_name for message in served.upstream.asked) == sorted(TASKS)  # asked once for both
+    monkeypatch.setattr(health, "FRESH", 0)
+    served.upstream.error = Refused(400, "no_patch_encoder", "")
+    assert ask(served, "/health/ready")[0] == 200
+    served.upstream.error = Refused(500, "internal_error", "")
+    assert refusal(served, "/health/ready") == (503, "server_unavailable")
+    assert ask(served, "/health/live")[0] == 200
+
+
+def test_a_task_that_answers_callers_is_not_asked_for_its_health(served: Served) -> None:
+    ask(served, INFER, TEXT)
+    ask(served, "/health/ready")
+    assert [message.model_name for message in served.upstream.asked].count("embed_text") == 1
+
+
+def test_metrics_have_no_word_of_a_caller(served: Served) -> None:
+    ask(served, INFER, TEXT)
+    refusal(served, INFER, {"inputs": []})
+    refusal(served, "/v2/models/mallory/infer", TEXT)
+    served.upstream.error = Refused(400, "mallory", "no")
+    refusal(served, INFER, TEXT)
+    text = ask(served, "/metrics")[1].decode()
+    for line in (
+        'radapter_gateway_requests_total{code="ok",task="embed_text"} 1.0',
+        'radapter_gateway_requests_total{code="invalid_argument",task="embed_text"} 1.0',
+        'radapter_gateway_requests_total{code="unknown_model",task="none"} 1.0',
+        'radapter_gateway_requests_total{code="other",task="embed_text"} 1.0',
+        'radapter_gateway_request_seconds_count{task="embed_text"} 3.0',
+        "radapter_gateway_running 0.0",
+    ):
+        assert line in text
+    assert "mallory" not in text
+
+
+# Keys
+
+
+def digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def test_keys_let_in_and_are_read_again(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"# callers\nann: {digest('first')}\n\n")
+    with serving(api_keys=keys) as served:
+        for path in ("/v2", "/metrics", "/v2/models/classify/config", "/v2/models/image_encoder"):
+            status, answer, headers = ask(served, path)
+            assert (status, headers["WWW-Authenticate"]) == (401, "Bearer") and "[unauthorized]" in answer["error"]
+        assert refusal(served, INFER, TEXT) == (401, "unauthorized")
+        assert ask(served, "/health/live")[0] == ask(served, "/health/ready")[0] == 200
+        for wrong in (
+            "first",
+            "Basic first",
+            "Bearer",
+            "Bearer second",
+            f"Bearer {digest('first')}",
+            "Bearer first\xff",
+        ):
+            assert refusal(served, "/v2", Authorization=wrong) == (401, "unauthorized")
+        assert ask(served, "/v2", Authorization="Bearer first")[0] == 200
+        assert ask(served, "/v2", authorization="bearer first")[0] == 200
+        with Client(served.url, api_key="first") as client:
+            assert client.embed_texts(["abc"]).tolist() == [[3, 97]]
+        keys.write_text(f"bob: {digest('second')}\n")
+        assert ask(served, "/v2", Authorization="Bearer second")[0] == 200
+        with Client(served.url, api_key="first") as client, pytest.raises(radapter_client.Unauthorized) as caught:
+            client.embed_texts(["abc"])
+        assert caught.value.code == "unauthorized"
+        keys.write_text("bob second\n")
+        assert refusal(served, "/v2", Authorization="Bearer second") == (401, "unauthorized")
+        keys.unlink()
+        assert refusal(served, "/v2", Authorization="Bearer second") == (401, "unauthorized")
+
+
+def test_packed_texts() -> None:
+    assert packed([b"a", b""]) == b"\1\0\0\0a\0\0\0\0"

@@ -1,7 +1,8 @@
 """A stand-in for the task models in a real tritonserver: answers follow from a digest of the input.
 
 An image whose bytes are JSON is an order: {"sleep": seconds} waits first, {"error": "[code] sentence"} fails,
-{"crash": true} ends the model's process, {"bug": true} raises. Triton's Python stub runs a copy of this file.
+{"crash": true} ends the model's process, {"bug": true} raises, {"watch": file} waits until the caller has left and then
+writes the file. Triton's Python stub runs a copy of this file.
 """
 
 import base64
@@ -10,6 +11,7 @@ import io
 import json
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb
@@ -55,6 +57,8 @@ class TritonPythonModel:
         return responses
 
     def answer(self, request) -> list:
+        self.is_cancelled = request.is_cancelled
+
         def read(name: str):
             tensor = pb.get_input_tensor_by_name(request, name)
             return None if tensor is None else tensor.as_numpy()
@@ -131,6 +135,11 @@ class TritonPythonModel:
             return
         order = json.loads(row)
         time.sleep(order.get("sleep", 0))
+        if "watch" in order:
+            end = time.monotonic() + 20
+            while not self.is_cancelled() and time.monotonic() < end:
+                time.sleep(0.01)
+            Path(order["watch"]).write_text("cancelled" if self.is_cancelled() else "late")
         if "error" in order:
             raise ValueError(order["error"])
         if order.get("crash"):

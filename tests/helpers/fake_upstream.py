@@ -11,14 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import uvicorn
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2, service_pb2
 
-from radapter_serve.gateway.app import Gateway
-from radapter_serve.gateway.connection import connection
+from radapter_serve.gateway import run
 from radapter_serve.gateway.errors import Refused
-from radapter_serve.gateway.run import listen
 from radapter_serve.gateway.settings import Settings
 from tests.helpers.fake_server import CONFIGS, release
 
@@ -132,18 +129,8 @@ def serving(**options: Any) -> Iterator[Served]:
         begun.set()
         return made[0][0]
 
-    with listen(settings) as listener:
-        running = uvicorn.Server(
-            uvicorn.Config(
-                Gateway(settings, connect).app,
-                http=connection(settings.max_connections),
-                ws="none",
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                timeout_graceful_shutdown=2,
-            )
-        )
+    with run.listen(settings) as listener:
+        running = run.server(settings, connect)
         thread = threading.Thread(target=running.run, args=([listener],))
         thread.start()
         assert begun.wait(10)

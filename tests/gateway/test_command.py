@@ -1,0 +1,138 @@
+"""radapter-gateway: its settings, its keys, and the process that it is."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import urllib3
+
+from radapter_serve.cli import gateway
+from radapter_serve.errors import RAdapterError
+from radapter_serve.gateway.keys import Keys
+from radapter_serve.gateway.run import command, start
+from radapter_serve.gateway.settings import Settings
+from radapter_serve.server.triton_server import free_ports
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"host": "0.0.0.0"}, "--host 0.0.0.0 lets others in, and there are no keys; make one with: radapter-gateway"),
+        ({"host": "::"}, "--host :: lets others in"),
+        ({"host": "no.such.host.invalid"}, "--host 'no.such.host.invalid'"),
+        ({"port": 70000}, "--port is 70000"),
+        ({"max_body": 0}, "--max-body is 0"),
+        ({"timeout": float("inf")}, "--timeout is inf"),
+        ({"max_concurrent": 0}, "--max-concurrent is 0; allowed are 1 and more"),
+        ({"max_queue": -1}, "--max-queue is -1; allowed are 0 and more"),
+        ({"max_memory": 1.0}, "--max-memory 1 holds no body of --max-body 64 MiB"),
+        ({"tls_key": Path("key.pem")}, "--tls-certificate and --tls-key go together"),
+        ({"api_keys": Path("keys"), "no_api_keys": True}, "--api-keys FILE or --no-api-keys, not both"),
+    ],
+)
+def test_settings_that_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(RAdapterError, match=message.replace(".", r"\.")):
+        Settings(**options).check()
+
+
+def test_doors_that_may_be_open() -> None:
+    assert Settings(host="localhost").check() == "127.0.0.1"
+    assert Settings(host="0.0.0.0", no_api_keys=True).check() == "0.0.0.0"
+    assert Settings(host="0.0.0.0", api_keys=Path("keys")).check() == "0.0.0.0"
+
+
+def test_a_new_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "keys"
+    assert gateway.main(["--api-keys", str(file), "--new-key", "ann"]) == 0
+    first = capsys.readouterr().out.strip()
+    assert first.startswith("radapter-") and len(first) > 40
+    assert file.read_text() == f"ann: {hashlib.sha256(first.encode()).hexdigest()}\n"
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.write_text(file.read_text().rstrip())
+    assert gateway.main(["--api-keys", str(file), "--new-key", "bob"]) == 0
+    second = capsys.readouterr().out.strip()
+    assert first != second
+    for key in (first, second):
+        Keys(file).check(f"Bearer {key}")
+    assert gateway.main(["--api-keys", str(file), "--new-key", "bob"]) == 2
+    assert "has a key bob already" in capsys.readouterr().err
+    assert gateway.main(["--api-keys", str(file), "--new-key", "a: b"]) == 2
+    assert gateway.main(["--new-key", "ann"]) == 2
+    assert "--api-keys FILE" in capsys.readouterr().err
+    assert len(file.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "content", [b"ann", b"ann: 00", b"ann: " + b"g" * 64, b"\xff", (b"a: " + b"0" * 64 + b"\n") * 2]
+)
+def test_a_file_of_keys_that_is_none(tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes(content)
+    assert gateway.main(["--api-keys", str(file), "--port", "0"]) == 2
+    assert str(file) in capsys.readouterr().err
+
+
+def test_certificates_and_ports_that_do_not_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "none.pem"
+    pair = ["--tls-certificate", str(file), "--tls-key", str(file), "--port", "0"]
+    for content in (None, "nonsense"):
+        if content is not None:
+            file.write_text(content)
+        assert gateway.main(pair) == 2
+        assert "give two PEM files that belong together" in capsys.readouterr().err
+    assert gateway.main(["--host", "192.0.2.1", "--no-api-keys"]) == 2
+    assert "cannot listen on 192.0.2.1 port 8080" in capsys.readouterr().err
+
+
+def test_the_command_says_the_settings() -> None:
+    words = command(Settings(port=1, no_api_keys=True, tls_key=Path("k"), max_queue=5))
+    assert words[:3] == [sys.executable, "-m", "radapter_serve.cli.gateway"]
+    assert words[3:] == ["--port", "1", "--no-api-keys", "--tls-key", "k", "--max-queue", "5"]
+
+
+def test_a_process_that_stops_in_order_and_needs_no_triton_to_start() -> None:
+    port, nobody, _ = free_ports()
+    process = start(Settings(port=port, server=f"127.0.0.1:{nobody}"))
+    try:
+        url, answer = f"http://127.0.0.1:{port}", None
+        for _ in range(200):
+            try:
+                answer = urllib3.request("GET", f"{url}/health/live", retries=False)
+                break
+            except urllib3.exceptions.HTTPError:
+                time.sleep(0.1)
+        assert answer is not None and answer.status == 200
+        for path in ("/health/ready", "/v2/models/classify/config"):
+            answer = urllib3.request("GET", url + path, retries=False)
+            assert answer.status == 503 and b"[server_unavailable]" in answer.data
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_gateway_ends_with_its_parent(tmp_path: Path) -> None:
+    port, nobody, _ = free_ports()
+    code = "from radapter_serve.gateway.run import start; from radapter_serve.gateway.settings import Settings\n"
+    code += f"print(start(Settings(port={port}, server='127.0.0.1:{nobody}')).pid, flush=True); input()"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = Path("/proc", parent.stdout.readline().strip())
+    assert child.exists()
+    parent.kill()
+    parent.wait()
+    for pipe in (parent.stdin, parent.stdout):
+        assert pipe is not None
+        pipe.close()
+    for _ in range(200):
+        if not child.exists() or "State:\tZ" in (child / "status").read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError("the gateway outlives who started it")

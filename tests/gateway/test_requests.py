@@ -1,0 +1,314 @@
+"""What of a request is right, without a server: the parser between strangers and Triton."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from radapter_client import Request
+from radapter_client._http import encode
+from radapter_serve.gateway.errors import CODES, Refused
+from radapter_serve.gateway.models import TASKS, Model
+from radapter_serve.gateway.requests import MAX_JSON_VALUES, Inference, read
+from tests.helpers.fake_upstream import config, packed, unpacked
+
+MODELS = {name: Model.from_config(config(name)) for name in TASKS}
+
+
+def tensor(name: str, datatype: str, shape: Any, data: Any = None, size: Any = None, **more: Any) -> dict[str, Any]:
+    made = {"name": name, "datatype": datatype, "shape": shape, **more}
+    if data is not None:
+        made["data"] = data
+    return made if size is None else {**made, "parameters": {"binary_data_size": size}}
+
+
+TEXT = tensor("text", "BYTES", [1, 1], ["a cat"])
+IMAGE = tensor("image", "BYTES", [1], ["eA=="])
+LABELS = tensor("labels", "BYTES", [2], ["a", "b"])
+
+
+def ask(model: str, *inputs: Any, rest: bytes | None = None, **more: Any) -> Inference:
+    head = json.dumps({"inputs": inputs, **more}).encode()
+    return read(head + (rest or b""), None if rest is None else str(len(head)), MODELS[model])
+
+
+def sent(inference: Inference) -> dict[str, tuple[str, list[int], bytes]]:
+    message = inference.message
+    assert len(message.inputs) == len(message.raw_input_contents)
+    pairs = zip(message.inputs, message.raw_input_contents, strict=True)
+    return {one.name: (one.datatype, list(one.shape), data) for one, data in pairs}
+
+
+def test_a_request_in_json_becomes_bytes() -> None:
+    found = ask(
+        "classify",
+        tensor("image", "BYTES", [2, 1], [["eA=="], ["eQ=="]]),
+        tensor("labels", "BYTES", [2, 3], ["a", "ü", "", "a", "ü", "猫\0"]),
+        tensor("top_k", "INT32", [2, 1], [5, -7]),
+        tensor("alpha", "FP32", [2, 1], [[0.1], [1]]),
+        id="one",
+        outputs=[{"name": "label"}],
+        parameters={"timeout": 2_500_000},
+    )
+    assert sent(found) == {
+        "image": ("BYTES", [2, 1], b"\4\0\0\0eA==\4\0\0\0eQ=="),
+        "labels": ("BYTES", [2, 3], packed([b"a", "ü".encode(), b"", b"a", "ü".encode(), "猫\0".encode()])),
+        "top_k": ("INT32", [2, 1], struct.pack("<ii", 5, -7)),
+        "alpha": ("FP32", [2, 1], struct.pack("<ff", 0.1, 1)),
+    }
+    assert (found.id, found.timeout, found.binary) == ("one", 2.5, frozenset())
+    assert found.message.model_name == "classify" and not found.message.id
+    assert [output.name for output in found.message.outputs] == ["label"]
+
+
+def test_a_request_of_the_client_passes_as_it_is() -> None:
+    masks = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    inputs = {
+        "image": np.array([b"\xff\0"], object),
+        "labels": np.array([b"a", "ü".encode()], object),
+        "proposals": masks,
+        "proposal_scores": np.eye(2, dtype=np.float32),
+    }
+    body, headers = encode(Request("infer", "segment", inputs=inputs, outputs=("mask",)))
+    found = read(body, headers["Inference-Header-Content-Length"], MODELS["segment"], "7")
+    assert found.message.model_version == "7" and found.binary == {"mask"}
+    assert sent(found)["proposals"] == ("UINT8", [2, 3, 4], masks.tobytes())
+    assert unpacked(sent(found)["image"][2]) == [b"\xff\0"]
+    assert sent(found)["proposal_scores"][2] == np.eye(2, dtype=np.float32).tobytes()
+
+
+def test_outputs_in_binary() -> None:
+    everything: Any = {"parameters": {"binary_data_output": True}}
+    assert ask("classify", *CLASSIFY, **everything).binary == {"label", "score"}
+    one = [{"name": "score", "parameters": {"binary_data": True}}, {"name": "label"}]
+    assert ask("classify", *CLASSIFY, outputs=one).binary == {"score"}
+    other = [{"name": "score", "parameters": {"binary_data": False}}, {"name": "label"}]
+    assert ask("classify", *CLASSIFY, outputs=other, **everything).binary == {"label"}
+
+
+CLASSIFY = [tensor("image", "BYTES", [1, 1], ["eA=="]), tensor("labels", "BYTES", [1, 2], ["a", "b"])]
+FLOATS = tensor("threshold", "FP32", [1])
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "message"),
+    [
+        ("embed_text", [], "the input text is missing"),
+        ("segment", [LABELS], "the input image is missing"),
+        ("embed_text", [TEXT, TEXT], "the input text comes twice"),
+        ("embed_text", [{**TEXT, "name": "tokens"}], "embed_text has no input 'tokens'; it has text, alpha"),
+        ("embed_text", [{**TEXT, "name": "t" * 65}], "inputs.0.name"),
+        ("embed_text", [{**TEXT, "datatype": "INT32"}], "the input text is 'INT32'; BYTES is needed"),
+        ("embed_text", [{**TEXT, "shape": [1]}], r"the input text has the shape \[1\]; \[-1, 1\] is needed"),
+        ("embed_text", [{**TEXT, "shape": [1, 1, 1]}], "the input text has the shape"),
+        ("embed_text", [{**TEXT, "shape": []}], "the input text has the shape"),
+        ("embed_text", [{**TEXT, "shape": [1, 2]}], "the input text has the shape"),
+        ("embed_text", [{**TEXT, "shape": [0, 1]}], "inputs.0.shape.0': Input should be greater than 0"),
+        ("embed_text", [{**TEXT, "shape": [-1, 1]}], "inputs.0.shape.0': Input should be greater than 0"),
+        ("embed_text", [{**TEXT, "shape": [2**31, 1]}], "inputs.0.shape.0': Input should be less than"),
+        ("embed_text", [{**TEXT, "shape": [2**80, 1]}], "inputs.0.shape.0"),
+        ("embed_text", [{**TEXT, "shape": [1.0, 1]}], "inputs.0.shape.0"),
+        ("embed_text", [{**TEXT, "shape": [True, 1]}], "inputs.0.shape.0"),
+        ("embed_text", [{**TEXT, "shape": "11"}], "inputs.0.shape"),
+        ("embed_text", [{**TEXT, "shape": [1] * 9}], "inputs.0.shape"),
+        ("embed_text", [{**TEXT, "shape": [65, 1], "data": ["a"] * 65}], "has 65 rows; embed_text takes 64"),
+        ("embed_text", [TEXT, tensor("alpha", "FP32", [2, 1], [0, 1])], "the inputs have 1 and 2 rows"),
+        ("embed_text", [{**TEXT, "data": ["a", "b"]}], r"has 2 values; the shape \[1, 1\] has 1"),
+        ("embed_text", [{**TEXT, "data": []}], "has 0 values"),
+        ("embed_text", [{**TEXT, "data": [1]}], "not all texts"),
+        ("embed_text", [{**TEXT, "data": [None]}], "not all texts"),
+        ("embed_text", [{**TEXT, "data": [{"a": 1}]}], "not all texts"),
+        ("embed_text", [{**TEXT, "data": [["a", ["b"]]]}], "has 2 values"),
+        ("embed_text", [{**TEXT, "data": [[["a"]]]}], "not all texts"),
+        ("embed_text", [{**TEXT, "data": "a"}], "inputs.0.data"),
+        ("embed_text", [{**TEXT, "parameters": {"binary_data_size": 1}}], "needs data or binary_data_size, and not"),
+        ("embed_text", [tensor("text", "BYTES", [1, 1])], "needs data or binary_data_size"),
+        ("embed_text", [{**TEXT, "parameters": {"shared_memory_region": "x"}}], "shared_memory_region"),
+        ("embed_text", [{**TEXT, "more": 1}], "inputs.0.more"),
+        ("embed_text", [1], "inputs.0"),
+        ("embed_text", [tensor("text", "BYTES", [1, 1], size=5)], "has 5 bytes, 0 are left"),
+        ("segment", [IMAGE, LABELS, {**FLOATS, "data": [10**400]}], "threshold does not fit FP32"),
+        ("segment", [IMAGE, LABELS, {**FLOATS, "data": [1e39]}], "not a finite number"),
+        ("segment", [IMAGE, LABELS, {**FLOATS, "data": ["0.5"]}], "not all numbers of type FP32"),
+        ("segment", [IMAGE, LABELS, {**FLOATS, "data": [True]}], "not all numbers of type FP32"),
+        ("segment", [IMAGE, LABELS, tensor("refine", "INT32", [1], [2**31])], "refine does not fit INT32"),
+        ("segment", [IMAGE, LABELS, tensor("refine", "INT32", [1], [2**70])], "refine does not fit INT32"),
+        ("segment", [IMAGE, LABELS, tensor("refine", "INT32", [1], [1.0])], "not all numbers of type INT32"),
+        ("segment", [IMAGE, LABELS, tensor("proposals", "UINT8", [1, 1, 1], [256])], "proposals does not fit UINT8"),
+        ("segment", [IMAGE, LABELS, tensor("proposals", "UINT8", [1, 1, 2], [[[1], 2]])], "nested unevenly"),
+    ],
+)
+def test_inputs_that_are_refused(model: str, inputs: list[Any], message: str) -> None:
+    with pytest.raises(Refused, match=message) as caught:
+        ask(model, *inputs)
+    assert (caught.value.status, caught.value.code) == (400, "invalid_argument")
+    assert str(caught.value).startswith("[invalid_argument] ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"outputs": [{"name": "mask"}]}, "embed_text has no output 'mask'; it has text_embeds"),
+        ({"outputs": [{"name": "text_embeds"}] * 2}, "the output text_embeds is asked for twice"),
+        ({"outputs": [{"name": "text_embeds", "parameters": {"classification": 3}}]}, "classification"),
+        ({"outputs": [{"name": "x"}] * 65}, "outputs"),
+        ({"parameters": {"sequence_id": 1}}, "sequence_id"),
+        ({"parameters": {"timeout": 0}}, "timeout"),
+        ({"parameters": {"timeout": -5}}, "timeout"),
+        ({"parameters": {"binary_data_output": 1}}, "binary_data_output"),
+        ({"id": "x" * 129}, "id"),
+        ({"more": {}}, "more"),
+    ],
+)
+def test_other_parts_that_are_refused(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(Refused, match=message):
+        ask("embed_text", TEXT, **more)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "rest", "message"),
+    [
+        ([1, 1], 5, b"\1\0\0\0", "has 5 bytes, 4 are left"),
+        ([1, 1], 4, b"\0\0\0\0x", "1 bytes stand behind the last input"),
+        ([1, 1], 5, b"\0\0\0\0x", "has 1 bytes behind its 1 values"),
+        ([1, 1], 3, b"\0\0\0", "value 1 of 1 of the input text goes beyond its end"),
+        ([1, 1], 4, b"\1\0\0\0", "value 1 of 1 of the input text goes beyond its end"),
+        ([1, 1], 4, b"\xff\xff\xff\xff", "goes beyond its end"),
+        ([2, 1], 4, b"\0\0\0\0", "value 2 of 2 of the input text goes beyond its end"),
+        ([1, 1], 5, b"\1\0\0\0\xff", "value 1 of 1 of the input text is not UTF-8"),
+        ([1, 1], 7, b"\3\0\0\0\xed\xa0\x80", "is not UTF-8"),
+        ([1, 1], -1, b"", "binary_data_size"),
+        ([1, 1], 2**62, b"", "binary_data_size"),
+        ([1, 1], 1.5, b"", "binary_data_size"),
+    ],
+)
+def test_texts_in_binary_that_are_refused(shape: list[int], size: Any, rest: bytes, message: str) -> None:
+    with pytest.raises(Refused, match=message):
+        ask("embed_text", tensor("text", "BYTES", shape, size=size), rest=rest)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_in_binary_that_are_refused(value: float) -> None:
+    threshold = tensor("threshold", "FP32", [1], size=4)
+    with pytest.raises(Refused, match="threshold holds a value that is not a finite number"):
+        ask("segment", IMAGE, LABELS, threshold, rest=struct.pack("<f", value))
+    with pytest.raises(Refused, match=re.escape("threshold has 3 bytes; [1] of FP32 are 4")):
+        ask("segment", IMAGE, LABELS, {**threshold, "parameters": {"binary_data_size": 3}}, rest=b"abc")
+
+
+def test_a_shape_that_promises_the_world_is_refused_before_memory_is_taken() -> None:
+    huge = [2**31 - 1] * 3
+    for one in (tensor("proposals", "UINT8", huge, [1]), tensor("proposals", "UINT8", huge, size=0)):
+        with pytest.raises(Refused, match=r"proposals has (1 values|0 bytes)"):
+            ask("segment", IMAGE, LABELS, one, rest=b"" if "parameters" in one else None)
+    with pytest.raises(Refused, match="at most 131072 are allowed"):
+        ask("classify", CLASSIFY[0], tensor("labels", "BYTES", [1, 2**31 - 1], size=0), rest=b"")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"nonsense",
+        b"null",
+        b"[]",
+        b"{}",
+        b'"\xff"',
+        b'{"inputs": null}',
+        b'{"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1, 1], "data": ["\xff"]}]}',
+        b'{"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1, 1], "data": ["\\ud800"]}]}',
+        b'{"inputs": [{"name": "alpha", "datatype": "FP32", "shape": [1, 1], "data": [NaN]}]}',
+        b"[" * 1_000_000,
+        b'{"inputs":' * 100_000,
+        b'{"inputs": [{"data": ' + b"[" * 100_000 + b"]" * 100_000 + b"}]}",
+    ],
+)
+def test_json_that_is_none(body: bytes) -> None:
+    with pytest.raises(Refused, match=r"^\[invalid_argument\] .{10,300}$"):
+        read(body, None, MODELS["embed_text"])
+
+
+def test_json_with_too_many_values_is_refused_unread() -> None:
+    body = b'{"inputs": [' + b"1," * MAX_JSON_VALUES + b"1]}"
+    with pytest.raises(Refused, match="more than 1048576 values; send tensors in binary"):
+        read(body, None, MODELS["embed_text"])
+
+
+@pytest.mark.parametrize("length", ["", "-1", "0", "x", "1e3", "9" * 5000, "٣", "+5", " 5", "1_0"])
+def test_header_lengths_that_are_refused(length: str) -> None:
+    with pytest.raises(Refused, match="Inference-Header-Content-Length is"):
+        read(json.dumps({"inputs": [TEXT]}).encode(), length, MODELS["embed_text"])
+
+
+def checked(body: bytes, length: str | None, model: Model) -> None:
+    """A body is either refused in one line with a known code, or what Triton is sent fits the model."""
+    try:
+        found = read(body, length, model)
+    except Refused as error:
+        assert 400 <= error.status < 500 and error.code in CODES
+        assert re.fullmatch(r"\[[a-z_]+\] .{1,500}", str(error)) and str(error).isprintable()
+        return
+    for name, (datatype, shape, data) in sent(found).items():
+        spec = model.inputs[name]
+        assert datatype == spec.datatype and len(shape) == len(spec.dims) + bool(model.max_batch_size)
+        if datatype == "BYTES":
+            assert len(unpacked(data)) == math.prod(shape)
+        else:
+            assert len(data) == math.prod(shape) * {"FP32": 4, "INT32": 4, "UINT8": 1}[datatype]
+    assert {name for name, spec in model.inputs.items() if not spec.optional} <= set(sent(found))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+names = st.sampled_from([*{name for model in MODELS.values() for name in model.inputs}, "tokens", ""])
+inputs = st.fixed_dictionaries(
+    {
+        "name": names | json_values,
+        "datatype": st.sampled_from(["BYTES", "FP32", "INT32", "UINT8", "FP64", ""]) | json_values,
+        "shape": st.lists(st.integers(-2, 3) | st.integers(), max_size=4) | json_values,
+    },
+    optional={
+        "data": st.lists(json_values, max_size=4) | json_values,
+        "parameters": st.fixed_dictionaries({}, optional={"binary_data_size": st.integers(-2, 20)}) | json_values,
+    },
+)
+headers = st.fixed_dictionaries(
+    {"inputs": st.lists(inputs, max_size=4) | json_values},
+    optional={"outputs": json_values, "parameters": json_values, "id": json_values},
+)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(st.sampled_from(TASKS), headers | json_values, st.binary(max_size=40), st.integers(-1, 1) | st.none())
+def test_any_json_and_any_tensors(model: str, header: Any, rest: bytes, off: int | None) -> None:
+    text = json.dumps(header).encode()
+    checked(text + rest, None if off is None else str(len(text) + off), MODELS[model])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200), st.text(max_size=5) | st.integers().map(str) | st.none())
+def test_any_bytes(body: bytes, length: str | None) -> None:
+    checked(body, length, MODELS["classify"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_good_request_with_some_bytes_changed(data: st.DataObject) -> None:
+    given = {"image": np.array([[b"image"]], object), "labels": np.array([[b"a", b"b"]], object)}
+    body, headers = encode(Request("infer", "classify", inputs=given | {"alpha": np.ones((1, 1), np.float32)}))
+    changed = bytearray(body)
+    for _ in range(data.draw(st.integers(1, 4))):
+        changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
+    cut = changed[: data.draw(st.integers(0, len(changed)))] if data.draw(st.booleans()) else changed
+    checked(bytes(cut), headers["Inference-Header-Content-Length"], MODELS["classify"])
