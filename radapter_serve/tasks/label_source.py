@@ -77,7 +77,7 @@ class LabelSource:
     def _named(self, name: bytes, alpha: float | None, cancelled: Cancelled | None) -> LabelSet:
         text = name.decode("utf-8", "replace")
         if text not in self._label_sets:
-            raise TaskError(UNKNOWN_LABEL_SET, f"no label set {text!r} in this release; there are: {self._known()}")
+            raise TaskError(UNKNOWN_LABEL_SET, f"no label set {text!r:.80} in this release; there are: {self._known()}")
         found = self._label_sets[text]
         if alpha is None or alpha == self._alpha:
             return found

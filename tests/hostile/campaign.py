@@ -10,10 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.hostile.case import Case
+from tests.hostile.case import BROKEN, CHECKED, REFUSED, Case
 from tests.hostile.generate import by_hand, case
 from tests.hostile.judge import trouble
 from tests.hostile.wire import Outcome, exchange
+
+
+_WEAKER = (REFUSED, CHECKED, BROKEN)
 
 
 @dataclass
@@ -21,7 +24,7 @@ class Row:
     """One kind of hostile requests.
 
     Attributes:
-        promise: what was promised.
+        promise: what was promised at least.
         count: how many were sent.
         results: what came back, and how often.
         slowest: seconds of the slowest.
@@ -61,6 +64,7 @@ class Report:
         """Count an outcome."""
         kind = group(one.kind)
         row = self.rows.setdefault(kind, Row(one.promise))
+        row.promise = max(row.promise, one.promise, key=_WEAKER.index)
         row.count += 1
         row.results[result(outcome)] += 1
         row.slowest = max(row.slowest, outcome.seconds)
