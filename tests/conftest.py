@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
-from tests.helpers.shared import shared
+from tests.helpers.shared import common_folder, shared
 from tests.helpers.small_models import random_adapter as make_adapter
 
 if TYPE_CHECKING:
@@ -45,9 +45,15 @@ def ctrl_c() -> Iterator[Callable[[], None]]:
 
 
 @pytest.fixture(scope="session")
-def tiny_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that all workers have in common; see tests/helpers/shared.py."""
+    return common_folder(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_dir(common: Path) -> str:
     """`local-dir:` name of a tiny CLIP with random weights, none of them zero or equal, QuickGELU included."""
-    return f"local-dir:{shared(tmp_path_factory, 'tiny-clip', _write_tiny_clip)}"
+    return f"local-dir:{shared(common, 'tiny-clip', _write_tiny_clip)}"
 
 
 def _write_tiny_clip(folder: Path) -> None:
@@ -85,15 +91,16 @@ EXPORTED_LABELS = ("cat, kitty", "a dog in the SNOW", "don't know", "猫")
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(common: Path) -> Iterator[None]:
     """Spare `export_release` the seconds that torch's exporter takes for a model whose graphs are known."""
-    from tests.helpers.graphs import remember_graphs
+    from tests.helpers.graphs import quick_exports
 
-    remember_graphs(monkeypatch)
+    with quick_exports(common):
+        yield
 
 
 @pytest.fixture(scope="session")
-def exported_tiny_clip(random_adapter: Callable[..., Adapter], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported_tiny_clip(random_adapter: Callable[..., Adapter], common: Path) -> Path:
     """A folder with `model_repository` and `merged`: an adapter of the tiny CLIP, exported, with a label set `four`."""
 
     def make(folder: Path) -> None:
@@ -101,27 +108,33 @@ def exported_tiny_clip(random_adapter: Callable[..., Adapter], tmp_path_factory:
 
         save_adapter(random_adapter(scale=0.05), folder / "adapter.safetensors")
         (folder / "labels.txt").write_text("\n".join(EXPORTED_LABELS), encoding="utf-8")
-        _export(folder, EXPORTED_ALPHAS, folder)
+        _export(common, folder, EXPORTED_ALPHAS, folder)
 
-    return shared(tmp_path_factory, "exported", make)
+    return shared(common, "exported", make)
 
 
 @pytest.fixture(scope="session")
-def dynamic_tiny_clip(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dynamic_tiny_clip(exported_tiny_clip: Path, common: Path) -> Path:
     """A model repository with one release: the adapter of `exported_tiny_clip`, α an input, its own 0.5."""
-    folder = shared(tmp_path_factory, "dynamic", lambda folder: _export(exported_tiny_clip, "dynamic", folder))
+    folder = shared(common, "dynamic", lambda folder: _export(common, exported_tiny_clip, "dynamic", folder))
     return folder / "model_repository"
 
 
 @pytest.fixture(scope="session")
-def dense_tiny_clip(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dense_tiny_clip(exported_tiny_clip: Path, common: Path) -> Path:
     """A folder with `model_repository` and `merged`: the adapter of `exported_tiny_clip` at 0.5, for segmentation."""
-    return shared(tmp_path_factory, "dense", lambda folder: _export(exported_tiny_clip, [0.5], folder, dense="naclip"))
+
+    def make(folder: Path) -> None:
+        _export(common, exported_tiny_clip, [0.5], folder, dense="naclip")
+
+    return shared(common, "dense", make)
 
 
-def _export(source: Path, alphas: Sequence[float] | Literal["dynamic"], folder: Path, **changes: Any) -> None:
+def _export(
+    common: Path, source: Path, alphas: Sequence[float] | Literal["dynamic"], folder: Path, **changes: Any
+) -> None:
     from radapter_export import ExportSettings, export_release
-    from tests.helpers.graphs import remember_graphs
+    from tests.helpers.graphs import quick_exports
 
     settings = ExportSettings(
         model_repository=folder / "model_repository",
@@ -129,6 +142,5 @@ def _export(source: Path, alphas: Sequence[float] | Literal["dynamic"], folder: 
         label_sets={"four": source / "labels.txt"},
         **changes,
     )
-    with pytest.MonkeyPatch.context() as patch:
-        remember_graphs(patch)
+    with quick_exports(common):
         export_release(source / "adapter.safetensors", alphas, settings)

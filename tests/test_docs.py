@@ -25,7 +25,9 @@ TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf
 def codes() -> set[str]:
     """The codes of errors: the constants beside `TaskError`, and those that the client gives of its own."""
     (home,) = (path for path in (ROOT / "radapter_serve").rglob("*.py") if "class TaskError" in path.read_text("utf-8"))
-    of_server = re.findall(r'^[A-Z_]+ = "([a-z_]+)"$', home.read_text(encoding="utf-8"), re.MULTILINE)
+    homes = home, ROOT / "radapter_serve" / "gateway" / "errors.py"
+    text = "".join(path.read_text(encoding="utf-8") for path in homes)
+    of_server = re.findall(r'^[A-Z_]+ = "([a-z_]+)"$', text, re.MULTILINE)
     sources = (path.read_text(encoding="utf-8") for path in (ROOT / "clients").rglob("*.py"))
     of_client = {code for source in sources for code in re.findall(r'code="([a-z_]+)"', source)}
     assert len(of_server) > 5 and of_client
@@ -126,7 +128,7 @@ def test_benchmarks_that_are_named_exist() -> None:
 
 
 def test_links_of_the_pages_beside_the_site_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"):
         links = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text(encoding="utf-8"))
         assert not [f"{page.name}: {link}" for link in links if not (ROOT / link).exists()]
 

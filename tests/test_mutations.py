@@ -26,9 +26,10 @@ also_copy = ["export", "clients", "model_repository", "recipes", "README.md"]
 do_not_mutate_patterns = ["raise ", "say\\\\(", "RAdapterError\\\\("]
 pytest_add_cli_args = ["-p", "no:cacheprovider"]
 pytest_add_cli_args_test_selection = [
-    "tests/adapter", "tests/training/test_average.py", "tests/training/test_loss.py", "tests/training/test_wiring.py",
+    "tests/adapter", "tests/training/test_recipe.py",
+    "tests/training/test_average.py", "tests/training/test_loss.py", "tests/training/test_wiring.py",
     "tests/evaluation/test_metrics.py", "tests/evaluation/test_alpha_choice.py", "tests/evaluation/test_means.py",
-    "tests/evaluation/test_plots.py",
+    "tests/evaluation/test_intervals.py", "tests/evaluation/test_plots.py", "tests/evaluation/test_results.py",
 ]
 process_isolation = "forkserver"
 debug = true

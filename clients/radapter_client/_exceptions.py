@@ -123,6 +123,8 @@ def from_server(status: str, text: str) -> RAdapterClientError:
         kind = InvalidRequest
     elif code in UNAVAILABLE_CODES:
         kind = ServerUnavailable
+    elif code == "timed_out":
+        kind = Timeout
     elif code in MODEL_CODES:
         kind = ModelNotFound
     elif kind is Unauthorized:

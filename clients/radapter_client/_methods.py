@@ -115,7 +115,9 @@ class BaseClient(Generic[W]):
         strings = sum(map(len, options.values()))
         rows = max(1, min(self._batch_size, MAX_STRINGS // strings))
         runs = chunks(list(map(size_bound, items)), rows, MAX_BYTES)
-        replies = yield from self._infer([partial(_batch, "classify", "image", items, run, options) for run in runs])
+        replies = yield from self._infer(
+            "classify", [partial(_batch, "classify", "image", items, run, options) for run in runs]
+        )
         return [
             Classification(_texts(names), scores.tolist(), reply.version)
             for reply in replies
@@ -171,7 +173,7 @@ class BaseClient(Generic[W]):
             given = proposal_inputs(items[index], masks[index], scores[index], proposal_weight)
             return Request("infer", "segment", inputs={"image": image_input(items[index]), **options, **given})
 
-        replies = yield from self._infer([partial(part, index) for index in range(len(items))])
+        replies = yield from self._infer("segment", [partial(part, index) for index in range(len(items))])
         turned: dict[int, bool] = {}  # by release, asked only where it matters
         if any(orientation(image) != 1 for image in items):
             turned = {release.version: release.exif_orientation for release in (yield from self._served())}
@@ -221,7 +223,7 @@ class BaseClient(Generic[W]):
             inputs = options if image is None else {"image": image_input(image), **options}
             return Request("infer", "retrieve", inputs=inputs, outputs=outputs)
 
-        [reply] = yield from self._infer([part])
+        [reply] = yield from self._infer("retrieve", [part])
         return read_hits(*(_output(reply, name) for name in outputs))
 
     @call
@@ -321,15 +323,23 @@ class BaseClient(Generic[W]):
 
     # What the methods share
 
-    def _infer(self, parts: Sequence[Part]) -> Answer[list[Reply]]:
-        """The replies to inferences, all from one release."""
-        version = self._version
-        if version is None and len(parts) > 1:
-            version = (yield from self._served())[-1].version
-        return (yield [partial(_pinned, part, version) for part in parts])
+    def _infer(self, task: str, parts: Sequence[Part]) -> Answer[list[Reply]]:
+        """The replies to inferences of a task, all from one release; asked again where another took over meanwhile."""
+        version, free = self._version, self._version is None and len(parts) > 1
+        if free:
+            version = (yield from self._served(task))[-1].version
+        while True:
+            try:
+                return (yield [partial(_pinned, part, version) for part in parts])
+            except (ModelNotFound, ServerUnavailable):
+                before = version
+                if free:
+                    version = (yield from self._served(task))[-1].version
+                if version == before:
+                    raise
 
-    def _served(self) -> Answer[list[Release]]:
-        [config] = yield [partial(Request, "config", TASKS[-1])]  # the newest configuration names every release
+    def _served(self, task: str = TASKS[-1]) -> Answer[list[Release]]:
+        [config] = yield [partial(Request, "config", task)]  # the newest configuration names every release
         return read_releases(config)
 
     def _embed(self, kind: str, items: list[Any], sizes: list[int], alpha: float | None) -> Answer[Embeddings]:
@@ -338,7 +348,8 @@ class BaseClient(Generic[W]):
             release = pick_release((yield from self._served()), self._version)
             return np.zeros((0, release.embed_dim), np.float32)
         runs = chunks(sizes, self._batch_size, MAX_BYTES)
-        replies = yield from self._infer([partial(_batch, f"embed_{kind}", kind, items, run, options) for run in runs])
+        task = f"embed_{kind}"
+        replies = yield from self._infer(task, [partial(_batch, task, kind, items, run, options) for run in runs])
         return np.concatenate([_output(reply, f"{kind}_embeds") for reply in replies]).astype(np.float32, copy=False)
 
     def _connect(self, url: ServerURL, api_key: str | None) -> W:

@@ -257,12 +257,10 @@ class Writer:
         embed = LabelEmbedder(tokenizer, encode, max_batch_size=self._settings.max_batch_size)
         facts, warnings = {}, []
         for name, labels in self._source.label_sets.items():
-
-            def embedded(count: int, of: str = f"{len(labels)} labels by {len(templates)} templates") -> None:
-                say(f"embedding label set {name}: {count} of {of}")  # noqa: B023  # called before the loop goes on
-
-            embedded(0)
-            path, found = folder / f"{name}.npz", embed(labels, templates, progress=embedded)
+            line = f"embedding label set {name}: {{}} of {len(labels)} labels"
+            say(line.format(0))
+            path = folder / f"{name}.npz"
+            found = embed(labels, templates, progress=lambda done, line=line: say(line.format(done)))  # type: ignore[misc]
             found.save(path)
             facts[name] = {"labels": len(labels), "templates": templates, "digest": digest_of(path)}
             if alike := indistinguishable(found.labels, found.embeds):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from radapter_serve.environment import INDEXES
 from radapter_serve.tasks.responses import answer, each, need, read
-from radapter_serve.tasks.retrieve import Retrieve, Retrieved, RetrieveRequest
+from radapter_serve.tasks.retrieve import Embedder, Retrieve, Retrieved, RetrieveRequest
 from radapter_serve.tasks.triton import Version
 
 
@@ -18,10 +19,17 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         version = Version(args)
         folder = Path(os.environ.get(INDEXES, "indexes"))
-        self._task = Retrieve(version.release, folder, version.embed_text, version.embed_image)
+        self._task = Retrieve(
+            version.release, folder, version.embed_text, version.embed_image, lambda: _others(version)
+        )
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return answer(requests, _request, each(self._task), _outputs)
+
+
+def _others(version: Version) -> Iterator[Embedder]:
+    """Older releases, which stay for the indexes that they made."""
+    return (Embedder(one.release, one.embed_text, one.embed_image) for one in version.others("embed_text"))
 
 
 def _request(request: Any) -> RetrieveRequest:

@@ -1,27 +1,90 @@
-"""radapter-release: the releases of a model repository: which there are, and whether they are as they were exported."""
+"""radapter-release: the releases of a model repository, and which of them a running server serves."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from radapter_serve.cli import guard
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.integrity import check
+from radapter_serve.release.integrity import check, no_digests
+from radapter_serve.release.release import Release
 from radapter_serve.release.repository import releases_of
+from radapter_serve.release.served import Served
+from radapter_serve.server.desk import ask, find_server
+from radapter_serve.server.releases import back, known, listed
 
 PROG = "radapter-release"
+REPOSITORY = Path("model_repository")
+
+
+def list_(model_repository: tyro.conf.Positional[Path] = REPOSITORY, http_port: int | None = None) -> None:
+    """Show the releases of a repository, and which of them are served.
+
+    Args:
+        model_repository: folder that radapter-export has filled.
+        http_port: the port of the server to ask, where several serve the repository.
+    """
+    versions = known(model_repository, releases_of(model_repository))
+    state, where = _state(model_repository, http_port)
+    table = Table(title=escape(str(model_repository)), title_justify="left")
+    for column in ("release", "alpha", "architecture", "precision", "created", "served"):
+        table.add_column(column, justify="right" if column in ("release", "alpha") else "left")
+    for version in versions:
+        try:
+            release = Release.load(model_repository / "classify" / str(version))
+        except (RAdapterError, TypeError) as error:
+            table.add_row(str(version), "", "cannot be read", "", "", escape(str(error)))
+            continue
+        alpha = f"{release.alpha:g}{' or any' if release.dynamic_alpha else ''}"
+        facts = release.architecture, release.precision, release.created
+        table.add_row(str(version), alpha, *map(escape, facts), escape(_how(version, state)))
+    Console().print(table)
+    print(where)
+
+
+def load(
+    release: tyro.conf.Positional[tuple[int, ...]],
+    model_repository: Path = REPOSITORY,
+    http_port: int | None = None,
+) -> None:
+    """Serve a release in the place of the present one, without a pause: on a running server, or from its next start on.
+
+    The release is checked first: its files by their digests, its encoders by torch's embeddings, its tasks by a
+    question to each. Where that fails, the present one stays. An interrupted command does not stop the server's work.
+
+    Args:
+        release: its number; several are served together, and the highest answers whoever names none.
+        model_repository: folder that radapter-export has filled.
+        http_port: the port of the server, where several serve the repository.
+    """
+    if not release:
+        raise RAdapterError("name a release, such as: radapter-release load 2")
+    wanted = known(model_repository, release)
+    _do({"do": "load", "releases": wanted}, model_repository, http_port, lambda served: served.next(wanted))
+
+
+def rollback(model_repository: tyro.conf.Positional[Path] = REPOSITORY, http_port: int | None = None) -> None:
+    """Serve again what was served before, as `load` does.
+
+    Args:
+        model_repository: folder that radapter-export has filled.
+        http_port: the port of the server, where several serve the repository.
+    """
+    _do({"do": "rollback"}, model_repository, http_port, back)
 
 
 def verify(
     release: Annotated[tyro.conf.Positional[int | None], tyro.conf.arg(metavar="[N]")] = None,
     *,
-    model_repository: Path = Path("model_repository"),
+    model_repository: Path = REPOSITORY,
 ) -> None:
     """Compare the files of releases with the digests of their export, and check their configs. Needs no server.
 
@@ -29,9 +92,8 @@ def verify(
         release: number of the release; all that there are if none is given.
         model_repository: folder that radapter-export has filled.
     """
-    versions = _known(model_repository, [] if release is None else [release]) or releases_of(model_repository)
-    console = Console(stderr=True)
-    with console.status("reading") as status:
+    versions = known(model_repository, releases_of(model_repository) if release is None else [release])
+    with Console(stderr=True).status("reading") as status:
         without = check(model_repository, versions, status.update)
     for version in versions:
         print(f"release {version}: " + ("has no digests" if version in without else "as it was exported"))
@@ -39,25 +101,39 @@ def verify(
         print(no_digests(without))
 
 
-def no_digests(versions: Sequence[int]) -> str:
-    """What to say of releases of earlier versions."""
-    which = f"{'releases' if len(versions) > 1 else 'release'} {', '.join(map(str, versions))}"
-    return f"no digests of {which}, so its files could not be checked; an export of today writes digests"
+def _do(request: dict[str, Any], repository: Path, http_port: int | None, offline: Callable[[Served], Served]) -> None:
+    server = find_server(repository, http_port)
+    with Console(stderr=True).status("asking the server") as status:
+        if server is not None:
+            print(ask(server, request, lambda line: status.update(f"{escape(line)} ...")))
+            return
+        wanted = offline(Served.load(repository))
+        check(repository, wanted.releases, status.update)
+        wanted.save(repository)
+    print(f"no server runs here; from its next start on, release {listed(wanted.releases)} is served")
 
 
-def _known(repository: Path, versions: Sequence[int]) -> list[int]:
-    found = releases_of(repository)
-    if not found:
-        raise RAdapterError(f"no release in the model repository {repository}; make one with: radapter-export")
-    for version in versions:
-        if version not in found:
-            raise RAdapterError(f"no release {version} in {repository}; it holds {', '.join(map(str, found))}")
-    return list(versions)
+def _state(repository: Path, http_port: int | None) -> tuple[dict[str, Any], str]:
+    """What is served, and by whom, in a line."""
+    if (server := find_server(repository, http_port)) is not None:
+        state: dict[str, Any] = ask(server, {"do": "state"})
+        return state, f"served at {state['url']}"
+    served = Served.load(repository)
+    state = {"releases": served.releases, "before": served.before, "kept": {}}
+    return state, "no server runs here; this is what its next start serves"
+
+
+def _how(version: int, state: dict[str, Any]) -> str:
+    if version in state["releases"]:
+        return "yes" if len(state["releases"]) == 1 or version < max(state["releases"]) else "yes, by default"
+    if names := state["kept"].get(str(version)):
+        return f"for {', '.join(names)}, until built again by release {max(state['releases'])}"
+    return "before" if version in state["before"] else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `radapter-release`."""
-    commands: dict[str, Any] = {"verify": verify}
+    commands: dict[str, Any] = {"list": list_, "load": load, "rollback": rollback, "verify": verify}
     return guard(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog=PROG), argv, prog=PROG)
 
 

@@ -15,9 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from radapter_serve.cli import run
-from radapter_serve.cli.release import no_digests
 from radapter_serve.errors import RAdapterError
+from radapter_serve.release.integrity import no_digests
 from radapter_serve.release.release import Release
+from radapter_serve.server.desk import Desk
 from radapter_serve.server.runtime_choice import BATCHES, fastest
 from radapter_serve.server.supervisor import Supervisor
 from radapter_serve.server.triton_server import TritonServer
@@ -92,7 +93,8 @@ def serve(
             if server.warning:
                 print(f"{PROG}: warning: {server.warning}", file=sys.stderr)
             _show(server)
-            Supervisor(server, lambda line: print(f"{PROG}: {line}", file=sys.stderr, flush=True)).run()
+            with Desk(server):
+                Supervisor(server, lambda line: print(f"{PROG}: {line}", file=sys.stderr, flush=True)).run()
         except KeyboardInterrupt:
             print("stopping ...", file=sys.stderr)
         finally:

@@ -8,8 +8,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from radapter_serve.gateway.errors import OVERLOADED, RETRY_AFTER, TOO_LARGE
-from radapter_serve.inputs.errors import INVALID_ARGUMENT
+from radapter_serve.gateway.errors import RETRY_AFTER, TOO_LARGE
+from radapter_serve.inputs.errors import INVALID_ARGUMENT, OVERLOADED
 
 MAX_HEADERS = 32 * 1024  # bytes
 PATIENCE = 10.0  # seconds for headers to come, for a refused body to end, for a caller to read on

@@ -8,22 +8,24 @@ import grpc
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.inputs import errors as tasks
+from radapter_serve.inputs.errors import OVERLOADED, RESTARTING, SERVER_STOPPING, TIMED_OUT
 
 UNAUTHORIZED = "unauthorized"
 NOT_FOUND = "not_found"
 UNKNOWN_MODEL = "unknown_model"
 TOO_LARGE = "too_large"
 UNSUPPORTED_TYPE = "unsupported_type"
-OVERLOADED = "overloaded"
-TIMEOUT = "timeout"
 SERVER_UNAVAILABLE = "server_unavailable"
 
 # All that a caller can get.
 CODES = frozenset(
-    {UNAUTHORIZED, NOT_FOUND, UNKNOWN_MODEL, TOO_LARGE, UNSUPPORTED_TYPE, OVERLOADED, TIMEOUT, SERVER_UNAVAILABLE}
+    {UNAUTHORIZED, NOT_FOUND, UNKNOWN_MODEL, TOO_LARGE, UNSUPPORTED_TYPE, SERVER_UNAVAILABLE}
     | {value for name, value in vars(tasks).items() if name.isupper() and isinstance(value, str)}
 )
 RETRY_AFTER = 1  # second
+
+# Statuses of HTTP for codes of the tasks that say more than gRPC's status does.
+_BY_CODE = {OVERLOADED: 429, RESTARTING: 503, SERVER_STOPPING: 503, TIMED_OUT: 504}
 
 _STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
@@ -41,7 +43,7 @@ _PLAIN = {
     413: (TOO_LARGE, None),
     500: (tasks.INTERNAL_ERROR, "the server failed on this request; its log says why"),
     503: (SERVER_UNAVAILABLE, "the model server starts, stops or does not answer; try again in a moment"),
-    504: (TIMEOUT, "the request took longer than it may"),
+    504: (TIMED_OUT, "the request took longer than it may"),
 }
 
 
@@ -69,7 +71,7 @@ def overloaded(message: str) -> Refused:
 
 
 def late(status: int, message: str) -> Refused:
-    return Refused(status, TIMEOUT, message)
+    return Refused(status, TIMED_OUT, message)
 
 
 def from_triton(status: grpc.StatusCode, text: str) -> Refused:
@@ -77,9 +79,11 @@ def from_triton(status: grpc.StatusCode, text: str) -> Refused:
     number = _STATUS.get(status, 500)
     if found := re.search(r"(?:^|: )\[([a-z][a-z0-9_]{0,40})\] (.*)", text):
         code, message = found[1], tasks.public(found[2])
-        if code == OVERLOADED:
-            number = 429
-        return Refused(number, code, message)
+        return Refused(_BY_CODE.get(code, number), code, message)
+    if re.search("Exceeds maximum queue size|Request timeout expired", text):
+        return overloaded("the queue of this model is full; try again in a moment")
+    if re.search("Stub process .* is not healthy", text):
+        return Refused(503, RESTARTING, "a part of the server starts again; try again in a moment")
     if number == 404 and "no available versions" in text:  # which holds for all models of a server that stops
         number = 503
     code, message = _PLAIN[number][0], _PLAIN[number][1] or tasks.public(re.sub(r"^\[request id: [^\]]*\] ", "", text))

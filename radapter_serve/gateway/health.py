@@ -12,14 +12,14 @@ from PIL import Image
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import serialize_byte_tensor
 
-from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, TIMEOUT, UNKNOWN_MODEL, Refused
+from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, UNKNOWN_MODEL, Refused
 from radapter_serve.gateway.models import TASKS
 from radapter_serve.gateway.upstream import SHORT, Upstream
-from radapter_serve.inputs.errors import ENCODER_FAILED, INTERNAL_ERROR, SERVER_STOPPING
+from radapter_serve.inputs.errors import ENCODER_FAILED, INTERNAL_ERROR, RESTARTING, SERVER_STOPPING, TIMED_OUT
 
 FRESH = 5.0  # seconds for which an answer proves that a task answers
 # Other refusals are answers, such as that a release has no patch encoder.
-_FAILED = {ENCODER_FAILED, INTERNAL_ERROR, SERVER_STOPPING, SERVER_UNAVAILABLE, TIMEOUT, UNKNOWN_MODEL}
+_FAILED = {ENCODER_FAILED, INTERNAL_ERROR, RESTARTING, SERVER_STOPPING, SERVER_UNAVAILABLE, TIMED_OUT, UNKNOWN_MODEL}
 
 
 class Health:

@@ -88,10 +88,13 @@ def listen(settings: Settings) -> socket.socket:
     address = settings.check()
     try:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        return socket.create_server((address, settings.port), family=family, backlog=settings.max_connections)
+        listener = socket.create_server((address, settings.port), family=family, backlog=settings.max_connections)
     except OSError as error:
         why = f"{os.strerror(error.errno or 0)}; choose another with --port"
         raise RAdapterError(f"cannot listen on {settings.host} port {settings.port}: {why}") from None
+    # Else an answer's body waits 40 ms for the caller to confirm its headers: asyncio sees to that for its own sockets.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def command(settings: Settings) -> list[str]:

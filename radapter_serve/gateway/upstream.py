@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from typing import Any, Protocol
 
 import grpc
@@ -13,6 +15,8 @@ from radapter_serve.gateway.errors import from_triton
 
 LOG = logging.getLogger("radapter-gateway")
 SHORT = 10.0  # seconds for what computes nothing
+LOOK_AGAIN = 30.0  # seconds after which the servers behind a name are looked up again: there may be more of them
+LONGEST = 3600.0  # seconds that a request may go on with the servers of before
 _CHANNEL = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -21,6 +25,7 @@ _CHANNEL = [
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.enable_http_proxy", 0),
+    ("grpc.lb_policy_name", "round_robin"),  # where a name has several addresses, each is a server of its own
 ]
 
 
@@ -47,8 +52,25 @@ class Triton:
     """An `Upstream` at an address such as 127.0.0.1:8001; to be made in a running event loop."""
 
     def __init__(self, address: str) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._address = address
+        self._closing: set[asyncio.Future[None]] = set()
+        self._open()
+
+    def _open(self) -> None:
+        self._opened = time.monotonic()
+        self._channel = grpc.aio.insecure_channel(self._address, options=_CHANNEL)
+        self._own_stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    @property
+    def _stub(self) -> service_pb2_grpc.GRPCInferenceServiceStub:
+        # A channel looks a name up when it is made and when a connection ends, not when servers are added.
+        # A new channel shares the connections that there are.
+        if time.monotonic() - self._opened >= LOOK_AGAIN:
+            closing = asyncio.ensure_future(self._channel.close(LONGEST))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+            self._open()
+        return self._own_stub
 
     async def infer(self, message: service_pb2.ModelInferRequest, timeout: float) -> service_pb2.ModelInferResponse:
         return await self._ask(self._stub.ModelInfer, message, timeout)
@@ -65,6 +87,8 @@ class Triton:
         return bool((await self._ask(self._stub.ModelReady, request)).ready)
 
     async def close(self) -> None:
+        for closing in self._closing:
+            closing.cancel()
         await self._channel.close()
 
     @staticmethod

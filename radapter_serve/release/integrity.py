@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -69,6 +69,12 @@ def check(repository: Path, versions: Iterable[int], progress: Callable[[str], N
     return without
 
 
+def no_digests(versions: Sequence[int]) -> str:
+    """What to say of releases of earlier versions."""
+    which = f"{'releases' if len(versions) > 1 else 'release'} {', '.join(map(str, versions))}"
+    return f"no digests of {which}, so its files could not be checked; an export of today writes digests"
+
+
 def verify(repository: Path, version: int, progress: Callable[[str], None] = lambda line: None) -> bool:
     """Compare all files of a release with their digests.
 
@@ -92,7 +98,7 @@ def verify(repository: Path, version: int, progress: Callable[[str], None] = lam
     problems = dict.fromkeys(sums.keys() - found.keys(), "is missing")
     problems |= dict.fromkeys(found.keys() - sums.keys(), "does not belong to it")
     sizes = {name: file.stat().st_size for name, file in found.items()}
-    total, done = sum(sizes.values()), 0
+    total, done, told = sum(sizes.values()), 0, -1
     with ThreadPoolExecutor(_WORKERS) as pool:
         # The large files first, so that no worker is left with one at the end.
         order = sorted(sums.keys() & found.keys(), key=lambda name: -sizes[name])
@@ -100,7 +106,9 @@ def verify(repository: Path, version: int, progress: Callable[[str], None] = lam
         for future in as_completed(running):
             name = running[future]
             done += sizes[name]
-            progress(f"checking the files of release {version}: {100 * done // max(total, 1)} %")
+            if (percent := 100 * done // max(total, 1)) > told:
+                told = percent
+                progress(f"checking the files of release {version}: {percent} %")
             if (digest := future.result()) != sums[name]:
                 problems[name] = "cannot be read" if digest is None else "differs" if sizes[name] else "is empty"
     if problems:

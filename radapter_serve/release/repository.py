@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,13 +231,37 @@ def named_releases(config: Any) -> dict[int, Release]:
     return {int(release.version): release for release in found}
 
 
-def encoders_of(repository: Path) -> list[ServedEncoder]:
+def config_of(repository: Path, model: str, version: int) -> Any:
+    """The config of a model for a release: the one that Triton reads, where it names the release, else its own.
+
+    Raises:
+        RAdapterError: there is none, or it is broken.
+    """
+    upper, own = repository / model / CONFIG, repository / model / str(version) / CONFIG
+    if not own.exists() or (upper.exists() and version in named_releases(read_config(upper))):
+        return read_config(upper)
+    return read_config(own)
+
+
+def encoders_of(repository: Path, releases: Sequence[int] = ()) -> list[ServedEncoder]:
     """The encoders that radapter-export wrote into a model repository.
+
+    Args:
+        repository: the model repository.
+        releases: those to be served; as the configs say if there are none.
 
     Raises:
         RAdapterError: a config.pbtxt is broken.
     """
     found = []
+    for model in ENCODERS if releases else ():
+        folder = repository / model
+        if versions := [version for version in versions_of(folder) if version in releases]:
+            config = config_of(repository, model, versions[-1])
+            config.version_policy.specific.versions[:] = versions
+            found.append(ServedEncoder(folder, config, Release.load(repository / MODELS[-1] / str(versions[-1]))))
+    if releases:
+        return found
     for path in sorted(repository.glob(f"*/{CONFIG}")):
         config = read_config(path)
         if config.backend in RUNTIMES and "release" in config.parameters:

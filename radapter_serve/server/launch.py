@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from radapter_serve.environment import INDEXES
+from radapter_serve.files import staged
+from radapter_serve.release.repository import CONFIG
 from radapter_serve.server.control import SECRET_HEADER
 from radapter_serve.server.installation import Installation
+from radapter_serve.server.lineup import Offered
 from radapter_serve.server.processes import shm_prefix
 from radapter_serve.threads import environment
 
+MODELS = "models"  # Triton loads what lies in this folder of a server's, and nothing that lies beside it
 # What a caller could read or change the server's memory, files and log by; open to who sends the secret of this server.
 _RESTRICTED = "shared-memory,model-repository,trace,logging"
 _RESTRICTING = ("http-restricted-api", "grpc-restricted-protocol")
@@ -20,33 +25,50 @@ _RESTRICTING = ("http-restricted-api", "grpc-restricted-protocol")
 _LAUNCHER = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 
 
-def lay_out(
-    folder: Path,
-    installation: Installation,
-    repository: Path,
-    models: Mapping[str, Sequence[int]],
-    configs: Mapping[str, str],
-) -> None:
+def lay_out(folder: Path, installation: Installation, repository: Path, models: Mapping[str, Offered]) -> None:
     """Fill a server's folder with links to its backends and models, and with the configs that this machine needs.
 
     Args:
         folder: of the server.
         installation: its backends.
         repository: the model repository.
-        models: what to serve, and its versions.
-        configs: the text of each model's config.pbtxt.
+        models: what to serve.
     """
-    backends, served = folder / "backends", folder / "models"
+    backends = folder / "backends"
     backends.mkdir()
     installation.assemble(backends)
-    # Triton loads every folder that it sees: the models, and nothing that lies beside them.
-    served.mkdir()
-    for name, versions in models.items():
-        source, target = repository / name, served / name
-        target.mkdir()
-        (target / "config.pbtxt").write_text(configs[name], encoding="utf-8")
-        for version in versions:
-            (target / str(version)).symlink_to(source / str(version))
+    (folder / MODELS).mkdir()
+    for name, model in models.items():
+        put(folder, repository, name, model)
+
+
+def put(folder: Path, repository: Path, name: str, model: Offered | None) -> None:
+    """Let a model's folder in the server's hold what Triton is to load next; nothing if there is no model."""
+    target, versions = folder / MODELS / name, set() if model is None else {str(one) for one in model.versions}
+    for path in target.glob("*"):
+        if path.name.isdecimal() and path.name not in versions:
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    if model is None:
+        shutil.rmtree(target, ignore_errors=True)
+        return
+    target.mkdir(exist_ok=True)
+    for version in versions:
+        if not (target / version).exists():
+            _link(repository / name / version, target / version)
+    with staged(target / CONFIG) as path:
+        path.write_text(model.config, encoding="utf-8")
+
+
+def _link(source: Path, target: Path) -> None:
+    if not (source / "model.py").exists():
+        target.symlink_to(source)
+        return
+    target.mkdir()
+    # Python would write its own files beside model.py, and Triton would take that for another version of the code.
+    (target / "__pycache__").touch()
+    for path in source.iterdir():
+        if path.name != "__pycache__":
+            (target / path.name).symlink_to(path)
 
 
 def command_line(
@@ -70,7 +92,7 @@ def command_line(
     """
     arguments = [
         str(installation.binary),
-        f"--model-repository={folder / 'models'}",
+        f"--model-repository={folder / MODELS}",
         f"--backend-directory={folder / 'backends'}",
         *([f"--cache-directory={installation.caches}"] if installation.caches else []),
         *endpoint_flags,

@@ -52,29 +52,45 @@ class Configured:
 
     Attributes:
         configs: of each encoder, by name: its runtime and its threads.
+        runtime: of all of them; None if each has its own.
         measured: what was measured to choose the runtime; nothing if it was given.
         version_compatible: whether an engine brings a runtime of its own, code that Triton runs only if told to.
     """
 
     configs: dict[str, str] = field(default_factory=dict)
+    runtime: str | None = None
     measured: list[Measured] = field(default_factory=list)
     version_compatible: bool = False
 
 
 def configure(
-    repository: Path, runtime: str | None, threads: int, installation: Installation, progress: Callable[[str], None]
+    repository: Path,
+    releases: Sequence[int],
+    runtime: str | None,
+    threads: int,
+    installation: Installation,
+    progress: Callable[[str], None],
 ) -> Configured:
     """Choose the runtime of each encoder, and check that it computes what torch computed.
+
+    Args:
+        repository: the model repository.
+        releases: those to be served.
+        runtime: of all encoders; as exported if None; `AUTO` takes the fastest.
+        threads: that the instances of an encoder share.
+        installation: what can run them.
+        progress: called with a short line before each step.
 
     Raises:
         RAdapterError: the server lacks the runtime, or it does not compute the same.
     """
-    encoders = encoders_of(repository)
+    encoders = encoders_of(repository, releases)
     shares = {encoder.name: share(threads, encoder.instances) for encoder in encoders}
     found, chosen = Configured(), runtime
     if runtime == AUTO:
         found.measured = measure(encoders, shares, installation.backends, progress)
         chosen = fastest(found.measured)
+    found.runtime = chosen
     for encoder in encoders:
         own = chosen or encoder.runtime
         if own not in installation.backends:

@@ -12,20 +12,23 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import check
-from radapter_serve.release.repository import AUTO, RUNTIMES, newest_export, versions_of
+from radapter_serve.release.repository import AUTO, RUNTIMES, versions_of
+from radapter_serve.release.served import Served
 from radapter_serve.server.control import Control
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.installation import Installation, find_tritonserver
 from radapter_serve.server.instances import check_shared_memory, counts, with_instances
-from radapter_serve.server.launch import command_line, lay_out, server_environment
+from radapter_serve.server.launch import command_line, lay_out, put, server_environment
+from radapter_serve.server.lineup import Offered, kept_for_indexes, line_up, others
 from radapter_serve.server.probe import warm_up
 from radapter_serve.server.processes import FOLDER_PREFIX, hide_shared_memory, remove, remove_leftovers
 from radapter_serve.server.runtime_choice import Measured, configure
@@ -65,8 +68,8 @@ class TritonServer(Endpoints):
 
     The server ends with the thread that started it, so that a killed program leaves none behind.
 
-    It serves what it finds at its start, and no caller can load a model into it: that would let him run his own code.
-    A new export is served after a restart. `Supervisor` keeps it up.
+    No caller can load a model into it: that would let him run his own code. `Releases` puts other releases in the place
+    of those that it serves, and `Supervisor` keeps it up.
 
     Args:
         model_repository: folder that radapter-export has filled.
@@ -74,6 +77,7 @@ class TritonServer(Endpoints):
         http_port: port of the HTTP endpoint.
         grpc_port: port of the gRPC endpoint.
         metrics_port: port of the Prometheus metrics.
+        releases: those to serve; as `served.json` says, else those of the newest export, if None.
         indexes: folder of the indexes for `retrieve`; need not be there yet.
         runtime: that runs the encoders, once it is checked to compute what torch computed: onnxruntime, openvino or
             tensorrt; auto measures and takes the fastest. As exported if None.
@@ -88,7 +92,11 @@ class TritonServer(Endpoints):
 
     Attributes:
         control: asks Triton itself, while it runs.
-        models: what is served, and its versions.
+        models: what is loaded, and its versions.
+        offered: the same as the server's folder has it, with the configs.
+        served: the releases that are served, and those before them.
+        kept: older releases that embed queries to the indexes that they made, with the names of the indexes.
+        changing: held while the server's folder or its processes change.
         measured: what `runtime="auto"` found.
         warning: what a user should know of this machine, or None.
 
@@ -106,6 +114,7 @@ class TritonServer(Endpoints):
         grpc_port: int = 8001,
         metrics_port: int = 8002,
         *,
+        releases: Sequence[int] | None = None,
         indexes: str | Path = "indexes",
         runtime: str | None = None,
         threads: int | None = None,
@@ -129,8 +138,10 @@ class TritonServer(Endpoints):
             raise RAdapterError(f"--threads is {threads}; allowed are 1 and more")
         self._timeout, self._drain_seconds = timeout, drain_seconds
         self._log, self._verbose = Path(log) if log else None, verbose
-        self._runtime, self.threads = runtime, threads or total()
+        self.runtime, self.threads = runtime, threads or total()
+        self._releases = releases
         self._instances = counts(instances)
+        self._version_compatible = False
         self._secret = secrets.token_hex(32)
         self.control = Control(self.http_url, self._secret)
         self._process: subprocess.Popen[bytes] | None = None
@@ -142,6 +153,10 @@ class TritonServer(Endpoints):
         self.measured: list[Measured] = []
         self.unchecked: list[int] = []  # releases without digests
         self.models: dict[str, list[int]] = {}
+        self.offered: dict[str, Offered] = {}
+        self.served = Served(())
+        self.kept: dict[int, list[str]] = {}
+        self.changing = threading.RLock()
         self.warning: str | None = None
 
     def start(self, progress: Callable[[str], None] = lambda line: None) -> TritonServer:
@@ -150,24 +165,71 @@ class TritonServer(Endpoints):
         Args:
             progress: called with a short line before each step that takes long.
         """
-        self.models = models_of(self.model_repository)
+        models_of(self.model_repository)
         self.check_ports()
-        self.unchecked = check(self.model_repository, newest_export(self.model_repository), progress)
-        installation = find_tritonserver()
+        self.served = Served.load(self.model_repository)
+        if self._releases is not None:
+            self.served = Served(tuple(sorted(self._releases)))
+        self.unchecked = check(self.model_repository, self.served.releases, progress)
+        self._installation = find_tritonserver()
         remove_leftovers()
-        configured = configure(self.model_repository, self._runtime, self.threads, installation, progress)
-        self.measured = configured.measured
-        configs = {name: configured.configs.get(name) or self._config(name) for name in self.models}
-        configs = with_instances(configs, self._instances)
-        self.warning = check_shared_memory(configs, self.models, installation.in_python)
+        self.kept = kept_for_indexes(self.model_repository, self.served.releases, self.indexes)
+        released = self.line_up(self.served.releases, self.kept, progress)
+        self.offered = {**others(self.model_repository), **released}
+        configs = {name: model.config for name, model in self.offered.items()}
+        versions = {name: model.versions for name, model in self.offered.items()}
+        self.warning = check_shared_memory(configs, versions, self._installation.in_python)
         progress(f"starting tritonserver for {self.model_repository}")
         try:
-            self._lay_out(installation, configs, configured.version_compatible)
+            self._lay_out(self._installation)
             self._run("wb")
         except BaseException:
             self.stop()
             raise
         return self
+
+    def line_up(
+        self, releases: Sequence[int], kept: Collection[int], progress: Callable[[str], None] = lambda line: None
+    ) -> dict[str, Offered]:
+        """The models of releases, as this server is to load them on this machine.
+
+        Raises:
+            RAdapterError: a release whose runtime is not right here.
+        """
+        if not releases:
+            return {}
+        repository, installation = self.model_repository, self._installation
+        configured = configure(repository, releases, self.runtime, self.threads, installation, progress)
+        self.runtime = configured.runtime
+        self.measured = configured.measured or self.measured
+        self._version_compatible |= configured.version_compatible
+        found = line_up(repository, releases, sorted(kept), configured.configs)
+        configs = with_instances({name: model.config for name, model in found.items()}, self._instances)
+        return {name: Offered(model.versions, configs[name]) for name, model in found.items()}
+
+    @property
+    def folder(self) -> Path:
+        """Of the server, which its owner alone can read.
+
+        Raises:
+            RAdapterError: it does not run.
+        """
+        if self._folder is None:
+            raise RAdapterError("the server does not run; start it with: radapter-serve")
+        return self._folder
+
+    def put(self, name: str, model: Offered | None) -> None:
+        """Change a model in the server's folder, to be loaded from there; None takes it away."""
+        put(self.folder, self.model_repository, name, model)
+        if model is None:
+            self.offered.pop(name, None)
+        else:
+            self.offered[name] = model
+
+    def renewed(self) -> None:
+        """To be called after models were loaded: hides the memory of their processes, and looks what is served."""
+        hide_shared_memory(self.folder)
+        self.models = self.control.serving()
 
     def restart(self) -> None:
         """Start tritonserver again, with the same models and settings, whatever has become of it.
@@ -175,8 +237,9 @@ class TritonServer(Endpoints):
         Raises:
             RAdapterError: it does not start.
         """
-        self._kill()
-        self._run("ab")
+        with self.changing:
+            self._kill()
+            self._run("ab")
 
     def reload(self, model: str) -> None:
         """Start the processes of a model again; what they had begun fails, and the other models go on.
@@ -184,9 +247,10 @@ class TritonServer(Endpoints):
         Raises:
             RAdapterError: it does not load.
         """
-        self.control.unload(model)
-        self.control.load(model, timeout=self._timeout)
-        self.models = self.control.serving()
+        with self.changing:
+            self.control.unload(model)
+            self.control.load(model, timeout=self._timeout)
+            self.renewed()
 
     def deaths(self) -> list[Death]:
         """What has died since this was last asked; to be asked now and then, for Triton does not look by itself."""
@@ -225,8 +289,6 @@ class TritonServer(Endpoints):
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(self._drain_seconds + 5)
             self._kill()
-            for cache in self.model_repository.glob("*/*/__pycache__"):  # the stub knows no PYTHONDONTWRITEBYTECODE
-                shutil.rmtree(cache, ignore_errors=True)
             if self._folder is not None:
                 remove(self._folder)
             if self._lock is not None:
@@ -241,16 +303,13 @@ class TritonServer(Endpoints):
     ) -> None:
         self.stop()
 
-    def _config(self, model: str) -> str:
-        return (self.model_repository / model / "config.pbtxt").read_text(encoding="utf-8")
-
-    def _lay_out(self, installation: Installation, configs: Mapping[str, str], version_compatible: bool) -> None:
+    def _lay_out(self, installation: Installation) -> None:
         """Make the server's folder, and what tritonserver is started with."""
         try:
             folder = self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
             self._lock = os.open(folder, os.O_RDONLY)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-            lay_out(folder, installation, self.model_repository, self.models, configs)
+            lay_out(folder, installation, self.model_repository, self.offered)
         except OSError as error:
             why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
             raise RAdapterError(
@@ -262,7 +321,7 @@ class TritonServer(Endpoints):
             self.flags(),
             self._secret,
             exit_timeout=self._drain_seconds,
-            version_compatible=version_compatible,
+            version_compatible=self._version_compatible,
         )
         self._environment = server_environment(installation, folder, self.indexes, self.threads)
 
@@ -275,7 +334,7 @@ class TritonServer(Endpoints):
             except OSError as error:
                 raise RAdapterError(f"cannot write the log {self._messages}: {error.strerror}") from None
             self._process = subprocess.Popen(
-                [*self._command, *(f"--load-model={model}" for model in self.models)],
+                [*self._command, *(f"--load-model={model}" for model in self.offered)],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -294,8 +353,7 @@ class TritonServer(Endpoints):
                     f"tritonserver was not ready after {self._timeout:g} s: {self._reason()}; allow more with --timeout"
                 )
             time.sleep(0.05)
-        hide_shared_memory(self._folder)
-        self.models = self.control.serving()  # a config may leave versions of the folder out
+        self.renewed()
         warm_up(self.control, self.models, max(1.0, deadline - time.monotonic()))
         self.check()
 

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from radapter_serve.server.processes import Process, children, how_it_ended, killed_for_memory
@@ -69,9 +69,7 @@ class Watch:
         found = children(self._process.pid)
         with contextlib.suppress(OSError):
             found[self._process.pid] = Process.of(self._process.pid)
-        for pid, process in found.items():
-            if (model := process.model) is not None:  # for a moment a child is still a shell
-                self._names[pid] = model
+        self._learn(found)
         suspects = {pid for pid, process in found.items() if process.state in "ZT"} - self._told
         certain = suspects & self._suspects
         self._suspects = suspects
@@ -82,6 +80,7 @@ class Watch:
     def models(self) -> dict[int, str]:
         """The models of the processes that live, by process number."""
         living = children(self._process.pid)
+        self._learn(living)
         return {pid: name for pid, (name, _) in self._names.items() if pid in living and living[pid].state != "Z"}
 
     def ticks(self, names: Collection[str]) -> int:
@@ -100,6 +99,12 @@ class Watch:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def _learn(self, found: Mapping[int, Process]) -> None:
+        """Keep the models of processes: of a dead one nobody can tell any more."""
+        for pid, process in found.items():
+            if (model := process.model) is not None:  # for a moment a child is still a shell
+                self._names[pid] = model
 
     def _death(self, pid: int, process: Process, short_of_memory: bool) -> Death:
         if process.state == "T":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import json
 import re
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,28 @@ class RetrieveRequest:
     thumbnails: bool = False
 
 
+@dataclass(frozen=True)
+class Embedder:
+    """What embeds queries.
+
+    Args:
+        release: its facts.
+        text: by the server's `embed_text`.
+        image: by the server's `embed_image`.
+    """
+
+    release: Release
+    text: Embed
+    image: Embed
+
+    def made(self, index: Index) -> bool:
+        """Whether the embeddings of an index are of this release."""
+        release = self.release
+        if release.dynamic_alpha:
+            release = replace(release, alpha=index.facts["release"]["alpha"])
+        return bool(index.facts["release_digest"] == release.digest)
+
+
 @dataclass
 class Retrieved:
     """The answer, best first.
@@ -73,11 +95,18 @@ class Retrieve:
         indexes: folder of index folders; one that appears there is found, one that is replaced is opened again.
         embed_text: by the server's `embed_text`.
         embed_image: by the server's `embed_image`.
+        others: other releases that the server embeds queries by; asked where an index is not of this one.
     """
 
-    def __init__(self, release: Release, indexes: Path, embed_text: Embed, embed_image: Embed) -> None:
-        self._release, self._request_alpha = release, release.request_alpha
-        self._folder, self._embed_text, self._embed_image = indexes, embed_text, embed_image
+    def __init__(
+        self,
+        release: Release,
+        indexes: Path,
+        embed_text: Embed,
+        embed_image: Embed,
+        others: Callable[[], Iterable[Embedder]] = tuple,
+    ) -> None:
+        self._own, self._folder, self._others = Embedder(release, embed_text, embed_image), indexes, others
         self._open: dict[str, tuple[tuple[int, int, int], Index]] = {}
         self._lock = threading.Lock()
 
@@ -107,14 +136,15 @@ class Retrieve:
         )
 
     def _search(self, index: Index, request: RetrieveRequest) -> list[Hit]:
+        embedder = self._embedder(index)
         where = None if request.where is None else _text(request.where, "where")
         top_k = DEFAULT_TOP_K if request.top_k is None else request.top_k
-        alpha = self._request_alpha(index.facts["release"]["alpha"], 1)
+        alpha = embedder.release.request_alpha(index.facts["release"]["alpha"], 1)
         extra = [] if alpha is None else [alpha]
         if request.text is not None:
-            embedding = self._embed_text(request.text, *extra)
+            embedding = embedder.text(request.text, *extra)
         else:
-            embedding = self._embed_image(request.image or b"", *extra)
+            embedding = embedder.image(request.image or b"", *extra)
         return index.search(embedding, top_k, where, thumbnails=request.thumbnails)
 
     def index(self, name: str) -> Index:
@@ -141,14 +171,20 @@ class Retrieve:
                     print(error, file=sys.stderr)
                     why = f"the index {name!r} can't be opened; the server's log says why"
                     raise TaskError(UNKNOWN_INDEX, why) from None
-        index = found[1]
-        release = self._release
-        if release.dynamic_alpha:
-            release = dataclasses.replace(release, alpha=index.facts["release"]["alpha"])
-        if index.facts["release_digest"] != release.digest:
-            why = f"the index {name!r} {public(mismatch(index.facts, self._release))}"
-            raise TaskError(INDEX_MISMATCH, f"{why}; build it again on the server with radapter-index build")
-        return index
+        self._embedder(found[1])
+        return found[1]
+
+    def _embedder(self, index: Index) -> Embedder:
+        """What made an index.
+
+        Raises:
+            TaskError: a release that the server does not have.
+        """
+        for embedder in itertools.chain([self._own], self._others()):
+            if embedder.made(index):
+                return embedder
+        why = f"the index {as_text(index.folder.name)!r} {public(mismatch(index.facts, self._own.release))}"
+        raise TaskError(INDEX_MISMATCH, f"{why}; build it again on the server with radapter-index build")
 
     def _known(self) -> str:
         names = sorted(as_text(path.parent.name) for path in self._folder.glob(f"*/{FACTS}"))

@@ -82,6 +82,18 @@ class Version:
         """Encoded image -> float32 [D] by `embed_image`."""
         return self._call("embed_image", "image", np.array([[image]], object), alpha, "image_embeds").ravel()
 
+    def others(self, model: str) -> list[Version]:
+        """The other versions that the server has of a task."""
+        from radapter_serve.release.repository import CONFIG, read_config  # here: few need it, and it takes a while
+
+        folder = self.folder.parent.parent / model
+        served = read_config(folder / CONFIG).version_policy.specific.versions
+        return [
+            Version({"model_repository": str(folder), "model_version": str(version)})
+            for version in served
+            if version != self._number
+        ]
+
     def embed_labels(self) -> LabelEmbedder:
         """What embeds the labels of a request with this version's text encoder."""
         return LabelEmbedder(self.tokenizer(), self.encode_tokens, max_batch_size=self.release.max_batch_size)

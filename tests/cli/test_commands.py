@@ -10,7 +10,7 @@ import pytest
 
 import radapter_serve
 from radapter_client import query
-from radapter_serve.cli import build_engine, demo, export, guard, index, serve, train
+from radapter_serve.cli import build_engine, demo, export, gateway, guard, index, serve, train
 from radapter_serve.cli import eval as cli_eval
 from radapter_serve.errors import RAdapterError
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": demo.main,
     "eval": cli_eval.main,
     "export": export.main,
+    "gateway": gateway.main,
     "index": index.main,
     "query": query.main,
     "serve": serve.main,
@@ -60,7 +61,7 @@ def test_guard_turns_errors_into_a_line_and_a_status(capsys: pytest.CaptureFixtu
 
 
 def test_commands_start_without_torch() -> None:
-    names = [f"radapter_serve.cli.{name}" for name in ("serve", "build_engine", "export", "index")]
+    names = [f"radapter_serve.cli.{name}" for name in ("serve", "build_engine", "export", "gateway", "index")]
     code = f"import importlib, sys\nfor name in {['radapter_client.query', *names]}:\n  importlib.import_module(name)\n"
     code += "  assert not (heavy := {'torch', 'open_clip', 'onnx'} & {*sys.modules}), f'{name} imports {heavy}'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

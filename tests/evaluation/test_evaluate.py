@@ -22,19 +22,18 @@ from radapter_serve.evaluation.results import Results
 from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.suite import load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
-from tests.helpers.graphs import remember_graphs
+from tests.helpers.graphs import quick_exports
 
 ALPHAS = [0.0, 0.4, 1.0]
 TEMPLATES = ["a photo of a {}.", "a drawing of the {}"]
 
 
 @pytest.fixture(scope="module")
-def exported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(common: Path, run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`merged` and `repository` at α = 0.4."""
     folder = tmp_path_factory.mktemp("exported")
     settings = ExportSettings(model_repository=folder / "repository", merged=folder / "merged")
-    with pytest.MonkeyPatch.context() as patch:
-        remember_graphs(patch)
+    with quick_exports(common):
         export_release(run_folder, [0.4], settings)
     return folder
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from radapter_serve.evaluation.alpha_choice import choose
-from radapter_serve.evaluation.results import common_unit, metric_name, table
+from radapter_serve.evaluation.results import table
 
 SETS = {"a": "id", "b": "id", "c": "ood", "d": "ood", "e": "ood"}
 ACCURACIES = {0.25: (0.5, 0.8, 0.1, 0.3, 0.8), 0.75: (0.9, 0.3, 0.2, 0.2, 0.35)}
@@ -36,12 +36,3 @@ def test_the_choice_takes_the_mean_of_the_two_means() -> None:
     choice = choose(rows())
     assert [point["score"] for point in choice.curve] == pytest.approx([sum(means) / 2 for means in MEANS.values()])
     assert choice.alpha == 0.25
-
-
-def test_metrics_are_named_as_papers_name_them() -> None:
-    names = {
-        "miou": "mIoU", "pixel_accuracy": "pixel acc", "mean_class_accuracy": "mean acc", "harmonic_mean": "H",
-        "image_retrieval_recall@5": "image R@5", "acc1": "acc1",
-    }  # fmt: skip
-    assert {metric: metric_name(metric) for metric in names} == names
-    assert common_unit(["miou", "miou"]) == "mIoU, %" and common_unit(["miou", "acc1"]) == "%"

@@ -319,15 +319,14 @@ def test_every_alpha_is_the_folded_model(masked: Path, dense_run: Path, tiny_cli
 
 
 @pytest.fixture(scope="module")
-def dense_release(dense_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dense_release(common: Path, dense_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `model_repository` and `merged`: that run at α = 0.6."""
     from radapter_export import ExportSettings, export_release
-    from tests.helpers.graphs import remember_graphs
+    from tests.helpers.graphs import quick_exports
 
     folder = tmp_path_factory.mktemp("dense-release")
     settings = ExportSettings(model_repository=folder / "model_repository", merged=folder / "merged")
-    with pytest.MonkeyPatch.context() as patch:
-        remember_graphs(patch)
+    with quick_exports(common):
         export_release(dense_run, [0.6], settings)
     return folder
 

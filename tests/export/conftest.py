@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from radapter_export import ExportedRelease, ExportSettings, export_release
-from radapter_export.graph import Graph
+from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_serve.adapter import Adapter, load_adapter, save_adapter
 from radapter_serve.clip.base import Base, load_base
-from tests.helpers.graphs import image_graph, patch_graph, remember_graphs, text_graph
+from tests.helpers.graphs import graph_of, quick_exports
 
 ALPHAS = (0.3, 0.8)
 ANIMALS = "cat, kitty\ndog\n# a comment\n\nguinea pig\n"
@@ -39,7 +39,7 @@ def labels_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(
-    adapter_path: Path, labels_path: Path, tmp_path_factory: pytest.TempPathFactory
+    common: Path, adapter_path: Path, labels_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[ExportedRelease]]:
     """A folder with `repository` and `merged`, and the two releases that were exported into it. Not to be changed."""
     folder = tmp_path_factory.mktemp("exported")
@@ -49,23 +49,23 @@ def exported(
         label_sets={"animals": labels_path},
         dense="naclip",
     )
-    with pytest.MonkeyPatch.context() as patch:
-        remember_graphs(patch)
+    with quick_exports(common):
         return folder, export_release(adapter_path, ALPHAS, settings)
 
 
 @pytest.fixture(scope="session")
-def graphs(tiny_base: Base) -> dict[str, Graph]:
+def graphs(common: Path, tiny_base: Base) -> dict[str, Graph]:
     """The graphs of the tiny CLIP by name."""
-    return _by_name(tiny_base)
+    return _by_name(common, tiny_base)
 
 
 @pytest.fixture(scope="session")
-def dynamic_graphs(tiny_base: Base, adapter_path: Path) -> dict[str, Graph]:
+def dynamic_graphs(common: Path, tiny_base: Base, adapter_path: Path) -> dict[str, Graph]:
     """The graphs of the tiny CLIP and its adapter, of full rank, with α as an input."""
-    return _by_name(tiny_base, load_adapter(adapter_path))
+    return _by_name(common, tiny_base, load_adapter(adapter_path))
 
 
-def _by_name(base: Base, *dynamic: Adapter) -> dict[str, Graph]:
-    made = (image_graph(base, *dynamic), patch_graph(base, "naclip", *dynamic), text_graph(base, *dynamic))
+def _by_name(common: Path, base: Base, *dynamic: Adapter) -> dict[str, Graph]:
+    made = [graph_of(common, make, base, *dynamic) for make in (image_graph, text_graph)]
+    made.append(graph_of(common, patch_graph, base, "naclip", *dynamic))
     return {graph.name: graph for graph in made}

@@ -23,6 +23,7 @@ from radapter_serve.data import Labelled, load_captioned, load_labelled
 from radapter_serve.data.held_out import held_out_digest
 from radapter_serve.data.rows import LabelledImages
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
 from radapter_serve.evaluation.run import own_validation
 from radapter_serve.evaluation.sets import open_set
 from tests.helpers.own_cache import own_cache as own_cache
@@ -61,7 +62,7 @@ def evaluated(metadata: Metadata) -> list[str]:
 def test_a_held_out_share_is_evaluated_and_a_changed_one_refused(
     task: str, tiny_clip_dir: str, here: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    trained, pair = set(), LabelledImages.pair
+    trained, pair, embed = set(), LabelledImages.pair, ReleaseEmbedder.embed_texts
 
     def recorded(self: Any, row: Any, draw: random.Random) -> Any:
         trained.add(Path(self.name(row) if isinstance(self, Labelled) else self.images[row[0]].path).name)
@@ -83,7 +84,20 @@ def test_a_held_out_share_is_evaluated_and_a_changed_one_refused(
     assert evaluate(["--adapter", "run", "--alpha", "auto", "--out", "results"]) == 0
     choice = json.loads(Path("run/alpha.json").read_text())
     assert choice["sets"]["validation"]["n"] == 3
-    (release,) = export_release("run", None, ExportSettings(precision="fp16", max_drop=100))
+    asked: list[str] = []
+    said: list[str] = []
+
+    def embed_and_record(self: ReleaseEmbedder, texts: Any) -> Any:
+        asked.extend(texts)
+        return embed(self, texts)
+
+    monkeypatch.setattr(ReleaseEmbedder, "embed_texts", embed_and_record)
+    settings = ExportSettings(precision="fp16", max_drop=100)
+    (release,) = export_release("run", None, settings, progress=said.append)
+    assert [line for line in said if "label set" in line] == [
+        "embedding label set classes: 0 of 3 labels", "embedding label set classes: 3 of 3 labels"
+    ]  # fmt: skip
+    assert not {"a photo of a red.", "red"} & set(asked)  # the label set has them
     assert release.accuracy is not None and release.accuracy.n == 3
     assert release.accuracy.metric == choice["sets"]["validation"]["metric"]
 

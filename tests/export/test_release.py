@@ -299,21 +299,26 @@ def test_interrupt_leaves_everything_as_it_was(export: Export, tmp_path: Path) -
 
 KILLED = """
 import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from tests.helpers.graphs import quick_exports
 from radapter_export import ExportSettings, export_release
 def progress(line):
     if "text_encoder at alpha 0.3" in line:
         os.kill(os.getpid(), signal.SIGKILL)
 settings = ExportSettings(model_repository="repository", merged="merged")
-export_release(sys.argv[1], [0.2, 0.3], settings, progress=progress)
+with quick_exports(Path(sys.argv[3])):
+    export_release(sys.argv[1], [0.2, 0.3], settings, progress=progress)
 """
 
 
 def test_killed_export_leaves_what_is_served_and_the_next_one_tidies(
-    export: Export, adapter_path: Path, tmp_path: Path
+    export: Export, adapter_path: Path, common: Path, tmp_path: Path
 ) -> None:
     export()
     before = tree(tmp_path)
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(adapter_path)], cwd=tmp_path, timeout=120)
+    command = [sys.executable, "-c", KILLED, str(adapter_path), str(Path(__file__).parents[2]), str(common)]
+    killed = subprocess.run(command, cwd=tmp_path, timeout=120)
     assert killed.returncode == -signal.SIGKILL
     after = tree(tmp_path)
     assert len(after) > len(before)

@@ -221,7 +221,7 @@ HEAD = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n" % INFER.encode()
 
 def test_a_body_that_does_not_come() -> None:
     with serving(timeout=0.3) as served, talking(served, HEAD + b"\r\nabc") as it:
-        assert b"408" in (answer := heard(it)) and b"[timeout]" in answer
+        assert b"408" in (answer := heard(it)) and b"[timed_out]" in answer
 
 
 @pytest.mark.parametrize("data", [b"", b"GET /v2 HT", HEAD])
@@ -320,7 +320,7 @@ def test_deadlines(served: Served) -> None:
     ask(served, INFER, {**TEXT, "parameters": {"timeout": 10**15}})
     assert 59 < served.upstream.timeouts[-1] <= 60
     served.hold()  # a Triton that does not keep to its deadline
-    assert refusal(served, INFER, {**TEXT, "parameters": {"timeout": 1}}) == (504, "timeout")
+    assert refusal(served, INFER, {**TEXT, "parameters": {"timeout": 1}}) == (504, "timed_out")
     until(lambda: served.upstream.cancelled == 1)
 
 
@@ -339,7 +339,11 @@ def test_deadlines(served: Served) -> None:
         ("UNAVAILABLE", "ipv4:127.0.0.1:8001: refused", (503, "server_unavailable", "the model server starts")),
         ("UNAVAILABLE", "[server_stopping] it stops", (503, "server_stopping", "it stops")),
         ("UNAVAILABLE", "[overloaded] the queue is full", (429, "overloaded", "the queue is full")),
-        ("DEADLINE_EXCEEDED", "Deadline Exceeded", (504, "timeout", "")),
+        ("UNAVAILABLE", "Exceeds maximum queue size", (429, "overloaded", "the queue")),
+        ("INTERNAL", "Failed, message: Stub process 'x_0_0' is not healthy.", (503, "restarting", "a part")),
+        ("UNAVAILABLE", "Failed, message: [restarting] its encoder", (503, "restarting", "its encoder")),
+        ("INTERNAL", "Failed, message: [timed_out] this took too long", (504, "timed_out", "this took")),
+        ("DEADLINE_EXCEEDED", "Deadline Exceeded", (504, "timed_out", "")),
         ("UNKNOWN", "x", (500, "internal_error", "")),
     ],
 )

@@ -105,16 +105,14 @@ def test_the_same_values_in_json(fake_server: FakeServer, url: str, task: str) -
         }
         for name, array in REQUESTS[task].items()
     ]
-    for one in inputs:  # as base64, an image is text
-        one["data"] = ["eA=="] * len(REQUESTS[task]["image"]) if one["name"] == "image" else one["data"]
+    image = '{"size": [7, 5]}' if task == "segment" else "eA=="  # what the stand-in understands of an image in JSON
+    for one in inputs:
+        one["data"] = [image] * len(REQUESTS[task]["image"]) if one["name"] == "image" else one["data"]
     outputs = [{"name": name} for name in NAMED.get(task, ())]
     body = json.dumps({"id": "7", "inputs": inputs, "outputs": outputs} if outputs else {"inputs": inputs}).encode()
     headers = {"Content-Type": "application/json"}
     path = f"/v2/models/{task}/infer"
     answers = [urllib3.request("POST", one + path, body=body, headers=headers) for one in (fake_server.http_url, url)]
-    if task == "segment":  # the stand-in takes the size from the image
-        assert {answer.status for answer in answers} == {500}
-        return
     direct, through = (json.loads(answer.data) for answer in answers)
     assert through == direct and through["outputs"]
 

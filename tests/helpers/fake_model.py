@@ -1,8 +1,8 @@
 """A stand-in for the task models in a real tritonserver: answers follow from a digest of the input.
 
-An image whose bytes are JSON is an order: {"sleep": seconds} waits first, {"error": "[code] sentence"} fails,
-{"crash": true} ends the model's process, {"bug": true} raises, {"watch": file} waits until the caller has left and then
-writes the file. Triton's Python stub runs a copy of this file.
+An image whose bytes are JSON is an order: {"sleep": seconds} waits first, {"work": seconds} computes first,
+{"error": "[code] sentence"} fails, {"crash": true} ends the model's process, {"bug": true} raises, {"watch": file} waits
+until the caller has left and then writes the file. Triton's Python stub runs a copy of this file.
 """
 
 import base64
@@ -118,7 +118,7 @@ class TritonPythonModel:
             raise ValueError("[unknown_index] no index 'none'; there are: photos")
         if given["index"] == "old":
             raise ValueError("[index_mismatch] made by another release; run: radapter-index build photos")
-        hits = min(3, int(read("top_k")[0]))
+        hits = 3 if read("top_k") is None else min(3, int(read("top_k")[0]))
         about = [json.dumps({**given, "rank": rank, "outputs": sorted(outputs)}).encode() for rank in range(hits)]
         tensors = [
             pb.Tensor("id", np.array([f"ordner/bild ü {rank}.jpg".encode() for rank in range(hits)], np.object_)),
@@ -135,6 +135,9 @@ class TritonPythonModel:
             return
         order = json.loads(row)
         time.sleep(order.get("sleep", 0))
+        end = time.monotonic() + order.get("work", 0)
+        while time.monotonic() < end:
+            pass
         if "watch" in order:
             end = time.monotonic() + 20
             while not self.is_cancelled() and time.monotonic() < end:

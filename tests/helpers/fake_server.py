@@ -56,14 +56,19 @@ def write_repository(folder: Path) -> Path:
 class FakeServer(TritonServer):
     """A server on free ports, or on those given, that can be made to fail; `urls` has a URL for each protocol."""
 
-    def __init__(self, repository: Path, ports: tuple[int, int, int] | None = None) -> None:
+    def __init__(self, repository: Path, ports: tuple[int, int, int] | None = None, **options: Any) -> None:
         self.ports = ports or free_ports()
-        super().__init__(repository, "127.0.0.1", *self.ports)
+        super().__init__(repository, "127.0.0.1", *self.ports, **options)
         self.urls = {"grpc": self.grpc_url, "http": self.http_url}
 
     def __enter__(self) -> FakeServer:
         super().__enter__()
         return self
+
+    def processes(self, model: str) -> list[int]:
+        """The numbers of a model's processes."""
+        assert self._watch is not None
+        return [pid for pid, name in self._watch.models().items() if name == model]
 
     def signal(self, number: signal.Signals) -> None:
         """SIGSTOP: the server no longer answers, its connections stay. SIGKILL: it is gone at once."""

@@ -1,45 +1,62 @@
-"""Graphs of small models, each made once: torch's exporter takes seconds for one, and they hold no weights."""
+"""Graphs of small models, each made once in a test run: torch's exporter takes seconds, and graphs hold no weights."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import onnx_ir
 import pytest
+import torch
 
-from radapter_export import graph as exporter
-from radapter_export.graph import Graph
+from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_serve.adapter import Adapter
 from radapter_serve.clip.base import Base
+from tests.helpers.shared import shared
 
-_made: dict[str, Graph] = {}
-
-
-def _once(make: Callable[..., Graph]) -> Callable[..., Graph]:
-    @functools.wraps(make)
-    def remembered(base: Base, *rest: Any) -> Graph:
-        shapes = [
-            sorted((name, tuple(tensor.shape)) for name, tensor in each.tensors.items())
-            if isinstance(each, Adapter)
-            else each
-            for each in rest
-            if each is not None
-        ]
-        key = repr((make.__name__, base.config, base.preprocess, base.model, shapes))
-        if key not in _made:
-            _made[key] = make(base, *rest)
-        return _made[key]
-
-    return remembered
+_read: dict[Path, Graph] = {}
 
 
-image_graph = _once(exporter.image_graph)
-patch_graph = _once(exporter.patch_graph)
-text_graph = _once(exporter.text_graph)
+@contextmanager
+def quick_exports(common: Path) -> Iterator[None]:
+    """Within the block `export_release` takes graphs that were made for a model of the same form, if there are any."""
+    with pytest.MonkeyPatch.context() as patch:
+        for make in (image_graph, patch_graph, text_graph):
+            patch.setattr(f"radapter_export.release.{make.__name__}", functools.partial(graph_of, common, make))
+        yield
 
 
-def remember_graphs(patch: pytest.MonkeyPatch) -> None:
-    """Let `export_release` take the graphs that an earlier call made for a model of the same form."""
-    for make in (image_graph, patch_graph, text_graph):
-        patch.setattr(f"radapter_export.release.{make.__name__}", make)
+def graph_of(common: Path, make: Callable[..., Graph], base: Base, *rest: Any) -> Graph:
+    """What `make(base, *rest)` gives; on the values of weights it does not depend.
+
+    Args:
+        common: folder of all workers.
+        make: `image_graph`, `patch_graph` or `text_graph`.
+        base: the model.
+        rest: the way to embed patches, and an adapter or None, as `make` takes them.
+    """
+    adapters = [each for each in rest if isinstance(each, Adapter)]
+    shapes = [(name, tensor.shape) for adapter in adapters for name, tensor in sorted(adapter.tensors.items())]
+    ways = [each for each in rest if isinstance(each, str)]
+    form = repr((make.__name__, base.config, base.preprocess, base.model, ways, shapes))
+    name = f"{make.__name__}-{hashlib.sha256(form.encode()).hexdigest()[:16]}"
+
+    def write(folder: Path) -> None:
+        graph = make(base, *rest)
+        weights = [key for key, value in graph.model.graph.initializers.items() if value.const_value is None]
+        state = {key: value for adapter in adapters for key, value in adapter.tensors.items()}
+        graph.save({**base.model.state_dict(), **state}, folder / "model.onnx")
+        torch.save((graph.name, weights, graph.constants), folder / "rest.pt")
+
+    folder = shared(common, name, write)
+    if folder not in _read:
+        model_name, weights, constants = torch.load(folder / "rest.pt")
+        model = onnx_ir.load(folder / "model.onnx")
+        for key in weights:
+            model.graph.initializers[key].const_value = None
+        _read[folder] = Graph(model_name, model, constants)
+    return _read[folder]

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(common: Path) -> Path:
     def make(folder: Path) -> None:
         from tests.helpers.small_release import write_release
 
         write_release(folder, 1, seed=1, dense=False)
         write_release(folder, 2, seed=2)
 
-    return shared(tmp_path_factory, "release", make)
+    return shared(common, "release", make)
 
 
 @pytest.fixture(scope="session")

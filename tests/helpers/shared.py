@@ -11,19 +11,24 @@ import pytest
 from filelock import FileLock
 
 
-def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that every worker of this run reads, and that no test may change.
+def common_folder(factory: pytest.TempPathFactory) -> Path:
+    """The folder that all workers of this run have in common."""
+    own = factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "common"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def shared(common: Path, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder in the common one that every worker reads, and that no test may change.
 
     Args:
-        factory: knows the folder of this run.
+        common: from `common_folder`.
         name: of the folder to make.
         make: fills the folder. Workers that ask meanwhile wait for it.
     """
-    own = factory.getbasetemp()
-    root = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
-    root.mkdir(exist_ok=True)
-    folder, made = root / name, root / f"{name}.made"
-    with FileLock(root / f"{name}.lock"):
+    folder, made = common / name, common / f"{name}.made"
+    with FileLock(common / f"{name}.lock"):
         if not made.exists():
             shutil.rmtree(folder, ignore_errors=True)  # another worker failed at it
             folder.mkdir()

@@ -7,7 +7,7 @@ import json
 import shutil
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,9 @@ def samples(name: str, model: onnx.ModelProto, random: np.random.Generator) -> S
     return Samples(inputs, [run(None, {source: values})[0] for values in inputs])
 
 
-def write_release(repository: Path, version: int, seed: int, *, dense: bool = True) -> None:
+def write_release(
+    repository: Path, version: int, seed: int, *, dense: bool = True, tasks: Sequence[str] = TASKS
+) -> None:
     random = np.random.default_rng(seed)
     release: dict[str, Any] = {
         "format": 1,
@@ -122,7 +124,7 @@ def write_release(repository: Path, version: int, seed: int, *, dense: bool = Tr
         "alpha": 0.5,
         "architecture": "ViT-B-32",
         "base_digest": "sha256:1",
-        "adapter_digest": "sha256:2",
+        "adapter_digest": f"sha256:{seed}",
         "precision": "fp32",
         "runtime": "onnxruntime",
         "agreement": {"tolerance": 1e-4},
@@ -143,14 +145,14 @@ def write_release(repository: Path, version: int, seed: int, *, dense: bool = Tr
         folder.mkdir(parents=True)
         onnx.save(model, folder / "model.onnx")
         samples(name, model, random).save(folder)
-    for name in TASKS:
+    for name in tasks:
         folder = repository / name / str(version)
         folder.mkdir(parents=True)
         shutil.copy(SOURCES / name / "model.py", folder)
         tokenizer = open_clip.get_tokenizer("ViT-B-32")
         release["tokenizer"] = write_tokenizer(tokenizer, folder / "tokenizer.json", dynamic_length=True)
         Release.from_dict(release).save(folder)
-    for name in (*encoders, *TASKS):
+    for name in (*encoders, *tasks):
         text = (SOURCES / name / "config.template.pbtxt").read_text()
         config = text_format.Parse(text, model_config_pb2.ModelConfig())
         path = repository / name / "config.pbtxt"

@@ -66,7 +66,7 @@ def test_configs_of_each_runtime_and_the_way_back(repository):
     openvino = parsed(exported.configured("openvino", 3))
     assert (openvino.backend, openvino.default_model_filename) == ("openvino", "model.onnx")
     # Its official backend would pad each batch to max_batch_size rows.
-    assert (openvino.max_batch_size, openvino.HasField("dynamic_batching")) == (0, False)
+    assert (openvino.max_batch_size, openvino.dynamic_batching.default_queue_policy.max_queue_size) == (0, 128)
     assert (list(openvino.input[0].dims), list(openvino.output[0].dims)) == ([-1, 16, 16, 3], [-1, 8])
     assert openvino.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU
     given = {"INFERENCE_NUM_THREADS": "3", "NUM_STREAMS": "1", "PERFORMANCE_HINT": "LATENCY"}
@@ -255,6 +255,6 @@ def test_the_table_says_why_one_is_left_out(repository, capsys):
 def test_auto_serves_the_fastest(own, monkeypatch):
     found = [Measured("image_encoder", "openvino", {1: 1.0}), Measured("image_encoder", "onnxruntime", {1: 2.0})]
     monkeypatch.setattr(choice, "measure", lambda *_: found)
-    made = choice.configure(own, "auto", 2, Installation(own, our_backends()), lambda line: None)
+    made = choice.configure(own, [], "auto", 2, Installation(own, our_backends()), lambda line: None)
     assert made.measured == found
     assert parsed(made.configs["image_encoder"]).backend == "openvino"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -44,7 +45,8 @@ def parent(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
         (folder / "model.py").write_text("import time\ntime.sleep(60)\n")
     with subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], start_new_session=True) as process:
         yield process
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def looked(parent: subprocess.Popen[bytes]) -> tuple[Watch, dict[str, int]]:
@@ -247,13 +249,12 @@ FINE, REFUSED, BROKEN = Answer(200, {}), Answer(400, {"error": "[no_labels] ..."
 
 
 def stepped(control: Asked, monkeypatch: pytest.MonkeyPatch, busy: int = 0) -> list[list[str]]:
-    """What three rounds of a probe find; `busy` is the work done meanwhile, in hundredths of a second."""
-    now, work = [0.0], [0]
+    """What three rounds of a probe find; `busy` is the work done in PATIENCE, in hundredths of a second."""
+    now = [0.0]
     monkeypatch.setattr(probe, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def ticks(_: object) -> int:
-        work[0] += busy
-        return work[0]
+        return round(now[0] * busy / PATIENCE)
 
     asking, found = Probe(control, ticks), []  # type: ignore[arg-type]
     for _ in range(3):
@@ -285,7 +286,7 @@ def test_one_silence_is_none(monkeypatch):
 
 def test_who_is_silent_but_works_is_busy(monkeypatch):
     assert stepped(Asked(), monkeypatch, busy=probe.MOVED) == [[], [], []]
-    assert stepped(Asked(), monkeypatch, busy=probe.MOVED - 1) != [[], [], []]
+    assert stepped(Asked(), monkeypatch, busy=probe.MOVED - 3) != [[], [], []]
 
 
 def test_a_server_that_is_silent_is_named_alone(monkeypatch):

@@ -1,0 +1,171 @@
+"""Where `radapter-release` speaks with a running `radapter-serve`: a socket in the server's folder, lines of JSON.
+
+The folder lets its owner in, and nobody else. A request is one line, such as `{"do": "load", "releases": [2]}`. The
+answer is lines of `{"say": ...}`, and a last one of `{"done": ...}` or `{"error": ...}`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.server.processes import FOLDER_PREFIX
+from radapter_serve.server.releases import Releases
+from radapter_serve.server.triton_server import TritonServer
+
+SOCKET = "release.sock"
+MOST = 8  # callers at once
+LONGEST = 4096  # bytes of a request
+HEARING = 5.0  # seconds to wait for a request
+TIDY = 15.0  # seconds between two looks whether an index still needs an older release
+
+
+class Desk:
+    """Hears requests for a server, as a context manager.
+
+    Args:
+        server: that runs.
+    """
+
+    def __init__(self, server: TritonServer) -> None:
+        self._server, self._releases = server, Releases(server)
+        self._callers = threading.BoundedSemaphore(MOST)
+        self._closed = threading.Event()
+
+    def __enter__(self) -> Desk:
+        folder = self._server.folder
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with _short(folder) as path:
+            self._socket.bind(path)
+        self._socket.listen(MOST)
+        self._socket.settimeout(TIDY)
+        threading.Thread(target=self._run, name="desk", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            try:
+                caller, _ = self._socket.accept()
+            except TimeoutError:
+                self._releases.tidy()
+                continue
+            except OSError:
+                return
+            if not self._callers.acquire(blocking=False):
+                caller.close()
+                continue
+            # Not shared with others: tritonserver ends with the thread that started it.
+            threading.Thread(target=self._serve, args=(caller,), name="desk caller", daemon=True).start()
+
+    def _serve(self, caller: socket.socket) -> None:
+        def say(**line: Any) -> None:
+            with contextlib.suppress(OSError):  # who left is told nothing; what he asked for goes on
+                caller.sendall(json.dumps(line).encode() + b"\n")
+
+        try:
+            with caller:
+                caller.settimeout(HEARING)
+                with caller.makefile("rb") as lines:
+                    request = json.loads(lines.readline(LONGEST))
+                say(done=self._answer(request, lambda line: say(say=line)))
+        except RAdapterError as error:
+            say(error=str(error))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            say(error=f"this server does not understand the request ({error}); use the radapter-release of its version")
+        finally:
+            self._callers.release()
+
+    def _answer(self, request: dict[str, Any], say: Callable[[str], None]) -> Any:
+        if request["do"] == "load":
+            return self._releases.load([int(one) for one in request["releases"]], say)
+        if request["do"] == "rollback":
+            return self._releases.rollback(say)
+        if request["do"] == "state":
+            server = self._server
+            return {
+                "repository": str(server.model_repository),
+                "http_port": server.http_port,
+                "url": server.http_url,
+                "releases": server.served.releases,
+                "before": server.served.before,
+                "kept": {str(version): names for version, names in server.kept.items()},
+            }
+        raise ValueError(request["do"])
+
+
+def ask(folder: Path, request: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> Any:
+    """Ask the server that has this folder.
+
+    Args:
+        folder: of the server.
+        request: as above.
+        say: called with the lines before the answer.
+
+    Raises:
+        RAdapterError: the server refuses, or ends meanwhile.
+        OSError: nobody hears there.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+        server.settimeout(HEARING if request["do"] == "state" else None)
+        with _short(folder) as path:
+            server.connect(path)
+        server.sendall(json.dumps(request).encode() + b"\n")
+        with server.makefile("rb") as lines:
+            for line in lines:
+                answer = json.loads(line)
+                if "done" in answer:
+                    return answer["done"]
+                if "error" in answer:
+                    raise RAdapterError(answer["error"])
+                say(answer["say"])
+    raise RAdapterError("the server ended before it had answered; see what it serves now: radapter-release list")
+
+
+def find_server(repository: Path, http_port: int | None = None) -> Path | None:
+    """The folder of the running server of a model repository; None if there is none.
+
+    Args:
+        repository: the model repository.
+        http_port: which of several; any if None.
+
+    Raises:
+        RAdapterError: several servers serve it, or none of this port.
+    """
+    found = {}
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+        with contextlib.suppress(OSError, ValueError, RAdapterError):  # another user's, or one that is gone
+            state = ask(folder, {"do": "state"})
+            if state["repository"] == str(repository.resolve()):
+                found[int(state["http_port"])] = folder
+    if http_port is not None and http_port not in found:
+        ports = ", ".join(map(str, sorted(found))) or "no port at all"
+        raise RAdapterError(f"no server of {repository} listens on port {http_port} of this machine, but on {ports}")
+    if http_port is None and len(found) > 1:
+        raise RAdapterError(
+            f"several servers serve {repository}; choose one: --http-port {' or '.join(map(str, sorted(found)))}"
+        )
+    return next(iter(found.values()), None) if http_port is None else found[http_port]
+
+
+@contextlib.contextmanager
+def _short(folder: Path) -> Iterator[str]:
+    """The socket's path, short enough for the system however long the folder's is."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{handle}/{SOCKET}"
+    finally:
+        os.close(handle)

@@ -1,0 +1,151 @@
+"""What a server is to load: its models with their versions and configs, for some releases of a repository."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.index.index import FACTS, read_facts
+from radapter_serve.release.integrity import check
+from radapter_serve.release.release import Release
+from radapter_serve.release.repository import (
+    CONFIG,
+    MODELS,
+    TASKS,
+    config_of,
+    encoders_of,
+    releases_of,
+    versions_of,
+)
+
+#: what embeds the queries to an index
+EMBEDDING = ("image_encoder", "text_encoder", "embed_image", "embed_text")
+MOST_KEPT = 2  # releases that are loaded for the sake of indexes alone
+
+
+@dataclass(frozen=True)
+class Offered:
+    """A model as a server loads it: versions, and the text of a config.pbtxt that names them."""
+
+    versions: tuple[int, ...]
+    config: str
+
+    def at(self, versions: Collection[int]) -> Offered:
+        """The same in other versions."""
+        config = parsed(self.config)
+        config.version_policy.specific.versions[:] = sorted(versions)
+        return Offered(tuple(sorted(versions)), str(text_format.MessageToString(config)))
+
+
+def parsed(text: str) -> Any:
+    """A `ModelConfig` from the text of a config.pbtxt."""
+    return text_format.Parse(text, model_config_pb2.ModelConfig(), allow_unknown_field=True)
+
+
+def line_up(
+    repository: Path, releases: Sequence[int], kept: Sequence[int], encoders: Mapping[str, str]
+) -> dict[str, Offered]:
+    """The models of some releases, in the order of loading.
+
+    The configs of tasks name the releases that are served, for clients to read. Those of encoders name none: with a
+    config that stays the same, Triton goes on with the versions that it has and loads the others beside them.
+
+    Args:
+        repository: the model repository.
+        releases: served.
+        kept: whose embeddings alone are served, for the indexes that they made.
+        encoders: the config of each for this machine, by name.
+    """
+    found = {}
+    facts = {
+        version: json.dumps(Release.load(repository / MODELS[-1] / str(version)).to_dict()) for version in releases
+    }
+    for model in MODELS:
+        there = versions_of(repository / model)
+        versions = [one for one in releases if one in there]
+        if not versions:
+            continue
+        config = parsed(encoders[model]) if model in encoders else config_of(repository, model, versions[-1])
+        for name in [name for name in config.parameters if name.split(".")[0] == "release"]:
+            del config.parameters[name]
+        if model in TASKS:
+            named = {f"release.{version}": facts[version] for version in versions} | {"release": facts[versions[-1]]}
+            for name, text in named.items():
+                config.parameters[name].string_value = text
+        more = [one for one in kept if one in there and model in EMBEDDING]
+        found[model] = Offered((), text_format.MessageToString(config)).at({*versions, *more})
+    return found
+
+
+def others(repository: Path) -> dict[str, Offered]:
+    """Models that belong to no release, as their owner wrote them."""
+    released = MODELS if releases_of(repository) else ()
+    return {
+        path.parent.name: Offered(tuple(versions), path.read_text(encoding="utf-8"))
+        for path in sorted(repository.glob(f"*/{CONFIG}"))
+        if path.parent.name not in released and (versions := versions_of(path.parent))
+    }
+
+
+def kept_for_indexes(repository: Path, releases: Sequence[int], indexes: Path) -> dict[int, list[str]]:
+    """Older releases that made an index that is still there, with the names of the indexes; the newest first.
+
+    A newer release than those that are served is none of them: it would answer whoever names no release. Nor is one
+    whose files are not those of its export, or whose encoders cannot be loaded beside the others.
+
+    Args:
+        repository: the model repository.
+        releases: served.
+        indexes: folder of the indexes.
+    """
+    wanted = []
+    for path in sorted(indexes.glob(f"*/{FACTS}")):
+        try:
+            facts = read_facts(path.parent)
+            wanted.append((path.parent.name, str(facts["release_digest"]), float(facts["release"]["alpha"])))
+        except (RAdapterError, KeyError, TypeError, ValueError):
+            continue  # a broken one is refused when it is asked for
+    found: dict[int, list[str]] = {}
+    for name, digest, alpha in wanted if releases else ():
+        matching = [one for one in releases_of(repository) if _made(repository, one, digest, alpha)]
+        older = [one for one in matching if one < max(releases)]
+        if older and not set(matching) & set(releases):
+            found.setdefault(older[-1], []).append(name)
+    fitting = [version for version in sorted(found, reverse=True) if _fits(repository, releases, version)]
+    return {version: found[version] for version in fitting[:MOST_KEPT]}
+
+
+def _fits(repository: Path, releases: Sequence[int], version: int) -> bool:
+    try:
+        check(repository, [version])
+        live = {one.name: one.config for one in encoders_of(repository, releases)}
+        own = {one.name: one.config for one in encoders_of(repository, [version])}
+    except RAdapterError:
+        return False
+    return not any(difference(live[name], own[name]) for name in own if name in EMBEDDING)
+
+
+def _made(repository: Path, version: int, digest: str, alpha: float) -> bool:
+    try:
+        release = Release.load(repository / MODELS[-1] / str(version))
+        return (release.at(alpha) if release.dynamic_alpha else release).digest == digest
+    except RAdapterError:
+        return False
+
+
+def difference(one: Any, other: Any) -> str:
+    """Why versions of an encoder with these configs cannot be loaded side by side; empty if they can."""
+    for field in ("backend", "default_model_filename", "max_batch_size"):
+        if getattr(one, field) != getattr(other, field):
+            return f"its {field} is {getattr(other, field)!r} and not {getattr(one, field)!r}"
+    for kind in ("input", "output"):
+        if list(getattr(one, kind)) != list(getattr(other, kind)):
+            return f"its {kind}s have other shapes or types"
+    return ""

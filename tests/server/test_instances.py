@@ -1,0 +1,79 @@
+"""How many processes a server has, and whether /dev/shm holds them; no server needed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from radapter_serve.cli.serve import main
+from radapter_serve.errors import RAdapterError
+from radapter_serve.server import instances
+from radapter_serve.server.instances import check_shared_memory, counts, with_instances
+
+TASKS = ("classify", "embed_image", "embed_text", "retrieve", "segment")
+MIB = 2**20
+
+
+def test_counts():
+    assert counts(()) == {}
+    assert counts(["3"]) == dict.fromkeys(TASKS, 3)
+    assert counts(["segment=4", "2"]) == {**dict.fromkeys(TASKS, 2), "segment": 4}
+    assert counts(["segment=4"]) == {"segment": 4}
+
+
+@pytest.mark.parametrize("bad", ["0", "65", "-1", "two", "segment=", "segment=0", "nothing=2", "text_encoder=2"])
+def test_bad_counts(bad, repository, capsys):
+    with pytest.raises(RAdapterError, match=f"--instances {bad}: "):
+        counts([bad])
+    if bad == "0":
+        assert main([str(repository), "--instances", "0"]) == 2
+        assert "--instances 0: allowed are 1 to 64, for all tasks (2) or for one (segment=2)" in capsys.readouterr().err
+
+
+def test_only_the_tasks_that_are_named_change():
+    configs = {"classify": "instance_group { count: 1 kind: KIND_CPU }", "image_encoder": "instance_group { count: 1 }"}
+    changed = with_instances(configs, {"classify": 3})
+    group = text_format.Parse(changed["classify"], model_config_pb2.ModelConfig()).instance_group[0]
+    assert (group.count, group.kind) == (3, model_config_pb2.ModelInstanceGroup.KIND_CPU)
+    assert changed["image_encoder"] == configs["image_encoder"]
+
+
+def found(monkeypatch: pytest.MonkeyPatch, size: int, free: int) -> None:
+    """Let /dev/shm have so many MiB."""
+    state = SimpleNamespace(f_frsize=MIB, f_blocks=size, f_bavail=free)
+    monkeypatch.setattr(instances, "os", SimpleNamespace(statvfs=lambda _: state))
+
+
+def test_shared_memory_too_small_to_start_is_refused_with_what_to_set(monkeypatch):
+    configs = {
+        "classify": 'backend: "python" instance_group { count: 4 }',
+        "image_encoder": 'backend: "onnxruntime" max_batch_size: 64 '
+        "input { data_type: TYPE_UINT8 dims: [ 224, 224, 3 ] } instance_group { count: 1 }",
+    }
+    versions = {"classify": [1, 2], "image_encoder": [2]}
+    found(monkeypatch, 64, 17)  # nine processes
+    with pytest.raises(RAdapterError, match=r"has 17 MiB free, and 9 model processes need 18 MiB; .*--shm-size=128m"):
+        check_shared_memory(configs, versions, ["python", "onnxruntime"])
+    found(monkeypatch, 64, 18)
+    warning = check_shared_memory(configs, versions, ["python", "onnxruntime"])
+    # 9 x (2 MiB + 64 x 224 x 224 x 3 bytes)
+    assert warning is not None and "/dev/shm has 64 MiB; many full batches at once need 100 MiB" in warning
+    found(monkeypatch, 128, 128)
+    assert check_shared_memory(configs, versions, ["python", "onnxruntime"]) is None
+    found(monkeypatch, 64, 15)
+    with pytest.raises(RAdapterError, match="8 model processes"):  # a backend in C++ has none
+        check_shared_memory(configs, versions, ["python"])
+
+
+def test_every_queue_has_an_end():
+    from radapter_export.repository import sources
+
+    for template in sources().glob("*/config.template.pbtxt"):
+        config = text_format.Parse(template.read_text(), model_config_pb2.ModelConfig())
+        policy = config.dynamic_batching.default_queue_policy
+        assert 0 < policy.max_queue_size <= 1000 and 0 < policy.default_timeout_microseconds <= 300e6, template
+        assert policy.timeout_action == model_config_pb2.ModelQueuePolicy.REJECT
+        assert policy.allow_timeout_override

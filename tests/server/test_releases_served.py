@@ -1,0 +1,247 @@
+"""Releases on a real server: a switch under load, the way back, what is refused, indexes, and a crash in the middle."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from radapter_client import Client, InvalidRequest
+from radapter_serve.cli.release import main
+from radapter_serve.errors import RAdapterError
+from radapter_serve.index.build import build
+from radapter_serve.release.agreement import Samples
+from radapter_serve.release.served import Served
+from radapter_serve.runtimes.local_release import LocalRelease
+from radapter_serve.server import releases as module
+from radapter_serve.server.desk import Desk, find_server
+from radapter_serve.server.releases import Releases
+from radapter_serve.server.supervisor import Supervisor
+from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.watch import SERVER
+from tests.helpers.small_release import LABELS, TASKS, Local, png, seal, write_release
+
+pytestmark = pytest.mark.triton
+
+LOADERS = 4  # over each protocol
+IMAGES = [png(number) for number in range(4)]
+TEXTS = ["a cat", "Ölkäfer", "a red thing"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with two releases and digests, of which the first is served, and photos."""
+    folder = tmp_path_factory.mktemp("releases")
+    for version in (1, 2):
+        write_release(folder / "repository", version, seed=version, tasks=(*TASKS, "retrieve"))
+    seal(folder / "repository", 1, 2)
+    Served((1,)).save(folder / "repository")
+    (folder / "photos").mkdir()
+    for number, data in enumerate(IMAGES):
+        (folder / "photos" / f"{number}.png").write_bytes(data)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def running(folder: Path) -> Iterator[TritonServer]:
+    server = TritonServer(folder / "repository", "127.0.0.1", *free_ports(), indexes=folder / "indexes")
+    with server, Desk(server):
+        yield server
+
+
+@pytest.fixture
+def served(running: TritonServer) -> TritonServer:
+    """The server with release 1, whatever the test before has left."""
+    if running.served.releases != (1,):
+        Releases(running).load([1], lambda line: None)
+    return running
+
+
+class Load:
+    """Callers of every task over both protocols, who compare each answer with what its release answers here."""
+
+    def __init__(self, server: TritonServer, repository: Path) -> None:
+        self.answers: Counter[tuple[str, int]] = Counter()
+        self.wrong: list[str] = []
+        self._end = threading.Event()
+        self._expected = {version: self._local(repository, version) for version in (1, 2)}
+        urls = [server.grpc_url, server.http_url] * LOADERS
+        self._threads = [threading.Thread(target=self._ask, args=one) for one in enumerate(urls)]
+
+    def _local(self, repository: Path, version: int) -> dict[str, Any]:
+        local = Local(repository, version)
+        images = np.concatenate([one.unwrap() for one in local.embed_images([[data] for data in IMAGES])])
+        [texts] = [one.unwrap() for one in local.embed_texts([[text.encode() for text in TEXTS]])]
+        labels = local.embed_labels(LABELS, ["a photo of a {}."])
+        tops = [labels.labels[int(np.argmax(labels.embeds @ image))] for image in images]
+        return {"image": images, "text": texts, "tops": tops}
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        for thread in self._threads:
+            thread.join(60)
+
+    def _ask(self, number: int, url: str) -> None:
+        with Client(url, batch_size=1, concurrency=2) as client:
+            for turn in itertools.count(number):
+                if self._end.is_set():
+                    return
+                try:
+                    (self._embed_images, self._embed_texts, self._classify, self._segment)[turn % 4](client)
+                except Exception as error:
+                    self.wrong.append(f"{url}: {type(error).__name__}: {error}")
+
+    def _matching(self, kind: str, embeds: Any) -> None:
+        """All rows are of one release, though each was a request of its own."""
+        of = [one for one, known in self._expected.items() if np.allclose(embeds, known[kind], atol=1e-5)]
+        if len(of) != 1:
+            self.wrong.append(f"embeddings of {kind}s are of no release, or of two mixed")
+        self.answers.update((kind, one) for one in of)
+
+    def _embed_images(self, client: Client) -> None:
+        self._matching("image", client.embed_images(IMAGES))
+
+    def _embed_texts(self, client: Client) -> None:
+        self._matching("text", client.embed_texts(TEXTS))
+
+    def _classify(self, client: Client) -> None:
+        found = client.classify(IMAGES, LABELS)
+        [version] = {one.release for one in found}
+        if [one.top for one in found] != self._expected[version]["tops"]:
+            self.wrong.append(f"release {version} classifies as another")
+        self.answers["classify", version] += 1
+
+    def _segment(self, client: Client) -> None:
+        self.answers["segment", client.segment(IMAGES[0], LABELS).release] += 1
+
+
+def switch_under_load(server: TritonServer, repository: Path, times: int) -> None:
+    releases = Releases(server)
+    with Load(server, repository) as load:
+        for number in range(times):
+            target = 2 - number % 2
+            before = load.answers.copy()
+            releases.load([target], lambda line: None)
+            with Client(server.grpc_url) as client:
+                assert client.release().version == target
+                assert [one.version for one in client.releases()] == [target]
+                assert client.classify(IMAGES[0], LABELS).release == target
+            deadline = time.monotonic() + 60
+            kinds = ("image", "text", "classify", "segment")
+            while not all(load.answers[kind, target] > before[kind, target] for kind in kinds):
+                assert time.monotonic() < deadline, (load.answers, load.wrong[:5])
+                time.sleep(0.1)
+    assert not load.wrong, load.wrong[:5]
+
+
+def test_a_switch_and_the_way_back_under_load(served: TritonServer, folder: Path) -> None:
+    switch_under_load(served, folder / "repository", 2)
+
+
+@pytest.mark.slow
+def test_twenty_switches_under_load(served: TritonServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "prove", lambda *_: None)  # once is enough
+    switch_under_load(served, folder / "repository", 20)
+
+
+def test_the_command_speaks_with_the_server(
+    served: TritonServer, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = folder / "repository"
+    assert find_server(folder) is None
+    assert main(["load", "2", "--model-repository", str(repository)]) == 0
+    assert capsys.readouterr().out == "release 2 is served\n"
+    assert Served.load(repository) == Served((2,), (1,))
+    assert main(["list", str(repository), "--http-port", str(served.http_port)]) == 0
+    assert f"served at {served.http_url}" in capsys.readouterr().out
+    assert main(["rollback", str(repository)]) == 0
+    assert capsys.readouterr().out == "release 1 is served\n"
+    assert main(["load", "1", "--model-repository", str(repository)]) == 0
+    assert capsys.readouterr().out == "release 1 is served already\n"
+    assert served.models["classify"] == [1]
+
+
+def test_a_broken_release_leaves_the_old_one(served: TritonServer, folder: Path) -> None:
+    repository, say = folder / "repository", lambda line: None
+    path = repository / "image_encoder" / "2" / "model.onnx"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    message = r"release 2 was not loaded, and release 1 is served as before: .*image_encoder/2/model\.onnx differs"
+    try:
+        with pytest.raises(RAdapterError, match=message):
+            Releases(served).load([2], say)
+    finally:
+        path.write_bytes(whole)
+    # Its files are what was exported, but the graph does not compute what the samples say.
+    backup = folder / "samples.npz"
+    shutil.copy(path.with_name("samples.npz"), backup)
+    samples = Samples.load(path.parent)
+    Samples(samples.inputs, [-one for one in samples.references]).save(path.parent)
+    seal(repository, 2)
+    try:
+        with pytest.raises(
+            RAdapterError, match="release 1 is served as before: image_encoder of release 2 differs from"
+        ):
+            Releases(served).load([2], say)
+    finally:
+        shutil.copy(backup, path.with_name("samples.npz"))
+        seal(repository, 2)
+    with Client(served.http_url) as client:
+        assert client.classify(IMAGES[0], LABELS).release == 1
+    assert served.models["image_encoder"] == [1]
+
+
+def test_an_index_is_searched_by_the_release_that_made_it(served: TritonServer, folder: Path) -> None:
+    repository, index = folder / "repository", folder / "indexes" / "fötos"
+    build(str(folder / "photos"), index, LocalRelease(f"{repository}@1"))
+    releases, say = Releases(served), lambda line: None
+    with Client(served.grpc_url) as client:
+        before = client.search("a cat", index="fötos")
+        releases.load([2], say)
+        assert served.kept == {1: ["fötos"]} and served.models["embed_text"] == [1, 2]
+        assert served.models["classify"] == [2] and client.release().version == 2
+        assert client.search("a cat", index="fötos") == before
+        assert client.search(image=IMAGES[2], index="fötos")[0].id == "2.png"
+        build(str(folder / "photos"), index, LocalRelease(f"{repository}@2"))
+        after = client.search("a cat", index="fötos")
+        assert [one.score for one in after] != [one.score for one in before]
+        releases.tidy()
+        assert served.kept == {} and served.models["embed_text"] == [2] and served.models["image_encoder"] == [2]
+        assert client.search("a cat", index="fötos") == after
+        releases.rollback(say)  # it would answer whoever names no release
+        with pytest.raises(InvalidRequest, match="of another release"):
+            client.search("a cat", index="fötos")
+    shutil.rmtree(index)
+
+
+def test_a_server_that_dies_in_the_middle_of_a_switch_comes_back_as_it_was(served: TritonServer) -> None:
+    def kill(line: str) -> None:
+        if line.startswith("loading embed_image"):
+            served.kill(SERVER)
+
+    with pytest.raises(RAdapterError, match="release 1 is served as before"):
+        Releases(served).load([2], kill)
+    lines: list[str] = []
+    supervisor, deadline = Supervisor(served, lines.append), time.monotonic() + 90
+    while not (lines and "is back" in lines[-1]):
+        assert time.monotonic() < deadline, lines
+        supervisor.step()
+        time.sleep(0.2)
+    assert set(map(tuple, served.models.values())) == {(1,)}
+    with Client(served.grpc_url) as client:
+        assert client.classify(IMAGES[0], LABELS).release == 1
+    Releases(served).load([2], lambda line: None)  # and it can be done again
+    assert set(map(tuple, served.models.values())) == {(2,)}

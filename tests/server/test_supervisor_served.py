@@ -1,0 +1,184 @@
+"""A real tritonserver whose parts are killed, frozen, kept busy and overloaded, under the eyes of its clients."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from radapter_client import Client, RAdapterClientError
+from radapter_serve.server import probe
+from radapter_serve.server.supervisor import Supervisor
+from tests.helpers.fake_server import TASKS, FakeServer, write_repository
+
+pytestmark = pytest.mark.triton
+
+
+def order(**what: Any) -> bytes:
+    """An image that makes the stand-in wait ("sleep") or compute ("work")."""
+    return json.dumps(what).encode()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of one release with a short queue for `segment`."""
+    folder = write_repository(tmp_path_factory.mktemp("faults") / "model_repository")
+    for model in TASKS:
+        shutil.rmtree(folder / model / "1")
+    config = folder / "segment" / "config.pbtxt"
+    config.write_text(config.read_text().replace("max_queue_size: 128", "max_queue_size: 4"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[FakeServer]:
+    with FakeServer(folder, instances=["classify=2"], drain_seconds=5) as server:
+        yield server
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(40) as threads:
+        yield threads
+
+
+@pytest.fixture
+def clients(server: FakeServer) -> Iterator[list[Client]]:
+    found = [Client(url, timeout=60) for url in server.urls.values()]
+    yield found
+    for client in found:
+        client.close()
+
+
+class Watched:
+    """A supervisor that is told to look, and what it said."""
+
+    def __init__(self, server: FakeServer) -> None:
+        self.said: list[str] = []
+        self._supervisor = Supervisor(server, self.said.append)
+
+    def until(self, done: Callable[[], bool], seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not done():
+            assert time.monotonic() < deadline, self.said
+            self._supervisor.step()
+            time.sleep(0.1)
+
+    def until_back(self, name: str) -> None:
+        self.until(lambda: any(line.startswith(f"{name} is back") for line in self.said))
+
+
+def outcome(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except RAdapterClientError as error:
+        return f"{type(error).__name__} {error.code}"
+    return "an answer"
+
+
+def begun(threads: ThreadPoolExecutor, clients: list[Client], image: bytes) -> list[Future[str]]:
+    """Calls over each protocol that are under way."""
+    calls = [threads.submit(outcome, partial(client.classify, image, ["a"])) for client in clients]
+    time.sleep(0.7)
+    return calls
+
+
+def test_a_killed_process_of_a_model_is_back_and_its_callers_may_ask_again(server, clients, threads):
+    watched = Watched(server)
+    calls = begun(threads, clients, order(sleep=30))
+    for pid in server.processes("classify"):
+        os.kill(pid, signal.SIGKILL)
+    watched.until_back("classify")
+    assert [call.result() for call in calls] == ["ServerUnavailable restarting"] * 2
+    assert "classify version 2 died: it was killed by SIGKILL; starting it again" in watched.said[0]
+    for client in clients:
+        assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
+    assert len(server.processes("classify")) == 2
+
+
+def test_a_frozen_process_is_replaced(server, clients, threads):
+    watched = Watched(server)
+    calls = begun(threads, clients, order(sleep=30))
+    for pid in server.processes("classify"):
+        os.kill(pid, signal.SIGSTOP)
+    watched.until_back("classify")
+    assert [call.result() for call in calls] == ["ServerUnavailable restarting"] * 2
+    assert "a signal had stopped it, so it was killed" in watched.said[0]
+    assert outcome(lambda: clients[0].classify(b"x", ["a"])) == "an answer"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_that_is_killed_or_frozen_is_back_for_the_same_clients(server, clients, threads, number):
+    watched = Watched(server)
+    calls = begun(threads, clients, order(sleep=30))
+    server.signal(number)
+    watched.until_back("tritonserver")
+    assert [call.result() for call in calls] == ["ServerUnavailable None"] * 2
+    assert re.match("tritonserver died: (it was killed by SIGKILL|a signal had stopped it)", watched.said[0])
+    for client in clients:
+        deadline = time.monotonic() + 10
+        while outcome(partial(client.classify, b"x", ["a"])) != "an answer":
+            assert time.monotonic() < deadline
+
+
+def test_a_busy_task_is_left_alone_and_one_that_waits_for_nothing_is_started_again(
+    server, clients, threads, monkeypatch
+):
+    monkeypatch.setattr(probe, "EVERY", 0.2)
+    monkeypatch.setattr(probe, "PATIENCE", 1.0)
+    watched = Watched(server)
+    calls = [begun(threads, clients, order(work=6)) for _ in range(2)]  # both processes, and a queue behind them
+    watched.until(lambda: all(call.done() for pair in calls for call in pair))
+    assert watched.said == []
+    assert {call.result() for pair in calls for call in pair} == {"an answer"}
+    calls = [begun(threads, clients, order(sleep=300)) for _ in range(2)]
+    watched.until_back("classify")
+    assert "the process of classify died: it no longer answered, so it was killed" in watched.said[0]
+    assert {call.result() for pair in calls for call in pair} == {"ServerUnavailable restarting"}
+
+
+def test_many_large_requests_at_once_are_refused_and_take_bounded_memory(server, clients, threads):
+    def resident() -> int:
+        return int(Path(f"/proc/{server._process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before, most, done = resident(), [0], threading.Event()
+
+    def measure() -> None:
+        while not done.wait(0.05):
+            most[0] = max(most[0], resident())
+
+    threads.submit(measure)
+    busy = threads.submit(outcome, lambda: clients[0].segment(order(sleep=3), ["a"]))
+    time.sleep(0.7)
+    image = order(sleep=0, rest="x" * (4 << 20))
+    calls = [threads.submit(outcome, partial(clients[n % 2].segment, image, ["a"])) for n in range(60)]
+    found = [call.result() for call in calls]
+    done.set()
+    assert busy.result() == "an answer"
+    assert set(found) == {"an answer", "ServerUnavailable overloaded"}
+    # 60 of them are 240 MiB. Few callers at once send: 38 of them.
+    assert found.count("an answer") <= 4 + 40
+    assert most[0] - before < 38 * 3 * len(image)
+
+
+def test_stopping_lets_calls_under_way_finish(folder, threads):
+    with FakeServer(folder) as server:
+        clients = [Client(url, timeout=30) for url in server.urls.values()]
+        calls = begun(threads, clients, order(sleep=2))
+        stopping = threads.submit(server.stop)
+        assert [call.result() for call in calls] == ["an answer"] * 2
+        for client in clients:
+            client.close()
+        stopping.result()
+    assert server.deaths()[0].why == "it was not started, or it was stopped"

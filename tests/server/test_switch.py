@@ -1,0 +1,287 @@
+"""The order of a switch, whatever fails in it, on a stand-in for tritonserver; and what a repository remembers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from radapter_serve.cli.release import main
+from radapter_serve.errors import RAdapterError
+from radapter_serve.release.repository import ENCODERS, TASKS, encoders_of, named_releases
+from radapter_serve.release.served import Served
+from radapter_serve.server.control import NoAnswer, ServedVersion
+from radapter_serve.server.launch import MODELS, put
+from radapter_serve.server.lineup import Offered, kept_for_indexes, line_up, parsed
+from radapter_serve.server.releases import back, known
+from radapter_serve.server.switch import check_side_by_side, switch
+from tests.helpers.small_release import seal
+
+NEEDS = {"classify": ["image_encoder", "text_encoder"], "segment": ["image_encoder", "patch_encoder", "text_encoder"]}
+NEEDS |= {"embed_image": ["image_encoder"], "embed_text": ["text_encoder"], "retrieve": ["embed_image", "embed_text"]}
+
+
+def offer(*versions: int, facts: str = "", **tensors: int) -> Offered:
+    inputs = "".join(f'input {{ name: "{name}" dims: [{size}] }}' for name, size in tensors.items())
+    return Offered((), f'{inputs} parameters {{ key: "release" value: {{ string_value: "{facts}" }} }}').at(versions)
+
+
+def models(*versions: int, patches: bool = True) -> dict[str, Offered]:
+    found = {name: offer(*versions) for name in ENCODERS if patches or name != "patch_encoder"}
+    return found | {name: offer(*versions, facts=str(versions)) for name in TASKS}
+
+
+class StandIn:
+    """A server and its tritonserver: what it loads is what its folder holds then."""
+
+    def __init__(self, offered: dict[str, Offered]) -> None:
+        self.offered = dict(offered)
+        self.loaded = {name: set(model.versions) for name, model in offered.items()}
+        self.leaving: dict[str, set[int]] = {}
+        self.steps: list[str] = []
+        self.fails: set[int] = set()  # numbers of loads
+        self.dies_at = -1
+        self.dense = {1, 2, 3}  # releases with patches
+        self.control = self
+
+    def put(self, name: str, model: Offered | None) -> None:
+        if model is None:
+            del self.offered[name]
+        else:
+            self.offered[name] = model
+
+    def renewed(self) -> None:
+        self.live()
+
+    def live(self) -> None:
+        if 0 <= self.dies_at <= len(self.steps):
+            raise NoAnswer("no answer (connection refused)")
+
+    def load(self, model: str, *, timeout: float) -> None:
+        assert timeout > 0
+        self.live()
+        number = len(self.steps)
+        self.steps.append(model)
+        if number in self.fails:
+            raise RAdapterError("out of memory")
+        versions = set(self.offered[model].versions)
+        if model in TASKS:
+            self.leaving[model] = self.loaded.get(model, set()) - versions
+        self.loaded[model] = versions
+        self.check()
+
+    def unload(self, model: str, *, timeout: float = 30.0) -> None:
+        self.live()
+        assert timeout > 0
+        self.loaded.pop(model, None)
+        self.check()
+
+    def index(self, *, ready: bool = False) -> list[ServedVersion]:
+        self.live()
+        assert not ready
+        going = [ServedVersion(name, one, "UNLOADING") for name, those in self.leaving.items() for one in those]
+        if going:
+            self.leaving[going[0].model].discard(going[0].version)  # one call ends after the other
+        return going
+
+    def check(self) -> None:
+        """What a task that answers, or is about to, calls is there in its own version."""
+        for task, needed in NEEDS.items():
+            for version in self.loaded.get(task, set()) | self.leaving.get(task, set()):
+                for name in needed:
+                    if name in ENCODERS and (name != "patch_encoder" or version in self.dense):
+                        assert version in self.loaded.get(name, ()), f"{task} {version} has no {name}"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("radapter_serve.server.switch.time.sleep", lambda _: None)
+
+
+@pytest.mark.parametrize(("before", "after"), [((1,), (2,)), ((2,), (1,)), ((1, 2), (3,)), ((3,), (2, 3))])
+def test_every_task_has_its_encoders_at_every_moment(before: tuple[int, ...], after: tuple[int, ...]) -> None:
+    server, new = StandIn(models(*before)), models(*after)
+    switch(server, new, lambda line: None)
+    assert server.offered == new
+    assert server.loaded == {name: set(after) for name in new}
+    assert not any(server.leaving.values())
+    first = server.steps[: len(ENCODERS)]
+    assert first == list(ENCODERS) and set(server.steps[len(ENCODERS) : len(new)]) == set(TASKS)
+
+
+@pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)])
+def test_a_model_that_only_one_release_has(before: bool, after: bool) -> None:
+    server, new = StandIn(models(1, patches=before)), models(2, patches=after)
+    server.dense = {1} if before else {2}
+    switch(server, new, lambda line: None)
+    assert server.offered == new and server.loaded == {name: {2} for name in new}
+
+
+@pytest.mark.parametrize("number", range(len(models(1))))
+def test_whatever_does_not_load_all_is_as_it_was(number: int) -> None:
+    old = models(1)
+    server = StandIn(old)
+    server.fails = {number}
+    with pytest.raises(RAdapterError, match="does not load: out of memory"):
+        switch(server, models(2), lambda line: None)
+    assert server.offered == old
+    assert server.loaded == {name: {1} for name in old}
+
+
+@pytest.mark.parametrize("steps", range(len(models(1)) + len(ENCODERS)))
+def test_a_server_that_dies_comes_back_with_one_release_as_a_whole(steps: int) -> None:
+    """Before the last task is loaded with the old one, from then on with the new one."""
+    old, new = models(1), models(2)
+    server = StandIn(old)
+    server.dies_at = steps
+    if steps <= len(old):
+        with pytest.raises(RAdapterError, match="no answer"):
+            switch(server, new, lambda line: None)
+        assert server.offered == old
+    else:
+        switch(server, new, lambda line: None)
+        assert server.offered == new
+
+
+def test_encoders_keep_their_config_so_that_triton_goes_on_with_those_it_has() -> None:
+    """Triton loads a version again where anything but the version policy and the instances of its config changes."""
+    old, new = models(1), models(2)
+    old["image_encoder"] = offer(1, facts="threads of this server")
+    server, seen = StandIn(old), []
+    load = server.load
+
+    def record(model: str, *, timeout: float) -> None:
+        seen.append((model, parsed(server.offered[model].config).parameters["release"].string_value))
+        load(model, timeout=timeout)
+
+    server.load = record  # type: ignore[method-assign]
+    switch(server, new, lambda line: None)
+    assert {facts for model, facts in seen if model == "image_encoder"} == {"threads of this server"}
+    assert {facts for model, facts in seen if model == "classify"} == {"(2,)"}
+
+
+def test_encoders_of_other_shapes_cannot_stand_side_by_side() -> None:
+    check_side_by_side({"image_encoder": offer(1, image=8)}, {"image_encoder": offer(2, image=8)})
+    with pytest.raises(RAdapterError, match=r"image_encoder .* its inputs have other shapes .*; stop the server"):
+        check_side_by_side({"image_encoder": offer(1, image=8)}, {"image_encoder": offer(2, image=16)})
+
+
+# What a repository and its indexes say
+
+
+@pytest.fixture
+def sealed(repository: Path, tmp_path: Path) -> Path:
+    shutil.copytree(repository, tmp_path / "repository")
+    seal(tmp_path / "repository", 1, 2)
+    return tmp_path / "repository"
+
+
+def test_the_newest_export_is_served_until_somebody_chooses(sealed: Path) -> None:
+    assert Served.load(sealed) == Served((1, 2))  # of one export
+    chosen = Served.load(sealed).next([1])
+    assert chosen == Served((1,), (1, 2))
+    chosen.save(sealed)
+    assert Served.load(sealed) == chosen
+    assert back(chosen) == Served((1, 2), (1,))
+    with pytest.raises(RAdapterError, match="no release was served before"):
+        back(Served((1,)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "could not read"),
+        ('{"releases": 1, "before": []}', "could not read"),
+        ('{"releases": ["x"], "before": []}', "could not read"),
+        ('{"releases": [], "before": []}', "says that release none is served"),
+        ('{"releases": [7], "before": []}', "says that release 7 is served, and .* holds 1, 2; choose one"),
+    ],
+)
+def test_what_served_json_says_may_be_broken(sealed: Path, text: str, message: str) -> None:
+    (sealed / "served.json").write_text(text)
+    with pytest.raises(RAdapterError, match=message):
+        Served.load(sealed)
+
+
+def test_without_a_server_the_next_start_is_chosen(sealed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["load", "1", "--model-repository", str(sealed)]) == 0
+    assert "from its next start on, release 1 is served" in capsys.readouterr().out
+    assert json.loads((sealed / "served.json").read_text()) == {"releases": [1], "before": [1, 2]}
+    assert main(["rollback", str(sealed)]) == 0
+    assert Served.load(sealed).releases == (1, 2)
+    assert main(["list", str(sealed)]) == 0
+    shown = capsys.readouterr().out
+    assert "yes, by default" in shown and "no server runs here" in shown
+    (sealed / "text_encoder" / "1" / "model.onnx").write_bytes(b"")
+    assert main(["load", "1", "--model-repository", str(sealed)]) == 2
+    assert "text_encoder/1/model.onnx is empty" in capsys.readouterr().err
+    assert main(["load", "9", "--model-repository", str(sealed)]) == 2
+    assert "no release 9" in capsys.readouterr().err
+    assert main(["list", str(sealed), "--http-port", "1"]) == 2
+    assert Served.load(sealed).releases == (1, 2)
+    assert known(sealed, [2, 1, 2]) == [1, 2]
+
+
+def test_tasks_name_the_releases_that_are_served_and_encoders_none(sealed: Path) -> None:
+    encoders = {one.name: one.configured("onnxruntime", 1) for one in encoders_of(sealed, [1])}
+    found = line_up(sealed, [1], [], encoders)
+    assert list(found) == [name for name in (*ENCODERS, *TASKS) if name not in ("patch_encoder", "retrieve")]
+    for name, model in found.items():
+        config = parsed(model.config)
+        assert list(config.version_policy.specific.versions) == [1]
+        if name in TASKS:
+            assert list(named_releases(config)) == [1]
+            assert json.loads(config.parameters["release"].string_value)["version"] == 1
+        else:
+            assert not [key for key in config.parameters if key.startswith("release")]
+
+
+def write_index(indexes: Path, name: str, digest: str) -> None:
+    (indexes / name).mkdir(parents=True, exist_ok=True)
+    facts = {"format": 2, "release_digest": digest, "release": {"alpha": 0.5}}
+    (indexes / name / "index.json").write_text(json.dumps(facts))
+
+
+def test_an_older_release_stays_for_its_index_and_a_newer_one_does_not(sealed: Path, tmp_path: Path) -> None:
+    digests = {one: encoders_of(sealed, [one])[0].facts.digest for one in (1, 2)}
+    assert digests[1] != digests[2]
+    indexes = tmp_path / "indexes"
+    assert kept_for_indexes(sealed, [2], indexes) == {}
+    write_index(indexes, "fötos", digests[1])
+    write_index(indexes, "of another", "sha256:elsewhere")
+    (indexes / "broken").mkdir()
+    (indexes / "broken" / "index.json").write_text("{")
+    assert kept_for_indexes(sealed, [2], indexes) == {1: ["fötos"]}
+    assert kept_for_indexes(sealed, [1, 2], indexes) == {}
+    write_index(indexes, "new", digests[2])
+    assert kept_for_indexes(sealed, [1], indexes) == {}
+    flipped = (sealed / "text_encoder" / "1" / "model.onnx").read_bytes()
+    (sealed / "text_encoder" / "1" / "model.onnx").write_bytes(flipped[:-1])
+    assert kept_for_indexes(sealed, [2], indexes) == {}  # what is broken is not served
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    (tmp_path / "server" / MODELS).mkdir(parents=True)
+    yield tmp_path / "server"
+
+
+def test_the_folder_of_a_server_holds_what_is_offered_and_nothing_is_written_to_the_repository(
+    sealed: Path, folder: Path
+) -> None:
+    before = sorted(str(path) for path in sealed.rglob("*"))
+    for versions in ((1,), (1, 2), (2,)):
+        for name in ("image_encoder", "classify"):
+            put(folder, sealed, name, offer(*versions))
+            there = folder / MODELS / name
+            assert {path.name for path in there.iterdir()} == {"config.pbtxt", *map(str, versions)}
+            for version in versions:
+                names = {path.name for path in (sealed / name / str(version)).iterdir()}
+                assert {path.name for path in (there / str(version)).iterdir()} - {"__pycache__"} == names
+    assert (folder / MODELS / "classify" / "2" / "__pycache__").is_file()  # where Python would write
+    put(folder, sealed, "classify", None)
+    assert not (folder / MODELS / "classify").exists()
+    assert sorted(str(path) for path in sealed.rglob("*")) == before
