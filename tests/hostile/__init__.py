@@ -1,1 +1,1 @@
-"""Hostile requests against the gateway: made by number from a seed, sent over plain sockets, judged by what comes back."""
+"""Hostile requests for the gateway: made by number from a seed, sent over plain sockets, and judged."""

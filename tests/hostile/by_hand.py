@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from tests.helpers.small_release import png
 from tests.hostile import images
 from tests.hostile.asks import INDEX, KEY, TYPE, Ask, ask, good, message
 from tests.hostile.case import BROKEN, CHECKED, REFUSED, Case
 from tests.hostile.mutate import TEXTS, WHERE
-from tests.helpers.small_release import png
 
 Made = tuple[str, Callable[[], Case]]  # the kind, and what makes it, for some are large
 MIB = 2**20
@@ -77,7 +77,19 @@ def _http() -> Iterator[Made]:
     }
     for name, raw in lines.items():
         yield _one(f"HTTP: {name}", raw, promise=BROKEN, hang_up=1.0)
-    lengths = ("-1", "+5", "1e3", "0x10", "5, 5", "5,6", "99999999999999999999999", "18446744073709551616", "\u00b2", "", "5 5")
+    lengths = (
+        "-1",
+        "+5",
+        "1e3",
+        "0x10",
+        "5, 5",
+        "5,6",
+        "99999999999999999999999",
+        "18446744073709551616",
+        "\u00b2",
+        "",
+        "5 5",
+    )
     for length in lengths:
         raw = message("POST", INFER, {"Content-Length": length}, _text().body)
         yield _one("HTTP: Content-Length", raw, promise=BROKEN, hang_up=1.0)
@@ -86,7 +98,11 @@ def _http() -> Iterator[Made]:
     chunked = b"Transfer-Encoding: chunked\r\n"
     smuggled = b"0\r\n\r\nGET /metrics HTTP/1.1\r\nHost: x\r\n" + key + b"\r\n"
     yield _one("HTTP: smuggling", _headed(b"Content-Length: 5\r\n" + chunked + host) + smuggled, promise=BROKEN)
-    for odd in (b"Transfer-Encoding: chunked, identity\r\n", b"Transfer-Encoding: xchunked\r\n", b"Transfer-Encoding : chunked\r\n"):
+    for odd in (
+        b"Transfer-Encoding: chunked, identity\r\n",
+        b"Transfer-Encoding: xchunked\r\n",
+        b"Transfer-Encoding : chunked\r\n",
+    ):
         raw = _headed(b"Content-Length: 5\r\n" + odd + host) + smuggled
         yield _one("HTTP: smuggling", raw, promise=BROKEN, hang_up=1.0)
     said = message("POST", INFER, {"Content-Length": "1000"}, b'{"inputs"')
@@ -94,7 +110,13 @@ def _http() -> Iterator[Made]:
     yield _one("HTTP: body longer than said", _text().raw() + b"x" * 1000, promise=BROKEN, answers=2, hang_up=1.0)
     yield _one("HTTP: no Host", message("GET", "/v2/models/hacked", {"Host": None}), promise=BROKEN)
     yield _one("HTTP: two hosts", message("GET", "/v2/models/hacked", {"host": "a", "HOST": "b"}), promise=BROKEN)
-    for target in ("http://127.0.0.1:8000/v2/repository/index", "http://169.254.169.254/latest", "//example.org/v2", "*", "x"):
+    for target in (
+        "http://127.0.0.1:8000/v2/repository/index",
+        "http://169.254.169.254/latest",
+        "//example.org/v2",
+        "*",
+        "x",
+    ):
         yield _one("HTTP: absolute targets", message("GET", target, {}), promise=BROKEN, hang_up=1.0)
     for method, target in (("CONNECT", "127.0.0.1:8001"), ("CONNECT", "/v2"), ("TRACE", "/v2"), ("OPTIONS", "*")):
         yield _one(f"HTTP: {method}", message(method, target, {}), promise=BROKEN, hang_up=1.0)
@@ -102,7 +124,12 @@ def _http() -> Iterator[Made]:
         yield _one("HTTP: methods", message(method, INFER, {}))
     upgrade: dict[str, str | None] = {"Connection": "Upgrade", "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
     for name in ("websocket", "h2c", "TLS/1.0"):
-        asked = {**upgrade, "Upgrade": name, "Sec-WebSocket-Version": "13", "HTTP2-Settings": "AAMAAABkAARAAAAAAAIAAAAA"}
+        asked = {
+            **upgrade,
+            "Upgrade": name,
+            "Sec-WebSocket-Version": "13",
+            "HTTP2-Settings": "AAMAAABkAARAAAAAAAIAAAAA",
+        }
         yield _one("HTTP: upgrades", message("GET", "/v2/hacked", asked), promise=BROKEN, hang_up=1.0)
     yield _one("HTTP: Expect", message("POST", INFER, {"Expect": "200-maybe"}, b"x"))
     bad = message("POST", INFER, {}, b"{}")
@@ -117,15 +144,31 @@ def _headed(lines: bytes) -> bytes:
 def _chunks() -> Iterator[Made]:
     body, host = _text().body, f"Host: x\r\nAuthorization: Bearer {KEY}\r\n".encode()
     head = _headed(b"Transfer-Encoding: chunked\r\n" + host)
-    for size in (b"FFFFFFFFFFFFFFFF", b"FFFFFFFFFFFFFFFFF", b"-1", b"xyz", b"", b" 5", b"5 ", b"0x5", b"5;" + b"a" * 10**5):
+    for size in (
+        b"FFFFFFFFFFFFFFFF",
+        b"FFFFFFFFFFFFFFFFF",
+        b"-1",
+        b"xyz",
+        b"",
+        b" 5",
+        b"5 ",
+        b"0x5",
+        b"5;" + b"a" * 10**5,
+    ):
         yield _one("chunks: bad sizes", head + size + b"\r\n" + body + b"\r\n0\r\n\r\n", promise=BROKEN, hang_up=1.0)
     ones = b"".join(b"1\r\n%c\r\n" % byte for byte in b"{" * 20_000)
     yield _one("chunks: of one byte", head + ones + b"0\r\n\r\n")
     yield _one("chunks: longer than said", head + b"2\r\n" + body + b"\r\n0\r\n\r\n", promise=BROKEN, hang_up=1.0)
     yield _one("chunks: no end", head + b"2\r\n{}\r\n", promise=BROKEN, hang_up=0.5)
-    yield _one("chunks: huge trailer", head + b"2\r\n{}\r\n0\r\n" + b"X: y\r\n" * 50_000 + b"\r\n", promise=BROKEN, hang_up=1.0)
+    yield _one(
+        "chunks: huge trailer", head + b"2\r\n{}\r\n0\r\n" + b"X: y\r\n" * 50_000 + b"\r\n", promise=BROKEN, hang_up=1.0
+    )
     yield _later("chunk bomb: 200 MiB without end", lambda: head + (b"100000\r\n" + bytes(MIB) + b"\r\n") * 200)
-    yield _later("chunk bomb: 200 MiB of headers' kind", lambda: head + (b"100000;" + b"a" * MIB + b"\r\n" + bytes(MIB) + b"\r\n") * 70, BROKEN)
+    yield _later(
+        "chunk bomb: 200 MiB of headers' kind",
+        lambda: head + (b"100000;" + b"a" * MIB + b"\r\n" + bytes(MIB) + b"\r\n") * 70,
+        BROKEN,
+    )
 
 
 def _slow() -> Iterator[Made]:
@@ -144,11 +187,22 @@ def _slow() -> Iterator[Made]:
 
 def _bodies() -> Iterator[Made]:
     body = _text().body
-    for name, packed in (("gzip", gzip.compress(body, mtime=0)), ("deflate", zlib.compress(body)), ("br", body), ("gzip, gzip", body)):
+    for name, packed in (
+        ("gzip", gzip.compress(body, mtime=0)),
+        ("deflate", zlib.compress(body)),
+        ("br", body),
+        ("gzip, gzip", body),
+    ):
         yield _one("compressed bodies", message("POST", INFER, {"Content-Encoding": name}, packed))
     bomb = partial(gzip.compress, bytes(200 * MIB), mtime=0)
     yield _later("gzip bomb: 200 MiB in 200 kB", lambda: message("POST", INFER, {"Content-Encoding": "gzip"}, bomb()))
-    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/xml", "a" * 9000):
+    for kind in (
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data",
+        "application/xml",
+        "a" * 9000,
+    ):
         yield _one("content types", message("POST", INFER, {TYPE: kind}, body))
     form = {TYPE: "application/x-www-form-urlencoded"}
     yield _later("5 MiB as a form", lambda: message("POST", INFER, dict(form), b"x" * 5 * MIB))
@@ -204,18 +258,45 @@ def _closed() -> Iterator[Made]:
     gets = (
         *("repository/index", "models/stats", "models/classify/stats", "models/classify/versions/1/stats", "logging"),
         *("trace/setting", "models/classify/trace/setting", "systemsharedmemory/status", "cudasharedmemory/status"),
-        *("systemsharedmemory/region/x/status", "models", "models/", "health", "metrics", "..", "models/classify/../../metrics"),
+        *(
+            "systemsharedmemory/region/x/status",
+            "models",
+            "models/",
+            "health",
+            "metrics",
+            "..",
+            "models/classify/../../metrics",
+        ),
     )
     posts = (
         *("repository/index", "repository/models/classify/load", "repository/models/classify/unload", "logging"),
-        *("trace/setting", "systemsharedmemory/region/x/register", "systemsharedmemory/unregister", "models/classify/load"),
+        *(
+            "trace/setting",
+            "systemsharedmemory/region/x/register",
+            "systemsharedmemory/unregister",
+            "models/classify/load",
+        ),
         *("cudasharedmemory/region/x/register", "models/classify/generate", "models/classify/generate_stream"),
     )
     for path in gets:
         yield _one("doors that are closed: Triton's own", message("GET", f"/v2/{path}", {}))
     for path in posts:
-        yield _one("doors that are closed: Triton's own", message("POST", f"/v2/{path}", {}, b'{"key":"/radapter","offset":0}'))
-    for path in ("/", "/docs", "/openapi.json", "/v1/embeddings", "/.env", "/favicon.ico", "/admin", "/static/../../etc/passwd", "//", "/v2/", "/metrics/"):
+        yield _one(
+            "doors that are closed: Triton's own", message("POST", f"/v2/{path}", {}, b'{"key":"/radapter","offset":0}')
+        )
+    for path in (
+        "/",
+        "/docs",
+        "/openapi.json",
+        "/v1/embeddings",
+        "/.env",
+        "/favicon.ico",
+        "/admin",
+        "/static/../../etc/passwd",
+        "//",
+        "/v2/",
+        "/metrics/",
+    ):
         yield _one("doors that are closed: others", message("GET", path, {}))
     tokens = {"image_encoder": "image", "text_encoder": "tokens", "patch_encoder": "image"}
     for model, name in tokens.items():
@@ -224,7 +305,10 @@ def _closed() -> Iterator[Made]:
             raw = values.raw() if tail == "/infer" else message("GET", f"/v2/models/{model}{tail}", {})
             yield _one("doors that are closed: encoders", raw)
     wrong: list[dict[str, str | None]] = [{"Authorization": None}]
-    wrong += [{"Authorization": text} for text in ("", "Bearer", "Bearer x", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer \u00e9", "a" * 9000)]
+    wrong += [
+        {"Authorization": text}
+        for text in ("", "Bearer", "Bearer x", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer \u00e9", "a" * 9000)
+    ]
     for headers in wrong:
         yield _one("keys that are none", message("POST", INFER, headers, _text().body))
         yield _one("keys that are none", message("GET", "/metrics", headers))
@@ -235,9 +319,36 @@ def _names() -> Iterator[Made]:
     for text in TEXTS:
         name = "".join(f"%{byte:02x}" for byte in text.encode("utf-8", "surrogatepass"))[:3000]
         yield _one("names of models", message("POST", f"/v2/models/{name}/infer", {}, _text().body))
-    for name in ("../classify", "..%2fclassify", "classify%00", "CLASSIFY", "classify.", "classify;x", "%ff%fe", "a" * 10_000, "\u732b"):
+    for name in (
+        "../classify",
+        "..%2fclassify",
+        "classify%00",
+        "CLASSIFY",
+        "classify.",
+        "classify;x",
+        "%ff%fe",
+        "a" * 10_000,
+        "\u732b",
+    ):
         yield _one("names of models", message("POST", f"/v2/models/{name}/infer", {}, _text().body))
-    for version in ("0", "-1", "01", "3", "99", str(2**31), str(2**63), str(2**64), "1" * 500, "1.0", "x", "%00", "..", "+1", " 1", "\u0661"):
+    for version in (
+        "0",
+        "-1",
+        "01",
+        "3",
+        "99",
+        str(2**31),
+        str(2**63),
+        str(2**64),
+        "1" * 500,
+        "1.0",
+        "x",
+        "%00",
+        "..",
+        "+1",
+        " 1",
+        "\u0661",
+    ):
         path = f"/v2/models/embed_text/versions/{version.replace(' ', '%20')}"
         yield _one("versions", message("POST", f"{path}/infer", {}, ask("embed_text", {"text": ["a"]}).body))
         yield _one("versions", message("GET", f"{path}/config", {}))
@@ -254,7 +365,18 @@ def _names() -> Iterator[Made]:
 
 def _shapes() -> Iterator[Made]:
     shapes: list[Any] = [
-        *([2**62, 2**62], [2**32, 2**32], [2**63, 1], [2**31, 2**31, 2**31], [-1, -1], [0, 0], [0], [], [[1]], [1] * 10_000),
+        *(
+            [2**62, 2**62],
+            [2**32, 2**32],
+            [2**63, 1],
+            [2**31, 2**31, 2**31],
+            [-1, -1],
+            [0, 0],
+            [0],
+            [],
+            [[1]],
+            [1] * 10_000,
+        ),
         *([2**30, 2**34], [65, 1], [1, 0], [1, 1, 0], [1, -1], ["1", 1], [1.5, 1], [None], [True, True], {}, "1", None),
     ]
     for model, right in good().items():
@@ -270,7 +392,9 @@ def _shapes() -> Iterator[Made]:
 
 def _tensors() -> Iterator[Made]:
     for model, right in good().items():
-        needed = 1 if model in ("embed_image", "embed_text") else 2 if model == "retrieve" else len(right.head["inputs"])
+        needed = (
+            1 if model in ("embed_image", "embed_text") else 2 if model == "retrieve" else len(right.head["inputs"])
+        )
         for chosen in range(needed):
             missing = ask(model, {})
             missing.head["inputs"] = [one for number, one in enumerate(right.head["inputs"]) if number != chosen]
@@ -285,13 +409,24 @@ def _tensors() -> Iterator[Made]:
             wrong = ask(model, {"image" if "image" in right.head["inputs"][0]["name"] else "text": ["a"]})
             wrong.head["inputs"][0]["data"] = data
             yield _later(f"wrong types: {model}", wrong.raw)
-        for tail in (b"", b"\0", struct.pack("<I", 2**32 - 1), struct.pack("<I", 2**31) + b"a", struct.pack("<II", 0, 0), b"\xff" * 9):
+        for tail in (
+            b"",
+            b"\0",
+            struct.pack("<I", 2**32 - 1),
+            struct.pack("<I", 2**31) + b"a",
+            struct.pack("<II", 0, 0),
+            b"\xff" * 9,
+        ):
             name = right.head["inputs"][0]["name"]
             broken = ask(model, {name: ["a"]}, binary=True)
             broken.tail = tail
             broken.head["inputs"][0]["parameters"]["binary_data_size"] = len(tail)
             yield _later("texts that are longer than they say", broken.raw)
-        for parameters in ({"shared_memory_region": "x", "shared_memory_byte_size": 8}, {"x": 1}, {"binary_data_size": 0}):
+        for parameters in (
+            {"shared_memory_region": "x", "shared_memory_byte_size": 8},
+            {"x": 1},
+            {"binary_data_size": 0},
+        ):
             broken = right.copy()
             broken.head["inputs"][0] = {**broken.head["inputs"][0], "parameters": parameters}
             yield _later("shared memory and other parameters", broken.raw)
@@ -306,7 +441,14 @@ def _numbers() -> Iterator[Made]:
     image: list[Any] = [png(1, 20, 20)]
     nan, inf = np.array([np.nan], np.float32), np.array([np.inf], np.float32)
     for binary in (True, False):
-        for value in (nan, inf, -inf, np.array([-1], np.float32), np.array([1.01], np.float32), np.array([3e38], np.float32)):
+        for value in (
+            nan,
+            inf,
+            -inf,
+            np.array([-1], np.float32),
+            np.array([1.01], np.float32),
+            np.array([3e38], np.float32),
+        ):
             for name in ("threshold", "proposal_weight"):
                 inputs = {"image": image, "labels": ["a"], name: value}
                 yield _later("NaN, Infinity and other numbers", ask("segment", inputs, binary=binary).raw)
@@ -317,7 +459,9 @@ def _numbers() -> Iterator[Made]:
                 inputs = {"image": image, "labels": ["a"], name: number}
                 yield _later("numbers out of range", ask("segment", inputs, binary=True).raw)
         if value < 1:
-            yield _later("numbers out of range", ask("classify", {"image": image, "labels": ["a"], "top_k": number}).raw)
+            yield _later(
+                "numbers out of range", ask("classify", {"image": image, "labels": ["a"], "top_k": number}).raw
+            )
         yield _later("numbers out of range", ask("retrieve", {"text": ["a"], "index": [INDEX], "top_k": number}).raw)
     masks = np.full((1, 20, 20), 255, np.uint8)
     for wrong in (masks[:, :10], masks[:0], masks * 0, np.full((1, 1, 1), 1, np.uint8)):
@@ -329,7 +473,13 @@ def _numbers() -> Iterator[Made]:
 
 
 def _conditions() -> Iterator[Made]:
-    deep = ("(" * 900 + "width>1" + ")" * 900, "NOT " * 400 + "width>1", "-" * 1900 + "1 > 0", "(" * 1900, "x IN (" * 300)
+    deep = (
+        "(" * 900 + "width>1" + ")" * 900,
+        "NOT " * 400 + "width>1",
+        "-" * 1900 + "1 > 0",
+        "(" * 1900,
+        "x IN (" * 300,
+    )
     for text in (*WHERE, *deep, "width > 1" + " OR width > 1" * 160, "CASE" * 400, "a" * 2001, "a" * 10_000_000):
         values: list[Any] = [text]
         promise = REFUSED if len(text) > 2000 else CHECKED
@@ -339,14 +489,22 @@ def _conditions() -> Iterator[Made]:
 def _images() -> Iterator[Made]:
     for group, promise in ((images.BAD, REFUSED), (images.ODD, CHECKED)):
         for name in group:
-            models = ("embed_image", "segment") if "bomb" in name or "large" in name else ("embed_image", "classify", "segment", "retrieve")
+            models = (
+                ("embed_image", "segment")
+                if "bomb" in name or "large" in name
+                else ("embed_image", "classify", "segment", "retrieve")
+            )
             for model in models:
                 yield _later(name.partition(":")[0], partial(_image, name, model), promise)
 
 
 def _image(name: str, model: str) -> bytes:
     file: list[Any] = [images.made(name)]
-    extra: dict[str, Any] = {"classify": {"labels": ["a"]}, "segment": {"labels": ["a"]}, "retrieve": {"index": [INDEX]}}
+    extra: dict[str, Any] = {
+        "classify": {"labels": ["a"]},
+        "segment": {"labels": ["a"]},
+        "retrieve": {"index": [INDEX]},
+    }
     return ask(model, {"image": file, **extra.get(model, {})}, binary=True).raw()
 
 
@@ -365,7 +523,10 @@ def _work() -> Iterator[Made]:
     for name, inputs in heavy.items():
         yield _later(f"much work: {name}", ask("segment", inputs, binary=True).raw, CHECKED)
     square: list[Any] = ["a"] * 2
-    yield _later("much work: labels x templates", ask("classify", {"image": image, "labels": many, "templates": ["{}", "a {}"]}).raw)
+    yield _later(
+        "much work: labels x templates",
+        ask("classify", {"image": image, "labels": many, "templates": ["{}", "a {}"]}).raw,
+    )
     yield _later("much work: long labels", ask("classify", {"image": image, "labels": ["x" * 1001, *square]}).raw)
     yield _later("much work: long text", ask("embed_text", {"text": ["x" * 10_001]}).raw)
     yield _later("much work: 65 rows", _rows)

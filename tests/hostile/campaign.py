@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +16,6 @@ from tests.hostile.case import BROKEN, CHECKED, REFUSED, Case
 from tests.hostile.generate import by_hand, case
 from tests.hostile.judge import trouble
 from tests.hostile.wire import Outcome, exchange
-
 
 _WEAKER = (REFUSED, CHECKED, BROKEN)
 
@@ -86,6 +87,7 @@ def run(
     numbers: Iterable[int],
     *,
     workers: int = 6,
+    seconds: float = math.inf,
     failures: Path | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Report:
@@ -96,12 +98,17 @@ def run(
         seed: of the mutations.
         numbers: which requests.
         workers: how many at once; slow ones by hand go beside them.
+        seconds: after which no more are sent.
         failures: folder for the bytes of requests that break a promise.
         progress: called now and then with how many are done.
     """
     report, lock = Report(), threading.Lock()
 
+    deadline = time.monotonic() + seconds
+
     def one(number: int) -> None:
+        if time.monotonic() > deadline:
+            return
         made = case(seed, number)
         outcome = exchange(address, made)
         why = trouble(made, outcome)
@@ -132,10 +139,10 @@ def is_slow(number: int) -> bool:
     return number < len(by_hand()) and by_hand()[number][0].startswith("slow")
 
 
-def lines(report: Report) -> Iterator[str]:
-    """The table of a report in Markdown."""
-    yield "| kind | count | promised | result | slowest |"
-    yield "|---|---:|---|---|---:|"
+def rows(report: Report) -> list[list[str]]:
+    """The table of a report: kind, count, promise, results, seconds of the slowest."""
+    found = []
     for kind, row in sorted(report.rows.items()):
         results = ", ".join(f"{name}: {count:,}" for name, count in sorted(row.results.items()))
-        yield f"| {kind} | {row.count:,} | {row.promise} | {results} | {row.slowest:.1f} s |"
+        found.append([kind, f"{row.count:,}", row.promise, results, f"{row.slowest:.1f}"])
+    return found

@@ -160,9 +160,7 @@ ODD: dict[str, Callable[[], bytes]] = {
     "polyglot: JPEG and HTML": lambda: jpeg() + b"<html><script>alert(1)</script>",
     "polyglot: JPEG and zip": lambda: jpeg() + _zip(),
     "polyglot: PNG and zip": lambda: png() + _zip(),
-    "polyglot: JPEG with PHP in a comment": lambda: (
-        jpeg()[:2] + b"\xff\xfe\0\x18<?php system('id'); ?>" + jpeg()[2:]
-    ),
+    "polyglot: JPEG with PHP in a comment": lambda: jpeg()[:2] + b"\xff\xfe\0\x18<?php system('id'); ?>" + jpeg()[2:],
     "polyglot: JPEG behind JPEG": lambda: jpeg() * 2,
     "odd image: EXIF orientation 99": lambda: _exif(40, 99),
     "odd image: EXIF that points to itself": lambda: _exif(40, 6, loop=True),

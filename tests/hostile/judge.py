@@ -15,7 +15,9 @@ from tests.hostile.case import BROKEN, CHECKED, Case
 from tests.hostile.wire import Answer, Outcome
 
 _CODE = re.compile(r"\[([a-z_]+)\] \S")
-_LEAK = re.compile(rb"Traceback|\w\.py\b|site-packages|/tmp|/work|/home|/root|/usr|/proc|/dev/shm|0x[0-9a-f]{8}|radapter_serve[._]")
+_LEAK = re.compile(
+    rb"Traceback|\w\.py\b|site-packages|/tmp|/work|/home|/root|/usr|/proc|/dev/shm|0x[0-9a-f]{8}|radapter_serve[._]"
+)
 _DTYPES = {"FP32": "<f4", "UINT16": "<u2"}
 
 

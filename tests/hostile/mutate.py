@@ -27,7 +27,16 @@ NAMES = (
 )
 DATATYPES = ("BYTES", "INT32", "INT64", "UINT8", "UINT16", "FP16", "FP32", "FP64", "BOOL", "STRING", "bytes", "")
 WHERE = (
-    *("width > 10 OR 1=1", "1/0", "width", "width > 'a'", "nothing = 1", "path IN (SELECT path FROM photos)", "--", "/*"),
+    *(
+        "width > 10 OR 1=1",
+        "1/0",
+        "width",
+        "width > 'a'",
+        "nothing = 1",
+        "path IN (SELECT path FROM photos)",
+        "--",
+        "/*",
+    ),
     *("width > 10; DELETE FROM x", "(" * 9 + "width>1" + ")" * 9, "(" * 1000, "NOT " * 500 + "width>1", "width >"),
     *(" AND ".join(["width>1"] * 200), "path LIKE '" + "%a" * 400 + "'", "sleep(10)", "read_csv('/etc/passwd')", "\0"),
     *("path = '\ud800'", "width > " + "9" * 500, "width BETWEEN 1 AND", "CAST(path AS INT) > 1", "x'00'", "1e999 > 1"),
@@ -77,7 +86,7 @@ def of_values(random: Random) -> Case:
         if random.random() < 0.2:
             values = [random.randbytes(random.choice([1, 10, 1000]))]
         packed = pack(values)
-        tensor["shape"] = tensor["shape"][:-1] + [len(values)]
+        tensor["shape"] = [*tensor["shape"][:-1], len(values)]
         tensor["parameters"]["binary_data_size"] = len(packed)
         ask.tail = ask.tail[:start] + packed + ask.tail[start + size :]
     elif ask.binary:
@@ -133,7 +142,9 @@ def damaged(data: bytes, random: Random) -> bytes:
         elif way == 3:
             changed[at:at] = changed[at : at + random.choice([1, 10, 100])]
         elif way == 4:
-            changed[at:at] = random.choice([b"\0", b"\xff", b'"', b"[", b"{", b",", b"-", b"1e9", b"\r\n", b"\xed\xa0\x80"])
+            changed[at:at] = random.choice(
+                [b"\0", b"\xff", b'"', b"[", b"{", b",", b"-", b"1e9", b"\r\n", b"\xed\xa0\x80"]
+            )
         elif random.random() < 0.3:
             del changed[at:]
     return bytes(changed)
@@ -210,7 +221,9 @@ def _lengths(ask: Ask, random: Random) -> None:
     """What is told of sizes: of binary tensors, of the JSON, of the texts in a tensor."""
     way = random.randrange(3)
     if way == 0:
-        ask.headers[LENGTH] = random.choice(["0", "-1", "1", "99999999999999999999", "abc", "", "1.5", "0x10", "²", " 5 "])
+        ask.headers[LENGTH] = random.choice(
+            ["0", "-1", "1", "99999999999999999999", "abc", "", "1.5", "0x10", "²", " 5 "]
+        )
     elif way == 1 and (tensors := _tensors(ask)):
         size = random.choice([0, 1, 3, -1, 2**31, 2**40, 2**63, None, "4", 1.0, True])
         random.choice(tensors)["parameters"] = {"binary_data_size": size}
@@ -240,8 +253,17 @@ def _parameters(ask: Ask, random: Random) -> None:
 
 
 def _header(ask: Ask, random: Random) -> None:
-    name = random.choice(["Content-Type", "Content-Encoding", "Accept-Encoding", "Host", "Authorization", "Expect", LENGTH])
-    values = ("", "gzip", "deflate", "text/html", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded")
+    name = random.choice(
+        ["Content-Type", "Content-Encoding", "Accept-Encoding", "Host", "Authorization", "Expect", LENGTH]
+    )
+    values = (
+        "",
+        "gzip",
+        "deflate",
+        "text/html",
+        "multipart/form-data; boundary=x",
+        "application/x-www-form-urlencoded",
+    )
     ask.headers[name] = random.choice([None, *values, "a" * 5000, "identity, gzip", "application/json; charset=utf-16"])
 
 
@@ -277,5 +299,3 @@ _CHANGES: list[tuple[str, Callable[[Ask, Random], None]]] = [
     ("paths", _path),
     ("counts", _reshaped),
 ]
-
-

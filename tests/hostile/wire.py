@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import io
+import re
 import select
 import socket
 import time
@@ -13,6 +14,7 @@ from tests.hostile.case import Case
 
 LONG = 40.0  # seconds after which a request counts as hanging
 _PIECE = 2**18
+_LENGTH = re.compile(rb"\r\ncontent-length: (\d{1,12})\r\n", re.IGNORECASE)
 _AFTER = 0.15  # seconds to wait for answers that nobody asked for
 
 
@@ -32,16 +34,16 @@ class Outcome:
     Attributes:
         answers: those that were complete.
         rest: bytes of an answer that was not.
+        needed: how many that answer will have at least; 0 where that is unknown.
         how: "answered", "closed", "reset", "refused" (no connection) or "hung".
         seconds: all of it took.
     """
 
     answers: list[Answer] = field(default_factory=list)
-    rest: bytes = b""
+    rest: bytearray = field(default_factory=bytearray)
+    needed: int = 0
     how: str = "answered"
     seconds: float = 0.0
-
-
 
 
 class _Source(io.BytesIO):
@@ -143,10 +145,14 @@ def _receive(connection: socket.socket, case: Case, outcome: Outcome) -> bool:
         outcome.how = "answered" if outcome.answers else "reset"
         return False
     outcome.rest += data
-    while found := parse(outcome.rest, case.method, ended=not data):
-        answer, outcome.rest = found
+    while (len(outcome.rest) >= outcome.needed or not data) and (
+        found := parse(bytes(outcome.rest), case.method, ended=not data)
+    ):
+        answer, outcome.rest, outcome.needed = found[0], bytearray(found[1]), 0
         if answer.status >= 200:
             outcome.answers.append(answer)
+    if not outcome.needed and (told := _LENGTH.search(outcome.rest, 0, 4096)):  # a long body is parsed once
+        outcome.needed = told.end() + int(told[1])
     if not data:
         outcome.how = "answered" if outcome.answers else "closed"
     return bool(data)

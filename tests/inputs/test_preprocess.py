@@ -19,6 +19,7 @@ from radapter_serve.inputs import preprocess as module
 from radapter_serve.inputs.errors import TaskError
 from radapter_serve.inputs.preprocess import Preprocess, decode, decode_into, decode_pixels, oriented
 from tests.helpers.small_release import png_header
+from tests.hostile import images
 
 MODES = ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "YCbCr", "I", "F"]
 
@@ -192,6 +193,22 @@ def test_other_formats_are_refused():
 def test_a_bomb_is_refused_from_its_header(side):
     with pytest.raises(TaskError, match=r"^\[image_too_large\].* 64000000 "):
         decode(png_header(side, side))
+
+
+def test_a_thin_image_is_refused_from_its_header():
+    with pytest.raises(TaskError, match=r"^\[image_too_large\] the image has 1 x 65536 pixels; at most 65535 a side"):
+        decode(png_header(1, 65_536))
+    assert decode(images.png_of(1, 65_535)).size == (1, 65_535)
+
+
+@pytest.mark.parametrize(
+    ("bomb", "scans"), [(images.scan_bomb(16, 16, 200), 205), (images.hidden_scans(1), 258)], ids=["plain", "hidden"]
+)
+def test_a_jpeg_of_many_scans_is_refused(bomb, scans):
+    """Those that stand behind a marker that libjpeg passes over count, for it decodes them."""
+    with pytest.raises(TaskError, match=rf"^\[image_too_large\] the JPEG has {scans} scans for its \d+ pixels"):
+        decode(bomb)
+    assert decode(images.scan_bomb(16, 16, 20)).size == (16, 16)
 
 
 def test_a_thin_image_is_refused_before_it_is_blown_up():
