@@ -67,7 +67,7 @@ def test_commands_and_their_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None
     unknown = []
     for page, command, subcommand, flags in found:
         if flags := flags - {"--help", "--version"}:
-            takes = subcommand if command in ("radapter-index", "radapter-query") else ""
+            takes = subcommand if command in ("radapter-index", "radapter-query", "radapter-release") else ""
             known = help_of(command, *([takes] if takes else []))
             names = set(re.findall(r"--[a-z][a-z-]*", known))
             unknown += [f"{page}: {command} {takes} {flag}" for flag in sorted(flags - names)]

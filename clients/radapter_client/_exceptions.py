@@ -91,7 +91,7 @@ MODEL_CODES = frozenset({"no_patch_encoder"})
 # What Triton says itself when it cannot answer now, and the code that the tasks have for it.
 RETRYABLE = {
     "Exceeds maximum queue size|Request timeout expired": "overloaded",
-    "Stub process .* is not healthy|Failed to process the request": "restarting",
+    "Stub process .* is not healthy": "restarting",
 }
 
 # gRPC's names and HTTP's numbers of the same failures.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import chosen_alpha
 from radapter_serve.inputs.errors import TaskError
 from radapter_serve.inputs.labels import check_labels, read_label_file, split_label
+from radapter_serve.inputs.names import RULE, is_name
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,6 @@ def _label_sets(files: Mapping[str, str | Path], classes: Sequence[str] | None) 
 
 
 def _check_name(name: str) -> bool:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise RAdapterError(f"label set {name!r}: allowed in a name are letters, digits, and _ . - after the first")
+    if not is_name(name):
+        raise RAdapterError(f"{name!r} can't be the name of a label set; {RULE}")
     return True

@@ -16,6 +16,7 @@ from rich.table import Table
 from radapter_export.settings import CLASSES, ExportSettings
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
+from radapter_serve.release.served import FILE as SERVED
 from radapter_serve.threads import limit_threads
 
 if TYPE_CHECKING:
@@ -117,9 +118,15 @@ def _show(releases: Sequence[ExportedRelease], paths: Sequence[Path], settings: 
     folder = settings.model_repository
     repository = "" if folder == ExportSettings.model_repository else f" {shlex.quote(str(folder))}"
     out.print(f"Next:   radapter-serve{repository}", markup=False, highlight=False, soft_wrap=True)
+    if (folder / SERVED).exists():  # its starts serve what was chosen
+        numbers = " ".join(str(release.version) for release in releases)
+        where = f" --model-repository{repository}" if repository else ""
+        out.print(f"        radapter-release load {numbers}{where}", markup=False, highlight=False, soft_wrap=True)
     if sets := sorted(releases[-1].release.label_sets):
         name = CLASSES if CLASSES in sets else sets[0]
-        out.print(f"        radapter-query classify PHOTO.jpg --label-set {name}", markup=False, highlight=False)
+        out.print(
+            f"        radapter-query classify PHOTO.jpg --label-set {shlex.quote(name)}", markup=False, highlight=False
+        )
 
 
 def newest_run() -> Path:

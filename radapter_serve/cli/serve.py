@@ -42,7 +42,8 @@ def serve(
     trust_network: bool = False,
     verbose: bool = False,
 ) -> None:
-    """Serve a model repository, made by radapter-export, until Ctrl-C. A new export is served after a restart.
+    """Serve a model repository, made by radapter-export, until Ctrl-C. `radapter-release` puts another
+    release in its place.
 
     What dies meanwhile, tritonserver or the process of a model, is started again.
 
@@ -123,7 +124,7 @@ def _show(server: TritonServer) -> None:
     print(f"indexes  {server.indexes}")
     if "classify" in server.models:
         print(f"\ntry:\n{curl(server.http_url)}\n")
-    print("A new export is served after a restart. Ctrl-C stops the server.", flush=True)
+    print("radapter-release load N serves another release. Ctrl-C stops the server.", flush=True)
 
 
 def _show_measured(server: TritonServer) -> None:

@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import json
 import os
-import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,6 @@ from radapter_serve.index.collection import Collection, open_collection
 from radapter_serve.index.index import (
     FACTS,
     FORMAT,
-    NAME,
     TABLE,
     Index,
     build_command,
@@ -36,6 +34,7 @@ from radapter_serve.index.writer import (
     Summary,
     Writer,
 )
+from radapter_serve.inputs.names import RULE, is_name
 from radapter_serve.lock import lock
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import find_release, split_repository
@@ -157,10 +156,8 @@ def add(
 def _check_place(out: Path, thumbnails: int) -> None:
     if not 0 <= thumbnails <= 1024:
         raise RAdapterError(f"--thumbnails is {thumbnails}; allowed: 0 (none) to 1024 px")
-    if not re.fullmatch(NAME, out.name):
-        raise RAdapterError(
-            f"{out.name!r} can't be the name of an index; allowed are letters, digits, and _ . - after the first"
-        )
+    if not is_name(out.name):
+        raise RAdapterError(f"{out.name!r} can't be the name of an index; {RULE}")
     if out.exists() and not (out / FACTS).is_file():
         raise RAdapterError(f"{out} stands already and is no index; give another folder with --out")
 

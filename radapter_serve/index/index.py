@@ -29,7 +29,6 @@ from radapter_serve.release.release import Release
 
 FORMAT = 2  # 1 says "engine" for "search", and can be read
 FACTS, TABLE = "index.json", "images"
-NAME = r"\w[\w.-]*"  # of an index, by which clients search it
 #: up to so many images a search compares every embedding; above, LanceDB's approximate index chooses some
 EXACT = 100_000
 MAX_TOP_K = 1000

@@ -31,8 +31,8 @@ MAX_SIDE = 65_535  # as JPEG has it; decoders take seconds for the rows of a thi
 MAX_SCANS = 100
 _LARGE = threading.Lock()
 _SCAN, _END = b"\xff\xda", 0xD9  # markers of JPEG
-# Markers with a length. Within pixels 00 follows, or a restart, D0 to D7; a decoder that looks for a restart passes over
-# 01 to BF alone, so nothing may hide behind a length there.
+# Markers with a length. Within pixels 00 follows, or a restart, D0 to D7. Of 01 to BF a decoder that looks for a
+# restart passes over the marker alone, so no scan may hide behind a length there.
 _MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF")
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}

@@ -20,7 +20,7 @@ from radapter_serve.release.repository import CONFIG, MODELS, named_releases, re
 
 SUMS = "SHA256SUMS"
 _WORKERS = 4  # the disk, more than the processor, sets the pace of more
-_LINE = re.compile(rb"([0-9a-f]{64})  (.+)")
+_LINE = re.compile(rb"([0-9a-f]{64})  (.+)\n")  # a last line without its end was cut off
 _SHOWN = 5  # problems in a message
 _ENGINE = "model.plan"  # the start of the names of what radapter-build-engine adds later
 
@@ -210,7 +210,7 @@ def _save(path: Path, sums: Mapping[str, str]) -> None:
 def _load(path: Path) -> dict[str, str]:
     sums = {}
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:
         raise RAdapterError(f"cannot read {path}: {error.strerror}") from None
     for number, line in enumerate(lines, 1):

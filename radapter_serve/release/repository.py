@@ -251,12 +251,16 @@ def encoders_of(repository: Path, releases: Sequence[int] = ()) -> list[ServedEn
         releases: those to be served; as the configs say if there are none.
 
     Raises:
-        RAdapterError: a config.pbtxt is broken.
+        RAdapterError: a config.pbtxt is broken, or an encoder lacks all these releases.
     """
     found = []
     for model in ENCODERS if releases else ():
         folder = repository / model
-        if versions := [version for version in versions_of(folder) if version in releases]:
+        versions = [version for version in versions_of(folder) if version in releases]
+        if not versions and (folder / CONFIG).exists() and model != "patch_encoder":  # which a release may go without
+            names = ", ".join(map(str, releases))
+            raise RAdapterError(f"{folder} lacks the releases that are to be served ({names}); run: radapter-export")
+        if versions:
             config = config_of(repository, model, versions[-1])
             config.version_policy.specific.versions[:] = versions
             found.append(ServedEncoder(folder, config, Release.load(repository / MODELS[-1] / str(versions[-1]))))

@@ -26,6 +26,22 @@ def hide_shared_memory(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
+def hide_argument(pid: int, secret: str) -> None:
+    """Write spaces over a secret in the command line of a child, which has read it and which every user can look at.
+
+    Where the kernel does not let a parent do this, the secret stays there.
+    """
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        # 48th and 49th of proc_pid_stat(5): where the arguments begin and end; the 2nd, a name, may hold spaces
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        start, end = int(fields[45]), int(fields[46])
+        with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
+            memory.seek(start)
+            arguments = memory.read(end - start)
+            memory.seek(start)
+            memory.write(arguments.replace(secret.encode(), b" " * len(secret)))
+
+
 def remove(folder: Path) -> None:
     """Remove a server's folder and what it left in /dev/shm."""
     hide_shared_memory(folder)

@@ -30,7 +30,7 @@ from radapter_serve.server.instances import check_shared_memory, counts, with_in
 from radapter_serve.server.launch import command_line, lay_out, put, server_environment
 from radapter_serve.server.lineup import Offered, kept_for_indexes, line_up, others
 from radapter_serve.server.probe import warm_up
-from radapter_serve.server.processes import FOLDER_PREFIX, hide_shared_memory, remove, remove_leftovers
+from radapter_serve.server.processes import FOLDER_PREFIX, hide_argument, hide_shared_memory, remove, remove_leftovers
 from radapter_serve.server.runtime_choice import Measured, configure
 from radapter_serve.server.watch import SERVER, Death, Watch
 from radapter_serve.signals import handled
@@ -202,6 +202,11 @@ class TritonServer(Endpoints):
         configured = configure(repository, releases, self.runtime, self.threads, installation, progress)
         self.runtime = configured.runtime
         self.measured = configured.measured or self.measured
+        if configured.version_compatible and self._process is not None and not self._version_compatible:
+            raise RAdapterError(
+                "an engine brings a TensorRT runtime of its own, which a server allows from its start on; stop the "
+                "server, give this command again, and start the server"
+            )
         self._version_compatible |= configured.version_compatible
         found = line_up(repository, releases, sorted(kept), configured.configs)
         configs = with_instances({name: model.config for name, model in found.items()}, self._instances)
@@ -353,6 +358,7 @@ class TritonServer(Endpoints):
                     f"tritonserver was not ready after {self._timeout:g} s: {self._reason()}; allow more with --timeout"
                 )
             time.sleep(0.05)
+        hide_argument(self._process.pid, self._secret)
         self.renewed()
         warm_up(self.control, self.models, max(1.0, deadline - time.monotonic()))
         self.check()

@@ -11,6 +11,7 @@ import numpy as np
 from radapter_serve.inputs.alpha import Alpha
 from radapter_serve.inputs.errors import NO_LABELS, UNKNOWN_LABEL_SET, Cancelled, TaskError, invalid
 from radapter_serve.inputs.labels import check_prompts
+from radapter_serve.inputs.names import spellings
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
 
@@ -76,9 +77,10 @@ class LabelSource:
 
     def _named(self, name: bytes, alpha: float | None, cancelled: Cancelled | None) -> LabelSet:
         text = name.decode("utf-8", "replace")
-        if text not in self._label_sets:
+        known = next((one for one in spellings(text) if one in self._label_sets), None)
+        if known is None:
             raise TaskError(UNKNOWN_LABEL_SET, f"no label set {text!r:.80} in this release; there are: {self._known()}")
-        found = self._label_sets[text]
+        found = self._label_sets[known]
         if alpha is None or alpha == self._alpha:
             return found
         return self._embed_labels(found.lines, found.templates, alpha=alpha, cancelled=cancelled)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -17,8 +16,9 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_name, as_text
-from radapter_serve.index.index import FACTS, NAME, Hit, Index, mismatch
+from radapter_serve.index.index import FACTS, Hit, Index, mismatch
 from radapter_serve.inputs.errors import INDEX_MISMATCH, UNKNOWN_INDEX, TaskError, invalid, public
+from radapter_serve.inputs.names import is_name, spellings
 from radapter_serve.release.release import Release
 
 DEFAULT_TOP_K = 10
@@ -153,9 +153,10 @@ class Retrieve:
         Raises:
             TaskError: no such index, one that can't be read, or one of another release.
         """
-        if not re.fullmatch(NAME, name):
+        if not is_name(name):
             raise TaskError(UNKNOWN_INDEX, f"{name!r:.80} is no name of an index; there are: {self._known()}")
-        folder = self._folder / as_name(name)
+        places = [self._folder / as_name(one) for one in spellings(name)]
+        folder = next((place for place in places if (place / FACTS).exists()), places[0])
         try:
             state = (folder / FACTS).stat()
         except OSError:

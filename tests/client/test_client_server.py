@@ -270,7 +270,7 @@ def test_server_that_goes_away(fake_repository: Path):
 
 def test_server_that_stops(fake_repository: Path):
     """It answers what it has begun, and meanwhile takes its models away: to its clients it is unavailable."""
-    with FakeServer(fake_repository) as server, ThreadPoolExecutor(4) as threads:
+    with FakeServer(fake_repository, drain_seconds=4) as server, ThreadPoolExecutor(4) as threads:
         clients = [kind(url, timeout=20) for url in server.urls.values() for kind in (Client, Awaited)]
 
         def ask(client: Any) -> set[str]:

@@ -26,6 +26,7 @@ from radapter_serve.adapter import Adapter, fold, load_adapter, save_adapter
 from radapter_serve.clip.base import Base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import Samples
+from radapter_serve.release.integrity import check
 from radapter_serve.release.repository import MODELS, PATCH_ENCODER, encoders_of
 from radapter_serve.runtimes.encoder import Encoder
 from radapter_serve.runtimes.local_release import LocalRelease
@@ -77,6 +78,7 @@ def test_repository_holds_exactly_the_contract(exported: tuple[Path, list[Export
         assert {path.name for path in (repository / model).iterdir()} == {"config.pbtxt", "1", "2"}
         for version in "12":
             assert set(tree(repository / model / version)) == files
+    assert check(repository, [1, 2]) == []  # all have digests, and the digests are right
 
 
 def test_release_json(exported: tuple[Path, list[ExportedRelease]], adapter_path: Path, tiny_base: Base) -> None:

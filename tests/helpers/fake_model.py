@@ -1,8 +1,8 @@
 """A stand-in for the task models in a real tritonserver: answers follow from a digest of the input.
 
 An image whose bytes are JSON is an order: {"sleep": seconds} waits first, {"work": seconds} computes first,
-{"error": "[code] sentence"} fails, {"crash": true} ends the model's process, {"bug": true} raises, {"watch": file} waits
-until the caller has left and then writes the file. Triton's Python stub runs a copy of this file.
+{"error": "[code] sentence"} fails, {"crash": true} ends the model's process, {"bug": true} raises, and {"watch": file}
+waits until the caller has left and then writes the file. Triton's Python stub runs a copy of this file.
 """
 
 import base64
@@ -100,7 +100,10 @@ class TritonPythonModel:
             width, height = json.loads(image).get("size", (5, 4))
         else:
             image = base64.b64decode(image) if image.startswith(b"iVBOR") else image  # PNG in JSON
-            width, height = Image.open(io.BytesIO(image)).size
+            try:
+                width, height = Image.open(io.BytesIO(image)).size
+            except OSError:
+                raise ValueError("[invalid_image] not an image") from None
         mask = np.add.outer(np.arange(height), np.arange(width)) % len(labels)
         scores = np.zeros(len(labels), np.float32)
         scores[0] = int.from_bytes(digest({name: read(name) for name in SEGMENT})[:2], "big")

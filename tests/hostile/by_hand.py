@@ -405,7 +405,8 @@ def _tensors() -> Iterator[Made]:
             wrong = right.copy()
             wrong.head["inputs"][0]["datatype"] = datatype
             yield _later(f"wrong types: {model}", wrong.raw)
-        for data in (1, "a", [1], [None], [["a"]] * 3, [{}], [True], ["a", 1], [[]], {}):
+        odd: list[Any] = [1, "a", [1], [None], [["a"]] * 3, [{}], [True], ["a", 1], [[]], {}]
+        for data in odd:
             wrong = ask(model, {"image" if "image" in right.head["inputs"][0]["name"] else "text": ["a"]})
             wrong.head["inputs"][0]["data"] = data
             yield _later(f"wrong types: {model}", wrong.raw)
@@ -452,13 +453,13 @@ def _numbers() -> Iterator[Made]:
             for name in ("threshold", "proposal_weight"):
                 inputs = {"image": image, "labels": ["a"], name: value}
                 yield _later("NaN, Infinity and other numbers", ask("segment", inputs, binary=binary).raw)
-    for value in (-1, 0, -(2**31), 2**31 - 1):
-        number = np.array([value], np.int32)
+    for size in (-1, 0, -(2**31), 2**31 - 1):
+        number = np.array([size], np.int32)
         for name in ("short_side", "stride", "refine"):
-            if name != "refine" or value:
+            if name != "refine" or size:
                 inputs = {"image": image, "labels": ["a"], name: number}
                 yield _later("numbers out of range", ask("segment", inputs, binary=True).raw)
-        if value < 1:
+        if size < 1:
             yield _later(
                 "numbers out of range", ask("classify", {"image": image, "labels": ["a"], "top_k": number}).raw
             )

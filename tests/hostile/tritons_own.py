@@ -21,15 +21,10 @@ from tests.hostile.world import World
 LIMIT = 10.0  # seconds
 SERVER_DIED, MODEL_DIED, HUNG = "tritonserver died", "a model died", "hung"
 _METHODS = (
-    "ModelInfer",
-    "ModelMetadata",
-    "ModelConfig",
-    "ModelReady",
-    "ModelStatistics",
-    "ServerMetadata",
-    "RepositoryIndex",
+    *("ModelInfer", "ModelMetadata", "ModelConfig", "ModelReady", "ModelStatistics", "ServerMetadata"),
+    *("RepositoryIndex", "RepositoryModelLoad", "SystemSharedMemoryRegister", "TraceSetting", "LogSettings"),
+    "NoSuchMethod",
 )
-_METHODS += ("RepositoryModelLoad", "SystemSharedMemoryRegister", "TraceSetting", "LogSettings", "NoSuchMethod")
 
 
 def over_http(world: World, seed: int, numbers: Iterable[int], progress: Callable[[int], None]) -> Report:

@@ -18,6 +18,7 @@ from radapter_client import Client, InvalidRequest
 from radapter_serve.cli.release import main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
+from radapter_serve.inputs.names import spellings
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.served import Served
 from radapter_serve.runtimes.local_release import LocalRelease
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.triton
 
 LOADERS = 4  # over each protocol
 IMAGES = [png(number) for number in range(4)]
+LABEL_SET, INDEX = "色 हिन्दी 🦊", "fötos 写真 👩‍🔬"
 TEXTS = ["a cat", "Ölkäfer", "a red thing"]
 
 
@@ -42,6 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("releases")
     for version in (1, 2):
         write_release(folder / "repository", version, seed=version, tasks=(*TASKS, "retrieve"))
+        embeds = Local(folder / "repository", version).embed_labels(LABELS, ["a {}"])
+        for task in ("classify", "segment"):
+            embeds.save(folder / "repository" / task / str(version) / "label_sets" / f"{LABEL_SET}.npz")
     seal(folder / "repository", 1, 2)
     Served((1,)).save(folder / "repository")
     (folder / "photos").mkdir()
@@ -192,9 +197,7 @@ def test_a_broken_release_leaves_the_old_one(served: TritonServer, folder: Path)
     Samples(samples.inputs, [-one for one in samples.references]).save(path.parent)
     seal(repository, 2)
     try:
-        with pytest.raises(
-            RAdapterError, match="release 1 is served as before: image_encoder of release 2 differs from"
-        ):
+        with pytest.raises(RAdapterError, match="1 is served as before: image_encoder of release 2 differs from"):
             Releases(served).load([2], say)
     finally:
         shutil.copy(backup, path.with_name("samples.npz"))
@@ -205,26 +208,42 @@ def test_a_broken_release_leaves_the_old_one(served: TritonServer, folder: Path)
 
 
 def test_an_index_is_searched_by_the_release_that_made_it(served: TritonServer, folder: Path) -> None:
-    repository, index = folder / "repository", folder / "indexes" / "fötos"
+    repository, index = folder / "repository", folder / "indexes" / INDEX
     build(str(folder / "photos"), index, LocalRelease(f"{repository}@1"))
     releases, say = Releases(served), lambda line: None
     with Client(served.grpc_url) as client:
-        before = client.search("a cat", index="fötos")
+        before = client.search("a cat", index=INDEX)
         releases.load([2], say)
-        assert served.kept == {1: ["fötos"]} and served.models["embed_text"] == [1, 2]
+        assert served.kept == {1: [INDEX]} and served.models["embed_text"] == [1, 2]
         assert served.models["classify"] == [2] and client.release().version == 2
-        assert client.search("a cat", index="fötos") == before
-        assert client.search(image=IMAGES[2], index="fötos")[0].id == "2.png"
+        assert client.search("a cat", index=INDEX) == before
+        assert client.search(image=IMAGES[2], index=INDEX)[0].id == "2.png"
         build(str(folder / "photos"), index, LocalRelease(f"{repository}@2"))
-        after = client.search("a cat", index="fötos")
+        after = client.search("a cat", index=INDEX)
         assert [one.score for one in after] != [one.score for one in before]
         releases.tidy()
         assert served.kept == {} and served.models["embed_text"] == [2] and served.models["image_encoder"] == [2]
-        assert client.search("a cat", index="fötos") == after
+        assert client.search("a cat", index=INDEX) == after
         releases.rollback(say)  # it would answer whoever names no release
         with pytest.raises(InvalidRequest, match="of another release"):
-            client.search("a cat", index="fötos")
+            client.search("a cat", index=INDEX)
     shutil.rmtree(index)
+
+
+def test_names_may_have_any_letters(served: TritonServer, folder: Path) -> None:
+    build(str(folder / "photos"), folder / "indexes" / INDEX, LocalRelease(folder / "repository@1"))
+    for url in (served.grpc_url, served.http_url):
+        with Client(url) as client:
+            for name in spellings(LABEL_SET):
+                assert client.classify(IMAGES[0], label_set=name).labels
+                assert client.segment(IMAGES[0], label_set=name).labels
+            for name in spellings(INDEX):
+                assert client.search(image=IMAGES[1], index=name)[0].id == "1.png"
+            with pytest.raises(InvalidRequest, match=f"there are: {INDEX}"):
+                client.search("a cat", index="写")
+            with pytest.raises(InvalidRequest, match=f"there are: colours, {LABEL_SET}"):
+                client.classify(IMAGES[0], label_set="色")
+    shutil.rmtree(folder / "indexes" / INDEX)
 
 
 def test_a_server_that_dies_in_the_middle_of_a_switch_comes_back_as_it_was(served: TritonServer) -> None:

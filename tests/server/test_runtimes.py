@@ -14,6 +14,7 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.cli import serve
 from radapter_serve.errors import RAdapterError
+from radapter_serve.release import integrity
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.repository import RUNTIMES, ServedEncoder, encoders_of
 from radapter_serve.runtimes.cuda import Gpu
@@ -31,8 +32,11 @@ def encoder(repository, name="image_encoder") -> ServedEncoder:
 
 @pytest.fixture
 def own(repository, tmp_path):
-    """A copy of the images' encoder that a test may change."""
-    shutil.copytree(repository / "image_encoder", tmp_path / "repository" / "image_encoder")
+    """A copy of the images' encoder, and of the task that has the releases, without digests: a test may change it."""
+    for name in ("image_encoder", "classify"):
+        shutil.copytree(
+            repository / name, tmp_path / "repository" / name, ignore=shutil.ignore_patterns(integrity.SUMS)
+        )
     return tmp_path / "repository"
 
 
@@ -172,7 +176,7 @@ def test_releases_that_are_gone_are_said(repository, own):
         shutil.rmtree(own / "image_encoder" / version)
     for runtime in (None, "openvino", "auto"):
         with pytest.raises(
-            RAdapterError, match=r"image_encoder lacks the releases that it serves \(.*\); run: radapter-e"
+            RAdapterError, match=r"image_encoder lacks the releases that are to be served \(.*\); run: radapter-e"
         ):
             TritonServer(own, "127.0.0.1", *free_ports(), runtime=runtime).start()
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -226,3 +227,15 @@ def test_a_log_that_cannot_be_written(repository, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "find_tritonserver", lambda: Installation(Path("/bin/false"), our_backends()))
     with pytest.raises(RAdapterError, match="cannot write the log .*none/log: No such file"):
         TritonServer(repository, "127.0.0.1", *free_ports(), log=tmp_path / "none" / "log").start()
+
+
+def test_a_secret_is_taken_out_of_the_command_line_of_a_child():
+    code = "import sys; print('ready', flush=True); sys.stdin.read(); print(sys.argv[1])"
+    command = [sys.executable, "-c", code, "--flag=s3cret", "last one"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+        processes.hide_argument(child.pid, "s3cret")
+        seen = Path(f"/proc/{child.pid}/cmdline").read_text().split("\0")
+        assert seen[-3:] == ["--flag=      ", "last one", ""]
+        assert child.communicate("")[0] == "--flag=s3cret\n"  # what it has read, it keeps
+    processes.hide_argument(child.pid, "s3cret")  # who is gone has none

@@ -55,7 +55,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 @pytest.fixture
 def clients(server: FakeServer) -> Iterator[list[Client]]:
-    found = [Client(url, timeout=60) for url in server.urls.values()]
+    found = [Client(url, timeout=60, retries=0) for url in server.urls.values()]
     yield found
     for client in found:
         client.close()
@@ -125,7 +125,8 @@ def test_a_server_that_is_killed_or_frozen_is_back_for_the_same_clients(server, 
     server.signal(number)
     watched.until_back("tritonserver")
     assert [call.result() for call in calls] == ["ServerUnavailable None"] * 2
-    assert re.match("tritonserver died: (it was killed by SIGKILL|a signal had stopped it)", watched.said[0])
+    why = "tritonserver died: (it was killed by SIGKILL|a signal had stopped it)"
+    assert any(re.match(why, line) for line in watched.said)
     for client in clients:
         deadline = time.monotonic() + 10
         while outcome(partial(client.classify, b"x", ["a"])) != "an answer":
@@ -136,9 +137,9 @@ def test_a_busy_task_is_left_alone_and_one_that_waits_for_nothing_is_started_aga
     server, clients, threads, monkeypatch
 ):
     monkeypatch.setattr(probe, "EVERY", 0.2)
-    monkeypatch.setattr(probe, "PATIENCE", 1.0)
+    monkeypatch.setattr(probe, "PATIENCE", 4.0)
     watched = Watched(server)
-    calls = [begun(threads, clients, order(work=6)) for _ in range(2)]  # both processes, and a queue behind them
+    calls = [begun(threads, clients, order(work=10)) for _ in range(2)]  # both processes, and a queue behind them
     watched.until(lambda: all(call.done() for pair in calls for call in pair))
     assert watched.said == []
     assert {call.result() for pair in calls for call in pair} == {"an answer"}
@@ -174,7 +175,7 @@ def test_many_large_requests_at_once_are_refused_and_take_bounded_memory(server,
 
 def test_stopping_lets_calls_under_way_finish(folder, threads):
     with FakeServer(folder) as server:
-        clients = [Client(url, timeout=30) for url in server.urls.values()]
+        clients = [Client(url, timeout=30, retries=0) for url in server.urls.values()]
         calls = begun(threads, clients, order(sleep=2))
         stopping = threads.submit(server.stop)
         assert [call.result() for call in calls] == ["an answer"] * 2

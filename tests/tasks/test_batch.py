@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -181,6 +182,15 @@ def grey_png() -> bytes:
             "Model image_encoder - Error when running inference: Server not ready",
             "[server_stopping] the server is stopping; ask again when it is back",
         ),
+        (
+            "Stub process 'image_encoder_0_0' is not healthy.",
+            "[restarting] image_encoder is being started again; ask again in a few seconds",
+        ),
+        (
+            "in ensemble: [request id: <id_unknown>] Exceeds maximum queue size",
+            "[overloaded] image_encoder has more to do than it can take on; ask again in a moment, with fewer requests "
+            "at once",
+        ),
         ("[invalid_image] 3 bytes are no image", "[invalid_image] 3 bytes are no image"),
     ],
 )
@@ -188,6 +198,8 @@ def test_what_an_encoder_says_names_no_path_and_no_shared_memory(model, monkeypa
     install(monkeypatch, lambda name, inputs: Response(error=TritonError(said, "INTERNAL")))
     [response] = model.load("embed_image").execute([Request(**BAD["embed_image"][0])])
     assert response.error() == told
+    retryable = re.match(r"\[(restarting|overloaded|server_stopping)\]", told)
+    assert (response.error().code == "UNAVAILABLE") == bool(retryable)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

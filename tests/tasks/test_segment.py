@@ -12,6 +12,7 @@ from PIL import Image
 from radapter_serve.inputs.errors import TaskError
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess
+from radapter_serve.tasks import segment as module
 from radapter_serve.tasks.segment import SegmentRequest
 from radapter_serve.tasks.segment_options import SegmentOptions
 from tests.helpers.segmenting import Segmenter
@@ -73,6 +74,7 @@ PROPOSALS: dict[str, Any] = {"proposals": np.full((1, 20, 30), 255, np.uint8)}
         ({"labels": CATS, "templates": [b"no place"]}, r"\[invalid_argument\] the template 'no place' has no {}"),
         ({"labels": CATS, "label_set": b"colours"}, r"\[invalid_argument\] give labels .* not both"),
         ({"label_set": b"colors"}, r"\[unknown_label_set\] .*there are: colours"),
+        ({"label_set": b"c" * 10_001}, r"\[unknown_label_set\] no label set 'c{79} in this release"),
         ({"labels": CATS, "options": {"stride": 17}}, r"\[invalid_argument\] stride is 17; 1 to 16"),
         ({"labels": CATS, "options": {"refine": 1000}}, r"\[invalid_argument\] refine is 1000"),
         ({"labels": CATS, "options": {"proposal_weight": 0.5}}, r"proposal_weight has no effect .*send proposals"),
@@ -116,3 +118,14 @@ def test_a_16_bit_image_gets_an_answer_or_a_reason(local):
         assert local.segment(SegmentRequest(file.getvalue(), CATS)).mask.shape == (20, 30)
     except TaskError as error:
         assert error.code == "invalid_image"
+
+
+def test_a_request_that_asks_for_too_much_work_is_refused(local, monkeypatch):
+    # 30 x 20 pixels and 3 labels; in a step of refinement 3.5 times as much for the working image, 36 x 24.
+    monkeypatch.setattr(module, "MAX_WORK", 1800)
+    local.segment(SegmentRequest(png(3), CATS))
+    with pytest.raises(TaskError, match=r"3 labels and 1 steps of refinement .* 30 x 20 are 6.0 times the work"):
+        local.segment(SegmentRequest(png(3), CATS, options={"refine": 1}))
+    monkeypatch.setattr(module, "MAX_WORK", 1799)
+    with pytest.raises(TaskError, match=r"\[invalid_argument\] 3 labels and 0 steps .* send a smaller image"):
+        local.segment(SegmentRequest(png(3), CATS))

@@ -301,7 +301,10 @@ def test_only_what_is_a_model_is_served_and_nobody_can_load_another(repository, 
         with pytest.raises(InferenceServerException, match="restricted"):
             client.unload_model("embed_image")
         assert client.is_model_ready("embed_image")
-        # Who has the secret may.
+        # Nobody reads the secret from the command line, and who has it may.
+        assert server._process is not None
+        arguments = Path(f"/proc/{server._process.pid}/cmdline").read_text()
+        assert "--http-restricted-api" in arguments and server._secret not in arguments
         assert server.control.serving() == {"embed_image": [2], "image_encoder": [2]}
         server.control.unload("embed_image")
         assert not client.is_model_ready("embed_image")
