@@ -25,12 +25,15 @@ MAX_PIXELS = 64_000_000
 # image blown up beyond it.
 LARGE_PIXELS = 16_000_000
 MAX_BYTES = 64 * 2**20  # of a file
+MAX_SIDE = 65_535  # as JPEG has it; decoders take seconds for the rows of a thin image
 # A progressive JPEG is decoded anew for each of its scans, of which a small file can have thousands. Cameras and
 # libjpeg write at most 20. Of an image above LARGE_PIXELS, as many fewer are allowed as it is larger.
 MAX_SCANS = 100
 _LARGE = threading.Lock()
 _SCAN, _END = b"\xff\xda", 0xD9  # markers of JPEG
-_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd8]", re.DOTALL)  # within pixels 00 follows, or a restart, D0 to D7
+# Markers with a length. Within pixels 00 follows, or a restart, D0 to D7. Of 01 to BF a decoder that looks for a
+# restart passes over the marker alone, so no scan may hide behind a length there.
+_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF")
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -114,6 +117,10 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise TaskError(IMAGE_TOO_LARGE, f"{error}; at most {max_pixels} pixels are allowed") from None
         _check_pixels(*image.size, max_pixels, "the image")
+        if max(image.size) > MAX_SIDE:
+            raise TaskError(
+                IMAGE_TOO_LARGE, f"the image has {image.width} x {image.height} pixels; at most {MAX_SIDE} a side"
+            )
         if image.format == "JPEG":
             _check_scans(data, image.width * image.height)
         return image
@@ -254,8 +261,7 @@ def count_scans(data: bytes) -> int:
         marker, position = found[0][1], found.end()
         if marker == _END:
             break
-        if marker != 0x01:  # which alone has no length, of those that get here
-            position += int.from_bytes(data[position : position + 2], "big")
+        position += int.from_bytes(data[position : position + 2], "big")
         scans += marker == _SCAN[1]
     return scans
 

@@ -79,7 +79,7 @@ class LabelSource:
         text = name.decode("utf-8", "replace")
         known = next((one for one in spellings(text) if one in self._label_sets), None)
         if known is None:
-            raise TaskError(UNKNOWN_LABEL_SET, f"no label set {text!r} in this release; there are: {self._known()}")
+            raise TaskError(UNKNOWN_LABEL_SET, f"no label set {text!r:.80} in this release; there are: {self._known()}")
         found = self._label_sets[known]
         if alpha is None or alpha == self._alpha:
             return found

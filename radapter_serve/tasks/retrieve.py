@@ -161,7 +161,7 @@ class Retrieve:
             state = (folder / FACTS).stat()
         except OSError:
             self._open.pop(name, None)
-            raise TaskError(UNKNOWN_INDEX, f"no index {name!r}; there are: {self._known()}") from None
+            raise TaskError(UNKNOWN_INDEX, f"no index {name!r:.80}; there are: {self._known()}") from None
         key = state.st_mtime_ns, state.st_ino, state.st_size
         with self._lock:
             found = self._open.get(name)

@@ -19,6 +19,7 @@ from radapter_serve.inputs import preprocess as module
 from radapter_serve.inputs.errors import TaskError
 from radapter_serve.inputs.preprocess import Preprocess, decode, decode_into, decode_pixels, oriented
 from tests.helpers.small_release import png_header
+from tests.hostile import images
 
 MODES = ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "YCbCr", "I", "F"]
 
@@ -194,6 +195,12 @@ def test_a_bomb_is_refused_from_its_header(side):
         decode(png_header(side, side))
 
 
+def test_a_thin_image_is_refused_from_its_header():
+    with pytest.raises(TaskError, match=r"^\[image_too_large\] the image has 1 x 65536 pixels; at most 65535 a side"):
+        decode(png_header(1, 65_536))
+    assert decode(images.png_of(1, 65_535)).size == (1, 65_535)
+
+
 def with_scans(count: int, width: int, height: int) -> bytes:
     """A progressive JPEG whose last scan stands there again and again, up to so many scans."""
     data = encoded(Image.new("RGB", (width, height)), "JPEG", progressive=True)
@@ -207,6 +214,11 @@ def test_a_jpeg_of_many_scans_is_refused():
         decode(with_scans(101, 64, 64))
     with pytest.raises(TaskError, match="has 60 scans for its 32000000 pixels; at most 50 are allowed"):
         decode(with_scans(60, 8000, 4000))
+
+
+def test_scans_behind_a_marker_that_a_decoder_passes_over_count():
+    with pytest.raises(TaskError, match=r"\[image_too_large\] the JPEG has 258 scans"):
+        decode(images.hidden_scans(1))
 
 
 def test_scans_of_previews_and_behind_the_end_are_none(monkeypatch):

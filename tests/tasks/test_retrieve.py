@@ -129,3 +129,9 @@ def test_refusals(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"alpha 0\.5.*alpha 0\.9.*build it again on the server") as error:
         task(tmp_path / "indexes", FakeRelease(alpha=0.9))(RetrieveRequest(b"photos", text=b"a"))
     assert error.value.code == INDEX_MISMATCH and str(tmp_path) not in str(error.value)
+
+
+def test_a_long_name_is_not_sent_back_whole(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"^\[unknown_index\]") as caught:
+        task(tmp_path, FakeRelease())(RetrieveRequest(b"b" * 10_001, text=b"a"))
+    assert len(str(caught.value)) < 200

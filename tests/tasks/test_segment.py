@@ -74,6 +74,7 @@ PROPOSALS: dict[str, Any] = {"proposals": np.full((1, 20, 30), 255, np.uint8)}
         ({"labels": CATS, "templates": [b"no place"]}, r"\[invalid_argument\] the template 'no place' has no {}"),
         ({"labels": CATS, "label_set": b"colours"}, r"\[invalid_argument\] give labels .* not both"),
         ({"label_set": b"colors"}, r"\[unknown_label_set\] .*there are: colours"),
+        ({"label_set": b"c" * 10_001}, r"\[unknown_label_set\] no label set 'c{79} in this release"),
         ({"labels": CATS, "options": {"stride": 17}}, r"\[invalid_argument\] stride is 17; 1 to 16"),
         ({"labels": CATS, "options": {"refine": 1000}}, r"\[invalid_argument\] refine is 1000"),
         ({"labels": CATS, "options": {"proposal_weight": 0.5}}, r"proposal_weight has no effect .*send proposals"),

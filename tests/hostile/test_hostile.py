@@ -1,0 +1,36 @@
+"""Hostile requests through the gateway: each is refused in words, and nothing else comes of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.hostile.campaign import run
+from tests.hostile.world import Good, world
+
+SEED = int(os.environ.get("HOSTILE_SEED", "1"))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    "count",
+    [
+        2_000,
+        pytest.param(int(os.environ.get("HOSTILE_REQUESTS", "50000")), marks=pytest.mark.slow),
+    ],
+)
+def test_hostile_requests(count: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("hostile")
+    failures = Path(os.environ.get("HOSTILE_FAILURES", folder / "failures"))
+    with world(folder) as running:
+        before = running.processes()
+        with Good(running.address) as good:
+            report = run(running.address, SEED, range(count), failures=failures)
+        for failure in report.failures:
+            print(failure)
+        assert not report.failures, f"{len(report.failures)} broke a promise; their bytes are in {failures}"
+        assert report.count == count
+        assert good.troubles == [] and good.asked >= 10
+        assert running.processes() == before

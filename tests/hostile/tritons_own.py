@@ -1,0 +1,120 @@
+"""The same requests, and hostile gRPC, against Triton's own ports: what comes of them is told, not judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from random import Random
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2
+
+from tests.hostile.asks import pack
+from tests.hostile.campaign import Report, Row, group, result
+from tests.hostile.case import Case
+from tests.hostile.generate import case
+from tests.hostile.images import made, small
+from tests.hostile.mutate import DATATYPES, NAMES, TEXTS, damaged
+from tests.hostile.wire import exchange
+from tests.hostile.world import World
+
+LIMIT = 10.0  # seconds
+SERVER_DIED, MODEL_DIED, HUNG = "tritonserver died", "a model died", "hung"
+_METHODS = (
+    *("ModelInfer", "ModelMetadata", "ModelConfig", "ModelReady", "ModelStatistics", "ServerMetadata"),
+    *("RepositoryIndex", "RepositoryModelLoad", "SystemSharedMemoryRegister", "TraceSetting", "LogSettings"),
+    "NoSuchMethod",
+)
+
+
+def over_http(world: World, seed: int, numbers: Iterable[int], progress: Callable[[int], None]) -> Report:
+    """Send hostile requests one by one; whatever dies or hangs is started again before the next."""
+    report = Report()
+    for number in numbers:
+        one = case(seed, number)
+        outcome = exchange(world.triton, one, LIMIT)
+        _count(world, report, one, result(outcome), outcome.seconds)
+        progress(number)
+    return report
+
+
+def over_grpc(world: World, seed: int, count: int, progress: Callable[[int], None]) -> Report:
+    """Send hostile messages over gRPC, one by one."""
+    report, address = Report(), world.server.grpc_url.removeprefix("grpc://")
+    for number in range(count):
+        kind, method, message = hostile_message(Random(f"{seed}/grpc/{number}"))
+        with grpc.insecure_channel(address) as channel:
+            call = channel.unary_unary(f"/inference.GRPCInferenceService/{method}", _as_is, _as_is)
+            try:
+                call(message, timeout=LIMIT, wait_for_ready=True)
+                status = "OK"
+            except grpc.RpcError as error:
+                status = error.code().name
+        _count(world, report, Case(kind, (message,)), HUNG if status == "DEADLINE_EXCEEDED" else status, 0.0)
+        progress(number)
+    return report
+
+
+def hostile_message(random: Random) -> tuple[str, str, bytes]:
+    """A kind, a method of Triton's service, and a message for it."""
+    way = random.randrange(4)
+    if way == 0:
+        return "random bytes", random.choice(_METHODS), random.randbytes(random.choice([0, 1, 10, 100, 10_000]))
+    message = _right(random)
+    if way == 1:
+        return "mutated bytes", random.choice(["ModelInfer", *_METHODS]), damaged(message.SerializeToString(), random)
+    tensor = random.choice(message.inputs)
+    if way == 2:
+        del tensor.shape[:]
+        sizes = (0, -1, 1, 2, 65, 2**31, 2**62, 2**63 - 1, -(2**63))
+        tensor.shape.extend(random.choice(sizes) for _ in range(random.choice([0, 1, 2, 3, 1000])))
+        if random.random() < 0.5:
+            tensor.datatype = random.choice(DATATYPES)
+        return "wrong shapes and types", "ModelInfer", message.SerializeToString()
+    number = list(message.inputs).index(tensor)
+    values: list[Any] = [random.choice(TEXTS) if random.random() < 0.5 else made(random.choice(list(small())))]
+    contents: list[bytes] = [pack(values), random.randbytes(50), b"", b"\xff" * 8]
+    message.raw_input_contents[number] = random.choice(contents)
+    if random.random() < 0.3:
+        tensor.name = random.choice(NAMES)
+    return "wrong values", "ModelInfer", message.SerializeToString()
+
+
+def _right(random: Random) -> service_pb2.ModelInferRequest:
+    model, name = random.choice(
+        [("embed_text", "text"), ("embed_image", "image"), ("retrieve", "text"), ("segment", "image")]
+    )
+    message = service_pb2.ModelInferRequest(model_name=model)
+    names = [name] + (["index"] if model == "retrieve" else ["labels"] if model == "segment" else [])
+    for one in names:
+        values: list[Any] = [made("odd image: one pixel") if one == "image" else "photos"]
+        message.inputs.add(name=one, datatype="BYTES", shape=[1] * (1 if len(names) > 1 else 2))
+        message.raw_input_contents.append(pack(values))
+    return message
+
+
+def _as_is(message: bytes) -> bytes:
+    return message
+
+
+def _count(world: World, report: Report, one: Case, found: str, seconds: float) -> None:
+    if found in (HUNG, "closed", "reset", "refused", "UNAVAILABLE") or found.startswith("5"):
+        found = _mended(world, found)
+    row = report.rows.setdefault(group(one.kind), Row(one.promise))
+    row.count += 1
+    row.results[found] += 1
+    row.slowest = max(row.slowest, seconds)
+
+
+def _mended(world: World, found: str) -> str:
+    """What died, if anything did; all is up again afterwards."""
+    server = world.server
+    deaths = [death.name for _ in range(2) for death in server.deaths()]
+    if "tritonserver" in deaths:
+        server.restart()
+        return SERVER_DIED
+    for name in set(deaths):
+        server.reload(name)
+    if not deaths and found == HUNG:
+        server.restart()
+    return MODEL_DIED if deaths else found

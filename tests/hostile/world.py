@@ -1,0 +1,180 @@
+"""A gateway with keys in front of a tritonserver with a tiny release, and a client that nothing may disturb."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from subprocess import Popen
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from radapter_serve.gateway.run import start
+from radapter_serve.gateway.settings import Settings
+from radapter_serve.index.build import build
+from radapter_serve.release.release import Release
+from radapter_serve.runtimes.local_release import LocalRelease
+from radapter_serve.server.processes import children
+from radapter_serve.server.triton_server import TritonServer, free_ports
+from tests.helpers.small_release import SOURCES, png, write_release
+from tests.hostile.asks import INDEX, KEY, good, message
+from tests.hostile.case import Case
+from tests.hostile.judge import wrong
+from tests.hostile.wire import Answer, exchange
+
+TIMEOUT = 20.0  # seconds that the gateway gives a request
+
+
+@dataclass
+class World:
+    """What runs.
+
+    Attributes:
+        server: tritonserver.
+        gateway: the gateway's process.
+        address: where it listens.
+    """
+
+    server: TritonServer
+    gateway: Popen[bytes]
+    address: tuple[str, int]
+
+    @property
+    def triton(self) -> tuple[str, int]:
+        """Triton's own HTTP port."""
+        return self.server.host, int(self.server.http_url.rpartition(":")[2])
+
+    def processes(self) -> set[int]:
+        """The numbers of all processes: gateway, tritonserver, and those of its models."""
+        assert self.server._process is not None
+        own = self.server._process.pid
+        living = {pid for pid, process in children(own).items() if process.state != "Z"}
+        return living | {own} | ({self.gateway.pid} if self.gateway.poll() is None else set())
+
+    def memory(self) -> dict[str, int]:
+        """MiB that the gateway, tritonserver and the largest of the models' processes had at most."""
+        assert self.server._process is not None
+        own = self.server._process.pid
+        models = max((_peak(pid) for pid in self.processes() - {own, self.gateway.pid}), default=0)
+        return {"gateway": _peak(self.gateway.pid), "tritonserver": _peak(own), "a model's process": models}
+
+
+def _peak(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM")), 0)
+
+
+@contextmanager
+def world(folder: Path) -> Iterator[World]:
+    """Everything started, and stopped again.
+
+    Args:
+        folder: an empty one, for the release, the index and the file of keys.
+    """
+    repository, indexes = folder / "models", folder / "indexes"
+    write_release(repository, 1, seed=1)
+    _add_retrieve(repository)
+    photos = folder / "photos"
+    photos.mkdir()
+    for number in range(6):
+        (photos / f"{number}.png").write_bytes(png(number, 50, 40))
+    build(str(photos), indexes / INDEX, LocalRelease(repository))
+    keys = folder / "keys"
+    keys.write_text(f"suite: {hashlib.sha256(KEY.encode()).hexdigest()}\n")
+    with TritonServer(repository, "127.0.0.1", *free_ports(), indexes=indexes) as server:
+        port = free_ports()[0]
+        settings = Settings(port=port, server=server.grpc_url.removeprefix("grpc://"), api_keys=keys, timeout=TIMEOUT)
+        gateway = start(settings)
+        try:
+            running = World(server, gateway, ("127.0.0.1", port))
+            _wait(running)
+            yield running
+        finally:
+            gateway.terminate()
+            gateway.wait(30)
+
+
+def _add_retrieve(repository: Path) -> None:
+    """`retrieve`, which the small release leaves out."""
+    if (repository / "retrieve").exists():
+        return
+    release = Release.load(repository / "classify" / "1")
+    folder = repository / "retrieve" / "1"
+    folder.mkdir(parents=True)
+    shutil.copy(SOURCES / "retrieve" / "model.py", folder)
+    release.save(folder)
+    text = (SOURCES / "retrieve" / "config.template.pbtxt").read_text(encoding="utf-8")
+    config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    config.parameters["release"].string_value = json.dumps(release.to_dict())
+    (repository / "retrieve" / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
+
+
+def _wait(running: World) -> None:
+    ready = Case("ready", (message("GET", "/v2/health/ready", {}),))
+    deadline = time.monotonic() + 60
+    exchange(running.triton, Case("first", (good()["retrieve"].raw(),)), 120)  # the first search loads its libraries
+    while not any(answer.status == 200 for answer in exchange(running.address, ready).answers):
+        assert time.monotonic() < deadline and running.gateway.poll() is None, "the gateway does not start"
+        time.sleep(0.1)
+
+
+def answers(address: tuple[str, int]) -> dict[str, Answer | None]:
+    """What each task answers to the good client's request; None where there is no answer."""
+    found = {}
+    for task, asked in good().items():
+        outcome = exchange(address, Case("good", (asked.raw(),)))
+        found[task] = outcome.answers[0] if outcome.answers else None
+    return found
+
+
+@dataclass
+class Good:
+    """A client that asks every task the same, again and again, and compares the answers with the first.
+
+    Attributes:
+        asked: how many answers it has compared.
+        troubles: those that differed.
+        slowest: seconds of the slowest answer.
+    """
+
+    address: tuple[str, int]
+    asked: int = 0
+    troubles: list[str] = field(default_factory=list)
+    slowest: float = 0.0
+
+    def __enter__(self) -> Good:
+        self._first, self._stop = answers(self.address), threading.Event()
+        for task, answer in self._first.items():
+            assert answer is not None and answer.status == 200 and wrong(answer) is None, f"{task}: {answer}"
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.compare()
+
+    def compare(self) -> None:
+        """Ask once more, and compare."""
+        start = time.monotonic()
+        for task, answer in answers(self.address).items():
+            self.asked += 1
+            if answer is None or (answer.status, answer.body) != (200, self._bytes(task)):
+                self.troubles.append(f"{task}: {answer and (answer.status, answer.body[:300])}")
+        self.slowest = max(self.slowest, time.monotonic() - start)
+
+    def _bytes(self, task: str) -> bytes:
+        first = self._first[task]
+        return first.body if first else b""
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.05):
+            self.compare()
