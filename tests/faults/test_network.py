@@ -99,7 +99,7 @@ def test_a_thousand_idle_and_two_hundred_half_open_connections(running: FakeServ
 
 @pytest.mark.slow
 def test_more_silent_connections_than_a_gateway_takes(gateway: RunningGateway) -> None:
-    """Above --max-connections a new caller hears [overloaded] at once, and is answered within 20 s if it tries again."""
+    """Above --max-connections a new caller hears [overloaded] at once; one that tries again is answered within 20 s."""
     with held_open(gateway.port):
         with Client(gateway.url, retries=0) as client:
             assert outcome(partial(client.classify, b"x", ["a"])) == "ServerUnavailable overloaded"
