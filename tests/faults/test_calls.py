@@ -1,0 +1,117 @@
+"""What callers see when a gateway, a server or another caller goes away in the middle of calls."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+import urllib3
+
+from radapter_client import Client
+from radapter_serve.server.supervisor import Supervisor
+from tests.faults.conftest import RunningGateway, outcome, until
+from tests.helpers.fake_server import FakeServer
+
+pytestmark = pytest.mark.triton
+
+SLOW = b'{"sleep": 3}'
+
+
+def test_a_killed_gateway(gateway: RunningGateway) -> None:
+    """Calls under way fail with ServerUnavailable at once; the same client works as soon as the gateway is back."""
+    with Client(gateway.url, retries=0) as client, ThreadPoolExecutor(4) as threads:
+        calls = [threads.submit(outcome, partial(client.classify, SLOW, ["a"])) for _ in range(4)]
+        time.sleep(0.7)
+        gateway.end()
+        assert {call.result(10) for call in calls} == {"ServerUnavailable None"}
+        assert outcome(partial(client.classify, b"x", ["a"])) == "ServerUnavailable None"
+        gateway.start()
+        assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
+
+
+def test_a_gateway_that_starts_again_under_a_client_with_retries(gateway: RunningGateway) -> None:
+    """A client that tries again sees no failure while the gateway is killed in the middle of its calls and starts."""
+    with Client(gateway.url, retries=20, timeout=60) as client, ThreadPoolExecutor(4) as threads:
+        calls = [threads.submit(outcome, partial(client.classify, b'{"sleep": 1}', ["a"])) for _ in range(4)]
+        time.sleep(0.5)
+        gateway.end()
+        gateway.start()
+        assert {call.result(60) for call in calls} == {"an answer"}
+
+
+def test_a_frozen_gateway(gateway: RunningGateway, running: FakeServer) -> None:
+    """A call to a frozen gateway ends with Timeout in its own time; callers of Triton itself notice nothing."""
+    with Client(gateway.url) as client, Client(running.grpc_url) as direct:
+        assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
+        gateway.signal(signal.SIGSTOP)
+        assert outcome(partial(client.classify, b"x", ["a"], timeout=1.0)) == "Timeout None"
+        assert outcome(partial(direct.classify, b"x", ["a"], timeout=10.0)) == "an answer"
+        gateway.signal(signal.SIGCONT)
+        assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
+
+
+def test_a_killed_client(gateway: RunningGateway, running: FakeServer, tmp_path: Path) -> None:
+    """What a killed client had asked through the gateway is given up within seconds; other callers notice nothing."""
+    left = tmp_path / "left"
+    code = (
+        "import sys, json; from radapter_client import Client; "
+        "Client(sys.argv[1]).classify(json.dumps({'watch': sys.argv[2]}).encode(), ['a'])"
+    )
+    with Client(gateway.url) as client:
+        with subprocess.Popen([sys.executable, "-c", code, gateway.url, str(left)]) as caller:
+            until(lambda: running_requests(gateway) > 0)
+            time.sleep(0.5)
+            assert caller.poll() is None
+            caller.kill()
+        assert outcome(partial(client.classify, b"x", ["a"], timeout=10.0)) == "an answer"
+        until(left.exists, 15)
+        until(lambda: left.read_text() == "cancelled", 1)
+
+
+def running_requests(gateway: RunningGateway) -> float:
+    """How many requests of the gateway Triton works on."""
+    found = re.search(rb"^radapter_gateway_running (\S+)", urllib3.request("GET", f"{gateway.url}/metrics").data, re.M)
+    assert found
+    return float(found[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["grpc", "http", "gateway"])
+def test_a_server_that_starts_again_under_clients_with_retries(
+    running: FakeServer, gateway: RunningGateway, way: str
+) -> None:
+    """Clients that try again see no failure while tritonserver is killed under their calls and started again."""
+    url = {**running.urls, "gateway": gateway.url}[way]
+    said: list[str] = []
+    supervisor, found, end = Supervisor(running, said.append), list[str](), threading.Event()
+
+    def ask() -> None:
+        with Client(url, retries=40, timeout=120) as client:
+            while not end.is_set():
+                found.append(outcome(partial(client.classify, b'{"sleep": 0.2}', ["a"])))
+
+    callers = [threading.Thread(target=ask) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    time.sleep(1)
+    assert running._process is not None
+    os.kill(running._process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while not any("is back" in line for line in said):
+        assert time.monotonic() < deadline, said
+        supervisor.step()
+        time.sleep(0.1)
+    time.sleep(2)
+    end.set()
+    for caller in callers:
+        caller.join(120)
+    assert set(found) == {"an answer"}
