@@ -54,6 +54,8 @@ def test_is_clips_loss_with_one_positive_a_row() -> None:
     expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     found = mpm_nce(f, g, target, logit_scale=50.0, delta=0.0, epsilon=0.0)
     torch.testing.assert_close(found, expected)
+    own = mpm_nce(f, g, target)  # CLIP's scale, the paper's margin, and no smoothing
+    assert own.item() == pytest.approx(by_the_formula(f, g, target.tolist(), 100.0, 0.05, 0.0), rel=1e-4)
 
 
 def test_smoothing_is_torchs_own_up_to_the_share_of_the_true_class() -> None:
