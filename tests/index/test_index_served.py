@@ -125,7 +125,11 @@ def test_retrieve_refuses(served: tuple[TritonServer, Path], exported_tiny_clip:
     server, folder = served
     models = exported_tiny_clip / "model_repository"
     build(str(folder / "photos"), folder / "Büro" / "indexes" / "good", LocalRelease(models))
-    build(str(folder / "photos"), folder / "Büro" / "indexes" / "other", LocalRelease(f"{models}@1"))
+    other = folder / "Büro" / "indexes" / "other"
+    build(str(folder / "photos"), other, LocalRelease(f"{models}@1"))
+    assert len(ask(server, text="a", index="other")["id"]) == 6  # release 1 is served, too
+    facts = json.loads((other / "index.json").read_text(encoding="utf-8"))
+    (other / "index.json").write_text(json.dumps({**facts, "release_digest": "sha256:0"}), encoding="utf-8")
     for match, inputs in (
         (r"\[index_mismatch\].*alpha 0\.3.*alpha 0\.8.*radapter-index build", {"text": "a", "index": "other"}),
         (r"\[invalid_argument\] where 'nosuch = 1'.*path", {"text": "a", "index": "good", "where": "nosuch = 1"}),
