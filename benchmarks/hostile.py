@@ -38,7 +38,7 @@ def main(
         triton: of the same, to Triton's own HTTP port.
         grpc: messages to Triton's gRPC port.
         seed: of the mutations.
-        minutes: after which no more go to the gateway.
+        minutes: for each of the three, after which no more are sent.
         replay: the number of one request, to be sent alone; what comes back is printed, and nothing is written.
     """
     with tempfile.TemporaryDirectory(prefix="hostile-") as folder, world(Path(folder)) as running:
@@ -53,7 +53,7 @@ def main(
         broken = gateway(running, report, seed, count, minutes) if count else 0
         report.write(RESULTS)
         if triton or grpc:
-            tritons_ports(running, report, seed, triton, grpc)
+            tritons_ports(running, report, seed, triton, grpc, minutes * 60)
             report.write(RESULTS)
     return 1 if broken else 0
 
@@ -87,18 +87,18 @@ def gateway(running: World, report: Report, seed: int, count: int, minutes: floa
     return len(found.failures) + len(good.troubles)
 
 
-def tritons_ports(running: World, report: Report, seed: int, triton: int, grpc: int) -> None:
+def tritons_ports(running: World, report: Report, seed: int, triton: int, grpc: int, seconds: float) -> None:
     """The same against Triton itself, for what it is."""
 
-    def progress(number: int) -> None:
-        if number % 100 == 0:
-            say(f"Triton's own port: {number:,}")
+    def progress(done: int) -> None:
+        if done % 100 == 0:
+            say(f"Triton's own port: {done:,}")
 
     def table(title: str, found: campaign.Report) -> None:
         report.table(title, ["kind", "count", "result"], [[*row[:2], row[3]] for row in campaign.rows(found)])
 
-    table("Triton's own HTTP port", tritons_own.over_http(running, seed, range(triton), progress))
-    table("Triton's own gRPC port", tritons_own.over_grpc(running, seed, grpc, progress))
+    table("Triton's own HTTP port", tritons_own.over_http(running, seed, triton, seconds, progress))
+    table("Triton's own gRPC port", tritons_own.over_grpc(running, seed, grpc, seconds, progress))
     report.note(
         "Nothing is promised of Triton's own ports: they are for a trusted network. Whatever died or hung was started "
         "again, as radapter-serve does."

@@ -46,6 +46,8 @@ def _of_answer(case: Case, answer: Answer) -> str | None:
         if case.promise not in (CHECKED, BROKEN):
             return "answered as if it were right"
         return wrong(answer)
+    if answer.status == 504 and b'"timeout"' in case.raw:  # as its caller wished
+        return _of_error(answer)
     return f"status {answer.status}: {answer.body[:200].decode(errors='replace')}"
 
 

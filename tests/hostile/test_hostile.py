@@ -11,15 +11,11 @@ from tests.hostile.campaign import run
 from tests.hostile.world import Good, world
 
 SEED = int(os.environ.get("HOSTILE_SEED", "1"))
+REQUESTS = int(os.environ.get("HOSTILE_REQUESTS", "50000"))
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize(
-    "count",
-    [
-        2_000,
-        pytest.param(int(os.environ.get("HOSTILE_REQUESTS", "50000")), marks=pytest.mark.slow),
-    ],
+    "count", [pytest.param(2_000, marks=pytest.mark.triton), pytest.param(REQUESTS, marks=pytest.mark.slow)]
 )
 def test_hostile_requests(count: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("hostile")

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from radapter_serve.inputs.errors import TIMED_OUT
 from tests.hostile.asks import good
 from tests.hostile.campaign import run
 from tests.hostile.case import BROKEN, CHECKED, REFUSED, Case
@@ -58,6 +59,12 @@ def test_a_number_is_always_the_same_request():
 def test_the_judge(promise: str, outcome: Outcome, why: str | None):
     found = trouble(Case("x", (), promise), outcome)
     assert found is None if why is None else found is not None and why in found
+
+
+def test_a_caller_who_wants_it_sooner_may_hear_that_it_is_late():
+    sooner = Case("x", (b'{"parameters": {"timeout": 1}}',))
+    assert trouble(sooner, refusal(f"[{TIMED_OUT}] it took too long", 504)) is None
+    assert trouble(Case("x", ()), refusal(f"[{TIMED_OUT}] it took too long", 504)) is not None
 
 
 def test_answers_are_read_as_they_come():

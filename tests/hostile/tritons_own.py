@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.hostile.mutate import DATATYPES, NAMES, TEXTS, damaged
 from tests.hostile.wire import exchange
 from tests.hostile.world import World
 
-LIMIT = 10.0  # seconds
+LIMIT = 5.0  # seconds after which a request counts as hanging
 SERVER_DIED, MODEL_DIED, HUNG = "tritonserver died", "a model died", "hung"
 _METHODS = (
     *("ModelInfer", "ModelMetadata", "ModelConfig", "ModelReady", "ModelStatistics", "ServerMetadata"),
@@ -27,21 +28,36 @@ _METHODS = (
 )
 
 
-def over_http(world: World, seed: int, numbers: Iterable[int], progress: Callable[[int], None]) -> Report:
-    """Send hostile requests one by one; whatever dies or hangs is started again before the next."""
-    report = Report()
+def over_http(world: World, seed: int, count: int, seconds: float, progress: Callable[[int], None]) -> Report:
+    """Send hostile requests one by one, in any order; whatever dies or hangs is started again before the next.
+
+    Args:
+        world: with the server.
+        seed: of the mutations, and of the order.
+        count: the requests 0 to count - 1.
+        seconds: after which no more are sent.
+        progress: told how many are done.
+    """
+    report, deadline = Report(), time.monotonic() + seconds
+    numbers = list(range(count))
+    Random(seed).shuffle(numbers)
     for number in numbers:
+        if time.monotonic() > deadline:
+            break
         one = case(seed, number)
         outcome = exchange(world.triton, one, LIMIT)
         _count(world, report, one, result(outcome), outcome.seconds)
-        progress(number)
+        progress(report.count)
     return report
 
 
-def over_grpc(world: World, seed: int, count: int, progress: Callable[[int], None]) -> Report:
-    """Send hostile messages over gRPC, one by one."""
+def over_grpc(world: World, seed: int, count: int, seconds: float, progress: Callable[[int], None]) -> Report:
+    """Send hostile messages over gRPC, one by one; the arguments are those of `over_http`."""
     report, address = Report(), world.server.grpc_url.removeprefix("grpc://")
+    deadline = time.monotonic() + seconds
     for number in range(count):
+        if time.monotonic() > deadline:
+            break
         kind, method, message = hostile_message(Random(f"{seed}/grpc/{number}"))
         with grpc.insecure_channel(address) as channel:
             call = channel.unary_unary(f"/inference.GRPCInferenceService/{method}", _as_is, _as_is)
@@ -51,7 +67,7 @@ def over_grpc(world: World, seed: int, count: int, progress: Callable[[int], Non
             except grpc.RpcError as error:
                 status = error.code().name
         _count(world, report, Case(kind, (message,)), HUNG if status == "DEADLINE_EXCEEDED" else status, 0.0)
-        progress(number)
+        progress(report.count)
     return report
 
 
