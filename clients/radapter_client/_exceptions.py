@@ -90,7 +90,7 @@ UNAVAILABLE_CODES = frozenset({"overloaded", "restarting", "server_stopping", "s
 MODEL_CODES = frozenset({"no_patch_encoder"})
 # What Triton says itself when it cannot answer now, and the code that the tasks have for it.
 RETRYABLE = {
-    "Exceeds maximum queue size|Request timeout expired": "overloaded",
+    "Exceeds maximum queue size|Request timeout expired|shared memory pool size": "overloaded",
     "Stub process .* is not healthy": "restarting",
 }
 

@@ -80,8 +80,8 @@ def from_triton(status: grpc.StatusCode, text: str) -> Refused:
     if found := re.search(r"(?:^|: )\[([a-z][a-z0-9_]{0,40})\] (.*)", text):
         code, message = found[1], tasks.public(found[2])
         return Refused(_BY_CODE.get(code, number), code, message)
-    if re.search("Exceeds maximum queue size|Request timeout expired", text):
-        return overloaded("the queue of this model is full; try again in a moment")
+    if re.search("Exceeds maximum queue size|Request timeout expired|shared memory pool size", text):
+        return overloaded("this model has more to do than it can take on; try again in a moment")
     if re.search("Stub process .* is not healthy", text):
         return Refused(503, RESTARTING, "a part of the server starts again; try again in a moment")
     if number == 404 and "no available versions" in text:  # which holds for all models of a server that stops

@@ -35,7 +35,7 @@ _RETRYABLE = (
         "{} is being started again; ask again in a few seconds",
     ),
     (
-        "Exceeds maximum queue size|Request timeout expired",
+        "Exceeds maximum queue size|Request timeout expired|shared memory pool size",
         OVERLOADED,
         "{} has more to do than it can take on; ask again in a moment, with fewer requests at once",
     ),

@@ -67,18 +67,17 @@ def test_two_mebibytes(stand_ins: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sixty_four_mebibytes(stand_ins: Path, tmp_path: Path) -> None:
-    """64 MB of /dev/shm and 16 calls of 8 MiB at once: answers or clear errors, no hang, and all is well afterwards."""
+    """64 MB of /dev/shm, 24 calls of 8 MiB at once: answers or [overloaded]; a small call is answered afterwards."""
     with serve("64m", stand_ins, tmp_path / "log") as served:
         until(lambda: "Ctrl-C stops the server" in served.said, 120)
         image = b'{"sleep": 0.5, "rest": "' + b"x" * (8 << 20) + b'"}'
-        with contextlib.ExitStack() as stack, ThreadPoolExecutor(16) as threads:
+        with contextlib.ExitStack() as stack, ThreadPoolExecutor(24) as threads:
             clients = [stack.enter_context(Client(url, timeout=60, retries=0)) for url in served.urls]
             calls = [
-                threads.submit(outcome, partial(clients[number % 2].classify, image, ["a"])) for number in range(16)
+                threads.submit(outcome, partial(clients[number % 2].classify, image, ["a"])) for number in range(24)
             ]
             found = {call.result(90) for call in calls}
-            print(found, served.said)
-            assert all(one == "an answer" or one.startswith(("ServerUnavailable", "ServerError")) for one in found)
+            assert found == {"an answer", "ServerUnavailable overloaded"}
             for client in clients:
                 deadline = time.monotonic() + 60
                 while outcome(partial(client.classify, b"x", ["a"])) != "an answer":
