@@ -126,11 +126,13 @@ def _mended(world: World, found: str) -> str:
     """What died, if anything did; all is up again afterwards."""
     server = world.server
     deaths = [death.name for _ in range(2) for death in server.deaths()]
+    if "tritonserver" in deaths or (not deaths and found == HUNG):
+        server.restart()
+    else:
+        for name in set(deaths):
+            server.reload(name)
+    if deaths or found == HUNG:
+        world.warm_up()
     if "tritonserver" in deaths:
-        server.restart()
         return SERVER_DIED
-    for name in set(deaths):
-        server.reload(name)
-    if not deaths and found == HUNG:
-        server.restart()
     return MODEL_DIED if deaths else found

@@ -51,6 +51,10 @@ class World:
         """Triton's own HTTP port."""
         return self.server.host, int(self.server.http_url.rpartition(":")[2])
 
+    def warm_up(self) -> None:
+        """Search once, for the first search loads its libraries."""
+        exchange(self.triton, Case("first", (good()["retrieve"].raw(),)), 120)
+
     def processes(self) -> set[int]:
         """The numbers of all processes: gateway, tritonserver, and those of its models."""
         assert self.server._process is not None
@@ -119,7 +123,7 @@ def _add_retrieve(repository: Path) -> None:
 def _wait(running: World) -> None:
     ready = Case("ready", (message("GET", "/v2/health/ready", {}),))
     deadline = time.monotonic() + 60
-    exchange(running.triton, Case("first", (good()["retrieve"].raw(),)), 120)  # the first search loads its libraries
+    running.warm_up()
     while not any(answer.status == 200 for answer in exchange(running.address, ready).answers):
         assert time.monotonic() < deadline and running.gateway.poll() is None, "the gateway does not start"
         time.sleep(0.1)
