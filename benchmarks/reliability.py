@@ -93,28 +93,39 @@ def main(slow: bool = True, out: Path = RESULTS) -> int:
         slow: also those that take long.
         out: folder of the results.
     """
-    began = time.monotonic()
-    cases = run([file for files in SUITE.values() for file in files], slow)
+    began, cases, parts = time.monotonic(), list[Case](), list[str]()
+    for title, files in SUITE.items():
+        cases += (found := run(files, slow))
+        parts += [f"## {title}", table(files, found)]
+        write(out, cases, parts, (time.monotonic() - began) / 60)
+    print(f"wrote {out / 'reliability.md'}")
+    return int(any(case.result == "failed" for case in cases))
+
+
+def table(files: list[str], cases: list[Case]) -> str:
+    """The cases of some files, in the files' order."""
+    rows = ["| case | promise | result |", "| --- | --- | --- |"]
+    for file in files:
+        for test, promise in promises(ROOT / file).items():
+            if mine := [case for case in cases if case.file == file and case.test == test]:
+                words = " ".join(promise.split()).replace("|", "\\|")
+                rows.append(f"| `{Path(file).stem}::{test.removeprefix('test_')}` | {words} | {together(mine)} |")
+    return "\n".join(rows)
+
+
+def write(out: Path, cases: list[Case], parts: list[str], minutes: float) -> None:
+    """Write what is known by now."""
     kept = sum(case.result == "kept" for case in cases)
-    lines = [
+    command = " ".join(["python", "benchmarks/reliability.py", *sys.argv[1:]])
+    head = [
         "# Reliability: what was tried",
-        f"`python benchmarks/reliability.py`, {datetime.date.today().isoformat()}. {kept} of {len(cases)} cases kept "
-        f"their promise, in {(time.monotonic() - began) / 60:.0f} minutes.",
+        f"`{command}`, {datetime.date.today().isoformat()}. {kept} of {len(cases)} cases kept their promise, in "
+        f"{minutes:.0f} minutes.",
         "A real tritonserver, gateway, disk and network are harmed wherever that can be done, and each case checks by "
         "itself what callers see and what is left. See also [soak.md](soak.md) and [hostile.md](hostile.md).",
     ]
-    for title, files in SUITE.items():
-        lines += [f"## {title}", "| case | promise | result |\n| --- | --- | --- |"]
-        for file in files:
-            known = promises(ROOT / file)
-            for test, promise in known.items():
-                if mine := [case for case in cases if case.file == file and case.test == test]:
-                    words = " ".join(promise.split()).replace("|", "\\|")
-                    lines[-1] += f"\n| `{Path(file).stem}::{test.removeprefix('test_')}` | {words} | {together(mine)} |"
     out.mkdir(parents=True, exist_ok=True)
-    (out / "reliability.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
-    print(f"wrote {out / 'reliability.md'}")
-    return int(any(case.result == "failed" for case in cases))
+    (out / "reliability.md").write_text("\n\n".join([*head, *parts]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

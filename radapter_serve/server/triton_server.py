@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -175,7 +175,7 @@ class TritonServer(Endpoints):
         remove_leftovers()
         self.kept = kept_for_indexes(self.model_repository, self.served.releases, self.indexes)
         released = self.line_up(self.served.releases, self.kept, progress)
-        self.offered = {**others(self.model_repository), **released}
+        self.offered = {**self._with_instances(others(self.model_repository)), **released}
         configs = {name: model.config for name, model in self.offered.items()}
         versions = {name: model.versions for name, model in self.offered.items()}
         self.warning = check_shared_memory(configs, versions, self._installation.in_python)
@@ -209,8 +209,11 @@ class TritonServer(Endpoints):
             )
         self._version_compatible |= configured.version_compatible
         found = line_up(repository, releases, sorted(kept), configured.configs)
-        configs = with_instances({name: model.config for name, model in found.items()}, self._instances)
-        return {name: Offered(model.versions, configs[name]) for name, model in found.items()}
+        return self._with_instances(found)
+
+    def _with_instances(self, models: Mapping[str, Offered]) -> dict[str, Offered]:
+        configs = with_instances({name: model.config for name, model in models.items()}, self._instances)
+        return {name: Offered(model.versions, configs[name]) for name, model in models.items()}
 
     @property
     def folder(self) -> Path:
