@@ -1,5 +1,10 @@
 """The one exception that means: the input was wrong, and this sentence says how to mend it."""
 
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
 
 class RAdapterError(Exception):
     """An error for people: what is wrong, which value, what is allowed, which command to run next."""
@@ -9,3 +14,8 @@ def reason(error: BaseException) -> str:
     """The first line of another library's error, for a message of ours; its class where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def short(value: Any) -> str:
+    """What a file or a caller calls something, on one line of a message and cut to 40 characters."""
+    return value[:40] if isinstance(value, str) and value.isprintable() else reprlib.repr(value)

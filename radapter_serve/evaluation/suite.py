@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from radapter_serve.adapter import Metadata
 from radapter_serve.clip.dense import WAYS
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, short
 from radapter_serve.evaluation.embedder import PROPOSALS
 from radapter_serve.files import read_yaml
 from radapter_serve.inputs.errors import TaskError
@@ -132,7 +132,7 @@ def entry_of(values: Mapping[str, Any], where: str) -> Entry:
         RAdapterError: a field is unknown, missing, or has a value that is not allowed.
     """
     fields = [field.name for field in dataclasses.fields(Entry)]
-    unknown = sorted(str(name) for name in values if name not in fields)
+    unknown = sorted(short(name) for name in values if name not in fields)
     if unknown:
         raise RAdapterError(f"{where} has unknown fields {', '.join(unknown)[:200]}; allowed: {', '.join(fields)}")
     for field in ("name", "data"):

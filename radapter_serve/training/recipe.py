@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, short
 from radapter_serve.files import read_yaml
 
 RECIPE, CHECKPOINT = "recipe.yaml", "checkpoint.pt"  # files of a run's folder
@@ -252,7 +252,7 @@ def load_recipe(source: str | Path) -> Recipe:
         raise RAdapterError(f"the recipe {path} must be a mapping of field: value")
     values = values or {}
     fields = [field.name for field in dataclasses.fields(Recipe)]
-    unknown = sorted({_short(name) for name in values if name not in fields})
+    unknown = sorted({short(name) for name in values if name not in fields})
     if unknown:
         raise RAdapterError(f"the recipe {path} has unknown fields {', '.join(unknown)}; allowed: {', '.join(fields)}")
     if values.get("precision") is False:
@@ -272,7 +272,3 @@ def _validated(values: dict[str, Any]) -> Recipe:
             message = found["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
             wrong.setdefault(str(found["loc"][0]), f"{found['loc'][0]} is {reprlib.repr(found['input'])}; {message}")
         raise RAdapterError("; ".join(wrong.values())) from None
-
-
-def _short(name: Any) -> str:
-    return name[:40] if isinstance(name, str) and name.isprintable() else reprlib.repr(name)

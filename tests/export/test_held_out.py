@@ -55,7 +55,7 @@ def evaluated(metadata: Metadata) -> list[str]:
     """The files that the run's own validation data consists of."""
     suite = own_validation(metadata)
     data: Any = open_set(suite, suite.entries[0])
-    return [str(Path(data.name(number)).name) for number in range(len(data))]
+    return [str(Path(image.name).name) for image in data.images]
 
 
 @pytest.mark.parametrize("task", DATA)

@@ -240,7 +240,7 @@ def test_repository_may_hold_models_of_others(export: Export, tmp_path: Path) ->
         ({"adapter": Path("nowhere")}, "no adapter file at nowhere.*radapter-train"),
         ({"base": "ViT-B-33"}, "unknown model 'ViT-B-33'"),
         ({"label_sets": {"a": "nothing.txt"}}, "nothing.txt"),
-        ({"label_sets": {"../a": "nothing.txt"}}, "label set '../a'"),
+        ({"label_sets": {"../a": "nothing.txt"}}, "'../a' can't be the name of a label set"),
         ({"templates": "no place for a label"}, "cannot read no place for a label.*built-in sets"),
         ({"tolerance": 1e-12}, "image_encoder in fp32 differs from torch"),
         ({"dense": "clip"}, "dense is 'clip'; allowed: none, maskclip, sclip, clearclip, naclip"),

@@ -174,8 +174,8 @@ def grey_png() -> bytes:
     [
         (
             "Failed to increase the shared memory pool size for key '/radapter_serve_x7_1' to 9 bytes.\nMore",
-            "[encoder_failed] image_encoder version 2 failed: "
-            "Failed to increase the shared memory pool size for key ... to 9 bytes.",
+            "[overloaded] image_encoder has more to do than it can take on; ask again in a moment, with fewer requests "
+            "at once",
         ),
         ("no /home/me/file.onnx here", "[encoder_failed] image_encoder version 2 failed: no ... here"),
         (
