@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 
 from radapter_serve.adapter import load_adapter
 from radapter_serve.cli.train import main
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError
-from radapter_serve.training import Recipe, choose_form, load_recipe, train
+from radapter_serve.training import Recipe, choose_form, load_recipe, loop, train
 from radapter_serve.training.loop import learning_rate
 from tests.helpers.short_run import rows, short_run
 
@@ -79,9 +80,26 @@ def test_two_processes_train_to_the_same_adapter_as_one(
         torch.testing.assert_close(two.tensors[name], value, rtol=0, atol=5e-3 * value.abs().max().item())
 
 
-def test_bf16_trains(recipe: Recipe) -> None:
-    out = train(dataclasses.replace(recipe, precision="bf16", val_data=None))
-    assert all(value.dtype == torch.float32 for value in load_adapter(out).tensors.values())
+def test_bf16_trains_to_nearly_the_same(recipe: Recipe, tmp_path: Path) -> None:
+    plain, half = (
+        load_adapter(train(dataclasses.replace(recipe, precision=precision, val_data=None, out=tmp_path / precision)))
+        for precision in ("no", "bf16")
+    )
+    assert all(value.dtype == torch.float32 for value in half.tensors.values())
+    for name, value in plain.tensors.items():
+        assert F.cosine_similarity(half.tensors[name].flatten(), value.flatten(), dim=0) > 0.9
+    assert any(not torch.equal(half.tensors[name], value) for name, value in plain.tensors.items())
+
+
+def test_the_base_is_loaded_with_the_weights_that_the_recipe_names(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(architecture: str, pretrained: str | None) -> Base:
+        raise RAdapterError(f"{architecture} with {pretrained}")
+
+    monkeypatch.setattr(loop, "load_base", stop)
+    with pytest.raises(RAdapterError, match=r"^ViT-B-32 with openai$"):
+        train(dataclasses.replace(recipe, architecture="ViT-B-32", pretrained="openai"))
 
 
 def test_schedule_warms_up_and_falls_as_a_cosine() -> None:
