@@ -118,6 +118,16 @@ def test_broken_and_missing_images(images: Path) -> None:
     assert broken == {"3.png", "4.png"}
 
 
+def test_what_is_wrong_with_a_row_travels_as_its_batch(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def item(self: Examples, row: Any, index: int) -> dict[str, Any]:
+        raise RAdapterError(f"row {index} is odd")
+
+    monkeypatch.setattr(Examples, "item", item)
+    examples = Examples(load_labelled(f"imagefolder:{images}"), transform, 0)
+    found = next(iter(batches(examples, 4, epoch=0, start=0, rank=0, world=1, workers=0)))
+    assert re.fullmatch(r"row \d+ is odd", found["error"]) and set(found) == {"error"}
+
+
 def test_a_label_that_is_no_class(tmp_path: Path) -> None:
     classes = tmp_path / "classes.txt"
     classes.write_text("blue\ngreen\n")
