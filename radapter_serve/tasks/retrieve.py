@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import itertools
 import json
 import sys
@@ -109,6 +111,9 @@ class Retrieve:
         self._own, self._folder, self._others = Embedder(release, embed_text, embed_image), indexes, others
         self._open: dict[str, tuple[tuple[int, int, int], Index]] = {}
         self._lock = threading.Lock()
+        if any(indexes.glob(f"*/{FACTS}")):  # LanceDB takes seconds to load, for which the first caller should not wait
+            with contextlib.suppress(ImportError):  # a search says what is missing
+                importlib.import_module("lancedb")
 
     def __call__(self, request: RetrieveRequest) -> Retrieved:
         """Search.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -135,3 +136,15 @@ def test_a_long_name_is_not_sent_back_whole(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"^\[unknown_index\]") as caught:
         task(tmp_path, FakeRelease())(RetrieveRequest(b"b" * 10_001, text=b"a"))
     assert len(str(caught.value)) < 200
+
+
+def test_the_engine_is_loaded_before_the_first_search_where_there_is_an_index(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, loaded = FakeRelease(), []
+    build(str(photos), tmp_path / "indexes" / "photos", release)
+    monkeypatch.setattr(importlib, "import_module", loaded.append)
+    task(tmp_path / "nowhere", release)
+    assert loaded == []
+    task(tmp_path / "indexes", release)
+    assert loaded == ["lancedb"]
