@@ -141,7 +141,8 @@ def test_a_long_name_is_not_sent_back_whole(tmp_path: Path) -> None:
 def test_the_engine_is_loaded_before_the_first_search_where_there_is_an_index(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    release, loaded = FakeRelease(), []
+    release = FakeRelease()
+    loaded: list[str] = []
     build(str(photos), tmp_path / "indexes" / "photos", release)
     monkeypatch.setattr(importlib, "import_module", loaded.append)
     task(tmp_path / "nowhere", release)
