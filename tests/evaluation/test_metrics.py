@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.metrics import caption_groups, classification_metrics, retrieval_metrics, true_ranks
+from radapter_serve.evaluation.metrics import (
+    caption_groups,
+    classification_metrics,
+    retrieval_metrics,
+    segmentation_metrics,
+    true_ranks,
+)
 
 
 def best_first(scores: np.ndarray) -> list[int]:
@@ -85,6 +91,13 @@ def test_class_names_as_captions_are_evaluated_as_classes() -> None:
     groups = caption_groups([f"Class {label}" for label in labels])
     found = retrieval_metrics(images, classes[labels], np.arange(60), (1,), groups)
     assert found["text_retrieval_recall@1"] == pytest.approx(np.mean((images @ classes.T).argmax(1) == labels))
+
+
+def test_a_class_that_nobody_has_counts_for_no_mean_of_segmentation() -> None:
+    # Of 4 pixels of the first class 3 are right and 1 has no answer; 2 of the second have none; the third is nowhere.
+    counts = np.array([[3, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 0]])
+    expected = {"miou": (3 / 4 + 0) / 2, "pixel_accuracy": 3 / 6, "mean_class_accuracy": (3 / 4 + 0) / 2}
+    assert segmentation_metrics(counts) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
