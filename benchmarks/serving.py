@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import statistics
 import tempfile
@@ -21,10 +20,10 @@ import tyro
 from common import CLASS_NAMES, RESULTS, Process, Report, alternate, random_clip, ratio, say
 from google.protobuf import text_format
 from numpy.typing import NDArray
-from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
 from radapter_client import Client
+from radapter_serve.bench.requests import picture
 from radapter_serve.release.release import Release
 from radapter_serve.server.triton_server import TritonServer, free_ports
 from radapter_serve.tasks.classify import Classify, ClassifyRequest, EmbedImages, load_label_sets
@@ -46,14 +45,6 @@ def export(architecture: str, folder: Path) -> tuple[float, int]:
         adapter, [0.5], ExportSettings(merged=merged, model_repository=repository, label_sets={LABEL_SET: names})
     )
     return time.perf_counter() - start, size
-
-
-def picture(width: int, height: int) -> bytes:
-    """A smooth random image as JPEG."""
-    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-    return file.getvalue()
 
 
 def options_of(config: Path) -> onnxruntime.SessionOptions:

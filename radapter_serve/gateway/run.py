@@ -21,13 +21,10 @@ from radapter_serve.gateway.app import Gateway
 from radapter_serve.gateway.connection import connection
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.gateway.upstream import Triton, Upstream
+from radapter_serve.server.processes import ending_with_parent
 
 KEEP_ALIVE = 30  # seconds that a connection stays open between requests
 DRAIN = 20  # seconds that running requests have when the gateway stops
-# Runs a command so that it ends with its parent, also with one that is gone by now.
-_LAUNCHER = """import ctypes, os, sys
-ctypes.CDLL(None).prctl(1, 15)
-if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[2:])"""
 
 
 def server(settings: Settings, connect: Callable[[], Upstream] | None = None) -> uvicorn.Server:
@@ -110,10 +107,7 @@ def command(settings: Settings) -> list[str]:
 def start(settings: Settings) -> subprocess.Popen[bytes]:
     """Start a gateway in a process of its own, which ends with the thread that starts it; SIGTERM stops it in order."""
     settings.check()
-    parent = str(os.getpid())
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _LAUNCHER, parent, *command(settings)], stdin=subprocess.DEVNULL
-    )
+    return subprocess.Popen(ending_with_parent(command(settings)), stdin=subprocess.DEVNULL)
 
 
 def _allow_files(connections: int) -> None:

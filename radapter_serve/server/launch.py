@@ -14,15 +14,13 @@ from radapter_serve.release.repository import CONFIG
 from radapter_serve.server.control import SECRET_HEADER
 from radapter_serve.server.installation import Installation
 from radapter_serve.server.lineup import Offered
-from radapter_serve.server.processes import shm_prefix
+from radapter_serve.server.processes import ending_with_parent, shm_prefix
 from radapter_serve.threads import environment
 
 MODELS = "models"  # Triton loads what lies in this folder of a server's, and nothing that lies beside it
 # What a caller could read or change the server's memory, files and log by; open to who sends the secret of this server.
 _RESTRICTED = "shared-memory,model-repository,trace,logging"
 _RESTRICTING = ("http-restricted-api", "grpc-restricted-protocol")
-# Runs the server so that it ends when the process (more exactly: the thread) that started it is killed.
-_LAUNCHER = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 def lay_out(folder: Path, installation: Installation, repository: Path, models: Mapping[str, Offered]) -> None:
@@ -103,7 +101,7 @@ def command_line(
         f"--backend-config=python,shm-region-prefix-name={shm_prefix(folder)}",
         *(["--backend-config=tensorrt,version-compatible=true"] if version_compatible else []),
     ]
-    return [sys.executable, "-I", "-S", "-c", _LAUNCHER, *arguments]
+    return ending_with_parent(arguments)
 
 
 def server_environment(installation: Installation, folder: Path, indexes: Path, threads: int) -> dict[str, str]:

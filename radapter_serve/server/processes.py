@@ -8,11 +8,21 @@ import os
 import re
 import shutil
 import signal
+import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER_PREFIX = "radapter-serve-"
+_LAUNCHER = """import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 15)
+if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[2:])"""
+
+
+def ending_with_parent(command: Sequence[str]) -> list[str]:
+    """A command as a child that ends when this process (more exactly: the thread that starts it) ends or is killed."""
+    return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
 
 
 def shm_prefix(folder: Path) -> str:
