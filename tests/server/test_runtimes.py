@@ -133,6 +133,13 @@ def test_a_runtime_that_differs_is_refused_with_the_way_out(own):
         check(encoder(own), "openvino")
     with pytest.raises(RAdapterError, match=f"{message}.*{way_out}"):
         TritonServer(own, "127.0.0.1", *free_ports(), runtime="openvino").start()
+    shutil.rmtree(own / "classify")  # which has the releases: the encoders are checked all the same
+    with pytest.raises(RAdapterError, match=f"{message}.*{way_out}"):
+        TritonServer(own, "127.0.0.1", *free_ports(), runtime="openvino").start()
+    (own / "image_encoder").rename(own / "other")
+    (own / "other" / "config.pbtxt").write_text('backend: "python"')
+    with pytest.raises(RAdapterError, match="holds no encoder of radapter-export; leave --runtime auto out"):
+        TritonServer(own, "127.0.0.1", *free_ports(), runtime="auto").start()
     graph = folder / "model.onnx"
     graph.write_bytes(graph.read_bytes()[:-100])
     with pytest.raises(RAdapterError, match=rf"OpenVINO .* cannot load {graph}: .*\S{way_out}"):
