@@ -84,7 +84,7 @@ def answer(
         run: the outcomes of all requests that could be read.
         outputs: the output tensors of an answer, by name.
     """
-    faulthandler.dump_traceback_later(HUNG, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(HUNG, exit=True, file=sys.__stderr__ or 2)
     try:
         inputs = [Outcome.of(partial(read_one, request)) for request in requests]
         outcomes = iter(isolated(run, [one.unwrap() for one in inputs if one.error is None]))

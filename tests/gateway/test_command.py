@@ -20,7 +20,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.keys import Keys
 from radapter_serve.gateway.run import command, start
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.server import supervisor
+from radapter_serve.server import probe, supervisor
 from radapter_serve.server.triton_server import TritonServer, free_ports
 from radapter_serve.server.watch import GATEWAY
 
@@ -140,7 +140,7 @@ def test_beside_a_server_it_is_started_again_and_stopped_with_it(
     for name in ("start", "stop"):
         monkeypatch.setattr(TritonServer, name, lambda *_: None)
     monkeypatch.setattr(TritonServer, "deaths", lambda _: [])
-    monkeypatch.setattr(supervisor.Probe, "step", lambda *_: [])
+    monkeypatch.setattr(probe.Probe, "step", lambda *_: [])
     monkeypatch.setattr(supervisor, "LONGEST_PAUSE", 0.0)
     monkeypatch.setattr(serve, "_show", lambda _: None)
     monkeypatch.setattr(serve, "Desk", lambda _: contextlib.nullcontext())

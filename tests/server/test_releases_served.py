@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,10 +127,10 @@ class Load:
             thread.join(60)
 
     def _ask(self, number: int, way: str) -> None:
-        asks = (
+        asks: list[Callable[[Client], tuple[str, int]]] = [
             *(self._embed_images, self._embed_texts, self._classify, self._search),
             *(partial(self._segment, kind=kind, proposals=masks) for kind, masks in SEGMENTS.items()),
-        )
+        ]
         with Client(way, batch_size=1, concurrency=2) as client:
             for turn in itertools.count(number):
                 if self._end.wait(0.02):  # callers that never rest would keep the processor from the switch

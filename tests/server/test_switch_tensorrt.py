@@ -1,7 +1,7 @@
 """A switch of releases whose encoders are engines of TensorRT, on fakes of TensorRT and of the GPU.
 
-No real tritonserver takes part: it refuses models for a GPU that it does not see. In its place each load and unload runs
-the backend's own code in this process.
+No real tritonserver takes part: it refuses models for a GPU that it does not see. In its place each load and unload
+runs the backend's own code in this process.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def test_engines_of_two_releases_stand_side_by_side_and_those_of_the_old_one_lea
         return driver.contexts, driver.streams, sorted(map(len, driver.memory.values()))
 
     server = Server(mine, tmp_path)
-    seen = {}
-    for release in (1, 2, 1, 2):
+    seen: dict[int, Any] = {}
+    for release in (1, 2, 1):
         check_side_by_side(server.offered, new := lined_up(release))
         switch(server, new, lambda line: None)
         assert server.offered == new
