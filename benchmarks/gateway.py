@@ -24,7 +24,9 @@ from radapter_serve.gateway.settings import Settings
 from radapter_serve.server.triton_server import TritonServer, free_ports
 
 
-def export(architecture: str, precision: str, folder: Path, labels: Sequence[str] = CLASS_NAMES) -> None:
+def export(
+    architecture: str, precision: str, folder: Path, labels: Sequence[str] = CLASS_NAMES, dense: str = "none"
+) -> None:
     """What radapter-export does, with a label set."""
     from radapter_export import ExportSettings, export_release  # only in the process that exports
 
@@ -36,6 +38,7 @@ def export(architecture: str, precision: str, folder: Path, labels: Sequence[str
         model_repository=folder / "repository",
         label_sets={LABEL_SET: names},
         precision=precision,
+        dense=dense,
         validation="none",  # random weights know no image
     )
     export_release(adapter, [0.5], settings)

@@ -12,7 +12,8 @@ from typing import Any
 
 import tyro
 from common import RESULTS, Process, Report, say
-from gateway import LABEL_SET, export
+from gateway import export
+from serving import LABEL_SET
 
 from radapter_serve.bench.report import PERCENTILES, STAGES, Row, draw
 from radapter_serve.bench.requests import LABELS, TASKS, picture
@@ -80,7 +81,7 @@ def main(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         say("exporting")
         with Process() as process:
-            process.call(export, architecture, precision, folder, LABELS)
+            process.call(export, architecture, precision, folder, LABELS, "naclip")
         say("building the index")
         (folder / "pictures").mkdir()
         for number in range(images):
