@@ -33,9 +33,10 @@ def measured(out: Path, **options: Any) -> list[Row]:
     """The rows of one `radapter-bench`."""
     bench(out=out, label_set=LABEL_SET, index=INDEX, **options)
     found = json.loads((out / "bench.json").read_text(encoding="utf-8"))["rows"]
-    return [
+    rows = [
         Row(**{**row, "latency": {k: math.nan if v is None else v for k, v in row["latency"].items()}}) for row in found
     ]
+    return sorted(rows, key=lambda row: (row.task, row.protocol))
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
