@@ -89,6 +89,13 @@ class Embedder(Protocol):
     def embed_texts(self, texts: Sequence[str]) -> Floats:
         """Texts to float32 [N, D], unit length."""
 
+    def probabilities(self, cosines: Floats) -> Floats:
+        """The probability of each label, float32 [N, C], by the model that is selected.
+
+        Args:
+            cosines: of images with labels, [N, C].
+        """
+
     def way(self, dense: str | None) -> str:
         """The way of dense embeddings to use where `dense` is asked for; None asks for the models' own.
 
