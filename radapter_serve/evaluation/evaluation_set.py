@@ -128,9 +128,7 @@ def by_class(classes: Sequence[str], n: NDArray[Any], **values: NDArray[np.float
 def by_bin(sums: NDArray[np.float64]) -> list[dict[str, Any]]:
     """`calibration` of a row, from `calibration_sums`: images, mean confidence and accuracy of each bin."""
     confidence, accuracy = (_rounded(shares(of, sums[0])) for of in sums[1:])
-    return [
-        {"n": int(n), "confidence": confidence[i], "accuracy": accuracy[i]} for i, n in enumerate(sums[0].tolist())
-    ]
+    return [{"n": int(n), "confidence": confidence[i], "accuracy": accuracy[i]} for i, n in enumerate(sums[0].tolist())]
 
 
 def _rounded(values: NDArray[np.float64]) -> list[float | None]:

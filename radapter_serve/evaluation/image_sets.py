@@ -136,7 +136,8 @@ class ClassificationSet(_ImageSet):
 
     def scorer(self, embedder: Embedder, known: Known) -> Scorer:
         templates = self.templates or embedder.templates
-        return _ClassificationScorer(self, embedder, class_embeds(embedder.embed_texts, self.prompted, templates, known))
+        classifier = class_embeds(embedder.embed_texts, self.prompted, templates, known)
+        return _ClassificationScorer(self, embedder, classifier)
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,12 @@ from radapter_serve.data.masked import load_masked
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, drawn
 from radapter_serve.evaluation.image_sets import ClassificationSet, Image, RetrievalSet
-from radapter_serve.evaluation.karpathy import load_karpathy
 from radapter_serve.evaluation.segmentation import SegmentationSet
 from radapter_serve.evaluation.suite import Entry, Suite
 from radapter_serve.files import read_yaml
 from radapter_serve.inputs.labels import split_label
 
-_READERS = (*READERS, "masks", "coco", "karpathy")
+_READERS = (*READERS, "masks", "coco")
 
 
 def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int = 0) -> EvaluationSet:
@@ -113,14 +112,8 @@ def classification_set(
 
 
 def _retrieval_set(suite: Suite, entry: Entry, spec: str, limit: int | None, seed: int) -> RetrievalSet:
-    folder = _images(suite, entry)
-    reader, _, place = spec.partition(":")
-    if reader == "karpathy":
-        path, _, split = place.rpartition("@") if "@" in place else (place, "", "test")
-        data = load_karpathy(Path(path), split, folder or Path(path).parent)
-    else:
-        data = load_captioned(spec, image_column=entry.image_column, caption_column=entry.caption_column, images=folder)
-    return retrieval_set(entry, data, limit, seed)
+    columns = {"image_column": entry.image_column, "caption_column": entry.caption_column}
+    return retrieval_set(entry, load_captioned(spec, **columns, images=_images(suite, entry)), limit, seed)
 
 
 def _own_set(run: Metadata, entry: Entry, limit: int | None, seed: int) -> EvaluationSet:

@@ -37,7 +37,7 @@ USED_BY = {  # which tasks use a field, for fields that not every task uses
 def _templates(value: Any) -> Any:
     if value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(t, str) for t in value)):
         return value
-    raise ValueError("allowed: openai, simple, a file, a template, or a list of templates")
+    raise ValueError("allowed: openai, vild, ovseg, simple, a file, a template, or a list of templates")
 
 
 Templates = Annotated[Any, BeforeValidator(_templates)]
@@ -49,9 +49,8 @@ class Entry:
 
     Attributes:
         name: in rows, tables and pictures.
-        data: `imagefolder:DIR`, `csv:FILE`, ... below the data root, or a hub name, as in `load_labelled`; for
-            segmentation `masks:DIR` or `coco:FILE.json`, as in `load_masked`; for retrieval also `karpathy:FILE.json`,
-            of which `@test` at the end takes one split.
+        data: `imagefolder:DIR`, `csv:FILE`, ... below the data root, or a hub name, as in `load_labelled` and
+            `load_captioned`; for segmentation `masks:DIR` or `coco:FILE.json`, as in `load_masked`.
         task: `classification`, `retrieval` between images and their captions, or `segmentation`.
         shift: `id`, as the training data, or `ood`, shifted.
         split: `test`, or `validation`, which `--alpha auto` chooses by.
@@ -63,7 +62,7 @@ class Entry:
             the data root.
         class_split: `base`, the first half of the classes, or `novel`, the others; `all` takes all. Of a data set that
             has both, the harmonic mean of the two is reported, too.
-        templates: prompt templates, `openai`, `simple`, or a file beside the suite; None takes the
+        templates: prompt templates, `openai`, `vild`, `ovseg`, `simple`, or a file beside the suite; None takes the
             model's own.
         exif_orientation: turn images as their EXIF says, for every model; false leaves the pixels as the file has
             them, as open_clip does.

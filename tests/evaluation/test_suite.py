@@ -47,7 +47,7 @@ def folders(root: Path, names: list[str], size: tuple[int, int] = (8, 6)) -> Non
 def test_ready_suites(file: Path) -> None:
     suite = load_suite(file, "data")
     assert suite.name == file.stem
-    readers = {"classification": ("imagefolder", "csv"), "retrieval": ("csv", "karpathy"), "segmentation": ("masks",)}
+    readers = {"classification": ("imagefolder", "csv", "coop"), "retrieval": ("csv", "karpathy"), "segmentation": ("masks",)}
     for entry in suite.entries:
         assert entry.data.partition(":")[0] in readers[entry.task]
         if entry.classes and entry.classes.startswith("classes/"):
@@ -129,7 +129,7 @@ def test_karpathys_splits(world: Path, tmp_path: Path) -> None:
     assert data.captions == [f"0.jpg {number}" for number in range(5)] + ["2.jpg 0", "2.jpg 1"]
     assert data.image_of.tolist() == [0] * 5 + [1] * 2
     assert [read() for read in data.images] == [(world / "images" / f"{n}.jpg").read_bytes() for n in (0, 2)]
-    for name, message in (("dataset.json@val", "it has test, train"), ("none.json", "cannot read .*: No such file")):
+    for name, message in (("dataset.json@val", "it has test, train"), ("none.json@test", "cannot read .*: No such")):
         suite = suite_of(f"sets: [{{name: a, task: retrieval, data: 'karpathy:{name}'}}]", tmp_path)
         with pytest.raises(RAdapterError, match=message):
             open_set(suite, suite.entries[0])
