@@ -57,9 +57,10 @@ class Entry:
         metric: what tables, pictures and the choice of α show; every row has all metrics of the task.
         classes: classification: a label file in the order of the labels; a YAML mapping from the data's own class names
             to names for prompts, which leaves out classes that it lacks; `imagenet`, that mapping from WordNet ids or
-            numbers to CLIP's names; None takes the data's own names. Segmentation: the class file of the masks, as in
-            `load_masked`; None takes the one with the data. A file is looked for beside the suite, then below
-            the data root.
+            numbers to CLIP's names; the folder `mappings` of ObjectNet, where each class has the best score of the
+            ImageNet classes that it stands for; None takes the data's own names. Segmentation: the class file of the
+            masks, as in `load_masked`; None takes the one with the data. A file is looked for beside the suite, then
+            below the data root.
         class_split: `base`, the first half of the classes, or `novel`, the others; `all` takes all. Of a data set that
             has both, the harmonic mean of the two is reported, too.
         templates: prompt templates, `openai`, `vild`, `ovseg`, `simple`, or a file beside the suite; None takes the
