@@ -117,7 +117,9 @@ class ServerEmbedder(_Exported):
         if query.dense != PROPOSALS:
             windows = {"short_side": options.short_side, "stride": options.stride, "refine": options.refine}
 
-        def segment(data: bytes, masks: NDArray[np.uint8] | None) -> NDArray[np.uint16]:
+        def segment(
+            data: bytes, masks: NDArray[np.uint8] | None, scores: NDArray[np.float32] | None
+        ) -> NDArray[np.uint16]:
             answer = self._release.ask(
                 self._release.client.segment,
                 data,
@@ -125,6 +127,8 @@ class ServerEmbedder(_Exported):
                 templates=list(query.templates),
                 threshold=options.threshold,
                 proposals=masks,
+                proposal_scores=scores,
+                proposal_weight=None if scores is None else options.proposal_weight,
                 **windows,
             )
             return np.asarray(answer.mask, np.uint16)

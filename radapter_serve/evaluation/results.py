@@ -168,8 +168,8 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
 
 
 def _kind(row: Row) -> tuple[Any, ...]:
-    """Data sets of one kind may be averaged; dense segmentation and proposals, for instance, are different kinds."""
-    return row["shift"], row["metric"], row.get("dense"), row.get("background") is None
+    """Data sets of one kind may be averaged; dense segmentation, true masks and a network's are different kinds."""
+    return row["shift"], row["metric"], row.get("dense"), row.get("proposals") is None, row.get("background") is None
 
 
 def _figure(row: Row) -> str:

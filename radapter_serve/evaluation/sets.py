@@ -25,6 +25,7 @@ from radapter_serve.data import (
 from radapter_serve.data.held_out import check_held_out
 from radapter_serve.data.masked import load_masked
 from radapter_serve.data.objectnet import objectnet_members
+from radapter_serve.data.proposals import load_proposals
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, drawn
 from radapter_serve.evaluation.image_sets import ClassificationSet, Image, RetrievalSet
@@ -116,8 +117,9 @@ def classification_set(
 
 
 def _retrieval_set(suite: Suite, entry: Entry, spec: str, limit: int | None, seed: int) -> RetrievalSet:
-    columns = {"image_column": entry.image_column, "caption_column": entry.caption_column}
-    return retrieval_set(entry, load_captioned(spec, **columns, images=_images(suite, entry)), limit, seed)
+    images = _images(suite, entry)
+    data = load_captioned(spec, image_column=entry.image_column, caption_column=entry.caption_column, images=images)
+    return retrieval_set(entry, data, limit, seed)
 
 
 def _own_set(run: Metadata, entry: Entry, limit: int | None, seed: int) -> EvaluationSet:
@@ -152,7 +154,15 @@ def _segmentation_set(suite: Suite, entry: Entry, spec: str, limit: int | None, 
         exif_orientation=entry.exif_orientation,
     )
     images = [data.images[index] for index in drawn(len(data.images), limit, seed)]
-    return SegmentationSet(entry, images, data.classes, _templates(suite, entry.templates))
+    proposals = None
+    if entry.proposals is not None:
+        labels = len(data.classes) - (entry.background is not None)
+        proposals = load_proposals(suite.data_root / entry.proposals, [image.name for image in images], labels)
+        if entry.proposal_weight is not None and not proposals.scored:
+            raise RAdapterError(
+                f"proposal_weight is {entry.proposal_weight} but {entry.proposals} has no scores to weigh"
+            )
+    return SegmentationSet(entry, images, data.classes, _templates(suite, entry.templates), proposals)
 
 
 def _below(root: Path, spec: str) -> str:

@@ -31,6 +31,7 @@ USED_BY = {  # which tasks use a field, for fields that not every task uses
     **dict.fromkeys(("label_column", "class_split"), ("classification",)),
     **dict.fromkeys(("caption_column", "max_captions"), ("retrieval",)),
     **dict.fromkeys(("dense", "short_side", "stride", "refine", "threshold", "background"), ("segmentation",)),
+    **dict.fromkeys(("proposals", "proposal_weight"), ("segmentation",)),
 }
 
 
@@ -71,8 +72,12 @@ class Entry:
         image_column, label_column, caption_column: names of columns.
         max_captions: retrieval: no more captions of an image than this, its first; None takes all.
         images: folder of the images below the data root, for data that names them relative to elsewhere.
-        dense: segmentation: the way from patches to embeddings; `proposals` gives the model the true masks instead and
-            classifies their crops, the upper bound of what proposals can reach; None takes the model's own way.
+        dense: segmentation: the way from patches to embeddings; `proposals` gives the model masks instead and
+            classifies their crops; None takes the model's own way.
+        proposals: segmentation with `dense: proposals`: masks of a proposal network, a folder of .npz files or a JSON
+            file of COCO's results below the data root, as in `load_proposals`; None takes the true masks, the upper
+            bound of what proposals can reach.
+        proposal_weight: w in [0, 1] of the fusion p = p_proposal^(1-w) p_clip^w of proposals with scores; None is 0.7.
         short_side, stride, refine, threshold: segmentation: as in `SegmentOptions`.
         background: segmentation with a threshold: the class of pixels where every other class is below the threshold;
             it has no prompt. Without such a class these pixels count as wrong.
@@ -101,6 +106,8 @@ class Entry:
     refine: int = 0
     threshold: float | None = None
     background: str | None = None
+    proposals: str | None = None
+    proposal_weight: float | None = None
     language: str = "en"
 
     def __post_init__(self) -> None:
@@ -115,8 +122,16 @@ class Entry:
             raise RAdapterError(
                 f"data set {self.name!r}: background is {self.background!r}, which needs a threshold, such as 0.1"
             )
+        if self.proposals is not None and self.dense != PROPOSALS:
+            raise RAdapterError(
+                f"data set {self.name!r}: proposals is {self.proposals!r}, which needs dense: proposals"
+            )
+        if self.proposal_weight is not None and self.proposals is None:
+            raise RAdapterError(
+                f"data set {self.name!r}: proposal_weight is {self.proposal_weight}, which needs proposals with scores"
+            )
         try:
-            SegmentOptions(self.short_side, self.stride, self.refine, self.threshold)
+            SegmentOptions(self.short_side, self.stride, self.refine, self.threshold, self.proposal_weight or 0.0)
         except TaskError as error:
             raise RAdapterError(f"data set {self.name!r}: {error.message}") from None
 
