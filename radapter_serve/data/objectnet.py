@@ -53,7 +53,7 @@ def _json(folder: Path, name: str) -> Mapping[str, Any]:
     path = folder / name
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from None
     if not isinstance(content, dict) or not all(isinstance(value, str | int) for value in content.values()):
         raise RAdapterError(f"{path} is no mapping of names; take it from ObjectNet again")

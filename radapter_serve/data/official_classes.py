@@ -63,7 +63,7 @@ def _records(text: str, suffix: str) -> dict[int, str]:
 def _literal(node: ast.expr) -> Any:
     try:
         return ast.literal_eval(node)
-    except ValueError:  # of a list that is computed
+    except (ValueError, TypeError):  # of a list that is computed
         return None
 
 
@@ -86,8 +86,7 @@ def _told_apart(names: Mapping[int, str], path: Path) -> dict[int, str]:
         free = [name for name in of if name not in taken and (name == of[0] or name not in firsts)]
         if not free:
             raise RAdapterError(
-                f"{path}: the classes {taken.get(of[0], of[0])} and {id_} are both {of[0]!r}; give one of them a name "
-                "of its own"
+                f"{path}: the classes {taken[of[0]]} and {id_} are both {of[0]!r}; give one of them a name of its own"
             )
         taken[free[0]] = id_
     first = {id_: name for name, id_ in taken.items()}

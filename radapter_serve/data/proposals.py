@@ -79,16 +79,17 @@ class _Arrays(ProposalFiles):
                 f"no proposals {folder / missing[0]}.npz ({len(missing)} of {len(stems)} images lack them); write "
                 "STEM.npz with masks [N, H, W] for each image, or name a JSON file of COCO's results"
             )
-        with_scores = {stem: self._check(folder / f"{stem}.npz") for stem in stems}
-        self.scored = any(with_scores.values())
-        if not all(with_scores.values()) and self.scored:
-            lacking = next(stem for stem, has in with_scores.items() if not has)
+        found = {stem: self._check(folder / f"{stem}.npz") for stem in stems}
+        self._sizes = {stem: size for stem, (size, _) in found.items()}
+        lacking = [stem for stem, (_, scored) in found.items() if not scored]
+        self.scored = len(lacking) < len(found)
+        if self.scored and lacking:
             raise RAdapterError(
-                f"{folder / lacking}.npz has no scores but others have; give all of them scores, or none"
+                f"{folder / lacking[0]}.npz has no scores but others have; give all of them scores, or none"
             )
 
-    def _check(self, path: Path) -> bool:
-        """Whether there are scores; reads no more than what the arrays are, so that a broken file is refused early."""
+    def _check(self, path: Path) -> tuple[Sequence[int], bool]:
+        """Height and width, and whether there are scores; reads no values, so that what is wrong is refused early."""
         try:
             arrays = _headers(path)
         except Exception as error:  # zipfile and numpy raise many kinds on broken files
@@ -98,23 +99,24 @@ class _Arrays(ProposalFiles):
             held = f"{dtype} {list(shape)}" if "masks" in arrays else f"only {', '.join(arrays) or 'nothing'}"
             raise RAdapterError(f"{path} needs masks [N, H, W], N up to {MOST}, {_KINDS}; it holds {held}")
         if "scores" not in arrays:
-            return False
+            return shape[1:], False
         scores, dtype = arrays["scores"]
         if scores not in ((shape[0],), (shape[0], self._classes)) or dtype.kind != "f":
             raise RAdapterError(
                 f"{path} has scores {dtype} {list(scores)}; allowed: float [{shape[0]}, {self._classes}], a column for "
                 f"each class, or [{shape[0]}], one for all"
             )
-        return True
+        return shape[1:], True
 
     def read(self, name: str, size: tuple[int, int]) -> Found:
-        path = self._folder / f"{Path(name).stem}.npz"
+        stem = Path(name).stem
+        path = self._folder / f"{stem}.npz"
+        _check_size(str(path), self._sizes[stem], size)
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 masks, scores = arrays["masks"], arrays.get("scores")
         except Exception as error:  # zipfile and numpy raise many kinds on broken files
             raise _broken(path, error) from None
-        _check_size(str(path), masks.shape[1:], size)
         if masks.dtype.kind == "f":
             if not ((masks >= 0) & (masks <= 1)).all():
                 raise RAdapterError(f"the masks of {path} hold a value outside 0 to 1; allowed: {_KINDS}")
@@ -192,7 +194,7 @@ class _Results(ProposalFiles):
 def _key(name: str | int) -> str:
     """What an image is called: 139, "139" and "000000000139" are the same image."""
     text = str(name)
-    return str(int(text)) if text.isascii() and text.isdecimal() else text
+    return text.lstrip("0") or "0" if text.isascii() and text.isdecimal() else text
 
 
 def _of_all(scores: NDArray[Any], classes: int) -> NDArray[np.float32]:

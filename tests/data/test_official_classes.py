@@ -15,7 +15,7 @@ from radapter_serve.errors import RAdapterError
 ADE = """#!/usr/bin/env python3
 import os
 raise SystemExit("this file is read, not run")
-SIZES = [os.cpu_count(), 2]
+SIZES = [os.cpu_count(), 2, {[]: 1}]
 CATEGORIES = [{"name": "wall", "id": 2978, "trainId": 0}, {"name": "bag, handbag, purse", "id": 96, "trainId": 1},
   {"name": "bag", "id": 95, "trainId": 2}, {"name": "screen door, screen", "id": 2251, "trainId": 3},
   {"name": "screen, crt screen", "id": 3109, "trainId": 4}, {"name": "screen, silver screen", "id": 2254, "trainId": 5},

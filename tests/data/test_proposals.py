@@ -89,6 +89,7 @@ ROW = result(INSIDE[0], "a", scores=[0.1, 0.2, 0.3])
             "has no proposal for the image a (1 of 1 images lack some); an image_id is the name",
         ),
         ([], "has no proposal for the image a"),
+        ([result(INSIDE[0], "9" * 5000)], "has no proposal for the image a"),
         ([{**ROW, "scores": [0.1, 0.2]}], "has scores [0.1, 0.2]; allowed: score, a number, or scores, a list of 3"),
         ([{**ROW, "scores": [0.1, 0.2, "b"]}], "has scores [0.1, 0.2, 'b']; allowed"),
         ([result(INSIDE[0], "a", score="high")], "has score high; allowed"),
