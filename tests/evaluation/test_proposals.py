@@ -75,8 +75,8 @@ def by_ovseg(folder: Path, weight: float | None) -> list[list[int]]:
     counts = np.zeros((3, 4), int)
     for name in ("a", "b"):
         with np.load(folder / "found" / f"{name}.npz") as found:
-            masks, scores = found["masks"] / 255, found["scores"].astype(float)
-        classes = clip if weight is None else scores ** (1 - weight) * clip**weight
+            masks = found["masks"] / 255
+            classes = clip if weight is None else found["scores"].astype(float) ** (1 - weight) * clip**weight
         best = np.einsum("qc,qhw->chw", classes, masks).argmax(0)
         truth = np.asarray(Image.open(folder / "data" / "masks" / f"{name}.png"))
         for true, answer in zip(truth.ravel(), best.ravel(), strict=True):
