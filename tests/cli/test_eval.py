@@ -182,7 +182,7 @@ def test_nan_is_an_error_and_no_hit(here: Path, tiny_clip_dir: str, capfd: pytes
     [
         ("border: 30", "border is 30, which leaves nothing of 50 x 41 pixels; allowed: 0 to 20"),
         ("border: -1", "border is '-1'; allowed: greater than or equal to 0"),
-        ("templates: 5", "templates is '5'; allowed: openai, simple, a file, a template, or a list of templates"),
+        ("templates: 5", "templates is '5'; allowed: openai, vild, ovseg, simple, a file, a template, or a list of"),
         ("templates: [1, 2]", "templates is '[1, 2]'; allowed: openai"),
         ("templates: []", "no template"),
         ("shift: [far]", "shift is \"['far']\"; allowed: 'id' or 'ood'"),
