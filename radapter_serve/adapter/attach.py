@@ -35,13 +35,16 @@ class LinearAdapter(nn.Module):
     def forward(self, value: Tensor) -> Tensor:
         """Weight form, a parametrization: `W + α·F·W` for a weight [d, k], `b + α·F·b` for a bias [d]."""
         change: Tensor = self.full @ value if hasattr(self, "full") else self.up @ (self.down @ value)
-        return value + (self.alpha * self.gate * self.scale) * change
+        return value + self._factor() * change
 
     def on_output(self, x: Tensor) -> Tensor:
         """Activation form: `X + α·X·W_adp` for X [..., d]."""
         linear = nn.functional.linear
         change = linear(x, self.full) if hasattr(self, "full") else linear(linear(x, self.down), self.up)
-        return x + (self.alpha * self.gate * self.scale) * self.dropout(change)
+        return x + self._factor() * self.dropout(change)
+
+    def _factor(self) -> float | Tensor:
+        return self.alpha * self.gate * self.scale
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook; attention gives a pair whose first element is the activation."""
