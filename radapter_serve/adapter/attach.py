@@ -34,8 +34,9 @@ class LinearAdapter(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         """Weight form, a parametrization: `W + α·F·W` for a weight [d, k], `b + α·F·b` for a bias [d]."""
-        change: Tensor = self.full @ value if hasattr(self, "full") else self.up @ (self.down @ value)
-        return value + self._factor() * change
+        change = self.full @ value if hasattr(self, "full") else self.up @ (self.down @ value)
+        changed: Tensor = value + self._factor() * change
+        return changed
 
     def on_output(self, x: Tensor) -> Tensor:
         """Activation form: `X + α·X·W_adp` for X [..., d]."""
