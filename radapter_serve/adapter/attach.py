@@ -29,23 +29,20 @@ class LinearAdapter(nn.Module):
             self.down = nn.Parameter(nn.init.xavier_uniform_(torch.empty(rank, width)))
         self.alpha = 1.0
         self.gate = 1.0  # γ/(1−p) of Eq. 7; 1 outside training
-        self.scale: float | nn.Parameter = 1.0  # another one only where a recipe has it learned
-        self.dropout = nn.Dropout(0.0)
+        self.scale: float | nn.Parameter = 1.0  # of the paper's released code, which learns it
+        self.dropout = 0.0  # as the scale, of the paper's ablations
 
     def forward(self, value: Tensor) -> Tensor:
         """Weight form, a parametrization: `W + α·F·W` for a weight [d, k], `b + α·F·b` for a bias [d]."""
         change = self.full @ value if hasattr(self, "full") else self.up @ (self.down @ value)
-        changed: Tensor = value + self._factor() * change
-        return changed
+        return value + (self.alpha * self.gate * self.scale) * change
 
     def on_output(self, x: Tensor) -> Tensor:
         """Activation form: `X + α·X·W_adp` for X [..., d]."""
         linear = nn.functional.linear
         change = linear(x, self.full) if hasattr(self, "full") else linear(linear(x, self.down), self.up)
-        return x + self._factor() * self.dropout(change)
-
-    def _factor(self) -> float | Tensor:
-        return self.alpha * self.gate * self.scale
+        change = nn.functional.dropout(change, self.dropout, self.training)
+        return x + (self.alpha * self.gate * self.scale) * change
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook; attention gives a pair whose first element is the activation."""

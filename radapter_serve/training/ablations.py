@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from radapter_serve.adapter import Adapters
+from radapter_serve.adapter.attach import LinearAdapter
 from radapter_serve.training.recipe import Recipe
 
 SCALE = 0.1  # where the released code starts
@@ -20,14 +21,13 @@ def ablate(adapters: Adapters, recipe: Recipe) -> None:
         adapters: with dropout, in activation form.
         recipe: see its `dropout`, `drop_path` and `learned_scale`.
     """
-    for module in adapters.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = recipe.dropout
+    for site, layer in zip(adapters.sites, adapters.layers, strict=True):
+        assert isinstance(layer, LinearAdapter)
+        layer.dropout = recipe.dropout
+        if recipe.learned_scale:  # h(X) = X + s·X·W_adp; `Adapters.adapter` has s in its W_adp
+            layer.scale = nn.Parameter(torch.tensor(SCALE, device=site.layer.weight.device))
     if recipe.drop_path:
         _add_drop_path(adapters, recipe.drop_path)
-    if recipe.learned_scale:  # h(X) = X + s·X·W_adp; `Adapters.adapter` has s in its W_adp
-        for site, layer in zip(adapters.sites, adapters.layers, strict=True):
-            layer.scale = nn.Parameter(torch.tensor(SCALE, device=site.layer.weight.device))
 
 
 def _add_drop_path(adapters: Adapters, p: float) -> None:
