@@ -139,7 +139,7 @@ def _curves(
         [whole] = embedder.variants
         mine = {(one.schedule, value): one for one in alphas if one.training == training for value in alphas[one]}
         variants = [dataclasses.replace(whole, schedule=schedule, alpha=value) for schedule, value in mine]
-        results = Results(run / f"{split}-{len(list(run.iterdir()))}")
+        results = Results(run / split, resume=True)
         for row in evaluate_suite(embedder, suite, results, split=split, variants=variants, limit=limit):
             one = mine[AlphaSchedule(**row.get("alpha_schedule", {})), row["alpha"]]
             curves[one].setdefault(row["alpha"], {})[row["dataset"]] = own_metric(row)
