@@ -130,12 +130,11 @@ def test_graph_does_not_depend_on_weights_and_leaves_them(
                 parameter.fill_(1)
     before = {key: value.clone() for key, value in base.model.state_dict().items()}
     structure = repr(base.model)
-    for graph in (image_graph(base), text_graph(base)):
-        expected = graphs[graph.name]
-        graph.save(base.model.state_dict(), tmp_path / "model.onnx")
-        model = onnx.load(tmp_path / "model.onnx")
-        assert operators(tmp_path / "model.onnx") == operators(expected)
-        assert {tensor.name for tensor in model.graph.initializer} == set(expected.model.graph.initializers)
+    graph, expected = image_graph(base), graphs["image_encoder"]
+    graph.save(base.model.state_dict(), tmp_path / "model.onnx")
+    model = onnx.load(tmp_path / "model.onnx")
+    assert operators(tmp_path / "model.onnx") == operators(expected)
+    assert {tensor.name for tensor in model.graph.initializer} == set(expected.model.graph.initializers)
     assert repr(base.model) == structure
     assert not any(isinstance(module, Attention) for module in base.model.modules())
     assert all(torch.equal(value, before[key]) for key, value in base.model.state_dict().items())
