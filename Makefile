@@ -1,10 +1,11 @@
 # `make demo` and `make test` set up all they need; PYTHON is Python 3.10 to 3.12. PYTHONS are those of `make test-all`.
 # TESTS are the files and folders to test; all if empty. COVERAGE=--cov measures what the tests run, which takes longer.
-# INSTALL is what installs packages into VENV.
+# WORKERS is the number of processes that test. INSTALL is what installs packages into VENV.
 PYTHON ?= python3
 PYTHONS ?= python3.10 python3.12
 VENV ?= .venv
 COVERAGE ?=
+WORKERS ?= 2
 TESTS ?=
 BIN := $(VENV)/bin
 INSTALL ?= $(BIN)/pip install --quiet --no-compile --disable-pip-version-check
@@ -18,7 +19,7 @@ demo: install
 	$(BIN)/radapter-demo
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile $(COVERAGE) $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile $(COVERAGE) $(TESTS)
 
 # Each Python has an environment of its own: .venv-3.10, .venv-3.12.
 test-all:

@@ -133,11 +133,12 @@ def learn(
     alpha = recipe.alpha if alpha is None else alpha
     embedder = from_adapter(run, sorted({0.0, *lesson.alphas, 1.0, alpha}))
     try:
-        results, rows = Results(folder), list[dict[str, Any]]()
-        for number, entry in enumerate(lesson.entries):
-            few = [v for v in embedder.variants if v.alpha in (0.0, alpha, 1.0)]  # of what is in no curve
-            variants = None if number <= lesson.shifts else few
-            rows += evaluate_suite(embedder, Suite(lesson.task, (entry,)), results, variants=variants, limit=limit)
+        results, inner = Results(folder), lesson.shifts + 1
+        # One call for the data sets of the curve, as it embeds the names of the classes once for all of them.
+        rows = evaluate_suite(embedder, Suite(lesson.task, lesson.entries[:inner]), results, limit=limit)
+        few = [v for v in embedder.variants if v.alpha in (0.0, alpha, 1.0)]  # of what is in no curve
+        rest = Suite(lesson.task, lesson.entries[inner:])
+        rows += evaluate_suite(embedder, rest, results, variants=few, limit=limit)
     finally:
         embedder.close()
     return Learned(run, alpha, rows)
