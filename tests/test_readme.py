@@ -48,7 +48,7 @@ def test_the_walk_through_and_the_quick_start(tmp_path: Path) -> None:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 pytest.skip(f"port {port}, which the page uses, is taken on this machine")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    demo = "radapter-demo --steps 2 --limit 10"  # a whole demo takes minutes and shows no other way
+    demo = "radapter-demo --steps 1 --limit 10"  # a whole demo takes minutes and shows no other way
     small = "sed -i 's/^batch_size: .*/batch_size: 8/' demo-output/runs/classification/recipe.yaml"
     stopped = "wait  # until the server of the walk-through is gone"
     lines = [*PRELUDE, demo, small, walk_through(), stopped, quick_start()]

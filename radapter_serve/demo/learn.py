@@ -134,7 +134,7 @@ def learn(
     embedder = from_adapter(run, sorted({0.0, *lesson.alphas, 1.0, alpha}))
     try:
         results, inner = Results(folder), lesson.shifts + 1
-        # One call for the data sets of the curve, as it embeds the names of the classes once for all of them.
+        # One call for all data sets of the curve, because a call embeds the names of the classes once.
         rows = evaluate_suite(embedder, Suite(lesson.task, lesson.entries[:inner]), results, limit=limit)
         few = [v for v in embedder.variants if v.alpha in (0.0, alpha, 1.0)]  # of what is in no curve
         rest = Suite(lesson.task, lesson.entries[inner:])
