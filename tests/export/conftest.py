@@ -21,7 +21,7 @@ ANIMALS = "cat, kitty\ndog\n# a comment\n\nguinea pig\n"
 
 @pytest.fixture(scope="session", autouse=True)
 def _operators_once() -> Iterator[None]:
-    """torch's exporter makes its table of operators for every graph anew, which takes a fifth of its time; here once."""
+    """The table of operators, which torch's exporter makes anew for every graph, is made once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
         yield
