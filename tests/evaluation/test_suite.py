@@ -322,7 +322,7 @@ ANY_SET = st.dictionaries(FIELDS, SUITE_VALUES, max_size=4).map(lambda values: {
 ANY_SUITE = st.fixed_dictionaries({"sets": st.lists(ANY_SET, max_size=2) | SUITE_VALUES, "name": SUITE_VALUES})
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.binary(max_size=60)
     | st.text(alphabet="sets: name-data[]{}'&*!?|>%@`#\n\t0129.e+~", max_size=60).map(str.encode)
