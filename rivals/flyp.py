@@ -33,14 +33,30 @@ class Flyp(System):
 
 @dataclass(frozen=True)
 class FineTuneLikePretrain(Method):
-    """FLYP; with α it is WiSE-FLYP."""
+    """FLYP; with α it is WiSE-FLYP.
+
+    Attributes:
+        text: whether the text tower learns, too, and the logit scale with it.
+    """
 
     settings: Mapping[str, Any] = paper(
         templates="openai", batch_size=512, epochs=10, learning_rate=1e-5, min_learning_rate=0.0, weight_decay=0.1,
-        warmup_steps=500, grad_clip=None,
+        warmup_steps=None, grad_clip=None,
     )  # fmt: skip
+    text: bool = True
 
     def start(self, run: Run) -> System:
         system = Flyp(run.base)
-        system.model.requires_grad_(True)
+        (system.model if self.text else system.model.visual).requires_grad_(True)
         return system
+
+
+# Liang et al., Open-vocabulary semantic segmentation with mask-adapted CLIP, CVPR 2023: crops of masks and their names,
+# under a text tower that stands still; without the second stage, whose prompts take the place of what is masked.
+MASK_ADAPTED = FineTuneLikePretrain(
+    settings={
+        "templates": "simple", "batch_size": 128, "epochs": 5, "learning_rate": 5e-6, "min_learning_rate": 0.0,
+        "weight_decay": 0.2, "warmup_steps": None, "grad_clip": None,
+    },
+    text=False,
+)  # fmt: skip

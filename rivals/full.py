@@ -74,7 +74,7 @@ class FullFineTuning(Method):
 
     settings: Mapping[str, Any] = paper(
         templates="openai", batch_size=512, epochs=10, learning_rate=3e-5, min_learning_rate=0.0, weight_decay=0.1,
-        warmup_steps=500, grad_clip=1.0,
+        warmup_steps=None, grad_clip=1.0,
     )  # fmt: skip
 
     def start(self, run: Run) -> System:

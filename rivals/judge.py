@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,65 +10,59 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 
 from radapter_serve.clip.base import Base
-from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder, NoSuchWay, SegmentImage, SegmentQuery, Variant
 from radapter_serve.evaluation.evaluate import evaluate
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known
 from radapter_serve.evaluation.image_sets import ClassificationSet
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.evaluation.results import Row, harmonic_means
-from radapter_serve.evaluation.sets import open_set
-from radapter_serve.evaluation.suite import Suite
+from radapter_serve.evaluation.results import Row
+from radapter_serve.evaluation.torch_embedder import Line, TorchEmbedder
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess, decode
+from rivals.run import Run
 from rivals.system import Learned, System
 
 TEMPLATES = ["a photo of a {}."]  # for sets that bring none
 
 
-def judge(
-    learned: Learned,
-    base: Base,
-    suite: Suite,
-    *,
-    split: str = "test",
-    alphas: Sequence[float | None] = (None,),
-    limit: int | None = None,
-    say: Callable[[str], None] | None = None,
-) -> list[Row]:
-    """Evaluate a system on the sets of one split of a suite.
+def judge(learned: Learned, run: Run, sets: Sequence[EvaluationSet], alphas: Sequence[float] = (1.0,)) -> list[Row]:
+    """Evaluate a system: a plain CLIP as `radapter-eval` does, any other by the embeddings that it gives itself.
 
     Args:
-        learned: from `learned`.
-        base: a fresh copy of what it started from, for its preprocessing.
-        suite: from `load_suite`.
-        split: `test` or `validation`.
-        alphas: points on the line from the start to the end to evaluate at; None is the end.
-        limit: images of a set at most.
-        say: called with a line about each set.
+        learned: from `rivals.method.learned`.
+        run: of its method, whose base nothing has started from.
+        sets: from `radapter_serve.evaluation.sets.open_set`.
+        alphas: points on the line from the start, 0, to the end, 1.
 
     Returns:
-        Rows as of `radapter_serve.evaluation.evaluate`, a set after the other.
+        Rows as of `radapter_serve.evaluation.evaluate`, a set after the other, for each α.
     """
-    embedder = SystemEmbedder(learned, base, alphas)
-    rows: list[Row] = []
-    for entry in suite.of_split(split):
-        if say:
-            say(f"{entry.name}: {entry.data}")
-        data = open_set(suite, entry, limit=limit)
-        rows += evaluate(embedder, data, known=embedder.known(data))
-    return rows + harmonic_means(rows, suite.pairs(split))
+    base, name, weights = run.base, type(learned.system).__name__, learned.at(1.0).clip()
+    if weights is None:
+        own = SystemEmbedder(learned, base, alphas)
+        return [row for data in sets for row in evaluate(own, data, known=own.known(data))]
+    start = base.model.state_dict()
+    changes = {key: value.float().cpu() - start[key].float() for key, value in weights.items()}
+    line = Line(name, {key: change for key, change in changes.items() if change.any()})
+    crop = MaskCrop.from_recipe(run.recipe.to_dict(), base.preprocess["mean"])
+    embedder = TorchEmbedder(base, [line], alphas, TEMPLATES, crop=crop)
+    return [row for data in sets for row in evaluate(embedder, data)]
 
 
 class SystemEmbedder(Embedder):
-    """A system at points of its line, as evaluation asks for models; the arguments are those of `judge`."""
+    """A system at points of its line, as evaluation asks for models.
 
-    def __init__(self, learned: Learned, base: Base, alphas: Sequence[float | None]) -> None:
+    Args:
+        learned, alphas: as of `judge`.
+        base: whose preprocessing is used.
+    """
+
+    def __init__(self, learned: Learned, base: Base, alphas: Sequence[float]) -> None:
         self._learned, self._transform = learned, image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
         preprocess = Preprocess.from_dict(base.preprocess)
         self.templates, self.size, self.exif_orientation = TEMPLATES, preprocess.size[0], preprocess.exif_orientation
         self.crop = MaskCrop.from_recipe({}, base.preprocess["mean"])
-        facts = {"model": base.name, "pretrained": base.pretrained}
+        facts = {"model": base.name, "pretrained": base.pretrained, "precision": "fp32"}
         self.variants = [Variant(type(learned.system).__name__, alpha, facts) for alpha in alphas]
 
     @property
@@ -77,7 +71,8 @@ class SystemEmbedder(Embedder):
         return self._learned.system
 
     def select(self, variant: Variant) -> None:
-        self._learned.at(1.0 if variant.alpha is None else variant.alpha)
+        assert variant.alpha is not None
+        self._learned.at(variant.alpha)
 
     def prepare(self, data: bytes) -> Any:
         return self._transform(decode(data))  # type: ignore[arg-type]
@@ -104,10 +99,10 @@ class SystemEmbedder(Embedder):
         return known
 
     def way(self, dense: str | None) -> str:
-        raise NoSuchWay(f"{type(self.system).__name__} is no plain CLIP, so it has no dense embeddings")
+        raise NoSuchWay(f"{type(self.system).__name__} is no plain CLIP, so it can't segment; leave it out by --only")
 
     def segmenter(self, query: SegmentQuery, known: dict[Any, Floats]) -> SegmentImage:
-        raise RAdapterError(f"{type(self.system).__name__} can't segment")
+        raise NotImplementedError
 
     def close(self) -> None:
         """Nothing is held."""

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.optim import AdamW, Optimizer
 
-from radapter_serve.data.held_out import held_out_digest
-from radapter_serve.files import digest_of, staged
+from radapter_serve.files import staged
 from rivals.fit import fit
 from rivals.run import Run
 from rivals.system import Cost, Learned, System
@@ -62,12 +62,11 @@ def learned(method: Method, run: Run) -> Learned:
     Returns:
         With the tensors that learning has changed, which `Learned.at` needs.
     """
-    run = run.of(method.settings)
-    path = run.folder / f"{type(method).__name__}-{run.recipe.seed}-{_digest(method, run)}.safetensors"
+    path, run = kept(method, run), run.of(method.settings)
     if path.exists():
         with safe_open(path, "pt") as file:
             end = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-            found = Learned(method.start(run), Cost(**json.loads(file.metadata()["cost"])))
+            found = Learned(method.start(run).eval(), Cost(**json.loads(file.metadata()["cost"])))
         start = found.system.state_dict()
         found.start, found.end = {name: start[name].clone() for name in end}, end
         found.at(1.0)
@@ -84,10 +83,7 @@ def learned(method: Method, run: Run) -> Learned:
     return found
 
 
-def _digest(method: Method, run: Run) -> str:
-    """Sixteen letters that differ where the method but for its α, the recipe, the base or the images do."""
-    recipe = {name: value for name, value in run.recipe.to_dict().items() if name not in ("workers", "threads")}
-    weights = run.base.model.state_dict()
-    facts = [repr(dataclasses.replace(method, alpha=None)), recipe, held_out_digest(run.data)]
-    parts = [json.dumps(facts, sort_keys=True).encode(), *(weights[name].numpy().tobytes() for name in sorted(weights))]
-    return digest_of(*parts).removeprefix("sha256:")[:16]
+def kept(method: Method, run: Run) -> Path:
+    """The file in which what a method learns from a run is kept; a method's α makes no difference."""
+    digest = run.of(method.settings).digest(dataclasses.replace(method, alpha=None))
+    return run.folder / f"{type(method).__name__}-{run.recipe.seed}-{digest}.safetensors"

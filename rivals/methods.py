@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rivals.flyp import FineTuneLikePretrain
+from rivals.flyp import MASK_ADAPTED, FineTuneLikePretrain
 from rivals.full import FullFineTuning
 from rivals.mask_fill import MaskFill
 from rivals.method import Method
@@ -20,5 +20,6 @@ METHODS: dict[str, Method] = {
     "mask-fill": MaskFill(),
     "flyp": FineTuneLikePretrain(),
     "wise-flyp": FineTuneLikePretrain(alpha=0.5),
+    "mask-adapted": MASK_ADAPTED,
     "r-adapter": r_adapter("imagenet"),
 }

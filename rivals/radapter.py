@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import tempfile
 import time
 from collections.abc import Mapping
@@ -45,7 +47,8 @@ class RAdapter(Method):
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             recipe = dataclasses.replace(run.recipe, out=Path(folder) / "run", save_every=None, tracker="none")
-            adapter = load_adapter(train(recipe))
+            with contextlib.redirect_stdout(io.StringIO()):  # its run is gone when a reader could follow what it says
+                adapter = load_adapter(train(recipe))
             seconds = time.perf_counter() - started
         system = self.start(run)
         system.model.load_state_dict(fold(run.base.model.state_dict(), adapter, 1.0))
@@ -53,13 +56,15 @@ class RAdapter(Method):
         return Learned(system, Cost(parameters, seconds, peak(system.device)))
 
 
-def r_adapter(recipe: str, alpha: float = 0.5, **changes: Any) -> RAdapter:
-    """R-Adapter by a ready recipe of the house.
+def r_adapter(recipe: str, alpha: float | None = 0.5, **changes: Any) -> RAdapter:
+    """R-Adapter by a ready recipe of the house; warm-up and averaging follow the length of a shorter run.
 
     Args:
         recipe: its name, as `radapter-train --recipe` takes it.
-        alpha: where on the line.
+        alpha: where on the line; None is the end, without re-scaling.
         changes: other values of the recipe's fields, such as `rank`.
     """
     values: Mapping[str, Any] = read_yaml(ready_recipes()[recipe], "the recipe")
-    return RAdapter({**{name: value for name, value in values.items() if name not in OF_THE_DATA}, **changes}, alpha)
+    own = {name: value for name, value in values.items() if name not in OF_THE_DATA}
+    follow = {name: None for name in ("momentum", "warmup_steps") if own.get(name)}  # what none means at full length
+    return RAdapter({**own, **follow, **changes}, alpha)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from radapter_serve.clip.base import Base, load_base
+from radapter_serve.data.held_out import held_out_digest
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.suite import Suite
+from radapter_serve.files import digest_of
 from radapter_serve.training import Recipe
 from radapter_serve.training.tasks import Data, open_data
-
-FIELDS = {field.name for field in dataclasses.fields(Recipe)}
 
 
 class Run:
@@ -38,7 +37,10 @@ class Run:
 
     def of(self, settings: Mapping[str, Any]) -> Run:
         """A run of the same data by another method's settings, its base fresh."""
-        return Run(self.given, self.folder, settings)
+        run = Run(self.given, self.folder, settings)
+        if "ground" in vars(self):
+            run.ground = self.ground
+        return run
 
     @cached_property
     def base(self) -> Base:
@@ -52,15 +54,15 @@ class Run:
         """The training data."""
         return open_data(self.recipe, self.base)[0]
 
+    @cached_property
+    def ground(self) -> str:
+        """A digest of the base's weights and of the names of the images, which no method's settings change."""
+        weights = self.base.model.state_dict()
+        images = json.dumps([held_out_digest(self.data), len(self.data.rows)]).encode()
+        return digest_of(images, *(weights[name].numpy().tobytes() for name in sorted(weights)))
 
-@dataclasses.dataclass(frozen=True)
-class Benchmark:
-    """What a table is made on: data to learn from, and a suite to choose and to judge by.
-
-    Attributes:
-        given: fields of `Recipe`, data and base among them.
-        suite: its sets with `split: validation` choose, the others judge.
-    """
-
-    given: Mapping[str, Any]
-    suite: Suite
+    def digest(self, *facts: object) -> str:
+        """Sixteen letters that differ where the facts, the recipe, the base or the images do."""
+        recipe = {name: value for name, value in self.recipe.to_dict().items() if name not in ("workers", "threads")}
+        text = json.dumps([*map(repr, facts), recipe, self.ground], sort_keys=True)
+        return digest_of(text.encode()).removeprefix("sha256:")[:16]

@@ -72,7 +72,7 @@ class UniformSoup(FullFineTuning):
     """
 
     settings: Mapping[str, Any] = paper(
-        templates="openai", batch_size=512, learning_rate=1e-5, min_learning_rate=0.0, warmup_steps=500, grad_clip=1.0
+        templates="openai", batch_size=512, learning_rate=1e-5, min_learning_rate=0.0, warmup_steps=None, grad_clip=1.0
     )
     members: int = 72
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from radapter_serve.evaluation.evaluation_set import EvaluationSet
+from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Entry, Suite
 from rivals.run import Run
 from tests.helpers.own_cache import own_cache as own_cache
@@ -29,10 +31,7 @@ def make_run(images: Path, tiny_clip_dir: str, tmp_path: Path) -> Callable[..., 
 
 
 @pytest.fixture
-def suite(images: Path) -> Suite:
-    """The images that the run learns from, as a test and as a validation set."""
-    entries = [
-        Entry(name, f"imagefolder:{images}", split=split, templates="simple")  # type: ignore[arg-type]
-        for name, split in (("same", "test"), ("held out", "validation"))
-    ]
-    return Suite("colours", tuple(entries))
+def sets(images: Path) -> list[EvaluationSet]:
+    """The images that the run learns from, as a set to judge by."""
+    entry = Entry("same", f"imagefolder:{images}", templates="simple")
+    return [open_set(Suite("colours", (entry,)), entry)]

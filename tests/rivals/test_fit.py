@@ -13,7 +13,7 @@ from torch.optim import SGD
 
 from radapter_serve.data import Labelled, evaluation_batches
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.suite import Suite
+from radapter_serve.evaluation.evaluation_set import EvaluationSet
 from radapter_serve.training.loop import learning_rate
 from rivals.fit import fit
 from rivals.flyp import Flyp
@@ -81,10 +81,10 @@ def test_flyp_is_the_loss_of_clip(make_run: Callable[..., Run]):
         torch.testing.assert_close(system({"pixels": pixels, "texts": texts}), expected)
 
 
-def test_judge_counts_what_the_system_finds(make_run: Callable[..., Run], suite: Suite):
+def test_judge_counts_what_the_system_finds(make_run: Callable[..., Run], sets: list[EvaluationSet]):
     run = make_run()
     found = learned(METHODS["ft"], run)
-    rows = judge(found, run.base, suite, alphas=[0.0, 1.0])
+    rows = judge(found, run, sets, [0.0, 1.0])
     assert [(row["dataset"], row["alpha"]) for row in rows] == [("same", 0.0), ("same", 1.0)]
     data = run.data
     assert isinstance(data, Labelled)

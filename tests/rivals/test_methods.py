@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from radapter_serve.evaluation.suite import Suite
+from radapter_serve.evaluation.evaluation_set import EvaluationSet
 from rivals.judge import judge
 from rivals.method import Method, learned
 from rivals.methods import METHODS
@@ -24,7 +24,7 @@ def small(name: str) -> Method:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_learns_is_kept_and_judged(
-    name: str, make_run: Callable[..., Run], suite: Suite, monkeypatch: pytest.MonkeyPatch
+    name: str, make_run: Callable[..., Run], sets: list[EvaluationSet], monkeypatch: pytest.MonkeyPatch
 ):
     method, run = small(name), make_run()
     first = learned(method, run)
@@ -33,8 +33,8 @@ def test_learns_is_kept_and_judged(
     assert again.cost == first.cost
     assert first.end.keys() == again.end.keys()
     assert bool(first.end) == (name != "zero-shot")
-    alphas = [method.alpha] if method.alpha is None else [0.0, method.alpha]
-    rows = [judge(found, run.of(method.settings).base, suite, alphas=alphas) for found in (first, again)]
+    alphas = [1.0] if method.alpha is None else [0.0, method.alpha]
+    rows = [judge(found, run.of(method.settings), sets, alphas) for found in (first, again)]
     assert [row["metrics"] for row in rows[0]] == [row["metrics"] for row in rows[1]]
     assert rows[0][0]["n"] == 24
 
