@@ -67,7 +67,7 @@ def learned(method: Method, run: Run) -> Learned:
     if path.exists():
         with safe_open(path, "pt") as file:
             end = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-            found = Learned(method.start(run), Cost(**json.loads(file.metadata()["cost"])))
+            found = Learned(method.start(run).eval(), Cost(**json.loads(file.metadata()["cost"])))
         start = found.system.state_dict()
         found.start, found.end = {name: start[name].clone() for name in end}, end
         found.at(1.0)

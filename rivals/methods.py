@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from rivals.adaptformer import AdaptFormer
+from rivals.clipood import CLIPood
+from rivals.cocoop import CoCoOp
+from rivals.coop import CoOp
 from rivals.flyp import FineTuneLikePretrain
 from rivals.full import FullFineTuning
+from rivals.lora import LoRA
+from rivals.maple import MaPLe
 from rivals.method import Method
 from rivals.radapter import ZeroShot, r_adapter
+from rivals.repadapter import RepAdapter
 
 METHODS: dict[str, Method] = {
     "zero-shot": ZeroShot(),
@@ -13,5 +20,13 @@ METHODS: dict[str, Method] = {
     "wise-ft": FullFineTuning(alpha=0.5),
     "flyp": FineTuneLikePretrain(),
     "wise-flyp": FineTuneLikePretrain(alpha=0.5),
+    "coop": CoOp(),
+    "cocoop": CoCoOp(),
+    "maple": MaPLe(),
+    "clipood": CLIPood(),
+    "repadapter": RepAdapter(),
+    "repadapter-t": RepAdapter(towers=("text",), hidden=14),  # in texts only, and as many parameters as Table 2 prints
+    "adaptformer": AdaptFormer(),
+    "lora": LoRA(),
     "r-adapter": r_adapter("imagenet"),
 }
