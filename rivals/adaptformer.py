@@ -45,14 +45,15 @@ class Parallel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, L, d] to what is added, [B, L, d]."""
         change: Tensor = self.up(self.dropout(self.down(x).relu()))
-        return self.scale * change
+        return change * self.scale
 
     def _keep(self, module: nn.Module, args: Any) -> None:
         self._x = args[0]
 
     def _add(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         assert self._x is not None
-        change, self._x = self(self._x), None
+        change: Tensor = self(self._x)
+        self._x = None
         return output + change
 
 

@@ -29,8 +29,7 @@ class Conditional(Prompted):
 
     def __init__(self, run: Run, words: str | None, length: int) -> None:
         super().__init__(run, words, length)
-        visual: Any = run.base.model.visual
-        width, features = self.context.vectors.shape[1], int(visual.output_dim)
+        width, features = self.context.vectors.shape[1], self.model.visual.output_dim
         inner = features // 16
         self.net = nn.Sequential(nn.Linear(features, inner), nn.ReLU(), nn.Linear(inner, width))
         self.asked = self.prompts

@@ -37,7 +37,7 @@ class Coupled(Prompted):
         depth, width = min(depth, len(text), len(image)), width_of(text[0])
         self.deep = nn.ParameterList(torch.empty(length, width).normal_(std=0.02) for _ in range(depth - 1))
         self.couple = nn.ModuleList(nn.Linear(width, width_of(image[0])) for _ in range(depth))
-        run.base.model.visual.ln_pre.register_forward_pre_hook(self._append)
+        self.model.visual.ln_pre.register_forward_pre_hook(self._append)
         for number in range(1, depth):
             text[number].register_forward_pre_hook(self._put(number, lambda x: 1, self.of_text))
             image[number].register_forward_pre_hook(self._put(number, lambda x: x.shape[1] - length, self.of_image))

@@ -10,14 +10,21 @@ from rivals.flyp import FineTuneLikePretrain
 from rivals.full import FullFineTuning
 from rivals.lora import LoRA
 from rivals.maple import MaPLe
+from rivals.mask_fill import MaskFill
 from rivals.method import Method
+from rivals.probe import LinearProbe, ProbeThenFineTuning
 from rivals.radapter import ZeroShot, r_adapter
 from rivals.repadapter import RepAdapter
+from rivals.soup import UniformSoup
 
 METHODS: dict[str, Method] = {
     "zero-shot": ZeroShot(),
     "ft": FullFineTuning(),
+    "lp": LinearProbe(),
+    "lp-ft": ProbeThenFineTuning(),
     "wise-ft": FullFineTuning(alpha=0.5),
+    "soup": UniformSoup(),
+    "mask-fill": MaskFill(),
     "flyp": FineTuneLikePretrain(),
     "wise-flyp": FineTuneLikePretrain(alpha=0.5),
     "coop": CoOp(),

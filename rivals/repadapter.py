@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rivals.blocks import blocks_of, drop_path, width_of
@@ -35,7 +36,7 @@ class LinearBottleneck(nn.Module):
         self.down, self.up = nn.Linear(width, hidden), nn.Conv1d(hidden, width, 1, groups=groups)
         self.scale, self.dropout = scale, nn.Dropout(dropout)
         nn.init.xavier_uniform_(self.down.weight)
-        for zero in (self.down.bias, self.up.weight, self.up.bias):
+        for zero in (self.down.bias, *self.up.parameters()):
             nn.init.zeros_(zero)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,10 +46,9 @@ class LinearBottleneck(nn.Module):
 
     def folded(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """The linear layer `W·h(x) + c` as one of x alone, for a weight [k, d] and a bias [k]."""
-        up = torch.block_diag(*self.up.weight[:, :, 0].chunk(self.up.groups))  # [d, hidden]
-        change = self.scale * (up @ self.down.weight)
-        constant = self.scale * (up @ self.down.bias + self.up.bias)
-        return weight + weight @ change, bias + weight @ constant
+        change = F.conv1d(self.down.weight, self.up.weight, groups=self.up.groups)  # U·D, [d, d]
+        constant = self.up(self.down.bias[:, None])[:, 0]  # U·a + b
+        return weight + self.scale * (weight @ change), bias + self.scale * (weight @ constant)
 
 
 class Reparametrized(Tuned):

@@ -27,7 +27,8 @@ class System(nn.Module):
 
     def __init__(self, base: Base) -> None:
         super().__init__()
-        self.model, self.tokenizer = base.model, base.tokenizer
+        self.model: Any = base.model
+        self.tokenizer = base.tokenizer
         self.model.requires_grad_(False)
         self.scale = float(base.model.state_dict()["logit_scale"].exp())
 

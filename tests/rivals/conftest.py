@@ -21,7 +21,7 @@ def make_run(images: Path, tiny_clip_dir: str, tmp_path: Path) -> Callable[..., 
     def make(**fields: Any) -> Run:
         few: dict[str, Any] = {
             "architecture": tiny_clip_dir, "data": f"imagefolder:{images}", "templates": "simple", "batch_size": 4,
-            "steps": 2, "warmup_steps": 0, "learning_rate": 1e-3, "workers": 0,
+            "steps": 2, "warmup_steps": 0, "workers": 0,
         }  # fmt: skip
         return Run({**few, **fields}, tmp_path / "learned")
 

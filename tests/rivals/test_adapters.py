@@ -106,16 +106,16 @@ def test_adaptformer_stands_beside_the_feed_forward_layer(make_run: Callable[...
     system = started(AdaptFormer(towers=("image",), scale=0.3), make_run())
     assert system.clip() is None
     visual: Any = open_clip.create_model(tiny_clip_dir).visual.eval()
+    extra: Any = system.extra
     with torch.no_grad():
         x = visual._embeds(PIXELS)
-        for block, adapter in zip(visual.transformer.resblocks, system.extra, strict=True):
+        for block, adapter in zip(visual.transformer.resblocks, extra, strict=True):
             assert isinstance(adapter, Parallel)
             x = x + block.attention(block.ln_1(x))
             inner = (x @ adapter.down.weight.T + adapter.down.bias).clamp(min=0)
             x = x + block.mlp(block.ln_2(x)) + 0.3 * (inner @ adapter.up.weight.T + adapter.up.bias)
         expected = visual.ln_post(x[:, 0]) @ visual.proj
-        model: Any = system.model
-        found = model.encode_image(PIXELS)
+        found = system.model.encode_image(PIXELS)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -154,8 +154,7 @@ def test_drop_path_drops_whole_branches_of_an_input_more_often_the_deeper(make_r
 
 def test_infonce_contrasts_with_the_prompts_of_the_batch(make_run: Callable[..., Run]):
     system = started(AdaptFormer(loss="infonce", dropout=0.0), make_run())
-    model: Any = system.model
-    texts = ["a green.", "the green.", "a blue."]
+    model, texts = system.model, ["a green.", "the green.", "a blue."]
     with torch.no_grad():
         found = float(system({"pixels": PIXELS, "labels": torch.tensor([1, 1, 0]), "texts": texts}))
         images, texts = model.encode_image(PIXELS), model.encode_text(system.tokenizer(texts))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ def test_margins_follow_the_texts_of_the_classes(make_run: Callable[..., Run]):
     pixels, labels = torch.randn(4, 3, 32, 32), torch.tensor([2, 0, 1, 1])
     with torch.no_grad():
         loss = float(system({"pixels": pixels, "labels": labels, "texts": []}))
-        model: Any = system.model
+        model = system.model
         images, scale = F.normalize(model.encode_image(pixels), dim=-1), model.logit_scale.exp()
         texts = model.encode_text(system.tokenizer([f"a photo of a {name}." for name in ("blue", "green", "red")]))
         texts = F.normalize(texts, dim=-1)
