@@ -105,6 +105,8 @@ class Cells:
         rate = method.settings.get("learning_rate")
         if rate is None or len(factors) < 2:
             return method
+        if "learning_rate" in self.benchmark.given:
+            raise RAdapterError("the benchmark sets learning_rate for every method; take it out, or leave out --rates")
         methods = [
             dataclasses.replace(method, settings={**method.settings, "learning_rate": rate * factor})
             for factor in factors
@@ -115,9 +117,7 @@ class Cells:
 
     def _run(self, seed: int) -> Run:
         if seed not in self._runs:
-            given = {**self.benchmark.given, "seed": seed}
-            self._runs[seed] = Run(given, self.folder / "learned")
-            assert self._runs[seed].ground  # computed once, for all methods
+            self._runs[seed] = Run({**self.benchmark.given, "seed": seed}, self.folder / "learned")
         return self._runs[seed]
 
     def _open(self, split: str) -> list[EvaluationSet]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch.optim import Optimizer
 
@@ -42,7 +43,7 @@ def fit(system: System, optimizer: Optimizer, run: Run) -> Learned:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     source, started = _batches(run, device), time.perf_counter()
-    for step in track(range(steps), "learning", transient=True):
+    for step in track(range(steps), "learning", console=Console(stderr=True), transient=True):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(schedule, step, steps) * group.get("share", 1.0)
         for _ in range(recipe.accumulate):

@@ -26,7 +26,7 @@ class Flyp(System):
         images = encode_image(self.model, batch["pixels"])
         texts = encode_text(self.model, self.tokenizer(batch["texts"]).to(self.device))
         scale: Tensor = self.model.logit_scale.exp()  # learns, too
-        logits = scale * images @ texts.T
+        logits = scale * images.repeat_interleave(len(texts) // len(images), dim=0) @ texts.T
         targets = torch.arange(len(logits), device=self.device)
         return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 

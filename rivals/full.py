@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from radapter_serve.data import Labelled
+from radapter_serve.data import LabelledImages
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import zero_shot_classifier
 from radapter_serve.inputs.labels import split_label
@@ -32,8 +32,8 @@ class Classifier(System):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run.base)
-        if not isinstance(run.data, Labelled):
-            raise RAdapterError("a classifier learns from images with labels (task: classification)")
+        if not isinstance(run.data, LabelledImages):
+            raise RAdapterError("this rival learns from images with labels (task: classification)")
         self.classes = list(run.data.classes)
         embeds = zero_shot_classifier(self.model, self.tokenizer, self.classes, run.data.templates)
         self.head = nn.Linear(embeds.shape[1], embeds.shape[0])

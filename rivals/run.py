@@ -38,8 +38,7 @@ class Run:
     def of(self, settings: Mapping[str, Any]) -> Run:
         """A run of the same data by another method's settings, its base fresh."""
         run = Run(self.given, self.folder, settings)
-        if "ground" in vars(self):
-            run.ground = self.ground
+        run.ground = self.ground
         return run
 
     @cached_property

@@ -8,9 +8,11 @@ from statistics import mean
 from typing import Any
 
 from radapter_serve.evaluation.results import Row, by_shift, metric_name, own_metric
+from rivals.adaptformer import AdaptFormer
 from rivals.method import Method
 from rivals.methods import METHODS
 from rivals.radapter import r_adapter
+from rivals.repadapter import RepAdapter
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,10 @@ def few_shot(rank: int | None) -> Method:
 
 
 def ablations() -> dict[str, Method]:
-    """The rows of Table 5: which parts of the method are there. Dropout and drop-path of 0.2 are ours."""
+    """The rows of Table 5: which parts of the method are there. Dropout and drop-path of 0.2 are ours.
+
+    B1 and B2 have their own papers' optimizers and rates; the paper does not say which it took.
+    """
     plain: dict[str, Any] = {"drop": 0.0, "momentum": 0.0, "positives": "single", "delta": 0.0, "epsilon": 0.0}
     dropping, average = {"drop": 0.2}, {"momentum": None}
     several, smooth = {"positives": "several", "delta": 0.05}, {"epsilon": 0.02}
@@ -53,7 +58,11 @@ def ablations() -> dict[str, Method]:
         "E9: AD, AC, RS, MPM": (0.5, dropping | average | several),
         "E10: AD, AC, RS, MPM, LS": (0.5, dropping | average | several | smooth),
     }
-    return {name: r_adapter("imagenet", alpha, **(plain | changes)) for name, (alpha, changes) in rows.items()}
+    others: dict[str, Method] = {
+        "B1: AdaptFormer, DO": AdaptFormer(loss="infonce", dropout=0.2),
+        "B2: RepAdapter, DO, DP": RepAdapter(loss="infonce", dropout=0.2, drop_path=0.2),
+    }
+    return others | {name: r_adapter("imagenet", alpha, **(plain | changes)) for name, (alpha, changes) in rows.items()}
 
 
 TABLES = {
@@ -75,6 +84,10 @@ TABLES = {
         "Table 2: fine-tuned on 16 images a class, and judged on shifts too",
         {
             "Zero-shot": METHODS["zero-shot"],
+            "CoOp": METHODS["coop"],
+            "CoCoOp": METHODS["cocoop"],
+            "RepAdapter-T": METHODS["repadapter-t"],
+            "CLIPood": METHODS["clipood"],
             **{f"R-Adapter, rank {rank}": few_shot(rank) for rank in (1, 4, 8)},
             "R-Adapter, full rank": few_shot(None),
         },
@@ -105,7 +118,14 @@ TABLES = {
         {"R-Adapter": METHODS["r-adapter"], "WiSE-FT": METHODS["wise-ft"]},
         curves=True,
     ),
-    "all": Table("Every system", METHODS),
+    "all": Table(
+        "Every system",
+        {
+            **{name: method for name, method in METHODS.items() if name not in ("lp", "mask-adapted", "r-adapter")},
+            **{f"r-adapter, rank {rank}": r_adapter("imagenet", rank=rank) for rank in (1, 4, 8)},
+            "r-adapter": METHODS["r-adapter"],
+        },
+    ),
 }
 
 

@@ -15,6 +15,8 @@ from rivals.adaptformer import AdaptFormer
 from rivals.clipood import CLIPood
 from rivals.cocoop import CoCoOp
 from rivals.coop import CoOp
+from rivals.flyp import FineTuneLikePretrain
+from rivals.full import FullFineTuning
 from rivals.lora import LoRA
 from rivals.maple import MaPLe
 from rivals.method import Method
@@ -34,6 +36,8 @@ def run() -> Any:
 @pytest.mark.parametrize(
     "method, count",
     [
+        (FineTuneLikePretrain(), 149_620_737),  # Table 1: 149.6 M
+        (FineTuneLikePretrain(text=False), 86_192_640),
         (CoOp(), 16 * 512),  # Table 2: < .01 M
         (CoCoOp(), 4 * 512 + 512 * 32 + 32 + 32 * 512 + 512),  # Table 2: .03 M, which is the network alone: 33,312
         (RepAdapter(), 399_744),
@@ -55,3 +59,12 @@ def test_parameters_of_clipood(run: Any, monkeypatch: pytest.MonkeyPatch):
     count = sum(parameter.numel() for parameter in CLIPood().start(run).learning())
     # Table 2 prints 86.7 M, which is the image tower and a head of 1,000 classes; CLIPood's code learns no head
     assert (count, round((count + 1000 * 512) / 1e6, 1)) == (86_192_640, 86.7)
+
+
+def test_parameters_of_full_fine_tuning(run: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        "rivals.full.zero_shot_classifier", lambda model, _, classes, __: torch.zeros(len(classes), 512)
+    )
+    run.data.classes = [str(number) for number in range(1000)]
+    count = sum(parameter.numel() for parameter in FullFineTuning().start(run).learning())
+    assert round(count / 1e6, 1) == 86.7  # Table 1, the head of ImageNet's classes included
