@@ -69,6 +69,11 @@ class EvaluationSet(ABC):
     def facts(self) -> dict[str, Any]:
         """What a row says about the set."""
 
+    @property
+    @abstractmethod
+    def contents(self) -> list[str]:
+        """A digest of each image, and of its masks where it has some."""
+
     @abstractmethod
     def how(self, embedder: Embedder) -> dict[str, Any]:
         """What a row says about how these models are evaluated on the set."""

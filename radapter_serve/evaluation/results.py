@@ -101,11 +101,11 @@ def harmonic_means(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> lis
         rows: of any models and data sets.
         pairs: names of the sets of base and of novel classes.
     """
-    found = {(row["source"], row["alpha"], row["dataset"]): row for row in rows}
+    found = {(row["dataset"], row["source"], row["alpha"], str(row.get("alpha_schedule"))): row for row in rows}
     means = []
     for base, novel in pairs:
-        for (source, alpha, name), row in found.items():
-            other = found.get((source, alpha, novel))
+        for (name, *model), row in found.items():
+            other = found.get((novel, *model))
             if name != base or other is None:
                 continue
             values = {"base": row["metrics"][row["metric"]], "novel": other["metrics"][other["metric"]]}

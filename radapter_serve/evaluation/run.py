@@ -13,7 +13,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import Choice, choose, save_choice
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder, NoSuchWay, Variant
 from radapter_serve.evaluation.evaluate import evaluate, facts_of
-from radapter_serve.evaluation.evaluation_set import Known
+from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known
 from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars, plot_confusion
 from radapter_serve.evaluation.results import (
     Results,
@@ -43,6 +43,7 @@ def evaluate_suite(
     batch_size: int = 64,
     say: Say | None = None,
     skip: Say | None = None,
+    opened: Callable[[EvaluationSet], None] | None = None,
 ) -> list[Row]:
     """Evaluate models on the data sets of one split of a suite; rows that `results` has are not made again.
 
@@ -60,6 +61,7 @@ def evaluate_suite(
         batch_size: images a pass.
         say: called with a line about the progress.
         skip: called with a line about a data set that these models can't be evaluated on; if None, that is an error.
+        opened: called with each data set that they are evaluated on.
 
     Returns:
         The rows, data set by data set.
@@ -67,7 +69,7 @@ def evaluate_suite(
     say = say or (lambda line: None)
     chosen = embedder.variants if variants is None else variants
     rows: list[Row] = []
-    known: dict[tuple[str, float | None], Known] = {}
+    known: dict[Any, Known] = {}
     for entry in suite.of_split(split):
         say(f"{entry.name}: reading {entry.data}")
         data = open_set(suite, entry, limit=limit, seed=seed)
@@ -79,6 +81,8 @@ def evaluate_suite(
                 raise
             skip(f"{entry.name} is left out: {error}")
             continue
+        if opened:
+            opened(data)
         missing = [variant for variant, of in zip(chosen, facts, strict=True) if results.find(of) is None]
         if missing:
             models = f"{len(missing)} model{'s' if len(missing) > 1 else ''}"

@@ -73,13 +73,17 @@ class SegmentationSet(EvaluationSet):
     @cached_property
     def facts(self) -> dict[str, Any]:
         names = [image.name for image in self.images]
-        of_images = contents(self.entry.name, [self._reader(image) for image in self.images])
         return {
             "n": len(self.images),
             "classes": len(self.classes),
             "classes_digest": digest(self.classes),
-            "set_digest": digest(self.classes, names, of_images),
+            "set_digest": digest(self.classes, names, self.contents),
         }
+
+    @cached_property
+    def contents(self) -> list[str]:
+        """Digests of the images' files with their masks."""
+        return contents(self.entry.name, [self._reader(image) for image in self.images])
 
     def _reader(self, image: MaskedImage) -> Callable[[], Iterator[bytes | NDArray[Any]]]:
         def read() -> Iterator[bytes | NDArray[Any]]:

@@ -35,6 +35,7 @@ from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.files import digest_of
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess, decode
+from radapter_serve.release.alpha_schedule import EVEN, AlphaSchedule
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.tasks.dense import DenseSegmenter
 from radapter_serve.tasks.proposals import ProposalSegmenter
@@ -50,6 +51,7 @@ class Line:
 
     source: str
     deltas: dict[str, Tensor]
+    layers: Sequence[str] = ()  # that a schedule of α knows
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -60,6 +62,7 @@ class TorchEmbedder:
         base: gives model, preprocessing and tokenizer; its weights change until `close`.
         lines: the changes.
         alphas: re-scalings in [0, 1], for each line.
+        schedules: of α over the layers, for a line that has factors; every one at every α.
         templates: prompt templates for data sets that bring none.
         dense: the lines' own way of dense embeddings; None where they name none.
         crop: how the masks of proposals are shown; None takes the usual crop.
@@ -74,6 +77,7 @@ class TorchEmbedder:
         alphas: Sequence[float | None],
         templates: list[str],
         *,
+        schedules: Sequence[AlphaSchedule] = (EVEN,),
         dense: str | None = None,
         crop: MaskCrop | None = None,
         precision: Precision = "fp32",
@@ -94,7 +98,10 @@ class TorchEmbedder:
         self._lines = {line.source: line for line in lines}
         common = {"model": base.name, "pretrained": base.pretrained, "precision": precision}
         self.variants: Sequence[Variant] = [
-            Variant(line.source, alpha, {**common, **line.facts}) for line in lines for alpha in alphas
+            Variant(line.source, alpha, {**common, **line.facts}, schedule)
+            for line in lines
+            for schedule in (schedules if line.layers else [EVEN])
+            for alpha in alphas
         ]
         changed = sorted({key for line in lines for key in line.deltas})
         self._originals = {key: self._tensors[key].clone() for key in changed}
@@ -106,11 +113,13 @@ class TorchEmbedder:
     def select(self, variant: Variant) -> None:
         if variant is self._selected:
             return
-        deltas = self._lines[variant.source].deltas
+        line = self._lines[variant.source]
+        factors = variant.schedule.factors(line.layers)
         for key, original in self._originals.items():
             value = original
-            if key in deltas and variant.alpha is not None:
-                value = torch.add(original.float(), deltas[key], alpha=variant.alpha)
+            if key in line.deltas and variant.alpha is not None:
+                alpha = variant.alpha * factors.get(key.rpartition(".")[0], 1.0)
+                value = torch.add(original.float(), line.deltas[key], alpha=alpha)
             self._tensors[key].copy_(value)
         self._selected = variant
 
@@ -179,6 +188,7 @@ def from_adapter(
     path: str | Path,
     alphas: Sequence[float] | None = None,
     *,
+    schedules: Sequence[AlphaSchedule] = (EVEN,),
     base: str | None = None,
     pretrained: str | None = None,
     finetuned: str | Path | None = None,
@@ -190,6 +200,7 @@ def from_adapter(
     Args:
         path: adapter file, or the folder of a run.
         alphas: re-scalings in [0, 1]; 0, the adapter's own and 1 if None.
+        schedules: of α over the layers, each at every α.
         base: open_clip architecture or `local-dir:PATH`; what the adapter was trained on if None.
         pretrained: open_clip tag or a checkpoint's path; what the adapter was trained on if None.
         finetuned: a fine-tuned checkpoint of the same base, for WiSE-FT at the same α beside it.
@@ -203,7 +214,9 @@ def from_adapter(
     meta = adapter.metadata
     alphas = sorted({0.0, meta.alpha, 1.0}) if alphas is None else alphas
     clip = load_base(base or meta.architecture, pretrained or meta.pretrained)
-    return embedder_of(clip, adapter, alphas, finetuned=finetuned, precision=precision, device=device)
+    return embedder_of(
+        clip, adapter, alphas, schedules=schedules, finetuned=finetuned, precision=precision, device=device
+    )
 
 
 def embedder_of(
@@ -211,6 +224,7 @@ def embedder_of(
     adapter: Adapter,
     alphas: Sequence[float],
     *,
+    schedules: Sequence[AlphaSchedule] = (EVEN,),
     finetuned: str | Path | None = None,
     precision: Precision = "fp32",
     device: str | None = None,
@@ -226,16 +240,17 @@ def embedder_of(
         for name in (f"{key}.weight", f"{key}.bias"):
             if name in weights:
                 deltas[name] = adapter.matrix(key) @ weights[name].float().cpu()
-    lines = [Line("adapter", deltas, {**facts, "adapter_digest": adapter.digest})]
+    lines = [Line("adapter", deltas, adapter.keys, {**facts, "adapter_digest": adapter.digest})]
     if finetuned is not None:
         change, digest = _difference(Path(finetuned), weights)
-        lines.append(Line("wise-ft", change, {**facts, "weights_digest": digest}))
+        lines.append(Line("wise-ft", change, facts={**facts, "weights_digest": digest}))
     dense = adapter.metadata.recipe.get("dense", "none")
     return TorchEmbedder(
         base,
         lines,
         alphas,
         adapter.metadata.templates,
+        schedules=schedules,
         dense=None if dense == "none" else dense,
         crop=MaskCrop.from_recipe(adapter.metadata.recipe, base.preprocess["mean"]),
         precision=precision,
@@ -270,7 +285,7 @@ def from_merged(folder: str | Path, *, precision: Precision = "fp32", device: st
     release = Release.load(folder) if (folder / FILE).exists() else None
     weights = next((p for p in folder.glob("open_clip_*") if p.suffix in (".safetensors", ".bin", ".pt")), None)
     facts = {"weights_digest": digest_of(weights)} if weights else {}
-    line = Line("merged", {}, {**(release_facts(release) if release else {}), **facts, "precision": precision})
+    line = Line("merged", {}, facts={**(release_facts(release) if release else {}), **facts, "precision": precision})
     return TorchEmbedder(
         base,
         [line],
