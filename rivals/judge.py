@@ -86,16 +86,16 @@ class SystemEmbedder(Embedder):
         return _numpy(self.system.embed_texts(texts))
 
     @torch.inference_mode()
-    def known(self, data: EvaluationSet) -> dict[tuple[str, float | None], Known]:
+    def known(self, data: EvaluationSet) -> dict[Any, Known]:
         """The set's classes as the system at each point embeds them, in the form that `evaluate` knows them by."""
-        known: dict[tuple[str, float | None], Known] = {}
+        known: dict[Any, Known] = {}
         if isinstance(data, ClassificationSet):
             templates = tuple(data.templates or self.templates)
             for variant in self.variants:
                 self.select(variant)
                 embeds = _numpy(self.system.embed_classes(data.classes, templates))
                 pairs = zip(data.classes, embeds, strict=True)
-                known[variant.source, variant.alpha] = {(templates, name): embed for name, embed in pairs}
+                known[variant.key] = {(templates, name): embed for name, embed in pairs}
         return known
 
     def way(self, dense: str | None) -> str:
