@@ -50,13 +50,14 @@ class Benchmark:
         return [open_set(self.suite, entry, limit=limit) for entry in entries]
 
 
-def load_benchmark(path: Path) -> Benchmark:
+def load_benchmark(path: Path, data_root: Path | None = None) -> Benchmark:
     """Read a benchmark file.
 
     Args:
         path: YAML with `suite`, a suite file; `train`, fields of a recipe, `data` and what is not left to the methods'
             own papers; and `data_root`, the folder that the paths of data start from, which like both files is
             relative to this one. Without `architecture` the base is that of the demo.
+        data_root: that folder, in place of the file's own.
 
     Raises:
         RAdapterError: no such file, or something is missing or unknown.
@@ -68,14 +69,14 @@ def load_benchmark(path: Path) -> Benchmark:
     for name, value in document.items():
         if not isinstance(value, parts[name]):
             raise RAdapterError(f"the benchmark {path}: {name} is {value!r}; it should be a {parts[name].__name__}")
-    root = (path.parent / document.get("data_root", ".")).absolute()
+    root = (data_root or path.parent / document.get("data_root", ".")).absolute()
     given = dict(document["train"])
     if unknown := sorted(map(str, set(given) - FIELDS)):
         raise RAdapterError(f"the benchmark {path}: train has no field {unknown[0]}; allowed: {', '.join(FIELDS)}")
     reader, colon, place = str(given.get("data", "")).partition(":")
     if colon:
         given["data"] = f"{reader}:{root / place}"
-    for name in ("images", "classes"):
+    for name in ("images", "classes", "templates"):
         if given.get(name) and (root / given[name]).exists():
             given[name] = root / given[name]
     given.setdefault("architecture", f"{LOCAL}{BASE}")

@@ -15,6 +15,7 @@ from typing import Any
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.evaluation_set import EvaluationSet
+from radapter_serve.evaluation.overlap import Overlap
 from radapter_serve.evaluation.results import Row, by_shift, own_metric
 from radapter_serve.files import staged
 from radapter_serve.threads import limit_threads
@@ -114,6 +115,15 @@ class Cells:
         alphas = [1.0 if method.alpha is None else method.alpha]
         scores = [score(self.cell(name, one, seed, alphas, "validation").rows) for one in methods]
         return methods[scores.index(max(scores))]
+
+    def warnings(self) -> list[str]:
+        """A line for each test set that has images in common with the sets that chose."""
+        overlap = Overlap()
+        for data in self._sets.get("validation", []):
+            overlap.chosen_by(data)
+        for data in self._sets.get("test", []):
+            overlap.tested(data)
+        return overlap.warnings
 
     def _run(self, seed: int) -> Run:
         if seed not in self._runs:

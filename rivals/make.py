@@ -20,7 +20,7 @@ import torch
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars
 from radapter_serve.evaluation.results import Row, by_shift
-from rivals.benchmark import load_benchmark
+from rivals.benchmark import Benchmark
 from rivals.cells import ALPHAS, Cells
 from rivals.layout import COST, cost_of, markdown, scatter, spread
 from rivals.method import Method
@@ -47,12 +47,12 @@ class Choices:
     limit: int | None = None
 
 
-def make_table(number: str, data: Path, out: Path, given: Mapping[str, Any], choices: Choices) -> str:
+def make_table(number: str, benchmark: Benchmark, out: Path, given: Mapping[str, Any], choices: Choices) -> str:
     """Make what is missing, and write `table-NUMBER.md` and `.png`.
 
     Args:
         number: of the table, as `TABLES` has it.
-        data: benchmark file.
+        benchmark: from `load_benchmark`.
         out: folder.
         given: fields of a recipe that hold for every method, before those of the table and of the benchmark.
         choices: the rest.
@@ -63,7 +63,7 @@ def make_table(number: str, data: Path, out: Path, given: Mapping[str, Any], cho
     Raises:
         RAdapterError: there is no such row, or the benchmark or a method won't do.
     """
-    chosen, benchmark = TABLES[number], load_benchmark(data)
+    chosen = TABLES[number]
     if unknown := [name for name in choices.only if name not in chosen.rows]:
         raise RAdapterError(f"table {number} has no row {unknown[0]!r}; allowed: {', '.join(chosen.rows)}")
     given = {**chosen.given, **benchmark.given, **given}
@@ -78,8 +78,8 @@ def make_table(number: str, data: Path, out: Path, given: Mapping[str, Any], cho
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"table-{number}.md"
     maker = _curves if chosen.curves else _rows
-    parts = [f"# {chosen.title}", _how(benchmark.name, given, methods, choices)]
-    parts.append(maker(cells, methods, choices, path.with_suffix(".png")))
+    shown = maker(cells, methods, choices, path.with_suffix(".png"))
+    parts = [f"# {chosen.title}", _how(benchmark.name, given, methods, choices), *cells.warnings(), shown]
     text = "\n\n".join(parts) + "\n"
     path.write_text(text, encoding="utf-8")
     _say(f"wrote {path} and {path.with_suffix('.png')}")
@@ -142,7 +142,9 @@ def _counted(heads: Sequence[str], ns: Mapping[str, int]) -> list[str]:
 def _how(name: str, given: Mapping[str, Any], methods: Methods, choices: Choices) -> str:
     """The command, the machine, and all that was chosen."""
     values = {**given, "architecture": Path(given["architecture"]).name}
-    shown = ", ".join(f"{key} {value}" for key, value in values.items() if key not in ("data", "images", "classes"))
+    shown = ", ".join(
+        f"{key} {value}" for key, value in values.items() if not isinstance(value, Path) and key != "data"
+    )
     command = " ".join(["python -m rivals.table", *map(shlex.quote, sys.argv[1:])])
     seeds = ", ".join(map(str, choices.seeds))
     parts = [

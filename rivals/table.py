@@ -15,6 +15,7 @@ def table(
     number: Literal["1", "2", "3", "4", "5", "fig3", "all"],
     /,
     data: Path,
+    data_root: Path | None = None,
     out: Path = Path("runs/rivals"),
     seeds: tuple[int, ...] = (0,),
     only: tuple[str, ...] = (),
@@ -35,7 +36,8 @@ def table(
 
     Args:
         number: which table; all has every system.
-        data: benchmark file; see docs/holds-up.md.
+        data: benchmark file, such as one of rivals/benchmarks; docs/holds-up.md says how to write one.
+        data_root: folder that the benchmark's data is in; its own if none is given.
         out: folder of the table and of all that it is made from.
         seeds: each method learns once for each.
         only: rows to make, by the names that the table prints; all if none is given.
@@ -52,7 +54,8 @@ def table(
         threads: threads to compute with; one a core if none is given.
     """
     limit_threads(threads)
-    from rivals.make import Choices, make_table  # torch takes seconds to load
+    from rivals.benchmark import load_benchmark  # torch takes seconds to load
+    from rivals.make import Choices, make_table
 
     given = {
         "architecture": architecture, "pretrained": pretrained, "epochs": epochs, "steps": steps,
@@ -60,7 +63,7 @@ def table(
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     choices = Choices(seeds, only, alpha == "validation", rates, soup, limit)
-    print(make_table(number, data, out, given, choices))
+    print(make_table(number, load_benchmark(data, data_root), out, given, choices))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

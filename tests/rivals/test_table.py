@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.training import Recipe
 from rivals import cells as cells_module
 from rivals.benchmark import load_benchmark
 from rivals.cells import ALPHAS, Cell, Cells, score
@@ -26,6 +27,7 @@ from rivals.system import Cost
 from rivals.table import main
 from rivals.tables import TABLES, figures
 
+ROOT = Path(__file__).parents[2]
 SMALL = ["--only", "Zero-shot", "FT", "WiSE-FT", "R-Adapter"]
 
 
@@ -81,7 +83,7 @@ def test_table_is_written_and_not_made_twice(
     here.clear()
     assert main(call) == 0
     assert here == []
-    assert main([*call, "--steps", "3"]) == 0  # another run, so all is new but for what learns nothing
+    assert main([*call, "--steps", "3"]) == 0  # other runs
     assert len(here) == 6
 
 
@@ -93,6 +95,14 @@ def test_fig3_shows_every_alpha(benchmark_file: Path, here: list[str], tmp_path:
     shown = [(row[0].strip("| "), row[1]) for row in rows if row[1][0].isdigit()]
     assert shown == [(name, f"{alpha:g}") for name in ("R-Adapter", "WiSE-FT") for alpha in ALPHAS]
     assert (tmp_path / "out" / "table-fig3.png").exists()
+
+
+def test_says_where_what_chose_is_judged_by(benchmark_file: Path, here: list[str], tmp_path: Path):
+    call = ["1", "--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--only", "WiSE-FT"]
+    assert main(call) == 0
+    assert "warning" not in (tmp_path / "out" / "table-1.md").read_text()
+    assert main([*call, "--alpha", "validation"]) == 0
+    assert "third: warning: alpha was chosen by 24 of its 24 images" in (tmp_path / "out" / "table-1.md").read_text()
 
 
 def test_choices_are_made_on_validation_sets(benchmark_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -154,6 +164,17 @@ def test_refuses_what_is_no_benchmark(document: Any, message: str, benchmark_fil
     benchmark_file.write_text(yaml.safe_dump(document))
     with pytest.raises(RAdapterError, match=message.replace("[", r"\[")):
         load_benchmark(benchmark_file)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "rivals" / "benchmarks").glob("*.yaml")), ids=lambda path: path.stem)
+def test_ready_benchmarks_hold_what_a_run_needs(path: Path, tmp_path: Path):
+    if not (path.parent / yaml.safe_load(path.read_text())["suite"]).exists():
+        pytest.skip("its suite is not there yet")
+    benchmark = load_benchmark(path, tmp_path)
+    recipe = Recipe(**benchmark.given)
+    recipe.check()
+    assert recipe.data.partition(":")[2].startswith(str(tmp_path))
+    assert {entry.task for entry in benchmark.suite.entries} == {recipe.task}
 
 
 def test_refuses_a_row_that_is_not_there(benchmark_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
