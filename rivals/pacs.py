@@ -17,7 +17,7 @@ STYLES = ("photo", "art_painting", "cartoon", "sketch")
 HELD_OUT = 5  # every fifth photo of a class is not learned from: these are for the test and, every other one, choose
 
 
-def pacs(root: Path, out: Path) -> None:
+def pacs(root: Path, out: Path, /) -> None:
     """Divide the photos, and write the benchmark's files.
 
     Args:
