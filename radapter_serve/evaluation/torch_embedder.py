@@ -47,7 +47,7 @@ _WINDOWS = 16
 
 
 @dataclass
-class _Line:
+class Line:
     """Weights on a line from the base, `W + α·delta`: a folded adapter, or WiSE-FT."""
 
     source: str
@@ -74,7 +74,7 @@ class TorchEmbedder:
     def __init__(
         self,
         base: Base,
-        lines: Sequence[_Line],
+        lines: Sequence[Line],
         alphas: Sequence[float | None],
         templates: list[str],
         *,
@@ -248,10 +248,10 @@ def embedder_of(
         for name in (f"{key}.weight", f"{key}.bias"):
             if name in weights:
                 deltas[name] = adapter.matrix(key) @ weights[name].float().cpu()
-    lines = [_Line("adapter", deltas, adapter.keys, {**facts, "adapter_digest": adapter.digest})]
+    lines = [Line("adapter", deltas, adapter.keys, {**facts, "adapter_digest": adapter.digest})]
     if finetuned is not None:
         change, digest = _difference(Path(finetuned), weights)
-        lines.append(_Line("wise-ft", change, facts={**facts, "weights_digest": digest}))
+        lines.append(Line("wise-ft", change, facts={**facts, "weights_digest": digest}))
     dense = adapter.metadata.recipe.get("dense", "none")
     return TorchEmbedder(
         base,
@@ -279,7 +279,7 @@ def as_it_is(
         crop: how the masks of proposals are shown.
     """
     device = str(next(base.model.parameters()).device)
-    return TorchEmbedder(base, [_Line("adapter", {})], [alpha], templates, dense=dense, crop=crop, device=device)
+    return TorchEmbedder(base, [Line("adapter", {})], [alpha], templates, dense=dense, crop=crop, device=device)
 
 
 def from_merged(folder: str | Path, *, precision: Precision = "fp32", device: str | None = None) -> TorchEmbedder:
@@ -293,7 +293,7 @@ def from_merged(folder: str | Path, *, precision: Precision = "fp32", device: st
     release = Release.load(folder) if (folder / FILE).exists() else None
     weights = next((p for p in folder.glob("open_clip_*") if p.suffix in (".safetensors", ".bin", ".pt")), None)
     facts = {"weights_digest": digest_of(weights)} if weights else {}
-    line = _Line("merged", {}, facts={**(release_facts(release) if release else {}), **facts, "precision": precision})
+    line = Line("merged", {}, facts={**(release_facts(release) if release else {}), **facts, "precision": precision})
     return TorchEmbedder(
         base,
         [line],
