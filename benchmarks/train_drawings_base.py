@@ -1,26 +1,24 @@
 """Train the base of the benchmark of drawings from scratch: a small CLIP on pairs of drawing and name.
 
-    python -m benchmarks.drawings.pairs --package package --out pairs       # once: draws the pairs
-    python benchmarks/train_drawings_base.py --pairs pairs --out run        # trains until it is stopped; run it again to go on
+    python -m benchmarks.drawings.pairs --package package --out pairs   # once: draws the pairs
+    python benchmarks/train_drawings_base.py --pairs pairs --out run    # trains until it is stopped; again: goes on
     python benchmarks/train_drawings_base.py --pairs pairs --out final --start run/checkpoint.pt --decay 1000
 
-The rate is level until it is stopped, so a run can end and go on on any day; `--decay` takes a copy of one down to zero,
-which is the better model. What makes it learn much in a CPU second: common names, which many hands draw, come more often,
-and every hand of a name equally often; two hands' drawings of a name are positives of one caption; only some patches of
-an image are looked at, mostly those with ink; Muon trains the blocks; only the words that names use are trained.
+The rate is level until a run is stopped, so it can go on any day; `--decay` takes a copy of it down to zero, which is
+the better model. What makes it learn much in a CPU second: names that many hands draw come more often, and every hand of
+a name equally often; two hands' drawings of a name are positives of one caption; only some patches of an image are
+looked at, mostly those with ink; Muon trains the blocks; only the words that names use are trained.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import json
 import math
 import random
 import signal
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +26,17 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from drawings.names import load_classes
 from matplotlib import pyplot as plt
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.drawings.augment import MEAN, PATCH, SIZE, STD, augment, inked, on_paper
+from benchmarks.drawings.batches import TEMPLATES, Pairs, Words
+from benchmarks.drawings.learning import KeptPatches, Muon, contrast
 from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.files import staged
 from radapter_serve.signals import handled
 
-SIZE, PATCH, MEAN, STD = 48, 8, (0.75, 0.75, 0.75), (0.35, 0.35, 0.35)
 MODEL: dict[str, Any] = {
     "embed_dim": 128,
     "quick_gelu": False,
@@ -46,196 +45,6 @@ MODEL: dict[str, Any] = {
 }
 PREPROCESS: dict[str, Any] = {"size": SIZE, "mode": "RGB", "mean": MEAN, "std": STD}
 PREPROCESS |= {"interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0}
-TEMPLATES = ("{}", "a drawing of {}", "an icon of {}", "a picture of {}")
-MOST_TOKENS = 16
-ONE_WAY = frozenset("left right forward backward back next previous undo redo reply align east west".split())
-
-
-class Pairs:
-    """Drawings by name. Names that mean one class are one name.
-
-    Attributes:
-        pixels: uint8 [N, S, S, 4], premultiplied RGBA.
-        black: bool [N], drawings without colours of their own.
-        one_way: bool [N], drawings whose name a mirror makes wrong.
-        by_name: name to its sets' drawings: {name: {set: rows}}, of the training part.
-        words: the words of each row.
-        validation: rows of classes in the sets that training does not see, by set.
-        classes: label lines of the classes, in order.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.pixels = torch.from_numpy(np.load(folder / "pixels.npy", mmap_mode="c"))
-        self.class_of = load_classes()
-        self.classes = sorted(set(self.class_of.values()))
-        with (folder / "pairs.csv").open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        self.words = [row["words"] for row in rows]
-        self.by_name: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-        self.validation: dict[str, list[int]] = defaultdict(list)
-        for index, row in enumerate(rows):
-            name = self.class_of.get(row["words"], row["words"])
-            if row["split"] == "train":
-                self.by_name[name][row["set"]].append(index)
-            elif name in self.class_of:
-                self.validation[row["set"]].append(index)
-        self.synonyms: dict[str, list[str]] = defaultdict(list)
-        for synonym, name in self.class_of.items():
-            self.synonyms[name].append(synonym)
-        self.one_way = torch.tensor([not ONE_WAY.isdisjoint(words.split()) for words in self.words])
-        self.black = torch.from_numpy(np.array([row["black"] == "1" for row in rows]))
-
-    def batch(self, names: list[str], draw: random.Random) -> tuple[Tensor, list[str]]:
-        """Two drawings of each name, by two hands where there are, and a caption of each name."""
-        chosen, captions = [], []
-        for name in names:
-            hands = list(self.by_name[name].values())
-            two = draw.sample(hands, 2) if len(hands) > 1 else hands * 2
-            chosen += [draw.choice(rows) for rows in two]
-            words = self.words[chosen[-1]]
-            if name in self.synonyms and draw.random() < 0.4:
-                words = draw.choice(self.synonyms[name])
-            captions.append(draw.choice(TEMPLATES).format(words))
-        return torch.tensor(chosen), captions
-
-
-class Words:
-    """The tokenizer, cut down to the words that names and templates use, and remembering what it has seen.
-
-    Attributes:
-        used: token ids, sorted; the end token stays the largest.
-    """
-
-    def __init__(self, words: set[str]) -> None:
-        self.tokenizer = open_clip.SimpleTokenizer()
-        self.pieces: dict[str, list[int]] = {}
-        for word in sorted({part for text in (*words, *TEMPLATES) for part in text.replace("{}", "").split()}):
-            self.pieces[word] = self.tokenizer.encode(word)
-        self.start, self.end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
-        self.used = sorted({self.start, self.end} | {token for pieces in self.pieces.values() for token in pieces})
-        self.row_of = {token: row for row, token in enumerate(self.used)}
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        """Rows of the used tokens, integer [N, L], padded with zeros."""
-        lines = []
-        for text in texts:
-            inner = [token for word in text.split() for token in self.pieces[word]][: MOST_TOKENS - 2]
-            lines.append([self.row_of[token] for token in (self.start, *inner, self.end)])
-        tokens = torch.zeros(len(lines), max(map(len, lines)), dtype=torch.long)
-        for row, line in enumerate(lines):
-            tokens[row, : len(line)] = torch.tensor(line)
-        return tokens
-
-
-class KeptPatches(nn.Module):
-    """In the place of open_clip's patch dropout: keeps the patches that `index` [B, K] names, and the class token."""
-
-    index: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens [B, 1 + N, D] to [B, 1 + K, D]."""
-        if not self.training or self.index is None:
-            return x
-        kept = x[:, 1:].gather(1, self.index[..., None].expand(-1, -1, x.shape[-1]))
-        return torch.cat([x[:, :1], kept], dim=1)
-
-
-def inked(pixels: Tensor, keep: int) -> Tensor:
-    """Which patches of images [B, 3, S, S] to look at, [B, keep]: drawn at random, those with ink more often."""
-    grey = pixels.mean(1, keepdim=True)
-    spread = (F.avg_pool2d(grey**2, PATCH) - F.avg_pool2d(grey, PATCH) ** 2).clamp(min=0).sqrt().flatten(1)
-    noise = -torch.log(-torch.log(torch.rand_like(spread).clamp(1e-6, 1 - 1e-6)))  # Gumbel
-    return ((spread + 0.05).log() + noise).topk(keep, dim=1).indices
-
-
-def augment(drawings: Tensor, black: Tensor, one_way: Tensor) -> Tensor:
-    """Premultiplied RGBA, uint8 [B, S, S, 4], to pixels [B, 3, S, S]: turned, warped, thinned, outlined, recoloured."""
-    x = drawings.permute(0, 3, 1, 2).float() / 255
-    count, size = len(x), x.shape[-1]
-
-    def some(share: float) -> Tensor:
-        return torch.rand(count) < share
-
-    angle, scale = torch.randn(count) * 0.12, torch.empty(count).uniform_(0.8, 1.25)
-    flip = torch.where(some(0.5) & ~one_way, -1.0, 1.0)
-    move = (torch.rand(2, count) - 0.5) * 0.25
-    stretch = torch.empty(count).uniform_(0.88, 1.14)
-    across = torch.stack([scale * stretch * angle.cos() * flip, -scale * angle.sin(), move[0]], dim=1)
-    down = torch.stack([scale * angle.sin() * flip, scale / stretch * angle.cos(), move[1]], dim=1)
-    grid = F.affine_grid(torch.stack([across, down], dim=1), [count, 4, size, size], align_corners=False)
-    warp = torch.randn(count, 2, 5, 5) * (0.07 * torch.rand(count, 1, 1, 1) * some(0.3)[:, None, None, None])
-    grid = grid + F.interpolate(warp, size=(size, size), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
-    x = F.grid_sample(x, grid, align_corners=False)
-
-    alpha = x[:, 3:].clone()
-    thicker, thinner, outlined = (some(share) & black for share in (0.12, 0.08, 0.08))
-    alpha[thicker] = F.max_pool2d(alpha[thicker], 3, 1, 1)
-    alpha[thinner] = 0.5 * (alpha[thinner] - F.max_pool2d(-alpha[thinner], 3, 1, 1))
-    alpha[outlined] = F.max_pool2d(alpha[outlined], 3, 1, 1) + F.max_pool2d(-alpha[outlined], 3, 1, 1)
-
-    paper, ink = torch.ones(count, 3), torch.zeros(count, 3)
-    coloured_paper, coloured_ink, inverted = some(0.35), some(0.35), some(0.2)
-    paper[coloured_paper] = 0.55 + 0.45 * torch.rand(int(coloured_paper.sum()), 3)
-    ink[coloured_ink] = 0.6 * torch.rand(int(coloured_ink.sum()), 3) * torch.rand(int(coloured_ink.sum()), 1)
-    swap = (inverted & black)[:, None]
-    paper, ink = torch.where(swap, ink, paper), torch.where(swap, paper, ink)
-    mix = torch.eye(3) + 0.15 * torch.randn(count, 3, 3) * some(0.6)[:, None, None]
-    grey = some(0.2).float()[:, None, None]
-    colours = torch.einsum("bij,bjhw->bihw", mix * (1 - grey) + grey / 3, x[:, :3])
-    drawn = torch.where(black[:, None, None, None], ink[:, :, None, None] * alpha, colours)
-    y = (drawn + paper[:, :, None, None] * (1 - torch.where(black[:, None, None, None], alpha, x[:, 3:]))).clamp(0, 1)
-
-    for share, mode in ((0.08, "nearest"), (0.05, "bilinear")):  # pixel art, and out of focus
-        coarse = some(share)
-        small = F.interpolate(y[coarse], size=random.choice((16, 20, 24)), mode="area")
-        y[coarse] = F.interpolate(small, size=size, mode=mode)
-    return (y - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-
-
-def on_paper(drawings: Tensor) -> Tensor:
-    """Premultiplied RGBA, uint8 [B, S, S, 4], on white paper, to pixels [B, 3, S, S]."""
-    x = drawings.permute(0, 3, 1, 2).float() / 255
-    return (x[:, :3] + 1 - x[:, 3:] - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-
-
-def contrast(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-    """CLIP's loss, images [C·E, D] being E drawings of each of the texts [C, D]."""
-    count, each = len(texts), len(images) // len(texts)
-    logits = scale * images @ texts.T
-    own = torch.arange(count).repeat_interleave(each)
-    to_texts = F.cross_entropy(logits, own)
-    to_images = -logits.log_softmax(0)[torch.arange(len(images)), own].mean()
-    return (to_texts + to_images) / 2
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan 2024) in float32, matrices of one shape together: torch's own computes in bfloat16, slow on CPUs."""
-
-    def __init__(self, matrices: list[nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.1) -> None:
-        shapes = sorted({tuple(p.shape) for p in matrices})
-        groups = [{"params": [p for p in matrices if tuple(p.shape) == shape]} for shape in shapes]
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "decay": decay})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step along the orthogonalised momentum, as large as AdamW's (0.2 · √max(a, b), Liu 2025)."""
-        for group in self.param_groups:
-            own = group["params"]
-            gradient = torch.stack([p.grad for p in own])
-            state = self.state[own[0]]
-            kept = state.setdefault("momentum", torch.zeros_like(gradient))
-            kept.lerp_(gradient, 1 - group["momentum"])
-            x = gradient.lerp(kept, group["momentum"])
-            tall = x.shape[1] > x.shape[2]
-            x = x.mT if tall else x
-            x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-            for _ in range(5):  # Newton and Schulz's iteration, Jordan's coefficients
-                square = x @ x.mT
-                x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-            x = x.mT if tall else x
-            size = 0.2 * math.sqrt(max(x.shape[1:]))
-            for p, direction in zip(own, x, strict=True):
-                p.mul_(1 - group["lr"] * group["decay"]).add_(direction, alpha=-group["lr"] * size)
 
 
 class Training:
@@ -244,7 +53,7 @@ class Training:
     def __init__(self, pairs: Pairs, args: argparse.Namespace) -> None:
         self.pairs, self.args = pairs, args
         torch.manual_seed(args.seed)
-        self.words = Words({*pairs.words, *pairs.class_of})
+        self.words = Words({*pairs.words, *pairs.meaning})
         self.model: Any = open_clip.CLIP(MODEL["embed_dim"], {**MODEL["vision_cfg"]}, MODEL["text_cfg"])
         self.model.visual.patch_dropout = KeptPatches()
         self.model.token_embedding = nn.Embedding(len(self.words.used), MODEL["text_cfg"]["width"])
@@ -296,8 +105,10 @@ class Training:
         heads = F.normalize(heads, dim=-1)
         found = {}
         for name, rows in sorted(pairs.validation.items()):
-            truth = torch.tensor([pairs.classes.index(pairs.class_of[pairs.words[row]]) for row in rows])
-            images = torch.cat([encode_image(average, on_paper(pairs.pixels[part])) for part in torch.tensor(rows).split(128)])
+            truth = torch.tensor([pairs.classes.index(pairs.meaning[pairs.words[row]]) for row in rows])
+            images = torch.cat(
+                [encode_image(average, on_paper(pairs.pixels[part])) for part in torch.tensor(rows).split(128)]
+            )
             found[name] = round(100 * (images @ heads.T).argmax(1).eq(truth).float().mean().item(), 2)
         return {"mean": round(sum(found.values()) / len(found), 2), **found}
 
@@ -307,7 +118,12 @@ class Training:
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "random": [torch.get_rng_state(), self.draw.getstate(), self.numbers.bit_generator.state, random.getstate()],
+            "random": [
+                torch.get_rng_state(),
+                self.draw.getstate(),
+                self.numbers.bit_generator.state,
+                random.getstate(),
+            ],
             "counts": [self.step, self.images, self.seconds, self.decayed],
             "used": self.words.used,
         }
@@ -316,7 +132,7 @@ class Training:
         """Go on from a checkpoint."""
         state = torch.load(path, weights_only=False)
         if state["used"] != self.words.used:
-            raise SystemExit(f"{path} was trained on other names than --pairs has; name the same pairs")
+            raise SystemExit(f"{path} was trained on other words than --pairs has; name the same pairs, or start anew")
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
@@ -365,7 +181,12 @@ def train(args: argparse.Namespace) -> None:
 def record(training: Training, losses: list[float], folder: Path) -> None:
     """A line of the curve, on screen and in `curve.jsonl`, and its picture."""
     loss = sum(losses) / len(losses)
-    line = {"step": training.step, "images": training.images, "seconds": round(training.seconds), "loss": round(loss, 4)}
+    line = {
+        "step": training.step,
+        "images": training.images,
+        "seconds": round(training.seconds),
+        "loss": round(loss, 4),
+    }
     line |= {"accuracy": training.validate()}
     print(json.dumps(line), flush=True)
     with (folder / "curve.jsonl").open("a", encoding="utf-8") as file:
@@ -401,12 +222,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--pairs", type=Path, required=True, help="folder of benchmarks.drawings.pairs")
-    add("--out", type=Path, required=True, help="checkpoint, curve and model; a checkpoint that is there is gone on from")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="checkpoint, curve and model; a checkpoint that is there is gone on from",
+    )
     add("--start", type=Path, help="checkpoint of another run to start from")
     add("--steps", type=int, default=-1, help="steps in all; none by default, it trains until SIGTERM")
     add("--decay", type=int, default=0, help="take the rate down to zero within this many steps, then end")
     add("--names", type=int, default=128, help="names, and captions, a step; each has two drawings")
-    add("--common", type=float, default=1.5, help="a name is drawn in proportion to this power of the sets that have it")
+    add(
+        "--common", type=float, default=1.5, help="a name is drawn in proportion to this power of the sets that have it"
+    )
     add("--patches", type=int, default=14, help="patches of an image that a step looks at, of 36")
     add("--learning-rate", type=float, default=2e-3, help="level rate of Muon and AdamW")
     add("--warmup", type=int, default=100, help="steps in which the rate rises")

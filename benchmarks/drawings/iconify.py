@@ -105,7 +105,7 @@ def drawings(package: Path, source: str) -> Iterator[Drawing]:
             icon.get(key, found.get(key, default)) for key, default in zip(_BOX, (0, 0, 16, 16), strict=True)
         )
         if len(icon["body"]) <= _MOST_BYTES:
-            head = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" color="#000" '
+            head = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" color="#000" '
             box = f'width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">'
             yield Drawing(source, name, words, number, style, f"{head}{box}{icon['body']}</svg>")
 

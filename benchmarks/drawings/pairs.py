@@ -2,8 +2,9 @@
 
     python -m benchmarks.drawings.pairs --package package --out ~/.cache/drawings
 
-writes `pixels.npy`, premultiplied RGBA, uint8 [N, 48, 48, 4], and `pairs.csv`, a row for each of its drawings: set, name,
-words, number, style, whether it is black (0 or 1), and split (`train`, or `validation` for whole sets that training does not see).
+writes `pixels.npy`, premultiplied RGBA, uint8 [N, 48, 48, 4], and `pairs.csv`, a row for each drawing: set, name, words,
+number, style, whether it is black (0 or 1), and split: `train`, or `validation` for sets that training does not see.
+`ATTRIBUTION.md` names every set with its author and licence.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from rich.progress import track
 
 from benchmarks.drawings.iconify import SHARE_ALIKE, Drawing, drawings, render, sources
-from benchmarks.drawings.names import load_classes
+from benchmarks.drawings.names import Classes
 from benchmarks.drawings.roles import Roles, load_roles
 from radapter_serve.files import staged
 
@@ -32,7 +33,7 @@ MOST_STYLES = 3  # drawings of one name and number in a set: in line, filled and
 
 def chosen(package: Path, roles: Roles) -> Iterator[tuple[Drawing, list[str]]]:
     """The drawings of the pairs, each with its row of the file; no brands, but for words that a class is named by."""
-    kept = load_classes()
+    kept = Classes().meanings
     brands = {drawing.words for name in roles.brands for drawing in drawings(package, name)} - kept.keys()
     for name, source in sources(package).items():
         if name in roles.held_out or source.licence in SHARE_ALIKE:

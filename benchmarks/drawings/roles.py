@@ -65,4 +65,10 @@ def load_roles(path: Path = ROLES) -> Roles:
     twice = sorted({name for name in named if named.count(name) > 1})
     if twice:
         raise ValueError(f"{path}: {', '.join(twice)} stand twice; a set has one role")
-    return Roles(styles[0], tuple(styles[1:]), frozenset(document["base_validation"]), frozenset(unused), tuple(document["brands"]))
+    return Roles(
+        styles[0],
+        tuple(styles[1:]),
+        frozenset(document["base_validation"]),
+        frozenset(unused),
+        tuple(document["brands"]),
+    )
