@@ -5,9 +5,10 @@
     python benchmarks/train_drawings_base.py --pairs pairs --out final --start run/checkpoint.pt --decay 1000
 
 The rate is level until a run is stopped, so it can go on any day; `--decay` takes a copy of it down to zero, which is
-the better model. What makes it learn much in a CPU second: names that many hands draw come more often, and every hand of
-a name equally often; two hands' drawings of a name are positives of one caption; only some patches of an image are
-looked at, mostly those with ink; Muon trains the blocks; only the words that names use are trained.
+the better model. What makes it learn much in a CPU second: half of a step's names are classes, of the others those
+that many hands draw come more often, and each hand of a name equally often; two hands' drawings of a name are positives
+of one caption; only some patches of an image are looked at, mostly those with ink; Muon trains the blocks; only the
+words that names use are trained.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import math
 import random
 import signal
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from benchmarks.drawings.batches import TEMPLATES, Pairs, Words
 from benchmarks.drawings.learning import KeptPatches, Muon, contrast
 from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.files import staged
+from radapter_serve.inputs.labels import split_label
 from radapter_serve.signals import handled
 
 MODEL: dict[str, Any] = {
@@ -43,8 +46,23 @@ MODEL: dict[str, Any] = {
     "vision_cfg": {"image_size": SIZE, "patch_size": PATCH, "width": 192, "head_width": 64, "layers": 6},
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 4},
 }
+MOST_HANDS = 20  # sets of a name, beyond which it does not come more often
 PREPROCESS: dict[str, Any] = {"size": SIZE, "mode": "RGB", "mean": MEAN, "std": STD}
 PREPROCESS |= {"interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0}
+
+
+class Pool:
+    """Names to draw from, in proportion to a power of the sets that have them, up to MOST_HANDS."""
+
+    def __init__(self, pairs: Pairs, names: Collection[str], power: float) -> None:
+        self.names = sorted(names)
+        weights = np.array([min(len(pairs.by_name[name]), MOST_HANDS) for name in self.names]) ** power
+        self.shares = weights / weights.sum()
+
+    def draw(self, count: int, numbers: np.random.Generator) -> list[str]:
+        """Different names; all of them, if there are fewer."""
+        count = min(count, len(self.names))
+        return [self.names[i] for i in numbers.choice(len(self.names), count, replace=False, p=self.shares)]
 
 
 class Training:
@@ -67,9 +85,8 @@ class Training:
         ]
         self.average: Any = copy.deepcopy(self.model).eval()
         self.draw, self.numbers = random.Random(args.seed), np.random.default_rng(args.seed)
-        self.names = sorted(pairs.by_name)
-        weights = np.array([len(pairs.by_name[name]) for name in self.names]) ** args.common
-        self.shares = weights / weights.sum()
+        own = set(pairs.classes.names)
+        self.pools = [Pool(pairs, own & pairs.by_name.keys(), 1.0), Pool(pairs, pairs.by_name.keys() - own, 1.5)]
         self.step, self.images, self.seconds, self.decayed = 0, 0, 0.0, 0
 
     def one_step(self, rate: float) -> float:
@@ -78,8 +95,12 @@ class Training:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate * rate
-        picked = self.numbers.choice(len(self.names), args.names, replace=False, p=self.shares)
-        rows, captions = pairs.batch([self.names[i] for i in picked], self.draw)
+        of_classes = round(args.names * args.class_share)
+        names = [
+            *self.pools[0].draw(of_classes, self.numbers),
+            *self.pools[1].draw(args.names - of_classes, self.numbers),
+        ]
+        rows, captions = pairs.batch(names, self.draw)
         pixels = augment(pairs.pixels[rows], pairs.black[rows], pairs.one_way[rows])
         model.visual.patch_dropout.index = inked(pixels, args.patches)
         loss = contrast(encode_image(model, pixels), encode_text(model, self.words(captions)), model.logit_scale.exp())
@@ -99,13 +120,15 @@ class Training:
     def validate(self) -> dict[str, float]:
         """Zero-shot accuracy in % of the running average on the classes, by set that training does not see."""
         pairs, average = self.pairs, self.average
-        lines = [[t.format(s) for s in pairs.synonyms[name] for t in TEMPLATES] for name in pairs.classes]
+        lines = [
+            [t.format(name) for name in split_label(line) for t in TEMPLATES] for line in pairs.classes.prompt_lines
+        ]
         texts = encode_text(average, self.words([text for line in lines for text in line]))
         heads = torch.stack([own.mean(0) for own in texts.split([len(line) for line in lines])])
         heads = F.normalize(heads, dim=-1)
         found = {}
         for name, rows in sorted(pairs.validation.items()):
-            truth = torch.tensor([pairs.classes.index(pairs.meaning[pairs.words[row]]) for row in rows])
+            truth = torch.tensor([pairs.classes.names.index(pairs.meaning[pairs.words[row]]) for row in rows])
             images = torch.cat(
                 [encode_image(average, on_paper(pairs.pixels[part])) for part in torch.tensor(rows).split(128)]
             )
@@ -118,19 +141,14 @@ class Training:
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "random": [
-                torch.get_rng_state(),
-                self.draw.getstate(),
-                self.numbers.bit_generator.state,
-                random.getstate(),
-            ],
+            "random": [torch.get_rng_state(), self.draw.getstate(), self.numbers.bit_generator.state],
             "counts": [self.step, self.images, self.seconds, self.decayed],
             "used": self.words.used,
         }
 
     def load(self, path: Path, fresh_decay: bool) -> None:
         """Go on from a checkpoint."""
-        state = torch.load(path, weights_only=False)
+        state = torch.load(path, weights_only=True)
         if state["used"] != self.words.used:
             raise SystemExit(f"{path} was trained on other words than --pairs has; name the same pairs, or start anew")
         self.model.load_state_dict(state["model"])
@@ -140,7 +158,6 @@ class Training:
         torch.set_rng_state(state["random"][0])
         self.draw.setstate(state["random"][1])
         self.numbers.bit_generator.state = state["random"][2]
-        random.setstate(state["random"][3])
         self.step, self.images, self.seconds, self.decayed = state["counts"]
         self.decayed = 0 if fresh_decay else self.decayed
 
@@ -152,7 +169,7 @@ def train(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if own.is_file() or args.start:
         training.load(own if own.is_file() else args.start, fresh_decay=not own.is_file())
-    names = len(training.names)
+    names = len(training.pairs.by_name)
     print(f"{names} names, {len(training.words.used)} tokens, step {training.step}", flush=True)
     stopped: list[int] = []
     with handled(lambda number, _: stopped.append(number), signal.SIGTERM, signal.SIGINT):
@@ -232,9 +249,7 @@ def main() -> None:
     add("--steps", type=int, default=-1, help="steps in all; none by default, it trains until SIGTERM")
     add("--decay", type=int, default=0, help="take the rate down to zero within this many steps, then end")
     add("--names", type=int, default=128, help="names, and captions, a step; each has two drawings")
-    add(
-        "--common", type=float, default=1.5, help="a name is drawn in proportion to this power of the sets that have it"
-    )
+    add("--class-share", type=float, default=0.5, help="share of a step's names that are the benchmark's classes")
     add("--patches", type=int, default=14, help="patches of an image that a step looks at, of 36")
     add("--learning-rate", type=float, default=2e-3, help="level rate of Muon and AdamW")
     add("--warmup", type=int, default=100, help="steps in which the rate rises")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,7 +48,7 @@ def augment(drawings: Tensor, black: Tensor, one_way: Tensor) -> Tensor:
 
     for share, mode in ((0.08, "nearest"), (0.05, "bilinear")):  # pixel art, and out of focus
         coarse = some(share)
-        small = F.interpolate(y[coarse], size=random.choice((16, 20, 24)), mode="area")
+        small = F.interpolate(y[coarse], size=(16, 20, 24)[int(torch.randint(3, ()))], mode="area")
         y[coarse] = F.interpolate(small, size=size, mode=mode)
     return (y - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 

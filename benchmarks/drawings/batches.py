@@ -29,13 +29,13 @@ class Pairs:
         words: the words of each row.
         validation: rows of classes in the sets that training does not see, by set.
         meaning: the one name of all words that mean the same.
-        classes: names of the classes, in order.
+        classes: of the benchmark.
     """
 
     def __init__(self, folder: Path) -> None:
         self.pixels = torch.from_numpy(np.load(folder / "pixels.npy", mmap_mode="c"))
-        classes = Classes()
-        self.classes, self.meaning = classes.names, classes.meanings
+        self.classes = Classes()
+        self.meaning = self.classes.meanings
         with (folder / "pairs.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         self.words = [row["words"] for row in rows]
@@ -45,7 +45,7 @@ class Pairs:
             name = self.meaning.get(row["words"], row["words"])
             if row["split"] == "train":
                 self.by_name[name][row["set"]].append(index)
-            elif name in self.classes:
+            elif name in self.classes.names:
                 self.validation[row["set"]].append(index)
         self.synonyms: dict[str, list[str]] = defaultdict(list)
         for synonym, name in self.meaning.items():

@@ -24,7 +24,7 @@ from benchmarks.drawings.credits import attribution
 from benchmarks.drawings.iconify import VERSION, Drawing, Source, drawings, render, sources
 from benchmarks.drawings.names import Classes, core
 from benchmarks.drawings.near import alike, clusters, signature
-from benchmarks.drawings.roles import Style, load_roles
+from benchmarks.drawings.roles import Roles, Style, load_roles
 from radapter_serve.demo.data import made_whole
 
 SIDE = 96
@@ -155,9 +155,9 @@ def write(sample: Sample, folder: Path, paper: str) -> str:
     return path.as_posix()
 
 
-def build(package: Path, pairs: Path, out: Path) -> Counter[str]:
+def build(package: Path, pairs: Path, out: Path, roles: Roles, classes: Classes) -> Counter[str]:
     """Draw all folders; returns how many images each has."""
-    roles, classes, credited = load_roles(), Classes(), sources(package)
+    credited = sources(package)
     seen = known_marks(pairs, classes)
     rows, count = [], Counter[str]()
     with made_whole(out, "images") as part:
@@ -206,7 +206,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.out.exists():
         parser.error(f"{arguments.out} is there already; remove it, or name another folder")
-    print(_lines(sorted(build(arguments.package, arguments.pairs, arguments.out).items())))
+    print(_lines(sorted(build(arguments.package, arguments.pairs, arguments.out, load_roles(), Classes()).items())))
 
 
 if __name__ == "__main__":

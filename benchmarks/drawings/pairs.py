@@ -2,8 +2,8 @@
 
     python -m benchmarks.drawings.pairs --package package --out ~/.cache/drawings
 
-writes `pixels.npy`, premultiplied RGBA, uint8 [N, 48, 48, 4], and `pairs.csv`, a row for each drawing: set, name, words,
-number, style, whether it is black (0 or 1), and split: `train`, or `validation` for sets that training does not see.
+writes `pixels.npy`, premultiplied RGBA, uint8 [N, 48, 48, 4], and `pairs.csv`, a row for each drawing: set, name,
+words, number, style, whether it is black (0 or 1), and split: `train`, or `validation` for sets that are held out.
 `ATTRIBUTION.md` names every set with its author and licence.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import multiprocessing
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from benchmarks.drawings.iconify import SHARE_ALIKE, Drawing, drawings, render, sources
+from benchmarks.drawings.credits import attribution
+from benchmarks.drawings.iconify import SHARE_ALIKE, VERSION, Drawing, drawings, render, sources
 from benchmarks.drawings.names import Classes
 from benchmarks.drawings.roles import Roles, load_roles
 from radapter_serve.files import staged
@@ -48,9 +49,9 @@ def chosen(package: Path, roles: Roles) -> Iterator[tuple[Drawing, list[str]]]:
                 yield drawing, [*said, "0" if source.colour else "1", split]
 
 
-def write_pairs(package: Path, out: Path, side: int = SIDE, processes: int = 2) -> int:
+def write_pairs(package: Path, out: Path, roles: Roles, side: int = SIDE, processes: int = 2) -> int:
     """Draw all pairs; returns how many there are."""
-    plan = list(chosen(package, load_roles()))
+    plan = list(chosen(package, roles))
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     with staged(out / "pixels.npy") as part, multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -63,6 +64,8 @@ def write_pairs(package: Path, out: Path, side: int = SIDE, processes: int = 2) 
         pixels.flush()
     with staged(out / "pairs.csv") as part, part.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *rows])
+    used, title = Counter(row[0] for row in rows), f"The pairs of this folder, drawn from @iconify/json {VERSION}"
+    (out / "ATTRIBUTION.md").write_text(attribution(title, used, sources(package)), encoding="utf-8")
     return len(rows)
 
 
@@ -74,7 +77,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=SIDE, help="width and height of a drawing, in pixels")
     parser.add_argument("--processes", type=int, default=2, help="that draw at the same time")
     arguments = parser.parse_args()
-    count = write_pairs(arguments.package, arguments.out, arguments.side, arguments.processes)
+    count = write_pairs(arguments.package, arguments.out, load_roles(), arguments.side, arguments.processes)
     print(f"{count} drawings in {arguments.out}")
 
 
