@@ -120,7 +120,7 @@ def test_a_name_is_words_number_and_style(name, said):
 
 
 def test_a_drawing_is_rendered_whole_and_centred(package):
-    icon_set(package, "shapes", {"half": '<path d="M0 0h12v24H0z"/>', "empty": "<g/>", "broken": "<path d="})
+    icon_set(package, "shapes", {"half": '<path d="M0 0h12v24H0z"/>', "nothing": "<g/>", "torn": "<path d="})
     half, *rest = (render(drawing.svg, 8) for drawing in drawings(package, "shapes") if drawing.name == "half")
     assert half is not None and not rest
     expected = np.zeros((8, 8, 4), np.uint8)
