@@ -2,7 +2,7 @@
 
     python -m benchmarks.drawings.pairs --package package --out pairs   # once: draws the pairs
     python benchmarks/train_drawings_base.py --pairs pairs --out run    # trains until it is stopped; again: goes on
-    python benchmarks/train_drawings_base.py --pairs pairs --out final --start run/checkpoint.pt --decay 1000
+    python benchmarks/train_drawings_base.py --pairs pairs --out end --start run/checkpoint.pt --decay 1000 --average 0.99
 
 The rate is level until a run is stopped, so it can go on any day; `--decay` takes a copy of it down to zero, which is
 the better model. What makes it learn much in a CPU second: half of a step's names are classes, of the others those
@@ -254,7 +254,7 @@ def main() -> None:
     add("--learning-rate", type=float, default=2e-3, help="level rate of Muon and AdamW")
     add("--warmup", type=int, default=100, help="steps in which the rate rises")
     add("--average", type=float, default=0.998, help="momentum of the running average that is saved")
-    add("--measure-every", type=float, default=180, help="seconds between points of the curve")
+    add("--measure-every", type=float, default=600, help="seconds between points of the curve")
     add("--save-every", type=float, default=180, help="seconds between checkpoints")
     add("--threads", type=int, default=2, help="CPU threads")
     add("--seed", type=int, default=0, help="seeds the weights, captions and augmentation")
