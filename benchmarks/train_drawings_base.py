@@ -2,7 +2,7 @@
 
     python -m benchmarks.drawings.pairs --package package --out pairs   # once: draws the pairs
     python benchmarks/train_drawings_base.py --pairs pairs --out run    # trains until it is stopped; again: goes on
-    python benchmarks/train_drawings_base.py --pairs pairs --out end --start run/checkpoint.pt --decay 1000 --average 0.99
+    python benchmarks/train_drawings_base.py --pairs pairs --out e --start run/checkpoint.pt --decay 800 --average 0.99
 
 The rate is level until a run is stopped, so it can go on any day; `--decay` takes a copy of it down to zero, which is
 the better model. What makes it learn much in a CPU second: half of a step's names are classes, of the others those
