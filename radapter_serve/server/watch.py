@@ -44,7 +44,8 @@ class Death:
 class Watch:
     """What became of a tritonserver and the processes of its models.
 
-    A look tells only what it has seen twice: a model's process that is unloaded is dead for a moment, too.
+    A look tells only what it has seen twice: a model's process that is unloaded is dead for a moment, too. What is told
+    is started again with all processes of its model, so whatever becomes of the present ones after that is not told.
 
     Args:
         process: tritonserver.
@@ -73,7 +74,9 @@ class Watch:
         suspects = {pid for pid, process in found.items() if process.state in "ZT"} - self._told
         certain = suspects & self._suspects
         self._suspects = suspects
-        self._told = (self._told & set(found)) | certain
+        models = {self._names[pid][0] for pid in certain if pid in self._names}
+        told = self._told | certain | {pid for pid, (name, _) in self._names.items() if name in models}
+        self._told = told & set(found)
         deaths = [self._death(pid, found[pid], short_of_memory) for pid in sorted(certain)]
         return list({(death.name, death.version): death for death in deaths}.values())
 

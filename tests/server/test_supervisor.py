@@ -93,6 +93,18 @@ def test_a_process_that_is_dead_for_a_moment_is_no_death(parent, monkeypatch):
         assert looking.look() == []
 
 
+def test_processes_of_one_model_that_die_one_after_the_other_are_one_death(parent, monkeypatch):
+    looking, _ = looked(parent)
+    deaths = []
+    for states in ("SS", "ZS", "ZZ", " Z", " Z", "  "):
+        found = {
+            pid: Process(state, 0, 9, "/m/retrieve/1/model.py") for pid, state in enumerate(states) if state != " "
+        }
+        monkeypatch.setattr(watch, "children", lambda _, found=found: dict(found))
+        deaths += looking.look()
+    assert deaths == [Death("retrieve", "it was killed by SIGKILL", 1)]
+
+
 @pytest.mark.parametrize(
     ("number", "why"),
     [
