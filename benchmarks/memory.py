@@ -201,6 +201,7 @@ def flooded(parents: list[int], way: str, url: str, flood: Flood) -> list[str]:
     for name, (pid, mib) in before.items():
         rise[name if name in ("radapter-gateway", "tritonserver") else "tasks"] += round(resident(pid, "VmHWM") - mib)
     words = ", ".join(f"{name}: {number:,}" for name, number in sorted(results.items()))
+    say(f"{words}; {dict(rise)} MiB")
     figures = [rise["radapter-gateway"], rise["tritonserver"], rise["tasks"], sum(rise.values())]
     return [way, words, f"{seconds:.0f}", *map(str, figures)]
 
