@@ -84,8 +84,8 @@ class Flood:
         async def one() -> None:
             try:
                 reader, writer = await asyncio.open_connection(place.hostname, place.port)
+                answer = asyncio.ensure_future(reader.read(16))  # a connection too many is told so at once
                 await go.wait()
-                answer = asyncio.ensure_future(reader.read(16))
                 with contextlib.suppress(ConnectionError):
                     for start in range(0, len(message), PIECE):
                         if answer.done():  # refused before it was sent
