@@ -11,9 +11,9 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from radapter_serve.server.processes import Process, children, how_it_ended, killed_for_memory
+from radapter_serve.server.processes import STOPPED, Process, children, how_it_ended, killed_for_memory
 
-SERVER = "tritonserver"
+SERVER, GATEWAY = "tritonserver", "radapter-gateway"
 _SAME_TIME = 10.0  # seconds
 _SEGMENTATION_FAULT = (
     "it ended by a segmentation fault, as a request of 4 MiB and more causes without the header "
@@ -26,7 +26,7 @@ class Death:
     """Something that no longer works.
 
     Attributes:
-        name: the model, or `SERVER`.
+        name: the model, `SERVER` or `GATEWAY`.
         why: a sentence without a full stop, about "it".
         version: of the model, or None.
     """
@@ -37,7 +37,7 @@ class Death:
 
     def __str__(self) -> str:
         version = "" if self.version is None else f" version {self.version}"
-        what = self.name if self.name == SERVER else f"the process of {self.name}{version}"
+        what = self.name if self.name in (SERVER, GATEWAY) else f"the process of {self.name}{version}"
         return f"{what} died: {self.why}"
 
 
@@ -113,9 +113,9 @@ class Watch:
         if process.state == "T":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            why = "a signal had stopped it, so it was killed"
+            why = STOPPED
         else:
-            why = how_it_ended(process.status, short_of_memory=short_of_memory)
+            why = how_it_ended(os.waitstatus_to_exitcode(process.status), short_of_memory=short_of_memory)
         if pid == self._process.pid:
             return Death(SERVER, why)
         name, version = self._names.get(pid, (f"number {pid}", None))
@@ -125,4 +125,4 @@ class Watch:
 def _server_ended(code: int, *, short_of_memory: bool) -> str:
     if code == -signal.SIGSEGV:
         return _SEGMENTATION_FAULT
-    return how_it_ended(-code if code < 0 else code << 8, short_of_memory=short_of_memory)
+    return how_it_ended(code, short_of_memory=short_of_memory)
