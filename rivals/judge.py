@@ -94,8 +94,8 @@ class SystemEmbedder(Embedder):
             templates = tuple(data.templates or self.templates)
             for variant in self.variants:
                 self.select(variant)
-                embeds = _numpy(self.system.embed_classes(data.classes, templates))
-                pairs = zip(data.classes, embeds, strict=True)
+                embeds = _numpy(self.system.embed_classes(data.prompted, templates))
+                pairs = zip(data.prompted, embeds, strict=True)
                 known[variant.key] = {(templates, name): embed for name, embed in pairs}
         return known
 
