@@ -19,12 +19,12 @@ from benchmarks.drawings.names import SYNONYMS, Classes, core, load_meanings
 from benchmarks.drawings.roles import Roles, load_roles
 
 SHAPES = {
-    "star": '<path fill="currentColor" d="m12 1 3 8h8l-6 5 2 9-7-6-7 6 2-9-6-5h8z"/>',
+    "star": '<path fill="currentColor" d="m12 1 3 8h8l-6 5 2 9-7-6-7 6 2-9-6-5h8zM0 24V10l14 14z"/>',
     "moon": '<path fill="currentColor" d="M14 2a10 10 0 1 0 8 14A9 9 0 0 1 14 2z"/>',
     "house": '<path fill="currentColor" d="M12 2 1 12h3v10h16V12h3z"/>',
     "key": '<path fill="currentColor" d="M6 13a5 5 0 1 0 5 5l3-3h3v-3l5-6V2h-4z"/>',
     "flag": '<path fill="currentColor" d="M3 1h3v22H3zM6 2h16l-5 5 5 5H6z"/>',
-    "box": '<path fill="currentColor" fill-rule="evenodd" d="M3 3h18v18H3zM9 9v6h6V9z"/>',
+    "box": '<path fill="currentColor" d="M3 3h6v12h12v6H3z"/>',
 }
 
 
