@@ -194,9 +194,14 @@ def test_a_signal_ends_a_run_with_its_checkpoint(folder, small, tmp_path, monkey
 def test_decay_takes_the_rate_of_a_copy_to_zero(folder, small, tmp_path, monkeypatch):
     base.train(arguments(folder, tmp_path / "level"))
     before = weights(tmp_path / "level")
-    rates = []
+    rates: list[float] = []
     step = base.Training.one_step
-    monkeypatch.setattr(base.Training, "one_step", lambda self, rate: rates.append(rate) or step(self, rate))
+
+    def and_note(self: base.Training, rate: float) -> float:
+        rates.append(rate)
+        return step(self, rate)
+
+    monkeypatch.setattr(base.Training, "one_step", and_note)
     decay = arguments(folder, tmp_path / "down", start=tmp_path / "level" / "checkpoint.pt", steps=-1, decay=4)
     base.train(decay)
     assert rates == [1.0, 0.75, 0.5, 0.25]
@@ -209,7 +214,6 @@ def test_decay_takes_the_rate_of_a_copy_to_zero(folder, small, tmp_path, monkeyp
 
 def test_other_pairs_than_a_checkpoint_has_seen_are_refused(folder, small, tmp_path, monkeypatch):
     base.train(arguments(folder, tmp_path, steps=1))
-    monkeypatch.setattr(base, "TEMPLATES", base.TEMPLATES)
     monkeypatch.setattr("benchmarks.drawings.batches.TEMPLATES", ("a lithograph of {}",))
     with pytest.raises(SystemExit, match="other words"):
         base.train(arguments(folder, tmp_path))

@@ -225,8 +225,9 @@ def test_pairs_are_of_nobody_that_is_tested(package, roles, tmp_path, monkeypatc
     ]  # neither share-alike nor brands
     pixels = np.load(tmp_path / "pairs" / "pixels.npy", mmap_mode="r")
     assert pixels.shape[1:] == (16, 16, 4)
-    star = next(drawing for drawing in drawings(package, "seen") if drawing.name == "star")
-    np.testing.assert_array_equal(pixels[2], render(star.svg, 16))
+    star = render(next(drawing.svg for drawing in drawings(package, "seen") if drawing.name == "star"), 16)
+    assert star is not None
+    np.testing.assert_array_equal(pixels[2], star)
     credit = (tmp_path / "pairs" / "ATTRIBUTION.md").read_text(encoding="utf-8")
     assert "| `seen` | 2 | Seen | Author of seen | MIT |" in credit and "alike" not in credit
 
@@ -245,7 +246,7 @@ def test_the_folders_are_disjoint_and_whole(package, roles, classes, tmp_path):
         if row["style"] == "colour":
             places.setdefault(row["name"].removesuffix("-flat"), set()).add(row["split"])
     assert len(places) == 12 and all(len(place) == 1 for place in places.values())
-    of_split = {row["name"].removesuffix("-flat"): Counter() for row in listed}
+    of_split: dict[str, Counter[str]] = {row["name"].removesuffix("-flat"): Counter() for row in listed}
     for row in listed:
         of_split[row["name"].removesuffix("-flat")][row["split"]] += 1
     assert all(n == (2 if split == "train" else 1) for c in of_split.values() for split, n in c.items())
