@@ -62,7 +62,7 @@ class Examples(Dataset[dict[str, Any]]):
         augmentation = draw.getrandbits(63)
         image, label, text = self.data.pair(row, draw)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(augmentation)
+            torch.default_generator.manual_seed(augmentation)  # `torch.manual_seed` writes a stack trace for each GPU
             pixels = self.transform(image)
         return {"pixels": pixels, "label": label, "texts": [text] if isinstance(text, str) else text}
 
@@ -124,6 +124,7 @@ def batches(
         "num_workers": workers,
         "pin_memory": torch.cuda.is_available(),
         "worker_init_fn": ignore_interruptions,
+        "generator": torch.Generator(),  # else a loader would draw from what a step's own draws come from
     }
     if isinstance(examples.data.rows, datasets.IterableDataset):
         common["num_workers"] = min(workers, 1)  # one reader keeps the order
