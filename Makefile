@@ -1,11 +1,14 @@
 # `make demo` and `make test` set up all they need; PYTHON is Python 3.10 to 3.12. PYTHONS are those of `make test-all`.
-# TESTS are the files and folders to test; all if empty.
+# TESTS are the files and folders to test; all if empty. COVERAGE=--cov measures what the tests run, which takes longer.
+# WORKERS is the number of processes that test. INSTALL is what installs packages into VENV.
 PYTHON ?= python3
 PYTHONS ?= python3.10 python3.12
 VENV ?= .venv
-COVERAGE ?= --cov
+COVERAGE ?=
+WORKERS ?= 2
 TESTS ?=
 BIN := $(VENV)/bin
+INSTALL ?= $(BIN)/pip install --quiet --no-compile --disable-pip-version-check
 
 # Packages are installed uncompiled: Python compiles what it imports, once, unless it is told to keep nothing.
 export PYTHONDONTWRITEBYTECODE =
@@ -16,13 +19,13 @@ demo: install
 	$(BIN)/radapter-demo
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile $(COVERAGE) $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile $(COVERAGE) $(TESTS)
 
 # Each Python has an environment of its own: .venv-3.10, .venv-3.12.
 test-all:
 	set -e; for python in $(PYTHONS); do \
 	  version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
-	  $(MAKE) test PYTHON=$$python VENV=.venv-$$version COVERAGE=; \
+	  $(MAKE) test PYTHON=$$python VENV=.venv-$$version; \
 	done
 
 check: install
@@ -40,5 +43,5 @@ $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
 	  { echo "Python 3.10 to 3.12 is needed, $$($(PYTHON) --version) found; name another: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --editable '.[all,docs,test]'
+	$(INSTALL) --editable '.[all,docs,test]'
 	@touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import sys
@@ -53,6 +54,10 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_clip_dir(common: Path) -> str:
     """`local-dir:` name of a tiny CLIP with random weights, none of them zero or equal, QuickGELU included."""
+    factory: Any = sys.modules.get("open_clip.factory")
+    if factory is not None:
+        # CLIP's vocabulary, which open_clip reads anew for every model, is read once.
+        factory.SimpleTokenizer = functools.cache(factory.SimpleTokenizer)
     return f"local-dir:{shared(common, 'tiny-clip', _write_tiny_clip)}"
 
 

@@ -30,7 +30,7 @@ def quick_start() -> str:
     text = "\n".join(line for line in lines if not line.startswith(("python3 -m venv", "pip install")))
     base = f"local-dir:{ROOT}/radapter_serve/demo/base --pretrained None"
     ready = "mkdir quick; cp -r demo-output/data/train quick/photos; cp picture.png quick/cat.jpg; cd quick\n"
-    text = text.replace("--architecture ViT-B-32", f"--architecture {base} --steps 3 --batch-size 32 --workers 0")
+    text = text.replace("--architecture ViT-B-32", f"--architecture {base} --steps 3 --batch-size 8 --workers 0")
     return ready + text
 
 
@@ -48,9 +48,10 @@ def test_the_walk_through_and_the_quick_start(tmp_path: Path) -> None:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 pytest.skip(f"port {port}, which the page uses, is taken on this machine")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    demo = "radapter-demo --steps 5"  # a whole demo takes minutes and shows no other way
+    demo = "radapter-demo --steps 1 --limit 10"  # a whole demo takes minutes and shows no other way
+    small = "sed -i 's/^batch_size: .*/batch_size: 8/' demo-output/runs/classification/recipe.yaml"
     stopped = "wait  # until the server of the walk-through is gone"
-    lines = [*PRELUDE, demo, walk_through(), stopped, quick_start()]
+    lines = [*PRELUDE, demo, small, walk_through(), stopped, quick_start()]
     process = subprocess.Popen(
         ["bash", "-c", "\n".join(lines)],
         cwd=tmp_path,

@@ -9,7 +9,13 @@ from pathlib import Path
 from radapter_serve.cli import run
 
 
-def demo(out: Path = Path("demo-output"), seed: int = 0, steps: int | None = None, alpha: float | None = None) -> None:
+def demo(
+    out: Path = Path("demo-output"),
+    seed: int = 0,
+    steps: int | None = None,
+    alpha: float | None = None,
+    limit: int | None = None,
+) -> None:
     """Fine-tune, evaluate, export, serve and query a small CLIP on real drawings, offline, in a few minutes.
 
     For classification, retrieval and segmentation, one adapter each, all served by one server.
@@ -19,10 +25,11 @@ def demo(out: Path = Path("demo-output"), seed: int = 0, steps: int | None = Non
         seed: of the fine-tunings.
         steps: optimizer steps of each fine-tuning; those of the demo's recipes if none is given.
         alpha: re-scaling of the exported releases, from 0 to 1; the recipes' if none is given.
+        limit: images of each data set at most that are evaluated; all if none is given.
     """
     from radapter_serve.demo.run import run_demo  # torch takes seconds to load
 
-    run_demo(out, seed=seed, steps=steps, alpha=alpha)
+    run_demo(out, seed=seed, steps=steps, alpha=alpha, limit=limit)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -105,7 +105,9 @@ def lessons(data: DemoData, scenes: SceneData) -> list[Lesson]:
     ]
 
 
-def learn(lesson: Lesson, out: Path, *, seed: int, steps: int | None, alpha: float | None) -> Learned:
+def learn(
+    lesson: Lesson, out: Path, *, seed: int, steps: int | None, alpha: float | None, limit: int | None
+) -> Learned:
     """Fine-tune the base for one task, and evaluate it over α on concepts that it has never seen.
 
     Args:
@@ -114,6 +116,7 @@ def learn(lesson: Lesson, out: Path, *, seed: int, steps: int | None, alpha: flo
         seed: of the fine-tuning.
         steps: optimizer steps; the recipe's if None.
         alpha: for the release; the recipe's if None.
+        limit: images of each data set at most that are evaluated; all if None.
     """
     recipe = load_recipe(RECIPES / f"{lesson.task}.yaml")
     folder = out / "runs" / lesson.task
@@ -130,11 +133,12 @@ def learn(lesson: Lesson, out: Path, *, seed: int, steps: int | None, alpha: flo
     alpha = recipe.alpha if alpha is None else alpha
     embedder = from_adapter(run, sorted({0.0, *lesson.alphas, 1.0, alpha}))
     try:
-        results, rows = Results(folder), list[dict[str, Any]]()
-        for number, entry in enumerate(lesson.entries):
-            few = [v for v in embedder.variants if v.alpha in (0.0, alpha, 1.0)]  # of what is in no curve
-            variants = None if number <= lesson.shifts else few
-            rows += evaluate_suite(embedder, Suite(lesson.task, (entry,)), results, variants=variants)
+        results, inner = Results(folder), lesson.shifts + 1
+        # One call for all data sets of the curve, because a call embeds the names of the classes once.
+        rows = evaluate_suite(embedder, Suite(lesson.task, lesson.entries[:inner]), results, limit=limit)
+        few = [v for v in embedder.variants if v.alpha in (0.0, alpha, 1.0)]  # of what is in no curve
+        rest = Suite(lesson.task, lesson.entries[inner:])
+        rows += evaluate_suite(embedder, rest, results, variants=few, limit=limit)
     finally:
         embedder.close()
     return Learned(run, alpha, rows)

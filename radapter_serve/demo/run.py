@@ -25,7 +25,9 @@ LABEL_SET = "emoji"
 INDEX = "scenes"
 
 
-def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, alpha: float | None = None) -> dict[str, object]:
+def run_demo(
+    out: Path, *, seed: int = 0, steps: int | None = None, alpha: float | None = None, limit: int | None = None
+) -> dict[str, object]:
     """Fine-tune on one style of drawing for each task, evaluate on others, export, serve, ask, and check all.
 
     Args:
@@ -33,6 +35,7 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, alpha: float
         seed: of the fine-tunings.
         steps: optimizer steps of each; the recipes' if None.
         alpha: re-scaling of the exported releases, in [0, 1]; the recipes' if None.
+        limit: images of each data set at most that are evaluated; all if None.
 
     Returns:
         What `results.json` in `out` holds.
@@ -57,7 +60,7 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, alpha: float
     for number, lesson in enumerate(lessons(data, scenes), 2):
         task, repository = lesson.task, out / "repositories" / lesson.task
         chapter(f"{number}. {task.capitalize()}: fine-tune on {STYLES[FINE_TUNED]}, evaluate on unseen concepts")
-        learned = learn(lesson, out, seed=seed, steps=steps, alpha=alpha)
+        learned = learn(lesson, out, seed=seed, steps=steps, alpha=alpha, limit=limit)
         console.print(table(lesson, learned))
         picture = out / ("alpha.png" if task == "classification" else f"alpha-{task}.png")
         draw_curve(lesson, learned, picture)

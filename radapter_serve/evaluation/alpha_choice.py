@@ -50,13 +50,13 @@ def choose(rows: Sequence[Row]) -> Choice:
         rows: from `evaluate`, of one adapter, every α of every schedule on every validation set.
 
     Raises:
-        RAdapterError: no set is in distribution, or dense labels and proposals would be averaged.
+        RAdapterError: no set is in distribution, or different ways of segmentation would be averaged.
     """
-    ways = {row.get("dense") for row in rows}
-    if PROPOSALS in ways and len(ways) > 1:
+    kinds = {(row.get("dense") == PROPOSALS, row.get("proposals") is not None) for row in rows}
+    if len(kinds) > 1:
         raise RAdapterError(
-            "alpha is chosen by a mean over validation sets, and dense segmentation and proposals are no mean; "
-            "leave one of them out of the sets with split: validation"
+            "alpha is chosen by a mean over validation sets, and dense segmentation and proposals are no mean, nor are "
+            "true masks and a network's; leave all but one of them out of the sets with split: validation"
         )
     facts = ("shift", "metric", "n", "set_digest")
     sets = {row["dataset"]: {name: row[name] for name in facts} for row in rows}

@@ -14,7 +14,7 @@ from radapter_serve.evaluation.alpha_choice import Choice, choose, save_choice
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder, NoSuchWay, Variant
 from radapter_serve.evaluation.evaluate import evaluate, facts_of
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known
-from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars, plot_confusion
+from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars, plot_calibration, plot_confusion
 from radapter_serve.evaluation.results import (
     Results,
     Row,
@@ -144,7 +144,8 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
     """Draw what the rows of one call allow.
 
     `bars.png` always; `alpha.png` where there are several α of one source, one each for dense segmentation and
-    proposals; `confusion-NAME.png` of each data set of few classes, by the last model.
+    proposals; by the last model `confusion-NAME.png` of each data set of few classes, and `calibration-NAME.png` of
+    each data set of labelled images.
 
     Args:
         rows: from `evaluate_suite`.
@@ -172,10 +173,11 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
             pictures.append(folder / ("alpha.png" if len(ways) == 1 else f"alpha-{way}.png"))
             beside = {"WiSE-FT": lines["wise-ft"]} if lines["wise-ft"] else None
             plot_alpha_curve(line, ids, ood, pictures[-1], title=title, beside=beside, unit=unit)
-    for row in {row["dataset"]: row for row in rows if "confusion" in row}.values():
-        name = re.sub(r"[^\w.-]+", "_", row["dataset"])
-        pictures.append(folder / f"confusion-{name}.png")
-        plot_confusion(row, pictures[-1])
+    for kind, plot in (("confusion", plot_confusion), ("calibration", plot_calibration)):
+        for row in {row["dataset"]: row for row in rows if kind in row}.values():
+            name = re.sub(r"[^\w.-]+", "_", row["dataset"])
+            pictures.append(folder / f"{kind}-{name}.png")
+            plot(row, pictures[-1])
     return pictures
 
 

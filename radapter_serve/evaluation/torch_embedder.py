@@ -35,6 +35,7 @@ from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.files import digest_of
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess, decode
+from radapter_serve.inputs.probabilities import class_probabilities
 from radapter_serve.release.alpha_schedule import EVEN, AlphaSchedule
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.tasks.dense import DenseSegmenter
@@ -138,6 +139,9 @@ class TorchEmbedder:
             embeds = encode_texts(self._model, self._base.tokenizer(list(texts)))
         return np.asarray(embeds.float().cpu().numpy())
 
+    def probabilities(self, cosines: Floats) -> Floats:
+        return class_probabilities(cosines, *self._logits())
+
     def way(self, dense: str | None) -> str:
         way = dense or self._dense
         if way is None:
@@ -158,8 +162,7 @@ class TorchEmbedder:
                 found = encode_image(self._model, pixels) if way is None else encode_patches(self._model, pixels, way)
             return np.asarray(found.float().cpu().numpy())
 
-        scale, offset = float(self._tensors["logit_scale"].float().exp()), self._tensors.get("logit_bias")
-        bias = None if offset is None else float(offset)
+        scale, bias = self._logits()
         segmenter: DenseSegmenter | ProposalSegmenter
         if query.dense == PROPOSALS:
             segmenter = ProposalSegmenter(encode, self._preprocess, self.crop, scale, _WINDOWS, bias)
@@ -173,6 +176,11 @@ class TorchEmbedder:
         for key, original in self._originals.items():
             self._tensors[key].copy_(original)
         self._selected = None
+
+    def _logits(self) -> tuple[float, float | None]:
+        """Scale and bias that make logits of cosines."""
+        bias = self._tensors.get("logit_bias")
+        return float(self._tensors["logit_scale"].float().exp()), None if bias is None else float(bias)
 
     def _pixels(self, windows: NDArray[np.uint8]) -> Tensor:
         pixels = torch.from_numpy(windows).to(self._device).permute(0, 3, 1, 2).float() / 255

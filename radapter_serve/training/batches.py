@@ -62,7 +62,7 @@ class Examples(Dataset[dict[str, Any]]):
         augmentation = draw.getrandbits(63)
         image, label, text = self.data.pair(row, draw)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(augmentation)
+            torch.default_generator.manual_seed(augmentation)  # `torch.manual_seed` writes a stack trace for each GPU
             pixels = self.transform(image)
         return {"pixels": pixels, "label": label, "texts": [text] if isinstance(text, str) else text}
 

@@ -225,7 +225,7 @@ def _step(run: _Run, source: Source, rate: float, progress: Progress) -> float:
     for group in optimizer.param_groups:
         group["lr"] = rate
     torch.manual_seed(recipe.seed * 1_000_003 + run.step)  # all that a step draws, so that a resumed run draws the same
-    run.adapters.drop = drop(recipe, run.step, run.steps)
+    run.adapters.drop = drop_probability(recipe, run.step, run.steps)
     run.adapters.sample_drop()
     loss_sum = 0.0
     for _ in range(recipe.accumulate):
@@ -315,7 +315,7 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     )
 
 
-def drop(recipe: Recipe, step: int, steps: int) -> float:
+def drop_probability(recipe: Recipe, step: int, steps: int) -> float:
     """The probability of adapter dropping at a step, counted from 0 of all steps."""
     if recipe.drop_schedule == "constant":
         return recipe.drop

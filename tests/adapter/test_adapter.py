@@ -160,16 +160,17 @@ def test_folded_equals_attached(model: nn.Module, inputs: tuple[Tensor, Tensor],
         assert (encode_image(model, pixels) - attached[0]).abs().max() > 1e-3
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(alpha=st.floats(0, 1))
 def test_fold_is_linear_in_alpha(model: nn.Module, alpha: float) -> None:
     base, adapter = model.state_dict(), random_adapter(model)
     one, mixed = fold(base, adapter, 1.0), fold(base, adapter, alpha)
     for name, value in base.items():
-        expected = (1 - alpha) * value.double() + alpha * one[name].double()
-        torch.testing.assert_close(mixed[name].double(), expected, rtol=1e-5, atol=1e-6)
         if name.rpartition(".")[0] not in adapter.keys:
             assert mixed[name] is value
+            continue
+        expected = (1 - alpha) * value.double() + alpha * one[name].double()
+        torch.testing.assert_close(mixed[name].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_fold_by_hand() -> None:

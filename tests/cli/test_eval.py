@@ -78,7 +78,8 @@ def test_a_sweep_writes_rows_a_table_and_pictures(here: Path, capfd: pytest.Capt
     assert err == ""
     assert "shifted" in out and "adapter" in out
     assert {path.name for path in (here / "results").iterdir()} == {
-        "results.jsonl", "alpha.png", "bars.png", "confusion-plain.png", "confusion-shifted.png"
+        "results.jsonl", "alpha.png", "bars.png", "confusion-plain.png", "confusion-shifted.png",
+        "calibration-plain.png", "calibration-shifted.png",
     }  # fmt: skip
     assert "n 12" in out and "prompts of plain, shifted: 'a photo of a {}.'" in out
     found = rows(here / "results")
@@ -88,12 +89,15 @@ def test_a_sweep_writes_rows_a_table_and_pictures(here: Path, capfd: pytest.Capt
     for row in found:
         assert row["task"] == "zeroshot_classification" and row["language"] == "en"
         assert row["n"] == 12 and row["precision"] == "fp32" and row["seed"] == 0
-        assert set(row["metrics"]) == {"acc1", "mean_per_class_recall"}  # type: ignore[call-overload]
+        assert set(row["metrics"]) == {"acc1", "mean_per_class_recall", "ece"}  # type: ignore[call-overload]
         assert str(row["base_digest"]).startswith("sha256:") and str(row["adapter_digest"]).startswith("sha256:")
         assert isinstance(row["runtime"], float)
         figures: Any = row
         low, high = figures["intervals"]["acc1"]
         assert low < figures["metrics"]["acc1"] < high and f"{100 * low:.1f} – {100 * high:.1f}" in out
+        assert (
+            sum(of["n"] for of in figures["calibration"]) == 12 and f"ECE {100 * figures['metrics']['ece']:.1f}" in out
+        )
         assert [of["class"] for of in figures["per_class"]] == CLASSES
         right = sum(line[i] for i, line in enumerate(figures["confusion"]))
         assert right / 12 == figures["metrics"]["acc1"] == sum(of["recall"] for of in figures["per_class"]) / 3
@@ -178,7 +182,7 @@ def test_nan_is_an_error_and_no_hit(here: Path, tiny_clip_dir: str, capfd: pytes
     [
         ("border: 30", "border is 30, which leaves nothing of 50 x 41 pixels; allowed: 0 to 20"),
         ("border: -1", "border is '-1'; allowed: greater than or equal to 0"),
-        ("templates: 5", "templates is '5'; allowed: openai, simple, a file, a template, or a list of templates"),
+        ("templates: 5", "templates is '5'; allowed: openai, vild, ovseg, simple, a file, a template, or a list of"),
         ("templates: [1, 2]", "templates is '[1, 2]'; allowed: openai"),
         ("templates: []", "no template"),
         ("shift: [far]", "shift is \"['far']\"; allowed: 'id' or 'ood'"),
@@ -317,7 +321,9 @@ def test_merged_and_release_by_flag(here: Path, undrawn: None, quick: None) -> N
         assert main([*common, *flags]) == 0
     found = rows(here / "results")
     assert [row["source"] for row in found] == ["adapter"] * 2 + ["merged"] * 2 + ["release"] * 2
-    assert all(found[i]["metrics"] == found[i + 2]["metrics"] == found[i + 4]["metrics"] for i in (0, 1))
+    for index, own in enumerate(found[:2]):
+        assert own["metrics"] == pytest.approx(found[index + 2]["metrics"], abs=1e-5)
+        assert own["metrics"] == pytest.approx(found[index + 4]["metrics"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -382,7 +388,7 @@ def test_a_release_that_takes_any_alpha_is_swept(
     assert [row["alpha"] for row in found] == [0.3, 0.8, 0.3, 0.8]
     for row in expected:
         [same] = [other for other in found if (other["dataset"], other["alpha"]) == (row["dataset"], row["alpha"])]
-        assert same["metrics"] == row["metrics"]
+        assert same["metrics"] == pytest.approx(row["metrics"], abs=1e-5)
     assert (here / "results" / "alpha.png").is_file() and not (here / "fixed" / "alpha.png").exists()
     capfd.readouterr()
     assert main([*COMMON, "--release", fixed, "--alpha", "0.5", "--out", "none"]) == 2

@@ -30,7 +30,7 @@ def test_open_clip_loads_the_base_in_fp32() -> None:
 def test_zero_shot_on_held_out_concepts_is_far_above_chance() -> None:
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{data.BASE}")
     tokenizer, classes = open_clip.get_tokenizer(f"local-dir:{data.BASE}"), data.class_names()
-    held_out = [concept for concept in data.concepts() if concept.split == "test"]
+    held_out = [concept for concept in data.concepts() if concept.split == "test"][::3]
     for style in (data.FINE_TUNED, *data.SHIFTS):
         drawn = [(c, svg) for c in held_out if (svg := data.drawing(c, style)) is not None]
         paper = [Image.new("RGBA", (96, 96), "white") for _ in drawn]

@@ -13,6 +13,7 @@ from radapter_serve.demo import data
 from radapter_serve.errors import RAdapterError
 
 HELD_OUT = ("test", "val")
+SIDE = 32  # pixels, fewer than the demo's
 
 
 def pixels_of(path: Path) -> np.ndarray:
@@ -22,7 +23,9 @@ def pixels_of(path: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> data.DemoData:
-    return data.prepare(tmp_path_factory.mktemp("demo") / "images", quiet=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "SIDE", SIDE)
+        return data.prepare(tmp_path_factory.mktemp("demo") / "images", quiet=True)
 
 
 def test_held_out_concepts_are_in_no_other_split() -> None:
@@ -71,7 +74,7 @@ def test_line_drawings_have_lost_their_colours(demo: data.DemoData) -> None:
         return float(np.mean([np.ptp(image, axis=2).mean() for image in pixels]))
 
     assert colourfulness("line") < 1 < 20 < colourfulness("color")
-    assert pixels_of(next(demo.test["line"].glob("*/*.png"))).shape == (data.SIDE, data.SIDE, 3)
+    assert pixels_of(next(demo.test["line"].glob("*/*.png"))).shape == (SIDE, SIDE, 3)
 
 
 def test_a_finished_folder_is_taken_as_it_is(demo: data.DemoData) -> None:

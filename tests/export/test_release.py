@@ -331,7 +331,7 @@ def test_killed_export_leaves_what_is_served_and_the_next_one_tidies(
     assert not [path for path in tree(tmp_path) if ".export-" in path]
 
 
-@pytest.mark.parametrize("renames", [1, 6, 7, 10, 13])  # seven versions, then seven configs
+@pytest.mark.parametrize("renames", [1, 7, 13])  # seven versions, then seven configs
 def test_export_killed_while_it_puts_versions_in_place_serves_no_half_release(
     export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
 ) -> None:

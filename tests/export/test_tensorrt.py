@@ -90,7 +90,8 @@ def build_all(family: str, folder: Path, *, dynamic: bool) -> None:
     if family == next(f for f in FAMILIES if image_tower(f) == image_tower(family)):
         graphs.append(image_graph(base, adapter))
         try:
-            graphs += [patch_graph(base, way, adapter) for way in ("maskclip", "naclip")]
+            ways = ("maskclip", "naclip") if family == "vit" else ("naclip",)
+            graphs += [patch_graph(base, way, adapter) for way in ways]
         except RAdapterError as error:
             assert "dense" in str(error)  # not every image tower has patches
     if family == next(f for f in FAMILIES if text_tower(f) == text_tower(family)):

@@ -41,7 +41,7 @@ def served(reference, tmp_path_factory):
     return Tokenizer.load(path, spec)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(
     st.text(max_size=120)
     | st.lists(st.sampled_from(PIECES), max_size=12).map(" ".join)
