@@ -6,10 +6,11 @@ import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import tyro
 import urllib3
@@ -23,18 +24,21 @@ from radapter_serve.gateway.settings import Settings
 from radapter_serve.server.triton_server import TritonServer, free_ports
 
 
-def export(architecture: str, precision: str, folder: Path) -> None:
+def export(
+    architecture: str, precision: str, folder: Path, labels: Sequence[str] = CLASS_NAMES, dense: str = "none"
+) -> None:
     """What radapter-export does, with a label set."""
     from radapter_export import ExportSettings, export_release  # only in the process that exports
 
     _, adapter, _ = random_clip(architecture, folder)
     names = folder / "names.txt"
-    names.write_text("\n".join(CLASS_NAMES), encoding="utf-8")
+    names.write_text("\n".join(labels), encoding="utf-8")
     settings = ExportSettings(
         merged=folder / "merged",
         model_repository=folder / "repository",
         label_sets={LABEL_SET: names},
         precision=precision,
+        dense=dense,
         validation="none",  # random weights know no image
     )
     export_release(adapter, [0.5], settings)
@@ -99,8 +103,8 @@ def main(
         with Process() as process:
             process.call(export, architecture, precision, folder)
         say("starting the server and the gateway")
-        indexes = folder / "indexes"
-        server = stack.enter_context(TritonServer(folder / "repository", "127.0.0.1", *free_ports(), indexes=indexes))
+        options: dict[str, Any] = {"indexes": folder / "indexes", "instances": ["2"]}  # as radapter-serve's
+        server = stack.enter_context(TritonServer(folder / "repository", "127.0.0.1", *free_ports(), **options))
         urls = {"HTTP": server.http_url, "gRPC": server.grpc_url, "gateway": stack.enter_context(gateway(server))}
         clients = {name: stack.enter_context(Client(url)) for name, url in urls.items()}
         jpeg = picture(640, 480)

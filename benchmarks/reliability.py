@@ -86,20 +86,30 @@ def together(cases: list[Case]) -> str:
     return ", ".join(counts)
 
 
-def main(slow: bool = True, out: Path = RESULTS) -> int:
+def main(only: tuple[str, ...] = (), slow: bool = True, out: Path = RESULTS) -> int:
     """Run the tests, and write the table.
 
     Args:
-        slow: also those that take long.
+        only: headings, such as Processes, of the parts to run; the others keep what is written of them.
+        slow: also the tests that take long.
         out: folder of the results.
     """
-    began, cases, parts = time.monotonic(), list[Case](), list[str]()
-    for title, files in SUITE.items():
-        cases += (found := run(files, slow))
-        parts += [f"## {title}", table(files, found)]
-        write(out, cases, parts, (time.monotonic() - began) / 60)
+    if wrong := set(only) - set(SUITE):
+        raise SystemExit(f"no part is called {', '.join(sorted(wrong))}; there are {', '.join(SUITE)}")
+    failed = 0
+    for title in only or SUITE:
+        began = time.monotonic()
+        found = run(SUITE[title], slow)
+        failed += (bad := sum(case.result == "failed" for case in found))
+        kept = sum(case.result == "kept" for case in found)
+        skipped = f", {len(found) - kept - bad} were skipped" if kept + bad < len(found) else ""
+        head = (
+            f"{kept} of {len(found)} cases kept their promise{skipped}, in {(time.monotonic() - began) / 60:.0f} "
+            f"minutes; {datetime.date.today().isoformat()}."
+        )
+        write(out / "reliability.md", title, f"{head}\n\n{table(SUITE[title], found)}")
     print(f"wrote {out / 'reliability.md'}")
-    return int(any(case.result == "failed" for case in cases))
+    return int(failed > 0)
 
 
 def table(files: list[str], cases: list[Case]) -> str:
@@ -113,19 +123,23 @@ def table(files: list[str], cases: list[Case]) -> str:
     return "\n".join(rows)
 
 
-def write(out: Path, cases: list[Case], parts: list[str], minutes: float) -> None:
-    """Write what is known by now."""
-    kept = sum(case.result == "kept" for case in cases)
-    command = " ".join(["python", "benchmarks/reliability.py", *sys.argv[1:]])
-    head = [
-        "# Reliability: what was tried",
-        f"`{command}`, {datetime.date.today().isoformat()}. {kept} of {len(cases)} cases kept their promise, in "
-        f"{minutes:.0f} minutes.",
-        "A real tritonserver, gateway, disk and network are harmed wherever that can be done, and each case checks by "
-        "itself what callers see and what is left. See also [soak.md](soak.md) and [hostile.md](hostile.md).",
-    ]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "reliability.md").write_text("\n\n".join([*head, *parts]) + "\n", encoding="utf-8")
+def write(file: Path, title: str, text: str) -> None:
+    """Write one part in its place among the others that the file has."""
+    parts = dict(part.split("\n\n", 1) for part in old_parts(file))
+    parts[title] = text
+    head = (
+        "# Reliability: what was tried\n\n`python benchmarks/reliability.py`. A real tritonserver, gateway, disk and "
+        "network are harmed wherever that can be done, and each case checks by itself what callers see and what is "
+        "left. See also [soak.md](soak.md) and [hostile.md](hostile.md)."
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = "\n\n".join([head, *(f"## {one}\n\n{parts[one].strip()}" for one in SUITE if one in parts)])
+    file.write_text(f"{text}\n", encoding="utf-8")
+
+
+def old_parts(file: Path) -> list[str]:
+    """Each part of a file from its heading on, without the marks of the heading."""
+    return file.read_text(encoding="utf-8").split("\n## ")[1:] if file.exists() else []
 
 
 if __name__ == "__main__":

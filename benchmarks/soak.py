@@ -95,9 +95,9 @@ def _ready(url: str) -> bool:
     return False
 
 
-def resident(pid: int | str) -> float:
-    """MiB of memory of a process."""
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+def resident(pid: int | str, field: str = "VmRSS") -> float:
+    """MiB of memory of a process: `VmRSS`, now, or `VmHWM`, its peak."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     return int(found[1]) / 1024 if found else 0.0
 
 
@@ -113,18 +113,26 @@ def shared(pid: int) -> float:
 
 def memory(parents: list[int]) -> dict[str, float]:
     """MiB of each process, and of /dev/shm, by what people call them."""
-    found: dict[str, float] = {"client (this script)": resident("self")}
-    for name, parent in zip(("radapter-serve", "radapter-gateway"), parents, strict=True):
-        found[name] = resident(parent)
+    found = pids(parents)
+    sizes = {name: resident(pid) for name, pid in found.items()}
+    return {"client (this script)": resident("self"), "/dev/shm": shared(found["tritonserver"]), **sizes}
+
+
+def pids(parents: list[int]) -> dict[str, int]:
+    """The numbers of all processes, by what people call them.
+
+    Args:
+        parents: radapter-serve and radapter-gateway.
+    """
+    found = dict(zip(("radapter-serve", "radapter-gateway"), parents, strict=True))
     for server in _children(parents[0]):
-        found["tritonserver"] = resident(server)
-        found["/dev/shm"] = shared(server)
+        found["tritonserver"] = server
         models: Counter[str] = Counter()
         for pid in _children(server):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             if model := re.search(r"/([^/]+)/\d+/model\.py$", words[1].decode() if len(words) > 1 else ""):
                 models[model[1]] += 1
-                found[f"{model[1]}, process {models[model[1]]}"] = resident(pid)
+                found[f"{model[1]}, process {models[model[1]]}"] = pid
     return found
 
 

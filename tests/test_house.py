@@ -66,8 +66,16 @@ def test_no_room_imports_from_a_floor_above():
             assert not above or FLOOR[above] <= FLOOR[room], f"{name} imports {other}, which lives above it"
 
 
+def test_what_is_installed_needs_no_rival():
+    rivals = sources("rivals")
+    for folder in ("radapter_serve", "export/radapter_export", "clients/radapter_client"):
+        for name, path in sources(folder).items():
+            assert not [*imports(path, rivals)], f"{name} imports a rival, which no wheel carries"
+
+
 def test_no_import_circle():
-    modules = {**sources("radapter_serve"), **sources("export/radapter_export"), **sources("clients/radapter_client")}
+    folders = ("radapter_serve", "export/radapter_export", "clients/radapter_client", "rivals")
+    modules = {name: path for folder in folders for name, path in sources(folder).items()}
     packages = {"radapter_serve", "radapter_export"}  # these two load their names on first use
     graph = {name: set(imports(path, modules)) - {name} for name, path in modules.items() if name not in packages}
     list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle

@@ -29,17 +29,20 @@ class LinearAdapter(nn.Module):
             self.down = nn.Parameter(nn.init.xavier_uniform_(torch.empty(rank, width)))
         self.alpha = 1.0
         self.gate = 1.0  # γ/(1−p) of Eq. 7; 1 outside training
+        self.scale: float | nn.Parameter = 1.0  # of the paper's released code, which learns it
+        self.dropout = 0.0  # as the scale, of the paper's ablations
 
     def forward(self, value: Tensor) -> Tensor:
         """Weight form, a parametrization: `W + α·F·W` for a weight [d, k], `b + α·F·b` for a bias [d]."""
         change = self.full @ value if hasattr(self, "full") else self.up @ (self.down @ value)
-        return value + (self.alpha * self.gate) * change
+        return value + (self.alpha * self.gate * self.scale) * change
 
     def on_output(self, x: Tensor) -> Tensor:
         """Activation form: `X + α·X·W_adp` for X [..., d]."""
         linear = nn.functional.linear
         change = linear(x, self.full) if hasattr(self, "full") else linear(linear(x, self.down), self.up)
-        return x + (self.alpha * self.gate) * change
+        change = nn.functional.dropout(change, self.dropout, self.training)
+        return x + (self.alpha * self.gate * self.scale) * change
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook; attention gives a pair whose first element is the activation."""
@@ -58,12 +61,12 @@ class Adapters(nn.Module):
         self.sites, self.left_out = list(sites), left_out
         self.rank, self.form, self.drop = rank, form, drop
         self.layers = nn.ModuleList(LinearAdapter(site.layer.out_features, rank) for site in self.sites)
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
         for site, layer in zip(self.sites, self.layers, strict=True):
             assert isinstance(layer, LinearAdapter)
             layer.to(site.layer.weight.device)
             if form == "activation":
-                self._hooks.append(site.output.register_forward_hook(layer.hook))
+                self.hooks.append(site.output.register_forward_hook(layer.hook))
             else:
                 for name in _tensors_of(site.layer):
                     # unsafe: the check at registration would call forward on the whole weight
@@ -85,12 +88,14 @@ class Adapters(nn.Module):
         Args:
             generator: a CPU generator; one seed gives the same draw on every process.
         """
+        self.train()
         keep = torch.rand(len(self.layers), generator=generator) >= self.drop
         for adapter, kept in zip(self._adapters(), keep.tolist(), strict=True):
             adapter.gate = kept / (1 - self.drop)
 
     def stop_drop(self) -> None:
         """Switch every adapter on, unscaled, as at test time."""
+        self.eval()
         for adapter in self._adapters():
             adapter.gate = 1.0
 
@@ -110,13 +115,17 @@ class Adapters(nn.Module):
 
     def adapter(self, metadata: Metadata) -> Adapter:
         """A copy of the present values as something to save or to fold."""
-        return Adapter({k: v.detach().float().cpu().clone() for k, v in self.named_tensors().items()}, metadata)
+        tensors = {k: v.detach().float().cpu().clone() for k, v in self.named_tensors().items()}
+        for site in self.sites:
+            if (scale := tensors.pop(f"{site.key}.scale", None)) is not None:
+                tensors[site.key if self.rank is None else f"{site.key}.up"] *= scale
+        return Adapter(tensors, metadata)
 
     def remove(self) -> None:
         """Take the adapters off: the model is its base again, to the bit."""
-        for hook in self._hooks:
+        for hook in self.hooks:
             hook.remove()
-        self._hooks.clear()
+        self.hooks.clear()
         if self.form == "weight":
             for site in self.sites:
                 for name in _tensors_of(site.layer):

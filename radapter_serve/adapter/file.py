@@ -20,6 +20,7 @@ from typing_extensions import TypedDict
 
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import staged
+from radapter_serve.release.alpha_schedule import AlphaSchedule
 
 FORMAT_VERSION = 1
 
@@ -110,6 +111,15 @@ class Adapter:
         if key in self.tensors:
             return {"full": self.tensors[key]}
         return {name: self.tensors[f"{key}.{name}"] for name in ("up", "down")}
+
+    def scaled(self, schedule: AlphaSchedule) -> Adapter:
+        """The adapter whose fold at α has in each layer the α that a schedule gives it: F becomes λ·F."""
+        factors = schedule.factors(self.keys)
+        tensors = {
+            name: value if name.endswith(".down") else value * factors[name.removesuffix(".up")]
+            for name, value in self.tensors.items()
+        }
+        return dataclasses.replace(self, tensors=tensors)
 
     def matrix(self, key: str) -> Tensor:
         """F of one layer, fp32 [d, d]."""

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,11 @@ class Row:
         """grpc, grpcs, http or https."""
         return self.url.partition(":")[0]
 
+    @property
+    def loop(self) -> str:
+        """closed or open."""
+        return "open" if self.load.endswith("/s") else "closed"
+
 
 def latency_table(rows: Sequence[Row]) -> Table:
     """Answers, failures, and latency in ms."""
@@ -106,7 +112,7 @@ def write_json(rows: Sequence[Row], facts: dict[str, Any], path: Path) -> None:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """A picture: latency against throughput, a line for each task and protocol.
+    """A picture: latency against throughput, for each task, with a line for each protocol and each kind of loop.
 
     Raises:
         RAdapterError: matplotlib is not installed.
@@ -118,25 +124,37 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    lines: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if row.requests:
-            lines.setdefault((row.task, row.protocol), []).append(row)
-    for number, ((task, protocol), points) in enumerate(lines.items()):
-        points = sorted(points, key=lambda row: row.throughput)
-        across, colour = [row.throughput for row in points], f"C{number % 10}"
-        axes.plot(across, [row.latency["p50"] for row in points], "o-", color=colour, label=f"{task}, {protocol}: p50")
-        axes.plot(across, [row.latency["p99"] for row in points], "x--", color=colour, label="p99")
-        for row in points:
-            axes.annotate(row.load, (row.throughput, row.latency["p50"]), xytext=(4, 4), textcoords="offset points")
-    axes.set(xlabel="answers a second", ylabel="latency, ms", xlim=(0, None), ylim=(0, None))
-    axes.grid(alpha=0.3)
-    if lines:
-        axes.legend()
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    across = min(len(tasks), 3)
+    down = math.ceil(len(tasks) / across)
+    size = max(8.0, 5.0 * across), max(5.0, 4.0 * down)
+    figure, panels = pyplot.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
+    for task, axes in zip_longest(tasks, panels.flat):
+        if task is None:
+            axes.set_axis_off()
+        else:
+            _draw_task(axes, task, [row for row in rows if row.task == task and row.requests])
     with staged(path) as file:
         figure.savefig(file, format="png", dpi=120)
     pyplot.close(figure)
+
+
+def _draw_task(axes: Any, task: str, rows: Sequence[Row]) -> None:
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        lines.setdefault(f"{row.protocol}, {row.loop} loop", []).append(row)
+    for number, (name, points) in enumerate(lines.items()):
+        points = sorted(points, key=lambda row: row.throughput)
+        across, colour = [row.throughput for row in points], f"C{number % 10}"
+        axes.plot(across, [row.latency["p50"] for row in points], "o-", color=colour, label=f"{name}: p50")
+        axes.plot(across, [row.latency["p99"] for row in points], "x--", color=colour, label="p99")
+        for row in points:
+            where = row.throughput, row.latency["p50"]
+            axes.annotate(row.load, where, xytext=(4, 4), textcoords="offset points", fontsize="x-small")
+    axes.set(title=task, xlabel="answers a second", ylabel="latency, ms", xlim=(0, None), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    if lines:
+        axes.legend(fontsize="small")
 
 
 def _shown(milliseconds: float) -> str:

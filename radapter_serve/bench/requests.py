@@ -36,9 +36,9 @@ class Content:
     index: str | None = None
 
 
-def picture(width: int = 640, height: int = 480) -> bytes:
+def picture(width: int = 640, height: int = 480, seed: int = 0) -> bytes:
     """A smooth random image as JPEG, about as large as a photo of that size."""
-    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    noise = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
     return file.getvalue()

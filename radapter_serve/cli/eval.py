@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from rich.table import Table
 from radapter_serve.cli import run
 from radapter_serve.cli.export import newest_run
 from radapter_serve.errors import RAdapterError
+from radapter_serve.release.alpha_schedule import EVEN, AlphaSchedule
 from radapter_serve.threads import limit_threads
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from radapter_serve.evaluation.suite import Suite
 
 GRID = tuple(round(0.1 * step, 1) for step in range(11))
+FACTORS = ("1", "0.75", "0.5", "0.25", "0")  # even alpha first, which wins where others are no better
+Factor = Annotated[str, tyro.conf.arg(metavar="A|auto")]
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,10 @@ class Model:
         release: model repository, instead of a run; its own runtime runs it. PATH@N for release N, else the newest.
         url: a live server, instead of a run, such as grpc://localhost:8001.
         finetuned: checkpoint of the base fine-tuned as a whole, for WiSE-FT at the same alphas beside the run.
+        alpha_depth: factor on alpha in the first block of each tower, from 0 to 1; it rises evenly to 1 in the last.
+            auto, together with --alpha auto, chooses among 1, 0.75, 0.5, 0.25 and 0.
+        alpha_image: factor on alpha in the image tower, from 0 to 1, or auto.
+        alpha_text: factor on alpha in the text tower, from 0 to 1, or auto.
         base: open_clip model or local-dir:PATH; what the adapter was trained on if none is given.
         pretrained: open_clip tag or path of a checkpoint; what the adapter was trained on if none is given.
         precision: of torch; releases and servers have their own.
@@ -48,6 +56,9 @@ class Model:
     release: str | None = None
     url: str | None = None
     finetuned: str | None = None
+    alpha_depth: Factor = "1"
+    alpha_image: Factor = "1"
+    alpha_text: Factor = "1"
     base: str | None = None
     pretrained: str | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -59,17 +70,31 @@ class Model:
         return not (self.merged or self.release or self.url)
 
     def check(self, alpha: Sequence[str]) -> None:
-        """Refuse flags of several models, or flags of a run beside another model."""
+        """Refuse flags of several models, flags of a run beside another model, and schedules that can't be."""
+        self.schedules(auto="auto" in alpha)
         given = [name for name in ("merged", "release", "url") if getattr(self, name)]
         also = [name for name in ("adapter", "finetuned", "base", "pretrained") if getattr(self, name)]
+        also += [name for name, value in self._factors().items() if value != "1"]
         if alpha and (self.merged or "auto" in alpha):  # which release has which alpha is seen when it is read
             also.append("alpha auto" if "auto" in alpha else "alpha")
         if len(given) > 1 or (given and also):
             flags = ", ".join(f"--{flag}" for flag in given + also)
             raise RAdapterError(f"{flags} don't go together: evaluate one thing a call, add to its rows by --resume")
 
-    def load(self, path: Path, alphas: Sequence[float]) -> Embedder:
-        """Load it, at these alphas; of a run from its path."""
+    def _factors(self) -> dict[str, str]:
+        return {"alpha-depth": self.alpha_depth, "alpha-image": self.alpha_image, "alpha-text": self.alpha_text}
+
+    def schedules(self, *, auto: bool) -> list[AlphaSchedule]:
+        """The schedules of alpha to evaluate: one, or all that auto tries."""
+        tried = []
+        for name, value in self._factors().items():
+            if value == "auto" and not auto:
+                raise RAdapterError(f"--{name} auto is chosen together with alpha: --alpha auto")
+            tried.append([_number(one, name) for one in (FACTORS if value == "auto" else (value,))])
+        return [AlphaSchedule(*numbers) for numbers in itertools.product(*tried)]
+
+    def load(self, path: Path, alphas: Sequence[float], *, auto: bool) -> Embedder:
+        """Load it, at these alphas; of a run from its path, at every schedule that auto tries."""
         from radapter_serve.evaluation.release_embedder import ReleaseEmbedder, ServerEmbedder
         from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
 
@@ -82,6 +107,7 @@ class Model:
         return from_adapter(
             path,
             alphas or None,
+            schedules=self.schedules(auto=auto),
             base=self.base,
             pretrained=self.pretrained,
             finetuned=self.finetuned,
@@ -137,24 +163,33 @@ def evaluate(
     with console.status("starting") as status:
         say = _escaped(status.update) if console.is_terminal else _Lines(console)
         # torch takes seconds to load: not for --help
+        from radapter_serve.evaluation.overlap import Overlap
         from radapter_serve.evaluation.results import Results
         from radapter_serve.evaluation.run import choose_alpha, draw, draw_choice, evaluate_suite
         from radapter_serve.evaluation.suite import load_suite
 
+        overlap = Overlap()
         tests = load_suite(suite, data_root) if suite else None
         results = Results(out, resume=resume)
         say("loading the model")
-        embedder = model.load(path, GRID if auto else alphas)
+        embedder = model.load(path, GRID if auto else alphas, auto=auto)
         options: dict[str, Any] = {"limit": limit, "seed": seed, "batch_size": batch_size, "say": say}
         try:
             variants = embedder.variants
             if auto:
-                choice, file = choose_alpha(embedder, path, tests, results, **options)
+                choice, file = choose_alpha(embedder, path, tests, results, opened=overlap.chosen_by, **options)
                 screen.print(_choice_table(choice))
-                _print(screen, f"rule: {choice.rule}", f"alpha {choice.alpha:g} is written to {file}")
-                variants = [variant for variant in variants if variant.alpha in (0.0, choice.alpha)]
+                found = f"alpha {choice.alpha:g}" + (f", {choice.schedule}" if choice.schedule != EVEN else "")
+                _print(screen, f"rule: {choice.rule}", f"{found} is written to {file}")
+                variants = [
+                    variant
+                    for variant in variants
+                    if variant.alpha in (0.0, choice.alpha)
+                    and (variant.schedule == choice.schedule or variant.source != "adapter")
+                ]
             if tests:
-                rows = evaluate_suite(embedder, tests, results, variants=variants, skip=skipped.append, **options)
+                options |= {"variants": variants, "skip": skipped.append, "opened": overlap.tested}
+                rows = evaluate_suite(embedder, tests, results, **options)
         finally:
             embedder.close()
         # After auto there are only two α on test data: they must not replace a whole curve.
@@ -162,21 +197,21 @@ def evaluate(
         if choice:
             pictures.append(draw_choice(choice, Path(out)))
     if tests:
-        _show(tests, rows, skipped, screen, console)
+        _show(tests, rows, [*skipped, *overlap.warnings], screen, console)
     _print(screen, *(f"wrote {file}" for file in (results.path, *pictures)))
     if auto:
         _print(screen, f"Next:   radapter-export --adapter {shlex.quote(str(path))} --alpha auto")
 
 
-def _show(tests: Suite, rows: Sequence[Row], skipped: Sequence[str], screen: Console, console: Console) -> None:
+def _show(tests: Suite, rows: Sequence[Row], notes: Sequence[str], screen: Console, console: Console) -> None:
     """Print what was measured, and on the other console what a user should know beside it."""
     from radapter_serve.evaluation.results import prompts, table, warnings
 
     if rows:
         screen.print(table(rows, f"{tests.name}: per cent", tests.pairs("test")))
         _print(screen, *prompts(rows))
-    _print(console, *skipped, *warnings(rows))
-    if not rows and skipped:
+    _print(console, *notes, *warnings(rows))
+    if not rows and notes:
         raise RAdapterError(f"nothing was evaluated: all data sets of {tests.name} are left out")
 
 
@@ -227,13 +262,13 @@ def _escaped(update: Callable[[str], None]) -> Callable[[str], None]:
     return lambda line: update(escape(line))
 
 
-def _number(value: str) -> float:
+def _number(value: str, name: str = "alpha") -> float:
     try:
         number = float(value)
     except ValueError:
         number = -1
     if not 0 <= number <= 1:  # which is how NaN is refused, too
-        raise RAdapterError(f"alpha is {value!r}; allowed: numbers from 0 (the base) to 1 (all learned), or auto")
+        raise RAdapterError(f"{name} is {value!r}; allowed: numbers from 0 (the base) to 1 (all learned), or auto")
     return number
 
 

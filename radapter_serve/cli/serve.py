@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 from rich.console import Console
@@ -24,7 +26,57 @@ from radapter_serve.server.supervisor import Supervisor
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.signals import handled
 
+if TYPE_CHECKING:
+    from radapter_serve.gateway.run import Child
+
 PROG = "radapter-serve"
+
+
+@dataclass(frozen=True)
+class GatewayFlags:
+    """A gateway beside the server; radapter-gateway has all its settings.
+
+    Args:
+        gateway_port: of a gateway, the way in for callers whom nobody trusts; none is started if not given.
+        gateway_host: address or name that it listens on.
+        api_keys: file of the keys that let callers into the gateway; radapter-gateway --new-key makes one.
+        no_api_keys: let everybody in who reaches the gateway, also beyond this machine.
+        tls_certificate: PEM file of the gateway's certificate and its chain, to be reached by https.
+        tls_key: PEM file of its key.
+    """
+
+    gateway_port: int | None = None
+    gateway_host: str = "127.0.0.1"
+    api_keys: Path | None = None
+    no_api_keys: tyro.conf.FlagCreatePairsOff[bool] = False
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+
+    def child(self, server: TritonServer) -> Child | None:
+        """The gateway of a server, or None where none is wanted.
+
+        Raises:
+            RAdapterError: a gateway that could not start, or flags of one that is not wanted.
+        """
+        if self.gateway_port is None:
+            for field in fields(self):
+                if getattr(self, field.name) != field.default:
+                    raise RAdapterError(f"--{field.name.replace('_', '-')} needs a gateway: --gateway-port PORT")
+            return None
+        from radapter_serve.gateway.run import Child, listen
+        from radapter_serve.gateway.settings import Settings
+
+        settings = Settings(
+            host=self.gateway_host,
+            port=self.gateway_port,
+            server=server.grpc_url.removeprefix("grpc://"),
+            api_keys=self.api_keys,
+            no_api_keys=self.no_api_keys,
+            tls_certificate=self.tls_certificate,
+            tls_key=self.tls_key,
+        )
+        listen(settings, "--gateway-").close()
+        return Child(settings)
 
 
 def serve(
@@ -41,6 +93,7 @@ def serve(
     drain_seconds: int = 10,
     trust_network: bool = False,
     verbose: bool = False,
+    gateway: tyro.conf.OmitArgPrefixes[GatewayFlags] = GatewayFlags(),
 ) -> None:
     """Serve a model repository, made by radapter-export, until Ctrl-C. `radapter-release` puts another
     release in its place.
@@ -63,6 +116,7 @@ def serve(
         drain_seconds: how long calls under way may take when the server is stopped.
         trust_network: let whoever can reach --host use the server, for Triton asks nobody for a password.
         verbose: show Triton's own messages.
+        gateway: a gateway beside the server.
     """
     console = Console(stderr=True)
     ports = http_port, grpc_port, metrics_port
@@ -79,6 +133,7 @@ def serve(
         trust_network=trust_network,
         verbose=verbose,
     )
+    beside = gateway.child(server)
     # kill, systemd, Kubernetes and a closed terminal stop it in order, as Ctrl-C does.
     with handled(lambda *_: sys.exit(0), signal.SIGTERM, signal.SIGHUP):
         try:
@@ -92,10 +147,10 @@ def serve(
             if server.measured:
                 _show_measured(server)
             if server.warning:
-                print(f"{PROG}: warning: {server.warning}", file=sys.stderr)
+                _say(f"warning: {server.warning}")
             _show(server)
-            with Desk(server):
-                Supervisor(server, lambda line: print(f"{PROG}: {line}", file=sys.stderr, flush=True)).run()
+            with Desk(server), beside or contextlib.nullcontext():
+                Supervisor(server, _say, [beside] if beside else []).run()
         except KeyboardInterrupt:
             print("stopping ...", file=sys.stderr)
         finally:
@@ -108,6 +163,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Other commands name the repository by a flag, and so may who starts a server.
     given = [one.removeprefix("--model-repository=") for one in given if one != "--model-repository"]
     return run(serve, given, prog=PROG)
+
+
+def _say(line: str) -> None:
+    print(f"{PROG}: {line}", file=sys.stderr, flush=True)
 
 
 def _show(server: TritonServer) -> None:

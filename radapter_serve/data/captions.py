@@ -107,7 +107,8 @@ def load_captioned(
     """Open images with captions; rows of the same image belong together.
 
     Args:
-        spec: `csv:FILE`, `parquet:FILE`, ..., as of `load_labelled`.
+        spec: `csv:FILE`, `parquet:FILE`, ..., as of `load_labelled`; `karpathy:FILE@SPLIT` is a file of Karpathy's
+            splits, `@train+restval` two of them as one.
         image_column: paths, bytes or images.
         caption_column: a text or a list of texts; `json.caption` is the field of a column `json`.
         captions_per_image: texts of a training pair, 1 or more.

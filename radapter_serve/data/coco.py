@@ -89,7 +89,7 @@ def _instances(file: Path, folder: Path, annotations: Any, listed: Any, index: d
     for row in annotations:
         if row["category_id"] in index:
             image = listed[row["image_id"]]
-            runs = _runs(row["segmentation"], image["file_name"], image["width"], image["height"])
+            runs = rle_of(row["segmentation"], image["file_name"], image["width"], image["height"])
             objects.setdefault(row["image_id"], []).append((index[row["category_id"]], runs))
     found: list[MaskedImage] = []
     for id_, some in objects.items():
@@ -166,7 +166,7 @@ class Instances(MaskedImage):
         return [(label, {"size": list(self.size[::-1]), "counts": runs}) for label, runs in self.objects]
 
 
-def _runs(segmentation: Any, name: str, width: int, height: int) -> bytes:
+def rle_of(segmentation: Any, name: str, width: int, height: int) -> bytes:
     """The compressed run lengths of what JSON has: polygons, or run lengths as a list or compressed."""
     from pycocotools import mask as coco
 

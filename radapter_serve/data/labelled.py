@@ -203,7 +203,8 @@ def load_labelled(
 
     Args:
         spec: `imagefolder:DIR`, `csv:FILE`, `json:FILE`, `parquet:FILE`, `webdataset:FILE` (globs too) or a name on the
-            Hugging Face hub; `@SPLIT` at the end names a split, `train` by default.
+            Hugging Face hub; `@SPLIT` at the end names a split, `train` by default. `coop:FILE@SPLIT` is a file of
+            CoOp's splits, `@train+val` two of them as one.
         image_column: paths, bytes or images.
         label_column: class names or numbers.
         classes: class file as of `prompt_names`, or `imagenet`; None takes the data set's own names.

@@ -13,11 +13,13 @@ from typing import Any, Protocol
 import datasets
 from PIL import Image
 
+from radapter_serve.data.splits import open_splits
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.inputs.labels import split_label
 from radapter_serve.inputs.preprocess import decode
 
-READERS = ("imagefolder", "csv", "json", "parquet", "webdataset")
+SPLIT_FILES = ("coop", "karpathy")
+READERS = ("imagefolder", "csv", "json", "parquet", "webdataset", *SPLIT_FILES)
 
 
 class BrokenImage(RAdapterError):
@@ -148,7 +150,7 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
     Raises:
         RAdapterError: it can't be read, or a column is missing.
     """
-    place, _, split = spec.rpartition("@") if "@" in spec.rsplit("/", 1)[-1] else (spec, "", "train")
+    place, at, split = spec.rpartition("@") if "@" in spec.rsplit("/", 1)[-1] else (spec, "", "train")
     reader, _, path = place.partition(":")
     local = reader in READERS
     source: dict[str, Any] = {"data_files": {split: [path]}} if local else {}
@@ -158,7 +160,13 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
         source = {"data_files": {split: [f"{glob.escape(path)}/**"]}}
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(reader if local else place, split=split, streaming=streaming, **source)
+        if reader in SPLIT_FILES:
+            rows = open_splits(reader, Path(path), split if at else None)
+            rows = rows.to_iterable_dataset() if streaming else rows
+        else:
+            rows = datasets.load_dataset(reader if local else place, split=split, streaming=streaming, **source)
+    except RAdapterError:
+        raise
     except Exception as error:  # datasets, pyarrow and the hub raise many kinds, and all mean: can't be read
         cause: BaseException = error
         while cause.__cause__ is not None:  # datasets says no more than that an error occurred

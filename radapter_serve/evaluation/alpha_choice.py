@@ -12,6 +12,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import PROPOSALS
 from radapter_serve.evaluation.results import Row, by_shift, curve
 from radapter_serve.files import staged
+from radapter_serve.release.alpha_schedule import EVEN, AlphaSchedule
 
 FILE = "alpha.json"
 RULE = "the alpha of the best mean over in-distribution validation sets; of equal ones the smallest"
@@ -31,6 +32,7 @@ class Choice:
         curve: for each α: `alpha`, `score` by the rule, and each validation set's metric, in per cent.
         sets: shift, metric, n and digest of each validation set, by its name.
         adapter_digest: of the adapter that it was chosen for.
+        schedule: of α over the layers, chosen with it where several were tried.
     """
 
     alpha: float
@@ -38,35 +40,46 @@ class Choice:
     curve: list[dict[str, float]]
     sets: dict[str, dict[str, Any]]
     adapter_digest: str
+    schedule: AlphaSchedule = EVEN
 
 
 def choose(rows: Sequence[Row]) -> Choice:
-    """Choose α from rows of validation sets.
+    """Choose α, and the schedule of α where there are several, from rows of validation sets.
 
     Args:
-        rows: from `evaluate`, of one adapter, every α on every validation set.
+        rows: from `evaluate`, of one adapter, every α of every schedule on every validation set.
 
     Raises:
-        RAdapterError: no set is in distribution, or dense labels and proposals would be averaged.
+        RAdapterError: no set is in distribution, or different ways of segmentation would be averaged.
     """
-    ways = {row.get("dense") for row in rows}
-    if PROPOSALS in ways and len(ways) > 1:
+    kinds = {(row.get("dense") == PROPOSALS, row.get("proposals") is not None) for row in rows}
+    if len(kinds) > 1:
         raise RAdapterError(
-            "alpha is chosen by a mean over validation sets, and dense segmentation and proposals are no mean; "
-            "leave one of them out of the sets with split: validation"
+            "alpha is chosen by a mean over validation sets, and dense segmentation and proposals are no mean, nor are "
+            "true masks and a network's; leave all but one of them out of the sets with split: validation"
         )
     facts = ("shift", "metric", "n", "set_digest")
     sets = {row["dataset"]: {name: row[name] for name in facts} for row in rows}
     groups = by_shift(sets)
     if not groups[0]:
         raise RAdapterError("alpha can't be chosen without an in-distribution validation set (split: validation)")
-    points = []
-    for point in curve(rows):
-        means = [sum(point[name] for name in group) / len(group) for group in groups if group]
-        points.append({"alpha": point["alpha"], "score": sum(means) / len(means), **point})
-    # Scores are rounded: where two differ by no more than the error of a sum, the smaller α wins.
-    best = max(points, key=lambda point: (round(point["score"], 6), -point["alpha"]))
-    return Choice(best["alpha"], RULE_SHIFTED if groups[1] else RULE, points, sets, rows[0]["adapter_digest"])
+    schedules: dict[AlphaSchedule, list[Row]] = {}
+    for row in rows:
+        schedules.setdefault(AlphaSchedule(**row.get("alpha_schedule", {})), []).append(row)
+    rule = RULE_SHIFTED if groups[1] else RULE
+    if len(schedules) > 1:
+        rule += f"; of {len(schedules)} schedules the best, and of equal ones the first"
+    choices = []
+    for schedule, some in schedules.items():
+        points = []
+        for point in curve(some):
+            means = [sum(point[name] for name in group) / len(group) for group in groups if group]
+            points.append({"alpha": point["alpha"], "score": sum(means) / len(means), **point})
+        # Scores are rounded: where two differ by no more than the error of a sum, the smaller α wins.
+        best = max(points, key=lambda point: (round(point["score"], 6), -point["alpha"]))
+        choice = Choice(best["alpha"], rule, points, sets, rows[0]["adapter_digest"], schedule)
+        choices.append((round(best["score"], 6), choice))
+    return max(choices, key=lambda one: one[0])[1]  # the first of equal ones
 
 
 def save_choice(choice: Choice, adapter: str | Path) -> Path:
@@ -96,17 +109,18 @@ def load_choice(adapter: str | Path) -> Choice:
     """
     path = _path(adapter)
     try:
-        return Choice(**json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Choice(**{**values, "schedule": AlphaSchedule(**values.get("schedule", {}))})
     except FileNotFoundError:
         raise RAdapterError(
             f"no alpha was chosen for {path.parent}; choose one: radapter-eval --adapter {path.parent} --alpha auto"
         ) from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RAdapterError(f"could not read {path}: {error}; choose again by radapter-eval --alpha auto") from error
 
 
-def chosen_alpha(adapter: str | Path) -> float:
-    """The α that was chosen for an adapter.
+def chosen(adapter: str | Path) -> Choice:
+    """The α that was chosen for an adapter, and how.
 
     Args:
         adapter: adapter file, or the folder of a run.
@@ -122,7 +136,7 @@ def chosen_alpha(adapter: str | Path) -> float:
             f"{_path(adapter)} was chosen for another adapter; choose again: "
             f"radapter-eval --adapter {adapter} --alpha auto"
         )
-    return choice.alpha
+    return choice
 
 
 def _path(adapter: str | Path) -> Path:

@@ -13,15 +13,16 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import decode
+from radapter_serve.release.alpha_schedule import EVEN, AlphaSchedule
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.dense import DenseSegmenter
 from radapter_serve.tasks.proposals import ProposalSegmenter
 from radapter_serve.tasks.segment_options import SegmentOptions
 
 PROPOSALS = "proposals"  # in place of a way: masks are given, and their crops are classified
-# From the bytes of an image file, and masks uint8 [N, H, W] where masks are given, to the index of each pixel's label,
-# uint16 [H, W]; the number of labels stands for the background.
-SegmentImage = Callable[[bytes, NDArray[np.uint8] | None], NDArray[np.uint16]]
+# From the bytes of an image file, and masks uint8 [N, H, W] where masks are given, perhaps with their own probabilities
+# of the labels float32 [N, C], to the index of each pixel's label, uint16 [H, W]; C stands for the background.
+SegmentImage = Callable[[bytes, NDArray[np.uint8] | None, NDArray[np.float32] | None], NDArray[np.uint16]]
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,18 @@ class Variant:
         source: `adapter`, `wise-ft`, `merged`, `release`, `server`.
         alpha: its α in [0, 1]; None where that is unknown.
         facts: what a row says about it: model, pretrained, precision, digests.
+        schedule: of α over its layers, where that is not in its facts.
     """
 
     source: str
     alpha: float | None
     facts: Mapping[str, Any]
+    schedule: AlphaSchedule = EVEN
+
+    @property
+    def key(self) -> tuple[str, float | None, AlphaSchedule]:
+        """What tells the models of one embedder apart."""
+        return self.source, self.alpha, self.schedule
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class SegmentQuery:
         labels: names, synonyms after commas.
         templates: prompt templates with `{}`.
         dense: a way from image patches to embeddings, from `Embedder.way`, or `proposals`.
-        options: of the windows.
+        options: of the windows, or of the fusion of proposals.
     """
 
     labels: Sequence[str]
@@ -89,6 +97,13 @@ class Embedder(Protocol):
     def embed_texts(self, texts: Sequence[str]) -> Floats:
         """Texts to float32 [N, D], unit length."""
 
+    def probabilities(self, cosines: Floats) -> Floats:
+        """The probability of each label, float32 [N, C], by the model that is selected.
+
+        Args:
+            cosines: of images with labels, [N, C].
+        """
+
     def way(self, dense: str | None) -> str:
         """The way of dense embeddings to use where `dense` is asked for; None asks for the models' own.
 
@@ -116,15 +131,15 @@ def segment_here(
     Args:
         segmenter: of the model, for the way that is asked for.
         embeds: of the labels, [C, D].
-        options: of the windows.
+        options: as of `SegmentQuery`.
     """
 
-    def segment(data: bytes, masks: NDArray[np.uint8] | None) -> NDArray[np.uint16]:
+    def segment(data: bytes, masks: NDArray[np.uint8] | None, scores: NDArray[np.float32] | None) -> NDArray[np.uint16]:
         image = decode(data, exif_orientation=segmenter.preprocess.exif_orientation)
         if isinstance(segmenter, DenseSegmenter):
             return segmenter(image, embeds, options).mask
         assert masks is not None
-        return segmenter(image, embeds, masks, options=options).mask
+        return segmenter(image, embeds, masks, scores, options).mask
 
     return segment
 
@@ -138,4 +153,5 @@ def release_facts(release: Release) -> dict[str, Any]:
         "adapter_digest": release.adapter_digest,
         "precision": release.precision,
         "release": release.version,
+        **({"alpha_schedule": release.alpha_schedule} if release.alpha_schedule else {}),
     }

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -13,6 +14,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder, Variant
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known, Scorer
 from radapter_serve.evaluation.results import Row, model_name
+from radapter_serve.release.alpha_schedule import EVEN
 
 
 def evaluate(
@@ -23,7 +25,7 @@ def evaluate(
     batch_size: int = 64,
     threads: int = 2,
     progress: Callable[[int, int], None] | None = None,
-    known: dict[tuple[str, float | None], Known] | None = None,
+    known: dict[Any, Known] | None = None,
 ) -> list[Row]:
     """Evaluate models on one data set; each image is read and decoded once.
 
@@ -34,7 +36,7 @@ def evaluate(
         batch_size: images a pass, where the set allows as many.
         threads: images that are decoded at once.
         progress: called with the images done and their number.
-        known: embeddings of classes by model, shared by calls with the same embedder; new ones are added.
+        known: embeddings of classes by the key of a model, shared by calls with the same embedder; new ones are added.
 
     Returns:
         A row a model, in CLIP_benchmark's schema and more: what `Scorer.measured` returns, and `runtime`, the seconds
@@ -48,7 +50,7 @@ def evaluate(
     scorers: list[Scorer] = []
     for model in models:
         with model.turn():
-            scorers.append(data.scorer(embedder, known.setdefault((model.variant.source, model.variant.alpha), {})))
+            scorers.append(data.scorer(embedder, known.setdefault(model.variant.key, {})))
     done = 0
     for items in _batches(embedder, data, min(batch_size, data.most or batch_size), threads):
         for model, scorer in zip(models, scorers, strict=True):
@@ -80,6 +82,7 @@ def facts_of(embedder: Embedder, data: EvaluationSet, variant: Variant) -> Row:
         "language": entry.language,
         "source": variant.source,
         "alpha": variant.alpha,
+        **({} if variant.schedule == EVEN else {"alpha_schedule": asdict(variant.schedule)}),
         "shift": entry.shift,
         "split": entry.split,
         "metric": entry.metric,

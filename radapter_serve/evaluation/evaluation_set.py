@@ -17,7 +17,7 @@ from PIL import Image
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder
-from radapter_serve.evaluation.metrics import Floats, check_finite
+from radapter_serve.evaluation.metrics import Floats, check_finite, shares
 from radapter_serve.evaluation.suite import Entry
 from radapter_serve.files import digest_of
 from radapter_serve.inputs.labels import mean_embeddings, split_label
@@ -40,7 +40,7 @@ class Scorer(Protocol):
         """`metrics`, shares in [0, 1] by name, and `intervals`, the two ends of the 95 % interval of each.
 
         With classes also `per_class`; `confusion` of few classes, by true and found class; and `indistinguishable`,
-        pairs of labels, where there are some.
+        pairs of labels, where there are some. Of whole images also `calibration`, by bin of confidence.
         """
 
 
@@ -68,6 +68,11 @@ class EvaluationSet(ABC):
     @abstractmethod
     def facts(self) -> dict[str, Any]:
         """What a row says about the set."""
+
+    @property
+    @abstractmethod
+    def contents(self) -> list[str]:
+        """A digest of each image, and of its masks where it has some."""
 
     @abstractmethod
     def how(self, embedder: Embedder) -> dict[str, Any]:
@@ -116,13 +121,23 @@ def first_names(classes: Sequence[str]) -> list[str]:
 
 def by_class(classes: Sequence[str], n: NDArray[Any], **values: NDArray[np.float64]) -> dict[str, Any]:
     """`per_class` of a row: each class's first name, number of cases and values; NaN becomes None."""
-    rounded = {name: [None if np.isnan(x) else round(float(x), 4) for x in of] for name, of in values.items()}
+    rounded = {name: _rounded(of) for name, of in values.items()}
     return {
         "per_class": [
             {"class": shown, "n": int(n[i]), **{name: of[i] for name, of in rounded.items()}}
             for i, shown in enumerate(first_names(classes))
         ]
     }
+
+
+def by_bin(sums: NDArray[np.float64]) -> list[dict[str, Any]]:
+    """`calibration` of a row, from `calibration_sums`: images, mean confidence and accuracy of each bin."""
+    confidence, accuracy = (_rounded(shares(of, sums[0])) for of in sums[1:])
+    return [{"n": int(n), "confidence": confidence[i], "accuracy": accuracy[i]} for i, n in enumerate(sums[0].tolist())]
+
+
+def _rounded(values: NDArray[np.float64]) -> list[float | None]:
+    return [None if np.isnan(value) else round(float(value), 4) for value in values]
 
 
 def confused(counts: NDArray[np.int64]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from radapter_serve.evaluation.evaluation_set import (
     Known,
     Scorer,
     as_seen,
+    by_bin,
     by_class,
     class_embeds,
     confused,
@@ -29,7 +30,10 @@ from radapter_serve.evaluation.evaluation_set import (
 )
 from radapter_serve.evaluation.intervals import Interval, mean_recall_interval, wilson
 from radapter_serve.evaluation.metrics import (
+    BINS,
     Floats,
+    calibration_error,
+    calibration_sums,
     caption_groups,
     check_finite,
     classification_metrics,
@@ -97,11 +101,14 @@ class ClassificationSet(_ImageSet):
         labels: integer [N].
         classes: one a label, synonyms after commas.
         templates: prompt templates; None takes the model's own.
+        members: of each class the classes with prompts that it stands for, the best of which gives it its score; empty
+            where each class has prompts of its own.
     """
 
     labels: NDArray[np.int64]
     classes: list[str]
     templates: list[str] | None
+    members: Sequence[Sequence[str]] = ()
 
     task = "zeroshot_classification"
 
@@ -109,14 +116,28 @@ class ClassificationSet(_ImageSet):
     def facts(self) -> dict[str, Any]:
         split = {} if self.entry.class_split == "all" else {"class_split": self.entry.class_split}
         count = {"n": len(self.labels), "classes": len(self.classes)}
-        return {**count, **split, "set_digest": digest(self.classes, self.labels.tolist(), self.contents)}
+        named = [list(of) for of in self.members] or self.classes
+        return {**count, **split, "set_digest": digest(named, self.labels.tolist(), self.contents)}
+
+    @cached_property
+    def prompted(self) -> list[str]:
+        """The classes that have prompts: their own, or the members of all."""
+        return [line for of in self.members for line in of] or self.classes
+
+    def scores(self, cosines: Floats) -> Floats:
+        """The score of each class, [N, C], from the cosines of images with `prompted`, [N, P]."""
+        if not self.members:
+            return cosines
+        starts = np.cumsum([0, *(len(of) for of in self.members[:-1])])
+        return np.asarray(np.maximum.reduceat(cosines, starts, axis=1))
 
     def how(self, embedder: Embedder) -> dict[str, Any]:
         return {"templates": list(self.templates or embedder.templates)}
 
     def scorer(self, embedder: Embedder, known: Known) -> Scorer:
         templates = self.templates or embedder.templates
-        return _ClassificationScorer(self, embedder, class_embeds(embedder.embed_texts, self.classes, templates, known))
+        classifier = class_embeds(embedder.embed_texts, self.prompted, templates, known)
+        return _ClassificationScorer(self, embedder, classifier)
 
 
 @dataclass(frozen=True)
@@ -156,26 +177,31 @@ class _ClassificationScorer:
     def __init__(self, data: ClassificationSet, embedder: Embedder, classifier: Floats) -> None:
         self._data, self._embedder, self._classifier = data, embedder, classifier
         self._ranks, self._found = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        self._sums = np.zeros((3, BINS))
 
     def add(self, items: Sequence[Any]) -> None:
         start = sum(map(len, self._ranks))
-        scores = check_finite(self._embedder.embed_images(items)) @ self._classifier.T
-        self._ranks.append(true_ranks(scores, self._data.labels[start : start + len(items)]))
-        self._found.append(scores.argmax(axis=1))
+        scores = self._data.scores(check_finite(self._embedder.embed_images(items)) @ self._classifier.T)
+        ranks, found = true_ranks(scores, self._data.labels[start : start + len(items)]), scores.argmax(axis=1)
+        confidences = np.take_along_axis(self._embedder.probabilities(scores), found[:, None], axis=1)[:, 0]
+        self._sums += calibration_sums(confidences, ranks < 1)
+        self._ranks.append(ranks)
+        self._found.append(found)
 
     def measured(self) -> dict[str, Any]:
         labels, classes, ranks = self._data.labels, self._data.classes, np.concatenate(self._ranks)
-        metrics = classification_metrics(ranks, labels, len(classes))
+        metrics = {**classification_metrics(ranks, labels, len(classes)), "ece": calibration_error(self._sums)}
         count, hits = (np.bincount(of, minlength=len(classes)) for of in (labels, labels[ranks < 1]))
         intervals: dict[str, Interval] = {
             name: wilson(metrics[name], len(labels)) for name in ("acc1", "acc5") if name in metrics
         }
         intervals["mean_per_class_recall"] = mean_recall_interval(hits[count > 0], count[count > 0])
         few = len(classes) <= MOST_CONFUSED
-        alike = indistinguishable(first_names(classes), self._classifier)
+        alike = indistinguishable(first_names(self._data.prompted), self._classifier)
         return {
             "metrics": metrics,
             "intervals": intervals,
+            "calibration": by_bin(self._sums),
             **by_class(classes, count, recall=shares(hits, count)),
             **(confused(confusion(labels, np.concatenate(self._found), len(classes))) if few else {}),
             **({"indistinguishable": alike} if alike else {}),

@@ -15,6 +15,7 @@ Floats = NDArray[np.float32]
 Ranks = NDArray[np.int64]
 
 RECALLS = (1, 5, 10)
+BINS = 15  # of confidence, equally wide, as Guo et al. (ICML 2017) have them for the calibration error
 _BLOCK = 1024  # rows of similarities in memory at once
 NOT_FINITE = "the embeddings hold values that are not finite (NaN or infinite); the weights or the adapter are broken"
 
@@ -68,6 +69,34 @@ def classification_metrics(ranks: Ranks, labels: NDArray[Any], classes: int) -> 
     if classes > 5:
         metrics["acc5"] = float((ranks < 5).mean())
     return metrics
+
+
+def calibration_sums(confidences: Floats, hits: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """What the expected calibration error is made of: sums over the images in each bin of confidence.
+
+    Args:
+        confidences: the probability of the label that was found, [N], in [0, 1]; bin k of 15 holds those above
+            k/15 and up to (k + 1)/15, and the first bin 0 too.
+        hits: whether that label is right, [N].
+
+    Returns:
+        float64 [3, 15]: the number of images, the sum of their confidences, and the number of right ones.
+    """
+    bins = np.searchsorted(np.arange(1, BINS) / BINS, confidences, side="left")
+    return np.stack([np.bincount(bins, of, BINS) for of in (np.ones(len(bins)), confidences, hits)])
+
+
+def calibration_error(sums: NDArray[np.float64]) -> float:
+    """Expected calibration error (ECE): how far confidence and accuracy are apart, the mean over images of all bins.
+
+    Args:
+        sums: from `calibration_sums`.
+
+    Returns:
+        The sum over bins of n_b/N * |accuracy_b - confidence_b|, in [0, 1]; 0 is the best (Guo et al., ICML 2017).
+    """
+    count, confidences, hits = sums
+    return float(np.abs(hits - confidences).sum() / count.sum())
 
 
 def caption_groups(captions: Sequence[str]) -> NDArray[np.int64]:

@@ -127,3 +127,30 @@ def plot_confusion(row: Mapping[str, Any], path: str | Path) -> None:
     axes.set_ylabel("true")
     figure.suptitle(f"{row['dataset']}: {model_name(row['source'], row['alpha'], ', α = ')}")
     figure.savefig(path)
+
+
+def plot_calibration(row: Mapping[str, Any], path: str | Path) -> None:
+    """Draw how often a model is right where it is so sure (a reliability diagram); on the diagonal it is as it says.
+
+    Args:
+        row: of results, with `calibration`.
+        path: a picture file; its ending says which kind.
+    """
+    bins = [of for of in row["calibration"] if of["n"]]
+    figure = Figure(figsize=(4.2, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 100], [0, 100], "--", color="tab:gray")
+    most = max(of["n"] for of in bins)
+    axes.scatter(
+        [100 * of["confidence"] for of in bins],
+        [100 * of["accuracy"] for of in bins],
+        [10 + 90 * of["n"] / most for of in bins],
+    )
+    axes.set_xlabel("mean confidence of a bin, %; larger dots are more images")
+    axes.set_ylabel("accuracy, %")
+    axes.set_xlim(-3, 103)
+    axes.set_ylim(-3, 103)
+    axes.grid(alpha=0.3)
+    model = model_name(row["source"], row["alpha"], ", α = ")
+    figure.suptitle(f"{row['dataset']}: {model}\nECE {100 * row['metrics']['ece']:.1f} %, n {row['n']}")
+    figure.savefig(path)

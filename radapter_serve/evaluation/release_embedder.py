@@ -20,6 +20,7 @@ from radapter_serve.evaluation.embedder import (
 from radapter_serve.evaluation.evaluation_set import class_embeds
 from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.inputs.mask_crop import MaskCrop
+from radapter_serve.inputs.probabilities import class_probabilities
 from radapter_serve.release.release import Release
 from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 from radapter_serve.runtimes.local_release import LocalRelease
@@ -48,6 +49,10 @@ class _Exported:
 
     def embed_texts(self, texts: Sequence[str]) -> Floats:
         return self._release.embed_texts(texts)
+
+    def probabilities(self, cosines: Floats) -> Floats:
+        facts = self._release.facts
+        return class_probabilities(cosines, facts.logit_scale, facts.logit_bias)
 
     def way(self, dense: str | None) -> str:
         return exported_way(self._release.facts, dense)
@@ -112,7 +117,9 @@ class ServerEmbedder(_Exported):
         if query.dense != PROPOSALS:
             windows = {"short_side": options.short_side, "stride": options.stride, "refine": options.refine}
 
-        def segment(data: bytes, masks: NDArray[np.uint8] | None) -> NDArray[np.uint16]:
+        def segment(
+            data: bytes, masks: NDArray[np.uint8] | None, scores: NDArray[np.float32] | None
+        ) -> NDArray[np.uint16]:
             answer = self._release.ask(
                 self._release.client.segment,
                 data,
@@ -120,6 +127,8 @@ class ServerEmbedder(_Exported):
                 templates=list(query.templates),
                 threshold=options.threshold,
                 proposals=masks,
+                proposal_scores=scores,
+                proposal_weight=None if scores is None else options.proposal_weight,
                 **windows,
             )
             return np.asarray(answer.mask, np.uint16)

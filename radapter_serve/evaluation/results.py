@@ -15,7 +15,7 @@ from radapter_serve.inputs.probabilities import SAME
 
 Row = dict[str, Any]
 FILE = "results.jsonl"
-MEASURED = ("metrics", "intervals", "per_class", "confusion", "indistinguishable", "runtime")
+MEASURED = ("metrics", "intervals", "per_class", "calibration", "confusion", "indistinguishable", "runtime")
 
 
 class Results:
@@ -101,11 +101,11 @@ def harmonic_means(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> lis
         rows: of any models and data sets.
         pairs: names of the sets of base and of novel classes.
     """
-    found = {(row["source"], row["alpha"], row["dataset"]): row for row in rows}
+    found = {(row["dataset"], row["source"], row["alpha"], str(row.get("alpha_schedule"))): row for row in rows}
     means = []
     for base, novel in pairs:
-        for (source, alpha, name), row in found.items():
-            other = found.get((source, alpha, novel))
+        for (name, *model), row in found.items():
+            other = found.get((novel, *model))
             if name != base or other is None:
                 continue
             values = {"base": row["metrics"][row["metric"]], "novel": other["metrics"][other["metric"]]}
@@ -124,7 +124,7 @@ def harmonic(*values: float) -> float:
 
 
 def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()) -> Table:
-    """Models down, data sets across, with number of images and intervals of 95 %; per cent.
+    """Models down, data sets across, with number of images, intervals of 95 % and calibration errors; per cent.
 
     Means are over sets in or out of distribution that are measured alike: by one metric and one way of segmentation.
 
@@ -168,14 +168,17 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
 
 
 def _kind(row: Row) -> tuple[Any, ...]:
-    """Data sets of one kind may be averaged; dense segmentation and proposals, for instance, are different kinds."""
-    return row["shift"], row["metric"], row.get("dense"), row.get("background") is None
+    """Data sets of one kind may be averaged; dense segmentation, true masks and a network's are different kinds."""
+    return row["shift"], row["metric"], row.get("dense"), row.get("proposals") is None, row.get("background") is None
 
 
 def _figure(row: Row) -> str:
-    figure = f"{own_metric(row):.2f}"
-    interval = row.get("intervals", {}).get(row["metric"])
-    return f"{figure}\n{100 * interval[0]:.1f} – {100 * interval[1]:.1f}" if interval else figure
+    lines = [f"{own_metric(row):.2f}"]
+    if interval := row.get("intervals", {}).get(row["metric"]):
+        lines.append(f"{100 * interval[0]:.1f} – {100 * interval[1]:.1f}")
+    if "ece" in row["metrics"]:
+        lines.append(f"ECE {100 * row['metrics']['ece']:.1f}")
+    return "\n".join(lines)
 
 
 def prompts(rows: Sequence[Row]) -> list[str]:

@@ -13,8 +13,8 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import Choice, choose, save_choice
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder, NoSuchWay, Variant
 from radapter_serve.evaluation.evaluate import evaluate, facts_of
-from radapter_serve.evaluation.evaluation_set import Known
-from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars, plot_confusion
+from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known
+from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars, plot_calibration, plot_confusion
 from radapter_serve.evaluation.results import (
     Results,
     Row,
@@ -43,6 +43,7 @@ def evaluate_suite(
     batch_size: int = 64,
     say: Say | None = None,
     skip: Say | None = None,
+    opened: Callable[[EvaluationSet], None] | None = None,
 ) -> list[Row]:
     """Evaluate models on the data sets of one split of a suite; rows that `results` has are not made again.
 
@@ -60,6 +61,7 @@ def evaluate_suite(
         batch_size: images a pass.
         say: called with a line about the progress.
         skip: called with a line about a data set that these models can't be evaluated on; if None, that is an error.
+        opened: called with each data set that they are evaluated on.
 
     Returns:
         The rows, data set by data set.
@@ -67,7 +69,7 @@ def evaluate_suite(
     say = say or (lambda line: None)
     chosen = embedder.variants if variants is None else variants
     rows: list[Row] = []
-    known: dict[tuple[str, float | None], Known] = {}
+    known: dict[Any, Known] = {}
     for entry in suite.of_split(split):
         say(f"{entry.name}: reading {entry.data}")
         data = open_set(suite, entry, limit=limit, seed=seed)
@@ -79,6 +81,8 @@ def evaluate_suite(
                 raise
             skip(f"{entry.name} is left out: {error}")
             continue
+        if opened:
+            opened(data)
         missing = [variant for variant, of in zip(chosen, facts, strict=True) if results.find(of) is None]
         if missing:
             models = f"{len(missing)} model{'s' if len(missing) > 1 else ''}"
@@ -140,7 +144,8 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
     """Draw what the rows of one call allow.
 
     `bars.png` always; `alpha.png` where there are several α of one source, one each for dense segmentation and
-    proposals; `confusion-NAME.png` of each data set of few classes, by the last model.
+    proposals; by the last model `confusion-NAME.png` of each data set of few classes, and `calibration-NAME.png` of
+    each data set of labelled images.
 
     Args:
         rows: from `evaluate_suite`.
@@ -168,10 +173,11 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
             pictures.append(folder / ("alpha.png" if len(ways) == 1 else f"alpha-{way}.png"))
             beside = {"WiSE-FT": lines["wise-ft"]} if lines["wise-ft"] else None
             plot_alpha_curve(line, ids, ood, pictures[-1], title=title, beside=beside, unit=unit)
-    for row in {row["dataset"]: row for row in rows if "confusion" in row}.values():
-        name = re.sub(r"[^\w.-]+", "_", row["dataset"])
-        pictures.append(folder / f"confusion-{name}.png")
-        plot_confusion(row, pictures[-1])
+    for kind, plot in (("confusion", plot_confusion), ("calibration", plot_calibration)):
+        for row in {row["dataset"]: row for row in rows if kind in row}.values():
+            name = re.sub(r"[^\w.-]+", "_", row["dataset"])
+            pictures.append(folder / f"{kind}-{name}.png")
+            plot(row, pictures[-1])
     return pictures
 
 

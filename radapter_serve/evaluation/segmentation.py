@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.data.masks import IGNORE, MaskedImage
+from radapter_serve.data.proposals import ProposalFiles
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder, SegmentImage, SegmentQuery
 from radapter_serve.evaluation.evaluation_set import (
@@ -26,6 +27,7 @@ from radapter_serve.evaluation.evaluation_set import (
 from radapter_serve.evaluation.intervals import segmentation_intervals
 from radapter_serve.evaluation.metrics import class_ious, confusion, pixel_sums, segmentation_metrics, shares
 from radapter_serve.inputs.probabilities import indistinguishable
+from radapter_serve.tasks.proposals import BINARY
 from radapter_serve.tasks.segment_options import SegmentOptions
 
 
@@ -37,13 +39,16 @@ class MaskedItem:
         number: of the image in its set.
         data: the bytes of its file.
         truth: class of each pixel, or IGNORE, int32 [H, W].
-        masks: where masks are given to the model: those of the true segments, uint8 [N, H, W], 0 or 255.
+        masks: where masks are given to the model: those of a proposal network, or of the true segments, uint8
+            [N, H, W], 0 to 255.
+        scores: the network's own probabilities of the labels, float32 [N, C], where it has some.
     """
 
     number: int
     data: bytes
     truth: NDArray[np.int32]
-    masks: NDArray[np.uint8] | None
+    masks: NDArray[np.uint8] | None = None
+    scores: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,13 @@ class SegmentationSet(EvaluationSet):
     Attributes:
         classes: synonyms after commas; the numbers in the masks are places in this list.
         templates: prompt templates; None takes the model's own.
+        proposals: of a network; None takes the true segments where masks are given to the model.
     """
 
     images: Sequence[MaskedImage]
     classes: list[str]
     templates: list[str] | None
+    proposals: ProposalFiles | None = None
 
     task = "zeroshot_segmentation"
     most = 4  # images and their masks in memory at once
@@ -73,19 +80,25 @@ class SegmentationSet(EvaluationSet):
     @cached_property
     def facts(self) -> dict[str, Any]:
         names = [image.name for image in self.images]
-        of_images = contents(self.entry.name, [self._reader(image) for image in self.images])
         return {
             "n": len(self.images),
             "classes": len(self.classes),
             "classes_digest": digest(self.classes),
-            "set_digest": digest(self.classes, names, of_images),
+            "set_digest": digest(self.classes, names, self.contents),
         }
+
+    @cached_property
+    def contents(self) -> list[str]:
+        """Digests of the images' files with their masks."""
+        return contents(self.entry.name, [self._reader(image) for image in self.images])
 
     def _reader(self, image: MaskedImage) -> Callable[[], Iterator[bytes | NDArray[Any]]]:
         def read() -> Iterator[bytes | NDArray[Any]]:
             yield image.data()
             yield image.mask()
-            if self.entry.dense == PROPOSALS:
+            if self.proposals is not None:
+                yield self.proposals.raw(image.name)
+            elif self.entry.dense == PROPOSALS:
                 yield from (part for label, mask in image.segments() for part in (str(label).encode(), mask))
 
         return read
@@ -105,6 +118,8 @@ class SegmentationSet(EvaluationSet):
         labels = [line for number, line in enumerate(self.classes) if number != self.background]
         if dense == PROPOSALS:
             options = SegmentOptions(threshold=entry.threshold)
+            if entry.proposal_weight is not None:
+                options = replace(options, proposal_weight=entry.proposal_weight)
         else:
             options = SegmentOptions(entry.short_side, entry.stride, entry.refine, entry.threshold)
             short_side, stride = options.sizes(embedder.size)
@@ -116,15 +131,23 @@ class SegmentationSet(EvaluationSet):
         options = {name: getattr(query.options, name) for name in ("short_side", "stride", "refine", "threshold")}
         common = {"dense": query.dense, "size": embedder.size, **options, "background": self.entry.background}
         crop = {"crop": embedder.crop.to_dict()} if query.dense == PROPOSALS else {}
-        return {**common, **crop, "templates": query.templates}
+        found: dict[str, Any] = {}
+        if self.proposals is not None:
+            weight = query.options.proposal_weight if self.proposals.scored else None
+            found = {"proposals": self.entry.proposals, "proposal_weight": weight}
+        return {**common, **crop, **found, "templates": query.templates}
 
     def prepare(self, embedder: Embedder, number: int) -> MaskedItem:
         image = self.images[number]
-        masks: NDArray[np.uint8] | None = None
-        if self.entry.dense == PROPOSALS:
-            segments = [mask for label, mask in image.segments() if label != self.background and mask.any()]
-            masks = np.array(segments, np.uint8) * np.uint8(255)
-        return MaskedItem(number, as_seen(image.data(), self.entry, embedder), image.mask(), masks)
+        data, truth = as_seen(image.data(), self.entry, embedder), image.mask()
+        if self.proposals is not None:
+            masks, scores = self.proposals.read(image.name, (len(truth), truth.shape[1]))
+            used = masks.max(axis=(1, 2), initial=0) > BINARY  # the others have no crop
+            return MaskedItem(number, data, truth, masks[used], None if scores is None else scores[used])
+        if self.entry.dense != PROPOSALS:
+            return MaskedItem(number, data, truth)
+        segments = [mask for label, mask in image.segments() if label != self.background and mask.any()]
+        return MaskedItem(number, data, truth, np.array(segments, np.uint8) * np.uint8(255))
 
     def scorer(self, embedder: Embedder, known: Known) -> SegmentationScorer:
         query = self.query(embedder)
@@ -163,7 +186,7 @@ class SegmentationScorer:
                 found = np.full(item.truth.shape, len(self._class_of) - 1, np.int64)
             else:
                 try:
-                    found = self._segment(item.data, item.masks).astype(np.int64)
+                    found = self._segment(item.data, item.masks, item.scores).astype(np.int64)
                 except RAdapterError as error:
                     raise RAdapterError(f"{self._data.images[item.number].name}: {error}") from error
             known = item.truth != IGNORE

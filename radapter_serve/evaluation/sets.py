@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,17 @@ from radapter_serve.data import (
 )
 from radapter_serve.data.held_out import check_held_out
 from radapter_serve.data.masked import load_masked
+from radapter_serve.data.objectnet import objectnet_members
+from radapter_serve.data.proposals import load_proposals
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, drawn
 from radapter_serve.evaluation.image_sets import ClassificationSet, Image, RetrievalSet
-from radapter_serve.evaluation.karpathy import load_karpathy
 from radapter_serve.evaluation.segmentation import SegmentationSet
 from radapter_serve.evaluation.suite import Entry, Suite
 from radapter_serve.files import read_yaml
 from radapter_serve.inputs.labels import split_label
 
-_READERS = (*READERS, "masks", "coco", "karpathy")
+_READERS = (*READERS, "masks", "coco")
 
 
 def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int = 0) -> EvaluationSet:
@@ -56,7 +57,7 @@ def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int 
             return _retrieval_set(suite, entry, spec, limit, seed)
         if entry.task == "segmentation":
             return _segmentation_set(suite, entry, spec, limit, seed)
-        mapping = _class_mapping(suite, entry.classes)
+        mapping, members = _class_mapping(suite, entry.classes)
         data = load_labelled(
             spec,
             image_column=entry.image_column,
@@ -71,7 +72,7 @@ def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int 
     except RAdapterError as error:
         raise RAdapterError(f"data set {entry.name!r}: {error}") from error
     templates = _templates(suite, entry.templates)
-    return classification_set(entry, data, templates, mapping=mapping, limit=limit, seed=seed)
+    return classification_set(entry, data, templates, mapping=mapping, members=members, limit=limit, seed=seed)
 
 
 def classification_set(
@@ -80,6 +81,7 @@ def classification_set(
     templates: list[str] | None = None,
     *,
     mapping: Mapping[str, str] | None = None,
+    members: Mapping[str, Sequence[str]] | None = None,
     limit: int | None = None,
     seed: int = 0,
 ) -> ClassificationSet:
@@ -90,11 +92,12 @@ def classification_set(
         data: from `load_labelled`.
         templates: prompt templates; None takes the model's own.
         mapping: from the data's class names to those for prompts; others are left out.
+        members: of each class of the mapping the classes with prompts that it stands for; None asks for it itself.
         limit: no more images than this, drawn by `seed`.
         seed: of that draw.
     """
     labels = data.labels()
-    classes, chosen = data.classes, np.arange(len(labels))
+    classes, chosen, asked = data.classes, np.arange(len(labels)), list[Sequence[str]]()
     if mapping is not None:
         kept = [index for index, name in enumerate(data.own) if name in mapping]
         if not kept:
@@ -105,21 +108,17 @@ def classification_set(
         new = np.full(len(classes), -1)
         new[kept] = np.arange(len(kept))
         classes, labels = [mapping[data.own[index]] for index in kept], new[labels]
+        asked = [members[data.own[index]] for index in kept] if members else []
         chosen = np.flatnonzero(labels >= 0)
     chosen = chosen[drawn(len(chosen), limit, seed)]
     data.exif_orientation = entry.exif_orientation
     images = [Image(data, data.rows, int(index), entry.border) for index in chosen]
-    return ClassificationSet(entry, images, labels[chosen], list(classes), templates)
+    return ClassificationSet(entry, images, labels[chosen], list(classes), templates, asked)
 
 
 def _retrieval_set(suite: Suite, entry: Entry, spec: str, limit: int | None, seed: int) -> RetrievalSet:
-    folder = _images(suite, entry)
-    reader, _, place = spec.partition(":")
-    if reader == "karpathy":
-        path, _, split = place.rpartition("@") if "@" in place else (place, "", "test")
-        data = load_karpathy(Path(path), split, folder or Path(path).parent)
-    else:
-        data = load_captioned(spec, image_column=entry.image_column, caption_column=entry.caption_column, images=folder)
+    images = _images(suite, entry)
+    data = load_captioned(spec, image_column=entry.image_column, caption_column=entry.caption_column, images=images)
     return retrieval_set(entry, data, limit, seed)
 
 
@@ -155,7 +154,15 @@ def _segmentation_set(suite: Suite, entry: Entry, spec: str, limit: int | None, 
         exif_orientation=entry.exif_orientation,
     )
     images = [data.images[index] for index in drawn(len(data.images), limit, seed)]
-    return SegmentationSet(entry, images, data.classes, _templates(suite, entry.templates))
+    proposals = None
+    if entry.proposals is not None:
+        labels = len(data.classes) - (entry.background is not None)
+        proposals = load_proposals(suite.data_root / entry.proposals, [image.name for image in images], labels)
+        if entry.proposal_weight is not None and not proposals.scored:
+            raise RAdapterError(
+                f"proposal_weight is {entry.proposal_weight} but {entry.proposals} has no scores to weigh"
+            )
+    return SegmentationSet(entry, images, data.classes, _templates(suite, entry.templates), proposals)
 
 
 def _below(root: Path, spec: str) -> str:
@@ -172,17 +179,24 @@ def _file(suite: Suite, name: str) -> Path:
     return suite.folder / name if (suite.folder / name).exists() else suite.data_root / name
 
 
-def _class_mapping(suite: Suite, classes: str | None) -> dict[str, str] | None:
-    """The mapping that `classes` names; None where it is no mapping."""
+def _class_mapping(
+    suite: Suite, classes: str | None
+) -> tuple[Mapping[str, str] | None, Mapping[str, Sequence[str]] | None]:
+    """The mapping that `classes` names, and its members; None where it is no mapping, or has none."""
     if classes == "imagenet":
-        return imagenet_classes()
-    if classes is None or not classes.endswith((".yaml", ".yml")):
-        return None
+        return imagenet_classes(), None
+    if classes is None:
+        return None, None
     path = _file(suite, classes)
+    if path.is_dir():
+        common = objectnet_members(path)
+        return {own: name for own, (name, _) in common.items()}, {own: of for own, (_, of) in common.items()}
+    if not classes.endswith((".yaml", ".yml")):
+        return None, None
     mapping = read_yaml(path, "the classes")
     if not isinstance(mapping, dict) or not mapping or not all(split_label(str(name)) for name in mapping.values()):
         raise RAdapterError(f"the classes {path} must map the data's class names to names for prompts")
-    return {str(own): str(name) for own, name in mapping.items()}
+    return {str(own): str(name) for own, name in mapping.items()}, None
 
 
 def _templates(suite: Suite, source: Any) -> list[str] | None:

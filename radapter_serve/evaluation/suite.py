@@ -31,13 +31,14 @@ USED_BY = {  # which tasks use a field, for fields that not every task uses
     **dict.fromkeys(("label_column", "class_split"), ("classification",)),
     **dict.fromkeys(("caption_column", "max_captions"), ("retrieval",)),
     **dict.fromkeys(("dense", "short_side", "stride", "refine", "threshold", "background"), ("segmentation",)),
+    **dict.fromkeys(("proposals", "proposal_weight"), ("segmentation",)),
 }
 
 
 def _templates(value: Any) -> Any:
     if value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(t, str) for t in value)):
         return value
-    raise ValueError("allowed: openai, simple, a file, a template, or a list of templates")
+    raise ValueError("allowed: openai, vild, ovseg, simple, a file, a template, or a list of templates")
 
 
 Templates = Annotated[Any, BeforeValidator(_templates)]
@@ -49,21 +50,21 @@ class Entry:
 
     Attributes:
         name: in rows, tables and pictures.
-        data: `imagefolder:DIR`, `csv:FILE`, ... below the data root, or a hub name, as in `load_labelled`; for
-            segmentation `masks:DIR` or `coco:FILE.json`, as in `load_masked`; for retrieval also `karpathy:FILE.json`,
-            of which `@test` at the end takes one split.
+        data: `imagefolder:DIR`, `csv:FILE`, ... below the data root, or a hub name, as in `load_labelled` and
+            `load_captioned`; for segmentation `masks:DIR` or `coco:FILE.json`, as in `load_masked`.
         task: `classification`, `retrieval` between images and their captions, or `segmentation`.
         shift: `id`, as the training data, or `ood`, shifted.
         split: `test`, or `validation`, which `--alpha auto` chooses by.
         metric: what tables, pictures and the choice of α show; every row has all metrics of the task.
         classes: classification: a label file in the order of the labels; a YAML mapping from the data's own class names
             to names for prompts, which leaves out classes that it lacks; `imagenet`, that mapping from WordNet ids or
-            numbers to CLIP's names; None takes the data's own names. Segmentation: the class file of the masks, as in
-            `load_masked`; None takes the one with the data. A file is looked for beside the suite, then below
-            the data root.
+            numbers to CLIP's names; the folder `mappings` of ObjectNet, where each class has the best score of the
+            ImageNet classes that it stands for; None takes the data's own names. Segmentation: the class file of the
+            masks, as in `load_masked`; None takes the one with the data. A file is looked for beside the suite, then
+            below the data root.
         class_split: `base`, the first half of the classes, or `novel`, the others; `all` takes all. Of a data set that
             has both, the harmonic mean of the two is reported, too.
-        templates: prompt templates, `openai`, `simple`, or a file beside the suite; None takes the
+        templates: prompt templates, `openai`, `vild`, `ovseg`, `simple`, or a file beside the suite; None takes the
             model's own.
         exif_orientation: turn images as their EXIF says, for every model; false leaves the pixels as the file has
             them, as open_clip does.
@@ -71,8 +72,12 @@ class Entry:
         image_column, label_column, caption_column: names of columns.
         max_captions: retrieval: no more captions of an image than this, its first; None takes all.
         images: folder of the images below the data root, for data that names them relative to elsewhere.
-        dense: segmentation: the way from patches to embeddings; `proposals` gives the model the true masks instead and
-            classifies their crops, the upper bound of what proposals can reach; None takes the model's own way.
+        dense: segmentation: the way from patches to embeddings; `proposals` gives the model masks instead and
+            classifies their crops; None takes the model's own way.
+        proposals: segmentation with `dense: proposals`: masks of a proposal network, a folder of .npz files or a JSON
+            file of COCO's results below the data root, as in `load_proposals`; None takes the true masks, the upper
+            bound of what proposals can reach.
+        proposal_weight: w in [0, 1] of the fusion p = p_proposal^(1-w) p_clip^w of proposals with scores; None is 0.7.
         short_side, stride, refine, threshold: segmentation: as in `SegmentOptions`.
         background: segmentation with a threshold: the class of pixels where every other class is below the threshold;
             it has no prompt. Without such a class these pixels count as wrong.
@@ -101,6 +106,8 @@ class Entry:
     refine: int = 0
     threshold: float | None = None
     background: str | None = None
+    proposals: str | None = None
+    proposal_weight: float | None = None
     language: str = "en"
 
     def __post_init__(self) -> None:
@@ -115,8 +122,16 @@ class Entry:
             raise RAdapterError(
                 f"data set {self.name!r}: background is {self.background!r}, which needs a threshold, such as 0.1"
             )
+        if self.proposals is not None and self.dense != PROPOSALS:
+            raise RAdapterError(
+                f"data set {self.name!r}: proposals is {self.proposals!r}, which needs dense: proposals"
+            )
+        if self.proposal_weight is not None and self.proposals is None:
+            raise RAdapterError(
+                f"data set {self.name!r}: proposal_weight is {self.proposal_weight}, which needs proposals with scores"
+            )
         try:
-            SegmentOptions(self.short_side, self.stride, self.refine, self.threshold)
+            SegmentOptions(self.short_side, self.stride, self.refine, self.threshold, self.proposal_weight or 0.0)
         except TaskError as error:
             raise RAdapterError(f"data set {self.name!r}: {error.message}") from None
 

@@ -35,6 +35,8 @@ from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.files import digest_of
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess, decode
+from radapter_serve.inputs.probabilities import class_probabilities
+from radapter_serve.release.alpha_schedule import EVEN, AlphaSchedule
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.tasks.dense import DenseSegmenter
 from radapter_serve.tasks.proposals import ProposalSegmenter
@@ -45,11 +47,12 @@ _WINDOWS = 16
 
 
 @dataclass
-class _Line:
+class Line:
     """Weights on a line from the base, `W + α·delta`: a folded adapter, or WiSE-FT."""
 
     source: str
     deltas: dict[str, Tensor]
+    layers: Sequence[str] = ()  # that a schedule of α knows
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -60,6 +63,7 @@ class TorchEmbedder:
         base: gives model, preprocessing and tokenizer; its weights change until `close`.
         lines: the changes.
         alphas: re-scalings in [0, 1], for each line.
+        schedules: of α over the layers, for a line that has factors; every one at every α.
         templates: prompt templates for data sets that bring none.
         dense: the lines' own way of dense embeddings; None where they name none.
         crop: how the masks of proposals are shown; None takes the usual crop.
@@ -70,10 +74,11 @@ class TorchEmbedder:
     def __init__(
         self,
         base: Base,
-        lines: Sequence[_Line],
+        lines: Sequence[Line],
         alphas: Sequence[float | None],
         templates: list[str],
         *,
+        schedules: Sequence[AlphaSchedule] = (EVEN,),
         dense: str | None = None,
         crop: MaskCrop | None = None,
         precision: Precision = "fp32",
@@ -94,7 +99,10 @@ class TorchEmbedder:
         self._lines = {line.source: line for line in lines}
         common = {"model": base.name, "pretrained": base.pretrained, "precision": precision}
         self.variants: Sequence[Variant] = [
-            Variant(line.source, alpha, {**common, **line.facts}) for line in lines for alpha in alphas
+            Variant(line.source, alpha, {**common, **line.facts}, schedule)
+            for line in lines
+            for schedule in (schedules if line.layers else [EVEN])
+            for alpha in alphas
         ]
         changed = sorted({key for line in lines for key in line.deltas})
         self._originals = {key: self._tensors[key].clone() for key in changed}
@@ -106,11 +114,13 @@ class TorchEmbedder:
     def select(self, variant: Variant) -> None:
         if variant is self._selected:
             return
-        deltas = self._lines[variant.source].deltas
+        line = self._lines[variant.source]
+        factors = variant.schedule.factors(line.layers)
         for key, original in self._originals.items():
             value = original
-            if key in deltas and variant.alpha is not None:
-                value = torch.add(original.float(), deltas[key], alpha=variant.alpha)
+            if key in line.deltas and variant.alpha is not None:
+                alpha = variant.alpha * factors.get(key.rpartition(".")[0], 1.0)
+                value = torch.add(original.float(), line.deltas[key], alpha=alpha)
             self._tensors[key].copy_(value)
         self._selected = variant
 
@@ -128,6 +138,9 @@ class TorchEmbedder:
         with self._autocast():
             embeds = encode_texts(self._model, self._base.tokenizer(list(texts)))
         return np.asarray(embeds.float().cpu().numpy())
+
+    def probabilities(self, cosines: Floats) -> Floats:
+        return class_probabilities(cosines, *self._logits())
 
     def way(self, dense: str | None) -> str:
         way = dense or self._dense
@@ -149,8 +162,7 @@ class TorchEmbedder:
                 found = encode_image(self._model, pixels) if way is None else encode_patches(self._model, pixels, way)
             return np.asarray(found.float().cpu().numpy())
 
-        scale, offset = float(self._tensors["logit_scale"].float().exp()), self._tensors.get("logit_bias")
-        bias = None if offset is None else float(offset)
+        scale, bias = self._logits()
         segmenter: DenseSegmenter | ProposalSegmenter
         if query.dense == PROPOSALS:
             segmenter = ProposalSegmenter(encode, self._preprocess, self.crop, scale, _WINDOWS, bias)
@@ -164,6 +176,11 @@ class TorchEmbedder:
         for key, original in self._originals.items():
             self._tensors[key].copy_(original)
         self._selected = None
+
+    def _logits(self) -> tuple[float, float | None]:
+        """Scale and bias that make logits of cosines."""
+        bias = self._tensors.get("logit_bias")
+        return float(self._tensors["logit_scale"].float().exp()), None if bias is None else float(bias)
 
     def _pixels(self, windows: NDArray[np.uint8]) -> Tensor:
         pixels = torch.from_numpy(windows).to(self._device).permute(0, 3, 1, 2).float() / 255
@@ -179,6 +196,7 @@ def from_adapter(
     path: str | Path,
     alphas: Sequence[float] | None = None,
     *,
+    schedules: Sequence[AlphaSchedule] = (EVEN,),
     base: str | None = None,
     pretrained: str | None = None,
     finetuned: str | Path | None = None,
@@ -190,6 +208,7 @@ def from_adapter(
     Args:
         path: adapter file, or the folder of a run.
         alphas: re-scalings in [0, 1]; 0, the adapter's own and 1 if None.
+        schedules: of α over the layers, each at every α.
         base: open_clip architecture or `local-dir:PATH`; what the adapter was trained on if None.
         pretrained: open_clip tag or a checkpoint's path; what the adapter was trained on if None.
         finetuned: a fine-tuned checkpoint of the same base, for WiSE-FT at the same α beside it.
@@ -203,7 +222,9 @@ def from_adapter(
     meta = adapter.metadata
     alphas = sorted({0.0, meta.alpha, 1.0}) if alphas is None else alphas
     clip = load_base(base or meta.architecture, pretrained or meta.pretrained)
-    return embedder_of(clip, adapter, alphas, finetuned=finetuned, precision=precision, device=device)
+    return embedder_of(
+        clip, adapter, alphas, schedules=schedules, finetuned=finetuned, precision=precision, device=device
+    )
 
 
 def embedder_of(
@@ -211,6 +232,7 @@ def embedder_of(
     adapter: Adapter,
     alphas: Sequence[float],
     *,
+    schedules: Sequence[AlphaSchedule] = (EVEN,),
     finetuned: str | Path | None = None,
     precision: Precision = "fp32",
     device: str | None = None,
@@ -226,16 +248,17 @@ def embedder_of(
         for name in (f"{key}.weight", f"{key}.bias"):
             if name in weights:
                 deltas[name] = adapter.matrix(key) @ weights[name].float().cpu()
-    lines = [_Line("adapter", deltas, {**facts, "adapter_digest": adapter.digest})]
+    lines = [Line("adapter", deltas, adapter.keys, {**facts, "adapter_digest": adapter.digest})]
     if finetuned is not None:
         change, digest = _difference(Path(finetuned), weights)
-        lines.append(_Line("wise-ft", change, {**facts, "weights_digest": digest}))
+        lines.append(Line("wise-ft", change, facts={**facts, "weights_digest": digest}))
     dense = adapter.metadata.recipe.get("dense", "none")
     return TorchEmbedder(
         base,
         lines,
         alphas,
         adapter.metadata.templates,
+        schedules=schedules,
         dense=None if dense == "none" else dense,
         crop=MaskCrop.from_recipe(adapter.metadata.recipe, base.preprocess["mean"]),
         precision=precision,
@@ -256,7 +279,7 @@ def as_it_is(
         crop: how the masks of proposals are shown.
     """
     device = str(next(base.model.parameters()).device)
-    return TorchEmbedder(base, [_Line("adapter", {})], [alpha], templates, dense=dense, crop=crop, device=device)
+    return TorchEmbedder(base, [Line("adapter", {})], [alpha], templates, dense=dense, crop=crop, device=device)
 
 
 def from_merged(folder: str | Path, *, precision: Precision = "fp32", device: str | None = None) -> TorchEmbedder:
@@ -270,7 +293,7 @@ def from_merged(folder: str | Path, *, precision: Precision = "fp32", device: st
     release = Release.load(folder) if (folder / FILE).exists() else None
     weights = next((p for p in folder.glob("open_clip_*") if p.suffix in (".safetensors", ".bin", ".pt")), None)
     facts = {"weights_digest": digest_of(weights)} if weights else {}
-    line = _Line("merged", {}, {**(release_facts(release) if release else {}), **facts, "precision": precision})
+    line = Line("merged", {}, facts={**(release_facts(release) if release else {}), **facts, "precision": precision})
     return TorchEmbedder(
         base,
         [line],

@@ -257,6 +257,7 @@ async def _while_there(request: Request, work: Coroutine[Any, Any, Any], seconds
             return task.result()
         raise _Gone if left.done() else late(504, "the request took longer than it may")
     finally:
-        task.cancel()
         left.cancel()
-        await asyncio.gather(task, left, return_exceptions=True)
+        if not task.done():  # its place is free again before anybody hears of this
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)

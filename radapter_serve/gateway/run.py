@@ -21,7 +21,8 @@ from radapter_serve.gateway.app import Gateway
 from radapter_serve.gateway.connection import connection
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.gateway.upstream import Triton, Upstream
-from radapter_serve.server.processes import ending_with_parent
+from radapter_serve.server.processes import STOPPED, Process, ending_with_parent, how_it_ended
+from radapter_serve.server.watch import GATEWAY
 
 KEEP_ALIVE = 30  # seconds that a connection stays open between requests
 DRAIN = 20  # seconds that running requests have when the gateway stops
@@ -80,14 +81,14 @@ def serve(settings: Settings, started: Callable[[str], None] = lambda url: None)
         server(settings).run([listener])
 
 
-def listen(settings: Settings) -> socket.socket:
-    """The socket that the settings ask for."""
-    address = settings.check()
+def listen(settings: Settings, where: str = "--") -> socket.socket:
+    """The socket that the settings ask for; `where` is how the flags for host and port begin."""
+    address = settings.check(where)
     try:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         listener = socket.create_server((address, settings.port), family=family, backlog=settings.max_connections)
     except OSError as error:
-        why = f"{os.strerror(error.errno or 0)}; choose another with --port"
+        why = f"{os.strerror(error.errno or 0)}; choose another with {where}port"
         raise RAdapterError(f"cannot listen on {settings.host} port {settings.port}: {why}") from None
     # Else an answer's body waits 40 ms for the caller to confirm its headers: asyncio sees to that for its own sockets.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -108,6 +109,45 @@ def start(settings: Settings) -> subprocess.Popen[bytes]:
     """Start a gateway in a process of its own, which ends with the thread that starts it; SIGTERM stops it in order."""
     settings.check()
     return subprocess.Popen(ending_with_parent(command(settings)), stdin=subprocess.DEVNULL)
+
+
+class Child:
+    """A gateway in a process of its own, as a context manager, for a `Supervisor` to keep up.
+
+    Args:
+        settings: of the gateway.
+    """
+
+    name = GATEWAY
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def start(self) -> None:
+        """Start it, also again."""
+        self._process = start(self._settings)
+
+    def died(self) -> str | None:
+        """Why it no longer runs; None while it does. What a signal has stopped is killed."""
+        if (code := self._process.poll()) is not None:
+            return how_it_ended(code)
+        if Process.of(self._process.pid).state != "T":
+            return None
+        self._process.kill()
+        self._process.wait()
+        return STOPPED
+
+    def __enter__(self) -> Child:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(DRAIN + 5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 def _allow_files(connections: int) -> None:

@@ -49,30 +49,33 @@ class Settings:
     max_connections: int = 512
     timeout: float = 60.0
 
-    def check(self) -> str:
+    def check(self, where: str = "--") -> str:
         """The address to listen on.
+
+        Args:
+            where: how the flags for host and port begin.
 
         Raises:
             RAdapterError: a value that is not allowed, or doors open by mistake.
         """
-        for name, least in (("max_concurrent", 1), ("max_queue", 0), ("max_connections", 1), ("port", 0)):
+        if not 0 <= self.port <= 65535:
+            raise RAdapterError(f"{where}port is {self.port}; allowed are 1 to 65535, and 0 for any that is free")
+        for name, least in (("max_concurrent", 1), ("max_queue", 0), ("max_connections", 1)):
             if getattr(self, name) < least:
                 raise RAdapterError(f"{_flag(name)} is {getattr(self, name)}; allowed are {least} and more")
         for name in ("max_body", "max_memory", "timeout"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise RAdapterError(f"{_flag(name)} is {getattr(self, name):g}; allowed are numbers above 0")
-        if self.port > 65535:
-            raise RAdapterError(f"--port is {self.port}; allowed are 1 to 65535")
         if self.max_memory < self.max_body:
             raise RAdapterError(f"--max-memory {self.max_memory:g} holds no body of --max-body {self.max_body:g} MiB")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise RAdapterError("--tls-certificate and --tls-key go together; give both or none")
         if self.api_keys is not None and self.no_api_keys:
             raise RAdapterError("give --api-keys FILE or --no-api-keys, not both")
-        address = address_of(self.host)
+        address = address_of(self.host, f"{where}host")
         if self.api_keys is None and not self.no_api_keys and not ipaddress.ip_address(address).is_loopback:
             raise RAdapterError(
-                f"--host {self.host} lets others in, and there are no keys; make one with: radapter-gateway "
+                f"{where}host {self.host} lets others in, and there are no keys; make one with: radapter-gateway "
                 "--api-keys FILE --new-key NAME, or let everybody in with --no-api-keys"
             )
         return address

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.inputs.errors import NO_LABELS, TaskError, invalid
+from radapter_serve.inputs.templates import BUILT_IN_TEMPLATES
 
-BUILT_IN_TEMPLATES = {"simple": ["a photo of a {}."]}
 # Of one request, checked before a prompt is built. A label set that is exported may have more prompts.
 MAX_PROMPTS = 20_000
 MAX_CHARACTERS = 10_000_000  # of all its prompts together
@@ -45,7 +45,7 @@ def read_label_file(path: str | Path) -> list[str]:
 
 
 def read_templates(source: str | Path | Sequence[str]) -> list[str]:
-    """Prompt templates from a list, the name of a built-in set ("simple"), one template, or a file with one a line.
+    """Prompt templates from a list, the name of a built-in set ("simple", "vild"), one template, or a file.
 
     Raises:
         RAdapterError: a template without `{}`, where the label goes, or too long a one, or no such file.

@@ -16,7 +16,7 @@ from radapter_serve.inputs.errors import TaskError
 
 FORMAT = 1
 FILE = "release.json"
-_OPTIONAL = ("quantization", "accuracy")  # left out of the file where they are None
+_OPTIONAL = ("quantization", "accuracy", "alpha_schedule")  # left out of the file where they are None
 _DECIDING = (
     *("base_digest", "adapter_digest", "alpha", "architecture"),
     *("preprocess", "tokenizer", "precision", "embed_dim"),
@@ -32,7 +32,7 @@ class Release:
         alpha: the re-scaling that was folded, or the default where requests may bring their own; in [0, 1].
         architecture: of the base: an open_clip name, or `local-dir:PATH`.
         base_digest: of the base's adapted tensors.
-        adapter_digest: of the adapter, or of the average of several.
+        adapter_digest: of the adapter, or of the average of several, scaled by the schedule where there is one.
         preprocess: size in pixels, mode, interpolation, resize_mode, fill_color, mean, std, exif_orientation.
         tokenizer: kind, digest, context_length, dynamic_length, start, end, pad, clean.
         embed_dim: width of the embeddings.
@@ -41,6 +41,7 @@ class Release:
         agreement: with torch: of each encoder max_error and min_cosine; batches, and the bounds tolerance, min_cosine.
         logit_bias: of models that were trained with a sigmoid loss; None for a softmax.
         dynamic_alpha: whether the encoders take α as an input.
+        alpha_schedule: depth, image and text of the `AlphaSchedule` that is folded in; None where α is even.
         adapters: digest and weight of each adapter that was averaged.
         precision: of the encoders.
         quantization: of int8: kind, and what the ranges were found by; None for other precisions.
@@ -68,6 +69,7 @@ class Release:
     agreement: dict[str, Any]
     logit_bias: float | None = None
     dynamic_alpha: bool = False
+    alpha_schedule: dict[str, float] | None = None
     adapters: list[dict[str, Any]] = field(default_factory=list)
     precision: str = "fp32"
     quantization: dict[str, Any] | None = None

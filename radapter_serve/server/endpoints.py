@@ -85,13 +85,13 @@ class Endpoints:
         ]
 
 
-def address_of(host: str) -> str:
-    """The address of a host name; IPv4 where it has both."""
+def address_of(host: str, flag: str = "--host") -> str:
+    """The address of a host name, which `flag` gave; IPv4 where it has both."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise RAdapterError(
-            f"--host {host!r}: {why}; give a name or an address of this machine, such as localhost or 0.0.0.0"
+            f"{flag} {host!r}: {why}; give a name or an address of this machine, such as localhost or 0.0.0.0"
         ) from None
     return str(min(found, key=lambda info: info[0] != socket.AF_INET)[4][0])

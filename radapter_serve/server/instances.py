@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.server.lineup import Offered, parsed
 from radapter_serve.server.probe import TASKS
 
 MOST = 64
@@ -40,19 +42,19 @@ def counts(wanted: Sequence[str]) -> dict[str, int]:
     return {**every, **own}
 
 
-def with_instances(configs: Mapping[str, str], wanted: Mapping[str, int]) -> dict[str, str]:
-    """The texts of config.pbtxt, by model, with so many instances of these tasks."""
-    return {name: _with_count(text, wanted[name]) if name in wanted else text for name, text in configs.items()}
+def with_instances(models: Mapping[str, Offered], wanted: Mapping[str, int]) -> dict[str, Offered]:
+    """Models with so many instances of these tasks."""
+    return {
+        name: replace(model, config=_with_count(model.config, wanted[name])) if name in wanted else model
+        for name, model in models.items()
+    }
 
 
-def check_shared_memory(
-    configs: Mapping[str, str], versions: Mapping[str, Sequence[int]], in_python: Sequence[str]
-) -> str | None:
+def check_shared_memory(models: Mapping[str, Offered], in_python: Sequence[str]) -> str | None:
     """Compare /dev/shm with what the processes need.
 
     Args:
-        configs: the text of each model's config.pbtxt.
-        versions: of each model.
+        models: all that the server loads, by name.
         in_python: backends whose models run in processes of their own.
 
     Returns:
@@ -62,10 +64,10 @@ def check_shared_memory(
         RAdapterError: the server could not even start.
     """
     stubs = rows = 0
-    for name, text in configs.items():
-        config = _parsed(text)
+    for model in models.values():
+        config = parsed(model.config)
         if config.backend in in_python:
-            stubs += len(versions[name]) * sum(group.count or 1 for group in config.instance_group)
+            stubs += len(model.versions) * sum(group.count or 1 for group in config.instance_group)
         rows = max([rows, *(_batch_bytes(config.max_batch_size, tensor) for tensor in config.input)])
     if not SHARED_MEMORY.is_dir():
         return None
@@ -87,14 +89,10 @@ def check_shared_memory(
 
 
 def _with_count(text: str, count: int) -> str:
-    config = _parsed(text)
+    config = parsed(text)
     for group in config.instance_group or [config.instance_group.add()]:
         group.count = count
     return str(text_format.MessageToString(config))
-
-
-def _parsed(text: str) -> Any:
-    return text_format.Parse(text, model_config_pb2.ModelConfig(), allow_unknown_field=True)
 
 
 def _batch_bytes(max_batch_size: int, tensor: Any) -> int:

@@ -49,6 +49,24 @@ def parsed(text: str) -> Any:
     return text_format.Parse(text, model_config_pb2.ModelConfig(), allow_unknown_field=True)
 
 
+def models_of(repository: Path) -> dict[str, list[int]]:
+    """The models of a repository and their versions.
+
+    Raises:
+        RAdapterError: no such folder, or it holds no release.
+    """
+    if not repository.is_dir():
+        raise RAdapterError(f"the model repository {repository} does not exist; make it with: radapter-export")
+    models = {
+        path.parent.name: versions
+        for path in sorted(repository.glob("*/config.pbtxt"))
+        if (versions := versions_of(path.parent))
+    }
+    if not models:
+        raise RAdapterError(f"the model repository {repository} holds no release; make one with: radapter-export")
+    return models
+
+
 def line_up(
     repository: Path, releases: Sequence[int], kept: Sequence[int], encoders: Mapping[str, str]
 ) -> dict[str, Offered]:
@@ -84,11 +102,18 @@ def line_up(
     return found
 
 
-def others(repository: Path) -> dict[str, Offered]:
-    """Models that belong to no release, as their owner wrote them."""
+def others(repository: Path, encoders: Mapping[str, str]) -> dict[str, Offered]:
+    """Models that belong to no release, as their owner wrote them.
+
+    In a repository without `classify`, which has the releases, these are all that there are.
+
+    Args:
+        repository: the model repository.
+        encoders: the config of each for this machine, by name.
+    """
     released = MODELS if releases_of(repository) else ()
     return {
-        path.parent.name: Offered(tuple(versions), path.read_text(encoding="utf-8"))
+        path.parent.name: Offered(tuple(versions), encoders.get(path.parent.name) or path.read_text(encoding="utf-8"))
         for path in sorted(repository.glob(f"*/{CONFIG}"))
         if path.parent.name not in released and (versions := versions_of(path.parent))
     }

@@ -72,6 +72,9 @@ def remove_leftovers() -> None:
                 os.close(lock)
 
 
+STOPPED = "a signal had stopped it, so it was killed"
+
+
 @dataclass(frozen=True)
 class Process:
     """A process as the kernel sees it now.
@@ -118,14 +121,13 @@ def children(parent: int) -> dict[int, Process]:
     return found
 
 
-def how_it_ended(status: int, *, short_of_memory: bool) -> str:
+def how_it_ended(code: int, *, short_of_memory: bool = False) -> str:
     """Why a process died, for people.
 
     Args:
-        status: as `os.waitpid` gives it.
+        code: its status, or minus the number of the signal that killed it.
         short_of_memory: whether the kernel killed processes for want of memory at that time.
     """
-    code = os.waitstatus_to_exitcode(status)
     if code == -signal.SIGKILL and short_of_memory:
         return "the kernel killed it, because memory ran out"
     if code < 0:

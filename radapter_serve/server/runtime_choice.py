@@ -75,16 +75,18 @@ def configure(
 
     Args:
         repository: the model repository.
-        releases: those to be served.
+        releases: those to be served; as the configs say if there are none.
         runtime: of all encoders; as exported if None; `AUTO` takes the fastest.
         threads: that the instances of an encoder share.
         installation: what can run them.
         progress: called with a short line before each step.
 
     Raises:
-        RAdapterError: the server lacks the runtime, or it does not compute the same.
+        RAdapterError: the server lacks the runtime, it does not compute the same, or there is no encoder to run by it.
     """
     encoders = encoders_of(repository, releases)
+    if runtime is not None and not encoders:
+        raise RAdapterError(f"{repository} holds no encoder of radapter-export; leave --runtime {runtime} out")
     shares = {encoder.name: share(threads, encoder.instances) for encoder in encoders}
     found, chosen = Configured(), runtime
     if runtime == AUTO:

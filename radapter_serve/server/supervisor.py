@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server.control import NoAnswer
@@ -17,16 +18,32 @@ MOST, WITHIN = 5, 60.0  # restarts of one thing, in so many seconds
 LONGEST_PAUSE = 8.0
 
 
+class Beside(Protocol):
+    """Another program that is kept up beside a server."""
+
+    @property
+    def name(self) -> str:
+        """As messages call it."""
+
+    def died(self) -> str | None:
+        """Why it no longer runs; None while it does."""
+
+    def start(self) -> None:
+        """Start it again."""
+
+
 class Supervisor:
     """Looks after a server that runs: starts again what died or no longer answers.
 
     Args:
         server: that was started.
         say: told in one line what died, why, and that it is back.
+        beside: other programs that were started.
     """
 
-    def __init__(self, server: TritonServer, say: Callable[[str], None]) -> None:
+    def __init__(self, server: TritonServer, say: Callable[[str], None], beside: Sequence[Beside] = ()) -> None:
         self._server, self._say = server, say
+        self._beside = {one.name: one for one in beside}
         self._probe = Probe(server.control, server.ticks)
         self._restarts: defaultdict[str, deque[float]] = defaultdict(deque)
 
@@ -52,6 +69,7 @@ class Supervisor:
             deaths.append(Death(name, "it no longer answered, so it was killed"))
         if any(death.name == SERVER for death in deaths):
             deaths = [death for death in deaths if death.name == SERVER]  # which brings its models back
+        deaths += [Death(name, why) for name, one in self._beside.items() if (why := one.died())]
         for death in deaths:
             self._mend(death)
 
@@ -63,6 +81,8 @@ class Supervisor:
         try:
             if death.name == SERVER:
                 self._server.restart()
+            elif death.name in self._beside:
+                self._beside[death.name].start()
             else:
                 self._server.reload(death.name)
         except NoAnswer:

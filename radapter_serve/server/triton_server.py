@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -14,21 +13,22 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import check
-from radapter_serve.release.repository import AUTO, RUNTIMES, versions_of
+from radapter_serve.release.repository import AUTO, RUNTIMES
 from radapter_serve.release.served import Served
 from radapter_serve.server.control import Control
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.installation import Installation, find_tritonserver
 from radapter_serve.server.instances import check_shared_memory, counts, with_instances
 from radapter_serve.server.launch import command_line, lay_out, put, server_environment
-from radapter_serve.server.lineup import Offered, kept_for_indexes, line_up, others
+from radapter_serve.server.lineup import Offered, kept_for_indexes, line_up, models_of, others
+from radapter_serve.server.messages import Messages
 from radapter_serve.server.probe import warm_up
 from radapter_serve.server.processes import FOLDER_PREFIX, hide_argument, hide_shared_memory, remove, remove_leftovers
 from radapter_serve.server.runtime_choice import Measured, configure
@@ -43,24 +43,6 @@ def free_ports() -> tuple[int, int, int]:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
         first, second, third = (one.getsockname()[1] for one in sockets)
     return first, second, third
-
-
-def models_of(repository: Path) -> dict[str, list[int]]:
-    """The models of a repository and their versions.
-
-    Raises:
-        RAdapterError: no such folder, or it holds no release.
-    """
-    if not repository.is_dir():
-        raise RAdapterError(f"the model repository {repository} does not exist; make it with: radapter-export")
-    models = {
-        path.parent.name: versions
-        for path in sorted(repository.glob("*/config.pbtxt"))
-        if (versions := versions_of(path.parent))
-    }
-    if not models:
-        raise RAdapterError(f"the model repository {repository} holds no release; make one with: radapter-export")
-    return models
 
 
 class TritonServer(Endpoints):
@@ -138,6 +120,7 @@ class TritonServer(Endpoints):
             raise RAdapterError(f"--threads is {threads}; allowed are 1 and more")
         self._timeout, self._drain_seconds = timeout, drain_seconds
         self._log, self._verbose = Path(log) if log else None, verbose
+        self._messages = Messages(None, "")
         self.runtime, self.threads = runtime, threads or total()
         self._releases = releases
         self._instances = counts(instances)
@@ -174,11 +157,10 @@ class TritonServer(Endpoints):
         self._installation = find_tritonserver()
         remove_leftovers()
         self.kept = kept_for_indexes(self.model_repository, self.served.releases, self.indexes)
-        released = self.line_up(self.served.releases, self.kept, progress)
-        self.offered = {**self._with_instances(others(self.model_repository)), **released}
-        configs = {name: model.config for name, model in self.offered.items()}
-        versions = {name: model.versions for name, model in self.offered.items()}
-        self.warning = check_shared_memory(configs, versions, self._installation.in_python)
+        encoders = self._configure(self.served.releases, progress)
+        released = line_up(self.model_repository, self.served.releases, sorted(self.kept), encoders)
+        self.offered = with_instances({**others(self.model_repository, encoders), **released}, self._instances)
+        self.warning = check_shared_memory(self.offered, self._installation.in_python)
         progress(f"starting tritonserver for {self.model_repository}")
         try:
             self._lay_out(self._installation)
@@ -196,10 +178,14 @@ class TritonServer(Endpoints):
         Raises:
             RAdapterError: a release whose runtime is not right here.
         """
-        if not releases:
-            return {}
-        repository, installation = self.model_repository, self._installation
-        configured = configure(repository, releases, self.runtime, self.threads, installation, progress)
+        encoders = self._configure(releases, progress)
+        return with_instances(line_up(self.model_repository, releases, sorted(kept), encoders), self._instances)
+
+    def _configure(self, releases: Sequence[int], progress: Callable[[str], None]) -> dict[str, str]:
+        """The config of each encoder for this machine."""
+        configured = configure(
+            self.model_repository, releases, self.runtime, self.threads, self._installation, progress
+        )
         self.runtime = configured.runtime
         self.measured = configured.measured or self.measured
         if configured.version_compatible and self._process is not None and not self._version_compatible:
@@ -208,12 +194,7 @@ class TritonServer(Endpoints):
                 "server, give this command again, and start the server"
             )
         self._version_compatible |= configured.version_compatible
-        found = line_up(repository, releases, sorted(kept), configured.configs)
-        return self._with_instances(found)
-
-    def _with_instances(self, models: Mapping[str, Offered]) -> dict[str, Offered]:
-        configs = with_instances({name: model.config for name, model in models.items()}, self._instances)
-        return {name: Offered(model.versions, configs[name]) for name, model in models.items()}
+        return configured.configs
 
     @property
     def folder(self) -> Path:
@@ -266,7 +247,7 @@ class TritonServer(Endpoints):
             return [Death(SERVER, "it was not started, or it was stopped")]
         deaths = self._watch.look()
         if self._process is not None and (self._process.poll() or -1) >= 0:  # no signal: its log says why
-            return [Death(SERVER, f"{death.why}: {self._reason()}") for death in deaths]
+            return [Death(SERVER, f"{death.why}: {self._messages.reason()}") for death in deaths]
         return deaths
 
     def check(self) -> None:
@@ -315,6 +296,8 @@ class TritonServer(Endpoints):
         """Make the server's folder, and what tritonserver is started with."""
         try:
             folder = self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+            log, where = self._log or folder / "server.log", str(self._log or "radapter-serve --verbose")
+            self._messages = Messages(None if self._verbose else log, where)
             self._lock = os.open(folder, os.O_RDONLY)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
             lay_out(folder, installation, self.model_repository, self.offered)
@@ -336,11 +319,7 @@ class TritonServer(Endpoints):
     def _run(self, mode: Literal["wb", "ab"]) -> None:
         """Start the process, and wait until all tasks have answered; `mode` begins its log or adds to it."""
         assert self._folder is not None
-        with contextlib.ExitStack() as stack:
-            try:
-                output = None if self._verbose else stack.enter_context(self._messages.open(mode))
-            except OSError as error:
-                raise RAdapterError(f"cannot write the log {self._messages}: {error.strerror}") from None
+        with self._messages.open(mode) as output:
             self._process = subprocess.Popen(
                 [*self._command, *(f"--load-model={model}" for model in self.offered)],
                 env=self._environment,
@@ -355,11 +334,10 @@ class TritonServer(Endpoints):
         deadline = time.monotonic() + self._timeout
         while not self.control.is_ready():
             if self._process.poll() is not None:
-                raise RAdapterError(f"tritonserver did not start: {self._reason()}")
+                raise RAdapterError(f"tritonserver did not start: {self._messages.reason()}")
             if time.monotonic() > deadline:
-                raise RAdapterError(
-                    f"tritonserver was not ready after {self._timeout:g} s: {self._reason()}; allow more with --timeout"
-                )
+                why = f"was not ready after {self._timeout:g} s: {self._messages.reason()}"
+                raise RAdapterError(f"tritonserver {why}; allow more with --timeout")
             time.sleep(0.05)
         hide_argument(self._process.pid, self._secret)
         self.renewed()
@@ -374,24 +352,3 @@ class TritonServer(Endpoints):
             process.wait()
         if self._folder is not None:
             hide_shared_memory(self._folder)
-
-    @property
-    def _messages(self) -> Path:
-        return self._log or (self._folder or Path()) / "server.log"
-
-    def _reason(self) -> str:
-        if self._verbose or not self._messages.exists():
-            return "its messages above say why"
-        where = self._log or "radapter-serve --verbose"
-        why = reason(self._messages.read_text(encoding="utf-8", errors="replace"))
-        return f"{why}; all its messages: {where}"
-
-
-def reason(log: str) -> str:
-    """The line of a server's log that says best why it failed: a model that did not load, else the last error."""
-    lines = [line for line in log.splitlines() if not re.search("CudaDriver|NVML|DCGM", line)]  # said without a GPU
-    errors = [line for line in lines if re.match(r"[EF]\d{4} ", line)]
-    best = [line for line in errors if "failed to load" in line] or errors or [line for line in lines if line.strip()]
-    if not best:
-        return "it wrote nothing"
-    return re.sub(r"^[EF]\d{4} \S+ +\d+ \S+\] ", "", best[-1]).strip().strip('"')

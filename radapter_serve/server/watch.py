@@ -11,9 +11,9 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from radapter_serve.server.processes import Process, children, how_it_ended, killed_for_memory
+from radapter_serve.server.processes import STOPPED, Process, children, how_it_ended, killed_for_memory
 
-SERVER = "tritonserver"
+SERVER, GATEWAY = "tritonserver", "radapter-gateway"
 _SAME_TIME = 10.0  # seconds
 _SEGMENTATION_FAULT = (
     "it ended by a segmentation fault, as a request of 4 MiB and more causes without the header "
@@ -26,7 +26,7 @@ class Death:
     """Something that no longer works.
 
     Attributes:
-        name: the model, or `SERVER`.
+        name: the model, `SERVER` or `GATEWAY`.
         why: a sentence without a full stop, about "it".
         version: of the model, or None.
     """
@@ -37,14 +37,15 @@ class Death:
 
     def __str__(self) -> str:
         version = "" if self.version is None else f" version {self.version}"
-        what = self.name if self.name == SERVER else f"the process of {self.name}{version}"
+        what = self.name if self.name in (SERVER, GATEWAY) else f"the process of {self.name}{version}"
         return f"{what} died: {self.why}"
 
 
 class Watch:
     """What became of a tritonserver and the processes of its models.
 
-    A look tells only what it has seen twice: a model's process that is unloaded is dead for a moment, too.
+    A look tells only what it has seen twice: a model's process that is unloaded is dead for a moment, too. What is told
+    is started again with all processes of its model, so whatever becomes of the present ones after that is not told.
 
     Args:
         process: tritonserver.
@@ -73,7 +74,9 @@ class Watch:
         suspects = {pid for pid, process in found.items() if process.state in "ZT"} - self._told
         certain = suspects & self._suspects
         self._suspects = suspects
-        self._told = (self._told & set(found)) | certain
+        models = {self._names[pid][0] for pid in certain if pid in self._names}
+        told = self._told | certain | {pid for pid, (name, _) in self._names.items() if name in models}
+        self._told = told & set(found)
         deaths = [self._death(pid, found[pid], short_of_memory) for pid in sorted(certain)]
         return list({(death.name, death.version): death for death in deaths}.values())
 
@@ -110,9 +113,9 @@ class Watch:
         if process.state == "T":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            why = "a signal had stopped it, so it was killed"
+            why = STOPPED
         else:
-            why = how_it_ended(process.status, short_of_memory=short_of_memory)
+            why = how_it_ended(os.waitstatus_to_exitcode(process.status), short_of_memory=short_of_memory)
         if pid == self._process.pid:
             return Death(SERVER, why)
         name, version = self._names.get(pid, (f"number {pid}", None))
@@ -122,4 +125,4 @@ class Watch:
 def _server_ended(code: int, *, short_of_memory: bool) -> str:
     if code == -signal.SIGSEGV:
         return _SEGMENTATION_FAULT
-    return how_it_ended(-code if code < 0 else code << 8, short_of_memory=short_of_memory)
+    return how_it_ended(code, short_of_memory=short_of_memory)

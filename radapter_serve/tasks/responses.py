@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,6 +27,7 @@ from radapter_serve.inputs.errors import (
 from radapter_serve.tasks.outcome import Outcome, isolated
 
 MAX_SECONDS = 120.0  # of work on one request
+HUNG = 300.0  # seconds after which requests that are worked on together hang: the encoders answer within a minute
 
 T = TypeVar("T")
 A = TypeVar("A")
@@ -72,15 +75,22 @@ def answer(
 ) -> list[Any]:
     """One response for each request. Whatever is wrong with a request, its neighbours are answered as without it.
 
+    What takes `HUNG` seconds ends this process, with a traceback in the server's log; `radapter-serve` starts it again.
+    From outside nobody could tell that it hangs, where another instance of the task answers in its place.
+
     Args:
         requests: what Triton gave to `execute`.
         read_one: what the task needs of a request; may raise a `TaskError`.
         run: the outcomes of all requests that could be read.
         outputs: the output tensors of an answer, by name.
     """
-    inputs = [Outcome.of(partial(read_one, request)) for request in requests]
-    outcomes = iter(isolated(run, [one.unwrap() for one in inputs if one.error is None]))
-    return [_response(one.then(lambda _: outputs(next(outcomes).unwrap()))) for one in inputs]
+    faulthandler.dump_traceback_later(HUNG, exit=True, file=sys.__stderr__ or 2)
+    try:
+        inputs = [Outcome.of(partial(read_one, request)) for request in requests]
+        outcomes = iter(isolated(run, [one.unwrap() for one in inputs if one.error is None]))
+        return [_response(one.then(lambda _: outputs(next(outcomes).unwrap()))) for one in inputs]
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def each(task: Callable[[T], A]) -> Callable[[Sequence[T]], list[Outcome[A]]]:

@@ -124,6 +124,7 @@ def batches(
         "num_workers": workers,
         "pin_memory": torch.cuda.is_available(),
         "worker_init_fn": ignore_interruptions,
+        "generator": torch.Generator(),  # else a loader would draw from what a step's own draws come from
     }
     if isinstance(examples.data.rows, datasets.IterableDataset):
         common["num_workers"] = min(workers, 1)  # one reader keeps the order

@@ -24,7 +24,8 @@ from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.data import Captioned
 from radapter_serve.data.held_out import held_out_digest
 from radapter_serve.errors import RAdapterError
-from radapter_serve.training.average import Average
+from radapter_serve.training.ablations import ablate
+from radapter_serve.training.average import Average, TrajectoryAverage
 from radapter_serve.training.batches import Examples, batches
 from radapter_serve.training.checkpoint import load_checkpoint, save_checkpoint
 from radapter_serve.training.interruption import Interruption
@@ -167,12 +168,17 @@ def _prepare(recipe: Recipe) -> _Run:
     schedule = recipe.of_length(steps)
     where = {"text": recipe.adapt_text, "partial": recipe.partial}
     digest = base_digest(base.model.state_dict(), [site.key for site in find_sites(base.model, **where)])
-    form = choose_form(base.model, recipe.rank, part, **where) if recipe.form == "auto" else recipe.form
+    form = "activation" if recipe.dropout else recipe.form
+    if form == "auto":
+        form = choose_form(base.model, recipe.rank, part, **where)
     adapters = attach(base.model, recipe.rank, form=form, drop=recipe.drop, **where)
+    ablate(adapters, recipe)
     optimizer = AdamW(adapters.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     towers, optimizer = accelerator.prepare(TwoTower(base.model, adapters), optimizer)
     assert schedule.momentum is not None
     average = Average(adapters, schedule.momentum, bias_correction=recipe.bias_correction)
+    if recipe.average == "trajectory":
+        average = TrajectoryAverage(adapters, steps)
     run = _Run(
         recipe, out, accelerator, base, data, val, part, digest, held_out, adapters, form, towers, optimizer, average,
         schedule, steps, broken,
@@ -218,7 +224,9 @@ def _step(run: _Run, source: Source, rate: float, progress: Progress) -> float:
     recipe, accelerator, optimizer = run.recipe, run.accelerator, run.optimizer
     for group in optimizer.param_groups:
         group["lr"] = rate
-    run.adapters.sample_drop(torch.Generator().manual_seed(recipe.seed * 1_000_003 + run.step))
+    torch.manual_seed(recipe.seed * 1_000_003 + run.step)  # all that a step draws, so that a resumed run draws the same
+    run.adapters.drop = drop_probability(recipe, run.step, run.steps)
+    run.adapters.sample_drop()
     loss_sum = 0.0
     for _ in range(recipe.accumulate):
         run.position, batch = next(source)
@@ -245,10 +253,11 @@ def _loss(run: _Run, batch: dict[str, Any]) -> Tensor:
     # each image stands beside each of its texts: but for a constant that is the loss of one image with several texts,
     # because all images come equally often
     several = len(texts) // len(images)
+    labels = labels.repeat_interleave(several)
     return mpm_nce(
         gather_with_grad(images).repeat_interleave(several, dim=0),
         gather_with_grad(texts),
-        labels.repeat_interleave(several),
+        labels if run.recipe.positives == "several" else torch.arange(len(labels), device=device),
         logit_scale=run.scale,
         delta=run.recipe.delta,
         epsilon=run.recipe.epsilon,
@@ -304,6 +313,13 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
         recipe.min_learning_rate
         + (recipe.learning_rate - recipe.min_learning_rate) * (1 + math.cos(math.pi * done)) / 2
     )
+
+
+def drop_probability(recipe: Recipe, step: int, steps: int) -> float:
+    """The probability of adapter dropping at a step, counted from 0 of all steps."""
+    if recipe.drop_schedule == "constant":
+        return recipe.drop
+    return recipe.drop * max(0.0, 1 - step / (0.75 * steps))
 
 
 def _endless(

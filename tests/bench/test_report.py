@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ def test_a_row_names_its_load_and_has_milliseconds():
     assert (first.protocol, first.load, first.throughput) == ("grpc", "8 callers", 1.0)
     assert first.latency == pytest.approx({"p50": 15.0, "p90": 19.0, "p95": 19.5, "p99": 19.9})
     assert (second.protocol, second.load, str(Closed(1))) == ("http", "2.5/s", "1 caller")
+    assert (first.loop, second.loop) == ("closed", "open")
 
 
 def shown(drawn: Table) -> list[str]:
@@ -57,7 +59,10 @@ def test_json_is_strict(tmp_path: Path):
     assert found["rows"][1]["errors"] == {"Timeout": 3}
 
 
-@pytest.mark.parametrize("rows", [ROWS, ROWS[1:]], ids=["points", "no answer at all"])
+OTHERS = [replace(ROWS[0], task=task) for task in ("embed_text", "retrieve", "segment")]
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[1:], ROWS + OTHERS], ids=["points", "no answer at all", "four tasks"])
 def test_the_picture_is_one(rows: list[Row], tmp_path: Path):
     draw(rows, tmp_path / "bench.png")
     with Image.open(tmp_path / "bench.png") as image:

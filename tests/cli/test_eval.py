@@ -78,7 +78,8 @@ def test_a_sweep_writes_rows_a_table_and_pictures(here: Path, capfd: pytest.Capt
     assert err == ""
     assert "shifted" in out and "adapter" in out
     assert {path.name for path in (here / "results").iterdir()} == {
-        "results.jsonl", "alpha.png", "bars.png", "confusion-plain.png", "confusion-shifted.png"
+        "results.jsonl", "alpha.png", "bars.png", "confusion-plain.png", "confusion-shifted.png",
+        "calibration-plain.png", "calibration-shifted.png",
     }  # fmt: skip
     assert "n 12" in out and "prompts of plain, shifted: 'a photo of a {}.'" in out
     found = rows(here / "results")
@@ -88,12 +89,15 @@ def test_a_sweep_writes_rows_a_table_and_pictures(here: Path, capfd: pytest.Capt
     for row in found:
         assert row["task"] == "zeroshot_classification" and row["language"] == "en"
         assert row["n"] == 12 and row["precision"] == "fp32" and row["seed"] == 0
-        assert set(row["metrics"]) == {"acc1", "mean_per_class_recall"}  # type: ignore[call-overload]
+        assert set(row["metrics"]) == {"acc1", "mean_per_class_recall", "ece"}  # type: ignore[call-overload]
         assert str(row["base_digest"]).startswith("sha256:") and str(row["adapter_digest"]).startswith("sha256:")
         assert isinstance(row["runtime"], float)
         figures: Any = row
         low, high = figures["intervals"]["acc1"]
         assert low < figures["metrics"]["acc1"] < high and f"{100 * low:.1f} – {100 * high:.1f}" in out
+        assert (
+            sum(of["n"] for of in figures["calibration"]) == 12 and f"ECE {100 * figures['metrics']['ece']:.1f}" in out
+        )
         assert [of["class"] for of in figures["per_class"]] == CLASSES
         right = sum(line[i] for i, line in enumerate(figures["confusion"]))
         assert right / 12 == figures["metrics"]["acc1"] == sum(of["recall"] for of in figures["per_class"]) / 3
@@ -178,7 +182,7 @@ def test_nan_is_an_error_and_no_hit(here: Path, tiny_clip_dir: str, capfd: pytes
     [
         ("border: 30", "border is 30, which leaves nothing of 50 x 41 pixels; allowed: 0 to 20"),
         ("border: -1", "border is '-1'; allowed: greater than or equal to 0"),
-        ("templates: 5", "templates is '5'; allowed: openai, simple, a file, a template, or a list of templates"),
+        ("templates: 5", "templates is '5'; allowed: openai, vild, ovseg, simple, a file, a template, or a list of"),
         ("templates: [1, 2]", "templates is '[1, 2]'; allowed: openai"),
         ("templates: []", "no template"),
         ("shift: [far]", "shift is \"['far']\"; allowed: 'id' or 'ood'"),
@@ -244,6 +248,55 @@ def test_auto_chooses_on_validation_data_and_export_takes_it(
         assert release["alpha"] == choice["alpha"]
 
 
+def test_auto_chooses_depth_too_if_it_is_asked_for(
+    here: Path, quick: None, undrawn: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("radapter_serve.cli.eval.GRID", (0.0, 1.0))
+    monkeypatch.setattr("radapter_serve.cli.eval.FACTORS", ("1", "0"))
+    assert main([*COMMON, "--alpha", "auto", "--alpha-depth", "auto", "--alpha-text", "0.5"]) == 0
+    tried = {json.dumps(row.get("alpha_schedule")) for row in rows(here / "results") if row["split"] == "validation"}
+    assert tried == {f'{{"depth": {depth}, "image": 1.0, "text": 0.5}}' for depth in (0.0, 1.0)}
+    file = here / "runs" / "tiny" / "alpha.json"
+    choice = json.loads(file.read_text(encoding="utf-8"))
+    tested = [row for row in rows(here / "results") if row["split"] == "test"]
+    assert {row["alpha"] for row in tested} == {0.0, choice["alpha"]}
+    assert all(row["alpha_schedule"] == choice["schedule"] for row in tested)
+    schedule = {"depth": 0.25, "image": 1.0, "text": 0.5}
+    file.write_text(json.dumps({**choice, "alpha": 0.7, "schedule": schedule}), encoding="utf-8")
+    capfd.readouterr()
+    assert export(["--alpha", "auto", "--alpha-depth", "0.3"]) == 2
+    assert "was chosen at alpha-depth 0.25, alpha-image 1, alpha-text 0.5, and not at alpha-depth 0.3" in (
+        capfd.readouterr().err
+    )
+    assert export(["--alpha", "auto"]) == 0
+    assert "Alpha differs by layer: alpha-depth 0.25" in capfd.readouterr().out
+    release = json.loads((here / "merged" / "release.json").read_text(encoding="utf-8"))
+    assert (release["alpha"], release["alpha_schedule"]) == (0.7, schedule)
+    file.write_text(json.dumps({**choice, "schedule": {"deep": 1}}), encoding="utf-8")
+    assert export(["--alpha", "auto"]) == 2
+    assert "choose again by radapter-eval --alpha auto" in capfd.readouterr().err
+
+
+def test_images_that_alpha_was_chosen_by_are_named_in_a_warning(
+    here: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("radapter_serve.cli.eval.GRID", (0.0, 1.0))
+    assert main([*COMMON, "--alpha", "auto", "--out", "apart"]) == 0
+    assert "warning" not in capfd.readouterr().err
+    place = (here / "data").resolve()
+    (here / "data").unlink()
+    shutil.copytree(place, here / "data")
+    for number in (0, 3):
+        shutil.copy(
+            here / "data" / "held-out" / "cat" / f"{number}.png", here / "data" / "plain" / "dog" / f"x{number}.png"
+        )
+    assert main([*COMMON, "--alpha", "auto"]) == 0
+    assert capfd.readouterr().err == (
+        "plain: warning: alpha was chosen by 2 of its 14 images, which are in held-out too, so its figures may be too "
+        "good; keep the two apart\n"
+    )
+
+
 def test_export_auto_without_a_choice_or_with_another_adapters(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert export(["--alpha", "auto"]) == 2
     assert "choose one: radapter-eval --adapter runs/tiny --alpha auto" in capfd.readouterr().err
@@ -268,7 +321,9 @@ def test_merged_and_release_by_flag(here: Path, undrawn: None, quick: None) -> N
         assert main([*common, *flags]) == 0
     found = rows(here / "results")
     assert [row["source"] for row in found] == ["adapter"] * 2 + ["merged"] * 2 + ["release"] * 2
-    assert all(found[i]["metrics"] == found[i + 2]["metrics"] == found[i + 4]["metrics"] for i in (0, 1))
+    for index, own in enumerate(found[:2]):
+        assert own["metrics"] == pytest.approx(found[index + 2]["metrics"], abs=1e-5)
+        assert own["metrics"] == pytest.approx(found[index + 4]["metrics"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -290,6 +345,9 @@ def test_merged_and_release_by_flag(here: Path, undrawn: None, quick: None) -> N
         ([*COMMON, "--url", "ftp://x"], "ftp://x: "),
         ([*COMMON, "--merged", "a", "--alpha", "0.5"], "--merged, --alpha don't go together"),
         ([*COMMON, "--release", "a", "--alpha", "auto"], "--release, --alpha auto don't go together"),
+        ([*COMMON, "--alpha-depth", "auto"], "--alpha-depth auto is chosen together with alpha: --alpha auto"),
+        ([*COMMON, "--alpha-text", "1.5"], "alpha-text is '1.5'; allowed"),
+        ([*COMMON, "--merged", "a", "--alpha-image", "0"], "--merged, --alpha-image don't go together"),
         ([*COMMON, "--limit", "0"], "--limit is 0; allowed: 1 or more"),
         ([*COMMON, "--finetuned", "none.pt"], "no checkpoint at none.pt"),
         ([*COMMON, "--finetuned", "suite.yaml"], "could not read the checkpoint suite.yaml"),
@@ -330,7 +388,7 @@ def test_a_release_that_takes_any_alpha_is_swept(
     assert [row["alpha"] for row in found] == [0.3, 0.8, 0.3, 0.8]
     for row in expected:
         [same] = [other for other in found if (other["dataset"], other["alpha"]) == (row["dataset"], row["alpha"])]
-        assert same["metrics"] == row["metrics"]
+        assert same["metrics"] == pytest.approx(row["metrics"], abs=1e-5)
     assert (here / "results" / "alpha.png").is_file() and not (here / "fixed" / "alpha.png").exists()
     capfd.readouterr()
     assert main([*COMMON, "--release", fixed, "--alpha", "0.5", "--out", "none"]) == 2

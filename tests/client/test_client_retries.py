@@ -8,8 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -20,50 +19,21 @@ from tritonclient.grpc import service_pb2
 import radapter_client
 from radapter_client import AsyncClient, Client, Reply, Request, query
 from radapter_client._retries import Tries
+from tests.helpers.stand_ins import http_server
 
 GOOD = {"model_version": "1", "outputs": [{"name": "text_embeds", "datatype": "FP32", "shape": [1, 1], "data": [7]}]}
 Step = tuple[int, dict[str, str]] | None  # status and headers of an answer; None breaks the connection
 
 
 @contextmanager
-def http_steps(*steps: Step) -> Iterator[tuple[str, list[Any]]]:
-    """A server that answers by these steps, one a request, and well after the last; its URL and headers it got."""
-    left, seen = list(steps), list[Any]()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            seen.append(self.headers)
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            step = left.pop(0) if left else (200, {})
-            if step is None:
-                self.connection.shutdown(socket.SHUT_RDWR)
-                self.close_connection = True
-                return
-            status, headers = step
-            body = json.dumps(GOOD if status == 200 else {"error": headers.get("error", "[overloaded] busy")}).encode()
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            with suppress(ConnectionError):
-                self.wfile.write(body)
-
-        do_GET = do_POST
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}", seen
-        finally:
-            server.shutdown()
-            thread.join()
+def http_steps(*steps: Step, port: int = 0) -> Iterator[tuple[str, list[Any]]]:
+    """A server that answers by these steps, one a request, and well after the last; its URL, and what it was sent."""
+    first = [
+        step and (step[0], json.dumps({"error": step[1].get("error", "[overloaded] busy")}).encode(), step[1])
+        for step in steps
+    ]
+    with http_server(200, json.dumps(GOOD).encode(), first=first, port=port) as found:
+        yield found
 
 
 @contextmanager
@@ -179,19 +149,7 @@ def test_a_server_that_starts_a_little_later() -> None:
     caller = threading.Thread(target=lambda: found.append(embed(Client, f"http://127.0.0.1:{port}", retries=8)))
     caller.start()
     time.sleep(0.5)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(GOOD).encode())
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
-        server.handle_request()
+    with http_steps(port=port):
         caller.join(20)
     assert found == [[[7]]]
 
@@ -240,7 +198,7 @@ def test_the_key_is_sent_with_every_request() -> None:
     with http_steps() as (url, seen):
         assert embed(Client, url, api_key="secret") == [[7]]
         assert embed(Client, url) == [[7]]
-    assert [headers["Authorization"] for headers in seen] == ["Bearer secret", None]
+    assert [headers["Authorization"] for _, _, headers, *_ in seen] == ["Bearer secret", None]
 
 
 @pytest.mark.parametrize("key", ["", "two words", "line\n", "ü", 5])
@@ -264,7 +222,7 @@ def test_the_command_takes_the_key_from_the_environment(
     monkeypatch.setenv("RADAPTER_API_KEY", "secret")
     with http_steps() as (url, seen):
         assert query.main(["embed-text", "x", "--url", url, "--out", str(tmp_path / "a.npy")]) == 0
-    assert seen[0]["Authorization"] == "Bearer secret"
+    assert seen[0][2]["Authorization"] == "Bearer secret"
     assert "note" not in capsys.readouterr().err
     query.main(["embed-text", "x", "--url", "http://127.0.0.1.invalid:1", "--out", str(tmp_path / "a.npy")])
     assert "note: the API key travels to http://127.0.0.1.invalid:1 in the clear" in capsys.readouterr().err

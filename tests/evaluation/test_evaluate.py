@@ -22,6 +22,7 @@ from radapter_serve.evaluation.results import Results
 from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.suite import load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
+from radapter_serve.release.alpha_schedule import AlphaSchedule
 from tests.helpers.graphs import quick_exports
 
 ALPHAS = [0.0, 0.4, 1.0]
@@ -46,7 +47,7 @@ def evaluated(embedder: Embedder, world: Path, out: Path) -> list[dict[str, obje
 
 
 def by_open_clip(model: torch.nn.Module, name: str, world: Path) -> dict[str, float]:
-    """First metric of each test set by open_clip's own functions and loops."""
+    """First metric of each test set, and calibration errors, by open_clip's own functions and loops."""
     _, _, transform = open_clip.create_model_and_transforms(name)
     tokenize, found = open_clip.get_tokenizer(name), {}
 
@@ -66,8 +67,13 @@ def by_open_clip(model: torch.nn.Module, name: str, world: Path) -> dict[str, fl
         ]
         classifier = np.stack([mean / np.linalg.norm(mean) for mean in means])
         files = [(f, label) for label, c in enumerate(classes) for f in sorted((world / data / c).iterdir())]
-        best = (embed([f for f, _ in files]) @ classifier.T).argmax(1)
-        found[data] = float(np.mean(best == [label for _, label in files]))
+        cosines = torch.from_numpy(embed([f for f, _ in files]) @ classifier.T)
+        sure, best = (model.logit_scale.exp() * cosines).softmax(1).max(1)  # type: ignore[operator]
+        right = best == torch.tensor([label for _, label in files])
+        found[data] = float(right.float().mean())
+        bins = torch.bucketize(sure, torch.linspace(0, 1, 16))
+        gaps = [(right[bins == b].float() - sure[bins == b]).mean().abs() * (bins == b).sum() for b in bins.unique()]
+        found[f"{data} ece"] = float(sum(gaps)) / len(files)
     with (world / "captions.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     images = sorted({row["image"] for row in rows})
@@ -87,9 +93,40 @@ def test_every_alpha_is_the_folded_model_in_open_clip(
     for alpha in ALPHAS:
         base.model.load_state_dict(fold(weights, adapter, alpha))
         expected = by_open_clip(base.model, tiny_clip_dir, world)
-        found = {r["dataset"]: r["metrics"][r["metric"]] for r in rows if r["alpha"] == alpha}  # type: ignore[index]
-        assert found == pytest.approx(expected)
+        own = [row for row in rows if row["alpha"] == alpha]
+        found = {r["dataset"]: r["metrics"][r["metric"]] for r in own}  # type: ignore[index]
+        found |= {f"{r['dataset']} ece": r["metrics"]["ece"] for r in own if "ece" in r["metrics"]}  # type: ignore
+        assert found == pytest.approx(expected, abs=1e-5)
     assert len({json.dumps(row["metrics"]) for row in rows if row["dataset"] == "plain"}) > 1
+
+
+@torch.no_grad()
+def test_schedules_of_alpha_are_models_folded_layer_by_layer(
+    run_folder: Path, tiny_clip_dir: str, world: Path, tmp_path: Path
+) -> None:
+    schedules = {AlphaSchedule(): (1.0, 1.0), AlphaSchedule(depth=0.5, text=0.1): (0.5, 0.1)}
+    rows = evaluated(from_adapter(run_folder, [0.6, 1.0], schedules=list(schedules)), world, tmp_path)
+    assert len(rows) == len({json.dumps([r["dataset"], r["alpha"], r.get("alpha_schedule")]) for r in rows}) == 12
+    base, adapter = load_base(tiny_clip_dir), load_adapter(run_folder)
+    weights = {name: value.clone() for name, value in base.model.state_dict().items()}
+    seen = []
+    for schedule, (first, text) in schedules.items():
+        folded = dict(weights)
+        for key in adapter.keys:
+            alpha = (1.0 if key.startswith("visual.") else text) * (first if "resblocks.0." in key else 1.0)
+            for name in (f"{key}.weight", f"{key}.bias"):
+                folded[name] = weights[name] + alpha * adapter.matrix(key) @ weights[name]
+        base.model.load_state_dict(folded)
+        expected = by_open_clip(base.model, tiny_clip_dir, world)
+        facts = None if schedule == AlphaSchedule() else {"depth": 0.5, "image": 1.0, "text": 0.1}
+        found = {
+            r["dataset"]: r["metrics"][r["metric"]]  # type: ignore[index]
+            for r in rows
+            if r["alpha"] == 1.0 and r.get("alpha_schedule") == facts
+        }
+        assert found == pytest.approx(expected)
+        seen.append(found)
+    assert seen[0] != seen[1]
 
 
 def test_torch_merged_and_release_give_the_same_numbers(
@@ -99,7 +136,8 @@ def test_torch_merged_and_release_give_the_same_numbers(
     merged = evaluated(from_merged(exported / "merged"), world, tmp_path / "b")
     release = evaluated(ReleaseEmbedder(str(exported / "repository")), world, tmp_path / "c")
     for rows in zip(adapter, merged, release, strict=True):
-        assert rows[0]["metrics"] == rows[1]["metrics"] == rows[2]["metrics"]
+        assert rows[0]["metrics"] == pytest.approx(rows[1]["metrics"], abs=1e-5)
+        assert rows[0]["metrics"] == pytest.approx(rows[2]["metrics"], abs=1e-5)
         for name in ("dataset", "alpha", "n", "set_digest", "base_digest", "adapter_digest", "precision"):
             assert rows[0][name] == rows[1][name] == rows[2][name], name
         assert [row["source"] for row in rows] == ["adapter", "merged", "release"]
@@ -162,7 +200,7 @@ def test_a_live_server_gives_the_same_numbers(run_folder: Path, exported: Path, 
         by_http = evaluated(ServerEmbedder(server.http_url), world, tmp_path / "http")
     for served in (by_grpc, by_http):
         for one, other in zip(adapter, served, strict=True):
-            assert one["metrics"] == other["metrics"]
+            assert one["metrics"] == pytest.approx(other["metrics"], abs=1e-5)
             for name in ("dataset", "alpha", "n", "set_digest", "base_digest", "adapter_digest", "precision"):
                 assert one[name] == other[name], name
             assert other["source"] == "server"

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import (
+    calibration_error,
+    calibration_sums,
     caption_groups,
     classification_metrics,
     retrieval_metrics,
@@ -40,6 +42,34 @@ def test_classification_against_a_loop(n: int, classes: int, seed: int, tied: bo
         own = [o[0] == label for o, y in zip(ordered, labels, strict=True) if y == label]
         recalls.append(sum(own) / len(own))
     assert found["mean_per_class_recall"] == pytest.approx(sum(recalls) / len(recalls))
+
+
+def test_calibration_error_by_hand() -> None:
+    # Bins of 15: 0.9 and 0.92 share (13/15, 14/15], 0.3 is alone in (4/15, 5/15], 1 in (14/15, 1].
+    confidences, hits = np.array([0.9, 0.92, 0.3, 1.0], np.float32), np.array([True, False, True, True])
+    sums = calibration_sums(confidences, hits)
+    assert sums[0].tolist() == [0] * 4 + [1] + [0] * 8 + [2, 1]
+    # |1/2 - 0.91| of two images, |1 - 0.3| of one, |1 - 1| of one
+    assert calibration_error(sums) == pytest.approx(2 / 4 * 0.41 + 1 / 4 * 0.7, abs=1e-6)
+
+
+def test_an_edge_belongs_to_the_bin_below() -> None:
+    edges = np.array([0, *(np.arange(1, 16) / 15)])
+    assert calibration_sums(edges, np.ones(16, bool))[0].tolist() == [2] + [1] * 14
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 200), st.integers(0, 2**32 - 1), st.integers(1, 5))
+def test_calibration_error_against_a_loop(n: int, seed: int, parts: int) -> None:
+    generator = np.random.default_rng(seed)
+    confidences, hits = generator.random(n).astype(np.float32), generator.random(n) < 0.6
+    expected = 0.0
+    for low, high in zip(np.linspace(0, 1, 16)[:-1], np.linspace(0, 1, 16)[1:], strict=True):
+        inside = (confidences > low) & (confidences <= high)
+        if inside.any():
+            expected += inside.mean() * abs(hits[inside].mean() - confidences[inside].mean(dtype=float))
+    sums = sum(calibration_sums(confidences[part::parts], hits[part::parts]) for part in range(parts))
+    assert calibration_error(np.asarray(sums)) == pytest.approx(expected, abs=1e-6)
 
 
 @settings(max_examples=50, deadline=None)

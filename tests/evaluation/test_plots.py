@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars, plot_confusion
+from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars, plot_calibration, plot_confusion
 
 
 @pytest.fixture
@@ -97,3 +97,17 @@ def test_the_cells_of_few_classes_have_figures(drawn: list[Figure], classes: int
     axes = drawn[0].axes[0]
     assert len(axes.texts) == cells
     np.testing.assert_array_equal(axes.images[0].get_array(), 100 * counts[:, :-1])  # type: ignore[arg-type]
+
+
+def test_a_bin_of_confidence_is_a_dot_by_its_accuracy(drawn: list[Figure]) -> None:
+    bins = [{"n": 0, "confidence": None, "accuracy": None}, {"n": 1, "confidence": 0.3, "accuracy": 1.0},
+            {"n": 4, "confidence": 0.9, "accuracy": 0.75}]  # fmt: skip
+    metrics = {"acc1": 0.8, "ece": 0.26}
+    of = {"dataset": "own", "source": "adapter", "alpha": 0.5, "n": 5, "metrics": metrics, "calibration": bins}
+    plot_calibration(of, "own.png")
+    axes = drawn[0].axes[0]
+    (dots,) = axes.collections
+    np.testing.assert_allclose(dots.get_offsets(), [[30, 100], [90, 75]])  # type: ignore[arg-type]
+    assert dots.get_sizes().tolist() == [10 + 90 / 4, 100]  # type: ignore[attr-defined]
+    assert axes.get_lines()[0].get_xydata().tolist() == [[0, 0], [100, 100]]  # type: ignore[union-attr]
+    assert drawn[0].get_suptitle() == "own: adapter, α = 0.5\nECE 26.0 %, n 5"

@@ -14,7 +14,7 @@ from PIL import Image
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Variant
 from radapter_serve.evaluation.evaluate import facts_of
-from radapter_serve.evaluation.evaluation_set import as_seen, by_class
+from radapter_serve.evaluation.evaluation_set import as_seen, by_bin, by_class
 from radapter_serve.evaluation.results import Results, common_unit, harmonic_means, metric_name, table
 from radapter_serve.evaluation.suite import Entry, entry_of
 
@@ -30,6 +30,11 @@ def test_a_figure_has_its_interval() -> None:
     rows = [row("a", 0.5, intervals={"acc1": [0.4, 0.61]}), row("b", 0.25)]
     cells = [list(column.cells) for column in table(rows, "t").columns]
     assert cells == [["adapter"], ["0.5"], ["50.00\n40.0 – 61.0"], ["25.00"], ["37.50"]]
+
+
+def test_an_accuracy_has_its_calibration_error_beside_it() -> None:
+    calibrated = row("a", 0.5, intervals={"acc1": [0.4, 0.61]}, metrics={"acc1": 0.5, "ece": 0.123})
+    assert list(table([calibrated], "t").columns[2].cells) == ["50.00\n40.0 – 61.0\nECE 12.3"]
 
 
 def test_base_and_novel_classes_of_one_model_are_joined() -> None:
@@ -56,6 +61,13 @@ def test_figures_of_each_class() -> None:
     assert found == {
         "per_class": [{"class": "cat", "n": 3, "recall": 0.3333}, {"class": "dog", "n": 0, "recall": None}]
     }
+
+
+def test_figures_of_each_bin_of_confidence() -> None:
+    assert by_bin(np.array([[3, 0], [1.0, 0], [2, 0]])) == [
+        {"n": 3, "confidence": 0.3333, "accuracy": 0.6667},
+        {"n": 0, "confidence": None, "accuracy": None},
+    ]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "CMYK", "L"])

@@ -118,7 +118,7 @@ def regions(generator: np.random.Generator) -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="module")
 def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`data` of 6 images whose red tells their class, with a border that is ignored, and a suite."""
+    """`data` of 6 images whose red tells their class, with a border that is ignored, `found` masks, and a suite."""
     root = tmp_path_factory.mktemp("masked")
     generator = np.random.default_rng(0)
     for kind in ("images", "masks"):
@@ -130,6 +130,9 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
         labels = labels.copy()
         labels[:3] = 255
         Image.fromarray(labels).save(root / "data" / "masks" / f"{number}.png")
+        (root / "found").mkdir(exist_ok=True)
+        soft = (labels == np.arange(len(NAMES), dtype=np.uint8)[:, None, None]) * generator.random((4, 1, 1))
+        np.savez(root / "found" / f"{number}.npz", masks=soft, scores=generator.random((4, 4)))
     (root / "data" / "classes.txt").write_text("\n".join(NAMES), encoding="utf-8")
     return root
 
@@ -272,7 +275,12 @@ def dense_run(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return run
 
 
-SETS = "- {name: dense}\n- {name: sure, threshold: 0.26, background: cow}\n- {name: masks, dense: proposals}"
+SETS = """
+- {name: dense}
+- {name: sure, threshold: 0.26, background: cow}
+- {name: masks, dense: proposals}
+- {name: found, dense: proposals, proposals: found, proposal_weight: 0.6}
+"""
 
 
 def masks_of(embedder: Any, suite: Suite) -> dict[str, list[NDArray[np.uint16]]]:
@@ -283,7 +291,7 @@ def masks_of(embedder: Any, suite: Suite) -> dict[str, list[NDArray[np.uint16]]]
         data: Any = open_set(suite, entry)
         segment = embedder.segmenter(data.query(embedder), {})
         items = [data.prepare(embedder, number) for number in range(len(data))]
-        found[entry.name] = [segment(item.data, item.masks) for item in items]
+        found[entry.name] = [segment(item.data, item.masks, item.scores) for item in items]
     embedder.close()
     return found
 

@@ -19,12 +19,16 @@ from rich.console import Console
 
 from radapter_serve.data.class_ids import read_class_ids
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.embedder import Variant
+from radapter_serve.evaluation.evaluate import evaluate
 from radapter_serve.evaluation.image_sets import ClassificationSet, RetrievalSet
+from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.evaluation.results import Results, harmonic, table
 from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter
+from radapter_serve.inputs.probabilities import class_probabilities
 
 ROOT = Path(__file__).parents[2]
 SUITES = ROOT / "recipes" / "suites"
@@ -47,7 +51,11 @@ def folders(root: Path, names: list[str], size: tuple[int, int] = (8, 6)) -> Non
 def test_ready_suites(file: Path) -> None:
     suite = load_suite(file, "data")
     assert suite.name == file.stem
-    readers = {"classification": ("imagefolder", "csv"), "retrieval": ("csv", "karpathy"), "segmentation": ("masks",)}
+    readers = {
+        "classification": ("imagefolder", "csv", "coop"),
+        "retrieval": ("csv", "karpathy"),
+        "segmentation": ("masks",),
+    }
     for entry in suite.entries:
         assert entry.data.partition(":")[0] in readers[entry.task]
         if entry.classes and entry.classes.startswith("classes/"):
@@ -129,7 +137,7 @@ def test_karpathys_splits(world: Path, tmp_path: Path) -> None:
     assert data.captions == [f"0.jpg {number}" for number in range(5)] + ["2.jpg 0", "2.jpg 1"]
     assert data.image_of.tolist() == [0] * 5 + [1] * 2
     assert [read() for read in data.images] == [(world / "images" / f"{n}.jpg").read_bytes() for n in (0, 2)]
-    for name, message in (("dataset.json@val", "it has test, train"), ("none.json", "cannot read .*: No such file")):
+    for name, message in (("dataset.json@val", "it has test, train"), ("none.json@test", "cannot read .*: No such")):
         suite = suite_of(f"sets: [{{name: a, task: retrieval, data: 'karpathy:{name}'}}]", tmp_path)
         with pytest.raises(RAdapterError, match=message):
             open_set(suite, suite.entries[0])
@@ -141,6 +149,7 @@ def test_imagenet_and_its_shifts_with_clips_names(tmp_path: Path) -> None:
     folders(tmp_path / "imagenet-r", ["n01443537", "n01484850", "n07753592"])
     folders(tmp_path / "imagenetv2-matched-frequency-format-val", ["0", "1", "10", "2"])
     folders(tmp_path / "objectnet-1.0" / "images", ["air_freshener", "banana", "drying_rack_for_dishes"])
+    objectnet_mappings(tmp_path / "objectnet-1.0" / "mappings")
     rendition = open_set(suite, by_name["imagenet-r"])
     assert isinstance(rendition, ClassificationSet)
     assert rendition.classes == ["goldfish", "great white shark", "banana"]
@@ -152,11 +161,97 @@ def test_imagenet_and_its_shifts_with_clips_names(tmp_path: Path) -> None:
     objects = open_set(suite, by_name["objectnet"])
     assert isinstance(objects, ClassificationSet)
     assert objects.classes == ["banana", "drying rack for plates"]
+    assert objects.members == [["banana"], ["plate rack"]]
     assert len(objects.images) == 2
     (tmp_path / "cropped.png").write_bytes(objects.images[0]())
     with Image.open(tmp_path / "cropped.png") as image:
         assert image.size == (4, 2)
         assert image.getpixel((0, 0)) == (1, 0, 0)
+
+
+def objectnet_mappings(folder: Path) -> None:
+    """The four files that come with ObjectNet, of three of its classes; ids and numbers are ImageNet's."""
+    numbers = {"banana": 954, "plate rack": 729, "analog clock": 409, "digital clock": 530}
+    names = [*numbers, "kit fox, Vulpes macrotis"]
+    files = {
+        "folder_to_objectnet_label.json": {
+            "drying_rack_for_dishes": "Drying rack for plates", "banana": "Banana", "alarm_clock": "Alarm clock",
+            "air_freshener": "Air freshener",
+        },
+        "objectnet_to_imagenet_1k.json": {
+            "Alarm clock": "analog clock; digital clock", "Banana": "banana", "Drying rack for plates": "plate rack"
+        },
+        "pytorch_to_imagenet_2012_id.json": {str(number): names.index(name) for name, number in numbers.items()},
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    (folder / "imagenet_to_label_2012_v2").write_text("\n".join(names) + "\n", encoding="utf-8")
+
+
+class Named:
+    """A model to which a text and an image are the direction of the name that is in them."""
+
+    templates = ("{}",)
+    names = ("banana", "plate rack", "analog clock", "digital clock")
+    exif_orientation = True
+    variants = (Variant("named", None, {}),)
+
+    def select(self, variant: Variant) -> None:
+        pass
+
+    def prepare(self, data: bytes) -> int:
+        return Image.open(io.BytesIO(data)).getpixel((0, 0))[0]  # type: ignore[index, return-value]
+
+    def embed_texts(self, texts: list[str]) -> Floats:
+        return np.eye(4, dtype=np.float32)[[self.names.index(text) for text in texts]]
+
+    def embed_images(self, items: list[int]) -> Floats:
+        """Image 0 is an analog clock and a bit of a banana, 1 a banana, 2 half a digital clock and half a rack."""
+        table = np.array([[0.5, 0, 0.8, 0], [1, 0, 0, 0], [0, 0.6, 0.1, 0.7]], np.float32)
+        return table[items]
+
+    def probabilities(self, cosines: Floats) -> Floats:
+        assert cosines.shape[1] == 3  # of the projected classes, not of the prompts
+        return class_probabilities(cosines, 10.0)
+
+
+def test_objectnets_classes_have_the_best_score_of_their_imagenet_classes(tmp_path: Path) -> None:
+    folders(tmp_path / "images", ["alarm_clock", "banana", "drying_rack_for_dishes"])
+    objectnet_mappings(tmp_path / "mappings")
+    suite = suite_of("sets: [{name: a, data: 'imagefolder:images', classes: mappings, templates: '{}'}]", tmp_path)
+    data = open_set(suite, suite.entries[0])
+    assert isinstance(data, ClassificationSet)
+    assert data.classes == ["alarm clock", "banana", "drying rack for plates"]
+    assert data.members == [["analog clock", "digital clock"], ["banana"], ["plate rack"]]
+    (row,) = evaluate(Named(), data)  # type: ignore[arg-type]
+    # the third image is a rack, but a digital clock stands nearer, and with it the alarm clock
+    assert row["confusion"] == [[1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0]]
+    assert row["metrics"]["acc1"] == pytest.approx(2 / 3) and row["classes"] == 3
+    plain = dataclasses.replace(data, members=())
+    assert plain.facts["set_digest"] != data.facts["set_digest"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("imagenet_to_label_2012_v2", None, "cannot read .*imagenet_to_label_2012_v2: No such file"),
+        ("imagenet_to_label_2012_v2", "banana\n", "do not match: 'analog clock' of objectnet_to_imagenet_1k.json"),
+        ("objectnet_to_imagenet_1k.json", "{", "cannot read .*objectnet_to_imagenet_1k.json: "),
+        ("objectnet_to_imagenet_1k.json", "[]", "objectnet_to_imagenet_1k.json is no mapping of names"),
+        ("folder_to_objectnet_label.json", "{}", "do not match: 'Alarm clock' of"),
+    ],
+)
+def test_mappings_of_objectnet_that_can_not_be_used(
+    name: str, content: str | None, message: str, tmp_path: Path
+) -> None:
+    objectnet_mappings(tmp_path / "mappings")
+    (tmp_path / "mappings" / name).unlink()
+    if content is not None:
+        (tmp_path / "mappings" / name).write_text(content, encoding="utf-8")
+    suite = suite_of("sets: [{name: a, data: 'imagefolder:images', classes: mappings}]", tmp_path)
+    with pytest.raises(RAdapterError, match=f"data set 'a': .*{message}"):
+        open_set(suite, suite.entries[0])
 
 
 def test_captions_of_an_image_stand_together(world: Path) -> None:

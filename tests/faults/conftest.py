@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import signal
 import subprocess
 import time
@@ -18,7 +17,7 @@ from radapter_client import RAdapterClientError
 from radapter_serve.gateway.run import start
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.server.triton_server import free_ports
-from tests.helpers.fake_server import TASKS, FakeServer, write_repository
+from tests.helpers.fake_server import FakeServer, write_repository
 from tests.helpers.served import repository
 
 __all__ = ["repository"]
@@ -77,10 +76,7 @@ class RunningGateway:
 @pytest.fixture(scope="session")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository of the stand-in models, in one release, which no test changes."""
-    folder = write_repository(tmp_path_factory.mktemp("faults") / "model_repository")
-    for model in TASKS:
-        shutil.rmtree(folder / model / "1")
-    return folder
+    return write_repository(tmp_path_factory.mktemp("faults") / "model_repository", [2])
 
 
 @pytest.fixture(scope="session")

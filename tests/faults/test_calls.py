@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import signal
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -62,19 +65,33 @@ def test_a_frozen_gateway(gateway: RunningGateway, running: FakeServer) -> None:
 def test_a_killed_client(gateway: RunningGateway, running: FakeServer, tmp_path: Path) -> None:
     """What a killed client had asked through the gateway is given up within seconds; other callers notice nothing."""
     left = tmp_path / "left"
-    code = (
-        "import sys, json; from radapter_client import Client; "
-        "Client(sys.argv[1]).classify(json.dumps({'watch': sys.argv[2]}).encode(), ['a'])"
-    )
     with Client(gateway.url) as client:
-        with subprocess.Popen([sys.executable, "-c", code, gateway.url, str(left)]) as caller:
-            until(lambda: running_requests(gateway) > 0)
-            time.sleep(0.5)
-            assert caller.poll() is None
-            caller.kill()
+        with caller(gateway, {"watch": str(left)}) as asking:
+            asking.kill()
         assert outcome(partial(client.classify, b"x", ["a"], timeout=10.0)) == "an answer"
         until(left.exists, 15)
         until(lambda: left.read_text() == "cancelled", 1)
+
+
+def test_a_frozen_client(gateway: RunningGateway) -> None:
+    """A client that freezes holds up nobody: its call ends in the server, and it reads its answer when it goes on."""
+    with Client(gateway.url) as client, caller(gateway, {"sleep": 1}) as asking:
+        asking.send_signal(signal.SIGSTOP)
+        until(lambda: running_requests(gateway) == 0, 10)
+        assert outcome(partial(client.classify, b"x", ["a"], timeout=10.0)) == "an answer"
+        asking.send_signal(signal.SIGCONT)
+        assert asking.wait(10) == 0
+
+
+@contextlib.contextmanager
+def caller(gateway: RunningGateway, order: dict[str, object]) -> Iterator[subprocess.Popen[bytes]]:
+    """A client in a process of its own, whose call through the gateway is under way."""
+    code = "import sys; from radapter_client import Client; Client(sys.argv[1]).classify(sys.argv[2].encode(), ['a'])"
+    with subprocess.Popen([sys.executable, "-c", code, gateway.url, json.dumps(order)]) as process:
+        until(lambda: running_requests(gateway) > 0)
+        time.sleep(0.3)
+        assert process.poll() is None
+        yield process
 
 
 def running_requests(gateway: RunningGateway) -> float:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,12 +15,14 @@ from pathlib import Path
 import pytest
 import urllib3
 
-from radapter_serve.cli import gateway
+from radapter_serve.cli import gateway, serve
 from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.keys import Keys
 from radapter_serve.gateway.run import command, start
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.server.triton_server import free_ports
+from radapter_serve.server import probe, supervisor
+from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.watch import GATEWAY
 
 
 @pytest.mark.parametrize(
@@ -116,6 +121,73 @@ def test_a_process_that_stops_in_order_and_needs_no_triton_to_start() -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def lives(url: str) -> bool:
+    """Whether a gateway answers, within some seconds."""
+    for _ in range(200):
+        with contextlib.suppress(urllib3.exceptions.HTTPError):
+            return urllib3.request("GET", f"{url}/health/live", retries=False, timeout=5).status == 200
+        time.sleep(0.1)
+    return False
+
+
+def test_beside_a_server_it_is_started_again_and_stopped_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port, *_ = free_ports()
+    url, said = f"http://127.0.0.1:{port}", list[str]()
+    for name in ("start", "stop"):
+        monkeypatch.setattr(TritonServer, name, lambda *_: None)
+    monkeypatch.setattr(TritonServer, "deaths", lambda _: [])
+    monkeypatch.setattr(probe.Probe, "step", lambda *_: [])
+    monkeypatch.setattr(supervisor, "LONGEST_PAUSE", 0.0)
+    monkeypatch.setattr(serve, "_show", lambda _: None)
+    monkeypatch.setattr(serve, "Desk", lambda _: contextlib.nullcontext())
+
+    def run(watched: supervisor.Supervisor) -> None:
+        assert lives(url)
+        for number in (signal.SIGKILL, signal.SIGSTOP):
+            os.kill(watched._beside[GATEWAY]._process.pid, number)  # type: ignore[attr-defined]
+            before = len(said)
+            for _ in range(200):
+                watched.step()
+                said.extend(capsys.readouterr().err.splitlines())
+                if any("is back" in line for line in said[before:]):
+                    break
+                time.sleep(0.1)
+            assert lives(url)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(supervisor.Supervisor, "run", run)
+    assert serve.main([str(tmp_path), "--gateway-port", str(port)]) == 0
+    assert f"radapter-serve: {GATEWAY} died: it was killed by SIGKILL; starting it again" in said
+    assert any(f"{GATEWAY} died: a signal had stopped it, so it was killed" in line for line in said)
+    with pytest.raises(urllib3.exceptions.HTTPError):
+        urllib3.request("GET", f"{url}/health/live", retries=False, timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--api-keys", "keys"], "--api-keys needs a gateway: --gateway-port PORT"),
+        (["--gateway-port", "70000"], "--gateway-port is 70000; allowed are 1 to 65535"),
+        (["--gateway-port", "0", "--gateway-host", "0.0.0.0"], "--gateway-host 0.0.0.0 lets others in"),
+        (["--gateway-port", "0", "--gateway-host", "a.invalid"], "--gateway-host 'a.invalid': "),
+        (["--gateway-port", "0", "--tls-key", "k"], "--tls-certificate and --tls-key go together"),
+    ],
+)
+def test_a_gateway_that_could_not_start_is_refused_before_the_server_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert serve.main([str(tmp_path), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_named_with_its_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert serve.main([str(tmp_path), "--gateway-port", str(taken.getsockname()[1])]) == 2
+    assert "Address already in use; choose another with --gateway-port" in capsys.readouterr().err
 
 
 def test_a_gateway_ends_with_its_parent(tmp_path: Path) -> None:

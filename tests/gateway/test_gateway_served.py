@@ -6,10 +6,8 @@ import asyncio
 import io
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,27 +21,10 @@ from PIL import Image
 from radapter_client import AsyncClient, Client, Request, ServerUnavailable
 from radapter_client._http import HttpTransport
 from radapter_client._url import parse_url
-from radapter_serve.gateway import run
-from radapter_serve.gateway.settings import Settings
 from tests.helpers.fake_server import TASKS, FakeServer
+from tests.helpers.gateway import gateway
 
 pytestmark = pytest.mark.triton
-
-
-@contextmanager
-def gateway(server: FakeServer, **options: Any) -> Iterator[str]:
-    """A gateway before a server; its URL."""
-    settings = Settings(port=0, server=server.grpc_url.removeprefix("grpc://"), **options)
-    with run.listen(settings) as listener:
-        running = run.server(settings)
-        thread = threading.Thread(target=running.run, args=([listener],))
-        thread.start()
-        try:
-            scheme = "https" if settings.tls_certificate else "http"
-            yield f"{scheme}://localhost:{listener.getsockname()[1]}"
-        finally:
-            running.should_exit = True
-            thread.join(30)
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,8 @@ class ClipWithAdapters:
                 added = x @ self.weights[key].T
             else:
                 added = x @ self.weights[f"{key}.down"].T @ self.weights[f"{key}.up"].T
-            return x + self.alpha * self.gates.get(key, 1.0) * added
+            learned = self.weights.get(f"{key}.scale", 1.0)
+            return x + self.alpha * self.gates.get(key, 1.0) * learned * added
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
             return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
@@ -119,22 +120,30 @@ def train_by_hand(
     """
     assert recipe.steps is not None and recipe.momentum is not None
     clip = ClipWithAdapters(recipe.architecture, start)
+    if recipe.learned_scale:
+        clip.weights |= {f"{key}.scale": torch.tensor(0.1, requires_grad=True) for key in clip.keys}
     optimizer = torch.optim.AdamW(clip.weights.values(), lr=1.0, weight_decay=recipe.weight_decay)
     scale = clip.model.logit_scale.exp().item()
     raw = {name: w.detach() * (not recipe.bias_correction) for name, w in clip.weights.items()}
     average: Weights = {}
+    way = [{name: weight.detach().clone() for name, weight in clip.weights.items()}]
     parts = _parts(recipe, pairs, clip)
     for step in range(recipe.steps):
         optimizer.param_groups[0]["lr"] = _rate(recipe, step)
         draw = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+        p = recipe.drop
+        if recipe.drop_schedule == "falling":
+            p = max(p * (1 - step / recipe.steps * 4 / 3), 0.0)
         for key, value in zip(clip.keys, torch.rand(len(clip.keys), generator=draw).tolist(), strict=True):
-            clip.gates[key] = 0.0 if value < recipe.drop else 1 / (1 - recipe.drop)
+            clip.gates[key] = 0.0 if value < p else 1 / (1 - p)
         optimizer.zero_grad(set_to_none=False)
         for _ in range(recipe.accumulate):
             pixels, labels, texts = next(parts)
             of_text = labels.repeat_interleave(recipe.captions_per_image)
             y = labels[:, None] == of_text[None, :]
             f, g = clip.images(pixels), clip.texts(texts)
+            if recipe.positives == "single":
+                y = torch.eye(len(labels), dtype=torch.bool)
             loss = mpm_nce_by_hand(f, g, y, scale, recipe.delta, recipe.epsilon)
             (loss / recipe.accumulate).backward()
         if recipe.grad_clip is not None:
@@ -147,6 +156,18 @@ def train_by_hand(
         raw = {name: m * raw[name] + (1 - m) * weight.detach() for name, weight in clip.weights.items()}
         corrected = 1 - m ** (step + 1) if recipe.bias_correction else 1.0
         average = {name: value / corrected for name, value in raw.items()}
+        way.append({name: weight.detach().clone() for name, weight in clip.weights.items()})
+        if recipe.average == "trajectory":
+            at = [(number + 0.5) / (recipe.steps + 1) for number in range(len(way))]
+            shares = [1 / (math.pi * math.sqrt(x * (1 - x))) for x in at]  # Beta(½, ½)
+            average = {
+                name: sum((share * values[name] for share, values in zip(shares, way, strict=True)), torch.zeros(()))
+                / sum(shares)
+                for name in average
+            }
+        learned = {name: average.pop(name) for name in list(average) if name.endswith(".scale")}
+        for name, value in learned.items():
+            average[name.removesuffix(".scale")] *= value
         see(step + 1, average)
     return average
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,20 @@ def release(version: int) -> dict[str, Any]:
     }
 
 
-def write_repository(folder: Path) -> Path:
-    """Writes the task models in both versions, with the project's own configurations and a release's parameters."""
-    releases = {"release": release(VERSIONS[-1])} | {f"release.{version}": release(version) for version in VERSIONS}
+def write_repository(folder: Path, versions: Sequence[int] = VERSIONS) -> Path:
+    """Writes the task models in these versions, with the project's own configurations and a release's parameters."""
+    releases = {"release": release(versions[-1])} | {f"release.{version}": release(version) for version in versions}
     parameters = "\n".join(
         f'parameters {{ key: "{key}" value: {{ string_value: {json.dumps(json.dumps(value))} }} }}'
         for key, value in releases.items()
     )
     for name in TASKS:
         model = folder / name
-        for version in VERSIONS:
+        for version in versions:
             (model / str(version)).mkdir(parents=True)
             shutil.copy(Path(__file__).with_name("fake_model.py"), model / str(version) / "model.py")
         config = (CONFIGS / name / "config.template.pbtxt").read_text()
-        policy = f"version_policy: {{ latest {{ num_versions: {len(VERSIONS)} }} }}"
+        policy = f"version_policy: {{ latest {{ num_versions: {len(versions)} }} }}"
         (model / "config.pbtxt").write_text(f"{config}\n{policy}\n{parameters}\n")
     return folder
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -80,9 +81,22 @@ class AsyncRecorder(Recorder):
 
 
 @contextmanager
-def http_server(status: int, body: bytes, headers: dict[str, str] | None = None) -> Iterator[tuple[str, list[Any]]]:
-    """A server that gives one answer to all; its URL, and its requests: (method, path, headers, body, caller)."""
-    seen: list[Any] = []
+def http_server(
+    status: int,
+    body: bytes,
+    headers: dict[str, str] | None = None,
+    *,
+    first: Sequence[tuple[int, bytes, dict[str, str]] | None] = (),
+    port: int = 0,
+) -> Iterator[tuple[str, list[Any]]]:
+    """A server that gives one answer to all; its URL, and its requests: (method, path, headers, body, caller).
+
+    Args:
+        status, body, headers: of the answer.
+        first: answers to the first requests instead, one each; None breaks the connection.
+        port: a free one if 0.
+    """
+    left, last, seen = list(first), (status, body, headers or {}), list[Any]()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -90,19 +104,24 @@ def http_server(status: int, body: bytes, headers: dict[str, str] | None = None)
         def do_GET(self) -> None:
             length = int(self.headers.get("Content-Length", 0))
             seen.append((self.command, self.path, self.headers, self.rfile.read(length), self.client_address))
-            self.send_response(status)
-            for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+            answer = left.pop(0) if left else last
+            if answer is None:
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+                return
+            self.send_response(answer[0])
+            for name, value in {**answer[2], "Content-Length": str(len(answer[1]))}.items():
                 self.send_header(name, value)
             self.end_headers()
             with suppress(ConnectionError):
-                self.wfile.write(body)
+                self.wfile.write(answer[1])
 
         do_POST = do_GET
 
         def log_message(self, *_: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
         server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()

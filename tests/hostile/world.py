@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -13,17 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import Popen
 
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
-
 from radapter_serve.gateway.run import start
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.index.build import build
-from radapter_serve.release.release import Release
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.processes import children
 from radapter_serve.server.triton_server import TritonServer, free_ports
-from tests.helpers.small_release import SOURCES, png, write_release
+from tests.helpers.small_release import TASKS, png, write_release
 from tests.hostile.asks import INDEX, KEY, good, message
 from tests.hostile.case import Case
 from tests.hostile.judge import wrong
@@ -83,8 +77,7 @@ def world(folder: Path) -> Iterator[World]:
         folder: an empty one, for the release, the index and the file of keys.
     """
     repository, indexes = folder / "models", folder / "indexes"
-    write_release(repository, 1, seed=1)
-    _add_retrieve(repository)
+    write_release(repository, 1, seed=1, tasks=(*TASKS, "retrieve"))
     photos = folder / "photos"
     photos.mkdir()
     for number in range(6):
@@ -103,21 +96,6 @@ def world(folder: Path) -> Iterator[World]:
         finally:
             gateway.terminate()
             gateway.wait(30)
-
-
-def _add_retrieve(repository: Path) -> None:
-    """`retrieve`, which the small release leaves out."""
-    if (repository / "retrieve").exists():
-        return
-    release = Release.load(repository / "classify" / "1")
-    folder = repository / "retrieve" / "1"
-    folder.mkdir(parents=True)
-    shutil.copy(SOURCES / "retrieve" / "model.py", folder)
-    release.save(folder)
-    text = (SOURCES / "retrieve" / "config.template.pbtxt").read_text(encoding="utf-8")
-    config = text_format.Parse(text, model_config_pb2.ModelConfig())
-    config.parameters["release"].string_value = json.dumps(release.to_dict())
-    (repository / "retrieve" / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
 
 
 def _wait(running: World) -> None:

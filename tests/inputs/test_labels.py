@@ -13,6 +13,16 @@ from radapter_serve.inputs.labels import read_label_file, read_templates
 SIMPLE = ["a photo of a {}."]
 
 
+def test_published_templates():
+    vild, ovseg = read_templates("vild"), read_templates("ovseg")
+    assert len(vild) == len(set(vild)) == 63 and len(ovseg) == len(set(ovseg)) == 14
+    # ViLD's code: "This is " stands before what begins with an article
+    assert sum(template.startswith("This is ") for template in vild) == 58
+    assert {"There is a {} in the scene.", "itap of my {}.", "This is an embroidered {}."} <= set(vild)
+    assert ovseg[:3] == ["a photo of a {}.", "This is a photo of a {}", "There is a {} in the scene"]
+    assert all(template.count("{}") == 1 for template in (*vild, *ovseg))
+
+
 def write(tmp_path, text, encoding="utf-8"):
     path = tmp_path / "classes.txt"
     path.write_bytes(text.encode(encoding))
@@ -52,7 +62,7 @@ def test_templates(tmp_path):
     assert read_templates(write(tmp_path, "# t\na {}\nthe {}\n")) == ["a {}", "the {}"]
     with pytest.raises(RAdapterError, match=r"no \{\}"):
         read_templates(write(tmp_path, "a photo\n"))
-    with pytest.raises(RAdapterError, match="built-in sets: simple"):
+    with pytest.raises(RAdapterError, match="built-in sets: simple, vild, ovseg"):
         read_templates("openia")
     with pytest.raises(RAdapterError, match="no template"):
         read_templates([])

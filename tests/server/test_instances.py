@@ -12,6 +12,7 @@ from radapter_serve.cli.serve import main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server import instances
 from radapter_serve.server.instances import check_shared_memory, counts, with_instances
+from radapter_serve.server.lineup import Offered
 
 TASKS = ("classify", "embed_image", "embed_text", "retrieve", "segment")
 MIB = 2**20
@@ -34,11 +35,15 @@ def test_bad_counts(bad, repository, capsys):
 
 
 def test_only_the_tasks_that_are_named_change():
-    configs = {"classify": "instance_group { count: 1 kind: KIND_CPU }", "image_encoder": "instance_group { count: 1 }"}
-    changed = with_instances(configs, {"classify": 3})
-    group = text_format.Parse(changed["classify"], model_config_pb2.ModelConfig()).instance_group[0]
+    models = {
+        "classify": Offered((1, 2), "instance_group { count: 1 kind: KIND_CPU }"),
+        "image_encoder": Offered((2,), "instance_group { count: 1 }"),
+    }
+    changed = with_instances(models, {"classify": 3})
+    group = text_format.Parse(changed["classify"].config, model_config_pb2.ModelConfig()).instance_group[0]
     assert (group.count, group.kind) == (3, model_config_pb2.ModelInstanceGroup.KIND_CPU)
-    assert changed["image_encoder"] == configs["image_encoder"]
+    assert changed["classify"].versions == (1, 2)
+    assert changed["image_encoder"] == models["image_encoder"]
 
 
 def found(monkeypatch: pytest.MonkeyPatch, size: int, free: int) -> None:
@@ -48,24 +53,23 @@ def found(monkeypatch: pytest.MonkeyPatch, size: int, free: int) -> None:
 
 
 def test_shared_memory_too_small_to_start_is_refused_with_what_to_set(monkeypatch):
-    configs = {
-        "classify": 'backend: "python" instance_group { count: 4 }',
-        "image_encoder": 'backend: "onnxruntime" max_batch_size: 64 '
-        "input { data_type: TYPE_UINT8 dims: [ 224, 224, 3 ] } instance_group { count: 1 }",
+    pixels = "input { data_type: TYPE_UINT8 dims: [ 224, 224, 3 ] } instance_group { count: 1 }"
+    models = {
+        "classify": Offered((1, 2), 'backend: "python" instance_group { count: 4 }'),
+        "image_encoder": Offered((2,), f'backend: "onnxruntime" max_batch_size: 64 {pixels}'),
     }
-    versions = {"classify": [1, 2], "image_encoder": [2]}
     found(monkeypatch, 64, 17)  # nine processes
     with pytest.raises(RAdapterError, match=r"has 17 MiB free, and 9 model processes need 18 MiB; .*--shm-size=128m"):
-        check_shared_memory(configs, versions, ["python", "onnxruntime"])
+        check_shared_memory(models, ["python", "onnxruntime"])
     found(monkeypatch, 64, 18)
-    warning = check_shared_memory(configs, versions, ["python", "onnxruntime"])
+    warning = check_shared_memory(models, ["python", "onnxruntime"])
     # 9 x (2 MiB + 64 x 224 x 224 x 3 bytes)
     assert warning is not None and "/dev/shm has 64 MiB; many full batches at once need 100 MiB" in warning
     found(monkeypatch, 128, 128)
-    assert check_shared_memory(configs, versions, ["python", "onnxruntime"]) is None
+    assert check_shared_memory(models, ["python", "onnxruntime"]) is None
     found(monkeypatch, 64, 15)
     with pytest.raises(RAdapterError, match="8 model processes"):  # a backend in C++ has none
-        check_shared_memory(configs, versions, ["python"])
+        check_shared_memory(models, ["python"])
 
 
 def test_every_queue_has_an_end():

@@ -7,7 +7,8 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,20 @@ from radapter_serve.server.releases import Releases
 from radapter_serve.server.supervisor import Supervisor
 from radapter_serve.server.triton_server import TritonServer, free_ports
 from radapter_serve.server.watch import SERVER
+from radapter_serve.tasks.segment import SegmentRequest
+from tests.helpers.gateway import gateway
 from tests.helpers.small_release import LABELS, TASKS, Local, png, seal, write_release
 
 pytestmark = pytest.mark.triton
 
-LOADERS = 4  # over each protocol
+LOADERS = 3  # over each way
 IMAGES = [png(number) for number in range(4)]
 LABEL_SET, INDEX = "色 हिन्दी 🦊", "fötos 写真 👩‍🔬"
 TEXTS = ["a cat", "Ölkäfer", "a red thing"]
+PHOTOS = "photos"
+PROPOSALS = np.zeros((2, 20, 30), np.uint8)  # of the size of the images
+PROPOSALS[0, :, :20] = PROPOSALS[1, 10:] = 255
+SEGMENTS = {"segment": None, "proposals": PROPOSALS}
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +77,28 @@ def served(running: TritonServer) -> TritonServer:
     return running
 
 
-class Load:
-    """Callers of every task over both protocols, who compare each answer with what its release answers here."""
+@pytest.fixture
+def photos(folder: Path) -> Iterator[str]:
+    """The name of an index that release 1 made, and that it goes on to search for release 2."""
+    build(str(folder / "photos"), folder / "indexes" / PHOTOS, LocalRelease(f"{folder / 'repository'}@1"))
+    yield PHOTOS
+    shutil.rmtree(folder / "indexes" / PHOTOS)
 
-    def __init__(self, server: TritonServer, repository: Path) -> None:
-        self.answers: Counter[tuple[str, int]] = Counter()
+
+class Load:
+    """Callers of every task over each way, who compare each answer with what its release answers here.
+
+    Attributes:
+        answers: how many there were, by way, what was asked, and release.
+        wrong: answers that differ, and failures.
+    """
+
+    def __init__(self, ways: Sequence[str], repository: Path) -> None:
+        self.answers: Counter[tuple[str, str, int]] = Counter()
         self.wrong: list[str] = []
         self._end = threading.Event()
         self._expected = {version: self._local(repository, version) for version in (1, 2)}
-        urls = [server.grpc_url, server.http_url] * LOADERS
-        self._threads = [threading.Thread(target=self._ask, args=one) for one in enumerate(urls)]
+        self._threads = [threading.Thread(target=self._ask, args=one) for one in enumerate([*ways] * LOADERS)]
 
     def _local(self, repository: Path, version: int) -> dict[str, Any]:
         local = Local(repository, version)
@@ -87,7 +106,15 @@ class Load:
         [texts] = [one.unwrap() for one in local.embed_texts([[text.encode() for text in TEXTS]])]
         labels = local.embed_labels(LABELS, ["a photo of a {}."])
         tops = [labels.labels[int(np.argmax(labels.embeds @ image))] for image in images]
-        return {"image": images, "text": texts, "tops": tops}
+        names = [label.encode() for label in LABELS]
+        return {
+            "image": images,
+            "text": texts,
+            "tops": tops,
+            "segment": local.segment(SegmentRequest(IMAGES[0], names)),
+            "proposals": local.segment(SegmentRequest(IMAGES[0], names, proposals=PROPOSALS)),
+            "found": {f"{number}.png": score for number, score in enumerate(images @ texts[0])},
+        }
 
     def __enter__(self) -> Load:
         for thread in self._threads:
@@ -99,43 +126,58 @@ class Load:
         for thread in self._threads:
             thread.join(60)
 
-    def _ask(self, number: int, url: str) -> None:
-        with Client(url, batch_size=1, concurrency=2) as client:
+    def _ask(self, number: int, way: str) -> None:
+        asks: list[Callable[[Client], tuple[str, int]]] = [
+            *(self._embed_images, self._embed_texts, self._classify, self._search),
+            *(partial(self._segment, kind=kind, proposals=masks) for kind, masks in SEGMENTS.items()),
+        ]
+        with Client(way, batch_size=1, concurrency=2) as client:
             for turn in itertools.count(number):
-                if self._end.is_set():
+                if self._end.wait(0.02):  # callers that never rest would keep the processor from the switch
                     return
                 try:
-                    (self._embed_images, self._embed_texts, self._classify, self._segment)[turn % 4](client)
+                    kind, version = asks[turn % len(asks)](client)
+                    self.answers[way, kind, version] += 1
                 except Exception as error:
-                    self.wrong.append(f"{url}: {type(error).__name__}: {error}")
+                    self.wrong.append(f"{way}: {type(error).__name__}: {error}")
 
-    def _matching(self, kind: str, embeds: Any) -> None:
+    def _matching(self, kind: str, embeds: Any) -> tuple[str, int]:
         """All rows are of one release, though each was a request of its own."""
         of = [one for one, known in self._expected.items() if np.allclose(embeds, known[kind], atol=1e-5)]
-        if len(of) != 1:
-            self.wrong.append(f"embeddings of {kind}s are of no release, or of two mixed")
-        self.answers.update((kind, one) for one in of)
+        assert len(of) == 1, f"embeddings of {kind}s are of no release, or of two mixed"
+        return kind, of[0]
 
-    def _embed_images(self, client: Client) -> None:
-        self._matching("image", client.embed_images(IMAGES))
+    def _embed_images(self, client: Client) -> tuple[str, int]:
+        return self._matching("image", client.embed_images(IMAGES))
 
-    def _embed_texts(self, client: Client) -> None:
-        self._matching("text", client.embed_texts(TEXTS))
+    def _embed_texts(self, client: Client) -> tuple[str, int]:
+        return self._matching("text", client.embed_texts(TEXTS))
 
-    def _classify(self, client: Client) -> None:
+    def _classify(self, client: Client) -> tuple[str, int]:
         found = client.classify(IMAGES, LABELS)
         [version] = {one.release for one in found}
-        if [one.top for one in found] != self._expected[version]["tops"]:
-            self.wrong.append(f"release {version} classifies as another")
-        self.answers["classify", version] += 1
+        tops = self._expected[version]["tops"]
+        assert [one.top for one in found] == tops, f"release {version} classifies as another"
+        return "classify", version
 
-    def _segment(self, client: Client) -> None:
-        self.answers["segment", client.segment(IMAGES[0], LABELS).release] += 1
+    def _segment(self, client: Client, *, kind: str, proposals: Any) -> tuple[str, int]:
+        found = client.segment(IMAGES[0], LABELS, proposals=proposals)
+        known = self._expected[found.release][kind]
+        same = np.array_equal(found.mask, known.mask) and np.allclose(found.scores, known.scores, atol=1e-5)
+        assert same, f"release {found.release} segments as another"
+        return kind, found.release
+
+    def _search(self, client: Client) -> tuple[str, int]:
+        """Always by release 1, which made the index."""
+        found = {one.id: one.score for one in client.search(TEXTS[0], index=PHOTOS, top_k=len(IMAGES))}
+        known = self._expected[1]["found"]
+        assert found == pytest.approx(known, abs=1e-4), "the index is searched by another release"
+        return "search", 1
 
 
 def switch_under_load(server: TritonServer, repository: Path, times: int) -> None:
     releases = Releases(server)
-    with Load(server, repository) as load:
+    with gateway(server) as through, Load([server.grpc_url, server.http_url, through], repository) as load:
         for number in range(times):
             target = 2 - number % 2
             before = load.answers.copy()
@@ -144,18 +186,21 @@ def switch_under_load(server: TritonServer, repository: Path, times: int) -> Non
                 assert client.release().version == target
                 assert [one.version for one in client.releases()] == [target]
                 assert client.classify(IMAGES[0], LABELS).release == target
+            kinds = [*((kind, target) for kind in ("image", "text", "classify", *SEGMENTS)), ("search", 1)]
+            awaited = [(way, *kind) for way in (server.grpc_url, server.http_url, through) for kind in kinds]
             deadline = time.monotonic() + 60
-            kinds = ("image", "text", "classify", "segment")
-            while not all(load.answers[kind, target] > before[kind, target] for kind in kinds):
+            while not all(load.answers[one] > before[one] for one in awaited):
                 assert time.monotonic() < deadline, (load.answers, load.wrong[:5])
                 time.sleep(0.1)
     assert not load.wrong, load.wrong[:5]
 
 
+@pytest.mark.usefixtures("photos")
 def test_a_switch_and_the_way_back_under_load(served: TritonServer, folder: Path) -> None:
     switch_under_load(served, folder / "repository", 2)
 
 
+@pytest.mark.usefixtures("photos")
 @pytest.mark.slow
 def test_twenty_switches_under_load(served: TritonServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "prove", lambda *_: None)  # once is enough

@@ -123,6 +123,19 @@ def test_onnxruntime_is_checked_where_triton_will_place_it(own, monkeypatch):
     assert check(made, "openvino", 1)[0] < 1e-6
 
 
+def test_without_classify_which_has_the_releases_a_runtime_counts_all_the_same(own):
+    shutil.rmtree(own / "classify")
+    folder = own / "image_encoder" / "1"
+    samples = Samples.load(folder)
+    Samples(samples.inputs, [-reference for reference in samples.references]).save(folder)
+    with pytest.raises(RAdapterError, match="image_encoder of release 1, run by openvino .* differs from torch"):
+        TritonServer(own, "127.0.0.1", *free_ports(), runtime="openvino").start()
+    (own / "image_encoder").rename(own / "other")
+    (own / "other" / "config.pbtxt").write_text('backend: "python"')
+    with pytest.raises(RAdapterError, match="holds no encoder of radapter-export; leave --runtime auto out"):
+        TritonServer(own, "127.0.0.1", *free_ports(), runtime="auto").start()
+
+
 def test_a_runtime_that_differs_is_refused_with_the_way_out(own):
     folder = own / "image_encoder" / "1"
     samples = Samples.load(folder)

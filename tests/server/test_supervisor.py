@@ -24,7 +24,7 @@ from radapter_serve.server.control import Answer, Control, NoAnswer, ServedVersi
 from radapter_serve.server.probe import PATIENCE, SMALL, WHOLE, Probe, warm_up
 from radapter_serve.server.processes import Process, how_it_ended
 from radapter_serve.server.supervisor import MOST, Supervisor
-from radapter_serve.server.watch import SERVER, Death, Watch
+from radapter_serve.server.watch import GATEWAY, SERVER, Death, Watch
 from tests.helpers.stand_ins import http_server
 
 # Starts two processes whose first argument is that of a model, and waits.
@@ -93,6 +93,18 @@ def test_a_process_that_is_dead_for_a_moment_is_no_death(parent, monkeypatch):
         assert looking.look() == []
 
 
+def test_processes_of_one_model_that_die_one_after_the_other_are_one_death(parent, monkeypatch):
+    looking, _ = looked(parent)
+    deaths = []
+    for states in ("SS", "ZS", "ZZ", " Z", " Z", "  "):
+        found = {
+            pid: Process(state, 0, 9, "/m/retrieve/1/model.py") for pid, state in enumerate(states) if state != " "
+        }
+        monkeypatch.setattr(watch, "children", lambda _, found=found: dict(found))
+        deaths += looking.look()
+    assert deaths == [Death("retrieve", "it was killed by SIGKILL", 1)]
+
+
 @pytest.mark.parametrize(
     ("number", "why"),
     [
@@ -119,9 +131,9 @@ def test_a_process_that_the_kernel_killed_for_memory(parent, monkeypatch):
 
 
 def test_how_a_process_ended():
-    assert how_it_ended(9, short_of_memory=False) == "it was killed by SIGKILL"
-    assert how_it_ended(15, short_of_memory=True) == "it was killed by SIGTERM"
-    assert how_it_ended(1 << 8, short_of_memory=True) == "it ended by itself with status 1"
+    assert how_it_ended(-9) == "it was killed by SIGKILL"
+    assert how_it_ended(-15, short_of_memory=True) == "it was killed by SIGTERM"
+    assert how_it_ended(1, short_of_memory=True) == "it ended by itself with status 1"
 
 
 @pytest.mark.parametrize(
@@ -199,6 +211,32 @@ def test_what_no_longer_answers_is_killed_and_started_again(pauses, monkeypatch)
     watched.step()
     assert server.done == ["kill segment", "reload segment"]
     assert said[0] == "the process of segment died: it no longer answered, so it was killed; starting it again"
+
+
+class Beside:
+    """A program that is kept up beside the server."""
+
+    name, starts = GATEWAY, 0
+
+    def __init__(self, *whys: str | None) -> None:
+        self.whys = list(whys)
+
+    def died(self) -> str | None:
+        return self.whys.pop(0) if self.whys else None
+
+    def start(self) -> None:
+        self.starts += 1
+
+
+def test_what_runs_beside_the_server_is_started_again_and_given_up_as_it_is(pauses):
+    beside, said, server = Beside(None, *["it was killed"] * (MOST + 1)), list[str](), Server()
+    watched = Supervisor(server, said.append, [beside])  # type: ignore[arg-type]
+    for _ in range(MOST + 1):
+        watched.step()
+    assert (beside.starts, server.done) == (MOST, [])
+    assert said[:2] == [f"{GATEWAY} died: it was killed; starting it again", f"{GATEWAY} is back after 0.0 s"]
+    with pytest.raises(RAdapterError, match=f"{GATEWAY} died: it was killed; it was started again {MOST} times"):
+        watched.step()
 
 
 def test_the_pauses_grow_and_what_dies_over_and_over_is_given_up_with_its_reason(pauses):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import threading
 import time
@@ -20,7 +19,7 @@ import pytest
 from radapter_client import Client, RAdapterClientError
 from radapter_serve.server import probe
 from radapter_serve.server.supervisor import Supervisor
-from tests.helpers.fake_server import TASKS, FakeServer, write_repository
+from tests.helpers.fake_server import FakeServer, write_repository
 
 pytestmark = pytest.mark.triton
 
@@ -33,9 +32,7 @@ def order(**what: Any) -> bytes:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository of one release with a short queue for `segment`."""
-    folder = write_repository(tmp_path_factory.mktemp("faults") / "model_repository")
-    for model in TASKS:
-        shutil.rmtree(folder / model / "1")
+    folder = write_repository(tmp_path_factory.mktemp("faults") / "model_repository", [2])
     config = folder / "segment" / "config.pbtxt"
     config.write_text(config.read_text().replace("max_queue_size: 128", "max_queue_size: 4"))
     return folder

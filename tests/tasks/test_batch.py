@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -222,3 +225,25 @@ def test_tokens_that_no_text_has(repository, monkeypatch, backend):
         same(response, expected)
     for response in together[1::2]:
         assert response.error().startswith("[invalid_argument] ") and response.error().code == "INVALID_ARG"
+
+
+HANGS = """
+import threading, time
+import pytest
+from tests.helpers import fake_triton
+fake_triton.install(pytest.MonkeyPatch())
+from radapter_serve.tasks import responses
+responses.HUNG = 0.5
+requests = [fake_triton.Request(text=[["a"]])]
+answered = responses.answer(requests, lambda one: one, responses.each(lambda one: {}), lambda found: found)
+time.sleep(1)
+print(len(answered), flush=True)
+responses.answer(requests, lambda one: one, responses.each(lambda one: threading.Event().wait()), lambda found: found)
+"""
+
+
+def test_what_hangs_ends_its_process_and_says_where() -> None:
+    command = [sys.executable, "-c", HANGS]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "1\n")
+    assert "in answer" in done.stderr and "in wait" in done.stderr

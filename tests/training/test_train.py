@@ -52,11 +52,17 @@ def test_a_run_learns_and_leaves_what_it_says(recipe: Recipe, capsys: pytest.Cap
     )
 
 
-@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"average": "trajectory", "drop_schedule": "falling"},
+        {"rank": 2, "dropout": 0.3, "drop_path": 0.3, "learned_scale": True},
+    ],
+)
 def test_a_killed_run_resumes_to_the_same_result(
-    recipe: Recipe, assert_resumes: Callable[[Recipe, int], None], rank: int | None
+    recipe: Recipe, assert_resumes: Callable[[Recipe, int], None], change: dict[str, Any]
 ) -> None:
-    assert_resumes(dataclasses.replace(recipe, rank=rank, accumulate=2, flip=True), 6)
+    assert_resumes(dataclasses.replace(recipe, accumulate=2, flip=True, **change), 6)
 
 
 def test_both_forms_train_to_the_same_adapter(recipe: Recipe, tmp_path: Path) -> None:

@@ -108,7 +108,14 @@ def assert_same(found: Weights, expected: Weights) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"flip": True, "bias_correction": True, "grad_clip": None}, {"accumulate": 2, "form": "weight"}]
+    "change",
+    [
+        {},
+        {"flip": True, "bias_correction": True, "grad_clip": None},
+        {"accumulate": 2, "form": "weight"},
+        {"positives": "single", "learned_scale": True},
+        {"average": "trajectory", "drop_schedule": "falling"},
+    ],
 )
 def test_classification(recipe: Recipe, tmp_path: Path, change: dict[str, Any]) -> None:
     data, pairs = labelled(tmp_path / "data", 11, seed=0)  # no multiple of the batch

@@ -1,0 +1,1 @@
+"""A benchmark that anyone can rebuild: one word, drawn by many hands."""

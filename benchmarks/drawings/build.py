@@ -1,0 +1,213 @@
+"""Draw the benchmark's image folders.
+
+    python -m benchmarks.drawings.build --package package --pairs pairs --out DATA/drawings
+
+Whatever is nearly the same as a drawing that the base or fine-tuning is trained on is no test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from rich.progress import track
+
+from benchmarks.drawings.credits import attribution
+from benchmarks.drawings.iconify import VERSION, Drawing, Source, drawings, render, sources
+from benchmarks.drawings.names import Classes, core
+from benchmarks.drawings.near import alike, clusters, signature
+from benchmarks.drawings.roles import Roles, Style, load_roles
+from radapter_serve.demo.data import made_whole
+
+SIDE = 96
+MOST_A_CLASS = 10  # test drawings of a class in one style
+MOST_VARIANTS = 2  # test drawings that one set has of one name: "camera" and "camera off"
+SHARE_TESTED, SHARE_VALIDATION = 0.3, 0.15  # of the drawings in the style to fine-tune on
+TEMPLATES = ("{}", "a drawing of {}", "an icon of {}", "a picture of {}")
+
+
+@dataclass
+class Sample:
+    """A drawing of a class, drawn.
+
+    Attributes:
+        drawing: of which set, under which name.
+        class_name: what it shows.
+        pixels: premultiplied RGBA, uint8 [S, S, 4].
+        mark: what tells near-duplicates.
+        place: folder of the split; "" while it has none.
+    """
+
+    drawing: Drawing
+    class_name: str
+    pixels: NDArray[np.uint8]
+    mark: NDArray[np.float32] = field(init=False)
+    place: str = ""
+
+    def __post_init__(self) -> None:
+        self.mark = signature(self.pixels)
+
+    @property
+    def group(self) -> str:
+        """One drawing in several colourings."""
+        return f"{self.drawing.source}:{self.drawing.words}:{self.drawing.number}"
+
+
+def samples(package: Path, style: Style, classes: Classes, *, variants: bool) -> dict[str, list[Sample]]:
+    """What a style has of each class, in an order that depends on names alone; classes in their order.
+
+    Args:
+        package: unpacked.
+        style: its sets.
+        classes: the benchmark's.
+        variants: all drawings of a name in a set; else one in one colouring, and few with words that change nothing.
+    """
+    found: dict[str, list[Sample]] = {name: [] for name in classes.names}
+    for source, wanted in style.sets.items():
+        drawn, made = set(), Counter[tuple[str, str]]()
+        own = drawings(package, source)
+        for drawing in sorted(own, key=lambda d: (core(d.words) != d.words, _hash(f"{d.source}:{d.name}"))):
+            name = classes.of(drawing.words)
+            if name is None or (wanted is not None and drawing.style != wanted):
+                continue
+            plain = (core(drawing.words), drawing.number)
+            again = (drawing.words, drawing.number) in drawn or made[plain] == MOST_VARIANTS
+            pixels = None if again and not variants else render(drawing.svg, SIDE)
+            if pixels is not None:
+                drawn.add((drawing.words, drawing.number))
+                made[plain] += 1
+                found[name].append(Sample(drawing, name, pixels))
+    return {name: own for name, own in found.items() if own}
+
+
+def split(own: list[Sample], seen: NDArray[np.float32]) -> None:
+    """Place the drawings of one class in the style to fine-tune on; what is nearly the same has one place.
+
+    Args:
+        own: of one class.
+        seen: marks [N, 400] of the drawings that the base is trained on: like those there is no test.
+    """
+    together = clusters(np.stack([sample.mark for sample in own]), [sample.group for sample in own])
+    fresh, stale = [], []
+    for members in together:
+        known = len(seen) and alike(np.stack([own[i].mark for i in members]), seen).any()
+        (stale if known else fresh).append(members)
+    tests = round(SHARE_TESTED * len(together)) or 1
+    validations = round(SHARE_VALIDATION * len(together)) or 1
+    if len(fresh) + len(stale) <= 2 or not fresh:  # too few to have a validation
+        validations = 0
+    tests = min(tests, max(len(fresh) - (0 if stale else 1), 0))
+    for rank, members in enumerate(fresh + stale):
+        place = "test" if rank < tests else "val" if rank < tests + validations else "train"
+        if rank == len(together) - 1:
+            place = "train"
+        for i in members if place == "train" else members[:1]:
+            own[i].place = place
+
+
+def shift(candidates: list[Sample], place: str, seen: list[NDArray[np.float32]]) -> None:
+    """Place up to MOST_A_CLASS drawings of one class, set by set in turn, none nearly the same as one seen or placed.
+
+    Args:
+        candidates: of one class and style.
+        place: folder of the style.
+        seen: marks of all that the base or fine-tuning sees, and of what is placed, which is added.
+    """
+    hands: dict[str, list[Sample]] = defaultdict(list)
+    for sample in candidates:
+        hands[sample.drawing.source].append(sample)
+    turns = [own[turn] for turn in range(max(map(len, hands.values()))) for own in hands.values() if turn < len(own)]
+    placed = 0
+    for sample in turns:
+        if placed < MOST_A_CLASS and not (seen and alike(sample.mark[None], np.stack(seen)).any()):
+            sample.place, placed = place, placed + 1
+            seen.append(sample.mark)
+
+
+def known_marks(folder: Path, classes: Classes) -> dict[str, list[NDArray[np.float32]]]:
+    """Marks of the drawings that a base is trained on, by class."""
+    pixels = np.load(folder / "pixels.npy", mmap_mode="r")
+    found: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
+    with (folder / "pairs.csv").open(encoding="utf-8", newline="") as file:
+        for index, row in enumerate(csv.DictReader(file)):
+            name = classes.of(row["words"])
+            if name is not None and row["split"] == "train":
+                found[name].append(signature(np.asarray(pixels[index])))
+    return found
+
+
+def write(sample: Sample, folder: Path, paper: str) -> str:
+    """Write a drawing as PNG; returns its path below the folder."""
+    name = f"{sample.drawing.source}--{sample.drawing.name}.png"
+    path = Path(sample.place) / sample.class_name / name
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    colours, alpha = sample.pixels[..., :3], sample.pixels[..., 3:]
+    on_white = colours + (255 - alpha)
+    Image.fromarray(255 - on_white if paper == "black" else on_white).save(folder / path)
+    return path.as_posix()
+
+
+def build(package: Path, pairs: Path, out: Path, roles: Roles, classes: Classes) -> Counter[str]:
+    """Draw all folders; returns how many images each has."""
+    credited = sources(package)
+    seen = known_marks(pairs, classes)
+    rows, count = [], Counter[str]()
+    with made_whole(out, "images") as part:
+        for style in track((roles.fine_tuned, *roles.shifts), "Drawing the styles"):
+            tuned = style is roles.fine_tuned
+            for name, own in samples(package, style, classes, variants=tuned).items():
+                if tuned:
+                    split(own, np.stack(seen[name]) if seen[name] else np.zeros((0, 400), np.float32))
+                    seen[name] += [sample.mark for sample in own if sample.place]
+                else:
+                    shift(own, f"shifts/{style.name}", seen[name])
+                for sample in own:
+                    if sample.place:
+                        path, source = write(sample, part, style.paper), sample.drawing.source
+                        licence = credited[source].licence
+                        rows.append([path, name, style.name, sample.place, source, sample.drawing.name, licence])
+                        count[sample.place] += 1
+        _write_lists(part, rows, classes, credited)
+    return count
+
+
+def _write_lists(folder: Path, rows: list[list[str]], classes: Classes, credited: dict[str, Source]) -> None:
+    (folder / "classes.txt").write_text("\n".join(classes.prompt_lines) + "\n", encoding="utf-8")
+    (folder / "templates.txt").write_text("\n".join(TEMPLATES) + "\n", encoding="utf-8")
+    with (folder / "index.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["path", "class", "style", "split", "set", "name", "licence"], *sorted(rows)])
+    used = Counter(row[4] for row in rows)
+    text = attribution(f"The images of this folder, drawn from @iconify/json {VERSION}", used, credited)
+    (folder / "ATTRIBUTION.md").write_text(text, encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _lines(count: Iterable[tuple[str, int]]) -> str:
+    return "\n".join(f"{number:6,} {place}" for place, number in count)
+
+
+def main() -> None:
+    """Read the flags and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--package", type=Path, required=True, help="the unpacked npm package @iconify/json")
+    parser.add_argument("--pairs", type=Path, required=True, help="folder of benchmarks.drawings.pairs")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; it must not be there")
+    arguments = parser.parse_args()
+    if arguments.out.exists():
+        parser.error(f"{arguments.out} is there already; remove it, or name another folder")
+    print(_lines(sorted(build(arguments.package, arguments.pairs, arguments.out, load_roles(), Classes()).items())))
+
+
+if __name__ == "__main__":
+    main()

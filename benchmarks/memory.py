@@ -1,0 +1,209 @@
+"""Memory of the server's processes: at rest, after work, and while thousands of large requests come at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import grpc.aio
+import tyro
+from common import CLASS_NAMES, RESULTS, Report, say
+from soak import GATEWAY, GRPC, HTTP, pids, resident, running, write
+from tritonclient.grpc import service_pb2
+
+from radapter_client import Client
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the requests are made as the tests make them
+
+from tests.helpers.small_release import png
+from tests.hostile.asks import LABEL_SET, ask, pack
+from tests.hostile.images import png_of
+
+MIB = 2**20
+PIECE = 2**17  # bytes that a caller hands over at once
+GRPC_CALLERS = 100  # connections over gRPC; its messages take turns on one
+
+
+def own(pid: int) -> float:
+    """MiB of memory that a process shares with no other."""
+    lines = re.findall(r"Private_\w+:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text())
+    return sum(map(int, lines)) / 1024
+
+
+def at_rest(parents: list[int]) -> dict[str, tuple[float, float]]:
+    """MiB of each process: all of it, and what it shares with no other."""
+    return {name: (resident(pid), own(pid)) for name, pid in pids(parents).items()}
+
+
+def work(url: str) -> None:
+    """What fills the processes: full batches, many labels, large images, searches; each often enough for two."""
+    photo, wall = png(1, 640, 480), png(2, 4000, 3000, "JPEG")
+    with Client(url, timeout=300) as client:
+        for number in range(4):
+            client.embed_images([photo] * 64)
+            client.embed_texts([f"text {number} {row}" for row in range(64)])
+            client.classify(wall, label_set=LABEL_SET)
+            client.classify(photo, CLASS_NAMES)
+            client.segment(wall, CLASS_NAMES[:20])
+            client.search("a cat", index="photos")
+
+
+class Flood:
+    """Many requests of one kind at once, each on a connection of its own.
+
+    Args:
+        inputs: of the task `model`, as `ask` takes them.
+        count: requests.
+    """
+
+    def __init__(self, model: str, inputs: Mapping[str, list[Any]], count: int) -> None:
+        self.model, self.inputs, self.count = model, inputs, count
+        self.results: Counter[str] = Counter()
+
+    def over(self, url: str) -> Counter[str]:
+        """Send them; how often each status came."""
+        self.results.clear()
+        asyncio.run(self._grpc(url) if url.startswith("grpc:") else self._http(url))
+        return self.results
+
+    async def _http(self, url: str) -> None:
+        place = urlsplit(url)
+        request = ask(self.model, dict(self.inputs), binary=True)
+        request.headers["Connection"] = "close"
+        message, go = memoryview(request.raw()), asyncio.Event()
+
+        async def one() -> None:
+            try:
+                reader, writer = await asyncio.open_connection(place.hostname, place.port)
+                await go.wait()
+                answer = asyncio.ensure_future(reader.read(16))
+                with contextlib.suppress(ConnectionError):
+                    for start in range(0, len(message), PIECE):
+                        if answer.done():  # refused before it was sent
+                            break
+                        writer.write(message[start : start + PIECE])
+                        await writer.drain()
+                first = await answer
+                while await reader.read(PIECE):
+                    pass
+                self.results[first[9:12].decode() or "closed"] += 1
+                writer.close()
+            except OSError as error:
+                self.results[type(error).__name__] += 1
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self.count):
+                group.create_task(one())
+                await asyncio.sleep(0)
+            await asyncio.sleep(1)
+            go.set()
+
+    async def _grpc(self, url: str) -> None:
+        message = service_pb2.ModelInferRequest(model_name=self.model)
+        for name, value in self.inputs.items():
+            rows = [len(value)]
+            message.inputs.add(name=name, datatype="BYTES", shape=[1, *rows] if self.model == "classify" else rows)
+            message.raw_input_contents.append(pack(value))
+        data = message.SerializeToString()
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
+        async with contextlib.AsyncExitStack() as stack:
+            calls = []
+            for _ in range(min(GRPC_CALLERS, self.count)):
+                channel = await stack.enter_async_context(grpc.aio.insecure_channel(urlsplit(url).netloc, options))
+                await channel.channel_ready()
+                calls.append(channel.unary_unary("/inference.GRPCInferenceService/ModelInfer"))
+
+            async def one(number: int) -> None:
+                try:
+                    await calls[number % len(calls)](data, timeout=300)
+                    self.results["OK"] += 1
+                except grpc.aio.AioRpcError as error:
+                    self.results[error.code().name] += 1
+
+            await asyncio.gather(*map(one, range(self.count)))
+
+
+def main(
+    count: int = 2_000,
+    size: float = 2.0,
+    callers: tuple[str, ...] = (GATEWAY, HTTP, GRPC),
+    out: Path = RESULTS,
+) -> None:
+    """Measure memory, and write the table.
+
+    Args:
+        count: requests at once.
+        size: MiB of the image in each.
+        callers: ways in that are flooded, one after another.
+        out: folder of the results.
+    """
+    report = Report(
+        "memory",
+        f"Memory: at rest, after work and under {count:,} large requests at once",
+        "radapter-serve with every task, two processes each, and radapter-gateway, both with their defaults. The "
+        "vocabulary is CLIP's; the encoders are tiny, so tritonserver has next to no weights.",
+        timed=False,
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write(folder)
+        say("starting the server and the gateway")
+        with running(folder) as (parents, ways):
+            first = at_rest(parents)
+            say("working")
+            work(ways[GATEWAY])
+            after = at_rest(parents)
+            rows = [
+                [name, *(f"{value:.0f}" for value in (*first[name], *after[name], resident(pid, "VmHWM")))]
+                for name, pid in sorted(pids(parents).items())
+            ]
+            report.table("MiB of each process", ["process", "start", "own", "after work", "own", "peak"], rows)
+            report.note("Own: what the process shares with no other. Start: when every task has answered once.")
+            large = Flood("classify", {"image": [noise(size)], "labels": CLASS_NAMES[:3]}, count)
+            rows = [flooded(parents, way, ways[way], large) for way in callers]
+            report.table(f"{count:,} requests of {size:g} MiB to classify", HEAD, rows)
+            masks = Flood("segment", {"image": [png_of(8000, 8000)], "labels": ["a"]}, count)
+            rows = [flooded(parents, way, ways[way], masks) for way in callers if way == GATEWAY]
+            report.table(f"{count:,} requests for a mask of 8,000 x 8,000 pixels, which has 122 MiB", HEAD, rows)
+    report.note("MiB are each process's peak above what it had before; for the tasks, the sum over their processes.")
+    report.write(out)
+
+
+HEAD = ["way", "results", "seconds", "gateway", "tritonserver", "tasks", "all"]
+
+
+def noise(size: float) -> bytes:
+    """A PNG of so many MiB that no compression makes smaller."""
+    side = int((size * MIB / 3) ** 0.5)
+    return png(3, side, side)
+
+
+def flooded(parents: list[int], way: str, url: str, flood: Flood) -> list[str]:
+    """One row: what came back, and how far the memory of the processes rose."""
+    say(f"{flood.count:,} requests to {flood.model} over {way}")
+    before = {}
+    for name, pid in pids(parents).items():
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak begins anew
+        before[name] = pid, resident(pid)
+    start = time.monotonic()
+    results = flood.over(url)
+    seconds = time.monotonic() - start
+    rise: Counter[str] = Counter()
+    for name, (pid, mib) in before.items():
+        rise[name if name in ("radapter-gateway", "tritonserver") else "tasks"] += round(resident(pid, "VmHWM") - mib)
+    words = ", ".join(f"{name}: {number:,}" for name, number in sorted(results.items()))
+    figures = [rise["radapter-gateway"], rise["tritonserver"], rise["tasks"], sum(rise.values())]
+    return [way, words, f"{seconds:.0f}", *map(str, figures)]
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

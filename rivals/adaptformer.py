@@ -1,0 +1,102 @@
+"""AdaptFormer: a bottleneck with a ReLU beside the feed-forward layer of every block; it can't be folded.
+
+Chen et al., AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition, NeurIPS 2022.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from rivals.blocks import blocks_of, drop_path, width_of
+from rivals.method import Method, paper
+from rivals.run import Run
+from rivals.system import System
+from rivals.tuned import Loss, Tuned
+
+
+class Parallel(nn.Module):
+    """Adds `s·U·relu(D·x + a) + s·b` to a block's feed-forward branch; x is what that branch's norm takes.
+
+    Args:
+        block: whose branch it is.
+        hidden: width of the bottleneck.
+        scale: s.
+        dropout: probability of dropping a number behind the ReLU.
+    """
+
+    def __init__(self, block: Any, hidden: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        width = width_of(block)
+        self.down, self.up = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.scale, self.dropout = scale, nn.Dropout(dropout)
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+        self._x: Tensor | None = None
+        block.ln_2.register_forward_pre_hook(self._keep)
+        block.ls_2.register_forward_hook(self._add)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [B, L, d] to what is added, [B, L, d]."""
+        change: Tensor = self.up(self.dropout(self.down(x).relu()))
+        return change * self.scale
+
+    def _keep(self, module: nn.Module, args: Any) -> None:
+        self._x = args[0]
+
+    def _add(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        assert self._x is not None
+        change: Tensor = self(self._x)
+        self._x = None
+        return output + change
+
+
+class Paralleled(Tuned):
+    """A CLIP with a `Parallel` in every block; the arguments are those of `AdaptFormer`."""
+
+    def __init__(
+        self, run: Run, loss: Loss, towers: Sequence[str], hidden: int, scale: float, dropout: float, rate: float
+    ) -> None:
+        super().__init__(run, loss)
+        # drop-path first: it drops the pretrained branch, and not what an adapter adds to it
+        dropping = drop_path(self.model, towers, rate)
+        blocks = [block for tower in towers for block in blocks_of(self.model, tower)]
+        self.extra.extend([*dropping, *(Parallel(block, hidden, scale, dropout) for block in blocks)])
+
+
+@dataclass(frozen=True)
+class AdaptFormer(Method):
+    """AdaptFormer by the settings of its code, but for the batch norm before the head, which CLIP has none of.
+
+    Attributes:
+        loss: see `Tuned`.
+        towers: that have adapters.
+        hidden: width of the bottleneck.
+        scale: s.
+        dropout: behind the ReLU (DO).
+        drop_path: in the pretrained layers (DP).
+    """
+
+    settings: Mapping[str, Any] = paper(
+        batch_size=512, epochs=100, learning_rate=0.2, min_learning_rate=0.0, weight_decay=0.0, grad_clip=None,
+        crop_scale=0.08, flip=True,
+    )  # fmt: skip
+    loss: Loss = "classes"
+    towers: tuple[str, ...] = ("image", "text")
+    hidden: int = 64
+    scale: float = 0.1
+    dropout: float = 0.1
+    drop_path: float = 0.0
+
+    def start(self, run: Run) -> System:
+        return Paralleled(run, self.loss, self.towers, self.hidden, self.scale, self.dropout, self.drop_path)
+
+    def optimizer(self, system: System, run: Run) -> Optimizer:
+        recipe = run.recipe
+        return SGD(system.learning(), lr=recipe.learning_rate, momentum=0.9, weight_decay=recipe.weight_decay)

@@ -1,0 +1,75 @@
+"""LoRA: low-rank changes of the attention's queries, keys and values, by peft.
+
+Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022; with the settings of Zanella and Ben Ayed,
+Low-Rank Few-Shot Adaptation of Vision-Language Models, CVPRW 2024, who put it into both towers of CLIP.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from rivals.blocks import blocks_of
+from rivals.method import Method, paper
+from rivals.run import Run
+from rivals.system import System
+from rivals.tuned import Loss, Tuned
+
+
+class LowRank(Tuned):
+    """`W + (a/r)·B·A` for the weight [3d, d] that makes queries, keys and values; A is one for all three.
+
+    peft's own layer for `nn.MultiheadAttention` adapts the output projection too, and counts its change twice
+    (0.21.2; huggingface/peft#3774), so the parameter itself is named here.
+
+    Args:
+        run: see `Tuned`.
+        loss: see `Tuned`.
+        rank: r.
+        scale: a.
+    """
+
+    def __init__(self, run: Run, loss: Loss, rank: int, scale: int) -> None:
+        from peft import LoraConfig, get_peft_model  # takes seconds to import
+
+        super().__init__(run, loss)
+        for tower in ("image", "text"):
+            blocks_of(self.model, tower)  # refuses other towers
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=scale,
+            target_modules=[],
+            target_parameters=["attn.in_proj_weight"],
+        )
+        self._peft = [get_peft_model(self.model, config)]  # in a list, for its modules are the model's own
+
+    def clip(self) -> dict[str, Tensor]:
+        """The weights with every change merged, which is exact."""
+        weights: dict[str, Tensor] = copy.deepcopy(self._peft[0]).merge_and_unload().state_dict()
+        return weights
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """LoRA in both towers, without dropout, which peft has not for parameters.
+
+    Attributes:
+        loss: see `Tuned`.
+        rank: r.
+        scale: a, called alpha in LoRA's paper; the change is a/r times the product of its factors.
+    """
+
+    settings: Mapping[str, Any] = paper(
+        batch_size=32, epochs=16, learning_rate=2e-4, min_learning_rate=1e-6, weight_decay=0.01, warmup_steps=0,
+        grad_clip=None, crop_scale=0.08, flip=True,
+    )  # fmt: skip
+    loss: Loss = "classes"
+    rank: int = 2
+    scale: int = 1
+
+    def start(self, run: Run) -> System:
+        return LowRank(run, self.loss, self.rank, self.scale)

@@ -1,0 +1,169 @@
+"""Making a table: cells first, then Markdown and a picture of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars
+from radapter_serve.evaluation.results import Row, by_shift
+from rivals.benchmark import Benchmark
+from rivals.cells import ALPHAS, Cells
+from rivals.layout import COST, cost_of, markdown, scatter, spread
+from rivals.method import Method
+from rivals.soup import UniformSoup
+from rivals.tables import TABLES, figures
+
+Methods = Mapping[str, Method]  # by the names that a table prints
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How the cells of a table are made; the fields are flags of the command.
+
+    Attributes:
+        seeds, only, rates, soup, limit: the flags of these names.
+        alpha: whether validation chooses α.
+    """
+
+    seeds: Sequence[int] = (0,)
+    only: Sequence[str] = ()
+    alpha: bool = False
+    rates: Sequence[float] = (1.0,)
+    soup: int = 72
+    limit: int | None = None
+
+
+def make_table(number: str, benchmark: Benchmark, out: Path, given: Mapping[str, Any], choices: Choices) -> str:
+    """Make what is missing, and write `table-NUMBER.md` and `.png`.
+
+    Args:
+        number: of the table, as `TABLES` has it.
+        benchmark: from `load_benchmark`.
+        out: folder.
+        given: fields of a recipe that hold for every method, before those of the table and of the benchmark.
+        choices: the rest.
+
+    Returns:
+        The Markdown.
+
+    Raises:
+        RAdapterError: there is no such row, or the benchmark or a method won't do.
+    """
+    chosen = TABLES[number]
+    if unknown := [name for name in choices.only if name not in chosen.rows]:
+        raise RAdapterError(f"table {number} has no row {unknown[0]!r}; allowed: {', '.join(chosen.rows)}")
+    given = {**chosen.given, **benchmark.given, **given}
+    cells = Cells(dataclasses.replace(benchmark, given=given), out, choices.limit, _say)
+    methods = {
+        name: dataclasses.replace(method, members=choices.soup) if isinstance(method, UniformSoup) else method
+        for name, method in chosen.rows.items()
+        if not choices.only or name in choices.only
+    }
+    first = choices.seeds[0]
+    methods = {name: cells.chosen_rate(name, method, first, choices.rates) for name, method in methods.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"table-{number}.md"
+    maker = _curves if chosen.curves else _rows
+    shown = maker(cells, methods, choices, path.with_suffix(".png"))
+    parts = [f"# {chosen.title}", _how(benchmark.name, given, methods, choices), *cells.warnings(), shown]
+    text = "\n\n".join(parts) + "\n"
+    path.write_text(text, encoding="utf-8")
+    _say(f"wrote {path} and {path.with_suffix('.png')}")
+    return text
+
+
+def _rows(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> str:
+    """A row a method."""
+    lines, found, ns = [], {}, {}
+    for name, method in methods.items():
+        values, costs, alphas = [], [], []
+        for seed in choices.seeds:
+            own = cells.chosen_alpha(name, method, seed) if choices.alpha else method
+            cell = cells.cell(name, own, seed, [1.0 if own.alpha is None else own.alpha])
+            values.append(figures(cell.rows))
+            costs.append(cell.cost)
+            alphas.append("-" if own.alpha is None else f"{own.alpha:g}")
+            ns = {row["dataset"]: row["n"] for row in cell.rows}
+        found[name] = values
+        lines.append([name, *cost_of(costs), ", ".join(dict.fromkeys(alphas)), *_spreads(values)])
+    heads = list(next(iter(found.values()))[0])
+    if len(heads) == 1:
+        plot_bars({name: {heads[0]: mean(of[heads[0]] for of in values)} for name, values in found.items()}, picture)
+    else:
+        x, y = heads[0], next((head for head in heads if head.startswith("mean of")), heads[-1])
+        points = {name: ([of[x] for of in values], [of[y] for of in values]) for name, values in found.items()}
+        scatter(points, (f"{x}, %", f"{y}, %"), picture)
+    return markdown(["method", *COST, "α", *_counted(heads, ns)], lines)
+
+
+def _curves(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> str:
+    """A row a method and α; all α are shown, so that none is chosen."""
+    lines: list[list[str]] = []
+    curves: dict[str, list[dict[str, float]]] = {}
+    sets: dict[str, Row] = {}
+    for name, method in methods.items():
+        of_seeds = [cells.cell(name, method, seed, ALPHAS) for seed in choices.seeds]
+        sets = {row["dataset"]: row for row in of_seeds[0].rows}
+        curves[name] = []
+        for alpha in ALPHAS:
+            values = [figures([row for row in cell.rows if row["alpha"] == alpha]) for cell in of_seeds]
+            lines.append([name, f"{alpha:g}", *_spreads(values)])
+            curves[name].append({"alpha": alpha, **{head: mean(of[head] for of in values) for head in values[0]}})
+    first, *others = curves
+    ids, shifted = by_shift(sets)
+    beside = {name: curves[name] for name in others}
+    plot_alpha_curve(curves[first], ids, shifted, picture, title=cells.benchmark.name, beside=beside)
+    heads = list(curves[first][0])[1:]
+    return markdown(["method", "α", *_counted(heads, {name: row["n"] for name, row in sets.items()})], lines)
+
+
+def _spreads(values: Sequence[Mapping[str, float]]) -> list[str]:
+    return [spread([of[head] for of in values]) for head in values[0]]
+
+
+def _counted(heads: Sequence[str], ns: Mapping[str, int]) -> list[str]:
+    return [f"{head} (n {ns[head]})" if head in ns else head for head in heads]
+
+
+def _how(name: str, given: Mapping[str, Any], methods: Methods, choices: Choices) -> str:
+    """The command, the machine, and all that was chosen."""
+    values = {**given, "architecture": Path(given["architecture"]).name}
+    shown = ", ".join(
+        f"{key} {value}" for key, value in values.items() if not isinstance(value, Path) and key != "data"
+    )
+    command = " ".join(["python -m rivals.table", *map(shlex.quote, sys.argv[1:])])
+    seeds = ", ".join(map(str, choices.seeds))
+    parts = [
+        f"`{command}`, {datetime.date.today()}, {_machine()}.",
+        f"Benchmark {name}, seeds {seeds}: per cent, mean ± standard deviation over the seeds.",
+        f"Every method learned with {shown}; the rest is its own paper's.",
+        "Validation chose α for each seed." if choices.alpha else "α is each paper's own.",
+    ]
+    if len(choices.rates) > 1:
+        rates = [f"{key} {of.settings['learning_rate']:.2g}" for key, of in methods.items() if of.settings]
+        factors = ", ".join(f"{rate:g}" for rate in choices.rates)
+        parts.append(f"Validation chose the learning rate, each paper's own times {factors}: {', '.join(rates)}.")
+    return "\n".join(parts)
+
+
+def _machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{len(os.sched_getaffinity(0))} CPU cores"
+    return f"{device}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def _say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,59 @@
+"""`python -m rivals.pacs`: PACS as a benchmark: learn from its photos, judge on its art, cartoons and sketches too."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from radapter_serve.cli import run
+from radapter_serve.errors import RAdapterError
+
+STYLES = ("photo", "art_painting", "cartoon", "sketch")
+HELD_OUT = 5  # every fifth photo of a class is not learned from: these are for the test and, every other one, choose
+
+
+def pacs(root: Path, out: Path, /) -> None:
+    """Divide the photos, and write the benchmark's files.
+
+    Args:
+        root: folder with photo/CLASS/*.jpg, art_painting, cartoon and sketch.
+        out: folder for benchmark.yaml, its suite and the lists of photos.
+    """
+    if missing := [style for style in STYLES if not (root / style).is_dir()]:
+        raise RAdapterError(f"{root} has no folder {missing[0]}; it should have {', '.join(STYLES)}")
+    parts: dict[str, list[tuple[Path, str]]] = defaultdict(list)
+    for folder in sorted(path for path in (root / STYLES[0]).iterdir() if path.is_dir()):
+        for number, file in enumerate(sorted(folder.iterdir())):
+            part = "train" if number % HELD_OUT else ("validation", "test")[number // HELD_OUT % 2]
+            parts[part].append((file.absolute(), folder.name))
+    out.mkdir(parents=True, exist_ok=True)
+    for part, rows in parts.items():
+        with (out / f"{part}.csv").open("w", encoding="utf-8", newline="") as table:
+            csv.writer(table).writerows([("image", "label"), *rows])
+    sets = [
+        {"name": "photo, validation", "data": "csv:validation.csv", "split": "validation"},
+        {"name": STYLES[0], "data": "csv:test.csv", "shift": "id"},
+        *({"name": style, "data": f"imagefolder:{root.absolute() / style}", "shift": "ood"} for style in STYLES[1:]),
+    ]
+    train = {"data": "csv:train.csv", "batch_size": 64, "epochs": 10, "crop_scale": 0.7, "flip": True, "workers": 0}
+    documents = {
+        "suite": {"name": "PACS", "templates": "simple", "sets": sets},
+        "benchmark": {"suite": "suite.yaml", "train": train},
+    }
+    for name, document in documents.items():
+        (out / f"{name}.yaml").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    print(f"wrote {out / 'benchmark.yaml'}; next: python -m rivals.table 1 --data {out / 'benchmark.yaml'}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return run(pacs, argv, prog="python -m rivals.pacs")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""One run of a method: its recipe, and the base and the data that the recipe names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from radapter_serve.clip.base import Base, load_base
+from radapter_serve.data.held_out import held_out_digest
+from radapter_serve.errors import RAdapterError
+from radapter_serve.files import digest_of
+from radapter_serve.training import Recipe
+from radapter_serve.training.tasks import Data, open_data
+
+
+class Run:
+    """All that a method learns from.
+
+    Args:
+        given: fields of `Recipe` that hold for every method: the base, the data, the seed, and whatever else is not
+            left to a method's own settings.
+        folder: where learned systems are kept, so that none is learned twice.
+        settings: fields of `Recipe` as the method's paper sets them; `given` has the last word.
+    """
+
+    def __init__(self, given: Mapping[str, Any], folder: Path, settings: Mapping[str, Any] | None = None) -> None:
+        self.given, self.folder = dict(given), folder
+        self.recipe = Recipe(**{**(settings or {}), **given})
+        self.recipe.check()
+        if self.recipe.streaming or self.recipe.precision == "fp16":
+            raise RAdapterError("rivals are trained without --streaming, and with precision no or bf16")
+
+    def of(self, settings: Mapping[str, Any]) -> Run:
+        """A run of the same data by another method's settings, its base fresh."""
+        run = Run(self.given, self.folder, settings)
+        run.ground = self.ground
+        return run
+
+    @cached_property
+    def base(self) -> Base:
+        """The base, which belongs to the system that starts from it; what starts now draws by the recipe's seed."""
+        base = load_base(self.recipe.architecture, self.recipe.pretrained)
+        torch.manual_seed(self.recipe.seed)
+        return base
+
+    @cached_property
+    def data(self) -> Data:
+        """The training data."""
+        return open_data(self.recipe, self.base)[0]
+
+    @cached_property
+    def ground(self) -> str:
+        """A digest of the base's weights and of the names of the images, which no method's settings change."""
+        weights = self.base.model.state_dict()
+        images = json.dumps([held_out_digest(self.data), len(self.data.rows)]).encode()
+        return digest_of(images, *(weights[name].numpy().tobytes() for name in sorted(weights)))
+
+    def digest(self, *facts: object) -> str:
+        """Sixteen letters that differ where the facts, the recipe, the base or the images do."""
+        recipe = {name: value for name, value in self.recipe.to_dict().items() if name not in ("workers", "threads")}
+        text = json.dumps([*map(repr, facts), recipe, self.ground], sort_keys=True)
+        return digest_of(text.encode()).removeprefix("sha256:")[:16]

@@ -1,0 +1,150 @@
+"""Which rows the paper's tables have, and which figures of a cell stand in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import mean
+from typing import Any
+
+from radapter_serve.evaluation.results import Row, by_shift, metric_name, own_metric
+from rivals.adaptformer import AdaptFormer
+from rivals.method import Method
+from rivals.methods import METHODS
+from rivals.radapter import r_adapter
+from rivals.repadapter import RepAdapter
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the paper.
+
+    Attributes:
+        title: what it shows.
+        rows: methods by the names that the paper prints.
+        given: fields of a recipe that it is made with, where the benchmark has none.
+        curves: whether every α of the methods that have one is shown, as in Fig. 3.
+    """
+
+    title: str
+    rows: Mapping[str, Method]
+    given: Mapping[str, Any] = field(default_factory=dict)
+    curves: bool = False
+
+
+def few_shot(rank: int | None) -> Method:
+    """R-Adapter as it learns from 16 images a class."""
+    return r_adapter("few-shot", rank=rank)
+
+
+def ablations() -> dict[str, Method]:
+    """The rows of Table 5: which parts of the method are there. Dropout and drop-path of 0.2 are ours.
+
+    B1 and B2 have their own papers' optimizers and rates; the paper does not say which it took.
+    """
+    plain: dict[str, Any] = {"drop": 0.0, "momentum": 0.0, "positives": "single", "delta": 0.0, "epsilon": 0.0}
+    dropping, average = {"drop": 0.2}, {"momentum": None}
+    several, smooth = {"positives": "several", "delta": 0.05}, {"epsilon": 0.02}
+    rows: dict[str, tuple[float | None, dict[str, Any]]] = {
+        "E0: none": (None, {}),
+        "E1: DO": (None, {"dropout": 0.2}),
+        "E2: DP": (None, {"drop_path": 0.2}),
+        "E3: AD": (None, dropping),
+        "E4: AC": (None, average),
+        "E5: RS": (0.5, {}),
+        "E6: AD, AC": (None, dropping | average),
+        "E7: AD, AC, RS": (0.5, dropping | average),
+        "E8: AD, AC, RS, LS": (0.5, dropping | average | smooth),
+        "E9: AD, AC, RS, MPM": (0.5, dropping | average | several),
+        "E10: AD, AC, RS, MPM, LS": (0.5, dropping | average | several | smooth),
+    }
+    others: dict[str, Method] = {
+        "B1: AdaptFormer, DO": AdaptFormer(loss="infonce", dropout=0.2),
+        "B2: RepAdapter, DO, DP": RepAdapter(loss="infonce", dropout=0.2, drop_path=0.2),
+    }
+    return others | {name: r_adapter("imagenet", alpha, **(plain | changes)) for name, (alpha, changes) in rows.items()}
+
+
+TABLES = {
+    "1": Table(
+        "Table 1: fine-tuned on all images, and judged on shifts too",
+        {
+            "Zero-shot": METHODS["zero-shot"],
+            "FT": METHODS["ft"],
+            "LP-FT": METHODS["lp-ft"],
+            "WiSE-FT": METHODS["wise-ft"],
+            "FLYP": METHODS["flyp"],
+            "WiSE-FLYP": METHODS["wise-flyp"],
+            "Uniform Soup": METHODS["soup"],
+            "Mask-Fill": METHODS["mask-fill"],
+            "R-Adapter": METHODS["r-adapter"],
+        },
+    ),
+    "2": Table(
+        "Table 2: fine-tuned on 16 images a class, and judged on shifts too",
+        {
+            "Zero-shot": METHODS["zero-shot"],
+            "CoOp": METHODS["coop"],
+            "CoCoOp": METHODS["cocoop"],
+            "RepAdapter-T": METHODS["repadapter-t"],
+            "CLIPood": METHODS["clipood"],
+            **{f"R-Adapter, rank {rank}": few_shot(rank) for rank in (1, 4, 8)},
+            "R-Adapter, full rank": few_shot(None),
+        },
+        {"shots": 16},
+    ),
+    "3": Table(
+        "Table 3: retrieval between images and texts",
+        {
+            "Zero-shot": METHODS["zero-shot"],
+            "FLYP": METHODS["flyp"],
+            "WiSE-FLYP": METHODS["wise-flyp"],
+            "R-Adapter": r_adapter("retrieval", 0.8),
+        },
+        {"task": "retrieval"},
+    ),
+    "4": Table(
+        "Table 4: segmentation",
+        {
+            "Zero-shot": METHODS["zero-shot"],
+            "Mask-adapted CLIP (OVSeg)": METHODS["mask-adapted"],
+            "R-Adapter": r_adapter("segmentation", 0.4),
+        },
+        {"task": "segmentation"},
+    ),
+    "5": Table("Table 5: ablations", ablations()),
+    "fig3": Table(
+        "Fig. 3: from zero-shot, α = 0, to fine-tuned, α = 1",
+        {"R-Adapter": METHODS["r-adapter"], "WiSE-FT": METHODS["wise-ft"]},
+        curves=True,
+    ),
+    "all": Table(
+        "Every system",
+        {
+            **{name: method for name, method in METHODS.items() if name not in ("lp", "mask-adapted", "r-adapter")},
+            **{f"r-adapter, rank {rank}": r_adapter("imagenet", rank=rank) for rank in (1, 4, 8)},
+            "r-adapter": METHODS["r-adapter"],
+        },
+    ),
+}
+
+
+def figures(rows: Sequence[Row]) -> dict[str, float]:
+    """The figures of a table's row, in per cent by the heads of their columns.
+
+    Args:
+        rows: of each set at one α. Sets in distribution stand first; then the mean over the shifted ones, where there
+            are several, and each of these. Of retrieval all recalls are shown.
+    """
+    values: dict[str, float] = {}
+    of = {row["dataset"]: row for row in rows}
+    ids, shifted = by_shift(of)
+    for name in (*ids, *shifted):
+        row = of[name]
+        if name == (shifted or [""])[0] and len(shifted) > 1 and row["task"] != "zeroshot_retrieval":
+            values[f"mean of {len(shifted)} shifts"] = mean(own_metric(of[one]) for one in shifted)
+        shown = row["metrics"] if row["task"] == "zeroshot_retrieval" else [row["metric"]]
+        for metric in shown:
+            head = name if len(shown) == 1 else f"{name}, {metric_name(metric)}"
+            values[head] = 100 * row["metrics"][metric]
+    return values

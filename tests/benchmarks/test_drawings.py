@@ -1,0 +1,280 @@
+"""The benchmark of drawings, made of a small hand-made package: names, licences, near-duplicates, who sees what."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from benchmarks.drawings import build, near, pairs
+from benchmarks.drawings.iconify import drawings, read_name, render, sources
+from benchmarks.drawings.names import SYNONYMS, Classes, core, load_meanings
+from benchmarks.drawings.roles import Roles, load_roles
+
+SHAPES = {
+    "star": '<path fill="currentColor" d="m12 1 3 8h8l-6 5 2 9-7-6-7 6 2-9-6-5h8z"/>',
+    "moon": '<path fill="currentColor" d="M14 2a10 10 0 1 0 8 14A9 9 0 0 1 14 2z"/>',
+    "house": '<path fill="currentColor" d="M12 2 1 12h3v10h16V12h3z"/>',
+    "key": '<path fill="currentColor" d="M6 13a5 5 0 1 0 5 5l3-3h3v-3l5-6V2h-4z"/>',
+    "flag": '<path fill="currentColor" d="M3 1h3v22H3zM6 2h16l-5 5 5 5H6z"/>',
+    "box": '<path fill="none" stroke="currentColor" d="M3 7l9-5 9 5v10l-9 5-9-5zM3 7l9 5 9-5M12 12v10"/>',
+}
+
+
+def icon_set(folder: Path, name: str, icons: dict[str, str], licence: str = "MIT", **facts: object) -> None:
+    """Add a set of drawings, 24 units wide, to the package."""
+    (folder / "json").mkdir(parents=True, exist_ok=True)
+    document = {
+        "prefix": name,
+        "width": 24,
+        "height": 24,
+        "icons": {key: {"body": body} for key, body in icons.items()},
+    }
+    (folder / "json" / f"{name}.json").write_text(json.dumps(document), encoding="utf-8")
+    listed = folder / "collections.json"
+    known = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else {}
+    known[name] = {"name": name.title(), "author": {"name": f"Author of {name}"}, "license": {"spdx": licence}, **facts}
+    listed.write_text(json.dumps(known), encoding="utf-8")
+
+
+def turned(body: str, degrees: int) -> str:
+    """Another hand's drawing of the same thing: the shape turned, which is no near-duplicate."""
+    return f'<g transform="rotate({degrees} 12 12) translate(3 3) scale(.75)">{body}</g>'
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """Sets by seven hands."""
+    folder = tmp_path / "package"
+    icon_set(folder, "seen", {"star": SHAPES["star"], "crescent-outline": SHAPES["moon"], "acme": SHAPES["box"]})
+    icon_set(folder, "alike", {"home": SHAPES["house"]}, "CC-BY-SA-4.0")
+    icon_set(folder, "kept", {"key": SHAPES["key"]})
+    icon_set(folder, "brands", {"acme": SHAPES["flag"], "star": SHAPES["star"]}, "CC0-1.0")
+    colours = {}
+    for number, degrees in enumerate((20, 50, 110, 140, 200, 230)):
+        for shape in ("star", "moon"):
+            colours[f"{shape}-{number}"] = turned(SHAPES[shape], degrees)
+            colours[f"{shape}-{number}-flat"] = f'<g color="#900">{turned(SHAPES[shape], degrees)}</g>'
+    icon_set(folder, "colours", colours, "CC-BY-4.0", palette=True)
+    icon_set(
+        folder,
+        "lines",
+        {"star-filled": SHAPES["star"], "star": turned(SHAPES["star"], 75), "moon": turned(SHAPES["moon"], 170)},
+    )
+    icon_set(folder, "copies", {"fallen-star": turned(SHAPES["star"], 75), "moon": turned(SHAPES["moon"], 290)})
+    for name, licence in (("nc", "CC-BY-NC-4.0"), ("nd", "CC-BY-ND-4.0"), ("gpl", "GPL-3.0-only"), ("unknown", "")):
+        icon_set(folder, name, {"star": SHAPES["star"]}, licence)
+    return folder
+
+
+@pytest.fixture
+def roles(tmp_path: Path) -> Roles:
+    """Who is for what in that package."""
+    document = {
+        "fine_tuned": {"name": "colour", "sets": [{"set": "colours"}]},
+        "shifts": [
+            {"name": "line", "sets": [{"set": "lines"}]},
+            {"name": "black", "paper": "black", "sets": [{"set": "copies"}]},
+        ],
+        "base_validation": ["kept"],
+        "unused": [["brands"]],
+        "brands": ["brands"],
+    }
+    (tmp_path / "roles.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    return load_roles(tmp_path / "roles.yaml")
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Classes:
+    """Two classes, and a house that is none."""
+    (tmp_path / "classes.txt").write_text("star, pentagram | shining star\nmoon | crescent\n", encoding="utf-8")
+    (tmp_path / "synonyms.txt").write_text("home, house\n", encoding="utf-8")
+    return Classes(tmp_path / "classes.txt", tmp_path / "synonyms.txt")
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("credit-card-2-outline-24", ("credit card", "2", "line")),
+        ("home3", ("home", "3", "")),
+        ("star-20-filled", ("star", "", "filled")),
+        ("battery-50-duotone-bold", ("battery", "50", "two-tone")),
+        ("round-house", ("house", "", "")),
+        ("24-solid", ("", "", "filled")),
+    ],
+)
+def test_a_name_is_words_number_and_style(name, said):
+    assert read_name(name) == said
+
+
+def test_a_drawing_is_rendered_whole_and_centred(package):
+    icon_set(package, "shapes", {"half": '<path d="M0 0h12v24H0z"/>', "nothing": "<g/>", "torn": "<path d="})
+    half, *rest = (render(drawing.svg, 8) for drawing in drawings(package, "shapes") if drawing.name == "half")
+    assert half is not None and not rest
+    expected = np.zeros((8, 8, 4), np.uint8)
+    expected[:, :4, 3] = 255
+    np.testing.assert_array_equal(half, expected)
+    assert [render(d.svg, 8) for d in drawings(package, "shapes") if d.name != "half"] == [None, None]
+    head = '<svg xmlns="http://www.w3.org/2000/svg"'
+    drawn = render(f'{head} width="24" height="12" viewBox="0 0 24 12"><path d="M0 0h24v12H0z"/></svg>', 8)
+    assert drawn is not None
+    np.testing.assert_array_equal(drawn[..., 3], np.repeat([0, 0, 255, 255, 255, 255, 0, 0], 8).reshape(8, 8))
+
+
+def test_hidden_and_huge_drawings_are_left_out(package):
+    path = package / "json" / "seen.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    document["icons"]["star"]["hidden"] = True
+    document["icons"]["acme"]["body"] += " " * 200_000
+    path.write_text(json.dumps(document), encoding="utf-8")
+    assert [drawing.name for drawing in drawings(package, "seen")] == ["crescent-outline"]
+
+
+def test_only_licences_that_let_anyone_pass_drawings_on(package):
+    assert set(sources(package)) == {"seen", "alike", "kept", "brands", "colours", "lines", "copies"}
+
+
+@pytest.mark.parametrize(
+    ("words", "meaning"),
+    [
+        ("magnifying glass", "search"),  # a synonym
+        ("camera", "camera"),
+        ("camera off circle", "camera"),  # beside words that change nothing
+        ("war axe", "axe"),  # the last word
+        ("clouds", "cloud"),  # one of many
+        ("phone", "telephone"),
+        ("mobile phone", "mobile phone"),  # the longest name
+        ("check", "check"),  # a symbol alone is a class, beside something it is a mark on it
+        ("calendar check", "calendar"),
+        ("calendar search", None),  # two classes
+        ("hot dog", None),  # a name that means something else
+        ("camera shop assistant", None),
+        ("man with umbrella", None),
+        ("letter a key", None),
+        ("cargobike and dollar", None),
+        ("gobbledygook", None),
+    ],
+)
+def test_the_class_that_a_name_means(words, meaning):
+    classes = Classes()
+    expected = meaning if meaning in classes.names else None
+    assert meaning is None or meaning in classes.meanings.values()
+    assert classes.of(words) == expected
+
+
+def test_the_classes_are_many_and_none_means_what_another_means():
+    classes = Classes()
+    assert 200 <= len(classes.names) <= 300
+    assert set(load_meanings(SYNONYMS)).isdisjoint(name for line in classes.prompt_lines for name in line.split(", "))
+    assert [line.split(",")[0] for line in classes.prompt_lines] == classes.names
+    assert all(re.fullmatch(r"[a-z][a-z -]*", name) for name in classes.names)
+
+
+def test_one_name_with_two_meanings_is_refused(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("home, house\nbuilding | house\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="'house' means both 'home' and 'building'"):
+        load_meanings(path)
+
+
+def test_a_set_has_one_role(tmp_path):
+    document = yaml.safe_load((Path(build.__file__).parent / "roles.yaml").read_text(encoding="utf-8"))
+    document["base_validation"].append("tabler")
+    (tmp_path / "roles.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    with pytest.raises(ValueError, match="tabler"):
+        load_roles(tmp_path / "roles.yaml")
+
+
+def test_near_duplicates_are_found_whatever_their_size_and_place():
+    def mark(body: str) -> np.ndarray:
+        drawn = render(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24">{body}</svg>', 48)
+        assert drawn is not None
+        return near.signature(drawn)
+
+    marks = np.stack([mark(body) for body in SHAPES.values()])
+    moved = np.stack([mark(f'<g transform="translate(4 1) scale(.7)">{body}</g>') for body in SHAPES.values()])
+    np.testing.assert_array_equal(near.alike(marks, moved), np.eye(len(SHAPES), dtype=bool))
+
+
+def test_clusters_join_groups_and_what_is_alike():
+    one, two, three = np.eye(3, dtype=np.float32)
+    marks = np.stack([one, two, three, two, one])
+    assert near.clusters(marks, ["a", "b", "c", "a", "d"]) == [[0, 1, 3, 4], [2]]
+
+
+def test_pairs_are_of_nobody_that_is_tested(package, roles, tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "Classes", lambda: Classes())
+    assert pairs.write_pairs(package, tmp_path / "pairs", roles, side=16, processes=1) == 3
+    listed = rows(tmp_path / "pairs" / "pairs.csv")
+    assert [(row["set"], row["words"], row["style"], row["split"]) for row in listed] == [
+        ("kept", "key", "", "validation"),
+        ("seen", "crescent", "line", "train"),
+        ("seen", "star", "", "train"),
+    ]  # neither share-alike nor brands
+    pixels = np.load(tmp_path / "pairs" / "pixels.npy", mmap_mode="r")
+    assert pixels.shape[1:] == (16, 16, 4)
+    star = next(drawing for drawing in drawings(package, "seen") if drawing.name == "star")
+    np.testing.assert_array_equal(pixels[2], render(star.svg, 16))
+    credit = (tmp_path / "pairs" / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    assert "| `seen` | 2 | Seen | Author of seen | MIT |" in credit and "alike" not in credit
+
+
+def test_the_folders_are_disjoint_and_whole(package, roles, classes, tmp_path):
+    pairs.write_pairs(package, tmp_path / "pairs", roles, side=96, processes=1)
+    count = build.build(package, tmp_path / "pairs", tmp_path / "data", roles, classes)
+    listed = rows(tmp_path / "data" / "index.csv")
+    found = {path.relative_to(tmp_path / "data").as_posix() for path in (tmp_path / "data").rglob("*.png")}
+    assert {row["path"] for row in listed} == found and sum(count.values()) == len(found)
+    assert count == Counter(row["split"] for row in listed)
+    assert {"train", "val", "test"} <= set(count)
+    # the colourings of a drawing are in one place, and there is one of them where nothing is trained
+    places: dict[str, set[str]] = {}
+    for row in listed:
+        if row["style"] == "colour":
+            places.setdefault(row["name"].removesuffix("-flat"), set()).add(row["split"])
+    assert len(places) == 12 and all(len(place) == 1 for place in places.values())
+    of_split = {row["name"].removesuffix("-flat"): Counter() for row in listed}
+    for row in listed:
+        of_split[row["name"].removesuffix("-flat")][row["split"]] += 1
+    assert all(n == (2 if split == "train" else 1) for c in of_split.values() for split, n in c.items())
+    # the base has seen lines:star-filled in `seen`; copies:fallen-star is lines:star again
+    assert {(row["set"], row["name"]) for row in listed if row["style"] != "colour"} == {
+        ("lines", "star"),
+        ("lines", "moon"),
+        ("copies", "moon"),
+    }
+    white, black = (
+        Image.open(tmp_path / "data" / place / "moon" / name).getpixel((1, 1))
+        for place, name in (("shifts/line", "lines--moon.png"), ("shifts/black", "copies--moon.png"))
+    )
+    assert (white, black) == ((255, 255, 255), (0, 0, 0))
+    assert (tmp_path / "data" / "classes.txt").read_text(encoding="utf-8") == "moon\nstar, pentagram\n"
+    credit = (tmp_path / "data" / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    assert credit.count("Author of") == 3 and "| `colours` |" in credit
+
+
+def test_the_same_package_makes_the_same_folders(package, roles, classes, tmp_path):
+    pairs.write_pairs(package, tmp_path / "pairs", roles, side=96, processes=1)
+    for name in ("first", "second"):
+        build.build(package, tmp_path / "pairs", tmp_path / name, roles, classes)
+    first, second = (
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
+        for name in ("first", "second")
+    )
+    assert first == second
+
+
+def test_core_is_what_is_drawn():
+    assert core("camera off circle") == "camera" and core("check") == "check"

@@ -1,0 +1,131 @@
+"""Splits that others published, from files made by hand: CoOp's of labelled images, Karpathy's of captions."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from radapter_serve.data import class_split, few_shot, load_captioned, load_labelled, run_data
+from radapter_serve.errors import RAdapterError
+
+COOP = {
+    "train": [["River/1.jpg", 2, "River"], ["Annual/1.jpg", 0, "Annual Crop_Land"], ["Forest/1.jpg", 1, "Forest"]],
+    "val": [["Forest/2.jpg", 1, "Forest"], ["Sea/2.jpg", 3, "Sea or Lake"]],
+    "test": [["Sea/3.jpg", 3, "Sea or Lake"], ["River/3.jpg", 2, "River"], ["River/4.jpg", 2, "River"]],
+}
+
+
+def photo(name: str, split: str, *captions: str, folder: str | None = "val2014") -> dict[str, Any]:
+    place = {} if folder is None else {"filepath": folder}
+    return {**place, "filename": name, "split": split, "sentences": [{"raw": text} for text in captions]}
+
+
+KARPATHY = {
+    "images": [
+        photo("1.jpg", "train", "one", "uno", folder="train2014"),
+        photo("2.jpg", "restval", "two"),
+        photo("3.jpg", "test", "three", "drei", "tre"),
+        photo("4.jpg", "train", "four", folder=None),
+    ]
+}
+
+
+def write(path: Path, content: Any) -> str:
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+def test_classes_have_the_numbers_of_the_file_in_every_split(tmp_path: Path) -> None:
+    file = write(tmp_path / "split_zhou_Own.json", COOP)
+    images = tmp_path / "2750"
+    (images / "River").mkdir(parents=True)
+    Image.new("RGB", (4, 4), (9, 0, 0)).save(images / "River" / "3.jpg")
+    test = load_labelled(f"coop:{file}@test", images=images, every_class=False)
+    assert test.classes == ["Annual Crop Land", "Forest", "River", "Sea or Lake"]
+    assert test.labels().tolist() == [3, 2, 2]
+    image, label, prompt = test.pair(test.rows[1], random.Random(0))
+    assert image.size == (4, 4) and label == 2 and prompt == "a photo of a River."
+    novel = class_split(test, "novel")
+    assert novel.classes == ["River", "Sea or Lake"] and novel.labels().tolist() == [1, 0, 0]
+    both = load_labelled(f"coop:{file}@train+val", images=images)
+    assert [row["image"] for row in both.rows] == [path for split in ("train", "val") for path, *_ in COOP[split]]
+    stream = load_labelled(f"coop:{file}@train", images=images, streaming=True)
+    assert [stream.label(row) for row in stream.rows] == [2, 0, 1]
+
+
+def test_a_run_of_few_shots_as_on_eurosat(tmp_path: Path) -> None:
+    names = [f"class {number}" for number in range(10)]
+    rows = [[f"{name}/{index}.jpg", number, name] for number, name in enumerate(names) for index in range(20)]
+    random.Random(0).shuffle(rows)
+    data = f"coop:{write(tmp_path / 's.json', {'train': rows, 'val': rows[:80], 'test': []})}"
+    recipe = {"data": f"{data}@train", "val_data": f"{data}@val", "class_split": "base"}
+    train, held = run_data(recipe)
+    few = few_shot(train, 16, seed=1)  # type: ignore[arg-type]
+    assert few.classes == names[:5] and [few.labels().tolist().count(number) for number in range(5)] == [16] * 5
+    assert held is not None and held.classes == names[:5]  # type: ignore[union-attr]
+
+
+def test_karpathys_train_and_restval_are_one_source(tmp_path: Path) -> None:
+    file = write(tmp_path / "dataset_coco.json", KARPATHY)
+    data = load_captioned(f"karpathy:{file}@train+restval", images=tmp_path / "coco")
+    found = {data.table[image.row]["image"]: image.captions for image in data.images}
+    assert found == {
+        "train2014/1.jpg": ("one", "uno"), "val2014/2.jpg": ("two",), "4.jpg": ("four",)
+    }  # fmt: skip
+    assert len(data.rows) == 4
+    (tmp_path / "coco" / "train2014").mkdir(parents=True)
+    Image.new("RGB", (4, 4), (9, 0, 0)).save(tmp_path / "coco" / "train2014" / "1.jpg")
+    image, number, text = data.pair(data.rows[0], random.Random(0))
+    assert image.size == (4, 4) and number == 0 and text == "one"
+    recipe = {"task": "retrieval", "data": f"karpathy:{file}@train+restval", "val_data": f"karpathy:{file}@test"}
+    train, held = run_data(recipe)
+    assert len(train.images) == 3 and len(held.images) == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("karpathy:k.json", "k.json needs a split; it has restval, test, train; name one as in karpathy:FILE@test"),
+        ("karpathy:k.json@train+dev", "k.json has no images of the split 'dev'; it has restval, test, train"),
+        ("karpathy:none.json@test", "cannot read none.json: No such file"),
+        ("karpathy:c.json@test", "could not read c.json as a file of Karpathy's splits: KeyError: 'images'"),
+        ("karpathy:bad.json@test", "could not read bad.json as a file of Karpathy's splits: JSONDecodeError"),
+        ("karpathy:list.json@test", "could not read list.json as a file of Karpathy's splits"),
+        ("karpathy:types.json@test", "unexpected types in"),
+        ("karpathy:empty.json@test", "it has no images at all"),
+    ],
+)
+def test_files_of_captions_that_can_not_be_used(
+    spec: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    types = {"images": [photo("1.jpg", "test", 3)]}  # type: ignore[arg-type]
+    files = {"k": KARPATHY, "c": COOP, "bad": "{", "list": [[[]]], "types": types, "empty": {"images": []}}
+    for name, content in files.items():
+        write(tmp_path / f"{name}.json", content)
+    with pytest.raises(RAdapterError) as error:
+        load_captioned(spec)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ([["a.jpg", 4, "Sea or Lake"]], "each with a name of its own"),
+        ([["a.jpg", 5, "Desert"]], "numbered from 0 on"),
+        ([["a.jpg", 0, "Desert"]], "the class 0 is both 'Annual Crop_Land' and 'Desert'"),
+        ([["a.jpg", True, "Desert"]], "unexpected types"),
+        ([["a.jpg", 4]], "CoOp's splits: ValueError"),
+        ([4], "CoOp's splits: TypeError"),
+    ],
+)
+def test_files_of_classes_that_can_not_be_used(change: Any, message: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "s.json", {**COOP, "val": change})
+    with pytest.raises(RAdapterError) as error:
+        load_labelled(f"coop:{file}@test", every_class=False)
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,153 @@
+"""A proposal network's masks and scores in evaluation: fused as OVSeg fuses them, and told in the rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.alpha_choice import choose
+from radapter_serve.evaluation.embedder import SegmentImage, SegmentQuery, segment_here
+from radapter_serve.evaluation.evaluate import evaluate
+from radapter_serve.evaluation.results import table
+from radapter_serve.evaluation.sets import open_set
+from radapter_serve.evaluation.suite import Suite, load_suite
+from radapter_serve.inputs.mask_crop import MaskCrop
+from radapter_serve.inputs.preprocess import Preprocess
+from radapter_serve.tasks.proposals import ProposalSegmenter
+from tests.evaluation.test_segmentation import Oracle
+
+NAMES = ["sky", "grass", "cow"]
+SIZE = (6, 8)
+COSINES = np.array([[0.2, 0.9, 0.4], [0.8, 0.1, 0.3], [0.5, 0.5, 0.1], [0.1, 0.4, 0.9]], np.float32)
+SCALE = 3.0
+
+
+class Fixed(Oracle):
+    """A model that gives the crops of an image the cosines of the table, one after the other."""
+
+    def segmenter(self, query: SegmentQuery, known: Any) -> SegmentImage:
+        def images(crops: np.ndarray) -> np.ndarray:
+            return COSINES[: len(crops)]
+
+        segmenter = ProposalSegmenter(images, Preprocess((4, 4), "bilinear"), MaskCrop(), SCALE, 8)
+        return segment_here(segmenter, np.eye(len(query.labels), dtype=np.float32), query.options)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """`data` of 2 images of noise with label maps, and `found` with 4 soft masks and scores of each."""
+    generator = np.random.default_rng(0)
+    for kind in ("images", "masks"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+    (tmp_path / "found").mkdir()
+    for name in ("a", "b"):
+        Image.fromarray(generator.integers(0, 255, (*SIZE, 3), np.uint8)).save(tmp_path / f"data/images/{name}.png")
+        Image.fromarray(generator.integers(0, 3, SIZE, np.uint8)).save(tmp_path / f"data/masks/{name}.png")
+        masks = np.round(generator.random((4, *SIZE)) * 255).astype(np.uint8)
+        scores = generator.random((4, 3)).astype(np.float32)
+        np.savez(tmp_path / f"found/{name}.npz", masks=masks, scores=scores)
+    (tmp_path / "data" / "classes.txt").write_text("\n".join(NAMES), encoding="utf-8")
+    return tmp_path
+
+
+def suite_of(folder: Path, *sets: str) -> Suite:
+    lines = "\n".join(f"- {{name: s{number}, {fields}}}" for number, fields in enumerate(sets))
+    text = f"task: segmentation\ndata: 'masks:data'\ndense: proposals\nsets:\n{lines}"
+    (folder / "s.yaml").write_text(text, encoding="utf-8")
+    return load_suite(folder / "s.yaml", folder)
+
+
+def rows_of(suite: Suite) -> list[dict[str, Any]]:
+    return [evaluate(Fixed(), open_set(suite, entry))[0] for entry in suite.entries]  # type: ignore[arg-type]
+
+
+def by_ovseg(folder: Path, weight: float | None) -> list[list[int]]:
+    """Counts by true and found class: sum_q (p_proposal^(1-w) p_clip^w) mask_q of each pixel, in OVSeg's own order."""
+    logits = SCALE * COSINES.astype(float)
+    clip = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    counts = np.zeros((3, 4), int)
+    for name in ("a", "b"):
+        with np.load(folder / "found" / f"{name}.npz") as found:
+            masks = found["masks"] / 255
+            classes = clip if weight is None else found["scores"].astype(float) ** (1 - weight) * clip**weight
+        best = np.einsum("qc,qhw->chw", classes, masks).argmax(0)
+        truth = np.asarray(Image.open(folder / "data" / "masks" / f"{name}.png"))
+        for true, answer in zip(truth.ravel(), best.ravel(), strict=True):
+            counts[true, answer] += 1
+    return counts.tolist()
+
+
+def test_scores_and_masks_are_fused_as_ovseg_does(folder: Path) -> None:
+    weights: Sequence[float] = (0.0, 0.45, 1.0)
+    sets = [f"proposals: found, proposal_weight: {weight}" for weight in weights]
+    *rows, usual = rows_of(suite_of(folder, *sets, "proposals: found"))
+    for row, weight in zip(rows, weights, strict=True):
+        assert row["confusion"] == by_ovseg(folder, weight)
+        assert (row["dense"], row["proposals"], row["proposal_weight"]) == ("proposals", "found", weight)
+    assert usual["confusion"] == by_ovseg(folder, 0.7) and usual["proposal_weight"] == 0.7
+    assert len({json.dumps(row["confusion"]) for row in rows}) == 3
+
+
+def test_masks_without_scores_have_clips_classes(folder: Path) -> None:
+    for name in ("a", "b"):
+        with np.load(folder / "found" / f"{name}.npz") as found:
+            masks = found["masks"]
+        np.savez(folder / "found" / f"{name}.npz", masks=masks)
+    (row,) = rows_of(suite_of(folder, "proposals: found"))
+    assert row["confusion"] == by_ovseg(folder, None) and row["proposal_weight"] is None
+    suite = suite_of(folder, "proposals: found, proposal_weight: 0.6")
+    with pytest.raises(RAdapterError, match=r"data set 's0': proposal_weight is 0.6 but found has no scores to weigh"):
+        open_set(suite, suite.entries[0])
+
+
+def test_an_image_whose_masks_are_empty_is_background(folder: Path) -> None:
+    for name in ("a", "b"):
+        np.savez(folder / "found" / f"{name}.npz", masks=np.full((3 * (name == "a"), *SIZE), 0.4))  # none is above 0.4
+    (row,) = rows_of(suite_of(folder, "proposals: found"))
+    assert np.array(row["confusion"])[:, 3].sum() == 2 * 6 * 8
+
+
+def test_the_digest_covers_the_proposals(folder: Path) -> None:
+    suite = suite_of(folder, "proposals: found", "dense: proposals")
+    first, true = (open_set(suite, entry).facts["set_digest"] for entry in suite.entries)
+    assert first != true
+    np.savez(folder / "found" / "b.npz", masks=np.ones((1, *SIZE), bool), scores=np.ones((1, 3), np.float32))
+    assert open_set(suite, suite.entries[0]).facts["set_digest"] != first
+
+
+def test_true_masks_and_a_networks_are_never_averaged(folder: Path) -> None:
+    rows = rows_of(suite_of(folder, "proposals: found", "dense: proposals"))
+    assert not any("mean of" in str(column.header) for column in table(rows, "t").columns)
+    facts = {"alpha": 0.5, "adapter_digest": "sha256:1"}
+    with pytest.raises(RAdapterError, match="nor are true masks and a network's"):
+        choose([{**row, **facts} for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("dense: naclip, proposals: found", "proposals is 'found', which needs dense: proposals"),
+        ("proposal_weight: 0.5", "proposal_weight is 0.5, which needs proposals with scores"),
+        ("proposals: found, proposal_weight: 2", "proposal_weight is 2.0; allowed: 0 to 1"),
+        ("proposals: none", "data set 's0': no proposals"),
+        ("proposals: found, background: cow", r"float [4, 2], a column for each class"),
+    ],
+)
+def test_bad_entries(folder: Path, fields: str, message: str) -> None:
+    with pytest.raises(RAdapterError) as error:
+        suite = suite_of(folder, fields)
+        open_set(suite, suite.entries[0])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_error_names_the_image(folder: Path) -> None:
+    np.savez(folder / "found" / "b.npz", masks=np.ones((1, 5, 5), bool), scores=np.ones((1, 3), np.float32))
+    with pytest.raises(RAdapterError, match=r"data set 's0', b.png: the masks of .*b.npz have 5 x 5 pixels"):
+        rows_of(suite_of(folder, "proposals: found"))

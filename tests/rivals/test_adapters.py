@@ -1,0 +1,172 @@
+"""RepAdapter, AdaptFormer and LoRA: what they add, that what can be folded is folded exactly, and what they drop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from torch import Tensor, nn
+
+from radapter_serve.clip.towers import encode_image, encode_texts
+from radapter_serve.errors import RAdapterError
+from rivals.adaptformer import AdaptFormer, Parallel
+from rivals.blocks import blocks_of, drop_path
+from rivals.lora import LoRA
+from rivals.method import Method, learned
+from rivals.repadapter import LinearBottleneck, RepAdapter
+from rivals.run import Run
+from rivals.system import System
+
+PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+TEXTS = ["a photo of a green.", "a red."]
+ADAPTERS: list[Method] = [RepAdapter(), AdaptFormer(), LoRA()]
+
+
+def started(method: Method, run: Run) -> System:
+    """A system with all that learns drawn at random."""
+    system = method.start(run)
+    with torch.no_grad():
+        for parameter in system.learning():
+            parameter.normal_(std=0.2)
+    return system.eval()
+
+
+@torch.no_grad()
+def embeds(system: System) -> Tensor:
+    return torch.cat([system.embed_images(PIXELS), system.embed_texts(TEXTS)])
+
+
+@torch.no_grad()
+def plain(weights: Any, name: str) -> Tensor:
+    """What open_clip's own model gives with these weights."""
+    model = open_clip.create_model(name).eval()
+    model.load_state_dict(weights)
+    tokens = open_clip.get_tokenizer(name)(TEXTS)
+    return torch.cat([encode_image(model, PIXELS), encode_texts(model, tokens)])
+
+
+@pytest.mark.parametrize("method", ADAPTERS, ids=lambda method: type(method).__name__)
+def test_starts_as_the_base_and_learns_beside_it(method: Method, make_run: Callable[..., Run], tiny_clip_dir: str):
+    run = make_run()
+    base = open_clip.create_model(tiny_clip_dir).state_dict()
+    torch.testing.assert_close(embeds(method.start(run.of(method.settings)).eval()), plain(base, tiny_clip_dir))
+    changed = learned(method, run).end
+    assert changed
+    assert all("extra." in name or "lora_" in name for name in changed), changed
+
+
+@pytest.mark.parametrize(
+    "method",
+    [RepAdapter(scale=0.5), RepAdapter(hidden=8, groups=4, towers=("text",)), LoRA(rank=3, scale=2)],
+    ids=["repadapter", "repadapter of texts", "lora"],
+)
+def test_folds_to_a_plain_clip_that_embeds_alike(method: Method, make_run: Callable[..., Run], tiny_clip_dir: str):
+    run = make_run()
+    system = started(method, run)
+    weights = system.clip()
+    assert weights is not None
+    found = plain(weights, tiny_clip_dir)
+    torch.testing.assert_close(found, embeds(system), rtol=0, atol=1e-5)
+    torch.testing.assert_close(embeds(system), found, rtol=0, atol=1e-5)  # folding has left the system as it was
+    base = open_clip.create_model(tiny_clip_dir).state_dict()
+    assert (found - plain(base, tiny_clip_dir)).abs().max() > 1e-2
+    kinds = {".".join(name.split(".")[-2:]) for name in base if not torch.equal(base[name], weights[name])}
+    further = {"attn.in_proj_bias", "c_fc.weight", "c_fc.bias"} if isinstance(method, RepAdapter) else set()
+    assert kinds == {"attn.in_proj_weight"} | further
+
+
+def test_grouped_bottleneck_by_its_equation():
+    torch.manual_seed(0)
+    adapter: Any = LinearBottleneck(6, hidden=4, groups=2, scale=0.5, dropout=0.0)
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 5, 6)
+    inner = x @ adapter.down.weight.T + adapter.down.bias
+    up = adapter.up.weight[:, :, 0]  # 3 outputs of each group see 2 of the bottleneck
+    change = torch.cat([inner[..., :2] @ up[:3].T, inner[..., 2:] @ up[3:].T], dim=-1) + adapter.up.bias
+    torch.testing.assert_close(adapter(x), x + 0.5 * change)
+
+
+def test_lora_is_counted_once(make_run: Callable[..., Run]):
+    run = make_run()
+    system = started(LoRA(rank=2, scale=1), run)
+    weights, base = system.clip(), run.of({}).base.model.state_dict()
+    assert weights is not None
+    for tower in ("visual.", ""):
+        name, state = f"{tower}transformer.resblocks.1.attn", system.state_dict()
+        a, b = (state[f"model.{name}.lora_{part}.default.weight"] for part in "AB")
+        torch.testing.assert_close(weights[f"{name}.in_proj_weight"], base[f"{name}.in_proj_weight"] + 0.5 * b @ a)
+        torch.testing.assert_close(weights[f"{name}.out_proj.weight"], base[f"{name}.out_proj.weight"])
+
+
+def test_adaptformer_stands_beside_the_feed_forward_layer(make_run: Callable[..., Run], tiny_clip_dir: str):
+    system = started(AdaptFormer(towers=("image",), scale=0.3), make_run())
+    assert system.clip() is None
+    visual: Any = open_clip.create_model(tiny_clip_dir).visual.eval()
+    extra: Any = system.extra
+    with torch.no_grad():
+        x = visual._embeds(PIXELS)
+        for block, adapter in zip(visual.transformer.resblocks, extra, strict=True):
+            assert isinstance(adapter, Parallel)
+            x = x + block.attention(block.ln_1(x))
+            inner = (x @ adapter.down.weight.T + adapter.down.bias).clamp(min=0)
+            x = x + block.mlp(block.ln_2(x)) + 0.3 * (inner @ adapter.up.weight.T + adapter.up.bias)
+        expected = visual.ln_post(x[:, 0]) @ visual.proj
+        found = system.model.encode_image(PIXELS)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [RepAdapter, AdaptFormer])
+@pytest.mark.parametrize("dropping", ["dropout", "drop_path"])
+def test_drops_while_it_learns_and_only_then(kind: Any, dropping: str, make_run: Callable[..., Run]):
+    off = {"dropout": 0.0, "drop_path": 0.0}
+    run = make_run()
+    system = started(kind(**{**off, dropping: 0.5}), run)
+    batch = {"pixels": PIXELS, "labels": torch.tensor([0, 1, 2]), "texts": ["a", "b", "c"]}
+    with torch.no_grad():
+        losses = {float(system(batch)) for _ in range(8)}
+        assert len(losses) > 1
+        torch.testing.assert_close(embeds(system), embeds(system), rtol=0, atol=0)
+        quiet = started(kind(**off), run.of({}))
+        assert len({float(quiet(batch)) for _ in range(4)}) == 1
+
+
+def test_drop_path_drops_whole_branches_of_an_input_more_often_the_deeper(make_run: Callable[..., Run]):
+    model = make_run().base.model
+    layers = drop_path(model, ["image"], 0.5)
+    assert [layer.p for layer in layers] == [0.0, 0.5]
+    last = blocks_of(model, "image")[1]
+    x = torch.randn(400, 5, 64)
+    with torch.no_grad():
+        attended = last.attention(last.ln_1(x))
+        torch.manual_seed(0)
+        branch = last.ls_1(attended)
+    kept = branch.abs().sum(dim=(1, 2)) > 0
+    assert 0.35 < kept.float().mean() < 0.65
+    torch.testing.assert_close(branch[kept], 2 * attended[kept])
+    for layer in layers:
+        layer.eval()
+    torch.testing.assert_close(last.ls_1(attended), attended, rtol=0, atol=0)
+
+
+def test_infonce_contrasts_with_the_prompts_of_the_batch(make_run: Callable[..., Run]):
+    system = started(AdaptFormer(loss="infonce", dropout=0.0), make_run())
+    model, texts = system.model, ["a green.", "the green.", "a blue."]
+    with torch.no_grad():
+        found = float(system({"pixels": PIXELS, "labels": torch.tensor([1, 1, 0]), "texts": texts}))
+        images, texts = model.encode_image(PIXELS), model.encode_text(system.tokenizer(texts))
+        loss = open_clip.ClipLoss()(
+            nn.functional.normalize(images, dim=-1), nn.functional.normalize(texts, dim=-1), system.scale
+        )
+    assert found == pytest.approx(float(loss), abs=1e-4)
+
+
+def test_other_towers_are_refused(tmp_path):
+    from tests.helpers.small_models import make_base
+
+    model = open_clip.create_model(make_base("resnet", tmp_path / "resnet"))
+    with pytest.raises(RAdapterError, match="the image tower of this CLIP is a ModifiedResNet"):
+        blocks_of(model, "image")

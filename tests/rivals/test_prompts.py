@@ -1,0 +1,149 @@
+"""CoOp, CoCoOp, MaPLe: which vectors stand where, what learns, and that nothing else does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from radapter_serve.errors import RAdapterError
+from rivals.cocoop import CoCoOp, Conditional
+from rivals.context import Prompted
+from rivals.coop import CoOp
+from rivals.maple import Coupled, MaPLe
+from rivals.method import learned
+from rivals.run import Run
+
+PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+class ByHand:
+    """The tiny CLIP once more, its towers written out: prompts may be put before any block."""
+
+    def __init__(self, name: str) -> None:
+        self.model = open_clip.create_model(name).eval().requires_grad_(False)
+        self.tokenize = open_clip.get_tokenizer(name)
+
+    def text(self, words: str, contexts: list[Tensor]) -> Tensor:
+        """A prompt of placeholders and a class; contexts[j] stands behind the start token before block j."""
+        model, tokens = self.model, self.tokenize([words])
+        x = model.token_embedding(tokens)
+        for number, block in enumerate(model.transformer.resblocks):
+            if number < len(contexts):
+                x[:, 1 : 1 + len(contexts[number])] = contexts[number]
+            x = block(x + model.positional_embedding if number == 0 else x, attn_mask=model.attn_mask)
+        end = model.ln_final(x)[0, tokens[0].argmax()] @ model.text_projection
+        return F.normalize(end, dim=-1)
+
+    def image(self, pixels: Tensor, prompts: list[Tensor]) -> Tensor:
+        """Images whose patches are followed by prompts[j] before block j."""
+        visual = self.model.visual
+        x = visual.conv1(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1) + visual.positional_embedding
+        patches = x.shape[1]
+        for number, block in enumerate(visual.transformer.resblocks):
+            if number < len(prompts):
+                x = torch.cat([x[:, :patches], prompts[number].expand(len(x), -1, -1)], dim=1)
+            x = block(visual.ln_pre(x) if number == 0 else x)
+        return F.normalize(visual.ln_post(x[:, 0]) @ visual.proj, dim=-1)
+
+
+@pytest.fixture
+def by_hand(tiny_clip_dir: str) -> ByHand:
+    return ByHand(tiny_clip_dir)
+
+
+def changed(method: Any, run: Run) -> set[str]:
+    return set(learned(method, run).end)
+
+
+def test_coop_learns_a_context_for_all_classes_and_nothing_else(make_run: Callable[..., Run], by_hand: ByHand):
+    run = make_run()
+    assert changed(CoOp(), run) == {"context.vectors"}
+    system = learned(CoOp(), run).system
+    assert isinstance(system, Prompted)
+    vectors = system.context.vectors.detach()
+    assert vectors.shape == (16, 64)
+    words = " ".join(["X"] * 16)
+    expected = torch.stack([by_hand.text(f"{words} {name}.", [vectors]) for name in ("blue", "red one")])
+    with torch.no_grad():
+        found = system.embed_classes(["blue", "red one"], ["whatever {}"])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        logits = system.scores(PIXELS)
+    classes = torch.stack([by_hand.text(f"{words} {name}.", [vectors]) for name in ("blue", "green", "red")])
+    scale = by_hand.model.logit_scale.exp()
+    torch.testing.assert_close(logits, scale * by_hand.image(PIXELS, []) @ classes.T, rtol=0, atol=1e-3)
+    with torch.no_grad():  # the loss is cross-entropy over these
+        loss = system({"pixels": PIXELS, "labels": torch.tensor([0, 2, 1]), "texts": ["", "", ""]})
+    assert float(loss) == pytest.approx(float(F.cross_entropy(logits, torch.tensor([0, 2, 1]))), abs=1e-5)
+
+
+def test_context_that_starts_as_words_is_zero_shot_with_them(make_run: Callable[..., Run], by_hand: ByHand):
+    system = CoOp(length=4, words="a photo of a").start(make_run())
+    with torch.no_grad():
+        found = system.embed_classes(["green"], ["whatever {}"])
+    torch.testing.assert_close(found[0], by_hand.text("a photo of a green.", []), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("length, words, problem", [(5, "a photo of a", "has fewer"), (75, None, "no room")])
+def test_contexts_that_do_not_fit_are_refused(length: int, words: str, problem: str, make_run: Callable[..., Run]):
+    with pytest.raises(RAdapterError, match=problem):
+        CoOp(length=length, words=words).start(make_run())
+
+
+def test_cocoop_gives_each_image_its_own_classes(make_run: Callable[..., Run], by_hand: ByHand):
+    run = make_run(learning_rate=0.1)
+    parts = {f"net.{layer}.{name}" for layer in (0, 2) for name in ("weight", "bias")}
+    assert changed(CoCoOp(), run) == {"context.vectors", *parts}
+    system = learned(CoCoOp(), run).system
+    assert isinstance(system, Conditional)
+    images = by_hand.image(PIXELS, [])
+    net: Any = system.net
+    first, _, second = net
+    shifts = (images @ first.weight.T + first.bias).relu() @ second.weight.T + second.bias
+    assert first.out_features == 32 // 16
+    contexts = system.context.vectors + shifts[:, None]
+    expected = torch.stack(
+        [
+            torch.stack([image @ by_hand.text(f"a photo of a {name}.", [context]) for name in ("red", "sky blue")])
+            for image, context in zip(images, contexts, strict=True)
+        ]
+    )
+    with torch.no_grad():
+        classes = system.embed_classes(["red", "sky blue, azure"], ["whatever {}"])
+        found = system.embed_images(PIXELS) @ classes.T
+        known = system.scores(PIXELS)
+    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-5)
+    scale = float(by_hand.model.logit_scale.exp())
+    torch.testing.assert_close(known[:, 2], scale * expected[:, 0].detach(), rtol=0, atol=1e-3)  # red is the last
+    unshifted = images @ by_hand.text("a photo of a red.", [system.context.vectors])
+    assert (unshifted - expected[:, 0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_maple_couples_prompts_of_both_towers(depth: int, make_run: Callable[..., Run], by_hand: ByHand):
+    run, method = make_run(), MaPLe(depth=depth)
+    names = {"context.vectors", *(f"deep.{j}" for j in range(depth - 1))}
+    names |= {f"couple.{j}.{name}" for j in range(depth) for name in ("weight", "bias")}
+    assert changed(method, run) == names
+    system = learned(method, run).system
+    assert isinstance(system, Coupled)
+    texts = [system.context.vectors, *system.deep]
+    assert [tuple(prompts.shape) for prompts in texts] == [(2, 64)] * depth
+    prompts = [text @ couple.weight.T + couple.bias for text, couple in zip(texts, system.couple, strict=True)]
+    with torch.no_grad():
+        found = system.embed_classes(["green"], ["whatever {}"])
+        torch.testing.assert_close(found[0], by_hand.text("a photo of a green.", texts), rtol=0, atol=1e-5)
+        torch.testing.assert_close(system.embed_images(PIXELS), by_hand.image(PIXELS, prompts), rtol=0, atol=1e-5)
+        assert (system.embed_images(PIXELS) - by_hand.image(PIXELS, [])).abs().max() > 1e-3
+
+
+def test_maple_is_no_deeper_than_the_towers(make_run: Callable[..., Run]):
+    system = MaPLe().start(make_run())
+    assert isinstance(system, Coupled)
+    assert len(system.couple) == 2

@@ -1,0 +1,216 @@
+"""Tables: what is done is kept, nothing is chosen on test data, and the figures are those of the cells."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.training import Recipe
+from rivals import cells as cells_module
+from rivals.benchmark import load_benchmark
+from rivals.cells import ALPHAS, Cell, Cells, score
+from rivals.layout import cost_of, spread
+from rivals.method import learned
+from rivals.methods import METHODS
+from rivals.pacs import main as pacs
+from rivals.run import Run
+from rivals.soup import UniformSoup
+from rivals.system import Cost
+from rivals.table import main
+from rivals.tables import TABLES, figures
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--only", "Zero-shot", "FT", "WiSE-FT", "R-Adapter"]
+
+
+@pytest.fixture
+def benchmark_file(images: Path, tiny_clip_dir: str, tmp_path: Path) -> Path:
+    """Coloured images, one set of them each to choose by, in distribution and shifted."""
+    sets: list[dict[str, Any]] = [
+        {"name": "chosen by", "data": "imagefolder:images", "split": "validation"},
+        {"name": "same", "data": "imagefolder:images", "shift": "id"},
+        {"name": "other", "data": "imagefolder:images", "shift": "ood"},
+        {"name": "third", "data": "imagefolder:images", "shift": "ood"},
+    ]
+    suite = {"name": "colours", "templates": "simple", "sets": sets}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    train = {"data": "imagefolder:images", "batch_size": 4, "steps": 2, "workers": 0, "architecture": tiny_clip_dir}
+    path = tmp_path / "benchmark.yaml"
+    path.write_text(yaml.safe_dump({"suite": "suite.yaml", "train": train}))
+    return path
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Methods learn in this process; their names."""
+    names: list[str] = []
+
+    def learn(method: Any, run: Run) -> None:
+        names.append(type(method).__name__)
+        learned(method, run)
+
+    monkeypatch.setattr(cells_module, "_apart", learn)
+    return names
+
+
+def test_table_is_written_and_not_made_twice(
+    benchmark_file: Path, here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    call = ["1", "--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--seeds", "0", "1", *SMALL]
+    assert main(call) == 0
+    once = ["ZeroShot", "FullFineTuning", "RAdapter"]
+    assert sorted(here) == sorted([*once, *once])  # WiSE-FT is judged at another place of the line that FT has learned
+    text = (tmp_path / "out" / "table-1.md").read_text()
+    assert capsys.readouterr().out.strip() == text.strip()
+    head, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert head.split(" | ")[4:] == ["α", "same (n 24)", "mean of 2 shifts", "other (n 24)", "third (n 24) |"]
+    assert [row.split(" | ")[0] for row in rows] == ["| Zero-shot", "| FT", "| WiSE-FT", "| R-Adapter"]
+    assert [row.split(" | ")[4] for row in rows] == ["-", "-", "0.5", "0.5"]
+    assert (tmp_path / "out" / "table-1.png").stat().st_size > 1000
+    files = sorted((tmp_path / "out" / "cells").iterdir())
+    assert len(files) == 8
+    ft = [json.loads(file.read_text()) for file in files if file.name.startswith("ft-")]
+    values = [100 * row["metrics"]["acc1"] for cell in ft for row in cell["rows"] if row["dataset"] == "same"]
+    assert rows[1].split(" | ")[5] == spread(values)
+    here.clear()
+    assert main(call) == 0
+    assert here == []
+    assert main([*call, "--steps", "3"]) == 0  # other runs
+    assert len(here) == 6
+
+
+def test_fig3_shows_every_alpha(benchmark_file: Path, here: list[str], tmp_path: Path):
+    assert main(["fig3", "--data", str(benchmark_file), "--out", str(tmp_path / "out")]) == 0
+    rows = [
+        line.split(" | ") for line in (tmp_path / "out" / "table-fig3.md").read_text().splitlines()[5:] if "|" in line
+    ]
+    shown = [(row[0].strip("| "), row[1]) for row in rows if row[1][0].isdigit()]
+    assert shown == [(name, f"{alpha:g}") for name in ("R-Adapter", "WiSE-FT") for alpha in ALPHAS]
+    assert (tmp_path / "out" / "table-fig3.png").exists()
+
+
+def test_says_where_what_chose_is_judged_by(benchmark_file: Path, here: list[str], tmp_path: Path):
+    call = ["1", "--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--only", "WiSE-FT"]
+    assert main(call) == 0
+    assert "warning" not in (tmp_path / "out" / "table-1.md").read_text()
+    assert main([*call, "--alpha", "validation"]) == 0
+    assert "third: warning: alpha was chosen by 24 of its 24 images" in (tmp_path / "out" / "table-1.md").read_text()
+
+
+def test_choices_are_made_on_validation_sets(benchmark_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cells, asked = Cells(load_benchmark(benchmark_file), tmp_path), []
+
+    def cell(name: str, method: Any, seed: int, alphas: Any, split: str = "test") -> Cell:
+        asked.append(split)
+        best = {1e-5: 3.0, 3e-5: 5.0, 9e-5: 4.0}.get(round(method.settings.get("learning_rate", 0), 6), 0)
+        common = {"dataset": "x", "shift": "id", "metric": "acc1"}
+        rows = [{**common, "alpha": a, "metrics": {"acc1": best / 10 - (a - 0.35) ** 2}} for a in alphas]
+        return Cell(method, Cost(), rows)
+
+    monkeypatch.setattr(cells, "cell", cell)
+    assert cells.chosen_alpha("wise-ft", METHODS["wise-ft"], 0).alpha == 0.3  # 0.3 and 0.4 are equal
+    assert cells.chosen_alpha("ft", METHODS["ft"], 0).alpha is None
+    slow = dataclasses.replace(METHODS["ft"], settings={**METHODS["ft"].settings, "learning_rate": 1e-5})
+    assert cells.chosen_rate("ft", slow, 0, [1, 3, 9]).settings["learning_rate"] == pytest.approx(3e-5)
+    assert cells.chosen_rate("zero-shot", METHODS["zero-shot"], 0, [1, 3, 9]) == METHODS["zero-shot"]
+    assert set(asked) == {"validation"}
+
+
+def row(dataset: str, shift: str, value: float, task: str = "zeroshot_classification") -> dict[str, Any]:
+    return {"dataset": dataset, "shift": shift, "metric": "acc1", "metrics": {"acc1": value, "acc5": 1.0}, "task": task}
+
+
+def test_score_is_a_mean_of_means():
+    rows = [row("a", "id", 0.9), row("b", "ood", 0.5), row("c", "ood", 0.3)]
+    assert score(rows) == pytest.approx((90 + (50 + 30) / 2) / 2)
+    assert score(rows[:1]) == pytest.approx(90)
+    assert score(rows[1:]) == pytest.approx(40)
+
+
+def test_figures_of_each_task():
+    rows = [row("b", "ood", 0.5), row("a", "id", 0.9), row("c", "ood", 0.3)]
+    assert list(figures(rows).items()) == [("a", 90.0), ("mean of 2 shifts", 40.0), ("b", 50.0), ("c", 30.0)]
+    recalls = {"image_retrieval_recall@1": 0.25, "text_retrieval_recall@10": 0.5}
+    found = figures([{**row("f", "id", 0, "zeroshot_retrieval"), "metrics": recalls}])
+    assert found == {"f, image R@1": 25.0, "f, text R@10": 50.0}
+
+
+def test_spread_and_cost():
+    assert (spread([1.0, 2.0]), spread([1.25])) == ("1.5 ± 0.7", "1.2")
+    costs = [Cost(20_450_000, 10.0, 2_000_000_000), Cost(20_450_000, 20.0, 1_000_000_000)]
+    assert cost_of(costs) == ["20.45", "15", "2.00"]
+    assert cost_of([Cost()]) == ["-", "-", "-"]
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ([], "must be a mapping with suite and train"),
+        ({"suite": "suite.yaml"}, "must be a mapping with suite and train"),
+        ({"suite": "suite.yaml", "train": {}, "more": 1}, "must be a mapping with suite and train"),
+        ({"suite": "suite.yaml", "train": []}, "train is []; it should be a dict"),
+        ({"suite": "suite.yaml", "train": {"speed": 3}}, "train has no field speed"),
+    ],
+)
+def test_refuses_what_is_no_benchmark(document: Any, message: str, benchmark_file: Path):
+    benchmark_file.write_text(yaml.safe_dump(document))
+    with pytest.raises(RAdapterError, match=message.replace("[", r"\[")):
+        load_benchmark(benchmark_file)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "rivals" / "benchmarks").glob("*.yaml")), ids=lambda path: path.stem)
+def test_ready_benchmarks_hold_what_a_run_needs(path: Path, tmp_path: Path):
+    if not (path.parent / yaml.safe_load(path.read_text())["suite"]).exists():
+        pytest.skip("its suite is not there yet")
+    benchmark = load_benchmark(path, tmp_path)
+    recipe = Recipe(**benchmark.given)
+    recipe.check()
+    assert recipe.data.partition(":")[2].startswith(str(tmp_path))
+    assert {entry.task for entry in benchmark.suite.entries} == {recipe.task}
+
+
+def test_refuses_a_row_that_is_not_there(benchmark_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert main(["5", "--data", str(benchmark_file), "--only", "E11", "--out", str(tmp_path)]) == 2
+    assert "table 5 has no row 'E11'; allowed: B1: AdaptFormer" in capsys.readouterr().err
+
+
+def test_every_system_is_in_a_table():
+    shown = [method for table in TABLES.values() for method in table.rows.values()]
+    classes = {type(method) for method in METHODS.values()} - {type(METHODS["lp"])}  # a part of LP-FT
+    assert classes == {type(method) for method in shown}
+    assert any(isinstance(method, UniformSoup) and method.members == 72 for method in shown)
+
+
+def test_pacs_keeps_apart_what_learns_chooses_and_judges(images: Path, tmp_path: Path):
+    root = tmp_path / "pacs"
+    root.mkdir()
+    for style in ("photo", "art_painting", "cartoon", "sketch"):
+        (root / style).symlink_to(images)
+    assert pacs([str(root), str(tmp_path / "out")]) == 0
+    parts = {
+        part: (tmp_path / "out" / f"{part}.csv").read_text().splitlines()[1:]
+        for part in ("train", "validation", "test")
+    }
+    assert {part: len(rows) for part, rows in parts.items()} == {"train": 18, "validation": 3, "test": 3}
+    assert len({line for rows in parts.values() for line in rows}) == 24
+    benchmark = load_benchmark(tmp_path / "out" / "benchmark.yaml")
+    assert [len(data) for data in benchmark.sets("test")] == [3, 24, 24, 24]
+    assert [data.entry.name for data in benchmark.sets("validation")] == ["photo, validation"]
+
+
+@pytest.mark.slow
+def test_learns_in_a_process_of_its_own(make_run: Callable[..., Run], benchmark_file: Path, tmp_path: Path):
+    held = torch.zeros(50_000_000)  # 200 MB that a process forked from this one would have, too
+    cells = Cells(load_benchmark(benchmark_file), tmp_path)
+    cell = cells.cell("ft", METHODS["ft"], 0, [1.0])
+    own = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+    assert 0 < cell.cost.memory < int(own) * 1024
+    assert len(held)
