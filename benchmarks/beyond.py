@@ -158,15 +158,19 @@ def _alphas(
             statistics.mean(curves[one][at][name] for name in names) for curves in validation.values()
         )
 
-    def between(one: Candidate, target: float) -> float | None:
+    def nearest(one: Candidate, target: float) -> float | None:
+        """Of the α at which the curve crosses the target, the one nearest to R-Adapter's."""
+        found = []
         for low, high in pairwise(GRID):
             first, second = score(one, low), score(one, high)
-            if first <= target <= second:
-                return low if first == second else low + (high - low) * (target - first) / (second - first)
-        return None
+            if first == second == target:
+                found.append(min(max(alpha, low), high))
+            elif min(first, second) <= target <= max(first, second):
+                found.append(low + (high - low) * (target - first) / (second - first))
+        return min(found, key=lambda value: abs(value - alpha), default=None)
 
     target = score(REFERENCE, alpha)
-    return {one: alpha if one == REFERENCE else between(one, target) for one in CANDIDATES}
+    return {one: alpha if one == REFERENCE else nearest(one, target) for one in CANDIDATES}
 
 
 def _table(
