@@ -54,7 +54,8 @@ class Recipe:
         architecture: open_clip model such as ViT-B-32, or local-dir:PATH.
         pretrained: open_clip tag such as openai, or the path of a checkpoint; none for local-dir:.
         data: training data: imagefolder:DIR, csv:FILE, parquet:FILE, webdataset:FILE, json:FILE or the name of a data
-            set on the Hugging Face hub; @SPLIT at the end names a split, train by default. For segmentation masks:DIR
+            set on the Hugging Face hub; @SPLIT at the end names a split, train by default. coop:FILE and karpathy:FILE
+            are published splits and need one, or several as in @train+restval. For segmentation masks:DIR
             (DIR/images/* and the label maps DIR/masks/*.png) or coco:FILE.json (panoptic or instance annotations).
         val_data: validation data, the same forms; none skips validation.
         val_fraction: share of the training images, of each class where there are classes, that is validated on and not
@@ -69,7 +70,8 @@ class Recipe:
             folder has it; `imagenet` for CLIP's names of ImageNet's classes; none takes the names that the data set
             gives, with spaces for underscores. For segmentation one name a line, the first is id 0; or JSON or YAML
             that maps id to name.
-        templates: file with one prompt template a line ({} is the class), `openai` for the 80 of OpenAI, or `simple`.
+        templates: file with one prompt template a line ({} is the class); or `simple`, `openai` for the 80 of OpenAI,
+            `vild` for the 63 of ViLD, or `ovseg`.
         shots: images of each class to train with, drawn by the seed (a class with fewer gives all); none takes all.
         class_split: base or novel, the first or second half of the classes, for training and validation; all takes all.
         streaming: read the data set as a stream, without a copy on disk.
