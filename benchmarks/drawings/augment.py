@@ -64,4 +64,4 @@ def inked(pixels: Tensor, keep: int) -> Tensor:
     grey = pixels.mean(1, keepdim=True)
     spread = (F.avg_pool2d(grey**2, PATCH) - F.avg_pool2d(grey, PATCH) ** 2).clamp(min=0).sqrt().flatten(1)
     noise = -torch.log(-torch.log(torch.rand_like(spread).clamp(1e-6, 1 - 1e-6)))  # Gumbel
-    return ((spread + 0.05).log() + noise).topk(keep, dim=1).indices
+    return ((spread + 0.3).log() + noise).topk(keep, dim=1).indices

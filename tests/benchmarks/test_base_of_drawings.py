@@ -64,7 +64,7 @@ def test_names_that_mean_one_thing_are_one_name(folder):
     pairs = Pairs(folder)
     assert sorted(pairs.by_name) == ["arrow left", "credit card", "home", "moon", "star"]
     assert {source: len(rows) for source, rows in pairs.by_name["home"].items()} == {"first": 2, "second": 2}
-    assert len(pairs.validation["held"]) == 5  # all but the arrow, which is no class
+    assert len(pairs.validation["held"]) == 4  # the moon and the arrow are no classes
     assert [pairs.words[i] for i in np.flatnonzero(pairs.one_way)] == ["arrow left"] * 3
 
 
@@ -126,7 +126,7 @@ def test_patches_with_ink_are_looked_at():
     pixels[:, :, PATCH : 2 * PATCH, 2 * PATCH : 3 * PATCH : 2] = 0  # in the patch 1 · 6 + 2
     kept = inked(pixels, 6)
     assert kept.shape == (200, 6) and all(len(set(row)) == 6 for row in kept.tolist())
-    assert (kept == 8).any(1).float().mean() > 0.9
+    assert (kept == 8).any(1).float().mean() > 0.6  # 6 of 36 are a sixth
     assert kept.unique().numel() == 36  # the others are drawn, too
 
 
@@ -173,7 +173,7 @@ def test_a_run_goes_on_as_it_would_have(folder, small, tmp_path):
     base.train(arguments(folder, tmp_path / "parts"))
     torch.testing.assert_close(weights(tmp_path / "parts"), weights(tmp_path / "whole"), atol=0, rtol=0)
     curve = [json.loads(line) for line in (tmp_path / "parts" / "curve.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [(point["step"], point["images"]) for point in curve] == [(2, 12), (4, 24)]  # 2 classes, and 1 other name
+    assert [(point["step"], point["images"]) for point in curve] == [(2, 16), (4, 32)]
     assert set(curve[-1]["accuracy"]) == {"mean", "held"} and (tmp_path / "parts" / "curve.png").is_file()
 
 
@@ -194,9 +194,14 @@ def test_a_signal_ends_a_run_with_its_checkpoint(folder, small, tmp_path, monkey
 def test_decay_takes_the_rate_of_a_copy_to_zero(folder, small, tmp_path, monkeypatch):
     base.train(arguments(folder, tmp_path / "level"))
     before = weights(tmp_path / "level")
-    rates = []
+    rates: list[float] = []
     step = base.Training.one_step
-    monkeypatch.setattr(base.Training, "one_step", lambda self, rate: rates.append(rate) or step(self, rate))
+
+    def and_note(self: base.Training, rate: float) -> float:
+        rates.append(rate)
+        return step(self, rate)
+
+    monkeypatch.setattr(base.Training, "one_step", and_note)
     decay = arguments(folder, tmp_path / "down", start=tmp_path / "level" / "checkpoint.pt", steps=-1, decay=4)
     base.train(decay)
     assert rates == [1.0, 0.75, 0.5, 0.25]
@@ -209,7 +214,6 @@ def test_decay_takes_the_rate_of_a_copy_to_zero(folder, small, tmp_path, monkeyp
 
 def test_other_pairs_than_a_checkpoint_has_seen_are_refused(folder, small, tmp_path, monkeypatch):
     base.train(arguments(folder, tmp_path, steps=1))
-    monkeypatch.setattr(base, "TEMPLATES", base.TEMPLATES)
     monkeypatch.setattr("benchmarks.drawings.batches.TEMPLATES", ("a lithograph of {}",))
     with pytest.raises(SystemExit, match="other words"):
         base.train(arguments(folder, tmp_path))
