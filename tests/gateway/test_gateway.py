@@ -246,7 +246,12 @@ def test_the_rest_of_a_refused_body_that_does_not_come(monkeypatch: pytest.Monke
 def test_an_answer_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "PATIENCE", 0.3)
     lost, gone = connection.Connection.connection_lost, threading.Event()
-    monkeypatch.setattr(connection.Connection, "connection_lost", lambda *all: (lost(*all), gone.set()))
+
+    def connection_lost(*args: Any) -> None:
+        lost(*args)
+        gone.set()
+
+    monkeypatch.setattr(connection.Connection, "connection_lost", connection_lost)
     with serving() as served:
         served.upstream.outputs = {"text_embeds": np.zeros((1, 2**23), np.float32)}
         body = json.dumps({**TEXT, "parameters": {"binary_data_output": True}}).encode()

@@ -102,7 +102,7 @@ def test_two_processes_have_the_gradient_of_one(tmp_path: Path) -> None:
     data = {"x": torch.randn(6, 5), "y": torch.randn(6, 5), "weight": torch.randn(5, 4)}
     labels = torch.tensor([0, 1, 2, 0, 1, 1])  # positives across the processes
     torch.save({**data, "labels": labels}, tmp_path / "data.pt")
-    mp.start_processes(_process, (str(tmp_path),), nprocs=2, start_method="fork")  # type: ignore[attr-defined]
+    mp.start_processes(_process, (str(tmp_path),), nprocs=2, start_method="spawn")  # type: ignore[attr-defined]
     weight = data["weight"].clone().requires_grad_()
     f, g = (F.normalize(data[name] @ weight, dim=-1) for name in ("x", "y"))
     loss = mpm_nce(f, g, labels, epsilon=0.02)
