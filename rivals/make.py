@@ -142,9 +142,9 @@ def _counted(heads: Sequence[str], ns: Mapping[str, int]) -> list[str]:
 def _how(name: str, given: Mapping[str, Any], methods: Methods, choices: Choices) -> str:
     """The command, the machine, and all that was chosen."""
     values = {**given, "architecture": Path(given["architecture"]).name}
-    shown = ", ".join(
-        f"{key} {value}" for key, value in values.items() if not isinstance(value, Path) and key != "data"
-    )
+    hidden = ("data", "epochs") if "steps" in given else ("data",)
+    values = {key: value for key, value in values.items() if key not in hidden and not isinstance(value, Path)}
+    shown = ", ".join(f"{key} {value}" for key, value in values.items())
     command = " ".join(["python -m rivals.table", *map(shlex.quote, sys.argv[1:])])
     seeds = ", ".join(map(str, choices.seeds))
     parts = [
