@@ -13,6 +13,7 @@ from radapter_serve.inputs.errors import INVALID_ARGUMENT, OVERLOADED
 
 MAX_HEADERS = 32 * 1024  # bytes
 PATIENCE = 10.0  # seconds for headers to come, for a refused body to end, for a caller to read on
+SLOWEST = 64 * 1024  # bytes of an answer that a caller reads in a second, at least
 
 
 class Connection(HttpToolsProtocol):
@@ -26,6 +27,7 @@ class Connection(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None
     _in_headers, _header_bytes = True, 0
     _in_body = False
+    _unread = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -67,7 +69,7 @@ class Connection(HttpToolsProtocol):
             self._wait()
 
     def pause_writing(self) -> None:
-        self._wait()
+        self._wait_for_reader()
         super().pause_writing()
 
     def resume_writing(self) -> None:
@@ -92,6 +94,18 @@ class Connection(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _wait_for_reader(self) -> None:
+        self._stop_waiting()
+        self._unread = self.transport.get_write_buffer_size()
+        self._timer = self.loop.call_later(PATIENCE, self._reads_on)
+
+    def _reads_on(self) -> None:
+        read = self._unread - self.transport.get_write_buffer_size()
+        if read < SLOWEST * PATIENCE:
+            self._give_up()
+        else:
+            self._wait_for_reader()
 
     def _give_up(self) -> None:
         self.transport.abort()

@@ -243,6 +243,21 @@ def test_the_rest_of_a_refused_body_that_does_not_come(monkeypatch: pytest.Monke
                 pass
 
 
+def test_an_answer_that_is_read_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "PATIENCE", 0.2)
+    with serving() as served:
+        served.upstream.outputs = {"text_embeds": np.zeros((1, 2**23), np.float32)}
+        body = json.dumps({**TEXT, "parameters": {"binary_data_output": True}}).encode()
+        with talking(served, HEAD.replace(b"10", str(len(body)).encode()) + b"\r\n" + body) as it:
+            got, end = 0, time.monotonic() + 1.0  # five times the patience
+            while part := it.recv(2**16 if time.monotonic() < end else 2**20):
+                got += len(part)
+                time.sleep(0.002 if time.monotonic() < end else 0)
+                if got > 2**25:
+                    break
+    assert got > 2**25
+
+
 def test_an_answer_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "PATIENCE", 0.3)
     lost, gone = connection.Connection.connection_lost, threading.Event()
