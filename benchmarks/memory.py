@@ -29,6 +29,7 @@ from tests.hostile.asks import LABEL_SET, ask, pack
 from tests.hostile.images import png_of
 
 MIB = 2**20
+END = b"\r\n\r\n"  # of headers
 PIECE = 2**17  # bytes that a caller hands over at once
 GRPC_CALLERS = 100  # connections over gRPC; its messages take turns on one
 
@@ -77,26 +78,29 @@ class Flood:
 
     async def _http(self, url: str) -> None:
         place = urlsplit(url)
-        request = ask(self.model, dict(self.inputs), binary=True)
-        request.headers["Connection"] = "close"
-        message, go = memoryview(request.raw()), asyncio.Event()
+        message = memoryview(ask(self.model, dict(self.inputs), binary=True).raw())
+        go = asyncio.Event()
 
         async def one() -> None:
             try:
                 reader, writer = await asyncio.open_connection(place.hostname, place.port)
+                answer = asyncio.ensure_future(reader.readuntil(END))  # a connection too many is told so at once
                 await go.wait()
-                answer = asyncio.ensure_future(reader.read(16))
                 with contextlib.suppress(ConnectionError):
                     for start in range(0, len(message), PIECE):
                         if answer.done():  # refused before it was sent
                             break
                         writer.write(message[start : start + PIECE])
                         await writer.drain()
-                first = await answer
-                while await reader.read(PIECE):
-                    pass
-                self.results[first[9:12].decode() or "closed"] += 1
+                head = await answer
+                length = re.search(rb"(?i)content-length: (\d+)", head)
+                left = int(length[1]) if length else 0
+                while left and (part := await reader.read(PIECE)):
+                    left -= len(part)
+                self.results[head[9:12].decode()] += 1
                 writer.close()
+            except asyncio.IncompleteReadError:
+                self.results["closed"] += 1
             except OSError as error:
                 self.results[type(error).__name__] += 1
 
@@ -168,17 +172,22 @@ def main(
             ]
             report.table("MiB of each process", ["process", "start", "own", "after work", "own", "peak"], rows)
             report.note("Own: what the process shares with no other. Start: when every task has answered once.")
-            large = Flood("classify", {"image": [noise(size)], "labels": CLASS_NAMES[:3]}, count)
-            rows = [flooded(parents, way, ways[way], large) for way in callers]
-            report.table(f"{count:,} requests of {size:g} MiB to classify", HEAD, rows)
             masks = Flood("segment", {"image": [png_of(8000, 8000)], "labels": ["a"]}, count)
-            rows = [flooded(parents, way, ways[way], masks) for way in callers if way == GATEWAY]
-            report.table(f"{count:,} requests for a mask of 8,000 x 8,000 pixels, which has 122 MiB", HEAD, rows)
-    report.note("MiB are each process's peak above what it had before; for the tasks, the sum over their processes.")
+            large = Flood("classify", {"image": [noise(size)], "labels": CLASS_NAMES[:3]}, count)
+            floods = [(way, large) for way in callers] + [(GATEWAY, masks)]
+            rows = []
+            for way, flood in floods:
+                rows.append(flooded(parents, way, ways[way], flood))
+                report.table(f"{count:,} requests at once", HEAD, rows)
+                report.write(out)
+    report.note(
+        f"Classify: an image of {size:g} MiB. Segment: one of 8 kB with 8,000 x 8,000 pixels, so a mask of 122 MiB. "
+        "MiB are each process's peak above what it had before; for the tasks, the sum over their processes."
+    )
     report.write(out)
 
 
-HEAD = ["way", "results", "seconds", "gateway", "tritonserver", "tasks", "all"]
+HEAD = ["task, way", "results", "seconds", "gateway", "tritonserver", "tasks", "all"]
 
 
 def noise(size: float) -> bytes:
@@ -201,8 +210,9 @@ def flooded(parents: list[int], way: str, url: str, flood: Flood) -> list[str]:
     for name, (pid, mib) in before.items():
         rise[name if name in ("radapter-gateway", "tritonserver") else "tasks"] += round(resident(pid, "VmHWM") - mib)
     words = ", ".join(f"{name}: {number:,}" for name, number in sorted(results.items()))
+    say(f"{words}; {dict(rise)} MiB")
     figures = [rise["radapter-gateway"], rise["tritonserver"], rise["tasks"], sum(rise.values())]
-    return [way, words, f"{seconds:.0f}", *map(str, figures)]
+    return [f"{flood.model}, {way}", words, f"{seconds:.0f}", *map(str, figures)]
 
 
 if __name__ == "__main__":

@@ -21,6 +21,22 @@ from rivals.run import Run
 from rivals.system import Batch, Cost, Learned, System
 
 
+class Meter:
+    """Seconds from its making on, and bytes at most: of the GPU where there is one, else of this process."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._started = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def cost(self, parameters: int) -> Cost:
+        """The cost so far of learning so many parameters."""
+        gpu = self.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return Cost(parameters, time.perf_counter() - self._started, memory)
+
+
 def fit(system: System, optimizer: Optimizer, run: Run) -> Learned:
     """Train what learns of a system.
 
@@ -37,12 +53,10 @@ def fit(system: System, optimizer: Optimizer, run: Run) -> Learned:
         raise RAdapterError(f"batch_size is {recipe.batch_size} but the data holds {count} images; lower it")
     steps = recipe.steps or recipe.epochs * (count // recipe.batch_size)
     schedule = recipe.of_length(steps)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    meter = Meter()
+    device, source = meter.device, _batches(run, meter.device)
     system.to(device).eval()  # CLIP's towers drop nothing
     learning = system.learning()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    source, started = _batches(run, device), time.perf_counter()
     for step in track(range(steps), "learning", console=Console(stderr=True), transient=True):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(schedule, step, steps) * group.get("share", 1.0)
@@ -57,8 +71,7 @@ def fit(system: System, optimizer: Optimizer, run: Run) -> Learned:
         optimizer.step()
         optimizer.zero_grad()
         system.after_step(step + 1, steps)
-    seconds = time.perf_counter() - started
-    return Learned(system, Cost(sum(parameter.numel() for parameter in learning), seconds, peak(device)))
+    return Learned(system, meter.cost(sum(parameter.numel() for parameter in learning)))
 
 
 def _batches(run: Run, device: torch.device) -> Iterator[Batch]:
@@ -77,10 +90,3 @@ def _batches(run: Run, device: torch.device) -> Iterator[Batch]:
 
 def _on(batch: dict[str, Any], device: torch.device) -> Batch:
     return {**batch, **{name: batch[name].to(device, non_blocking=True) for name in ("pixels", "labels")}}
-
-
-def peak(device: torch.device) -> int:
-    """Bytes at most so far: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

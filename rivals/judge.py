@@ -19,6 +19,7 @@ from radapter_serve.evaluation.results import Row
 from radapter_serve.evaluation.torch_embedder import Line, TorchEmbedder
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess, decode
+from radapter_serve.inputs.probabilities import class_probabilities
 from rivals.run import Run
 from rivals.system import Learned, System
 
@@ -93,10 +94,14 @@ class SystemEmbedder(Embedder):
             templates = tuple(data.templates or self.templates)
             for variant in self.variants:
                 self.select(variant)
-                embeds = _numpy(self.system.embed_classes(data.classes, templates))
-                pairs = zip(data.classes, embeds, strict=True)
+                embeds = _numpy(self.system.embed_classes(data.prompted, templates))
+                pairs = zip(data.prompted, embeds, strict=True)
                 known[variant.key] = {(templates, name): embed for name, embed in pairs}
         return known
+
+    def probabilities(self, scores: Floats) -> Floats:
+        """Scores [N, C] to probabilities, float32 [N, C]."""
+        return class_probabilities(scores, self.system.factor)
 
     def way(self, dense: str | None) -> str:
         raise NoSuchWay(f"{type(self.system).__name__} is no plain CLIP, so it can't segment; leave it out by --only")

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import io
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.files import read_yaml
 from radapter_serve.training import train
 from radapter_serve.training.recipe import ready_recipes
-from rivals.fit import peak
+from rivals.fit import Meter
 from rivals.method import Method
 from rivals.run import Run
 from rivals.system import Cost, Learned, System
@@ -45,15 +44,14 @@ class RAdapter(Method):
 
     def learn(self, run: Run) -> Learned:
         with tempfile.TemporaryDirectory() as folder:
-            started = time.perf_counter()
+            meter = Meter()
             recipe = dataclasses.replace(run.recipe, out=Path(folder) / "run", save_every=None, tracker="none")
             with contextlib.redirect_stdout(io.StringIO()):  # its run is gone when a reader could follow what it says
                 adapter = load_adapter(train(recipe))
-            seconds = time.perf_counter() - started
+            cost = meter.cost(sum(tensor.numel() for tensor in adapter.tensors.values()))
         system = self.start(run)
         system.model.load_state_dict(fold(run.base.model.state_dict(), adapter, 1.0))
-        parameters = sum(tensor.numel() for tensor in adapter.tensors.values())
-        return Learned(system, Cost(parameters, seconds, peak(system.device)))
+        return Learned(system, cost)
 
 
 def r_adapter(recipe: str, alpha: float | None = 0.5, **changes: Any) -> RAdapter:

@@ -23,6 +23,9 @@ class System(nn.Module):
 
     Args:
         base: whose model it takes, and changes.
+
+    Attributes:
+        scale: 1/τ of the base.
     """
 
     def __init__(self, base: Base) -> None:
@@ -36,6 +39,11 @@ class System(nn.Module):
     def device(self) -> torch.device:
         """Where it computes."""
         return next(self.parameters()).device
+
+    @property
+    def factor(self) -> float:
+        """What scores are multiplied by before a softmax makes probabilities of them."""
+        return self.scale
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss of a batch, a scalar."""

@@ -59,20 +59,20 @@ class Gateway:
         self._keys = None if settings.api_keys is None else Keys(settings.api_keys)
         self._models: dict[str, tuple[float, Model]] = {}
         task = "/v2/models/{model}"
-        paths: list[tuple[str, Handler]] = [
+        paths: list[tuple[str, Handler]] = [  # the first that fits is taken, so what is asked most comes first
+            *(
+                (f"{task}{version}{tail}", handler)
+                for tail, handler in (
+                    ("/infer", self.infer),
+                    ("/config", self.config),
+                    ("/ready", self.model_ready),
+                    ("", self.metadata),
+                )
+                for version in ("", "/versions/{version}")
+            ),
             *((f"{prefix}/health/{name}", getattr(self, name)) for prefix in ("", "/v2") for name in ("live", "ready")),
             ("/metrics", self.metrics),
             ("/v2", self.server),
-            *(
-                (f"{task}{version}{tail}", handler)
-                for version in ("", "/versions/{version}")
-                for tail, handler in (
-                    ("", self.metadata),
-                    ("/config", self.config),
-                    ("/ready", self.model_ready),
-                    ("/infer", self.infer),
-                )
-            ),
         ]
         routes = [
             Route(path, self._guarded(handler), methods=["POST" if path.endswith("/infer") else "GET"])

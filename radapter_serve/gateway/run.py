@@ -108,7 +108,8 @@ def command(settings: Settings) -> list[str]:
 def start(settings: Settings) -> subprocess.Popen[bytes]:
     """Start a gateway in a process of its own, which ends with the thread that starts it; SIGTERM stops it in order."""
     settings.check()
-    return subprocess.Popen(ending_with_parent(command(settings)), stdin=subprocess.DEVNULL)
+    # In a session of its own: Ctrl-C reaches this process only, which then stops the gateway in order.
+    return subprocess.Popen(ending_with_parent(command(settings)), stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 class Child:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -244,18 +245,19 @@ def test_the_rest_of_a_refused_body_that_does_not_come(monkeypatch: pytest.Monke
 
 def test_an_answer_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "PATIENCE", 0.3)
+    lost, gone = connection.Connection.connection_lost, threading.Event()
+    monkeypatch.setattr(connection.Connection, "connection_lost", lambda *all: (lost(*all), gone.set()))
     with serving() as served:
         served.upstream.outputs = {"text_embeds": np.zeros((1, 2**23), np.float32)}
         body = json.dumps({**TEXT, "parameters": {"binary_data_output": True}}).encode()
         head = HEAD.replace(b"10", str(len(body)).encode()) + b"\r\n"
         with talking(served, head + body) as it:
-            it.recv(1, socket.MSG_PEEK)  # the answer has begun
-            time.sleep(1)
+            assert gone.wait(20)
             got = 0
             with contextlib.suppress(ConnectionResetError):
                 while part := it.recv(2**20):
                     got += len(part)
-            assert got < 2**25
+            assert 0 < got < 2**25
 
 
 @pytest.mark.parametrize(

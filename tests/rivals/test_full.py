@@ -14,11 +14,13 @@ from radapter_serve.clip.base import load_base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import zero_shot_classifier
 from rivals.full import Classifier, FullFineTuning
+from rivals.judge import SystemEmbedder
 from rivals.method import learned
 from rivals.methods import METHODS
 from rivals.probe import ProbeThenFineTuning
 from rivals.run import Run
 from rivals.soup import Mixed, UniformSoup
+from rivals.system import Cost, Learned
 
 PIXELS, LABELS = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 1])
 
@@ -37,11 +39,15 @@ def test_head_starts_as_the_zero_shot_classifier(make_run: Callable[..., Run]):
 
 
 def test_classes_are_rows_of_the_head_with_their_bias(make_run: Callable[..., Run]):
-    system = Classifier(make_run())
+    run = make_run()
+    system = Classifier(run)
     with torch.no_grad():
         system.head.bias.copy_(torch.tensor([1.0, -2.0, 3.0]))
         scores = system.embed_images(PIXELS) @ system.embed_classes(["red", "blue, azure"], ["a {}"]).T
         torch.testing.assert_close(scores, system.logits(PIXELS)[:, [2, 0]])
+        own = SystemEmbedder(Learned(system, Cost()), run.base, [1.0])
+        found = own.probabilities(system.logits(PIXELS).numpy())
+        torch.testing.assert_close(torch.from_numpy(found), system.logits(PIXELS).softmax(dim=1))
     with pytest.raises(RAdapterError, match="has not learned the class 'pink'"):
         system.embed_classes(["red", "pink"], ["a {}"])
 
