@@ -2,13 +2,16 @@
 
     python -m benchmarks.drawings.pairs --package package --out pairs   # once: draws the pairs
     python benchmarks/train_drawings_base.py --pairs pairs --out run    # trains until it is stopped; again: goes on
-    python benchmarks/train_drawings_base.py --pairs pairs --out e --start run/checkpoint.pt --decay 800 --average 0.99
+    python benchmarks/train_drawings_base.py --pairs pairs --out final --start run/checkpoint.pt \\
+        --decay 800 --average 0.99 --patches 36
 
-The rate is level until a run is stopped, so it can go on any day; `--decay` takes a copy of it down to zero, which is
-the better model. What makes it learn much in a CPU second: half of a step's names are classes, of the others those
-that many hands draw come more often, and each hand of a name equally often; two hands' drawings of a name are positives
-of one caption; only some patches of an image are looked at, mostly those with ink; Muon trains the blocks; only the
-words that names use are trained.
+The rate is level until a run is stopped, so it can go on any day; `--decay` takes a copy of it down to zero, looking at
+all patches at last (FLIP, arXiv 2212.00794), and that is the model to use.
+
+What makes it learn much in a CPU second: half of a step's names are classes, of the others those that many hands draw
+come more often, and each hand of a name equally often; two hands' drawings of a name are positives of one caption; only
+some patches of an image are looked at, those with ink more often; Muon trains the blocks; only the words that names use
+are trained.
 """
 
 from __future__ import annotations
