@@ -81,11 +81,9 @@ class Validation:
             RAdapterError: the release loses more than `max_drop`; an image can't be read.
         """
         entry, values = self.data.entry, {}
-        embedders: dict[str, Embedder] = {
-            "torch": as_it_is(base, alpha, templates, crop=crop),
-            "release": ReleaseEmbedder(str(repository)),
-        }
-        known: dict[tuple[str, float | None], Known] = {("release", alpha): _label_embeds(repository)}
+        release = ReleaseEmbedder(str(repository))
+        embedders: dict[str, Embedder] = {"torch": as_it_is(base, alpha, templates, crop=crop), "release": release}
+        known = {release.variants[0].key: _label_embeds(repository)}
         for name, embedder in embedders.items():
             say(f"{entry.data}: embedding its texts by {name}")
             (row,) = evaluate(

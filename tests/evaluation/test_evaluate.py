@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -39,7 +41,13 @@ def exported(common: Path, run_folder: Path, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
-def evaluated(embedder: Embedder, world: Path, out: Path) -> list[dict[str, object]]:
+def measured(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What `by_open_clip` gives, of the rows of one model."""
+    found = {row["dataset"]: row["metrics"][row["metric"]] for row in rows}
+    return found | {f"{row['dataset']} ece": row["metrics"]["ece"] for row in rows if "ece" in row["metrics"]}
+
+
+def evaluated(embedder: Embedder, world: Path, out: Path) -> list[dict[str, Any]]:
     try:
         return evaluate_suite(embedder, load_suite(world / "suite.yaml", world), Results(out), batch_size=7)
     finally:
@@ -93,10 +101,7 @@ def test_every_alpha_is_the_folded_model_in_open_clip(
     for alpha in ALPHAS:
         base.model.load_state_dict(fold(weights, adapter, alpha))
         expected = by_open_clip(base.model, tiny_clip_dir, world)
-        own = [row for row in rows if row["alpha"] == alpha]
-        found = {r["dataset"]: r["metrics"][r["metric"]] for r in own}  # type: ignore[index]
-        found |= {f"{r['dataset']} ece": r["metrics"]["ece"] for r in own if "ece" in r["metrics"]}  # type: ignore
-        assert found == pytest.approx(expected, abs=1e-5)
+        assert measured([row for row in rows if row["alpha"] == alpha]) == pytest.approx(expected, abs=1e-5)
     assert len({json.dumps(row["metrics"]) for row in rows if row["dataset"] == "plain"}) > 1
 
 
@@ -119,12 +124,9 @@ def test_schedules_of_alpha_are_models_folded_layer_by_layer(
         base.model.load_state_dict(folded)
         expected = by_open_clip(base.model, tiny_clip_dir, world)
         facts = None if schedule == AlphaSchedule() else {"depth": 0.5, "image": 1.0, "text": 0.1}
-        found = {
-            r["dataset"]: r["metrics"][r["metric"]]  # type: ignore[index]
-            for r in rows
-            if r["alpha"] == 1.0 and r.get("alpha_schedule") == facts
-        }
-        assert found == pytest.approx(expected)
+        own = [row for row in rows if row["alpha"] == 1.0 and row.get("alpha_schedule") == facts]
+        found = measured(own)
+        assert found == pytest.approx(expected, abs=1e-5)
         seen.append(found)
     assert seen[0] != seen[1]
 
