@@ -42,7 +42,9 @@ def benchmark_file(images: Path, tiny_clip_dir: str, tmp_path: Path) -> Path:
     ]
     suite = {"name": "colours", "templates": "simple", "sets": sets}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    (tmp_path / "templates.txt").write_text("a photo of a {}.\n")
     train = {"data": "imagefolder:images", "batch_size": 4, "steps": 2, "workers": 0, "architecture": tiny_clip_dir}
+    train["templates"] = "templates.txt"
     path = tmp_path / "benchmark.yaml"
     path.write_text(yaml.safe_dump({"suite": "suite.yaml", "train": train}))
     return path
