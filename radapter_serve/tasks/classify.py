@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from radapter_serve.files import as_text
 from radapter_serve.inputs.alpha import Alpha, Encode
-from radapter_serve.inputs.errors import Cancelled, invalid
+from radapter_serve.inputs.errors import Cancelled, TaskError, invalid
 from radapter_serve.inputs.labels import check_length
 from radapter_serve.inputs.preprocess import Preprocess, decode_into
 from radapter_serve.inputs.probabilities import class_probabilities
@@ -66,7 +66,10 @@ class EmbedImages:
 
         def prepared(own: slice, given: ArrayLike | None) -> Alpha | None:
             alpha = self._request_alpha(given, own.stop - own.start)
-            for outcome in decoded[own]:
+            for number, outcome in enumerate(decoded[own], 1):
+                if outcome.error is not None and len(decoded[own]) > 1:
+                    where = f"image {number} of {len(decoded[own])}"
+                    raise TaskError(outcome.error.code, f"{where}: {outcome.error.message}")
                 outcome.unwrap()
             return alpha
 
