@@ -190,6 +190,8 @@ def _check_values(tensor: Tensor, shape: Sequence[int], values: bytes) -> None:
     if len(values) != count * kind.itemsize:
         needed = f"{list(shape)} of {tensor.datatype} are {count * kind.itemsize}"
         raise bad(f"the input {tensor.name} has {len(values)} bytes; {needed}")
+    if kind.kind == "b" and max(values) > 1:
+        raise bad(f"the input {tensor.name} holds a byte that is neither 0 nor 1")
     if kind.kind == "f" and not np.isfinite(np.frombuffer(values, kind)).all():
         raise bad(f"the input {tensor.name} holds a value that is not a finite number")
 
@@ -227,8 +229,11 @@ def _from_json(tensor: Tensor, shape: Sequence[int], data: list[Any]) -> bytes:
             raise bad(f"the data of the input {tensor.name} are not all texts")
         return pack([value.encode() for value in data])
     kind = np.dtype(triton_to_np_dtype(tensor.datatype))
-    if not kinds <= ({int, float} if kind.kind == "f" else {int}):
-        raise bad(f"the data of the input {tensor.name} are not all numbers of type {tensor.datatype}")
+    by_kind: dict[str, set[type]] = {"f": {int, float}, "b": {bool}}
+    wanted = by_kind.get(kind.kind, {int})
+    if not kinds <= wanted:
+        what = "true or false" if kind.kind == "b" else f"numbers of type {tensor.datatype}"
+        raise bad(f"the data of the input {tensor.name} are not all {what}")
     try:
         if kind.kind == "f":
             with np.errstate(over="ignore"):  # what is not finite is refused with all other such values
