@@ -38,7 +38,8 @@ class ExportSettings:
             --calibration by fixed ranges, which TensorRT takes too.
         calibration: about a hundred typical images for int8: a folder, csv:FILE or parquet:FILE.
         validation: data as of radapter-train --val-data, by which the encoders are compared with torch in the task's
-            own metric; the run's own if none is given and the precision is not fp32; none for none.
+            own metric, and scores are calibrated; own for the run's own, which is also taken if none is given and the
+            precision is not fp32; none for none.
         max_drop: points of that metric, in per cent, that the encoders may lose.
         runtime: what runs the encoders in the server; they are checked with it; onnxruntime if none is given.
         tolerance: largest difference from torch allowed in a component of the unit-length embeddings; the precision's

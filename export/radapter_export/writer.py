@@ -183,8 +183,10 @@ class Writer:
             if validation is not None:
                 self._at(alpha)
                 with repository.view(version) as view:
-                    accuracy = validation(self._base, alpha, view, source.templates, self._crop, say)
-                release = replace(release, accuracy=asdict(accuracy))
+                    measured = validation(self._base, alpha, view, source.templates, self._crop, say)
+                accuracy, warnings = measured.accuracy, [*warnings, *measured.warnings]
+                fitted = None if measured.confidence is None else asdict(measured.confidence)
+                release = replace(release, accuracy=asdict(accuracy), confidence=fitted)
                 for model in TASKS:
                     release.save(repository.staged(model, version))
         checkpoints.add_release(name, release)
