@@ -33,6 +33,7 @@ class Settings:
         max_queue: requests that wait for that; one more is answered 429.
         max_connections: connections at once.
         timeout: seconds that a request may take, the sending of its body included.
+        playground: serve a page to ask the models by hand, at /playground; a browser's visitor logs in with a key.
     """
 
     host: str = "127.0.0.1"
@@ -48,6 +49,7 @@ class Settings:
     max_queue: int = 64
     max_connections: int = 512
     timeout: float = 60.0
+    playground: tyro.conf.FlagCreatePairsOff[bool] = False
 
     def check(self, where: str = "--") -> str:
         """The address to listen on.
