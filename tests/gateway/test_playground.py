@@ -122,10 +122,13 @@ def test_search_by_text_and_by_picture(served: Served) -> None:
 
 
 def test_segment_draws_the_labels(served: Served) -> None:
-    drawn, took = html(send(served, "segment", [PICTURE, "sky\nsea", 0, 0.5]))
+    drawn, took = html(send(served, "segment", [PICTURE, "sky\nsea", 0, 96, 0.5]))
     kind, data = re.search(r'src="data:image/(\w+);base64,([^"]+)" alt="sky, sea"', drawn).groups()  # type: ignore[union-attr]
     assert base64.b64decode(data)[:4] == (b"\x89PNG" if kind == "png" else b"\xff\xd8\xff\xe0")
     assert "int8" in took
+    (sent,) = (one for one in served.upstream.asked if one.model_name == "segment")
+    given = dict(zip((one.name for one in sent.inputs), sent.raw_input_contents, strict=True))
+    assert np.frombuffer(given["short_side"], np.int32) == 96 and "threshold" not in given
 
 
 def test_the_page_begins_with_the_release_and_its_indexes(served: Served) -> None:

@@ -90,14 +90,15 @@ class Ask:
 
     @told
     async def segment(
-        self, picture: str, labels: str, threshold: float, alpha: float, request: gradio.Request
+        self, picture: str, labels: str, threshold: float, side: float, alpha: float, request: gradio.Request
     ) -> tuple[str, str]:
         """The picture with its labels in colour."""
         if not picture:
             return NO_PICTURE
         async with self._client(request) as client:
             known = await client.release()
-            options: dict[str, Any] = {"threshold": threshold or None, "alpha": alpha if known.dynamic_alpha else None}
+            options: dict[str, Any] = {"threshold": threshold or None, "short_side": int(side) or None}
+            options["alpha"] = alpha if known.dynamic_alpha else None
             found, seconds = await _timed(client.segment(image(picture), lines(labels), **options))
             html = await run_in_threadpool(shown.segments, found)
             return html, shown.took(seconds, await _who(client, found.release, known))
