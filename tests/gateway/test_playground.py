@@ -21,11 +21,12 @@ import pytest
 import urllib3
 from PIL import Image
 
-from radapter_client import Segmentation
+from radapter_client import Release, Segmentation
 from radapter_serve.cli import gateway
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.keys import new_key
 from radapter_serve.gateway.playground import door, page, shown
+from tests.helpers.fake_server import release
 from tests.helpers.fake_upstream import Served, serving
 from tests.helpers.small_world import SmallWorld, png
 
@@ -118,6 +119,7 @@ def test_search_by_text_and_by_picture(served: Served) -> None:
         assert re.findall(r"<b>([\d.]+)</b> (.+?)</figcaption>", found) == [
             (f"{0.9 - 0.1 * number:.3f}", f"{asked} {number}&lt;b&gt;") for number in range(3)
         ]
+        assert f'title="folder/{asked} 2&lt;b&gt;"' in found
         assert base64.b64encode(png("green")).decode() in found and "release 1" in took
 
 
@@ -391,6 +393,12 @@ def test_without_gradio_the_command_says_what_to_install(
 )
 def test_the_password_is_the_key(given: str | None, key: str | None) -> None:
     assert door.key(given) == key
+
+
+def test_the_page_tells_no_path_of_the_base() -> None:
+    facts = release(1) | {"architecture": "local-dir:/srv/secret/base", "label_sets": {}}
+    shows = shown.header(Release.from_facts(facts))
+    assert ">base<" in shows and "secret" not in shows
 
 
 def test_a_large_picture_is_shown_smaller() -> None:

@@ -35,8 +35,8 @@ def page(browser: Any, tmp_path: Path) -> Iterator[Any]:
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
-        page.set_default_timeout(10_000)
-        page.goto(f"{served.url}/", timeout=30_000)
+        page.set_default_timeout(60_000)
+        page.goto(f"{served.url}/")
         page.get_by_text("release 1").wait_for()
         yield page
         context.close()

@@ -61,7 +61,7 @@ class SmallWorld(FakeUpstream):
         if unpacked(given["index"])[0].decode() not in INDEXES:
             raise Refused(400, "unknown_index", UNKNOWN)
         asked = "picture" if "image" in given else unpacked(given["text"])[0].decode()
-        ids = [f"{asked} {number}<b>" for number in range(3)]
+        ids = [f"folder/{asked} {number}<b>" for number in range(3)]
         thumbnails = [png(colour) for colour in ("red", "green", "blue")]
         return {
             "id": np.array([one.encode() for one in ids], object),

@@ -16,7 +16,8 @@ def header(release: Release) -> str:
     """Which release answers."""
     alpha = "any α, " if release.dynamic_alpha else "α = "
     alpha += f"{release.alpha:g} by default" if release.dynamic_alpha else f"{release.alpha:g}"
-    facts = [f"release {release.version}", release.architecture, release.precision, alpha]
+    name = release.architecture.rpartition("/")[2]  # of a base that is a folder, the visitor is told no path
+    facts = [f"release {release.version}", name, release.precision, alpha]
     return "".join(f'<span class="fact">{escape(fact)}</span>' for fact in facts)
 
 
@@ -55,11 +56,12 @@ def gallery(hits: Sequence[Hit]) -> str:
     """Thumbnails with their scores and names, best first."""
     cards = []
     for hit in hits:
-        about = ", ".join(f"{name}: {value}" for name, value in hit.about.items())
+        about = ", ".join([hit.id, *(f"{name}: {value}" for name, value in hit.about.items())])
+        file = hit.id.rstrip("/").rpartition("/")[2]  # the rest stands in the title
         data = None if hit.thumbnail is None else base64.b64encode(hit.thumbnail).decode()
         image = f'<img src="data:image/jpeg;base64,{data}" alt="">' if data else '<div class="none">no thumbnail</div>'
         cards.append(
-            f'<figure title="{escape(about)}">{image}<figcaption><b>{hit.score:.3f}</b> {escape(hit.id)}</figcaption>'
+            f'<figure title="{escape(about)}">{image}<figcaption><b>{hit.score:.3f}</b> {escape(file)}</figcaption>'
             "</figure>"
         )
     return f'<div class="gallery">{"".join(cards)}</div>' if cards else '<p class="note">The index is empty.</p>'
