@@ -37,6 +37,7 @@ class Settings:
         timeout: seconds that a request may take, the sending of its body included.
         max_inputs: texts and images of a request to /v1/embeddings.
         image_hosts: hosts that /v1/embeddings fetches images from, as HOST or HOST:PORT; none fetches nothing.
+        playground: serve a page to ask the models by hand, at /playground; a browser's visitor logs in with a key.
     """
 
     host: str = "127.0.0.1"
@@ -54,6 +55,7 @@ class Settings:
     timeout: float = 60.0
     max_inputs: int = 2048
     image_hosts: tuple[str, ...] = ()
+    playground: tyro.conf.FlagCreatePairsOff[bool] = False
 
     def check(self, where: str = "--") -> str:
         """The address to listen on.

@@ -7,7 +7,7 @@ import contextlib
 import json
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -119,14 +119,14 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(**options: Any) -> Iterator[Served]:
-    """A gateway with these settings on a free port, until the end of the block."""
+def serving(upstream: Callable[[], FakeUpstream] = FakeUpstream, **options: Any) -> Iterator[Served]:
+    """A gateway with these settings on a free port, until the end of the block, in front of an `upstream`."""
     settings = Settings(port=0, **options)
     made: list[Any] = []
     begun = threading.Event()
 
     def connect() -> FakeUpstream:
-        made.append((FakeUpstream(), asyncio.get_running_loop()))
+        made.append((upstream(), asyncio.get_running_loop()))
         begun.set()
         return made[0][0]
 
