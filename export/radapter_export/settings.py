@@ -29,6 +29,10 @@ class ExportSettings:
         pretrained: open_clip tag or path of a checkpoint; what the adapter was trained on if none is given.
         model_repository: folder that radapter-serve serves; releases are added to it, and it is made if there is none.
         merged: folder for the merged checkpoint, replaced if it holds one; with several alphas, for a folder of each.
+        transformers: folder for the merged weights as the library transformers opens them, with processor and
+            tokenizer, replaced if it holds such a model; with several alphas, for a folder of each. Not written if none
+            is given.
+        peft: the same for an adapter of low rank as the library peft opens it, a LoRA for the base.
         label_sets: files of classes by the name of their label set, whose text embeddings become part of the release.
             The run's own classes become the label set `classes`, unless a file of that name is given.
         templates: a file of prompt templates, a built-in set, or one template; the run's own if none is given.
@@ -57,6 +61,8 @@ class ExportSettings:
     pretrained: str | None = None
     model_repository: Path = Path("model_repository")
     merged: Path = Path("merged")
+    transformers: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    peft: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     label_sets: tyro.conf.Suppress[Mapping[str, Path]] = field(default_factory=dict)
     templates: str | Path | None = None
     dense: Annotated[str | None, tyro.conf.arg(metavar="WAY")] = None

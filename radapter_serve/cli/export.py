@@ -106,7 +106,7 @@ def _show(releases: Sequence[ExportedRelease], paths: Sequence[Path], settings: 
         left = column == "graph"
         table.add_column(column, justify="left" if left else "right", no_wrap=left)
     for release in releases:
-        for graph in release.graphs:
+        for graph in [*release.graphs, *release.forms]:
             agreement = graph.agreement
             table.add_row(
                 str(release.version),
@@ -136,6 +136,9 @@ def _show(releases: Sequence[ExportedRelease], paths: Sequence[Path], settings: 
             "No task accuracy was measured: the run has no validation data here; give some with --validation DATA"
         )
     out.print(f"Merged: {', '.join(str(release.merged) for release in releases)}", soft_wrap=True)
+    for name, form in (("Transformers", settings.transformers), ("peft", settings.peft)):
+        if form is not None:
+            out.print(f"{name}: {form}", markup=False, highlight=False, soft_wrap=True)
     folder = settings.model_repository
     repository = "" if folder == ExportSettings.model_repository else f" {shlex.quote(str(folder))}"
     out.print(f"Next:   radapter-serve{repository}", markup=False, highlight=False, soft_wrap=True)
