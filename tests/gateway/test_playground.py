@@ -22,7 +22,7 @@ import urllib3
 from PIL import Image
 
 from radapter_client import Release, Segmentation
-from radapter_serve.cli import gateway
+from radapter_serve.cli import gateway, serve
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.keys import new_key
 from radapter_serve.gateway.playground import door, page, shown
@@ -252,6 +252,9 @@ FILE = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
         [PICTURE, "cat", "", "0.5"],
         [PICTURE, "cat", 1, 0.5],
         [PICTURE, "cat", "", True],
+        [PICTURE, "cat", "", 1.01],
+        [PICTURE, "cat", "", None],
+        [0.5, "cat", "", 0.5],
         [PICTURE, "cat", ""],
         [PICTURE, "cat", "", 0.5, None],
         ["x"] * 17,
@@ -371,11 +374,11 @@ def test_a_visitor_finds_the_page(served: Served) -> None:
 def test_without_gradio_the_command_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in [name for name in sys.modules if name.startswith("radapter_serve.gateway.playground")]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert gateway.main(["--playground", "--port", "0"]) == 2
-    assert "pip install 'radapter-serve[playground]'" in capsys.readouterr().err
+    for command in (gateway.main, serve.main):
+        port = "--port" if command is gateway.main else "--gateway-port"
+        assert command(["--playground", port, "0"]) == 2
+        assert "pip install 'radapter-serve[playground]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
