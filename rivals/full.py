@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from radapter_serve.data import LabelledImages
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.classification import zero_shot_classifier
+from radapter_serve.evaluation.classification import linear_head, zero_shot_classifier
 from radapter_serve.inputs.labels import split_label
 from rivals.method import Method, paper
 from rivals.run import Run
@@ -36,10 +36,7 @@ class Classifier(System):
             raise RAdapterError("this rival learns from images with labels (task: classification)")
         self.classes = list(run.data.classes)
         embeds = zero_shot_classifier(self.model, self.tokenizer, self.classes, run.data.templates)
-        self.head = nn.Linear(embeds.shape[1], embeds.shape[0])
-        with torch.no_grad():
-            self.head.weight.copy_(self.scale * embeds)
-            self.head.bias.zero_()
+        self.head = linear_head(embeds, self.scale)
 
     @property
     def factor(self) -> float:

@@ -49,6 +49,7 @@ def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path:
         "recipes/small.yaml",
         "recipes/suites/pacs.yaml",
         "demo/base/open_clip_config.json",
+        "demo/drawings/drawings.json.xz",
     ):
         assert f"radapter_serve/{name}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from rich.progress import track
 
 from benchmarks.drawings.credits import attribution
@@ -25,7 +24,7 @@ from benchmarks.drawings.iconify import VERSION, Drawing, Source, drawings, rend
 from benchmarks.drawings.names import Classes, core
 from benchmarks.drawings.near import alike, clusters, signature
 from benchmarks.drawings.roles import Roles, Style, load_roles
-from radapter_serve.demo.data import made_whole
+from radapter_serve.demo.data import made_whole, on_paper
 
 SIDE = 96
 MOST_A_CLASS = 10  # test drawings of a class in one style
@@ -149,9 +148,7 @@ def write(sample: Sample, folder: Path, paper: str) -> str:
     name = f"{sample.drawing.source}--{sample.drawing.name}.png"
     path = Path(sample.place) / sample.class_name / name
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
-    colours, alpha = sample.pixels[..., :3], sample.pixels[..., 3:]
-    on_white = colours + (255 - alpha)
-    Image.fromarray(255 - on_white if paper == "black" else on_white).save(folder / path)
+    on_paper(sample.pixels, black=paper == "black").save(folder / path)
     return path.as_posix()
 
 

@@ -22,7 +22,7 @@ from radapter_serve.data import load_masked
 from radapter_serve.demo.data import FINE_TUNED, DemoData
 from radapter_serve.demo.scenes import CAPTIONS, SHORT_SIDE, SceneData
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs.labels import mean_embeddings, read_label_file, read_templates
+from radapter_serve.inputs.labels import mean_embeddings, read_label_file, read_templates, split_label
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.release.release import Release
@@ -83,8 +83,9 @@ def ask_classify(client: Client, merged: Path, data: DemoData, label_set: str, p
     files = random.Random(seed).sample(files, QUESTIONS)
     answers = client.classify(files, label_set=label_set, top_k=1)
     reference = Reference(merged)
-    names = [line.split(",")[0] for line in read_label_file(data.classes)]
-    cosines = reference.images(_open(files)) @ reference.classes(names, data.templates).T
+    lines = read_label_file(data.classes)
+    names = [split_label(line)[0] for line in lines]
+    cosines = reference.images(_open(files)) @ reference.classes(lines, data.templates).T
     scores = _softmax(reference.scale * cosines)
     best = scores.argmax(axis=1)
     same = sum(answer.top == names[index] for answer, index in zip(answers, best, strict=True))
@@ -100,7 +101,7 @@ def ask_search(client: Client, merged: Path, scenes: SceneData, index: str, path
     """
     with (scenes.test[FINE_TUNED] / "captions.csv").open(encoding="utf-8", newline="") as file:
         captions = [(row["caption"], f"{scenes.test[FINE_TUNED].name}/{row['image']}") for row in csv.DictReader(file)]
-    captions = random.Random(seed).sample(captions[1::CAPTIONS], QUESTIONS)  # those by classes
+    captions = random.Random(seed).sample(captions[::CAPTIONS], QUESTIONS)  # those by class names
     found = [client.search(text, index=index, top_k=6, thumbnails=True) for text, _ in captions]
     with scenes.gallery.open(encoding="utf-8", newline="") as file:
         ids = [row["image"] for row in csv.DictReader(file)]
@@ -209,7 +210,11 @@ def _segmented(pictures: Sequence[tuple[Segmentation, Segmentation, dict[str, An
                 axes.text(x, y, most, fontsize=6, color=color, ha="center", bbox=box)
     for axes in panels.flat:
         axes.axis("off")
-    titles = ("the scenes", "their masks as proposals, 24 labels", "dense, the labels of the scene")
+    titles = (
+        "the scenes",
+        f"their masks as proposals, {len(pictures[0][0].labels)} labels",
+        "dense, the labels of the scene",
+    )
     for axes, title in zip(panels[:, 0], titles, strict=True):
         axes.set_title(title, fontsize=8, loc="left")
     figure.savefig(path)

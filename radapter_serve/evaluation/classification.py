@@ -42,6 +42,20 @@ def zero_shot_classifier(
 
 
 @torch.no_grad()
+def linear_head(classifier: Tensor, scale: float) -> nn.Linear:
+    """A head that gives images the logits of zero-shot classification, to learn from there.
+
+    Args:
+        classifier: [C, D] from `zero_shot_classifier`.
+        scale: 1/τ of the model.
+    """
+    head = nn.Linear(classifier.shape[1], classifier.shape[0])
+    head.weight.copy_(scale * classifier)
+    head.bias.zero_()
+    return head
+
+
+@torch.no_grad()
 def count_hits(model: nn.Module, classifier: Tensor, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[int, int]:
     """How many images the best class is right for, and how many there are.
 

@@ -105,7 +105,7 @@ def command(settings: Settings) -> list[str]:
     for field in fields(settings):
         value, flag = getattr(settings, field.name), f"--{field.name.replace('_', '-')}"
         if value != field.default:
-            words += [flag] if value is True else [flag, str(value)]
+            words += [flag] if value is True else [flag, *map(str, value if isinstance(value, tuple) else (value,))]
     return words
 
 

@@ -51,7 +51,7 @@ def small(monkeypatch) -> None:
 
 def arguments(folder: Path, out: Path, **changes: object) -> argparse.Namespace:
     fields = {"pairs": folder, "out": out, "start": None, "steps": 4, "decay": 0, "names": 4, "class_share": 0.5}
-    fields |= {"patches": 8, "learning_rate": 1e-3, "warmup": 2, "average": 0.9, "threads": 1, "seed": 0}
+    fields |= {"patches": 8, "learning_rate": 1e-3, "warmup": 2, "average": 0.9, "bf16": True, "threads": 1, "seed": 0}
     return argparse.Namespace(**{**fields, "measure_every": 1e9, "save_every": 1e9, **changes})
 
 

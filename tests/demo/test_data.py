@@ -1,86 +1,99 @@
-"""The demo's data: what is held out is held out, and the folders are what the trainer reads."""
+"""The demo's data: nothing is trained on and tested, all are credited, and the folders are what the trainer reads."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.drawings.iconify import LICENCES
+from benchmarks.drawings.roles import load_roles
 from radapter_serve.demo import data
 from radapter_serve.errors import RAdapterError
+from radapter_serve.inputs.labels import read_label_file, split_label
 
-HELD_OUT = ("test", "val")
-SIDE = 32  # pixels, fewer than the demo's
-
-
-def pixels_of(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image, dtype=float)
+PLACES = ("train", "val", "test", *(f"shifts/{style}" for style in data.SHIFTS))
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> data.DemoData:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "SIDE", SIDE)
-        return data.prepare(tmp_path_factory.mktemp("demo") / "images", quiet=True)
+def sets_of(place: str) -> set[str]:
+    """Those whose drawings are in a place."""
+    return {path.rsplit("/", 1)[1].split("--")[0] for path in data.drawings() if path.startswith(f"{place}/")}
 
 
-def test_held_out_concepts_are_in_no_other_split() -> None:
-    split_of: dict[str, set[str]] = {}
-    for concept in data.concepts():
-        split_of.setdefault(concept.concept, set()).add(concept.split)
-    for name, splits in split_of.items():
-        assert len(splits) == 1 or not splits & set(HELD_OUT), name
-    codes = Counter(concept.hexcode for concept in data.concepts())
-    assert max(codes.values()) == 1
-    assert all(concept.class_name for concept in data.concepts() if concept.split in ("train", *HELD_OUT))
+def test_all_drawings_are_in_a_known_place() -> None:
+    assert {path.rsplit("/", 2)[0] for path in data.drawings()} == set(PLACES)
+    assert {path for path in data.drawings() if not path.endswith(".svg")} == set()
+    assert sum(len(of) for place in PLACES for of in data.drawings_of(place).values()) == len(data.drawings())
 
 
-def test_no_held_out_drawing_is_a_training_drawing_under_another_name() -> None:
-    for style in data.STYLES:
-        drawn = [(c.split in HELD_OUT, svg) for c in data.concepts() if (svg := data.drawing(c, style)) is not None]
-        held, seen = ({svg for out, svg in drawn if out is side} for side in (True, False))
-        assert not held & seen, style
+def test_no_drawing_is_in_two_places() -> None:
+    held = {place: {svg for of in data.drawings_of(place).values() for svg in of} for place in PLACES}
+    for one, other in combinations(PLACES, 2):
+        assert not held[one] & held[other], (one, other)
 
 
-def test_every_class_is_in_every_folder(demo: data.DemoData) -> None:
-    classes = demo.classes.read_text(encoding="utf-8").splitlines()
-    assert classes == sorted(classes) == data.class_names()
-    for folder in (demo.train, demo.val, *demo.test.values()):
-        assert sorted(path.name for path in folder.iterdir()) == classes, folder
-        assert all(any(path.glob("*.png")) for path in folder.iterdir())
-    assert set(demo.test) == {data.FINE_TUNED, *data.SHIFTS}
-    assert all("{}" in line for line in demo.templates.read_text(encoding="utf-8").splitlines())
+def test_the_shifts_are_by_hands_that_neither_base_nor_fine_tuning_has_seen() -> None:
+    held_out = load_roles().held_out  # from training the base
+    for place in PLACES:
+        assert sets_of(place) <= held_out
+        assert place in PLACES[:3] or not sets_of(place) & sets_of("train")
 
 
-def test_styles_show_the_same_held_out_concepts(demo: data.DemoData) -> None:
-    def shown(folder: Path) -> set[str]:
-        return {f"{path.parent.name}/{path.name}" for path in folder.glob("*/*.png")}
-
-    reference = shown(demo.test[data.FINE_TUNED])
-    assert len(reference) > 200
-    for style in data.SHIFTS:
-        assert shown(demo.test[style]) <= reference
-        assert len(shown(demo.test[style])) > 0.85 * len(reference), style
-    assert not reference & (shown(demo.train) | shown(demo.val))
+def test_every_class_can_be_learned_and_has_a_prompt() -> None:
+    names = [split_label(line)[0] for line in read_label_file(data.CLASSES)]
+    assert names == sorted(names) == sorted(data.drawings_of("train"))
+    assert len(names) > 200
+    assert all(set(data.drawings_of(place)) <= set(names) for place in PLACES)
+    assert all("{}" in line for line in data.TEMPLATES.read_text(encoding="utf-8").splitlines())
 
 
-def test_line_drawings_have_lost_their_colours(demo: data.DemoData) -> None:
-    def colourfulness(style: str) -> float:
-        pixels = [pixels_of(path) for path in sorted(demo.test[style].glob("fruit/*.png"))]
-        return float(np.mean([np.ptp(image, axis=2).mean() for image in pixels]))
+def test_every_set_is_credited_and_asks_for_no_licence() -> None:
+    text = (data.DRAWINGS.parent / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    table = text.partition("## The drawings")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(.+?)` \| ([\d,]+) \|.*\| (\S+) \|$", table, re.MULTILINE)
+    count = Counter(path.rsplit("/", 1)[1].split("--")[0] for path in data.drawings())
+    assert {name: int(number.replace(",", "")) for name, number, _ in rows} == count
+    assert {licence for *_, licence in rows} <= set(LICENCES)
 
-    assert colourfulness("line") < 1 < 20 < colourfulness("color")
-    assert pixels_of(next(demo.test["line"].glob("*/*.png"))).shape == (SIDE, SIDE, 3)
+
+def test_folders_hold_what_is_shipped(some: data.DemoData) -> None:
+    assert tuple(some.test) == (data.FINE_TUNED, *data.SHIFTS)
+    folder = some.classes.parent
+    made = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.png")}
+    classes = {path.split("/")[-2] for path in made}
+    assert made == {p.removesuffix(".svg") for p in data.drawings() if p.split("/")[-2] in classes}
+    for place in (some.train, some.val, *some.test.values()):
+        assert any(place.glob("*/*.png")), place
 
 
-def test_a_finished_folder_is_taken_as_it_is(demo: data.DemoData) -> None:
-    image = next(demo.train.glob("*/*.png"))
+def test_drawings_are_on_white_paper_and_silhouettes_on_black(some: data.DemoData) -> None:
+    for style, ground in (("line", 255), ("silhouettes", 0)):
+        for path in some.test[style].glob("*/*.png"):
+            pixels = np.asarray(Image.open(path))
+            assert pixels.shape == (data.SIDE, data.SIDE, 3)
+            values, count = np.unique(pixels, return_counts=True)
+            assert values[count.argmax()] in (ground, 255 - ground) and np.ptp(pixels, axis=2).max() == 0
+        assert np.median([np.asarray(Image.open(path))[0, 0] for path in some.test[style].glob("*/*.png")]) == ground
+
+
+def test_paper_is_what_pillow_pastes(some: data.DemoData) -> None:
+    svg = data.drawings_of("train")["apple"][0]
+    drawn = data.render(svg, data.SIDE)
+    white = Image.new("RGB", drawn.size, "white")
+    white.paste(drawn, mask=drawn.getchannel("A"))
+    ours = np.asarray(data.on_paper(np.asarray(drawn.convert("RGBa"))), int)
+    np.testing.assert_allclose(ours, np.asarray(white, int), atol=1)
+
+
+def test_a_finished_folder_is_taken_as_it_is(some: data.DemoData) -> None:
+    image = next(some.train.glob("*/*.png"))
     changed = image.stat().st_mtime_ns
-    assert data.prepare(demo.classes.parent, quiet=True) == demo
+    assert data.prepare(some.classes.parent, quiet=True) == some
     assert image.stat().st_mtime_ns == changed
 
 

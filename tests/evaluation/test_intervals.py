@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radapter_serve.evaluation.intervals import mean_recall_interval, segmentation_intervals, wilson
+from radapter_serve.evaluation.intervals import mean_recall_interval, paired_difference, segmentation_intervals, wilson
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,23 @@ def test_images_are_drawn_for_segmentation() -> None:
     same = segmentation_intervals(np.repeat(sums[:, :1], 9, axis=1))
     assert all(high - low == pytest.approx(0) for low, high in same.values())
     assert segmentation_intervals(sums[:, :1]) == {}
+
+
+def test_a_paired_difference_by_hand() -> None:
+    first, second = np.array([True, True, False, True]), np.array([False, True, False, False])
+    lead, half = paired_difference([first], [second])  # differences 1, 0, 0, 1: variance 1/3
+    assert (lead, half) == pytest.approx((0.5, 1.96 * np.sqrt(1 / 3 / 4)), abs=1e-4)
+    assert paired_difference([first, second], [first, second]) == (0, 0)
+
+
+def test_a_paired_difference_over_sets_is_a_bootstrap_of_images_within_each() -> None:
+    generator = np.random.default_rng(0)
+    easy = [generator.random(n) < 0.7 for n in (150, 600)]
+    hard = [of & (generator.random(len(of)) < share) for of, share in zip(easy, (0.6, 0.9), strict=True)]
+    lead, half = paired_difference(easy, hard)
+    means = []
+    for _ in range(4000):
+        rows = [generator.integers(0, len(of), len(of)) for of in easy]
+        means.append(np.mean([a[r].mean() - b[r].mean() for a, b, r in zip(easy, hard, rows, strict=True)]))
+    assert lead == pytest.approx(np.mean([a.mean() - b.mean() for a, b in zip(easy, hard, strict=True)]))
+    assert (lead - half, lead + half) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=0.005)

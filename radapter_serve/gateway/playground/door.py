@@ -6,7 +6,6 @@ file could. The page needs none of them: pictures travel as texts in the events.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import re
@@ -17,9 +16,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from radapter_serve.gateway.app import Gateway, _body, _Gone, _refusal, _while_there
-from radapter_serve.gateway.errors import NOT_FOUND, UNAUTHORIZED, UNSUPPORTED_TYPE, Refused, bad, late
-from radapter_serve.gateway.settings import MIB, Settings
+from radapter_serve.gateway.app import Gateway, _Gone, _refusal, _while_there
+from radapter_serve.gateway.errors import NOT_FOUND, UNAUTHORIZED, UNSUPPORTED_TYPE, Refused, bad
+from radapter_serve.gateway.settings import Settings
 from radapter_serve.gateway.upstream import LOG
 from radapter_serve.inputs.errors import INTERNAL_ERROR
 
@@ -63,26 +62,20 @@ class Door:
         self._page, self._kinds, self._gateway, self._settings = page, kinds, gateway, settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request, held = Request(scope, receive), list[int]()
-
-        def hold(size: int) -> None:
-            self._gateway._memory.take(size)
-            held.append(size)
-
+        request = Request(scope, receive)
         try:
             self._check(request)
             if scope["path"] == EVENT:
-                body = await self._event(request, hold)
-                answer = await _while_there(request, self._answer(scope, body), self._settings.timeout)
-                await answer(scope, receive, send)
+                with self._gateway._memory.share() as take:
+                    body = await self._event(request, take)
+                    answer = await _while_there(request, self._answer(scope, body), self._settings.timeout)
+                    await answer(scope, receive, send)
             else:
                 await self._page(_seen(scope, b"accept-encoding"), receive, _sealed(send))
         except Refused as error:
-            await _closed(error)(scope, receive, send)
+            await _closed(error, request)(scope, receive, send)
         except (_Gone, ClientDisconnect):
             pass
-        finally:
-            self._gateway._memory.give_back(sum(held))
 
     def _check(self, request: Request) -> None:
         """Whether the request may go on; the key comes first."""
@@ -97,15 +90,11 @@ class Door:
         if method == "POST" and request.headers.get("Sec-Fetch-Site", "same-origin") != "same-origin":
             raise Refused(403, UNAUTHORIZED, "another site may not use this page in its visitor's name")
 
-    async def _event(self, request: Request, hold: Any) -> bytes:
+    async def _event(self, request: Request, take: Any) -> bytes:
         """The body of an event, with nothing in it that the page does not send."""
         if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, UNSUPPORTED_TYPE, "an event of the page is application/json")
-        limit = self._settings.timeout
-        try:
-            body = await asyncio.wait_for(_body(request, int(self._settings.max_body * MIB), hold), limit)
-        except asyncio.TimeoutError:
-            raise late(408, f"the body did not come within {limit:g} s") from None
+        body = await self._gateway._body(request, take)
         try:
             event = Event.model_validate_json(body)
         except ValidationError:
@@ -170,8 +159,8 @@ def _sealed(send: Send) -> Send:
     return sealed
 
 
-def _closed(error: Refused) -> Response:
-    response = _refusal(error)
+def _closed(error: Refused, request: Request) -> Response:
+    response = _refusal(error, request)
     response.headers.update(_SEALS)
     if error.status == 401:  # the browser asks for a name and a password
         response.headers["WWW-Authenticate"] = 'Basic realm="Any name, and a key of this gateway as the password"'

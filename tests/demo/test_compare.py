@@ -1,0 +1,124 @@
+"""The demo's comparison: its full fine-tuning is the rivals' own, and its figures are those of `radapter-eval`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from radapter_serve.demo import data
+from radapter_serve.demo.compare import OURS, RIVAL, Comparison, compare, lead_in_words
+from radapter_serve.demo.full import Ends, fine_tune
+from radapter_serve.evaluation.results import Results
+from radapter_serve.evaluation.run import evaluate_suite
+from radapter_serve.evaluation.suite import Entry, Suite
+from radapter_serve.evaluation.torch_embedder import from_adapter
+from radapter_serve.training import Recipe, train
+from rivals.full import FullFineTuning
+from rivals.judge import judge
+from rivals.method import learned
+from rivals.run import Run
+
+FIELDS: dict[str, Any] = {
+    "architecture": f"local-dir:{data.BASE}", "batch_size": 8, "steps": 2, "warmup_steps": 0, "learning_rate": 1e-2,
+    "flip": True, "workers": 0, "tracker": "none", "save_every": None,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def given(some: data.DemoData) -> dict[str, Any]:
+    """A recipe of two steps that change much."""
+    return {
+        **FIELDS, "data": f"imagefolder:{some.train}", "classes": some.classes, "templates": str(some.templates)
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rival(given: dict[str, Any]) -> Ends:
+    """The demo's full fine-tuning."""
+    return fine_tune(Recipe(**given), quiet=True)
+
+
+@pytest.fixture(scope="module")
+def run(given: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """R-Adapter of the same recipe."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return train(Recipe(**given, momentum=0.0, out=out))
+
+
+@pytest.fixture(scope="module")
+def two_styles(some: data.DemoData) -> data.DemoData:
+    """Two styles to test on."""
+    return dataclasses.replace(some, test={style: some.test[style] for style in (data.FINE_TUNED, "filled")})
+
+
+@pytest.fixture(scope="module")
+def comparison(run: Path, rival: Ends, two_styles: data.DemoData) -> Comparison:
+    """Of the two."""
+    return compare(run, rival, two_styles, (0.0, 0.5, 1.0), 0.3)
+
+
+def suite_of(tests: data.DemoData) -> Suite:
+    """The same test sets as `radapter-eval` takes them."""
+    more: dict[str, Any] = {"classes": str(tests.classes), "templates": str(tests.templates)}
+    return Suite("styles", tuple(Entry(style, f"imagefolder:{of}", **more) for style, of in tests.test.items()))
+
+
+def test_full_fine_tuning_is_that_of_the_rivals(given: dict[str, Any], rival: Ends, tmp_path: Path) -> None:
+    theirs = learned(FullFineTuning({"weight_decay": 0.0}), Run(given, tmp_path)).end
+    assert rival.classifiers is not None
+    ours = {f"model.{name}": value for name, value in rival.end.items()}
+    ours |= dict(zip(("head.weight", "head.bias"), rival.classifiers[1], strict=True))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    changed = {name for name, value in rival.end.items() if not torch.equal(value, rival.start[name])}
+    assert changed and all(name.startswith("visual.") for name in changed)
+
+
+def test_r_adapter_is_right_as_often_as_radapter_eval_says(
+    run: Path, comparison: Comparison, two_styles: data.DemoData, tmp_path: Path
+) -> None:
+    alphas = (0.0, 0.3, 0.5, 1.0)
+    rows = evaluate_suite(from_adapter(run, alphas), suite_of(two_styles), Results(tmp_path))
+    expected = {(row["dataset"], row["alpha"]): 100 * row["metrics"]["acc1"] for row in rows}
+    found = {(style, at): of[0] for style, _, values in comparison.sets(OURS) for at, of in values.items()}
+    assert found == pytest.approx(expected)
+    assert len({expected[data.FINE_TUNED, alpha] for alpha in alphas}) > 1  # else it would show nothing
+
+
+def test_the_rival_is_right_as_often_as_the_rivals_judge_says(
+    given: dict[str, Any], comparison: Comparison, two_styles: data.DemoData, tmp_path: Path
+) -> None:
+    from radapter_serve.evaluation.sets import open_set
+
+    suite = suite_of(two_styles)
+    method = FullFineTuning({"weight_decay": 0.0})
+    source = Run(given, tmp_path).of(method.settings)
+    sets = [open_set(suite, entry) for entry in suite.entries]
+    rows = judge(learned(method, source), source, sets, (0.0, 0.5, 1.0))
+    expected = {(row["dataset"], row["alpha"]): 100 * row["metrics"]["acc1"] for row in rows}
+    found = {(style, at): of[0] for style, _, values in comparison.sets(RIVAL) for at, of in values.items()}
+    assert found == pytest.approx(expected)
+
+
+def test_leads_are_paired_and_stand_beside_their_intervals() -> None:
+    def hits(*right: int) -> dict[str, Any]:
+        return {
+            style: np.arange(100) < count
+            for style, count in zip((data.FINE_TUNED, "line", "pixel"), right, strict=True)
+        }
+
+    line = {0.0: hits(50, 40, 42), 0.5: hits(60, 45, 41), 1.0: hits(70, 30, 30)}
+    compared = Comparison({OURS: line, RIVAL: {**line, 1.0: hits(20, 10, 12)}}, 0.5)
+    zero, ours, whole, full, wise = compared.facts()
+    assert [row["system"] for row in (ours, full)] == ["R-Adapter, α = 0.5", "full fine-tuning"]
+    assert (ours["shifts"]["accuracy"], ours["shifts"]["lead"], ours["shifts"]["n"]) == (43, 0, 200)
+    assert (zero["shifts"]["lead"], whole["in_distribution"]["lead"]) == pytest.approx((2, -10))
+    assert (full["shifts"]["lead"], wise["shifts"]["lead"]) == pytest.approx((32, 0))
+    assert zero["in_distribution"]["interval"] == pytest.approx(196 * np.sqrt(0.1 * 0.9 / 99), rel=1e-3)
+    assert lead_in_words(3.21, 1.1) == "+3.2 ± 1.1, larger than its interval"
+    assert lead_in_words(-0.5, 0.8) == "-0.5 ± 0.8, within its interval"
