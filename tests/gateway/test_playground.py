@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import gradio
 import numpy as np
@@ -147,6 +148,15 @@ def test_without_dynamic_alpha_the_slider_says_why_and_no_alpha_is_sent() -> Non
         assert alpha["visible"] is False and "radapter-export --alpha dynamic" in why
         html(send(served, "classify", CLASSIFY))
         assert "alpha" not in {one.name for one in served.upstream.asked[-1].inputs}
+
+
+def test_a_page_that_finds_no_server_says_so() -> None:
+    with serving(SmallWorld, playground=True) as served:
+        served.upstream.configs = {}
+        served.upstream.config = AsyncMock(side_effect=Refused(503, "server_unavailable", "it starts"))  # type: ignore[method-assign]
+        facts, alpha, why, *others = html(send(served, "begin", []))
+        assert 'class="wrong"' in facts and "it starts" in facts
+        assert why == "" and alpha == {"__type__": "update"} and others == [alpha] * 2
 
 
 def test_what_a_task_refuses_is_shown(served: Served) -> None:
