@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def _read(folder: Path) -> tuple[nn.Module, dict[str, Any], SimpleTokenizer]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """`transformers` logs, and draws a bar for the weights that it loads."""
+    """`transformers` logs, warns its own callers, and draws a bar for the weights that it loads."""
     from transformers.utils import logging as library
 
     logging: Any = library  # whose functions have no types
@@ -78,7 +79,9 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bar:
