@@ -162,9 +162,32 @@ def verify(out: tyro.conf.Positional[Path]) -> int:
     return 0 if found.ok else 1
 
 
+def export_embeddings(
+    index: tyro.conf.Positional[Path],
+    to: Path,
+    dtype: Literal["float32", "float16"] = "float32",
+) -> None:
+    """Write the embeddings of an index as plain files, in the layout of clip-retrieval.
+
+    TO/img_emb/img_emb_0.npy holds the embeddings, of unit length, and TO/metadata/metadata_0.parquet the metadata, row
+    by row; a pair of files for each million images.
+
+    Args:
+        index: folder of the index.
+        to: folder to write, which must not hold anything.
+        dtype: of the embeddings; float16 takes half the space, as clip-retrieval itself writes.
+    """
+    from radapter_serve.index.embeddings import export_embeddings
+
+    with _progress("writing") as progress:
+        count = export_embeddings(index, to, dtype=dtype, progress=progress)
+    print(f"{to}: {count:,} embeddings")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `radapter-index`."""
     commands: dict[str, Any] = {"build": build, "add": add, "info": info, "verify": verify}
+    commands["export-embeddings"] = export_embeddings
     with handled(signal.default_int_handler, signal.SIGTERM):  # what is written is put in order as on Ctrl-C
         return guard(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog=PROG), argv, prog=PROG)
 
