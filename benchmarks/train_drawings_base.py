@@ -218,11 +218,12 @@ def record(training: Training, losses: list[float], folder: Path) -> None:
         file.write(json.dumps(line) + "\n")
     lines = [json.loads(row) for row in (folder / "curve.jsonl").read_text(encoding="utf-8").splitlines()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.plot([row["images"] for row in lines], [row["loss"] for row in lines])
-    left.set(xlabel="drawings trained on", ylabel="loss")
+    seen = [row["images"] / 1000 for row in lines]
+    left.plot(seen, [row["loss"] for row in lines])
+    left.set(xlabel="drawings trained on, thousands", ylabel="loss")
     for name in lines[-1]["accuracy"]:
-        right.plot([row["images"] for row in lines], [row["accuracy"].get(name) for row in lines], label=name)
-    right.set(xlabel="drawings trained on", ylabel="zero-shot top-1 on validation sets, %")
+        right.plot(seen, [row["accuracy"].get(name) for row in lines], label=name)
+    right.set(xlabel="drawings trained on, thousands", ylabel="zero-shot top-1 on validation sets, %")
     right.legend()
     figure.savefig(folder / "curve.png", dpi=100)
     plt.close(figure)

@@ -78,7 +78,7 @@ def load_benchmark(path: Path, data_root: Path | None = None) -> Benchmark:
         given["data"] = f"{reader}:{root / place}"
     for name in ("images", "classes", "templates"):
         if given.get(name) and (name == "images" or (root / given[name]).exists()):  # the others may be names
-            given[name] = root / given[name]
+            given[name] = str(root / given[name])
     given.setdefault("architecture", f"{LOCAL}{BASE}")
     suite = load_suite(path.parent / document["suite"], root)
     return Benchmark(suite.name, given, suite)

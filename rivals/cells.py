@@ -22,7 +22,7 @@ from radapter_serve.threads import limit_threads
 from rivals.benchmark import Benchmark
 from rivals.judge import judge
 from rivals.method import Method, kept, learned
-from rivals.run import Run
+from rivals.run import Run, moved
 from rivals.system import Cost
 
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(11))
@@ -74,7 +74,8 @@ class Cells:
         """
         run = self._run(seed)
         sets = self._open(split)
-        facts = [[row.facts["set_digest"] for row in sets], [data.entry for data in sets], list(alphas)]
+        entries = [{key: moved(value) for key, value in vars(data.entry).items()} for data in sets]
+        facts = [[row.facts["set_digest"] for row in sets], entries, list(alphas)]
         digest = run.of(method.settings).digest(dataclasses.replace(method, alpha=None), *facts)
         stem = re.sub(r"\W+", "-", name.lower())
         path = self.folder / "cells" / f"{stem}-{seed}-{split}-{digest}.json"

@@ -142,8 +142,8 @@ def _counted(heads: Sequence[str], ns: Mapping[str, int]) -> list[str]:
 def _how(name: str, given: Mapping[str, Any], methods: Methods, choices: Choices) -> str:
     """The command, the machine, and all that was chosen."""
     values = {**given, "architecture": Path(given["architecture"]).name}
-    hidden = ("data", "epochs") if "steps" in given else ("data",)
-    values = {key: value for key, value in values.items() if key not in hidden and not isinstance(value, Path)}
+    hidden = {"data", "images", "classes", "templates"} | ({"epochs"} if "steps" in given else set())
+    values = {key: value for key, value in values.items() if key not in hidden}
     shown = ", ".join(f"{key} {value}" for key, value in values.items())
     command = " ".join(["python -m rivals.table", *map(shlex.quote, sys.argv[1:])])
     seeds = ", ".join(map(str, choices.seeds))

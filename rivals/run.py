@@ -61,7 +61,16 @@ class Run:
         return digest_of(images, *(weights[name].numpy().tobytes() for name in sorted(weights)))
 
     def digest(self, *facts: object) -> str:
-        """Sixteen letters that differ where the facts, the recipe, the base or the images do."""
-        recipe = {name: value for name, value in self.recipe.to_dict().items() if name not in ("workers", "threads")}
+        """Sixteen letters that differ where the facts, the recipe, the base or the images do, wherever they lie."""
+        without = ("workers", "threads", "architecture", "pretrained")  # the base's weights are in `ground`
+        recipe = {name: moved(value) for name, value in self.recipe.to_dict().items() if name not in without}
         text = json.dumps([*map(repr, facts), recipe, self.ground], sort_keys=True)
         return digest_of(text.encode()).removeprefix("sha256:")[:16]
+
+
+def moved(value: Any) -> Any:
+    """A setting, but of an absolute path what is there in place of the path: a file's digest, a folder's name."""
+    reader, colon, place = str(value).rpartition(":")
+    if not Path(place).is_absolute():
+        return value
+    return f"{reader}{colon}{digest_of(Path(place).read_bytes()) if Path(place).is_file() else Path(place).name}"

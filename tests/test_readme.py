@@ -18,6 +18,17 @@ README, WALK_THROUGH = ROOT / "README.md", ROOT / "docs" / "walk-through.md"
 
 PRELUDE = ["set -eumo pipefail", "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"]  # else a server holds the pipe
 
+# The demo ends with the playground, which a browser opens: here a script that keeps the address, and then a real one.
+OPENED = f"""
+printf '#!/bin/sh\\necho "$1" > opened\\n' > browser && chmod +x browser
+BROWSER="$PWD/browser %s" radapter-demo --steps 1 --limit 10 --open &
+until [ -s opened ]; do sleep 1; kill -0 $!; done
+picture="$(find "$PWD"/demo-output/data/val -name '*.png' -print -quit)"
+scene="$(find "$PWD"/demo-output/data/scenes/*/images -name '*.png' -print -quit)"
+PYTHONPATH={ROOT} python -m tests.helpers.use_playground "$(cat opened)" "$picture" "$scene"
+kill -INT $! && wait $! || [ $? = 130 ]
+"""
+
 
 def walk_through() -> str:
     """The shell script of the page: python blocks become `python -`."""
@@ -48,7 +59,7 @@ def test_the_walk_through_and_the_quick_start(tmp_path: Path) -> None:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 pytest.skip(f"port {port}, which the page uses, is taken on this machine")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    demo = "radapter-demo --steps 1 --limit 10"  # a whole demo takes minutes and shows no other way
+    demo = OPENED  # a whole demo takes minutes and shows no other way
     small = "sed -i 's/^batch_size: .*/batch_size: 8/' demo-output/runs/classification/recipe.yaml"
     stopped = "wait  # until the server of the walk-through is gone"
     lines = [*PRELUDE, demo, small, walk_through(), stopped, quick_start()]
@@ -76,6 +87,7 @@ def test_the_walk_through_and_the_quick_start(tmp_path: Path) -> None:
     assert (tmp_path / "quick" / "merged" / "open_clip_model.safetensors").is_file()
     for model in ("classify", "embed_text", "retrieve", "segment"):
         assert f'"model_name":"{model}"' in output
+    assert "not opened: " in output or all(f"\n{line} " in output for line in ("classified", "found", "segmented"))
     assert "Traceback" not in output
 
 

@@ -84,7 +84,15 @@ def bad_image(why: str) -> InvalidImage:
 
 IMAGE_CODES = frozenset({"image_too_large", "invalid_image"})
 REQUEST_CODES = frozenset(
-    {"index_mismatch", "invalid_argument", "no_labels", "not_found", "unknown_index", "unknown_label_set"}
+    {
+        "index_mismatch",
+        "invalid_argument",
+        "no_labels",
+        "not_calibrated",
+        "not_found",
+        "unknown_index",
+        "unknown_label_set",
+    }
 )
 UNAVAILABLE_CODES = frozenset({"overloaded", "restarting", "server_stopping", "server_unavailable"})
 MODEL_CODES = frozenset({"no_patch_encoder"})

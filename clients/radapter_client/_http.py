@@ -14,6 +14,7 @@ import json
 import socket
 import struct
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
@@ -48,14 +49,11 @@ class HttpTransport:
         self._pool.ConnectionCls = _connection(HTTPSConnection if url.secure else HTTPConnection, self._open)
 
     def send(self, request: Request, timeout: float) -> Any:
-        target = f"{self._url.path}/v2/models"
-        if request.model:
-            target += f"/{quote(request.model)}" + (f"/versions/{request.version}" if request.version else "")
         body, headers = encode(request) if request.action == "infer" else (None, {})
         try:
             response = self._pool.request(
                 "GET" if body is None else "POST",
-                target + TAILS[request.action],
+                self._url.path + target(request),
                 body=body,
                 headers=headers | self._headers,
                 timeout=urllib3.Timeout(total=timeout),
@@ -71,19 +69,7 @@ class HttpTransport:
                 raise self.late(timeout) from error
             why = f"no answer from {self._url}: {error}; is the server running (radapter-serve)?"
             raise ServerUnavailable(why) from error
-        if request.action == "ready" and response.status in (200, 400, 404):
-            return response.status == 200
-        if response.status != 200:
-            failed = from_server(str(response.status), _message(response.data))
-            if isinstance(failed, ServerUnavailable):
-                failed.retry_after = _retry_after(response)
-            raise failed
-        try:
-            if request.action != "infer":
-                return json.loads(response.data)
-            return decode(response.data, response.headers.get(HEADER_LENGTH))
-        except (ValueError, KeyError, TypeError, struct.error) as error:
-            raise ServerError(f"{self._url} answers, but not as a Triton server does: {error!r}") from error
+        return answer(request, response.status, response.data, response.headers, str(self._url))
 
     def late(self, timeout: float) -> Timeout:
         return Timeout(f"no answer from {self._url} within {timeout:g} s")
@@ -113,6 +99,37 @@ class AsyncHttpTransport:
     async def close(self) -> None:
         self._http.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def target(request: Request) -> str:
+    """The path of a request."""
+    model = f"/{quote(request.model)}" if request.model else ""
+    version = f"/versions/{request.version}" if model and request.version else ""
+    return f"/v2/models{model}{version}{TAILS[request.action]}"
+
+
+def answer(request: Request, status: int, body: bytes, headers: Mapping[str, str], where: str) -> Any:
+    """What `Transport.send` returns of an answer in HTTP.
+
+    Args:
+        where: that answered, for messages.
+
+    Raises:
+        RAdapterClientError: the request is refused, or the answer cannot be read.
+    """
+    if request.action == "ready" and status in (200, 400, 404):
+        return status == 200
+    if status != 200:
+        failed = from_server(str(status), _message(body))
+        if isinstance(failed, ServerUnavailable):
+            failed.retry_after = _retry_after(headers.get("Retry-After"))
+        raise failed
+    try:
+        if request.action != "infer":
+            return json.loads(body)
+        return decode(body, headers.get(HEADER_LENGTH))
+    except (ValueError, KeyError, TypeError, struct.error) as error:
+        raise ServerError(f"{where} answers, but not as a Triton server does: {error!r}") from error
 
 
 def encode(request: Request) -> tuple[bytes, dict[str, str]]:
@@ -154,9 +171,9 @@ def decode(body: bytes, length: str | None) -> Reply:
     return Reply(int(head["model_version"]), outputs)
 
 
-def _retry_after(response: urllib3.BaseHTTPResponse) -> float:
+def _retry_after(header: str | None) -> float:
     try:
-        return max(0.0, urllib3.Retry().get_retry_after(response) or 0.0)
+        return max(0.0, urllib3.Retry().parse_retry_after(header)) if header else 0.0
     except urllib3.exceptions.InvalidHeader:
         return 0.0
 

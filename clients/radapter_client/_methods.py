@@ -30,7 +30,14 @@ from ._arguments import (
     utf8,
 )
 from ._calls import Answer, Part, call, call_each, was_property
-from ._exceptions import ModelNotFound, RAdapterClientError, ServerError, ServerUnavailable, Timeout
+from ._exceptions import (
+    ModelNotFound,
+    RAdapterClientError,
+    ServerError,
+    ServerUnavailable,
+    Timeout,
+    bad_argument,
+)
 from ._images import ImageLike, chunks, encode_image, is_one_image, orientation, size_bound
 from ._profile import Profile, Totals, read_statistics
 from ._results import Classification, Hit, Release, Segmentation, pick_release, read_hits, read_releases
@@ -87,8 +94,11 @@ class BaseClient(Generic[W]):
         *,
         label_set: str | None = None,
         templates: Sequence[str] | None = None,
-        top_k: int = 5,
+        top_k: int | None = None,
         alpha: float | None = None,
+        multi_label: bool = False,
+        threshold: float | None = None,
+        calibrated: bool = False,
         timeout: float | None = None,
     ) -> Answer[list[Classification]]:
         """The best labels of an image, or of each of a list of images: a `Classification`, or a list of them.
@@ -99,19 +109,33 @@ class BaseClient(Generic[W]):
             labels: the labels to choose from; synonyms after commas ("cat, kitty") count as one label.
             label_set: instead of labels, the name of a set that was exported with the release.
             templates: prompts with {} for the label; None for the release's own.
-            top_k: labels to return, fewer where there are fewer.
+            top_k: labels to return, fewer where there are fewer; None for 5, or with multi_label for all.
             alpha: the adapter's weight in [0, 1], of a release that takes any (`release().dynamic_alpha`); None for the
                 release's own.
+            multi_label: score each label by itself, so that several can be right, or none. Needs a release with
+                calibrated scores (`release().facts["confidence"]`), or a model that was trained so (SigLIP).
+            threshold: score in [0, 1] from which a label is returned, of multi_label; None for 0.5.
+            calibrated: scores that say how often a label is right, as the release was fitted to validation data. The
+                labels and their order stay the same.
             timeout: seconds for each request of this call; None for the client's own.
 
         Raises:
-            InvalidRequest: bad arguments; InvalidImage among them, for the first image that is none.
+            InvalidRequest: bad arguments, or the release has no calibrated scores; InvalidImage among them, for the
+                first image that is none.
 
         Example: `client.classify("cat.jpg", ["a cat", "a dog"]).top`
         """
         items = _items(images)
-        options = label_inputs(labels, label_set, templates) | share_inputs(alpha=alpha)
-        options["top_k"] = np.array([count("top_k", top_k)], np.int32)
+        if threshold is not None and not multi_label:
+            raise bad_argument("threshold without multi_label=True: only labels that stand alone are left out")
+        options = label_inputs(labels, label_set, templates) | share_inputs(alpha=alpha, threshold=threshold)
+        if top_k is not None or not multi_label:
+            options["top_k"] = np.array([5 if top_k is None else count("top_k", top_k)], np.int32)
+        options |= {
+            name: np.array([True])
+            for name, wanted in (("multi_label", multi_label), ("calibrated", calibrated))
+            if wanted
+        }
         strings = sum(map(len, options.values()))
         rows = max(1, min(self._batch_size, MAX_STRINGS // strings))
         runs = chunks(list(map(size_bound, items)), rows, MAX_BYTES)
@@ -119,7 +143,7 @@ class BaseClient(Generic[W]):
             "classify", [partial(_batch, "classify", "image", items, run, options) for run in runs]
         )
         return [
-            Classification(_texts(names), scores.tolist(), reply.version)
+            _classification(names, scores, reply.version)
             for reply in replies
             for names, scores in zip(_output(reply, "label"), _output(reply, "score"), strict=True)
         ]
@@ -396,6 +420,12 @@ def _output(reply: Reply, name: str) -> Array:
     if name not in reply.outputs:
         raise ServerError(f"the server's answer has no {name!r}, but {sorted(reply.outputs)}")
     return reply.outputs[name]
+
+
+def _classification(names: Array, scores: Array, version: int) -> Classification:
+    """One image's labels; the empty ones at the end fill up a row that has fewer than others."""
+    labels = [label for label in _texts(names) if label]
+    return Classification(labels, scores[: len(labels)].tolist(), version)
 
 
 def _texts(array: Array) -> list[str]:

@@ -23,8 +23,9 @@ class Classification:
     """The best labels of one image.
 
     Args:
-        labels: best first.
-        scores: of these labels, in [0, 1]; over all labels of the request they sum to 1 (softmax models).
+        labels: best first; none where no label of `multi_label` reached the threshold.
+        scores: of these labels, in [0, 1]; over all labels of the request they sum to 1, unless the model was trained
+            with a sigmoid or the labels stand alone (`multi_label`).
         release: the version of the release that answered.
 
     Example: `client.classify("cat.jpg", ["a cat", "a dog"]).top` is "a cat".
@@ -36,8 +37,8 @@ class Classification:
 
     @property
     def top(self) -> str:
-        """The best label."""
-        return self.labels[0]
+        """The best label; an empty text where there is none."""
+        return self.labels[0] if self.labels else ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,23 +7,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from radapter_serve.adapter import Metadata
 from radapter_serve.clip.base import Base
 from radapter_serve.data.held_out import OtherImages
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.confidence import fit_confidence
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder
 from radapter_serve.evaluation.evaluate import evaluate
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known
-from radapter_serve.evaluation.metrics import check_finite
+from radapter_serve.evaluation.image_sets import ClassificationSet
+from radapter_serve.evaluation.metrics import Floats, check_finite
 from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
 from radapter_serve.evaluation.run import own_validation
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.torch_embedder import as_it_is
 from radapter_serve.inputs.mask_crop import MaskCrop
+from radapter_serve.release.confidence import Confidence
 from radapter_serve.tasks.label_embeddings import LabelSet
 
 MOST = 2000  # images at most: one is 0.05 points then
-NONE = "none"
+NONE, OWN = "none", "own"
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,33 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What validation data said of a release.
+
+    Attributes:
+        accuracy: what the release costs.
+        confidence: what makes its scores calibrated; None of other tasks than classification, and of too few images.
+        warnings: why it is None, where one might expect it; a line each.
+    """
+
+    accuracy: Accuracy
+    confidence: Confidence | None = None
+    warnings: tuple[str, ...] = ()
+
+
+class _Recorder(ReleaseEmbedder):
+    """A release that keeps the cosines of images with classes."""
+
+    def __init__(self, repository: str) -> None:
+        super().__init__(repository)
+        self.cosines: list[Floats] = []
+
+    def probabilities(self, cosines: Floats) -> Floats:
+        self.cosines.append(cosines)
+        return super().probabilities(cosines)
+
+
+@dataclass(frozen=True)
 class Validation:
     """Data that releases are evaluated on before they are put in place.
 
@@ -66,7 +98,7 @@ class Validation:
         templates: list[str],
         crop: MaskCrop,
         say: Callable[[str], None],
-    ) -> Accuracy:
+    ) -> Measured:
         """Evaluate one release.
 
         Args:
@@ -81,7 +113,7 @@ class Validation:
             RAdapterError: the release loses more than `max_drop`; an image can't be read.
         """
         entry, values = self.data.entry, {}
-        release = ReleaseEmbedder(str(repository))
+        release = _Recorder(str(repository))
         embedders: dict[str, Embedder] = {"torch": as_it_is(base, alpha, templates, crop=crop), "release": release}
         known = {release.variants[0].key: _label_embeds(repository)}
         for name, embedder in embedders.items():
@@ -100,7 +132,20 @@ class Validation:
                 f"({values['torch']:.2f} by torch, {values['release']:.2f} by the release), and {self.max_drop:g} are "
                 f"allowed; nothing was written. Export with --precision fp32, or allow more with --max-drop"
             )
-        return Accuracy(entry.data, len(self.data), entry.metric, drop=drop, **values)
+        return self._measured(Accuracy(entry.data, len(self.data), entry.metric, drop=drop, **values), release)
+
+    def _measured(self, accuracy: Accuracy, release: _Recorder) -> Measured:
+        """The accuracy, and calibrated scores where the data has classes that `classify` would choose from."""
+        if not isinstance(self.data, ClassificationSet) or self.data.members or not release.cosines:
+            return Measured(accuracy)
+        facts = release.facts
+        try:
+            confidence = fit_confidence(
+                np.concatenate(release.cosines), self.data.labels, facts.logit_scale, facts.logit_bias, accuracy.dataset
+            )
+        except RAdapterError as error:
+            return Measured(accuracy, warnings=(str(error),))
+        return Measured(accuracy, confidence)
 
 
 def _label_embeds(repository: Path) -> Known:
@@ -120,8 +165,8 @@ def open_validation(
 
     Args:
         metadata: of the adapter, whose recipe says which columns and classes the data has.
-        data: of the form of a recipe's `val_data`; "none" for none. If None, the run's own (`val_data`, or the share
-            that it held out), where it can still be read and the precision is not fp32.
+        data: of the form of a recipe's `val_data`; "none" for none; "own" for the run's own (`val_data`, or the share
+            that it held out). If None, the run's own, where it can still be read and the precision is not fp32.
         way: how the release embeds patches; None if it does not.
         precision: of the release.
         max_drop: points that a release may lose.
@@ -133,7 +178,7 @@ def open_validation(
     has_own = metadata.recipe.get("val_data") or metadata.recipe.get("val_fraction")
     if data == NONE or (own and (precision == "fp32" or not has_own)):
         return None
-    suite = own_validation(metadata, data)
+    suite = own_validation(metadata, None if data == OWN else data)
     (entry,) = suite.entries
     if metadata.task == "segmentation":
         entry = dataclasses.replace(entry, dense=way or PROPOSALS)

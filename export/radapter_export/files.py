@@ -48,23 +48,33 @@ def replaced(folder: Path) -> Path:
     return folder.with_name(f"{STAGED}{folder.name}.old")
 
 
-def recover(folder: Path) -> None:
+def recover(folder: Path, flag: str) -> None:
     """Undo what a killed `swap_in` or its preparations left beside a folder.
+
+    Args:
+        folder: whose leftovers they are.
+        flag: of the command that names it.
 
     Raises:
         RAdapterError: whoever prepares it is alive, and holds what it prepares.
     """
     old = replaced(folder)
     with contextlib.ExitStack() as held:
-        leftovers = list(folder.parent.glob(f"{STAGED}{folder.name}.*"))
+        leftovers = [path for path in folder.parent.iterdir() if _is_leftover(path.name, folder)]
         try:
             for leftover in leftovers:
                 held.enter_context(lock(leftover, "radapter-export"))
         except RAdapterError:
             raise RAdapterError(
-                f"another radapter-export is writing {folder}; wait for it, or give another folder with --merged"
+                f"another radapter-export is writing {folder}; wait for it, or give another folder with {flag}"
             ) from None
         if old.exists() and not folder.exists():
             old.rename(folder)
         for leftover in leftovers:
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_leftover(name: str, folder: Path) -> bool:
+    """Whether it is of this folder, and not of one whose name goes on after a dot."""
+    begin, dot, end = name.rpartition(".")
+    return f"{begin}{dot}" == f"{STAGED}{folder.name}." and (end.isdigit() or end == "old")

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from radapter_export.accuracy import open_validation
+from radapter_export.exported import Exported, ExportedRelease
+from radapter_export.forms import Forms, check_forms
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_export.merged import Merged
 from radapter_export.precision import TYPES, check_precision, lower
@@ -14,7 +16,7 @@ from radapter_export.repository import Repository
 from radapter_export.settings import ExportSettings
 from radapter_export.source import Source
 from radapter_export.towers import check
-from radapter_export.writer import Exported, ExportedRelease, Writer
+from radapter_export.writer import Writer
 from radapter_serve.adapter.file import check_alpha, check_base
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.dense import check_dense
@@ -65,14 +67,19 @@ def export_release(
     images = settings.calibration
     collection = None if images is None else open_collection(images.removeprefix("imagefolder:"))
     base = _load(source, settings, say)
+    unfinished = Forms(settings, base, source.adapter)  # which refuses bases without such a form
     graphs = _graphs(base, source, settings.precision, say)
     models = [model for model in MODELS if model != PATCH_ENCODER or source.way is not None]
-    with Merged(settings.merged) as checkpoints, Repository(settings.model_repository, models) as repository:
+    with (
+        Merged(settings.merged) as checkpoints,
+        unfinished as forms,
+        Repository(settings.model_repository, models) as repository,
+    ):
         writer = Writer(base, source, graphs, settings, engines, collection)
         releases = []
         for version, alpha in enumerate(numbers, repository.next_version()):
             name = f"alpha-{alpha:g}" if len(numbers) > 1 else ""
-            releases.append(writer.write(version, alpha, checkpoints, name, repository, validation, say))
+            releases.append(writer.write(version, alpha, checkpoints, forms, name, repository, validation, say))
         for model in models:
             written = [release.release for release in releases]
             repository.add_config(model, written, writer.dims, settings.max_batch_size)
@@ -81,6 +88,7 @@ def export_release(
             repository.add_sums(release.version)
         say("putting everything in place")
         checkpoints.commit()
+        forms.commit()
         repository.commit([release.version for release in releases])
     return releases
 
@@ -94,6 +102,7 @@ def _check_arguments(alphas: Sequence[float], source: Source, settings: ExportSe
         raise RAdapterError(f"an alpha is given twice: {' '.join(f'{alpha:g}' for alpha in alphas)}")
     if settings.served_by not in RUNTIMES:
         raise RAdapterError(f"--runtime is {settings.runtime}; allowed are {', '.join(RUNTIMES)}")
+    check_forms(settings, source.adapter)
     check_precision(settings.precision, settings.calibration, settings.served_by)
     if source.dynamic_alpha and settings.calibration is not None:
         raise RAdapterError(

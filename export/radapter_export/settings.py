@@ -29,6 +29,10 @@ class ExportSettings:
         pretrained: open_clip tag or path of a checkpoint; what the adapter was trained on if none is given.
         model_repository: folder that radapter-serve serves; releases are added to it, and it is made if there is none.
         merged: folder for the merged checkpoint, replaced if it holds one; with several alphas, for a folder of each.
+        transformers: folder for the merged weights as the library transformers opens them, with processor and
+            tokenizer, replaced if it holds such a model; with several alphas, for a folder of each. Not written if none
+            is given.
+        peft: the same for an adapter of low rank as the library peft opens it, a LoRA for the base.
         label_sets: files of classes by the name of their label set, whose text embeddings become part of the release.
             The run's own classes become the label set `classes`, unless a file of that name is given.
         templates: a file of prompt templates, a built-in set, or one template; the run's own if none is given.
@@ -38,7 +42,8 @@ class ExportSettings:
             --calibration by fixed ranges, which TensorRT takes too.
         calibration: about a hundred typical images for int8: a folder, csv:FILE or parquet:FILE.
         validation: data as of radapter-train --val-data, by which the encoders are compared with torch in the task's
-            own metric; the run's own if none is given and the precision is not fp32; none for none.
+            own metric, and scores are calibrated; own for the run's own, which is also taken if none is given and the
+            precision is not fp32; none for none.
         max_drop: points of that metric, in per cent, that the encoders may lose.
         runtime: what runs the encoders in the server; they are checked with it; onnxruntime if none is given.
         tolerance: largest difference from torch allowed in a component of the unit-length embeddings; the precision's
@@ -56,6 +61,8 @@ class ExportSettings:
     pretrained: str | None = None
     model_repository: Path = Path("model_repository")
     merged: Path = Path("merged")
+    transformers: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    peft: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     label_sets: tyro.conf.Suppress[Mapping[str, Path]] = field(default_factory=dict)
     templates: str | Path | None = None
     dense: Annotated[str | None, tyro.conf.arg(metavar="WAY")] = None

@@ -7,7 +7,7 @@ import importlib.metadata
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ import numpy as np
 import onnxruntime
 from torch import Tensor
 
-from radapter_export.accuracy import Accuracy, Validation
+from radapter_export.accuracy import Validation
+from radapter_export.exported import Exported, ExportedRelease
 from radapter_export.files import disk_errors
+from radapter_export.forms import Forms
 from radapter_export.graph import Graph
 from radapter_export.merged import Merged
 from radapter_export.quantization import PROMPTS, Calibration, calibration_images, quantize, spread
@@ -37,7 +39,7 @@ from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.inputs.probabilities import SAME, indistinguishable
 from radapter_serve.inputs.tokenizer import Tokenizer
-from radapter_serve.release.agreement import Agreement, Samples, compare
+from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.alpha_schedule import EVEN
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import RUNTIMES, TASKS
@@ -48,50 +50,6 @@ from radapter_serve.tasks.label_embeddings import LabelEmbedder
 TOKENIZED = ("embed_text", "segment", "classify")
 LABELLED = ("segment", "classify")
 _TOOLS = ("torch", "open_clip_torch", "onnx", "onnxscript", "radapter-serve")
-
-
-@dataclass(frozen=True)
-class Exported:
-    """One graph of a release: its size in bytes, its agreement with torch, the seconds it took to write and check."""
-
-    name: str
-    size: int
-    agreement: Agreement
-    seconds: float
-
-
-@dataclass(frozen=True)
-class ExportedRelease:
-    """One exported release.
-
-    Attributes:
-        release: its facts, by name.
-        graphs: the encoders.
-        merged: folder of the merged checkpoint.
-        accuracy: on validation data, by torch and by the encoders; None if it was not measured.
-        warnings: what a user should know, a line each.
-    """
-
-    release: Release
-    graphs: list[Exported]
-    merged: Path
-    accuracy: Accuracy | None
-    warnings: list[str]
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What `release.json` holds."""
-        return self.release.to_dict()
-
-    @property
-    def version(self) -> int:
-        """Number of the release in its model repository."""
-        return self.release.version
-
-    @property
-    def alpha(self) -> float:
-        """The re-scaling that was folded, or the default where requests may bring their own."""
-        return self.release.alpha
 
 
 class Writer:
@@ -142,6 +100,7 @@ class Writer:
         version: int,
         alpha: float,
         checkpoints: Merged,
+        forms: Forms,
         name: str,
         repository: Repository,
         validation: Validation | None,
@@ -158,7 +117,7 @@ class Writer:
                 repository.staged(model, version).mkdir()
             tokenizer, spec = self._write_tokenizers(repository, version)
             say(f"torch's embeddings at alpha {alpha:g}{' and others' * source.dynamic_alpha}, adapters attached")
-            samples = self._samples(alpha, tokenizer)
+            samples = self._samples(alpha, tokenizer, dynamic=source.dynamic_alpha)
             if self._collection is not None and not self._calibration.images:
                 self._calibration = self._calibrate(self._collection, tokenizer)
             exported = []
@@ -173,6 +132,9 @@ class Writer:
                 agreement = compare(named, encoder, samples[graph.name], self._settings.bounds)
                 exported.append(Exported(graph.name, size, agreement, time.perf_counter() - start))
             folders = [repository.staged(model, version) / "label_sets" for model in LABELLED]
+            others = (
+                forms.write(name, alpha, folded, self._samples_alone(alpha, samples, tokenizer), say) if forms else []
+            )
             encode = at(encoder, alpha if source.dynamic_alpha else None)  # of texts, which come last
             sets, warnings = self._write_label_sets(folders, encode, tokenizer, say)
             release = self._release(version, alpha, folded, spec, sets, exported)
@@ -183,20 +145,26 @@ class Writer:
             if validation is not None:
                 self._at(alpha)
                 with repository.view(version) as view:
-                    accuracy = validation(self._base, alpha, view, source.templates, self._crop, say)
-                release = replace(release, accuracy=asdict(accuracy))
+                    measured = validation(self._base, alpha, view, source.templates, self._crop, say)
+                accuracy, warnings = measured.accuracy, [*warnings, *measured.warnings]
+                fitted = None if measured.confidence is None else asdict(measured.confidence)
+                release = replace(release, accuracy=asdict(accuracy), confidence=fitted)
                 for model in TASKS:
                     release.save(repository.staged(model, version))
         checkpoints.add_release(name, release)
-        return ExportedRelease(release, exported, checkpoints.folder / name, accuracy, warnings)
+        forms.add_release(name, release)
+        return ExportedRelease(release, exported, checkpoints.folder / name, accuracy, warnings, others)
 
-    def _samples(self, alpha: float, tokenizer: Tokenizer) -> dict[str, Samples]:
+    def _samples(self, alpha: float, tokenizer: Tokenizer, *, dynamic: bool) -> dict[str, Samples]:
         """Inputs of each graph, and torch's embeddings of them with adapters attached."""
-        dynamic = self._source.dynamic_alpha
         inputs = Inputs(self._base, tokenizer, self._size)
         alphas = mixed_alphas(alpha) if dynamic else [np.full((batch, 1), alpha) for batch in BATCHES]
         references = references_at(self._base, self._at(alpha), alphas, inputs, self._source.way)
         return {name: Samples(inputs.of(name), found, alphas if dynamic else ()) for name, found in references.items()}
+
+    def _samples_alone(self, alpha: float, samples: dict[str, Samples], tokenizer: Tokenizer) -> dict[str, Samples]:
+        """The same for weights that are folded at one α."""
+        return self._samples(alpha, tokenizer, dynamic=False) if self._source.dynamic_alpha else samples
 
     def _write_graph(self, graph: Graph, weights: Mapping[str, Tensor], folder: Path, max_length: int) -> int:
         """Write a graph with its weights, and what the runtime makes of it; gives the size in bytes."""

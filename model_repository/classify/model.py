@@ -22,13 +22,21 @@ class TritonPythonModel:
 
 
 def _request(request: Any) -> ClassifyRequest:
-    label_set, top_k = read(request, "label_set"), read(request, "top_k")
+    label_set = read(request, "label_set")
     return ClassifyRequest(
         images=need(request, "image").ravel(),
         labels=read(request, "labels"),
         label_set=None if label_set is None else label_set.ravel(),
         templates=read(request, "templates"),
-        top_k=None if top_k is None else top_k.ravel(),
+        top_k=_flat(request, "top_k"),
         alpha=read(request, "alpha"),
+        multi_label=_flat(request, "multi_label"),
+        threshold=_flat(request, "threshold"),
+        calibrated=_flat(request, "calibrated"),
         cancelled=given_up(request),
     )
+
+
+def _flat(request: Any, name: str) -> Any:
+    array = read(request, name)
+    return None if array is None else array.ravel()

@@ -15,6 +15,7 @@ def demo(
     steps: int | None = None,
     alpha: float | None = None,
     limit: int | None = None,
+    open: bool = False,
 ) -> None:
     """Fine-tune, evaluate, export, serve and query a small CLIP on real drawings, offline, in a few minutes.
 
@@ -26,10 +27,15 @@ def demo(
         steps: optimizer steps of each fine-tuning; those of the demo's recipes if none is given.
         alpha: re-scaling of the exported releases, from 0 to 1; the recipes' if none is given.
         limit: images of each data set at most that are evaluated; all if none is given.
+        open: end with the playground, opened in a browser, until Ctrl-C.
     """
     from radapter_serve.demo.run import run_demo  # torch takes seconds to load
 
     run_demo(out, seed=seed, steps=steps, alpha=alpha, limit=limit)
+    if open:
+        from radapter_serve.demo.play import play
+
+        play(out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

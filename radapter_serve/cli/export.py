@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -106,7 +106,7 @@ def _show(releases: Sequence[ExportedRelease], paths: Sequence[Path], settings: 
         left = column == "graph"
         table.add_column(column, justify="left" if left else "right", no_wrap=left)
     for release in releases:
-        for graph in release.graphs:
+        for graph in [*release.graphs, *release.forms]:
             agreement = graph.agreement
             table.add_row(
                 str(release.version),
@@ -128,11 +128,17 @@ def _show(releases: Sequence[ExportedRelease], paths: Sequence[Path], settings: 
                 f"{found.release:.2f} %, torch {found.torch:.2f} %",
                 soft_wrap=True,
             )
+    for release in releases:
+        if fitted := release.release.confidence:
+            out.print(f"Release {release.version}: {_calibrated(fitted)}", soft_wrap=True)
     if settings.precision != "fp32" and settings.validation is None and not releases[-1].accuracy:
         out.print(
             "No task accuracy was measured: the run has no validation data here; give some with --validation DATA"
         )
     out.print(f"Merged: {', '.join(str(release.merged) for release in releases)}", soft_wrap=True)
+    for name, form in (("Transformers", settings.transformers), ("peft", settings.peft)):
+        if form is not None:
+            out.print(f"{name}: {form}", markup=False, highlight=False, soft_wrap=True)
     folder = settings.model_repository
     repository = "" if folder == ExportSettings.model_repository else f" {shlex.quote(str(folder))}"
     out.print(f"Next:   radapter-serve{repository}", markup=False, highlight=False, soft_wrap=True)
@@ -145,6 +151,16 @@ def _show(releases: Sequence[ExportedRelease], paths: Sequence[Path], settings: 
         out.print(
             f"        radapter-query classify PHOTO.jpg --label-set {shlex.quote(name)}", markup=False, highlight=False
         )
+
+
+def _calibrated(fitted: Mapping[str, Any]) -> str:
+    """A sentence about the calibrated scores of a release."""
+    labels = f"labels that stand alone have an ECE of {100 * fitted['label_ece']:.2f} %"
+    before = f"ECE {100 * fitted['ece_before']:.2f} %"
+    if fitted["ece_after"] is None:
+        return f"scores are calibrated; {before} as it is, and no temperature, for no image was wrong; {labels}"
+    way = "a sigmoid" if fitted["temperature"] is None else f"temperature {fitted['temperature']:.3f}"
+    return f"scores are calibrated by {way}: {before} before, {100 * fitted['ece_after']:.2f} % after; {labels}"
 
 
 def newest_run() -> Path:

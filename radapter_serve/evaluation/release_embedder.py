@@ -40,6 +40,11 @@ class _Exported:
         self.size, self.exif_orientation = release.preprocess.size[0], release.preprocess.exif_orientation
         self.variants = release_variants(source, facts, alphas)
 
+    @property
+    def facts(self) -> Release:
+        """What the release says of itself."""
+        return self._release.facts
+
     def select(self, variant: Variant) -> None:
         assert variant.alpha is not None
         self._release.set_alpha(variant.alpha)

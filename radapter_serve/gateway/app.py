@@ -1,4 +1,4 @@
-"""The gateway as an ASGI app: KServe v2 over HTTP for the task models, in front of an `Upstream`."""
+"""The gateway as an ASGI app: KServe v2 over HTTP, and OpenAI's embeddings, in front of an `Upstream`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from radapter_serve import __version__
-from radapter_serve.gateway import answers, requests
+from radapter_serve.gateway import answers, embeddings, openai, requests
 from radapter_serve.gateway.errors import (
     NOT_FOUND,
     RETRY_AFTER,
@@ -38,6 +38,8 @@ from radapter_serve.gateway.upstream import LOG, Upstream
 from radapter_serve.inputs.errors import INTERNAL_ERROR
 
 FRESH = 5.0  # seconds after which a model's configuration is asked for again
+EMBEDDINGS = "embeddings"
+_COUNTED = ("infer", EMBEDDINGS)  # the handlers that take a body
 _TYPES = ("", "application/json", "application/octet-stream")
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -73,9 +75,12 @@ class Gateway:
             *((f"{prefix}/health/{name}", getattr(self, name)) for prefix in ("", "/v2") for name in ("live", "ready")),
             ("/metrics", self.metrics),
             ("/v2", self.server),
+            (f"{openai.PREFIX}embeddings", self.embeddings),
+            (f"{openai.PREFIX}models", self.releases),
+            (f"{openai.PREFIX}models/{{model}}", self.releases),
         ]
         routes = [
-            Route(path, self._guarded(handler), methods=["POST" if path.endswith("/infer") else "GET"])
+            Route(path, self._guarded(handler), methods=["POST" if handler.__name__ in _COUNTED else "GET"])
             for path, handler in paths
         ]
         closed: Any = self._closed
@@ -89,6 +94,7 @@ class Gateway:
         self._metrics = Metrics(self._places, self._memory)
         self._upstream = self._connect()
         self._health = Health(self._upstream)
+        self._openai = openai.OpenAI(self._upstream, self._model, self._places, self._settings)
         try:
             yield
         finally:
@@ -134,18 +140,8 @@ class Gateway:
         start = time.monotonic()
         name, version = _named(request)
         limit = self._settings.timeout
-        held = 0
-
-        def hold(size: int) -> None:
-            nonlocal held
-            self._memory.take(size)
-            held += size
-
-        try:
-            try:
-                body = await asyncio.wait_for(_body(request, int(self._settings.max_body * MIB), hold), limit)
-            except asyncio.TimeoutError:
-                raise late(408, f"the body did not come within {limit:g} s") from None
+        with self._memory.share() as take:
+            body = await self._body(request, take)
             model = await self._model(name)
             asked = requests.read(body, request.headers.get(requests.HEADER_LENGTH), model, version)
             del body
@@ -154,8 +150,30 @@ class Gateway:
             self._health.answered(name)
             content, headers = answers.write(answer, asked)
             return Response(content, headers=headers)
-        finally:
-            self._memory.give_back(held)
+
+    async def releases(self, request: Request) -> Response:
+        """The releases as OpenAI's list of models, or one of them."""
+        name = request.path_params.get("model")
+        return JSONResponse(await (self._openai.models() if name is None else self._openai.model(name)))
+
+    async def embeddings(self, request: Request) -> Response:
+        """OpenAI's embeddings, of texts and images."""
+        start = time.monotonic()
+        with self._memory.share() as take:
+            body = await self._body(request, take)
+            asked = embeddings.read(body, self._settings.max_inputs)
+            del body
+            left = self._settings.timeout - (time.monotonic() - start)
+            answer = await _while_there(request, self._openai.embed(asked, take, left), left)
+            return Response(answer, media_type="application/json")
+
+    async def _body(self, request: Request, take: Callable[[int], None]) -> bytes:
+        """The body of a request, within its time."""
+        limit = self._settings.timeout
+        try:
+            return await asyncio.wait_for(_body(request, int(self._settings.max_body * MIB), take), limit)
+        except asyncio.TimeoutError:
+            raise late(408, f"the body did not come within {limit:g} s") from None
 
     async def _run(self, message: Any, seconds: float) -> Any:
         """Triton's answer, as soon as there is a place for the request; its deadline goes on to Triton."""
@@ -184,16 +202,17 @@ class Gateway:
                     self._keys.check(request.headers.get("Authorization"))
                 response, code = await handler(request), OK
             except Refused as error:
-                response, code = _refusal(error), error.code
+                response, code = _refusal(error, request), error.code
             except (_Gone, ClientDisconnect):
                 response, code = Response(status_code=499), GONE
             except Exception:
                 LOG.exception("the gateway failed on a request")
                 failed = Refused(500, INTERNAL_ERROR, "the gateway failed on this request; its log says why")
-                response, code = _refusal(failed), failed.code
-            if handler.__name__ == "infer":
-                name = request.path_params["model"]
-                self._metrics.count(name if name in TASKS else "none", code, time.monotonic() - start)
+                response, code = _refusal(failed, request), failed.code
+            if handler.__name__ in _COUNTED:
+                name = request.path_params.get("model", EMBEDDINGS)
+                known = name in TASKS or handler.__name__ == EMBEDDINGS
+                self._metrics.count(name if known else "none", code, time.monotonic() - start)
             return response
 
         guarded.__name__ = handler.__name__
@@ -201,15 +220,23 @@ class Gateway:
 
     async def _closed(self, request: Request, error: Exception) -> Response:
         open_ = "POST /v2/models/MODEL/infer; GET /v2/models/MODEL, its config and ready, /v2, /health/live and /ready"
+        if _of_openai(request):
+            open_ = "POST /v1/embeddings; GET /v1/models and /v1/models/MODEL"
         status = getattr(error, "status_code", 404)
-        return _refusal(Refused(status, NOT_FOUND, f"{request.method} of this path is not open here; open are {open_}"))
+        message = f"{request.method} of this path is not open here; open are {open_}"
+        return _refusal(Refused(status, NOT_FOUND, message), request)
 
 
-def _refusal(error: Refused) -> Response:
+def _of_openai(request: Request) -> bool:
+    return request.url.path.startswith(openai.PREFIX)
+
+
+def _refusal(error: Refused, request: Request) -> Response:
     headers = {"Retry-After": str(RETRY_AFTER)} if error.status in (429, 503) else {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse({"error": str(error)}, error.status, headers)
+    content = openai.refusal(error) if _of_openai(request) else {"error": str(error)}
+    return JSONResponse(content, error.status, headers)
 
 
 def _named(request: Request) -> tuple[str, str]:

@@ -54,16 +54,17 @@ class Refused(RAdapterError):
         status: of HTTP.
         code: one of `CODES`, or another of a task.
         message: what is wrong, which value, what is allowed.
+        param: the field of the request that is wrong, where one is.
     """
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
         super().__init__(f"[{code}] {message}")
-        self.status, self.code = status, code
+        self.status, self.code, self.message, self.param = status, code, message, param
 
 
-def bad(message: str) -> Refused:
+def bad(message: str, param: str | None = None) -> Refused:
     """The refusal of a request that can never be right."""
-    return Refused(400, tasks.INVALID_ARGUMENT, message)
+    return Refused(400, tasks.INVALID_ARGUMENT, message, param)
 
 
 def overloaded(message: str) -> Refused:

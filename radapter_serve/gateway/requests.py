@@ -7,7 +7,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,17 +23,20 @@ MAX_TEXTS = 2**17
 IMAGES = {"image"}  # of the inputs of type BYTES, those that are no text
 
 Name = Annotated[str, Field(max_length=64)]
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """JSON in which nothing is of another type than it should be, and nothing is unknown."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class _InputParameters(_Strict):
+class _InputParameters(Strict):
     binary_data_size: Annotated[int, Field(ge=0, lt=2**40)] | None = None
 
 
-class _Input(_Strict):
+class _Input(Strict):
     name: Name
     shape: Annotated[list[Annotated[int, Field(gt=0, lt=2**31)]], Field(max_length=8)]
     datatype: Name
@@ -41,21 +44,21 @@ class _Input(_Strict):
     data: list[Any] | None = None
 
 
-class _OutputParameters(_Strict):
+class _OutputParameters(Strict):
     binary_data: bool | None = None
 
 
-class _Output(_Strict):
+class _Output(Strict):
     name: Name
     parameters: _OutputParameters = _OutputParameters()
 
 
-class _RequestParameters(_Strict):
+class _RequestParameters(Strict):
     binary_data_output: bool = False
     timeout: Annotated[int, Field(gt=0, lt=2**60)] | None = None  # microseconds
 
 
-class _Header(_Strict):
+class _Header(Strict):
     id: Annotated[str, Field(max_length=128)] = ""
     parameters: _RequestParameters = _RequestParameters()
     inputs: Annotated[list[_Input], Field(max_length=64)]
@@ -130,17 +133,36 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
     return Inference(message, header.id, binary, None if timeout is None else timeout / 1e6)
 
 
+def pack(values: Sequence[bytes]) -> bytes:
+    """Values of type BYTES as Triton takes them."""
+    return b"".join(chain.from_iterable((struct.pack("<I", len(value)), value) for value in values))
+
+
 def _header(text: bytes) -> _Header:
+    return from_json(_Header, text, "send tensors in binary")
+
+
+def from_json(kind: type[Kind], text: bytes, instead: str) -> Kind:
+    """Read JSON that a caller sent.
+
+    Args:
+        kind: what it must be.
+        text: the JSON.
+        instead: what a caller with too many values is to do.
+
+    Raises:
+        Refused: the first thing that is wrong, by its name.
+    """
     # An array or an object begins with a bracket, and all values of one but the first stand behind a comma.
     if len(text) > MAX_JSON_VALUES and sum(map(text.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
-        raise bad(f"the JSON has more than {MAX_JSON_VALUES} values; send tensors in binary")
+        raise bad(f"the JSON has more than {MAX_JSON_VALUES} values; {instead}")
     try:
-        return _Header.model_validate_json(text)
+        return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         what = "the body" if not where else shown(where)
-        raise bad(f"{what}: {first['msg']}") from None
+        raise bad(f"{what}: {first['msg']}", shown(where)[1:-1] or None) from None
 
 
 def _check_kind(given: _Input, tensor: Tensor, model: Model) -> None:
@@ -168,6 +190,8 @@ def _check_values(tensor: Tensor, shape: Sequence[int], values: bytes) -> None:
     if len(values) != count * kind.itemsize:
         needed = f"{list(shape)} of {tensor.datatype} are {count * kind.itemsize}"
         raise bad(f"the input {tensor.name} has {len(values)} bytes; {needed}")
+    if kind.kind == "b" and max(values) > 1:
+        raise bad(f"the input {tensor.name} holds a byte that is neither 0 nor 1")
     if kind.kind == "f" and not np.isfinite(np.frombuffer(values, kind)).all():
         raise bad(f"the input {tensor.name} holds a value that is not a finite number")
 
@@ -203,11 +227,13 @@ def _from_json(tensor: Tensor, shape: Sequence[int], data: list[Any]) -> bytes:
     if tensor.datatype == "BYTES":
         if kinds != {str}:
             raise bad(f"the data of the input {tensor.name} are not all texts")
-        texts = [value.encode() for value in data]
-        return b"".join(chain.from_iterable((struct.pack("<I", len(text)), text) for text in texts))
+        return pack([value.encode() for value in data])
     kind = np.dtype(triton_to_np_dtype(tensor.datatype))
-    if not kinds <= ({int, float} if kind.kind == "f" else {int}):
-        raise bad(f"the data of the input {tensor.name} are not all numbers of type {tensor.datatype}")
+    by_kind: dict[str, set[type]] = {"f": {int, float}, "b": {bool}}
+    wanted = by_kind.get(kind.kind, {int})
+    if not kinds <= wanted:
+        what = "true or false" if kind.kind == "b" else f"numbers of type {tensor.datatype}"
+        raise bad(f"the data of the input {tensor.name} are not all {what}")
     try:
         if kind.kind == "f":
             with np.errstate(over="ignore"):  # what is not finite is refused with all other such values

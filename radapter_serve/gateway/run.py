@@ -36,6 +36,10 @@ def server(settings: Settings, connect: Callable[[], Upstream] | None = None) ->
         connect: makes the way to Triton; gRPC to `settings.server` if None.
     """
     gateway = Gateway(settings, connect or partial(Triton, settings.server))
+    if settings.playground:
+        from radapter_serve.gateway.playground.add import add_playground  # Gradio takes seconds to load
+
+        add_playground(gateway, settings)
     config = uvicorn.Config(
         gateway.app,
         http=connection(settings.max_connections),
@@ -101,7 +105,7 @@ def command(settings: Settings) -> list[str]:
     for field in fields(settings):
         value, flag = getattr(settings, field.name), f"--{field.name.replace('_', '-')}"
         if value != field.default:
-            words += [flag] if value is True else [flag, str(value)]
+            words += [flag] if value is True else [flag, *map(str, value if isinstance(value, tuple) else (value,))]
     return words
 
 

@@ -16,7 +16,7 @@ from radapter_serve.inputs.errors import TaskError
 
 FORMAT = 1
 FILE = "release.json"
-_OPTIONAL = ("quantization", "accuracy", "alpha_schedule")  # left out of the file where they are None
+_OPTIONAL = ("quantization", "accuracy", "alpha_schedule", "confidence")  # left out of the file where they are None
 _DECIDING = (
     *("base_digest", "adapter_digest", "alpha", "architecture"),
     *("preprocess", "tokenizer", "precision", "embed_dim"),
@@ -53,6 +53,7 @@ class Release:
         tools: versions of what made it, by name.
         created: time in UTC, ISO 8601.
         accuracy: on validation data, by torch and by the encoders; None if it was not measured.
+        confidence: what makes scores calibrated, the fields of `Confidence`; None if it was not fitted.
         format: version of this format.
     """
 
@@ -81,6 +82,7 @@ class Release:
     tools: dict[str, str] = field(default_factory=dict)
     created: str = ""
     accuracy: dict[str, Any] | None = None
+    confidence: dict[str, Any] | None = None
     format: int = FORMAT
 
     @property

@@ -15,17 +15,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from radapter_serve.files import as_text
 from radapter_serve.inputs.alpha import Alpha, Encode
-from radapter_serve.inputs.errors import Cancelled, invalid
+from radapter_serve.inputs.errors import Cancelled, TaskError, invalid
 from radapter_serve.inputs.labels import check_length
 from radapter_serve.inputs.preprocess import Preprocess, decode_into
-from radapter_serve.inputs.probabilities import class_probabilities
 from radapter_serve.inputs.tokenizer import Tokenizer, embed_texts
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
 from radapter_serve.tasks.label_source import LabelSource, strings
 from radapter_serve.tasks.outcome import Outcome
-
-DEFAULT_TOP_K = 5
+from radapter_serve.tasks.scores import Scores, Scoring
 
 
 class EmbedImages:
@@ -66,7 +64,10 @@ class EmbedImages:
 
         def prepared(own: slice, given: ArrayLike | None) -> Alpha | None:
             alpha = self._request_alpha(given, own.stop - own.start)
-            for outcome in decoded[own]:
+            for number, outcome in enumerate(decoded[own], 1):
+                if outcome.error is not None and len(decoded[own]) > 1:
+                    where = f"image {number} of {len(decoded[own])}"
+                    raise TaskError(outcome.error.code, f"{where}: {outcome.error.message}")
                 outcome.unwrap()
             return alpha
 
@@ -134,8 +135,11 @@ class ClassifyRequest:
         labels: labels of each image, or None.
         label_set: name of a label set for each image, or None.
         templates: prompt templates for `labels`, or None for the release's.
-        top_k: number of labels to give back, or None for 5.
+        top_k: number of labels to give back, or None for 5, and for all with `multi_label`.
         alpha: of each image, or None for the release's own.
+        multi_label: whether each label is scored by itself, so that several may be right, or none.
+        threshold: score from which such labels are given back, or None for 0.5.
+        calibrated: whether scores are as the release fitted them to validation data.
         cancelled: whether the caller has given up; None where that is unknown.
     """
 
@@ -145,12 +149,19 @@ class ClassifyRequest:
     templates: Sequence[Sequence[bytes]] | None = None
     top_k: Sequence[int] | None = None
     alpha: ArrayLike | None = None
+    multi_label: Sequence[bool] | None = None
+    threshold: Sequence[float] | None = None
+    calibrated: Sequence[bool] | None = None
     cancelled: Cancelled | None = None
 
 
 @dataclass
 class Classes:
-    """The answer: labels, object [B, k] of str, and their scores, float32 [B, k], best first."""
+    """The answer: labels, object [B, k] of str, and their scores, float32 [B, k], best first.
+
+    An image with fewer labels above the threshold than another of its request has empty labels of score 0 at its end;
+    k is at least 1.
+    """
 
     labels: NDArray[np.object_]
     scores: NDArray[np.float32]
@@ -175,7 +186,7 @@ class Classify:
     ) -> None:
         self._embed_images = embed_images
         self._label_source, self._request_alpha = LabelSource(release, embed_labels, label_sets), release.request_alpha
-        self._scale, self._bias = release.logit_scale, release.logit_bias
+        self._scoring = Scoring(release)
 
     def __call__(self, requests: Sequence[ClassifyRequest]) -> list[Outcome[Classes]]:
         """Classify the images of several requests: all images together, each request against its own labels.
@@ -188,27 +199,26 @@ class Classify:
         embeds = iter(self._embed_images([one.images for one in good], [one.alpha for one in good]))
         return [plan.then(lambda own: self._score(next(embeds).unwrap(), *own)) for plan in plans]
 
-    def _plan(self, request: ClassifyRequest) -> tuple[list[LabelSet], int]:
-        """The label set of each image, and how many labels to give back."""
-        top_k = [DEFAULT_TOP_K] if request.top_k is None else [int(k) for k in request.top_k]
-        if min(top_k) < 1 or len(set(top_k)) > 1:
-            raise invalid(f"top_k is {top_k}; one whole number from 1 for all images of a request")
+    def _plan(self, request: ClassifyRequest) -> tuple[list[LabelSet], Scores]:
+        """The label set of each image, and how its labels are scored."""
         alpha = self._request_alpha(request.alpha, len(request.images))
+        scores = self._scoring(request.top_k, request.multi_label, request.threshold, request.calibrated, request.alpha)
         sets = self._label_source(request.labels, request.label_set, request.templates, alpha, request.cancelled)
-        return sets, min(top_k[0], *(len(label_set.labels) for label_set in sets))
+        return sets, scores
 
-    def _score(self, embeds: NDArray[np.float32], sets: list[LabelSet], k: int) -> Classes:
-        labels, scores = np.empty((len(sets), k), object), np.empty((len(sets), k), np.float32)
+    def _score(self, embeds: NDArray[np.float32], sets: list[LabelSet], wanted: Scores) -> Classes:
         if all(label_set is sets[0] for label_set in sets):
             cosines = list(embeds @ sets[0].embeds.T)
         else:
             cosines = [label_set.embeds @ embed for label_set, embed in zip(sets, embeds, strict=True)]
-        for row, (cosine, label_set) in enumerate(zip(cosines, sets, strict=True)):
-            probabilities = class_probabilities(cosine, self._scale, self._bias)
-            best = np.argpartition(-probabilities, k - 1)[:k]
-            best = best[np.lexsort((best, -probabilities[best]))]
-            labels[row] = [label_set.labels[index] for index in best]
-            scores[row] = probabilities[best]
+        found = [wanted.best(cosine) for cosine in cosines]
+        # As wide as the image with most; but where all are to have as many labels, as many as each has.
+        widths = [len(best) for best, _ in found]
+        k = min(widths) if wanted.threshold is None else max(1, *widths)
+        labels, scores = np.full((len(sets), k), "", object), np.zeros((len(sets), k), np.float32)
+        for row, ((best, values), label_set) in enumerate(zip(found, sets, strict=True)):
+            labels[row, : len(best)] = [label_set.labels[index] for index in best[:k]]
+            scores[row, : len(best)] = values[:k]
         return Classes(labels, scores)
 
 

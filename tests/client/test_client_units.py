@@ -337,6 +337,46 @@ def test_one_image_or_several():
         assert isinstance(CLIENT.classify(several, ["a"]), list)
 
 
+# Labels that stand alone
+
+
+def test_labels_that_stand_alone_are_asked_for():
+    recorder = Recorder()
+    with Client(transport=recorder, release=1) as client:
+        client.classify(b"x", ["a", "b"])
+        client.classify([b"x", b"y"], ["a", "b"], multi_label=True)
+        client.classify(b"x", ["a", "b"], multi_label=True, threshold=0.25, top_k=3, calibrated=True)
+        client.classify(b"x", ["a", "b"], calibrated=True)
+        with pytest.raises(radapter_client.InvalidRequest, match="threshold without multi_label=True"):
+            client.classify(b"x", ["a"], threshold=0.5)
+        with pytest.raises(radapter_client.InvalidRequest, match="threshold"):
+            client.classify(b"x", ["a"], multi_label=True, threshold=1.5)
+    sent = [
+        {name: array.tolist() for name, array in request.inputs.items() if name not in ("image", "labels")}
+        for request in recorder.inferences
+    ]
+    assert sent == [
+        {"top_k": [[5]]},
+        {"multi_label": [[True], [True]]},
+        {"top_k": [[3]], "multi_label": [[True]], "threshold": [[0.25]], "calibrated": [[True]]},
+        {"top_k": [[5]], "calibrated": [[True]]},
+    ]
+    assert recorder.inferences[1].inputs["multi_label"].dtype == np.bool_
+
+
+def test_labels_that_fill_up_a_row_are_left_out():
+    class Filled(Recorder):
+        def _outputs(self, request):
+            labels = np.array([[b"a", b"b"], [b"a", b""], [b"", b""]], object)
+            return {"label": labels, "score": np.array([[0.9, 0.6], [0.7, 0], [0, 0]], np.float32)}
+
+    with Client(transport=Filled(), release=1) as client:
+        found = client.classify([b"x"] * 3, ["a", "b"], multi_label=True)
+    assert [one.labels for one in found] == [["a", "b"], ["a"], []]
+    assert [len(one.scores) for one in found] == [2, 1, 0]
+    assert [one.top for one in found] == ["a", "a", ""]
+
+
 # Batches
 
 MAX_BYTES = 32 * 2**20

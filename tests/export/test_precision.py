@@ -321,7 +321,9 @@ def test_a_release_that_loses_points_is_refused(
 
     def evaluated(max_drop: float) -> Accuracy:
         validation = Validation(data.data, max_drop)
-        return validation(base, 1.0, exported[0] / "repository", adapter.metadata.templates, crop, lines.append)
+        return validation(
+            base, 1.0, exported[0] / "repository", adapter.metadata.templates, crop, lines.append
+        ).accuracy
 
     found = evaluated(100)
     assert any("30 of 30 images by release" in line for line in lines)

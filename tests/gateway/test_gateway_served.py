@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 import trustme
 import urllib3
@@ -170,6 +172,20 @@ def test_errors_of_a_task_keep_their_codes(url: str) -> None:
         data = {"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": [json.dumps(order)]}
         answer = urllib3.request("POST", f"{url}/v2/models/embed_image/infer", json={"inputs": [data]})
         assert (answer.status, answer.json()) == (status, {"error": text})
+
+
+def test_the_client_of_openai_gets_the_same_embeddings(fake_server: FakeServer, url: str) -> None:
+    data = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
+    texts = [f"text {number}" for number in range(70)]  # more than a batch
+    with Client(fake_server.grpc_url) as direct, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        found = client.embeddings.create(model="radapter", input=[*texts, data, "ü"])
+        expected = np.concatenate([direct.embed_texts(texts), direct.embed_images([png()]), direct.embed_texts(["ü"])])
+        assert np.array([one.embedding for one in found.data], np.float32).tolist() == expected.tolist()
+        assert found.model == "radapter-2"
+        assert client.embeddings.create(model="radapter-1", input="a").model == "radapter-1"
+        assert [model.id for model in client.models.list()] == ["radapter", "radapter-2", "radapter-1"]
+        with pytest.raises(openai.NotFoundError):
+            client.embeddings.create(model="radapter-3", input="a")
 
 
 def test_over_tls_with_a_key(fake_server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

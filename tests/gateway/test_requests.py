@@ -85,6 +85,19 @@ def test_a_request_of_the_client_passes_as_it_is() -> None:
     assert sent(found)["proposal_scores"][2] == np.eye(2, dtype=np.float32).tobytes()
 
 
+def test_what_is_true_or_false() -> None:
+    both = [tensor("multi_label", "BOOL", [1, 1], [True]), tensor("calibrated", "BOOL", [1, 1], [[False]])]
+    found = sent(ask("classify", *CLASSIFY, *both))
+    assert (found["multi_label"], found["calibrated"]) == (("BOOL", [1, 1], b"\1"), ("BOOL", [1, 1], b"\0"))
+    for data in ([1], ["true"], [None], [1.0]):
+        with pytest.raises(Refused, match="the data of the input multi_label are not all true or false"):
+            ask("classify", *CLASSIFY, tensor("multi_label", "BOOL", [1, 1], data))
+    with pytest.raises(Refused, match="multi_label holds a byte that is neither 0 nor 1"):
+        ask("classify", *CLASSIFY, tensor("multi_label", "BOOL", [1, 1], size=1), rest=b"\2")
+    with pytest.raises(Refused, match="top_k are not all numbers"):
+        ask("classify", *CLASSIFY, tensor("top_k", "INT32", [1, 1], [True]))
+
+
 def test_outputs_in_binary() -> None:
     everything: Any = {"parameters": {"binary_data_output": True}}
     assert ask("classify", *CLASSIFY, **everything).binary == {"label", "score"}
@@ -262,7 +275,7 @@ def checked(body: bytes, length: str | None, model: Model) -> None:
         if datatype == "BYTES":
             assert len(unpacked(data)) == math.prod(shape)
         else:
-            assert len(data) == math.prod(shape) * {"FP32": 4, "INT32": 4, "UINT8": 1}[datatype]
+            assert len(data) == math.prod(shape) * {"FP32": 4, "INT32": 4, "UINT8": 1, "BOOL": 1}[datatype]
     assert {name for name, spec in model.inputs.items() if not spec.optional} <= set(sent(found))
 
 
@@ -275,7 +288,7 @@ names = st.sampled_from([*{name for model in MODELS.values() for name in model.i
 inputs = st.fixed_dictionaries(
     {
         "name": names | json_values,
-        "datatype": st.sampled_from(["BYTES", "FP32", "INT32", "UINT8", "FP64", ""]) | json_values,
+        "datatype": st.sampled_from(["BYTES", "FP32", "INT32", "UINT8", "BOOL", "FP64", ""]) | json_values,
         "shape": st.lists(st.integers(-2, 3) | st.integers(), max_size=4) | json_values,
     },
     optional={

@@ -7,7 +7,7 @@ import contextlib
 import json
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -76,14 +76,15 @@ class FakeUpstream:
             raise
         if self.error is not None:
             raise self.error
-        answer = service_pb2.ModelInferResponse(model_name=message.model_name, model_version="1")
+        version = message.model_version or "1"
+        answer = service_pb2.ModelInferResponse(model_name=message.model_name, model_version=version)
         for name, array in (self.outputs or self._answer(message)).items():
             answer.outputs.add(name=name, datatype=DATATYPES[array.dtype.kind], shape=array.shape)
             answer.raw_output_contents.append(packed(array.ravel()) if array.dtype == object else array.tobytes())
         return answer
 
     def _answer(self, message: service_pb2.ModelInferRequest) -> dict[str, np.ndarray]:
-        first = unpacked(message.raw_input_contents[-1])
+        first = unpacked(message.raw_input_contents[0])
         embeds = np.array([[len(value), *value[:1]] for value in first], np.float32)
         return {f"{message.model_name.removeprefix('embed_')}_embeds": embeds}
 
@@ -118,14 +119,14 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(**options: Any) -> Iterator[Served]:
-    """A gateway with these settings on a free port, until the end of the block."""
+def serving(upstream: Callable[[], FakeUpstream] = FakeUpstream, **options: Any) -> Iterator[Served]:
+    """A gateway with these settings on a free port, until the end of the block, in front of an `upstream`."""
     settings = Settings(port=0, **options)
     made: list[Any] = []
     begun = threading.Event()
 
     def connect() -> FakeUpstream:
-        made.append((FakeUpstream(), asyncio.get_running_loop()))
+        made.append((upstream(), asyncio.get_running_loop()))
         begun.set()
         return made[0][0]
 

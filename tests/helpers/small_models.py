@@ -163,7 +163,7 @@ def random_adapter(name: str, scale: float = 0.1, *, partial: bool = False, **me
     from radapter_serve.clip.base import load_base
 
     base = load_base(name)
-    adapters = attach(base.model, partial=partial)
+    adapters = attach(base.model, metadata.get("rank"), partial=partial)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in adapters.parameters():

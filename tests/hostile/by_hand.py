@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tests.helpers.small_release import png
-from tests.hostile import images
+from tests.hostile import embeddings, images
 from tests.hostile.asks import INDEX, KEY, TYPE, Ask, ask, good, message
 from tests.hostile.case import BROKEN, CHECKED, REFUSED, Case
 from tests.hostile.mutate import TEXTS, WHERE
@@ -26,7 +26,7 @@ INFER = "/v2/models/embed_text/infer"
 def all_cases() -> list[Made]:
     """The list, always in the same order."""
     groups = (_http, _chunks, _slow, _bodies, _json, _closed, _names, _shapes, _tensors, _conditions, _images, _work)
-    return [made for group in groups for made in group()]
+    return [*(made for group in groups for made in group()), *embeddings.cases()]
 
 
 def _one(kind: str, *parts: bytes | float, promise: str = REFUSED, **options: Any) -> Made:
@@ -289,6 +289,8 @@ def _closed() -> Iterator[Made]:
         "/docs",
         "/openapi.json",
         "/v1/embeddings",
+        "/v1/chat/completions",
+        "/v1/models/../../v2",
         "/.env",
         "/favicon.ico",
         "/admin",

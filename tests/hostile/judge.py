@@ -55,6 +55,8 @@ def _of_error(answer: Answer) -> str | None:
     """What is wrong with a refusal."""
     try:
         error = json.loads(answer.body)["error"]
+        if isinstance(error, dict):  # OpenAI's form
+            error = f"[{error['code']}] {error['message']}"
     except (ValueError, KeyError, TypeError):
         return f"a refusal without JSON: {answer.body[:100]!r}"
     found = _CODE.match(error)
@@ -74,6 +76,8 @@ def wrong(answer: Answer) -> str | None:
     try:
         size = int(answer.headers.get("inference-header-content-length", len(answer.body)))
         head, rest = json.loads(answer.body[:size]), answer.body[size:]
+        if "object" in head:
+            return _of_openai(head)
         if "outputs" not in head:
             return None if {"live", "ready", "name"} & set(head) else "an answer without outputs"
         for output in head["outputs"]:
@@ -83,6 +87,15 @@ def wrong(answer: Answer) -> str | None:
         return "bytes behind the outputs" if rest else None
     except (ValueError, KeyError, TypeError, struct.error) as error:
         return f"an answer that cannot be read ({error!r})"
+
+
+def _of_openai(head: dict[str, Any]) -> str | None:
+    """What is wrong with a list of embeddings, or of models."""
+    if [one.get("index", place) for place, one in enumerate(head["data"])] != list(range(len(head["data"]))):
+        return "embeddings out of order"
+    rows = [one["embedding"] for one in head["data"] if "embedding" in one]
+    fine = np.allclose(np.linalg.norm(rows or [[1]], axis=-1), 1, atol=1e-3)
+    return None if fine else "an embedding that is not of unit length"
 
 
 def _values(output: dict[str, Any], rest: bytes) -> tuple[Any, bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ def benchmark_file(images: Path, tiny_clip_dir: str, tmp_path: Path) -> Path:
     ]
     suite = {"name": "colours", "templates": "simple", "sets": sets}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    (tmp_path / "templates.txt").write_text("a photo of a {}.\n")
     train = {"data": "imagefolder:images", "batch_size": 4, "steps": 2, "workers": 0, "architecture": tiny_clip_dir}
+    train["templates"] = "templates.txt"
     path = tmp_path / "benchmark.yaml"
     path.write_text(yaml.safe_dump({"suite": "suite.yaml", "train": train}))
     return path
@@ -84,6 +87,21 @@ def test_table_is_written_and_not_made_twice(
     assert here == []
     assert main([*call[:7], "--only", "FT", "--steps", "3"]) == 0  # another run
     assert here == ["FullFineTuning"]
+
+
+def test_what_is_done_counts_where_the_data_has_moved(benchmark_file: Path, here: list[str], tmp_path: Path):
+    out, other = ["--out", str(tmp_path / "out"), "--only", "FT"], tmp_path / "other"
+    other.mkdir()
+    assert main(["1", "--data", str(benchmark_file), *out]) == 0
+    for name in ("benchmark.yaml", "suite.yaml", "templates.txt"):
+        shutil.copy(tmp_path / name, other)
+    shutil.copytree(tmp_path / "images", other / "images")
+    call = ["1", "--data", str(other / "benchmark.yaml"), *out]
+    assert main(call) == 0
+    assert here == ["FullFineTuning"]
+    (other / "templates.txt").write_text("a drawing of {}.\n")  # but not with other prompts
+    assert main(call) == 0
+    assert here == ["FullFineTuning"] * 2
 
 
 def test_fig3_shows_every_alpha(benchmark_file: Path, here: list[str], tmp_path: Path):

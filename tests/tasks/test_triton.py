@@ -89,6 +89,34 @@ def test_versions_differ_and_the_newest_is_the_default(client):
     np.testing.assert_array_equal(second, default)
 
 
+def test_labels_that_stand_alone_and_calibrated_scores(server, client, local):
+    images, labels = [png(seed) for seed in range(4)], [b"red", b"green", b"blue", b"a cat", b"a dog"]
+    shared = [tensor("image", [[image] for image in images]), tensor("labels", [labels] * 4)]
+    yes = tensor("multi_label", np.ones((4, 1), bool))
+    for more, asked in (
+        ([yes], {"multi_label": [True] * 4}),
+        (
+            [yes, tensor("threshold", np.full((4, 1), 0.999, np.float32))],
+            {"multi_label": [1] * 4, "threshold": [0.999] * 4},
+        ),
+        ([tensor("calibrated", np.ones((4, 1), bool))], {"calibrated": [True] * 4}),
+    ):
+        result = client.infer("classify", shared + more)
+        expected = local.classify([ClassifyRequest(images, [labels] * 4, **asked)])[0].unwrap()
+        assert [[one.decode() for one in row] for row in result.as_numpy("label")] == expected.labels.tolist()
+        np.testing.assert_allclose(result.as_numpy("score"), expected.scores, rtol=1e-4)
+    body = [
+        {"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": [base64.b64encode(images[0]).decode()]},
+        {"name": "labels", "shape": [1, 5], "datatype": "BYTES", "data": [label.decode() for label in labels]},
+        {"name": "multi_label", "shape": [1, 1], "datatype": "BOOL", "data": [True]},
+        {"name": "threshold", "shape": [1, 1], "datatype": "FP32", "data": [0.0]},
+    ]
+    status, found = post(server, "models/classify/infer", {"inputs": body})
+    assert status == 200 and len(found["outputs"][0]["data"]) == 5
+    status, found = post(server, "models/classify/infer", {"inputs": [*body[:2], body[3]]})
+    assert status == 400 and "[invalid_argument] threshold" in found["error"]
+
+
 def test_encoders_take_pixels_and_tokens(client, local):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     found = client.infer("image_encoder", [tensor("image", pixels)]).as_numpy("image_embeds")

@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from .._client import Client
 from .._exceptions import RAdapterClientError
@@ -106,21 +106,28 @@ def classify(
     images: Images,
     labels: OmitArgPrefixes[Labels],
     server: OmitArgPrefixes[Server],
-    top_k: int = 5,
+    top_k: int | None = None,
+    multi_label: FlagCreatePairsOff[bool] = False,
+    threshold: float | None = None,
+    calibrated: FlagCreatePairsOff[bool] = False,
     out: Path | None = None,
 ) -> int:
     """The best labels of images.
 
     Args:
         images: JPEG, PNG or WebP files, and folders of them; what cannot be read in a folder is left out.
-        top_k: labels to show.
+        top_k: labels to show; 5 if none is given, and all with --multi-label.
+        multi_label: score each label by itself, so that several can be right, or none.
+        threshold: score from 0 to 1 from which such a label is shown; 0.5 if none is given.
+        calibrated: scores that say how often a label is right, of a release that was exported with validation data.
         out: file to write instead, .csv (a row for each label) or .jsonl (a line for each image).
     """
     files, arguments = ImageFiles(images), labels.arguments()
+    arguments |= {"top_k": top_k, "multi_label": multi_label, "threshold": threshold, "calibrated": calibrated}
     with server.client() as client:
 
         def found() -> Iterator[Found]:
-            for image, one in files.answers(lambda some: client.classify(some, top_k=top_k, **arguments), 64):
+            for image, one in files.answers(lambda some: client.classify(some, **arguments), 64):
                 pairs = zip(one.labels, one.scores, strict=True)
                 yield {"image": image, **vars(one)}, [{"image": image, "label": a, "score": b} for a, b in pairs]
 

@@ -1,0 +1,53 @@
+"""The end of `radapter-demo --open`: a release that takes any α, an index of scenes, and the page to ask both."""
+
+from __future__ import annotations
+
+import shutil
+import webbrowser
+from pathlib import Path
+
+from radapter_export import ExportSettings, export_release
+from radapter_serve.demo.data import prepare
+from radapter_serve.demo.scenes import prepare_scenes
+from radapter_serve.gateway.run import serve
+from radapter_serve.gateway.settings import Settings
+from radapter_serve.index.build import build
+from radapter_serve.runtimes.local_release import LocalRelease
+from radapter_serve.server.triton_server import TritonServer, free_ports
+
+# It has learned from scenes and captions; every task of the page works with its encoders.
+RUN = "retrieval"
+
+
+def play(out: Path) -> None:
+    """Serve the playground on what a demo has made, open it in a browser, and stay until Ctrl-C.
+
+    Args:
+        out: folder of the demo; everything for the page comes to its folder `playground`.
+
+    Raises:
+        RAdapterError: there is no demo in it, or something is missing.
+    """
+    own = out / "playground"
+    repository, indexes = own / "model_repository", own / "indexes"
+    data, scenes = prepare(out / "data"), prepare_scenes(out / "data" / "scenes")
+    shutil.rmtree(own, ignore_errors=True)  # of an earlier call
+    print("\nThe playground: export with any α, index the scenes, serve", flush=True)
+    settings = ExportSettings(
+        model_repository=repository,
+        merged=own / "merged",
+        label_sets={"drawings": data.classes},
+        templates=data.templates,
+        dense="naclip",
+    )
+    export_release(out / "runs" / RUN, "dynamic", settings)
+    build(f"csv:{scenes.gallery}", indexes / "scenes", LocalRelease(repository))
+    print(f"drawings to drop on the page: {out / 'data' / 'test'} and {scenes.gallery.parent}", flush=True)
+    with TritonServer(repository, "127.0.0.1", *free_ports(), indexes=indexes) as server:
+        serve(Settings(port=0, server=server.grpc_url.removeprefix("grpc://"), playground=True), _open)
+
+
+def _open(gateway: str) -> None:
+    page = f"{gateway}/playground/"
+    print(f"playground  {page}\nCtrl-C stops it.", flush=True)
+    webbrowser.open(page)

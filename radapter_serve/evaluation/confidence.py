@@ -1,0 +1,144 @@
+"""Fitting of calibrated scores: one temperature for the softmax over labels, and a sigmoid for labels on their own.
+
+Temperature scaling is Guo et al.'s (ICML 2017); the sigmoid is Platt's (1999), on all pairs of an image and a label.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.metrics import Floats, calibration_error, calibration_sums
+from radapter_serve.inputs.probabilities import class_probabilities
+from radapter_serve.release.confidence import Confidence
+
+LEAST = 100  # images
+MOST_PAIRS = 4_000_000  # of an image and a label, by which is fitted
+RANGE = (0.01, 100.0)  # of temperatures
+_STEPS = 40  # halvings of that range
+
+Doubles = NDArray[np.float64]
+
+
+def fit_confidence(
+    cosines: Floats, truth: NDArray[np.int64], logit_scale: float, logit_bias: float | None, dataset: str
+) -> Confidence:
+    """Fit what makes scores calibrated.
+
+    Args:
+        cosines: of images with labels, [N, C].
+        truth: the right label of each image, [N].
+        logit_scale, logit_bias: of the release.
+        dataset: what they are from.
+
+    Raises:
+        RAdapterError: too few images or labels.
+    """
+    n, classes = cosines.shape
+    if n < LEAST or classes < 2:
+        raise RAdapterError(
+            f"{n} validation images of {classes} labels are too few for calibrated scores; {LEAST} images are needed, "
+            "and two labels"
+        )
+    halves = [np.arange(n) % 2 == number for number in (0, 1)]
+    scale, bias = fit_sigmoid(cosines, truth)
+    temperature = None if logit_bias is not None else fit_temperature(cosines * logit_scale, truth)
+    plain = class_probabilities(cosines, logit_scale, logit_bias)
+    best, after, pairs = plain.argmax(axis=1), np.full(n, np.nan, np.float32), np.empty_like(plain)
+    for half, other in zip(halves, reversed(halves), strict=True):
+        pairs[half] = class_probabilities(cosines[half], *fit_sigmoid(cosines[other], truth[other]))
+        if logit_bias is not None:
+            after[half] = pairs[half, best[half]]
+        elif temperature is not None:
+            own = fit_temperature(cosines[other] * logit_scale, truth[other]) or temperature
+            after[half] = class_probabilities(cosines[half], logit_scale / own)[np.arange(half.sum()), best[half]]
+    hits, right = best == truth, np.arange(classes) == truth[:, None]
+    known = not np.isnan(after).any()
+    return Confidence(
+        scale=scale,
+        bias=bias,
+        dataset=dataset,
+        n=n,
+        classes=classes,
+        ece_before=_error(plain[np.arange(n), best], hits),
+        label_ece=_error(pairs.ravel(), right.ravel()),
+        temperature=temperature,
+        ece_after=_error(after, hits) if known else None,
+    )
+
+
+def fit_temperature(logits: Floats, truth: NDArray[np.int64]) -> float | None:
+    """The temperature at which the right labels are likeliest, so that the mean of -log softmax(logits / T) is least.
+
+    Args:
+        logits: [N, C].
+        truth: [N].
+
+    Returns:
+        It, or None where there is none within `RANGE`: no image is wrong, or the labels have nothing to do with it.
+    """
+    logits, truth = _some(logits, truth)
+    logits = np.array(logits, np.float64)
+    logits -= logits[np.arange(len(logits)), truth][:, None]  # of the right label, which is then 0
+
+    def slope(inverse: float) -> float:
+        """The derivative of the loss by 1/T, which grows with 1/T."""
+        shifted = inverse * logits
+        shares = np.exp(shifted - shifted.max(axis=1, keepdims=True))
+        return float(((shares / shares.sum(axis=1, keepdims=True)) * logits).sum(axis=1).mean())
+
+    low, high = 1 / RANGE[1], 1 / RANGE[0]
+    if slope(low) >= 0 or slope(high) <= 0:
+        return None
+    for _ in range(_STEPS):
+        middle = float(np.sqrt(low * high))
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    return float(1 / np.sqrt(low * high))
+
+
+def fit_sigmoid(cosines: Floats, truth: NDArray[np.int64]) -> tuple[float, float]:
+    """Scale and bias at which sigmoid(scale x cosine + bias) says best which label is right, by Newton's method.
+
+    Args:
+        cosines: [N, C].
+        truth: [N].
+    """
+    cosines, truth = _some(cosines, truth)
+    right = (np.arange(cosines.shape[1]) == truth[:, None]).ravel()
+    count, others = right.sum(), (~right).sum()
+    # Platt's targets: as if there were one more of both, so that there is an answer where all cosines tell all apart.
+    target = np.where(right, (count + 1) / (count + 2), 1 / (others + 2))
+    values = np.asarray(cosines, np.float64).ravel()
+    mean, spread = values.mean(), max(float(values.std()), 1e-12)
+    values = (values - mean) / spread
+    found: Doubles = np.array([0.0, np.log((count + 1) / (others + 1))])
+    loss = _loss(found, values, target)
+    for _ in range(100):
+        shares = 1 / (1 + np.exp(-(found[0] * values + found[1])))
+        slope = np.array([((shares - target) * values).sum(), (shares - target).sum()])
+        weights = shares * (1 - shares)
+        mixed = (weights * values).sum()
+        curve = np.array([[(weights * values**2).sum(), mixed], [mixed, weights.sum()]]) + 1e-9 * np.eye(2)
+        step = np.linalg.solve(curve, slope)
+        while (new := _loss(found - step, values, target)) > loss and np.abs(step).max() > 1e-12:
+            step /= 2
+        found, loss = found - step, min(new, loss)
+        if np.abs(step).max() < 1e-9:
+            break
+    return float(found[0] / spread), float(found[1] - found[0] * mean / spread)
+
+
+def _some(values: Floats, truth: NDArray[np.int64]) -> tuple[Floats, NDArray[np.int64]]:
+    """Every k-th image, where all have too many pairs."""
+    step = -(-values.size // MOST_PAIRS)
+    return values[::step], truth[::step]
+
+
+def _loss(found: Doubles, values: Doubles, target: Doubles) -> float:
+    logits = found[0] * values + found[1]
+    return float((np.logaddexp(0, logits) - target * logits).sum())
+
+
+def _error(confidences: Floats, hits: NDArray[np.bool_]) -> float:
+    return calibration_error(calibration_sums(confidences, hits))

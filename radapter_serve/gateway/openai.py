@@ -1,0 +1,198 @@
+"""OpenAI's way in: releases are models, and `embed_text` and `embed_image` make the embeddings."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient.grpc import service_pb2
+
+from radapter_serve.gateway import embeddings
+from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, TOO_LARGE, UNKNOWN_MODEL, Refused, bad, shown
+from radapter_serve.gateway.fetch import Fetcher, Unfetched
+from radapter_serve.gateway.limits import Places
+from radapter_serve.gateway.models import Model
+from radapter_serve.gateway.requests import pack
+from radapter_serve.gateway.settings import MIB, Settings
+from radapter_serve.gateway.upstream import Upstream
+from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_IMAGE
+
+PREFIX = "/v1/"
+NEWEST = "radapter"  # the release that answers whoever names none; NEWEST-N is release N
+TASKS = {"texts": ("embed_text", "text"), "images": ("embed_image", "image")}
+
+
+class OpenAI:
+    """What the gateway answers below /v1.
+
+    Args:
+        upstream: that has the tasks.
+        model: gives the configuration of a task; `fresh=0` has it asked for again.
+        places: to run in.
+        settings: of the gateway.
+    """
+
+    def __init__(
+        self, upstream: Upstream, model: Callable[..., Awaitable[Model]], places: Places, settings: Settings
+    ) -> None:
+        self._upstream, self._model, self._places = upstream, model, places
+        self._fetch, self._most = Fetcher(settings.image_hosts), int(settings.max_body * MIB)
+
+    async def models(self) -> dict[str, Any]:
+        """The list of releases."""
+        releases = releases_of(await self._model("embed_text", fresh=0))
+        newest = [_described(NEWEST, releases[max(releases)])] if releases else []
+        named = [_described(f"{NEWEST}-{version}", facts) for version, facts in sorted(releases.items(), reverse=True)]
+        return {"object": "list", "data": newest + named}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """One release by its name."""
+        _, facts = await self._release(name)
+        return _described(name, facts)
+
+    async def embed(self, asked: embeddings.Asked, take: Callable[[int], None], seconds: float) -> bytes:
+        """The answer to a request for embeddings, all of them by one release.
+
+        Args:
+            asked: that is right as far as it goes.
+            take: called with the bytes of the images that are fetched; may raise.
+            seconds: that it may take.
+
+        Raises:
+            Refused: there is no such release, an image is none, or a task fails.
+        """
+        end = time.monotonic() + seconds
+        version, facts = await self._release(asked.model)
+        asked.check_width(int(facts.get("embed_dim", 0)))
+        await self._fetch_all(asked, take)
+        async with self._places.place():
+            try:
+                rows, answered = await self._rows(asked, version, end)
+            except Refused as error:
+                if version or error.code != UNKNOWN_MODEL:
+                    raise
+                rows, answered = await self._rows(asked, version, end)  # another release took over in the middle
+        return await embeddings.write(rows, f"{NEWEST}-{answered}", asked)
+
+    async def _fetch_all(self, asked: embeddings.Asked, take: Callable[[int], None]) -> None:
+        """Get the images that are named by URL; together they may be as large as a body."""
+        left = self._most
+
+        def count(size: int) -> None:
+            nonlocal left
+            left -= size
+            if left < 0:
+                raise Refused(413, TOO_LARGE, f"the images have more than {self._most / MIB:g} MiB together", "input")
+            take(size)
+
+        async def fetch(place: int, url: str) -> None:
+            name = embeddings.name_of(place)
+            if not self._fetch.allows:
+                raise bad(
+                    f"{name} is a URL, and this gateway fetches none (--image-hosts); send the image as a data URL, "
+                    'or "modality": "text" to embed the URL as a text',
+                    name,
+                )
+            try:
+                asked.images[place] = await self._fetch(url, count)
+            except Unfetched as why:
+                raise bad(f"{name} {why}", name) from None
+
+        tasks = [asyncio.ensure_future(fetch(place, url)) for place, url in asked.urls.items()]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _rows(self, asked: embeddings.Asked, version: str, end: float) -> tuple[list[NDArray[np.float32]], str]:
+        """The embeddings in the order of the inputs, and the version that made them."""
+        rows: dict[int, NDArray[np.float32]] = {}
+        for kind, (task, tensor) in TASKS.items():
+            values: dict[int, bytes] = getattr(asked, kind)
+            places = list(values)
+            step = (await self._model(task)).max_batch_size if places else 1
+            for start in range(0, len(places), step):
+                some = places[start : start + step]
+                message = _message(task, tensor, [values[place] for place in some], version, asked.alpha)
+                try:
+                    answer = await self._upstream.infer(message, max(end - time.monotonic(), 1e-3))
+                except Refused as error:
+                    raise _placed(error, some) from None
+                version = answer.model_version  # the first that answers is asked for all the rest
+                rows.update(zip(some, _embeds(answer, f"{tensor}_embeds", len(some)), strict=True))
+        return [rows[place] for place in range(asked.count)], version
+
+    async def _release(self, name: str) -> tuple[str, dict[str, Any]]:
+        """Version, empty for the newest, and facts of a release by its name."""
+        wanted = re.fullmatch(f"{NEWEST}(?:-([1-9][0-9]{{0,17}}))?", name)
+        for fresh in ({}, {"fresh": 0}):  # one that is served since a moment ago may not be known yet
+            releases = releases_of(await self._model("embed_text", **fresh))
+            if wanted and not wanted[1] and releases:
+                return "", releases[max(releases)]
+            if wanted and wanted[1] and int(wanted[1]) in releases:
+                return wanted[1], releases[int(wanted[1])]
+        known = ", ".join([NEWEST, *(f"{NEWEST}-{version}" for version in sorted(releases))])
+        raise Refused(404, UNKNOWN_MODEL, f"no model {shown(name)} here; there are {known}", "model")
+
+
+def releases_of(model: Model) -> dict[int, dict[str, Any]]:
+    """The facts of the releases by their versions, as a model's configuration has them."""
+    facts = [json.loads(text) for text in model.releases.values()]
+    return {int(one["version"]): one for one in facts}
+
+
+def refusal(error: Refused) -> dict[str, Any]:
+    """A refusal in OpenAI's form."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    kind = "rate_limit_error" if error.status == 429 else kind
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def _described(name: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """A release as an entry of the list; what is no field of OpenAI's, tools pass over."""
+    try:
+        created = int(datetime.fromisoformat(facts["created"]).timestamp())
+    except (KeyError, ValueError):
+        created = 0
+    more = {key: facts.get(key) for key in ("version", "alpha", "architecture", "precision", "embed_dim")}
+    return {"id": name, "object": "model", "created": created, "owned_by": "radapter-serve", **more}
+
+
+def _message(
+    task: str, tensor: str, values: list[bytes], version: str, alpha: float | None
+) -> service_pb2.ModelInferRequest:
+    message = service_pb2.ModelInferRequest(model_name=task, model_version=version)
+    message.inputs.add(name=tensor, datatype="BYTES", shape=[len(values), 1])
+    message.raw_input_contents.append(pack(values))
+    if alpha is not None:
+        message.inputs.add(name="alpha", datatype="FP32", shape=[len(values), 1])
+        message.raw_input_contents.append(np.full(len(values), alpha, np.float32).tobytes())
+    return message
+
+
+def _embeds(answer: service_pb2.ModelInferResponse, name: str, count: int) -> NDArray[np.float32]:
+    for output, values in zip(answer.outputs, answer.raw_output_contents, strict=True):
+        if output.name == name and list(output.shape[:1]) == [count]:
+            return np.frombuffer(values, "<f4").reshape(count, -1)
+    raise Refused(503, SERVER_UNAVAILABLE, "the model server answers otherwise than radapter-serve does")
+
+
+def _placed(error: Refused, places: list[int]) -> Refused:
+    """A task's refusal that names an image by its place in the batch, by its place among the inputs."""
+    if error.message.startswith("alpha is "):
+        return Refused(error.status, error.code, error.message, "alpha")
+    found = re.match(r"image (\d+) of \d+: ", error.message)
+    number = int(found[1]) if found else len(places)
+    if error.code not in (INVALID_IMAGE, IMAGE_TOO_LARGE) or number > len(places) or (not found and number > 1):
+        return error
+    name = embeddings.name_of(places[number - 1])
+    return Refused(error.status, error.code, f"{name}: {error.message[found.end() if found else 0 :]}", name)

@@ -1,0 +1,39 @@
+"""How sure a release may be: what makes its scores the share of answers that are right, fitted on validation data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """What was fitted on validation data, at the release's own α.
+
+    Args:
+        scale, bias: sigmoid(scale x cosine + bias) is the probability that a label is right, whatever the others are.
+        dataset: the validation data.
+        n: its images.
+        classes: its labels.
+        temperature: the softmax over all labels is of logits divided by it; None for models that were trained with a
+            sigmoid loss, or where no image was wrong.
+        ece_before: calibration error of the best label's score as the model gives it, in [0, 1].
+        ece_after: the same of the calibrated score. Each half of the images is scored by what the other half says.
+        label_ece: calibration error of all pairs of an image and a label by `scale` and `bias`, by halves too.
+    """
+
+    scale: float
+    bias: float
+    dataset: str
+    n: int
+    classes: int
+    ece_before: float
+    label_ece: float
+    temperature: float | None = None
+    ece_after: float | None = None
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> Confidence:
+        """Read what `dataclasses.asdict` gave; unknown names are ignored."""
+        return cls(**{name: facts[name] for name in cls.__dataclass_fields__ if name in facts})

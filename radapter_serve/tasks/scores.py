@@ -1,0 +1,131 @@
+"""From the cosines of an image with its labels to the labels that are given back, and their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from radapter_serve.inputs.errors import NOT_CALIBRATED, TaskError, invalid
+from radapter_serve.inputs.probabilities import class_probabilities
+from radapter_serve.release.confidence import Confidence
+from radapter_serve.release.release import Release
+
+DEFAULT_TOP_K = 5
+DEFAULT_THRESHOLD = 0.5
+HOW = "export one with radapter-export --validation DATA"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How one request wants its labels scored.
+
+    Args:
+        top_k: labels to give back; None for all.
+        scale, bias: of the scores, as `class_probabilities` takes them.
+        rank_scale, rank_bias: of what the labels are ranked by; a scale of None ranks them by their cosines.
+        threshold: labels below it are left out; None leaves none out.
+    """
+
+    top_k: int | None
+    scale: float
+    bias: float | None
+    rank_scale: float | None
+    rank_bias: float | None
+    threshold: float | None = None
+
+    def best(self, cosines: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+        """The best labels of an image by their places, the best first, and their scores.
+
+        Args:
+            cosines: float32 [C].
+        """
+        ranks = cosines
+        if self.rank_scale is not None:
+            ranks = class_probabilities(cosines, self.rank_scale, self.rank_bias)
+        same = (self.scale, self.bias) == (self.rank_scale, self.rank_bias)
+        scores = ranks if same else class_probabilities(cosines, self.scale, self.bias)
+        k = len(cosines) if self.top_k is None else min(self.top_k, len(cosines))
+        best = np.argpartition(-ranks, k - 1)[:k]
+        best = best[np.lexsort((best, -ranks[best]))]
+        if self.threshold is not None:
+            best = best[scores[best] >= self.threshold]
+        return best, scores[best]
+
+
+class Scoring:
+    """The kinds of scores that a release has.
+
+    Args:
+        release: its facts.
+    """
+
+    def __init__(self, release: Release) -> None:
+        self._scale, self._bias, self._alpha = release.logit_scale, release.logit_bias, np.float32(release.alpha)
+        self._fitted = None if release.confidence is None else Confidence.from_dict(release.confidence)
+
+    def __call__(
+        self,
+        top_k: Sequence[int] | None = None,
+        multi_label: Sequence[bool] | None = None,
+        threshold: Sequence[float] | None = None,
+        calibrated: Sequence[bool] | None = None,
+        alpha: ArrayLike | None = None,
+    ) -> Scores:
+        """The scores that a request asks for; the arguments have an entry for each of its images, all the same.
+
+        Raises:
+            TaskError: a value that is not allowed; the release has no such scores.
+        """
+        k = _one("top_k", top_k, lambda value: value >= 1, "one whole number from 1")
+        alone, exact = (bool(_one(name, of)) for name, of in (("multi_label", multi_label), ("calibrated", calibrated)))
+        least = _one("threshold", threshold, lambda value: 0 <= value <= 1, "one number from 0 to 1")
+        if least is not None and not alone:
+            raise invalid("threshold leaves out labels that stand alone; send multi_label too")
+        plain = self._scale, self._bias
+        if not alone:
+            scale, bias = self._calibrated(alpha) if exact else plain
+            return Scores(DEFAULT_TOP_K if k is None else int(k), scale, bias, *plain)
+        # A sigmoid that the model was trained with stands alone by itself; a softmax does not.
+        scale, bias = self._sigmoid(alpha) if exact or self._bias is None else plain
+        return Scores(
+            None if k is None else int(k), scale, bias, None, None, DEFAULT_THRESHOLD if least is None else least
+        )
+
+    def _calibrated(self, alpha: ArrayLike | None) -> tuple[float, float | None]:
+        """Scale and bias of the scores that `calibrated` asks for."""
+        if self._bias is not None:
+            return self._sigmoid(alpha)
+        temperature = self._of(alpha).temperature
+        if temperature is None:
+            raise TaskError(NOT_CALIBRATED, f"this release has no temperature: no validation image was wrong; {HOW}")
+        return self._scale / temperature, None
+
+    def _sigmoid(self, alpha: ArrayLike | None) -> tuple[float, float]:
+        fitted = self._of(alpha)
+        return fitted.scale, fitted.bias
+
+    def _of(self, alpha: ArrayLike | None) -> Confidence:
+        if self._fitted is None:
+            raise TaskError(NOT_CALIBRATED, f"this release has no calibrated scores; {HOW}")
+        others = [] if alpha is None else [one for one in np.ravel(np.asarray(alpha, np.float32)) if one != self._alpha]
+        if others:
+            raise TaskError(
+                NOT_CALIBRATED,
+                f"the scores of this release are calibrated at alpha {self._alpha:g}, not at {others[0]:g}",
+            )
+        return self._fitted
+
+
+def _one(name: str, values: Sequence[Any] | None, allowed: Any = lambda value: True, rule: str = "one") -> Any:
+    """The value that all images of a request share; None where it brings none."""
+    if values is None:
+        return None
+    given = [value.item() if isinstance(value, np.generic) else value for value in values]
+    if len(set(given)) > 1 or not allowed(given[0]):
+        shown = [round(value, 6) if isinstance(value, float) else value for value in given]
+        raise invalid(f"{name} is {shown}; {rule} for all images of a request")
+    return given[0]

@@ -1,0 +1,113 @@
+"""Calibrated scores against torch's own optimizer, and on data whose temperature is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation import confidence
+from radapter_serve.evaluation.confidence import fit_confidence, fit_sigmoid, fit_temperature
+
+N, CLASSES = 4000, 6
+
+
+@pytest.fixture(scope="module")
+def logits() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(N, CLASSES)).astype(np.float32) * 3
+
+
+def drawn(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """Labels that are right as often as softmax(logits / temperature) says."""
+    shares = torch.softmax(torch.tensor(logits) / temperature, 1)
+    return torch.multinomial(shares, 1, generator=torch.Generator().manual_seed(1))[:, 0].numpy()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+def test_the_temperature_that_made_the_labels_is_found(logits: np.ndarray, temperature: float) -> None:
+    truth = drawn(logits, temperature)
+    found = fit_temperature(logits, truth)
+    assert found == pytest.approx(temperature, rel=0.08)
+    inverse = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([inverse], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(
+            torch.tensor(logits, dtype=torch.float64) * inverse, torch.tensor(truth)
+        )
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert found == pytest.approx(1 / inverse.item(), rel=1e-5)
+
+
+def test_no_temperature_where_none_is_best(logits: np.ndarray) -> None:
+    assert fit_temperature(logits, logits.argmax(axis=1)) is None  # the colder, the better
+    assert fit_temperature(logits, logits.argmin(axis=1)) is None  # the warmer, the better
+
+
+def test_the_sigmoid_is_that_of_a_logistic_regression(logits: np.ndarray) -> None:
+    cosines, truth = logits / 30 + 0.2, drawn(logits, 1.0)
+    right = np.eye(CLASSES)[truth]
+    positive, negative = right.sum(), (1 - right).sum()
+    target = torch.tensor(np.where(right, (positive + 1) / (positive + 2), 1 / (negative + 2)))
+    found = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([found], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        given = 30 * (torch.tensor(cosines, dtype=torch.float64) - 0.2) * found[0] + found[1]
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(given, target)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    scale, bias = fit_sigmoid(cosines, truth)
+    expected = found.detach().numpy()
+    assert scale == pytest.approx(30 * expected[0], rel=1e-4)
+    assert bias == pytest.approx(expected[1] - 6 * expected[0], rel=1e-4)
+    assert scale > 0
+
+
+def test_a_sigmoid_where_cosines_tell_all_labels_apart() -> None:
+    cosines = np.where(np.eye(4)[np.arange(200) % 4] > 0, 0.3, 0.1).astype(np.float32)
+    scale, bias = fit_sigmoid(cosines, np.arange(200) % 4)
+    right, wrong = (1 / (1 + np.exp(-(scale * cosine + bias))) for cosine in (0.3, 0.1))
+    assert right == pytest.approx(201 / 202, abs=1e-6) and wrong == pytest.approx(1 / 602, abs=1e-6)
+
+
+def test_the_sigmoid_of_many_pairs_is_fitted_on_some_images(
+    logits: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = drawn(logits, 1.0)
+    monkeypatch.setattr(confidence, "MOST_PAIRS", N * CLASSES // 2)
+    assert fit_sigmoid(logits, truth) == fit_sigmoid(logits[::2], truth[::2])
+
+
+def test_errors_before_and_after(logits: np.ndarray) -> None:
+    """A model that is far too sure of itself, and scores that stand alone and are right as often as they say."""
+    found = fit_confidence(logits / 100, drawn(logits, 3.0), 100.0, None, "photos")
+    assert (found.dataset, found.n, found.classes) == ("photos", N, CLASSES)
+    assert found.temperature == pytest.approx(3.0, rel=0.08)
+    assert found.ece_before > 0.2 and found.ece_after is not None and found.ece_after < 0.03
+    assert found.label_ece < 0.03
+
+
+def test_a_model_with_a_bias_has_no_temperature(logits: np.ndarray) -> None:
+    found = fit_confidence(logits / 100, drawn(logits, 1.0), 100.0, -9.0, "photos")
+    assert found.temperature is None and found.ece_after is not None
+    assert found.ece_after < found.ece_before
+
+
+def test_where_no_image_is_wrong(logits: np.ndarray) -> None:
+    found = fit_confidence(logits / 100, logits.argmax(axis=1), 100.0, None, "photos")
+    assert found.temperature is None and found.ece_after is None and found.scale > 0
+
+
+def test_too_few_images_or_labels() -> None:
+    for shape in ((99, 5), (200, 1)):
+        with pytest.raises(RAdapterError, match="too few for calibrated scores; 100 images are needed"):
+            fit_confidence(np.zeros(shape, np.float32), np.zeros(shape[0], np.int64), 100.0, None, "photos")

@@ -1,0 +1,114 @@
+"""An export with validation data carries calibrated scores, and the tasks serve them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from radapter_export import ExportSettings, export_release
+from radapter_export.accuracy import open_validation
+from radapter_serve.adapter import Metadata, load_adapter
+from radapter_serve.cli import export as command
+from radapter_serve.evaluation import confidence
+from radapter_serve.release.release import Release
+from radapter_serve.release.repository import named_releases, read_config
+from radapter_serve.runtimes.local_release import LocalRelease
+
+CLASSES = ["cat", "dog", "horse"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for number in range(30):
+        path = folder / CLASSES[number % 3] / f"{number:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Any]:
+    return {"model_repository": tmp_path / "repository", "merged": tmp_path / "merged"}
+
+
+def test_a_release_carries_what_its_validation_data_says(
+    quick: None, adapter_path: Path, photos: Path, folders: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(confidence, "LEAST", 30)
+    settings = ExportSettings(**folders, validation=f"imagefolder:{photos}", max_drop=100)
+    (release,) = export_release(adapter_path, [0.7], settings)
+    fitted = release.facts["confidence"]
+    assert (fitted["dataset"], fitted["n"], fitted["classes"]) == (f"imagefolder:{photos}", 30, 3)
+    folder = folders["model_repository"] / "classify"
+    assert json.loads((folder / "1" / "release.json").read_text()) == release.facts
+    assert named_releases(read_config(folder / "config.pbtxt"))[1].confidence == fitted
+
+    local = LocalRelease(str(folders["model_repository"]))
+    classes, paths = sorted(CLASSES), sorted(photos.rglob("*.png"))
+    prompts = [[template.replace("{}", name) for template in release.facts["templates"]] for name in classes]
+    means = np.stack([local.embed_texts(texts).mean(axis=0) for texts in prompts])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    cosines = torch.tensor(local.encode_images([local.prepare(path.read_bytes()) for path in paths]) @ means.T)
+    truth = torch.tensor([classes.index(path.parent.name) for path in paths])
+    logits = release.facts["logit_scale"] * cosines.double()
+    if fitted["temperature"] is not None:  # no other temperature makes the right labels likelier
+        losses = [
+            torch.nn.functional.cross_entropy(logits / (fitted["temperature"] * factor), truth).item()
+            for factor in (0.98, 1.0, 1.02)
+        ]
+        assert losses[1] == min(losses)
+    right = torch.nn.functional.one_hot(truth, 3).double()
+    target = torch.where(right > 0, 31 / 32, 1 / 62)
+    losses = [
+        torch.nn.functional.binary_cross_entropy_with_logits(
+            fitted["scale"] * cosines.double() + fitted["bias"] + shift, target
+        ).item()
+        for shift in (-0.05, 0.0, 0.05)
+    ]
+    assert losses[1] == min(losses)
+
+
+def test_too_few_images_are_said(quick: None, adapter_path: Path, photos: Path, folders: dict[str, Any]) -> None:
+    settings = ExportSettings(**folders, validation=f"imagefolder:{photos}", max_drop=100)
+    (release,) = export_release(adapter_path, [0.7], settings)
+    assert release.accuracy is not None and "confidence" not in release.facts
+    assert any(
+        re.search("30 validation images of 3 labels are too few for calibrated", line) for line in release.warnings
+    )
+
+
+def test_the_runs_own_data_may_be_asked_for_in_fp32(adapter_path: Path, photos: Path) -> None:
+    metadata = load_adapter(adapter_path).metadata
+    metadata = Metadata(**{**vars(metadata), "recipe": {"val_data": f"imagefolder:{photos}"}})
+    assert open_validation(metadata, None, None, "fp32", 0.5) is None
+    found = open_validation(metadata, "own", None, "fp32", 0.5)
+    assert found is not None and len(found.data) == 30
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"temperature": 1.5, "ece_after": 0.01}, "by temperature 1.500: ECE 20.00 % before, 1.00 % after"),
+        ({"temperature": None, "ece_after": 0.01}, "by a sigmoid: ECE 20.00 % before, 1.00 % after"),
+        ({"temperature": None, "ece_after": None}, "ECE 20.00 % as it is, and no temperature, for no image was wrong"),
+    ],
+)
+def test_the_command_says_what_was_fitted(facts: dict[str, Any], words: str) -> None:
+    assert words in command._calibrated({"ece_before": 0.2, "label_ece": 0.02, **facts})
+
+
+def test_releases_without_it_stay_as_they_were(tmp_path: Path) -> None:
+    facts = {
+        name: {} if name in ("preprocess", "tokenizer", "agreement") else "x" for name in Release.__dataclass_fields__
+    }
+    del facts["confidence"], facts["accuracy"]
+    release = Release.from_dict(facts)
+    assert release.confidence is None and "confidence" not in release.to_dict()

@@ -1,0 +1,186 @@
+"""What of a body of `/v1/embeddings` is right, without a server."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from radapter_serve.gateway.embeddings import Asked, read
+from radapter_serve.gateway.errors import CODES, Refused
+from radapter_serve.gateway.openai import refusal
+from radapter_serve.gateway.requests import MAX_JSON_VALUES
+from tests.helpers.small_release import png
+
+MOST = 8
+PNG, JPEG, WEBP = (png(1, 9, 7, kind) for kind in ("PNG", "JPEG", "WEBP"))
+
+
+def url(file: bytes, media: str = "image/png") -> str:
+    return f"data:{media};base64,{base64.b64encode(file).decode()}"
+
+
+def ask(given: Any, **more: Any) -> Asked:
+    return read(json.dumps({"model": "radapter", "input": given, **more}).encode(), MOST)
+
+
+def test_texts_and_images_find_their_places() -> None:
+    found = ask(["a cat", url(PNG), "ü\0", url(JPEG, "image/JPEG"), url(WEBP, "image/webp")], alpha=1, user="ann")
+    assert found.texts == {0: b"a cat", 2: b"\xc3\xbc\0"}
+    assert found.images == {1: PNG, 3: JPEG, 4: WEBP}
+    assert (found.model, found.count, found.alpha, found.in_base64) == ("radapter", 5, 1.0, False)
+    assert found.tokens == 2 + 1  # "a cat" has five characters
+    assert ask(url(JPEG, "image/png")).images == {0: JPEG}  # what it is counts, not what it is called
+    assert ask("http://a.example/b.png").urls == {0: "http://a.example/b.png"}
+    assert ask("see http://a.example/b.png").texts and ask("data: what we have, and have not").texts
+
+
+def test_modality_says_what_strings_are() -> None:
+    assert ask([url(PNG), "https://x.example"], modality="text").texts == {
+        0: url(PNG).encode(),
+        1: b"https://x.example",
+    }
+    assert ask(url(PNG), modality="image").images
+    with pytest.raises(Refused, match=r"input\[1\] is no image"):
+        ask([url(PNG), "a cat"], modality="image")
+
+
+PIXEL = base64.b64encode(PNG).decode()
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "param", "message"),
+    [
+        (None, "invalid_argument", "input", "input is needed"),
+        ([], "invalid_argument", "input", "input is needed"),
+        ({}, "invalid_argument", "input", "input is needed"),
+        (7, "invalid_argument", "input", "input is needed"),
+        ([1, 2, 3], "invalid_argument", "input", "input holds tokens.*check_embedding_ctx_length=False"),
+        ([[1, 2], [3]], "invalid_argument", "input", "input holds tokens"),
+        ([[1.5]], "invalid_argument", "input[0]", "is no text"),
+        (["a", 1], "invalid_argument", "input[1]", "is no text"),
+        (["a", None], "invalid_argument", "input[1]", "is no text"),
+        (["a", ["b"]], "invalid_argument", "input[1]", "is no text"),
+        ([True], "invalid_argument", "input[0]", "is no text"),
+        ([{"image": "x"}], "invalid_argument", "input[0]", "is no text"),
+        ("", "invalid_argument", "input[0]", "is empty"),
+        (["a", "\n\t "], "invalid_argument", "input[1]", "is empty"),
+        ("x" * 10_001, "invalid_argument", "input[0]", "10001 characters"),
+        (["a"] * 9, "invalid_argument", "input", "9 values; send at most 8"),
+        ("data:image/png;base64", "invalid_argument", "input[0]", "begins with"),
+        (f"data:image/png,{PIXEL}", "invalid_argument", "input[0]", "begins with"),
+        (f"data:image/gif;base64,{PIXEL}", "invalid_argument", "input[0]", "image/jpeg, image/jpg"),
+        ("data:image/svg+xml;base64,PHN2Zz4=", "invalid_argument", "input[0]", "begins with"),
+        ("data:text/html;base64,PHN2Zz4=", "invalid_argument", "input[0]", "begins with"),
+        ("data:,hello", "invalid_argument", "input[0]", '"modality": "text"'),
+        (f"DATA:;base64,{PIXEL}", "invalid_argument", "input[0]", "begins with"),
+        ("data:image/" + "x" * 10**6, "invalid_argument", "input[0]", "begins with"),
+        ("data:image/png;base64,", "invalid_image", "input[0]", "0 bytes are no"),
+        ("data:image/png;base64,!!!!", "invalid_image", "input[0]", "broken base64"),
+        (f"data:image/png;base64,{PIXEL[:-1]}", "invalid_image", "input[0]", "broken base64"),
+        (f"data:image/png;base64,{PIXEL[:8]}\n{PIXEL[8:]}", "invalid_image", "input[0]", "broken base64"),
+        ("data:image/png;base64,\u00fc\u00fc\u00fc\u00fc", "invalid_image", "input[0]", "broken base64"),
+        (url(b"GIF89a"), "invalid_image", "input[0]", "says image/png, but its 6 bytes are no JPEG"),
+        (url(b"%PDF-1.4", "image/jpeg"), "invalid_image", "input[0]", "says image/jpeg"),
+    ],
+)
+def test_inputs_that_are_refused(given: Any, code: str, param: str, message: str) -> None:
+    with pytest.raises(Refused, match=message) as caught:
+        ask(given)
+    assert (caught.value.status, caught.value.code, caught.value.param) == (400, code, param)
+    assert len(caught.value.message) < 400 and caught.value.message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"model": 3}, "model"),
+        ({"model": None}, "model"),
+        ({"model": "x" * 201}, "model"),
+        ({"encoding_format": "hex"}, "encoding_format"),
+        ({"encoding_format": None}, "encoding_format"),
+        ({"dimensions": "4"}, "dimensions"),
+        ({"dimensions": 4.5}, "dimensions"),
+        ({"dimensions": True}, "dimensions"),
+        ({"alpha": 1.01}, "alpha"),
+        ({"alpha": -0.1}, "alpha"),
+        ({"alpha": "0.5"}, "alpha"),
+        ({"alpha": [0.5]}, "alpha"),
+        ({"alpha": float("nan")}, "alpha"),
+        ({"alpha": float("inf")}, "alpha"),
+        ({"alpha": True}, "alpha"),
+        ({"modality": "audio"}, "modality"),
+        ({"user": 1}, "user"),
+        ({"messages": []}, "messages"),
+        ({"x" * 5000: 1}, None),
+    ],
+)
+def test_fields_that_are_refused(more: dict[str, Any], param: str | None) -> None:
+    with pytest.raises(Refused) as caught:
+        ask("a", **more)
+    assert caught.value.code == "invalid_argument" and param in (None, caught.value.param)
+    assert len(json.dumps(refusal(caught.value))) < 500
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"nonsense",
+        b"null",
+        b"[]",
+        b"{}",
+        b'{"model": "radapter"}',
+        b'{"input": "a"}',
+        b'{"model": "radapter", "input": [NaN]}',
+        b'{"model": "radapter", "input": ["\xff"]}',
+        b'{"model": "radapter", "input": "\\ud800"}',
+        b"[" * 1_000_000,
+        b'{"input":' * 100_000,
+        b'{"model": "radapter", "input": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"model": "radapter", "input": ' + b"[" * 150 + b'"a"' + b"]" * 150 + b"}",
+        b'{"model": "radapter", "input": [' + b"1," * MAX_JSON_VALUES + b"1]}",
+        b'{"model": "radapter", "input": [' + b"9" * 100_000 + b"]}",
+    ],
+)
+def test_json_that_is_none(body: bytes) -> None:
+    with pytest.raises(Refused) as caught:
+        read(body, MOST)
+    assert caught.value.status == 400 and caught.value.message.isprintable() and len(caught.value.message) < 400
+
+
+strings = st.sampled_from([url(PNG), url(PNG)[:40], "data:image/png;base64,AAAA", "http://x", "a", ""]) | st.text(
+    max_size=8
+)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | strings,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+optional = ("encoding_format", "dimensions", "user", "alpha", "modality", "other")
+bodies = st.fixed_dictionaries(
+    {"model": st.just("radapter") | values, "input": st.lists(strings, max_size=9) | values},
+    optional=dict.fromkeys(optional, values),
+)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(bodies | values, st.data())
+def test_any_json_is_refused_in_words_or_sorted(body: Any, data: st.DataObject) -> None:
+    text = bytearray(json.dumps(body).encode())
+    if data.draw(st.booleans()):
+        text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        asked = read(bytes(text), MOST)
+    except Refused as error:
+        assert error.status == 400 and error.code in CODES
+        assert re.fullmatch(r".{1,500}", error.message) and error.message.isprintable()
+        return
+    places = sorted([*asked.texts, *asked.images, *asked.urls])
+    assert places == list(range(asked.count)) and 1 <= asked.count <= MOST
+    assert all(one.strip() for one in asked.texts.values())

@@ -1,0 +1,71 @@
+"""A stand-in for Triton behind the playground: answers that are easy to compute again, for every task."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tests.helpers.fake_server import release
+from tests.helpers.fake_upstream import FakeUpstream, unpacked
+
+INDEXES = ("drawings", "photos")
+UNKNOWN = "no index ' '; there are: " + ", ".join(INDEXES)
+
+
+def png(colour: str, size: tuple[int, int] = (40, 30)) -> bytes:
+    """A picture of one colour."""
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+class SmallWorld(FakeUpstream):
+    """Labels get 1 / (1 + their place) each, normalized, and the first as much more as α says; the left half of a
+    picture is the first label and the right half the second; each index has three pictures.
+
+    Args:
+        dynamic_alpha: whether its release takes any α.
+    """
+
+    def __init__(self, dynamic_alpha: bool = True) -> None:
+        super().__init__()
+        for one in self.configs.values():
+            facts = release(1) | {"dynamic_alpha": dynamic_alpha, "precision": "int8"}
+            one.parameters["release"].string_value = json.dumps(facts)
+
+    def _answer(self, message: Any) -> dict[str, np.ndarray]:
+        given = dict(zip((one.name for one in message.inputs), message.raw_input_contents, strict=True))
+        answers = {"classify": self._classify, "segment": self._segment, "retrieve": self._retrieve}
+        return answers[message.model_name](given) if message.model_name in answers else super()._answer(message)
+
+    def _classify(self, given: dict[str, bytes]) -> dict[str, np.ndarray]:
+        names = unpacked(given["labels"]) if "labels" in given else [b"a", b"b", b"c"]
+        scores = 1 / (1 + np.arange(len(names), dtype=np.float32))
+        scores[0] += np.frombuffer(given["alpha"], np.float32)[0] if "alpha" in given else 0
+        return {"label": np.array([names], object), "score": (scores / scores.sum())[None]}
+
+    def _segment(self, given: dict[str, bytes]) -> dict[str, np.ndarray]:
+        width, height = Image.open(io.BytesIO(unpacked(given["image"])[0])).size
+        names = unpacked(given["labels"])
+        mask = np.zeros((height, width), np.uint16)
+        mask[:, width // 2 :] = 1
+        return {"mask": mask, "label": np.array(names, object), "score": np.full(len(names), 0.5, np.float32)}
+
+    def _retrieve(self, given: dict[str, bytes]) -> dict[str, np.ndarray]:
+        from radapter_serve.gateway.errors import Refused
+
+        if unpacked(given["index"])[0].decode() not in INDEXES:
+            raise Refused(400, "unknown_index", UNKNOWN)
+        asked = "picture" if "image" in given else unpacked(given["text"])[0].decode()
+        ids = [f"folder/{asked} {number}<b>" for number in range(3)]
+        thumbnails = [png(colour) for colour in ("red", "green", "blue")]
+        return {
+            "id": np.array([one.encode() for one in ids], object),
+            "score": np.array([0.9, 0.8, 0.7], np.float32),
+            "metadata": np.array([b"{}"] * 3, object),
+            "thumbnail": np.array(thumbnails, object),
+        }

@@ -1,0 +1,167 @@
+"""Scores of labels: calibrated, and of labels that stand alone, against the formulas."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from radapter_serve.inputs.errors import TaskError
+from radapter_serve.tasks.classify import Classes, Classify, ClassifyRequest
+from tests.helpers.small_models import release
+from tests.helpers.small_release import CONFIDENCE, png
+
+LABELS = [b"cat", b"dog", b"bird, fowl", b"fish", b"a man", b"tree", b"house"]
+TEMPLATES = ["a {}"]
+
+
+def classify_of(local, **facts) -> Classify:
+    known = {"templates": TEMPLATES, "logit_scale": 10.0, "confidence": CONFIDENCE, **facts}
+    return Classify(release(**known), local.embed_images, local.embed_labels, {})
+
+
+def ask(classify: Classify, images: list[bytes], **options) -> Classes:
+    given: dict[str, Any] = {name: [value] * len(images) for name, value in options.items()}
+    return classify([ClassifyRequest(images, [LABELS] * len(images), **given)])[0].unwrap()
+
+
+def cosines(local, images: list[bytes]) -> np.ndarray:
+    embeds = local.embed_images([images])[0].unwrap()
+    return embeds.astype(np.float64) @ local.embed_labels([one.decode() for one in LABELS], TEMPLATES).embeds.T
+
+
+def names(local) -> np.ndarray:
+    return np.array(local.embed_labels([one.decode() for one in LABELS], TEMPLATES).labels)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    shares = np.exp(logits)
+    return shares / shares.sum(axis=1, keepdims=True)
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-logits))
+
+
+def ranked(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    order = np.argsort(-scores, axis=1)
+    return order, np.take_along_axis(scores, order, axis=1)
+
+
+IMAGES = [png(seed) for seed in range(6)]
+
+
+def test_calibrated_scores_are_a_softmax_at_the_temperature_and_keep_the_order(local):
+    classify = classify_of(local)
+    found, plain = ask(classify, IMAGES, calibrated=True, top_k=7), ask(classify, IMAGES, top_k=7)
+    assert found.labels.tolist() == plain.labels.tolist()
+    np.testing.assert_allclose(found.scores, ranked(softmax(10.0 / 2.0 * cosines(local, IMAGES)))[1], rtol=1e-4)
+    np.testing.assert_allclose(plain.scores, ranked(softmax(10.0 * cosines(local, IMAGES)))[1], rtol=1e-4)
+    assert ask(classify, IMAGES, calibrated=True).labels.shape == (6, 5)
+
+
+def test_a_release_that_carries_nothing_answers_as_one_that_does(local):
+    with_it, without = ask(classify_of(local), IMAGES), ask(classify_of(local, confidence=None), IMAGES)
+    assert with_it.labels.tolist() == without.labels.tolist()
+    np.testing.assert_array_equal(with_it.scores, without.scores)
+
+
+def test_labels_that_stand_alone(local):
+    order, scores = ranked(sigmoid(6.0 * cosines(local, IMAGES) - 1.0))
+    found = ask(classify_of(local), IMAGES, multi_label=True, threshold=0.0)
+    assert found.labels.tolist() == names(local)[order].tolist()
+    np.testing.assert_allclose(found.scores, scores, rtol=1e-4)
+    fewer = ask(classify_of(local), IMAGES, multi_label=True, threshold=0.0, top_k=2)
+    assert fewer.labels.tolist() == found.labels[:, :2].tolist()
+
+
+def test_labels_below_the_threshold_are_left_out(local):
+    order, scores = ranked(sigmoid(6.0 * cosines(local, IMAGES) - 1.0))
+    counts = (scores >= 0.5).sum(axis=1)
+    assert len(set(counts)) > 1
+    for options in ({}, {"threshold": 0.5}):
+        found = ask(classify_of(local), IMAGES, multi_label=True, **options)
+        assert found.labels.shape == (6, max(counts))
+        for row, count in enumerate(counts):
+            assert found.labels[row].tolist() == [*names(local)[order[row, :count]], *[""] * (max(counts) - count)]
+            np.testing.assert_allclose(found.scores[row, :count], scores[row, :count], rtol=1e-4)
+            assert not found.scores[row, count:].any()
+    none = ask(classify_of(local), IMAGES, multi_label=True, threshold=1.0)
+    assert none.labels.tolist() == [[""]] * 6 and not none.scores.any()
+
+
+def test_a_label_is_scored_alike_whatever_others_there_are(local):
+    def alone(labels: list[bytes]) -> float:
+        request = ClassifyRequest([IMAGES[0]], [labels], multi_label=[True], threshold=[0.0])
+        classes = classify_of(local)([request])[0].unwrap()
+        return float(classes.scores[0, classes.labels[0].tolist().index("cat")])
+
+    assert alone([b"cat"]) == pytest.approx(alone(LABELS), rel=1e-5) == pytest.approx(alone(LABELS[:3]), rel=1e-5)
+
+
+def test_a_model_that_was_trained_with_a_sigmoid(local):
+    own, exact = sigmoid(10.0 * cosines(local, IMAGES) - 3.0), sigmoid(6.0 * cosines(local, IMAGES) - 1.0)
+    fitted = {**CONFIDENCE, "temperature": None}
+    bare, both = (classify_of(local, logit_bias=-3.0, confidence=one) for one in (None, fitted))
+    every = {"multi_label": True, "threshold": 0.0}
+    for classify, options, scores in (
+        (bare, every, own),
+        (both, every, own),
+        (both, {**every, "calibrated": True}, exact),
+        (both, {"top_k": 7}, own),
+        (both, {"top_k": 7, "calibrated": True}, exact),
+    ):
+        np.testing.assert_allclose(ask(classify, IMAGES, **options).scores, ranked(scores)[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("facts", "options", "message"),
+    [
+        ({"confidence": None}, {"multi_label": True}, "[not_calibrated] this release has no calibrated scores; export"),
+        ({"confidence": None}, {"calibrated": True}, "[not_calibrated] this release has no calibrated scores; export"),
+        (
+            {"confidence": {**CONFIDENCE, "temperature": None}},
+            {"calibrated": True},
+            "[not_calibrated] this release has no",
+        ),
+        ({"logit_bias": -3.0, "confidence": None}, {"calibrated": True}, "[not_calibrated]"),
+        ({}, {"threshold": 0.5}, "[invalid_argument] threshold leaves out"),
+        ({}, {"threshold": 0.5, "multi_label": False}, "[invalid_argument] threshold leaves out"),
+        (
+            {},
+            {"threshold": -0.1, "multi_label": True},
+            "[invalid_argument] threshold is [-0.1]; one number from 0 to 1",
+        ),
+        ({}, {"threshold": float("nan"), "multi_label": True}, "[invalid_argument] threshold is [nan]"),
+        ({}, {"top_k": 0, "multi_label": True}, "[invalid_argument] top_k is [0]; one whole number from 1"),
+        ({"dynamic_alpha": True}, {"multi_label": True, "alpha": 0.25}, "calibrated at alpha 0.5, not at 0.25"),
+    ],
+)
+def test_what_is_refused(local, facts, options, message):
+    with pytest.raises(TaskError) as caught:
+        ask(classify_of(local, **facts), IMAGES[:1], **options)
+    assert message in str(caught.value)
+
+
+def test_images_of_a_request_share_what_they_ask_for(local):
+    request = ClassifyRequest(IMAGES[:2], [LABELS] * 2, multi_label=[True, False])
+    [outcome] = classify_of(local)([request])
+    assert "multi_label is [True, False]; one for all images" in str(outcome.error)
+
+
+def test_requests_of_all_kinds_share_a_batch(local):
+    classify = classify_of(local)
+    requests = [
+        ClassifyRequest([IMAGES[0]], [LABELS]),
+        ClassifyRequest([IMAGES[0]], [LABELS], multi_label=[True]),
+        ClassifyRequest([IMAGES[0]], [LABELS], threshold=[0.5]),
+        ClassifyRequest([IMAGES[0]], [LABELS], calibrated=[True]),
+    ]
+    together = classify(requests)
+    for request, outcome in zip(requests, together, strict=True):
+        [one] = classify([dataclasses.replace(request)])
+        assert str(one.error) == str(outcome.error)
+        if outcome.error is None:
+            np.testing.assert_allclose(one.unwrap().scores, outcome.unwrap().scores, rtol=1e-5)
