@@ -87,7 +87,7 @@ def send(served: Served, name: str | int, data: list[Any], *, more: Any = None, 
     return get(served, EVENT, "POST", body, Content_Type="application/json", **headers)
 
 
-def html(answer: Any) -> list[str]:
+def html(answer: Any) -> list[Any]:
     assert answer.status == 200, answer.data
     return list(json.loads(answer.data)["data"])
 
