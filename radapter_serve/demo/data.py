@@ -120,7 +120,7 @@ def prepare(folder: str | Path, *, quiet: bool = False) -> DemoData:
         quiet: no progress bar.
 
     Raises:
-        RAdapterError: the renderer is not installed, or the folder can't be written.
+        RAdapterError: the renderer is not installed, or the folder can't be written or holds something else.
     """
     folder = Path(folder)
     if not (folder / CLASSES.name).is_file():
@@ -133,6 +133,8 @@ def prepare(folder: str | Path, *, quiet: bool = False) -> DemoData:
             for file in (CLASSES, TEMPLATES):
                 shutil.copyfile(file, part / file.name)
     test = {style: folder / place_of(style) for style in STYLES}
+    if not all(place.is_dir() for place in test.values()):
+        raise RAdapterError(f"{folder} was made by another version of the demo; remove it, or name another --out")
     return DemoData(folder / "train", folder / "val", test, folder / CLASSES.name, folder / TEMPLATES.name)
 
 

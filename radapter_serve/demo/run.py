@@ -18,7 +18,7 @@ from radapter_serve.demo.ask import ask_classify, ask_search, ask_segment
 from radapter_serve.demo.compare import OURS, RIVAL, compare
 from radapter_serve.demo.data import FINE_TUNED, STYLES, DemoData, prepare
 from radapter_serve.demo.full import fine_tune
-from radapter_serve.demo.learn import ALPHAS, draw_curve, evaluate, lessons, recipe_of, table, with_mean
+from radapter_serve.demo.learn import ALPHAS, Lesson, Sets, draw_curve, evaluate, lessons, recipe_of, table, with_mean
 from radapter_serve.demo.scenes import prepare_scenes
 from radapter_serve.index.build import build
 from radapter_serve.runtimes.local_release import LocalRelease
@@ -64,27 +64,11 @@ def run_demo(
     for number, lesson in enumerate(lessons(data, scenes), 2):
         task, repository = lesson.task, out / "repositories" / lesson.task
         chapter(f"{number}. {task.capitalize()}: fine-tune on drawings {STYLES[FINE_TUNED]}, evaluate on unseen ones")
-        shutil.rmtree(out / "runs" / task, ignore_errors=True)  # the demo's own, from an earlier call
-        recipe = recipe_of(lesson, out, seed=seed, steps=steps)
-        run, release_alpha = train(recipe), recipe.alpha if alpha is None else alpha
-        picture, beside = out / f"alpha-{task}.png", {}
-        results[task] = facts = {"alpha": release_alpha, "metrics": lesson.metrics}
-        if task == "classification":
-            picture = out / "alpha.png"
-            rival = fine_tune(recipe_of(lesson, out, seed=seed, steps=steps, name="full"))
-            compared = compare(run, rival, data, ALPHAS, release_alpha, limit)
-            console.print(compared.table())
-            sets, beside = compared.sets(OURS), {RIVAL: compared.sets(RIVAL)}
-            facts |= {"systems": compared.facts(), RIVAL: with_mean(beside[RIVAL])}
-        else:
-            sets = evaluate(lesson, run, release_alpha, limit)
-        facts["sets"] = with_mean(sets)
-        console.print(table(lesson, sets, release_alpha))
-        draw_curve(lesson, sets, picture, beside)
-        say(f"the curve: {picture}")
+        run, facts = _learn(lesson, data, out, console, seed=seed, steps=steps, alpha=alpha, limit=limit)
+        results[task] = facts
 
-        say(f"fold at α = {release_alpha:g}, export, check against torch")
-        merged = _export(run, release_alpha, repository, out / "merged" / task, data, say)
+        say(f"fold at α = {facts['alpha']:g}, export, check against torch")
+        merged = _export(run, facts["alpha"], repository, out / "merged" / task, data, say)
         if task == "retrieval":
             index = out / "indexes" / INDEX
             summary = build(f"csv:{scenes.gallery}", index, LocalRelease(repository))
@@ -109,6 +93,38 @@ def run_demo(
     chapter("Done. To go on by hand:")
     say(f"  cd {out} && radapter-serve repositories/retrieval")
     return results
+
+
+def _learn(
+    lesson: Lesson,
+    data: DemoData,
+    out: Path,
+    console: Console,
+    *,
+    seed: int,
+    steps: int | None,
+    alpha: float | None,
+    limit: int | None,
+) -> tuple[Path, dict[str, Any]]:
+    """Fine-tune for one task, evaluate, print and draw; returns the run's folder and the task's part of the results."""
+    shutil.rmtree(out / "runs" / lesson.task, ignore_errors=True)  # the demo's own, from an earlier call
+    recipe = recipe_of(lesson, out, seed=seed, steps=steps)
+    run, alpha = train(recipe), recipe.alpha if alpha is None else alpha
+    facts: dict[str, Any] = {"alpha": alpha, "metrics": lesson.metrics}
+    beside: dict[str, Sets] = {}
+    if lesson.task == "classification":
+        picture = out / "alpha.png"
+        rival = fine_tune(recipe_of(lesson, out, seed=seed, steps=steps, name="full"))
+        compared = compare(run, rival, data, ALPHAS, alpha, limit)
+        console.print(compared.table())
+        sets, beside = compared.sets(OURS), {f"{RIVAL}, full fine-tuning at α = 1": compared.sets(RIVAL)}
+        facts |= {"systems": compared.facts(), RIVAL: with_mean(compared.sets(RIVAL))}
+    else:
+        picture, sets = out / f"alpha-{lesson.task}.png", evaluate(lesson, run, alpha, limit)
+    console.print(table(lesson, sets, alpha))
+    draw_curve(lesson, sets, picture, beside)
+    console.print(f"the curve: {picture}", highlight=False, soft_wrap=True)
+    return run, {**facts, "sets": with_mean(sets)}
 
 
 def _export(

@@ -22,7 +22,8 @@ Split = Literal["train", "test"]
 
 CELL, CELLS = 80, 2  # a scene is a square of 2 x 2 cells, each with a drawing or none
 SIDES = (60, 81)  # pixels of a drawing, from and below
-TRAIN, TEST = 600, 150  # scenes
+TRAIN, TEST = 600, 100  # scenes
+CLASSES_SHOWN = 48  # the work of segmentation grows with them
 CAPTIONS = 2  # of each scene; the first has the names of the classes, the second their synonyms, too
 SCENE_SHIFTS = ("filled", "emoji-noto")
 SHORT_SIDE = 96  # pixels, of dense segmentation: a scene's drawings are as large as a window then
@@ -88,10 +89,14 @@ def prepare_scenes(folder: str | Path, *, seed: int = 0, quiet: bool = False) ->
 
 @functools.cache
 def scene_classes() -> tuple[str, ...]:
-    """The classes that every style of scenes has a drawing of, as lines with synonyms after commas."""
-    places = ("train", *(place_of(style) for style in (FINE_TUNED, *SCENE_SHIFTS)))
-    drawn = set.intersection(*(set(drawings_of(place)) for place in places))
-    return tuple(line for line in read_label_file(CLASSES) if split_label(line)[0] in drawn)
+    """The classes of scenes, as lines with synonyms after commas.
+
+    Every style of scenes has drawings of them, and of such classes they have the most drawings to learn from.
+    """
+    train, *tests = (drawings_of(place) for place in ("train", *map(place_of, (FINE_TUNED, *SCENE_SHIFTS))))
+    drawn = [name for name in train if all(name in of for of in tests)]
+    most = sorted(drawn, key=lambda name: (-len(train[name]), name))[:CLASSES_SHOWN]
+    return tuple(line for line in read_label_file(CLASSES) if split_label(line)[0] in most)
 
 
 def compose(split: Split, style: str, count: int, seed: int) -> Iterator[Scene]:

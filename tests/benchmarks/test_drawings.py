@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import lzma
 import re
 from collections import Counter
 from pathlib import Path
@@ -13,10 +14,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from benchmarks.drawings import build, near, pairs
+from benchmarks.drawings import build, near, pairs, ship
 from benchmarks.drawings.iconify import drawings, read_name, render, sources
 from benchmarks.drawings.names import SYNONYMS, Classes, core, load_meanings
 from benchmarks.drawings.roles import Roles, load_roles
+from radapter_serve.demo import data
 
 SHAPES = {
     "star": '<path fill="currentColor" d="m12 1 3 8h8l-6 5 2 9-7-6-7 6 2-9-6-5h8zM0 24V10l14 14z"/>',
@@ -275,6 +277,32 @@ def test_the_same_package_makes_the_same_folders(package, roles, classes, tmp_pa
         for name in ("first", "second")
     )
     assert first == second
+
+
+def test_what_is_shipped_makes_the_same_folders_without_share_alike(package, roles, classes, tmp_path, monkeypatch):
+    listed = package / "collections.json"
+    facts = json.loads(listed.read_text(encoding="utf-8"))
+    facts["copies"]["license"]["spdx"] = "CC-BY-SA-4.0"
+    listed.write_text(json.dumps(facts), encoding="utf-8")
+    pairs.write_pairs(package, tmp_path / "pairs", roles, side=96, processes=1)
+    build.build(package, tmp_path / "pairs", tmp_path / "data", roles, classes)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        found = ship.ship(package, tmp_path / "pairs", tmp_path / "data", tmp_path / name, tmp_path / name / "A.md")
+    first, second = ({path.name: path.read_bytes() for path in (tmp_path / of).iterdir()} for of in ("first", "second"))
+    assert first == second and json.loads(lzma.decompress(first["drawings.json.xz"])) == found
+    credit = first["A.md"].decode()
+    assert "| `lines` | 2 |" in credit and "copies" not in credit  # of lines:star-filled there is no test
+    assert "| `seen` | 2 |" in credit.partition("## What the base was trained on")[2]
+    monkeypatch.setattr(data, "drawings", lambda: found)
+    for name in ("CLASSES", "TEMPLATES"):
+        monkeypatch.setattr(data, name, tmp_path / "first" / f"{name.lower()}.txt")
+    data.prepare(tmp_path / "made", quiet=True)
+    made, built = (
+        {path.relative_to(tmp_path / of).as_posix(): path.read_bytes() for path in (tmp_path / of).rglob("*.png")}
+        for of in ("made", "data")
+    )
+    assert made == {path: image for path, image in built.items() if "copies--" not in path} and len(made) < len(built)
 
 
 def test_core_is_what_is_drawn():

@@ -102,3 +102,10 @@ def test_a_folder_that_cannot_be_written_is_refused_and_nothing_is_left(tmp_path
     with pytest.raises(RAdapterError, match="could not make the demo's images"):
         data.prepare(tmp_path / "file" / "images", quiet=True)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_of_another_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "test" / "color").mkdir(parents=True)
+    (tmp_path / "classes.txt").write_text("fruit\n", encoding="utf-8")
+    with pytest.raises(RAdapterError, match="another version of the demo; remove it"):
+        data.prepare(tmp_path, quiet=True)
