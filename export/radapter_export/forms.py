@@ -27,8 +27,8 @@ def check_forms(settings: ExportSettings, adapter: Adapter) -> None:
     """Refuse forms that can't be, before anything is loaded.
 
     Raises:
-        RAdapterError: a library is not installed, a folder is that of another form or inside it, or the adapter can't be
-            a LoRA.
+        RAdapterError: a library is not installed, a folder is that of another form or inside it, or the adapter
+            can't be a LoRA.
     """
     named = {"--merged": settings.merged, "--transformers": settings.transformers, "--peft": settings.peft}
     folders = {flag: Path(folder).absolute() for flag, folder in named.items() if folder}
