@@ -147,8 +147,9 @@ def ask_segment(client: Client, merged: Path, data: DemoData, scenes: SceneData,
         here = segment(image, classes[[label for label, _ in segments]], SegmentOptions(SHORT_SIDE))
         same += int((proposed.mask == expected).sum() + (dense.mask == here.mask).sum())
         pixels += 2 * expected.size
-        pictures.append((proposed, dense, dict(zip(labels, masks, strict=True))))
-    _segmented(pictures[:5], path)
+        names = [split_label(label)[0] for label in labels]
+        pictures.append((proposed, dense, dict(zip(names, masks, strict=True))))
+    _segmented(pictures[:5], len(classes), path)
     return _agreed(f"{100 * same / pixels:.2f} % of {pixels:,} pixels equal", same > 0.999 * pixels, error)
 
 
@@ -194,7 +195,7 @@ def _contact_sheet(captions: Sequence[tuple[str, str]], found: Sequence[Sequence
     figure.savefig(path)
 
 
-def _segmented(pictures: Sequence[tuple[Segmentation, Segmentation, dict[str, Any]]], path: Path) -> None:
+def _segmented(pictures: Sequence[tuple[Segmentation, Segmentation, dict[str, Any]]], count: int, path: Path) -> None:
     """Scenes, and both answers with what each drawing is mostly taken for: green where right."""
     figure = Figure(figsize=(9, 5.6), dpi=100, layout="constrained")
     panels = figure.subplots(3, len(pictures))
@@ -212,7 +213,7 @@ def _segmented(pictures: Sequence[tuple[Segmentation, Segmentation, dict[str, An
         axes.axis("off")
     titles = (
         "the scenes",
-        f"their masks as proposals, {len(pictures[0][0].labels)} labels",
+        f"their masks as proposals, {count} labels",
         "dense, the labels of the scene",
     )
     for axes, title in zip(panels[:, 0], titles, strict=True):
