@@ -1,7 +1,8 @@
-"""Engines for an index of embeddings: build time, size, time of a query, recall and memory, at three sizes."""
+"""Engines for an index of embeddings: build, size, memory, and the time and recall of images and texts that ask."""
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
 import json
 import multiprocessing
@@ -20,13 +21,15 @@ from common import RESULTS, Report, memory, say
 from numpy.typing import NDArray
 from PIL import Image
 
-from radapter_serve.index.recall import EFFORTS as LANCE_EFFORTS
+from radapter_serve.index.neighbours import Neighbours, write_neighbours
+from radapter_serve.index.recall import EFFORTS as OWN_EFFORTS
 
 Array = NDArray[np.float32]
 Search = Callable[[Array, Any], NDArray[np.int64]]  # a query [D] and an effort to the rows of the ten nearest
 
 QUERIES, TOP_K, RECALL = 100, 10, 0.95
-CROPS, TOGETHER = 6, 4  # random crops of a photo; of these, so many side by side make a vector
+CROPS, CAPTIONS, TOGETHER = 6, 5, 4  # random crops of a photo; of these, so many side by side make a vector
+SHARES = (0.5, 0.1, 0.03)  # of the vectors that meet a condition
 BATCH = 10_000
 DEMO_BASE = Path(__file__).parents[1] / "radapter_serve" / "demo" / "base"
 
@@ -93,6 +96,7 @@ def faiss_build(vectors: Array, folder: Path, kind: str) -> None:
     made: Any = {
         "flat": lambda: faiss.IndexFlatIP(dim),
         "HNSW": lambda: faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT),
+        "HNSW-SQ8": lambda: faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_8bit, 32, faiss.METRIC_INNER_PRODUCT),
         "IVF-PQ": lambda: faiss.index_factory(dim, f"IVF{lists},PQ{dim // 8},RFlat", faiss.METRIC_INNER_PRODUCT),
     }[kind]()
     if not made.is_trained:
@@ -109,7 +113,7 @@ def faiss_search(folder: Path, kind: str) -> Search:
     index = faiss.read_index(str(folder / "index"))
 
     def search(query: Array, effort: int) -> NDArray[np.int64]:
-        if kind == "HNSW":
+        if kind.startswith("HNSW"):
             index.hnsw.efSearch = effort
         if kind == "IVF-PQ":
             faiss.downcast_index(index.base_index).nprobe = effort
@@ -143,6 +147,29 @@ def usearch_search(folder: Path, kind: str) -> Search:
     return search
 
 
+def own_build(vectors: Array, folder: Path, kind: str) -> None:
+    """What radapter-index makes of many images: IVF-PQ with 4-bit codes, and the vectors in float16."""
+    parts = (
+        (np.arange(s, min(s + BATCH, len(vectors)), dtype=np.uint64), vectors[s : s + BATCH]) for s in _starts(vectors)
+    )
+    said = write_neighbours(folder, parts, vectors.shape)
+    (folder / "said.json").write_text(json.dumps({**said, "shape": vectors.shape}), encoding="utf-8")
+
+
+def own_open(folder: Path) -> Neighbours:
+    said = json.loads((folder / "said.json").read_text(encoding="utf-8"))
+    return Neighbours(folder, said, tuple(said["shape"]))
+
+
+def own_search(folder: Path, kind: str) -> Search:
+    near = own_open(folder)
+    return lambda query, effort: near.nearest(query, TOP_K, *effort)[0]
+
+
+def _starts(vectors: Array) -> range:
+    return range(0, len(vectors), BATCH)
+
+
 ENGINES: dict[str, tuple[Any, Any, Any]] = {
     "numpy exact": (numpy_build, numpy_search, None),
     "LanceDB exact": (lance, lance_search, None),
@@ -151,9 +178,15 @@ ENGINES: dict[str, tuple[Any, Any, Any]] = {
     "FAISS flat": (faiss_build, faiss_search, "flat"),
     "FAISS IVF-PQ": (faiss_build, faiss_search, "IVF-PQ"),
     "FAISS HNSW": (faiss_build, faiss_search, "HNSW"),
+    "FAISS HNSW-SQ8": (faiss_build, faiss_search, "HNSW-SQ8"),
+    "FAISS IVF-PQ 4-bit, float16": (own_build, own_search, "own"),
     "usearch HNSW": (usearch_build, usearch_search, "HNSW"),
 }
-EFFORTS = (8, 16, 32, 64, 128, 256, 512)
+EFFORTS: tuple[Any, ...] = (8, 16, 32, 64, 128, 256, 512)
+OF_ENGINE: dict[str, tuple[Any, ...]] = {
+    "IVF_PQ": ((16, 10), (32, 10), (64, 10), (128, 20), (256, 50), (1024, 100), (1024, 400)),
+    "own": OWN_EFFORTS,
+}
 
 
 def build(engine: str, data: str, folder: str, result: str) -> None:
@@ -169,26 +202,48 @@ def build(engine: str, data: str, folder: str, result: str) -> None:
 
 
 def query(engine: str, queries: str, exact: str, folder: str, result: str) -> None:
-    """In a process of its own: open, and search with the least effort that has the recall."""
+    """In a process of its own: open, and search with the least effort that has the recall on both kinds of query."""
     _, opened, kind = ENGINES[engine]
     asked, nearest = np.load(queries), np.load(exact)
     before = memory("VmRSS")
     search = opened(Path(folder), kind)
-    for effort in (0,) if "exact" in engine or "flat" in engine else LANCE_EFFORTS if kind == "IVF_PQ" else EFFORTS:
-        for one in asked[:3]:
-            search(one, effort)
-        times, hits = [], 0
-        for one, truth in zip(asked, nearest, strict=True):
-            start = time.perf_counter()
-            found = search(one, effort)
-            times.append(time.perf_counter() - start)
-            hits += len(np.intersect1d(found, truth))
-        recall = hits / nearest.size
-        p50 = statistics.median(times)
+    efforts = (0,) if "exact" in engine or "flat" in engine else OF_ENGINE.get(kind, EFFORTS)
+    for effort in efforts:
+        found: dict[str, Any] = {}
+        for what, part in (("images", slice(0, QUERIES)), ("texts", slice(QUERIES, None))):
+            for one in asked[part][:3]:
+                search(one, effort)
+            times, hits = [], 0
+            for one, truth in zip(asked[part], nearest[part], strict=True):
+                start = time.perf_counter()
+                rows = search(one, effort)
+                times.append(time.perf_counter() - start)
+                hits += len(np.intersect1d(rows, truth))
+            found[what] = {"recall": hits / nearest[part].size, "p50": statistics.median(times)}
         said = "/".join(map(str, effort)) if isinstance(effort, tuple) else str(effort or "–")
-        _save(result, effort=said, recall=recall, p50=p50, memory=memory("VmRSS") - before)
-        if recall >= RECALL:
+        _save(result, effort=said, memory=memory("VmRSS") - before, **found)
+        if min(found[what]["recall"] for what in ("images", "texts")) >= RECALL:
             break
+
+
+def filtered(data: str, queries: str, folder: str, effort: str, result: str) -> None:
+    """In a process of its own: recall and time where few or many vectors meet a condition."""
+    vectors, asked, near = np.load(data, mmap_mode="r"), np.load(queries), own_open(Path(folder))
+    rows = []
+    for share in SHARES:
+        among = np.sort(np.random.default_rng(2).choice(len(vectors), int(len(vectors) * share), replace=False))
+        truth = among[exact(vectors, asked, among)]
+        row: list[Any] = [share]
+        for part in (slice(0, QUERIES), slice(QUERIES, None)):
+            times, hits = [], 0
+            for one, best in zip(asked[part], truth[part], strict=True):
+                start = time.perf_counter()
+                found, _ = near.nearest(one, TOP_K, *map(int, effort.split("/")), among)
+                times.append(time.perf_counter() - start)
+                hits += len(np.intersect1d(found, best))
+            row += [hits / truth[part].size, statistics.median(times)]
+        rows.append(row)
+    _save(result, rows=rows)
 
 
 def _save(path: str, **values: Any) -> None:
@@ -211,8 +266,9 @@ def limited(function: Any, limit: float, result: Path, *arguments: Any) -> dict[
     return json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
 
 
-def embed(photos: list[Path], folder: Path) -> Array:
-    """Random crops of photos, half of them mirrored, by the demo's base as a release: float32 [N, CROPS, D]."""
+def embed(photos: list[Path], captions: list[list[str]], folder: Path) -> tuple[Array, Array]:
+    """By the demo's base as a release: random crops of photos, half of them mirrored, float32 [N, CROPS, D], and their
+    captions, float32 [N, CAPTIONS, D]."""
     from radapter_export import ExportSettings, export_release
     from radapter_serve.adapter import Metadata, attach, base_digest, save_adapter
     from radapter_serve.clip.base import load_base
@@ -244,27 +300,29 @@ def embed(photos: list[Path], folder: Path) -> Array:
             pixels = []
         if not number % 1000:
             say(f"embedded {CROPS} crops of each of {number} photos")
-    return np.concatenate(embeds).reshape(len(photos), CROPS, -1)
+    texts = release.embed_texts([text for five in captions for text in five])
+    return np.concatenate(embeds).reshape(len(photos), CROPS, -1), texts.reshape(len(photos), CAPTIONS, -1)
 
 
 def collection(embeds: Array, count: int, path: Path) -> None:
-    """Write vectors of D times TOGETHER: crops of one photo side by side in a random order, jittered a little."""
+    """Write vectors of D times TOGETHER: crops or captions of one photo side by side in a random order, jittered."""
     random = np.random.default_rng(1)
     out = np.lib.format.open_memmap(path, "w+", np.float32, (count, embeds.shape[2] * TOGETHER))
     for start in range(0, count, BATCH):
         rows = np.arange(start, min(start + BATCH, count))
-        chosen = random.permuted(np.tile(np.arange(CROPS), (len(rows), 1)), axis=1)[:, :TOGETHER]
+        chosen = random.permuted(np.tile(np.arange(embeds.shape[1]), (len(rows), 1)), axis=1)[:, :TOGETHER]
         part = embeds[(rows % len(embeds))[:, None], chosen].reshape(len(rows), -1) / TOGETHER**0.5
         part = part + random.standard_normal(part.shape) * (0.1 / part.shape[1] ** 0.5)
         out[rows] = part / np.linalg.norm(part, axis=1, keepdims=True)
 
 
-def exact(data: Path, queries: Array) -> NDArray[np.int64]:
-    """Rows of the nearest vectors, best first, int64 [Q, TOP_K]."""
-    vectors = np.load(data, mmap_mode="r")
+def exact(vectors: Array, queries: Array, among: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+    """Rows of the nearest vectors, best first, int64 [Q, TOP_K]; with `among`, places in it."""
     best = np.full((len(queries), 0), -1), np.zeros((len(queries), 0), np.float32)
-    for start in range(0, len(vectors), 100_000):
-        cosines = queries @ vectors[start : start + 100_000].T
+    count = len(vectors) if among is None else len(among)
+    for start in range(0, count, 50_000):
+        part = vectors[start : start + 50_000] if among is None else vectors[among[start : start + 50_000]]
+        cosines = queries @ part.T
         rows = np.argpartition(-cosines, TOP_K, axis=1)[:, :TOP_K]
         rows, scores = (
             np.concatenate([old, new], axis=1)
@@ -275,11 +333,23 @@ def exact(data: Path, queries: Array) -> NDArray[np.int64]:
     return best[0].astype(np.int64)
 
 
+def photos_of(tables: tuple[Path, ...], most: int) -> tuple[list[Path], list[list[str]]]:
+    """Photos drawn at random, and the first captions of each."""
+    found: dict[Path, list[str]] = {}
+    for table in tables:
+        with table.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                found.setdefault(table.parent / row["image"], []).append(row["caption"])
+    files = sorted(path for path, captions in found.items() if len(captions) >= CAPTIONS)
+    chosen = [files[number] for number in np.random.default_rng(0).permutation(len(files))[:most]]
+    return chosen, [found[path][:CAPTIONS] for path in chosen]
+
+
 def main(
-    images: tuple[Path, ...],
+    captions: tuple[Path, ...],
     sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000),
-    photos: int = 5000,
-    limit: float = 120,
+    photos: int = 4000,
+    limit: float = 600,
     engines: tuple[str, ...] = tuple(ENGINES),
     out: Path = RESULTS,
     cache: Path | None = None,
@@ -287,13 +357,13 @@ def main(
     """Compare engines for an index.
 
     Args:
-        images: folders of photos.
+        captions: tables (CSV) with the columns image and caption; at least five captions a photo.
         sizes: numbers of vectors.
         photos: how many of them at most, drawn at random.
         limit: seconds that a build, or the queries of an engine, may take.
         engines: those to measure.
         out: folder of the table.
-        cache: file that keeps the photos' embeddings for another run.
+        cache: file that keeps the embeddings for another run.
     """
     report = Report(
         "index",
@@ -301,12 +371,12 @@ def main(
         f"Vectors of D = 512 are made of real embeddings: {CROPS} random crops of every photo, half of them mirrored, "
         f"are embedded by the demo's base (D = 128) as a release; a vector is {TOGETHER} of these side by side in a "
         f"random order, plus Gaussian noise of length 0.1, and unit length again: more vectors than photos are more "
-        f"orders of the same crops. The {QUERIES} queries are made the same way of photos that are not in the "
-        f"collection. Builds and queries run in fresh processes; a query is one vector, with no filter, one thread. "
-        f"Recall@{TOP_K} is against numpy; the effort is the least with a recall of {RECALL}, else the greatest: cells "
-        "probed, or HNSW's ef; of LanceDB's IVF-PQ cells and how many times as many answers are sorted again by the "
-        "vectors themselves, as radapter-index tries them. Memory is that of the process, mapped files included, less "
-        "its start.",
+        f"orders of the same crops. {QUERIES} images and {QUERIES} texts ask, made the same way of the crops and of "
+        f"the captions of photos that are not in the collection; texts lie far from all images. Builds and queries run "
+        f"in fresh processes; a query is one vector, one thread. Recall@{TOP_K} is against numpy; the effort is the "
+        f"least with a recall of {RECALL} on both, else the greatest: cells probed, or HNSW's ef; of LanceDB's IVF-PQ "
+        "cells and how many times as many answers are sorted again by the vectors, and of the 4-bit codes cells and "
+        "how many candidates the vectors sort. Memory is that of the process, mapped files included, less its start.",
         timed=False,
     )
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("lancedb", "faiss-cpu", "usearch"))
@@ -314,51 +384,58 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if cache is None or not cache.exists():
-            files = sorted(p for f in images for p in f.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
-            chosen = np.random.default_rng(0).permutation(len(files))[:photos]
-            embeds = embed([files[number] for number in chosen], folder)
+            images, texts = embed(*photos_of(captions, photos), folder)
             if cache is not None:
-                np.save(cache, embeds)
+                np.savez(cache, images=images, texts=texts)
         else:
-            embeds = np.load(cache)
-        report.note(f"{len(embeds)} photos.")
-        collection(embeds[:QUERIES], QUERIES, folder / "queries.npy")
-        queries = np.load(folder / "queries.npy")
+            with np.load(cache) as kept:
+                images, texts = kept["images"], kept["texts"]
+        report.note(f"{len(images)} photos.")
+        asked = []
+        for name, one in (("images", images), ("texts", texts)):
+            collection(one[:QUERIES], QUERIES, folder / f"{name}.npy")
+            asked.append(np.load(folder / f"{name}.npy"))
+        np.save(folder / "queries.npy", np.concatenate(asked))
         for size in sizes:
-            data, nearest = folder / "vectors.npy", folder / "exact.npy"
-            collection(embeds[QUERIES:], size, data)
-            np.save(nearest, exact(data, queries))
-            rows = []
-            for name in engines:
-                say(f"{size} vectors: {name}")
-                index = folder / "engine"
-                built = limited(build, limit, folder / "built.json", name, data, index)
-                found = None
-                if built is not None:
-                    found = limited(query, limit, folder / "found.json", name, folder / "queries.npy", nearest, index)
-                rows.append(_row(name, built, found))
-                say(" | ".join(rows[-1]))
-                shutil.rmtree(index, ignore_errors=True)
-                for file in ("built.json", "found.json"):
-                    (folder / file).unlink(missing_ok=True)
-            columns = ["engine", "build s", "build MB", "disk MB", "p50 ms", f"recall@{TOP_K}", "effort", "MB in use"]
-            report.table(f"{size:,} vectors", columns, rows)
+            _compare(size, images[QUERIES:], folder, engines, limit, report)
             report.write(out)
+
+
+def _compare(size: int, images: Array, folder: Path, engines: tuple[str, ...], limit: float, report: Report) -> None:
+    data, nearest, queries, index = (folder / name for name in ("vectors.npy", "exact.npy", "queries.npy", "engine"))
+    collection(images, size, data)
+    np.save(nearest, exact(np.load(data, mmap_mode="r"), np.load(queries)))
+    rows, shares = [], []
+    for name in engines:
+        say(f"{size} vectors: {name}")
+        built = limited(build, limit, folder / "built.json", name, data, index)
+        found = None
+        if built is not None:
+            found = limited(query, limit, folder / "found.json", name, queries, nearest, index)
+        rows.append(_row(name, built, found))
+        say(" | ".join(rows[-1]))
+        if found is not None and ENGINES[name][2] == "own" and size >= 100_000:
+            part = limited(filtered, limit, folder / "shares.json", data, queries, index, found["effort"])
+            shares = part["rows"] if part else []
+        shutil.rmtree(index, ignore_errors=True)
+        for file in ("built.json", "found.json"):
+            (folder / file).unlink(missing_ok=True)
+    kinds = [f"{what} {unit}" for what in ("images", "texts") for unit in ("p50 ms", "recall")]
+    report.table(f"{size:,} vectors", ["engine", "build s", "build MB", "disk MB", *kinds, "effort", "MB in use"], rows)
+    if shares:
+        said = [[f"{a:.0%}", f"{c * 1e3:.2f}", f"{b:.3f}", f"{e * 1e3:.2f}", f"{d:.3f}"] for a, b, c, d, e in shares]
+        report.table(f"{size:,} vectors, 4-bit codes, a condition", ["met by", *kinds], said)
 
 
 def _row(name: str, built: dict[str, Any] | None, found: dict[str, Any] | None) -> list[str]:
     if built is None:
-        return [name, "stopped", *["–"] * 6]
+        return [name, "stopped", *["–"] * 8]
     row = [name, f"{built['build']:.1f}", f"{built['build_memory'] / 1e6:.0f}", f"{built['size'] / 1e6:.0f}"]
     if found is None:
-        return [*row, "stopped", *["–"] * 3]
-    return [
-        *row,
-        f"{found['p50'] * 1e3:.2f}",
-        f"{found['recall']:.3f}",
-        found["effort"],
-        f"{found['memory'] / 1e6:.0f}",
-    ]
+        return [*row, "stopped", *["–"] * 5]
+    for what in ("images", "texts"):
+        row += [f"{found[what]['p50'] * 1e3:.2f}", f"{found[what]['recall']:.3f}"]
+    return [*row, found["effort"], f"{found['memory'] / 1e6:.0f}"]
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path:
         "server/backends/tensorrt/model.py",
         "demo/recipes/retrieval.yaml",
         "recipes/small.yaml",
+        "gateway/playground/page.css",
+        "gateway/playground/picture.js",
         "recipes/suites/pacs.yaml",
         "demo/base/open_clip_config.json",
         "demo/drawings/drawings.json.xz",

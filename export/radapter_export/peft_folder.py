@@ -15,10 +15,11 @@ from torch import Tensor
 
 from radapter_export.files import disk_errors
 from radapter_export.folder import NewFolder
-from radapter_export.transformers_folder import agreement, check_installed, library_class, quiet
+from radapter_export.transformers_folder import agreement, check_installed, library_class
 from radapter_serve.adapter import Adapter
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.form import Form, to_transformers
+from radapter_serve.clip.from_transformers import quiet
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
 from radapter_serve.release.agreement import Agreement, Samples, Tolerance

@@ -14,11 +14,10 @@ from PIL import Image
 from tokenizers import Regex, decoders, normalizers, pre_tokenizers, processors
 
 from radapter_serve.clip.base import Base
+from radapter_serve.clip.from_transformers import SPECIAL
 from radapter_serve.errors import RAdapterError
 
 PROCESSOR = frozenset({"preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"})
-#: what CLIP's tokenizer and that of `transformers` call the same tokens
-_SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^`{|}~]"""  # Python's, without the low line, which becomes a blank
 _LEVELS = 3  # of 255 that a pixel may differ: transformers resizes by torchvision, open_clip by Pillow
@@ -96,8 +95,8 @@ def _image_processor(base: Base) -> dict[str, Any]:
 def _of_clip(base: Base) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """CLIP's vocabulary as `CLIPTokenizer` has it; its texts are not mended by ftfy first."""
     tokenizer: Any = base.tokenizer
-    start, end = _SPECIAL.values()
-    vocabulary = {_SPECIAL.get(token, token): index for token, index in tokenizer.encoder.items()}
+    start, end = SPECIAL.values()
+    vocabulary = {SPECIAL.get(token, token): index for token, index in tokenizer.encoder.items()}
     core = tokenizers.Tokenizer(
         tokenizers.models.BPE(
             vocabulary,

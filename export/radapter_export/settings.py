@@ -25,7 +25,7 @@ class ExportSettings:
         alpha_depth: factor on alpha in the first block of each tower, from 0 to 1; it rises evenly to 1 in the last.
         alpha_image: factor on alpha in the image tower, from 0 to 1.
         alpha_text: factor on alpha in the text tower, from 0 to 1.
-        base: open_clip model or local-dir:PATH; what the adapter was trained on if none is given.
+        base: open_clip model, local-dir:PATH or hf-hub:NAME; what the adapter was trained on if none is given.
         pretrained: open_clip tag or path of a checkpoint; what the adapter was trained on if none is given.
         model_repository: folder that radapter-serve serves; releases are added to it, and it is made if there is none.
         merged: folder for the merged checkpoint, replaced if it holds one; with several alphas, for a folder of each.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from radapter_export.folder import NewFolder
 from radapter_export.processor import PROCESSOR, check_processor, write_processor
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.form import Form, to_transformers
+from radapter_serve.clip.from_transformers import quiet
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
 from radapter_serve.release.agreement import Agreement, Samples, Tolerance, compare
@@ -131,23 +131,6 @@ def features(output: Any) -> Tensor:
     return found
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """`transformers` logs, and draws a bar for the weights that it loads."""
-    from transformers.utils import logging as library
-
-    logging: Any = library  # whose functions have no types
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
-
-
 def _unit(encode: Callable[[NDArray[Any]], Tensor]) -> Callable[..., NDArray[np.float32]]:
     @torch.inference_mode()
     def unit(batch: NDArray[Any]) -> NDArray[np.float32]:
@@ -155,6 +138,3 @@ def _unit(encode: Callable[[NDArray[Any]], Tensor]) -> Callable[..., NDArray[np.
         return embeds
 
     return unit
-
-
-__all__ = ["TransformersFolder", "agreement", "check_installed", "features", "library_class", "quiet"]

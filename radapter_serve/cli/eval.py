@@ -45,7 +45,7 @@ class Model:
             auto, together with --alpha auto, chooses among 1, 0.75, 0.5, 0.25 and 0.
         alpha_image: factor on alpha in the image tower, from 0 to 1, or auto.
         alpha_text: factor on alpha in the text tower, from 0 to 1, or auto.
-        base: open_clip model or local-dir:PATH; what the adapter was trained on if none is given.
+        base: open_clip model, local-dir:PATH or hf-hub:NAME; what the adapter was trained on if none is given.
         pretrained: open_clip tag or path of a checkpoint; what the adapter was trained on if none is given.
         precision: of torch; releases and servers have their own.
         device: of torch, such as cpu or cuda:1; a GPU if there is one.

@@ -32,6 +32,7 @@ def build(
     exif_orientation: bool = True,
     on_broken: Literal["refuse", "skip"] = "refuse",
     resume: bool = True,
+    ray: str | None = None,
 ) -> None:
     """Make an index of all images of a folder or a table.
 
@@ -52,6 +53,8 @@ def build(
         on_broken: an image that can't be read stops the build, or is skipped and named in OUT/broken.txt.
         resume: go on with what is embedded already; --no-resume throws a stopped build away and embeds every image
             again.
+        ray: address of a Ray cluster whose workers read and embed, or auto for the one of this machine; they need the
+            same paths. This machine reads and embeds if none is given.
     """
     from radapter_serve.index.build import build
 
@@ -68,6 +71,7 @@ def build(
                 exif_orientation=None if exif_orientation else False,
                 on_broken=on_broken,
                 resume=resume,
+                ray=ray,
                 progress=progress,
             )
     _show(summary, out)
@@ -162,9 +166,61 @@ def verify(out: tyro.conf.Positional[Path]) -> int:
     return 0 if found.ok else 1
 
 
+def export_embeddings(
+    index: tyro.conf.Positional[Path],
+    to: Path,
+    dtype: Literal["float32", "float16"] = "float32",
+) -> None:
+    """Write the embeddings of an index as plain files, in the layout of clip-retrieval.
+
+    TO/img_emb/img_emb_0.npy holds the embeddings, of unit length, and TO/metadata/metadata_0.parquet the metadata, row
+    by row; a pair of files for each million images.
+
+    Args:
+        index: folder of the index.
+        to: folder to write, which must not hold anything.
+        dtype: of the embeddings; float16 takes half the space, as clip-retrieval itself writes.
+    """
+    from radapter_serve.index.embeddings import export_embeddings
+
+    with _progress("writing") as progress:
+        count = export_embeddings(index, to, dtype=dtype, progress=progress)
+    print(f"{to}: {count:,} embeddings")
+
+
+def publish(out: tyro.conf.Positional[Path], to: tyro.conf.Positional[str]) -> None:
+    """Put an index on object storage, in the place of the one that is there; readers see one or the other.
+
+    The environment says who may write: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION and
+    AWS_ENDPOINT_URL.
+
+    Args:
+        out: folder of the index.
+        to: place on object storage, such as s3://bucket/indexes/photos.
+    """
+    from radapter_serve.index.publish import publish
+
+    print(f"{to}: {'published' if publish(out, to) else 'up to date'}")
+    print(f"\nserve it:   radapter-index link {shlex.quote(to)} --out indexes/{shlex.quote(to.rpartition('/')[2])}")
+
+
+def link(url: tyro.conf.Positional[str], out: Path) -> None:
+    """Make a folder that stands for an index on object storage, so that a server searches that.
+
+    Args:
+        url: where the index was published, such as s3://bucket/indexes/photos.
+        out: folder to make, such as indexes/photos.
+    """
+    from radapter_serve.index.publish import link
+
+    link(url, out)
+    print(f"{out} stands for {url}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `radapter-index`."""
-    commands: dict[str, Any] = {"build": build, "add": add, "info": info, "verify": verify}
+    commands: dict[str, Any] = {"build": build, "add": add, "info": info, "verify": verify, "publish": publish}
+    commands |= {"link": link, "export-embeddings": export_embeddings}
     with handled(signal.default_int_handler, signal.SIGTERM):  # what is written is put in order as on Ctrl-C
         return guard(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog=PROG), argv, prog=PROG)
 

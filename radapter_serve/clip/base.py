@@ -1,4 +1,4 @@
-"""Loading a pretrained CLIP: an open_clip architecture with its weights, or a local folder."""
+"""Loading a pretrained CLIP: an open_clip architecture with its weights, or a folder, here or on a hub."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ import open_clip
 from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
+from radapter_serve.clip.from_transformers import is_transformers, read
 from radapter_serve.errors import RAdapterError, reason
 
-LOCAL = "local-dir:"
+LOCAL, HUB = "local-dir:", "hf-hub:"
+_OF_A_MODEL = ["*.json", "*.safetensors", "*.txt", "*.model"]  # what is fetched from a hub
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,8 @@ class Base:
     """A pretrained CLIP and all that must travel with it.
 
     Attributes:
-        name: open_clip architecture, or `local-dir:PATH`.
-        pretrained: open_clip tag or path of a checkpoint; None for `local-dir:`.
+        name: open_clip architecture, `local-dir:PATH` or `hf-hub:ORGANISATION/NAME`.
+        pretrained: open_clip tag or path of a checkpoint; None for a folder.
         model: in eval mode, fp32, on the CPU.
         config: open_clip's `model_cfg`, with `quick_gelu` always written out.
         preprocess: open_clip's `preprocess_cfg`: size, mode, mean, std, interpolation, resize_mode, fill_color.
@@ -60,20 +62,25 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
     """Load a CLIP with its weights; never one with random weights.
 
     Args:
-        name: an open_clip architecture such as `ViT-B-32`, or `local-dir:PATH`, a folder with
-            `open_clip_config.json` and `open_clip_model.safetensors`.
-        pretrained: an open_clip tag such as `openai`, or the path of a checkpoint; None for `local-dir:`.
+        name: an open_clip architecture such as `ViT-B-32`; or `local-dir:PATH`, a folder with `open_clip_config.json`
+            and `open_clip_model.safetensors`, or with a `CLIPModel` of the library `transformers`; or
+            `hf-hub:ORGANISATION/NAME`, such a folder on the Hugging Face hub.
+        pretrained: an open_clip tag such as `openai`, or the path of a checkpoint; None for a folder.
 
     Raises:
         RAdapterError: the name or the weights are unknown or can't be had.
     """
-    quick_gelu = False
-    if name.startswith(LOCAL):
-        pretrained = None
-        config = _local_config(Path(name.removeprefix(LOCAL)))
+    quick_gelu, source = False, name
+    if (folder := _folder(name)) is not None:
+        if is_transformers(folder):
+            return _of_transformers(name, folder)
+        pretrained, source = None, f"{LOCAL}{folder}"
+        config = _local_config(folder)
     else:
-        if ":" in name or (found := open_clip.get_model_config(name)) is None:  # hf-hub: would be downloaded
-            raise RAdapterError(f"unknown model {name!r}; allowed: local-dir:PATH, or one of {_similar(name)}")
+        if ":" in name or (found := open_clip.get_model_config(name)) is None:
+            raise RAdapterError(
+                f"unknown model {name!r}; allowed: local-dir:PATH, hf-hub:NAME, or one of {_similar(name)}"
+            )
         config = found
         tags = open_clip.list_pretrained_tags_by_model(name)
         if not pretrained or not (pretrained in tags or Path(pretrained).is_file()):
@@ -87,13 +94,40 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
         quick_gelu |= bool((open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu", False))
     try:
         with _quiet():
-            model = open_clip.create_model(name, pretrained, force_quick_gelu=quick_gelu, require_pretrained=True)
-            tokenizer = open_clip.get_tokenizer(name)
+            model = open_clip.create_model(source, pretrained, force_quick_gelu=quick_gelu, require_pretrained=True)
+            tokenizer = open_clip.get_tokenizer(source)
     except Exception as error:  # open_clip, the hub and torch raise many kinds, and all mean: no such weights here
         raise RAdapterError(f"could not load {name} (pretrained {pretrained}): {reason(error)}") from error
     config = copy.deepcopy(config)
     config["quick_gelu"] = any(isinstance(module, QuickGELU) for module in model.modules())
     return Base(name, pretrained, model.eval(), config, dict(model.visual.preprocess_cfg), tokenizer)
+
+
+def _folder(name: str) -> Path | None:
+    """The folder of a model, fetched from the hub if it is there; None where it is no folder."""
+    if name.startswith(LOCAL):
+        return Path(name.removeprefix(LOCAL))
+    if not name.startswith(HUB):
+        return None
+    from huggingface_hub import snapshot_download
+
+    hub = name.removeprefix(HUB)
+    try:
+        folder = Path(snapshot_download(hub, allow_patterns=_OF_A_MODEL))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(hub, allow_patterns=[*_OF_A_MODEL, "*.bin"])
+        return folder
+    except Exception as error:  # the hub and the network raise many kinds, and all mean: no such model here
+        raise RAdapterError(f"could not get {name} from the Hugging Face hub: {reason(error)}") from error
+
+
+def _of_transformers(name: str, folder: Path) -> Base:
+    try:
+        with _quiet():
+            model, config, tokenizer = read(folder)
+    except Exception as error:  # the library raises many kinds on what it can't read
+        raise RAdapterError(f"could not load {name} in the form of transformers: {reason(error)}") from error
+    return Base(name, None, model.eval(), config, dict(model.visual.preprocess_cfg), tokenizer)  # type: ignore[arg-type,union-attr]
 
 
 @contextlib.contextmanager
@@ -114,7 +148,10 @@ def _local_config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
     except (OSError, ValueError, KeyError) as error:
-        raise RAdapterError(f"{folder} is no model folder: {path.name} is missing or broken ({error})") from error
+        raise RAdapterError(
+            f"{folder} is no model folder: {path.name} is missing or broken ({error}), and it holds no config.json of "
+            f"transformers"
+        ) from error
     return config
 
 

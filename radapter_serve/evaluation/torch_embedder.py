@@ -283,7 +283,7 @@ def as_it_is(
 
 
 def from_merged(folder: str | Path, *, precision: Precision = "fp32", device: str | None = None) -> TorchEmbedder:
-    """A merged checkpoint, or any folder that open_clip loads by `local-dir:`.
+    """A merged checkpoint, or any folder that `load_base` takes by `local-dir:`.
 
     Raises:
         RAdapterError: no such folder.
@@ -291,7 +291,8 @@ def from_merged(folder: str | Path, *, precision: Precision = "fp32", device: st
     folder = Path(folder)
     base = load_base(f"{LOCAL}{folder}")
     release = Release.load(folder) if (folder / FILE).exists() else None
-    weights = next((p for p in folder.glob("open_clip_*") if p.suffix in (".safetensors", ".bin", ".pt")), None)
+    candidates = [*folder.glob("open_clip_*"), *folder.glob("model.safetensors")]
+    weights = next((p for p in candidates if p.suffix in (".safetensors", ".bin", ".pt")), None)
     facts = {"weights_digest": digest_of(weights)} if weights else {}
     line = Line("merged", {}, facts={**(release_facts(release) if release else {}), **facts, "precision": precision})
     return TorchEmbedder(

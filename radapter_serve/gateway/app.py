@@ -228,7 +228,7 @@ class Gateway:
 
 
 def _of_openai(request: Request) -> bool:
-    return request.url.path.startswith(openai.PREFIX)
+    return str(request.scope["path"]).startswith(openai.PREFIX)  # its URL needs a Host, which may be anything
 
 
 def _refusal(error: Refused, request: Request) -> Response:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import json
 import os
@@ -18,6 +17,8 @@ import pyarrow as pa
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import swap_in
+from radapter_serve.index.bucket import is_link
+from radapter_serve.index.cluster import Cluster
 from radapter_serve.index.collection import Collection, open_collection
 from radapter_serve.index.index import (
     FACTS,
@@ -68,6 +69,7 @@ def build(
     exif_orientation: bool | None = None,
     on_broken: OnBroken = "refuse",
     resume: bool = True,
+    ray: str | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Make an index, whole or not at all.
@@ -84,6 +86,7 @@ def build(
         exif_orientation: whether images are turned as their EXIF says; None does as the release does.
         on_broken: "skip" counts and names images that can't be read, "refuse" stops at the first.
         resume: False throws a stopped build away and embeds every image again.
+        ray: address of a Ray cluster whose workers read and embed, or "auto"; None does so in this process.
         progress: called after every batch.
 
     Raises:
@@ -94,11 +97,12 @@ def build(
     _check_place(out, thumbnails)
     collection = open_collection(source, image_column=image_column)
     facts = _planned(collection, image_column, release, thumbnails, _turn(release, exif_orientation))
+    cluster = None if ray is None else Cluster(ray, release)
     with disk_errors(out), lock(out, "radapter-index") if out.exists() else contextlib.nullcontext():
         staged = out.with_name(f".{out.name}.building")
         goes_on = resume and _holds_rows(staged)
         if resume and not goes_on and not _differences(made := _read_made(out), facts):
-            return _fill(out, made | facts, release, collection, on_broken, KEEP, progress)
+            return _fill(out, made | facts, release, collection, on_broken, KEEP, progress, cluster)
         with lock(staged, "radapter-index"):
             if goes_on:
                 _check_stopped(staged, out, facts)
@@ -106,7 +110,7 @@ def build(
                 if not goes_on:
                     shutil.rmtree(staged / f"{TABLE}.lance", ignore_errors=True)
                     (staged / _STOPPED).write_text(json.dumps(facts), encoding="utf-8")
-                summary = _fill(staged, facts, release, collection, on_broken, _DROP, progress)
+                summary = _fill(staged, facts, release, collection, on_broken, _DROP, progress, cluster)
                 swap_in(staged, out, out.with_name(f".{out.name}.old"))
                 (out / _STOPPED).unlink()
     return summary
@@ -134,6 +138,7 @@ def add(
         RAdapterError: there is no index, another release made it, or as of `build`.
     """
     out = out.absolute()
+    _refuse_link(out)
     read_facts(out)  # locking would make the folder
     with disk_errors(out), lock(out, "radapter-index"):
         facts = read_facts(out)
@@ -158,8 +163,17 @@ def _check_place(out: Path, thumbnails: int) -> None:
         raise RAdapterError(f"--thumbnails is {thumbnails}; allowed: 0 (none) to 1024 px")
     if not is_name(out.name):
         raise RAdapterError(f"{out.name!r} can't be the name of an index; {RULE}")
+    _refuse_link(out)
     if out.exists() and not (out / FACTS).is_file():
         raise RAdapterError(f"{out} stands already and is no index; give another folder with --out")
+
+
+def _refuse_link(out: Path) -> None:
+    if is_link(out):
+        raise RAdapterError(
+            f"{out} stands for an index on object storage, which is read-only; change the index that was published "
+            "there, and publish it again with radapter-index publish"
+        )
 
 
 def _planned(
@@ -201,9 +215,10 @@ def _fill(
     on_broken: OnBroken,
     keep: datetime.timedelta,
     progress: Progress | None,
+    cluster: Cluster | None,
 ) -> Summary:
     """Bring a folder's table in line with a collection."""
-    writer = Writer(folder, facts, release, _schema(facts, collection))
+    writer = Writer(folder, facts, release, _schema(facts, collection), cluster)
     summary = writer.write(collection, on_broken, progress)
     there = {item.id for item in collection.items} - summary.broken.keys()
     summary.removed = writer.delete(writer.known.keys() - there)
@@ -218,7 +233,7 @@ def _turn(release: EmbeddingRelease, wanted: bool | None) -> bool:
     own = bool(release.facts.preprocess.get("exif_orientation", True))
     if wanted is None or wanted == own:
         return own
-    release.preprocess = dataclasses.replace(release.preprocess, exif_orientation=wanted)
+    release.turn(wanted)
     return wanted
 
 
@@ -264,7 +279,7 @@ def _holds_rows(staged: Path) -> bool:
 def _read_made(out: Path) -> dict[str, Any]:
     """The facts of a finished index; none where there is no index that can be used."""
     with contextlib.suppress(RAdapterError):
-        return Index(out).facts
+        return Index(out, searched=False).facts
     return {}
 
 

@@ -1,7 +1,8 @@
 """An index: a folder of embeddings with metadata that one release made, and that is searched by cosine.
 
-The folder holds `index.json` and a LanceDB table. `index.json` names the version of the table that is searched: what a
-killed process added to the table is not seen until `index.json` is replaced.
+The folder holds `index.json`, a LanceDB table and, of many images, what FAISS needs to find the nearest of them.
+`index.json` names the version of the table that is searched: what a killed process added to the table is not seen until
+`index.json` is replaced.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import re
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,15 +25,19 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import as_text, ascii_path
+from radapter_serve.index.bucket import LINK, Bucket, storage_options
 from radapter_serve.index.condition import check_condition
+from radapter_serve.index.neighbours import Neighbours, neighbours_of
 from radapter_serve.inputs.errors import UNKNOWN_INDEX, TaskError, invalid, public
 from radapter_serve.release.release import Release
 
-FORMAT = 2  # 1 says "engine" for "search", and can be read
+FORMAT = 3  # 2 has LanceDB's approximate index, and 1 says "engine" for "search"; both can be read
 FACTS, TABLE = "index.json", "images"
-#: up to so many images a search compares every embedding; above, LanceDB's approximate index chooses some
-EXACT = 100_000
+#: of up to so many images a search compares every embedding; of more, FAISS names candidates
+EXACT = 20_000
+OLD_EXACT = 100_000  # the same of LanceDB's approximate index, which indexes of format 2 have
 MAX_TOP_K = 1000
+_POLL = 5.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Index:
 
     Args:
         folder: of the index, made by `radapter-index build`.
+        searched: False opens the table alone.
 
     Raises:
         RAdapterError: there is no index, or a broken one.
@@ -65,20 +72,52 @@ class Index:
         columns: the columns of the metadata, which a condition may name.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, searched: bool = True) -> None:
         self.folder = Path(folder)
         self.facts = read_facts(self.folder)
+        self._bucket = Bucket(self.facts[LINK]) if LINK in self.facts else None
+        self._asked = time.monotonic()
         try:
             import lancedb  # here: a server without indexes needs none
         except ModuleNotFoundError:
             raise RAdapterError("lancedb is not installed; pip install 'radapter-serve[server]'") from None
         with table_errors(self.folder):
-            self.table = lancedb.connect(ascii_path(self.folder)).open_table(TABLE)
+            if self._bucket is None:
+                database = lancedb.connect(ascii_path(self.folder))
+            else:
+                database = lancedb.connect(self._bucket.table(self.facts), storage_options=storage_options())
+            self.table = database.open_table(TABLE)
             self.table.checkout(self.facts["search"]["table_version"])
             self.columns: list[str] = self.facts["columns"]
+        self._neighbours = self._opened() if searched else None
 
     def __len__(self) -> int:
         return int(self.facts["count"])
+
+    def _opened(self) -> Neighbours | None:
+        search = self.facts["search"]
+        if "files" not in search:
+            return None
+        shape = len(self), int(self.facts["release"]["embed_dim"])
+        place = neighbours_of(self.folder, search["table_version"])
+        if self._bucket is not None:
+            with contextlib.suppress(RAdapterError):
+                return Neighbours(self._bucket.fetch(self.facts, place), search, shape)
+            return Neighbours(self._bucket.fetch(self.facts, place, anew=True), search, shape)
+        try:
+            return Neighbours(place, search, shape)
+        except RAdapterError as error:
+            mend = f"radapter-index add --out {shlex.quote(str(self.folder))}"
+            raise RAdapterError(f"the index {self.folder} can't be searched: {error}; mend it: {mend}") from None
+
+    def outdated(self) -> bool:
+        """Whether an index on object storage was replaced; asked every five seconds at most."""
+        if self._bucket is None or time.monotonic() - self._asked < _POLL:
+            return False
+        self._asked = time.monotonic()
+        with contextlib.suppress(RAdapterError):  # who can't ask goes on with what there is
+            return self._bucket.facts() != {name: value for name, value in self.facts.items() if name != LINK}
+        return False
 
     def search(
         self, embedding: NDArray[np.float32], top_k: int = 10, where: str | None = None, *, thumbnails: bool = False
@@ -98,7 +137,7 @@ class Index:
             raise invalid(f"top_k is {top_k}; allowed are whole numbers from 1 to {MAX_TOP_K}")
         condition = check_condition(where) if where and where.strip() else None
         columns = [*self.columns, *(["thumbnail"] if thumbnails else [])]
-        find = self._approximate if "index" in self.facts["search"] else self._exact
+        find = self._by_lance if "refine_factor" in self.facts["search"] else self._found
         with _search_errors(as_text(self.folder.name), where, self.columns):
             hits = [_hit(row, score) for row, score in find(embedding, top_k, condition, columns)]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))
@@ -108,7 +147,7 @@ class Index:
         """LanceDB's row ids [N], ascending, and the embeddings, float32 [N, D].
 
         They are read at the first exact search, for numpy compares several times as fast as LanceDB: at most EXACT of
-        them (205 MB where D is 512) stay in memory until the index is replaced.
+        them (41 MB where D is 512; OLD_EXACT, 205 MB, of an older index) stay in memory until the index is replaced.
         """
         table = self.table.search().select(["vector"]).with_row_id(True).to_arrow()
         ids = table["_rowid"].to_numpy()
@@ -116,32 +155,57 @@ class Index:
         order = np.argsort(ids)
         return ids[order], vectors if (order[1:] > order[:-1]).all() else vectors[order]
 
-    def _exact(
+    def _found(
         self, embedding: NDArray[np.float32], top_k: int, condition: str | None, columns: list[str]
     ) -> Iterator[tuple[dict[str, Any], float]]:
-        """The best hits by comparing every embedding that meets the condition."""
+        """The best hits, with their rows of the table."""
+        met = None if condition is None else self._met(condition)
+        if self._neighbours is None:
+            found = self._exact(embedding, top_k, met)
+        else:
+            found = self._approximate(self._neighbours, embedding, top_k, met)
+        if found:
+            rows = self.table.take_row_ids(list(found)).select([*columns, "vector"]).with_row_id().to_arrow()
+            scores = vectors_of(rows["vector"]) @ embedding
+            yield from zip(rows.drop_columns(["vector", "_rowid"]).to_pylist(), scores.tolist(), strict=True)
+
+    def _met(self, condition: str) -> NDArray[np.uint64]:
+        """The row ids that meet a condition."""
+        found = self.table.search().where(condition).select(["_rowid"]).to_arrow()["_rowid"]
+        return np.asarray(found.to_numpy(), np.uint64)
+
+    def _exact(self, embedding: NDArray[np.float32], top_k: int, met: NDArray[np.uint64] | None) -> list[int]:
+        """Row ids of the best hits by comparing every embedding that meets the condition."""
         ids, vectors = self._vectors
         scores = vectors @ embedding
-        if condition is not None:
-            met = self.table.search().where(condition).select(["path"]).with_row_id(True).to_arrow()
-            which = np.searchsorted(ids, met["_rowid"].to_numpy())
+        if met is not None:
+            which = np.searchsorted(ids, met)
             ids, scores = ids[which], scores[which]
         best = np.argsort(-scores)[:top_k] if len(ids) <= top_k else np.argpartition(-scores, top_k)[:top_k]
-        found = dict(zip(ids[best].tolist(), scores[best].tolist(), strict=True))
-        if found:
-            for row in self.table.take_row_ids(list(found)).select(columns).with_row_id().to_arrow().to_pylist():
-                yield row, found[row.pop("_rowid")]
+        return list(map(int, ids[best]))
 
     def _approximate(
+        self, near: Neighbours, embedding: NDArray[np.float32], top_k: int, met: NDArray[np.uint64] | None
+    ) -> list[int]:
+        """Row ids of the best hits of candidates; where few rows meet the condition, each is compared."""
+        among = None if met is None else near.positions(met)
+        if among is not None and len(among) <= EXACT:
+            best, _ = near.best(embedding, among, top_k)
+        else:
+            effort = self.facts["search"]
+            best, _ = near.nearest(embedding, top_k, effort["nprobes"], effort["candidates"], among)
+        return list(map(int, near.rows[best]))
+
+    def _by_lance(
         self, embedding: NDArray[np.float32], top_k: int, condition: str | None, columns: list[str]
     ) -> Iterator[tuple[dict[str, Any], float]]:
-        """The best hits by the approximate index; conditions that leave few rows are compared exactly."""
+        """The best hits of an index of format 2, by LanceDB's approximate index or exactly."""
         effort = self.facts["search"]
         query: Any = self.table.search(np.asarray(embedding, np.float32))
         query = query.distance_type("dot").limit(top_k).select([*columns, "_distance"])
         if condition is not None:
             query = query.where(condition, prefilter=True)
-        if condition is None or self.table.count_rows(condition) > EXACT:
+        if condition is None or self.table.count_rows(condition) > OLD_EXACT:
             query = query.nprobes(effort["nprobes"]).refine_factor(effort["refine_factor"])
         else:
             query = query.bypass_vector_index()
@@ -150,7 +214,7 @@ class Index:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """`index.json` of an index.
+    """`index.json` of an index, or of the one on object storage that it links to.
 
     Raises:
         RAdapterError: there is none, or not one of this format.
@@ -158,8 +222,10 @@ def read_facts(folder: Path) -> dict[str, Any]:
     path = folder / FACTS
     try:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if facts["format"] not in (1, FORMAT):
-            raise RAdapterError(f"{folder} is an index of format {facts['format']}; this version reads 1 and {FORMAT}")
+        if LINK in facts:
+            facts = {**Bucket(str(facts[LINK])).facts(), LINK: str(facts[LINK])}
+        if facts["format"] not in (1, 2, FORMAT):
+            raise RAdapterError(f"{folder} is an index of format {facts['format']}; this version reads 1 to {FORMAT}")
         if "engine" in facts:
             facts["search"] = facts.pop("engine")
     except (FileNotFoundError, NotADirectoryError):

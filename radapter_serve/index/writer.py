@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
-import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,23 +15,21 @@ from typing import Any, Literal
 import lancedb
 import numpy as np
 import pyarrow as pa
-from lancedb.index import IvfPq
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import digest_of, staged
+from radapter_serve.files import staged
+from radapter_serve.index.cluster import Cluster
 from radapter_serve.index.collection import Collection, Item
-from radapter_serve.index.index import EXACT, FACTS, TABLE, build_command, table_errors, vectors_of
+from radapter_serve.index.index import EXACT, FACTS, FORMAT, TABLE, build_command, table_errors, vectors_of
+from radapter_serve.index.neighbours import Neighbours, intact, neighbours_of, tidy, write_neighbours
+from radapter_serve.index.reading import Read, read
 from radapter_serve.index.recall import TEXTS, tune
-from radapter_serve.inputs.errors import TaskError
-from radapter_serve.inputs.preprocess import oriented
 from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 from radapter_serve.threads import decoders
 
 BATCH = 256  # images that are embedded, then written; what a killed build loses at most
 BROKEN = "broken.txt"
-_ORIENTATION = ExifTags.Base.Orientation
 _NEVER = datetime.timedelta(days=36500)
 
 OnBroken = Literal["refuse", "skip"]
@@ -76,12 +73,18 @@ class Writer:
         facts: what `index.json` is to say, but for what only the table tells.
         release: embeds the images.
         schema: of a table that is not there yet.
+        cluster: reads and embeds in the place of this process.
     """
 
     def __init__(
-        self, folder: Path, facts: dict[str, Any], release: EmbeddingRelease, schema: pa.Schema | None = None
+        self,
+        folder: Path,
+        facts: dict[str, Any],
+        release: EmbeddingRelease,
+        schema: pa.Schema | None = None,
+        cluster: Cluster | None = None,
     ) -> None:
-        self._folder, self._facts, self._release = folder, facts, release
+        self._folder, self._facts, self._release, self._cluster = folder, facts, release, cluster
         with table_errors(folder):
             database = lancedb.connect(folder)
             if (folder / f"{TABLE}.lance").is_dir():
@@ -116,18 +119,18 @@ class Writer:
     def write(self, collection: Collection, on_broken: OnBroken, progress: Progress | None) -> Summary:
         """Embed and append what is not there yet."""
         summary = Summary(repeated=collection.repeated, left_out=collection.left_out)
-        with ThreadPoolExecutor(decoders(8), thread_name_prefix="decode") as pool:
-            for start in range(0, len(collection.items), BATCH):
-                batch = collection.items[start : start + BATCH]
-                found = list(pool.map(self._read, batch))
-                for image in found:
-                    if image.error:
-                        _complain(image, summary, on_broken)
-                summary.kept += sum(image.kept for image in found)
-                with table_errors(self._folder):
-                    self._append([image for image in found if not (image.error or image.kept)], summary)
-                if progress is not None:
-                    progress(start + len(batch), len(collection.items))
+        done = 0
+        for found in self._batches(collection.items):
+            batch = list(zip(collection.items[done : done + len(found)], found, strict=True))
+            for item, image in batch:
+                if image.error:
+                    _complain(item, image.error, summary, on_broken)
+            summary.kept += sum(image.kept for image in found)
+            with table_errors(self._folder):
+                self._append([(item, image) for item, image in batch if not (image.error or image.kept)], summary)
+            done += len(found)
+            if progress is not None:
+                progress(done, len(collection.items))
         return summary
 
     def delete(self, ids: Iterable[str]) -> int:
@@ -152,14 +155,16 @@ class Writer:
         digests = [digest for digest, _ in self.known.values()]
         summary.copies = len(digests) - len(set(digests))
         search = self._facts.get("search", {})
-        summary.changed = search.get("table_version") != self._table.version
+        before = search.get("table_version")
+        summary.changed = before != self._table.version or not self._can_search(search)
         if summary.changed:
             with table_errors(self._folder):
-                search = {**self._index(search), "table_version": self._table.version}
+                search = self._index(search)
         summary.recall = search.get("recall")
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         facts = {
             **self._facts,
+            "format": FORMAT,
             "count": summary.count,
             "columns": [name for name in self._schema.names if name not in ("vector", "thumbnail")],
             "search": search,
@@ -171,59 +176,44 @@ class Writer:
         _write(self._folder / FACTS, json.dumps(facts, indent=2, ensure_ascii=False))
         with table_errors(self._folder):
             self._table.optimize(cleanup_older_than=keep)
+        tidy(self._folder, before, search["table_version"], keep)
 
-    def _read(self, item: Item) -> _Image:
-        """Read a file, and prepare it where the index does not have it; several threads do so at once."""
-        try:
-            item.id.encode()
-            data = item.file.read_bytes()
-            digest = digest_of(data)
-            before, metadata = self.known.get(item.id, ("", 0))
-            # A folder says nothing of metadata, so it changes none.
-            if before == digest and (not item.row or metadata == self._hash(_row(item, digest))):
-                return _Image(item, digest, kept=True)
-            prepared = self._release.prepare(data)
-            return _Image(item, digest, prepared, self._look(data))
-        except UnicodeEncodeError:
-            return _Image(item, error="its name is not UTF-8")
-        except OSError as error:
-            return _Image(item, error=error.strerror or str(error))
-        except TaskError as error:
-            return _Image(item, error=error.message)
+    def _before(self, item: Item) -> str:
+        """The digest of an image that the index has with the same metadata; a folder says nothing of metadata."""
+        digest, metadata = self.known.get(item.id, ("", 0))
+        return digest if not item.row or metadata == self._hash(_row(item, digest)) else ""
 
-    def _look(self, data: bytes) -> dict[str, Any]:
-        """Width and height of the image as it was embedded, and a thumbnail, which always stands upright."""
-        look: dict[str, Any] = {}
-        size = int(self._facts["thumbnails"])
-        with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:  # it was decoded once; do without
-            sideways = self._release.preprocess.exif_orientation and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
-            look["width"], look["height"] = image.size[::-1] if sideways else image.size
-            if size:
-                image.draft("RGB", (size, size))
-                small = oriented(image).convert("RGB")
-                small.thumbnail((size, size))
-                out = io.BytesIO()
-                small.save(out, "JPEG", quality=80)
-                look["thumbnail"] = out.getvalue()
-        return look
+    def _batches(self, items: list[Item]) -> Iterator[list[Read]]:
+        """The files, read batch by batch, by threads of this process or by a cluster."""
+        turned, size = self._release.preprocess.exif_orientation, int(self._facts["thumbnails"])
+        if self._cluster is not None:
+            asked = [(item.id, item.file, self._before(item)) for item in items]
+            yield from self._cluster.read(asked, BATCH, size, turned)
+            return
+        with ThreadPoolExecutor(decoders(8), thread_name_prefix="decode") as pool:
+            for start in range(0, len(items), BATCH):
+                batch = items[start : start + BATCH]
+                yield list(pool.map(lambda i: read(i.id, i.file, self._before(i), self._release, size), batch))
 
     def _hash(self, row: Mapping[str, Any]) -> int:
         return hash(repr([row.get(name) for name in self._own]))
 
-    def _append(self, images: list[_Image], summary: Summary) -> None:
+    def _append(self, images: list[tuple[Item, Read]], summary: Summary) -> None:
         """Embed a batch and write its rows; files with the same bytes are embedded once."""
         if not images:
             return
-        embeds = self._embedded({image.digest for image in images} & self._digests)
-        fresh = {image.digest: image.prepared for image in images if image.digest not in embeds}
-        if fresh:
-            embeds |= dict(zip(fresh, self._release.encode_images(list(fresh.values())), strict=True))
-            summary.embedded += len(fresh)
-        rows = [{**_row(image.item, image.digest), **image.look, "vector": embeds[image.digest]} for image in images]
-        self.delete(image.item.id for image in images)
+        embeds = self._embedded({image.digest for _, image in images} & self._digests)
+        fresh = {image.digest: image for _, image in images if image.digest not in embeds}
+        embeds |= {digest: image.vector for digest, image in fresh.items() if image.vector is not None}
+        waiting = {digest: image.prepared for digest, image in fresh.items() if digest not in embeds}
+        if waiting:
+            embeds |= dict(zip(waiting, self._release.encode_images(list(waiting.values())), strict=True))
+        summary.embedded += len(fresh)
+        rows = [{**_row(item, image.digest), **image.look, "vector": embeds[image.digest]} for item, image in images]
+        self.delete(item.id for item, _ in images)
         self._table.add(pa.Table.from_pylist(rows, schema=self._schema))
-        for image, row in zip(images, rows, strict=True):
-            self.known[image.item.id] = image.digest, self._hash(row)
+        for (item, image), row in zip(images, rows, strict=True):
+            self.known[item.id] = image.digest, self._hash(row)
             self._digests.add(image.digest)
 
     def _embedded(self, digests: set[str]) -> dict[str, NDArray[np.float32]]:
@@ -235,19 +225,31 @@ class Writer:
         return dict(zip(found["digest"].to_pylist(), vectors_of(found["vector"]), strict=True))
 
     def _index(self, search: dict[str, Any]) -> dict[str, Any]:
-        """Make the approximate index that a table of more than EXACT images needs; returns how to search the table."""
+        """Make what a search of more than EXACT images needs; returns how to search the table."""
         count = len(self.known)
-        basis = {"name": "lancedb", "version": importlib.metadata.version("lancedb")}
-        if count <= EXACT:
-            self._settle()
-            return basis
-        if count > 2 * search.get("trained_on", 0):  # its cells are of what there was then
-            dim = int(self._facts["release"]["embed_dim"])
-            self._table.create_index("vector", config=IvfPq("dot", num_sub_vectors=max(1, dim // 8)))
-            search = {"trained_on": count}
+        for old in self._table.list_indices():  # of an older format
+            self._table.drop_index(old.name)
         self._settle()
-        effort = tune(self._table, count, self._release.embed_texts(TEXTS))
-        return {**basis, "index": "IVF_PQ", "trained_on": search["trained_on"], **effort}
+        version = {"table_version": self._table.version}
+        if count <= EXACT:
+            return {"name": "lancedb", "version": importlib.metadata.version("lancedb"), **version}
+        place = neighbours_of(self._folder, self._table.version)
+        shape = count, int(self._facts["release"]["embed_dim"])
+        before = None
+        if "files" in search and count <= 2 * search["trained_on"]:  # its cells are of what there was then
+            before = neighbours_of(self._folder, search["table_version"])
+        made = write_neighbours(place, self._stored(), shape, before, search)
+        effort = tune(Neighbours(place, made, shape), self._release.embed_texts(TEXTS))
+        return {"name": "faiss", "version": importlib.metadata.version("faiss-cpu"), **made, **effort, **version}
+
+    def _stored(self) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.float32]]]:
+        """Row ids and vectors of the whole table."""
+        for batch in self._table.search().select(["vector"]).with_row_id(True).to_batches():
+            yield batch["_rowid"].to_numpy(), vectors_of(batch["vector"])
+
+    def _can_search(self, search: Mapping[str, Any]) -> bool:
+        """Whether what a search of so many images needs is there."""
+        return len(self.known) <= EXACT or intact(neighbours_of(self._folder, search["table_version"]), search)
 
     def _settle(self) -> None:
         """Let LanceDB tidy up until nothing is left to do; later it only has to remove old versions.
@@ -260,28 +262,14 @@ class Writer:
             self._table.optimize(cleanup_older_than=_NEVER)
 
 
-@dataclass(frozen=True)
-class _Image:
-    """A file that was read: it is in the index already, or it is prepared for the encoder, or it is broken."""
-
-    item: Item
-    digest: str = ""
-    prepared: Any = None
-    look: Mapping[str, Any] = field(default_factory=dict)
-    kept: bool = False
-    error: str = ""
-
-
 def _row(item: Item, digest: str) -> dict[str, Any]:
     return {**item.row, "path": item.id, "digest": digest}
 
 
-def _complain(image: _Image, summary: Summary, on_broken: OnBroken) -> None:
+def _complain(item: Item, why: str, summary: Summary, on_broken: OnBroken) -> None:
     if on_broken == "refuse":
-        raise RAdapterError(
-            f"{image.item.id!r} can't be indexed: {image.error}; mend it, or leave such images out: --on-broken skip"
-        )
-    summary.broken[image.item.id] = image.error
+        raise RAdapterError(f"{item.id!r} can't be indexed: {why}; mend it, or leave such images out: --on-broken skip")
+    summary.broken[item.id] = why
 
 
 def _quoted(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,6 +38,10 @@ class EmbeddingRelease(ABC):
             RAdapterError: the release does not have it.
         """
         self.facts = self.facts.at(alpha)
+
+    def turn(self, exif_orientation: bool) -> None:
+        """Turn images by their EXIF orientation from now on, or leave them as they are."""
+        self.preprocess = dataclasses.replace(self.preprocess, exif_orientation=exif_orientation)
 
     def prepare(self, data: bytes) -> Any:
         """From the bytes of an image file to what `encode_images` takes, uint8 [S, S, 3]. Thread-safe.

@@ -8,6 +8,7 @@ import itertools
 import json
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from radapter_serve.inputs.names import is_name, spellings
 from radapter_serve.release.release import Release
 
 DEFAULT_TOP_K = 10
+_AGAIN = 10.0  # seconds after which an index that could not be opened is tried again
 
 # A text (UTF-8) or an encoded image, with α where that is an input, to its embedding, float32 [D].
 Embed = Callable[..., NDArray[np.float32]]
@@ -110,7 +112,8 @@ class Retrieve:
     ) -> None:
         self._own, self._folder, self._others = Embedder(release, embed_text, embed_image), indexes, others
         self._open: dict[str, tuple[tuple[int, int, int], Index]] = {}
-        self._lock = threading.Lock()
+        self._refused: dict[str, tuple[tuple[int, int, int], float]] = {}
+        self._lock, self._locks = threading.Lock(), dict[str, threading.Lock]()
         if any(indexes.glob(f"*/{FACTS}")):  # LanceDB takes seconds to load, for which the first caller should not wait
             with contextlib.suppress(ImportError):  # a search says what is missing
                 importlib.import_module("lancedb")
@@ -162,23 +165,35 @@ class Retrieve:
             raise TaskError(UNKNOWN_INDEX, f"{name!r:.80} is no name of an index; there are: {self._known()}")
         places = [self._folder / as_name(one) for one in spellings(name)]
         folder = next((place for place in places if (place / FACTS).exists()), places[0])
-        try:
-            state = (folder / FACTS).stat()
-        except OSError:
+        key = _key(folder)
+        if key is None:
             self._open.pop(name, None)
-            raise TaskError(UNKNOWN_INDEX, f"no index {name!r:.80}; there are: {self._known()}") from None
-        key = state.st_mtime_ns, state.st_ino, state.st_size
+            raise TaskError(UNKNOWN_INDEX, f"no index {name!r:.80}; there are: {self._known()}")
         with self._lock:
-            found = self._open.get(name)
-            if found is None or found[0] != key:
+            own = self._locks.setdefault(name, threading.Lock())
+        with own:  # opening a big index takes seconds, for which requests to others should not wait
+            index = self._opened(name, folder, key)
+        self._embedder(index)
+        return index
+
+    def _opened(self, name: str, folder: Path, key: tuple[int, int, int]) -> Index:
+        known, index = self._open.get(name, (None, None))
+        if index is not None and known == key and not index.outdated():
+            return index
+        refused, at = self._refused.get(name, (None, 0.0))
+        if refused != key or time.monotonic() - at > _AGAIN:  # reading a big one that is broken takes seconds, too
+            for _ in range(2):
                 try:
-                    found = self._open[name] = key, Index(folder)
+                    index = Index(folder)
+                    self._open[name] = key, index
+                    return index
                 except RAdapterError as error:
-                    print(error, file=sys.stderr)
-                    why = f"the index {name!r} can't be opened; the server's log says why"
-                    raise TaskError(UNKNOWN_INDEX, why) from None
-        self._embedder(found[1])
-        return found[1]
+                    before, key = key, _key(folder) or key
+                    if key == before:  # else it was replaced while it was opened
+                        print(error, file=sys.stderr)
+                        break
+            self._refused[name] = key, time.monotonic()
+        raise TaskError(UNKNOWN_INDEX, f"the index {name!r} can't be opened; the server's log says why")
 
     def _embedder(self, index: Index) -> Embedder:
         """What made an index.
@@ -195,6 +210,14 @@ class Retrieve:
     def _known(self) -> str:
         names = sorted(as_text(path.parent.name) for path in self._folder.glob(f"*/{FACTS}"))
         return ", ".join(name for name in names if name[0] != ".") or "none (radapter-index build makes them)"
+
+
+def _key(folder: Path) -> tuple[int, int, int] | None:
+    """What changes when an index is replaced or added to; None where there is none."""
+    with contextlib.suppress(OSError):
+        state = (folder / FACTS).stat()
+        return state.st_mtime_ns, state.st_ino, state.st_size
+    return None
 
 
 def _text(value: bytes, what: str) -> str:

@@ -51,8 +51,9 @@ class Recipe:
     Attributes:
         task: what is trained for: classification (images with labels), retrieval (images with captions) or
             segmentation (images with masks).
-        architecture: open_clip model such as ViT-B-32, or local-dir:PATH.
-        pretrained: open_clip tag such as openai, or the path of a checkpoint; none for local-dir:.
+        architecture: open_clip model such as ViT-B-32; or local-dir:PATH or hf-hub:NAME, a model of open_clip's or a
+            CLIP of transformers.
+        pretrained: open_clip tag such as openai, or the path of a checkpoint; none for local-dir: and hf-hub:.
         data: training data: imagefolder:DIR, csv:FILE, parquet:FILE, webdataset:FILE, json:FILE or the name of a data
             set on the Hugging Face hub; @SPLIT at the end names a split, train by default. coop:FILE and karpathy:FILE
             are published splits and need one, or several as in @train+restval. For segmentation masks:DIR

@@ -69,7 +69,7 @@ def part_of_batch(recipe: Recipe, accelerator: Accelerator, data: TrainingData) 
 
 def run_folder(recipe: Recipe) -> Path:
     """The folder of a run; refuses one that holds another run."""
-    stem = recipe.architecture.removeprefix("local-dir:").rstrip("/").split("/")[-1]
+    stem = recipe.architecture.rpartition(":")[2].rstrip("/").split("/")[-1]
     out = recipe.out or Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     # what failed before there was a checkpoint has nothing to go on with, and nothing to lose
     if not recipe.resume and any((out / name).exists() for name in (CHECKPOINT, "adapter.safetensors")):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
-from radapter_serve.clip.base import load_base
+from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError
 from tests.helpers.small_models import IMAGE, TEXT
 
@@ -71,3 +76,136 @@ def test_quickgelu_for_a_checkpoint_without_is_refused(architectures: str, tmp_p
     with pytest.raises(RAdapterError, match="trained with GELU.*name the architecture tiny$"):
         load_base("tiny-quickgelu", str(tmp_path / "weights.pt"))
     assert load_base("tiny", str(tmp_path / "weights.pt")).config["quick_gelu"] is False
+
+
+@pytest.fixture(scope="module")
+def of_transformers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A folder as the library itself writes it, and its model."""
+    folder = tmp_path_factory.mktemp("transformers")
+    config = transformers.CLIPConfig(
+        projection_dim=32,
+        vision_config={**TOWER, "image_size": 32, "patch_size": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-4},
+        text_config={**TOWER, "hidden_act": "gelu", "bos_token_id": 49406, "eos_token_id": 49407, "vocab_size": 49408},
+    )
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = transformers.CLIPModel(config).eval()
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    clip: Any = open_clip.SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {names.get(token, token): index for token, index in clip.encoder.items()}
+    tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=list(clip.bpe_ranks), model_max_length=77)
+    size: dict[str, Any] = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    images = transformers.CLIPImageProcessor(**size, image_mean=[0.5, 0.4, 0.3])
+    transformers.CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    return folder, model
+
+
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@torch.no_grad()
+def check_equal(base: Base, model: Any) -> None:
+    pixels, tokens = torch.randn(3, 3, 32, 32), base.tokenizer(["a cat", "dogs " * 90, ""])
+    ours: Any = base.model
+    theirs = model.get_image_features(pixels).pooler_output, model.get_text_features(tokens).pooler_output
+    torch.testing.assert_close(ours.encode_image(pixels), theirs[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours.encode_text(tokens), theirs[1], atol=1e-5, rtol=1e-4)
+    assert float(ours.logit_scale.detach()) == pytest.approx(float(model.logit_scale))
+
+
+def test_a_base_in_the_form_of_transformers(of_transformers: tuple[Path, Any]) -> None:
+    folder, model = of_transformers
+    base = load_base(f"local-dir:{folder}", "ignored, as for every folder")
+    assert (base.pretrained, base.config["quick_gelu"]) == (None, False)
+    wanted = {"size": (32, 32), "mean": [0.5, 0.4, 0.3], "interpolation": "bicubic", "resize_mode": "shortest"}
+    assert {name: base.preprocess[name] for name in wanted} == wanted
+    check_equal(base, model)
+
+
+def test_half_precision_and_several_files_are_read(of_transformers: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, model = of_transformers
+    shutil.copytree(folder, tmp_path / "half", ignore=shutil.ignore_patterns("*.safetensors"))
+    half = copy.deepcopy(model).half()
+    half.save_pretrained(tmp_path / "half", max_shard_size="1MB")
+    assert len(list((tmp_path / "half").glob("*.safetensors"))) > 1
+    check_equal(load_base(f"local-dir:{tmp_path / 'half'}"), half.float())
+
+
+def test_a_base_on_the_hub(of_transformers: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, model = of_transformers
+    asked: list[str] = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    base = load_base("hf-hub:someone/clip")
+    assert (base.name, asked) == ("hf-hub:someone/clip", ["someone/clip"])
+    check_equal(base, model)
+
+
+def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, **_: object) -> str:
+        raise OSError("no route to host\nand more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(RAdapterError, match="^could not get hf-hub:someone/clip from .*: no route to host$"):
+        load_base("hf-hub:someone/clip")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"model_type": "siglip"}, "its model_type is siglip; allowed: clip"),
+        ("config.json", {"model_type": 5}, "its model_type is 5; allowed: clip"),
+        ("config.json", {"text_config": {**TOWER, "hidden_act": "relu"}}, "its activations are gelu and relu"),
+        ("config.json", {"text_config": {**TOWER, "hidden_act": "gelu", "eos_token_id": 7}}, "texts end with token 7"),
+        ("config.json", {"projection_dim": 16}, "could not load"),
+        ("config.json", None, "could not load"),
+        ("processor_config.json", {"do_center_crop": False}, "are resized to .* cropped to nothing"),
+        ("processor_config.json", {"resample": 0}, "by Pillow's filter 0; allowed: bilinear, bicubic"),
+        ("processor_config.json", {"do_normalize": False}, "not resized, rescaled or normalised"),
+        ("processor_config.json", {"rescale_factor": 1.0}, "its pixels are multiplied by 1.0"),
+        ("tokenizer.json", None, "could not load"),
+        ("model.safetensors", None, "could not load"),
+    ],
+)
+def test_what_open_clip_cannot_do_is_named(
+    of_transformers: tuple[Path, Any], tmp_path: Path, file: str, change: dict[str, Any] | None, message: str
+) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(of_transformers[0], folder)
+    if change is None:
+        (folder / file).write_bytes(b"{")
+    else:
+        found = json.loads((folder / file).read_text(encoding="utf-8"))
+        found.get("image_processor", found).update(change)
+        (folder / file).write_text(json.dumps(found), encoding="utf-8")
+    with pytest.raises(RAdapterError, match=message) as raised:
+        load_base(f"local-dir:{folder}")
+    assert "\n" not in str(raised.value)
+
+
+def test_weights_that_are_missing_are_never_random(of_transformers: tuple[Path, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(of_transformers[0], folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RAdapterError, match="it has no weight visual_projection.weight"):
+        load_base(f"local-dir:{folder}")
+
+
+def test_another_vocabulary_is_refused(of_transformers: tuple[Path, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(of_transformers[0], folder)
+    found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = found["model"]["vocab"]
+    vocabulary["cat</w>"], vocabulary["dog</w>"] = vocabulary["dog</w>"], vocabulary["cat</w>"]
+    (folder / "tokenizer.json").write_text(json.dumps(found), encoding="utf-8")
+    with pytest.raises(RAdapterError, match="its vocabulary is not CLIP's"):
+        load_base(f"local-dir:{folder}")

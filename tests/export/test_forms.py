@@ -21,13 +21,15 @@ from safetensors.torch import load_file
 
 from radapter_export import ExportSettings, export_release
 from radapter_export.processor import check_processor, write_processor
-from radapter_serve.adapter import fold, load_adapter, save_adapter
+from radapter_serve.adapter import base_digest, fold, load_adapter, save_adapter
 from radapter_serve.cli.export import main
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.form import Form, to_transformers
 from radapter_serve.clip.transformers_form import form_of
 from radapter_serve.errors import RAdapterError
+from radapter_serve.training import train
 from tests.helpers.graphs import quick_exports
+from tests.helpers.short_run import short_run
 from tests.helpers.small_models import FAMILIES, make_base, random_adapter
 
 TEXTS = ["a photo of a cat", "two dogs on a red sofa", "many words " * 60, ""]
@@ -334,3 +336,26 @@ def test_the_command_shows_the_forms(
     assert json.loads((tmp_path / "hf" / "release.json").read_text(encoding="utf-8"))["alpha"] == 0.2
     assert json.loads((tmp_path / "lora" / "release.json").read_text(encoding="utf-8"))["alpha"] == 0.5
     assert {path.name for path in tmp_path.iterdir()} == {"merged", "hf", "lora", "model_repository"}
+
+
+def test_a_base_of_transformers_is_trained_and_exported(made: Path, common: Path, tmp_path: Path) -> None:
+    folder = made / "hf" / "alpha-0.3"
+    for color in ("red", "blue"):
+        (tmp_path / "photos" / color).mkdir(parents=True)
+        for number in range(6):
+            Image.new("RGB", (40, 40 + number), color).save(tmp_path / "photos" / color / f"{number}.png")
+    data = f"imagefolder:{tmp_path / 'photos'}"
+    run = train(short_run(f"local-dir:{folder}", tmp_path, data=data, val_data=data, rank=2))
+    with quick_exports(common):
+        (release,) = export_release(run, [1.0], settings_in(tmp_path))
+    assert release.release.architecture == f"local-dir:{folder}"
+    check_transformers(tmp_path / "hf", by_open_clip(tmp_path / "merged"), padding=True)
+    # The very weights of the base, in either form, are what the adapter belongs to.
+    assert load_adapter(run).metadata.base_digest == base_digest(
+        load_base(f"local-dir:{made / 'merged' / 'alpha-0.3'}").model.state_dict(), load_adapter(run).keys
+    )
+    theirs = transformers.CLIPModel.from_pretrained(folder).state_dict()
+    assert not torch.equal(load_file(tmp_path / "hf" / "model.safetensors")[LAYER], theirs[LAYER])
+
+
+LAYER = "text_model.encoder.layers.0.mlp.fc2.weight"

@@ -19,7 +19,7 @@ from llama_index.embeddings.openai import OpenAIEmbedding
 
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.keys import new_key
-from tests.gateway.test_gateway import talking, until
+from tests.gateway.test_gateway import heard, talking, until
 from tests.helpers.fake_server import release
 from tests.helpers.fake_upstream import Served, serving, unpacked
 from tests.helpers.small_release import png
@@ -257,6 +257,14 @@ def test_what_is_closed_is_refused_in_the_form_of_openai(served: Served) -> None
         error = json.loads(answer.data)["error"]
         assert (answer.status, error["code"], error["type"]) == (status, "not_found", "invalid_request_error")
         assert "/v1/embeddings" in error["message"]
+
+
+@pytest.mark.parametrize("host", [b"[", b"a/v1/", b"x:y:z", b"\xff"])
+def test_the_form_of_errors_is_that_of_the_path_whatever_the_host_is_called(served: Served, host: bytes) -> None:
+    for path, form in ((b"/v1/none", b'{"error":{"message":"GET of'), (b"/v2/none", b'{"error":"[not_found] GET of')):
+        with talking(served, b"GET %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % (path, host)) as it:
+            answer = heard(it)
+        assert answer.startswith(b"HTTP/1.1 404") and form in answer
 
 
 def test_a_fault_of_the_gateway_tells_nothing(served: Served) -> None:

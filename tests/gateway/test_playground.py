@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import gradio
 import numpy as np
@@ -22,7 +23,7 @@ import urllib3
 from PIL import Image
 
 from radapter_client import Release, Segmentation
-from radapter_serve.cli import gateway
+from radapter_serve.cli import gateway, serve
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.keys import new_key
 from radapter_serve.gateway.playground import door, page, shown
@@ -86,7 +87,7 @@ def send(served: Served, name: str | int, data: list[Any], *, more: Any = None, 
     return get(served, EVENT, "POST", body, Content_Type="application/json", **headers)
 
 
-def html(answer: Any) -> list[str]:
+def html(answer: Any) -> list[Any]:
     assert answer.status == 200, answer.data
     return list(json.loads(answer.data)["data"])
 
@@ -147,6 +148,15 @@ def test_without_dynamic_alpha_the_slider_says_why_and_no_alpha_is_sent() -> Non
         assert alpha["visible"] is False and "radapter-export --alpha dynamic" in why
         html(send(served, "classify", CLASSIFY))
         assert "alpha" not in {one.name for one in served.upstream.asked[-1].inputs}
+
+
+def test_a_page_that_finds_no_server_says_so() -> None:
+    with serving(SmallWorld, playground=True) as served:
+        served.upstream.configs = {}
+        served.upstream.config = AsyncMock(side_effect=Refused(503, "server_unavailable", "it starts"))  # type: ignore[method-assign]
+        facts, alpha, why, *others = html(send(served, "begin", []))
+        assert 'class="wrong"' in facts and "it starts" in facts
+        assert why == "" and alpha == {"__type__": "update"} and others == [alpha] * 2
 
 
 def test_what_a_task_refuses_is_shown(served: Served) -> None:
@@ -252,6 +262,9 @@ FILE = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
         [PICTURE, "cat", "", "0.5"],
         [PICTURE, "cat", 1, 0.5],
         [PICTURE, "cat", "", True],
+        [PICTURE, "cat", "", 1.01],
+        [PICTURE, "cat", "", None],
+        [0.5, "cat", "", 0.5],
         [PICTURE, "cat", ""],
         [PICTURE, "cat", "", 0.5, None],
         ["x"] * 17,
@@ -371,11 +384,11 @@ def test_a_visitor_finds_the_page(served: Served) -> None:
 def test_without_gradio_the_command_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in [name for name in sys.modules if name.startswith("radapter_serve.gateway.playground")]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert gateway.main(["--playground", "--port", "0"]) == 2
-    assert "pip install 'radapter-serve[playground]'" in capsys.readouterr().err
+    for command in (gateway.main, serve.main):
+        port = "--port" if command is gateway.main else "--gateway-port"
+        assert command(["--playground", port, "0"]) == 2
+        assert "pip install 'radapter-serve[playground]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tests.helpers.small_release import png
 KEY = "radapter-hostile-suite"
 LABEL_SET, INDEX = "colours", "photos"
 TYPE, LENGTH = "Content-Type", "Inference-Header-Content-Length"
-_KINDS: dict[str, str] = {"INT32": "<i4", "FP32": "<f4", "UINT8": "u1"}
+_KINDS: dict[str, str] = {"INT32": "<i4", "FP32": "<f4", "UINT8": "u1", "BOOL": "?"}
 
 Value = Any  # a text, the bytes of an image, or numbers as a nested list
 
@@ -81,7 +81,11 @@ def ask(model: str, inputs: dict[str, Value], *, binary: bool = False, rows: boo
     batched = model not in ("segment", "retrieve") if rows is None else rows
     tensors, tail = [], b""
     for name, value in inputs.items():
-        datatype = "BYTES" if isinstance(value, list) else {"i": "INT32", "f": "FP32", "u": "UINT8"}[value.dtype.kind]
+        datatype = (
+            "BYTES"
+            if isinstance(value, list)
+            else {"i": "INT32", "f": "FP32", "u": "UINT8", "b": "BOOL"}[value.dtype.kind]
+        )
         shape = [len(value)] if isinstance(value, list) else list(value.shape)
         tensor: dict[str, Any] = {"name": name, "shape": [1, *shape] if batched else shape, "datatype": datatype}
         if binary:
@@ -104,7 +108,9 @@ def pack(value: Value) -> bytes:
     if isinstance(value, list):
         texts = [one.encode("utf-8", "surrogatepass") if isinstance(one, str) else one for one in value]
         return b"".join(struct.pack("<I", len(text)) + text for text in texts)
-    return bytes(value.astype(_KINDS[{"i": "INT32", "f": "FP32", "u": "UINT8"}[value.dtype.kind]]).tobytes())
+    return bytes(
+        value.astype(_KINDS[{"i": "INT32", "f": "FP32", "u": "UINT8", "b": "BOOL"}[value.dtype.kind]]).tobytes()
+    )
 
 
 def as_text(value: str | bytes) -> str:

@@ -466,6 +466,22 @@ def _numbers() -> Iterator[Made]:
                 "numbers out of range", ask("classify", {"image": image, "labels": ["a"], "top_k": number}).raw
             )
         yield _later("numbers out of range", ask("retrieve", {"text": ["a"], "index": [INDEX], "top_k": number}).raw)
+    for value in (nan, inf, -inf, np.array([-0.1], np.float32), np.array([1.1], np.float32)):
+        for binary in (True, False):
+            inputs = {"image": image, "labels": ["a"], "multi_label": np.array([True]), "threshold": value}
+            yield _later("labels that stand alone", ask("classify", inputs, binary=binary).raw)
+    for wrong in (np.array([1], np.int32), np.array([1], np.uint8), np.array([1], np.float32)):
+        inputs = {"image": image, "labels": ["a"], "multi_label": wrong}
+        yield _later("labels that stand alone", ask("classify", inputs, binary=True).raw)
+    alone = {"image": image, "labels": ["a", "b"], "multi_label": np.array([True]), "calibrated": np.array([False])}
+    yield _later("labels that stand alone", ask("classify", alone, binary=True).raw, CHECKED)
+    none = {
+        "image": image,
+        "labels": ["a", "b"],
+        "multi_label": np.array([True]),
+        "threshold": np.array([1], np.float32),
+    }
+    yield _later("labels that stand alone", ask("classify", none).raw, CHECKED)
     masks = np.full((1, 20, 20), 255, np.uint8)
     for wrong in (masks[:, :10], masks[:0], masks * 0, np.full((1, 1, 1), 1, np.uint8)):
         inputs = {"image": image, "labels": ["a"], "proposals": wrong}

@@ -14,7 +14,6 @@ from starlette.applications import Starlette
 from starlette.responses import RedirectResponse
 from starlette.routing import Route
 
-from radapter_serve.errors import RAdapterError
 from radapter_serve.gateway.app import Gateway
 from radapter_serve.gateway.settings import MIB, Settings
 
@@ -25,18 +24,11 @@ def add_playground(gateway: Gateway, settings: Settings) -> None:
     Args:
         gateway: that has not started.
         settings: of it.
-
-    Raises:
-        RAdapterError: Gradio is not installed.
     """
     # Gradio reads these when it is imported. It is given no file to keep, but makes a folder for them.
     os.environ |= {"GRADIO_TEMP_DIR": _folder(), "GRADIO_ANALYTICS_ENABLED": "False"}
-    try:
-        from radapter_serve.gateway.playground import ask, door, inside, page
-    except ImportError as error:
-        raise RAdapterError(
-            f"--playground needs Gradio ({error}); install it with: pip install 'radapter-serve[playground]'"
-        ) from None
+    from radapter_serve.gateway.playground import ask, door, inside, page
+
     most = max(1, int(settings.max_body * MIB * 3 / 4) - 2**16)  # bytes of a picture, which travels as base64
     before = gateway.app.router.lifespan_context
 

@@ -51,7 +51,7 @@ class Ask:
             try:
                 release, indexes = await client.release(), await _indexes(client)
             except RAdapterClientError as error:
-                return shown.wrong(error), *(gradio.skip(),) * 4
+                return shown.wrong(error), gradio.skip(), "", gradio.skip(), gradio.skip()
         alpha = gradio.update(visible=release.dynamic_alpha, value=release.alpha)
         sets = gradio.update(choices=["", *release.label_sets], value="", visible=bool(release.label_sets))
         names = gradio.update(choices=indexes, value=indexes[0] if indexes else "")

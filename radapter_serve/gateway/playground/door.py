@@ -36,6 +36,7 @@ _SEALS = {
     "X-Content-Type-Options": "nosniff",
 }
 
+Kinds = dict[int, list["tuple[float, float] | None"]]
 Value = Annotated[float, Field(allow_inf_nan=False, strict=True)] | Annotated[str, Field(strict=True)] | None
 
 
@@ -51,12 +52,13 @@ class Door:
 
     Args:
         page: Gradio's app.
-        kinds: of each event of the page, by its number: for each of its values, whether it is a number.
+        kinds: of each event of the page, by its number: for each of its values, the least and the most that a number
+            may be, or None for a text.
         gateway: whose keys and memory are used.
         settings: of the gateway.
     """
 
-    def __init__(self, page: ASGIApp, kinds: dict[int, list[bool]], gateway: Gateway, settings: Settings) -> None:
+    def __init__(self, page: ASGIApp, kinds: Kinds, gateway: Gateway, settings: Settings) -> None:
         self._page, self._kinds, self._gateway, self._settings = page, kinds, gateway, settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -98,7 +100,7 @@ class Door:
         except ValidationError:
             raise bad("this is no event of the page") from None
         kinds = self._kinds.get(event.fn_index)
-        if kinds is None or [type(value) is float for value in event.data] != kinds:
+        if kinds is None or len(kinds) != len(event.data) or not all(map(_fits, event.data, kinds)):
             raise bad("this is no event of the page")
         return event.model_dump_json().encode()  # without a session: Gradio keeps nothing of its callers
 
@@ -131,6 +133,13 @@ def key(authorization: str | None) -> str | None:
     except (binascii.Error, UnicodeDecodeError, ValueError):
         return None
     return both.partition(":")[2] or None
+
+
+def _fits(value: float | str | None, kind: tuple[float, float] | None) -> bool:
+    """Whether a value of an event is of the kind that belongs there."""
+    if kind is None:
+        return not isinstance(value, float)
+    return isinstance(value, float) and kind[0] <= value <= kind[1]
 
 
 def _seen(scope: Scope, *more: bytes) -> Scope:

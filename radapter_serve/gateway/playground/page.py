@@ -9,7 +9,7 @@ import gradio
 from starlette.applications import Starlette
 
 from radapter_serve.gateway.playground.ask import Ask
-from radapter_serve.gateway.playground.door import PATH
+from radapter_serve.gateway.playground.door import PATH, Kinds
 
 _CALL: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
@@ -114,9 +114,13 @@ def mount(page: gradio.Blocks, most: int) -> Starlette:
     return app
 
 
-def kinds(page: gradio.Blocks) -> dict[int, list[bool]]:
-    """Of each event, by its number, which of its values are numbers."""
-    return {number: [isinstance(block, gradio.Slider) for block in event.inputs] for number, event in page.fns.items()}
+def kinds(page: gradio.Blocks) -> Kinds:
+    """The kinds of values of each event, as `Door` takes them."""
+    return {number: [_range(block) for block in event.inputs] for number, event in page.fns.items()}
+
+
+def _range(block: Any) -> tuple[float, float] | None:
+    return (block.minimum, block.maximum) if isinstance(block, gradio.Slider) else None
 
 
 def _text(file: str) -> str:

@@ -1,0 +1,164 @@
+"""Embedding a collection on a Ray cluster: workers read and embed, this process writes the index.
+
+Every worker needs this package, and sees the files and the model repository by the same paths as this process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from radapter_serve.environment import THREADS
+from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.index.reading import Read, read
+from radapter_serve.runtimes.embedding_release import EmbeddingRelease
+
+_LOOK = ("width", "height", "thumbnail")
+_AHEAD = 2  # batches that wait for a worker
+
+
+class Cluster:
+    """A Ray cluster that embeds.
+
+    Args:
+        address: of it, such as `10.0.0.1:6379` or `ray://10.0.0.1:10001`; `auto` for the one of this machine.
+        release: that every worker loads.
+
+    Raises:
+        RAdapterError: Ray is not installed, or there is no such cluster.
+    """
+
+    def __init__(self, address: str, release: EmbeddingRelease) -> None:
+        self._release = release
+        try:
+            import ray
+            import ray.data
+        except ModuleNotFoundError:
+            raise RAdapterError("ray is not installed; pip install 'radapter-serve[ray]'") from None
+        try:
+            if not ray.is_initialized():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            raise RAdapterError(
+                f"no Ray cluster at {address}: {reason(error):.200}; start one with: ray start --head"
+            ) from None
+        self._gpus = int(resources.get("GPU", 0))
+        self.workers = max(1, self._gpus or int(resources.get("CPU", 1)) - 1)  # one core reads and passes on
+
+    def read(
+        self, items: Sequence[tuple[str, Path, str]], batch: int, thumbnails: int, exif_orientation: bool
+    ) -> Iterator[list[Read]]:
+        """Read and embed files in their order, batch by batch; what a worker that died had is done again.
+
+        Args:
+            items: as `read` takes them: id, file, and the digest of the bytes that the index has.
+            batch: how many files at a time.
+            thumbnails, exif_orientation: as of `build`.
+
+        Raises:
+            RAdapterError: the workers can't embed.
+        """
+        import ray.data
+
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False
+        ids, files, before = zip(
+            *[(os.fsencode(id), os.fsencode(file), digest) for id, file, digest in items], strict=True
+        )
+        table = pa.table({"id": pa.array(ids, pa.binary()), "file": pa.array(files, pa.binary()), "before": before})
+        parts = [table.slice(start, batch) for start in range(0, len(table), batch)]
+        told = {
+            "origin": dict(self._release.origin),
+            "alpha": self._release.facts.alpha if self._release.facts.dynamic_alpha else None,
+            "digest": self._release.facts.digest,
+            "thumbnails": thumbnails,
+            "exif_orientation": exif_orientation,
+        }
+        embedded = ray.data.from_arrow(parts).map_batches(
+            _Worker,
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=self.workers, max_tasks_in_flight_per_actor=_AHEAD),
+            fn_constructor_kwargs=told,
+            num_cpus=0 if self._gpus else 1,
+            num_gpus=1 if self._gpus else None,
+            max_restarts=-1,
+            max_task_retries=-1,
+        )
+        try:
+            for found in embedded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=_AHEAD):
+                yield _reads(found)
+        except ray.exceptions.RayError as error:
+            raise RAdapterError(f"the cluster can't embed: {_cause(error)}") from None
+
+
+class _Worker:
+    """On a worker: holds the release, and reads and embeds batches."""
+
+    def __init__(
+        self, origin: Mapping[str, str], alpha: float | None, digest: str, thumbnails: int, exif_orientation: bool
+    ) -> None:
+        os.environ.setdefault(THREADS, "1")  # a worker has one core
+        self._release = _load(origin)
+        if alpha is not None:
+            self._release.set_alpha(alpha)
+        if self._release.facts.digest != digest:
+            raise RAdapterError(f"a worker found another release at {' '.join(origin.values())} than this machine has")
+        self._release.turn(exif_orientation)
+        self._thumbnails = thumbnails
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        found = [
+            read(os.fsdecode(id), Path(os.fsdecode(file)), before, self._release, self._thumbnails)
+            for id, file, before in zip(*(batch[name].to_pylist() for name in ("id", "file", "before")), strict=True)
+        ]
+        fresh = {one.digest: one.prepared for one in found if not (one.error or one.kept)}
+        embeds = dict(zip(fresh, self._release.encode_images(list(fresh.values())), strict=True)) if fresh else {}
+        return pa.table(
+            {
+                "digest": [one.digest for one in found],
+                "kept": [one.kept for one in found],
+                "error": [one.error.encode("utf-8", "surrogateescape") for one in found],
+                **{name: pa.array([one.look.get(name) for one in found], _TYPES[name]) for name in _LOOK},
+                "vector": pa.array([embeds.get(one.digest) for one in found], pa.list_(pa.float32())),
+            }
+        )
+
+
+_TYPES = {"width": pa.int32(), "height": pa.int32(), "thumbnail": pa.binary()}
+
+
+def _load(origin: Mapping[str, str]) -> EmbeddingRelease:
+    if "url" in origin:
+        from radapter_serve.runtimes.served_release import ServerRelease
+
+        return ServerRelease(origin["url"])
+    from radapter_serve.runtimes.local_release import LocalRelease
+
+    return LocalRelease(origin["model_repository"])
+
+
+def _reads(found: pa.Table) -> list[Read]:
+    return [
+        Read(
+            row["digest"],
+            look={name: row[name] for name in _LOOK if row[name] is not None},
+            kept=row["kept"],
+            error=row["error"].decode("utf-8", "surrogateescape"),
+            vector=None if row["vector"] is None else np.asarray(row["vector"], np.float32),
+        )
+        for row in found.to_pylist()
+    ]
+
+
+def _cause(error: Exception) -> str:
+    """The worker's own error in one line, without the traceback that Ray adds."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__).rpartition("RAdapterError: ")[2][:300]

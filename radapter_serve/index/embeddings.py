@@ -1,0 +1,111 @@
+"""The embeddings of an index as plain files, in the layout of clip-retrieval: NumPy arrays, and Parquet beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.index.index import Index, table_errors, vectors_of
+from radapter_serve.index.writer import BATCH, Progress
+
+PART = 1_000_000  # images in one file, as clip-retrieval has it
+_PATH = "image_path"  # what clip-retrieval calls an image's file
+
+
+def export_embeddings(
+    index: Path,
+    out: Path,
+    *,
+    dtype: Literal["float32", "float16"] = "float32",
+    progress: Progress | None = None,
+) -> int:
+    """Write `img_emb/img_emb_0.npy` and `metadata/metadata_0.parquet`, and so on for each million images.
+
+    Row n of an array is row n of the table beside it. The files appear all or not at all.
+
+    Args:
+        index: the index's folder.
+        out: folder to write, which must not hold anything.
+        dtype: of the arrays [N, D], whose rows have unit length; clip-retrieval itself writes float16.
+        progress: called after every batch.
+
+    Returns:
+        How many images there are.
+
+    Raises:
+        RAdapterError: there is no index, `out` holds something, or the disk is full.
+    """
+    source, out = Index(index), out.absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RAdapterError(f"{out} holds something; give another folder with --to, or move that away")
+    if _PATH in source.columns:
+        raise RAdapterError(
+            f"the index {index} has a column {_PATH}, which clip-retrieval would take for the files; build it again "
+            f"with another name for that column"
+        )
+    staged = out.with_name(f".{out.name}.{os.getpid()}.new")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _write(source, staged, np.dtype(dtype), progress)
+        staged.replace(out)  # over an empty folder, too
+    except OSError as error:
+        raise RAdapterError(f"could not write {shlex.quote(str(out))}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return len(source)
+
+
+def _write(source: Index, staged: Path, dtype: np.dtype[Any], progress: Progress | None) -> None:
+    for name in ("img_emb", "metadata"):
+        (staged / name).mkdir(parents=True)
+    count, rows = len(source), _rows(source)
+    digits = len(str(max(count - 1, 0) // PART))  # readers take the files in the order of their names
+    for number, start in enumerate(range(0, count, PART)):
+        name, length, written = str(number).zfill(digits), min(PART, count - start), 0
+        with contextlib.ExitStack() as held:
+            while written < length:
+                vectors, metadata = next(rows, (None, None))
+                if vectors is None or metadata is None:
+                    raise RAdapterError(f"the index {source.folder} says {count} images and holds fewer")
+                if not written:
+                    shape = (length, vectors.shape[1])
+                    array: Any = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+                        staged / "img_emb" / f"img_emb_{name}.npy", "w+", dtype, shape
+                    )
+                    path = staged / "metadata" / f"metadata_{name}.parquet"
+                    table = held.enter_context(pq.ParquetWriter(path, metadata.schema))
+                array[written : written + len(vectors)] = vectors
+                table.write_table(metadata)
+                written += len(vectors)
+                if progress is not None:
+                    progress(start + written, count)
+            array.flush()
+
+
+def _rows(source: Index) -> Iterator[tuple[NDArray[np.float32], pa.Table]]:
+    """Embeddings and metadata, in batches that never reach over the end of a part."""
+    done, root = 0, Path(source.facts["root"])
+    with table_errors(source.folder):
+        for batch in source.table.search().select([*source.columns, "vector"]).to_batches(BATCH):
+            table = pa.Table.from_batches([batch])
+            while len(table):
+                some = table.slice(0, PART - done % PART)
+                yield vectors_of(some["vector"]), _with_files(some.drop_columns(["vector"]), root)
+                table, done = table.slice(len(some)), done + len(some)
+
+
+def _with_files(metadata: pa.Table, root: Path) -> pa.Table:
+    """The metadata with the images' files in front."""
+    files = pa.array([str(root / path) for path in metadata["path"].to_pylist()], pa.string())
+    return metadata.add_column(0, _PATH, files)

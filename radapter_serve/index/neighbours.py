@@ -1,0 +1,255 @@
+"""Which vectors of a big index are nearest: FAISS names candidates, and the vectors themselves sort them.
+
+A folder `neighbours/VERSION` lies beside the table and belongs to that version of it. It holds `codes.faiss` (IVF-PQ
+with 4-bit codes, in memory), `vectors.npy` (float16, mapped) and `rows.npy` (LanceDB's row ids in the same order).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.files import ascii_path, digest_of
+from radapter_serve.threads import total
+
+FOLDER, KIND = "neighbours", "IVF-PQ"
+CODES, VECTORS, ROWS = "codes.faiss", "vectors.npy", "rows.npy"
+FILES = (CODES, VECTORS, ROWS)
+_MOST_CELLS = 65_536
+_SAMPLE = 32  # vectors that a cell's centre is computed from
+_ROUNDS = 10  # of k-means; more change little
+_CANDIDATES = 8  # for each hit at least
+_BLOCK = 10_000  # vectors at a time
+
+Positions = NDArray[np.int64]
+
+
+class Neighbours:
+    """The vectors of an index, to be searched; one thread a search, and any number of searches at once.
+
+    Args:
+        folder: of the files.
+        said: what `index.json` says of them: `files` with the digest and the size of each.
+        shape: number of vectors, and D.
+
+    Raises:
+        RAdapterError: a file is missing, or is not what `index.json` says.
+
+    Attributes:
+        rows: LanceDB's row id of each vector, uint64 [N].
+        vectors: float16 [N, D], mapped.
+    """
+
+    def __init__(self, folder: Path, said: Mapping[str, Any], shape: tuple[int, int]) -> None:
+        self._faiss = load_faiss()
+        try:
+            for name in FILES:
+                if not _is_what(folder / name, said["files"][name]):
+                    raise RAdapterError(f"{folder / name} is missing, or is not the file that index.json names")
+            self.rows = np.load(folder / ROWS, allow_pickle=False)
+            self.vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
+            self._index = self._faiss.read_index(str(ascii_path(folder) / CODES))
+        except RAdapterError:
+            raise
+        except Exception as error:  # FAISS raises RuntimeError, numpy ValueError, a fact of another type TypeError
+            raise RAdapterError(f"{folder} can't be read: {reason(error):.300}") from None
+        _check(self, self._index, self._faiss, folder, shape)
+        self.cells = int(self._index.nlist)
+        ascending = bool((self.rows[1:] > self.rows[:-1]).all())
+        self._order = None if ascending else np.argsort(self.rows)
+        self._sorted = self.rows if self._order is None else self.rows[self._order]
+
+    def positions(self, rows: NDArray[np.uint64]) -> Positions:
+        """Where vectors stand whose row ids are given."""
+        found = np.searchsorted(self._sorted, rows)
+        return found if self._order is None else self._order[found]
+
+    def nearest(
+        self, query: NDArray[np.float32], top_k: int, nprobes: int, candidates: int, among: Positions | None = None
+    ) -> tuple[Positions, NDArray[np.float32]]:
+        """The nearest vectors and their cosines, best first.
+
+        Args:
+            query: float32 [D], unit length.
+            top_k: how many at most.
+            nprobes: cells that are searched for ten of all vectors; more are for more hits or for fewer vectors.
+            candidates: how many FAISS names at least, which the vectors themselves sort.
+            among: positions of the vectors that may be found; None for all.
+        """
+        allowed = len(self.rows) if among is None else len(among)
+        top_k = min(top_k, allowed)
+        wanted = min(allowed, max(candidates, _CANDIDATES * top_k))
+        spread = max(1.0, top_k / 10) ** 0.5 * len(self.rows) / max(1, allowed)
+        selector = {} if among is None else {"sel": self._selector(among)}
+        probes = min(self.cells, round(nprobes * spread))
+        while True:
+            options = self._faiss.SearchParametersIVF(nprobe=probes, **selector)
+            self._faiss.omp_set_num_threads(1)  # counts for the thread that asks
+            _, named = self._index.search(np.ascontiguousarray(query[None], np.float32), wanted, params=options)
+            found = named[0][(named[0] >= 0) & (named[0] < len(self.rows))]
+            if len(found) >= top_k or probes == self.cells:
+                return self.best(query, found, top_k)
+            probes = min(self.cells, probes * 4)
+
+    def best(self, query: NDArray[np.float32], of: Positions, top_k: int) -> tuple[Positions, NDArray[np.float32]]:
+        """The best of some vectors by comparing each, best first."""
+        parts = [self.vectors[of[start : start + _BLOCK]].astype(np.float32) @ query for start in _starts(len(of))]
+        scores = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+        first = np.argsort(-scores, kind="stable")[:top_k]
+        return of[first], scores[first]
+
+    def _selector(self, among: Positions) -> Any:
+        marks = np.zeros(len(self.rows), bool)
+        marks[among] = True
+        bits = np.packbits(marks, bitorder="little")
+        selector = self._faiss.IDSelectorBitmap(len(self.rows), self._faiss.swig_ptr(bits))
+        selector.bits = bits  # which FAISS only points at
+        return selector
+
+
+def write_neighbours(
+    folder: Path,
+    batches: Iterable[tuple[NDArray[np.uint64], NDArray[np.float32]]],
+    shape: tuple[int, int],
+    before: Path | None = None,
+    said: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the files, and say of them what `index.json` has to.
+
+    Args:
+        folder: to make; what a stopped build left there goes.
+        batches: row ids [B] and vectors, float32 [B, D], in the order of the table.
+        shape: number of vectors, and D.
+        before: a folder of much the same vectors, whose cells are kept if it is intact; None makes new ones.
+        said: what `index.json` says of that folder.
+    """
+    faiss = load_faiss()
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        _write_vectors(folder, batches, shape)
+        vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
+        threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or total()))
+        try:
+            if before is not None and said is not None and intact(before, said):
+                index, trained_on = faiss.read_index(str(before / CODES)), int(said["trained_on"])
+                index.reset()
+            else:
+                index, trained_on = _trained(faiss, vectors), len(vectors)
+            for start in _starts(len(vectors)):
+                index.add(vectors[start : start + _BLOCK].astype(np.float32))
+        finally:
+            faiss.omp_set_num_threads(threads)
+        faiss.write_index(index, str(folder / CODES))
+        files = {name: {"size": (folder / name).stat().st_size, "digest": digest_of(folder / name)} for name in FILES}
+    except (OSError, RuntimeError) as error:  # FAISS's own are RuntimeErrors
+        shutil.rmtree(folder, ignore_errors=True)
+        raise RAdapterError(f"cannot write {folder}: {reason(error):.300}") from None
+    return {"index": KIND, "cells": int(index.nlist), "trained_on": trained_on, "files": files}
+
+
+def _write_vectors(
+    folder: Path, batches: Iterable[tuple[NDArray[np.uint64], NDArray[np.float32]]], shape: tuple[int, int]
+) -> None:
+    """Write rows and vectors as they come; not through a mapping, for a full disk would end the process."""
+    header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+    rows: list[NDArray[np.uint64]] = []
+    with (folder / VECTORS).open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
+        for ids, part in batches:
+            rows.append(ids)
+            file.write(np.ascontiguousarray(part, "<f2").tobytes())
+    if sum(map(len, rows)) != shape[0]:
+        raise RAdapterError(f"the table has {sum(map(len, rows))} vectors and should have {shape[0]}")
+    np.save(folder / ROWS, np.concatenate(rows))
+
+
+def _trained(faiss: Any, vectors: NDArray[np.float16]) -> Any:
+    """An empty index whose cells and codes suit these vectors."""
+    count, dim = vectors.shape
+    cells = max(1, min(_MOST_CELLS, int(2 * count**0.5), count // _SAMPLE))
+    parts = dim // 2 if dim % 2 == 0 else dim
+    index = faiss.index_factory(dim, f"IVF{cells},PQ{parts}x4fs", faiss.METRIC_INNER_PRODUCT)
+    index.cp.niter, index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = _ROUNDS, 1, _SAMPLE
+    chosen = np.random.default_rng(0).choice(count, min(count, max(_SAMPLE * cells, 16_384)), replace=False)
+    index.train(vectors[np.sort(chosen)].astype(np.float32))
+    return index
+
+
+def load_faiss() -> Any:
+    """FAISS, which only indexes of many images need.
+
+    Raises:
+        RAdapterError: it is not installed.
+    """
+    try:
+        import faiss
+    except ModuleNotFoundError:
+        raise RAdapterError("faiss-cpu is not installed; pip install 'radapter-serve[server]'") from None
+    return faiss
+
+
+def neighbours_of(folder: Path, table_version: int) -> Path:
+    """Where an index has what a version of its table is searched by."""
+    return folder / FOLDER / str(int(table_version))
+
+
+def intact(folder: Path, said: Mapping[str, Any]) -> bool:
+    """Whether the files are those that `index.json` names."""
+    with contextlib.suppress(OSError, KeyError, TypeError):
+        return all(_is_what(folder / name, said["files"][name]) for name in FILES)
+    return False
+
+
+def tidy(folder: Path, before: int | None, now: int, keep: datetime.timedelta) -> None:
+    """Remove what older versions of a table were searched by, once nobody opens it any more.
+
+    Args:
+        folder: of the index.
+        before: the version that was searched until now.
+        now: the version that is searched.
+        keep: how long after it was replaced a server may still open one.
+    """
+    if before is not None and before != now:
+        with contextlib.suppress(OSError):
+            os.utime(neighbours_of(folder, before))
+    places = list((folder / FOLDER).iterdir()) if (folder / FOLDER).is_dir() else []
+    for place in places:
+        with contextlib.suppress(OSError):
+            if place.name != str(now) and time.time() - place.stat().st_mtime > keep.total_seconds():
+                shutil.rmtree(place)
+    with contextlib.suppress(OSError):
+        (folder / FOLDER).rmdir()  # where nothing is left
+
+
+def _is_what(path: Path, said: Mapping[str, Any]) -> bool:
+    return path.is_file() and path.stat().st_size == said["size"] and digest_of(path) == said["digest"]
+
+
+def _check(made: Neighbours, index: Any, faiss: Any, folder: Path, shape: tuple[int, int]) -> None:
+    """Refuse files that do not belong together."""
+    count, dim = shape
+    fits = (
+        isinstance(index, faiss.IndexIVFPQFastScan)
+        and (index.ntotal, index.d, index.metric_type) == (count, dim, faiss.METRIC_INNER_PRODUCT)
+        and index.invlists.compute_ntotal() == count
+        and (made.rows.shape, made.rows.dtype) == ((count,), np.uint64)
+        and (made.vectors.shape, made.vectors.dtype) == (shape, np.float16)
+    )
+    if not fits:
+        raise RAdapterError(f"{folder} does not hold the {count} vectors of width {dim} that index.json names")
+
+
+def _starts(count: int) -> range:
+    return range(0, count, _BLOCK)

@@ -1,0 +1,89 @@
+"""Reading an image file for an index, on this machine or on a worker of a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+from radapter_serve.files import digest_of
+from radapter_serve.inputs.errors import TaskError
+from radapter_serve.inputs.preprocess import oriented
+from radapter_serve.runtimes.embedding_release import EmbeddingRelease
+
+_ORIENTATION = ExifTags.Base.Orientation
+
+
+@dataclass(frozen=True)
+class Read:
+    """A file that was read: it is in the index already, or is prepared for the encoder or embedded, or is broken.
+
+    Args:
+        digest: of its bytes.
+        prepared: what the release's `encode_images` takes.
+        look: width, height and thumbnail.
+        kept: whether its bytes are those that the index has.
+        error: why it can't be indexed.
+        vector: its embedding, where it is known, float32 [D].
+    """
+
+    digest: str = ""
+    prepared: Any = None
+    look: Mapping[str, Any] = field(default_factory=dict)
+    kept: bool = False
+    error: str = ""
+    vector: NDArray[np.float32] | None = None
+
+
+def read(id: str, file: Path, before: str, release: EmbeddingRelease, thumbnails: int) -> Read:
+    """Read a file, and prepare it where its bytes are not those that the index has. Thread-safe.
+
+    Args:
+        id: what the index calls it.
+        file: where it lies.
+        before: digest of the bytes that the index has; empty where it has none, or needs them again.
+        release: prepares it.
+        thumbnails: longest side, in px; 0 for none.
+    """
+    try:
+        id.encode()
+        data = file.read_bytes()
+        digest = digest_of(data)
+        if before == digest:
+            return Read(digest, kept=True)
+        return Read(digest, release.prepare(data), look(data, thumbnails, release.preprocess.exif_orientation))
+    except UnicodeEncodeError:
+        return Read(error="its name is not UTF-8")
+    except OSError as error:
+        return Read(error=error.strerror or str(error))
+    except TaskError as error:
+        return Read(error=error.message)
+
+
+def look(data: bytes, size: int, turned: bool) -> dict[str, Any]:
+    """Width and height of the image as it was embedded, and a thumbnail, which always stands upright.
+
+    Args:
+        data: the file's bytes.
+        size: longest side of the thumbnail, in px; 0 for none.
+        turned: whether the image was turned by its EXIF orientation before it was embedded.
+    """
+    found: dict[str, Any] = {}
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:  # it was decoded once; do without
+        sideways = turned and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+        found["width"], found["height"] = image.size[::-1] if sideways else image.size
+        if size:
+            image.draft("RGB", (size, size))
+            small = oriented(image).convert("RGB")
+            small.thumbnail((size, size))
+            out = io.BytesIO()
+            small.save(out, "JPEG", quality=80)
+            found["thumbnail"] = out.getvalue()
+    return found

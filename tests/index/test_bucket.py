@@ -1,0 +1,192 @@
+"""Indexes on object storage: published as a whole, opened read-only, replaced while they are searched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pytest
+from moto.server import ThreadedMotoServer
+
+from radapter_serve.cli.index import main
+from radapter_serve.errors import RAdapterError
+from radapter_serve.index import bucket as storage
+from radapter_serve.index import index as opened
+from radapter_serve.index import publish as publishing
+from radapter_serve.index.bucket import Bucket
+from radapter_serve.index.build import add, build
+from radapter_serve.index.index import FACTS, Index, read_facts
+from radapter_serve.index.publish import link, publish
+from radapter_serve.inputs.errors import TaskError
+from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
+from tests.index.test_index import DIM, FakeRelease, embeds_of, write
+from tests.index.test_neighbours import Ready, clustered, found, lower, recall, write_numbers
+
+URL = "s3://pictures/indexes/photos"
+QUERY = np.eye(DIM, dtype=np.float32)[0]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """Object storage in this process."""
+    served = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    served.start()
+    host, port = served.get_host_and_port()
+    yield f"http://{host}:{port}"
+    served.stop()
+
+
+@pytest.fixture
+def client(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """The environment of who may use it, with an empty bucket; boto3 looks into it."""
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", "somebody"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("AWS_REGION", "eu-west-1"),
+        ("AWS_ENDPOINT_URL", server),
+        ("AWS_EC2_METADATA_DISABLED", "true"),
+        (storage.CACHE, str(tmp_path / "cache")),
+    ):
+        monkeypatch.setenv(name, value)
+    one = boto3.client("s3", region_name="eu-west-1")
+    one.create_bucket(Bucket="pictures", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
+    yield one
+    keys = one.list_objects_v2(Bucket="pictures").get("Contents", [])
+    for key in keys:
+        one.delete_object(Bucket="pictures", Key=key["Key"])
+    one.delete_bucket(Bucket="pictures")
+
+
+def keys(client) -> list[str]:
+    return [one["Key"] for one in client.list_objects_v2(Bucket="pictures").get("Contents", [])]
+
+
+def generations(client) -> set[str]:
+    return {part for key in keys(client) for part in key.split("/") if part.startswith("g-")}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for number in range(5):
+        write(tmp_path / "photos" / f"{number}.png", number)
+    return tmp_path / "photos"
+
+
+def test_published_linked_and_searched(client, photos: Path, tmp_path: Path) -> None:
+    build(str(photos), tmp_path / "index", release := FakeRelease())
+    assert main(["publish", str(tmp_path / "index"), URL]) == 0
+    assert main(["link", URL, "--out", str(tmp_path / "linked")]) == 0
+    shutil.rmtree(tmp_path / "index")
+    index = Index(tmp_path / "linked")
+    embeds = embeds_of(release, sorted(photos.iterdir()))
+    hits = index.search(embeds[3], 3, thumbnails=True)
+    assert [hit.id for hit in hits] == [f"{number}.png" for number in np.argsort(-(embeds @ embeds[3]))[:3]]
+    assert hits[0].thumbnail.startswith(b"\xff\xd8") and hits[0].metadata["width"] == 40
+    assert [hit.id for hit in index.search(embeds[3], 3, "path = '1.png'")] == ["1.png"]
+    assert "somebody" not in json.dumps(index.facts) and main(["info", str(tmp_path / "linked")]) == 0
+
+
+def test_many_images_are_found_by_files_in_a_bounded_cache(
+    client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lower(monkeypatch)
+    vectors, texts = clustered(1200, 32, 30)
+    release = Ready(vectors, texts[:100])
+    out, linked = tmp_path / "index", tmp_path / "linked"
+    for count in (1000, 1050, 1100, 1150):
+        write_numbers(tmp_path / "photos", range(count))
+        build(str(tmp_path / "photos"), out, release)
+        assert publish(out, URL) and not publish(out, URL)
+        link(URL, linked)
+        index = Index(linked)
+        assert len(index) == count and recall(index, vectors[1150:], vectors[:count]) >= 0.95
+        (own,) = (tmp_path / "cache").iterdir()
+        assert len([path for path in own.iterdir() if path.is_dir()]) <= 2 and len(generations(client)) <= 2
+    (codes,) = own.glob(f"{read_facts(linked)['generation']}/neighbours/*/codes.faiss")
+    codes.write_bytes(b"broken")
+    assert found(Index(linked), vectors[5], 1) == [5]  # it was fetched again
+
+
+def test_a_server_goes_over_to_what_was_published_last(
+    client, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opened, "_POLL", 0.0)
+    build(str(photos), tmp_path / "index", release := FakeRelease())
+    publish(tmp_path / "index", URL)
+    link(URL, tmp_path / "indexes" / "photos")
+    retrieve = Retrieve(release.facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)
+
+    def count() -> int:
+        return len(retrieve(RetrieveRequest(b"photos", text=b"a", top_k=100)).ids)
+
+    assert count() == 5
+    write(photos / "new.png", 9)
+    add(tmp_path / "index", release)
+    assert count() == 5  # not published yet
+    publish(tmp_path / "index", URL)
+    assert count() == 6
+    client.delete_object(Bucket="pictures", Key="indexes/photos/index.json")
+    assert count() == 6  # who can't ask goes on
+
+
+def test_a_publication_that_dies_is_not_seen(
+    client, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(str(photos), tmp_path / "index", release := FakeRelease())
+    publish(tmp_path / "index", URL)
+    link(URL, tmp_path / "linked")
+    write(photos / "new.png", 9)
+    add(tmp_path / "index", release)
+
+    copy = storage.copy
+
+    def die(source: str, target: str, *, down: bool) -> None:
+        copy(source, target, down=down)
+        raise OSError("the network is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publishing, "copy", die)
+        with pytest.raises(RAdapterError, match="can't be used: the network is gone; see AWS_ACCESS_KEY_ID"):
+            publish(tmp_path / "index", URL)
+    assert len(Index(tmp_path / "linked").search(QUERY, 100)) == 5
+    publish(tmp_path / "index", URL)
+    assert len(Index(tmp_path / "linked").search(QUERY, 100)) == 6
+
+
+def test_refusals(client, photos: Path, tmp_path: Path) -> None:
+    for url in ("s3://", "s3://pictures", "s3://pictures/../x", "s3://key:secret@pictures/x", "gs://pictures/x", "x"):
+        with pytest.raises(RAdapterError, match="no place of an index; allowed: s3://BUCKET/PATH") as error:
+            Bucket(url)
+        assert "key:secret" not in str(error.value)
+    with pytest.raises(RAdapterError, match=f"no index at {URL}; put one there: radapter-index publish"):
+        link(URL, tmp_path / "linked")
+    build(str(photos), tmp_path / "index", release := FakeRelease())
+    publish(tmp_path / "index", URL)
+    with pytest.raises(RAdapterError, match="stands already"):
+        link(URL, tmp_path / "index")
+    link(URL, tmp_path / "linked")
+    for change in (lambda: add(tmp_path / "linked", release), lambda: build(str(photos), tmp_path / "linked", release)):
+        with pytest.raises(RAdapterError, match="read-only.*radapter-index publish"):
+            change()
+    for body in (b"{", b"[]", b'{"generation": "../../etc"}', b'{"generation": 3}', b"{}"):
+        client.put_object(Bucket="pictures", Key="indexes/photos/index.json", Body=body)
+        with pytest.raises(RAdapterError, match="can't be read"):
+            Index(tmp_path / "linked")
+    (tmp_path / "linked" / FACTS).write_text(json.dumps({"at": "file:///etc"}))
+    with pytest.raises(RAdapterError, match="no place of an index"):
+        Index(tmp_path / "linked")
+
+
+def test_storage_that_does_not_answer(client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "indexes" / "photos").mkdir(parents=True)
+    (tmp_path / "indexes" / "photos" / FACTS).write_text(json.dumps({"at": URL}))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    with pytest.raises(RAdapterError, match="can't be used.*AWS_ENDPOINT_URL"):
+        Index(tmp_path / "indexes" / "photos")
+    retrieve = Retrieve(FakeRelease().facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)
+    with pytest.raises(TaskError, match="can't be opened; the server's log says why"):
+        retrieve(RetrieveRequest(b"photos", text=b"a"))

@@ -1,0 +1,124 @@
+"""`radapter-index build --ray` on a local Ray of two workers: the same rows as on this machine, whatever dies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from radapter_serve.cli.index import main
+from radapter_serve.errors import RAdapterError
+from radapter_serve.index import writer as index_writer
+from radapter_serve.index.build import build
+from radapter_serve.index.index import vectors_of
+from radapter_serve.runtimes.local_release import LocalRelease
+from tests.helpers.small_release import png
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own
+COUNT = 40
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Ray in processes of its own, with two workers: a third core reads."""
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'radapter-serve[ray]'")
+    ray.init(num_cpus=3, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A table of images with metadata; one has a hostile name, one the bytes of another."""
+    names = [f"{number}é.png" for number in range(COUNT - 2)] + ["it's 猫.png", "copy.png"]
+    (tmp_path / "photos").mkdir()
+    for number, name in enumerate(names):
+        (tmp_path / "photos" / name).write_bytes(png(0 if name == "copy.png" else number, 50, 40))
+    rows = {"image": [f"photos/{name}" for name in names], "year": list(range(COUNT))}
+    parquet.write_table(pa.table(rows), tmp_path / "table.parquet")
+    monkeypatch.setattr(index_writer, "BATCH", 8)
+    return tmp_path
+
+
+def rows_of(index: Path) -> tuple[list[dict[str, Any]], np.ndarray]:
+    table = lancedb.connect(index).open_table("images").to_arrow().sort_by("path")
+    return table.drop_columns(["vector"]).to_pylist(), vectors_of(table["vector"])
+
+
+def test_rows_are_those_of_a_local_build(cluster: None, place: Path, exported_tiny_clip: Path) -> None:
+    release = LocalRelease(exported_tiny_clip / "model_repository")
+    source = f"parquet:{place / 'table.parquet'}"
+    here = build(source, place / "here", release)
+    there = build(source, place / "there", release, ray="auto")
+    assert (
+        (there.count, there.embedded, there.copies) == (here.count, here.embedded, here.copies) == (COUNT, COUNT - 1, 1)
+    )
+    (rows, vectors), (same, close) = rows_of(place / "here"), rows_of(place / "there")
+    assert rows == same
+    np.testing.assert_allclose(vectors, close, atol=1e-6)
+    (place / "photos" / "1é.png").write_bytes(png(77, 50, 40))
+    again = build(source, place / "there", release, ray="auto")
+    assert (again.embedded, again.kept) == (1, COUNT - 1)
+
+
+def test_a_killed_worker_costs_nothing(cluster: None, place: Path, exported_tiny_clip: Path) -> None:
+    release = LocalRelease(exported_tiny_clip / "model_repository")
+    killed: list[int] = []
+
+    def kill(done: int, total: int) -> None:
+        workers = [p for p in psutil.process_iter(["cmdline"]) if "_Worker" in " ".join(p.info["cmdline"] or [])]
+        if not killed and workers:
+            killed.append(workers[0].pid)
+            os.kill(workers[0].pid, signal.SIGKILL)
+
+    summary = build(str(place / "photos"), place / "index", release, ray="auto", progress=kill)
+    assert killed and summary.count == COUNT
+    build(str(place / "photos"), place / "here", release)
+    np.testing.assert_allclose(rows_of(place / "index")[1], rows_of(place / "here")[1], atol=1e-6)
+
+
+def test_what_can_not_be_read_is_said(cluster: None, place: Path, exported_tiny_clip: Path) -> None:
+    release = LocalRelease(exported_tiny_clip / "model_repository")
+    (place / "photos" / "bad.png").write_bytes(b"no image")
+    (place / "photos" / "gone.png").symlink_to(place / "nowhere")
+    with pytest.raises(RAdapterError, match="'bad.png' can't be indexed.*--on-broken skip"):
+        build(str(place / "photos"), place / "index", release, ray="auto")
+    summary = build(str(place / "photos"), place / "index", release, ray="auto", on_broken="skip")
+    assert summary.count == COUNT and set(summary.broken) == {"bad.png", "gone.png"}
+    moved = LocalRelease(shutil.copytree(exported_tiny_clip / "model_repository", place / "models"))
+    shutil.rmtree(place / "models")
+    with pytest.raises(RAdapterError, match="the cluster can't embed") as error:
+        build(str(place / "photos"), place / "other", moved, ray="auto")
+    assert "\n" not in str(error.value)
+
+
+def test_no_cluster_is_one_line(
+    place: Path, exported_tiny_clip: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: (_ for _ in ()).throw(ConnectionError("Could not find any instance")))
+    models = str(exported_tiny_clip / "model_repository")
+    arguments = [
+        "build",
+        str(place / "photos"),
+        "--out",
+        str(place / "i"),
+        "--model-repository",
+        models,
+        "--ray",
+        "auto",
+    ]
+    assert main(arguments) == 2
+    assert "no Ray cluster at auto" in capsys.readouterr().err and not (place / "i").exists()

@@ -1,0 +1,321 @@
+"""Search in many images, where FAISS names candidates: against numpy, and with files that are damaged or exchanged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+import pytest
+from lancedb.index import IvfPq
+from numpy.typing import NDArray
+from pyarrow import parquet
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.files import digest_of
+from radapter_serve.index import index as opened
+from radapter_serve.index import writer as index_writer
+from radapter_serve.index.build import add, build
+from radapter_serve.index.index import FACTS, Index
+from radapter_serve.index.neighbours import CODES, FILES, ROWS, VECTORS
+from radapter_serve.index.verify import verify
+from tests.index.test_index import FakeRelease
+
+COUNT, DIM, EXACT = 3000, 32, 200
+
+
+class Ready(FakeRelease):
+    """Takes an image file as the number of its vector."""
+
+    def __init__(self, vectors: NDArray[np.float32], texts: NDArray[np.float32]) -> None:
+        super().__init__()
+        self.vectors, self.texts = vectors, texts
+        self.facts = dataclasses.replace(self.facts, embed_dim=vectors.shape[1])
+
+    def prepare(self, data: bytes) -> Any:
+        return int(data)
+
+    def encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
+        self.embedded += len(images)
+        return self.vectors[list(images)]
+
+    def embed_texts(self, _: Sequence[str]) -> NDArray[np.float32]:
+        return self.texts
+
+
+def clustered(count: int, dim: int, centres: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Vectors in clusters, and texts, which lie to one side of them all."""
+    random = np.random.default_rng(0)
+    middle = random.standard_normal((centres, dim))
+    drawn = middle[random.integers(centres, size=count)] + 0.7 * random.standard_normal((count, dim))
+    drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
+    texts = drawn[-200:] + 1.5 * np.eye(dim)[0]
+    return drawn.astype(np.float32), (texts / np.linalg.norm(texts, axis=1, keepdims=True)).astype(np.float32)
+
+
+def write_numbers(folder: Path, numbers: Sequence[int]) -> None:
+    folder.mkdir(exist_ok=True)
+    for number in numbers:
+        (folder / f"{number:06}.jpg").write_text(str(number))
+
+
+def found(index: Index, query: NDArray[np.float32], top_k: int = 10, where: str | None = None) -> list[int]:
+    return [int(hit.id[:6]) for hit in index.search(query, top_k, where)]
+
+
+def recall(index: Index, queries: NDArray[np.float32], vectors: NDArray[np.float32], where: str | None = None) -> float:
+    """Recall@10 against numpy's own order of the vectors that meet the condition."""
+    hits = [len(set(np.argsort(-(vectors @ query))[:10]) & set(found(index, query, where=where))) for query in queries]
+    return sum(hits) / (10 * len(hits))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ready]:
+    """An index of 3,000 vectors whose approximate search begins at 200, and what embedded it."""
+    folder = tmp_path_factory.mktemp("neighbours")
+    vectors, texts = clustered(COUNT + 400, DIM, 60)
+    write_numbers(folder / "photos", range(COUNT))
+    release = Ready(vectors, texts[:100])
+    with pytest.MonkeyPatch.context() as patch:
+        lower(patch)
+        summary = build(str(folder / "photos"), folder / "index", release)
+    assert summary.recall is not None and summary.recall >= 0.97
+    return folder, release
+
+
+def lower(patch: pytest.MonkeyPatch) -> None:
+    for module in (opened, index_writer):
+        patch.setattr(module, "EXACT", EXACT)
+
+
+@pytest.fixture
+def copied(built: tuple[Path, Ready], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Ready]:
+    """A copy of the index, to be changed."""
+    lower(monkeypatch)
+    shutil.copytree(built[0] / "index", tmp_path / "index")
+    return tmp_path / "index", built[1]
+
+
+def test_images_and_texts_are_found_with_their_own_scores(
+    built: tuple[Path, Ready], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lower(monkeypatch)
+    folder, release = built
+    index, vectors = Index(folder / "index"), release.vectors[:COUNT]
+    assert index.facts["search"]["name"] == "faiss"
+    for queries in (release.vectors[COUNT : COUNT + 100], clustered(COUNT + 400, DIM, 60)[1][100:]):
+        assert recall(index, queries, vectors) >= 0.95
+    query = vectors[7]
+    hits = index.search(query, 10)
+    numbers = [int(hit.id[:6]) for hit in hits]
+    np.testing.assert_allclose([hit.score for hit in hits], vectors[numbers] @ query, atol=1e-6)
+    assert numbers[0] == 7 and hits[0].metadata.keys() == set(index.columns)
+    assert len(index.search(query, 1000)) == 1000 and len(set(found(index, query, 1000))) == 1000
+
+
+def test_few_rows_are_compared_exactly_and_many_keep_the_recall(
+    built: tuple[Path, Ready], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lower(monkeypatch)
+    folder, release = built
+    index, vectors = Index(folder / "index"), release.vectors[:COUNT]
+    queries = release.vectors[COUNT : COUNT + 50]
+    for query in queries[:10]:
+        assert found(index, query, 10, "path < '000150.jpg'") == list(np.argsort(-(vectors[:150] @ query))[:10])
+    assert index.search(queries[0], 10, "width > 5") == []
+    for share in (300, 1500, 2999):
+        assert recall(index, queries, vectors[:share], f"path < '{share:06}.jpg'") >= 0.95
+
+
+def test_additions_and_removals_are_found(copied: tuple[Path, Ready], built: tuple[Path, Ready]) -> None:
+    out, release = copied
+    photos, before = built[0] / "photos", release.embedded
+    elsewhere = Index(out)
+    facts = json.loads((out / FACTS).read_text())
+    (photos / "000000.jpg").unlink()
+    write_numbers(photos, range(COUNT, COUNT + 5))
+    try:
+        summary = add(out, release, prune=True)
+        assert (summary.count, summary.removed, release.embedded - before) == (COUNT + 4, 1, 5)
+        index = Index(out)
+        assert found(index, release.vectors[COUNT + 3], 1) == [COUNT + 3] and 0 not in found(
+            index, release.vectors[0], 10
+        )
+        assert recall(index, release.vectors[COUNT + 5 : COUNT + 50], release.vectors[: COUNT + 5]) >= 0.95
+        assert index.facts["search"]["trained_on"] == facts["search"]["trained_on"]  # the same cells
+        assert found(elsewhere, release.vectors[0], 1) == [0]  # who has it open goes on with what it was
+        assert add(out, release).changed is False
+        assert len(list((out / "neighbours").iterdir())) == 2  # the old one, for an hour
+        for path in (out / "neighbours").iterdir():
+            os.utime(path, (0, 0))
+        write_numbers(photos, [COUNT + 5])
+        add(out, release)
+        assert len(list((out / "neighbours").iterdir())) == 2 and len(Index(out)) == COUNT + 5
+    finally:
+        for number in range(COUNT, COUNT + 6):
+            (photos / f"{number:06}.jpg").unlink(missing_ok=True)
+        write_numbers(photos, [0])
+
+
+def place(out: Path) -> Path:
+    (one,) = (out / "neighbours").iterdir()
+    return one
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("harm", ["gone", "cut", "flipped"])
+def test_a_damaged_file_is_refused_in_one_line_and_mended(name: str, harm: str, copied: tuple[Path, Ready]) -> None:
+    out, release = copied
+    path, before = place(out) / name, release.embedded
+    data = bytearray(path.read_bytes())
+    path.unlink()
+    if harm == "cut":
+        path.write_bytes(data[:-10])
+    elif harm == "flipped":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(RAdapterError, match=rf"{name} is missing, or is not.*mend it: radapter-index add --out") as why:
+        Index(out)
+    assert "\n" not in str(why.value)
+    assert add(out, release).changed and release.embedded == before
+    assert verify(out).ok and found(Index(out), release.vectors[5], 1) == [5]
+
+
+def say(out: Path, name: str) -> None:
+    """Have `index.json` name a file as it is now."""
+    facts = json.loads((out / FACTS).read_text())
+    path = place(out) / name
+    facts["search"]["files"][name] = {"size": path.stat().st_size, "digest": digest_of(path)}
+    (out / FACTS).write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize(
+    "what", ["another kind", "another width", "noise", "cut", "pickle", "float32", "fewer", "facts"]
+)
+def test_a_file_that_index_json_names_but_that_does_not_fit_is_refused(what: str, copied: tuple[Path, Ready]) -> None:
+    import faiss
+
+    out, release = copied
+    folder, codes = place(out), place(out) / CODES
+    if what == "another kind":
+        flat = faiss.IndexFlatIP(DIM)
+        flat.add(release.vectors[:COUNT])
+        faiss.write_index(flat, str(codes))
+    elif what == "another width":
+        other = faiss.index_factory(16, "IVF4,PQ8x4fs", faiss.METRIC_INNER_PRODUCT)
+        some = np.ascontiguousarray(release.vectors[:COUNT, :16])
+        other.train(some)
+        other.add(some)
+        faiss.write_index(other, str(codes))
+    elif what == "noise":
+        codes.write_bytes(np.random.default_rng(0).bytes(5000))
+    elif what == "cut":
+        codes.write_bytes(codes.read_bytes()[:20_000])
+    elif what == "pickle":
+        np.save(folder / ROWS, np.array([{}] * COUNT, object))
+    elif what == "float32":
+        np.save(folder / VECTORS, release.vectors[:COUNT])
+    elif what == "fewer":
+        np.save(folder / VECTORS, release.vectors[: COUNT - 1].astype(np.float16))
+    for name in FILES:
+        say(out, name)
+    if what == "facts":
+        facts = json.loads((out / FACTS).read_text())
+        del facts["search"]["files"][ROWS]
+        (out / FACTS).write_text(json.dumps(facts))
+    with pytest.raises(RAdapterError, match="can't be searched.*radapter-index add") as why:
+        Index(out)
+    assert "\n" not in str(why.value)
+
+
+def test_a_full_disk_is_one_line_and_what_is_searched_stays(
+    copied: tuple[Path, Ready], built: tuple[Path, Ready], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import faiss
+
+    out, release = copied
+    write_numbers(built[0] / "photos", [COUNT])
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                faiss, "write_index", lambda *_: (_ for _ in ()).throw(RuntimeError("No space left on device"))
+            )
+            with pytest.raises(RAdapterError, match="cannot write .*neighbours.*: No space left on device"):
+                add(out, release)
+        assert len(Index(out)) == COUNT and len(list((out / "neighbours").iterdir())) == 1
+        assert add(out, release).count == COUNT + 1 and found(Index(out), release.vectors[COUNT], 1) == [COUNT]
+    finally:
+        (built[0] / "photos" / f"{COUNT:06}.jpg").unlink()
+
+
+def test_a_build_that_is_given_again_mends_and_embeds_nothing(copied: tuple[Path, Ready], built: Any) -> None:
+    out, release = copied
+    (place(out) / CODES).unlink()
+    before = release.embedded
+    assert build(str(built[0] / "photos"), out, release).kept == COUNT and release.embedded == before
+    assert found(Index(out), release.vectors[5], 1) == [5]
+
+
+def test_an_index_of_format_2_is_searched_and_then_renewed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: tuple[Path, Ready]
+) -> None:
+    """As version 0.2 wrote it: LanceDB's own approximate index."""
+    out, release = tmp_path / "index", built[1]
+    build(str(built[0] / "photos"), out, release)  # exactly, for EXACT is what it is
+    table = lancedb.connect(out).open_table("images")
+    table.create_index("vector", config=IvfPq("dot", num_sub_vectors=DIM // 8))
+    facts = json.loads((out / FACTS).read_text()) | {"format": 2}
+    effort = {"nprobes": 50, "refine_factor": 50, "trained_on": COUNT, "index": "IVF_PQ", "recall": 1.0}
+    facts["search"] = {**facts["search"], **effort, "table_version": table.version}
+    (out / FACTS).write_text(json.dumps(facts))
+    lower(monkeypatch)
+    monkeypatch.setattr(opened, "OLD_EXACT", EXACT)
+    queries = release.vectors[COUNT : COUNT + 20]
+    assert recall(Index(out), queries, release.vectors[:COUNT]) >= 0.95
+    few = found(Index(out), queries[0], 10, "path < '000050.jpg'")
+    assert few == list(np.argsort(-(release.vectors[:50] @ queries[0]))[:10])
+    before = release.embedded
+    assert add(out, release).changed and release.embedded == before
+    assert Index(out).facts["format"] == 3 and Index(out).facts["search"]["name"] == "faiss"
+    assert not lancedb.connect(out).open_table("images").list_indices()
+    assert recall(Index(out), queries, release.vectors[:COUNT]) >= 0.95
+
+
+def test_a_condition_on_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: tuple[Path, Ready]) -> None:
+    lower(monkeypatch)
+    folder, release = built
+    years = np.arange(COUNT) % 5
+    names = [f"{folder}/photos/{number:06}.jpg" for number in range(COUNT)]
+    parquet.write_table(pa.table({"image": names, "year": years}), tmp_path / "table.parquet")
+    build(f"parquet:{tmp_path / 'table.parquet'}", tmp_path / "index", release)
+    query = release.vectors[COUNT]
+    hits = Index(tmp_path / "index").search(query, 10, "year = 3")
+    scores = np.where(years == 3, release.vectors[:COUNT] @ query, -1)
+    assert {hit.metadata["year"] for hit in hits} == {3}
+    assert len({int(Path(hit.id).stem) for hit in hits} & set(np.argsort(-scores)[:10])) >= 9
+
+
+@pytest.mark.slow
+def test_an_approximate_index_keeps_its_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """120,000 clustered vectors; queries near them and, as texts are, all to one side: recall@10 against numpy."""
+    count = 120_000
+    vectors, texts = clustered(count + 200, 64, 500)
+    vectors, queries = vectors[:count], vectors[count:]
+    release = Ready(vectors, texts[:100])
+    write_numbers(tmp_path / "photos", range(count))
+    monkeypatch.setattr(index_writer, "BATCH", 10_000)
+    summary = build(str(tmp_path / "photos"), tmp_path / "index", release)
+    assert summary.recall is not None and summary.recall >= 0.97
+    index = Index(tmp_path / "index")
+    for asked in (queries, texts[100:]):
+        assert recall(index, asked, vectors) >= 0.95
+    few = found(index, queries[0], 10, "path < '000050.jpg'")  # every one of them is compared
+    assert few == list(np.argsort(-(vectors[:50] @ queries[0]))[:10])
+    assert recall(index, queries, vectors[:60_000], "path < '060000.jpg'") >= 0.95
