@@ -40,7 +40,8 @@ def build(
     other index at OUT is replaced when the new one is complete.
 
     Args:
-        source: folder of images, read with all folders in it, or csv:FILE or parquet:FILE with paths of images.
+        source: folder of images, read with all folders in it, or csv:FILE or parquet:FILE with paths of images; any of
+            them may be on object storage, as s3://BUCKET/PATH.
         out: folder of the index, such as indexes/photos; radapter-serve serves what is in ./indexes.
         model_repository: whose newest release embeds the images; DIR@N for release N.
         url: a live server that embeds them instead, such as grpc://localhost:8001.

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +151,15 @@ def _endpoint() -> str:
 
 def file_system() -> Any:
     """The storage, for who may use it by the environment."""
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return _connected(_endpoint(), region, os.environ.get("AWS_ACCESS_KEY_ID"))
+
+
+@lru_cache(4)  # one keeps its connections
+def _connected(endpoint: str, region: str | None, key: str | None) -> Any:
     from pyarrow import fs
 
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    options = {"endpoint_override": _endpoint() or None, "region": region, "connect_timeout": 10, "request_timeout": 60}
+    options = {"endpoint_override": endpoint or None, "region": region, "connect_timeout": 10, "request_timeout": 60}
     return fs.S3FileSystem(**{name: value for name, value in options.items() if value is not None})
 
 

@@ -29,6 +29,7 @@ from radapter_serve.index.index import (
     mismatch,
     read_facts,
 )
+from radapter_serve.index.stored import file_of
 from radapter_serve.index.writer import (
     OnBroken,
     Progress,
@@ -78,7 +79,7 @@ def build(
     other index at `out` is replaced when the new one is complete.
 
     Args:
-        source: a folder, `csv:FILE` or `parquet:FILE`.
+        source: a folder, `csv:FILE` or `parquet:FILE`, on disk or on object storage (`s3://`).
         out: the index's folder; clients search by the folder's name.
         release: embeds the images.
         image_column: the table's column of image paths.
@@ -153,7 +154,7 @@ def add(
         writer.check_columns(collection)
         summary = writer.write(collection, on_broken, progress)
         if prune:
-            summary.removed = writer.delete({id for id in writer.known if not os.path.lexists(root / id)})
+            summary.removed = writer.delete({id for id in writer.known if not _is_there(id, root)})
         writer.finish(summary, KEEP)
     return summary
 
@@ -166,6 +167,11 @@ def _check_place(out: Path, thumbnails: int) -> None:
     _refuse_link(out)
     if out.exists() and not (out / FACTS).is_file():
         raise RAdapterError(f"{out} stands already and is no index; give another folder with --out")
+
+
+def _is_there(id: str, root: Path) -> bool:
+    file = file_of(id, root)
+    return os.path.lexists(file) if isinstance(file, Path) else file.exists()
 
 
 def _refuse_link(out: Path) -> None:

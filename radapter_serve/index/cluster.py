@@ -15,7 +15,9 @@ import pyarrow as pa
 
 from radapter_serve.environment import THREADS
 from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.index.bucket import SCHEME
 from radapter_serve.index.reading import Read, read
+from radapter_serve.index.stored import StoredFile
 from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 
 _LOOK = ("width", "height", "thumbnail")
@@ -52,7 +54,7 @@ class Cluster:
         self.workers = max(1, self._gpus or int(resources.get("CPU", 1)) - 1)  # one core reads and passes on
 
     def read(
-        self, items: Sequence[tuple[str, Path, str]], batch: int, thumbnails: int, exif_orientation: bool
+        self, items: Sequence[tuple[str, Path | StoredFile, str]], batch: int, thumbnails: int, exif_orientation: bool
     ) -> Iterator[list[Read]]:
         """Read and embed files in their order, batch by batch; what a worker that died had is done again.
 
@@ -70,7 +72,7 @@ class Cluster:
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         ids, files, before = zip(
-            *[(os.fsencode(id), os.fsencode(file), digest) for id, file, digest in items], strict=True
+            *[(os.fsencode(id), os.fsencode(_name(file)), digest) for id, file, digest in items], strict=True
         )
         table = pa.table({"id": pa.array(ids, pa.binary()), "file": pa.array(files, pa.binary()), "before": before})
         parts = [table.slice(start, batch) for start in range(0, len(table), batch)]
@@ -116,7 +118,7 @@ class _Worker:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         found = [
-            read(os.fsdecode(id), Path(os.fsdecode(file)), before, self._release, self._thumbnails)
+            read(os.fsdecode(id), _file(os.fsdecode(file)), before, self._release, self._thumbnails)
             for id, file, before in zip(*(batch[name].to_pylist() for name in ("id", "file", "before")), strict=True)
         ]
         fresh = {one.digest: one.prepared for one in found if not (one.error or one.kept)}
@@ -133,6 +135,14 @@ class _Worker:
 
 
 _TYPES = {"width": pa.int32(), "height": pa.int32(), "thumbnail": pa.binary()}
+
+
+def _name(file: Path | StoredFile) -> str:
+    return file.url if isinstance(file, StoredFile) else str(file)
+
+
+def _file(name: str) -> Path | StoredFile:
+    return StoredFile(name) if name.startswith(SCHEME) else Path(name)
 
 
 def _load(origin: Mapping[str, str]) -> EmbeddingRelease:

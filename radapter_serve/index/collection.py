@@ -6,10 +6,12 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.index.bucket import SCHEME
+from radapter_serve.index.stored import StoredFile, stored_files
 from radapter_serve.inputs.preprocess import SUFFIXES
 
 #: columns that every index has; a table's own may not be called so
@@ -21,13 +23,14 @@ class Item:
     """An image file.
 
     Args:
-        id: what the index calls it: its path from the index's root, or its whole path where it lies elsewhere.
+        id: what the index calls it: its path from the index's root, or its whole path or address where it lies
+            elsewhere.
         file: where it lies.
         row: its row of the table; nothing for a folder.
     """
 
     id: str
-    file: Path
+    file: Path | StoredFile
     row: dict[str, Any] = field(default_factory=dict)
 
 
@@ -57,7 +60,8 @@ def open_collection(source: str, *, image_column: str = "image", root: Path | No
 
     Args:
         source: a folder, read with all folders in it (`folder:DIR` where its name has a colon), `csv:FILE` or
-            `parquet:FILE`, whose image paths start from the file's folder.
+            `parquet:FILE`, whose image paths start from the file's folder; folder, FILE and the paths may be on object
+            storage (`s3://`).
         image_column: of the table.
         root: folder that ids start from; the source's own folder if None.
 
@@ -67,6 +71,8 @@ def open_collection(source: str, *, image_column: str = "image", root: Path | No
     kind, colon, place = source.partition(":")
     if not colon or kind not in ("folder", "csv", "parquet"):
         kind, place = "folder", source
+    if place.startswith(SCHEME):
+        return _of_storage(place) if kind == "folder" else _of_table(kind, place, image_column, root or Path("/"))
     path = Path(os.path.abspath(place))  # noqa: PTH100  # without "..", symbolic links as they are
     if kind == "folder":
         if not path.is_dir():
@@ -82,6 +88,15 @@ def open_collection(source: str, *, image_column: str = "image", root: Path | No
         return Collection(source, root, items, {}, left_out=left_out)
     root = root or path.parent
     return _of_table(kind, path, image_column, root)
+
+
+def _of_storage(url: str) -> Collection:
+    files = list(stored_files(url))
+    items = [Item(file, StoredFile(file)) for file in files if file.lower().endswith(SUFFIXES)]
+    left_out = Counter(PurePosixPath(file).suffix.lower() for file in files if not file.lower().endswith(SUFFIXES))
+    if not items:
+        raise RAdapterError(f"{url} holds no image; allowed are {', '.join(SUFFIXES)}, anywhere below it")
+    return Collection(url, Path("/"), items, {}, left_out=dict(left_out))
 
 
 def _id(file: Path, root: Path) -> str:
@@ -105,7 +120,7 @@ def _files(folder: Path) -> Iterator[Path]:
                 yield Path(place, name)
 
 
-def _of_table(kind: str, path: Path, image_column: str, root: Path) -> Collection:
+def _of_table(kind: str, path: Path | str, image_column: str, root: Path) -> Collection:
     table = _read(kind, path)
     if image_column not in table.column_names:
         raise RAdapterError(
@@ -120,19 +135,30 @@ def _of_table(kind: str, path: Path, image_column: str, root: Path) -> Collectio
     items: dict[str, Item] = {}
     rows = table.drop_columns([image_column]).to_pylist() if columns else [{}] * len(names)
     for name, row in zip(names, rows, strict=True):
-        file = Path(os.path.normpath(path.parent / name))
-        items.setdefault(_id(file, root), Item(_id(file, root), file, row))
+        item = _named(name, path, root, row)
+        items.setdefault(item.id, item)
     if not items:
         raise RAdapterError(f"{path} has no row, so there is nothing to index")
     return Collection(f"{kind}:{path}", root, list(items.values()), columns, len(names) - len(items))
 
 
-def _read(kind: str, path: Path) -> Any:
+def _named(name: str, table: Path | str, root: Path, row: dict[str, Any]) -> Item:
+    """The image that a row of a table names, by its address or by its path from the table's folder."""
+    if isinstance(table, str) and not name.startswith((SCHEME, "/")):
+        name = f"{table.rpartition('/')[0]}/{name}"
+    if name.startswith(SCHEME):
+        return Item(name, StoredFile(name), row)
+    file = Path(os.path.normpath(Path(table).parent / name))
+    return Item(_id(file, root), file, row)
+
+
+def _read(kind: str, path: Path | str) -> Any:
     import pyarrow
     from pyarrow import csv, parquet
 
     try:
-        table = csv.read_csv(path) if kind == "csv" else parquet.read_table(path)
+        where = pyarrow.BufferReader(StoredFile(path).read_bytes()) if isinstance(path, str) else path
+        table = csv.read_csv(where) if kind == "csv" else parquet.read_table(where)
     except OSError as error:
         raise RAdapterError(f"cannot read {path}: {error.strerror or reason(error)}") from None
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
@@ -146,7 +172,7 @@ def _read(kind: str, path: Path) -> Any:
     return table
 
 
-def _check_columns(columns: dict[str, Any], path: Path) -> None:
+def _check_columns(columns: dict[str, Any], path: Path | str) -> None:
     import pyarrow
 
     for name, kind in columns.items():

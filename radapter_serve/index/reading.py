@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from radapter_serve.files import digest_of
+from radapter_serve.index.stored import StoredFile
 from radapter_serve.inputs.errors import TaskError
 from radapter_serve.inputs.preprocess import oriented
 from radapter_serve.runtimes.embedding_release import EmbeddingRelease
@@ -42,7 +43,7 @@ class Read:
     vector: NDArray[np.float32] | None = None
 
 
-def read(id: str, file: Path, before: str, release: EmbeddingRelease, thumbnails: int) -> Read:
+def read(id: str, file: Path | StoredFile, before: str, release: EmbeddingRelease, thumbnails: int) -> Read:
     """Read a file, and prepare it where its bytes are not those that the index has. Thread-safe.
 
     Args:

@@ -11,8 +11,10 @@ import numpy as np
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
+from radapter_serve.index.bucket import bucket_errors
 from radapter_serve.index.collection import open_collection
 from radapter_serve.index.index import Index, table_errors, vectors_of
+from radapter_serve.index.stored import StoredFile, file_of
 from radapter_serve.index.writer import BATCH, Progress, read_broken
 from radapter_serve.threads import decoders
 
@@ -54,7 +56,9 @@ def verify(out: Path, *, progress: Progress | None = None) -> Verification:
     with table_errors(out), ThreadPoolExecutor(decoders(8)) as pool:
         for batch in index.table.search().select(["path", "digest", "vector"]).to_batches(BATCH):
             ids, digests = batch["path"].to_pylist(), batch["digest"].to_pylist()
-            for id, digest, now in zip(ids, digests, pool.map(lambda id: _file_digest(root / id), ids), strict=True):
+            for id, digest, now in zip(
+                ids, digests, pool.map(lambda id: _file_digest(file_of(id, root)), ids), strict=True
+            ):
                 if now is None:
                     missing.append(id)
                 elif now != digest:
@@ -72,7 +76,10 @@ def verify(out: Path, *, progress: Progress | None = None) -> Verification:
     return Verification(sorted(missing), sorted(changed), sorted(new), sorted(damaged), alpha)
 
 
-def _file_digest(file: Path) -> str | None:
+def _file_digest(file: Path | StoredFile) -> str | None:
+    if isinstance(file, StoredFile):
+        with bucket_errors(file.url):  # what can't be asked is not gone
+            return digest_of(file.read_bytes()) if file.exists() else None
     try:
         return digest_of(file)
     except OSError:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import boto3
 import numpy as np
+import pyarrow as pa
 import pytest
 from moto.server import ThreadedMotoServer
+from pyarrow import parquet
 
 from radapter_serve.cli.index import main
 from radapter_serve.errors import RAdapterError
@@ -21,6 +23,7 @@ from radapter_serve.index.bucket import Bucket
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import FACTS, Index, read_facts
 from radapter_serve.index.publish import link, publish
+from radapter_serve.index.verify import verify
 from radapter_serve.inputs.errors import TaskError
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
 from tests.index.test_index import DIM, FakeRelease, embeds_of, write
@@ -179,6 +182,52 @@ def test_refusals(client, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "linked" / FACTS).write_text(json.dumps({"at": "file:///etc"}))
     with pytest.raises(RAdapterError, match="no place of an index"):
         Index(tmp_path / "linked")
+
+
+def test_images_on_object_storage_are_indexed(client, photos: Path, tmp_path: Path) -> None:
+    def put(name: str, data: bytes) -> None:
+        client.put_object(Bucket="pictures", Key=name, Body=data)
+
+    for path in photos.iterdir():
+        put(f"raw/deep/{path.name}", path.read_bytes())
+    put("raw/.hidden/x.png", b"x")
+    put("raw/notes.txt", b"x")
+    release, out = FakeRelease(), tmp_path / "index"
+    summary = build("s3://pictures/raw", out, release)
+    assert (summary.count, summary.left_out) == (5, {".txt": 1})
+    embeds = embeds_of(release, sorted(photos.iterdir()))
+    assert Index(out).search(embeds[2], 1)[0].id == "s3://pictures/raw/deep/2.png"
+    assert verify(out).ok and build("s3://pictures/raw", out, release).kept == 5
+    client.delete_object(Bucket="pictures", Key="raw/deep/0.png")
+    put("raw/deep/1.png", (photos / "2.png").read_bytes())
+    found = verify(out)
+    assert (found.missing, found.changed) == (["s3://pictures/raw/deep/0.png"], ["s3://pictures/raw/deep/1.png"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+        with pytest.raises(RAdapterError, match="can't be used"):
+            verify(out)  # what can't be asked is not gone
+        with pytest.raises(RAdapterError, match="can't be used"):
+            add(out, release, prune=True)
+    assert add(out, release, prune=True).removed == 1
+    with pytest.raises(RAdapterError, match="s3://pictures/nowhere holds no image"):
+        build("s3://pictures/nowhere", tmp_path / "other", release)
+
+
+def test_a_table_on_object_storage_names_images(client, photos: Path, tmp_path: Path) -> None:
+    client.upload_file(str(photos / "0.png"), "pictures", "raw/0.png")
+    client.upload_file(str(photos / "1.png"), "pictures", "raw/deep/1.png")
+    names = ["0.png", "s3://pictures/raw/deep/1.png", str(photos / "2.png"), "gone.png"]
+    parquet.write_table(pa.table({"image": names, "year": [1, 2, 3, 4]}), tmp_path / "t.parquet")
+    client.upload_file(str(tmp_path / "t.parquet"), "pictures", "raw/t.parquet")
+    source = "parquet:s3://pictures/raw/t.parquet"
+    with pytest.raises(RAdapterError, match="'s3://pictures/raw/gone.png' can't be indexed: no such object"):
+        build(source, tmp_path / "index", FakeRelease())
+    summary = build(source, tmp_path / "index", release := FakeRelease(), on_broken="skip")
+    assert summary.count == 3
+    (hit,) = Index(tmp_path / "index").search(embeds_of(release, [photos / "1.png"])[0], 1, "year = 2")
+    assert hit.id == "s3://pictures/raw/deep/1.png" and hit.score == pytest.approx(1, abs=1e-5)
+    with pytest.raises(RAdapterError, match="cannot read s3://pictures/none.csv: no such object"):
+        build("csv:s3://pictures/none.csv", tmp_path / "other", release)
 
 
 def test_storage_that_does_not_answer(client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
