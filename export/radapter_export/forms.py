@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from torch import Tensor
 
@@ -25,11 +27,14 @@ def check_forms(settings: ExportSettings, adapter: Adapter) -> None:
     """Refuse forms that can't be, before anything is loaded.
 
     Raises:
-        RAdapterError: a library is not installed, two folders are one, or an adapter can't be a LoRA.
+        RAdapterError: a library is not installed, a folder is that of another form or inside it, or the adapter
+            can't be a LoRA.
     """
-    folders = [folder.absolute() for folder in (settings.merged, settings.transformers, settings.peft) if folder]
-    if len(set(folders)) < len(folders):
-        raise RAdapterError("--merged, --transformers and --peft name one folder; give each its own")
+    named = {"--merged": settings.merged, "--transformers": settings.transformers, "--peft": settings.peft}
+    folders = {flag: Path(folder).absolute() for flag, folder in named.items() if folder}
+    for (one, first), (other, second) in itertools.permutations(folders.items(), 2):
+        if first == second or first in second.parents:
+            raise RAdapterError(f"{other} {second} is the folder of {one}, or inside it; give each a folder of its own")
     if settings.transformers or settings.peft:
         check_installed("transformers")
     if settings.peft:

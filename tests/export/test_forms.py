@@ -310,7 +310,8 @@ def test_arguments_that_can_not_be_are_refused(made: Path, tmp_path: Path, monke
     monkeypatch.setattr("radapter_export.release.image_graph", lambda *_: pytest.fail("a graph was made"))
     for changes, message in (
         ({"peft": tmp_path / "new"}, "--peft takes adapters of low rank .* larger than the merged weights"),
-        ({"merged": tmp_path / "hf"}, "--merged, --transformers and --peft name one folder"),
+        ({"merged": tmp_path / "hf"}, "--transformers .*hf is the folder of --merged, or inside it"),
+        ({"merged": tmp_path / "hf" / "open"}, "--merged .*open is the folder of --transformers, or inside it"),
         ({"transformers": tmp_path / "lora"}, r"lora holds thesis\.tex.*--transformers"),
         ({"transformers": tmp_path / "adapter.safetensors"}, "is a file; give another folder with --transformers"),
     ):

@@ -470,8 +470,8 @@ def _numbers() -> Iterator[Made]:
         for binary in (True, False):
             inputs = {"image": image, "labels": ["a"], "multi_label": np.array([True]), "threshold": value}
             yield _later("labels that stand alone", ask("classify", inputs, binary=binary).raw)
-    for wrong in (np.array([1], np.int32), np.array([1], np.uint8), np.array([1], np.float32)):
-        inputs = {"image": image, "labels": ["a"], "multi_label": wrong}
+    for kind in (np.int32, np.uint8, np.float32):
+        inputs = {"image": image, "labels": ["a"], "multi_label": np.ones(1, kind)}
         yield _later("labels that stand alone", ask("classify", inputs, binary=True).raw)
     alone = {"image": image, "labels": ["a", "b"], "multi_label": np.array([True]), "calibrated": np.array([False])}
     yield _later("labels that stand alone", ask("classify", alone, binary=True).raw, CHECKED)

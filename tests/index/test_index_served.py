@@ -20,11 +20,12 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from radapter_serve.cli.index import main
-from radapter_serve.index.build import build
+from radapter_serve.index.build import add, build
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.triton_server import TritonServer, free_ports
 from tests.helpers.asking import connect, post, tensors
 from tests.helpers.small_release import png
+from tests.index.test_neighbours import lower
 
 pytestmark = pytest.mark.triton
 
@@ -103,6 +104,35 @@ def test_retrieve(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -
     shutil.rmtree(folder / "Büro" / "indexes" / "photos")
     with pytest.raises(InferenceServerException, match=r"\[unknown_index\]"):
         ask(server, text="a cat", index="photos")
+
+
+def test_many_images_are_found_by_faiss(
+    served: tuple[TritonServer, Path], exported_tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, folder = served
+    lower(monkeypatch)
+    (tmp_path / "many").mkdir()
+    for number in range(260):
+        (tmp_path / "many" / f"{number:03}.png").write_bytes(png(number, 20, 20))
+    release = LocalRelease(exported_tiny_clip / "model_repository")
+    out = folder / "Büro" / "indexes" / "many é"
+    build(str(tmp_path / "many"), out, release)
+    assert (out / "neighbours").is_dir()
+    for number in (0, 100, 259):
+        found = ask(server, image=png(number, 20, 20), index="many é", top_k=3)
+        assert found["id"][0].decode() == f"{number:03}.png" and found["score"][0] > 0.9999
+    assert len(ask(server, text="a cat", index="many é", top_k=260)["id"]) == 260
+    found = ask(server, image=png(7, 20, 20), index="many é", top_k=1, where="path > '100.png'")
+    assert found["id"][0].decode() > "100.png"
+    (codes,) = out.glob("neighbours/*/codes.faiss")
+    codes.write_bytes(b"broken")
+    (out / "index.json").touch()
+    with pytest.raises(
+        InferenceServerException, match=r"\[unknown_index\].*can't be opened; the server's log says why"
+    ):
+        ask(server, text="a cat", index="many é")
+    add(out, release)  # makes it again
+    assert ask(server, image=png(7, 20, 20), index="many é", top_k=1)["id"][0] == b"007.png"
 
 
 def test_names_outside_ascii(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from radapter_serve.index.index import Hit, Index
 from radapter_serve.inputs.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
 from tests.index.test_index import FakeRelease, embeds_of, write
+from tests.index.test_neighbours import Ready, clustered, lower, write_numbers
 
 
 @pytest.fixture
@@ -96,6 +98,46 @@ def test_an_index_that_is_replaced_while_it_is_searched(
     table.unlink()
     with pytest.raises(TaskError, match="radapter-index verify"):
         task(tmp_path / "indexes", release)(RetrieveRequest(b"photos", text=b"a"))
+
+
+def test_nothing_fails_while_an_index_of_many_images_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By additions and as a whole, while two threads search: every answer is of one state or another."""
+    lower(monkeypatch)
+    vectors, texts = clustered(700, 32, 20)
+    release, photos, out = Ready(vectors, texts[:50]), tmp_path / "photos", tmp_path / "indexes" / "photos"
+    write_numbers(photos, range(300))
+    build(str(photos), out, release)
+    retrieve = Retrieve(release.facts, tmp_path / "indexes", lambda text: vectors[int(text)], lambda _: vectors[0])
+    over, failed, counts = threading.Event(), list[str](), list[int]()
+
+    def search() -> None:
+        while not over.is_set():
+            try:
+                found = retrieve(RetrieveRequest(b"photos", text=b"5", top_k=1000))
+                assert found.ids[0] == "000005.jpg" and len(set(found.ids)) == len(found.ids)
+                counts.append(len(found.ids))
+            except Exception as error:
+                failed.append(repr(error))
+
+    searching = [threading.Thread(target=search) for _ in range(2)]
+    for one in searching:
+        one.start()
+    states = {300}
+    try:
+        for count in (320, 340, 360, 380):
+            write_numbers(photos, range(count))
+            states.add(count)
+            if count % 40:
+                add(out, release)
+            else:
+                build(str(photos), out, release, resume=False)
+    finally:
+        over.set()
+        for one in searching:
+            one.join()
+    assert not failed and len(counts) > 10 and set(counts) <= states
 
 
 def test_refusals(photos: Path, tmp_path: Path) -> None:
