@@ -27,7 +27,6 @@ from radapter_serve.inputs.labels import read_label_file, read_templates, split_
 
 OURS, RIVAL = "R-Adapter", "WiSE-FT"
 Hits = dict[str, NDArray[np.bool_]]  # by style, which of its images are right
-SHIFTED = 300  # images of a shifted style at most, so that the demo takes minutes
 _BATCH = 128
 _SURE = {True: "larger than its interval", False: "within its interval"}
 
@@ -114,7 +113,7 @@ def compare(
         data: test folders, and the classes in the order of the rival's classifier.
         alphas: of both methods, with 0, 0.5 and 1 among them.
         alpha: at which R-Adapter is compared.
-        limit: images of a style at most, drawn by a fixed seed; of a shift never more than SHIFTED.
+        limit: images of a style at most, drawn by a fixed seed; all if None.
     """
     start = {name: value.clone() for name, value in load_base(f"local-dir:{BASE}").model.state_dict().items()}
     lines = {OURS: Ends(start, fold(start, load_adapter(run), 1.0)), RIVAL: rival}
@@ -136,8 +135,7 @@ def right(
     classes, templates = read_label_file(data.classes), read_templates(data.templates)
     ready: dict[str, tuple[Tensor, Tensor]] = {}
     for style, folder in data.test.items():
-        most = limit if style == FINE_TUNED else min(SHIFTED, SHIFTED if limit is None else limit)
-        ready[style] = _read(base, folder, classes, most)
+        ready[style] = _read(base, folder, classes, limit)
     hits: dict[str, dict[float, Hits]] = {method: {} for method in lines}
     points = [(method, alpha) for method in lines for alpha in alphas[method]]
     for method, alpha in track(points, "Evaluating"):
