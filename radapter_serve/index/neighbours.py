@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import os
 import shutil
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -228,7 +227,8 @@ def tidy(folder: Path, before: int | None, now: int, keep: datetime.timedelta) -
     places = list((folder / FOLDER).iterdir()) if (folder / FOLDER).is_dir() else []
     for place in places:
         with contextlib.suppress(OSError):
-            if place.name != str(now) and time.time() - place.stat().st_mtime > keep.total_seconds():
+            replaced = datetime.datetime.fromtimestamp(place.stat().st_mtime)
+            if place.name != str(now) and datetime.datetime.now() - replaced > keep:
                 shutil.rmtree(place)
     with contextlib.suppress(OSError):
         (folder / FOLDER).rmdir()  # where nothing is left
