@@ -297,6 +297,8 @@ def test_what_is_shipped_makes_the_same_folders_without_share_alike(package, rol
     monkeypatch.setattr(data, "drawings", lambda: found)
     for name in ("CLASSES", "TEMPLATES"):
         monkeypatch.setattr(data, name, tmp_path / "first" / f"{name.lower()}.txt")
+    own = {style: said for style, said in data.STYLES.items() if any(data.place_of(style) in place for place in found)}
+    monkeypatch.setattr(data, "STYLES", own)
     data.prepare(tmp_path / "made", quiet=True)
     made, built = (
         {path.relative_to(tmp_path / of).as_posix(): path.read_bytes() for path in (tmp_path / of).rglob("*.png")}
