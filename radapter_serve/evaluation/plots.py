@@ -38,7 +38,7 @@ def plot_alpha_curve(
     """
     ids = [id_names] if isinstance(id_names, str) else list(id_names)
     groups = [names for names in (ids, list(ood_names)) if names]
-    figure = Figure(figsize=(5 * len(groups), 4.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(5 * len(groups) + 1.3, 4.2), dpi=150, layout="constrained")
     panels = list(figure.subplots(1, len(groups), squeeze=False)[0])
     if len(groups) == 2:
         _draw_curve(panels[0], groups, {"R-Adapter": rows, **(beside or {})}, unit)
@@ -49,7 +49,7 @@ def plot_alpha_curve(
         each.plot(alphas, [row[name] for row in rows], style, marker="o", markersize=3, label=name)
     each.set_xlabel("α")
     each.set_ylabel(unit)
-    each.legend(fontsize=8)
+    figure.legend(*each.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     for axes in panels:
         axes.grid(alpha=0.3)
     figure.suptitle(title)

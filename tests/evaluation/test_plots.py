@@ -25,7 +25,7 @@ def test_picture_of_the_curve(tmp_path: Path) -> None:
     rows = [{"alpha": a, "a": 50 + 20 * a, "b": 40 + 10 * a - 15 * a * a, "c": 30.0} for a in (0.0, 0.5, 1.0)]
     plot_alpha_curve(rows, "a", ["b", "c"], tmp_path / "curve.png", title="A title")
     with Image.open(tmp_path / "curve.png") as image:
-        assert image.size == (1500, 630)
+        assert image.size == (1695, 630)
         colours = image.convert("RGB").getcolors(1 << 20)
     assert colours is not None and len(colours) > 50
 
@@ -37,7 +37,7 @@ def test_picture_with_another_method_beside_it_and_of_one_set_alone(tmp_path: Pa
     plot_alpha_curve(rows, ["a"], ["b"], tmp_path / "without.png")
     plot_alpha_curve(rows, ["a"], [], tmp_path / "alone.png")
     blue = []
-    for name, width in (("with", 1500), ("without", 1500), ("alone", 750)):
+    for name, width in (("with", 1695), ("without", 1695), ("alone", 945)):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.size == (width, 630)
             left = image.convert("RGB").crop((0, 0, 740, 630)).getcolors(1 << 20) or []
