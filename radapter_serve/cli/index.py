@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -121,7 +121,7 @@ def info(out: tyro.conf.Positional[Path]) -> None:
     facts = read_facts(out)
     release, search = facts["release"], facts["search"]
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    how = f"{search['index']}, recall@10 {search['recall']:.3f}" if "index" in search else "exact"
+    how = f"{search['index']}, recall@10 {search['recall']:.3f}" if "index" in search else search.get("by", "exact")
     rows = {
         "images": f"{facts['count']:,}",
         "search": how,
@@ -190,26 +190,29 @@ def export_embeddings(
 
 
 def publish(out: tyro.conf.Positional[Path], to: tyro.conf.Positional[str]) -> None:
-    """Put an index on object storage, in the place of the one that is there; readers see one or the other.
+    """Put an index on object storage or into Qdrant, in the place of the one there; readers see one or the other.
 
-    The environment says who may write: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION and
-    AWS_ENDPOINT_URL.
+    The environment says who may write. Object storage: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN,
+    AWS_REGION and AWS_ENDPOINT_URL. Qdrant: RADAPTER_QDRANT_API_KEY or QDRANT_API_KEY.
 
     Args:
         out: folder of the index.
-        to: place on object storage, such as s3://bucket/indexes/photos.
+        to: place on object storage, such as s3://bucket/indexes/photos, or in a running Qdrant, such as
+            qdrant://localhost:6333/photos (qdrants:// for TLS).
     """
     from radapter_serve.index.publish import publish
 
-    print(f"{to}: {'published' if publish(out, to) else 'up to date'}")
+    with _progress("publishing") if to.startswith("qdrant") else nullcontext() as progress:
+        published = publish(out, to, progress)
+    print(f"{to}: {'published' if published else 'up to date'}")
     print(f"\nserve it:   radapter-index link {shlex.quote(to)} --out indexes/{shlex.quote(to.rpartition('/')[2])}")
 
 
 def link(url: tyro.conf.Positional[str], out: Path) -> None:
-    """Make a folder that stands for an index on object storage, so that a server searches that.
+    """Make a folder that stands for an index on object storage or in Qdrant, so that a server searches that.
 
     Args:
-        url: where the index was published, such as s3://bucket/indexes/photos.
+        url: where the index was published, such as s3://bucket/indexes/photos or qdrant://localhost:6333/photos.
         out: folder to make, such as indexes/photos.
     """
     from radapter_serve.index.publish import link

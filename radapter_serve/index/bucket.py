@@ -108,11 +108,11 @@ class Bucket:
         return wanted / folder
 
 
-def is_link(folder: Path) -> bool:
-    """Whether a folder stands for an index on object storage."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return LINK in json.loads((folder / POINTER).read_text(encoding="utf-8"))
-    return False
+def link_of(folder: Path) -> str:
+    """The address of the published index that a folder stands for; empty where it stands for none."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        return str(json.loads((folder / POINTER).read_text(encoding="utf-8"))[LINK])
+    return ""
 
 
 def storage_options() -> dict[str, str]:

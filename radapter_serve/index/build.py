@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import swap_in
-from radapter_serve.index.bucket import is_link
+from radapter_serve.index.bucket import link_of
 from radapter_serve.index.cluster import Cluster
 from radapter_serve.index.collection import Collection, open_collection
 from radapter_serve.index.index import (
@@ -175,9 +175,9 @@ def _is_there(id: str, root: Path) -> bool:
 
 
 def _refuse_link(out: Path) -> None:
-    if is_link(out):
+    if link_of(out):
         raise RAdapterError(
-            f"{out} stands for an index on object storage, which is read-only; change the index that was published "
+            f"{out} stands for a published index, which is read-only; change the index that was published "
             "there, and publish it again with radapter-index publish"
         )
 

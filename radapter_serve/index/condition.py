@@ -43,6 +43,18 @@ def check_condition(where: str) -> str:
     """A condition that compares columns, written anew from what was understood of it.
 
     Raises:
+        TaskError: as of `parse_condition`.
+    """
+    try:
+        return parse_condition(where).sql(dialect=_Lance, comments=False)
+    except RecursionError:
+        raise _too_deep() from None
+
+
+def parse_condition(where: str) -> exp.Expr:
+    """A condition that compares columns, as a tree in which nothing else is.
+
+    Raises:
         TaskError: it is no condition, too long, too deep, or has something in it that no comparison needs.
     """
     if len(where) > MAX_LENGTH:
@@ -52,7 +64,7 @@ def check_condition(where: str) -> str:
             raise _too_deep()
         parsed = parse_one(where, read=_Lance, into=exp.Condition)
         _check(parsed)
-        return parsed.sql(dialect=_Lance, comments=False)
+        return parsed
     except TaskError:
         raise
     except RecursionError:

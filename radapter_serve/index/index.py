@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import as_text, ascii_path
-from radapter_serve.index.bucket import LINK, Bucket, storage_options
+from radapter_serve.index.bucket import LINK, storage_options
 from radapter_serve.index.condition import check_condition
 from radapter_serve.index.neighbours import Neighbours, neighbours_of
+from radapter_serve.index.qdrant import Qdrant, place_of
 from radapter_serve.inputs.errors import UNKNOWN_INDEX, TaskError, invalid, public
 from radapter_serve.release.release import Release
 
@@ -75,8 +76,17 @@ class Index:
     def __init__(self, folder: str | Path, *, searched: bool = True) -> None:
         self.folder = Path(folder)
         self.facts = read_facts(self.folder)
-        self._bucket = Bucket(self.facts[LINK]) if LINK in self.facts else None
+        self._place = place_of(self.facts[LINK]) if LINK in self.facts else None
         self._asked = time.monotonic()
+        self._open(searched)
+
+    def _open(self, searched: bool) -> None:
+        if isinstance(self._place, Qdrant):
+            raise RAdapterError(
+                f"{self.folder} stands for an index in Qdrant, which can only be searched and shown; give the index "
+                "that was published"
+            )
+        self._bucket = self._place
         try:
             import lancedb  # here: a server without indexes needs none
         except ModuleNotFoundError:
@@ -111,12 +121,12 @@ class Index:
             raise RAdapterError(f"the index {self.folder} can't be searched: {error}; mend it: {mend}") from None
 
     def outdated(self) -> bool:
-        """Whether an index on object storage was replaced; asked every five seconds at most."""
-        if self._bucket is None or time.monotonic() - self._asked < _POLL:
+        """Whether a published index was replaced; asked every five seconds at most."""
+        if self._place is None or time.monotonic() - self._asked < _POLL:
             return False
         self._asked = time.monotonic()
         with contextlib.suppress(RAdapterError):  # who can't ask goes on with what there is
-            return self._bucket.facts() != {name: value for name, value in self.facts.items() if name != LINK}
+            return self._place.facts() != {name: value for name, value in self.facts.items() if name != LINK}
         return False
 
     def search(
@@ -133,8 +143,7 @@ class Index:
         Raises:
             TaskError: `top_k` or the condition is not allowed.
         """
-        if not 1 <= top_k <= MAX_TOP_K:
-            raise invalid(f"top_k is {top_k}; allowed are whole numbers from 1 to {MAX_TOP_K}")
+        check_top_k(top_k)
         condition = check_condition(where) if where and where.strip() else None
         columns = [*self.columns, *(["thumbnail"] if thumbnails else [])]
         find = self._by_lance if "refine_factor" in self.facts["search"] else self._found
@@ -213,8 +222,14 @@ class Index:
             yield row, 1.0 - row.pop("_distance")
 
 
+def check_top_k(top_k: int) -> None:
+    """Refuse a number of hits that is not allowed."""
+    if not 1 <= top_k <= MAX_TOP_K:
+        raise invalid(f"top_k is {top_k}; allowed are whole numbers from 1 to {MAX_TOP_K}")
+
+
 def read_facts(folder: Path) -> dict[str, Any]:
-    """`index.json` of an index, or of the one on object storage that it links to.
+    """`index.json` of an index, or of the published one that it links to.
 
     Raises:
         RAdapterError: there is none, or not one of this format.
@@ -223,7 +238,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if LINK in facts:
-            facts = {**Bucket(str(facts[LINK])).facts(), LINK: str(facts[LINK])}
+            facts = {**place_of(str(facts[LINK])).facts(), LINK: str(facts[LINK])}
         if facts["format"] not in (1, 2, FORMAT):
             raise RAdapterError(f"{folder} is an index of format {facts['format']}; this version reads 1 to {FORMAT}")
         if "engine" in facts:
@@ -310,15 +325,15 @@ def vectors_of(column: Any) -> NDArray[np.float32]:
 
 def _hit(row: dict[str, Any], score: float) -> Hit:
     thumbnail = row.pop("thumbnail", None) or b""
-    return Hit(row["path"], score, {name: _plain(value) for name, value in row.items()}, thumbnail)
+    return Hit(row["path"], score, {name: plain(value) for name, value in row.items()}, thumbnail)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value that JSON has."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, list):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     if hasattr(value, "isoformat"):
         return value.isoformat()
     return value if value is None or isinstance(value, (str, int, bool)) else str(value)

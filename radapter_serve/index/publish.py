@@ -1,10 +1,11 @@
-"""Putting an index on object storage, and a folder that stands for it."""
+"""Putting an index on object storage or into Qdrant, and a folder that stands for it."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,24 @@ from radapter_serve.index.bucket import (
     KEPT,
     LINK,
     POINTER,
-    Bucket,
     bucket_errors,
     copy,
     file_system,
     is_generation,
-    is_link,
+    link_of,
 )
-from radapter_serve.index.index import Index
+from radapter_serve.index.index import Index, read_facts
+from radapter_serve.index.qdrant import MISSING, Qdrant, place_of
 from radapter_serve.lock import lock
 
 
-def publish(folder: Path, url: str) -> bool:
-    """Put an index on object storage in the place of the one that is there; readers see one or the other.
+def publish(folder: Path, url: str, progress: Callable[[int, int], None] | None = None) -> bool:
+    """Put an index on object storage or into Qdrant, in the place of the one there; readers see one or the other.
 
     Args:
         folder: of the index.
-        url: `s3://BUCKET/PATH`.
+        url: `s3://BUCKET/PATH` or `qdrant://HOST:PORT/COLLECTION`.
+        progress: called after every batch that Qdrant has, with the images that are there and all.
 
     Returns:
         False where it is there already.
@@ -39,9 +41,13 @@ def publish(folder: Path, url: str) -> bool:
     Raises:
         RAdapterError: there is no index, it can't be searched, or the storage refuses.
     """
-    bucket = Bucket(url)
+    place = place_of(url)
+    read_facts(folder)  # locking would make the folder
     with lock(folder, "radapter-index"):
-        Index(folder)  # whole, or refused
+        index = Index(folder)  # whole, or refused
+        if isinstance(place, Qdrant):
+            return _upload(index, url, progress)
+        bucket = place
         data = (folder / POINTER).read_bytes()
         generation = f"g-{hashlib.sha256(data).hexdigest()[:16]}"
         with contextlib.suppress(RAdapterError):
@@ -58,17 +64,25 @@ def publish(folder: Path, url: str) -> bool:
 
 
 def link(url: str, out: Path) -> None:
-    """Make a folder that stands for an index on object storage, for a server to serve.
+    """Make a folder that stands for a published index, for a server to serve.
 
     Raises:
         RAdapterError: there is no such index, or something else stands at `out`.
     """
-    Bucket(url).facts()
-    if out.exists() and not is_link(out):
-        raise RAdapterError(f"{out} stands already and is no link to object storage; give another folder with --out")
+    place_of(url).facts()
+    if out.exists() and not link_of(out):
+        raise RAdapterError(f"{out} stands already and is no link to a published index; give another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     with staged(out / POINTER) as temporary:
         temporary.write_text(json.dumps({LINK: url}), encoding="utf-8")
+
+
+def _upload(index: Index, url: str, progress: Callable[[int, int], None] | None) -> bool:
+    try:
+        from radapter_serve.index.upload import upload  # here: it needs Qdrant's client
+    except ModuleNotFoundError:
+        raise RAdapterError(MISSING) from None
+    return upload(index, url, progress)
 
 
 def _drop_old(system: Any, path: str, generation: str) -> None:

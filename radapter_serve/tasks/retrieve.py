@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_name, as_text
 from radapter_serve.index.index import FACTS, Hit, Index, mismatch
+from radapter_serve.index.opening import open_index
 from radapter_serve.inputs.errors import INDEX_MISMATCH, UNKNOWN_INDEX, TaskError, invalid, public
 from radapter_serve.inputs.names import is_name, spellings
 from radapter_serve.release.release import Release
@@ -184,7 +185,7 @@ class Retrieve:
         if refused != key or time.monotonic() - at > _AGAIN:  # reading a big one that is broken takes seconds, too
             for _ in range(2):
                 try:
-                    index = Index(folder)
+                    index = open_index(folder)
                     self._open[name] = key, index
                     return index
                 except RAdapterError as error:

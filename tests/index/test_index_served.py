@@ -21,9 +21,11 @@ from tritonclient.utils import InferenceServerException
 
 from radapter_serve.cli.index import main
 from radapter_serve.index.build import add, build
+from radapter_serve.index.publish import link, publish
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.triton_server import TritonServer, free_ports
 from tests.helpers.asking import connect, post, tensors
+from tests.helpers.fake_qdrant import fake_qdrant
 from tests.helpers.small_release import png
 from tests.index.test_neighbours import lower
 
@@ -133,6 +135,28 @@ def test_many_images_are_found_by_faiss(
         ask(server, text="a cat", index="many é")
     add(out, release)  # makes it again
     assert ask(server, image=png(7, 20, 20), index="many é", top_k=1)["id"][0] == b"007.png"
+
+
+def test_an_index_in_qdrant(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -> None:
+    server, folder = served
+    release = LocalRelease(exported_tiny_clip / "model_repository")
+    embeds = release.encode_images([release.prepare(png(number, 50, 40)) for number in range(6)])
+    build(str(folder / "photos"), folder / "kept", release)
+    (query,) = release.embed_texts(["a cat"])
+    with fake_qdrant() as store:
+        publish(folder / "kept", f"{store.url}/photos")
+        link(f"{store.url}/photos", folder / "Büro" / "indexes" / "far")
+        found = ask(server, text="a cat", index="far", top_k=4)
+        best = np.argsort(-(embeds @ query))[:4]
+        assert [id.decode() for id in found["id"]] == [f"{number}é.png" for number in best]
+        np.testing.assert_allclose(found["score"], (embeds @ query)[best], atol=1e-5)
+        found = ask(server, ("id", "thumbnail"), image=png(3, 50, 40), index="far", where="path IN ('3é.png', 'x')")
+        assert [id.decode() for id in found["id"]] == ["3é.png"] and found["thumbnail"][0].startswith(b"\xff\xd8")
+        with pytest.raises(InferenceServerException, match=r"\[invalid_argument\].*an index in Qdrant takes"):
+            ask(server, text="a cat", index="far", where="path LIKE '3%'")
+    with pytest.raises(InferenceServerException, match=r"\[unknown_index\].*can't be searched in Qdrant"):
+        ask(server, text="a cat", index="far")
+    shutil.rmtree(folder / "Büro" / "indexes" / "far")
 
 
 def test_names_outside_ascii(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -> None:

@@ -1,0 +1,25 @@
+"""Opening an index for searches, whatever holds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.index.bucket import link_of
+from radapter_serve.index.index import Index
+from radapter_serve.index.qdrant import MISSING, is_qdrant
+
+
+def open_index(folder: Path) -> Index:
+    """The index of a folder: what the folder holds, or what it links to.
+
+    Raises:
+        RAdapterError: there is no index, or a broken one.
+    """
+    if not is_qdrant(link_of(folder)):
+        return Index(folder)
+    try:
+        from radapter_serve.index.hosted import HostedIndex  # here: a server without such an index needs no client
+    except ModuleNotFoundError:
+        raise RAdapterError(MISSING) from None
+    return HostedIndex(folder)

@@ -1,0 +1,206 @@
+"""Indexes in a running Qdrant: published as a whole, opened read-only by any number of servers.
+
+The alias COLLECTION names the collection that counts, whose metadata hold the index's facts; to switch the alias is to
+replace the index. The key comes from the environment alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.index.bucket import GENERATION, Bucket
+
+KEYS = ("RADAPTER_QDRANT_API_KEY", "QDRANT_API_KEY")
+FACTS_KEY = "radapter_index"  # of the collection's metadata: the facts, as JSON
+THUMBNAIL = "thumbnail"  # of a point's payload: JPEG in base64
+TIMEOUT = 10  # seconds for a search, and for a switch of the alias
+MAX_ANSWER = 128 << 20  # bytes
+MISSING = "qdrant-client is not installed; pip install 'radapter-serve[qdrant]'"
+_PORT = 6333
+_PLACE = re.compile(r"qdrant(s?)://(\[[0-9a-fA-F:]+\]|[\w.-]+)(?::([0-9]{1,5}))?/(\w[\w.-]{0,150})/?", re.ASCII)
+_NEEDED = {
+    "format": int,
+    "count": int,
+    "columns": list,
+    "column_types": dict,
+    "release": dict,
+    "release_digest": str,
+    "search": dict,
+    "source": str,
+    "root": str,
+    "created": str,
+    "changed": str,
+    GENERATION: str,
+}
+
+
+def is_qdrant(url: str) -> bool:
+    """Whether an address is one of Qdrant's."""
+    return url.startswith(("qdrant://", "qdrants://"))
+
+
+@dataclass(frozen=True)
+class Qdrant:
+    """The place of an index in a running Qdrant.
+
+    Args:
+        url: `qdrant://HOST:PORT/COLLECTION`, or `qdrants://` for TLS.
+
+    Raises:
+        RAdapterError: it is no such place.
+    """
+
+    url: str
+
+    def __post_init__(self) -> None:
+        match = _PLACE.fullmatch(self.url)
+        if match is None or not 0 < int(match[3] or _PORT) < 65536:
+            raise RAdapterError(
+                f"{self.url.rpartition('@')[2]!r:.200} is no place of an index; allowed: qdrant://HOST:PORT/COLLECTION "
+                "(qdrants:// for TLS), and names of letters, digits, _, - and ."
+            )
+
+    @property
+    def name(self) -> str:
+        """The alias that stands for the index."""
+        return self._parts[3]
+
+    @property
+    def _parts(self) -> tuple[str, str, str, str]:
+        match = _PLACE.fullmatch(self.url)
+        assert match is not None  # as it was made
+        return match[1], match[2], match[3] or str(_PORT), match[4]
+
+    def client(self, timeout: int | None = None) -> Any:
+        """A client of qdrant-client's, for who may use it by the environment.
+
+        Args:
+            timeout: of a request, in seconds; TIMEOUT if None.
+
+        Raises:
+            RAdapterError: qdrant-client is not installed.
+        """
+        secure, host, port, _ = self._parts
+        key = next((value for name in KEYS if (value := os.environ.get(name))), None)
+        try:
+            return _connected(f"http{secure}://{host}:{port}", key, timeout or TIMEOUT)
+        except ModuleNotFoundError:
+            raise RAdapterError(MISSING) from None
+
+    def facts(self) -> dict[str, Any]:
+        """What the index's `index.json` says, with the collection that counts.
+
+        Raises:
+            RAdapterError: there is no index, or it can't be read.
+        """
+        with qdrant_errors(self.url):
+            config = self.client().get_collection(self.name).config
+        try:
+            facts: dict[str, Any] = json.loads((config.metadata or {})[FACTS_KEY])
+            _check(facts, self.name)
+            size = config.params.vectors.size
+            if size != facts["release"]["embed_dim"]:
+                raise ValueError(f"its vectors have the width {size} in place of {facts['release']['embed_dim']}")
+        except KeyError as error:
+            raise self._broken(f"it lacks {error}") from None
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise self._broken(f"{error}") from None
+        return facts
+
+    def _broken(self, why: str) -> RAdapterError:
+        return RAdapterError(
+            f"{self.url} holds no index that can be read ({why:.200}); publish it again: radapter-index publish INDEX "
+            f"{self.url}"
+        )
+
+
+def place_of(url: str) -> Bucket | Qdrant:
+    """Where a published index is.
+
+    Raises:
+        RAdapterError: the address is of neither.
+    """
+    return Qdrant(url) if is_qdrant(url) else Bucket(url)
+
+
+def collection_of(name: str, generation: str) -> str:
+    """The collection of a generation."""
+    return f"{name}-g-{generation}"
+
+
+def is_collection_of(name: str, collection: str) -> bool:
+    """Whether a collection is one that an index's publication made."""
+    return re.fullmatch(re.escape(name) + "-g-[0-9a-f]{16}", collection) is not None
+
+
+def key_of(column: str) -> str:
+    """What Qdrant calls a column, which has quotes where it is not one plain word."""
+    return column if re.fullmatch(r"[A-Za-z0-9_-]+", column) else f'"{column}"'
+
+
+@contextlib.contextmanager
+def qdrant_errors(url: str) -> Iterator[None]:
+    """Turn what Qdrant refuses, or how it fails, into an error for people; nothing that it wrote is repeated."""
+    try:
+        yield
+    except RAdapterError:
+        raise
+    except Exception as error:
+        status = getattr(error, "status_code", None)
+        if status == 404:
+            raise RAdapterError(f"no index at {url}; put one there: radapter-index publish INDEX {url}") from None
+        source = getattr(error, "source", error)  # which its client wraps
+        why = f"its answer makes no sense ({type(source).__name__})"
+        if isinstance(status, int):
+            why = f"it answers HTTP {status}" + (f"; see {KEYS[0]}" if status in (401, 403) else "")
+        elif type(source).__module__.split(".")[0] == "httpx":
+            why = f"it does not answer as it should ({type(source).__name__}{_said(source)})"
+        raise RAdapterError(f"{url} can't be used: {why}") from None
+
+
+def _said(error: Exception) -> str:
+    text = " ".join(str(error).split())[:120]
+    return f": {text}" if text.isprintable() and text else ""
+
+
+def _check(facts: Mapping[str, Any], name: str) -> None:
+    """Refuse facts that a search would trip over.
+
+    Raises:
+        KeyError: one is not there.
+        ValueError: one is something else.
+    """
+    for fact, kind in _NEEDED.items():
+        if not isinstance(facts[fact], kind):
+            raise ValueError(f"{fact} is {facts[fact]!r:.60}")
+    release = facts["release"]
+    number = all(isinstance(release[one], (int, float)) for one in ("alpha", "embed_dim"))
+    if not (number and math.isfinite(release["alpha"]) and release.keys() >= {"architecture", "version", "precision"}):
+        raise ValueError(f"release is {release!r:.100}")
+    texts = [*facts["columns"], *facts["column_types"], *facts["column_types"].values()]
+    if not all(isinstance(text, str) for text in texts) or "path" not in facts["columns"]:
+        raise ValueError(f"columns are {facts['columns']!r:.100}")
+    if not is_collection_of(name, facts[GENERATION]) or facts["count"] < 0:
+        raise ValueError(f"{GENERATION} is {facts[GENERATION]!r:.100}")
+
+
+@lru_cache(8)  # one keeps its connections
+def _connected(url: str, key: str | None, timeout: int) -> Any:
+    from qdrant_client import QdrantClient
+
+    from radapter_serve.index.bounded import BoundedTransport
+
+    headers = {"accept-encoding": "identity", **({"api-key": key} if key else {})}
+    transport = BoundedTransport(MAX_ANSWER, timeout)
+    return QdrantClient(
+        url=url, headers=headers, timeout=timeout, check_compatibility=False, transport=transport, trust_env=False
+    )

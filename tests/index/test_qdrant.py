@@ -1,0 +1,371 @@
+"""Indexes in Qdrant: published as a whole, searched with the same answers, whatever Qdrant says."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from radapter_serve.cli.index import main
+from radapter_serve.errors import RAdapterError
+from radapter_serve.index import hosted, qdrant
+from radapter_serve.index import index as opened
+from radapter_serve.index.build import add, build
+from radapter_serve.index.index import FACTS, Index
+from radapter_serve.index.opening import open_index
+from radapter_serve.index.publish import link, publish
+from radapter_serve.index.qdrant import FACTS_KEY, Qdrant
+from radapter_serve.inputs.errors import INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
+from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
+from tests.helpers.fake_qdrant import FakeQdrant, fake_qdrant
+from tests.index.test_index import DIM, FakeRelease, embeds_of, write
+
+QUERY = np.eye(DIM, dtype=np.float32)[0]
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeQdrant]:
+    for name in qdrant.KEYS:
+        monkeypatch.delenv(name, raising=False)
+    with fake_qdrant() as fake:
+        yield fake
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for number in range(8):
+        write(tmp_path / "photos" / f"{number}.png", number)
+    return tmp_path / "photos"
+
+
+def put(store: FakeQdrant, source: str, tmp_path: Path) -> FakeRelease:
+    """Build, publish, and link an index, of which only the link stays beside `index`."""
+    build(source, tmp_path / "index", release := FakeRelease())
+    publish(tmp_path / "index", f"{store.url}/photos")
+    link(f"{store.url}/photos", tmp_path / "indexes" / "photos")
+    return release
+
+
+def test_the_hits_are_numpys(store: FakeQdrant, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(str(photos), tmp_path / "index", release := FakeRelease())
+    linked, url = tmp_path / "linked", f"{store.url}/photos"
+    assert main(["publish", str(tmp_path / "index"), url]) == 0 and main(["link", url, "--out", str(linked)]) == 0
+    kept = Index(tmp_path / "index").search(QUERY, 8, thumbnails=True)
+    shutil.rmtree(tmp_path / "index")
+    assert [path.name for path in linked.iterdir()] == [FACTS] and main(["info", str(linked)]) == 0
+    index = open_index(linked)
+    embeds = embeds_of(release, sorted(photos.iterdir()))
+    for query in (QUERY, embeds[3], -embeds[5]):
+        hits = index.search(query, 5)
+        assert store.asked[-1][2]["params"]["exact"] is True
+        best = np.argsort(-(embeds @ query))[:5]
+        assert [hit.id for hit in hits] == [f"{number}.png" for number in best]
+        np.testing.assert_allclose([hit.score for hit in hits], (embeds @ query)[best], atol=1e-6)
+        assert not any(hit.thumbnail for hit in hits)
+    hits = index.search(QUERY, 8, thumbnails=True)
+    assert [(hit.id, hit.metadata, hit.thumbnail) for hit in hits] == [
+        (hit.id, hit.metadata, hit.thumbnail) for hit in kept
+    ]
+    assert hits[0].thumbnail.startswith(b"\xff\xd8") and len(index) == 8
+    monkeypatch.setattr(hosted, "EXACT", 7)
+    index.search(QUERY, 500)
+    assert store.asked[-1][2]["params"] == {"exact": False, "hnsw_ef": 1000}
+
+
+CONDITIONS = [
+    "year > 2000",
+    "NOT year > 2000",
+    "year >= 2000 AND NOT (year = 2003 OR flag)",
+    "2002 <= year",
+    "year BETWEEN 2001 AND 2003",
+    "year NOT BETWEEN 2001 AND 2003",
+    "year IN (1999, 2003)",
+    "year NOT IN (1999, 2003)",
+    "year <> 2001",
+    "year < -1 OR year = 2001",
+    "year IS NULL",
+    "year IS NOT NULL AND `my title` IS NULL",
+    "`my title` = 'it''s' OR \"my title\" = ''",
+    "`my title` <> 'b'",
+    "`my title` IN ('b', 'it''s')",
+    "NOT (`my title` IN ('b', 'it''s') OR year = 2000)",
+    "flag",
+    "NOT flag",
+    "flag = false",
+    "share = 0.1",
+    "share < 0.1 OR share > 0.3",
+    "day >= timestamp '2024-01-02 12:00:00'",
+    "NOT day < timestamp '2024-01-02 12:00:00'",
+    "path IN ('photos/0.png', 'photos/3.png') AND width = 40",
+    "NOT NOT NOT (flag OR year = 1)",
+]
+
+
+@pytest.fixture
+def table(photos: Path, tmp_path: Path) -> str:
+    """Rows with missing values in every column."""
+    start = datetime.datetime(2024, 1, 1, 12)
+    rows = {
+        "image": [str(photos / f"{number}.png") for number in range(8)],
+        "year": [1999, 2000, 2001, 2002, 2003, None, -2, 1],
+        "my title": ["a", "b", "it's", "", None, None, "it's", "B"],
+        "flag": [True, False, None, True, False, True, None, False],
+        "tags": [["a"], [], None, ["b"], [], [], [], []],
+    }
+    made = pa.table(rows)
+    made = made.append_column("share", pa.array([0.1, 0.2, 0.3, None, 0.1, 0.5, 0.0, 0.4], pa.float32()))
+    days = [None if number == 4 else start + datetime.timedelta(days=number) for number in range(8)]
+    parquet.write_table(made.append_column("day", pa.array(days, pa.timestamp("us"))), tmp_path / "t.parquet")
+    return f"parquet:{tmp_path / 't.parquet'}"
+
+
+def test_conditions_are_met_as_in_sql(store: FakeQdrant, table: str, tmp_path: Path) -> None:
+    put(store, table, tmp_path)
+    local, linked = Index(tmp_path / "index"), open_index(tmp_path / "indexes" / "photos")
+    for where in CONDITIONS:
+        wanted = {hit.id: hit.metadata for hit in local.search(QUERY, 100, where)}
+        assert 0 < len(wanted) < 8, where
+        assert {hit.id: hit.metadata for hit in linked.search(QUERY, 100, where)} == wanted, where
+
+
+@pytest.mark.parametrize(
+    "where, why",
+    [
+        ("path LIKE 'a%'", "has .*LIKE.*an index in Qdrant takes a column compared"),
+        ("year + 1 > 2000", "year \\+ 1.*an index in Qdrant takes"),
+        ("lower(path) = 'a'", "(?i)lower.*an index in Qdrant takes"),
+        ("path < 'b'", "path < 'b'.*texts by = <> IN"),
+        ("year = '2000'", "'year', a number, with"),
+        ("path = 3", "'path', a text, with"),
+        ("year > 9007199254740993", "'year', a number, with"),
+        ("year = NULL", "'year', a number, with"),
+        ("day > 'yesterday'", "'day', a time, with"),
+        ("tags = 'a'", "'tags', which is list<"),
+        ("1 = 1", "an index in Qdrant takes"),
+        ("year = share", "'year', a number, with"),
+        ("nothing = 1", "'nothing'; the columns: path, width"),
+        ("thumbnail = ''", "'thumbnail'; the columns"),
+        ("year >", "cannot be read"),
+        ("sleep(9) = 1", "calls SLEEP|calls sleep"),
+    ],
+)
+def test_other_conditions_are_refused(store: FakeQdrant, table: str, tmp_path: Path, where: str, why: str) -> None:
+    put(store, table, tmp_path)
+    with pytest.raises(TaskError, match=why) as error:
+        open_index(tmp_path / "indexes" / "photos").search(QUERY, 3, where)
+    assert error.value.code == INVALID_ARGUMENT and "\n" not in str(error.value)
+
+
+def test_a_long_condition(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
+    put(store, str(photos), tmp_path)
+    index = open_index(tmp_path / "indexes" / "photos")
+    where = " OR ".join(f"width={number}" for number in range(10, 95))
+    assert len(index.search(QUERY, 10, where)) == 8
+    assert not index.search(QUERY, 10, "NOT (" + where + ")")
+    for top_k in (0, 1001):
+        with pytest.raises(TaskError, match="top_k is"):
+            index.search(QUERY, top_k)
+
+
+def test_a_server_goes_over_to_what_was_published_last(
+    store: FakeQdrant, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opened, "_POLL", 0.0)
+    release = put(store, str(photos), tmp_path)
+    retrieve = Retrieve(release.facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)
+
+    def count() -> int:
+        return len(retrieve(RetrieveRequest(b"photos", text=b"a", top_k=100)).ids)
+
+    assert count() == 8 and not publish(tmp_path / "index", f"{store.url}/photos")
+    for number in range(3):
+        write(photos / f"new{number}.png", 90 + number)
+        add(tmp_path / "index", release)
+        assert count() == 8 + number  # not published yet
+        assert publish(tmp_path / "index", f"{store.url}/photos") and count() == 9 + number
+        assert len(store.local.get_collections().collections) == 2
+    with pytest.raises(TaskError, match=r"\[index_mismatch\]"):
+        Retrieve(FakeRelease(0.1).facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)(
+            RetrieveRequest(b"photos", text=b"a")
+        )
+
+
+def test_a_publication_that_dies_is_not_seen(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
+    release = put(store, str(photos), tmp_path)
+    write(photos / "new.png", 9)
+    add(tmp_path / "index", release)
+    store.answer = lambda path, result: b"{" if path.endswith("/points") else result
+    with pytest.raises(RAdapterError, match="can't be used: its answer makes no sense"):
+        publish(tmp_path / "index", f"{store.url}/photos")
+    store.answer = lambda path, result: {"count": 3} if path.endswith("/count") else result
+    with pytest.raises(RAdapterError, match="has 3 of 9 images"):
+        publish(tmp_path / "index", f"{store.url}/photos")
+    store.answer = None
+    assert len(open_index(tmp_path / "indexes" / "photos").search(QUERY, 100)) == 8
+    assert publish(tmp_path / "index", f"{store.url}/photos")
+    assert len(open_index(tmp_path / "indexes" / "photos").search(QUERY, 100)) == 9
+
+
+def test_the_key_comes_from_the_environment(
+    store: FakeQdrant, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.key = "secret"
+    with pytest.raises(RAdapterError, match="HTTP 401; see RADAPTER_QDRANT_API_KEY"):
+        put(store, str(photos), tmp_path)
+    monkeypatch.setenv("QDRANT_API_KEY", "secret")
+    put(store, str(photos), tmp_path)
+    assert len(open_index(tmp_path / "indexes" / "photos").search(QUERY)) == 8
+    monkeypatch.setenv("RADAPTER_QDRANT_API_KEY", "wrong")
+    with pytest.raises(RAdapterError, match="HTTP 401"):
+        open_index(tmp_path / "indexes" / "photos")
+    kept = "".join(path.read_text() for path in tmp_path.rglob("index.json")) + repr(store.asked)
+    assert "secret" not in kept and "wrong" not in kept
+
+
+def _bent(**changes: Any) -> Any:
+    """What changes the first hit of an answer."""
+
+    def bend(path: str, result: Any) -> Any:
+        if path.endswith("/query"):
+            for name, value in changes.items():
+                if name in result["points"][0]:
+                    result["points"][0][name] = value
+                else:
+                    result["points"][0]["payload"][name] = value
+        return result
+
+    return bend
+
+
+def _always(data: bytes) -> Any:
+    return lambda path, result: data if path.endswith("/query") else result
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        _bent(score=float("nan")),
+        _bent(score=7.0),
+        _bent(score="x"),
+        _bent(payload=None),
+        _bent(payload={}),
+        _bent(path=3),
+        _bent(thumbnail="no base64!"),
+        _bent(thumbnail=3),
+        _always(b""),
+        _always(b"[" * 100_000),
+        _always(b'{"result": null}'),
+        _always(b" " * 2000 + b"{}"),
+        lambda path, result: {"points": result["points"] * 2} if path.endswith("/query") else result,
+    ],
+)
+def test_answers_that_make_no_sense(
+    store: FakeQdrant, photos: Path, tmp_path: Path, answer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = put(store, str(photos), tmp_path)
+    retrieve = Retrieve(release.facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)
+    request = RetrieveRequest(b"photos", text=b"a", top_k=8, thumbnails=True)
+    assert len(retrieve(request).ids) == 8
+    store.answer = answer
+    with pytest.raises(TaskError, match="the index photos can't be searched in Qdrant: its answer") as error:
+        retrieve(request)
+    assert error.value.code == UNKNOWN_INDEX and store.url not in str(error.value)
+    store.answer = None
+    assert len(retrieve(request).ids) == 8
+
+
+def test_answers_that_are_too_long_or_too_slow(
+    store: FakeQdrant, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qdrant, "MAX_ANSWER", 20_000)
+    put(store, str(photos), tmp_path)
+    index = open_index(tmp_path / "indexes" / "photos")
+    store.answer = _always(b" " * 20_001)
+    with pytest.raises(TaskError, match="more than 20,000 bytes"):
+        index.search(QUERY)
+    monkeypatch.setattr(qdrant, "TIMEOUT", 1)
+    store.answer, store.pause = None, 0.05
+    before = time.monotonic()
+    with pytest.raises(TaskError, match="ReadTimeout: the answer took too long"):
+        index.search(QUERY)
+    store.pause = 3
+    with pytest.raises(TaskError, match="ReadTimeout"):
+        index.search(QUERY)
+    assert time.monotonic() - before < 20
+
+
+def test_facts_that_make_no_sense(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
+    put(store, str(photos), tmp_path)
+    url, folder = f"{store.url}/photos", tmp_path / "indexes" / "photos"
+    facts = Qdrant(url).facts()
+    changes: list[dict[str, Any]] = [
+        {"columns": [3]},
+        {"columns": ["width"]},
+        {"count": "8"},
+        {"generation": "elsewhere"},
+        {"release": {}},
+        {"release": {**facts["release"], "alpha": float("nan")}},
+        {"release": {**facts["release"], "embed_dim": DIM + 1}},
+        {"release_digest": None},
+    ]
+    for change in changes:
+        _answer_facts(store, json.dumps({**facts, **change}))
+        with pytest.raises(RAdapterError, match="holds no index that can be read.*radapter-index publish"):
+            open_index(folder)
+    for text in ("", "[]", "3", "[" * 50_000, None):
+        _answer_facts(store, text)
+        with pytest.raises(RAdapterError, match="can't be used|no index that can be read"):
+            open_index(folder)
+
+
+def _answer_facts(store: FakeQdrant, text: Any) -> None:
+    def answer(_: str, result: Any) -> Any:
+        result["config"]["metadata"] = {FACTS_KEY: text}
+        return result
+
+    store.answer = answer
+
+
+def test_refusals(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
+    for url in ("qdrant://", "qdrant://h", "qdrant://h:1/../x", "qdrant://k:secret@h/x", "qdrant://h:0/x", "qdrant:x"):
+        with pytest.raises(RAdapterError, match="no place of an index") as error:
+            link(url, tmp_path / "linked")
+        assert "secret" not in str(error.value)
+    url = f"{store.url}/photos"
+    with pytest.raises(RAdapterError, match="no index at .*radapter-index publish"):
+        link(url, tmp_path / "linked")
+    with pytest.raises(RAdapterError, match="no index at"):
+        publish(tmp_path / "nothing", url)
+    assert not (tmp_path / "nothing").exists()
+    release = put(store, str(photos), tmp_path)
+    linked = tmp_path / "indexes" / "photos"
+    with pytest.raises(RAdapterError, match="read-only"):
+        add(linked, release)
+    assert main(["verify", str(linked)]) == 2
+    with pytest.raises(RAdapterError, match="stands for an index in Qdrant, which can only be searched"):
+        Index(linked)
+    store.local.create_collection("mine", {})
+    with pytest.raises(RAdapterError, match="is a collection that radapter-index did not make"):
+        publish(tmp_path / "index", f"{store.url}/mine")
+
+
+def test_qdrant_that_is_gone(photos: Path, tmp_path: Path) -> None:
+    with fake_qdrant() as store:
+        release = put(store, str(photos), tmp_path)
+        retrieve = Retrieve(release.facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)
+        request = RetrieveRequest(b"photos", text=b"a")
+        assert len(retrieve(request).ids) == 8
+    with pytest.raises(TaskError, match="can't be searched in Qdrant: it does not answer as it should") as error:
+        retrieve(request)
+    assert error.value.code == UNKNOWN_INDEX
+    with pytest.raises(RAdapterError, match="it does not answer as it should"):
+        open_index(tmp_path / "indexes" / "photos")
