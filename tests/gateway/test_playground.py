@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,7 +72,9 @@ def keyed(tmp_path: Path) -> Iterator[tuple[Served, Path, str]]:
 
 def get(served: Served, path: str, method: str = "GET", body: Any = None, **headers: str) -> Any:
     given = {name.replace("_", "-"): value for name, value in headers.items()}
-    return urllib3.request(method, served.url + path, body=body, headers=given, retries=False, redirect=False)
+    return urllib3.request(
+        method, served.url + path, body=body, headers=given, retries=False, redirect=False, timeout=30
+    )
 
 
 def events(served: Served, **headers: str) -> dict[str, int]:
@@ -415,9 +418,50 @@ def test_the_page_tells_no_path_of_the_base() -> None:
 
 
 def test_a_large_picture_is_shown_smaller() -> None:
-    mask = np.zeros((900, 3000), np.uint16)
-    found = Segmentation(mask, ["sea"], [1.0], 1, image=np.zeros((900, 3000, 3), np.uint8))
-    drawn = re.search(r"base64,([^\"]+)", shown.segments(found))
+    """Its whole mask is never coloured: that would take a hundred times the memory of what is shown."""
+    width, height = 6000, 2000
+    file = png("red", (width, height))
+    mask = np.zeros((height, width), np.uint16)
+    mask[:, width // 4 :] = 1
+    found = Segmentation(mask, ["sea", "sky"], [1.0, 1.0], 1, image=file)
+    tracemalloc.start()
+    try:
+        html = shown.segments(shown.smaller(found), file)
+        peak = tracemalloc.get_traced_memory()[1]  # of numpy's arrays; Pillow's pictures are not traced
+    finally:
+        tracemalloc.stop()
+    assert peak < mask.nbytes
+    assert 'alt="sea, sky"' in html
+    drawn = re.search(r"base64,([^\"]+)", html)
     assert drawn is not None
     picture = Image.open(io.BytesIO(base64.b64decode(drawn[1])))
     assert picture.format == "JPEG" and picture.width == shown.LONGEST
+    middle = shown.LONGEST * height // width // 2
+    left, right = (np.array(picture.getpixel((x, middle)), int) for x in (100, 900))
+    # Half red, half the first two colours of the palette.
+    assert abs(left - [170, 90, 116]).max() < 12 and abs(right - [242, 80, 0]).max() < 12
+
+
+def test_a_small_picture_keeps_its_size() -> None:
+    found = Segmentation(np.zeros((3, 5), np.uint16), ["sea"], [1.0], 1)
+    assert shown.smaller(found) is found
+    thin = Segmentation(np.zeros((1, 5000), np.uint16), ["sea"], [1.0], 1)
+    assert shown.smaller(thin).mask.shape == (1, shown.LONGEST)
+
+
+def test_one_picture_is_drawn_at_a_time(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawing, most = [0], [0]
+
+    def slow(*given: Any) -> str:
+        drawing[0] += 1
+        most[0] = max(most[0], drawing[0])
+        time.sleep(0.1)
+        drawing[0] -= 1
+        return "drawn"
+
+    monkeypatch.setattr(shown, "segments", slow)
+    number = events(served)["segment"]
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(send, served, number, [PICTURE, "sky\nsea", 0, 96, 0.5]) for _ in range(4)]
+        assert [html(one.result())[0] for one in asked] == ["drawn"] * 4
+    assert most == [1]
