@@ -244,7 +244,7 @@ def test_no_route_of_gradio_is_open_that_the_page_does_not_need(served: Served, 
 )
 def test_no_path_leads_to_a_file(served: Served, path: str) -> None:
     with socket.create_connection(("127.0.0.1", served.port), timeout=15) as it:
-        it.sendall(f"GET {PAGE}{path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        it.sendall(f"GET {PAGE}{path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         answer = b""
         while part := it.recv(2**16):
             answer += part
@@ -297,12 +297,32 @@ def test_gradio_keeps_nothing_of_its_callers(served: Served, made: list[gradio.B
 
 
 def test_another_site_reads_and_sends_nothing(served: Served) -> None:
-    evil = {"Origin": "https://evil.example", "Host": "models.example.com"}
+    evil = {"Origin": "https://evil.example"}
     for answer in (get(served, PAGE, **evil), send(served, events(served)["begin"], [], **evil)):
         assert answer.status == 200 and not [name for name in answer.headers if "access-control" in name.lower()]
         assert "connect-src" in answer.headers["Content-Security-Policy"] or "default-src 'self'" in str(answer.headers)
     assert send(served, events(served)["begin"], [], Sec_Fetch_Site="cross-site").status == 403
     assert get(served, EVENT, "OPTIONS", **evil, Access_Control_Request_Method="POST").status == 405
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example:8080", "", "[", "10.0.0.1"]
+)
+def test_without_keys_no_name_of_another_site_leads_to_the_page(served: Served, host: str) -> None:
+    number = events(served)["begin"]
+    for answer in (get(served, PAGE, Host=host), send(served, number, [], Host=host)):
+        assert answer.status == 403 and answer.data.startswith(b'{"error":"[unauthorized]')
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8080", "127.0.0.1:1", "127.0.0.2", "[::1]:8080"])
+def test_every_name_of_this_machine_leads_to_the_page(served: Served, host: str) -> None:
+    assert get(served, PAGE, Host=host).status == 200
+
+
+def test_with_keys_or_where_all_may_come_any_name_leads_to_the_page(keyed: tuple[Served, Path, str]) -> None:
+    assert get(keyed[0], PAGE, Host="models.example.com", Authorization=login(keyed[2])).status == 200
+    with serving(SmallWorld, playground=True, no_api_keys=True) as served:
+        assert get(served, PAGE, Host="models.example.com").status == 200
 
 
 # Bounds
@@ -336,7 +356,7 @@ def test_a_visitor_who_leaves_cancels_the_request() -> None:
         body = json.dumps({"fn_index": events(served)["classify"], "data": CLASSIFY}).encode()
         served.hold()
         with socket.create_connection(("127.0.0.1", served.port), timeout=15) as it:
-            head = f"POST {EVENT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head = f"POST {EVENT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             it.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             while not served.upstream.asked:
                 time.sleep(0.01)
