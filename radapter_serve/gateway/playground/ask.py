@@ -17,6 +17,7 @@ import gradio
 from radapter_client import AsyncClient, InvalidRequest, RAdapterClientError, Release
 from radapter_serve.gateway.playground import shown
 from radapter_serve.gateway.playground.door import key
+from radapter_serve.inputs.names import names_of
 
 T = TypeVar("T")
 Connect = Callable[[str | None], AsyncClient]
@@ -151,8 +152,7 @@ async def _indexes(client: AsyncClient) -> list[str]:
     try:
         await client.search("names", index=" ")
     except InvalidRequest as error:
-        names = str(error).partition("there are: ")[2]
-        return [] if names.startswith("none (") else [name for name in names.split(", ") if name]
+        return names_of(str(error))
     except RAdapterClientError:  # the other tasks may answer all the same
         pass
     return []
