@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import reprlib
+from importlib.util import find_spec
 from typing import Any
 
 
 class RAdapterError(Exception):
     """An error for people: what is wrong, which value, what is allowed, which command to run next."""
+
+
+def check_installed(name: str, extra: str) -> None:
+    """Refuse to go on without a library.
+
+    Args:
+        name: of its module.
+        extra: of radapter-serve, which brings it; or several, with commas.
+
+    Raises:
+        RAdapterError: says how to install it.
+    """
+    if find_spec(name) is None:
+        raise RAdapterError(f"{name} is not installed; pip install 'radapter-serve[{extra}]'")
 
 
 def reason(error: BaseException) -> str:

@@ -138,5 +138,11 @@ def test_every_recipe_is_described() -> None:
     assert not [path.name for path in (ROOT / "recipes").glob("*.yaml") if f"`{path.stem}" not in page]
 
 
+def test_the_readme_lists_every_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert not [page for page in sorted(pages) if f"(docs/{page})" not in text]
+
+
 def test_the_readme_fits_on_a_few_screens() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150

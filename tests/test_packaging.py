@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -64,3 +65,18 @@ def test_what_loads_on_first_use_is_there(package: str) -> None:
         assert getattr(module, name).__name__ == name
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         module.nothing  # noqa: B018
+
+
+def test_the_gpu_extra_has_all_that_all_has() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML by itself")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    def packages(extra: str) -> set[str]:
+        found = set[str]()
+        for line in project["optional-dependencies"][extra]:
+            own = re.fullmatch(r"radapter-serve\[(.*)\]", line)
+            found |= set().union(*map(packages, own[1].split(","))) if own else {re.split(r"[\[<>=; ]", line)[0]}
+        return found
+
+    assert packages("all") - packages("gpu") == {"onnxruntime"}
+    assert packages("gpu") - packages("all") == {"onnxruntime-gpu"}

@@ -14,11 +14,11 @@ from radapter_export.exported import Exported
 from radapter_export.folder import NewFolder
 from radapter_export.peft_folder import PeftFolder, check_low_rank
 from radapter_export.settings import ExportSettings
-from radapter_export.transformers_folder import TransformersFolder, check_installed
+from radapter_export.transformers_folder import TransformersFolder
 from radapter_serve.adapter import Adapter
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.transformers_form import form_of
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.release.agreement import TOLERANCES, Agreement, Samples
 from radapter_serve.release.release import Release
 
@@ -36,7 +36,7 @@ def check_forms(settings: ExportSettings, adapter: Adapter) -> None:
         if first == second or first in second.parents:
             raise RAdapterError(f"{other} {second} is the folder of {one}, or inside it; give each a folder of its own")
     if settings.transformers or settings.peft:
-        check_installed("transformers")
+        check_installed("transformers", "huggingface")
     if settings.peft:
         check_low_rank(adapter)
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from radapter_export.files import disk_errors
 from radapter_export.folder import NewFolder
-from radapter_export.transformers_folder import agreement, check_installed, library_class
+from radapter_export.transformers_folder import agreement, library_class
 from radapter_serve.adapter import Adapter
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.form import Form, to_transformers
 from radapter_serve.clip.from_transformers import quiet
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.files import staged
 from radapter_serve.release.agreement import Agreement, Samples, Tolerance
 
@@ -84,7 +84,7 @@ def check_low_rank(adapter: Adapter) -> None:
     Raises:
         RAdapterError: it has full rank.
     """
-    check_installed("peft")
+    check_installed("peft", "huggingface")
     if adapter.metadata.rank is None:
         raise RAdapterError(
             "--peft takes adapters of low rank (radapter-train --rank 4), and this one has full rank: its LoRA would "

@@ -17,7 +17,7 @@ from radapter_export.processor import PROCESSOR, check_processor, write_processo
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.form import Form, to_transformers
 from radapter_serve.clip.from_transformers import quiet
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import check_installed
 from radapter_serve.files import staged
 from radapter_serve.release.agreement import Agreement, Samples, Tolerance, compare
 
@@ -77,22 +77,10 @@ def library_class(form: Form, number: int) -> Any:
     Raises:
         RAdapterError: `transformers` is not installed.
     """
-    check_installed("transformers")
+    check_installed("transformers", "huggingface")
     import transformers
 
     return getattr(transformers, _CLASSES[form.kind][number])
-
-
-def check_installed(name: str) -> None:
-    """Refuse to go on without a library.
-
-    Raises:
-        RAdapterError: says how to install it.
-    """
-    import importlib.util
-
-    if importlib.util.find_spec(name) is None:
-        raise RAdapterError(f"{name} is not installed; pip install 'radapter-serve[huggingface]'")
 
 
 def agreement(name: str, model: Any, base: Base, samples: Mapping[str, Samples], bounds: Tolerance) -> Agreement:

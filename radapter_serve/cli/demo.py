@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from radapter_serve.cli import run
+from radapter_serve.errors import check_installed
 
 
 def demo(
@@ -27,8 +28,11 @@ def demo(
         steps: optimizer steps of each fine-tuning; those of the demo's recipes if none is given.
         alpha: re-scaling of the exported releases, from 0 to 1; the recipes' if none is given.
         limit: images of each data set at most that are evaluated; all if none is given.
-        open: end with the playground, opened in a browser, until Ctrl-C.
+        open: end with the playground, opened in a browser, until Ctrl-C; needs the extra `playground`, too.
     """
+    if open:
+        for name in ("gradio", "uvicorn"):
+            check_installed(name, "demo,playground")
     from radapter_serve.demo.run import run_demo  # torch takes seconds to load
 
     run_demo(out, seed=seed, steps=steps, alpha=alpha, limit=limit)

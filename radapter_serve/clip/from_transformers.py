@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import warnings
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from torch import nn
 
 from radapter_serve.clip.form import to_open_clip
 from radapter_serve.clip.form_clip import form, open_clip_config
-from radapter_serve.errors import RAdapterError, short
+from radapter_serve.errors import RAdapterError, check_installed, short
 
 #: what open_clip's tokenizer and that of `transformers` call the same tokens
 SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
@@ -42,8 +41,7 @@ def read(folder: Path) -> tuple[nn.Module, dict[str, Any], SimpleTokenizer]:
     Raises:
         RAdapterError: it is no CLIP, or does what open_clip can't; says what.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise RAdapterError("transformers is not installed; pip install 'radapter-serve[huggingface]'")
+    check_installed("transformers", "huggingface")
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if kind != "clip":
         raise RAdapterError(f"its model_type is {short(kind)}; allowed: clip")

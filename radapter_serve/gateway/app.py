@@ -44,7 +44,7 @@ _TYPES = ("", "application/json", "application/octet-stream")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-class _Gone(Exception):
+class Gone(Exception):
     """The caller has left."""
 
 
@@ -54,11 +54,20 @@ class Gateway:
     Args:
         settings: what it allows.
         connect: makes the way to Triton, in the event loop of the app.
+
+    Attributes:
+        app: serves it.
+        keys: that let callers in; None where there are none.
+        memory: of the bodies of all requests, from the start of the app on.
     """
+
+    app: Starlette
+    keys: Keys | None
+    memory: Memory
 
     def __init__(self, settings: Settings, connect: Callable[[], Upstream]) -> None:
         self._settings, self._connect = settings, connect
-        self._keys = None if settings.api_keys is None else Keys(settings.api_keys)
+        self.keys = None if settings.api_keys is None else Keys(settings.api_keys)
         self._models: dict[str, tuple[float, Model]] = {}
         task = "/v2/models/{model}"
         paths: list[tuple[str, Handler]] = [  # the first that fits is taken, so what is asked most comes first
@@ -90,8 +99,8 @@ class Gateway:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         self._places = Places(self._settings.max_concurrent, self._settings.max_queue)
-        self._memory = Memory(int(self._settings.max_memory * MIB))
-        self._metrics = Metrics(self._places, self._memory)
+        self.memory = Memory(int(self._settings.max_memory * MIB))
+        self._metrics = Metrics(self._places, self.memory)
         self._upstream = self._connect()
         self._health = Health(self._upstream)
         self._openai = openai.OpenAI(self._upstream, self._model, self._places, self._settings)
@@ -140,13 +149,13 @@ class Gateway:
         start = time.monotonic()
         name, version = _named(request)
         limit = self._settings.timeout
-        with self._memory.share() as take:
-            body = await self._body(request, take)
+        with self.memory.share() as take:
+            body = await self.body(request, take)
             model = await self._model(name)
             asked = requests.read(body, request.headers.get(requests.HEADER_LENGTH), model, version)
             del body
             left = min(limit, asked.timeout or limit) - (time.monotonic() - start)
-            answer = await _while_there(request, self._run(asked.message, left), left)
+            answer = await while_there(request, self._run(asked.message, left), left)
             self._health.answered(name)
             content, headers = answers.write(answer, asked)
             return Response(content, headers=headers)
@@ -159,15 +168,15 @@ class Gateway:
     async def embeddings(self, request: Request) -> Response:
         """OpenAI's embeddings, of texts and images."""
         start = time.monotonic()
-        with self._memory.share() as take:
-            body = await self._body(request, take)
+        with self.memory.share() as take:
+            body = await self.body(request, take)
             asked = embeddings.read(body, self._settings.max_inputs)
             del body
             left = self._settings.timeout - (time.monotonic() - start)
-            answer = await _while_there(request, self._openai.embed(asked, take, left), left)
+            answer = await while_there(request, self._openai.embed(asked, take, left), left)
             return Response(answer, media_type="application/json")
 
-    async def _body(self, request: Request, take: Callable[[int], None]) -> bytes:
+    async def body(self, request: Request, take: Callable[[int], None]) -> bytes:
         """The body of a request, within its time."""
         limit = self._settings.timeout
         try:
@@ -198,17 +207,17 @@ class Gateway:
         async def guarded(request: Request) -> Response:
             start = time.monotonic()
             try:
-                if self._keys is not None and not public:
-                    self._keys.check(request.headers.get("Authorization"))
+                if self.keys is not None and not public:
+                    self.keys.check(request.headers.get("Authorization"))
                 response, code = await handler(request), OK
             except Refused as error:
-                response, code = _refusal(error, request), error.code
-            except (_Gone, ClientDisconnect):
+                response, code = refusal(error, request), error.code
+            except (Gone, ClientDisconnect):
                 response, code = Response(status_code=499), GONE
             except Exception:
                 LOG.exception("the gateway failed on a request")
                 failed = Refused(500, INTERNAL_ERROR, "the gateway failed on this request; its log says why")
-                response, code = _refusal(failed, request), failed.code
+                response, code = refusal(failed, request), failed.code
             if handler.__name__ in _COUNTED:
                 name = request.path_params.get("model", EMBEDDINGS)
                 known = name in TASKS or handler.__name__ == EMBEDDINGS
@@ -224,14 +233,15 @@ class Gateway:
             open_ = "POST /v1/embeddings; GET /v1/models and /v1/models/MODEL"
         status = getattr(error, "status_code", 404)
         message = f"{request.method} of this path is not open here; open are {open_}"
-        return _refusal(Refused(status, NOT_FOUND, message), request)
+        return refusal(Refused(status, NOT_FOUND, message), request)
 
 
 def _of_openai(request: Request) -> bool:
     return str(request.scope["path"]).startswith(openai.PREFIX)  # its URL needs a Host, which may be anything
 
 
-def _refusal(error: Refused, request: Request) -> Response:
+def refusal(error: Refused, request: Request) -> Response:
+    """The answer that says why a request is refused, in the form of what was asked."""
     headers = {"Retry-After": str(RETRY_AFTER)} if error.status in (429, 503) else {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -273,7 +283,7 @@ async def _body(request: Request, most: int, hold: Callable[[int], None]) -> byt
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-async def _while_there(request: Request, work: Coroutine[Any, Any, Any], seconds: float) -> Any:
+async def while_there(request: Request, work: Coroutine[Any, Any, Any], seconds: float) -> Any:
     """The result of work that is cancelled where the caller leaves; all of the request must have been read."""
     task = asyncio.ensure_future(work)
     left = asyncio.ensure_future(request.receive())
@@ -282,7 +292,7 @@ async def _while_there(request: Request, work: Coroutine[Any, Any, Any], seconds
         await asyncio.wait({task, left}, timeout=max(seconds, 0) + 1, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise _Gone if left.done() else late(504, "the request took longer than it may")
+        raise Gone if left.done() else late(504, "the request took longer than it may")
     finally:
         left.cancel()
         if not task.done():  # its place is free again before anybody hears of this

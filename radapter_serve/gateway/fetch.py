@@ -23,7 +23,7 @@ AT_ONCE = 16  # images of all requests
 MAX_HEADERS = 32 * 1024  # bytes
 _PORTS = {"http": 80, "https": 443}
 _MOVED = (301, 302, 303, 307, 308)
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_PUBLIC = ipaddress.IPv6Network("2000::/3")  # all that is given to the public network; Python calls more of it global
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
@@ -74,7 +74,7 @@ class Fetcher:
                 return await asyncio.wait_for(self._follow(url, take), PATIENCE)
             except (asyncio.TimeoutError, TimeoutError):
                 raise Unfetched(f"does not come within {PATIENCE:g} s") from None
-            except (OSError, httptools.HttpParserError, UnicodeError):
+            except (OSError, httptools.HttpParserError, httptools.HttpParserUpgrade, ValueError):
                 raise Unfetched("cannot be had from its host") from None
 
     async def _follow(self, url: str, take: Callable[[int], None]) -> bytes:
@@ -143,6 +143,8 @@ class Fetcher:
                     raise error.__context__ or error from None
                 if not answer.in_body and size > MAX_HEADERS:
                     raise Unfetched("is answered with headers that are too large")
+                if size > 2 * MAX_BYTES + MAX_HEADERS:  # chunks, too, have heads, which are no part of the body
+                    raise Unfetched("is answered with far more bytes than the image has")
             answer.end()
             return answer
         finally:
@@ -160,6 +162,8 @@ class _Answer:
         self.in_body = self.complete = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self.in_body:
+            raise Unfetched("is answered with trailers")
         self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
@@ -190,9 +194,9 @@ class _Answer:
 def is_public(address: str) -> bool:
     """Whether an address is one of the public network, and no way into a private one."""
     found = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(found, ipaddress.IPv6Address) and (found.ipv4_mapped or found.sixtofour or found.teredo):
+    if isinstance(found, ipaddress.IPv6Address) and (found not in _PUBLIC or found.sixtofour or found.teredo):
         return False
-    return found.is_global and not found.is_multicast and found not in _NAT64
+    return found.is_global and not found.is_multicast
 
 
 async def _resolve(host: str, port: int) -> list[str]:

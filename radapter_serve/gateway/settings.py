@@ -6,12 +6,11 @@ import ipaddress
 import math
 import re
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import tyro
 
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.server.endpoints import address_of
 
 MIB = 2**20
@@ -84,8 +83,8 @@ class Settings:
             raise RAdapterError("--tls-certificate and --tls-key go together; give both or none")
         if self.api_keys is not None and self.no_api_keys:
             raise RAdapterError("give --api-keys FILE or --no-api-keys, not both")
-        if self.playground and find_spec("gradio") is None:
-            raise RAdapterError("--playground needs Gradio; install it: pip install 'radapter-serve[playground]'")
+        if self.playground:
+            check_installed("gradio", "playground")
         address = address_of(self.host, f"{where}host")
         if self.api_keys is None and not self.no_api_keys and not ipaddress.ip_address(address).is_loopback:
             raise RAdapterError(

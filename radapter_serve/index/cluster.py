@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from radapter_serve.environment import THREADS
-from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.index.bucket import SCHEME
 from radapter_serve.index.reading import Read, read
 from radapter_serve.index.stored import StoredFile
@@ -37,11 +37,10 @@ class Cluster:
 
     def __init__(self, address: str, release: EmbeddingRelease) -> None:
         self._release = release
-        try:
-            import ray
-            import ray.data
-        except ModuleNotFoundError:
-            raise RAdapterError("ray is not installed; pip install 'radapter-serve[ray]'") from None
+        check_installed("ray", "ray")
+        import ray
+        import ray.data
+
         try:
             if not ray.is_initialized():
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

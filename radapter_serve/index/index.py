@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.files import as_text, ascii_path
 from radapter_serve.index.bucket import LINK, storage_options
 from radapter_serve.index.condition import check_condition
@@ -87,10 +87,9 @@ class Index:
                 "that was published"
             )
         self._bucket = self._place
-        try:
-            import lancedb  # here: a server without indexes needs none
-        except ModuleNotFoundError:
-            raise RAdapterError("lancedb is not installed; pip install 'radapter-serve[server]'") from None
+        check_installed("lancedb", "server")
+        import lancedb  # here: a server without indexes needs none
+
         with table_errors(self.folder):
             if self._bucket is None:
                 database = lancedb.connect(ascii_path(self.folder))

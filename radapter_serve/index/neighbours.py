@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.files import ascii_path, digest_of
 from radapter_serve.threads import total
 
@@ -193,10 +193,9 @@ def load_faiss() -> Any:
     Raises:
         RAdapterError: it is not installed.
     """
-    try:
-        import faiss
-    except ModuleNotFoundError:
-        raise RAdapterError("faiss-cpu is not installed; pip install 'radapter-serve[server]'") from None
+    check_installed("faiss", "server")
+    import faiss
+
     return faiss
 
 

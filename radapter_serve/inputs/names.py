@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 
 MAX_BYTES = 200  # in UTF-8; a file system takes 255, and files that are being written have longer names
 RULE = "allowed are letters, digits and other signs of any script, but no / and no . or - or blank at the start"
+_THERE_ARE, _NONE = "; there are: ", "none ("
 _JOINERS = "\u200c\u200d"  # which scripts and emoji need, though they cannot be seen
 
 
@@ -24,3 +26,14 @@ def is_name(text: str) -> bool:
 def spellings(name: str) -> list[str]:
     """A name as it is, and as other systems write the same letters: an é is one sign, or an e with an accent."""
     return list(dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]))
+
+
+def there_are(names: Iterable[str], how: str) -> str:
+    """The end of a refusal of a name: the names that there are, or how one is made."""
+    return _THERE_ARE + (", ".join(names) or f"{_NONE}{how})")
+
+
+def names_of(refusal: str) -> list[str]:
+    """The names that `there_are` wrote; none where it wrote none."""
+    names = refusal.rpartition(_THERE_ARE)[2] if _THERE_ARE in refusal else _NONE
+    return [] if names.startswith(_NONE) else names.split(", ")

@@ -22,7 +22,7 @@ from radapter_serve.files import as_name, as_text
 from radapter_serve.index.index import FACTS, Hit, Index, mismatch
 from radapter_serve.index.opening import open_index
 from radapter_serve.inputs.errors import INDEX_MISMATCH, UNKNOWN_INDEX, TaskError, invalid, public
-from radapter_serve.inputs.names import is_name, spellings
+from radapter_serve.inputs.names import is_name, spellings, there_are
 from radapter_serve.release.release import Release
 
 DEFAULT_TOP_K = 10
@@ -163,13 +163,13 @@ class Retrieve:
             TaskError: no such index, one that can't be read, or one of another release.
         """
         if not is_name(name):
-            raise TaskError(UNKNOWN_INDEX, f"{name!r:.80} is no name of an index; there are: {self._known()}")
+            raise TaskError(UNKNOWN_INDEX, f"{name!r:.80} is no name of an index{self._known()}")
         places = [self._folder / as_name(one) for one in spellings(name)]
         folder = next((place for place in places if (place / FACTS).exists()), places[0])
         key = _key(folder)
         if key is None:
             self._open.pop(name, None)
-            raise TaskError(UNKNOWN_INDEX, f"no index {name!r:.80}; there are: {self._known()}")
+            raise TaskError(UNKNOWN_INDEX, f"no index {name!r:.80}{self._known()}")
         with self._lock:
             own = self._locks.setdefault(name, threading.Lock())
         with own:  # opening a big index takes seconds, for which requests to others should not wait
@@ -210,7 +210,7 @@ class Retrieve:
 
     def _known(self) -> str:
         names = sorted(as_text(path.parent.name) for path in self._folder.glob(f"*/{FACTS}"))
-        return ", ".join(name for name in names if name[0] != ".") or "none (radapter-index build makes them)"
+        return there_are((name for name in names if name[0] != "."), "radapter-index build makes them")
 
 
 def _key(folder: Path) -> tuple[int, int, int] | None:

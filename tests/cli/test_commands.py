@@ -46,6 +46,17 @@ def test_version(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"radapter-{name} {radapter_serve.__version__}\n"
 
 
+@pytest.mark.parametrize("name", ["gradio", "uvicorn"])
+def test_a_demo_without_the_playground_says_so_at_once(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in (name, "radapter_serve.demo.run"):  # the demo itself is not even loaded
+        monkeypatch.setitem(sys.modules, module, None)
+    assert demo.main(["--open"]) == 2
+    install = "pip install 'radapter-serve[demo,playground]'"
+    assert capsys.readouterr().err == f"radapter-demo: error: {name} is not installed; {install}\n"
+
+
 def test_guard_turns_errors_into_a_line_and_a_status(capsys: pytest.CaptureFixture[str]) -> None:
     def bad() -> None:
         raise RAdapterError("alpha is 2; allowed: 0 to 1")

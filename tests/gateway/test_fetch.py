@@ -40,6 +40,7 @@ PNG = png(1, 9, 7)
         *((private, False) for private in ("::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "ff02::1")),
         *((way_in, False) for way_in in ("::ffff:127.0.0.1", "::ffff:93.184.216.34", "64:ff9b::7f00:1")),
         *((way_in, False) for way_in in ("2002:7f00:1::", "2001:0:7f00:1::")),
+        *((way_in, False) for way_in in ("::127.0.0.1", "fec0::1", "::ffff:0:7f00:1", "64:ff9b:1::7f00:1")),
     ],
 )
 def test_public_addresses(address: str, public: bool) -> None:
@@ -135,6 +136,7 @@ def test_an_image_comes(here_is_public: None) -> None:
         (302, {"Location": "http://evil.example/"}, "is on 'evil.example'"),
         (302, {"Location": "//evil.example/"}, "is on 'evil.example'"),
         (302, {"Location": "file:///etc/passwd"}, "is no URL of http or https"),
+        (302, {"Location": "http://[x"}, "cannot be had"),
         (302, {"Location": "/again"}, "more than 3 redirects"),
         (302, {}, "more than 3 redirects"),
         (200, {"X": "y" * 200_000}, "headers that are too large"),
@@ -196,6 +198,7 @@ def raw_server(*parts: bytes | float, context: ssl.SSLContext | None = None) -> 
 
 
 OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
 @pytest.mark.parametrize(
@@ -207,6 +210,9 @@ OK = b"HTTP/1.1 200 OK\r\n"
         ([b""], "is cut off"),
         ([b"SSH-2.0-OpenSSH\r\n"], "cannot be had"),
         ([OK + b"Content-Length: -1\r\n\r\n"], "cannot be had"),
+        ([b"HTTP/1.1 101 x\r\nUpgrade: y\r\nConnection: upgrade\r\n\r\n"], "cannot be had"),
+        ([CHUNKED + b"1\r\nx\r\n0\r\n", *[b"X: y\r\n" * 8000] * 20], "is answered with trailers"),
+        ([CHUNKED, *[b"1;%s\r\nx\r\n" % (b"y" * 50_000)] * 40, b"0\r\n\r\n"], "far more bytes than"),
         ([OK + b"\r\n" + b"x" * 50_000] * 10, "has more than 400000 bytes"),
         ([part for _ in range(100) for part in (b"x", 0.05)], "cannot be had"),
         ([OK, *(part for _ in range(100) for part in (b"X: y\r\n", 0.05))], "does not come within 1 s"),

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,7 +72,9 @@ def keyed(tmp_path: Path) -> Iterator[tuple[Served, Path, str]]:
 
 def get(served: Served, path: str, method: str = "GET", body: Any = None, **headers: str) -> Any:
     given = {name.replace("_", "-"): value for name, value in headers.items()}
-    return urllib3.request(method, served.url + path, body=body, headers=given, retries=False, redirect=False)
+    return urllib3.request(
+        method, served.url + path, body=body, headers=given, retries=False, redirect=False, timeout=30
+    )
 
 
 def events(served: Served, **headers: str) -> dict[str, int]:
@@ -241,7 +244,7 @@ def test_no_route_of_gradio_is_open_that_the_page_does_not_need(served: Served, 
 )
 def test_no_path_leads_to_a_file(served: Served, path: str) -> None:
     with socket.create_connection(("127.0.0.1", served.port), timeout=15) as it:
-        it.sendall(f"GET {PAGE}{path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        it.sendall(f"GET {PAGE}{path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         answer = b""
         while part := it.recv(2**16):
             answer += part
@@ -294,12 +297,32 @@ def test_gradio_keeps_nothing_of_its_callers(served: Served, made: list[gradio.B
 
 
 def test_another_site_reads_and_sends_nothing(served: Served) -> None:
-    evil = {"Origin": "https://evil.example", "Host": "models.example.com"}
+    evil = {"Origin": "https://evil.example"}
     for answer in (get(served, PAGE, **evil), send(served, events(served)["begin"], [], **evil)):
         assert answer.status == 200 and not [name for name in answer.headers if "access-control" in name.lower()]
         assert "connect-src" in answer.headers["Content-Security-Policy"] or "default-src 'self'" in str(answer.headers)
     assert send(served, events(served)["begin"], [], Sec_Fetch_Site="cross-site").status == 403
     assert get(served, EVENT, "OPTIONS", **evil, Access_Control_Request_Method="POST").status == 405
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example:8080", "", "[", "10.0.0.1"]
+)
+def test_without_keys_no_name_of_another_site_leads_to_the_page(served: Served, host: str) -> None:
+    number = events(served)["begin"]
+    for answer in (get(served, PAGE, Host=host), send(served, number, [], Host=host)):
+        assert answer.status == 403 and answer.data.startswith(b'{"error":"[unauthorized]')
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8080", "127.0.0.1:1", "127.0.0.2", "[::1]:8080"])
+def test_every_name_of_this_machine_leads_to_the_page(served: Served, host: str) -> None:
+    assert get(served, PAGE, Host=host).status == 200
+
+
+def test_with_keys_or_where_all_may_come_any_name_leads_to_the_page(keyed: tuple[Served, Path, str]) -> None:
+    assert get(keyed[0], PAGE, Host="models.example.com", Authorization=login(keyed[2])).status == 200
+    with serving(SmallWorld, playground=True, no_api_keys=True) as served:
+        assert get(served, PAGE, Host="models.example.com").status == 200
 
 
 # Bounds
@@ -333,7 +356,7 @@ def test_a_visitor_who_leaves_cancels_the_request() -> None:
         body = json.dumps({"fn_index": events(served)["classify"], "data": CLASSIFY}).encode()
         served.hold()
         with socket.create_connection(("127.0.0.1", served.port), timeout=15) as it:
-            head = f"POST {EVENT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head = f"POST {EVENT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             it.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             while not served.upstream.asked:
                 time.sleep(0.01)
@@ -415,9 +438,50 @@ def test_the_page_tells_no_path_of_the_base() -> None:
 
 
 def test_a_large_picture_is_shown_smaller() -> None:
-    mask = np.zeros((900, 3000), np.uint16)
-    found = Segmentation(mask, ["sea"], [1.0], 1, image=np.zeros((900, 3000, 3), np.uint8))
-    drawn = re.search(r"base64,([^\"]+)", shown.segments(found))
+    """Its whole mask is never coloured: that would take a hundred times the memory of what is shown."""
+    width, height = 6000, 2000
+    file = png("red", (width, height))
+    mask = np.zeros((height, width), np.uint16)
+    mask[:, width // 4 :] = 1
+    found = Segmentation(mask, ["sea", "sky"], [1.0, 1.0], 1, image=file)
+    tracemalloc.start()
+    try:
+        html = shown.segments(shown.smaller(found), file)
+        peak = tracemalloc.get_traced_memory()[1]  # of numpy's arrays; Pillow's pictures are not traced
+    finally:
+        tracemalloc.stop()
+    assert peak < mask.nbytes
+    assert 'alt="sea, sky"' in html
+    drawn = re.search(r"base64,([^\"]+)", html)
     assert drawn is not None
     picture = Image.open(io.BytesIO(base64.b64decode(drawn[1])))
     assert picture.format == "JPEG" and picture.width == shown.LONGEST
+    middle = shown.LONGEST * height // width // 2
+    left, right = (np.array(picture.getpixel((x, middle)), int) for x in (100, 900))
+    # Half red, half the first two colours of the palette.
+    assert abs(left - [170, 90, 116]).max() < 12 and abs(right - [242, 80, 0]).max() < 12
+
+
+def test_a_small_picture_keeps_its_size() -> None:
+    found = Segmentation(np.zeros((3, 5), np.uint16), ["sea"], [1.0], 1)
+    assert shown.smaller(found) is found
+    thin = Segmentation(np.zeros((1, 5000), np.uint16), ["sea"], [1.0], 1)
+    assert shown.smaller(thin).mask.shape == (1, shown.LONGEST)
+
+
+def test_one_picture_is_drawn_at_a_time(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawing, most = [0], [0]
+
+    def slow(*given: Any) -> str:
+        drawing[0] += 1
+        most[0] = max(most[0], drawing[0])
+        time.sleep(0.1)
+        drawing[0] -= 1
+        return "drawn"
+
+    monkeypatch.setattr(shown, "segments", slow)
+    number = events(served)["segment"]
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(send, served, number, [PICTURE, "sky\nsea", 0, 96, 0.5]) for _ in range(4)]
+        assert [html(one.result())[0] for one in asked] == ["drawn"] * 4
+    assert most == [1]

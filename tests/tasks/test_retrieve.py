@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 import shutil
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from radapter_client import InvalidRequest
+from radapter_serve.gateway.playground import ask
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import Hit, Index
 from radapter_serve.inputs.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
@@ -55,6 +58,18 @@ def test_answers_and_what_they_cost(photos: Path, tmp_path: Path) -> None:
     assert len(retrieve(RetrieveRequest(b"photos", text=b"a", where=b"path = 'x'")).ids) == 0
 
 
+def the_playground_knows(retrieve: Retrieve) -> list[str]:
+    """The names that it takes from this task's refusal of a name that is none."""
+
+    class Client:
+        async def search(self, *given: Any, index: str) -> None:
+            with pytest.raises(TaskError) as refused:
+                retrieve.index(index)
+            raise InvalidRequest(str(refused.value))
+
+    return asyncio.run(ask._indexes(Client()))  # type: ignore[arg-type]
+
+
 def test_indexes_come_change_and_go(photos: Path, tmp_path: Path) -> None:
     release = FakeRelease()
     retrieve = task(tmp_path / "indexes", release)
@@ -64,7 +79,9 @@ def test_indexes_come_change_and_go(photos: Path, tmp_path: Path) -> None:
 
     with pytest.raises(TaskError, match=r"there are: none \(radapter-index build makes them\)"):
         count()
+    assert the_playground_knows(retrieve) == []
     build(str(photos), tmp_path / "indexes" / "photos", release)
+    assert the_playground_knows(retrieve) == ["photos"]
     assert count() == 4 and retrieve.index("photos") is retrieve.index("photos")
     write(photos / "new.png", 9)
     add(tmp_path / "indexes" / "photos", release)

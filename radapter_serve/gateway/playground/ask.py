@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import re
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from typing import Any, TypeVar
 
 import gradio
-from starlette.concurrency import run_in_threadpool
 
 from radapter_client import AsyncClient, InvalidRequest, RAdapterClientError, Release
 from radapter_serve.gateway.playground import shown
 from radapter_serve.gateway.playground.door import key
+from radapter_serve.inputs.names import names_of
 
 T = TypeVar("T")
 Connect = Callable[[str | None], AsyncClient]
@@ -44,6 +46,8 @@ class Ask:
 
     def __init__(self, connect: Connect) -> None:
         self._connect = connect
+        # One at a time, because each decodes a whole picture.
+        self._drawing = ThreadPoolExecutor(1, thread_name_prefix="playground-drawing")
 
     async def begin(self, request: gradio.Request) -> tuple[Any, ...]:
         """What the page shows of the release: its facts, the slider of α or why there is none, label sets, indexes."""
@@ -99,8 +103,10 @@ class Ask:
             known = await client.release()
             options: dict[str, Any] = {"threshold": threshold or None, "short_side": int(side) or None}
             options["alpha"] = alpha if known.dynamic_alpha else None
-            found, seconds = await _timed(client.segment(image(picture), lines(labels), **options))
-            html = await run_in_threadpool(shown.segments, found)
+            file = image(picture)
+            found, seconds = await _timed(client.segment(file, lines(labels), **options))
+            found = shown.smaller(found)  # at once, because many may wait to be drawn
+            html = await asyncio.get_running_loop().run_in_executor(self._drawing, shown.segments, found, file)
             return html, shown.took(seconds, await _who(client, found.release, known))
 
     def _client(self, request: gradio.Request) -> AsyncClient:
@@ -146,8 +152,7 @@ async def _indexes(client: AsyncClient) -> list[str]:
     try:
         await client.search("names", index=" ")
     except InvalidRequest as error:
-        names = str(error).partition("there are: ")[2]
-        return [] if names.startswith("none (") else [name for name in names.split(", ") if name]
+        return names_of(str(error))
     except RAdapterClientError:  # the other tasks may answer all the same
         pass
     return []

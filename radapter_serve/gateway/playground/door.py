@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import base64
 import binascii
+import ipaddress
 import re
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from radapter_serve.gateway.app import Gateway, _Gone, _refusal, _while_there
+from radapter_serve.gateway.app import Gateway, Gone, refusal, while_there
 from radapter_serve.gateway.errors import NOT_FOUND, UNAUTHORIZED, UNSUPPORTED_TYPE, Refused, bad
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.gateway.upstream import LOG
@@ -66,21 +68,28 @@ class Door:
         try:
             self._check(request)
             if scope["path"] == EVENT:
-                with self._gateway._memory.share() as take:
+                with self._gateway.memory.share() as take:
                     body = await self._event(request, take)
-                    answer = await _while_there(request, self._answer(scope, body), self._settings.timeout)
+                    answer = await while_there(request, self._answer(scope, body), self._settings.timeout)
                     await answer(scope, receive, send)
             else:
                 await self._page(_seen(scope, b"accept-encoding"), receive, _sealed(send))
         except Refused as error:
             await _closed(error, request)(scope, receive, send)
-        except (_Gone, ClientDisconnect):
+        except (Gone, ClientDisconnect):
             pass
 
     def _check(self, request: Request) -> None:
-        """Whether the request may go on; the key comes first."""
-        if self._gateway._keys is not None:
-            self._gateway._keys.check(f"Bearer {key(request.headers.get('Authorization')) or ''}")
+        """Whether the request may go on; who asks comes first."""
+        if self._gateway.keys is None and not self._settings.no_api_keys and not _here(request.headers.get("Host", "")):
+            # A name of another site may lead here, and its scripts then belong to this page.
+            raise Refused(
+                403,
+                UNAUTHORIZED,
+                "without keys, the page is at http://localhost and http://127.0.0.1 only, on its port",
+            )
+        if self._gateway.keys is not None:
+            self._gateway.keys.check(f"Bearer {key(request.headers.get('Authorization')) or ''}")
         path = request.scope["path"]
         method = "POST" if path == EVENT else "GET"
         if path != EVENT and not (_OPEN.fullmatch(path) and ".." not in path):
@@ -94,7 +103,7 @@ class Door:
         """The body of an event, with nothing in it that the page does not send."""
         if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, UNSUPPORTED_TYPE, "an event of the page is application/json")
-        body = await self._gateway._body(request, take)
+        body = await self._gateway.body(request, take)
         try:
             event = Event.model_validate_json(body)
         except ValidationError:
@@ -135,6 +144,15 @@ def key(authorization: str | None) -> str | None:
     return both.partition(":")[2] or None
 
 
+def _here(host: str) -> bool:
+    """Whether the `Host` of a request names this machine."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
 def _fits(value: float | str | None, kind: tuple[float, float] | None) -> bool:
     """Whether a value of an event is of the kind that belongs there."""
     if kind is None:
@@ -160,7 +178,7 @@ def _sealed(send: Send) -> Send:
 
 
 def _closed(error: Refused, request: Request) -> Response:
-    response = _refusal(error, request)
+    response = refusal(error, request)
     response.headers.update(_SEALS)
     if error.status == 401:  # the browser asks for a name and a password
         response.headers["WWW-Authenticate"] = 'Basic realm="Any name, and a key of this gateway as the password"'

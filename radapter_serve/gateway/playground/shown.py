@@ -5,11 +5,16 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 
-from radapter_client import Classification, Hit, Release, Segmentation
+import numpy as np
+import numpy.typing as npt
 
-LONGEST = 1024  # px of the longer side of a picture that is shown
+from radapter_client import Classification, Hit, Release, Segmentation
+from radapter_serve.inputs.preprocess import decode
+
+LONGEST = 1024  # px of the longer side of a picture that is shown, without its legend
 
 
 def header(release: Release) -> str:
@@ -67,12 +72,34 @@ def gallery(hits: Sequence[Hit]) -> str:
     return f'<div class="gallery">{"".join(cards)}</div>' if cards else '<p class="note">The index is empty.</p>'
 
 
-def segments(found: Segmentation) -> str:
-    """The picture with its labels in colour, and their legend."""
-    picture, file = found.overlay(), io.BytesIO()
-    picture.thumbnail((LONGEST, LONGEST * 4))  # the legend makes it higher
-    picture.save(file, "PNG" if picture.width * picture.height < 2**18 else "JPEG", quality=90)
-    kind = "png" if file.getvalue().startswith(b"\x89PNG") else "jpeg"
-    data = base64.b64encode(file.getvalue()).decode()
+def smaller(found: Segmentation) -> Segmentation:
+    """A segmentation of which no side of the mask is above `LONGEST`: to draw, 64 million pixels take a gigabyte."""
+    height, width = found.mask.shape
+    longest = max(height, width)
+    if longest <= LONGEST:
+        return found
+
+    def kept(side: int) -> npt.NDArray[np.intp]:
+        count = max(1, side * LONGEST // longest)
+        return np.arange(count) * side // count
+
+    return replace(found, mask=found.mask[np.ix_(kept(height), kept(width))])
+
+
+def segments(found: Segmentation, file: bytes) -> str:
+    """The picture with its labels in colour, and their legend.
+
+    Args:
+        found: of `smaller`.
+        file: of the picture.
+    """
+    height, width = found.mask.shape
+    original = decode(file, exif_orientation=found.exif_orientation)
+    if original.mode in ("P", "1"):  # which are not resized smoothly
+        original = original.convert("RGBA")
+    picture, drawn = found.overlay(original.resize((width, height))), io.BytesIO()
+    picture.save(drawn, "PNG" if picture.width * picture.height < 2**18 else "JPEG", quality=90)
+    kind = "png" if drawn.getvalue().startswith(b"\x89PNG") else "jpeg"
+    data = base64.b64encode(drawn.getvalue()).decode()
     named = ", ".join(found.labels[index] for index in range(len(found.labels)) if found.shares[index] > 0)
     return f'<img class="segments" src="data:image/{kind};base64,{data}" alt="{escape(named)}">'
