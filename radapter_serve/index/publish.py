@@ -12,7 +12,6 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
 from radapter_serve.index.bucket import (
     GENERATION,
-    KEPT,
     LINK,
     POINTER,
     Bucket,
@@ -22,7 +21,7 @@ from radapter_serve.index.bucket import (
     is_generation,
     is_link,
 )
-from radapter_serve.index.index import Index
+from radapter_serve.index.index import Index, read_facts
 from radapter_serve.lock import lock
 
 
@@ -39,21 +38,26 @@ def publish(folder: Path, url: str) -> bool:
     Raises:
         RAdapterError: there is no index, it can't be searched, or the storage refuses.
     """
-    bucket = Bucket(url)
+    bucket, before = Bucket(url), None
+    if is_link(folder):
+        raise RAdapterError(f"{folder} stands for an index on object storage; publish the index that it was made of")
+    read_facts(folder)  # locking would make the folder
     with lock(folder, "radapter-index"):
         Index(folder)  # whole, or refused
         data = (folder / POINTER).read_bytes()
         generation = f"g-{hashlib.sha256(data).hexdigest()[:16]}"
         with contextlib.suppress(RAdapterError):
-            if bucket.facts()[GENERATION] == generation:
-                return False
+            before = bucket.facts()[GENERATION]
+        if before == generation:
+            return False
         with bucket_errors(url):
             for part in (path for path in folder.iterdir() if path.is_dir()):
                 copy(str(part), f"{bucket.path}/{generation}/{part.name}", down=False)
             system = file_system()
             with system.open_output_stream(f"{bucket.path}/{POINTER}") as file:  # seen when it is whole
                 file.write(json.dumps({**json.loads(data), GENERATION: generation}).encode())
-            _drop_old(system, bucket.path, generation)
+            if before is not None:  # else nobody knows which one is being read
+                _drop_all_but({before, generation}, system, bucket.path)
     return True
 
 
@@ -71,15 +75,10 @@ def link(url: str, out: Path) -> None:
         temporary.write_text(json.dumps({LINK: url}), encoding="utf-8")
 
 
-def _drop_old(system: Any, path: str, generation: str) -> None:
-    """Remove generations but for this one and the latest before it."""
+def _drop_all_but(kept: set[str], system: Any, path: str) -> None:
+    """Remove the other generations, those of publications that were killed included."""
     from pyarrow import fs
 
-    found = system.get_file_info(fs.FileSelector(path, recursive=True))
-    newest: dict[str, float] = {}
-    for info in found:
-        name = info.path.removeprefix(f"{path}/").partition("/")[0]
-        if info.is_file and is_generation(name) and name != generation:
-            newest[name] = max(newest.get(name, 0.0), info.mtime.timestamp())
-    for name in sorted(newest, key=lambda one: newest[one])[: -(KEPT - 1)]:
-        system.delete_dir(f"{path}/{name}")
+    for info in system.get_file_info(fs.FileSelector(path)):
+        if is_generation(info.base_name) and info.base_name not in kept:
+            system.delete_dir(info.path)
