@@ -125,7 +125,12 @@ def test_many_images_are_found_by_files_in_a_bounded_cache(
     os.utime(codes.parent, (0, 0))
     codes.write_bytes(b"broken")
     fetched = list[str]()
-    monkeypatch.setattr(storage, "copy", lambda *where, **how: (fetched.append(where[0]), copy(*where, **how)))
+
+    def counted(source: str, target: str, *, down: bool) -> None:
+        fetched.append(source)
+        copy(source, target, down=down)
+
+    monkeypatch.setattr(storage, "copy", counted)
     for _ in range(3):
         with pytest.raises(RAdapterError, match="is not the file that index.json names"):
             Index(linked)
@@ -241,7 +246,7 @@ def test_a_storage_is_asked_again_five_seconds_after_its_answer(
     publish(tmp_path / "index", URL)
     link(URL, tmp_path / "linked")
     now, asked = [0.0], list[float]()
-    monkeypatch.setattr(opened.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("radapter_serve.index.index.time.monotonic", lambda: now[0])
     index, answer = Index(tmp_path / "linked"), Bucket.facts
 
     def slow(self: Bucket) -> dict[str, object]:
