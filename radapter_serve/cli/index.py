@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -58,8 +58,9 @@ def build(
             same paths. This machine reads and embeds if none is given.
     """
     from radapter_serve.index.build import build
+    from radapter_serve.runtimes.origin import release_of
 
-    with _release({"url": url} if url else {"model_repository": model_repository}) as release:
+    with closing(release_of({"url": url} if url else {"model_repository": model_repository})) as release:
         if alpha is not None:
             release.set_alpha(alpha)
         with _progress("embedding") as progress:
@@ -101,11 +102,12 @@ def add(
     """
     from radapter_serve.index.build import add
     from radapter_serve.index.index import read_facts
+    from radapter_serve.runtimes.origin import release_of
 
     origin = read_facts(out).get("origin", {"model_repository": "model_repository"})
-    if model_repository or url:
+    if url or model_repository:
         origin = {"url": url} if url else {"model_repository": model_repository}
-    with _release(origin) as release, _progress("embedding") as progress:
+    with closing(release_of(origin)) as release, _progress("embedding") as progress:
         summary = add(out, release, source, prune=prune, on_broken=on_broken, progress=progress)
     _show(summary, out)
 
@@ -243,20 +245,6 @@ def _next_commands(out: Path, model_repository: str, url: str | None) -> str:
     elif number:
         search += f" --release {number}"
     return f"serve it:   {serve}\nsearch it:  {search}"
-
-
-@contextmanager
-def _release(origin: Mapping[str, str]) -> Iterator[Any]:
-    """What embeds, from `model_repository` or from `url`."""
-    if "model_repository" in origin:
-        from radapter_serve.runtimes.local_release import LocalRelease
-
-        yield LocalRelease(origin["model_repository"])
-        return
-    from radapter_serve.runtimes.served_release import ServerRelease
-
-    with closing(ServerRelease(origin["url"])) as release:
-        yield release
 
 
 @contextmanager

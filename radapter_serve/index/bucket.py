@@ -8,10 +8,12 @@ AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT_URL, or the role of the machine).
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,7 +28,8 @@ CACHE = "RADAPTER_CACHE"  # where the files lie that are searched in memory
 POINTER = "index.json"
 LINK = "at"  # the one fact in the index.json of a folder that stands for an index in a bucket
 GENERATION = "generation"
-KEPT = 2  # generations in the bucket, and of an index in the cache: a server may still open the one before
+KEPT = 2  # generations of an index in the cache: a server may still open the one before
+_JUST_NOW = 600.0  # seconds; a broken index is not fetched again and again
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Bucket:
         Args:
             facts: of the index.
             folder: as it lay in the index that was published: two names from its end count.
-            anew: not from the cache, which is damaged.
+            anew: not from the cache, which is damaged; what was fetched just now is as the storage has it.
 
         Raises:
             RAdapterError: it can't be read, or there is no room.
@@ -91,14 +94,18 @@ class Bucket:
         folder = Path(folder.parent.name, folder.name)
         own = _cache() / hashlib.sha256(self.path.encode()).hexdigest()[:16]
         wanted = own / str(facts[GENERATION])
-        with bucket_errors(self.url), lock(own, "radapter-index", wait=True):
-            if anew or not (wanted / folder).is_dir():
+        with bucket_errors(self.url), _cache_errors(own), lock(own, "radapter-index", wait=True):
+            for left in own.glob(".g-*.new"):  # of a download that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            if not (wanted / folder).is_dir() or (anew and _is_old(wanted / folder)):
                 fresh = own / f".{facts[GENERATION]}.new"
-                shutil.rmtree(fresh, ignore_errors=True)
-                (fresh / folder).mkdir(parents=True)
-                copy(f"{self.path}/{facts[GENERATION]}/{folder}", str(fresh / folder), down=True)
-                shutil.rmtree(wanted, ignore_errors=True)
-                fresh.rename(wanted)
+                try:
+                    (fresh / folder).mkdir(parents=True)
+                    copy(f"{self.path}/{facts[GENERATION]}/{folder}", str(fresh / folder), down=True)
+                    shutil.rmtree(wanted, ignore_errors=True)
+                    fresh.rename(wanted)
+                finally:
+                    shutil.rmtree(fresh, ignore_errors=True)
             os.utime(wanted)
             others = sorted(
                 (path for path in own.iterdir() if is_generation(path.name)), key=lambda p: p.stat().st_mtime
@@ -129,11 +136,30 @@ def bucket_errors(url: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise RAdapterError(f"no index at {url}; put one there: radapter-index publish INDEX {url}") from None
+    except ValueError as error:  # pyarrow's ArrowInvalid
+        raise RAdapterError(f"{url} is no place on object storage: {reason(error):.300}") from None
     except (OSError, ImportError) as error:
         raise RAdapterError(
             f"{url} can't be used: {reason(error):.300}; see AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and "
             "AWS_ENDPOINT_URL"
         ) from None
+
+
+@contextlib.contextmanager
+def _cache_errors(place: Path) -> Iterator[None]:
+    """Turn what this machine's disk refuses into an error for people."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (None, errno.ENOENT):  # the storage's
+            raise
+        raise RAdapterError(
+            f"cannot write the cache {place}: {error.strerror or error}; make room, or name another folder: {CACHE}=DIR"
+        ) from None
+
+
+def _is_old(folder: Path) -> bool:
+    return abs(time.time() - folder.stat().st_mtime) > _JUST_NOW
 
 
 def is_generation(name: Any) -> bool:

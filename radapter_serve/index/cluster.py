@@ -15,10 +15,10 @@ import pyarrow as pa
 
 from radapter_serve.environment import THREADS
 from radapter_serve.errors import RAdapterError, check_installed, reason
-from radapter_serve.index.bucket import SCHEME
 from radapter_serve.index.reading import Read, read
-from radapter_serve.index.stored import StoredFile
+from radapter_serve.index.stored import StoredFile, file_of
 from radapter_serve.runtimes.embedding_release import EmbeddingRelease
+from radapter_serve.runtimes.origin import release_of
 
 _LOOK = ("width", "height", "thumbnail")
 _AHEAD = 2  # batches that wait for a worker
@@ -71,7 +71,7 @@ class Cluster:
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         ids, files, before = zip(
-            *[(os.fsencode(id), os.fsencode(_name(file)), digest) for id, file, digest in items], strict=True
+            *[(os.fsencode(id), os.fsencode(str(file)), digest) for id, file, digest in items], strict=True
         )
         table = pa.table({"id": pa.array(ids, pa.binary()), "file": pa.array(files, pa.binary()), "before": before})
         parts = [table.slice(start, batch) for start in range(0, len(table), batch)]
@@ -107,7 +107,7 @@ class _Worker:
         self, origin: Mapping[str, str], alpha: float | None, digest: str, thumbnails: int, exif_orientation: bool
     ) -> None:
         os.environ.setdefault(THREADS, "1")  # a worker has one core
-        self._release = _load(origin)
+        self._release = release_of(origin)
         if alpha is not None:
             self._release.set_alpha(alpha)
         if self._release.facts.digest != digest:
@@ -117,7 +117,7 @@ class _Worker:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         found = [
-            read(os.fsdecode(id), _file(os.fsdecode(file)), before, self._release, self._thumbnails)
+            read(os.fsdecode(id), file_of(os.fsdecode(file), Path("/")), before, self._release, self._thumbnails)
             for id, file, before in zip(*(batch[name].to_pylist() for name in ("id", "file", "before")), strict=True)
         ]
         fresh = {one.digest: one.prepared for one in found if not (one.error or one.kept)}
@@ -134,24 +134,6 @@ class _Worker:
 
 
 _TYPES = {"width": pa.int32(), "height": pa.int32(), "thumbnail": pa.binary()}
-
-
-def _name(file: Path | StoredFile) -> str:
-    return file.url if isinstance(file, StoredFile) else str(file)
-
-
-def _file(name: str) -> Path | StoredFile:
-    return StoredFile(name) if name.startswith(SCHEME) else Path(name)
-
-
-def _load(origin: Mapping[str, str]) -> EmbeddingRelease:
-    if "url" in origin:
-        from radapter_serve.runtimes.served_release import ServerRelease
-
-        return ServerRelease(origin["url"])
-    from radapter_serve.runtimes.local_release import LocalRelease
-
-    return LocalRelease(origin["model_repository"])
 
 
 def _reads(found: pa.Table) -> list[Read]:

@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.index.arrays import npy_file
 from radapter_serve.index.index import Index, table_errors, vectors_of
+from radapter_serve.index.stored import file_of
 from radapter_serve.index.writer import BATCH, Progress
 
 PART = 1_000_000  # images in one file, as clip-retrieval has it
@@ -80,17 +82,14 @@ def _write(source: Index, staged: Path, dtype: np.dtype[Any], progress: Progress
                     raise RAdapterError(f"the index {source.folder} says {count} images and holds fewer")
                 if not written:
                     shape = (length, vectors.shape[1])
-                    array: Any = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
-                        staged / "img_emb" / f"img_emb_{name}.npy", "w+", dtype, shape
-                    )
+                    write = held.enter_context(npy_file(staged / "img_emb" / f"img_emb_{name}.npy", dtype, shape))
                     path = staged / "metadata" / f"metadata_{name}.parquet"
                     table = held.enter_context(pq.ParquetWriter(path, metadata.schema))
-                array[written : written + len(vectors)] = vectors
+                write(vectors)
                 table.write_table(metadata)
                 written += len(vectors)
                 if progress is not None:
                     progress(start + written, count)
-            array.flush()
 
 
 def _rows(source: Index) -> Iterator[tuple[NDArray[np.float32], pa.Table]]:
@@ -107,5 +106,5 @@ def _rows(source: Index) -> Iterator[tuple[NDArray[np.float32], pa.Table]]:
 
 def _with_files(metadata: pa.Table, root: Path) -> pa.Table:
     """The metadata with the images' files in front."""
-    files = pa.array([str(root / path) for path in metadata["path"].to_pylist()], pa.string())
+    files = pa.array([str(file_of(path, root)) for path in metadata["path"].to_pylist()], pa.string())
     return metadata.add_column(0, _PATH, files)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.files import as_text, ascii_path
-from radapter_serve.index.bucket import LINK, storage_options
+from radapter_serve.index.bucket import GENERATION, LINK, SCHEME, link_of, storage_options
 from radapter_serve.index.condition import check_condition
 from radapter_serve.index.neighbours import Neighbours, neighbours_of
 from radapter_serve.index.qdrant import Qdrant, place_of
@@ -39,6 +39,7 @@ EXACT = 20_000
 OLD_EXACT = 100_000  # the same of LanceDB's approximate index, which indexes of format 2 have
 MAX_TOP_K = 1000
 _POLL = 5.0  # seconds
+_KEY = re.compile(rf"{SCHEME}\S+|\S*\bg-[0-9a-f]{{16}}\S*")  # of an object
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,9 @@ class Index:
         shape = len(self), int(self.facts["release"]["embed_dim"])
         place = neighbours_of(self.folder, search["table_version"])
         if self._bucket is not None:
+            fetched = self._bucket.fetch(self.facts, place)
             with contextlib.suppress(RAdapterError):
-                return Neighbours(self._bucket.fetch(self.facts, place), search, shape)
+                return Neighbours(fetched, search, shape)
             return Neighbours(self._bucket.fetch(self.facts, place, anew=True), search, shape)
         try:
             return Neighbours(place, search, shape)
@@ -123,10 +125,12 @@ class Index:
         """Whether a published index was replaced; asked every five seconds at most."""
         if self._place is None or time.monotonic() - self._asked < _POLL:
             return False
-        self._asked = time.monotonic()
-        with contextlib.suppress(RAdapterError):  # who can't ask goes on with what there is
-            return self._place.facts() != {name: value for name, value in self.facts.items() if name != LINK}
-        return False
+        try:
+            return bool(self._place.facts()[GENERATION] != self.facts[GENERATION])
+        except RAdapterError:  # who can't ask goes on with what there is
+            return False
+        finally:
+            self._asked = time.monotonic()  # after the answer, which may take longer than that
 
     def search(
         self, embedding: NDArray[np.float32], top_k: int = 10, where: str | None = None, *, thumbnails: bool = False
@@ -247,8 +251,15 @@ def read_facts(folder: Path) -> dict[str, Any]:
             f"no index at {folder}; make one: radapter-index build PHOTOS --out {shlex.quote(str(folder))}"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RAdapterError(f"{path} can't be read ({error}); build the index again: {build_command(folder)}") from None
+        raise RAdapterError(f"{path} can't be read ({error}); {_again(folder)}") from None
     return facts
+
+
+def _again(folder: Path, options: str = "") -> str:
+    """What mends an index that can't be read."""
+    if link_of(folder):
+        return "publish it again: radapter-index publish"
+    return f"build it again: {build_command(folder)}{options}"
 
 
 def build_command(folder: Path, facts: Mapping[str, Any] | None = None, release: Any = None) -> str:
@@ -291,8 +302,9 @@ def table_errors(folder: Path) -> Iterator[None]:
     except RAdapterError:
         raise
     except Exception as error:
-        again = f"{build_command(folder)} --no-resume"
-        raise RAdapterError(f"the index {folder} can't be used: {_short(error)}; build it again: {again}") from error
+        raise RAdapterError(
+            f"the index {folder} can't be used: {_short(error)}; {_again(folder, ' --no-resume')}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -302,12 +314,11 @@ def _search_errors(name: str, where: str | None, columns: Sequence[str]) -> Iter
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of LanceDB's is no Exception
-        why = public(_short(error))
         if where is None:
-            print(f"the index {name} can't be searched: {error}", file=sys.stderr)
-            raise TaskError(
-                UNKNOWN_INDEX, f"the index {name} can't be searched ({why}); see radapter-index verify"
-            ) from None
+            print(f"the index {name} can't be searched: {error}; see radapter-index verify", file=sys.stderr)
+            why = "its storage does not answer, or a file is damaged; the server's log says why"
+            raise TaskError(UNKNOWN_INDEX, f"the index {name} can't be searched: {why}") from None
+        why = public(_KEY.sub("...", _short(error)))
         raise invalid(f"where {where!r:.200} fails: {why}; the columns: {', '.join(columns)}") from None
 
 

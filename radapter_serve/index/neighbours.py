@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.files import ascii_path, digest_of
+from radapter_serve.index.arrays import npy_file
 from radapter_serve.threads import total
 
 FOLDER, KIND = "neighbours", "IVF-PQ"
@@ -161,14 +162,12 @@ def write_neighbours(
 def _write_vectors(
     folder: Path, batches: Iterable[tuple[NDArray[np.uint64], NDArray[np.float32]]], shape: tuple[int, int]
 ) -> None:
-    """Write rows and vectors as they come; not through a mapping, for a full disk would end the process."""
-    header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+    """Write rows and vectors as they come."""
     rows: list[NDArray[np.uint64]] = []
-    with (folder / VECTORS).open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
+    with npy_file(folder / VECTORS, "<f2", shape) as write:
         for ids, part in batches:
             rows.append(ids)
-            file.write(np.ascontiguousarray(part, "<f2").tobytes())
+            write(part)
     if sum(map(len, rows)) != shape[0]:
         raise RAdapterError(f"the table has {sum(map(len, rows))} vectors and should have {shape[0]}")
     np.save(folder / ROWS, np.concatenate(rows))

@@ -13,7 +13,6 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
 from radapter_serve.index.bucket import (
     GENERATION,
-    KEPT,
     LINK,
     POINTER,
     bucket_errors,
@@ -41,7 +40,9 @@ def publish(folder: Path, url: str, progress: Callable[[int, int], None] | None 
     Raises:
         RAdapterError: there is no index, it can't be searched, or the storage refuses.
     """
-    place = place_of(url)
+    place, before = place_of(url), None
+    if link_of(folder):
+        raise RAdapterError(f"{folder} stands for a published index; publish the index that it was made of")
     read_facts(folder)  # locking would make the folder
     with lock(folder, "radapter-index"):
         index = Index(folder)  # whole, or refused
@@ -51,15 +52,17 @@ def publish(folder: Path, url: str, progress: Callable[[int, int], None] | None 
         data = (folder / POINTER).read_bytes()
         generation = f"g-{hashlib.sha256(data).hexdigest()[:16]}"
         with contextlib.suppress(RAdapterError):
-            if bucket.facts()[GENERATION] == generation:
-                return False
+            before = bucket.facts()[GENERATION]
+        if before == generation:
+            return False
         with bucket_errors(url):
             for part in (path for path in folder.iterdir() if path.is_dir()):
                 copy(str(part), f"{bucket.path}/{generation}/{part.name}", down=False)
             system = file_system()
             with system.open_output_stream(f"{bucket.path}/{POINTER}") as file:  # seen when it is whole
                 file.write(json.dumps({**json.loads(data), GENERATION: generation}).encode())
-            _drop_old(system, bucket.path, generation)
+            if before is not None:  # else nobody knows which one is being read
+                _drop_all_but({before, generation}, system, bucket.path)
     return True
 
 
@@ -85,15 +88,10 @@ def _upload(index: Index, url: str, progress: Callable[[int, int], None] | None)
     return upload(index, url, progress)
 
 
-def _drop_old(system: Any, path: str, generation: str) -> None:
-    """Remove generations but for this one and the latest before it."""
+def _drop_all_but(kept: set[str], system: Any, path: str) -> None:
+    """Remove the other generations, those of publications that were killed included."""
     from pyarrow import fs
 
-    found = system.get_file_info(fs.FileSelector(path, recursive=True))
-    newest: dict[str, float] = {}
-    for info in found:
-        name = info.path.removeprefix(f"{path}/").partition("/")[0]
-        if info.is_file and is_generation(name) and name != generation:
-            newest[name] = max(newest.get(name, 0.0), info.mtime.timestamp())
-    for name in sorted(newest, key=lambda one: newest[one])[: -(KEPT - 1)]:
-        system.delete_dir(f"{path}/{name}")
+    for info in system.get_file_info(fs.FileSelector(path)):
+        if is_generation(info.base_name) and info.base_name not in kept:
+            system.delete_dir(info.path)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from radapter_serve.errors import reason
+from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.index.bucket import SCHEME, bucket_errors, file_system
 
 
@@ -16,19 +16,23 @@ class StoredFile:
 
     url: str
 
+    def __str__(self) -> str:
+        return self.url
+
     def read_bytes(self) -> bytes:
         """Its bytes.
 
         Raises:
-            OSError: there is none, or it can't be read.
+            FileNotFoundError: there is none.
+            RAdapterError: the storage does not give it; no fault of the object, which may be whole.
         """
         try:
             with file_system().open_input_stream(self._path) as file:
                 return bytes(file.read())
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ValueError) as error:  # pyarrow's ArrowInvalid, of a name with // in it
             raise FileNotFoundError(2, "no such object") from error
         except OSError as error:
-            raise OSError(5, reason(error)[:200]) from error
+            raise RAdapterError(f"{self.url} can't be read: {reason(error):.300}") from error
 
     def exists(self) -> bool:
         """Whether it is there.

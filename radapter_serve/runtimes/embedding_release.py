@@ -39,6 +39,9 @@ class EmbeddingRelease(ABC):
         """
         self.facts = self.facts.at(alpha)
 
+    def close(self) -> None:  # noqa: B027  # only a server's holds something
+        """Let go of what it holds open."""
+
     def turn(self, exif_orientation: bool) -> None:
         """Turn images by their EXIF orientation from now on, or leave them as they are."""
         self.preprocess = dataclasses.replace(self.preprocess, exif_orientation=exif_orientation)

@@ -194,6 +194,8 @@ class Retrieve:
                         print(error, file=sys.stderr)
                         break
             self._refused[name] = key, time.monotonic()
+        if index is not None and known == key:
+            return index  # what it links to was replaced by something that can't be opened
         raise TaskError(UNKNOWN_INDEX, f"the index {name!r} can't be opened; the server's log says why")
 
     def _embedder(self, index: Index) -> Embedder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +20,17 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.index import bucket as storage
 from radapter_serve.index import index as opened
 from radapter_serve.index import publish as publishing
+from radapter_serve.index import stored
 from radapter_serve.index.bucket import Bucket
 from radapter_serve.index.build import add, build
+from radapter_serve.index.embeddings import export_embeddings
 from radapter_serve.index.index import FACTS, Index, read_facts
 from radapter_serve.index.publish import link, publish
 from radapter_serve.index.verify import verify
 from radapter_serve.inputs.errors import TaskError
+from radapter_serve.tasks import retrieve as retrieving
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
+from tests.helpers.small_disk import small_disk
 from tests.index.test_index import DIM, FakeRelease, embeds_of, write
 from tests.index.test_neighbours import Ready, clustered, found, lower, recall, write_numbers
 
@@ -97,6 +102,7 @@ def test_many_images_are_found_by_files_in_a_bounded_cache(
     client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lower(monkeypatch)
+    copy = storage.copy
     vectors, texts = clustered(1200, 32, 30)
     release = Ready(vectors, texts[:100])
     out, linked = tmp_path / "index", tmp_path / "linked"
@@ -111,7 +117,24 @@ def test_many_images_are_found_by_files_in_a_bounded_cache(
         assert len([path for path in own.iterdir() if path.is_dir()]) <= 2 and len(generations(client)) <= 2
     (codes,) = own.glob(f"{read_facts(linked)['generation']}/neighbours/*/codes.faiss")
     codes.write_bytes(b"broken")
+    os.utime(codes.parent, (0, 0))
     assert found(Index(linked), vectors[5], 1) == [5]  # it was fetched again
+    key = f"indexes/photos/{codes.relative_to(own).as_posix()}"
+    assert key in keys(client)
+    client.put_object(Bucket="pictures", Key=key, Body=b"broken")
+    os.utime(codes.parent, (0, 0))
+    codes.write_bytes(b"broken")
+    fetched = list[str]()
+
+    def counted(source: str, target: str, *, down: bool) -> None:
+        fetched.append(source)
+        copy(source, target, down=down)
+
+    monkeypatch.setattr(storage, "copy", counted)
+    for _ in range(3):
+        with pytest.raises(RAdapterError, match="is not the file that index.json names"):
+            Index(linked)
+    assert len(fetched) == 1  # it is broken there, too
 
 
 def test_a_server_goes_over_to_what_was_published_last(
@@ -158,6 +181,172 @@ def test_a_publication_that_dies_is_not_seen(
     assert len(Index(tmp_path / "linked").search(QUERY, 100)) == 5
     publish(tmp_path / "index", URL)
     assert len(Index(tmp_path / "linked").search(QUERY, 100)) == 6
+
+
+def test_only_an_index_is_published(client, photos: Path, tmp_path: Path) -> None:
+    build(str(photos), tmp_path / "index", FakeRelease())
+    publish(tmp_path / "index", URL)
+    link(URL, tmp_path / "linked")
+    before = keys(client)
+    with pytest.raises(RAdapterError, match="linked stands for a published index; publish the index that"):
+        publish(tmp_path / "linked", URL)
+    with pytest.raises(RAdapterError, match="no index at .*nowhere"):
+        publish(tmp_path / "nowhere", URL)
+    assert not (tmp_path / "nowhere").exists() and keys(client) == before
+    assert len(Index(tmp_path / "linked").search(QUERY, 100)) == 5
+
+
+def test_the_generation_that_is_read_outlives_one_that_was_never_finished(client, photos: Path, tmp_path: Path) -> None:
+    build(str(photos), tmp_path / "index", release := FakeRelease())
+    publish(tmp_path / "index", URL)
+    link(URL, tmp_path / "linked")
+    read = Index(tmp_path / "linked")
+    killed = "g-0123456789abcdef"
+    client.put_object(Bucket="pictures", Key=f"indexes/photos/{killed}/images.lance/x", Body=b"newer than the other")
+    write(photos / "new.png", 9)
+    add(tmp_path / "index", release)
+    publish(tmp_path / "index", URL)
+    assert len(read.search(QUERY, 100)) == 5
+    assert generations(client) == {read.facts["generation"], read_facts(tmp_path / "linked")["generation"]}
+
+
+def put_broken(client, facts: dict[str, object], name: str) -> None:
+    """Publish a generation that can't be opened."""
+    body = json.dumps({**facts, "generation": name})
+    client.put_object(Bucket="pictures", Key="indexes/photos/index.json", Body=body.encode())
+
+
+def test_what_is_open_goes_on_where_what_was_published_last_can_not_be_opened(
+    client, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(opened, "_POLL", 0.0)
+    monkeypatch.setattr(retrieving, "_AGAIN", 0.0)
+    build(str(photos), tmp_path / "index", release := FakeRelease())
+    publish(tmp_path / "index", URL)
+    link(URL, tmp_path / "indexes" / "photos")
+    retrieve = Retrieve(release.facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)
+    request = RetrieveRequest(b"photos", text=b"a", top_k=100)
+    assert len(retrieve(request).ids) == 5
+    put_broken(client, read_facts(tmp_path / "index"), "g-0123456789abcdef")
+    assert len(retrieve(request).ids) == len(retrieve(request).ids) == 5
+    log = capsys.readouterr().err
+    assert "publish it again: radapter-index publish" in log and "radapter-index build" not in log
+    publish(tmp_path / "index", URL)
+    assert len(retrieve(request).ids) == 5
+
+
+def test_a_storage_is_asked_again_five_seconds_after_its_answer(
+    client, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(str(photos), tmp_path / "index", FakeRelease())
+    # As format 1 has it, which readers translate.
+    facts = json.loads((tmp_path / "index" / FACTS).read_text())
+    facts = {**facts, "format": 1, "engine": facts.pop("search")}
+    (tmp_path / "index" / FACTS).write_text(json.dumps(facts))
+    publish(tmp_path / "index", URL)
+    link(URL, tmp_path / "linked")
+    now, asked = [0.0], list[float]()
+    monkeypatch.setattr("radapter_serve.index.index.time.monotonic", lambda: now[0])
+    index, answer = Index(tmp_path / "linked"), Bucket.facts
+
+    def slow(self: Bucket) -> dict[str, object]:
+        asked.append(now[0])
+        now[0] += 30
+        return answer(self)
+
+    monkeypatch.setattr(Bucket, "facts", slow)
+    for now[0] in (4.0, 6.0):
+        assert not index.outdated()
+    assert not index.outdated()
+    now[0] = 42.0
+    assert not index.outdated() and asked == [6.0, 42.0]
+
+
+def test_callers_read_no_keys_of_the_storage(
+    client, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(str(photos), tmp_path / "index", FakeRelease())
+    publish(tmp_path / "index", URL)
+    link(URL, tmp_path / "linked")
+    index = Index(tmp_path / "linked")
+    generation = index.facts["generation"]
+    for key in keys(client):
+        client.delete_object(Bucket="pictures", Key=key)
+    with pytest.raises(TaskError, match="can't be searched: its storage does not answer") as error:
+        index.search(QUERY)
+    assert "indexes/" not in str(error.value) and generation in capsys.readouterr().err
+    with pytest.raises(TaskError, match="where 'width > 1' fails") as error:
+        index.search(QUERY, where="width > 1")
+    assert "indexes/" not in str(error.value) and generation not in str(error.value)
+
+
+def test_the_cache_keeps_nothing_of_killed_downloads_and_says_that_it_is_full(
+    client, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.put_object(Bucket="pictures", Key="indexes/photos/g-0123456789abcdef/neighbours/1/x", Body=b"x" * (1 << 20))
+    bucket, facts, place = Bucket(URL), {"generation": "g-0123456789abcdef"}, Path("neighbours", "1")
+    assert (bucket.fetch(facts, place) / "x").stat().st_size == 1 << 20
+    (own,) = (tmp_path / "cache").iterdir()
+    shutil.rmtree(own / facts["generation"])
+    (own / ".g-fedcba9876543210.new").mkdir()
+    bucket.fetch(facts, place)
+    assert [path.name for path in own.iterdir()] == [facts["generation"]]
+    with small_disk(tmp_path / "small", "600k"):
+        monkeypatch.setenv(storage.CACHE, str(tmp_path / "small"))
+        with pytest.raises(RAdapterError, match="cannot write the cache .*small.*RADAPTER_CACHE=DIR"):
+            bucket.fetch(facts, place)
+        (own,) = (tmp_path / "small").iterdir()
+        assert not list(own.iterdir())
+    monkeypatch.setenv(storage.CACHE, str(photos / "0.png"))
+    with pytest.raises(RAdapterError, match="cannot write the cache"):
+        bucket.fetch(facts, place)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv(storage.CACHE, str(tmp_path / "other"))
+    with pytest.raises(RAdapterError, match="can't be used.*AWS_ENDPOINT_URL"):
+        bucket.fetch(facts, place)
+
+
+def test_an_outage_takes_no_image_out_of_an_index(
+    client, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in photos.iterdir():
+        client.upload_file(str(path), "pictures", f"raw/{path.name}")
+    release, out = FakeRelease(), tmp_path / "index"
+    build("s3://pictures/raw", out, release, on_broken="skip")
+    asked = storage.file_system()
+
+    class Failing:
+        def get_file_info(self, where: object) -> object:
+            return asked.get_file_info(where)
+
+        def open_input_stream(self, path: str) -> object:
+            if path.endswith("3.png"):
+                raise OSError("AWS Error NETWORK_CONNECTION")
+            return asked.open_input_stream(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stored, "file_system", Failing)
+        with pytest.raises(RAdapterError, match=r"s3://pictures/raw/3.png can't be read: AWS Error NETWORK_CONN"):
+            build("s3://pictures/raw", out, release, on_broken="skip")
+    assert len(Index(out)) == 5 and build("s3://pictures/raw", out, release).kept == 5
+
+
+def test_an_address_with_two_slashes_is_refused_in_one_line(client, photos: Path, tmp_path: Path) -> None:
+    client.upload_file(str(photos / "0.png"), "pictures", "raw/0.png")
+    with pytest.raises(RAdapterError, match="s3://pictures//raw is no place on object storage"):
+        build("s3://pictures//raw", tmp_path / "index", FakeRelease())
+    names = ["s3://pictures/raw/0.png", "s3://pictures/raw//x.png"]
+    parquet.write_table(pa.table({"image": names}), tmp_path / "t.parquet")
+    summary = build(f"parquet:{tmp_path / 't.parquet'}", tmp_path / "index", FakeRelease(), on_broken="skip")
+    assert summary.count == 1 and summary.broken == {"s3://pictures/raw//x.png": "no such object"}
+
+
+def test_exported_embeddings_name_images_on_object_storage(client, photos: Path, tmp_path: Path) -> None:
+    client.upload_file(str(photos / "0.png"), "pictures", "raw/0.png")
+    build("s3://pictures/raw", tmp_path / "index", FakeRelease())
+    export_embeddings(tmp_path / "index", tmp_path / "out")
+    table = parquet.read_table(tmp_path / "out" / "metadata" / "metadata_0.parquet")
+    assert table["image_path"].to_pylist() == ["s3://pictures/raw/0.png"]
 
 
 def test_refusals(client, photos: Path, tmp_path: Path) -> None:

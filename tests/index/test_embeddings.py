@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,8 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.index.embeddings import export_embeddings
 from radapter_serve.runtimes.local_release import LocalRelease
+from tests.helpers.small_disk import small_disk
+from tests.index.test_neighbours import Ready, clustered, write_numbers
 
 COUNT = 11
 ELEVEN = [f"{number:02}" for number in range(COUNT)]  # so that they sort by their names
@@ -105,6 +109,19 @@ def test_a_full_disk_leaves_nothing(place: Path, tmp_path: Path, monkeypatch: py
     with pytest.raises(RAdapterError, match="could not write .*: No space left on device"):
         export_embeddings(place / "photos", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_too_small_for_the_embeddings_is_one_line(tmp_path: Path) -> None:
+    write_numbers(tmp_path / "photos", range(100))
+    vectors, texts = clustered(100, 32, 5)
+    build(str(tmp_path / "photos"), tmp_path / "index", Ready(vectors, texts))
+    with small_disk(tmp_path / "small", "64k") as disk:
+        disk.fill(leave=3 * 4096)  # the embeddings take four such pages
+        command = [sys.executable, "-m", "radapter_serve.cli.index", "export-embeddings", str(tmp_path / "index")]
+        done = subprocess.run([*command, "--to", str(disk.folder / "out")], capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and done.stderr.count("error: ") == 1, done  # no signal of the kernel's
+        assert "No space left on device" in done.stderr
+        assert {path.name for path in disk.folder.iterdir()} == {"ballast"}
 
 
 def test_a_column_that_would_be_taken_for_files_is_refused(
