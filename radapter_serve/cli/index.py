@@ -33,6 +33,7 @@ def build(
     on_broken: Literal["refuse", "skip"] = "refuse",
     resume: bool = True,
     ray: str | None = None,
+    store: str | None = None,
 ) -> None:
     """Make an index of all images of a folder or a table.
 
@@ -56,10 +57,15 @@ def build(
             again.
         ray: address of a Ray cluster whose workers read and embed, or auto for the one of this machine; they need the
             same paths. This machine reads and embeds if none is given.
+        store: where the index is published when it is complete, as by radapter-index publish:
+            qdrant://HOST:PORT/NAME or s3://BUCKET/PATH.
     """
     from radapter_serve.index.build import build
+    from radapter_serve.index.qdrant import place_of
     from radapter_serve.runtimes.origin import release_of
 
+    if store:
+        place_of(store)  # a wrong address is refused before the work
     with closing(release_of({"url": url} if url else {"model_repository": model_repository})) as release:
         if alpha is not None:
             release.set_alpha(alpha)
@@ -77,7 +83,10 @@ def build(
                 progress=progress,
             )
     _show(summary, out)
-    print(f"\n{_next_commands(out, model_repository, url)}")
+    if store:
+        publish(out, store)
+    else:
+        print(f"\n{_next_commands(out, model_repository, url)}")
 
 
 def add(

@@ -55,6 +55,21 @@ def put(store: FakeQdrant, source: str, tmp_path: Path) -> FakeRelease:
     return release
 
 
+def test_build_publishes_at_once(
+    store: FakeQdrant, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("radapter_serve.runtimes.origin.release_of", lambda origin: FakeRelease())
+    linked, url = tmp_path / "linked", f"{store.url}/photos"
+    call = ["build", str(photos), "--out", str(tmp_path / "index")]
+    assert main([*call, "--store", "elsewhere://x/y"]) == 2
+    assert not (tmp_path / "index").exists()
+    assert main([*call, "--store", url]) == 0
+    assert f"radapter-index link {url}" in capsys.readouterr().out
+    assert main(["link", url, "--out", str(linked)]) == 0
+    shutil.rmtree(tmp_path / "index")
+    assert len(open_index(linked).search(QUERY, 100)) == 8
+
+
 def test_the_hits_are_numpys(store: FakeQdrant, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(str(photos), tmp_path / "index", release := FakeRelease())
     linked, url = tmp_path / "linked", f"{store.url}/photos"
