@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import check_installed
 from radapter_serve.index.bucket import link_of
 from radapter_serve.index.index import Index
-from radapter_serve.index.qdrant import MISSING, is_qdrant
+from radapter_serve.index.qdrant import is_qdrant
 
 
 def open_index(folder: Path) -> Index:
@@ -18,8 +18,7 @@ def open_index(folder: Path) -> Index:
     """
     if not is_qdrant(link_of(folder)):
         return Index(folder)
-    try:
-        from radapter_serve.index.hosted import HostedIndex  # here: a server without such an index needs no client
-    except ModuleNotFoundError:
-        raise RAdapterError(MISSING) from None
+    check_installed("qdrant_client", "qdrant")
+    from radapter_serve.index.hosted import HostedIndex  # here: a server without such an index needs no client
+
     return HostedIndex(folder)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.files import staged
 from radapter_serve.index.bucket import (
     GENERATION,
@@ -22,7 +22,7 @@ from radapter_serve.index.bucket import (
     link_of,
 )
 from radapter_serve.index.index import Index, read_facts
-from radapter_serve.index.qdrant import MISSING, Qdrant, place_of
+from radapter_serve.index.qdrant import Qdrant, place_of
 from radapter_serve.lock import lock
 
 
@@ -81,10 +81,9 @@ def link(url: str, out: Path) -> None:
 
 
 def _upload(index: Index, url: str, progress: Callable[[int, int], None] | None) -> bool:
-    try:
-        from radapter_serve.index.upload import upload  # here: it needs Qdrant's client
-    except ModuleNotFoundError:
-        raise RAdapterError(MISSING) from None
+    check_installed("qdrant_client", "qdrant")
+    from radapter_serve.index.upload import upload  # here: it needs Qdrant's client
+
     return upload(index, url, progress)
 
 

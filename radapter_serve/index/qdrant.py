@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.index.bucket import GENERATION, Bucket
 
 KEYS = ("RADAPTER_QDRANT_API_KEY", "QDRANT_API_KEY")
@@ -24,7 +24,6 @@ FACTS_KEY = "radapter_index"  # of the collection's metadata: the facts, as JSON
 THUMBNAIL = "thumbnail"  # of a point's payload: JPEG in base64
 TIMEOUT = 10  # seconds for a search, and for a switch of the alias
 MAX_ANSWER = 128 << 20  # bytes
-MISSING = "qdrant-client is not installed; pip install 'radapter-serve[qdrant]'"
 _PORT = 6333
 _PLACE = re.compile(r"qdrant(s?)://(\[[0-9a-fA-F:]+\]|[\w.-]+)(?::([0-9]{1,5}))?/(\w[\w.-]{0,150})/?", re.ASCII)
 _NEEDED = {
@@ -91,10 +90,8 @@ class Qdrant:
         """
         secure, host, port, _ = self._parts
         key = next((value for name in KEYS if (value := os.environ.get(name))), None)
-        try:
-            return _connected(f"http{secure}://{host}:{port}", key, timeout or TIMEOUT)
-        except ModuleNotFoundError:
-            raise RAdapterError(MISSING) from None
+        check_installed("qdrant_client", "qdrant")
+        return _connected(f"http{secure}://{host}:{port}", key, timeout or TIMEOUT)
 
     def facts(self) -> dict[str, Any]:
         """What the index's `index.json` says, with the collection that counts.
