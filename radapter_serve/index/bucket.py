@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -97,7 +96,7 @@ class Bucket:
         with bucket_errors(self.url), _cache_errors(own), lock(own, "radapter-index", wait=True):
             for left in own.glob(".g-*.new"):  # of a download that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            if not (wanted / folder).is_dir() or (anew and _is_old(wanted / folder)):
+            if not (wanted / folder).is_dir() or (anew and _is_old(wanted / folder, own)):
                 fresh = own / f".{facts[GENERATION]}.new"
                 try:
                     (fresh / folder).mkdir(parents=True)
@@ -158,8 +157,9 @@ def _cache_errors(place: Path) -> Iterator[None]:
         ) from None
 
 
-def _is_old(folder: Path) -> bool:
-    return abs(time.time() - folder.stat().st_mtime) > _JUST_NOW
+def _is_old(folder: Path, cache: Path) -> bool:
+    os.utime(cache)  # by the clock that dated the folder: a shared disk has its own
+    return abs(cache.stat().st_mtime - folder.stat().st_mtime) > _JUST_NOW
 
 
 def is_generation(name: Any) -> bool:
