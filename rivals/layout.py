@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 from matplotlib.figure import Figure
 
@@ -24,11 +24,11 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def cost_of(costs: Sequence[Cost]) -> list[str]:
-    """Parameters in millions, seconds and peak memory in GB; nothing of what did not learn."""
+    """Parameters in millions, seconds (the median) and peak memory in GB; nothing of what did not learn."""
     if not any(cost.parameters for cost in costs):
         return ["-", "-", "-"]
     memory = max(cost.memory for cost in costs) / 1e9
-    return [f"{costs[0].parameters / 1e6:.2f}", f"{mean(cost.seconds for cost in costs):.0f}", f"{memory:.2f}"]
+    return [f"{costs[0].parameters / 1e6:.2f}", f"{median(cost.seconds for cost in costs):.0f}", f"{memory:.2f}"]
 
 
 COST = ["parameters, M", "time, s", "memory, GB"]

@@ -67,7 +67,7 @@ def make_table(number: str, benchmark: Benchmark, out: Path, given: Mapping[str,
     if unknown := [name for name in choices.only if name not in chosen.rows]:
         raise RAdapterError(f"table {number} has no row {unknown[0]!r}; allowed: {', '.join(chosen.rows)}")
     given = {**chosen.given, **benchmark.given, **given}
-    cells = Cells(dataclasses.replace(benchmark, given=given), out, choices.limit, _say)
+    cells = Cells(dataclasses.replace(benchmark, given=given), out, choices.limit, say)
     methods = {
         name: dataclasses.replace(method, members=choices.soup) if isinstance(method, UniformSoup) else method
         for name, method in chosen.rows.items()
@@ -82,7 +82,7 @@ def make_table(number: str, benchmark: Benchmark, out: Path, given: Mapping[str,
     parts = [f"# {chosen.title}", _how(benchmark.name, given, methods, choices), *cells.warnings(), shown]
     text = "\n\n".join(parts) + "\n"
     path.write_text(text, encoding="utf-8")
-    _say(f"wrote {path} and {path.with_suffix('.png')}")
+    say(f"wrote {path} and {path.with_suffix('.png')}")
     return text
 
 
@@ -145,10 +145,9 @@ def _how(name: str, given: Mapping[str, Any], methods: Methods, choices: Choices
     hidden = {"data", "images", "classes", "templates"} | ({"epochs"} if "steps" in given else set())
     values = {key: value for key, value in values.items() if key not in hidden}
     shown = ", ".join(f"{key} {value}" for key, value in values.items())
-    command = " ".join(["python -m rivals.table", *map(shlex.quote, sys.argv[1:])])
     seeds = ", ".join(map(str, choices.seeds))
     parts = [
-        f"`{command}`, {datetime.date.today()}, {_machine()}.",
+        f"`{command_line('rivals.table')}`, {datetime.date.today()}, {machine()}.",
         f"Benchmark {name}, seeds {seeds}: per cent, mean ± standard deviation over the seeds.",
         f"Every method learned with {shown}; the rest is its own paper's.",
         "Validation chose α for each seed." if choices.alpha else "α is each paper's own.",
@@ -160,10 +159,17 @@ def _how(name: str, given: Mapping[str, Any], methods: Methods, choices: Choices
     return "\n".join(parts)
 
 
-def _machine() -> str:
+def command_line(module: str) -> str:
+    """How this process was started, as one would type it."""
+    return " ".join([f"python -m {module}", *map(shlex.quote, sys.argv[1:])])
+
+
+def machine() -> str:
+    """What computes, and by which versions."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{len(os.sched_getaffinity(0))} CPU cores"
     return f"{device}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Tell what is done next, with the time."""
     print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)

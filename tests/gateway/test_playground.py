@@ -351,6 +351,22 @@ def test_the_page_waits_for_no_more_than_other_callers() -> None:
         assert served.upstream.timeouts[-1] <= 2
 
 
+LOADS_MORE = """
+import sys
+from tests.gateway.test_playground import CLASSIFY, SmallWorld, events, html, send, serving
+with serving(SmallWorld, playground=True) as served:
+    number = events(served)["classify"]
+    before = set(sys.modules)
+    html(send(served, number, CLASSIFY))
+    print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_the_first_event_loads_nothing_while_others_wait() -> None:
+    loaded = subprocess.run([sys.executable, "-c", LOADS_MORE], check=True, capture_output=True, text=True).stdout
+    assert not loaded.split()
+
+
 def test_a_visitor_who_leaves_cancels_the_request() -> None:
     with serving(SmallWorld, playground=True, max_concurrent=1) as served:
         body = json.dumps({"fn_index": events(served)["classify"], "data": CLASSIFY}).encode()

@@ -27,12 +27,12 @@ from radapter_serve.server.supervisor import MOST, Supervisor
 from radapter_serve.server.watch import GATEWAY, SERVER, Death, Watch
 from tests.helpers.stand_ins import http_server
 
-# Starts two processes whose first argument is that of a model, and waits.
+# Starts two processes whose first argument is that of a model, and waits. It keeps them, for a Popen that goes away
+# asks after its process, of which nothing is left then if it is dead already.
 PARENT = """
 import subprocess, sys, time
 folder = sys.argv[1]
-for name in ("classify/1", "segment/12"):
-    subprocess.Popen([sys.executable, f"{folder}/{name}/model.py"])
+kept = [subprocess.Popen([sys.executable, f"{folder}/{name}/model.py"]) for name in ("classify/1", "segment/12")]
 time.sleep(60)
 """
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import gradio
+import matplotlib.backends.backend_agg
+import matplotlib.pyplot  # noqa: F401 - Gradio loads both with the first event, and all other requests would wait
 from starlette.applications import Starlette
 
 from radapter_serve.gateway.playground.ask import Ask

@@ -1,0 +1,222 @@
+"""`python -m rivals.beyond`: what came after the paper, each against R-Adapter with one α for all layers.
+
+For each candidate the α is found at which its accuracy in distribution on the validation sets, a mean over the seeds,
+is that of R-Adapter at the α of the comparison. Test sets are judged at that α alone, and choose nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Literal
+
+import torch
+
+from radapter_serve.cli import run as run_command
+from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.results import Row, by_shift, own_metric
+from radapter_serve.release.alpha_schedule import EVEN, AlphaSchedule
+from radapter_serve.threads import limit_threads
+from rivals.benchmark import load_benchmark
+from rivals.cells import ALPHAS, Cells
+from rivals.layout import markdown
+from rivals.make import command_line, machine, say
+from rivals.method import learned
+from rivals.methods import METHODS
+from rivals.radapter import RAdapter
+from rivals.run import Run
+from rivals.system import Learned
+
+_EXPLAINED = """Each candidate has the α at which its accuracy in distribution on the validation sets, a mean over the
+seeds, is that of R-Adapter; one that has it nowhere is left out. R-Adapter's row has accuracies in %. The others have
+what they lead R-Adapter of the same seed by, in points, with the interval of 95 % of that mean."""
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # of Student's t, for 2 to 10 seeds
+REFERENCE = "R-Adapter"
+TRAININGS: dict[str, dict[str, Any]] = {
+    "trajectory average": {"average": "trajectory"},
+    "dropping falls from 0.2": {"drop_schedule": "falling"},
+    "dropping falls from 0.9": {"drop": 0.9, "drop_schedule": "falling"},
+    "learned scale": {"learned_scale": True},
+}
+SCHEDULES = {
+    **{f"α of depth × {depth:g}": AlphaSchedule(depth=depth) for depth in (0.75, 0.5, 0.25, 0.0)},
+    **{f"α of image × {share:g}": AlphaSchedule(image=share) for share in (0.5, 0.0)},
+    **{f"α of text × {share:g}": AlphaSchedule(text=share) for share in (0.5, 0.0)},
+}
+
+
+@dataclass(frozen=True)
+class Scheduled(RAdapter):
+    """R-Adapter, with α multiplied by a constant of each layer: its end is nearer to the start where that is below 1.
+
+    Attributes:
+        schedule: those constants.
+    """
+
+    schedule: AlphaSchedule = EVEN
+
+    def learn(self, run: Run) -> Learned:
+        found = learned(RAdapter(self.settings), run)
+        state = found.system.state_dict()  # shares memory with the system, and asks for no gradient
+        clip = {name.removeprefix("model."): name for name in found.end}
+        for key, factor in self.schedule.factors(clip).items():
+            name = clip[key]
+            state[name].copy_(torch.lerp(found.start[name].float(), found.end[name].float(), factor))
+        return Learned(found.system, found.cost)
+
+
+def candidates(reference: RAdapter) -> dict[str, RAdapter]:
+    """R-Adapter itself, its other trainings, and its schedules of α, by name."""
+    trained = {
+        name: dataclasses.replace(reference, settings={**reference.settings, **changes})
+        for name, changes in TRAININGS.items()
+    }
+    scheduled = {name: Scheduled(reference.settings, schedule=schedule) for name, schedule in SCHEDULES.items()}
+    return {REFERENCE: reference, **trained, **scheduled}
+
+
+def equal_alpha(scores: Mapping[float, float], target: float, alpha: float) -> float | None:
+    """Where a candidate is as good as R-Adapter is; of several such α the one nearest to R-Adapter's.
+
+    Args:
+        scores: of the candidate, by α, ascending; between two of them the score is taken to be a straight line.
+        target: R-Adapter's score.
+        alpha: R-Adapter's α.
+
+    Returns:
+        None where the candidate has that score nowhere.
+    """
+    found = []
+    for (low, first), (high, second) in pairwise(scores.items()):
+        if first == second == target:
+            found.append(min(max(alpha, low), high))
+        elif min(first, second) <= target <= max(first, second):
+            found.append(low + (high - low) * (target - first) / (second - first))
+    return min(found, key=lambda value: abs(value - alpha), default=None)
+
+
+def in_distribution(rows: Sequence[Row]) -> float:
+    """The mean accuracy in per cent of the sets in distribution."""
+    ids, _ = by_shift({row["dataset"]: row for row in rows})
+    return mean(own_metric(row) for row in rows if row["dataset"] in ids)
+
+
+def groups(rows: Sequence[Row]) -> dict[str, float]:
+    """In distribution, the mean of the shifts, and each shifted set: accuracy in per cent."""
+    values = {row["dataset"]: own_metric(row) for row in rows}
+    _, shifted = by_shift({row["dataset"]: row for row in rows})
+    of_shifts = {name: values[name] for name in shifted}
+    return {"in distribution": in_distribution(rows), "mean of the shifts": mean(of_shifts.values()), **of_shifts}
+
+
+def with_interval(values: Sequence[float], sign: str = "") -> str:
+    """A mean, ± the half of its 95 % interval where there are several values."""
+    middle = f"{mean(values):{sign}.1f}"
+    if len(values) < 2:
+        return middle
+    return f"{middle} ± {T95[len(values) - 2] * stdev(values) / len(values) ** 0.5:.1f}"
+
+
+def compare(cells: Cells, reference: RAdapter, seeds: Sequence[int], alpha: float) -> str:
+    """Candidates down, the α of each and its lead over R-Adapter across, as Markdown."""
+    first: list[dict[str, float]] = []
+    target, lines = 0.0, []
+    for name, method in candidates(reference).items():
+        of_seeds = [cells.cell(name, method, seed, ALPHAS, "validation").rows for seed in seeds]
+        scores = {
+            alpha: mean(in_distribution([row for row in rows if row["alpha"] == alpha]) for rows in of_seeds)
+            for alpha in ALPHAS
+        }
+        target = scores[alpha] if name == REFERENCE else target
+        at = alpha if name == REFERENCE else equal_alpha(scores, target, alpha)
+        if at is None:
+            lines.append([name, "nowhere", *[""] * len(first[0])])
+            continue
+        tested = [groups(cells.cell(name, method, seed, [round(at, 3)]).rows) for seed in seeds]
+        if name == REFERENCE:
+            first = tested
+            lines.append([name, f"{at:.2f}", *(with_interval([of[head] for of in first]) for head in first[0])])
+            continue
+        leads = {head: [a[head] - b[head] for a, b in zip(tested, first, strict=True)] for head in first[0]}
+        lines.append([name, f"{at:.2f}", *(with_interval(of, "+") for of in leads.values())])
+    return markdown(["candidate", "α", *first[0]], lines)
+
+
+def beyond(
+    data: Path,
+    data_root: Path | None = None,
+    out: Path = Path("runs/rivals"),
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
+    alpha: float = 0.5,
+    rates: tuple[float, ...] = (1.0,),
+    architecture: str | None = None,
+    pretrained: str | None = None,
+    epochs: int | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    precision: Literal["no", "bf16"] | None = None,
+    limit: int | None = None,
+    threads: int | None = None,
+) -> None:
+    """Compare what came after the paper with R-Adapter, at equal accuracy in distribution; print it, write Markdown.
+
+    What is done is kept in the folder, and not done again.
+
+    Args:
+        data: benchmark file, such as one of rivals/benchmarks; docs/holds-up.md says how to write one.
+        data_root: folder that the benchmark's data is in; its own if none is given.
+        out: folder of the table and of all that it is made from; that of rivals.table, whose R-Adapter is taken.
+        seeds: each candidate learns once for each; 10 at most.
+        alpha: of R-Adapter, to compare at: 0, 0.1, and so on to 1.
+        rates: factors of R-Adapter's learning rate, of which the validation sets choose one with the first seed.
+        architecture: base; the benchmark's if none is given.
+        pretrained: open_clip tag or checkpoint of the base.
+        epochs: passes over the data.
+        steps: optimizer steps, in place of epochs.
+        batch_size: images a step.
+        precision: bf16 computes products in bfloat16 while a candidate learns.
+        limit: images of a set at most, drawn by a fixed seed.
+        threads: threads to compute with; one a core if none is given.
+    """
+    if alpha not in ALPHAS:
+        raise RAdapterError(f"--alpha is {alpha}; allowed: {', '.join(f'{value:g}' for value in ALPHAS)}")
+    if len(seeds) > len(T95) + 1:
+        raise RAdapterError(f"--seeds has {len(seeds)} seeds; allowed: {len(T95) + 1} at most")
+    limit_threads(threads)
+    given = {
+        "architecture": architecture, "pretrained": pretrained, "epochs": epochs, "steps": steps,
+        "batch_size": batch_size, "precision": precision, "threads": threads,
+    }  # fmt: skip
+    benchmark = load_benchmark(data, data_root)
+    given = {**benchmark.given, **{name: value for name, value in given.items() if value is not None}}
+    cells = Cells(dataclasses.replace(benchmark, given=given), out, limit, say)
+    reference = cells.chosen_rate("r-adapter", METHODS["r-adapter"], seeds[0], rates)
+    assert isinstance(reference, RAdapter)
+    shown = compare(cells, reference, seeds, alpha)
+    how = [
+        f"`{command_line('rivals.beyond')}`, {datetime.date.today()}, {machine()}.",
+        f"Benchmark {benchmark.name}, seeds {', '.join(map(str, seeds))}. {_EXPLAINED}",
+    ]
+    text = (
+        "\n\n".join(["# Beyond the paper: what came after it, put into R-Adapter", *how, *cells.warnings(), shown])
+        + "\n"
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "beyond.md").write_text(text, encoding="utf-8")
+    say(f"wrote {out / 'beyond.md'}")
+    print(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return run_command(beyond, argv, prog="python -m rivals.beyond")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

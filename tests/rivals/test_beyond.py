@@ -1,0 +1,96 @@
+"""What came after the paper: layers count as their schedule says, and both sides are equal in distribution."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from radapter_serve.adapter import fold, load_adapter
+from radapter_serve.release.alpha_schedule import AlphaSchedule
+from radapter_serve.training import train
+from rivals.beyond import REFERENCE, SCHEDULES, TRAININGS, Scheduled, candidates, equal_alpha, main, with_interval
+from rivals.method import learned
+from rivals.methods import METHODS
+from rivals.radapter import RAdapter
+from rivals.run import Run
+from tests.rivals.test_table import benchmark_file as benchmark_file
+from tests.rivals.test_table import here as here
+
+
+@pytest.mark.parametrize("schedule", [AlphaSchedule(depth=0.25), AlphaSchedule(image=0.5), AlphaSchedule(text=0.0)])
+def test_a_schedule_is_that_of_the_fold(make_run: Callable[..., Run], tmp_path: Path, schedule: AlphaSchedule) -> None:
+    settings = {"learning_rate": 0.01, "out": tmp_path / "run", "save_every": None, "tracker": "none"}
+    run = make_run(**settings)
+    base = {name: value.clone() for name, value in run.base.model.state_dict().items()}
+    adapter = load_adapter(train(run.recipe))
+    found = learned(Scheduled({}, schedule=schedule), run).at(0.5).state_dict()
+    expected = fold(base, adapter.scaled(schedule), 0.5)
+    assert any(not torch.equal(base[name], value) for name, value in expected.items())
+    for name, value in expected.items():
+        torch.testing.assert_close(found[f"model.{name}"], value, rtol=1e-5, atol=1e-6)
+
+
+def test_candidates_differ_from_r_adapter_in_one_thing() -> None:
+    reference = METHODS["r-adapter"]
+    assert isinstance(reference, RAdapter)
+    found = candidates(reference)
+    assert list(found) == [REFERENCE, *TRAININGS, *SCHEDULES]
+    changed = {
+        name: {key for key, value in of.settings.items() if value != reference.settings.get(key)}
+        for name, of in found.items()
+    }
+    assert changed == {name: set(TRAININGS.get(name, {})) for name in found}
+
+
+@pytest.mark.parametrize(
+    ("scores", "target", "alpha", "expected"),
+    [
+        ([10, 20, 30], 25, 0.5, 0.75),
+        ([10, 30, 10], 20, 0.6, 0.75),  # both 0.25 and 0.75 have it
+        ([10, 30, 10], 20, 0.3, 0.25),
+        ([10, 20, 30], 31, 0.5, None),
+        ([20, 20, 30], 20, 0.3, 0.3),
+        ([20, 20, 30], 20, 0.9, 0.5),
+    ],
+)
+def test_alpha_of_equal_accuracy(scores: list[float], target: float, alpha: float, expected: float | None) -> None:
+    found = equal_alpha(dict(zip((0.0, 0.5, 1.0), scores, strict=True)), target, alpha)
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
+def test_interval_is_students() -> None:
+    assert with_interval([1.0]) == "1.0"
+    assert with_interval([1.0, 2.0, 3.0]) == "2.0 ± 2.5"  # 4.303 · 1 / √3
+    assert with_interval([1.0, 2.0, 3.0], "+") == "+2.0 ± 2.5"
+
+
+def test_the_table(
+    benchmark_file: Path, here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    monkeypatch.setattr("rivals.beyond.SCHEDULES", {"α of depth × 0": AlphaSchedule(depth=0.0)})
+    monkeypatch.setattr("rivals.beyond.TRAININGS", {"learned scale": {"learned_scale": True}})
+    call = ["--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--seeds", "0", "1"]
+    assert main(call) == 0
+    assert here == ["RAdapter"] * 4 + ["Scheduled"] * 2
+    text = (tmp_path / "out" / "beyond.md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("|")]
+    assert rows[0] == ["| candidate", "α", "in distribution", "mean of the shifts", "other", "third |"]
+    assert [row[0] for row in rows[2:]] == ["| R-Adapter", "| learned scale", "| α of depth × 0"]
+    cells = [json.loads(path.read_text()) for path in (tmp_path / "out" / "cells").glob("r-adapter-*-test-*")]
+    same = [100 * row["metrics"]["acc1"] for cell in cells for row in cell["rows"] if row["dataset"] == "same"]
+    assert len(same) == 2 and rows[2][2] == with_interval(same)
+    here.clear()
+    assert main(call) == 0 and here == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--alpha", "0.45"], "--alpha is 0.45; allowed: 0, 0.1"), (["--seeds", *map(str, range(11))], "10 at most")],
+)
+def test_refuses(flags: list[str], message: str, benchmark_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--data", str(benchmark_file), *flags]) == 2
+    assert message in capsys.readouterr().err
