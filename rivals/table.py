@@ -12,7 +12,7 @@ from radapter_serve.threads import limit_threads
 
 
 def table(
-    number: Literal["1", "2", "3", "4", "5", "fig3", "all"],
+    number: Literal["1", "2", "3", "4", "5", "hyper", "fig3", "all"],
     /,
     data: Path,
     data_root: Path | None = None,

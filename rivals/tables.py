@@ -65,6 +65,19 @@ def ablations() -> dict[str, Method]:
     return others | {name: r_adapter("imagenet", alpha, **(plain | changes)) for name, (alpha, changes) in rows.items()}
 
 
+def hyper_parameters() -> dict[str, Method]:
+    """R-Adapter with one hyper-parameter changed; itself full rank, δ = 0.05, p = 0.2, and m by the run's length."""
+    rows: dict[str, dict[str, Any]] = {
+        "R-Adapter": {},
+        **{f"rank {rank}": {"rank": rank} for rank in (4, 8, 16, 128)},
+        **{f"δ = {delta:g}": {"delta": delta} for delta in (0.0, 0.02, 0.1)},
+        "one positive": {"positives": "single"},
+        **{f"p = {drop:g}": {"drop": drop} for drop in (0.0, 0.1, 0.3, 0.5)},
+        **{f"m = {momentum:g}": {"momentum": momentum} for momentum in (0.0, 0.9, 0.99, 0.999, 0.9999)},
+    }
+    return {name: r_adapter("imagenet", **changes) for name, changes in rows.items()}
+
+
 TABLES = {
     "1": Table(
         "Table 1: fine-tuned on all images, and judged on shifts too",
@@ -113,6 +126,7 @@ TABLES = {
         {"task": "segmentation"},
     ),
     "5": Table("Table 5: ablations", ablations()),
+    "hyper": Table("Hyper-parameters: rank, margin δ, dropping p, momentum m", hyper_parameters()),
     "fig3": Table(
         "Fig. 3: from zero-shot, α = 0, to fine-tuned, α = 1",
         {"R-Adapter": METHODS["r-adapter"], "WiSE-FT": METHODS["wise-ft"]},

@@ -199,6 +199,22 @@ def test_refuses_a_row_that_is_not_there(benchmark_file: Path, capsys: pytest.Ca
     assert "table 5 has no row 'E11'; allowed: B1: AdaptFormer" in capsys.readouterr().err
 
 
+def test_a_row_of_hyper_parameters_changes_one():
+    """The paper's values of each are there; that of R-Adapter itself is its own row."""
+    own, *rows = TABLES["hyper"].rows.values()
+    changed: dict[str, set[Any]] = {}
+    for row in rows:
+        (field,) = [name for name, value in row.settings.items() if value != own.settings.get(name)]
+        changed.setdefault(field, {own.settings.get(field)}).add(row.settings[field])
+    assert changed == {
+        "rank": {4, 8, 16, 128, None},
+        "delta": {0.0, 0.02, 0.05, 0.1},
+        "positives": {None, "single"},
+        "drop": {0.0, 0.1, 0.2, 0.3, 0.5},
+        "momentum": {None, 0.0, 0.9, 0.99, 0.999, 0.9999},
+    }
+
+
 def test_every_system_is_in_a_table():
     shown = [method for table in TABLES.values() for method in table.rows.values()]
     classes = {type(method) for method in METHODS.values()} - {type(METHODS["lp"])}  # a part of LP-FT
