@@ -74,6 +74,8 @@ class Paralleled(Tuned):
 class AdaptFormer(Method):
     """AdaptFormer by the settings of its code, but for the batch norm before the head, which CLIP has none of.
 
+    Its learning rate is that of 512 images a step, and proportional to their number.
+
     Attributes:
         loss: see `Tuned`.
         towers: that have adapters.
@@ -99,4 +101,5 @@ class AdaptFormer(Method):
 
     def optimizer(self, system: System, run: Run) -> Optimizer:
         recipe = run.recipe
-        return SGD(system.learning(), lr=recipe.learning_rate, momentum=0.9, weight_decay=recipe.weight_decay)
+        learning = [{"params": system.learning(), "share": recipe.batch_size / 512}]
+        return SGD(learning, lr=recipe.learning_rate, momentum=0.9, weight_decay=recipe.weight_decay)

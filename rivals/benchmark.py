@@ -77,7 +77,7 @@ def load_benchmark(path: Path, data_root: Path | None = None) -> Benchmark:
     if colon:
         given["data"] = f"{reader}:{root / place}"
     for name in ("images", "classes", "templates"):
-        if given.get(name) and (name == "images" or (root / given[name]).exists()):  # the others may be names
+        if given.get(name) and (name == "images" or (root / given[name]).is_file()):  # the others may be names
             given[name] = str(root / given[name])
     given.setdefault("architecture", f"{LOCAL}{BASE}")
     suite = load_suite(path.parent / document["suite"], root)

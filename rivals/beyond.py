@@ -12,19 +12,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Literal
+from typing import Any
 
 import torch
+import tyro
 
 from radapter_serve.cli import run as run_command
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.results import Row, by_shift, own_metric
 from radapter_serve.release.alpha_schedule import EVEN, AlphaSchedule
-from radapter_serve.threads import limit_threads
-from rivals.benchmark import load_benchmark
 from rivals.cells import ALPHAS, Cells
+from rivals.flags import Flags
 from rivals.layout import markdown
 from rivals.make import command_line, machine, say
 from rivals.method import learned
@@ -149,53 +148,25 @@ def compare(cells: Cells, reference: RAdapter, seeds: Sequence[int], alpha: floa
 
 
 def beyond(
-    data: Path,
-    data_root: Path | None = None,
-    out: Path = Path("runs/rivals"),
+    flags: tyro.conf.OmitArgPrefixes[Flags],
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
     alpha: float = 0.5,
     rates: tuple[float, ...] = (1.0,),
-    architecture: str | None = None,
-    pretrained: str | None = None,
-    epochs: int | None = None,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    precision: Literal["no", "bf16"] | None = None,
-    limit: int | None = None,
-    threads: int | None = None,
 ) -> None:
     """Compare what came after the paper with R-Adapter, at equal accuracy in distribution; print it, write Markdown.
 
-    What is done is kept in the folder, and not done again.
-
     Args:
-        data: benchmark file, such as one of rivals/benchmarks; docs/holds-up.md says how to write one.
-        data_root: folder that the benchmark's data is in; its own if none is given.
-        out: folder of the table and of all that it is made from; that of rivals.table, whose R-Adapter is taken.
+        flags: of all candidates; with those of rivals.table its R-Adapter is taken.
         seeds: each candidate learns once for each; 10 at most.
         alpha: of R-Adapter, to compare at: 0, 0.1, and so on to 1.
         rates: factors of R-Adapter's learning rate, of which the validation sets choose one with the first seed.
-        architecture: base; the benchmark's if none is given.
-        pretrained: open_clip tag or checkpoint of the base.
-        epochs: passes over the data.
-        steps: optimizer steps, in place of epochs.
-        batch_size: images a step.
-        precision: bf16 computes products in bfloat16 while a candidate learns.
-        limit: images of a set at most, drawn by a fixed seed.
-        threads: threads to compute with; one a core if none is given.
     """
     if alpha not in ALPHAS:
         raise RAdapterError(f"--alpha is {alpha}; allowed: {', '.join(f'{value:g}' for value in ALPHAS)}")
     if len(seeds) > len(T95) + 1:
         raise RAdapterError(f"--seeds has {len(seeds)} seeds; allowed: {len(T95) + 1} at most")
-    limit_threads(threads)
-    given = {
-        "architecture": architecture, "pretrained": pretrained, "epochs": epochs, "steps": steps,
-        "batch_size": batch_size, "precision": precision, "threads": threads,
-    }  # fmt: skip
-    benchmark = load_benchmark(data, data_root)
-    given = {**benchmark.given, **{name: value for name, value in given.items() if value is not None}}
-    cells = Cells(dataclasses.replace(benchmark, given=given), out, limit, say)
+    benchmark, out = flags.benchmark(), flags.out
+    cells = Cells(benchmark, out, flags.limit, say)
     reference = cells.chosen_rate("r-adapter", METHODS["r-adapter"], seeds[0], rates)
     assert isinstance(reference, RAdapter)
     shown = compare(cells, reference, seeds, alpha)
@@ -203,10 +174,8 @@ def beyond(
         f"`{command_line('rivals.beyond')}`, {datetime.date.today()}, {machine()}.",
         f"Benchmark {benchmark.name}, seeds {', '.join(map(str, seeds))}. {_EXPLAINED}",
     ]
-    text = (
-        "\n\n".join(["# Beyond the paper: what came after it, put into R-Adapter", *how, *cells.warnings(), shown])
-        + "\n"
-    )
+    parts = ["# Beyond the paper: what came after it, put into R-Adapter", *how, *cells.warnings(), shown]
+    text = "\n\n".join(parts) + "\n"
     out.mkdir(parents=True, exist_ok=True)
     (out / "beyond.md").write_text(text, encoding="utf-8")
     say(f"wrote {out / 'beyond.md'}")

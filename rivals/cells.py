@@ -21,7 +21,7 @@ from radapter_serve.files import staged
 from radapter_serve.threads import limit_threads
 from rivals.benchmark import Benchmark
 from rivals.judge import judge
-from rivals.method import Method, kept, learned
+from rivals.method import Method, at_rate, kept, learned
 from rivals.run import Run, moved
 from rivals.system import Cost
 
@@ -109,10 +109,7 @@ class Cells:
             return method
         if "learning_rate" in self.benchmark.given:
             raise RAdapterError("the benchmark sets learning_rate for every method; take it out, or leave out --rates")
-        methods = [
-            dataclasses.replace(method, settings={**method.settings, "learning_rate": rate * factor})
-            for factor in factors
-        ]
+        methods = [at_rate(method, factor) for factor in factors]
         alphas = [1.0 if method.alpha is None else method.alpha]
         scores = [score(self.cell(name, one, seed, alphas, "validation").rows) for one in methods]
         return methods[scores.index(max(scores))]

@@ -56,7 +56,7 @@ class FineTuneLikePretrain(Method):
 MASK_ADAPTED = FineTuneLikePretrain(
     settings={
         "templates": "simple", "batch_size": 128, "epochs": 5, "learning_rate": 5e-6, "min_learning_rate": 0.0,
-        "weight_decay": 0.2, "warmup_steps": None, "grad_clip": None,
+        "weight_decay": 0.2, "warmup_steps": None, "grad_clip": None, "mask_square": False,
     },
     text=False,
 )  # fmt: skip

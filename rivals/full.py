@@ -6,6 +6,7 @@ WiSE-FT, their method: the weights of both ends, the head's among them, are aver
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,14 +58,23 @@ class Classifier(System):
     def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Rows of the head, weights and bias, whatever the templates; of a class that it has not learned there is none.
 
+        Of classes of one name, such as both missiles of ImageNet, the first here is the first that it has learned.
+
         Raises:
             RAdapterError: the head has no such class.
         """
-        rows = {name: row for row, line in enumerate(self.classes) for name in split_label(line)[:1]}
-        rows |= {line: row for row, line in enumerate(self.classes)}
-        wanted = [rows.get(line, rows.get(split_label(line)[0], -1)) for line in classes]
-        if -1 in wanted:
-            raise RAdapterError(f"the head has not learned the class {classes[wanted.index(-1)]!r}")
+        by_line: dict[str, list[int]] = {}
+        by_name: dict[str, list[int]] = {}
+        for row, line in enumerate(self.classes):
+            by_line.setdefault(line, []).append(row)
+            by_name.setdefault(split_label(line)[0], []).append(row)
+        wanted, before = [], Counter[str]()
+        for line in classes:
+            found = by_line.get(line) or by_name.get(split_label(line)[0])
+            if not found:
+                raise RAdapterError(f"the head has not learned the class {line!r}")
+            wanted.append(found[min(before[line], len(found) - 1)])
+            before[line] += 1
         head = torch.cat([self.head.weight, self.head.bias[:, None]], dim=1)
         return head[wanted].float()
 

@@ -88,15 +88,14 @@ class SystemEmbedder(Embedder):
 
     @torch.inference_mode()
     def known(self, data: EvaluationSet) -> dict[Any, Known]:
-        """The set's classes as the system at each point embeds them, in the form that `evaluate` knows them by."""
+        """The set's classes as the system at each point embeds them, all at once: two of one name may differ."""
         known: dict[Any, Known] = {}
         if isinstance(data, ClassificationSet):
             templates = tuple(data.templates or self.templates)
             for variant in self.variants:
                 self.select(variant)
                 embeds = _numpy(self.system.embed_classes(data.prompted, templates))
-                pairs = zip(data.prompted, embeds, strict=True)
-                known[variant.key] = {(templates, name): embed for name, embed in pairs}
+                known[variant.key] = {(templates, tuple(data.prompted)): embeds}
         return known
 
     def probabilities(self, scores: Floats) -> Floats:

@@ -21,7 +21,7 @@ from rivals.tuned import Loss, Tuned
 
 
 class LowRank(Tuned):
-    """`W + (a/r)·B·A` for the weight [3d, d] that makes queries, keys and values; A is one for all three.
+    """`W + (a/√r)·B·A` for the weight [3d, d] that makes queries, keys and values; A is one for all three.
 
     peft's own layer for `nn.MultiheadAttention` adapts the output projection too, and counts its change twice
     (0.21.2; huggingface/peft#3774), so the parameter itself is named here.
@@ -42,6 +42,7 @@ class LowRank(Tuned):
         config = LoraConfig(
             r=rank,
             lora_alpha=scale,
+            use_rslora=True,  # a/√r, as their code has it
             target_modules=[],
             target_parameters=["attn.in_proj_weight"],
         )
@@ -60,7 +61,7 @@ class LoRA(Method):
     Attributes:
         loss: see `Tuned`.
         rank: r.
-        scale: a, called alpha in LoRA's paper; the change is a/r times the product of its factors.
+        scale: a, called alpha in LoRA's paper; the change is a/√r times the product of its factors.
     """
 
     settings: Mapping[str, Any] = paper(

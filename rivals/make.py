@@ -47,14 +47,13 @@ class Choices:
     limit: int | None = None
 
 
-def make_table(number: str, benchmark: Benchmark, out: Path, given: Mapping[str, Any], choices: Choices) -> str:
+def make_table(number: str, benchmark: Benchmark, out: Path, choices: Choices) -> str:
     """Make what is missing, and write `table-NUMBER.md` and `.png`.
 
     Args:
         number: of the table, as `TABLES` has it.
-        benchmark: from `load_benchmark`.
+        benchmark: from `Flags.benchmark`; what it gives comes before what the table gives.
         out: folder.
-        given: fields of a recipe that hold for every method, before those of the table and of the benchmark.
         choices: the rest.
 
     Returns:
@@ -66,7 +65,7 @@ def make_table(number: str, benchmark: Benchmark, out: Path, given: Mapping[str,
     chosen = TABLES[number]
     if unknown := [name for name in choices.only if name not in chosen.rows]:
         raise RAdapterError(f"table {number} has no row {unknown[0]!r}; allowed: {', '.join(chosen.rows)}")
-    given = {**chosen.given, **benchmark.given, **given}
+    given = {**chosen.given, **benchmark.given}
     cells = Cells(dataclasses.replace(benchmark, given=given), out, choices.limit, say)
     methods = {
         name: dataclasses.replace(method, members=choices.soup) if isinstance(method, UniformSoup) else method

@@ -52,6 +52,14 @@ class Method:
         return fit(system, self.optimizer(system, run), run)
 
 
+def at_rate(method: Method, factor: float) -> Method:
+    """The method with its learning rate times a factor; itself where it has none, or the factor is 1."""
+    rate = method.settings.get("learning_rate")
+    if rate is None or factor == 1:
+        return method
+    return dataclasses.replace(method, settings={**method.settings, "learning_rate": rate * factor})
+
+
 def learned(method: Method, run: Run) -> Learned:
     """What a method learns from a run; what was learned before is read from the run's folder.
 

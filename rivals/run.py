@@ -36,8 +36,9 @@ class Run:
             raise RAdapterError("rivals are trained without --streaming, and with precision no or bf16")
 
     def of(self, settings: Mapping[str, Any]) -> Run:
-        """A run of the same data by another method's settings, its base fresh."""
-        run = Run(self.given, self.folder, settings)
+        """A run of the same data by another method's settings, its base fresh; a batch is all of the data at most."""
+        most = min(settings.get("batch_size", 0), len(self.data.rows))
+        run = Run(self.given, self.folder, {**settings, "batch_size": most} if most else settings)
         run.ground = self.ground
         return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shlex
 import time
@@ -166,6 +167,7 @@ def evaluate(
         from radapter_serve.evaluation.overlap import Overlap
         from radapter_serve.evaluation.results import Results
         from radapter_serve.evaluation.run import choose_alpha, draw, draw_choice, evaluate_suite
+        from radapter_serve.evaluation.sets import open_set
         from radapter_serve.evaluation.suite import load_suite
 
         overlap = Overlap()
@@ -187,6 +189,10 @@ def evaluate(
                     if variant.alpha in (0.0, choice.alpha)
                     and (variant.schedule == choice.schedule or variant.source != "adapter")
                 ]
+            elif tests:  # alpha was chosen earlier, and perhaps by these
+                for entry in tests.of_split("validation"):
+                    with contextlib.suppress(RAdapterError):  # they need not be here
+                        overlap.chosen_by(open_set(tests, entry, limit=limit, seed=seed))
             if tests:
                 options |= {"variants": variants, "skip": skipped.append, "opened": overlap.tested}
                 rows = evaluate_suite(embedder, tests, results, **options)

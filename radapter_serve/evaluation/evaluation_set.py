@@ -27,7 +27,8 @@ MOST_CONFUSED = 50  # classes of a confusion matrix that a row keeps and a pictu
 _READERS = 8  # files that are read at once
 _OF_PNG = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 EmbedTexts = Callable[[Sequence[str]], Floats]
-Known = dict[tuple[tuple[str, ...], str], Floats]
+# Of a model, by templates: of each class its embedding [D], or of all classes of a set at once [C, D].
+Known = dict[tuple[tuple[str, ...], "str | tuple[str, ...]"], Floats]
 
 
 class Scorer(Protocol):
@@ -96,7 +97,7 @@ def class_embeds(
         embed_texts: texts to unit-length embeddings [N, D].
         classes: class names, synonyms after commas.
         templates: prompt templates with `{}`.
-        known: of the same model, by templates and class; takes the new ones.
+        known: of the same model, by templates and class, or by templates and all classes; takes the new ones.
 
     Returns:
         float32 [C, D].
@@ -107,6 +108,8 @@ def class_embeds(
     if not templates:
         raise RAdapterError("no prompt template; give one or more, such as 'a photo of a {}.'")
     known, key = {} if known is None else known, tuple(templates)
+    if (whole := known.get((key, tuple(classes)))) is not None:
+        return whole
     new = [line for line in dict.fromkeys(classes) if (key, line) not in known]
     if new:
         embeds = check_finite(mean_embeddings(embed_texts, new, templates))

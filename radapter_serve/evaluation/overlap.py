@@ -1,4 +1,4 @@
-"""Images of test data that α was chosen by: they make a figure too good."""
+"""Images of test data that are validation data, too: what is chosen by them has figures that are too good."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Overlap:
         self.warnings: list[str] = []
 
     def chosen_by(self, data: EvaluationSet) -> None:
-        """Take a set that α is chosen by."""
+        """Take a set that something is chosen by."""
         self._set_of |= dict.fromkeys(data.contents, data.entry.name)
 
     def tested(self, data: EvaluationSet) -> None:
@@ -25,6 +25,6 @@ class Overlap:
         found = [self._set_of[digest] for digest in data.contents if digest in self._set_of]
         if found:
             self.warnings.append(
-                f"{data.entry.name}: warning: alpha was chosen by {len(found)} of its {len(data)} images, which are in "
-                f"{', '.join(sorted(set(found)))} too, so its figures may be too good; keep the two apart"
+                f"{data.entry.name}: warning: {len(found)} of its {len(data)} images are validation images of "
+                f"{', '.join(sorted(set(found)))} too; what was chosen by them has figures that are too good"
             )

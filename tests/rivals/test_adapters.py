@@ -99,7 +99,7 @@ def test_lora_is_counted_once(make_run: Callable[..., Run]):
     for tower in ("visual.", ""):
         name, state = f"{tower}transformer.resblocks.1.attn", system.state_dict()
         a, b = (state[f"model.{name}.lora_{part}.default.weight"] for part in "AB")
-        torch.testing.assert_close(weights[f"{name}.in_proj_weight"], base[f"{name}.in_proj_weight"] + 0.5 * b @ a)
+        torch.testing.assert_close(weights[f"{name}.in_proj_weight"], base[f"{name}.in_proj_weight"] + 0.5**0.5 * b @ a)
         torch.testing.assert_close(weights[f"{name}.out_proj.weight"], base[f"{name}.out_proj.weight"])
 
 
@@ -118,6 +118,12 @@ def test_adaptformer_stands_beside_the_feed_forward_layer(make_run: Callable[...
         expected = visual.ln_post(x[:, 0]) @ visual.proj
         found = system.model.encode_image(PIXELS)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_adaptformers_rate_is_that_of_512_images(make_run: Callable[..., Run]):
+    run = make_run(batch_size=128)
+    [group] = AdaptFormer().optimizer(started(AdaptFormer(), run), run).param_groups
+    assert group["share"] == 0.25
 
 
 @pytest.mark.parametrize("kind", [RepAdapter, AdaptFormer])

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from radapter_serve.clip.base import load_base
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import zero_shot_classifier
+from radapter_serve.evaluation.evaluation_set import EvaluationSet
 from rivals.full import Classifier, FullFineTuning
-from rivals.judge import SystemEmbedder
+from rivals.judge import SystemEmbedder, judge
 from rivals.method import learned
 from rivals.methods import METHODS
 from rivals.probe import ProbeThenFineTuning
@@ -50,6 +51,23 @@ def test_classes_are_rows_of_the_head_with_their_bias(make_run: Callable[..., Ru
         torch.testing.assert_close(torch.from_numpy(found), system.logits(PIXELS).softmax(dim=1))
     with pytest.raises(RAdapterError, match="has not learned the class 'pink'"):
         system.embed_classes(["red", "pink"], ["a {}"])
+
+
+def test_classes_of_one_name_are_different_rows(make_run: Callable[..., Run], sets: list[EvaluationSet]):
+    """As ImageNet's two missiles: the judge takes each for itself, too."""
+    run = make_run()
+    system = Classifier(run)
+    system.classes = ["missile", "red", "missile"]
+    with torch.no_grad():
+        system.head.weight.normal_(generator=torch.Generator().manual_seed(0))
+        rows = torch.cat([system.head.weight, system.head.bias[:, None]], dim=1)
+        torch.testing.assert_close(system.embed_classes(["missile", "missile", "red"], []), rows[[0, 2, 1]])
+        same = dataclasses.replace(sets[0], classes=system.classes)  # type: ignore[call-arg]
+        [row] = judge(Learned(system, Cost()), run, [same])
+        embedder = SystemEmbedder(Learned(system, Cost()), run.base, [1.0])
+        images = torch.stack([same.prepare(embedder, number) for number in range(len(same))])
+        right = system.logits(images).argmax(dim=1).numpy() == same.labels  # type: ignore[attr-defined]
+    assert 0 < right.mean() == row["metrics"]["acc1"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""Flags that the commands share: what all methods learn from and how, and where what is done is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from radapter_serve.threads import limit_threads
+
+if TYPE_CHECKING:
+    from rivals.benchmark import Benchmark
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What holds for every method.
+
+    Args:
+        data: benchmark file, such as one of rivals/benchmarks; docs/holds-up.md says how to write one.
+        data_root: folder that the benchmark's data is in; its own if none is given.
+        out: folder of what is made, and of all that it is made from: what is done is not done again.
+        architecture: base; the benchmark's if none is given.
+        pretrained: open_clip tag or checkpoint of the base.
+        epochs: passes over the data, for every method.
+        steps: optimizer steps, for every method, in place of epochs.
+        batch_size: images a step, for every method.
+        precision: bf16 computes products in bfloat16 while a method learns, which is faster where the machine has it.
+        limit: images of a set at most, drawn by a fixed seed.
+        threads: threads to compute with; one a core if none is given.
+    """
+
+    data: Path
+    data_root: Path | None = None
+    out: Path = Path("runs/rivals")
+    architecture: str | None = None
+    pretrained: str | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    precision: Literal["no", "bf16"] | None = None
+    limit: int | None = None
+    threads: int | None = None
+
+    def benchmark(self) -> Benchmark:
+        """The benchmark, whose methods all have the values that are given here; computing is limited to the threads."""
+        limit_threads(self.threads)
+        from rivals.benchmark import load_benchmark  # torch takes seconds to load
+
+        found = load_benchmark(self.data, self.data_root)
+        names = ("architecture", "pretrained", "epochs", "steps", "batch_size", "precision", "threads")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(found, given={**found.given, **given})

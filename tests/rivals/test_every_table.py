@@ -1,0 +1,139 @@
+"""Each table of the paper runs on tiny data of its own task, and what can be a plain CLIP is saved as one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from radapter_serve.cli.eval import main as radapter_eval
+from radapter_serve.clip.base import load_base
+from rivals import flyp
+from rivals.benchmark import load_benchmark
+from rivals.method import learned
+from rivals.methods import METHODS
+from rivals.run import Run
+from rivals.save import main as save
+from rivals.table import main
+from rivals.tables import TABLES
+from tests.rivals.test_table import benchmark_file as benchmark_file
+from tests.rivals.test_table import here as here
+from tests.training.test_segmentation_training import scenes as scenes
+
+
+def write_benchmark(folder: Path, suite: dict[str, Any], train: dict[str, Any]) -> Path:
+    (folder / "suite.yaml").write_text(yaml.safe_dump({"name": "tiny", **suite}))
+    few = {"steps": 2, "batch_size": 4, "workers": 0}
+    (folder / "benchmark.yaml").write_text(yaml.safe_dump({"suite": "suite.yaml", "train": {**few, **train}}))
+    return folder / "benchmark.yaml"
+
+
+def rows_of(number: str, benchmark: Path, *flags: str) -> dict[str, list[str]]:
+    """The cells of each row of a table, by its method."""
+    out = benchmark.parent / "out"
+    assert main([number, "--data", str(benchmark), "--out", str(out), *flags]) == 0
+    text = (out / f"table-{number}.md").read_text(encoding="utf-8")
+    table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    assert (out / f"table-{number}.png").stat().st_size > 1000
+    return {cells[0]: cells[1:] for cells in table if set(cells[0]) != {"-"}}
+
+
+@pytest.mark.parametrize("number", ["2", "5", "hyper"])
+def test_a_table_of_classification(benchmark_file: Path, here: list[str], number: str) -> None:
+    names = [name for name in TABLES[number].rows if name != "rank 128"]  # the tiny model is not as wide
+    rows = rows_of(number, benchmark_file, "--only", *names)
+    assert list(rows) == ["method", *names]
+    assert rows["method"][4:] == ["same (n 24)", "mean of 2 shifts", "other (n 24)", "third (n 24)"]
+    for name, cells in rows.items():
+        assert name == "method" or all(0 <= float(cell) <= 100 for cell in cells[4:]), name
+
+
+def test_table_3_of_retrieval(images: Path, tiny_clip_dir: str, here: list[str], tmp_path: Path) -> None:
+    lines = [f"{path},a {path.parent.name} thing {path.stem}" for path in sorted(images.rglob("*.png"))]
+    (tmp_path / "captions.csv").write_text("\n".join(["image,caption", *lines]), encoding="utf-8")
+    suite = {"sets": [{"name": "captioned", "data": "csv:captions.csv", "task": "retrieval"}]}
+    train = {"task": "retrieval", "data": "csv:captions.csv", "architecture": tiny_clip_dir}
+    rows = rows_of("3", write_benchmark(tmp_path, suite, train))
+    assert list(rows) == ["method", *TABLES["3"].rows]
+    recalls = [f"captioned, {way} R@{k}" for way in ("text", "image") for k in (1, 5, 10)]
+    assert sorted(cell.partition(" (n")[0] for cell in rows["method"][4:]) == sorted(recalls)
+
+
+def test_table_4_takes_the_output_of_a_proposal_network(
+    scenes: Path, tiny_clip_dir: str, here: list[str], tmp_path: Path
+) -> None:
+    """The masks are right and their scores are sure, so where these alone decide every method is right."""
+    (tmp_path / "found").mkdir()
+    for file in (scenes / "masks").iterdir():
+        truth = np.asarray(Image.open(file))
+        masks = np.stack([truth == value for value in (1, 2, 3)])
+        np.savez(tmp_path / "found" / f"{file.stem}.npz", masks=masks.astype(np.float32), scores=np.eye(3))
+    own = {"data": f"masks:{scenes}", "dense": "proposals", "proposals": "found"}
+    sets = [{"name": name, "proposal_weight": weight, **own} for name, weight in (("theirs", 0.0), ("both", 0.7))]
+    train = {"task": "segmentation", "data": f"masks:{scenes}", "architecture": tiny_clip_dir, "mask_min_area": 1}
+    rows = rows_of("4", write_benchmark(tmp_path, {"task": "segmentation", "sets": sets}, train))
+    assert list(rows) == ["method", *TABLES["4"].rows]
+    theirs = {name: float(cells[4]) for name, cells in rows.items() if name != "method"}
+    assert set(theirs.values()) == {100.0}
+    assert sorted(here) == ["FineTuneLikePretrain", "RAdapter", "ZeroShot"]
+
+
+def test_mask_adapted_clip_squashes_segments() -> None:
+    assert flyp.MASK_ADAPTED.settings["mask_square"] is False
+
+
+def test_a_batch_is_all_of_a_small_set(benchmark_file: Path, tmp_path: Path) -> None:
+    given = {name: value for name, value in load_benchmark(benchmark_file).given.items() if name != "batch_size"}
+    run = Run({**given, "shots": 2}, tmp_path / "learned")
+    assert run.of(METHODS["ft"].settings).recipe.batch_size == 6  # of 512
+    assert run.of({"batch_size": 5}).recipe.batch_size == 5
+    learned(METHODS["ft"], run)
+
+
+@pytest.mark.parametrize("name", ["r-adapter", "lora"])
+def test_save_writes_what_the_table_has_judged(
+    name: str, benchmark_file: Path, here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data", str(benchmark_file), "--out", str(tmp_path / "out")]
+    assert main(["all", *flags, "--only", name]) == 0
+    assert save([name, str(tmp_path / "merged"), *flags]) == 0
+    assert here == [type(METHODS[name]).__name__]  # learned once
+    suite, results = str(tmp_path / "suite.yaml"), str(tmp_path / "results")
+    capsys.readouterr()
+    assert (
+        radapter_eval(
+            ["--merged", str(tmp_path / "merged"), "--suite", suite, "--data-root", str(tmp_path), "--out", results]
+        )
+        == 0
+    )
+    found = [json.loads(line) for line in (tmp_path / "results" / "results.jsonl").read_text().splitlines()]
+    [cell] = (tmp_path / "out" / "cells").glob("*-test-*.json")
+    judged = json.loads(cell.read_text())["rows"]
+    assert [row["metrics"] for row in found] == [pytest.approx(row["metrics"]) for row in judged]
+
+
+def test_save_at_alpha_0_is_the_base(benchmark_file: Path, tmp_path: Path, tiny_clip_dir: str) -> None:
+    to = tmp_path / "merged"
+    flags = ["--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--alpha", "0"]
+    assert save(["wise-flyp", str(to), *flags]) == 0
+    base, saved = (load_base(name).model.state_dict() for name in (tiny_clip_dir, f"local-dir:{to}"))
+    assert all(torch.equal(base[name], saved[name]) for name in base)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("wise-ft", "wise-ft is no plain CLIP"), ("coop", "coop is no plain CLIP"), ("clip", "there is no method 'clip'")],
+)
+def test_save_refuses(
+    name: str, message: str, benchmark_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data", str(benchmark_file), "--out", str(tmp_path / "out")]
+    assert save([name, str(tmp_path / "merged"), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
