@@ -34,24 +34,33 @@ def cost_of(costs: Sequence[Cost]) -> list[str]:
 COST = ["parameters, M", "time, s", "memory, GB"]
 
 
-def scatter(points: Mapping[str, tuple[Sequence[float], Sequence[float]]], axes: tuple[str, str], path: Path) -> None:
-    """Draw methods by two figures, with a cross of their standard deviations over the seeds.
+def dots(points: Mapping[str, tuple[Sequence[float], Sequence[float]]], heads: tuple[str, str], path: Path) -> None:
+    """Draw methods down and two figures across: the mean over the seeds, a bar of their standard deviation.
 
     Args:
         points: by method, both figures of each seed, in per cent.
-        axes: what they are.
+        heads: what they are.
         path: of the picture.
     """
-    figure = Figure(figsize=(6.5, 5), dpi=150, layout="constrained")
-    panel = figure.subplots()
-    for name, values in points.items():
-        x, y = (mean(of) for of in values)
-        across, up = (stdev(of) if len(of) > 1 else 0.0 for of in values)
-        own = {"color": "tab:red", "marker": "*", "markersize": 10} if "R-Adapter" in name else {"marker": "o"}
-        panel.errorbar(x, y, up, across, capsize=2, label=name, **own)  # type: ignore[arg-type]
-        panel.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7)
-    panel.set_xlabel(axes[0])
-    panel.set_ylabel(axes[1])
-    panel.margins(0.15)
-    panel.grid(alpha=0.3)
+    figure = Figure(figsize=(9, 1.2 + 0.27 * len(points)), dpi=150, layout="constrained")
+    for panel, head, number in zip(figure.subplots(1, 2, sharey=True), heads, (0, 1), strict=True):
+        for row, (name, values) in enumerate(points.items()):
+            figures, ours = values[number], "r-adapter" in name.lower()
+            bar = stdev(figures) if len(figures) > 1 else None
+            panel.errorbar(
+                mean(figures),
+                row,
+                xerr=bar,
+                capsize=2,
+                color="tab:red" if ours else "tab:blue",
+                marker="*" if ours else "o",
+                markersize=9 if ours else 5,
+            )
+            if name.lower() == "zero-shot":
+                panel.axvline(mean(figures), color="grey", linestyle="--", linewidth=1)
+        panel.set_title(head, fontsize=10)
+        panel.set_xlabel("%")
+        panel.set_yticks(range(len(points)), points)
+        panel.grid(axis="x", alpha=0.3)
+    panel.invert_yaxis()
     figure.savefig(path)

@@ -22,7 +22,7 @@ from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars
 from radapter_serve.evaluation.results import Row, by_shift
 from rivals.benchmark import Benchmark
 from rivals.cells import ALPHAS, Cells
-from rivals.layout import COST, cost_of, markdown, scatter, spread
+from rivals.layout import COST, cost_of, dots, markdown, spread
 from rivals.method import Method
 from rivals.soup import UniformSoup
 from rivals.tables import TABLES, figures
@@ -105,7 +105,7 @@ def _rows(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> st
     else:
         x, y = heads[0], next((head for head in heads if head.startswith("mean of")), heads[-1])
         points = {name: ([of[x] for of in values], [of[y] for of in values]) for name, values in found.items()}
-        scatter(points, (f"{x}, %", f"{y}, %"), picture)
+        dots(points, (x, y), picture)
     return markdown(["method", *COST, "α", *_counted(heads, ns)], lines)
 
 
