@@ -37,9 +37,9 @@ class Run:
 
     def of(self, settings: Mapping[str, Any]) -> Run:
         """A run of the same data by another method's settings, its base fresh; a batch is all of the data at most."""
-        most = min(settings.get("batch_size", 0), len(self.data.rows))
+        most = min(settings.get("batch_size", 0), self.size)
         run = Run(self.given, self.folder, {**settings, "batch_size": most} if most else settings)
-        run.ground = self.ground
+        run.ground, run.size = self.ground, self.size
         return run
 
     @cached_property
@@ -55,10 +55,15 @@ class Run:
         return open_data(self.recipe, self.base)[0]
 
     @cached_property
+    def size(self) -> int:
+        """The number of images, which no method's settings change."""
+        return len(self.data.rows)
+
+    @cached_property
     def ground(self) -> str:
         """A digest of the base's weights and of the names of the images, which no method's settings change."""
         weights = self.base.model.state_dict()
-        images = json.dumps([held_out_digest(self.data), len(self.data.rows)]).encode()
+        images = json.dumps([held_out_digest(self.data), self.size]).encode()
         return digest_of(images, *(weights[name].numpy().tobytes() for name in sorted(weights)))
 
     def digest(self, *facts: object) -> str:
