@@ -216,6 +216,7 @@ def test_a_row_of_hyper_parameters_changes_one():
         "positives": {None, "single"},
         "drop": {0.0, 0.1, 0.2, 0.3, 0.5},
         "momentum": {None, 0.0, 0.9, 0.99, 0.999, 0.9999},
+        "adapt_text": {None, False},
     }
 
 
