@@ -15,9 +15,7 @@ from radapter_serve.evaluation.evaluation_set import EvaluationSet
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Suite, load_suite
 from radapter_serve.files import read_yaml
-from radapter_serve.training import Recipe
-
-FIELDS = {field.name for field in dataclasses.fields(Recipe)}
+from radapter_serve.training.recipe import recipe_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,10 @@ class Benchmark:
     name: str
     given: Mapping[str, Any]
     suite: Suite
+
+    def filled(self, given: Mapping[str, Any]) -> Benchmark:
+        """The benchmark with further fields of `Recipe`, where it has none of its own."""
+        return dataclasses.replace(self, given={**given, **self.given})
 
     def sets(self, split: str, limit: int | None = None) -> list[EvaluationSet]:
         """The sets of a split.
@@ -70,9 +72,8 @@ def load_benchmark(path: Path, data_root: Path | None = None) -> Benchmark:
         if not isinstance(value, parts[name]):
             raise RAdapterError(f"the benchmark {path}: {name} is {value!r}; it should be a {parts[name].__name__}")
     root = (data_root or path.parent / document.get("data_root", ".")).absolute()
-    given = dict(document["train"])
-    if unknown := sorted(map(str, set(given) - FIELDS)):
-        raise RAdapterError(f"the benchmark {path}: train has no field {unknown[0]}; allowed: {', '.join(FIELDS)}")
+    recipe = recipe_of(document["train"], f"train of the benchmark {path}")
+    given = {name: getattr(recipe, name) for name in document["train"]}
     reader, colon, place = str(given.get("data", "")).partition(":")
     if colon:
         given["data"] = f"{reader}:{root / place}"

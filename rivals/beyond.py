@@ -23,7 +23,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.results import Row, by_shift, own_metric
 from radapter_serve.release.alpha_schedule import EVEN, AlphaSchedule
 from rivals.cells import ALPHAS, Cells
-from rivals.flags import Flags
+from rivals.flags import Flags, check_seeds
 from rivals.layout import markdown
 from rivals.make import command_line, machine, say
 from rivals.method import learned
@@ -107,11 +107,12 @@ def in_distribution(rows: Sequence[Row]) -> float:
 
 
 def groups(rows: Sequence[Row]) -> dict[str, float]:
-    """In distribution, the mean of the shifts, and each shifted set: accuracy in per cent."""
+    """In distribution, the mean of the shifts where there are any, and each shifted set: accuracy in per cent."""
     values = {row["dataset"]: own_metric(row) for row in rows}
     _, shifted = by_shift({row["dataset"]: row for row in rows})
     of_shifts = {name: values[name] for name in shifted}
-    return {"in distribution": in_distribution(rows), "mean of the shifts": mean(of_shifts.values()), **of_shifts}
+    middle = {"mean of the shifts": mean(of_shifts.values())} if shifted else {}
+    return {"in distribution": in_distribution(rows), **middle, **of_shifts}
 
 
 def with_interval(values: Sequence[float], sign: str = "") -> str:
@@ -163,9 +164,14 @@ def beyond(
     """
     if alpha not in ALPHAS:
         raise RAdapterError(f"--alpha is {alpha}; allowed: {', '.join(f'{value:g}' for value in ALPHAS)}")
-    if len(seeds) > len(T95) + 1:
-        raise RAdapterError(f"--seeds has {len(seeds)} seeds; allowed: {len(T95) + 1} at most")
+    check_seeds(seeds, len(T95) + 1)
     benchmark, out = flags.benchmark(), flags.out
+    for split in ("validation", "test"):
+        if all(entry.shift != "id" for entry in benchmark.suite.of_split(split)):
+            raise RAdapterError(
+                f"the suite {benchmark.name} has no set with split: {split} and shift: id; candidates are compared "
+                "where they are equal there"
+            )
     cells = Cells(benchmark, out, flags.limit, say)
     reference = cells.chosen_rate("r-adapter", METHODS["r-adapter"], seeds[0], rates)
     assert isinstance(reference, RAdapter)

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.evaluation.evaluation_set import EvaluationSet
 from radapter_serve.evaluation.overlap import Overlap
 from radapter_serve.evaluation.results import Row, by_shift, own_metric
@@ -80,8 +80,7 @@ class Cells:
         stem = re.sub(r"\W+", "-", name.lower())
         path = self.folder / "cells" / f"{stem}-{seed}-{split}-{digest}.json"
         if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return Cell(method, Cost(**found["cost"]), found["rows"])
+            return _read(path, method)
         if not kept(method, run).exists():
             self.say(f"{name}, seed {seed}: learning")
             _apart(method, run)
@@ -132,6 +131,14 @@ class Cells:
         if split not in self._sets:
             self._sets[split] = self.benchmark.sets(split, self.limit)
         return self._sets[split]
+
+
+def _read(path: Path, method: Method) -> Cell:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return Cell(method, Cost(**found["cost"]), [{key: row[key] for key in OF_A_ROW} for row in found["rows"]])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RAdapterError(f"the cell {path} can't be read ({reason(error)}); remove it, to make it again") from None
 
 
 def score(rows: Sequence[Row]) -> float:

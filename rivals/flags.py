@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from radapter_serve.errors import RAdapterError
 from radapter_serve.threads import limit_threads
+
+TableName = Literal["1", "2", "3", "4", "5", "hyper", "fig3", "all"]
 
 if TYPE_CHECKING:
     from rivals.benchmark import Benchmark
@@ -45,6 +49,8 @@ class Flags:
 
     def benchmark(self) -> Benchmark:
         """The benchmark, whose methods all have the values that are given here; computing is limited to the threads."""
+        if self.limit is not None and self.limit < 1:
+            raise RAdapterError(f"--limit is {self.limit}; allowed: 1 image or more")
         limit_threads(self.threads)
         from rivals.benchmark import load_benchmark  # torch takes seconds to load
 
@@ -52,3 +58,10 @@ class Flags:
         names = ("architecture", "pretrained", "epochs", "steps", "batch_size", "precision", "threads")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return dataclasses.replace(found, given={**found.given, **given})
+
+
+def check_seeds(seeds: Sequence[int], most: int | None = None) -> None:
+    """Refuse no seed, one that is named twice, and more than `most`: a spread over equal runs would be none."""
+    if not seeds or len(set(seeds)) < len(seeds) or len(seeds) > (most or len(seeds)):
+        range_ = "one or more" if most is None else f"1 to {most}"
+        raise RAdapterError(f"--seeds is {' '.join(map(str, seeds)) or 'empty'}; allowed: {range_}, each named once")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import os
 import platform
@@ -13,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import torch
 
@@ -24,7 +22,7 @@ from rivals.benchmark import Benchmark
 from rivals.cells import ALPHAS, Cells
 from rivals.layout import COST, cost_of, dots, markdown, spread
 from rivals.method import Method
-from rivals.soup import UniformSoup
+from rivals.soup import of_members
 from rivals.tables import TABLES, figures
 
 Methods = Mapping[str, Method]  # by the names that a table prints
@@ -65,10 +63,10 @@ def make_table(number: str, benchmark: Benchmark, out: Path, choices: Choices) -
     chosen = TABLES[number]
     if unknown := [name for name in choices.only if name not in chosen.rows]:
         raise RAdapterError(f"table {number} has no row {unknown[0]!r}; allowed: {', '.join(chosen.rows)}")
-    given = {**chosen.given, **benchmark.given}
-    cells = Cells(dataclasses.replace(benchmark, given=given), out, choices.limit, say)
+    benchmark = benchmark.filled(chosen.given)
+    cells = Cells(benchmark, out, choices.limit, say)
     methods = {
-        name: dataclasses.replace(method, members=choices.soup) if isinstance(method, UniformSoup) else method
+        name: of_members(method, choices.soup)
         for name, method in chosen.rows.items()
         if not choices.only or name in choices.only
     }
@@ -78,7 +76,7 @@ def make_table(number: str, benchmark: Benchmark, out: Path, choices: Choices) -
     path = out / f"table-{number}.md"
     maker = _curves if chosen.curves else _rows
     shown = maker(cells, methods, choices, path.with_suffix(".png"))
-    parts = [f"# {chosen.title}", _how(benchmark.name, given, methods, choices), *cells.warnings(), shown]
+    parts = [f"# {chosen.title}", _how(benchmark, methods, choices), *cells.warnings(), shown]
     text = "\n\n".join(parts) + "\n"
     path.write_text(text, encoding="utf-8")
     say(f"wrote {path} and {path.with_suffix('.png')}")
@@ -138,16 +136,16 @@ def _counted(heads: Sequence[str], ns: Mapping[str, int]) -> list[str]:
     return [f"{head} (n {ns[head]})" if head in ns else head for head in heads]
 
 
-def _how(name: str, given: Mapping[str, Any], methods: Methods, choices: Choices) -> str:
+def _how(benchmark: Benchmark, methods: Methods, choices: Choices) -> str:
     """The command, the machine, and all that was chosen."""
-    values = {**given, "architecture": Path(given["architecture"]).name}
-    hidden = {"data", "images", "classes", "templates"} | ({"epochs"} if "steps" in given else set())
+    values = {**benchmark.given, "architecture": Path(benchmark.given["architecture"]).name}
+    hidden = {"data", "images", "classes", "templates"} | ({"epochs"} if "steps" in values else set())
     values = {key: value for key, value in values.items() if key not in hidden}
     shown = ", ".join(f"{key} {value}" for key, value in values.items())
     seeds = ", ".join(map(str, choices.seeds))
     parts = [
         f"`{command_line('rivals.table')}`, {datetime.date.today()}, {machine()}.",
-        f"Benchmark {name}, seeds {seeds}: per cent, mean ± standard deviation over the seeds.",
+        f"Benchmark {benchmark.name}, seeds {seeds}: per cent, mean ± standard deviation over the seeds.",
         f"Every method learned with {shown}; the rest is its own paper's.",
         "Validation chose α for each seed." if choices.alpha else "α is each paper's own.",
     ]

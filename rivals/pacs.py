@@ -13,6 +13,7 @@ import yaml
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 
+PICTURES = Path("images")  # a link to PACS: all paths are relative, so that what was learned counts wherever they lie
 STYLES = ("photo", "art_painting", "cartoon", "sketch")
 HELD_OUT = 5  # every fifth photo of a class is not learned from: these are for the test and, every other one, choose
 
@@ -30,15 +31,16 @@ def pacs(root: Path, out: Path, /) -> None:
     for folder in sorted(path for path in (root / STYLES[0]).iterdir() if path.is_dir()):
         for number, file in enumerate(sorted(folder.iterdir())):
             part = "train" if number % HELD_OUT else ("validation", "test")[number // HELD_OUT % 2]
-            parts[part].append((file.absolute(), folder.name))
+            parts[part].append((PICTURES / file.relative_to(root), folder.name))
     out.mkdir(parents=True, exist_ok=True)
+    link(out / PICTURES, root.resolve())
     for part, rows in parts.items():
         with (out / f"{part}.csv").open("w", encoding="utf-8", newline="") as table:
             csv.writer(table).writerows([("image", "label"), *rows])
     sets = [
         {"name": "photo, validation", "data": "csv:validation.csv", "split": "validation"},
         {"name": STYLES[0], "data": "csv:test.csv", "shift": "id"},
-        *({"name": style, "data": f"imagefolder:{root.absolute() / style}", "shift": "ood"} for style in STYLES[1:]),
+        *({"name": style, "data": f"imagefolder:{PICTURES / style}", "shift": "ood"} for style in STYLES[1:]),
     ]
     own = {"templates": "simple", "batch_size": 64, "epochs": 10, "crop_scale": 0.7, "flip": True, "workers": 0}
     train = {"data": "csv:train.csv", **own}  # with the prompts that the suite judges by
@@ -49,6 +51,16 @@ def pacs(root: Path, out: Path, /) -> None:
     for name, document in documents.items():
         (out / f"{name}.yaml").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     print(f"wrote {out / 'benchmark.yaml'}; next: python -m rivals.table 1 --data {out / 'benchmark.yaml'}")
+
+
+def link(path: Path, to: Path) -> None:
+    """Make a link, or leave the one that is there."""
+    if path.is_symlink() and path.resolve() == to:
+        return
+    try:
+        path.symlink_to(to, target_is_directory=True)
+    except OSError as error:
+        raise RAdapterError(f"can't link {path} to {to}: {error.strerror}; give another folder OUT") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

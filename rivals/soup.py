@@ -103,3 +103,8 @@ class UniformSoup(FullFineTuning):
             cost += dataclasses.replace(member.cost, parameters=sum(p.numel() for p in system.learning()))
         system.load_state_dict(mean)
         return Learned(system, cost)
+
+
+def of_members(method: Method, members: int) -> Method:
+    """A soup of so many models; any other method as it is."""
+    return dataclasses.replace(method, members=members) if isinstance(method, UniformSoup) else method

@@ -9,11 +9,11 @@ from typing import Literal
 import tyro
 
 from radapter_serve.cli import run
-from rivals.flags import Flags
+from rivals.flags import Flags, TableName, check_seeds
 
 
 def table(
-    number: Literal["1", "2", "3", "4", "5", "hyper", "fig3", "all"],
+    number: TableName,
     /,
     flags: tyro.conf.OmitArgPrefixes[Flags],
     seeds: tuple[int, ...] = (0,),
@@ -34,6 +34,7 @@ def table(
             the first seed.
         soup: models of the uniform soup.
     """
+    check_seeds(seeds)
     benchmark = flags.benchmark()
     from rivals.make import Choices, make_table  # torch takes seconds to load
 

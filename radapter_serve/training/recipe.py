@@ -274,20 +274,32 @@ def load_recipe(source: str | Path) -> Recipe:
     path = ready.get(str(source), Path(source))
     if not path.exists():
         raise RAdapterError(f"there is no recipe {source}; allowed: a file, or one of {', '.join(ready)}")
-    values = read_yaml(path, "the recipe")
+    return recipe_of(read_yaml(path, "the recipe"), f"the recipe {path}")
+
+
+def recipe_of(values: Any, what: str) -> Recipe:
+    """A recipe from what YAML reads; a field that is not named keeps its default.
+
+    Args:
+        values: a mapping of `Recipe`'s fields, or None.
+        what: it is, for messages.
+
+    Raises:
+        RAdapterError: no mapping, a field that does not exist, or a value of the wrong kind or out of range.
+    """
     if not isinstance(values, dict | None):
-        raise RAdapterError(f"the recipe {path} must be a mapping of field: value")
-    values = values or {}
+        raise RAdapterError(f"{what} must be a mapping of field: value")
+    values = dict(values or {})
     fields = [field.name for field in dataclasses.fields(Recipe)]
     unknown = sorted({short(name) for name in values if name not in fields})
     if unknown:
-        raise RAdapterError(f"the recipe {path} has unknown fields {', '.join(unknown)}; allowed: {', '.join(fields)}")
+        raise RAdapterError(f"{what} has unknown fields {', '.join(unknown)}; allowed: {', '.join(fields)}")
     if values.get("precision") is False:
         values["precision"] = "no"  # which YAML reads as false
     try:
         return _validated(values)
     except RAdapterError as error:
-        raise RAdapterError(f"the recipe {path} won't do: {error}") from None
+        raise RAdapterError(f"{what} won't do: {error}") from None
 
 
 def _validated(values: dict[str, Any]) -> Recipe:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.release.alpha_schedule import AlphaSchedule
@@ -87,9 +88,37 @@ def test_the_table(
     assert main(call) == 0 and here == []
 
 
+def test_the_table_of_a_suite_without_shifts(
+    benchmark_file: Path, here: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rivals.beyond.SCHEDULES", {})
+    monkeypatch.setattr("rivals.beyond.TRAININGS", {})
+    suite = yaml.safe_load((tmp_path / "suite.yaml").read_text())
+    suite["sets"] = suite["sets"][:2]
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    assert main(["--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--seeds", "0"]) == 0
+    assert "| candidate | α | in distribution |\n" in (tmp_path / "out" / "beyond.md").read_text()
+
+
+def test_refuses_a_suite_that_makes_nothing_equal(
+    benchmark_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = yaml.safe_load((tmp_path / "suite.yaml").read_text())
+    suite["sets"][0]["shift"] = "ood"
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    assert main(["--data", str(benchmark_file), "--out", str(tmp_path / "out")]) == 2
+    assert "the suite colours has no set with split: validation and shift: id" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--alpha", "0.45"], "--alpha is 0.45; allowed: 0, 0.1"), (["--seeds", *map(str, range(11))], "10 at most")],
+    [
+        (["--alpha", "0.45"], "--alpha is 0.45; allowed: 0, 0.1"),
+        (["--seeds", *map(str, range(11))], "allowed: 1 to 10"),
+    ],
 )
 def test_refuses(flags: list[str], message: str, benchmark_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--data", str(benchmark_file), *flags]) == 2

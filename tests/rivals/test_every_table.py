@@ -96,14 +96,14 @@ def test_a_batch_is_all_of_a_small_set(benchmark_file: Path, tmp_path: Path) -> 
     learned(METHODS["ft"], run)
 
 
-@pytest.mark.parametrize("name", ["r-adapter", "lora"])
+@pytest.mark.parametrize(("table", "name"), [("all", "r-adapter"), ("all", "lora"), ("2", "R-Adapter, rank 4")])
 def test_save_writes_what_the_table_has_judged(
-    name: str, benchmark_file: Path, here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    table: str, name: str, benchmark_file: Path, here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--data", str(benchmark_file), "--out", str(tmp_path / "out")]
-    assert main(["all", *flags, "--only", name]) == 0
-    assert save([name, str(tmp_path / "merged"), *flags]) == 0
-    assert here == [type(METHODS[name]).__name__]  # learned once
+    assert main([table, *flags, "--only", name]) == 0
+    assert save([name, str(tmp_path / "merged"), *flags, "--table", table]) == 0
+    assert here == [type(TABLES[table].rows[name]).__name__]  # learned once
     suite, results = str(tmp_path / "suite.yaml"), str(tmp_path / "results")
     capsys.readouterr()
     assert (
@@ -128,7 +128,11 @@ def test_save_at_alpha_0_is_the_base(benchmark_file: Path, tmp_path: Path, tiny_
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("wise-ft", "wise-ft is no plain CLIP"), ("coop", "coop is no plain CLIP"), ("clip", "there is no method 'clip'")],
+    [
+        ("wise-ft", "wise-ft is no plain CLIP"),
+        ("coop", "coop is no plain CLIP"),
+        ("clip", "table all has no row 'clip'"),
+    ],
 )
 def test_save_refuses(
     name: str, message: str, benchmark_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

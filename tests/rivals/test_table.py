@@ -16,12 +16,14 @@ import yaml
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe
 from rivals import cells as cells_module
+from rivals.adaptformer import AdaptFormer
 from rivals.benchmark import load_benchmark
 from rivals.cells import ALPHAS, Cell, Cells, score
 from rivals.layout import cost_of, spread
 from rivals.method import learned
 from rivals.methods import METHODS
 from rivals.pacs import main as pacs
+from rivals.repadapter import RepAdapter
 from rivals.run import Run
 from rivals.soup import UniformSoup
 from rivals.system import Cost
@@ -177,7 +179,7 @@ def test_spread_and_cost():
         ({"suite": "suite.yaml"}, "must be a mapping with suite and train"),
         ({"suite": "suite.yaml", "train": {}, "more": 1}, "must be a mapping with suite and train"),
         ({"suite": "suite.yaml", "train": []}, "train is []; it should be a dict"),
-        ({"suite": "suite.yaml", "train": {"speed": 3}}, "train has no field speed"),
+        ({"suite": "suite.yaml", "train": {"speed": 3}}, "has unknown fields speed; allowed: task"),
     ],
 )
 def test_refuses_what_is_no_benchmark(document: Any, message: str, benchmark_file: Path):
@@ -220,6 +222,32 @@ def test_a_row_of_hyper_parameters_changes_one():
     }
 
 
+def test_rows_of_table_5_have_the_parts_that_they_name():
+    """In the paper's order; R-Adapter as a whole is the last."""
+    rows = TABLES["5"].rows
+    assert [name.partition(":")[0] for name in rows] == ["B1", "B2", *(f"E{number}" for number in range(11))]
+    for name, row in rows.items():
+        parts = set(name.partition(": ")[2].split(", ")) - {"none"}
+        if isinstance(row, AdaptFormer | RepAdapter):
+            assert parts == {type(row).__name__, "DO"} | ({"DP"} if row.drop_path else set())
+            assert (row.loss, row.dropout) == ("infonce", 0.2)
+            continue
+        own = row.settings.get
+        assert parts == {
+            *(["DO"] if own("dropout") == 0.2 else []),
+            *(["DP"] if own("drop_path") == 0.2 else []),
+            *(["AD"] if own("drop") == 0.2 else []),
+            *(["AC"] if own("momentum") is None else []),
+            *(["RS"] if row.alpha == 0.5 else []),
+            *(["MPM"] if (own("positives"), own("delta")) == ("several", 0.05) else []),
+            *(["LS"] if own("epsilon") == 0.02 else []),
+        }
+        off = {own("dropout"), own("drop_path"), own("drop"), own("momentum"), own("epsilon"), own("delta")}
+        assert off <= {None, 0.0, 0.02, 0.05, 0.2}
+    combined = ["AD", "AC", "AD, AC", "AD, AC, RS", "AD, AC, RS, LS", "AD, AC, RS, MPM", "AD, AC, RS, MPM, LS"]
+    assert {f"E{number}: {parts}" for number, parts in zip((3, 4, 6, 7, 8, 9, 10), combined, strict=True)} <= set(rows)
+
+
 def test_every_system_is_in_a_table():
     shown = [method for table in TABLES.values() for method in table.rows.values()]
     classes = {type(method) for method in METHODS.values()} - {type(METHODS["lp"])}  # a part of LP-FT
@@ -242,6 +270,75 @@ def test_pacs_keeps_apart_what_learns_chooses_and_judges(images: Path, tmp_path:
     benchmark = load_benchmark(tmp_path / "out" / "benchmark.yaml")
     assert [len(data) for data in benchmark.sets("test")] == [3, 24, 24, 24]
     assert [data.entry.name for data in benchmark.sets("validation")] == ["photo, validation"]
+
+
+def test_what_is_learned_from_pacs_counts_wherever_it_lies(images: Path, tiny_clip_dir: str, tmp_path: Path):
+    digests = set()
+    for name in ("here", "there"):
+        root = tmp_path / name
+        for style in ("photo", "art_painting", "cartoon", "sketch"):
+            shutil.copytree(images, root / style)
+        for _ in range(2):  # the second time the link is there
+            assert pacs([str(root), str(root / "out")]) == 0
+        given = {**load_benchmark(root / "out" / "benchmark.yaml").given, "architecture": tiny_clip_dir}
+        digests.add(Run(given, tmp_path).digest())
+    assert len(digests) == 1
+    (tmp_path / "images").mkdir(exist_ok=True)
+    assert pacs([str(root), str(tmp_path)]) == 2  # not into a folder whose images are others
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seeds"], "--seeds is empty; allowed: one or more"),
+        (["--seeds", "0", "1", "0"], "--seeds is 0 1 0; allowed: one or more, each named once"),
+        (["--limit", "0"], "--limit is 0; allowed: 1 image or more"),
+    ],
+)
+def test_refuses_what_makes_no_table(
+    flags: list[str], message: str, benchmark_file: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["1", "--data", str(benchmark_file), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("templates", ["{}", "a drawing of {}"], "templates is"),
+        ("images", 5, "images is 5"),
+        ("weight_decay", "much", "weight_decay is 'much'"),
+        ("colour", 1, "has unknown fields colour; allowed: task"),
+    ],
+)
+def test_refuses_a_benchmark_that_trains_by_nothing_known(
+    field: str, value: Any, message: str, benchmark_file: Path, capsys: pytest.CaptureFixture[str]
+):
+    document = yaml.safe_load(benchmark_file.read_text())
+    document["train"][field] = value
+    benchmark_file.write_text(yaml.safe_dump(document))
+    assert main(["1", "--data", str(benchmark_file)]) == 2
+    said = capsys.readouterr().err
+    assert f"train of the benchmark {benchmark_file}" in " ".join(said.split()) and message in said
+
+
+def test_numbers_of_a_benchmark_are_those_that_yaml_writes_as_text(benchmark_file: Path):
+    benchmark_file.write_text(benchmark_file.read_text() + "  weight_decay: 1e-4\n  precision: no\n")
+    given = load_benchmark(benchmark_file).given
+    assert (given["weight_decay"], given["precision"]) == (1e-4, "no")
+
+
+@pytest.mark.parametrize("text", ["{", '{"method": "x", "rows": []}', '{"cost": {"days": 3}, "rows": []}'])
+def test_a_cell_that_is_damaged_is_named(
+    text: str, benchmark_file: Path, here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    call = ["1", "--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--only", "Zero-shot"]
+    assert main(call) == 0
+    (cell,) = (tmp_path / "out" / "cells").iterdir()
+    cell.write_text(text)
+    assert main(call) == 2
+    said = "".join(capsys.readouterr().err.split())
+    assert f"thecell{cell}can'tberead" in said and "removeit,tomakeitagain" in said
 
 
 @pytest.mark.slow
