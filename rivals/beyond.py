@@ -160,7 +160,8 @@ def beyond(
         flags: of all candidates; with those of rivals.table its R-Adapter is taken.
         seeds: each candidate learns once for each; 10 at most.
         alpha: of R-Adapter, to compare at: 0, 0.1, and so on to 1.
-        rates: factors of R-Adapter's learning rate, of which the validation sets choose one with the first seed.
+        rates: factors of R-Adapter's learning rate, of which the validation sets choose one with the first seed; one
+            factor is taken as it is.
     """
     if alpha not in ALPHAS:
         raise RAdapterError(f"--alpha is {alpha}; allowed: {', '.join(f'{value:g}' for value in ALPHAS)}")

@@ -102,13 +102,20 @@ class Cells:
         return dataclasses.replace(method, alpha=max(ALPHAS, key=lambda alpha: (scores[alpha], -alpha)))
 
     def chosen_rate(self, name: str, method: Method, seed: int, factors: Sequence[float]) -> Method:
-        """The method with its learning rate times the factor that validation sets like best; of equals the first."""
+        """The method with its learning rate times the factor that validation sets like best; of equals the first.
+
+        Args:
+            name, method, seed: as of `cell`.
+            factors: to choose from; one alone is taken as it is.
+        """
         rate = method.settings.get("learning_rate")
-        if rate is None or len(factors) < 2:
+        if rate is None or set(factors) <= {1}:
             return method
         if "learning_rate" in self.benchmark.given:
             raise RAdapterError("the benchmark sets learning_rate for every method; take it out, or leave out --rates")
         methods = [at_rate(method, factor) for factor in factors]
+        if len(methods) == 1:
+            return methods[0]
         alphas = [1.0 if method.alpha is None else method.alpha]
         scores = [score(self.cell(name, one, seed, alphas, "validation").rows) for one in methods]
         return methods[scores.index(max(scores))]

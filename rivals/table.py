@@ -31,7 +31,7 @@ def table(
         only: rows to make, by the names that the table prints; all if none is given.
         alpha: paper takes each method's own; validation chooses it for each method and seed on the validation sets.
         rates: factors of each method's own learning rate, of which the validation sets choose one for each method, with
-            the first seed.
+            the first seed; one factor is taken as it is.
         soup: models of the uniform soup.
     """
     check_seeds(seeds)

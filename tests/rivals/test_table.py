@@ -144,6 +144,16 @@ def test_choices_are_made_on_validation_sets(benchmark_file: Path, tmp_path: Pat
     assert cells.chosen_rate("ft", slow, 0, [1, 3, 9]).settings["learning_rate"] == pytest.approx(3e-5)
     assert cells.chosen_rate("zero-shot", METHODS["zero-shot"], 0, [1, 3, 9]) == METHODS["zero-shot"]
     assert set(asked) == {"validation"}
+    assert cells.chosen_rate("ft", slow, 0, [7]).settings["learning_rate"] == pytest.approx(7e-5)
+    assert cells.chosen_rate("ft", slow, 0, [1]) == slow
+
+
+def test_one_rate_is_taken_as_it_is(benchmark_file: Path, here: list[str], tmp_path: Path):
+    call = ["1", "--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--rates", "10", "--only", "FT"]
+    assert main(call) == 0
+    text = (tmp_path / "out" / "table-1.md").read_text()
+    assert "The learning rate is each paper's own times 10: FT 0.0003." in text
+    assert here == ["FullFineTuning"]  # and nothing was chosen
 
 
 def row(dataset: str, shift: str, value: float, task: str = "zeroshot_classification") -> dict[str, Any]:
