@@ -150,10 +150,10 @@ def _how(benchmark: Benchmark, methods: Methods, choices: Choices) -> str:
         "Validation chose α for each seed." if choices.alpha else "α is each paper's own.",
     ]
     if set(choices.rates) - {1}:
-        rates = [f"{key} {of.settings['learning_rate']:.2g}" for key, of in methods.items() if of.settings]
+        rates = [f"{key} at {of.settings['learning_rate']:.2g}" for key, of in methods.items() if of.settings]
         factors = ", ".join(f"{rate:g}" for rate in choices.rates)
         how = "Validation chose the learning rate," if len(choices.rates) > 1 else "The learning rate is"
-        parts.append(f"{how} each paper's own times {factors}: {', '.join(rates)}.")
+        parts.append(f"{how} each paper's own times {factors}: {'; '.join(rates)}.")
     return "\n".join(parts)
 
 

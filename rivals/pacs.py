@@ -54,10 +54,12 @@ def pacs(root: Path, out: Path, /) -> None:
 
 
 def link(path: Path, to: Path) -> None:
-    """Make a link, or leave the one that is there."""
+    """Make a link, in place of one that leads nowhere; or leave the one that is there."""
     if path.is_symlink() and path.resolve() == to:
         return
     try:
+        if path.is_symlink() and not path.exists():
+            path.unlink()
         path.symlink_to(to, target_is_directory=True)
     except OSError as error:
         raise RAdapterError(f"can't link {path} to {to}: {error.strerror}; give another folder OUT") from None

@@ -26,7 +26,6 @@ TEMPLATES = (
     "segment",
     "text_encoder",
 )
-TOPS = importlib.metadata.packages_distributions()
 HIDING = """
 import sys
 def without(find):
@@ -35,7 +34,6 @@ for finder in sys.meta_path:
     finder.find_spec = without(finder.find_spec)
 import {modules}
 """
-INSTALLED = {canonicalize_name(of.metadata["Name"]) for of in importlib.metadata.distributions()}
 
 
 @pytest.mark.slow
@@ -75,26 +73,30 @@ def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path:
 @pytest.mark.parametrize(
     ("extras", "modules"),
     [
-        ((), "radapter_client.query"),
+        ((), "radapter_client.query radapter_serve.tasks.classify radapter_serve.tasks.segment"),
         (("train",), "radapter_serve.training.loop radapter_serve.evaluation.run radapter_serve.cli.eval"),
         (("export",), "radapter_export.release radapter_export.writer radapter_serve.cli.export"),
         (("server",), "radapter_serve.server.supervisor radapter_serve.index.writer radapter_serve.tasks.retrieve"),
         (("gateway",), "radapter_serve.gateway.app"),
+        (("playground",), "radapter_serve.gateway.playground.page"),
+        (("server", "qdrant"), "radapter_serve.index.upload"),
     ],
 )
 def test_an_extra_has_what_its_commands_import(extras: tuple[str, ...], modules: str) -> None:
     """In a process to which the packages of other extras are not there."""
+    installed = {canonicalize_name(of.metadata["Name"]) for of in importlib.metadata.distributions()}
     named, seen = [("radapter-serve", extras)], set[tuple[str, tuple[str, ...]]]()
     while named:
         name, own = named.pop()
         for needed in map(Requirement, importlib.metadata.requires(name) or []):
             key = canonicalize_name(needed.name), tuple(sorted(needed.extras))
             wanted = needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in own or ("",))
-            if wanted and key not in seen and key[0] in INSTALLED:
+            if wanted and key not in seen and key[0] in installed:
                 named.append(key)
                 seen.add(key)
     there = {"radapter-serve", *(name for name, _ in seen)}
-    hidden = {top for top, names in TOPS.items() if not there & {canonicalize_name(name) for name in names}}
+    tops = importlib.metadata.packages_distributions()
+    hidden = {top for top, names in tops.items() if not there & {canonicalize_name(name) for name in names}}
     code = HIDING.format(hidden=hidden, modules=", ".join(modules.split()))
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

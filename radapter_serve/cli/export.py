@@ -160,7 +160,8 @@ def _calibrated(fitted: Mapping[str, Any]) -> str:
     if fitted["ece_after"] is None:
         return f"scores are calibrated; {before} as it is, and no temperature, for no image was wrong; {labels}"
     way = "a sigmoid" if fitted["temperature"] is None else f"temperature {fitted['temperature']:.3f}"
-    worse = " (worse, so do not ask for calibrated)" if fitted["ece_after"] > fitted["ece_before"] else ""
+    grows = round(fitted["ece_after"], 4) > round(fitted["ece_before"], 4)
+    worse = " (worse, so do not ask for calibrated)" if grows else ""
     return f"scores are calibrated by {way}: {before} before, {100 * fitted['ece_after']:.2f} % after{worse}; {labels}"
 
 

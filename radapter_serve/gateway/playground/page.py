@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import gradio
-import matplotlib.backends.backend_agg
-import matplotlib.pyplot  # noqa: F401 - Gradio loads both with the first event, and all other requests would wait
 from starlette.applications import Starlette
 
 from radapter_serve.gateway.playground.ask import Ask
 from radapter_serve.gateway.playground.door import PATH, Kinds
+
+with contextlib.suppress(ImportError):  # Gradio would load them with the first event, and all other requests would wait
+    import matplotlib.backends.backend_agg
+    import matplotlib.pyplot  # noqa: F401
 
 _CALL: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
