@@ -44,9 +44,9 @@ def plot_alpha_curve(
         _draw_curve(panels[0], groups, {"R-Adapter": rows, **(beside or {})}, unit)
     each = panels[-1]
     alphas = [row["alpha"] for row in rows]
-    for name in (*ids, *ood_names):
-        style = "-" if name in ids else "--"
-        each.plot(alphas, [row[name] for row in rows], style, marker="o", markersize=3, label=name)
+    for number, name in enumerate((*ids, *ood_names)):
+        style, marker = "-" if name in ids else "--", "os^D"[number // 10 % 4]  # there are ten colours
+        each.plot(alphas, [row[name] for row in rows], style, marker=marker, markersize=3, label=name)
     each.set_xlabel("α")
     each.set_ylabel(unit)
     figure.legend(*each.get_legend_handles_labels(), fontsize=8, loc="outside right upper")

@@ -45,6 +45,15 @@ def test_picture_with_another_method_beside_it_and_of_one_set_alone(tmp_path: Pa
     assert blue[0] > 500 and blue[1] == 0  # the other method is in the left panel, and only there where it is given
 
 
+def test_no_two_of_many_sets_look_the_same(drawn: list[Figure]) -> None:
+    names = [f"set {number}" for number in range(40)]
+    rows = [{"alpha": alpha, **dict.fromkeys(names, 1.0)} for alpha in (0.0, 1.0)]
+    plot_alpha_curve(rows, [], names, "curve.png")
+    (axes,) = drawn[0].axes
+    looks = {(line.get_color(), line.get_marker()) for line in axes.get_lines()}
+    assert len(looks) == len(axes.get_lines()) == 40
+
+
 def test_bars_of_many_models_and_sets(tmp_path: Path) -> None:
     values = {f"α = {a}": dict.fromkeys("abcdef", 50.0 + a) for a in range(11)}
     plot_bars(values, tmp_path / "bars.png", title="A title")
