@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import io
 import os
@@ -67,16 +68,30 @@ def read_yaml(path: Path, what: str, hint: str = "") -> Any:
 def swap_in(staged: Path, folder: Path, old: Path) -> None:
     """Put a finished folder in the place of another one, or of none.
 
+    Whoever looks finds one of the two; only where the disk can't exchange folders is there a moment without any.
+
     Args:
         staged: the finished folder, on the same disk.
         folder: the place.
         old: where the other one goes before it is removed; what a killed call left there is removed first.
     """
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    staged.rename(folder)
+    if exchange(staged, folder):
+        staged.rename(old)
+    else:
+        if folder.exists():
+            folder.rename(old)
+        staged.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Have two paths of a disk change places in one step; False where one is missing, or Linux or the disk can't."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Python's own library has no function for it
+    return rename is not None and not rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)
+
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD of fcntl.h, RENAME_EXCHANGE of linux/fs.h
 
 
 # Triton's model processes read file names as ASCII, and no variable changes that (the interpreter in them is started

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from radapter_serve.files import digest_of, staged
+from radapter_serve.files import digest_of, staged, swap_in
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])
@@ -43,3 +43,29 @@ def test_the_digest_of_files_is_that_of_their_bytes_in_a_row(tmp_path: Path) -> 
     (tmp_path / "a").write_bytes(first)
     (tmp_path / "b").write_bytes(second)
     assert digest_of(tmp_path / "a", tmp_path / "b") == f"sha256:{hashlib.sha256(first + second).hexdigest()}"
+
+
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_a_folder_takes_the_place_of_another_or_of_none(
+    exchanged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one step where the disk can, as this one: there is a folder before and after every step."""
+    if not exchanged:
+        monkeypatch.setattr("radapter_serve.files.exchange", lambda *_: False)
+    folder, old, there = tmp_path / "new \u00e9", tmp_path / "old", list[bool]()
+    rename = Path.rename
+
+    def watched(self: Path, target: Path) -> Path:
+        there.append(folder.exists())
+        return rename(self, target)
+
+    for content in ("first", "second", "third"):
+        (tmp_path / "staged").mkdir()
+        (tmp_path / "staged" / content).touch()
+        if content != "first":
+            monkeypatch.setattr(Path, "rename", watched)
+        swap_in(tmp_path / "staged", folder, old)
+        assert [path.name for path in folder.iterdir()] == [content]
+        assert list(tmp_path.iterdir()) == [folder]
+        old.mkdir()  # as a killed call leaves it
+    assert there == ([True, True] if exchanged else [True, False, True, False])

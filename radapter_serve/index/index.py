@@ -315,7 +315,8 @@ def _search_errors(name: str, where: str | None, columns: Sequence[str]) -> Iter
         raise
     except BaseException as error:  # a panic of LanceDB's is no Exception
         if where is None:
-            print(f"the index {name} can't be searched: {error}; see radapter-index verify", file=sys.stderr)
+            see = "unless it was replaced just now, see radapter-index verify"
+            print(f"the index {name} could not be searched: {error}; {see}", file=sys.stderr)
             why = "its storage does not answer, or a file is damaged; the server's log says why"
             raise TaskError(UNKNOWN_INDEX, f"the index {name} can't be searched: {why}") from None
         why = public(_KEY.sub("...", _short(error)))

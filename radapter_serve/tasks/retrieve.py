@@ -27,6 +27,7 @@ from radapter_serve.release.release import Release
 
 DEFAULT_TOP_K = 10
 _AGAIN = 10.0  # seconds after which an index that could not be opened is tried again
+_GAP = 0.05  # seconds after which an index that was there is looked for again: some disks can't exchange folders
 
 # A text (UTF-8) or an encoded image, with α where that is an input, to its embedding, float32 [D].
 Embed = Callable[..., NDArray[np.float32]]
@@ -164,18 +165,24 @@ class Retrieve:
         """
         if not is_name(name):
             raise TaskError(UNKNOWN_INDEX, f"{name!r:.80} is no name of an index{self._known()}")
-        places = [self._folder / as_name(one) for one in spellings(name)]
-        folder = next((place for place in places if (place / FACTS).exists()), places[0])
-        key = _key(folder)
-        if key is None:
+        found = self._find(name)
+        if found is None and name in self._open:
+            time.sleep(_GAP)
+            found = self._find(name)
+        if found is None:
             self._open.pop(name, None)
             raise TaskError(UNKNOWN_INDEX, f"no index {name!r:.80}{self._known()}")
         with self._lock:
             own = self._locks.setdefault(name, threading.Lock())
         with own:  # opening a big index takes seconds, for which requests to others should not wait
-            index = self._opened(name, folder, key)
+            index = self._opened(name, *found)
         self._embedder(index)
         return index
+
+    def _find(self, name: str) -> tuple[Path, tuple[int, int, int]] | None:
+        """The folder of an index, and what changes when it is replaced; None where there is none."""
+        places = (self._folder / as_name(one) for one in spellings(name))
+        return next(((place, key) for place in places if (key := _key(place)) is not None), None)
 
     def _opened(self, name: str, folder: Path, key: tuple[int, int, int]) -> Index:
         known, index = self._open.get(name, (None, None))
@@ -189,6 +196,7 @@ class Retrieve:
                     self._open[name] = key, index
                     return index
                 except RAdapterError as error:
+                    time.sleep(_GAP)
                     before, key = key, _key(folder) or key
                     if key == before:  # else it was replaced while it was opened
                         print(error, file=sys.stderr)

@@ -18,7 +18,9 @@ from radapter_client import InvalidRequest
 from radapter_serve.gateway.playground import ask
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import Hit, Index
+from radapter_serve.index.opening import open_index
 from radapter_serve.inputs.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
+from radapter_serve.tasks import retrieve as retrieve_module
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
 from tests.index.test_index import FakeRelease, embeds_of, write
 from tests.index.test_neighbours import Ready, clustered, lower, write_numbers
@@ -155,6 +157,31 @@ def test_nothing_fails_while_an_index_of_many_images_is_replaced(
         for one in searching:
             one.join()
     assert not failed and len(counts) > 10 and set(counts) <= states
+
+
+def test_an_index_that_is_gone_for_a_moment_is_looked_for_again(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is between the two renames of a disk that can't exchange folders: found, or opened, just then."""
+    release, out, other = FakeRelease(), tmp_path / "indexes" / "photos", tmp_path / "indexes" / "other"
+    build(str(photos), out, release)
+    write(photos / "new.png", 9)
+    build(str(photos), other, release)
+    retrieve = task(tmp_path / "indexes", release)
+
+    def count() -> int:
+        return len(retrieve(RetrieveRequest(b"photos", text=b"a")).ids)
+
+    def gone_first(folder: Path) -> Index:
+        monkeypatch.setattr(retrieve_module, "open_index", open_index)
+        shutil.rmtree(folder)
+        return open_index(folder)
+
+    monkeypatch.setattr("time.sleep", lambda _: other.rename(out))
+    monkeypatch.setattr(retrieve_module, "open_index", gone_first)
+    assert count() == 5
+    out.rename(other)
+    assert count() == 5
 
 
 def test_refusals(photos: Path, tmp_path: Path) -> None:
