@@ -60,17 +60,18 @@ def replaced(x: Tensor, start: int, vectors: Tensor) -> Tensor:
 
 
 class Prompted(Tuned):
-    """A CLIP whose prompts start with a learned context and end with the class.
+    """A CLIP whose prompts start with a learned context; the class and a full stop follow.
 
     Args:
         run: see `Tuned`.
-        words: that the context starts as; None draws it at random.
+        words: that the context starts as; with `{}` for the class, the whole prompt. None draws it at random.
         length: vectors of the context.
     """
 
     def __init__(self, run: Run, words: str | None, length: int) -> None:
-        super().__init__(run, template=f"{words or ' '.join(['X'] * length)} {{}}.")
-        self.context = Context(run.base, words, length)
+        before, place, _ = (words or "").partition("{}")
+        super().__init__(run, template=words if place else f"{words or ' '.join(['X'] * length)} {{}}.")
+        self.context = Context(run.base, before or None, length)
 
     def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
         """By the learned context, which is the one template."""

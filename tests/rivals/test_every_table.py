@@ -44,7 +44,7 @@ def rows_of(number: str, benchmark: Path, *flags: str) -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for cells in table if set(cells[0]) != {"-"}}
 
 
-@pytest.mark.parametrize("number", ["2", "5", "hyper"])
+@pytest.mark.parametrize("number", ["2", "5", "hyper", "why"])
 def test_a_table_of_classification(benchmark_file: Path, here: list[str], number: str) -> None:
     names = [name for name in TABLES[number].rows if name != "rank 128"]  # the tiny model is not as wide
     rows = rows_of(number, benchmark_file, "--only", *names)

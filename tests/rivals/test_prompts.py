@@ -83,14 +83,21 @@ def test_coop_learns_a_context_for_all_classes_and_nothing_else(make_run: Callab
     assert float(loss) == pytest.approx(float(F.cross_entropy(logits, torch.tensor([0, 2, 1]))), abs=1e-5)
 
 
-def test_context_that_starts_as_words_is_zero_shot_with_them(make_run: Callable[..., Run], by_hand: ByHand):
-    system = CoOp(length=4, words="a photo of a").start(make_run())
+@pytest.mark.parametrize(
+    "words, text", [("a photo of a", "a photo of a green."), ("a drawing {} !", "a drawing green !")]
+)
+def test_context_that_starts_as_words_is_zero_shot_with_them(
+    words: str, text: str, make_run: Callable[..., Run], by_hand: ByHand
+):
+    system = CoOp(length=2, words=words).start(make_run())
     with torch.no_grad():
         found = system.embed_classes(["green"], ["whatever {}"])
-    torch.testing.assert_close(found[0], by_hand.text("a photo of a green.", []), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[0], by_hand.text(text, []), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("length, words, problem", [(5, "a photo of a", "has fewer"), (75, None, "no room")])
+@pytest.mark.parametrize(
+    "length, words, problem", [(5, "a photo of a", "has fewer"), (3, "a photo {}", "has fewer"), (75, None, "no room")]
+)
 def test_contexts_that_do_not_fit_are_refused(length: int, words: str, problem: str, make_run: Callable[..., Run]):
     with pytest.raises(RAdapterError, match=problem):
         CoOp(length=length, words=words).start(make_run())
