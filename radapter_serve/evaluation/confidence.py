@@ -1,6 +1,7 @@
 """Fitting of calibrated scores: one temperature for the softmax over labels, and a sigmoid for labels on their own.
 
-Temperature scaling is Guo et al.'s (ICML 2017); the sigmoid is Platt's (1999), on all pairs of an image and a label.
+Temperature scaling is Guo et al.'s (ICML 2017), fitted to the best label alone as Le Coz et al. (NeurIPS 2024) do; the
+sigmoid is Platt's (1999), on all pairs of an image and a label.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from radapter_serve.release.confidence import Confidence
 LEAST = 100  # images
 MOST_PAIRS = 4_000_000  # of an image and a label, by which is fitted
 RANGE = (0.01, 100.0)  # of temperatures
-_STEPS = 40  # halvings of that range
+_TRIED = 13  # temperatures, seven times, each time between the neighbours of the best one
 
 Doubles = NDArray[np.float64]
 
@@ -69,32 +70,39 @@ def fit_confidence(
 
 
 def fit_temperature(logits: Floats, truth: NDArray[np.int64]) -> float | None:
-    """The temperature at which the right labels are likeliest, so that the mean of -log softmax(logits / T) is least.
+    """The temperature at which the best label's score p says best whether that label is right.
+
+    The mean of -log p where it is right, and of -log(1 - p) where it is wrong, is least there. The likelihood of the
+    right label, which Guo et al. take, is ruled by the images that are wrong where there are many labels: it makes the
+    best label's score too low.
 
     Args:
         logits: [N, C].
         truth: [N].
 
     Returns:
-        It, or None where there is none within `RANGE`: no image is wrong, or the labels have nothing to do with it.
+        It, or None where there is none within `RANGE`: no image is wrong, or no score says which.
     """
     logits, truth = _some(logits, truth)
-    logits = np.array(logits, np.float64)
-    logits -= logits[np.arange(len(logits)), truth][:, None]  # of the right label, which is then 0
+    logits, rows = np.array(logits, np.float64), np.arange(len(logits))
+    best = logits.argmax(axis=1)
+    signs = np.where(best == truth, -1.0, 1.0)
+    logits -= logits[rows, best][:, None]
+    logits[rows, best] = -np.inf
+    second = logits.max(axis=1)  # of the others, which are compared with it so that none is too small
+    logits -= second[:, None]
 
-    def slope(inverse: float) -> float:
-        """The derivative of the loss by 1/T, which grows with 1/T."""
-        shifted = inverse * logits
-        shares = np.exp(shifted - shifted.max(axis=1, keepdims=True))
-        return float(((shares / shares.sum(axis=1, keepdims=True)) * logits).sum(axis=1).mean())
+    def loss(log_temperature: float) -> float:
+        inverse = np.exp(-log_temperature)
+        odds = -inverse * second - np.log(np.exp(inverse * logits).sum(axis=1))  # of the best label against all others
+        return float(np.logaddexp(0, signs * odds).mean())
 
-    low, high = 1 / RANGE[1], 1 / RANGE[0]
-    if slope(low) >= 0 or slope(high) <= 0:
-        return None
-    for _ in range(_STEPS):
-        middle = float(np.sqrt(low * high))
-        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
-    return float(1 / np.sqrt(low * high))
+    ends = low, high = np.log(RANGE[0]), np.log(RANGE[1])
+    for _ in range(7):
+        tried = np.linspace(low, high, _TRIED)
+        least = int(np.argmin([loss(one) for one in tried]))
+        low, high = tried[max(least - 1, 0)], tried[min(least + 1, _TRIED - 1)]
+    return float(np.exp(tried[least])) if ends[0] < tried[least] < ends[1] else None
 
 
 def fit_sigmoid(cosines: Floats, truth: NDArray[np.int64]) -> tuple[float, float]:

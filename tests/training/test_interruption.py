@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,9 +27,9 @@ def recipe(tiny_clip_dir: str, images: Path, tmp_path: Path) -> Recipe:
 
 
 @pytest.fixture
-def signal_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signals], None]:
-    """Sends a signal to this process in the middle of a step."""
-    update = Average.update
+def signal_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, signal.Signals], None]]:
+    """Sends a signal to this process in the middle of a step; what a shell starts behind itself ignores Ctrl-C."""
+    update, before = Average.update, signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def arm(step: int, number: signal.Signals) -> None:
         def send(self: Average) -> None:
@@ -39,7 +39,8 @@ def signal_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signa
 
         monkeypatch.setattr(Average, "update", send)
 
-    return arm
+    yield arm
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(("number", "ending"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
