@@ -1,11 +1,11 @@
 # `make demo` and `make test` set up all they need; PYTHON is Python 3.10 to 3.12. PYTHONS are those of `make test-all`.
 # TESTS are the files and folders to test; all if empty. COVERAGE=--cov measures what the tests run, which takes longer.
-# WORKERS is the number of processes that test. INSTALL is what installs packages into VENV.
+# WORKERS is the number of processes that test; some tests wait, so three keep two cores busy. INSTALL is what installs packages into VENV.
 PYTHON ?= python3
 PYTHONS ?= python3.10 python3.12
 VENV ?= .venv
 COVERAGE ?=
-WORKERS ?= 2
+WORKERS ?= 3
 TESTS ?=
 BIN := $(VENV)/bin
 INSTALL ?= $(BIN)/pip install --quiet --no-compile --disable-pip-version-check
