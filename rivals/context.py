@@ -64,13 +64,15 @@ class Prompted(Tuned):
 
     Args:
         run: see `Tuned`.
-        words: that the context starts as; with `{}` for the class, the whole prompt. None draws it at random.
+        words: that the context starts as, and with `{}` for the class also what stands behind it, in place of a full
+            stop. Without any before the class the context is drawn at random.
         length: vectors of the context.
     """
 
     def __init__(self, run: Run, words: str | None, length: int) -> None:
-        before, place, _ = (words or "").partition("{}")
-        super().__init__(run, template=words if place else f"{words or ' '.join(['X'] * length)} {{}}.")
+        before, _, behind = (words if words and "{}" in words else f"{words or ''}{{}}.").partition("{}")
+        before = before.strip()
+        super().__init__(run, template=f"{before or ' '.join(['X'] * length)} {{}}{behind}")
         self.context = Context(run.base, before or None, length)
 
     def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:

@@ -22,7 +22,7 @@ class CoOp(PromptLearning):
 
     Attributes:
         length: vectors of the context.
-        words: that the context starts as, of `length` tokens or more, or a prompt with `{}`; None draws it at random.
+        words: that the context starts as, of `length` tokens or more; None draws it at random. See `Prompted`.
     """
 
     settings: Mapping[str, Any] = paper(**SETTINGS, batch_size=32, epochs=50)

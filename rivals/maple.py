@@ -69,7 +69,7 @@ class MaPLe(PromptLearning):
     Attributes:
         length: prompts of a block.
         depth: blocks that have prompts; all where a tower has fewer.
-        words: that the first text prompts start as, of `length` tokens or more, or a prompt with `{}`.
+        words: that the first text prompts start as, of `length` tokens or more; see `Prompted`.
     """
 
     settings: Mapping[str, Any] = paper(**{**SETTINGS, "learning_rate": 0.0035}, batch_size=4, epochs=5)

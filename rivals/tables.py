@@ -83,15 +83,14 @@ def hyper_parameters() -> dict[str, Method]:
 
 
 def causes() -> dict[str, Method]:
-    """Rivals with the one setting changed that keeps them down on the project's own base.
+    """Rivals with one setting changed that may keep them down on the project's own base.
 
     It has never read a full stop. Its features are longer than those of OpenAI's CLIP, so that a squared distance
     between them weighs more.
     """
-    prompt = "a drawing of {}"
     return {
-        f"CoOp, {prompt}": CoOp(length=3, words=prompt),
-        f"MaPLe, {prompt}": MaPLe(words=prompt),
+        "CoOp, no full stop": CoOp(words="{}"),
+        "MaPLe, no full stop": MaPLe(words="a photo of a {}"),
         "Mask-Fill, weight 0.75": MaskFill(weight=0.75),
     }
 

@@ -84,7 +84,12 @@ def test_coop_learns_a_context_for_all_classes_and_nothing_else(make_run: Callab
 
 
 @pytest.mark.parametrize(
-    "words, text", [("a photo of a", "a photo of a green."), ("a drawing {} !", "a drawing green !")]
+    "words, text",
+    [
+        ("a photo of a", "a photo of a green."),
+        ("a drawing of {}", "a drawing of green"),
+        ("a drawing {} !", "a drawing green !"),
+    ],
 )
 def test_context_that_starts_as_words_is_zero_shot_with_them(
     words: str, text: str, make_run: Callable[..., Run], by_hand: ByHand
