@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--architecture", default=f"local-dir:{BASE}", help="open_clip model; the demo's if left out")
     parser.add_argument("--pretrained", help="open_clip tag, or a checkpoint's path")
     parser.add_argument("--deltas", type=float, nargs="+", default=[0.0, 0.02, 0.05, 0.1], help="margins")
-    parser.add_argument("--captions", type=int, default=3, help="captions an image of the last run; 1 leaves it out")
+    parser.add_argument("--captions", type=int, default=2, help="captions an image of the last run; 1 leaves it out")
     parser.add_argument("--steps", type=int, default=120, help="optimizer steps of a run")
     parser.add_argument("--seed", type=int, default=0, help="of all runs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the table")

@@ -76,17 +76,19 @@ def swap_in(staged: Path, folder: Path, old: Path) -> None:
         old: where the other one goes before it is removed; what a killed call left there is removed first.
     """
     shutil.rmtree(old, ignore_errors=True)
-    if exchange(staged, folder):
-        staged.rename(old)
-    else:
-        if folder.exists():
-            folder.rename(old)
+    if not folder.exists():
+        staged.rename(folder)
+        return
+    staged.rename(old)  # first, so that nobody who is killed leaves the other one at `staged`
+    if not exchange(old, folder):
+        old.rename(staged)
+        folder.rename(old)
         staged.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Have two paths of a disk change places in one step; False where one is missing, or Linux or the disk can't."""
+    """Have two paths of a disk change places in one step; False where the system or the disk can't."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Python's own library has no function for it
     return rename is not None and not rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)
 

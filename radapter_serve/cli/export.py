@@ -158,7 +158,8 @@ def _calibrated(fitted: Mapping[str, Any]) -> str:
     labels = f"labels that stand alone have an ECE of {100 * fitted['label_ece']:.2f} %"
     before = f"ECE {100 * fitted['ece_before']:.2f} %"
     if fitted["ece_after"] is None:
-        return f"scores are calibrated; {before} as it is, and no temperature, for no image was wrong; {labels}"
+        why = "no image was wrong, or no more were right than by guessing"
+        return f"scores are calibrated; {before} as it is, and no temperature, for {why}; {labels}"
     way = "a sigmoid" if fitted["temperature"] is None else f"temperature {fitted['temperature']:.3f}"
     grows = round(fitted["ece_after"], 4) > round(fitted["ece_before"], 4)
     worse = " (worse, so do not ask for calibrated)" if grows else ""

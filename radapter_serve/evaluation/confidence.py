@@ -70,7 +70,7 @@ def fit_confidence(
 
 
 def fit_temperature(logits: Floats, truth: NDArray[np.int64]) -> float | None:
-    """The temperature at which the best label's score p says best whether that label is right.
+    """The temperature at which the highest score p predicts best whether its label is right.
 
     The mean of -log p where it is right, and of -log(1 - p) where it is wrong, is least there. The likelihood of the
     right label, which Guo et al. take, is ruled by the images that are wrong where there are many labels: it makes the
@@ -81,7 +81,7 @@ def fit_temperature(logits: Floats, truth: NDArray[np.int64]) -> float | None:
         truth: [N].
 
     Returns:
-        It, or None where there is none within `RANGE`: no image is wrong, or no score says which.
+        It, or None where there is none within `RANGE`: no image is wrong, or no more are right than by guessing.
     """
     logits, truth = _some(logits, truth)
     logits, rows = np.array(logits, np.float64), np.arange(len(logits))

@@ -130,14 +130,14 @@ class Retrieve:
         if (request.text is None) == (request.image is None):
             raise invalid("give text or image, one of them")
         name = _text(request.index, "index")
-        index = self.index(name)
-        try:
-            hits = self._search(index, request)
-        except TaskError:
-            before, index = index, self.index(name)
-            if index is before:
-                raise  # else it was replaced meanwhile
-            hits = self._search(index, request)
+        index, hits = self.index(name), None
+        while hits is None:
+            try:
+                hits = self._search(index, request)
+            except TaskError:
+                before, index = index, self.index(name)
+                if index is before:
+                    raise  # else it was replaced meanwhile
         return Retrieved(
             _objects([hit.id for hit in hits]),
             np.array([hit.score for hit in hits], np.float32),
@@ -190,17 +190,19 @@ class Retrieve:
             return index
         refused, at = self._refused.get(name, (None, 0.0))
         if refused != key or time.monotonic() - at > _AGAIN:  # reading a big one that is broken takes seconds, too
-            for _ in range(2):
+            before, why = None, None
+            while key != before:  # else it was replaced while it was opened, and may be a part of both
+                before = key
                 try:
-                    index = open_index(folder)
-                    self._open[name] = key, index
-                    return index
+                    opened, why = open_index(folder), None
                 except RAdapterError as error:
+                    why = error
                     time.sleep(_GAP)
-                    before, key = key, _key(folder) or key
-                    if key == before:  # else it was replaced while it was opened
-                        print(error, file=sys.stderr)
-                        break
+                key = _key(folder) or key
+            if why is None:
+                self._open[name] = key, opened
+                return opened
+            print(why, file=sys.stderr)
             self._refused[name] = key, time.monotonic()
         if index is not None and known == key:
             return index  # what it links to was replaced by something that can't be opened

@@ -101,7 +101,8 @@ class Scoring:
             return self._sigmoid(alpha)
         temperature = self._of(alpha).temperature
         if temperature is None:
-            raise TaskError(NOT_CALIBRATED, f"this release has no temperature: no validation image was wrong; {HOW}")
+            why = "no validation image was wrong, or no more were right than by guessing"
+            raise TaskError(NOT_CALIBRATED, f"this release has no temperature: {why}; {HOW}")
         return self._scale / temperature, None
 
     def _sigmoid(self, alpha: ArrayLike | None) -> tuple[float, float]:

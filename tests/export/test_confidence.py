@@ -58,13 +58,6 @@ def test_a_release_carries_what_its_validation_data_says(
     means /= np.linalg.norm(means, axis=1, keepdims=True)
     cosines = torch.tensor(local.encode_images([local.prepare(path.read_bytes()) for path in paths]) @ means.T)
     truth = torch.tensor([classes.index(path.parent.name) for path in paths])
-    logits = release.facts["logit_scale"] * cosines.double()
-    if fitted["temperature"] is not None:  # no other temperature makes the right labels likelier
-        losses = [
-            torch.nn.functional.cross_entropy(logits / (fitted["temperature"] * factor), truth).item()
-            for factor in (0.98, 1.0, 1.02)
-        ]
-        assert losses[1] == min(losses)
     right = torch.nn.functional.one_hot(truth, 3).double()
     target = torch.where(right > 0, 31 / 32, 1 / 62)
     losses = [

@@ -28,6 +28,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import exchange
 from radapter_serve.index import build as indexing
 from radapter_serve.index import recall
 from radapter_serve.index import writer as index_writer
@@ -702,6 +703,27 @@ def test_a_killed_build_is_resumed(photos: Path, tmp_path: Path, release: FakeRe
     assert (summary.count, summary.kept, release.embedded) == (12, 6, 6)
     assert verify(out).ok and names(tmp_path / "indexes") == {"photos"}
     assert build(str(photos), tmp_path / "fresh", release).embedded == 12  # nothing to go on with
+
+
+@pytest.mark.parametrize("moment", ["before", "behind"])
+def test_a_build_that_is_killed_while_it_is_put_in_place_can_be_given_again(
+    moment: str, photos: Path, tmp_path: Path, release: FakeRelease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "indexes" / "photos"
+    build(str(photos), out, release)
+
+    def killed(one: Path, other: Path) -> bool:
+        if moment == "behind":
+            exchange(one, other)
+        raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("radapter_serve.files.exchange", killed)
+        build(str(photos), out, release, resume=False)
+    assert verify(out).ok
+    assert build(str(photos), out, release).count == 12
+    assert build(str(photos), out, FakeRelease(alpha=0.1)).embedded == 12
+    assert verify(out).ok and names(tmp_path / "indexes") == {"photos"}
 
 
 @pytest.mark.parametrize("worse", ["images", "texts"])

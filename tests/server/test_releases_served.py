@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,31 @@ def test_an_index_is_searched_by_the_release_that_made_it(served: TritonServer, 
         releases.rollback(say)  # it would answer whoever names no release
         with pytest.raises(InvalidRequest, match="of another release"):
             client.search("a cat", index=INDEX)
+    shutil.rmtree(index)
+
+
+def test_an_index_is_built_again_while_it_is_searched(served: TritonServer, folder: Path) -> None:
+    """Every search is answered, by the old index or by the new one."""
+    release, index = LocalRelease(f"{folder / 'repository'}@1"), folder / "indexes" / INDEX
+    over, answered = threading.Event(), threading.Semaphore(0)
+    build(str(folder / "photos"), index, release)
+
+    def search() -> None:
+        with Client(served.grpc_url, retries=0) as client:
+            while not over.is_set():
+                assert len(client.search("a cat", index=INDEX)) == len(IMAGES)
+                answered.release()
+
+    with ThreadPoolExecutor(3) as pool:
+        searching = [pool.submit(search) for _ in range(3)]
+        try:
+            for _ in range(30):
+                assert answered.acquire(timeout=30)
+                build(str(folder / "photos"), index, release, resume=False)
+        finally:
+            over.set()
+        for one in searching:
+            one.result()
     shutil.rmtree(index)
 
 

@@ -184,6 +184,24 @@ def test_an_index_that_is_gone_for_a_moment_is_looked_for_again(
     assert count() == 5
 
 
+def test_an_index_that_is_replaced_while_it_is_opened_is_opened_again(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, out = FakeRelease(), tmp_path / "indexes" / "photos"
+    build(str(photos), out, release)
+
+    def replaced_behind(folder: Path) -> Index:
+        opened = open_index(folder)
+        write(photos / f"{len(opened)}.png", 9)
+        if len(opened) == 6:
+            monkeypatch.setattr(retrieve_module, "open_index", open_index)
+        build(str(photos), out, release, resume=False)
+        return opened
+
+    monkeypatch.setattr(retrieve_module, "open_index", replaced_behind)
+    assert len(task(tmp_path / "indexes", release).index("photos")) == 7
+
+
 def test_refusals(photos: Path, tmp_path: Path) -> None:
     build(str(photos), tmp_path / "indexes" / "photos", FakeRelease())
     build(str(photos), tmp_path / "outside", FakeRelease())
