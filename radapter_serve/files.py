@@ -68,14 +68,15 @@ def read_yaml(path: Path, what: str, hint: str = "") -> Any:
 def swap_in(staged: Path, folder: Path, old: Path) -> None:
     """Put a finished folder in the place of another one, or of none.
 
-    Whoever looks finds one of the two; only where the disk can't exchange folders is there a moment without any.
+    Whoever looks, also after this was killed, finds one of the two. Only where the disk can't exchange folders is there
+    a moment without any.
 
     Args:
         staged: the finished folder, on the same disk.
         folder: the place.
         old: where the other one goes before it is removed; what a killed call left there is removed first.
     """
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
     if not folder.exists():
         staged.rename(folder)
         return
@@ -84,7 +85,15 @@ def swap_in(staged: Path, folder: Path, old: Path) -> None:
         old.rename(staged)
         folder.rename(old)
         staged.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, or a link to one; what can't be removed stays."""
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def exchange(one: Path, other: Path) -> bool:

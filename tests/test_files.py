@@ -68,4 +68,15 @@ def test_a_folder_takes_the_place_of_another_or_of_none(
         assert [path.name for path in folder.iterdir()] == [content]
         assert list(tmp_path.iterdir()) == [folder]
         old.mkdir()  # as a killed call leaves it
-    assert there == [True] * 2 if exchanged else [True, True, True, False] * 2
+    assert there == ([True] * 2 if exchanged else [True, True, True, False] * 2)
+
+
+def test_a_link_to_a_folder_is_replaced_and_what_it_links_to_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "folder").symlink_to(tmp_path / "elsewhere")
+    for content in ("first", "second"):
+        (tmp_path / "staged").mkdir()
+        (tmp_path / "staged" / content).touch()
+        swap_in(tmp_path / "staged", tmp_path / "folder", tmp_path / "old")
+        assert [path.name for path in (tmp_path / "folder").iterdir()] == [content]
+        assert {path.name for path in tmp_path.iterdir()} == {"elsewhere", "folder"}

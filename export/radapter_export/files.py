@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.files import remove
 from radapter_serve.lock import lock
 
 STAGED = ".export-"  # Triton ignores folders inside a model's folder whose names are no numbers
@@ -71,7 +71,7 @@ def recover(folder: Path, flag: str) -> None:
         if old.exists() and not folder.exists():
             old.rename(folder)
         for leftover in leftovers:
-            shutil.rmtree(leftover, ignore_errors=True)
+            remove(leftover)
 
 
 def _is_leftover(name: str, folder: Path) -> bool:

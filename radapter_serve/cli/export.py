@@ -158,7 +158,7 @@ def _calibrated(fitted: Mapping[str, Any]) -> str:
     labels = f"labels that stand alone have an ECE of {100 * fitted['label_ece']:.2f} %"
     before = f"ECE {100 * fitted['ece_before']:.2f} %"
     if fitted["ece_after"] is None:
-        why = "no image was wrong, or no more were right than by guessing"
+        why = "no image was wrong, or the scores do not tell right from wrong"
         return f"scores are calibrated; {before} as it is, and no temperature, for {why}; {labels}"
     way = "a sigmoid" if fitted["temperature"] is None else f"temperature {fitted['temperature']:.3f}"
     grows = round(fitted["ece_after"], 4) > round(fitted["ece_before"], 4)

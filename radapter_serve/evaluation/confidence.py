@@ -81,7 +81,7 @@ def fit_temperature(logits: Floats, truth: NDArray[np.int64]) -> float | None:
         truth: [N].
 
     Returns:
-        It, or None where there is none within `RANGE`: no image is wrong, or no more are right than by guessing.
+        It, or None where there is none within `RANGE`: no image is wrong, or the scores do not tell right from wrong.
     """
     logits, truth = _some(logits, truth)
     logits, rows = np.array(logits, np.float64), np.arange(len(logits))

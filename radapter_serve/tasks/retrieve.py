@@ -29,6 +29,8 @@ DEFAULT_TOP_K = 10
 _AGAIN = 10.0  # seconds after which an index that could not be opened is tried again
 _GAP = 0.05  # seconds after which an index that was there is looked for again: some disks can't exchange folders
 
+_TRIES = 10  # of an index that is replaced again and again
+
 # A text (UTF-8) or an encoded image, with α where that is an input, to its embedding, float32 [D].
 Embed = Callable[..., NDArray[np.float32]]
 
@@ -130,13 +132,14 @@ class Retrieve:
         if (request.text is None) == (request.image is None):
             raise invalid("give text or image, one of them")
         name = _text(request.index, "index")
-        index, hits = self.index(name), None
-        while hits is None:
+        index = self.index(name)
+        for left in reversed(range(_TRIES)):
             try:
                 hits = self._search(index, request)
+                break
             except TaskError:
                 before, index = index, self.index(name)
-                if index is before:
+                if index is before or not left:
                     raise  # else it was replaced meanwhile
         return Retrieved(
             _objects([hit.id for hit in hits]),
@@ -185,22 +188,24 @@ class Retrieve:
         return next(((place, key) for place in places if (key := _key(place)) is not None), None)
 
     def _opened(self, name: str, folder: Path, key: tuple[int, int, int]) -> Index:
+        key = _key(folder) or key  # somebody else may have opened a newer one meanwhile
         known, index = self._open.get(name, (None, None))
         if index is not None and known == key and not index.outdated():
             return index
         refused, at = self._refused.get(name, (None, 0.0))
         if refused != key or time.monotonic() - at > _AGAIN:  # reading a big one that is broken takes seconds, too
-            before, why = None, None
-            while key != before:  # else it was replaced while it was opened, and may be a part of both
-                before = key
+            for _ in range(_TRIES):
+                before, why = key, None
                 try:
-                    opened, why = open_index(folder), None
+                    opened = open_index(folder)
                 except RAdapterError as error:
                     why = error
                     time.sleep(_GAP)
                 key = _key(folder) or key
+                if key == before:
+                    break  # else it was replaced while it was opened, and may be a part of both
             if why is None:
-                self._open[name] = key, opened
+                self._open[name] = before, opened
                 return opened
             print(why, file=sys.stderr)
             self._refused[name] = key, time.monotonic()

@@ -101,7 +101,7 @@ class Scoring:
             return self._sigmoid(alpha)
         temperature = self._of(alpha).temperature
         if temperature is None:
-            why = "no validation image was wrong, or no more were right than by guessing"
+            why = "no validation image was wrong, or the scores do not tell right from wrong"
             raise TaskError(NOT_CALIBRATED, f"this release has no temperature: {why}; {HOW}")
         return self._scale / temperature, None
 
