@@ -28,7 +28,6 @@ from radapter_serve.release.release import Release
 DEFAULT_TOP_K = 10
 _AGAIN = 10.0  # seconds after which an index that could not be opened is tried again
 _GAP = 0.05  # seconds after which an index that was there is looked for again: some disks can't exchange folders
-
 _TRIES = 10  # of an index that is replaced again and again
 
 # A text (UTF-8) or an encoded image, with α where that is an input, to its embedding, float32 [D].
