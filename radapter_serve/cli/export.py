@@ -17,6 +17,7 @@ from radapter_export.settings import CLASSES, ExportSettings
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.alpha_schedule import EVEN, AlphaSchedule
+from radapter_serve.release.confidence import NO_TEMPERATURE
 from radapter_serve.release.served import FILE as SERVED
 from radapter_serve.threads import limit_threads
 
@@ -158,8 +159,7 @@ def _calibrated(fitted: Mapping[str, Any]) -> str:
     labels = f"labels that stand alone have an ECE of {100 * fitted['label_ece']:.2f} %"
     before = f"ECE {100 * fitted['ece_before']:.2f} %"
     if fitted["ece_after"] is None:
-        why = "no image was wrong, or the scores do not tell right from wrong"
-        return f"scores are calibrated; {before} as it is, and no temperature, for {why}; {labels}"
+        return f"scores are calibrated; {before} as it is, and no temperature, for {NO_TEMPERATURE}; {labels}"
     way = "a sigmoid" if fitted["temperature"] is None else f"temperature {fitted['temperature']:.3f}"
     grows = round(fitted["ece_after"], 4) > round(fitted["ece_before"], 4)
     worse = " (worse, so do not ask for calibrated)" if grows else ""

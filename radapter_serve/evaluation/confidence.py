@@ -17,7 +17,7 @@ from radapter_serve.release.confidence import Confidence
 LEAST = 100  # images
 MOST_PAIRS = 4_000_000  # of an image and a label, by which is fitted
 RANGE = (0.01, 100.0)  # of temperatures
-_TRIED = 13  # temperatures, seven times, each time between the neighbours of the best one
+_ROUNDS, _TRIED = 7, 13  # temperatures are tried, and in the next round those between the neighbours of the best one
 
 Doubles = NDArray[np.float64]
 
@@ -98,7 +98,7 @@ def fit_temperature(logits: Floats, truth: NDArray[np.int64]) -> float | None:
         return float(np.logaddexp(0, signs * odds).mean())
 
     ends = low, high = np.log(RANGE[0]), np.log(RANGE[1])
-    for _ in range(7):
+    for _ in range(_ROUNDS):
         tried = np.linspace(low, high, _TRIED)
         least = int(np.argmin([loss(one) for one in tried]))
         low, high = tried[max(least - 1, 0)], tried[min(least + 1, _TRIED - 1)]

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+#: why a softmax has no temperature that is best
+NO_TEMPERATURE = "no image was wrong, or the scores do not tell right from wrong"
+
 
 @dataclass(frozen=True)
 class Confidence:
@@ -17,7 +20,7 @@ class Confidence:
         n: its images.
         classes: its labels.
         temperature: the softmax over all labels is of logits divided by it; None for models that were trained with a
-            sigmoid loss, and where no image was wrong, or the scores do not tell right from wrong.
+            sigmoid loss, and for `NO_TEMPERATURE`.
         ece_before: calibration error of the best label's score as the model gives it, in [0, 1].
         ece_after: the same of the calibrated score. Each half of the images is scored by what the other half says.
         label_ece: calibration error of all pairs of an image and a label by `scale` and `bias`, by halves too.

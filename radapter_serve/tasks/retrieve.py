@@ -207,7 +207,7 @@ class Retrieve:
                 self._open[name] = before, opened
                 return opened
             print(why, file=sys.stderr)
-            self._refused[name] = key, time.monotonic()
+            self._refused[name] = before, time.monotonic()
         if index is not None and known == key:
             return index  # what it links to was replaced by something that can't be opened
         raise TaskError(UNKNOWN_INDEX, f"the index {name!r} can't be opened; the server's log says why")

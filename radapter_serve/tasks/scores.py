@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from radapter_serve.inputs.errors import NOT_CALIBRATED, TaskError, invalid
 from radapter_serve.inputs.probabilities import class_probabilities
-from radapter_serve.release.confidence import Confidence
+from radapter_serve.release.confidence import NO_TEMPERATURE, Confidence
 from radapter_serve.release.release import Release
 
 DEFAULT_TOP_K = 5
@@ -101,7 +101,7 @@ class Scoring:
             return self._sigmoid(alpha)
         temperature = self._of(alpha).temperature
         if temperature is None:
-            why = "no validation image was wrong, or the scores do not tell right from wrong"
+            why = f"in its validation data {NO_TEMPERATURE}"
             raise TaskError(NOT_CALIBRATED, f"this release has no temperature: {why}; {HOW}")
         return self._scale / temperature, None
 
