@@ -6,6 +6,8 @@ import reprlib
 from importlib.util import find_spec
 from typing import Any
 
+from radapter_serve.extras import install_command
+
 
 class RAdapterError(Exception):
     """An error for people: what is wrong, which value, what is allowed, which command to run next."""
@@ -22,7 +24,7 @@ def check_installed(name: str, extra: str) -> None:
         RAdapterError: says how to install it.
     """
     if find_spec(name) is None:
-        raise RAdapterError(f"{name} is not installed; pip install 'radapter-serve[{extra}]'")
+        raise RAdapterError(f"{name} is not installed; {install_command(extra)}")
 
 
 def reason(error: BaseException) -> str:

@@ -220,8 +220,8 @@ def _metadata(header: Mapping[str, str]) -> Metadata:
     version = values.get("format_version", FORMAT_VERSION)
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise RAdapterError(
-            f"it has format version {version}; this release reads up to {FORMAT_VERSION}: "
-            f"pip install --upgrade radapter-serve"
+            f"it has format version {version}, and this radapter-serve reads up to {FORMAT_VERSION}; "
+            "use the version of radapter-serve that wrote it"
         )
     try:
         return TypeAdapter(Metadata).validate_json(json.dumps(values), strict=True)

@@ -15,6 +15,7 @@ from rich.table import Table
 from radapter_client import Profile
 from radapter_serve.bench.load import Closed, Measured, Open
 from radapter_serve.errors import RAdapterError
+from radapter_serve.extras import install_command
 from radapter_serve.files import staged
 
 PERCENTILES = (50, 90, 95, 99)
@@ -120,7 +121,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     try:
         import matplotlib
     except ModuleNotFoundError:
-        raise RAdapterError("the picture needs matplotlib; pip install matplotlib") from None
+        raise RAdapterError(f"the picture needs matplotlib; {install_command('train')}") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -14,6 +14,7 @@ import tyro
 
 from radapter_serve import __version__
 from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.extras import install_command
 
 
 def run(function: Callable[..., Any], argv: Sequence[str] | None = None, *, prog: str) -> int:
@@ -42,7 +43,7 @@ def guard(call: Callable[[], Any], argv: Sequence[str] | None = None, *, prog: s
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("radapter"):
             raise
-        message = f"{error.name} is not installed; pip install 'radapter-serve[all]'"
+        message = f"{error.name} is not installed; {install_command('all')}"
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for the interpreter's last flush
         return 1

@@ -13,6 +13,7 @@ from PIL import Image
 from radapter_serve.data.class_ids import number_classes, read_class_ids
 from radapter_serve.data.masks import IGNORE, ClassMask, Masked, MaskedImage, open_mask
 from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.extras import install_command
 
 
 def load_coco(file: Path, classes: Path | None, images: Path | None) -> Masked:
@@ -83,7 +84,7 @@ def _instances(file: Path, folder: Path, annotations: Any, listed: Any, index: d
         import pycocotools.mask  # noqa: F401
     except ImportError:
         raise RAdapterError(
-            f"the instances of {file} need pycocotools, which is not installed; pip install 'radapter-serve[train]'"
+            f"the instances of {file} need pycocotools, which is not installed; {install_command('train')}"
         ) from None
     objects: dict[int, list[tuple[int, bytes]]] = {}
     for row in annotations:

@@ -23,6 +23,7 @@ from PIL import Image
 from rich.progress import track
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.extras import install_command
 
 BASE = Path(__file__).parent / "base"
 DRAWINGS = Path(__file__).parent / "drawings"
@@ -98,7 +99,7 @@ def render(svg: str, side: int) -> Image.Image:
     try:
         import resvg_py
     except ImportError as error:
-        raise RAdapterError("the demo draws with resvg-py; install it: pip install 'radapter-serve[demo]'") from error
+        raise RAdapterError(f"resvg-py, which draws, is not installed; {install_command('demo')}") from error
     with Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side)))) as image:
         drawn = image.convert("RGBA")
     square = Image.new("RGBA", (side, side))

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.extras import install_command
 from radapter_serve.release.repository import CUDA_OPTIONS
 from radapter_serve.runtimes.tensorrt.engine import Engine, import_tensorrt
 from radapter_serve.runtimes.tensorrt.plan import check_plan
@@ -168,4 +169,4 @@ def _tensorrt(path: Path) -> Loaded:
 
 
 def _missing(name: str, extra: str, error: ImportError) -> RAdapterError:
-    return RAdapterError(f'{name} is not installed ({error}); run: pip install "radapter-serve[{extra}]"')
+    return RAdapterError(f"{name} is not installed ({error}); {install_command(extra)}")

@@ -18,6 +18,7 @@ import numpy as np
 import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
+from radapter_serve.extras import install_command
 from radapter_serve.inputs.errors import ENCODER_FAILED, INVALID_ARGUMENT, TaskError, invalid, public
 from radapter_serve.tasks.outcome import Outcome
 from radapter_serve.tasks.responses import answer, need
@@ -69,7 +70,7 @@ class GraphModel(ABC):
         if int(np.__version__.split(".")[0]) >= 2:
             raise RuntimeError(
                 f"numpy {np.__version__} is installed, but Triton's Python backend misreads tensors under numpy 2; "
-                'run: pip install "radapter-serve[server]"'
+                f"{install_command('server')}"
             )
         config = json.loads(args["model_config"])
         file = config.get("default_model_filename") or "model.onnx"

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.extras import install_command
 
 OUR_BACKENDS = Path(__file__).absolute().parent / "backends"
-INSTALL_HINT = 'run: pip install "radapter-serve[server]" (Python 3.10 to 3.12), or use NVIDIA\'s Triton container'
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def find_tritonserver() -> Installation:
     _check_environment()
     spec = importlib.util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
-        raise RAdapterError(f"tritonserver is neither on PATH nor installed with nvidia-pytriton; {INSTALL_HINT}")
+        raise RAdapterError(f"tritonserver is neither on PATH nor installed with nvidia-pytriton; {_mend()}")
     return _wheel(Path(spec.submodule_search_locations[0]).absolute())
 
 
@@ -71,7 +71,7 @@ def _native(binary: Path) -> Installation:
     folder = binary.parent.parent / "backends"
     backends = {path.name: path for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else {}
     if "python" not in backends:
-        raise RAdapterError(f"{binary} has no Python backend in {folder}; {INSTALL_HINT}")
+        raise RAdapterError(f"{binary} has no Python backend in {folder}; {_mend()}")
     stub = backends["python"] / "triton_python_backend_stub"
     wanted = re.search(rb"libpython3\.(\d+)", stub.read_bytes()) if stub.exists() else None
     if wanted and int(wanted[1]) != sys.version_info[1]:
@@ -90,7 +90,7 @@ def _wheel(package: Path) -> Installation:
     binary = server / "bin" / "tritonserver"
     stub = server / "python_backend_stubs" / _python().removeprefix("Python ") / "triton_python_backend_stub"
     if not binary.exists() or not stub.exists():
-        raise RAdapterError(f"nvidia-pytriton at {package} brings no server for {_python()}; {INSTALL_HINT}")
+        raise RAdapterError(f"nvidia-pytriton at {package} brings no server for {_python()}; {_mend()}")
     _check_libpython()
     libdir = sysconfig.get_config_var("LIBDIR")
     return Installation(
@@ -111,12 +111,10 @@ def _check_environment() -> None:
     numpy = importlib.metadata.version("numpy")
     if int(numpy.split(".")[0]) >= 2:
         raise RAdapterError(
-            f"numpy {numpy} is installed, but Triton's Python backend misreads tensors under numpy 2; {INSTALL_HINT}"
+            f"numpy {numpy} is installed, but Triton's Python backend misreads tensors under numpy 2; {_mend()}"
         )
     if sys.version_info >= (3, 13):
-        raise RAdapterError(
-            f"this is {_python()}, for which there is no numpy below 2, as Triton needs; {INSTALL_HINT}"
-        )
+        raise RAdapterError(f"this is {_python()}, for which there is no numpy below 2, as Triton needs; {_mend()}")
 
 
 def _check_libpython() -> None:
@@ -132,3 +130,7 @@ def _check_libpython() -> None:
 
 def _python() -> str:
     return f"Python {sys.version_info[0]}.{sys.version_info[1]}"
+
+
+def _mend() -> str:
+    return f"with Python 3.10 to 3.12, {install_command('server')}; or use NVIDIA's Triton container"

@@ -75,7 +75,7 @@ def loads_or_is_refused_in_one_line(path: Path) -> None:
         ("classes", [], "its 'classes' is []: "),
         ("classes", ["cat", None], "its 'classes.1' is None: "),
         ("held_out", 7, "its 'held_out' is 7: "),
-        ("format_version", 2, "format version 2; this release reads up to 1: pip install"),
+        ("format_version", 2, "format version 2, and this radapter-serve reads up to 1"),
         ("format_version", "1", "its 'format_version' is '1': "),
     ],
 )

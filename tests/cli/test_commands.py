@@ -13,6 +13,7 @@ from radapter_client import query
 from radapter_serve.cli import build_engine, demo, export, gateway, guard, index, serve, train
 from radapter_serve.cli import eval as cli_eval
 from radapter_serve.errors import RAdapterError
+from radapter_serve.extras import install_command
 
 COMMANDS = {
     "build-engine": build_engine.main,
@@ -53,7 +54,7 @@ def test_a_demo_without_the_playground_says_so_at_once(
     for module in (name, "radapter_serve.demo.run"):  # the demo itself is not even loaded
         monkeypatch.setitem(sys.modules, module, None)
     assert demo.main(["--open"]) == 2
-    install = "pip install 'radapter-serve[demo,playground]'"
+    install = install_command("demo,playground")
     assert capsys.readouterr().err == f"radapter-demo: error: {name} is not installed; {install}\n"
 
 

@@ -25,6 +25,7 @@ from PIL import Image
 
 from radapter_client import Release, Segmentation
 from radapter_serve.cli import gateway, serve
+from radapter_serve.extras import install_command
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.keys import new_key
 from radapter_serve.gateway.playground import door, page, shown
@@ -427,7 +428,7 @@ def test_without_gradio_the_command_says_what_to_install(
     for command in (gateway.main, serve.main):
         port = "--port" if command is gateway.main else "--gateway-port"
         assert command(["--playground", port, "0"]) == 2
-        assert "pip install 'radapter-serve[playground]'" in capsys.readouterr().err
+        assert f"gradio is not installed; {install_command('playground')}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

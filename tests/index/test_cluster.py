@@ -31,7 +31,7 @@ COUNT = 40
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """Ray in processes of its own, with two workers: a third core reads."""
-    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'radapter-serve[ray]'")
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install -e '.[ray]'")
     ray.init(num_cpus=3, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
     yield
     ray.shutdown()

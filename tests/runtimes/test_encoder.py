@@ -61,7 +61,7 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RAdapterError, match=rf"{name} \d.* cannot load .*model.onnx: "):
             Encoder(broken, runtime)
         monkeypatch.setitem(sys.modules, runtime, None)
-        with pytest.raises(RAdapterError, match=rf'{name} is not installed .*pip install "radapter-serve\[\w+\]"'):
+        with pytest.raises(RAdapterError, match=rf"{name} is not installed .*pip install .*\[\w+\]"):
             Encoder(broken, runtime)
     with pytest.raises(RAdapterError, match="no runtime 'torch'; allowed are"):
         Encoder(broken, "torch")
