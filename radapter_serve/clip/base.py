@@ -18,6 +18,7 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from radapter_serve.clip.from_transformers import is_transformers, read
+from radapter_serve.clip.untrusted import check_folder
 from radapter_serve.errors import RAdapterError, reason
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
@@ -68,10 +69,11 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
         pretrained: an open_clip tag such as `openai`, or the path of a checkpoint; None for a folder.
 
     Raises:
-        RAdapterError: the name or the weights are unknown or can't be had.
+        RAdapterError: the name or the weights are unknown or can't be had; a folder would run code of its own.
     """
     quick_gelu, source = False, name
     if (folder := _folder(name)) is not None:
+        check_folder(folder)
         if is_transformers(folder):
             return _of_transformers(name, folder)
         pretrained, source = None, f"{LOCAL}{folder}"
@@ -147,7 +149,7 @@ def _local_config(folder: Path) -> dict[str, Any]:
     path = folder / "open_clip_config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RAdapterError(
             f"{folder} is no model folder: {path.name} is missing or broken ({error}), and it holds no config.json of "
             f"transformers"

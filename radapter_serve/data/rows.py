@@ -153,6 +153,11 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
     place, at, split = spec.rpartition("@") if "@" in spec.rsplit("/", 1)[-1] else (spec, "", "train")
     reader, _, path = place.partition(":")
     local = reader in READERS
+    if "::" in place or place == "pandas":
+        raise RAdapterError(
+            f"could not read the data {spec}: chained addresses (A::B) and pickled tables may run foreign code; "
+            "name the file itself"
+        )
     source: dict[str, Any] = {"data_files": {split: [path]}} if local else {}
     if reader == "imagefolder":
         path = str(_image_folder(Path(path), split, spec))

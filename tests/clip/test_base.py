@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -76,6 +78,27 @@ def test_quickgelu_for_a_checkpoint_without_is_refused(architectures: str, tmp_p
     with pytest.raises(RAdapterError, match="trained with GELU.*name the architecture tiny$"):
         load_base("tiny-quickgelu", str(tmp_path / "weights.pt"))
     assert load_base("tiny", str(tmp_path / "weights.pt")).config["quick_gelu"] is False
+
+
+class Code:
+    """Pickled, it makes a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_is_no_program(architectures: str, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    torch.save({"logit_scale": Code(mark)}, tmp_path / "new.pt")
+    (tmp_path / "old.pt").write_bytes(pickle.dumps(Code(mark)))
+    np.savez(tmp_path / "big-vision.npz", params=np.array([Code(mark)], object))
+    for name in ("new.pt", "old.pt", "big-vision.npz"):
+        with pytest.raises(RAdapterError, match="could not load tiny"):
+            load_base(architectures, str(tmp_path / name))
+    assert not mark.exists()
 
 
 @pytest.fixture(scope="module")
