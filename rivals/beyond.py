@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from radapter_serve.evaluation.results import Row, by_shift, own_metric
 from radapter_serve.release.alpha_schedule import EVEN, AlphaSchedule
 from rivals.cells import ALPHAS, Cells
 from rivals.flags import Flags, check_seeds
-from rivals.layout import markdown
+from rivals.layout import T95, markdown, with_interval
 from rivals.make import command_line, machine, say
 from rivals.method import learned
 from rivals.methods import METHODS
@@ -35,7 +35,6 @@ from rivals.system import Learned
 _EXPLAINED = """Each candidate has the α at which its accuracy in distribution on the validation sets, a mean over the
 seeds, is that of R-Adapter; one that has it nowhere is left out. R-Adapter's row has accuracies in %. The others have
 what they lead R-Adapter of the same seed by, in points, with the interval of 95 % of that mean."""
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # of Student's t, for 2 to 10 seeds
 REFERENCE = "R-Adapter"
 TRAININGS: dict[str, dict[str, Any]] = {
     "trajectory average": {"average": "trajectory"},
@@ -113,14 +112,6 @@ def groups(rows: Sequence[Row]) -> dict[str, float]:
     of_shifts = {name: values[name] for name in shifted}
     middle = {"mean of the shifts": mean(of_shifts.values())} if shifted else {}
     return {"in distribution": in_distribution(rows), **middle, **of_shifts}
-
-
-def with_interval(values: Sequence[float], sign: str = "") -> str:
-    """A mean, ± the half of its 95 % interval where there are several values."""
-    middle = f"{mean(values):{sign}.1f}"
-    if len(values) < 2:
-        return middle
-    return f"{middle} ± {T95[len(values) - 2] * stdev(values) / len(values) ** 0.5:.1f}"
 
 
 def compare(cells: Cells, reference: RAdapter, seeds: Sequence[int], alpha: float) -> str:

@@ -68,11 +68,11 @@ class Margins(Tuned):
 
 @dataclass(frozen=True)
 class CLIPood(Method):
-    """CLIPood, as its command for 16-shot ImageNet has it; for shifts of domain it has β = 0.5.
+    """CLIPood, as its command for 16-shot ImageNet has it.
 
     Attributes:
         margin: λ of the margin.
-        beta: β of the moving average.
+        beta: β of the moving average; the paper has 0.5 for shifts of domain.
     """
 
     settings: Mapping[str, Any] = paper(

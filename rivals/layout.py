@@ -10,11 +10,21 @@ from matplotlib.figure import Figure
 
 from rivals.system import Cost
 
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # of Student's t, for 2 to 10 seeds
+
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
     """The mean of several seeds, ± the standard deviation where there are several."""
     middle = f"{mean(values):.{digits}f}"
     return f"{middle} ± {stdev(values):.{digits}f}" if len(values) > 1 else middle
+
+
+def with_interval(values: Sequence[float], sign: str = "") -> str:
+    """A mean, ± the half of its 95 % interval where there are several values."""
+    middle = f"{mean(values):{sign}.1f}"
+    if len(values) < 2:
+        return middle
+    return f"{middle} ± {T95[len(values) - 2] * stdev(values) / len(values) ** 0.5:.1f}"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

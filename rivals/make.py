@@ -20,7 +20,7 @@ from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars
 from radapter_serve.evaluation.results import Row, by_shift
 from rivals.benchmark import Benchmark
 from rivals.cells import ALPHAS, Cells
-from rivals.layout import COST, cost_of, dots, markdown, spread
+from rivals.layout import COST, T95, cost_of, dots, markdown, spread, with_interval
 from rivals.method import Method
 from rivals.soup import of_members
 from rivals.tables import TABLES, figures
@@ -104,7 +104,26 @@ def _rows(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> st
         x, y = heads[0], next((head for head in heads if head.startswith("mean of")), heads[-1])
         points = {name: ([of[x] for of in values], [of[y] for of in values]) for name, values in found.items()}
         dots(points, (x, y), picture)
-    return markdown(["method", *COST, "α", *_counted(heads, ns)], lines)
+    return markdown(["method", *COST, "α", *_counted(heads, ns)], lines) + _leads(found)
+
+
+def _leads(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """A second table: what each method leads zero-shot by; nothing without that row or without several seeds.
+
+    Args:
+        found: by method, the figures of each seed, in per cent by the heads of their columns.
+    """
+    base = next((name for name in found if name.lower() == "zero-shot"), None)
+    if base is None or len(found) == 1 or not 2 <= len(found[base]) <= len(T95) + 1:
+        return ""
+    heads = list(found[base][0])
+    lines = []
+    for name, of_seeds in found.items():
+        if name != base:
+            pairs = list(zip(of_seeds, found[base], strict=True))
+            lines.append([name, *(with_interval([own[head] - of[head] for own, of in pairs], "+") for head in heads)])
+    how = f"What each method leads {base} by, in points: the mean over the seeds with its interval of 95 %."
+    return f"\n\n{how}\n\n{markdown(['method', *heads], lines)}"
 
 
 def _curves(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> str:

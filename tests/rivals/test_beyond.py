@@ -13,7 +13,8 @@ import yaml
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.release.alpha_schedule import AlphaSchedule
 from radapter_serve.training import train
-from rivals.beyond import REFERENCE, SCHEDULES, TRAININGS, Scheduled, candidates, equal_alpha, main, with_interval
+from rivals.beyond import REFERENCE, SCHEDULES, TRAININGS, Scheduled, candidates, equal_alpha, main
+from rivals.layout import with_interval
 from rivals.method import learned
 from rivals.methods import METHODS
 from rivals.radapter import RAdapter

@@ -19,7 +19,8 @@ from rivals import cells as cells_module
 from rivals.adaptformer import AdaptFormer
 from rivals.benchmark import load_benchmark
 from rivals.cells import ALPHAS, Cell, Cells, score
-from rivals.layout import cost_of, spread
+from rivals.clipood import CLIPood
+from rivals.layout import cost_of, spread, with_interval
 from rivals.method import learned
 from rivals.methods import METHODS
 from rivals.pacs import main as pacs
@@ -74,7 +75,8 @@ def test_table_is_written_and_not_made_twice(
     assert sorted(here) == ["FullFineTuning"] * 2 + ["ZeroShot"] * 2  # WiSE-FT is another place of the line of FT
     text = (tmp_path / "out" / "table-1.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip()
-    head, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    shown, _, leads = text.partition("What each method leads Zero-shot")
+    head, _, *rows = [line for line in shown.splitlines() if line.startswith("|")]
     assert head.split(" | ")[4:] == ["α", "same (n 24)", "mean of 2 shifts", "other (n 24)", "third (n 24) |"]
     assert [row.split(" | ")[0] for row in rows] == ["| Zero-shot", "| FT", "| WiSE-FT"]
     assert [row.split(" | ")[4] for row in rows] == ["-", "-", "0.5"]
@@ -84,6 +86,17 @@ def test_table_is_written_and_not_made_twice(
     ft = [json.loads(file.read_text()) for file in files if file.name.startswith("ft-")]
     values = [100 * row["metrics"]["acc1"] for cell in ft for row in cell["rows"] if row["dataset"] == "same"]
     assert rows[1].split(" | ")[5] == spread(values)
+    (base,) = {
+        100 * row["metrics"]["acc1"]
+        for file in files
+        if file.name.startswith("zero-shot-")
+        for row in json.loads(file.read_text())["rows"]
+        if row["dataset"] == "same"
+    }
+    head, _, *rows = [line for line in leads.splitlines() if line.startswith("|")]
+    assert head == "| method | same | mean of 2 shifts | other | third |"
+    assert [row.split(" | ")[0] for row in rows] == ["| FT", "| WiSE-FT"]
+    assert rows[0].split(" | ")[1] == with_interval([value - base for value in values], "+")
     here.clear()
     assert main(call) == 0
     assert here == []
@@ -256,6 +269,20 @@ def test_rows_of_table_5_have_the_parts_that_they_name():
         assert off <= {None, 0.0, 0.02, 0.05, 0.2}
     combined = ["AD", "AC", "AD, AC", "AD, AC, RS", "AD, AC, RS, LS", "AD, AC, RS, MPM", "AD, AC, RS, MPM, LS"]
     assert {f"E{number}: {parts}" for number, parts in zip((3, 4, 6, 7, 8, 9, 10), combined, strict=True)} <= set(rows)
+
+
+def test_clipood_averages_as_its_paper_does_for_images_of_that_kind():
+    """β is 0.1 for 16 images a class, and 0.5 where styles shift, as in the benchmarks of the table of all systems."""
+    few, shifted = TABLES["2"].rows["CLIPood"], TABLES["all"].rows["clipood"]
+    assert isinstance(few, CLIPood) and isinstance(shifted, CLIPood)
+    assert (few.beta, shifted.beta) == (0.1, 0.5)
+    assert list(TABLES["all"].rows).index("clipood") == list(METHODS).index("clipood") - 2  # without lp, mask-adapted
+
+
+def test_all_methods_see_the_same_crops_of_drawings():
+    given = load_benchmark(ROOT / "rivals" / "benchmarks" / "drawings.yaml").given
+    own = TABLES["all"].rows["r-adapter"].settings
+    assert (given["crop_scale"], given["flip"]) == (own["crop_scale"], own["flip"])
 
 
 def test_every_system_is_in_a_table():
