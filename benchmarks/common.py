@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import io
 import json
 import logging
 import math
@@ -20,8 +21,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import numpy as np
 import open_clip
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -159,6 +162,15 @@ def random_clip(architecture: str, folder: Path) -> tuple[str, Path, int]:
     digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
     save_adapter(adapters.adapter(Metadata(architecture=name, base_digest=digest)), folder / "adapter.safetensors")
     return name, folder / "adapter.safetensors", path.stat().st_size
+
+
+def picture(width: int = 640, height: int = 480, seed: int = 0) -> bytes:
+    """A smooth random image as JPEG, about as large as a photo of that size."""
+    noise = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return file.getvalue()
 
 
 def machine() -> str:

@@ -14,11 +14,10 @@ from typing import Any
 
 import tyro
 import urllib3
-from common import CLASS_NAMES, RESULTS, Process, Report, alternate, random_clip, ratio, say
+from common import CLASS_NAMES, RESULTS, Process, Report, alternate, picture, random_clip, ratio, say
 from serving import LABEL_SET, together
 
 from radapter_client import Client
-from radapter_serve.bench.requests import picture
 from radapter_serve.gateway.run import start
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.server.triton_server import TritonServer, free_ports

@@ -1,55 +1,198 @@
-"""Every task of a server under load: closed loop with more and more callers, open loop at several rates."""
+"""Every task of a server under load: closed loop with more callers each time, open loop at rates."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import tyro
-from common import RESULTS, Process, Report, say
+from common import RESULTS, Process, Report, picture, say
 from gateway import export
+from loop import PERCENTILES, Closed, Measured, Open, Send, measure
 from serving import LABEL_SET
 
-from radapter_serve.bench.report import PERCENTILES, STAGES, Row, draw
-from radapter_serve.bench.requests import LABELS, TASKS, picture
-from radapter_serve.cli.bench import bench
+from radapter_client import AsyncClient, Profile
+from radapter_serve.files import staged
 from radapter_serve.index.build import build
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.triton_server import TritonServer, free_ports
 
+TASKS = ("classify", "embed_image", "embed_text", "retrieve", "segment")
+STAGES = ("network", "queue", "task", "encoder")
+OBJECTS = ("bicycle", "bird", "boat", "car", "cat", "dog", "house", "person", "street", "tree")
+LABELS = tuple(f"a {name}" for name in OBJECTS)
 INDEX = "pictures"
-WHAT = """`radapter-bench` on a server as radapter-serve starts it. Client and server share the machine. Images are JPEG
-files of {width} x {height} pixels; classify and segment have a label set of {labels} labels, retrieve an index of
-{images} images; every text is another one. Each row was measured for {seconds:g} s, after {warmup:g} s that do not
-count."""
+WHAT = """Requests of our own client to a server as radapter-serve starts it. Client and server share
+the machine. Images are JPEG files of {width} x {height} pixels; classify and segment have a label
+set of {labels} labels, retrieve an index of {images} images; every text is another one. Each row
+was measured for {seconds:g} s, after {warmup:g} s that do not count."""
 
 
-def measured(out: Path, **options: Any) -> list[Row]:
-    """The rows of one `radapter-bench`."""
-    bench(out=out, label_set=LABEL_SET, index=INDEX, **options)
-    found = json.loads((out / "bench.json").read_text(encoding="utf-8"))["rows"]
-    rows = [
-        Row(**{**row, "latency": {k: math.nan if v is None else v for k, v in row["latency"].items()}}) for row in found
-    ]
-    return sorted(rows, key=lambda row: (row.task, row.protocol))
+@dataclass(frozen=True)
+class Row:
+    """One task of one server under one load.
 
+    Args:
+        task: one of `TASKS`.
+        url: of the server.
+        load: how requests followed each other.
+        measured: what came of it.
+        profile: where the time went, by the server's own statistics.
+    """
 
-def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The rows of a table."""
-    return [
-        [
-            f"{row.task}, {row.protocol}, {row.load}",
-            str(row.requests),
-            str(sum(row.errors.values())),
-            *(f"{value:.1f}" for value in (row.throughput, *row.latency.values(), *(row.stages or {}).values())),
+    task: str
+    url: str
+    load: Closed | Open
+    measured: Measured
+    profile: Profile
+
+    @property
+    def protocol(self) -> str:
+        """grpc or http."""
+        return self.url.partition(":")[0]
+
+    @property
+    def latency(self) -> list[float]:
+        """In ms, by `PERCENTILES`; NaN where nothing was answered."""
+        return [1000 * value for value in self.measured.percentiles(*PERCENTILES)]
+
+    def cells(self) -> list[str]:
+        """As a table has them."""
+        stages = [float(getattr(self.profile, stage)) for stage in STAGES]
+        return [
+            f"{self.task}, {self.protocol}, {self.load}",
+            str(len(self.measured.latencies)),
+            str(sum(self.measured.errors.values())),
+            *(f"{value:.1f}" for value in (self.measured.throughput, *self.latency, *stages)),
         ]
-        for row in rows
-    ]
+
+
+def sender(client: AsyncClient, task: str, image: bytes) -> Send:
+    """What sends one request of a task; texts differ each time, as no two users write the same."""
+
+    async def send(number: int) -> object:
+        if task == "classify":
+            return await client.classify(image, label_set=LABEL_SET)
+        if task == "segment":
+            return await client.segment(image, label_set=LABEL_SET)
+        if task == "embed_image":
+            return await client.embed_images([image])
+        text = f"a photo of {number} things"
+        if task == "embed_text":
+            return await client.embed_texts([text])
+        return await client.search(text, index=INDEX)
+
+    return send
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measures a server, row after row.
+
+    Args:
+        image: a JPEG file.
+        seconds: of each row.
+        warmup: seconds of the same load before it, which do not count.
+    """
+
+    image: bytes
+    seconds: float
+    warmup: float
+
+    def rows(self, urls: Sequence[str], tasks: Sequence[str], loads: Sequence[Closed | Open]) -> list[Row]:
+        """A row for each task, server and load, in this order."""
+        found = []
+        for task in tasks:
+            for url in urls:
+                for load in loads:
+                    say(f"{task} at {url}, {load}")
+                    found.append(asyncio.run(self._row(url, task, load)))
+        return found
+
+    async def _row(self, url: str, task: str, load: Closed | Open) -> Row:
+        at_once = load.callers if isinstance(load, Closed) else load.at_most
+        async with AsyncClient(url, timeout=60, concurrency=at_once) as client:
+            send = sender(client, task, self.image)
+            await send(0)  # what can't work at all fails here, with its own words
+            await measure(send, load, self.warmup)
+            before = await client.statistics()
+            measured = await measure(send, load, self.seconds)
+            after = await client.statistics()
+        spent = sum(measured.latencies)
+        answered = max(1, len(measured.latencies))
+        return Row(task, url, load, measured, Profile.between(task, before, after, spent, answered))
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """A picture: latency against answers a second, by task, a line for each protocol and loop."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    across = 3
+    down = math.ceil(len(TASKS) / across)
+    figure, panels = pyplot.subplots(
+        down, across, figsize=(5.0 * across, 4.0 * down), layout="constrained", squeeze=False
+    )
+    for task, axes in zip_longest(TASKS, panels.flat):
+        if task is None:
+            axes.set_axis_off()
+        else:
+            _draw_task(axes, task, [row for row in rows if row.task == task])
+    with staged(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def _draw_task(axes: Any, task: str, rows: Sequence[Row]) -> None:
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.measured.latencies:
+            loop = "open" if isinstance(row.load, Open) else "closed"
+            lines.setdefault(f"{row.protocol}, {loop} loop", []).append(row)
+    for number, (name, points) in enumerate(lines.items()):
+        colour = f"C{number}"
+        points.sort(key=lambda row: row.measured.throughput)
+        rates = [row.measured.throughput for row in points]
+        median, tail = PERCENTILES.index(50), PERCENTILES.index(99)
+        medians = [row.latency[median] for row in points]
+        axes.plot(rates, medians, "o-", color=colour, label=f"{name}: p50")
+        axes.plot(rates, [row.latency[tail] for row in points], "x--", color=colour, label="p99")
+        for row, rate, value in zip(points, rates, medians, strict=True):
+            axes.annotate(
+                str(row.load),
+                (rate, value),
+                xytext=(4, 4),
+                textcoords="offset points",
+                fontsize="x-small",
+            )
+    axes.set(title=task, xlabel="answers a second", ylabel="latency, ms")
+    axes.set(xlim=(0, None), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def open_rates(closed: Sequence[Row], shares: Sequence[float]) -> Mapping[str, list[Open]]:
+    """For each task the loads of an open loop: shares of the best rate over gRPC in a closed one.
+
+    Args:
+        closed: rows of the closed loop.
+        shares: above 0.
+    """
+    rates = {}
+    for task in TASKS:
+        over_grpc = [row for row in closed if (row.task, row.protocol) == (task, "grpc")]
+        best = max(row.measured.throughput for row in over_grpc)
+        rates[task] = [Open(float(f"{share * best:.2g}")) for share in shares]
+    return rates
 
 
 def main(
@@ -68,16 +211,24 @@ def main(
         architecture: open_clip architecture, with random weights and an adapter.
         precision: of the release.
         concurrency: callers in a closed loop.
-        shares: rates of the open loop, as parts of the most answers a second over gRPC in a closed loop.
+        shares: rates of the open loop, as parts of the best rate over gRPC in a closed loop.
         seconds: of each row.
         warmup: seconds before each row.
         images: in the index.
         out: folder of the tables and the picture.
     """
-    size = width, height = 640, 480
-    values = {"labels": len(LABELS), "images": images, "seconds": seconds, "warmup": warmup}
-    what = WHAT.format(width=width, height=height, **values).replace("\n", " ")
-    report = Report("load", f"Under load: {architecture} {precision}, every task", what, timed=False)
+    width = 640
+    height = 480
+    what = WHAT.replace("\n", " ").format(
+        width=width,
+        height=height,
+        labels=len(LABELS),
+        images=images,
+        seconds=seconds,
+        warmup=warmup,
+    )
+    title = f"Under load: {architecture} {precision}, every task"
+    report = Report("load", title, what, timed=False)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         say("exporting")
@@ -86,26 +237,30 @@ def main(
         say("building the index")
         (folder / "pictures").mkdir()
         for number in range(images):
-            (folder / "pictures" / f"{number}.jpg").write_bytes(picture(*size, seed=number))
-        build(str(folder / "pictures"), folder / "indexes" / INDEX, LocalRelease(folder / "repository"))
+            path = folder / "pictures" / f"{number}.jpg"
+            path.write_bytes(picture(width, height, seed=number))
+        release = LocalRelease(folder / "repository")
+        build(str(folder / "pictures"), folder / "indexes" / INDEX, release)
         say("starting the server")
-        options: dict[str, Any] = {"indexes": folder / "indexes", "instances": ["2"]}  # as radapter-serve's
-        server = stack.enter_context(TritonServer(folder / "repository", "127.0.0.1", *free_ports(), **options))
-        same: dict[str, Any] = {"seconds": seconds, "warmup": warmup}
-        urls = server.grpc_url, server.http_url
-        closed = measured(folder / "closed", url=urls, tasks=TASKS, concurrency=concurrency, **same)
+        options: dict[str, Any] = {"indexes": folder / "indexes", "instances": ["2"]}
+        repository = folder / "repository"
+        server = TritonServer(repository, "127.0.0.1", *free_ports(), **options)
+        stack.enter_context(server)
+        bench = Bench(picture(width, height), seconds, warmup)
+        urls = [server.grpc_url, server.http_url]
+        closed = bench.rows(urls, TASKS, [Closed(callers) for callers in concurrency])
         opened = []
-        for task in TASKS:
-            most = max(row.throughput for row in closed if (row.task, row.protocol) == (task, "grpc"))
-            rates = tuple(float(f"{share * most:.2g}") for share in shares)
-            opened += measured(folder / task, url=urls[:1], tasks=[task], rate=rates, **same)
-    columns = ["task, protocol, load", "answers", "errors", "per s", *(f"p{which}" for which in PERCENTILES), *STAGES]
-    report.table("Closed loop", columns, cells(closed))
+        for task, loads in open_rates(closed, shares).items():
+            opened += bench.rows(urls[:1], [task], loads)
+    percentiles = [f"p{which}" for which in PERCENTILES]
+    columns = ["task, protocol, load", "answers", "errors", "per s", *percentiles, *STAGES]
+    report.table("Closed loop", columns, [row.cells() for row in closed])
     report.note("Callers wait for their answer before they ask again. Times are in ms; the last four are means.")
-    report.table("Open loop", columns, cells(opened))
+    report.table("Open loop", columns, [row.cells() for row in opened])
+    shown = ", ".join(f"{share:g}" for share in shares)
     report.note(
-        "Requests come at random times, whether or not the server keeps up; latency counts from when they were due. "
-        f"Rates are {', '.join(f'{share:g}' for share in shares)} of the most that the closed loop reached over gRPC."
+        "Requests come at random times, whether or not the server keeps up; latency counts from "
+        f"when they were due. Rates are {shown} of the best rate of the closed loop over gRPC."
     )
     report.note("![Latency against answers a second, for each task](load.png)")
     report.write(out)

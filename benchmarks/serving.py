@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import tyro
-from common import CLASS_NAMES, RESULTS, Process, Report, alternate, random_clip, ratio, say
+from common import CLASS_NAMES, RESULTS, Process, Report, alternate, picture, random_clip, ratio, say
 from google.protobuf import text_format
 from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2
 
 from radapter_client import Client
-from radapter_serve.bench.requests import picture
 from radapter_serve.release.release import Release
 from radapter_serve.server.triton_server import TritonServer, free_ports
 from radapter_serve.tasks.classify import Classify, ClassifyRequest, EmbedImages, load_label_sets

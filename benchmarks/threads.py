@@ -13,11 +13,10 @@ from functools import partial
 from pathlib import Path
 
 import tyro
-from common import RESULTS, Process, Report, alternate, ratio, say
+from common import RESULTS, Process, Report, alternate, picture, ratio, say
 from serving import export
 
 from radapter_client import Client
-from radapter_serve.bench.requests import picture
 from radapter_serve.server.processes import children
 from radapter_serve.server.triton_server import TritonServer, free_ports
 from radapter_serve.threads import cores

@@ -25,11 +25,10 @@ FLOORS = [
     "data",
     "evaluation",
     "training",
-    "bench",
     "demo cli",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
-TORCH_FREE = ("inputs", "release", "runtimes", "index", "tasks", "server", "bench", "gateway")
+TORCH_FREE = ("inputs", "release", "runtimes", "index", "tasks", "server", "gateway")
 HEAVY = ("torch", "open_clip", "torchvision", "transformers", "onnxruntime", "tensorrt")
 
 

@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
+from benchmarks.loop import TOO_MANY, Closed, Measured, Open, measure
 from radapter_client import InvalidRequest, ServerUnavailable
-from radapter_serve.bench.load import TOO_MANY, Closed, Measured, Open, measure
 
 
 class Server:

@@ -13,6 +13,8 @@ import numpy as np
 
 from radapter_client import RAdapterClientError
 
+PERCENTILES = (50, 90, 95, 99)
+
 # Sends one request; the number, which is another one each time, lets it be different from those before.
 Send = Callable[[int], Awaitable[object]]
 TOO_MANY = "not sent: too many under way"
@@ -88,7 +90,8 @@ async def measure(send: Send, load: Closed | Open, seconds: float) -> Measured:
         load: how requests follow each other.
         seconds: above 0; no request starts after them.
     """
-    measured, numbers = Measured(), itertools.count()
+    measured = Measured()
+    numbers = itertools.count()
     start = time.perf_counter()
     if isinstance(load, Closed):
         callers = (_caller(send, numbers, measured, start + seconds) for _ in range(load.callers))
@@ -100,8 +103,10 @@ async def measure(send: Send, load: Closed | Open, seconds: float) -> Measured:
 
 
 async def _caller(send: Send, numbers: Iterator[int], measured: Measured, end: float) -> None:
-    while (now := time.perf_counter()) < end:
+    now = time.perf_counter()
+    while now < end:
         await _one(send, next(numbers), measured, due=now)
+        now = time.perf_counter()
 
 
 async def _arrivals(
@@ -109,15 +114,16 @@ async def _arrivals(
 ) -> None:
     under_way: set[asyncio.Task[None]] = set()
     pauses = np.random.default_rng(load.seed)
-    due = start
-    while (due := due + pauses.exponential(1 / load.rate)) < start + seconds:
+    due = start + pauses.exponential(1 / load.rate)
+    while due < start + seconds:
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         if len(under_way) >= load.at_most:
             measured.errors[TOO_MANY] += 1
-            continue
-        task = asyncio.ensure_future(_one(send, next(numbers), measured, due))
-        under_way.add(task)
-        task.add_done_callback(under_way.discard)
+        else:
+            task = asyncio.ensure_future(_one(send, next(numbers), measured, due))
+            under_way.add(task)
+            task.add_done_callback(under_way.discard)
+        due += pauses.exponential(1 / load.rate)
     await asyncio.gather(*under_way)
 
 
@@ -125,7 +131,8 @@ async def _one(send: Send, number: int, measured: Measured, due: float) -> None:
     try:
         await send(number)
     except RAdapterClientError as error:
-        measured.errors[f"{type(error).__name__}{f' [{error.code}]' if error.code else ''}"] += 1
+        code = f" [{error.code}]" if error.code else ""
+        measured.errors[f"{type(error).__name__}{code}"] += 1
         # A caller that is refused at once must not spend the machine on being refused.
         await asyncio.sleep(0.01)
     else:
