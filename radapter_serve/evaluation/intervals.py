@@ -18,27 +18,43 @@ _DRAWS = 1000  # of the bootstrap
 _BLOCK = 100  # draws in memory at once
 
 
-def wilson(share: float, n: int) -> Interval:
+def wilson(share: float, n: float) -> Interval:
     """Wilson's interval of a share of n independent cases.
 
     Args:
         share: in [0, 1].
-        n: 1 or more.
+        n: more than 0; not whole where cases of different weight count as so many equal ones.
     """
-    middle, spread = share + _Z**2 / (2 * n), _Z * sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    middle = share + _Z**2 / (2 * n)
+    spread = _Z * sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
     low, high = ((middle + sign * spread) / (1 + _Z**2 / n) for sign in (-1, 1))
     return max(0.0, low), min(1.0, high)
 
 
 def mean_recall_interval(hits: NDArray[Any], count: NDArray[Any]) -> Interval:
-    """The interval of a mean over classes, by a bootstrap that draws images within each class.
+    """The interval of a mean over classes: Wilson's, of as many images as tell as much as these.
+
+    The variance within a class of n images is n/(n - 1) times that of its answers, which is unbiased. A single image
+    tells none: it counts as if its class were like all classes together, which is more than the truth where classes
+    differ. The mean variance has as many degrees of freedom as images beyond the first of their class, and one more of
+    the variance of all classes together, so that it is not 0 by chance where there are few.
 
     Args:
         hits: right images of each class, integer [C].
         count: images of each class, 1 or more, integer [C].
     """
-    draws = np.random.default_rng(0).binomial(count, hits / count, (_DRAWS, len(count)))
-    return _middle((draws / count).mean(axis=1))
+    recall = hits / count
+    mean = float(recall.mean())
+    scale = float((1 / count).sum())
+    together = mean * (1 - mean)
+    if together == 0:
+        return wilson(mean, len(count) ** 2 / scale)
+    several = count > 1
+    within = np.full(len(count), together)
+    within[several] = (recall * (1 - recall))[several] * count[several] / (count[several] - 1)
+    freedom = int((count - 1).sum())
+    variance = (freedom * float((within / count).sum()) + together * scale) / (freedom + 1)
+    return wilson(mean, len(count) ** 2 * together / variance)
 
 
 def paired_difference(first: Sequence[NDArray[Any]], second: Sequence[NDArray[Any]]) -> tuple[float, float]:

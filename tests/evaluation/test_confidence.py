@@ -99,6 +99,36 @@ def test_errors_before_and_after(logits: np.ndarray) -> None:
     assert found.label_ece < 0.03
 
 
+def by_hand(confidences: torch.Tensor, hits: torch.Tensor) -> float:
+    """The expected calibration error, bin by bin."""
+    gaps = 0.0
+    for number in range(15):
+        inside = (confidences > number / 15) & (confidences <= (number + 1) / 15)
+        gaps += abs(float((confidences[inside] - hits[inside].double()).sum()))
+    return gaps / len(confidences)
+
+
+def test_each_half_is_judged_by_the_fit_of_the_other(logits: np.ndarray) -> None:
+    """Every second image is much surer of itself than the others, so that no half is right by the other's fit."""
+    surer = np.arange(N) % 2 == 1
+    factors: np.ndarray = np.where(surer, 1.0, 0.2).astype(np.float32)
+    logits = logits * factors[:, None]
+    truth = np.where(surer, drawn(logits, 3.0), drawn(logits, 0.3))
+    after = torch.zeros(N, dtype=torch.float64)
+    pairs = torch.zeros(N, CLASSES, dtype=torch.float64)
+    for own, other in ((0, 1), (1, 0)):
+        temperature = fit_temperature(logits[other::2], truth[other::2])
+        assert temperature is not None
+        after[own::2] = torch.softmax(torch.tensor(logits[own::2]).double() / temperature, 1).amax(1)
+        scale, bias = fit_sigmoid(logits[other::2] / 100, truth[other::2])
+        pairs[own::2] = torch.sigmoid(torch.tensor(logits[own::2]).double() / 100 * scale + bias)
+    hits = torch.tensor(logits.argmax(1) == truth)
+    right = torch.tensor(np.eye(CLASSES)[truth])
+    found = fit_confidence(logits / 100, truth, 100.0, None, "photos")
+    assert found.ece_after == pytest.approx(by_hand(after, hits), abs=1e-3)
+    assert found.label_ece == pytest.approx(by_hand(pairs.ravel(), right.ravel()), abs=1e-3)
+
+
 def test_a_model_with_a_bias_has_no_temperature(logits: np.ndarray) -> None:
     found = fit_confidence(logits / 100, drawn(logits, 1.0), 100.0, -9.0, "photos")
     assert found.temperature is None and found.ece_after is not None

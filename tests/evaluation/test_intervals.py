@@ -25,10 +25,37 @@ def test_wilsons_interval_holds_the_share(n: int, share: float) -> None:
 
 
 def test_a_mean_over_classes() -> None:
-    assert mean_recall_interval(np.array([3, 5]), np.array([3, 5])) == (1, 1)
     low, high = mean_recall_interval(np.array([50, 200]), np.array([100, 400]))
     error = 1.96 * np.sqrt(0.25 / 100 + 0.25 / 400) / 2
     assert (low, high) == pytest.approx((0.5 - error, 0.5 + error), abs=0.01)
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 1), (1, 1), (7, 10), (10, 10)])
+def test_a_mean_over_classes_of_one_image_each_is_a_share(hits: int, n: int) -> None:
+    right = np.arange(n) < hits
+    found = mean_recall_interval(right.astype(int), np.ones(n, int))
+    assert found == pytest.approx(wilson(hits / n, n))
+
+
+@pytest.mark.parametrize("skill", ["equal", "any", "high"])
+@pytest.mark.parametrize(("classes", "images"), [(5, 2), (100, 1), (100, 2), (100, 3), (20, 8), (50, None)])
+def test_a_mean_over_classes_is_covered_as_often_as_is_said(classes: int, images: int | None, skill: str) -> None:
+    """Simulated data sets, drawn from classes whose recall is known; None has 1 to 7 images in a class."""
+    generator = np.random.default_rng(classes)
+    covered = []
+    for _ in range(1000):
+        drawn = {
+            "equal": np.full(classes, 0.8),
+            "any": generator.random(classes),
+            "high": generator.beta(18, 2, classes),
+        }
+        recall = drawn[skill]
+        count = np.full(classes, images) if images else generator.integers(1, 8, classes)
+        low, high = mean_recall_interval(generator.binomial(count, recall), count)
+        covered.append(low <= recall.mean() <= high)
+    assert np.mean(covered) > 0.93  # 95 % less three standard errors of a thousand
+    if images != 1:
+        assert np.mean(covered) < 0.985  # and not by an interval that holds everything
 
 
 def test_images_are_drawn_for_segmentation() -> None:

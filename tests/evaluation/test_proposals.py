@@ -114,6 +114,21 @@ def test_an_image_whose_masks_are_empty_is_background(folder: Path) -> None:
     assert np.array(row["confusion"])[:, 3].sum() == 2 * 6 * 8
 
 
+def test_a_mask_that_is_empty_takes_its_own_scores_along(folder: Path) -> None:
+    """The first mask has nothing above one half: the others keep the scores that they came with."""
+    for name in ("a", "b"):
+        with np.load(folder / "found" / f"{name}.npz") as found:
+            masks, scores = found["masks"], found["scores"]
+        masks[0] = 0
+        np.savez(folder / "found" / f"{name}.npz", masks=masks, scores=scores)
+    (folder / "rest").mkdir()
+    for name in ("a", "b"):
+        with np.load(folder / "found" / f"{name}.npz") as found:
+            np.savez(folder / "rest" / f"{name}.npz", masks=found["masks"][1:], scores=found["scores"][1:])
+    whole, rest = rows_of(suite_of(folder, "proposals: found", "proposals: rest"))
+    assert whole["confusion"] == rest["confusion"]
+
+
 def test_the_digest_covers_the_proposals(folder: Path) -> None:
     suite = suite_of(folder, "proposals: found", "dense: proposals")
     first, true = (open_set(suite, entry).facts["set_digest"] for entry in suite.entries)

@@ -228,6 +228,9 @@ def test_objectnets_classes_have_the_best_score_of_their_imagenet_classes(tmp_pa
     # the third image is a rack, but a digital clock stands nearer, and with it the alarm clock
     assert row["confusion"] == [[1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0]]
     assert row["metrics"]["acc1"] == pytest.approx(2 / 3) and row["classes"] == 3
+    cosines = np.array([[0.5, 0.5, 0.9, 0.1], [-0.2, 0.3, 0.2, 0.4]], np.float32)
+    # two middling clocks are no better than one, and no mean of a bad and a good one
+    np.testing.assert_array_equal(data.scores(cosines), cosines[[[0], [1]], [[0, 2, 3], [1, 2, 3]]])
     plain = dataclasses.replace(data, members=())
     assert plain.facts["set_digest"] != data.facts["set_digest"]
 
