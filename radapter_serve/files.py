@@ -44,13 +44,12 @@ def digest_of(*parts: Path | bytes) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def read_yaml(path: Path, what: str, hint: str = "") -> Any:
+def read_yaml(path: Path, what: str) -> Any:
     """What a YAML file holds.
 
     Args:
         path: of the file.
         what: to call it in a message.
-        hint: to add where there is no such file.
 
     Raises:
         RAdapterError: it can't be read, or is no YAML.
@@ -60,9 +59,20 @@ def read_yaml(path: Path, what: str, hint: str = "") -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RAdapterError(f"could not read {what} {path}: {error.strerror}{hint}") from None
+        raise RAdapterError(f"could not read {what} {path}: {error.strerror}") from None
     except Exception as error:  # PyYAML raises many kinds on values that it can't construct, and on deep nesting
         raise RAdapterError(f"could not read {what} {path}: {' '.join(str(error).split())[:300]}") from None
+
+
+def shipped(folder: str) -> dict[str, Path]:
+    """The YAML files of a folder that comes with the package, by their names without the ending.
+
+    Args:
+        folder: such as `recipes`, as a checkout has it.
+    """
+    package = Path(__file__).parent
+    home = package if (package / folder).is_dir() else package.parent  # in a wheel, and in a checkout
+    return {path.stem: path for path in sorted((home / folder).glob("*.yaml"))}
 
 
 def swap_in(staged: Path, folder: Path, old: Path) -> None:

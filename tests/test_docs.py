@@ -118,6 +118,9 @@ def test_recipes_and_suites_exist() -> None:
     named = {f"recipes/{name}.yaml" for name in re.findall(r"(?:--recipe |load_recipe\(\")([a-z-]+)(?![\w./-])", text)}
     assert "recipes/retrieval.yaml" in named
     named |= set(re.findall(r"\brecipes/[\w./-]+\.yaml", text))
+    suites = set(re.findall(r"--suite ([a-z0-9-]+)(?![\w./-])", text))
+    assert "pacs" in suites
+    named |= {f"recipes/suites/{name}.yaml" for name in suites}
     assert not [path for path in named if not (ROOT / path).is_file()]
 
 

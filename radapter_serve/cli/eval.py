@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -16,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from radapter_serve.cli import run
-from radapter_serve.cli.export import newest_run
+from radapter_serve.cli.export import ADAPTER, newest_run
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.results import Results
 from radapter_serve.release.alpha_schedule import EVEN, AlphaSchedule
 from radapter_serve.threads import limit_threads
 
@@ -80,7 +82,7 @@ class Model:
             also.append("alpha auto" if "auto" in alpha else "alpha")
         if len(given) > 1 or (given and also):
             flags = ", ".join(f"--{flag}" for flag in given + also)
-            raise RAdapterError(f"{flags} don't go together: evaluate one thing a call, add to its rows by --resume")
+            raise RAdapterError(f"{flags} don't go together: evaluate one thing a call; one --out takes all their rows")
 
     def _factors(self) -> dict[str, str]:
         return {"alpha-depth": self.alpha_depth, "alpha-image": self.alpha_image, "alpha-text": self.alpha_text}
@@ -93,6 +95,17 @@ class Model:
                 raise RAdapterError(f"--{name} auto is chosen together with alpha: --alpha auto")
             tried.append([_number(one, name) for one in (FACTORS if value == "auto" else (value,))])
         return [AlphaSchedule(*numbers) for numbers in itertools.product(*tried)]
+
+    def name(self, path: Path) -> str:
+        """What to call its results: the folder of the run, checkpoint or release, or the address of the server.
+
+        Args:
+            path: of the run, where it is one.
+        """
+        if self.url:
+            return self.url.partition("://")[2] or self.url
+        whole = Path(self.merged or self.release or path).absolute()
+        return (whole.parent if whole.name == ADAPTER else whole).name
 
     def load(self, path: Path, alphas: Sequence[float], *, auto: bool) -> Embedder:
         """Load it, at these alphas; of a run from its path, at every schedule that auto tries."""
@@ -123,8 +136,8 @@ def evaluate(
     model: tyro.conf.OmitArgPrefixes[Model] = Model(),  # frozen
     alpha: Annotated[tuple[str, ...], tyro.conf.arg(metavar="A [A ...]|auto")] = (),
     data_root: str = ".",
-    out: str = "results",
-    resume: bool = False,
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None,
+    resume: bool = True,
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -136,43 +149,51 @@ def evaluate(
     intervals and the figures of each class.
 
     Args:
-        suite: YAML file of data sets; ready ones are in recipes/suites.
+        suite: data sets to evaluate on: a YAML file, or the name of a suite that comes with the package, such as pacs,
+            imagenet or retrieval.
         model: what is evaluated.
         alpha: re-scalings from 0 (the base) to 1 (all that was learned); 0, the run's own and 1 if none is given. auto
             chooses the best on validation data: the suite's sets with `split: validation`, else the run's own. Of a
             release or a server: one whose requests may bring it (radapter-export --alpha dynamic).
         data_root: folder that the suite's paths start from.
-        out: folder for rows and pictures.
-        resume: keep the rows in OUT, and evaluate only what is missing.
+        out: folder for rows and pictures; results/MODEL/SUITE if none is given, such as results/photos/pacs, and
+            results/photos/validation where there is no suite.
+        resume: keep the rows in OUT, and evaluate only what is missing or has changed; --no-resume evaluates all again,
+            and replaces them.
         limit: images of a data set at most, drawn by the seed.
         seed: of that draw.
         batch_size: images a pass.
         threads: threads to compute with; one a core if none is given. Fewer is faster beside other work.
     """
+    from radapter_serve.evaluation.suite import load_suite, ready_suites  # pydantic, which a client has not
+
     limit_threads(threads)
     auto = "auto" in alpha
     model.check(alpha)
     alphas = _alphas(alpha)
     if suite is None and not auto:
-        raise RAdapterError("no suite; give one with --suite, such as --suite recipes/suites/pacs.yaml")
+        raise RAdapterError(f"no suite; give one with --suite: a file, or one of {', '.join(ready_suites())}")
     for name, count in (("limit", limit), ("batch-size", batch_size)):
         if count is not None and count < 1:
             raise RAdapterError(f"--{name} is {count}; allowed: 1 or more")
-    path = Path(model.adapter) if model.adapter else newest_run() if model.is_a_run else Path()
+    path = Path()
+    if model.is_a_run:
+        path = Path(model.adapter) if model.adapter else newest_run()
+    # What can be refused is refused before torch, which takes seconds to load.
+    tests = load_suite(suite, data_root) if suite else None
+    folder = out or default_out(model.name(path), tests)
+    results = Results(folder, resume=resume)
+    known = len(results.rows)
     console, screen = Console(stderr=True), Console()
     choice, skipped, rows = None, list[str](), list[Any]()
     with console.status("starting") as status:
         say = _escaped(status.update) if console.is_terminal else _Lines(console)
         # torch takes seconds to load: not for --help
         from radapter_serve.evaluation.overlap import Overlap
-        from radapter_serve.evaluation.results import Results
         from radapter_serve.evaluation.run import choose_alpha, draw, draw_choice, evaluate_suite
         from radapter_serve.evaluation.sets import open_set
-        from radapter_serve.evaluation.suite import load_suite
 
         overlap = Overlap()
-        tests = load_suite(suite, data_root) if suite else None
-        results = Results(out, resume=resume)
         say("loading the model")
         embedder = model.load(path, GRID if auto else alphas, auto=auto)
         options: dict[str, Any] = {"limit": limit, "seed": seed, "batch_size": batch_size, "say": say}
@@ -199,14 +220,22 @@ def evaluate(
         finally:
             embedder.close()
         # After auto there are only two α on test data: they must not replace a whole curve.
-        pictures = draw(rows, Path(out), tests.name, curve_too=not auto) if tests and rows else []
+        pictures = draw(rows, folder, tests.name, curve_too=not auto) if tests and rows else []
         if choice:
-            pictures.append(draw_choice(choice, Path(out)))
+            pictures.append(draw_choice(choice, folder))
     if tests:
         _show(tests, rows, [*skipped, *overlap.warnings], screen, console)
+    if len(results.rows) == known:
+        _print(screen, f"all of this was measured before; --no-resume measures it again and replaces {results.path}")
     _print(screen, *(f"wrote {file}" for file in (results.path, *pictures)))
     if auto:
         _print(screen, f"Next:   radapter-export --adapter {shlex.quote(str(path))} --alpha auto")
+
+
+def default_out(model: str, tests: Suite | None) -> Path:
+    """The folder of the results of a model on a suite, or on its own validation data."""
+    parts = (model, tests.name if tests else "validation")
+    return Path("results", *(re.sub(r"[^\w.@-]+", "_", part) for part in parts))
 
 
 def _show(tests: Suite, rows: Sequence[Row], notes: Sequence[str], screen: Console, console: Console) -> None:

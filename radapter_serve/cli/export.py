@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from radapter_serve.evaluation.alpha_choice import Choice
 
 RUNS = Path("runs")
+ADAPTER = "adapter.safetensors"
 
 
 def export(
@@ -172,7 +173,7 @@ def newest_run() -> Path:
     Raises:
         RAdapterError: there is none.
     """
-    found = sorted(RUNS.glob("*/adapter.safetensors"), key=lambda path: path.stat().st_mtime)
+    found = sorted(RUNS.glob(f"*/{ADAPTER}"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise RAdapterError(
             f"no run with an adapter in {RUNS.absolute()}; train one with radapter-train, or give --adapter FILE"

@@ -23,18 +23,19 @@ class Results:
 
     Args:
         folder: made with the first row.
-        resume: keep the rows that are there.
+        resume: keep the rows that are there; else the first row replaces them.
 
     Raises:
-        RAdapterError: there are rows and `resume` is not set, or the file is not one of rows.
+        RAdapterError: the folder is a file, or the rows that are there can't be read.
     """
 
-    def __init__(self, folder: str | Path, *, resume: bool = False) -> None:
+    def __init__(self, folder: str | Path, *, resume: bool = True) -> None:
         self.path = Path(folder) / FILE
         self.rows: list[Row] = []
-        if self.path.exists():
-            if not resume:
-                raise RAdapterError(f"{self.path} holds results; add to them by --resume, or name another --out")
+        for place in (Path(folder), *Path(folder).parents):
+            if place.exists() and not place.is_dir():
+                raise RAdapterError(f"{place} is no folder; name another place for the results with --out")
+        if resume and self.path.exists():
             self.rows = _read(self.path)
 
     def find(self, facts: Mapping[str, Any]) -> Row | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from radapter_serve import __version__
 from radapter_serve.adapter import Metadata, load_adapter
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import Choice, choose, save_choice
@@ -73,7 +74,7 @@ def evaluate_suite(
     for entry in suite.of_split(split):
         say(f"{entry.name}: reading {entry.data}")
         data = open_set(suite, entry, limit=limit, seed=seed)
-        common = {"suite": suite.name, "seed": seed}
+        common = {"suite": suite.name, "seed": seed, "version": __version__}
         try:
             facts = [{**facts_of(embedder, data, variant), **common} for variant in chosen]
         except NoSuchWay as error:

@@ -6,20 +6,20 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 from pydantic import BeforeValidator, Field, ValidationError
 
-from radapter_serve.adapter import Metadata
-from radapter_serve.clip.dense import WAYS
 from radapter_serve.errors import RAdapterError, short
 from radapter_serve.evaluation.embedder import PROPOSALS
-from radapter_serve.files import read_yaml
+from radapter_serve.files import read_yaml, shipped
 from radapter_serve.inputs.errors import TaskError
 from radapter_serve.tasks.segment_options import SegmentOptions
 
-DENSE = (*WAYS, PROPOSALS)
+if TYPE_CHECKING:
+    from radapter_serve.adapter import Metadata
+
 METRICS = {
     "classification": ("acc1", "acc5", "mean_per_class_recall"),
     "retrieval": tuple(f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)),
@@ -114,10 +114,15 @@ class Entry:
         allowed = METRICS[self.task]
         if not self.metric:
             object.__setattr__(self, "metric", allowed[0])
-        for field, values in (("metric", allowed), ("dense", (None, *DENSE))):
-            if (value := getattr(self, field)) not in values:
-                names = ", ".join(filter(None, values))
-                raise RAdapterError(f"data set {self.name!r}: {field} is {value!r}; allowed: {names}")
+        if self.metric not in allowed:
+            names = ", ".join(allowed)
+            raise RAdapterError(f"data set {self.name!r}: metric is {self.metric!r}; allowed: {names}")
+        if self.dense not in (None, PROPOSALS):
+            from radapter_serve.clip.dense import WAYS  # torch takes seconds to load
+
+            if self.dense not in WAYS:
+                names = ", ".join((*WAYS, PROPOSALS))
+                raise RAdapterError(f"data set {self.name!r}: dense is {self.dense!r}; allowed: {names}")
         if self.background is not None and self.threshold is None and self.dense != PROPOSALS:
             raise RAdapterError(
                 f"data set {self.name!r}: background is {self.background!r}, which needs a threshold, such as 0.1"
@@ -191,18 +196,27 @@ class Suite:
         return [(e.name, novel[e.data]) for e in found if e.class_split == "base" and e.data in novel]
 
 
-def load_suite(path: str | Path, data_root: str | Path = ".") -> Suite:
-    """Read a suite file.
+def ready_suites() -> dict[str, Path]:
+    """The suites that come with the package, by name."""
+    return shipped("recipes/suites")
+
+
+def load_suite(source: str | Path, data_root: str | Path = ".") -> Suite:
+    """Read a suite; without torch, unless it asks for dense embeddings.
 
     Args:
-        path: YAML: `sets`, a list of `Entry`'s fields; any of these fields beside it is the default of all sets.
+        source: a YAML file: `sets`, a list of `Entry`'s fields; any of these fields beside it is the default of all
+            sets. Or the name of a suite that comes with the package.
         data_root: folder that the sets' paths start from.
 
     Raises:
         RAdapterError: no such file, not YAML, unknown fields, or values that are not allowed.
     """
-    path = Path(path)
-    document = read_yaml(path, "the suite", "; ready ones are in recipes/suites")
+    ready = ready_suites()
+    path = ready.get(str(source), Path(source))
+    if not path.exists():
+        raise RAdapterError(f"there is no suite {source}; allowed: a file, or one of {', '.join(ready)}")
+    document = read_yaml(path, "the suite")
     sets = document.pop("sets", None) if isinstance(document, dict) else None
     if not isinstance(sets, list) or not sets or not all(isinstance(item, dict) for item in sets):
         raise RAdapterError(f"the suite {path} must have `sets`, a list with name and data for each data set")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from radapter_serve.errors import RAdapterError, short
-from radapter_serve.files import read_yaml
+from radapter_serve.files import read_yaml, shipped
 
 RECIPE, CHECKPOINT = "recipe.yaml", "checkpoint.pt"  # files of a run's folder
 LONGEST_WARMUP, LONGEST_MOMENTUM = 500, 0.999  # the paper's, where they follow the length of the run
@@ -256,9 +256,7 @@ class Recipe:
 
 def ready_recipes() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
-    packed = Path(__file__).parents[1] / "recipes"  # in a wheel; in a checkout they lie where a reader looks for them
-    folder = packed if packed.is_dir() else Path(__file__).parents[2] / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return shipped("recipes")
 
 
 def load_recipe(source: str | Path) -> Recipe:

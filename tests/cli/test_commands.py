@@ -73,7 +73,11 @@ def test_guard_turns_errors_into_a_line_and_a_status(capsys: pytest.CaptureFixtu
 
 
 def test_commands_start_without_torch() -> None:
-    names = [f"radapter_serve.cli.{name}" for name in ("serve", "build_engine", "export", "gateway", "index")]
+    names = [
+        f"radapter_serve.cli.{name}"
+        for name in ("serve", "build_engine", "eval", "export", "gateway", "index", "train")
+    ]
+    names += ["radapter_serve.evaluation.suite", "radapter_serve.training.recipe"]  # and what is checked first
     code = f"import importlib, sys\nfor name in {['radapter_client.query', *names]}:\n  importlib.import_module(name)\n"
     code += "  assert not (heavy := {'torch', 'open_clip', 'onnx'} & {*sys.modules}), f'{name} imports {heavy}'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

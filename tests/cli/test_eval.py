@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import Adapter, save_adapter
-from radapter_serve.cli.eval import main
+from radapter_serve.cli.eval import Model, default_out, main
 from radapter_serve.cli.export import main as export
+from radapter_serve.evaluation.suite import Suite
 from tests.helpers.own_cache import own_cache as own_cache
 
 CLASSES = ["cat", "dog", "house"]
@@ -69,7 +71,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-COMMON = ["--suite", "suite.yaml", "--data-root", "data"]
+COMMON = ["--suite", "suite.yaml", "--data-root", "data", "--out", "results"]
 
 
 def test_a_sweep_writes_rows_a_table_and_pictures(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -108,9 +110,9 @@ def test_resume_evaluates_only_what_is_missing(
 ) -> None:
     assert main([*COMMON, "--alpha", "0", "0.5"]) == 0
     before = rows(here / "results")
-    assert main([*COMMON, "--alpha", "0", "0.5"]) == 2
-    assert "holds results; add to them by --resume, or name another --out" in capfd.readouterr().err
-    assert main([*COMMON, "--alpha", "0.5", "1", "--resume"]) == 0
+    assert "measured before" not in capfd.readouterr().out
+    assert main([*COMMON, "--alpha", "0.5", "1"]) == 0
+    assert "measured before" not in capfd.readouterr().out
     after = rows(here / "results")
     assert after[: len(before)] == before
     assert [(row["dataset"], row["alpha"]) for row in after[len(before) :]] == [("plain", 1), ("shifted", 1)]
@@ -118,15 +120,96 @@ def test_resume_evaluates_only_what_is_missing(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("evaluated again")
 
-    monkeypatch.setattr("radapter_serve.evaluation.run.evaluate", never)
-    assert main([*COMMON, "--alpha", "0.5", "1", "0", "--resume"]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("radapter_serve.evaluation.run.evaluate", never)
+        assert main([*COMMON, "--alpha", "0.5", "1", "0"]) == 0
     assert rows(here / "results") == after
+    assert "all of this was measured before; --no-resume measures it again" in capfd.readouterr().out
+    assert main([*COMMON, "--alpha", "0.5", "--no-resume"]) == 0
+    assert [(row["dataset"], row["alpha"]) for row in rows(here / "results")] == [("plain", 0.5), ("shifted", 0.5)]
+
+
+def test_the_pages_order_and_the_other_way_round(
+    here: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A choice and a sweep, with and without a suite, each in its folder or in one that is named: none is refused."""
+    monkeypatch.setattr("radapter_serve.cli.eval.GRID", (0.0, 1.0))
+    suite = COMMON[:4]
+    assert main(["--adapter", "runs/tiny", "--alpha", "auto"]) == 0
+    assert main(["--adapter", "runs/tiny/adapter.safetensors", "--alpha", "0.5", *suite]) == 0
+    assert {file.parent.as_posix() for file in Path("results").rglob("results.jsonl")} == {
+        "results/tiny/validation",
+        "results/tiny/suite",
+    }
+    assert main(["--alpha", "auto", *suite]) == 0
+    splits = [row["split"] for row in rows(here / "results/tiny/suite")]
+    assert splits == ["test"] * 2 + ["validation"] * 2 + ["test"] * 2  # of the sweep, and of the choice, which is 0
+    for first, second in (("auto", "0.5"), ("0.5", "auto")):
+        for alpha in (first, second):
+            assert main([*suite, "--alpha", alpha, "--out", f"{first} first"]) == 0
+    one, other = rows(here / "auto first"), rows(here / "0.5 first")
+    assert {(row["split"], row["dataset"], row["alpha"]) for row in one} == {
+        (row["split"], row["dataset"], row["alpha"]) for row in other
+    }
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("model", "tests", "expected"),
+    [
+        (Model(), None, "results/photos/validation"),
+        (Model(merged="merged/"), Suite("pacs", ()), "results/merged/pacs"),
+        (Model(release="/models/repository@3"), Suite("My own/suite", ()), "results/repository@3/My_own_suite"),
+        (Model(url="grpc://host:8001"), Suite("pacs", ()), "results/host_8001/pacs"),
+    ],
+)
+def test_results_have_a_folder_for_each_model_and_suite(model: Model, tests: Suite | None, expected: str) -> None:
+    assert default_out(model.name(Path("runs/photos")), tests) == Path(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "none"], "there is no suite none; allowed: a file, or one of base-to-novel, coco200, "),
+        (
+            [*COMMON[:4], "--out", "suite.yaml"],
+            "suite.yaml is no folder; name another place for the results with --out",
+        ),
+        ([*COMMON[:4], "--out", "suite.yaml/a/b"], "suite.yaml is no folder"),
+        ([*COMMON[:4], "--out", "broken"], "broken/results.jsonl, line 1 is no row of results"),
+        (["--alpha", "auto", "--out", "broken"], "broken/results.jsonl, line 1 is no row of results"),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_torch(
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    (here / "broken").mkdir()
+    (here / "broken" / "results.jsonl").write_text("{\n", encoding="utf-8")
+    for module in ("torch", "radapter_serve.evaluation.run"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert main(arguments) == 2
+    err = capfd.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_a_suite_by_its_name(here: Path, undrawn: None, made: Path) -> None:
+    """Outside a checkout, too: the folder has no recipes."""
+    for name in ("photo", "art_painting", "cartoon", "sketch"):
+        (here / "own" / "pacs").mkdir(parents=True, exist_ok=True)
+        (here / "own" / "pacs" / name).symlink_to(made / "data" / "plain")
+    assert main(["--suite", "pacs", "--data-root", "own", "--alpha", "0.5"]) == 0
+    found = rows(here / "results" / "tiny" / "pacs")
+    assert {row["shift"] for row in found} == {"id", "ood"} and {row["suite"] for row in found} == {"pacs"}
 
 
 def test_resume_evaluates_again_what_has_changed(here: Path, undrawn: None, made: Path) -> None:
     (here / "data").unlink()
     shutil.copytree(made / "data", here / "data")
-    command = [*COMMON, "--alpha", "0.5", "--resume"]
+    command = [*COMMON, "--alpha", "0.5"]
     assert main(command) == main(command) == 0
     assert len(rows(here / "results")) == 2
     for file in (here / "data" / "plain").rglob("*.png"):
@@ -160,7 +243,7 @@ def test_labels_that_are_alike_are_named(here: Path, undrawn: None, capfd: pytes
     suite = 'sets: [{name: plain, data: "imagefolder:plain", classes: names.yaml}]'
     (here / "suite.yaml").write_text(suite, encoding="utf-8")
     for _ in range(2):  # and where the row is there already
-        assert main([*COMMON, "--alpha", "0", "1", "--resume"]) == 0
+        assert main([*COMMON, "--alpha", "0", "1"]) == 0
         err = capfd.readouterr().err
         assert "plain: warning: adapter at alpha 0, adapter at alpha 1 can't tell apart 'a cat' and 'A  CAT' (" in err
         assert err.count("\n") == 1
@@ -217,7 +300,7 @@ def test_interrupted_rows_are_kept(here: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_limit_draws_by_the_seed(here: Path, undrawn: None) -> None:
     for seed in ("0", "0", "1"):
-        assert main([*COMMON, "--alpha", "0.5", "--limit", "5", "--seed", seed, "--resume"]) == 0
+        assert main([*COMMON, "--alpha", "0.5", "--limit", "5", "--seed", seed]) == 0
     found = rows(here / "results")
     assert [(row["dataset"], row["n"], row["seed"]) for row in found] == [
         ("plain", 5, 0), ("shifted", 5, 0), ("plain", 5, 1), ("shifted", 5, 1)
@@ -230,7 +313,7 @@ def test_auto_chooses_on_validation_data_and_export_takes_it(
 ) -> None:
     (here / "results").mkdir(exist_ok=True)
     (here / "results" / "alpha.png").write_bytes(b"the curve of an earlier call")
-    assert main([*(COMMON if with_suite else []), "--alpha", "auto"]) == 0
+    assert main([*(COMMON if with_suite else COMMON[-2:]), "--alpha", "auto"]) == 0
     out, _ = capfd.readouterr()
     assert (here / "results" / "alpha.png").read_bytes() == b"the curve of an earlier call"
     assert (here / "results" / "validation.png").read_bytes().startswith(b"\x89PNG")
@@ -312,7 +395,7 @@ def test_export_auto_without_a_choice_or_with_another_adapters(here: Path, capfd
 
 def test_merged_and_release_by_flag(here: Path, undrawn: None, quick: None) -> None:
     export_release("runs/tiny", [0.5], ExportSettings(model_repository=Path("repository"), merged=Path("merged")))
-    common = [*COMMON, "--resume"]
+    common = [*COMMON]
     for flags in (
         ["--alpha", "0.5"],
         ["--merged", "merged"],
@@ -330,8 +413,8 @@ def test_merged_and_release_by_flag(here: Path, undrawn: None, quick: None) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no suite; give one with --suite"),
-        (["--suite", "none.yaml"], "could not read the suite none.yaml"),
+        ([], "no suite; give one with --suite: a file, or one of base-to-novel, coco200, "),
+        (["--suite", "none.yaml"], "there is no suite none.yaml; allowed: a file, or one of base-to-novel, "),
         ([*COMMON, "--alpha", "half"], "alpha is 'half'; allowed: numbers from 0 "),
         ([*COMMON, "--alpha", "2"], "alpha is '2'; allowed"),
         ([*COMMON, "--alpha", "nan"], "alpha is 'nan'; allowed"),
@@ -384,7 +467,7 @@ def test_a_release_that_takes_any_alpha_is_swept(
     dynamic, fixed = str(dynamic_tiny_clip), str(exported_tiny_clip / "model_repository")
     assert main([*COMMON, "--release", dynamic, "--alpha", "0.3", "0.8"]) == 0
     assert main([*COMMON, "--release", f"{fixed}@1", "--out", "fixed"]) == 0
-    assert main([*COMMON, "--release", f"{fixed}@2", "--alpha", "0.8", "--out", "fixed", "--resume"]) == 0
+    assert main([*COMMON, "--release", f"{fixed}@2", "--alpha", "0.8", "--out", "fixed"]) == 0
     found, expected = rows(here / "results"), rows(here / "fixed")
     assert [row["alpha"] for row in found] == [0.3, 0.8, 0.3, 0.8]
     for row in expected:
