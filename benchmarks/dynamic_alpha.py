@@ -99,7 +99,7 @@ def main(
         "dynamic",
         f"α as an input of the encoders of {architecture}",
         "ONNX Runtime, fp32, from uint8 pixels or 77 token ids to unit-length embeddings; α is 0.5 in all rows. The "
-        "fold has α in its weights; the others compute y + α·F·y behind each adapted layer, F in full or as up·down.",
+        "fold has α in its weights; the others compute y + α·F·y after each adapted layer, F in full or as up·down.",
     )
     with tempfile.TemporaryDirectory() as folder:
         name, adapter, _ = random_clip(architecture, Path(folder))

@@ -17,7 +17,7 @@ PERCENTILES = (50, 90, 95, 99)
 
 # Sends one request; the number, which is another one each time, lets it be different from those before.
 Send = Callable[[int], Awaitable[object]]
-TOO_MANY = "not sent: too many under way"
+TOO_MANY = "not sent: too many requests in flight"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Parallel(nn.Module):
         block: whose branch it is.
         hidden: width of the bottleneck.
         scale: s.
-        dropout: probability of dropping a number behind the ReLU.
+        dropout: probability of dropping a number after the ReLU.
     """
 
     def __init__(self, block: Any, hidden: int, scale: float, dropout: float) -> None:
@@ -81,7 +81,7 @@ class AdaptFormer(Method):
         towers: that have adapters.
         hidden: width of the bottleneck.
         scale: s.
-        dropout: behind the ReLU (DO).
+        dropout: after the ReLU (DO).
         drop_path: in the pretrained layers (DP).
     """
 

@@ -21,7 +21,7 @@ from rivals.tuned import Tuned
 
 
 class Context(nn.Module):
-    """Vectors that stand behind the start token of every text, where the text itself has other tokens.
+    """Vectors that take the place of a text's tokens after the start token.
 
     Args:
         base: whose token embedding it hooks into.
@@ -64,7 +64,7 @@ class Prompted(Tuned):
 
     Args:
         run: see `Tuned`.
-        words: that the context starts as, and with `{}` for the class also what stands behind it, in place of a full
+        words: that the context starts as, and with `{}` for the class also what follows it, in place of a full
             stop. Without any before the class the context is drawn at random.
         length: vectors of the context.
     """

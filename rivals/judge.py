@@ -1,4 +1,4 @@
-"""Any system behind the evaluation of the house: the sets of a suite, its metrics, its rows."""
+"""The evaluation of any system: the sets of a suite, its metrics, its rows."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from rivals.system import System
 
 
 class Coupled(Prompted):
-    """Block j < J has text prompts P_j behind the start token, and image prompts `W_j·P_j + b_j` behind the patches.
+    """Block j < J has text prompts P_j after the start token, and image prompts `W_j·P_j + b_j` after the patches.
 
     Each block's prompts stand where the last block's have gone through it; from block J on nothing is put in.
 

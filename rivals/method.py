@@ -47,7 +47,7 @@ class Method:
         return AdamW(system.learning(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
 
     def learn(self, run: Run) -> Learned:
-        """The system behind its last step; `run` has this method's settings."""
+        """The system after its last step; `run` has this method's settings."""
         system = self.start(run)
         return fit(system, self.optimizer(system, run), run)
 

@@ -52,14 +52,14 @@ class LinearBottleneck(nn.Module):
 
 
 class Reparametrized(Tuned):
-    """A CLIP with a `LinearBottleneck` behind each of the two norms of every block.
+    """A CLIP with a `LinearBottleneck` after each of the two norms of every block.
 
     Args:
         run: see `Tuned`.
         loss: see `Tuned`.
         towers: of `image` and `text`.
         rate: of drop-path in the pretrained layers.
-        shape: the arguments of `LinearBottleneck` behind the width.
+        shape: the arguments of `LinearBottleneck` after the width.
     """
 
     def __init__(self, run: Run, loss: Loss, towers: Sequence[str], rate: float, **shape: Any) -> None:

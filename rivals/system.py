@@ -95,7 +95,7 @@ class Cost:
 
 @dataclass
 class Learned:
-    """A system behind its last step.
+    """A system after its last step.
 
     Attributes:
         system: in eval mode.

@@ -145,7 +145,7 @@ TABLES = {
     ),
     "5": Table("Table 5: ablations", ablations()),
     "hyper": Table("Hyper-parameters: rank, margin δ, dropping p, momentum m, towers", hyper_parameters()),
-    "why": Table("One setting changed: no full stop behind the class, and a weight for longer features", causes()),
+    "why": Table("One setting changed: no full stop after the class, and a weight for longer features", causes()),
     "fig3": Table(
         "Fig. 3: from zero-shot, α = 0, to fine-tuned, α = 1",
         {"R-Adapter": METHODS["r-adapter"], "WiSE-FT": METHODS["wise-ft"]},

@@ -1,4 +1,4 @@
-"""HTTP by urllib3: the KServe protocol with tensors in binary behind the JSON.
+"""HTTP by urllib3: the KServe protocol with binary tensors after the JSON.
 
 Asynchronous calls wait for urllib3 in threads: httpx's client takes two to eight times the CPU time for a request.
 tritonclient has code for the bodies, too, but importing it takes gevent, geventhttpclient and rapidjson.

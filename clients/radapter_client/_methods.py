@@ -127,7 +127,7 @@ class BaseClient(Generic[W]):
         """
         items = _items(images)
         if threshold is not None and not multi_label:
-            raise bad_argument("threshold without multi_label=True: only labels that stand alone are left out")
+            raise bad_argument("threshold without multi_label=True: softmax scores have no threshold")
         options = label_inputs(labels, label_set, templates) | share_inputs(alpha=alpha, threshold=threshold)
         if top_k is not None or not multi_label:
             options["top_k"] = np.array([5 if top_k is None else count("top_k", top_k)], np.int32)

@@ -48,7 +48,7 @@ class Segmentation:
     Args:
         mask: uint16 [H, W], index into `labels`; H and W are the image's own, turned by its EXIF orientation unless the
             release says otherwise.
-        labels: the request's labels, and "background" behind them where a threshold or proposals were given.
+        labels: the request's labels, followed by "background" where a threshold or proposals were given.
         scores: of each label, in [0, 1]: the mean probability over its pixels, 0 where it has none.
         release: the version of the release that answered.
         background: index of the background, or None without a threshold and proposals.

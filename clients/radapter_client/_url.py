@@ -20,7 +20,7 @@ class ServerURL:
         scheme: grpc, grpcs, http or https.
         host: as in the URL, IPv6 in brackets.
         port: the usual one where the URL names none.
-        path: empty, or with a slash before and none behind.
+        path: empty, or with a slash at its start and none at its end.
     """
 
     scheme: str

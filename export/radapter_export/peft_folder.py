@@ -1,7 +1,7 @@
 """A low-rank adapter as a folder of the library `peft`: a LoRA for the model in `transformers` form.
 
-F = up·down behind `W, b` changes them by `α·up·down·W` and `α·up·down·b`. So B = up, A = down·W, and the bias of B is
-`up·(down·b)`; what `peft` calls `lora_alpha / r` is α.
+F = up·down after the layer `W, b` changes them by `α·up·down·W` and `α·up·down·b`. So B = up, A = down·W, and the bias
+of B is `up·(down·b)`; what `peft` calls `lora_alpha / r` is α.
 """
 
 from __future__ import annotations

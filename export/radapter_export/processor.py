@@ -58,7 +58,7 @@ def check_processor(folder: Path, base: Base) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     found = tokenizer(_TEXTS, padding="max_length", truncation=True, return_tensors="np")["input_ids"]
     for text, ours, theirs in zip(_TEXTS, base.tokenizer(_TEXTS).numpy(), found, strict=True):
-        # CLIP reads nothing behind the first end, and each tokenizer fills up with another token there.
+        # CLIP reads nothing after the first end token, and each tokenizer pads with another token.
         length = len(ours) if isinstance(base.tokenizer, HFTokenizer) else int(ours.argmax()) + 1
         if ours[:length].tolist() != theirs[:length].tolist():
             raise RAdapterError(f"the tokenizer of transformers reads {text[:40]!r} in another way than open_clip's")

@@ -254,7 +254,7 @@ def _alphas(values: Sequence[str]) -> tuple[float, ...]:
     """The values of `--alpha` as numbers; none for auto."""
     if "auto" in values:
         if len(values) > 1:
-            raise RAdapterError("--alpha auto stands alone: it tries 0 to 1 in steps of 0.1")
+            raise RAdapterError("--alpha auto takes no other alpha: it tries 0 to 1 in steps of 0.1")
         return ()
     numbers = tuple(_number(value) for value in values)
     if len(set(numbers)) < len(numbers):

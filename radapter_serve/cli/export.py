@@ -65,7 +65,7 @@ def export(
         settings = dataclasses.replace(settings, runtime="tensorrt")
     dynamic = "dynamic" in alpha
     if dynamic and len(alpha) > 1:
-        raise RAdapterError("--alpha dynamic stands alone: its one release takes any alpha from 0 to 1")
+        raise RAdapterError("--alpha dynamic takes no other alpha: its one release takes any from 0 to 1")
     alphas = [] if dynamic else [None if value == "auto" else _number(value) for value in alpha]
     paths = [Path(path) for path in adapter] or [newest_run()]
     if None in alphas and len(paths) > 1:
@@ -157,7 +157,7 @@ def _show(releases: Sequence[ExportedRelease], paths: Sequence[Path], settings: 
 
 def _calibrated(fitted: Mapping[str, Any]) -> str:
     """A sentence about the calibrated scores of a release."""
-    labels = f"labels that stand alone have an ECE of {100 * fitted['label_ece']:.2f} %"
+    labels = f"--multi-label scores have a calibration error of {100 * fitted['label_ece']:.2f} %"
     before = f"ECE {100 * fitted['ece_before']:.2f} %"
     if fitted["ece_after"] is None:
         return f"scores are calibrated; {before} as it is, and no temperature, for {NO_TEMPERATURE}; {labels}"

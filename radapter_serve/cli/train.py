@@ -31,7 +31,7 @@ def _train(arguments: list[str]) -> None:
         run, _ = _take("--out", rest)
     if run and source is None:
         if not (Path(run) / RECIPE).is_file():
-            raise RAdapterError(f"no run to go on with in {run}: it has no {RECIPE}")
+            raise RAdapterError(f"no run to resume in {run}: it has no {RECIPE}")
         source = str(Path(run) / RECIPE)
     recipe = load_recipe(source) if source else Recipe()
     if run:

@@ -26,7 +26,7 @@ def encode_image(model: Any, pixels: Tensor) -> Tensor:
 def encode_text(model: Any, tokens: Tensor) -> Tensor:
     """Embed texts; equal texts are encoded once, and causal towers see no more tokens than the longest text has.
 
-    Both are exact: a causal tower pools at the end token, which nothing behind it can reach.
+    Both are exact: a causal tower pools at the end token, which nothing after it can reach.
 
     Args:
         model: an open_clip model.

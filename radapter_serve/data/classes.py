@@ -43,7 +43,7 @@ def prompt_names(
             the file is `own name: name for prompts` or a name alone; synonyms of the latter stand after commas.
         spec: what to call the data in a message.
         by_name: labels are names rather than numbers of `own`; then the classes and their order are those of the file.
-        every_class: refuse lines of the file that are no class of the data; else these classes stand behind the others.
+        every_class: refuse lines of the file that are no class of the data; else these classes are listed last.
 
     Returns:
         The data's own name of each class, and its name for prompts with synonyms after commas.

@@ -107,7 +107,7 @@ class Labelled(ImageColumn, LabelledImages):
 
         Args:
             classes: the first of the new classes, in their order; a class that the data has not is one without images.
-            alone: leave out the images of other classes, which else stand behind.
+            alone: leave out the images of other classes, which else are listed last.
 
         Raises:
             RAdapterError: no image is left.
@@ -212,7 +212,7 @@ def load_labelled(
         images: folder that relative paths start from; None takes that of the file.
         streaming: read row by row.
         every_class: refuse classes without an image, which training needs and evaluation does not; of an image folder
-            these stand behind the others.
+            these are listed last.
 
     Raises:
         RAdapterError: it can't be read, a column is missing, a class has no image, or the classes do not match.

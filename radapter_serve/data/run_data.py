@@ -46,7 +46,7 @@ def validation_data(
     Args:
         recipe, broken: as of `run_data`.
         classes: the run's, in their order. Each image is classified among all of them, whether or not the data has an
-            image of each; further classes of labelled images stand behind them, and those of masks must be the same.
+            image of each; further classes of labelled images follow them, and those of masks must be the same.
             None takes the data's own.
 
     Returns:

@@ -143,7 +143,7 @@ def draw_curve(lesson: Lesson, sets: Sets, path: Path, beside: dict[str, Sets] |
 
 
 def with_mean(sets: Sets) -> Sets:
-    """The sets, with the mean of the shifts behind these."""
+    """The sets, followed by the mean of the shifts."""
     shifts = [of for of in sets[1:] if of[0] in STYLES]
     mean = {
         alpha: [sum(column) / len(shifts) for column in zip(*(values[alpha] for *_, values in shifts), strict=True)]

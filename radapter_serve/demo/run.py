@@ -90,7 +90,7 @@ def run_demo(
 
     results["seconds"] = round(time.perf_counter() - started, 1)
     (out / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    chapter("Done. To go on by hand:")
+    chapter("Done. To continue by hand:")
     say(f"  cd {out} && radapter-serve repositories/retrieval")
     return results
 

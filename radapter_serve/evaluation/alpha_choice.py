@@ -15,10 +15,10 @@ from radapter_serve.files import staged
 from radapter_serve.release.alpha_schedule import EVEN, AlphaSchedule
 
 FILE = "alpha.json"
-RULE = "the alpha of the best mean over in-distribution validation sets; of equal ones the smallest"
+RULE = "the alpha with the highest mean score over in-distribution validation sets; ties go to the smallest"
 RULE_SHIFTED = (
-    "the alpha of the best mean of two means, over in-distribution and over shifted validation sets; "
-    "of equal ones the smallest"
+    "the alpha with the highest mean of two scores, those of in-distribution and of shifted validation sets; "
+    "ties go to the smallest"
 )
 
 
@@ -68,7 +68,7 @@ def choose(rows: Sequence[Row]) -> Choice:
         schedules.setdefault(AlphaSchedule(**row.get("alpha_schedule", {})), []).append(row)
     rule = RULE_SHIFTED if groups[1] else RULE
     if len(schedules) > 1:
-        rule += f"; of {len(schedules)} schedules the best, and of equal ones the first"
+        rule += f"; of {len(schedules)} schedules the best; ties go to the first"
     choices = []
     for schedule, some in schedules.items():
         points = []
@@ -116,7 +116,7 @@ def load_choice(adapter: str | Path) -> Choice:
             f"no alpha was chosen for {path.parent}; choose one: radapter-eval --adapter {path.parent} --alpha auto"
         ) from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise RAdapterError(f"could not read {path}: {error}; choose again by radapter-eval --alpha auto") from error
+        raise RAdapterError(f"could not read {path}: {error}; choose again: radapter-eval --alpha auto") from error
 
 
 def chosen(adapter: str | Path) -> Choice:

@@ -161,7 +161,7 @@ def _members(keys: NDArray[Any], values: NDArray[Any]) -> list[NDArray[Any]]:
 
 
 def _best_ranks(queries: Floats, items: Floats, own: Sequence[NDArray[Any]]) -> Ranks:
-    """Where the best of its own items stands for each query: the others of its own only stand behind it."""
+    """The rank of the best of its own items for each query: its other own items rank lower."""
     parts = []
     for start in range(0, len(queries), _BLOCK):
         scores = queries[start : start + _BLOCK] @ items.T

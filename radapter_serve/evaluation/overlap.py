@@ -26,5 +26,5 @@ class Overlap:
         if found:
             self.warnings.append(
                 f"{data.entry.name}: warning: {len(found)} of its {len(data)} images are validation images of "
-                f"{', '.join(sorted(set(found)))} too; what was chosen by them has figures that are too good"
+                f"{', '.join(sorted(set(found)))} too; the figures of what they chose are too high"
             )

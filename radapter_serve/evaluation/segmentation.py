@@ -73,7 +73,7 @@ class SegmentationSet(EvaluationSet):
         names = first_names(self.classes)
         if self.entry.background not in (None, *names):
             raise RAdapterError(
-                f"data set {self.entry.name!r}: background is {self.entry.background!r}, which is none of the classes: "
+                f"data set {self.entry.name!r}: background is {self.entry.background!r}, not one of the classes: "
                 f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
             )
 

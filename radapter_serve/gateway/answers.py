@@ -1,4 +1,4 @@
-"""From Triton's answer to a body: JSON, with tensors in binary behind it where the caller asked for that."""
+"""From Triton's answer to a body: JSON, followed by binary tensors where the caller asked for them."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Keys:
                 LOG.info("%s has changed: %d keys", self._path, len(self._digests))
             except RAdapterError as error:
                 self._digests = {}
-                LOG.error("nobody is let in: %s", error)
+                LOG.error("no key is accepted: %s", error)
         kind, _, key = (authorization or "").partition(" ")
         given = hashlib.sha256(key.strip().encode("utf-8", "replace")).hexdigest()
         # Every digest is compared, so that the time tells nothing.

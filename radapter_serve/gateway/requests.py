@@ -86,7 +86,7 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
     """Read and check the body of an inference.
 
     Args:
-        body: JSON, behind which tensors may stand in binary.
+        body: JSON, which binary tensors may follow.
         header_length: the header that says how many bytes are JSON; None where all are.
         version: of the model; empty for the newest.
 
@@ -122,7 +122,7 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
         message.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=given.shape)
         message.raw_input_contents.append(values)
     if len(rest):
-        raise bad(f"{len(rest)} bytes stand behind the last input")
+        raise bad(f"{len(rest)} bytes follow the last input")
     if len(rows) > 1:
         raise bad(f"the inputs have {' and '.join(map(str, sorted(rows)))} rows; all need as many")
     needed = {name for name, tensor in model.inputs.items() if not tensor.optional}
@@ -153,7 +153,7 @@ def from_json(kind: type[Kind], text: bytes, instead: str) -> Kind:
     Raises:
         Refused: the first thing that is wrong, by its name.
     """
-    # An array or an object begins with a bracket, and all values of one but the first stand behind a comma.
+    # An array or an object begins with a bracket, and all values of one but the first follow a comma.
     if len(text) > MAX_JSON_VALUES and sum(map(text.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
         raise bad(f"the JSON has more than {MAX_JSON_VALUES} values; {instead}")
     try:
@@ -210,7 +210,7 @@ def _check_texts(name: str, values: bytes, count: int) -> None:
             except UnicodeDecodeError:
                 raise bad(f"value {number} of {count} of the input {name} is not UTF-8") from None
     if offset != end:
-        raise bad(f"the input {name} has {end - offset} bytes behind its {count} values")
+        raise bad(f"the input {name} has {end - offset} bytes after its {count} values")
 
 
 def _from_json(tensor: Tensor, shape: Sequence[int], data: list[Any]) -> bytes:

@@ -16,7 +16,7 @@ from radapter_serve.gateway.errors import from_triton
 
 LOG = logging.getLogger("radapter-gateway")
 SHORT = 10.0  # seconds for what computes nothing
-LOOK_AGAIN = 30.0  # seconds after which the servers behind a name are looked up again: there may be more of them
+LOOK_AGAIN = 30.0  # seconds after which a name's servers are looked up again: there may be more of them
 LONGEST = 3600.0  # seconds that a request may go on with the servers of before
 # Where a name has several addresses, each is a server of its own.
 _CHANNEL = [*CHANNEL, ("grpc.lb_policy_name", "round_robin")]

@@ -166,7 +166,7 @@ def _check_place(out: Path, thumbnails: int) -> None:
         raise RAdapterError(f"{out.name!r} can't be the name of an index; {RULE}")
     _refuse_link(out)
     if out.exists() and not (out / FACTS).is_file():
-        raise RAdapterError(f"{out} stands already and is no index; give another folder with --out")
+        raise RAdapterError(f"{out} already exists and is not an index; give another folder with --out")
 
 
 def _is_there(id: str, root: Path) -> bool:
@@ -298,7 +298,7 @@ def _kept_or_removed(staged: Path) -> Iterator[None]:
         if not _holds_rows(staged):
             shutil.rmtree(staged, ignore_errors=True)
             raise
-        kept = "what is embedded is kept: give the same command again to go on"
+        kept = "the embeddings so far are kept: give the same command again to continue"
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(kept) from error
         if isinstance(error, RAdapterError):

@@ -74,7 +74,9 @@ def link(url: str, out: Path) -> None:
     """
     place_of(url).facts()
     if out.exists() and not link_of(out):
-        raise RAdapterError(f"{out} stands already and is no link to a published index; give another folder with --out")
+        raise RAdapterError(
+            f"{out} already exists and is not a link to a published index; give another folder with --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     with staged(out / POINTER) as temporary:
         temporary.write_text(json.dumps({LINK: url}), encoding="utf-8")

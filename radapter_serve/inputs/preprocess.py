@@ -32,7 +32,7 @@ MAX_SCANS = 100
 _LARGE = threading.Lock()
 _SCAN, _END = b"\xff\xda", 0xD9  # markers of JPEG
 # Markers with a length. Within pixels 00 follows, or a restart, D0 to D7. Of 01 to BF a decoder that looks for a
-# restart passes over the marker alone, so no scan may hide behind a length there.
+# restart passes over the marker alone, so no length can hide a scan there.
 _MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF")
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -255,7 +255,7 @@ def _check_scans(data: bytes, pixels: int) -> None:
 
 
 def count_scans(data: bytes) -> int:
-    """The scans of a JPEG file, without those of the previews in its metadata and of what lies behind its end."""
+    """The scans of a JPEG file, without those of the previews in its metadata and of what follows its end."""
     position, scans = 2, 0
     while found := _MARKER.search(data, position):
         marker, position = found[0][1], found.end()

@@ -1,4 +1,4 @@
-"""A release by where it is: in a model repository, or behind a live server."""
+"""A release by where it is: in a model repository, or on a running server."""
 
 from __future__ import annotations
 

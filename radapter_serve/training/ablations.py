@@ -42,5 +42,5 @@ def _add_drop_path(adapters: Adapters, p: float) -> None:
             return output
         return (dropped(output[0]), *output[1:]) if isinstance(output, tuple) else dropped(output)
 
-    for site in adapters.sites:  # the last module of a branch, behind the adapter
+    for site in adapters.sites:  # the last module of a branch, after the adapter
         adapters.hooks.append(site.output.register_forward_hook(hook))

@@ -68,7 +68,7 @@ class Examples(Dataset[dict[str, Any]]):
 
 
 class _Stream(IterableDataset[dict[str, Any]]):
-    """The same items from a stream: shuffled in a buffer, cut by process, started behind `skip` rows."""
+    """The same items from a stream: shuffled in a buffer, cut by process, starting after `skip` rows."""
 
     def __init__(self, examples: Examples, rank: int, world: int, skip: int) -> None:
         rows = examples.data.rows.shuffle(seed=examples.seed + examples.epoch, buffer_size=1000)

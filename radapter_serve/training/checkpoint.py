@@ -30,7 +30,7 @@ def save_checkpoint(
     position: tuple[int, int],
     held_out: str | None,
 ) -> None:
-    """Write the state behind `step`, from the main process, whole or not at all; every process calls it."""
+    """Save the state after `step` from the main process, whole or not at all; every process calls it."""
     positions = gather_object([position])
     if not accelerator.is_main_process:
         return
@@ -63,7 +63,7 @@ def load_checkpoint(
     accelerator: Accelerator,
     held_out: str | None,
 ) -> tuple[int, tuple[int, int]]:
-    """Set everything as it was behind the saved step.
+    """Restore the state saved at that step.
 
     Returns:
         The step, and the (epoch, batch) that comes next for this process.

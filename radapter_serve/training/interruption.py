@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run that is told to end does so behind a whole step."""
+"""Stop a run between steps on Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Interruption:
         self._signal = number
         self._handled.close()
         with contextlib.suppress(RuntimeError):  # the line that was just being printed can't be broken into
-            self._say("ending behind this step, with a checkpoint; once more ends at once")
+            self._say("finishing this step and saving a checkpoint; press Ctrl-C again to quit now")
 
 
 def ignore_interruptions(worker: int) -> None:

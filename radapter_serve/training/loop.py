@@ -48,7 +48,7 @@ Source = Iterator[tuple[tuple[int, int], dict[str, Any]]]
 
 
 class TwoTower(nn.Module):
-    """Both towers behind one forward, which is what data parallelism wraps."""
+    """Both towers in one forward pass, which is what data parallelism wraps."""
 
     def __init__(self, model: nn.Module, adapters: Adapters) -> None:
         super().__init__()
@@ -71,8 +71,8 @@ def train(recipe: Recipe) -> Path:
 
     Raises:
         RAdapterError: the recipe, the model or the data won't do; nothing was written then.
-        KeyboardInterrupt: behind Ctrl-C, once a checkpoint is written.
-        SystemExit: behind SIGTERM, once a checkpoint is written.
+        KeyboardInterrupt: on Ctrl-C, after saving a checkpoint.
+        SystemExit: on SIGTERM, after saving a checkpoint.
     """
     run = _prepare(recipe)
     _start(run)
@@ -213,7 +213,7 @@ def _learn(run: _Run, progress: Progress, interruption: Interruption) -> None:
         if stop or (recipe.save_every and (run.step % recipe.save_every == 0 or run.step == run.steps)):
             run.save()
         if stop:
-            progress.say(f"wrote a checkpoint behind step {run.step}; go on with radapter-train --resume {run.out}")
+            progress.say(f"saved a checkpoint after step {run.step}; continue with radapter-train --resume {run.out}")
             interruption.end()
         if recipe.validate_every and run.step % recipe.validate_every == 0 and run.step < run.steps:
             _validate(run, progress)
@@ -341,7 +341,7 @@ def _endless(
         for offset, batch in enumerate(loader, start + 1):
             if "error" in batch:
                 raise RAdapterError(batch["error"])
-            yield (epoch, batch["row"] or offset), batch  # a stream goes on behind its last row
+            yield (epoch, batch["row"] or offset), batch  # a stream continues after its last row
         if offset == start == 0:
             raise RAdapterError(f"the data set has fewer images that can be read than a batch of {part}")
         epoch, start = epoch + 1, 0

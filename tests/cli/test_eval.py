@@ -317,7 +317,7 @@ def test_auto_chooses_on_validation_data_and_export_takes_it(
     out, _ = capfd.readouterr()
     assert (here / "results" / "alpha.png").read_bytes() == b"the curve of an earlier call"
     assert (here / "results" / "validation.png").read_bytes().startswith(b"\x89PNG")
-    assert "rule: the alpha of the best mean over in-distribution validation sets; of equal ones the smallest" in out
+    assert "the highest mean score over in-distribution validation sets; ties go to the smallest" in out
     choice = json.loads((here / "runs" / "tiny" / "alpha.json").read_text(encoding="utf-8"))
     name = "held-out" if with_suite else "validation"
     assert [point["alpha"] for point in choice["curve"]] == [round(0.1 * step, 1) for step in range(11)]

@@ -200,7 +200,7 @@ def test_what_a_stopped_build_prints_works(
         "--no-exif-orientation",
     ]
     assert main(["build", "my photos", "--out", "indexes/photos", *options]) == 2
-    assert "what is embedded is kept: give the same command again to go on" in capsys.readouterr().err
+    assert "the embeddings so far are kept: give the same command again to continue" in capsys.readouterr().err
     (place / "my photos" / "last.png").unlink()
     assert main(["build", "my photos", "--out", "indexes/photos"]) == 2
     said = capsys.readouterr().err

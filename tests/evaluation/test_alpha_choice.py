@@ -63,7 +63,7 @@ def test_the_best_schedule_and_of_equal_ones_the_first() -> None:
     choice = choose([*even, *scheduled(0.5, 0.9), *scheduled(0.0, 0.9)])
     assert (choice.alpha, choice.schedule) == (1.0, AlphaSchedule(depth=0.5))
     assert [point["score"] for point in choice.curve] == pytest.approx([50, 60, 90])
-    assert choice.rule == f"{RULE}; of 3 schedules the best, and of equal ones the first"
+    assert choice.rule == f"{RULE}; of 3 schedules the best; ties go to the first"
     assert choose([*even, *scheduled(0.5, 0.8)]).schedule == AlphaSchedule()
 
 

@@ -402,7 +402,7 @@ def test_left_out_sets_are_told_and_others_evaluated(masked: Path, run_folder: P
         ("stride: 0", "stride is 0"),
         ("stride: wide", "stride is 'wide'"),
         ("background: cow", "background is 'cow', which needs a threshold"),
-        ("background: pig, threshold: 0.1", "background is 'pig', which is none of the classes: sky, grass, cow, barn"),
+        ("background: pig, threshold: 0.1", "background is 'pig', not one of the classes: sky, grass, cow, barn"),
     ],
 )
 def test_bad_entries(masked: Path, fields: str, message: str) -> None:

@@ -190,8 +190,8 @@ def test_other_parts_that_are_refused(more: dict[str, Any], message: str) -> Non
     ("shape", "size", "rest", "message"),
     [
         ([1, 1], 5, b"\1\0\0\0", "has 5 bytes, 4 are left"),
-        ([1, 1], 4, b"\0\0\0\0x", "1 bytes stand behind the last input"),
-        ([1, 1], 5, b"\0\0\0\0x", "has 1 bytes behind its 1 values"),
+        ([1, 1], 4, b"\0\0\0\0x", "1 bytes follow the last input"),
+        ([1, 1], 5, b"\0\0\0\0x", "has 1 bytes after its 1 values"),
         ([1, 1], 3, b"\0\0\0", "value 1 of 1 of the input text goes beyond its end"),
         ([1, 1], 4, b"\1\0\0\0", "value 1 of 1 of the input text goes beyond its end"),
         ([1, 1], 4, b"\xff\xff\xff\xff", "goes beyond its end"),

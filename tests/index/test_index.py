@@ -497,7 +497,7 @@ def test_a_build_that_is_interrupted_says_how_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(index_writer, "BATCH", 5)
-    with pytest.raises(KeyboardInterrupt, match="what is embedded is kept: give the same command again to go on"):
+    with pytest.raises(KeyboardInterrupt, match="the embeddings so far are kept: give the same command again"):
         build(str(photos), tmp_path / "index", release, progress=interrupt)
     assert build(str(photos), tmp_path / "index", release).kept == 5
 

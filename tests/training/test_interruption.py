@@ -63,7 +63,7 @@ def test_a_run_that_is_told_to_end_goes_on_from_its_folder_alone(
     assert {path.name for path in cut.out.iterdir()} == {"checkpoint.pt", "metrics.jsonl", "recipe.yaml"}  # type: ignore[union-attr]
     assert len(rows(tmp_path / "cut")) == 5
     printed = capsys.readouterr().out
-    assert "wrote a checkpoint behind step 5; go on with radapter-train --resume" in printed.replace("\n", " ")
+    assert "saved a checkpoint after step 5; continue with radapter-train --resume" in printed.replace("\n", " ")
     monkeypatch.undo()
     assert main(["--resume", str(cut.out)]) == 0
     resumed = load_adapter(cut.out)  # type: ignore[arg-type]

@@ -118,7 +118,7 @@ def classify(
         images: JPEG, PNG or WebP files, and folders of them; what cannot be read in a folder is left out.
         top_k: labels to show; 5 if none is given, and all with --multi-label.
         multi_label: score each label by itself, so that several can be right, or none.
-        threshold: score from 0 to 1 from which such a label is shown; 0.5 if none is given.
+        threshold: show labels that score at least this, from 0 to 1; 0.5 if none is given.
         calibrated: scores that say how often a label is right, of a release that was exported with validation data.
         out: file to write instead, .csv (a row for each label) or .jsonl (a line for each image).
     """
