@@ -201,7 +201,7 @@ class Gateway:
     # What holds for all requests
 
     def _guarded(self, handler: Handler) -> Handler:
-        """A handler that needs a key, whose every failure becomes an answer and a count."""
+        """A handler behind the keys, whose every failure becomes an answer and a count."""
         public = handler.__name__ in ("live", "ready")
 
         async def guarded(request: Request) -> Response:
@@ -216,7 +216,7 @@ class Gateway:
                 response, code = Response(status_code=499), GONE
             except Exception:
                 LOG.exception("the gateway failed on a request")
-                failed = Refused(500, INTERNAL_ERROR, "the gateway failed on this request; see its log")
+                failed = Refused(500, INTERNAL_ERROR, "the gateway failed on this request; its log says why")
                 response, code = refusal(failed, request), failed.code
             if handler.__name__ in _COUNTED:
                 name = request.path_params.get("model", EMBEDDINGS)

@@ -41,8 +41,8 @@ _PLAIN = {
     404: (UNKNOWN_MODEL, None),
     400: (tasks.INVALID_ARGUMENT, None),
     413: (TOO_LARGE, None),
-    500: (tasks.INTERNAL_ERROR, "the server failed on this request; see its log"),
-    503: (SERVER_UNAVAILABLE, "the model server is starting, stopping or not answering; try again in a moment"),
+    500: (tasks.INTERNAL_ERROR, "the server failed on this request; its log says why"),
+    503: (SERVER_UNAVAILABLE, "the model server starts, stops or does not answer; try again in a moment"),
     504: (TIMED_OUT, "the request took longer than it may"),
 }
 
@@ -82,9 +82,9 @@ def from_triton(status: grpc.StatusCode, text: str) -> Refused:
         code, message = found[1], tasks.public(found[2])
         return Refused(_BY_CODE.get(code, number), code, message)
     if re.search("Exceeds maximum queue size|Request timeout expired|shared memory pool size", text):
-        return overloaded("this model is overloaded; try again in a moment")
+        return overloaded("this model has more to do than it can take on; try again in a moment")
     if re.search("Stub process .* is not healthy", text):
-        return Refused(503, RESTARTING, "a part of the server is restarting; try again in a moment")
+        return Refused(503, RESTARTING, "a part of the server starts again; try again in a moment")
     if number == 404 and "no available versions" in text:  # which holds for all models of a server that stops
         number = 503
     code, message = _PLAIN[number][0], _PLAIN[number][1] or tasks.public(re.sub(r"^\[request id: [^\]]*\] ", "", text))

@@ -60,7 +60,7 @@ class Fetcher:
         self._context: ssl.SSLContext | None = None
 
     async def __call__(self, url: str, take: Callable[[int], None]) -> bytes:
-        """The file at a URL.
+        """The file behind a URL.
 
         Args:
             url: of http or https.

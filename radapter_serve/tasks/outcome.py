@@ -35,7 +35,7 @@ class Outcome(Generic[T]):
             return cls(error=error)
         except Exception:
             traceback.print_exc(file=sys.stderr)
-            return cls(error=TaskError(INTERNAL_ERROR, "the server failed on this request; see its log"))
+            return cls(error=TaskError(INTERNAL_ERROR, "the server failed on this request; its log says why"))
 
     def then(self, compute: Callable[[T], U]) -> Outcome[U]:
         """The outcome of what comes next, where there is an answer to compute it from."""

@@ -84,7 +84,7 @@ class Scoring:
         alone, exact = (bool(_one(name, of)) for name, of in (("multi_label", multi_label), ("calibrated", calibrated)))
         least = _one("threshold", threshold, lambda value: 0 <= value <= 1, "one number from 0 to 1")
         if least is not None and not alone:
-            raise invalid("threshold needs multi_label: softmax scores have no threshold")
+            raise invalid("threshold leaves out labels that stand alone; send multi_label too")
         plain = self._scale, self._bias
         if not alone:
             scale, bias = self._calibrated(alpha) if exact else plain

@@ -381,7 +381,7 @@ def test_a_fault_of_the_gateway_is_one_line_without_a_trace(served: Served, capl
     status, answer, _ = ask(served, INFER, TEXT)
     assert (status, answer) == (
         500,
-        {"error": "[internal_error] the gateway failed on this request; see its log"},
+        {"error": "[internal_error] the gateway failed on this request; its log says why"},
     )
     assert "a bug at /home/x" in caplog.text
 

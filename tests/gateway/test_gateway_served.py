@@ -167,7 +167,7 @@ def test_triton_hears_that_the_caller_has_left(url: str, tmp_path: Path) -> None
 def test_errors_of_a_task_keep_their_codes(url: str) -> None:
     for order, status, text in (
         ({"error": "[invalid_image] it is none"}, 400, "[invalid_image] it is none"),
-        ({"bug": True}, 500, "[internal_error] the server failed on this request; see its log"),
+        ({"bug": True}, 500, "[internal_error] the server failed on this request; its log says why"),
     ):
         data = {"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": [json.dumps(order)]}
         answer = urllib3.request("POST", f"{url}/v2/models/embed_image/infer", json={"inputs": [data]})

@@ -157,7 +157,7 @@ def test_where_the_program_fails_callers_get_one_line_and_the_log_the_rest(model
     first, error, last = model.load(name).execute([good, grey, good])
     same(first, last)
     assert not first.has_error()
-    assert error.error() == "[internal_error] the server failed on this request; see its log"
+    assert error.error() == "[internal_error] the server failed on this request; its log says why"
     assert error.error().code == "INTERNAL"
     assert "secret.py" in capfd.readouterr().err
 

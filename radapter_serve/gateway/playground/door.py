@@ -129,7 +129,7 @@ class Door:
             await self._page(_seen(scope), receive, send)
         except Exception:
             LOG.exception("the playground failed on an event")
-            raise Refused(500, INTERNAL_ERROR, "the gateway failed on this request; see its log") from None
+            raise Refused(500, INTERNAL_ERROR, "the gateway failed on this request; its log says why") from None
         headers = {**_SEALS, "Cache-Control": "no-store"}
         return Response(b"".join(parts), status, headers, "application/json")
 

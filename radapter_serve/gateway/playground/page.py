@@ -88,8 +88,8 @@ def _segment(ask: Ask, picture: Any, alpha: Any) -> None:
     labels = gradio.Textbox(
         "sky\ngrass\na house\na tree\na person", label="Labels, one a line", lines=5, max_lines=12, elem_id="parts"
     )
-    threshold = gradio.Slider(0, 1, 0, step=0.01, label="Pixels less probable than this are background; 0: none are")
-    side = gradio.Slider(0, 2048, 0, step=16, label="Shorter side to resize to, px; 0: the server's default")
+    threshold = gradio.Slider(0, 1, 0, step=0.01, label="Less sure than this is background; 0: nothing is")
+    side = gradio.Slider(0, 2048, 0, step=16, label="Shorter side that is looked at, px; 0: as the server does")
     button = gradio.Button("Segment", variant="primary")
     drawn, took = gradio.HTML("", elem_id="segments"), gradio.HTML("", elem_id="segments-took")
     button.click(ask.segment, [picture, labels, threshold, side, alpha], [drawn, took], **_CALL)

@@ -31,7 +31,7 @@ def why_no_slider(release: Release) -> str:
     if release.dynamic_alpha:
         return ""
     return (
-        f'<p class="note">α is {release.alpha:g} in this release and fixed. To move it here, serve a release of '
+        f'<p class="note">α is {release.alpha:g} in this release, for good. To move it here, serve a release of '
         "<code>radapter-export --alpha dynamic</code>.</p>"
     )
 
