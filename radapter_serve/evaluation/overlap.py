@@ -1,4 +1,4 @@
-"""Images of test data that are validation data, too: what is chosen by them has figures that are too good."""
+"""Images of test data that are validation data, too: the figures of what they choose are too high."""
 
 from __future__ import annotations
 

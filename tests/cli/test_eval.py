@@ -357,7 +357,7 @@ def test_auto_chooses_depth_too_if_it_is_asked_for(
     assert (release["alpha"], release["alpha_schedule"]) == (0.7, schedule)
     file.write_text(json.dumps({**choice, "schedule": {"deep": 1}}), encoding="utf-8")
     assert export(["--alpha", "auto"]) == 2
-    assert "choose again by radapter-eval --alpha auto" in capfd.readouterr().err
+    assert "choose again: radapter-eval --alpha auto" in capfd.readouterr().err
 
 
 def test_test_images_that_are_validation_images_are_named_in_a_warning(
@@ -376,8 +376,8 @@ def test_test_images_that_are_validation_images_are_named_in_a_warning(
     for alpha in ("auto", "0.5"):  # which may have been chosen earlier
         assert main([*COMMON, "--alpha", alpha, "--out", alpha]) == 0
         assert capfd.readouterr().err == (
-            "plain: warning: 2 of its 14 images are validation images of held-out too; what was chosen by them has "
-            "figures that are too good\n"
+            "plain: warning: 2 of its 14 images are validation images of held-out too; the figures of what they "
+            "chose are too high\n"
         )
 
 
@@ -421,7 +421,7 @@ def test_merged_and_release_by_flag(here: Path, undrawn: None, quick: None) -> N
         ([*COMMON, "--alpha", "-0.1"], "alpha is '-0.1'; allowed"),
         ([*COMMON, "--release", "none", "--alpha", "inf"], "alpha is 'inf'; allowed"),
         ([*COMMON, "--alpha", "0.5", "0.5"], "given twice"),
-        ([*COMMON, "--alpha", "auto", "0.5"], "stands alone"),
+        ([*COMMON, "--alpha", "auto", "0.5"], "takes no other alpha"),
         ([*COMMON, "--adapter", "none"], "no adapter file at none"),
         ([*COMMON, "--merged", "none"], "is no model folder"),
         ([*COMMON, "--release", "none"], "no release in the model repository none; make one with radapter-export"),

@@ -199,7 +199,7 @@ def test_dynamic_stands_alone(adapter_path: Path, capfd: pytest.CaptureFixture[s
     from radapter_serve.cli.export import main
 
     assert main(["--adapter", str(adapter_path), "--alpha", "dynamic", "0.5"]) == 2
-    assert "--alpha dynamic stands alone" in capfd.readouterr().err
+    assert "--alpha dynamic takes no other alpha" in capfd.readouterr().err
 
 
 def test_soup_is_exported_as_the_average(

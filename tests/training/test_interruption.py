@@ -85,7 +85,7 @@ def test_the_other_ways_to_name_the_run(
         expected = dataclasses.replace(recipe, out=run, resume=True, workers=int("--workers" in arguments))
         assert asked.pop() == expected
     assert main(["--resume", str(tmp_path / "none")]) == 2
-    assert "no run to go on with" in capsys.readouterr().err
+    assert "no run to resume" in capsys.readouterr().err
     assert main(["--resume", "--data", "csv:t.csv"]) == 2
     assert "--resume needs" in capsys.readouterr().err
 
