@@ -163,7 +163,7 @@ def own_open(folder: Path) -> Neighbours:
 
 def own_search(folder: Path, kind: str) -> Search:
     near = own_open(folder)
-    return lambda query, effort: near.nearest(query, TOP_K, *effort)[0]
+    return lambda query, effort: near.nearest(query, TOP_K, *effort)[0][:TOP_K]
 
 
 def _starts(vectors: Array) -> range:
@@ -238,7 +238,8 @@ def filtered(data: str, queries: str, folder: str, effort: str, result: str) -> 
             times, hits = [], 0
             for one, best in zip(asked[part], truth[part], strict=True):
                 start = time.perf_counter()
-                found, _ = near.nearest(one, TOP_K, *map(int, effort.split("/")), among)
+                found, _ = near.nearest_of(one, TOP_K, int(effort.split("/")[1]), among)
+                found = found[:TOP_K]
                 times.append(time.perf_counter() - start)
                 hits += len(np.intersect1d(found, best))
             row += [hits / truth[part].size, statistics.median(times)]

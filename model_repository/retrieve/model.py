@@ -20,7 +20,12 @@ class TritonPythonModel:
         version = Version(args)
         folder = Path(os.environ.get(INDEXES, "indexes"))
         self._task = Retrieve(
-            version.release, folder, version.embed_text, version.embed_image, lambda: _others(version)
+            version.release,
+            folder,
+            version.embed_text,
+            version.embed_image,
+            lambda: _others(version),
+            origin=version.origin,
         )
 
     def execute(self, requests: list[Any]) -> list[Any]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from radapter_serve.cli import guard
 from radapter_serve.signals import handled
+
+if TYPE_CHECKING:
+    from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 
 PROG = "radapter-index"
 _NAMED = 10  # ids that a list shows
@@ -44,7 +47,7 @@ def build(
         source: folder of images, read with all folders in it, or csv:FILE or parquet:FILE with paths of images; any of
             them may be on object storage, as s3://BUCKET/PATH.
         out: folder of the index, such as indexes/photos; radapter-serve serves what is in ./indexes.
-        model_repository: whose newest release embeds the images; DIR@N for release N.
+        model_repository: whose served release embeds the images (radapter-release list); DIR@N for release N.
         url: a live server that embeds them instead, such as grpc://localhost:8001.
         alpha: re-scaling from 0 to 1 of images and, later, queries, of a release that takes any (radapter-export
             --alpha dynamic); the release's own if none is given.
@@ -69,6 +72,7 @@ def build(
     with closing(release_of({"url": url} if url else {"model_repository": model_repository})) as release:
         if alpha is not None:
             release.set_alpha(alpha)
+        print(_embeds(release))
         with _progress("embedding") as progress:
             summary = build(
                 source,
@@ -96,28 +100,39 @@ def add(
     model_repository: str | None = None,
     url: str | None = None,
     prune: bool = False,
-    on_broken: Literal["refuse", "skip"] = "refuse",
+    on_broken: Literal["refuse", "skip"] | None = None,
 ) -> None:
     """Add what is new or has changed; what is there unchanged is not embedded again.
 
     Args:
         source: where to look; the source that the index was made of if none is given.
         out: folder of the index.
-        model_repository: whose newest release embeds the images, the one that made the index; DIR@N for release N; the
-            repository or server that made the index if none is given.
+        model_repository: whose served release embeds the images; DIR@N for release N. It must be the one that made the
+            index, which is looked for where it was if no repository and no server is given.
         url: a live server that embeds them instead.
         prune: remove images whose files are gone.
-        on_broken: an image that can't be read stops this, or is skipped and named in OUT/broken.txt.
+        on_broken: an image that can't be read stops this, or is skipped and named in OUT/broken.txt; as when the index
+            was built if not given.
     """
-    from radapter_serve.index.build import add
+    from radapter_serve.index.build import add, made_by
     from radapter_serve.index.index import read_facts
     from radapter_serve.runtimes.origin import release_of
 
-    origin = read_facts(out).get("origin", {"model_repository": "model_repository"})
-    if url or model_repository:
-        origin = {"url": url} if url else {"model_repository": model_repository}
-    with closing(release_of(origin)) as release, _progress("embedding") as progress:
-        summary = add(out, release, source, prune=prune, on_broken=on_broken, progress=progress)
+    facts = read_facts(out)
+    version = None
+    if url:
+        origin = {"url": url}
+    elif model_repository:
+        origin = {"model_repository": model_repository}
+    else:
+        origin = facts["origin"]
+        repository, version = made_by(facts)
+        if version is not None:
+            origin = {"model_repository": repository}
+    with closing(release_of(origin, version)) as release:
+        print(_embeds(release))
+        with _progress("embedding") as progress:
+            summary = add(out, release, source, prune=prune, on_broken=on_broken, progress=progress)
     _show(summary, out)
 
 
@@ -238,6 +253,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands |= {"link": link, "export-embeddings": export_embeddings}
     with handled(signal.default_int_handler, signal.SIGTERM):  # what is written is put in order as on Ctrl-C
         return guard(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog=PROG), argv, prog=PROG)
+
+
+def _embeds(release: EmbeddingRelease) -> str:
+    """Which release embeds, in a line."""
+    facts = release.facts
+    (place,) = release.origin.values()
+    return (
+        f"release {facts.version} of {place} embeds: {facts.architecture} at alpha {facts.alpha:g}, {facts.precision}"
+    )
 
 
 def _next_commands(out: Path, model_repository: str, url: str | None) -> str:

@@ -16,7 +16,7 @@ from radapter_serve.cli import guard
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import check, no_digests
 from radapter_serve.release.release import Release
-from radapter_serve.release.repository import releases_of
+from radapter_serve.release.repository import MODELS, releases_of
 from radapter_serve.release.served import Served
 from radapter_serve.server.desk import ask, find_server
 from radapter_serve.server.releases import back, known, listed
@@ -103,14 +103,46 @@ def verify(
 
 def _do(request: dict[str, Any], repository: Path, http_port: int | None, offline: Callable[[Served], Served]) -> None:
     server = find_server(repository, http_port)
+    if server is None:
+        before = Served.load(repository)
+    else:
+        state = ask(server, {"do": "state"})
+        before = Served(tuple(state["releases"]), tuple(state["before"]))
+    wanted = offline(before)
     with Console(stderr=True).status("asking the server") as status:
-        if server is not None:
-            print(ask(server, request, lambda line: status.update(f"{escape(line)} ...")))
-            return
-        wanted = offline(Served.load(repository))
-        check(repository, wanted.releases, status.update)
-        wanted.save(repository)
-    print(f"no server runs here; from its next start on, release {listed(wanted.releases)} is served")
+        if server is None:
+            check(repository, wanted.releases, status.update)
+            wanted.save(repository)
+            done = f"no server runs here; from its next start on, release {listed(wanted.releases)} is served"
+        else:
+            done = ask(server, request, lambda line: status.update(f"{escape(line)} ..."))
+    print(done)
+    if note := lacking(repository, before.releases, wanted.releases):
+        print(note)
+
+
+def lacking(repository: Path, before: Sequence[int], now: Sequence[int]) -> str:
+    """What callers who name no release miss in the one that they get now, in a line; empty if nothing.
+
+    Args:
+        repository: the model repository.
+        before: numbers of the releases that were served.
+        now: numbers of those that are served.
+    """
+    old, new = max(before, default=0), max(now)
+    if old not in releases_of(repository):
+        return ""
+    had, has = (Release.load(repository / MODELS[-1] / str(version)) for version in (old, new))
+    lost = []
+    if had.dense and not has.dense:
+        lost.append("dense features, for segment without proposals (radapter-export --dense)")
+    if had.confidence and not has.confidence:
+        lost.append("calibrated scores (radapter-export --validation)")
+    if had.dynamic_alpha and not has.dynamic_alpha:
+        lost.append("an alpha of the caller's choice (radapter-export --alpha dynamic)")
+    if gone := sorted(had.label_sets.keys() - has.label_sets.keys()):
+        lost.append(f"the label sets {', '.join(gone)} (radapter-export --label-set)")
+    return f"note: release {new} lacks what release {old} has: {'; '.join(lost)}" if lost else ""
 
 
 def _state(repository: Path, http_port: int | None) -> tuple[dict[str, Any], str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -185,7 +184,7 @@ def _show(server: TritonServer) -> None:
     print(f"HTTP     {server.http_url}\ngRPC     {server.grpc_url}\nmetrics  {server.metrics_url}")
     print(f"indexes  {server.indexes}")
     if "classify" in server.models:
-        print(f"\ntry:\n{curl(server.http_url)}\n")
+        print(f'\ntry:     radapter-query classify PHOTO.jpg --labels "a cat" "a dog" --url {server.grpc_url}\n')
     print("radapter-release load N serves another release. Ctrl-C stops the server.", flush=True)
 
 
@@ -205,21 +204,6 @@ def _show_measured(server: TritonServer) -> None:
     for runtime, why in {one.runtime: one.why for one in reversed(server.measured) if one.why}.items():
         print(f"{runtime} is left out: {why}")
     print(f"fastest: {fastest(server.measured)}\n")
-
-
-def curl(url: str) -> str:
-    """A line for the shell that classifies cat.jpg."""
-    body = {
-        "inputs": [
-            {"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": ["IMAGE"]},
-            {"name": "labels", "shape": [1, 2], "datatype": "BYTES", "data": ["a cat", "a dog"]},
-        ]
-    }
-    before, after = json.dumps(body).split("IMAGE")
-    image = "base64 < cat.jpg | tr -d '\\n'"
-    # With curl's own content type a body of 4 MiB and more ends tritonserver.
-    send = f"curl {url}/v2/models/classify/infer -H 'Content-Type: application/json' --data-binary @-"
-    return f"(printf '{before}'; {image}; printf '{after}') | \\\n  {send}"
 
 
 def _describe(model: Path, versions: Sequence[int]) -> str:

@@ -38,8 +38,7 @@ from radapter_serve.index.writer import (
 )
 from radapter_serve.inputs.names import RULE, is_name
 from radapter_serve.lock import lock
-from radapter_serve.release.release import Release
-from radapter_serve.release.repository import find_release, split_repository
+from radapter_serve.release.repository import releases_with_digest, split_repository
 from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 
 _STOPPED = "building.json"  # in the folder of an unfinished build: the facts of the index that it makes
@@ -97,7 +96,8 @@ def build(
     out = out.absolute()
     _check_place(out, thumbnails)
     collection = open_collection(source, image_column=image_column)
-    facts = _planned(collection, image_column, release, thumbnails, _turn(release, exif_orientation))
+    turned = _turn(release, exif_orientation)
+    facts = _planned(collection, image_column, release, thumbnails, turned, on_broken)
     cluster = None if ray is None else Cluster(ray, release)
     with disk_errors(out), lock(out, "radapter-index") if out.exists() else contextlib.nullcontext():
         staged = out.with_name(f".{out.name}.building")
@@ -123,7 +123,7 @@ def add(
     source: str | None = None,
     *,
     prune: bool = False,
-    on_broken: OnBroken = "refuse",
+    on_broken: OnBroken | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Embed what is new or has other bytes, and keep the rest. The addition is seen whole or not at all.
@@ -133,7 +133,8 @@ def add(
         release: embeds the images; it must be the one that made the index, or the same exported again.
         source: where to look, as of `build`; None takes the index's own source.
         prune: remove images whose files are gone.
-        on_broken, progress: as of `build`.
+        on_broken: as of `build`; None does as the last build or addition did.
+        progress: as of `build`.
 
     Raises:
         RAdapterError: there is no index, another release made it, or as of `build`.
@@ -142,15 +143,17 @@ def add(
     _refuse_link(out)
     read_facts(out)  # locking would make the folder
     with disk_errors(out), lock(out, "radapter-index"):
-        facts = read_facts(out)
+        # What is damaged would be written anew with other digests.
+        facts = Index(out, searched=False, complete=True).facts
         if release.facts.dynamic_alpha:
             release.set_alpha(facts["release"]["alpha"])
         if facts["release_digest"] != release.facts.digest:
             raise RAdapterError(_other_release(out, facts, release))
-        _turn(release, facts.get("exif_orientation", False))
+        _turn(release, facts["exif_orientation"])
+        on_broken = on_broken or facts["on_broken"]
         root = Path(facts["root"])
         collection = open_collection(source or facts["source"], image_column=facts["image_column"], root=root)
-        writer = Writer(out, {**facts, "origin": dict(release.origin)}, release)
+        writer = Writer(out, {**facts, "origin": dict(release.origin), "on_broken": on_broken}, release)
         writer.check_columns(collection)
         summary = writer.write(collection, on_broken, progress)
         if prune:
@@ -183,7 +186,12 @@ def _refuse_link(out: Path) -> None:
 
 
 def _planned(
-    collection: Collection, image_column: str, release: EmbeddingRelease, thumbnails: int, exif_orientation: bool
+    collection: Collection,
+    image_column: str,
+    release: EmbeddingRelease,
+    thumbnails: int,
+    exif_orientation: bool,
+    on_broken: OnBroken,
 ) -> dict[str, Any]:
     """What is known of an index before it is built."""
     return {
@@ -197,6 +205,7 @@ def _planned(
         "origin": dict(release.origin),
         "thumbnails": thumbnails,
         "exif_orientation": exif_orientation,
+        "on_broken": on_broken,
     }
 
 
@@ -245,15 +254,26 @@ def _turn(release: EmbeddingRelease, wanted: bool | None) -> bool:
 
 def _other_release(out: Path, facts: Mapping[str, Any], release: EmbeddingRelease) -> str:
     """Why `add` refuses, and the commands that help."""
-    text = f"the index {out} {mismatch(facts, release.facts)}; build it again: {build_command(out, facts, release)}"
-    repository, _ = split_repository(facts.get("origin", {}).get("model_repository", ""))
-    made, place = facts["release"], f"{repository}@{facts['release']['version']}"
-    with contextlib.suppress(RAdapterError):
-        found = Release.load(find_release(place))
-        if (found.at(made["alpha"]) if found.dynamic_alpha else found).digest == facts["release_digest"]:
-            again = shlex.join(["radapter-index", "add", "--out", str(out), "--model-repository", place])
-            text += f"; or add to it by the release that made it: {again}"
+    again = build_command(out, facts, release.facts, release.origin)
+    text = f"the index {out} {mismatch(facts, release.facts)}; build it again: {again}"
+    repository, version = made_by(facts)
+    if version is not None:
+        place = f"{repository}@{version}"
+        add = shlex.join(["radapter-index", "add", "--out", str(out), "--model-repository", place])
+        text += f"; or add to it by the release that made it: {add}"
     return text
+
+
+def made_by(facts: Mapping[str, Any]) -> tuple[str, int | None]:
+    """The model repository that an index was made from, and the number there of the release that made it.
+
+    The repository is empty where a server made the index, and the number None where the release is gone.
+    """
+    repository, _ = split_repository(facts["origin"].get("model_repository", ""))
+    if not repository:
+        return "", None
+    found = releases_with_digest(Path(repository), facts["release_digest"], facts["release"]["alpha"])
+    return repository, max(found, default=None)
 
 
 def _differences(made: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
@@ -285,7 +305,7 @@ def _holds_rows(staged: Path) -> bool:
 def _read_made(out: Path) -> dict[str, Any]:
     """The facts of a finished index; none where there is no index that can be used."""
     with contextlib.suppress(RAdapterError):
-        return Index(out, searched=False).facts
+        return Index(out, searched=False, complete=True).facts
     return {}
 
 

@@ -95,7 +95,7 @@ def _write(source: Index, staged: Path, dtype: np.dtype[Any], progress: Progress
 def _rows(source: Index) -> Iterator[tuple[NDArray[np.float32], pa.Table]]:
     """Embeddings and metadata, in batches that never reach over the end of a part."""
     done, root = 0, Path(source.facts["root"])
-    with table_errors(source.folder):
+    with table_errors(source.folder, source.facts):
         for batch in source.table.search().select([*source.columns, "vector"]).to_batches(BATCH):
             table = pa.Table.from_batches([batch])
             while len(table):

@@ -25,7 +25,7 @@ _MOST = 1.01  # a cosine, with room for rounding
 class HostedIndex(Index):
     """An index whose vectors, metadata and thumbnails lie in Qdrant; the folder links to it."""
 
-    def _open(self, _: bool) -> None:
+    def _open(self, searched: bool, complete: bool) -> None:
         self.columns = self.facts["columns"]
 
     def search(

@@ -27,17 +27,19 @@ from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.files import as_text, ascii_path
 from radapter_serve.index.bucket import GENERATION, LINK, SCHEME, link_of, storage_options
 from radapter_serve.index.condition import check_condition
+from radapter_serve.index.integrity import check_files
 from radapter_serve.index.neighbours import Neighbours, neighbours_of
 from radapter_serve.index.qdrant import Qdrant, place_of
 from radapter_serve.inputs.errors import UNKNOWN_INDEX, TaskError, invalid, public
 from radapter_serve.release.release import Release
 
-FORMAT = 3  # 2 has LanceDB's approximate index, and 1 says "engine" for "search"; both can be read
+FORMAT = 4
 FACTS, TABLE = "index.json", "images"
 #: of up to so many images a search compares every embedding; of more, FAISS names candidates
 EXACT = 20_000
-OLD_EXACT = 100_000  # the same of LanceDB's approximate index, which indexes of format 2 have
 MAX_TOP_K = 1000
+UNIT = 1e-3  # how far a length or a cosine may be from what it can be, by rounding
+_ROUNDING = 1e-5  # of a cosine in float32
 _POLL = 5.0  # seconds
 _KEY = re.compile(rf"{SCHEME}\S+|\S*\bg-[0-9a-f]{{16}}\S*")  # of an object
 
@@ -65,6 +67,7 @@ class Index:
     Args:
         folder: of the index, made by `radapter-index build`.
         searched: False opens the table alone.
+        complete: whether all files of the table are compared with their digests, however large.
 
     Raises:
         RAdapterError: there is no index, or a broken one.
@@ -74,14 +77,14 @@ class Index:
         columns: the columns of the metadata, which a condition may name.
     """
 
-    def __init__(self, folder: str | Path, *, searched: bool = True) -> None:
+    def __init__(self, folder: str | Path, *, searched: bool = True, complete: bool = False) -> None:
         self.folder = Path(folder)
         self.facts = read_facts(self.folder)
         self._place = place_of(self.facts[LINK]) if LINK in self.facts else None
         self._asked = time.monotonic()
-        self._open(searched)
+        self._open(searched, complete)
 
-    def _open(self, searched: bool) -> None:
+    def _open(self, searched: bool, complete: bool) -> None:
         if isinstance(self._place, Qdrant):
             raise RAdapterError(
                 f"{self.folder} stands for an index in Qdrant, which can only be searched and shown; give the index "
@@ -91,8 +94,9 @@ class Index:
         check_installed("lancedb", "server")
         import lancedb  # here: a server without indexes needs none
 
-        with table_errors(self.folder):
+        with table_errors(self.folder, self.facts):
             if self._bucket is None:
+                check_files(self.folder / f"{TABLE}.lance", self.facts["files"], complete=complete)
                 database = lancedb.connect(ascii_path(self.folder))
             else:
                 database = lancedb.connect(self._bucket.table(self.facts), storage_options=storage_options())
@@ -149,23 +153,28 @@ class Index:
         check_top_k(top_k)
         condition = check_condition(where) if where and where.strip() else None
         columns = [*self.columns, *(["thumbnail"] if thumbnails else [])]
-        find = self._by_lance if "refine_factor" in self.facts["search"] else self._found
-        with _search_errors(as_text(self.folder.name), where, self.columns):
-            hits = [_hit(row, score) for row, score in find(embedding, top_k, condition, columns)]
+        name = as_text(self.folder.name)
+        with _search_errors(name, where, self.columns):
+            hits = [_hit(row, score) for row, score in self._found(embedding, top_k, condition, columns)]
+        check_scores(name, hits)
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))
 
     @cached_property
     def _vectors(self) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
-        """LanceDB's row ids [N], ascending, and the embeddings, float32 [N, D].
+        """LanceDB's row ids [N] and the embeddings, float32 [N, D], in the order of the images' ids.
 
         They are read at the first exact search, for numpy compares several times as fast as LanceDB: at most EXACT of
-        them (41 MB where D is 512; OLD_EXACT, 205 MB, of an older index) stay in memory until the index is replaced.
+        them (41 MB where D is 512) stay in memory until the index is replaced.
+
+        Raises:
+            RAdapterError: one has not unit length.
         """
-        table = self.table.search().select(["vector"]).with_row_id(True).to_arrow()
-        ids = table["_rowid"].to_numpy()
+        table = self.table.search().select(["path", "vector"]).with_row_id(True).to_arrow().sort_by("path")
         vectors = vectors_of(table["vector"])
-        order = np.argsort(ids)
-        return ids[order], vectors if (order[1:] > order[:-1]).all() else vectors[order]
+        lengths = np.linalg.norm(vectors, axis=1)
+        if not (abs(lengths - 1) < UNIT).all():
+            raise RAdapterError("a vector has not unit length, so its file is damaged")
+        return table["_rowid"].to_numpy(), vectors
 
     def _found(
         self, embedding: NDArray[np.float32], top_k: int, condition: str | None, columns: list[str]
@@ -176,9 +185,11 @@ class Index:
             found = self._exact(embedding, top_k, met)
         else:
             found = self._approximate(self._neighbours, embedding, top_k, met)
-        if found:
-            rows = self.table.take_row_ids(list(found)).select([*columns, "vector"]).with_row_id().to_arrow()
-            scores = vectors_of(rows["vector"]) @ embedding
+        if len(found) > top_k:
+            found = self._first(found, embedding, top_k)
+        if len(found):
+            rows = self._rows(found, [*columns, "vector"])
+            scores = cosines(vectors_of(rows["vector"]), embedding)
             yield from zip(rows.drop_columns(["vector", "_rowid"]).to_pylist(), scores.tolist(), strict=True)
 
     def _met(self, condition: str) -> NDArray[np.uint64]:
@@ -186,49 +197,77 @@ class Index:
         found = self.table.search().where(condition).select(["_rowid"]).to_arrow()["_rowid"]
         return np.asarray(found.to_numpy(), np.uint64)
 
-    def _exact(self, embedding: NDArray[np.float32], top_k: int, met: NDArray[np.uint64] | None) -> list[int]:
+    def _rows(self, ids: NDArray[np.uint64], columns: list[str]) -> Any:
+        """Rows of the table in Arrow's form, in any order."""
+        return self.table.take_row_ids(ids.tolist()).select(columns).with_row_id().to_arrow()
+
+    def _exact(self, embedding: NDArray[np.float32], top_k: int, met: NDArray[np.uint64] | None) -> NDArray[np.uint64]:
         """Row ids of the best hits by comparing every embedding that meets the condition."""
         ids, vectors = self._vectors
-        scores = vectors @ embedding
         if met is not None:
-            which = np.searchsorted(ids, met)
-            ids, scores = ids[which], scores[which]
-        best = np.argsort(-scores)[:top_k] if len(ids) <= top_k else np.argpartition(-scores, top_k)[:top_k]
-        return list(map(int, ids[best]))
+            which = np.isin(ids, met)
+            ids = ids[which]
+            vectors = vectors[which]
+        scores = vectors @ embedding
+        if len(scores) > top_k:
+            near = scores >= np.partition(scores, -top_k)[-top_k] - _ROUNDING
+            ids = ids[near]
+            scores = cosines(vectors[near], embedding)
+        return np.asarray(ids[np.argsort(-scores, kind="stable")[:top_k]], np.uint64)
 
     def _approximate(
         self, near: Neighbours, embedding: NDArray[np.float32], top_k: int, met: NDArray[np.uint64] | None
-    ) -> list[int]:
+    ) -> NDArray[np.uint64]:
         """Row ids of the best hits of candidates; where few rows meet the condition, each is compared."""
-        among = None if met is None else near.positions(met)
-        if among is not None and len(among) <= EXACT:
+        effort = self.facts["search"]
+        if met is None:
+            best, _ = near.nearest(embedding, min(top_k, len(self)), effort["nprobes"], effort["candidates"])
+            return near.rows_of(best)
+        among = near.positions(met)
+        if len(among) <= EXACT:
             best, _ = near.best(embedding, among, top_k)
         else:
-            effort = self.facts["search"]
-            best, _ = near.nearest(embedding, top_k, effort["nprobes"], effort["candidates"], among)
-        return list(map(int, near.rows[best]))
+            best, _ = near.nearest_of(embedding, top_k, effort["candidates"], among)
+        return near.rows_of(best)
 
-    def _by_lance(
-        self, embedding: NDArray[np.float32], top_k: int, condition: str | None, columns: list[str]
-    ) -> Iterator[tuple[dict[str, Any], float]]:
-        """The best hits of an index of format 2, by LanceDB's approximate index or exactly."""
-        effort = self.facts["search"]
-        query: Any = self.table.search(np.asarray(embedding, np.float32))
-        query = query.distance_type("dot").limit(top_k).select([*columns, "_distance"])
-        if condition is not None:
-            query = query.where(condition, prefilter=True)
-        if condition is None or self.table.count_rows(condition) > OLD_EXACT:
-            query = query.nprobes(effort["nprobes"]).refine_factor(effort["refine_factor"])
-        else:
-            query = query.bypass_vector_index()
-        for row in query.to_arrow().to_pylist():
-            yield row, 1.0 - row.pop("_distance")
+    def _first(self, found: NDArray[np.uint64], embedding: NDArray[np.float32], top_k: int) -> NDArray[np.uint64]:
+        """The best of more rows than are asked for, by their cosines and then by the images' ids."""
+        rows = self._rows(found, ["path", "vector"]).sort_by("path")
+        scores = cosines(vectors_of(rows["vector"]), embedding)
+        return np.asarray(rows["_rowid"].to_numpy()[np.argsort(-scores, kind="stable")[:top_k]], np.uint64)
 
 
 def check_top_k(top_k: int) -> None:
     """Refuse a number of hits that is not allowed."""
     if not 1 <= top_k <= MAX_TOP_K:
         raise invalid(f"top_k is {top_k}; allowed are whole numbers from 1 to {MAX_TOP_K}")
+
+
+def check_scores(name: str, hits: Sequence[Hit]) -> None:
+    """Refuse hits whose scores no cosine has.
+
+    Raises:
+        TaskError: one is not a number from -1 to 1, but for rounding.
+    """
+    for hit in hits:
+        if not abs(hit.score) <= 1 + UNIT:
+            print(
+                f"the index {name} gives {hit.id!r:.200} the score {hit.score:g}; see radapter-index verify",
+                file=sys.stderr,
+            )
+            raise TaskError(
+                UNKNOWN_INDEX, f"the index {name} can't be searched: a file is damaged; the server's log says why"
+            )
+
+
+def cosines(vectors: NDArray[np.float32], query: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The cosine of each vector with a query, by sums that don't depend on its place, so that equals score the same.
+
+    Args:
+        vectors: float32 [N, D], unit length.
+        query: float32 [D], unit length.
+    """
+    return np.asarray((vectors * query).sum(axis=1), np.float32)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -242,10 +281,11 @@ def read_facts(folder: Path) -> dict[str, Any]:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if LINK in facts:
             facts = {**place_of(str(facts[LINK])).facts(), LINK: str(facts[LINK])}
-        if facts["format"] not in (1, 2, FORMAT):
-            raise RAdapterError(f"{folder} is an index of format {facts['format']}; this version reads 1 to {FORMAT}")
-        if "engine" in facts:
-            facts["search"] = facts.pop("engine")
+        if facts["format"] != FORMAT:
+            raise RAdapterError(
+                f"{folder} is an index of format {facts['format']}, and this version reads {FORMAT}; "
+                f"{_again(folder, facts)}"
+            )
     except (FileNotFoundError, NotADirectoryError):
         raise RAdapterError(
             f"no index at {folder}; make one: radapter-index build PHOTOS --out {shlex.quote(str(folder))}"
@@ -255,20 +295,26 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _again(folder: Path, options: str = "") -> str:
+def _again(folder: Path, facts: Mapping[str, Any] | None = None) -> str:
     """What mends an index that can't be read."""
-    if link_of(folder):
-        return "publish it again: radapter-index publish"
-    return f"build it again: {build_command(folder)}{options}"
+    if link := link_of(folder):
+        return f"publish it again: radapter-index publish INDEX {shlex.quote(link)}"
+    return f"build it again: {build_command(folder, facts)} --no-resume"
 
 
-def build_command(folder: Path, facts: Mapping[str, Any] | None = None, release: Any = None) -> str:
+def build_command(
+    folder: Path,
+    facts: Mapping[str, Any] | None = None,
+    release: Release | None = None,
+    origin: Mapping[str, str] | None = None,
+) -> str:
     """The command that builds an index again, by the release that made it or by another.
 
     Args:
         folder: of the index.
         facts: of the index; None where they can't be read.
-        release: the other release, with `facts` and `origin`.
+        release: the other release.
+        origin: where that is, as of `EmbeddingRelease`.
     """
     if facts is None:
         return f"radapter-index build SOURCE --out {shlex.quote(str(folder))}"
@@ -276,11 +322,13 @@ def build_command(folder: Path, facts: Mapping[str, Any] | None = None, release:
     for name, usual in (("image_column", "image"), ("thumbnails", 128)):
         if facts[name] != usual:
             command += [f"--{name.replace('_', '-')}", str(facts[name])]
-    if not facts.get("exif_orientation", True):
+    if not facts["exif_orientation"]:
         command.append("--no-exif-orientation")
-    for name, place in (release.origin if release else facts.get("origin", {})).items():
+    if facts["on_broken"] != "refuse":
+        command += ["--on-broken", facts["on_broken"]]
+    for name, place in (facts["origin"] if origin is None else origin).items():
         command += [f"--{name.replace('_', '-')}", place]
-    if release.facts.dynamic_alpha if release else facts["release"].get("dynamic_alpha"):
+    if release.dynamic_alpha if release else facts["release"].get("dynamic_alpha"):
         command += ["--alpha", f"{facts['release']['alpha']:g}"]
     return shlex.join(command)
 
@@ -295,16 +343,19 @@ def mismatch(facts: Mapping[str, Any], release: Release) -> str:
 
 
 @contextlib.contextmanager
-def table_errors(folder: Path) -> Iterator[None]:
-    """Turn LanceDB's errors, which have no common base, into one for people."""
+def table_errors(folder: Path, facts: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Turn LanceDB's errors, which have no common base, into one for people.
+
+    Args:
+        folder: of the index.
+        facts: of the index, from which the command is that mends it.
+    """
     try:
         yield
     except RAdapterError:
         raise
     except Exception as error:
-        raise RAdapterError(
-            f"the index {folder} can't be used: {_short(error)}; {_again(folder, ' --no-resume')}"
-        ) from error
+        raise RAdapterError(f"the index {folder} can't be used: {_short(error)}; {_again(folder, facts)}") from error
 
 
 @contextlib.contextmanager

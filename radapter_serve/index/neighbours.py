@@ -29,6 +29,9 @@ _MOST_CELLS = 65_536
 _SAMPLE = 32  # vectors that a cell's centre is computed from
 _ROUNDS = 10  # of k-means; more change little
 _CANDIDATES = 8  # for each hit at least
+_FACTOR = 4  # how much more is searched where it was too little
+_DEVIATIONS = 4  # of the errors of codes, beyond which no vector is looked for
+_ROUNDING = 2.0**-10  # four deviations of the error that float16 gives a cosine, times the root of D
 _BLOCK = 10_000  # vectors at a time
 
 Positions = NDArray[np.int64]
@@ -69,44 +72,100 @@ class Neighbours:
         self._order = None if ascending else np.argsort(self.rows)
         self._sorted = self.rows if self._order is None else self.rows[self._order]
 
+    def rows_of(self, positions: Positions) -> NDArray[np.uint64]:
+        """The row ids of vectors."""
+        return np.asarray(self.rows[positions], np.uint64)
+
     def positions(self, rows: NDArray[np.uint64]) -> Positions:
         """Where vectors stand whose row ids are given."""
         found = np.searchsorted(self._sorted, rows)
         return found if self._order is None else self._order[found]
 
     def nearest(
-        self, query: NDArray[np.float32], top_k: int, nprobes: int, candidates: int, among: Positions | None = None
+        self, query: NDArray[np.float32], top_k: int, nprobes: int, candidates: int
     ) -> tuple[Positions, NDArray[np.float32]]:
-        """The nearest vectors and their cosines, best first.
+        """The nearest of all vectors and their cosines, best first, as `best` has them.
 
         Args:
             query: float32 [D], unit length.
-            top_k: how many at most.
-            nprobes: cells that are searched for ten of all vectors; more are for more hits or for fewer vectors.
+            top_k: how many, 1 to N.
+            nprobes: cells that are searched for ten; more are for more.
             candidates: how many FAISS names at least, which the vectors themselves sort.
-            among: positions of the vectors that may be found; None for all.
         """
-        allowed = len(self.rows) if among is None else len(among)
-        top_k = min(top_k, allowed)
-        wanted = min(allowed, max(candidates, _CANDIDATES * top_k))
-        spread = max(1.0, top_k / 10) ** 0.5 * len(self.rows) / max(1, allowed)
-        selector = {} if among is None else {"sel": self._selector(among)}
-        probes = min(self.cells, round(nprobes * spread))
+        count = len(self.rows)
+        wanted = min(count, max(candidates, _CANDIDATES * top_k))
+        probes = min(self.cells, round(nprobes * max(1.0, top_k / 10) ** 0.5))
         while True:
-            options = self._faiss.SearchParametersIVF(nprobe=probes, **selector)
-            self._faiss.omp_set_num_threads(1)  # counts for the thread that asks
-            _, named = self._index.search(np.ascontiguousarray(query[None], np.float32), wanted, params=options)
-            found = named[0][(named[0] >= 0) & (named[0] < len(self.rows))]
-            if len(found) >= top_k or probes == self.cells:
-                return self.best(query, found, top_k)
-            probes = min(self.cells, probes * 4)
+            named, approximate = self._named(query, wanted, probes)
+            if len(named) < top_k and probes < self.cells:
+                probes = min(self.cells, _FACTOR * probes)
+                continue
+            found, scores = self.best(query, named, top_k)
+            # Where a hit is the last that FAISS named, its equals may be left out.
+            tied = approximate[np.isin(named, found)].min() <= approximate.min()
+            if not tied or len(named) < wanted or wanted == count:
+                return found, scores
+            wanted = min(count, _FACTOR * wanted)
+
+    def nearest_of(
+        self, query: NDArray[np.float32], top_k: int, candidates: int, among: Positions
+    ) -> tuple[Positions, NDArray[np.float32]]:
+        """The nearest of some vectors and their cosines, best first, as `best` has them.
+
+        What a condition leaves may lie anywhere, also where vectors are dense and codes tell them apart badly.
+        Therefore all cells are searched, for as many candidates as it takes until, by the errors of the codes that
+        are seen, none of the others can be a hit.
+
+        Args:
+            query: float32 [D], unit length.
+            top_k: how many, 1 to len(among).
+            candidates: how many FAISS names at least.
+            among: positions of the vectors that may be found.
+        """
+        selector = self._selector(among)
+        wanted = max(candidates, _CANDIDATES * top_k)
+        while _FACTOR * wanted < len(among):
+            named, approximate = self._named(query, wanted, self.cells, selector)
+            if len(named) < top_k:
+                break
+            scores = self._cosines(query, named)
+            errors = scores - approximate
+            reach = approximate.min() + errors.mean() + _DEVIATIONS * errors.std()
+            if reach < np.partition(scores, -top_k)[-top_k]:
+                return self._finalists(named, scores, top_k)
+            wanted *= _FACTOR
+        return self.best(query, among, top_k)
 
     def best(self, query: NDArray[np.float32], of: Positions, top_k: int) -> tuple[Positions, NDArray[np.float32]]:
-        """The best of some vectors by comparing each, best first."""
+        """The best of some vectors by comparing each, best first.
+
+        There may be more than `top_k`: all whose float16 vectors don't say whether they are among the best.
+        """
+        return self._finalists(of, self._cosines(query, of), top_k)
+
+    def _finalists(
+        self, of: Positions, scores: NDArray[np.float32], top_k: int
+    ) -> tuple[Positions, NDArray[np.float32]]:
+        if len(scores) > top_k:
+            rounding = _ROUNDING / self.vectors.shape[1] ** 0.5
+            near = scores >= np.partition(scores, -top_k)[-top_k] - rounding
+            of, scores = of[near], scores[near]
+        order = np.argsort(-scores, kind="stable")
+        return of[order], scores[order]
+
+    def _cosines(self, query: NDArray[np.float32], of: Positions) -> NDArray[np.float32]:
         parts = [self.vectors[of[start : start + _BLOCK]].astype(np.float32) @ query for start in _starts(len(of))]
-        scores = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-        first = np.argsort(-scores, kind="stable")[:top_k]
-        return of[first], scores[first]
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+    def _named(
+        self, query: NDArray[np.float32], wanted: int, probes: int, selector: Any = None
+    ) -> tuple[Positions, NDArray[np.float32]]:
+        """What FAISS names, and the cosines by its codes."""
+        options = self._faiss.SearchParametersIVF(nprobe=probes, sel=selector)
+        self._faiss.omp_set_num_threads(1)  # counts for the thread that asks
+        scores, named = self._index.search(np.ascontiguousarray(query[None], np.float32), wanted, params=options)
+        there = (named[0] >= 0) & (named[0] < len(self.rows))
+        return named[0][there], scores[0][there]
 
     def _selector(self, among: Positions) -> Any:
         marks = np.zeros(len(self.rows), bool)

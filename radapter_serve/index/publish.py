@@ -45,7 +45,7 @@ def publish(folder: Path, url: str, progress: Callable[[int, int], None] | None 
         raise RAdapterError(f"{folder} stands for a published index; publish the index that it was made of")
     read_facts(folder)  # locking would make the folder
     with lock(folder, "radapter-index"):
-        index = Index(folder)  # whole, or refused
+        index = Index(folder, complete=True)  # whole, or refused
         if isinstance(place, Qdrant):
             return _upload(index, url, progress)
         bucket = place

@@ -66,7 +66,8 @@ def tune(
         found = np.zeros(len(asked))
         for row, vector in enumerate(asked):  # an image's first hit is itself
             _, scores = neighbours.nearest(vector, TOP_K + int(own[row]), nprobes, candidates)
-            found[row] = (scores[own[row] :] >= tenth[row]).sum() / TOP_K
+            hits = scores[own[row] : own[row] + TOP_K]
+            found[row] = (hits >= tenth[row]).sum() / TOP_K
         recall = min(float(found[own == kind].mean()) for kind in (0, 1))
         if recall >= RECALL:
             break

@@ -50,9 +50,10 @@ def upload(index: Index, url: str, progress: Callable[[int, int], None] | None =
         raise RAdapterError(f'the index {index.folder} has a column {odd!r}; Qdrant takes no " and \\ in a name')
     facts = {**index.facts, "search": {"by": "Qdrant"}}
     facts.pop(LINK, None)
+    facts.pop("files")
     digest = hashlib.sha256(json.dumps(index.facts, sort_keys=True).encode()).hexdigest()[:16]
     facts[GENERATION] = fresh = collection_of(place.name, digest)
-    with table_errors(index.folder), qdrant_errors(url):
+    with table_errors(index.folder, index.facts), qdrant_errors(url):
         client = place.client(_TIMEOUT)
         before = _counts(client, place)
         if before == fresh and client.count(fresh, exact=True).count == len(index):

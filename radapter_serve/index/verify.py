@@ -44,16 +44,16 @@ class Verification:
 
 
 def verify(out: Path, *, progress: Progress | None = None) -> Verification:
-    """Compare an index with its files: every file is read, and no image is embedded.
+    """Compare an index with its digests and with the images: every file is read, and no image is embedded.
 
     Raises:
         RAdapterError: there is no index, or a broken one.
     """
-    index = Index(out)
+    index = Index(out, complete=True)
     root = Path(index.facts["root"])
     known: set[str] = set()
     missing, changed, damaged, new = [], [], [], []
-    with table_errors(out), ThreadPoolExecutor(decoders(8)) as pool:
+    with table_errors(out, index.facts), ThreadPoolExecutor(decoders(8)) as pool:
         for batch in index.table.search().select(["path", "digest", "vector"]).to_batches(BATCH):
             ids, digests = batch["path"].to_pylist(), batch["digest"].to_pylist()
             for id, digest, now in zip(

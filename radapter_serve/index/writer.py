@@ -22,6 +22,7 @@ from radapter_serve.files import staged
 from radapter_serve.index.cluster import Cluster
 from radapter_serve.index.collection import Collection, Item
 from radapter_serve.index.index import EXACT, FACTS, FORMAT, TABLE, build_command, table_errors, vectors_of
+from radapter_serve.index.integrity import files_of
 from radapter_serve.index.neighbours import Neighbours, intact, neighbours_of, tidy, write_neighbours
 from radapter_serve.index.reading import Read, read
 from radapter_serve.index.recall import TEXTS, tune
@@ -85,7 +86,7 @@ class Writer:
         cluster: Cluster | None = None,
     ) -> None:
         self._folder, self._facts, self._release, self._cluster = folder, facts, release, cluster
-        with table_errors(folder):
+        with table_errors(folder, facts):
             database = lancedb.connect(folder)
             if (folder / f"{TABLE}.lance").is_dir():
                 self._table = database.open_table(TABLE)
@@ -126,7 +127,7 @@ class Writer:
                 if image.error:
                     _complain(item, image.error, summary, on_broken)
             summary.kept += sum(image.kept for image in found)
-            with table_errors(self._folder):
+            with table_errors(self._folder, self._facts):
                 self._append([(item, image) for item, image in batch if not (image.error or image.kept)], summary)
             done += len(found)
             if progress is not None:
@@ -136,7 +137,7 @@ class Writer:
     def delete(self, ids: Iterable[str]) -> int:
         """Remove images; returns how many were there."""
         ids = sorted(self.known.keys() & set(ids))
-        with table_errors(self._folder):
+        with table_errors(self._folder, self._facts):
             for start in range(0, len(ids), BATCH):
                 names = ", ".join(map(_quoted, ids[start : start + BATCH]))
                 self._table.delete(f"path IN ({names})")
@@ -155,11 +156,13 @@ class Writer:
         digests = [digest for digest, _ in self.known.values()]
         summary.copies = len(digests) - len(set(digests))
         search = self._facts.get("search", {})
+        files = self._facts.get("files", {})
         before = search.get("table_version")
         summary.changed = before != self._table.version or not self._can_search(search)
         if summary.changed:
-            with table_errors(self._folder):
+            with table_errors(self._folder, self._facts):
                 search = self._index(search)
+            files = files_of(self._folder / f"{TABLE}.lance", files)
         summary.recall = search.get("recall")
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         facts = {
@@ -168,13 +171,14 @@ class Writer:
             "count": summary.count,
             "columns": [name for name in self._schema.names if name not in ("vector", "thumbnail")],
             "search": search,
+            "files": files,
             "created": self._facts.get("created", now),
             "changed": now if summary.changed else self._facts["changed"],
         }
         lines = "".join(f"{id}\t{why}\n" for id, why in sorted(summary.broken.items()))
         _write(self._folder / BROKEN, lines)
         _write(self._folder / FACTS, json.dumps(facts, indent=2, ensure_ascii=False))
-        with table_errors(self._folder):
+        with table_errors(self._folder, self._facts):
             self._table.optimize(cleanup_older_than=keep)
         tidy(self._folder, before, search["table_version"], keep)
 
@@ -227,8 +231,6 @@ class Writer:
     def _index(self, search: dict[str, Any]) -> dict[str, Any]:
         """Make what a search of more than EXACT images needs; returns how to search the table."""
         count = len(self.known)
-        for old in self._table.list_indices():  # of an older format
-            self._table.drop_index(old.name)
         self._settle()
         version = {"table_version": self._table.version}
         if count <= EXACT:

@@ -179,9 +179,13 @@ def newest_export(repository: Path) -> list[int]:
 
 
 def split_repository(repository: str | Path) -> tuple[str, str]:
-    """The folder of `DIR@N`, and the number of the release, which is empty where none is named."""
+    """The folder of `DIR@N`, and the number of the release, which is empty where none is named.
+
+    A folder whose own name ends so is itself meant.
+    """
     path, at, number = str(repository).rpartition("@")
-    return (path, number) if at and number.isdecimal() else (str(repository), "")
+    named = at and number.isdecimal() and not Path(repository).is_dir()
+    return (path, number) if named else (str(repository), "")
 
 
 def find_release(repository: str | Path) -> Path:
@@ -200,6 +204,25 @@ def find_release(repository: str | Path) -> Path:
     if number and int(number) not in found:
         raise RAdapterError(f"no release {number} in {path}; it holds {', '.join(map(str, found))}")
     return task / str(int(number) if number else found[-1])
+
+
+def releases_with_digest(repository: Path, digest: str, alpha: float) -> list[int]:
+    """The releases of a model repository that embed as one with this digest does, the newest last.
+
+    Args:
+        repository: the model repository.
+        digest: of the release.
+        alpha: of the release; those that take any are asked at this one.
+    """
+    found = []
+    for version in releases_of(repository):
+        with contextlib.suppress(RAdapterError):
+            release = Release.load(repository / MODELS[-1] / str(version))
+            if release.dynamic_alpha:
+                release = release.at(alpha)
+            if release.digest == digest:
+                found.append(version)
+    return found
 
 
 def read_config(path: Path) -> Any:

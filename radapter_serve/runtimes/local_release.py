@@ -22,6 +22,7 @@ class LocalRelease(EmbeddingRelease):
 
     Args:
         repository: as of `find_release`.
+        version: number of the release, where the repository names none.
 
     Raises:
         RAdapterError: no such release, or its runtime can't load it.
@@ -30,8 +31,8 @@ class LocalRelease(EmbeddingRelease):
         version: its number in the repository.
     """
 
-    def __init__(self, repository: str | Path) -> None:
-        folder = find_release(repository)
+    def __init__(self, repository: str | Path, version: int | None = None) -> None:
+        folder = find_release(repository if version is None else f"{repository}@{version}")
         super().__init__(Release.load(folder), {"model_repository": str(Path(repository).absolute())})
         self.version = int(folder.name)
         self._repository = folder.parent.parent

@@ -22,6 +22,7 @@ from radapter_serve.release.repository import (
     config_of,
     encoders_of,
     releases_of,
+    releases_with_digest,
     versions_of,
 )
 
@@ -139,7 +140,7 @@ def kept_for_indexes(repository: Path, releases: Sequence[int], indexes: Path) -
             continue  # a broken one is refused when it is asked for
     found: dict[int, list[str]] = {}
     for name, digest, alpha in wanted if releases else ():
-        matching = [one for one in releases_of(repository) if _made(repository, one, digest, alpha)]
+        matching = releases_with_digest(repository, digest, alpha)
         older = [one for one in matching if one < max(releases)]
         if older and not set(matching) & set(releases):
             found.setdefault(older[-1], []).append(name)
@@ -155,14 +156,6 @@ def _fits(repository: Path, releases: Sequence[int], version: int) -> bool:
     except RAdapterError:
         return False
     return not any(difference(live[name], own[name]) for name in own if name in EMBEDDING)
-
-
-def _made(repository: Path, version: int, digest: str, alpha: float) -> bool:
-    try:
-        release = Release.load(repository / MODELS[-1] / str(version))
-        return (release.at(alpha) if release.dynamic_alpha else release).digest == digest
-    except RAdapterError:
-        return False
 
 
 def difference(one: Any, other: Any) -> str:

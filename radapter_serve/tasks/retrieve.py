@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_name, as_text
-from radapter_serve.index.index import FACTS, Hit, Index, mismatch
+from radapter_serve.index.bucket import LINK
+from radapter_serve.index.index import FACTS, Hit, Index, build_command, mismatch
 from radapter_serve.index.opening import open_index
 from radapter_serve.inputs.errors import INDEX_MISMATCH, UNKNOWN_INDEX, TaskError, invalid, public
 from radapter_serve.inputs.names import is_name, spellings, there_are
@@ -103,6 +104,7 @@ class Retrieve:
         embed_text: by the server's `embed_text`.
         embed_image: by the server's `embed_image`.
         others: other releases that the server embeds queries by; asked where an index is not of this one.
+        origin: where the release is, as `radapter-index build --model-repository` takes it.
     """
 
     def __init__(
@@ -112,8 +114,11 @@ class Retrieve:
         embed_text: Embed,
         embed_image: Embed,
         others: Callable[[], Iterable[Embedder]] = tuple,
+        origin: str = "model_repository",
     ) -> None:
         self._own, self._folder, self._others = Embedder(release, embed_text, embed_image), indexes, others
+        self._origin = origin
+        self._told: set[str] = set()
         self._open: dict[str, tuple[tuple[int, int, int], Index]] = {}
         self._refused: dict[str, tuple[tuple[int, int, int], float]] = {}
         self._lock, self._locks = threading.Lock(), dict[str, threading.Lock]()
@@ -204,6 +209,7 @@ class Retrieve:
                 if key == before:
                     break  # else it was replaced while it was opened, and may be a part of both
             if why is None:
+                self._told.discard(name)
                 self._open[name] = before, opened
                 return opened
             print(why, file=sys.stderr)
@@ -221,8 +227,21 @@ class Retrieve:
         for embedder in itertools.chain([self._own], self._others()):
             if embedder.made(index):
                 return embedder
-        why = f"the index {as_text(index.folder.name)!r} {public(mismatch(index.facts, self._own.release))}"
-        raise TaskError(INDEX_MISMATCH, f"{why}; build it again on the server with radapter-index build")
+        name = as_text(index.folder.name)
+        why = mismatch(index.facts, self._own.release)
+        if name not in self._told:
+            self._told.add(name)
+            print(f"the index {name!r} {why}; {self._again(index)}", file=sys.stderr)
+        raise TaskError(
+            INDEX_MISMATCH, f"the index {name!r} {public(why)}; the server's log has the command that builds it again"
+        )
+
+    def _again(self, index: Index) -> str:
+        """The command by which this release, or where it is published from, makes an index again."""
+        if link := index.facts.get(LINK):
+            return f"build the index that was published to {link} again, and publish that"
+        origin = {"model_repository": self._origin}
+        return f"build it again: {build_command(index.folder.absolute(), index.facts, self._own.release, origin)}"
 
     def _known(self) -> str:
         names = sorted(as_text(path.parent.name) for path in self._folder.glob(f"*/{FACTS}"))

@@ -21,7 +21,7 @@ from radapter_serve.inputs.errors import (
     public,
 )
 from radapter_serve.inputs.tokenizer import Tokenizer
-from radapter_serve.release.release import Release
+from radapter_serve.release.release import FILE, Release
 from radapter_serve.tasks.classify import EmbedImages
 from radapter_serve.tasks.label_embeddings import LabelEmbedder
 from radapter_serve.threads import decoders
@@ -47,12 +47,18 @@ class Version:
 
     Args:
         arguments: what Triton gives to `initialize`.
+
+    Attributes:
+        origin: the model repository and the number of the release, as `DIR@N`.
     """
 
     def __init__(self, arguments: dict[str, str]) -> None:
         self.folder = Path(arguments["model_repository"]) / arguments["model_version"]
         self.release = Release.load(self.folder)
         self._number = int(arguments["model_version"])
+        # The server's folder has links to the files of the model repository.
+        repository = (self.folder / FILE).resolve().parents[2]
+        self.origin = f"{repository}@{self._number}"
 
     def encode_images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
         """uint8 [B, S, S, 3] -> float32 [B, D] by `image_encoder`; here and below with α where that is an input."""

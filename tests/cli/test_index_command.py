@@ -20,10 +20,13 @@ import pytest
 import torch
 from PIL import Image
 
+from radapter_serve.cli import release as release_command
 from radapter_serve.cli.index import main
 from radapter_serve.index.index import Index
+from radapter_serve.inputs.errors import INDEX_MISMATCH, TaskError
 from radapter_serve.release.release import Release
 from radapter_serve.runtimes.local_release import LocalRelease
+from radapter_serve.tasks.retrieve import Retrieve, Retrieved, RetrieveRequest
 
 # How Pillow turns what is stored with each value of EXIF's orientation, so that it stands upright.
 TURNS = {
@@ -167,6 +170,91 @@ def test_printed_commands_name_the_repository(
     assert main(shlex.split(build)) == 0
     assert "5 images (5 embedded)" in capsys.readouterr().out
     assert main(["add", "--out", f"../{out}", *other]) == 0
+
+
+def search(models: Path, version: int) -> Retrieved:
+    """The answer of a server that has one release."""
+    release = LocalRelease(models, version)
+    retrieve = Retrieve(
+        release.facts,
+        Path("indexes"),
+        lambda text: release.embed_texts([text.decode()])[0],
+        lambda image: release.encode_images([release.prepare(image)])[0],
+        origin=f"{models.absolute()}@{version}",
+    )
+    return retrieve(RetrieveRequest(b"photos", text=b"a photo"))
+
+
+def test_the_served_release_embeds_and_every_advice_ends_the_trouble(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = Path("my models")
+    shutil.copytree("model_repository", models)
+    where = ["--model-repository", str(models)]
+    for command in (["load", "1"], ["load", "2"], ["rollback"]):
+        assert release_command.main([*command, *where]) == 0
+    assert main(["build", "photos", "--out", "indexes/photos", *where]) == 0
+    assert f"release 1 of {models.absolute()} embeds: " in capsys.readouterr().out
+    assert len(search(models, 1).ids) == 5
+
+    # Another release is served: the index still grows by its own, and is refused with what ends that.
+    assert release_command.main(["load", "2", *where]) == 0
+    shutil.copy("photos/0.png", "photos/copy.png")
+    assert main(["add", "--out", "indexes/photos"]) == 0
+    assert "release 1 of" in capsys.readouterr().out and len(search(models, 1).ids) == 6
+    with pytest.raises(TaskError, match="the server's log has the command") as refused:
+        search(models, 2)
+    assert refused.value.code == INDEX_MISMATCH and str(place) not in str(refused.value)
+    (command,) = printed(capsys.readouterr().err)
+    assert main(shlex.split(command)) == 0
+    assert len(search(models, 2).ids) == 6
+
+    # So does the advice on damage.
+    (data,) = Path("indexes/photos/images.lance/data").iterdir()
+    data.write_bytes(data.read_bytes()[:-1])
+    capsys.readouterr()
+    assert main(["verify", "indexes/photos"]) == 2
+    (command,) = printed(capsys.readouterr().err)
+    assert main(shlex.split(command)) == 0 and main(["verify", "indexes/photos"]) == 0
+    assert len(search(models, 2).ids) == 6
+
+
+def test_a_load_says_what_the_release_lacks(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = Path("my models")
+    shutil.copytree("model_repository", models)
+    before = Release.load(models / "classify" / "2")
+    dataclasses.replace(
+        before,
+        dense={"way": "naclip", "grid": 2},
+        confidence={"temperature": 1.0},
+        label_sets={**before.label_sets, "nine": {}},
+    ).save(models / "classify" / "2")
+    lacking = release_command.lacking(models, [1, 2], [1])
+    assert "\n" not in lacking and "release 1 lacks what release 2 has: dense features" in lacking
+    assert "calibrated scores" in lacking and "the label sets nine" in lacking
+    assert release_command.lacking(models, [1], [1, 2]) == release_command.lacking(models, [9], [1]) == ""
+    assert release_command.main(["load", "1", "--model-repository", str(models)]) == 0
+    said = capsys.readouterr().out
+    assert "release 1 is served" in said and lacking in said
+
+
+def test_folders_with_an_at_in_their_names(place: Path) -> None:
+    Path("photos").rename("photos@home")
+    Path("model_repository").rename("models@2")
+    options = ["--out", "indexes/photos@home", "--model-repository", "models@2"]
+    assert main(["build", "photos@home", *options]) == 0 and main(["add", "--out", "indexes/photos@home"]) == 0
+    options[-1] += "@1"
+    assert main(["build", "photos@home", *options]) == 0
+    assert Index("indexes/photos@home").facts["release"]["version"] == 1
+
+
+def test_an_addition_does_with_broken_images_as_the_build_did(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("photos/broken.png").write_bytes(b"no image")
+    assert main(["build", "photos", "--out", "indexes/photos", "--on-broken", "skip"]) == 0
+    assert main(["add", "--out", "indexes/photos"]) == 0
+    assert "1 images can't be read" in capsys.readouterr().out
+    assert main(["add", "--out", "indexes/photos", "--on-broken", "refuse"]) == 2
+    assert "'broken.png' can't be indexed" in capsys.readouterr().err
 
 
 def test_what_verify_prints_works(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,7 +73,11 @@ def serving(command: list[str]) -> Iterator[str]:
     with subprocess.Popen(started, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
-            assert any("Ctrl-C stops the server" in line for line in server.stdout)
+            said = ""
+            while "Ctrl-C stops the server" not in said:
+                said += server.stdout.readline()
+            (tried,) = [words for words in printed(said) if words[0] == "radapter-query"]
+            assert query.main(tried[1:]) == 0
             yield f"grpc://localhost:{grpc}"
         finally:
             server.terminate()

@@ -30,6 +30,7 @@ from pyarrow import parquet
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import exchange
 from radapter_serve.index import build as indexing
+from radapter_serve.index import index as opened
 from radapter_serve.index import recall
 from radapter_serve.index import writer as index_writer
 from radapter_serve.index.build import add, build
@@ -312,6 +313,30 @@ def test_top_k_has_bounds(top_k: int, photos: Path, tmp_path: Path, release: Fak
         Index(tmp_path / "index").search(np.eye(DIM, dtype=np.float32)[0], top_k)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_equal_vectors_come_in_the_order_of_their_ids(
+    exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: FakeRelease
+) -> None:
+    """Sixty images of three kinds, added in no order; the first hits of a kind are its first ids, however many."""
+    if not exact:
+        for module in (opened, index_writer):
+            monkeypatch.setattr(module, "EXACT", 20)
+    monkeypatch.setattr(index_writer, "tune", lambda *_: {"nprobes": 1, "candidates": 1, "recall": 1.0})
+    folder, out = tmp_path / "photos", tmp_path / "index"
+    names = np.random.default_rng(0).permutation([f"{number:02}" for number in range(60)])
+    for part in (names[:25], names[25:]):
+        for name in part:
+            write(folder / f"{name}.png", int(name) % 3)
+        build(str(folder), out, release)
+    index = Index(out)
+    for kind in range(3):
+        query = embeds_of(release, [folder / f"{kind:02}.png"])[0]
+        of_kind = [f"{number:02}.png" for number in range(kind, 60, 3)]
+        for top_k in (1, 3, 19, 20):
+            assert [hit.id for hit in index.search(query, top_k)] == of_kind[:top_k]
+        assert [hit.id for hit in index.search(query, 5, "path > '10'")] == [id for id in of_kind if id > "10"][:5]
+
+
 def test_copies_are_embedded_once_and_all_found(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
     shutil.copy(photos / "a.jpg", photos / "b.jpg")
     summary = build(str(photos), tmp_path / "index", release)
@@ -455,19 +480,17 @@ def test_a_damaged_index_is_built_again(photos: Path, tmp_path: Path, release: F
     assert names(tmp_path) == {"photos", "index"}
 
 
-def test_an_index_of_the_first_format_is_read(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
-    """As version 0.1 wrote it: no origin, no orientation, and another word for how it is searched."""
+def test_an_index_of_another_format_is_refused_with_the_command_that_mends_it(
+    photos: Path, tmp_path: Path, release: FakeRelease
+) -> None:
     out = tmp_path / "index"
     build(str(photos), out, release)
     facts = json.loads((out / FACTS).read_text())
-    facts["engine"] = facts.pop("search")
-    facts["format"] = 1
-    for name in ("origin", "exif_orientation", "column_types"):
-        del facts[name]
-    (out / FACTS).write_text(json.dumps(facts))
-    assert len(Index(out).search(np.eye(DIM, dtype=np.float32)[0], 100)) == 12 and verify(out).ok
-    assert add(out, FakeRelease()).kept == 12
-    assert build(str(photos), out, FakeRelease()).embedded == 12
+    (out / FACTS).write_text(json.dumps(facts | {"format": 3}))
+    with pytest.raises(RAdapterError, match=rf"of format 3.*: radapter-index build {photos} --out {out} ") as refused:
+        Index(out)
+    assert "\n" not in str(refused.value)
+    assert build(str(photos), out, FakeRelease()).embedded == 12 and verify(out).ok
 
 
 def test_a_build_that_fails_with_nothing_embedded_leaves_nothing(

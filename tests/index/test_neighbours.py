@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lancedb
 import numpy as np
 import pyarrow as pa
 import pytest
-from lancedb.index import IvfPq
 from numpy.typing import NDArray
 from pyarrow import parquet
 
@@ -24,8 +22,10 @@ from radapter_serve.index import index as opened
 from radapter_serve.index import writer as index_writer
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import FACTS, Index
-from radapter_serve.index.neighbours import CODES, FILES, ROWS, VECTORS
+from radapter_serve.index.neighbours import CODES, FILES, ROWS, VECTORS, Neighbours, write_neighbours
+from radapter_serve.index.recall import tune
 from radapter_serve.index.verify import verify
+from radapter_serve.inputs.errors import TaskError
 from tests.index.test_index import FakeRelease
 
 COUNT, DIM, EXACT = 3000, 32, 200
@@ -263,29 +263,70 @@ def test_a_build_that_is_given_again_mends_and_embeds_nothing(copied: tuple[Path
     assert found(Index(out), release.vectors[5], 1) == [5]
 
 
-def test_an_index_of_format_2_is_searched_and_then_renewed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: tuple[Path, Ready]
-) -> None:
-    """As version 0.2 wrote it: LanceDB's own approximate index."""
-    out, release = tmp_path / "index", built[1]
-    build(str(built[0] / "photos"), out, release)  # exactly, for EXACT is what it is
-    table = lancedb.connect(out).open_table("images")
-    table.create_index("vector", config=IvfPq("dot", num_sub_vectors=DIM // 8))
-    facts = json.loads((out / FACTS).read_text()) | {"format": 2}
-    effort = {"nprobes": 50, "refine_factor": 50, "trained_on": COUNT, "index": "IVF_PQ", "recall": 1.0}
-    facts["search"] = {**facts["search"], **effort, "table_version": table.version}
-    (out / FACTS).write_text(json.dumps(facts))
-    lower(monkeypatch)
-    monkeypatch.setattr(opened, "OLD_EXACT", EXACT)
-    queries = release.vectors[COUNT : COUNT + 20]
-    assert recall(Index(out), queries, release.vectors[:COUNT]) >= 0.95
-    few = found(Index(out), queries[0], 10, "path < '000050.jpg'")
-    assert few == list(np.argsort(-(release.vectors[:50] @ queries[0]))[:10])
-    before = release.embedded
-    assert add(out, release).changed and release.embedded == before
-    assert Index(out).facts["format"] == 3 and Index(out).facts["search"]["name"] == "faiss"
-    assert not lancedb.connect(out).open_table("images").list_indices()
-    assert recall(Index(out), queries, release.vectors[:COUNT]) >= 0.95
+def test_few_rows_are_compared_without_faiss(built: tuple[Path, Ready], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to EXACT rows that meet a condition; one more, and FAISS is asked."""
+    monkeypatch.setattr(opened, "EXACT", 900)
+    folder, release = built
+    index, query = Index(folder / "index"), release.vectors[COUNT]
+    monkeypatch.setattr(index._neighbours, "_named", lambda *_: pytest.fail("FAISS was asked"))
+    assert found(index, query, 10, "path < '000900.jpg'") == list(np.argsort(-(release.vectors[:900] @ query))[:10])
+    with pytest.raises(TaskError, match="FAISS was asked"):
+        index.search(query, 10, "path < '000901.jpg'")
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Neighbours, NDArray[np.float32], NDArray[np.float32]]:
+    """20,000 vectors whose row ids are in no order, with queries and the effort that has the recall."""
+    count, dim = 20_000, 64
+    folder = tmp_path_factory.mktemp("many") / "1"
+    vectors, texts = clustered(count + 20, dim, 200)
+    queries = np.concatenate([vectors[count:], texts[-10:]])
+    vectors = vectors[:count]
+    rows = np.random.default_rng(2).permutation(count).astype(np.uint64) + np.uint64(1 << 32)
+    made = write_neighbours(folder, [(rows, vectors)], (count, dim))
+    return Neighbours(folder, made, (count, dim)), vectors, queries
+
+
+def test_positions_of_row_ids_in_no_order(many: tuple[Neighbours, Any, Any]) -> None:
+    near, _, _ = many
+    asked = near.rows[[5, 0, 19_999, 77]]
+    assert near.positions(np.sort(asked)).tolist() == [[5, 0, 19_999, 77][n] for n in np.argsort(asked)]
+
+
+def test_more_hits_than_the_cells_hold_are_found_in_others(many: tuple[Neighbours, Any, Any]) -> None:
+    near, vectors, queries = many
+    found, scores = near.nearest(queries[0], 5000, 1, 1)
+    assert len(set(found.tolist())) == len(found) >= 5000 and (np.diff(scores) <= 0).all()
+    alone = near.nearest(vectors[3], 1, 1, 1)[0]
+    assert alone[0] == 3
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        *(f"share {share}" for share in (0.9, 0.5, 0.1, 0.03, 0.005)),
+        *(f"beyond {share}" for share in (0.02, 0.1, 0.3, 0.5, 0.8)),
+        "nearest half",
+    ],
+)
+def test_the_recall_holds_under_any_condition(kept: str, many: tuple[Neighbours, Any, Any]) -> None:
+    """A share of all, drawn; what is beyond the nearest share of all, in whatever order; the nearest half."""
+    near, vectors, queries = many
+    effort = tune(near, queries[-10:], queries=20)
+    random, hits = np.random.default_rng(3), 0
+    for query in queries:
+        order = np.argsort(-(vectors @ query))
+        name, _, number = kept.rpartition(" ")
+        if name == "share":
+            order = order[random.random(len(order)) < float(number)]
+        elif name == "beyond":
+            order = order[int(float(number) * len(order)) :]
+        else:
+            order = order[: len(order) // 2]
+        found, _ = near.nearest_of(query, 10, int(effort["candidates"]), np.sort(order))
+        exact = found[np.argsort(-(vectors[found] @ query))[:10]]  # as an index does by the table's vectors
+        hits += len(set(order[:10]) & set(exact))
+    assert hits / (10 * len(queries)) >= 0.97
 
 
 def test_a_condition_on_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: tuple[Path, Ready]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from radapter_serve.cli.serve import curl, main
+from radapter_serve.cli.serve import main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server import processes
 from radapter_serve.server import triton_server as module
@@ -219,10 +219,6 @@ def test_a_full_disk_is_told_in_one_line(repository, tmp_path, monkeypatch, erro
     with pytest.raises(RAdapterError, match=r"cannot write into .*: .*No space left on device.*; .*TMPDIR"):
         TritonServer(repository, "127.0.0.1", *free_ports()).start()
     assert not list(tmp_path.iterdir())
-
-
-def test_the_command_line_to_try_names_its_content_type():
-    assert "-H 'Content-Type: application/json'" in curl("http://localhost:8000")
 
 
 def test_a_log_that_cannot_be_written(repository, tmp_path, monkeypatch):
