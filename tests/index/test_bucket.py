@@ -239,10 +239,6 @@ def test_a_storage_is_asked_again_five_seconds_after_its_answer(
     client, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(str(photos), tmp_path / "index", FakeRelease())
-    # As format 1 has it, which readers translate.
-    facts = json.loads((tmp_path / "index" / FACTS).read_text())
-    facts = {**facts, "format": 1, "engine": facts.pop("search")}
-    (tmp_path / "index" / FACTS).write_text(json.dumps(facts))
     publish(tmp_path / "index", URL)
     link(URL, tmp_path / "linked")
     now, asked = [0.0], list[float]()
