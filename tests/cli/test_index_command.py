@@ -205,8 +205,8 @@ def test_the_served_release_embeds_and_every_advice_ends_the_trouble(
     with pytest.raises(TaskError, match="the server's log has the command") as refused:
         search(models, 2)
     assert refused.value.code == INDEX_MISMATCH and str(place) not in str(refused.value)
-    (command,) = printed(capsys.readouterr().err)
-    assert main(shlex.split(command)) == 0
+    (advice,) = printed(capsys.readouterr().err)
+    assert main(shlex.split(advice)) == 0
     assert len(search(models, 2).ids) == 6
 
     # So does the advice on damage.
@@ -214,8 +214,8 @@ def test_the_served_release_embeds_and_every_advice_ends_the_trouble(
     data.write_bytes(data.read_bytes()[:-1])
     capsys.readouterr()
     assert main(["verify", "indexes/photos"]) == 2
-    (command,) = printed(capsys.readouterr().err)
-    assert main(shlex.split(command)) == 0 and main(["verify", "indexes/photos"]) == 0
+    (advice,) = printed(capsys.readouterr().err)
+    assert main(shlex.split(advice)) == 0 and main(["verify", "indexes/photos"]) == 0
     assert len(search(models, 2).ids) == 6
 
 
