@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
 from radapter_serve.extras import install_command
+
+MAX_LISTED = 20  # lines below a message
 
 
 class RAdapterError(Exception):
@@ -36,3 +39,17 @@ def reason(error: BaseException) -> str:
 def short(value: Any) -> str:
     """What a file or a caller calls something, on one line of a message and cut to 40 characters."""
     return value[:40] if isinstance(value, str) and value.isprintable() else reprlib.repr(value)
+
+
+def listed(lines: Sequence[str]) -> str:
+    """Lines for the end of a message, as many as people read, and how many more there are."""
+    shown = "".join(f"\n    {line}" for line in lines[:MAX_LISTED])
+    return shown + (f"\n    and {len(lines) - MAX_LISTED:,} more" if len(lines) > MAX_LISTED else "")
+
+
+def all_of(problems: Sequence[str], subject: str) -> RAdapterError:
+    """One error for all problems of a subject; one alone is its message."""
+    if len(problems) == 1:
+        return RAdapterError(problems[0])
+    lines = "".join(f"\n  - {problem}" for problem in problems)
+    return RAdapterError(f"{subject} won't do, for {len(problems)} reasons:{lines}")

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from radapter_serve.clip.base import LOCAL
 from radapter_serve.demo.data import BASE
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.evaluation_set import EvaluationSet
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Suite, load_suite
 from radapter_serve.files import read_yaml
+from radapter_serve.hub import LOCAL
 from radapter_serve.training.recipe import recipe_of
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # From the lowest floor up: a room imports from those before it, never from those after it.
 FLOORS = [
-    "errors extras files lock environment signals threads",
+    "errors extras files lock environment signals threads hub",
     "inputs",
     "release",
     "runtimes",
@@ -20,15 +20,15 @@ FLOORS = [
     "tasks",
     "server",
     "gateway",
+    "data",
     "clip",
     "adapter",
-    "data",
     "evaluation",
     "training",
     "demo cli",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
-TORCH_FREE = ("inputs", "release", "runtimes", "index", "tasks", "server", "gateway")
+TORCH_FREE = ("inputs", "release", "runtimes", "index", "tasks", "server", "gateway", "data")
 HEAVY = ("torch", "open_clip", "torchvision", "transformers", "onnxruntime", "tensorrt")
 
 

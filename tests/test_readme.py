@@ -84,6 +84,7 @@ def test_the_walk_through_and_the_quick_start(tmp_path: Path) -> None:
     for name in ("found.html", "overlay.png", "merged/open_clip_model.safetensors"):
         assert (tmp_path / name).is_file()
     assert (tmp_path / "quick" / "runs" / "photos" / "adapter.safetensors").is_file()
+    assert (tmp_path / "quick" / "runs" / "photos" / "alpha.json").is_file()
     assert (tmp_path / "quick" / "merged" / "open_clip_model.safetensors").is_file()
     for model in ("classify", "embed_text", "retrieve", "segment"):
         assert f'"model_name":"{model}"' in output
@@ -93,6 +94,6 @@ def test_the_walk_through_and_the_quick_start(tmp_path: Path) -> None:
 
 def test_commands_of_the_walk_through_exist() -> None:
     commands = set(re.findall(r"^(radapter-[a-z]+)", walk_through() + quick_start(), re.MULTILINE))
-    assert {"radapter-train", "radapter-export", "radapter-index", "radapter-serve", "radapter-query"} <= commands
+    assert {"radapter-train", "radapter-eval", "radapter-export", "radapter-serve", "radapter-query"} <= commands
     for command in commands:
         assert (Path(sys.executable).parent / command).is_file()

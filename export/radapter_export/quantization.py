@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,13 +24,13 @@ from radapter_export.graph import EXTERNAL_ABOVE, size_of
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.collection import Collection
 from radapter_serve.inputs.errors import TaskError
+from radapter_serve.inputs.image_files import spread
 from radapter_serve.inputs.preprocess import Preprocess, decode_pixels
 
 IMAGES = 128  # of a collection, evenly spread; more hardly move the ranges
 PROMPTS = 512  # likewise, of label sets
 _BATCH = 8
 
-T = TypeVar("T")
 Batches = Sequence[NDArray[np.generic]]
 
 
@@ -59,12 +59,6 @@ class Calibration:
         return {**counts, "digest": f"sha256:{digest.hexdigest()}"}
 
 
-def spread(items: Sequence[T], most: int) -> list[T]:
-    """So many of them at most, evenly spread."""
-    count = min(len(items), most)
-    return [items[number * len(items) // count] for number in range(count)]
-
-
 def calibration_images(collection: Collection, preprocess: Preprocess) -> list[NDArray[np.uint8]]:
     """Images of a collection in batches, prepared as the server prepares them.
 
@@ -76,7 +70,7 @@ def calibration_images(collection: Collection, preprocess: Preprocess) -> list[N
         try:
             pixels.append(decode_pixels(item.file.read_bytes(), preprocess))
         except (OSError, TaskError) as error:
-            why = error.message if isinstance(error, TaskError) else error.strerror
+            why = error.what if isinstance(error, TaskError) else error.strerror
             raise RAdapterError(f"calibration image {item.file} can't be read: {why}") from error
     return [np.stack(pixels[start : start + _BATCH]) for start in range(0, len(pixels), _BATCH)]
 

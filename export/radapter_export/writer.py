@@ -21,7 +21,7 @@ from radapter_export.files import disk_errors
 from radapter_export.forms import Forms
 from radapter_export.graph import Graph
 from radapter_export.merged import Merged
-from radapter_export.quantization import PROMPTS, Calibration, calibration_images, quantize, spread
+from radapter_export.quantization import PROMPTS, Calibration, calibration_images, quantize
 from radapter_export.references import BATCHES, Inputs, mixed_alphas, references_at
 from radapter_export.repository import Repository
 from radapter_export.settings import ExportSettings
@@ -34,6 +34,7 @@ from radapter_serve.clip.towers import is_causal
 from radapter_serve.files import digest_of
 from radapter_serve.index.collection import Collection
 from radapter_serve.inputs.alpha import Encode, at
+from radapter_serve.inputs.image_files import spread
 from radapter_serve.inputs.labels import split_label
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess

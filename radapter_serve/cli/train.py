@@ -43,7 +43,7 @@ def _train(arguments: list[str]) -> None:
     recipe = tyro.cli(Recipe, args=_nones(rest, Recipe), default=recipe, prog="radapter-train", description=description)
     recipe.check()  # before torch is loaded, which takes seconds
     limit_threads(recipe.threads)
-    from radapter_serve.training.loop import train
+    from radapter_serve.training.start import train
 
     train(recipe)
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from radapter_serve.clip.from_transformers import is_transformers, read
 from radapter_serve.clip.untrusted import check_folder
 from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.hub import HUB, LOCAL, from_hub_or_cache, how_to_bring, unreachable
 
-LOCAL, HUB = "local-dir:", "hf-hub:"
 _OF_A_MODEL = ["*.json", "*.safetensors", "*.txt", "*.model"]  # what is fetched from a hub
 
 
@@ -95,9 +95,11 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
         # open_clip only warns where a tag's activation differs from the architecture's; the numbers would change
         quick_gelu |= bool((open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu", False))
     try:
-        with _quiet():
+        with _quiet(), _source(name, pretrained):
             model = open_clip.create_model(source, pretrained, force_quick_gelu=quick_gelu, require_pretrained=True)
             tokenizer = open_clip.get_tokenizer(source)
+    except RAdapterError:
+        raise
     except Exception as error:  # open_clip, the hub and torch raise many kinds, and all mean: no such weights here
         raise RAdapterError(f"could not load {name} (pretrained {pretrained}): {reason(error)}") from error
     config = copy.deepcopy(config)
@@ -115,12 +117,41 @@ def _folder(name: str) -> Path | None:
 
     hub = name.removeprefix(HUB)
     try:
-        folder = Path(snapshot_download(hub, allow_patterns=_OF_A_MODEL))
-        if not any(folder.glob("*.safetensors")):
-            snapshot_download(hub, allow_patterns=[*_OF_A_MODEL, "*.bin"])
+        with _source(name, None):
+            folder = Path(snapshot_download(hub, allow_patterns=_OF_A_MODEL))
+            if not any(folder.glob("*.safetensors")):
+                snapshot_download(hub, allow_patterns=[*_OF_A_MODEL, "*.bin"])
         return folder
+    except RAdapterError:
+        raise
     except Exception as error:  # the hub and the network raise many kinds, and all mean: no such model here
         raise RAdapterError(f"could not get {name} from the Hugging Face hub: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _source(name: str, pretrained: str | None) -> Iterator[None]:
+    """Around what may fetch from the hub: without its retries where it can't be reached, and then says what to do."""
+    local = name.startswith(LOCAL) or (pretrained is not None and Path(pretrained).is_file())
+    if local or not unreachable():
+        yield
+        return
+    try:
+        with from_hub_or_cache():
+            yield
+    except Exception as error:  # whatever it is: the file is not in the cache
+        if name.startswith(HUB):
+            repository = name.removeprefix(HUB)
+        else:
+            tag = open_clip.get_pretrained_cfg(name, pretrained or "") or {}
+            repository = str(tag.get("hf_hub", "")).rstrip("/")
+        if not repository:
+            raise
+        raise RAdapterError(
+            f"the weights of {name}{f' ({pretrained})' if pretrained else ''} are not on this machine, and the Hugging "
+            f"Face hub can't be reached ({unreachable()}); {how_to_bring(repository)}; or fetch them with `hf download "
+            f"{repository} --local-dir clip`, copy the folder here, and name it: "
+            f"--architecture {LOCAL}clip"
+        ) from error
 
 
 def _of_transformers(name: str, folder: Path) -> Base:

@@ -8,7 +8,6 @@ from radapter_serve.data.classes import imagenet_classes, refuse_wordnet_ids
 from radapter_serve.data.labelled import (
     Labelled,
     class_split,
-    evaluation_batches,
     few_shot,
     load_labelled,
     split_classes,
@@ -31,7 +30,6 @@ __all__ = [
     "MaskedImage",
     "TrainingData",
     "class_split",
-    "evaluation_batches",
     "few_shot",
     "imagenet_classes",
     "load_captioned",

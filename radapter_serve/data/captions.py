@@ -120,8 +120,9 @@ def load_captioned(
         RAdapterError: it can't be read, a column is missing, a caption is empty, or no image has as many captions.
     """
     columns = {image_column: "--image-column", caption_column: "--caption-column"}
-    table, folder = open_rows(spec, columns, streaming=streaming)
-    data = Captioned(table, [], image_column, caption_column, images or folder, captions_per_image)
+    rows = open_rows(spec, columns, streaming=streaming)
+    table = rows.table
+    data = Captioned(table, [], image_column, caption_column, images or rows.folder, captions_per_image)
     if streaming:
         return data
     first: dict[str, int] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.inputs.labels import read_label_file, split_label
+from radapter_serve.inputs.labels import join_label, read_label_file, split_label
 
 IGNORED_NAMES = ("unlabeled", "void", "ignore")
 _CLASS_FILES = ("classes.txt", "classes.json", "classes.yaml")
@@ -63,7 +63,7 @@ def number_classes(names: Mapping[int, str]) -> tuple[dict[int, int], list[str]]
         first = split_label(name)[0]
         if first.lower() in IGNORED_NAMES:
             continue
-        entries.setdefault(first, ", ".join(split_label(name)))
+        entries.setdefault(first, join_label(split_label(name)))
         index[id_] = list(entries).index(first)
     if not index:
         raise RAdapterError("the classes name nothing but what is ignored; name one class or more")

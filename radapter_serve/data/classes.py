@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs.labels import read_label_file, split_label
+from radapter_serve.inputs.labels import join_label, read_label_file, split_label
 
 IMAGENET = "imagenet"
 _WORDNET_ID = re.compile(r"n\d{8}")
@@ -33,7 +33,13 @@ def refuse_wordnet_ids(names: Sequence[str]) -> None:
 
 
 def prompt_names(
-    own: Sequence[str] | None, classes: Path | None, spec: str, *, by_name: bool, every_class: bool = True
+    own: Sequence[str] | None,
+    classes: Path | None,
+    spec: str,
+    *,
+    by_name: bool,
+    every_class: bool = True,
+    whole: bool = False,
 ) -> tuple[list[str], list[str]]:
     """The classes of a data set, in the order of its labels.
 
@@ -43,6 +49,7 @@ def prompt_names(
             the file is `own name: name for prompts` or a name alone; synonyms of the latter stand after commas.
         spec: what to call the data in a message.
         by_name: labels are names rather than numbers of `own`; then the classes and their order are those of the file.
+        whole: the data's own names are those of folders, in which a comma parts no synonyms.
         every_class: refuse lines of the file that are no class of the data; else these classes are listed last.
 
     Returns:
@@ -55,6 +62,7 @@ def prompt_names(
         if own is None:
             raise RAdapterError(f"{spec} does not name its classes; give a file with one class a line: --classes FILE")
         shown = [name.replace("_", " ") for name in own]
+        shown = [join_label([name]) for name in shown] if whole else shown
     elif str(classes) == IMAGENET:
         own, shown = _of_imagenet(own, spec)
     else:
@@ -65,6 +73,8 @@ def prompt_names(
                 raise RAdapterError(f"the class file {classes} must number its lines from 0 on, in order")
         else:
             own, shown = _matched(own, lines, classes, spec, every_class)
+            if whole:  # a line that is the folder's name and no more
+                shown = [join_label([line]) if line == name else line for name, line in zip(own, shown, strict=True)]
     nameless = next((name for name, line in zip(own, shown, strict=True) if not split_label(line)), None)
     if nameless is not None:
         raise RAdapterError(f"the class {nameless!r} of {spec} has no name for a prompt; rename it, or see --classes")
@@ -121,7 +131,7 @@ def _matched(
     if without or (unused and every_class) or len(set(found)) < len(found):
         raise RAdapterError(
             f"the class file {path} does not match the {len(own)} classes of {spec}: "
-            f"without a line: {_some(without)}; without a class: {_some(unused)}; "
+            f"without a line: {some(without)}; without a class: {some(unused)}; "
             f"write one line for each class, such as '{(without or list(own))[0]}: name for prompts'"
         )
     return [*own, *unused], [lines[number][1] for number in (*found, *rest)]
@@ -131,5 +141,7 @@ def _plain(name: str) -> str:
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "none"
+def some(names: Sequence[str]) -> str:
+    """Some names for a message, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more or "none"

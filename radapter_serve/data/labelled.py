@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image
-from torch import Tensor
 
-from radapter_serve.clip.base import Base
-from radapter_serve.data.classes import prompt_names
-from radapter_serve.data.rows import BrokenImage, ImageColumn, LabelledImages, open_rows, share_of, sub_folders
+from radapter_serve.data.classes import prompt_names, some
+from radapter_serve.data.rows import ImageColumn, LabelledImages, open_rows, share_of, sub_folders
 from radapter_serve.errors import RAdapterError
+from radapter_serve.inputs.image_files import SUFFIXES
 from radapter_serve.inputs.labels import split_label
 
 
@@ -37,6 +33,7 @@ class Labelled(ImageColumn, LabelledImages):
         numbers: the number that each class has in the data, where labels are numbers; None where it has none. Empty
             where the data has all classes in this order.
         exif_orientation: turn images as their EXIF says.
+        left_out: number of files in class folders that are no images, by the end of their names.
     """
 
     rows: Any
@@ -48,6 +45,7 @@ class Labelled(ImageColumn, LabelledImages):
     own: list[str] = field(default_factory=list)
     numbers: Sequence[int | None] = ()
     exif_orientation: bool = True
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.own = self.own or self.classes
@@ -217,31 +215,29 @@ def load_labelled(
     Raises:
         RAdapterError: it can't be read, a column is missing, a class has no image, or the classes do not match.
     """
-    rows, folder = open_rows(
-        spec, {image_column: "--image-column", label_column: "--label-column"}, streaming=streaming
-    )
+    found = open_rows(spec, {image_column: "--image-column", label_column: "--label-column"}, streaming=streaming)
+    rows = found.table
     feature = (rows.features or {}).get(label_column)
     own = getattr(feature, "names", None)
     by_name = own is None
     if by_name and not streaming and "string" in getattr(feature, "dtype", ""):
         own = sorted({value for value in rows[label_column] if value is not None})
-    class_folders = spec.startswith("imagefolder:")
-    if class_folders and own is not None and not every_class:
-        own = [*own, *sorted(sub_folders(folder) - set(own))]
-    own, names = prompt_names(own, classes, spec, by_name=by_name, every_class=every_class)
-    start = images or (Path() if class_folders else folder)
-    data = Labelled(rows, names, image_column, label_column, start, templates, own)
-    _check_classes(data, spec, folder if class_folders else None, every_class)
+    empty = sorted(sub_folders(found.folder) - set(own)) if found.class_folders and own is not None else []
+    if empty and every_class:
+        raise RAdapterError(
+            f"{len(empty)} class folders of {spec} hold no image: {some([repr(name) for name in empty])}; "
+            f"add some or remove the folders; images are {', '.join(SUFFIXES)}"
+        )
+    if own is not None:
+        own = [*own, *empty]
+    own, names = prompt_names(own, classes, spec, by_name=by_name, every_class=every_class, whole=found.class_folders)
+    start = images or found.folder
+    data = Labelled(rows, names, image_column, label_column, start, templates, own, left_out=found.left_out)
+    _check_classes(data, spec, every_class)
     return data
 
 
-def _check_classes(data: Labelled, spec: str, folder: Path | None, every_class: bool) -> None:
-    if folder is not None:
-        empty = sorted(sub_folders(folder) - set(data.own))
-        if empty:
-            raise RAdapterError(
-                f"the class folder {empty[0]!r} of {spec} holds no image; add some or remove the folder"
-            )
+def _check_classes(data: Labelled, spec: str, every_class: bool) -> None:
     if isinstance(data.rows, datasets.Dataset):
         if len(data.rows) == 0:
             raise RAdapterError(f"{spec} holds no images")
@@ -249,43 +245,6 @@ def _check_classes(data: Labelled, spec: str, folder: Path | None, every_class: 
         missing = [name for index, name in enumerate(data.classes) if index not in present]
         if missing and every_class:
             raise RAdapterError(
-                f"the class {missing[0]!r} has no image in {spec} ({len(missing)} of {len(data.classes)} classes are "
-                f"empty); add images or take it out of the class file"
+                f"{len(missing)} of {len(data.classes)} classes have no image in {spec}: "
+                f"{some([repr(name) for name in missing])}; add images or take them out of the class file"
             )
-
-
-def evaluation_batches(
-    base: Base,
-    rows: Sequence[Any],
-    read: Callable[[Any], tuple[Image.Image, int]],
-    batch_size: int = 64,
-    *,
-    rank: int = 0,
-    world: int = 1,
-    broken: list[str] | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pixels, as open_clip's own transform makes them, and labels of images.
-
-    Args:
-        base: whose preprocessing is used.
-        rows: not a stream.
-        read: the image of a row and its label.
-        batch_size: images a batch.
-        rank, world: number of this process and of all; each gets its share.
-        broken: takes the names of images that can't be read, which are then left out; None raises BrokenImage.
-    """
-    transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
-    mine = range(rank, len(rows), world)
-    for first in range(0, len(mine), batch_size):
-        pixels, labels = [], []
-        for index in mine[first : first + batch_size]:
-            try:
-                image, label = read(rows[index])
-                pixels.append(transform(image))
-                labels.append(label)
-            except BrokenImage as error:
-                if broken is None:
-                    raise
-                broken.append(str(error))
-        if pixels:
-            yield torch.stack(pixels), torch.tensor(labels)  # type: ignore[arg-type]

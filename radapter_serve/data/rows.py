@@ -5,8 +5,11 @@ from __future__ import annotations
 import glob
 import os
 import random
+import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,11 +18,16 @@ from PIL import Image
 
 from radapter_serve.data.splits import open_splits
 from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.hub import from_hub_or_cache, how_to_bring, unreachable
+from radapter_serve.inputs.image_files import SUFFIXES, is_image_file, list_images
 from radapter_serve.inputs.labels import split_label
 from radapter_serve.inputs.preprocess import decode
 
 SPLIT_FILES = ("coop", "karpathy")
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder whose table has more than labels
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 READERS = ("imagefolder", "csv", "json", "parquet", "webdataset", *SPLIT_FILES)
+_KINDS = f"{', '.join(f'{name}:PATH' for name in READERS)}, or a hub name"
 
 
 class BrokenImage(RAdapterError):
@@ -132,10 +140,27 @@ def decode_named(data: bytes, name: str | Path, *, exif_orientation: bool = True
     try:
         return decode(data, exif_orientation=exif_orientation)
     except RAdapterError as error:
-        raise BrokenImage(f"image {name} can't be read: {getattr(error, 'message', error)}") from None
+        raise BrokenImage(f"image {name} can't be read: {getattr(error, 'what', error)}") from None
 
 
-def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False) -> tuple[Any, Path]:
+@dataclass(frozen=True)
+class Rows:
+    """Rows of images, not decoded.
+
+    Attributes:
+        table: a Hugging Face data set, or its stream.
+        folder: where relative image paths start.
+        class_folders: whether the rows are the files of class folders, whose names are the labels.
+        left_out: number of files in class folders that are no images, by the end of their names.
+    """
+
+    table: Any
+    folder: Path
+    class_folders: bool = False
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+
+def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False) -> Rows:
     """Open rows of any kind, the images in them not decoded.
 
     Args:
@@ -143,54 +168,108 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
         columns: those that must be there, each with the flag that names it.
         streaming: read row by row.
 
-    Returns:
-        A Hugging Face data set, and the folder of its file: relative image paths start there. Of an image folder,
-        the folder of class folders.
-
     Raises:
         RAdapterError: it can't be read, or a column is missing.
     """
     place, at, split = spec.rpartition("@") if "@" in spec.rsplit("/", 1)[-1] else (spec, "", "train")
+    if at and spec.partition(":")[0] in READERS and Path(spec.partition(":")[2]).exists():
+        place, at, split = spec, "", "train"  # a file or a folder with @ in its own name
     reader, _, path = place.partition(":")
-    local = reader in READERS
     if "::" in place or place == "pandas":
         raise RAdapterError(
             f"could not read the data {spec}: chained addresses (A::B) and pickled tables may run foreign code; "
             "name the file itself"
         )
-    source: dict[str, Any] = {"data_files": {split: [path]}} if local else {}
+    folder = Path(path).parent if reader in READERS else Path()
     if reader == "imagefolder":
-        path = str(_image_folder(Path(path), split, spec))
-        # named as one split: left alone, datasets takes "train" or "test" in any file's name for a split
-        source = {"data_files": {split: [f"{glob.escape(path)}/**"]}}
-    datasets.disable_progress_bars()
+        folder = _image_folder(Path(path), split, spec)
+        if not any((folder / name).is_file() for name in _METADATA):
+            return _rows_of_classes(folder, spec, columns, streaming)
     try:
         if reader in SPLIT_FILES:
-            rows = open_splits(reader, Path(path), split if at else None)
-            rows = rows.to_iterable_dataset() if streaming else rows
+            table = open_splits(reader, Path(path), split if at else None)
+            table = table.to_iterable_dataset() if streaming else table
         else:
-            rows = datasets.load_dataset(reader if local else place, split=split, streaming=streaming, **source)
+            table = _load(place, split, folder, streaming)
     except RAdapterError:
         raise
     except Exception as error:  # datasets, pyarrow and the hub raise many kinds, and all mean: can't be read
         cause: BaseException = error
         while cause.__cause__ is not None:  # datasets says no more than that an error occurred
             cause = cause.__cause__
-        kinds = ", ".join(f"{name}:PATH" for name in READERS)
         why = "it holds no rows" if "corresponds to no data" in str(cause) else reason(cause)
         why += "; save the file as UTF-8" if isinstance(cause, UnicodeDecodeError) else ""
-        raise RAdapterError(f"could not read the data {spec}: {why}; allowed: {kinds}, or a hub name") from error
-    features = rows.features or {}
+        raise RAdapterError(f"could not read the data {spec}: {why}; allowed: {_KINDS}") from error
+    features = table.features or {}
     for column, flag in columns.items():
         if features and not _has(features, column):
-            hint = " (an image folder needs one sub-folder a class, and two classes)" if reader == "imagefolder" else ""
-            raise RAdapterError(
-                f"{spec} has no column {column!r}{hint}; its columns: {', '.join(features)}; see {flag}"
-            )
+            raise RAdapterError(f"{spec} has no column {column!r}; its columns: {', '.join(features)}; see {flag}")
         if isinstance(features.get(column), datasets.Image):
-            rows = rows.cast_column(column, datasets.Image(decode=False))
-    folder = Path(path) if reader == "imagefolder" else Path(path).parent if local else Path()
-    return rows, folder
+            table = table.cast_column(column, datasets.Image(decode=False))
+    return Rows(table, folder)
+
+
+def _load(place: str, split: str, folder: Path, streaming: bool) -> Any:
+    """Rows that Hugging Face `datasets` reads: a file or several, a folder with a table, or a name on the hub."""
+    reader, _, path = place.partition(":")
+    datasets.disable_progress_bars()
+    if reader == "imagefolder":
+        # named as one split: left alone, datasets takes "train" or "test" in any file's name for a split
+        files = {split: [f"{glob.escape(str(folder))}/**"]}
+        return datasets.load_dataset(reader, split=split, streaming=streaming, data_files=files)
+    if reader in READERS:
+        if "://" not in path and not glob.has_magic(path) and not Path(path).is_file():
+            raise RAdapterError(f"could not read the data {place}: there is no file {path}; allowed: {_KINDS}")
+        return datasets.load_dataset(reader, split=split, streaming=streaming, data_files={split: [path]})
+    if Path(place).exists():
+        return datasets.load_dataset(place, split=split, streaming=streaming)
+    if not _HUB_NAME.fullmatch(place):
+        raise RAdapterError(f"could not read the data {place}: there is no such folder; allowed: {_KINDS}")
+    try:
+        with from_hub_or_cache():
+            return datasets.load_dataset(place, split=split, streaming=streaming)
+    except Exception as error:
+        if not unreachable():
+            raise
+        raise RAdapterError(
+            f"there is no data set {place} on this machine, and the Hugging Face hub can't be reached "
+            f"({unreachable()}); if it is a folder of yours, write imagefolder:{place}; if it is on the hub, "
+            f"{how_to_bring(place, 'dataset')}"
+        ) from error
+
+
+def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str], streaming: bool) -> Rows:
+    """The images in class folders: the columns `image`, a path, and `label`, the number of its folder."""
+    for column, flag in columns.items():
+        if column not in ("image", "label"):
+            raise RAdapterError(f"{spec} has no column {column!r}; its columns: image, label; see {flag}")
+    found = {name: list_images(folder / name) for name in sorted(sub_folders(folder))}
+    loose = [entry.name for entry in folder.iterdir() if is_image_file(entry.name) and entry.is_file()]
+    if loose:
+        raise RAdapterError(
+            f"{len(loose)} images of {spec} lie outside of the class folders, such as {folder / min(loose)}; "
+            f"move each into the folder of its class"
+        )
+    filled = {name: files.images for name, files in found.items() if files.images}
+    if len(filled) < 2:
+        has = f"images in one folder alone, {next(iter(filled))!r}" if filled else "no images in sub-folders"
+        raise RAdapterError(
+            f"{spec} has {has}; an image folder needs one sub-folder a class, and two classes; "
+            f"images are {', '.join(SUFFIXES)}"
+        )
+    paths = sorted((str(file.absolute()), name) for name, files in filled.items() for file in files)
+    labels = {name: number for number, name in enumerate(filled)}
+    features = datasets.Features({"image": datasets.Value("string"), "label": datasets.ClassLabel(names=list(filled))})
+    try:
+        table = datasets.Dataset.from_dict(
+            {"image": [path for path, _ in paths], "label": [labels[name] for _, name in paths]}, features
+        )
+    except UnicodeEncodeError as error:
+        raise RAdapterError(f"a name in {folder} is not UTF-8: {error.object!r}; rename it") from None
+    left_out: Counter[str] = Counter()
+    for files in found.values():
+        left_out.update(files.left_out)
+    return Rows(table.to_iterable_dataset() if streaming else table, folder, True, left_out)
 
 
 def image_source(value: Any) -> bytes | str:

@@ -15,7 +15,7 @@ from rich.progress import track
 
 from radapter_serve.data.masks import ClassMask, Masked, MaskedImage
 from radapter_serve.data.rows import BrokenImage, LabelledImages, decode_named
-from radapter_serve.errors import RAdapterError
+from radapter_serve.errors import RAdapterError, listed
 from radapter_serve.inputs.mask_crop import MaskCrop
 
 
@@ -58,22 +58,37 @@ class SegmentCrops(LabelledImages):
         return self.crop(image, segments[segment][1])
 
 
-def load_segments(
-    masked: Masked, crop: MaskCrop, *, min_area: int, templates: Sequence[str], broken: list[str] | None = None
-) -> SegmentCrops:
+@dataclass(frozen=True)
+class Segments:
+    """The segments of images with masks.
+
+    Attributes:
+        masked: the images.
+        rows: as of `SegmentCrops`.
+    """
+
+    masked: Masked
+    rows: NDArray[np.int32]
+
+    def crops(self, crop: MaskCrop, templates: Sequence[str]) -> SegmentCrops:
+        """What an encoder sees of them."""
+        return SegmentCrops(self.rows, self.masked.images, self.masked.classes, crop, templates)
+
+
+def list_segments(masked: Masked, min_area: int, broken: list[str] | None = None) -> Segments:
     """List the segments of a data set; reads every mask once, and shows how far it is.
 
     Args:
         masked: as `load_masked` gives it.
-        crop: what the encoder sees of a segment.
         min_area: pixels below which a segment is left out.
-        templates: prompt templates with `{}`.
-        broken: takes the names of images that can't be read, which are then left out; None raises BrokenImage.
+        broken: takes the names of images that can't be read, which are then left out; None refuses them.
 
     Raises:
-        RAdapterError: a mask can't be read or does not fit its image, or no segment is left.
+        RAdapterError: masks can't be read or do not fit their images, or no segment is left; names all of these masks.
     """
-    rows, largest = [], 0
+    rows: list[tuple[int, int, int]] = []
+    wrong: list[str] = []
+    largest = 0
     console = Console(quiet=os.environ.get("LOCAL_RANK", "0") != "0")  # of several processes, one tells
     if not console.is_terminal:
         console.print(f"reading the masks of {len(masked.images)} images", highlight=False)
@@ -81,13 +96,18 @@ def load_segments(
     for number, image in enumerate(bar):
         try:
             areas = image.areas()
-        except BrokenImage as error:
-            if broken is None:
-                raise
-            broken.append(str(error))
+        except RAdapterError as error:
+            left_out = wrong if broken is None or not isinstance(error, BrokenImage) else broken
+            left_out.append(str(error))
             continue
         rows += [(number, segment, label) for segment, (label, area) in enumerate(areas) if area >= min_area]
         largest = max([largest, *(area for _, area in areas)])
+    if len(wrong) == 1:
+        raise RAdapterError(wrong[0])
+    if wrong:
+        raise RAdapterError(
+            f"{len(wrong)} of {len(masked.images)} images can't be used with their masks:{listed(wrong)}"
+        )
     if not rows and largest:
         raise RAdapterError(f"no segment has {min_area} pixels, the largest {largest}; lower --mask-min-area")
     if not rows:
@@ -95,4 +115,11 @@ def load_segments(
             f"the masks of {len(masked.images)} images hold no pixel of a class that is named "
             f"({', '.join(masked.classes[:5])}, ...); check the ids in the class file"
         )
-    return SegmentCrops(np.array(rows, np.int32), masked.images, masked.classes, crop, templates)
+    return Segments(masked, np.array(rows, np.int32))
+
+
+def load_segments(
+    masked: Masked, crop: MaskCrop, *, min_area: int, templates: Sequence[str], broken: list[str] | None = None
+) -> SegmentCrops:
+    """`list_segments`, and what an encoder sees of them."""
+    return list_segments(masked, min_area, broken).crops(crop, templates)

@@ -17,9 +17,10 @@ from torch import Tensor
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import encode_image
-from radapter_serve.data import evaluation_batches, load_labelled
+from radapter_serve.data import load_labelled
 from radapter_serve.demo.data import BASE, FINE_TUNED, DemoData
 from radapter_serve.demo.full import Ends
+from radapter_serve.evaluation.batches import evaluation_batches
 from radapter_serve.evaluation.classification import zero_shot_classifier
 from radapter_serve.evaluation.evaluation_set import drawn
 from radapter_serve.evaluation.intervals import paired_difference

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from radapter_serve.adapter import Adapter, load_adapter
 from radapter_serve.adapter.file import check_alpha, check_base
-from radapter_serve.clip.base import LOCAL, Base, load_base
+from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.dense import check_dense, encode_patches
 from radapter_serve.clip.towers import encode_image, encode_texts
 from radapter_serve.errors import RAdapterError, reason
@@ -33,6 +33,7 @@ from radapter_serve.evaluation.embedder import (
 from radapter_serve.evaluation.evaluation_set import class_embeds
 from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.files import digest_of
+from radapter_serve.hub import LOCAL
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess, decode
 from radapter_serve.inputs.probabilities import class_probabilities

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.index.bucket import SCHEME
 from radapter_serve.index.stored import StoredFile, stored_files
-from radapter_serve.inputs.preprocess import SUFFIXES
+from radapter_serve.inputs.image_files import SUFFIXES, count_kinds, is_image_file, list_images
 
 #: columns that every index has; a table's own may not be called so
 COLUMNS = ("path", "width", "height", "digest", "thumbnail", "vector")
@@ -78,22 +77,21 @@ def open_collection(source: str, *, image_column: str = "image", root: Path | No
         if not path.is_dir():
             raise RAdapterError(f"{source} is no folder; give a folder of images, csv:FILE or parquet:FILE")
         root = root or path
-        files = list(_files(path))
-        items = [Item(_id(file, root), file) for file in files if file.name.lower().endswith(SUFFIXES)]
-        left_out = dict(Counter(file.suffix.lower() for file in files if not file.name.lower().endswith(SUFFIXES)))
+        files = list_images(path)
+        items = [Item(_id(file, root), file) for file in files.images]
         if not items:
-            has = f"; it has {count_kinds(left_out)}" if left_out else ""
+            has = f"; it has {count_kinds(files.left_out)}" if files.left_out else ""
             raise RAdapterError(f"{source} holds no image; allowed are {', '.join(SUFFIXES)}, in any folder of it{has}")
         source = f"folder:{path}" if ":" in str(path) else str(path)
-        return Collection(source, root, items, {}, left_out=left_out)
+        return Collection(source, root, items, {}, left_out=files.left_out)
     root = root or path.parent
     return _of_table(kind, path, image_column, root)
 
 
 def _of_storage(url: str) -> Collection:
     files = list(stored_files(url))
-    items = [Item(file, StoredFile(file)) for file in files if file.lower().endswith(SUFFIXES)]
-    left_out = Counter(PurePosixPath(file).suffix.lower() for file in files if not file.lower().endswith(SUFFIXES))
+    items = [Item(file, StoredFile(file)) for file in files if is_image_file(file)]
+    left_out = Counter(PurePosixPath(file).suffix.lower() for file in files if not is_image_file(file))
     if not items:
         raise RAdapterError(f"{url} holds no image; allowed are {', '.join(SUFFIXES)}, anywhere below it")
     return Collection(url, Path("/"), items, {}, left_out=dict(left_out))
@@ -101,23 +99,6 @@ def _of_storage(url: str) -> Collection:
 
 def _id(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.as_posix()
-
-
-def count_kinds(left_out: Mapping[str, int]) -> str:
-    """Files by kind in words, the most frequent first: "3 .gif, 1 .txt"."""
-    kinds = sorted(left_out.items(), key=lambda kind: (-kind[1], kind[0]))
-    return ", ".join(f"{count:,} {suffix or 'without an ending'}" for suffix, count in kinds)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:  # or its images would be missing in silence
-        raise RAdapterError(f"cannot read the folder {error.filename}: {error.strerror}") from error
-
-    for place, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith("."):
-                yield Path(place, name)
 
 
 def _of_table(kind: str, path: Path | str, image_column: str, root: Path) -> Collection:

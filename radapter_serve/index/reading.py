@@ -65,7 +65,7 @@ def read(id: str, file: Path | StoredFile, before: str, release: EmbeddingReleas
     except OSError as error:
         return Read(error=error.strerror or str(error))
     except TaskError as error:
-        return Read(error=error.message)
+        return Read(error=error.what)
 
 
 def look(data: bytes, size: int, turned: bool) -> dict[str, Any]:

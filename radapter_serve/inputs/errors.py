@@ -37,13 +37,16 @@ class TaskError(RAdapterError):
 
     Args:
         code: one of the constants of this module.
-        message: what is wrong, which value, what is allowed.
+        what: is wrong, which value, what is allowed.
+        advice: what a caller of the server may send instead; where a file is read, `what` alone says all.
     """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, what: str, advice: str = "") -> None:
+        message = f"{what}; {advice}" if advice else what
         super().__init__(f"[{code}] {message}")
         self.code = code
         self.message = message
+        self.what = what
 
 
 def invalid(message: str) -> TaskError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ MAX_CHARACTERS = 10_000_000  # of all its prompts together
 MAX_TEXT_LENGTH = 10_000
 MAX_LABEL_LENGTH = 1_000  # of a label with its synonyms, and of a template
 MAX_PLACES = 4  # for the label in a template
+_COMMA = re.compile(r"(?<!\\),")
 
 
 def read_label_file(path: str | Path) -> list[str]:
@@ -38,7 +40,7 @@ def read_label_file(path: str | Path) -> list[str]:
         if names[0] in seen:
             raise RAdapterError(f"{path}, line {number}: the class {names[0]!r} is already on line {seen[names[0]]}")
         seen[names[0]] = number
-        labels.append(", ".join(names))
+        labels.append(join_label(names))
     if not labels:
         raise RAdapterError(f"{path} names no class; write one class a line")
     return labels
@@ -70,8 +72,14 @@ def read_templates(source: str | Path | Sequence[str]) -> list[str]:
 
 
 def split_label(label: str) -> list[str]:
-    """The names in "cat, kitty": the one to show, then its synonyms."""
-    return list(dict.fromkeys(name for name in map(str.strip, label.split(",")) if name))
+    r"""The names in "cat, kitty": the one to show, then its synonyms; "\," is a comma within a name."""
+    names = [name.replace(r"\,", ",").strip() for name in _COMMA.split(label)]
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def join_label(names: Iterable[str]) -> str:
+    """The label of these names, of which `split_label` gives them back."""
+    return ", ".join(name.replace(",", r"\,") for name in names)
 
 
 def mean_embeddings(

@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_IMAGE, TaskError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # of their files
+ADVICE = "send a JPEG, PNG or WebP file, as bytes or as base64 text"
 MAX_PIXELS = 64_000_000
 # Above this, one at a time is decoded in this process: an image of MAX_PIXELS takes half a gigabyte. Nor is a thin
 # image blown up beyond it.
@@ -35,6 +35,15 @@ _SCAN, _END = b"\xff\xda", 0xD9  # markers of JPEG
 # restart passes over the marker alone, so no length can hide a scan there.
 _MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF")
+_OTHERS = (
+    (0, b"GIF8", "GIF"),
+    (0, b"BM", "BMP"),
+    (0, b"II*\x00", "TIFF"),
+    (0, b"MM\x00*", "TIFF"),
+    (4, b"ftypavif", "AVIF"),
+    (4, b"ftyphei", "HEIC"),
+    (4, b"ftypmif1", "HEIC"),
+)
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -76,6 +85,18 @@ def decode(data: bytes, *, exif_orientation: bool = True, max_pixels: int = MAX_
     return _loaded(_open(data, max_pixels), exif_orientation)
 
 
+def verify(data: bytes) -> None:
+    """Raise what `decode` raises; a JPEG costs less, as its pixels are decoded at an eighth of their size. Thread-safe.
+
+    Raises:
+        TaskError: as `decode` does.
+    """
+    image = _open(data, MAX_PIXELS)
+    image.draft(None, (1, 1))
+    with _LARGE if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext(), _broken():
+        image.load()
+
+
 def decode_into(data: bytes, preprocess: Preprocess, out: NDArray[np.uint8]) -> None:
     """`decode` and `preprocess` into `out`, for several threads: of large images one at a time is in memory.
 
@@ -93,7 +114,7 @@ def decode_into(data: bytes, preprocess: Preprocess, out: NDArray[np.uint8]) -> 
             IMAGE_TOO_LARGE, "the server has not enough memory for this image; send a smaller one"
         ) from None
     except Exception as error:
-        raise TaskError(INVALID_IMAGE, f"the image cannot be resized ({error}); send {_allowed()}") from None
+        raise TaskError(INVALID_IMAGE, f"the image cannot be resized ({error})", ADVICE) from None
 
 
 def decode_pixels(data: bytes, preprocess: Preprocess) -> NDArray[np.uint8]:
@@ -113,7 +134,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
-            raise TaskError(INVALID_IMAGE, f"{len(data)} bytes are not an image; send {_allowed()}") from None
+            raise TaskError(INVALID_IMAGE, _no_image(data), ADVICE) from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise TaskError(IMAGE_TOO_LARGE, f"{error}; at most {max_pixels} pixels are allowed") from None
         _check_pixels(*image.size, max_pixels, "the image")
@@ -141,7 +162,7 @@ def _broken() -> Iterator[None]:
     except (TaskError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise anything on broken files, from SyntaxError to struct.error
-        raise TaskError(INVALID_IMAGE, f"the image is broken or truncated ({error}); send {_allowed()}") from None
+        raise TaskError(INVALID_IMAGE, f"the image is broken or truncated ({error})", ADVICE) from None
 
 
 @dataclass(frozen=True)
@@ -275,5 +296,11 @@ def _from_base64(data: bytes) -> bytes:
         return data
 
 
-def _allowed() -> str:
-    return "a JPEG, PNG or WebP file, as bytes or as base64 text"
+def _no_image(data: bytes) -> str:
+    """What bytes are that are none of the formats that are read."""
+    if not data:
+        return "the file is empty"
+    for start, magic, kind in _OTHERS:
+        if data[start:].startswith(magic):
+            return f"{kind} files are not read"
+    return f"{len(data)} bytes are not an image"

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from radapter_serve.training.average import Average
-    from radapter_serve.training.loop import train
     from radapter_serve.training.loss import gather_with_grad, mpm_nce
     from radapter_serve.training.recipe import Recipe, load_recipe
     from radapter_serve.training.setup import choose_form
+    from radapter_serve.training.start import train
 
 __all__ = ["Average", "Recipe", "choose_form", "gather_with_grad", "load_recipe", "mpm_nce", "train"]
 
@@ -24,7 +24,7 @@ _HOME = {
     "gather_with_grad": "loss",
     "load_recipe": "recipe",
     "mpm_nce": "loss",
-    "train": "loop",
+    "train": "start",
 }
 
 

@@ -35,12 +35,10 @@ from radapter_serve.training.recipe import RECIPE, Recipe
 from radapter_serve.training.setup import (
     augmentation,
     choose_form,
-    part_of_batch,
-    run_folder,
     start_accelerator,
     start_tracker,
 )
-from radapter_serve.training.tasks import Data, open_data
+from radapter_serve.training.tasks import Data, RunData
 from radapter_serve.training.validation import validate
 
 # The parts of batches, each with the (epoch, batch or row) that comes after it
@@ -60,24 +58,14 @@ class TwoTower(nn.Module):
             return encode_image(self.model, pixels), encode_text(self.model, tokens)
 
 
-def train(recipe: Recipe) -> Path:
-    """Train adapters as a recipe says.
-
-    Args:
-        recipe: see `Recipe`.
-
-    Returns:
-        The run's folder: `adapter.safetensors`, `recipe.yaml`, `metrics.jsonl`, `checkpoint.pt`, the tracker's files.
-
-    Raises:
-        RAdapterError: the recipe, the model or the data won't do; nothing was written then.
-        KeyboardInterrupt: on Ctrl-C, after saving a checkpoint.
-        SystemExit: on SIGTERM, after saving a checkpoint.
-    """
-    run = _prepare(recipe)
+def train_on(recipe: Recipe, opened: RunData, out: Path) -> Path:
+    """`start.train` once the recipe and the data are known to be all right."""
+    run = _prepare(recipe, opened, out)
     _start(run)
-    with Progress(run.accelerator, run.out, run.steps, recipe.batch_size, done=run.step) as progress:
+    with Progress(run.accelerator, run.out, run.steps, run.recipe.batch_size, done=run.step) as progress:
         progress.say(run.description())
+        for note in run.notes:
+            progress.say(note)
         progress.broken(run.broken)
         with Interruption(progress.say) as interruption:
             _learn(run, progress, interruption)
@@ -102,6 +90,7 @@ class _Run:
         steps: of the whole run.
         step, position: steps done, and the (epoch, batch or row) that comes next.
         broken: images that were left out when the data was opened.
+        notes: what a user should know before the first step, a line each.
     """
 
     recipe: Recipe
@@ -121,6 +110,7 @@ class _Run:
     schedule: Recipe
     steps: int
     broken: list[str]
+    notes: tuple[str, ...]
     step: int = 0
     position: tuple[int, int] = (0, 0)
     scale: float = field(init=False)
@@ -153,19 +143,18 @@ class _Run:
         )
 
 
-def _prepare(recipe: Recipe) -> _Run:
+def _prepare(given: Recipe, opened: RunData, out: Path) -> _Run:
     """Open and attach everything; whatever is refused is refused here, before anything is written."""
-    recipe.check()
-    out = run_folder(recipe)
-    accelerator = start_accelerator(recipe, out)
-    torch.manual_seed(recipe.seed)
-    base = load_base(recipe.architecture, recipe.pretrained)
-    broken: list[str] = []
-    data, val = open_data(recipe, base, broken=broken)
-    held_out = held_out_digest(val) if val is not None and recipe.val_fraction else None
-    part = part_of_batch(recipe, accelerator, data)
-    steps = recipe.steps or recipe.epochs * (len(data.rows) // recipe.batch_size)
+    accelerator = start_accelerator(given, out)
+    torch.manual_seed(given.seed)
+    parts = given.accumulate * accelerator.num_processes
+    recipe = given.fitted(None if given.streaming else len(opened.data.rows), parts)
+    part = recipe.batch_size // parts
+    steps = recipe.steps or recipe.epochs * (len(opened.data.rows) // recipe.batch_size)
     schedule = recipe.of_length(steps)
+    base = load_base(recipe.architecture, recipe.pretrained)
+    data, val = opened.ready(recipe, base)
+    held_out = held_out_digest(val) if val is not None and recipe.val_fraction else None
     where = {"text": recipe.adapt_text, "partial": recipe.partial}
     digest = base_digest(base.model.state_dict(), [site.key for site in find_sites(base.model, **where)])
     form = "activation" if recipe.dropout else recipe.form
@@ -181,7 +170,7 @@ def _prepare(recipe: Recipe) -> _Run:
         average = TrajectoryAverage(adapters, steps)
     run = _Run(
         recipe, out, accelerator, base, data, val, part, digest, held_out, adapters, form, towers, optimizer, average,
-        schedule, steps, broken,
+        schedule, steps, list(opened.broken), (*opened.notes, *schedule.notes(given, steps)),
     )  # fmt: skip
     if recipe.resume:
         run.step, run.position = load_checkpoint(out, recipe, adapters, average, optimizer, accelerator, held_out)

@@ -15,6 +15,7 @@ from radapter_serve.files import read_yaml, shipped
 
 RECIPE, CHECKPOINT = "recipe.yaml", "checkpoint.pt"  # files of a run's folder
 LONGEST_WARMUP, LONGEST_MOMENTUM = 500, 0.999  # the paper's, where they follow the length of the run
+LEAST_KEPT = 0.9  # share of what a run learns that the average should hold at its end
 
 
 def _no_truth(value: Any) -> Any:
@@ -156,7 +157,7 @@ class Recipe:
     partial: bool = False
     form: Literal["auto", "activation", "weight"] = "auto"
     drop: PartShare = 0.2
-    momentum: PartShare | None = 0.999
+    momentum: PartShare | None = None
     bias_correction: bool = False
     alpha: Share = 0.5
     delta: Real = 0.05
@@ -240,7 +241,7 @@ class Recipe:
             RAdapterError: the warm-up is no shorter than the run.
         """
         warmup = min(LONGEST_WARMUP, steps // 5) if self.warmup_steps is None else self.warmup_steps
-        momentum = min(LONGEST_MOMENTUM, max(0.0, 1 - 5 / steps)) if self.momentum is None else self.momentum
+        momentum = _following(steps) if self.momentum is None else self.momentum
         if warmup >= steps:
             raise RAdapterError(
                 f"warmup_steps is {warmup} but the run has {steps} steps; lower it, or let it follow the length of the "
@@ -248,10 +249,61 @@ class Recipe:
             )
         return dataclasses.replace(self, warmup_steps=warmup, momentum=momentum)
 
+    def fitted(self, images: int | None, parts: int) -> Recipe:
+        """The recipe with a batch that the data can fill.
+
+        Args:
+            images: that an epoch goes through, or captions; None where nobody knows, as of a stream.
+            parts: that a batch is cut into, processes times accumulated parts.
+
+        Raises:
+            RAdapterError: `batch_size` can't be cut so, or the data can't fill a batch of 2.
+        """
+        if self.batch_size % parts:
+            raise RAdapterError(
+                f"batch_size {self.batch_size} can't be cut into {parts} parts (processes × accumulate)"
+            )
+        if images is None:
+            return self
+        largest = images // parts * parts
+        if largest < max(2, parts):
+            raise RAdapterError(
+                f"the data holds {images} images to train with; a batch needs {max(2, parts)} at least, "
+                f"so add images, or lower --val-fraction or --accumulate"
+            )
+        return dataclasses.replace(self, batch_size=min(self.batch_size, largest))
+
+    def notes(self, given: Recipe, steps: int) -> list[str]:
+        """What a user may want to change before a run of so many steps, a line each.
+
+        Args:
+            given: the recipe as the user gave it; this one is `fitted`.
+            steps: of the run.
+        """
+        found = []
+        if self.batch_size < given.batch_size:
+            found.append(
+                f"note: a batch is {self.batch_size} images, for the data has no more; "
+                f"the recipe's batch_size is {given.batch_size}"
+            )
+        momentum = self.momentum or 0.0
+        kept = 1 - momentum**steps
+        if kept < LEAST_KEPT and not self.bias_correction:
+            found.append(
+                f"warning: momentum {momentum:g} keeps {kept:.1%} of what a run of {steps} steps learns; "
+                f"--momentum none keeps 99 % (here it is {_following(steps):.4g})"
+            )
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and the adapter file hold them, without what belongs to one run: out and resume."""
         values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
         return {k: v for k, v in values.items() if k not in ("out", "resume")}
+
+
+def _following(steps: int) -> float:
+    """The momentum that keeps 99 % of what a run of so many steps learns, or the paper's where it is longer."""
+    return min(LONGEST_MOMENTUM, max(0.0, 1 - 5 / steps))
 
 
 def ready_recipes() -> dict[str, Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import torch
@@ -13,10 +12,9 @@ from torchvision import transforms
 
 from radapter_serve.adapter import Form, find_sites
 from radapter_serve.clip.base import Base
-from radapter_serve.data import TrainingData
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.training.batches import Transform
-from radapter_serve.training.recipe import CHECKPOINT, Recipe
+from radapter_serve.training.recipe import Recipe
 
 
 def choose_form(
@@ -55,26 +53,6 @@ def augmentation(base: Base, recipe: Recipe) -> Transform:
     rgb = transforms.Lambda(lambda image: image.convert("RGB"))
     composed: Transform = transforms.Compose([crop, *flip, rgb, transforms.ToTensor(), normalize])
     return composed
-
-
-def part_of_batch(recipe: Recipe, accelerator: Accelerator, data: TrainingData) -> int:
-    """Images a process and accumulated part."""
-    cut: int = recipe.accumulate * accelerator.num_processes
-    if recipe.batch_size % cut or recipe.batch_size // cut < 1:
-        raise RAdapterError(f"batch_size {recipe.batch_size} can't be cut into {cut} parts (processes × accumulate)")
-    if not recipe.streaming and len(data.rows) < recipe.batch_size:
-        raise RAdapterError(f"batch_size is {recipe.batch_size} but the data holds {len(data.rows)} images; lower it")
-    return recipe.batch_size // cut
-
-
-def run_folder(recipe: Recipe) -> Path:
-    """The folder of a run; refuses one that holds another run."""
-    stem = recipe.architecture.rpartition(":")[2].rstrip("/").split("/")[-1]
-    out = recipe.out or Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    # what failed before there was a checkpoint has nothing to go on with, and nothing to lose
-    if not recipe.resume and any((out / name).exists() for name in (CHECKPOINT, "adapter.safetensors")):
-        raise RAdapterError(f"{out} holds a run; go on with it by --resume {out}, or name another folder by --out")
-    return out
 
 
 def start_accelerator(recipe: Recipe, out: Path) -> Accelerator:

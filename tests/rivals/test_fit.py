@@ -11,8 +11,9 @@ from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from radapter_serve.data import Labelled, evaluation_batches
+from radapter_serve.data import Labelled
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.batches import evaluation_batches
 from radapter_serve.evaluation.evaluation_set import EvaluationSet
 from radapter_serve.training.loop import learning_rate
 from rivals.fit import fit

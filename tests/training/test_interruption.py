@@ -76,7 +76,7 @@ def test_the_other_ways_to_name_the_run(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[Recipe] = []
-    monkeypatch.setattr("radapter_serve.training.loop.train", asked.append)
+    monkeypatch.setattr("radapter_serve.training.start.train", asked.append)
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))

@@ -99,6 +99,21 @@ def test_order_depends_on_seed_and_epoch_alone(images: Path, tmp_path: Path, str
     assert sorted(seen) == [0] * 8 + [1] * 8 + [2] * 8
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_processes_take_equal_shares_of_what_they_can_not_divide(images: Path, world: int) -> None:
+    """23 images: a process with a batch more than another would wait for it for ever."""
+    (images / "red" / "7.png").unlink()
+    data = load_labelled(f"imagefolder:{images}")
+    examples = Examples(data, transform, 0)
+    shares = [
+        list(batches(examples, 4, epoch=0, start=0, rank=rank, world=world, workers=0).batch_sampler)  # type: ignore[arg-type]
+        for rank in range(world)
+    ]
+    assert {len(share) for share in shares} == {23 // world // 4}
+    seen = [index for share in shares for batch in share for index in batch]
+    assert len(seen) == len(set(seen))
+
+
 def test_workers_change_nothing(images: Path) -> None:
     data = load_labelled(f"imagefolder:{images}")
     assert items(data, workers=2) == items(data)
@@ -154,11 +169,11 @@ def test_labels_by_synonym_line_and_first_name(tmp_path: Path) -> None:
 
 def test_empty_class(images: Path, tmp_path: Path) -> None:
     (images / "yellow").mkdir()
-    with pytest.raises(RAdapterError, match="'yellow' .*holds no image"):
+    with pytest.raises(RAdapterError, match="1 class folders of .* hold no image: 'yellow'; add some"):
         load_labelled(f"imagefolder:{images}")
     (tmp_path / "classes.txt").write_text("blue\nred\n")
     pd.DataFrame({"image": ["a.png"], "label": ["blue"]}).to_csv(tmp_path / "t.csv", index=False)
-    with pytest.raises(RAdapterError, match="'red' has no image"):
+    with pytest.raises(RAdapterError, match="1 of 2 classes have no image in .*: 'red'; add"):
         load_labelled(f"csv:{tmp_path}/t.csv", classes=tmp_path / "classes.txt")
 
 

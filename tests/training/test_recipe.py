@@ -140,6 +140,37 @@ def test_warm_up_and_averaging_follow_the_length(steps: int, warmup: int, moment
         Recipe(warmup_steps=steps).of_length(steps)
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "images", "parts", "fitted"),
+    [(32, 300, 1, 32), (32, 32, 1, 32), (32, 19, 1, 19), (32, 19, 2, 18), (512, 2, 2, 2), (512, None, 2, 512)],
+)
+def test_a_batch_is_all_images_at_most(batch_size: int, images: int | None, parts: int, fitted: int) -> None:
+    assert Recipe(batch_size=batch_size).fitted(images, parts).batch_size == fitted
+
+
+def test_what_no_batch_can_be_made_of() -> None:
+    with pytest.raises(RAdapterError, match="batch_size 32 can't be cut into 3 parts"):
+        Recipe(batch_size=32).fitted(300, 3)
+    for images, parts, least in ((1, 1, 2), (0, 1, 2), (3, 4, 4)):
+        with pytest.raises(RAdapterError, match=f"holds {images} images to train with; a batch needs {least} at least"):
+            Recipe(batch_size=32).fitted(images, parts)
+
+
+@pytest.mark.parametrize(
+    ("momentum", "corrected", "steps", "kept"),
+    [(0.999, False, 105, "10.0%"), (0.99, False, 229, "90.0%"), (0.99, False, 230, ""), (0.999, True, 105, "")],
+)
+def test_an_average_that_keeps_little_of_a_run_is_warned_of(
+    momentum: float, corrected: bool, steps: int, kept: str
+) -> None:
+    recipe = Recipe(momentum=momentum, bias_correction=corrected).of_length(steps)
+    notes = recipe.notes(recipe, steps)
+    assert [f"keeps {kept} of what a run of {steps} steps learns; --momentum none" in note for note in notes] == [
+        True
+    ] * bool(kept)
+    assert not Recipe().of_length(steps).notes(Recipe(), steps)  # the default follows the length
+
+
 def test_the_paper_s_base_to_novel_recipe_takes_data_of_eurosat_s_size() -> None:
     recipe = load_recipe("base-to-novel")
     assert recipe.of_length(recipe.epochs * (5 * 16 // recipe.batch_size)).warmup_steps == 40  # of 202
@@ -149,7 +180,8 @@ def test_the_paper_s_base_to_novel_recipe_takes_data_of_eurosat_s_size() -> None
 @pytest.mark.parametrize("given", [("--rank", "none"), ("--rank=None",), ("--val-data", "NONE", "--rank", "none")])
 def test_none_as_the_help_writes_it(given: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--recipe", "few-shot", *given, "--data", "csv:t.csv", "--architecture", "local-dir:/nowhere"]) == 2
-    assert "/nowhere is no model folder" in capsys.readouterr().err  # past the flags
+    error = capsys.readouterr().err  # past the flags
+    assert "/nowhere is no model folder" in error and "there is no file t.csv" in error
 
 
 def test_help_and_refusals_do_not_load_torch() -> None:
@@ -159,10 +191,13 @@ def test_help_and_refusals_do_not_load_torch() -> None:
         "with contextlib.suppress(SystemExit): main(['--help'])\n"
         "assert main(['--alpha', '2', '--data', 'csv:t.csv']) == 2\n"
         "assert not {'torch', 'open_clip', 'datasets'} & set(sys.modules)\n"
+        "assert main(['--data', 'imagefolder:/nowhere']) == 2\n"
+        "assert not {'torch', 'open_clip'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "--val-fraction" in done.stdout and "alpha is 2.0" in done.stderr
+    assert "no folder /nowhere" in done.stderr
 
 
 def test_threads_are_set_before_torch_is_loaded() -> None:

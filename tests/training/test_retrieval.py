@@ -164,7 +164,7 @@ def test_broken_images_and_rows_without_captions(recipe: Recipe, tmp_path: Path)
         train(recipe)
     out = train(dataclasses.replace(recipe, on_broken="skip", out=tmp_path / "skipped"))
     broken = (out / "broken.txt").read_text()
-    assert "red0.png can't be read" in broken and "row 49 of" in broken
+    assert "red0.png can't be read: 8 bytes are not an image\n" in broken and "row 49 of" in broken
     assert load_adapter(out).metadata.metrics  # the broken image is in the validation data too
 
 

@@ -107,8 +107,12 @@ def test_small_segments_are_left_out(scenes: Path) -> None:
 
 def test_broken_images_are_refused_or_left_out(scenes: Path) -> None:
     (scenes / "images" / "3.png").write_bytes(b"no image")
-    with pytest.raises(BrokenImage, match="3.png can't be read"):
+    with pytest.raises(RAdapterError, match="3.png can't be read"):
         segments(scenes)
+    (scenes / "masks" / "5.png").write_bytes(b"no mask")
+    with pytest.raises(RAdapterError, match=r"2 of \d+ images can't be used with their masks:\n.*3.png.*\n.*5.png"):
+        segments(scenes, broken=None)
+    shutil.copy(scenes / "masks" / "4.png", scenes / "masks" / "5.png")
     broken: list[str] = []
     data = segments(scenes, broken=broken)
     assert len(data.rows) == 3 * (IMAGES - 1) and len(broken) == 1

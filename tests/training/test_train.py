@@ -138,7 +138,6 @@ def test_bad_input_is_one_line(recipe: Recipe, tmp_path: Path, capsys: pytest.Ca
     assert "no weights for ViT-B-32" in run(capsys, *known, "--architecture", "ViT-B-32")
     assert "is no model folder" in run(capsys, *known, "--architecture", "local-dir:/nowhere")
     assert "alpha is 1.5" in run(capsys, *known, "--alpha", "1.5")
-    assert "lower it" in run(capsys, *known, "--batch-size", "100")
     assert "there is no recipe /nowhere.yaml; allowed: a file, or one of base-to-novel" in run(
         capsys, "--recipe", "/nowhere.yaml"
     )
@@ -270,3 +269,12 @@ def test_recipes_of_the_project_are_valid() -> None:
     assert paths
     for path in paths:
         dataclasses.replace(load_recipe(path), data="hub").check()
+
+
+def test_few_images_are_one_batch_and_notes_come_before_the_first_step(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = train(dataclasses.replace(recipe, batch_size=100, val_data=None, steps=3, momentum=0.99))
+    assert load_adapter(out).metadata.recipe["batch_size"] == 24
+    printed = capsys.readouterr().out
+    assert printed.index("a batch is 24 images") < printed.index("momentum 0.99 keeps 3.0%") < printed.index("step 1/3")

@@ -1,0 +1,64 @@
+"""The Hugging Face hub: whether it can be reached, and loading without its retries where it can't."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from radapter_serve.errors import reason
+
+LOCAL, HUB = "local-dir:", "hf-hub:"  # in front of the name of a model
+TIMEOUT_SECONDS = 5
+
+
+@functools.cache
+def unreachable() -> str:
+    """Why the hub can't be reached, in a few words, and empty where it can; asked once a process."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=TIMEOUT_SECONDS)
+    except Exception as error:  # of the library beneath, which differs by version
+        return reason(error)
+    return ""
+
+
+@contextmanager
+def from_hub_or_cache() -> Iterator[None]:
+    """Within the block a hub that can't be reached is not asked again: what the cache holds is found at once."""
+    if not unreachable():
+        yield
+        return
+    from huggingface_hub import constants
+
+    modules = [(constants, "HF_HUB_OFFLINE")]
+    if "datasets" in sys.modules:  # which keeps its own copy
+        modules.append((sys.modules["datasets"].config, "HF_HUB_OFFLINE"))
+    before = [getattr(module, name) for module, name in modules]
+    for module, name in modules:
+        setattr(module, name, True)
+    try:
+        yield
+    finally:
+        for (module, name), value in zip(modules, before, strict=True):
+            setattr(module, name, value)
+
+
+def how_to_bring(repository: str, kind: str = "model") -> str:
+    """What to do on a machine without a connection, for the end of a message.
+
+    Args:
+        repository: its name on the hub.
+        kind: model or dataset.
+    """
+    from huggingface_hub import constants
+
+    flag = "" if kind == "model" else " --repo-type dataset"
+    return (
+        f"on a machine with a connection run `hf download {repository}{flag}`, "
+        f"and copy {kind}s--{repository.replace('/', '--')} from its cache into {constants.HF_HUB_CACHE} here"
+    )

@@ -1,0 +1,227 @@
+"""What is wrong with data is found at once, before a model is loaded, by rules that every part shares."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from radapter_client.query.inputs import SUFFIXES as OF_THE_CLIENT
+from radapter_serve.clip.base import load_base
+from radapter_serve.data import load_labelled
+from radapter_serve.data.checks import broken_images
+from radapter_serve.errors import RAdapterError
+from radapter_serve.hub import unreachable
+from radapter_serve.index.collection import open_collection
+from radapter_serve.inputs.errors import TaskError
+from radapter_serve.inputs.image_files import SUFFIXES, list_images
+from radapter_serve.inputs.labels import join_label, split_label
+from radapter_serve.inputs.preprocess import FORMATS, decode, verify
+from radapter_serve.training import Recipe
+from radapter_serve.training.tasks import open_run
+from tests.helpers.own_cache import own_cache as own_cache
+
+OTHERS = ("GIF", "BMP", "TIFF")
+
+
+def encoded(format: str, size: tuple[int, int] = (90, 70)) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format)
+    return file.getvalue()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """8 JPEG files in each of three class folders, and what is no image to anything."""
+    for name in ("cat", "dog", "fire_truck"):
+        folder = tmp_path / "photos" / name
+        folder.mkdir(parents=True)
+        for number in range(8):
+            (folder / f"{number}.jpg").write_bytes(encoded("JPEG"))
+        (folder / "notes.txt").write_text("none")
+        (folder / ".hidden.jpg").write_bytes(b"")
+    return tmp_path / "photos"
+
+
+def problems(recipe: Recipe) -> str:
+    with pytest.raises(RAdapterError) as caught:
+        open_run(recipe)
+    return str(caught.value)
+
+
+def test_a_folder_is_listed_as_the_library_of_data_sets_lists_it(photos: Path) -> None:
+    (photos / "cat" / "train_3.jpg").write_bytes(encoded("JPEG"))
+    theirs = datasets.load_dataset("imagefolder", data_files={"train": [f"{photos}/**"]}, split="train")
+    theirs = theirs.cast_column("image", datasets.Image(decode=False))
+    ours = load_labelled(f"imagefolder:{photos}")
+    assert [row["image"] for row in ours.rows] == [row["image"]["path"] for row in theirs]
+    assert ours.labels().tolist() == list(theirs["label"])
+    assert ours.own == theirs.features["label"].names and ours.classes == ["cat", "dog", "fire truck"]
+
+
+@pytest.mark.parametrize("format", [*FORMATS, *OTHERS])
+@pytest.mark.parametrize("kept", [1.0, 0.9, 0.3, 0.0])
+def test_a_check_refuses_what_decoding_refuses(format: str, kept: float) -> None:
+    data = encoded(format)
+    data = data[: int(kept * len(data))]
+    found = []
+    for call in (decode, verify):
+        try:
+            call(data)
+        except TaskError as error:
+            found.append((error.code, "truncated" in error.what, "send" in error.what))
+    assert found == [] if kept == 1.0 and format in FORMATS else found[0] == found[1] and not found[0][2]
+
+
+@pytest.mark.parametrize("format", OTHERS)
+def test_other_formats_are_left_out_and_named_the_same_way_everywhere(photos: Path, format: str) -> None:
+    (photos / "cat" / f"other.{format.lower()}").write_bytes(encoded(format))
+    assert len(load_labelled(f"imagefolder:{photos}").rows) == len(open_collection(str(photos)).items) == 24
+    left_out = {".txt": 3, f".{format.lower()}": 1}
+    assert open_collection(str(photos)).left_out == load_labelled(f"imagefolder:{photos}").left_out == left_out
+    (note,) = open_run(Recipe(data=f"imagefolder:{photos}")).notes
+    assert f"left out 3 .txt, 1 .{format.lower()}; images are .jpg, .jpeg, .png, .webp" in note
+    (photos / "cat" / "3.jpg").write_bytes(encoded(format))
+    assert f"cat/3.jpg can't be read: {format} files are not read; mend it" in problems(
+        Recipe(data=f"imagefolder:{photos}")
+    )
+    assert set(OF_THE_CLIENT) == set(SUFFIXES)
+
+
+def test_one_report_names_all_that_is_wrong(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos / "cat", photos / "Fire Truck")
+    files = sorted(photos.rglob("[0-9]*.jpg"))
+    for file in files[:23]:
+        file.write_bytes(b"")
+    recipe = Recipe(
+        data=f"imagefolder:{photos}",
+        val_data="csv:nowhere.csv",
+        classes=tmp_path / "none.txt",
+        templates="none.txt",
+        architecture="local-dir:nowhere",
+    )
+    found = problems(recipe)
+    for words in (
+        "the data of this run won't do, for 6 reasons:",
+        "nowhere is no model folder",
+        f"there is no class file {tmp_path}/none.txt",
+        "cannot read none.txt",
+        "there is no file nowhere.csv",
+        "differ in case, spaces and underscores alone",
+        "'Fire Truck' and 'fire_truck'",
+        "23 of 32 images of imagefolder:",
+        "and 3 more",
+    ):
+        assert words in found, words
+    assert found.count("the file is empty") == 20
+
+
+def test_missing_files_of_a_table_and_broken_ones_of_a_sample(photos: Path, tmp_path: Path) -> None:
+    files = sorted(photos.rglob("[0-9]*.jpg"))
+    pd.DataFrame({"image": files, "label": [file.parent.name for file in files]}).to_csv(tmp_path / "t.csv")
+    for number in (5, 7):
+        files[number].unlink()
+    for number in (4, 6):  # of which a sample of every fourth has the first
+        files[number].write_bytes(b"<html>")
+    data = load_labelled(f"csv:{tmp_path}/t.csv")
+    for max_decoded, numbers in ((6, (4, 5, 7)), (24, (4, 5, 6, 7))):
+        broken = broken_images(data, max_decoded)
+        assert [line.split(" can't be read: ")[0] for line in broken] == [f"image {files[n]}" for n in numbers]
+    assert "2 of 24 images" not in problems(Recipe(data=f"csv:{tmp_path}/t.csv"))
+    skipping = open_run(Recipe(data=f"csv:{tmp_path}/t.csv", on_broken="skip"))
+    assert "4 of 24 images" in skipping.notes[0] and len(skipping.data.rows) == 24
+    for file in files:
+        file.unlink(missing_ok=True)
+    assert "not one of 24 images" in problems(Recipe(data=f"csv:{tmp_path}/t.csv", on_broken="skip"))
+
+
+def test_names_of_folders_are_taken_whole(photos: Path, tmp_path: Path) -> None:
+    (photos / "cat").rename(photos / "Washington, D.C.")
+    (tmp_path / "c.txt").write_text("Washington, D.C.\ndog, hound\nfire_truck: fire engine, truck\n")
+    for classes, others in ((None, ["dog", "fire truck"]), (tmp_path / "c.txt", ["dog", "fire engine"])):
+        data = load_labelled(f"imagefolder:{photos}", classes=classes)
+        assert [split_label(line)[0] for line in data.classes] == ["Washington, D.C.", *others]
+        assert data.among(data.classes).labels().tolist() == data.labels().tolist()
+
+
+@pytest.mark.parametrize("names", [["a"], ["a, b"], ["a", "b, c", "d"], [",", "x"], ["a,b,"]])
+def test_labels_keep_their_names_with_commas(names: list[str]) -> None:
+    assert split_label(join_label(names)) == names
+
+
+def test_folders_with_signs_links_and_loose_images(photos: Path) -> None:
+    home = photos.rename(photos.parent / "photos@home")
+    assert len(load_labelled(f"imagefolder:{home}").rows) == 24
+    (home / "dog" / "above").symlink_to(home)  # which has no end
+    (photos.parent / "more").mkdir()
+    shutil.copy(home / "cat" / "0.jpg", photos.parent / "more")
+    (home / "dog" / "more").symlink_to(photos.parent / "more")
+    assert sum("more" in file.parts for file in list_images(home / "dog").images) == 1
+    shutil.copy(home / "cat" / "0.jpg", home)
+    with pytest.raises(RAdapterError, match="1 images of .* lie outside of the class folders, such as .*home/0.jpg"):
+        load_labelled(f"imagefolder:{home}")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("imagefolder:nowhere", "no folder nowhere for imagefolder:nowhere"),
+        ("photo:nowhere", "there is no such folder; allowed: imagefolder:PATH"),
+        ("./nowhere", "there is no such folder"),
+        (
+            "nobody/nothing",
+            "no data set nobody/nothing on this machine.*hf download nobody/nothing --repo-type",
+        ),
+    ],
+)
+def test_data_that_is_not_there_is_named_without_a_retry(
+    data: str, words: str, offline: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING), pytest.raises(RAdapterError, match=words):
+        load_labelled(data)
+    assert not caplog.records
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As on a machine that can't reach the hub, and has nothing in its cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    unreachable.cache_clear()
+    yield
+    unreachable.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "repository"),
+    [
+        ("ViT-B-32", "laion400m_e31", "timm/vit_base_patch32_clip_224.laion400m_e31"),
+        ("hf-hub:nobody/nothing", None, "nobody/nothing"),
+    ],
+)
+def test_weights_that_are_not_there_say_how_to_bring_them(
+    name: str, tag: str | None, repository: str, offline: None
+) -> None:
+    with pytest.raises(RAdapterError) as caught:
+        load_base(name, tag)
+    for words in (f"hf download {repository}`", repository.replace("/", "--"), "--architecture local-dir:clip"):
+        assert words in str(caught.value), words
+    assert "\n" not in str(caught.value)
+
+
+def test_one_image_is_no_batch_and_one_class(photos: Path) -> None:
+    for file in sorted(photos.rglob("[0-9]*.jpg"))[1:]:
+        file.unlink()
+    table = photos.parent / "t.csv"
+    table.write_text(f"image,label\n{photos}/cat/0.jpg,cat\n")
+    found = problems(dataclasses.replace(Recipe(), data=f"csv:{table}"))
+    assert "the one class 'cat'" in found and "holds 1 images to train with" in found
