@@ -48,6 +48,17 @@ def from_hub_or_cache() -> Iterator[None]:
             setattr(module, name, value)
 
 
+def is_absence(error: BaseException | None) -> bool:
+    """Whether an error says, or follows from one which says, that a file is neither in the cache nor to be had."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    while error is not None:
+        if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def how_to_bring(repository: str, kind: str = "model") -> str:
     """What to do on a machine without a connection, for the end of a message.
 

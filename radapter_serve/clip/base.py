@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from radapter_serve.clip.from_transformers import is_transformers, read
 from radapter_serve.clip.untrusted import check_folder
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.hub import HUB, LOCAL, from_hub_or_cache, how_to_bring, unreachable
+from radapter_serve.hub import HUB, LOCAL, from_hub_or_cache, how_to_bring, is_absence, unreachable
 
 _OF_A_MODEL = ["*.json", "*.safetensors", "*.txt", "*.model"]  # what is fetched from a hub
 
@@ -138,7 +138,9 @@ def _source(name: str, pretrained: str | None) -> Iterator[None]:
     try:
         with from_hub_or_cache():
             yield
-    except Exception as error:  # whatever it is: the file is not in the cache
+    except Exception as error:
+        if not is_absence(error):
+            raise
         if name.startswith(HUB):
             repository = name.removeprefix(HUB)
         else:

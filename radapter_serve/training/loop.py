@@ -283,7 +283,11 @@ def _write_adapter(run: _Run, metrics: dict[str, float], progress: Progress) -> 
         held_out=run.held_out,
     )
     save_adapter(run.adapters.adapter(metadata), path)
-    progress.say(f"wrote {path}; next: radapter-export --adapter {shlex.quote(str(run.out))} --alpha {recipe.alpha}")
+    folder = shlex.quote(str(run.out))
+    following = f"radapter-export --adapter {folder} --alpha {recipe.alpha}"
+    if run.val is not None:
+        following = f"radapter-eval --adapter {folder} --alpha auto, then radapter-export --adapter {folder} --alpha auto"
+    progress.say(f"wrote {path}; next: {following}")
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
