@@ -42,7 +42,7 @@ SAMPLE = (
     "*sample_drop__mutmut_*",
     "*x_mpm_nce__mutmut_*3",
     "*x_augmentation__mutmut_*3",
-    "*x_train__mutmut_*13",
+    "*x_train_on__mutmut_*13",
     "*__mutmut_13",
 )
 SEEN = ("killed", "timeout", "segfault")
