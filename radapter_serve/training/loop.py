@@ -284,9 +284,8 @@ def _write_adapter(run: _Run, metrics: dict[str, float], progress: Progress) -> 
     )
     save_adapter(run.adapters.adapter(metadata), path)
     folder = shlex.quote(str(run.out))
-    following = f"radapter-export --adapter {folder} --alpha {recipe.alpha}"
-    if run.val is not None:
-        following = f"radapter-eval --adapter {folder} --alpha auto, then radapter-export --adapter {folder} --alpha auto"
+    chosen = f"radapter-export --adapter {folder} --alpha {recipe.alpha}"
+    following = chosen if run.val is None else f"radapter-eval --adapter {folder} --alpha auto"
     progress.say(f"wrote {path}; next: {following}")
 
 

@@ -45,11 +45,13 @@ def place(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def trained(tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]) -> list[str]:
-    """Train a run; gives the command that is printed at the end."""
+    """Train a run and choose its alpha; gives the command that is printed at the end."""
     data = ["--data", "imagefolder:my photos", "--val-data", "imagefolder:my photos", "--out", "my runs/first run"]
     short = ["--steps", "4", "--batch-size", "8", "--warmup-steps", "1", "--workers", "0", "--tracker", "none"]
     assert train.main(["--architecture", tiny_clip_dir, *data, *short]) == 0
-    (command,) = [words for words in printed(capfd.readouterr().out) if words[0] == "radapter-export"]
+    (command,) = [words for words in printed(capfd.readouterr().out) if words[0] == "radapter-eval"]
+    run([*command, "--device", "cpu"])
+    (command,) = printed(capfd.readouterr().out)
     return command
 
 
@@ -58,9 +60,6 @@ def test_from_training_to_export(place: Path, tiny_clip_dir: str, capfd: pytest.
     served, asked = printed(capfd.readouterr().out)[-2:]
     assert served == ["radapter-serve", "my models"]
     assert asked == ["radapter-query", "classify", "PHOTO.jpg", "--label-set", "classes"]
-    run(["radapter-eval", "--adapter", "my runs/first run", "--alpha", "auto", "--device", "cpu"])
-    (command,) = printed(capfd.readouterr().out)
-    run([*command, "--model-repository", "my models", "--merged", "my merged"])
 
 
 @contextmanager

@@ -48,7 +48,10 @@ def test_a_run_learns_and_leaves_what_it_says(recipe: Recipe, capsys: pytest.Cap
     assert list((out / "radapter").rglob("events*"))
     printed = capsys.readouterr().out
     assert (
-        "% of the base's" in printed and "images/s" in printed and "s left" in printed and "radapter-export" in printed
+        "% of the base's" in printed
+        and "images/s" in printed
+        and "s left" in printed
+        and "next: radapter-eval" in printed
     )
 
 
