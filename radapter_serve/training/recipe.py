@@ -101,7 +101,7 @@ class Recipe:
         average: ema is the moving average of Eq. 8; trajectory weighs the start and the end of the run most (TRACER),
             and uses neither momentum nor bias_correction.
         drop_schedule: constant keeps drop; falling starts at drop and reaches 0 after three quarters of the run (CoTo).
-        batch_size: images a step over all processes and accumulated parts.
+        batch_size: images a step over all processes and accumulated parts; all images, where there are fewer.
         accumulate: parts that a step's batch is cut into, one after another; each part is its own contrast.
         epochs: passes over the data; steps, where given, ends the run earlier or later.
         steps: optimizer steps; none follows epochs. A stream needs it.
