@@ -19,6 +19,7 @@ from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import no_digests
 from radapter_serve.release.release import Release
+from radapter_serve.server.backlog import MAX_WAITING
 from radapter_serve.server.desk import Desk
 from radapter_serve.server.runtime_choice import BATCHES, fastest
 from radapter_serve.server.supervisor import Supervisor
@@ -91,6 +92,7 @@ def serve(
     runtime: Literal["onnxruntime", "openvino", "tensorrt", "auto"] | None = None,
     threads: int | None = None,
     instances: tuple[str, ...] = ("2",),
+    max_waiting: int = MAX_WAITING,
     timeout: float = 120.0,
     drain_seconds: int = 10,
     trust_network: bool = False,
@@ -114,6 +116,7 @@ def serve(
         threads: how many threads compute in an encoder, shared by its instances; one a core if none is given.
         instances: processes of each task, so that a slow request does not hold up the others: a number for all, and
             TASK=NUMBER for one, such as: 2 segment=4.
+        max_waiting: requests that may wait for a model; where more do, those that have waited longest are refused.
         timeout: seconds to wait until all models answer.
         drain_seconds: how long calls under way may take when the server is stopped.
         trust_network: let whoever can reach --host use the server, for Triton asks nobody for a password.
@@ -130,6 +133,7 @@ def serve(
         runtime=runtime,
         threads=threads,
         instances=instances,
+        max_waiting=max_waiting,
         timeout=timeout,
         drain_seconds=drain_seconds,
         trust_network=trust_network,

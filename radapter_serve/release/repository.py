@@ -330,5 +330,20 @@ def _batch(config: Any, max_batch_size: int) -> None:
         return
     for tensor in (*config.input, *config.output):
         tensor.dims[:] = tensor.dims[1:] if max_batch_size else [-1, *tensor.dims]
-    config.dynamic_batching.SetInParent()  # without batches its queue policy still counts
-    config.dynamic_batching.ClearField("preferred_batch_size")
+    config.ClearField("dynamic_batching")
+    if max_batch_size:
+        config.dynamic_batching.SetInParent()
+
+
+def without_queue_policy(config: Any) -> None:
+    """Take the limits of Triton's own queue out of a config, in place.
+
+    A queue that has any is not looked at when a model becomes free: what waits there waits for the next request, or for
+    half a second. `radapter_serve.server.backlog` has the limits instead.
+    """
+    if config.HasField("dynamic_batching"):
+        config.dynamic_batching.ClearField("default_queue_policy")
+        config.dynamic_batching.ClearField("priority_queue_policy")
+        config.dynamic_batching.ClearField("priority_levels")
+    if not config.max_batch_size:
+        config.ClearField("dynamic_batching")

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.extras import install_command
 from radapter_serve.inputs.errors import ENCODER_FAILED, INVALID_ARGUMENT, TaskError, invalid, public
+from radapter_serve.tasks import surplus
 from radapter_serve.tasks.outcome import Outcome
 from radapter_serve.tasks.responses import answer, need
 
@@ -73,6 +74,7 @@ class GraphModel(ABC):
                 f"{install_command('server')}"
             )
         config = json.loads(args["model_config"])
+        surplus.of_this_process.heed(args["model_name"])
         file = config.get("default_model_filename") or "model.onnx"
         path = Path(args["model_repository"]) / args["model_version"] / file
         if not path.exists():

@@ -13,7 +13,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.server.lineup import Offered, parsed
+from radapter_serve.server.lineup import Offered, parsed, processes_of
 from radapter_serve.server.probe import TASKS
 
 MOST = 64
@@ -67,7 +67,7 @@ def check_shared_memory(models: Mapping[str, Offered], in_python: Sequence[str])
     for model in models.values():
         config = parsed(model.config)
         if config.backend in in_python:
-            stubs += len(model.versions) * sum(group.count or 1 for group in config.instance_group)
+            stubs += processes_of(model)
         rows = max([rows, *(_batch_bytes(config.max_batch_size, tensor) for tensor in config.input)])
     if not SHARED_MEMORY.is_dir():
         return None

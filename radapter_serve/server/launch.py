@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from radapter_serve.environment import INDEXES
+from radapter_serve.environment import INDEXES, SURPLUS
 from radapter_serve.files import staged
 from radapter_serve.release.repository import CONFIG
 from radapter_serve.server.control import SECRET_HEADER
@@ -17,6 +17,7 @@ from radapter_serve.server.lineup import Offered
 from radapter_serve.server.processes import ending_with_parent, shm_prefix
 from radapter_serve.threads import environment
 
+WAITING = "surplus"  # what the processes of models are to refuse, a file for each model
 MODELS = "models"  # Triton loads what lies in this folder of a server's, and nothing that lies beside it
 # What a caller could read or change the server's memory, files and log by; open to who sends the secret of this server.
 _RESTRICTED = "shared-memory,model-repository,trace,logging"
@@ -36,6 +37,7 @@ def lay_out(folder: Path, installation: Installation, repository: Path, models: 
     backends.mkdir()
     installation.assemble(backends)
     (folder / MODELS).mkdir()
+    (folder / WAITING).mkdir()
     for name, model in models.items():
         put(folder, repository, name, model)
 
@@ -114,6 +116,7 @@ def server_environment(installation: Installation, folder: Path, indexes: Path, 
         "TOKENIZERS_PARALLELISM": "false",
         "TMPDIR": str(folder),  # ONNX Runtime leaves a file there
         INDEXES: str(indexes),
+        SURPLUS: str(folder / WAITING),
     }
     for name, folders in first.items():
         given = [Path(folder) for folder in variables.get(name, "").split(":") if folder]

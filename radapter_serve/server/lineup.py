@@ -24,6 +24,7 @@ from radapter_serve.release.repository import (
     releases_of,
     releases_with_digest,
     versions_of,
+    without_queue_policy,
 )
 
 #: what embeds the queries to an index
@@ -43,6 +44,12 @@ class Offered:
         config = parsed(self.config)
         config.version_policy.specific.versions[:] = sorted(versions)
         return Offered(tuple(sorted(versions)), str(text_format.MessageToString(config)))
+
+
+def processes_of(model: Offered) -> int:
+    """How many processes a model has whose backend gives one to each instance of each version."""
+    groups = parsed(model.config).instance_group
+    return len(model.versions) * (sum(group.count or 1 for group in groups) or 1)
 
 
 def parsed(text: str) -> Any:
@@ -98,6 +105,7 @@ def line_up(
             named = {f"release.{version}": facts[version] for version in versions} | {"release": facts[versions[-1]]}
             for name, text in named.items():
                 config.parameters[name].string_value = text
+        without_queue_policy(config)
         more = [one for one in kept if one in there and model in EMBEDDING]
         found[model] = Offered((), text_format.MessageToString(config)).at({*versions, *more})
     return found

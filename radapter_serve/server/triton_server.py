@@ -22,12 +22,13 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import check
 from radapter_serve.release.repository import AUTO, RUNTIMES
 from radapter_serve.release.served import Served
+from radapter_serve.server.backlog import MAX_WAITING, Backlog
 from radapter_serve.server.control import Control
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.installation import Installation, find_tritonserver
 from radapter_serve.server.instances import check_shared_memory, counts, with_instances
-from radapter_serve.server.launch import command_line, lay_out, put, server_environment
-from radapter_serve.server.lineup import Offered, kept_for_indexes, line_up, models_of, others
+from radapter_serve.server.launch import WAITING, command_line, lay_out, put, server_environment
+from radapter_serve.server.lineup import Offered, kept_for_indexes, line_up, models_of, others, processes_of
 from radapter_serve.server.messages import Messages
 from radapter_serve.server.probe import warm_up
 from radapter_serve.server.processes import FOLDER_PREFIX, hide_argument, hide_shared_memory, remove, remove_leftovers
@@ -66,6 +67,7 @@ class TritonServer(Endpoints):
         threads: that compute in an encoder, shared by its instances; one a core if None.
         instances: processes of the tasks, each a number for all or TASK=NUMBER; where a task is not named, as its
             config says, which is one. With two, a slow request does not hold up all others of its task.
+        max_waiting: requests that may wait for a model; the longest waiting of more are refused.
         timeout: seconds to wait until every model answers.
         drain_seconds: that calls under way may take when the server is stopped.
         trust_network: whether everybody who can reach a host beyond loopback may use the server.
@@ -101,6 +103,7 @@ class TritonServer(Endpoints):
         runtime: str | None = None,
         threads: int | None = None,
         instances: Sequence[str] = (),
+        max_waiting: int = MAX_WAITING,
         timeout: float = 120.0,
         drain_seconds: int = 10,
         trust_network: bool = False,
@@ -118,6 +121,9 @@ class TritonServer(Endpoints):
             raise RAdapterError(f"--runtime is {runtime}; allowed are {', '.join((*RUNTIMES, AUTO))}")
         if threads is not None and threads < 1:
             raise RAdapterError(f"--threads is {threads}; allowed are 1 and more")
+        if max_waiting < 1:
+            raise RAdapterError(f"--max-waiting is {max_waiting}; allowed are 1 and more")
+        self._max_waiting = max_waiting
         self._timeout, self._drain_seconds = timeout, drain_seconds
         self._log, self._verbose = Path(log) if log else None, verbose
         self._messages = Messages(None, "")
@@ -129,6 +135,7 @@ class TritonServer(Endpoints):
         self.control = Control(self.http_url, self._secret)
         self._process: subprocess.Popen[bytes] | None = None
         self._watch: Watch | None = None
+        self._backlog: Backlog | None = None
         self._folder: Path | None = None
         self._lock: int | None = None
         self._command: list[str] = []
@@ -342,9 +349,18 @@ class TritonServer(Endpoints):
         hide_argument(self._process.pid, self._secret)
         self.renewed()
         warm_up(self.control, self.models, max(1.0, deadline - time.monotonic()))
+        self._backlog = Backlog(
+            self.metrics_url, self._folder / WAITING, self._processes_of_models, max_waiting=self._max_waiting
+        ).start()
         self.check()
 
+    def _processes_of_models(self) -> dict[str, int]:
+        return {name: processes_of(model) for name, model in list(self.offered.items())}
+
     def _kill(self) -> None:
+        backlog, self._backlog = self._backlog, None
+        if backlog is not None:
+            backlog.stop()
         process, self._process, self._watch = self._process, None, None
         if process is not None:
             with contextlib.suppress(ProcessLookupError):

@@ -24,10 +24,15 @@ from radapter_serve.inputs.errors import (
     TaskError,
     invalid,
 )
+from radapter_serve.tasks import surplus
 from radapter_serve.tasks.outcome import Outcome, isolated
 
 MAX_SECONDS = 120.0  # of work on one request
 HUNG = 300.0  # seconds after which requests that are worked on together hang: the encoders answer within a minute
+
+_TOO_MANY: Outcome[Any] = Outcome(
+    error=TaskError(OVERLOADED, "too many requests wait for this model, or this one waited too long; ask again later")
+)
 
 T = TypeVar("T")
 A = TypeVar("A")
@@ -77,6 +82,7 @@ def answer(
 
     What takes `HUNG` seconds ends this process, with a traceback in the server's log; `radapter-serve` starts it again.
     From outside nobody could tell that it hangs, where another instance of the task answers in its place.
+    Where too many requests wait for this model, the first of these are refused: they have waited longest.
 
     Args:
         requests: what Triton gave to `execute`.
@@ -84,6 +90,9 @@ def answer(
         run: the outcomes of all requests that could be read.
         outputs: the output tensors of an answer, by name.
     """
+    refused = surplus.of_this_process.take(len(requests))
+    if refused:
+        return [_response(_TOO_MANY) for _ in range(refused)] + answer(requests[refused:], read_one, run, outputs)
     faulthandler.dump_traceback_later(HUNG, exit=True, file=sys.__stderr__ or 2)
     try:
         inputs = [Outcome.of(partial(read_one, request)) for request in requests]

@@ -22,6 +22,7 @@ from radapter_serve.inputs.errors import (
 )
 from radapter_serve.inputs.tokenizer import Tokenizer
 from radapter_serve.release.release import FILE, Release
+from radapter_serve.tasks import surplus
 from radapter_serve.tasks.classify import EmbedImages
 from radapter_serve.tasks.label_embeddings import LabelEmbedder
 from radapter_serve.threads import decoders
@@ -59,6 +60,8 @@ class Version:
         # The server's folder has links to the files of the model repository.
         repository = (self.folder / FILE).resolve().parents[2]
         self.origin = f"{repository}@{self._number}"
+        if "model_name" in arguments:  # of this process, and none of the other versions that it looks at
+            surplus.of_this_process.heed(arguments["model_name"])
 
     def encode_images(self, pixels: NDArray[np.uint8], alpha: Alpha | None = None) -> NDArray[np.float32]:
         """uint8 [B, S, S, 3] -> float32 [B, D] by `image_encoder`; here and below with α where that is an input."""

@@ -17,6 +17,8 @@ import numpy as np
 import triton_python_backend_utils as pb
 from PIL import Image
 
+from radapter_serve.tasks.surplus import Surplus
+
 DIM = 4
 
 
@@ -45,10 +47,14 @@ def digest(inputs: dict) -> bytes:
 class TritonPythonModel:
     def initialize(self, args: dict) -> None:
         self.name, self.version = args["model_name"], int(args["model_version"])
+        self.surplus = Surplus()
+        self.surplus.heed(self.name)
 
     def execute(self, requests: list) -> list:
-        responses = []
-        for request in requests:
+        refused = self.surplus.take(len(requests))
+        too_many = pb.TritonError("[overloaded] too many requests wait", pb.TritonError.UNAVAILABLE)
+        responses = [pb.InferenceResponse(error=too_many) for _ in range(refused)]
+        for request in requests[refused:]:
             try:
                 responses.append(pb.InferenceResponse(self.answer(request)))
             except ValueError as error:

@@ -40,6 +40,7 @@ def arguments(repository, model="image_encoder", kind="CPU", **config):
     }
     return {
         "model_config": json.dumps(whole),
+        "model_name": model,
         "model_repository": str(repository / model),
         "model_version": "1",
         "model_instance_kind": kind,

@@ -10,9 +10,10 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.cli.serve import main
 from radapter_serve.errors import RAdapterError
+from radapter_serve.release.repository import without_queue_policy
 from radapter_serve.server import instances
 from radapter_serve.server.instances import check_shared_memory, counts, with_instances
-from radapter_serve.server.lineup import Offered
+from radapter_serve.server.lineup import Offered, parsed
 
 TASKS = ("classify", "embed_image", "embed_text", "retrieve", "segment")
 MIB = 2**20
@@ -72,12 +73,19 @@ def test_shared_memory_too_small_to_start_is_refused_with_what_to_set(monkeypatc
         check_shared_memory(models, ["python"])
 
 
-def test_every_queue_has_an_end():
+def test_no_queue_is_limited_by_triton_which_then_overlooks_it():
     from radapter_export.repository import sources
 
     for template in sources().glob("*/config.template.pbtxt"):
         config = text_format.Parse(template.read_text(), model_config_pb2.ModelConfig())
-        policy = config.dynamic_batching.default_queue_policy
-        assert 0 < policy.max_queue_size <= 1000 and 0 < policy.default_timeout_microseconds <= 300e6, template
-        assert policy.timeout_action == model_config_pb2.ModelQueuePolicy.REJECT
-        assert policy.allow_timeout_override
+        assert not config.dynamic_batching.HasField("default_queue_policy"), template
+        assert config.HasField("dynamic_batching") == bool(config.max_batch_size), template
+
+
+@pytest.mark.parametrize(("rows", "batching"), [(8, "dynamic_batching { }"), (0, "")])
+def test_a_release_that_limits_the_queue_is_served_without_the_limit(rows, batching):
+    head = f'name: "x" max_batch_size: {rows} '
+    policy = "default_queue_policy { max_queue_size: 128 allow_timeout_override: true } priority_levels: 2"
+    config = parsed(f"{head} dynamic_batching {{ {policy} }}")
+    without_queue_policy(config)
+    assert config == parsed(head + batching)

@@ -164,6 +164,11 @@ def test_bad_timeout(repository, timeout):
         TritonServer(repository, timeout=timeout)
 
 
+def test_a_queue_holds_one_request_at_least(repository):
+    with pytest.raises(RAdapterError, match="--max-waiting is 0; allowed are 1 and more"):
+        TritonServer(repository, max_waiting=0)
+
+
 def test_hosts(repository):
     local = TritonServer(repository, "localhost", 1, 2, 3)
     assert (local.host, local.http_url, local.loopback) == ("127.0.0.1", "http://127.0.0.1:1", True)

@@ -31,16 +31,13 @@ def order(**what: Any) -> bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository of one release with a short queue for `segment`."""
-    folder = write_repository(tmp_path_factory.mktemp("faults") / "model_repository", [2])
-    config = folder / "segment" / "config.pbtxt"
-    config.write_text(config.read_text().replace("max_queue_size: 128", "max_queue_size: 4"))
-    return folder
+    """A repository of one release."""
+    return write_repository(tmp_path_factory.mktemp("faults") / "model_repository", [2])
 
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[FakeServer]:
-    with FakeServer(folder, instances=["classify=2"], drain_seconds=5) as server:
+    with FakeServer(folder, instances=["classify=2"], max_waiting=4, drain_seconds=5) as server:
         yield server
 
 
@@ -165,9 +162,28 @@ def test_many_large_requests_at_once_are_refused_and_take_bounded_memory(server,
     done.set()
     assert busy.result() == "an answer"
     assert set(found) == {"an answer", "ServerUnavailable overloaded"}
-    # 60 of them are 240 MiB. Few callers at once send: 38 of them.
+    # Those that are sent after the first were refused find room again. Few callers at once send: 38 of them.
     assert found.count("an answer") <= 4 + 40
     assert most[0] - before < 38 * 3 * len(image)
+
+
+@pytest.mark.parametrize(("task", "processes"), [("segment", 1), ("classify", 2)])
+def test_what_waits_is_begun_as_soon_as_a_process_is_free(server, clients, threads, task, processes):
+    """Triton's own limit of a queue made it wait for half a second longer, every second time."""
+
+    def call(seconds: float) -> float:
+        getattr(clients[0], task)(order(sleep=seconds), ["a"])
+        return time.monotonic()
+
+    delays = []
+    for _ in range(12):
+        first = threads.submit(call, 0.2)
+        others = [threads.submit(call, 0.9) for _ in range(processes - 1)]
+        time.sleep(0.1)
+        delays.append(threads.submit(call, 0).result() - first.result())
+        for other in others:
+            other.result()
+    assert [delay for delay in delays if delay > 0.3] == []
 
 
 def test_stopping_lets_calls_under_way_finish(folder, threads):
