@@ -72,6 +72,13 @@ def test_what_is_installed_needs_no_rival():
             assert not [*imports(path, rivals)], f"{name} imports a rival, which no wheel carries"
 
 
+def test_the_words_of_triton_are_read_in_one_place():
+    for folder in ("radapter_serve", "export/radapter_export", "clients/radapter_client", "model_repository"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            assert path.name == "_failures.py" or "maximum queue size" not in text, path
+
+
 def test_no_import_circle():
     folders = ("radapter_serve", "export/radapter_export", "clients/radapter_client", "rivals")
     modules = {name: path for folder in folders for name, path in sources(folder).items()}

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import re
 
+from ._failures import read_failure
+
 
 class RAdapterClientError(Exception):
     """The base of every exception that this package raises.
@@ -96,11 +98,6 @@ REQUEST_CODES = frozenset(
 )
 UNAVAILABLE_CODES = frozenset({"overloaded", "restarting", "server_stopping", "server_unavailable"})
 MODEL_CODES = frozenset({"no_patch_encoder"})
-# What Triton says itself when it cannot answer now, and the code that the tasks have for it.
-RETRYABLE = {
-    "Exceeds maximum queue size|Request timeout expired|shared memory pool size": "overloaded",
-    "Stub process .* is not healthy": "restarting",
-}
 
 # gRPC's names and HTTP's numbers of the same failures.
 KINDS: dict[str, type[RAdapterClientError]] = {
@@ -119,11 +116,9 @@ def from_server(status: str, text: str) -> RAdapterClientError:
         status: gRPC's name of the status ("INVALID_ARGUMENT") or HTTP's number ("400").
         text: the server's message; a code in brackets goes to `.code`, a stack trace of the server is cut off.
     """
-    text = re.sub(r"^\[request id: [^\]]*\] ", "", text.split("\n\nAt:\n")[0]).strip()
-    found = re.search(r"(?:^|: )\[([a-z][a-z0-9_]*)\] ", text)
-    code = found[1] if found else None
-    if found:
-        text = text[found.end() :]
+    failure = read_failure(text)
+    code = failure.code
+    text = failure.message
     kind = KINDS.get(status, ServerError)
     if code in IMAGE_CODES:
         kind = InvalidImage
@@ -131,18 +126,16 @@ def from_server(status: str, text: str) -> RAdapterClientError:
         kind = InvalidRequest
     elif code in UNAVAILABLE_CODES:
         kind = ServerUnavailable
+        if code != "overloaded" and not failure.by_task:
+            text = f"the server is starting or stopping: {text}"
     elif code == "timed_out":
         kind = Timeout
     elif code in MODEL_CODES:
         kind = ModelNotFound
     elif kind is Unauthorized:
         text = f"{text}; give the client api_key=KEY, or radapter-query the environment variable RADAPTER_API_KEY"
-    elif code is None and (known := next((known for sign, known in RETRYABLE.items() if re.search(sign, text)), None)):
-        kind, code = ServerUnavailable, known
     elif absent := re.search(r"unknown model: '(\w+)' is not found", text):
         text = f"the server has no model {absent[1]!r}: export the release again with this version's radapter-export"
-    elif re.search("has no available versions|not at ready state", text):  # which holds for all models of a server then
-        kind, text = ServerUnavailable, f"the server is starting or stopping: {text}"
     elif kind is ModelNotFound:
         text = f"{text}; see what is served with: radapter-query release"
     return kind(text or f"the server answered {status} and no more", code=code)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import tritonclient.grpc
@@ -78,10 +80,18 @@ class _Grpc:
         return from_server(status, text)
 
 
+class _QuietAtExit(tritonclient.grpc.InferenceServerClient):  # type: ignore[misc]  # it has no types
+    """tritonclient's own closes itself once more at the interpreter's end, when gRPC's modules are empty already."""
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing():
+            super().__del__()
+
+
 class GrpcTransport(_Grpc):
     def __init__(self, url: ServerURL, api_key: str | None = None) -> None:
         super().__init__(url, api_key)
-        self._client = tritonclient.grpc.InferenceServerClient(**self._options)
+        self._client = _QuietAtExit(**self._options)
 
     def send(self, request: Request, timeout: float) -> Any:
         try:

@@ -36,6 +36,9 @@ def guard(call: Callable[[], Any], argv: Sequence[str] | None = None, *, prog: s
     if "--version" in (sys.argv[1:] if argv is None else argv):
         print(f"{prog} {__version__}")
         return 0
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        # Jupyter sets it, and rich would then draw its spinners into a file or a notebook.
+        os.environ.pop("FORCE_COLOR", None)
     try:
         return call() or 0
     except RAdapterError as error:

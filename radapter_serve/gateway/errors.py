@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 import grpc
 
+from radapter_client._failures import read_failure
 from radapter_serve.errors import RAdapterError
 from radapter_serve.inputs import errors as tasks
 from radapter_serve.inputs.errors import OVERLOADED, RESTARTING, SERVER_STOPPING, TIMED_OUT
@@ -37,13 +36,19 @@ _STATUS = {
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
 # What Triton says without a code of ours, and what callers read of it.
-_PLAIN = {
+_PLAIN: dict[int, tuple[str, str | None]] = {
     404: (UNKNOWN_MODEL, None),
     400: (tasks.INVALID_ARGUMENT, None),
     413: (TOO_LARGE, None),
     500: (tasks.INTERNAL_ERROR, "the server failed on this request; its log says why"),
     503: (SERVER_UNAVAILABLE, "the model server starts, stops or does not answer; try again in a moment"),
     504: (TIMED_OUT, "the request took longer than it may"),
+}
+# The same for what passes, by the code of the tasks.
+_RETRYABLE = {
+    OVERLOADED: "this model has more to do than it can take on; try again in a moment",
+    RESTARTING: "a part of the server starts again; try again in a moment",
+    SERVER_STOPPING: "the server is stopping; try again in a moment",
 }
 
 
@@ -78,17 +83,12 @@ def late(status: int, message: str) -> Refused:
 def from_triton(status: grpc.StatusCode, text: str) -> Refused:
     """What a caller may know of a failure that Triton reported: its code and its first line, without paths."""
     number = _STATUS.get(status, 500)
-    if found := re.search(r"(?:^|: )\[([a-z][a-z0-9_]{0,40})\] (.*)", text):
-        code, message = found[1], tasks.public(found[2])
-        return Refused(_BY_CODE.get(code, number), code, message)
-    if re.search("Exceeds maximum queue size|Request timeout expired|shared memory pool size", text):
-        return overloaded("this model has more to do than it can take on; try again in a moment")
-    if re.search("Stub process .* is not healthy", text):
-        return Refused(503, RESTARTING, "a part of the server starts again; try again in a moment")
-    if number == 404 and "no available versions" in text:  # which holds for all models of a server that stops
-        number = 503
-    code, message = _PLAIN[number][0], _PLAIN[number][1] or tasks.public(re.sub(r"^\[request id: [^\]]*\] ", "", text))
-    return Refused(number, code, message)
+    failure = read_failure(text)
+    if failure.code is not None:
+        message = tasks.public(failure.message) if failure.by_task else _RETRYABLE[failure.code]
+        return Refused(_BY_CODE.get(failure.code, number), failure.code, message)
+    code, sentence = _PLAIN[number]
+    return Refused(number, code, sentence or tasks.public(failure.message))
 
 
 def shown(text: str) -> str:

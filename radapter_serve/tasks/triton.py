@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
+from radapter_client._failures import read_failure
 from radapter_serve.inputs.alpha import Alpha
 from radapter_serve.inputs.errors import (
     ENCODER_FAILED,
@@ -27,20 +27,12 @@ from radapter_serve.tasks.classify import EmbedImages
 from radapter_serve.tasks.label_embeddings import LabelEmbedder
 from radapter_serve.threads import decoders
 
-# What Triton says when another model cannot answer now: a pattern, and what the caller is told.
-_RETRYABLE = (
-    ("Server not ready|has stopped accepting", SERVER_STOPPING, "the server is stopping; ask again when it is back"),
-    (
-        "Stub process .* is not healthy|no available versions|not at ready state",
-        RESTARTING,
-        "{} is being started again; ask again in a few seconds",
-    ),
-    (
-        "Exceeds maximum queue size|Request timeout expired|shared memory pool size",
-        OVERLOADED,
-        "{} has more to do than it can take on; ask again in a moment, with fewer requests at once",
-    ),
-)
+# What a caller is told where another model cannot answer now.
+_RETRYABLE = {
+    SERVER_STOPPING: "the server is stopping; ask again when it is back",
+    RESTARTING: "{} is being started again; ask again in a few seconds",
+    OVERLOADED: "{} has more to do than it can take on; ask again in a moment, with fewer requests at once",
+}
 
 
 class Version:
@@ -119,11 +111,10 @@ class Version:
         ).exec()
         if response.has_error():
             message = response.error().message()
-            if said := re.fullmatch(r"\[(\w+)\] (.*)", message, re.DOTALL):  # a task's own error
-                raise TaskError(said[1], said[2])
-            for sign, code, sentence in _RETRYABLE:
-                if re.search(sign, message):
-                    raise TaskError(code, sentence.format(model))
+            failure = read_failure(message)
+            if failure.code is not None:
+                sentence = failure.message if failure.by_task else _RETRYABLE[failure.code].format(model)
+                raise TaskError(failure.code, sentence)
             print(f"{model} version {self._number} failed: {message}", file=sys.stderr)
             raise TaskError(ENCODER_FAILED, f"{model} version {self._number} failed: {public(message)}")
         return np.array(pb.get_output_tensor_by_name(response, target).as_numpy(), np.float32)

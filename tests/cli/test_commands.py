@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
+from rich.console import Console
 
 import radapter_serve
 from radapter_client import query
@@ -56,6 +57,20 @@ def test_a_demo_without_the_playground_says_so_at_once(
     assert demo.main(["--open"]) == 2
     install = install_command("demo,playground")
     assert capsys.readouterr().err == f"radapter-demo: error: {name} is not installed; {install}\n"
+
+
+def test_nothing_is_drawn_where_no_terminal_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as Jupyter does for what its cells start
+
+    def works() -> None:
+        console = Console(stderr=True)
+        with console.status("working"):
+            console.print("done")
+
+    assert guard(works, [], prog="radapter-x") == 0
+    assert capsys.readouterr().err.split() == ["done"]
 
 
 def test_guard_turns_errors_into_a_line_and_a_status(capsys: pytest.CaptureFixture[str]) -> None:

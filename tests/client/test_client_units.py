@@ -147,6 +147,20 @@ def test_imports_neither_torch_nor_the_server_side():
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
+def test_grpc_clients_that_outlive_their_modules_end_in_silence():
+    """Where torch is loaded, modules stay to the end, and are emptied before what they refer to."""
+    code = (
+        "import ctypes, sys\n"
+        "from radapter_client import Client\n"
+        "left, closed = Client('grpc://127.0.0.1:1'), Client('grpc://127.0.0.1:1')\n"
+        "closed.close()\n"
+        "for name in ('__main__', 'grpc._channel'):\n"
+        "    ctypes.pythonapi.Py_IncRef(ctypes.py_object(sys.modules[name]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 # URLs
 
 

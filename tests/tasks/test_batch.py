@@ -190,6 +190,10 @@ def grey_png() -> bytes:
             "[restarting] image_encoder is being started again; ask again in a few seconds",
         ),
         (
+            "Model 'image_encoder' is not ready.",
+            "[restarting] image_encoder is being started again; ask again in a few seconds",
+        ),
+        (
             "in ensemble: [request id: <id_unknown>] Exceeds maximum queue size",
             "[overloaded] image_encoder has more to do than it can take on; ask again in a moment, with fewer requests "
             "at once",

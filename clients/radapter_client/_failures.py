@@ -1,0 +1,42 @@
+"""What a failure that Triton reports means: the one reading, which the tasks and the gateway use, too."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+# What Triton says of a model that cannot answer now, and the code that the tasks have for it. The same request may
+# succeed a little later.
+_SIGNS = {
+    "Server not ready|Server is stopping|has stopped accepting": "server_stopping",
+    r"Stub process\b.* is not healthy|has no available versions|(is|version) not (at )?ready": "restarting",
+    "Exceeds maximum queue size|Request timeout expired|shared memory pool size": "overloaded",
+}
+_REQUEST_ID = re.compile(r"^\[request id: [^\]]*\] ")
+_CODE = re.compile(r"(?:^|: )\[([a-z][a-z0-9_]{0,40})\] ")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failure as Triton reported it.
+
+    Attributes:
+        code: that a task gave, or what the tasks call what Triton says itself; None where that has no code.
+        message: the sentence after the code, without the id of the request and the server's stack trace.
+        by_task: whether a task wrote the message, for callers to read, and not Triton.
+    """
+
+    code: str | None
+    message: str
+    by_task: bool
+
+
+def read_failure(text: str) -> Failure:
+    """Read the text of an error of Triton's."""
+    text = _REQUEST_ID.sub("", text.split("\n\nAt:\n")[0]).strip()
+    if found := _CODE.search(text):
+        return Failure(found[1], text[found.end() :], by_task=True)
+    for sign, code in _SIGNS.items():
+        if re.search(sign, text):
+            return Failure(code, text, by_task=False)
+    return Failure(None, text, by_task=False)
