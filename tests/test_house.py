@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # From the lowest floor up: a room imports from those before it, never from those after it.
 FLOORS = [
-    "errors extras files lock environment signals threads hub",
+    "clock errors extras files lock environment signals threads hub",
     "inputs",
     "release",
     "runtimes",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server.control import Answer, Control, NoAnswer
 from radapter_serve.server.watch import SERVER
@@ -50,23 +50,24 @@ SMALL: Mapping[str, Sequence[Mapping[str, Any]]] = {
 TASKS = tuple(SMALL)
 
 
-def warm_up(control: Control, models: Mapping[str, Sequence[int]], timeout: float) -> None:
+def warm_up(control: Control, models: Mapping[str, Sequence[int]], timeout: float, clock: Clock = SYSTEM) -> None:
     """Ask each version of each task once, and wait for the answers.
 
     Args:
         control: of a server whose models are loaded.
         models: their versions.
         timeout: seconds for all of them together.
+        clock: tells the time.
 
     Raises:
         RAdapterError: one fails or does not answer.
     """
-    deadline = time.monotonic() + timeout
+    deadline = clock.monotonic() + timeout
     for model, versions in models.items():
         for version in versions if model in WHOLE else ():
             path = f"models/{model}/versions/{version}/infer"
             try:
-                answer = control.ask(path, {"inputs": WHOLE[model]}, timeout=max(0.1, deadline - time.monotonic()))
+                answer = control.ask(path, {"inputs": WHOLE[model]}, timeout=max(0.1, deadline - clock.monotonic()))
             except NoAnswer:
                 raise RAdapterError(
                     f"{model} version {version} did not answer within {timeout:g} s; allow more with --timeout"
@@ -99,12 +100,23 @@ class Probe:
     Args:
         control: of the server.
         ticks: the processor's time that models have used together, as `Watch.ticks` tells it.
+        clock: tells the time.
+        threads: wait for the answers; some of its own if None.
     """
 
-    def __init__(self, control: Control, ticks: Callable[[Collection[str]], int]) -> None:
-        self._control, self._ticks_of = control, ticks
+    def __init__(
+        self,
+        control: Control,
+        ticks: Callable[[Collection[str]], int],
+        *,
+        clock: Clock = SYSTEM,
+        threads: Executor | None = None,
+    ) -> None:
+        self._control = control
+        self._ticks_of = ticks
+        self._clock = clock
         self._asked: dict[str, _Asked] = {}
-        self._threads = ThreadPoolExecutor(len(SMALL) + 1, thread_name_prefix="probe")
+        self._threads = threads or ThreadPoolExecutor(len(SMALL) + 1, thread_name_prefix="probe")
 
     def step(self, models: Collection[str]) -> list[str]:
         """Ask who has not been asked for a while, without waiting for the answers.
@@ -123,7 +135,8 @@ class Probe:
         self._asked.clear()
 
     def _step(self, name: str) -> bool:
-        asked, now = self._asked.setdefault(name, _Asked(due=time.monotonic() + EVERY)), time.monotonic()
+        now = self._clock.monotonic()
+        asked = self._asked.setdefault(name, _Asked(due=now + EVERY))
         if asked.answer is None:
             if now >= asked.due:
                 asked.ticks = self._ticks(name)

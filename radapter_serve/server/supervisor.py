@@ -1,21 +1,51 @@
-"""Keeping a server up: what died is started again, and what dies over and over is given up with its reason."""
+"""Keeping a server up: what died is started again, and what never becomes ready is given up."""
 
 from __future__ import annotations
 
-import time
+import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.errors import RAdapterError
-from radapter_serve.server.control import NoAnswer
+from radapter_serve.server.control import Control, NoAnswer
 from radapter_serve.server.probe import Probe
-from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.server.watch import SERVER, Death
 
-EVERY = 1.0  # seconds from one look to the next
-MOST, WITHIN = 5, 60.0  # restarts of one thing, in so many seconds
-LONGEST_PAUSE = 8.0
+INTERVAL = 1.0  # seconds from one look to the next
+WINDOW = 60.0  # seconds whose starts make the next pause longer
+MAX_PAUSE = 8.0  # seconds
+MAX_FAILURES = 5  # starts, one after the other, that made nothing ready
+STEADY = 10.0  # seconds after which a program that still runs counts as ready
+
+
+class Supervised(Protocol):
+    """What a supervisor asks of a server."""
+
+    @property
+    def control(self) -> Control:
+        """Of its tritonserver."""
+
+    @property
+    def models(self) -> Collection[str]:
+        """Those that it serves."""
+
+    def deaths(self) -> list[Death]:
+        """What has died since this was last asked."""
+
+    def ticks(self, models: Collection[str]) -> int:
+        """The processor's time that models have used, in hundredths of a second."""
+
+    def kill(self, name: str) -> None:
+        """End the processes of a model, or tritonserver."""
+
+    def reload(self, model: str) -> None:
+        """Start the processes of a model again, and wait until it is ready."""
+
+    def restart(self) -> None:
+        """Start tritonserver again, and wait until it is ready."""
 
 
 class Beside(Protocol):
@@ -32,76 +62,141 @@ class Beside(Protocol):
         """Start it again."""
 
 
+class Asking(Protocol):
+    """What finds models that live and do not answer."""
+
+    def step(self, models: Collection[str]) -> list[str]:
+        """Those that no longer answer."""
+
+    def forget(self) -> None:
+        """Begin anew."""
+
+
+@dataclass
+class _History:
+    """What is known of one thing's starts.
+
+    Attributes:
+        starts: when they were.
+        failures: how many of the last ones, one after the other, made nothing ready.
+        up_since: when the last one was done.
+    """
+
+    starts: deque[float] = field(default_factory=deque)
+    failures: int = 0
+    up_since: float = -math.inf
+
+
 class Supervisor:
     """Looks after a server that runs: starts again what died or no longer answers.
+
+    What becomes ready is started again for ever, with pauses that grow where it dies often. What does not become ready
+    in `MAX_FAILURES` starts, one after the other, is given up.
 
     Args:
         server: that was started.
         say: told in one line what died, why, and that it is back.
         beside: other programs that were started.
+        clock: tells the time and waits.
+        probe: asks the models; one of the server's own if None.
     """
 
-    def __init__(self, server: TritonServer, say: Callable[[str], None], beside: Sequence[Beside] = ()) -> None:
-        self._server, self._say = server, say
+    def __init__(
+        self,
+        server: Supervised,
+        say: Callable[[str], None],
+        beside: Sequence[Beside] = (),
+        *,
+        clock: Clock = SYSTEM,
+        probe: Asking | None = None,
+    ) -> None:
+        self._server = server
+        self._say = say
         self._beside = {one.name: one for one in beside}
-        self._probe = Probe(server.control, server.ticks)
-        self._restarts: defaultdict[str, deque[float]] = defaultdict(deque)
+        self._clock = clock
+        self._probe = probe or Probe(server.control, server.ticks, clock=clock)
+        self._histories: defaultdict[str, _History] = defaultdict(_History)
+        for name in self._beside:
+            self._histories[name].up_since = clock.monotonic()
 
     def run(self) -> None:
         """Look after the server until an exception ends it, such as that of a signal.
 
         Raises:
-            RAdapterError: something died over and over.
+            RAdapterError: something never became ready.
         """
         while True:
             self.step()
-            time.sleep(EVERY)
+            self._clock.sleep(INTERVAL)
 
     def step(self) -> None:
         """Look once, and start again what died.
 
         Raises:
-            RAdapterError: it died over and over.
+            RAdapterError: it never became ready.
         """
         deaths = self._server.deaths()
-        for name in [] if deaths else self._probe.step(self._server.models):
-            self._server.kill(name)
-            deaths.append(Death(name, "it no longer answered, so it was killed"))
+        if not deaths:
+            for name in self._probe.step(self._server.models):
+                self._server.kill(name)
+                deaths.append(Death(name, "it no longer answered, so it was killed"))
         if any(death.name == SERVER for death in deaths):
             deaths = [death for death in deaths if death.name == SERVER]  # which brings its models back
-        deaths += [Death(name, why) for name, one in self._beside.items() if (why := one.died())]
+        for name, one in self._beside.items():
+            if (why := one.died()) is not None:
+                deaths.append(Death(name, why))
         for death in deaths:
             self._mend(death)
 
     def _mend(self, death: Death) -> None:
-        pause = self._pause(death)
-        self._say(f"{death}; starting it again" + (f" in {pause:g} s" if pause else ""))
-        time.sleep(pause)
-        began = time.monotonic()
-        try:
-            if death.name == SERVER:
-                self._server.restart()
-            elif death.name in self._beside:
-                self._beside[death.name].start()
-            else:
-                self._server.reload(death.name)
-        except NoAnswer:
-            return  # the server died or froze meanwhile: the next look tells
-        except RAdapterError as error:
-            self._mend(Death(death.name, f"it could not be started again: {error}", death.version))
-            return
+        history = self._histories[death.name]
+        if death.name in self._beside:
+            ready = self._clock.monotonic() - history.up_since >= STEADY
+            history.failures = 0 if ready else history.failures + 1
+        while True:
+            if history.failures >= MAX_FAILURES:
+                raise RAdapterError(
+                    f"{death}; it has not become ready in {MAX_FAILURES} starts, so radapter-serve gives up; "
+                    "once that is mended, start it again, with all its messages: radapter-serve --verbose"
+                )
+            pause = self._pause(history)
+            self._say(f"{death}; starting it again" + (f" in {pause:g} s" if pause else ""))
+            self._clock.sleep(pause)
+            began = self._clock.monotonic()
+            try:
+                self._start(death.name)
+            except NoAnswer:
+                history.failures += 1
+                return  # the server died or froze meanwhile: the next look tells
+            except RAdapterError as error:
+                history.failures += 1
+                death = Death(death.name, f"it could not be started again: {error}", death.version)
+                continue
+            break
+        history.up_since = self._clock.monotonic()
+        self._ready(death.name)
         self._probe.forget()
-        self._say(f"{death.name} is back after {time.monotonic() - began:.1f} s")
+        self._say(f"{death.name} is back after {history.up_since - began:.1f} s")
 
-    def _pause(self, death: Death) -> float:
-        """Seconds to wait before the restart: none at first, then twice as many each time."""
-        now, times = time.monotonic(), self._restarts[death.name]
-        while times and now - times[0] > WITHIN:
-            times.popleft()
-        if len(times) >= MOST:
-            raise RAdapterError(
-                f"{death}; it was started again {MOST} times within {WITHIN:g} s, so radapter-serve gives up; "
-                "all messages of the server: radapter-serve --verbose"
-            )
-        times.append(now)
-        return 0.0 if len(times) == 1 else min(LONGEST_PAUSE, 2.0 ** (len(times) - 2))
+    def _start(self, name: str) -> None:
+        if name == SERVER:
+            self._server.restart()
+        elif name in self._beside:
+            self._beside[name].start()
+        else:
+            self._server.reload(name)
+
+    def _ready(self, name: str) -> None:
+        """A start is done: with tritonserver, all its models are ready; of a program beside it, time will tell."""
+        for other, history in self._histories.items():
+            if other not in self._beside and name in (SERVER, other):
+                history.failures = 0
+
+    def _pause(self, history: _History) -> float:
+        """Seconds to wait before the next start: none at first, then twice as many each time."""
+        now = self._clock.monotonic()
+        while history.starts and now - history.starts[0] > WINDOW:
+            history.starts.popleft()
+        history.starts.append(now)
+        again = len(history.starts) - 1
+        return min(MAX_PAUSE, 2.0 ** (again - 1)) if again else 0.0

@@ -31,7 +31,14 @@ from radapter_serve.server.launch import WAITING, command_line, lay_out, put, se
 from radapter_serve.server.lineup import Offered, kept_for_indexes, line_up, models_of, others, processes_of
 from radapter_serve.server.messages import Messages
 from radapter_serve.server.probe import warm_up
-from radapter_serve.server.processes import FOLDER_PREFIX, hide_argument, hide_shared_memory, remove, remove_leftovers
+from radapter_serve.server.processes import (
+    FOLDER_PREFIX,
+    hide_argument,
+    hide_shared_memory,
+    how_it_ended,
+    remove,
+    remove_leftovers,
+)
 from radapter_serve.server.runtime_choice import Measured, configure
 from radapter_serve.server.watch import SERVER, Death, Watch
 from radapter_serve.signals import handled
@@ -340,8 +347,8 @@ class TritonServer(Endpoints):
         self._watch = Watch(self._process)
         deadline = time.monotonic() + self._timeout
         while not self.control.is_ready():
-            if self._process.poll() is not None:
-                raise RAdapterError(f"tritonserver did not start: {self._messages.reason()}")
+            if (code := self._process.poll()) is not None:
+                raise RAdapterError(f"tritonserver did not start: {how_it_ended(code)}: {self._messages.reason()}")
             if time.monotonic() > deadline:
                 why = f"was not ready after {self._timeout:g} s: {self._messages.reason()}"
                 raise RAdapterError(f"tritonserver {why}; allow more with --timeout")

@@ -7,10 +7,10 @@ import math
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.server.processes import STOPPED, Process, children, how_it_ended, killed_for_memory
 
 SERVER, GATEWAY = "tritonserver", "radapter-gateway"
@@ -49,25 +49,39 @@ class Watch:
 
     Args:
         process: tritonserver.
+        children: the processes that a process started, by their numbers.
+        killed_for_memory: how many processes the kernel has killed for want of memory.
+        clock: tells the time.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        *,
+        children: Callable[[int], dict[int, Process]] = children,
+        killed_for_memory: Callable[[], int] = killed_for_memory,
+        clock: Clock = SYSTEM,
+    ) -> None:
         self._process = process
+        self._children = children
+        self._killed_for_memory = killed_for_memory
+        self._clock = clock
         self._names: dict[int, tuple[str, int]] = {}
         self._suspects: set[int] = set()
         self._told: set[int] = set()
-        self._kills, self._starved = killed_for_memory(), -math.inf
+        self._kills = killed_for_memory()
+        self._starved = -math.inf
 
     def look(self) -> list[Death]:
         """What has died since the last look. What a signal has stopped is killed, for it holds up its callers."""
-        kills, before = killed_for_memory(), self._kills
+        kills = self._killed_for_memory()
+        if kills > self._kills:
+            self._starved = self._clock.monotonic()
         self._kills = kills
-        if kills > before:
-            self._starved = time.monotonic()
-        short_of_memory = time.monotonic() - self._starved < _SAME_TIME
+        short_of_memory = self._clock.monotonic() - self._starved < _SAME_TIME
         if (code := self._process.poll()) is not None:
             return [Death(SERVER, _server_ended(code, short_of_memory=short_of_memory))]
-        found = children(self._process.pid)
+        found = self._children(self._process.pid)
         with contextlib.suppress(OSError):
             found[self._process.pid] = Process.of(self._process.pid)
         self._learn(found)
@@ -82,7 +96,7 @@ class Watch:
 
     def models(self) -> dict[int, str]:
         """The models of the processes that live, by process number."""
-        living = children(self._process.pid)
+        living = self._children(self._process.pid)
         self._learn(living)
         return {pid: name for pid, (name, _) in self._names.items() if pid in living and living[pid].state != "Z"}
 

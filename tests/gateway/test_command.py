@@ -141,7 +141,7 @@ def test_beside_a_server_it_is_started_again_and_stopped_with_it(
         monkeypatch.setattr(TritonServer, name, lambda *_: None)
     monkeypatch.setattr(TritonServer, "deaths", lambda _: [])
     monkeypatch.setattr(probe.Probe, "step", lambda *_: [])
-    monkeypatch.setattr(supervisor, "LONGEST_PAUSE", 0.0)
+    monkeypatch.setattr(supervisor, "MAX_PAUSE", 0.0)
     monkeypatch.setattr(serve, "_show", lambda _: None)
     monkeypatch.setattr(serve, "Desk", lambda _: contextlib.nullcontext())
 

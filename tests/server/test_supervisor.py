@@ -10,21 +10,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.server import probe, supervisor, watch
+from radapter_serve.server import probe
 from radapter_serve.server.control import Answer, Control, NoAnswer, ServedVersion
 from radapter_serve.server.probe import PATIENCE, SMALL, WHOLE, Probe, warm_up
 from radapter_serve.server.processes import Process, how_it_ended
-from radapter_serve.server.supervisor import MOST, Supervisor
+from radapter_serve.server.supervisor import MAX_FAILURES, MAX_PAUSE, STEADY, WINDOW, Supervisor
 from radapter_serve.server.watch import GATEWAY, SERVER, Death, Watch
+from tests.helpers.fake_clock import FakeClock
 from tests.helpers.stand_ins import http_server
 
 # Starts two processes whose first argument is that of a model, and waits. It keeps them, for a Popen that goes away
@@ -85,23 +85,26 @@ def test_a_model_that_a_signal_has_stopped_is_killed(parent):
     assert looking.look() == looking.look() == []
 
 
-def test_a_process_that_is_dead_for_a_moment_is_no_death(parent, monkeypatch):
-    looking, pids = looked(parent)
-    dead = {pids["segment"]: Process("Z")}
-    for states in (dead, {}, dead, {}):
-        monkeypatch.setattr(watch, "children", lambda _, states=states: dict(states))
-        assert looking.look() == []
+def test_a_process_that_is_dead_for_a_moment_is_no_death(parent):
+    dead = {1: Process("Z", argument="/m/segment/12/model.py")}
+    states = iter((dead, {}, dead, {}))
+    looking = Watch(parent, children=lambda _: dict(next(states)))
+    assert [looking.look() for _ in range(4)] == [[]] * 4
 
 
-def test_processes_of_one_model_that_die_one_after_the_other_are_one_death(parent, monkeypatch):
-    looking, _ = looked(parent)
-    deaths = []
-    for states in ("SS", "ZS", "ZZ", " Z", " Z", "  "):
-        found = {
-            pid: Process(state, 0, 9, "/m/retrieve/1/model.py") for pid, state in enumerate(states) if state != " "
-        }
-        monkeypatch.setattr(watch, "children", lambda _, found=found: dict(found))
-        deaths += looking.look()
+def test_processes_of_one_model_that_die_one_after_the_other_are_one_death(parent):
+    looks = ("SS", "ZS", "ZZ", " Z", " Z", "  ")
+    states = iter(looks)
+
+    def children(_: int) -> dict[int, Process]:
+        found = {}
+        for pid, state in enumerate(next(states)):
+            if state != " ":
+                found[pid] = Process(state, 0, 9, "/m/retrieve/1/model.py")
+        return found
+
+    looking = Watch(parent, children=children)
+    deaths = [death for _ in looks for death in looking.look()]
     assert deaths == [Death("retrieve", "it was killed by SIGKILL", 1)]
 
 
@@ -121,10 +124,9 @@ def test_the_server_itself(parent, number, why):
     assert re.search(why, death.why)
 
 
-def test_a_process_that_the_kernel_killed_for_memory(parent, monkeypatch):
+def test_a_process_that_the_kernel_killed_for_memory(parent):
     kills = iter([3, *[4] * 100])
-    monkeypatch.setattr(watch, "killed_for_memory", lambda: next(kills))
-    looking = Watch(parent)
+    looking = Watch(parent, killed_for_memory=lambda: next(kills))
     parent.kill()
     [death] = until(looking.look)
     assert str(death) == "tritonserver died: the kernel killed it, because memory ran out"
@@ -149,7 +151,11 @@ class Server:
     control: Any = None
 
     def __init__(self, *looks: list[Death], fails: int = 0) -> None:
-        self.looks, self.fails, self.done = list(looks), fails, list[str]()
+        self.looks = list(looks)
+        self.fails = fails
+        self.error = RAdapterError("no room")
+        self.restart_error: RAdapterError | None = None
+        self.done: list[str] = []
         self.models = {"classify": [1], "segment": [1]}
 
     def deaths(self) -> list[Death]:
@@ -163,60 +169,34 @@ class Server:
 
     def reload(self, name: str) -> None:
         self.done.append(f"reload {name}")
-        if self.fails:
+        if self.fails or isinstance(self.error, NoAnswer):
             self.fails -= 1
-            raise RAdapterError("no room")
+            raise self.error
 
     def restart(self) -> None:
         self.done.append("restart")
+        if self.restart_error is not None:
+            raise self.restart_error
 
 
-@pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that a supervisor slept, without sleeping them."""
-    slept: list[float] = []
-    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: 1000.0 + sum(slept), sleep=slept.append))
-    monkeypatch.setattr(Probe, "step", lambda *_: [])
-    return slept
+class Silent:
+    """A probe that finds what a test says."""
 
+    def __init__(self, *silent: str) -> None:
+        self.silent = list(silent)
 
-def supervised(server: Server) -> tuple[Supervisor, list[str]]:
-    said: list[str] = []
-    return Supervisor(server, said.append), said  # type: ignore[arg-type]
+    def step(self, _: object) -> list[str]:
+        return self.silent
 
-
-def test_a_dead_model_is_loaded_again_and_what_happened_is_said(pauses):
-    server = Server([Death("classify", "it was killed by SIGKILL", 2)])
-    watched, said = supervised(server)
-    watched.step()
-    assert server.done == ["reload classify"]
-    assert said == [
-        "the process of classify version 2 died: it was killed by SIGKILL; starting it again",
-        "classify is back after 0.0 s",
-    ]
-
-
-def test_a_dead_server_is_started_again_with_all_its_models(pauses):
-    server = Server([Death("classify", "it was killed", 2), Death(SERVER, "it was killed")])
-    watched, said = supervised(server)
-    watched.step()
-    assert server.done == ["restart"]
-    assert said[0] == "tritonserver died: it was killed; starting it again"
-
-
-def test_what_no_longer_answers_is_killed_and_started_again(pauses, monkeypatch):
-    monkeypatch.setattr(Probe, "step", lambda *_: ["segment"])
-    server = Server()
-    watched, said = supervised(server)
-    watched.step()
-    assert server.done == ["kill segment", "reload segment"]
-    assert said[0] == "the process of segment died: it no longer answered, so it was killed; starting it again"
+    def forget(self) -> None:
+        self.silent = []
 
 
 class Beside:
-    """A program that is kept up beside the server."""
+    """A program that is kept up beside the server; each look gives the next of `whys`."""
 
-    name, starts = GATEWAY, 0
+    name = GATEWAY
+    starts = 0
 
     def __init__(self, *whys: str | None) -> None:
         self.whys = list(whys)
@@ -228,46 +208,122 @@ class Beside:
         self.starts += 1
 
 
-def test_what_runs_beside_the_server_is_started_again_and_given_up_as_it_is(pauses):
-    beside, said, server = Beside(None, *["it was killed"] * (MOST + 1)), list[str](), Server()
-    watched = Supervisor(server, said.append, [beside])  # type: ignore[arg-type]
-    for _ in range(MOST + 1):
-        watched.step()
-    assert (beside.starts, server.done) == (MOST, [])
-    assert said[:2] == [f"{GATEWAY} died: it was killed; starting it again", f"{GATEWAY} is back after 0.0 s"]
-    with pytest.raises(RAdapterError, match=f"{GATEWAY} died: it was killed; it was started again {MOST} times"):
-        watched.step()
+class Scene:
+    """A supervisor with stand-ins; a look finds the next of `looks` dead."""
+
+    def __init__(
+        self,
+        *looks: list[Death],
+        fails: int = 0,
+        silent: Sequence[str] = (),
+        beside: Sequence[Beside] = (),
+    ) -> None:
+        self.server = Server(*looks, fails=fails)
+        self.clock = FakeClock()
+        self.said: list[str] = []
+        self.supervisor = Supervisor(self.server, self.said.append, beside, clock=self.clock, probe=Silent(*silent))
 
 
-def test_the_pauses_grow_and_what_dies_over_and_over_is_given_up_with_its_reason(pauses):
-    server = Server(*[[Death("classify", f"reason {number}", 1)] for number in range(MOST + 1)])
-    watched, _ = supervised(server)
-    for _ in range(MOST):
-        watched.step()
-    assert pauses == [0, 1, 2, 4, 8]
+def test_a_dead_model_is_loaded_again_and_what_happened_is_said():
+    scene = Scene([Death("classify", "it was killed by SIGKILL", 2)])
+    scene.supervisor.step()
+    assert scene.server.done == ["reload classify"]
+    assert scene.said == [
+        "the process of classify version 2 died: it was killed by SIGKILL; starting it again",
+        "classify is back after 0.0 s",
+    ]
+
+
+def test_a_dead_server_is_started_again_with_all_its_models():
+    scene = Scene([Death("classify", "it was killed", 2), Death(SERVER, "it was killed")])
+    scene.supervisor.step()
+    assert scene.server.done == ["restart"]
+    assert scene.said[0] == "tritonserver died: it was killed; starting it again"
+
+
+def test_what_no_longer_answers_is_killed_and_started_again():
+    scene = Scene(silent=["segment"])
+    scene.supervisor.step()
+    assert scene.server.done == ["kill segment", "reload segment"]
+    assert scene.said[0] == ("the process of segment died: it no longer answered, so it was killed; starting it again")
+
+
+@pytest.mark.parametrize("name", [SERVER, "classify"])
+def test_what_becomes_ready_in_between_is_started_again_for_ever_with_pauses(name):
+    """Six requests that end tritonserver, in 51 s, ended the supervisor."""
+    scene = Scene(*[[Death(name, "it was killed")] for _ in range(40)])
+    for _ in range(40):
+        scene.supervisor.step()
+    assert len(scene.server.done) == 40
+    assert scene.clock.slept[:6] == [0, 1, 2, 4, 8, 8]
+    assert max(scene.clock.slept) == MAX_PAUSE
+    scene.clock.sleep(WINDOW + 1)
+    scene.server.looks = [[Death(name, "why")]]
+    scene.supervisor.step()
+    assert scene.clock.slept[-1] == 0
+
+
+def test_what_fails_to_start_is_tried_again_and_given_up_where_it_never_becomes_ready():
+    scene = Scene([Death("classify", "why", 1)], fails=MAX_FAILURES - 1)
+    scene.supervisor.step()
+    assert scene.server.done == ["reload classify"] * MAX_FAILURES
+    scene = Scene([Death("classify", "why", 1)], fails=100)
     with pytest.raises(
-        RAdapterError, match="classify version 1 died: reason 5; it was started again 5 times within 60 s"
+        RAdapterError,
+        match="classify version 1 died: it could not be started again: no room; "
+        "it has not become ready in 5 starts, .*: radapter-serve --verbose",
     ):
-        watched.step()
-    assert server.done == ["reload classify"] * MOST
+        scene.supervisor.step()
+    assert scene.server.done == ["reload classify"] * MAX_FAILURES
 
 
-def test_a_death_now_and_then_is_never_given_up(pauses):
-    server = Server(*[[Death("classify", "why", 1)] for _ in range(20)])
-    watched, _ = supervised(server)
+def test_failures_count_only_one_after_the_other():
+    scene = Scene(*[[Death("classify", "why", 1)] for _ in range(3)], fails=MAX_FAILURES - 1)
+    scene.supervisor.step()
+    scene.server.fails = MAX_FAILURES - 1
+    scene.supervisor.step()
+    assert len(scene.server.done) == 2 * MAX_FAILURES
+
+
+def test_a_server_that_is_ready_brings_its_models_back():
+    looks = [[Death("classify", "why", 1)], [Death(SERVER, "why")]] * (MAX_FAILURES + 1)
+    scene = Scene(*looks)
+    scene.server.error = NoAnswer("it died meanwhile")
+    for _ in looks:
+        scene.supervisor.step()
+    assert scene.server.done == ["reload classify", "restart"] * (MAX_FAILURES + 1)
+
+
+def test_a_server_that_dies_before_it_is_ready_is_given_up():
+    scene = Scene(*[[Death(SERVER, "it was killed by SIGSEGV")] for _ in range(MAX_FAILURES + 1)])
+    scene.server.restart_error = NoAnswer("it died meanwhile")
+    for _ in range(MAX_FAILURES):
+        scene.supervisor.step()
+    with pytest.raises(RAdapterError, match="tritonserver died: it was killed by SIGSEGV; it has not become ready"):
+        scene.supervisor.step()
+
+
+def test_what_runs_beside_the_server_is_given_up_where_it_dies_at_once_each_time():
+    beside = Beside(None, *["it ended by itself with status 2"] * MAX_FAILURES)
+    scene = Scene(beside=[beside])
+    for _ in range(MAX_FAILURES):
+        scene.supervisor.step()
+    assert (beside.starts, scene.server.done) == (MAX_FAILURES - 1, [])
+    assert scene.said[:2] == [
+        f"{GATEWAY} died: it ended by itself with status 2; starting it again",
+        f"{GATEWAY} is back after 0.0 s",
+    ]
+    with pytest.raises(RAdapterError, match=f"{GATEWAY} died: it ended by itself with status 2; it has not"):
+        scene.supervisor.step()
+
+
+def test_what_runs_beside_the_server_for_a_while_is_never_given_up():
+    beside = Beside(*["it was killed"] * 20)
+    scene = Scene(beside=[beside])
     for _ in range(20):
-        watched.step()
-        pauses.append(supervisor.WITHIN / 2)
-    assert len(server.done) == 20
-
-
-def test_what_cannot_be_started_is_tried_again_and_then_given_up(pauses):
-    server = Server([Death("classify", "why", 1)], fails=1)
-    supervised(server)[0].step()
-    assert server.done == ["reload classify"] * 2
-    server = Server([Death("classify", "why", 1)], fails=100)
-    with pytest.raises(RAdapterError, match="could not be started again: no room; it was started again 5 times"):
-        supervised(server)[0].step()
+        scene.clock.sleep(STEADY)
+        scene.supervisor.step()
+    assert beside.starts == 20
 
 
 class Asked:
@@ -287,27 +343,27 @@ class Asked:
 FINE, REFUSED, BROKEN = Answer(200, {}), Answer(400, {"error": "[no_labels] ..."}), Answer(500, {"error": "why"})
 
 
-def stepped(control: Asked, monkeypatch: pytest.MonkeyPatch, busy: int = 0) -> list[list[str]]:
+class AtOnce(Executor):
+    """Does what it is given before it returns."""
+
+    def submit(self, function, /, *args, **kwargs):
+        answer: Future[Any] = Future()
+        answer.set_result(function(*args, **kwargs))
+        return answer
+
+
+def stepped(control: Asked, busy: int = 0) -> list[list[str]]:
     """What a probe finds in five looks, PATIENCE apart: it asks in the second and the fourth, and judges after each.
 
     Args:
         control: answers it.
-        monkeypatch: stops the clock.
         busy: the work done in PATIENCE, in hundredths of a second.
     """
-    looks = [0]
-    monkeypatch.setattr(probe, "time", SimpleNamespace(monotonic=lambda: looks[0] * PATIENCE))
-    asking = Probe(control, lambda _: looks[0] * busy)  # type: ignore[arg-type]
-
-    def submit(ask: Callable[[str], bool], name: str) -> Future[bool]:
-        answer: Future[bool] = Future()
-        answer.set_result(ask(name))
-        return answer
-
-    monkeypatch.setattr(asking, "_threads", SimpleNamespace(submit=submit))
+    clock = FakeClock()
+    asking = Probe(control, lambda _: round(clock.now / PATIENCE) * busy, clock=clock, threads=AtOnce())  # type: ignore[arg-type]
     found = []
     for _ in range(5):
-        looks[0] += 1
+        clock.sleep(PATIENCE)
         found.append(asking.step(["classify", "segment"]))
     return found
 
@@ -316,23 +372,23 @@ NOTHING: list[list[str]] = [[]] * 5
 
 
 @pytest.mark.parametrize("answer", [FINE, REFUSED, BROKEN, Answer(503, {"error": "Exceeds maximum queue size"})])
-def test_whatever_a_task_answers_it_lives(answer, monkeypatch):
+def test_whatever_a_task_answers_it_lives(answer):
     control = Asked(health=FINE, classify=answer, segment=REFUSED)
-    assert stepped(control, monkeypatch) == NOTHING
+    assert stepped(control) == NOTHING
     assert set(control.asked) == {"health/live", "models/classify/infer", "models/segment/infer"}
 
 
-def test_a_task_that_is_silent_twice_is_named(monkeypatch):
-    assert stepped(Asked(health=FINE, segment=FINE), monkeypatch) == [*NOTHING[:4], ["classify"]]
+def test_a_task_that_is_silent_twice_is_named():
+    assert stepped(Asked(health=FINE, segment=FINE)) == [*NOTHING[:4], ["classify"]]
 
 
-def test_who_is_silent_but_works_is_busy(monkeypatch):
-    assert stepped(Asked(), monkeypatch, busy=probe.MOVED) == NOTHING
-    assert stepped(Asked(), monkeypatch, busy=probe.MOVED - 1)[-1] == [SERVER]
+def test_who_is_silent_but_works_is_busy():
+    assert stepped(Asked(), busy=probe.MOVED) == NOTHING
+    assert stepped(Asked(), busy=probe.MOVED - 1)[-1] == [SERVER]
 
 
-def test_a_server_that_is_silent_is_named_alone(monkeypatch):
-    assert stepped(Asked(), monkeypatch)[-1] == [SERVER]
+def test_a_server_that_is_silent_is_named_alone():
+    assert stepped(Asked())[-1] == [SERVER]
 
 
 def test_before_it_is_ready_every_version_of_every_task_is_asked():

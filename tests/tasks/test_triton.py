@@ -287,7 +287,8 @@ def test_a_model_that_does_not_load_is_named_with_the_reason(repository, tmp_pat
     server = TritonServer(folder, "127.0.0.1", *free_ports())
     with pytest.raises(
         RAdapterError,
-        match=r"did not start: failed to load 'image_encoder' version 2: .*Protobuf.*; all its messages: ",
+        match=r"did not start: it ended by itself with status 1: "
+        r"failed to load 'image_encoder' version 2: .*Protobuf.*; all its messages: ",
     ):
         server.start()
     assert server._process is None
