@@ -16,12 +16,15 @@ from pathlib import Path
 
 FOLDER_PREFIX = "radapter-serve-"
 _LAUNCHER = """import ctypes, os, sys
-ctypes.CDLL(None).prctl(1, 15)
+ctypes.CDLL(None).prctl(1, 9)
 if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[2:])"""
 
 
 def ending_with_parent(command: Sequence[str]) -> list[str]:
-    """A command as a child that ends when this process (more exactly: the thread that starts it) ends or is killed."""
+    """A command as a child that is killed when this process (more exactly: the thread that starts it) ends.
+
+    Asked to stop by SIGTERM, it would keep its ports for as long as a caller keeps a connection open.
+    """
     return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
 
 

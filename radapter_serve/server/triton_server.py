@@ -232,6 +232,8 @@ class TritonServer(Endpoints):
     def renewed(self) -> None:
         """To be called after models were loaded: hides the memory of their processes, and looks what is served."""
         hide_shared_memory(self.folder)
+        if self._watch is not None:
+            self._watch.models()  # a process that dies before the next look is known by then
         self.models = self.control.serving()
 
     def restart(self) -> None:

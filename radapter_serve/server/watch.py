@@ -95,7 +95,7 @@ class Watch:
         return list({(death.name, death.version): death for death in deaths}.values())
 
     def models(self) -> dict[int, str]:
-        """The models of the processes that live, by process number."""
+        """The models of the processes that live, by process number; to be asked once models were loaded, too."""
         living = self._children(self._process.pid)
         self._learn(living)
         return {pid: name for pid, (name, _) in self._names.items() if pid in living and living[pid].state != "Z"}
@@ -132,7 +132,9 @@ class Watch:
             why = how_it_ended(os.waitstatus_to_exitcode(process.status), short_of_memory=short_of_memory)
         if pid == self._process.pid:
             return Death(SERVER, why)
-        name, version = self._names.get(pid, (f"number {pid}", None))
+        if pid not in self._names:  # nobody can tell which model is to be loaded again, so all are
+            return Death(SERVER, f"process {pid} of it ended: {why}")
+        name, version = self._names[pid]
         return Death(name, why, version)
 
 

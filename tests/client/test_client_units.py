@@ -19,7 +19,8 @@ from PIL import Image, ImageOps
 
 import radapter_client
 from radapter_client import AsyncClient, Client, Reply, Request
-from tests.helpers.stand_ins import AsyncRecorder, Recorder
+from radapter_client._results import pick_release, read_releases
+from tests.helpers.stand_ins import AsyncRecorder, Recorder, described
 
 CLIENT = Client(transport=Recorder(), release=1)
 
@@ -159,6 +160,19 @@ def test_grpc_clients_that_outlive_their_modules_end_in_silence():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_the_newest_release_is_the_one_of_the_highest_number():
+    parameters = {}
+    for version in (2, 10, 9):  # in no order, and not in that of text either
+        text = described(version)["parameters"]["release"]["string_value"]
+        parameters[f"release.{version}"] = {"string_value": text}
+    found = read_releases({"parameters": parameters})
+    assert [release.version for release in found] == [2, 9, 10]
+    assert pick_release(found, None).version == 10
+    assert pick_release(found, 9).version == 9
+    with pytest.raises(radapter_client.ModelNotFound, match="release 3; it serves 2, 9, 10"):
+        pick_release(found, 3)
 
 
 # URLs

@@ -92,6 +92,12 @@ def test_a_process_that_is_dead_for_a_moment_is_no_death(parent):
     assert [looking.look() for _ in range(4)] == [[]] * 4
 
 
+def test_the_death_of_a_process_that_nobody_knows_is_the_server_s(parent):
+    looking = Watch(parent, children=lambda _: {7: Process("Z", 0, 9)})
+    assert looking.look() == []
+    assert looking.look() == [Death(SERVER, "process 7 of it ended: it was killed by SIGKILL")]
+
+
 def test_processes_of_one_model_that_die_one_after_the_other_are_one_death(parent):
     looks = ("SS", "ZS", "ZZ", " Z", " Z", "  ")
     states = iter(looks)

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from tritonclient.utils import InferenceServerException
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server.control import SECRET_HEADER
+from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.processes import shm_prefix
 from radapter_serve.server.triton_server import TritonServer, free_ports
 from radapter_serve.tasks.classify import ClassifyRequest
@@ -491,6 +493,9 @@ def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
         assert not list(Path("/dev/shm").glob(f"{shm_prefix(kept)}*"))
         [triton] = [pid for pid, command in processes_of(process.pid).items() if "tritonserver" in command]
         children = [triton, *processes_of(triton)]
+        caller = stack.enter_context(socket.create_connection(("127.0.0.1", ports[0])))
+        caller.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert caller.recv(100)
         process.send_signal(kind)
         if kind == signal.SIGINT:  # an impatient user
             for _ in range(20):
@@ -499,10 +504,11 @@ def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
         _, errors = process.communicate(timeout=60)
     assert process.returncode == (0 if kind != signal.SIGKILL else -9)
     assert "Traceback" not in errors
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + (5 if kind == signal.SIGKILL else 20)  # 10 s are for callers to leave
     while any(map(alive, children)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, children))
+    Endpoints("127.0.0.1", *ports).check_ports()  # the same command can start
     if kind != signal.SIGKILL:
         assert not list(folder.rglob("__pycache__"))
         assert not list(temporary.iterdir())
