@@ -160,7 +160,7 @@ def _calibrated(fitted: Mapping[str, Any]) -> str:
     labels = f"--multi-label scores have a calibration error of {100 * fitted['label_ece']:.2f} %"
     before = f"ECE {100 * fitted['ece_before']:.2f} %"
     if fitted["ece_after"] is None:
-        return f"scores are calibrated; {before} as it is, and no temperature, for {NO_TEMPERATURE}; {labels}"
+        return f"scores are calibrated; {before}; no temperature can be fitted: {NO_TEMPERATURE}; {labels}"
     way = "a sigmoid" if fitted["temperature"] is None else f"temperature {fitted['temperature']:.3f}"
     grows = round(fitted["ece_after"], 4) > round(fitted["ece_before"], 4)
     worse = " (worse, so do not ask for calibrated)" if grows else ""

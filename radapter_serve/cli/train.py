@@ -38,7 +38,8 @@ def _train(arguments: list[str]) -> None:
         recipe = dataclasses.replace(recipe, out=Path(run), resume=True)
     description = (
         f"Train R-Adapter on a CLIP. --recipe NAME ({', '.join(ready_recipes())}) or --recipe FILE reads a recipe in "
-        "YAML, and --resume RUN that of a run which it goes on with; each flag below replaces a field of the recipe."
+        "YAML, and --resume RUN continues a stopped run by its own recipe. Each flag below replaces a field of the "
+        "recipe."
     )
     recipe = tyro.cli(Recipe, args=_nones(rest, Recipe), default=recipe, prog="radapter-train", description=description)
     recipe.check()  # before torch is loaded, which takes seconds

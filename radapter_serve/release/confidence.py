@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 #: why a softmax has no temperature that is best
-NO_TEMPERATURE = "no image was wrong, or the scores do not tell right from wrong"
+NO_TEMPERATURE = "every image was right, or scores are no higher for right answers"
 
 
 @dataclass(frozen=True)

@@ -60,13 +60,13 @@ class Recipe:
             are published splits and need one, or several as in @train+restval. For segmentation masks:DIR
             (DIR/images/* and the label maps DIR/masks/*.png) or coco:FILE.json (panoptic or instance annotations).
         val_data: validation data, the same forms; none skips validation.
-        val_fraction: share of the training images, of each class where there are classes, that is validated on and not
-            trained on, drawn by the seed; in place of val_data. 0 holds none back.
+        val_fraction: share of the training images, of each class where there are classes, to hold out for validation,
+            drawn by the seed; instead of val_data. 0 holds out none.
         image_column: column of the images (paths, bytes or images).
         label_column: column of the labels (class names or numbers).
         caption_column: column of the captions, one text or a list of texts; rows of the same image belong together.
-        captions_per_image: captions of an image that a batch holds together, each a positive of the image; 1 takes rows
-            as they come, where captions of one image meet by chance.
+        captions_per_image: captions of an image in the same batch, each a positive of the image; with 1, captions of
+            one image share a batch only by chance.
         images: folder of the images, for data that names them relative to elsewhere.
         classes: file with one class a line: `folder: name for prompts, synonym, ...`, or the name alone where the
             folder has it; `imagenet` for CLIP's names of ImageNet's classes; none takes the names that the data set
@@ -77,14 +77,14 @@ class Recipe:
         shots: images of each class to train with, drawn by the seed (a class with fewer gives all); none takes all.
         class_split: base or novel, the first or second half of the classes, for training and validation; all takes all.
         streaming: read the data set as a stream, without a copy on disk.
-        exif_orientation: turn images as their EXIF says, so that photos stand upright; false leaves the pixels as the
-            file has them, as open_clip does. An export of this adapter does the same.
-        on_broken: what a broken or missing image does: skip takes the next image and counts, refuse stops the run.
+        exif_orientation: rotate images upright by their EXIF orientation; false keeps the pixels of the file, as
+            open_clip does. An export of this adapter does the same.
+        on_broken: on a broken or missing image, skip takes the next image and counts it, refuse stops the run.
         rank: rank of the adapters; none is full rank.
         adapt_text: whether the text tower has adapters too.
-        partial: adapt only what can be folded exactly, where else the model is refused: of a CLIP with a convolutional
-            image tower the text tower.
-        form: where adapters compute, auto picks the faster for this batch and model; the result is the same.
+        partial: adapt only the layers that fold exactly, instead of refusing the model; of a CLIP with a convolutional
+            image tower, these are in the text tower.
+        form: apply adapters to activations or to weights; auto picks the faster. The result is the same.
         drop: probability p of adapter dropping (Eq. 7).
         momentum: m of the adapters' moving average (Eq. 8); none follows the run's length, 1-5/steps and at most 0.999.
         bias_correction: correct the average for its start at zero; for runs of fewer than about 5/(1-m) steps.
@@ -102,33 +102,33 @@ class Recipe:
             and uses neither momentum nor bias_correction.
         drop_schedule: constant keeps drop; falling starts at drop and reaches 0 after three quarters of the run (CoTo).
         batch_size: images a step over all processes and accumulated parts; all images, where there are fewer.
-        accumulate: parts that a step's batch is cut into, one after another; each part is its own contrast.
-        epochs: passes over the data; steps, where given, ends the run earlier or later.
+        accumulate: parts of a step's batch, computed one after another; the loss contrasts images within a part only.
+        epochs: passes over the data; steps, if given, sets the length instead.
         steps: optimizer steps; none follows epochs. A stream needs it.
         learning_rate: peak learning rate of AdamW.
-        min_learning_rate: where the cosine ends.
-        weight_decay: of AdamW.
+        min_learning_rate: learning rate at the end of the cosine schedule.
+        weight_decay: weight decay of AdamW.
         warmup_steps: steps of linear warm-up; none takes a fifth of the run, and 500 at most.
         grad_clip: largest gradient norm; none does not clip.
         crop_scale: smallest share of the image's area that a random crop keeps, from 0 to 1.
         flip: flip images left to right half of the time.
-        mask_padding: border around the box of a segment on each side, as a share of its longer side; all of it is
-            filled, as everything outside the segment is, so more of it only makes the segment smaller.
+        mask_padding: border around the box of a segment on each side, as a share of its longer side; it is filled like
+            everything outside the segment, so a wider border only makes the segment smaller.
         mask_square: keep the aspect ratio of a segment, its box made square; false squashes the box, as OVSeg does.
-        mask_min_area: pixels below which a segment is not trained with or validated on. In pixels and not as a share of
-            the image, because they are what a crop has to show: 1024, COCO's limit of small objects, is 32 x 32.
+        mask_min_area: smallest segment that is used, in pixels; 1024, COCO's limit of small objects, is 32 x 32.
         dense: how patches become embeddings where this adapter is exported for dense prediction; none exports none.
         precision: no, fp16 or bf16 mixed precision.
         workers: processes that read images, for each training process.
-        threads: threads that each training process computes with; none takes one a core. Fewer is faster where other
-            work shares the cores.
+        threads: compute threads of each training process; none uses one per core. Fewer is faster if other programs
+            share the cores.
         seed: seeds order, augmentation, prompts, adapter dropping and the start.
         validate_every: steps between validations; none validates at the end only.
-        save_every: steps between checkpoints, which --resume goes on from; none writes none, but for the one that a
-            run leaves when it is ended by Ctrl-C or SIGTERM.
+        save_every: steps between checkpoints, from which --resume continues; with none, only Ctrl-C and SIGTERM save
+            one.
         tracker: tensorboard, none, or another tracker that accelerate knows (wandb, mlflow, ...).
         out: folder of the run; none makes runs/NAME-TIME.
-        resume: go on from the checkpoint in out; --resume RUN needs no other flag, as the run's folder has its recipe.
+        resume: continue from the checkpoint in out; --resume RUN needs no other flag, as the run's folder has its
+            recipe.
     """
 
     # what is trained

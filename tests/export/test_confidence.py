@@ -90,10 +90,10 @@ def test_the_runs_own_data_may_be_asked_for_in_fp32(adapter_path: Path, photos: 
     ("facts", "words"),
     [
         ({"temperature": 1.5, "ece_after": 0.01}, "by temperature 1.500: ECE 20.00 % before, 1.00 % after"),
-        ({"temperature": 1.5, "ece_after": 0.20001}, "20.00 % before, 20.00 % after; labels"),
-        ({"temperature": 1.5, "ece_after": 0.21}, "21.00 % after (worse, so do not ask for calibrated); labels"),
+        ({"temperature": 1.5, "ece_after": 0.20001}, "20.00 % before, 20.00 % after; --multi-label"),
+        ({"temperature": 1.5, "ece_after": 0.21}, "21.00 % after (worse, so do not ask for calibrated); --multi-label"),
         ({"temperature": None, "ece_after": 0.01}, "by a sigmoid: ECE 20.00 % before, 1.00 % after"),
-        ({"temperature": None, "ece_after": None}, "ECE 20.00 % as it is, and no temperature, for no image was wrong"),
+        ({"temperature": None, "ece_after": None}, "ECE 20.00 %; no temperature can be fitted: every image was right"),
     ],
 )
 def test_the_command_says_what_was_fitted(facts: dict[str, Any], words: str) -> None:
