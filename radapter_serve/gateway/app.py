@@ -103,7 +103,7 @@ class Gateway:
         self._metrics = Metrics(self._places, self.memory)
         self._upstream = self._connect()
         self._health = Health(self._upstream)
-        self._openai = openai.OpenAI(self._upstream, self._model, self._places, self._settings)
+        self._openai = openai.OpenAI(self._upstream, self._model, self._places)
         try:
             yield
         finally:
@@ -173,7 +173,7 @@ class Gateway:
             asked = embeddings.read(body, self._settings.max_inputs)
             del body
             left = self._settings.timeout - (time.monotonic() - start)
-            answer = await while_there(request, self._openai.embed(asked, take, left), left)
+            answer = await while_there(request, self._openai.embed(asked, left), left)
             return Response(answer, media_type="application/json")
 
     async def body(self, request: Request, take: Callable[[int], None]) -> bytes:

@@ -48,7 +48,7 @@ class Asked:
     Args:
         model: the release, by the name that the caller gave it.
         count: inputs in all.
-        texts, images, urls: by their places among the inputs: UTF-8, files, and addresses of images.
+        texts, images: by their places among the inputs: UTF-8, and files.
         in_base64: whether embeddings are wanted so, and not as numbers.
         alpha: of all inputs; None for the release's own.
         dimensions: that the caller expects; None where it says nothing.
@@ -59,7 +59,6 @@ class Asked:
     count: int
     texts: dict[int, bytes] = field(default_factory=dict)
     images: dict[int, bytes] = field(default_factory=dict)
-    urls: dict[int, str] = field(default_factory=dict)
     in_base64: bool = False
     alpha: float | None = None
     dimensions: int | None = None
@@ -126,8 +125,11 @@ def _add(asked: Asked, place: int, value: Any, modality: str | None) -> None:
             asked.images[place] = _image(place, value)
             return
         if _URL.fullmatch(value):
-            asked.urls[place] = value
-            return
+            _wrong(
+                place,
+                'is a URL, and no image is fetched; send the image as a data URL, or "modality": "text" to embed '
+                "the URL as a text",
+            )
         if modality == "image":
             _wrong(place, 'is no image; send a data URL, such as "data:image/jpeg;base64,..."')
     if not value.strip():

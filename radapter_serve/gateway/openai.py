@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import time
@@ -15,12 +14,10 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
 from radapter_serve.gateway import embeddings
-from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, TOO_LARGE, UNKNOWN_MODEL, Refused, bad, shown
-from radapter_serve.gateway.fetch import Fetcher, Unfetched
+from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, UNKNOWN_MODEL, Refused, shown
 from radapter_serve.gateway.limits import Places
 from radapter_serve.gateway.models import Model
 from radapter_serve.gateway.requests import pack
-from radapter_serve.gateway.settings import MIB, Settings
 from radapter_serve.gateway.upstream import Upstream
 from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_IMAGE
 
@@ -36,14 +33,12 @@ class OpenAI:
         upstream: that has the tasks.
         model: gives the configuration of a task; `fresh=0` has it asked for again.
         places: to run in.
-        settings: of the gateway.
     """
 
-    def __init__(
-        self, upstream: Upstream, model: Callable[..., Awaitable[Model]], places: Places, settings: Settings
-    ) -> None:
-        self._upstream, self._model, self._places = upstream, model, places
-        self._fetch, self._most = Fetcher(settings.image_hosts), int(settings.max_body * MIB)
+    def __init__(self, upstream: Upstream, model: Callable[..., Awaitable[Model]], places: Places) -> None:
+        self._upstream = upstream
+        self._model = model
+        self._places = places
 
     async def models(self) -> dict[str, Any]:
         """The list of releases."""
@@ -57,12 +52,11 @@ class OpenAI:
         _, facts = await self._release(name)
         return _described(name, facts)
 
-    async def embed(self, asked: embeddings.Asked, take: Callable[[int], None], seconds: float) -> bytes:
+    async def embed(self, asked: embeddings.Asked, seconds: float) -> bytes:
         """The answer to a request for embeddings, all of them by one release.
 
         Args:
             asked: that is right as far as it goes.
-            take: called with the bytes of the images that are fetched; may raise.
             seconds: that it may take.
 
         Raises:
@@ -71,7 +65,6 @@ class OpenAI:
         end = time.monotonic() + seconds
         version, facts = await self._release(asked.model)
         asked.check_width(int(facts.get("embed_dim", 0)))
-        await self._fetch_all(asked, take)
         async with self._places.place():
             try:
                 rows, answered = await self._rows(asked, version, end)
@@ -80,38 +73,6 @@ class OpenAI:
                     raise
                 rows, answered = await self._rows(asked, version, end)  # another release took over in the middle
         return await embeddings.write(rows, f"{NEWEST}-{answered}", asked)
-
-    async def _fetch_all(self, asked: embeddings.Asked, take: Callable[[int], None]) -> None:
-        """Get the images that are named by URL; together they may be as large as a body."""
-        left = self._most
-
-        def count(size: int) -> None:
-            nonlocal left
-            left -= size
-            if left < 0:
-                raise Refused(413, TOO_LARGE, f"the images have more than {self._most / MIB:g} MiB together", "input")
-            take(size)
-
-        async def fetch(place: int, url: str) -> None:
-            name = embeddings.name_of(place)
-            if not self._fetch.allows:
-                raise bad(
-                    f"{name} is a URL, and this gateway fetches none (--image-hosts); send the image as a data URL, "
-                    'or "modality": "text" to embed the URL as a text',
-                    name,
-                )
-            try:
-                asked.images[place] = await self._fetch(url, count)
-            except Unfetched as why:
-                raise bad(f"{name} {why}", name) from None
-
-        tasks = [asyncio.ensure_future(fetch(place, url)) for place, url in asked.urls.items()]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _rows(self, asked: embeddings.Asked, version: str, end: float) -> tuple[list[NDArray[np.float32]], str]:
         """The embeddings in the order of the inputs, and the version that made them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.server.endpoints import address_of
 
 MIB = 2**20
-HOST = re.compile(r"(?=.{1,255}$)([A-Za-z0-9._-]+)(?::([0-9]{1,5}))?")
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,6 @@ class Settings:
         max_connections: connections at once.
         timeout: seconds that a request may take, the sending of its body included.
         max_inputs: texts and images of a request to /v1/embeddings.
-        image_hosts: hosts that /v1/embeddings fetches images from, as HOST or HOST:PORT; none fetches nothing.
         playground: serve a page to ask the models by hand, at /playground; a browser's visitor logs in with a key.
     """
 
@@ -54,7 +51,6 @@ class Settings:
     max_connections: int = 512
     timeout: float = 60.0
     max_inputs: int = 2048
-    image_hosts: tuple[str, ...] = ()
     playground: tyro.conf.FlagCreatePairsOff[bool] = False
 
     def check(self, where: str = "--") -> str:
@@ -76,9 +72,6 @@ class Settings:
                 raise RAdapterError(f"{_flag(name)} is {getattr(self, name):g}; allowed are numbers above 0")
         if self.max_memory < self.max_body:
             raise RAdapterError(f"--max-memory {self.max_memory:g} holds no body of --max-body {self.max_body:g} MiB")
-        for host in self.image_hosts:
-            if not HOST.fullmatch(host):
-                raise RAdapterError(f"--image-hosts {host!r}: give names such as images.example.org, or HOST:PORT")
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise RAdapterError("--tls-certificate and --tls-key go together; give both or none")
         if self.api_keys is not None and self.no_api_keys:

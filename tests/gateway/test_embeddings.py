@@ -36,7 +36,6 @@ def test_texts_and_images_find_their_places() -> None:
     assert (found.model, found.count, found.alpha, found.in_base64) == ("radapter", 5, 1.0, False)
     assert found.tokens == 2 + 1  # "a cat" has five characters
     assert ask(url(JPEG, "image/png")).images == {0: JPEG}  # what it is counts, not what it is called
-    assert ask("http://a.example/b.png").urls == {0: "http://a.example/b.png"}
     assert ask("see http://a.example/b.png").texts and ask("data: what we have, and have not").texts
 
 
@@ -85,6 +84,7 @@ PIXEL = base64.b64encode(PNG).decode()
         (f"data:image/png;base64,{PIXEL[:-1]}", "invalid_image", "input[0]", "broken base64"),
         (f"data:image/png;base64,{PIXEL[:8]}\n{PIXEL[8:]}", "invalid_image", "input[0]", "broken base64"),
         ("data:image/png;base64,\u00fc\u00fc\u00fc\u00fc", "invalid_image", "input[0]", "broken base64"),
+        ("https://a.example/b.png", "invalid_argument", "input[0]", 'is a URL.*"modality": "text"'),
         (url(b"GIF89a"), "invalid_image", "input[0]", "says image/png, but its 6 bytes are no JPEG"),
         (url(b"%PDF-1.4", "image/jpeg"), "invalid_image", "input[0]", "says image/jpeg"),
     ],
@@ -181,6 +181,6 @@ def test_any_json_is_refused_in_words_or_sorted(body: Any, data: st.DataObject) 
         assert error.status == 400 and error.code in CODES
         assert re.fullmatch(r".{1,500}", error.message) and error.message.isprintable()
         return
-    places = sorted([*asked.texts, *asked.images, *asked.urls])
+    places = sorted([*asked.texts, *asked.images])
     assert places == list(range(asked.count)) and 1 <= asked.count <= MOST
     assert all(one.strip() for one in asked.texts.values())
