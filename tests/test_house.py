@@ -25,10 +25,21 @@ FLOORS = [
     "adapter",
     "evaluation",
     "training",
+    "playground",
     "demo cli",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
-TORCH_FREE = ("inputs", "release", "runtimes", "index", "tasks", "server", "gateway", "data")
+TORCH_FREE = (
+    "inputs",
+    "release",
+    "runtimes",
+    "index",
+    "tasks",
+    "server",
+    "gateway",
+    "data",
+    "playground",
+)
 HEAVY = ("torch", "open_clip", "torchvision", "transformers", "onnxruntime", "tensorrt")
 
 

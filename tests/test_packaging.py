@@ -59,8 +59,6 @@ def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path:
         "server/backends/tensorrt/model.py",
         "demo/recipes/retrieval.yaml",
         "recipes/small.yaml",
-        "gateway/playground/page.css",
-        "gateway/playground/picture.js",
         "recipes/suites/pacs.yaml",
         "demo/base/open_clip_config.json",
         "demo/drawings/drawings.json.xz",
@@ -78,7 +76,7 @@ def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path:
         (("export",), "radapter_export.release radapter_export.writer radapter_serve.cli.export"),
         (("server",), "radapter_serve.server.supervisor radapter_serve.index.writer radapter_serve.tasks.retrieve"),
         (("gateway",), "radapter_serve.gateway.app"),
-        (("playground",), "radapter_serve.gateway.playground.page"),
+        (("playground",), "radapter_serve.playground.page radapter_serve.cli.playground"),
         (("server", "qdrant"), "radapter_serve.index.upload"),
     ],
 )

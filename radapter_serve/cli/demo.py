@@ -31,8 +31,7 @@ def demo(
         open: end with the playground, opened in a browser, until Ctrl-C; needs the extra `playground`, too.
     """
     if open:
-        for name in ("gradio", "uvicorn"):
-            check_installed(name, "demo,playground")
+        check_installed("gradio", "demo,playground")
     from radapter_serve.demo.run import run_demo  # torch takes seconds to load
 
     run_demo(out, seed=seed, steps=steps, alpha=alpha, limit=limit)

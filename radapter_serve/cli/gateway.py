@@ -38,9 +38,8 @@ def gateway(
         console.print("[bold yellow]Note:[/] without keys, whoever reaches this port may use the models.")
     elif settings.api_keys is not None and settings.tls_certificate is None:
         console.print("[bold yellow]Note:[/] without --tls-certificate, keys travel in the clear.")
-    page = "\nplayground  {}/playground/" if settings.playground else ""
     with handled(lambda *_: sys.exit(0), signal.SIGTERM, signal.SIGHUP):
-        serve(settings, lambda url: print(f"gateway  {url}{page.format(url)}\nCtrl-C stops it.", flush=True))
+        serve(settings, lambda url: print(f"gateway  {url}\nCtrl-C stops it.", flush=True))
 
 
 def make_key(settings: Settings, name: str) -> None:

@@ -43,7 +43,6 @@ class GatewayFlags:
         no_api_keys: let everybody in who reaches the gateway, also beyond this machine.
         tls_certificate: PEM file of the gateway's certificate and its chain, to be reached by https.
         tls_key: PEM file of its key.
-        playground: the gateway serves a page to ask the models by hand, at /playground.
     """
 
     gateway_port: int | None = None
@@ -52,7 +51,6 @@ class GatewayFlags:
     no_api_keys: tyro.conf.FlagCreatePairsOff[bool] = False
     tls_certificate: Path | None = None
     tls_key: Path | None = None
-    playground: tyro.conf.FlagCreatePairsOff[bool] = False
 
     def child(self, server: TritonServer) -> Child | None:
         """The gateway of a server, or None where none is wanted.
@@ -76,7 +74,6 @@ class GatewayFlags:
             no_api_keys=self.no_api_keys,
             tls_certificate=self.tls_certificate,
             tls_key=self.tls_key,
-            playground=self.playground,
         )
         listen(settings, "--gateway-").close()
         return Child(settings)

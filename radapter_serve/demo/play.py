@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import webbrowser
 from pathlib import Path
 
 from radapter_export import ExportSettings, export_release
 from radapter_serve.demo.data import prepare
 from radapter_serve.demo.scenes import prepare_scenes
-from radapter_serve.gateway.run import serve
-from radapter_serve.gateway.settings import Settings
 from radapter_serve.index.build import build
+from radapter_serve.playground.run import Settings, serving
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.triton_server import TritonServer, free_ports
 
@@ -44,10 +44,8 @@ def play(out: Path) -> None:
     build(f"csv:{scenes.gallery}", indexes / "scenes", LocalRelease(repository))
     print(f"drawings to drop on the page: {out / 'data' / 'test'} and {scenes.gallery.parent}", flush=True)
     with TritonServer(repository, "127.0.0.1", *free_ports(), indexes=indexes) as server:
-        serve(Settings(port=0, server=server.grpc_url.removeprefix("grpc://"), playground=True), _open)
-
-
-def _open(gateway: str) -> None:
-    page = f"{gateway}/playground/"
-    print(f"playground  {page}\nCtrl-C stops it.", flush=True)
-    webbrowser.open(page)
+        port, *_ = free_ports()
+        with serving(Settings(server.grpc_url, port=port)) as url:
+            print(f"playground  {url}\nCtrl-C stops it.", flush=True)
+            webbrowser.open(url)
+            threading.Event().wait()

@@ -36,10 +36,6 @@ def server(settings: Settings, connect: Callable[[], Upstream] | None = None) ->
         connect: makes the way to Triton; gRPC to `settings.server` if None.
     """
     gateway = Gateway(settings, connect or partial(Triton, settings.server))
-    if settings.playground:
-        from radapter_serve.gateway.playground.add import add_playground  # Gradio takes seconds to load
-
-        add_playground(gateway, settings)
     config = uvicorn.Config(
         gateway.app,
         http=connection(settings.max_connections),

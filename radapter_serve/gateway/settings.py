@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from radapter_serve.errors import RAdapterError, check_installed
+from radapter_serve.errors import RAdapterError
 from radapter_serve.server.endpoints import address_of
 
 MIB = 2**20
@@ -34,7 +34,6 @@ class Settings:
         max_connections: connections at once.
         timeout: seconds that a request may take, the sending of its body included.
         max_inputs: texts and images of a request to /v1/embeddings.
-        playground: serve a page to ask the models by hand, at /playground; a browser's visitor logs in with a key.
     """
 
     host: str = "127.0.0.1"
@@ -51,7 +50,6 @@ class Settings:
     max_connections: int = 512
     timeout: float = 60.0
     max_inputs: int = 2048
-    playground: tyro.conf.FlagCreatePairsOff[bool] = False
 
     def check(self, where: str = "--") -> str:
         """The address to listen on.
@@ -76,8 +74,6 @@ class Settings:
             raise RAdapterError("--tls-certificate and --tls-key go together; give both or none")
         if self.api_keys is not None and self.no_api_keys:
             raise RAdapterError("give --api-keys FILE or --no-api-keys, not both")
-        if self.playground:
-            check_installed("gradio", "playground")
         address = address_of(self.host, f"{where}host")
         if self.api_keys is None and not self.no_api_keys and not ipaddress.ip_address(address).is_loopback:
             raise RAdapterError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import json
 import shutil
@@ -15,11 +14,11 @@ import pytest
 from numpy.typing import NDArray
 
 from radapter_client import InvalidRequest
-from radapter_serve.gateway.playground import ask
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import Hit, Index
 from radapter_serve.index.opening import open_index
 from radapter_serve.inputs.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
+from radapter_serve.playground import page
 from radapter_serve.tasks import retrieve as retrieve_module
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
 from tests.index.test_index import FakeRelease, embeds_of, write
@@ -64,12 +63,12 @@ def the_playground_knows(retrieve: Retrieve) -> list[str]:
     """The names that it takes from this task's refusal of a name that is none."""
 
     class Client:
-        async def search(self, *given: Any, index: str) -> None:
+        def search(self, *given: Any, index: str) -> None:
             with pytest.raises(TaskError) as refused:
                 retrieve.index(index)
             raise InvalidRequest(str(refused.value))
 
-    return asyncio.run(ask._indexes(Client()))  # type: ignore[arg-type]
+    return page.indexes_of(Client())  # type: ignore[arg-type]
 
 
 def test_indexes_come_change_and_go(photos: Path, tmp_path: Path) -> None:

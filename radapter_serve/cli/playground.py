@@ -1,0 +1,42 @@
+"""radapter-playground: a page to ask a server by hand."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+
+import tyro
+from rich.console import Console
+
+from radapter_serve.cli import run
+from radapter_serve.playground.run import Settings, serving
+from radapter_serve.signals import handled
+
+
+def playground(settings: tyro.conf.OmitArgPrefixes[Settings] = Settings()) -> None:  # noqa: B008  # frozen
+    """Open a page to ask a server by hand, until Ctrl-C: scores that follow α, search, segmentation.
+
+    The environment variable RADAPTER_API_KEY holds the API key that radapter-gateway asks for.
+
+    Args:
+        settings: where the page listens, whom it asks, and who may open it.
+    """
+    settings = replace(settings, api_key=os.environ.get("RADAPTER_API_KEY") or None)
+    if settings.user is not None and settings.host not in ("localhost", "127.0.0.1", "::1"):
+        Console(stderr=True).print("[bold yellow]Note:[/] the password travels in the clear; put TLS in front.")
+    with handled(lambda *_: sys.exit(0), signal.SIGTERM, signal.SIGHUP), serving(settings) as url:
+        print(f"playground  {url}\nCtrl-C stops it.", flush=True)
+        threading.Event().wait()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `radapter-playground`."""
+    return run(playground, argv, prog="radapter-playground")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""The page, and what its events ask."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import gradio
+from PIL import Image, ImageOps
+
+from radapter_client import Client, InvalidRequest, RAdapterClientError
+from radapter_serve.inputs.errors import public
+from radapter_serve.inputs.names import names_of
+
+TITLE = "radapter-serve playground"
+MAX_SIDE = 1024  # px of the longer side of a picture that is segmented
+_LABELS = "a cat\na dog\na house\na tree\na car"
+_PARTS = "sky\ngrass\na house\na tree\na person"
+
+Handler = Callable[..., Any]
+
+
+def told(handler: Handler) -> Handler:
+    """A handler whose refusals the page shows, in words."""
+
+    @wraps(handler)
+    def telling(*given: Any) -> Any:
+        try:
+            return handler(*given)
+        except (RAdapterClientError, OSError, Image.DecompressionBombError) as error:
+            raise gradio.Error(public(str(error)), print_exception=False, title="No answer") from None
+
+    return telling
+
+
+async def build(client: Client) -> gradio.Blocks:
+    """The page; asynchronous because Gradio takes the event loop that runs, or else makes one that nobody closes.
+
+    Args:
+        client: of the server that it asks.
+    """
+    page = gradio.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600))
+    with page:
+        facts = gradio.Markdown(f"# {TITLE}")
+        with gradio.Row():
+            with gradio.Column(scale=2):
+                # The file goes to the server as it is: nothing decodes it before.
+                picture = gradio.Image(
+                    label="Picture",
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    elem_id="picture",
+                )
+                alpha = gradio.Slider(
+                    0, 1, 0.5, step=0.01, label="α, from 0 (base) to 1", visible=False, elem_id="alpha"
+                )
+            with gradio.Column(scale=3):
+                with gradio.Tab("Classify"):
+                    label_sets = _classify(client, picture, alpha)
+                with gradio.Tab("Search"):
+                    indexes = _search(client, picture)
+                with gradio.Tab("Segment"):
+                    _segment(client, picture, alpha)
+
+        def begin() -> tuple[Any, ...]:
+            release = client.release()
+            sets = ["", *release.label_sets]
+            names = indexes_of(client)
+            moves = "any α" if release.dynamic_alpha else f"α = {release.alpha:g}"
+            name = release.architecture.rpartition("/")[2]
+            described = f"release {release.version} · {name} · {release.precision} · {moves}"
+            return (
+                f"# {TITLE}\n{described}",
+                gradio.update(visible=release.dynamic_alpha, value=release.alpha),
+                gradio.update(choices=sets, value="", visible=len(sets) > 1),
+                gradio.update(choices=names, value=names[0] if names else ""),
+            )
+
+        page.load(told(begin), None, [facts, alpha, label_sets, indexes])
+    return page.queue(default_concurrency_limit=4, max_size=64)
+
+
+def _classify(client: Client, picture: Any, alpha: Any) -> Any:
+    labels = gradio.Textbox(_LABELS, label="Labels, one a line", lines=5, elem_id="labels")
+    sets = gradio.Dropdown([""], label="Or a label set of the release", visible=False)
+    button = gradio.Button("Classify", variant="primary")
+    scores = gradio.Label(label="Scores", num_top_classes=10, elem_id="scores")
+    took = gradio.Markdown(elem_id="scores-took")
+
+    def classify(file: str | None, text: str, label_set: str, at: float) -> tuple[Any, str]:
+        if file is None:
+            return None, "Drop a picture on the left."
+        release = client.release()
+        start = time.perf_counter()
+        found = client.classify(
+            Path(file),
+            None if label_set else lines(text),
+            label_set=label_set or None,
+            alpha=at if release.dynamic_alpha else None,
+            top_k=10,
+        )
+        return dict(zip(found.labels, found.scores, strict=True)), _took(start, found.release)
+
+    gradio.on(
+        [button.click, picture.change, sets.input, alpha.release],
+        told(classify),
+        [picture, labels, sets, alpha],
+        [scores, took],
+        trigger_mode="always_last",  # while α moves, its last position counts
+    )
+    return sets
+
+
+def _search(client: Client, picture: Any) -> Any:
+    text = gradio.Textbox(label="Text", placeholder="a red bicycle", elem_id="query")
+    with gradio.Row():
+        index = gradio.Dropdown([""], label="Index", allow_custom_value=True, elem_id="index")
+        count = gradio.Slider(1, 60, 12, step=1, label="How many")
+    with gradio.Row():
+        by_text = gradio.Button("Search by text", variant="primary")
+        by_picture = gradio.Button("Search by the picture")
+    gallery = gradio.Gallery(label="Found", columns=4, elem_id="found")
+    took = gradio.Markdown(elem_id="found-took")
+
+    def search(index: str, count: float, **query: Any) -> tuple[Any, str]:
+        start = time.perf_counter()
+        hits = client.search(**query, index=index or "", top_k=int(count), thumbnails=True)
+        shown = [(Image.open(io.BytesIO(hit.thumbnail)), f"{hit.score:.3f} {hit.id}") for hit in hits if hit.thumbnail]
+        return shown, f"{_took(start)}, {len(hits)} found"
+
+    def search_text(text: str, index: str, count: float) -> tuple[Any, str]:
+        return search(index, count, text=text)
+
+    def search_picture(file: str | None, index: str, count: float) -> tuple[Any, str]:
+        if file is None:
+            return None, "Drop a picture on the left."
+        return search(index, count, image=Path(file))
+
+    answers = [gallery, took]
+    gradio.on([by_text.click, text.submit], told(search_text), [text, index, count], answers)
+    by_picture.click(told(search_picture), [picture, index, count], answers)
+    return index
+
+
+def _segment(client: Client, picture: Any, alpha: Any) -> None:
+    labels = gradio.Textbox(_PARTS, label="Labels, one a line", lines=5, elem_id="parts")
+    threshold = gradio.Slider(0, 1, 0, step=0.01, label="Pixels with a lower score are background")
+    button = gradio.Button("Segment", variant="primary")
+    drawn = gradio.Image(label=f"Segments, at most {MAX_SIDE} pixels wide and high", elem_id="segments")
+    took = gradio.Markdown(elem_id="segments-took")
+
+    def segment(file: str | None, text: str, least: float, at: float) -> tuple[Any, str]:
+        if file is None:
+            return None, "Drop a picture on the left."
+        release = client.release()
+        image = ImageOps.exif_transpose(Image.open(file))
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+        start = time.perf_counter()
+        found = client.segment(image, lines(text), threshold=least or None, alpha=at if release.dynamic_alpha else None)
+        return found.overlay(image), _took(start, found.release)
+
+    button.click(told(segment), [picture, labels, threshold, alpha], [drawn, took])
+
+
+def lines(text: str | None) -> list[str]:
+    """The labels of a text, one a line."""
+    return [line.strip() for line in (text or "").splitlines() if line.strip()]
+
+
+def indexes_of(client: Client) -> list[str]:
+    """The names of the server's indexes, which its refusal of a name that none has lists."""
+    try:
+        client.search("names", index=" ")
+    except InvalidRequest as error:
+        return names_of(str(error))
+    except RAdapterClientError:  # the other tasks may answer all the same
+        pass
+    return []
+
+
+def _took(start: float, release: int | None = None) -> str:
+    milliseconds = f"{1000 * (time.perf_counter() - start):.0f} ms"
+    return milliseconds if release is None else f"{milliseconds} · release {release}"

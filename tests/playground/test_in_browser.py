@@ -1,0 +1,30 @@
+"""The playground, opened and used in a real Chromium, in front of a stand-in for Triton."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from radapter_serve.playground.run import Settings, serving
+from radapter_serve.server.triton_server import free_ports
+from tests.helpers import fake_upstream
+from tests.helpers.browser import chromium
+from tests.helpers.small_world import SmallWorld, png
+from tests.helpers.use_playground import use
+
+
+def test_a_visitor_asks_every_task_and_nothing_comes_from_elsewhere(tmp_path: Path) -> None:
+    picture = tmp_path / "red.png"
+    picture.write_bytes(png("red", (64, 48)))
+    port, *_ = free_ports()
+    asked = list[str]()
+    with (
+        chromium() as browser,
+        fake_upstream.serving(SmallWorld) as served,
+        serving(Settings(served.url, port=port)) as url,
+    ):
+        page = browser.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.set_default_timeout(60_000)
+        page.goto(url)
+        use(page, str(picture), str(picture))
+    assert asked and all(one.startswith((url, "data:", "blob:")) for one in asked), asked

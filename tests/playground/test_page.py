@@ -1,0 +1,231 @@
+"""The playground: what its page asks and answers, who may open it, and the command."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gradio
+import numpy as np
+import pytest
+import urllib3
+
+from radapter_client import Client, InvalidRequest
+from radapter_serve.cli import playground
+from radapter_serve.errors import RAdapterError
+from radapter_serve.gateway.errors import Refused
+from radapter_serve.gateway.keys import new_key
+from radapter_serve.playground.page import build
+from radapter_serve.playground.run import Settings, serving
+from radapter_serve.server.triton_server import free_ports
+from tests.helpers import fake_upstream
+from tests.helpers.fake_upstream import Served, unpacked
+from tests.helpers.small_world import SmallWorld, png
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with fake_upstream.serving(SmallWorld) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def events(served: Served) -> Iterator[dict[str, Any]]:
+    """What the events of the page call, by their names."""
+    with Client(served.url) as client:
+        yield handlers(client)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    file = tmp_path / "red.png"
+    file.write_bytes(png("red"))
+    return str(file)
+
+
+def handlers(client: Client) -> dict[str, Any]:
+    return {str(event.api_name): event.fn for event in asyncio.run(build(client)).fns.values()}
+
+
+def given(served: Served) -> dict[str, bytes]:
+    """The inputs of the last request."""
+    message = served.upstream.asked[-1]
+    return dict(zip((one.name for one in message.inputs), message.raw_input_contents, strict=True))
+
+
+@pytest.mark.parametrize("alpha", [0, 0.5, 1])
+def test_classify_gives_the_scores_at_any_alpha(
+    served: Served, events: dict[str, Any], picture: str, alpha: float
+) -> None:
+    scores, took = events["classify"](picture, "cat\n\n <dog> \n", "", alpha)
+    first = (1 + alpha) / (1.5 + alpha)  # of the stand-in
+    assert scores == pytest.approx({"cat": first, "<dog>": 1 - first})
+    assert took.endswith(" ms · release 1")
+    assert unpacked(given(served)["image"]) == [png("red")]  # the file as it is
+
+
+def test_classify_by_a_label_set(events: dict[str, Any], picture: str) -> None:
+    scores, _ = events["classify"](picture, "cat", "letters", 0)
+    assert list(scores) == ["a", "b", "c"]
+
+
+def test_search_by_text_and_by_picture(events: dict[str, Any], picture: str) -> None:
+    for name, query, asked in (("search_text", "a cat", "a cat"), ("search_picture", picture, "picture")):
+        found, took = events[name](query, "photos", 3)
+        assert [caption for _, caption in found] == [f"{0.9 - 0.1 * n:.3f} folder/{asked} {n}<b>" for n in range(3)]
+        assert [image.convert("RGB").getpixel((0, 0)) for image, _ in found] == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
+        assert took.endswith("3 found")
+
+
+def test_segment_draws_the_labels_on_a_picture_that_is_no_larger_than_the_page_shows(
+    served: Served, events: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "large.png"
+    file.write_bytes(png("red", (3000, 1500)))
+    drawn, took = events["segment"](str(file), "sky\nsea", 0, 0.5)
+    assert drawn.width == 1024 and drawn.height >= 512 and "release 1" in took
+    left, right = (np.array(drawn.convert("RGB").getpixel((x, 256)), int) for x in (100, 900))
+    assert abs(left - right).max() > 30
+    assert "threshold" not in given(served)
+    events["segment"](str(file), "sky\nsea", 0.25, 0.5)
+    assert np.frombuffer(given(served)["threshold"], np.float32) == 0.25
+
+
+def test_the_page_begins_with_the_release_and_its_indexes(events: dict[str, Any]) -> None:
+    facts, alpha, sets, indexes = events["begin"]()
+    assert "release 1 · ViT-B-32 · int8 · any α" in facts
+    assert (alpha["visible"], alpha["value"]) == (True, 0.5)
+    assert sets["choices"] == ["", "letters"] and sets["visible"]
+    assert indexes["choices"] == ["drawings", "photos"] and indexes["value"] == "drawings"
+
+
+def test_without_dynamic_alpha_there_is_no_slider_and_no_alpha_is_sent(picture: str) -> None:
+    with fake_upstream.serving(lambda: SmallWorld(dynamic_alpha=False)) as served, Client(served.url) as client:
+        events = handlers(client)
+        facts, alpha, *_ = events["begin"]()
+        assert alpha["visible"] is False and "α = 0.5" in facts
+        events["classify"](picture, "cat\ndog", "", 0.7)
+        assert "alpha" not in given(served)
+
+
+@pytest.mark.parametrize("name", ["classify", "segment", "search_picture"])
+def test_without_a_picture_the_page_says_so(served: Served, events: dict[str, Any], name: str) -> None:
+    asked = len(served.upstream.asked)
+    rest = ["photos", 3] if name == "search_picture" else ["cat", "", 0]
+    assert events[name](None, *rest) == (None, "Drop a picture on the left.")
+    assert len(served.upstream.asked) == asked
+
+
+def test_what_is_refused_is_said_in_words(served: Served, events: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(gradio.Error, match="there are: drawings, photos"):
+        events["search_text"]("a cat", "none", 3)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG")
+    with pytest.raises(gradio.Error) as caught:
+        events["segment"](str(broken), "sky", 0, 0.5)
+    assert str(tmp_path) not in str(caught.value)
+    served.upstream.error = Refused(400, "invalid_image", "it is none")
+    try:
+        with pytest.raises(gradio.Error, match="it is none"):
+            events["classify"](str(broken), "cat\ndog", "", 0)
+    finally:
+        served.upstream.error = None
+
+
+# Who may open it
+
+
+def get(url: str, path: str = "", **headers: str) -> int:
+    answer = urllib3.request("GET", url.rstrip("/") + path, headers=headers, retries=False, timeout=20)
+    return answer.status
+
+
+def test_a_page_without_a_login_answers_under_this_machines_names_only(served: Served) -> None:
+    port, *_ = free_ports()
+    with serving(Settings(served.url, port=port)) as url:
+        assert get(url) == get(url, Host=f"localhost:{port}") == 200
+        assert get(url, Host="evil.example") == 400
+        assert get(url, "/gradio_api/file=/etc/passwd") in (403, 404)
+        again = serving(Settings(served.url, port=port))
+        with pytest.raises(RAdapterError, match=f"port {port} is taken; choose another with --port"):
+            again.__enter__()
+    with pytest.raises(urllib3.exceptions.HTTPError):
+        get(url)
+
+
+def test_a_page_with_a_login_asks_for_it_and_for_a_gateway_with_its_key(tmp_path: Path, picture: str) -> None:
+    from gradio_client import Client as Visitor
+    from gradio_client import handle_file
+    from gradio_client.exceptions import AuthenticationError
+
+    keys = tmp_path / "keys"
+    password = tmp_path / "password"
+    password.write_text("open sesame\nand more")
+    port, *_ = free_ports()
+    with fake_upstream.serving(SmallWorld, api_keys=keys_of(keys)) as served:
+        settings = Settings(served.url, KEYS[keys], port=port, user="ann", password_file=password)
+        with serving(settings) as url:
+            assert get(url, "/config") == 401
+            with pytest.raises(AuthenticationError):
+                Visitor(url, auth=("ann", "wrong"), verbose=False)
+            visitor = Visitor(url, auth=("ann", "open sesame"), verbose=False, download_files=tmp_path / "down")
+            scores, took = visitor.predict(handle_file(picture), "cat\ndog", "", 0.5, api_name="/classify")
+            assert scores["label"] == "cat" and "release 1" in took
+
+
+KEYS: dict[Path, str] = {}
+
+
+def keys_of(file: Path) -> Path:
+    KEYS[file] = new_key(file, "ann")
+    return file
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"host": "0.0.0.0"}, "--host 0.0.0.0 lets others open the page; give --user NAME --password-file FILE"),
+        ({"port": 0}, "--port is 0; allowed are 1 to 65535"),
+        ({"port": 65536}, "--port is 65536"),
+        ({"user": "ann"}, "--user and --password-file go together"),
+        ({"user": "ann", "password_file": Path("/dev/null")}, "--password-file /dev/null: there is no such file"),
+        ({"user": "ann", "password_file": Path(__file__).with_name("__init__.py")}, "its first line is empty"),
+        ({"host": "no.such.host.invalid"}, "--host 'no.such.host.invalid'"),
+    ],
+)
+def test_settings_that_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RAdapterError) as caught:
+        replace(Settings(), **options).check()
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_ports_and_hosts_that_are_allowed(tmp_path: Path) -> None:
+    assert Settings(port=1).check() == Settings(port=65535).check() == ("127.0.0.1", None)
+    file = tmp_path / "password"
+    file.write_text("word\n")
+    assert Settings(host="0.0.0.0", user="a", password_file=file).check() == ("0.0.0.0", ("a", "word"))
+
+
+def test_without_gradio_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert playground.main([]) == 2
+    assert "pip install 'radapter-serve[playground]'" in capsys.readouterr().err
+
+
+def test_the_page_knows_no_index_where_the_search_does_not_answer() -> None:
+    from radapter_serve.playground.page import indexes_of
+
+    class Silent:
+        def search(self, *_: Any, **__: Any) -> None:
+            raise InvalidRequest("no word of names")
+
+    assert indexes_of(Silent()) == []  # type: ignore[arg-type]
