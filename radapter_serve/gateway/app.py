@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from radapter_serve import __version__
 from radapter_serve.gateway import answers, embeddings, openai, requests
@@ -28,6 +29,7 @@ from radapter_serve.gateway.errors import (
     late,
     shown,
 )
+from radapter_serve.gateway.front import BrowserRule, Front
 from radapter_serve.gateway.health import Health
 from radapter_serve.gateway.keys import Keys
 from radapter_serve.gateway.limits import Memory, Places
@@ -61,7 +63,7 @@ class Gateway:
         memory: of the bodies of all requests, from the start of the app on.
     """
 
-    app: Starlette
+    app: ASGIApp
     keys: Keys | None
     memory: Memory
 
@@ -93,8 +95,12 @@ class Gateway:
             for path, handler in paths
         ]
         closed: Any = self._closed
-        self.app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={404: closed, 405: closed})
-        self.app.router.redirect_slashes = False
+        app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={404: closed, 405: closed})
+        app.router.redirect_slashes = False
+        browsers = None
+        if self.keys is None:
+            browsers = BrowserRule(None if settings.no_api_keys else settings.host)
+        self.app = Front(app, _refuse, browsers)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -247,6 +253,10 @@ def refusal(error: Refused, request: Request) -> Response:
         headers["WWW-Authenticate"] = "Bearer"
     content = openai.refusal(error) if _of_openai(request) else {"error": str(error)}
     return JSONResponse(content, error.status, headers)
+
+
+async def _refuse(error: Refused, scope: Scope, receive: Receive, send: Send) -> None:
+    await refusal(error, Request(scope))(scope, receive, send)
 
 
 def _named(request: Request) -> tuple[str, str]:

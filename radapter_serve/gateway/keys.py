@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import os
 import re
 import secrets
+import stat
 from pathlib import Path
 
 from radapter_serve.errors import RAdapterError, reason
@@ -66,29 +68,41 @@ def new_key(path: Path, name: str) -> str:
         raise RAdapterError(f"--new-key {name!r}: a name has 1 to 64 letters, digits and . _ @ -")
     key = PREFIX + secrets.token_urlsafe(32)
     try:
-        before = path.read_text(encoding="utf-8") if path.exists() else ""
-        if name in (_read(path) if before else {}):
+        before = _text(path) if path.exists() else ""
+        if name in _digests(path, before):
             raise RAdapterError(f"{path} has a key {name} already; take its line out first, or choose another name")
         line = f"{name}: {hashlib.sha256(key.encode()).hexdigest()}\n"
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
         with staged(path) as file:
             file.write_text(before + ("" if before.endswith("\n") or not before else "\n") + line, encoding="utf-8")
         path.chmod(mode)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise RAdapterError(f"cannot write {path}: {getattr(error, 'strerror', None) or reason(error)}") from None
     return key
 
 
-def _read(path: Path) -> dict[str, str]:
+def _text(path: Path) -> str:
+    """The text of a file of keys; a pipe, a device or a folder is none, and is not waited for."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # A pipe that nobody writes to would else hold up whoever opens it.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), encoding="utf-8") as file:  # noqa: PTH123
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise RAdapterError(f"cannot read the keys {path}: it is no plain file; give --api-keys FILE")
+            return file.read()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or reason(error)
         raise RAdapterError(
             f"cannot read the keys {path}: {why}; make a key with: radapter-gateway --api-keys {path} --new-key NAME"
         ) from None
+
+
+def _read(path: Path) -> dict[str, str]:
+    return _digests(path, _text(path))
+
+
+def _digests(path: Path, text: str) -> dict[str, str]:
     digests: dict[str, str] = {}
-    for number, line in enumerate(map(str.strip, lines), 1):
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if not line or line.startswith("#"):
             continue
         found = _LINE.fullmatch(line)

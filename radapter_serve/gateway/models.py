@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from tritonclient.grpc import model_config_pb2
 
+from radapter_serve.inputs.errors import public
+
 # Encoders, and whatever else a repository holds, are not reached through the gateway.
 TASKS = ("embed_image", "embed_text", "classify", "retrieve", "segment")
+
+_PATH = re.compile(r"((?:[\w-]+:)?)([/~].*|(?<=local-dir:).*)", re.DOTALL)
+_OF_USERS = ("templates", "label_sets")  # texts, in which a slash is no path
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,9 @@ class Model:
         inputs = [Tensor(one.name, _datatype(one), tuple(one.dims), one.optional) for one in config.input]
         outputs = [Tensor(one.name, _datatype(one), tuple(one.dims)) for one in config.output]
         releases = {
-            key: value.string_value for key, value in config.parameters.items() if key.partition(".")[0] == "release"
+            key: _public(value.string_value)
+            for key, value in config.parameters.items()
+            if key.partition(".")[0] == "release"
         }
         return cls(
             config.name,
@@ -76,6 +86,22 @@ class Model:
             for tensors in (self.inputs, self.outputs)
         )
         return {"name": self.name, "versions": versions, "platform": "python", "inputs": inputs, "outputs": outputs}
+
+
+def _public(facts: str) -> str:
+    """The facts of a release, as JSON, with no path of the machine that made it: of a file or folder, only its name."""
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: value if key in _OF_USERS else shown(value) for key, value in value.items()}
+        if isinstance(value, list):
+            return [shown(one) for one in value]
+        if not isinstance(value, str):
+            return value
+        path = _PATH.fullmatch(value)
+        return public(value) if path is None else path[1] + PurePosixPath(path[2]).name
+
+    return json.dumps(shown(json.loads(facts)))
 
 
 def _datatype(tensor: Any) -> str:

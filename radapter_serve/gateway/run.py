@@ -2,62 +2,120 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
 import resource
+import signal
 import socket
 import ssl
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
+from typing import Any
 
-import uvicorn
+import granian._granian
+import granian.server.embed
+import uvloop
+from granian.constants import HTTPModes, Interfaces, SSLProtocols
+from granian.http import HTTP1Settings
+from starlette.types import ASGIApp
 
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.gateway.app import Gateway
-from radapter_serve.gateway.connection import connection
+from radapter_serve.gateway.front import MAX_HEADERS
+from radapter_serve.gateway.liveness import Liveness, asks
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.gateway.upstream import Triton, Upstream
 from radapter_serve.server.processes import STOPPED, Process, ending_with_parent, how_it_ended
 from radapter_serve.server.watch import GATEWAY
 
-KEEP_ALIVE = 30  # seconds that a connection stays open between requests
+PATIENCE = 10.0  # seconds for a handshake, for the headers of a request, and between two requests
 DRAIN = 20  # seconds that running requests have when the gateway stops
 
 
-def server(settings: Settings, connect: Callable[[], Upstream] | None = None) -> uvicorn.Server:
-    """The gateway as a uvicorn server that has not started.
+class GatewayServer:
+    """A gateway that has not started, behind granian.
 
     Args:
         settings: of the gateway.
+        listener: of `listen`.
         connect: makes the way to Triton; gRPC to `settings.server` if None.
+
+    Raises:
+        RAdapterError: a certificate or a key that cannot be read.
     """
-    gateway = Gateway(settings, connect or partial(Triton, settings.server))
-    config = uvicorn.Config(
-        gateway.app,
-        http=connection(settings.max_connections),
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=DRAIN,
-        ssl_certfile=settings.tls_certificate,
-        ssl_keyfile=settings.tls_key,
-    )
-    try:
-        config.load()
-    except (OSError, ssl.SSLError) as error:
-        raise RAdapterError(
-            f"--tls-certificate {settings.tls_certificate} and --tls-key {settings.tls_key}: "
-            f"{getattr(error, 'strerror', None) or reason(error)}; give two PEM files that belong together"
-        ) from None
-    return uvicorn.Server(config)
+
+    def __init__(
+        self, settings: Settings, listener: socket.socket, connect: Callable[[], Upstream] | None = None
+    ) -> None:
+        gateway = Gateway(settings, connect or partial(Triton, settings.server))
+        try:
+            self._server: Any = _Granian(gateway.app, settings, listener)
+        except (OSError, ssl.SSLError) as error:
+            raise RAdapterError(
+                f"--tls-certificate {settings.tls_certificate} and --tls-key {settings.tls_key}: "
+                f"{getattr(error, 'strerror', None) or reason(error)}; give two PEM files that belong together"
+            ) from None
+
+    def run(self) -> None:
+        """Serve until `stop`, or in the main thread until SIGINT, SIGTERM or SIGHUP.
+
+        Raises:
+            KeyboardInterrupt: after SIGINT, once running requests have ended or had `DRAIN` seconds to.
+        """
+        if uvloop.run(self._run()) == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    def stop(self) -> None:
+        """Take no new connections, and let running requests end; from any thread."""
+        self._loop.call_soon_threadsafe(self._server.stop)
+
+    async def _run(self) -> int | None:
+        self._loop = asyncio.get_running_loop()
+        got: list[int] = []
+
+        def on_signal(number: int) -> None:
+            got.append(number)
+            self._server.stop()
+
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._loop.add_signal_handler(number, on_signal, number)
+        with contextlib.suppress(asyncio.TimeoutError):  # some requests took longer than `DRAIN`
+            await self._server.serve()
+        return got[0] if got else None
+
+
+class _Granian(granian.server.embed.Server):
+    """granian, on a socket that listens already."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, listener: socket.socket) -> None:
+        self._listener = listener
+        super().__init__(
+            app,
+            interface=Interfaces.ASGI,
+            http=HTTPModes.http1,
+            websockets=False,
+            backlog=settings.max_connections,
+            backpressure=settings.max_connections,
+            http1_settings=HTTP1Settings(header_read_timeout=int(1000 * PATIENCE), max_buffer_size=MAX_HEADERS),
+            log_enabled=False,  # what callers do wrong is answered, not logged
+            ssl_cert=settings.tls_certificate,
+            ssl_key=settings.tls_key,
+            ssl_protocol_min=SSLProtocols.tls12,
+        )
+        self.workers_kill_timeout = DRAIN
+
+    def _init_shared_socket(self) -> None:
+        native: Any = granian._granian
+        self._shd = native.SocketHolder(self._listener.detach(), False, self.backlog)  # which closes it
 
 
 def serve(settings: Settings, started: Callable[[str], None] = lambda url: None) -> None:
@@ -72,13 +130,13 @@ def serve(settings: Settings, started: Callable[[str], None] = lambda url: None)
     """
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="radapter-gateway: %(message)s")
     logging.getLogger("radapter-gateway").setLevel(logging.INFO)
-    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # what callers do wrong is answered, not logged
     with listen(settings) as listener:
         _allow_files(settings.max_connections)
+        server = GatewayServer(settings, listener)
         host, port = listener.getsockname()[:2]
         scheme = "https" if settings.tls_certificate else "http"
         started(f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
-        server(settings).run([listener])
+        server.run()
 
 
 def listen(settings: Settings, where: str = "--") -> socket.socket:
@@ -90,8 +148,10 @@ def listen(settings: Settings, where: str = "--") -> socket.socket:
     except OSError as error:
         why = f"{os.strerror(error.errno or 0)}; choose another with {where}port"
         raise RAdapterError(f"cannot listen on {settings.host} port {settings.port}: {why}") from None
-    # Else an answer's body waits 40 ms for the caller to confirm its headers: asyncio sees to that for its own sockets.
+    # Else an answer's body waits 40 ms for the caller to confirm its headers.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # a caller who takes nothing at all; the kernel then ends the connection
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * PATIENCE))
     return listener
 
 
@@ -117,32 +177,42 @@ class Child:
 
     Args:
         settings: of the gateway.
+        clock: by which it is asked whether it lives, in seconds.
     """
 
     name = GATEWAY
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
+        address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.check(), settings.host)
+        ask = asks(address, settings.port, tls=settings.tls_certificate is not None)
+        self._liveness = Liveness(ask, clock)
 
     def start(self) -> None:
         """Start it, also again."""
         self._process = start(self._settings)
+        self._liveness.restart()
 
     def died(self) -> str | None:
-        """Why it no longer runs; None while it does. What a signal has stopped is killed."""
+        """Why it no longer works; None while it does. What a signal has stopped, or hangs, is killed."""
         if (code := self._process.poll()) is not None:
             return how_it_ended(code)
-        if Process.of(self._process.pid).state != "T":
+        if Process.of(self._process.pid).state == "T":
+            why = STOPPED
+        elif self._liveness.silent():
+            why = "it no longer answered, so it was killed"
+        else:
             return None
         self._process.kill()
         self._process.wait()
-        return STOPPED
+        return why
 
     def __enter__(self) -> Child:
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._liveness.close()
         self._process.terminate()
         try:
             self._process.wait(DRAIN + 5)

@@ -47,7 +47,7 @@ class Settings:
     max_memory: float = 1024.0
     max_concurrent: int = 64
     max_queue: int = 64
-    max_connections: int = 512
+    max_connections: int = 2048
     timeout: float = 60.0
     max_inputs: int = 2048
 

@@ -37,8 +37,8 @@ def told(handler: Handler) -> Handler:
     return telling
 
 
-async def build(client: Client) -> gradio.Blocks:
-    """The page; asynchronous because Gradio takes the event loop that runs, or else makes one that nobody closes.
+def build(client: Client) -> gradio.Blocks:
+    """The page.
 
     Args:
         client: of the server that it asks.
@@ -82,7 +82,8 @@ async def build(client: Client) -> gradio.Blocks:
             )
 
         page.load(told(begin), None, [facts, alpha, label_sets, indexes])
-    return page.queue(default_concurrency_limit=4, max_size=64)
+    page.queue(default_concurrency_limit=4, max_size=64)
+    return page
 
 
 def _classify(client: Client, picture: Any, alpha: Any) -> Any:
@@ -107,7 +108,7 @@ def _classify(client: Client, picture: Any, alpha: Any) -> Any:
         return dict(zip(found.labels, found.scores, strict=True)), _took(start, found.release)
 
     gradio.on(
-        [button.click, picture.change, sets.input, alpha.release],
+        [button.click, picture.change, sets.input, alpha.input],
         told(classify),
         [picture, labels, sets, alpha],
         [scores, took],

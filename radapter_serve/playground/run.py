@@ -98,12 +98,14 @@ def _launched(client: Client, address: str, port: int, login: tuple[str, str] | 
 
     from radapter_serve.playground.page import build
 
-    page = asyncio.run(build(client))
     # Without a login, a name of another site must not lead here, for its scripts would then belong to this page.
     hosts = ["localhost", address] if login is None else ["*"]
     middleware: list[Any] = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
     fonts = ["system-ui", "sans-serif"]  # of the visitor's machine: none is fetched
-    try:
+
+    async def launched() -> tuple[gradio.Blocks, str]:
+        # Gradio takes the event loop that runs, or else makes some that nobody closes.
+        page = build(client)
         _, url, _ = page.launch(
             prevent_thread_lock=True,
             quiet=True,
@@ -120,6 +122,10 @@ def _launched(client: Client, address: str, port: int, login: tuple[str, str] | 
             app_kwargs={"middleware": middleware},
             theme=gradio.themes.Default(primary_hue="indigo", font=fonts, font_mono=["monospace"]),
         )
+        return page, url
+
+    try:
+        page, url = asyncio.run(launched())
     except OSError:
         raise RAdapterError(f"port {port} is taken; choose another with --port") from None
     try:

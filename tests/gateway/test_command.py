@@ -17,7 +17,9 @@ import urllib3
 
 from radapter_serve.cli import gateway, serve
 from radapter_serve.errors import RAdapterError
+from radapter_serve.gateway import run
 from radapter_serve.gateway.keys import Keys
+from radapter_serve.gateway.liveness import MAX_START
 from radapter_serve.gateway.run import command, start
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.server import probe, supervisor
@@ -165,6 +167,20 @@ def test_beside_a_server_it_is_started_again_and_stopped_with_it(
     assert any(f"{GATEWAY} died: a signal had stopped it, so it was killed" in line for line in said)
     with pytest.raises(urllib3.exceptions.HTTPError):
         urllib3.request("GET", f"{url}/health/live", retries=False, timeout=5)
+
+
+def test_a_gateway_that_runs_and_does_not_answer_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    port, *_ = free_ports()
+    monkeypatch.setattr(run, "start", lambda _: subprocess.Popen(["sleep", "60"]))
+    now = [0.0]
+    with run.Child(Settings(port=port), lambda: now[0]) as child:
+        now[0] = MAX_START - 1
+        assert child.died() is None
+        now[0] = MAX_START
+        assert child.died() == "it no longer answered, so it was killed"
+        assert child.died() == "it was killed by SIGKILL"
+        child.start()
+        assert child.died() is None
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,17 @@ import asyncio
 import contextlib
 import json
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2, service_pb2
 
-from radapter_serve.gateway import run
+from radapter_serve.gateway import front, run
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.settings import Settings
 from tests.helpers.fake_server import CONFIGS, release
@@ -131,12 +133,35 @@ def serving(upstream: Callable[[], FakeUpstream] = FakeUpstream, **options: Any)
         return made[0][0]
 
     with run.listen(settings) as listener:
-        running = run.server(settings, connect)
-        thread = threading.Thread(target=running.run, args=([listener],))
+        port = listener.getsockname()[1]
+        running = run.GatewayServer(settings, listener, connect)
+        thread = threading.Thread(target=running.run)
         thread.start()
         assert begun.wait(10)
         try:
-            yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", *made[0])
+            yield Served(f"http://127.0.0.1:{port}", *made[0])
         finally:
-            running.should_exit = True
-            thread.join(10)
+            running.stop()
+            thread.join(30)
+
+
+class BigAnswers(FakeUpstream):
+    """A stand-in that answers the text "big" with 16 MiB."""
+
+    def _answer(self, message: service_pb2.ModelInferRequest) -> dict[str, np.ndarray]:
+        if unpacked(message.raw_input_contents[0]) == [b"big"]:
+            return {"text_embeds": np.zeros((1, 2**22), np.float32)}
+        return super()._answer(message)
+
+
+def main(port: int, patience: float, certificate: Path | None = None, key: Path | None = None) -> None:
+    """A gateway in this process, which gives its callers `patience` seconds where a gateway gives 8 or 10."""
+    run.PATIENCE = front.PIECE_SECONDS = patience
+    settings = Settings(port=port, timeout=2 * patience, tls_certificate=certificate, tls_key=key)
+    with run.listen(settings) as listener:
+        run._allow_files(settings.max_connections)
+        run.GatewayServer(settings, listener, BigAnswers).run()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]), *map(Path, sys.argv[3:]))

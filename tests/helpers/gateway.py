@@ -17,12 +17,13 @@ def gateway(server: TritonServer, **options: Any) -> Iterator[str]:
     """A gateway before a server; its URL."""
     settings = Settings(port=0, server=server.grpc_url.removeprefix("grpc://"), **options)
     with run.listen(settings) as listener:
-        running = run.server(settings)
-        thread = threading.Thread(target=running.run, args=([listener],))
+        port = listener.getsockname()[1]
+        running = run.GatewayServer(settings, listener)
+        thread = threading.Thread(target=running.run)
         thread.start()
         try:
             scheme = "https" if settings.tls_certificate else "http"
-            yield f"{scheme}://localhost:{listener.getsockname()[1]}"
+            yield f"{scheme}://localhost:{port}"
         finally:
-            running.should_exit = True
+            running.stop()
             thread.join(30)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from radapter_serve.playground.run import Settings, serving
 from radapter_serve.server.triton_server import free_ports
 from tests.helpers import fake_upstream
@@ -12,15 +14,16 @@ from tests.helpers.small_world import SmallWorld, png
 from tests.helpers.use_playground import use
 
 
+@pytest.mark.filterwarnings("ignore")  # of Gradio, in its own threads
 def test_a_visitor_asks_every_task_and_nothing_comes_from_elsewhere(tmp_path: Path) -> None:
     picture = tmp_path / "red.png"
     picture.write_bytes(png("red", (64, 48)))
     port, *_ = free_ports()
     asked = list[str]()
     with (
-        chromium() as browser,
         fake_upstream.serving(SmallWorld) as served,
         serving(Settings(served.url, port=port)) as url,
+        chromium() as browser,
     ):
         page = browser.new_page()
         page.on("request", lambda request: asked.append(request.url))
