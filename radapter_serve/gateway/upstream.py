@@ -11,15 +11,24 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
-from radapter_client._grpc import CHANNEL
 from radapter_serve.gateway.errors import from_triton
 
 LOG = logging.getLogger("radapter-gateway")
 SHORT = 10.0  # seconds for what computes nothing
 LOOK_AGAIN = 30.0  # seconds after which a name's servers are looked up again: there may be more of them
 LONGEST = 3600.0  # seconds that a request may go on with the servers of before
-# Where a name has several addresses, each is a server of its own.
-_CHANNEL = [*CHANNEL, ("grpc.lb_policy_name", "round_robin")]
+_CHANNEL = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # gRPC's own waits up to two minutes before it looks again for a server that has come back.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # An http_proxy of the environment is not for the model server.
+    ("grpc.enable_http_proxy", 0),
+    # Where a name has several addresses, each is a server of its own.
+    ("grpc.lb_policy_name", "round_robin"),
+]
 
 
 class Upstream(Protocol):

@@ -154,8 +154,8 @@ def test_triton_hears_that_the_caller_has_left(url: str, tmp_path: Path) -> None
             body = json.dumps({"inputs": [data]}).encode()
             port = int(url.rpartition(":")[2])
             with socket.create_connection(("127.0.0.1", port)) as connection:
-                head = f"POST /v2/models/embed_image/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-                connection.sendall(head.encode() + body)
+                head = b"POST /v2/models/embed_image/infer HTTP/1.1\r\nHost: localhost\r\n"
+                connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
                 time.sleep(0.5)
         end = time.monotonic() + 10
         while not told.exists() or not told.read_text():

@@ -17,6 +17,7 @@ import urllib3
 from radapter_client import Client, InvalidRequest
 from radapter_serve.cli import playground
 from radapter_serve.errors import RAdapterError
+from radapter_serve.extras import install_command
 from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.keys import new_key
 from radapter_serve.playground.page import build
@@ -178,6 +179,7 @@ def test_a_page_with_a_login_asks_for_it_and_for_a_gateway_with_its_key(tmp_path
             visitor = Visitor(url, auth=("ann", "open sesame"), verbose=False, download_files=tmp_path / "down")
             scores, took = visitor.predict(handle_file(picture), "cat\ndog", "", 0.5, api_name="/classify")
             assert scores["label"] == "cat" and "release 1" in took
+            visitor.close()
 
 
 KEYS: dict[Path, str] = {}
@@ -221,7 +223,7 @@ def test_without_gradio_the_command_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert playground.main([]) == 2
-    assert "pip install 'radapter-serve[playground]'" in capsys.readouterr().err
+    assert install_command("playground") in capsys.readouterr().err
 
 
 def test_the_page_knows_no_index_where_the_search_does_not_answer() -> None:
