@@ -46,7 +46,7 @@ def fit_confidence(
     scale, bias = fit_sigmoid(cosines, truth)
     temperature = None if logit_bias is not None else fit_temperature(cosines * logit_scale, truth)
     plain = class_probabilities(cosines, logit_scale, logit_bias)
-    best, after, pairs = plain.argmax(axis=1), np.full(n, np.nan, np.float32), np.empty_like(plain)
+    best, after, pairs = cosines.argmax(axis=1), np.full(n, np.nan, np.float32), np.empty_like(plain)
     for half, other in zip(halves, reversed(halves), strict=True):
         pairs[half] = class_probabilities(cosines[half], *fit_sigmoid(cosines[other], truth[other]))
         if logit_bias is not None:

@@ -51,8 +51,12 @@ class RequestAlpha:
 
     def one(self, given: ArrayLike | None) -> float | None:
         """α of a request of one row, for `at`."""
-        alpha = self(given, 1)
-        return None if alpha is None else float(alpha[0, 0])
+        return single(self(given, 1))
+
+
+def single(alpha: Alpha | None) -> float | None:
+    """The α of one row as a number, for `at`."""
+    return None if alpha is None else float(alpha[0, 0])
 
 
 def at(encode: Encode, alpha: float | None) -> Encode:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from radapter_serve.files import as_text
-from radapter_serve.inputs.alpha import Alpha, Encode
+from radapter_serve.inputs.alpha import Alpha, Encode, RequestAlpha
 from radapter_serve.inputs.errors import Cancelled, TaskError, invalid
 from radapter_serve.inputs.labels import check_length
 from radapter_serve.inputs.preprocess import Preprocess, decode_into
@@ -22,7 +22,8 @@ from radapter_serve.inputs.tokenizer import Tokenizer, embed_texts
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
 from radapter_serve.tasks.label_source import LabelSource, strings
-from radapter_serve.tasks.outcome import Outcome
+from radapter_serve.tasks.outcome import Outcome, run_good
+from radapter_serve.tasks.scored_mask import finite
 from radapter_serve.tasks.scores import Scores, Scoring
 
 
@@ -37,8 +38,10 @@ class EmbedImages:
     """
 
     def __init__(self, release: Release, encode_images: Encode, *, threads: int = 2) -> None:
-        self._preprocess, self._request_alpha = Preprocess.from_dict(release.preprocess), release.request_alpha
-        self._encode, self._max_batch_size = encode_images, release.max_batch_size
+        self._preprocess = Preprocess.from_dict(release.preprocess)
+        self._request_alpha = release.request_alpha
+        self._encode = encode_images
+        self._max_batch_size = release.max_batch_size
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
 
     def __call__(
@@ -53,35 +56,51 @@ class EmbedImages:
         Returns:
             For each request float32 [B, D], or the error of its α or its first bad image.
         """
-        images = [image for request in requests for image in request]
+        return run_good(_with_alphas(requests, alphas, self._request_alpha), self.at)
+
+    def at(self, requests: Sequence[tuple[Sequence[bytes], Alpha | None]]) -> list[Outcome[NDArray[np.float32]]]:
+        """Embed the images of several requests at an α that is checked.
+
+        Args:
+            requests: the images of each request, and their α as `RequestAlpha` gives it.
+
+        Returns:
+            For each request float32 [B, D], or the error of its first bad image.
+        """
+        pixels, decoded = self._decode([image for images, _ in requests for image in images])
+        counts = [len(images) for images, _ in requests]
+        ends = list(itertools.accumulate(counts))
+        errors = [_first_error(decoded[end - count : end]) for end, count in zip(ends, counts, strict=True)]
+        if all(error is not None for error in errors):
+            return [Outcome(error=error) for error in errors]
+        good = np.repeat([error is None for error in errors], counts)
+        inputs: list[NDArray[Any]] = [pixels if good.all() else pixels[good]]
+        alphas = [alpha for (_, alpha), error in zip(requests, errors, strict=True) if error is None]
+        known = [alpha for alpha in alphas if alpha is not None]  # none where α is no input
+        if known:
+            inputs.append(np.concatenate(known))
+        embeds = self._encode_all(*inputs)
+        results: list[Outcome[NDArray[np.float32]]] = []
+        start = 0
+        for count, error in zip(counts, errors, strict=True):
+            if error is not None:
+                results.append(Outcome(error=error))
+                continue
+            results.append(Outcome(embeds[start : start + count]))
+            start += count
+        return results
+
+    def _decode(self, images: Sequence[bytes]) -> tuple[NDArray[np.uint8], list[Outcome[None]]]:
+        """The pixels of all images, uint8 [N, S, S, 3], and what became of each; those of bad ones mean nothing."""
         pixels = np.empty((len(images), *self._preprocess.size, 3), np.uint8)
 
         def fill(index: int) -> Outcome[None]:
             return Outcome.of(lambda: decode_into(images[index], self._preprocess, pixels[index]))
 
         indices = range(len(images))
-        decoded = list(self._pool.map(fill, indices) if self._pool and len(images) > 1 else map(fill, indices))
-
-        def prepared(own: slice, given: ArrayLike | None) -> Alpha | None:
-            alpha = self._request_alpha(given, own.stop - own.start)
-            for number, outcome in enumerate(decoded[own], 1):
-                if outcome.error is not None and len(decoded[own]) > 1:
-                    where = f"image {number} of {len(decoded[own])}"
-                    raise TaskError(outcome.error.code, f"{where}: {outcome.error.message}")
-                outcome.unwrap()
-            return alpha
-
-        ends = itertools.accumulate(map(len, requests))
-        rows = [slice(end - len(request), end) for request, end in zip(requests, ends, strict=True)]
-        ready = [Outcome.of(partial(prepared, *one)) for one in zip(rows, _given(alphas, requests), strict=True)]
-        good = [own for own, alpha in zip(rows, ready, strict=True) if alpha.error is None]
-        if not good:
-            return [Outcome(error=alpha.error) for alpha in ready]
-        kept = pixels if len(good) == len(rows) else np.concatenate([pixels[own] for own in good])
-        known = [alpha.answer for alpha in ready if alpha.answer is not None]  # none where α is no input
-        embeds = self._encode_all(kept, *([np.concatenate(known)] if known else []))
-        parts = iter(np.split(embeds, np.cumsum([own.stop - own.start for own in good])))
-        return [alpha.then(lambda _: next(parts)) for alpha in ready]
+        if self._pool is None or len(images) < 2:
+            return pixels, [fill(index) for index in indices]
+        return pixels, list(self._pool.map(fill, indices))
 
     def _encode_all(self, *rows: NDArray[Any]) -> NDArray[np.float32]:
         step = self._max_batch_size
@@ -100,7 +119,9 @@ class EmbedTexts:
     """
 
     def __init__(self, release: Release, tokenizer: Tokenizer, encode_tokens: Encode) -> None:
-        self._tokenizer, self._encode, self._request_alpha = tokenizer, encode_tokens, release.request_alpha
+        self._tokenizer = tokenizer
+        self._encode = encode_tokens
+        self._request_alpha = release.request_alpha
         self._max_batch_size = release.max_batch_size
 
     def __call__(
@@ -113,17 +134,16 @@ class EmbedTexts:
             alphas: as of `EmbedImages`.
         """
 
-        def prepared(request: Sequence[bytes], given: ArrayLike | None) -> list[tuple[str, float | None]]:
-            alpha, texts = self._request_alpha(given, len(request)), _texts(request)
-            return list(zip(texts, [None] * len(texts) if alpha is None else alpha.ravel(), strict=True))
+        return run_good(_with_alphas(requests, alphas, self._request_alpha), self._at)
 
-        ready = [Outcome.of(partial(prepared, *one)) for one in zip(requests, _given(alphas, requests), strict=True)]
-        unique = list(dict.fromkeys(pair for some in ready for pair in some.answer or ()))
-        rows = np.array([[alpha] for _, alpha in unique], np.float32) if self._request_alpha.dynamic else None
-        names = [text for text, _ in unique]
-        embeds = embed_texts(names, self._tokenizer, self._encode, self._max_batch_size, alpha=rows)
-        where = {pair: row for row, pair in enumerate(unique)}
-        return [some.then(lambda pairs: embeds[[where[pair] for pair in pairs]]) for some in ready]
+    def _at(self, requests: Sequence[tuple[Sequence[bytes], Alpha | None]]) -> list[Outcome[NDArray[np.float32]]]:
+        ready = [Outcome.of(partial(_rows_of_texts, *request)) for request in requests]
+        unique = list(dict.fromkeys(row for rows in ready for row in rows.answer or ()))
+        alphas = np.array([[alpha] for _, alpha in unique], np.float32) if self._request_alpha.dynamic else None
+        texts = [text for text, _ in unique]
+        embeds = embed_texts(texts, self._tokenizer, self._encode, self._max_batch_size, alpha=alphas)
+        where = {row: index for index, row in enumerate(unique)}
+        return [rows.then(lambda own: embeds[[where[row] for row in own]]) for rows in ready]
 
 
 @dataclass
@@ -185,7 +205,8 @@ class Classify:
         label_sets: Mapping[str, LabelSet],
     ) -> None:
         self._embed_images = embed_images
-        self._label_source, self._request_alpha = LabelSource(release, embed_labels, label_sets), release.request_alpha
+        self._label_source = LabelSource(release, embed_labels, label_sets)
+        self._request_alpha = release.request_alpha
         self._scoring = Scoring(release)
 
     def __call__(self, requests: Sequence[ClassifyRequest]) -> list[Outcome[Classes]]:
@@ -194,28 +215,46 @@ class Classify:
         Returns:
             For each request its classes, or its error; bad labels are refused before any image is encoded.
         """
-        plans = [Outcome.of(partial(self._plan, request)) for request in requests]
-        good = [request for request, plan in zip(requests, plans, strict=True) if plan.error is None]
-        embeds = iter(self._embed_images([one.images for one in good], [one.alpha for one in good]))
-        return [plan.then(lambda own: self._score(next(embeds).unwrap(), *own)) for plan in plans]
+        return run_good([Outcome.of(partial(self._plan, request)) for request in requests], self._classify)
 
-    def _plan(self, request: ClassifyRequest) -> tuple[list[LabelSet], Scores]:
-        """The label set of each image, and how its labels are scored."""
+    def _plan(self, request: ClassifyRequest) -> _Plan:
         alpha = self._request_alpha(request.alpha, len(request.images))
-        scores = self._scoring(request.top_k, request.multi_label, request.threshold, request.calibrated, request.alpha)
+        scores = self._scoring(request.top_k, request.multi_label, request.threshold, request.calibrated, alpha)
         sets = self._label_source(request.labels, request.label_set, request.templates, alpha, request.cancelled)
-        return sets, scores
+        return _Plan(request.images, alpha, sets, scores)
 
-    def _score(self, embeds: NDArray[np.float32], sets: list[LabelSet], wanted: Scores) -> Classes:
+    def _classify(self, plans: Sequence[_Plan]) -> list[Outcome[Classes]]:
+        embeds = self._embed_images.at([(plan.images, plan.alpha) for plan in plans])
+        return [one.then(plan.classes) for one, plan in zip(embeds, plans, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A request that is checked: its images with their α, the label set of each, and how its labels are scored."""
+
+    images: Sequence[bytes]
+    alpha: Alpha | None
+    sets: list[LabelSet]
+    scores: Scores
+
+    def classes(self, embeds: NDArray[np.float32]) -> Classes:
+        """The best labels of the images.
+
+        Args:
+            embeds: of the images, float32 [B, D].
+        """
+        sets = self.sets
+        finite(embeds)
         if all(label_set is sets[0] for label_set in sets):
             cosines = list(embeds @ sets[0].embeds.T)
         else:
             cosines = [label_set.embeds @ embed for label_set, embed in zip(sets, embeds, strict=True)]
-        found = [wanted.best(cosine) for cosine in cosines]
+        found = [self.scores.best(cosine) for cosine in cosines]
         # As wide as the image with most; but where all are to have as many labels, as many as each has.
         widths = [len(best) for best, _ in found]
-        k = min(widths) if wanted.threshold is None else max(1, *widths)
-        labels, scores = np.full((len(sets), k), "", object), np.zeros((len(sets), k), np.float32)
+        k = min(widths) if self.scores.threshold is None else max(1, *widths)
+        labels = np.full((len(sets), k), "", object)
+        scores = np.zeros((len(sets), k), np.float32)
         for row, ((best, values), label_set) in enumerate(zip(found, sets, strict=True)):
             labels[row, : len(best)] = [label_set.labels[index] for index in best[:k]]
             scores[row, : len(best)] = values[:k]
@@ -227,8 +266,33 @@ def load_label_sets(folder: str | Path) -> dict[str, LabelSet]:
     return {as_text(path.stem): LabelSet.load(path) for path in sorted(Path(folder).glob("*.npz"))}
 
 
-def _given(alphas: Sequence[ArrayLike | None] | None, requests: Sequence[Any]) -> Sequence[ArrayLike | None]:
-    return [None] * len(requests) if alphas is None else alphas
+def _with_alphas(
+    requests: Sequence[Sequence[bytes]], alphas: Sequence[ArrayLike | None] | None, check: RequestAlpha
+) -> list[Outcome[tuple[Sequence[bytes], Alpha | None]]]:
+    """The rows of each request with their α, or the error of its α."""
+
+    def checked(rows: Sequence[bytes], alpha: ArrayLike | None) -> tuple[Sequence[bytes], Alpha | None]:
+        return rows, check(alpha, len(rows))
+
+    given = [None] * len(requests) if alphas is None else alphas
+    return [Outcome.of(partial(checked, *one)) for one in zip(requests, given, strict=True)]
+
+
+def _first_error(decoded: Sequence[Outcome[None]]) -> TaskError | None:
+    """The error of a request's first bad image; it says which, where there are several."""
+    for number, outcome in enumerate(decoded, 1):
+        error = outcome.error
+        if error is not None and len(decoded) > 1:
+            return TaskError(error.code, f"image {number} of {len(decoded)}: {error.message}")
+        if error is not None:
+            return error
+    return None
+
+
+def _rows_of_texts(request: Sequence[bytes], alpha: Alpha | None) -> list[tuple[str, float | None]]:
+    texts = _texts(request)
+    alphas = [None] * len(texts) if alpha is None else alpha.ravel()
+    return list(zip(texts, alphas, strict=True))
 
 
 def _texts(request: Sequence[bytes]) -> list[str]:

@@ -54,6 +54,21 @@ class Outcome(Generic[T]):
         return self.answer  # type: ignore[return-value]
 
 
+def run_good(inputs: Sequence[Outcome[T]], run: Callable[[list[T]], Sequence[Outcome[U]]]) -> list[Outcome[U]]:
+    """Run together what could be read, and keep the errors of the rest in their places.
+
+    Args:
+        inputs: of each request.
+        run: gives an outcome for each of some inputs; it is not called for none.
+    """
+    good = [one.unwrap() for one in inputs if one.error is None]
+    found = iter(run(good) if good else ())
+    results: list[Outcome[U]] = []
+    for one in inputs:
+        results.append(next(found) if one.error is None else Outcome(error=one.error))
+    return results
+
+
 def isolated(run: Callable[[Sequence[T]], Sequence[Outcome[U]]], requests: Sequence[T]) -> Sequence[Outcome[U]]:
     """Run requests together, or one by one where they fail together: the failure then stays with its request.
 

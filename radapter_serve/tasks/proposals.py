@@ -86,7 +86,8 @@ class ProposalSegmenter:
         used = [index for index, mask in enumerate(masks) if mask.max() > BINARY]
         if not used:
             raise invalid(f"all {len(masks)} proposals are empty: no value is above {BINARY}")
-        classes = self._classify((self.crop(image, masks[index] > BINARY) for index in used), embeds, check)
+        cosines = self._cosines((self.crop(image, masks[index] > BINARY) for index in used), embeds, check)
+        classes = class_probabilities(cosines, self.logit_scale, self.logit_bias)
         if scores is not None:
             weight = options.proposal_weight
             classes = scores[used] ** np.float32(1 - weight) * classes ** np.float32(weight)
@@ -100,22 +101,38 @@ class ProposalSegmenter:
             inside = part.astype(np.float32) / 255
             sums, total = inside.T @ classes[present], inside.sum(0)
             sums /= np.maximum(total, 1)[:, None]
-            best = sums.argmax(1)
+            best = _best(sums, inside.T, cosines[present])
             probabilities = np.take_along_axis(sums, best[:, None], 1)[:, 0]
             best[total == 0] = len(embeds)
             tally.put(where, best, probabilities)
         return tally.result(masks.shape[1:])
 
-    def _classify(
+    def _cosines(
         self, images: Iterator[Image.Image], embeds: NDArray[np.float32], check: Callable[[], None]
     ) -> NDArray[np.float32]:
-        """Class probabilities of images, float32 [N, C]."""
+        """Cosines of images with the labels, float32 [N, C]."""
         parts = []
         while batch := [self.preprocess(image) for image in itertools.islice(images, self.max_batch_size)]:
             check()
-            cosines = finite(self.encode_images(np.stack(batch))) @ embeds.T
-            parts.append(class_probabilities(cosines, self.logit_scale, self.logit_bias))
+            parts.append(finite(self.encode_images(np.stack(batch))) @ embeds.T)
         return np.concatenate(parts)
+
+
+def _best(sums: NDArray[np.float32], inside: NDArray[np.float32], cosines: NDArray[np.float32]) -> NDArray[np.intp]:
+    """The best label of each pixel; of equal ones that with the greater cosines, as a sigmoid has an end in float32.
+
+    Args:
+        sums: score of each label, [P, C].
+        inside: how far each pixel belongs to each mask, [P, N].
+        cosines: of the masks, [N, C].
+    """
+    best: NDArray[np.intp] = sums.argmax(1)
+    equal = sums == sums.max(1, keepdims=True)
+    unclear = equal.sum(1) > 1
+    if unclear.any():
+        ranks = np.where(equal[unclear], inside[unclear] @ cosines, -np.inf)
+        best[unclear] = ranks.argmax(1)
+    return best
 
 
 def _check_proposals(

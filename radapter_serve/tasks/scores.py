@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from radapter_serve.inputs.alpha import Alpha
 from radapter_serve.inputs.errors import NOT_CALIBRATED, TaskError, invalid
 from radapter_serve.inputs.probabilities import class_probabilities
 from radapter_serve.release.confidence import NO_TEMPERATURE, Confidence
@@ -26,34 +27,32 @@ class Scores:
     Args:
         top_k: labels to give back; None for all.
         scale, bias: of the scores, as `class_probabilities` takes them.
-        rank_scale, rank_bias: of what the labels are ranked by; a scale of None ranks them by their cosines.
         threshold: labels below it are left out; None leaves none out.
     """
 
     top_k: int | None
     scale: float
     bias: float | None
-    rank_scale: float | None
-    rank_bias: float | None
     threshold: float | None = None
 
     def best(self, cosines: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
         """The best labels of an image by their places, the best first, and their scores.
 
+        Labels are ranked by their cosines: in float32, a sigmoid is the same for all logits above 17. Of equal ones the
+        first comes first.
+
         Args:
-            cosines: float32 [C].
+            cosines: float32 [C], finite.
         """
-        ranks = cosines
-        if self.rank_scale is not None:
-            ranks = class_probabilities(cosines, self.rank_scale, self.rank_bias)
-        same = (self.scale, self.bias) == (self.rank_scale, self.rank_bias)
-        scores = ranks if same else class_probabilities(cosines, self.scale, self.bias)
         k = len(cosines) if self.top_k is None else min(self.top_k, len(cosines))
-        best = np.argpartition(-ranks, k - 1)[:k]
-        best = best[np.lexsort((best, -ranks[best]))]
+        least = np.partition(cosines, -k)[-k]
+        best = np.flatnonzero(cosines >= least)
+        best = best[np.argsort(-cosines[best], kind="stable")][:k]
+        scores = class_probabilities(cosines, self.scale, self.bias)[best]
         if self.threshold is not None:
-            best = best[scores[best] >= self.threshold]
-        return best, scores[best]
+            enough = scores >= self.threshold
+            best, scores = best[enough], scores[enough]
+        return best, scores
 
 
 class Scoring:
@@ -73,9 +72,11 @@ class Scoring:
         multi_label: Sequence[bool] | None = None,
         threshold: Sequence[float] | None = None,
         calibrated: Sequence[bool] | None = None,
-        alpha: ArrayLike | None = None,
+        alpha: Alpha | None = None,
     ) -> Scores:
         """The scores that a request asks for; the arguments have an entry for each of its images, all the same.
+
+        `alpha` is as `RequestAlpha` gives it.
 
         Raises:
             TaskError: a value that is not allowed; the release has no such scores.
@@ -88,14 +89,13 @@ class Scoring:
         plain = self._scale, self._bias
         if not alone:
             scale, bias = self._calibrated(alpha) if exact else plain
-            return Scores(DEFAULT_TOP_K if k is None else int(k), scale, bias, *plain)
-        # A sigmoid that the model was trained with stands alone by itself; a softmax does not.
-        scale, bias = self._sigmoid(alpha) if exact or self._bias is None else plain
-        return Scores(
-            None if k is None else int(k), scale, bias, None, None, DEFAULT_THRESHOLD if least is None else least
-        )
+            return Scores(DEFAULT_TOP_K if k is None else int(k), scale, bias)
+        # Also of a model that was pretrained with a sigmoid: R-Adapter trains with a softmax, which moves the cosines
+        # and leaves the sigmoid's own scale and bias where they were.
+        scale, bias = self._sigmoid(alpha)
+        return Scores(None if k is None else int(k), scale, bias, DEFAULT_THRESHOLD if least is None else least)
 
-    def _calibrated(self, alpha: ArrayLike | None) -> tuple[float, float | None]:
+    def _calibrated(self, alpha: Alpha | None) -> tuple[float, float | None]:
         """Scale and bias of the scores that `calibrated` asks for."""
         if self._bias is not None:
             return self._sigmoid(alpha)
@@ -105,18 +105,18 @@ class Scoring:
             raise TaskError(NOT_CALIBRATED, f"this release has no temperature: {why}; {HOW}")
         return self._scale / temperature, None
 
-    def _sigmoid(self, alpha: ArrayLike | None) -> tuple[float, float]:
+    def _sigmoid(self, alpha: Alpha | None) -> tuple[float, float]:
         fitted = self._of(alpha)
         return fitted.scale, fitted.bias
 
-    def _of(self, alpha: ArrayLike | None) -> Confidence:
+    def _of(self, alpha: Alpha | None) -> Confidence:
         if self._fitted is None:
             raise TaskError(NOT_CALIBRATED, f"this release has no calibrated scores; {HOW}")
-        others = [] if alpha is None else [one for one in np.ravel(np.asarray(alpha, np.float32)) if one != self._alpha]
+        others = [] if alpha is None else list(alpha[alpha != self._alpha])
         if others:
             raise TaskError(
                 NOT_CALIBRATED,
-                f"the scores of this release are calibrated at alpha {self._alpha:g}, not at {others[0]:g}",
+                f"the scores of this release are calibrated at alpha {self._alpha!s}, not at {others[0]!s}",
             )
         return self._fitted
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from radapter_serve.inputs.alpha import Encode, at
+from radapter_serve.inputs.alpha import Encode, at, single
 from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_IMAGE, Cancelled, TaskError, invalid
 from radapter_serve.inputs.preprocess import decode
 from radapter_serve.release.release import Release
@@ -83,8 +83,11 @@ class Segment:
         embed_labels: LabelEmbedder,
         label_sets: Mapping[str, LabelSet],
     ) -> None:
-        self._label_source, self._request_alpha = LabelSource(release, embed_labels, label_sets), release.request_alpha
-        self._release, self._encode_images, self._encode_patches = release, encode_images, encode_patches
+        self._label_source = LabelSource(release, embed_labels, label_sets)
+        self._request_alpha = release.request_alpha
+        self._release = release
+        self._encode_images = encode_images
+        self._encode_patches = encode_patches
 
     def __call__(self, request: SegmentRequest) -> LabelledMask:
         """Segment one image.
@@ -92,8 +95,10 @@ class Segment:
         Raises:
             TaskError: whatever is wrong with the request; labels are refused before the image is looked at.
         """
-        options, alpha = _options(request), self._request_alpha(request.alpha, 1)
-        own, patches = self._request_alpha.one(request.alpha), self._encode_patches
+        options = _options(request)
+        alpha = self._request_alpha(request.alpha, 1)
+        own = single(alpha)
+        patches = self._encode_patches
         dense = DenseSegmenter.of_release(self._release, None if patches is None else at(patches, own))
         proposals = ProposalSegmenter.of_release(self._release, at(self._encode_images, own))
         if request.proposals is None:

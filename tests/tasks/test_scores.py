@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from radapter_serve.inputs.errors import TaskError
-from radapter_serve.tasks.classify import Classes, Classify, ClassifyRequest
+from radapter_serve.tasks.classify import Classes, Classify, ClassifyRequest, EmbedImages
+from radapter_serve.tasks.label_embeddings import LabelSet
+from radapter_serve.tasks.scores import Scores, Scoring
 from tests.helpers.small_models import release
 from tests.helpers.small_release import CONFIDENCE, png
 
@@ -103,17 +105,75 @@ def test_a_label_is_scored_alike_whatever_others_there_are(local):
 
 def test_a_model_that_was_trained_with_a_sigmoid(local):
     own, exact = sigmoid(10.0 * cosines(local, IMAGES) - 3.0), sigmoid(6.0 * cosines(local, IMAGES) - 1.0)
-    fitted = {**CONFIDENCE, "temperature": None}
-    bare, both = (classify_of(local, logit_bias=-3.0, confidence=one) for one in (None, fitted))
+    classify = classify_of(local, logit_bias=-3.0, confidence={**CONFIDENCE, "temperature": None})
     every = {"multi_label": True, "threshold": 0.0}
-    for classify, options, scores in (
-        (bare, every, own),
-        (both, every, own),
-        (both, {**every, "calibrated": True}, exact),
-        (both, {"top_k": 7}, own),
-        (both, {"top_k": 7, "calibrated": True}, exact),
+    for options, scores in (
+        (every, exact),
+        ({**every, "calibrated": True}, exact),
+        ({"top_k": 7}, own),
+        ({"top_k": 7, "calibrated": True}, exact),
     ):
         np.testing.assert_allclose(ask(classify, IMAGES, **options).scores, ranked(scores)[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"multi_label": True}, {"calibrated": True}, {"top_k": 3}])
+@pytest.mark.parametrize("facts", [{"logit_bias": -1.0}, {"logit_bias": None}])
+def test_labels_are_ranked_by_their_cosines_where_scores_are_equal(local, facts, options):
+    """In float32 a sigmoid is 1 for all logits above 17, and a softmax is 0 for all that are far below the best."""
+    order = np.argsort(-cosines(local, IMAGES), axis=1)
+    fitted = {**CONFIDENCE, "scale": 1000.0, "bias": 900.0, "temperature": 1.0}
+    classify = classify_of(local, logit_scale=1000.0, confidence=fitted, **facts)
+    found = ask(classify, IMAGES, **options)
+    assert (np.diff(found.scores) == 0).any()
+    for row, labels in enumerate(found.labels):
+        shown = [label for label in labels if label]
+        assert shown == names(local)[order[row, : len(shown)]].tolist()
+
+
+def test_label_sets_are_ranked_by_their_cosines(local):
+    embed = local.embed_images([IMAGES])[0].unwrap()
+    large, small = LabelSet(tuple("abcdef"), embed), LabelSet(("x", "y"), embed[:2])
+    sure = {"scale": 1000.0, "bias": 900.0}
+    facts = release(templates=TEMPLATES, logit_scale=1000.0, logit_bias=900.0, confidence={**CONFIDENCE, **sure})
+    classify = Classify(facts, local.embed_images, local.embed_labels, {"large": large, "small": small})
+    [found] = classify([ClassifyRequest(IMAGES, label_set=[b"large"] * 6, top_k=[1] * 6)])
+    assert found.unwrap().labels.ravel().tolist() == list("abcdef")
+    # As many labels as the smaller of two has; labels that stand alone are as many as the one with most has.
+    mixed = ClassifyRequest(IMAGES[:2], label_set=[b"large", b"small"])
+    alone = dataclasses.replace(mixed, multi_label=[True] * 2, threshold=[0.0] * 2)
+    of_both, of_each = (outcome.unwrap() for outcome in classify([mixed, alone]))
+    assert of_both.labels[:, 0].tolist() == ["a", "y"] and of_both.labels.shape == of_both.scores.shape == (2, 2)
+    assert sorted(of_each.labels[0]) == list("abcdef") and of_each.labels[1].tolist() == ["y", "x", "", "", "", ""]
+    assert of_each.scores[1].tolist() == [1, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 2, 3, 40, 100])
+def test_of_equal_labels_the_first_comes_first(top_k):
+    values = np.random.default_rng(0).integers(0, 4, 50).astype(np.float32) / 4
+    best, scores = Scores(top_k, 10.0, None).best(values)
+    expected = sorted(range(50), key=lambda place: -values[place])[:top_k]
+    assert best.tolist() == expected
+    np.testing.assert_allclose(scores, softmax(10.0 * values[None].astype(np.float64))[0, expected], rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"multi_label": True}, {"calibrated": True}])
+def test_calibrated_scores_are_for_the_alpha_of_the_release_alone(local, options):
+    """Also where another is as near as float32 has it, and in a later row."""
+    facts = release(alpha=0.3, dynamic_alpha=True, templates=TEMPLATES, confidence=CONFIDENCE)
+    scoring = Scoring(facts)
+    given = {name: [value] * 2 for name, value in options.items()}
+    own = np.float32(0.3)
+    assert scoring(**given, alpha=facts.request_alpha([0.3, own], 2)) == scoring(**given, alpha=None)
+    for near in (np.nextafter(own, np.float32(0)), np.nextafter(own, np.float32(1)), 0.301):
+        with pytest.raises(TaskError, match=rf"calibrated at alpha 0.3, not at {np.float32(near)!s}"):
+            scoring(**given, alpha=facts.request_alpha([0.3, near], 2))
+
+
+def test_embeddings_that_are_not_finite_are_no_ranking(local):
+    facts = release(templates=TEMPLATES)
+    embed = EmbedImages(facts, lambda pixels: np.full((len(pixels), 8), np.nan, np.float32))
+    [outcome] = Classify(facts, embed, local.embed_labels, {})([ClassifyRequest([IMAGES[0]], [LABELS])])
+    assert "embeddings hold values that are not finite" in str(outcome.error)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +187,11 @@ def test_a_model_that_was_trained_with_a_sigmoid(local):
             "[not_calibrated] this release has no",
         ),
         ({"logit_bias": -3.0, "confidence": None}, {"calibrated": True}, "[not_calibrated]"),
+        (
+            {"logit_bias": -3.0, "confidence": None},
+            {"multi_label": True},
+            "[not_calibrated] this release has no calibrated scores; export one with radapter-export --validation DATA",
+        ),
         ({}, {"threshold": 0.5}, "[invalid_argument] threshold leaves out"),
         ({}, {"threshold": 0.5, "multi_label": False}, "[invalid_argument] threshold leaves out"),
         (

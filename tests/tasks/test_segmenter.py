@@ -325,6 +325,16 @@ def test_proposals_are_fused_as_computed_by_hand():
     np.testing.assert_allclose(found.scores, [pixels[:2, 0].mean(), pixels[2, 1], 0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("scores", [None, np.ones((2, 3), np.float32)])
+def test_proposals_that_a_sigmoid_can_not_tell_apart_get_the_label_of_the_greater_cosine(scores):
+    """In float32 a sigmoid is 1 for all logits above 17."""
+    masks = np.array([[[255, 255, 0]], [[0, 255, 204]]], np.uint8)
+    cosines = np.array([[0.7, 0.6, -1.0], [0.6, 0.75, -1.0]], np.float32)
+    made = segmenter(images=lambda pixels: cosines, scale=100.0, bias=-10.0)
+    found = made.from_proposals(image(3, 1), np.eye(3, dtype=np.float32), masks, scores)
+    assert found.mask.tolist() == [[0, 1, 1]]
+
+
 def test_proposals_without_scores_are_classified_by_the_image_encoder_alone():
     pixels = np.zeros((20, 20, 3), np.uint8)
     pixels[:10], pixels[10:, :10], pixels[10:, 10:] = (255, 0, 0), (0, 0, 255), (255, 255, 255)
