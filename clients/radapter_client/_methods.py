@@ -113,7 +113,7 @@ class BaseClient(Generic[W]):
             alpha: the adapter's weight in [0, 1], of a release that takes any (`release().dynamic_alpha`); None for the
                 release's own.
             multi_label: score each label by itself, so that several can be right, or none. Needs a release with
-                calibrated scores (`release().facts["confidence"]`), or a model that was trained so (SigLIP).
+                calibrated scores (`release().facts["confidence"]`).
             threshold: score in [0, 1] from which a label is returned, of multi_label; None for 0.5.
             calibrated: scores that say how often a label is right, as the release was fitted to validation data. The
                 labels and their order stay the same.

@@ -50,6 +50,10 @@ from radapter_serve.tasks.label_embeddings import LabelEmbedder
 
 TOKENIZED = ("embed_text", "segment", "classify")
 LABELLED = ("segment", "classify")
+UNFITTED = (
+    "this release of a SigLIP refuses multi_label: training leaves the sigmoid's own scale and bias behind; "
+    "export with --validation DATA to fit them again"
+)
 _TOOLS = ("torch", "open_clip_torch", "onnx", "onnxscript", "radapter-serve")
 
 
@@ -152,6 +156,8 @@ class Writer:
                 release = replace(release, accuracy=asdict(accuracy), confidence=fitted)
                 for model in TASKS:
                     release.save(repository.staged(model, version))
+        if release.logit_bias is not None and release.confidence is None:
+            warnings = [*warnings, UNFITTED]
         checkpoints.add_release(name, release)
         forms.add_release(name, release)
         return ExportedRelease(release, exported, checkpoints.folder / name, accuracy, warnings, others)

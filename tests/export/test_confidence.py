@@ -14,12 +14,18 @@ from PIL import Image
 
 from radapter_export import ExportSettings, export_release
 from radapter_export.accuracy import open_validation
+from radapter_export.writer import UNFITTED
 from radapter_serve.adapter import Metadata, load_adapter
 from radapter_serve.cli import export as command
 from radapter_serve.evaluation import confidence
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import named_releases, read_config
 from radapter_serve.runtimes.local_release import LocalRelease
+from radapter_serve.tasks.label_embeddings import LabelSet
+from radapter_serve.tasks.scores import Scoring
+from radapter_serve.training.loop import train
+from tests.helpers.short_run import short_run
+from tests.helpers.small_models import make_base
 
 CLASSES = ["cat", "dog", "horse"]
 
@@ -84,6 +90,38 @@ def test_the_runs_own_data_may_be_asked_for_in_fp32(adapter_path: Path, photos: 
     assert open_validation(metadata, None, None, "fp32", 0.5) is None
     found = open_validation(metadata, "own", None, "fp32", 0.5)
     assert found is not None and len(found.data) == 30
+
+
+def test_a_siglip_that_was_trained_finds_its_labels_by_what_was_fitted(
+    quick: None, folders: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its own sigmoid, which a softmax left behind, gives no label 0.5."""
+    random = np.random.default_rng(0)
+    for number in range(102):
+        path = tmp_path / "photos" / CLASSES[number % 3] / f"{number:03}.png"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        pixels = np.zeros((40, 40, 3), np.uint8)
+        pixels[..., number % 3] = 180
+        Image.fromarray(pixels + random.integers(0, 60, pixels.shape, np.uint8)).save(path)
+    data = f"imagefolder:{tmp_path / 'photos'}"
+    base = make_base("siglip", tmp_path / "base")
+    run = train(short_run(base, tmp_path, data=data, batch_size=34, steps=30))
+    (exported,) = export_release(run, [1.0], ExportSettings(**folders, validation=data))
+    release = exported.release
+    assert exported.accuracy is not None and exported.accuracy.release > 90
+
+    local = LocalRelease(str(folders["model_repository"]))
+    label_set = LabelSet.load(folders["model_repository"] / "classify" / "1" / "label_sets" / "classes.npz")
+    paths = sorted((tmp_path / "photos").rglob("*.png"))
+    cosines = local.encode_images([local.prepare(path.read_bytes()) for path in paths]) @ label_set.embeds.T
+    right = np.array([label_set.labels.index(path.parent.name) for path in paths])
+    own = 1 / (1 + np.exp(-(release.logit_scale * cosines + release.logit_bias)))
+    assert (own[np.arange(102), right] >= 0.5).mean() < 0.1
+    scores = Scoring(release)(multi_label=[True])
+    found = [scores.best(row)[0].tolist() for row in cosines]
+    assert np.mean([place in places for place, places in zip(right, found, strict=True)]) > 0.6
+    assert np.mean([len(places) for places in found]) < 1.2
+    assert UNFITTED not in exported.warnings
 
 
 @pytest.mark.parametrize(

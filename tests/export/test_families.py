@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from radapter_export import ExportSettings, export_release
+from radapter_export.writer import UNFITTED
 from radapter_serve.adapter import fold, load_adapter, save_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.inputs.preprocess import Preprocess, decode_pixels
@@ -32,6 +33,7 @@ def test_release_of_a_family_gives_what_open_clip_gives(family: str, tmp_path: P
     repository, merged = tmp_path / "repository", tmp_path / "merged"
     (release,) = export_release(tmp_path, [0.7], ExportSettings(model_repository=repository, merged=merged))
 
+    assert (UNFITTED in release.warnings) == ("siglip" in family)
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{merged}")
     weights = load_base(name).model.state_dict()
     folded = fold(weights, load_adapter(tmp_path), 0.7)
