@@ -23,7 +23,7 @@ from radapter_serve.release.repository import named_releases, read_config
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.tasks.label_embeddings import LabelSet
 from radapter_serve.tasks.scores import Scoring
-from radapter_serve.training.loop import train
+from radapter_serve.training import train
 from tests.helpers.short_run import short_run
 from tests.helpers.small_models import make_base
 
@@ -109,6 +109,7 @@ def test_a_siglip_that_was_trained_finds_its_labels_by_what_was_fitted(
     (exported,) = export_release(run, [1.0], ExportSettings(**folders, validation=data))
     release = exported.release
     assert exported.accuracy is not None and exported.accuracy.release > 90
+    assert release.logit_bias is not None
 
     local = LocalRelease(str(folders["model_repository"]))
     label_set = LabelSet.load(folders["model_repository"] / "classify" / "1" / "label_sets" / "classes.npz")

@@ -163,8 +163,9 @@ def test_calibrated_scores_are_for_the_alpha_of_the_release_alone(local, options
     scoring = Scoring(facts)
     given = {name: [value] * 2 for name, value in options.items()}
     own = np.float32(0.3)
-    assert scoring(**given, alpha=facts.request_alpha([0.3, own], 2)) == scoring(**given, alpha=None)
-    for near in (np.nextafter(own, np.float32(0)), np.nextafter(own, np.float32(1)), 0.301):
+    assert scoring(**given, alpha=facts.request_alpha([0.3, float(own)], 2)) == scoring(**given, alpha=None)
+    nearest = [float(np.nextafter(own, np.float32(end))) for end in (0, 1)]
+    for near in (*nearest, 0.301):
         with pytest.raises(TaskError, match=rf"calibrated at alpha 0.3, not at {np.float32(near)!s}"):
             scoring(**given, alpha=facts.request_alpha([0.3, near], 2))
 
