@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
+from huggingface_hub import constants
 from PIL import Image
 
 from radapter_client.query.inputs import SUFFIXES as OF_THE_CLIENT
@@ -195,7 +196,12 @@ def test_data_that_is_not_there_is_named_without_a_retry(
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> Any:
     """As on a machine that can't reach the hub, and has nothing in its cache."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    class Unplugged:
+        def head(self, *_: Any, **__: Any) -> None:
+            raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.get_session", Unplugged)
     unreachable.cache_clear()
     yield
     unreachable.cache_clear()
@@ -215,7 +221,8 @@ def test_weights_that_are_not_there_say_how_to_bring_them(
         load_base(name, tag)
     for words in (f"hf download {repository}`", repository.replace("/", "--"), "--architecture local-dir:clip"):
         assert words in str(caught.value), words
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "(no route to host)" in str(caught.value)
+    assert not constants.HF_HUB_OFFLINE  # as it was
 
 
 def test_one_image_is_no_batch_and_one_class(photos: Path) -> None:
