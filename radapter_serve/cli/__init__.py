@@ -5,10 +5,12 @@ What they share is here; what they do lives in the rooms.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
@@ -16,19 +18,73 @@ from radapter_serve import __version__
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.extras import install_command
 
+HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 
-def run(function: Callable[..., Any], argv: Sequence[str] | None = None, *, prog: str) -> int:
+
+def run(
+    function: Callable[..., Any], argv: Sequence[str] | None = None, *, prog: str, first: Collection[str] = ()
+) -> int:
     """Run a typed function as a command: its signature makes the flags, and its docstring the help.
 
     Args:
         function: what the command does; may return an exit status, None means 0.
         argv: arguments without the program's name; `sys.argv` if None.
         prog: name of the command, as in `pyproject.toml`.
+        first: names of the options that most people set, which `--help` shows; `--help-all` shows all. None shows all.
 
     Returns:
         The exit status: 2 for an error that the user can mend, 130 after Ctrl-C.
     """
-    return guard(lambda: tyro.cli(function, args=argv, prog=prog), argv, prog=prog)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if first and asks_for_help(arguments):
+        return guard(lambda: show_help(options(function, first), prog=prog), arguments, prog=prog)
+    if HELP_ALL in arguments:
+        arguments = ["--help"]
+    return guard(lambda: tyro.cli(function, args=arguments, prog=prog), arguments, prog=prog)
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether `--help` or `-h` is among the arguments, and `--help-all` is not."""
+    return any(flag in arguments for flag in HELP) and HELP_ALL not in arguments
+
+
+def show_help(first: Callable[..., Any], *, prog: str, description: str | None = None) -> None:
+    """Print the help of some options, and how to see all; ends the process as tyro does.
+
+    Args:
+        first: from `options`.
+        prog: name of the command.
+        description: above the options; the docstring's if None.
+    """
+    try:
+        tyro.cli(first, args=["--help"], prog=prog, description=description)
+    finally:
+        print(f"These are the options that most people set; {prog} {HELP_ALL} shows all.")
+
+
+def options(kind: Callable[..., Any], names: Collection[str], values: Any = None) -> type:
+    """A dataclass with some options of a command, for its help.
+
+    Args:
+        kind: a typed function or a dataclass; dataclasses among its parameters give their options, too.
+        names: of the options.
+        values: an instance of the dataclass, which has the defaults; None takes the declared ones.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    fields: list[tuple[str, Any, Any]] = []
+    for name, parameter in inspect.signature(kind).parameters.items():
+        value = parameter.default if values is None else getattr(values, name)
+        if dataclasses.is_dataclass(value):
+            inner = options(type(value), names, value)
+            if dataclasses.fields(inner):
+                nested = Annotated[(inner, *hints[name].__metadata__)]  # type: ignore[valid-type]
+                fields.append((name, nested, dataclasses.field(default_factory=inner)))
+        elif name in names:
+            default = dataclasses.field(default_factory=lambda value=value: value)  # type: ignore[misc]
+            fields.append((name, hints[name], default))
+    made = dataclasses.make_dataclass(kind.__name__, fields)
+    made.__doc__ = kind.__doc__
+    return made
 
 
 def guard(call: Callable[[], Any], argv: Sequence[str] | None = None, *, prog: str) -> int:

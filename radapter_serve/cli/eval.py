@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from radapter_serve.evaluation.results import Row
     from radapter_serve.evaluation.suite import Suite
 
+FIRST = ("suite", "alpha", "data_root", "out", "limit", "adapter", "merged", "release", "url", "device")
 GRID = tuple(round(0.1 * step, 1) for step in range(11))
 FACTORS = ("1", "0.75", "0.5", "0.25", "0")  # even alpha first, which wins where others are no better
 Factor = Annotated[str, tyro.conf.arg(metavar="A|auto")]
@@ -202,12 +203,13 @@ def evaluate(
             if auto:
                 choice, file = choose_alpha(embedder, path, tests, results, opened=overlap.chosen_by, **options)
                 screen.print(_choice_table(choice))
+                told = _beside(choice)
                 found = f"alpha {choice.alpha:g}" + (f", {choice.schedule}" if choice.schedule != EVEN else "")
-                _print(screen, f"rule: {choice.rule}", f"{found} is written to {file}")
+                _print(screen, f"rule: {choice.rule}", f"{found} is written to {file}", *told)
                 variants = [
                     variant
                     for variant in variants
-                    if variant.alpha in (0.0, choice.alpha)
+                    if variant.alpha in (0.0, choice.smallest, choice.alpha)
                     and (variant.schedule == choice.schedule or variant.source != "adapter")
                 ]
             elif tests:  # alpha was chosen earlier, and perhaps by these
@@ -229,7 +231,10 @@ def evaluate(
         _print(screen, f"all of this was measured before; --no-resume measures it again and replaces {results.path}")
     _print(screen, *(f"wrote {file}" for file in (results.path, *pictures)))
     if auto:
-        _print(screen, f"Next:   radapter-export --adapter {shlex.quote(str(path))} --alpha auto")
+        command = f"radapter-export --adapter {shlex.quote(str(path))} --alpha"
+        _print(screen, f"Next:   {command} auto")
+        if choice and choice.smaller is not None:
+            _print(screen, f"or:     {command} {choice.smaller:g}")
 
 
 def default_out(model: str, tests: Suite | None) -> Path:
@@ -278,6 +283,27 @@ def _choice_table(choice: Choice) -> Table:
     return table
 
 
+def _beside(choice: Choice) -> list[str]:
+    """What a user should know beside a choice that no shifted set was asked for."""
+    if choice.shifted:
+        return []
+    lines = [
+        "No validation set is shifted, so this choice tells nothing of other images than yours; on those, a smaller "
+        "alpha usually loses less."
+    ]
+    if choice.smaller is not None:
+        lines.append(
+            f"alpha {choice.smaller:g} is the smallest within the 95 % interval of the best: on your images it may be "
+            "as good, and it keeps more of the base."
+        )
+    elif choice.smallest == 0 < choice.alpha:
+        lines.append(
+            "alpha 0, the base as it was, is within the 95 % interval of the best: these images are too few to tell "
+            "that training helped. The run's own alpha, which an export takes if none is given, is a good start."
+        )
+    return lines
+
+
 class _Lines:
     """Prints what is going on where no terminal shows it: a plain line, and the next one some seconds later."""
 
@@ -309,7 +335,7 @@ def _number(value: str, name: str = "alpha") -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see `evaluate`."""
-    return run(evaluate, argv, prog="radapter-eval")
+    return run(evaluate, argv, prog="radapter-eval", first=FIRST)
 
 
 if __name__ == "__main__":

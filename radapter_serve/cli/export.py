@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from radapter_export import ExportedRelease
     from radapter_serve.evaluation.alpha_choice import Choice
 
+FIRST = (
+    *("alpha", "adapter", "label_set", "templates", "dense", "precision", "validation"),
+    *("model_repository", "merged", "transformers", "runtime", "format"),
+)
 RUNS = Path("runs")
 ADAPTER = "adapter.safetensors"
 
@@ -71,6 +75,7 @@ def export(
     if None in alphas and len(paths) > 1:
         raise RAdapterError("--alpha auto was chosen for one adapter, not for an average; give a number, or dynamic")
     console = Console(stderr=True)
+    choice: Choice | None = None
     with console.status("starting") as status:
         start = time.perf_counter()
         from radapter_export import export_release  # torch and onnx take seconds to load: not for --help
@@ -82,6 +87,13 @@ def export(
             settings = _with_schedule(settings, choice)
             numbers = [choice.alpha if value is None else value for value in alphas]
         releases = export_release(paths, "dynamic" if dynamic else numbers or None, settings, progress=status.update)
+    if choice and choice.smaller is not None:
+        console.print(
+            f"note: no set that alpha {choice.alpha:g} was chosen by is shifted; alpha {choice.smaller:g} is within "
+            f"the interval of its score, and keeps more of the base: --alpha {choice.smaller:g}",
+            highlight=False,
+            soft_wrap=True,
+        )
     for warning in releases[-1].warnings:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     _show(releases, paths, settings, time.perf_counter() - start)
@@ -204,7 +216,7 @@ def _number(value: str) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see `export`."""
-    return run(export, argv, prog="radapter-export")
+    return run(export, argv, prog="radapter-export", first=FIRST)
 
 
 if __name__ == "__main__":

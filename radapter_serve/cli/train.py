@@ -5,21 +5,52 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import tyro
 
-from radapter_serve.cli import guard
+from radapter_serve.cli import HELP_ALL, asks_for_help, guard, options, show_help
 from radapter_serve.errors import RAdapterError
 from radapter_serve.threads import limit_threads
+
+if TYPE_CHECKING:
+    from radapter_serve.training.recipe import Recipe
+
+PROG = "radapter-train"
+FIRST = (
+    *("task", "architecture", "pretrained", "data", "val_data", "val_fraction", "classes"),
+    *("batch_size", "epochs", "learning_rate", "alpha", "seed", "out"),
+)
+GROUPS = {  # title and sentence, by the first field of each in the recipe's order
+    "task": ("model", "What is trained."),
+    "data": ("data", "What it learns from."),
+    "rank": ("adapter and loss", "The method."),
+    "batch_size": ("optimizer", "How it learns."),
+    "crop_scale": ("image", "What the towers see."),
+    "precision": ("run", "How the command runs."),
+}
+
+
+@dataclass
+class Given:
+    """What gives all other options their defaults.
+
+    Args:
+        recipe: name of a recipe that comes with the package, or a YAML file; each option below replaces a field of it.
+        resume: folder of a stopped run to continue by its own recipe; it needs no other option.
+    """
+
+    recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None
+    resume: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train adapters; `--recipe NAME` or FILE reads a recipe, and every field of a recipe is a flag."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return guard(lambda: _train(arguments), arguments, prog="radapter-train")
+    return guard(lambda: _train(arguments), arguments, prog=PROG)
 
 
 def _train(arguments: list[str]) -> None:
@@ -36,17 +67,36 @@ def _train(arguments: list[str]) -> None:
     recipe = load_recipe(source) if source else Recipe()
     if run:
         recipe = dataclasses.replace(recipe, out=Path(run), resume=True)
-    description = (
-        f"Train R-Adapter on a CLIP. --recipe NAME ({', '.join(ready_recipes())}) or --recipe FILE reads a recipe in "
-        "YAML, and --resume RUN continues a stopped run by its own recipe. Each flag below replaces a field of the "
-        "recipe."
-    )
-    recipe = tyro.cli(Recipe, args=_nones(rest, Recipe), default=recipe, prog="radapter-train", description=description)
+    description = f"Train R-Adapter on a CLIP. Recipes that come with the package: {', '.join(ready_recipes())}."
+    if asks_for_help(rest):
+        first = dataclasses.make_dataclass("First", (), bases=(options(Recipe, FIRST, recipe), Given))
+        show_help(first, prog=PROG, description=description)
+    if HELP_ALL in rest:
+        tyro.cli(_in_groups(recipe), args=["--help"], prog=PROG, description=description)
+    recipe = tyro.cli(Recipe, args=_nones(rest, Recipe), default=recipe, prog=PROG, description=description)
     recipe.check()  # before torch is loaded, which takes seconds
     limit_threads(recipe.threads)
     from radapter_serve.training.start import train
 
     train(recipe)
+
+
+def _in_groups(recipe: Recipe) -> type:
+    """All fields of a recipe for the help, with its values as defaults, in groups."""
+    groups: list[list[str]] = []
+    for field in dataclasses.fields(recipe):
+        if field.name in GROUPS:
+            groups.append([])
+        if field.name != "resume":  # which stands beside --recipe
+            groups[-1].append(field.name)
+    fields: list[tuple[str, Any, Any]] = []
+    for number, names in enumerate(groups):
+        title, sentence = GROUPS[names[0]]
+        group = options(type(recipe), names, recipe)
+        shown = tyro.conf.arg(name=title, help=sentence)
+        kind = Annotated[group, tyro.conf.OmitArgPrefixes, shown]  # type: ignore[valid-type]
+        fields.append((f"group_{number}", kind, dataclasses.field(default_factory=group)))
+    return dataclasses.make_dataclass("All", fields, bases=(Given,))
 
 
 def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import PROPOSALS
-from radapter_serve.evaluation.results import Row, by_shift, curve
+from radapter_serve.evaluation.results import Row, by_shift, curve, own_metric
 from radapter_serve.files import staged
 from radapter_serve.release.alpha_schedule import EVEN, AlphaSchedule
 
@@ -32,6 +33,9 @@ class Choice:
         curve: for each α: `alpha`, `score` by the rule, and each validation set's metric, in per cent.
         sets: shift, metric, n and digest of each validation set, by its name.
         adapter_digest: of the adapter that it was chosen for.
+        smallest: the smallest α whose score is within the 95 % interval of the best one's, where no set is shifted: as
+            far as such data can tell it is as good on it, and it keeps more of the base. None where a set is shifted,
+            or a single image gives no interval.
         schedule: of α over the layers, chosen with it where several were tried.
     """
 
@@ -40,7 +44,18 @@ class Choice:
     curve: list[dict[str, float]]
     sets: dict[str, dict[str, Any]]
     adapter_digest: str
+    smallest: float | None = None
     schedule: AlphaSchedule = EVEN
+
+    @property
+    def shifted(self) -> bool:
+        """Whether a validation set was shifted."""
+        return bool(by_shift(self.sets)[1])
+
+    @property
+    def smaller(self) -> float | None:
+        """What may be taken in place of the best: `smallest`, where that is another α and not the base."""
+        return self.smallest if self.smallest and self.smallest < self.alpha else None
 
 
 def choose(rows: Sequence[Row]) -> Choice:
@@ -77,9 +92,24 @@ def choose(rows: Sequence[Row]) -> Choice:
             points.append({"alpha": point["alpha"], "score": sum(means) / len(means), **point})
         # Scores are rounded: where two differ by no more than the error of a sum, the smaller α wins.
         best = max(points, key=lambda point: (round(point["score"], 6), -point["alpha"]))
-        choice = Choice(best["alpha"], rule, points, sets, rows[0]["adapter_digest"], schedule)
+        smallest = (
+            None if groups[1] else _smallest(points, best, [row for row in some if row["alpha"] == best["alpha"]])
+        )
+        choice = Choice(best["alpha"], rule, points, sets, rows[0]["adapter_digest"], smallest, schedule)
         choices.append((round(best["score"], 6), choice))
     return max(choices, key=lambda one: one[0])[1]  # the first of equal ones
+
+
+def _smallest(points: Sequence[Mapping[str, float]], best: Mapping[str, float], rows: Sequence[Row]) -> float | None:
+    """The smallest α within the interval of the best one, which has these rows; their sets are independent."""
+    variance = 0.0
+    for row in rows:
+        interval = row.get("intervals", {}).get(row["metric"])
+        if interval is None:
+            return None
+        variance += (own_metric(row) - 100 * interval[0]) ** 2
+    low = best["score"] - sqrt(variance) / len(rows)
+    return min(point["alpha"] for point in points if round(point["score"] - low, 6) >= 0)
 
 
 def save_choice(choice: Choice, adapter: str | Path) -> Path:

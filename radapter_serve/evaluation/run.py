@@ -190,10 +190,15 @@ def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
         data: other data of the same columns; None takes what the run was validated with.
 
     Raises:
-        RAdapterError: the run was trained without any.
+        RAdapterError: the run was trained without any, or with the other data.
     """
     recipe = {**metadata.recipe, "task": metadata.task}
     if data is not None:
+        if recipe.get("data") and _place(data) == _place(recipe["data"]):
+            raise RAdapterError(
+                f"the validation data {data} is what the run was trained with, which tells nothing of other images; "
+                "name others, or none, or own for those that the run was validated with"
+            )
         recipe |= {"val_data": data}
     held_out = (
         f"{recipe['val_fraction']} of {recipe['data']}" if recipe.get("val_fraction") and recipe.get("data") else ""
@@ -210,3 +215,10 @@ def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
     fields |= {"name": "validation", "data": place, "task": metadata.task, "split": "validation"}
     run = dataclasses.replace(metadata, recipe=recipe)
     return Suite("validation", (entry_of(fields, "the run's validation data"),), run=run)
+
+
+def _place(source: str) -> tuple[str, Path, str]:
+    """The reader, the file or folder, and the split that data is read from, however it is written."""
+    reader, _, rest = source.rpartition(":")
+    path, _, split = rest.partition("@")
+    return reader, Path(path).absolute().resolve(), split or "train"

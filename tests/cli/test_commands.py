@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from radapter_serve.cli import build_engine, demo, export, gateway, guard, index
 from radapter_serve.cli import eval as cli_eval
 from radapter_serve.errors import RAdapterError
 from radapter_serve.extras import install_command
+from radapter_serve.training.recipe import Recipe, load_recipe
 
 COMMANDS = {
     "build-engine": build_engine.main,
@@ -40,6 +43,44 @@ def test_help_and_unknown_flags(name: str, capsys: pytest.CaptureFixture[str]) -
         main(["--no-such-flag", "1"])
     assert exit_status.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["eval", "export", "train"])
+def test_help_shows_what_most_people_set_and_help_all_the_rest_in_groups(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")  # in a wider terminal, tyro sets the groups side by side
+
+    def shown(flag: str) -> tuple[list[str], list[str]]:
+        with pytest.raises(SystemExit) as exit_status:
+            COMMANDS[name]([flag])
+        assert not exit_status.value.code
+        text = capsys.readouterr().out
+        assert (f"radapter-{name} --help-all" in text) == (flag != "--help-all")
+        titles = re.findall(r"^[^\w\n]{1,3}([a-z ]*options)\W*$", text, re.MULTILINE)
+        return re.findall(r"^[│ ] {1,2}(--[a-z][a-z-]*)", text, re.MULTILINE), titles
+
+    first, _ = shown("--help")
+    whole, titles = shown("--help-all")
+    assert shown("-h")[0] == first
+    assert 8 <= len(first) <= 16 and len(whole) > 1.5 * len(first)
+    assert set(first) < set(whole) and len(set(whole)) == len(whole)
+    assert len(titles) > 1
+
+
+def test_help_of_training_lists_the_recipe_and_has_its_defaults(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    for arguments in (["--help"], ["--help-all"]):
+        with pytest.raises(SystemExit):
+            train.main(["--recipe", "small", *arguments])
+        text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert "--recipe NAME|FILE" in text and "--resume RUN" in text and "small" in text
+        batch = re.search(r"--batch-size .*?\(default: (\d+)\)", text)
+        assert batch and int(batch[1]) == load_recipe("small").batch_size
+    fields = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Recipe)}
+    assert fields <= set(re.findall(r"--[a-z-]+", text))
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

@@ -318,6 +318,7 @@ def test_auto_chooses_on_validation_data_and_export_takes_it(
     assert (here / "results" / "alpha.png").read_bytes() == b"the curve of an earlier call"
     assert (here / "results" / "validation.png").read_bytes().startswith(b"\x89PNG")
     assert "the highest mean score over in-distribution validation sets; ties go to the smallest" in out
+    assert "No validation set is shifted, so this choice tells nothing of other images than yours" in out
     choice = json.loads((here / "runs" / "tiny" / "alpha.json").read_text(encoding="utf-8"))
     name = "held-out" if with_suite else "validation"
     assert [point["alpha"] for point in choice["curve"]] == [round(0.1 * step, 1) for step in range(11)]

@@ -17,9 +17,14 @@ COMMANDS = {
 
 @cache
 def help_of(command: str, *subcommand: str) -> str:
-    """What a command says of itself."""
+    """What a command says of itself, with all its options."""
+    short = _said(command, *subcommand, "--help")
+    return _said(command, *subcommand, "--help-all") if "--help-all" in short else short
+
+
+def _said(command: str, *arguments: str) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         point = COMMANDS[command]
-        getattr(importlib.import_module(point.module), point.attr)([*subcommand, "--help"])
+        getattr(importlib.import_module(point.module), point.attr)(list(arguments))
     return out.getvalue()
