@@ -18,8 +18,8 @@ from radapter_serve.release.integrity import check, no_digests
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import MODELS, releases_of
 from radapter_serve.release.served import Served
-from radapter_serve.server.desk import ask, find_server
-from radapter_serve.server.releases import back, known, listed
+from radapter_serve.server.admin_socket import ask, find_server
+from radapter_serve.server.releases import format_list, previous, require_known
 
 PROG = "radapter-release"
 REPOSITORY = Path("model_repository")
@@ -32,7 +32,7 @@ def list_(model_repository: Path = REPOSITORY, http_port: int | None = None) -> 
         model_repository: folder that radapter-export has filled.
         http_port: the port of the server to ask, where several serve the repository.
     """
-    versions = known(model_repository, releases_of(model_repository))
+    versions = require_known(model_repository, releases_of(model_repository))
     state, where = _state(model_repository, http_port)
     table = Table(title=escape(str(model_repository)), title_justify="left")
     for column in ("release", "alpha", "architecture", "precision", "created", "served"):
@@ -67,7 +67,7 @@ def load(
     """
     if not release:
         raise RAdapterError("name a release, such as: radapter-release load 2")
-    wanted = known(model_repository, release)
+    wanted = require_known(model_repository, release)
     _do({"do": "load", "releases": wanted}, model_repository, http_port, lambda served: served.next(wanted))
 
 
@@ -78,7 +78,7 @@ def rollback(model_repository: Path = REPOSITORY, http_port: int | None = None) 
         model_repository: folder that radapter-export has filled.
         http_port: the port of the server, where several serve the repository.
     """
-    _do({"do": "rollback"}, model_repository, http_port, back)
+    _do({"do": "rollback"}, model_repository, http_port, previous)
 
 
 def verify(
@@ -92,7 +92,7 @@ def verify(
         release: number of the release; all that there are if none is given.
         model_repository: folder that radapter-export has filled.
     """
-    versions = known(model_repository, releases_of(model_repository) if release is None else [release])
+    versions = require_known(model_repository, releases_of(model_repository) if release is None else [release])
     with Console(stderr=True).status("reading") as status:
         without = check(model_repository, versions, status.update)
     for version in versions:
@@ -113,7 +113,7 @@ def _do(request: dict[str, Any], repository: Path, http_port: int | None, offlin
         if server is None:
             check(repository, wanted.releases, status.update)
             wanted.save(repository)
-            done = f"no server runs here; from its next start on, release {listed(wanted.releases)} is served"
+            done = f"no server runs here; from its next start on, release {format_list(wanted.releases)} is served"
         else:
             done = ask(server, request, lambda line: status.update(f"{escape(line)} ..."))
     print(done)

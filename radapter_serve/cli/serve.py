@@ -19,8 +19,8 @@ from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import no_digests
 from radapter_serve.release.release import Release
+from radapter_serve.server.admin_socket import AdminSocket
 from radapter_serve.server.backlog import MAX_WAITING
-from radapter_serve.server.desk import Desk
 from radapter_serve.server.runtime_choice import BATCHES, fastest
 from radapter_serve.server.supervisor import Supervisor
 from radapter_serve.server.triton_server import TritonServer
@@ -152,7 +152,7 @@ def serve(
             if server.warning:
                 _say(f"warning: {server.warning}")
             _show(server)
-            with Desk(server), beside or contextlib.nullcontext():
+            with AdminSocket(server), beside or contextlib.nullcontext():
                 Supervisor(server, _say, [beside] if beside else []).run()
         except KeyboardInterrupt:
             print("stopping ...", file=sys.stderr)

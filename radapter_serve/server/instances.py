@@ -13,10 +13,10 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.server.lineup import Offered, parsed, processes_of
+from radapter_serve.server.models import ModelEntry, parsed, processes_of
 from radapter_serve.server.probe import TASKS
 
-MOST = 64
+MAX_INSTANCES = 64
 MIB = 2**20
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -36,13 +36,15 @@ def counts(wanted: Sequence[str]) -> dict[str, int]:
         task, _, number = one.rpartition("=")
         if task and task not in TASKS:
             raise RAdapterError(f"--instances {one}: there is no task {task}; there are {', '.join(TASKS)}")
-        if not number.isdecimal() or not 1 <= int(number) <= MOST:
-            raise RAdapterError(f"--instances {one}: allowed are 1 to {MOST}, for all tasks (2) or for one (segment=2)")
+        if not number.isdecimal() or not 1 <= int(number) <= MAX_INSTANCES:
+            raise RAdapterError(
+                f"--instances {one}: allowed are 1 to {MAX_INSTANCES}, for all tasks (2) or for one (segment=2)"
+            )
         (own if task else every).update(dict.fromkeys([task] if task else TASKS, int(number)))
     return {**every, **own}
 
 
-def with_instances(models: Mapping[str, Offered], wanted: Mapping[str, int]) -> dict[str, Offered]:
+def with_instances(models: Mapping[str, ModelEntry], wanted: Mapping[str, int]) -> dict[str, ModelEntry]:
     """Models with so many instances of these tasks."""
     return {
         name: replace(model, config=_with_count(model.config, wanted[name])) if name in wanted else model
@@ -50,7 +52,7 @@ def with_instances(models: Mapping[str, Offered], wanted: Mapping[str, int]) -> 
     }
 
 
-def check_shared_memory(models: Mapping[str, Offered], in_python: Sequence[str]) -> str | None:
+def check_shared_memory(models: Mapping[str, ModelEntry], in_python: Sequence[str]) -> str | None:
     """Compare /dev/shm with what the processes need.
 
     Args:

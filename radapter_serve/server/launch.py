@@ -13,7 +13,7 @@ from radapter_serve.files import staged
 from radapter_serve.release.repository import CONFIG
 from radapter_serve.server.control import SECRET_HEADER
 from radapter_serve.server.installation import Installation
-from radapter_serve.server.lineup import Offered
+from radapter_serve.server.models import ModelEntry
 from radapter_serve.server.processes import ending_with_parent, shm_prefix
 from radapter_serve.threads import environment
 
@@ -24,7 +24,7 @@ _RESTRICTED = "shared-memory,model-repository,trace,logging"
 _RESTRICTING = ("http-restricted-api", "grpc-restricted-protocol")
 
 
-def lay_out(folder: Path, installation: Installation, repository: Path, models: Mapping[str, Offered]) -> None:
+def lay_out(folder: Path, installation: Installation, repository: Path, models: Mapping[str, ModelEntry]) -> None:
     """Fill a server's folder with links to its backends and models, and with the configs that this machine needs.
 
     Args:
@@ -42,7 +42,7 @@ def lay_out(folder: Path, installation: Installation, repository: Path, models: 
         put(folder, repository, name, model)
 
 
-def put(folder: Path, repository: Path, name: str, model: Offered | None) -> None:
+def put(folder: Path, repository: Path, name: str, model: ModelEntry | None) -> None:
     """Let a model's folder in the server's hold what Triton is to load next; nothing if there is no model."""
     target, versions = folder / MODELS / name, set() if model is None else {str(one) for one in model.versions}
     for path in target.glob("*"):

@@ -12,10 +12,11 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.server.control import Answer, Control, NoAnswer
 from radapter_serve.server.watch import SERVER
 
-EVERY = 5.0  # seconds from an answer to the next question
-PATIENCE = 10.0  # seconds to wait for an answer
-MISSES = 2  # without an answer, one after the other
-MOVED = 10  # hundredths of a second of the processor's time, within PATIENCE: who uses as many is busy, not frozen
+INTERVAL_SECONDS = 5.0  # from an answer to the next question
+TIMEOUT_SECONDS = 10.0  # to wait for an answer
+MAX_UNANSWERED = 2  # questions, one after the other
+# Hundredths of a second of processor time: a model that uses them before the time-out is busy, not frozen.
+BUSY_TICKS = 10
 
 ENCODERS = ("image_encoder", "patch_encoder", "text_encoder")
 # An image of 8 x 8 pixels.
@@ -102,6 +103,8 @@ class Probe:
         ticks: the processor's time that models have used together, as `Watch.ticks` tells it.
         clock: tells the time.
         threads: wait for the answers; some of its own if None.
+        interval: seconds from an answer to the next question.
+        timeout: seconds to wait for an answer.
     """
 
     def __init__(
@@ -111,11 +114,15 @@ class Probe:
         *,
         clock: Clock = SYSTEM,
         threads: Executor | None = None,
+        interval: float = INTERVAL_SECONDS,
+        timeout: float = TIMEOUT_SECONDS,
     ) -> None:
         self._control = control
         self._ticks_of = ticks
         self._clock = clock
         self._asked: dict[str, _Asked] = {}
+        self._interval = interval
+        self._timeout = timeout
         self._threads = threads or ThreadPoolExecutor(len(SMALL) + 1, thread_name_prefix="probe")
 
     def step(self, models: Collection[str]) -> list[str]:
@@ -136,16 +143,17 @@ class Probe:
 
     def _step(self, name: str) -> bool:
         now = self._clock.monotonic()
-        asked = self._asked.setdefault(name, _Asked(due=now + EVERY))
+        asked = self._asked.setdefault(name, _Asked(due=now + self._interval))
         if asked.answer is None:
             if now >= asked.due:
                 asked.ticks = self._ticks(name)
                 asked.answer = self._threads.submit(self._ask, name)
         elif asked.answer.done():
-            alive = asked.answer.result() or self._ticks(name) - asked.ticks >= MOVED
+            alive = asked.answer.result() or self._ticks(name) - asked.ticks >= BUSY_TICKS
             asked.misses = 0 if alive else asked.misses + 1
-            asked.answer, asked.due = None, now + EVERY
-        return asked.misses >= MISSES
+            asked.answer = None
+            asked.due = now + self._interval
+        return asked.misses >= MAX_UNANSWERED
 
     def _ticks(self, name: str) -> int:
         return self._ticks_of([name] if name == SERVER else [name, *ENCODERS])
@@ -154,7 +162,7 @@ class Probe:
         """Whether there was any answer: even a failure comes from a process that lives."""
         path = "health/live" if name == SERVER else f"models/{name}/infer"
         try:
-            self._control.ask(path, None if name == SERVER else {"inputs": SMALL[name]}, timeout=PATIENCE)
+            self._control.ask(path, None if name == SERVER else {"inputs": SMALL[name]}, timeout=self._timeout)
         except NoAnswer:
             return False
         return True

@@ -10,8 +10,8 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import check
 from radapter_serve.release.repository import releases_of
 from radapter_serve.release.served import Served
-from radapter_serve.server.lineup import kept_for_indexes
-from radapter_serve.server.prove import prove
+from radapter_serve.server.models import kept_for_indexes
+from radapter_serve.server.second_server import verify_in_second_server
 from radapter_serve.server.switch import check_side_by_side, switch
 from radapter_serve.server.triton_server import TritonServer
 
@@ -43,7 +43,7 @@ class Releases:
             RAdapterError: one is not there, is not as it was exported, or does not answer rightly; those that were
                 served still are.
         """
-        wanted = known(self._server.model_repository, releases)
+        wanted = require_known(self._server.model_repository, releases)
         return self._change(self._server.served.next(wanted), say)
 
     def rollback(self, say: Say) -> str:
@@ -53,9 +53,9 @@ class Releases:
             RAdapterError: as `load`; or nothing was served before.
         """
         served = self._server.served
-        return self._change(back(served), say)
+        return self._change(previous(served), say)
 
-    def tidy(self) -> None:
+    def remove_unneeded(self) -> None:
         """Take away older releases that no index needs any more."""
         server = self._server
         if not server.kept or not self._one_at_a_time.acquire(blocking=False):
@@ -64,7 +64,7 @@ class Releases:
             kept = kept_for_indexes(server.model_repository, server.served.releases, server.indexes)
             if set(kept) < set(server.kept):
                 with server.changing:
-                    switch(server, server.line_up(server.served.releases, kept), lambda line: None)
+                    switch(server, server.plan_models(server.served.releases, kept), lambda line: None)
             server.kept = {version: names for version, names in kept.items() if version in server.kept}
         except RAdapterError:
             pass  # they stay a little longer
@@ -72,7 +72,7 @@ class Releases:
             self._one_at_a_time.release()
 
     def _change(self, wanted: Served, say: Say) -> str:
-        server, named = self._server, listed(wanted.releases)
+        server, named = self._server, format_list(wanted.releases)
         if wanted.releases == server.served.releases:
             return f"release {named} is served already"
         if not self._one_at_a_time.acquire(blocking=False):
@@ -80,21 +80,21 @@ class Releases:
         try:
             check(server.model_repository, wanted.releases, say)
             kept = kept_for_indexes(server.model_repository, wanted.releases, server.indexes)
-            models = server.line_up(wanted.releases, kept, say)
+            models = server.plan_models(wanted.releases, kept, say)
             check_side_by_side(server.offered, models)
-            prove(server, wanted.releases, say)
+            verify_in_second_server(server, wanted.releases, say)
             with server.changing:
                 switch(server, models, say)
                 server.served, server.kept = wanted, kept
-            return f"release {named} is served{remember(server.model_repository, wanted)}"
+            return f"release {named} is served{save(server.model_repository, wanted)}"
         except RAdapterError as error:
-            still = f"release {listed(server.served.releases)} is served as before"
+            still = f"release {format_list(server.served.releases)} is served as before"
             raise RAdapterError(f"release {named} was not loaded, and {still}: {error}") from error
         finally:
             self._one_at_a_time.release()
 
 
-def known(repository: Path, releases: Sequence[int]) -> list[int]:
+def require_known(repository: Path, releases: Sequence[int]) -> list[int]:
     """These releases, once it is sure that they are there.
 
     Raises:
@@ -105,11 +105,11 @@ def known(repository: Path, releases: Sequence[int]) -> list[int]:
         raise RAdapterError(f"no release in the model repository {repository}; make one with: radapter-export")
     for version in releases:
         if version not in found:
-            raise RAdapterError(f"no release {version} in {repository}; it holds {listed(found)}")
+            raise RAdapterError(f"no release {version} in {repository}; it holds {format_list(found)}")
     return sorted(set(releases))
 
 
-def back(served: Served) -> Served:
+def previous(served: Served) -> Served:
     """What `rollback` goes to.
 
     Raises:
@@ -120,7 +120,7 @@ def back(served: Served) -> Served:
     return served.next(served.before)
 
 
-def remember(repository: Path, served: Served) -> str:
+def save(repository: Path, served: Served) -> str:
     """Write `served.json`; returns what to add to the report where that is not possible."""
     try:
         served.save(repository)
@@ -129,6 +129,6 @@ def remember(repository: Path, served: Served) -> str:
     return ""
 
 
-def listed(versions: Sequence[int]) -> str:
+def format_list(versions: Sequence[int]) -> str:
     """Numbers as a text."""
     return ", ".join(map(str, versions)) or "none"

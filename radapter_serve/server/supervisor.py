@@ -12,13 +12,13 @@ from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server.control import Control, NoAnswer
 from radapter_serve.server.probe import Probe
-from radapter_serve.server.watch import SERVER, Death
+from radapter_serve.server.watch import SERVER, Failure
 
-INTERVAL = 1.0  # seconds from one look to the next
-WINDOW = 60.0  # seconds whose starts make the next pause longer
-MAX_PAUSE = 8.0  # seconds
+INTERVAL_SECONDS = 1.0  # from one look to the next
+WINDOW_SECONDS = 60.0  # starts within this time make the next pause longer
+MAX_PAUSE_SECONDS = 8.0
 MAX_FAILURES = 5  # starts, one after the other, that made nothing ready
-STEADY = 10.0  # seconds after which a program that still runs counts as ready
+STEADY_SECONDS = 10.0  # after which a program that still runs counts as ready
 
 
 class Supervised(Protocol):
@@ -32,7 +32,7 @@ class Supervised(Protocol):
     def models(self) -> Collection[str]:
         """Those that it serves."""
 
-    def deaths(self) -> list[Death]:
+    def failures(self) -> list[Failure]:
         """What has died since this was last asked."""
 
     def ticks(self, models: Collection[str]) -> int:
@@ -48,7 +48,7 @@ class Supervised(Protocol):
         """Start tritonserver again, and wait until it is ready."""
 
 
-class Beside(Protocol):
+class Sidecar(Protocol):
     """Another program that is kept up beside a server."""
 
     @property
@@ -105,7 +105,7 @@ class Supervisor:
         self,
         server: Supervised,
         say: Callable[[str], None],
-        beside: Sequence[Beside] = (),
+        beside: Sequence[Sidecar] = (),
         *,
         clock: Clock = SYSTEM,
         probe: Asking | None = None,
@@ -127,7 +127,7 @@ class Supervisor:
         """
         while True:
             self.step()
-            self._clock.sleep(INTERVAL)
+            self._clock.sleep(INTERVAL_SECONDS)
 
     def step(self) -> None:
         """Look once, and start again what died.
@@ -135,48 +135,48 @@ class Supervisor:
         Raises:
             RAdapterError: it never became ready.
         """
-        deaths = self._server.deaths()
-        if not deaths:
+        failures = self._server.failures()
+        if not failures:
             for name in self._probe.step(self._server.models):
                 self._server.kill(name)
-                deaths.append(Death(name, "it no longer answered, so it was killed"))
-        if any(death.name == SERVER for death in deaths):
-            deaths = [death for death in deaths if death.name == SERVER]  # which brings its models back
+                failures.append(Failure(name, "it no longer answered, so it was killed"))
+        if any(failure.name == SERVER for failure in failures):
+            failures = [failure for failure in failures if failure.name == SERVER]  # which brings its models back
         for name, one in self._beside.items():
             if (why := one.died()) is not None:
-                deaths.append(Death(name, why))
-        for death in deaths:
-            self._mend(death)
+                failures.append(Failure(name, why))
+        for failure in failures:
+            self._mend(failure)
 
-    def _mend(self, death: Death) -> None:
-        history = self._histories[death.name]
-        if death.name in self._beside:
-            ready = self._clock.monotonic() - history.up_since >= STEADY
+    def _mend(self, failure: Failure) -> None:
+        history = self._histories[failure.name]
+        if failure.name in self._beside:
+            ready = self._clock.monotonic() - history.up_since >= STEADY_SECONDS
             history.failures = 0 if ready else history.failures + 1
         while True:
             if history.failures >= MAX_FAILURES:
                 raise RAdapterError(
-                    f"{death}; it has not become ready in {MAX_FAILURES} starts, so radapter-serve gives up; "
+                    f"{failure}; it has not become ready in {MAX_FAILURES} starts, so radapter-serve gives up; "
                     "once that is mended, start it again, with all its messages: radapter-serve --verbose"
                 )
             pause = self._pause(history)
-            self._say(f"{death}; starting it again" + (f" in {pause:g} s" if pause else ""))
+            self._say(f"{failure}; starting it again" + (f" in {pause:g} s" if pause else ""))
             self._clock.sleep(pause)
             began = self._clock.monotonic()
             try:
-                self._start(death.name)
+                self._start(failure.name)
             except NoAnswer:
                 history.failures += 1
                 return  # the server died or froze meanwhile: the next look tells
             except RAdapterError as error:
                 history.failures += 1
-                death = Death(death.name, f"it could not be started again: {error}", death.version)
+                failure = Failure(failure.name, f"it could not be started again: {error}", failure.version)
                 continue
             break
         history.up_since = self._clock.monotonic()
-        self._ready(death.name)
+        self._ready(failure.name)
         self._probe.forget()
-        self._say(f"{death.name} is back after {history.up_since - began:.1f} s")
+        self._say(f"{failure.name} is back after {history.up_since - began:.1f} s")
 
     def _start(self, name: str) -> None:
         if name == SERVER:
@@ -195,8 +195,8 @@ class Supervisor:
     def _pause(self, history: _History) -> float:
         """Seconds to wait before the next start: none at first, then twice as many each time."""
         now = self._clock.monotonic()
-        while history.starts and now - history.starts[0] > WINDOW:
+        while history.starts and now - history.starts[0] > WINDOW_SECONDS:
             history.starts.popleft()
         history.starts.append(now)
         again = len(history.starts) - 1
-        return min(MAX_PAUSE, 2.0 ** (again - 1)) if again else 0.0
+        return min(MAX_PAUSE_SECONDS, 2.0 ** (again - 1)) if again else 0.0

@@ -19,10 +19,12 @@ from typing import Protocol
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.repository import ENCODERS, MODELS
 from radapter_serve.server.control import ServedVersion
-from radapter_serve.server.lineup import Offered, difference, parsed
+from radapter_serve.server.models import ModelEntry, difference, parsed
 
-LOADING = 300.0  # seconds that a model may take to load
-LEAVING = 180.0  # seconds that tasks may take to answer what they have begun; longer than the longest request
+LOAD_TIMEOUT_SECONDS = 300.0  # seconds that a model may take to load
+DRAIN_TIMEOUT_SECONDS = (
+    180.0  # seconds that tasks may take to answer what they have begun; longer than the longest request
+)
 
 
 class Control(Protocol):
@@ -41,20 +43,20 @@ class Control(Protocol):
 class Server(Protocol):
     """What a switch asks of a server."""
 
-    offered: dict[str, Offered]
+    offered: dict[str, ModelEntry]
 
     @property
     def control(self) -> Control:
         """Of its tritonserver."""
 
-    def put(self, name: str, model: Offered | None) -> None:
+    def put(self, name: str, model: ModelEntry | None) -> None:
         """Change a model in the server's folder."""
 
-    def renewed(self) -> None:
+    def refresh_shared_memory(self) -> None:
         """Models were loaded."""
 
 
-def check_side_by_side(live: Mapping[str, Offered], new: Mapping[str, Offered]) -> None:
+def check_side_by_side(live: Mapping[str, ModelEntry], new: Mapping[str, ModelEntry]) -> None:
     """Check that the encoders of new releases can be loaded beside those that are served.
 
     Raises:
@@ -68,7 +70,7 @@ def check_side_by_side(live: Mapping[str, Offered], new: Mapping[str, Offered]) 
             )
 
 
-def switch(server: Server, new: Mapping[str, Offered], say: Callable[[str], None]) -> None:
+def switch(server: Server, new: Mapping[str, ModelEntry], say: Callable[[str], None]) -> None:
     """Let a server serve these models in the place of those of its releases.
 
     Args:
@@ -89,19 +91,20 @@ def switch(server: Server, new: Mapping[str, Offered], say: Callable[[str], None
                 # As it is served but for the versions: Triton goes on with those that it has.
                 live = before.get(name, model)
                 _load(server, name, live.at({*live.versions, *model.versions} if name in before else model.versions))
-        server.renewed()  # before tasks start, for it takes away the names of the memory of those that are starting
+        # Before tasks start, because it removes the names of the memory of those that are starting.
+        server.refresh_shared_memory()
         say(f"loading {', '.join(tasks)}")
         with ThreadPoolExecutor(len(tasks) or 1) as pool:
             list(pool.map(lambda item: _load(server, *item), tasks.items()))
-        server.renewed()
+        server.refresh_shared_memory()
     except (RAdapterError, OSError) as error:
-        _go_back(server, before)
+        _roll_back(server, before)
         raise RAdapterError(str(error)) from error
     say("waiting for the calls that the old tasks have begun")
     _retire(server, new, gone)
 
 
-def _retire(server: Server, new: Mapping[str, Offered], gone: list[str]) -> None:
+def _retire(server: Server, new: Mapping[str, ModelEntry], gone: list[str]) -> None:
     """Take away what the new releases do not need; the folder comes first, so that a restart needs no more either."""
     for name in sorted(gone, key=lambda name: name in ENCODERS):  # encoders last
         if name not in ENCODERS:
@@ -113,16 +116,16 @@ def _retire(server: Server, new: Mapping[str, Offered], gone: list[str]) -> None
         server.put(name, live.at(new[name].versions) if name in new else None)
         with contextlib.suppress(RAdapterError):  # it answers nobody any more, and a restart is without it
             if name in new:
-                server.control.load(name, timeout=LOADING)
+                server.control.load(name, timeout=LOAD_TIMEOUT_SECONDS)
             else:
                 server.control.unload(name)
     with contextlib.suppress(RAdapterError):
-        server.renewed()
+        server.refresh_shared_memory()
 
 
 def _wait_for_tasks(server: Server, models: Collection[str]) -> None:
     tasks = {name for name in models if name not in ENCODERS}
-    deadline = time.monotonic() + LEAVING
+    deadline = time.monotonic() + DRAIN_TIMEOUT_SECONDS
     with contextlib.suppress(RAdapterError):  # a server that died has no calls
         while time.monotonic() < deadline:
             if not any(one.state == "UNLOADING" and one.model in tasks for one in server.control.index()):
@@ -130,15 +133,15 @@ def _wait_for_tasks(server: Server, models: Collection[str]) -> None:
             time.sleep(0.2)
 
 
-def _load(server: Server, name: str, model: Offered) -> None:
+def _load(server: Server, name: str, model: ModelEntry) -> None:
     server.put(name, model)
     try:
-        server.control.load(name, timeout=LOADING)
+        server.control.load(name, timeout=LOAD_TIMEOUT_SECONDS)
     except RAdapterError as error:
         raise RAdapterError(f"{name} does not load: {error}") from error
 
 
-def _go_back(server: Server, before: Mapping[str, Offered]) -> None:
+def _roll_back(server: Server, before: Mapping[str, ModelEntry]) -> None:
     """Make the folder what it was, whatever became of tritonserver: a restart begins with it. Tasks go back first."""
     changed = [name for name, model in server.offered.items() if before.get(name) != model]
     for name in changed:
@@ -149,13 +152,13 @@ def _go_back(server: Server, before: Mapping[str, Offered]) -> None:
         for name in names:
             with contextlib.suppress(RAdapterError):
                 if name in before:
-                    server.control.load(name, timeout=LOADING)
+                    server.control.load(name, timeout=LOAD_TIMEOUT_SECONDS)
                 else:
                     server.control.unload(name)
         _wait_for_tasks(server, tasks)
     with contextlib.suppress(RAdapterError):
-        server.renewed()
+        server.refresh_shared_memory()
 
 
-def _released(models: Mapping[str, Offered]) -> list[str]:
+def _released(models: Mapping[str, ModelEntry]) -> list[str]:
     return [name for name in MODELS if name in models]

@@ -28,8 +28,15 @@ from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.installation import Installation, find_tritonserver
 from radapter_serve.server.instances import check_shared_memory, counts, with_instances
 from radapter_serve.server.launch import WAITING, command_line, lay_out, put, server_environment
-from radapter_serve.server.lineup import Offered, kept_for_indexes, line_up, models_of, others, processes_of
 from radapter_serve.server.messages import Messages
+from radapter_serve.server.models import (
+    ModelEntry,
+    kept_for_indexes,
+    models_of,
+    other_models,
+    plan_models,
+    processes_of,
+)
 from radapter_serve.server.probe import warm_up
 from radapter_serve.server.processes import (
     FOLDER_PREFIX,
@@ -40,7 +47,7 @@ from radapter_serve.server.processes import (
     remove_leftovers,
 )
 from radapter_serve.server.runtime_choice import Measured, configure
-from radapter_serve.server.watch import SERVER, Death, Watch
+from radapter_serve.server.watch import SERVER, Failure, Watch
 from radapter_serve.signals import handled
 from radapter_serve.threads import total
 
@@ -150,7 +157,7 @@ class TritonServer(Endpoints):
         self.measured: list[Measured] = []
         self.unchecked: list[int] = []  # releases without digests
         self.models: dict[str, list[int]] = {}
-        self.offered: dict[str, Offered] = {}
+        self.offered: dict[str, ModelEntry] = {}
         self.served = Served(())
         self.kept: dict[int, list[str]] = {}
         self.changing = threading.RLock()
@@ -172,8 +179,8 @@ class TritonServer(Endpoints):
         remove_leftovers()
         self.kept = kept_for_indexes(self.model_repository, self.served.releases, self.indexes)
         encoders = self._configure(self.served.releases, progress)
-        released = line_up(self.model_repository, self.served.releases, sorted(self.kept), encoders)
-        self.offered = with_instances({**others(self.model_repository, encoders), **released}, self._instances)
+        released = plan_models(self.model_repository, self.served.releases, sorted(self.kept), encoders)
+        self.offered = with_instances({**other_models(self.model_repository, encoders), **released}, self._instances)
         self.warning = check_shared_memory(self.offered, self._installation.in_python)
         progress(f"starting tritonserver for {self.model_repository}")
         try:
@@ -184,16 +191,16 @@ class TritonServer(Endpoints):
             raise
         return self
 
-    def line_up(
+    def plan_models(
         self, releases: Sequence[int], kept: Collection[int], progress: Callable[[str], None] = lambda line: None
-    ) -> dict[str, Offered]:
+    ) -> dict[str, ModelEntry]:
         """The models of releases, as this server is to load them on this machine.
 
         Raises:
             RAdapterError: a release whose runtime is not right here.
         """
         encoders = self._configure(releases, progress)
-        return with_instances(line_up(self.model_repository, releases, sorted(kept), encoders), self._instances)
+        return with_instances(plan_models(self.model_repository, releases, sorted(kept), encoders), self._instances)
 
     def _configure(self, releases: Sequence[int], progress: Callable[[str], None]) -> dict[str, str]:
         """The config of each encoder for this machine."""
@@ -221,7 +228,7 @@ class TritonServer(Endpoints):
             raise RAdapterError("the server does not run; start it with: radapter-serve")
         return self._folder
 
-    def put(self, name: str, model: Offered | None) -> None:
+    def put(self, name: str, model: ModelEntry | None) -> None:
         """Change a model in the server's folder, to be loaded from there; None takes it away."""
         put(self.folder, self.model_repository, name, model)
         if model is None:
@@ -229,7 +236,7 @@ class TritonServer(Endpoints):
         else:
             self.offered[name] = model
 
-    def renewed(self) -> None:
+    def refresh_shared_memory(self) -> None:
         """To be called after models were loaded: hides the memory of their processes, and looks what is served."""
         hide_shared_memory(self.folder)
         if self._watch is not None:
@@ -255,16 +262,16 @@ class TritonServer(Endpoints):
         with self.changing:
             self.control.unload(model)
             self.control.load(model, timeout=self._timeout)
-            self.renewed()
+            self.refresh_shared_memory()
 
-    def deaths(self) -> list[Death]:
+    def failures(self) -> list[Failure]:
         """What has died since this was last asked; to be asked now and then, for Triton does not look by itself."""
         if self._watch is None:
-            return [Death(SERVER, "it was not started, or it was stopped")]
-        deaths = self._watch.look()
+            return [Failure(SERVER, "it was not started, or it was stopped")]
+        failures = self._watch.poll()
         if self._process is not None and (self._process.poll() or -1) >= 0:  # no signal: its log says why
-            return [Death(SERVER, f"{death.why}: {self._messages.reason()}") for death in deaths]
-        return deaths
+            return [Failure(SERVER, f"{failure.why}: {self._messages.reason()}") for failure in failures]
+        return failures
 
     def check(self) -> None:
         """Look after the server, for who does not leave that to a `Supervisor`.
@@ -272,8 +279,8 @@ class TritonServer(Endpoints):
         Raises:
             RAdapterError: the server, or the process of one of its models, is gone.
         """
-        for death in self.deaths():
-            raise RAdapterError(f"{death}; start the server again: radapter-serve")
+        for failure in self.failures():
+            raise RAdapterError(f"{failure}; start the server again: radapter-serve")
 
     def ticks(self, models: Collection[str]) -> int:
         """The processor's time that the processes of models have used, in hundredths of a second."""
@@ -356,7 +363,7 @@ class TritonServer(Endpoints):
                 raise RAdapterError(f"tritonserver {why}; allow more with --timeout")
             time.sleep(0.05)
         hide_argument(self._process.pid, self._secret)
-        self.renewed()
+        self.refresh_shared_memory()
         warm_up(self.control, self.models, max(1.0, deadline - time.monotonic()))
         self._backlog = Backlog(
             self.metrics_url, self._folder / WAITING, self._processes_of_models, max_waiting=self._max_waiting

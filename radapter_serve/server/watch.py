@@ -22,7 +22,7 @@ _SEGMENTATION_FAULT = (
 
 
 @dataclass(frozen=True)
-class Death:
+class Failure:
     """Something that no longer works.
 
     Attributes:
@@ -72,7 +72,7 @@ class Watch:
         self._kills = killed_for_memory()
         self._starved = -math.inf
 
-    def look(self) -> list[Death]:
+    def poll(self) -> list[Failure]:
         """What has died since the last look. What a signal has stopped is killed, for it holds up its callers."""
         kills = self._killed_for_memory()
         if kills > self._kills:
@@ -80,7 +80,7 @@ class Watch:
         self._kills = kills
         short_of_memory = self._clock.monotonic() - self._starved < _SAME_TIME
         if (code := self._process.poll()) is not None:
-            return [Death(SERVER, _server_ended(code, short_of_memory=short_of_memory))]
+            return [Failure(SERVER, _server_ended(code, short_of_memory=short_of_memory))]
         found = self._children(self._process.pid)
         with contextlib.suppress(OSError):
             found[self._process.pid] = Process.of(self._process.pid)
@@ -91,8 +91,8 @@ class Watch:
         models = {self._names[pid][0] for pid in certain if pid in self._names}
         told = self._told | certain | {pid for pid, (name, _) in self._names.items() if name in models}
         self._told = told & set(found)
-        deaths = [self._death(pid, found[pid], short_of_memory) for pid in sorted(certain)]
-        return list({(death.name, death.version): death for death in deaths}.values())
+        failures = [self._failure(pid, found[pid], short_of_memory) for pid in sorted(certain)]
+        return list({(failure.name, failure.version): failure for failure in failures}.values())
 
     def models(self) -> dict[int, str]:
         """The models of the processes that live, by process number; to be asked once models were loaded, too."""
@@ -123,7 +123,7 @@ class Watch:
             if (model := process.model) is not None:  # for a moment a child is still a shell
                 self._names[pid] = model
 
-    def _death(self, pid: int, process: Process, short_of_memory: bool) -> Death:
+    def _failure(self, pid: int, process: Process, short_of_memory: bool) -> Failure:
         if process.state == "T":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -131,11 +131,11 @@ class Watch:
         else:
             why = how_it_ended(os.waitstatus_to_exitcode(process.status), short_of_memory=short_of_memory)
         if pid == self._process.pid:
-            return Death(SERVER, why)
+            return Failure(SERVER, why)
         if pid not in self._names:  # nobody can tell which model is to be loaded again, so all are
-            return Death(SERVER, f"process {pid} of it ended: {why}")
+            return Failure(SERVER, f"process {pid} of it ended: {why}")
         name, version = self._names[pid]
-        return Death(name, why, version)
+        return Failure(name, why, version)
 
 
 def _server_ended(code: int, *, short_of_memory: bool) -> str:

@@ -141,11 +141,11 @@ def test_beside_a_server_it_is_started_again_and_stopped_with_it(
     url, said = f"http://127.0.0.1:{port}", list[str]()
     for name in ("start", "stop"):
         monkeypatch.setattr(TritonServer, name, lambda *_: None)
-    monkeypatch.setattr(TritonServer, "deaths", lambda _: [])
+    monkeypatch.setattr(TritonServer, "failures", lambda _: [])
     monkeypatch.setattr(probe.Probe, "step", lambda *_: [])
     monkeypatch.setattr(supervisor, "MAX_PAUSE", 0.0)
     monkeypatch.setattr(serve, "_show", lambda _: None)
-    monkeypatch.setattr(serve, "Desk", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(serve, "AdminSocket", lambda _: contextlib.nullcontext())
 
     def run(watched: supervisor.Supervisor) -> None:
         assert lives(url)

@@ -125,14 +125,14 @@ def _count(world: World, report: Report, one: Case, found: str, seconds: float) 
 def _mended(world: World, found: str) -> str:
     """What died, if anything did; all is up again afterwards."""
     server = world.server
-    deaths = [death.name for _ in range(2) for death in server.deaths()]
-    if "tritonserver" in deaths or (not deaths and found == HUNG):
+    failures = [failure.name for _ in range(2) for failure in server.failures()]
+    if "tritonserver" in failures or (not failures and found == HUNG):
         server.restart()
     else:
-        for name in set(deaths):
+        for name in set(failures):
             server.reload(name)
-    if deaths or found == HUNG:
+    if failures or found == HUNG:
         world.warm_up()
-    if "tritonserver" in deaths:
+    if "tritonserver" in failures:
         return SERVER_DIED
-    return MODEL_DIED if deaths else found
+    return MODEL_DIED if failures else found

@@ -13,7 +13,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.repository import without_queue_policy
 from radapter_serve.server import instances
 from radapter_serve.server.instances import check_shared_memory, counts, with_instances
-from radapter_serve.server.lineup import Offered, parsed
+from radapter_serve.server.models import ModelEntry, parsed
 
 TASKS = ("classify", "embed_image", "embed_text", "retrieve", "segment")
 MIB = 2**20
@@ -37,8 +37,8 @@ def test_bad_counts(bad, repository, capsys):
 
 def test_only_the_tasks_that_are_named_change():
     models = {
-        "classify": Offered((1, 2), "instance_group { count: 1 kind: KIND_CPU }"),
-        "image_encoder": Offered((2,), "instance_group { count: 1 }"),
+        "classify": ModelEntry((1, 2), "instance_group { count: 1 kind: KIND_CPU }"),
+        "image_encoder": ModelEntry((2,), "instance_group { count: 1 }"),
     }
     changed = with_instances(models, {"classify": 3})
     group = text_format.Parse(changed["classify"].config, model_config_pb2.ModelConfig()).instance_group[0]
@@ -56,8 +56,8 @@ def found(monkeypatch: pytest.MonkeyPatch, size: int, free: int) -> None:
 def test_shared_memory_too_small_to_start_is_refused_with_what_to_set(monkeypatch):
     pixels = "input { data_type: TYPE_UINT8 dims: [ 224, 224, 3 ] } instance_group { count: 1 }"
     models = {
-        "classify": Offered((1, 2), 'backend: "python" instance_group { count: 4 }'),
-        "image_encoder": Offered((2,), f'backend: "onnxruntime" max_batch_size: 64 {pixels}'),
+        "classify": ModelEntry((1, 2), 'backend: "python" instance_group { count: 4 }'),
+        "image_encoder": ModelEntry((2,), f'backend: "onnxruntime" max_batch_size: 64 {pixels}'),
     }
     found(monkeypatch, 64, 17)  # nine processes
     with pytest.raises(RAdapterError, match=r"has 17 MiB free, and 9 model processes need 18 MiB; .*--shm-size=128m"):

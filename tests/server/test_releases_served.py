@@ -25,7 +25,7 @@ from radapter_serve.release.agreement import Samples
 from radapter_serve.release.served import Served
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server import releases as module
-from radapter_serve.server.desk import Desk, find_server
+from radapter_serve.server.admin_socket import AdminSocket, find_server
 from radapter_serve.server.releases import Releases
 from radapter_serve.server.supervisor import Supervisor
 from radapter_serve.server.triton_server import TritonServer, free_ports
@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def running(folder: Path) -> Iterator[TritonServer]:
     server = TritonServer(folder / "repository", "127.0.0.1", *free_ports(), indexes=folder / "indexes")
-    with server, Desk(server):
+    with server, AdminSocket(server):
         yield server
 
 
@@ -204,7 +204,7 @@ def test_a_switch_and_the_way_back_under_load(served: TritonServer, folder: Path
 @pytest.mark.usefixtures("photos")
 @pytest.mark.slow
 def test_twenty_switches_under_load(served: TritonServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "prove", lambda *_: None)  # once is enough
+    monkeypatch.setattr(module, "verify_in_second_server", lambda *_: None)  # once is enough
     switch_under_load(served, folder / "repository", 20)
 
 
@@ -268,7 +268,7 @@ def test_an_index_is_searched_by_the_release_that_made_it(served: TritonServer, 
         build(str(folder / "photos"), index, LocalRelease(f"{repository}@2"))
         after = client.search("a cat", index=INDEX)
         assert [one.score for one in after] != [one.score for one in before]
-        releases.tidy()
+        releases.remove_unneeded()
         assert served.kept == {} and served.models["embed_text"] == [2] and served.models["image_encoder"] == [2]
         assert client.search("a cat", index=INDEX) == after
         releases.rollback(say)  # it would answer whoever names no release

@@ -20,8 +20,8 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.server import processes
 from radapter_serve.server import triton_server as module
 from radapter_serve.server.installation import OUR_BACKENDS, Installation, find_tritonserver, our_backends
-from radapter_serve.server.lineup import models_of
 from radapter_serve.server.messages import reason
+from radapter_serve.server.models import models_of
 from radapter_serve.server.supervisor import Supervisor
 from radapter_serve.server.triton_server import TritonServer, free_ports
 

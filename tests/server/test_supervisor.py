@@ -20,10 +20,10 @@ import pytest
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server import probe
 from radapter_serve.server.control import Answer, Control, NoAnswer, ServedVersion
-from radapter_serve.server.probe import PATIENCE, SMALL, WHOLE, Probe, warm_up
+from radapter_serve.server.probe import SMALL, TIMEOUT_SECONDS, WHOLE, Probe, warm_up
 from radapter_serve.server.processes import Process, how_it_ended
-from radapter_serve.server.supervisor import MAX_FAILURES, MAX_PAUSE, STEADY, WINDOW, Supervisor
-from radapter_serve.server.watch import GATEWAY, SERVER, Death, Watch
+from radapter_serve.server.supervisor import MAX_FAILURES, MAX_PAUSE_SECONDS, STEADY_SECONDS, WINDOW_SECONDS, Supervisor
+from radapter_serve.server.watch import GATEWAY, SERVER, Failure, Watch
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.stand_ins import http_server
 
@@ -52,12 +52,12 @@ def parent(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def looked(parent: subprocess.Popen[bytes]) -> tuple[Watch, dict[str, int]]:
     """A watch that has seen both children, and their numbers by model."""
-    looking = Watch(parent)
+    watch = Watch(parent)
     deadline = time.monotonic() + 20
-    while len(looking.models()) < 2:
-        assert looking.look() == [] and time.monotonic() < deadline
+    while len(watch.models()) < 2:
+        assert watch.poll() == [] and time.monotonic() < deadline
         time.sleep(0.01)
-    return looking, {name: pid for pid, name in looking.models().items()}
+    return watch, {name: pid for pid, name in watch.models().items()}
 
 
 def until(found: Any) -> Any:
@@ -70,37 +70,37 @@ def until(found: Any) -> Any:
 
 
 def test_a_killed_model_is_told_once_with_its_signal(parent):
-    looking, pids = looked(parent)
+    watch, pids = looked(parent)
     os.kill(pids["segment"], signal.SIGKILL)
-    assert until(looking.look) == [Death("segment", "it was killed by SIGKILL", 12)]
-    assert looking.look() == looking.look() == []
-    assert set(looking.models().values()) == {"classify"}
+    assert until(watch.poll) == [Failure("segment", "it was killed by SIGKILL", 12)]
+    assert watch.poll() == watch.poll() == []
+    assert set(watch.models().values()) == {"classify"}
 
 
 def test_a_model_that_a_signal_has_stopped_is_killed(parent):
-    looking, pids = looked(parent)
+    watch, pids = looked(parent)
     os.kill(pids["classify"], signal.SIGSTOP)
-    assert until(looking.look) == [Death("classify", "a signal had stopped it, so it was killed", 1)]
+    assert until(watch.poll) == [Failure("classify", "a signal had stopped it, so it was killed", 1)]
     until(lambda: Process.of(pids["classify"]).state == "Z")
-    assert looking.look() == looking.look() == []
+    assert watch.poll() == watch.poll() == []
 
 
 def test_a_process_that_is_dead_for_a_moment_is_no_death(parent):
     dead = {1: Process("Z", argument="/m/segment/12/model.py")}
     states = iter((dead, {}, dead, {}))
-    looking = Watch(parent, children=lambda _: dict(next(states)))
-    assert [looking.look() for _ in range(4)] == [[]] * 4
+    watch = Watch(parent, children=lambda _: dict(next(states)))
+    assert [watch.poll() for _ in range(4)] == [[]] * 4
 
 
 def test_the_death_of_a_process_that_nobody_knows_is_the_server_s(parent):
-    looking = Watch(parent, children=lambda _: {7: Process("Z", 0, 9)})
-    assert looking.look() == []
-    assert looking.look() == [Death(SERVER, "process 7 of it ended: it was killed by SIGKILL")]
+    watch = Watch(parent, children=lambda _: {7: Process("Z", 0, 9)})
+    assert watch.poll() == []
+    assert watch.poll() == [Failure(SERVER, "process 7 of it ended: it was killed by SIGKILL")]
 
 
 def test_processes_of_one_model_that_die_one_after_the_other_are_one_death(parent):
-    looks = ("SS", "ZS", "ZZ", " Z", " Z", "  ")
-    states = iter(looks)
+    polls = ("SS", "ZS", "ZZ", " Z", " Z", "  ")
+    states = iter(polls)
 
     def children(_: int) -> dict[int, Process]:
         found = {}
@@ -109,9 +109,9 @@ def test_processes_of_one_model_that_die_one_after_the_other_are_one_death(paren
                 found[pid] = Process(state, 0, 9, "/m/retrieve/1/model.py")
         return found
 
-    looking = Watch(parent, children=children)
-    deaths = [death for _ in looks for death in looking.look()]
-    assert deaths == [Death("retrieve", "it was killed by SIGKILL", 1)]
+    watch = Watch(parent, children=children)
+    failures = [failure for _ in polls for failure in watch.poll()]
+    assert failures == [Failure("retrieve", "it was killed by SIGKILL", 1)]
 
 
 @pytest.mark.parametrize(
@@ -123,19 +123,19 @@ def test_processes_of_one_model_that_die_one_after_the_other_are_one_death(paren
     ],
 )
 def test_the_server_itself(parent, number, why):
-    looking, _ = looked(parent)
+    watch, _ = looked(parent)
     parent.send_signal(number)
-    [death] = until(looking.look)
-    assert death.name == SERVER
-    assert re.search(why, death.why)
+    [failure] = until(watch.poll)
+    assert failure.name == SERVER
+    assert re.search(why, failure.why)
 
 
 def test_a_process_that_the_kernel_killed_for_memory(parent):
     kills = iter([3, *[4] * 100])
-    looking = Watch(parent, killed_for_memory=lambda: next(kills))
+    watch = Watch(parent, killed_for_memory=lambda: next(kills))
     parent.kill()
-    [death] = until(looking.look)
-    assert str(death) == "tritonserver died: the kernel killed it, because memory ran out"
+    [failure] = until(watch.poll)
+    assert str(failure) == "tritonserver died: the kernel killed it, because memory ran out"
 
 
 def test_how_a_process_ended():
@@ -152,20 +152,20 @@ def test_the_model_of_a_process(argument, model):
 
 
 class Server:
-    """What a supervisor asks of a server; each look gives the next of `looks`."""
+    """What a supervisor asks of a server; each look gives the next of `polls`."""
 
     control: Any = None
 
-    def __init__(self, *looks: list[Death], fails: int = 0) -> None:
-        self.looks = list(looks)
+    def __init__(self, *polls: list[Failure], fails: int = 0) -> None:
+        self.polls = list(polls)
         self.fails = fails
         self.error = RAdapterError("no room")
         self.restart_error: RAdapterError | None = None
         self.done: list[str] = []
         self.models = {"classify": [1], "segment": [1]}
 
-    def deaths(self) -> list[Death]:
-        return self.looks.pop(0) if self.looks else []
+    def failures(self) -> list[Failure]:
+        return self.polls.pop(0) if self.polls else []
 
     def ticks(self, _: object) -> int:
         return 0
@@ -198,7 +198,7 @@ class Silent:
         self.silent = []
 
 
-class Beside:
+class Sidecar:
     """A program that is kept up beside the server; each look gives the next of `whys`."""
 
     name = GATEWAY
@@ -215,23 +215,23 @@ class Beside:
 
 
 class Scene:
-    """A supervisor with stand-ins; a look finds the next of `looks` dead."""
+    """A supervisor with stand-ins; a look finds the next of `polls` dead."""
 
     def __init__(
         self,
-        *looks: list[Death],
+        *polls: list[Failure],
         fails: int = 0,
         silent: Sequence[str] = (),
-        beside: Sequence[Beside] = (),
+        beside: Sequence[Sidecar] = (),
     ) -> None:
-        self.server = Server(*looks, fails=fails)
+        self.server = Server(*polls, fails=fails)
         self.clock = FakeClock()
         self.said: list[str] = []
         self.supervisor = Supervisor(self.server, self.said.append, beside, clock=self.clock, probe=Silent(*silent))
 
 
 def test_a_dead_model_is_loaded_again_and_what_happened_is_said():
-    scene = Scene([Death("classify", "it was killed by SIGKILL", 2)])
+    scene = Scene([Failure("classify", "it was killed by SIGKILL", 2)])
     scene.supervisor.step()
     assert scene.server.done == ["reload classify"]
     assert scene.said == [
@@ -241,7 +241,7 @@ def test_a_dead_model_is_loaded_again_and_what_happened_is_said():
 
 
 def test_a_dead_server_is_started_again_with_all_its_models():
-    scene = Scene([Death("classify", "it was killed", 2), Death(SERVER, "it was killed")])
+    scene = Scene([Failure("classify", "it was killed", 2), Failure(SERVER, "it was killed")])
     scene.supervisor.step()
     assert scene.server.done == ["restart"]
     assert scene.said[0] == "tritonserver died: it was killed; starting it again"
@@ -257,23 +257,23 @@ def test_what_no_longer_answers_is_killed_and_started_again():
 @pytest.mark.parametrize("name", [SERVER, "classify"])
 def test_what_becomes_ready_in_between_is_started_again_for_ever_with_pauses(name):
     """Six requests that end tritonserver, in 51 s, ended the supervisor."""
-    scene = Scene(*[[Death(name, "it was killed")] for _ in range(40)])
+    scene = Scene(*[[Failure(name, "it was killed")] for _ in range(40)])
     for _ in range(40):
         scene.supervisor.step()
     assert len(scene.server.done) == 40
     assert scene.clock.slept[:6] == [0, 1, 2, 4, 8, 8]
-    assert max(scene.clock.slept) == MAX_PAUSE
-    scene.clock.sleep(WINDOW + 1)
-    scene.server.looks = [[Death(name, "why")]]
+    assert max(scene.clock.slept) == MAX_PAUSE_SECONDS
+    scene.clock.sleep(WINDOW_SECONDS + 1)
+    scene.server.polls = [[Failure(name, "why")]]
     scene.supervisor.step()
     assert scene.clock.slept[-1] == 0
 
 
 def test_what_fails_to_start_is_tried_again_and_given_up_where_it_never_becomes_ready():
-    scene = Scene([Death("classify", "why", 1)], fails=MAX_FAILURES - 1)
+    scene = Scene([Failure("classify", "why", 1)], fails=MAX_FAILURES - 1)
     scene.supervisor.step()
     assert scene.server.done == ["reload classify"] * MAX_FAILURES
-    scene = Scene([Death("classify", "why", 1)], fails=100)
+    scene = Scene([Failure("classify", "why", 1)], fails=100)
     with pytest.raises(
         RAdapterError,
         match="classify version 1 died: it could not be started again: no room; "
@@ -284,7 +284,7 @@ def test_what_fails_to_start_is_tried_again_and_given_up_where_it_never_becomes_
 
 
 def test_failures_count_only_one_after_the_other():
-    scene = Scene(*[[Death("classify", "why", 1)] for _ in range(3)], fails=MAX_FAILURES - 1)
+    scene = Scene(*[[Failure("classify", "why", 1)] for _ in range(3)], fails=MAX_FAILURES - 1)
     scene.supervisor.step()
     scene.server.fails = MAX_FAILURES - 1
     scene.supervisor.step()
@@ -292,16 +292,16 @@ def test_failures_count_only_one_after_the_other():
 
 
 def test_a_server_that_is_ready_brings_its_models_back():
-    looks = [[Death("classify", "why", 1)], [Death(SERVER, "why")]] * (MAX_FAILURES + 1)
-    scene = Scene(*looks)
+    polls = [[Failure("classify", "why", 1)], [Failure(SERVER, "why")]] * (MAX_FAILURES + 1)
+    scene = Scene(*polls)
     scene.server.error = NoAnswer("it died meanwhile")
-    for _ in looks:
+    for _ in polls:
         scene.supervisor.step()
     assert scene.server.done == ["reload classify", "restart"] * (MAX_FAILURES + 1)
 
 
 def test_a_server_that_dies_before_it_is_ready_is_given_up():
-    scene = Scene(*[[Death(SERVER, "it was killed by SIGSEGV")] for _ in range(MAX_FAILURES + 1)])
+    scene = Scene(*[[Failure(SERVER, "it was killed by SIGSEGV")] for _ in range(MAX_FAILURES + 1)])
     scene.server.restart_error = NoAnswer("it died meanwhile")
     for _ in range(MAX_FAILURES):
         scene.supervisor.step()
@@ -310,7 +310,7 @@ def test_a_server_that_dies_before_it_is_ready_is_given_up():
 
 
 def test_what_runs_beside_the_server_is_given_up_where_it_dies_at_once_each_time():
-    beside = Beside(None, *["it ended by itself with status 2"] * MAX_FAILURES)
+    beside = Sidecar(None, *["it ended by itself with status 2"] * MAX_FAILURES)
     scene = Scene(beside=[beside])
     for _ in range(MAX_FAILURES):
         scene.supervisor.step()
@@ -324,10 +324,10 @@ def test_what_runs_beside_the_server_is_given_up_where_it_dies_at_once_each_time
 
 
 def test_what_runs_beside_the_server_for_a_while_is_never_given_up():
-    beside = Beside(*["it was killed"] * 20)
+    beside = Sidecar(*["it was killed"] * 20)
     scene = Scene(beside=[beside])
     for _ in range(20):
-        scene.clock.sleep(STEADY)
+        scene.clock.sleep(STEADY_SECONDS)
         scene.supervisor.step()
     assert beside.starts == 20
 
@@ -359,17 +359,17 @@ class AtOnce(Executor):
 
 
 def stepped(control: Asked, busy: int = 0) -> list[list[str]]:
-    """What a probe finds in five looks, PATIENCE apart: it asks in the second and the fourth, and judges after each.
+    """What a probe finds in five steps, TIMEOUT_SECONDS apart: it asks in steps 2 and 4, and judges after each.
 
     Args:
         control: answers it.
-        busy: the work done in PATIENCE, in hundredths of a second.
+        busy: the work done in TIMEOUT_SECONDS, in hundredths of a second.
     """
     clock = FakeClock()
-    asking = Probe(control, lambda _: round(clock.now / PATIENCE) * busy, clock=clock, threads=AtOnce())  # type: ignore[arg-type]
+    asking = Probe(control, lambda _: round(clock.now / TIMEOUT_SECONDS) * busy, clock=clock, threads=AtOnce())  # type: ignore[arg-type]
     found = []
     for _ in range(5):
-        clock.sleep(PATIENCE)
+        clock.sleep(TIMEOUT_SECONDS)
         found.append(asking.step(["classify", "segment"]))
     return found
 
@@ -389,8 +389,8 @@ def test_a_task_that_is_silent_twice_is_named():
 
 
 def test_who_is_silent_but_works_is_busy():
-    assert stepped(Asked(), busy=probe.MOVED) == NOTHING
-    assert stepped(Asked(), busy=probe.MOVED - 1)[-1] == [SERVER]
+    assert stepped(Asked(), busy=probe.BUSY_TICKS) == NOTHING
+    assert stepped(Asked(), busy=probe.BUSY_TICKS - 1)[-1] == [SERVER]
 
 
 def test_a_server_that_is_silent_is_named_alone():

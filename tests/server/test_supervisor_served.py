@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from radapter_client import Client, RAdapterClientError
-from radapter_serve.server import probe
+from radapter_serve.server.probe import Probe
 from radapter_serve.server.supervisor import Supervisor
 from tests.helpers.fake_server import FakeServer, write_repository
 
@@ -58,9 +58,9 @@ def clients(server: FakeServer) -> Iterator[list[Client]]:
 class Watched:
     """A supervisor that is told to look, and what it said."""
 
-    def __init__(self, server: FakeServer) -> None:
+    def __init__(self, server: FakeServer, probe: Probe | None = None) -> None:
         self.said: list[str] = []
-        self._supervisor = Supervisor(server, self.said.append)
+        self._supervisor = Supervisor(server, self.said.append, probe=probe)
 
     def until(self, done: Callable[[], bool], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
@@ -131,12 +131,8 @@ def test_a_server_that_is_killed_or_frozen_is_back_for_the_same_clients(server, 
             assert time.monotonic() < deadline
 
 
-def test_a_busy_task_is_left_alone_and_one_that_waits_for_nothing_is_started_again(
-    server, clients, threads, monkeypatch
-):
-    monkeypatch.setattr(probe, "EVERY", 0.2)
-    monkeypatch.setattr(probe, "PATIENCE", 4.0)
-    watched = Watched(server)
+def test_a_busy_task_is_left_alone_and_one_that_waits_for_nothing_is_started_again(server, clients, threads):
+    watched = Watched(server, Probe(server.control, server.ticks, interval=0.2, timeout=4.0))
     calls = [begun(threads, clients, order(work=10)) for _ in range(2)]  # both processes, and a queue behind them
     watched.until(lambda: all(call.done() for pair in calls for call in pair))
     assert watched.said == []
@@ -199,4 +195,4 @@ def test_stopping_lets_calls_under_way_finish(folder, threads):
         for client in clients:
             client.close()
         stopping.result()
-    assert server.deaths()[0].why == "it was not started, or it was stopped"
+    assert server.failures()[0].why == "it was not started, or it was stopped"

@@ -11,12 +11,13 @@ import pytest
 
 from radapter_serve.cli.release import main
 from radapter_serve.errors import RAdapterError
+from radapter_serve.index.index import FORMAT
 from radapter_serve.release.repository import ENCODERS, TASKS, encoders_of, named_releases
 from radapter_serve.release.served import Served
 from radapter_serve.server.control import NoAnswer, ServedVersion
 from radapter_serve.server.launch import MODELS, put
-from radapter_serve.server.lineup import Offered, kept_for_indexes, line_up, parsed
-from radapter_serve.server.releases import back, known
+from radapter_serve.server.models import ModelEntry, kept_for_indexes, parsed, plan_models
+from radapter_serve.server.releases import previous, require_known
 from radapter_serve.server.switch import check_side_by_side, switch
 from tests.helpers.small_release import seal
 
@@ -24,12 +25,12 @@ NEEDS = {"classify": ["image_encoder", "text_encoder"], "segment": ["image_encod
 NEEDS |= {"embed_image": ["image_encoder"], "embed_text": ["text_encoder"], "retrieve": ["embed_image", "embed_text"]}
 
 
-def offer(*versions: int, facts: str = "", **tensors: int) -> Offered:
+def offer(*versions: int, facts: str = "", **tensors: int) -> ModelEntry:
     inputs = "".join(f'input {{ name: "{name}" dims: [{size}] }}' for name, size in tensors.items())
-    return Offered((), f'{inputs} parameters {{ key: "release" value: {{ string_value: "{facts}" }} }}').at(versions)
+    return ModelEntry((), f'{inputs} parameters {{ key: "release" value: {{ string_value: "{facts}" }} }}').at(versions)
 
 
-def models(*versions: int, patches: bool = True) -> dict[str, Offered]:
+def models(*versions: int, patches: bool = True) -> dict[str, ModelEntry]:
     found = {name: offer(*versions) for name in ENCODERS if patches or name != "patch_encoder"}
     return found | {name: offer(*versions, facts=str(versions)) for name in TASKS}
 
@@ -37,7 +38,7 @@ def models(*versions: int, patches: bool = True) -> dict[str, Offered]:
 class StandIn:
     """A server and its tritonserver: what it loads is what its folder holds then."""
 
-    def __init__(self, offered: dict[str, Offered]) -> None:
+    def __init__(self, offered: dict[str, ModelEntry]) -> None:
         self.offered = dict(offered)
         self.loaded = {name: set(model.versions) for name, model in offered.items()}
         self.leaving: dict[str, set[int]] = {}
@@ -47,13 +48,13 @@ class StandIn:
         self.dense = {1, 2, 3}  # releases with patches
         self.control = self
 
-    def put(self, name: str, model: Offered | None) -> None:
+    def put(self, name: str, model: ModelEntry | None) -> None:
         if model is None:
             del self.offered[name]
         else:
             self.offered[name] = model
 
-    def renewed(self) -> None:
+    def refresh_shared_memory(self) -> None:
         self.live()
 
     def live(self) -> None:
@@ -185,9 +186,9 @@ def test_the_newest_export_is_served_until_somebody_chooses(sealed: Path) -> Non
     assert chosen == Served((1,), (1, 2))
     chosen.save(sealed)
     assert Served.load(sealed) == chosen
-    assert back(chosen) == Served((1, 2), (1,))
+    assert previous(chosen) == Served((1, 2), (1,))
     with pytest.raises(RAdapterError, match="no release was served before"):
-        back(Served((1,)))
+        previous(Served((1,)))
 
 
 @pytest.mark.parametrize(
@@ -222,12 +223,12 @@ def test_without_a_server_the_next_start_is_chosen(sealed: Path, capsys: pytest.
     assert "no release 9" in capsys.readouterr().err
     assert main(["list", "--model-repository", str(sealed), "--http-port", "1"]) == 2
     assert Served.load(sealed).releases == (1, 2)
-    assert known(sealed, [2, 1, 2]) == [1, 2]
+    assert require_known(sealed, [2, 1, 2]) == [1, 2]
 
 
 def test_tasks_name_the_releases_that_are_served_and_encoders_none(sealed: Path) -> None:
     encoders = {one.name: one.configured("onnxruntime", 1) for one in encoders_of(sealed, [1])}
-    found = line_up(sealed, [1], [], encoders)
+    found = plan_models(sealed, [1], [], encoders)
     assert list(found) == [name for name in (*ENCODERS, *TASKS) if name not in ("patch_encoder", "retrieve")]
     for name, model in found.items():
         config = parsed(model.config)
@@ -241,7 +242,7 @@ def test_tasks_name_the_releases_that_are_served_and_encoders_none(sealed: Path)
 
 def write_index(indexes: Path, name: str, digest: str) -> None:
     (indexes / name).mkdir(parents=True, exist_ok=True)
-    facts = {"format": 2, "release_digest": digest, "release": {"alpha": 0.5}}
+    facts = {"format": FORMAT, "release_digest": digest, "release": {"alpha": 0.5}}
     (indexes / name / "index.json").write_text(json.dumps(facts))
 
 

@@ -22,7 +22,7 @@ from radapter_serve.runtimes.tensorrt.plan_writer import build_engines
 from radapter_serve.server.control import ServedVersion
 from radapter_serve.server.installation import OUR_BACKENDS, Installation, our_backends
 from radapter_serve.server.launch import MODELS, put
-from radapter_serve.server.lineup import Offered, line_up, parsed
+from radapter_serve.server.models import ModelEntry, parsed, plan_models
 from radapter_serve.server.runtime_choice import configure
 from radapter_serve.server.switch import check_side_by_side, switch
 from tests.helpers import fake_triton
@@ -35,12 +35,12 @@ class Server:
     def __init__(self, repository: Path, folder: Path) -> None:
         self._repository, self._folder = repository, folder
         (folder / MODELS).mkdir()
-        self.offered: dict[str, Offered] = {}
+        self.offered: dict[str, ModelEntry] = {}
         self.engines: dict[str, dict[int, Any]] = {name: {} for name in ENCODERS}
         self.most = 0  # releases whose engines were on the GPU at once
         self.control = self
 
-    def put(self, name: str, model: Offered | None) -> None:
+    def put(self, name: str, model: ModelEntry | None) -> None:
         put(self._folder, self._repository, name, model)
         if model is None:
             del self.offered[name]
@@ -56,7 +56,7 @@ class Server:
     def index(self, *, ready: bool = False) -> list[ServedVersion]:
         return []
 
-    def renewed(self) -> None:
+    def refresh_shared_memory(self) -> None:
         pass
 
     def _have(self, model: str, versions: set[int]) -> None:
@@ -106,9 +106,9 @@ def test_engines_of_two_releases_stand_side_by_side_and_those_of_the_old_one_lea
     shutil.copytree(repository, mine, ignore=shutil.ignore_patterns(SUMS))
     build_engines(mine)  # release 2 alone has patches
 
-    def lined_up(release: int) -> dict[str, Offered]:
+    def lined_up(release: int) -> dict[str, ModelEntry]:
         installation = Installation(Path("/bin/false"), our_backends())
-        return line_up(
+        return plan_models(
             mine, [release], [], configure(mine, [release], None, 1, installation, lambda line: None).configs
         )
 

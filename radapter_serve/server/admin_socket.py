@@ -22,13 +22,13 @@ from radapter_serve.server.releases import Releases
 from radapter_serve.server.triton_server import TritonServer
 
 SOCKET = "release.sock"
-MOST = 8  # callers at once
-LONGEST = 4096  # bytes of a request
-HEARING = 5.0  # seconds to wait for a request
-TIDY = 15.0  # seconds between two looks whether an index still needs an older release
+MAX_CALLERS = 8  # callers at once
+MAX_REQUEST_BYTES = 4096  # bytes of a request
+READ_TIMEOUT_SECONDS = 5.0  # seconds to wait for a request
+CLEANUP_INTERVAL_SECONDS = 15.0  # seconds between two looks whether an index still needs an older release
 
 
-class Desk:
+class AdminSocket:
     """Hears requests for a server, as a context manager.
 
     Args:
@@ -37,17 +37,17 @@ class Desk:
 
     def __init__(self, server: TritonServer) -> None:
         self._server, self._releases = server, Releases(server)
-        self._callers = threading.BoundedSemaphore(MOST)
+        self._callers = threading.BoundedSemaphore(MAX_CALLERS)
         self._closed = threading.Event()
 
-    def __enter__(self) -> Desk:
+    def __enter__(self) -> AdminSocket:
         folder = self._server.folder
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with _short(folder) as path:
             self._socket.bind(path)
-        self._socket.listen(MOST)
-        self._socket.settimeout(TIDY)
-        threading.Thread(target=self._run, name="desk", daemon=True).start()
+        self._socket.listen(MAX_CALLERS)
+        self._socket.settimeout(CLEANUP_INTERVAL_SECONDS)
+        threading.Thread(target=self._run, name="admin socket", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -61,7 +61,7 @@ class Desk:
             try:
                 caller, _ = self._socket.accept()
             except TimeoutError:
-                self._releases.tidy()
+                self._releases.remove_unneeded()
                 continue
             except OSError:
                 return
@@ -69,7 +69,7 @@ class Desk:
                 caller.close()
                 continue
             # Not shared with others: tritonserver ends with the thread that started it.
-            threading.Thread(target=self._serve, args=(caller,), name="desk caller", daemon=True).start()
+            threading.Thread(target=self._serve, args=(caller,), name="admin socket caller", daemon=True).start()
 
     def _serve(self, caller: socket.socket) -> None:
         def say(**line: Any) -> None:
@@ -78,9 +78,9 @@ class Desk:
 
         try:
             with caller:
-                caller.settimeout(HEARING)
+                caller.settimeout(READ_TIMEOUT_SECONDS)
                 with caller.makefile("rb") as lines:
-                    request = json.loads(lines.readline(LONGEST))
+                    request = json.loads(lines.readline(MAX_REQUEST_BYTES))
                 say(done=self._answer(request, lambda line: say(say=line)))
         except RAdapterError as error:
             say(error=str(error))
@@ -120,7 +120,7 @@ def ask(folder: Path, request: dict[str, Any], say: Callable[[str], None] = lamb
         OSError: nobody hears there.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
-        server.settimeout(HEARING if request["do"] == "state" else None)
+        server.settimeout(READ_TIMEOUT_SECONDS if request["do"] == "state" else None)
         with _short(folder) as path:
             server.connect(path)
         server.sendall(json.dumps(request).encode() + b"\n")

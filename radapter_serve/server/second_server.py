@@ -16,7 +16,9 @@ from radapter_serve.release.repository import encoders_of
 from radapter_serve.server.triton_server import TritonServer, free_ports
 
 
-def prove(server: TritonServer, releases: Sequence[int], say: Callable[[str], None] = lambda line: None) -> None:
+def verify_in_second_server(
+    server: TritonServer, releases: Sequence[int], say: Callable[[str], None] = lambda line: None
+) -> None:
     """Load releases as a server would, ask each of their tasks once, and compare their encoders with torch's samples.
 
     Args:

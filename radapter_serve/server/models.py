@@ -29,24 +29,24 @@ from radapter_serve.release.repository import (
 
 #: what embeds the queries to an index
 EMBEDDING = ("image_encoder", "text_encoder", "embed_image", "embed_text")
-MOST_KEPT = 2  # releases that are loaded for the sake of indexes alone
+MAX_KEPT_RELEASES = 2  # releases that are loaded for the sake of indexes alone
 
 
 @dataclass(frozen=True)
-class Offered:
+class ModelEntry:
     """A model as a server loads it: versions, and the text of a config.pbtxt that names them."""
 
     versions: tuple[int, ...]
     config: str
 
-    def at(self, versions: Collection[int]) -> Offered:
+    def at(self, versions: Collection[int]) -> ModelEntry:
         """The same in other versions."""
         config = parsed(self.config)
         config.version_policy.specific.versions[:] = sorted(versions)
-        return Offered(tuple(sorted(versions)), str(text_format.MessageToString(config)))
+        return ModelEntry(tuple(sorted(versions)), str(text_format.MessageToString(config)))
 
 
-def processes_of(model: Offered) -> int:
+def processes_of(model: ModelEntry) -> int:
     """How many processes a model has whose backend gives one to each instance of each version."""
     groups = parsed(model.config).instance_group
     return len(model.versions) * (sum(group.count or 1 for group in groups) or 1)
@@ -75,9 +75,9 @@ def models_of(repository: Path) -> dict[str, list[int]]:
     return models
 
 
-def line_up(
+def plan_models(
     repository: Path, releases: Sequence[int], kept: Sequence[int], encoders: Mapping[str, str]
-) -> dict[str, Offered]:
+) -> dict[str, ModelEntry]:
     """The models of some releases, in the order of loading.
 
     The configs of tasks name the releases that are served, for clients to read. Those of encoders name none: with a
@@ -107,11 +107,11 @@ def line_up(
                 config.parameters[name].string_value = text
         without_queue_policy(config)
         more = [one for one in kept if one in there and model in EMBEDDING]
-        found[model] = Offered((), text_format.MessageToString(config)).at({*versions, *more})
+        found[model] = ModelEntry((), text_format.MessageToString(config)).at({*versions, *more})
     return found
 
 
-def others(repository: Path, encoders: Mapping[str, str]) -> dict[str, Offered]:
+def other_models(repository: Path, encoders: Mapping[str, str]) -> dict[str, ModelEntry]:
     """Models that belong to no release, as their owner wrote them.
 
     In a repository without `classify`, which has the releases, these are all that there are.
@@ -122,7 +122,9 @@ def others(repository: Path, encoders: Mapping[str, str]) -> dict[str, Offered]:
     """
     released = MODELS if releases_of(repository) else ()
     return {
-        path.parent.name: Offered(tuple(versions), encoders.get(path.parent.name) or path.read_text(encoding="utf-8"))
+        path.parent.name: ModelEntry(
+            tuple(versions), encoders.get(path.parent.name) or path.read_text(encoding="utf-8")
+        )
         for path in sorted(repository.glob(f"*/{CONFIG}"))
         if path.parent.name not in released and (versions := versions_of(path.parent))
     }
@@ -153,7 +155,7 @@ def kept_for_indexes(repository: Path, releases: Sequence[int], indexes: Path) -
         if older and not set(matching) & set(releases):
             found.setdefault(older[-1], []).append(name)
     fitting = [version for version in sorted(found, reverse=True) if _fits(repository, releases, version)]
-    return {version: found[version] for version in fitting[:MOST_KEPT]}
+    return {version: found[version] for version in fitting[:MAX_KEPT_RELEASES]}
 
 
 def _fits(repository: Path, releases: Sequence[int], version: int) -> bool:
