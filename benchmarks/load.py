@@ -29,6 +29,7 @@ STAGES = ("network", "queue", "task", "encoder")
 OBJECTS = ("bicycle", "bird", "boat", "car", "cat", "dog", "house", "person", "street", "tree")
 LABELS = tuple(f"a {name}" for name in OBJECTS)
 INDEX = "pictures"
+SLOW = 300.0  # ms; no short text takes as long unless it waits
 WHAT = """Requests of our own client to a server as radapter-serve starts it. Client and server share
 the machine. Images are JPEG files of {width} x {height} pixels; classify and segment have a label
 set of {labels} labels, retrieve an index of {images} images; every text is another one. Each row
@@ -180,6 +181,20 @@ def _draw_task(axes: Any, task: str, rows: Sequence[Row]) -> None:
     axes.legend(fontsize="small")
 
 
+def overlapping_cells(row: Row) -> list[str]:
+    """A row of the table of callers who overlap."""
+    latencies = [1000 * value for value in row.measured.latencies]
+    median = row.latency[PERCENTILES.index(50)]
+    tail = row.latency[PERCENTILES.index(99)]
+    figures = (row.measured.throughput, median, tail, max(latencies))
+    return [
+        f"{row.protocol}, {row.load}",
+        str(len(latencies)),
+        *(f"{value:.1f}" for value in figures),
+        str(sum(latency > SLOW for latency in latencies)),
+    ]
+
+
 def open_rates(closed: Sequence[Row], shares: Sequence[float]) -> Mapping[str, list[Open]]:
     """For each task the loads of an open loop: shares of the best rate over gRPC in a closed one.
 
@@ -199,6 +214,8 @@ def main(
     architecture: str = "ViT-B-32",
     precision: str = "int8",
     concurrency: tuple[int, ...] = (1, 4, 16),
+    overlapping: tuple[int, ...] = (1, 2, 4, 8, 16),
+    overlapping_seconds: float = 10.0,
     shares: tuple[float, ...] = (0.5, 0.8, 1.1),
     seconds: float = 4.0,
     warmup: float = 1.0,
@@ -211,6 +228,8 @@ def main(
         architecture: open_clip architecture, with random weights and an adapter.
         precision: of the release.
         concurrency: callers in a closed loop.
+        overlapping: callers of short texts in a closed loop, whose slowest answers are counted.
+        overlapping_seconds: of each of these rows.
         shares: rates of the open loop, as parts of the best rate over gRPC in a closed loop.
         seconds: of each row.
         warmup: seconds before each row.
@@ -248,10 +267,22 @@ def main(
         stack.enter_context(server)
         bench = Bench(picture(width, height), seconds, warmup)
         urls = [server.grpc_url, server.http_url]
+        loads = [Closed(callers) for callers in overlapping]
+        longer = Bench(bench.image, overlapping_seconds, warmup)
+        texts = longer.rows(urls, ["embed_text"], loads)
         closed = bench.rows(urls, TASKS, [Closed(callers) for callers in concurrency])
         opened = []
         for task, loads in open_rates(closed, shares).items():
             opened += bench.rows(urls[:1], [task], loads)
+    report.table(
+        "Short texts by callers who overlap",
+        ["protocol, load", "answers", "per s", "p50", "p99", "slowest", f"above {SLOW:.0f} ms"],
+        [overlapping_cells(row) for row in texts],
+    )
+    report.note(
+        "A closed loop, in ms. What is above the limit waited for nothing but the work of others "
+        "where p50 is near it; elsewhere it would be a stall of the server."
+    )
     percentiles = [f"p{which}" for which in PERCENTILES]
     columns = ["task, protocol, load", "answers", "errors", "per s", *percentiles, *STAGES]
     report.table("Closed loop", columns, [row.cells() for row in closed])
