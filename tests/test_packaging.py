@@ -54,9 +54,9 @@ def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path:
     tasks = {f"{model}/model.py" for model in TEMPLATES if not model.endswith("encoder")}
     assert held == tasks | {f"{model}/config.template.pbtxt" for model in TEMPLATES}
     for name in (
-        "server/backends/onnxruntime/model.py",
-        "server/backends/openvino/model.py",
-        "server/backends/tensorrt/model.py",
+        "triton/backends/onnxruntime/model.py",
+        "triton/backends/openvino/model.py",
+        "triton/backends/tensorrt/model.py",
         "demo/recipes/retrieval.yaml",
         "recipes/small.yaml",
         "recipes/suites/pacs.yaml",

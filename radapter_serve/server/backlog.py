@@ -12,7 +12,7 @@ from pathlib import Path
 
 import urllib3
 
-from radapter_serve.tasks.surplus import write
+from radapter_serve.triton.surplus import write
 
 INTERVAL = 0.25  # seconds between two looks
 MAX_WAITING = 128  # requests that may wait for a model

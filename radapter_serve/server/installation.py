@@ -15,7 +15,7 @@ from pathlib import Path
 from radapter_serve.errors import RAdapterError
 from radapter_serve.extras import install_command
 
-OUR_BACKENDS = Path(__file__).absolute().parent / "backends"
+OUR_BACKENDS = Path(__file__).absolute().parents[1] / "triton" / "backends"
 
 
 @dataclass(frozen=True)

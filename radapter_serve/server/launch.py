@@ -19,6 +19,11 @@ from radapter_serve.threads import environment
 
 WAITING = "surplus"  # what the processes of models are to refuse, a file for each model
 MODELS = "models"  # Triton loads what lies in this folder of a server's, and nothing that lies beside it
+# Modules by the names that the code of releases exported before December 2026 has for them.
+_FORMER = {
+    "radapter_serve.tasks.responses": "radapter_serve.triton.responses",
+    "radapter_serve.tasks.triton": "radapter_serve.triton.version",
+}
 # What a caller could read or change the server's memory, files and log by; open to who sends the secret of this server.
 _RESTRICTED = "shared-memory,model-repository,trace,logging"
 _RESTRICTING = ("http-restricted-api", "grpc-restricted-protocol")
@@ -60,15 +65,20 @@ def put(folder: Path, repository: Path, name: str, model: ModelEntry | None) -> 
 
 
 def _link(source: Path, target: Path) -> None:
-    if not (source / "model.py").exists():
+    code = source / "model.py"
+    if not code.exists():
         target.symlink_to(source)
         return
     target.mkdir()
     # Python would write its own files beside model.py, and Triton would take that for another version of the code.
     (target / "__pycache__").touch()
     for path in source.iterdir():
-        if path.name != "__pycache__":
+        if path.name not in ("__pycache__", code.name):
             (target / path.name).symlink_to(path)
+    text = code.read_text(encoding="utf-8")
+    for former, name in _FORMER.items():
+        text = text.replace(former, name)
+    (target / code.name).write_text(text, encoding="utf-8")
 
 
 def command_line(

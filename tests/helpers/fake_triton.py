@@ -101,8 +101,8 @@ def install(monkeypatch: pytest.MonkeyPatch, encode: Callable[[str, list[np.ndar
         TRITONSERVER_MEMORY_CPU=0,
     )
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stand_in)
-    for name in ("server.backend", "tasks.responses", "tasks.triton"):
-        monkeypatch.delitem(sys.modules, f"radapter_serve.{name}", raising=False)
+    for name in [name for name in sys.modules if name.startswith("radapter_serve.triton.")]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 def load(path: Path) -> Any:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from radapter_serve.server.backlog import Backlog, Counts, Queue, read_counts
-from radapter_serve.tasks.surplus import Surplus, write
+from radapter_serve.triton.surplus import Surplus, write
 
 METRICS = """
 # HELP nv_inference_pending_request_count Instantaneous number of pending requests awaiting execution per-model.

@@ -264,6 +264,17 @@ def test_an_older_release_stays_for_its_index_and_a_newer_one_does_not(sealed: P
     assert kept_for_indexes(sealed, [2], indexes) == {}  # what is broken is not served
 
 
+def test_a_release_of_former_days_finds_the_modules_of_today(sealed: Path, folder: Path) -> None:
+    code = sealed / "classify" / "1" / "model.py"
+    code.write_text(
+        "from radapter_serve.tasks.responses import answer\nfrom radapter_serve.tasks.triton import Version\n"
+    )
+    put(folder, sealed, "classify", offer(1))
+    assert (folder / MODELS / "classify" / "1" / "model.py").read_text() == (
+        "from radapter_serve.triton.responses import answer\nfrom radapter_serve.triton.version import Version\n"
+    )
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "server" / MODELS).mkdir(parents=True)

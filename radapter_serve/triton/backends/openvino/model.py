@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from radapter_serve.runtimes.encoder import openvino_core, openvino_properties
-from radapter_serve.server.backend import Graph, GraphModel
+from radapter_serve.triton.graph_model import Graph, GraphModel
 
 _COPIED = ("INFERENCE_NUM_THREADS", "NUM_STREAMS", "PERFORMANCE_HINT")
 

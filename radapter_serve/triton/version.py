@@ -22,10 +22,10 @@ from radapter_serve.inputs.errors import (
 )
 from radapter_serve.inputs.tokenizer import Tokenizer
 from radapter_serve.release.release import FILE, Release
-from radapter_serve.tasks import surplus
 from radapter_serve.tasks.classify import EmbedImages
 from radapter_serve.tasks.label_embeddings import LabelEmbedder
 from radapter_serve.threads import decoders
+from radapter_serve.triton import surplus
 
 # What a caller is told where another model cannot answer now.
 _RETRYABLE = {

@@ -13,7 +13,7 @@ from typing import Any
 import onnxruntime as ort
 
 from radapter_serve.runtimes.encoder import CUDA, cuda_provider
-from radapter_serve.server.backend import Graph, GraphModel
+from radapter_serve.triton.graph_model import Graph, GraphModel
 
 # A server tells nobody but its callers.
 ort.disable_telemetry_events()

@@ -1,6 +1,6 @@
 """What Triton backends in Python share: the requests of one `execute` become one run of a graph.
 
-Importable only inside one of Triton's processes, like `radapter_serve.tasks.triton`.
+Importable only inside one of Triton's processes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from radapter_serve.extras import install_command
 from radapter_serve.inputs.errors import ENCODER_FAILED, INVALID_ARGUMENT, TaskError, invalid, public
-from radapter_serve.tasks import surplus
 from radapter_serve.tasks.outcome import Outcome
-from radapter_serve.tasks.responses import answer, need
+from radapter_serve.triton import surplus
+from radapter_serve.triton.responses import answer, need
 
 Feed = dict[str, NDArray[Any]]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from radapter_serve.runtimes.tensorrt.engine import Engine, import_tensorrt
-from radapter_serve.server.backend import Graph, GraphModel
+from radapter_serve.triton.graph_model import Graph, GraphModel
 
 
 class TritonPythonModel(GraphModel):
