@@ -236,7 +236,7 @@ import threading, time
 import pytest
 from tests.helpers import fake_triton
 fake_triton.install(pytest.MonkeyPatch())
-from radapter_serve.tasks import responses
+from radapter_serve.triton import responses
 responses.HUNG = 0.5
 requests = [fake_triton.Request(text=[["a"]])]
 answered = responses.answer(requests, lambda one: one, responses.each(lambda one: {}), lambda found: found)
