@@ -88,8 +88,11 @@ class GatewayServer:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self._loop.add_signal_handler(number, on_signal, number)
-        with contextlib.suppress(asyncio.TimeoutError):  # some requests took longer than `DRAIN`
+        try:
             await self._server.serve()
+        except asyncio.TimeoutError:  # some requests took longer than `DRAIN`
+            # granian then ends a task again that it has cancelled, which asyncio would report with a traceback.
+            self._loop.set_exception_handler(lambda *_: None)
         return got[0] if got else None
 
 

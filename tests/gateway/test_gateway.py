@@ -7,9 +7,11 @@ import hashlib
 import json
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +346,28 @@ def test_deadlines(served: Served) -> None:
     served.hold()  # a Triton that does not keep to its deadline
     assert refusal(served, INFER, {**TEXT, "parameters": {"timeout": 1}}) == (504, "timed_out")
     until(lambda: served.upstream.cancelled == 1)
+
+
+def test_a_gateway_that_stops_lets_requests_end_and_waits_for_none_for_ever(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for drain, expected in ((20.0, b"200"), (0.3, b"500")):
+        monkeypatch.setattr(run, "DRAIN", drain)
+        with ExitStack() as stack:
+            served = stack.enter_context(serving())
+            served.hold()
+            body = json.dumps(TEXT).encode()
+            head = HEAD.replace(b"10", str(len(body)).encode()) + b"\r\n"
+            it = stack.enter_context(talking(served, head + body))
+            until(lambda: bool(served.upstream.asked))  # noqa: B023
+            if drain > 1:
+                threading.Timer(0.5, served.let_go).start()
+            start = time.monotonic()
+            served.stop()
+            assert time.monotonic() - start < 10
+            answer = it.recv(12)
+            assert answer[9:] == expected
+    assert not caplog.records
 
 
 # Failures behind the gateway

@@ -106,10 +106,19 @@ class FakeUpstream:
 
 
 class Served:
-    """A gateway that runs: its `url`, and its stand-in `upstream`."""
+    """A gateway that runs: its `url`, its stand-in `upstream`, and what stops it and waits for that."""
 
-    def __init__(self, url: str, upstream: FakeUpstream, loop: asyncio.AbstractEventLoop) -> None:
-        self.url, self.upstream, self._loop = url, upstream, loop
+    def __init__(
+        self,
+        url: str,
+        upstream: FakeUpstream,
+        loop: asyncio.AbstractEventLoop,
+        stop: Callable[[], None],
+    ) -> None:
+        self.url = url
+        self.upstream = upstream
+        self.stop = stop
+        self._loop = loop
         self.port = int(url.rpartition(":")[2])
 
     def hold(self) -> None:
@@ -138,11 +147,18 @@ def serving(upstream: Callable[[], FakeUpstream] = FakeUpstream, **options: Any)
         thread = threading.Thread(target=running.run)
         thread.start()
         assert begun.wait(10)
-        try:
-            yield Served(f"http://127.0.0.1:{port}", *made[0])
-        finally:
+
+        def stop() -> None:
             running.stop()
             thread.join(30)
+
+        stand_in, loop = made[0]
+        served = Served(f"http://127.0.0.1:{port}", stand_in, loop, stop)
+        try:
+            yield served
+        finally:
+            if thread.is_alive():
+                stop()
 
 
 class BigAnswers(FakeUpstream):

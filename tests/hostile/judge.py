@@ -29,12 +29,20 @@ def trouble(case: Case, outcome: Outcome) -> str | None:
         if outcome.rest:
             return "half an answer"
         return None if case.promise == BROKEN else f"{outcome.how} without an answer"
-    if outcome.rest or len(outcome.answers) > case.answers:
+    answers = outcome.answers
+    if case.promise == BROKEN and len(answers) == case.answers + 1 and _is_bare(answers[-1]):
+        answers = answers[:-1]  # what follows the body that was announced is no request
+    if outcome.rest or len(answers) > case.answers:
         return "more than was asked for"
-    if len(outcome.answers) < case.answers and case.promise != BROKEN:
-        return f"{len(outcome.answers)} answers of {case.answers}"
-    found = (_of_answer(case, answer) for answer in outcome.answers)
+    if len(answers) < case.answers and case.promise != BROKEN:
+        return f"{len(answers)} answers of {case.answers}"
+    found = (_of_answer(case, answer) for answer in answers)
     return next((why for why in found if why), None)
+
+
+def _is_bare(answer: Answer) -> bool:
+    """Whether the server beneath refused what is no request, and ends the connection."""
+    return answer.status == 400 and not answer.body and answer.headers.get("connection") == "close"
 
 
 def _of_answer(case: Case, answer: Answer) -> str | None:

@@ -19,6 +19,10 @@ from tests.hostile.wire import Answer, Outcome, exchange, parse
 JSON = {"content-type": "application/json"}
 
 
+REFUSAL = Answer(400, JSON, b'{"error": "[invalid_argument] no"}')
+BARE = Answer(400, {"connection": "close"}, b"")  # of the server beneath, to what is no request
+
+
 def refusal(text: str, status: int = 400) -> Outcome:
     return Outcome([Answer(status, JSON, json.dumps({"error": text}).encode())])
 
@@ -54,6 +58,12 @@ def test_a_number_is_always_the_same_request():
         (CHECKED, Outcome([Answer(200, JSON, b'{"outputs":[{"name":"score","shape":[1],"data":[7]}]}')]), "a score"),
         (CHECKED, Outcome([Answer(200, JSON, b'{"outputs":[{"name":"id","shape":')]), "cannot be read"),
         (CHECKED, Outcome([Answer(400, JSON, b"{}")] * 2), "more than was asked for"),
+        (BROKEN, Outcome([REFUSAL, BARE]), None),
+        (CHECKED, Outcome([REFUSAL, BARE]), "more than was asked for"),
+        (BROKEN, Outcome([REFUSAL, REFUSAL]), "more than was asked for"),
+        (BROKEN, Outcome([REFUSAL, BARE, BARE]), "more than was asked for"),
+        (BROKEN, Outcome([BARE]), None),
+        (CHECKED, Outcome([BARE]), "without JSON"),
     ],
 )
 def test_the_judge(promise: str, outcome: Outcome, why: str | None):
