@@ -16,7 +16,7 @@ class Exported:
     """A graph of a release, or a form of its weights that another library opens.
 
     Attributes:
-        name: such as `image_encoder`, `transformers` or `peft`.
+        name: such as `image_encoder` or `transformers`.
         size: of its weights, in bytes.
         agreement: with torch.
         seconds: that it took to write and check.

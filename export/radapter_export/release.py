@@ -67,7 +67,7 @@ def export_release(
     images = settings.calibration
     collection = None if images is None else open_collection(images.removeprefix("imagefolder:"))
     base = _load(source, settings, say)
-    unfinished = Forms(settings, base, source.adapter)  # which refuses bases without such a form
+    unfinished = Forms(settings, base)  # which refuses bases without such a form
     graphs = _graphs(base, source, settings.precision, say)
     models = [model for model in MODELS if model != PATCH_ENCODER or source.way is not None]
     with (
@@ -102,7 +102,7 @@ def _check_arguments(alphas: Sequence[float], source: Source, settings: ExportSe
         raise RAdapterError(f"an alpha is given twice: {' '.join(f'{alpha:g}' for alpha in alphas)}")
     if settings.served_by not in RUNTIMES:
         raise RAdapterError(f"--runtime is {settings.runtime}; allowed are {', '.join(RUNTIMES)}")
-    check_forms(settings, source.adapter)
+    check_forms(settings)
     check_precision(settings.precision, settings.calibration, settings.served_by)
     if source.dynamic_alpha and settings.calibration is not None:
         raise RAdapterError(

@@ -32,7 +32,6 @@ class ExportSettings:
         transformers: folder for the merged weights as the library transformers opens them, with processor and
             tokenizer, replaced if it holds such a model; with several alphas, for a folder of each. Not written if none
             is given.
-        peft: the same for an adapter of low rank as the library peft opens it, a LoRA for the base.
         label_sets: files of classes by the name of their label set, whose text embeddings become part of the release.
             The run's own classes become the label set `classes`, unless a file of that name is given.
         templates: a file of prompt templates, a built-in set, or one template; the run's own if none is given.
@@ -62,7 +61,6 @@ class ExportSettings:
     model_repository: Path = Path("model_repository")
     merged: Path = Path("merged")
     transformers: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    peft: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     label_sets: tyro.conf.Suppress[Mapping[str, Path]] = field(default_factory=dict)
     templates: str | Path | None = None
     dense: Annotated[str | None, tyro.conf.arg(metavar="WAY")] = None

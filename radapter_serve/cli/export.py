@@ -150,9 +150,8 @@ def _show(releases: Sequence[ExportedRelease], paths: Sequence[Path], settings: 
             "No task accuracy was measured: the run has no validation data here; give some with --validation DATA"
         )
     out.print(f"Merged: {', '.join(str(release.merged) for release in releases)}", soft_wrap=True)
-    for name, form in (("Transformers", settings.transformers), ("peft", settings.peft)):
-        if form is not None:
-            out.print(f"{name}: {form}", markup=False, highlight=False, soft_wrap=True)
+    if settings.transformers is not None:
+        out.print(f"Transformers: {settings.transformers}", markup=False, highlight=False, soft_wrap=True)
     folder = settings.model_repository
     repository = "" if folder == ExportSettings.model_repository else f" {shlex.quote(str(folder))}"
     out.print(f"Next:   radapter-serve{repository}", markup=False, highlight=False, soft_wrap=True)

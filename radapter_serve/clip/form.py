@@ -48,15 +48,6 @@ class Form:
     config: dict[str, Any]
     weights: list[Weight]
 
-    def layer(self, key: str) -> str:
-        """What `transformers` calls an adapted layer.
-
-        Args:
-            key: its name in open_clip's state dict.
-        """
-        (name,) = next(one.theirs for one in self.weights if one.ours == (f"{key}.weight",))
-        return name.removesuffix(".weight")
-
 
 def to_transformers(state_dict: Mapping[str, Tensor], weights: Iterable[Weight]) -> dict[str, Tensor]:
     """A state dict by the names of `transformers`, fp32."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import open_clip
-import peft
 import pytest
 import sentence_transformers
 import torch
@@ -39,7 +37,6 @@ TRANSFORMERS = {
     *("config.json", "model.safetensors", "preprocessor_config.json", "release.json"),
     *("tokenizer.json", "tokenizer_config.json"),
 }
-PEFT = {"adapter_config.json", "adapter_model.safetensors", "release.json"}
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
@@ -74,7 +71,7 @@ def made(common: Path, tiny_clip_dir: str, tmp_path_factory: pytest.TempPathFact
     """A base, a low-rank adapter of it, and all forms at two alphas. Not to be changed."""
     folder = tmp_path_factory.mktemp("forms")
     (folder / "base").symlink_to(tiny_clip_dir.removeprefix("local-dir:"))
-    export(common, folder, f"local-dir:{folder / 'base'}", [0.3, 0.8], rank=4, peft=folder / "lora")
+    export(common, folder, f"local-dir:{folder / 'base'}", [0.3, 0.8], rank=4)
     return folder
 
 
@@ -83,7 +80,7 @@ def siglip(common: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of a SigLIP whose texts have 64 tokens, as the pipeline of `transformers` takes for granted."""
     folder = tmp_path_factory.mktemp("siglip")
     text = {**FAMILIES["siglip"].text, "context_length": 64}
-    export(common, folder, make_base("siglip", folder / "base", text_cfg=text), [0.7], rank=4, peft=folder / "lora")
+    export(common, folder, make_base("siglip", folder / "base", text_cfg=text), [0.7], rank=4)
     return folder
 
 
@@ -165,37 +162,6 @@ def test_sentence_transformers_opens_siglip_once_it_fills_texts_up(siglip: Path)
     np.testing.assert_allclose(unit(found), by_open_clip(siglip / "merged")[1], atol=1e-5)
 
 
-@pytest.mark.parametrize(("alpha", "where"), [(0.3, "alpha-0.3"), (0.8, "alpha-0.8")])
-def test_peft_merges_the_adapter_into_the_base(made: Path, tmp_path: Path, alpha: float, where: str) -> None:
-    """The base in `transformers` form comes from an export at α = 0, as the page says."""
-    folder = made / "lora" / where
-    assert {path.name for path in folder.iterdir()} == PEFT
-    model = transformers.CLIPModel.from_pretrained(made / "hf" / where)
-    base = load_base(f"local-dir:{made / 'base'}")
-    model.load_state_dict(to_transformers(base.model.state_dict(), form_of(base).weights))
-    tuned = peft.PeftModel.from_pretrained(model, str(folder))
-    texts = transformers.AutoTokenizer.from_pretrained(made / "hf" / where)(
-        TEXTS, padding=True, truncation=True, return_tensors="pt"
-    )
-    expected = by_open_clip(made / "merged" / where)[1]
-    np.testing.assert_allclose(features(tuned.get_text_features(**texts)), expected, atol=1e-5)
-    merged = tuned.merge_and_unload()
-    np.testing.assert_allclose(features(merged.get_text_features(**texts)), expected, atol=1e-5)
-    folded = fold(base.model.state_dict(), load_adapter(made / "adapter.safetensors"), alpha)
-    for name, value in to_transformers(folded, form_of(base).weights).items():
-        torch.testing.assert_close(merged.state_dict()[name], value, atol=1e-5, rtol=1e-5)
-
-
-def test_peft_merges_the_adapter_of_a_siglip(siglip: Path) -> None:
-    base = load_base(f"local-dir:{siglip / 'base'}")
-    model = transformers.SiglipModel.from_pretrained(siglip / "hf")
-    model.load_state_dict(to_transformers(base.model.state_dict(), form_of(base).weights))
-    merged = peft.PeftModel.from_pretrained(model, str(siglip / "lora")).merge_and_unload()
-    wanted = transformers.SiglipModel.from_pretrained(siglip / "hf").state_dict()
-    for name, value in merged.state_dict().items():
-        torch.testing.assert_close(value, wanted[name], atol=1e-5, rtol=1e-5)
-
-
 def test_a_release_that_takes_any_alpha_has_the_form_of_its_own(
     tiny_clip_dir: str, common: Path, tmp_path: Path
 ) -> None:
@@ -267,16 +233,14 @@ def test_what_differs_from_torch_leaves_nothing(
     cases: list[tuple[str, Any, str]] = [  # what goes wrong, and what is said
         ("radapter_export.forms.form_of", lambda base: with_text(form_of(base), **other), "text, differs from torch"),
         ("radapter_export.processor._TEXTS", ["“Quoted”"], "reads .* in another way than open_clip's"),
-        ("radapter_export.peft_folder._tensors", lambda *_: {}, "as a LoRA of peft, image, differs from torch"),
         ("radapter_export.transformers_folder.save_file", full_disk, "no space left on the disk"),
     ]
     loose = {"precision": "int8", "tolerance": 0.9}  # which is for graphs: the weights stay in fp32
     for target, value, message in cases:
         with monkeypatch.context() as patch, quick_exports(common):
             patch.setattr(target, value)
-            with pytest.raises(RAdapterError, match=message), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # peft's, of missing weights
-                export_release(tmp_path, [0.5], settings_in(tmp_path, peft=tmp_path / "lora", **loose))
+            with pytest.raises(RAdapterError, match=message):
+                export_release(tmp_path, [0.5], settings_in(tmp_path, **loose))
         assert {path.name for path in tmp_path.iterdir()} == {"adapter.safetensors"}
 
 
@@ -309,7 +273,6 @@ def test_arguments_that_can_not_be_are_refused(made: Path, tmp_path: Path, monke
     (tmp_path / "lora" / "thesis.tex").write_text("years of work", encoding="utf-8")
     monkeypatch.setattr("radapter_export.release.image_graph", lambda *_: pytest.fail("a graph was made"))
     for changes, message in (
-        ({"peft": tmp_path / "new"}, "--peft takes adapters of low rank .* larger than the merged weights"),
         ({"merged": tmp_path / "hf"}, "--transformers .*hf is the folder of --merged, or inside it"),
         ({"merged": tmp_path / "hf" / "open"}, "--merged .*open is the folder of --transformers, or inside it"),
         ({"transformers": tmp_path / "lora"}, r"lora holds thesis\.tex.*--transformers"),
@@ -330,13 +293,12 @@ def test_the_command_shows_the_forms(
     monkeypatch.chdir(tmp_path)
     with quick_exports(common):
         adapter = ["--adapter", str(made / "adapter.safetensors")]
-        assert main(["--alpha", "0.5", *adapter, "--transformers", "hf", "--peft", "lora"]) == 0
+        assert main(["--alpha", "0.5", *adapter, "--transformers", "hf"]) == 0
         out, err = capfd.readouterr()
-        assert err == "" and "Transformers: hf\n" in out and "peft: lora\n" in out
+        assert err == "" and "Transformers: hf\n" in out
         assert main(["--alpha", "0.2", *adapter, "--transformers", "hf"]) == 0  # which is replaced
     assert json.loads((tmp_path / "hf" / "release.json").read_text(encoding="utf-8"))["alpha"] == 0.2
-    assert json.loads((tmp_path / "lora" / "release.json").read_text(encoding="utf-8"))["alpha"] == 0.5
-    assert {path.name for path in tmp_path.iterdir()} == {"merged", "hf", "lora", "model_repository"}
+    assert {path.name for path in tmp_path.iterdir()} == {"merged", "hf", "model_repository"}
 
 
 def test_a_base_of_transformers_is_trained_and_exported(made: Path, common: Path, tmp_path: Path) -> None:
