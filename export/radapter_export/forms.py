@@ -16,7 +16,7 @@ from radapter_export.transformers_folder import TransformersFolder
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.transformers_form import form_of
 from radapter_serve.errors import RAdapterError, check_installed
-from radapter_serve.release.agreement import TOLERANCES, Agreement, Samples
+from radapter_serve.release.agreement import TOLERANCES, Samples
 from radapter_serve.release.release import Release
 
 

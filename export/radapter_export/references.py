@@ -98,7 +98,7 @@ class References:
     Args:
         base: with adapters attached.
         inputs: what is embedded.
-        way: how patches are, one of `radapter_serve.clip.dense.WAYS`; None if they are not.
+        way: how patches are, one of `radapter_serve.clip.dense.METHODS`; None if they are not.
     """
 
     @torch.inference_mode()

@@ -35,7 +35,7 @@ class ExportSettings:
         label_sets: files of classes by the name of their label set, whose text embeddings become part of the release.
             The run's own classes become the label set `classes`, unless a file of that name is given.
         templates: a file of prompt templates, a built-in set, or one template; the run's own if none is given.
-        dense: how the patches of an image are embedded, for segmentation: naclip, clearclip, sclip or maskclip; none
+        dense: how the patches of an image are embedded, for segmentation: naclip or maskclip; none
             leaves patch_encoder out; the run's own if none is given.
         precision: of the encoders' weights and matrix products. int8 is quantized as it runs, for CPUs; with
             --calibration by fixed ranges, which TensorRT takes too.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from radapter_serve.clip.base import Base
-from radapter_serve.clip.dense import WAYS, check_dense, neighbourhood, patch_features
+from radapter_serve.clip.dense import check_dense, neighbourhood, patch_features
 from radapter_serve.clip.towers import causal_text_features, is_causal, pool_type, text_tower
 from radapter_serve.errors import RAdapterError
 
@@ -69,19 +69,18 @@ class PatchTower(ImageTower):
 
     Args:
         base: that `check` accepts.
-        way: one of `radapter_serve.clip.dense.WAYS`.
+        method: one of `radapter_serve.clip.dense.METHODS`.
     """
 
-    def __init__(self, base: Base, way: str) -> None:
-        grid, _ = check_dense(base.model, way).grid_size
+    def __init__(self, base: Base, method: str) -> None:
+        grid, _ = check_dense(base.model, method).grid_size
         super().__init__(base)
-        self._way = WAYS[way]
         self.near: Tensor | None
-        self.register_buffer("near", None if self._way.std is None else neighbourhood(grid, self._way.std))
+        self.register_buffer("near", neighbourhood(grid) if method == "naclip" else None)
 
     def forward(self, image: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] in RGB to float32 [B, g, g, D] of unit length."""
-        return unit(patch_features(self.model.visual, self.pixels(image), self._way, self.near))
+        return unit(patch_features(self.model.visual, self.pixels(image), self.near))
 
 
 class TextTower(nn.Module):

@@ -1,4 +1,4 @@
-"""Embeddings of image patches without training for them: four edits of the image tower's last block.
+"""Embeddings of image patches without training for them: two edits of the image tower's last block.
 
 The blocks before the last stay as they are, and so do adapters, attached in either form or folded.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,74 +16,50 @@ from torch import Tensor, nn
 
 from radapter_serve.errors import RAdapterError
 
-
-@dataclass(frozen=True)
-class Way:
-    """One edit of the last block.
-
-    Attributes:
-        attention: which of queries and keys are compared, each a term `softmax(a·bᵀ/√d)` of a sum; with no term
-            a token attends to itself alone.
-        whole: residual connections and feed-forward layer are kept; else the block gives its attention's output.
-        std: standard deviation, in patches, of the Gaussian that is added to each patch's comparison with its
-            neighbourhood, at most 1; None for none.
-    """
-
-    attention: tuple[tuple[str, str], ...]
-    whole: bool
-    std: float | None = None
+# maskclip: Zhou, Loy, Dai: Extract Free Dense Labels from CLIP, ECCV 2022. It speaks of the attention
+# alone; the authors' ViT keeps residual and feed-forward around it.
+# naclip: Hajimiri, Ben Ayed, Dolz: Pay Attention to Your Neighbours, WACV 2025, in its reduced form.
+METHODS = ("maskclip", "naclip")
+STD = 5.0  # of NACLIP's Gaussian, in patches, as its authors have it
 
 
-WAYS = {
-    # Zhou, Loy, Dai: Extract Free Dense Labels from CLIP, ECCV 2022. It speaks of the attention alone; the authors' ViT
-    # keeps residual and feed-forward around it.
-    "maskclip": Way((), whole=True),
-    # Wang, Mei, Yuille: SCLIP, ECCV 2024. The two terms are added, not averaged.
-    "sclip": Way((("q", "q"), ("k", "k")), whole=True),
-    # Lan et al.: ClearCLIP, ECCV 2024.
-    "clearclip": Way((("q", "q"),), whole=False),
-    # Hajimiri, Ben Ayed, Dolz: Pay Attention to Your Neighbours, WACV 2025, in its reduced form. To the row and column
-    # of the class token, which has no place, nothing is added.
-    "naclip": Way((("k", "k"),), whole=False, std=5.0),
-}
-
-
-def encode_patches(model: Any, pixels: Tensor, way: str) -> Tensor:
+def encode_patches(model: Any, pixels: Tensor, method: str) -> Tensor:
     """Embed the patches of images, comparable with texts' embeddings by their cosine.
 
-    MaskCLIP lets each token attend to itself (the attention is `out_proj(v)`) and keeps residual and feed-forward;
-    SCLIP sums `softmax(qqᵀ/√d) + softmax(kkᵀ/√d)` and keeps both too; ClearCLIP takes `softmax(qqᵀ/√d)` and NACLIP
-    `softmax(kkᵀ/√d + ω)`, ω a Gaussian of the patches' distance, and both drop residual and feed-forward.
+    MaskCLIP lets each token attend to itself (the attention is `out_proj(v)`) and keeps residual and
+    feed-forward. NACLIP takes `softmax(kkᵀ/√d + ω)`, ω a Gaussian of the patches' distance, and drops
+    both.
 
     Args:
-        model: an open_clip model whose image tower is open_clip's own transformer; plain, folded, or with adapters
-            attached.
+        model: an open_clip model whose image tower is open_clip's own transformer; plain, folded, or
+            with adapters attached.
         pixels: normalised, float [B, 3, S, S].
-        way: one of `WAYS`.
+        method: one of `METHODS`.
 
     Returns:
-        float32 [B, g, g, D] of unit length: row, column, as in the image; the class token is not among them.
+        float32 [B, g, g, D] of unit length: row, column, as in the image; the class token is not
+        among them.
 
     Raises:
-        RAdapterError: the model's image tower cannot be edited, no such way, or images of another size.
+        RAdapterError: the model's image tower cannot be edited, no such method, or images of another
+            size.
     """
-    visual = check_dense(model, way)
+    visual = check_dense(model, method)
     if tuple(pixels.shape[1:]) != (3, *visual.image_size):
         height, width = visual.image_size
         raise RAdapterError(f"pixels are {tuple(pixels.shape)}; this model takes [B, 3, {height}, {width}]")
-    std = WAYS[way].std
-    near = None if std is None else neighbourhood(visual.grid_size[0], std).to(pixels)
-    return F.normalize(patch_features(visual, pixels, WAYS[way], near).float(), dim=-1)
+    near = neighbourhood(visual.grid_size[0]).to(pixels) if method == "naclip" else None
+    return F.normalize(patch_features(visual, pixels, near).float(), dim=-1)
 
 
-def check_dense(model: Any, way: str) -> Any:
-    """The image tower of a model, if its patches can be embedded in this way.
+def check_dense(model: Any, method: str) -> Any:
+    """The image tower of a model, if its patches can be embedded by this method.
 
     Raises:
         RAdapterError: says what is in the way.
     """
-    if way not in WAYS:
-        raise RAdapterError(f"dense is {way!r}; allowed: none, {', '.join(WAYS)}")
+    if method not in METHODS:
+        raise RAdapterError(f"dense is {method!r}; allowed: none, {', '.join(METHODS)}")
     visual = getattr(model, "visual", None)
     problem = None
     if not isinstance(visual, VisionTransformer):
@@ -105,14 +80,13 @@ def check_dense(model: Any, way: str) -> Any:
     return visual
 
 
-def patch_features(visual: Any, pixels: Tensor, way: Way, near: Tensor | None = None) -> Tensor:
+def patch_features(visual: Any, pixels: Tensor, near: Tensor | None) -> Tensor:
     """The image tower with its last block edited: [B, 3, S, S] to [B, g, g, D], not normalised.
 
     Args:
         visual: an image tower that `check_dense` accepts; its attention may be another module with the same parameters.
         pixels: normalised.
-        way: the edit.
-        near: `neighbourhood` of the grid, where the way has a Gaussian.
+        near: `neighbourhood` of the grid for NACLIP; None for MaskCLIP.
     """
     x = visual._embeds(pixels)
     *blocks, last = visual.transformer.resblocks
@@ -120,9 +94,9 @@ def patch_features(visual: Any, pixels: Tensor, way: Way, near: Tensor | None = 
         x = block(x)
     # A call of the module, not of its weights: an adapter may stand in a hook on it.
     attention = copy.copy(last.attn)
-    attention.forward = functools.partial(_attend, last.attn, way, near)
+    attention.forward = functools.partial(_attend, last.attn, near)
     attended = last.ls_1(attention(last.ln_1(x))[0])
-    if way.whole:
+    if near is None:
         x = x + attended
         x = x + last.ls_2(last.mlp(last.ln_2(x)))
     else:
@@ -132,12 +106,13 @@ def patch_features(visual: Any, pixels: Tensor, way: Way, near: Tensor | None = 
     return embeds.reshape(-1, *visual.grid_size, embeds.shape[-1])
 
 
-def neighbourhood(grid: int, std: float) -> Tensor:
-    """What NACLIP adds to the attention: `exp(-d²/2σ²)` for patches at distance d, 0 for the class token.
+def neighbourhood(grid: int) -> Tensor:
+    """What NACLIP adds to the attention: `exp(-d²/2σ²)` for patches at distance d.
+
+    It is 0 in the row and the column of the class token, which has no place.
 
     Args:
         grid: patches on a side.
-        std: σ, in patches.
 
     Returns:
         float32 [1 + grid², 1 + grid²].
@@ -145,18 +120,16 @@ def neighbourhood(grid: int, std: float) -> Tensor:
     rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     places = torch.stack([rows.flatten(), columns.flatten()], dim=-1).float()
     squares = (places[:, None] - places).square().sum(dim=-1)
-    return F.pad(torch.exp(-squares / (2 * std**2)), (1, 0, 1, 0))
+    return F.pad(torch.exp(-squares / (2 * STD**2)), (1, 0, 1, 0))
 
 
-def _attend(attention: Any, way: Way, near: Tensor | None, x: Tensor) -> tuple[Tensor, None]:
+def _attend(attention: Any, near: Tensor | None, x: Tensor) -> tuple[Tensor, None]:
     batch, length, width = x.shape
     depth = width // attention.num_heads
     parts = F.linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1)
-    q, k, v = (part.reshape(batch, length, attention.num_heads, depth).transpose(1, 2) for part in parts)
-    named = {"q": q, "k": k}
-    weights = []
-    for a, b in way.attention:
-        scores = (named[a] * depth**-0.5) @ named[b].transpose(-1, -2)
-        weights.append((scores if near is None else scores + near).softmax(dim=-1))
-    mixed = sum(weights[1:], weights[0]) @ v if weights else v
-    return attention.out_proj(mixed.transpose(1, 2).reshape(batch, length, width)), None
+    shape = (batch, length, attention.num_heads, depth)
+    _, keys, values = (part.reshape(shape).transpose(1, 2) for part in parts)
+    if near is not None:
+        scores = (keys * depth**-0.5) @ keys.transpose(-1, -2) + near
+        values = scores.softmax(dim=-1) @ values
+    return attention.out_proj(values.transpose(1, 2).reshape(batch, length, width)), None

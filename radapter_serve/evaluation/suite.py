@@ -118,10 +118,10 @@ class Entry:
             names = ", ".join(allowed)
             raise RAdapterError(f"data set {self.name!r}: metric is {self.metric!r}; allowed: {names}")
         if self.dense not in (None, PROPOSALS):
-            from radapter_serve.clip.dense import WAYS  # torch takes seconds to load
+            from radapter_serve.clip.dense import METHODS  # torch takes seconds to load
 
-            if self.dense not in WAYS:
-                names = ", ".join((*WAYS, PROPOSALS))
+            if self.dense not in METHODS:
+                names = ", ".join((*METHODS, PROPOSALS))
                 raise RAdapterError(f"data set {self.name!r}: dense is {self.dense!r}; allowed: {names}")
         if self.background is not None and self.threshold is None and self.dense != PROPOSALS:
             raise RAdapterError(

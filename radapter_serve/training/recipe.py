@@ -185,7 +185,7 @@ class Recipe:
     mask_padding: Share = 0.0
     mask_square: bool = True
     mask_min_area: Count = 1024
-    dense: Literal["none", "maskclip", "sclip", "clearclip", "naclip"] = "none"
+    dense: Literal["none", "maskclip", "naclip"] = "none"
     # the run
     precision: Literal["no", "fp16", "bf16"] = "no"
     workers: Number = 2

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from radapter_serve.adapter import Adapter, Metadata, attach, attach_adapter, base_digest, fold
-from radapter_serve.clip.dense import WAYS, Way, encode_patches, patch_features
+from radapter_serve.clip.dense import METHODS, encode_patches
 from radapter_serve.errors import RAdapterError
 
 VISION = {"image_size": 48, "layers": 2, "width": 64, "head_width": 16, "patch_size": 16}
@@ -74,10 +74,6 @@ def reference(state: dict[str, Tensor], pixels: Tensor, way: str, quick_gelu: bo
                 attention = compare(q, k).softmax(-1)
             elif kind == "maskclip":
                 attention = torch.eye(x.shape[1], dtype=torch.float64).expand(len(x), -1, -1)
-            elif kind == "sclip":
-                attention = compare(q, q).softmax(-1) + compare(k, k).softmax(-1)
-            elif kind == "clearclip":
-                attention = compare(q, q).softmax(-1)
             else:
                 scores = compare(k, k)
                 for i in range(9):
@@ -99,7 +95,7 @@ def reference(state: dict[str, Tensor], pixels: Tensor, way: str, quick_gelu: bo
         block = f"transformer.resblocks.{layer}"
         kind = "plain" if layer < layers - 1 else way
         attended = attend(norm(x, f"{block}.ln_1"), block, kind)
-        if kind in ("clearclip", "naclip"):
+        if kind == "naclip":
             x = attended
         else:
             x = x + attended
@@ -108,7 +104,7 @@ def reference(state: dict[str, Tensor], pixels: Tensor, way: str, quick_gelu: bo
     return (x / x.norm(dim=-1, keepdim=True)).unflatten(1, (3, 3)).float()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_way_is_its_formula(kind: str, way: str, pixels: Tensor) -> None:
     vision, quick_gelu = KINDS[kind]
@@ -118,15 +114,6 @@ def test_every_way_is_its_formula(kind: str, way: str, pixels: Tensor) -> None:
     assert embeds.shape == (2, 3, 3, 24)
     assert embeds.dtype == torch.float32
     torch.testing.assert_close(embeds, reference(model.state_dict(), pixels, way, quick_gelu), atol=3e-6, rtol=0)
-
-
-def test_the_unedited_block_gives_open_clips_own_tokens(pixels: Tensor) -> None:
-    model = clip()
-    model.visual.output_tokens = True
-    with torch.no_grad():
-        _, tokens = model.visual(pixels)
-        features = patch_features(model.visual, pixels, Way((("q", "k"),), whole=True))
-    torch.testing.assert_close(features.flatten(1, 2), tokens @ model.visual.proj, atol=2e-6, rtol=0)
 
 
 def test_the_model_stays_as_it_is(pixels: Tensor) -> None:
@@ -141,7 +128,7 @@ def test_the_model_stays_as_it_is(pixels: Tensor) -> None:
 def test_without_projection_the_width_is_the_dimension(pixels: Tensor) -> None:
     model = clip()
     model.visual.proj = None
-    assert encode_patches(model, pixels, "clearclip").shape == (2, 3, 3, 64)
+    assert encode_patches(model, pixels, "naclip").shape == (2, 3, 3, 64)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +143,7 @@ def adapter() -> Adapter:
     return adapters.adapter(Metadata(architecture="tiny", base_digest=digest))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", METHODS)
 @pytest.mark.parametrize("form", ["activation", "weight"])
 def test_attached_adapters_count_as_folded_ones_at_every_alpha(
     way: str, form: Any, adapter: Adapter, pixels: Tensor
@@ -176,7 +163,7 @@ def test_attached_adapters_count_as_folded_ones_at_every_alpha(
             torch.testing.assert_close(encode_patches(plain, pixels, way), embeds, atol=3e-6, rtol=0)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", METHODS)
 @pytest.mark.parametrize("form", ["activation", "weight"])
 def test_the_adapter_behind_the_edited_attention_is_not_skipped(
     way: str, form: Any, adapter: Adapter, pixels: Tensor
@@ -208,7 +195,7 @@ def test_a_model_that_cannot_be_edited_is_refused(change: dict[str, Any], messag
 
 
 def test_other_things_that_cannot_be_done_are_said(pixels: Tensor) -> None:
-    with pytest.raises(RAdapterError, match="dense is 'clip'; allowed: none, maskclip, sclip, clearclip, naclip"):
+    with pytest.raises(RAdapterError, match="dense is 'clip'; allowed: none, maskclip, naclip"):
         encode_patches(clip(), pixels, "clip")
     with pytest.raises(RAdapterError, match=r"pixels are \(2, 3, 32, 32\); this model takes \[B, 3, 48, 48\]"):
         encode_patches(clip(), pixels[..., :32, :32], "naclip")

@@ -373,17 +373,17 @@ class Named(Oracle):
 
 
 def test_a_set_that_a_release_can_not_be_evaluated_on_is_left_out() -> None:
-    facts = release(3, dense={"way": "sclip", "grid": 7})
-    assert exported_way(facts, None) == exported_way(facts, "sclip") == "sclip"
+    facts = release(3, dense={"way": "maskclip", "grid": 7})
+    assert exported_way(facts, None) == exported_way(facts, "maskclip") == "maskclip"
     assert exported_way(release(3), "proposals") == "proposals"
-    with pytest.raises(NoSuchWay, match="release 3 has dense sclip; export one with radapter-export --dense naclip"):
+    with pytest.raises(NoSuchWay, match="release 3 has dense maskclip; export one with radapter-export --dense naclip"):
         exported_way(facts, "naclip")
     with pytest.raises(NoSuchWay, match="has no patch_encoder; export one with radapter-export --dense naclip"):
         exported_way(release(3), None)
 
 
 def test_left_out_sets_are_told_and_others_evaluated(masked: Path, run_folder: Path, tmp_path: Path) -> None:
-    suite = suite_of(masked, "- {name: own}\n- {name: named, dense: sclip}")
+    suite = suite_of(masked, "- {name: own}\n- {name: named, dense: maskclip}")
     embedder = from_adapter(run_folder, [0.5])  # its recipe names no way
     lines: list[str] = []
     rows = evaluate_suite(embedder, suite, Results(tmp_path), skip=lines.append)
@@ -397,7 +397,7 @@ def test_left_out_sets_are_told_and_others_evaluated(masked: Path, run_folder: P
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ("dense: other", "dense is 'other'; allowed: maskclip, sclip, clearclip, naclip, proposals"),
+        ("dense: other", "dense is 'other'; allowed: maskclip, naclip, proposals"),
         ("threshold: 2", "threshold is 2.0; allowed: 0 to 1"),
         ("stride: 0", "stride is 0"),
         ("stride: wide", "stride is 'wide'"),

@@ -19,7 +19,7 @@ from radapter_export import ExportedRelease
 from radapter_export.graph import EXTERNAL_ABOVE, Graph, image_graph, patch_graph, text_graph
 from radapter_export.towers import Attention, check
 from radapter_serve.clip.base import Base, load_base
-from radapter_serve.clip.dense import WAYS, encode_patches
+from radapter_serve.clip.dense import METHODS, encode_patches
 from radapter_serve.errors import RAdapterError
 
 TEXTS = ["a photo of a cat", "hello", "", "many words " * 100, "a drawing of a dog, in the rain", "x y z", "7"]
@@ -68,9 +68,7 @@ def test_image_graph_gives_what_open_clip_gives(
     np.testing.assert_allclose(run(tmp_path / "model.onnx", image), expected, atol=2e-6)
 
 
-@pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=[pytest.mark.slow] if way == "clearclip" else []) for way in WAYS]
-)
+@pytest.mark.parametrize("way", METHODS)
 def test_patch_graph_gives_what_torch_gives_in_every_way(
     tiny_base: Base, graphs: dict[str, Graph], tmp_path: Path, way: str
 ) -> None:

@@ -243,7 +243,7 @@ def test_repository_may_hold_models_of_others(export: Export, tmp_path: Path) ->
         ({"label_sets": {"../a": "nothing.txt"}}, "'../a' can't be the name of a label set"),
         ({"templates": "no place for a label"}, "cannot read no place for a label.*built-in sets"),
         ({"tolerance": 1e-12}, "image_encoder in fp32 differs from torch"),
-        ({"dense": "clip"}, "dense is 'clip'; allowed: none, maskclip, sclip, clearclip, naclip"),
+        ({"dense": "clip"}, "dense is 'clip'; allowed: none, maskclip, naclip"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
