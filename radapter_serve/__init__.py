@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from radapter_serve.adapter import Adapter, AlphaSchedule, Metadata, attach, fold, load_adapter, save_adapter
+    from radapter_serve.adapter import Adapter, Metadata, attach, fold, load_adapter, save_adapter
 
-__all__ = ["Adapter", "AlphaSchedule", "Metadata", "attach", "fold", "load_adapter", "save_adapter"]
+__all__ = ["Adapter", "Metadata", "attach", "fold", "load_adapter", "save_adapter"]
 __version__ = "0.1.0"
 
 

@@ -21,7 +21,6 @@ import tyro
 from radapter_serve.cli import run as run_command
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.results import Row, by_shift, own_metric
-from radapter_serve.release.alpha_schedule import EVEN, AlphaSchedule
 from rivals.cells import ALPHAS, Cells
 from rivals.flags import Flags, check_seeds
 from rivals.layout import T95, markdown, with_interval
@@ -30,17 +29,19 @@ from rivals.method import learned
 from rivals.methods import METHODS
 from rivals.radapter import RAdapter
 from rivals.run import Run
+from rivals.schedule import EVEN, AlphaSchedule
 from rivals.system import Learned
+from rivals.variants import Variant
 
 _EXPLAINED = """Each candidate has the α at which its accuracy in distribution on the validation sets, a mean over the
 seeds, is that of R-Adapter; one that has it nowhere is left out. R-Adapter's row has accuracies in %. The others have
 what they lead R-Adapter of the same seed by, in points, with the interval of 95 % of that mean."""
 REFERENCE = "R-Adapter"
-TRAININGS: dict[str, dict[str, Any]] = {
-    "trajectory average": {"average": "trajectory"},
-    "dropping falls from 0.2": {"drop_schedule": "falling"},
-    "dropping falls from 0.9": {"drop": 0.9, "drop_schedule": "falling"},
-    "learned scale": {"learned_scale": True},
+TRAININGS: dict[str, tuple[Variant, dict[str, Any]]] = {
+    "trajectory average": (Variant(average="trajectory"), {}),
+    "dropping falls from 0.2": (Variant(falling=True), {}),
+    "dropping falls from 0.9": (Variant(falling=True), {"drop": 0.9}),
+    "learned scale": (Variant(learned_scale=True), {}),
 }
 SCHEDULES = {
     **{f"α of depth × {depth:g}": AlphaSchedule(depth=depth) for depth in (0.75, 0.5, 0.25, 0.0)},
@@ -72,8 +73,8 @@ class Scheduled(RAdapter):
 def candidates(reference: RAdapter) -> dict[str, RAdapter]:
     """R-Adapter itself, its other trainings, and its schedules of α, by name."""
     trained = {
-        name: dataclasses.replace(reference, settings={**reference.settings, **changes})
-        for name, changes in TRAININGS.items()
+        name: dataclasses.replace(reference, settings={**reference.settings, **changes}, variant=variant)
+        for name, (variant, changes) in TRAININGS.items()
     }
     scheduled = {name: Scheduled(reference.settings, schedule=schedule) for name, schedule in SCHEDULES.items()}
     return {REFERENCE: reference, **trained, **scheduled}

@@ -19,6 +19,7 @@ from rivals.fit import Meter
 from rivals.method import Method
 from rivals.run import Run
 from rivals.system import Cost, Learned, System
+from rivals.variants import OWN, Variant
 
 OF_THE_DATA = ("task", "architecture", "pretrained", "classes", "shots", "seed")  # what a run brings, whatever learns
 
@@ -35,9 +36,14 @@ class ZeroShot(Method):
 
 @dataclass(frozen=True)
 class RAdapter(Method):
-    """R-Adapter: its end is the adapter folded at α = 1, so that the line to the start is the paper's re-scaling."""
+    """R-Adapter: its end is the adapter folded at α = 1, so that the line is the paper's re-scaling.
+
+    Attributes:
+        variant: what differs from its own training.
+    """
 
     alpha: float | None = 0.5
+    variant: Variant = OWN
 
     def start(self, run: Run) -> System:
         return System(run.base)
@@ -46,23 +52,32 @@ class RAdapter(Method):
         with tempfile.TemporaryDirectory() as folder:
             meter = Meter()
             recipe = dataclasses.replace(run.recipe, out=Path(folder) / "run", save_every=None, tracker="none")
+            self.variant.check(recipe)
+            if self.variant.dropout:
+                recipe = dataclasses.replace(recipe, form="activation")
             with contextlib.redirect_stdout(io.StringIO()):  # its run is gone when a reader could follow what it says
-                adapter = load_adapter(train(recipe))
+                adapter = load_adapter(train(recipe, self.variant.parts()))
             cost = meter.cost(sum(tensor.numel() for tensor in adapter.tensors.values()))
         system = self.start(run)
         system.model.load_state_dict(fold(run.base.model.state_dict(), adapter, 1.0))
         return Learned(system, cost)
 
 
-def r_adapter(recipe: str, alpha: float | None = 0.5, **changes: Any) -> RAdapter:
+def r_adapter(
+    recipe: str,
+    alpha: float | None = 0.5,
+    variant: Variant = OWN,
+    **changes: Any,
+) -> RAdapter:
     """R-Adapter by a ready recipe of the house; warm-up and averaging follow the length of a shorter run.
 
     Args:
         recipe: its name, as `radapter-train --recipe` takes it.
         alpha: where on the line; None is the end, without re-scaling.
+        variant: what differs from its own training.
         changes: other values of the recipe's fields, such as `rank`.
     """
     values: Mapping[str, Any] = read_yaml(ready_recipes()[recipe], "the recipe")
     own = {name: value for name, value in values.items() if name not in OF_THE_DATA}
     follow = {name: None for name in ("momentum", "warmup_steps") if own.get(name)}  # what none means at full length
-    return RAdapter({**own, **follow, **changes}, alpha)
+    return RAdapter({**own, **follow, **changes}, alpha, variant)

@@ -17,6 +17,7 @@ from rivals.method import Method
 from rivals.methods import METHODS
 from rivals.radapter import r_adapter
 from rivals.repadapter import RepAdapter
+from rivals.variants import Variant
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ def ablations() -> dict[str, Method]:
     several, smooth = {"positives": "several", "delta": 0.05}, {"epsilon": 0.02}
     rows: dict[str, tuple[float | None, dict[str, Any]]] = {
         "E0: none": (None, {}),
-        "E1: DO": (None, {"dropout": 0.2}),
-        "E2: DP": (None, {"drop_path": 0.2}),
+        "E1: DO": (None, {"variant": Variant(dropout=0.2)}),
+        "E2: DP": (None, {"variant": Variant(drop_path=0.2)}),
         "E3: AD": (None, dropping),
         "E4: AC": (None, average),
         "E5: RS": (0.5, {}),

@@ -11,7 +11,6 @@ import tyro
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.agreement import TOLERANCES, Tolerance
-from radapter_serve.release.alpha_schedule import AlphaSchedule
 
 CLASSES = "classes"  # the label set of the run's own classes
 
@@ -22,9 +21,6 @@ class ExportSettings:
 
     Args:
         weights: of the adapters in their average, one each, with sum 1; equal ones if none are given.
-        alpha_depth: factor on alpha in the first block of each tower, from 0 to 1; it rises evenly to 1 in the last.
-        alpha_image: factor on alpha in the image tower, from 0 to 1.
-        alpha_text: factor on alpha in the text tower, from 0 to 1.
         base: open_clip model, local-dir:PATH or hf-hub:NAME; what the adapter was trained on if none is given.
         pretrained: open_clip tag or path of a checkpoint; what the adapter was trained on if none is given.
         model_repository: folder that radapter-serve serves; releases are added to it, and it is made if there is none.
@@ -53,9 +49,6 @@ class ExportSettings:
     """
 
     weights: Annotated[tuple[float, ...], tyro.conf.arg(metavar="W [W ...]")] = ()
-    alpha_depth: float = 1.0
-    alpha_image: float = 1.0
-    alpha_text: float = 1.0
     base: str | None = None
     pretrained: str | None = None
     model_repository: Path = Path("model_repository")
@@ -74,18 +67,12 @@ class ExportSettings:
     exif_orientation: bool = True
 
     def __post_init__(self) -> None:
-        _ = self.schedule  # which refuses numbers out of range
         if self.tolerance is not None and not 0 < self.tolerance <= 1:
             raise RAdapterError(f"tolerance is {self.tolerance}; allowed: more than 0, at most 1, such as 1e-4")
         if not 0 <= self.max_drop <= 100:
             raise RAdapterError(f"max_drop is {self.max_drop}; allowed: points from 0 to 100, such as 0.5")
         if self.max_batch_size < 1:
             raise RAdapterError(f"max_batch_size is {self.max_batch_size}; allowed: 1 or more, 64 is usual")
-
-    @property
-    def schedule(self) -> AlphaSchedule:
-        """Of alpha over the layers."""
-        return AlphaSchedule(self.alpha_depth, self.alpha_image, self.alpha_text)
 
     @property
     def served_by(self) -> str:

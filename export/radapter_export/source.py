@@ -16,7 +16,6 @@ from radapter_serve.evaluation.alpha_choice import chosen
 from radapter_serve.inputs.errors import TaskError
 from radapter_serve.inputs.labels import check_labels, read_label_file, split_label
 from radapter_serve.inputs.names import RULE, is_name
-from radapter_serve.release.alpha_schedule import EVEN, AlphaSchedule
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,7 @@ class Source:
     """An adapter and what goes with it.
 
     Attributes:
-        adapter: to be folded, or to stand beside its layers; scaled by the schedule.
-        schedule: of α over the layers.
+        adapter: to be folded, or to stand beside its layers.
         adapters: digest and weight of each that it is the average of.
         alpha: re-scaling in [0, 1] where none is asked for.
         dynamic_alpha: whether α is an input of the encoders.
@@ -36,7 +34,6 @@ class Source:
     """
 
     adapter: Adapter
-    schedule: AlphaSchedule
     adapters: list[dict[str, Any]]
     alpha: float
     dynamic_alpha: bool
@@ -55,16 +52,14 @@ class Source:
         adapters = [load_adapter(path) for path in paths]
         weights = list(settings.weights) or [1 / len(adapters)] * len(adapters)
         adapter = average_adapters(adapters, weights)
-        meta, alpha, schedule = adapter.metadata, adapter.metadata.alpha, settings.schedule
+        meta = adapter.metadata
+        alpha = meta.alpha
         if dynamic_alpha and len(paths) == 1:
             with contextlib.suppress(RAdapterError):  # none was chosen, or for another adapter
-                choice = chosen(paths[0])
-                if schedule in (EVEN, choice.schedule):
-                    alpha, schedule = choice.alpha, choice.schedule
+                alpha = chosen(paths[0]).alpha
         way = settings.dense or meta.recipe.get("dense") or "none"
         return cls(
-            adapter if schedule == EVEN else adapter.scaled(schedule),
-            schedule,
+            adapter,
             [{"digest": one.digest, "weight": share} for one, share in zip(adapters, weights, strict=True)],
             alpha,
             dynamic_alpha,

@@ -41,7 +41,6 @@ from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.inputs.probabilities import SAME, indistinguishable
 from radapter_serve.inputs.tokenizer import Tokenizer
 from radapter_serve.release.agreement import Samples, compare
-from radapter_serve.release.alpha_schedule import EVEN
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import RUNTIMES, TASKS
 from radapter_serve.runtimes.encoder import Encoder
@@ -270,7 +269,6 @@ class Writer:
             version=version,
             alpha=alpha,
             dynamic_alpha=source.dynamic_alpha,
-            alpha_schedule=None if source.schedule == EVEN else asdict(source.schedule),
             architecture=base.name,
             base_digest=source.adapter.metadata.base_digest,
             adapter_digest=source.adapter.digest,

@@ -9,12 +9,10 @@ from radapter_serve.adapter.file import Adapter, Metadata, base_digest, load_ada
 from radapter_serve.adapter.fold import fold
 from radapter_serve.adapter.sites import Site, find_sites
 from radapter_serve.adapter.soup import average_adapters
-from radapter_serve.release.alpha_schedule import AlphaSchedule
 
 __all__ = [
     "Adapter",
     "Adapters",
-    "AlphaSchedule",
     "Form",
     "Metadata",
     "Site",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -29,20 +29,29 @@ class LinearAdapter(nn.Module):
             self.down = nn.Parameter(nn.init.xavier_uniform_(torch.empty(rank, width)))
         self.alpha = 1.0
         self.gate = 1.0  # γ/(1−p) of Eq. 7; 1 outside training
-        self.scale: float | nn.Parameter = 1.0  # of the paper's released code, which learns it
-        self.dropout = 0.0  # as the scale, of the paper's ablations
+
+    @property
+    def factor(self) -> float | Tensor:
+        """On what the adapter adds."""
+        return self.alpha * self.gate
+
+    def change(self, x: Tensor) -> Tensor:
+        """What the adapter adds to activations [..., d]: `X·W_adp`."""
+        linear = nn.functional.linear
+        return linear(x, self.full) if hasattr(self, "full") else linear(linear(x, self.down), self.up)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What an adapter file has of it: `full`, or `up` and `down`."""
+        return dict(self.named_parameters())
 
     def forward(self, value: Tensor) -> Tensor:
         """Weight form, a parametrization: `W + α·F·W` for a weight [d, k], `b + α·F·b` for a bias [d]."""
         change = self.full @ value if hasattr(self, "full") else self.up @ (self.down @ value)
-        return value + (self.alpha * self.gate * self.scale) * change
+        return value + self.factor * change
 
     def on_output(self, x: Tensor) -> Tensor:
         """Activation form: `X + α·X·W_adp` for X [..., d]."""
-        linear = nn.functional.linear
-        change = linear(x, self.full) if hasattr(self, "full") else linear(linear(x, self.down), self.up)
-        change = nn.functional.dropout(change, self.dropout, self.training)
-        return x + (self.alpha * self.gate * self.scale) * change
+        return x + self.factor * self.change(x)
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook; attention gives a pair whose first element is the activation."""
@@ -51,16 +60,25 @@ class LinearAdapter(nn.Module):
         return self.on_output(output)
 
 
+Make = Callable[[int, int | None], LinearAdapter]  # from a layer's width and a rank
+
+
 class Adapters(nn.Module):
     """All adapters of one model, as a module: its parameters are what is trained."""
 
     def __init__(
-        self, sites: Iterable[Site], rank: int | None, form: Form, drop: float, left_out: Sequence[str] = ()
+        self,
+        sites: Iterable[Site],
+        rank: int | None,
+        form: Form,
+        drop: float,
+        left_out: Sequence[str] = (),
+        make: Make = LinearAdapter,
     ) -> None:
         super().__init__()
         self.sites, self.left_out = list(sites), left_out
         self.rank, self.form, self.drop = rank, form, drop
-        self.layers = nn.ModuleList(LinearAdapter(site.layer.out_features, rank) for site in self.sites)
+        self.layers = nn.ModuleList(make(site.layer.out_features, rank) for site in self.sites)
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
         for site, layer in zip(self.sites, self.layers, strict=True):
             assert isinstance(layer, LinearAdapter)
@@ -102,7 +120,7 @@ class Adapters(nn.Module):
     def named_tensors(self) -> dict[str, nn.Parameter]:
         """The trained parameters by the names they have in an adapter file (live, not copies)."""
         return {
-            site.key if name == "full" else f"{site.key}.{name}": parameter
+            _name(site, name): parameter
             for site, adapter in zip(self.sites, self.layers, strict=True)
             for name, parameter in adapter.named_parameters()
         }
@@ -115,10 +133,11 @@ class Adapters(nn.Module):
 
     def adapter(self, metadata: Metadata) -> Adapter:
         """A copy of the present values as something to save or to fold."""
-        tensors = {k: v.detach().float().cpu().clone() for k, v in self.named_tensors().items()}
-        for site in self.sites:
-            if (scale := tensors.pop(f"{site.key}.scale", None)) is not None:
-                tensors[site.key if self.rank is None else f"{site.key}.up"] *= scale
+        tensors = {
+            _name(site, name): value.detach().float().cpu().clone()
+            for site, adapter in zip(self.sites, self._adapters(), strict=True)
+            for name, value in adapter.tensors().items()
+        }
         return Adapter(tensors, metadata)
 
     def remove(self) -> None:
@@ -151,6 +170,7 @@ def attach(
     drop: float = 0.0,
     text: bool = True,
     partial: bool = False,
+    make: Make = LinearAdapter,
 ) -> Adapters:
     """Freeze a CLIP and put an adapter after attention and feed-forward of every block of both towers.
 
@@ -163,6 +183,7 @@ def attach(
         text: False leaves the text tower as it is.
         partial: adapt only what can be: a tower without known blocks (a convolutional one) and layers with a norm
             between them and their residual are left out, where else they are refused.
+        make: makes the adapter of one layer.
 
     Raises:
         RAdapterError: the model cannot be adapted, has adapters already, or an argument is out of range; nothing was
@@ -173,11 +194,17 @@ def attach(
     if not 0 <= drop < 1:
         raise RAdapterError(f"drop is {drop}; allowed: 0 <= drop < 1")
     sites = find_sites(model, text=text, partial=partial)
-    return _attach(model, sites, rank, form, drop, left_out(model, text=text))
+    return _attach(model, sites, rank, form, drop, left_out(model, text=text), make)
 
 
 def _attach(
-    model: nn.Module, sites: list[Site], rank: int | None, form: Form, drop: float = 0.0, left_out: Sequence[str] = ()
+    model: nn.Module,
+    sites: list[Site],
+    rank: int | None,
+    form: Form,
+    drop: float = 0.0,
+    left_out: Sequence[str] = (),
+    make: Make = LinearAdapter,
 ) -> Adapters:
     width = min(site.layer.out_features for site in sites)
     if rank is not None and rank >= width:
@@ -187,7 +214,7 @@ def _attach(
         if any(isinstance(owner, LinearAdapter) for owner in owners) or parametrize.is_parametrized(site.layer):
             raise RAdapterError(f"{site.key} has an adapter already; call remove() on the first adapters")
     model.requires_grad_(False)
-    adapters = Adapters(sites, rank, form, drop, left_out)
+    adapters = Adapters(sites, rank, form, drop, left_out, make)
     logging.getLogger(__name__).info(adapters.share(model))
     return adapters
 
@@ -215,6 +242,11 @@ def attach_adapter(model: nn.Module, adapter: Adapter, alpha: float, *, form: Fo
     adapters.load_tensors(adapter.tensors)
     adapters.alpha = alpha
     return adapters
+
+
+def _name(site: Site, name: str) -> str:
+    """What an adapter file calls a tensor of the adapter at a site."""
+    return site.key if name == "full" else f"{site.key}.{name}"
 
 
 def _tensors_of(layer: nn.Linear) -> list[str]:

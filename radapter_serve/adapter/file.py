@@ -20,9 +20,10 @@ from typing_extensions import TypedDict
 
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import staged
-from radapter_serve.release.alpha_schedule import AlphaSchedule
 
 FORMAT_VERSION = 1
+# Fields of a recipe that no longer exist, with the value that trains as the method does.
+GONE = {"dropout": 0.0, "drop_path": 0.0, "learned_scale": False, "average": "ema", "drop_schedule": "constant"}
 
 Text = Annotated[str, Field(min_length=1)]
 Template = Annotated[str, Field(pattern=r"\{\}")]
@@ -111,15 +112,6 @@ class Adapter:
         if key in self.tensors:
             return {"full": self.tensors[key]}
         return {name: self.tensors[f"{key}.{name}"] for name in ("up", "down")}
-
-    def scaled(self, schedule: AlphaSchedule) -> Adapter:
-        """The adapter whose fold at α has in each layer the α that a schedule gives it: F becomes λ·F."""
-        factors = schedule.factors(self.keys)
-        tensors = {
-            name: value if name.endswith(".down") else value * factors[name.removesuffix(".up")]
-            for name, value in self.tensors.items()
-        }
-        return dataclasses.replace(self, tensors=tensors)
 
     def matrix(self, key: str) -> Tensor:
         """F of one layer, fp32 [d, d]."""
@@ -224,11 +216,18 @@ def _metadata(header: Mapping[str, str]) -> Metadata:
             "use the version of radapter-serve that wrote it"
         )
     try:
-        return TypeAdapter(Metadata).validate_json(json.dumps(values), strict=True)
+        metadata = TypeAdapter(Metadata).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise RAdapterError(f"its {where!r} is {first['input']!r:.80}: {first['msg']}") from error
+    for name, usual in GONE.items():
+        value = metadata.recipe.get(name, usual)
+        if value != usual:
+            raise RAdapterError(
+                f"it was trained with {name} {value!r:.80}, which this radapter-serve does not have; train it without"
+            )
+    return metadata
 
 
 def _check_tensors(adapter: Adapter, state_dict: Mapping[str, Tensor] | None = None) -> None:

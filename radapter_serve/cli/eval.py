@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import re
 import shlex
 import time
@@ -20,7 +19,6 @@ from radapter_serve.cli import run
 from radapter_serve.cli.export import ADAPTER, newest_run
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.results import Results
-from radapter_serve.release.alpha_schedule import EVEN, AlphaSchedule
 from radapter_serve.threads import limit_threads
 
 if TYPE_CHECKING:
@@ -31,8 +29,6 @@ if TYPE_CHECKING:
 
 FIRST = ("suite", "alpha", "data_root", "out", "limit", "adapter", "merged", "release", "url", "device")
 GRID = tuple(round(0.1 * step, 1) for step in range(11))
-FACTORS = ("1", "0.75", "0.5", "0.25", "0")  # even alpha first, which wins where others are no better
-Factor = Annotated[str, tyro.conf.arg(metavar="A|auto")]
 
 
 @dataclass(frozen=True)
@@ -45,10 +41,6 @@ class Model:
         release: model repository, instead of a run; its own runtime runs it. PATH@N for release N, else the newest.
         url: a live server, instead of a run, such as grpc://localhost:8001.
         finetuned: checkpoint of the base fine-tuned as a whole, for WiSE-FT at the same alphas beside the run.
-        alpha_depth: factor on alpha in the first block of each tower, from 0 to 1; it rises evenly to 1 in the last.
-            auto, together with --alpha auto, chooses among 1, 0.75, 0.5, 0.25 and 0.
-        alpha_image: factor on alpha in the image tower, from 0 to 1, or auto.
-        alpha_text: factor on alpha in the text tower, from 0 to 1, or auto.
         base: open_clip model, local-dir:PATH or hf-hub:NAME; what the adapter was trained on if none is given.
         pretrained: open_clip tag or path of a checkpoint; what the adapter was trained on if none is given.
         precision: of torch; releases and servers have their own.
@@ -60,9 +52,6 @@ class Model:
     release: str | None = None
     url: str | None = None
     finetuned: str | None = None
-    alpha_depth: Factor = "1"
-    alpha_image: Factor = "1"
-    alpha_text: Factor = "1"
     base: str | None = None
     pretrained: str | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -74,28 +63,14 @@ class Model:
         return not (self.merged or self.release or self.url)
 
     def check(self, alpha: Sequence[str]) -> None:
-        """Refuse flags of several models, flags of a run beside another model, and schedules that can't be."""
-        self.schedules(auto="auto" in alpha)
+        """Refuse flags of several models, and flags of a run beside another model."""
         given = [name for name in ("merged", "release", "url") if getattr(self, name)]
         also = [name for name in ("adapter", "finetuned", "base", "pretrained") if getattr(self, name)]
-        also += [name for name, value in self._factors().items() if value != "1"]
         if alpha and (self.merged or "auto" in alpha):  # which release has which alpha is seen when it is read
             also.append("alpha auto" if "auto" in alpha else "alpha")
         if len(given) > 1 or (given and also):
             flags = ", ".join(f"--{flag}" for flag in given + also)
             raise RAdapterError(f"{flags} don't go together: evaluate one thing a call; one --out takes all their rows")
-
-    def _factors(self) -> dict[str, str]:
-        return {"alpha-depth": self.alpha_depth, "alpha-image": self.alpha_image, "alpha-text": self.alpha_text}
-
-    def schedules(self, *, auto: bool) -> list[AlphaSchedule]:
-        """The schedules of alpha to evaluate: one, or all that auto tries."""
-        tried = []
-        for name, value in self._factors().items():
-            if value == "auto" and not auto:
-                raise RAdapterError(f"--{name} auto is chosen together with alpha: --alpha auto")
-            tried.append([_number(one, name) for one in (FACTORS if value == "auto" else (value,))])
-        return [AlphaSchedule(*numbers) for numbers in itertools.product(*tried)]
 
     def name(self, path: Path) -> str:
         """What to call its results: the folder of the run, checkpoint or release, or the address of the server.
@@ -108,8 +83,8 @@ class Model:
         whole = Path(self.merged or self.release or path).absolute()
         return (whole.parent if whole.name == ADAPTER else whole).name
 
-    def load(self, path: Path, alphas: Sequence[float], *, auto: bool) -> Embedder:
-        """Load it, at these alphas; of a run from its path, at every schedule that auto tries."""
+    def load(self, path: Path, alphas: Sequence[float]) -> Embedder:
+        """Load it, at these alphas; of a run from its path."""
         from radapter_serve.evaluation.release_embedder import ReleaseEmbedder, ServerEmbedder
         from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
 
@@ -122,7 +97,6 @@ class Model:
         return from_adapter(
             path,
             alphas or None,
-            schedules=self.schedules(auto=auto),
             base=self.base,
             pretrained=self.pretrained,
             finetuned=self.finetuned,
@@ -196,7 +170,7 @@ def evaluate(
 
         overlap = Overlap()
         say("loading the model")
-        embedder = model.load(path, GRID if auto else alphas, auto=auto)
+        embedder = model.load(path, GRID if auto else alphas)
         options: dict[str, Any] = {"limit": limit, "seed": seed, "batch_size": batch_size, "say": say}
         try:
             variants = embedder.variants
@@ -204,14 +178,8 @@ def evaluate(
                 choice, file = choose_alpha(embedder, path, tests, results, opened=overlap.chosen_by, **options)
                 screen.print(_choice_table(choice))
                 told = _beside(choice)
-                found = f"alpha {choice.alpha:g}" + (f", {choice.schedule}" if choice.schedule != EVEN else "")
-                _print(screen, f"rule: {choice.rule}", f"{found} is written to {file}", *told)
-                variants = [
-                    variant
-                    for variant in variants
-                    if variant.alpha in (0.0, choice.smallest, choice.alpha)
-                    and (variant.schedule == choice.schedule or variant.source != "adapter")
-                ]
+                _print(screen, f"rule: {choice.rule}", f"alpha {choice.alpha:g} is written to {file}", *told)
+                variants = [one for one in variants if one.alpha in (0.0, choice.smallest, choice.alpha)]
             elif tests:  # alpha was chosen earlier, and perhaps by these
                 for entry in tests.of_split("validation"):
                     with contextlib.suppress(RAdapterError):  # they need not be here

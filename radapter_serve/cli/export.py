@@ -16,7 +16,6 @@ from rich.table import Table
 from radapter_export.settings import CLASSES, ExportSettings
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.alpha_schedule import EVEN, AlphaSchedule
 from radapter_serve.release.confidence import NO_TEMPERATURE
 from radapter_serve.release.served import FILE as SERVED
 from radapter_serve.threads import limit_threads
@@ -84,7 +83,6 @@ def export(
         numbers = [value for value in alphas if value is not None]
         if None in alphas:
             choice = chosen(paths[0])
-            settings = _with_schedule(settings, choice)
             numbers = [choice.alpha if value is None else value for value in alphas]
         releases = export_release(paths, "dynamic" if dynamic else numbers or None, settings, progress=status.update)
     if choice and choice.smaller is not None:
@@ -97,16 +95,6 @@ def export(
     for warning in releases[-1].warnings:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     _show(releases, paths, settings, time.perf_counter() - start)
-
-
-def _with_schedule(settings: ExportSettings, choice: Choice) -> ExportSettings:
-    """The settings with the schedule of alpha that was chosen with alpha."""
-    if settings.schedule not in (EVEN, choice.schedule):
-        raise RAdapterError(
-            f"--alpha auto was chosen at {choice.schedule}, and not at {settings.schedule}; leave these flags out"
-        )
-    fields = {f"alpha_{name}": value for name, value in dataclasses.asdict(choice.schedule).items()}
-    return dataclasses.replace(settings, **fields)
 
 
 def _show(releases: Sequence[ExportedRelease], paths: Sequence[Path], settings: ExportSettings, seconds: float) -> None:
@@ -133,8 +121,6 @@ def _show(releases: Sequence[ExportedRelease], paths: Sequence[Path], settings: 
             )
     out = Console()
     out.print(table)
-    if schedule := releases[-1].release.alpha_schedule:
-        out.print(f"Alpha differs by layer: {AlphaSchedule(**schedule)}", soft_wrap=True)
     for release in releases:
         if found := release.accuracy:
             out.print(

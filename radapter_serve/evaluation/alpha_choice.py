@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,6 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import PROPOSALS
 from radapter_serve.evaluation.results import Row, by_shift, curve, own_metric
 from radapter_serve.files import staged
-from radapter_serve.release.alpha_schedule import EVEN, AlphaSchedule
 
 FILE = "alpha.json"
 RULE = "the alpha with the highest mean score over in-distribution validation sets; ties go to the smallest"
@@ -36,7 +36,6 @@ class Choice:
         smallest: the smallest α whose score is within the 95 % interval of the best one's, where no set is shifted: as
             far as such data can tell it is as good on it, and it keeps more of the base. None where a set is shifted,
             or a single image gives no interval.
-        schedule: of α over the layers, chosen with it where several were tried.
     """
 
     alpha: float
@@ -45,7 +44,6 @@ class Choice:
     sets: dict[str, dict[str, Any]]
     adapter_digest: str
     smallest: float | None = None
-    schedule: AlphaSchedule = EVEN
 
     @property
     def shifted(self) -> bool:
@@ -59,10 +57,10 @@ class Choice:
 
 
 def choose(rows: Sequence[Row]) -> Choice:
-    """Choose α, and the schedule of α where there are several, from rows of validation sets.
+    """Choose α from rows of validation sets.
 
     Args:
-        rows: from `evaluate`, of one adapter, every α of every schedule on every validation set.
+        rows: from `evaluate`, of one adapter, every α on every validation set.
 
     Raises:
         RAdapterError: no set is in distribution, or different ways of segmentation would be averaged.
@@ -78,26 +76,16 @@ def choose(rows: Sequence[Row]) -> Choice:
     groups = by_shift(sets)
     if not groups[0]:
         raise RAdapterError("alpha can't be chosen without an in-distribution validation set (split: validation)")
-    schedules: dict[AlphaSchedule, list[Row]] = {}
-    for row in rows:
-        schedules.setdefault(AlphaSchedule(**row.get("alpha_schedule", {})), []).append(row)
     rule = RULE_SHIFTED if groups[1] else RULE
-    if len(schedules) > 1:
-        rule += f"; of {len(schedules)} schedules the best; ties go to the first"
-    choices = []
-    for schedule, some in schedules.items():
-        points = []
-        for point in curve(some):
-            means = [sum(point[name] for name in group) / len(group) for group in groups if group]
-            points.append({"alpha": point["alpha"], "score": sum(means) / len(means), **point})
-        # Scores are rounded: where two differ by no more than the error of a sum, the smaller α wins.
-        best = max(points, key=lambda point: (round(point["score"], 6), -point["alpha"]))
-        smallest = (
-            None if groups[1] else _smallest(points, best, [row for row in some if row["alpha"] == best["alpha"]])
-        )
-        choice = Choice(best["alpha"], rule, points, sets, rows[0]["adapter_digest"], smallest, schedule)
-        choices.append((round(best["score"], 6), choice))
-    return max(choices, key=lambda one: one[0])[1]  # the first of equal ones
+    points = []
+    for point in curve(rows):
+        means = [sum(point[name] for name in group) / len(group) for group in groups if group]
+        points.append({"alpha": point["alpha"], "score": sum(means) / len(means), **point})
+    # Scores are rounded: where two differ by no more than the error of a sum, the smaller α wins.
+    best = max(points, key=lambda point: (round(point["score"], 6), -point["alpha"]))
+    at_best = [row for row in rows if row["alpha"] == best["alpha"]]
+    smallest = None if groups[1] else _smallest(points, best, at_best)
+    return Choice(best["alpha"], rule, points, sets, rows[0]["adapter_digest"], smallest)
 
 
 def _smallest(points: Sequence[Mapping[str, float]], best: Mapping[str, float], rows: Sequence[Row]) -> float | None:
@@ -140,12 +128,15 @@ def load_choice(adapter: str | Path) -> Choice:
     path = _path(adapter)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return Choice(**{**values, "schedule": AlphaSchedule(**values.get("schedule", {}))})
+        names = {field.name for field in dataclasses.fields(Choice)}
+        if set(values) != names:
+            raise ValueError(f"it has {', '.join(sorted(values))}, and should have {', '.join(sorted(names))}")
+        return Choice(**values)
     except FileNotFoundError:
         raise RAdapterError(
             f"no alpha was chosen for {path.parent}; choose one: radapter-eval --adapter {path.parent} --alpha auto"
         ) from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise RAdapterError(f"could not read {path}: {error}; choose again: radapter-eval --alpha auto") from error
 
 

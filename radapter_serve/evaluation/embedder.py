@@ -13,7 +13,6 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import decode
-from radapter_serve.release.alpha_schedule import EVEN, AlphaSchedule
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.dense import DenseSegmenter
 from radapter_serve.tasks.proposals import ProposalSegmenter
@@ -33,18 +32,16 @@ class Variant:
         source: `adapter`, `wise-ft`, `merged`, `release`, `server`.
         alpha: its α in [0, 1]; None where that is unknown.
         facts: what a row says about it: model, pretrained, precision, digests.
-        schedule: of α over its layers, where that is not in its facts.
     """
 
     source: str
     alpha: float | None
     facts: Mapping[str, Any]
-    schedule: AlphaSchedule = EVEN
 
     @property
-    def key(self) -> tuple[str, float | None, AlphaSchedule]:
+    def key(self) -> tuple[str, float | None]:
         """What tells the models of one embedder apart."""
-        return self.source, self.alpha, self.schedule
+        return self.source, self.alpha
 
 
 @dataclass(frozen=True)
@@ -153,5 +150,4 @@ def release_facts(release: Release) -> dict[str, Any]:
         "adapter_digest": release.adapter_digest,
         "precision": release.precision,
         "release": release.version,
-        **({"alpha_schedule": release.alpha_schedule} if release.alpha_schedule else {}),
     }

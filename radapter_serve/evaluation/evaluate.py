@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -14,7 +13,6 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder, Variant
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known, Scorer
 from radapter_serve.evaluation.results import Row, model_name
-from radapter_serve.release.alpha_schedule import EVEN
 
 
 def evaluate(
@@ -82,7 +80,6 @@ def facts_of(embedder: Embedder, data: EvaluationSet, variant: Variant) -> Row:
         "language": entry.language,
         "source": variant.source,
         "alpha": variant.alpha,
-        **({} if variant.schedule == EVEN else {"alpha_schedule": asdict(variant.schedule)}),
         "shift": entry.shift,
         "split": entry.split,
         "metric": entry.metric,

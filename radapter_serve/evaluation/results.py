@@ -102,7 +102,7 @@ def harmonic_means(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> lis
         rows: of any models and data sets.
         pairs: names of the sets of base and of novel classes.
     """
-    found = {(row["dataset"], row["source"], row["alpha"], str(row.get("alpha_schedule"))): row for row in rows}
+    found = {(row["dataset"], row["source"], row["alpha"]): row for row in rows}
     means = []
     for base, novel in pairs:
         for (name, *model), row in found.items():

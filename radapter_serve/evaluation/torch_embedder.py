@@ -37,7 +37,6 @@ from radapter_serve.hub import LOCAL
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess, decode
 from radapter_serve.inputs.probabilities import class_probabilities
-from radapter_serve.release.alpha_schedule import EVEN, AlphaSchedule
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.tasks.dense import DenseSegmenter
 from radapter_serve.tasks.proposals import ProposalSegmenter
@@ -53,7 +52,6 @@ class Line:
 
     source: str
     deltas: dict[str, Tensor]
-    layers: Sequence[str] = ()  # that a schedule of α knows
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -64,7 +62,6 @@ class TorchEmbedder:
         base: gives model, preprocessing and tokenizer; its weights change until `close`.
         lines: the changes.
         alphas: re-scalings in [0, 1], for each line.
-        schedules: of α over the layers, for a line that has factors; every one at every α.
         templates: prompt templates for data sets that bring none.
         dense: the lines' own way of dense embeddings; None where they name none.
         crop: how the masks of proposals are shown; None takes the usual crop.
@@ -79,7 +76,6 @@ class TorchEmbedder:
         alphas: Sequence[float | None],
         templates: list[str],
         *,
-        schedules: Sequence[AlphaSchedule] = (EVEN,),
         dense: str | None = None,
         crop: MaskCrop | None = None,
         precision: Precision = "fp32",
@@ -100,10 +96,7 @@ class TorchEmbedder:
         self._lines = {line.source: line for line in lines}
         common = {"model": base.name, "pretrained": base.pretrained, "precision": precision}
         self.variants: Sequence[Variant] = [
-            Variant(line.source, alpha, {**common, **line.facts}, schedule)
-            for line in lines
-            for schedule in (schedules if line.layers else [EVEN])
-            for alpha in alphas
+            Variant(line.source, alpha, {**common, **line.facts}) for line in lines for alpha in alphas
         ]
         changed = sorted({key for line in lines for key in line.deltas})
         self._originals = {key: self._tensors[key].clone() for key in changed}
@@ -116,12 +109,10 @@ class TorchEmbedder:
         if variant is self._selected:
             return
         line = self._lines[variant.source]
-        factors = variant.schedule.factors(line.layers)
         for key, original in self._originals.items():
             value = original
             if key in line.deltas and variant.alpha is not None:
-                alpha = variant.alpha * factors.get(key.rpartition(".")[0], 1.0)
-                value = torch.add(original.float(), line.deltas[key], alpha=alpha)
+                value = torch.add(original.float(), line.deltas[key], alpha=variant.alpha)
             self._tensors[key].copy_(value)
         self._selected = variant
 
@@ -197,7 +188,6 @@ def from_adapter(
     path: str | Path,
     alphas: Sequence[float] | None = None,
     *,
-    schedules: Sequence[AlphaSchedule] = (EVEN,),
     base: str | None = None,
     pretrained: str | None = None,
     finetuned: str | Path | None = None,
@@ -209,7 +199,6 @@ def from_adapter(
     Args:
         path: adapter file, or the folder of a run.
         alphas: re-scalings in [0, 1]; 0, the adapter's own and 1 if None.
-        schedules: of α over the layers, each at every α.
         base: open_clip architecture or `local-dir:PATH`; what the adapter was trained on if None.
         pretrained: open_clip tag or a checkpoint's path; what the adapter was trained on if None.
         finetuned: a fine-tuned checkpoint of the same base, for WiSE-FT at the same α beside it.
@@ -223,9 +212,7 @@ def from_adapter(
     meta = adapter.metadata
     alphas = sorted({0.0, meta.alpha, 1.0}) if alphas is None else alphas
     clip = load_base(base or meta.architecture, pretrained or meta.pretrained)
-    return embedder_of(
-        clip, adapter, alphas, schedules=schedules, finetuned=finetuned, precision=precision, device=device
-    )
+    return embedder_of(clip, adapter, alphas, finetuned=finetuned, precision=precision, device=device)
 
 
 def embedder_of(
@@ -233,7 +220,6 @@ def embedder_of(
     adapter: Adapter,
     alphas: Sequence[float],
     *,
-    schedules: Sequence[AlphaSchedule] = (EVEN,),
     finetuned: str | Path | None = None,
     precision: Precision = "fp32",
     device: str | None = None,
@@ -249,7 +235,7 @@ def embedder_of(
         for name in (f"{key}.weight", f"{key}.bias"):
             if name in weights:
                 deltas[name] = adapter.matrix(key) @ weights[name].float().cpu()
-    lines = [Line("adapter", deltas, adapter.keys, {**facts, "adapter_digest": adapter.digest})]
+    lines = [Line("adapter", deltas, {**facts, "adapter_digest": adapter.digest})]
     if finetuned is not None:
         change, digest = _difference(Path(finetuned), weights)
         lines.append(Line("wise-ft", change, facts={**facts, "weights_digest": digest}))
@@ -259,7 +245,6 @@ def embedder_of(
         lines,
         alphas,
         adapter.metadata.templates,
-        schedules=schedules,
         dense=None if dense == "none" else dense,
         crop=MaskCrop.from_recipe(adapter.metadata.recipe, base.preprocess["mean"]),
         precision=precision,

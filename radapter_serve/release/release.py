@@ -16,7 +16,7 @@ from radapter_serve.inputs.errors import TaskError
 
 FORMAT = 1
 FILE = "release.json"
-_OPTIONAL = ("quantization", "accuracy", "alpha_schedule", "confidence")  # left out of the file where they are None
+_OPTIONAL = ("quantization", "accuracy", "confidence")  # left out of the file where they are None
 _DECIDING = (
     *("base_digest", "adapter_digest", "alpha", "architecture"),
     *("preprocess", "tokenizer", "precision", "embed_dim"),
@@ -32,7 +32,7 @@ class Release:
         alpha: the re-scaling that was folded, or the default where requests may bring their own; in [0, 1].
         architecture: of the base: an open_clip name, or `local-dir:PATH`.
         base_digest: of the base's adapted tensors.
-        adapter_digest: of the adapter, or of the average of several, scaled by the schedule where there is one.
+        adapter_digest: of the adapter, or of the average of several.
         preprocess: size in pixels, mode, interpolation, resize_mode, fill_color, mean, std, exif_orientation.
         tokenizer: kind, digest, context_length, dynamic_length, start, end, pad, clean.
         embed_dim: width of the embeddings.
@@ -41,7 +41,6 @@ class Release:
         agreement: with torch: of each encoder max_error and min_cosine; batches, and the bounds tolerance, min_cosine.
         logit_bias: of models that were trained with a sigmoid loss; None for a softmax.
         dynamic_alpha: whether the encoders take α as an input.
-        alpha_schedule: depth, image and text of the `AlphaSchedule` that is folded in; None where α is even.
         adapters: digest and weight of each adapter that was averaged.
         precision: of the encoders.
         quantization: of int8: kind, and what the ranges were found by; None for other precisions.
@@ -70,7 +69,6 @@ class Release:
     agreement: dict[str, Any]
     logit_bias: float | None = None
     dynamic_alpha: bool = False
-    alpha_schedule: dict[str, float] | None = None
     adapters: list[dict[str, Any]] = field(default_factory=list)
     precision: str = "fp32"
     quantization: dict[str, Any] | None = None
@@ -127,8 +125,13 @@ class Release:
         """Read what `to_dict` gave; unknown names are ignored, so that older software reads newer releases.
 
         Raises:
-            RAdapterError: a fact is missing.
+            RAdapterError: a fact is missing, or the release has an α for each layer, which is no more.
         """
+        if facts.get("alpha_schedule"):
+            raise RAdapterError(
+                "the release has alpha_schedule, an alpha by depth or by tower, which this radapter-serve does not "
+                "have; export it again with radapter-export"
+            )
         fields = dataclasses.fields(cls)
         needed = {one.name for one in fields if one.default is one.default_factory is dataclasses.MISSING}
         if missing := sorted(needed - set(facts)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,24 +57,3 @@ class Average:
         self.steps = steps
         for name, value in tensors.items():
             self.tensors[name].copy_(value)
-
-
-class TrajectoryAverage(Average):
-    """`W̃ = Σ wᵢ·Wᵢ / Σ wᵢ` over the start and every step, in which the start and the end count most (TRACER).
-
-    wᵢ is the density of Beta(β, β) at (i + ½)/(T + 1), with β = 0.5.
-
-    Args:
-        adapters: whose tensors are averaged.
-        steps: T, of the whole run.
-    """
-
-    def __init__(self, adapters: Adapters, steps: int) -> None:
-        super().__init__(adapters, 0.0)
-        at = (np.arange(steps + 1) + 0.5) / (steps + 1)
-        weights = (at * (1 - at)) ** -0.5
-        self._shares = (weights / weights.cumsum()).tolist()
-
-    def share(self) -> float:
-        """The share of the newest values in the average, from 0 to 1."""
-        return float(self._shares[self.steps])

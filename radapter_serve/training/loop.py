@@ -24,12 +24,12 @@ from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.data import Captioned
 from radapter_serve.data.held_out import held_out_digest
 from radapter_serve.errors import RAdapterError
-from radapter_serve.training.ablations import ablate
-from radapter_serve.training.average import Average, TrajectoryAverage
+from radapter_serve.training.average import Average
 from radapter_serve.training.batches import Examples, batches
 from radapter_serve.training.checkpoint import load_checkpoint, save_checkpoint
 from radapter_serve.training.interruption import Interruption
 from radapter_serve.training.loss import gather_with_grad, mpm_nce
+from radapter_serve.training.parts import OWN, Parts
 from radapter_serve.training.progress import Progress
 from radapter_serve.training.recipe import RECIPE, Recipe
 from radapter_serve.training.setup import (
@@ -58,9 +58,9 @@ class TwoTower(nn.Module):
             return encode_image(self.model, pixels), encode_text(self.model, tokens)
 
 
-def train_on(recipe: Recipe, opened: RunData, out: Path) -> Path:
+def train_on(recipe: Recipe, opened: RunData, out: Path, parts: Parts = OWN) -> Path:
     """`start.train` once the recipe and the data are known to be all right."""
-    run = _prepare(recipe, opened, out)
+    run = _prepare(recipe, opened, out, parts)
     _start(run)
     with Progress(run.accelerator, run.out, run.steps, run.recipe.batch_size, done=run.step) as progress:
         progress.say(run.description())
@@ -91,6 +91,7 @@ class _Run:
         step, position: steps done, and the (epoch, batch or row) that comes next.
         broken: images that were left out when the data was opened.
         notes: what a user should know before the first step, a line each.
+        parts: what an ablation exchanges.
     """
 
     recipe: Recipe
@@ -111,6 +112,7 @@ class _Run:
     steps: int
     broken: list[str]
     notes: tuple[str, ...]
+    parts: Parts
     step: int = 0
     position: tuple[int, int] = (0, 0)
     scale: float = field(init=False)
@@ -143,7 +145,7 @@ class _Run:
         )
 
 
-def _prepare(given: Recipe, opened: RunData, out: Path) -> _Run:
+def _prepare(given: Recipe, opened: RunData, out: Path, exchanged: Parts) -> _Run:
     """Open and attach everything; whatever is refused is refused here, before anything is written."""
     accelerator = start_accelerator(given, out)
     torch.manual_seed(given.seed)
@@ -157,20 +159,17 @@ def _prepare(given: Recipe, opened: RunData, out: Path) -> _Run:
     held_out = held_out_digest(val) if val is not None and recipe.val_fraction else None
     where = {"text": recipe.adapt_text, "partial": recipe.partial}
     digest = base_digest(base.model.state_dict(), [site.key for site in find_sites(base.model, **where)])
-    form = "activation" if recipe.dropout else recipe.form
+    form = recipe.form
     if form == "auto":
         form = choose_form(base.model, recipe.rank, part, **where)
-    adapters = attach(base.model, recipe.rank, form=form, drop=recipe.drop, **where)
-    ablate(adapters, recipe)
+    adapters = attach(base.model, recipe.rank, form=form, drop=recipe.drop, make=exchanged.layer, **where)
+    exchanged.attached(adapters)
     optimizer = AdamW(adapters.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     towers, optimizer = accelerator.prepare(TwoTower(base.model, adapters), optimizer)
-    assert schedule.momentum is not None
-    average = Average(adapters, schedule.momentum, bias_correction=recipe.bias_correction)
-    if recipe.average == "trajectory":
-        average = TrajectoryAverage(adapters, steps)
+    average = exchanged.average(adapters, schedule, steps)
     run = _Run(
         recipe, out, accelerator, base, data, val, part, digest, held_out, adapters, form, towers, optimizer, average,
-        schedule, steps, list(opened.broken), (*opened.notes, *schedule.notes(given, steps)),
+        schedule, steps, list(opened.broken), (*opened.notes, *schedule.notes(given, steps)), exchanged,
     )  # fmt: skip
     if recipe.resume:
         run.step, run.position = load_checkpoint(out, recipe, adapters, average, optimizer, accelerator, held_out)
@@ -214,7 +213,7 @@ def _step(run: _Run, source: Source, rate: float, progress: Progress) -> float:
     for group in optimizer.param_groups:
         group["lr"] = rate
     torch.manual_seed(recipe.seed * 1_000_003 + run.step)  # all that a step draws, so that a resumed run draws the same
-    run.adapters.drop = drop_probability(recipe, run.step, run.steps)
+    run.adapters.drop = run.parts.drop(recipe, run.step, run.steps)
     run.adapters.sample_drop()
     loss_sum = 0.0
     for _ in range(recipe.accumulate):
@@ -305,13 +304,6 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
         recipe.min_learning_rate
         + (recipe.learning_rate - recipe.min_learning_rate) * (1 + math.cos(math.pi * done)) / 2
     )
-
-
-def drop_probability(recipe: Recipe, step: int, steps: int) -> float:
-    """The probability of adapter dropping at a step, counted from 0 of all steps."""
-    if recipe.drop_schedule == "constant":
-        return recipe.drop
-    return recipe.drop * max(0.0, 1 - step / (0.75 * steps))
 
 
 def _endless(

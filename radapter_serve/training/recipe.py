@@ -93,14 +93,6 @@ class Recipe:
         epsilon: label smoothing ε of MPM-NCE.
         positives: several counts all pairs of one class or image as right, as MPM-NCE does; single counts the pair
             itself alone, which with delta 0 is InfoNCE, the loss of CLIP.
-        dropout: share of an adapter's output that is dropped in training (DO of the paper's Table 5).
-        drop_path: probability that a residual branch of an adapted block is left out for an image or a text in training
-            (DP of Table 5).
-        learned_scale: train a factor of each adapter, too, from 0.1 on, as the paper's released code does; it becomes
-            part of the adapter in the end.
-        average: ema is the moving average of Eq. 8; trajectory weighs the start and the end of the run most (TRACER),
-            and uses neither momentum nor bias_correction.
-        drop_schedule: constant keeps drop; falling starts at drop and reaches 0 after three quarters of the run (CoTo).
         batch_size: images a step over all processes and accumulated parts; all images, where there are fewer.
         accumulate: parts of a step's batch, computed one after another; the loss contrasts images within a part only.
         epochs: passes over the data; steps, if given, sets the length instead.
@@ -162,13 +154,7 @@ class Recipe:
     alpha: Share = 0.5
     delta: Real = 0.05
     epsilon: PartShare = 0.02
-    # to compare with what the paper leaves out, and with what came after it
     positives: Literal["several", "single"] = "several"
-    dropout: PartShare = 0.0
-    drop_path: PartShare = 0.0
-    learned_scale: bool = False
-    average: Literal["ema", "trajectory"] = "ema"
-    drop_schedule: Literal["constant", "falling"] = "constant"
     # the optimizer
     batch_size: Annotated[Count, Field(ge=2)] = 512
     accumulate: Count = 1
@@ -211,13 +197,6 @@ class Recipe:
         if self.val_fraction and (self.val_data or self.streaming):
             other = "val_data names validation data" if self.val_data else "a stream can't be divided"
             raise RAdapterError(f"val_fraction is {self.val_fraction} but {other}; leave one of them out")
-        if self.dropout and self.form == "weight":
-            raise RAdapterError("dropout needs the outputs of adapters; allowed with it: --form activation or auto")
-        if self.average == "trajectory" and self.rank is not None:
-            raise RAdapterError(
-                f"average is trajectory at rank {self.rank}, but an average of low ranks has no low rank; "
-                f"leave one of them out"
-            )
         if self.resume and self.out is None:
             raise RAdapterError("--resume needs --out, the folder of the run to go on with")
         if not self.data:

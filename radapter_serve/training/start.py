@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training.recipe import CHECKPOINT, Recipe
 from radapter_serve.training.tasks import open_run
 
+if TYPE_CHECKING:
+    from radapter_serve.training.parts import Parts
 
-def train(recipe: Recipe) -> Path:
+
+def train(recipe: Recipe, parts: Parts | None = None) -> Path:
     """Train adapters as a recipe says.
 
     Args:
         recipe: see `Recipe`.
+        parts: what an ablation exchanges; None for the method's own.
 
     Returns:
         The run's folder: `adapter.safetensors`, `recipe.yaml`, `metrics.jsonl`, `checkpoint.pt`, the tracker's files.
@@ -28,8 +33,9 @@ def train(recipe: Recipe) -> Path:
     out = run_folder(recipe)
     opened = open_run(recipe)
     from radapter_serve.training.loop import train_on
+    from radapter_serve.training.parts import OWN
 
-    return train_on(recipe, opened, out)
+    return train_on(recipe, opened, out, parts or OWN)
 
 
 def run_folder(recipe: Recipe) -> Path:

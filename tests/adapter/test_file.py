@@ -63,6 +63,16 @@ def loads_or_is_refused_in_one_line(path: Path) -> None:
         ("recipe", {"dense": 5}, "its 'recipe.dense' is 5: "),
         ("recipe", {"mask_padding": "much"}, "its 'recipe.mask_padding' is 'much': "),
         ("recipe", {"val_data": {}}, "its 'recipe.val_data' is {}: "),
+        *(
+            ("recipe", {name: value}, f"it was trained with {name} {value!r}, which this radapter-serve does not have")
+            for name, value in (
+                ("dropout", 0.2),
+                ("drop_path", 0.2),
+                ("learned_scale", True),
+                ("average", "trajectory"),
+                ("drop_schedule", "falling"),
+            )
+        ),
         ("architecture", None, "its 'architecture' is None: "),
         ("architecture", "", "its 'architecture' is '': "),
         ("base_digest", 7, "its 'base_digest' is 7: "),
@@ -83,7 +93,7 @@ def test_metadata_of_wrong_types_or_ranges_is_one_line(tmp_path: Path, field: st
     assert message in refused(write(tmp_path / "adapter.safetensors", **{field: value}))
     if field != "format_version":
         values = {name: value for name, value in HEADER.items() if name != field}
-        with pytest.raises(RAdapterError, match="its '"):
+        with pytest.raises(RAdapterError, match="its '|it was trained with"):
             save_adapter(Adapter({"layer": torch.eye(4)}, Metadata(**values, **{field: value})), tmp_path / "saved")
         assert not (tmp_path / "saved").exists()
 
@@ -97,6 +107,9 @@ def test_what_must_be_there_is_missed_and_what_is_unknown_is_ignored(tmp_path: P
         {"layer": torch.eye(4)}, path, metadata={**header, "format": "pt", "recipe": '{"classes": null, "x": [1]}'}
     )
     assert load_adapter(path).metadata.recipe == {"classes": None, "x": [1]}
+    usual = {"dropout": 0.0, "drop_path": 0.0, "learned_scale": False, "average": "ema", "drop_schedule": "constant"}
+    save_file({"layer": torch.eye(4)}, path, metadata={**header, "recipe": json.dumps(usual)})
+    assert load_adapter(path).metadata.recipe == usual
     save_file({"layer": torch.eye(4)}, path, metadata={**header, "alpha": "half"})
     assert "its alpha is no JSON" in refused(path)
 

@@ -332,35 +332,6 @@ def test_auto_chooses_on_validation_data_and_export_takes_it(
         assert release["alpha"] == choice["alpha"]
 
 
-def test_auto_chooses_depth_too_if_it_is_asked_for(
-    here: Path, quick: None, undrawn: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("radapter_serve.cli.eval.GRID", (0.0, 1.0))
-    monkeypatch.setattr("radapter_serve.cli.eval.FACTORS", ("1", "0"))
-    assert main([*COMMON, "--alpha", "auto", "--alpha-depth", "auto", "--alpha-text", "0.5"]) == 0
-    tried = {json.dumps(row.get("alpha_schedule")) for row in rows(here / "results") if row["split"] == "validation"}
-    assert tried == {f'{{"depth": {depth}, "image": 1.0, "text": 0.5}}' for depth in (0.0, 1.0)}
-    file = here / "runs" / "tiny" / "alpha.json"
-    choice = json.loads(file.read_text(encoding="utf-8"))
-    tested = [row for row in rows(here / "results") if row["split"] == "test"]
-    assert {row["alpha"] for row in tested} == {0.0, choice["alpha"]}
-    assert all(row["alpha_schedule"] == choice["schedule"] for row in tested)
-    schedule = {"depth": 0.25, "image": 1.0, "text": 0.5}
-    file.write_text(json.dumps({**choice, "alpha": 0.7, "schedule": schedule}), encoding="utf-8")
-    capfd.readouterr()
-    assert export(["--alpha", "auto", "--alpha-depth", "0.3"]) == 2
-    assert "was chosen at alpha-depth 0.25, alpha-image 1, alpha-text 0.5, and not at alpha-depth 0.3" in (
-        capfd.readouterr().err
-    )
-    assert export(["--alpha", "auto"]) == 0
-    assert "Alpha differs by layer: alpha-depth 0.25" in capfd.readouterr().out
-    release = json.loads((here / "merged" / "release.json").read_text(encoding="utf-8"))
-    assert (release["alpha"], release["alpha_schedule"]) == (0.7, schedule)
-    file.write_text(json.dumps({**choice, "schedule": {"deep": 1}}), encoding="utf-8")
-    assert export(["--alpha", "auto"]) == 2
-    assert "choose again: radapter-eval --alpha auto" in capfd.readouterr().err
-
-
 def test_test_images_that_are_validation_images_are_named_in_a_warning(
     here: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

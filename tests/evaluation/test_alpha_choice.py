@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from radapter_serve.adapter import Metadata
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import RULE, RULE_SHIFTED, choose, load_choice, save_choice
 from radapter_serve.evaluation.run import own_validation
-from radapter_serve.release.alpha_schedule import AlphaSchedule
 
 
 def rows(**sets: tuple[str, dict[float, float]]) -> list[dict[str, Any]]:
@@ -84,23 +82,8 @@ def test_a_shift_alone_chooses_nothing() -> None:
         choose(rows(c=("ood", {0.0: 0.1})))
 
 
-def test_the_best_schedule_and_of_equal_ones_the_first() -> None:
-    even = rows(a=("id", {0.0: 0.5, 0.5: 0.8, 1.0: 0.7}))
-
-    def scheduled(depth: float, best: float) -> list[dict[str, Any]]:
-        found = rows(a=("id", {0.0: 0.5, 0.5: 0.6, 1.0: best}))
-        return [{**row, "alpha_schedule": {"depth": depth, "image": 1.0, "text": 1.0}} for row in found]
-
-    choice = choose([*even, *scheduled(0.5, 0.9), *scheduled(0.0, 0.9)])
-    assert (choice.alpha, choice.schedule) == (1.0, AlphaSchedule(depth=0.5))
-    assert [point["score"] for point in choice.curve] == pytest.approx([50, 60, 90])
-    assert choice.rule == f"{RULE}; of 3 schedules the best; ties go to the first"
-    assert choose([*even, *scheduled(0.5, 0.8)]).schedule == AlphaSchedule()
-
-
 def test_the_choice_is_kept_beside_the_adapter(tmp_path: Path) -> None:
     choice = choose(rows(a=("id", {0.0: 0.5, 0.5: 0.8})))
-    choice = dataclasses.replace(choice, schedule=AlphaSchedule(depth=0.25))
     assert save_choice(choice, tmp_path / "adapter.safetensors") == tmp_path / "alpha.json"
     assert load_choice(tmp_path) == choice
     assert [path.name for path in tmp_path.iterdir()] == ["alpha.json"]

@@ -24,7 +24,6 @@ from radapter_serve.evaluation.results import Results
 from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.suite import load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
-from radapter_serve.release.alpha_schedule import AlphaSchedule
 from tests.helpers.graphs import quick_exports
 
 ALPHAS = [0.0, 0.4, 1.0]
@@ -103,32 +102,6 @@ def test_every_alpha_is_the_folded_model_in_open_clip(
         expected = by_open_clip(base.model, tiny_clip_dir, world)
         assert measured([row for row in rows if row["alpha"] == alpha]) == pytest.approx(expected, abs=1e-5)
     assert len({json.dumps(row["metrics"]) for row in rows if row["dataset"] == "plain"}) > 1
-
-
-@torch.no_grad()
-def test_schedules_of_alpha_are_models_folded_layer_by_layer(
-    run_folder: Path, tiny_clip_dir: str, world: Path, tmp_path: Path
-) -> None:
-    schedules = {AlphaSchedule(): (1.0, 1.0), AlphaSchedule(depth=0.5, text=0.1): (0.5, 0.1)}
-    rows = evaluated(from_adapter(run_folder, [0.6, 1.0], schedules=list(schedules)), world, tmp_path)
-    assert len(rows) == len({json.dumps([r["dataset"], r["alpha"], r.get("alpha_schedule")]) for r in rows}) == 12
-    base, adapter = load_base(tiny_clip_dir), load_adapter(run_folder)
-    weights = {name: value.clone() for name, value in base.model.state_dict().items()}
-    seen = []
-    for schedule, (first, text) in schedules.items():
-        folded = dict(weights)
-        for key in adapter.keys:
-            alpha = (1.0 if key.startswith("visual.") else text) * (first if "resblocks.0." in key else 1.0)
-            for name in (f"{key}.weight", f"{key}.bias"):
-                folded[name] = weights[name] + alpha * adapter.matrix(key) @ weights[name]
-        base.model.load_state_dict(folded)
-        expected = by_open_clip(base.model, tiny_clip_dir, world)
-        facts = None if schedule == AlphaSchedule() else {"depth": 0.5, "image": 1.0, "text": 0.1}
-        own = [row for row in rows if row["alpha"] == 1.0 and row.get("alpha_schedule") == facts]
-        found = measured(own)
-        assert found == pytest.approx(expected, abs=1e-5)
-        seen.append(found)
-    assert seen[0] != seen[1]
 
 
 def test_torch_merged_and_release_give_the_same_numbers(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.transforms import RandomResizedCrop
 
 from radapter_serve.training import Recipe
+from rivals.variants import OWN, Variant
 
 Weights = dict[str, Tensor]
 
@@ -109,6 +110,7 @@ def train_by_hand(
     pairs: Sequence[Pair],
     start: Mapping[str, Tensor] | None = None,
     see: Callable[[int, Weights], None] = lambda step, average: None,
+    variant: Variant = OWN,
 ) -> Weights:
     """The averaged adapters after all of a recipe's steps.
 
@@ -116,11 +118,12 @@ def train_by_hand(
         recipe: as the trainer takes it; in fp32, in one process.
         pairs: of the data, in its order.
         start: of the adapters; zeros if None.
-        see: called with each step, from 1, and the average behind it.
+        see: called with each step, from 1, and the average after it.
+        variant: with a learned scale, falling dropping, or a trajectory average.
     """
     assert recipe.steps is not None and recipe.momentum is not None
     clip = ClipWithAdapters(recipe.architecture, start)
-    if recipe.learned_scale:
+    if variant.learned_scale:
         clip.weights |= {f"{key}.scale": torch.tensor(0.1, requires_grad=True) for key in clip.keys}
     optimizer = torch.optim.AdamW(clip.weights.values(), lr=1.0, weight_decay=recipe.weight_decay)
     scale = clip.model.logit_scale.exp().item()
@@ -132,7 +135,7 @@ def train_by_hand(
         optimizer.param_groups[0]["lr"] = _rate(recipe, step)
         draw = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
         p = recipe.drop
-        if recipe.drop_schedule == "falling":
+        if variant.falling:
             p = max(p * (1 - step / recipe.steps * 4 / 3), 0.0)
         for key, value in zip(clip.keys, torch.rand(len(clip.keys), generator=draw).tolist(), strict=True):
             clip.gates[key] = 0.0 if value < p else 1 / (1 - p)
@@ -157,7 +160,7 @@ def train_by_hand(
         corrected = 1 - m ** (step + 1) if recipe.bias_correction else 1.0
         average = {name: value / corrected for name, value in raw.items()}
         way.append({name: weight.detach().clone() for name, weight in clip.weights.items()})
-        if recipe.average == "trajectory":
+        if variant.average == "trajectory":
             at = [(number + 0.5) / (recipe.steps + 1) for number in range(len(way))]
             shares = [1 / (math.pi * math.sqrt(x * (1 - x))) for x in at]  # Beta(½, ½)
             average = {

@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from radapter_serve.adapter import fold, load_adapter
-from radapter_serve.release.alpha_schedule import AlphaSchedule
+from radapter_serve.adapter import Adapter, fold, load_adapter
+from radapter_serve.errors import RAdapterError
 from radapter_serve.training import train
 from rivals.beyond import REFERENCE, SCHEDULES, TRAININGS, Scheduled, candidates, equal_alpha, main
 from rivals.layout import with_interval
@@ -19,6 +19,8 @@ from rivals.method import learned
 from rivals.methods import METHODS
 from rivals.radapter import RAdapter
 from rivals.run import Run
+from rivals.schedule import AlphaSchedule
+from rivals.variants import Variant
 from tests.rivals.test_table import benchmark_file as benchmark_file
 from tests.rivals.test_table import here as here
 
@@ -30,7 +32,9 @@ def test_a_schedule_is_that_of_the_fold(make_run: Callable[..., Run], tmp_path: 
     base = {name: value.clone() for name, value in run.base.model.state_dict().items()}
     adapter = load_adapter(train(run.recipe))
     found = learned(Scheduled({}, schedule=schedule), run).at(0.5).state_dict()
-    expected = fold(base, adapter.scaled(schedule), 0.5)
+    factors = schedule.factors(adapter.keys)
+    scaled = {key: value * factors[key] for key, value in adapter.tensors.items()}
+    expected = fold(base, Adapter(scaled, adapter.metadata), 0.5)
     assert any(not torch.equal(base[name], value) for name, value in expected.items())
     for name, value in expected.items():
         torch.testing.assert_close(found[f"model.{name}"], value, rtol=1e-5, atol=1e-6)
@@ -41,11 +45,20 @@ def test_candidates_differ_from_r_adapter_in_one_thing() -> None:
     assert isinstance(reference, RAdapter)
     found = candidates(reference)
     assert list(found) == [REFERENCE, *TRAININGS, *SCHEDULES]
-    changed = {
-        name: {key for key, value in of.settings.items() if value != reference.settings.get(key)}
-        for name, of in found.items()
-    }
-    assert changed == {name: set(TRAININGS.get(name, {})) for name in found}
+    for name, method in found.items():
+        changed = {key: value for key, value in method.settings.items() if value != reference.settings.get(key)}
+        assert (method.variant, changed) == TRAININGS.get(name, (Variant(), {}))
+
+
+def test_factors_rise_evenly_with_the_block() -> None:
+    keys = [f"visual.transformer.resblocks.{block}.mlp.c_proj" for block in range(12)]
+    texts = [f"text.transformer.encoder.layer.{block}.output.dense" for block in range(3)]
+    factors = AlphaSchedule(depth=0.1, text=0.5).factors([*keys, *texts])
+    assert [factors[key] for key in keys] == pytest.approx([0.1 + 0.9 * block / 11 for block in range(12)])
+    assert [factors[key] for key in texts] == pytest.approx([0.05, 0.275, 0.5])
+    assert set(AlphaSchedule().factors(keys).values()) == {1.0}
+    with pytest.raises(RAdapterError, match="alpha-text is 2; allowed: 0 to 1"):
+        AlphaSchedule(text=2)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +87,7 @@ def test_the_table(
     benchmark_file: Path, here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
     monkeypatch.setattr("rivals.beyond.SCHEDULES", {"α of depth × 0": AlphaSchedule(depth=0.0)})
-    monkeypatch.setattr("rivals.beyond.TRAININGS", {"learned scale": {"learned_scale": True}})
+    monkeypatch.setattr("rivals.beyond.TRAININGS", {"learned scale": (Variant(learned_scale=True), {})})
     call = ["--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--seeds", "0", "1"]
     assert main(call) == 0
     assert here == ["RAdapter"] * 4 + ["Scheduled"] * 2

@@ -24,6 +24,7 @@ from rivals.layout import cost_of, spread, with_interval
 from rivals.method import learned
 from rivals.methods import METHODS
 from rivals.pacs import main as pacs
+from rivals.radapter import RAdapter
 from rivals.repadapter import RepAdapter
 from rivals.run import Run
 from rivals.soup import UniformSoup
@@ -255,17 +256,18 @@ def test_rows_of_table_5_have_the_parts_that_they_name():
             assert parts == {type(row).__name__, "DO"} | ({"DP"} if row.drop_path else set())
             assert (row.loss, row.dropout) == ("infonce", 0.2)
             continue
+        assert isinstance(row, RAdapter)
         own = row.settings.get
         assert parts == {
-            *(["DO"] if own("dropout") == 0.2 else []),
-            *(["DP"] if own("drop_path") == 0.2 else []),
+            *(["DO"] if row.variant.dropout == 0.2 else []),
+            *(["DP"] if row.variant.drop_path == 0.2 else []),
             *(["AD"] if own("drop") == 0.2 else []),
             *(["AC"] if own("momentum") is None else []),
             *(["RS"] if row.alpha == 0.5 else []),
             *(["MPM"] if (own("positives"), own("delta")) == ("several", 0.05) else []),
             *(["LS"] if own("epsilon") == 0.02 else []),
         }
-        off = {own("dropout"), own("drop_path"), own("drop"), own("momentum"), own("epsilon"), own("delta")}
+        off = {row.variant.dropout, row.variant.drop_path, own("drop"), own("momentum"), own("epsilon"), own("delta")}
         assert off <= {None, 0.0, 0.02, 0.05, 0.2}
     combined = ["AD", "AC", "AD, AC", "AD, AC, RS", "AD, AC, RS, LS", "AD, AC, RS, MPM", "AD, AC, RS, MPM, LS"]
     assert {f"E{number}: {parts}" for number, parts in zip((3, 4, 6, 7, 8, 9, 10), combined, strict=True)} <= set(rows)

@@ -107,8 +107,6 @@ def test_values_that_do_not_go_together() -> None:
         ({"min_learning_rate": 1.0}, "min_learning_rate is 1.0; it should be 0 to learning_rate"),
         ({"val_fraction": 0.1, "val_data": "csv:v.csv"}, "val_data names validation data"),
         ({"val_fraction": 0.1, "streaming": True, "steps": 1}, "a stream can't be divided"),
-        ({"dropout": 0.1, "form": "weight"}, "allowed with it: --form activation or auto"),
-        ({"average": "trajectory", "rank": 4}, "average is trajectory at rank 4"),
     ):
         with pytest.raises(RAdapterError, match=message):
             Recipe(data="csv:t.csv", **fields).check()

@@ -55,13 +55,7 @@ def test_a_run_learns_and_leaves_what_it_says(recipe: Recipe, capsys: pytest.Cap
     )
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"average": "trajectory", "drop_schedule": "falling"},
-        {"rank": 2, "dropout": 0.3, "drop_path": 0.3, "learned_scale": True},
-    ],
-)
+@pytest.mark.parametrize("change", [{}, {"rank": 2}])
 def test_a_killed_run_resumes_to_the_same_result(
     recipe: Recipe, assert_resumes: Callable[[Recipe, int], None], change: dict[str, Any]
 ) -> None:

@@ -113,8 +113,7 @@ def assert_same(found: Weights, expected: Weights) -> None:
         {},
         {"flip": True, "bias_correction": True, "grad_clip": None},
         {"accumulate": 2, "form": "weight"},
-        {"positives": "single", "learned_scale": True},
-        {"average": "trajectory", "drop_schedule": "falling"},
+        {"positives": "single"},
     ],
 )
 def test_classification(recipe: Recipe, tmp_path: Path, change: dict[str, Any]) -> None:

@@ -1,18 +1,24 @@
-"""What ablations put beside the adapters: dropout, drop path, and a learned scale that folds."""
+"""Other trainings of R-Adapter: dropout, drop path, a learned scale that folds, other averages."""
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from radapter_serve.adapter import Adapters, Metadata, attach, base_digest, find_sites, fold
+from radapter_serve.adapter import Adapters, Metadata, attach, base_digest, find_sites, fold, load_adapter
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import encode_image
-from radapter_serve.training import Recipe
-from radapter_serve.training.ablations import ablate
+from radapter_serve.errors import RAdapterError
+from radapter_serve.training import Recipe, train
+from rivals.variants import Variant
+from tests.helpers.by_hand import train_by_hand
+from tests.training.test_wiring import assert_same, labelled
+from tests.training.test_wiring import recipe as recipe
 
 P = 0.25
 
@@ -24,8 +30,9 @@ def model(tiny_clip_dir: str) -> nn.Module:
 
 def ablated(model: nn.Module, rank: int | None = None, form: Any = "activation", **fields: Any) -> Adapters:
     """Adapters of random values, in training."""
-    adapters = attach(model, rank, form=form)
-    ablate(adapters, Recipe(**fields))
+    parts = Variant(**fields).parts()
+    adapters = attach(model, rank, form=form, make=parts.layer)
+    parts.attached(adapters)
     torch.manual_seed(0)
     for parameter in adapters.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -78,8 +85,7 @@ def test_drop_path_leaves_out_whole_branches_of_single_images(model: nn.Module, 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_learned_scale_starts_at_a_tenth_and_folds(model: nn.Module, rank: int | None, form: str) -> None:
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    fresh = attach(model, rank)
-    ablate(fresh, Recipe(learned_scale=True))
+    fresh = attach(model, rank, make=Variant(learned_scale=True).parts().layer)
     scales = {name: value for name, value in fresh.named_tensors().items() if name.endswith(".scale")}
     assert [value.item() for value in scales.values()] == pytest.approx([0.1] * len(fresh.sites))
     assert all(value.requires_grad for value in scales.values())
@@ -97,3 +103,20 @@ def test_a_learned_scale_starts_at_a_tenth_and_folds(model: nn.Module, rank: int
 def adapted_inputs(model: nn.Module) -> int:
     """Width of what goes into the feed-forward layer that is adapted."""
     return find_sites(model)[1].layer.in_features
+
+
+@pytest.mark.parametrize("variant", [Variant(learned_scale=True), Variant(average="trajectory", falling=True)])
+def test_training_is_that_by_hand(recipe: Recipe, tmp_path: Path, variant: Variant) -> None:
+    data, pairs = labelled(tmp_path / "data", 11, seed=0)
+    recipe = dataclasses.replace(recipe, data=data)
+    found = load_adapter(train(recipe, variant.parts())).tensors
+    assert_same(found, train_by_hand(recipe, pairs, variant=variant))
+
+
+def test_what_does_not_go_together() -> None:
+    for variant, fields, message in (
+        (Variant(dropout=0.1), {"form": "weight"}, "allowed with it: form activation or auto"),
+        (Variant(average="trajectory"), {"rank": 4}, "average is trajectory at rank 4"),
+    ):
+        with pytest.raises(RAdapterError, match=message):
+            variant.check(Recipe(**fields))
