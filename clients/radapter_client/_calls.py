@@ -9,8 +9,7 @@ client with its own arguments and result.
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeAlias, TypeVar, overload
 
@@ -61,14 +60,6 @@ class call(_Method, Generic[P, T]):
         return self._bind(client)
 
 
-class was_property(call[P, T]):
-    """A method of both clients that was a property once: the old way still works, with a warning."""
-
-    def _bind(self, client: Any) -> Any:
-        method = super()._bind(client)
-        return method if client is None else _Callable(method)
-
-
 class _Each(Protocol[P, T]):
     @overload
     def __call__(self, images: ImageLike, *args: P.args, **kwargs: P.kwargs) -> T: ...  # type: ignore[overload-overlap]
@@ -105,36 +96,3 @@ class call_each(_Method, Generic[P, T]):
     def __get__(self, client: AsyncClient, kind: type) -> _AsyncEach[P, T]: ...
     def __get__(self, client: Any, kind: type) -> Any:
         return self._bind(client)
-
-
-class _Callable:
-    """A method that, used as the property it was, warns and behaves as its result."""
-
-    def __init__(self, method: Callable[..., Any]) -> None:
-        self._method = method
-        functools.update_wrapper(self, method)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._method(*args, **kwargs)
-
-    def _result(self) -> Any:
-        name = self._method.__name__
-        warnings.warn(f"{name} is a method now: write client.{name}()", DeprecationWarning, stacklevel=3)
-        return self._method()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # asked by tools that look at objects, and not a request
-            raise AttributeError(name)
-        return getattr(self._result(), name)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._result()[index]
-
-    def __len__(self) -> int:
-        return len(self._result())
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._result())
-
-    def __await__(self) -> Any:
-        return self._result().__await__()

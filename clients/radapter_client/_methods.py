@@ -29,7 +29,7 @@ from ._arguments import (
     share_inputs,
     utf8,
 )
-from ._calls import Answer, Part, call, call_each, was_property
+from ._calls import Answer, Part, call, call_each
 from ._exceptions import (
     ModelNotFound,
     RAdapterClientError,
@@ -276,7 +276,7 @@ class BaseClient(Generic[W]):
         items = [utf8("texts", text) for text in listed("texts", texts)]
         return (yield from self._embed("text", items, list(map(len, items)), alpha))
 
-    @was_property
+    @call
     def release(self, *, timeout: float | None = None) -> Answer[Release]:
         """The release that calls use, asked of the server: the one given to the client, or the newest.
 
@@ -284,7 +284,7 @@ class BaseClient(Generic[W]):
         """
         return pick_release((yield from self._served()), self._version)
 
-    @was_property
+    @call
     def releases(self, *, timeout: float | None = None) -> Answer[list[Release]]:
         """All releases that the server serves, oldest first.
 

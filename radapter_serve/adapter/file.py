@@ -70,8 +70,7 @@ class Metadata:
         recipe: how it was trained.
         metrics: what validation measured.
         classes: names of the classes that it was trained on, in the order of the labels and as a label file has them:
-            synonyms after commas. A name may occur twice, for two classes. None where the task has no classes, and in
-            files of earlier releases.
+            synonyms after commas. A name may occur twice, for two classes. None where the task has no classes.
         held_out: digest of the names of the images that `val_fraction` held out of training, see `held_out_digest`;
             None where it held none out.
     """

@@ -17,7 +17,6 @@ from rich.table import Table
 
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.integrity import no_digests
 from radapter_serve.release.release import Release
 from radapter_serve.server.admin_socket import AdminSocket
 from radapter_serve.server.backlog import MAX_WAITING
@@ -145,8 +144,6 @@ def serve(
             else:
                 with console.status("starting") as status:
                     server.start(lambda line: status.update(f"{escape(line)} ..."))
-            if server.unchecked:
-                console.print(f"[bold yellow]Note:[/] {no_digests(server.unchecked)}")
             if server.measured:
                 _show_measured(server)
             if server.warning:

@@ -45,9 +45,7 @@ class MaskCrop:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MaskCrop:
-        """Read what `to_dict` gave; unknown keys are ignored. Nothing, as of old releases, is the defaults."""
-        if not values:
-            return cls()
+        """Read what `to_dict` gave; unknown keys are ignored."""
         red, green, blue = values["fill"]
         return cls(float(values["padding"]), bool(values["square"]), (int(red), int(green), int(blue)))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -36,14 +36,12 @@ def write_sums(repository: Path, version: int) -> None:
 
 
 def renew_sums(repository: Path, version: int, names: Iterable[str]) -> None:
-    """Write the digests of some files anew, such as `image_encoder/1/model.plan`; a release without digests stays so.
+    """Write the digests of some files anew, such as `image_encoder/1/model.plan`.
 
     Raises:
         RAdapterError: the list of digests is broken.
     """
     path = sums_of(repository, version)
-    if not path.exists():
-        return
     sums = _load(path)
     for name in names:
         sums.pop(name, None)
@@ -52,30 +50,18 @@ def renew_sums(repository: Path, version: int, names: Iterable[str]) -> None:
     _save(path, sums)
 
 
-def check(repository: Path, versions: Iterable[int], progress: Callable[[str], None] = lambda line: None) -> list[int]:
+def check(repository: Path, versions: Iterable[int], progress: Callable[[str], None] = lambda line: None) -> None:
     """Check releases before they are served: `verify` and `check_configs` for each.
-
-    Returns:
-        Those without digests, whose files could not be checked.
 
     Raises:
         RAdapterError: one is not as it was exported.
     """
-    without = []
     for version in versions:
-        if not verify(repository, version, progress):
-            without.append(version)
+        verify(repository, version, progress)
         check_configs(repository, version)
-    return without
 
 
-def no_digests(versions: Sequence[int]) -> str:
-    """What to say of releases of earlier versions."""
-    which = f"{'releases' if len(versions) > 1 else 'release'} {', '.join(map(str, versions))}"
-    return f"no digests of {which}, so its files could not be checked; an export of today writes digests"
-
-
-def verify(repository: Path, version: int, progress: Callable[[str], None] = lambda line: None) -> bool:
+def verify(repository: Path, version: int, progress: Callable[[str], None] = lambda line: None) -> None:
     """Compare all files of a release with their digests.
 
     Args:
@@ -83,17 +69,12 @@ def verify(repository: Path, version: int, progress: Callable[[str], None] = lam
         version: number of the release.
         progress: called with a short line as the work goes on.
 
-    Returns:
-        Whether it has digests; releases of earlier versions have none.
-
     Raises:
         RAdapterError: a file differs, is missing, or is none of the release's; names the files.
     """
     path = sums_of(repository, version)
     if not path.exists():
-        if path.with_name(CONFIG).exists():  # which releases have for as long as they have digests
-            raise _broken(repository, version, [f"{_name(path, repository)}, the list of its digests, is missing"])
-        return False
+        raise _broken(repository, version, [f"{_name(path, repository)}, the list of its digests, is missing"])
     sums, found = _load(path), _files(repository, version)
     problems = dict.fromkeys(sums.keys() - found.keys(), "is missing")
     problems |= dict.fromkeys(found.keys() - sums.keys(), "does not belong to it")
@@ -113,7 +94,6 @@ def verify(repository: Path, version: int, progress: Callable[[str], None] = lam
                 problems[name] = "cannot be read" if digest is None else "differs" if sizes[name] else "is empty"
     if problems:
         raise _broken(repository, version, [f"{as_text(name)} {why}" for name, why in sorted(problems.items())])
-    return True
 
 
 def check_configs(repository: Path, version: int) -> None:
@@ -140,8 +120,8 @@ def check_configs(repository: Path, version: int) -> None:
         )
     if not naming and (missing := [model for model in models if model not in own]):
         raise RAdapterError(
-            f"release {version} in {repository} cannot be served any more: it has no config of {', '.join(missing)}, "
-            "for it was exported before each release kept its own; export it again with radapter-export"
+            f"release {version} in {repository} cannot be served any more: it has no config of {', '.join(missing)}; "
+            "export it again with radapter-export"
         )
     for model in sorted(naming):
         if named_releases(configs[model])[version] != release:

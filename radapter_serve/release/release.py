@@ -91,7 +91,6 @@ class Release:
         base and the adapter are rounded apart.
         """
         deciding = {name: getattr(self, name) for name in _DECIDING}
-        deciding["preprocess"] = {"exif_orientation": True, **self.preprocess}  # which older releases do not say
         if self.quantization:
             deciding["quantization"] = self.quantization
             if self.dynamic_alpha:
@@ -133,8 +132,7 @@ class Release:
                 "have; export it again with radapter-export"
             )
         fields = dataclasses.fields(cls)
-        needed = {one.name for one in fields if one.default is one.default_factory is dataclasses.MISSING}
-        if missing := sorted(needed - set(facts)):
+        if missing := sorted({one.name for one in fields} - {*_OPTIONAL, *facts}):
             raise RAdapterError(
                 f"the release does not say its {', '.join(missing)}; export it again with radapter-export"
             )

@@ -100,8 +100,7 @@ class ServedEncoder:
     def bounds(self) -> Tolerance:
         """How far from torch it may be, as at its export."""
         agreement = self.facts.agreement
-        cosine = float(agreement.get("min_cosine", LEAST_COSINE))
-        return Tolerance(float(agreement["tolerance"]), max(LEAST_COSINE, cosine))
+        return Tolerance(float(agreement["tolerance"]), max(LEAST_COSINE, float(agreement["min_cosine"])))
 
     @property
     def versions(self) -> list[int]:

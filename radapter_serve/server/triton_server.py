@@ -155,7 +155,6 @@ class TritonServer(Endpoints):
         self._command: list[str] = []
         self._environment: dict[str, str] = {}
         self.measured: list[Measured] = []
-        self.unchecked: list[int] = []  # releases without digests
         self.models: dict[str, list[int]] = {}
         self.offered: dict[str, ModelEntry] = {}
         self.served = Served(())
@@ -174,7 +173,7 @@ class TritonServer(Endpoints):
         self.served = Served.load(self.model_repository)
         if self._releases is not None:
             self.served = Served(tuple(sorted(self._releases)))
-        self.unchecked = check(self.model_repository, self.served.releases, progress)
+        check(self.model_repository, self.served.releases, progress)
         self._installation = find_tritonserver()
         remove_leftovers()
         self.kept = kept_for_indexes(self.model_repository, self.served.releases, self.indexes)

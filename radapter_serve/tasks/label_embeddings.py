@@ -31,13 +31,13 @@ class LabelSet:
         labels: names to show, C of them.
         embeds: float32 [C, D], unit length.
         lines: the labels with their synonyms, and
-        templates: their prompt templates: what it takes to embed them again; none in files of earlier releases.
+        templates: their prompt templates: what it takes to embed them again.
     """
 
     labels: tuple[str, ...]
     embeds: NDArray[np.float32]
-    lines: tuple[str, ...] = ()
-    templates: tuple[str, ...] = ()
+    lines: tuple[str, ...]
+    templates: tuple[str, ...]
 
     def save(self, path: str | Path) -> None:
         """Write all of it as npz, in one piece or not at all."""
@@ -49,7 +49,7 @@ class LabelSet:
     def load(cls, path: str | Path) -> LabelSet:
         """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as file:
-            texts = {name: tuple(file[name].tolist()) for name in _TEXTS if name in file.files}
+            texts = {name: tuple(file[name].tolist()) for name in _TEXTS}
             return cls(embeds=np.ascontiguousarray(file["embeds"], np.float32), **texts)
 
 

@@ -76,15 +76,15 @@ def load_checkpoint(
         raise RAdapterError(f"no checkpoint at {path}; leave --resume out to start a run")
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        old = _fixed(Recipe()) | state["recipe"]  # a field that is newer than the checkpoint had its default
+        old = state["recipe"]
     except Exception as error:  # a damaged file raises anything
         raise RAdapterError(f"{path} is not a whole checkpoint ({reason(error)}); remove it and start again") from error
-    changed = [f"{k} was {old[k]!r}, is {v!r}" for k, v in _fixed(recipe).items() if old[k] != v]
+    changed = [f"{k} was {old.get(k)!r}, is {v!r}" for k, v in _fixed(recipe).items() if old.get(k) != v]
     if changed:
         raise RAdapterError(
             f"{path} belongs to another recipe: {'; '.join(changed)}; use the old values or a new --out"
         )
-    if state.get("held_out", held_out) != held_out:
+    if state["held_out"] != held_out:
         raise RAdapterError(
             f"{recipe.data} has changed since {path} was written: the share that val_fraction draws now holds images "
             f"that the run was trained with; bring back the files as they were, or start again with a new --out"

@@ -110,23 +110,6 @@ def test_both_clients_ask_the_same_of_their_transport():
     assert [request.version for request in recorder.inferences[1:3]] == ["1", "1"]  # of one call, from one release
 
 
-def test_release_was_a_property():
-    client: Any = CLIENT  # type checkers know the methods alone
-    own: Any = AsyncClient(transport=AsyncRecorder())
-    with pytest.warns(DeprecationWarning, match=r"write client.release\(\)"):
-        assert client.release.version == 1
-    with pytest.warns(DeprecationWarning, match=r"write client.releases\(\)"):
-        assert [release.version for release in client.releases] == [1]
-    with pytest.warns(DeprecationWarning):
-        assert (len(client.releases), client.releases[0].alpha) == (1, 0.5)
-
-    async def main() -> int:
-        return (await own.release).version
-
-    with pytest.warns(DeprecationWarning):
-        assert asyncio.run(main()) == 1
-
-
 def test_drawn_exception_tree_is_the_tree():
     def draw(kind: type[Any], indent: int = 0) -> list[tuple[int, str]]:
         below: list[type[Any]] = kind.__subclasses__()

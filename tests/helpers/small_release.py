@@ -24,7 +24,7 @@ from tritonclient.grpc import model_config_pb2
 from radapter_export.tokenizer import write_tokenizer
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.tokenizer import Tokenizer
-from radapter_serve.release.agreement import Samples
+from radapter_serve.release.agreement import LEAST_COSINE, Samples
 from radapter_serve.release.integrity import write_sums
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import MODELS, configure, named_releases, read_config
@@ -132,7 +132,7 @@ def write_release(
         "adapter_digest": f"sha256:{seed}",
         "precision": "fp32",
         "runtime": "onnxruntime",
-        "agreement": {"tolerance": 1e-4},
+        "agreement": {"tolerance": 1e-4, "min_cosine": LEAST_COSINE},
         "preprocess": {"size": SIZE, "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0},
         "embed_dim": WIDTH,
         "logit_scale": 10.0,
@@ -142,6 +142,11 @@ def write_release(
         "dense": {"way": "naclip", "grid": GRID} if dense else None,
         "crop": MaskCrop().to_dict(),
         "confidence": CONFIDENCE,
+        "dynamic_alpha": False,
+        "adapters": [],
+        "label_sets": {},
+        "tools": {},
+        "created": "",
     }
     encoders = {"image_encoder": image_encoder(random), "text_encoder": text_encoder(random)}
     if dense:
@@ -180,6 +185,7 @@ def write_release(
         sets = repository / name / str(version) / "label_sets"
         sets.mkdir()
         local.embed_labels(LABELS, ["a {}"]).save(sets / "colours.npz")
+    write_sums(repository, version)
 
 
 def seal(repository: Path, *versions: int) -> None:

@@ -20,7 +20,7 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.cli.build_engine import main
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.integrity import SUMS
+from radapter_serve.release.integrity import write_sums
 from radapter_serve.runtimes.tensorrt import plan_writer
 from radapter_serve.runtimes.tensorrt.engine import Options
 from radapter_serve.runtimes.tensorrt.plan import PLAN, SIDECAR, Sidecar, check_plan
@@ -33,9 +33,11 @@ ENCODERS = sorted({model for model, _ in ENGINES})
 
 
 def copy_encoders(source: Path, target: Path) -> Path:
-    """The encoders, and the task that has the releases, without their digests."""
+    """The encoders, and the task that has the releases, with the digests of these files alone."""
     for model in (*ENCODERS, "classify"):
-        shutil.copytree(source / model, target / model, ignore=shutil.ignore_patterns(SUMS))
+        shutil.copytree(source / model, target / model)
+    for version in (1, 2):
+        write_sums(target, version)
     return target
 
 

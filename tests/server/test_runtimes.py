@@ -14,8 +14,8 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.cli import serve
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release import integrity
 from radapter_serve.release.agreement import Samples
+from radapter_serve.release.integrity import write_sums
 from radapter_serve.release.repository import RUNTIMES, ServedEncoder, encoders_of
 from radapter_serve.runtimes.cuda import Gpu
 from radapter_serve.runtimes.encoder import _load_cuda
@@ -32,12 +32,17 @@ def encoder(repository, name="image_encoder") -> ServedEncoder:
 
 @pytest.fixture
 def own(repository, tmp_path):
-    """A copy of the images' encoder, and of the task that has the releases, without digests: a test may change it."""
+    """A copy of the images' encoder, and of the task that has the releases: a test may change it."""
     for name in ("image_encoder", "classify"):
-        shutil.copytree(
-            repository / name, tmp_path / "repository" / name, ignore=shutil.ignore_patterns(integrity.SUMS)
-        )
-    return tmp_path / "repository"
+        shutil.copytree(repository / name, tmp_path / "repository" / name)
+    return sealed(tmp_path / "repository")
+
+
+def sealed(repository):
+    """The same, with the digests of the files as they are now."""
+    for version in (1, 2):
+        write_sums(repository, version)
+    return repository
 
 
 def parameters(config) -> dict[str, str]:
@@ -145,11 +150,11 @@ def test_a_runtime_that_differs_is_refused_with_the_way_out(own):
     with pytest.raises(RAdapterError, match=message):
         check(encoder(own), "openvino")
     with pytest.raises(RAdapterError, match=f"{message}.*{way_out}"):
-        TritonServer(own, "127.0.0.1", *free_ports(), runtime="openvino").start()
+        TritonServer(sealed(own), "127.0.0.1", *free_ports(), runtime="openvino").start()
     graph = folder / "model.onnx"
     graph.write_bytes(graph.read_bytes()[:-100])
     with pytest.raises(RAdapterError, match=rf"OpenVINO .* cannot load {graph}: .*\S{way_out}"):
-        TritonServer(own, "127.0.0.1", *free_ports(), runtime="openvino").start()
+        TritonServer(sealed(own), "127.0.0.1", *free_ports(), runtime="openvino").start()
 
 
 def test_a_runtime_is_held_to_the_cosine_of_the_export_too(own):
@@ -177,10 +182,10 @@ def test_what_is_not_there_is_said_with_the_command_that_makes_it(own):
     with pytest.raises(RAdapterError, match=message):
         check(encoder(own), "tensorrt")
     with pytest.raises(RAdapterError, match=message):
-        TritonServer(own, "127.0.0.1", *free_ports(), runtime="tensorrt").start()
+        TritonServer(sealed(own), "127.0.0.1", *free_ports(), runtime="tensorrt").start()
     (own / "image_encoder" / "2" / "model.onnx").unlink()
     with pytest.raises(RAdapterError, match=r"model\.onnx, which onnxruntime needs, does not exist; .*radapter-export"):
-        TritonServer(own, "127.0.0.1", *free_ports()).start()
+        TritonServer(sealed(own), "127.0.0.1", *free_ports()).start()
 
 
 def test_releases_that_are_gone_are_said(repository, own):
@@ -191,7 +196,7 @@ def test_releases_that_are_gone_are_said(repository, own):
         with pytest.raises(
             RAdapterError, match=r"image_encoder lacks the releases that are to be served \(.*\); run: radapter-e"
         ):
-            TritonServer(own, "127.0.0.1", *free_ports(), runtime=runtime).start()
+            TritonServer(sealed(own), "127.0.0.1", *free_ports(), runtime=runtime).start()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 
 from radapter_serve.release.agreement import Samples
-from radapter_serve.release.integrity import SUMS
 from radapter_serve.release.repository import ENCODERS, TENSORRT
 from radapter_serve.runtimes.tensorrt.plan_writer import build_engines
 from radapter_serve.server.control import ServedVersion
@@ -103,7 +102,7 @@ def test_engines_of_two_releases_stand_side_by_side_and_those_of_the_old_one_lea
     install(monkeypatch, driver)
     fake_triton.install(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    shutil.copytree(repository, mine, ignore=shutil.ignore_patterns(SUMS))
+    shutil.copytree(repository, mine)
     build_engines(mine)  # release 2 alone has patches
 
     def lined_up(release: int) -> dict[str, ModelEntry]:

@@ -13,10 +13,11 @@ SIMPLE = ["a photo of a {}."]
 
 def test_label_set_round_trip(tmp_path):
     embeds = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
-    LabelSet(("Ölkäfer", "猫"), embeds).save(tmp_path / "a.npz")
+    LabelSet(("Ölkäfer", "猫"), embeds, ("Ölkäfer, beetle", "猫"), ("a {}",)).save(tmp_path / "a.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
     loaded = LabelSet.load(tmp_path / "a.npz")
     assert loaded.labels == ("Ölkäfer", "猫")
+    assert (loaded.lines, loaded.templates) == (("Ölkäfer, beetle", "猫"), ("a {}",))
     np.testing.assert_array_equal(loaded.embeds, embeds)
 
 

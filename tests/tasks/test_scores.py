@@ -132,7 +132,8 @@ def test_labels_are_ranked_by_their_cosines_where_scores_are_equal(local, facts,
 
 def test_label_sets_are_ranked_by_their_cosines(local):
     embed = local.embed_images([IMAGES])[0].unwrap()
-    large, small = LabelSet(tuple("abcdef"), embed), LabelSet(("x", "y"), embed[:2])
+    large = LabelSet(tuple("abcdef"), embed, tuple("abcdef"), ("{}",))
+    small = LabelSet(("x", "y"), embed[:2], ("x", "y"), ("{}",))
     sure = {"scale": 1000.0, "bias": 900.0}
     facts = release(templates=TEMPLATES, logit_scale=1000.0, logit_bias=900.0, confidence={**CONFIDENCE, **sure})
     classify = Classify(facts, local.embed_images, local.embed_labels, {"large": large, "small": small})

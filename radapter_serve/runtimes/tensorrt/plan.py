@@ -61,7 +61,6 @@ class Sidecar:
         path = folder / SIDECAR
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            found["options"].pop("refittable", None)  # an option of older engines
             found |= {"options": Options(**found["options"]), "agreement": Agreement(**found["agreement"])}
             limits = {name: tuple(map(tuple, shapes)) for name, shapes in found["profile"].items()}
             sidecar = cls(**found | {"profile": limits})
