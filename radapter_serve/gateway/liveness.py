@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import http.client
 import ssl
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+
+from radapter_serve.clock import SYSTEM, Clock
 
 EVERY = 5.0  # seconds from one question to the next
 TIMEOUT = 5.0  # seconds that an answer may take
@@ -19,10 +20,10 @@ class Liveness:
 
     Args:
         ask: True where it answers; may take its time.
-        clock: seconds.
+        clock: tells the time.
     """
 
-    def __init__(self, ask: Callable[[], bool], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, ask: Callable[[], bool], clock: Clock = SYSTEM) -> None:
         self._ask = ask
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="liveness")
@@ -31,12 +32,12 @@ class Liveness:
     def restart(self) -> None:
         """Begin anew: it has just been started."""
         self._asked: Future[bool] | None = None
-        self._asked_at = self._clock()
-        self._patient_until = self._clock() + MAX_START
+        self._asked_at = self._clock.monotonic()
+        self._patient_until = self._clock.monotonic() + MAX_START
 
     def silent(self) -> bool:
         """Whether it has not answered for too long; returns at once."""
-        now = self._clock()
+        now = self._clock.monotonic()
         if self._asked is not None and self._asked.done():
             if self._asked.result():
                 self._patient_until = self._asked_at + MAX_SILENCE

@@ -13,7 +13,6 @@ import ssl
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -26,6 +25,7 @@ from granian.constants import HTTPModes, Interfaces, SSLProtocols
 from granian.http import HTTP1Settings
 from starlette.types import ASGIApp
 
+from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.gateway.app import Gateway
 from radapter_serve.gateway.front import MAX_HEADERS
@@ -180,12 +180,12 @@ class Child:
 
     Args:
         settings: of the gateway.
-        clock: by which it is asked whether it lives, in seconds.
+        clock: by which it is asked whether it lives.
     """
 
     name = GATEWAY
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, settings: Settings, clock: Clock = SYSTEM) -> None:
         self._settings = settings
         address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.check(), settings.host)
         ask = asks(address, settings.port, tls=settings.tls_certificate is not None)

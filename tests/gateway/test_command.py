@@ -25,6 +25,7 @@ from radapter_serve.gateway.settings import Settings
 from radapter_serve.server import probe, supervisor
 from radapter_serve.server.triton_server import TritonServer, free_ports
 from radapter_serve.server.watch import GATEWAY
+from tests.helpers.fake_clock import FakeClock
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_beside_a_server_it_is_started_again_and_stopped_with_it(
         monkeypatch.setattr(TritonServer, name, lambda *_: None)
     monkeypatch.setattr(TritonServer, "failures", lambda _: [])
     monkeypatch.setattr(probe.Probe, "step", lambda *_: [])
-    monkeypatch.setattr(supervisor, "MAX_PAUSE", 0.0)
+    monkeypatch.setattr(supervisor, "MAX_PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(serve, "_show", lambda _: None)
     monkeypatch.setattr(serve, "AdminSocket", lambda _: contextlib.nullcontext())
 
@@ -172,11 +173,11 @@ def test_beside_a_server_it_is_started_again_and_stopped_with_it(
 def test_a_gateway_that_runs_and_does_not_answer_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     port, *_ = free_ports()
     monkeypatch.setattr(run, "start", lambda _: subprocess.Popen(["sleep", "60"]))
-    now = [0.0]
-    with run.Child(Settings(port=port), lambda: now[0]) as child:
-        now[0] = MAX_START - 1
+    clock = FakeClock()
+    with run.Child(Settings(port=port), clock) as child:
+        clock.now += MAX_START - 1
         assert child.died() is None
-        now[0] = MAX_START
+        clock.now += 1
         assert child.died() == "it no longer answered, so it was killed"
         assert child.died() == "it was killed by SIGKILL"
         child.start()

@@ -11,18 +11,12 @@ import pytest
 
 from radapter_serve.gateway import liveness
 from radapter_serve.gateway.liveness import EVERY, MAX_SILENCE, MAX_START, Liveness, asks
+from tests.helpers.fake_clock import FakeClock
 from tests.helpers.fake_upstream import serving
 
 
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def watched(ask: Callable[[], bool]) -> tuple[Liveness, Clock]:
-    clock = Clock()
+def watched(ask: Callable[[], bool]) -> tuple[Liveness, FakeClock]:
+    clock = FakeClock()
     return Liveness(ask, clock), clock
 
 
