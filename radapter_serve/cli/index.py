@@ -64,11 +64,11 @@ def build(
             qdrant://HOST:PORT/NAME or s3://BUCKET/PATH.
     """
     from radapter_serve.index.build import build
-    from radapter_serve.index.qdrant import place_of
+    from radapter_serve.index.index import published
     from radapter_serve.runtimes.origin import release_of
 
     if store:
-        place_of(store)  # a wrong address is refused before the work
+        published(store)  # a wrong address is refused before the work
     with closing(release_of({"url": url} if url else {"model_repository": model_repository})) as release:
         if alpha is not None:
             release.set_alpha(alpha)
@@ -118,15 +118,15 @@ def add(
     from radapter_serve.index.index import read_facts
     from radapter_serve.runtimes.origin import release_of
 
-    facts = read_facts(out)
+    plan = read_facts(out).plan
     version = None
     if url:
         origin = {"url": url}
     elif model_repository:
         origin = {"model_repository": model_repository}
     else:
-        origin = facts["origin"]
-        repository, version = made_by(facts)
+        origin = plan.origin
+        repository, version = made_by(plan)
         if version is not None:
             origin = {"model_repository": repository}
     with closing(release_of(origin, version)) as release:
@@ -142,24 +142,23 @@ def info(out: tyro.conf.Positional[Path]) -> None:
     Args:
         out: folder of the index.
     """
-    from radapter_serve.index.index import read_facts
+    from radapter_serve.index.index import place_of
 
-    facts = read_facts(out)
-    release, search = facts["release"], facts["search"]
-    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    how = f"{search['index']}, recall@10 {search['recall']:.3f}" if "index" in search else search.get("by", "exact")
+    generation, facts = place_of(out).current()
+    plan = facts.plan
+    size = sum(path.stat().st_size for path in (out / generation).rglob("*") if path.is_file())
     rows = {
-        "images": f"{facts['count']:,}",
-        "search": how,
-        "columns": ", ".join(facts["columns"]),
-        "release": f"{release['architecture']} at alpha {release['alpha']:g}, {release['precision']}",
-        "digest": facts["release_digest"],
-        "made by": " ".join(facts.get("origin", {}).values()),
-        "source": facts["source"],
-        "ids start from": facts["root"],
+        "images": f"{facts.count:,}",
+        "search": f"approximate, recall@10 {facts.nearest.recall:.3f}" if facts.nearest else "exact",
+        "columns": ", ".join(facts.columns),
+        "release": f"{plan.release.architecture} at alpha {plan.release.alpha:g}, {plan.release.precision}",
+        "digest": plan.release.digest,
+        "made by": " ".join(plan.origin.values()),
+        "source": plan.source,
+        "ids start from": plan.root,
         "size": f"{size / 1e6:.1f} MB",
-        "created": facts["created"],
-        "changed": facts["changed"],
+        "created": facts.created,
+        "changed": facts.changed,
     }
     for name, value in rows.items():
         print(f"{name:<16}{value}")
@@ -171,17 +170,19 @@ def verify(out: tyro.conf.Positional[Path]) -> int:
     Args:
         out: folder of the index.
     """
-    from radapter_serve.index.index import build_command, read_facts
+    from radapter_serve.index.facts import build_command
+    from radapter_serve.index.index import read_facts
     from radapter_serve.index.verify import verify
 
     with _progress("reading") as progress:
         found = verify(out, progress=progress)
     update = f"radapter-index add --out {shlex.quote(str(out))}"
+    again = build_command(out, read_facts(out).plan)
     for name, ids, hint in (
         ("file gone", found.missing, f"{update} --prune removes them"),
         ("file changed", found.changed, f"{update} embeds them again"),
         ("not in the index", found.new, f"{update} adds them"),
-        ("embedding damaged", found.damaged, f"{build_command(out, read_facts(out))} --no-resume embeds all again"),
+        ("embedding damaged", found.damaged, f"{again} --no-resume embeds all again"),
     ):
         if ids:
             print(f"{name}: {len(ids)}; {hint}")

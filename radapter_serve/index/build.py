@@ -3,60 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import lancedb
 import pyarrow as pa
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import swap_in
-from radapter_serve.index.bucket import link_of
+from radapter_serve.index import facts as known
 from radapter_serve.index.cluster import Cluster
 from radapter_serve.index.collection import Collection, open_collection
-from radapter_serve.index.index import (
-    FACTS,
-    FORMAT,
-    TABLE,
-    Index,
-    build_command,
-    mismatch,
-    read_facts,
-)
+from radapter_serve.index.facts import FACTS, IndexFacts, MadeBy, OnBroken, Plan, build_command, mismatch
+from radapter_serve.index.index import link_of
+from radapter_serve.index.integrity import check_files
+from radapter_serve.index.store import TABLE
+from radapter_serve.index.store.local import Folder, generations_of, install, link_copy, table_errors
 from radapter_serve.index.stored import file_of
-from radapter_serve.index.writer import (
-    OnBroken,
-    Progress,
-    Summary,
-    Writer,
-)
+from radapter_serve.index.writer import BROKEN, Progress, Summary, Writer
 from radapter_serve.inputs.names import RULE, is_name
 from radapter_serve.lock import lock
 from radapter_serve.release.repository import releases_with_digest, split_repository
 from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 
-_STOPPED = "building.json"  # in the folder of an unfinished build: the facts of the index that it makes
-_OF_RELEASE = (
-    *("architecture", "alpha", "dynamic_alpha", "version", "precision"),
-    *("base_digest", "adapter_digest", "embed_dim"),
-)
-#: where an index and a build differ in one of these facts, every image is embedded again
-_DECIDING = {
-    "release_digest": "release",
-    "root": "folder",
-    "image_column": "image column",
-    "column_types": "columns",
-    "thumbnails": "size of thumbnails",
-    "exif_orientation": "EXIF orientation",
-}
-KEEP = datetime.timedelta(hours=1)  # how long servers may read a version of the table that was replaced
-_DROP = datetime.timedelta(milliseconds=1)
+_STOPPED = "building.json"  # in the folder of an unfinished generation: the plan of the index
+KEEP = datetime.timedelta(hours=1)  # how long servers may read a generation that was replaced
 
 
 def build(
@@ -96,25 +72,30 @@ def build(
     out = out.absolute()
     _check_place(out, thumbnails)
     collection = open_collection(source, image_column=image_column)
-    turned = _turn(release, exif_orientation)
-    facts = _planned(collection, image_column, release, thumbnails, turned, on_broken)
+    plan = Plan(
+        source=collection.source,
+        root=collection.root.as_posix(),
+        image_column=image_column,
+        column_types={name: str(kind) for name, kind in collection.columns.items()},
+        thumbnails=thumbnails,
+        exif_orientation=_turn(release, exif_orientation),
+        on_broken=on_broken,
+        release=MadeBy.of(release.facts),
+        origin=dict(release.origin),
+    )
     cluster = None if ray is None else Cluster(ray, release)
-    with disk_errors(out), lock(out, "radapter-index") if out.exists() else contextlib.nullcontext():
-        staged = out.with_name(f".{out.name}.building")
-        goes_on = resume and _holds_rows(staged)
-        if resume and not goes_on and not _differences(made := _read_made(out), facts):
-            return _fill(out, made | facts, release, collection, on_broken, KEEP, progress, cluster)
-        with lock(staged, "radapter-index"):
-            if goes_on:
-                _check_stopped(staged, out, facts)
-            with _kept_or_removed(staged), disk_errors(out):
-                if not goes_on:
-                    shutil.rmtree(staged / f"{TABLE}.lance", ignore_errors=True)
-                    (staged / _STOPPED).write_text(json.dumps(facts), encoding="utf-8")
-                summary = _fill(staged, facts, release, collection, on_broken, _DROP, progress, cluster)
-                swap_in(staged, out, out.with_name(f".{out.name}.old"))
-                (out / _STOPPED).unlink()
-    return summary
+
+    def fill(writer: Writer) -> Summary:
+        summary = writer.write(collection, on_broken, progress)
+        there = {item.id for item in collection.items} - summary.broken.keys()
+        summary.removed = writer.delete(writer.known.keys() - there)
+        if not writer.known:
+            raise RAdapterError(f"none of the {len(collection.items)} images of {collection.source} can be read")
+        return summary
+
+    with _generation(out, plan, resume=resume, extend=False) as (made, before, base):
+        writer = Writer(made, plan, release, out, _schema(plan, collection), cluster)
+        return _finish(made, out, writer, fill, before, base)
 
 
 def add(
@@ -141,25 +122,114 @@ def add(
     """
     out = out.absolute()
     _refuse_link(out)
-    read_facts(out)  # locking would make the folder
-    with disk_errors(out), lock(out, "radapter-index"):
-        # What is damaged would be written anew with other digests.
-        facts = Index(out, searched=False, complete=True).facts
-        if release.facts.dynamic_alpha:
-            release.set_alpha(facts["release"]["alpha"])
-        if facts["release_digest"] != release.facts.digest:
-            raise RAdapterError(_other_release(out, facts, release))
-        _turn(release, facts["exif_orientation"])
-        on_broken = on_broken or facts["on_broken"]
-        root = Path(facts["root"])
-        collection = open_collection(source or facts["source"], image_column=facts["image_column"], root=root)
-        writer = Writer(out, {**facts, "origin": dict(release.origin), "on_broken": on_broken}, release)
+    _, facts = Folder(out).current()
+    plan = facts.plan
+    if release.facts.dynamic_alpha:
+        release.set_alpha(plan.release.alpha)
+    if plan.release.digest != release.facts.digest:
+        raise RAdapterError(_other_release(out, plan, release))
+    _turn(release, plan.exif_orientation)
+    plan = dataclasses.replace(plan, origin=dict(release.origin), on_broken=on_broken or plan.on_broken)
+    root = Path(plan.root)
+    collection = open_collection(source or plan.source, image_column=plan.image_column, root=root)
+
+    def fill(writer: Writer) -> Summary:
         writer.check_columns(collection)
-        summary = writer.write(collection, on_broken, progress)
+        summary = writer.write(collection, plan.on_broken, progress)
         if prune:
             summary.removed = writer.delete({id for id in writer.known if not _is_there(id, root)})
-        writer.finish(summary, KEEP)
+        return summary
+
+    with _generation(out, plan, resume=True, extend=True) as (made, before, base):
+        return _finish(made, out, Writer(made, plan, release, out, _schema(plan, collection)), fill, before, base)
+
+
+@contextlib.contextmanager
+def _generation(
+    out: Path, plan: Plan, *, resume: bool, extend: bool
+) -> Iterator[tuple[Path, IndexFacts | None, Path | None]]:
+    """A folder in which the next generation of an index is made; one writer at a time.
+
+    It goes on with what a stopped command left, or begins as a copy of the generation that counts where that is of the
+    same plan and whole, or with nothing. What is embedded in it stays where the work fails.
+
+    Args:
+        out: folder of the index.
+        plan: of the index.
+        resume: False begins with nothing.
+        extend: whether the generation that counts has to be whole: what is damaged would be written anew with other
+            digests.
+
+    Yields:
+        The folder; the facts and the folder of the generation that it began as a copy of, or None.
+
+    Raises:
+        RAdapterError: another command writes the index, a stopped one had another plan, or the index is damaged.
+    """
+    made = out.with_name(f".{out.name}.building")
+    with disk_errors(out), lock(made, "radapter-index"), _removed_if_empty(made):
+        found = None
+        with contextlib.nullcontext() if extend else contextlib.suppress(RAdapterError):
+            found = _whole(out) if resume else None
+        if found is not None and found[1].plan.differences(plan):
+            found = None
+        before = found[1] if found else None
+        base = out / found[0] if found else None
+        with _kept_or_removed(made, before), disk_errors(out):
+            if resume and _holds_rows(made):
+                _check_stopped(made, out, plan)
+            else:
+                _empty(made)
+                if base is not None:
+                    link_copy(base / f"{TABLE}.lance", made / f"{TABLE}.lance")
+                (made / _STOPPED).write_text(json.dumps(dataclasses.asdict(plan)), encoding="utf-8")
+            yield made, before, base
+
+
+def _finish(
+    made: Path,
+    out: Path,
+    writer: Writer,
+    fill: Callable[[Writer], Summary],
+    before: IndexFacts | None,
+    base: Path | None,
+) -> Summary:
+    """Fill a generation and have it be the one that counts; where it is as the one before, that stays."""
+    summary = fill(writer)
+    facts = writer.finish(summary, before, base)
+    if summary.changed:
+        made = install(made, out, facts, KEEP)
+        (made / _STOPPED).unlink()
+    (made / BROKEN).replace(out / BROKEN)
+    if not summary.changed:
+        shutil.rmtree(made)
     return summary
+
+
+def _whole(out: Path) -> tuple[str, IndexFacts]:
+    """The generation that counts, and its facts.
+
+    Raises:
+        RAdapterError: there is none, or its table is damaged.
+    """
+    generation, facts = Folder(out).current()
+    with table_errors(out, facts.plan):
+        check_files(out / generation / f"{TABLE}.lance", facts.files, complete=True)
+    return generation, facts
+
+
+@contextlib.contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _check_place(out: Path, thumbnails: int) -> None:
@@ -168,7 +238,7 @@ def _check_place(out: Path, thumbnails: int) -> None:
     if not is_name(out.name):
         raise RAdapterError(f"{out.name!r} can't be the name of an index; {RULE}")
     _refuse_link(out)
-    if out.exists() and not (out / FACTS).is_file():
+    if out.exists() and not (out / FACTS).is_file() and not generations_of(out):
         raise RAdapterError(f"{out} already exists and is not an index; give another folder with --out")
 
 
@@ -185,62 +255,19 @@ def _refuse_link(out: Path) -> None:
         )
 
 
-def _planned(
-    collection: Collection,
-    image_column: str,
-    release: EmbeddingRelease,
-    thumbnails: int,
-    exif_orientation: bool,
-    on_broken: OnBroken,
-) -> dict[str, Any]:
-    """What is known of an index before it is built."""
-    return {
-        "format": FORMAT,
-        "source": collection.source,
-        "image_column": image_column,
-        "column_types": {name: str(kind) for name, kind in collection.columns.items()},
-        "root": collection.root.as_posix(),
-        "release_digest": release.facts.digest,
-        "release": {name: getattr(release.facts, name) for name in _OF_RELEASE},
-        "origin": dict(release.origin),
-        "thumbnails": thumbnails,
-        "exif_orientation": exif_orientation,
-        "on_broken": on_broken,
-    }
-
-
-def _check_stopped(staged: Path, out: Path, facts: Mapping[str, Any]) -> None:
-    """Refuse to go on with a build that was stopped where it makes another index."""
-    stopped: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        stopped = dict(json.loads((staged / _STOPPED).read_text(encoding="utf-8")))
-    if other := _differences(stopped, facts):
-        command = f": {build_command(out, stopped)}" if stopped.keys() >= facts.keys() else ""
+def _check_stopped(made: Path, out: Path, plan: Plan) -> None:
+    """Refuse to go on with what was stopped where it makes another index."""
+    try:
+        stopped = known.read(Plan, json.loads((made / _STOPPED).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
         raise RAdapterError(
-            f"a build of {out} was stopped that had another {', '.join(other)}; finish it{command}, or throw it away "
-            "with --no-resume"
+            f"what was stopped of {out} can't be gone on with; throw it away with --no-resume"
+        ) from None
+    if other := stopped.differences(plan):
+        raise RAdapterError(
+            f"a build of {out} was stopped that had another {', '.join(other)}; finish it: "
+            f"{build_command(out, stopped)}, or throw it away with --no-resume"
         )
-
-
-def _fill(
-    folder: Path,
-    facts: dict[str, Any],
-    release: EmbeddingRelease,
-    collection: Collection,
-    on_broken: OnBroken,
-    keep: datetime.timedelta,
-    progress: Progress | None,
-    cluster: Cluster | None,
-) -> Summary:
-    """Bring a folder's table in line with a collection."""
-    writer = Writer(folder, facts, release, _schema(facts, collection), cluster)
-    summary = writer.write(collection, on_broken, progress)
-    there = {item.id for item in collection.items} - summary.broken.keys()
-    summary.removed = writer.delete(writer.known.keys() - there)
-    if not writer.known:
-        raise RAdapterError(f"none of the {len(collection.items)} images of {collection.source} can be read")
-    writer.finish(summary, keep)
-    return summary
 
 
 def _turn(release: EmbeddingRelease, wanted: bool | None) -> bool:
@@ -252,36 +279,31 @@ def _turn(release: EmbeddingRelease, wanted: bool | None) -> bool:
     return wanted
 
 
-def _other_release(out: Path, facts: Mapping[str, Any], release: EmbeddingRelease) -> str:
+def _other_release(out: Path, plan: Plan, release: EmbeddingRelease) -> str:
     """Why `add` refuses, and the commands that help."""
-    again = build_command(out, facts, release.facts, release.origin)
-    text = f"the index {out} {mismatch(facts, release.facts)}; build it again: {again}"
-    repository, version = made_by(facts)
+    again = build_command(out, plan, release.facts, release.origin)
+    text = f"the index {out} {mismatch(plan.release, release.facts)}; build it again: {again}"
+    repository, version = made_by(plan)
     if version is not None:
         place = f"{repository}@{version}"
-        add = shlex.join(["radapter-index", "add", "--out", str(out), "--model-repository", place])
-        text += f"; or add to it by the release that made it: {add}"
+        command = shlex.join(["radapter-index", "add", "--out", str(out), "--model-repository", place])
+        text += f"; or add to it by the release that made it: {command}"
     return text
 
 
-def made_by(facts: Mapping[str, Any]) -> tuple[str, int | None]:
+def made_by(plan: Plan) -> tuple[str, int | None]:
     """The model repository that an index was made from, and the number there of the release that made it.
 
     The repository is empty where a server made the index, and the number None where the release is gone.
     """
-    repository, _ = split_repository(facts["origin"].get("model_repository", ""))
+    repository, _ = split_repository(plan.origin.get("model_repository", ""))
     if not repository:
         return "", None
-    found = releases_with_digest(Path(repository), facts["release_digest"], facts["release"]["alpha"])
+    found = releases_with_digest(Path(repository), plan.release.digest, plan.release.alpha)
     return repository, max(found, default=None)
 
 
-def _differences(made: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
-    """In what an index, or a stopped build, is unlike the one that is to be built."""
-    return [word for name, word in _DECIDING.items() if made.get(name) != facts[name]]
-
-
-def _schema(facts: Mapping[str, Any], collection: Collection) -> pa.Schema:
+def _schema(plan: Plan, collection: Collection) -> pa.Schema:
     return pa.schema(
         [
             ("path", pa.string()),
@@ -290,33 +312,26 @@ def _schema(facts: Mapping[str, Any], collection: Collection) -> pa.Schema:
             ("digest", pa.string()),
             *collection.columns.items(),
             ("thumbnail", pa.binary()),
-            ("vector", pa.list_(pa.float32(), int(facts["release"]["embed_dim"]))),
+            ("vector", pa.list_(pa.float32(), plan.release.embed_dim)),
         ]
     )
 
 
-def _holds_rows(staged: Path) -> bool:
-    """Whether a stopped build has embedded anything."""
+def _holds_rows(made: Path) -> bool:
+    """Whether what was stopped has embedded anything."""
     with contextlib.suppress(Exception):
-        return staged.is_dir() and bool(lancedb.connect(staged).open_table(TABLE).count_rows())
+        return bool(lancedb.connect(made).open_table(TABLE).count_rows())
     return False
 
 
-def _read_made(out: Path) -> dict[str, Any]:
-    """The facts of a finished index; none where there is no index that can be used."""
-    with contextlib.suppress(RAdapterError):
-        return Index(out, searched=False, complete=True).facts
-    return {}
-
-
 @contextlib.contextmanager
-def _kept_or_removed(staged: Path) -> Iterator[None]:
-    """Where a build fails: keep what it has embedded and say how to go on, or leave nothing where it has nothing."""
+def _kept_or_removed(made: Path, before: IndexFacts | None) -> Iterator[None]:
+    """Where the work fails: keep what is embedded and say how to go on, or leave nothing where nothing was."""
     try:
         yield
     except BaseException as error:
-        if not _holds_rows(staged):
-            shutil.rmtree(staged, ignore_errors=True)
+        if not _embedded_anything(made, before):
+            shutil.rmtree(made, ignore_errors=True)
             raise
         kept = "the embeddings so far are kept: give the same command again to continue"
         if isinstance(error, KeyboardInterrupt):
@@ -324,6 +339,14 @@ def _kept_or_removed(staged: Path) -> Iterator[None]:
         if isinstance(error, RAdapterError):
             raise RAdapterError(f"{error}; {kept}") from error
         raise
+
+
+def _embedded_anything(made: Path, before: IndexFacts | None) -> bool:
+    if before is None:
+        return _holds_rows(made)
+    with contextlib.suppress(Exception):
+        return bool(lancedb.connect(made).open_table(TABLE).version != before.table_version)
+    return False
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.index.bucket import SCHEME
+from radapter_serve.index.store.s3 import SCHEME
 from radapter_serve.index.stored import StoredFile, stored_files
 from radapter_serve.inputs.image_files import SUFFIXES, count_kinds, is_image_file, list_images
 

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.arrays import npy_file
-from radapter_serve.index.index import Index, table_errors, vectors_of
+from radapter_serve.index.index import Index, open_index
+from radapter_serve.index.store import vectors_of
+from radapter_serve.index.store.local import table_errors
 from radapter_serve.index.stored import file_of
 from radapter_serve.index.writer import BATCH, Progress
 
@@ -48,10 +50,11 @@ def export_embeddings(
     Raises:
         RAdapterError: there is no index, `out` holds something, or the disk is full.
     """
-    source, out = Index(index), out.absolute()
+    source = open_index(index)
+    out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RAdapterError(f"{out} holds something; give another folder with --to, or move that away")
-    if _PATH in source.columns:
+    if _PATH in source.facts.columns:
         raise RAdapterError(
             f"the index {index} has a column {_PATH}, which clip-retrieval would take for the files; build it again "
             f"with another name for that column"
@@ -94,9 +97,10 @@ def _write(source: Index, staged: Path, dtype: np.dtype[Any], progress: Progress
 
 def _rows(source: Index) -> Iterator[tuple[NDArray[np.float32], pa.Table]]:
     """Embeddings and metadata, in batches that never reach over the end of a part."""
-    done, root = 0, Path(source.facts["root"])
-    with table_errors(source.folder, source.facts):
-        for batch in source.table.search().select([*source.columns, "vector"]).to_batches(BATCH):
+    done = 0
+    root = Path(source.facts.plan.root)
+    with table_errors(source.folder, source.facts.plan):
+        for batch in source.rows([*source.facts.columns, "vector"], BATCH):
             table = pa.Table.from_batches([batch])
             while len(table):
                 some = table.slice(0, PART - done % PART)

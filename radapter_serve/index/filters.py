@@ -13,7 +13,7 @@ from qdrant_client import models
 from sqlglot import exp
 
 from radapter_serve.index.condition import parse_condition
-from radapter_serve.index.qdrant import key_of
+from radapter_serve.index.store.qdrant import key_of
 from radapter_serve.inputs.errors import invalid
 
 ALLOWED = (

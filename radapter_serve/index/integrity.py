@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from radapter_serve.files import as_text, digest_of
+from radapter_serve.index.facts import FileFacts
 
 #: up to so many bytes of a table are compared each time it is opened: a second or two; of a larger
 #: one, the small files
 CHECKED_AT_OPEN = 1 << 30
 _SMALL = 16 << 20  # bytes of a file
 _READ = ("data/*", "_deletions/*", "_versions/*.manifest")
+_MAX_KNOWN = 4096  # digests that are remembered
+_known: dict[tuple[int, int, int, int], str] = {}
 _WORKERS = 4  # the disk, more than the processor, sets the pace of more
 
-Files = Mapping[str, Mapping[str, Any]]
+Files = Mapping[str, FileFacts]
 
 
 class DamagedFileError(Exception):
     """A file is not as it was written."""
 
 
-def files_of(folder: Path, known: Files) -> dict[str, dict[str, Any]]:
+def files_of(folder: Path, known: Files) -> dict[str, FileFacts]:
     """The size and digest of each file of a table, by its path from there.
 
     Args:
@@ -35,16 +36,13 @@ def files_of(folder: Path, known: Files) -> dict[str, dict[str, Any]]:
     found = {}
     for name, size in sorted(sizes.items()):
         same = known.get(name)
-        digest = same["digest"] if same and same["size"] == size else digest_of(folder / name)
-        found[name] = {"size": size, "digest": digest}
+        digest = same.digest if same and same.size == size else digest_of(folder / name)
+        found[name] = FileFacts(size, digest)
     return found
 
 
 def check_files(folder: Path, files: Files, *, complete: bool) -> None:
     """Compare a table's files with their sizes and digests.
-
-    A file that is gone is no matter here: older versions of the table are tidied away, and LanceDB
-    misses what it needs.
 
     Args:
         folder: of the table.
@@ -52,20 +50,23 @@ def check_files(folder: Path, files: Files, *, complete: bool) -> None:
         complete: whether all files are read, however large; else as CHECKED_AT_OPEN says.
 
     Raises:
-        DamagedFileError: one differs; names it.
+        DamagedFileError: one is missing, or differs; names it.
     """
-    there = {name: said for name, said in files.items() if (folder / name).is_file()}
-    every = complete or sum(said["size"] for said in there.values()) <= CHECKED_AT_OPEN
-    read = {name: said for name, said in there.items() if every or said["size"] < _SMALL}
-    differing = {name for name, said in there.items() if (folder / name).stat().st_size != said["size"]}
+    every = complete or sum(said.size for said in files.values()) <= CHECKED_AT_OPEN
+    read = [name for name, said in files.items() if every or said.size < _SMALL]
+    differing = {name for name, said in files.items() if _size(folder / name) != said.size}
     digest = _digest if complete else _known_digest
     with ThreadPoolExecutor(_WORKERS) as pool:
         for name, now in zip(read, pool.map(lambda name: digest(folder / name), read), strict=True):
-            if now != read[name]["digest"]:
+            if now != files[name].digest:
                 differing.add(name)
     if differing:
         names = ", ".join(as_text(name) for name in sorted(differing)[:3])
         raise DamagedFileError(f"{names} in {as_text(folder.name)} is not as it was written")
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def _files(folder: Path) -> list[Path]:
@@ -81,11 +82,14 @@ def _digest(path: Path) -> str:
 
 
 def _known_digest(path: Path) -> str:
-    state = path.stat()
-    return _digest_of_state(path, state.st_ino, state.st_size, state.st_mtime_ns)
-
-
-@lru_cache(4096)
-def _digest_of_state(path: Path, *_: int) -> str:
-    """Of a file that was not touched since: an index that grows is opened again and again."""
-    return _digest(path)
+    """Of a file that was not touched since it was read: an index that grows is opened again and again."""
+    try:
+        state = path.stat()
+    except OSError as error:
+        return f"{error.strerror}"
+    key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+    if key not in _known:
+        while len(_known) >= _MAX_KNOWN:
+            _known.pop(next(iter(_known)), None)
+        _known[key] = _digest(path)
+    return _known[key]

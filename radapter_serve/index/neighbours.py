@@ -1,16 +1,15 @@
 """Which vectors of a big index are nearest: FAISS names candidates, and the vectors themselves sort them.
 
-A folder `neighbours/VERSION` lies beside the table and belongs to that version of it. It holds `codes.faiss` (IVF-PQ
-with 4-bit codes, in memory), `vectors.npy` (float16, mapped) and `rows.npy` (LanceDB's row ids in the same order).
+A folder `neighbours` lies beside the table of a generation. It holds `codes.faiss` (IVF-PQ with 4-bit codes, in
+memory), `vectors.npy` (float16, mapped) and `rows.npy` (LanceDB's row ids in the same order).
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,11 @@ from numpy.typing import NDArray
 from radapter_serve.errors import RAdapterError, check_installed, reason
 from radapter_serve.files import ascii_path, digest_of
 from radapter_serve.index.arrays import npy_file
+from radapter_serve.index.facts import FileFacts, NearestFacts
 from radapter_serve.threads import total
 
-FOLDER, KIND = "neighbours", "IVF-PQ"
+FOLDER = "neighbours"
+KIND = "IVF-PQ"
 CODES, VECTORS, ROWS = "codes.faiss", "vectors.npy", "rows.npy"
 FILES = (CODES, VECTORS, ROWS)
 _MOST_CELLS = 65_536
@@ -42,7 +43,7 @@ class Neighbours:
 
     Args:
         folder: of the files.
-        said: what `index.json` says of them: `files` with the digest and the size of each.
+        said: what `index.json` says of them.
         shape: number of vectors, and D.
 
     Raises:
@@ -53,11 +54,11 @@ class Neighbours:
         vectors: float16 [N, D], mapped.
     """
 
-    def __init__(self, folder: Path, said: Mapping[str, Any], shape: tuple[int, int]) -> None:
+    def __init__(self, folder: Path, said: NearestFacts, shape: tuple[int, int]) -> None:
         self._faiss = load_faiss()
         try:
             for name in FILES:
-                if not _is_what(folder / name, said["files"][name]):
+                if not _is_what(folder / name, said.files[name]):
                     raise RAdapterError(f"{folder / name} is missing, or is not the file that index.json names")
             self.rows = np.load(folder / ROWS, allow_pickle=False)
             self.vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
@@ -181,9 +182,9 @@ def write_neighbours(
     batches: Iterable[tuple[NDArray[np.uint64], NDArray[np.float32]]],
     shape: tuple[int, int],
     before: Path | None = None,
-    said: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write the files, and say of them what `index.json` has to.
+    said: NearestFacts | None = None,
+) -> NearestFacts:
+    """Write the files, and say of them what `index.json` has to, but for the effort that a search takes.
 
     Args:
         folder: to make; what a stopped build left there goes.
@@ -202,7 +203,7 @@ def write_neighbours(
         faiss.omp_set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or total()))
         try:
             if before is not None and said is not None and intact(before, said):
-                index, trained_on = faiss.read_index(str(before / CODES)), int(said["trained_on"])
+                index, trained_on = faiss.read_index(str(before / CODES)), said.trained_on
                 index.reset()
             else:
                 index, trained_on = _trained(faiss, vectors), len(vectors)
@@ -211,11 +212,11 @@ def write_neighbours(
         finally:
             faiss.omp_set_num_threads(threads)
         faiss.write_index(index, str(folder / CODES))
-        files = {name: {"size": (folder / name).stat().st_size, "digest": digest_of(folder / name)} for name in FILES}
+        files = {name: FileFacts((folder / name).stat().st_size, digest_of(folder / name)) for name in FILES}
     except (OSError, RuntimeError) as error:  # FAISS's own are RuntimeErrors
         shutil.rmtree(folder, ignore_errors=True)
         raise RAdapterError(f"cannot write {folder}: {reason(error):.300}") from None
-    return {"index": KIND, "cells": int(index.nlist), "trained_on": trained_on, "files": files}
+    return NearestFacts(int(index.nlist), trained_on, files)
 
 
 def _write_vectors(
@@ -257,42 +258,15 @@ def load_faiss() -> Any:
     return faiss
 
 
-def neighbours_of(folder: Path, table_version: int) -> Path:
-    """Where an index has what a version of its table is searched by."""
-    return folder / FOLDER / str(int(table_version))
-
-
-def intact(folder: Path, said: Mapping[str, Any]) -> bool:
+def intact(folder: Path, said: NearestFacts) -> bool:
     """Whether the files are those that `index.json` names."""
-    with contextlib.suppress(OSError, KeyError, TypeError):
-        return all(_is_what(folder / name, said["files"][name]) for name in FILES)
+    with contextlib.suppress(OSError, KeyError):
+        return all(_is_what(folder / name, said.files[name]) for name in FILES)
     return False
 
 
-def tidy(folder: Path, before: int | None, now: int, keep: datetime.timedelta) -> None:
-    """Remove what older versions of a table were searched by, once nobody opens it any more.
-
-    Args:
-        folder: of the index.
-        before: the version that was searched until now.
-        now: the version that is searched.
-        keep: how long after it was replaced a server may still open one.
-    """
-    if before is not None and before != now:
-        with contextlib.suppress(OSError):
-            os.utime(neighbours_of(folder, before))
-    places = list((folder / FOLDER).iterdir()) if (folder / FOLDER).is_dir() else []
-    for place in places:
-        with contextlib.suppress(OSError):
-            replaced = datetime.datetime.fromtimestamp(place.stat().st_mtime)
-            if place.name != str(now) and datetime.datetime.now() - replaced > keep:
-                shutil.rmtree(place)
-    with contextlib.suppress(OSError):
-        (folder / FOLDER).rmdir()  # where nothing is left
-
-
-def _is_what(path: Path, said: Mapping[str, Any]) -> bool:
-    return path.is_file() and path.stat().st_size == said["size"] and digest_of(path) == said["digest"]
+def _is_what(path: Path, said: FileFacts) -> bool:
+    return path.is_file() and path.stat().st_size == said.size and digest_of(path) == said.digest
 
 
 def _check(made: Neighbours, index: Any, faiss: Any, folder: Path, shape: tuple[int, int]) -> None:

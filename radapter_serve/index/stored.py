@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.index.bucket import SCHEME, bucket_errors, file_system
+from radapter_serve.index.store.s3 import SCHEME, bucket_errors, file_system
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import hashlib
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -12,12 +12,13 @@ from typing import Any
 from qdrant_client import models
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.index.bucket import GENERATION, LINK
+from radapter_serve.index.facts import IndexFacts
 from radapter_serve.index.filters import OWN, kind_of
-from radapter_serve.index.index import Index, plain, table_errors, vectors_of
-from radapter_serve.index.qdrant import (
+from radapter_serve.index.index import Index
+from radapter_serve.index.store import THUMBNAIL, plain, vectors_of
+from radapter_serve.index.store.local import GENERATION, table_errors
+from radapter_serve.index.store.qdrant import (
     FACTS_KEY,
-    THUMBNAIL,
     Qdrant,
     collection_of,
     is_collection_of,
@@ -30,12 +31,12 @@ _TIMEOUT = 120  # seconds for a batch, and to begin an index of a column
 SCHEMAS = {"number": "float", "text": "keyword", "truth": "bool", "time": "datetime"}
 
 
-def upload(index: Index, url: str, progress: Callable[[int, int], None] | None = None) -> bool:
+def upload(index: Index, place: Qdrant, progress: Callable[[int, int], None] | None = None) -> bool:
     """Put an index into Qdrant; readers see the index that was there until all of this one is.
 
     Args:
         index: to publish.
-        url: `qdrant://HOST:PORT/COLLECTION`.
+        place: where Qdrant is.
         progress: called after every batch, with the images that are there and all.
 
     Returns:
@@ -44,16 +45,12 @@ def upload(index: Index, url: str, progress: Callable[[int, int], None] | None =
     Raises:
         RAdapterError: Qdrant refuses, something else has that name there, or a column's name can't be one there.
     """
-    place = Qdrant(url)
-    odd = next((name for name in index.columns if '"' in name or "\\" in name), None)
+    odd = next((name for name in index.facts.columns if '"' in name or "\\" in name), None)
     if odd is not None:
         raise RAdapterError(f'the index {index.folder} has a column {odd!r}; Qdrant takes no " and \\ in a name')
-    facts = {**index.facts, "search": {"by": "Qdrant"}}
-    facts.pop(LINK, None)
-    facts.pop("files")
-    digest = hashlib.sha256(json.dumps(index.facts, sort_keys=True).encode()).hexdigest()[:16]
-    facts[GENERATION] = fresh = collection_of(place.name, digest)
-    with table_errors(index.folder, index.facts), qdrant_errors(url):
+    facts = dataclasses.replace(index.facts, nearest=None, files={})
+    fresh = collection_of(place.name, index.generation)
+    with table_errors(index.folder, index.facts.plan), qdrant_errors(place.url):
         client = place.client(_TIMEOUT)
         before = _counts(client, place)
         if before == fresh and client.count(fresh, exact=True).count == len(index):
@@ -67,7 +64,9 @@ def upload(index: Index, url: str, progress: Callable[[int, int], None] | None =
                 progress(done, len(index))
         there = client.count(fresh, exact=True).count
         if there != len(index):
-            raise RAdapterError(f"{url} has {there:,} of {len(index):,} images after all were put there; publish again")
+            raise RAdapterError(
+                f"{place.url} has {there:,} of {len(index):,} images after all were put there; publish again"
+            )
         _switch(client, place.name, before, fresh)
     return True
 
@@ -89,18 +88,18 @@ def _counts(client: Any, place: Qdrant) -> str | None:
     return collection
 
 
-def _create(client: Any, name: str, facts: dict[str, Any]) -> None:
+def _create(client: Any, name: str, facts: IndexFacts) -> None:
     if client.collection_exists(name):  # what a publication left that was stopped
         client.delete_collection(name)
     client.create_collection(
         name,
         vectors_config=models.VectorParams(
-            size=int(facts["release"]["embed_dim"]), distance=models.Distance.DOT, on_disk=True
+            size=facts.plan.release.embed_dim, distance=models.Distance.DOT, on_disk=True
         ),
         on_disk_payload=True,
-        metadata={FACTS_KEY: json.dumps(facts)},
+        metadata={FACTS_KEY: json.dumps({**dataclasses.asdict(facts), GENERATION: name})},
     )
-    for column, arrow in (OWN | facts["column_types"]).items():
+    for column, arrow in (OWN | facts.plan.column_types).items():
         kind = kind_of(arrow)
         if kind is not None:
             client.create_payload_index(name, key_of(column), field_schema=SCHEMAS[kind], wait=True)
@@ -109,8 +108,8 @@ def _create(client: Any, name: str, facts: dict[str, Any]) -> None:
 def points_of(index: Index) -> Iterator[dict[str, Any]]:
     """The rows of the table, with their numbers as ids, batch by batch."""
     numbers = itertools.count()
-    columns = [*index.columns, THUMBNAIL]
-    for batch in index.table.search().select([*columns, "vector"]).to_batches(_BATCH):
+    columns = [*index.facts.columns, THUMBNAIL]
+    for batch in index.rows([*columns, "vector"], _BATCH):
         for start in range(0, len(batch), _BATCH):
             part = batch.slice(start, _BATCH)
             rows = part.select(columns).to_pylist()

@@ -11,9 +11,11 @@ import numpy as np
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
-from radapter_serve.index.bucket import bucket_errors
 from radapter_serve.index.collection import open_collection
-from radapter_serve.index.index import Index, table_errors, vectors_of
+from radapter_serve.index.index import open_index
+from radapter_serve.index.store import vectors_of
+from radapter_serve.index.store.local import table_errors
+from radapter_serve.index.store.s3 import bucket_errors
 from radapter_serve.index.stored import StoredFile, file_of
 from radapter_serve.index.writer import BATCH, Progress, read_broken
 from radapter_serve.threads import decoders
@@ -49,12 +51,13 @@ def verify(out: Path, *, progress: Progress | None = None) -> Verification:
     Raises:
         RAdapterError: there is no index, or a broken one.
     """
-    index = Index(out, complete=True)
-    root = Path(index.facts["root"])
+    index = open_index(out, complete=True)
+    plan = index.facts.plan
+    root = Path(plan.root)
     known: set[str] = set()
     missing, changed, damaged, new = [], [], [], []
-    with table_errors(out, index.facts), ThreadPoolExecutor(decoders(8)) as pool:
-        for batch in index.table.search().select(["path", "digest", "vector"]).to_batches(BATCH):
+    with table_errors(out, plan), ThreadPoolExecutor(decoders(8)) as pool:
+        for batch in index.rows(["path", "digest", "vector"], BATCH):
             ids, digests = batch["path"].to_pylist(), batch["digest"].to_pylist()
             for id, digest, now in zip(
                 ids, digests, pool.map(lambda id: _file_digest(file_of(id, root)), ids), strict=True
@@ -70,10 +73,9 @@ def verify(out: Path, *, progress: Progress | None = None) -> Verification:
                 progress(len(known), len(index))
     broken = set(read_broken(out))
     with contextlib.suppress(RAdapterError):  # a source that is gone shows in `missing`
-        collection = open_collection(index.facts["source"], image_column=index.facts["image_column"], root=root)
+        collection = open_collection(plan.source, image_column=plan.image_column, root=root)
         new = [item.id for item in collection.items if item.id not in known and item.id not in broken]
-    alpha = float(index.facts["release"]["alpha"])
-    return Verification(sorted(missing), sorted(changed), sorted(new), sorted(damaged), alpha)
+    return Verification(sorted(missing), sorted(changed), sorted(new), sorted(damaged), plan.release.alpha)
 
 
 def _file_digest(file: Path | StoredFile) -> str | None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
-import importlib.metadata
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lancedb
 import numpy as np
@@ -21,19 +20,21 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.files import staged
 from radapter_serve.index.cluster import Cluster
 from radapter_serve.index.collection import Collection, Item
-from radapter_serve.index.index import EXACT, FACTS, FORMAT, TABLE, build_command, table_errors, vectors_of
+from radapter_serve.index.facts import IndexFacts, NearestFacts, OnBroken, Plan, build_command
 from radapter_serve.index.integrity import files_of
-from radapter_serve.index.neighbours import Neighbours, intact, neighbours_of, tidy, write_neighbours
+from radapter_serve.index.neighbours import FOLDER as NEIGHBOURS
+from radapter_serve.index.neighbours import Neighbours, intact, write_neighbours
 from radapter_serve.index.reading import Read, read
 from radapter_serve.index.recall import TEXTS, tune
+from radapter_serve.index.store import EXACT, TABLE, vectors_of
+from radapter_serve.index.store.local import table_errors
 from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 from radapter_serve.threads import decoders
 
 BATCH = 256  # images that are embedded, then written; what a killed build loses at most
 BROKEN = "broken.txt"
-_NEVER = datetime.timedelta(days=36500)
+_AT_ONCE = datetime.timedelta(milliseconds=1)  # less makes LanceDB warn of readers, which there are none of
 
-OnBroken = Literal["refuse", "skip"]
 Progress = Callable[[int, int], None]  # images done, of how many
 
 
@@ -67,12 +68,13 @@ class Summary:
 
 
 class Writer:
-    """Writes an index's table, which nobody sees before `finish`.
+    """Writes the table of a generation, which nobody sees before it is installed.
 
     Args:
-        folder: of the index.
-        facts: what `index.json` is to say, but for what only the table tells.
+        folder: of the generation.
+        plan: how the index is made.
         release: embeds the images.
+        out: folder of the index, for messages.
         schema: of a table that is not there yet.
         cluster: reads and embeds in the place of this process.
     """
@@ -80,13 +82,18 @@ class Writer:
     def __init__(
         self,
         folder: Path,
-        facts: dict[str, Any],
+        plan: Plan,
         release: EmbeddingRelease,
-        schema: pa.Schema | None = None,
+        out: Path,
+        schema: pa.Schema,
         cluster: Cluster | None = None,
     ) -> None:
-        self._folder, self._facts, self._release, self._cluster = folder, facts, release, cluster
-        with table_errors(folder, facts):
+        self._folder = folder
+        self._plan = plan
+        self._release = release
+        self._out = out
+        self._cluster = cluster
+        with table_errors(out, plan):
             database = lancedb.connect(folder)
             if (folder / f"{TABLE}.lance").is_dir():
                 self._table = database.open_table(TABLE)
@@ -102,7 +109,7 @@ class Writer:
     def check_columns(self, collection: Collection) -> None:
         """Refuse a table whose columns, or whose values, the index has no place for."""
         own = {name: self._schema.field(name).type for name in self._own if name not in ("path", "digest")}
-        again = f"build the index again: {build_command(self._folder, self._facts)}"
+        again = f"build the index again: {build_command(self._out, self._plan)}"
         if collection.columns and set(collection.columns) != set(own):
             raise RAdapterError(
                 f"the table's columns ({', '.join(sorted(collection.columns))}) are not those of the index "
@@ -127,7 +134,7 @@ class Writer:
                 if image.error:
                     _complain(item, image.error, summary, on_broken)
             summary.kept += sum(image.kept for image in found)
-            with table_errors(self._folder, self._facts):
+            with table_errors(self._out, self._plan):
                 self._append([(item, image) for item, image in batch if not (image.error or image.kept)], summary)
             done += len(found)
             if progress is not None:
@@ -137,7 +144,7 @@ class Writer:
     def delete(self, ids: Iterable[str]) -> int:
         """Remove images; returns how many were there."""
         ids = sorted(self.known.keys() & set(ids))
-        with table_errors(self._folder, self._facts):
+        with table_errors(self._out, self._plan):
             for start in range(0, len(ids), BATCH):
                 names = ", ".join(map(_quoted, ids[start : start + BATCH]))
                 self._table.delete(f"path IN ({names})")
@@ -145,42 +152,46 @@ class Writer:
             del self.known[id]
         return len(ids)
 
-    def finish(self, summary: Summary, keep: datetime.timedelta) -> None:
-        """Make the approximate index where one is needed, and say in `index.json` that all this counts.
+    def finish(self, summary: Summary, before: IndexFacts | None, base: Path | None) -> IndexFacts:
+        """Make what a search of many images needs; returns what is known of the index now.
 
         Args:
             summary: what was done.
-            keep: how old a version of the table stays, for those who read it.
+            before: facts of the generation that this one began as a copy of; None where it began with nothing.
+            base: folder of that generation.
         """
         summary.count = len(self.known)
         digests = [digest for digest, _ in self.known.values()]
         summary.copies = len(digests) - len(set(digests))
-        search = self._facts.get("search", {})
-        files = self._facts.get("files", {})
-        before = search.get("table_version")
-        summary.changed = before != self._table.version or not self._can_search(search)
-        if summary.changed:
-            with table_errors(self._folder, self._facts):
-                search = self._index(search)
-            files = files_of(self._folder / f"{TABLE}.lance", files)
-        summary.recall = search.get("recall")
+        _write(self._folder / BROKEN, "".join(f"{id}\t{why}\n" for id, why in sorted(summary.broken.items())))
+        if before is not None and base is not None and self._is_same(before, base):
+            summary.changed = False
+            summary.recall = before.nearest.recall if before.nearest else None
+            return before
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        facts = {
-            **self._facts,
-            "format": FORMAT,
-            "count": summary.count,
-            "columns": [name for name in self._schema.names if name not in ("vector", "thumbnail")],
-            "search": search,
-            "files": files,
-            "created": self._facts.get("created", now),
-            "changed": now if summary.changed else self._facts["changed"],
-        }
-        lines = "".join(f"{id}\t{why}\n" for id, why in sorted(summary.broken.items()))
-        _write(self._folder / BROKEN, lines)
-        _write(self._folder / FACTS, json.dumps(facts, indent=2, ensure_ascii=False))
-        with table_errors(self._folder, self._facts):
-            self._table.optimize(cleanup_older_than=keep)
-        tidy(self._folder, before, search["table_version"], keep)
+        with table_errors(self._out, self._plan):
+            self._settle()
+            nearest = self._nearest(before.nearest if before else None, base)
+            files = files_of(self._folder / f"{TABLE}.lance", before.files if before else {})
+        summary.recall = nearest.recall if nearest else None
+        return IndexFacts(
+            plan=self._plan,
+            count=summary.count,
+            columns=[name for name in self._schema.names if name not in ("vector", "thumbnail")],
+            files=files,
+            nearest=nearest,
+            table_version=self._table.version,
+            created=before.created if before else now,
+            changed=now,
+        )
+
+    def _is_same(self, before: IndexFacts, base: Path) -> bool:
+        """Whether nothing was written to the copy, and what a search needs is there."""
+        if self._table.version != before.table_version:
+            return False
+        if before.nearest is None:
+            return len(self.known) <= EXACT
+        return intact(base / NEIGHBOURS, before.nearest)
 
     def _before(self, item: Item) -> str:
         """The digest of an image that the index has with the same metadata; a folder says nothing of metadata."""
@@ -189,7 +200,7 @@ class Writer:
 
     def _batches(self, items: list[Item]) -> Iterator[list[Read]]:
         """The files, read batch by batch, by threads of this process or by a cluster."""
-        turned, size = self._release.preprocess.exif_orientation, int(self._facts["thumbnails"])
+        turned, size = self._release.preprocess.exif_orientation, self._plan.thumbnails
         if self._cluster is not None:
             asked = [(item.id, item.file, self._before(item)) for item in items]
             yield from self._cluster.read(asked, BATCH, size, turned)
@@ -228,40 +239,36 @@ class Writer:
         found = self._table.search().where(f"digest IN ({names})").select(["digest", "vector"]).to_arrow()
         return dict(zip(found["digest"].to_pylist(), vectors_of(found["vector"]), strict=True))
 
-    def _index(self, search: dict[str, Any]) -> dict[str, Any]:
-        """Make what a search of more than EXACT images needs; returns how to search the table."""
+    def _nearest(self, before: NearestFacts | None, base: Path | None) -> NearestFacts | None:
+        """Make what a search of more than EXACT images needs; None where they are fewer."""
         count = len(self.known)
-        self._settle()
-        version = {"table_version": self._table.version}
         if count <= EXACT:
-            return {"name": "lancedb", "version": importlib.metadata.version("lancedb"), **version}
-        place = neighbours_of(self._folder, self._table.version)
-        shape = count, int(self._facts["release"]["embed_dim"])
-        before = None
-        if "files" in search and count <= 2 * search["trained_on"]:  # its cells are of what there was then
-            before = neighbours_of(self._folder, search["table_version"])
-        made = write_neighbours(place, self._stored(), shape, before, search)
+            return None
+        place = self._folder / NEIGHBOURS
+        shape = count, self._plan.release.embed_dim
+        cells = None
+        if before is not None and base is not None and count <= 2 * before.trained_on:  # else they have changed much
+            cells = base / NEIGHBOURS
+        made = write_neighbours(place, self._stored(), shape, cells, before)
         effort = tune(Neighbours(place, made, shape), self._release.embed_texts(TEXTS))
-        return {"name": "faiss", "version": importlib.metadata.version("faiss-cpu"), **made, **effort, **version}
+        return dataclasses.replace(
+            made,
+            nprobes=int(effort["nprobes"]),
+            candidates=int(effort["candidates"]),
+            recall=effort["recall"],
+        )
 
     def _stored(self) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.float32]]]:
         """Row ids and vectors of the whole table."""
         for batch in self._table.search().select(["vector"]).with_row_id(True).to_batches():
             yield batch["_rowid"].to_numpy(), vectors_of(batch["vector"])
 
-    def _can_search(self, search: Mapping[str, Any]) -> bool:
-        """Whether what a search of so many images needs is there."""
-        return len(self.known) <= EXACT or intact(neighbours_of(self._folder, search["table_version"]), search)
-
     def _settle(self) -> None:
-        """Let LanceDB tidy up until nothing is left to do; later it only has to remove old versions.
-
-        The version that `index.json` names has to stay, however old it is, until `index.json` is replaced.
-        """
+        """Let LanceDB tidy up until nothing is left to do, and drop all versions but the last."""
         before = None
         while before != self._table.version:
             before = self._table.version
-            self._table.optimize(cleanup_older_than=_NEVER)
+            self._table.optimize(cleanup_older_than=_AT_ONCE)
 
 
 def _row(item: Item, digest: str) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.index.index import FACTS, read_facts
+from radapter_serve.index.facts import FACTS
+from radapter_serve.index.index import read_facts
 from radapter_serve.release.integrity import check
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import (
@@ -145,8 +146,9 @@ def kept_for_indexes(repository: Path, releases: Sequence[int], indexes: Path) -
     for path in sorted(indexes.glob(f"*/{FACTS}")):
         try:
             facts = read_facts(path.parent)
-            wanted.append((path.parent.name, str(facts["release_digest"]), float(facts["release"]["alpha"])))
-        except (RAdapterError, KeyError, TypeError, ValueError):
+            made = facts.plan.release
+            wanted.append((path.parent.name, made.digest, made.alpha))
+        except RAdapterError:
             continue  # a broken one is refused when it is asked for
     found: dict[int, list[str]] = {}
     for name, digest, alpha in wanted if releases else ():

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import itertools
 import json
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.errors import RAdapterError
-from radapter_serve.files import as_name, as_text
-from radapter_serve.index.bucket import LINK
-from radapter_serve.index.index import FACTS, Hit, Index, build_command, mismatch
-from radapter_serve.index.opening import open_index
-from radapter_serve.inputs.errors import INDEX_MISMATCH, UNKNOWN_INDEX, TaskError, invalid, public
-from radapter_serve.inputs.names import is_name, spellings, there_are
+from radapter_serve.files import as_text
+from radapter_serve.index.facts import build_command, mismatch
+from radapter_serve.index.index import Index, link_of
+from radapter_serve.index.opened import OpenIndexes
+from radapter_serve.inputs.errors import INDEX_MISMATCH, TaskError, invalid, public
 from radapter_serve.release.release import Release
 
 DEFAULT_TOP_K = 10
-_AGAIN = 10.0  # seconds after which an index that could not be opened is tried again
-_GAP = 0.05  # seconds after which an index that was there is looked for again: some disks can't exchange folders
-_TRIES = 10  # of an index that is replaced again and again
 
 # A text (UTF-8) or an encoded image, with α where that is an input, to its embedding, float32 [D].
 Embed = Callable[..., NDArray[np.float32]]
@@ -70,13 +62,6 @@ class Embedder:
     text: Embed
     image: Embed
 
-    def made(self, index: Index) -> bool:
-        """Whether the embeddings of an index are of this release."""
-        release = self.release
-        if release.dynamic_alpha:
-            release = replace(release, alpha=index.facts["release"]["alpha"])
-        return bool(index.facts["release_digest"] == release.digest)
-
 
 @dataclass
 class Retrieved:
@@ -100,11 +85,12 @@ class Retrieve:
 
     Args:
         release: its facts.
-        indexes: folder of index folders; one that appears there is found, one that is replaced is opened again.
+        indexes: folder of index folders.
         embed_text: by the server's `embed_text`.
         embed_image: by the server's `embed_image`.
         others: other releases that the server embeds queries by; asked where an index is not of this one.
         origin: where the release is, as `radapter-index build --model-repository` takes it.
+        clock: seconds that only grow.
     """
 
     def __init__(
@@ -115,16 +101,13 @@ class Retrieve:
         embed_image: Embed,
         others: Callable[[], Iterable[Embedder]] = tuple,
         origin: str = "model_repository",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._own, self._folder, self._others = Embedder(release, embed_text, embed_image), indexes, others
+        self._own = Embedder(release, embed_text, embed_image)
+        self._others = others
         self._origin = origin
-        self._told: set[str] = set()
-        self._open: dict[str, tuple[tuple[int, int, int], Index]] = {}
-        self._refused: dict[str, tuple[tuple[int, int, int], float]] = {}
-        self._lock, self._locks = threading.Lock(), dict[str, threading.Lock]()
-        if any(indexes.glob(f"*/{FACTS}")):  # LanceDB takes seconds to load, for which the first caller should not wait
-            with contextlib.suppress(ImportError):  # a search says what is missing
-                importlib.import_module("lancedb")
+        self._indexes = OpenIndexes(indexes, clock)
+        self._told: set[str] = set()  # generations for which the log has the command
 
     def __call__(self, request: RetrieveRequest) -> Retrieved:
         """Search.
@@ -135,16 +118,17 @@ class Retrieve:
         """
         if (request.text is None) == (request.image is None):
             raise invalid("give text or image, one of them")
-        name = _text(request.index, "index")
-        index = self.index(name)
-        for left in reversed(range(_TRIES)):
-            try:
-                hits = self._search(index, request)
-                break
-            except TaskError:
-                before, index = index, self.index(name)
-                if index is before or not left:
-                    raise  # else it was replaced meanwhile
+        index = self._indexes.get(_text(request.index, "index"))
+        embedder = self._embedder(index)
+        where = None if request.where is None else _text(request.where, "where")
+        top_k = DEFAULT_TOP_K if request.top_k is None else request.top_k
+        alpha = embedder.release.request_alpha(index.facts.plan.release.alpha, 1)
+        extra = [] if alpha is None else [alpha]
+        if request.text is not None:
+            embedding = embedder.text(request.text, *extra)
+        else:
+            embedding = embedder.image(request.image or b"", *extra)
+        hits = index.search(embedding, top_k, where, thumbnails=request.thumbnails)
         return Retrieved(
             _objects([hit.id for hit in hits]),
             np.array([hit.score for hit in hits], np.float32),
@@ -152,71 +136,15 @@ class Retrieve:
             _objects([hit.thumbnail for hit in hits]) if request.thumbnails else None,
         )
 
-    def _search(self, index: Index, request: RetrieveRequest) -> list[Hit]:
-        embedder = self._embedder(index)
-        where = None if request.where is None else _text(request.where, "where")
-        top_k = DEFAULT_TOP_K if request.top_k is None else request.top_k
-        alpha = embedder.release.request_alpha(index.facts["release"]["alpha"], 1)
-        extra = [] if alpha is None else [alpha]
-        if request.text is not None:
-            embedding = embedder.text(request.text, *extra)
-        else:
-            embedding = embedder.image(request.image or b"", *extra)
-        return index.search(embedding, top_k, where, thumbnails=request.thumbnails)
-
     def index(self, name: str) -> Index:
-        """The index of that name as it is now, opened once for as long as it doesn't change.
+        """The index of that name as it is now.
 
         Raises:
             TaskError: no such index, one that can't be read, or one of another release.
         """
-        if not is_name(name):
-            raise TaskError(UNKNOWN_INDEX, f"{name!r:.80} is no name of an index{self._known()}")
-        found = self._find(name)
-        if found is None and name in self._open:
-            time.sleep(_GAP)
-            found = self._find(name)
-        if found is None:
-            self._open.pop(name, None)
-            raise TaskError(UNKNOWN_INDEX, f"no index {name!r:.80}{self._known()}")
-        with self._lock:
-            own = self._locks.setdefault(name, threading.Lock())
-        with own:  # opening a big index takes seconds, for which requests to others should not wait
-            index = self._opened(name, *found)
+        index = self._indexes.get(name)
         self._embedder(index)
         return index
-
-    def _find(self, name: str) -> tuple[Path, tuple[int, int, int]] | None:
-        """The folder of an index, and what changes when it is replaced; None where there is none."""
-        places = (self._folder / as_name(one) for one in spellings(name))
-        return next(((place, key) for place in places if (key := _key(place)) is not None), None)
-
-    def _opened(self, name: str, folder: Path, key: tuple[int, int, int]) -> Index:
-        key = _key(folder) or key  # somebody else may have opened a newer one meanwhile
-        known, index = self._open.get(name, (None, None))
-        if index is not None and known == key and not index.outdated():
-            return index
-        refused, at = self._refused.get(name, (None, 0.0))
-        if refused != key or time.monotonic() - at > _AGAIN:  # reading a big one that is broken takes seconds, too
-            for _ in range(_TRIES):
-                before, why = key, None
-                try:
-                    opened = open_index(folder)
-                except RAdapterError as error:
-                    why = error
-                    time.sleep(_GAP)
-                key = _key(folder) or key
-                if key == before:
-                    break  # else it was replaced while it was opened, and may be a part of both
-            if why is None:
-                self._told.discard(name)
-                self._open[name] = before, opened
-                return opened
-            print(why, file=sys.stderr)
-            self._refused[name] = before, time.monotonic()
-        if index is not None and known == key:
-            return index  # what it links to was replaced by something that can't be opened
-        raise TaskError(UNKNOWN_INDEX, f"the index {name!r} can't be opened; the server's log says why")
 
     def _embedder(self, index: Index) -> Embedder:
         """What made an index.
@@ -224,36 +152,26 @@ class Retrieve:
         Raises:
             TaskError: a release that the server does not have.
         """
+        made = index.facts.plan.release
         for embedder in itertools.chain([self._own], self._others()):
-            if embedder.made(index):
+            if made.is_of(embedder.release):
                 return embedder
         name = as_text(index.folder.name)
-        why = mismatch(index.facts, self._own.release)
-        if name not in self._told:
-            self._told.add(name)
+        why = mismatch(made, self._own.release)
+        if index.generation not in self._told:
+            self._told.add(index.generation)
             print(f"the index {name!r} {why}; {self._again(index)}", file=sys.stderr)
         raise TaskError(
             INDEX_MISMATCH, f"the index {name!r} {public(why)}; the server's log has the command that builds it again"
         )
 
     def _again(self, index: Index) -> str:
-        """The command by which this release, or where it is published from, makes an index again."""
-        if link := index.facts.get(LINK):
+        """How this release makes an index again."""
+        if link := link_of(index.folder):
             return f"build the index that was published to {link} again, and publish that"
         origin = {"model_repository": self._origin}
-        return f"build it again: {build_command(index.folder.absolute(), index.facts, self._own.release, origin)}"
-
-    def _known(self) -> str:
-        names = sorted(as_text(path.parent.name) for path in self._folder.glob(f"*/{FACTS}"))
-        return there_are((name for name in names if name[0] != "."), "radapter-index build makes them")
-
-
-def _key(folder: Path) -> tuple[int, int, int] | None:
-    """What changes when an index is replaced or added to; None where there is none."""
-    with contextlib.suppress(OSError):
-        state = (folder / FACTS).stat()
-        return state.st_mtime_ns, state.st_ino, state.st_size
-    return None
+        command = build_command(index.folder.absolute(), index.facts.plan, self._own.release, origin)
+        return f"build it again: {command}"
 
 
 def _text(value: bytes, what: str) -> str:

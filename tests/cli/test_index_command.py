@@ -22,11 +22,12 @@ from PIL import Image
 
 from radapter_serve.cli import release as release_command
 from radapter_serve.cli.index import main
-from radapter_serve.index.index import Index
+from radapter_serve.index.index import open_index
 from radapter_serve.inputs.errors import INDEX_MISMATCH, TaskError
 from radapter_serve.release.release import Release
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.tasks.retrieve import Retrieve, Retrieved, RetrieveRequest
+from tests.helpers.indexes import table
 
 # How Pillow turns what is stored with each value of EXIF's orientation, so that it stands upright.
 TURNS = {
@@ -76,7 +77,7 @@ def test_build_add_info_verify(place: Path, exported_tiny_clip: Path, capsys: py
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{merged}")
     with torch.no_grad(), Image.open("photos/3.png") as image:
         embed = model.eval().encode_image(transform(image)[None], normalize=True)[0].numpy()
-    (hit,) = Index("indexes/photos").search(embed, 1)
+    (hit,) = open_index("indexes/photos").search(embed, 1)
     assert hit.id == "3.png" and hit.score == pytest.approx(1, abs=1e-4)
 
 
@@ -88,7 +89,7 @@ def test_errors_are_one_line(place: Path, capsys: pytest.CaptureFixture[str]) ->
         (["build", "empty", "--out", "i"], "holds no image"),
         (["build", "nowhere", "--out", "i"], "is no folder"),
         (["build", "csv:nowhere.csv", "--out", "i"], "nowhere.csv"),
-        (["build", "photos", "--out", "empty"], "is no index"),
+        (["build", "photos", "--out", "empty"], "is not an index"),
         (["build", "photos", "--out", "i", "--thumbnails", "-1"], "0 (none) to 1024"),
         (["build", "photos", "--out", "i", "--model-repository", "nowhere"], "radapter-export"),
         (["build", "photos", "--out", "i", "--model-repository", "model_repository@9"], "it holds 1, 2"),
@@ -210,7 +211,7 @@ def test_the_served_release_embeds_and_every_advice_ends_the_trouble(
     assert len(search(models, 2).ids) == 6
 
     # So does the advice on damage.
-    (data,) = Path("indexes/photos/images.lance/data").iterdir()
+    (data,) = (table(Path("indexes/photos")) / "data").iterdir()
     data.write_bytes(data.read_bytes()[:-1])
     capsys.readouterr()
     assert main(["verify", "indexes/photos"]) == 2
@@ -245,7 +246,7 @@ def test_folders_with_an_at_in_their_names(place: Path) -> None:
     assert main(["build", "photos@home", *options]) == 0 and main(["add", "--out", "indexes/photos@home"]) == 0
     options[-1] += "@1"
     assert main(["build", "photos@home", *options]) == 0
-    assert Index("indexes/photos@home").facts["release"]["version"] == 1
+    assert open_index("indexes/photos@home").facts.plan.release.version == 1
 
 
 def test_an_addition_does_with_broken_images_as_the_build_did(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -317,7 +318,7 @@ def test_photos_are_embedded_as_people_see_them(place: Path) -> None:
     release = LocalRelease("model_repository")
     for out, flag in (("upright", "--exif-orientation"), ("stored", "--no-exif-orientation")):
         assert main(["build", "photos", "--out", f"indexes/{out}", flag]) == 0
-        index = Index(f"indexes/{out}")
+        index = open_index(f"indexes/{out}")
         for orientation in range(1, 9):
             turned = stored.transpose(TURNS[orientation]) if orientation > 1 and out == "upright" else stored
             clean = io.BytesIO()
@@ -327,7 +328,7 @@ def test_photos_are_embedded_as_people_see_them(place: Path) -> None:
             assert hit.score == pytest.approx(1, abs=1e-5)
             assert (hit.metadata["width"], hit.metadata["height"]) == turned.size
     assert main(["build", "photos", "--out", "indexes/upright"]) == 0  # the default
-    assert json.loads(Path("indexes/upright/index.json").read_text())["exif_orientation"] is True
+    assert open_index("indexes/upright").facts.plan.exif_orientation
 
 
 def test_the_handler_of_sigterm_is_as_before_after_the_command(tmp_path: Path) -> None:

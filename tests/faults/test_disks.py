@@ -14,7 +14,7 @@ import pytest
 from radapter_client import Client
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
-from radapter_serve.index.index import Index
+from radapter_serve.index.index import open_index
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.processes import FOLDER_PREFIX, shm_prefix
 from radapter_serve.server.triton_server import TritonServer, free_ports
@@ -57,7 +57,7 @@ def test_an_index_on_a_disk_that_fills(repository: Path, photos: Path, tmp_path:
         disk.empty()
         build(str(photos), index, LocalRelease(f"{repository}@1"), thumbnails=256, resume=False)
         assert {path.name for path in disk.folder.iterdir()} == {"index"}
-        assert Index(index).facts["release_digest"] != ""
+        assert open_index(index).facts.plan.release.digest
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])

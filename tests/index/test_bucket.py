@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,18 +18,17 @@ from pyarrow import parquet
 
 from radapter_serve.cli.index import main
 from radapter_serve.errors import RAdapterError
-from radapter_serve.index import bucket as storage
-from radapter_serve.index import index as opened
-from radapter_serve.index import publish as publishing
-from radapter_serve.index import stored
-from radapter_serve.index.bucket import Bucket
+from radapter_serve.index import opened, stored
 from radapter_serve.index.build import add, build
 from radapter_serve.index.embeddings import export_embeddings
-from radapter_serve.index.index import FACTS, Index, read_facts
+from radapter_serve.index.facts import FACTS, IndexFacts
+from radapter_serve.index.index import open_index, read_facts
+from radapter_serve.index.opened import OpenIndexes
 from radapter_serve.index.publish import link, publish
+from radapter_serve.index.store import s3 as storage
+from radapter_serve.index.store.s3 import Bucket
 from radapter_serve.index.verify import verify
 from radapter_serve.inputs.errors import TaskError
-from radapter_serve.tasks import retrieve as retrieving
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
 from tests.helpers.small_disk import small_disk
 from tests.index.test_index import DIM, FakeRelease, embeds_of, write
@@ -89,13 +89,13 @@ def test_published_linked_and_searched(client, photos: Path, tmp_path: Path) -> 
     assert main(["publish", str(tmp_path / "index"), URL]) == 0
     assert main(["link", URL, "--out", str(tmp_path / "linked")]) == 0
     shutil.rmtree(tmp_path / "index")
-    index = Index(tmp_path / "linked")
+    index = open_index(tmp_path / "linked")
     embeds = embeds_of(release, sorted(photos.iterdir()))
     hits = index.search(embeds[3], 3, thumbnails=True)
     assert [hit.id for hit in hits] == [f"{number}.png" for number in np.argsort(-(embeds @ embeds[3]))[:3]]
     assert hits[0].thumbnail.startswith(b"\xff\xd8") and hits[0].metadata["width"] == 40
     assert [hit.id for hit in index.search(embeds[3], 3, "path = '1.png'")] == ["1.png"]
-    assert "somebody" not in json.dumps(index.facts) and main(["info", str(tmp_path / "linked")]) == 0
+    assert "somebody" not in index.facts.to_json() and main(["info", str(tmp_path / "linked")]) == 0
 
 
 def test_many_images_are_found_by_files_in_a_bounded_cache(
@@ -111,14 +111,14 @@ def test_many_images_are_found_by_files_in_a_bounded_cache(
         build(str(tmp_path / "photos"), out, release)
         assert publish(out, URL) and not publish(out, URL)
         link(URL, linked)
-        index = Index(linked)
+        index = open_index(linked)
         assert len(index) == count and recall(index, vectors[1150:], vectors[:count]) >= 0.95
         (own,) = (tmp_path / "cache").iterdir()
         assert len([path for path in own.iterdir() if path.is_dir()]) <= 2 and len(generations(client)) <= 2
-    (codes,) = own.glob(f"{read_facts(linked)['generation']}/neighbours/*/codes.faiss")
+    (codes,) = own.glob(f"{index.generation}/neighbours/codes.faiss")
     codes.write_bytes(b"broken")
     os.utime(codes.parent, (0, 0))
-    assert found(Index(linked), vectors[5], 1) == [5]  # it was fetched again
+    assert found(open_index(linked), vectors[5], 1) == [5]  # it was fetched again
     key = f"indexes/photos/{codes.relative_to(own).as_posix()}"
     assert key in keys(client)
     client.put_object(Bucket="pictures", Key=key, Body=b"broken")
@@ -133,14 +133,14 @@ def test_many_images_are_found_by_files_in_a_bounded_cache(
     monkeypatch.setattr(storage, "copy", counted)
     for _ in range(3):
         with pytest.raises(RAdapterError, match="is not the file that index.json names"):
-            Index(linked)
+            open_index(linked)
     assert len(fetched) == 1  # it is broken there, too
 
 
 def test_a_server_goes_over_to_what_was_published_last(
     client, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opened, "_POLL", 0.0)
+    monkeypatch.setattr(opened, "POLL", 0.0)
     build(str(photos), tmp_path / "index", release := FakeRelease())
     publish(tmp_path / "index", URL)
     link(URL, tmp_path / "indexes" / "photos")
@@ -175,12 +175,12 @@ def test_a_publication_that_dies_is_not_seen(
         raise OSError("the network is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(publishing, "copy", die)
+        patch.setattr(storage, "copy", die)
         with pytest.raises(RAdapterError, match="can't be used: the network is gone; see AWS_ACCESS_KEY_ID"):
             publish(tmp_path / "index", URL)
-    assert len(Index(tmp_path / "linked").search(QUERY, 100)) == 5
+    assert len(open_index(tmp_path / "linked").search(QUERY, 100)) == 5
     publish(tmp_path / "index", URL)
-    assert len(Index(tmp_path / "linked").search(QUERY, 100)) == 6
+    assert len(open_index(tmp_path / "linked").search(QUERY, 100)) == 6
 
 
 def test_only_an_index_is_published(client, photos: Path, tmp_path: Path) -> None:
@@ -193,34 +193,33 @@ def test_only_an_index_is_published(client, photos: Path, tmp_path: Path) -> Non
     with pytest.raises(RAdapterError, match="no index at .*nowhere"):
         publish(tmp_path / "nowhere", URL)
     assert not (tmp_path / "nowhere").exists() and keys(client) == before
-    assert len(Index(tmp_path / "linked").search(QUERY, 100)) == 5
+    assert len(open_index(tmp_path / "linked").search(QUERY, 100)) == 5
 
 
 def test_the_generation_that_is_read_outlives_one_that_was_never_finished(client, photos: Path, tmp_path: Path) -> None:
     build(str(photos), tmp_path / "index", release := FakeRelease())
     publish(tmp_path / "index", URL)
     link(URL, tmp_path / "linked")
-    read = Index(tmp_path / "linked")
+    read = open_index(tmp_path / "linked")
     killed = "g-0123456789abcdef"
     client.put_object(Bucket="pictures", Key=f"indexes/photos/{killed}/images.lance/x", Body=b"newer than the other")
     write(photos / "new.png", 9)
     add(tmp_path / "index", release)
     publish(tmp_path / "index", URL)
     assert len(read.search(QUERY, 100)) == 5
-    assert generations(client) == {read.facts["generation"], read_facts(tmp_path / "linked")["generation"]}
+    assert generations(client) == {read.generation, open_index(tmp_path / "linked").generation}
 
 
-def put_broken(client, facts: dict[str, object], name: str) -> None:
+def put_broken(client, facts: IndexFacts, name: str) -> None:
     """Publish a generation that can't be opened."""
-    body = json.dumps({**facts, "generation": name})
+    body = json.dumps({**dataclasses.asdict(facts), "generation": name})
     client.put_object(Bucket="pictures", Key="indexes/photos/index.json", Body=body.encode())
 
 
 def test_what_is_open_goes_on_where_what_was_published_last_can_not_be_opened(
     client, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(opened, "_POLL", 0.0)
-    monkeypatch.setattr(retrieving, "_AGAIN", 0.0)
+    monkeypatch.setattr(opened, "POLL", 0.0)
     build(str(photos), tmp_path / "index", release := FakeRelease())
     publish(tmp_path / "index", URL)
     link(URL, tmp_path / "indexes" / "photos")
@@ -242,20 +241,21 @@ def test_a_storage_is_asked_again_five_seconds_after_its_answer(
     publish(tmp_path / "index", URL)
     link(URL, tmp_path / "linked")
     now, asked = [0.0], list[float]()
-    monkeypatch.setattr("radapter_serve.index.index.time.monotonic", lambda: now[0])
-    index, answer = Index(tmp_path / "linked"), Bucket.facts
+    indexes = OpenIndexes(tmp_path, lambda: now[0])
+    index = indexes.get("linked")
+    answer = Bucket.current
 
-    def slow(self: Bucket) -> dict[str, object]:
+    def slow(self: Bucket) -> tuple[str, IndexFacts]:
         asked.append(now[0])
         now[0] += 30
         return answer(self)
 
-    monkeypatch.setattr(Bucket, "facts", slow)
+    monkeypatch.setattr(Bucket, "current", slow)
     for now[0] in (4.0, 6.0):
-        assert not index.outdated()
-    assert not index.outdated()
+        assert indexes.get("linked") is index
+    assert indexes.get("linked") is index
     now[0] = 42.0
-    assert not index.outdated() and asked == [6.0, 42.0]
+    assert indexes.get("linked") is index and asked == [6.0, 42.0]
 
 
 def test_callers_read_no_keys_of_the_storage(
@@ -264,8 +264,8 @@ def test_callers_read_no_keys_of_the_storage(
     build(str(photos), tmp_path / "index", FakeRelease())
     publish(tmp_path / "index", URL)
     link(URL, tmp_path / "linked")
-    index = Index(tmp_path / "linked")
-    generation = index.facts["generation"]
+    index = open_index(tmp_path / "linked")
+    generation = index.generation
     for key in keys(client):
         client.delete_object(Bucket="pictures", Key=key)
     with pytest.raises(TaskError, match="can't be searched: its storage does not answer") as error:
@@ -279,27 +279,28 @@ def test_callers_read_no_keys_of_the_storage(
 def test_the_cache_keeps_nothing_of_killed_downloads_and_says_that_it_is_full(
     client, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client.put_object(Bucket="pictures", Key="indexes/photos/g-0123456789abcdef/neighbours/1/x", Body=b"x" * (1 << 20))
-    bucket, facts, place = Bucket(URL), {"generation": "g-0123456789abcdef"}, Path("neighbours", "1")
-    assert (bucket.fetch(facts, place) / "x").stat().st_size == 1 << 20
+    client.put_object(Bucket="pictures", Key="indexes/photos/g-0123456789abcdef/neighbours/x", Body=b"x" * (1 << 20))
+    bucket = Bucket(URL)
+    generation = "g-0123456789abcdef"
+    assert (bucket.fetch(generation) / "x").stat().st_size == 1 << 20
     (own,) = (tmp_path / "cache").iterdir()
-    shutil.rmtree(own / facts["generation"])
+    shutil.rmtree(own / generation)
     (own / ".g-fedcba9876543210.new").mkdir()
-    bucket.fetch(facts, place)
-    assert [path.name for path in own.iterdir()] == [facts["generation"]]
+    bucket.fetch(generation)
+    assert [path.name for path in own.iterdir()] == [generation]
     with small_disk(tmp_path / "small", "600k"):
         monkeypatch.setenv(storage.CACHE, str(tmp_path / "small"))
         with pytest.raises(RAdapterError, match="cannot write the cache .*small.*RADAPTER_CACHE=DIR"):
-            bucket.fetch(facts, place)
+            bucket.fetch(generation)
         (own,) = (tmp_path / "small").iterdir()
         assert not list(own.iterdir())
     monkeypatch.setenv(storage.CACHE, str(photos / "0.png"))
     with pytest.raises(RAdapterError, match="cannot write the cache"):
-        bucket.fetch(facts, place)
+        bucket.fetch(generation)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv(storage.CACHE, str(tmp_path / "other"))
     with pytest.raises(RAdapterError, match="can't be used.*AWS_ENDPOINT_URL"):
-        bucket.fetch(facts, place)
+        bucket.fetch(generation)
 
 
 def test_an_outage_takes_no_image_out_of_an_index(
@@ -324,7 +325,7 @@ def test_an_outage_takes_no_image_out_of_an_index(
         patch.setattr(stored, "file_system", Failing)
         with pytest.raises(RAdapterError, match=r"s3://pictures/raw/3.png can't be read: AWS Error NETWORK_CONN"):
             build("s3://pictures/raw", out, release, on_broken="skip")
-    assert len(Index(out)) == 5 and build("s3://pictures/raw", out, release).kept == 5
+    assert len(open_index(out)) == 5 and build("s3://pictures/raw", out, release).kept == 5
 
 
 def test_an_address_with_two_slashes_is_refused_in_one_line(client, photos: Path, tmp_path: Path) -> None:
@@ -354,7 +355,7 @@ def test_refusals(client, photos: Path, tmp_path: Path) -> None:
         link(URL, tmp_path / "linked")
     build(str(photos), tmp_path / "index", release := FakeRelease())
     publish(tmp_path / "index", URL)
-    with pytest.raises(RAdapterError, match="stands already"):
+    with pytest.raises(RAdapterError, match="already exists and is not a link"):
         link(URL, tmp_path / "index")
     link(URL, tmp_path / "linked")
     for change in (lambda: add(tmp_path / "linked", release), lambda: build(str(photos), tmp_path / "linked", release)):
@@ -363,10 +364,10 @@ def test_refusals(client, photos: Path, tmp_path: Path) -> None:
     for body in (b"{", b"[]", b'{"generation": "../../etc"}', b'{"generation": 3}', b"{}"):
         client.put_object(Bucket="pictures", Key="indexes/photos/index.json", Body=body)
         with pytest.raises(RAdapterError, match="can't be read"):
-            Index(tmp_path / "linked")
+            open_index(tmp_path / "linked")
     (tmp_path / "linked" / FACTS).write_text(json.dumps({"at": "file:///etc"}))
     with pytest.raises(RAdapterError, match="no place of an index"):
-        Index(tmp_path / "linked")
+        open_index(tmp_path / "linked")
 
 
 def test_images_on_object_storage_are_indexed(client, photos: Path, tmp_path: Path) -> None:
@@ -381,7 +382,7 @@ def test_images_on_object_storage_are_indexed(client, photos: Path, tmp_path: Pa
     summary = build("s3://pictures/raw", out, release)
     assert (summary.count, summary.left_out) == (5, {".txt": 1})
     embeds = embeds_of(release, sorted(photos.iterdir()))
-    assert Index(out).search(embeds[2], 1)[0].id == "s3://pictures/raw/deep/2.png"
+    assert open_index(out).search(embeds[2], 1)[0].id == "s3://pictures/raw/deep/2.png"
     assert verify(out).ok and build("s3://pictures/raw", out, release).kept == 5
     client.delete_object(Bucket="pictures", Key="raw/deep/0.png")
     put("raw/deep/1.png", (photos / "2.png").read_bytes())
@@ -409,7 +410,7 @@ def test_a_table_on_object_storage_names_images(client, photos: Path, tmp_path: 
         build(source, tmp_path / "index", FakeRelease())
     summary = build(source, tmp_path / "index", release := FakeRelease(), on_broken="skip")
     assert summary.count == 3
-    (hit,) = Index(tmp_path / "index").search(embeds_of(release, [photos / "1.png"])[0], 1, "year = 2")
+    (hit,) = open_index(tmp_path / "index").search(embeds_of(release, [photos / "1.png"])[0], 1, "year = 2")
     assert hit.id == "s3://pictures/raw/deep/1.png" and hit.score == pytest.approx(1, abs=1e-5)
     with pytest.raises(RAdapterError, match="cannot read s3://pictures/none.csv: no such object"):
         build("csv:s3://pictures/none.csv", tmp_path / "other", release)
@@ -420,7 +421,7 @@ def test_storage_that_does_not_answer(client, tmp_path: Path, monkeypatch: pytes
     (tmp_path / "indexes" / "photos" / FACTS).write_text(json.dumps({"at": URL}))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(RAdapterError, match="can't be used.*AWS_ENDPOINT_URL"):
-        Index(tmp_path / "indexes" / "photos")
+        open_index(tmp_path / "indexes" / "photos")
     retrieve = Retrieve(FakeRelease().facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)
     with pytest.raises(TaskError, match="can't be opened; the server's log says why"):
         retrieve(RetrieveRequest(b"photos", text=b"a"))

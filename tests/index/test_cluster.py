@@ -20,7 +20,7 @@ from radapter_serve.cli.index import main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index import writer as index_writer
 from radapter_serve.index.build import build
-from radapter_serve.index.index import vectors_of
+from radapter_serve.index.store import vectors_of
 from radapter_serve.runtimes.local_release import LocalRelease
 from tests.helpers.small_release import png
 

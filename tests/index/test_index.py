@@ -28,19 +28,20 @@ from PIL import Image
 from pyarrow import parquet
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.files import exchange
 from radapter_serve.index import build as indexing
-from radapter_serve.index import index as opened
 from radapter_serve.index import recall
 from radapter_serve.index import writer as index_writer
 from radapter_serve.index.build import add, build
 from radapter_serve.index.condition import check_condition
-from radapter_serve.index.index import FACTS, Index
+from radapter_serve.index.facts import FACTS
+from radapter_serve.index.index import open_index
+from radapter_serve.index.store import table as store_table
 from radapter_serve.index.verify import verify
 from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
 from radapter_serve.inputs.preprocess import decode
 from radapter_serve.lock import lock
 from radapter_serve.runtimes.embedding_release import EmbeddingRelease
+from tests.helpers.indexes import generation, said, say, table
 from tests.helpers.small_models import release as release_facts
 
 DIM = 16
@@ -110,7 +111,7 @@ def test_search_is_numpys_argsort(photos: Path, tmp_path: Path, release: FakeRel
         path for path in photos.rglob("*") if path.suffix != ".txt" and path.is_file() and path.name[0] != "."
     )
     embeds = embeds_of(release, files)
-    index = Index(tmp_path / "index")
+    index = open_index(tmp_path / "index")
     for query in embeds_of(release, files)[:4] * 0.9 + 0.1:
         query /= np.linalg.norm(query)
         hits = index.search(query, 5)
@@ -123,15 +124,15 @@ def test_search_is_numpys_argsort(photos: Path, tmp_path: Path, release: FakeRel
 def test_metadata_and_thumbnails(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
     write(photos / "wide.png", 99, (600, 300))
     build(str(photos), tmp_path / "index", release, thumbnails=64)
-    index = Index(tmp_path / "index")
+    index = open_index(tmp_path / "index")
     query = embeds_of(release, [photos / "wide.png"])[0]
     (hit,) = index.search(query, 1, thumbnails=True)
-    assert hit.metadata.keys() == {"path", "width", "height", "digest"} == set(index.columns)
+    assert hit.metadata.keys() == {"path", "width", "height", "digest"} == set(index.facts.columns)
     assert (hit.metadata["path"], hit.metadata["width"], hit.metadata["height"]) == ("wide.png", 600, 300)
     assert Image.open(io.BytesIO(hit.thumbnail)).size == (64, 32)
     assert index.search(query, 1)[0].thumbnail == b""
     build(str(photos), tmp_path / "index", release, thumbnails=0)
-    assert Index(tmp_path / "index").search(query, 1, thumbnails=True)[0].thumbnail == b""
+    assert open_index(tmp_path / "index").search(query, 1, thumbnails=True)[0].thumbnail == b""
 
 
 def test_columns_of_tables_are_metadata_and_conditions(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
@@ -149,7 +150,7 @@ def test_columns_of_tables_are_metadata_and_conditions(photos: Path, tmp_path: P
     parquet.write_table(table, tmp_path / "table.parquet")
     summary = build(f"parquet:{tmp_path / 'table.parquet'}", tmp_path / "index", release)
     assert (summary.count, summary.repeated) == (3, 1)
-    index = Index(tmp_path / "index")
+    index = open_index(tmp_path / "index")
     query = embeds_of(release, [photos / "a.jpg"])[0]
 
     def found(where: str) -> set[str]:
@@ -198,7 +199,7 @@ def test_a_bad_condition_is_refused_with_the_columns(
     where: str, photos: Path, tmp_path: Path, release: FakeRelease
 ) -> None:
     build(str(photos), tmp_path / "index", release)
-    index = Index(tmp_path / "index")
+    index = open_index(tmp_path / "index")
     query = np.eye(DIM, dtype=np.float32)[0]
     with pytest.raises(TaskError, match="where") as error:
         index.search(query, 3, where)
@@ -310,7 +311,7 @@ def test_any_condition_is_answered_soon_and_in_one_line(where: str) -> None:
 def test_top_k_has_bounds(top_k: int, photos: Path, tmp_path: Path, release: FakeRelease) -> None:
     build(str(photos), tmp_path / "index", release)
     with pytest.raises(TaskError, match="1 to 1000"):
-        Index(tmp_path / "index").search(np.eye(DIM, dtype=np.float32)[0], top_k)
+        open_index(tmp_path / "index").search(np.eye(DIM, dtype=np.float32)[0], top_k)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -319,7 +320,7 @@ def test_equal_vectors_come_in_the_order_of_their_ids(
 ) -> None:
     """Sixty images of three kinds, added in no order; the first hits of a kind are its first ids, however many."""
     if not exact:
-        for module in (opened, index_writer):
+        for module in (store_table, index_writer):
             monkeypatch.setattr(module, "EXACT", 20)
     monkeypatch.setattr(index_writer, "tune", lambda *_: {"nprobes": 1, "candidates": 1, "recall": 1.0})
     folder, out = tmp_path / "photos", tmp_path / "index"
@@ -328,7 +329,7 @@ def test_equal_vectors_come_in_the_order_of_their_ids(
         for name in part:
             write(folder / f"{name}.png", int(name) % 3)
         build(str(folder), out, release)
-    index = Index(out)
+    index = open_index(out)
     for kind in range(3):
         query = embeds_of(release, [folder / f"{kind:02}.png"])[0]
         of_kind = [f"{number:02}.png" for number in range(kind, 60, 3)]
@@ -341,7 +342,7 @@ def test_copies_are_embedded_once_and_all_found(photos: Path, tmp_path: Path, re
     shutil.copy(photos / "a.jpg", photos / "b.jpg")
     summary = build(str(photos), tmp_path / "index", release)
     assert (summary.count, summary.embedded, summary.copies, release.embedded) == (13, 12, 1, 12)
-    hits = Index(tmp_path / "index").search(embeds_of(release, [photos / "a.jpg"])[0], 2)
+    hits = open_index(tmp_path / "index").search(embeds_of(release, [photos / "a.jpg"])[0], 2)
     assert [hit.id for hit in hits] == ["a.jpg", "b.jpg"] and hits[0].score == hits[1].score
     shutil.copy(photos / "a.jpg", photos / "c.jpg")
     assert add(tmp_path / "index", release).embedded == 0
@@ -365,7 +366,7 @@ def test_add_embeds_what_is_new_or_changed(photos: Path, tmp_path: Path, release
     assert (pruned.count, pruned.removed) == (12, 1)
     assert verify(tmp_path / "index").ok
     query = embeds_of(release, [photos / "a.jpg"])[0]
-    assert Index(tmp_path / "index").search(query, 1)[0].score == pytest.approx(1, abs=1e-5)
+    assert open_index(tmp_path / "index").search(query, 1)[0].score == pytest.approx(1, abs=1e-5)
 
 
 def test_add_from_elsewhere_and_changed_metadata(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
@@ -374,13 +375,13 @@ def test_add_from_elsewhere_and_changed_metadata(photos: Path, tmp_path: Path, r
     write(tmp_path / "other" / "x.png", 7)
     assert add(tmp_path / "index", release, str(tmp_path / "other")).count == 2
     query = embeds_of(release, [tmp_path / "other" / "x.png"])[0]
-    assert Index(tmp_path / "index").search(query, 1)[0].metadata["path"] == "other/x.png"
+    assert open_index(tmp_path / "index").search(query, 1)[0].metadata["path"] == "other/x.png"
     assert add(tmp_path / "index", release, str(photos)).kept == 1  # a.jpg, whose title stays
     embedded = release.embedded
     (tmp_path / "t.csv").write_text("image,title\nphotos/a.jpg,second\n")
     add(tmp_path / "index", release)
     assert release.embedded == embedded
-    hits = Index(tmp_path / "index").search(query, 20)
+    hits = open_index(tmp_path / "index").search(query, 20)
     assert {hit.metadata["title"] for hit in hits if hit.id == "photos/a.jpg"} == {"second"}
     (tmp_path / "t.csv").write_text("image,name\nphotos/a.jpg,second\n")
     with pytest.raises(RAdapterError, match="columns"):
@@ -415,14 +416,15 @@ def stop_a_build(photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch, relea
 def test_a_stopped_build_goes_on_unasked(
     photos: Path, tmp_path: Path, release: FakeRelease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = stop_a_build(photos, tmp_path / "index", monkeypatch, release)
-    assert (
-        "'deep/er/z.png' can't be indexed" in said and "what is embedded is kept: give the same command again" in said
-    )
+    why = stop_a_build(photos, tmp_path / "index", monkeypatch, release)
+    assert "'deep/er/z.png' can't be indexed" in why
+    assert "the embeddings so far are kept: give the same command again" in why
     summary = build(str(photos), tmp_path / "index", again := FakeRelease())
     assert (summary.count, summary.kept, again.embedded) == (12, 12, 0)
     assert names(tmp_path) == {"photos", "index"}
-    assert names(tmp_path / "index") == {FACTS, "broken.txt", "images.lance"}
+    index = tmp_path / "index"
+    assert names(index) == {FACTS, "broken.txt", generation(index).name}
+    assert names(generation(index)) == {FACTS, "images.lance"}
 
 
 @pytest.mark.parametrize("what", ["release", "columns", "size of thumbnails", "EXIF orientation", "folder"])
@@ -451,15 +453,15 @@ def test_a_stopped_build_with_other_arguments_is_not_thrown_away_unasked(
 def test_a_finished_index_is_not_embedded_again(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
     out = tmp_path / "index"
     assert build(str(photos), out, release).changed
-    before = json.loads((out / FACTS).read_text())
+    before = said(out)
     summary = build(str(photos), out, again := FakeRelease())
     assert (summary.changed, summary.count, summary.kept, again.embedded) == (False, 12, 12, 0)
-    assert json.loads((out / FACTS).read_text()) == before
+    assert said(out) == before
     write(photos / "new.png", 50)
     (photos / "a.jpg").unlink()
     summary = build(str(photos), out, again)
     assert (summary.changed, summary.count, summary.removed, again.embedded) == (True, 12, 1, 1)
-    assert verify(out).ok and len(Index(out).search(np.eye(DIM, dtype=np.float32)[0], 100)) == 12
+    assert verify(out).ok and len(open_index(out).search(np.eye(DIM, dtype=np.float32)[0], 100)) == 12
     assert build(str(photos), out, FakeRelease(), thumbnails=64).embedded == 12
     assert build(str(photos), out, FakeRelease(), thumbnails=64, resume=False).embedded == 12
     assert names(tmp_path) == {"photos", "index"}
@@ -470,13 +472,13 @@ def test_a_damaged_index_is_built_again(photos: Path, tmp_path: Path, release: F
     build(str(photos), out, release)
     (out / FACTS).write_text("{")
     assert build(str(photos), out, FakeRelease()).embedded == 12
-    shutil.rmtree(out / "images.lance")
+    shutil.rmtree(table(out))
     assert build(str(photos), out, FakeRelease()).embedded == 12
-    for file in (out / "images.lance" / "data").iterdir():
+    for file in (table(out) / "data").iterdir():
         file.unlink()
     with pytest.raises(RAdapterError, match="can't be used: .*; build it again: .* --no-resume"):
-        build(str(photos), out, FakeRelease())
-    assert build(str(photos), out, FakeRelease(), resume=False).embedded == 12 and verify(out).ok
+        add(out, FakeRelease())
+    assert build(str(photos), out, FakeRelease()).embedded == 12 and verify(out).ok
     assert names(tmp_path) == {"photos", "index"}
 
 
@@ -485,10 +487,11 @@ def test_an_index_of_another_format_is_refused_with_the_command_that_mends_it(
 ) -> None:
     out = tmp_path / "index"
     build(str(photos), out, release)
-    facts = json.loads((out / FACTS).read_text())
-    (out / FACTS).write_text(json.dumps(facts | {"format": 3}))
-    with pytest.raises(RAdapterError, match=rf"of format 3.*: radapter-index build {photos} --out {out} ") as refused:
-        Index(out)
+    say(out, said(out) | {"format": 3})
+    with pytest.raises(
+        RAdapterError, match=rf"the format 3 .* reads 4.*: radapter-index build {photos} --out {out}"
+    ) as refused:
+        open_index(out)
     assert "\n" not in str(refused.value)
     assert build(str(photos), out, FakeRelease()).embedded == 12 and verify(out).ok
 
@@ -508,9 +511,12 @@ def test_a_build_that_fails_with_nothing_embedded_leaves_nothing(
             build(str(photos), tmp_path / "index", Fails())
         assert "kept" not in str(raised.value) and names(tmp_path) == {"photos"}
     build(str(photos), tmp_path / "index", release)
-    with lock(tmp_path / "index", "radapter-index"), pytest.raises(RAdapterError, match="another radapter-index"):
-        build(str(photos), tmp_path / "index", FakeRelease(alpha=0.1))
-    assert names(tmp_path) == {"photos", "index"}
+    with lock(tmp_path / ".index.building", "radapter-index"):
+        with pytest.raises(RAdapterError, match="another radapter-index"):
+            build(str(photos), tmp_path / "index", FakeRelease(alpha=0.1))
+        with pytest.raises(RAdapterError, match="another radapter-index"):
+            add(tmp_path / "index", release)
+    assert verify(tmp_path / "index").ok
 
 
 def test_a_build_that_is_interrupted_says_how_to_go_on(
@@ -534,7 +540,7 @@ def test_an_addition_turns_images_as_the_build_did(turns: bool, photos: Path, tm
     Image.fromarray(pixels).save(photos / "new.png", exif=exif)
     add(tmp_path / "index", FakeRelease())
     (query,) = FakeRelease().encode_images([(np.rot90(pixels, -1) if turns else pixels).ravel() / 255 - 0.5])
-    (hit,) = Index(tmp_path / "index").search(query, 1, "path = 'new.png'")
+    (hit,) = open_index(tmp_path / "index").search(query, 1, "path = 'new.png'")
     assert hit.score == pytest.approx(1, abs=1e-5)
 
 
@@ -561,7 +567,7 @@ def test_a_name_outside_ascii(photos: Path, tmp_path: Path, release: FakeRelease
     out = tmp_path / "Bücher 猫" / "Büro"
     build(str(photos), out, release)
     assert add(out, release).kept == 12 and verify(out).ok
-    assert len(Index(out).search(np.eye(DIM, dtype=np.float32)[0], 100)) == 12
+    assert len(open_index(out).search(np.eye(DIM, dtype=np.float32)[0], 100)) == 12
 
 
 def test_what_is_searched_stays_until_it_is_replaced(
@@ -580,9 +586,9 @@ def test_what_is_searched_stays_until_it_is_replaced(
         with pytest.raises(RAdapterError, match="killed"):
             add(tmp_path / "index", release)
     query = np.eye(DIM, dtype=np.float32)[0]
-    assert len(Index(tmp_path / "index").search(query, 100)) == 12
+    assert len(open_index(tmp_path / "index").search(query, 100)) == 12
     add(tmp_path / "index", release)
-    assert len(Index(tmp_path / "index").search(query, 100)) == 13
+    assert len(open_index(tmp_path / "index").search(query, 100)) == 13
 
 
 def test_a_folder_that_cannot_be_read_is_said(
@@ -611,12 +617,12 @@ def test_an_addition_that_fails_is_not_seen(
     query = np.eye(DIM, dtype=np.float32)[0]
     with pytest.raises(RAdapterError, match=r"'zz.png' can't be indexed.*--on-broken skip"):
         add(tmp_path / "index", release)
-    assert len(Index(tmp_path / "index").search(query, 100)) == 12
-    opened, embedded = Index(tmp_path / "index"), release.embedded
+    assert len(open_index(tmp_path / "index").search(query, 100)) == 12
+    opened, embedded = open_index(tmp_path / "index"), release.embedded
     summary = add(tmp_path / "index", release, on_broken="skip")
     assert (summary.count, release.embedded, list(summary.broken)) == (16, embedded + 1, ["zz.png"])  # z3.png
     assert len(opened.search(query, 100)) == 12  # who has it open goes on with what it was
-    assert len(Index(tmp_path / "index").search(query, 100)) == 16
+    assert len(open_index(tmp_path / "index").search(query, 100)) == 16
 
 
 def test_broken_images(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
@@ -645,10 +651,10 @@ def test_nothing_is_written_where_there_is_nothing_to_index(tmp_path: Path, rele
         build(str(tmp_path / "nowhere"), tmp_path / "index", release)
     with pytest.raises(RAdapterError, match="no row"):
         build(f"csv:{tmp_path / 'empty.csv'}", tmp_path / "index", release)
-    with pytest.raises(RAdapterError, match="stands already"):
+    with pytest.raises(RAdapterError, match="already exists and is not an index"):
         build(str(tmp_path / "photos"), tmp_path / "photos", release)
     with pytest.raises(RAdapterError, match="radapter-index build"):
-        Index(tmp_path / "index")
+        open_index(tmp_path / "index")
     assert files_of(tmp_path) == before
     (tmp_path / "photos" / "b.jpg").write_bytes(b"broken")
     with pytest.raises(RAdapterError, match="none of the 1 images"):
@@ -692,7 +698,9 @@ def test_only_one_writer_at_a_time(photos: Path, tmp_path: Path, release: FakeRe
     build(str(photos), tmp_path / "index", release, progress=again)
     build(str(photos), tmp_path / "index", release, progress=addition)  # it would be lost, or spoil the new one
     assert names(tmp_path) == {"photos", "index"}
-    assert names(tmp_path / "index") == {FACTS, "broken.txt", "images.lance"}
+    index = tmp_path / "index"
+    assert names(index) == {FACTS, "broken.txt", generation(index).name}
+    assert names(generation(index)) == {FACTS, "images.lance"}
 
 
 KILLED = """
@@ -735,13 +743,15 @@ def test_a_build_that_is_killed_while_it_is_put_in_place_can_be_given_again(
     out = tmp_path / "indexes" / "photos"
     build(str(photos), out, release)
 
-    def killed(one: Path, other: Path) -> bool:
+    rename = Path.rename
+
+    def killed(made: Path, place: Path) -> Path:
         if moment == "behind":
-            exchange(one, other)
+            rename(made, place)
         raise SystemExit
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr("radapter_serve.files.exchange", killed)
+        patch.setattr(Path, "rename", killed)
         build(str(photos), out, release, resume=False)
     assert verify(out).ok
     assert build(str(photos), out, release).count == 12

@@ -26,6 +26,7 @@ from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.triton_server import TritonServer, free_ports
 from tests.helpers.asking import connect, post, tensors
 from tests.helpers.fake_qdrant import fake_qdrant
+from tests.helpers.indexes import generation
 from tests.helpers.small_release import png
 from tests.index.test_neighbours import lower
 
@@ -119,14 +120,14 @@ def test_many_images_are_found_by_faiss(
     release = LocalRelease(exported_tiny_clip / "model_repository")
     out = folder / "Büro" / "indexes" / "many é"
     build(str(tmp_path / "many"), out, release)
-    assert (out / "neighbours").is_dir()
+    assert (generation(out) / "neighbours").is_dir()
     for number in (0, 100, 259):
         found = ask(server, image=png(number, 20, 20), index="many é", top_k=3)
         assert found["id"][0].decode() == f"{number:03}.png" and found["score"][0] > 0.9999
     assert len(ask(server, text="a cat", index="many é", top_k=260)["id"]) == 260
     found = ask(server, image=png(7, 20, 20), index="many é", top_k=1, where="path > '100.png'")
     assert found["id"][0].decode() > "100.png"
-    (codes,) = out.glob("neighbours/*/codes.faiss")
+    (codes,) = out.glob("g-*/neighbours/codes.faiss")
     codes.write_bytes(b"broken")
     (out / "index.json").touch()
     with pytest.raises(

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
-from radapter_serve.index import index as opened
 from radapter_serve.index import integrity
 from radapter_serve.index import writer as index_writer
 from radapter_serve.index.build import add, build
-from radapter_serve.index.index import FACTS, Index
+from radapter_serve.index.index import open_index
+from radapter_serve.index.store import table as store_table
 from radapter_serve.index.verify import verify
 from radapter_serve.inputs.errors import UNKNOWN_INDEX, TaskError
+from tests.helpers.indexes import said, say, table
 from tests.index.test_index import FakeRelease, embeds_of, write
 
 
@@ -37,8 +37,7 @@ def flip(path: Path, at: int, bit: int = 1) -> None:
 
 def table_files(out: Path) -> list[Path]:
     """The files of the table that is searched."""
-    names = json.loads((out / FACTS).read_text())["files"]
-    return [out / "images.lance" / name for name in names if (out / "images.lance" / name).is_file()]
+    return [table(out) / name for name in said(out)["files"]]
 
 
 @pytest.mark.parametrize("where", [0.0, 0.5, 0.99])
@@ -48,12 +47,12 @@ def test_one_flipped_bit_of_any_file_is_refused_and_named(where: float, out: Pat
     for path in files:
         before = path.read_bytes()
         flip(path, int(where * len(before)))
-        for tried in (lambda: Index(out), lambda: verify(out), lambda: add(out, FakeRelease())):
+        for tried in (lambda: open_index(out), lambda: verify(out), lambda: add(out, FakeRelease())):
             with pytest.raises(RAdapterError, match=f"{path.name} in images.lance is not.*build it again") as refused:
                 tried()
             assert "\n" not in str(refused.value)
         path.write_bytes(before)
-    assert len(Index(out)) == 4
+    assert len(open_index(out)) == 4 and not (tmp_path / ".index.building").exists()
 
 
 def test_a_damaged_index_is_mended_by_a_build(out: Path, tmp_path: Path) -> None:
@@ -70,17 +69,17 @@ def test_a_large_table_is_compared_by_its_small_files_at_open_and_whole_by_verif
     monkeypatch.setattr(integrity, "CHECKED_AT_OPEN", 0)
     monkeypatch.setattr(integrity, "_SMALL", data.stat().st_size)
     flip(data, data.stat().st_size // 2)
-    assert len(Index(out)) == 4
+    assert len(open_index(out)) == 4
     with pytest.raises(RAdapterError, match=data.name):
         verify(out)
     flip(data, data.stat().st_size // 2)
     flip(small, 0)
     with pytest.raises(RAdapterError, match=small.name):
-        Index(out)
+        open_index(out)
     flip(small, 0)
     data.write_bytes(data.read_bytes() + b"0")
     with pytest.raises(RAdapterError, match=data.name):
-        Index(out)
+        open_index(out)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -90,17 +89,17 @@ def test_scores_that_no_cosine_has_are_refused(
 ) -> None:
     """A vector of the table is harmed, and the digests are those of the harmed file."""
     if not exact:
-        for module in (opened, index_writer):
+        for module in (store_table, index_writer):
             monkeypatch.setattr(module, "EXACT", 2)
         monkeypatch.setattr(index_writer, "tune", lambda *_: {"nprobes": 1, "candidates": 1, "recall": 1.0})
         for number in range(4, 20):
             write(tmp_path / "photos" / f"{number}.png", number)
         build(str(tmp_path / "photos"), out, FakeRelease(), resume=False)
     query = embeds_of(FakeRelease(), [tmp_path / "photos" / "1.png"])[0]
-    facts = json.loads((out / FACTS).read_text())
+    facts = said(out)
     harmed = 0
     for path in table_files(out):
-        data, name = path.read_bytes(), path.relative_to(out / "images.lance").as_posix()
+        data, name = path.read_bytes(), path.relative_to(table(out)).as_posix()
         if query.tobytes() in data:
             vector = query.copy()
             vector[3] = value
@@ -108,9 +107,9 @@ def test_scores_that_no_cosine_has_are_refused(
             facts["files"][name]["digest"] = digest_of(path)
             harmed += 1
     assert harmed
-    (out / FACTS).write_text(json.dumps(facts))
+    say(out, facts)
     with pytest.raises(TaskError, match="a file is damaged; the server's log says why") as refused:
-        Index(out).search(query, 3)
+        open_index(out).search(query, 3)
     assert refused.value.code == UNKNOWN_INDEX
 
 
@@ -122,13 +121,13 @@ def test_an_index_that_grows_is_read_once(out: Path, tmp_path: Path, monkeypatch
         return digest_of(path)
 
     monkeypatch.setattr(integrity, "digest_of", counted)
-    Index(out)
+    open_index(out)
     first = len(read)
-    Index(out)
+    open_index(out)
     assert first == len(table_files(out)) and len(read) == first
     known = set(table_files(out))
     write(tmp_path / "photos" / "new.png", 9)
     add(out, FakeRelease())
     read.clear()
-    Index(out)
+    open_index(out)
     assert read and not known & set(read)

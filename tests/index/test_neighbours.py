@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -18,14 +17,15 @@ from pyarrow import parquet
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
-from radapter_serve.index import index as opened
 from radapter_serve.index import writer as index_writer
 from radapter_serve.index.build import add, build
-from radapter_serve.index.index import FACTS, Index
+from radapter_serve.index.index import Index, open_index
 from radapter_serve.index.neighbours import CODES, FILES, ROWS, VECTORS, Neighbours, write_neighbours
 from radapter_serve.index.recall import tune
+from radapter_serve.index.store import table as store_table
 from radapter_serve.index.verify import verify
 from radapter_serve.inputs.errors import TaskError
+from tests.helpers.indexes import generation, said, say
 from tests.index.test_index import FakeRelease
 
 COUNT, DIM, EXACT = 3000, 32, 200
@@ -91,7 +91,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ready]:
 
 
 def lower(patch: pytest.MonkeyPatch) -> None:
-    for module in (opened, index_writer):
+    for module in (store_table, index_writer):
         patch.setattr(module, "EXACT", EXACT)
 
 
@@ -108,15 +108,15 @@ def test_images_and_texts_are_found_with_their_own_scores(
 ) -> None:
     lower(monkeypatch)
     folder, release = built
-    index, vectors = Index(folder / "index"), release.vectors[:COUNT]
-    assert index.facts["search"]["name"] == "faiss"
+    index, vectors = open_index(folder / "index"), release.vectors[:COUNT]
+    assert index.facts.nearest is not None
     for queries in (release.vectors[COUNT : COUNT + 100], clustered(COUNT + 400, DIM, 60)[1][100:]):
         assert recall(index, queries, vectors) >= 0.95
     query = vectors[7]
     hits = index.search(query, 10)
     numbers = [int(hit.id[:6]) for hit in hits]
     np.testing.assert_allclose([hit.score for hit in hits], vectors[numbers] @ query, atol=1e-6)
-    assert numbers[0] == 7 and hits[0].metadata.keys() == set(index.columns)
+    assert numbers[0] == 7 and hits[0].metadata.keys() == set(index.facts.columns)
     assert len(index.search(query, 1000)) == 1000 and len(set(found(index, query, 1000))) == 1000
 
 
@@ -125,7 +125,7 @@ def test_few_rows_are_compared_exactly_and_many_keep_the_recall(
 ) -> None:
     lower(monkeypatch)
     folder, release = built
-    index, vectors = Index(folder / "index"), release.vectors[:COUNT]
+    index, vectors = open_index(folder / "index"), release.vectors[:COUNT]
     queries = release.vectors[COUNT : COUNT + 50]
     for query in queries[:10]:
         assert found(index, query, 10, "path < '000150.jpg'") == list(np.argsort(-(vectors[:150] @ query))[:10])
@@ -137,27 +137,27 @@ def test_few_rows_are_compared_exactly_and_many_keep_the_recall(
 def test_additions_and_removals_are_found(copied: tuple[Path, Ready], built: tuple[Path, Ready]) -> None:
     out, release = copied
     photos, before = built[0] / "photos", release.embedded
-    elsewhere = Index(out)
-    facts = json.loads((out / FACTS).read_text())
+    elsewhere = open_index(out)
+    cells = said(out)["nearest"]["trained_on"]
     (photos / "000000.jpg").unlink()
     write_numbers(photos, range(COUNT, COUNT + 5))
     try:
         summary = add(out, release, prune=True)
         assert (summary.count, summary.removed, release.embedded - before) == (COUNT + 4, 1, 5)
-        index = Index(out)
+        index = open_index(out)
         assert found(index, release.vectors[COUNT + 3], 1) == [COUNT + 3] and 0 not in found(
             index, release.vectors[0], 10
         )
         assert recall(index, release.vectors[COUNT + 5 : COUNT + 50], release.vectors[: COUNT + 5]) >= 0.95
-        assert index.facts["search"]["trained_on"] == facts["search"]["trained_on"]  # the same cells
+        assert index.facts.nearest is not None and index.facts.nearest.trained_on == cells  # the same cells
         assert found(elsewhere, release.vectors[0], 1) == [0]  # who has it open goes on with what it was
         assert add(out, release).changed is False
-        assert len(list((out / "neighbours").iterdir())) == 2  # the old one, for an hour
-        for path in (out / "neighbours").iterdir():
+        assert len(list(out.glob("g-*"))) == 2  # the old one, for an hour
+        for path in out.glob("g-*"):
             os.utime(path, (0, 0))
         write_numbers(photos, [COUNT + 5])
         add(out, release)
-        assert len(list((out / "neighbours").iterdir())) == 2 and len(Index(out)) == COUNT + 5
+        assert len(list(out.glob("g-*"))) == 2 and len(open_index(out)) == COUNT + 5
     finally:
         for number in range(COUNT, COUNT + 6):
             (photos / f"{number:06}.jpg").unlink(missing_ok=True)
@@ -165,8 +165,7 @@ def test_additions_and_removals_are_found(copied: tuple[Path, Ready], built: tup
 
 
 def place(out: Path) -> Path:
-    (one,) = (out / "neighbours").iterdir()
-    return one
+    return generation(out) / "neighbours"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -182,18 +181,18 @@ def test_a_damaged_file_is_refused_in_one_line_and_mended(name: str, harm: str, 
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     with pytest.raises(RAdapterError, match=rf"{name} is missing, or is not.*mend it: radapter-index add --out") as why:
-        Index(out)
+        open_index(out)
     assert "\n" not in str(why.value)
     assert add(out, release).changed and release.embedded == before
-    assert verify(out).ok and found(Index(out), release.vectors[5], 1) == [5]
+    assert verify(out).ok and found(open_index(out), release.vectors[5], 1) == [5]
 
 
-def say(out: Path, name: str) -> None:
+def rename(out: Path, name: str) -> None:
     """Have `index.json` name a file as it is now."""
-    facts = json.loads((out / FACTS).read_text())
+    facts = said(out)
     path = place(out) / name
-    facts["search"]["files"][name] = {"size": path.stat().st_size, "digest": digest_of(path)}
-    (out / FACTS).write_text(json.dumps(facts))
+    facts["nearest"]["files"][name] = {"size": path.stat().st_size, "digest": digest_of(path)}
+    say(out, facts)
 
 
 @pytest.mark.parametrize(
@@ -225,13 +224,13 @@ def test_a_file_that_index_json_names_but_that_does_not_fit_is_refused(what: str
     elif what == "fewer":
         np.save(folder / VECTORS, release.vectors[: COUNT - 1].astype(np.float16))
     for name in FILES:
-        say(out, name)
+        rename(out, name)
     if what == "facts":
-        facts = json.loads((out / FACTS).read_text())
-        del facts["search"]["files"][ROWS]
-        (out / FACTS).write_text(json.dumps(facts))
+        facts = said(out)
+        del facts["nearest"]["files"][ROWS]
+        say(out, facts)
     with pytest.raises(RAdapterError, match="can't be searched.*radapter-index add") as why:
-        Index(out)
+        open_index(out)
     assert "\n" not in str(why.value)
 
 
@@ -249,8 +248,8 @@ def test_a_full_disk_is_one_line_and_what_is_searched_stays(
             )
             with pytest.raises(RAdapterError, match="cannot write .*neighbours.*: No space left on device"):
                 add(out, release)
-        assert len(Index(out)) == COUNT and len(list((out / "neighbours").iterdir())) == 1
-        assert add(out, release).count == COUNT + 1 and found(Index(out), release.vectors[COUNT], 1) == [COUNT]
+        assert len(open_index(out)) == COUNT and len(list(out.glob("g-*"))) == 1
+        assert add(out, release).count == COUNT + 1 and found(open_index(out), release.vectors[COUNT], 1) == [COUNT]
     finally:
         (built[0] / "photos" / f"{COUNT:06}.jpg").unlink()
 
@@ -260,15 +259,15 @@ def test_a_build_that_is_given_again_mends_and_embeds_nothing(copied: tuple[Path
     (place(out) / CODES).unlink()
     before = release.embedded
     assert build(str(built[0] / "photos"), out, release).kept == COUNT and release.embedded == before
-    assert found(Index(out), release.vectors[5], 1) == [5]
+    assert found(open_index(out), release.vectors[5], 1) == [5]
 
 
 def test_few_rows_are_compared_without_faiss(built: tuple[Path, Ready], monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to EXACT rows that meet a condition; one more, and FAISS is asked."""
-    monkeypatch.setattr(opened, "EXACT", 900)
+    monkeypatch.setattr(store_table, "EXACT", 900)
     folder, release = built
-    index, query = Index(folder / "index"), release.vectors[COUNT]
-    monkeypatch.setattr(index._neighbours, "_named", lambda *_: pytest.fail("FAISS was asked"))
+    index, query = open_index(folder / "index"), release.vectors[COUNT]
+    monkeypatch.setattr(Neighbours, "_named", lambda *_: pytest.fail("FAISS was asked"))
     assert found(index, query, 10, "path < '000900.jpg'") == list(np.argsort(-(release.vectors[:900] @ query))[:10])
     with pytest.raises(TaskError, match="FAISS was asked"):
         index.search(query, 10, "path < '000901.jpg'")
@@ -337,7 +336,7 @@ def test_a_condition_on_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     parquet.write_table(pa.table({"image": names, "year": years}), tmp_path / "table.parquet")
     build(f"parquet:{tmp_path / 'table.parquet'}", tmp_path / "index", release)
     query = release.vectors[COUNT]
-    hits = Index(tmp_path / "index").search(query, 10, "year = 3")
+    hits = open_index(tmp_path / "index").search(query, 10, "year = 3")
     scores = np.where(years == 3, release.vectors[:COUNT] @ query, -1)
     assert {hit.metadata["year"] for hit in hits} == {3}
     assert len({int(Path(hit.id).stem) for hit in hits} & set(np.argsort(-scores)[:10])) >= 9
@@ -354,7 +353,7 @@ def test_an_approximate_index_keeps_its_promise(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(index_writer, "BATCH", 10_000)
     summary = build(str(tmp_path / "photos"), tmp_path / "index", release)
     assert summary.recall is not None and summary.recall >= 0.97
-    index = Index(tmp_path / "index")
+    index = open_index(tmp_path / "index")
     for asked in (queries, texts[100:]):
         assert recall(index, asked, vectors) >= 0.95
     few = found(index, queries[0], 10, "path < '000050.jpg'")  # every one of them is compared

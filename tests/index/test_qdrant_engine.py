@@ -12,8 +12,9 @@ from qdrant_client import models
 
 from radapter_serve.index.build import build
 from radapter_serve.index.filters import OWN, kind_of, to_filter
-from radapter_serve.index.index import Index
-from radapter_serve.index.qdrant import THUMBNAIL, key_of
+from radapter_serve.index.index import open_index
+from radapter_serve.index.store import THUMBNAIL
+from radapter_serve.index.store.qdrant import key_of
 from radapter_serve.index.upload import SCHEMAS, points_of
 from tests.index.test_index import DIM, FakeRelease
 from tests.index.test_qdrant import CONDITIONS, QUERY, photos, table
@@ -39,8 +40,8 @@ def _native(one: Any) -> Any:
 @pytest.mark.parametrize("indexed", [False, True])
 def test_conditions_and_scores(table: str, tmp_path: Path, indexed: bool) -> None:
     build(table, tmp_path / "index", FakeRelease())
-    local = Index(tmp_path / "index")
-    types = OWN | local.facts["column_types"]
+    local = open_index(tmp_path / "index")
+    types = OWN | local.facts.plan.column_types
     vectors = edge.EdgeVectorParams(size=DIM, distance=edge.Distance.Dot)
     (tmp_path / "shard").mkdir()
     shard = edge.EdgeShard.create(str(tmp_path / "shard"), edge.EdgeConfig(vectors=vectors))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import add, build
-from radapter_serve.index.index import Index
+from radapter_serve.index.index import open_index
 from radapter_serve.inputs.alpha import RequestAlpha, at
 from radapter_serve.inputs.errors import TaskError
 from radapter_serve.runtimes.local_release import LocalRelease
@@ -198,8 +198,8 @@ def test_an_index_belongs_to_one_alpha(
     release = LocalRelease(dynamic_tiny_clip)
     release.set_alpha(0.8)
     build(str(photos), tmp_path / "indexes" / "photos", release)
-    facts = Index(tmp_path / "indexes" / "photos").facts
-    assert facts["release"]["alpha"] == 0.8
+    made = open_index(tmp_path / "indexes" / "photos").facts.plan.release
+    assert made.alpha == 0.8
     again = LocalRelease(dynamic_tiny_clip)
     assert add(tmp_path / "indexes" / "photos", again).kept == 6
     assert again.facts.alpha == 0.8

@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from radapter_client import InvalidRequest
 from radapter_serve.index.build import add, build
-from radapter_serve.index.index import Hit, Index
-from radapter_serve.index.opening import open_index
+from radapter_serve.index.opened import OpenIndexes
 from radapter_serve.inputs.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
 from radapter_serve.playground import page
-from radapter_serve.tasks import retrieve as retrieve_module
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
+from tests.helpers.indexes import table
 from tests.index.test_index import FakeRelease, embeds_of, write
 from tests.index.test_neighbours import Ready, clustered, lower, write_numbers
 
@@ -96,26 +95,36 @@ def test_indexes_come_change_and_go(photos: Path, tmp_path: Path) -> None:
     assert error.value.code == UNKNOWN_INDEX
 
 
-def test_an_index_that_is_replaced_while_it_is_searched(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    release = FakeRelease()
-    build(str(photos), tmp_path / "indexes" / "photos", release)
+def test_an_index_that_is_held_stays_whole_while_it_is_replaced(photos: Path, tmp_path: Path) -> None:
+    release, out = FakeRelease(), tmp_path / "indexes" / "photos"
+    build(str(photos), out, release)
     retrieve = task(tmp_path / "indexes", release)
-    search = Index.search
-
-    def replaced_first(self: Index, *args: Any, **options: Any) -> list[Hit]:
-        monkeypatch.undo()
-        (photos / "0.png").unlink()
-        build(str(photos), tmp_path / "indexes" / "photos", release, resume=False)
-        return search(self, *args, **options)
-
-    monkeypatch.setattr(Index, "search", replaced_first)
-    assert len(retrieve(RetrieveRequest(b"photos", text=b"a", where=b"width > 1")).ids) == 3
-    table = next((tmp_path / "indexes" / "photos" / "images.lance" / "data").iterdir())
-    table.unlink()
-    with pytest.raises(TaskError, match="a file is damaged; the server's log says why"):
+    held = retrieve.index("photos")
+    (photos / "0.png").unlink()
+    build(str(photos), out, release, resume=False)
+    query = np.eye(16, dtype=np.float32)[0]
+    assert len(held.search(query, 10, "width > 1")) == 4 and len(retrieve.index("photos")) == 3
+    assert retrieve.index("photos") is retrieve.index("photos") is not held
+    next((table(out) / "data").iterdir()).unlink()
+    with pytest.raises(TaskError, match="can't be opened; the server's log says why"):
         task(tmp_path / "indexes", release)(RetrieveRequest(b"photos", text=b"a"))
+
+
+def test_an_index_that_is_broken_is_tried_again_after_ten_seconds(photos: Path, tmp_path: Path) -> None:
+    release, out = FakeRelease(), tmp_path / "indexes" / "photos"
+    build(str(photos), out, release)
+    (data,) = (table(out) / "data").iterdir()
+    data.rename(out / "aside")
+    now = [0.0]
+    indexes = OpenIndexes(tmp_path / "indexes", lambda: now[0])
+    with pytest.raises(TaskError):
+        indexes.get("photos")
+    (out / "aside").rename(data)
+    now[0] = 9.0
+    with pytest.raises(TaskError, match="can't be opened"):
+        indexes.get("photos")
+    now[0] = 11.0
+    assert len(indexes.get("photos")) == 4
 
 
 def test_nothing_fails_while_an_index_of_many_images_is_replaced(
@@ -156,49 +165,6 @@ def test_nothing_fails_while_an_index_of_many_images_is_replaced(
         for one in searching:
             one.join()
     assert not failed and len(counts) > 10 and set(counts) <= states
-
-
-def test_an_index_that_is_gone_for_a_moment_is_looked_for_again(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As it is between the two renames of a disk that can't exchange folders: found, or opened, just then."""
-    release, out, other = FakeRelease(), tmp_path / "indexes" / "photos", tmp_path / "indexes" / "other"
-    build(str(photos), out, release)
-    write(photos / "new.png", 9)
-    build(str(photos), other, release)
-    retrieve = task(tmp_path / "indexes", release)
-
-    def count() -> int:
-        return len(retrieve(RetrieveRequest(b"photos", text=b"a")).ids)
-
-    def gone_first(folder: Path) -> Index:
-        monkeypatch.setattr(retrieve_module, "open_index", open_index)
-        shutil.rmtree(folder)
-        return open_index(folder)
-
-    monkeypatch.setattr("time.sleep", lambda _: other.rename(out))
-    monkeypatch.setattr(retrieve_module, "open_index", gone_first)
-    assert count() == 5
-    out.rename(other)
-    assert count() == 5
-
-
-def test_an_index_that_is_replaced_while_it_is_opened_is_opened_again(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    release, out = FakeRelease(), tmp_path / "indexes" / "photos"
-    build(str(photos), out, release)
-
-    def replaced_behind(folder: Path) -> Index:
-        opened = open_index(folder)
-        write(photos / f"{len(opened)}.png", 9)
-        if len(opened) == 6:
-            monkeypatch.setattr(retrieve_module, "open_index", open_index)
-        build(str(photos), out, release, resume=False)
-        return opened
-
-    monkeypatch.setattr(retrieve_module, "open_index", replaced_behind)
-    assert len(task(tmp_path / "indexes", release).index("photos")) == 7
 
 
 def test_refusals(photos: Path, tmp_path: Path) -> None:

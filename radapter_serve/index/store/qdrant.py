@@ -8,38 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from radapter_serve.errors import RAdapterError, check_installed
-from radapter_serve.index.bucket import GENERATION, Bucket
+from radapter_serve.index.facts import IndexFacts
+from radapter_serve.index.store import Store
+from radapter_serve.index.store.local import GENERATION
 
 KEYS = ("RADAPTER_QDRANT_API_KEY", "QDRANT_API_KEY")
 FACTS_KEY = "radapter_index"  # of the collection's metadata: the facts, as JSON
-THUMBNAIL = "thumbnail"  # of a point's payload: JPEG in base64
 TIMEOUT = 10  # seconds for a search, and for a switch of the alias
-MAX_ANSWER = 128 << 20  # bytes
 _PORT = 6333
 _PLACE = re.compile(r"qdrant(s?)://(\[[0-9a-fA-F:]+\]|[\w.-]+)(?::([0-9]{1,5}))?/(\w[\w.-]{0,150})/?", re.ASCII)
-_NEEDED = {
-    "format": int,
-    "count": int,
-    "columns": list,
-    "column_types": dict,
-    "release": dict,
-    "release_digest": str,
-    "search": dict,
-    "source": str,
-    "root": str,
-    "created": str,
-    "changed": str,
-    GENERATION: str,
-}
 
 
 def is_qdrant(url: str) -> bool:
@@ -93,25 +78,31 @@ class Qdrant:
         check_installed("qdrant_client", "qdrant")
         return _connected(f"http{secure}://{host}:{port}", key, timeout or TIMEOUT)
 
-    def facts(self) -> dict[str, Any]:
-        """What the index's `index.json` says, with the collection that counts.
-
-        Raises:
-            RAdapterError: there is no index, or it can't be read.
-        """
+    def current(self) -> tuple[str, IndexFacts]:
         with qdrant_errors(self.url):
             config = self.client().get_collection(self.name).config
         try:
-            facts: dict[str, Any] = json.loads((config.metadata or {})[FACTS_KEY])
-            _check(facts, self.name)
+            values = json.loads((config.metadata or {})[FACTS_KEY])
+            generation = values.pop(GENERATION)
+            facts = IndexFacts.from_json(json.dumps(values))
+            if not is_collection_of(self.name, generation):
+                raise ValueError(f"{GENERATION} is {generation!r:.100}")
+            if "path" not in facts.columns:
+                raise ValueError(f"columns are {facts.columns!r:.100}")
             size = config.params.vectors.size
-            if size != facts["release"]["embed_dim"]:
-                raise ValueError(f"its vectors have the width {size} in place of {facts['release']['embed_dim']}")
+            if size != facts.plan.release.embed_dim:
+                raise ValueError(f"its vectors have the width {size} in place of {facts.plan.release.embed_dim}")
         except KeyError as error:
             raise self._broken(f"it lacks {error}") from None
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise self._broken(f"{error}") from None
-        return facts
+        return generation, facts
+
+    def open(self, generation: str, facts: IndexFacts, *, complete: bool) -> Store:
+        check_installed("qdrant_client", "qdrant")
+        from radapter_serve.index.store.collection import Collection  # here: others need no client
+
+        return Collection(self, generation, facts)
 
     def _broken(self, why: str) -> RAdapterError:
         return RAdapterError(
@@ -120,18 +111,9 @@ class Qdrant:
         )
 
 
-def place_of(url: str) -> Bucket | Qdrant:
-    """Where a published index is.
-
-    Raises:
-        RAdapterError: the address is of neither.
-    """
-    return Qdrant(url) if is_qdrant(url) else Bucket(url)
-
-
 def collection_of(name: str, generation: str) -> str:
     """The collection of a generation."""
-    return f"{name}-g-{generation}"
+    return f"{name}-{generation}"
 
 
 def is_collection_of(name: str, collection: str) -> bool:
@@ -169,35 +151,9 @@ def _said(error: Exception) -> str:
     return f": {text}" if text.isprintable() and text else ""
 
 
-def _check(facts: Mapping[str, Any], name: str) -> None:
-    """Refuse facts that a search would trip over.
-
-    Raises:
-        KeyError: one is not there.
-        ValueError: one is something else.
-    """
-    for fact, kind in _NEEDED.items():
-        if not isinstance(facts[fact], kind):
-            raise ValueError(f"{fact} is {facts[fact]!r:.60}")
-    release = facts["release"]
-    number = all(isinstance(release[one], (int, float)) for one in ("alpha", "embed_dim"))
-    if not (number and math.isfinite(release["alpha"]) and release.keys() >= {"architecture", "version", "precision"}):
-        raise ValueError(f"release is {release!r:.100}")
-    texts = [*facts["columns"], *facts["column_types"], *facts["column_types"].values()]
-    if not all(isinstance(text, str) for text in texts) or "path" not in facts["columns"]:
-        raise ValueError(f"columns are {facts['columns']!r:.100}")
-    if not is_collection_of(name, facts[GENERATION]) or facts["count"] < 0:
-        raise ValueError(f"{GENERATION} is {facts[GENERATION]!r:.100}")
-
-
 @lru_cache(8)  # one keeps its connections
 def _connected(url: str, key: str | None, timeout: int) -> Any:
     from qdrant_client import QdrantClient
 
-    from radapter_serve.index.bounded import BoundedTransport
-
-    headers = {"accept-encoding": "identity", **({"api-key": key} if key else {})}
-    transport = BoundedTransport(MAX_ANSWER, timeout)
-    return QdrantClient(
-        url=url, headers=headers, timeout=timeout, check_compatibility=False, transport=transport, trust_env=False
-    )
+    headers = {"api-key": key} if key else {}
+    return QdrantClient(url=url, headers=headers, timeout=timeout, check_compatibility=False, trust_env=False)

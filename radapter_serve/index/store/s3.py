@@ -13,20 +13,23 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from radapter_serve.errors import RAdapterError, reason
+from radapter_serve.errors import RAdapterError, check_installed, reason
+from radapter_serve.index.facts import FACTS, IndexFacts
+from radapter_serve.index.neighbours import FOLDER, Neighbours
+from radapter_serve.index.store import TABLE
+from radapter_serve.index.store.local import GENERATION, is_generation
+from radapter_serve.index.store.table import Table, short_reason
 from radapter_serve.lock import lock
 
 SCHEME = "s3://"
 CACHE = "RADAPTER_CACHE"  # where the files lie that are searched in memory
-POINTER = "index.json"
-LINK = "at"  # the one fact in the index.json of a folder that stands for an index in a bucket
-GENERATION = "generation"
+MAX_FACTS = 16 << 20  # bytes
 KEPT = 2  # generations of an index in the cache: a server may still open the one before
 _JUST_NOW = 600.0  # seconds; a broken index is not fetched again and again
 
@@ -57,50 +60,85 @@ class Bucket:
         """As pyarrow wants it."""
         return self.url.removeprefix(SCHEME).strip("/")
 
-    def facts(self) -> dict[str, Any]:
-        """What the index's `index.json` says, with the generation that counts.
-
-        Raises:
-            RAdapterError: there is no index, or it can't be read.
-        """
-        with bucket_errors(self.url), file_system().open_input_stream(f"{self.path}/{POINTER}") as file:
-            data = file.read(1 << 20)
+    def current(self) -> tuple[str, IndexFacts]:
+        with bucket_errors(self.url), file_system().open_input_stream(f"{self.path}/{FACTS}") as file:
+            data = file.read(MAX_FACTS)
         try:
-            facts: dict[str, Any] = json.loads(data)
-            if not is_generation(facts[GENERATION]):
+            values = json.loads(data)
+            generation = values.pop(GENERATION)
+            if not is_generation(generation):
                 raise ValueError("it names no generation")
-        except (ValueError, KeyError, TypeError) as error:
-            raise RAdapterError(
-                f"{self.url}/{POINTER} can't be read ({reason(error)}); publish the index again"
-            ) from None
-        return facts
+            return generation, IndexFacts.from_json(json.dumps(values))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RAdapterError(f"{self.url}/{FACTS} can't be read ({reason(error)}); {_again(self.url)}") from None
 
-    def table(self, facts: Mapping[str, Any]) -> str:
-        """Where LanceDB finds the tables of the generation."""
-        return f"{SCHEME}{self.path}/{facts[GENERATION]}"
+    def open(self, generation: str, facts: IndexFacts, *, complete: bool) -> Table:
+        check_installed("lancedb", "server")
+        import lancedb  # here: a server without indexes needs none
 
-    def fetch(self, facts: Mapping[str, Any], folder: Path, *, anew: bool = False) -> Path:
-        """A folder of the generation on this machine's disk, from the cache or into it.
+        try:
+            place = f"{SCHEME}{self.path}/{generation}"
+            table = lancedb.connect(place, storage_options=storage_options()).open_table(TABLE)
+        except Exception as error:
+            why = short_reason(error)
+            raise RAdapterError(f"the index {self.url} can't be used: {why}; {_again(self.url)}") from error
+        nearest = None
+        if facts.nearest is not None:
+            shape = facts.count, facts.plan.release.embed_dim
+            with contextlib.suppress(RAdapterError):
+                nearest = Neighbours(self.fetch(generation), facts.nearest, shape)
+            if nearest is None:
+                nearest = Neighbours(self.fetch(generation, anew=True), facts.nearest, shape)
+        return Table(self.url.rpartition("/")[2], table, facts, nearest)
+
+    def put(self, folder: Path, generation: str, facts: IndexFacts) -> bool:
+        """Copy a generation here, then have it be the one that counts, and drop all but the one before.
 
         Args:
-            facts: of the index.
-            folder: as it lay in the index that was published: two names from its end count.
+            folder: of the generation.
+            generation, facts: as of `current`.
+
+        Returns:
+            False where it counts already.
+
+        Raises:
+            RAdapterError: the storage refuses.
+        """
+        before = None
+        with contextlib.suppress(RAdapterError):
+            before, _ = self.current()
+        if before == generation:
+            return False
+        with bucket_errors(self.url):
+            for part in (path for path in folder.iterdir() if path.is_dir()):
+                copy(str(part), f"{self.path}/{generation}/{part.name}", down=False)
+            system = file_system()
+            with system.open_output_stream(f"{self.path}/{FACTS}") as file:  # seen when it is whole
+                file.write(json.dumps({**asdict(facts), GENERATION: generation}).encode())
+            if before is not None:  # else nobody knows which one is being read
+                _drop_all_but({before, generation}, system, self.path)
+        return True
+
+    def fetch(self, generation: str, *, anew: bool = False) -> Path:
+        """What FAISS needs of a generation on this machine's disk, from the cache or into it.
+
+        Args:
+            generation: its name.
             anew: not from the cache, which is damaged; what was fetched just now is as the storage has it.
 
         Raises:
             RAdapterError: it can't be read, or there is no room.
         """
-        folder = Path(folder.parent.name, folder.name)
         own = _cache() / hashlib.sha256(self.path.encode()).hexdigest()[:16]
-        wanted = own / str(facts[GENERATION])
+        wanted = own / generation
         with bucket_errors(self.url), _cache_errors(own), lock(own, "radapter-index", wait=True):
             for left in own.glob(".g-*.new"):  # of a download that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            if not (wanted / folder).is_dir() or (anew and _is_old(wanted / folder, own)):
-                fresh = own / f".{facts[GENERATION]}.new"
+            if not (wanted / FOLDER).is_dir() or (anew and _is_old(wanted / FOLDER, own)):
+                fresh = own / f".{generation}.new"
                 try:
-                    (fresh / folder).mkdir(parents=True)
-                    copy(f"{self.path}/{facts[GENERATION]}/{folder}", str(fresh / folder), down=True)
+                    (fresh / FOLDER).mkdir(parents=True)
+                    copy(f"{self.path}/{generation}/{FOLDER}", str(fresh / FOLDER), down=True)
                     shutil.rmtree(wanted, ignore_errors=True)
                     fresh.rename(wanted)
                 finally:
@@ -111,14 +149,7 @@ class Bucket:
             )
             for path in others[:-KEPT]:
                 shutil.rmtree(path, ignore_errors=True)
-        return wanted / folder
-
-
-def link_of(folder: Path) -> str:
-    """The address of the published index that a folder stands for; empty where it stands for none."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        return str(json.loads((folder / POINTER).read_text(encoding="utf-8"))[LINK])
-    return ""
+        return wanted / FOLDER
 
 
 def storage_options() -> dict[str, str]:
@@ -162,9 +193,17 @@ def _is_old(folder: Path, cache: Path) -> bool:
     return abs(cache.stat().st_mtime - folder.stat().st_mtime) > _JUST_NOW
 
 
-def is_generation(name: Any) -> bool:
-    """Whether a name is that of a generation."""
-    return isinstance(name, str) and len(name) == 18 and name.startswith("g-") and name[2:].isalnum() and name.isascii()
+def _again(url: str) -> str:
+    return f"publish it again: radapter-index publish INDEX {url}"
+
+
+def _drop_all_but(kept: set[str], system: Any, path: str) -> None:
+    """Remove the other generations, those of publications that were killed included."""
+    from pyarrow import fs
+
+    for info in system.get_file_info(fs.FileSelector(path)):
+        if is_generation(info.base_name) and info.base_name not in kept:
+            system.delete_dir(info.path)
 
 
 def _endpoint() -> str:

@@ -1,0 +1,220 @@
+"""What is known of an index: how it was made, what it holds, and how it is searched; as its `index.json` says it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from radapter_serve.release.release import Release
+
+FORMAT = 4
+FACTS = "index.json"
+OnBroken = Literal["refuse", "skip"]
+
+
+@dataclass(frozen=True)
+class MadeBy:
+    """The facts of the release that made an index.
+
+    Args:
+        architecture, alpha, dynamic_alpha, version, precision, base_digest, adapter_digest, embed_dim: as of `Release`,
+            with the α that the images were embedded at.
+        digest: of the release.
+    """
+
+    architecture: str
+    alpha: float
+    dynamic_alpha: bool
+    version: int
+    precision: str
+    base_digest: str
+    adapter_digest: str
+    embed_dim: int
+    digest: str
+
+    @classmethod
+    def of(cls, release: Release) -> MadeBy:
+        """The facts of a release."""
+        names = (name for name in cls.__dataclass_fields__ if name != "digest")
+        return cls(**{name: getattr(release, name) for name in names}, digest=release.digest)
+
+    def is_of(self, release: Release) -> bool:
+        """Whether the embeddings are of a release; one that takes any α has that of the index."""
+        return self.digest == (release.at(self.alpha) if release.dynamic_alpha else release).digest
+
+    def __str__(self) -> str:
+        return f"{self.architecture} at alpha {self.alpha:g}, release {self.version}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an index is made; where two plans differ in one of DECIDING, every image is embedded again.
+
+    Args:
+        source: as `radapter-index build` takes it.
+        root: folder that ids start from.
+        image_column: of a table.
+        column_types: the table's other columns, as Arrow types by name.
+        thumbnails: longest side, in px; 0 for none.
+        exif_orientation: whether images are turned as their EXIF says.
+        on_broken: what becomes of images that can't be read.
+        release: that embeds.
+        origin: where the release is, as of `EmbeddingRelease`.
+    """
+
+    source: str
+    root: str
+    image_column: str
+    column_types: dict[str, str]
+    thumbnails: int
+    exif_orientation: bool
+    on_broken: OnBroken
+    release: MadeBy
+    origin: dict[str, str]
+
+    def differences(self, other: Plan) -> list[str]:
+        """In what another plan makes another index, in words."""
+        found = [word for name, word in _DECIDING.items() if getattr(self, name) != getattr(other, name)]
+        return found if self.release.digest == other.release.digest else ["release", *found]
+
+
+_DECIDING = {
+    "root": "folder",
+    "image_column": "image column",
+    "column_types": "columns",
+    "thumbnails": "size of thumbnails",
+    "exif_orientation": "EXIF orientation",
+}
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """A file as it was written.
+
+    Args:
+        size: in bytes.
+        digest: `sha256:` and hexadecimal digits.
+    """
+
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class NearestFacts:
+    """What FAISS finds the nearest by.
+
+    Args:
+        cells: number of cells.
+        trained_on: number of vectors that the cells were computed from.
+        files: by name.
+        nprobes: cells that a search for ten looks into.
+        candidates: that FAISS names, for the vectors to sort.
+        recall: recall@10 on a sample.
+    """
+
+    cells: int
+    trained_on: int
+    files: dict[str, FileFacts]
+    nprobes: int = 1
+    candidates: int = 1
+    recall: float = 0.0
+
+
+@dataclass(frozen=True)
+class IndexFacts:
+    """What is known of a generation of an index.
+
+    Args:
+        plan: how it was made.
+        count: number of images.
+        columns: of the metadata.
+        files: of the table, by their paths in its folder.
+        nearest: what FAISS needs; None where every vector is compared.
+        table_version: LanceDB's number of the table's state.
+        created: when the index was made first, in UTC, ISO 8601.
+        changed: when it was changed last.
+        format: version of this format.
+    """
+
+    plan: Plan
+    count: pydantic.NonNegativeInt
+    columns: list[str]
+    files: dict[str, FileFacts]
+    nearest: NearestFacts | None
+    table_version: int
+    created: str
+    changed: str
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """As `from_json` reads it."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, data: bytes | str) -> IndexFacts:
+        """Read what `to_json` gave.
+
+        Raises:
+            ValueError: it is something else, or of another format.
+        """
+        values = json.loads(data)
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            found = values.get("format") if isinstance(values, dict) else None
+            raise ValueError(f"it has the format {found!r:.40} and this version reads {FORMAT}")
+        facts: IndexFacts = read(cls, values)
+        return facts
+
+
+def read(kind: Any, values: Any) -> Any:
+    """A dataclass of what JSON holds.
+
+    Raises:
+        ValueError: something is missing, or of another type; names the first.
+    """
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def build_command(
+    folder: Path, plan: Plan | None = None, release: Release | None = None, origin: Mapping[str, str] | None = None
+) -> str:
+    """The command that builds an index again, by the release that made it or by another.
+
+    Args:
+        folder: of the index.
+        plan: of the index; None where it can't be read.
+        release: the other release.
+        origin: where that is, as of `EmbeddingRelease`.
+    """
+    if plan is None:
+        return f"radapter-index build SOURCE --out {shlex.quote(str(folder))}"
+    command = ["radapter-index", "build", plan.source, "--out", str(folder)]
+    if plan.image_column != "image":
+        command += ["--image-column", plan.image_column]
+    if plan.thumbnails != 128:
+        command += ["--thumbnails", str(plan.thumbnails)]
+    if not plan.exif_orientation:
+        command.append("--no-exif-orientation")
+    if plan.on_broken != "refuse":
+        command += ["--on-broken", plan.on_broken]
+    for name, place in (plan.origin if origin is None else origin).items():
+        command += [f"--{name.replace('_', '-')}", place]
+    if release.dynamic_alpha if release else plan.release.dynamic_alpha:
+        command += ["--alpha", f"{plan.release.alpha:g}"]
+    return shlex.join(command)
+
+
+def mismatch(made: MadeBy, release: Release) -> str:
+    """Why an index can't be searched by a release that did not make it, as the end of a sentence about the index."""
+    now = MadeBy.of(release)
+    return f"is of another release ({made} then; this is {now}), so their embeddings can't be compared"
