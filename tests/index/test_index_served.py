@@ -26,7 +26,7 @@ from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.server.triton_server import TritonServer, free_ports
 from tests.helpers.asking import connect, post, tensors
 from tests.helpers.fake_qdrant import fake_qdrant
-from tests.helpers.indexes import generation
+from tests.helpers.indexes import generation, point_again, said, say
 from tests.helpers.small_release import png
 from tests.index.test_neighbours import lower
 
@@ -129,7 +129,7 @@ def test_many_images_are_found_by_faiss(
     assert found["id"][0].decode() > "100.png"
     (codes,) = out.glob("g-*/neighbours/codes.faiss")
     codes.write_bytes(b"broken")
-    (out / "index.json").touch()
+    point_again(out)
     with pytest.raises(
         InferenceServerException, match=r"\[unknown_index\].*can't be opened; the server's log says why"
     ):
@@ -184,10 +184,15 @@ def test_retrieve_refuses(served: tuple[TritonServer, Path], exported_tiny_clip:
     build(str(folder / "photos"), other, LocalRelease(f"{models}@1"))
     photos = len(list((folder / "photos").iterdir()))
     assert len(ask(server, text="a", index="other")["id"]) == photos  # release 1 is served, too
-    facts = json.loads((other / "index.json").read_text(encoding="utf-8"))
-    (other / "index.json").write_text(json.dumps({**facts, "release_digest": "sha256:0"}), encoding="utf-8")
+    facts = said(other)
+    facts["plan"]["release"]["digest"] = "sha256:0"
+    say(other, facts)
+    point_again(other)
     for match, inputs in (
-        (r"\[index_mismatch\].*alpha 0\.3.*alpha 0\.8.*radapter-index build", {"text": "a", "index": "other"}),
+        (
+            r"\[index_mismatch\].*alpha 0\.3.*alpha 0\.8.*the server's log has the command",
+            {"text": "a", "index": "other"},
+        ),
         (r"\[invalid_argument\] where 'nosuch = 1'.*path", {"text": "a", "index": "good", "where": "nosuch = 1"}),
         (r"\[invalid_argument\] top_k is 0", {"text": "a", "index": "good", "top_k": 0}),
         (r"\[invalid_argument\] top_k is 9999", {"text": "a", "index": "good", "top_k": 9999}),
