@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from radapter_serve.index.facts import FACTS
+from radapter_serve.index.facts import FACTS, IndexFacts, MadeBy, Plan
 
 
 def generation(out: Path) -> Path:
@@ -33,3 +33,13 @@ def said(out: Path) -> dict[str, Any]:
 def say(out: Path, facts: dict[str, Any]) -> None:
     """Have it say something else."""
     (generation(out) / FACTS).write_text(json.dumps(facts))
+
+
+def write_facts(out: Path, digest: str) -> None:
+    """Make an index of nothing but its facts, as a release of this digest would make it at alpha 0.5."""
+    made = MadeBy("ViT-B-32", 0.5, False, 1, "fp32", "sha256:1", "sha256:2", 16, digest)
+    plan = Plan("photos", "/photos", "image", {}, 128, True, "refuse", made, {})
+    facts = IndexFacts(plan, 0, ["path"], {}, None, 1, "", "")
+    (out / "g-0123456789abcdef").mkdir(parents=True)
+    (out / "g-0123456789abcdef" / FACTS).write_text(facts.to_json())
+    (out / FACTS).write_text(json.dumps({"generation": "g-0123456789abcdef"}))

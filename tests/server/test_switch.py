@@ -11,7 +11,6 @@ import pytest
 
 from radapter_serve.cli.release import main
 from radapter_serve.errors import RAdapterError
-from radapter_serve.index.index import FORMAT
 from radapter_serve.release.repository import ENCODERS, TASKS, encoders_of, named_releases
 from radapter_serve.release.served import Served
 from radapter_serve.server.control import NoAnswer, ServedVersion
@@ -19,6 +18,7 @@ from radapter_serve.server.launch import MODELS, put
 from radapter_serve.server.models import ModelEntry, kept_for_indexes, parsed, plan_models
 from radapter_serve.server.releases import previous, require_known
 from radapter_serve.server.switch import check_side_by_side, switch
+from tests.helpers.indexes import write_facts
 from tests.helpers.small_release import seal
 
 NEEDS = {"classify": ["image_encoder", "text_encoder"], "segment": ["image_encoder", "patch_encoder", "text_encoder"]}
@@ -240,24 +240,18 @@ def test_tasks_name_the_releases_that_are_served_and_encoders_none(sealed: Path)
             assert not [key for key in config.parameters if key.startswith("release")]
 
 
-def write_index(indexes: Path, name: str, digest: str) -> None:
-    (indexes / name).mkdir(parents=True, exist_ok=True)
-    facts = {"format": FORMAT, "release_digest": digest, "release": {"alpha": 0.5}}
-    (indexes / name / "index.json").write_text(json.dumps(facts))
-
-
 def test_an_older_release_stays_for_its_index_and_a_newer_one_does_not(sealed: Path, tmp_path: Path) -> None:
     digests = {one: encoders_of(sealed, [one])[0].facts.digest for one in (1, 2)}
     assert digests[1] != digests[2]
     indexes = tmp_path / "indexes"
     assert kept_for_indexes(sealed, [2], indexes) == {}
-    write_index(indexes, "fötos", digests[1])
-    write_index(indexes, "of another", "sha256:elsewhere")
+    write_facts(indexes / "fötos", digests[1])
+    write_facts(indexes / "of another", "sha256:elsewhere")
     (indexes / "broken").mkdir()
     (indexes / "broken" / "index.json").write_text("{")
     assert kept_for_indexes(sealed, [2], indexes) == {1: ["fötos"]}
     assert kept_for_indexes(sealed, [1, 2], indexes) == {}
-    write_index(indexes, "new", digests[2])
+    write_facts(indexes / "new", digests[2])
     assert kept_for_indexes(sealed, [1], indexes) == {}
     flipped = (sealed / "text_encoder" / "1" / "model.onnx").read_bytes()
     (sealed / "text_encoder" / "1" / "model.onnx").write_bytes(flipped[:-1])
