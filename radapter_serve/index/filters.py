@@ -13,7 +13,6 @@ from qdrant_client import models
 from sqlglot import exp
 
 from radapter_serve.index.condition import parse_condition
-from radapter_serve.index.store.qdrant import key_of
 from radapter_serve.inputs.errors import invalid
 
 ALLOWED = (
@@ -32,6 +31,11 @@ _BOUND = {exp.GT: "gt", exp.GTE: "gte", exp.LT: "lt", exp.LTE: "lte"}
 _OPPOSITE = {"gt": "lte", "gte": "lt", "lt": "gte", "lte": "gt"}
 _TURNED = {"gt": "lt", "gte": "lte", "lt": "gt", "lte": "gte"}  # 2020 < year is year > 2020
 _EXACT = 2**53  # whole numbers up to here are floats, which Qdrant's ranges are
+
+
+def key_of(column: str) -> str:
+    """What Qdrant calls a column, which has quotes where it is not one plain word."""
+    return column if re.fullmatch(r"[A-Za-z0-9_-]+", column) else f'"{column}"'
 
 
 def kind_of(arrow: str) -> str | None:

@@ -13,7 +13,7 @@ from qdrant_client import models
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.facts import IndexFacts
-from radapter_serve.index.filters import OWN, kind_of
+from radapter_serve.index.filters import OWN, key_of, kind_of
 from radapter_serve.index.index import Index
 from radapter_serve.index.store import THUMBNAIL, plain, vectors_of
 from radapter_serve.index.store.local import GENERATION, table_errors
@@ -22,7 +22,6 @@ from radapter_serve.index.store.qdrant import (
     Qdrant,
     collection_of,
     is_collection_of,
-    key_of,
     qdrant_errors,
 )
 

@@ -22,7 +22,7 @@ from radapter_serve.index.build import add, build
 from radapter_serve.index.facts import FACTS
 from radapter_serve.index.index import open_index
 from radapter_serve.index.publish import link, publish
-from radapter_serve.index.store import collection
+from radapter_serve.index.store import qdrant
 from radapter_serve.index.store.qdrant import FACTS_KEY, KEYS, Qdrant
 from radapter_serve.index.verify import verify
 from radapter_serve.inputs.errors import INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
@@ -92,7 +92,7 @@ def test_the_hits_are_numpys(store: FakeQdrant, photos: Path, tmp_path: Path, mo
         (hit.id, hit.metadata, hit.thumbnail) for hit in kept
     ]
     assert hits[0].thumbnail.startswith(b"\xff\xd8") and len(index) == 8
-    monkeypatch.setattr(collection, "EXACT", 7)
+    monkeypatch.setattr(qdrant, "EXACT", 7)
     index.search(QUERY, 500)
     assert store.asked[-1][2]["params"] == {"exact": False, "hnsw_ef": 1000}
 

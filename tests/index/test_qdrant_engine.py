@@ -11,10 +11,9 @@ import qdrant_edge as edge
 from qdrant_client import models
 
 from radapter_serve.index.build import build
-from radapter_serve.index.filters import OWN, kind_of, to_filter
+from radapter_serve.index.filters import OWN, key_of, kind_of, to_filter
 from radapter_serve.index.index import open_index
 from radapter_serve.index.store import THUMBNAIL
-from radapter_serve.index.store.qdrant import key_of
 from radapter_serve.index.upload import SCHEMAS, points_of
 from tests.index.test_index import DIM, FakeRelease
 from tests.index.test_qdrant import CONDITIONS, QUERY, photos, table

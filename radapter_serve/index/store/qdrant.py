@@ -6,19 +6,25 @@ replace the index. The key comes from the environment alone.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.index.facts import IndexFacts
-from radapter_serve.index.store import Store
+from radapter_serve.index.store import EXACT, THUMBNAIL, Hit, Store
 from radapter_serve.index.store.local import GENERATION
+from radapter_serve.inputs.errors import UNKNOWN_INDEX, TaskError, public
 
 KEYS = ("RADAPTER_QDRANT_API_KEY", "QDRANT_API_KEY")
 FACTS_KEY = "radapter_index"  # of the collection's metadata: the facts, as JSON
@@ -100,8 +106,6 @@ class Qdrant:
 
     def open(self, generation: str, facts: IndexFacts, *, complete: bool) -> Store:
         check_installed("qdrant_client", "qdrant")
-        from radapter_serve.index.store.collection import Collection  # here: others need no client
-
         return Collection(self, generation, facts)
 
     def _broken(self, why: str) -> RAdapterError:
@@ -109,6 +113,64 @@ class Qdrant:
             f"{self.url} holds no index that can be read ({why:.200}); publish it again: radapter-index publish INDEX "
             f"{self.url}"
         )
+
+
+class Collection:
+    """A collection of Qdrant's, to be searched.
+
+    Args:
+        place: where Qdrant is.
+        name: of the collection.
+        facts: of the index.
+    """
+
+    def __init__(self, place: Qdrant, name: str, facts: IndexFacts) -> None:
+        self._place = place
+        self._name = name
+        self._facts = facts
+
+    def rows(self, columns: list[str], batch: int) -> Iterator[Any]:
+        raise RAdapterError(
+            f"{self._place.url} is an index in Qdrant, which can only be searched and shown; give the index that was "
+            "published"
+        )
+
+    def find(self, embedding: NDArray[np.float32], top_k: int, where: str | None, *, thumbnails: bool) -> list[Hit]:
+        from radapter_serve.index.filters import OWN, to_filter  # here: others need no client
+
+        types = OWN | self._facts.plan.column_types
+        own = {name: kind for name, kind in types.items() if name in self._facts.columns}
+        met = None if where is None else to_filter(where, own)
+        try:
+            return self._asked_for(embedding, top_k, met, thumbnails)
+        except RAdapterError as error:
+            print(f"the index {self._place.name}: {error}", file=sys.stderr)
+            why = public(str(error).partition(" can't be used: ")[2]) or "it is gone from Qdrant"
+            raise TaskError(UNKNOWN_INDEX, f"the index {self._place.name} can't be searched in Qdrant: {why}") from None
+
+    def _asked_for(self, embedding: NDArray[np.float32], top_k: int, met: Any, thumbnails: bool) -> list[Hit]:
+        from qdrant_client import models
+
+        exact = self._facts.count <= EXACT
+        with qdrant_errors(self._place.url):
+            points = (
+                self._place.client()
+                .query_points(
+                    self._name,
+                    query=np.asarray(embedding, np.float32).tolist(),
+                    query_filter=met,
+                    search_params=models.SearchParams(exact=exact, hnsw_ef=max(128, 2 * top_k)),
+                    limit=top_k,
+                    with_payload=True if thumbnails else models.PayloadSelectorExclude(exclude=[THUMBNAIL]),
+                )
+                .points
+            )
+            return [self._hit(point, thumbnails) for point in points]
+
+    def _hit(self, point: Any, thumbnails: bool) -> Hit:
+        metadata = {name: point.payload[name] for name in self._facts.columns}
+        thumbnail = base64.b64decode(point.payload.get(THUMBNAIL) or "") if thumbnails else b""
+        return Hit(str(metadata["path"]), float(point.score), metadata, thumbnail)
 
 
 def collection_of(name: str, generation: str) -> str:
@@ -119,11 +181,6 @@ def collection_of(name: str, generation: str) -> str:
 def is_collection_of(name: str, collection: str) -> bool:
     """Whether a collection is one that an index's publication made."""
     return re.fullmatch(re.escape(name) + "-g-[0-9a-f]{16}", collection) is not None
-
-
-def key_of(column: str) -> str:
-    """What Qdrant calls a column, which has quotes where it is not one plain word."""
-    return column if re.fullmatch(r"[A-Za-z0-9_-]+", column) else f'"{column}"'
 
 
 @contextlib.contextmanager
