@@ -79,7 +79,7 @@ def load_benchmark(path: Path, data_root: Path | None = None) -> Benchmark:
         given["data"] = f"{reader}:{root / place}"
     for name in ("images", "classes", "templates"):
         if given.get(name) and (name == "images" or (root / given[name]).is_file()):  # the others may be names
-            given[name] = str(root / given[name])
+            given[name] = type(given[name])(root / given[name])  # a path, or a text that may be a name
     given.setdefault("architecture", f"{LOCAL}{BASE}")
     suite = load_suite(path.parent / document["suite"], root)
     return Benchmark(suite.name, given, suite)

@@ -165,7 +165,7 @@ def beyond(
                 f"the suite {benchmark.name} has no set with split: {split} and shift: id; candidates are compared "
                 "where they are equal there"
             )
-    cells = Cells(benchmark, out, flags.limit, say)
+    cells = Cells(benchmark, out, "beyond", flags.limit, say)
     reference = cells.chosen_rate("r-adapter", METHODS["r-adapter"], seeds[0], rates)
     assert isinstance(reference, RAdapter)
     shown = compare(cells, reference, seeds, alpha)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -17,7 +17,7 @@ from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.evaluation.evaluation_set import EvaluationSet
 from radapter_serve.evaluation.overlap import Overlap
 from radapter_serve.evaluation.results import Row, by_shift, own_metric
-from radapter_serve.files import staged
+from radapter_serve.evaluation.suite import Entry
 from radapter_serve.threads import limit_threads
 from rivals.benchmark import Benchmark
 from rivals.judge import judge
@@ -50,20 +50,22 @@ class Cells:
 
     Attributes:
         benchmark: from `load_benchmark`.
-        folder: of cells, and of what was learned.
+        folder: of the cells of all tables, and of what was learned.
+        table: whose cells these are; new ones go to `TABLE.jsonl`, one a line.
         limit: images of a set at most.
         say: told what is done next.
     """
 
     benchmark: Benchmark
     folder: Path
+    table: str = "cells"
     limit: int | None = None
     say: Callable[[str], None] = print
     _runs: dict[int, Run] = field(default_factory=dict)
     _sets: dict[str, list[EvaluationSet]] = field(default_factory=dict)
 
     def cell(self, name: str, method: Method, seed: int, alphas: Sequence[float], split: str = "test") -> Cell:
-        """Learn and judge, or read what was found before.
+        """Learn and judge, or read what was found before, for whichever table.
 
         Args:
             name: of the method, for messages and files.
@@ -73,25 +75,19 @@ class Cells:
             split: which sets judge.
         """
         run = self._run(seed)
-        sets = self._open(split)
-        entries = [{key: moved(value) for key, value in vars(data.entry).items()} for data in sets]
-        facts = [[row.facts["set_digest"] for row in sets], entries, list(alphas)]
-        digest = run.of(method.settings).digest(dataclasses.replace(method, alpha=None), *facts)
-        stem = re.sub(r"\W+", "-", name.lower())
-        path = self.folder / "cells" / f"{stem}-{seed}-{split}-{digest}.json"
-        if path.exists():
-            return _read(path, method)
+        digest = self._digest(run, method, alphas, split)
+        found = self._kept.get(digest)
+        if found is not None:
+            return found.cell(method)
         if not kept(method, run).exists():
             self.say(f"{name}, seed {seed}: learning")
             _apart(method, run)
         self.say(f"{name}, seed {seed}: judging")
-        found = learned(method, run)
-        rows = [{key: row[key] for key in OF_A_ROW} for row in judge(found, run.of(method.settings), sets, alphas)]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with staged(path) as part:
-            values = {"method": repr(method), "cost": dataclasses.asdict(found.cost), "rows": rows}
-            part.write_text(json.dumps(values, indent=1), encoding="utf-8")
-        return Cell(method, found.cost, rows)
+        system = learned(method, run)
+        judged = judge(system, run.of(method.settings), self._open(split), alphas)
+        cell = Cell(method, system.cost, [{key: row[key] for key in OF_A_ROW} for row in judged])
+        self._keep(Line(digest, name, seed, split, repr(method), vars(cell.cost), cell.rows))
+        return cell
 
     def chosen_alpha(self, name: str, method: Method, seed: int) -> Method:
         """The method at the α that validation sets like best; of equal ones the smallest."""
@@ -129,6 +125,23 @@ class Cells:
             overlap.tested(data)
         return overlap.warnings
 
+    def _digest(self, run: Run, method: Method, alphas: Sequence[float], split: str) -> str:
+        sets = self._open(split)
+        entries = [_spelled(data.entry) for data in sets]
+        facts = [[data.facts["set_digest"] for data in sets], entries, list(alphas)]
+        return run.of(method.settings).digest(dataclasses.replace(method, alpha=None), *facts)
+
+    @cached_property
+    def _kept(self) -> dict[str, Line]:
+        lines = (line for path in sorted(self.folder.glob("*.jsonl")) for line in read_lines(path))
+        return {line.digest: line for line in lines}
+
+    def _keep(self, line: Line) -> None:
+        self._kept[line.digest] = line
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{self.table}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line.text() + "\n")
+
     def _run(self, seed: int) -> Run:
         if seed not in self._runs:
             self._runs[seed] = Run({**self.benchmark.given, "seed": seed}, self.folder / "learned")
@@ -140,12 +153,62 @@ class Cells:
         return self._sets[split]
 
 
-def _read(path: Path, method: Method) -> Cell:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return Cell(method, Cost(**found["cost"]), [{key: row[key] for key in OF_A_ROW} for row in found["rows"]])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RAdapterError(f"the cell {path} can't be read ({reason(error)}); remove it, to make it again") from None
+@dataclass(frozen=True)
+class Line:
+    """A cell as a file keeps it.
+
+    Attributes:
+        digest: of all that it depends on.
+        name: of the method in its table.
+        seed: of the draws of training.
+        split: which sets judged.
+        method: in words.
+        cost: the fields of `Cost`.
+        rows: of results.
+    """
+
+    digest: str
+    name: str
+    seed: int
+    split: str
+    method: str
+    cost: Mapping[str, Any]
+    rows: list[Row]
+
+    def text(self) -> str:
+        """One line of JSON."""
+        return json.dumps(vars(self), ensure_ascii=False, separators=(",", ":"))
+
+    def cell(self, method: Method) -> Cell:
+        """The cell, of a method with what validation has chosen for it."""
+        return Cell(method, Cost(**self.cost), self.rows)
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """The cells that a file keeps.
+
+    Raises:
+        RAdapterError: a line is damaged; names it.
+    """
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = Line(**json.loads(text))
+            Cost(**line.cost)
+            rows = [{key: row[key] for key in OF_A_ROW} for row in line.rows]
+        except (ValueError, TypeError, KeyError) as error:
+            raise RAdapterError(
+                f"line {number} of {path} is no cell ({reason(error)}); remove it, to make the cell again"
+            ) from None
+        yield dataclasses.replace(line, rows=rows)
+
+
+def _spelled(entry: Entry) -> dict[str, Any]:
+    """What an entry of a suite says; what it leaves out is left out, so that a new field changes no digest."""
+    return {
+        one.name: moved(getattr(entry, one.name))
+        for one in dataclasses.fields(entry)
+        if getattr(entry, one.name) != one.default
+    }
 
 
 def score(rows: Sequence[Row]) -> float:

@@ -64,7 +64,7 @@ def make_table(number: str, benchmark: Benchmark, out: Path, choices: Choices) -
     if unknown := [name for name in choices.only if name not in chosen.rows]:
         raise RAdapterError(f"table {number} has no row {unknown[0]!r}; allowed: {', '.join(chosen.rows)}")
     benchmark = benchmark.filled(chosen.given)
-    cells = Cells(benchmark, out, choices.limit, say)
+    cells = Cells(benchmark, out, f"table-{number}", choices.limit, say)
     methods = {
         name: of_members(method, choices.soup)
         for name, method in chosen.rows.items()

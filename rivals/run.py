@@ -30,7 +30,8 @@ class Run:
 
     def __init__(self, given: Mapping[str, Any], folder: Path, settings: Mapping[str, Any] | None = None) -> None:
         self.given, self.folder = dict(given), folder
-        self.recipe = Recipe(**{**(settings or {}), **given})
+        self.asked = {**(settings or {}), **given}  # a default of Recipe that changes is no other run
+        self.recipe = Recipe(**self.asked)
         self.recipe.check()
         if self.recipe.streaming or self.recipe.precision == "fp16":
             raise RAdapterError("rivals are trained without --streaming, and with precision no or bf16")
@@ -67,10 +68,14 @@ class Run:
         return digest_of(images, *(weights[name].numpy().tobytes() for name in sorted(weights)))
 
     def digest(self, *facts: object) -> str:
-        """Sixteen letters that differ where the facts, the recipe, the base or the images do, wherever they lie."""
+        """Sixteen letters that differ where the facts, what is asked for, the base or the images do."""
         without = ("workers", "threads", "architecture", "pretrained")  # the base's weights are in `ground`
-        recipe = {name: moved(value) for name, value in self.recipe.to_dict().items() if name not in without}
-        text = json.dumps([*map(repr, facts), recipe, self.ground], sort_keys=True)
+        asked = {
+            name: moved(str(value) if isinstance(value, Path) else value)
+            for name, value in self.asked.items()
+            if name not in without
+        }
+        text = json.dumps([*map(repr, facts), asked, self.ground], sort_keys=True)
         return digest_of(text.encode()).removeprefix("sha256:")[:16]
 
 

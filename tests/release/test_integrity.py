@@ -182,7 +182,7 @@ def test_a_release_of_an_earlier_export_has_configs_of_its_own(sealed: Path) -> 
     assert releases_of(sealed) == [1, 2]
     check_configs(sealed, 1)
     (sealed / "classify" / "1" / CONFIG).unlink()
-    with pytest.raises(RAdapterError, match=r"it has no config of classify, for it was exported before"):
+    with pytest.raises(RAdapterError, match=r"it has no config of classify; export it again"):
         check_configs(sealed, 1)
 
 

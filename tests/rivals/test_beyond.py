@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from radapter_serve.adapter import Adapter, fold, load_adapter
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import train
 from rivals.beyond import REFERENCE, SCHEDULES, TRAININGS, Scheduled, candidates, equal_alpha, main
+from rivals.cells import read_lines
 from rivals.layout import with_interval
 from rivals.method import learned
 from rivals.methods import METHODS
@@ -95,8 +95,9 @@ def test_the_table(
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("|")]
     assert rows[0] == ["| candidate", "α", "in distribution", "mean of the shifts", "other", "third |"]
     assert [row[0] for row in rows[2:]] == ["| R-Adapter", "| learned scale", "| α of depth × 0"]
-    cells = [json.loads(path.read_text()) for path in (tmp_path / "out" / "cells").glob("r-adapter-*-test-*")]
-    same = [100 * row["metrics"]["acc1"] for cell in cells for row in cell["rows"] if row["dataset"] == "same"]
+    lines = list(read_lines(tmp_path / "out" / "beyond.jsonl"))
+    tested = [line for line in lines if (line.name, line.split) == (REFERENCE, "test")]
+    same = [100 * row["metrics"]["acc1"] for line in tested for row in line.rows if row["dataset"] == "same"]
     assert len(same) == 2 and rows[2][2] == with_interval(same)
     here.clear()
     assert main(call) == 0 and here == []

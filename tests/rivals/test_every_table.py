@@ -16,6 +16,7 @@ from radapter_serve.cli.eval import main as radapter_eval
 from radapter_serve.clip.base import load_base
 from rivals import flyp
 from rivals.benchmark import load_benchmark
+from rivals.cells import read_lines
 from rivals.method import learned
 from rivals.methods import METHODS
 from rivals.run import Run
@@ -113,8 +114,8 @@ def test_save_writes_what_the_table_has_judged(
         == 0
     )
     found = [json.loads(line) for line in (tmp_path / "results" / "results.jsonl").read_text().splitlines()]
-    [cell] = (tmp_path / "out" / "cells").glob("*-test-*.json")
-    judged = json.loads(cell.read_text())["rows"]
+    [line] = read_lines(tmp_path / "out" / f"table-{table}.jsonl")
+    judged = line.rows
     assert [row["metrics"] for row in found] == [pytest.approx(row["metrics"]) for row in judged]
 
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 import yaml
 
+from radapter_serve.data import Labelled
 from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe
 from rivals import cells as cells_module
 from rivals.adaptformer import AdaptFormer
 from rivals.benchmark import load_benchmark
-from rivals.cells import ALPHAS, Cell, Cells, score
+from rivals.cells import ALPHAS, Cell, Cells, read_lines, score
 from rivals.clipood import CLIPood
 from rivals.layout import cost_of, spread, with_interval
 from rivals.method import learned
@@ -82,18 +83,22 @@ def test_table_is_written_and_not_made_twice(
     assert [row.split(" | ")[0] for row in rows] == ["| Zero-shot", "| FT", "| WiSE-FT"]
     assert [row.split(" | ")[4] for row in rows] == ["-", "-", "0.5"]
     assert (tmp_path / "out" / "table-1.png").stat().st_size > 1000
-    files = sorted((tmp_path / "out" / "cells").iterdir())
-    assert len(files) == 6
-    ft = [json.loads(file.read_text()) for file in files if file.name.startswith("ft-")]
-    values = [100 * row["metrics"]["acc1"] for cell in ft for row in cell["rows"] if row["dataset"] == "same"]
+    lines = list(read_lines(tmp_path / "out" / "table-1.jsonl"))
+    assert [(line.name, line.seed) for line in lines] == [
+        (name, seed) for name in ("Zero-shot", "FT", "WiSE-FT") for seed in (0, 1)
+    ]
+
+    def of_the_same(name: str) -> list[float]:
+        return [
+            100 * row["metrics"]["acc1"]
+            for line in lines
+            for row in line.rows
+            if line.name == name and row["dataset"] == "same"
+        ]
+
+    values = of_the_same("FT")
     assert rows[1].split(" | ")[5] == spread(values)
-    (base,) = {
-        100 * row["metrics"]["acc1"]
-        for file in files
-        if file.name.startswith("zero-shot-")
-        for row in json.loads(file.read_text())["rows"]
-        if row["dataset"] == "same"
-    }
+    (base,) = set(of_the_same("Zero-shot"))
     head, _, *rows = [line for line in leads.splitlines() if line.startswith("|")]
     assert head == "| method | same | mean of 2 shifts | other | third |"
     assert [row.split(" | ")[0] for row in rows] == ["| FT", "| WiSE-FT"]
@@ -101,6 +106,9 @@ def test_table_is_written_and_not_made_twice(
     here.clear()
     assert main(call) == 0
     assert here == []
+    shutil.rmtree(tmp_path / "out" / "learned")
+    assert main(["all", *call[1:7], "--only", "ft"]) == 0  # another table reads the same cells
+    assert here == [] and not (tmp_path / "out" / "table-all.jsonl").exists()
     assert main([*call[:7], "--only", "FT", "--steps", "3"]) == 0  # another run
     assert here == ["FullFineTuning"]
 
@@ -372,17 +380,34 @@ def test_numbers_of_a_benchmark_are_those_that_yaml_writes_as_text(benchmark_fil
     assert (given["weight_decay"], given["precision"]) == (1e-4, "no")
 
 
-@pytest.mark.parametrize("text", ["{", '{"method": "x", "rows": []}', '{"cost": {"days": 3}, "rows": []}'])
+def test_files_that_a_benchmark_names_are_found_beside_it(benchmark_file: Path, tmp_path: Path):
+    (tmp_path / "classes.txt").write_text("red\ngreen\nblue\n")
+    benchmark_file.write_text(benchmark_file.read_text() + "  classes: classes.txt\n")
+    given = load_benchmark(benchmark_file).given
+    assert given["classes"] == tmp_path / "classes.txt"  # a path, as Recipe has it
+    assert given["templates"] == str(tmp_path / "templates.txt")  # a text, which may be a name
+    data = Run(given, tmp_path).data
+    assert isinstance(data, Labelled)
+    assert sorted(data.classes) == ["blue", "green", "red"]
+
+
+@pytest.mark.parametrize("change", [{"cost": {"days": 3}}, {"rows": [{}]}, {"digest": None, "extra": 1}, None])
 def test_a_cell_that_is_damaged_is_named(
-    text: str, benchmark_file: Path, here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    change: dict[str, Any] | None,
+    benchmark_file: Path,
+    here: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ):
     call = ["1", "--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--only", "Zero-shot"]
     assert main(call) == 0
-    (cell,) = (tmp_path / "out" / "cells").iterdir()
-    cell.write_text(text)
+    path = tmp_path / "out" / "table-1.jsonl"
+    whole = path.read_text()
+    damaged = whole[:-20] if change is None else json.dumps({**json.loads(whole), **change})
+    path.write_text(whole + damaged)
     assert main(call) == 2
     said = capsys.readouterr().err
-    assert f"the cell {cell} can't be read" in said and "remove it, to make it again" in said
+    assert f"line 2 of {path} is no cell" in said and "remove it, to make the cell again" in said
 
 
 @pytest.mark.slow
