@@ -20,7 +20,9 @@ from serving import LABEL_SET, together
 from radapter_client import Client
 from radapter_serve.gateway.run import start
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints, free_ports
+from radapter_serve.server.triton_server import TritonServer
 
 
 def export(
@@ -103,7 +105,9 @@ def main(
             process.call(export, architecture, precision, folder)
         say("starting the server and the gateway")
         options: dict[str, Any] = {"indexes": folder / "indexes", "instances": ["2"]}  # as radapter-serve's
-        server = stack.enter_context(TritonServer(folder / "repository", "127.0.0.1", *free_ports(), **options))
+        server = stack.enter_context(
+            TritonServer(ServerConfig(folder / "repository", Endpoints.on_free_ports(), **options))
+        )
         urls = {"HTTP": server.http_url, "gRPC": server.grpc_url, "gateway": stack.enter_context(gateway(server))}
         clients = {name: stack.enter_context(Client(url)) for name, url in urls.items()}
         jpeg = picture(640, 480)

@@ -22,7 +22,9 @@ from radapter_client import AsyncClient, Profile
 from radapter_serve.files import staged
 from radapter_serve.index.build import build
 from radapter_serve.runtimes.local_release import LocalRelease
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.triton_server import TritonServer
 
 TASKS = ("classify", "embed_image", "embed_text", "retrieve", "segment")
 STAGES = ("network", "queue", "task", "encoder")
@@ -263,7 +265,7 @@ def main(
         say("starting the server")
         options: dict[str, Any] = {"indexes": folder / "indexes", "instances": ["2"]}
         repository = folder / "repository"
-        server = TritonServer(repository, "127.0.0.1", *free_ports(), **options)
+        server = TritonServer(ServerConfig(repository, Endpoints.on_free_ports(), **options))
         stack.enter_context(server)
         bench = Bench(picture(width, height), seconds, warmup)
         urls = [server.grpc_url, server.http_url]

@@ -24,7 +24,9 @@ from tritonclient.grpc import model_config_pb2
 
 from radapter_client import Client
 from radapter_serve.release.release import Release
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.tasks.classify import Classify, ClassifyRequest, EmbedImages, load_label_sets
 
 LABEL_SET = "names"
@@ -175,7 +177,7 @@ def main(
         local = Local(repository, options_of(repository / "image_encoder" / "config.pbtxt"))
         plain = Local(repository, onnxruntime.SessionOptions())
         say("starting the server")
-        server = stack.enter_context(TritonServer(repository, "127.0.0.1", *free_ports()))
+        server = stack.enter_context(TritonServer(ServerConfig(repository, Endpoints.on_free_ports())))
         grpc, http = (stack.enter_context(Client(url)) for url in (server.grpc_url, server.http_url))
         local_call = partial(local.classify, [jpeg])
         grpc_call, http_call = (partial(client.classify, jpeg, label_set=LABEL_SET) for client in (grpc, http))

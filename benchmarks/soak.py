@@ -24,7 +24,7 @@ from common import RESULTS, Report, say
 from radapter_client import Client, RAdapterClientError
 from radapter_serve.index.build import build
 from radapter_serve.runtimes.local_release import LocalRelease
-from radapter_serve.server.triton_server import free_ports
+from radapter_serve.server.endpoints import free_ports
 from tests.helpers.small_release import LABELS, TASKS, png, write_release
 
 MIB = 2**20

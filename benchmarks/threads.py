@@ -17,8 +17,10 @@ from common import RESULTS, Process, Report, alternate, picture, ratio, say
 from serving import export
 
 from radapter_client import Client
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.processes import children
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.threads import cores
 
 # Callers that ask for images and for texts at the same time, each one request after the other.
@@ -81,11 +83,13 @@ def main(architecture: str = "ViT-B-32", count: int = 12, repeats: int = 5, out:
         loads: dict[str, dict[str, Load]] = {title: {} for title in LOADS}
         for name, own in candidates.items():
             say(f"starting a server with {name}")
-            server = stack.enter_context(TritonServer(folder / "repository", "127.0.0.1", *free_ports(), threads=own))
+            server = stack.enter_context(
+                TritonServer(ServerConfig(folder / "repository", Endpoints.on_free_ports(), threads=own))
+            )
             client = stack.enter_context(Client(server.grpc_url))
             calls = partial(client.embed_images, [jpeg]), partial(client.embed_texts, [text])
             for title, callers in LOADS.items():
-                loads[title][name] = Load(callers, calls, count, server._process.pid)
+                loads[title][name] = Load(callers, calls, count, server.pid)
         rows = []
         baseline = list(candidates)[-1]
         for title, own in loads.items():

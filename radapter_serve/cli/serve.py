@@ -20,7 +20,9 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import Release
 from radapter_serve.server.admin_socket import AdminSocket
 from radapter_serve.server.backlog import MAX_WAITING
-from radapter_serve.server.runtime_choice import BATCHES, fastest
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.runtime_choice import BATCHES, Measured, fastest
 from radapter_serve.server.supervisor import Supervisor
 from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.signals import handled
@@ -51,8 +53,8 @@ class GatewayFlags:
     tls_certificate: Path | None = None
     tls_key: Path | None = None
 
-    def child(self, server: TritonServer) -> Child | None:
-        """The gateway of a server, or None where none is wanted.
+    def child(self, endpoints: Endpoints) -> Child | None:
+        """The gateway of a server that listens there, or None if none is wanted.
 
         Raises:
             RAdapterError: a gateway that could not start, or flags of one that is not wanted.
@@ -68,7 +70,7 @@ class GatewayFlags:
         settings = Settings(
             host=self.gateway_host,
             port=self.gateway_port,
-            server=server.grpc_url.removeprefix("grpc://"),
+            server=endpoints.grpc_url.removeprefix("grpc://"),
             api_keys=self.api_keys,
             no_api_keys=self.no_api_keys,
             tls_certificate=self.tls_certificate,
@@ -119,12 +121,10 @@ def serve(
         verbose: show Triton's own messages.
         gateway: a gateway beside the server.
     """
-    console = Console(stderr=True)
-    ports = http_port, grpc_port, metrics_port
-    server = TritonServer(
+    endpoints = Endpoints(host, http_port, grpc_port, metrics_port, trust_network)
+    config = ServerConfig(
         model_repository,
-        host,
-        *ports,
+        endpoints,
         indexes=indexes,
         runtime=runtime,
         threads=threads,
@@ -132,29 +132,46 @@ def serve(
         max_waiting=max_waiting,
         timeout=timeout,
         drain_seconds=drain_seconds,
-        trust_network=trust_network,
         verbose=verbose,
     )
-    beside = gateway.child(server)
+    keep_serving(TritonServer(config), gateway.child(endpoints))
+
+
+def keep_serving(server: TritonServer, gateway: Child | None = None) -> None:
+    """Serve until a signal ends it.
+
+    Args:
+        server: not started yet.
+        gateway: to be kept up next to it, if any.
+
+    Raises:
+        RAdapterError: the server does not start, or a part of it never becomes ready again.
+    """
     # kill, systemd, Kubernetes and a closed terminal stop it in order, as Ctrl-C does.
     with handled(lambda *_: sys.exit(0), signal.SIGTERM, signal.SIGHUP):
         try:
-            if verbose:
-                server.start()
-            else:
-                with console.status("starting") as status:
-                    server.start(lambda line: status.update(f"{escape(line)} ..."))
-            if server.measured:
-                _show_measured(server)
-            if server.warning:
-                _say(f"warning: {server.warning}")
-            _show(server)
-            with AdminSocket(server), beside or contextlib.nullcontext():
-                Supervisor(server, _say, [beside] if beside else []).run()
+            _start(server)
+            with AdminSocket(server), gateway or contextlib.nullcontext():
+                Supervisor(server, _say, [gateway] if gateway else []).run()
         except KeyboardInterrupt:
             print("stopping ...", file=sys.stderr)
         finally:
             server.stop()
+
+
+def _start(server: TritonServer) -> None:
+    console = Console(stderr=True)
+    if server.config.verbose:
+        server.start()
+    else:
+        with console.status("starting") as status:
+            server.start(lambda line: status.update(f"{escape(line)} ..."))
+    checks = server.checks
+    if checks.measured:
+        _show_measured(checks.measured, server.config.encoder_threads)
+    if checks.warning:
+        _say(f"warning: {checks.warning}")
+    _show(server)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -171,37 +188,37 @@ def _say(line: str) -> None:
 
 def _show(server: TritonServer) -> None:
     """Print what is served where."""
-    table = Table(title=escape(str(server.model_repository)), title_justify="left")
+    table = Table(title=escape(str(server.config.model_repository)), title_justify="left")
     for column in ("model", "versions", "release"):
         table.add_column(column)
     for name, versions in server.models.items():
-        described = _describe(server.model_repository / name, versions)
+        described = _describe(server.config.model_repository / name, versions)
         table.add_row(escape(name), ", ".join(map(str, versions)), escape(described))
     console = Console()
     console.print(table)
     print(f"HTTP     {server.http_url}\ngRPC     {server.grpc_url}\nmetrics  {server.metrics_url}")
-    print(f"indexes  {server.indexes}")
+    print(f"indexes  {server.config.indexes}")
     if "classify" in server.models:
         print(f'\ntry:     radapter-query classify PHOTO.jpg --labels "a cat" "a dog" --url {server.grpc_url}\n')
     print("radapter-release load N serves another release. Ctrl-C stops the server.", flush=True)
 
 
-def _show_measured(server: TritonServer) -> None:
+def _show_measured(measured: Sequence[Measured], threads: int) -> None:
     """Print what `--runtime auto` found."""
-    threads = f"{server.threads} thread{'s' if server.threads > 1 else ''}"
-    table = Table(title=f"runtimes on this machine, {threads}", title_justify="left")
+    title = f"runtimes on this machine, {threads} thread{'s' if threads > 1 else ''}"
+    table = Table(title=title, title_justify="left")
     for column in ("encoder", "runtime", *(f"ms at {batch}" for batch in BATCHES), "a second", "1 - cosine"):
         table.add_column(column, no_wrap=True, justify="left" if column in ("encoder", "runtime") else "right")
-    for one in server.measured:
+    for one in measured:
         if one.seconds:
             rate = max(batch / seconds for batch, seconds in one.seconds.items())
             times = (f"{1e3 * seconds:.1f}" for seconds in one.seconds.values())
             table.add_row(escape(one.encoder), one.runtime, *times, f"{rate:.0f}", f"{one.distance:.1e}")
     Console().print(table)
     # One reason each: what cannot run an encoder is out for all.
-    for runtime, why in {one.runtime: one.why for one in reversed(server.measured) if one.why}.items():
+    for runtime, why in {one.runtime: one.why for one in reversed(measured) if one.why}.items():
         print(f"{runtime} is left out: {why}")
-    print(f"fastest: {fastest(server.measured)}\n")
+    print(f"fastest: {fastest(measured)}\n")
 
 
 def _describe(model: Path, versions: Sequence[int]) -> str:

@@ -13,7 +13,9 @@ from radapter_serve.demo.scenes import prepare_scenes
 from radapter_serve.index.build import build
 from radapter_serve.playground.run import Settings, serving
 from radapter_serve.runtimes.local_release import LocalRelease
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints, free_ports
+from radapter_serve.server.triton_server import TritonServer
 
 # It has learned from scenes and captions; every task of the page works with its encoders.
 RUN = "retrieval"
@@ -43,7 +45,7 @@ def play(out: Path) -> None:
     export_release(out / "runs" / RUN, "dynamic", settings)
     build(f"csv:{scenes.gallery}", indexes / "scenes", LocalRelease(repository))
     print(f"drawings to drop on the page: {out / 'data' / 'test'} and {scenes.gallery.parent}", flush=True)
-    with TritonServer(repository, "127.0.0.1", *free_ports(), indexes=indexes) as server:
+    with TritonServer(ServerConfig(repository, Endpoints.on_free_ports(), indexes=indexes)) as server:
         port, *_ = free_ports()
         with serving(Settings(server.grpc_url, port=port)) as url:
             print(f"playground  {url}\nCtrl-C stops it.", flush=True)

@@ -22,7 +22,9 @@ from radapter_serve.demo.learn import ALPHAS, Lesson, Sets, draw_curve, evaluate
 from radapter_serve.demo.scenes import prepare_scenes
 from radapter_serve.index.build import build
 from radapter_serve.runtimes.local_release import LocalRelease
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.training import train
 
 LABEL_SET = "things"
@@ -75,7 +77,7 @@ def run_demo(
             say(f"{index}: an index of {summary.count} test scenes")
 
         say("serve with tritonserver, and ask through the client")
-        server = TritonServer(repository, "127.0.0.1", *free_ports(), indexes=out / "indexes")
+        server = TritonServer(ServerConfig(repository, Endpoints.on_free_ports(), indexes=out / "indexes"))
         with server, Client(server.grpc_url) as client:
             if task == "classification":
                 picture = out / "classified.png"

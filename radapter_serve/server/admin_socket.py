@@ -97,12 +97,12 @@ class AdminSocket:
         if request["do"] == "state":
             server = self._server
             return {
-                "repository": str(server.model_repository),
-                "http_port": server.http_port,
+                "repository": str(server.config.model_repository),
+                "http_port": server.endpoints.http_port,
                 "url": server.http_url,
-                "releases": server.served.releases,
-                "before": server.served.before,
-                "kept": {str(version): names for version, names in server.kept.items()},
+                "releases": server.serving.served.releases,
+                "before": server.serving.served.before,
+                "kept": {str(version): names for version, names in server.serving.kept.items()},
             }
         raise ValueError(request["do"])
 

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import socket
+from dataclasses import dataclass
 
 from radapter_serve.errors import RAdapterError
 
 
+@dataclass(frozen=True)
 class Endpoints:
     """The host and the ports of a server.
 
     Args:
-        host: address or name to listen on.
-        http_port, grpc_port, metrics_port: 1 to 65535, all different.
-        trust_network: whether other machines may reach the server.
+        host: address or name to listen on; the attribute is the address. The default is loopback, because the server
+            has no authentication.
+        http_port: 1 to 65535; all three ports differ.
+        grpc_port: as `http_port`.
+        metrics_port: port of the Prometheus metrics, as `http_port`.
+        trust_network: whether everybody who can reach a host beyond loopback may use the server.
 
     Raises:
-        RAdapterError: an unknown host, or one that other machines can reach though the network is not trusted.
+        RAdapterError: an unknown host, or one that other machines can reach although the network is not trusted.
     """
 
-    def __init__(
-        self, host: str, http_port: int, grpc_port: int, metrics_port: int, *, trust_network: bool = False
-    ) -> None:
-        self.host = address_of(host)
-        self.http_port, self.grpc_port, self.metrics_port = http_port, grpc_port, metrics_port
-        self._v6 = ":" in self.host
-        if not (self.loopback or trust_network):
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    trust_network: bool = False
+
+    def __post_init__(self) -> None:
+        given = self.host
+        object.__setattr__(self, "host", address_of(given))
+        if not (self.loopback or self.trust_network):
             raise RAdapterError(
-                f"--host {host} lets other machines in, and Triton asks nobody for a password: leave --host out and "
+                f"--host {given} lets other machines in, and Triton asks nobody for a password: leave --host out and "
                 "put radapter-gateway in front, or add --trust-network if you trust all who can reach this address"
             )
+
+    @classmethod
+    def on_free_ports(cls) -> Endpoints:
+        """Endpoints that only this machine reaches, on ports that are free now."""
+        return cls("127.0.0.1", *free_ports())
 
     @property
     def loopback(self) -> bool:
@@ -40,9 +54,9 @@ class Endpoints:
 
     @property
     def address(self) -> str:
-        """Host to reach the server at from this machine."""
+        """The host to reach the server at from this machine."""
         address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"[{address}]" if self._v6 else address
+        return f"[{address}]" if self._is_ipv6 else address
 
     @property
     def http_url(self) -> str:
@@ -60,14 +74,23 @@ class Endpoints:
         return f"http://{self.address}:{self.metrics_port}/metrics"
 
     def check_ports(self) -> None:
-        """Raise an `RAdapterError` where the server could not listen."""
-        ports = {"--http-port": self.http_port, "--grpc-port": self.grpc_port, "--metrics-port": self.metrics_port}
+        """Check that the server can listen on its ports.
+
+        Raises:
+            RAdapterError: two ports are the same, or one is not allowed or in use; names the flag.
+        """
+        ports = {
+            "--http-port": self.http_port,
+            "--grpc-port": self.grpc_port,
+            "--metrics-port": self.metrics_port,
+        }
         if len(set(ports.values())) < len(ports):
-            raise RAdapterError(f"the ports must differ: {', '.join(f'{f} {p}' for f, p in ports.items())}")
+            named = ", ".join(f"{flag} {port}" for flag, port in ports.items())
+            raise RAdapterError(f"the ports must differ: {named}")
         for flag, port in ports.items():
             if not 0 < port < 65536:
                 raise RAdapterError(f"{flag} is {port}; allowed are 1 to 65535")
-            family = socket.AF_INET6 if self._v6 else socket.AF_INET
+            family = socket.AF_INET6 if self._is_ipv6 else socket.AF_INET
             try:
                 socket.create_server((self.host, port), family=family).close()
             except OSError as error:
@@ -75,18 +98,34 @@ class Endpoints:
                 raise RAdapterError(f"cannot listen on {self.host} port {port}: {why}") from None
 
     def flags(self) -> list[str]:
-        """What tells tritonserver to listen here."""
+        """The arguments that tell tritonserver to listen here."""
         return [
-            *(f"--{kind}-address={'ipv6:' if self._v6 else ''}{self.host}" for kind in ("http", "metrics")),
-            f"--grpc-address={f'[{self.host}]' if self._v6 else self.host}",
+            *(f"--{kind}-address={'ipv6:' if self._is_ipv6 else ''}{self.host}" for kind in ("http", "metrics")),
+            f"--grpc-address={f'[{self.host}]' if self._is_ipv6 else self.host}",
             f"--http-port={self.http_port}",
             f"--grpc-port={self.grpc_port}",
             f"--metrics-port={self.metrics_port}",
         ]
 
+    @property
+    def _is_ipv6(self) -> bool:
+        return ":" in self.host
+
+
+def free_ports() -> tuple[int, int, int]:
+    """Three ports on which no program of this machine listens."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        first, second, third = (one.getsockname()[1] for one in sockets)
+    return first, second, third
+
 
 def address_of(host: str, flag: str = "--host") -> str:
-    """The address of a host name, which `flag` gave; IPv4 where it has both."""
+    """The address of a host name, which `flag` gave; IPv4 if it has both.
+
+    Raises:
+        RAdapterError: the name is unknown.
+    """
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,31 @@ def with_instances(models: Mapping[str, ModelEntry], wanted: Mapping[str, int]) 
     }
 
 
-def check_shared_memory(models: Mapping[str, ModelEntry], in_python: Sequence[str]) -> str | None:
+@dataclass(frozen=True)
+class SharedMemory:
+    """What /dev/shm holds, in bytes."""
+
+    size: int
+    free: int
+
+    @classmethod
+    def of_this_machine(cls) -> SharedMemory | None:
+        """None if this machine has no /dev/shm."""
+        if not SHARED_MEMORY.is_dir():
+            return None
+        found = os.statvfs(SHARED_MEMORY)
+        return cls(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
+
+
+def check_shared_memory(
+    models: Mapping[str, ModelEntry], in_python: Sequence[str], memory: SharedMemory | None
+) -> str | None:
     """Compare /dev/shm with what the processes need.
 
     Args:
         models: all that the server loads, by name.
         in_python: backends whose models run in processes of their own.
+        memory: of this machine; None if there is none.
 
     Returns:
         A warning where many large requests at once may need more than there is, or None.
@@ -71,22 +90,21 @@ def check_shared_memory(models: Mapping[str, ModelEntry], in_python: Sequence[st
         if config.backend in in_python:
             stubs += processes_of(model)
         rows = max([rows, *(_batch_bytes(config.max_batch_size, tensor) for tensor in config.input)])
-    if not SHARED_MEMORY.is_dir():
+    if memory is None:
         return None
-    found = os.statvfs(SHARED_MEMORY)
-    free, size = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
     # A stub begins with 1 MiB, and holds a batch on its way in while another is on its way out.
     least, enough = 2 * stubs * MIB, stubs * (2 * MIB + rows)
     how = (
         f"in a container, set --shm-size={_round(enough)}m (Docker's default is 64 MB), or take fewer --instances; "
         f"elsewhere: mount -o remount,size={_round(enough)}m {SHARED_MEMORY}"
     )
-    if free < least:
-        raise RAdapterError(
-            f"{SHARED_MEMORY} has {free // MIB} MiB free, and {stubs} model processes need {least // MIB} MiB; {how}"
+    if memory.free < least:
+        need = f"{stubs} model processes need {least // MIB} MiB"
+        raise RAdapterError(f"{SHARED_MEMORY} has {memory.free // MIB} MiB free, and {need}; {how}")
+    if memory.size < enough:
+        return (
+            f"{SHARED_MEMORY} has {memory.size // MIB} MiB; many full batches at once need {enough // MIB} MiB: {how}"
         )
-    if size < enough:
-        return f"{SHARED_MEMORY} has {size // MIB} MiB; many full batches at once need {enough // MIB} MiB: {how}"
     return None
 
 

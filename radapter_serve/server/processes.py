@@ -61,15 +61,33 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_leftovers() -> None:
-    """Remove what servers left whose process was killed: its lock on the folder went with it."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+def lock_folder(folder: Path) -> int:
+    """Lock a server's folder for as long as the returned handle is open; a killed program closes it.
+
+    Raises:
+        OSError: another program holds the lock, or the folder cannot be opened.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def remove_leftovers(parent: Path | None = None) -> None:
+    """Remove what servers left whose process was killed: its lock on the folder went with it.
+
+    Args:
+        parent: folder of the servers' folders; the one for temporary files if None.
+    """
+    for folder in (parent or Path(tempfile.gettempdir())).glob(f"{FOLDER_PREFIX}*"):
         if not (folder / "models").is_dir():  # just made, and not locked yet
             continue
         with contextlib.suppress(OSError):  # another's, or in use
-            lock = os.open(folder, os.O_RDONLY)
+            lock = lock_folder(folder)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 remove(folder)
             finally:
                 os.close(lock)

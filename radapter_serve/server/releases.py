@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import check
 from radapter_serve.release.repository import releases_of
 from radapter_serve.release.served import Served
-from radapter_serve.server.models import kept_for_indexes
+from radapter_serve.server.models import ModelEntry, kept_for_indexes
 from radapter_serve.server.second_server import verify_in_second_server
-from radapter_serve.server.switch import check_side_by_side, switch
+from radapter_serve.server.switch import carry_out, check_side_by_side, plan_switch
 from radapter_serve.server.triton_server import TritonServer
 
 Say = Callable[[str], None]
+Verify = Callable[[TritonServer, Sequence[int], Say], None]
 
 
 class Releases:
@@ -23,28 +24,30 @@ class Releases:
 
     Args:
         server: that runs.
+        verify: checks that releases answer rightly, before they are loaded.
     """
 
-    def __init__(self, server: TritonServer) -> None:
+    def __init__(self, server: TritonServer, verify: Verify = verify_in_second_server) -> None:
         self._server = server
+        self._verify = verify
         self._one_at_a_time = threading.Lock()
 
     def load(self, releases: Sequence[int], say: Say) -> str:
         """Serve these releases in the place of the present ones.
 
         Args:
-            releases: numbers; the highest answers whoever names none.
+            releases: numbers; the highest answers callers who name none.
             say: called with a short line before each step.
 
         Returns:
-            What became of it, in a line.
+            What was done, in one line.
 
         Raises:
-            RAdapterError: one is not there, is not as it was exported, or does not answer rightly; those that were
-                served still are.
+            RAdapterError: a release does not exist, is not as it was exported, or does not answer rightly; the present
+                releases are still served.
         """
-        wanted = require_known(self._server.model_repository, releases)
-        return self._change(self._server.served.next(wanted), say)
+        wanted = require_known(self._server.config.model_repository, releases)
+        return self._change(self._server.serving.served.next(wanted), say)
 
     def rollback(self, say: Say) -> str:
         """Serve again what was served before.
@@ -52,53 +55,61 @@ class Releases:
         Raises:
             RAdapterError: as `load`; or nothing was served before.
         """
-        served = self._server.served
-        return self._change(previous(served), say)
+        return self._change(previous(self._server.serving.served), say)
 
     def remove_unneeded(self) -> None:
-        """Take away older releases that no index needs any more."""
+        """Unload older releases that no index needs any more."""
         server = self._server
-        if not server.kept or not self._one_at_a_time.acquire(blocking=False):
+        serving = server.serving
+        if not serving.kept or not self._one_at_a_time.acquire(blocking=False):
             return
         try:
-            kept = kept_for_indexes(server.model_repository, server.served.releases, server.indexes)
-            if set(kept) < set(server.kept):
-                with server.changing:
-                    switch(server, server.plan_models(server.served.releases, kept), lambda line: None)
-            server.kept = {version: names for version, names in kept.items() if version in server.kept}
+            releases = serving.served.releases
+            kept = kept_for_indexes(server.config.model_repository, releases, server.config.indexes)
+            if set(kept) < set(serving.kept):
+                models = server.plan_models(releases, kept)
+                self._switch(models, lambda line: None)
+            remaining = {version: names for version, names in kept.items() if version in serving.kept}
+            server.record(serving.served, remaining)
         except RAdapterError:
             pass  # they stay a little longer
         finally:
             self._one_at_a_time.release()
 
     def _change(self, wanted: Served, say: Say) -> str:
-        server, named = self._server, format_list(wanted.releases)
-        if wanted.releases == server.served.releases:
+        server = self._server
+        config = server.config
+        named = format_list(wanted.releases)
+        if wanted.releases == server.serving.served.releases:
             return f"release {named} is served already"
         if not self._one_at_a_time.acquire(blocking=False):
             raise RAdapterError("the server is changing its releases already; wait for it: radapter-release list")
         try:
-            check(server.model_repository, wanted.releases, say)
-            kept = kept_for_indexes(server.model_repository, wanted.releases, server.indexes)
+            check(config.model_repository, wanted.releases, say)
+            kept = kept_for_indexes(config.model_repository, wanted.releases, config.indexes)
             models = server.plan_models(wanted.releases, kept, say)
-            check_side_by_side(server.offered, models)
-            verify_in_second_server(server, wanted.releases, say)
+            check_side_by_side(server.serving.offered, models)
+            self._verify(server, wanted.releases, say)
             with server.changing:
-                switch(server, models, say)
-                server.served, server.kept = wanted, kept
-            return f"release {named} is served{save(server.model_repository, wanted)}"
+                self._switch(models, say)
+                server.record(wanted, kept)
+            return f"release {named} is served{save(config.model_repository, wanted)}"
         except RAdapterError as error:
-            still = f"release {format_list(server.served.releases)} is served as before"
+            still = f"release {format_list(server.serving.served.releases)} is served as before"
             raise RAdapterError(f"release {named} was not loaded, and {still}: {error}") from error
         finally:
             self._one_at_a_time.release()
 
+    def _switch(self, models: Mapping[str, ModelEntry], say: Say) -> None:
+        with self._server.changing:
+            carry_out(plan_switch(self._server.serving.offered, models), self._server, say)
+
 
 def require_known(repository: Path, releases: Sequence[int]) -> list[int]:
-    """These releases, once it is sure that they are there.
+    """Sorted numbers of releases, after a check that they exist.
 
     Raises:
-        RAdapterError: one is not, or none is named.
+        RAdapterError: one does not exist, or the repository has none.
     """
     found = releases_of(repository)
     if not found:
@@ -110,7 +121,7 @@ def require_known(repository: Path, releases: Sequence[int]) -> list[int]:
 
 
 def previous(served: Served) -> Served:
-    """What `rollback` goes to.
+    """What a rollback serves.
 
     Raises:
         RAdapterError: nothing was served before.
@@ -121,7 +132,7 @@ def previous(served: Served) -> Served:
 
 
 def save(repository: Path, served: Served) -> str:
-    """Write `served.json`; returns what to add to the report where that is not possible."""
+    """Write `served.json`; returns what to add to the report if that is not possible."""
     try:
         served.save(repository)
     except OSError as error:
@@ -130,5 +141,5 @@ def save(repository: Path, served: Served) -> str:
 
 
 def format_list(versions: Sequence[int]) -> str:
-    """Numbers as a text."""
+    """Numbers as text, such as "1, 2"."""
     return ", ".join(map(str, versions)) or "none"

@@ -1,9 +1,10 @@
-"""Proof that releases answer rightly, by a second server beside the one that runs, which only this machine reaches."""
+"""Checking releases in a second server next to the one that runs; only this machine reaches it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import tritonclient.grpc
@@ -13,7 +14,9 @@ from tritonclient.utils import np_to_triton_dtype
 from radapter_serve.inputs.alpha import Encode
 from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.repository import encoders_of
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.triton_server import TritonServer
 
 
 def verify_in_second_server(
@@ -29,19 +32,18 @@ def verify_in_second_server(
     Raises:
         RAdapterError: a model does not load, a task does not answer, or an encoder gives other embeddings than torch.
     """
-    repository = server.model_repository
-    beside = TritonServer(
+    repository = server.config.model_repository
+    config = ServerConfig(
         repository,
-        "127.0.0.1",
-        *free_ports(),
+        Endpoints.on_free_ports(),
         releases=releases,
-        indexes=os.devnull,  # there are none
-        runtime=server.runtime,
-        threads=server.threads,
+        indexes=Path(os.devnull),  # there are none
+        runtime=server.checks.runtime,
+        threads=server.config.threads,
     )
     say(f"trying release {', '.join(map(str, releases))} beside the running one")
-    with beside:
-        address = beside.grpc_url.removeprefix("grpc://")
+    with TritonServer(config) as second:
+        address = second.grpc_url.removeprefix("grpc://")
         with tritonclient.grpc.InferenceServerClient(address) as client:
             for encoder in encoders_of(repository, releases):
                 for version in encoder.versions:

@@ -6,9 +6,9 @@ import contextlib
 import math
 import os
 import signal
-import subprocess
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from radapter_serve.clock import SYSTEM, Clock
 from radapter_serve.server.processes import STOPPED, Process, children, how_it_ended, killed_for_memory
@@ -41,6 +41,17 @@ class Failure:
         return f"{what} died: {self.why}"
 
 
+class Watched(Protocol):
+    """What is asked of a process that is watched."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+
+    def poll(self) -> int | None:
+        """Its exit status, or minus the number of the signal that ended it; None while it runs."""
+
+
 class Watch:
     """What became of a tritonserver and the processes of its models.
 
@@ -56,7 +67,7 @@ class Watch:
 
     def __init__(
         self,
-        process: subprocess.Popen[bytes],
+        process: Watched,
         *,
         children: Callable[[int], dict[int, Process]] = children,
         killed_for_memory: Callable[[], int] = killed_for_memory,

@@ -15,7 +15,7 @@ from PIL import Image
 
 from radapter_client import query
 from radapter_serve.cli import build_engine, eval, export, index, serve, train
-from radapter_serve.server.triton_server import free_ports
+from radapter_serve.server.endpoints import free_ports
 
 COMMANDS = {"train": train, "eval": eval, "export": export, "index": index, "build-engine": build_engine}
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}

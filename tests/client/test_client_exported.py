@@ -16,7 +16,9 @@ import radapter_client
 from radapter_client import Client
 from radapter_serve.index.build import build
 from radapter_serve.runtimes.local_release import LocalRelease
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.triton_server import TritonServer
 
 pytestmark = pytest.mark.triton
 
@@ -40,7 +42,7 @@ def indexes(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def server(exported_tiny_clip: Path, indexes: Path) -> Iterator[TritonServer]:
     models = exported_tiny_clip / "model_repository"
-    with TritonServer(models, "127.0.0.1", *free_ports(), indexes=indexes) as server:
+    with TritonServer(ServerConfig(models, Endpoints.on_free_ports(), indexes=indexes)) as server:
         yield server
 
 
@@ -158,7 +160,7 @@ def test_segment_without_a_patch_encoder(client: Client):
 
 
 def test_segment_dense(dense_tiny_clip: Path):
-    with TritonServer(dense_tiny_clip / "model_repository", "127.0.0.1", *free_ports()) as server:
+    with TritonServer(ServerConfig(dense_tiny_clip / "model_repository", Endpoints.on_free_ports())) as server:
         answers = []
         for url in (server.grpc_url, server.http_url):
             with Client(url) as client:

@@ -61,12 +61,17 @@ def test_metrics_of_the_gateway() -> None:
 def test_metrics_and_probes_of_a_server(tmp_path: Path) -> None:
     import tritonclient.grpc
 
-    from radapter_serve.server.triton_server import TritonServer, free_ports
+    from radapter_serve.server.config import ServerConfig
+    from radapter_serve.server.endpoints import Endpoints
+    from radapter_serve.server.triton_server import TritonServer
     from tests.helpers.asking import connect, tensors
     from tests.helpers.small_release import write_release
 
     write_release(tmp_path / "models", 3, seed=1)
-    with TritonServer(tmp_path / "models", "127.0.0.1", *free_ports()) as server, connect(server) as client:
+    with (
+        TritonServer(ServerConfig(tmp_path / "models", Endpoints.on_free_ports())) as server,
+        connect(server) as client,
+    ):
         client.infer("embed_text", tensors(text=[["a cat"]]))
         with pytest.raises(tritonclient.grpc.InferenceServerException):
             client.infer("classify", tensors(image=[["no image"]], labels=[["a cat"]]))

@@ -167,10 +167,12 @@ def test_wise_ft_interpolates_all_weights(run_folder: Path, tiny_clip_dir: str, 
 
 @pytest.mark.triton
 def test_a_live_server_gives_the_same_numbers(run_folder: Path, exported: Path, world: Path, tmp_path: Path) -> None:
-    from radapter_serve.server.triton_server import TritonServer, free_ports
+    from radapter_serve.server.config import ServerConfig
+    from radapter_serve.server.endpoints import Endpoints
+    from radapter_serve.server.triton_server import TritonServer
 
     adapter = evaluated(from_adapter(run_folder, [0.4]), world, tmp_path / "adapter")
-    with TritonServer(exported / "repository", "127.0.0.1", *free_ports()) as server:
+    with TritonServer(ServerConfig(exported / "repository", Endpoints.on_free_ports())) as server:
         by_grpc = evaluated(ServerEmbedder(server.grpc_url), world, tmp_path / "grpc")
         by_http = evaluated(ServerEmbedder(server.http_url), world, tmp_path / "http")
     for served in (by_grpc, by_http):

@@ -358,11 +358,13 @@ def test_a_run_its_checkpoint_and_its_release_give_the_same_masks(
 
 @pytest.mark.triton
 def test_a_live_server_gives_the_same_masks(masked: Path, dense_release: Path) -> None:
-    from radapter_serve.server.triton_server import TritonServer, free_ports
+    from radapter_serve.server.config import ServerConfig
+    from radapter_serve.server.endpoints import Endpoints
+    from radapter_serve.server.triton_server import TritonServer
 
     suite, repository = suite_of(masked, SETS), dense_release / "model_repository"
     expected = masks_of(ReleaseEmbedder(str(repository)), suite)
-    with TritonServer(repository, "127.0.0.1", *free_ports()) as server:
+    with TritonServer(ServerConfig(repository, Endpoints.on_free_ports())) as server:
         for url in (server.grpc_url, server.http_url):
             served = masks_of(ServerEmbedder(url), suite)
             assert all(alike(masks, served[name]) for name, masks in expected.items()), url

@@ -16,7 +16,7 @@ import urllib3
 from radapter_client import RAdapterClientError
 from radapter_serve.gateway.run import start
 from radapter_serve.gateway.settings import Settings
-from radapter_serve.server.triton_server import free_ports
+from radapter_serve.server.endpoints import free_ports
 from tests.helpers.fake_server import FakeServer, write_repository
 from tests.helpers.served import repository
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -120,8 +119,7 @@ def test_a_server_that_starts_again_under_clients_with_retries(
     for caller in callers:
         caller.start()
     time.sleep(1)
-    assert running._process is not None
-    os.kill(running._process.pid, signal.SIGKILL)
+    running.signal(signal.SIGKILL)
     deadline = time.monotonic() + 60
     while not any("is back" in line for line in said):
         assert time.monotonic() < deadline, said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,10 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
 from radapter_serve.index.index import open_index
 from radapter_serve.runtimes.local_release import LocalRelease
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.processes import FOLDER_PREFIX, shm_prefix
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.triton_server import TritonServer
 from tests.faults.conftest import outcome
 from tests.helpers.fake_server import FakeServer
 from tests.helpers.small_disk import small_disk
@@ -117,7 +120,7 @@ def test_a_temporary_folder_that_is_full(stand_ins: Path, tmp_path: Path, monkey
         monkeypatch.setattr(tempfile, "tempdir", str(disk.folder))
         disk.fill(16 << 10)
         with pytest.raises(RAdapterError, match=r"cannot write into .*No space left on device.*set TMPDIR"):
-            TritonServer(stand_ins, "127.0.0.1", *free_ports()).start()
+            TritonServer(ServerConfig(stand_ins, Endpoints.on_free_ports())).start()
         disk.empty()
         assert not list(disk.folder.iterdir())
         with FakeServer(stand_ins) as server:
@@ -142,8 +145,9 @@ def test_two_servers_on_one_repository(running: FakeServer, stand_ins: Path) -> 
     with FakeServer(stand_ins) as second:
         assert ask(running) == ask(second) == "an answer"
         folder = second.folder
-        taken = running.http_port, *free_ports()[1:]
-        with pytest.raises(RAdapterError, match=f"port {running.http_port}: .*choose another with --http-port"):
-            TritonServer(stand_ins, "127.0.0.1", *taken).start()
+        taken = running.endpoints.http_port
+        endpoints = replace(Endpoints.on_free_ports(), http_port=taken)
+        with pytest.raises(RAdapterError, match=f"port {taken}: .*choose another with --http-port"):
+            TritonServer(ServerConfig(stand_ins, endpoints)).start()
     assert ask(running) == "an answer"
     assert not folder.exists() and not list(Path("/dev/shm").glob(f"{shm_prefix(folder)}*"))

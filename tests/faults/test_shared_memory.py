@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from radapter_client import Client
-from radapter_serve.server.triton_server import free_ports
+from radapter_serve.server.endpoints import free_ports
 from tests.faults.conftest import outcome, until
 
 pytestmark = pytest.mark.triton

@@ -23,7 +23,8 @@ from radapter_serve.gateway.liveness import MAX_START
 from radapter_serve.gateway.run import command, start
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.server import probe, supervisor
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.endpoints import free_ports
+from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.server.watch import GATEWAY
 from tests.helpers.fake_clock import FakeClock
 

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints, free_ports
+from radapter_serve.server.triton_server import TritonServer
 
 VERSIONS = (1, 2)
 TASKS = ("embed_image", "embed_text", "classify", "segment", "retrieve")
@@ -59,19 +61,14 @@ class FakeServer(TritonServer):
 
     def __init__(self, repository: Path, ports: tuple[int, int, int] | None = None, **options: Any) -> None:
         self.ports = ports or free_ports()
-        super().__init__(repository, "127.0.0.1", *self.ports, **options)
+        super().__init__(ServerConfig(repository, Endpoints("127.0.0.1", *self.ports), **options))
         self.urls = {"grpc": self.grpc_url, "http": self.http_url}
 
     def __enter__(self) -> FakeServer:
         super().__enter__()
         return self
 
-    def processes(self, model: str) -> list[int]:
-        """The numbers of a model's processes."""
-        assert self._watch is not None
-        return [pid for pid, name in self._watch.models().items() if name == model]
-
     def signal(self, number: signal.Signals) -> None:
         """SIGSTOP: the server no longer answers, its connections stay. SIGKILL: it is gone at once."""
-        assert self._process is not None
-        os.kill(self._process.pid, number)
+        assert self.pid is not None
+        os.kill(self.pid, number)

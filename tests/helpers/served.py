@@ -30,9 +30,11 @@ def repository(common: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def server(repository: Path) -> Iterator[TritonServer]:
-    from radapter_serve.server.triton_server import TritonServer, free_ports
+    from radapter_serve.server.config import ServerConfig
+    from radapter_serve.server.endpoints import Endpoints
+    from radapter_serve.server.triton_server import TritonServer
 
-    with TritonServer(repository, "127.0.0.1", *free_ports(), timeout=120) as server:
+    with TritonServer(ServerConfig(repository, Endpoints.on_free_ports(), timeout=120)) as server:
         yield server
 
 

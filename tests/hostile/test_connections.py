@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from radapter_serve.server.triton_server import free_ports
+from radapter_serve.server.endpoints import free_ports
 
 PATIENCE = 1.0  # seconds that this gateway gives its callers, in place of 8 or 10
 LATE = 3.0  # seconds; the attacks that a gateway of before let through held up others for 10 to 48

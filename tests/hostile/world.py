@@ -15,8 +15,10 @@ from radapter_serve.gateway.run import start
 from radapter_serve.gateway.settings import Settings
 from radapter_serve.index.build import build
 from radapter_serve.runtimes.local_release import LocalRelease
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.processes import children
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.small_release import TASKS, png, write_release
 from tests.hostile.asks import INDEX, KEY, good, message
 from tests.hostile.case import Case
@@ -43,7 +45,7 @@ class World:
     @property
     def triton(self) -> tuple[str, int]:
         """Triton's own HTTP port."""
-        return self.server.host, int(self.server.http_url.rpartition(":")[2])
+        return self.server.endpoints.host, self.server.endpoints.http_port
 
     def warm_up(self) -> None:
         """Search once, for the first search loads its libraries."""
@@ -51,15 +53,15 @@ class World:
 
     def processes(self) -> set[int]:
         """The numbers of all processes: gateway, tritonserver, and those of its models."""
-        assert self.server._process is not None
-        own = self.server._process.pid
+        own = self.server.pid
+        assert own is not None
         living = {pid for pid, process in children(own).items() if process.state != "Z"}
         return living | {own} | ({self.gateway.pid} if self.gateway.poll() is None else set())
 
     def memory(self) -> dict[str, int]:
         """MiB that the gateway, tritonserver and the largest of the models' processes had at most."""
-        assert self.server._process is not None
-        own = self.server._process.pid
+        own = self.server.pid
+        assert own is not None
         models = max((_peak(pid) for pid in self.processes() - {own, self.gateway.pid}), default=0)
         return {"gateway": _peak(self.gateway.pid), "tritonserver": _peak(own), "a model's process": models}
 
@@ -85,7 +87,7 @@ def world(folder: Path) -> Iterator[World]:
     build(str(photos), indexes / INDEX, LocalRelease(repository))
     keys = folder / "keys"
     keys.write_text(f"suite: {hashlib.sha256(KEY.encode()).hexdigest()}\n")
-    with TritonServer(repository, "127.0.0.1", *free_ports(), indexes=indexes) as server:
+    with TritonServer(ServerConfig(repository, Endpoints.on_free_ports(), indexes=indexes)) as server:
         port = free_ports()[0]
         settings = Settings(port=port, server=server.grpc_url.removeprefix("grpc://"), api_keys=keys, timeout=TIMEOUT)
         gateway = start(settings)

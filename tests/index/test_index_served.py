@@ -23,7 +23,9 @@ from radapter_serve.cli.index import main
 from radapter_serve.index.build import add, build
 from radapter_serve.index.publish import link, publish
 from radapter_serve.runtimes.local_release import LocalRelease
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints, free_ports
+from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.asking import connect, post, tensors
 from tests.helpers.fake_qdrant import fake_qdrant
 from tests.helpers.indexes import generation, point_again, said, say
@@ -41,7 +43,7 @@ def served(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -
     for number in range(6):
         (folder / "photos" / f"{number}é.png").write_bytes(png(number, 50, 40))
     models = exported_tiny_clip / "model_repository"
-    with TritonServer(models, "127.0.0.1", *free_ports(), indexes=folder / "Büro" / "indexes") as server:
+    with TritonServer(ServerConfig(models, Endpoints.on_free_ports(), indexes=folder / "Büro" / "indexes")) as server:
         yield server, folder
 
 

@@ -23,7 +23,7 @@ from radapter_serve.gateway.errors import Refused
 from radapter_serve.gateway.keys import new_key
 from radapter_serve.playground.page import build
 from radapter_serve.playground.run import Settings, serving
-from radapter_serve.server.triton_server import free_ports
+from radapter_serve.server.endpoints import free_ports
 from tests.helpers import fake_upstream
 from tests.helpers.fake_upstream import Served, unpacked
 from tests.helpers.small_world import SmallWorld, png

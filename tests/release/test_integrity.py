@@ -15,7 +15,9 @@ from radapter_serve.cli.release import main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import SUMS, check, check_configs, renew_sums, sums_of, verify
 from radapter_serve.release.repository import CONFIG, MODELS, newest_export, read_config, releases_of
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.small_release import seal
 
 
@@ -195,7 +197,7 @@ def test_a_server_refuses_what_is_broken_before_it_starts_anything(
     monkeypatch.setattr("radapter_serve.server.triton_server.find_tritonserver", never)
     flip(sealed / "text_encoder/1/model.onnx")
     with pytest.raises(RAdapterError, match=r"text_encoder/1/model\.onnx differs"):
-        TritonServer(sealed, "127.0.0.1", *free_ports()).start()
+        TritonServer(ServerConfig(sealed, Endpoints.on_free_ports())).start()
     assert main(["verify", "--model-repository", str(sealed)]) == 2
     assert "text_encoder/1/model.onnx differs" in capsys.readouterr().err
     assert main(["verify", "2", "--model-repository", str(sealed)]) == 0

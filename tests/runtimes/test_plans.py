@@ -25,7 +25,9 @@ from radapter_serve.runtimes.tensorrt import plan_writer
 from radapter_serve.runtimes.tensorrt.engine import Options
 from radapter_serve.runtimes.tensorrt.plan import PLAN, SIDECAR, Sidecar, check_plan
 from radapter_serve.runtimes.tensorrt.plan_writer import build_engines, check_engines
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.fake_tensorrt import Driver, install
 
 ENGINES = [("image_encoder", 1), ("image_encoder", 2), ("patch_encoder", 2), ("text_encoder", 1), ("text_encoder", 2)]
@@ -230,7 +232,7 @@ def test_a_plan_that_does_not_fit_is_one_line_that_says_what_to_run(
     assert main(["--check", str(mine)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(RAdapterError, match=r"model\.plan.* radapter-build-engine"):
-        TritonServer(mine, "127.0.0.1", *free_ports()).start()
+        TritonServer(ServerConfig(mine, Endpoints.on_free_ports())).start()
     check_plan(mine / "image_encoder" / "2")
 
 
@@ -261,7 +263,7 @@ def test_without_a_gpu_nothing_is_touched(mine: Path, built: Path, monkeypatch: 
     with pytest.raises(RAdapterError, match="no GPU"):
         check_plan(built / "image_encoder" / "1")
     with pytest.raises(RAdapterError, match="no GPU"):
-        TritonServer(built, "127.0.0.1", *free_ports()).start()
+        TritonServer(ServerConfig(built, Endpoints.on_free_ports())).start()
     install(monkeypatch, Driver(), version=None)
     with pytest.raises(RAdapterError, match="TensorRT is not installed"):
         build_engines(mine)

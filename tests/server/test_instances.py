@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
@@ -11,8 +9,7 @@ from tritonclient.grpc import model_config_pb2
 from radapter_serve.cli.serve import main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.repository import without_queue_policy
-from radapter_serve.server import instances
-from radapter_serve.server.instances import check_shared_memory, counts, with_instances
+from radapter_serve.server.instances import SharedMemory, check_shared_memory, counts, with_instances
 from radapter_serve.server.models import ModelEntry, parsed
 
 TASKS = ("classify", "embed_image", "embed_text", "retrieve", "segment")
@@ -47,30 +44,29 @@ def test_only_the_tasks_that_are_named_change():
     assert changed["image_encoder"] == models["image_encoder"]
 
 
-def found(monkeypatch: pytest.MonkeyPatch, size: int, free: int) -> None:
-    """Let /dev/shm have so many MiB."""
-    state = SimpleNamespace(f_frsize=MIB, f_blocks=size, f_bavail=free)
-    monkeypatch.setattr(instances, "os", SimpleNamespace(statvfs=lambda _: state))
+def memory(size: int, free: int) -> SharedMemory:
+    """A /dev/shm of so many MiB."""
+    return SharedMemory(size * MIB, free * MIB)
 
 
-def test_shared_memory_too_small_to_start_is_refused_with_what_to_set(monkeypatch):
+def test_shared_memory_too_small_to_start_is_refused_with_what_to_set():
     pixels = "input { data_type: TYPE_UINT8 dims: [ 224, 224, 3 ] } instance_group { count: 1 }"
     models = {
         "classify": ModelEntry((1, 2), 'backend: "python" instance_group { count: 4 }'),
         "image_encoder": ModelEntry((2,), f'backend: "onnxruntime" max_batch_size: 64 {pixels}'),
     }
-    found(monkeypatch, 64, 17)  # nine processes
-    with pytest.raises(RAdapterError, match=r"has 17 MiB free, and 9 model processes need 18 MiB; .*--shm-size=128m"):
-        check_shared_memory(models, ["python", "onnxruntime"])
-    found(monkeypatch, 64, 18)
-    warning = check_shared_memory(models, ["python", "onnxruntime"])
+    in_python = ["python", "onnxruntime"]
+    message = r"has 17 MiB free, and 9 model processes need 18 MiB; .*--shm-size=128m"
+    with pytest.raises(RAdapterError, match=message):
+        check_shared_memory(models, in_python, memory(64, 17))
+    warning = check_shared_memory(models, in_python, memory(64, 18))
     # 9 x (2 MiB + 64 x 224 x 224 x 3 bytes)
-    assert warning is not None and "/dev/shm has 64 MiB; many full batches at once need 100 MiB" in warning
-    found(monkeypatch, 128, 128)
-    assert check_shared_memory(models, ["python", "onnxruntime"]) is None
-    found(monkeypatch, 64, 15)
+    assert warning is not None
+    assert "/dev/shm has 64 MiB; many full batches at once need 100 MiB" in warning
+    assert check_shared_memory(models, in_python, memory(128, 128)) is None
+    assert check_shared_memory(models, in_python, None) is None
     with pytest.raises(RAdapterError, match="8 model processes"):  # a backend in C++ has none
-        check_shared_memory(models, ["python"])
+        check_shared_memory(models, ["python"], memory(64, 15))
 
 
 def test_no_queue_is_limited_by_triton_which_then_overlooks_it():

@@ -24,11 +24,12 @@ from radapter_serve.inputs.names import spellings
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.served import Served
 from radapter_serve.runtimes.local_release import LocalRelease
-from radapter_serve.server import releases as module
 from radapter_serve.server.admin_socket import AdminSocket, find_server
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.releases import Releases
 from radapter_serve.server.supervisor import Supervisor
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.server.watch import SERVER
 from radapter_serve.tasks.segment import SegmentRequest
 from tests.helpers.gateway import gateway
@@ -65,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def running(folder: Path) -> Iterator[TritonServer]:
-    server = TritonServer(folder / "repository", "127.0.0.1", *free_ports(), indexes=folder / "indexes")
+    server = TritonServer(ServerConfig(folder / "repository", Endpoints.on_free_ports(), indexes=folder / "indexes"))
     with server, AdminSocket(server):
         yield server
 
@@ -73,7 +74,7 @@ def running(folder: Path) -> Iterator[TritonServer]:
 @pytest.fixture
 def served(running: TritonServer) -> TritonServer:
     """The server with release 1, whatever the test before has left."""
-    if running.served.releases != (1,):
+    if running.serving.served.releases != (1,):
         Releases(running).load([1], lambda line: None)
     return running
 
@@ -176,8 +177,7 @@ class Load:
         return "search", 1
 
 
-def switch_under_load(server: TritonServer, repository: Path, times: int) -> None:
-    releases = Releases(server)
+def switch_under_load(releases: Releases, server: TritonServer, repository: Path, times: int) -> None:
     with gateway(server) as through, Load([server.grpc_url, server.http_url, through], repository) as load:
         for number in range(times):
             target = 2 - number % 2
@@ -198,14 +198,14 @@ def switch_under_load(server: TritonServer, repository: Path, times: int) -> Non
 
 @pytest.mark.usefixtures("photos")
 def test_a_switch_and_the_way_back_under_load(served: TritonServer, folder: Path) -> None:
-    switch_under_load(served, folder / "repository", 2)
+    switch_under_load(Releases(served), served, folder / "repository", 2)
 
 
 @pytest.mark.usefixtures("photos")
 @pytest.mark.slow
-def test_twenty_switches_under_load(served: TritonServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "verify_in_second_server", lambda *_: None)  # once is enough
-    switch_under_load(served, folder / "repository", 20)
+def test_twenty_switches_under_load(served: TritonServer, folder: Path) -> None:
+    releases = Releases(served, verify=lambda *_: None)  # the test above verifies them
+    switch_under_load(releases, served, folder / "repository", 20)
 
 
 def test_the_command_speaks_with_the_server(
@@ -217,7 +217,7 @@ def test_the_command_speaks_with_the_server(
     assert main(["load", "2", *where]) == 0
     assert capsys.readouterr().out == "release 2 is served\n"
     assert Served.load(repository) == Served((2,), (1,))
-    assert main(["list", *where, "--http-port", str(served.http_port)]) == 0
+    assert main(["list", *where, "--http-port", str(served.endpoints.http_port)]) == 0
     assert f"served at {served.http_url}" in capsys.readouterr().out
     assert main(["rollback", *where]) == 0
     assert capsys.readouterr().out == "release 1 is served\n"
@@ -261,7 +261,7 @@ def test_an_index_is_searched_by_the_release_that_made_it(served: TritonServer, 
     with Client(served.grpc_url) as client:
         before = client.search("a cat", index=INDEX)
         releases.load([2], say)
-        assert served.kept == {1: [INDEX]} and served.models["embed_text"] == [1, 2]
+        assert served.serving.kept == {1: [INDEX]} and served.models["embed_text"] == [1, 2]
         assert served.models["classify"] == [2] and client.release().version == 2
         assert client.search("a cat", index=INDEX) == before
         assert client.search(image=IMAGES[2], index=INDEX)[0].id == "2.png"
@@ -269,7 +269,9 @@ def test_an_index_is_searched_by_the_release_that_made_it(served: TritonServer, 
         after = client.search("a cat", index=INDEX)
         assert [one.score for one in after] != [one.score for one in before]
         releases.remove_unneeded()
-        assert served.kept == {} and served.models["embed_text"] == [2] and served.models["image_encoder"] == [2]
+        assert (
+            served.serving.kept == {} and served.models["embed_text"] == [2] and served.models["image_encoder"] == [2]
+        )
         assert client.search("a cat", index=INDEX) == after
         releases.rollback(say)  # it would answer whoever names no release
         with pytest.raises(InvalidRequest, match="of another release"):

@@ -20,9 +20,11 @@ from radapter_serve.release.repository import RUNTIMES, ServedEncoder, encoders_
 from radapter_serve.runtimes.cuda import Gpu
 from radapter_serve.runtimes.encoder import _load_cuda
 from radapter_serve.server import runtime_choice as choice
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.installation import Installation, our_backends
 from radapter_serve.server.runtime_choice import Measured, check, fastest, measure
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.triton_server import TritonServer
 
 
 def encoder(repository, name="image_encoder") -> ServedEncoder:
@@ -134,11 +136,11 @@ def test_without_classify_which_has_the_releases_a_runtime_counts_all_the_same(o
     samples = Samples.load(folder)
     Samples(samples.inputs, [-reference for reference in samples.references]).save(folder)
     with pytest.raises(RAdapterError, match="image_encoder of release 1, run by openvino .* differs from torch"):
-        TritonServer(own, "127.0.0.1", *free_ports(), runtime="openvino").start()
+        TritonServer(ServerConfig(own, Endpoints.on_free_ports(), runtime="openvino")).start()
     (own / "image_encoder").rename(own / "other")
     (own / "other" / "config.pbtxt").write_text('backend: "python"')
     with pytest.raises(RAdapterError, match="holds no encoder of radapter-export; leave --runtime auto out"):
-        TritonServer(own, "127.0.0.1", *free_ports(), runtime="auto").start()
+        TritonServer(ServerConfig(own, Endpoints.on_free_ports(), runtime="auto")).start()
 
 
 def test_a_runtime_that_differs_is_refused_with_the_way_out(own):
@@ -150,11 +152,11 @@ def test_a_runtime_that_differs_is_refused_with_the_way_out(own):
     with pytest.raises(RAdapterError, match=message):
         check(encoder(own), "openvino")
     with pytest.raises(RAdapterError, match=f"{message}.*{way_out}"):
-        TritonServer(sealed(own), "127.0.0.1", *free_ports(), runtime="openvino").start()
+        TritonServer(ServerConfig(sealed(own), Endpoints.on_free_ports(), runtime="openvino")).start()
     graph = folder / "model.onnx"
     graph.write_bytes(graph.read_bytes()[:-100])
     with pytest.raises(RAdapterError, match=rf"OpenVINO .* cannot load {graph}: .*\S{way_out}"):
-        TritonServer(sealed(own), "127.0.0.1", *free_ports(), runtime="openvino").start()
+        TritonServer(ServerConfig(sealed(own), Endpoints.on_free_ports(), runtime="openvino")).start()
 
 
 def test_a_runtime_is_held_to_the_cosine_of_the_export_too(own):
@@ -182,10 +184,10 @@ def test_what_is_not_there_is_said_with_the_command_that_makes_it(own):
     with pytest.raises(RAdapterError, match=message):
         check(encoder(own), "tensorrt")
     with pytest.raises(RAdapterError, match=message):
-        TritonServer(sealed(own), "127.0.0.1", *free_ports(), runtime="tensorrt").start()
+        TritonServer(ServerConfig(sealed(own), Endpoints.on_free_ports(), runtime="tensorrt")).start()
     (own / "image_encoder" / "2" / "model.onnx").unlink()
     with pytest.raises(RAdapterError, match=r"model\.onnx, which onnxruntime needs, does not exist; .*radapter-export"):
-        TritonServer(sealed(own), "127.0.0.1", *free_ports()).start()
+        TritonServer(ServerConfig(sealed(own), Endpoints.on_free_ports())).start()
 
 
 def test_releases_that_are_gone_are_said(repository, own):
@@ -196,19 +198,7 @@ def test_releases_that_are_gone_are_said(repository, own):
         with pytest.raises(
             RAdapterError, match=r"image_encoder lacks the releases that are to be served \(.*\); run: radapter-e"
         ):
-            TritonServer(sealed(own), "127.0.0.1", *free_ports(), runtime=runtime).start()
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"runtime": "torch"}, "--runtime is torch; allowed are onnxruntime, openvino, tensorrt, auto"),
-        ({"threads": 0}, "--threads is 0; allowed are 1 and more"),
-    ],
-)
-def test_bad_flags(repository, flags, message):
-    with pytest.raises(RAdapterError, match=message):
-        TritonServer(repository, **flags)
+            TritonServer(ServerConfig(sealed(own), Endpoints.on_free_ports(), runtime=runtime)).start()
 
 
 def test_all_that_agree_are_measured_and_the_reason_is_given_for_the_others(own, monkeypatch):
@@ -258,15 +248,14 @@ def test_the_fastest_is_that_with_the_least_time_for_a_row_over_all_encoders():
         fastest([found[0], out])
 
 
-def test_the_table_says_why_one_is_left_out(repository, capsys):
-    stand_in = TritonServer(repository, threads=3)
-    stand_in.measured = [
+def test_the_table_says_why_one_is_left_out(capsys):
+    measured = [
         Measured("image_encoder", "openvino", {1: 0.02, 8: 0.1}, 2e-7),
         Measured("image_encoder", "tensorrt", {}, why="no [plan]"),
         Measured("text_encoder", "openvino", {1: 0.02, 8: 0.1}, 2e-7),
         Measured("text_encoder", "tensorrt", {}, why="no plan here either"),
     ]
-    serve._show_measured(stand_in)
+    serve._show_measured(measured, 3)
     shown = capsys.readouterr().out
     assert "on this machine, 3 threads" in shown
     for cell in ("20.0", "100.0", "80", "2.0e-07", "tensorrt is left out: no [plan]", "fastest: openvino"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.asking import connect, tensor
 from tests.helpers.small_release import Local, png
 
@@ -15,7 +17,7 @@ pytestmark = pytest.mark.triton
 def test_the_same_answers_by_openvino_in_any_version(repository, tmp_path):
     for name in ("image_encoder", "text_encoder", "embed_image"):  # without `classify`, which has the releases
         (tmp_path / name).symlink_to(repository / name)
-    server = TritonServer(tmp_path, "127.0.0.1", *free_ports(), runtime="openvino", threads=2)
+    server = TritonServer(ServerConfig(tmp_path, Endpoints.on_free_ports(), runtime="openvino", threads=2))
     with server, connect(server) as client:
         for name in ("image_encoder", "text_encoder"):
             config = client.get_model_config(name, as_json=True)["config"]

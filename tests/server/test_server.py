@@ -11,19 +11,24 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
-from radapter_serve.cli.serve import main
+from radapter_serve.cli.serve import keep_serving, main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.server import processes
-from radapter_serve.server import triton_server as module
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.installation import OUR_BACKENDS, Installation, find_tritonserver, our_backends
 from radapter_serve.server.messages import reason
 from radapter_serve.server.models import models_of
-from radapter_serve.server.supervisor import Supervisor
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.server_process import Launch, ServerProcess
+from radapter_serve.server.triton_server import TritonServer
+from tests.helpers.fake_clock import FakeClock
+from tests.helpers.stand_ins import http_server
 
 
 def test_repository(repository, tmp_path):
@@ -40,7 +45,7 @@ def test_repository(repository, tmp_path):
 def test_a_port_in_use_is_named_with_its_flag(repository):
     ports = free_ports()
     with socket.create_server(("127.0.0.1", ports[1])), pytest.raises(RAdapterError) as error:
-        TritonServer(repository, "127.0.0.1", *ports).start()
+        TritonServer(ServerConfig(repository, Endpoints("127.0.0.1", *ports))).start()
     assert f"127.0.0.1 port {ports[1]}: Address already in use; choose another with --grpc-port" in str(error.value)
 
 
@@ -54,9 +59,10 @@ def test_a_port_in_use_is_named_with_its_flag(repository):
         ("", (18000, 18001, 18002), "--host ''"),
     ],
 )
-def test_bad_addresses(repository, host, ports, message):
+def test_bad_addresses(host, ports, message):
+    http_port, grpc_port, metrics_port = ports
     with pytest.raises(RAdapterError, match=message):
-        TritonServer(repository, host, *ports, trust_network=True).start()
+        Endpoints(host, http_port, grpc_port, metrics_port, trust_network=True).check_ports()
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
@@ -68,18 +74,24 @@ def test_a_host_that_others_reach_needs_a_network_that_is_trusted(repository, ho
 
 
 @pytest.mark.parametrize("usual", [signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler])
-def test_the_handlers_of_signals_are_as_before_after_the_command(repository, monkeypatch, usual):
+def test_the_handlers_of_signals_are_as_before_after_the_command(repository, usual):
     numbers = (signal.SIGTERM, signal.SIGHUP)
     seen: list[object] = []
-    monkeypatch.setattr(TritonServer, "start", lambda *_: seen.extend(map(signal.getsignal, numbers)))
-    monkeypatch.setattr(Supervisor, "run", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+
+    def start(*_: object) -> ServerProcess:
+        seen.extend(map(signal.getsignal, numbers))
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RAdapterError("the signal is ignored")
+
     before = [signal.signal(number, usual) for number in numbers]
     try:
-        with contextlib.suppress(SystemExit):
-            main([str(repository)])
+        server = TritonServer(local(repository), installation=INSTALLATION, start_process=start)
+        with contextlib.suppress(SystemExit, RAdapterError):
+            keep_serving(server)
         assert [signal.getsignal(number) for number in numbers] == [usual, usual]
         assert all((handler == signal.SIG_IGN) == (usual == signal.SIG_IGN) for handler in seen)
         assert (usual in seen) == (usual == signal.SIG_IGN)
+        assert len(seen) == len(numbers)
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
@@ -158,23 +170,37 @@ def test_the_reason_is_found_in_the_log():
     assert reason("") == "it wrote nothing"
 
 
-@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
-def test_bad_timeout(repository, timeout):
-    with pytest.raises(RAdapterError, match="--timeout is .*; allowed are seconds above 0"):
-        TritonServer(repository, timeout=timeout)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"timeout": 0}, "--timeout is 0; allowed are seconds above 0"),
+        ({"timeout": -1}, "--timeout is -1; allowed are seconds above 0"),
+        ({"timeout": float("nan")}, "--timeout is nan; allowed are seconds above 0"),
+        ({"drain_seconds": 0}, "--drain-seconds is 0; allowed are whole seconds from 1"),
+        ({"max_waiting": 0}, "--max-waiting is 0; allowed are 1 and more"),
+        ({"threads": 0}, "--threads is 0; allowed are 1 and more"),
+        ({"instances": ["nothing=2"]}, "--instances nothing=2: there is no task nothing"),
+        ({"runtime": "torch"}, "--runtime is torch; allowed are onnxruntime, openvino, tensorrt, auto"),
+    ],
+)
+def test_a_setting_that_is_not_allowed_is_named_with_its_flag(settings, message):
+    with pytest.raises(RAdapterError, match=message):
+        ServerConfig(Path("none"), **settings)
 
 
-def test_a_queue_holds_one_request_at_least(repository):
-    with pytest.raises(RAdapterError, match="--max-waiting is 0; allowed are 1 and more"):
-        TritonServer(repository, max_waiting=0)
+def test_folders_stay_what_they_are_where_the_current_folder_is_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = ServerConfig(Path("repository"), indexes=Path("indexes"))
+    assert config.model_repository == tmp_path / "repository"
+    assert config.indexes == tmp_path / "indexes"
 
 
-def test_hosts(repository):
-    local = TritonServer(repository, "localhost", 1, 2, 3)
+def test_hosts():
+    local = Endpoints("localhost", 1, 2, 3)
     assert (local.host, local.http_url, local.loopback) == ("127.0.0.1", "http://127.0.0.1:1", True)
-    six = TritonServer(repository, "::1", 1, 2, 3)
+    six = Endpoints("::1", 1, 2, 3)
     assert (six.host, six.grpc_url, six.loopback) == ("::1", "grpc://[::1]:2", True)
-    every = TritonServer(repository, "0.0.0.0", 1, 2, 3, trust_network=True)
+    every = Endpoints("0.0.0.0", 1, 2, 3, trust_network=True)
     assert (every.host, every.metrics_url, every.loopback) == ("0.0.0.0", "http://127.0.0.1:3/metrics", False)
 
 
@@ -185,8 +211,7 @@ def test_a_server_on_path_needs_no_numpy_of_ours(tmp_path, monkeypatch):
     assert find_tritonserver().binary == native
 
 
-def test_what_a_killed_server_left_is_removed_and_no_more(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+def test_what_a_killed_server_left_is_removed_and_no_more(tmp_path):
     dead, alive, new, other = (tmp_path / f"{name}{os.getpid()}" for name in (*["radapter-serve-test-"] * 3, "other-"))
     dead, alive, new = (path.with_name(path.name + kind) for path, kind in ((dead, "d"), (alive, "a"), (new, "n")))
     for folder in (dead, alive, other):
@@ -198,13 +223,21 @@ def test_what_a_killed_server_left_is_removed_and_no_more(tmp_path, monkeypatch)
     try:
         for file in files:
             file.touch()
-        processes.remove_leftovers()
+        processes.remove_leftovers(tmp_path)
         assert sorted(tmp_path.iterdir()) == sorted([alive, new, other])
         assert [file.exists() for file in files] == [False, True]
     finally:
         os.close(lock)
         for file in files:
             file.unlink(missing_ok=True)
+
+
+INSTALLATION = Installation(Path("/bin/false"), our_backends())
+
+
+def local(repository: Path, **settings: Any) -> ServerConfig:
+    """The settings of a server that only this machine reaches."""
+    return ServerConfig(repository, Endpoints.on_free_ports(), **settings)
 
 
 @pytest.mark.parametrize(
@@ -215,21 +248,100 @@ def test_what_a_killed_server_left_is_removed_and_no_more(tmp_path, monkeypatch)
     ],
 )
 def test_a_full_disk_is_told_in_one_line(repository, tmp_path, monkeypatch, error):
-    def full(*_):
-        raise error
+    class Full(Installation):
+        def assemble(self, folder: Path) -> None:
+            raise error
 
-    monkeypatch.setattr(Installation, "assemble", full)
-    monkeypatch.setattr(module, "find_tritonserver", lambda: Installation(Path("/bin/false"), our_backends()))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    server = TritonServer(local(repository), installation=Full(Path("/bin/false"), our_backends()))
     with pytest.raises(RAdapterError, match=r"cannot write into .*: .*No space left on device.*; .*TMPDIR"):
-        TritonServer(repository, "127.0.0.1", *free_ports()).start()
+        server.start()
     assert not list(tmp_path.iterdir())
 
 
-def test_a_log_that_cannot_be_written(repository, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "find_tritonserver", lambda: Installation(Path("/bin/false"), our_backends()))
+def test_a_log_that_cannot_be_written(repository, tmp_path):
+    config = local(repository, log=tmp_path / "none" / "log")
     with pytest.raises(RAdapterError, match="cannot write the log .*none/log: No such file"):
-        TritonServer(repository, "127.0.0.1", *free_ports(), log=tmp_path / "none" / "log").start()
+        TritonServer(config, installation=INSTALLATION).start()
+
+
+class StandIn:
+    """A process that writes a line and does nothing.
+
+    Args:
+        code: its exit status from the start; None while it runs.
+
+    Attributes:
+        on_start: called when it is started for the first time.
+        launched: what it was started with, each time.
+        stopped: the seconds that it had to end, each time.
+    """
+
+    pid = 2**22  # above the numbers that Linux gives
+
+    def __init__(self, code: int | None = None) -> None:
+        self.code = code
+        self.launched: list[Launch] = []
+        self.stopped: list[float] = []
+        self.on_start: Callable[[], object] = lambda: None
+
+    def start(self, launch: Launch, output: IO[bytes] | None) -> StandIn:
+        if not self.launched:
+            self.on_start()
+        self.launched.append(launch)
+        assert output is not None
+        output.write(b'E1124 15:45:35.510363 7432 main.cc:1] "no memory"\n')
+        return self
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def stop(self, grace_seconds: float) -> None:
+        self.stopped.append(grace_seconds)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (None, "tritonserver was not ready after 1 s: no memory; .*; allow more with --timeout"),
+        (1, "tritonserver did not start: it ended by itself with status 1: no memory; all its"),
+        (-9, "tritonserver did not start: it was killed by SIGKILL: no memory; all its messages"),
+    ],
+)
+def test_a_server_that_does_not_start_is_stopped_and_leaves_nothing(repository, code, message):
+    process, clock = StandIn(code), FakeClock()
+    config = local(repository, timeout=1, drain_seconds=3)
+    server = TritonServer(config, installation=INSTALLATION, start_process=process.start, clock=clock)
+    with pytest.raises(RAdapterError, match=message):
+        server.start()
+    [launch] = process.launched
+    assert process.stopped == [8]
+    assert not launch.folder.exists()
+    assert server.pid is None
+    assert clock.now <= 1000 + config.timeout + 1
+
+
+def test_a_server_is_started_with_its_models_and_is_started_again_with_the_same(repository):
+    endpoints = Endpoints.on_free_ports()
+    process = StandIn()
+    config = ServerConfig(repository, endpoints, drain_seconds=3)
+    server = TritonServer(config, installation=INSTALLATION, start_process=process.start)
+    with contextlib.ExitStack() as stack:
+        process.on_start = lambda: stack.enter_context(http_server(200, b"[]", port=endpoints.http_port))
+        with server:
+            folder = server.folder
+            assert server.pid == process.pid
+            assert server.failures() == []
+            server.restart()
+            process.code = 2
+            [failure] = server.failures()
+            assert "it ended by itself with status 2: no memory" in str(failure)
+    first, second = process.launched
+    assert first == second
+    models = [word.partition("=")[2] for word in first.command if word.startswith("--load-model=")]
+    assert sorted(models) == sorted(models_of(repository))
+    assert process.stopped == [0, 8]
+    assert not folder.exists()
 
 
 def test_a_secret_is_taken_out_of_the_command_line_of_a_child():

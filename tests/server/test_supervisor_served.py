@@ -91,16 +91,16 @@ def begun(threads: ThreadPoolExecutor, clients: list[Client], image: bytes) -> l
 def test_a_killed_process_of_a_model_is_back_and_its_callers_may_ask_again(server, clients, threads):
     watched = Watched(server)
     calls = begun(threads, clients, order(sleep=30))
-    for pid in server.processes("classify"):
+    for pid in server.pids("classify"):
         os.kill(pid, signal.SIGKILL)
     watched.until_back("classify")
     assert [call.result() for call in calls] == ["ServerUnavailable restarting"] * 2
     assert "classify version 2 died: it was killed by SIGKILL; starting it again" in watched.said[0]
     for client in clients:
         assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
-    assert len(server.processes("classify")) == 2
+    assert len(server.pids("classify")) == 2
     watched.said.clear()
-    for pid in server.processes("classify"):  # before anybody has looked at them
+    for pid in server.pids("classify"):  # before anybody has looked at them
         os.kill(pid, signal.SIGKILL)
     watched.until_back("classify")
 
@@ -108,7 +108,7 @@ def test_a_killed_process_of_a_model_is_back_and_its_callers_may_ask_again(serve
 def test_a_frozen_process_is_replaced(server, clients, threads):
     watched = Watched(server)
     calls = begun(threads, clients, order(sleep=30))
-    for pid in server.processes("classify"):
+    for pid in server.pids("classify"):
         os.kill(pid, signal.SIGSTOP)
     watched.until_back("classify")
     assert [call.result() for call in calls] == ["ServerUnavailable restarting"] * 2
@@ -145,7 +145,7 @@ def test_a_busy_task_is_left_alone_and_one_that_waits_for_nothing_is_started_aga
 
 def test_many_large_requests_at_once_are_refused_and_take_bounded_memory(server, clients, threads):
     def resident() -> int:
-        return int(Path(f"/proc/{server._process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path(f"/proc/{server.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     before, most, done = resident(), [0], threading.Event()
 

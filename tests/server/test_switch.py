@@ -17,7 +17,16 @@ from radapter_serve.server.control import NoAnswer, ServedVersion
 from radapter_serve.server.launch import MODELS, put
 from radapter_serve.server.models import ModelEntry, kept_for_indexes, parsed, plan_models
 from radapter_serve.server.releases import previous, require_known
-from radapter_serve.server.switch import check_side_by_side, switch
+from radapter_serve.server.switch import (
+    DRAIN_TIMEOUT_SECONDS,
+    Change,
+    Plan,
+    Step,
+    carry_out,
+    check_side_by_side,
+    plan_switch,
+)
+from tests.helpers.fake_clock import FakeClock
 from tests.helpers.indexes import write_facts
 from tests.helpers.small_release import seal
 
@@ -47,6 +56,11 @@ class StandIn:
         self.dies_at = -1
         self.dense = {1, 2, 3}  # releases with patches
         self.control = self
+        self.clock = FakeClock()
+
+    def switch(self, new: dict[str, ModelEntry]) -> None:
+        """Plan a switch and carry it out."""
+        carry_out(plan_switch(self.offered, new), self, lambda line: None, self.clock)
 
     def put(self, name: str, model: ModelEntry | None) -> None:
         if model is None:
@@ -97,15 +111,104 @@ class StandIn:
                         assert version in self.loaded.get(name, ()), f"{task} {version} has no {name}"
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("radapter_serve.server.switch.time.sleep", lambda _: None)
+def changes(step: Step) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The versions of each model before and after a step."""
+    return {
+        change.model: (
+            change.before.versions if change.before else (),
+            change.after.versions if change.after else (),
+        )
+        for change in step.changes
+    }
+
+
+def test_a_plan_adds_encoders_then_changes_tasks_at_once_then_removes_old_encoders() -> None:
+    plan = plan_switch(models(1), models(2))
+    *encoders, tasks = plan.switch
+    assert [changes(step) for step in encoders] == [{name: ((1,), (1, 2))} for name in ENCODERS]
+    assert changes(tasks) == dict.fromkeys(TASKS, ((1,), (2,)))
+    [last] = plan.clean_up
+    assert changes(last) == dict.fromkeys(ENCODERS, ((1, 2), (2,)))
+    assert last.drain == set(TASKS)
+
+
+def test_a_plan_unloads_tasks_before_the_encoders_that_they_call() -> None:
+    dense = models(1)
+    plain = {name: model for name, model in models(2, patches=False).items() if name != "segment"}
+    tasks, encoders = plan_switch(dense, plain).clean_up
+    assert changes(tasks) == {"segment": ((1,), ())}
+    assert changes(encoders) == {
+        "patch_encoder": ((1,), ()),
+        "image_encoder": ((1, 2), (2,)),
+        "text_encoder": ((1, 2), (2,)),
+    }
+    assert encoders.drain == set(TASKS)
+    assert changes(plan_switch(plain, dense).switch[1]) == {"patch_encoder": ((), (1,))}
+
+
+@pytest.mark.parametrize("begun", range(1, len(ENCODERS) + 2))
+def test_a_plan_is_undone_in_reverse_and_encoders_wait_for_the_tasks_that_were_changed(begun: int) -> None:
+    plan = plan_switch(models(1), models(2))
+    undo = plan.roll_back(begun)
+    expected = [{name: (after, before) for name, (before, after) in changes(step).items()} for step in plan.switch]
+    assert [changes(step) for step in undo] == expected[begun - 1 :: -1]
+    tasks_changed = begun == len(plan.switch)
+    drains = [set(step.drain) for step in undo]
+    assert drains == ([set(), *[set(TASKS)] * len(ENCODERS)] if tasks_changed else [set()] * begun)
+
+
+def test_a_change_that_changes_nothing_is_not_undone() -> None:
+    same = offer(1)
+    plan = Plan((Step("", (Change("classify", same, same), Change("segment", same, None))),), ())
+    assert [changes(step) for step in plan.roll_back(1)] == [{"segment": ((), (1,))}]
+
+
+def test_encoders_keep_their_config_so_that_triton_keeps_running_those_it_has() -> None:
+    """Triton loads a version again if more than the version policy and the instances of its config change."""
+    old, new = models(1), models(2)
+    old["image_encoder"] = offer(1, facts="threads of this server")
+
+    def facts(model: str) -> set[str]:
+        plan = plan_switch(old, new)
+        return {
+            parsed(change.after.config).parameters["release"].string_value
+            for step in (*plan.switch, *plan.clean_up)
+            for change in step.changes
+            if change.model == model and change.after is not None
+        }
+
+    assert facts("image_encoder") == {"threads of this server"}
+    assert facts("classify") == {"(2,)"}
+
+
+def test_what_fails_in_cleaning_up_leaves_the_new_release_served() -> None:
+    """More stays loaded than is needed, and the rest of the plan is carried out."""
+    server, new = StandIn(models(1)), models(2)
+    server.fails = {len(new)}
+    server.switch(new)
+    assert server.offered == new
+    assert [set(server.loaded[name]) for name in TASKS] == [{2}] * len(TASKS)
+    assert sorted(map(len, (server.loaded[name] for name in ENCODERS))) == [1, 1, 2]
+
+
+def test_calls_that_never_end_hold_up_the_old_encoders_for_a_bounded_time() -> None:
+    class Stuck(StandIn):
+        def index(self, *, ready: bool = False) -> list[ServedVersion]:
+            return [ServedVersion("classify", 1, "UNLOADING")]
+
+        def check(self) -> None:
+            pass
+
+    server, new = Stuck(models(1)), models(2)
+    server.switch(new)
+    assert server.offered == new
+    assert sum(server.clock.slept) == pytest.approx(DRAIN_TIMEOUT_SECONDS, abs=1)
 
 
 @pytest.mark.parametrize(("before", "after"), [((1,), (2,)), ((2,), (1,)), ((1, 2), (3,)), ((3,), (2, 3))])
 def test_every_task_has_its_encoders_at_every_moment(before: tuple[int, ...], after: tuple[int, ...]) -> None:
     server, new = StandIn(models(*before)), models(*after)
-    switch(server, new, lambda line: None)
+    server.switch(new)
     assert server.offered == new
     assert server.loaded == {name: set(after) for name in new}
     assert not any(server.leaving.values())
@@ -117,7 +220,7 @@ def test_every_task_has_its_encoders_at_every_moment(before: tuple[int, ...], af
 def test_a_model_that_only_one_release_has(before: bool, after: bool) -> None:
     server, new = StandIn(models(1, patches=before)), models(2, patches=after)
     server.dense = {1} if before else {2}
-    switch(server, new, lambda line: None)
+    server.switch(new)
     assert server.offered == new and server.loaded == {name: {2} for name in new}
 
 
@@ -127,7 +230,7 @@ def test_whatever_does_not_load_all_is_as_it_was(number: int) -> None:
     server = StandIn(old)
     server.fails = {number}
     with pytest.raises(RAdapterError, match="does not load: out of memory"):
-        switch(server, models(2), lambda line: None)
+        server.switch(models(2))
     assert server.offered == old
     assert server.loaded == {name: {1} for name in old}
 
@@ -140,28 +243,11 @@ def test_a_server_that_dies_comes_back_with_one_release_as_a_whole(steps: int) -
     server.dies_at = steps
     if steps <= len(old):
         with pytest.raises(RAdapterError, match="no answer"):
-            switch(server, new, lambda line: None)
+            server.switch(new)
         assert server.offered == old
     else:
-        switch(server, new, lambda line: None)
+        server.switch(new)
         assert server.offered == new
-
-
-def test_encoders_keep_their_config_so_that_triton_goes_on_with_those_it_has() -> None:
-    """Triton loads a version again where anything but the version policy and the instances of its config changes."""
-    old, new = models(1), models(2)
-    old["image_encoder"] = offer(1, facts="threads of this server")
-    server, seen = StandIn(old), []
-    load = server.load
-
-    def record(model: str, *, timeout: float) -> None:
-        seen.append((model, parsed(server.offered[model].config).parameters["release"].string_value))
-        load(model, timeout=timeout)
-
-    server.load = record  # type: ignore[method-assign]
-    switch(server, new, lambda line: None)
-    assert {facts for model, facts in seen if model == "image_encoder"} == {"threads of this server"}
-    assert {facts for model, facts in seen if model == "classify"} == {"(2,)"}
 
 
 def test_encoders_of_other_shapes_cannot_stand_side_by_side() -> None:

@@ -23,7 +23,7 @@ from radapter_serve.server.installation import OUR_BACKENDS, Installation, our_b
 from radapter_serve.server.launch import MODELS, put
 from radapter_serve.server.models import ModelEntry, parsed, plan_models
 from radapter_serve.server.runtime_choice import configure
-from radapter_serve.server.switch import check_side_by_side, switch
+from radapter_serve.server.switch import carry_out, check_side_by_side, plan_switch
 from tests.helpers import fake_triton
 from tests.helpers.fake_tensorrt import Driver, install
 
@@ -86,6 +86,7 @@ class Server:
                 "model_config": json.dumps(
                     {"max_batch_size": 0, **MessageToDict(config, preserving_proto_field_name=True)}
                 ),
+                "model_name": model,
                 "model_repository": str(folder),
                 "model_version": str(version),
                 "model_instance_kind": "GPU",
@@ -105,11 +106,10 @@ def test_engines_of_two_releases_stand_side_by_side_and_those_of_the_old_one_lea
     shutil.copytree(repository, mine)
     build_engines(mine)  # release 2 alone has patches
 
-    def lined_up(release: int) -> dict[str, ModelEntry]:
+    def planned(release: int) -> dict[str, ModelEntry]:
         installation = Installation(Path("/bin/false"), our_backends())
-        return plan_models(
-            mine, [release], [], configure(mine, [release], None, 1, installation, lambda line: None).configs
-        )
+        configured = configure(mine, [release], None, 1, installation, lambda line: None)
+        return plan_models(mine, [release], [], configured.configs)
 
     def on_the_gpu() -> tuple[int, int, list[int]]:
         return driver.contexts, driver.streams, sorted(map(len, driver.memory.values()))
@@ -117,8 +117,9 @@ def test_engines_of_two_releases_stand_side_by_side_and_those_of_the_old_one_lea
     server = Server(mine, tmp_path)
     seen: dict[int, Any] = {}
     for release in (1, 2, 1):
-        check_side_by_side(server.offered, new := lined_up(release))
-        switch(server, new, lambda line: None)
+        new = planned(release)
+        check_side_by_side(server.offered, new)
+        carry_out(plan_switch(server.offered, new), server, lambda line: None)
         assert server.offered == new
         assert {tuple(engines) for engines in server.engines.values() if engines} == {(release,)}
         assert seen.setdefault(release, on_the_gpu()) == on_the_gpu()

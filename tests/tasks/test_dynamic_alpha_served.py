@@ -19,7 +19,9 @@ from radapter_serve.index.build import build
 from radapter_serve.inputs.labels import split_label
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.runtimes.served_release import ServerRelease
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.asking import post
 
 pytestmark = pytest.mark.triton
@@ -44,7 +46,7 @@ def indexes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(dynamic_tiny_clip: Path, indexes: Path) -> Iterator[TritonServer]:
-    with TritonServer(dynamic_tiny_clip, "127.0.0.1", *free_ports(), indexes=indexes) as server:
+    with TritonServer(ServerConfig(dynamic_tiny_clip, Endpoints.on_free_ports(), indexes=indexes)) as server:
         yield server
 
 

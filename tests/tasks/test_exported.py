@@ -13,7 +13,9 @@ from PIL import Image
 
 from radapter_export import ExportSettings, export_release
 from radapter_serve.adapter import save_adapter
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.asking import connect, tensor
 from tests.helpers.small_models import make_base, random_adapter
 from tests.helpers.small_release import png
@@ -52,7 +54,7 @@ def test_served_equals_open_clip(exported, request):
     scores = (logits.softmax(-1) if model.logit_bias is None else (logits + model.logit_bias).sigmoid()).numpy()
 
     with (
-        TritonServer(folder / "model_repository", "127.0.0.1", *free_ports()) as server,
+        TritonServer(ServerConfig(folder / "model_repository", Endpoints.on_free_ports())) as server,
         connect(server) as client,
     ):
         tasks = ["classify", "embed_image", "embed_text"]

@@ -17,7 +17,9 @@ from torch.nn.functional import interpolate
 from tritonclient.utils import InferenceServerException
 
 from radapter_serve.clip.dense import encode_patches
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.config import ServerConfig
+from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.tasks.segment import SegmentRequest
 from tests.helpers.asking import connect, post, tensors
 from tests.helpers.small_release import Local, png
@@ -180,7 +182,9 @@ def test_an_export_serves_what_torch_computes(dense_tiny_clip):
         cosines = interpolate(cosines, (side, side), mode="bilinear", align_corners=False)
     probabilities, expected = (40 * cosines[0]).softmax(0).max(0)
     with (
-        TritonServer(dense_tiny_clip / "model_repository", "127.0.0.1", *free_ports(), timeout=120) as server,
+        TritonServer(
+            ServerConfig(dense_tiny_clip / "model_repository", Endpoints.on_free_ports(), timeout=120)
+        ) as server,
         connect(server) as client,
     ):
         names = np.array([label.encode() for label in labels], object)

@@ -28,10 +28,11 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.control import SECRET_HEADER
-from radapter_serve.server.endpoints import Endpoints
+from radapter_serve.server.endpoints import Endpoints, free_ports
 from radapter_serve.server.processes import shm_prefix
-from radapter_serve.server.triton_server import TritonServer, free_ports
+from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.tasks.classify import ClassifyRequest
 from tests.helpers.asking import connect, post, tensor
 from tests.helpers.small_release import Local, png, png_header
@@ -261,13 +262,13 @@ def one_release(repository: Path, folder: Path) -> Path:
 
 def test_a_killed_model_process_is_reported_and_nothing_stays(repository, tmp_path):
     folder = one_release(repository, tmp_path / "repository")
-    with TritonServer(folder, "127.0.0.1", *free_ports()) as server:
-        assert server._process is not None and server._folder is not None
-        pid = server._process.pid
+    with TritonServer(ServerConfig(folder, Endpoints.on_free_ports())) as server:
+        pid = server.pid
+        assert pid is not None
         stubs = processes_of(pid)
         assert len(stubs) == 2
         server.check()
-        shared = f"{shm_prefix(server._folder)}*"
+        shared = f"{shm_prefix(server.folder)}*"
         assert not list(Path("/dev/shm").glob(shared))  # nobody can open them by name
         os.kill(next(stub for stub, command in stubs.items() if "/image_encoder/" in command), signal.SIGKILL)
         with pytest.raises(
@@ -286,14 +287,14 @@ def test_a_killed_model_process_is_reported_and_nothing_stays(repository, tmp_pa
 def test_a_model_that_does_not_load_is_named_with_the_reason(repository, tmp_path):
     folder = one_release(repository, tmp_path / "repository")
     (folder / "image_encoder" / "2" / "model.onnx").write_bytes(b"not a graph")
-    server = TritonServer(folder, "127.0.0.1", *free_ports())
+    server = TritonServer(ServerConfig(folder, Endpoints.on_free_ports()))
     with pytest.raises(
         RAdapterError,
         match=r"did not start: it ended by itself with status 1: "
         r"failed to load 'image_encoder' version 2: .*Protobuf.*; all its messages: ",
     ):
         server.start()
-    assert server._process is None
+    assert server.pid is None
     shutil.copy(repository / "image_encoder" / "2" / "model.onnx", folder / "image_encoder" / "2")
     with server:  # the same object can start again
         assert server.models == {"embed_image": [2], "image_encoder": [2]}
@@ -308,7 +309,7 @@ def test_only_what_is_a_model_is_served_and_nobody_can_load_another(repository, 
     code = f"open({str(evil)!r}, 'w')\nclass TritonPythonModel:\n    def execute(self, requests): return []\n"
     config = json.dumps({"backend": "python", "max_batch_size": 0})
     with (
-        TritonServer(folder, "localhost", *free_ports()) as server,
+        TritonServer(ServerConfig(folder, Endpoints("localhost", *free_ports()))) as server,
         connect(server) as client,
     ):
         assert list(server.models) == ["embed_image", "image_encoder"]
@@ -333,8 +334,7 @@ def test_only_what_is_a_model_is_served_and_nobody_can_load_another(repository, 
             client.unload_model("embed_image")
         assert client.is_model_ready("embed_image")
         # Nobody reads the secret from the command line, and who has it may.
-        assert server._process is not None
-        arguments = Path(f"/proc/{server._process.pid}/cmdline").read_text()
+        arguments = Path(f"/proc/{server.pid}/cmdline").read_text()
         assert "--http-restricted-api" in arguments and server._secret not in arguments
         assert server.control.serving() == {"embed_image": [2], "image_encoder": [2]}
         server.control.unload("embed_image")
@@ -353,11 +353,11 @@ def test_code_in_the_folder_where_the_server_is_started_is_never_run(repository,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f".:{os.environ['PATH']}")
     monkeypatch.setenv("LD_LIBRARY_PATH", f".:{os.environ.get('LD_LIBRARY_PATH', '')}")
-    with TritonServer("repository", "127.0.0.1", *free_ports()) as server, connect(server) as client:
+    with TritonServer(ServerConfig(Path("repository"), Endpoints.on_free_ports())) as server, connect(server) as client:
         assert client.infer("embed_image", [tensor("image", [[png(0)]])]).as_numpy("image_embeds").shape[0] == 1
-        assert server._process is not None
-        pids = [server._process.pid, *processes_of(server._process.pid)]
-        assert {Path(f"/proc/{pid}/cwd").readlink() for pid in pids} == {server._folder}
+        assert server.pid is not None
+        pids = [server.pid, *processes_of(server.pid)]
+        assert {Path(f"/proc/{pid}/cwd").readlink() for pid in pids} == {server.folder}
     assert not (tmp_path / "evil").exists()
 
 
@@ -407,7 +407,9 @@ def test_a_large_body_with_its_content_type_is_answered(server):
 
 def test_a_large_body_without_its_content_type_is_named_as_what_ends_the_server(repository, tmp_path):
     """A fault of tritonserver 2.51; where a newer one answers, this test and the warnings in the docs can go."""
-    with TritonServer(one_release(repository, tmp_path / "repository"), "127.0.0.1", *free_ports()) as server:
+    with TritonServer(
+        ServerConfig(one_release(repository, tmp_path / "repository"), Endpoints.on_free_ports())
+    ) as server:
         with pytest.raises((http.client.RemoteDisconnected, urllib.error.URLError, ConnectionResetError)):
             urllib.request.urlopen(f"{server.http_url}/v2/any", b" " * (5 << 20), timeout=30)
         with pytest.raises(RAdapterError, match="segmentation fault.*Content-Type: application/json.*radapter-serve"):
@@ -445,7 +447,7 @@ def test_bad_requests_answer_400_while_good_ones_are_answered(server, client, lo
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_it_listens_on_loopback_only(repository, tmp_path, host):
     folder, ports = one_release(repository, tmp_path / "repository"), free_ports()
-    with TritonServer(folder, host, *ports) as server:
+    with TritonServer(ServerConfig(folder, Endpoints(host, *ports))) as server:
         listening = {}
         for table in ("/proc/net/tcp", "/proc/net/tcp6"):
             for line in Path(table).read_text().splitlines()[1:]:
