@@ -158,7 +158,9 @@ def plan_switch(live: Mapping[str, ModelEntry], new: Mapping[str, ModelEntry]) -
         changes = tuple(Change(name, live[name], None) for name in gone_tasks)
         clean_up.append(Step(f"unloading {', '.join(gone_tasks)}", changes))
     title = "waiting for the calls that the old tasks have begun"
-    clean_up.append(Step(title, tuple(unload_encoders), frozenset([*tasks, *gone_tasks])))
+    clean_up.append(Step(title, (), frozenset([*tasks, *gone_tasks])))
+    # One after the other, as they were loaded.
+    clean_up += [Step(f"unloading {change.model}", (change,)) for change in unload_encoders]
     return Plan(tuple(switch), tuple(clean_up))
 
 

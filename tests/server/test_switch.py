@@ -127,22 +127,22 @@ def test_a_plan_adds_encoders_then_changes_tasks_at_once_then_removes_old_encode
     *encoders, tasks = plan.switch
     assert [changes(step) for step in encoders] == [{name: ((1,), (1, 2))} for name in ENCODERS]
     assert changes(tasks) == dict.fromkeys(TASKS, ((1,), (2,)))
-    [last] = plan.clean_up
-    assert changes(last) == dict.fromkeys(ENCODERS, ((1, 2), (2,)))
-    assert last.drain == set(TASKS)
+    wait, *encoders = plan.clean_up
+    assert (wait.drain, wait.changes) == (set(TASKS), ())
+    assert [changes(step) for step in encoders] == [{name: ((1, 2), (2,))} for name in ENCODERS]
 
 
 def test_a_plan_unloads_tasks_before_the_encoders_that_they_call() -> None:
     dense = models(1)
     plain = {name: model for name, model in models(2, patches=False).items() if name != "segment"}
-    tasks, encoders = plan_switch(dense, plain).clean_up
+    tasks, wait, *encoders = plan_switch(dense, plain).clean_up
     assert changes(tasks) == {"segment": ((1,), ())}
-    assert changes(encoders) == {
-        "patch_encoder": ((1,), ()),
-        "image_encoder": ((1, 2), (2,)),
-        "text_encoder": ((1, 2), (2,)),
-    }
-    assert encoders.drain == set(TASKS)
+    assert wait.drain == set(TASKS)
+    assert [changes(step) for step in encoders] == [
+        {"patch_encoder": ((1,), ())},
+        {"image_encoder": ((1, 2), (2,))},
+        {"text_encoder": ((1, 2), (2,))},
+    ]
     assert changes(plan_switch(plain, dense).switch[1]) == {"patch_encoder": ((), (1,))}
 
 
