@@ -79,10 +79,12 @@ def options(kind: Callable[..., Any], names: Collection[str], values: Any = None
             if dataclasses.fields(inner):
                 nested = Annotated[(inner, *hints[name].__metadata__)]  # type: ignore[valid-type]
                 fields.append((name, nested, dataclasses.field(default_factory=inner)))
+        elif name in names and value is inspect.Parameter.empty:
+            fields.append((name, hints[name], dataclasses.field()))
         elif name in names:
             default = dataclasses.field(default_factory=lambda value=value: value)  # type: ignore[misc]
             fields.append((name, hints[name], default))
-    made = dataclasses.make_dataclass(kind.__name__, fields)
+    made = dataclasses.make_dataclass(kind.__name__, fields, kw_only=True)
     made.__doc__ = kind.__doc__
     return made
 

@@ -16,6 +16,7 @@ from radapter_serve.gateway.settings import Settings
 from radapter_serve.signals import handled
 
 PROG = "radapter-gateway"
+FIRST = ("host", "port", "server", "api_keys", "no_api_keys", "tls_certificate", "tls_key", "new_key")
 
 
 def gateway(
@@ -54,7 +55,7 @@ def make_key(settings: Settings, name: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `radapter-gateway`."""
-    return run(gateway, argv, prog=PROG)
+    return run(gateway, argv, prog=PROG, first=FIRST)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,17 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from radapter_serve.cli import guard
+from radapter_serve.cli import HELP_ALL, asks_for_help, guard, options, show_help
 from radapter_serve.signals import handled
 
 if TYPE_CHECKING:
     from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 
 PROG = "radapter-index"
+FIRST = {
+    "build": ("source", "out", "model_repository", "url", "on_broken", "store"),
+    "add": ("source", "out", "prune", "on_broken"),
+}
 _NAMED = 10  # ids that a list shows
 
 
@@ -252,8 +256,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `radapter-index`."""
     commands: dict[str, Any] = {"build": build, "add": add, "info": info, "verify": verify, "publish": publish}
     commands |= {"link": link, "export-embeddings": export_embeddings}
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else ""
     with handled(signal.default_int_handler, signal.SIGTERM):  # what is written is put in order as on Ctrl-C
-        return guard(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog=PROG), argv, prog=PROG)
+        if name in FIRST and asks_for_help(arguments):
+            short = options(commands[name], FIRST[name])
+            return guard(lambda: show_help(short, prog=f"{PROG} {name}"), arguments, prog=PROG)
+        if HELP_ALL in arguments:
+            arguments = [name, "--help"] if name in commands else ["--help"]
+        return guard(
+            lambda: tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog=PROG), arguments, prog=PROG
+        )
 
 
 def _embeds(release: EmbeddingRelease) -> str:

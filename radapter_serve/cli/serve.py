@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from radapter_serve.gateway.run import Child
 
 PROG = "radapter-serve"
+FIRST = (
+    *("model_repository", "host", "http_port", "grpc_port", "indexes", "runtime", "instances"),
+    *("trust_network", "gateway_port", "api_keys"),
+)
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     # Other commands name the repository by a flag, and so may who starts a server.
     given = [one.removeprefix("--model-repository=") for one in given if one != "--model-repository"]
-    return run(serve, given, prog=PROG)
+    return run(serve, given, prog=PROG, first=FIRST)
 
 
 def _say(line: str) -> None:
