@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import urllib.request
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.files import BOARD, DEPLOY, documents, expressions, metrics
+from tests.deploy.files import DEPLOY, documents, expressions, metrics
 
 Labels = dict[str, set[str]]
 
@@ -29,20 +28,6 @@ def asked_labels() -> Iterator[tuple[str, str]]:
         for by, name, selector in re.findall(r"sum by \(([\w, ]+)\) \((?:rate\()?(\w+)(?:\{([^}]*)\})?", text):
             yield from ((name, label.strip()) for label in by.split(","))
             yield from ((name, label) for label in re.findall(r"(\w+)(?:=~?|!=)", selector))
-
-
-def test_the_board_is_whole() -> None:
-    board = json.loads(BOARD.read_text(encoding="utf-8"))
-    panels = board["panels"]
-    assert len({panel["id"] for panel in panels}) == len({panel["title"] for panel in panels}) == len(panels)
-    places = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels}
-    assert len(places) == len(panels)
-    for panel in panels:
-        assert panel["datasource"]["uid"] == "prometheus" and panel["description"]
-        for target in panel["targets"]:
-            assert target["expr"].count("(") == target["expr"].count(")")
-            shown = re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])
-            assert all(re.search(rf"by \([^)]*\b{label}\b", target["expr"]) for label in shown)
 
 
 def test_metrics_of_the_gateway() -> None:
