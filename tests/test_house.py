@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,8 @@ TORCH_FREE = (
     "data",
     "playground",
 )
+# The name of a test that is marked slow, below whatever other marks it has.
+SLOW = r"@pytest\.mark\.slow\b.*\n(?:(?!def |\n).*\n)*def (test_\w+)"
 HEAVY = ("torch", "open_clip", "torchvision", "transformers", "onnxruntime", "tensorrt")
 
 
@@ -118,3 +121,32 @@ def test_torch_is_not_imported():
     code += f"  assert not (heavy := {{*{HEAVY}}} & {{*sys.modules}}), f'{{name}} imports {{heavy}}'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_what_ci_and_contributing_name_is_there():
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = re.findall(r"\btests/[\w./*-]*\w", ci + contributing)
+    paths += [f"tests/{room}" for rooms in re.findall(r"tests/\{([\w,]+)\}", ci) for room in rooms.split(",")]
+    paths += [path for path in re.findall(r"`((?:[\w.-]+/)+[\w.]*)`", contributing) if "NAME" not in path]
+    assert len(paths) > 40
+    for path in paths:
+        there = [place / path for place in (ROOT, ROOT / "radapter_serve") if (place / path).exists()]
+        assert there, f"{path} is named, and is not there"
+
+
+def test_ci_asks_for_slow_tests_that_there_are():
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    (found,) = re.findall(r'-m slow -k "([^"]+)" \\\n(.*?)\n}', ci, re.DOTALL)
+    names = set()
+    for place in re.findall(r"tests/[\w./]+", found[1]):
+        path = ROOT / place
+        for file in [path] if path.is_file() else path.rglob("test_*.py"):
+            text = file.read_text(encoding="utf-8")
+            # Marked one by one, or the whole file.
+            pattern = r"def (test_\w+)" if "pytestmark = [pytest.mark.slow" in text else SLOW
+            names |= {f"{file.name}::{name}" for name in re.findall(pattern, text)}
+    for word in found[0].split(" or "):
+        assert [name for name in names if word in name], f"-k {word} finds no slow test"
+    for name in re.findall(r"::(\w+)", found[1]):
+        assert [one for one in names if one.endswith(f"::{name}")], f"{name} is no slow test"
