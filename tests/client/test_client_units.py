@@ -122,15 +122,6 @@ def test_drawn_exception_tree_is_the_tree():
     assert drawn == draw(radapter_client.RAdapterClientError)
 
 
-def test_imports_neither_torch_nor_the_server_side():
-    code = (
-        "import sys, radapter_client, radapter_client.query, radapter_client._grpc, radapter_client._http\n"
-        "heavy = {'torch', 'open_clip', 'radapter_serve', 'radapter_export', 'onnxruntime'} & set(sys.modules)\n"
-        "sys.exit(', '.join(heavy) or 0)"
-    )
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
-
-
 def test_grpc_clients_that_outlive_their_modules_end_in_silence():
     """Where torch is loaded, modules stay to the end, and are emptied before what they refer to."""
     code = (
