@@ -66,7 +66,7 @@ def test_commands_and_their_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None
     assert {command for _, command, *_ in found} == set(COMMANDS)
     unknown = []
     for page, command, subcommand, flags in found:
-        if flags := flags - {"--help", "--version"}:
+        if flags := flags - {"--help", "--help-all", "--version"}:
             takes = subcommand if command in ("radapter-index", "radapter-query", "radapter-release") else ""
             known = help_of(command, *([takes] if takes else []))
             names = set(re.findall(r"--[a-z][a-z-]*", known))
