@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.agreement import Samples, compare
+from radapter_serve.release.agreement import SAMPLES, Agreement, Samples, Tolerance, compare
 
 TURNS = (0.0, 0.3, 0.1)  # radians; of each batch's second row
 
@@ -30,3 +32,25 @@ def test_the_worst_batch_counts_wherever_it_is(order: tuple[int, ...]) -> None:
     with pytest.raises(RAdapterError, match="a graph differs from torch by up to 2.96e-01"):
         compare("a graph", encoder, samples, 0.2)
     assert compare("a graph", encoder, samples, 0.3) == found
+
+
+def test_what_is_just_as_far_as_allowed_is_near_enough() -> None:
+    bounds = Tolerance(0.25, 0.5)
+    assert Agreement(0.25, 0.5).within(bounds)
+    assert not Agreement(0.3, 0.5).within(bounds)
+    assert not Agreement(0.25, 0.4).within(bounds)
+
+
+@pytest.mark.parametrize("alphas", [(), (np.full((2, 1), 0.3, np.float32), np.ones((1, 1), np.float32))])
+def test_samples_are_saved_and_loaded(alphas: tuple[np.ndarray, ...], tmp_path: Path) -> None:
+    inputs = [np.array([[1, 2], [3, 4]], np.int32), np.array([[5, 6]], np.int32)]
+    references = [turned(0.3), turned(0.1)[:1]]
+    Samples(inputs, references, alphas).save(tmp_path)
+    kinds = ("input", "reference", "alpha") if alphas else ("input", "reference")
+    with np.load(tmp_path / SAMPLES) as file:
+        assert set(file.files) == {f"{kind}_{number}" for kind in kinds for number in (0, 1)}
+    found = Samples.load(tmp_path)
+    for own, wanted in ((found.inputs, inputs), (found.references, references), (found.alphas, alphas)):
+        assert len(own) == len(wanted)
+        for one, other in zip(own, wanted, strict=True):
+            np.testing.assert_array_equal(one, other)

@@ -114,3 +114,11 @@ def test_templates_are_not_kept(local):
     local.embed_labels(["cat"], templates)
     assert len(local.calls) == 1
     assert all(isinstance(digest, bytes) for (_, digest), _ in [*local.embed_labels._cache, *local.embed_labels._sets])
+
+
+def test_a_label_set_is_float32_whatever_its_file_holds(tmp_path):
+    embeds = np.eye(2)
+    np.savez(tmp_path / "own.npz", embeds=embeds, labels=np.array(["a", "b"]))
+    found = LabelSet.load(tmp_path / "own.npz")
+    assert found.embeds.dtype == np.float32 and found.labels == ("a", "b")
+    np.testing.assert_array_equal(found.embeds, embeds)

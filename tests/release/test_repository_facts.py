@@ -1,0 +1,139 @@
+"""What a repository serves, and how its configs ask for a runtime: as Triton's own messages say it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from radapter_serve.errors import RAdapterError
+from radapter_serve.release.integrity import _broken, _difference, _names, no_digests
+from radapter_serve.release.repository import CONFIG, configure, newest_export, versions_of
+from radapter_serve.release.served import FILE, Served
+from tests.helpers.small_models import release
+
+ENCODER = """
+name: "image_encoder" backend: "{backend}" max_batch_size: {most}
+input {{ name: "image" data_type: TYPE_UINT8 dims: [{dims}] }}
+output {{ name: "image_embeds" data_type: TYPE_FP32 dims: [{out}] }}
+instance_group {{ kind: KIND_AUTO }}
+"""
+BATCHED = {"most": 64, "dims": "8, 8, 3", "out": "4"}
+ALONE = {"most": 0, "dims": "-1, 8, 8, 3", "out": "-1, 4"}
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """Three releases of which nobody has chosen one, and one without its facts."""
+    for version in (1, 2, 10):
+        folder = tmp_path / "classify" / str(version)
+        folder.mkdir(parents=True)
+        release(version).save(folder)
+    (tmp_path / "classify" / "11").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("", [10]),
+        ("version_policy { latest { num_versions: 2 } }", [2, 10]),
+        ("version_policy { all {} }", [1, 2, 10]),
+        ("version_policy { specific { versions: [2, 1, 11] } }", [1, 2]),
+    ],
+)
+def test_the_newest_export_is_what_the_config_asks_for(repository: Path, policy: str, expected: list[int]) -> None:
+    assert newest_export(repository) == [10]
+    (repository / "classify" / CONFIG).write_text(policy)
+    assert newest_export(repository) == expected
+    assert Served.load(repository) == Served(tuple(expected))
+
+
+def test_versions_of_a_model_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert versions_of(tmp_path / "none") == versions_of(tmp_path / "file") == []
+
+
+def test_what_is_served_is_saved_and_loaded(repository: Path) -> None:
+    Served((1,), (2,)).next([10, 2]).save(repository)
+    assert Served.load(repository) == Served((2, 10), (1,))
+    (repository / FILE).write_text(json.dumps({"releases": [10, 2, 2], "before": [7, 1]}))
+    assert Served.load(repository) == Served((2, 10), (1,))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"releases": [], "before": []}', "release none is served, and .* holds 1, 2, 10"),
+        ('{"releases": [1, 7, 8], "before": []}', "release 7, 8 is served, and"),
+        ('{"releases": [1]}', "could not read .*'before'"),
+        ("[", "could not read"),
+    ],
+)
+def test_a_choice_that_can_not_be_served_is_refused(repository: Path, text: str, message: str) -> None:
+    (repository / FILE).write_text(text)
+    with pytest.raises(RAdapterError, match=message):
+        Served.load(repository)
+
+
+def config_of(**fields: object) -> model_config_pb2.ModelConfig:
+    return text_format.Parse(ENCODER.format(**{"backend": "onnxruntime", **fields}), model_config_pb2.ModelConfig())
+
+
+def test_a_config_asks_for_each_runtime_and_back() -> None:
+    config = config_of(**BATCHED)
+    configure(config, "onnxruntime", "fp32", 64)
+    [cuda] = config.optimization.execution_accelerators.gpu_execution_accelerator
+    assert (cuda.name, dict(cuda.parameters)) == ("cuda", {"use_tf32": "0"})
+    assert (config.max_batch_size, list(config.input[0].dims), list(config.output[0].dims)) == (64, [8, 8, 3], [4])
+    before = config.SerializeToString(deterministic=True)
+
+    config.dynamic_batching.SetInParent()
+    configure(config, "openvino", "bf16", 64)
+    given = {name: value.string_value for name, value in config.parameters.items()}
+    assert given == {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "HINT_BF16": "YES"}
+    assert (config.max_batch_size, list(config.input[0].dims), list(config.output[0].dims)) == (
+        0,
+        [-1, 8, 8, 3],
+        [-1, 4],
+    )
+    assert config.backend == "openvino" and not config.HasField("dynamic_batching")
+    assert not config.optimization.execution_accelerators.gpu_execution_accelerator
+    configure(config, "openvino", "fp32", 64)
+    assert "HINT_BF16" not in config.parameters
+
+    configure(config, "onnxruntime", "fp32", 64)
+    assert config.HasField("dynamic_batching")
+    config.ClearField("dynamic_batching")
+    assert config.SerializeToString(deterministic=True) == before
+
+
+def test_a_config_may_differ_in_who_makes_batches_and_in_nothing_else() -> None:
+    batched, alone = config_of(**BATCHED), config_of(**ALONE)
+    assert _difference(batched, alone) == _difference(alone, batched) == ""
+    assert (
+        _difference(batched, config_of(**{**ALONE, "dims": "8, 8, 3"}))
+        == "the input image is not the one that was exported"
+    )
+    assert "the output image_embeds" in _difference(batched, config_of(**{**BATCHED, "out": "5"}))
+    other = config_of(**BATCHED)
+    other.name = ""
+    assert _difference(batched, other) == "it is the config of no model"
+
+
+def test_releases_without_digests_are_counted() -> None:
+    assert no_digests([1]).startswith("no digests of release 1, so")
+    assert no_digests([1, 2]).startswith("no digests of releases 1, 2, so")
+
+
+def test_what_is_wrong_is_listed(tmp_path: Path) -> None:
+    problems = ["a is missing", "b differs"]
+    assert "as it was exported: a is missing; b differs; copy the release" in str(_broken(tmp_path, 1, problems))
+    config = config_of(**BATCHED)
+    assert _names(config) == "of release none"
+    for version in (10, 2):
+        config.parameters[f"release.{version}"].string_value = json.dumps(release(version).to_dict())
+    assert _names(config) == "of release 2, 10"
