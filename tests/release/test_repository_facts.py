@@ -10,7 +10,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from radapter_serve.errors import RAdapterError
-from radapter_serve.release.integrity import _broken, _difference, _names, no_digests
+from radapter_serve.release.integrity import _broken, _difference, _names
 from radapter_serve.release.repository import CONFIG, configure, newest_export, versions_of
 from radapter_serve.release.served import FILE, Served
 from tests.helpers.small_models import release
@@ -122,11 +122,6 @@ def test_a_config_may_differ_in_who_makes_batches_and_in_nothing_else() -> None:
     other = config_of(**BATCHED)
     other.name = ""
     assert _difference(batched, other) == "it is the config of no model"
-
-
-def test_releases_without_digests_are_counted() -> None:
-    assert no_digests([1]).startswith("no digests of release 1, so")
-    assert no_digests([1, 2]).startswith("no digests of releases 1, 2, so")
 
 
 def test_what_is_wrong_is_listed(tmp_path: Path) -> None:
