@@ -118,7 +118,9 @@ def test_templates_are_not_kept(local):
 
 def test_a_label_set_is_float32_whatever_its_file_holds(tmp_path):
     embeds = np.eye(2)
-    np.savez(tmp_path / "own.npz", embeds=embeds, labels=np.array(["a", "b"]))
+    texts = {"labels": ["a", "b"], "lines": ["a, c", "b"], "templates": ["a {}"]}
+    arrays = {name: np.array(value) for name, value in texts.items()}
+    np.savez(tmp_path / "own.npz", embeds=embeds, **arrays)
     found = LabelSet.load(tmp_path / "own.npz")
     assert found.embeds.dtype == np.float32 and found.labels == ("a", "b")
     np.testing.assert_array_equal(found.embeds, embeds)
