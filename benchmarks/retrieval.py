@@ -70,8 +70,8 @@ def main() -> None:
             train(dataclasses.replace(recipe, data=source, delta=delta, captions_per_image=captions, out=out))
             embedder = from_adapter(out, [recipe.alpha, 1.0] if lines else [0.0, recipe.alpha, 1.0])
             rows = evaluate_suite(embedder, suite, Results(out))
-            for alpha in sorted({row["alpha"] for row in rows}):
-                mine = [row["metrics"] for row in rows if row["alpha"] == alpha]
+            for alpha in sorted({row.alpha for row in rows}):
+                mine = [row.metrics for row in rows if row.alpha == alpha]
                 cells = [f"{100 * statistics.mean(metrics[recall] for metrics in mine):.1f}" for recall in RECALLS]
                 say(f"α = {alpha:g}: {' '.join(cells)}")
                 head = [f"δ = {delta:g}", str(captions)] if alpha else ["before training", ""]

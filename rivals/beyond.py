@@ -20,8 +20,8 @@ import tyro
 
 from radapter_serve.cli import run as run_command
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.results import Row, by_shift, own_metric
-from rivals.cells import ALPHAS, Cells
+from radapter_serve.evaluation.results import by_shift, own_metric
+from rivals.cells import ALPHAS, Cells, Judged
 from rivals.flags import Flags, check_seeds
 from rivals.layout import T95, markdown, with_interval
 from rivals.make import command_line, machine, say
@@ -100,16 +100,16 @@ def equal_alpha(scores: Mapping[float, float], target: float, alpha: float) -> f
     return min(found, key=lambda value: abs(value - alpha), default=None)
 
 
-def in_distribution(rows: Sequence[Row]) -> float:
+def in_distribution(rows: Sequence[Judged]) -> float:
     """The mean accuracy in per cent of the sets in distribution."""
-    ids, _ = by_shift({row["dataset"]: row for row in rows})
-    return mean(own_metric(row) for row in rows if row["dataset"] in ids)
+    ids, _ = by_shift({row.dataset: row for row in rows})
+    return mean(own_metric(row) for row in rows if row.dataset in ids)
 
 
-def groups(rows: Sequence[Row]) -> dict[str, float]:
+def groups(rows: Sequence[Judged]) -> dict[str, float]:
     """In distribution, the mean of the shifts where there are any, and each shifted set: accuracy in per cent."""
-    values = {row["dataset"]: own_metric(row) for row in rows}
-    _, shifted = by_shift({row["dataset"]: row for row in rows})
+    values = {row.dataset: own_metric(row) for row in rows}
+    _, shifted = by_shift({row.dataset: row for row in rows})
     of_shifts = {name: values[name] for name in shifted}
     middle = {"mean of the shifts": mean(of_shifts.values())} if shifted else {}
     return {"in distribution": in_distribution(rows), **middle, **of_shifts}
@@ -122,7 +122,7 @@ def compare(cells: Cells, reference: RAdapter, seeds: Sequence[int], alpha: floa
     for name, method in candidates(reference).items():
         of_seeds = [cells.cell(name, method, seed, ALPHAS, "validation").rows for seed in seeds]
         scores = {
-            alpha: mean(in_distribution([row for row in rows if row["alpha"] == alpha]) for rows in of_seeds)
+            alpha: mean(in_distribution([row for row in rows if row.alpha == alpha]) for rows in of_seeds)
             for alpha in ALPHAS
         }
         target = scores[alpha] if name == REFERENCE else target

@@ -16,7 +16,8 @@ from typing import Any
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.evaluation.evaluation_set import EvaluationSet
 from radapter_serve.evaluation.overlap import Overlap
-from radapter_serve.evaluation.results import Row, by_shift, own_metric
+from radapter_serve.evaluation.results import by_shift, own_metric
+from radapter_serve.evaluation.row import Row
 from radapter_serve.evaluation.suite import Entry
 from radapter_serve.threads import limit_threads
 from rivals.benchmark import Benchmark
@@ -26,7 +27,26 @@ from rivals.run import Run, moved
 from rivals.system import Cost
 
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(11))
-OF_A_ROW = ("dataset", "task", "shift", "split", "alpha", "n", "metric", "metrics", "set_digest")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a cell keeps of a row of results."""
+
+    dataset: str
+    task: str
+    shift: str
+    split: str
+    alpha: float | None
+    n: int
+    metric: str
+    metrics: dict[str, float]
+    set_digest: str
+
+    @classmethod
+    def of(cls, row: Row) -> Judged:
+        """The part of a row that is kept."""
+        return cls(**{field.name: getattr(row, field.name) for field in dataclasses.fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -41,7 +61,7 @@ class Cell:
 
     method: Method
     cost: Cost
-    rows: list[Row]
+    rows: list[Judged]
 
 
 @dataclass
@@ -85,7 +105,7 @@ class Cells:
         self.say(f"{name}, seed {seed}: judging")
         system = learned(method, run)
         judged = judge(system, run.of(method.settings), self._open(split), alphas)
-        cell = Cell(method, system.cost, [{key: row[key] for key in OF_A_ROW} for row in judged])
+        cell = Cell(method, system.cost, [Judged.of(row) for row in judged])
         self._keep(Line(digest, name, seed, split, repr(method), vars(cell.cost), cell.rows))
         return cell
 
@@ -94,7 +114,7 @@ class Cells:
         if method.alpha is None:
             return method
         rows = self.cell(name, method, seed, ALPHAS, "validation").rows
-        scores = {alpha: score([row for row in rows if row["alpha"] == alpha]) for alpha in ALPHAS}
+        scores = {alpha: score([row for row in rows if row.alpha == alpha]) for alpha in ALPHAS}
         return dataclasses.replace(method, alpha=max(ALPHAS, key=lambda alpha: (scores[alpha], -alpha)))
 
     def chosen_rate(self, name: str, method: Method, seed: int, factors: Sequence[float]) -> Method:
@@ -128,7 +148,7 @@ class Cells:
     def _digest(self, run: Run, method: Method, alphas: Sequence[float], split: str) -> str:
         sets = self._open(split)
         entries = [_spelled(data.entry) for data in sets]
-        facts = [[data.facts["set_digest"] for data in sets], entries, list(alphas)]
+        facts = [[data.facts.set_digest for data in sets], entries, list(alphas)]
         return run.of(method.settings).digest(dataclasses.replace(method, alpha=None), *facts)
 
     @cached_property
@@ -173,11 +193,12 @@ class Line:
     split: str
     method: str
     cost: Mapping[str, Any]
-    rows: list[Row]
+    rows: list[Judged]
 
     def text(self) -> str:
         """One line of JSON."""
-        return json.dumps(vars(self), ensure_ascii=False, separators=(",", ":"))
+        values = {**vars(self), "rows": [vars(row) for row in self.rows]}
+        return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
     def cell(self, method: Method) -> Cell:
         """The cell, of a method with what validation has chosen for it."""
@@ -192,14 +213,14 @@ def read_lines(path: Path) -> Iterator[Line]:
     """
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            line = Line(**json.loads(text))
+            values = json.loads(text)
+            line = Line(**{**values, "rows": [Judged(**row) for row in values["rows"]]})
             Cost(**line.cost)
-            rows = [{key: row[key] for key in OF_A_ROW} for row in line.rows]
         except (ValueError, TypeError, KeyError) as error:
             raise RAdapterError(
                 f"line {number} of {path} is no cell ({reason(error)}); remove it, to make the cell again"
             ) from None
-        yield dataclasses.replace(line, rows=rows)
+        yield line
 
 
 def _spelled(entry: Entry) -> dict[str, Any]:
@@ -211,14 +232,14 @@ def _spelled(entry: Entry) -> dict[str, Any]:
     }
 
 
-def score(rows: Sequence[Row]) -> float:
+def score(rows: Sequence[Judged]) -> float:
     """What a choice goes by: the mean of two means, over the sets in distribution and over the shifted ones, rounded.
 
     Args:
         rows: one of each validation set.
     """
-    values = {row["dataset"]: own_metric(row) for row in rows}
-    groups = [names for names in by_shift({row["dataset"]: row for row in rows}) if names]
+    values = {row.dataset: own_metric(row) for row in rows}
+    groups = [names for names in by_shift({row.dataset: row for row in rows}) if names]
     return round(mean(mean(values[name] for name in names) for names in groups), 6)
 
 

@@ -15,7 +15,7 @@ from radapter_serve.evaluation.evaluate import evaluate
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known
 from radapter_serve.evaluation.image_sets import ClassificationSet
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.evaluation.results import Row
+from radapter_serve.evaluation.row import ModelFacts, Row
 from radapter_serve.evaluation.torch_embedder import Line, TorchEmbedder
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess, decode
@@ -63,7 +63,7 @@ class SystemEmbedder(Embedder):
         preprocess = Preprocess.from_dict(base.preprocess)
         self.templates, self.size, self.exif_orientation = TEMPLATES, preprocess.size[0], preprocess.exif_orientation
         self.crop = MaskCrop.from_recipe({}, base.preprocess["mean"])
-        facts = {"model": base.name, "pretrained": base.pretrained, "precision": "fp32"}
+        facts = ModelFacts(model=base.name, pretrained=base.pretrained, precision="fp32")
         self.variants = [Variant(type(learned.system).__name__, alpha, facts) for alpha in alphas]
 
     @property

@@ -17,9 +17,9 @@ import torch
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars
-from radapter_serve.evaluation.results import Row, by_shift
+from radapter_serve.evaluation.results import by_shift
 from rivals.benchmark import Benchmark
-from rivals.cells import ALPHAS, Cells
+from rivals.cells import ALPHAS, Cells, Judged
 from rivals.layout import COST, T95, cost_of, dots, markdown, spread, with_interval
 from rivals.method import Method
 from rivals.soup import of_members
@@ -94,7 +94,7 @@ def _rows(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> st
             values.append(figures(cell.rows))
             costs.append(cell.cost)
             alphas.append("-" if own.alpha is None else f"{own.alpha:g}")
-            ns = {row["dataset"]: row["n"] for row in cell.rows}
+            ns = {row.dataset: row.n for row in cell.rows}
         found[name] = values
         lines.append([name, *cost_of(costs), ", ".join(dict.fromkeys(alphas)), *_spreads(values)])
     heads = list(next(iter(found.values()))[0])
@@ -130,13 +130,13 @@ def _curves(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> 
     """A row a method and α; all α are shown, so that none is chosen."""
     lines: list[list[str]] = []
     curves: dict[str, list[dict[str, float]]] = {}
-    sets: dict[str, Row] = {}
+    sets: dict[str, Judged] = {}
     for name, method in methods.items():
         of_seeds = [cells.cell(name, method, seed, ALPHAS) for seed in choices.seeds]
-        sets = {row["dataset"]: row for row in of_seeds[0].rows}
+        sets = {row.dataset: row for row in of_seeds[0].rows}
         curves[name] = []
         for alpha in ALPHAS:
-            values = [figures([row for row in cell.rows if row["alpha"] == alpha]) for cell in of_seeds]
+            values = [figures([row for row in cell.rows if row.alpha == alpha]) for cell in of_seeds]
             lines.append([name, f"{alpha:g}", *_spreads(values)])
             curves[name].append({"alpha": alpha, **{head: mean(of[head] for of in values) for head in values[0]}})
     first, *others = curves
@@ -144,7 +144,7 @@ def _curves(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> 
     beside = {name: curves[name] for name in others}
     plot_alpha_curve(curves[first], ids, shifted, picture, title=cells.benchmark.name, beside=beside)
     heads = list(curves[first][0])[1:]
-    return markdown(["method", "α", *_counted(heads, {name: row["n"] for name, row in sets.items()})], lines)
+    return markdown(["method", "α", *_counted(heads, {name: row.n for name, row in sets.items()})], lines)
 
 
 def _spreads(values: Sequence[Mapping[str, float]]) -> list[str]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
-from radapter_serve.evaluation.results import Row, by_shift, metric_name, own_metric
+from radapter_serve.evaluation.results import by_shift, metric_name, own_metric
 from rivals.adaptformer import AdaptFormer
+from rivals.cells import Judged
 from rivals.clipood import CLIPood
 from rivals.coop import CoOp
 from rivals.maple import MaPLe
@@ -164,7 +165,7 @@ TABLES = {
 }
 
 
-def figures(rows: Sequence[Row]) -> dict[str, float]:
+def figures(rows: Sequence[Judged]) -> dict[str, float]:
     """The figures of a table's row, in per cent by the heads of their columns.
 
     Args:
@@ -172,14 +173,14 @@ def figures(rows: Sequence[Row]) -> dict[str, float]:
             are several, and each of these. Of retrieval all recalls are shown.
     """
     values: dict[str, float] = {}
-    of = {row["dataset"]: row for row in rows}
+    of = {row.dataset: row for row in rows}
     ids, shifted = by_shift(of)
     for name in (*ids, *shifted):
         row = of[name]
-        if name == (shifted or [""])[0] and len(shifted) > 1 and row["task"] != "zeroshot_retrieval":
+        if name == (shifted or [""])[0] and len(shifted) > 1 and row.task != "zeroshot_retrieval":
             values[f"mean of {len(shifted)} shifts"] = mean(own_metric(of[one]) for one in shifted)
-        shown = row["metrics"] if row["task"] == "zeroshot_retrieval" else [row["metric"]]
+        shown = row.metrics if row.task == "zeroshot_retrieval" else [row.metric]
         for metric in shown:
             head = name if len(shown) == 1 else f"{name}, {metric_name(metric)}"
-            values[head] = 100 * row["metrics"][metric]
+            values[head] = 100 * row.metrics[metric]
     return values

@@ -124,7 +124,7 @@ class Validation:
                 known=known,
                 progress=lambda done, n, by=name: say(f"{entry.data}: {done} of {n} images by {by}"),  # type: ignore[misc]
             )
-            values[name] = round(100 * row["metrics"][entry.metric], 3)
+            values[name] = round(100 * row.metrics[entry.metric], 3)
         drop = round(values["torch"] - values["release"], 3)
         if not drop <= self.max_drop:  # NaN, too
             raise RAdapterError(

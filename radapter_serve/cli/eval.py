@@ -24,7 +24,7 @@ from radapter_serve.threads import limit_threads
 if TYPE_CHECKING:
     from radapter_serve.evaluation.alpha_choice import Choice
     from radapter_serve.evaluation.embedder import Embedder
-    from radapter_serve.evaluation.results import Row
+    from radapter_serve.evaluation.row import Row
     from radapter_serve.evaluation.suite import Suite
 
 FIRST = ("suite", "alpha", "data_root", "out", "limit", "adapter", "merged", "release", "url", "device")
@@ -160,7 +160,8 @@ def evaluate(
     results = Results(folder, resume=resume)
     known = len(results.rows)
     console, screen = Console(stderr=True), Console()
-    choice, skipped, rows = None, list[str](), list[Any]()
+    choice, skipped = None, list[str]()
+    rows: list[Row] = []
     with console.status("starting") as status:
         say = _escaped(status.update) if console.is_terminal else _Lines(console)
         # torch takes seconds to load: not for --help

@@ -121,9 +121,11 @@ def evaluate(lesson: Lesson, run: Path, alpha: float, limit: int | None) -> Sets
         embedder.close()
     sets: Sets = []
     for entry in (*lesson.entries, *lesson.rest):
-        of = [row for row in rows if row["dataset"] == entry.name]
-        values = {row["alpha"]: [100 * row["metrics"][name] for name in lesson.metrics] for row in of}
-        sets.append((entry.name, of[0]["n"], values))
+        of = [row for row in rows if row.dataset == entry.name]
+        values = {
+            row.alpha: [100 * row.metrics[name] for name in lesson.metrics] for row in of if row.alpha is not None
+        }
+        sets.append((entry.name, of[0].n, values))
     return sets
 
 

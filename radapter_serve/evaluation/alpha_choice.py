@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
-from typing import Any
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import PROPOSALS
-from radapter_serve.evaluation.results import Row, by_shift, curve, own_metric
+from radapter_serve.evaluation.results import by_shift, curve, own_metric
+from radapter_serve.evaluation.row import Row
 from radapter_serve.files import staged
 
 FILE = "alpha.json"
@@ -24,6 +24,16 @@ RULE_SHIFTED = (
 
 
 @dataclass(frozen=True)
+class ValidationSet:
+    """What a choice says about a validation set: as of a row."""
+
+    shift: str
+    metric: str
+    n: int
+    set_digest: str
+
+
+@dataclass(frozen=True)
 class Choice:
     """An α and how it was found.
 
@@ -31,7 +41,7 @@ class Choice:
         alpha: the choice, in [0, 1].
         rule: in words.
         curve: for each α: `alpha`, `score` by the rule, and each validation set's metric, in per cent.
-        sets: shift, metric, n and digest of each validation set, by its name.
+        sets: the validation sets, by name.
         adapter_digest: of the adapter that it was chosen for.
         smallest: the smallest α whose score is within the 95 % interval of the best one's, where no set is shifted: as
             far as such data can tell it is as good on it, and it keeps more of the base. None where a set is shifted,
@@ -41,7 +51,7 @@ class Choice:
     alpha: float
     rule: str
     curve: list[dict[str, float]]
-    sets: dict[str, dict[str, Any]]
+    sets: dict[str, ValidationSet]
     adapter_digest: str
     smallest: float | None = None
 
@@ -65,14 +75,15 @@ def choose(rows: Sequence[Row]) -> Choice:
     Raises:
         RAdapterError: no set is in distribution, or different ways of segmentation would be averaged.
     """
-    kinds = {(row.get("dense") == PROPOSALS, row.get("proposals") is not None) for row in rows}
+    kinds = {(row.dense == PROPOSALS, row.proposals is not None) for row in rows}
     if len(kinds) > 1:
         raise RAdapterError(
             "alpha is chosen by a mean over validation sets, and dense segmentation and proposals are no mean, nor are "
             "true masks and a network's; leave all but one of them out of the sets with split: validation"
         )
-    facts = ("shift", "metric", "n", "set_digest")
-    sets = {row["dataset"]: {name: row[name] for name in facts} for row in rows}
+    adapter_digest = rows[0].adapter_digest
+    assert adapter_digest is not None
+    sets = {row.dataset: ValidationSet(row.shift, row.metric, row.n, row.set_digest) for row in rows}
     groups = by_shift(sets)
     if not groups[0]:
         raise RAdapterError("alpha can't be chosen without an in-distribution validation set (split: validation)")
@@ -83,16 +94,16 @@ def choose(rows: Sequence[Row]) -> Choice:
         points.append({"alpha": point["alpha"], "score": sum(means) / len(means), **point})
     # Scores are rounded: where two differ by no more than the error of a sum, the smaller α wins.
     best = max(points, key=lambda point: (round(point["score"], 6), -point["alpha"]))
-    at_best = [row for row in rows if row["alpha"] == best["alpha"]]
+    at_best = [row for row in rows if row.alpha == best["alpha"]]
     smallest = None if groups[1] else _smallest(points, best, at_best)
-    return Choice(best["alpha"], rule, points, sets, rows[0]["adapter_digest"], smallest)
+    return Choice(best["alpha"], rule, points, sets, adapter_digest, smallest)
 
 
 def _smallest(points: Sequence[Mapping[str, float]], best: Mapping[str, float], rows: Sequence[Row]) -> float | None:
     """The smallest α within the interval of the best one, which has these rows; their sets are independent."""
     variance = 0.0
     for row in rows:
-        interval = row.get("intervals", {}).get(row["metric"])
+        interval = (row.intervals or {}).get(row.metric)
         if interval is None:
             return None
         variance += (own_metric(row) - 100 * interval[0]) ** 2
@@ -131,12 +142,13 @@ def load_choice(adapter: str | Path) -> Choice:
         names = {field.name for field in dataclasses.fields(Choice)}
         if set(values) != names:
             raise ValueError(f"it has {', '.join(sorted(values))}, and should have {', '.join(sorted(names))}")
-        return Choice(**values)
+        sets = {name: ValidationSet(**of) for name, of in values["sets"].items()}
+        return Choice(**{**values, "sets": sets})
     except FileNotFoundError:
         raise RAdapterError(
             f"no alpha was chosen for {path.parent}; choose one: radapter-eval --adapter {path.parent} --alpha auto"
         ) from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RAdapterError(f"could not read {path}: {error}; choose again: radapter-eval --alpha auto") from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats
+from radapter_serve.evaluation.row import ModelFacts
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import decode
 from radapter_serve.release.release import Release
@@ -31,12 +32,12 @@ class Variant:
     Attributes:
         source: `adapter`, `wise-ft`, `merged`, `release`, `server`.
         alpha: its α in [0, 1]; None where that is unknown.
-        facts: what a row says about it: model, pretrained, precision, digests.
+        facts: what a row says about it.
     """
 
     source: str
     alpha: float | None
-    facts: Mapping[str, Any]
+    facts: ModelFacts
 
     @property
     def key(self) -> tuple[str, float | None]:
@@ -141,13 +142,12 @@ def segment_here(
     return segment
 
 
-def release_facts(release: Release) -> dict[str, Any]:
+def release_facts(release: Release) -> ModelFacts:
     """What a row says of a release."""
-    return {
-        "model": release.architecture,
-        "pretrained": None,
-        "base_digest": release.base_digest,
-        "adapter_digest": release.adapter_digest,
-        "precision": release.precision,
-        "release": release.version,
-    }
+    return ModelFacts(
+        model=release.architecture,
+        base_digest=release.base_digest,
+        adapter_digest=release.adapter_digest,
+        precision=release.precision,
+        release=release.version,
+    )

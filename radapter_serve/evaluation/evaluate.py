@@ -12,7 +12,8 @@ from typing import Any
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder, Variant
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known, Scorer
-from radapter_serve.evaluation.results import Row, model_name
+from radapter_serve.evaluation.results import model_name
+from radapter_serve.evaluation.row import Case, Row
 
 
 def evaluate(
@@ -37,8 +38,7 @@ def evaluate(
         known: embeddings of classes by the key of a model, shared by calls with the same embedder; new ones are added.
 
     Returns:
-        A row a model, in CLIP_benchmark's schema and more: what `Scorer.measured` returns, and `runtime`, the seconds
-        of embedding and scoring without reading and decoding.
+        A row a model.
 
     Raises:
         RAdapterError: an image can't be read; a model fails, or gives values that are not finite.
@@ -61,34 +61,33 @@ def evaluate(
     for model, scorer in zip(models, scorers, strict=True):
         with model.turn():
             measured = scorer.measured()
-        rows.append({**facts_of(embedder, data, model.variant), **measured, "runtime": round(model.seconds, 3)})
+        case = case_of(embedder, data, model.variant)
+        rows.append(Row(**vars(case), **vars(measured), runtime=round(model.seconds, 3)))
     return rows
 
 
-def facts_of(embedder: Embedder, data: EvaluationSet, variant: Variant) -> Row:
-    """What identifies a row: all of it except what was measured, CLIP_benchmark's fields first.
+def case_of(embedder: Embedder, data: EvaluationSet, variant: Variant) -> Case:
+    """One of the models on the data set.
 
     Raises:
         NoSuchWay: the models do not have the dense embeddings that the set asks for.
     """
-    facts, entry = dict(variant.facts), data.entry
-    return {
-        "dataset": entry.name,
-        "model": facts.pop("model", None),
-        "pretrained": facts.pop("pretrained", None),
-        "task": data.task,
-        "language": entry.language,
-        "source": variant.source,
-        "alpha": variant.alpha,
-        "shift": entry.shift,
-        "split": entry.split,
-        "metric": entry.metric,
-        **({"border": entry.border} if entry.border else {}),
-        **({} if entry.exif_orientation else {"exif_orientation": False}),
-        **facts,
-        **data.facts,
-        **data.how(embedder),
-    }
+    entry = data.entry
+    return Case(
+        **vars(variant.facts),
+        **vars(data.facts),
+        **vars(data.setup(embedder)),
+        dataset=entry.name,
+        task=data.task,
+        language=entry.language,
+        source=variant.source,
+        alpha=variant.alpha,
+        shift=entry.shift,
+        split=entry.split,
+        metric=entry.metric,
+        border=entry.border,
+        exif_orientation=entry.exif_orientation,
+    )
 
 
 class _Model:

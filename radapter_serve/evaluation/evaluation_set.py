@@ -18,6 +18,7 @@ from PIL import Image
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder
 from radapter_serve.evaluation.metrics import Floats, check_finite, shares
+from radapter_serve.evaluation.row import Bin, ClassFigures, Measured, SetFacts, Setup
 from radapter_serve.evaluation.suite import Entry
 from radapter_serve.files import digest_of
 from radapter_serve.inputs.labels import mean_embeddings, split_label
@@ -37,12 +38,8 @@ class Scorer(Protocol):
     def add(self, items: Sequence[Any]) -> None:
         """Take images, from `prepare`, to the model that is selected."""
 
-    def measured(self) -> dict[str, Any]:
-        """`metrics`, shares in [0, 1] by name, and `intervals`, the two ends of the 95 % interval of each.
-
-        With classes also `per_class`; `confusion` of few classes, by true and found class; and `indistinguishable`,
-        pairs of labels, where there are some. Of whole images also `calibration`, by bin of confidence.
-        """
+    def measured(self) -> Measured:
+        """The figures over all images that were taken."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class EvaluationSet(ABC):
 
     @property
     @abstractmethod
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> SetFacts:
         """What a row says about the set."""
 
     @property
@@ -76,8 +73,8 @@ class EvaluationSet(ABC):
         """A digest of each image, and of its masks where it has some."""
 
     @abstractmethod
-    def how(self, embedder: Embedder) -> dict[str, Any]:
-        """What a row says about how these models are evaluated on the set."""
+    def setup(self, embedder: Embedder) -> Setup:
+        """How these models are evaluated on the set."""
 
     @abstractmethod
     def prepare(self, embedder: Embedder, number: int) -> Any:
@@ -122,30 +119,33 @@ def first_names(classes: Sequence[str]) -> list[str]:
     return [split_label(line)[0] for line in classes]
 
 
-def by_class(classes: Sequence[str], n: NDArray[Any], **values: NDArray[np.float64]) -> dict[str, Any]:
-    """`per_class` of a row: each class's first name, number of cases and values; NaN becomes None."""
-    rounded = {name: _rounded(of) for name, of in values.items()}
-    return {
-        "per_class": [
-            {"class": shown, "n": int(n[i]), **{name: of[i] for name, of in rounded.items()}}
-            for i, shown in enumerate(first_names(classes))
-        ]
-    }
+def by_class(
+    classes: Sequence[str],
+    n: NDArray[Any],
+    recall: NDArray[np.float64],
+    iou: NDArray[np.float64] | None = None,
+) -> list[ClassFigures]:
+    """`per_class` of a row, by first name, from the cases and values of each class; NaN becomes None."""
+    recalls = _rounded(recall)
+    ious = [None] * len(recalls) if iou is None else _rounded(iou)
+    names = first_names(classes)
+    return [ClassFigures(*of) for of in zip(names, n.tolist(), recalls, ious, strict=True)]
 
 
-def by_bin(sums: NDArray[np.float64]) -> list[dict[str, Any]]:
-    """`calibration` of a row, from `calibration_sums`: images, mean confidence and accuracy of each bin."""
-    confidence, accuracy = (_rounded(shares(of, sums[0])) for of in sums[1:])
-    return [{"n": int(n), "confidence": confidence[i], "accuracy": accuracy[i]} for i, n in enumerate(sums[0].tolist())]
+def by_bin(sums: NDArray[np.float64]) -> list[Bin]:
+    """`calibration` of a row, from `calibration_sums`."""
+    confidence = _rounded(shares(sums[1], sums[0]))
+    accuracy = _rounded(shares(sums[2], sums[0]))
+    return [Bin(int(n), confidence[i], accuracy[i]) for i, n in enumerate(sums[0].tolist())]
 
 
 def _rounded(values: NDArray[np.float64]) -> list[float | None]:
     return [None if np.isnan(value) else round(float(value), 4) for value in values]
 
 
-def confused(counts: NDArray[np.int64]) -> dict[str, Any]:
-    """`confusion` of a row, from `metrics.confusion`; left out where there are too many classes to look at."""
-    return {"confusion": counts.tolist()} if len(counts) <= MOST_CONFUSED else {}
+def confused(counts: NDArray[np.int64]) -> list[list[int]] | None:
+    """`confusion` of a row, from `metrics.confusion`; None where there are too many classes to look at."""
+    return counts.tolist() if len(counts) <= MOST_CONFUSED else None
 
 
 def as_seen(data: bytes, entry: Entry, embedder: Embedder) -> bytes:

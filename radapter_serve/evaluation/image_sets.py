@@ -42,6 +42,7 @@ from radapter_serve.evaluation.metrics import (
     shares,
     true_ranks,
 )
+from radapter_serve.evaluation.row import Measured, SetFacts, Setup
 from radapter_serve.inputs.preprocess import decode
 from radapter_serve.inputs.probabilities import indistinguishable
 
@@ -113,11 +114,15 @@ class ClassificationSet(_ImageSet):
     task = "zeroshot_classification"
 
     @cached_property
-    def facts(self) -> dict[str, Any]:
-        split = {} if self.entry.class_split == "all" else {"class_split": self.entry.class_split}
-        count = {"n": len(self.labels), "classes": len(self.classes)}
+    def facts(self) -> SetFacts:
+        split = self.entry.class_split
         named = [list(of) for of in self.members] or self.classes
-        return {**count, **split, "set_digest": digest(named, self.labels.tolist(), self.contents)}
+        return SetFacts(
+            n=len(self.labels),
+            classes=len(self.classes),
+            class_split=None if split == "all" else split,
+            set_digest=digest(named, self.labels.tolist(), self.contents),
+        )
 
     @cached_property
     def prompted(self) -> list[str]:
@@ -131,8 +136,8 @@ class ClassificationSet(_ImageSet):
         starts = np.cumsum([0, *(len(of) for of in self.members[:-1])])
         return np.asarray(np.maximum.reduceat(cosines, starts, axis=1))
 
-    def how(self, embedder: Embedder) -> dict[str, Any]:
-        return {"templates": list(self.templates or embedder.templates)}
+    def setup(self, embedder: Embedder) -> Setup:
+        return Setup(templates=tuple(self.templates or embedder.templates))
 
     def scorer(self, embedder: Embedder, known: Known) -> Scorer:
         templates = self.templates or embedder.templates
@@ -155,19 +160,22 @@ class RetrievalSet(_ImageSet):
     task = "zeroshot_retrieval"
 
     @cached_property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> SetFacts:
         different = len(set(self.groups.tolist()))
-        equal = {"different_captions": different} if different < len(self.captions) else {}
-        count = {"n": len(self.images), "captions": len(self.captions), **equal}
-        return {**count, "set_digest": digest(self.captions, self.image_of.tolist(), self.contents)}
+        return SetFacts(
+            n=len(self.images),
+            captions=len(self.captions),
+            different_captions=different if different < len(self.captions) else None,
+            set_digest=digest(self.captions, self.image_of.tolist(), self.contents),
+        )
 
     @cached_property
     def groups(self) -> NDArray[np.int64]:
         """A number for each caption that equal ones share: images of equal captions match each other's."""
         return caption_groups(self.captions)
 
-    def how(self, embedder: Embedder) -> dict[str, Any]:
-        return {}
+    def setup(self, embedder: Embedder) -> Setup:
+        return Setup()
 
     def scorer(self, embedder: Embedder, known: Known) -> Scorer:
         return _RetrievalScorer(self, embedder, embedder.embed_texts(self.captions))
@@ -188,7 +196,7 @@ class _ClassificationScorer:
         self._ranks.append(ranks)
         self._found.append(found)
 
-    def measured(self) -> dict[str, Any]:
+    def measured(self) -> Measured:
         labels, classes, ranks = self._data.labels, self._data.classes, np.concatenate(self._ranks)
         metrics = {**classification_metrics(ranks, labels, len(classes)), "ece": calibration_error(self._sums)}
         count, hits = (np.bincount(of, minlength=len(classes)) for of in (labels, labels[ranks < 1]))
@@ -198,14 +206,15 @@ class _ClassificationScorer:
         intervals["mean_per_class_recall"] = mean_recall_interval(hits[count > 0], count[count > 0])
         few = len(classes) <= MOST_CONFUSED
         alike = indistinguishable(first_names(self._data.prompted), self._classifier)
-        return {
-            "metrics": metrics,
-            "intervals": intervals,
-            "calibration": by_bin(self._sums),
-            **by_class(classes, count, recall=shares(hits, count)),
-            **(confused(confusion(labels, np.concatenate(self._found), len(classes))) if few else {}),
-            **({"indistinguishable": alike} if alike else {}),
-        }
+        found = np.concatenate(self._found)
+        return Measured(
+            metrics=metrics,
+            intervals=intervals,
+            calibration=by_bin(self._sums),
+            per_class=by_class(classes, count, shares(hits, count)),
+            confusion=confused(confusion(labels, found, len(classes))) if few else None,
+            indistinguishable=alike or None,
+        )
 
 
 class _RetrievalScorer:
@@ -215,8 +224,9 @@ class _RetrievalScorer:
     def add(self, items: Sequence[Any]) -> None:
         self._images.append(self._embedder.embed_images(items))
 
-    def measured(self) -> dict[str, Any]:
+    def measured(self) -> Measured:
         data, images = self._data, np.concatenate(self._images)
         metrics = retrieval_metrics(images, self._texts, data.image_of, groups=data.groups)
         # captions of one image are no independent cases: images are counted both ways
-        return {"metrics": metrics, "intervals": {name: wilson(share, len(images)) for name, share in metrics.items()}}
+        intervals = {name: wilson(share, len(images)) for name, share in metrics.items()}
+        return Measured(metrics=metrics, intervals=intervals)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from radapter_serve.evaluation.results import model_name
+from radapter_serve.evaluation.row import Row
 
 Points = Sequence[Mapping[str, float]]
 
@@ -98,18 +98,19 @@ def plot_bars(values: Mapping[str, Mapping[str, float]], path: str | Path, *, ti
     figure.savefig(path)
 
 
-def plot_confusion(row: Mapping[str, Any], path: str | Path) -> None:
+def plot_confusion(row: Row, path: str | Path) -> None:
     """Draw which classes are taken for which, with the number of images (for segmentation: pixels) of each class.
 
     Args:
         row: of results, with `confusion` and `per_class`.
         path: a picture file; its ending says which kind.
     """
-    counts = np.array(row["confusion"], float)
+    assert row.per_class is not None
+    counts = np.array(row.confusion, float)
     if not counts[:, -1].any():
         counts = counts[:, :-1]  # no answer is "none of them"
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    names = [of["class"] for of in row["per_class"]]
+    names = [of.name for of in row.per_class]
     side = 2.5 + 0.3 * len(names)
     figure = Figure(figsize=(side + 1.5, side), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -118,39 +119,40 @@ def plot_confusion(row: Mapping[str, Any], path: str | Path) -> None:
         for (i, j), share in np.ndenumerate(shares):
             axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", color="white" if share > 0.5 else "black")
     axes.set_xticks(range(counts.shape[1]), [*names, "none"][: counts.shape[1]], rotation=90)
-    kind = "iou" if "iou" in row["per_class"][0] else "recall"
-    own = [of[kind] for of in row["per_class"]]
-    labels = [f"{name}, n {of['n']}" for name, of in zip(names, row["per_class"], strict=True)]
+    kind = "recall" if row.dense is None else "iou"
+    own = [of.recall if row.dense is None else of.iou for of in row.per_class]
+    labels = [f"{of.name}, n {of.n}" for of in row.per_class]
     figures = [f", {kind} {100 * value:.1f} %" if value is not None else "" for value in own]
     axes.set_yticks(range(len(names)), [f"{label}{figure}" for label, figure in zip(labels, figures, strict=True)])
     axes.set_xlabel("found")
     axes.set_ylabel("true")
-    figure.suptitle(f"{row['dataset']}: {model_name(row['source'], row['alpha'], ', α = ')}")
+    figure.suptitle(f"{row.dataset}: {model_name(row.source, row.alpha, ', α = ')}")
     figure.savefig(path)
 
 
-def plot_calibration(row: Mapping[str, Any], path: str | Path) -> None:
+def plot_calibration(row: Row, path: str | Path) -> None:
     """Draw how often a model is right where it is so sure (a reliability diagram); on the diagonal it is as it says.
 
     Args:
         row: of results, with `calibration`.
         path: a picture file; its ending says which kind.
     """
-    bins = [of for of in row["calibration"] if of["n"]]
+    assert row.calibration is not None
+    bins = [of for of in row.calibration if of.n]
     figure = Figure(figsize=(4.2, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 100], [0, 100], "--", color="tab:gray")
-    most = max(of["n"] for of in bins)
+    most = max(of.n for of in bins)
     axes.scatter(
-        [100 * of["confidence"] for of in bins],
-        [100 * of["accuracy"] for of in bins],
-        [10 + 90 * of["n"] / most for of in bins],
+        [100 * (of.confidence or 0.0) for of in bins],
+        [100 * (of.accuracy or 0.0) for of in bins],
+        [10 + 90 * of.n / most for of in bins],
     )
     axes.set_xlabel("mean confidence of a bin, %; larger dots are more images")
     axes.set_ylabel("accuracy, %")
     axes.set_xlim(-3, 103)
     axes.set_ylim(-3, 103)
     axes.grid(alpha=0.3)
-    model = model_name(row["source"], row["alpha"], ", α = ")
-    figure.suptitle(f"{row['dataset']}: {model}\nECE {100 * row['metrics']['ece']:.1f} %, n {row['n']}")
+    model = model_name(row.source, row.alpha, ", α = ")
+    figure.suptitle(f"{row.dataset}: {model}\nECE {100 * row.metrics['ece']:.1f} %, n {row.n}")
     figure.savefig(path)

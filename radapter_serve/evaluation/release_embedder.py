@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -152,7 +153,7 @@ def release_variants(source: str, release: Release, alphas: Sequence[float]) -> 
     """
     facts = release_facts(release)
     if release.quantization:  # of int8: ranges found as it runs, or by which images
-        facts["quantization"] = release.quantization
+        facts = replace(facts, quantization=release.quantization)
     return [Variant(source, release.at(alpha).alpha, facts) for alpha in alphas or (release.alpha,)]
 
 

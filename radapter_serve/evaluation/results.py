@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from rich.table import Table
 
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.row import Case, Row
 from radapter_serve.files import staged
 from radapter_serve.inputs.probabilities import SAME
 
-Row = dict[str, Any]
 FILE = "results.jsonl"
-MEASURED = ("metrics", "intervals", "per_class", "calibration", "confusion", "indistinguishable", "runtime")
+
+
+class Shifted(Protocol):
+    """A data set, or what was measured on one."""
+
+    @property
+    def shift(self) -> str:
+        """`id` or `ood`."""
+
+
+class Scored(Protocol):
+    """What was measured on a data set."""
+
+    @property
+    def metric(self) -> str:
+        """The metric that the data set is reported by."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Shares in [0, 1] by name."""
 
 
 class Results:
@@ -38,15 +58,15 @@ class Results:
         if resume and self.path.exists():
             self.rows = _read(self.path)
 
-    def find(self, facts: Mapping[str, Any]) -> Row | None:
-        """The row with these facts: all of a row except what was measured."""
-        key = _key(facts)
-        return next((row for row in self.rows if _key(row) == key), None)
+    def find(self, case: Case) -> Row | None:
+        """The row of this case."""
+        identity = case.identity
+        return next((row for row in self.rows if row.identity == identity), None)
 
     def add(self, rows: Iterable[Row]) -> None:
         """Add rows, and write the file."""
         self.rows += rows
-        lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in self.rows)
+        lines = "".join(f"{json.dumps(row.to_dict(), ensure_ascii=False)}\n" for row in self.rows)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with staged(self.path) as part:
@@ -55,14 +75,14 @@ class Results:
             raise RAdapterError(f"could not write {self.path}: {error.strerror}") from error
 
 
-def own_metric(row: Mapping[str, Any]) -> float:
+def own_metric(row: Scored) -> float:
     """The metric that the data set is reported by, in per cent."""
-    return 100 * float(row["metrics"][row["metric"]])
+    return 100 * row.metrics[row.metric]
 
 
-def by_shift(sets: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[str]]:
-    """Names of the data sets in distribution, and of the shifted ones; `sets` gives a row, or its facts, by name."""
-    ids, ood = ([name for name, of in sets.items() if of["shift"] == shift] for shift in ("id", "ood"))
+def by_shift(sets: Mapping[str, Shifted]) -> tuple[list[str], list[str]]:
+    """Names of the data sets in distribution, and of the shifted ones."""
+    ids, ood = ([name for name, of in sets.items() if of.shift == shift] for shift in ("id", "ood"))
     return ids, ood
 
 
@@ -75,11 +95,12 @@ def curve(rows: Sequence[Row]) -> list[dict[str, float]]:
     """For each α, ascending, the set's own metric in per cent by the name of the set, and `alpha`.
 
     Args:
-        rows: of one source, each with an α.
+        rows: of one source; those without an α have no place on it.
     """
     points: dict[float, dict[str, float]] = {}
     for row in rows:
-        points.setdefault(row["alpha"], {"alpha": row["alpha"]})[row["dataset"]] = own_metric(row)
+        if row.alpha is not None:
+            points.setdefault(row.alpha, {"alpha": row.alpha})[row.dataset] = own_metric(row)
     return [points[alpha] for alpha in sorted(points)]
 
 
@@ -102,21 +123,34 @@ def harmonic_means(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> lis
         rows: of any models and data sets.
         pairs: names of the sets of base and of novel classes.
     """
-    found = {(row["dataset"], row["source"], row["alpha"]): row for row in rows}
+    found = {(row.dataset, row.source, row.alpha): row for row in rows}
     means = []
     for base, novel in pairs:
-        for (name, *model), row in found.items():
-            other = found.get((novel, *model))
-            if name != base or other is None:
-                continue
-            values = {"base": row["metrics"][row["metric"]], "novel": other["metrics"][other["metric"]]}
-            mean = {key: value for key, value in row.items() if key not in (*MEASURED, "class_split", "classes")}
-            mean |= {"dataset": f"{base} and {novel}", "metric": "harmonic_mean", "n": row["n"] + other["n"]}
-            mean["set_digest"] = f"{row['set_digest']} {other['set_digest']}"
-            mean["metrics"] = {**values, "harmonic_mean": harmonic(*values.values())}
-            mean["runtime"] = round(row["runtime"] + other["runtime"], 3)
-            means.append(mean)
+        for (name, source, alpha), row in found.items():
+            other = found.get((novel, source, alpha))
+            if name == base and other is not None:
+                means.append(_harmonic_mean(row, other))
     return means
+
+
+def _harmonic_mean(base: Row, novel: Row) -> Row:
+    values = {"base": base.metrics[base.metric], "novel": novel.metrics[novel.metric]}
+    return replace(
+        base,
+        dataset=f"{base.dataset} and {novel.dataset}",
+        metric="harmonic_mean",
+        n=base.n + novel.n,
+        classes=None,
+        class_split=None,
+        set_digest=f"{base.set_digest} {novel.set_digest}",
+        metrics={**values, "harmonic_mean": harmonic(*values.values())},
+        intervals=None,
+        calibration=None,
+        per_class=None,
+        confusion=None,
+        indistinguishable=None,
+        runtime=round(base.runtime + novel.runtime, 3),
+    )
 
 
 def harmonic(*values: float) -> float:
@@ -134,8 +168,8 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
         title: above the table.
         pairs: names of the sets of base and of novel classes; H is the harmonic mean of their two means.
     """
-    sets = {row["dataset"]: row for row in sorted(rows, key=lambda row: str(row["shift"]))}  # in distribution first
-    kinds: dict[tuple[Any, ...], list[str]] = {}
+    sets = {row.dataset: row for row in sorted(rows, key=lambda row: row.shift)}  # in distribution first
+    kinds: dict[tuple[object, ...], list[str]] = {}
     for name, row in sets.items():
         kinds.setdefault(_kind(row), []).append(name)
     means = [names for names in kinds.values() if len(names) > 1]
@@ -143,17 +177,15 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
     for column in ("model", "α"):
         out.add_column(column, justify="left" if column == "model" else "right")
     for name, row in sets.items():
-        out.add_column(
-            f"{name}\n{metric_name(row['metric'])}, {row['shift']}\nn {row['n']}", justify="right", overflow="fold"
-        )
+        out.add_column(f"{name}\n{metric_name(row.metric)}, {row.shift}\nn {row.n}", justify="right", overflow="fold")
     for names in means:
-        shift, dense = sets[names[0]]["shift"], sets[names[0]].get("dense")
-        out.add_column(f"mean of\n{len(names)} {shift}\n{dense or ''}", justify="right")
+        first = sets[names[0]]
+        out.add_column(f"mean of\n{len(names)} {first.shift}\n{first.dense or ''}", justify="right")
     if pairs:
         out.add_column("H\nbase,\nnovel", justify="right")
-    models: dict[tuple[str, Any], dict[str, Row]] = {}
+    models: dict[tuple[str, float | None], dict[str, Row]] = {}
     for row in rows:
-        models.setdefault((row["source"], row["alpha"]), {})[row["dataset"]] = row
+        models.setdefault((row.source, row.alpha), {})[row.dataset] = row
     for (source, alpha), of_set in models.items():
         values = {name: own_metric(row) for name, row in of_set.items()}
         cells = [_figure(of_set[name]) if name in of_set else "" for name in sets]
@@ -168,17 +200,18 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
     return out
 
 
-def _kind(row: Row) -> tuple[Any, ...]:
+def _kind(row: Row) -> tuple[object, ...]:
     """Data sets of one kind may be averaged; dense segmentation, true masks and a network's are different kinds."""
-    return row["shift"], row["metric"], row.get("dense"), row.get("proposals") is None, row.get("background") is None
+    return row.shift, row.metric, row.dense, row.proposals is None, row.background is None
 
 
 def _figure(row: Row) -> str:
     lines = [f"{own_metric(row):.2f}"]
-    if interval := row.get("intervals", {}).get(row["metric"]):
+    interval = (row.intervals or {}).get(row.metric)
+    if interval is not None:
         lines.append(f"{100 * interval[0]:.1f} – {100 * interval[1]:.1f}")
-    if "ece" in row["metrics"]:
-        lines.append(f"ECE {100 * row['metrics']['ece']:.1f}")
+    if "ece" in row.metrics:
+        lines.append(f"ECE {100 * row.metrics['ece']:.1f}")
     return "\n".join(lines)
 
 
@@ -186,8 +219,8 @@ def prompts(rows: Sequence[Row]) -> list[str]:
     """A line for each list of prompt templates, with the data sets that it was used for."""
     sets: dict[tuple[str, ...], dict[str, None]] = {}
     for row in rows:
-        if row.get("templates"):
-            sets.setdefault(tuple(row["templates"]), {})[row["dataset"]] = None
+        if row.templates:
+            sets.setdefault(row.templates, {})[row.dataset] = None
     return [
         f"prompts of {', '.join(names)}: {templates[0]!r}"
         + (f" to {templates[-1]!r}, {len(templates)} templates" if len(templates) > 1 else "")
@@ -199,10 +232,10 @@ def warnings(rows: Sequence[Row]) -> list[str]:
     """A line for each list of labels that a model can't tell apart, with the data sets and the models."""
     found: dict[tuple[tuple[str, str], ...], tuple[dict[str, None], dict[str, None]]] = {}
     for row in rows:
-        if row.get("indistinguishable"):
-            sets, models = found.setdefault(tuple((a, b) for a, b in row["indistinguishable"]), ({}, {}))
-            sets[row["dataset"]] = None
-            models[model_name(row["source"], row["alpha"])] = None
+        if row.indistinguishable:
+            sets, models = found.setdefault(tuple(row.indistinguishable), ({}, {}))
+            sets[row.dataset] = None
+            models[model_name(row.source, row.alpha)] = None
     return [
         f"{', '.join(sets)}: warning: {', '.join(models)} can't tell apart "
         + ", ".join(f"{one!r} and {other!r}" for one, other in alike[:5])
@@ -212,18 +245,11 @@ def warnings(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _key(row: Mapping[str, Any]) -> str:
-    return json.dumps({name: value for name, value in row.items() if name not in MEASURED}, sort_keys=True)
-
-
 def _read(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            row = json.loads(line)
-            if not {"dataset", "metrics", "metric", "source"} <= set(row):
-                raise ValueError("fields are missing")
-        except (ValueError, TypeError) as error:
+            rows.append(Row.from_json(line))
+        except ValueError as error:
             raise RAdapterError(f"{path}, line {number} is no row of results: {error}; move the file away") from error
-        rows.append(row)
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,11 @@ from radapter_serve.adapter import Metadata, load_adapter
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import Choice, choose, save_choice
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder, NoSuchWay, Variant
-from radapter_serve.evaluation.evaluate import evaluate, facts_of
+from radapter_serve.evaluation.evaluate import case_of, evaluate
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known
 from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars, plot_calibration, plot_confusion
 from radapter_serve.evaluation.results import (
     Results,
-    Row,
     by_shift,
     common_unit,
     curve,
@@ -26,6 +26,7 @@ from radapter_serve.evaluation.results import (
     model_name,
     own_metric,
 )
+from radapter_serve.evaluation.row import Row
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Suite, entry_of
 
@@ -74,9 +75,9 @@ def evaluate_suite(
     for entry in suite.of_split(split):
         say(f"{entry.name}: reading {entry.data}")
         data = open_set(suite, entry, limit=limit, seed=seed)
-        common = {"suite": suite.name, "seed": seed, "version": __version__}
+        stamp = partial(dataclasses.replace, suite=suite.name, seed=seed, version=__version__)
         try:
-            facts = [{**facts_of(embedder, data, variant), **common} for variant in chosen]
+            cases = [stamp(case_of(embedder, data, variant)) for variant in chosen]
         except NoSuchWay as error:
             if skip is None:
                 raise
@@ -84,7 +85,7 @@ def evaluate_suite(
             continue
         if opened:
             opened(data)
-        missing = [variant for variant, of in zip(chosen, facts, strict=True) if results.find(of) is None]
+        missing = [variant for variant, of in zip(chosen, cases, strict=True) if results.find(of) is None]
         if missing:
             models = f"{len(missing)} model{'s' if len(missing) > 1 else ''}"
             say(f"{entry.name}: embedding its texts by {models}")
@@ -96,8 +97,8 @@ def evaluate_suite(
                 known=known,
                 progress=lambda done, n, name=entry.name, by=models: say(f"{name}: {done} of {n} images by {by}"),  # type: ignore[misc]
             )
-            results.add({**row, **common} for row in made)
-        rows += [row for of in facts if (row := results.find(of)) is not None]
+            results.add(stamp(row) for row in made)
+        rows += [row for of in cases if (row := results.find(of)) is not None]
     means = [row for row in harmonic_means(rows, suite.pairs(split)) if results.find(row) is None]
     if means:
         results.add(means)
@@ -136,7 +137,7 @@ def draw_choice(choice: Choice, folder: Path) -> Path:
         choice: from `choose_alpha`.
         folder: for the picture.
     """
-    path, unit = folder / "validation.png", common_unit(of["metric"] for of in choice.sets.values())
+    path, unit = folder / "validation.png", common_unit(of.metric for of in choice.sets.values())
     plot_alpha_curve(choice.curve, *by_shift(choice.sets), path, title=f"validation: α = {choice.alpha:g}", unit=unit)
     return path
 
@@ -159,24 +160,29 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
     """
     bars: dict[str, dict[str, float]] = {}
     for row in rows:
-        bars.setdefault(model_name(row["source"], row["alpha"], ", α = "), {})[row["dataset"]] = own_metric(row)
-    pictures, unit = [folder / "bars.png"], common_unit(row["metric"] for row in rows)
+        bars.setdefault(model_name(row.source, row.alpha, ", α = "), {})[row.dataset] = own_metric(row)
+    pictures, unit = [folder / "bars.png"], common_unit(row.metric for row in rows)
     plot_bars(bars, pictures[0], title=title, unit=unit)
     ways: dict[str, list[Row]] = {}
     for row in rows:
-        ways.setdefault("proposals" if row.get("dense") == PROPOSALS else "dense", []).append(row)
+        ways.setdefault("proposals" if row.dense == PROPOSALS else "dense", []).append(row)
     names = ("adapter", "release", "server", "wise-ft")
     for way, some in ways.items():
-        ids, ood = by_shift({row["dataset"]: row for row in some})
-        lines = {source: curve([r for r in some if r["source"] == source]) for source in names}
+        ids, ood = by_shift({row.dataset: row for row in some})
+        lines = {source: curve([r for r in some if r.source == source]) for source in names}
         line = next((lines[source] for source in names[:3] if len(lines[source]) > 1), None)
         if curve_too and line is not None:
             pictures.append(folder / ("alpha.png" if len(ways) == 1 else f"alpha-{way}.png"))
             beside = {"WiSE-FT": lines["wise-ft"]} if lines["wise-ft"] else None
             plot_alpha_curve(line, ids, ood, pictures[-1], title=title, beside=beside, unit=unit)
-    for kind, plot in (("confusion", plot_confusion), ("calibration", plot_calibration)):
-        for row in {row["dataset"]: row for row in rows if kind in row}.values():
-            name = re.sub(r"[^\w.-]+", "_", row["dataset"])
+    confused = {row.dataset: row for row in rows if row.confusion is not None}
+    calibrated = {row.dataset: row for row in rows if row.calibration is not None}
+    for kind, last, plot in (
+        ("confusion", confused, plot_confusion),
+        ("calibration", calibrated, plot_calibration),
+    ):
+        for name, row in last.items():
+            name = re.sub(r"[^\w.-]+", "_", name)
             pictures.append(folder / f"{kind}-{name}.png")
             plot(row, pictures[-1])
     return pictures

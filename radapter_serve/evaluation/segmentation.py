@@ -26,6 +26,7 @@ from radapter_serve.evaluation.evaluation_set import (
 )
 from radapter_serve.evaluation.intervals import segmentation_intervals
 from radapter_serve.evaluation.metrics import class_ious, confusion, pixel_sums, segmentation_metrics, shares
+from radapter_serve.evaluation.row import Measured, SetFacts, Setup
 from radapter_serve.inputs.probabilities import indistinguishable
 from radapter_serve.tasks.proposals import BINARY
 from radapter_serve.tasks.segment_options import SegmentOptions
@@ -78,14 +79,14 @@ class SegmentationSet(EvaluationSet):
             )
 
     @cached_property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> SetFacts:
         names = [image.name for image in self.images]
-        return {
-            "n": len(self.images),
-            "classes": len(self.classes),
-            "classes_digest": digest(self.classes),
-            "set_digest": digest(self.classes, names, self.contents),
-        }
+        return SetFacts(
+            n=len(self.images),
+            classes=len(self.classes),
+            classes_digest=digest(self.classes),
+            set_digest=digest(self.classes, names, self.contents),
+        )
 
     @cached_property
     def contents(self) -> list[str]:
@@ -126,16 +127,23 @@ class SegmentationSet(EvaluationSet):
             options = replace(options, short_side=short_side, stride=stride)
         return SegmentQuery(labels, list(self.templates or embedder.templates), dense, options)
 
-    def how(self, embedder: Embedder) -> dict[str, Any]:
+    def setup(self, embedder: Embedder) -> Setup:
         query = self.query(embedder)
-        options = {name: getattr(query.options, name) for name in ("short_side", "stride", "refine", "threshold")}
-        common = {"dense": query.dense, "size": embedder.size, **options, "background": self.entry.background}
-        crop = {"crop": embedder.crop.to_dict()} if query.dense == PROPOSALS else {}
-        found: dict[str, Any] = {}
-        if self.proposals is not None:
-            weight = query.options.proposal_weight if self.proposals.scored else None
-            found = {"proposals": self.entry.proposals, "proposal_weight": weight}
-        return {**common, **crop, **found, "templates": query.templates}
+        options = query.options
+        scored = self.proposals is not None and self.proposals.scored
+        return Setup(
+            dense=query.dense,
+            size=embedder.size,
+            short_side=options.short_side,
+            stride=options.stride,
+            refine=options.refine,
+            threshold=options.threshold,
+            background=self.entry.background,
+            crop=embedder.crop if query.dense == PROPOSALS else None,
+            proposals=self.entry.proposals,
+            proposal_weight=options.proposal_weight if scored else None,
+            templates=tuple(query.templates),
+        )
 
     def prepare(self, embedder: Embedder, number: int) -> MaskedItem:
         image = self.images[number]
@@ -194,12 +202,13 @@ class SegmentationScorer:
             self._confusion += counts
             self._sums.append(np.stack(pixel_sums(counts)))
 
-    def measured(self) -> dict[str, Any]:
+    def measured(self) -> Measured:
         right, true, found = pixel_sums(self._confusion)
-        return {
-            "metrics": segmentation_metrics(self._confusion),
-            "intervals": segmentation_intervals(np.stack(self._sums, 1)),
-            **by_class(self._data.classes, true, recall=shares(right, true), iou=class_ious(right, true, found)),
-            **confused(self._confusion),
-            **({"indistinguishable": self._alike} if self._alike else {}),
-        }
+        ious = class_ious(right, true, found)
+        return Measured(
+            metrics=segmentation_metrics(self._confusion),
+            intervals=segmentation_intervals(np.stack(self._sums, 1)),
+            per_class=by_class(self._data.classes, true, shares(right, true), ious),
+            confusion=confused(self._confusion),
+            indistinguishable=list(self._alike) or None,
+        )

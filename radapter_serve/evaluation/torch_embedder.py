@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from radapter_serve.evaluation.embedder import (
 )
 from radapter_serve.evaluation.evaluation_set import class_embeds
 from radapter_serve.evaluation.metrics import Floats
+from radapter_serve.evaluation.row import ModelFacts
 from radapter_serve.files import digest_of
 from radapter_serve.hub import LOCAL
 from radapter_serve.inputs.mask_crop import MaskCrop
@@ -52,7 +53,7 @@ class Line:
 
     source: str
     deltas: dict[str, Tensor]
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: ModelFacts = field(default_factory=ModelFacts)
 
 
 class TorchEmbedder:
@@ -94,9 +95,8 @@ class TorchEmbedder:
         self.crop = crop or MaskCrop.from_recipe({}, base.preprocess["mean"])
         self._tensors = self._model.state_dict()
         self._lines = {line.source: line for line in lines}
-        common = {"model": base.name, "pretrained": base.pretrained, "precision": precision}
         self.variants: Sequence[Variant] = [
-            Variant(line.source, alpha, {**common, **line.facts}) for line in lines for alpha in alphas
+            Variant(line.source, alpha, _facts(base, line.facts, precision)) for line in lines for alpha in alphas
         ]
         changed = sorted({key for line in lines for key in line.deltas})
         self._originals = {key: self._tensors[key].clone() for key in changed}
@@ -229,16 +229,17 @@ def embedder_of(
         check_alpha(alpha)
     weights = base.model.state_dict()
     check_base(weights, adapter)
-    facts = {"base_digest": adapter.metadata.base_digest}
+    base_digest = adapter.metadata.base_digest
     deltas = {}
     for key in adapter.keys:
         for name in (f"{key}.weight", f"{key}.bias"):
             if name in weights:
                 deltas[name] = adapter.matrix(key) @ weights[name].float().cpu()
-    lines = [Line("adapter", deltas, {**facts, "adapter_digest": adapter.digest})]
+    lines = [Line("adapter", deltas, ModelFacts(base_digest=base_digest, adapter_digest=adapter.digest))]
     if finetuned is not None:
         change, digest = _difference(Path(finetuned), weights)
-        lines.append(Line("wise-ft", change, facts={**facts, "weights_digest": digest}))
+        facts = ModelFacts(base_digest=base_digest, weights_digest=digest)
+        lines.append(Line("wise-ft", change, facts))
     dense = adapter.metadata.recipe.get("dense", "none")
     return TorchEmbedder(
         base,
@@ -279,8 +280,8 @@ def from_merged(folder: str | Path, *, precision: Precision = "fp32", device: st
     release = Release.load(folder) if (folder / FILE).exists() else None
     candidates = [*folder.glob("open_clip_*"), *folder.glob("model.safetensors")]
     weights = next((p for p in candidates if p.suffix in (".safetensors", ".bin", ".pt")), None)
-    facts = {"weights_digest": digest_of(weights)} if weights else {}
-    line = Line("merged", {}, facts={**(release_facts(release) if release else {}), **facts, "precision": precision})
+    facts = release_facts(release) if release else ModelFacts()
+    line = Line("merged", {}, replace(facts, weights_digest=digest_of(weights) if weights else None))
     return TorchEmbedder(
         base,
         [line],
@@ -291,6 +292,13 @@ def from_merged(folder: str | Path, *, precision: Precision = "fp32", device: st
         precision=precision,
         device=device,
     )
+
+
+def _facts(base: Base, facts: ModelFacts, precision: str) -> ModelFacts:
+    """What a row says about a model of a base; a release has a name of its own."""
+    if facts.release is None:
+        facts = replace(facts, model=base.name, pretrained=base.pretrained)
+    return replace(facts, precision=precision)
 
 
 def _difference(path: Path, base: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:

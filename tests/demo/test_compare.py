@@ -84,7 +84,7 @@ def test_r_adapter_is_right_as_often_as_radapter_eval_says(
 ) -> None:
     alphas = (0.0, 0.3, 0.5, 1.0)
     rows = evaluate_suite(from_adapter(run, alphas), suite_of(two_styles), Results(tmp_path))
-    expected = {(row["dataset"], row["alpha"]): 100 * row["metrics"]["acc1"] for row in rows}
+    expected = {(row.dataset, row.alpha): 100 * row.metrics["acc1"] for row in rows}
     found = {(style, at): of[0] for style, _, values in comparison.sets(OURS) for at, of in values.items()}
     assert found == pytest.approx(expected)
     assert len({expected[data.FINE_TUNED, alpha] for alpha in alphas}) > 1  # else it would show nothing
@@ -100,7 +100,7 @@ def test_the_rival_is_right_as_often_as_the_rivals_judge_says(
     source = Run(given, tmp_path).of(method.settings)
     sets = [open_set(suite, entry) for entry in suite.entries]
     rows = judge(learned(method, source), source, sets, (0.0, 0.5, 1.0))
-    expected = {(row["dataset"], row["alpha"]): 100 * row["metrics"]["acc1"] for row in rows}
+    expected = {(row.dataset, row.alpha): 100 * row.metrics["acc1"] for row in rows}
     found = {(style, at): of[0] for style, _, values in comparison.sets(RIVAL) for at, of in values.items()}
     assert found == pytest.approx(expected)
 

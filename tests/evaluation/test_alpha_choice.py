@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from radapter_serve.adapter import Metadata
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import RULE, RULE_SHIFTED, choose, load_choice, save_choice
+from radapter_serve.evaluation.row import Row
 from radapter_serve.evaluation.run import own_validation
+from tests.helpers.a_row import a_row
 
 
-def rows(**sets: tuple[str, dict[float, float]]) -> list[dict[str, Any]]:
+def rows(**sets: tuple[str, dict[float, float]]) -> list[Row]:
     return [
-        {
-            "dataset": name, "shift": shift, "metric": "acc1", "metrics": {"acc1": value}, "alpha": alpha,
-            "n": 10, "set_digest": "sha256:1", "adapter_digest": "sha256:2",
-        }
+        a_row(name, value, shift=shift, alpha=alpha)
         for name, (shift, values) in sets.items()
         for alpha, value in values.items()
-    ]  # fmt: skip
+    ]
 
 
 def test_the_best_on_validation_and_of_equal_ones_the_smallest() -> None:
@@ -30,8 +29,8 @@ def test_the_best_on_validation_and_of_equal_ones_the_smallest() -> None:
     assert [point["score"] for point in choice.curve] == pytest.approx([50, 80, 80, 70])
 
 
-def with_interval(found: list[dict[str, Any]], half: float) -> list[dict[str, Any]]:
-    return [{**row, "intervals": {"acc1": (row["metrics"]["acc1"] - half, 1.0)}} for row in found]
+def with_interval(found: list[Row], half: float) -> list[Row]:
+    return [replace(row, intervals={"acc1": (row.metrics["acc1"] - half, 1.0)}) for row in found]
 
 
 def test_the_smallest_within_the_interval_of_the_best() -> None:
@@ -70,9 +69,7 @@ def test_a_shift_counts_as_much_as_all_sets_in_distribution() -> None:
 
 
 def test_dense_labels_and_proposals_are_no_mean() -> None:
-    mixed = rows(a=("id", {0.0: 0.5}), b=("id", {0.0: 0.9}))
-    for row, dense in zip(mixed, ("naclip", "proposals"), strict=True):
-        row["dense"] = dense
+    mixed = [a_row(name, dense=dense) for name, dense in (("a", "naclip"), ("b", "proposals"))]
     with pytest.raises(RAdapterError, match="dense segmentation and proposals are no mean"):
         choose(mixed)
 

@@ -6,7 +6,6 @@ import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import open_clip
@@ -21,6 +20,7 @@ from radapter_serve.clip.base import load_base
 from radapter_serve.evaluation.embedder import Embedder
 from radapter_serve.evaluation.release_embedder import ReleaseEmbedder, ServerEmbedder
 from radapter_serve.evaluation.results import Results
+from radapter_serve.evaluation.row import Row
 from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.suite import load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
@@ -40,13 +40,13 @@ def exported(common: Path, run_folder: Path, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
-def measured(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def measured(rows: Sequence[Row]) -> dict[str, float]:
     """What `by_open_clip` gives, of the rows of one model."""
-    found = {row["dataset"]: row["metrics"][row["metric"]] for row in rows}
-    return found | {f"{row['dataset']} ece": row["metrics"]["ece"] for row in rows if "ece" in row["metrics"]}
+    found = {row.dataset: row.metrics[row.metric] for row in rows}
+    return found | {f"{row.dataset} ece": row.metrics["ece"] for row in rows if "ece" in row.metrics}
 
 
-def evaluated(embedder: Embedder, world: Path, out: Path) -> list[dict[str, Any]]:
+def evaluated(embedder: Embedder, world: Path, out: Path) -> list[Row]:
     try:
         return evaluate_suite(embedder, load_suite(world / "suite.yaml", world), Results(out), batch_size=7)
     finally:
@@ -100,8 +100,8 @@ def test_every_alpha_is_the_folded_model_in_open_clip(
     for alpha in ALPHAS:
         base.model.load_state_dict(fold(weights, adapter, alpha))
         expected = by_open_clip(base.model, tiny_clip_dir, world)
-        assert measured([row for row in rows if row["alpha"] == alpha]) == pytest.approx(expected, abs=1e-5)
-    assert len({json.dumps(row["metrics"]) for row in rows if row["dataset"] == "plain"}) > 1
+        assert measured([row for row in rows if row.alpha == alpha]) == pytest.approx(expected, abs=1e-5)
+    assert len({json.dumps(row.metrics) for row in rows if row.dataset == "plain"}) > 1
 
 
 def test_torch_merged_and_release_give_the_same_numbers(
@@ -111,11 +111,11 @@ def test_torch_merged_and_release_give_the_same_numbers(
     merged = evaluated(from_merged(exported / "merged"), world, tmp_path / "b")
     release = evaluated(ReleaseEmbedder(str(exported / "repository")), world, tmp_path / "c")
     for rows in zip(adapter, merged, release, strict=True):
-        assert rows[0]["metrics"] == pytest.approx(rows[1]["metrics"], abs=1e-5)
-        assert rows[0]["metrics"] == pytest.approx(rows[2]["metrics"], abs=1e-5)
+        assert rows[0].metrics == pytest.approx(rows[1].metrics, abs=1e-5)
+        assert rows[0].metrics == pytest.approx(rows[2].metrics, abs=1e-5)
         for name in ("dataset", "alpha", "n", "set_digest", "base_digest", "adapter_digest", "precision"):
-            assert rows[0][name] == rows[1][name] == rows[2][name], name
-        assert [row["source"] for row in rows] == ["adapter", "merged", "release"]
+            assert len({getattr(row, name) for row in rows}) == 1, name
+        assert [row.source for row in rows] == ["adapter", "merged", "release"]
 
 
 def test_embeddings_agree(run_folder: Path, exported: Path, world: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_live_server_gives_the_same_numbers(run_folder: Path, exported: Path, 
         by_http = evaluated(ServerEmbedder(server.http_url), world, tmp_path / "http")
     for served in (by_grpc, by_http):
         for one, other in zip(adapter, served, strict=True):
-            assert one["metrics"] == pytest.approx(other["metrics"], abs=1e-5)
+            assert one.metrics == pytest.approx(other.metrics, abs=1e-5)
             for name in ("dataset", "alpha", "n", "set_digest", "base_digest", "adapter_digest", "precision"):
-                assert one[name] == other[name], name
-            assert other["source"] == "server"
+                assert getattr(one, name) == getattr(other, name), name
+            assert other.source == "server"

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from radapter_serve.evaluation.alpha_choice import choose
 from radapter_serve.evaluation.results import table
+from radapter_serve.evaluation.row import Row
+from tests.helpers.a_row import a_row
 
 SETS = {"a": "id", "b": "id", "c": "ood", "d": "ood", "e": "ood"}
 ACCURACIES = {0.25: (0.5, 0.8, 0.1, 0.3, 0.8), 0.75: (0.9, 0.3, 0.2, 0.2, 0.35)}
 MEANS = {0.25: (65.0, 40.0), 0.75: (60.0, 25.0)}
 
 
-def rows() -> list[dict[str, Any]]:
+def rows() -> list[Row]:
     return [
-        {
-            "dataset": name, "shift": SETS[name], "metric": "acc1", "metrics": {"acc1": value}, "alpha": alpha, "n": 20,
-            "source": "adapter", "task": "zeroshot_classification", "set_digest": "sha256:1",
-            "adapter_digest": "sha256:2",
-        }
+        a_row(name, value, shift=SETS[name], alpha=alpha)
         for alpha, values in ACCURACIES.items()
         for name, value in zip(SETS, values, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def test_a_table_has_the_mean_over_sets_in_distribution_and_over_the_others() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +10,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars, plot_calibration, plot_confusion
+from radapter_serve.evaluation.row import Bin, ClassFigures, Row
+from tests.helpers.a_row import a_row
 
 
 @pytest.fixture
@@ -61,10 +62,10 @@ def test_bars_of_many_models_and_sets(tmp_path: Path) -> None:
         assert image.width > 1500
 
 
-def row(confusion: list[list[int]], kind: str, values: list[float | None]) -> dict[str, Any]:
-    names = [f"thing {number}" for number in range(len(values))]
-    classes = [{"class": name, "n": 4, kind: value} for name, value in zip(names, values, strict=True)]
-    return {"dataset": "own", "source": "adapter", "alpha": 0.5, "confusion": confusion, "per_class": classes}
+def row(confusion: list[list[int]], kind: str, values: list[float | None]) -> Row:
+    classes = [ClassFigures(f"thing {number}", 4, value, value) for number, value in enumerate(values)]
+    dense = "naclip" if kind == "iou" else None
+    return a_row(confusion=confusion, per_class=classes, dense=dense)
 
 
 @pytest.mark.parametrize(("none", "kind"), [(0, "recall"), (1, "iou")])
@@ -109,11 +110,8 @@ def test_the_cells_of_few_classes_have_figures(drawn: list[Figure], classes: int
 
 
 def test_a_bin_of_confidence_is_a_dot_by_its_accuracy(drawn: list[Figure]) -> None:
-    bins = [{"n": 0, "confidence": None, "accuracy": None}, {"n": 1, "confidence": 0.3, "accuracy": 1.0},
-            {"n": 4, "confidence": 0.9, "accuracy": 0.75}]  # fmt: skip
-    metrics = {"acc1": 0.8, "ece": 0.26}
-    of = {"dataset": "own", "source": "adapter", "alpha": 0.5, "n": 5, "metrics": metrics, "calibration": bins}
-    plot_calibration(of, "own.png")
+    bins = [Bin(0, None, None), Bin(1, 0.3, 1.0), Bin(4, 0.9, 0.75)]
+    plot_calibration(a_row(n=5, metrics={"acc1": 0.8, "ece": 0.26}, calibration=bins), "own.png")
     axes = drawn[0].axes[0]
     (dots,) = axes.collections
     np.testing.assert_allclose(dots.get_offsets(), [[30, 100], [90, 75]])  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from radapter_serve.evaluation.alpha_choice import choose
 from radapter_serve.evaluation.embedder import SegmentImage, SegmentQuery, segment_here
 from radapter_serve.evaluation.evaluate import evaluate
 from radapter_serve.evaluation.results import table
+from radapter_serve.evaluation.row import Row
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Suite, load_suite
 from radapter_serve.inputs.mask_crop import MaskCrop
@@ -64,7 +65,7 @@ def suite_of(folder: Path, *sets: str) -> Suite:
     return load_suite(folder / "s.yaml", folder)
 
 
-def rows_of(suite: Suite) -> list[dict[str, Any]]:
+def rows_of(suite: Suite) -> list[Row]:
     return [evaluate(Fixed(), open_set(suite, entry))[0] for entry in suite.entries]  # type: ignore[arg-type]
 
 
@@ -89,10 +90,10 @@ def test_scores_and_masks_are_fused_as_ovseg_does(folder: Path) -> None:
     sets = [f"proposals: found, proposal_weight: {weight}" for weight in weights]
     *rows, usual = rows_of(suite_of(folder, *sets, "proposals: found"))
     for row, weight in zip(rows, weights, strict=True):
-        assert row["confusion"] == by_ovseg(folder, weight)
-        assert (row["dense"], row["proposals"], row["proposal_weight"]) == ("proposals", "found", weight)
-    assert usual["confusion"] == by_ovseg(folder, 0.7) and usual["proposal_weight"] == 0.7
-    assert len({json.dumps(row["confusion"]) for row in rows}) == 3
+        assert row.confusion == by_ovseg(folder, weight)
+        assert (row.dense, row.proposals, row.proposal_weight) == ("proposals", "found", weight)
+    assert usual.confusion == by_ovseg(folder, 0.7) and usual.proposal_weight == 0.7
+    assert len({json.dumps(row.confusion) for row in rows}) == 3
 
 
 def test_masks_without_scores_have_clips_classes(folder: Path) -> None:
@@ -101,7 +102,7 @@ def test_masks_without_scores_have_clips_classes(folder: Path) -> None:
             masks = found["masks"]
         np.savez(folder / "found" / f"{name}.npz", masks=masks)
     (row,) = rows_of(suite_of(folder, "proposals: found"))
-    assert row["confusion"] == by_ovseg(folder, None) and row["proposal_weight"] is None
+    assert row.confusion == by_ovseg(folder, None) and row.proposal_weight is None
     suite = suite_of(folder, "proposals: found, proposal_weight: 0.6")
     with pytest.raises(RAdapterError, match=r"data set 's0': proposal_weight is 0.6 but found has no scores to weigh"):
         open_set(suite, suite.entries[0])
@@ -111,7 +112,7 @@ def test_an_image_whose_masks_are_empty_is_background(folder: Path) -> None:
     for name in ("a", "b"):
         np.savez(folder / "found" / f"{name}.npz", masks=np.full((3 * (name == "a"), *SIZE), 0.4))  # none is above 0.4
     (row,) = rows_of(suite_of(folder, "proposals: found"))
-    assert np.array(row["confusion"])[:, 3].sum() == 2 * 6 * 8
+    assert np.array(row.confusion)[:, 3].sum() == 2 * 6 * 8
 
 
 def test_a_mask_that_is_empty_takes_its_own_scores_along(folder: Path) -> None:
@@ -126,23 +127,22 @@ def test_a_mask_that_is_empty_takes_its_own_scores_along(folder: Path) -> None:
         with np.load(folder / "found" / f"{name}.npz") as found:
             np.savez(folder / "rest" / f"{name}.npz", masks=found["masks"][1:], scores=found["scores"][1:])
     whole, rest = rows_of(suite_of(folder, "proposals: found", "proposals: rest"))
-    assert whole["confusion"] == rest["confusion"]
+    assert whole.confusion == rest.confusion
 
 
 def test_the_digest_covers_the_proposals(folder: Path) -> None:
     suite = suite_of(folder, "proposals: found", "dense: proposals")
-    first, true = (open_set(suite, entry).facts["set_digest"] for entry in suite.entries)
+    first, true = (open_set(suite, entry).facts.set_digest for entry in suite.entries)
     assert first != true
     np.savez(folder / "found" / "b.npz", masks=np.ones((1, *SIZE), bool), scores=np.ones((1, 3), np.float32))
-    assert open_set(suite, suite.entries[0]).facts["set_digest"] != first
+    assert open_set(suite, suite.entries[0]).facts.set_digest != first
 
 
 def test_true_masks_and_a_networks_are_never_averaged(folder: Path) -> None:
     rows = rows_of(suite_of(folder, "proposals: found", "dense: proposals"))
     assert not any("mean of" in str(column.header) for column in table(rows, "t").columns)
-    facts = {"alpha": 0.5, "adapter_digest": "sha256:1"}
     with pytest.raises(RAdapterError, match="nor are true masks and a network's"):
-        choose([{**row, **facts} for row in rows])
+        choose(rows)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,61 +14,105 @@ from PIL import Image
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Variant
-from radapter_serve.evaluation.evaluate import facts_of
+from radapter_serve.evaluation.evaluate import case_of
 from radapter_serve.evaluation.evaluation_set import as_seen, by_bin, by_class
 from radapter_serve.evaluation.results import Results, common_unit, harmonic_means, metric_name, table
+from radapter_serve.evaluation.row import Bin, ClassFigures, ModelFacts, Row, SetFacts, Setup
 from radapter_serve.evaluation.suite import Entry, entry_of
-
-
-def row(dataset: str, share: float, **fields: Any) -> dict[str, Any]:
-    return {
-        "dataset": dataset, "metric": "acc1", "metrics": {"acc1": share}, "shift": "id", "source": "adapter",
-        "alpha": 0.5, "n": 20, "runtime": 1.5, "set_digest": f"sha256:{dataset}", "classes": 3, **fields,
-    }  # fmt: skip
+from radapter_serve.inputs.mask_crop import MaskCrop
+from tests.helpers.a_row import a_row
 
 
 def test_a_figure_has_its_interval() -> None:
-    rows = [row("a", 0.5, intervals={"acc1": [0.4, 0.61]}), row("b", 0.25)]
+    rows = [a_row("a", 0.5, intervals={"acc1": (0.4, 0.61)}), a_row("b", 0.25)]
     cells = [list(column.cells) for column in table(rows, "t").columns]
     assert cells == [["adapter"], ["0.5"], ["50.00\n40.0 – 61.0"], ["25.00"], ["37.50"]]
 
 
 def test_an_accuracy_has_its_calibration_error_beside_it() -> None:
-    calibrated = row("a", 0.5, intervals={"acc1": [0.4, 0.61]}, metrics={"acc1": 0.5, "ece": 0.123})
+    calibrated = a_row("a", 0.5, intervals={"acc1": (0.4, 0.61)}, metrics={"acc1": 0.5, "ece": 0.123})
     assert list(table([calibrated], "t").columns[2].cells) == ["50.00\n40.0 – 61.0\nECE 12.3"]
 
 
 def test_base_and_novel_classes_of_one_model_are_joined() -> None:
-    rows = [row("base", 0.5), row("other", 0.1), row("novel", 0.75), row("base", 0.9, alpha=1.0)]
+    rows = [a_row("base", 0.5, classes=3), a_row("other"), a_row("novel", 0.75), a_row("base", 0.9, alpha=1.0)]
     (mean,) = harmonic_means(rows, [("base", "novel")])
-    assert mean == {
-        "dataset": "base and novel", "metric": "harmonic_mean", "shift": "id", "source": "adapter", "alpha": 0.5,
-        "n": 40, "runtime": 3.0, "set_digest": "sha256:base sha256:novel",
-        "metrics": {"base": 0.5, "novel": 0.75, "harmonic_mean": pytest.approx(0.6)},
-    }  # fmt: skip
+    assert mean == a_row(
+        "base and novel", metric="harmonic_mean", n=40, runtime=3.0, set_digest="sha256:base sha256:novel",
+        metrics={"base": 0.5, "novel": 0.75, "harmonic_mean": pytest.approx(0.6)},
+    )  # fmt: skip
 
 
 def test_rows_are_written_into_new_folders_and_read_again(tmp_path: Path) -> None:
     results = Results(tmp_path / "new" / "folder")
-    results.add([row("a", 0.5)])
-    results.add([row("bü", 0.25)])
+    results.add([a_row("a", 0.5)])
+    results.add([a_row("bü", 0.25)])
     again = Results(tmp_path / "new" / "folder", resume=True)
-    assert again.rows == [row("a", 0.5), row("bü", 0.25)]
-    assert again.find(row("bü", 0.75, runtime=9)) == row("bü", 0.25) and again.find(row("c", 0.5)) is None
+    assert again.rows == [a_row("a", 0.5), a_row("bü", 0.25)]
+    assert again.find(a_row("bü", 0.75, runtime=9)) == a_row("bü", 0.25) and again.find(a_row("c", 0.5)) is None
+
+
+SEGMENTED: dict[str, Any] = {
+    "dense": "proposals", "size": 32, "short_side": None, "stride": None, "refine": 0, "threshold": None,
+    "background": None, "crop": MaskCrop(), "proposals": "found", "proposal_weight": None, "templates": ("{}", "a {}"),
+    "per_class": [ClassFigures("cat", 3, 0.5, None)], "confusion": [[1, 0]], "indistinguishable": [("a", "b")],
+}  # fmt: skip
+CLASSIFIED: dict[str, Any] = {
+    "model": None, "intervals": {"acc1": (0.25, 1.0)}, "calibration": [Bin(3, 0.5, 0.25), Bin(0, None, None)],
+    "per_class": [ClassFigures("cat", 3, None)], "release": 2, "quantization": {"kind": "dynamic"}, "border": 3,
+    "exif_orientation": False, "suite": "s", "seed": 0, "version": "1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", [{"alpha": None, "intervals": {}}, SEGMENTED, CLASSIFIED])
+def test_a_row_is_what_its_line_says(fields: dict[str, Any]) -> None:
+    row = a_row(**fields)
+    line = json.dumps(row.to_dict())
+    assert Row.from_json(line) == row
+    assert json.dumps(Row.from_json(line).to_dict()) == line
+
+
+def test_what_is_not_known_is_left_out_or_null() -> None:
+    segmented, plain = a_row(**SEGMENTED).to_dict(), a_row(alpha=None).to_dict()
+    nulls = {name for name, value in segmented.items() if value is None}
+    assert nulls == {"model", "pretrained", "short_side", "stride", "threshold", "background", "proposal_weight"}
+    assert {name for name, value in plain.items() if value is None} == {"model", "pretrained", "alpha"}
+    assert segmented["per_class"] == [{"class": "cat", "n": 3, "recall": 0.5, "iou": None}]
+    assert segmented["crop"] == {"padding": 0.0, "square": True, "fill": [123, 117, 104]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colour": 1}, "it has an unknown field colour"),
+        ({"n": None}, "n: Input should be a valid integer"),
+        ({"metrics": {"acc1": "high"}}, "metrics.acc1: Input should be a valid number"),
+        ({"calibration": [{"n": 1}]}, "it has no calibration.0.confidence"),
+        ({"per_class": [{"class": "a", "n": 1, "recall": 1, "f1": 1}]}, "it has an unknown field per_class.0.f1"),
+        ("metrics", "it has no metrics"),
+    ],
+)
+def test_a_line_that_is_no_row_is_refused(change: Any, message: str, tmp_path: Path) -> None:
+    line = a_row().to_dict()
+    if isinstance(change, str):
+        del line[change]
+    else:
+        line |= change
+    (tmp_path / "results.jsonl").write_text(f"{json.dumps(a_row().to_dict())}\n{json.dumps(line)}\n")
+    with pytest.raises(RAdapterError) as error:
+        Results(tmp_path)
+    assert f"results.jsonl, line 2 is no row of results: {message}" in str(error.value)
+    assert str(error.value).endswith("; move the file away") and "\n" not in str(error.value)
 
 
 def test_figures_of_each_class() -> None:
     found = by_class(["cat, kitty", "dog"], np.array([3, 0]), recall=np.array([1 / 3, np.nan]))
-    assert found == {
-        "per_class": [{"class": "cat", "n": 3, "recall": 0.3333}, {"class": "dog", "n": 0, "recall": None}]
-    }
+    assert found == [ClassFigures("cat", 3, 0.3333), ClassFigures("dog", 0, None)]
 
 
 def test_figures_of_each_bin_of_confidence() -> None:
-    assert by_bin(np.array([[3, 0], [1.0, 0], [2, 0]])) == [
-        {"n": 3, "confidence": 0.3333, "accuracy": 0.6667},
-        {"n": 0, "confidence": None, "accuracy": None},
-    ]
+    found = by_bin(np.array([[3, 0], [1.0, 0], [2, 0]]))
+    assert found == [Bin(3, 0.3333, 0.6667), Bin(0, None, None)]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "CMYK", "L"])
@@ -86,18 +131,21 @@ def test_a_model_sees_images_as_the_suite_asks(turn: bool, mode: str) -> None:
 
 
 def test_what_a_row_says_besides_its_figures() -> None:
-    facts = {"model": "ViT-B-32", "pretrained": "openai", "precision": "fp32"}
+    facts = ModelFacts(model="ViT-B-32", pretrained="openai", precision="fp32")
     data = SimpleNamespace(
-        entry=Entry("a", "x"), task="zeroshot_classification", facts={"n": 3}, how=lambda _: {"b": 4}
+        entry=Entry("a", "x"),
+        task="zeroshot_classification",
+        facts=SetFacts(n=3, set_digest="sha256:1"),
+        setup=lambda _: Setup(templates=("{}",)),
     )
-    found = facts_of(None, data, Variant("adapter", 0.5, facts))  # type: ignore[arg-type]
-    assert found == {
+    found = case_of(None, data, Variant("adapter", 0.5, facts)).to_dict()  # type: ignore[arg-type]
+    assert list(found.items()) == list({
         "dataset": "a", "model": "ViT-B-32", "pretrained": "openai", "task": "zeroshot_classification",
         "language": "en", "source": "adapter", "alpha": 0.5, "shift": "id", "split": "test", "metric": "acc1",
-        "precision": "fp32", "n": 3, "b": 4,
-    }  # fmt: skip
+        "precision": "fp32", "n": 3, "set_digest": "sha256:1", "templates": ["{}"],
+    }.items())  # fmt: skip
     data.entry = Entry("a", "x", border=2, exif_orientation=False)
-    found = facts_of(None, data, Variant("adapter", 0.5, facts))  # type: ignore[arg-type]
+    found = case_of(None, data, Variant("adapter", 0.5, facts)).to_dict()  # type: ignore[arg-type]
     assert (found["border"], found["exif_orientation"]) == (2, False)
 
 

@@ -33,6 +33,7 @@ from radapter_serve.evaluation.evaluate import evaluate
 from radapter_serve.evaluation.metrics import confusion, segmentation_metrics
 from radapter_serve.evaluation.release_embedder import ReleaseEmbedder, ServerEmbedder, exported_way
 from radapter_serve.evaluation.results import Results, table
+from radapter_serve.evaluation.row import ModelFacts
 from radapter_serve.evaluation.run import choose_alpha, draw, evaluate_suite
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
@@ -80,7 +81,7 @@ class Oracle:
     size = SIZE
     crop = MaskCrop()
     exif_orientation = True
-    variants: Sequence[Variant] = [Variant("oracle", None, {"model": None, "pretrained": None})]
+    variants: Sequence[Variant] = [Variant("oracle", None, ModelFacts())]
 
     def select(self, variant: Variant) -> None:
         pass
@@ -146,37 +147,38 @@ def suite_of(masked: Path, sets: str, name: str = "s") -> Suite:
 def test_an_oracle_of_patches_reaches_one_but_for_edges(masked: Path) -> None:
     suite = suite_of(masked, "- {name: a, dense: naclip}\n- {name: b, dense: naclip, short_side: 144, stride: 8}")
     coarse, fine = (evaluate(Oracle(), open_set(suite, entry))[0] for entry in suite.entries)  # type: ignore[arg-type]
-    assert coarse["metrics"]["miou"] < fine["metrics"]["miou"]
-    assert fine["metrics"]["miou"] > 0.93 and fine["metrics"]["pixel_accuracy"] > 0.96
+    assert coarse.metrics["miou"] < fine.metrics["miou"]
+    assert fine.metrics["miou"] > 0.93 and fine.metrics["pixel_accuracy"] > 0.96
     expected = {
         "task": "zeroshot_segmentation", "metric": "miou", "n": 6, "classes": 4, "dense": "naclip", "size": 32,
         "short_side": 64, "stride": 16, "refine": 0, "threshold": None, "background": None, "templates": ["{}"],
         "language": "en",
     }  # fmt: skip
-    assert expected.items() <= coarse.items()
-    assert coarse["classes_digest"].startswith("sha256:") and coarse["set_digest"] == fine["set_digest"]
+    assert expected.items() <= coarse.to_dict().items()
+    assert str(coarse.classes_digest).startswith("sha256:") and coarse.set_digest == fine.set_digest
 
 
 def test_an_oracle_of_crops_reaches_one_with_true_masks(masked: Path) -> None:
     suite = suite_of(masked, "- {name: a, dense: proposals}")
     (row,) = evaluate(Oracle(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
-    assert row["metrics"] == {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
-    assert row["dense"] == PROPOSALS and row["short_side"] is None and row["stride"] is None
+    assert row.metrics == {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
+    assert row.dense == PROPOSALS and row.short_side is None and row.stride is None
 
 
 def test_results_have_the_iou_of_each_class_and_an_interval(masked: Path) -> None:
     suite = suite_of(masked, "- {name: a, dense: naclip}")
     (row,) = evaluate(Oracle(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
-    counts = np.array(row["confusion"])
-    for label, of in enumerate(row["per_class"]):
+    assert row.per_class is not None and row.intervals is not None
+    counts = np.array(row.confusion)
+    for label, of in enumerate(row.per_class):
         true, found = counts[label].sum(), counts[:, label].sum()
         iou = counts[label, label] / (true + found - counts[label, label])
-        assert of["class"] == ["sky", "grass", "cow", "barn"][label] and of["n"] == true
-        assert of["iou"] == pytest.approx(iou, abs=1e-4)
-        assert of["recall"] == pytest.approx(counts[label, label] / true, abs=1e-4)
-    assert np.mean([of["iou"] for of in row["per_class"]]) == pytest.approx(row["metrics"]["miou"], abs=1e-4)
-    for name, value in row["metrics"].items():
-        assert row["intervals"][name][0] < value < row["intervals"][name][1]
+        assert of.name == ["sky", "grass", "cow", "barn"][label] and of.n == true
+        assert of.iou == pytest.approx(iou, abs=1e-4)
+        assert of.recall == pytest.approx(counts[label, label] / true, abs=1e-4)
+    assert np.mean([of.iou or 0.0 for of in row.per_class]) == pytest.approx(row.metrics["miou"], abs=1e-4)
+    for name, value in row.metrics.items():
+        assert row.intervals[name][0] < value < row.intervals[name][1]
 
 
 def test_the_digest_covers_images_and_masks(masked: Path, tmp_path: Path) -> None:
@@ -184,7 +186,7 @@ def test_the_digest_covers_images_and_masks(masked: Path, tmp_path: Path) -> Non
     suite = suite_of(tmp_path, "- {name: a, dense: naclip}\n- {name: b, dense: proposals}")
 
     def digests() -> list[str]:
-        return [open_set(suite, entry).facts["set_digest"] for entry in suite.entries]
+        return [open_set(suite, entry).facts.set_digest for entry in suite.entries]
 
     first = digests()
     assert digests() == first
@@ -206,11 +208,11 @@ def test_without_a_proposal_all_is_background(masked: Path, tmp_path: Path) -> N
     suite = suite_of(tmp_path, "- {name: a, dense: proposals, background: grass}\n- {name: b, dense: proposals}")
     data = [open_set(suite, entry) for entry in suite.entries]
     row = evaluate(Oracle(), data[0])[0]  # type: ignore[arg-type]
-    assert row["metrics"]["pixel_accuracy"] == 1 and row["intervals"] == {}
+    assert row.metrics["pixel_accuracy"] == 1 and row.intervals == {}
     empty: Any = data[1].prepare(Oracle(), 0)  # type: ignore[arg-type]
     scorer: Any = data[1].scorer(Oracle(), {})  # type: ignore[arg-type]
     scorer.add([dataclasses.replace(empty, masks=empty.masks[:0])])
-    assert np.array(scorer.measured()["confusion"])[1].tolist() == [0, 0, 0, 0, 1600]  # none of the classes
+    assert np.array(scorer.measured().confusion)[1].tolist() == [0, 0, 0, 0, 1600]  # none of the classes
 
 
 def test_dense_labels_and_proposals_are_never_averaged(masked: Path, tmp_path: Path) -> None:
@@ -223,9 +225,9 @@ def test_dense_labels_and_proposals_are_never_averaged(masked: Path, tmp_path: P
     text = shown.file.getvalue()  # type: ignore[attr-defined]
     means = [line for line in text.splitlines() if "mean of" in line]
     assert len(means) == 1 and means[0].count("mean of") == 1 and "2 id" in text
-    value = 50 * (rows[0]["metrics"]["miou"] + rows[1]["metrics"]["miou"])
+    value = 50 * (rows[0].metrics["miou"] + rows[1].metrics["miou"])
     assert f"{value:.2f}" in text
-    names = {path.name for path in draw([{**row, "source": "adapter", "alpha": alpha} for row in rows
+    names = {path.name for path in draw([dataclasses.replace(row, source="adapter", alpha=alpha) for row in rows
                                          for alpha in (0.0, 1.0)], tmp_path, "t")}  # fmt: skip
     assert names >= {"alpha-dense.png", "alpha-proposals.png", "confusion-a.png"} and "alpha.png" not in names
 
@@ -246,7 +248,7 @@ def test_an_object_without_a_pixel_is_no_proposal(masked: Path, tmp_path: Path) 
     entry = Entry("o", "coco:objects.json", "segmentation", dense="proposals", images=str(masked / "data" / "images"))
     (row,) = evaluate(Oracle(), open_set(Suite("s", (entry,), data_root=tmp_path), entry))  # type: ignore[arg-type]
     # the one proposal, the whole second image, gets the label that most of it shows
-    assert row["n"] == 2 and row["metrics"] == {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
+    assert row.n == 2 and row.metrics == {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
 
 
 def test_background_is_a_class_without_a_prompt(masked: Path) -> None:
@@ -256,7 +258,7 @@ def test_background_is_a_class_without_a_prompt(masked: Path) -> None:
         for name, also in (("class", ", background: grass"), ("none", ""))
     ]
     suite = suite_of(masked, "\n".join(lines))
-    rows = {e.name: evaluate(Oracle(), open_set(suite, e))[0]["metrics"] for e in suite.entries}  # type: ignore[arg-type]
+    rows = {e.name: evaluate(Oracle(), open_set(suite, e))[0].metrics for e in suite.entries}  # type: ignore[arg-type]
     # the oracle sees no class where grass is: equal cosines
     assert rows["naclip-class"]["pixel_accuracy"] > 0.8
     assert rows["proposals-class"] == {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
@@ -389,7 +391,7 @@ def test_left_out_sets_are_told_and_others_evaluated(masked: Path, run_folder: P
     embedder = from_adapter(run_folder, [0.5])  # its recipe names no way
     lines: list[str] = []
     rows = evaluate_suite(embedder, suite, Results(tmp_path), skip=lines.append)
-    assert [row["dataset"] for row in rows] == ["named"]
+    assert [row.dataset for row in rows] == ["named"]
     assert len(lines) == 1 and lines[0].startswith("own is left out: these models have no way of their own")
     with pytest.raises(NoSuchWay):
         evaluate_suite(embedder, suite, Results(tmp_path, resume=True))
@@ -453,8 +455,8 @@ def test_alpha_is_chosen_on_the_runs_own_validation_data(
     choice, file = choose_alpha(embedder, tmp_path, None, results)
     embedder.close()
     assert file == tmp_path / "alpha.json"
-    assert choice.sets["validation"]["metric"] == metric and choice.sets["validation"]["n"] == n
-    scores = {row["alpha"]: row["metrics"][metric] for row in results.rows}
+    assert (choice.sets["validation"].metric, choice.sets["validation"].n) == (metric, n)
+    scores = {row.alpha or 0.0: row.metrics[metric] for row in results.rows}
     assert choice.alpha == min(alpha for alpha, score in scores.items() if score == max(scores.values()))
     if task == "segmentation":
-        assert {row["dense"] for row in results.rows} == {recipe.get("dense", "proposals")}
+        assert {row.dense for row in results.rows} == {recipe.get("dense", "proposals")}

@@ -24,6 +24,7 @@ from radapter_serve.evaluation.evaluate import evaluate
 from radapter_serve.evaluation.image_sets import ClassificationSet, RetrievalSet
 from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.evaluation.results import Results, harmonic, table
+from radapter_serve.evaluation.row import ClassFigures, ModelFacts
 from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
@@ -71,12 +72,12 @@ def test_ready_suites_on_their_data(name: str, run_folder: Path, tmp_path: Path)
     embedder = from_adapter(run_folder, [0.5])
     rows = evaluate_suite(embedder, suite, Results(tmp_path), limit=3)
     embedder.close()
-    assert [row["dataset"] for row in rows] == [entry.name for entry in suite.of_split("test")]
-    assert all(row["n"] == 3 for row in rows)
+    assert [row.dataset for row in rows] == [entry.name for entry in suite.of_split("test")]
+    assert all(row.n == 3 for row in rows)
     if name == "flickr8k":
-        assert rows[0]["captions"] == 15
+        assert rows[0].captions == 15
     if name == "coco200":
-        assert {row["classes"] for row in rows} == {129, 77}
+        assert {row.classes for row in rows} == {129, 77}
 
 
 def test_names_of_the_segmentation_sets() -> None:
@@ -101,21 +102,21 @@ def test_base_and_novel_classes_have_a_harmonic_mean(world: Path, run_folder: Pa
     for _ in range(2):  # the second time nothing is added
         rows = evaluate_suite(embedder, suite, results)
     embedder.close()
-    found = [row for row in results.rows if row["metric"] == "harmonic_mean"]
+    found = [row for row in results.rows if row.metric == "harmonic_mean"]
     assert len(rows) == 6 and len(results.rows) == 8
-    assert [(row["dataset"], row["alpha"], row["n"]) for row in found] == [
+    assert [(row.dataset, row.alpha, row.n) for row in found] == [
         ("base and novel", 0.0, 24),
         ("base and novel", 1.0, 24),
     ]
     for row in found:
-        a, b = (r["metrics"]["acc1"] for r in rows if r["alpha"] == row["alpha"] and r["dataset"] != "all")
-        assert row["metrics"] == pytest.approx(
+        a, b = (r.metrics["acc1"] for r in rows if r.alpha == row.alpha and r.dataset != "all")
+        assert row.metrics == pytest.approx(
             {"base": a, "novel": b, "harmonic_mean": 2 * a * b / (a + b) if a and b else 0.0}
         )
     shown = Console(file=io.StringIO(), width=120)
     shown.print(table(rows, "", suite.pairs("test")))
     text = shown.file.getvalue()  # type: ignore[attr-defined]
-    assert "novel" in text and f"{100 * found[0]['metrics']['harmonic_mean']:.2f}" in text
+    assert "novel" in text and f"{100 * found[0].metrics['harmonic_mean']:.2f}" in text
 
 
 def test_harmonic_mean_by_hand() -> None:
@@ -195,7 +196,7 @@ class Named:
     templates = ("{}",)
     names = ("banana", "plate rack", "analog clock", "digital clock")
     exif_orientation = True
-    variants = (Variant("named", None, {}),)
+    variants = (Variant("named", None, ModelFacts()),)
 
     def select(self, variant: Variant) -> None:
         pass
@@ -226,13 +227,13 @@ def test_objectnets_classes_have_the_best_score_of_their_imagenet_classes(tmp_pa
     assert data.members == [["analog clock", "digital clock"], ["banana"], ["plate rack"]]
     (row,) = evaluate(Named(), data)  # type: ignore[arg-type]
     # the third image is a rack, but a digital clock stands nearer, and with it the alarm clock
-    assert row["confusion"] == [[1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0]]
-    assert row["metrics"]["acc1"] == pytest.approx(2 / 3) and row["classes"] == 3
+    assert row.confusion == [[1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0]]
+    assert row.metrics["acc1"] == pytest.approx(2 / 3) and row.classes == 3
     cosines = np.array([[0.5, 0.5, 0.9, 0.1], [-0.2, 0.3, 0.2, 0.4]], np.float32)
     # two middling clocks are no better than one, and no mean of a bad and a good one
     np.testing.assert_array_equal(data.scores(cosines), cosines[[[0], [1]], [[0, 2, 3], [1, 2, 3]]])
     plain = dataclasses.replace(data, members=())
-    assert plain.facts["set_digest"] != data.facts["set_digest"]
+    assert plain.facts.set_digest != data.facts.set_digest
 
 
 @pytest.mark.parametrize(
@@ -269,14 +270,14 @@ def test_captions_of_an_image_stand_together(world: Path) -> None:
     few = open_set(suite, data.entry, limit=5, seed=1)
     assert isinstance(few, RetrievalSet)
     assert len(few.images) == 5 and set(few.image_of) == set(range(5))
-    assert few.facts["set_digest"] != data.facts["set_digest"]
+    assert few.facts.set_digest != data.facts.set_digest
 
 
 def test_the_digest_tells_sets_apart(world: Path) -> None:
     suite = load_suite(world / "suite.yaml", world)
     plain, again, shifted = (open_set(suite, suite.entries[index]) for index in (0, 0, 1))
-    assert plain.facts["set_digest"] == again.facts["set_digest"] != shifted.facts["set_digest"]
-    assert plain.facts["n"] == 24 and plain.facts["classes"] == 6 and shifted.facts["n"] == 12
+    assert plain.facts.set_digest == again.facts.set_digest != shifted.facts.set_digest
+    assert plain.facts.n == 24 and plain.facts.classes == 6 and shifted.facts.n == 12
 
 
 def test_a_broken_image_is_named(run_folder: Path, tmp_path: Path) -> None:
@@ -371,7 +372,7 @@ def test_a_class_without_an_image_stays_a_choice(world: Path, run_folder: Path, 
     embedder = from_adapter(run_folder, [0.5])
     row = evaluate_suite(embedder, suite, Results(tmp_path / "out"))[0]
     embedder.close()
-    assert row["n"] == 20 and row["classes"] == 6 and row["per_class"][1] == {"class": "dog", "n": 0, "recall": None}
+    assert row.n == 20 and row.classes == 6 and row.per_class and row.per_class[1] == ClassFigures("dog", 0, None)
 
 
 @pytest.mark.parametrize(

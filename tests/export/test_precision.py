@@ -32,6 +32,7 @@ from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.release.agreement import TOLERANCES, Samples, compare
 from radapter_serve.runtimes.encoder import Encoder
+from tests.helpers.a_row import a_row
 
 LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 CLASSES = ("cat", "dog", "guinea pig", "horse", "old wall")
@@ -330,6 +331,6 @@ def test_a_release_that_loses_points_is_refused(
     with pytest.raises(RAdapterError, match="or allow more with --max-drop"):
         evaluated(found.drop - 0.01)
     metrics = iter([0.5, float("nan")])
-    monkeypatch.setattr("radapter_export.accuracy.evaluate", lambda *_, **__: [{"metrics": {"acc1": next(metrics)}}])
+    monkeypatch.setattr("radapter_export.accuracy.evaluate", lambda *_, **__: [a_row(share=next(metrics))])
     with pytest.raises(RAdapterError, match="the encoders lose nan points"):
         evaluated(100)

@@ -97,7 +97,7 @@ def test_the_table(
     assert [row[0] for row in rows[2:]] == ["| R-Adapter", "| learned scale", "| α of depth × 0"]
     lines = list(read_lines(tmp_path / "out" / "beyond.jsonl"))
     tested = [line for line in lines if (line.name, line.split) == (REFERENCE, "test")]
-    same = [100 * row["metrics"]["acc1"] for line in tested for row in line.rows if row["dataset"] == "same"]
+    same = [100 * row.metrics["acc1"] for line in tested for row in line.rows if row.dataset == "same"]
     assert len(same) == 2 and rows[2][2] == with_interval(same)
     here.clear()
     assert main(call) == 0 and here == []

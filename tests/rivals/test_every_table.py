@@ -116,7 +116,7 @@ def test_save_writes_what_the_table_has_judged(
     found = [json.loads(line) for line in (tmp_path / "results" / "results.jsonl").read_text().splitlines()]
     [line] = read_lines(tmp_path / "out" / f"table-{table}.jsonl")
     judged = line.rows
-    assert [row["metrics"] for row in found] == [pytest.approx(row["metrics"]) for row in judged]
+    assert [row["metrics"] for row in found] == [pytest.approx(row.metrics) for row in judged]
 
 
 def test_save_at_alpha_0_is_the_base(benchmark_file: Path, tmp_path: Path, tiny_clip_dir: str) -> None:

@@ -86,13 +86,13 @@ def test_judge_counts_what_the_system_finds(make_run: Callable[..., Run], sets: 
     run = make_run()
     found = learned(METHODS["ft"], run)
     rows = judge(found, run, sets, [0.0, 1.0])
-    assert [(row["dataset"], row["alpha"]) for row in rows] == [("same", 0.0), ("same", 1.0)]
+    assert [(row.dataset, row.alpha) for row in rows] == [("same", 0.0), ("same", 1.0)]
     data = run.data
     assert isinstance(data, Labelled)
     read = evaluation_batches(run.base, data.rows, lambda row: (data.image(row), data.label(row)))
     ((pixels, labels),) = list(read)
     for row in rows:
-        found.at(row["alpha"])
+        found.at(row.alpha or 0.0)
         with torch.no_grad():
             scores = found.system.embed_images(pixels) @ found.system.embed_classes(data.classes, ["{}"]).T
-        assert row["metrics"]["acc1"] == pytest.approx((scores.argmax(dim=1) == labels).float().mean().item())
+        assert row.metrics["acc1"] == pytest.approx((scores.argmax(dim=1) == labels).float().mean().item())

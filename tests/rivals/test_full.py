@@ -67,7 +67,7 @@ def test_classes_of_one_name_are_different_rows(make_run: Callable[..., Run], se
         embedder = SystemEmbedder(Learned(system, Cost()), run.base, [1.0])
         images = torch.stack([same.prepare(embedder, number) for number in range(len(same))])
         right = system.logits(images).argmax(dim=1).numpy() == same.labels  # type: ignore[attr-defined]
-    assert 0 < right.mean() == row["metrics"]["acc1"]
+    assert 0 < right.mean() == row.metrics["acc1"]
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ def test_learns_is_kept_and_judged(
     assert bool(first.end) == (name != "zero-shot")
     alphas = [1.0] if method.alpha is None else [0.0, method.alpha]
     rows = [judge(found, run.of(method.settings), sets, alphas) for found in (first, again)]
-    assert [row["metrics"] for row in rows[0]] == [row["metrics"] for row in rows[1]]
-    assert rows[0][0]["n"] == 24
+    assert [row.metrics for row in rows[0]] == [row.metrics for row in rows[1]]
+    assert rows[0][0].n == 24
 
 
 @pytest.mark.parametrize("name", ["wise-ft", "wise-flyp", "r-adapter"])

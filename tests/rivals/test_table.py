@@ -19,7 +19,7 @@ from radapter_serve.training import Recipe
 from rivals import cells as cells_module
 from rivals.adaptformer import AdaptFormer
 from rivals.benchmark import load_benchmark
-from rivals.cells import ALPHAS, Cell, Cells, read_lines, score
+from rivals.cells import ALPHAS, Cell, Cells, Judged, read_lines, score
 from rivals.clipood import CLIPood
 from rivals.layout import cost_of, spread, with_interval
 from rivals.method import learned
@@ -32,6 +32,7 @@ from rivals.soup import UniformSoup
 from rivals.system import Cost
 from rivals.table import main
 from rivals.tables import TABLES, figures
+from tests.helpers.a_row import a_row
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--only", "Zero-shot", "FT", "WiSE-FT"]
@@ -90,10 +91,10 @@ def test_table_is_written_and_not_made_twice(
 
     def of_the_same(name: str) -> list[float]:
         return [
-            100 * row["metrics"]["acc1"]
+            100 * row.metrics["acc1"]
             for line in lines
             for row in line.rows
-            if line.name == name and row["dataset"] == "same"
+            if line.name == name and row.dataset == "same"
         ]
 
     values = of_the_same("FT")
@@ -155,8 +156,7 @@ def test_choices_are_made_on_validation_sets(benchmark_file: Path, tmp_path: Pat
     def cell(name: str, method: Any, seed: int, alphas: Any, split: str = "test") -> Cell:
         asked.append(split)
         best = {1e-5: 3.0, 3e-5: 5.0, 9e-5: 4.0}.get(round(method.settings.get("learning_rate", 0), 6), 0)
-        common = {"dataset": "x", "shift": "id", "metric": "acc1"}
-        rows = [{**common, "alpha": a, "metrics": {"acc1": best / 10 - (a - 0.35) ** 2}} for a in alphas]
+        rows = [row("x", "id", best / 10 - (a - 0.35) ** 2, alpha=a) for a in alphas]
         return Cell(method, Cost(), rows)
 
     monkeypatch.setattr(cells, "cell", cell)
@@ -178,8 +178,8 @@ def test_one_rate_is_taken_as_it_is(benchmark_file: Path, here: list[str], tmp_p
     assert here == ["FullFineTuning"]  # and nothing was chosen
 
 
-def row(dataset: str, shift: str, value: float, task: str = "zeroshot_classification") -> dict[str, Any]:
-    return {"dataset": dataset, "shift": shift, "metric": "acc1", "metrics": {"acc1": value, "acc5": 1.0}, "task": task}
+def row(dataset: str, shift: str, value: float, **fields: Any) -> Judged:
+    return Judged.of(a_row(dataset, shift=shift, metrics={"acc1": value, "acc5": 1.0}, **fields))
 
 
 def test_score_is_a_mean_of_means():
@@ -193,7 +193,7 @@ def test_figures_of_each_task():
     rows = [row("b", "ood", 0.5), row("a", "id", 0.9), row("c", "ood", 0.3)]
     assert list(figures(rows).items()) == [("a", 90.0), ("mean of 2 shifts", 40.0), ("b", 50.0), ("c", 30.0)]
     recalls = {"image_retrieval_recall@1": 0.25, "text_retrieval_recall@10": 0.5}
-    found = figures([{**row("f", "id", 0, "zeroshot_retrieval"), "metrics": recalls}])
+    found = figures([dataclasses.replace(row("f", "id", 0, task="zeroshot_retrieval"), metrics=recalls)])
     assert found == {"f, image R@1": 25.0, "f, text R@10": 50.0}
 
 
