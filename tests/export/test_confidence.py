@@ -97,23 +97,23 @@ def test_a_siglip_that_was_trained_finds_its_labels_by_what_was_fitted(
 ) -> None:
     """Its own sigmoid, which a softmax left behind, gives no label 0.5."""
     random = np.random.default_rng(0)
-    for number in range(102):
-        path = tmp_path / "photos" / CLASSES[number % 3] / f"{number:03}.png"
+    for number in range(204):
+        path = tmp_path / ("photos", "others")[number // 102] / CLASSES[number % 3] / f"{number:03}.png"
         path.parent.mkdir(exist_ok=True, parents=True)
         pixels = np.zeros((40, 40, 3), np.uint8)
         pixels[..., number % 3] = 180
         Image.fromarray(pixels + random.integers(0, 60, pixels.shape, np.uint8)).save(path)
-    data = f"imagefolder:{tmp_path / 'photos'}"
+    data, others = (f"imagefolder:{tmp_path / name}" for name in ("photos", "others"))
     base = make_base("siglip", tmp_path / "base")
     run = train(short_run(base, tmp_path, data=data, batch_size=34, steps=30))
-    (exported,) = export_release(run, [1.0], ExportSettings(**folders, validation=data))
+    (exported,) = export_release(run, [1.0], ExportSettings(**folders, validation=others))
     release = exported.release
     assert exported.accuracy is not None and exported.accuracy.release > 90
     assert release.logit_bias is not None
 
     local = LocalRelease(str(folders["model_repository"]))
     label_set = LabelSet.load(folders["model_repository"] / "classify" / "1" / "label_sets" / "classes.npz")
-    paths = sorted((tmp_path / "photos").rglob("*.png"))
+    paths = sorted((tmp_path / "others").rglob("*.png"))
     cosines = local.encode_images([local.prepare(path.read_bytes()) for path in paths]) @ label_set.embeds.T
     right = np.array([label_set.labels.index(path.parent.name) for path in paths])
     own = 1 / (1 + np.exp(-(release.logit_scale * cosines + release.logit_bias)))
