@@ -356,7 +356,7 @@ def test_test_images_that_are_validation_images_are_named_in_a_warning(
 def test_export_auto_without_a_choice_or_with_another_adapters(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert export(["--alpha", "auto"]) == 2
     assert "choose one: radapter-eval --adapter runs/tiny --alpha auto" in capfd.readouterr().err
-    other = {"alpha": 0.3, "rule": "", "curve": [], "sets": {}, "adapter_digest": "sha256:0"}
+    other = {"alpha": 0.3, "rule": "", "curve": [], "sets": {}, "smallest": None, "adapter_digest": "sha256:0"}
     (here / "runs" / "tiny" / "alpha.json").write_text(json.dumps(other), encoding="utf-8")
     assert export(["--alpha", "auto"]) == 2
     assert "was chosen for another adapter" in capfd.readouterr().err

@@ -116,7 +116,8 @@ def test_a_held_out_share_is_evaluated_and_a_changed_one_refused(
         export_release("run", None, ExportSettings(precision="fp16"))
     assert open_validation(metadata, "none", None, "fp16", 0.5) is None
     assert open_validation(metadata, None, None, "fp32", 0.5) is None
-    assert open_validation(metadata, DATA[task], None, "fp16", 0.5) is not None
+    with pytest.raises(RAdapterError, match="is what the run was trained with"):
+        open_validation(metadata, DATA[task], None, "fp16", 0.5)
 
 
 def test_a_run_does_not_go_on_with_another_share(tiny_clip_dir: str, here: Path, capfd: Any) -> None:
