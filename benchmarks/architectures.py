@@ -35,13 +35,22 @@ def measure(name: str) -> list[str]:
     model = open_clip.create_model(name).eval()
     context = config["text_cfg"]["context_length"]
     # The tokenizers of some are on a hub; tokens are random.
-    base = Base(name, None, model, config, dict(model.visual.preprocess_cfg), SimpleNamespace(context_length=context))
+    base = Base(
+        name,
+        None,
+        model,
+        config,
+        dict(model.visual.preprocess_cfg),
+        SimpleNamespace(context_length=context),
+    )
     state = dict(model.state_dict())
     adapters = attach(model, partial=name in CONVOLUTIONAL)
     with torch.no_grad():
         for parameter in adapters.parameters():
             parameter.normal_(std=0.01)
-    adapter = adapters.adapter(Metadata(name, base_digest(state, [site.key for site in adapters.sites])))
+    adapter = adapters.adapter(
+        Metadata(name, base_digest(state, [site.key for site in adapters.sites]))
+    )
     random = np.random.default_rng(0)
     image = random.integers(0, 256, (2, base.image_size, base.image_size, 3), dtype=np.uint8)
     tokens = random.integers(1, config["text_cfg"]["vocab_size"], (2, context), dtype=np.int32)
@@ -49,20 +58,26 @@ def measure(name: str) -> list[str]:
     with torch.inference_mode():
         pixels = ((torch.from_numpy(image) / 255 - mean) / std).permute(0, 3, 1, 2)
         pairs = ((model.encode_image, pixels), (model.encode_text, torch.from_numpy(tokens)))
-        references = [nn.functional.normalize(encode(values), dim=-1).numpy() for encode, values in pairs]
+        references = [
+            nn.functional.normalize(encode(values), dim=-1).numpy() for encode, values in pairs
+        ]
     adapters.remove()
     start = time.perf_counter()
     folded = fold(state, adapter, 1.0)
     fold_seconds = time.perf_counter() - start
     cells, size, worst = [], 0, 0.0
     with tempfile.TemporaryDirectory() as folder:
-        for make, values, reference in zip((image_graph, text_graph), (image, tokens), references, strict=True):
+        for make, values, reference in zip(
+            (image_graph, text_graph), (image, tokens), references, strict=True
+        ):
             start = time.perf_counter()
             graph = make(base)
             size += graph.save(folded, Path(folder) / f"{graph.name}.onnx")
             cells.append(f"{time.perf_counter() - start:.1f}")
             encoder = Encoder(Path(folder) / f"{graph.name}.onnx")
-            worst = max(worst, compare(graph.name, encoder, Samples([values], [reference]), 1e-4).max_error)
+            worst = max(
+                worst, compare(graph.name, encoder, Samples([values], [reference]), 1e-4).max_error
+            )
     trained = sum(parameter.numel() for parameter in adapters.parameters())
     return [
         name,
@@ -86,9 +101,10 @@ def main(names: tuple[str, ...] = NAMES, out: Path = RESULTS) -> None:
     report = Report(
         "architectures",
         "Fold and export of every family",
-        "Random weights and a full-rank adapter; each architecture in a fresh process. Image and text: the export of a "
-        "tower, from the model to an ONNX file with folded weights. Max error: of two images and two texts in ONNX "
-        "Runtime, against open_clip with the adapters attached.",
+        "Random weights and a full-rank adapter; each architecture in a fresh process. Image and"
+        " text: the export of a tower, from the model to an ONNX file with folded weights. Max"
+        " error: of two images and two texts in ONNX Runtime, against open_clip with the adapters"
+        " attached.",
         timed=False,
     )
     rows = []
@@ -98,7 +114,17 @@ def main(names: tuple[str, ...] = NAMES, out: Path = RESULTS) -> None:
         with Process() as process:
             rows.append([*process.call(measure, name), f"{process.peak() / 1e9:.1f}"])
         say(" | ".join(rows[-1]))
-    columns = ["architecture", "M parameters", "M trained", "sites", "fold s", "image s", "text s", "MB", "max error"]
+    columns = [
+        "architecture",
+        "M parameters",
+        "M trained",
+        "sites",
+        "fold s",
+        "image s",
+        "text s",
+        "MB",
+        "max error",
+    ]
     report.table("Seconds", [*columns, "peak GB"], rows)
     report.note(f"Of {' and '.join(CONVOLUTIONAL)} only the text tower is adapted (--partial).")
     report.write(out)

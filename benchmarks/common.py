@@ -1,4 +1,6 @@
-"""What the benchmarks share: the machine in words, candidates that take turns, memory of a fresh process, the table."""
+"""What the benchmarks share: the machine in words, candidates that take turns, memory of a fresh
+process, the table.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,31 @@ from radapter_serve.adapter import Metadata, attach, base_digest, save_adapter
 from radapter_serve.clip.base import load_base
 
 T = TypeVar("T")
-logging.getLogger().addHandler(logging.NullHandler())  # else open_clip warns of random weights, which are meant here
+logging.getLogger().addHandler(
+    logging.NullHandler()
+)  # else open_clip warns of random weights, which are meant here
 RESULTS = Path(__file__).parent / "results"
-_TIMES = "Times are medians over alternating rounds; ratios are medians of the ratios within a round."
-_INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-_PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt_rtx", "open_clip_torch", "numpy")
+_TIMES = (
+    "Times are medians over alternating rounds; ratios are medians of the ratios within a round."
+)
+_INSTRUCTIONS = (
+    "avx2",
+    "avx512f",
+    "avx_vnni",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_int8",
+)
+_PACKAGES = (
+    "torch",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt_rtx",
+    "open_clip_torch",
+    "numpy",
+)
 
 # CIFAR-100's: short, common, and a hundred.
 CLASS_NAMES = """apple, aquarium fish, baby, bear, beaver, bed, bee, beetle, bicycle, bottle, bowl, boy, bridge, bus,
@@ -58,12 +80,14 @@ def say(line: str) -> None:
 def alternate(
     candidates: Mapping[str, Callable[[], float]], repeats: int, *, pause: float = 0.05
 ) -> dict[str, list[float]]:
-    """Let candidates take turns: one warm-up each, then rounds in which all run, each round begun by another one.
+    """Let candidates take turns: one warm-up each, then rounds in which all run, each round begun
+    by another one.
 
     Args:
         candidates: by name; each does its work once and returns what it took, in seconds.
         repeats: rounds.
-        pause: seconds before each run, so that nobody pays for another one's threads, which spin for a while.
+        pause: seconds before each run, so that nobody pays for another one's threads, which spin
+            for a while.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
@@ -78,7 +102,9 @@ def alternate(
 
 
 def clocked(function: Callable[[], object], at_least: float = 0.3) -> Callable[[], float]:
-    """A candidate that calls a function often enough to last `at_least` seconds, and returns the mean of a call."""
+    """A candidate that calls a function often enough to last `at_least` seconds, and returns the
+    mean of a call.
+    """
     calls = 0
 
     def run() -> float:
@@ -109,7 +135,9 @@ def with_spread(figures: Sequence[float]) -> str:
 
 
 def memory(field: str = "VmHWM") -> int:
-    """Bytes of memory of this process: `VmHWM`, its peak so far, or `VmRSS`, now. Mapped files count."""
+    """Bytes of memory of this process: `VmHWM`, its peak so far, or `VmRSS`, now. Mapped files
+    count.
+    """
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -117,7 +145,9 @@ def memory(field: str = "VmHWM") -> int:
 
 
 class Process:
-    """A fresh process (not forked: its peak memory is its own) in which functions of the script are called."""
+    """A fresh process (not forked: its peak memory is its own) in which functions of the script are
+    called.
+    """
 
     def __init__(self) -> None:
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
@@ -136,13 +166,17 @@ class Process:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._pool.shutdown()
 
 
 def random_clip(architecture: str, folder: Path) -> tuple[str, Path, int]:
-    """Save a CLIP of an open_clip architecture, and a full-rank adapter for it, both with random weights.
+    """Save a CLIP of an open_clip architecture, and a full-rank adapter for it, both with random
+    weights.
 
     Returns:
         The model's `local-dir:` name, the adapter's path, the size of the checkpoint in bytes.
@@ -151,7 +185,10 @@ def random_clip(architecture: str, folder: Path) -> tuple[str, Path, int]:
     model = open_clip.create_model(architecture)
     path = folder / "open_clip_model.safetensors"
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
-    config = {"model_cfg": open_clip.get_model_config(architecture), "preprocess_cfg": model.visual.preprocess_cfg}
+    config = {
+        "model_cfg": open_clip.get_model_config(architecture),
+        "preprocess_cfg": model.visual.preprocess_cfg,
+    }
     (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
     name = f"local-dir:{folder}"
     base = load_base(name)
@@ -160,7 +197,10 @@ def random_clip(architecture: str, folder: Path) -> tuple[str, Path, int]:
         for tensor in adapters.parameters():
             tensor.normal_(std=0.01)
     digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
-    save_adapter(adapters.adapter(Metadata(architecture=name, base_digest=digest)), folder / "adapter.safetensors")
+    save_adapter(
+        adapters.adapter(Metadata(architecture=name, base_digest=digest)),
+        folder / "adapter.safetensors",
+    )
     return name, folder / "adapter.safetensors", path.stat().st_size
 
 
@@ -174,17 +214,25 @@ def picture(width: int = 640, height: int = 480, seed: int = 0) -> bytes:
 
 
 def machine() -> str:
-    """Processor, its instructions for matrices, cores, memory, load, and the versions of what does the work."""
+    """Processor, its instructions for matrices, cores, memory, load, and the versions of what does
+    the work.
+    """
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    cpu = next((line.partition(":")[2].strip() for line in info.splitlines() if "model name" in line), "unknown CPU")
+    cpu = next(
+        (line.partition(":")[2].strip() for line in info.splitlines() if "model name" in line),
+        "unknown CPU",
+    )
     flags = set(next((line for line in info.splitlines() if line.startswith("flags")), "").split())
     cpu += f" ({', '.join(name.upper() for name in _INSTRUCTIONS if name in flags)})"
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     installed = {name: _version(name) for name in _PACKAGES}
-    versions = [f"{name.removesuffix('_torch')} {version}" for name, version in installed.items() if version]
+    versions = [
+        f"{name.removesuffix('_torch')} {version}" for name, version in installed.items() if version
+    ]
     return (
-        f"{cpu}, {len(os.sched_getaffinity(0))} cores, {size / 1e9:.0f} GB of memory; load {os.getloadavg()[0]:.1f} "
-        f"at the start; Python {platform.python_version()}, {', '.join(versions)}; {torch.get_num_threads()} threads"
+        f"{cpu}, {len(os.sched_getaffinity(0))} cores, {size / 1e9:.0f} GB of memory; load"
+        f" {os.getloadavg()[0]:.1f} at the start; Python {platform.python_version()},"
+        f" {', '.join(versions)}; {torch.get_num_threads()} threads"
     )
 
 
@@ -219,7 +267,9 @@ class Report:
         self._console = Console(width=120)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Add a table, its first column to the left and the others to the right; in place of one of the same title."""
+        """Add a table, its first column to the left and the others to the right; in place of one of
+        the same title.
+        """
         table = Table(title=title)
         for number, column in enumerate(columns):
             table.add_column(column, justify="right" if number else "left")

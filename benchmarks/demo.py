@@ -1,7 +1,9 @@
-"""The demo's figures over several seeds of fine-tuning, over α, in and out of distribution, for its three tasks.
+"""The demo's figures over several seeds of fine-tuning, over α, in and out of distribution, for its
+three tasks.
 
-python benchmarks/demo.py                                            # the tables
-python benchmarks/demo.py --choose full --rates 1e-4 2e-4 4e-4       # a recipe's rate, by validation drawings alone
+python benchmarks/demo.py                                            # the tables python
+benchmarks/demo.py --choose full --rates 1e-4 2e-4 4e-4       # a recipe's rate, by validation
+drawings alone
 """
 
 from __future__ import annotations
@@ -28,11 +30,23 @@ from radapter_serve.training import train
 
 def main() -> None:
     """Run the demo once a seed and write the means; or choose a rate."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the fine-tuning")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the fine-tuning"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the table")
-    parser.add_argument("--choose", choices=("classification", "full"), help="recipe to try learning rates of")
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 2e-4, 4e-4], help="rates to try with --choose")
+    parser.add_argument(
+        "--choose", choices=("classification", "full"), help="recipe to try learning rates of"
+    )
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=[1e-4, 2e-4, 4e-4],
+        help="rates to try with --choose",
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.choose:
@@ -50,13 +64,22 @@ def choose(name: str, rates: list[float], seeds: list[int], folder: Path) -> Non
     for rate in rates:
         found: dict[float, list[float]] = {}
         for seed in seeds:
-            recipe = recipe_of(lesson, folder / f"{rate:g}-{seed}", seed=seed, steps=None, name=name)
+            recipe = recipe_of(
+                lesson, folder / f"{rate:g}-{seed}", seed=seed, steps=None, name=name
+            )
             recipe = dataclasses.replace(recipe, learning_rate=rate, val_data=None, tracker="none")
             rival = name == "full"
-            ends = fine_tune(recipe) if rival else Ends(start, fold(start, load_adapter(train(recipe)), 1.0))
+            ends = (
+                fine_tune(recipe)
+                if rival
+                else Ends(start, fold(start, load_adapter(train(recipe)), 1.0))
+            )
             for alpha, hits in right({name: ends}, validation, {name: ALPHAS})[name].items():
                 found.setdefault(alpha, []).append(100 * float(hits[FINE_TUNED].mean()))
-        print(f"{name}, rate {rate:g}:", ", ".join(f"α = {alpha:g} {with_spread(of)}" for alpha, of in found.items()))
+        print(
+            f"{name}, rate {rate:g}:",
+            ", ".join(f"α = {alpha:g} {with_spread(of)}" for alpha, of in found.items()),
+        )
 
 
 def report(seeds: list[int], out: Path, folder: Path) -> None:
@@ -64,9 +87,10 @@ def report(seeds: list[int], out: Path, folder: Path) -> None:
     tables = Report(
         "demo",
         "The demo: robustness over α",
-        "Figures in % on drawings that neither the base nor the fine-tuning has seen; one base, one split, the seeds "
-        "vary the fine-tuning. Mean over the seeds, ± the standard deviation. A lead is R-Adapter's over the system, "
-        "the mean over the seeds, with the widest of the seeds' intervals of 95 %, which are over images.",
+        "Figures in % on drawings that neither the base nor the fine-tuning has seen; one base, one"
+        " split, the seeds vary the fine-tuning. Mean over the seeds, ± the standard deviation. A"
+        " lead is R-Adapter's over the system, the mean over the seeds, with the widest of the"
+        " seeds' intervals of 95 %, which are over images.",
         timed=False,
     )
     runs: list[dict[str, Any]] = []
@@ -78,7 +102,12 @@ def report(seeds: list[int], out: Path, folder: Path) -> None:
     for task in ("classification", "retrieval", "segmentation"):
         found = [run[task] for run in runs]
         for number, metric in enumerate(found[0]["metrics"]):
-            curves(tables, f"{task.capitalize()}: {metric}, seeds {shown}", [of["sets"] for of in found], number)
+            curves(
+                tables,
+                f"{task.capitalize()}: {metric}, seeds {shown}",
+                [of["sets"] for of in found],
+                number,
+            )
     title = f"Full fine-tuning over α ({RIVAL}): acc1, seeds {shown}"
     curves(tables, title, [run["classification"][RIVAL] for run in runs], 0)
     seconds = ", ".join(f"{run['seconds']:.0f}" for run in runs)
@@ -93,7 +122,10 @@ def compared(tables: Report, of_seeds: list[list[dict[str, Any]]], seeds: str) -
         cells = [system["system"]]
         for group in groups:
             of = [facts[place][group] for facts in of_seeds]
-            lead, interval = statistics.mean(one["lead"] for one in of), max(one["interval"] for one in of)
+            lead, interval = (
+                statistics.mean(one["lead"] for one in of),
+                max(one["interval"] for one in of),
+            )
             cells.append(with_spread([one["accuracy"] for one in of]))
             cells.append(lead_in_words(lead, interval) if interval else "")
         rows.append(cells)
@@ -109,7 +141,9 @@ def curves(tables: Report, title: str, of_seeds: list[list[Any]], number: int) -
     for place, (name, count, values) in enumerate(of_seeds[0]):
         cells = [style_of(name), f"{count:,}"]
         for alpha in alphas:
-            figures = [sets[place][2][alpha][number] for sets in of_seeds] if alpha in values else []
+            figures = (
+                [sets[place][2][alpha][number] for sets in of_seeds] if alpha in values else []
+            )
             cells.append(with_spread(figures) if figures else "")
         rows.append(cells)
     tables.table(title, ["data", "images", *(f"α = {alpha:g}" for alpha in alphas)], rows)

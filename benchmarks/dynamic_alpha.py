@@ -32,7 +32,9 @@ def low_rank(adapter: Adapter, rank: int) -> Adapter:
     return Adapter(tensors, dataclasses.replace(adapter.metadata, rank=rank))
 
 
-def encoders(base: Base, adapter: Adapter, ranks: tuple[int, ...], folder: Path) -> dict[str, dict[str, Encoder]]:
+def encoders(
+    base: Base, adapter: Adapter, ranks: tuple[int, ...], folder: Path
+) -> dict[str, dict[str, Encoder]]:
     """Of images and of texts: the adapter folded in, then adapters beside their layers."""
     state = dict(base.model.state_dict())
     beside = {FULL: adapter} | {f"rank {rank}": low_rank(adapter, rank) for rank in ranks}
@@ -48,7 +50,12 @@ def encoders(base: Base, adapter: Adapter, ranks: tuple[int, ...], folder: Path)
 
 
 def overhead(
-    report: Report, base: Base, adapter: Adapter, ranks: tuple[int, ...], batches: tuple[int, ...], repeats: int
+    report: Report,
+    base: Base,
+    adapter: Adapter,
+    ranks: tuple[int, ...],
+    batches: tuple[int, ...],
+    repeats: int,
 ) -> None:
     """Add the table of times a batch."""
     with tempfile.TemporaryDirectory() as folder:
@@ -57,8 +64,12 @@ def overhead(
     for case, candidates in cases.items():
         for size in batches:
             values, alpha = batch_of(base, case, size), np.full((size, 1), 0.5, np.float32)
-            error = float(np.abs(candidates[FOLDED](values) - candidates[FULL](values, alpha)).max())
-            assert error < 1e-5, f"{case}, batch {size}: the graph with alpha is {error} from the fold"
+            error = float(
+                np.abs(candidates[FOLDED](values) - candidates[FULL](values, alpha)).max()
+            )
+            assert error < 1e-5, (
+                f"{case}, batch {size}: the graph with alpha is {error} from the fold"
+            )
             say(f"{case}, batch {size}: {repeats} rounds")
             times = alternate(
                 {
@@ -69,7 +80,10 @@ def overhead(
             )
             cells = [f"{1e3 * statistics.median(times[FOLDED]):.1f}"]
             for name in list(candidates)[1:]:
-                cells += [f"{1e3 * statistics.median(times[name]):.1f}", f"{ratio(times[name], times[FOLDED]):.2f}"]
+                cells += [
+                    f"{1e3 * statistics.median(times[name]):.1f}",
+                    f"{ratio(times[name], times[FOLDED]):.2f}",
+                ]
             rows.append([case, str(size), *cells])
     columns = ["input", "batch", f"{FOLDED} ms"]
     for number, name in enumerate(list(cases[IMAGE])[1:]):
@@ -98,8 +112,9 @@ def main(
     report = Report(
         "dynamic",
         f"α as an input of the encoders of {architecture}",
-        "ONNX Runtime, fp32, from uint8 pixels or 77 token ids to unit-length embeddings; α is 0.5 in all rows. The "
-        "fold has α in its weights; the others compute y + α·F·y after each adapted layer, F in full or as up·down.",
+        "ONNX Runtime, fp32, from uint8 pixels or 77 token ids to unit-length embeddings; α is 0.5"
+        " in all rows. The fold has α in its weights; the others compute y + α·F·y after each"
+        " adapted layer, F in full or as up·down.",
     )
     with tempfile.TemporaryDirectory() as folder:
         name, adapter, _ = random_clip(architecture, Path(folder))

@@ -31,7 +31,9 @@ def copy_checkpoint(source: Path, target: Path) -> list[float]:
 
 
 def fold_and_save(name: str, adapter_path: Path, target: Path) -> list[float]:
-    """The merged path of radapter-export; seconds to load, fold (the base's digest is checked), save."""
+    """The merged path of radapter-export; seconds to load, fold (the base's digest is checked),
+    save.
+    """
     start = time.perf_counter()
     base, adapter = load_base(name), load_adapter(adapter_path)
     weights = dict(base.model.state_dict())
@@ -42,19 +44,23 @@ def fold_and_save(name: str, adapter_path: Path, target: Path) -> list[float]:
     return [loaded - start, done - loaded, time.perf_counter() - done]
 
 
-def main(architectures: tuple[str, ...] = ("ViT-B-32", "ViT-L-14"), repeats: int = 3, out: Path = RESULTS) -> None:
+def main(
+    architectures: tuple[str, ...] = ("ViT-B-32", "ViT-L-14"), repeats: int = 3, out: Path = RESULTS
+) -> None:
     """Measure fold and save.
 
     Args:
         architectures: open_clip architectures, with random weights.
-        repeats: fresh processes for each candidate; a first one of each, to warm up, is not counted.
+        repeats: fresh processes for each candidate; a first one of each, to warm up, is not
+            counted.
         out: folder of the table.
     """
     report = Report(
         "fold",
         "Fold and save",
-        "Each run is a fresh process: loads an fp32 checkpoint with random weights and a full-rank adapter, folds at "
-        "α = 0.5, writes the merged checkpoint. Memory is the process's peak (VmHWM; mapped files count).",
+        "Each run is a fresh process: loads an fp32 checkpoint with random weights and a full-rank"
+        " adapter, folds at α = 0.5, writes the merged checkpoint. Memory is the process's peak"
+        " (VmHWM; mapped files count).",
     )
     for architecture in architectures:
         with tempfile.TemporaryDirectory() as temporary:
@@ -94,10 +100,22 @@ def main(architectures: tuple[str, ...] = ("ViT-B-32", "ViT-L-14"), repeats: int
                     f"{(peak - starts[label]) / size:.2f}",
                 ]
             )
-        columns = ["candidate", "load s", "fold s", "save s", "total s", "ratio", "peak MB", "/ checkpoint"]
+        columns = [
+            "candidate",
+            "load s",
+            "fold s",
+            "save s",
+            "total s",
+            "ratio",
+            "peak MB",
+            "/ checkpoint",
+        ]
         title = f"{architecture}, checkpoint of {size / 1e6:.0f} MB"
         report.table(title, [*columns, "same, without libraries"], rows)
-    report.note(f"Ratio: of the total, to {BASELINE} of the same checkpoint. Libraries: {starts[FOLD] / 1e6:.0f} MB.")
+    report.note(
+        f"Ratio: of the total, to {BASELINE} of the same checkpoint. Libraries:"
+        f" {starts[FOLD] / 1e6:.0f} MB."
+    )
     report.note("Aim: a peak under 2.5 times the checkpoint.")
     report.write(out)
 

@@ -1,4 +1,6 @@
-"""The encoders in every precision and by every runtime of this CPU: time, size, distance from torch, task accuracy."""
+"""The encoders in every precision and by every runtime of this CPU: time, size, distance from
+torch, task accuracy.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,12 @@ FORMATS = {
 GRAPHS = {IMAGE: "image_encoder", SHORT: "text_encoder"}
 
 
-def write(graph: Graph, form: str, weights: dict[str, Tensor], base: Base, folder: Path) -> tuple[Path, int]:
-    """An encoder's file, and its size in bytes; ranges of int8 are found by the very inputs that are timed."""
+def write(
+    graph: Graph, form: str, weights: dict[str, Tensor], base: Base, folder: Path
+) -> tuple[Path, int]:
+    """An encoder's file, and its size in bytes; ranges of int8 are found by the very inputs that
+    are timed.
+    """
     path = folder / graph.name / form / "model.onnx"
     path.parent.mkdir(parents=True)
     made = lower(graph, form) if form in TYPES else graph
@@ -61,7 +67,8 @@ def main(
         architecture: open_clip architecture, with random weights and a folded adapter.
         batches: batch sizes.
         repeats: rounds; in each a candidate runs for at least 0.3 s.
-        run: of radapter-train, exported in every format for its task accuracy; left out if none is given.
+        run: of radapter-train, exported in every format for its task accuracy; left out if none is
+            given.
         calibration: images for int8 static of that run.
         validation: data to evaluate that run on; its own if none is given.
         out: folder of the table.
@@ -69,8 +76,9 @@ def main(
     report = Report(
         "formats",
         f"Precisions and runtimes, {architecture}",
-        "From uint8 pixels or token ids to unit-length embeddings; random weights, short texts cropped to the longest. "
-        "Ratios are of torch eager's time (open_clip's own code, fp32) to the candidate's: above 1 is faster.",
+        "From uint8 pixels or token ids to unit-length embeddings; random weights, short texts"
+        " cropped to the longest. Ratios are of torch eager's time (open_clip's own code, fp32) to"
+        " the candidate's: above 1 is faster.",
     )
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as name:
@@ -84,13 +92,17 @@ def main(
         for case, graph in graphs.items():
             arrays = {size: batch_of(base, case, size) for size in batches}
             tensors = {size: torch.from_numpy(array) for size, array in arrays.items()}
-            samples = Samples([*arrays.values()], [towers[case](tensor).numpy() for tensor in tensors.values()])
+            samples = Samples(
+                [*arrays.values()], [towers[case](tensor).numpy() for tensor in tensors.values()]
+            )
             encoders, rows = {}, {}
             for form, runtimes in FORMATS.items():
                 say(f"{case}: {form}")
                 path, size = write(graph, form, weights, base, folder)
                 for runtime in runtimes:
-                    encoder = Encoder(path, runtime, precision=form.partition(" ")[0], threads=threads)
+                    encoder = Encoder(
+                        path, runtime, precision=form.partition(" ")[0], threads=threads
+                    )
                     found = compare(graph.name, encoder, samples, 1.0)
                     distance = f"{1 - found.min_cosine:.0e}"
                     encoders[form, runtime] = encoder
@@ -104,7 +116,9 @@ def main(
             for size, array in arrays.items():
                 say(f"{case}, batch {size}: {repeats} rounds")
                 candidates = {("torch", ""): clocked(partial(towers[case], tensors[size]))}
-                candidates |= {key: clocked(partial(encoder, array)) for key, encoder in encoders.items()}
+                candidates |= {
+                    key: clocked(partial(encoder, array)) for key, encoder in encoders.items()
+                }
                 times = alternate(candidates, repeats)
                 for key, taken in times.items():
                     faster = ratio(times["torch", ""], taken)
@@ -119,11 +133,15 @@ def main(
             report.table(case, columns, list(rows.values()))
     if run is not None:
         report.table("Task accuracy", *_accuracies(run, calibration, validation))
-    report.note("Aim: int8 or bf16 at least 3 times as fast as torch eager, for at most 0.5 points.")
+    report.note(
+        "Aim: int8 or bf16 at least 3 times as fast as torch eager, for at most 0.5 points."
+    )
     report.write(out)
 
 
-def _accuracies(run: Path, calibration: str | None, validation: str | None) -> tuple[list[str], list[list[str]]]:
+def _accuracies(
+    run: Path, calibration: str | None, validation: str | None
+) -> tuple[list[str], list[list[str]]]:
     rows = []
     for form, (runtime, *_) in FORMATS.items():
         if form == "int8 static" and calibration is None:
@@ -145,9 +163,19 @@ def _accuracies(run: Path, calibration: str | None, validation: str | None) -> t
             )
         found = release.accuracy
         if found is None:
-            raise RAdapterError(f"the run {run} has no validation data; give some with --validation")
-        rows.append([form, str(found.n), f"{found.torch:.2f}", f"{found.release:.2f}", f"{found.drop:.2f}"])
-    return ["encoders", "images", f"{found.metric} of torch, %", "of the release, %", "points lost"], rows
+            raise RAdapterError(
+                f"the run {run} has no validation data; give some with --validation"
+            )
+        rows.append(
+            [form, str(found.n), f"{found.torch:.2f}", f"{found.release:.2f}", f"{found.drop:.2f}"]
+        )
+    return [
+        "encoders",
+        "images",
+        f"{found.metric} of torch, %",
+        "of the release, %",
+        "points lost",
+    ], rows
 
 
 if __name__ == "__main__":

@@ -14,7 +14,17 @@ from typing import Any
 
 import tyro
 import urllib3
-from common import CLASS_NAMES, RESULTS, Process, Report, alternate, picture, random_clip, ratio, say
+from common import (
+    CLASS_NAMES,
+    RESULTS,
+    Process,
+    Report,
+    alternate,
+    picture,
+    random_clip,
+    ratio,
+    say,
+)
 from serving import LABEL_SET, together
 
 from radapter_client import Client
@@ -26,7 +36,11 @@ from radapter_serve.server.triton_server import TritonServer
 
 
 def export(
-    architecture: str, precision: str, folder: Path, labels: Sequence[str] = CLASS_NAMES, dense: str = "none"
+    architecture: str,
+    precision: str,
+    folder: Path,
+    labels: Sequence[str] = CLASS_NAMES,
+    dense: str = "none",
 ) -> None:
     """What radapter-export does, with a label set."""
     from radapter_export import ExportSettings, export_release  # only in the process that exports
@@ -87,7 +101,8 @@ def main(
     Args:
         architecture: open_clip architecture, with random weights and an adapter.
         precision: of the release.
-        calls: calls of each candidate in a round at concurrency 1; at more, `concurrency` times 8 images.
+        calls: calls of each candidate in a round at concurrency 1; at more, `concurrency` times 8
+            images.
         repeats: rounds.
         concurrency: callers at once.
         out: folder of the table.
@@ -95,8 +110,8 @@ def main(
     report = Report(
         "gateway",
         f"The gateway: {architecture} {precision}, through it and directly",
-        f"Classify, a JPEG of 640 x 480 pixels against a label set of {len(CLASS_NAMES)} labels. Client, gateway and "
-        "server share the machine and take turns.",
+        f"Classify, a JPEG of 640 x 480 pixels against a label set of {len(CLASS_NAMES)} labels."
+        " Client, gateway and server share the machine and take turns.",
     )
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -104,35 +119,60 @@ def main(
         with Process() as process:
             process.call(export, architecture, precision, folder)
         say("starting the server and the gateway")
-        options: dict[str, Any] = {"indexes": folder / "indexes", "instances": ["2"]}  # as radapter-serve's
+        options: dict[str, Any] = {
+            "indexes": folder / "indexes",
+            "instances": ["2"],
+        }  # as radapter-serve's
         server = stack.enter_context(
             TritonServer(ServerConfig(folder / "repository", Endpoints.on_free_ports(), **options))
         )
-        urls = {"HTTP": server.http_url, "gRPC": server.grpc_url, "gateway": stack.enter_context(gateway(server))}
+        urls = {
+            "HTTP": server.http_url,
+            "gRPC": server.grpc_url,
+            "gateway": stack.enter_context(gateway(server)),
+        }
         clients = {name: stack.enter_context(Client(url)) for name, url in urls.items()}
         jpeg = picture(640, 480)
-        ask = {name: partial(client.classify, jpeg, label_set=LABEL_SET) for name, client in clients.items()}
+        ask = {
+            name: partial(client.classify, jpeg, label_set=LABEL_SET)
+            for name, client in clients.items()
+        }
         answers = [call() for call in ask.values()]
         assert all(answer == answers[0] for answer in answers)
 
         say(f"concurrency 1: {repeats} rounds and a warm-up of {len(ask)} x {calls} calls")
         kept: dict[str, list[float]] = {name: [] for name in ask}
-        times = alternate({name: partial(timed, call, calls, kept[name]) for name, call in ask.items()}, repeats)
+        times = alternate(
+            {name: partial(timed, call, calls, kept[name]) for name, call in ask.items()}, repeats
+        )
         rows = []
         for name in ask:
             cuts = statistics.quantiles(kept[name][calls:], n=100)
             more = statistics.median(a - b for a, b in zip(times[name], times["HTTP"], strict=True))
-            rows.append([name, *(f"{1e3 * cuts[share - 1]:.1f}" for share in (50, 95, 99)), f"{1e3 * more:+.1f}"])
+            rows.append(
+                [
+                    name,
+                    *(f"{1e3 * cuts[share - 1]:.1f}" for share in (50, 95, 99)),
+                    f"{1e3 * more:+.1f}",
+                ]
+            )
         report.table("Concurrency 1", ["way", "p50 ms", "p95 ms", "p99 ms", "more ms"], rows)
         report.note("More: than HTTP, at the median. Aim: at most 3 ms.")
 
         images = 8 * concurrency
         pool = stack.enter_context(ThreadPoolExecutor(concurrency))
         many = {name: partial(together, call, images, pool) for name, call in ask.items()}
-        say(f"concurrency {concurrency}: {repeats} rounds and a warm-up of {len(many)} x {images} images")
+        say(
+            f"concurrency {concurrency}: {repeats} rounds and a warm-up of {len(many)} x {images}"
+            " images"
+        )
         times = alternate(many, repeats)
     rows = [
-        [name, f"{images / statistics.median(times[name]):.1f}", f"{1 / ratio(times[name], times['HTTP']):.2f}"]
+        [
+            name,
+            f"{images / statistics.median(times[name]):.1f}",
+            f"{1 / ratio(times[name], times['HTTP']):.2f}",
+        ]
         for name in many
     ]
     report.table(f"Concurrency {concurrency}", ["way", "images/s", "ratio"], rows)

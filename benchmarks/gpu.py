@@ -1,4 +1,6 @@
-"""Everything on one GPU in one call: training steps, and the towers through every runtime that is installed."""
+"""Everything on one GPU in one call: training steps, and the towers through every runtime that is
+installed.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,13 @@ from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.errors import RAdapterError, reason
 
-EAGER, COMPILE, FLASH, ONNX, TENSORRT = "torch eager", "torch.compile", "torch flash", "ONNX Runtime", "TensorRT"
+EAGER, COMPILE, FLASH, ONNX, TENSORRT = (
+    "torch eager",
+    "torch.compile",
+    "torch flash",
+    "ONNX Runtime",
+    "TensorRT",
+)
 IMAGES, TEXTS = "images", "texts"
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SMOKE = {
@@ -42,13 +50,17 @@ Run = Callable[[], Tensor]
 
 
 class Flash(nn.Module):
-    """An `nn.MultiheadAttention` of the same parameters whose attention is torch's flash kernel, where that can be."""
+    """An `nn.MultiheadAttention` of the same parameters whose attention is torch's flash kernel,
+    where that can be.
+    """
 
     def __init__(self, original: nn.MultiheadAttention) -> None:
         super().__init__()
         self.original = original
 
-    def forward(self, x: Tensor, *_: Tensor, attn_mask: Tensor | None = None, **__: Any) -> tuple[Tensor, None]:
+    def forward(
+        self, x: Tensor, *_: Tensor, attn_mask: Tensor | None = None, **__: Any
+    ) -> tuple[Tensor, None]:
         """[B, L, D]; a mask means: causal, which is all that CLIP's text tower has."""
         attention = self.original
         batch, length, width = x.shape
@@ -56,7 +68,9 @@ class Flash(nn.Module):
             -1, (3, attention.num_heads, -1)
         )
         q, k, v = (heads[:, :, part].transpose(1, 2) for part in range(3))
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        with sdpa_kernel(
+            [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        ):
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=attn_mask is not None)
         return attention.out_proj(mixed.transpose(1, 2).reshape(batch, length, width)), None
 
@@ -71,7 +85,8 @@ class Bench:
         precision: of the towers.
         repeats: rounds.
         deadline: when all has to be done, by `time.monotonic`.
-        out: folder of the results, which are written after every table: a call may be cut off, a library may crash.
+        out: folder of the results, which are written after every table: a call may be cut off, a
+            library may crash.
         peaks: measured operations a second of a matmul, by type.
     """
 
@@ -85,7 +100,9 @@ class Bench:
 
     @contextmanager
     def item(self, name: str) -> Iterator[None]:
-        """One thing to measure: what fails, is not installed or has no time is left out and named, the rest goes on."""
+        """One thing to measure: what fails, is not installed or has no time is left out and named,
+        the rest goes on.
+        """
         say(name)
         try:
             yield
@@ -118,7 +135,9 @@ class Bench:
             run()
             self.synchronize()
 
-        return alternate({name: clocked(partial(waited, run), 0.1) for name, run in runs.items()}, self.repeats)
+        return alternate(
+            {name: clocked(partial(waited, run), 0.1) for name, run in runs.items()}, self.repeats
+        )
 
     def share(self, flops: float, seconds: float, kind: str) -> str:
         """Of the measured peak of a type, in %."""
@@ -132,7 +151,9 @@ def matmul(bench: Bench, size: int) -> None:
         a, b = (torch.randn(size, size, device=bench.device, dtype=TYPES[name]) for _ in range(2))
         seconds = statistics.median(bench.timed({name: partial(torch.matmul, a, b)})[name])
         bench.peaks[name] = 2 * size**3 / seconds
-        rows.append([f"{name}, {size} x {size}", f"{1e3 * seconds:.2f}", f"{bench.peaks[name] / 1e12:.2f}"])
+        rows.append(
+            [f"{name}, {size} x {size}", f"{1e3 * seconds:.2f}", f"{bench.peaks[name] / 1e12:.2f}"]
+        )
     bench.table("Matmul", ["", "ms", "TFLOP/s"], rows)
 
 
@@ -141,7 +162,12 @@ def training(bench: Bench, architecture: str, batch: int) -> None:
     from training_step import FULL, Step
 
     bench.need(40)
-    names = [FULL, "activation form, full rank", "weight form, full rank", "activation form, rank 4"]
+    names = [
+        FULL,
+        "activation form, full rank",
+        "weight form, full rank",
+        "activation form, rank 4",
+    ]
     steps, peaks, flops = {}, {}, {}
     for name in names:
         held = torch.cuda.memory_allocated() if bench.device == "cuda" else 0
@@ -157,8 +183,16 @@ def training(bench: Bench, architecture: str, batch: int) -> None:
     rows = []
     for name in names:
         seconds = statistics.median(times[name])
-        memory = [f"{peaks[name] / 1e9:.2f}", f"{peaks[name] / peaks[FULL]:.2f}"] if peaks[FULL] else ["-", "-"]
-        figures = f"{1e3 * seconds:.0f}", f"{batch / seconds:.0f}", f"{ratio(times[name], times[FULL]):.2f}"
+        memory = (
+            [f"{peaks[name] / 1e9:.2f}", f"{peaks[name] / peaks[FULL]:.2f}"]
+            if peaks[FULL]
+            else ["-", "-"]
+        )
+        figures = (
+            f"{1e3 * seconds:.0f}",
+            f"{batch / seconds:.0f}",
+            f"{ratio(times[name], times[FULL]):.2f}",
+        )
         rows.append([name, *figures, *memory, bench.share(flops[name], seconds, "bf16")])
     columns = ["candidate", "ms", "images/s", "ratio", "peak GB", "ratio ", "% of matmul"]
     bench.table(f"A training step of {architecture}, batch {batch}, bf16", columns, rows)
@@ -186,7 +220,9 @@ class Towers:
         if case == IMAGES:
             side = self.reference.visual.image_size[0]
             draw = torch.Generator().manual_seed(0)
-            return torch.randint(0, 256, (size, side, side, 3), dtype=torch.uint8, generator=draw).to(self.bench.device)
+            return torch.randint(
+                0, 256, (size, side, side, 3), dtype=torch.uint8, generator=draw
+            ).to(self.bench.device)
         names = [CLASS_NAMES[row % len(CLASS_NAMES)] for row in range(size)]
         tokens: Tensor = self.base.tokenizer([f"a photo of a {name}." for name in names])
         return tokens.int().to(self.bench.device)
@@ -194,7 +230,9 @@ class Towers:
     def torch(self, case: str, model: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """From raw input to unit-length embeddings by a model in this type."""
         preprocess = self.base.preprocess
-        mean, std = (torch.tensor(preprocess[key], device=self.bench.device) for key in ("mean", "std"))
+        mean, std = (
+            torch.tensor(preprocess[key], device=self.bench.device) for key in ("mean", "std")
+        )
 
         def images(image: Tensor) -> Tensor:
             pixels = ((image.float() / 255 - mean) / std).permute(0, 3, 1, 2).to(dtype)
@@ -229,7 +267,9 @@ class Towers:
 
 
 def onnxruntime(towers: Towers, case: str) -> Callable[[Tensor], Run]:
-    """The graph in ONNX Runtime, reading and writing the GPU's memory where there is one; for a batch, what runs it."""
+    """The graph in ONNX Runtime, reading and writing the GPU's memory where there is one; for a
+    batch, what runs it.
+    """
     import onnxruntime as ort
 
     from radapter_serve.runtimes.encoder import CUDA, cuda_provider
@@ -241,7 +281,9 @@ def onnxruntime(towers: Towers, case: str) -> Callable[[Tensor], Run]:
     session = ort.InferenceSession(towers.graph(case), providers=[cuda_provider()])
     used = session.get_providers()[0]
     if used != CUDA:
-        raise RAdapterError(f"ONNX Runtime fell back to {used}; install onnxruntime-gpu with CUDA and cuDNN")
+        raise RAdapterError(
+            f"ONNX Runtime fell back to {used}; install onnxruntime-gpu with CUDA and cuDNN"
+        )
 
     def bind(batch: Tensor) -> Run:
         binding = session.io_binding()
@@ -261,7 +303,9 @@ def onnxruntime(towers: Towers, case: str) -> Callable[[Tensor], Run]:
 
 
 def tensorrt(towers: Towers, case: str, batches: tuple[int, ...]) -> Callable[[Tensor], Run]:
-    """The graph as an engine of TensorRT, or of its RTX edition where only that is installed; for these very texts."""
+    """The graph as an engine of TensorRT, or of its RTX edition where only that is installed; for
+    these very texts.
+    """
     from radapter_serve.runtimes.cuda import find_gpu
     from radapter_serve.runtimes.tensorrt.engine import Engine, Options, build, import_tensorrt
 
@@ -352,7 +396,9 @@ class Inference:
                 with self.bench.item(f"{self.title}, batch {size}: {name}"):
                     self.bench.need(80 if name == COMPILE else 5)
                     batch = self.towers.batch(self.case, size)
-                    self._measure(name, batch, {EAGER: partial(self.eager, batch), name: bind(batch)})
+                    self._measure(
+                        name, batch, {EAGER: partial(self.eager, batch), name: bind(batch)}
+                    )
 
     def _measure(self, name: str, batch: Tensor, runs: dict[str, Run]) -> None:
         bench, towers, size = self.bench, self.towers, len(batch)
@@ -365,12 +411,21 @@ class Inference:
                 raise RuntimeError(f"{which} differs from torch in fp32: 1 - cosine is {worst:.1e}")
         times = bench.timed(runs)
         seconds = statistics.median(times[name])
-        figures = f"{1e3 * seconds:.2f}", f"{size / seconds:.0f}", f"{ratio(times[name], times[EAGER]):.2f}"
+        figures = (
+            f"{1e3 * seconds:.2f}",
+            f"{size / seconds:.0f}",
+            f"{ratio(times[name], times[EAGER]):.2f}",
+        )
         share = bench.share(self.flops * size, seconds, bench.precision)
         self._rows[size, name] = [f"{size}, {name}", *figures, share]
         order = [EAGER, FLASH, COMPILE, ONNX, TENSORRT]
-        rows = [self._rows[key] for key in sorted(self._rows, key=lambda key: (key[0], order.index(key[1])))]
-        bench.table(self.title, ["batch, candidate", "ms", f"{self.case}/s", "ratio", "% of matmul"], rows)
+        rows = [
+            self._rows[key]
+            for key in sorted(self._rows, key=lambda key: (key[0], order.index(key[1])))
+        ]
+        bench.table(
+            self.title, ["batch, candidate", "ms", f"{self.case}/s", "ratio", "% of matmul"], rows
+        )
 
 
 @torch.no_grad()
@@ -387,10 +442,12 @@ def main(
 ) -> None:
     """Measure what a GPU does with this project, in one call.
 
-    Needs torch, open_clip_torch, rich and tyro, for the towers onnx and onnxscript too; no network, no data, and no
-    installation of this project: PYTHONPATH=.:export python benchmarks/gpu.py. Measures what is installed of
-    onnxruntime-gpu, tensorrt and, where there is no tensorrt, tensorrt_rtx (needs nothing else); what is not there, or
-    does not work on this card, is named and left out. Writes OUT/gpu-CARD.md after every table.
+    Needs torch, open_clip_torch, rich and tyro, for the towers onnx and onnxscript too; no network,
+    no data, and no
+    installation of this project: PYTHONPATH=.:export python benchmarks/gpu.py. Measures what is
+    installed of onnxruntime-gpu, tensorrt and, where there is no tensorrt, tensorrt_rtx (needs
+    nothing else); what is not there, or does not work on this card, is named and left out. Writes
+    OUT/gpu-CARD.md after every table.
 
     Args:
         architectures: open_clip architectures, with random weights and a folded adapter.
@@ -409,7 +466,9 @@ def main(
         open_clip.add_model_config(folder.name)
         architectures, device, size = ("smoke",), "cpu", 64
     elif not torch.cuda.is_available():
-        raise SystemExit("gpu.py: no GPU: torch.cuda.is_available() is False here; --smoke runs on the CPU")
+        raise SystemExit(
+            "gpu.py: no GPU: torch.cuda.is_available() is False here; --smoke runs on the CPU"
+        )
     else:
         device, size = "cuda", 8192
     torch.backends.cudnn.allow_tf32 = False
@@ -417,10 +476,11 @@ def main(
     report = Report(
         "gpu",
         f"On {card}",
-        f"Towers in {precision} from uint8 pixels or token ids to unit-length embeddings, on the GPU already; fp32 is "
-        "without TF32. torch eager is open_clip's own code, torch flash the same with flash attention, torch.compile "
-        "compiled for the very shape; ratios are to torch eager, or to full fine-tuning. The percentage is the "
-        "operations that torch counts, over those that the measured matmul makes in that time.",
+        f"Towers in {precision} from uint8 pixels or token ids to unit-length embeddings, on the"
+        " GPU already; fp32 is without TF32. torch eager is open_clip's own code, torch flash the"
+        " same with flash attention, torch.compile compiled for the very shape; ratios are to"
+        " torch eager, or to full fine-tuning. The percentage is the operations that torch counts,"
+        " over those that the measured matmul makes in that time.",
         file=f"gpu-{re.sub(r'[^A-Za-z0-9]+', '-', card)}",
     )
     bench = Bench(report, device, precision, repeats, time.monotonic() + 60 * minutes, out)

@@ -1,4 +1,6 @@
-"""Hostile requests: what was promised and what came, from the gateway and from Triton's own ports."""
+"""Hostile requests: what was promised and what came, from the gateway and from Triton's own
+ports.
+"""
 
 from __future__ import annotations
 
@@ -39,15 +41,17 @@ def main(
         grpc: messages to Triton's gRPC port.
         seed: of the mutations.
         minutes: for each of the three, after which no more are sent.
-        replay: the number of one request, to be sent alone; what comes back is printed, and nothing is written.
+        replay: the number of one request, to be sent alone; what comes back is printed, and nothing
+            is written.
     """
     with tempfile.TemporaryDirectory(prefix="hostile-") as folder, world(Path(folder)) as running:
         if replay is not None:
             return again(running, seed, replay)
         what = (
-            f"The first {len(by_hand()):,} requests are made by hand, the others are mutations of right ones "
-            f"(seed {seed}). The release is tiny, the gateway gives a request {TIMEOUT:g} s, and a good client asks "
-            "every task meanwhile. Results are HTTP statuses, or how the connection ended."
+            f"The first {len(by_hand()):,} requests are made by hand, the others are mutations of"
+            f" right ones (seed {seed}). The release is tiny, the gateway gives a request"
+            f" {TIMEOUT:g} s, and a good client asks every task meanwhile. Results are HTTP"
+            " statuses, or how the connection ended."
         )
         report = Report("hostile", "Hostile requests", what, timed=False)
         broken = gateway(running, report, seed, count, minutes) if count else 0
@@ -67,16 +71,23 @@ def gateway(running: World, report: Report, seed: int, count: int, minutes: floa
     before, start = running.processes(), time.monotonic()
     with Good(running.address) as good:
         found = campaign.run(
-            running.address, seed, range(count), seconds=minutes * 60, failures=FAILURES, progress=progress
+            running.address,
+            seed,
+            range(count),
+            seconds=minutes * 60,
+            failures=FAILURES,
+            progress=progress,
         )
     seconds = time.monotonic() - start
     report.table("Gateway", COLUMNS, campaign.rows(found))
-    same = "are the same as before" if running.processes() == before else "are NOT the same as before"
+    same = (
+        "are the same as before" if running.processes() == before else "are NOT the same as before"
+    )
     memory = ", ".join(f"{name} {size:,} MiB" for name, size in running.memory().items())
     report.note(
-        f"{found.count:,} requests in {seconds:.0f} s. Promises broken: {len(found.failures)}. The good client "
-        f"compared {good.asked:,} answers byte by byte; {len(good.troubles)} differed. The processes {same}. "
-        f"Peak memory: {memory}."
+        f"{found.count:,} requests in {seconds:.0f} s. Promises broken: {len(found.failures)}. The"
+        f" good client compared {good.asked:,} answers byte by byte; {len(good.troubles)} differed."
+        f" The processes {same}. Peak memory: {memory}."
     )
     for failure in found.failures:
         say(f"{failure}; its bytes are in {FAILURES}")
@@ -87,7 +98,9 @@ def gateway(running: World, report: Report, seed: int, count: int, minutes: floa
     return len(found.failures) + len(good.troubles)
 
 
-def tritons_ports(running: World, report: Report, seed: int, triton: int, grpc: int, seconds: float) -> None:
+def tritons_ports(
+    running: World, report: Report, seed: int, triton: int, grpc: int, seconds: float
+) -> None:
     """The same against Triton itself, for what it is."""
 
     def progress(done: int) -> None:
@@ -95,13 +108,15 @@ def tritons_ports(running: World, report: Report, seed: int, triton: int, grpc: 
             say(f"Triton's own port: {done:,}")
 
     def table(title: str, found: campaign.Report) -> None:
-        report.table(title, ["kind", "count", "result"], [[*row[:2], row[3]] for row in campaign.rows(found)])
+        report.table(
+            title, ["kind", "count", "result"], [[*row[:2], row[3]] for row in campaign.rows(found)]
+        )
 
     table("Triton's own HTTP port", tritons_own.over_http(running, seed, triton, seconds, progress))
     table("Triton's own gRPC port", tritons_own.over_grpc(running, seed, grpc, seconds, progress))
     report.note(
-        "Nothing is promised of Triton's own ports: they are for a trusted network. Whatever died or hung was started "
-        "again, as radapter-serve does."
+        "Nothing is promised of Triton's own ports: they are for a trusted network. Whatever died"
+        " or hung was started again, as radapter-serve does."
     )
 
 
@@ -110,7 +125,10 @@ def again(running: World, seed: int, number: int) -> int:
     made = case(seed, number)
     outcome = exchange(running.address, made)
     why = trouble(made, outcome)
-    print(f"{made.kind}, promised: {made.promise}\n{made.raw[:2000]!r}\n{outcome}\n{why or 'as promised'}")
+    print(
+        f"{made.kind}, promised:"
+        f" {made.promise}\n{made.raw[:2000]!r}\n{outcome}\n{why or 'as promised'}"
+    )
     return 1 if why else 0
 
 

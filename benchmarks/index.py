@@ -1,4 +1,6 @@
-"""Engines for an index of embeddings: build, size, memory, and the time and recall of images and texts that ask."""
+"""Engines for an index of embeddings: build, size, memory, and the time and recall of images and
+texts that ask.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,16 @@ from radapter_serve.index.neighbours import Neighbours, write_neighbours
 from radapter_serve.index.recall import EFFORTS as OWN_EFFORTS
 
 Array = NDArray[np.float32]
-Search = Callable[[Array, Any], NDArray[np.int64]]  # a query [D] and an effort to the rows of the ten nearest
+Search = Callable[
+    [Array, Any], NDArray[np.int64]
+]  # a query [D] and an effort to the rows of the ten nearest
 
 QUERIES, TOP_K, RECALL = 100, 10, 0.95
-CROPS, CAPTIONS, TOGETHER = 6, 5, 4  # random crops of a photo; of these, so many side by side make a vector
+CROPS, CAPTIONS, TOGETHER = (
+    6,
+    5,
+    4,
+)  # random crops of a photo; of these, so many side by side make a vector
 SHARES = (0.5, 0.1, 0.03)  # of the vectors that meet a condition
 BATCH = 10_000
 DEMO_BASE = Path(__file__).parents[1] / "radapter_serve" / "demo" / "base"
@@ -47,7 +55,9 @@ def lance(vectors: Array, folder: Path, index: str | None) -> None:
         for start in range(0, len(vectors), BATCH):
             part = np.ascontiguousarray(vectors[start : start + BATCH])
             column = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), dim)
-            yield pa.record_batch([pa.array(range(start, start + len(part))), column], schema=schema)
+            yield pa.record_batch(
+                [pa.array(range(start, start + len(part))), column], schema=schema
+            )
 
     table = lancedb.connect(folder).create_table("t", batches(), schema=schema)
     if index is not None:
@@ -96,8 +106,12 @@ def faiss_build(vectors: Array, folder: Path, kind: str) -> None:
     made: Any = {
         "flat": lambda: faiss.IndexFlatIP(dim),
         "HNSW": lambda: faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT),
-        "HNSW-SQ8": lambda: faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_8bit, 32, faiss.METRIC_INNER_PRODUCT),
-        "IVF-PQ": lambda: faiss.index_factory(dim, f"IVF{lists},PQ{dim // 8},RFlat", faiss.METRIC_INNER_PRODUCT),
+        "HNSW-SQ8": lambda: faiss.IndexHNSWSQ(
+            dim, faiss.ScalarQuantizer.QT_8bit, 32, faiss.METRIC_INNER_PRODUCT
+        ),
+        "IVF-PQ": lambda: faiss.index_factory(
+            dim, f"IVF{lists},PQ{dim // 8},RFlat", faiss.METRIC_INNER_PRODUCT
+        ),
     }[kind]()
     if not made.is_trained:
         made.train(np.ascontiguousarray(vectors[:: max(1, len(vectors) // (40 * lists))]))
@@ -148,12 +162,17 @@ def usearch_search(folder: Path, kind: str) -> Search:
 
 
 def own_build(vectors: Array, folder: Path, kind: str) -> None:
-    """What radapter-index makes of many images: IVF-PQ with 4-bit codes, and the vectors in float16."""
+    """What radapter-index makes of many images: IVF-PQ with 4-bit codes, and the vectors in
+    float16.
+    """
     parts = (
-        (np.arange(s, min(s + BATCH, len(vectors)), dtype=np.uint64), vectors[s : s + BATCH]) for s in _starts(vectors)
+        (np.arange(s, min(s + BATCH, len(vectors)), dtype=np.uint64), vectors[s : s + BATCH])
+        for s in _starts(vectors)
     )
     said = write_neighbours(folder, parts, vectors.shape)
-    (folder / "said.json").write_text(json.dumps({**said, "shape": vectors.shape}), encoding="utf-8")
+    (folder / "said.json").write_text(
+        json.dumps({**said, "shape": vectors.shape}), encoding="utf-8"
+    )
 
 
 def own_open(folder: Path) -> Neighbours:
@@ -202,7 +221,9 @@ def build(engine: str, data: str, folder: str, result: str) -> None:
 
 
 def query(engine: str, queries: str, exact: str, folder: str, result: str) -> None:
-    """In a process of its own: open, and search with the least effort that has the recall on both kinds of query."""
+    """In a process of its own: open, and search with the least effort that has the recall on both
+    kinds of query.
+    """
     _, opened, kind = ENGINES[engine]
     asked, nearest = np.load(queries), np.load(exact)
     before = memory("VmRSS")
@@ -231,7 +252,9 @@ def filtered(data: str, queries: str, folder: str, effort: str, result: str) -> 
     vectors, asked, near = np.load(data, mmap_mode="r"), np.load(queries), own_open(Path(folder))
     rows = []
     for share in SHARES:
-        among = np.sort(np.random.default_rng(2).choice(len(vectors), int(len(vectors) * share), replace=False))
+        among = np.sort(
+            np.random.default_rng(2).choice(len(vectors), int(len(vectors) * share), replace=False)
+        )
         truth = among[exact(vectors, asked, among)]
         row: list[Any] = [share]
         for part in (slice(0, QUERIES), slice(QUERIES, None)):
@@ -252,10 +275,14 @@ def _save(path: str, **values: Any) -> None:
 
 
 def limited(function: Any, limit: float, result: Path, *arguments: Any) -> dict[str, Any] | None:
-    """What a function wrote down from a fresh process; None where the process took longer than allowed."""
+    """What a function wrote down from a fresh process; None where the process took longer than
+    allowed.
+    """
     # Threads that wait for each other say more of the machine's other work than of an engine.
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LANCE_CPU_THREADS": "1"}
-    process = multiprocessing.get_context("spawn").Process(target=function, args=(*map(str, arguments), str(result)))
+    process = multiprocessing.get_context("spawn").Process(
+        target=function, args=(*map(str, arguments), str(result))
+    )
     process.start()
     process.join(limit)
     late = process.is_alive()
@@ -268,8 +295,9 @@ def limited(function: Any, limit: float, result: Path, *arguments: Any) -> dict[
 
 
 def embed(photos: list[Path], captions: list[list[str]], folder: Path) -> tuple[Array, Array]:
-    """By the demo's base as a release: random crops of photos, half of them mirrored, float32 [N, CROPS, D], and their
-    captions, float32 [N, CAPTIONS, D]."""
+    """By the demo's base as a release: random crops of photos, half of them mirrored, float32 [N,
+    CROPS, D], and their captions, float32 [N, CAPTIONS, D].
+    """
     from radapter_export import ExportSettings, export_release
     from radapter_serve.adapter import Metadata, attach, base_digest, save_adapter
     from radapter_serve.clip.base import load_base
@@ -279,10 +307,15 @@ def embed(photos: list[Path], captions: list[list[str]], folder: Path) -> tuple[
     base = load_base(name)
     adapters = attach(base.model)
     digest = base_digest(base.model.state_dict(), [site.key for site in adapters.sites])
-    save_adapter(adapters.adapter(Metadata(architecture=name, base_digest=digest)), folder / "adapter.safetensors")
+    save_adapter(
+        adapters.adapter(Metadata(architecture=name, base_digest=digest)),
+        folder / "adapter.safetensors",
+    )
     models = folder / "model_repository"
     export_release(
-        folder / "adapter.safetensors", None, ExportSettings(model_repository=models, merged=folder / "merged")
+        folder / "adapter.safetensors",
+        None,
+        ExportSettings(model_repository=models, merged=folder / "merged"),
     )
     release = LocalRelease(models)
     random = np.random.default_rng(0)
@@ -293,7 +326,10 @@ def embed(photos: list[Path], captions: list[list[str]], folder: Path) -> tuple[
             image = photo.convert("RGB")
         for _ in range(CROPS):
             width, height = (int(side * random.uniform(0.5, 1)) for side in image.size)
-            left, top = random.integers(image.width - width + 1), random.integers(image.height - height + 1)
+            left, top = (
+                random.integers(image.width - width + 1),
+                random.integers(image.height - height + 1),
+            )
             crop = image.crop((left, top, left + width, top + height))
             pixels.append(release.preprocess(crop)[:, :: random.choice((-1, 1))])
         if len(pixels) >= 512 or number == len(photos):
@@ -302,32 +338,46 @@ def embed(photos: list[Path], captions: list[list[str]], folder: Path) -> tuple[
         if not number % 1000:
             say(f"embedded {CROPS} crops of each of {number} photos")
     texts = release.embed_texts([text for five in captions for text in five])
-    return np.concatenate(embeds).reshape(len(photos), CROPS, -1), texts.reshape(len(photos), CAPTIONS, -1)
+    return np.concatenate(embeds).reshape(len(photos), CROPS, -1), texts.reshape(
+        len(photos), CAPTIONS, -1
+    )
 
 
 def collection(embeds: Array, count: int, path: Path) -> None:
-    """Write vectors of D times TOGETHER: crops or captions of one photo side by side in a random order, jittered."""
+    """Write vectors of D times TOGETHER: crops or captions of one photo side by side in a random
+    order, jittered.
+    """
     random = np.random.default_rng(1)
     out = np.lib.format.open_memmap(path, "w+", np.float32, (count, embeds.shape[2] * TOGETHER))
     for start in range(0, count, BATCH):
         rows = np.arange(start, min(start + BATCH, count))
-        chosen = random.permuted(np.tile(np.arange(embeds.shape[1]), (len(rows), 1)), axis=1)[:, :TOGETHER]
+        chosen = random.permuted(np.tile(np.arange(embeds.shape[1]), (len(rows), 1)), axis=1)[
+            :, :TOGETHER
+        ]
         part = embeds[(rows % len(embeds))[:, None], chosen].reshape(len(rows), -1) / TOGETHER**0.5
         part = part + random.standard_normal(part.shape) * (0.1 / part.shape[1] ** 0.5)
         out[rows] = part / np.linalg.norm(part, axis=1, keepdims=True)
 
 
-def exact(vectors: Array, queries: Array, among: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+def exact(
+    vectors: Array, queries: Array, among: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
     """Rows of the nearest vectors, best first, int64 [Q, TOP_K]; with `among`, places in it."""
     best = np.full((len(queries), 0), -1), np.zeros((len(queries), 0), np.float32)
     count = len(vectors) if among is None else len(among)
     for start in range(0, count, 50_000):
-        part = vectors[start : start + 50_000] if among is None else vectors[among[start : start + 50_000]]
+        part = (
+            vectors[start : start + 50_000]
+            if among is None
+            else vectors[among[start : start + 50_000]]
+        )
         cosines = queries @ part.T
         rows = np.argpartition(-cosines, TOP_K, axis=1)[:, :TOP_K]
         rows, scores = (
             np.concatenate([old, new], axis=1)
-            for old, new in zip(best, (rows + start, np.take_along_axis(cosines, rows, 1)), strict=True)
+            for old, new in zip(
+                best, (rows + start, np.take_along_axis(cosines, rows, 1)), strict=True
+            )
         )
         order = np.argsort(-scores, axis=1)[:, :TOP_K]
         best = np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
@@ -369,18 +419,23 @@ def main(
     report = Report(
         "index",
         "Engines for an index of embeddings",
-        f"Vectors of D = 512 are made of real embeddings: {CROPS} random crops of every photo, half of them mirrored, "
-        f"are embedded by the demo's base (D = 128) as a release; a vector is {TOGETHER} of these side by side in a "
-        f"random order, plus Gaussian noise of length 0.1, and unit length again: more vectors than photos are more "
-        f"orders of the same crops. {QUERIES} images and {QUERIES} texts ask, made the same way of the crops and of "
-        f"the captions of photos that are not in the collection; texts lie far from all images. Builds and queries run "
-        f"in fresh processes; a query is one vector, one thread. Recall@{TOP_K} is against numpy; the effort is the "
-        f"least with a recall of {RECALL} on both, else the greatest: cells probed, or HNSW's ef; of LanceDB's IVF-PQ "
-        "cells and how many times as many answers are sorted again by the vectors, and of the 4-bit codes cells and "
-        "how many candidates the vectors sort. Memory is that of the process, mapped files included, less its start.",
+        f"Vectors of D = 512 are made of real embeddings: {CROPS} random crops of every photo, half"
+        " of them mirrored, are embedded by the demo's base (D = 128) as a release; a vector is"
+        f" {TOGETHER} of these side by side in a random order, plus Gaussian noise of length 0.1,"
+        " and unit length again: more vectors than photos are more orders of the same crops."
+        f" {QUERIES} images and {QUERIES} texts ask, made the same way of the crops and of the"
+        " captions of photos that are not in the collection; texts lie far from all images. Builds"
+        f" and queries run in fresh processes; a query is one vector, one thread. Recall@{TOP_K} is"
+        f" against numpy; the effort is the least with a recall of {RECALL} on both, else the"
+        " greatest: cells probed, or HNSW's ef; of LanceDB's IVF-PQ cells and how many times as"
+        " many answers are sorted again by the vectors, and of the 4-bit codes cells and how many"
+        " candidates the vectors sort. Memory is that of the process, mapped files included, less"
+        " its start.",
         timed=False,
     )
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("lancedb", "faiss-cpu", "usearch"))
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("lancedb", "faiss-cpu", "usearch")
+    )
     report.note(f"{versions}; a build, or the queries, of more than {limit:g} s: stopped.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -402,8 +457,12 @@ def main(
             report.write(out)
 
 
-def _compare(size: int, images: Array, folder: Path, engines: tuple[str, ...], limit: float, report: Report) -> None:
-    data, nearest, queries, index = (folder / name for name in ("vectors.npy", "exact.npy", "queries.npy", "engine"))
+def _compare(
+    size: int, images: Array, folder: Path, engines: tuple[str, ...], limit: float, report: Report
+) -> None:
+    data, nearest, queries, index = (
+        folder / name for name in ("vectors.npy", "exact.npy", "queries.npy", "engine")
+    )
     collection(images, size, data)
     np.save(nearest, exact(np.load(data, mmap_mode="r"), np.load(queries)))
     rows, shares = [], []
@@ -416,22 +475,36 @@ def _compare(size: int, images: Array, folder: Path, engines: tuple[str, ...], l
         rows.append(_row(name, built, found))
         say(" | ".join(rows[-1]))
         if found is not None and ENGINES[name][2] == "own" and size >= 100_000:
-            part = limited(filtered, limit, folder / "shares.json", data, queries, index, found["effort"])
+            part = limited(
+                filtered, limit, folder / "shares.json", data, queries, index, found["effort"]
+            )
             shares = part["rows"] if part else []
         shutil.rmtree(index, ignore_errors=True)
         for file in ("built.json", "found.json"):
             (folder / file).unlink(missing_ok=True)
     kinds = [f"{what} {unit}" for what in ("images", "texts") for unit in ("p50 ms", "recall")]
-    report.table(f"{size:,} vectors", ["engine", "build s", "build MB", "disk MB", *kinds, "effort", "MB in use"], rows)
+    report.table(
+        f"{size:,} vectors",
+        ["engine", "build s", "build MB", "disk MB", *kinds, "effort", "MB in use"],
+        rows,
+    )
     if shares:
-        said = [[f"{a:.0%}", f"{c * 1e3:.2f}", f"{b:.3f}", f"{e * 1e3:.2f}", f"{d:.3f}"] for a, b, c, d, e in shares]
+        said = [
+            [f"{a:.0%}", f"{c * 1e3:.2f}", f"{b:.3f}", f"{e * 1e3:.2f}", f"{d:.3f}"]
+            for a, b, c, d, e in shares
+        ]
         report.table(f"{size:,} vectors, 4-bit codes, a condition", ["met by", *kinds], said)
 
 
 def _row(name: str, built: dict[str, Any] | None, found: dict[str, Any] | None) -> list[str]:
     if built is None:
         return [name, "stopped", *["–"] * 8]
-    row = [name, f"{built['build']:.1f}", f"{built['build_memory'] / 1e6:.0f}", f"{built['size'] / 1e6:.0f}"]
+    row = [
+        name,
+        f"{built['build']:.1f}",
+        f"{built['build_memory'] / 1e6:.0f}",
+        f"{built['size'] / 1e6:.0f}",
+    ]
     if found is None:
         return [*row, "stopped", *["–"] * 5]
     for what in ("images", "texts"):

@@ -1,4 +1,6 @@
-"""Every task of a server under load: closed loop with more callers each time, open loop at rates."""
+"""Every task of a server under load: closed loop with more callers each time, open loop at
+rates.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,9 @@ class Bench:
     seconds: float
     warmup: float
 
-    def rows(self, urls: Sequence[str], tasks: Sequence[str], loads: Sequence[Closed | Open]) -> list[Row]:
+    def rows(
+        self, urls: Sequence[str], tasks: Sequence[str], loads: Sequence[Closed | Open]
+    ) -> list[Row]:
         """A row for each task, server and load, in this order."""
         found = []
         for task in tasks:
@@ -288,7 +292,10 @@ def main(
     percentiles = [f"p{which}" for which in PERCENTILES]
     columns = ["task, protocol, load", "answers", "errors", "per s", *percentiles, *STAGES]
     report.table("Closed loop", columns, [row.cells() for row in closed])
-    report.note("Callers wait for their answer before they ask again. Times are in ms; the last four are means.")
+    report.note(
+        "Callers wait for their answer before they ask again. Times are in ms; the last four are"
+        " means."
+    )
     report.table("Open loop", columns, [row.cells() for row in opened])
     shown = ", ".join(f"{share:g}" for share in shares)
     report.note(

@@ -1,4 +1,6 @@
-"""Requests under load: closed, where callers wait for their answers, and open, where requests come when they come."""
+"""Requests under load: closed, where callers wait for their answers, and open, where requests come
+when they come.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from radapter_client import RAdapterClientError
 
 PERCENTILES = (50, 90, 95, 99)
 
-# Sends one request; the number, which is another one each time, lets it be different from those before.
+# Sends one request; the number, which is another one each time, lets it be different from those
+# before.
 Send = Callable[[int], Awaitable[object]]
 TOO_MANY = "not sent: too many requests in flight"
 
@@ -24,7 +27,8 @@ TOO_MANY = "not sent: too many requests in flight"
 class Closed:
     """Closed loop: callers that send their next request when the last one is answered.
 
-    A slow server gets fewer requests, so that its latencies say nothing about users who do not wait for each other.
+    A slow server gets fewer requests, so that its latencies say nothing about users who do not wait
+    for each other.
 
     Args:
         callers: at once, 1 and more.
@@ -40,7 +44,8 @@ class Closed:
 class Open:
     """Open loop: requests at random times (a Poisson process), however long the answers take.
 
-    Latency counts from the time at which a request was due, so that a server that falls behind can't hide it.
+    Latency counts from the time at which a request was due, so that a server that falls behind
+    can't hide it.
 
     Args:
         rate: requests a second, above 0.

@@ -1,4 +1,6 @@
-"""Memory of the server's processes: at rest, after work, and while thousands of large requests come at once."""
+"""Memory of the server's processes: at rest, after work, and while thousands of large requests come
+at once.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def at_rest(parents: list[int]) -> dict[str, tuple[float, float]]:
 
 
 def work(url: str) -> None:
-    """What fills the processes: full batches, many labels, large images, searches; each often enough for two."""
+    """What fills the processes: full batches, many labels, large images, searches; each often
+    enough for two.
+    """
     photo, wall = png(1, 640, 480), png(2, 4000, 3000, "JPEG")
     with Client(url, timeout=300) as client:
         for number in range(4):
@@ -84,7 +88,9 @@ class Flood:
         async def one() -> None:
             try:
                 reader, writer = await asyncio.open_connection(place.hostname, place.port)
-                answer = asyncio.ensure_future(reader.readuntil(END))  # a connection too many is told so at once
+                answer = asyncio.ensure_future(
+                    reader.readuntil(END)
+                )  # a connection too many is told so at once
                 await go.wait()
                 with contextlib.suppress(ConnectionError):
                     for start in range(0, len(message), PIECE):
@@ -115,14 +121,18 @@ class Flood:
         message = service_pb2.ModelInferRequest(model_name=self.model)
         for name, value in self.inputs.items():
             rows = [len(value)]
-            message.inputs.add(name=name, datatype="BYTES", shape=[1, *rows] if self.model == "classify" else rows)
+            message.inputs.add(
+                name=name, datatype="BYTES", shape=[1, *rows] if self.model == "classify" else rows
+            )
             message.raw_input_contents.append(pack(value))
         data = message.SerializeToString()
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
         async with contextlib.AsyncExitStack() as stack:
             calls = []
             for _ in range(min(GRPC_CALLERS, self.count)):
-                channel = await stack.enter_async_context(grpc.aio.insecure_channel(urlsplit(url).netloc, options))
+                channel = await stack.enter_async_context(
+                    grpc.aio.insecure_channel(urlsplit(url).netloc, options)
+                )
                 await channel.channel_ready()
                 calls.append(channel.unary_unary("/inference.GRPCInferenceService/ModelInfer"))
 
@@ -153,8 +163,9 @@ def main(
     report = Report(
         "memory",
         f"Memory: at rest, after work and under {count:,} large requests at once",
-        "radapter-serve with every task, two processes each, and radapter-gateway, both with their defaults. The "
-        "vocabulary is CLIP's; the encoders are tiny, so tritonserver has next to no weights.",
+        "radapter-serve with every task, two processes each, and radapter-gateway, both with their"
+        " defaults. The vocabulary is CLIP's; the encoders are tiny, so tritonserver has next to no"
+        " weights.",
         timed=False,
     )
     with tempfile.TemporaryDirectory() as name:
@@ -167,11 +178,24 @@ def main(
             work(ways[GATEWAY])
             after = at_rest(parents)
             rows = [
-                [name, *(f"{value:.0f}" for value in (*first[name], *after[name], resident(pid, "VmHWM")))]
+                [
+                    name,
+                    *(
+                        f"{value:.0f}"
+                        for value in (*first[name], *after[name], resident(pid, "VmHWM"))
+                    ),
+                ]
                 for name, pid in sorted(pids(parents).items())
             ]
-            report.table("MiB of each process", ["process", "start", "own", "after work", "own", "peak"], rows)
-            report.note("Own: what the process shares with no other. Start: when every task has answered once.")
+            report.table(
+                "MiB of each process",
+                ["process", "start", "own", "after work", "own", "peak"],
+                rows,
+            )
+            report.note(
+                "Own: what the process shares with no other. Start: when every task has answered"
+                " once."
+            )
             masks = Flood("segment", {"image": [png_of(8000, 8000)], "labels": ["a"]}, count)
             large = Flood("classify", {"image": [noise(size)], "labels": CLASS_NAMES[:3]}, count)
             floods = [(way, large) for way in callers] + [(GATEWAY, masks)]
@@ -181,8 +205,9 @@ def main(
                 report.table(f"{count:,} requests at once", HEAD, rows)
                 report.write(out)
     report.note(
-        f"Classify: an image of {size:g} MiB. Segment: one of 8 kB with 8,000 x 8,000 pixels, so a mask of 122 MiB. "
-        "MiB are each process's peak above what it had before; for the tasks, the sum over their processes."
+        f"Classify: an image of {size:g} MiB. Segment: one of 8 kB with 8,000 x 8,000 pixels, so a"
+        " mask of 122 MiB. MiB are each process's peak above what it had before; for the tasks,"
+        " the sum over their processes."
     )
     report.write(out)
 
@@ -208,7 +233,9 @@ def flooded(parents: list[int], way: str, url: str, flood: Flood) -> list[str]:
     seconds = time.monotonic() - start
     rise: Counter[str] = Counter()
     for name, (pid, mib) in before.items():
-        rise[name if name in ("radapter-gateway", "tritonserver") else "tasks"] += round(resident(pid, "VmHWM") - mib)
+        rise[name if name in ("radapter-gateway", "tritonserver") else "tasks"] += round(
+            resident(pid, "VmHWM") - mib
+        )
     words = ", ".join(f"{name}: {number:,}" for name, number in sorted(results.items()))
     say(f"{words}; {dict(rise)} MiB")
     figures = [rise["radapter-gateway"], rise["tritonserver"], rise["tasks"], sum(rise.values())]

@@ -46,13 +46,23 @@ def main(
         min_area=recipe["mask_min_area"] if min_area is None else min_area,
         templates=metadata.templates,
     )
-    batches = list(evaluation_batches(base, segments.rows, lambda row: (segments.image(row), segments.label(row))))
+    batches = list(
+        evaluation_batches(
+            base, segments.rows, lambda row: (segments.image(row), segments.label(row))
+        )
+    )
     labels = torch.cat([label for _, label in batches])
     most = int(labels.bincount().max())
-    table = Table("α", "accuracy of crops, %", title=f"{len(labels)} segments, {len(segments.classes)} classes")
+    table = Table(
+        "α",
+        "accuracy of crops, %",
+        title=f"{len(labels)} segments, {len(segments.classes)} classes",
+    )
     for alpha in alphas:
         adapters.alpha = alpha
-        classifier = zero_shot_classifier(base.model, base.tokenizer, segments.classes, segments.templates)
+        classifier = zero_shot_classifier(
+            base.model, base.tokenizer, segments.classes, segments.templates
+        )
         hits, total = count_hits(base.model, classifier, batches)
         table.add_row(f"{alpha:g}", f"{100 * hits / total:.2f}")
     table.caption = f"always the most frequent class: {100 * most / len(labels):.2f} %"

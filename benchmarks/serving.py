@@ -1,4 +1,6 @@
-"""Served against in-process: `classify` of a JPEG by tritonserver, over gRPC and HTTP, and by the same code here."""
+"""Served against in-process: `classify` of a JPEG by tritonserver, over gRPC and HTTP, and by the
+same code here.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,17 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import tyro
-from common import CLASS_NAMES, RESULTS, Process, Report, alternate, picture, random_clip, ratio, say
+from common import (
+    CLASS_NAMES,
+    RESULTS,
+    Process,
+    Report,
+    alternate,
+    picture,
+    random_clip,
+    ratio,
+    say,
+)
 from google.protobuf import text_format
 from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2
@@ -30,11 +42,18 @@ from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.tasks.classify import Classify, ClassifyRequest, EmbedImages, load_label_sets
 
 LABEL_SET = "names"
-STAGES = ("decode, resize, score, hand-over", "encoder", "Triton: queues, copies", "client, protocol, network")
+STAGES = (
+    "decode, resize, score, hand-over",
+    "encoder",
+    "Triton: queues, copies",
+    "client, protocol, network",
+)
 
 
 def export(architecture: str, folder: Path) -> tuple[float, int]:
-    """What radapter-export does, with a label set; its seconds, and the checkpoint's size in bytes."""
+    """What radapter-export does, with a label set; its seconds, and the checkpoint's size in
+    bytes.
+    """
     from radapter_export import ExportSettings, export_release  # only in the process that exports
 
     _, adapter, size = random_clip(architecture, folder)
@@ -43,7 +62,9 @@ def export(architecture: str, folder: Path) -> tuple[float, int]:
     start = time.perf_counter()
     merged, repository = folder / "merged", folder / "repository"
     export_release(
-        adapter, [0.5], ExportSettings(merged=merged, model_repository=repository, label_sets={LABEL_SET: names})
+        adapter,
+        [0.5],
+        ExportSettings(merged=merged, model_repository=repository, label_sets={LABEL_SET: names}),
     )
     return time.perf_counter() - start, size
 
@@ -70,7 +91,9 @@ class Local:
 
     def __init__(self, repository: Path, options: onnxruntime.SessionOptions) -> None:
         path = repository / "image_encoder" / "1" / "model.onnx"
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
         folder = repository / "classify" / "1"
         release = Release.load(folder)
         no_labels: Any = None  # no request here brings its own
@@ -86,12 +109,16 @@ class Local:
 
     def classify(self, images: Sequence[bytes]) -> list[str]:
         """The best label of each image, which are a request each."""
-        outcomes = self._task([ClassifyRequest([image], label_set=[LABEL_SET.encode()]) for image in images])
+        outcomes = self._task(
+            [ClassifyRequest([image], label_set=[LABEL_SET.encode()]) for image in images]
+        )
         return [str(one.unwrap().labels[0, 0]) for one in outcomes]
 
 
 def counters(server: TritonServer) -> dict[str, dict[str, float]]:
-    """The server's statistics of each model since its start: requests, executions, seconds in all and in compute."""
+    """The server's statistics of each model since its start: requests, executions, seconds in all
+    and in compute.
+    """
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"{server.http_url}/v2/models/stats") as response:
         models = json.load(response)["model_stats"]
@@ -107,12 +134,15 @@ def counters(server: TritonServer) -> dict[str, dict[str, float]]:
 
 
 class Caller:
-    """A candidate at concurrency 1: each run calls `count` times, one call after another, and returns their median.
+    """A candidate at concurrency 1: each run calls `count` times, one call after another, and
+    returns their median.
 
     Keeps the seconds of every call, and the mean seconds of the stages in every run.
     """
 
-    def __init__(self, call: Callable[[], object], count: int, source: Local | TritonServer) -> None:
+    def __init__(
+        self, call: Callable[[], object], count: int, source: Local | TritonServer
+    ) -> None:
         self._call, self._count, self._source = call, count, source
         self.calls: list[float] = []
         self.stages: list[list[float]] = []
@@ -128,7 +158,10 @@ class Caller:
         if isinstance(self._source, TritonServer):
             after = counters(self._source)
             (all_, work), (encoder_all, encoder) = (
-                [(after[model][key] - before[model][key]) / self._count for key in ("all", "compute")]
+                [
+                    (after[model][key] - before[model][key]) / self._count
+                    for key in ("all", "compute")
+                ]
                 for model in ("classify", "image_encoder")
             )
             stages = [work - encoder_all, encoder, all_ - work + encoder_all - encoder, mean - all_]
@@ -149,13 +182,18 @@ def together(call: Callable[[], object], count: int, pool: ThreadPoolExecutor) -
 
 
 def main(
-    architecture: str = "ViT-B-32", calls: int = 20, repeats: int = 10, concurrency: int = 8, out: Path = RESULTS
+    architecture: str = "ViT-B-32",
+    calls: int = 20,
+    repeats: int = 10,
+    concurrency: int = 8,
+    out: Path = RESULTS,
 ) -> None:
     """Measure classify, served and in-process.
 
     Args:
         architecture: open_clip architecture, with random weights and an adapter.
-        calls: calls of each candidate in a round at concurrency 1; at more, `concurrency` times 8 images.
+        calls: calls of each candidate in a round at concurrency 1; at more, `concurrency` times 8
+            images.
         repeats: rounds.
         concurrency: callers at once.
         out: folder of the table.
@@ -163,9 +201,10 @@ def main(
     report = Report(
         "serving",
         f"Classify: {architecture}, served and in-process",
-        f"A JPEG of 640 x 480 pixels against a label set of {len(CLASS_NAMES)} labels. In-process, the baseline, runs "
-        "the server's own task code over an ONNX Runtime session with the options that the encoder has in the server. "
-        "Client, server and in-process share the machine and take turns.",
+        f"A JPEG of 640 x 480 pixels against a label set of {len(CLASS_NAMES)} labels. In-process,"
+        " the baseline, runs the server's own task code over an ONNX Runtime session with the"
+        " options that the encoder has in the server. Client, server and in-process share the"
+        " machine and take turns.",
     )
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -177,15 +216,23 @@ def main(
         local = Local(repository, options_of(repository / "image_encoder" / "config.pbtxt"))
         plain = Local(repository, onnxruntime.SessionOptions())
         say("starting the server")
-        server = stack.enter_context(TritonServer(ServerConfig(repository, Endpoints.on_free_ports())))
-        grpc, http = (stack.enter_context(Client(url)) for url in (server.grpc_url, server.http_url))
+        server = stack.enter_context(
+            TritonServer(ServerConfig(repository, Endpoints.on_free_ports()))
+        )
+        grpc, http = (
+            stack.enter_context(Client(url)) for url in (server.grpc_url, server.http_url)
+        )
         local_call = partial(local.classify, [jpeg])
-        grpc_call, http_call = (partial(client.classify, jpeg, label_set=LABEL_SET) for client in (grpc, http))
+        grpc_call, http_call = (
+            partial(client.classify, jpeg, label_set=LABEL_SET) for client in (grpc, http)
+        )
         assert grpc_call().labels[0] == http_call().labels[0] == local_call()[0]
 
         callers = {
             "in-process": Caller(local_call, calls, local),
-            "in-process, ONNX Runtime's defaults": Caller(partial(plain.classify, [jpeg]), calls, plain),
+            "in-process, ONNX Runtime's defaults": Caller(
+                partial(plain.classify, [jpeg]), calls, plain
+            ),
             "gRPC": Caller(grpc_call, calls, server),
             "HTTP": Caller(http_call, calls, server),
         }
@@ -194,16 +241,37 @@ def main(
         rows = []
         for name, caller in callers.items():
             cuts = statistics.quantiles(caller.calls[calls:], n=20)
-            more = statistics.median(a - b for a, b in zip(times[name], times["in-process"], strict=True))
+            more = statistics.median(
+                a - b for a, b in zip(times[name], times["in-process"], strict=True)
+            )
             cells = [f"{1e3 * cuts[9]:.1f}", f"{1e3 * cuts[18]:.1f}"]
-            rows.append([name, *cells, f"{ratio(times[name], times['in-process']):.2f}", f"{1e3 * more:+.1f}"])
-        report.table("Concurrency 1", ["candidate", "p50 ms", "p95 ms", "ratio of p50", "more ms"], rows)
+            rows.append(
+                [
+                    name,
+                    *cells,
+                    f"{ratio(times[name], times['in-process']):.2f}",
+                    f"{1e3 * more:+.1f}",
+                ]
+            )
+        report.table(
+            "Concurrency 1", ["candidate", "p50 ms", "p95 ms", "ratio of p50", "more ms"], rows
+        )
         report.note("Aim: at most 5 ms more than in-process.")
         rows = [
-            [stage, *(f"{1e3 * statistics.median(run[n] for run in c.stages[1:]):.1f}" for c in callers.values())]
+            [
+                stage,
+                *(
+                    f"{1e3 * statistics.median(run[n] for run in c.stages[1:]):.1f}"
+                    for c in callers.values()
+                ),
+            ]
             for n, stage in enumerate(STAGES)
         ]
-        report.table("Where the time of a call goes, ms (from the server's statistics)", ["stage", *callers], rows)
+        report.table(
+            "Where the time of a call goes, ms (from the server's statistics)",
+            ["stage", *callers],
+            rows,
+        )
 
         images = 8 * concurrency
         pool = stack.enter_context(ThreadPoolExecutor(concurrency))
@@ -212,23 +280,40 @@ def main(
         many = {
             f"in-process, {concurrency} threads": partial(together, local_call, images, pool),
             f"in-process, batches of {concurrency}": partial(
-                together, partial(local.classify, [jpeg] * concurrency), images // concurrency, alone
+                together,
+                partial(local.classify, [jpeg] * concurrency),
+                images // concurrency,
+                alone,
             ),
             "gRPC": partial(together, grpc_call, images, pool),
             "HTTP": partial(together, http_call, images, pool),
         }
-        say(f"concurrency {concurrency}: {repeats} rounds and a warm-up of {len(many)} x {images} images")
+        say(
+            f"concurrency {concurrency}: {repeats} rounds and a warm-up of {len(many)} x {images}"
+            " images"
+        )
         times = alternate(many, repeats)
         after = counters(server)["classify"]
     best = min(list(many)[:2], key=lambda name: statistics.median(times[name]))
     rows = [
-        [name, f"{images / statistics.median(times[name]):.1f}", f"{1 / ratio(times[name], times[best]):.2f}"]
+        [
+            name,
+            f"{images / statistics.median(times[name]):.1f}",
+            f"{1 / ratio(times[name], times[best]):.2f}",
+        ]
         for name in many
     ]
     report.table(f"Concurrency {concurrency}", ["candidate", "images/s", "ratio"], rows)
-    at_once = (after["requests"] - before["requests"]) / (after["executions"] - before["executions"])
-    report.note(f"Ratio: to {best}. The server ran {at_once:.1f} requests together. Aim: at least 0.85.")
-    report.note(f"The export took {seconds:.0f} s and at most {peak / 1e6:.0f} MB, {peak / size:.1f} x the checkpoint.")
+    at_once = (after["requests"] - before["requests"]) / (
+        after["executions"] - before["executions"]
+    )
+    report.note(
+        f"Ratio: to {best}. The server ran {at_once:.1f} requests together. Aim: at least 0.85."
+    )
+    report.note(
+        f"The export took {seconds:.0f} s and at most {peak / 1e6:.0f} MB, {peak / size:.1f} x the"
+        " checkpoint."
+    )
     report.write(out)
 
 

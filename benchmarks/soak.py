@@ -1,4 +1,6 @@
-"""Many mixed requests to one server, good and bad, by every way in: what the memory of its processes does meanwhile."""
+"""Many mixed requests to one server, good and bad, by every way in: what the memory of its
+processes does meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,12 @@ from radapter_serve.server.endpoints import free_ports
 from tests.helpers.small_release import LABELS, TASKS, png, write_release
 
 MIB = 2**20
-SHARES = (0.01, 0.1, 0.5, 1.0)  # of the requests, after which memory is read; the first is the warm-up
+SHARES = (
+    0.01,
+    0.1,
+    0.5,
+    1.0,
+)  # of the requests, after which memory is read; the first is the warm-up
 GRPC, HTTP, GATEWAY = "gRPC", "HTTP", "gateway"
 IMAGES = [png(number, 40, 30) for number in range(4)]
 TEXTS = ["a cat", "Ölkäfer", "a red thing"]
@@ -42,7 +49,9 @@ GOOD: dict[str, Ask] = {
     "classify, label set": lambda client: client.classify(IMAGES[1], label_set="colours").top,
     "segment": lambda client: np.asarray(client.segment(IMAGES[2], LABELS).mask),
     "retrieve": lambda client: [hit.id for hit in client.search("a cat", index="photos")],
-    "retrieve by image": lambda client: [hit.id for hit in client.search(image=IMAGES[3], index="photos")],
+    "retrieve by image": lambda client: [
+        hit.id for hit in client.search(image=IMAGES[3], index="photos")
+    ],
 }
 BAD: dict[str, Ask] = {
     "no image": lambda client: client.classify(b"no image at all", LABELS),
@@ -58,12 +67,16 @@ def write(folder: Path) -> None:
     (folder / "photos").mkdir()
     for number, data in enumerate(IMAGES):
         (folder / "photos" / f"{number}.png").write_bytes(data)
-    build(str(folder / "photos"), folder / "indexes" / "photos", LocalRelease(folder / "repository"))
+    build(
+        str(folder / "photos"), folder / "indexes" / "photos", LocalRelease(folder / "repository")
+    )
 
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[tuple[list[int], dict[str, str]]]:
-    """radapter-serve and radapter-gateway; the numbers of their processes, and a URL for each way in."""
+    """radapter-serve and radapter-gateway; the numbers of their processes, and a URL for each way
+    in.
+    """
     http, grpc, metrics = free_ports()
     gateway = free_ports()[0]
     serve = ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
@@ -83,10 +96,16 @@ def running(folder: Path) -> Iterator[tuple[list[int], dict[str, str]]]:
         deadline = time.monotonic() + 180
         while not _ready(f"http://127.0.0.1:{gateway}/health/ready"):
             if time.monotonic() > deadline or processes[0].poll() is not None:
-                raise SystemExit(f"the server did not start: {(folder / 'log').read_text(errors='replace')[-2000:]}")
+                raise SystemExit(
+                    "the server did not start:"
+                    f" {(folder / 'log').read_text(errors='replace')[-2000:]}"
+                )
             time.sleep(0.5)
         ways = {GRPC: f"grpc://127.0.0.1:{grpc}", HTTP: f"http://127.0.0.1:{http}"}
-        yield [process.pid for process in processes], {**ways, GATEWAY: f"http://127.0.0.1:{gateway}"}
+        yield (
+            [process.pid for process in processes],
+            {**ways, GATEWAY: f"http://127.0.0.1:{gateway}"},
+        )
 
 
 def _ready(url: str) -> bool:
@@ -115,7 +134,11 @@ def memory(parents: list[int]) -> dict[str, float]:
     """MiB of each process, and of /dev/shm, by what people call them."""
     found = pids(parents)
     sizes = {name: resident(pid) for name, pid in found.items()}
-    return {"client (this script)": resident("self"), "/dev/shm": shared(found["tritonserver"]), **sizes}
+    return {
+        "client (this script)": resident("self"),
+        "/dev/shm": shared(found["tritonserver"]),
+        **sizes,
+    }
 
 
 def pids(parents: list[int]) -> dict[str, int]:
@@ -130,7 +153,9 @@ def pids(parents: list[int]) -> dict[str, int]:
         models: Counter[str] = Counter()
         for pid in _children(server):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if model := re.search(r"/([^/]+)/\d+/model\.py$", words[1].decode() if len(words) > 1 else ""):
+            if model := re.search(
+                r"/([^/]+)/\d+/model\.py$", words[1].decode() if len(words) > 1 else ""
+            ):
                 models[model[1]] += 1
                 found[f"{model[1]}, process {models[model[1]]}"] = pid
     return found
@@ -203,7 +228,9 @@ def same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other)
 
 
-def main(requests: int = 100_000, callers: int = 4, minutes: float = 24 * 60, out: Path = RESULTS) -> None:
+def main(
+    requests: int = 100_000, callers: int = 4, minutes: float = 24 * 60, out: Path = RESULTS
+) -> None:
     """Send them, and write the memory of every process after 1, 10, 50 and 100 % of them.
 
     Args:
@@ -213,9 +240,10 @@ def main(requests: int = 100_000, callers: int = 4, minutes: float = 24 * 60, ou
         out: folder of the results.
     """
     what = (
-        f"Requests by {callers} callers at once, of every task in turn, over gRPC, HTTP and the gateway; four of 25 "
-        "are bad. Real tritonserver, gateway and task models, two processes a task; the encoders are tiny. "
-        "Every answer is compared with the first one to the same request."
+        f"Requests by {callers} callers at once, of every task in turn, over gRPC, HTTP and the"
+        " gateway; four of 25 are bad. Real tritonserver, gateway and task models, two processes a"
+        " task; the encoders are tiny. Every answer is compared with the first one to the same"
+        " request."
     )
     report = Report("soak", "Soak: memory over many requests", what, timed=False)
     readings: list[dict[str, float]] = []
@@ -231,14 +259,17 @@ def main(requests: int = 100_000, callers: int = 4, minutes: float = 24 * 60, ou
                 while load.share < share:
                     time.sleep(0.1)
                 readings.append(memory(parents))
-                say(f"{share:.0%}: {load.done:,} requests, {load.rate:.0f} a second, {len(load.wrong)} wrong")
+                say(
+                    f"{share:.0%}: {load.done:,} requests, {load.rate:.0f} a second,"
+                    f" {len(load.wrong)} wrong"
+                )
                 table(report, readings)
             for thread in load.threads:
                 thread.join()
             rate = load.rate
     report.note(
-        f"{load.done:,} answers, {load.bad:,} of them to bad requests: {len(load.wrong)} were not what was expected. "
-        f"{rate:.0f} requests a second."
+        f"{load.done:,} answers, {load.bad:,} of them to bad requests: {len(load.wrong)} were not"
+        f" what was expected. {rate:.0f} requests a second."
     )
     for line in load.wrong[:5]:
         report.note(f"- {line}")
@@ -251,9 +282,15 @@ def table(report: Report, readings: list[dict[str, float]]) -> None:
     rows = []
     for name in names:
         cells = [f"{reading[name]:.1f}" if name in reading else "-" for reading in readings]
-        growth = f"{readings[-1][name] - readings[1][name]:+.1f}" if len(readings) == len(SHARES) else "-"
+        growth = (
+            f"{readings[-1][name] - readings[1][name]:+.1f}"
+            if len(readings) == len(SHARES)
+            else "-"
+        )
         rows.append([name, *cells, *["-"] * (len(SHARES) - len(readings)), growth])
-    report.table("MiB of memory", ["process", *(f"{share:.0%}" for share in SHARES), "10 % to 100 %"], rows)
+    report.table(
+        "MiB of memory", ["process", *(f"{share:.0%}" for share in SHARES), "10 % to 100 %"], rows
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""How many threads an encoder should have: images, texts, and both at once, asked of a real tritonserver."""
+"""How many threads an encoder should have: images, texts, and both at once, asked of a real
+tritonserver.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +26,26 @@ from radapter_serve.server.triton_server import TritonServer
 from radapter_serve.threads import cores
 
 # Callers that ask for images and for texts at the same time, each one request after the other.
-LOADS = {"1 image": (1, 0), "4 images": (4, 0), "1 text": (0, 1), "4 texts": (0, 4), "2 images, 2 texts": (2, 2)}
+LOADS = {
+    "1 image": (1, 0),
+    "4 images": (4, 0),
+    "1 text": (0, 1),
+    "4 texts": (0, 4),
+    "2 images, 2 texts": (2, 2),
+}
 
 
 class Load:
-    """A number of images and of texts, asked for by so many callers; each run returns the seconds it took.
+    """A number of images and of texts, asked for by so many callers; each run returns the seconds
+    it took.
 
-    Keeps the processor's seconds in all processes of the server, too: other work on the machine does not change them.
+    Keeps the processor's seconds in all processes of the server, too: other work on the machine
+    does not change them.
     """
 
-    def __init__(self, callers: Sequence[int], calls: Sequence[Callable[[], object]], count: int, pid: int) -> None:
+    def __init__(
+        self, callers: Sequence[int], calls: Sequence[Callable[[], object]], count: int, pid: int
+    ) -> None:
         self._parts = [(some, call) for some, call in zip(callers, calls, strict=True) if some]
         self._count, self._pid = count, pid
         self.processor: list[float] = []
@@ -43,7 +55,9 @@ class Load:
         with ThreadPoolExecutor() as pool:
             for some, call in self._parts:
                 for _ in range(some):
-                    pool.submit(lambda call=call, share=self._count // some: [call() for _ in range(share)])
+                    pool.submit(
+                        lambda call=call, share=self._count // some: [call() for _ in range(share)]
+                    )
         self.processor.append(processor_seconds(self._pid) - before)
         return time.perf_counter() - start
 
@@ -57,7 +71,9 @@ def processor_seconds(pid: int) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def main(architecture: str = "ViT-B-32", count: int = 12, repeats: int = 5, out: Path = RESULTS) -> None:
+def main(
+    architecture: str = "ViT-B-32", count: int = 12, repeats: int = 5, out: Path = RESULTS
+) -> None:
     """Compare encoders that share the cores with encoders that each have them all.
 
     Args:
@@ -67,12 +83,16 @@ def main(architecture: str = "ViT-B-32", count: int = 12, repeats: int = 5, out:
         out: folder of the table.
     """
     here = cores()
-    candidates = {f"{own} thread{'s' if own > 1 else ''} each": own for own in sorted({here, max(1, here // 2)})}
+    candidates = {
+        f"{own} thread{'s' if own > 1 else ''} each": own
+        for own in sorted({here, max(1, here // 2)})
+    }
     report = Report(
         "threads",
         f"Threads of an encoder: {architecture}",
-        f"{count} embed_image of a JPEG of 224 x 224 pixels, {count} embed_text or both, over gRPC, by 1 to 4 callers. "
-        f"image_encoder and text_encoder have one instance each, on {here} cores.",
+        f"{count} embed_image of a JPEG of 224 x 224 pixels, {count} embed_text or both, over gRPC,"
+        f" by 1 to 4 callers. image_encoder and text_encoder have one instance each, on {here}"
+        " cores.",
     )
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -84,7 +104,9 @@ def main(architecture: str = "ViT-B-32", count: int = 12, repeats: int = 5, out:
         for name, own in candidates.items():
             say(f"starting a server with {name}")
             server = stack.enter_context(
-                TritonServer(ServerConfig(folder / "repository", Endpoints.on_free_ports(), threads=own))
+                TritonServer(
+                    ServerConfig(folder / "repository", Endpoints.on_free_ports(), threads=own)
+                )
             )
             client = stack.enter_context(Client(server.grpc_url))
             calls = partial(client.embed_images, [jpeg]), partial(client.embed_texts, [text])
@@ -101,14 +123,17 @@ def main(architecture: str = "ViT-B-32", count: int = 12, repeats: int = 5, out:
                 cells = [
                     cell
                     for found, other in zip(figures, compared, strict=True)
-                    for cell in (f"{1e3 * statistics.median(found) / count:.1f}", f"{ratio(found, other):.2f}")
+                    for cell in (
+                        f"{1e3 * statistics.median(found) / count:.1f}",
+                        f"{ratio(found, other):.2f}",
+                    )
                 ]
                 rows.append([title, name, *cells])
     columns = ["load", "candidate", "ms", "ratio", "processor ms", "ratio"]
     report.table("A request, or one of each kind", columns, rows)
     report.note(
-        f"Ratios: to {baseline}, which is what ONNX Runtime takes by itself. Other work on the machine makes ms "
-        "longer, not processor ms."
+        f"Ratios: to {baseline}, which is what ONNX Runtime takes by itself. Other work on the"
+        " machine makes ms longer, not processor ms."
     )
     report.write(out)
 

@@ -1,4 +1,6 @@
-"""The folded towers in ONNX Runtime against torch eager and torch.compile, images, short texts and long ones."""
+"""The folded towers in ONNX Runtime against torch eager and torch.compile, images, short texts and
+long ones.
+"""
 
 from __future__ import annotations
 
@@ -43,12 +45,16 @@ def folded_clip(architecture: str, folder: Path) -> tuple[Base, dict[str, Encode
 
 
 def torch_towers(base: Base) -> dict[str, Embed]:
-    """What the encoders do, as torch does it: open_clip's own towers; short texts are cropped for it, too."""
+    """What the encoders do, as torch does it: open_clip's own towers; short texts are cropped for
+    it, too.
+    """
     model: Any = base.model
     mean, std = (torch.tensor(base.preprocess[key]) for key in ("mean", "std"))
 
     def images(image: Tensor) -> Tensor:
-        return F.normalize(model.encode_image(((image / 255 - mean) / std).permute(0, 3, 1, 2)), dim=-1)
+        return F.normalize(
+            model.encode_image(((image / 255 - mean) / std).permute(0, 3, 1, 2)), dim=-1
+        )
 
     def short(tokens: Tensor) -> Tensor:
         return F.normalize(causal_text_features(model, tokens), dim=-1)
@@ -60,7 +66,9 @@ def torch_towers(base: Base) -> dict[str, Embed]:
 
 
 def batch_of(base: Base, case: str, size: int) -> NDArray[Any]:
-    """What the encoder takes: uint8 [B, S, S, 3], or int32 [B, L] of class prompts, cropped to the longest or not."""
+    """What the encoder takes: uint8 [B, S, S, 3], or int32 [B, L] of class prompts, cropped to the
+    longest or not.
+    """
     if case == IMAGE:
         visual: Any = base.model.visual
         side = visual.image_size[0]
@@ -102,10 +110,10 @@ def main(
     report = Report(
         "towers",
         f"The towers of {architecture}",
-        "From uint8 pixels or token ids to unit-length embeddings, fp32. ONNX Runtime runs the encoders that "
-        "radapter-export writes; torch eager is open_clip's own code; torch.compile is that, compiled for the very "
-        "shape. Short texts are 'a photo of a {}.' of CIFAR-100's names, cropped to the longest in the batch, for all "
-        "three.",
+        "From uint8 pixels or token ids to unit-length embeddings, fp32. ONNX Runtime runs the"
+        " encoders that radapter-export writes; torch eager is open_clip's own code; torch.compile"
+        " is that, compiled for the very shape. Short texts are 'a photo of a {}.' of CIFAR-100's"
+        " names, cropped to the longest in the batch, for all three.",
     )
     with tempfile.TemporaryDirectory() as folder:
         base, encoders = folded_clip(architecture, Path(folder))
@@ -119,7 +127,10 @@ def main(
             tensor = torch.from_numpy(array)
             error = float(np.abs(embed(tensor).numpy() - encoder(array)).max())
             assert error < 1e-4, f"{case}, batch {size}: ONNX Runtime and torch differ by {error}"
-            candidates = {EAGER: clocked(partial(embed, tensor)), ONNX: clocked(partial(encoder, array))}
+            candidates = {
+                EAGER: clocked(partial(embed, tensor)),
+                ONNX: clocked(partial(encoder, array)),
+            }
             if compile and not failure:
                 say(f"{case}, batch {size}: compiling")
                 faster, failure = compiled(embed, tensor)
@@ -133,7 +144,10 @@ def main(
                     cells += ["-", "-"]
                     continue
                 medians[case, size, name] = statistics.median(times[name])
-                cells += [f"{1e3 * medians[case, size, name]:.1f}", f"{ratio(times[name], times[EAGER]):.2f}"]
+                cells += [
+                    f"{1e3 * medians[case, size, name]:.1f}",
+                    f"{ratio(times[name], times[EAGER]):.2f}",
+                ]
                 if name != ONNX:
                     worst[name] = max(worst[name], ratio(times[ONNX], times[name]))
             shape = f", {array.shape[1]} tokens" if case == SHORT else ""
@@ -146,11 +160,18 @@ def main(
     slowest = ", ".join(f"{value:.2f} of {name}" for name, value in worst.items() if value)
     report.note(f"Aim: ONNX Runtime never slower than either. Its largest ratio: {slowest}.")
     rows = [
-        [name, *(f"{medians[LONG, size, name] / medians[SHORT, size, name]:.1f}" for size in batches)]
+        [
+            name,
+            *(f"{medians[LONG, size, name] / medians[SHORT, size, name]:.1f}" for size in batches),
+        ]
         for name in (EAGER, COMPILE, ONNX)
         if (LONG, batches[-1], name) in medians
     ]
-    report.table("Texts of 77 tokens take so many times as long as short ones", ["", *map(str, batches)], rows)
+    report.table(
+        "Texts of 77 tokens take so many times as long as short ones",
+        ["", *map(str, batches)],
+        rows,
+    )
     report.note("Aim: short queries 5 times faster.")
     report.write(out)
 

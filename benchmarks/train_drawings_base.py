@@ -1,17 +1,19 @@
-"""Train the base of the benchmark of drawings from scratch: a small CLIP on pairs of drawing and name.
+"""Train the base of the benchmark of drawings from scratch: a small CLIP on pairs of drawing and
+name.
 
     python -m benchmarks.drawings.pairs --package package --out pairs   # once: draws the pairs
-    python benchmarks/train_drawings_base.py --pairs pairs --out run    # trains until it is stopped; again: goes on
-    python benchmarks/train_drawings_base.py --pairs pairs --out final --start run/checkpoint.pt \\
-        --decay 800 --average 0.99 --patches 36
+    python benchmarks/train_drawings_base.py --pairs pairs --out run    # trains until it is
+    stopped; again: goes on python benchmarks/train_drawings_base.py --pairs pairs --out final
+    --start run/checkpoint.pt \\ --decay 800 --average 0.99 --patches 36
 
-The rate is level until a run is stopped, so it can go on any day; `--decay` takes a copy of it down to zero, looking at
-all patches at last (FLIP, arXiv 2212.00794), and that is the model to use.
+The rate is level until a run is stopped, so it can go on any day; `--decay` takes a copy of it down
+to zero, looking at all patches at last (FLIP, arXiv 2212.00794), and that is the model to use.
 
-What makes it learn much in a CPU second: half of a step's names are classes, of the others those that many hands draw
-come more often, and each hand of a name equally often; two hands' drawings of a name are positives of one caption; only
-some patches of an image are looked at, those with ink more often; Muon trains the blocks; only the words that names use
-are trained; products are computed in bfloat16, which on a CPU with avx512_bf16 makes a step 2.7 times as fast.
+What makes it learn much in a CPU second: half of a step's names are classes, of the others those
+that many hands draw come more often, and each hand of a name equally often; two hands' drawings of
+a name are positives of one caption; only some patches of an image are looked at, those with ink
+more often; Muon trains the blocks; only the words that names use are trained; products are computed
+in bfloat16, which on a CPU with avx512_bf16 makes a step 2.7 times as fast.
 """
 
 from __future__ import annotations
@@ -47,7 +49,13 @@ from radapter_serve.signals import handled
 MODEL: dict[str, Any] = {
     "embed_dim": 128,
     "quick_gelu": False,
-    "vision_cfg": {"image_size": SIZE, "patch_size": PATCH, "width": 192, "head_width": 64, "layers": 6},
+    "vision_cfg": {
+        "image_size": SIZE,
+        "patch_size": PATCH,
+        "width": 192,
+        "head_width": 64,
+        "layers": 6,
+    },
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 4},
 }
 MOST_HANDS = 20  # sets of a name, beyond which it does not come more often
@@ -60,23 +68,32 @@ class Pool:
 
     def __init__(self, pairs: Pairs, names: Collection[str], power: float) -> None:
         self.names = sorted(names)
-        weights = np.array([min(len(pairs.by_name[name]), MOST_HANDS) for name in self.names]) ** power
+        weights = (
+            np.array([min(len(pairs.by_name[name]), MOST_HANDS) for name in self.names]) ** power
+        )
         self.shares = weights / weights.sum()
 
     def draw(self, count: int, numbers: np.random.Generator) -> list[str]:
         """Different names; all of them, if there are fewer."""
         count = min(count, len(self.names))
-        return [self.names[i] for i in numbers.choice(len(self.names), count, replace=False, p=self.shares)]
+        return [
+            self.names[i]
+            for i in numbers.choice(len(self.names), count, replace=False, p=self.shares)
+        ]
 
 
 class Training:
-    """A model in training: its weights, their running average, its optimizers, and how far it is."""
+    """A model in training: its weights, their running average, its optimizers, and how far it
+    is.
+    """
 
     def __init__(self, pairs: Pairs, args: argparse.Namespace) -> None:
         self.pairs, self.args = pairs, args
         torch.manual_seed(args.seed)
         self.words = Words({*pairs.words, *pairs.meaning})
-        self.model: Any = open_clip.CLIP(MODEL["embed_dim"], {**MODEL["vision_cfg"]}, MODEL["text_cfg"])
+        self.model: Any = open_clip.CLIP(
+            MODEL["embed_dim"], {**MODEL["vision_cfg"]}, MODEL["text_cfg"]
+        )
         self.model.visual.patch_dropout = KeptPatches()
         self.model.token_embedding = nn.Embedding(len(self.words.used), MODEL["text_cfg"]["width"])
         nn.init.normal_(self.model.token_embedding.weight, std=0.02)
@@ -90,7 +107,10 @@ class Training:
         self.average: Any = copy.deepcopy(self.model).eval()
         self.draw, self.numbers = random.Random(args.seed), np.random.default_rng(args.seed)
         own = set(pairs.classes.names)
-        self.pools = [Pool(pairs, own & pairs.by_name.keys(), 1.0), Pool(pairs, pairs.by_name.keys() - own, 1.5)]
+        self.pools = [
+            Pool(pairs, own & pairs.by_name.keys(), 1.0),
+            Pool(pairs, pairs.by_name.keys() - own, 1.5),
+        ]
         self.step, self.images, self.seconds, self.decayed = 0, 0, 0.0, 0
 
     def one_step(self, rate: float) -> float:
@@ -126,21 +146,31 @@ class Training:
 
     @torch.inference_mode()
     def validate(self) -> dict[str, float]:
-        """Zero-shot accuracy in % of the running average on the classes, by set that training does not see."""
+        """Zero-shot accuracy in % of the running average on the classes, by set that training does
+        not see.
+        """
         pairs, average = self.pairs, self.average
         lines = [
-            [t.format(name) for name in split_label(line) for t in TEMPLATES] for line in pairs.classes.prompt_lines
+            [t.format(name) for name in split_label(line) for t in TEMPLATES]
+            for line in pairs.classes.prompt_lines
         ]
         texts = encode_text(average, self.words([text for line in lines for text in line]))
         heads = torch.stack([own.mean(0) for own in texts.split([len(line) for line in lines])])
         heads = F.normalize(heads, dim=-1)
         found = {}
         for name, rows in sorted(pairs.validation.items()):
-            truth = torch.tensor([pairs.classes.names.index(pairs.meaning[pairs.words[row]]) for row in rows])
-            images = torch.cat(
-                [encode_image(average, on_paper(pairs.pixels[part])) for part in torch.tensor(rows).split(128)]
+            truth = torch.tensor(
+                [pairs.classes.names.index(pairs.meaning[pairs.words[row]]) for row in rows]
             )
-            found[name] = round(100 * (images @ heads.T).argmax(1).eq(truth).float().mean().item(), 2)
+            images = torch.cat(
+                [
+                    encode_image(average, on_paper(pairs.pixels[part]))
+                    for part in torch.tensor(rows).split(128)
+                ]
+            )
+            found[name] = round(
+                100 * (images @ heads.T).argmax(1).eq(truth).float().mean().item(), 2
+            )
         return {"mean": round(sum(found.values()) / len(found), 2), **found}
 
     def state(self) -> dict[str, Any]:
@@ -149,7 +179,11 @@ class Training:
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "random": [torch.get_rng_state(), self.draw.getstate(), self.numbers.bit_generator.state],
+            "random": [
+                torch.get_rng_state(),
+                self.draw.getstate(),
+                self.numbers.bit_generator.state,
+            ],
             "counts": [self.step, self.images, self.seconds, self.decayed],
             "used": self.words.used,
         }
@@ -158,7 +192,10 @@ class Training:
         """Go on from a checkpoint."""
         state = torch.load(path, weights_only=True)
         if state["used"] != self.words.used:
-            raise SystemExit(f"{path} was trained on other words than --pairs has; name the same pairs, or start anew")
+            raise SystemExit(
+                f"{path} was trained on other words than --pairs has; name the same pairs, or start"
+                " anew"
+            )
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
@@ -171,7 +208,9 @@ class Training:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train until the steps are done or a signal comes; either way the checkpoint and the model are written."""
+    """Train until the steps are done or a signal comes; either way the checkpoint and the model are
+    written.
+    """
     torch.set_num_threads(args.threads)
     training, own = Training(Pairs(args.pairs), args), args.out / "checkpoint.pt"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -184,7 +223,11 @@ def train(args: argparse.Namespace) -> None:
         losses: list[float] = []
         saved = measured = began = time.monotonic()
         before = training.seconds
-        while not stopped and training.step != args.steps and not (args.decay and training.decayed >= args.decay):
+        while (
+            not stopped
+            and training.step != args.steps
+            and not (args.decay and training.decayed >= args.decay)
+        ):
             rate = min((training.step + 1) / args.warmup, 1.0)
             if args.decay:
                 rate *= 1 - training.decayed / args.decay
@@ -192,7 +235,11 @@ def train(args: argparse.Namespace) -> None:
             losses.append(training.one_step(rate))
             now = time.monotonic()
             training.seconds = before + now - began
-            last = bool(stopped) or training.step == args.steps or (args.decay and training.decayed >= args.decay)
+            last = (
+                bool(stopped)
+                or training.step == args.steps
+                or (args.decay and training.decayed >= args.decay)
+            )
             if now - measured > args.measure_every or last:
                 record(training, losses, args.out)
                 losses, measured = [], time.monotonic()
@@ -216,14 +263,18 @@ def record(training: Training, losses: list[float], folder: Path) -> None:
     print(json.dumps(line), flush=True)
     with (folder / "curve.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-    lines = [json.loads(row) for row in (folder / "curve.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(row) for row in (folder / "curve.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     seen = [row["images"] / 1000 for row in lines]
     left.plot(seen, [row["loss"] for row in lines])
     left.set(xlabel="drawings trained on, thousands", ylabel="loss")
     for name in lines[-1]["accuracy"]:
         right.plot(seen, [row["accuracy"].get(name) for row in lines], label=name)
-    right.set(xlabel="drawings trained on, thousands", ylabel="zero-shot top-1 on validation sets, %")
+    right.set(
+        xlabel="drawings trained on, thousands", ylabel="zero-shot top-1 on validation sets, %"
+    )
     right.legend()
     figure.savefig(folder / "curve.png", dpi=100)
     plt.close(figure)
@@ -231,21 +282,29 @@ def record(training: Training, losses: list[float], folder: Path) -> None:
 
 def save(model: nn.Module, used: list[int], folder: Path) -> None:
     """Write an open_clip folder: fp16 weights, the whole vocabulary, unused words at zero."""
-    state = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()
+    }
     state.pop("attn_mask", None)
-    words = torch.zeros(MODEL["text_cfg"]["vocab_size"], MODEL["text_cfg"]["width"], dtype=torch.half)
+    words = torch.zeros(
+        MODEL["text_cfg"]["vocab_size"], MODEL["text_cfg"]["width"], dtype=torch.half
+    )
     words[used] = state["token_embedding.weight"]
     state["token_embedding.weight"] = words
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "open_clip_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )
     with staged(folder / "open_clip_model.safetensors") as part:
         save_file(state, part)
 
 
 def main() -> None:
     """Read the flags and train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--pairs", type=Path, required=True, help="folder of benchmarks.drawings.pairs")
     add(
@@ -255,17 +314,39 @@ def main() -> None:
         help="checkpoint, curve and model; a checkpoint that is there is gone on from",
     )
     add("--start", type=Path, help="checkpoint of another run to start from")
-    add("--steps", type=int, default=-1, help="steps in all; none by default, it trains until SIGTERM")
-    add("--decay", type=int, default=0, help="take the rate down to zero within this many steps, then end")
+    add(
+        "--steps",
+        type=int,
+        default=-1,
+        help="steps in all; none by default, it trains until SIGTERM",
+    )
+    add(
+        "--decay",
+        type=int,
+        default=0,
+        help="take the rate down to zero within this many steps, then end",
+    )
     add("--names", type=int, default=128, help="names, and captions, a step; each has two drawings")
-    add("--class-share", type=float, default=0.5, help="share of a step's names that are the benchmark's classes")
+    add(
+        "--class-share",
+        type=float,
+        default=0.5,
+        help="share of a step's names that are the benchmark's classes",
+    )
     add("--patches", type=int, default=14, help="patches of an image that a step looks at, of 36")
     add("--learning-rate", type=float, default=2e-3, help="level rate of Muon and AdamW")
     add("--warmup", type=int, default=100, help="steps in which the rate rises")
-    add("--average", type=float, default=0.998, help="momentum of the running average that is saved")
+    add(
+        "--average", type=float, default=0.998, help="momentum of the running average that is saved"
+    )
     add("--measure-every", type=float, default=600, help="seconds between points of the curve")
     add("--save-every", type=float, default=180, help="seconds between checkpoints")
-    add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="products in bfloat16, sums in float32")
+    add(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="products in bfloat16, sums in float32",
+    )
     add("--threads", type=int, default=2, help="CPU threads")
     add("--seed", type=int, default=0, help="seeds the weights, captions and augmentation")
     train(parser.parse_args())

@@ -1,4 +1,6 @@
-"""A training step: adapters in both forms and ranks against plain full fine-tuning; time and peak memory."""
+"""A training step: adapters in both forms and ranks against plain full fine-tuning; time and peak
+memory.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ ADAPTERS: dict[str, tuple[Form, int | None]] = {
 
 
 class Step:
-    """One candidate: a model with random weights, what is trained of it, its optimizer; a call is one step.
+    """One candidate: a model with random weights, what is trained of it, its optimizer; a call is
+    one step.
 
     Args:
         name: of the candidate.
@@ -44,12 +47,19 @@ class Step:
     """
 
     def __init__(
-        self, name: str, architecture: str, batch: int, device: str = "cpu", dtype: torch.dtype | None = None
+        self,
+        name: str,
+        architecture: str,
+        batch: int,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
     ) -> None:
         torch.manual_seed(0)
         self.model: Any = open_clip.create_model(architecture, device=device).eval()
         self.batch, self.device, self.dtype = batch, device, dtype
-        self.tokens = open_clip.get_tokenizer(architecture)([f"a photo of a {label}." for label in CLASS_NAMES])
+        self.tokens = open_clip.get_tokenizer(architecture)(
+            [f"a photo of a {label}." for label in CLASS_NAMES]
+        )
         self.average = None
         trained = self.model
         if name != FULL:
@@ -63,7 +73,9 @@ class Step:
         """Seconds of forward, loss, backward, AdamW and average, on a batch that the seed draws."""
         draw = torch.Generator().manual_seed(seed)
         labels = torch.randint(len(CLASS_NAMES), (self.batch,), generator=draw)
-        pixels = torch.randn(self.batch, 3, *self.model.visual.image_size, generator=draw).to(self.device)
+        pixels = torch.randn(self.batch, 3, *self.model.visual.image_size, generator=draw).to(
+            self.device
+        )
         tokens = self.tokens[labels].to(self.device)
         labels = labels.to(self.device)
         self._synchronize()
@@ -75,7 +87,9 @@ class Step:
             else:
                 self.adapters.sample_drop(draw)
                 images, texts = encode_image(self.model, pixels), encode_text(self.model, tokens)
-            loss = mpm_nce(images, texts, labels, logit_scale=self.model.logit_scale.exp(), epsilon=0.02)
+            loss = mpm_nce(
+                images, texts, labels, logit_scale=self.model.logit_scale.exp(), epsilon=0.02
+            )
         torch.autograd.backward(loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -106,7 +120,9 @@ def take(seed: int) -> float:
 def measure(
     names: Sequence[str], architecture: str, batch: int, repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of each step and peak bytes of each candidate, which all live in processes of their own."""
+    """Seconds of each step and peak bytes of each candidate, which all live in processes of their
+    own.
+    """
     with contextlib.ExitStack() as stack:
         processes = {name: stack.enter_context(Process()) for name in names}
         for name, process in processes.items():
@@ -114,7 +130,9 @@ def measure(
             process.call(build, name, architecture, batch)
         say(f"batch {batch}: {repeats} rounds and a warm-up of {len(names)} candidates")
         seeds = {name: count() for name in names}  # all candidates see the same batches
-        steps = {name: partial(_next_step, process, seeds[name]) for name, process in processes.items()}
+        steps = {
+            name: partial(_next_step, process, seeds[name]) for name, process in processes.items()
+        }
         times = alternate(steps, repeats)
         return times, {name: process.peak() for name, process in processes.items()}
 
@@ -142,13 +160,16 @@ def main(
     report = Report(
         "training_step",
         f"A training step of {architecture}",
-        f"Forward of both towers, MPM-NCE, backward, AdamW (and for adapters their average), on random pixels and "
-        f"prompts 'a photo of a {{}}.' of {len(CLASS_NAMES)} classes. Full fine-tuning is plain open_clip: all "
-        "parameters, 77 tokens a text, every text of the batch; adapters go through radapter_serve's towers, which "
-        "crop texts to the longest and encode equal ones once. Each candidate has a process of its own, whose peak "
-        "memory (VmHWM, libraries included) is given.",
+        "Forward of both towers, MPM-NCE, backward, AdamW (and for adapters their average), on"
+        f" random pixels and prompts 'a photo of a {{}}.' of {len(CLASS_NAMES)} classes. Full"
+        " fine-tuning is plain open_clip: all parameters, 77 tokens a text, every text of the"
+        " batch; adapters go through radapter_serve's towers, which crop texts to the longest and"
+        " encode equal ones once. Each candidate has a process of its own, whose peak memory"
+        " (VmHWM, libraries included) is given.",
     )
-    from radapter_serve.training.loop import choose_form  # only here: its imports are not the candidates' memory
+    from radapter_serve.training.loop import (
+        choose_form,
+    )  # only here: its imports are not the candidates' memory
 
     model = open_clip.create_model(architecture)
     choices = []
@@ -168,17 +189,26 @@ def main(
             ]
             for name in names
         ]
-        report.table(f"Batch {batch}, {rounds} rounds", ["candidate", "s", "ratio", "peak GB", "ratio "], rows)
+        report.table(
+            f"Batch {batch}, {rounds} rounds",
+            ["candidate", "s", "ratio", "peak GB", "ratio "],
+            rows,
+        )
         for rank in (None, 4):
             forms = {form: times[name] for name, (form, other) in ADAPTERS.items() if other == rank}
             found = ratio(forms["weight"], forms["activation"])
-            faster, chosen = "weight" if found < 1 else "activation", choose_form(model, rank, batch)
+            faster, chosen = (
+                "weight" if found < 1 else "activation",
+                choose_form(model, rank, batch),
+            )
             size = "full rank" if rank is None else f"rank {rank}"
             verdict = "even" if 0.95 < found < 1.05 else "right" if chosen == faster else "wrong"
             choices.append([f"{batch}, {size}", f"{found:.2f}", faster, chosen, verdict])
     report.note("Ratios are to the first line of a table.")
     report.note("Aim: at most 0.60 of the time of full fine-tuning.")
-    report.table("Which form", ["batch", "weight / activation", "faster", "choose_form says", ""], choices)
+    report.table(
+        "Which form", ["batch", "weight / activation", "faster", "choose_form says", ""], choices
+    )
     report.write(out)
 
 

@@ -2,4 +2,6 @@
 
 THREADS = "RADAPTER_THREADS"  # how many threads an encoder computes with
 INDEXES = "RADAPTER_INDEXES"  # the folder of the indexes that the task `retrieve` searches
-SURPLUS = "RADAPTER_SURPLUS"  # the folder of files that say how many waiting requests a model is to refuse
+SURPLUS = (  # the folder of files that say how many waiting requests a model is to refuse
+    "RADAPTER_SURPLUS"
+)

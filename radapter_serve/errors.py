@@ -13,7 +13,9 @@ MAX_LISTED = 20  # lines below a message
 
 
 class RAdapterError(Exception):
-    """An error for people: what is wrong, which value, what is allowed, which command to run next."""
+    """An error for people: what is wrong, which value, what is allowed, which command to run
+    next.
+    """
 
 
 def check_installed(name: str, extra: str) -> None:
@@ -31,20 +33,26 @@ def check_installed(name: str, extra: str) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of another library's error, for a message of ours; its class where it says nothing."""
+    """The first line of another library's error, for a message of ours; its class where it says
+    nothing.
+    """
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def short(value: Any) -> str:
-    """What a file or a caller calls something, on one line of a message and cut to 40 characters."""
+    """What a file or a caller calls something, on one line of a message and cut to 40
+    characters.
+    """
     return value[:40] if isinstance(value, str) and value.isprintable() else reprlib.repr(value)
 
 
 def listed(lines: Sequence[str]) -> str:
     """Lines for the end of a message, as many as people read, and how many more there are."""
     shown = "".join(f"\n    {line}" for line in lines[:MAX_LISTED])
-    return shown + (f"\n    and {len(lines) - MAX_LISTED:,} more" if len(lines) > MAX_LISTED else "")
+    return shown + (
+        f"\n    and {len(lines) - MAX_LISTED:,} more" if len(lines) > MAX_LISTED else ""
+    )
 
 
 def all_of(problems: Sequence[str], subject: str) -> RAdapterError:

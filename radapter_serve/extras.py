@@ -16,8 +16,8 @@ _CHECKOUT = Path(__file__).resolve().parents[1]
 def install_command(extra: str) -> str:
     """What to run so that this installation has an extra.
 
-    The package is installed from a folder, a file or a repository. An index of packages is not asked for it by its
-    name, which anybody could have published there.
+    The package is installed from a folder, a file or a repository. An index of packages is not
+    asked for it by its name, which anybody could have published there.
 
     Args:
         extra: one, or several with commas, such as "demo,playground".

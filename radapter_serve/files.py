@@ -19,9 +19,11 @@ from radapter_serve.errors import RAdapterError
 
 @contextlib.contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """Where to write a file: beside its place, which it takes at the end; whatever fails before leaves nothing.
+    """Where to write a file: beside its place, which it takes at the end; whatever fails before
+    leaves nothing.
 
-    Its mode follows the umask, whoever writes it: safetensors makes files that only their owner can read.
+    Its mode follows the umask, whoever writes it: safetensors makes files that only their owner can
+    read.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
@@ -60,8 +62,12 @@ def read_yaml(path: Path, what: str) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RAdapterError(f"could not read {what} {path}: {error.strerror}") from None
-    except Exception as error:  # PyYAML raises many kinds on values that it can't construct, and on deep nesting
-        raise RAdapterError(f"could not read {what} {path}: {' '.join(str(error).split())[:300]}") from None
+    except (
+        Exception
+    ) as error:  # PyYAML raises many kinds on values that it can't construct, and on deep nesting
+        raise RAdapterError(
+            f"could not read {what} {path}: {' '.join(str(error).split())[:300]}"
+        ) from None
 
 
 def shipped(folder: str) -> dict[str, Path]:
@@ -71,20 +77,23 @@ def shipped(folder: str) -> dict[str, Path]:
         folder: such as `recipes`, as a checkout has it.
     """
     package = Path(__file__).parent
-    home = package if (package / folder).is_dir() else package.parent  # in a wheel, and in a checkout
+    home = (
+        package if (package / folder).is_dir() else package.parent
+    )  # in a wheel, and in a checkout
     return {path.stem: path for path in sorted((home / folder).glob("*.yaml"))}
 
 
 def swap_in(staged: Path, folder: Path, old: Path) -> None:
     """Put a finished folder in the place of another one, or of none.
 
-    Whoever looks, also after this was killed, finds one of the two. Only where the disk can't exchange folders is there
-    a moment without any.
+    Whoever looks, also after this was killed, finds one of the two. Only where the disk can't
+    exchange folders is there a moment without any.
 
     Args:
         staged: the finished folder, on the same disk.
         folder: the place.
-        old: where the other one goes before it is removed; what a killed call left there is removed first.
+        old: where the other one goes before it is removed; what a killed call left there is removed
+            first.
     """
     remove(old)
     if not folder.exists():
@@ -107,17 +116,24 @@ def remove(folder: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Have two paths of a disk change places in one step; False where the system or the disk can't."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Python's own library has no function for it
-    return rename is not None and not rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)
+    """Have two paths of a disk change places in one step; False where the system or the disk
+    can't.
+    """
+    rename = getattr(
+        ctypes.CDLL(None), "renameat2", None
+    )  # Python's own library has no function for it
+    return rename is not None and not rename(
+        _HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE
+    )
 
 
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD of fcntl.h, RENAME_EXCHANGE of linux/fs.h
 
 
-# Triton's model processes read file names as ASCII, and no variable changes that (the interpreter in them is started
-# without the locale and without PYTHONUTF8). Python keeps other letters as surrogates there, which only its own
-# functions for files understand. Everywhere else these three change nothing.
+# Triton's model processes read file names as ASCII, and no variable changes that (the interpreter
+# in them is started without the locale and without PYTHONUTF8). Python keeps other letters as
+# surrogates there, which only its own functions for files understand. Everywhere else these three
+# change nothing.
 
 
 def as_text(name: str) -> str:
@@ -131,7 +147,9 @@ def as_name(text: str) -> str:
 
 
 def ascii_path(folder: Path) -> Path:
-    """A folder for a library that is not Python's: where it couldn't read the path, a link to it."""
+    """A folder for a library that is not Python's: where it couldn't read the path, a link to
+    it.
+    """
     if str(folder).isascii() or sys.getfilesystemencoding() == "utf-8":
         return folder
     link = Path(tempfile.mkdtemp(), "link")

@@ -1,4 +1,6 @@
-"""The Hugging Face hub: whether it can be reached, and loading without its retries where it can't."""
+"""The Hugging Face hub: whether it can be reached, and loading without its retries where it
+can't.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ TIMEOUT_SECONDS = 5
 
 @functools.cache
 def unreachable() -> str:
-    """Why the hub can't be reached, in a few words, and empty where it can; asked once a process."""
+    """Why the hub can't be reached, in a few words, and empty where it can; asked once a
+    process.
+    """
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
@@ -29,7 +33,9 @@ def unreachable() -> str:
 
 @contextmanager
 def from_hub_or_cache() -> Iterator[None]:
-    """Within the block a hub that can't be reached is not asked again: what the cache holds is found at once."""
+    """Within the block a hub that can't be reached is not asked again: what the cache holds is
+    found at once.
+    """
     if not unreachable():
         yield
         return
@@ -49,7 +55,9 @@ def from_hub_or_cache() -> Iterator[None]:
 
 
 def is_absence(error: BaseException | None) -> bool:
-    """Whether an error says, or follows from one which says, that a file is neither in the cache nor to be had."""
+    """Whether an error says, or follows from one which says, that a file is neither in the cache
+    nor to be had.
+    """
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     while error is not None:
@@ -70,6 +78,7 @@ def how_to_bring(repository: str, kind: str = "model") -> str:
 
     flag = "" if kind == "model" else " --repo-type dataset"
     return (
-        f"on a machine with a connection run `hf download {repository}{flag}`, "
-        f"and copy {kind}s--{repository.replace('/', '--')} from its cache into {constants.HF_HUB_CACHE} here"
+        f"on a machine with a connection run `hf download {repository}{flag}`, and copy"
+        f" {kind}s--{repository.replace('/', '--')} from its cache into {constants.HF_HUB_CACHE}"
+        " here"
     )

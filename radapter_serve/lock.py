@@ -13,7 +13,8 @@ from radapter_serve.errors import RAdapterError
 
 @contextlib.contextmanager
 def lock(folder: Path, writer: str, *, wait: bool = False) -> Iterator[None]:
-    """Keep other writers out of a folder, which is made where there is none. A killed program lets go of it.
+    """Keep other writers out of a folder, which is made where there is none. A killed program lets
+    go of it.
 
     Args:
         folder: to be written.

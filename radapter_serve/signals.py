@@ -11,7 +11,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def handled(handler: Callable[[int, Any], Any] | signal.Handlers, *numbers: int) -> Iterator[None]:
-    """Handle signals by `handler` within the block; one that is ignored, as SIGHUP is under nohup, stays ignored."""
+    """Handle signals by `handler` within the block; one that is ignored, as SIGHUP is under nohup,
+    stays ignored.
+    """
     before = {number: signal.getsignal(number) for number in numbers}
     if threading.current_thread() is not threading.main_thread():  # which alone is told of signals
         before = {}

@@ -12,20 +12,26 @@ from radapter_serve.errors import RAdapterError
 
 
 def cores(root: Path = Path("/")) -> int:
-    """How many cores this process may use: those it may run on, and no more than the quota of its control group.
+    """How many cores this process may use: those it may run on, and no more than the quota of its
+    control group.
 
-    Two threads on one core share what multiplies matrices, so a core counts once however many it runs.
+    Two threads on one core share what multiplies matrices, so a core counts once however many it
+    runs.
 
     Args:
         root: where `proc` and `sys` are.
     """
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    allowed = (
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
     own = {_siblings(root, number) for number in allowed}
     return max(1, min([len(own), *map(math.ceil, _quotas(root))]))
 
 
 def total() -> int:
-    """Threads that an encoder computes with: what the server was given with --threads, else one a core."""
+    """Threads that an encoder computes with: what the server was given with --threads, else one a
+    core.
+    """
     return int(os.environ.get(THREADS) or cores())
 
 
@@ -37,14 +43,17 @@ def decoders(most: int = 4) -> int:
 def share(threads: int, instances: int) -> int:
     """Threads of each of an encoder's instances, which compute at once when many ask for it.
 
-    Encoders are not set against each other: where only images are asked for, half of the cores would idle, and where
-    texts are, too, so many threads cost no more than they do one encoder alone (`benchmarks/threads.py`): none spins.
+    Encoders are not set against each other: where only images are asked for, half of the cores
+    would idle, and where texts are, too, so many threads cost no more than they do one encoder
+    alone (`benchmarks/threads.py`): none spins.
     """
     return max(1, threads // instances)
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Variables for the processes of a server: the cores are for the encoders, which do not use OpenMP."""
+    """Variables for the processes of a server: the cores are for the encoders, which do not use
+    OpenMP.
+    """
     own = {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     return {THREADS: str(threads), **own}
 
@@ -60,7 +69,9 @@ def limit_threads(threads: int | None) -> None:
     """
     if threads is not None and threads < 1:
         raise RAdapterError(f"--threads is {threads}; allowed: 1 or more")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave their cores to other work
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # threads that wait leave their cores to other work
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = os.environ[THREADS] = str(threads)
         if "torch" in sys.modules:
@@ -70,7 +81,9 @@ def limit_threads(threads: int | None) -> None:
 def _siblings(root: Path, number: int) -> str:
     """The processors that are one core with this one."""
     try:
-        return (root / f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list").read_text()
+        return (
+            root / f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list"
+        ).read_text()
     except OSError:
         return str(number)
 
@@ -90,7 +103,9 @@ def _quotas(root: Path) -> list[float]:
         for folder in [own, *own.parents][: len(own.parts) - len(top.parts) + 1]:
             try:
                 if controllers:
-                    quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                    quota, period = (
+                        (folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+                    )
                 else:
                     quota, period = (folder / "cpu.max").read_text().split()
                 if float(quota) > 0:  # "max" or -1: none

@@ -1,6 +1,8 @@
-"""AdaptFormer: a bottleneck with a ReLU beside the feed-forward layer of every block; it can't be folded.
+"""AdaptFormer: a bottleneck with a ReLU beside the feed-forward layer of every block; it can't be
+folded.
 
-Chen et al., AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition, NeurIPS 2022.
+Chen et al., AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition, NeurIPS
+2022.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from rivals.tuned import Loss, Tuned
 
 
 class Parallel(nn.Module):
-    """Adds `s·U·relu(D·x + a) + s·b` to a block's feed-forward branch; x is what that branch's norm takes.
+    """Adds `s·U·relu(D·x + a) + s·b` to a block's feed-forward branch; x is what that branch's norm
+    takes.
 
     Args:
         block: whose branch it is.
@@ -61,18 +64,28 @@ class Paralleled(Tuned):
     """A CLIP with a `Parallel` in every block; the arguments are those of `AdaptFormer`."""
 
     def __init__(
-        self, run: Run, loss: Loss, towers: Sequence[str], hidden: int, scale: float, dropout: float, rate: float
+        self,
+        run: Run,
+        loss: Loss,
+        towers: Sequence[str],
+        hidden: int,
+        scale: float,
+        dropout: float,
+        rate: float,
     ) -> None:
         super().__init__(run, loss)
         # drop-path first: it drops the pretrained branch, and not what an adapter adds to it
         dropping = drop_path(self.model, towers, rate)
         blocks = [block for tower in towers for block in blocks_of(self.model, tower)]
-        self.extra.extend([*dropping, *(Parallel(block, hidden, scale, dropout) for block in blocks)])
+        self.extra.extend(
+            [*dropping, *(Parallel(block, hidden, scale, dropout) for block in blocks)]
+        )
 
 
 @dataclass(frozen=True)
 class AdaptFormer(Method):
-    """AdaptFormer by the settings of its code, but for the batch norm before the head, which CLIP has none of.
+    """AdaptFormer by the settings of its code, but for the batch norm before the head, which CLIP
+    has none of.
 
     Its learning rate is that of 512 images a step, and proportional to their number.
 
@@ -97,9 +110,13 @@ class AdaptFormer(Method):
     drop_path: float = 0.0
 
     def start(self, run: Run) -> System:
-        return Paralleled(run, self.loss, self.towers, self.hidden, self.scale, self.dropout, self.drop_path)
+        return Paralleled(
+            run, self.loss, self.towers, self.hidden, self.scale, self.dropout, self.drop_path
+        )
 
     def optimizer(self, system: System, run: Run) -> Optimizer:
         recipe = run.recipe
         learning = [{"params": system.learning(), "share": recipe.batch_size / 512}]
-        return SGD(learning, lr=recipe.learning_rate, momentum=0.9, weight_decay=recipe.weight_decay)
+        return SGD(
+            learning, lr=recipe.learning_rate, momentum=0.9, weight_decay=recipe.weight_decay
+        )

@@ -1,4 +1,6 @@
-"""A benchmark: data that every method learns from, and a suite to choose and to judge by, in one YAML file."""
+"""A benchmark: data that every method learns from, and a suite to choose and to judge by, in one
+YAML file.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ class Benchmark:
         """
         entries = self.suite.of_split(split)
         if not entries:
-            raise RAdapterError(f"the suite {self.name} has no set with split: {split}, by which this is decided")
+            raise RAdapterError(
+                f"the suite {self.name} has no set with split: {split}, by which this is decided"
+            )
         return [open_set(self.suite, entry, limit=limit) for entry in entries]
 
 
@@ -56,9 +60,10 @@ def load_benchmark(path: Path, data_root: Path | None = None) -> Benchmark:
     """Read a benchmark file.
 
     Args:
-        path: YAML with `suite`, a suite file; `train`, fields of a recipe, `data` and what is not left to the methods'
-            own papers; and `data_root`, the folder that the paths of data start from, which like both files is
-            relative to this one. Without `architecture` the base is that of the demo.
+        path: YAML with `suite`, a suite file; `train`, fields of a recipe, `data` and what is not
+            left to the methods' own papers; and `data_root`, the folder that the paths of data
+            start from, which like both files is relative to this one. Without `architecture` the
+            base is that of the demo.
         data_root: that folder, in place of the file's own.
 
     Raises:
@@ -67,10 +72,14 @@ def load_benchmark(path: Path, data_root: Path | None = None) -> Benchmark:
     document = read_yaml(path, "the benchmark")
     parts = {"suite": str, "train": dict, "data_root": str}
     if not isinstance(document, dict) or not {"suite", "train"} <= set(document) <= set(parts):
-        raise RAdapterError(f"the benchmark {path} must be a mapping with suite and train, and data_root if need be")
+        raise RAdapterError(
+            f"the benchmark {path} must be a mapping with suite and train, and data_root if need be"
+        )
     for name, value in document.items():
         if not isinstance(value, parts[name]):
-            raise RAdapterError(f"the benchmark {path}: {name} is {value!r}; it should be a {parts[name].__name__}")
+            raise RAdapterError(
+                f"the benchmark {path}: {name} is {value!r}; it should be a {parts[name].__name__}"
+            )
     root = (data_root or path.parent / document.get("data_root", ".")).absolute()
     recipe = recipe_of(document["train"], f"train of the benchmark {path}")
     given = {name: getattr(recipe, name) for name in document["train"]}
@@ -78,8 +87,12 @@ def load_benchmark(path: Path, data_root: Path | None = None) -> Benchmark:
     if colon:
         given["data"] = f"{reader}:{root / place}"
     for name in ("images", "classes", "templates"):
-        if given.get(name) and (name == "images" or (root / given[name]).is_file()):  # the others may be names
-            given[name] = type(given[name])(root / given[name])  # a path, or a text that may be a name
+        if given.get(name) and (
+            name == "images" or (root / given[name]).is_file()
+        ):  # the others may be names
+            given[name] = type(given[name])(
+                root / given[name]
+            )  # a path, or a text that may be a name
     given.setdefault("architecture", f"{LOCAL}{BASE}")
     suite = load_suite(path.parent / document["suite"], root)
     return Benchmark(suite.name, given, suite)

@@ -1,7 +1,9 @@
-"""`python -m rivals.beyond`: what came after the paper, each against R-Adapter with one α for all layers.
+"""`python -m rivals.beyond`: what came after the paper, each against R-Adapter with one α for all
+layers.
 
-For each candidate the α is found at which its accuracy in distribution on the validation sets, a mean over the seeds,
-is that of R-Adapter at the α of the comparison. Test sets are judged at that α alone, and choose nothing.
+For each candidate the α is found at which its accuracy in distribution on the validation sets, a
+mean over the seeds, is that of R-Adapter at the α of the comparison. Test sets are judged at that α
+alone, and choose nothing.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ SCHEDULES = {
 
 @dataclass(frozen=True)
 class Scheduled(RAdapter):
-    """R-Adapter, with α multiplied by a constant of each layer: its end is nearer to the start where that is below 1.
+    """R-Adapter, with α multiplied by a constant of each layer: its end is nearer to the start
+    where that is below 1.
 
     Attributes:
         schedule: those constants.
@@ -66,25 +69,34 @@ class Scheduled(RAdapter):
         clip = {name.removeprefix("model."): name for name in found.end}
         for key, factor in self.schedule.factors(clip).items():
             name = clip[key]
-            state[name].copy_(torch.lerp(found.start[name].float(), found.end[name].float(), factor))
+            state[name].copy_(
+                torch.lerp(found.start[name].float(), found.end[name].float(), factor)
+            )
         return Learned(found.system, found.cost)
 
 
 def candidates(reference: RAdapter) -> dict[str, RAdapter]:
     """R-Adapter itself, its other trainings, and its schedules of α, by name."""
     trained = {
-        name: dataclasses.replace(reference, settings={**reference.settings, **changes}, variant=variant)
+        name: dataclasses.replace(
+            reference, settings={**reference.settings, **changes}, variant=variant
+        )
         for name, (variant, changes) in TRAININGS.items()
     }
-    scheduled = {name: Scheduled(reference.settings, schedule=schedule) for name, schedule in SCHEDULES.items()}
+    scheduled = {
+        name: Scheduled(reference.settings, schedule=schedule)
+        for name, schedule in SCHEDULES.items()
+    }
     return {REFERENCE: reference, **trained, **scheduled}
 
 
 def equal_alpha(scores: Mapping[float, float], target: float, alpha: float) -> float | None:
-    """Where a candidate is as good as R-Adapter is; of several such α the one nearest to R-Adapter's.
+    """Where a candidate is as good as R-Adapter is; of several such α the one nearest to
+    R-Adapter's.
 
     Args:
-        scores: of the candidate, by α, ascending; between two of them the score is taken to be a straight line.
+        scores: of the candidate, by α, ascending; between two of them the score is taken to be a
+            straight line.
         target: R-Adapter's score.
         alpha: R-Adapter's α.
 
@@ -107,7 +119,9 @@ def in_distribution(rows: Sequence[Judged]) -> float:
 
 
 def groups(rows: Sequence[Judged]) -> dict[str, float]:
-    """In distribution, the mean of the shifts where there are any, and each shifted set: accuracy in per cent."""
+    """In distribution, the mean of the shifts where there are any, and each shifted set: accuracy
+    in per cent.
+    """
     values = {row.dataset: own_metric(row) for row in rows}
     _, shifted = by_shift({row.dataset: row for row in rows})
     of_shifts = {name: values[name] for name in shifted}
@@ -122,7 +136,9 @@ def compare(cells: Cells, reference: RAdapter, seeds: Sequence[int], alpha: floa
     for name, method in candidates(reference).items():
         of_seeds = [cells.cell(name, method, seed, ALPHAS, "validation").rows for seed in seeds]
         scores = {
-            alpha: mean(in_distribution([row for row in rows if row.alpha == alpha]) for rows in of_seeds)
+            alpha: mean(
+                in_distribution([row for row in rows if row.alpha == alpha]) for rows in of_seeds
+            )
             for alpha in ALPHAS
         }
         target = scores[alpha] if name == REFERENCE else target
@@ -133,9 +149,18 @@ def compare(cells: Cells, reference: RAdapter, seeds: Sequence[int], alpha: floa
         tested = [groups(cells.cell(name, method, seed, [round(at, 3)]).rows) for seed in seeds]
         if name == REFERENCE:
             first = tested
-            lines.append([name, f"{at:.2f}", *(with_interval([of[head] for of in first]) for head in first[0])])
+            lines.append(
+                [
+                    name,
+                    f"{at:.2f}",
+                    *(with_interval([of[head] for of in first]) for head in first[0]),
+                ]
+            )
             continue
-        leads = {head: [a[head] - b[head] for a, b in zip(tested, first, strict=True)] for head in first[0]}
+        leads = {
+            head: [a[head] - b[head] for a, b in zip(tested, first, strict=True)]
+            for head in first[0]
+        }
         lines.append([name, f"{at:.2f}", *(with_interval(of, "+") for of in leads.values())])
     return markdown(["candidate", "α", *first[0]], lines)
 
@@ -146,24 +171,27 @@ def beyond(
     alpha: float = 0.5,
     rates: tuple[float, ...] = (1.0,),
 ) -> None:
-    """Compare what came after the paper with R-Adapter, at equal accuracy in distribution; print it, write Markdown.
+    """Compare what came after the paper with R-Adapter, at equal accuracy in distribution; print
+    it, write Markdown.
 
     Args:
         flags: of all candidates; with those of rivals.table its R-Adapter is taken.
         seeds: each candidate learns once for each; 10 at most.
         alpha: of R-Adapter, to compare at: 0, 0.1, and so on to 1.
-        rates: factors of R-Adapter's learning rate, of which the validation sets choose one with the first seed; one
-            factor is taken as it is.
+        rates: factors of R-Adapter's learning rate, of which the validation sets choose one with
+            the first seed; one factor is taken as it is.
     """
     if alpha not in ALPHAS:
-        raise RAdapterError(f"--alpha is {alpha}; allowed: {', '.join(f'{value:g}' for value in ALPHAS)}")
+        raise RAdapterError(
+            f"--alpha is {alpha}; allowed: {', '.join(f'{value:g}' for value in ALPHAS)}"
+        )
     check_seeds(seeds, len(T95) + 1)
     benchmark, out = flags.benchmark(), flags.out
     for split in ("validation", "test"):
         if all(entry.shift != "id" for entry in benchmark.suite.of_split(split)):
             raise RAdapterError(
-                f"the suite {benchmark.name} has no set with split: {split} and shift: id; candidates are compared "
-                "where they are equal there"
+                f"the suite {benchmark.name} has no set with split: {split} and shift: id;"
+                " candidates are compared where they are equal there"
             )
     cells = Cells(benchmark, out, "beyond", flags.limit, say)
     reference = cells.chosen_rate("r-adapter", METHODS["r-adapter"], seeds[0], rates)
@@ -173,7 +201,12 @@ def beyond(
         f"`{command_line('rivals.beyond')}`, {datetime.date.today()}, {machine()}.",
         f"Benchmark {benchmark.name}, seeds {', '.join(map(str, seeds))}. {_EXPLAINED}",
     ]
-    parts = ["# Beyond the paper: what came after it, put into R-Adapter", *how, *cells.warnings(), shown]
+    parts = [
+        "# Beyond the paper: what came after it, put into R-Adapter",
+        *how,
+        *cells.warnings(),
+        shown,
+    ]
     text = "\n\n".join(parts) + "\n"
     out.mkdir(parents=True, exist_ok=True)
     (out / "beyond.md").write_text(text, encoding="utf-8")

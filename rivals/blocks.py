@@ -1,4 +1,6 @@
-"""The blocks of open_clip's own towers, which the methods that change what passes through them hook into."""
+"""The blocks of open_clip's own towers, which the methods that change what passes through them hook
+into.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ def blocks_of(model: nn.Module, tower: str) -> list[Any]:
     known = bool(blocks) and all(type(block) is ResidualAttentionBlock for block in blocks)
     if not known or (tower == "text" and not is_causal(model)):
         raise RAdapterError(
-            f"this rival needs open_clip's own transformers, such as those of ViT-B-16; the {tower} tower of this "
-            f"{type(model).__name__} is a {type(holder).__name__} of another kind"
+            f"this rival needs open_clip's own transformers, such as those of ViT-B-16; the {tower}"
+            f" tower of this {type(model).__name__} is a {type(holder).__name__} of another kind"
         )
     return blocks
 
@@ -40,12 +42,14 @@ def width_of(block: Any) -> int:
 
 
 def drop_path(model: nn.Module, towers: Iterable[str], rate: float) -> list[nn.Module]:
-    """Stochastic depth in the pretrained layers: training drops an input's attention or feed-forward branch at random.
+    """Stochastic depth in the pretrained layers: training drops an input's attention or
+    feed-forward branch at random.
 
     Args:
         model: an open_clip model.
         towers: of `image` and `text`.
-        rate: how often the branches of the last block are dropped, in [0, 1); it rises from 0 at the first block.
+        rate: how often the branches of the last block are dropped, in [0, 1); it rises from 0 at
+            the first block.
 
     Returns:
         Modules that drop while they are in training mode.

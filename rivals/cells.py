@@ -84,7 +84,9 @@ class Cells:
     _runs: dict[int, Run] = field(default_factory=dict)
     _sets: dict[str, list[EvaluationSet]] = field(default_factory=dict)
 
-    def cell(self, name: str, method: Method, seed: int, alphas: Sequence[float], split: str = "test") -> Cell:
+    def cell(
+        self, name: str, method: Method, seed: int, alphas: Sequence[float], split: str = "test"
+    ) -> Cell:
         """Learn and judge, or read what was found before, for whichever table.
 
         Args:
@@ -115,10 +117,13 @@ class Cells:
             return method
         rows = self.cell(name, method, seed, ALPHAS, "validation").rows
         scores = {alpha: score([row for row in rows if row.alpha == alpha]) for alpha in ALPHAS}
-        return dataclasses.replace(method, alpha=max(ALPHAS, key=lambda alpha: (scores[alpha], -alpha)))
+        return dataclasses.replace(
+            method, alpha=max(ALPHAS, key=lambda alpha: (scores[alpha], -alpha))
+        )
 
     def chosen_rate(self, name: str, method: Method, seed: int, factors: Sequence[float]) -> Method:
-        """The method with its learning rate times the factor that validation sets like best; of equals the first.
+        """The method with its learning rate times the factor that validation sets like best; of
+        equals the first.
 
         Args:
             name, method, seed: as of `cell`.
@@ -128,7 +133,10 @@ class Cells:
         if rate is None or set(factors) <= {1}:
             return method
         if "learning_rate" in self.benchmark.given:
-            raise RAdapterError("the benchmark sets learning_rate for every method; take it out, or leave out --rates")
+            raise RAdapterError(
+                "the benchmark sets learning_rate for every method; take it out, or leave out"
+                " --rates"
+            )
         methods = [at_rate(method, factor) for factor in factors]
         if len(methods) == 1:
             return methods[0]
@@ -218,13 +226,16 @@ def read_lines(path: Path) -> Iterator[Line]:
             Cost(**line.cost)
         except (ValueError, TypeError, KeyError) as error:
             raise RAdapterError(
-                f"line {number} of {path} is no cell ({reason(error)}); remove it, to make the cell again"
+                f"line {number} of {path} is no cell ({reason(error)}); remove it, to make the cell"
+                " again"
             ) from None
         yield line
 
 
 def _spelled(entry: Entry) -> dict[str, Any]:
-    """What an entry of a suite says; what it leaves out is left out, so that a new field changes no digest."""
+    """What an entry of a suite says; what it leaves out is left out, so that a new field changes no
+    digest.
+    """
     return {
         one.name: moved(getattr(entry, one.name))
         for one in dataclasses.fields(entry)
@@ -233,7 +244,8 @@ def _spelled(entry: Entry) -> dict[str, Any]:
 
 
 def score(rows: Sequence[Judged]) -> float:
-    """What a choice goes by: the mean of two means, over the sets in distribution and over the shifted ones, rounded.
+    """What a choice goes by: the mean of two means, over the sets in distribution and over the
+    shifted ones, rounded.
 
     Args:
         rows: one of each validation set.

@@ -1,4 +1,5 @@
-"""CLIPood: fine-tune the image tower with margins that follow the classes' texts, and average it along the way.
+"""CLIPood: fine-tune the image tower with margins that follow the classes' texts, and average it
+along the way.
 
 Shu et al., CLIPood: Generalizing CLIP to Out-of-Distributions, ICML 2023.
 """
@@ -21,10 +22,12 @@ from rivals.tuned import Tuned
 
 
 class Margins(Tuned):
-    """Metric softmax against the frozen texts t: `cos(f, t_j) + λ·(1 − cos(t_y, t_j))` for an image of class y.
+    """Metric softmax against the frozen texts t: `cos(f, t_j) + λ·(1 − cos(t_y, t_j))` for an image
+    of class y.
 
-    At the end the image tower has the mean of its weights at all steps t = 0..T, each weighed by the density of
-    Beta(β, β) at (t + 1/2) / (T + 1): the pretrained weights and the last ones weigh most.
+    At the end the image tower has the mean of its weights at all steps t = 0..T, each weighed by
+    the density of Beta(β, β) at (t + 1/2) / (T + 1): the pretrained weights and the last ones weigh
+    most.
 
     Args:
         run: see `Tuned`.
@@ -35,7 +38,9 @@ class Margins(Tuned):
     def __init__(self, run: Run, margin: float, beta: float) -> None:
         super().__init__(run)
         self.margin, self.beta = margin, beta
-        self.register_buffer("texts", encode_texts(self.model, self.prompts).detach(), persistent=False)
+        self.register_buffer(
+            "texts", encode_texts(self.model, self.prompts).detach(), persistent=False
+        )
         self.texts: Tensor
         self.model.visual.requires_grad_(True)
         self.averages = [parameter.detach().clone() for parameter in self.learning()]

@@ -1,7 +1,8 @@
-"""CoCoOp: a context that a small network shifts for each image, so that every image has class weights of its own.
+"""CoCoOp: a context that a small network shifts for each image, so that every image has class
+weights of its own.
 
-Zhou et al., Conditional Prompt Learning for Vision-Language Models, CVPR 2022. Its code learns from one image a step;
-`Recipe` takes two at least, so here it learns from two.
+Zhou et al., Conditional Prompt Learning for Vision-Language Models, CVPR 2022. Its code learns from
+one image a step; `Recipe` takes two at least, so here it learns from two.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from rivals.system import System
 
 
 class Conditional(Prompted):
-    """Context `v + π(f)` for an image's embedding f; π is linear, ReLU, linear, a sixteenth as wide as f between them.
+    """Context `v + π(f)` for an image's embedding f; π is linear, ReLU, linear, a sixteenth as wide
+    as f between them.
 
-    No image has the class weights of another, so what stands for an image is its scores of the classes that were
-    embedded last, and what stands for a class says which of the scores is its own.
+    No image has the class weights of another, so what stands for an image is its scores of the
+    classes that were embedded last, and what stands for a class says which of the scores is its
+    own.
     """
 
     def __init__(self, run: Run, words: str | None, length: int) -> None:
@@ -59,7 +62,8 @@ class CoCoOp(PromptLearning):
 
     Attributes:
         length: vectors of the context.
-        words: that the context starts as, of `length` tokens or more; None draws it at random. See `Prompted`.
+        words: that the context starts as, of `length` tokens or more; None draws it at random. See
+            `Prompted`.
     """
 
     settings: Mapping[str, Any] = paper(**SETTINGS, batch_size=2, epochs=10)

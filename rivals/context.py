@@ -38,10 +38,16 @@ class Context(nn.Module):
         embedding = text_tower(base.model).token_embedding
         tokens = base.tokenizer([words or " ".join(["X"] * length)])[0]
         if int(tokens.argmax()) < 1 + length:  # the end token has the highest number
-            raise RAdapterError(f"a context of {length} vectors needs as many tokens, and {words!r} has fewer")
+            raise RAdapterError(
+                f"a context of {length} vectors needs as many tokens, and {words!r} has fewer"
+            )
         if len(tokens) < length + 4:
-            raise RAdapterError(f"texts of {len(tokens)} tokens have no room for a context of {length} and a class")
-        vectors = torch.empty(length, embedding.weight.shape[1], device=embedding.weight.device).normal_(std=0.02)
+            raise RAdapterError(
+                f"texts of {len(tokens)} tokens have no room for a context of {length} and a class"
+            )
+        vectors = torch.empty(
+            length, embedding.weight.shape[1], device=embedding.weight.device
+        ).normal_(std=0.02)
         if words:
             vectors = embedding.weight[tokens[1 : 1 + length]].detach().clone()
         self.vectors = nn.Parameter(vectors)
@@ -56,7 +62,9 @@ class Context(nn.Module):
 def replaced(x: Tensor, start: int, vectors: Tensor) -> Tensor:
     """Sequences [N, L, d] with vectors [n, d] in place of what stands from `start` on."""
     length = len(vectors)
-    return torch.cat([x[:, :start], vectors.to(x.dtype).expand(len(x), -1, -1), x[:, start + length :]], dim=1)
+    return torch.cat(
+        [x[:, :start], vectors.to(x.dtype).expand(len(x), -1, -1), x[:, start + length :]], dim=1
+    )
 
 
 class Prompted(Tuned):
@@ -64,13 +72,15 @@ class Prompted(Tuned):
 
     Args:
         run: see `Tuned`.
-        words: that the context starts as, and with `{}` for the class also what follows it, in place of a full
-            stop. Without any before the class the context is drawn at random.
+        words: that the context starts as, and with `{}` for the class also what follows it, in
+            place of a full stop. Without any before the class the context is drawn at random.
         length: vectors of the context.
     """
 
     def __init__(self, run: Run, words: str | None, length: int) -> None:
-        before, _, behind = (words if words and "{}" in words else f"{words or ''}{{}}.").partition("{}")
+        before, _, behind = (words if words and "{}" in words else f"{words or ''}{{}}.").partition(
+            "{}"
+        )
         before = before.strip()
         super().__init__(run, template=f"{before or ' '.join(['X'] * length)} {{}}{behind}")
         self.context = Context(run.base, before or None, length)
@@ -84,12 +94,18 @@ class Prompted(Tuned):
 class PromptLearning(Method):
     """What learns contexts learns them by SGD, as CoOp's code does and MaPLe's that stands on it.
 
-    Theirs holds the rate at 1e-5 for the first epoch; here it rises for a fifth of the run, and 500 steps at most.
+    Theirs holds the rate at 1e-5 for the first epoch; here it rises for a fifth of the run, and 500
+    steps at most.
     """
 
     def optimizer(self, system: System, run: Run) -> Optimizer:
         recipe = run.recipe
-        return SGD(system.learning(), lr=recipe.learning_rate, momentum=0.9, weight_decay=recipe.weight_decay)
+        return SGD(
+            system.learning(),
+            lr=recipe.learning_rate,
+            momentum=0.9,
+            weight_decay=recipe.weight_decay,
+        )
 
 
 # Of all three, with the defaults of the library that their code stands on.

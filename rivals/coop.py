@@ -1,7 +1,7 @@
 """CoOp: learn the context of the prompts, one for all classes, and nothing else.
 
-Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022. For 16-shot ImageNet its code takes 16 vectors
-drawn at random, or 4 that start as "a photo of a", and the class at the end.
+Zhou et al., Learning to Prompt for Vision-Language Models, IJCV 2022. For 16-shot ImageNet its code
+takes 16 vectors drawn at random, or 4 that start as "a photo of a", and the class at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class CoOp(PromptLearning):
 
     Attributes:
         length: vectors of the context.
-        words: that the context starts as, of `length` tokens or more; None draws it at random. See `Prompted`.
+        words: that the context starts as, of `length` tokens or more; None draws it at random. See
+            `Prompted`.
     """
 
     settings: Mapping[str, Any] = paper(**SETTINGS, batch_size=32, epochs=50)

@@ -22,7 +22,9 @@ from rivals.system import Batch, Cost, Learned, System
 
 
 class Meter:
-    """Seconds from its making on, and bytes at most: of the GPU where there is one, else of this process."""
+    """Seconds from its making on, and bytes at most: of the GPU where there is one, else of this
+    process.
+    """
 
     def __init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,7 +35,11 @@ class Meter:
     def cost(self, parameters: int) -> Cost:
         """The cost so far of learning so many parameters."""
         gpu = self.device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = (
+            torch.cuda.max_memory_allocated()
+            if gpu
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
         return Cost(parameters, time.perf_counter() - self._started, memory)
 
 
@@ -42,15 +48,19 @@ def fit(system: System, optimizer: Optimizer, run: Run) -> Learned:
 
     Args:
         system: where it starts; it is changed.
-        optimizer: of its learning parameters; a group's rate is the schedule's, times `share` where the group has one.
+        optimizer: of its learning parameters; a group's rate is the schedule's, times `share` where
+            the group has one.
         run: the recipe says how long, how fast, and what the images look like.
 
     Raises:
-        RAdapterError: there are fewer images than a batch takes, an image can't be read, or the loss is not finite.
+        RAdapterError: there are fewer images than a batch takes, an image can't be read, or the
+            loss is not finite.
     """
     recipe, count = run.recipe, len(run.data.rows)
     if count < recipe.batch_size:
-        raise RAdapterError(f"batch_size is {recipe.batch_size} but the data holds {count} images; lower it")
+        raise RAdapterError(
+            f"batch_size is {recipe.batch_size} but the data holds {count} images; lower it"
+        )
     steps = recipe.steps or recipe.epochs * (count // recipe.batch_size)
     schedule = recipe.of_length(steps)
     meter = Meter()
@@ -65,7 +75,9 @@ def fit(system: System, optimizer: Optimizer, run: Run) -> Learned:
                 loss = system(next(source)) / recipe.accumulate
             loss.backward()
             if not math.isfinite(loss.item()):
-                raise RAdapterError(f"the loss is {loss.item()} at step {step}; lower the learning rate")
+                raise RAdapterError(
+                    f"the loss is {loss.item()} at step {step}; lower the learning rate"
+                )
         if recipe.grad_clip is not None:
             torch.nn.utils.clip_grad_norm_(learning, recipe.grad_clip)
         optimizer.step()
@@ -77,10 +89,14 @@ def fit(system: System, optimizer: Optimizer, run: Run) -> Learned:
 def _batches(run: Run, device: torch.device) -> Iterator[Batch]:
     """The parts of all epochs, without an end."""
     recipe, epoch = run.recipe, 0
-    examples = Examples(run.data, augmentation(run.base, recipe), recipe.seed, refuse=recipe.on_broken == "refuse")
+    examples = Examples(
+        run.data, augmentation(run.base, recipe), recipe.seed, refuse=recipe.on_broken == "refuse"
+    )
     part = recipe.batch_size // recipe.accumulate
     while True:
-        loader = batches(examples, part, epoch=epoch, start=0, rank=0, world=1, workers=recipe.workers)
+        loader = batches(
+            examples, part, epoch=epoch, start=0, rank=0, world=1, workers=recipe.workers
+        )
         for batch in loader:
             if "error" in batch:
                 raise RAdapterError(batch["error"])
@@ -89,4 +105,7 @@ def _batches(run: Run, device: torch.device) -> Iterator[Batch]:
 
 
 def _on(batch: dict[str, Any], device: torch.device) -> Batch:
-    return {**batch, **{name: batch[name].to(device, non_blocking=True) for name in ("pixels", "labels")}}
+    return {
+        **batch,
+        **{name: batch[name].to(device, non_blocking=True) for name in ("pixels", "labels")},
+    }

@@ -1,4 +1,6 @@
-"""Flags that the commands share: what all methods learn from and how, and where what is done is kept."""
+"""Flags that the commands share: what all methods learn from and how, and where what is done is
+kept.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,18 @@ class Flags:
     """What holds for every method.
 
     Args:
-        data: benchmark file, such as one of rivals/benchmarks; docs/holds-up.md says how to write one.
+        data: benchmark file, such as one of rivals/benchmarks; docs/holds-up.md says how to write
+            one.
         data_root: folder that the benchmark's data is in; its own if none is given.
-        out: folder of what is made, and of all that it is made from: what is done is not done again.
+        out: folder of what is made, and of all that it is made from: what is done is not done
+            again.
         architecture: base; the benchmark's if none is given.
         pretrained: open_clip tag or checkpoint of the base.
         epochs: passes over the data, for every method.
         steps: optimizer steps, for every method, in place of epochs.
         batch_size: images a step, for every method.
-        precision: bf16 computes products in bfloat16 while a method learns, which is faster where the machine has it.
+        precision: bf16 computes products in bfloat16 while a method learns, which is faster where
+            the machine has it.
         limit: images of a set at most, drawn by a fixed seed.
         threads: threads to compute with; one a core if none is given.
     """
@@ -48,20 +53,34 @@ class Flags:
     threads: int | None = None
 
     def benchmark(self) -> Benchmark:
-        """The benchmark, whose methods all have the values that are given here; computing is limited to the threads."""
+        """The benchmark, whose methods all have the values that are given here; computing is
+        limited to the threads.
+        """
         if self.limit is not None and self.limit < 1:
             raise RAdapterError(f"--limit is {self.limit}; allowed: 1 image or more")
         limit_threads(self.threads)
         from rivals.benchmark import load_benchmark  # torch takes seconds to load
 
         found = load_benchmark(self.data, self.data_root)
-        names = ("architecture", "pretrained", "epochs", "steps", "batch_size", "precision", "threads")
+        names = (
+            "architecture",
+            "pretrained",
+            "epochs",
+            "steps",
+            "batch_size",
+            "precision",
+            "threads",
+        )
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return dataclasses.replace(found, given={**found.given, **given})
 
 
 def check_seeds(seeds: Sequence[int], most: int | None = None) -> None:
-    """Refuse no seed, one that is named twice, and more than `most`: a spread over equal runs would be none."""
+    """Refuse no seed, one that is named twice, and more than `most`: a spread over equal runs would
+    be none.
+    """
     if not seeds or len(set(seeds)) < len(seeds) or len(seeds) > (most or len(seeds)):
         range_ = "one or more" if most is None else f"1 to {most}"
-        raise RAdapterError(f"--seeds is {' '.join(map(str, seeds)) or 'empty'}; allowed: {range_}, each named once")
+        raise RAdapterError(
+            f"--seeds is {' '.join(map(str, seeds)) or 'empty'}; allowed: {range_}, each named once"
+        )

@@ -1,4 +1,5 @@
-"""FLYP: fine-tune both towers like CLIP was pretrained, by the contrast of images with prompts of their classes.
+"""FLYP: fine-tune both towers like CLIP was pretrained, by the contrast of images with prompts of
+their classes.
 
 Goyal et al., Finetune like you pretrain: Improved finetuning of zero-shot vision models, CVPR 2023.
 """
@@ -20,7 +21,9 @@ from rivals.system import Batch, System
 
 
 class Flyp(System):
-    """Every parameter learns; the other prompts of a batch are negatives, even those of the same class."""
+    """Every parameter learns; the other prompts of a batch are negatives, even those of the same
+    class.
+    """
 
     def forward(self, batch: Batch) -> Tensor:
         images = encode_image(self.model, batch["pixels"])
@@ -51,8 +54,9 @@ class FineTuneLikePretrain(Method):
         return system
 
 
-# Liang et al., Open-vocabulary semantic segmentation with mask-adapted CLIP, CVPR 2023: crops of masks and their names,
-# under a text tower that stands still; without the second stage, whose prompts take the place of what is masked.
+# Liang et al., Open-vocabulary semantic segmentation with mask-adapted CLIP, CVPR 2023: crops of
+# masks and their names, under a text tower that stands still; without the second stage, whose
+# prompts take the place of what is masked.
 MASK_ADAPTED = FineTuneLikePretrain(
     settings={
         "templates": "simple", "batch_size": 128, "epochs": 5, "learning_rate": 5e-6, "min_learning_rate": 0.0,

@@ -1,7 +1,9 @@
-"""Full fine-tuning (FT) of the image tower under a linear head that starts as the zero-shot classifier.
+"""Full fine-tuning (FT) of the image tower under a linear head that starts as the zero-shot
+classifier.
 
-Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022, whose hyper-parameters these are. With α it is
-WiSE-FT, their method: the weights of both ends, the head's among them, are averaged.
+Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022, whose hyper-parameters these
+are. With α it is WiSE-FT, their method: the weights of both ends, the head's among them, are
+averaged.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from rivals.system import Batch, System
 
 
 class Classifier(System):
-    """An image tower under a linear head; the head starts with the class embeddings times CLIP's logit scale.
+    """An image tower under a linear head; the head starts with the class embeddings times CLIP's
+    logit scale.
 
     Args:
         run: gives the base, and the classes and templates of its data.
@@ -56,9 +59,11 @@ class Classifier(System):
         return F.pad(super().embed_images(pixels), (0, 1), value=1.0)
 
     def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Rows of the head, weights and bias, whatever the templates; of a class that it has not learned there is none.
+        """Rows of the head, weights and bias, whatever the templates; of a class that it has not
+        learned there is none.
 
-        Of classes of one name, such as both missiles of ImageNet, the first here is the first that it has learned.
+        Of classes of one name, such as both missiles of ImageNet, the first here is the first that
+        it has learned.
 
         Raises:
             RAdapterError: the head has no such class.

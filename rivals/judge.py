@@ -10,7 +10,13 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 
 from radapter_serve.clip.base import Base
-from radapter_serve.evaluation.embedder import Embedder, NoSuchWay, SegmentImage, SegmentQuery, Variant
+from radapter_serve.evaluation.embedder import (
+    Embedder,
+    NoSuchWay,
+    SegmentImage,
+    SegmentQuery,
+    Variant,
+)
 from radapter_serve.evaluation.evaluate import evaluate
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known
 from radapter_serve.evaluation.image_sets import ClassificationSet
@@ -26,8 +32,11 @@ from rivals.system import Learned, System
 TEMPLATES = ["a photo of a {}."]  # for sets that bring none
 
 
-def judge(learned: Learned, run: Run, sets: Sequence[EvaluationSet], alphas: Sequence[float] = (1.0,)) -> list[Row]:
-    """Evaluate a system: a plain CLIP as `radapter-eval` does, any other by the embeddings that it gives itself.
+def judge(
+    learned: Learned, run: Run, sets: Sequence[EvaluationSet], alphas: Sequence[float] = (1.0,)
+) -> list[Row]:
+    """Evaluate a system: a plain CLIP as `radapter-eval` does, any other by the embeddings that it
+    gives itself.
 
     Args:
         learned: from `rivals.method.learned`.
@@ -59,9 +68,16 @@ class SystemEmbedder(Embedder):
     """
 
     def __init__(self, learned: Learned, base: Base, alphas: Sequence[float]) -> None:
-        self._learned, self._transform = learned, image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
+        self._learned, self._transform = (
+            learned,
+            image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False),
+        )
         preprocess = Preprocess.from_dict(base.preprocess)
-        self.templates, self.size, self.exif_orientation = TEMPLATES, preprocess.size[0], preprocess.exif_orientation
+        self.templates, self.size, self.exif_orientation = (
+            TEMPLATES,
+            preprocess.size[0],
+            preprocess.exif_orientation,
+        )
         self.crop = MaskCrop.from_recipe({}, base.preprocess["mean"])
         facts = ModelFacts(model=base.name, pretrained=base.pretrained, precision="fp32")
         self.variants = [Variant(type(learned.system).__name__, alpha, facts) for alpha in alphas]
@@ -88,7 +104,9 @@ class SystemEmbedder(Embedder):
 
     @torch.inference_mode()
     def known(self, data: EvaluationSet) -> dict[Any, Known]:
-        """The set's classes as the system at each point embeds them, all at once: two of one name may differ."""
+        """The set's classes as the system at each point embeds them, all at once: two of one name
+        may differ.
+        """
         known: dict[Any, Known] = {}
         if isinstance(data, ClassificationSet):
             templates = tuple(data.templates or self.templates)
@@ -103,7 +121,10 @@ class SystemEmbedder(Embedder):
         return class_probabilities(scores, self.system.factor)
 
     def way(self, dense: str | None) -> str:
-        raise NoSuchWay(f"{type(self.system).__name__} is no plain CLIP, so it can't segment; leave it out by --only")
+        raise NoSuchWay(
+            f"{type(self.system).__name__} is no plain CLIP, so it can't segment; leave it out by"
+            " --only"
+        )
 
     def segmenter(self, query: SegmentQuery, known: dict[Any, Floats]) -> SegmentImage:
         raise NotImplementedError

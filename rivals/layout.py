@@ -34,18 +34,29 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def cost_of(costs: Sequence[Cost]) -> list[str]:
-    """Parameters in millions, seconds (the median) and peak memory in GB; nothing of what did not learn."""
+    """Parameters in millions, seconds (the median) and peak memory in GB; nothing of what did not
+    learn.
+    """
     if not any(cost.parameters for cost in costs):
         return ["-", "-", "-"]
     memory = max(cost.memory for cost in costs) / 1e9
-    return [f"{costs[0].parameters / 1e6:.2f}", f"{median(cost.seconds for cost in costs):.0f}", f"{memory:.2f}"]
+    return [
+        f"{costs[0].parameters / 1e6:.2f}",
+        f"{median(cost.seconds for cost in costs):.0f}",
+        f"{memory:.2f}",
+    ]
 
 
 COST = ["parameters, M", "time, s", "memory, GB"]
 
 
-def dots(points: Mapping[str, tuple[Sequence[float], Sequence[float]]], heads: tuple[str, str], path: Path) -> None:
-    """Draw methods down and two figures across: the mean over the seeds, a bar of their standard deviation.
+def dots(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    heads: tuple[str, str],
+    path: Path,
+) -> None:
+    """Draw methods down and two figures across: the mean over the seeds, a bar of their standard
+    deviation.
 
     Args:
         points: by method, both figures of each seed, in per cent.

@@ -1,7 +1,8 @@
 """LoRA: low-rank changes of the attention's queries, keys and values, by peft.
 
-Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022; with the settings of Zanella and Ben Ayed,
-Low-Rank Few-Shot Adaptation of Vision-Language Models, CVPRW 2024, who put it into both towers of CLIP.
+Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022; with the settings of
+Zanella and Ben Ayed, Low-Rank Few-Shot Adaptation of Vision-Language Models, CVPRW 2024, who put it
+into both towers of CLIP.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from rivals.tuned import Loss, Tuned
 
 
 class LowRank(Tuned):
-    """`W + (a/√r)·B·A` for the weight [3d, d] that makes queries, keys and values; A is one for all three.
+    """`W + (a/√r)·B·A` for the weight [3d, d] that makes queries, keys and values; A is one for all
+    three.
 
-    peft's own layer for `nn.MultiheadAttention` adapts the output projection too, and counts its change twice
-    (0.21.2; huggingface/peft#3774), so the parameter itself is named here.
+    peft's own layer for `nn.MultiheadAttention` adapts the output projection too, and counts its
+    change twice (0.21.2; huggingface/peft#3774), so the parameter itself is named here.
 
     Args:
         run: see `Tuned`.
@@ -46,7 +48,9 @@ class LowRank(Tuned):
             target_modules=[],
             target_parameters=["attn.in_proj_weight"],
         )
-        self._peft = [get_peft_model(self.model, config)]  # in a list, for its modules are the model's own
+        self._peft = [
+            get_peft_model(self.model, config)
+        ]  # in a list, for its modules are the model's own
 
     def clip(self) -> dict[str, Tensor]:
         """The weights with every change merged, which is exact."""

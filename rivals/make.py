@@ -62,7 +62,9 @@ def make_table(number: str, benchmark: Benchmark, out: Path, choices: Choices) -
     """
     chosen = TABLES[number]
     if unknown := [name for name in choices.only if name not in chosen.rows]:
-        raise RAdapterError(f"table {number} has no row {unknown[0]!r}; allowed: {', '.join(chosen.rows)}")
+        raise RAdapterError(
+            f"table {number} has no row {unknown[0]!r}; allowed: {', '.join(chosen.rows)}"
+        )
     benchmark = benchmark.filled(chosen.given)
     cells = Cells(benchmark, out, f"table-{number}", choices.limit, say)
     methods = {
@@ -71,7 +73,10 @@ def make_table(number: str, benchmark: Benchmark, out: Path, choices: Choices) -
         if not choices.only or name in choices.only
     }
     first = choices.seeds[0]
-    methods = {name: cells.chosen_rate(name, method, first, choices.rates) for name, method in methods.items()}
+    methods = {
+        name: cells.chosen_rate(name, method, first, choices.rates)
+        for name, method in methods.items()
+    }
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"table-{number}.md"
     maker = _curves if chosen.curves else _rows
@@ -99,16 +104,26 @@ def _rows(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> st
         lines.append([name, *cost_of(costs), ", ".join(dict.fromkeys(alphas)), *_spreads(values)])
     heads = list(next(iter(found.values()))[0])
     if len(heads) == 1:
-        plot_bars({name: {heads[0]: mean(of[heads[0]] for of in values)} for name, values in found.items()}, picture)
+        plot_bars(
+            {
+                name: {heads[0]: mean(of[heads[0]] for of in values)}
+                for name, values in found.items()
+            },
+            picture,
+        )
     else:
         x, y = heads[0], next((head for head in heads if head.startswith("mean of")), heads[-1])
-        points = {name: ([of[x] for of in values], [of[y] for of in values]) for name, values in found.items()}
+        points = {
+            name: ([of[x] for of in values], [of[y] for of in values])
+            for name, values in found.items()
+        }
         dots(points, (x, y), picture)
     return markdown(["method", *COST, "α", *_counted(heads, ns)], lines) + _leads(found)
 
 
 def _leads(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """A second table: what each method leads zero-shot by; nothing without that row or without several seeds.
+    """A second table: what each method leads zero-shot by; nothing without that row or without
+    several seeds.
 
     Args:
         found: by method, the figures of each seed, in per cent by the heads of their columns.
@@ -121,8 +136,19 @@ def _leads(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     for name, of_seeds in found.items():
         if name != base:
             pairs = list(zip(of_seeds, found[base], strict=True))
-            lines.append([name, *(with_interval([own[head] - of[head] for own, of in pairs], "+") for head in heads)])
-    how = f"What each method leads {base} by, in points: the mean over the seeds with its interval of 95 %."
+            lines.append(
+                [
+                    name,
+                    *(
+                        with_interval([own[head] - of[head] for own, of in pairs], "+")
+                        for head in heads
+                    ),
+                ]
+            )
+    how = (
+        f"What each method leads {base} by, in points: the mean over the seeds with its interval of"
+        " 95 %."
+    )
     return f"\n\n{how}\n\n{markdown(['method', *heads], lines)}"
 
 
@@ -136,15 +162,23 @@ def _curves(cells: Cells, methods: Methods, choices: Choices, picture: Path) -> 
         sets = {row.dataset: row for row in of_seeds[0].rows}
         curves[name] = []
         for alpha in ALPHAS:
-            values = [figures([row for row in cell.rows if row.alpha == alpha]) for cell in of_seeds]
+            values = [
+                figures([row for row in cell.rows if row.alpha == alpha]) for cell in of_seeds
+            ]
             lines.append([name, f"{alpha:g}", *_spreads(values)])
-            curves[name].append({"alpha": alpha, **{head: mean(of[head] for of in values) for head in values[0]}})
+            curves[name].append(
+                {"alpha": alpha, **{head: mean(of[head] for of in values) for head in values[0]}}
+            )
     first, *others = curves
     ids, shifted = by_shift(sets)
     beside = {name: curves[name] for name in others}
-    plot_alpha_curve(curves[first], ids, shifted, picture, title=cells.benchmark.name, beside=beside)
+    plot_alpha_curve(
+        curves[first], ids, shifted, picture, title=cells.benchmark.name, beside=beside
+    )
     heads = list(curves[first][0])[1:]
-    return markdown(["method", "α", *_counted(heads, {name: row.n for name, row in sets.items()})], lines)
+    return markdown(
+        ["method", "α", *_counted(heads, {name: row.n for name, row in sets.items()})], lines
+    )
 
 
 def _spreads(values: Sequence[Mapping[str, float]]) -> list[str]:
@@ -158,20 +192,33 @@ def _counted(heads: Sequence[str], ns: Mapping[str, int]) -> list[str]:
 def _how(benchmark: Benchmark, methods: Methods, choices: Choices) -> str:
     """The command, the machine, and all that was chosen."""
     values = {**benchmark.given, "architecture": Path(benchmark.given["architecture"]).name}
-    hidden = {"data", "images", "classes", "templates"} | ({"epochs"} if "steps" in values else set())
+    hidden = {"data", "images", "classes", "templates"} | (
+        {"epochs"} if "steps" in values else set()
+    )
     values = {key: value for key, value in values.items() if key not in hidden}
     shown = ", ".join(f"{key} {value}" for key, value in values.items())
     seeds = ", ".join(map(str, choices.seeds))
     parts = [
         f"`{command_line('rivals.table')}`, {datetime.date.today()}, {machine()}.",
-        f"Benchmark {benchmark.name}, seeds {seeds}: per cent, mean ± standard deviation over the seeds.",
+        (
+            f"Benchmark {benchmark.name}, seeds {seeds}: per cent, mean ± standard deviation over"
+            " the seeds."
+        ),
         f"Every method learned with {shown}; the rest is its own paper's.",
         "Validation chose α for each seed." if choices.alpha else "α is each paper's own.",
     ]
     if set(choices.rates) - {1}:
-        rates = [f"{key} at {of.settings['learning_rate']:.2g}" for key, of in methods.items() if of.settings]
+        rates = [
+            f"{key} at {of.settings['learning_rate']:.2g}"
+            for key, of in methods.items()
+            if of.settings
+        ]
         factors = ", ".join(f"{rate:g}" for rate in choices.rates)
-        how = "Validation chose the learning rate," if len(choices.rates) > 1 else "The learning rate is"
+        how = (
+            "Validation chose the learning rate,"
+            if len(choices.rates) > 1
+            else "The learning rate is"
+        )
         parts.append(f"{how} each paper's own times {factors}: {'; '.join(rates)}.")
     return "\n".join(parts)
 
@@ -183,7 +230,11 @@ def command_line(module: str) -> str:
 
 def machine() -> str:
     """What computes, and by which versions."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{len(os.sched_getaffinity(0))} CPU cores"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{len(os.sched_getaffinity(0))} CPU cores"
+    )
     return f"{device}, Python {platform.python_version()}, torch {torch.__version__}"
 
 

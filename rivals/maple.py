@@ -20,9 +20,11 @@ from rivals.system import System
 
 
 class Coupled(Prompted):
-    """Block j < J has text prompts P_j after the start token, and image prompts `W_j·P_j + b_j` after the patches.
+    """Block j < J has text prompts P_j after the start token, and image prompts `W_j·P_j + b_j`
+    after the patches.
 
-    Each block's prompts stand where the last block's have gone through it; from block J on nothing is put in.
+    Each block's prompts stand where the last block's have gone through it; from block J on nothing
+    is put in.
 
     Args:
         run: see `Tuned`.
@@ -35,12 +37,16 @@ class Coupled(Prompted):
         super().__init__(run, words, length)
         text, image = blocks_of(run.base.model, "text"), blocks_of(run.base.model, "image")
         depth, width = min(depth, len(text), len(image)), width_of(text[0])
-        self.deep = nn.ParameterList(torch.empty(length, width).normal_(std=0.02) for _ in range(depth - 1))
+        self.deep = nn.ParameterList(
+            torch.empty(length, width).normal_(std=0.02) for _ in range(depth - 1)
+        )
         self.couple = nn.ModuleList(nn.Linear(width, width_of(image[0])) for _ in range(depth))
         self.model.visual.ln_pre.register_forward_pre_hook(self._append)
         for number in range(1, depth):
             text[number].register_forward_pre_hook(self._put(number, lambda x: 1, self.of_text))
-            image[number].register_forward_pre_hook(self._put(number, lambda x: x.shape[1] - length, self.of_image))
+            image[number].register_forward_pre_hook(
+                self._put(number, lambda x: x.shape[1] - length, self.of_image)
+            )
 
     def of_text(self, number: int) -> Tensor:
         """Text prompts of a block, [n, d]."""
@@ -53,9 +59,13 @@ class Coupled(Prompted):
 
     def _append(self, module: nn.Module, args: Any) -> Tensor:
         patches: Tensor = args[0]
-        return torch.cat([patches, self.of_image(0).to(patches.dtype).expand(len(patches), -1, -1)], dim=1)
+        return torch.cat(
+            [patches, self.of_image(0).to(patches.dtype).expand(len(patches), -1, -1)], dim=1
+        )
 
-    def _put(self, number: int, start: Callable[[Tensor], int], prompts: Callable[[int], Tensor]) -> Any:
+    def _put(
+        self, number: int, start: Callable[[Tensor], int], prompts: Callable[[int], Tensor]
+    ) -> Any:
         def hook(module: nn.Module, args: Any) -> Any:
             return (replaced(args[0], start(args[0]), prompts(number)), *args[1:])
 
@@ -64,7 +74,8 @@ class Coupled(Prompted):
 
 @dataclass(frozen=True)
 class MaPLe(PromptLearning):
-    """Multi-modal prompts, as its code learns them for new classes; for new data sets it takes depth 3 and 2 epochs.
+    """Multi-modal prompts, as its code learns them for new classes; for new data sets it takes
+    depth 3 and 2 epochs.
 
     Attributes:
         length: prompts of a block.
@@ -72,7 +83,9 @@ class MaPLe(PromptLearning):
         words: that the first text prompts start as, of `length` tokens or more; see `Prompted`.
     """
 
-    settings: Mapping[str, Any] = paper(**{**SETTINGS, "learning_rate": 0.0035}, batch_size=4, epochs=5)
+    settings: Mapping[str, Any] = paper(
+        **{**SETTINGS, "learning_rate": 0.0035}, batch_size=4, epochs=5
+    )
     length: int = 2
     depth: int = 9
     words: str = "a photo of a"

@@ -1,8 +1,9 @@
-"""Mask-Fill: full fine-tuning that keeps the pretrained features of images whose object is covered by another image.
+"""Mask-Fill: full fine-tuning that keeps the pretrained features of images whose object is covered
+by another image.
 
-Xiao et al., Masked images are counterfactual samples for robust fine-tuning, CVPR 2023: object masks, single fill. What
-belongs to the object is told by the relevance maps of Chefer, Gur and Wolf, Generic attention-model explainability,
-ICCV 2021.
+Xiao et al., Masked images are counterfactual samples for robust fine-tuning, CVPR 2023: object
+masks, single fill. What belongs to the object is told by the relevance maps of Chefer, Gur and
+Wolf, Generic attention-model explainability, ICCV 2021.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from rivals.system import Batch, System
 
 
 class Masked(Classifier):
-    """`CE(x) + weight · MSE(f(x̃), f₀(x̃))`: f gives features, f₀ those of the pretrained tower, x̃ are masked images.
+    """`CE(x) + weight · MSE(f(x̃), f₀(x̃))`: f gives features, f₀ those of the pretrained tower, x̃
+    are masked images.
 
     Args:
         run: as of `Classifier`.
@@ -42,7 +44,9 @@ class Masked(Classifier):
 
     def forward(self, batch: Batch) -> Tensor:
         pixels, labels = batch["pixels"], batch["labels"]
-        masked = self.filled(pixels, self.object_patches(pixels, labels), torch.randperm(len(pixels)))
+        masked = self.filled(
+            pixels, self.object_patches(pixels, labels), torch.randperm(len(pixels))
+        )
         with torch.no_grad():
             wanted = self.teacher(masked)
         return super().forward(batch) + self.weight * F.mse_loss(self.model.visual(masked), wanted)
@@ -67,8 +71,8 @@ class Masked(Classifier):
     def relevance(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """How much each patch matters for the score of the label, float [B, g, g], 0 or more.
 
-        Through the blocks `R ← R + E[(A ∘ ∂score/∂A)⁺]·R` from the identity, E the mean over heads; the class token's
-        row of R.
+        Through the blocks `R ← R + E[(A ∘ ∂score/∂A)⁺]·R` from the identity, E the mean over heads;
+        the class token's row of R.
         """
         with torch.enable_grad(), _seen(self.model.visual) as maps:
             score = self.logits(pixels).gather(1, labels[:, None]).sum()
@@ -76,13 +80,18 @@ class Masked(Classifier):
         length = maps[0].shape[-1]
         relevance = torch.eye(length, device=pixels.device).repeat(len(pixels), 1, 1)
         for attention, slope in zip(maps, slopes, strict=True):
-            relevance = relevance + (attention.detach() * slope).clamp(min=0).mean(dim=1).float() @ relevance
+            relevance = (
+                relevance
+                + (attention.detach() * slope).clamp(min=0).mean(dim=1).float() @ relevance
+            )
         return relevance[:, 0, 1:].reshape(-1, *self.model.visual.grid_size)
 
 
 @contextmanager
 def _seen(visual: Any) -> Iterator[list[Tensor]]:
-    """Within the block, the attention [B, heads, L, L] of each of the tower's blocks as it is computed."""
+    """Within the block, the attention [B, heads, L, L] of each of the tower's blocks as it is
+    computed.
+    """
     maps: list[Tensor] = []
     layers = [block.attn for block in visual.transformer.resblocks]
     for layer in layers:
@@ -94,7 +103,9 @@ def _seen(visual: Any) -> Iterator[list[Tensor]]:
             del layer.forward
 
 
-def _attend(layer: Any, maps: list[Tensor], x: Tensor, *_: Any, **options: Any) -> tuple[Tensor, None]:
+def _attend(
+    layer: Any, maps: list[Tensor], x: Tensor, *_: Any, **options: Any
+) -> tuple[Tensor, None]:
     """What `nn.MultiheadAttention` computes, with its map of weights kept."""
     batch, length, width = x.shape
     parts = F.linear(x, layer.in_proj_weight, layer.in_proj_bias).chunk(3, dim=-1)

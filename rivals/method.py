@@ -21,13 +21,16 @@ from rivals.system import Cost, Learned, System
 
 
 def paper(**values: Any) -> Any:
-    """The default of `settings`: fields of `Recipe` as the method's own paper, or its code, sets them."""
+    """The default of `settings`: fields of `Recipe` as the method's own paper, or its code, sets
+    them.
+    """
     return field(default_factory=lambda: values)
 
 
 @dataclass(frozen=True)
 class Method:
-    """One of the systems of the paper's tables; further fields are what its own paper sets beside the recipe.
+    """One of the systems of the paper's tables; further fields are what its own paper sets beside
+    the recipe.
 
     Attributes:
         settings: fields of `Recipe`, by name.
@@ -53,7 +56,9 @@ class Method:
 
 
 def at_rate(method: Method, factor: float) -> Method:
-    """The method with its learning rate times a factor; itself where it has none, or the factor is 1."""
+    """The method with its learning rate times a factor; itself where it has none, or the factor is
+    1.
+    """
     rate = method.settings.get("learning_rate")
     if rate is None or factor == 1:
         return method
@@ -92,6 +97,8 @@ def learned(method: Method, run: Run) -> Learned:
 
 
 def kept(method: Method, run: Run) -> Path:
-    """The file in which what a method learns from a run is kept; a method's α makes no difference."""
+    """The file in which what a method learns from a run is kept; a method's α makes no
+    difference.
+    """
     digest = run.of(method.settings).digest(dataclasses.replace(method, alpha=None))
     return run.folder / f"{type(method).__name__}-{run.recipe.seed}-{digest}.safetensors"

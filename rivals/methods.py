@@ -33,7 +33,9 @@ METHODS: dict[str, Method] = {
     "maple": MaPLe(),
     "clipood": CLIPood(),
     "repadapter": RepAdapter(),
-    "repadapter-t": RepAdapter(towers=("text",), hidden=14),  # in texts only, and as many parameters as Table 2 prints
+    "repadapter-t": RepAdapter(
+        towers=("text",), hidden=14
+    ),  # in texts only, and as many parameters as Table 2 prints
     "adaptformer": AdaptFormer(),
     "lora": LoRA(),
     "r-adapter": r_adapter("imagenet"),

@@ -1,4 +1,6 @@
-"""`python -m rivals.pacs`: PACS as a benchmark: learn from its photos, judge on its art, cartoons and sketches too."""
+"""`python -m rivals.pacs`: PACS as a benchmark: learn from its photos, judge on its art, cartoons
+and sketches too.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ import yaml
 from radapter_serve.cli import run
 from radapter_serve.errors import RAdapterError
 
-PICTURES = Path("images")  # a link to PACS: all paths are relative, so that what was learned counts wherever they lie
+PICTURES = Path(
+    "images"
+)  # a link to PACS: all paths are relative, so that what was learned counts wherever they lie
 STYLES = ("photo", "art_painting", "cartoon", "sketch")
 HELD_OUT = 5  # every fifth photo of a class is not learned from: these are for the test and, every other one, choose
 
@@ -26,7 +30,9 @@ def pacs(root: Path, out: Path, /) -> None:
         out: folder for benchmark.yaml, its suite and the lists of photos.
     """
     if missing := [style for style in STYLES if not (root / style).is_dir()]:
-        raise RAdapterError(f"{root} has no folder {missing[0]}; it should have {', '.join(STYLES)}")
+        raise RAdapterError(
+            f"{root} has no folder {missing[0]}; it should have {', '.join(STYLES)}"
+        )
     parts: dict[str, list[tuple[Path, str]]] = defaultdict(list)
     for folder in sorted(path for path in (root / STYLES[0]).iterdir() if path.is_dir()):
         for number, file in enumerate(sorted(folder.iterdir())):
@@ -40,17 +46,32 @@ def pacs(root: Path, out: Path, /) -> None:
     sets = [
         {"name": "photo, validation", "data": "csv:validation.csv", "split": "validation"},
         {"name": STYLES[0], "data": "csv:test.csv", "shift": "id"},
-        *({"name": style, "data": f"imagefolder:{PICTURES / style}", "shift": "ood"} for style in STYLES[1:]),
+        *(
+            {"name": style, "data": f"imagefolder:{PICTURES / style}", "shift": "ood"}
+            for style in STYLES[1:]
+        ),
     ]
-    own = {"templates": "simple", "batch_size": 64, "epochs": 10, "crop_scale": 0.7, "flip": True, "workers": 0}
+    own = {
+        "templates": "simple",
+        "batch_size": 64,
+        "epochs": 10,
+        "crop_scale": 0.7,
+        "flip": True,
+        "workers": 0,
+    }
     train = {"data": "csv:train.csv", **own}  # with the prompts that the suite judges by
     documents = {
         "suite": {"name": "PACS", "templates": "simple", "sets": sets},
         "benchmark": {"suite": "suite.yaml", "train": train},
     }
     for name, document in documents.items():
-        (out / f"{name}.yaml").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-    print(f"wrote {out / 'benchmark.yaml'}; next: python -m rivals.table 1 --data {out / 'benchmark.yaml'}")
+        (out / f"{name}.yaml").write_text(
+            yaml.safe_dump(document, sort_keys=False), encoding="utf-8"
+        )
+    print(
+        f"wrote {out / 'benchmark.yaml'}; next: python -m rivals.table 1 --data"
+        f" {out / 'benchmark.yaml'}"
+    )
 
 
 def link(path: Path, to: Path) -> None:
@@ -62,7 +83,9 @@ def link(path: Path, to: Path) -> None:
             path.unlink()
         path.symlink_to(to, target_is_directory=True)
     except OSError as error:
-        raise RAdapterError(f"can't link {path} to {to}: {error.strerror}; give another folder OUT") from None
+        raise RAdapterError(
+            f"can't link {path} to {to}: {error.strerror}; give another folder OUT"
+        ) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,9 @@
-"""Linear probing (LP), where the head alone learns, and LP-FT: full fine-tuning that starts from the probe.
+"""Linear probing (LP), where the head alone learns, and LP-FT: full fine-tuning that starts from
+the probe.
 
-Kumar et al., Fine-tuning can distort pretrained features and underperform out-of-distribution, ICLR 2022. The probe's
-hyper-parameters are those of WiSE-FT's code, which like ours starts it as the zero-shot classifier.
+Kumar et al., Fine-tuning can distort pretrained features and underperform out-of-distribution, ICLR
+2022. The probe's hyper-parameters are those of WiSE-FT's code, which like ours starts it as the
+zero-shot classifier.
 """
 
 from __future__ import annotations

@@ -21,7 +21,14 @@ from rivals.run import Run
 from rivals.system import Cost, Learned, System
 from rivals.variants import OWN, Variant
 
-OF_THE_DATA = ("task", "architecture", "pretrained", "classes", "shots", "seed")  # what a run brings, whatever learns
+OF_THE_DATA = (
+    "task",
+    "architecture",
+    "pretrained",
+    "classes",
+    "shots",
+    "seed",
+)  # what a run brings, whatever learns
 
 
 class ZeroShot(Method):
@@ -36,7 +43,8 @@ class ZeroShot(Method):
 
 @dataclass(frozen=True)
 class RAdapter(Method):
-    """R-Adapter: its end is the adapter folded at α = 1, so that the line is the paper's re-scaling.
+    """R-Adapter: its end is the adapter folded at α = 1, so that the line is the paper's
+    re-scaling.
 
     Attributes:
         variant: what differs from its own training.
@@ -51,11 +59,15 @@ class RAdapter(Method):
     def learn(self, run: Run) -> Learned:
         with tempfile.TemporaryDirectory() as folder:
             meter = Meter()
-            recipe = dataclasses.replace(run.recipe, out=Path(folder) / "run", save_every=None, tracker="none")
+            recipe = dataclasses.replace(
+                run.recipe, out=Path(folder) / "run", save_every=None, tracker="none"
+            )
             self.variant.check(recipe)
             if self.variant.dropout:
                 recipe = dataclasses.replace(recipe, form="activation")
-            with contextlib.redirect_stdout(io.StringIO()):  # its run is gone when a reader could follow what it says
+            with contextlib.redirect_stdout(
+                io.StringIO()
+            ):  # its run is gone when a reader could follow what it says
                 adapter = load_adapter(train(recipe, self.variant.parts()))
             cost = meter.cost(sum(tensor.numel() for tensor in adapter.tensors.values()))
         system = self.start(run)
@@ -69,7 +81,8 @@ def r_adapter(
     variant: Variant = OWN,
     **changes: Any,
 ) -> RAdapter:
-    """R-Adapter by a ready recipe of the house; warm-up and averaging follow the length of a shorter run.
+    """R-Adapter by a ready recipe of the house; warm-up and averaging follow the length of a
+    shorter run.
 
     Args:
         recipe: its name, as `radapter-train --recipe` takes it.
@@ -79,5 +92,7 @@ def r_adapter(
     """
     values: Mapping[str, Any] = read_yaml(ready_recipes()[recipe], "the recipe")
     own = {name: value for name, value in values.items() if name not in OF_THE_DATA}
-    follow = {name: None for name in ("momentum", "warmup_steps") if own.get(name)}  # what none means at full length
+    follow = {
+        name: None for name in ("momentum", "warmup_steps") if own.get(name)
+    }  # what none means at full length
     return RAdapter({**own, **follow, **changes}, alpha, variant)

@@ -1,4 +1,5 @@
-"""RepAdapter: a linear bottleneck before attention and before the feed-forward layer, folded into what comes next.
+"""RepAdapter: a linear bottleneck before attention and before the feed-forward layer, folded into
+what comes next.
 
 Luo et al., Towards Efficient Visual Adaption via Structural Re-parameterization, 2023.
 """
@@ -21,7 +22,8 @@ from rivals.tuned import Loss, Tuned
 
 
 class LinearBottleneck(nn.Module):
-    """`h(x) = x + s·(U·(D·x + a) + b)`, with U in groups: each part of the output sees its own part of the bottleneck.
+    """`h(x) = x + s·(U·(D·x + a) + b)`, with U in groups: each part of the output sees its own part
+    of the bottleneck.
 
     Args:
         width: of x.
@@ -62,17 +64,27 @@ class Reparametrized(Tuned):
         shape: the arguments of `LinearBottleneck` after the width.
     """
 
-    def __init__(self, run: Run, loss: Loss, towers: Sequence[str], rate: float, **shape: Any) -> None:
+    def __init__(
+        self, run: Run, loss: Loss, towers: Sequence[str], rate: float, **shape: Any
+    ) -> None:
         super().__init__(run, loss)
-        self.folds: list[tuple[str, LinearBottleneck]] = []  # adapters, by where the layer that comes next is
+        self.folds: list[
+            tuple[str, LinearBottleneck]
+        ] = []  # adapters, by where the layer that comes next is
         for tower in towers:
-            prefix = "visual." if tower == "image" else "text." if hasattr(self.model, "text") else ""
+            prefix = (
+                "visual." if tower == "image" else "text." if hasattr(self.model, "text") else ""
+            )
             for number, block in enumerate(blocks_of(self.model, tower)):
                 for norm, name in ((block.ln_1, "attn.in_proj_"), (block.ln_2, "mlp.c_fc.")):
                     adapter = LinearBottleneck(width_of(block), **shape)
-                    norm.register_forward_hook(lambda _, __, output, adapter=adapter: adapter(output))
+                    norm.register_forward_hook(
+                        lambda _, __, output, adapter=adapter: adapter(output)
+                    )
                     self.folds.append((f"{prefix}transformer.resblocks.{number}.{name}", adapter))
-        self.extra.extend([*(adapter for _, adapter in self.folds), *drop_path(self.model, towers, rate)])
+        self.extra.extend(
+            [*(adapter for _, adapter in self.folds), *drop_path(self.model, towers, rate)]
+        )
 
     @torch.no_grad()
     def clip(self) -> dict[str, Tensor]:
@@ -80,7 +92,9 @@ class Reparametrized(Tuned):
         weights = dict(self.model.state_dict())
         for layer, adapter in self.folds:
             names = [f"{layer}weight", f"{layer}bias"]
-            weights.update(zip(names, adapter.folded(*(weights[name] for name in names)), strict=True))
+            weights.update(
+                zip(names, adapter.folded(*(weights[name] for name in names)), strict=True)
+            )
         return weights
 
 
@@ -111,5 +125,10 @@ class RepAdapter(Method):
     drop_path: float = 0.1
 
     def start(self, run: Run) -> System:
-        shape = {"hidden": self.hidden, "groups": self.groups, "scale": self.scale, "dropout": self.dropout}
+        shape = {
+            "hidden": self.hidden,
+            "groups": self.groups,
+            "scale": self.scale,
+            "dropout": self.dropout,
+        }
         return Reparametrized(run, self.loss, self.towers, self.drop_path, **shape)

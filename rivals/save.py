@@ -1,4 +1,6 @@
-"""`python -m rivals.save`: what a rival has learned, as a plain open_clip checkpoint, where it can be one."""
+"""`python -m rivals.save`: what a rival has learned, as a plain open_clip checkpoint, where it can
+be one.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ def save(
     alpha: float | None = None,
     soup: int = 72,
 ) -> None:
-    """Learn a method, or take what was learned before, and write it as a folder that open_clip loads.
+    """Learn a method, or take what was learned before, and write it as a folder that open_clip
+    loads.
 
     radapter-eval --merged evaluates it, and local-dir:FOLDER is a base for all other commands.
 
@@ -33,7 +36,8 @@ def save(
         name: of the method, as the table prints it.
         to: folder of the checkpoint.
         flags: of rivals.table, whose systems are taken.
-        table: whose row it is: of Table 2 it learns from 16 images a class, of Table 3 from captions.
+        table: whose row it is: of Table 2 it learns from 16 images a class, of Table 3 from
+            captions.
         seed: of the draws of training.
         rate: factor of the method's own learning rate; a table says which it chose.
         alpha: where between start, 0, and end, 1; the method's own if none is given.
@@ -55,7 +59,10 @@ def save(
     own = 1.0 if method.alpha is None else method.alpha
     weights = learned(method, source).at(own if alpha is None else alpha).clip()
     if weights is None:
-        raise RAdapterError(f"{name} is no plain CLIP: it has parts that can't be folded, or a head in place of texts")
+        raise RAdapterError(
+            f"{name} is no plain CLIP: it has parts that can't be folded, or a head in place of"
+            " texts"
+        )
     with Merged(to) as merged:
         merged.add("", source.base, weights)
         merged.commit()

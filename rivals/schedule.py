@@ -1,4 +1,6 @@
-"""α by depth and by tower: a constant of each adapted layer, which multiplies the α of a fold or of a request."""
+"""α by depth and by tower: a constant of each adapted layer, which multiplies the α of a fold or of
+a request.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from radapter_serve.errors import RAdapterError
 class AlphaSchedule:
     """The adapter of a layer counts α·λ, where λ is a constant of its tower and of its depth.
 
-    Block ℓ of L has `depth + (1−depth)·(ℓ−1)/(L−1)`, so that early blocks stay closer to the base (LiNeS), times the
-    constant of its tower.
+    Block ℓ of L has `depth + (1−depth)·(ℓ−1)/(L−1)`, so that early blocks stay closer to the base
+    (LiNeS), times the constant of its tower.
 
     Args:
         depth: λ of a tower's first block, from 0 to 1; that of its last is 1.
@@ -28,7 +30,9 @@ class AlphaSchedule:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if not 0 <= value <= 1:
-                raise RAdapterError(f"alpha-{name} is {value}; allowed: 0 to 1, where 1 leaves alpha as it is")
+                raise RAdapterError(
+                    f"alpha-{name} is {value}; allowed: 0 to 1, where 1 leaves alpha as it is"
+                )
 
     def __str__(self) -> str:
         return ", ".join(f"alpha-{name} {value:g}" for name, value in asdict(self).items())
@@ -43,7 +47,9 @@ class AlphaSchedule:
         last: dict[bool, int] = {}
         for key, block in blocks.items():
             image = key.startswith("visual.")
-            last[image] = max(block, last.get(image, 1))  # a tower of one block has the λ of its first
+            last[image] = max(
+                block, last.get(image, 1)
+            )  # a tower of one block has the λ of its first
         found = {}
         for key, block in blocks.items():
             image = key.startswith("visual.")

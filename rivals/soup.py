@@ -1,8 +1,10 @@
-"""Uniform soup: the mean of the weights of many models that were fine-tuned by different hyper-parameters.
+"""Uniform soup: the mean of the weights of many models that were fine-tuned by different
+hyper-parameters.
 
-Wortsman et al., Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing
-inference time, ICML 2022. Their code's list of 72 models starts with the linear probe that all others start from. Ours
-draws learning rate, weight decay, smoothing, mixup and epochs in the ranges of that list, but no RandAugment.
+Wortsman et al., Model soups: averaging weights of multiple fine-tuned models improves accuracy
+without increasing inference time, ICML 2022. Their code's list of 72 models starts with the linear
+probe that all others start from. Ours draws learning rate, weight decay, smoothing, mixup and
+epochs in the ranges of that list, but no RandAugment.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class Mixed(Classifier):
     Args:
         run: as of `Classifier`.
         smoothing: of the labels, in [0, 1).
-        mixup: both parameters of the Beta distribution that says how much of each image is another one; 0 mixes none.
+        mixup: both parameters of the Beta distribution that says how much of each image is another
+            one; 0 mixes none.
     """
 
     def __init__(self, run: Run, smoothing: float, mixup: float) -> None:
@@ -72,7 +75,12 @@ class UniformSoup(FullFineTuning):
     """
 
     settings: Mapping[str, Any] = paper(
-        templates="openai", batch_size=512, learning_rate=1e-5, min_learning_rate=0.0, warmup_steps=None, grad_clip=1.0
+        templates="openai",
+        batch_size=512,
+        learning_rate=1e-5,
+        min_learning_rate=0.0,
+        warmup_steps=None,
+        grad_clip=1.0,
     )
     members: int = 72
 
@@ -91,7 +99,9 @@ class UniformSoup(FullFineTuning):
             "epochs": draw.randint(4, 16),
         }
         smoothing = draw.choice((0.0, draw.uniform(0, 0.25)))
-        return Ingredient(settings, smoothing=smoothing, mixup=draw.choice((0.0, draw.uniform(0, 0.9))))
+        return Ingredient(
+            settings, smoothing=smoothing, mixup=draw.choice((0.0, draw.uniform(0, 0.9)))
+        )
 
     def learn(self, run: Run) -> Learned:
         system, recipes = self.start(run), self.recipes()
@@ -100,11 +110,15 @@ class UniformSoup(FullFineTuning):
             member = learned(recipe, run)
             for name, end in member.end.items():
                 mean[name] += (end - member.start[name]) / len(recipes)
-            cost += dataclasses.replace(member.cost, parameters=sum(p.numel() for p in system.learning()))
+            cost += dataclasses.replace(
+                member.cost, parameters=sum(p.numel() for p in system.learning())
+            )
         system.load_state_dict(mean)
         return Learned(system, cost)
 
 
 def of_members(method: Method, members: int) -> Method:
     """A soup of so many models; any other method as it is."""
-    return dataclasses.replace(method, members=members) if isinstance(method, UniformSoup) else method
+    return (
+        dataclasses.replace(method, members=members) if isinstance(method, UniformSoup) else method
+    )

@@ -1,4 +1,6 @@
-"""A CLIP, and what a method adds to it: the loss of a batch, and embeddings of images and classes."""
+"""A CLIP, and what a method adds to it: the loss of a batch, and embeddings of images and
+classes.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,16 @@ from radapter_serve.clip.base import Base
 from radapter_serve.clip.towers import encode_image, encode_texts
 from radapter_serve.evaluation.classification import zero_shot_classifier
 
-Batch = Mapping[str, Any]  # pixels [B, 3, S, S] and labels [B] on the system's device, texts: B texts or more
+Batch = Mapping[
+    str, Any
+]  # pixels [B, 3, S, S] and labels [B] on the system's device, texts: B texts or more
 
 
 class System(nn.Module):
     """A plain CLIP, all of it frozen; a method's own system overrides what it does otherwise.
 
-    What learns is what requires a gradient. What a system has beside the CLIP are parameters and modules of its own.
+    What learns is what requires a gradient. What a system has beside the CLIP are parameters and
+    modules of its own.
 
     Args:
         base: whose model it takes, and changes.
@@ -61,11 +66,15 @@ class System(nn.Module):
         return encode_texts(self.model, self.tokenizer(list(texts)))
 
     def embed_classes(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Classes, synonyms after commas, to float32 [C, D]: an image's score for each is the product with its own."""
+        """Classes, synonyms after commas, to float32 [C, D]: an image's score for each is the
+        product with its own.
+        """
         return zero_shot_classifier(self.model, self.tokenizer, classes, templates)
 
     def clip(self) -> dict[str, Tensor] | None:
-        """Weights of a plain CLIP of the base's architecture that embeds alike; None where there are none."""
+        """Weights of a plain CLIP of the base's architecture that embeds alike; None where there
+        are none.
+        """
         own = [name for name in self.state_dict() if not name.startswith("model.")]
         return None if own else self.model.state_dict()
 
@@ -90,7 +99,11 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         """One after the other."""
-        return Cost(self.parameters + other.parameters, self.seconds + other.seconds, max(self.memory, other.memory))
+        return Cost(
+            self.parameters + other.parameters,
+            self.seconds + other.seconds,
+            max(self.memory, other.memory),
+        )
 
 
 @dataclass
@@ -100,7 +113,8 @@ class Learned:
     Attributes:
         system: in eval mode.
         cost: of learning.
-        start, end: the tensors of its state that learning has changed, as they were and as they are.
+        start, end: the tensors of its state that learning has changed, as they were and as they
+            are.
     """
 
     system: System
@@ -110,7 +124,9 @@ class Learned:
 
     @torch.no_grad()
     def at(self, alpha: float) -> System:
-        """The system with weights on the line from its start, α = 0, to its end, α = 1: `(1−α)·start + α·end`."""
+        """The system with weights on the line from its start, α = 0, to its end, α = 1:
+        `(1−α)·start + α·end`.
+        """
         state = self.system.state_dict()
         for name, end in self.end.items():
             state[name].copy_(torch.lerp(self.start[name].float(), end.float(), alpha))

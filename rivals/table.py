@@ -22,16 +22,18 @@ def table(
     rates: tuple[float, ...] = (1.0,),
     soup: int = 72,
 ) -> None:
-    """Make a table of the paper: learn and judge what is missing, print it, write Markdown and a picture.
+    """Make a table of the paper: learn and judge what is missing, print it, write Markdown and a
+    picture.
 
     Args:
         number: which table; all has every system.
         flags: of all methods.
         seeds: each method learns once for each.
         only: rows to make, by the names that the table prints; all if none is given.
-        alpha: paper takes each method's own; validation chooses it for each method and seed on the validation sets.
-        rates: factors of each method's own learning rate, of which the validation sets choose one for each method, with
-            the first seed; one factor is taken as it is.
+        alpha: paper takes each method's own; validation chooses it for each method and seed on the
+            validation sets.
+        rates: factors of each method's own learning rate, of which the validation sets choose one
+            for each method, with the first seed; one factor is taken as it is.
         soup: models of the uniform soup.
     """
     check_seeds(seeds)

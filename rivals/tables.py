@@ -44,11 +44,18 @@ def few_shot(rank: int | None) -> Method:
 
 
 def ablations() -> dict[str, Method]:
-    """The rows of Table 5: which parts of the method are there. Dropout and drop-path of 0.2 are ours.
+    """The rows of Table 5: which parts of the method are there. Dropout and drop-path of 0.2 are
+    ours.
 
     B1 and B2 have their own papers' optimizers and rates; the paper does not say which it took.
     """
-    plain: dict[str, Any] = {"drop": 0.0, "momentum": 0.0, "positives": "single", "delta": 0.0, "epsilon": 0.0}
+    plain: dict[str, Any] = {
+        "drop": 0.0,
+        "momentum": 0.0,
+        "positives": "single",
+        "delta": 0.0,
+        "epsilon": 0.0,
+    }
     dropping, average = {"drop": 0.2}, {"momentum": None}
     several, smooth = {"positives": "several", "delta": 0.05}, {"epsilon": 0.02}
     rows: dict[str, tuple[float | None, dict[str, Any]]] = {
@@ -68,18 +75,26 @@ def ablations() -> dict[str, Method]:
         "B1: AdaptFormer, DO": AdaptFormer(loss="infonce", dropout=0.2),
         "B2: RepAdapter, DO, DP": RepAdapter(loss="infonce", dropout=0.2, drop_path=0.2),
     }
-    return others | {name: r_adapter("imagenet", alpha, **(plain | changes)) for name, (alpha, changes) in rows.items()}
+    return others | {
+        name: r_adapter("imagenet", alpha, **(plain | changes))
+        for name, (alpha, changes) in rows.items()
+    }
 
 
 def hyper_parameters() -> dict[str, Method]:
-    """R-Adapter with one choice changed; itself of full rank in both towers, δ = 0.05, p = 0.2, m by the length."""
+    """R-Adapter with one choice changed; itself of full rank in both towers, δ = 0.05, p = 0.2, m
+    by the length.
+    """
     rows: dict[str, dict[str, Any]] = {
         "R-Adapter": {},
         **{f"rank {rank}": {"rank": rank} for rank in (4, 8, 16, 128)},
         **{f"δ = {delta:g}": {"delta": delta} for delta in (0.0, 0.02, 0.1)},
         "one positive": {"positives": "single"},
         **{f"p = {drop:g}": {"drop": drop} for drop in (0.0, 0.1, 0.3, 0.5)},
-        **{f"m = {momentum:g}": {"momentum": momentum} for momentum in (0.0, 0.9, 0.99, 0.999, 0.9999)},
+        **{
+            f"m = {momentum:g}": {"momentum": momentum}
+            for momentum in (0.0, 0.9, 0.99, 0.999, 0.9999)
+        },
         "image tower alone": {"adapt_text": False},
     }
     return {name: r_adapter("imagenet", **changes) for name, changes in rows.items()}
@@ -88,8 +103,8 @@ def hyper_parameters() -> dict[str, Method]:
 def causes() -> dict[str, Method]:
     """Rivals with one setting changed that may keep them down on the project's own base.
 
-    It has never read a full stop. Its features are longer than those of OpenAI's CLIP, so that a squared distance
-    between them weighs more.
+    It has never read a full stop. Its features are longer than those of OpenAI's CLIP, so that a
+    squared distance between them weighs more.
     """
     return {
         "CoOp, no full stop": CoOp(words="{}"),
@@ -146,8 +161,13 @@ TABLES = {
         {"task": "segmentation"},
     ),
     "5": Table("Table 5: ablations", ablations()),
-    "hyper": Table("Hyper-parameters: rank, margin δ, dropping p, momentum m, towers", hyper_parameters()),
-    "why": Table("One setting changed: no full stop after the class, and a weight for longer features", causes()),
+    "hyper": Table(
+        "Hyper-parameters: rank, margin δ, dropping p, momentum m, towers", hyper_parameters()
+    ),
+    "why": Table(
+        "One setting changed: no full stop after the class, and a weight for longer features",
+        causes(),
+    ),
     "fig3": Table(
         "Fig. 3: from zero-shot, α = 0, to fine-tuned, α = 1",
         {"R-Adapter": METHODS["r-adapter"], "WiSE-FT": METHODS["wise-ft"]},
@@ -156,8 +176,14 @@ TABLES = {
     "all": Table(
         "Every system",
         {
-            **{name: method for name, method in METHODS.items() if name not in ("lp", "mask-adapted", "r-adapter")},
-            "clipood": CLIPood(beta=0.5),  # its paper's for shifts of domain; Table 2 has that for 16 images a class
+            **{
+                name: method
+                for name, method in METHODS.items()
+                if name not in ("lp", "mask-adapted", "r-adapter")
+            },
+            "clipood": CLIPood(
+                beta=0.5
+            ),  # its paper's for shifts of domain; Table 2 has that for 16 images a class
             **{f"r-adapter, rank {rank}": r_adapter("imagenet", rank=rank) for rank in (1, 4, 8)},
             "r-adapter": METHODS["r-adapter"],
         },
@@ -169,8 +195,8 @@ def figures(rows: Sequence[Judged]) -> dict[str, float]:
     """The figures of a table's row, in per cent by the heads of their columns.
 
     Args:
-        rows: of each set at one α. Sets in distribution stand first; then the mean over the shifted ones, where there
-            are several, and each of these. Of retrieval all recalls are shown.
+        rows: of each set at one α. Sets in distribution stand first; then the mean over the shifted
+            ones, where there are several, and each of these. Of retrieval all recalls are shown.
     """
     values: dict[str, float] = {}
     of = {row.dataset: row for row in rows}

@@ -21,12 +21,13 @@ Loss = Literal["classes", "infonce"]
 
 
 class Tuned(System):
-    """Learns by cross-entropy over the cosines between an image and a prompt of each class, or by CLIP's own loss.
+    """Learns by cross-entropy over the cosines between an image and a prompt of each class, or by
+    CLIP's own loss.
 
     Args:
         run: its base is taken, and the classes and the first template of its data.
-        loss: `classes` compares each image with a prompt of every class; `infonce` with the prompts of its batch, of
-            which the image's own is the one positive.
+        loss: `classes` compares each image with a prompt of every class; `infonce` with the prompts
+            of its batch, of which the image's own is the one positive.
         template: with `{}` for the class, in place of the data's.
 
     Raises:
@@ -38,13 +39,17 @@ class Tuned(System):
         if not isinstance(run.data, LabelledImages):
             raise RAdapterError("this rival learns from images with labels (task: classification)")
         self.loss, self.template = loss, template or run.data.templates[0]
-        self.extra = nn.ModuleList()  # what a method adds; it drops out while it learns, and only then
+        self.extra = (
+            nn.ModuleList()
+        )  # what a method adds; it drops out while it learns, and only then
         self.register_buffer("prompts", self.tokens(run.data.classes), persistent=False)
         self.prompts: Tensor
 
     def tokens(self, classes: Iterable[str]) -> Tensor:
         """The prompts of classes, of each its first name: int64 [C, L]."""
-        return self.tokenizer([self.template.replace("{}", split_label(names)[0]) for names in classes])
+        return self.tokenizer(
+            [self.template.replace("{}", split_label(names)[0]) for names in classes]
+        )
 
     def forward(self, batch: Batch) -> Tensor:
         self.extra.train()

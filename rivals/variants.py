@@ -25,15 +25,16 @@ class Variant:
     """What differs from the method's own training; nothing by default.
 
     Attributes:
-        dropout: share of an adapter's output that is dropped in training (DO of Table 5), in [0, 1).
-        drop_path: probability that a residual branch of an adapted block is left out for an image or
-            a text in training (DP of Table 5), in [0, 1).
-        learned_scale: train a factor of each adapter, too, from 0.1 on, as the paper's released code
-            does; it becomes part of the adapter in the end.
+        dropout: share of an adapter's output that is dropped in training (DO of Table 5), in [0,
+            1).
+        drop_path: probability that a residual branch of an adapted block is left out for an image
+            or a text in training (DP of Table 5), in [0, 1).
+        learned_scale: train a factor of each adapter, too, from 0.1 on, as the paper's released
+            code does; it becomes part of the adapter in the end.
         average: ema is the moving average of Eq. 8; trajectory weighs the start and the end of the
             run most (TRACER), and uses neither momentum nor bias_correction.
-        falling: whether dropping falls from the recipe's `drop` to 0 after three quarters of the run
-            (CoTo), in place of staying constant.
+        falling: whether dropping falls from the recipe's `drop` to 0 after three quarters of the
+            run (CoTo), in place of staying constant.
     """
 
     dropout: float = 0.0
@@ -49,11 +50,13 @@ class Variant:
             RAdapterError: says which fields exclude each other.
         """
         if self.dropout and recipe.form == "weight":
-            raise RAdapterError("dropout needs the outputs of adapters; allowed with it: form activation or auto")
+            raise RAdapterError(
+                "dropout needs the outputs of adapters; allowed with it: form activation or auto"
+            )
         if self.average == "trajectory" and recipe.rank is not None:
             raise RAdapterError(
-                f"average is trajectory at rank {recipe.rank}, but an average of low ranks has no low "
-                f"rank; leave one of them out"
+                f"average is trajectory at rank {recipe.rank}, but an average of low ranks has no"
+                " low rank; leave one of them out"
             )
 
     def parts(self) -> Parts:
@@ -131,7 +134,8 @@ def add_drop_path(adapters: Adapters, p: float) -> None:
 
 
 class TrajectoryAverage(Average):
-    """`W̃ = Σ wᵢ·Wᵢ / Σ wᵢ` over the start and every step, in which the start and the end count most.
+    """`W̃ = Σ wᵢ·Wᵢ / Σ wᵢ` over the start and every step, in which the start and the end count
+    most.
 
     wᵢ is the density of Beta(β, β) at (i + ½)/(T + 1), with β = 0.5 (TRACER).
 
@@ -157,5 +161,7 @@ def trajectory_average(adapters: Adapters, recipe: Recipe, steps: int) -> Averag
 
 
 def falling_drop(recipe: Recipe, step: int, steps: int) -> float:
-    """The probability of adapter dropping at a step, which reaches 0 after three quarters of all."""
+    """The probability of adapter dropping at a step, which reaches 0 after three quarters of
+    all.
+    """
     return recipe.drop * max(0.0, 1 - step / (0.75 * steps))

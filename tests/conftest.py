@@ -53,7 +53,9 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_clip_dir(common: Path) -> str:
-    """`local-dir:` name of a tiny CLIP with random weights, none of them zero or equal, QuickGELU included."""
+    """`local-dir:` name of a tiny CLIP with random weights, none of them zero or equal, QuickGELU
+    included.
+    """
     factory: Any = sys.modules.get("open_clip.factory")
     if factory is not None:
         # CLIP's vocabulary, which open_clip reads anew for every model, is read once.
@@ -75,7 +77,10 @@ def _write_tiny_clip(folder: Path) -> None:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
                 if "text_projection" in name or name == "visual.proj":
                     parameter.normal_(std=0.1)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()},
+        folder / "open_clip_model.safetensors",
+    )
     preprocess = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic"}
     config = {"model_cfg": TINY_CLIP, "preprocess_cfg": {**preprocess, "resize_mode": "shortest"}}
     (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -83,7 +88,9 @@ def _write_tiny_clip(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def random_adapter(tiny_clip_dir: str) -> Callable[..., Adapter]:
-    """Makes an adapter of random values for the tiny CLIP: their standard deviation, and fields of its metadata."""
+    """Makes an adapter of random values for the tiny CLIP: their standard deviation, and fields of
+    its metadata.
+    """
 
     def make(scale: float = 0.2, **metadata: Any) -> Adapter:
         return make_adapter(tiny_clip_dir, scale, **metadata)
@@ -97,7 +104,9 @@ EXPORTED_LABELS = ("cat, kitty", "a dog in the SNOW", "don't know", "猫")
 
 @pytest.fixture
 def quick(common: Path) -> Iterator[None]:
-    """Spare `export_release` the seconds that torch's exporter takes for a model whose graphs are known."""
+    """Spare `export_release` the seconds that torch's exporter takes for a model whose graphs are
+    known.
+    """
     from tests.helpers.graphs import quick_exports
 
     with quick_exports(common):
@@ -106,7 +115,9 @@ def quick(common: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def exported_tiny_clip(random_adapter: Callable[..., Adapter], common: Path) -> Path:
-    """A folder with `model_repository` and `merged`: an adapter of the tiny CLIP, exported, with a label set `four`."""
+    """A folder with `model_repository` and `merged`: an adapter of the tiny CLIP, exported, with a
+    label set `four`.
+    """
 
     def make(folder: Path) -> None:
         from radapter_serve.adapter import save_adapter
@@ -120,14 +131,20 @@ def exported_tiny_clip(random_adapter: Callable[..., Adapter], common: Path) -> 
 
 @pytest.fixture(scope="session")
 def dynamic_tiny_clip(exported_tiny_clip: Path, common: Path) -> Path:
-    """A model repository with one release: the adapter of `exported_tiny_clip`, α an input, its own 0.5."""
-    folder = shared(common, "dynamic", lambda folder: _export(common, exported_tiny_clip, "dynamic", folder))
+    """A model repository with one release: the adapter of `exported_tiny_clip`, α an input, its own
+    0.5.
+    """
+    folder = shared(
+        common, "dynamic", lambda folder: _export(common, exported_tiny_clip, "dynamic", folder)
+    )
     return folder / "model_repository"
 
 
 @pytest.fixture(scope="session")
 def dense_tiny_clip(exported_tiny_clip: Path, common: Path) -> Path:
-    """A folder with `model_repository` and `merged`: the adapter of `exported_tiny_clip` at 0.5, for segmentation."""
+    """A folder with `model_repository` and `merged`: the adapter of `exported_tiny_clip` at 0.5,
+    for segmentation.
+    """
 
     def make(folder: Path) -> None:
         _export(common, exported_tiny_clip, [0.5], folder, dense="naclip")
@@ -136,7 +153,11 @@ def dense_tiny_clip(exported_tiny_clip: Path, common: Path) -> Path:
 
 
 def _export(
-    common: Path, source: Path, alphas: Sequence[float] | Literal["dynamic"], folder: Path, **changes: Any
+    common: Path,
+    source: Path,
+    alphas: Sequence[float] | Literal["dynamic"],
+    folder: Path,
+    **changes: Any,
 ) -> None:
     from radapter_export import ExportSettings, export_release
     from tests.helpers.graphs import quick_exports

@@ -1,4 +1,6 @@
-"""What the pages say of the code is so: error codes, exceptions, commands and their flags, recipes and suites."""
+"""What the pages say of the code is so: error codes, exceptions, commands and their flags, recipes
+and suites.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,14 @@ TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf
 
 
 def codes() -> set[str]:
-    """The codes of errors: the constants beside `TaskError`, and those that the client gives of its own."""
-    (home,) = (path for path in (ROOT / "radapter_serve").rglob("*.py") if "class TaskError" in path.read_text("utf-8"))
+    """The codes of errors: the constants beside `TaskError`, and those that the client gives of its
+    own.
+    """
+    (home,) = (
+        path
+        for path in (ROOT / "radapter_serve").rglob("*.py")
+        if "class TaskError" in path.read_text("utf-8")
+    )
     homes = home, ROOT / "radapter_serve" / "gateway" / "errors.py"
     text = "".join(path.read_text(encoding="utf-8") for path in homes)
     of_server = re.findall(r'^[A-Z_]+ = "([a-z_]+)"$', text, re.MULTILINE)
@@ -36,7 +44,9 @@ def codes() -> set[str]:
 
 def entries(section: str) -> set[str]:
     """The names that a section of the troubleshooting page has an entry for."""
-    text = re.split(r"^## ", TROUBLESHOOTING.partition(f"\n## {section}\n")[2], flags=re.MULTILINE)[0]
+    text = re.split(r"^## ", TROUBLESHOOTING.partition(f"\n## {section}\n")[2], flags=re.MULTILINE)[
+        0
+    ]
     return set(re.findall(r"^### `(\w+)`$", text, re.MULTILINE))
 
 
@@ -46,7 +56,9 @@ def test_every_code_has_its_entry() -> None:
 
 def test_every_exception_of_the_client_has_its_entry() -> None:
     public = (getattr(radapter_client, name) for name in radapter_client.__all__)
-    kinds = {kind.__name__ for kind in public if inspect.isclass(kind) and issubclass(kind, Exception)}
+    kinds = {
+        kind.__name__ for kind in public if inspect.isclass(kind) and issubclass(kind, Exception)
+    }
     assert entries("Exceptions of the client") == kinds - {"RAdapterClientError"}
 
 
@@ -67,7 +79,11 @@ def test_commands_and_their_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None
     unknown = []
     for page, command, subcommand, flags in found:
         if flags := flags - {"--help", "--help-all", "--version"}:
-            takes = subcommand if command in ("radapter-index", "radapter-query", "radapter-release") else ""
+            takes = (
+                subcommand
+                if command in ("radapter-index", "radapter-query", "radapter-release")
+                else ""
+            )
             known = help_of(command, *([takes] if takes else []))
             names = set(re.findall(r"--[a-z][a-z-]*", known))
             unknown += [f"{page}: {command} {takes} {flag}" for flag in sorted(flags - names)]
@@ -77,7 +93,9 @@ def test_commands_and_their_flags_exist(monkeypatch: pytest.MonkeyPatch) -> None
 def python_blocks() -> Iterator[tuple[str, ast.Module]]:
     """Page and parsed code of every Python block, which may await."""
     for page in PAGES:
-        for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for block in re.findall(
+            r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL
+        ):
             flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
             yield page.name, compile(block, page.name, "exec", flags=flags)
 
@@ -88,22 +106,38 @@ def test_python_on_the_pages_uses_what_there_is() -> None:
     assert len(imported) > 5
     for page, node in imported:
         module = importlib.import_module(str(node.module))
-        assert not [f"{page}: {alias.name}" for alias in node.names if not hasattr(module, alias.name)]
-    called = [node.func for _, node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
-    asked = {call.attr for call in called if isinstance(call.value, ast.Name) and call.value.id == "client"}
+        assert not [
+            f"{page}: {alias.name}" for alias in node.names if not hasattr(module, alias.name)
+        ]
+    called = [
+        node.func
+        for _, node in nodes
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    ]
+    asked = {
+        call.attr
+        for call in called
+        if isinstance(call.value, ast.Name) and call.value.id == "client"
+    }
     assert "classify" in asked
     for kind in (radapter_client.Client, radapter_client.AsyncClient):
         assert not [name for name in asked if not hasattr(kind, name)]
 
 
-def test_the_loop_on_the_page_of_adapters_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loop_on_the_page_of_adapters_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     base = f"local-dir:{ROOT}/radapter_serve/demo/base"
     model, tokenizer = open_clip.create_model_and_transforms(base)[0], open_clip.get_tokenizer(base)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images = torch.rand(4, 3, *model.visual.image_size)
-    batches = [(images, tokenizer(["a cat", "a dog", "a dog", "a house"]), torch.tensor([0, 1, 1, 2]))] * 2
-    _, loop = re.findall(r"```python\n(.*?)```", (ROOT / "docs/api/adapters.md").read_text("utf-8"), re.DOTALL)
+    batches = [
+        (images, tokenizer(["a cat", "a dog", "a dog", "a house"]), torch.tensor([0, 1, 1, 2]))
+    ] * 2
+    _, loop = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/api/adapters.md").read_text("utf-8"), re.DOTALL
+    )
     loop = loop.replace('"ViT-B-32", digest, pretrained="openai"', f'"{base}", digest')
     exec(loop, {"model": model, "batches": batches})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -115,7 +149,10 @@ def test_the_loop_on_the_page_of_adapters_trains(tmp_path: Path, monkeypatch: py
 
 def test_recipes_and_suites_exist() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    named = {f"recipes/{name}.yaml" for name in re.findall(r"(?:--recipe |load_recipe\(\")([a-z-]+)(?![\w./-])", text)}
+    named = {
+        f"recipes/{name}.yaml"
+        for name in re.findall(r"(?:--recipe |load_recipe\(\")([a-z-]+)(?![\w./-])", text)
+    }
     assert "recipes/retrieval.yaml" in named
     named |= set(re.findall(r"\brecipes/[\w./-]+\.yaml", text))
     suites = set(re.findall(r"--suite ([a-z0-9-]+)(?![\w./-])", text))
@@ -125,20 +162,31 @@ def test_recipes_and_suites_exist() -> None:
 
 
 def test_benchmarks_that_are_named_exist() -> None:
-    named = {p for page in PAGES for p in re.findall(r"\bbenchmarks/[\w./-]+\.(?:md|py|png)", page.read_text("utf-8"))}
+    named = {
+        p
+        for page in PAGES
+        for p in re.findall(r"\bbenchmarks/[\w./-]+\.(?:md|py|png)", page.read_text("utf-8"))
+    }
     assert named
     assert not [path for path in named if not (ROOT / path).is_file()]
 
 
 def test_links_of_the_pages_beside_the_site_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"):
+    for page in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        ROOT / "SECURITY.md",
+    ):
         links = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text(encoding="utf-8"))
         assert not [f"{page.name}: {link}" for link in links if not (ROOT / link).exists()]
 
 
 def test_every_recipe_is_described() -> None:
     page = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
-    assert not [path.name for path in (ROOT / "recipes").glob("*.yaml") if f"`{path.stem}" not in page]
+    assert not [
+        path.name for path in (ROOT / "recipes").glob("*.yaml") if f"`{path.stem}" not in page
+    ]
 
 
 def test_the_readme_lists_every_page() -> None:

@@ -34,7 +34,10 @@ COMMIT = "0" * 40
         ),
         (
             None,
-            "install radapter-serve again as you did before, with its extra: radapter-serve[server,demo]",
+            (
+                "install radapter-serve again as you did before, with its extra:"
+                " radapter-serve[server,demo]"
+            ),
         ),
     ],
     ids=["checkout", "folder", "wheel", "repository", "index"],

@@ -42,14 +42,19 @@ def test_the_digest_of_files_is_that_of_their_bytes_in_a_row(tmp_path: Path) -> 
     first, second = os.urandom((1 << 20) + 3), b"more"
     (tmp_path / "a").write_bytes(first)
     (tmp_path / "b").write_bytes(second)
-    assert digest_of(tmp_path / "a", tmp_path / "b") == f"sha256:{hashlib.sha256(first + second).hexdigest()}"
+    assert (
+        digest_of(tmp_path / "a", tmp_path / "b")
+        == f"sha256:{hashlib.sha256(first + second).hexdigest()}"
+    )
 
 
 @pytest.mark.parametrize("exchanged", [True, False])
 def test_a_folder_takes_the_place_of_another_or_of_none(
     exchanged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one step where the disk can, as this one: there is a folder before and after every step."""
+    """In one step where the disk can, as this one: there is a folder before and after every
+    step.
+    """
     if not exchanged:
         monkeypatch.setattr("radapter_serve.files.exchange", lambda *_: False)
     folder, old, there = tmp_path / "new \u00e9", tmp_path / "old", list[bool]()

@@ -79,7 +79,9 @@ def test_no_room_imports_from_a_floor_above():
         room = name.split(".")[1]
         for other in imports(path, modules):
             above = other.split(".")[1] if "." in other else ""
-            assert not above or FLOOR[above] <= FLOOR[room], f"{name} imports {other}, which lives above it"
+            assert not above or FLOOR[above] <= FLOOR[room], (
+                f"{name} imports {other}, which lives above it"
+            )
 
 
 def test_what_is_installed_needs_no_rival():
@@ -90,7 +92,12 @@ def test_what_is_installed_needs_no_rival():
 
 
 def test_the_words_of_triton_are_read_in_one_place():
-    for folder in ("radapter_serve", "export/radapter_export", "clients/radapter_client", "model_repository"):
+    for folder in (
+        "radapter_serve",
+        "export/radapter_export",
+        "clients/radapter_client",
+        "model_repository",
+    ):
         for path in (ROOT / folder).rglob("*.py"):
             text = path.read_text(encoding="utf-8")
             assert path.name == "_failures.py" or "maximum queue size" not in text, path
@@ -100,14 +107,21 @@ def test_no_import_circle():
     folders = ("radapter_serve", "export/radapter_export", "clients/radapter_client", "rivals")
     modules = {name: path for folder in folders for name, path in sources(folder).items()}
     packages = {"radapter_serve", "radapter_export"}  # these two load their names on first use
-    graph = {name: set(imports(path, modules)) - {name} for name, path in modules.items() if name not in packages}
+    graph = {
+        name: set(imports(path, modules)) - {name}
+        for name, path in modules.items()
+        if name not in packages
+    }
     list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
 def test_every_room_says_what_lives_there():
     for room in (ROOT / "radapter_serve").iterdir():
         if (room / "__init__.py").exists():
-            text = ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8"))) or ""
+            text = (
+                ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8")))
+                or ""
+            )
             assert len(text.splitlines()) >= 2, f"{room.name}/__init__.py says too little"
 
 
@@ -122,9 +136,15 @@ def test_torch_is_not_imported():
         assert found, room
         names += sorted(f"radapter_serve.{name}" for name in found)
     code = "import importlib, sys\n"
-    for modules, others in ((client, (*HEAVY, "radapter_serve", "radapter_export")), (names, HEAVY)):
+    for modules, others in (
+        (client, (*HEAVY, "radapter_serve", "radapter_export")),
+        (names, HEAVY),
+    ):
         code += f"for name in {modules}:\n  importlib.import_module(name)\n"
-        code += f"  assert not (heavy := {{*{others}}} & {{*sys.modules}}), f'{{name}} imports {{heavy}}'\n"
+        code += (
+            f"  assert not (heavy := {{*{others}}} & {{*sys.modules}}), f'{{name}} imports"
+            " {heavy}'\n"
+        )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr[-800:]
 
@@ -133,11 +153,19 @@ def test_what_ci_and_contributing_name_is_there():
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     paths = re.findall(r"\btests/[\w./*-]*\w", ci + contributing)
-    paths += [f"tests/{room}" for rooms in re.findall(r"tests/\{([\w,]+)\}", ci) for room in rooms.split(",")]
-    paths += [path for path in re.findall(r"`((?:[\w.-]+/)+[\w.]*)`", contributing) if "NAME" not in path]
+    paths += [
+        f"tests/{room}"
+        for rooms in re.findall(r"tests/\{([\w,]+)\}", ci)
+        for room in rooms.split(",")
+    ]
+    paths += [
+        path for path in re.findall(r"`((?:[\w.-]+/)+[\w.]*)`", contributing) if "NAME" not in path
+    ]
     assert len(paths) > 40
     for path in paths:
-        there = [place / path for place in (ROOT, ROOT / "radapter_serve") if (place / path).exists()]
+        there = [
+            place / path for place in (ROOT, ROOT / "radapter_serve") if (place / path).exists()
+        ]
         assert there, f"{path} is named, and is not there"
 
 

@@ -1,8 +1,9 @@
 """Mutations of the rooms that compute: each of a sample is seen by a test, or listed with a reason.
 
-mutmut makes and runs them. It leaves decorated functions alone, such as those under `torch.no_grad`, and tries no code
-that the tests named here never reach. Those are the ones without processes and exports; all others would take hours.
-Code that only runs inside one of Triton's processes is left out, and so is the bar that shows progress.
+mutmut makes and runs them. It leaves decorated functions alone, such as those under
+`torch.no_grad`, and tries no code that the tests named here never reach. Those are the ones without
+processes and exports; all others would take hours. Code that only runs inside one of Triton's
+processes is left out, and so is the bar that shows progress.
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 SURVIVORS = ROOT / "tests" / "mutation_survivors.yaml"
-COPIED = ("radapter_serve", "export", "clients", "tests", "model_repository", "recipes", "pyproject.toml", "README.md")
+COPIED = (
+    "radapter_serve",
+    "export",
+    "clients",
+    "tests",
+    "model_repository",
+    "recipes",
+    "pyproject.toml",
+    "README.md",
+)
 CONFIG = """
 [tool.mutmut]
 source_paths = ["radapter_serve"]
@@ -85,7 +95,8 @@ ROOMS = {
     ),
     "tasks": Room(
         tuple(
-            f"tests/tasks/test_{name}.py" for name in ("scores", "classify", "label_embeddings", "segment", "segmenter")
+            f"tests/tasks/test_{name}.py"
+            for name in ("scores", "classify", "label_embeddings", "segment", "segmenter")
         ),
         ("radapter_serve/tasks",),
         tuple(f"radapter_serve/tasks/{name}.py" for name in ("triton", "responses", "retrieve")),
@@ -109,7 +120,9 @@ def mutmut(folder: Path, *arguments: str) -> str:
 def change_of(diff: str) -> dict[str, str]:
     """The lines that a mutation takes out and puts in."""
     lines = [line for line in diff.splitlines() if not line.startswith(("---", "+++"))]
-    was, becomes = (" ".join(line[1:].strip() for line in lines if line.startswith(sign)) for sign in "-+")
+    was, becomes = (
+        " ".join(line[1:].strip() for line in lines if line.startswith(sign)) for sign in "-+"
+    )
     return {"was": was, "becomes": becomes}
 
 
@@ -119,19 +132,26 @@ def test_every_mutation_of_the_sample_is_seen_or_listed(room: str, tmp_path: Pat
     pytest.importorskip("mutmut", reason="pip install mutmut")
     for name in COPIED:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
         else:
             shutil.copy(ROOT / name, tmp_path / name)
     with (tmp_path / "pyproject.toml").open("a", encoding="utf-8") as file:
         file.write(ROOMS[room].config)
     mutmut(tmp_path, "run", "--max-children", "1", *ROOMS[room].sample)
-    lines = [line.strip().rpartition(": ") for line in mutmut(tmp_path, "results", "--all", "True").splitlines()]
+    lines = [
+        line.strip().rpartition(": ")
+        for line in mutmut(tmp_path, "results", "--all", "True").splitlines()
+    ]
     states = {name: state for name, _, state in lines if state not in NOT_TRIED}
     found = []
     for name in (name for name, state in states.items() if state not in SEEN):
         module, _, function = name.rpartition("__mutmut_")[0].rpartition(".")
         function = function.removeprefix("xǁ").removeprefix("x_").replace("ǁ", ".")
-        found.append({"function": f"{module}.{function}", **change_of(mutmut(tmp_path, "show", name))})
+        found.append(
+            {"function": f"{module}.{function}", **change_of(mutmut(tmp_path, "show", name))}
+        )
     listed = yaml.safe_load(SURVIVORS.read_text(encoding="utf-8"))
     folders = tuple(folder.replace("/", ".") for folder in ROOMS[room].mutated)
     known = [
@@ -140,5 +160,9 @@ def test_every_mutation_of_the_sample_is_seen_or_listed(room: str, tmp_path: Pat
         if entry["function"].startswith(folders)
     ]
     print(f"{len(states)} of {len(lines)} mutations tried, {len(found)} not seen by a test")
-    assert not (new := [entry for entry in found if entry not in known]), yaml.safe_dump(new, allow_unicode=True)
-    assert not (old := [entry for entry in known if entry not in found]), f"seen by a test now: {old}"
+    assert not (new := [entry for entry in found if entry not in known]), yaml.safe_dump(
+        new, allow_unicode=True
+    )
+    assert not (old := [entry for entry in known if entry not in found]), (
+        f"seen by a test now: {old}"
+    )

@@ -1,4 +1,6 @@
-"""The notebook of the first steps runs from top to bottom as it stands, and is kept without its outputs."""
+"""The notebook of the first steps runs from top to bottom as it stands, and is kept without its
+outputs.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,14 @@ def test_it_runs_from_top_to_bottom(tmp_path: Path) -> None:
 
     notebook = nbformat.read(NOTEBOOK, nbformat.NO_CONVERT)
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    said = ["".join(output.get("text", "") for output in cell.get("outputs", [])) for cell in notebook.cells]
+    said = [
+        "".join(output.get("text", "") for output in cell.get("outputs", []))
+        for cell in notebook.cells
+    ]
     labels = set(re.search(r"classes: (.*)", "".join(said))[1].split(", "))  # type: ignore[index]
-    answers = [line for text in said for line in text.splitlines() if re.match(r"\s*[\d.]+%  ", line)]
+    answers = [
+        line for text in said for line in text.splitlines() if re.match(r"\s*[\d.]+%  ", line)
+    ]
     moved = re.findall(r"α = ([\d.]+) +[\d.]+%  ", "".join(said))
     assert labels and len(answers) == 3
     assert moved == ["0", "0.25", "0.5", "0.75", "1"]

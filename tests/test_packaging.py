@@ -39,18 +39,34 @@ import {modules}
 @pytest.mark.slow
 def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
-    ignore = shutil.ignore_patterns(".git", ".[!g]*", "runs", "merged", "demo-output", "__pycache__", "tests")
+    ignore = shutil.ignore_patterns(
+        ".git", ".[!g]*", "runs", "merged", "demo-output", "__pycache__", "tests"
+    )
     shutil.copytree(ROOT, tree, ignore=ignore)
     for model in TEMPLATES:
         stray = tree / "model_repository" / model / "1" / "model.onnx"
         stray.parent.mkdir(exist_ok=True)
         stray.write_bytes(b"weights")
         (stray.parents[1] / "config.pbtxt").write_text("name: 'x'")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(tree)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        str(tmp_path),
+        str(tree),
+    ]
     subprocess.run(command, check=True, timeout=300)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    held = {name.removeprefix("radapter_export/model_repository/") for name in names if "/model_repository/" in name}
+    held = {
+        name.removeprefix("radapter_export/model_repository/")
+        for name in names
+        if "/model_repository/" in name
+    }
     tasks = {f"{model}/model.py" for model in TEMPLATES if not model.endswith("encoder")}
     assert held == tasks | {f"{model}/config.template.pbtxt" for model in TEMPLATES}
     for name in (
@@ -72,9 +88,18 @@ def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path:
     ("extras", "modules"),
     [
         ((), "radapter_client.query radapter_serve.tasks.classify radapter_serve.tasks.segment"),
-        (("train",), "radapter_serve.training.loop radapter_serve.evaluation.run radapter_serve.cli.eval"),
+        (
+            ("train",),
+            "radapter_serve.training.loop radapter_serve.evaluation.run radapter_serve.cli.eval",
+        ),
         (("export",), "radapter_export.release radapter_export.writer radapter_serve.cli.export"),
-        (("server",), "radapter_serve.server.supervisor radapter_serve.index.writer radapter_serve.tasks.retrieve"),
+        (
+            ("server",),
+            (
+                "radapter_serve.server.supervisor radapter_serve.index.writer"
+                " radapter_serve.tasks.retrieve"
+            ),
+        ),
         (("gateway",), "radapter_serve.gateway.app"),
         (("playground",), "radapter_serve.playground.page radapter_serve.cli.playground"),
         (("server", "qdrant"), "radapter_serve.index.upload"),
@@ -82,19 +107,27 @@ def test_a_wheel_carries_the_task_models_and_nothing_that_was_exported(tmp_path:
 )
 def test_an_extra_has_what_its_commands_import(extras: tuple[str, ...], modules: str) -> None:
     """In a process to which the packages of other extras are not there."""
-    installed = {canonicalize_name(of.metadata["Name"]) for of in importlib.metadata.distributions()}
+    installed = {
+        canonicalize_name(of.metadata["Name"]) for of in importlib.metadata.distributions()
+    }
     named, seen = [("radapter-serve", extras)], set[tuple[str, tuple[str, ...]]]()
     while named:
         name, own = named.pop()
         for needed in map(Requirement, importlib.metadata.requires(name) or []):
             key = canonicalize_name(needed.name), tuple(sorted(needed.extras))
-            wanted = needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in own or ("",))
+            wanted = needed.marker is None or any(
+                needed.marker.evaluate({"extra": extra}) for extra in own or ("",)
+            )
             if wanted and key not in seen and key[0] in installed:
                 named.append(key)
                 seen.add(key)
     there = {"radapter-serve", *(name for name, _ in seen)}
     tops = importlib.metadata.packages_distributions()
-    hidden = {top for top, names in tops.items() if not there & {canonicalize_name(name) for name in names}}
+    hidden = {
+        top
+        for top, names in tops.items()
+        if not there & {canonicalize_name(name) for name in names}
+    }
     code = HIDING.format(hidden=hidden, modules=", ".join(modules.split()))
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
@@ -116,7 +149,11 @@ def test_the_gpu_extra_has_all_that_all_has() -> None:
         found = set[str]()
         for line in project["optional-dependencies"][extra]:
             own = re.fullmatch(r"radapter-serve\[(.*)\]", line)
-            found |= set().union(*map(packages, own[1].split(","))) if own else {re.split(r"[\[<>=; ]", line)[0]}
+            found |= (
+                set().union(*map(packages, own[1].split(",")))
+                if own
+                else {re.split(r"[\[<>=; ]", line)[0]}
+            )
         return found
 
     assert packages("all") - packages("gpu") == {"onnxruntime"}

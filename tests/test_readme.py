@@ -16,9 +16,13 @@ ROOT = Path(__file__).parents[1]
 README, WALK_THROUGH = ROOT / "README.md", ROOT / "docs" / "walk-through.md"
 
 
-PRELUDE = ["set -eumo pipefail", "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"]  # else a server holds the pipe
+PRELUDE = [
+    "set -eumo pipefail",
+    "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT",
+]  # else a server holds the pipe
 
-# The demo ends with the playground, which a browser opens: here a script that keeps the address, and then a real one.
+# The demo ends with the playground, which a browser opens: here a script that keeps the address,
+# and then a real one.
 OPENED = f"""
 printf '#!/bin/sh\\necho "$1" > opened\\n' > browser && chmod +x browser
 BROWSER="$PWD/browser %s" radapter-demo --steps 1 --limit 10 --open &
@@ -36,20 +40,34 @@ def walk_through() -> str:
 
 
 def quick_start() -> str:
-    """The README's lines, in a folder of their own, on the demo's drawings and its small base for a few steps."""
+    """The README's lines, in a folder of their own, on the demo's drawings and its small base for a
+    few steps.
+    """
     lines = script(README, "quick-start").splitlines()
-    text = "\n".join(line for line in lines if not line.startswith(("python3 -m venv", "pip install")))
+    text = "\n".join(
+        line for line in lines if not line.startswith(("python3 -m venv", "pip install"))
+    )
     base = f"local-dir:{ROOT}/radapter_serve/demo/base --pretrained None"
-    ready = "mkdir quick; cp -r demo-output/data/train quick/photos; cp picture.png quick/cat.jpg; cd quick\n"
-    text = text.replace("--architecture ViT-B-32", f"--architecture {base} --steps 3 --batch-size 8 --workers 0")
+    ready = (
+        "mkdir quick; cp -r demo-output/data/train quick/photos; cp picture.png quick/cat.jpg; cd"
+        " quick\n"
+    )
+    text = text.replace(
+        "--architecture ViT-B-32", f"--architecture {base} --steps 3 --batch-size 8 --workers 0"
+    )
     return ready + text
 
 
 def script(page: Path, name: str) -> str:
     """The blocks of code between two marks of a page."""
-    section = page.read_text(encoding="utf-8").split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
+    section = (
+        page.read_text(encoding="utf-8").split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
+    )
     blocks = re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL)
-    return "\n".join(block if language == "sh" else f"python - <<'PYTHON'\n{block}PYTHON" for language, block in blocks)
+    return "\n".join(
+        block if language == "sh" else f"python - <<'PYTHON'\n{block}PYTHON"
+        for language, block in blocks
+    )
 
 
 @pytest.mark.triton
@@ -78,7 +96,11 @@ def test_the_walk_through_and_the_quick_start(tmp_path: Path) -> None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
     assert process.returncode == 0, output[-4000:]
-    assert "60 of 60 labels equal" in output and "60 of 60 searches equal" in output and "pixels equal" in output
+    assert (
+        "60 of 60 labels equal" in output
+        and "60 of 60 searches equal" in output
+        and "pixels equal" in output
+    )
     for name in ("alpha.png", "classified.png", "found.png", "segmented.png", "results.json"):
         assert (tmp_path / "demo-output" / name).is_file()
     for name in ("found.html", "overlay.png", "merged/open_clip_model.safetensors"):
@@ -88,12 +110,20 @@ def test_the_walk_through_and_the_quick_start(tmp_path: Path) -> None:
     assert (tmp_path / "quick" / "merged" / "open_clip_model.safetensors").is_file()
     for model in ("classify", "embed_text", "retrieve", "segment"):
         assert f'"model_name":"{model}"' in output
-    assert "not opened: " in output or all(f"\n{line} " in output for line in ("classified", "found", "segmented"))
+    assert "not opened: " in output or all(
+        f"\n{line} " in output for line in ("classified", "found", "segmented")
+    )
     assert "Traceback" not in output
 
 
 def test_commands_of_the_walk_through_exist() -> None:
     commands = set(re.findall(r"^(radapter-[a-z]+)", walk_through() + quick_start(), re.MULTILINE))
-    assert {"radapter-train", "radapter-eval", "radapter-export", "radapter-serve", "radapter-query"} <= commands
+    assert {
+        "radapter-train",
+        "radapter-eval",
+        "radapter-export",
+        "radapter-serve",
+        "radapter-query",
+    } <= commands
     for command in commands:
         assert (Path(sys.executable).parent / command).is_file()

@@ -35,7 +35,12 @@ TOP = "sys/fs/cgroup"
         (8, "0::/\n", {}, 8),
         (8, "0::/\n", {f"{TOP}/cpu.max": "max 100000\n"}, 8),
         (8, "0::/a/b\n", {f"{TOP}/a/b/cpu.max": "400000 100000\n"}, 4),
-        (8, "0::/a/b\n", {f"{TOP}/a/b/cpu.max": "max 100000\n", f"{TOP}/a/cpu.max": "150000 100000\n"}, 2),
+        (
+            8,
+            "0::/a/b\n",
+            {f"{TOP}/a/b/cpu.max": "max 100000\n", f"{TOP}/a/cpu.max": "150000 100000\n"},
+            2,
+        ),
         (8, "0::/a\n", {f"{TOP}/a/cpu.max": "50000 100000\n"}, 1),
         (2, "0::/a\n", {f"{TOP}/a/cpu.max": "400000 100000\n"}, 2),
         (8, "0::/gone\n", {f"{TOP}/cpu.max": "300000 100000\n"}, 3),
@@ -52,7 +57,9 @@ TOP = "sys/fs/cgroup"
         ),
     ],
 )
-def test_cores_are_those_that_are_allowed_and_no_more_than_the_quota(machine, allowed, groups, files, expected):
+def test_cores_are_those_that_are_allowed_and_no_more_than_the_quota(
+    machine, allowed, groups, files, expected
+):
     assert cores(machine(allowed, groups, **files)) == expected
 
 
@@ -79,6 +86,8 @@ def test_what_is_given_counts_in_the_processes_of_the_server(machine, monkeypatc
     assert os.environ["OPENBLAS_NUM_THREADS"] == "1"
 
 
-@pytest.mark.parametrize(("given", "instances", "each"), [(8, 1, 8), (8, 2, 4), (8, 3, 2), (1, 1, 1), (2, 3, 1)])
+@pytest.mark.parametrize(
+    ("given", "instances", "each"), [(8, 1, 8), (8, 2, 4), (8, 3, 2), (1, 1, 1), (2, 3, 1)]
+)
 def test_the_instances_of_an_encoder_share_its_threads(given, instances, each):
     assert share(given, instances) == each

@@ -68,7 +68,8 @@ class Pairs:
 
 
 class Words:
-    """The tokenizer, cut down to the words that names and templates use, and remembering what it has seen.
+    """The tokenizer, cut down to the words that names and templates use, and remembering what it
+    has seen.
 
     Attributes:
         used: token ids, sorted; the end token stays the largest.
@@ -77,17 +78,23 @@ class Words:
     def __init__(self, words: set[str]) -> None:
         self.tokenizer = open_clip.SimpleTokenizer()
         self.pieces: dict[str, list[int]] = {}
-        for word in sorted({part for text in (*words, *TEMPLATES) for part in text.replace("{}", "").split()}):
+        for word in sorted(
+            {part for text in (*words, *TEMPLATES) for part in text.replace("{}", "").split()}
+        ):
             self.pieces[word] = self.tokenizer.encode(word)
         self.start, self.end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
-        self.used = sorted({self.start, self.end} | {token for pieces in self.pieces.values() for token in pieces})
+        self.used = sorted(
+            {self.start, self.end} | {token for pieces in self.pieces.values() for token in pieces}
+        )
         self.row_of = {token: row for row, token in enumerate(self.used)}
 
     def __call__(self, texts: list[str]) -> Tensor:
         """Rows of the used tokens, integer [N, L], padded with zeros."""
         lines = []
         for text in texts:
-            inner = [token for word in text.split() for token in self.pieces[word]][: MOST_TOKENS - 2]
+            inner = [token for word in text.split() for token in self.pieces[word]][
+                : MOST_TOKENS - 2
+            ]
             lines.append([self.row_of[token] for token in (self.start, *inner, self.end)])
         tokens = torch.zeros(len(lines), max(map(len, lines)), dtype=torch.long)
         for row, line in enumerate(lines):

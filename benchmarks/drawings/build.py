@@ -60,20 +60,26 @@ class Sample:
         return f"{self.drawing.source}:{self.drawing.words}:{self.drawing.number}"
 
 
-def samples(package: Path, style: Style, classes: Classes, *, variants: bool) -> dict[str, list[Sample]]:
-    """What a style has of each class, in an order that depends on names alone; classes in their order.
+def samples(
+    package: Path, style: Style, classes: Classes, *, variants: bool
+) -> dict[str, list[Sample]]:
+    """What a style has of each class, in an order that depends on names alone; classes in their
+    order.
 
     Args:
         package: unpacked.
         style: its sets.
         classes: the benchmark's.
-        variants: all drawings of a name in a set; else one in one colouring, and few with words that change nothing.
+        variants: all drawings of a name in a set; else one in one colouring, and few with words
+            that change nothing.
     """
     found: dict[str, list[Sample]] = {name: [] for name in classes.names}
     for source, wanted in style.sets.items():
         drawn, made = set(), Counter[tuple[str, str]]()
         own = drawings(package, source)
-        for drawing in sorted(own, key=lambda d: (core(d.words) != d.words, _hash(f"{d.source}:{d.name}"))):
+        for drawing in sorted(
+            own, key=lambda d: (core(d.words) != d.words, _hash(f"{d.source}:{d.name}"))
+        ):
             name = classes.of(drawing.words)
             if name is None or (wanted is not None and drawing.style != wanted):
                 continue
@@ -88,11 +94,13 @@ def samples(package: Path, style: Style, classes: Classes, *, variants: bool) ->
 
 
 def split(own: list[Sample], seen: NDArray[np.float32]) -> None:
-    """Place the drawings of one class in the style to fine-tune on; what is nearly the same has one place.
+    """Place the drawings of one class in the style to fine-tune on; what is nearly the same has one
+    place.
 
     Args:
         own: of one class.
-        seen: marks [N, 400] of the drawings that the base is trained on: like those there is no test.
+        seen: marks [N, 400] of the drawings that the base is trained on: like those there is no
+            test.
     """
     together = clusters(np.stack([sample.mark for sample in own]), [sample.group for sample in own])
     fresh, stale = [], []
@@ -113,7 +121,8 @@ def split(own: list[Sample], seen: NDArray[np.float32]) -> None:
 
 
 def shift(candidates: list[Sample], place: str, seen: list[NDArray[np.float32]]) -> None:
-    """Place up to MOST_A_CLASS drawings of one class, set by set in turn, none nearly the same as one seen or placed.
+    """Place up to MOST_A_CLASS drawings of one class, set by set in turn, none nearly the same as
+    one seen or placed.
 
     Args:
         candidates: of one class and style.
@@ -123,7 +132,12 @@ def shift(candidates: list[Sample], place: str, seen: list[NDArray[np.float32]])
     hands: dict[str, list[Sample]] = defaultdict(list)
     for sample in candidates:
         hands[sample.drawing.source].append(sample)
-    turns = [own[turn] for turn in range(max(map(len, hands.values()))) for own in hands.values() if turn < len(own)]
+    turns = [
+        own[turn]
+        for turn in range(max(map(len, hands.values())))
+        for own in hands.values()
+        if turn < len(own)
+    ]
     placed = 0
     for sample in turns:
         if placed < MOST_A_CLASS and not (seen and alike(sample.mark[None], np.stack(seen)).any()):
@@ -162,7 +176,9 @@ def build(package: Path, pairs: Path, out: Path, roles: Roles, classes: Classes)
             tuned = style is roles.fine_tuned
             for name, own in samples(package, style, classes, variants=tuned).items():
                 if tuned:
-                    split(own, np.stack(seen[name]) if seen[name] else np.zeros((0, 400), np.float32))
+                    split(
+                        own, np.stack(seen[name]) if seen[name] else np.zeros((0, 400), np.float32)
+                    )
                     seen[name] += [sample.mark for sample in own if sample.place]
                 else:
                     shift(own, f"shifts/{style.name}", seen[name])
@@ -170,19 +186,35 @@ def build(package: Path, pairs: Path, out: Path, roles: Roles, classes: Classes)
                     if sample.place:
                         path, source = write(sample, part, style.paper), sample.drawing.source
                         licence = credited[source].licence
-                        rows.append([path, name, style.name, sample.place, source, sample.drawing.name, licence])
+                        rows.append(
+                            [
+                                path,
+                                name,
+                                style.name,
+                                sample.place,
+                                source,
+                                sample.drawing.name,
+                                licence,
+                            ]
+                        )
                         count[sample.place] += 1
         _write_lists(part, rows, classes, credited)
     return count
 
 
-def _write_lists(folder: Path, rows: list[list[str]], classes: Classes, credited: dict[str, Source]) -> None:
+def _write_lists(
+    folder: Path, rows: list[list[str]], classes: Classes, credited: dict[str, Source]
+) -> None:
     (folder / "classes.txt").write_text("\n".join(classes.prompt_lines) + "\n", encoding="utf-8")
     (folder / "templates.txt").write_text("\n".join(TEMPLATES) + "\n", encoding="utf-8")
     with (folder / "index.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([["path", "class", "style", "split", "set", "name", "licence"], *sorted(rows)])
+        csv.writer(file).writerows(
+            [["path", "class", "style", "split", "set", "name", "licence"], *sorted(rows)]
+        )
     used = Counter(row[4] for row in rows)
-    text = attribution(f"The images of this folder, drawn from @iconify/json {VERSION}", used, credited)
+    text = attribution(
+        f"The images of this folder, drawn from @iconify/json {VERSION}", used, credited
+    )
     (folder / "ATTRIBUTION.md").write_text(text, encoding="utf-8")
 
 
@@ -196,14 +228,30 @@ def _lines(count: Iterable[tuple[str, int]]) -> str:
 
 def main() -> None:
     """Read the flags and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--package", type=Path, required=True, help="the unpacked npm package @iconify/json")
-    parser.add_argument("--pairs", type=Path, required=True, help="folder of benchmarks.drawings.pairs")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; it must not be there")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--package", type=Path, required=True, help="the unpacked npm package @iconify/json"
+    )
+    parser.add_argument(
+        "--pairs", type=Path, required=True, help="folder of benchmarks.drawings.pairs"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder to make; it must not be there"
+    )
     arguments = parser.parse_args()
     if arguments.out.exists():
         parser.error(f"{arguments.out} is there already; remove it, or name another folder")
-    print(_lines(sorted(build(arguments.package, arguments.pairs, arguments.out, load_roles(), Classes()).items())))
+    print(
+        _lines(
+            sorted(
+                build(
+                    arguments.package, arguments.pairs, arguments.out, load_roles(), Classes()
+                ).items()
+            )
+        )
+    )
 
 
 if __name__ == "__main__":

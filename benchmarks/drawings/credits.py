@@ -15,7 +15,12 @@ def attribution(title: str, used: Mapping[str, int], credited: Mapping[str, Sour
         used: drawings of each set.
         credited: the sets' facts.
     """
-    lines = [f"# {title}", "", "| set | drawings | title | author | licence |", "|---|---|---|---|---|"]
+    lines = [
+        f"# {title}",
+        "",
+        "| set | drawings | title | author | licence |",
+        "|---|---|---|---|---|",
+    ]
     for name, count in sorted(used.items()):
         source = credited[name]
         author = f"[{source.author}]({source.url})" if source.url else source.author

@@ -16,9 +16,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 VERSION = "2.2.535"
-# licences that let anyone pass the drawings on, changed or not; those that ask for the same licence are only tested on
+# licences that let anyone pass the drawings on, changed or not; those that ask for the same licence
+# are only tested on
 LICENCES = (
-    *("Apache-2.0", "BSD-3-Clause", "CC-BY-3.0", "CC-BY-4.0", "CC0-1.0", "ISC", "MIT", "MPL-2.0", "OFL-1.1"),
+    *(
+        "Apache-2.0",
+        "BSD-3-Clause",
+        "CC-BY-3.0",
+        "CC-BY-4.0",
+        "CC0-1.0",
+        "ISC",
+        "MIT",
+        "MPL-2.0",
+        "OFL-1.1",
+    ),
     "Unlicense",
 )
 SHARE_ALIKE = ("CC-BY-SA-3.0", "CC-BY-SA-4.0")
@@ -26,8 +37,10 @@ STYLE_WORDS = {
     "line": "outline outlined line linear stroke lined regular light thin",
     "filled": "filled fill solid bold flat",
     "two-tone": "duotone twotone duo poly",
-    "": "alt baseline black broken bulk curved fluent freehand glyph ic icon icons l ltr monochrome o poly r remix rtl "
-    "round rounded s sharp sq tone variant",
+    "": (
+        "alt baseline black broken bulk curved fluent freehand glyph ic icon icons l ltr monochrome"
+        " o poly r remix rtl round rounded s sharp sq tone variant"
+    ),
 }
 _STYLE_OF = {word: style for style, words in STYLE_WORDS.items() for word in words.split()}
 _SIZES = {"8", "10", "12", "14", "15", "16", "20", "24", "28", "32", "36", "48", "64", "96"}
@@ -90,22 +103,32 @@ def sources(package: Path) -> dict[str, Source]:
         spdx = licence.get("spdx", "")
         if spdx in (*LICENCES, *SHARE_ALIKE):
             url = author.get("url") or licence.get("url", "")
-            found[name] = Source(name, facts["name"], author["name"], url, spdx, bool(facts.get("palette")))
+            found[name] = Source(
+                name, facts["name"], author["name"], url, spdx, bool(facts.get("palette"))
+            )
     return found
 
 
 def drawings(package: Path, source: str) -> Iterator[Drawing]:
-    """The drawings of one set, in the order of their names; hidden, turned and oversized ones are left out."""
-    found: dict[str, Any] = json.loads((package / "json" / f"{source}.json").read_text(encoding="utf-8"))
+    """The drawings of one set, in the order of their names; hidden, turned and oversized ones are
+    left out.
+    """
+    found: dict[str, Any] = json.loads(
+        (package / "json" / f"{source}.json").read_text(encoding="utf-8")
+    )
     for name, icon in sorted(found["icons"].items()):
         words, number, style = read_name(name)
         if not words or icon.get("hidden") or {"rotate", "hFlip", "vFlip"} & icon.keys():
             continue
         left, top, width, height = (
-            icon.get(key, found.get(key, default)) for key, default in zip(_BOX, (0, 0, 16, 16), strict=True)
+            icon.get(key, found.get(key, default))
+            for key, default in zip(_BOX, (0, 0, 16, 16), strict=True)
         )
         if len(icon["body"]) <= _MOST_BYTES:
-            head = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" color="#000" '
+            head = (
+                '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+                ' color="#000" '
+            )
             box = f'width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">'
             yield Drawing(source, name, words, number, style, f"{head}{box}{icon['body']}</svg>")
 
@@ -134,7 +157,9 @@ def read_name(name: str) -> tuple[str, str, str]:
 
 
 def render(svg: str, side: int) -> NDArray[np.uint8] | None:
-    """An SVG as premultiplied RGBA pixels [side, side, 4], centred; None where nothing is drawn or it can't be read."""
+    """An SVG as premultiplied RGBA pixels [side, side, 4], centred; None where nothing is drawn or
+    it can't be read.
+    """
     try:
         png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side))
     except ValueError:

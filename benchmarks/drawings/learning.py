@@ -1,4 +1,6 @@
-"""What the base is trained by: CLIP's loss with several drawings of a caption, Muon, and a part of the patches."""
+"""What the base is trained by: CLIP's loss with several drawings of a caption, Muon, and a part of
+the patches.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,22 @@ def contrast(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan 2024) in float32, matrices of one shape together: torch's own computes in bfloat16, slow on CPUs."""
+    """Muon (Jordan 2024) in float32, matrices of one shape together: torch's own computes in
+    bfloat16, slow on CPUs.
+    """
 
-    def __init__(self, matrices: list[nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.1) -> None:
+    def __init__(
+        self, matrices: list[nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.1
+    ) -> None:
         shapes = sorted({tuple(p.shape) for p in matrices})
         groups = [{"params": [p for p in matrices if tuple(p.shape) == shape]} for shape in shapes]
         super().__init__(groups, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step along the orthogonalised momentum, as large as AdamW's (0.2 · √max(a, b), Liu 2025)."""
+        """One step along the orthogonalised momentum, as large as AdamW's (0.2 · √max(a, b), Liu
+        2025).
+        """
         for group in self.param_groups:
             own = group["params"]
             gradient = torch.stack([p.grad for p in own])
@@ -51,7 +59,9 @@ class Muon(torch.optim.Optimizer):
 
 
 class KeptPatches(nn.Module):
-    """In the place of open_clip's patch dropout: keeps the patches that `index` [B, K] names, and the class token."""
+    """In the place of open_clip's patch dropout: keeps the patches that `index` [B, K] names, and
+    the class token.
+    """
 
     index: Tensor | None = None
 

@@ -12,12 +12,15 @@ from radapter_serve.inputs.labels import read_label_file, split_label
 CLASSES = Path(__file__).with_name("classes.txt")
 SYNONYMS = Path(__file__).with_name("synonyms.txt")
 _WORDS = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
-BESIDE, INSTEAD, ONE_WAY = (frozenset(_WORDS[kind].split()) for kind in ("beside", "instead", "one_way"))
+BESIDE, INSTEAD, ONE_WAY = (
+    frozenset(_WORDS[kind].split()) for kind in ("beside", "instead", "one_way")
+)
 MOST_WORDS = 3  # of a name whose last words are a class: "old alarm clock"
 
 
 def load_meanings(path: Path) -> dict[str, str]:
-    """What each name means. A line of the file is `meaning, synonyms for prompts | other names of drawings`.
+    """What each name means. A line of the file is `meaning, synonyms for prompts | other names of
+    drawings`.
 
     Raises:
         ValueError: one name has two meanings.
@@ -51,8 +54,9 @@ class Classes:
     def of(self, words: str) -> str | None:
         """The class that a drawing's name means, or None.
 
-        It is named by a synonym, alone ("magnifying glass"), beside words that change nothing ("camera off"), or at the
-        end of a few words that name nothing else that is known ("war axe"). One of many counts as one ("clouds").
+        It is named by a synonym, alone ("magnifying glass"), beside words that change nothing
+        ("camera off"), or at the end of a few words that name nothing else that is known ("war
+        axe"). One of many counts as one ("clouds").
 
         Args:
             words: of a drawing's name, without style and number.
@@ -78,7 +82,9 @@ def _named(words: str, meanings: Mapping[str, str]) -> str | None:
 
 
 def _mentions(parts: list[str], meanings: Mapping[str, str]) -> list[tuple[int, int, str]]:
-    """What is named where, longest names first, from the left: start, end, meaning; of + and the like only its own."""
+    """What is named where, longest names first, from the left: start, end, meaning; of + and the
+    like only its own.
+    """
     found, start = [], 0
     while start < len(parts):
         for end in range(len(parts), start, -1):

@@ -11,7 +11,8 @@ ALIKE = 0.9  # correlation of two small pictures, from which on they count as on
 
 
 def signature(drawn: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """What a drawing is compared by: how dark it is on white paper, cut to its ink, made small, mean 0, length 1.
+    """What a drawing is compared by: how dark it is on white paper, cut to its ink, made small,
+    mean 0, length 1.
 
     Args:
         drawn: premultiplied RGBA, uint8 [S, S, 4], not empty.
@@ -27,18 +28,23 @@ def signature(drawn: NDArray[np.uint8]) -> NDArray[np.float32]:
     square = np.zeros((side, side), np.float32)
     top, left = (side - cut.shape[0]) // 2, (side - cut.shape[1]) // 2
     square[top : top + cut.shape[0], left : left + cut.shape[1]] = cut
-    small = np.asarray(Image.fromarray(square).resize((SIDE, SIDE), Image.Resampling.BOX), np.float32).ravel()
+    small = np.asarray(
+        Image.fromarray(square).resize((SIDE, SIDE), Image.Resampling.BOX), np.float32
+    ).ravel()
     small = small - small.mean()
     return np.asarray(small / max(float(np.linalg.norm(small)), 1e-6), np.float32)
 
 
 def alike(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Which of the signatures [N, 400] are nearly the same as which of the others [M, 400]: bool [N, M]."""
+    """Which of the signatures [N, 400] are nearly the same as which of the others [M, 400]: bool
+    [N, M].
+    """
     return np.asarray(first @ second.T >= ALIKE)
 
 
 def clusters(signatures: NDArray[np.float32], groups: list[str]) -> list[list[int]]:
-    """What belongs together: drawings of one group, those that are nearly the same, and whatever is joined by these.
+    """What belongs together: drawings of one group, those that are nearly the same, and whatever is
+    joined by these.
 
     Args:
         signatures: float32 [N, 400].

@@ -2,9 +2,10 @@
 
     python -m benchmarks.drawings.pairs --package package --out ~/.cache/drawings
 
-writes `pixels.npy`, premultiplied RGBA, uint8 [N, 48, 48, 4], and `pairs.csv`, a row for each drawing: set, name,
-words, number, style, whether it is black (0 or 1), and split: `train`, or `validation` for sets that are held out.
-`ATTRIBUTION.md` names every set with its author and licence.
+writes `pixels.npy`, premultiplied RGBA, uint8 [N, 48, 48, 4], and `pairs.csv`, a row for each
+drawing: set, name, words, number, style, whether it is black (0 or 1), and split: `train`, or
+`validation` for sets that are held out. `ATTRIBUTION.md` names every set with its author and
+licence.
 """
 
 from __future__ import annotations
@@ -33,30 +34,47 @@ MOST_STYLES = 3  # drawings of one name and number in a set: in line, filled and
 
 
 def chosen(package: Path, roles: Roles) -> Iterator[tuple[Drawing, list[str]]]:
-    """The drawings of the pairs, each with its row of the file; no brands, but for words that a class is named by."""
+    """The drawings of the pairs, each with its row of the file; no brands, but for words that a
+    class is named by.
+    """
     kept = Classes().meanings
-    brands = {drawing.words for name in roles.brands for drawing in drawings(package, name)} - kept.keys()
+    brands = {
+        drawing.words for name in roles.brands for drawing in drawings(package, name)
+    } - kept.keys()
     for name, source in sources(package).items():
         if name in roles.held_out or source.licence in SHARE_ALIKE:
             continue
         seen: dict[tuple[str, str], set[str]] = defaultdict(set)
         for drawing in drawings(package, name):
             styles = seen[drawing.words, drawing.number]
-            if drawing.words not in brands and drawing.style not in styles and len(styles) < MOST_STYLES:
+            if (
+                drawing.words not in brands
+                and drawing.style not in styles
+                and len(styles) < MOST_STYLES
+            ):
                 styles.add(drawing.style)
                 said = [name, drawing.name, drawing.words, drawing.number, drawing.style]
                 split = "validation" if name in roles.base_validation else "train"
                 yield drawing, [*said, "0" if source.colour else "1", split]
 
 
-def write_pairs(package: Path, out: Path, roles: Roles, side: int = SIDE, processes: int = 2) -> int:
+def write_pairs(
+    package: Path, out: Path, roles: Roles, side: int = SIDE, processes: int = 2
+) -> int:
     """Draw all pairs; returns how many there are."""
     plan = list(chosen(package, roles))
     out.mkdir(parents=True, exist_ok=True)
     rows = []
-    with staged(out / "pixels.npy") as part, multiprocessing.get_context("spawn").Pool(processes) as pool:
-        pixels: Any = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=(len(plan), side, side, 4))
-        work = pool.imap(partial(render, side=side), (drawing.svg for drawing, _ in plan), chunksize=64)
+    with (
+        staged(out / "pixels.npy") as part,
+        multiprocessing.get_context("spawn").Pool(processes) as pool,
+    ):
+        pixels: Any = np.lib.format.open_memmap(
+            part, mode="w+", dtype=np.uint8, shape=(len(plan), side, side, 4)
+        )
+        work = pool.imap(
+            partial(render, side=side), (drawing.svg for drawing, _ in plan), chunksize=64
+        )
         for (_, row), drawn in track(zip(plan, work, strict=True), "Drawing the pairs", len(plan)):
             if drawn is not None:
                 pixels[len(rows)] = drawn
@@ -64,20 +82,33 @@ def write_pairs(package: Path, out: Path, roles: Roles, side: int = SIDE, proces
         pixels.flush()
     with staged(out / "pairs.csv") as part, part.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *rows])
-    used, title = Counter(row[0] for row in rows), f"The pairs of this folder, drawn from @iconify/json {VERSION}"
-    (out / "ATTRIBUTION.md").write_text(attribution(title, used, sources(package)), encoding="utf-8")
+    used, title = (
+        Counter(row[0] for row in rows),
+        f"The pairs of this folder, drawn from @iconify/json {VERSION}",
+    )
+    (out / "ATTRIBUTION.md").write_text(
+        attribution(title, used, sources(package)), encoding="utf-8"
+    )
     return len(rows)
 
 
 def main() -> None:
     """Read the flags and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--package", type=Path, required=True, help="the unpacked npm package @iconify/json")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--package", type=Path, required=True, help="the unpacked npm package @iconify/json"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the two files")
-    parser.add_argument("--side", type=int, default=SIDE, help="width and height of a drawing, in pixels")
+    parser.add_argument(
+        "--side", type=int, default=SIDE, help="width and height of a drawing, in pixels"
+    )
     parser.add_argument("--processes", type=int, default=2, help="that draw at the same time")
     arguments = parser.parse_args()
-    count = write_pairs(arguments.package, arguments.out, load_roles(), arguments.side, arguments.processes)
+    count = write_pairs(
+        arguments.package, arguments.out, load_roles(), arguments.side, arguments.processes
+    )
     print(f"{count} drawings in {arguments.out}")
 
 

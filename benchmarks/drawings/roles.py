@@ -16,7 +16,8 @@ class Style:
 
     Attributes:
         name: of the style, such as `two-tone`.
-        sets: name of each set, with the style that its drawings' names must say; None takes all of them.
+        sets: name of each set, with the style that its drawings' names must say; None takes all of
+            them.
         paper: `white` or `black`, on which black drawings become white ones.
     """
 
@@ -46,7 +47,10 @@ class Roles:
     @property
     def held_out(self) -> frozenset[str]:
         """The sets that no pair may come from."""
-        return frozenset(name for style in (self.fine_tuned, *self.shifts) for name in style.sets) | self.unused
+        return (
+            frozenset(name for style in (self.fine_tuned, *self.shifts) for name in style.sets)
+            | self.unused
+        )
 
 
 def load_roles(path: Path = ROLES) -> Roles:
@@ -57,11 +61,19 @@ def load_roles(path: Path = ROLES) -> Roles:
     """
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     styles = [
-        Style(entry["name"], {item["set"]: item.get("style") for item in entry["sets"]}, entry.get("paper", "white"))
+        Style(
+            entry["name"],
+            {item["set"]: item.get("style") for item in entry["sets"]},
+            entry.get("paper", "white"),
+        )
         for entry in (document["fine_tuned"], *document["shifts"])
     ]
     unused = [name for family in document["unused"] for name in family]
-    named = [*(name for style in styles for name in style.sets), *document["base_validation"], *unused]
+    named = [
+        *(name for style in styles for name in style.sets),
+        *document["base_validation"],
+        *unused,
+    ]
     twice = sorted({name for name in named if named.count(name) > 1})
     if twice:
         raise ValueError(f"{path}: {', '.join(twice)} stand twice; a set has one role")

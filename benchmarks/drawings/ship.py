@@ -33,7 +33,9 @@ table and from no other weights. It is offered under CC BY 4.0; whom to credit i
 """
 
 
-def ship(package: Path, pairs: Path, benchmark: Path, folder: Path, credits_file: Path) -> dict[str, str]:
+def ship(
+    package: Path, pairs: Path, benchmark: Path, folder: Path, credits_file: Path
+) -> dict[str, str]:
     """Write drawings, classes and templates, and whom to credit.
 
     Args:
@@ -71,10 +73,18 @@ def ship(package: Path, pairs: Path, benchmark: Path, folder: Path, credits_file
 
 def main() -> None:
     """Read the flags and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--package", type=Path, required=True, help="the unpacked npm package @iconify/json")
-    parser.add_argument("--pairs", type=Path, required=True, help="folder of benchmarks.drawings.pairs")
-    parser.add_argument("--benchmark", type=Path, required=True, help="folder of benchmarks.drawings.build")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--package", type=Path, required=True, help="the unpacked npm package @iconify/json"
+    )
+    parser.add_argument(
+        "--pairs", type=Path, required=True, help="folder of benchmarks.drawings.pairs"
+    )
+    parser.add_argument(
+        "--benchmark", type=Path, required=True, help="folder of benchmarks.drawings.build"
+    )
     arguments = parser.parse_args()
     found = ship(arguments.package, arguments.pairs, arguments.benchmark, DRAWINGS, CREDITS)
     print(f"{len(found)} drawings in {DRAWINGS}")

@@ -1,4 +1,6 @@
-"""Client of a radapter-serve server: classifies, segments, searches and embeds over gRPC or HTTP, without torch."""
+"""Client of a radapter-serve server: classifies, segments, searches and embeds over gRPC or HTTP,
+without torch.
+"""
 
 from ._client import AsyncClient, Client
 from ._exceptions import (

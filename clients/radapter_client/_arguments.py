@@ -22,40 +22,63 @@ MAX_PROPOSALS = 3 * 2**29
 def label_inputs(
     labels: Sequence[str] | None, label_set: str | None, templates: Sequence[str] | None
 ) -> dict[str, Array]:
-    """What an image's pixels or the image itself are to be called: `labels` or `label_set`, and `templates`."""
+    """What an image's pixels or the image itself are to be called: `labels` or `label_set`, and
+    `templates`.
+    """
     if labels is not None and label_set is not None:
         raise bad_argument("give labels or a label_set, not both")
     inputs = text_inputs(label_set=label_set)
     if label_set is None:
-        names = [] if labels is None else [utf8("labels", label) for label in listed("labels", labels)]
+        names = (
+            [] if labels is None else [utf8("labels", label) for label in listed("labels", labels)]
+        )
         if not names:
-            raise InvalidRequest('no labels: give labels=["a cat", "a dog"] or label_set="NAME"', code="no_labels")
+            raise InvalidRequest(
+                'no labels: give labels=["a cat", "a dog"] or label_set="NAME"', code="no_labels"
+            )
         inputs["labels"] = text_array(names)
     if templates is not None:
         texts = [utf8("templates", template) for template in listed("templates", templates)]
         if not texts:
-            raise bad_argument('no templates: give some, such as "a photo of a {}.", or None for the release\'s own')
+            raise bad_argument(
+                'no templates: give some, such as "a photo of a {}.", or None for the'
+                " release's own"
+            )
         inputs["templates"] = text_array(texts)
     return inputs
 
 
 def share_inputs(**given: float | None) -> dict[str, Array]:
     """Those that are not None of numbers in [0, 1]."""
-    return {name: np.array([_share(name, value)], np.float32) for name, value in given.items() if value is not None}
+    return {
+        name: np.array([_share(name, value)], np.float32)
+        for name, value in given.items()
+        if value is not None
+    }
 
 
 def count_inputs(least: int = 1, **given: int | None) -> dict[str, Array]:
     """Those that are not None of whole numbers from `least`."""
-    return {name: np.array([count(name, value, least)], np.int32) for name, value in given.items() if value is not None}
+    return {
+        name: np.array([count(name, value, least)], np.int32)
+        for name, value in given.items()
+        if value is not None
+    }
 
 
 def text_inputs(**given: str | None) -> dict[str, Array]:
     """Those that are not None of texts."""
-    return {name: text_array([utf8(name, value)]) for name, value in given.items() if value is not None}
+    return {
+        name: text_array([utf8(name, value)]) for name, value in given.items() if value is not None
+    }
 
 
-def proposal_inputs(image: ImageLike, proposals: Any, scores: Any, weight: float | None) -> dict[str, Array]:
-    """One image's proposals in the types that `segment` takes; none where there are no proposals."""
+def proposal_inputs(
+    image: ImageLike, proposals: Any, scores: Any, weight: float | None
+) -> dict[str, Array]:
+    """One image's proposals in the types that `segment` takes; none where there are no
+    proposals.
+    """
     if proposals is None:
         for name, value in (("proposal_scores", scores), ("proposal_weight", weight)):
             if value is not None:
@@ -66,7 +89,10 @@ def proposal_inputs(image: ImageLike, proposals: Any, scores: Any, weight: float
         inputs["proposal_scores"] = table = _array("proposal_scores", scores).astype(np.float32)
         many = len(inputs["proposals"])
         if table.ndim != 2 or len(table) != many:
-            why = f"proposal_scores have the shape {list(table.shape)}; needed are [{many}, C]: a row for each proposal"
+            why = (
+                f"proposal_scores have the shape {list(table.shape)}; needed are [{many}, C]: a row"
+                " for each proposal"
+            )
             raise bad_argument(f"{why} and a column for each of the C labels")
     return inputs | share_inputs(proposal_weight=weight)
 
@@ -79,7 +105,10 @@ def search_inputs(
         raise bad_argument('give a text to search for, or image="FILE", and not both')
     if image is not None and not is_one_image(image):
         raise bad_argument(f"image takes one image, not {type(image).__name__}")
-    inputs = {"index": text_array([utf8("index", index)]), "top_k": np.array([count("top_k", top_k)], np.int32)}
+    inputs = {
+        "index": text_array([utf8("index", index)]),
+        "top_k": np.array([count("top_k", top_k)], np.int32),
+    }
     return inputs | text_inputs(text=text, where=where)
 
 
@@ -101,7 +130,8 @@ def for_each(name: str, value: Any, images: int | None) -> list[Any]:
     items = listed(name, value)
     if len(items) != images:
         raise bad_argument(
-            f"{name} has {len(items)} entries for {images} images; a list of images needs one for each, or None"
+            f"{name} has {len(items)} entries for {images} images; a list of images needs one for"
+            " each, or None"
         )
     return items
 
@@ -115,20 +145,27 @@ def _masks(proposals: Any, sizes: set[tuple[int, int]]) -> Array:
     width, height = masks.shape[:0:-1]
     if sizes and (width, height) not in sizes:
         known = " or ".join(f"{wide} x {high}" for wide, high in sorted(sizes))
-        raise bad_argument(f"proposals of {width} x {height} pixels (width x height) for an image of {known}")
+        raise bad_argument(
+            f"proposals of {width} x {height} pixels (width x height) for an image of {known}"
+        )
     if masks.size > MAX_PROPOSALS:
-        why = f"{len(masks)} proposals of {width} x {height} pixels are {masks.size / 2**30:.1f} GiB"
+        why = (
+            f"{len(masks)} proposals of {width} x {height} pixels are {masks.size / 2**30:.1f} GiB"
+        )
         raise bad_argument(f"{why}; a request holds {MAX_PROPOSALS / 2**30:g}: send fewer")
     if masks.dtype == np.bool_:
         return np.asarray(masks.view(np.uint8) * np.uint8(255))
     if masks.dtype.kind == "f" and masks.min() >= 0 and masks.max() <= 1:
         return np.asarray(np.rint(masks * np.float32(255)), np.uint8)
     if masks.dtype != np.uint8:
-        found = f"from {masks.min():g} to {masks.max():g}" if masks.dtype.kind in "fiu" else "values"
+        found = (
+            f"from {masks.min():g} to {masks.max():g}" if masks.dtype.kind in "fiu" else "values"
+        )
         raise bad_argument(f"proposals of {masks.dtype} {found}; allowed: {allowed}")
     if masks.max() == 1:
         raise bad_argument(
-            "no value of the proposals is above 1 of 255; send proposals.astype(bool) if they are 0 and 1"
+            "no value of the proposals is above 1 of 255; send proposals.astype(bool) if they are 0"
+            " and 1"
         )
     return np.asarray(masks)
 
@@ -170,21 +207,37 @@ def count(name: str, value: int, least: int = 1) -> int:
 
 
 def seconds(value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not (math.isfinite(value) and value > 0)
+    ):
         raise bad_argument(f"timeout is {value!r}; allowed are seconds above 0")
     return float(value)
 
 
 def check_key(key: str, url: ServerURL) -> None:
     """An API key that can stand in a header; warns where others could read it on the way."""
-    if not isinstance(key, str) or not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise bad_argument("api_key is no key: it has letters, digits and signs of ASCII, and no white space")
+    if (
+        not isinstance(key, str)
+        or not key
+        or not key.isascii()
+        or not key.isprintable()
+        or " " in key
+    ):
+        raise bad_argument(
+            "api_key is no key: it has letters, digits and signs of ASCII, and no white space"
+        )
     if not url.secure and not url.loopback:
         kind = "grpcs" if url.protocol == "grpc" else "https"
         warnings.warn(f"the API key travels to {url} in the clear; use {kind}://", stacklevel=3)
 
 
 def _share(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not 0 <= value <= 1:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float, np.floating))
+        or not 0 <= value <= 1
+    ):
         raise bad_argument(f"{name} is {value!r}; allowed are numbers from 0 to 1")
     return float(value)

@@ -1,9 +1,9 @@
 """How a method that is written once becomes one of `Client` and one of `AsyncClient`.
 
-A method says what to ask and what to make of the replies, and never waits: it is a generator that yields parts of work,
-each of which makes one request, is sent their replies, and returns the answer. `Client` runs it with threads,
-`AsyncClient` with tasks. `call` and `call_each` are the decorators for that; type checkers see the method of each
-client with its own arguments and result.
+A method says what to ask and what to make of the replies, and never waits: it is a generator that
+yields parts of work, each of which makes one request, is sent their replies, and returns the
+answer. `Client` runs it with threads, `AsyncClient` with tasks. `call` and `call_each` are the
+decorators for that; type checkers see the method of each client with its own arguments and result.
 """
 
 from __future__ import annotations
@@ -11,7 +11,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeAlias, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    ParamSpec,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    overload,
+)
 
 from ._images import ImageLike, is_one_image
 from ._wire import Request
@@ -64,7 +74,9 @@ class _Each(Protocol[P, T]):
     @overload
     def __call__(self, images: ImageLike, *args: P.args, **kwargs: P.kwargs) -> T: ...  # type: ignore[overload-overlap]
     @overload
-    def __call__(self, images: Iterable[ImageLike], *args: P.args, **kwargs: P.kwargs) -> list[T]: ...
+    def __call__(
+        self, images: Iterable[ImageLike], *args: P.args, **kwargs: P.kwargs
+    ) -> list[T]: ...
 
 
 class _AsyncEach(Protocol[P, T]):
@@ -73,7 +85,9 @@ class _AsyncEach(Protocol[P, T]):
         self, images: ImageLike, *args: P.args, **kwargs: P.kwargs
     ) -> T: ...
     @overload
-    async def __call__(self, images: Iterable[ImageLike], *args: P.args, **kwargs: P.kwargs) -> list[T]: ...
+    async def __call__(
+        self, images: Iterable[ImageLike], *args: P.args, **kwargs: P.kwargs
+    ) -> list[T]: ...
 
 
 class call_each(_Method, Generic[P, T]):

@@ -1,4 +1,6 @@
-"""The two clients: `Client` waits with threads, `AsyncClient` with tasks. Their methods are in _methods.py."""
+"""The two clients: `Client` waits with threads, `AsyncClient` with tasks. Their methods are in
+_methods.py.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from ._methods import BaseClient
 from ._url import ServerURL
 from ._wire import AsyncTransport, Transport
 
-# The protocol's libraries are loaded by the first client that needs them: gRPC and HTTP take 0.2 s each.
+# The protocol's libraries are loaded by the first client that needs them: gRPC and HTTP take 0.2 s
+# each.
 
 
 class Client(BaseClient[Transport]):
@@ -21,18 +24,25 @@ class Client(BaseClient[Transport]):
 
     Args:
         url: grpc://HOST:8001, grpcs://HOST, http://HOST:8000 or https://HOST.
-        release: version of the release that every call is to use; None for the newest. A call of several requests gets
-            all its answers from one release; two calls may not, unless the release is given here.
-        timeout: seconds that one request may take, with all its tries, where a call brings no time-out of its own.
-        retries: how often a request is tried again where nobody answers, the connection breaks, or the server has too
-            much to do; after a growing wait, or that which the server asks for. A time-out is not tried again.
-        batch_size: images or texts in a request at most; the server's limit is `release().facts["max_batch_size"]`.
+        release: version of the release that every call is to use; None for the newest. A call of
+            several requests gets all its answers from one release; two calls may not, unless the
+            release is given here.
+        timeout: seconds that one request may take, with all its tries, where a call brings no
+            time-out of its own.
+        retries: how often a request is tried again where nobody answers, the connection breaks, or
+            the server has too much to do; after a growing wait, or that which the server asks for.
+            A time-out is not tried again.
+        batch_size: images or texts in a request at most; the server's limit is
+            `release().facts["max_batch_size"]`.
         concurrency: requests that calls with lists keep under way at once, over all threads.
-        api_key: that radapter-gateway asks for. Without TLS (https, grpcs) others can read it on the way.
-        transport: what requests go through instead of gRPC or HTTP, such as a stand-in for a server in tests.
+        api_key: that radapter-gateway asks for. Without TLS (https, grpcs) others can read it on
+            the way.
+        transport: what requests go through instead of gRPC or HTTP, such as a stand-in for a server
+            in tests.
 
     Raises:
-        RAdapterClientError: here and in every method; the same for every protocol: see its subclasses.
+        RAdapterClientError: here and in every method; the same for every protocol: see its
+            subclasses.
 
     Example:
         ```python
@@ -81,7 +91,9 @@ class Client(BaseClient[Transport]):
                 while True:
                     parts = step()
                     try:  # one request is not handed over to another thread
-                        replies = list(map(send, parts) if len(parts) == 1 else self._threads.map(send, parts))
+                        replies = list(
+                            map(send, parts) if len(parts) == 1 else self._threads.map(send, parts)
+                        )
                         step = partial(answer.send, replies)
                     except RAdapterClientError as error:
                         step = partial(answer.throw, error)

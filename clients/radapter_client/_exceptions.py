@@ -23,8 +23,8 @@ class RAdapterClientError(Exception):
 
     Args:
         message: a sentence for people.
-        code: what programs can rely on, such as "invalid_image": the word in brackets before a server's sentence, or
-            None.
+        code: what programs can rely on, such as "invalid_image": the word in brackets before a
+            server's sentence, or None.
 
     Example: `except RAdapterClientError as error: print(error, error.code)`
     """
@@ -35,9 +35,11 @@ class RAdapterClientError(Exception):
 
 
 class ServerUnavailable(RAdapterClientError):
-    """Nobody answers at the URL, or the server starts, stops, has too much to do or went away in mid-call.
+    """Nobody answers at the URL, or the server starts, stops, has too much to do or went away in
+    mid-call.
 
-    The client has tried again by then, `retries` times. `retry_after` is how many seconds the server wants you to wait.
+    The client has tried again by then, `retries` times. `retry_after` is how many seconds the
+    server wants you to wait.
 
     Example: `except ServerUnavailable as error: time.sleep(error.retry_after or 5)`
     """
@@ -46,27 +48,39 @@ class ServerUnavailable(RAdapterClientError):
 
 
 class Unauthorized(RAdapterClientError):
-    """The server wants an API key, or another one, as in `Client("https://HOST", api_key="wrong").release()`."""
+    """The server wants an API key, or another one, as in `Client("https://HOST",
+    api_key="wrong").release()`.
+    """
 
 
 class Timeout(RAdapterClientError):
-    """The server did not answer within the time-out, as in `client.classify(image, labels, timeout=0.001)`."""
+    """The server did not answer within the time-out, as in `client.classify(image, labels,
+    timeout=0.001)`.
+    """
 
 
 class InvalidRequest(RAdapterClientError):
-    """The request was wrong, and sending it again will not help, as in `client.classify(image, labels=[])`."""
+    """The request was wrong, and sending it again will not help, as in `client.classify(image,
+    labels=[])`.
+    """
 
 
 class InvalidImage(InvalidRequest):
-    """An image that cannot be read or decoded, or is too large, as in `client.embed_images(["notes.txt"])`."""
+    """An image that cannot be read or decoded, or is too large, as in
+    `client.embed_images(["notes.txt"])`.
+    """
 
 
 class InvalidURL(InvalidRequest):
-    """A server URL without an allowed scheme, or otherwise no server's address, as in `Client("localhost:8001")`."""
+    """A server URL without an allowed scheme, or otherwise no server's address, as in
+    `Client("localhost:8001")`.
+    """
 
 
 class ModelNotFound(RAdapterClientError):
-    """A model or release that the server does not serve, as in `Client(release=99).embed_texts(["a cat"])`."""
+    """A model or release that the server does not serve, as in `Client(release=99).embed_texts(["a
+    cat"])`.
+    """
 
 
 class ServerError(RAdapterClientError):
@@ -101,7 +115,10 @@ MODEL_CODES = frozenset({"no_patch_encoder"})
 
 # gRPC's names and HTTP's numbers of the same failures.
 KINDS: dict[str, type[RAdapterClientError]] = {
-    **dict.fromkeys(("INVALID_ARGUMENT", "OUT_OF_RANGE", "RESOURCE_EXHAUSTED", "400", "413", "415"), InvalidRequest),
+    **dict.fromkeys(
+        ("INVALID_ARGUMENT", "OUT_OF_RANGE", "RESOURCE_EXHAUSTED", "400", "413", "415"),
+        InvalidRequest,
+    ),
     **dict.fromkeys(("NOT_FOUND", "404"), ModelNotFound),
     **dict.fromkeys(("UNAVAILABLE", "429", "502", "503"), ServerUnavailable),
     **dict.fromkeys(("DEADLINE_EXCEEDED", "408", "504"), Timeout),
@@ -114,7 +131,8 @@ def from_server(status: str, text: str) -> RAdapterClientError:
 
     Args:
         status: gRPC's name of the status ("INVALID_ARGUMENT") or HTTP's number ("400").
-        text: the server's message; a code in brackets goes to `.code`, a stack trace of the server is cut off.
+        text: the server's message; a code in brackets goes to `.code`, a stack trace of the server
+            is cut off.
     """
     failure = read_failure(text)
     code = failure.code
@@ -133,9 +151,15 @@ def from_server(status: str, text: str) -> RAdapterClientError:
     elif code in MODEL_CODES:
         kind = ModelNotFound
     elif kind is Unauthorized:
-        text = f"{text}; give the client api_key=KEY, or radapter-query the environment variable RADAPTER_API_KEY"
+        text = (
+            f"{text}; give the client api_key=KEY, or radapter-query the environment variable"
+            " RADAPTER_API_KEY"
+        )
     elif absent := re.search(r"unknown model: '(\w+)' is not found", text):
-        text = f"the server has no model {absent[1]!r}: export the release again with this version's radapter-export"
+        text = (
+            f"the server has no model {absent[1]!r}: export the release again with this version's"
+            " radapter-export"
+        )
     elif kind is ModelNotFound:
         text = f"{text}; see what is served with: radapter-query release"
     return kind(text or f"the server answered {status} and no more", code=code)

@@ -1,15 +1,19 @@
-"""What a failure that Triton reports means: the one reading, which the tasks and the gateway use, too."""
+"""What a failure that Triton reports means: the one reading, which the tasks and the gateway use,
+too.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-# What Triton says of a model that cannot answer now, and the code that the tasks have for it. The same request may
-# succeed a little later.
+# What Triton says of a model that cannot answer now, and the code that the tasks have for it. The
+# same request may succeed a little later.
 _SIGNS = {
     "Server not ready|Server is stopping|has stopped accepting": "server_stopping",
-    r"Stub process\b.* is not healthy|has no available versions|(is|version) not (at )?ready": "restarting",
+    r"Stub process\b.* is not healthy|has no available versions|(is|version) not (at )?ready": (
+        "restarting"
+    ),
     "Exceeds maximum queue size|Request timeout expired|shared memory pool size": "overloaded",
 }
 _REQUEST_ID = re.compile(r"^\[request id: [^\]]*\] ")
@@ -21,8 +25,10 @@ class Failure:
     """A failure as Triton reported it.
 
     Attributes:
-        code: that a task gave, or what the tasks call what Triton says itself; None where that has no code.
-        message: the sentence after the code, without the id of the request and the server's stack trace.
+        code: that a task gave, or what the tasks call what Triton says itself; None where that has
+            no code.
+        message: the sentence after the code, without the id of the request and the server's stack
+            trace.
         by_task: whether a task wrote the message, for callers to read, and not Triton.
     """
 

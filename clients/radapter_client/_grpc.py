@@ -31,8 +31,8 @@ METHODS = {
     "ready": "is_model_ready",
     "statistics": "get_inference_statistics",
 }
-# gRPC says UNAVAILABLE of a server that accepts a connection and then is silent for a second; in all clients of the
-# process, for they share connections.
+# gRPC says UNAVAILABLE of a server that accepts a connection and then is silent for a second; in
+# all clients of the process, for they share connections.
 SILENT = re.compile("timed out|timeout|handshaker shutdown", re.IGNORECASE)
 
 
@@ -53,9 +53,13 @@ class _Grpc:
         if request.action == "infer":
             arguments["inputs"] = []
             for name, array in request.inputs.items():
-                tensor = tritonclient.grpc.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+                tensor = tritonclient.grpc.InferInput(
+                    name, list(array.shape), np_to_triton_dtype(array.dtype)
+                )
                 arguments["inputs"].append(tensor.set_data_from_numpy(array))
-            arguments["outputs"] = [tritonclient.grpc.InferRequestedOutput(name) for name in request.outputs] or None
+            arguments["outputs"] = [
+                tritonclient.grpc.InferRequestedOutput(name) for name in request.outputs
+            ] or None
         elif request.action != "ready":
             arguments["as_json"] = True
         return getattr(client, METHODS[request.action])(**arguments)
@@ -72,16 +76,25 @@ class _Grpc:
         text = str(error.message())
         if status == "DEADLINE_EXCEEDED":
             return Timeout(f"no answer from {self._url} within {timeout:g} s")
-        if status in ("UNAVAILABLE", "CANCELLED"):  # a server that stops cancels what it has not answered
-            if (said := from_server(status, text)).code is not None:  # by a task, or by Triton, and not by gRPC
+        if status in (
+            "UNAVAILABLE",
+            "CANCELLED",
+        ):  # a server that stops cancels what it has not answered
+            if (
+                said := from_server(status, text)
+            ).code is not None:  # by a task, or by Triton, and not by gRPC
                 return said
             kind = Timeout if SILENT.search(text) else ServerUnavailable
-            return kind(f"no answer from {self._url}: {text}; is the server running (radapter-serve)?")
+            return kind(
+                f"no answer from {self._url}: {text}; is the server running (radapter-serve)?"
+            )
         return from_server(status, text)
 
 
 class _QuietAtExit(tritonclient.grpc.InferenceServerClient):  # type: ignore[misc]  # it has no types
-    """tritonclient's own closes itself once more at the interpreter's end, when gRPC's modules are empty already."""
+    """tritonclient's own closes itself once more at the interpreter's end, when gRPC's modules are
+    empty already.
+    """
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_finalizing():

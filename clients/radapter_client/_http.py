@@ -1,7 +1,8 @@
 """HTTP by urllib3: the KServe protocol with binary tensors after the JSON.
 
-Asynchronous calls wait for urllib3 in threads: httpx's client takes two to eight times the CPU time for a request.
-tritonclient has code for the bodies, too, but importing it takes gevent, geventhttpclient and rapidjson.
+Asynchronous calls wait for urllib3 in threads: httpx's client takes two to eight times the CPU time
+for a request. tritonclient has code for the bodies, too, but importing it takes gevent,
+geventhttpclient and rapidjson.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class HttpTransport:
         self._open: set[HTTPConnection] = set()
         kind = urllib3.HTTPSConnectionPool if url.secure else urllib3.HTTPConnectionPool
         self._pool = kind(url.host, url.port, maxsize=CONNECTIONS)
-        self._pool.ConnectionCls = _connection(HTTPSConnection if url.secure else HTTPConnection, self._open)
+        self._pool.ConnectionCls = _connection(
+            HTTPSConnection if url.secure else HTTPConnection, self._open
+        )
 
     def send(self, request: Request, timeout: float) -> Any:
         body, headers = encode(request) if request.action == "infer" else (None, {})
@@ -61,7 +64,8 @@ class HttpTransport:
                 redirect=False,
             )
         except urllib3.exceptions.HTTPError as error:
-            # A time-out while the body is being sent is wrapped; to urllib3, a connection that is refused is one, too.
+            # A time-out while the body is being sent is wrapped; to urllib3, a connection that is
+            # refused is one, too.
             late = isinstance(error, urllib3.exceptions.TimeoutError) or any(
                 isinstance(argument, TimeoutError) for argument in error.args
             )
@@ -78,7 +82,9 @@ class HttpTransport:
         """Ends the connections, those in use as well."""
         self._pool.close()
         for connection in list(self._open):
-            with contextlib.suppress(OSError, AttributeError):  # one that is closed by now has no socket
+            with contextlib.suppress(
+                OSError, AttributeError
+            ):  # one that is closed by now has no socket
                 connection.sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it
 
 
@@ -90,7 +96,9 @@ class AsyncHttpTransport:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="radapter-client-http")
 
     async def send(self, request: Request, timeout: float) -> Any:
-        answer = asyncio.get_running_loop().run_in_executor(self._threads, self._http.send, request, timeout)
+        answer = asyncio.get_running_loop().run_in_executor(
+            self._threads, self._http.send, request, timeout
+        )
         try:
             return await asyncio.wait_for(answer, timeout)
         except asyncio.TimeoutError as error:
@@ -108,7 +116,9 @@ def target(request: Request) -> str:
     return f"/v2/models{model}{version}{TAILS[request.action]}"
 
 
-def answer(request: Request, status: int, body: bytes, headers: Mapping[str, str], where: str) -> Any:
+def answer(
+    request: Request, status: int, body: bytes, headers: Mapping[str, str], where: str
+) -> Any:
     """What `Transport.send` returns of an answer in HTTP.
 
     Args:
@@ -148,25 +158,39 @@ def encode(request: Request) -> tuple[bytes, dict[str, str]]:
         )
     head: dict[str, Any] = {"inputs": tensors, "parameters": {"binary_data_output": True}}
     if request.outputs:  # then the parameter above does not count
-        head["outputs"] = [{"name": name, "parameters": {"binary_data": True}} for name in request.outputs]
+        head["outputs"] = [
+            {"name": name, "parameters": {"binary_data": True}} for name in request.outputs
+        ]
     text = json.dumps(head).encode()
-    return b"".join([text, *parts]), {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
+    return b"".join([text, *parts]), {
+        "Content-Type": "application/octet-stream",
+        HEADER_LENGTH: str(len(text)),
+    }
 
 
 def decode(body: bytes, length: str | None) -> Reply:
-    """The reply in a body, of which `length` bytes are JSON and the rest are tensors; all is JSON where it is None."""
+    """The reply in a body, of which `length` bytes are JSON and the rest are tensors; all is JSON
+    where it is None.
+    """
     end = len(body) if length is None else int(length)
     head = json.loads(body[:end])
     outputs: dict[str, Array] = {}
     for output in head["outputs"]:
-        shape, kind = [int(side) for side in output["shape"]], triton_to_np_dtype(output["datatype"])
+        shape, kind = (
+            [int(side) for side in output["shape"]],
+            triton_to_np_dtype(output["datatype"]),
+        )
         if "data" in output:
-            values = [text.encode() for text in output["data"]] if kind is np.object_ else output["data"]
+            values = (
+                [text.encode() for text in output["data"]] if kind is np.object_ else output["data"]
+            )
             array = np.array(values, kind)
         else:
             start, end = end, end + int(output["parameters"]["binary_data_size"])
             data = memoryview(body)[start:end]
-            array = deserialize_bytes_tensor(data) if kind is np.object_ else np.frombuffer(data, kind)
+            array = (
+                deserialize_bytes_tensor(data) if kind is np.object_ else np.frombuffer(data, kind)
+            )
         outputs[output["name"]] = array.reshape(shape)
     return Reply(int(head["model_version"]), outputs)
 
@@ -196,7 +220,9 @@ class _Until(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(max(self._deadline - time.monotonic(), 1e-6))  # 0 would mean not to wait at all
+        self._sock.settimeout(
+            max(self._deadline - time.monotonic(), 1e-6)
+        )  # 0 would mean not to wait at all
         return self._received.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
 
     def close(self) -> None:
@@ -205,7 +231,9 @@ class _Until(io.RawIOBase):
 
 
 def _connection(kind: type[HTTPConnection], connections: set[HTTPConnection]) -> Any:
-    """A kind of connection that is in `connections` while it is open, and ends a request at its deadline."""
+    """A kind of connection that is in `connections` while it is open, and ends a request at its
+    deadline.
+    """
 
     class Connection(kind):  # type: ignore[misc, valid-type]
         def connect(self) -> None:
@@ -216,7 +244,9 @@ def _connection(kind: type[HTTPConnection], connections: set[HTTPConnection]) ->
             self._deadline = time.monotonic() + self.timeout
             super().request(*args, **options)
 
-        def response_class(self, sock: socket.socket, *args: Any, **options: Any) -> http.client.HTTPResponse:
+        def response_class(
+            self, sock: socket.socket, *args: Any, **options: Any
+        ) -> http.client.HTTPResponse:
             response = http.client.HTTPResponse(sock, *args, **options)
             response.fp = io.BufferedReader(_Until(response.fp.detach(), sock, self._deadline))
             return response

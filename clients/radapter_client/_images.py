@@ -1,6 +1,8 @@
-"""Images on their way out: a file's bytes as they are, pixels as PNG, which keeps them and their mode to the bit.
+"""Images on their way out: a file's bytes as they are, pixels as PNG, which keeps them and their
+mode to the bit.
 
-Nothing is turned here: the EXIF orientation travels with the pixels, and the server turns them as its release says.
+Nothing is turned here: the EXIF orientation travels with the pixels, and the server turns them as
+its release says.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from ._exceptions import bad_image
 
 ImageLike: TypeAlias = Union[str, "os.PathLike[str]", bytes, Image.Image, "npt.NDArray[Any]"]
 
-# The modes that PNG gives back as they were. CLIP resizes in the image's own mode and converts to RGB after, so an
-# image converted here would not get what the same image gets from open_clip locally.
+# The modes that PNG gives back as they were. CLIP resizes in the image's own mode and converts to
+# RGB after, so an image converted here would not get what the same image gets from open_clip
+# locally.
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "I;16")
 ALLOWED = "a path, the bytes of an image file, a PIL image or a uint8 array [H, W, 3] or [H, W]"
 
@@ -75,7 +78,9 @@ def read_image(image: ImageLike, *, exif_orientation: bool = True) -> Image.Imag
 
 
 def orientation(image: ImageLike) -> int:
-    """The EXIF orientation from 1 (upright) to 8; 1 where there is none or it cannot be told here."""
+    """The EXIF orientation from 1 (upright) to 8; 1 where there is none or it cannot be told
+    here.
+    """
     try:
         value = _opened(image).getexif().get(ExifTags.Base.Orientation, 1)
         return value if value in range(1, 9) else 1
@@ -84,7 +89,9 @@ def orientation(image: ImageLike) -> int:
 
 
 def image_sizes(image: ImageLike) -> set[tuple[int, int]]:
-    """Width and height in pixels, as the image is stored and as it is turned; none where they cannot be told here."""
+    """Width and height in pixels, as the image is stored and as it is turned; none where they
+    cannot be told here.
+    """
     try:
         opened = _opened(image)
     except Exception:  # whatever is wrong with it, the server says
@@ -96,7 +103,11 @@ def _opened(image: ImageLike) -> Image.Image:
     """The image, of which only the header has been read where it is a file."""
     if isinstance(image, Image.Image):
         return image
-    return _from_array(image) if isinstance(image, np.ndarray) else Image.open(io.BytesIO(encode_image(image)))
+    return (
+        _from_array(image)
+        if isinstance(image, np.ndarray)
+        else Image.open(io.BytesIO(encode_image(image)))
+    )
 
 
 def size_bound(image: ImageLike) -> int:
@@ -114,7 +125,9 @@ def size_bound(image: ImageLike) -> int:
 
 
 def chunks(sizes: Sequence[int], max_rows: int, max_bytes: int) -> list[range]:
-    """Splits items of these sizes, in order, into runs of at most max_rows and max_bytes, or of one item."""
+    """Splits items of these sizes, in order, into runs of at most max_rows and max_bytes, or of one
+    item.
+    """
     runs: list[range] = []
     start = total = 0
     for index, size in enumerate(sizes):
@@ -146,7 +159,10 @@ def _from_array(array: npt.NDArray[Any]) -> Image.Image:
 
 def _png(image: Image.Image) -> bytes:
     if image.mode not in MODES:
-        why = f"a PIL image of mode {image.mode} cannot be sent without changing it; allowed are {', '.join(MODES)}"
+        why = (
+            f"a PIL image of mode {image.mode} cannot be sent without changing it; allowed are"
+            f" {', '.join(MODES)}"
+        )
         raise bad_image(f"{why}; send the file's path or bytes, or image.convert('RGB')")
     if 0 in image.size:
         raise bad_image(f"an image of {image.width} x {image.height} pixels")
@@ -159,8 +175,14 @@ def _png(image: Image.Image) -> bytes:
             options["exif"][ExifTags.Base.Orientation] = turned
         if image.mode == "P" and np.asarray(image).max() >= len(image.getpalette() or ()) // 3:
             # PNG packs by the palette's length and would change them.
-            raise bad_image("a PIL image of mode P has pixels beyond its palette; send image.convert('RGB')")
+            raise bad_image(
+                "a PIL image of mode P has pixels beyond its palette; send image.convert('RGB')"
+            )
         image.save(file, "PNG", **options)
-    except (OSError, ValueError, SyntaxError) as error:  # an image opened from a broken file fails only now
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+    ) as error:  # an image opened from a broken file fails only now
         raise bad_image(f"cannot read the PIL image: {error}") from error
     return file.getvalue()

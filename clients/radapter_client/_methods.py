@@ -40,7 +40,15 @@ from ._exceptions import (
 )
 from ._images import ImageLike, chunks, encode_image, is_one_image, orientation, size_bound
 from ._profile import Profile, Totals, read_statistics
-from ._results import Classification, Hit, Release, Segmentation, pick_release, read_hits, read_releases
+from ._results import (
+    Classification,
+    Hit,
+    Release,
+    Segmentation,
+    pick_release,
+    read_hits,
+    read_releases,
+)
 from ._retries import Tries
 from ._url import ServerURL, parse_url
 from ._wire import Array, Reply, Request, text_array
@@ -51,7 +59,8 @@ Embeddings = npt.NDArray[np.float32]
 TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
 # Half of the smallest limit on a request's body in use (64 MiB, newer Tritons over HTTP).
 MAX_BYTES = 32 * 2**20
-# Labels and templates are repeated for each row of a request; this many keep it small beside its images.
+# Labels and templates are repeated for each row of a request; this many keep it small beside its
+# images.
 MAX_STRINGS = 8192
 
 
@@ -101,34 +110,42 @@ class BaseClient(Generic[W]):
         calibrated: bool = False,
         timeout: float | None = None,
     ) -> Answer[list[Classification]]:
-        """The best labels of an image, or of each of a list of images: a `Classification`, or a list of them.
+        """The best labels of an image, or of each of a list of images: a `Classification`, or a
+        list of them.
 
         Args:
-            images: a path, the bytes of an image file, a PIL image, a uint8 array [H, W, 3] (RGB) or [H, W] (grey);
-                or a list of them. The server turns an image by its EXIF orientation, unless its release says otherwise.
-            labels: the labels to choose from; synonyms after commas ("cat, kitty") count as one label.
+            images: a path, the bytes of an image file, a PIL image, a uint8 array [H, W, 3] (RGB)
+                or [H, W] (grey); or a list of them. The server turns an image by its EXIF
+                orientation, unless its release says otherwise.
+            labels: the labels to choose from; synonyms after commas ("cat, kitty") count as one
+                label.
             label_set: instead of labels, the name of a set that was exported with the release.
             templates: prompts with {} for the label; None for the release's own.
-            top_k: labels to return, fewer where there are fewer; None for 5, or with multi_label for all.
-            alpha: the adapter's weight in [0, 1], of a release that takes any (`release().dynamic_alpha`); None for the
-                release's own.
-            multi_label: score each label by itself, so that several can be right, or none. Needs a release with
-                calibrated scores (`release().facts["confidence"]`).
+            top_k: labels to return, fewer where there are fewer; None for 5, or with multi_label
+                for all.
+            alpha: the adapter's weight in [0, 1], of a release that takes any
+                (`release().dynamic_alpha`); None for the release's own.
+            multi_label: score each label by itself, so that several can be right, or none. Needs a
+                release with calibrated scores (`release().facts["confidence"]`).
             threshold: score in [0, 1] from which a label is returned, of multi_label; None for 0.5.
-            calibrated: scores that say how often a label is right, as the release was fitted to validation data. The
-                labels and their order stay the same.
+            calibrated: scores that say how often a label is right, as the release was fitted to
+                validation data. The labels and their order stay the same.
             timeout: seconds for each request of this call; None for the client's own.
 
         Raises:
-            InvalidRequest: bad arguments, or the release has no calibrated scores; InvalidImage among them, for the
-                first image that is none.
+            InvalidRequest: bad arguments, or the release has no calibrated scores; InvalidImage
+                among them, for the first image that is none.
 
         Example: `client.classify("cat.jpg", ["a cat", "a dog"]).top`
         """
         items = _items(images)
         if threshold is not None and not multi_label:
-            raise bad_argument("threshold without multi_label=True: softmax scores have no threshold")
-        options = label_inputs(labels, label_set, templates) | share_inputs(alpha=alpha, threshold=threshold)
+            raise bad_argument(
+                "threshold without multi_label=True: softmax scores have no threshold"
+            )
+        options = label_inputs(labels, label_set, templates) | share_inputs(
+            alpha=alpha, threshold=threshold
+        )
         if top_k is not None or not multi_label:
             options["top_k"] = np.array([5 if top_k is None else count("top_k", top_k)], np.int32)
         options |= {
@@ -166,49 +183,73 @@ class BaseClient(Generic[W]):
         proposal_weight: float | None = None,
         timeout: float | None = None,
     ) -> Answer[list[Segmentation]]:
-        """Which label each pixel of an image has: a `Segmentation`, or a list of them for a list of images.
+        """Which label each pixel of an image has: a `Segmentation`, or a list of them for a list of
+        images.
 
         Each image is one request. The arguments that are not named here are those of `classify`.
 
         Args:
             labels: as in `classify`; at most 65,534.
-            threshold: probability in [0, 1] below which a pixel is background; None: only those in no proposal are.
-            short_side: shorter side in pixels of the working image that windows go over; None for 1.5 windows.
+            threshold: probability in [0, 1] below which a pixel is background; None: only those in
+                no proposal are.
+            short_side: shorter side in pixels of the working image that windows go over; None for
+                1.5 windows.
             stride: pixels from one window to the next; None for half a window.
             refine: steps of pixel-adaptive refinement along the image's edges; None for 0.
-            proposals: masks to classify instead of patches: bool, float in [0, 1] or uint8 (255 inside) [N, H, W] of
-                the image's own size, from any network that proposes masks. For a list of images, a list of them.
-            proposal_scores: float [N, C], the proposals' own probabilities of the labels, to be fused with CLIP's.
-            proposal_weight: w in [0, 1] of the fusion p = p_proposal^(1-w) p_clip^w (OVSeg); None for 0.7.
+            proposals: masks to classify instead of patches: bool, float in [0, 1] or uint8 (255
+                inside) [N, H, W] of the image's own size, from any network that proposes masks. For
+                a list of images, a list of them.
+            proposal_scores: float [N, C], the proposals' own probabilities of the labels, to be
+                fused with CLIP's.
+            proposal_weight: w in [0, 1] of the fusion p = p_proposal^(1-w) p_clip^w (OVSeg); None
+                for 0.7.
 
         Raises:
             InvalidRequest: as in `classify`.
             ModelNotFound: the release has no patch encoder, and no proposals were given.
 
-        Example: `client.segment("street.jpg", ["road", "car", "sky"]).overlay().save("overlay.png")`
+        Example: `client.segment("street.jpg", ["road", "car",
+        "sky"]).overlay().save("overlay.png")`
         """
         items = _items(images)
         many = None if is_one_image(images) else len(items)
-        options = label_inputs(labels, label_set, templates) | share_inputs(alpha=alpha, threshold=threshold)
-        options |= count_inputs(short_side=short_side, stride=stride) | count_inputs(0, refine=refine)
-        masks, scores = for_each("proposals", proposals, many), for_each("proposal_scores", proposal_scores, many)
+        options = label_inputs(labels, label_set, templates) | share_inputs(
+            alpha=alpha, threshold=threshold
+        )
+        options |= count_inputs(short_side=short_side, stride=stride) | count_inputs(
+            0, refine=refine
+        )
+        masks, scores = (
+            for_each("proposals", proposals, many),
+            for_each("proposal_scores", proposal_scores, many),
+        )
 
         def part(index: int) -> Request:
             given = proposal_inputs(items[index], masks[index], scores[index], proposal_weight)
-            return Request("infer", "segment", inputs={"image": image_input(items[index]), **options, **given})
+            return Request(
+                "infer", "segment", inputs={"image": image_input(items[index]), **options, **given}
+            )
 
-        replies = yield from self._infer("segment", [partial(part, index) for index in range(len(items))])
+        replies = yield from self._infer(
+            "segment", [partial(part, index) for index in range(len(items))]
+        )
         turned: dict[int, bool] = {}  # by release, asked only where it matters
         if any(orientation(image) != 1 for image in items):
-            turned = {release.version: release.exif_orientation for release in (yield from self._served())}
+            turned = {
+                release.version: release.exif_orientation for release in (yield from self._served())
+            }
         found = []
         for image, reply in zip(items, replies, strict=True):
             mask, names = _output(reply, "mask"), _texts(_output(reply, "label"))
             if mask.ndim != 2 or not mask.size or mask.max() >= len(names):
-                raise ServerError(f"the server's mask {list(mask.shape)} does not fit its {len(names)} labels")
+                raise ServerError(
+                    f"the server's mask {list(mask.shape)} does not fit its {len(names)} labels"
+                )
             background = None if threshold is None and proposals is None else len(names) - 1
             scored, upright = _output(reply, "score").tolist(), turned.get(reply.version, True)
-            found.append(Segmentation(mask, names, scored, reply.version, background, image, upright))
+            found.append(
+                Segmentation(mask, names, scored, reply.version, background, image, upright)
+            )
         return found
 
     @call
@@ -235,8 +276,8 @@ class BaseClient(Generic[W]):
             timeout: as in `classify`.
 
         Raises:
-            InvalidRequest: bad arguments, an unknown index, or one of another release; its message names the command
-                that builds it.
+            InvalidRequest: bad arguments, an unknown index, or one of another release; its message
+                names the command that builds it.
 
         Example: `client.search("a red bicycle", index="photos", where="year > 2020")[0].id`
         """
@@ -252,7 +293,11 @@ class BaseClient(Generic[W]):
 
     @call
     def embed_images(
-        self, images: Iterable[ImageLike], *, alpha: float | None = None, timeout: float | None = None
+        self,
+        images: Iterable[ImageLike],
+        *,
+        alpha: float | None = None,
+        timeout: float | None = None,
     ) -> Answer[Embeddings]:
         """Embeddings of a list of images: float32 [N, D], unit length, in the order given.
 
@@ -269,7 +314,8 @@ class BaseClient(Generic[W]):
     ) -> Answer[Embeddings]:
         """Embeddings of a list of texts: float32 [N, D], unit length, in the order given.
 
-        Texts that are too long are cut as by open_clip. The other arguments are those of `classify`.
+        Texts that are too long are cut as by open_clip. The other arguments are those of
+        `classify`.
 
         Example: `client.embed_texts(["a photo of a cat."]).shape`
         """
@@ -278,7 +324,8 @@ class BaseClient(Generic[W]):
 
     @call
     def release(self, *, timeout: float | None = None) -> Answer[Release]:
-        """The release that calls use, asked of the server: the one given to the client, or the newest.
+        """The release that calls use, asked of the server: the one given to the client, or the
+        newest.
 
         Example: `client.release().alpha`
         """
@@ -294,7 +341,8 @@ class BaseClient(Generic[W]):
 
     @call
     def is_ready(self, *, timeout: float | None = None) -> Answer[bool]:
-        """Whether the server can answer every method, in the client's release; False also where nobody answers.
+        """Whether the server can answer every method, in the client's release; False also where
+        nobody answers.
 
         Example: `while not client.is_ready(): time.sleep(1)`
         """
@@ -331,14 +379,15 @@ class BaseClient(Generic[W]):
     def statistics(self, *, timeout: float | None = None) -> Answer[Totals]:
         """What the server has done since its start, by model: a dict of numbers.
 
-        `count` of answered requests, `executions` of batches, and the nanoseconds that requests spent in `queue` and in
-        `compute`.
+        `count` of answered requests, `executions` of batches, and the nanoseconds that requests
+        spent in `queue` and in `compute`.
 
         Args:
             timeout: seconds for the request; None for the client's own.
 
         Raises:
-            RAdapterClientError: also where a gateway answers, which keeps the statistics of the server closed.
+            RAdapterClientError: also where a gateway answers, which keeps the statistics of the
+                server closed.
 
         Example: `client.statistics()["classify"]["count"]`
         """
@@ -348,7 +397,9 @@ class BaseClient(Generic[W]):
     # What the methods share
 
     def _infer(self, task: str, parts: Sequence[Part]) -> Answer[list[Reply]]:
-        """The replies to inferences of a task, all from one release; asked again where another took over meanwhile."""
+        """The replies to inferences of a task, all from one release; asked again where another took
+        over meanwhile.
+        """
         version, free = self._version, self._version is None and len(parts) > 1
         if free:
             version = (yield from self._served(task))[-1].version
@@ -363,18 +414,26 @@ class BaseClient(Generic[W]):
                     raise
 
     def _served(self, task: str = TASKS[-1]) -> Answer[list[Release]]:
-        [config] = yield [partial(Request, "config", task)]  # the newest configuration names every release
+        [config] = yield [
+            partial(Request, "config", task)
+        ]  # the newest configuration names every release
         return read_releases(config)
 
-    def _embed(self, kind: str, items: list[Any], sizes: list[int], alpha: float | None) -> Answer[Embeddings]:
+    def _embed(
+        self, kind: str, items: list[Any], sizes: list[int], alpha: float | None
+    ) -> Answer[Embeddings]:
         options = share_inputs(alpha=alpha)
         if not items:
             release = pick_release((yield from self._served()), self._version)
             return np.zeros((0, release.embed_dim), np.float32)
         runs = chunks(sizes, self._batch_size, MAX_BYTES)
         task = f"embed_{kind}"
-        replies = yield from self._infer(task, [partial(_batch, task, kind, items, run, options) for run in runs])
-        return np.concatenate([_output(reply, f"{kind}_embeds") for reply in replies]).astype(np.float32, copy=False)
+        replies = yield from self._infer(
+            task, [partial(_batch, task, kind, items, run, options) for run in runs]
+        )
+        return np.concatenate([_output(reply, f"{kind}_embeds") for reply in replies]).astype(
+            np.float32, copy=False
+        )
 
     def _connect(self, url: ServerURL, api_key: str | None) -> W:
         raise NotImplementedError
@@ -386,17 +445,23 @@ class BaseClient(Generic[W]):
         return self._timeout if timeout is None else seconds(timeout)
 
     def _tries(self, request: Request, seconds: float) -> Tries:
-        """The tries of a request. Whether a server is ready is asked once, for "nobody answers" is an answer too."""
+        """The tries of a request. Whether a server is ready is asked once, for "nobody answers" is
+        an answer too.
+        """
         return Tries(0 if self._closed or request.action == "ready" else self._retries, seconds)
 
     @contextlib.contextmanager
     def _until_closed(self) -> Iterator[None]:
-        """Each protocol has its own way to fail in a call under way when its connection is closed."""
+        """Each protocol has its own way to fail in a call under way when its connection is
+        closed.
+        """
         try:
             yield
         except (Exception, asyncio.CancelledError) as error:
             if self._closed:
-                raise RAdapterClientError("the client was closed in the middle of a call") from error
+                raise RAdapterClientError(
+                    "the client was closed in the middle of a call"
+                ) from error
             raise
 
 
@@ -404,11 +469,15 @@ def _items(images: Any) -> list[Any]:
     return [images] if is_one_image(images) else listed("images", images)
 
 
-def _batch(task: str, name: str, items: list[Any], rows: range, options: dict[str, Array]) -> Request:
+def _batch(
+    task: str, name: str, items: list[Any], rows: range, options: dict[str, Array]
+) -> Request:
     """Some images or encoded texts; what they share, once for each."""
     shared = {key: np.tile(array, (len(rows), 1)) for key, array in options.items()}
     encode: Callable[[Any], bytes] = encode_image if name == "image" else bytes
-    return Request("infer", task, inputs=shared | {name: text_array([[encode(items[row])] for row in rows])})
+    return Request(
+        "infer", task, inputs=shared | {name: text_array([[encode(items[row])] for row in rows])}
+    )
 
 
 def _pinned(part: Part, version: int | None) -> Request:

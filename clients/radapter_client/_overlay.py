@@ -16,10 +16,22 @@ from ._exceptions import bad_argument
 if TYPE_CHECKING:
     from ._results import Segmentation
 
-# Colours that people with any colour vision tell apart: Okabe and Ito, "Color Universal Design" (2008), without black.
-FIRST = ((86, 180, 233), (230, 159, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66), (0, 114, 178), (213, 94, 0))
+# Colours that people with any colour vision tell apart: Okabe and Ito, "Color Universal Design"
+# (2008), without black.
+FIRST = (
+    (86, 180, 233),
+    (230, 159, 0),
+    (0, 158, 115),
+    (204, 121, 167),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+)
 COLOURS = 256  # before they repeat
-RECENT, CLOSER = 3, 3  # the last colours, from which the next one is to differ three times as much as from the others
+RECENT, CLOSER = (
+    3,
+    3,
+)  # the last colours, from which the next one is to differ three times as much as from the others
 LEAST_SIDE = 512  # px of the longer side of a picture with a legend, so that its text can be read
 ENTRIES = 40  # of the legend at most; the rest is summed up in one
 PAPER, INK, PALE = (255, 255, 255), (32, 33, 36), (110, 114, 120)
@@ -27,9 +39,13 @@ PAPER, INK, PALE = (255, 255, 255), (32, 33, 36), (110, 114, 120)
 
 @lru_cache(maxsize=1)
 def palette() -> npt.NDArray[np.uint8]:
-    """The colours of labels, RGB [COLOURS, 3]: after the first ones, always the colour farthest from all before."""
+    """The colours of labels, RGB [COLOURS, 3]: after the first ones, always the colour farthest
+    from all before.
+    """
     levels = np.linspace(0, 255, 12).round()
-    known = np.concatenate([FIRST, np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)])
+    known = np.concatenate(
+        [FIRST, np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)]
+    )
     lab = _lab(known)
     near = np.full(len(known), np.inf)
     near[(lab[:, 0] < 30) | (lab[:, 0] > 92)] = 0  # too dark or too light to be seen as a colour
@@ -76,7 +92,9 @@ def draw(
 
 
 def _outlines(mask: npt.NDArray[np.uint16], width: int) -> Image.Image:
-    """The pixels along the borders between labels, `width` pixels deep on either side, as an image of mode 1."""
+    """The pixels along the borders between labels, `width` pixels deep on either side, as an image
+    of mode 1.
+    """
     edges = np.zeros(mask.shape, np.bool_)
     for ours, theirs in ((edges, mask), (edges.T, mask.T)):
         differ = theirs[1:] != theirs[:-1]
@@ -84,19 +102,27 @@ def _outlines(mask: npt.NDArray[np.uint16], width: int) -> Image.Image:
         ours[:-1] |= differ
     if width == 1:
         return Image.fromarray(edges)
-    wider = Image.fromarray(edges.view(np.uint8) * np.uint8(255)).filter(ImageFilter.BoxBlur(width - 1))
+    wider = Image.fromarray(edges.view(np.uint8) * np.uint8(255)).filter(
+        ImageFilter.BoxBlur(width - 1)
+    )
     return wider.point([0] + [255] * 255, "1")
 
 
 def _with_legend(
-    picture: Image.Image, found: Segmentation, table: npt.NDArray[np.uint8], path: str | os.PathLike[str] | None
+    picture: Image.Image,
+    found: Segmentation,
+    table: npt.NDArray[np.uint8],
+    path: str | os.PathLike[str] | None,
 ) -> Image.Image:
     size = max(14, round(max(picture.size) / 50))
     font = read_font(path, size)
     width, gap, line = max(picture.width, 24 * size), size // 2, round(1.7 * size)
     entries = _entries(found, table, font)
     # Columns as wide as the widest entry, or one column in which long names are cut.
-    wanted = [3 * gap + 2 * size + font.getlength(name) + font.getlength(share) for _, name, share in entries]
+    wanted = [
+        3 * gap + 2 * size + font.getlength(name) + font.getlength(share)
+        for _, name, share in entries
+    ]
     columns = max(1, int((width - 2 * size) // (max(wanted) + 2 * size)))
     column = (width - 2 * size) // columns
     rows = -(-len(entries) // columns)
@@ -109,7 +135,9 @@ def _with_legend(
         right = left + column - (2 * size if columns > 1 else 0)
         if colour is not None:
             box = (left, middle - size // 2, left + size, middle + size // 2)
-            pen.rounded_rectangle(box, size // 5, fill=colour, outline=PALE, width=max(1, size // 16))
+            pen.rounded_rectangle(
+                box, size // 5, fill=colour, outline=PALE, width=max(1, size // 16)
+            )
         room = right - left - size - 2 * gap - font.getlength(share)
         pen.text((left + size + gap, middle), _cut(name, font, room), INK, font, anchor="lm")
         pen.text((right, middle), share, PALE, font, anchor="rm")
@@ -119,15 +147,23 @@ def _with_legend(
 Entry = tuple["tuple[int, ...] | None", str, str]
 
 
-def _entries(found: Segmentation, table: npt.NDArray[np.uint8], font: ImageFont.FreeTypeFont) -> list[Entry]:
-    """Colour, name and share of the labels that occur, largest first; the background's swatch is the paper."""
-    order = [index for index in np.argsort(found.shares, kind="stable")[::-1] if found.shares[index] > 0]
+def _entries(
+    found: Segmentation, table: npt.NDArray[np.uint8], font: ImageFont.FreeTypeFont
+) -> list[Entry]:
+    """Colour, name and share of the labels that occur, largest first; the background's swatch is
+    the paper.
+    """
+    order = [
+        index for index in np.argsort(found.shares, kind="stable")[::-1] if found.shares[index] > 0
+    ]
     entries: list[Entry] = []
     for index in order[:ENTRIES]:
         colour = PAPER if index == found.background else tuple(map(int, table[index % COLOURS]))
         entries.append((colour, _spelled(found.labels[index], font), _percent(found.shares[index])))
     if rest := order[ENTRIES:]:
-        entries.append((None, f"{len(rest)} more", _percent(sum(found.shares[index] for index in rest))))
+        entries.append(
+            (None, f"{len(rest)} more", _percent(sum(found.shares[index] for index in rest)))
+        )
     return entries
 
 
@@ -136,20 +172,31 @@ def _percent(share: float) -> str:
 
 
 def _spelled(name: str, font: ImageFont.FreeTypeFont) -> str:
-    """The name in one line; what the font lacks without its accents, or else by code point: \\u732b for 猫."""
+    """The name in one line; what the font lacks without its accents, or else by code point: \\u732b
+    for 猫.
+    """
     lacking = font.getmask("\uffff")
 
     def has(text: str) -> bool:
         masks = map(font.getmask, text)
-        return text != "" and all(mask.size != lacking.size or bytes(mask) != bytes(lacking) for mask in masks)
+        return text != "" and all(
+            mask.size != lacking.size or bytes(mask) != bytes(lacking) for mask in masks
+        )
 
     def spell(character: str) -> str:
         if has(character):
             return character
-        bare = "".join(part for part in unicodedata.normalize("NFKD", character) if not unicodedata.combining(part))
+        bare = "".join(
+            part
+            for part in unicodedata.normalize("NFKD", character)
+            if not unicodedata.combining(part)
+        )
         return bare if has(bare) else character.encode("ascii", "backslashreplace").decode()
 
-    return "".join(map(spell, unicodedata.normalize("NFC", " ".join(name.split())[:200]))) or "(no name)"
+    return (
+        "".join(map(spell, unicodedata.normalize("NFC", " ".join(name.split())[:200])))
+        or "(no name)"
+    )
 
 
 def _cut(name: str, font: ImageFont.FreeTypeFont, room: float) -> str:
@@ -165,8 +212,14 @@ def read_font(path: str | os.PathLike[str] | None, size: int) -> ImageFont.FreeT
     try:
         # Characters stand side by side in either way; the basic one never fails on a script.
         layout = ImageFont.Layout.BASIC
-        font = ImageFont.load_default(size) if path is None else ImageFont.truetype(path, size, layout_engine=layout)
+        font = (
+            ImageFont.load_default(size)
+            if path is None
+            else ImageFont.truetype(path, size, layout_engine=layout)
+        )
     except OSError as error:
-        raise bad_argument(f"cannot read the font {path}: {error}; allowed are TrueType and OpenType files") from error
+        raise bad_argument(
+            f"cannot read the font {path}: {error}; allowed are TrueType and OpenType files"
+        ) from error
     assert isinstance(font, ImageFont.FreeTypeFont)
     return font

@@ -24,8 +24,8 @@ class Classification:
 
     Args:
         labels: best first; none where no label of `multi_label` reached the threshold.
-        scores: of these labels, in [0, 1]; over all labels of the request they sum to 1, unless the model was trained
-            with a sigmoid or the labels stand alone (`multi_label`).
+        scores: of these labels, in [0, 1]; over all labels of the request they sum to 1, unless the
+            model was trained with a sigmoid or the labels stand alone (`multi_label`).
         release: the version of the release that answered.
 
     Example: `client.classify("cat.jpg", ["a cat", "a dog"]).top` is "a cat".
@@ -46,9 +46,10 @@ class Segmentation:
     """Which label each pixel of one image has.
 
     Args:
-        mask: uint16 [H, W], index into `labels`; H and W are the image's own, turned by its EXIF orientation unless the
-            release says otherwise.
-        labels: the request's labels, followed by "background" where a threshold or proposals were given.
+        mask: uint16 [H, W], index into `labels`; H and W are the image's own, turned by its EXIF
+            orientation unless the release says otherwise.
+        labels: the request's labels, followed by "background" where a threshold or proposals were
+            given.
         scores: of each label, in [0, 1]: the mean probability over its pixels, 0 where it has none.
         release: the version of the release that answered.
         background: index of the background, or None without a threshold and proposals.
@@ -80,15 +81,16 @@ class Segmentation:
         legend: bool = True,
         font: str | os.PathLike[str] | None = None,
     ) -> Image.Image:
-        """The image with its labels in colour; a label has the same colour in every image, the background none.
+        """The image with its labels in colour; a label has the same colour in every image, the
+        background none.
 
         Args:
             image: to draw on, of the mask's size; None for the one that was segmented.
             opacity: of the colours, in [0, 1]; outlines are always opaque.
-            legend: below the image, the labels that occur with their share of the pixels; a small image is enlarged to
-                fit it. Without it, the answer has the mask's size.
-            font: TrueType or OpenType file for labels beyond the Latin alphabet, which are otherwise spelled out in
-                code points.
+            legend: below the image, the labels that occur with their share of the pixels; a small
+                image is enlarged to fit it. Without it, the answer has the mask's size.
+            font: TrueType or OpenType file for labels beyond the Latin alphabet, which are
+                otherwise spelled out in code points.
 
         Raises:
             InvalidImage: the image cannot be read, or no longer.
@@ -105,7 +107,8 @@ class Segmentation:
         height, width = self.mask.shape
         if picture.size != (width, height):
             raise bad_argument(
-                f"an image of {picture.width} x {picture.height} pixels for a mask of {width} x {height}"
+                f"an image of {picture.width} x {picture.height} pixels for a mask of {width} x"
+                f" {height}"
             )
         return draw(picture, self, opacity, legend, font)
 
@@ -130,8 +133,12 @@ class Hit:
 
     @property
     def about(self) -> dict[str, Any]:
-        """The metadata that people read: without the path, which is the id, and the file's digest."""
-        return {name: value for name, value in self.metadata.items() if name not in ("path", "digest")}
+        """The metadata that people read: without the path, which is the id, and the file's
+        digest.
+        """
+        return {
+            name: value for name, value in self.metadata.items() if name not in ("path", "digest")
+        }
 
 
 @dataclass(frozen=True)
@@ -183,12 +190,20 @@ class Release:
                 facts=facts,
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise ServerError(f"the server describes its release in a way unknown to this client: {error!r}") from error
+            raise ServerError(
+                f"the server describes its release in a way unknown to this client: {error!r}"
+            ) from error
 
 
-def read_hits(ids: Array, scores: Array, metadata: Array, thumbnails: Array | None = None) -> list[Hit]:
+def read_hits(
+    ids: Array, scores: Array, metadata: Array, thumbnails: Array | None = None
+) -> list[Hit]:
     """The outputs of `retrieve`, best first."""
-    pictures = [None] * len(ids) if thumbnails is None else [bytes(picture) or None for picture in thumbnails]
+    pictures = (
+        [None] * len(ids)
+        if thumbnails is None
+        else [bytes(picture) or None for picture in thumbnails]
+    )
     try:
         return [
             Hit(name.decode("utf-8", "replace"), float(score), json.loads(known), picture)
@@ -200,10 +215,16 @@ def read_hits(ids: Array, scores: Array, metadata: Array, thumbnails: Array | No
 
 def read_releases(config: Mapping[str, Any]) -> list[Release]:
     """The releases that a model's configuration names in its parameters, oldest first."""
-    texts = {key: value.get("string_value", "") for key, value in config.get("parameters", {}).items()}
-    keys = [key for key in texts if key.startswith("release.")] or [key for key in texts if key == "release"]
+    texts = {
+        key: value.get("string_value", "") for key, value in config.get("parameters", {}).items()
+    }
+    keys = [key for key in texts if key.startswith("release.")] or [
+        key for key in texts if key == "release"
+    ]
     if not keys:
-        raise ServerError("the server says nothing of its release: its models were not written by radapter-export")
+        raise ServerError(
+            "the server says nothing of its release: its models were not written by radapter-export"
+        )
     try:
         facts = [json.loads(texts[key]) for key in keys]
     except ValueError as error:

@@ -1,7 +1,7 @@
 """How often a request is tried again, and how long to wait before that.
 
-Every request only reads, so that what nobody answered can be asked again. A time-out is not tried again: it says that
-the server is slow, and the caller has waited long enough.
+Every request only reads, so that what nobody answered can be asked again. A time-out is not tried
+again: it says that the server is slow, and the caller has waited long enough.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Tries:
         self.seconds = seconds  # for the next try
 
     def pause(self, error: ServerUnavailable) -> float:
-        """Seconds to wait before the next try: longer each time, never less than the server asks for.
+        """Seconds to wait before the next try: longer each time, never less than the server asks
+        for.
 
         Raises:
             ServerUnavailable: the one given, where no try or no time is left.

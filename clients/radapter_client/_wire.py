@@ -1,4 +1,6 @@
-"""The seam between the clients and the protocols: a client makes requests, a transport brings their replies."""
+"""The seam between the clients and the protocols: a client makes requests, a transport brings their
+replies.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,12 @@ class Request:
     """One request to the server, whatever the protocol.
 
     Args:
-        action: "infer" is answered by a `Reply`, "config" and "statistics" by a dict as JSON has it, "ready" by a bool.
+        action: "infer" is answered by a `Reply`, "config" and "statistics" by a dict as JSON has
+            it, "ready" by a bool.
         model: name of the model; empty for the statistics of all models.
         version: of the model; empty for the newest.
-        inputs: name to array, with the batch first where the model has one; texts and encoded images are bytes in
-            arrays of dtype object.
+        inputs: name to array, with the batch first where the model has one; texts and encoded
+            images are bytes in arrays of dtype object.
         outputs: names of the outputs to compute and send; none for all of them.
 
     Example: `Request("infer", "embed_text", inputs={"text": np.array([[b"a cat"]], object)})`
@@ -50,7 +53,8 @@ class Reply:
 
 
 class Transport(Protocol):
-    """What `Client` sends its requests through; give it one of your own to test code without a server.
+    """What `Client` sends its requests through; give it one of your own to test code without a
+    server.
 
     `send` is called from several threads, and raises nothing but `RAdapterClientError`.
 
@@ -91,5 +95,7 @@ class AsyncTransport(Protocol):
 
 
 def text_array(texts: Sequence[bytes] | Sequence[Sequence[bytes]]) -> Array:
-    """Byte strings as an object array [N], or rows of them as [N, M]; numpy's own kind would cut off zero bytes."""
+    """Byte strings as an object array [N], or rows of them as [N, M]; numpy's own kind would cut
+    off zero bytes.
+    """
     return np.array(texts, np.object_)

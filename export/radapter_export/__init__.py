@@ -1,6 +1,8 @@
-"""From an adapter to a release: fold, ONNX, agreement with torch, merged checkpoint, model repository.
+"""From an adapter to a release: fold, ONNX, agreement with torch, merged checkpoint, model
+repository.
 
-The names below load on first use: a graph alone (`radapter_export.graph`) needs less than a whole release.
+The names below load on first use: a graph alone (`radapter_export.graph`) needs less than a whole
+release.
 """
 
 from __future__ import annotations
@@ -20,7 +22,14 @@ _ELSEWHERE = {
     "write_merged": "radapter_export.merged",
 }
 
-__all__ = ["Agreement", "ExportSettings", "Exported", "ExportedRelease", "export_release", "write_merged"]
+__all__ = [
+    "Agreement",
+    "ExportSettings",
+    "Exported",
+    "ExportedRelease",
+    "export_release",
+    "write_merged",
+]
 
 
 def __getattr__(name: str) -> Any:

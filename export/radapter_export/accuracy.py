@@ -1,4 +1,6 @@
-"""What a release costs in the task's own metric: torch with adapters attached and the encoders, on the same images."""
+"""What a release costs in the task's own metric: torch with adapters attached and the encoders, on
+the same images.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ NONE, OWN = "none", "own"
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A metric of the task in per cent, by torch with adapters attached and by the encoders of a release.
+    """A metric of the task in per cent, by torch with adapters attached and by the encoders of a
+    release.
 
     Attributes:
         dataset: what they were evaluated on.
@@ -57,7 +60,8 @@ class Measured:
 
     Attributes:
         accuracy: what the release costs.
-        confidence: what makes its scores calibrated; None of other tasks than classification, and of too few images.
+        confidence: what makes its scores calibrated; None of other tasks than classification, and
+            of too few images.
         warnings: why it is None, where one might expect it; a line each.
     """
 
@@ -114,7 +118,10 @@ class Validation:
         """
         entry, values = self.data.entry, {}
         release = _Recorder(str(repository))
-        embedders: dict[str, Embedder] = {"torch": as_it_is(base, alpha, templates, crop=crop), "release": release}
+        embedders: dict[str, Embedder] = {
+            "torch": as_it_is(base, alpha, templates, crop=crop),
+            "release": release,
+        }
         known = {release.variants[0].key: _label_embeds(repository)}
         for name, embedder in embedders.items():
             say(f"{entry.data}: embedding its texts by {name}")
@@ -122,26 +129,37 @@ class Validation:
                 embedder,
                 self.data,
                 known=known,
-                progress=lambda done, n, by=name: say(f"{entry.data}: {done} of {n} images by {by}"),  # type: ignore[misc]
+                progress=lambda done, n, by=name: say(
+                    f"{entry.data}: {done} of {n} images by {by}"
+                ),  # type: ignore[misc]
             )
             values[name] = round(100 * row.metrics[entry.metric], 3)
         drop = round(values["torch"] - values["release"], 3)
         if not drop <= self.max_drop:  # NaN, too
             raise RAdapterError(
-                f"the encoders lose {drop:.2f} points of {entry.metric} on the {len(self.data)} images of {entry.data} "
-                f"({values['torch']:.2f} by torch, {values['release']:.2f} by the release), and {self.max_drop:g} are "
-                f"allowed; nothing was written. Export with --precision fp32, or allow more with --max-drop"
+                f"the encoders lose {drop:.2f} points of {entry.metric} on the {len(self.data)}"
+                f" images of {entry.data} ({values['torch']:.2f} by torch, {values['release']:.2f}"
+                f" by the release), and {self.max_drop:g} are allowed; nothing was written. Export"
+                " with --precision fp32, or allow more with --max-drop"
             )
-        return self._measured(Accuracy(entry.data, len(self.data), entry.metric, drop=drop, **values), release)
+        return self._measured(
+            Accuracy(entry.data, len(self.data), entry.metric, drop=drop, **values), release
+        )
 
     def _measured(self, accuracy: Accuracy, release: _Recorder) -> Measured:
-        """The accuracy, and calibrated scores where the data has classes that `classify` would choose from."""
+        """The accuracy, and calibrated scores where the data has classes that `classify` would
+        choose from.
+        """
         if not isinstance(self.data, ClassificationSet) or self.data.members or not release.cosines:
             return Measured(accuracy)
         facts = release.facts
         try:
             confidence = fit_confidence(
-                np.concatenate(release.cosines), self.data.labels, facts.logit_scale, facts.logit_bias, accuracy.dataset
+                np.concatenate(release.cosines),
+                self.data.labels,
+                facts.logit_scale,
+                facts.logit_bias,
+                accuracy.dataset,
             )
         except RAdapterError as error:
             return Measured(accuracy, warnings=(str(error),))
@@ -149,7 +167,9 @@ class Validation:
 
 
 def _label_embeds(repository: Path) -> Known:
-    """What the label sets of the one release in a repository hold: 80 templates of 1,000 labels take minutes."""
+    """What the label sets of the one release in a repository hold: 80 templates of 1,000 labels
+    take minutes.
+    """
     sets = [LabelSet.load(path) for path in repository.glob("classify/*/label_sets/*.npz")]
     return {
         (of.templates, line): embed
@@ -165,14 +185,16 @@ def open_validation(
 
     Args:
         metadata: of the adapter, whose recipe says which columns and classes the data has.
-        data: of the form of a recipe's `val_data`; "none" for none; "own" for the run's own (`val_data`, or the share
-            that it held out). If None, the run's own, where it can still be read and the precision is not fp32.
+        data: of the form of a recipe's `val_data`; "none" for none; "own" for the run's own
+            (`val_data`, or the share that it held out). If None, the run's own, where it can still
+            be read and the precision is not fp32.
         way: how the release embeds patches; None if it does not.
         precision: of the release.
         max_drop: points that a release may lose.
 
     Raises:
-        RAdapterError: the data that was asked for can't be read; the images that training held out are others now.
+        RAdapterError: the data that was asked for can't be read; the images that training held out
+            are others now.
     """
     own = data is None
     has_own = metadata.recipe.get("val_data") or metadata.recipe.get("val_fraction")

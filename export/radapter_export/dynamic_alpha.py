@@ -1,4 +1,6 @@
-"""α as an input of a tower: each adapter stays beside its linear layer, and each row of a batch brings its own α."""
+"""α as an input of a tower: each adapter stays beside its linear layer, and each row of a batch
+brings its own α.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,15 @@ from radapter_serve.adapter import Adapter
 
 
 def name_in_base(name: str) -> str:
-    """The name that a tower's parameter or buffer has in a state dict or an adapter file, α an input or not."""
+    """The name that a tower's parameter or buffer has in a state dict or an adapter file, α an
+    input or not.
+    """
     return name.removeprefix("tower.").removeprefix(COPY).removesuffix(".full")
 
 
 class DynamicAlphaTower(nn.Module):
-    """A tower with a second input, `alpha` float32 [B, 1], in place of one α that is folded into its weights.
+    """A tower with a second input, `alpha` float32 [B, 1], in place of one α that is folded into
+    its weights.
 
     Args:
         tower: of the base; its adapted layers are exchanged in place.
@@ -30,7 +35,9 @@ class DynamicAlphaTower(nn.Module):
         for key in adapter.keys:
             name = COPY + key
             if isinstance(layer := modules.get(name), nn.Linear):
-                tower.set_submodule(name, DynamicAlphaLinear(layer, adapter.layer(key), self._alpha))
+                tower.set_submodule(
+                    name, DynamicAlphaLinear(layer, adapter.layer(key), self._alpha)
+                )
 
     def forward(self, values: Tensor, alpha: Tensor) -> Tensor:
         """What the tower takes, and the α of each of its rows."""
@@ -40,7 +47,8 @@ class DynamicAlphaTower(nn.Module):
 
 
 class DynamicAlphaLinear(nn.Module):
-    """`y + α·F·y` with `y = W·x + b`, which is what the fold at α computes: (W + α·F·W)·x + (b + α·F·b).
+    """`y + α·F·y` with `y = W·x + b`, which is what the fold at α computes: (W + α·F·W)·x + (b +
+    α·F·b).
 
     Args:
         layer: gives W [d, k] and b [d].
@@ -62,12 +70,18 @@ class DynamicAlphaLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, ..., k] to [B, ..., d]."""
         y = F.linear(x, self.weight, self.bias)
-        change = F.linear(y, self.full) if hasattr(self, "full") else F.linear(F.linear(y, self.down), self.up)
+        change = (
+            F.linear(y, self.full)
+            if hasattr(self, "full")
+            else F.linear(F.linear(y, self.down), self.up)
+        )
         alpha = self._alpha.rows.to(y.dtype).reshape(-1, *[1] * (y.ndim - 1))
         return y + alpha * change
 
 
 class _Alpha:
-    """Where the layers find the α of the rows while their tower runs; an attribute of a module would be its state."""
+    """Where the layers find the α of the rows while their tower runs; an attribute of a module
+    would be its state.
+    """
 
     rows: Tensor

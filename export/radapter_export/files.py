@@ -23,7 +23,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            message = f"no space left on the disk of {folder}; free some and run radapter-export again"
+            message = (
+                f"no space left on the disk of {folder}; free some and run radapter-export again"
+            )
         else:
             message = f"cannot write to {folder}: {error}"
         raise RAdapterError(f"{message} (nothing half-written was left)") from error
@@ -66,7 +68,8 @@ def recover(folder: Path, flag: str) -> None:
                 held.enter_context(lock(leftover, "radapter-export"))
         except RAdapterError:
             raise RAdapterError(
-                f"another radapter-export is writing {folder}; wait for it, or give another folder with {flag}"
+                f"another radapter-export is writing {folder}; wait for it, or give another folder"
+                f" with {flag}"
             ) from None
         if old.exists() and not folder.exists():
             old.rename(folder)

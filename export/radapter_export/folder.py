@@ -28,7 +28,8 @@ class NewFolder:
         files: all that a checkpoint may hold.
 
     Raises:
-        RAdapterError: the folder holds something that was not written here, or another export is writing it.
+        RAdapterError: the folder holds something that was not written here, or another export is
+            writing it.
     """
 
     flag: ClassVar[str]
@@ -44,7 +45,9 @@ class NewFolder:
     def __enter__(self: Self) -> Self:
         with disk_errors(self.folder.parent):
             self._new = make_folder(self.folder.parent)
-            with lock(self.folder.parent, "radapter-export"):  # one after the other looks for others
+            with lock(
+                self.folder.parent, "radapter-export"
+            ):  # one after the other looks for others
                 recover(self.folder, self.flag)
                 self._held.enter_context(lock(self._staged, "radapter-export"))
         return self
@@ -55,7 +58,9 @@ class NewFolder:
         self._held.close()
 
     def staged(self, name: str) -> Path:
-        """The temporary folder of a checkpoint: of `name`, a subfolder, or "" for the folder itself."""
+        """The temporary folder of a checkpoint: of `name`, a subfolder, or "" for the folder
+        itself.
+        """
         target = self._staged / name
         target.mkdir(exist_ok=True)
         return target
@@ -79,8 +84,10 @@ class NewFolder:
             raise RAdapterError(f"{folder} is a file; give another folder with {self.flag}")
         for path in folder.iterdir():
             inside = {child.name for child in path.iterdir()} if path.is_dir() else set()
-            if path.name not in ours and not (path.name.startswith("alpha-") and inside and inside <= ours):
+            if path.name not in ours and not (
+                path.name.startswith("alpha-") and inside and inside <= ours
+            ):
                 raise RAdapterError(
-                    f"{folder} holds {path.name}, which no export wrote; it would be replaced: give another folder "
-                    f"with {self.flag}, or move that away"
+                    f"{folder} holds {path.name}, which no export wrote; it would be replaced: give"
+                    f" another folder with {self.flag}, or move that away"
                 )

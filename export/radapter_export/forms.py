@@ -30,7 +30,10 @@ def check_forms(settings: ExportSettings) -> None:
     folders = {flag: Path(folder).absolute() for flag, folder in named.items() if folder}
     for (one, first), (other, second) in itertools.permutations(folders.items(), 2):
         if first == second or first in second.parents:
-            raise RAdapterError(f"{other} {second} is the folder of {one}, or inside it; give each a folder of its own")
+            raise RAdapterError(
+                f"{other} {second} is the folder of {one}, or inside it; give each a folder of"
+                " its own"
+            )
     if settings.transformers:
         check_installed("transformers", "huggingface")
 
@@ -43,7 +46,8 @@ class Forms:
         base: of the adapter, without it.
 
     Raises:
-        RAdapterError: the base has no such form, or a folder holds something that was not written here.
+        RAdapterError: the base has no such form, or a folder holds something that was not written
+            here.
     """
 
     def __init__(self, settings: ExportSettings, base: Base) -> None:

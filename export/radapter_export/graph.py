@@ -1,8 +1,9 @@
 """From a tower to an ONNX file.
 
-The graph is made from a tower without weights, and the weights are put in afterwards by name. So nothing in it can
-depend on their values (torch's exporter would else drop zero biases and merge equal tensors), every α has the same
-operators as the untouched base, and one export serves any number of folds.
+The graph is made from a tower without weights, and the weights are put in afterwards by name. So
+nothing in it can depend on their values (torch's exporter would else drop zero biases and merge
+equal tensors), every α has the same operators as the untouched base, and one export serves any
+number of folds.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from radapter_serve.clip.base import Base
 from radapter_serve.errors import RAdapterError, reason
 
 OPSET = 22  # the first with Conv in bf16; the Attention of the next one is not built by TensorRT in fp32
-EXTERNAL_ABOVE = 1 << 30  # bytes of weights above which they go into a file beside the graph; protobuf ends at 2 GiB
+EXTERNAL_ABOVE = (
+    1 << 30
+)  # bytes of weights above which they go into a file beside the graph; protobuf ends at 2 GiB
 
 
 @dataclass
@@ -38,7 +41,8 @@ class Graph:
 
     Attributes:
         name: the model's name in the repository, such as `image_encoder`.
-        constants: values that no state dict holds: mean, std, the causal mask, the neighbourhood of patches.
+        constants: values that no state dict holds: mean, std, the causal mask, the neighbourhood of
+            patches.
     """
 
     name: str
@@ -49,8 +53,8 @@ class Graph:
         """Put weights in, write the file, check it.
 
         Args:
-            weights: a state dict of the whole CLIP; initializers of the graph have the same names, and types of
-                their own, to which weights are cast.
+            weights: a state dict of the whole CLIP; initializers of the graph have the same names,
+                and types of their own, to which weights are cast.
             path: `model.onnx`; large weights go beside it.
 
         Returns:
@@ -64,9 +68,15 @@ class Graph:
                 tensor = (weights[name] if name in weights else self.constants[name]).detach()
                 assert value.shape is not None and tuple(tensor.shape) == tuple(value.shape), name
                 kind = tensor_adapters.to_torch_dtype(value.dtype or ir.DataType.FLOAT)
-                value.const_value = tensor_adapters.TorchTensor(tensor.to("cpu", kind).contiguous(), name=name)
+                value.const_value = tensor_adapters.TorchTensor(
+                    tensor.to("cpu", kind).contiguous(), name=name
+                )
                 total += value.const_value.nbytes
-            ir.save(self.model, path, external_data=f"{path.name}.data" if total > EXTERNAL_ABOVE else None)
+            ir.save(
+                self.model,
+                path,
+                external_data=f"{path.name}.data" if total > EXTERNAL_ABOVE else None,
+            )
         finally:
             for value in mine.values():
                 value.const_value = None
@@ -82,15 +92,19 @@ def size_of(path: Path) -> int:
 def image_graph(base: Base, dynamic: Adapter | None = None) -> Graph:
     """The graph of `image_encoder`: `image` uint8 [B, S, S, 3] to `image_embeds` float32 [B, D].
 
-    With `dynamic`, here and below, `alpha` float32 [B, 1] is a second input; the weights are the base's and the
-    adapter's.
+    With `dynamic`, here and below, `alpha` float32 [B, 1] is a second input; the weights are the
+    base's and the adapter's.
     """
     return _of_images("image_encoder", ImageTower(base), "image_embeds", base.image_size, dynamic)
 
 
 def patch_graph(base: Base, way: str, dynamic: Adapter | None = None) -> Graph:
-    """The graph of `patch_encoder`: `image` uint8 [B, S, S, 3] to `patch_embeds` float32 [B, g, g, D]."""
-    return _of_images("patch_encoder", PatchTower(base, way), "patch_embeds", base.image_size, dynamic)
+    """The graph of `patch_encoder`: `image` uint8 [B, S, S, 3] to `patch_embeds` float32 [B, g, g,
+    D].
+    """
+    return _of_images(
+        "patch_encoder", PatchTower(base, way), "patch_embeds", base.image_size, dynamic
+    )
 
 
 def text_graph(base: Base, dynamic: Adapter | None = None) -> Graph:
@@ -105,7 +119,9 @@ def text_graph(base: Base, dynamic: Adapter | None = None) -> Graph:
     return _export("text_encoder", tower, example, ("tokens", "text_embeds"), shape, dynamic)
 
 
-def _of_images(name: str, tower: ImageTower, output: str, size: int, dynamic: Adapter | None) -> Graph:
+def _of_images(
+    name: str, tower: ImageTower, output: str, size: int, dynamic: Adapter | None
+) -> Graph:
     example = torch.zeros(2, size, size, 3, dtype=torch.uint8, device="meta")
     return _export(name, tower, example, ("image", output), {0: _batch()}, dynamic)
 
@@ -127,7 +143,8 @@ def _export(
         tower = DynamicAlphaTower(tower, dynamic)
         inputs["alpha"] = torch.zeros(2, 1, device="meta"), {0: shape[0]}
     try:
-        # `optimize=False`: its passes look at values, which a skeleton does not have; `_optimize` runs them safely.
+        # `optimize=False`: its passes look at values, which a skeleton does not have; `_optimize`
+        # runs them safely.
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 skeleton(tower).eval(),
@@ -142,18 +159,26 @@ def _export(
             )
     except torch.onnx.errors.OnnxExporterError as error:
         why = reason(error.__cause__ or error)
-        raise RAdapterError(f"torch {torch.__version__} cannot export {name} of this model: {why}") from error
+        raise RAdapterError(
+            f"torch {torch.__version__} cannot export {name} of this model: {why}"
+        ) from error
     if program is None:
-        raise RAdapterError(f"torch {torch.__version__} gave no ONNX program for {name}; install torch 2.9 or newer")
+        raise RAdapterError(
+            f"torch {torch.__version__} gave no ONNX program for {name}; install torch 2.9 or newer"
+        )
     model, initializers = program.model, program.model.graph.initializers
-    values = [key for key, _ in (*tower.named_parameters(), *tower.named_buffers()) if key in initializers]
+    values = [
+        key for key, _ in (*tower.named_parameters(), *tower.named_buffers()) if key in initializers
+    ]
     with _quiet():
         _optimize(model, values)
     for key in values:
         value = initializers.pop(key)
         value.name = name_in_base(key)
         initializers.add(value)
-    NameFixPass()(model)  # torch calls values after operators, so one may be called as a weight is in the base
+    NameFixPass()(
+        model
+    )  # torch calls values after operators, so one may be called as a weight is in the base
     _forget_origin(model)
     return Graph(name, model, {name_in_base(key): buffer for key, buffer in tower.named_buffers()})
 
@@ -173,9 +198,17 @@ def _optimize(model: ir.Model, weights: list[str]) -> None:
 
 
 def _forget_origin(model: ir.Model) -> None:
-    """Drop the exporter's notes for debugging: stack traces with paths of this machine, half of a file's graph."""
+    """Drop the exporter's notes for debugging: stack traces with paths of this machine, half of a
+    file's graph.
+    """
     model.producer_name, model.producer_version = "radapter-export", None
-    for holder in (model, model.graph, *model.graph, *model.graph.inputs, *model.graph.initializers.values()):
+    for holder in (
+        model,
+        model.graph,
+        *model.graph,
+        *model.graph.inputs,
+        *model.graph.initializers.values(),
+    ):
         holder.metadata_props.clear()
         holder.doc_string = None
     for node in model.graph:
@@ -186,7 +219,9 @@ def _forget_origin(model: ir.Model) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's own warnings, which are about itself, from the user."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    ]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

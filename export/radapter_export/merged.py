@@ -17,10 +17,16 @@ from radapter_serve.files import staged
 from radapter_serve.release.release import Release
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
-TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}  # of Hugging Face
+TOKENIZER = {
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+}  # of Hugging Face
 
 
-def write_merged(folder: str | Path, base: Base, state_dict: Mapping[str, Tensor], release: Release) -> None:
+def write_merged(
+    folder: str | Path, base: Base, state_dict: Mapping[str, Tensor], release: Release
+) -> None:
     """Write one merged checkpoint; it appears whole or not at all.
 
     Args:
@@ -43,8 +49,16 @@ class Merged(NewFolder):
     flag = "--merged"
     files = frozenset({CONFIG, WEIGHTS, *TOKENIZER})
 
-    def add(self, name: str, base: Base, state_dict: Mapping[str, Tensor], release: Release | None = None) -> None:
-        """Write a checkpoint into the subfolder `name`, "" for the folder itself; `add_release` may follow later."""
+    def add(
+        self,
+        name: str,
+        base: Base,
+        state_dict: Mapping[str, Tensor],
+        release: Release | None = None,
+    ) -> None:
+        """Write a checkpoint into the subfolder `name`, "" for the folder itself; `add_release` may
+        follow later.
+        """
         with disk_errors(self.folder.parent):
             target = self.staged(name)
             tensors = {key: tensor.detach().contiguous() for key, tensor in state_dict.items()}
@@ -52,7 +66,9 @@ class Merged(NewFolder):
                 save_file(tensors, path, metadata={"format": "pt"})
             config = {"model_cfg": base.config, "preprocess_cfg": base.preprocess}
             (target / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-            if isinstance(base.tokenizer, HFTokenizer):  # which open_clip looks for in the folder, whatever its name
+            if isinstance(
+                base.tokenizer, HFTokenizer
+            ):  # which open_clip looks for in the folder, whatever its name
                 base.tokenizer.tokenizer.save_pretrained(target, legacy_format=False)
         if release is not None:
             self.add_release(name, release)

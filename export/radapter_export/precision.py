@@ -1,7 +1,8 @@
 """Precision as types in the graph: products in 16 bits, and in fp32 what would overflow there.
 
-The rules are those of `torch.autocast`: products and convolutions are computed in the low type; norms, softmax and sums
-in fp32; everything else in the widest of its inputs. They know operators, not architectures. Runtimes do what the graph
+The rules are those of `torch.autocast`: products and convolutions are computed in the low type;
+norms, softmax and sums in fp32; everything else in the widest of its inputs. They know operators,
+not architectures. Runtimes do what the graph
 says: TensorRT's networks are strongly typed, and the same file gives the same numbers everywhere.
 """
 
@@ -21,12 +22,46 @@ TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _FLOAT = ir.DataType.FLOAT
 _PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"}
 _WIDE = {  # squares, sums and exponentials leave the range of fp16
-    *("LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization"),
-    *("Softmax", "LogSoftmax", "Exp", "Log", "Pow", "Sqrt", "Reciprocal", "CumSum", "GlobalAveragePool"),
-    *("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceProd", "ReduceLogSumExp"),
+    *(
+        "LayerNormalization",
+        "RMSNormalization",
+        "GroupNormalization",
+        "InstanceNormalization",
+        "BatchNormalization",
+    ),
+    *(
+        "Softmax",
+        "LogSoftmax",
+        "Exp",
+        "Log",
+        "Pow",
+        "Sqrt",
+        "Reciprocal",
+        "CumSum",
+        "GlobalAveragePool",
+    ),
+    *(
+        "ReduceMean",
+        "ReduceSum",
+        "ReduceSumSquare",
+        "ReduceL1",
+        "ReduceL2",
+        "ReduceProd",
+        "ReduceLogSumExp",
+    ),
 }
 _MOVES = {  # they compute nothing and take what they get
-    *("Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Pad", "Reshape"),
+    *(
+        "Concat",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "GatherElements",
+        "GatherND",
+        "Identity",
+        "Pad",
+        "Reshape",
+    ),
     *("Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
 }
 
@@ -40,15 +75,22 @@ def check_precision(precision: str, calibration: str | None, runtime: str) -> No
     if precision not in PRECISIONS:
         raise RAdapterError(f"precision is {precision!r}; allowed: {', '.join(PRECISIONS)}")
     if calibration is not None and precision != "int8":
-        raise RAdapterError(f"--calibration is for --precision int8 alone, and the precision is {precision}")
+        raise RAdapterError(
+            f"--calibration is for --precision int8 alone, and the precision is {precision}"
+        )
     if precision == "bf16" and runtime == "onnxruntime":
-        raise RAdapterError("ONNX Runtime cannot compute in bf16 on a CPU; add --runtime openvino, or use fp16")
+        raise RAdapterError(
+            "ONNX Runtime cannot compute in bf16 on a CPU; add --runtime openvino, or use fp16"
+        )
     if precision == "int8" and calibration is None and runtime == "tensorrt":
-        raise RAdapterError("TensorRT takes only int8 with fixed ranges; add --calibration DATA, a folder of images")
+        raise RAdapterError(
+            "TensorRT takes only int8 with fixed ranges; add --calibration DATA, a folder of images"
+        )
 
 
 def lower(graph: Graph, precision: str) -> Graph:
-    """The same graph in fp16 or bf16; inputs and outputs keep their types, initializers their names.
+    """The same graph in fp16 or bf16; inputs and outputs keep their types, initializers their
+    names.
 
     Args:
         graph: in fp32; it is left as it is.
@@ -58,12 +100,15 @@ def lower(graph: Graph, precision: str) -> Graph:
     model = graph.model.clone()
     nodes = list(model.graph)
     wide = _wide_nodes(nodes, low)
-    # A weight is kept in the low type wherever some node takes it so: tables and matrices, but no norm's weight.
+    # A weight is kept in the low type wherever some node takes it so: tables and matrices, but no
+    # norm's weight.
     for value in model.graph.initializers.values():
         if value.dtype == _FLOAT and any(node not in wide for node in value.consumers()):
             value.type = ir.TensorType(low)  # not `.dtype`: clones share their types
             if value.const_value is not None:
-                value.const_value = ir.tensor(value.const_value.numpy().astype(low.numpy()), name=value.name)
+                value.const_value = ir.tensor(
+                    value.const_value.numpy().astype(low.numpy()), name=value.name
+                )
     for node in nodes:
         for value in node.outputs:
             if value.dtype == _FLOAT and node not in wide:
@@ -76,7 +121,10 @@ def lower(graph: Graph, precision: str) -> Graph:
                 continue
             if (value, kind) not in casts:
                 cast = ir.node("Cast", [value], {"to": kind})
-                cast.outputs[0].name, cast.outputs[0].dtype = f"{value.name}_{kind.short_name()}", kind
+                cast.outputs[0].name, cast.outputs[0].dtype = (
+                    f"{value.name}_{kind.short_name()}",
+                    kind,
+                )
                 cast.outputs[0].shape = value.shape
                 model.graph.insert_before(node, cast)
                 casts[value, kind] = cast.outputs[0]
@@ -100,10 +148,14 @@ def _wide_nodes(nodes: list[ir.Node], low: ir.DataType) -> set[ir.Node]:
 
 
 def _follows(node: ir.Node, wide: set[ir.Node], low: ir.DataType) -> bool:
-    """Whether a node is to be computed in fp32 as one before it is, or as all of those after it are."""
+    """Whether a node is to be computed in fp32 as one before it is, or as all of those after it
+    are.
+    """
     if any(value.producer() in wide or _too_large(value, low) for _, value in _floats(node)):
         return True
-    return node.op_type not in _MOVES and all(user in wide for value in node.outputs for user in value.consumers())
+    return node.op_type not in _MOVES and all(
+        user in wide for value in node.outputs for user in value.consumers()
+    )
 
 
 def _floats(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
@@ -113,7 +165,9 @@ def _floats(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
 
 
 def _too_large(value: ir.Value, low: ir.DataType) -> bool:
-    """Whether it is a constant beyond the low type, such as what stands for minus infinity in a mask."""
+    """Whether it is a constant beyond the low type, such as what stands for minus infinity in a
+    mask.
+    """
     if value.const_value is None:
         return False
     array = value.const_value.numpy()

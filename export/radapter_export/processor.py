@@ -18,9 +18,13 @@ from radapter_serve.clip.from_transformers import SPECIAL
 from radapter_serve.errors import RAdapterError
 
 PROCESSOR = frozenset({"preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"})
-_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
 _PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^`{|}~]"""  # Python's, without the low line, which becomes a blank
-_LEVELS = 3  # of 255 that a pixel may differ: transformers resizes by torchvision, open_clip by Pillow
+_LEVELS = (
+    3  # of 255 that a pixel may differ: transformers resizes by torchvision, open_clip by Pillow
+)
 _TEXTS = ["a photo of a cat.", "Don't  KNOW: it's 12345 l'été ÉÈ 猫 😀!!", "", "many words " * 60]
 
 
@@ -33,7 +37,9 @@ def write_processor(folder: Path, base: Base) -> None:
     """
     image = _image_processor(base)
     (folder / "preprocessor_config.json").write_text(json.dumps(image, indent=2), encoding="utf-8")
-    core, config = _of_hugging_face(base) if isinstance(base.tokenizer, HFTokenizer) else _of_clip(base)
+    core, config = (
+        _of_hugging_face(base) if isinstance(base.tokenizer, HFTokenizer) else _of_clip(base)
+    )
     core.save(str(folder / "tokenizer.json"))
     config |= {"model_max_length": int(base.tokenizer.context_length), "padding_side": "right"}  # type: ignore[attr-defined]
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -54,22 +60,36 @@ def check_processor(folder: Path, base: Base) -> None:
         found = np.asarray(processor(images=[image], return_tensors="pt")["pixel_values"][0])
         apart = np.abs((found - transform(image).numpy()) * levels).max()
         if not apart <= _LEVELS:
-            raise RAdapterError(f"the processor of transformers differs by {apart:.1f} of 255 levels from open_clip's")
+            raise RAdapterError(
+                f"the processor of transformers differs by {apart:.1f} of 255 levels from"
+                " open_clip's"
+            )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    found = tokenizer(_TEXTS, padding="max_length", truncation=True, return_tensors="np")["input_ids"]
+    found = tokenizer(_TEXTS, padding="max_length", truncation=True, return_tensors="np")[
+        "input_ids"
+    ]
     for text, ours, theirs in zip(_TEXTS, base.tokenizer(_TEXTS).numpy(), found, strict=True):
         # CLIP reads nothing after the first end token, and each tokenizer pads with another token.
         length = len(ours) if isinstance(base.tokenizer, HFTokenizer) else int(ours.argmax()) + 1
         if ours[:length].tolist() != theirs[:length].tolist():
-            raise RAdapterError(f"the tokenizer of transformers reads {text[:40]!r} in another way than open_clip's")
+            raise RAdapterError(
+                f"the tokenizer of transformers reads {text[:40]!r} in another way than open_clip's"
+            )
 
 
 def _images(size: int) -> list[Image.Image]:
-    """Upright and wide ones, smooth, of one size and of twice that; margins are even, where all crop alike."""
+    """Upright and wide ones, smooth, of one size and of twice that; margins are even, where all
+    crop alike.
+    """
     random = np.random.default_rng(0)
-    small = [random.integers(0, 256, shape, np.uint8) for shape in ((8, 6, 3), (6, 8, 3), (6, 6, 3))]
+    small = [
+        random.integers(0, 256, shape, np.uint8) for shape in ((8, 6, 3), (6, 8, 3), (6, 6, 3))
+    ]
     sizes = [(size, size + 4), (2 * size + 8, 2 * size), (3 * size, 3 * size)]
-    return [Image.fromarray(one).resize(to, Image.Resampling.BICUBIC) for one, to in zip(small, sizes, strict=True)]
+    return [
+        Image.fromarray(one).resize(to, Image.Resampling.BICUBIC)
+        for one, to in zip(small, sizes, strict=True)
+    ]
 
 
 def _image_processor(base: Base) -> dict[str, Any]:
@@ -118,7 +138,10 @@ def _of_clip(base: Base) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     )
     core.decoder = decoders.ByteLevel()
     core.post_processor = processors.RobertaProcessing(
-        (end, tokenizer.eot_token_id), (start, tokenizer.sot_token_id), trim_offsets=False, add_prefix_space=False
+        (end, tokenizer.eot_token_id),
+        (start, tokenizer.sot_token_id),
+        trim_offsets=False,
+        add_prefix_space=False,
     )
     names = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
     return core, {"tokenizer_class": "CLIPTokenizer", **names}
@@ -133,9 +156,15 @@ def _of_hugging_face(base: Base) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     core.no_truncation()
     before: list[Any] = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     if outer.clean_fn is _clean_canonicalize:
-        before = [normalizers.Replace("_", " "), normalizers.Replace(Regex(_PUNCTUATION), ""), *before]
+        before = [
+            normalizers.Replace("_", " "),
+            normalizers.Replace(Regex(_PUNCTUATION), ""),
+            *before,
+        ]
     if outer.clean_fn in (_clean_canonicalize, _clean_lower):
         before.append(normalizers.Lowercase())
-    core.normalizer = normalizers.Sequence([*before, *([core.normalizer] if core.normalizer else [])])
+    core.normalizer = normalizers.Sequence(
+        [*before, *([core.normalizer] if core.normalizer else [])]
+    )
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids"]}
     return core, config | {name: str(token) for name, token in inner.special_tokens_map.items()}

@@ -1,7 +1,8 @@
 """int8 by ONNX Runtime's own quantizer: the weights of matrix products, and what goes into them.
 
-Weights get 7 bits (`reduce_range`): CPUs without VNNI add products of bytes in 16 bits and saturate there, so that with
-8 bits one file would give other numbers there, and worse ones than the lost bit costs.
+Weights get 7 bits (`reduce_range`): CPUs without VNNI add products of bytes in 16 bits and saturate
+there, so that with 8 bits one file would give other numbers there, and worse ones than the lost bit
+costs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 from radapter_export.graph import EXTERNAL_ABOVE, size_of
@@ -80,9 +87,9 @@ def quantize(path: Path, calibration: Batches = ()) -> int:
 
     Args:
         path: `model.onnx` with weights; it is replaced.
-        calibration: inputs by which the ranges of activations are found, to be constants of the graph (static, in
-            QuantizeLinear and DequantizeLinear, symmetric, which TensorRT reads too). Without any they are found for
-            each batch as it comes (dynamic, for CPUs only).
+        calibration: inputs by which the ranges of activations are found, to be constants of the
+            graph (static, in QuantizeLinear and DequantizeLinear, symmetric, which TensorRT reads
+            too). Without any they are found for each batch as it comes (dynamic, for CPUs only).
 
     Returns:
         Size in bytes of all that was written.
@@ -107,7 +114,10 @@ def quantize(path: Path, calibration: Batches = ()) -> int:
                 quant_format=QuantFormat.QDQ,
                 activation_type=QuantType.QInt8,
                 nodes_to_exclude=_products_of_activations(plain),
-                extra_options={"ActivationSymmetric": True, "OpTypesToExcludeOutputQuantization": ["MatMul"]},
+                extra_options={
+                    "ActivationSymmetric": True,
+                    "OpTypesToExcludeOutputQuantization": ["MatMul"],
+                },
                 **common,
             )
         else:
@@ -122,8 +132,8 @@ def quantize(path: Path, calibration: Batches = ()) -> int:
 def _fold_constants(path: Path, plain: Path) -> None:
     """Fold the transposing of weights, which would else hide that they are constants.
 
-    ONNX Runtime's own `quant_pre_process` does this too, but up to 1.23, the last for Python 3.10, it reads its result
-    after deleting it.
+    ONNX Runtime's own `quant_pre_process` does this too, but up to 1.23, the last for Python 3.10,
+    it reads its result after deleting it.
     """
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(plain)
@@ -143,7 +153,9 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
     def __init__(self, path: Path, batches: Batches) -> None:
         (name,) = (value.name for value in onnx.load(path, load_external_data=False).graph.input)
-        self._feeds: Iterator[Mapping[str, NDArray[np.generic]]] = iter([{name: batch} for batch in batches])
+        self._feeds: Iterator[Mapping[str, NDArray[np.generic]]] = iter(
+            [{name: batch} for batch in batches]
+        )
 
     def get_next(self) -> Mapping[str, NDArray[np.generic]] | None:
         return next(self._feeds, None)
@@ -153,4 +165,8 @@ def _products_of_activations(path: Path) -> list[str]:
     """Names of the products that have no weights: queries by keys, and attention by values."""
     graph = onnx.load(path, load_external_data=False).graph
     weights = {initializer.name for initializer in graph.initializer}
-    return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] not in weights]
+    return [
+        node.name
+        for node in graph.node
+        if node.op_type == "MatMul" and node.input[1] not in weights
+    ]

@@ -1,7 +1,7 @@
 """What a graph must compute: inputs, and torch's embeddings of them with adapters attached.
 
-The reference is not folded and goes through open_clip's own code, so fold, export and runtime are tested together
-(`radapter_serve.release.agreement` compares).
+The reference is not folded and goes through open_clip's own code, so fold, export and runtime are
+tested together (`radapter_serve.release.agreement` compares).
 """
 
 from __future__ import annotations
@@ -27,7 +27,20 @@ BATCHES = (1, 2, 7)  # constants baked into a Reshape show up at the odd ones
 
 Array = npt.NDArray[np.float32]
 
-_WORDS = ["a", "photo", "of", "red", "bicycle,", "leaning", "against", "the", "old", "wall", "near", "1887"]
+_WORDS = [
+    "a",
+    "photo",
+    "of",
+    "red",
+    "bicycle,",
+    "leaning",
+    "against",
+    "the",
+    "old",
+    "wall",
+    "near",
+    "1887",
+]
 
 
 class Inputs:
@@ -35,16 +48,21 @@ class Inputs:
 
     Attributes:
         images: uint8 [B, S, S, 3] each.
-        tokens: what the server sends, int32 [B, L] each, cropped to the longest text where the tower allows it.
-        full_tokens: the same texts through open_clip's own tokenizer, int64 [B, context length] each.
+        tokens: what the server sends, int32 [B, L] each, cropped to the longest text where the
+            tower allows it.
+        full_tokens: the same texts through open_clip's own tokenizer, int64 [B, context length]
+            each.
     """
 
     def __init__(self, base: Base, tokenizer: Tokenizer, size: int, seed: int = 0) -> None:
         random = np.random.default_rng(seed)
-        self.images = [random.integers(0, 256, (batch, size, size, 3), dtype=np.uint8) for batch in BATCHES]
+        self.images = [
+            random.integers(0, 256, (batch, size, size, 3), dtype=np.uint8) for batch in BATCHES
+        ]
         self.tokens, self.full_tokens = [], []
         for number, batch in enumerate(BATCHES):
-            # The first batch is one short text; each later one holds a text that is too long, in another row.
+            # The first batch is one short text; each later one holds a text that is too long, in
+            # another row.
             lengths = [int(n) for n in random.integers(1, 40, batch)]
             if number:
                 lengths[number] = 200
@@ -58,7 +76,9 @@ class Inputs:
 
 
 def mixed_alphas(own: float) -> list[Alpha]:
-    """α of each row of each batch where it is an input, float32 [B, 1]: a release's own, and others beside it."""
+    """α of each row of each batch where it is an input, float32 [B, 1]: a release's own, and others
+    beside it.
+    """
     values = itertools.cycle((own, 0.0, 1.0, 0.25))
     return [np.array([[next(values)] for _ in range(batch)], np.float32) for batch in BATCHES]
 
@@ -66,7 +86,8 @@ def mixed_alphas(own: float) -> list[Alpha]:
 def references_at(
     base: Base, adapters: Adapters, alphas: Sequence[Alpha], inputs: Inputs, way: str | None = None
 ) -> dict[str, list[Array]]:
-    """torch's embeddings of each row of `Inputs` at an α of its own; a pass over all of them for each α.
+    """torch's embeddings of each row of `Inputs` at an α of its own; a pass over all of them for
+    each α.
 
     Args:
         base: with `adapters` attached, whose α changes.
@@ -81,7 +102,12 @@ def references_at(
         embeds[alpha] = References(base, inputs, way).embeds
     return {
         graph: [
-            np.stack([embeds[float(alpha)][graph][number][row] for row, alpha in enumerate(batch.ravel())])
+            np.stack(
+                [
+                    embeds[float(alpha)][graph][number][row]
+                    for row, alpha in enumerate(batch.ravel())
+                ]
+            )
             for number, batch in enumerate(alphas)
         ]
         for graph in ENCODERS
@@ -104,14 +130,18 @@ class References:
     @torch.inference_mode()
     def __init__(self, base: Base, inputs: Inputs, way: str | None = None) -> None:
         model: Any = base.model
-        mean, std = (torch.tensor(base.preprocess[key], dtype=torch.float32).view(3, 1, 1) for key in ("mean", "std"))
+        mean, std = (
+            torch.tensor(base.preprocess[key], dtype=torch.float32).view(3, 1, 1)
+            for key in ("mean", "std")
+        )
         images, patches, texts = [], [], []
         for image, tokens in zip(inputs.images, inputs.full_tokens, strict=True):
             pixels = torch.from_numpy(image).permute(0, 3, 1, 2).float().div(255).sub(mean).div(std)
             images.append(encode_image(model, pixels).numpy())
             if way is not None:
                 patches.append(encode_patches(model, pixels, way).numpy())
-            # Not towers.encode_text, which crops: that cropping is exact is part of what is checked.
+            # Not towers.encode_text, which crops: that cropping is exact is part of what is
+            # checked.
             texts.append(nn.functional.normalize(model.encode_text(tokens).float(), dim=-1).numpy())
         self.embeds: dict[str, list[Array]] = {
             "image_encoder": images,

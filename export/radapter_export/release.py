@@ -39,13 +39,15 @@ def export_release(
 ) -> list[ExportedRelease]:
     """Fold an adapter at one or several α, and add a release for each to a model repository.
 
-    Nothing is written unless all of it succeeds; what a killed export left is removed by the next one.
+    Nothing is written unless all of it succeeds; what a killed export left is removed by the next
+    one.
 
     Args:
         adapter_path: adapter file, or the folder of a run; several of one base are averaged.
-        alphas: re-scalings in [0, 1], each another release; the last is the newest, which clients get by default.
-            "dynamic": one release whose encoders take α as an input, by default the one that was chosen on validation
-            data, or else the adapter's own. The adapter's own if None.
+        alphas: re-scalings in [0, 1], each another release; the last is the newest, which clients
+            get by default. "dynamic": one release whose encoders take α as an input, by default the
+            one that was chosen on validation data, or else the adapter's own. The adapter's own if
+            None.
         settings: everything else; its fields are the flags of `radapter-export`.
         progress: called with a short line before each step.
 
@@ -53,16 +55,23 @@ def export_release(
         The releases in the order of `alphas`.
 
     Raises:
-        RAdapterError: bad input, graphs that differ from torch, a full disk; nothing was written then.
+        RAdapterError: bad input, graphs that differ from torch, a full disk; nothing was written
+            then.
     """
     say = progress or (lambda line: None)
     paths = [adapter_path] if isinstance(adapter_path, (str, Path)) else list(adapter_path)
     source = Source.read(paths, settings, dynamic_alpha=alphas == "dynamic")
     numbers = [source.alpha] if alphas is None or isinstance(alphas, str) else list(alphas)
     _check_arguments(numbers, source, settings)
-    engines = PlanWriter(progress=say) if settings.served_by == TENSORRT else None  # looks for a GPU, before all else
+    engines = (
+        PlanWriter(progress=say) if settings.served_by == TENSORRT else None
+    )  # looks for a GPU, before all else
     validation = open_validation(
-        source.adapter.metadata, settings.validation, source.way, settings.precision, settings.max_drop
+        source.adapter.metadata,
+        settings.validation,
+        source.way,
+        settings.precision,
+        settings.max_drop,
     )
     images = settings.calibration
     collection = None if images is None else open_collection(images.removeprefix("imagefolder:"))
@@ -79,7 +88,9 @@ def export_release(
         releases = []
         for version, alpha in enumerate(numbers, repository.next_version()):
             name = f"alpha-{alpha:g}" if len(numbers) > 1 else ""
-            releases.append(writer.write(version, alpha, checkpoints, forms, name, repository, validation, say))
+            releases.append(
+                writer.write(version, alpha, checkpoints, forms, name, repository, validation, say)
+            )
         for model in models:
             written = [release.release for release in releases]
             repository.add_config(model, written, writer.dims, settings.max_batch_size)
@@ -99,14 +110,17 @@ def _check_arguments(alphas: Sequence[float], source: Source, settings: ExportSe
     for alpha in alphas:
         check_alpha(alpha)
     if len({f"{alpha:g}" for alpha in alphas}) < len(alphas):
-        raise RAdapterError(f"an alpha is given twice: {' '.join(f'{alpha:g}' for alpha in alphas)}")
+        raise RAdapterError(
+            f"an alpha is given twice: {' '.join(f'{alpha:g}' for alpha in alphas)}"
+        )
     if settings.served_by not in RUNTIMES:
         raise RAdapterError(f"--runtime is {settings.runtime}; allowed are {', '.join(RUNTIMES)}")
     check_forms(settings)
     check_precision(settings.precision, settings.calibration, settings.served_by)
     if source.dynamic_alpha and settings.calibration is not None:
         raise RAdapterError(
-            "--calibration finds ranges at one alpha, and --alpha dynamic has all; leave one of them out"
+            "--calibration finds ranges at one alpha, and --alpha dynamic has all; leave one of"
+            " them out"
         )
 
 

@@ -18,11 +18,20 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.lock import lock
 from radapter_serve.release.integrity import write_sums
 from radapter_serve.release.release import Release
-from radapter_serve.release.repository import CONFIG, ENCODERS, MODELS, PATCH_ENCODER, configure, versions_of
+from radapter_serve.release.repository import (
+    CONFIG,
+    ENCODERS,
+    MODELS,
+    PATCH_ENCODER,
+    configure,
+    versions_of,
+)
 
 
 def sources() -> Path:
-    """The models' templates and `model.py` files: in the wheel beside this file, else in the checkout."""
+    """The models' templates and `model.py` files: in the wheel beside this file, else in the
+    checkout.
+    """
     here = Path(__file__).resolve().parent
     packed = here / "model_repository"
     return packed if packed.is_dir() else here.parents[1] / "model_repository"
@@ -31,11 +40,13 @@ def sources() -> Path:
 class Repository:
     """A model repository while releases are added: they stand in temporary folders until `commit`.
 
-    A context manager: on entry it removes what a killed export left, on exit whatever was not committed.
+    A context manager: on entry it removes what a killed export left, on exit whatever was not
+    committed.
 
     Args:
         folder: the repository; made if there is none.
-        models: those that the releases have, in the order of `MODELS`; the others are not served any more.
+        models: those that the releases have, in the order of `MODELS`; the others are not served
+            any more.
 
     Raises:
         RAdapterError: the folder cannot be written, or another export is writing it.
@@ -53,7 +64,9 @@ class Repository:
         try:
             with disk_errors(self.folder):
                 self._new = make_folder(self.folder)
-                self._held.enter_context(lock(self.folder, "radapter-export or radapter-build-engine"))
+                self._held.enter_context(
+                    lock(self.folder, "radapter-export or radapter-build-engine")
+                )
                 self._remove_leftovers()
                 for model in self.models:
                     self._new += make_folder(self.folder / model)
@@ -80,30 +93,46 @@ class Repository:
         with tempfile.TemporaryDirectory() as name:
             for model in self.models:
                 Path(name, model).mkdir()
-                Path(name, model, str(version)).symlink_to(self.staged(model, version), target_is_directory=True)
+                Path(name, model, str(version)).symlink_to(
+                    self.staged(model, version), target_is_directory=True
+                )
             yield Path(name)
 
     def next_version(self) -> int:
         """One more than the highest version of any model."""
-        return max((version for model in MODELS for version in versions_of(self.folder / model)), default=0) + 1
+        return (
+            max(
+                (version for model in MODELS for version in versions_of(self.folder / model)),
+                default=0,
+            )
+            + 1
+        )
 
     def add_config(
-        self, model: str, releases: Sequence[Release], dims: Mapping[str, Sequence[int]], max_batch_size: int
+        self,
+        model: str,
+        releases: Sequence[Release],
+        dims: Mapping[str, Sequence[int]],
+        max_batch_size: int,
     ) -> None:
-        """Write a model's configs from its template: for the versions of these releases, and for each of them alone.
+        """Write a model's configs from its template: for the versions of these releases, and for
+        each of them alone.
 
         Args:
             model: its name.
             releases: oldest first.
             dims: shapes, without the batch, of tensors whose template leaves them open (-1).
-            max_batch_size: rows of a batch; a template that says 0, a model without batches, keeps its 0.
+            max_batch_size: rows of a batch; a template that says 0, a model without batches, keeps
+                its 0.
         """
         texts = {self.staged(model) / CONFIG: releases}
         # Its own outlives the next export, for a server that goes back to it.
         texts |= {self.staged(model, release.version) / CONFIG: [release] for release in releases}
         with disk_errors(self.folder):
             for path, some in texts.items():
-                text = config(sources() / model / "config.template.pbtxt", model, some, dims, max_batch_size)
+                text = config(
+                    sources() / model / "config.template.pbtxt", model, some, dims, max_batch_size
+                )
                 path.write_text(text, encoding="utf-8")
 
     def add_sums(self, version: int) -> None:
@@ -114,12 +143,16 @@ class Repository:
     def add_model_file(self, model: str, version: int) -> None:
         """Copy a task's model.py into a version."""
         with disk_errors(self.folder):
-            shutil.copyfile(sources() / model / "model.py", self.staged(model, version) / "model.py")
+            shutil.copyfile(
+                sources() / model / "model.py", self.staged(model, version) / "model.py"
+            )
 
     def commit(self, versions: Sequence[int]) -> None:
-        """Put the versions in place, then the configs that make Triton serve them; encoders first, `classify` last.
+        """Put the versions in place, then the configs that make Triton serve them; encoders first,
+        `classify` last.
 
-        At the very end, when no release needs them, the configs go of the models that these releases lack.
+        At the very end, when no release needs them, the configs go of the models that these
+        releases lack.
         """
         with disk_errors(self.folder):
             for model in self.models:
@@ -142,7 +175,8 @@ class Repository:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _check_ours(self, model: str, retired: set[int]) -> None:
-        """Refuse a model of another maker: what looks like a leftover would be removed, and its config replaced.
+        """Refuse a model of another maker: what looks like a leftover would be removed, and its
+        config replaced.
 
         Args:
             model: its name.
@@ -150,11 +184,14 @@ class Repository:
         """
         folder = self.folder / model
         config = folder / CONFIG
-        if any(folder.glob(f"{STAGED}*")) or (config.is_file() and 'key: "release"' in config.read_text("utf-8")):
+        if any(folder.glob(f"{STAGED}*")) or (
+            config.is_file() and 'key: "release"' in config.read_text("utf-8")
+        ):
             return
         if set(versions_of(folder)) - retired or config.is_file():
             raise RAdapterError(
-                f"{folder} holds a model that radapter-export did not make; move it, or give another --model-repository"
+                f"{folder} holds a model that radapter-export did not make; move it, or give"
+                " another --model-repository"
             )
 
 
@@ -171,23 +208,30 @@ def config(
         RAdapterError: there is no template, or it is not a model config.
     """
     try:
-        parsed = text_format.Parse(template.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
+        parsed = text_format.Parse(
+            template.read_text(encoding="utf-8"), model_config_pb2.ModelConfig()
+        )
     except OSError as error:
-        raise RAdapterError(f"no template {template}: {error.strerror}; install radapter-serve again") from error
+        raise RAdapterError(
+            f"no template {template}: {error.strerror}; install radapter-serve again"
+        ) from error
     except text_format.ParseError as error:
         raise RAdapterError(f"{template} is not a Triton model config: {error}") from error
     parsed.name = model
     if parsed.max_batch_size:
         parsed.max_batch_size = max_batch_size
     if parsed.HasField("dynamic_batching"):
-        preferred = [size for size in parsed.dynamic_batching.preferred_batch_size if size <= max_batch_size]
+        preferred = [
+            size for size in parsed.dynamic_batching.preferred_batch_size if size <= max_batch_size
+        ]
         parsed.dynamic_batching.preferred_batch_size[:] = preferred
     for tensor in (*parsed.input, *parsed.output):
         if tensor.name in dims and len(tensor.dims) == len(dims[tensor.name]):
             tensor.dims[:] = dims[tensor.name]
     if model in ENCODERS and releases[-1].dynamic_alpha:
         parsed.input.add(name="alpha", data_type=model_config_pb2.TYPE_FP32, dims=[1])
-    # By number, not "the latest K": what a killed export left, or half of a release, is never served.
+    # By number, not "the latest K": what a killed export left, or half of a release, is never
+    # served.
     parsed.version_policy.specific.versions[:] = [release.version for release in releases]
     for release in releases:
         parsed.parameters[f"release.{release.version}"].string_value = json.dumps(release.to_dict())

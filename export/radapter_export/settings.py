@@ -1,4 +1,6 @@
-"""What a user may choose of an export: one object for Python and for the flags of `radapter-export`; no torch here."""
+"""What a user may choose of an export: one object for Python and for the flags of
+`radapter-export`; no torch here.
+"""
 
 from __future__ import annotations
 
@@ -20,32 +22,41 @@ class ExportSettings:
     """How adapters become releases.
 
     Args:
-        weights: of the adapters in their average, one each, with sum 1; equal ones if none are given.
-        base: open_clip model, local-dir:PATH or hf-hub:NAME; what the adapter was trained on if none is given.
-        pretrained: open_clip tag or path of a checkpoint; what the adapter was trained on if none is given.
-        model_repository: folder that radapter-serve serves; releases are added to it, and it is made if there is none.
-        merged: folder for the merged checkpoint, replaced if it holds one; with several alphas, for a folder of each.
-        transformers: folder for the merged weights as the library transformers opens them, with processor and
-            tokenizer, replaced if it holds such a model; with several alphas, for a folder of each. Not written if none
+        weights: of the adapters in their average, one each, with sum 1; equal ones if none are
+            given.
+        base: open_clip model, local-dir:PATH or hf-hub:NAME; what the adapter was trained on if
+            none is given.
+        pretrained: open_clip tag or path of a checkpoint; what the adapter was trained on if none
             is given.
-        label_sets: files of classes by the name of their label set, whose text embeddings become part of the release.
-            The run's own classes become the label set `classes`, unless a file of that name is given.
-        templates: a file of prompt templates, a built-in set, or one template; the run's own if none is given.
+        model_repository: folder that radapter-serve serves; releases are added to it, and it is
+            made if there is none.
+        merged: folder for the merged checkpoint, replaced if it holds one; with several alphas, for
+            a folder of each.
+        transformers: folder for the merged weights as the library transformers opens them, with
+            processor and tokenizer, replaced if it holds such a model; with several alphas, for a
+            folder of each. Not written if none is given.
+        label_sets: files of classes by the name of their label set, whose text embeddings become
+            part of the release. The run's own classes become the label set `classes`, unless a file
+            of that name is given.
+        templates: a file of prompt templates, a built-in set, or one template; the run's own if
+            none is given.
         dense: how the patches of an image are embedded, for segmentation: naclip or maskclip; none
             leaves patch_encoder out; the run's own if none is given.
-        precision: of the encoders' weights and matrix products. int8 is quantized as it runs, for CPUs; with
-            --calibration by fixed ranges, which TensorRT takes too.
+        precision: of the encoders' weights and matrix products. int8 is quantized as it runs, for
+            CPUs; with --calibration by fixed ranges, which TensorRT takes too.
         calibration: about a hundred typical images for int8: a folder, csv:FILE or parquet:FILE.
-        validation: data as of radapter-train --val-data, by which the encoders are compared with torch in the task's
-            own metric, and scores are calibrated; own for the run's own, which is also taken if none is given and the
-            precision is not fp32; none for none.
+        validation: data as of radapter-train --val-data, by which the encoders are compared with
+            torch in the task's own metric, and scores are calibrated; own for the run's own, which
+            is also taken if none is given and the precision is not fp32; none for none.
         max_drop: points of that metric, in per cent, that the encoders may lose.
-        runtime: what runs the encoders in the server; they are checked with it; onnxruntime if none is given.
-        tolerance: largest difference from torch allowed in a component of the unit-length embeddings; the precision's
-            own if none is given: 1e-4 in fp32. The bound on the cosine widens with its square, down to 0.9.
+        runtime: what runs the encoders in the server; they are checked with it; onnxruntime if none
+            is given.
+        tolerance: largest difference from torch allowed in a component of the unit-length
+            embeddings; the precision's own if none is given: 1e-4 in fp32. The bound on the cosine
+            widens with its square, down to 0.9.
         max_batch_size: images or texts in one batch of the server.
-        exif_orientation: the server turns images as their EXIF says, where training did so; --no-exif-orientation
-            leaves them as the files have them, as open_clip does.
+        exif_orientation: the server turns images as their EXIF says, where training did so;
+            --no-exif-orientation leaves them as the files have them, as open_clip does.
     """
 
     weights: Annotated[tuple[float, ...], tyro.conf.arg(metavar="W [W ...]")] = ()
@@ -68,11 +79,17 @@ class ExportSettings:
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and not 0 < self.tolerance <= 1:
-            raise RAdapterError(f"tolerance is {self.tolerance}; allowed: more than 0, at most 1, such as 1e-4")
+            raise RAdapterError(
+                f"tolerance is {self.tolerance}; allowed: more than 0, at most 1, such as 1e-4"
+            )
         if not 0 <= self.max_drop <= 100:
-            raise RAdapterError(f"max_drop is {self.max_drop}; allowed: points from 0 to 100, such as 0.5")
+            raise RAdapterError(
+                f"max_drop is {self.max_drop}; allowed: points from 0 to 100, such as 0.5"
+            )
         if self.max_batch_size < 1:
-            raise RAdapterError(f"max_batch_size is {self.max_batch_size}; allowed: 1 or more, 64 is usual")
+            raise RAdapterError(
+                f"max_batch_size is {self.max_batch_size}; allowed: 1 or more, 64 is usual"
+            )
 
     @property
     def served_by(self) -> str:

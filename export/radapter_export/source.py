@@ -1,4 +1,6 @@
-"""What is exported: an adapter, or the average of several, and what goes with it into every release of one call."""
+"""What is exported: an adapter, or the average of several, and what goes with it into every release
+of one call.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ class Source:
     exif_orientation: bool
 
     @classmethod
-    def read(cls, paths: Sequence[str | Path], settings: ExportSettings, *, dynamic_alpha: bool) -> Source:
+    def read(
+        cls, paths: Sequence[str | Path], settings: ExportSettings, *, dynamic_alpha: bool
+    ) -> Source:
         """Read adapters, templates and label files.
 
         Raises:
@@ -60,7 +64,10 @@ class Source:
         way = settings.dense or meta.recipe.get("dense") or "none"
         return cls(
             adapter,
-            [{"digest": one.digest, "weight": share} for one, share in zip(adapters, weights, strict=True)],
+            [
+                {"digest": one.digest, "weight": share}
+                for one, share in zip(adapters, weights, strict=True)
+            ],
             alpha,
             dynamic_alpha,
             None if way == "none" else way,
@@ -70,10 +77,14 @@ class Source:
         )
 
 
-def _label_sets(files: Mapping[str, str | Path], classes: Sequence[str] | None) -> dict[str, list[str]]:
+def _label_sets(
+    files: Mapping[str, str | Path], classes: Sequence[str] | None
+) -> dict[str, list[str]]:
     label_sets = {name: read_label_file(path) for name, path in files.items() if _check_name(name)}
     if classes and CLASSES not in label_sets:
-        first: dict[str, str] = {}  # two classes of one name are one label: an image scores both alike
+        first: dict[
+            str, str
+        ] = {}  # two classes of one name are one label: an image scores both alike
         for line in classes:
             first.setdefault((split_label(line) or [""])[0], line)
         label_sets[CLASSES] = list(first.values())

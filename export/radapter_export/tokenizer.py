@@ -1,4 +1,6 @@
-"""open_clip's tokenizers as files: a `tokenizer.json` and the spec with which the server reads it."""
+"""open_clip's tokenizers as files: a `tokenizer.json` and the spec with which the server reads
+it.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +14,31 @@ import tokenizers
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of, staged
 
-_CLEAN = {clip._clean_lower: "lower", clip._clean_whitespace: "whitespace", clip._clean_canonicalize: "canonicalize"}
+_CLEAN = {
+    clip._clean_lower: "lower",
+    clip._clean_whitespace: "whitespace",
+    clip._clean_canonicalize: "canonicalize",
+}
 
 
-def write_tokenizer(tokenizer: Any, path: str | Path, *, dynamic_length: bool = False) -> dict[str, Any]:
+def write_tokenizer(
+    tokenizer: Any, path: str | Path, *, dynamic_length: bool = False
+) -> dict[str, Any]:
     """Write a tokenizer of open_clip in the format of Hugging Face `tokenizers`.
 
     Args:
         tokenizer: what `open_clip.get_tokenizer` returns.
         path: file to write, `tokenizer.json`.
-        dynamic_length: texts may be cropped to the longest one (see `radapter_serve.clip.towers.is_causal`).
+        dynamic_length: texts may be cropped to the longest one (see
+            `radapter_serve.clip.towers.is_causal`).
 
     Returns:
-        The `tokenizer` entry of a release: kind, digest, context_length, dynamic_length, start, end, pad, clean.
+        The `tokenizer` entry of a release: kind, digest, context_length, dynamic_length, start,
+            end, pad, clean.
 
     Raises:
-        RAdapterError: the tokenizer does something that the server would not repeat (a random reduction of long texts,
-            a class unknown here).
+        RAdapterError: the tokenizer does something that the server would not repeat (a random
+            reduction of long texts, a class unknown here).
     """
     path = Path(path)
     if isinstance(tokenizer, clip.SimpleTokenizer):
@@ -37,7 +47,8 @@ def write_tokenizer(tokenizer: Any, path: str | Path, *, dynamic_length: bool = 
         text, spec = _hugging_face(tokenizer)
     else:
         raise RAdapterError(
-            f"cannot export a tokenizer of class {type(tokenizer).__name__}; allowed: SimpleTokenizer, HFTokenizer"
+            f"cannot export a tokenizer of class {type(tokenizer).__name__}; allowed:"
+            " SimpleTokenizer, HFTokenizer"
         )
     with staged(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -48,16 +59,22 @@ def write_tokenizer(tokenizer: Any, path: str | Path, *, dynamic_length: bool = 
 def _clip(tokenizer: clip.SimpleTokenizer) -> tuple[str, dict[str, Any]]:
     if tokenizer.reduction_fn is not None:
         raise RAdapterError(
-            "cannot export a tokenizer with a reduction_mask: it shortens texts at random; leave it out"
+            "cannot export a tokenizer with a reduction_mask: it shortens texts at random; leave"
+            " it out"
         )
     special = [tokenizer.decoder[index] for index in tokenizer.all_special_ids]
-    vocabulary = {token: index for token, index in tokenizer.encoder.items() if token not in special}
+    vocabulary = {
+        token: index for token, index in tokenizer.encoder.items() if token not in special
+    }
     # Where two merges give one token, the encoder keeps the later index, and so does the file.
     core = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocabulary, list(tokenizer.bpe_ranks), end_of_word_suffix="</w>", unk_token=None)
+        tokenizers.models.BPE(
+            vocabulary, list(tokenizer.bpe_ranks), end_of_word_suffix="</w>", unk_token=None
+        )
     )
     core.add_special_tokens(special)
-    # The server splits texts itself (exactly); these are for whoever opens the file with the library alone.
+    # The server splits texts itself (exactly); these are for whoever opens the file with the
+    # library alone.
     core.normalizer = tokenizers.normalizers.Sequence(
         [tokenizers.normalizers.NFC(), tokenizers.normalizers.Lowercase()]
     )
@@ -70,22 +87,31 @@ def _clip(tokenizer: clip.SimpleTokenizer) -> tuple[str, dict[str, Any]]:
     )
     start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
     core.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{special[0]} $A {special[1]}", special_tokens=[(special[0], start), (special[1], end)]
+        single=f"{special[0]} $A {special[1]}",
+        special_tokens=[(special[0], start), (special[1], end)],
     )
-    spec = {"kind": "clip", "start": start, "end": end, "pad": 0, "clean": _CLEAN[tokenizer.clean_fn]}
+    spec = {
+        "kind": "clip",
+        "start": start,
+        "end": end,
+        "pad": 0,
+        "clean": _CLEAN[tokenizer.clean_fn],
+    }
     return core.to_str(), spec
 
 
 def _hugging_face(tokenizer: clip.HFTokenizer) -> tuple[str, dict[str, Any]]:
     if tokenizer.tokenizer_mode:
         raise RAdapterError(
-            f"cannot export a tokenizer of mode {tokenizer.tokenizer_mode!r}; only the plain mode is known"
+            f"cannot export a tokenizer of mode {tokenizer.tokenizer_mode!r}; only the plain mode"
+            " is known"
         )
     inner = tokenizer.tokenizer
     core = getattr(inner, "backend_tokenizer", None)
     if core is None:
         raise RAdapterError(
-            f"the tokenizer {type(inner).__name__} has no fast form to export; load it with use_fast=True"
+            f"the tokenizer {type(inner).__name__} has no fast form to export; load it with"
+            " use_fast=True"
         )
     if getattr(inner, "padding_side", "right") != "right":
         raise RAdapterError("cannot export a tokenizer that pads on the left")

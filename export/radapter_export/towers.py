@@ -1,7 +1,8 @@
 """The graphs that are exported: one small module each, from raw input to unit-length embeddings.
 
-They hold a copy of the model with the very same parameters, its attention exchanged for one that exports well, and
-leave the model as it is. `check` is the one place that says which models can be exported.
+They hold a copy of the model with the very same parameters, its attention exchanged for one that
+exports well, and leave the model as it is. `check` is the one place that says which models can be
+exported.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from radapter_serve.clip.dense import check_dense, neighbourhood, patch_features
 from radapter_serve.clip.towers import causal_text_features, is_causal, pool_type, text_tower
 from radapter_serve.errors import RAdapterError
 
-COPY = "model."  # how the names of a copy's weights begin; the rest of a name is its key in the state dict
+COPY = (  # how the names of a copy's weights begin; the rest of a name is its key in the state dict
+    "model."
+)
 
 
 def check(base: Base) -> None:
-    """Refuse a model that takes images that are not square, or whose towers give more than one embedding.
+    """Refuse a model that takes images that are not square, or whose towers give more than one
+    embedding.
 
     Raises:
         RAdapterError: says what cannot be exported.
@@ -35,7 +39,9 @@ def check(base: Base) -> None:
         del pools["text"]  # it pools in its own way
     for tower, pool in pools.items():
         if pool == "none":
-            raise RAdapterError(f"{base.name} cannot be exported: its {tower} tower does not pool (pool_type none)")
+            raise RAdapterError(
+                f"{base.name} cannot be exported: its {tower} tower does not pool (pool_type none)"
+            )
 
 
 class ImageTower(nn.Module):
@@ -84,7 +90,8 @@ class PatchTower(ImageTower):
 
 
 class TextTower(nn.Module):
-    """Token ids to embeddings of unit length; a causal tower takes any length up to its context length.
+    """Token ids to embeddings of unit length; a causal tower takes any length up to its context
+    length.
 
     Args:
         base: that `check` accepts.
@@ -95,7 +102,8 @@ class TextTower(nn.Module):
         self.model = share(base.model, without="visual")
         transformer: Any = getattr(text_tower(self.model), "transformer", None)
         if hasattr(transformer, "set_attn_implementation"):  # Hugging Face's
-            # Written out, as in `Attention`: torch's own guards against NaN, which TensorRT cannot build in 16 bits.
+            # Written out, as in `Attention`: torch's own guards against NaN, which TensorRT cannot
+            # build in 16 bits.
             transformer.set_attn_implementation("eager")
         #: tokens of one text: at most this many if `dynamic_length`, else exactly
         self.context_length = int(base.tokenizer.context_length)  # type: ignore[attr-defined]
@@ -109,9 +117,11 @@ class TextTower(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention with the parameters of an `nn.MultiheadAttention`, batch first, written so that it exports well.
+    """Attention with the parameters of an `nn.MultiheadAttention`, batch first, written so that it
+    exports well.
 
-    Written out instead of `scaled_dot_product_attention`: a quarter fewer nodes, as fast in ONNX Runtime.
+    Written out instead of `scaled_dot_product_attention`: a quarter fewer nodes, as fast in ONNX
+    Runtime.
     """
 
     in_proj_weight: Tensor
@@ -125,12 +135,23 @@ class Attention(nn.Module):
         self.num_heads = original.num_heads
         # Three weights instead of one where keys have another width (`kdim`); the others are None.
         self._separate = original.in_proj_weight is None
-        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"):
+        for name in (
+            "in_proj_weight",
+            "q_proj_weight",
+            "k_proj_weight",
+            "v_proj_weight",
+            "in_proj_bias",
+        ):
             self.register_parameter(name, getattr(original, name))
         self.out_proj = original.out_proj
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """Attend from `query` [B, L, D] to `key` [B, K, E]; `value` is the same tensor as `key`.
 
@@ -138,10 +159,17 @@ class Attention(nn.Module):
         """
         batch, length, width = query.shape
         depth = width // self.num_heads
-        q, k, v = (part.reshape(batch, -1, self.num_heads, depth).transpose(1, 2) for part in self._project(query, key))
+        q, k, v = (
+            part.reshape(batch, -1, self.num_heads, depth).transpose(1, 2)
+            for part in self._project(query, key)
+        )
         scores = (q * depth**-0.5) @ k.transpose(-1, -2)
         if attn_mask is not None:
-            masks = attn_mask if attn_mask.ndim == 2 else attn_mask.reshape(batch, self.num_heads, length, -1)
+            masks = (
+                attn_mask
+                if attn_mask.ndim == 2
+                else attn_mask.reshape(batch, self.num_heads, length, -1)
+            )
             scores = scores + masks
         mixed = (scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(batch, length, width)
         return self.out_proj(mixed), None
@@ -149,7 +177,8 @@ class Attention(nn.Module):
     def _project(self, query: Tensor, key: Tensor) -> Iterable[Tensor]:
         if query is key:
             return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        # Slices: the exporter turns a chunk of a weight into a sequence, which TensorRT does not take.
+        # Slices: the exporter turns a chunk of a weight into a sequence, which TensorRT does not
+        # take.
         width = len(self.in_proj_bias) // 3
         parts = [slice(i * width, (i + 1) * width) for i in range(3)]
         separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
@@ -159,20 +188,25 @@ class Attention(nn.Module):
 
 
 def unit(x: Tensor) -> Tensor:
-    """Scale to unit length in fp32; by rsqrt, because TensorRT refuses the axes of `F.normalize` as they export."""
+    """Scale to unit length in fp32; by rsqrt, because TensorRT refuses the axes of `F.normalize` as
+    they export.
+    """
     x = x.float()
     return x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True).clamp_min(1e-24))
 
 
 def share(model: nn.Module, *, only: str = "", without: str = "") -> Any:
-    """A copy of a model's structure that holds the same parameters, its attention exchanged for `Attention`.
+    """A copy of a model's structure that holds the same parameters, its attention exchanged for
+    `Attention`.
 
     Args:
         model: left as it is.
         only: name of the one child that the copy has.
         without: name of a child that it has not.
     """
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    memo: dict[int, Any] = {
+        id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())
+    }
     for name, child in model.named_children():
         if name == without or (only and name != only):
             memo[id(child)] = None
@@ -180,7 +214,9 @@ def share(model: nn.Module, *, only: str = "", without: str = "") -> Any:
 
 
 def skeleton(module: nn.Module) -> Any:
-    """A copy of a module whose parameters and buffers have shapes but no values, on the `meta` device."""
+    """A copy of a module whose parameters and buffers have shapes but no values, on the `meta`
+    device.
+    """
     memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in module.buffers()}
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
@@ -189,5 +225,9 @@ def skeleton(module: nn.Module) -> Any:
 
 def _exchange(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
-        setattr(module, name, Attention(child) if isinstance(child, nn.MultiheadAttention) else _exchange(child))
+        setattr(
+            module,
+            name,
+            Attention(child) if isinstance(child, nn.MultiheadAttention) else _exchange(child),
+        )
     return module

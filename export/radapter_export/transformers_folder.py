@@ -40,7 +40,8 @@ class TransformersFolder(NewFolder):
         samples: Mapping[str, Samples],
         bounds: Tolerance,
     ) -> Agreement:
-        """Write a model into the subfolder `name`, "" for the folder itself, and check it as it is loaded again.
+        """Write a model into the subfolder `name`, "" for the folder itself, and check it as it is
+        loaded again.
 
         Args:
             name: of the subfolder.
@@ -51,12 +52,15 @@ class TransformersFolder(NewFolder):
             bounds: how far from torch it may be.
 
         Raises:
-            RAdapterError: its embeddings, pixels or tokens differ from open_clip's, or the disk is full.
+            RAdapterError: its embeddings, pixels or tokens differ from open_clip's, or the disk is
+                full.
         """
         with disk_errors(self.folder.parent), quiet():
             target = self.staged(name)
             with staged(target / WEIGHTS) as path:
-                save_file(to_transformers(state_dict, form.weights), path, metadata={"format": "pt"})
+                save_file(
+                    to_transformers(state_dict, form.weights), path, metadata={"format": "pt"}
+                )
             config = library_class(form, 0)(**form.config)
             config.architectures = [_CLASSES[form.kind][1]]
             config.save_pretrained(target)
@@ -83,7 +87,9 @@ def library_class(form: Form, number: int) -> Any:
     return getattr(transformers, _CLASSES[form.kind][number])
 
 
-def agreement(name: str, model: Any, base: Base, samples: Mapping[str, Samples], bounds: Tolerance) -> Agreement:
+def agreement(
+    name: str, model: Any, base: Base, samples: Mapping[str, Samples], bounds: Tolerance
+) -> Agreement:
     """Compare a model of `transformers` with torch's embeddings.
 
     Args:
@@ -114,7 +120,9 @@ def agreement(name: str, model: Any, base: Base, samples: Mapping[str, Samples],
 
 
 def features(output: Any) -> Tensor:
-    """Embeddings as all versions of `transformers` give them: a tensor up to 4, something that holds it from 5 on."""
+    """Embeddings as all versions of `transformers` give them: a tensor up to 4, something that
+    holds it from 5 on.
+    """
     found: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return found
 
@@ -122,7 +130,9 @@ def features(output: Any) -> Tensor:
 def _unit(encode: Callable[[NDArray[Any]], Tensor]) -> Callable[..., NDArray[np.float32]]:
     @torch.inference_mode()
     def unit(batch: NDArray[Any]) -> NDArray[np.float32]:
-        embeds: NDArray[np.float32] = torch.nn.functional.normalize(encode(batch).float(), dim=-1).numpy()
+        embeds: NDArray[np.float32] = torch.nn.functional.normalize(
+            encode(batch).float(), dim=-1
+        ).numpy()
         return embeds
 
     return unit

@@ -1,4 +1,6 @@
-"""The writing of releases: fold, graphs with weights, their check against torch, and all other files."""
+"""The writing of releases: fold, graphs with weights, their check against torch, and all other
+files.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +52,8 @@ from radapter_serve.tasks.label_embeddings import LabelEmbedder
 TOKENIZED = ("embed_text", "segment", "classify")
 LABELLED = ("segment", "classify")
 UNFITTED = (
-    "this release of a SigLIP refuses multi_label: training leaves the sigmoid's own scale and bias behind; "
-    "export with --validation DATA to fit them again"
+    "this release of a SigLIP refuses multi_label: training leaves the sigmoid's own scale and bias"
+    " behind; export with --validation DATA to fit them again"
 )
 _TOOLS = ("torch", "open_clip_torch", "onnx", "onnxscript", "radapter-serve")
 
@@ -84,7 +86,9 @@ class Writer:
         self._calibration = Calibration((), ())
         self._crop = MaskCrop.from_recipe(source.adapter.metadata.recipe, base.preprocess["mean"])
         self._size, self._width = base.image_size, int(base.config["embed_dim"])
-        self._grid = 0 if source.way is None else int(check_dense(base.model, source.way).grid_size[0])
+        self._grid = (
+            0 if source.way is None else int(check_dense(base.model, source.way).grid_size[0])
+        )
         self._dynamic_length = is_causal(base.model)
 
     @property
@@ -120,7 +124,10 @@ class Writer:
             for model in repository.models:
                 repository.staged(model, version).mkdir()
             tokenizer, spec = self._write_tokenizers(repository, version)
-            say(f"torch's embeddings at alpha {alpha:g}{' and others' * source.dynamic_alpha}, adapters attached")
+            say(
+                f"torch's embeddings at alpha {alpha:g}{' and others' * source.dynamic_alpha},"
+                " adapters attached"
+            )
             samples = self._samples(alpha, tokenizer, dynamic=source.dynamic_alpha)
             if self._collection is not None and not self._calibration.images:
                 self._calibration = self._calibrate(self._collection, tokenizer)
@@ -137,9 +144,15 @@ class Writer:
                 exported.append(Exported(graph.name, size, agreement, time.perf_counter() - start))
             folders = [repository.staged(model, version) / "label_sets" for model in LABELLED]
             others = (
-                forms.write(name, alpha, folded, self._samples_alone(alpha, samples, tokenizer), say) if forms else []
+                forms.write(
+                    name, alpha, folded, self._samples_alone(alpha, samples, tokenizer), say
+                )
+                if forms
+                else []
             )
-            encode = at(encoder, alpha if source.dynamic_alpha else None)  # of texts, which come last
+            encode = at(
+                encoder, alpha if source.dynamic_alpha else None
+            )  # of texts, which come last
             sets, warnings = self._write_label_sets(folders, encode, tokenizer, say)
             release = self._release(version, alpha, folded, spec, sets, exported)
             for model in TASKS:
@@ -149,7 +162,9 @@ class Writer:
             if validation is not None:
                 self._at(alpha)
                 with repository.view(version) as view:
-                    measured = validation(self._base, alpha, view, source.templates, self._crop, say)
+                    measured = validation(
+                        self._base, alpha, view, source.templates, self._crop, say
+                    )
                 accuracy, warnings = measured.accuracy, [*warnings, *measured.warnings]
                 fitted = None if measured.confidence is None else asdict(measured.confidence)
                 release = replace(release, accuracy=asdict(accuracy), confidence=fitted)
@@ -159,21 +174,38 @@ class Writer:
             warnings = [*warnings, UNFITTED]
         checkpoints.add_release(name, release)
         forms.add_release(name, release)
-        return ExportedRelease(release, exported, checkpoints.folder / name, accuracy, warnings, others)
+        return ExportedRelease(
+            release, exported, checkpoints.folder / name, accuracy, warnings, others
+        )
 
     def _samples(self, alpha: float, tokenizer: Tokenizer, *, dynamic: bool) -> dict[str, Samples]:
         """Inputs of each graph, and torch's embeddings of them with adapters attached."""
         inputs = Inputs(self._base, tokenizer, self._size)
-        alphas = mixed_alphas(alpha) if dynamic else [np.full((batch, 1), alpha) for batch in BATCHES]
+        alphas = (
+            mixed_alphas(alpha) if dynamic else [np.full((batch, 1), alpha) for batch in BATCHES]
+        )
         references = references_at(self._base, self._at(alpha), alphas, inputs, self._source.way)
-        return {name: Samples(inputs.of(name), found, alphas if dynamic else ()) for name, found in references.items()}
+        return {
+            name: Samples(inputs.of(name), found, alphas if dynamic else ())
+            for name, found in references.items()
+        }
 
-    def _samples_alone(self, alpha: float, samples: dict[str, Samples], tokenizer: Tokenizer) -> dict[str, Samples]:
+    def _samples_alone(
+        self, alpha: float, samples: dict[str, Samples], tokenizer: Tokenizer
+    ) -> dict[str, Samples]:
         """The same for weights that are folded at one α."""
-        return self._samples(alpha, tokenizer, dynamic=False) if self._source.dynamic_alpha else samples
+        return (
+            self._samples(alpha, tokenizer, dynamic=False)
+            if self._source.dynamic_alpha
+            else samples
+        )
 
-    def _write_graph(self, graph: Graph, weights: Mapping[str, Tensor], folder: Path, max_length: int) -> int:
-        """Write a graph with its weights, and what the runtime makes of it; gives the size in bytes."""
+    def _write_graph(
+        self, graph: Graph, weights: Mapping[str, Tensor], folder: Path, max_length: int
+    ) -> int:
+        """Write a graph with its weights, and what the runtime makes of it; gives the size in
+        bytes.
+        """
         path = folder / "model.onnx"
         size = graph.save(weights, path)
         if self._settings.precision == "int8":
@@ -202,9 +234,13 @@ class Writer:
         return self._attached
 
     def _calibrate(self, collection: Collection, tokenizer: Tokenizer) -> Calibration:
-        """Images of the collection; some prompts of label sets, and texts that agreement is not checked with."""
+        """Images of the collection; some prompts of label sets, and texts that agreement is not
+        checked with.
+        """
         turns = {"exif_orientation": self._source.exif_orientation}
-        images = calibration_images(collection, Preprocess.from_dict({**self._base.preprocess, **turns}))
+        images = calibration_images(
+            collection, Preprocess.from_dict({**self._base.preprocess, **turns})
+        )
         prompts = [
             template.replace("{}", name)
             for labels in self._source.label_sets.values()
@@ -214,17 +250,27 @@ class Writer:
         ]
         some = spread(prompts, PROMPTS)
         texts = [tokenizer(some[start : start + 64]) for start in range(0, len(some), 64)]
-        return Calibration(images, [*Inputs(self._base, tokenizer, self._size, seed=1).tokens, *texts])
+        return Calibration(
+            images, [*Inputs(self._base, tokenizer, self._size, seed=1).tokens, *texts]
+        )
 
-    def _write_tokenizers(self, repository: Repository, version: int) -> tuple[Tokenizer, dict[str, Any]]:
-        path, *others = (repository.staged(model, version) / "tokenizer.json" for model in TOKENIZED)
+    def _write_tokenizers(
+        self, repository: Repository, version: int
+    ) -> tuple[Tokenizer, dict[str, Any]]:
+        path, *others = (
+            repository.staged(model, version) / "tokenizer.json" for model in TOKENIZED
+        )
         spec = write_tokenizer(self._base.tokenizer, path, dynamic_length=self._dynamic_length)
         for other in others:
             shutil.copyfile(path, other)
         return Tokenizer.load(path, spec), spec
 
     def _write_label_sets(
-        self, folders: Sequence[Path], encode: Encode, tokenizer: Tokenizer, say: Callable[[str], None]
+        self,
+        folders: Sequence[Path],
+        encode: Encode,
+        tokenizer: Tokenizer,
+        say: Callable[[str], None],
     ) -> tuple[dict[str, Any], list[str]]:
         """Their facts by name, and a warning for each that has labels which can't be told apart."""
         folder, templates = folders[0], self._source.templates
@@ -235,15 +281,20 @@ class Writer:
             line = f"embedding label set {name}: {{}} of {len(labels)} labels"
             say(line.format(0))
             path = folder / f"{name}.npz"
-            found = embed(labels, templates, progress=lambda done, line=line: say(line.format(done)))  # type: ignore[misc]
+            found = embed(
+                labels,
+                templates,
+                progress=lambda done, line=line: say(line.format(done)),  # type: ignore[misc]
+            )
             found.save(path)
             facts[name] = {"labels": len(labels), "templates": templates, "digest": digest_of(path)}
             if alike := indistinguishable(found.labels, found.embeds):
                 pairs = "; ".join(f"{one!r} and {other!r}" for one, other in alike[:10])
                 more = f"; and {len(alike) - 10} more pairs" if len(alike) > 10 else ""
                 warnings.append(
-                    f"label set {name} has labels that the text tower can't tell apart (cosine above {SAME}), so that "
-                    f"an image scores them alike: {pairs}{more}; name them by other words"
+                    f"label set {name} has labels that the text tower can't tell apart (cosine"
+                    f" above {SAME}), so that an image scores them alike: {pairs}{more}; name them"
+                    " by other words"
                 )
         for other in folders[1:]:
             shutil.copytree(folder, other)
@@ -262,7 +313,9 @@ class Writer:
         quantization = None
         if settings.precision == "int8":
             fixed = self._collection is not None
-            quantization = {"kind": "static", **self._calibration.facts()} if fixed else {"kind": "dynamic"}
+            quantization = (
+                {"kind": "static", **self._calibration.facts()} if fixed else {"kind": "dynamic"}
+            )
         bias = folded.get("logit_bias")
         tools = (*_TOOLS, *(["openvino"] if settings.served_by == "openvino" else []))
         return Release(
@@ -278,8 +331,13 @@ class Writer:
             runtime=settings.served_by,
             preprocess={
                 "size": self._size,
-                **{key: base.preprocess[key] for key in ("mode", "interpolation", "resize_mode", "fill_color")},
-                **{key: [float(value) for value in base.preprocess[key]] for key in ("mean", "std")},
+                **{
+                    key: base.preprocess[key]
+                    for key in ("mode", "interpolation", "resize_mode", "fill_color")
+                },
+                **{
+                    key: [float(value) for value in base.preprocess[key]] for key in ("mean", "std")
+                },
                 "exif_orientation": source.exif_orientation,
             },
             tokenizer=tokenizer,
@@ -292,7 +350,9 @@ class Writer:
             label_sets=label_sets,
             max_batch_size=settings.max_batch_size,
             tools={name.removesuffix("_torch"): importlib.metadata.version(name) for name in tools}
-            | {"onnxruntime": onnxruntime.__version__},  # installed as onnxruntime or onnxruntime-gpu
+            | {
+                "onnxruntime": onnxruntime.__version__
+            },  # installed as onnxruntime or onnxruntime-gpu
             agreement={
                 **{graph.name: asdict(graph.agreement) for graph in exported},
                 "batches": list(BATCHES),

@@ -18,7 +18,9 @@ Form = Literal["weight", "activation"]
 
 
 class LinearAdapter(nn.Module):
-    """One adapter, F = W_adp transposed: full [d, d], or up [d, r] times down [r, d]; no effect at the start."""
+    """One adapter, F = W_adp transposed: full [d, d], or up [d, r] times down [r, d]; no effect at
+    the start.
+    """
 
     def __init__(self, width: int, rank: int | None) -> None:
         super().__init__()
@@ -38,14 +40,18 @@ class LinearAdapter(nn.Module):
     def change(self, x: Tensor) -> Tensor:
         """What the adapter adds to activations [..., d]: `X·W_adp`."""
         linear = nn.functional.linear
-        return linear(x, self.full) if hasattr(self, "full") else linear(linear(x, self.down), self.up)
+        return (
+            linear(x, self.full) if hasattr(self, "full") else linear(linear(x, self.down), self.up)
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """What an adapter file has of it: `full`, or `up` and `down`."""
         return dict(self.named_parameters())
 
     def forward(self, value: Tensor) -> Tensor:
-        """Weight form, a parametrization: `W + α·F·W` for a weight [d, k], `b + α·F·b` for a bias [d]."""
+        """Weight form, a parametrization: `W + α·F·W` for a weight [d, k], `b + α·F·b` for a bias
+        [d].
+        """
         change = self.full @ value if hasattr(self, "full") else self.up @ (self.down @ value)
         return value + self.factor * change
 
@@ -154,7 +160,10 @@ class Adapters(nn.Module):
         """One line that says how much of a model is trained, and what is left out."""
         trained = sum(p.numel() for p in self.parameters())
         base = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-        share = f"trainable: {trained:,} parameters, {100 * trained / base:.2f} % of the base's {base:,}"
+        share = (
+            f"trainable: {trained:,} parameters, {100 * trained / base:.2f} % of the base's"
+            f" {base:,}"
+        )
         more = f", and {len(self.left_out) - 1} more" if len(self.left_out) > 1 else ""
         return share + (f"; left out: {self.left_out[0]}{more}" if self.left_out else "")
 
@@ -172,22 +181,26 @@ def attach(
     partial: bool = False,
     make: Make = LinearAdapter,
 ) -> Adapters:
-    """Freeze a CLIP and put an adapter after attention and feed-forward of every block of both towers.
+    """Freeze a CLIP and put an adapter after attention and feed-forward of every block of both
+    towers.
 
     Args:
         model: an open_clip model; changed in place. `Adapters.remove` takes the adapters off again.
         rank: None for full rank, else 1 or more: `F = up·down` (few-shot).
-        form: where the adapter computes. Both give the same outputs and gradients: `activation` costs time by the
-            token, `weight` by the step (`training.choose_form` tells which is faster).
-        drop: probability p in [0, 1) of adapter dropping (Eq. 7); takes effect with `Adapters.sample_drop`.
+        form: where the adapter computes. Both give the same outputs and gradients: `activation`
+            costs time by the token, `weight` by the step (`training.choose_form` tells which is
+            faster).
+        drop: probability p in [0, 1) of adapter dropping (Eq. 7); takes effect with
+            `Adapters.sample_drop`.
         text: False leaves the text tower as it is.
-        partial: adapt only what can be: a tower without known blocks (a convolutional one) and layers with a norm
-            between them and their residual are left out, where else they are refused.
+        partial: adapt only what can be: a tower without known blocks (a convolutional one) and
+            layers with a norm between them and their residual are left out, where else they are
+            refused.
         make: makes the adapter of one layer.
 
     Raises:
-        RAdapterError: the model cannot be adapted, has adapters already, or an argument is out of range; nothing was
-            changed then.
+        RAdapterError: the model cannot be adapted, has adapters already, or an argument is out of
+            range; nothing was changed then.
     """
     if rank is not None and rank < 1:
         raise RAdapterError(f"rank is {rank}; allowed: 1 or more, or null for full rank")
@@ -208,19 +221,28 @@ def _attach(
 ) -> Adapters:
     width = min(site.layer.out_features for site in sites)
     if rank is not None and rank >= width:
-        raise RAdapterError(f"rank is {rank}; allowed: less than the width {width}, or null for full rank")
+        raise RAdapterError(
+            f"rank is {rank}; allowed: less than the width {width}, or null for full rank"
+        )
     for site in sites:
         owners = [getattr(hook, "__self__", None) for hook in site.output._forward_hooks.values()]
-        if any(isinstance(owner, LinearAdapter) for owner in owners) or parametrize.is_parametrized(site.layer):
-            raise RAdapterError(f"{site.key} has an adapter already; call remove() on the first adapters")
+        if any(isinstance(owner, LinearAdapter) for owner in owners) or parametrize.is_parametrized(
+            site.layer
+        ):
+            raise RAdapterError(
+                f"{site.key} has an adapter already; call remove() on the first adapters"
+            )
     model.requires_grad_(False)
     adapters = Adapters(sites, rank, form, drop, left_out, make)
     logging.getLogger(__name__).info(adapters.share(model))
     return adapters
 
 
-def attach_adapter(model: nn.Module, adapter: Adapter, alpha: float, *, form: Form = "activation") -> Adapters:
-    """Attach a saved adapter at a fixed α, not folded: the reference that an export must agree with.
+def attach_adapter(
+    model: nn.Module, adapter: Adapter, alpha: float, *, form: Form = "activation"
+) -> Adapters:
+    """Attach a saved adapter at a fixed α, not folded: the reference that an export must agree
+    with.
 
     Exactly the layers that the file has are adapted, so one that is partial needs no word here.
 

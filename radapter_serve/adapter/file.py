@@ -23,14 +23,22 @@ from radapter_serve.files import staged
 
 FORMAT_VERSION = 1
 # Fields of a recipe that no longer exist, with the value that trains as the method does.
-GONE = {"dropout": 0.0, "drop_path": 0.0, "learned_scale": False, "average": "ema", "drop_schedule": "constant"}
+GONE = {
+    "dropout": 0.0,
+    "drop_path": 0.0,
+    "learned_scale": False,
+    "average": "ema",
+    "drop_schedule": "constant",
+}
 
 Text = Annotated[str, Field(min_length=1)]
 Template = Annotated[str, Field(pattern=r"\{\}")]
 
 
 class TrainedBy(TypedDict, total=False):
-    """The fields of a recipe that evaluation and export read; whatever else it holds is kept as it is."""
+    """The fields of a recipe that evaluation and export read; whatever else it holds is kept as it
+    is.
+    """
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -69,10 +77,11 @@ class Metadata:
         templates: prompt templates with `{}` for the class name.
         recipe: how it was trained.
         metrics: what validation measured.
-        classes: names of the classes that it was trained on, in the order of the labels and as a label file has them:
-            synonyms after commas. A name may occur twice, for two classes. None where the task has no classes.
-        held_out: digest of the names of the images that `val_fraction` held out of training, see `held_out_digest`;
-            None where it held none out.
+        classes: names of the classes that it was trained on, in the order of the labels and as a
+            label file has them: synonyms after commas. A name may occur twice, for two classes.
+            None where the task has no classes.
+        held_out: digest of the names of the images that `val_fraction` held out of training, see
+            `held_out_digest`; None where it held none out.
     """
 
     architecture: Text
@@ -81,7 +90,9 @@ class Metadata:
     rank: Annotated[int, Field(ge=1)] | None = None
     task: Literal["classification", "retrieval", "segmentation"] = "classification"
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-    templates: Annotated[list[Template], Field(min_length=1)] = field(default_factory=lambda: ["a photo of a {}."])
+    templates: Annotated[list[Template], Field(min_length=1)] = field(
+        default_factory=lambda: ["a photo of a {}."]
+    )
     recipe: Recipe = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     classes: Annotated[list[Text], Field(min_length=1)] | None = None
@@ -91,7 +102,9 @@ class Metadata:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Learned tensors by state-dict key: `KEY` [d, d] for full rank, `KEY.up` [d, r] and `KEY.down` [r, d] else."""
+    """Learned tensors by state-dict key: `KEY` [d, d] for full rank, `KEY.up` [d, r] and `KEY.down`
+    [r, d] else.
+    """
 
     tensors: dict[str, Tensor]
     metadata: Metadata
@@ -143,7 +156,7 @@ def check_base(state_dict: Mapping[str, Tensor], adapter: Adapter) -> None:
         raise RAdapterError(
             f"the adapter belongs to another base: it was trained on {meta.base_digest} "
             f"({meta.architecture}, pretrained {meta.pretrained}), this model has {found}; "
-            f"load that base (--base, --pretrained) or train a new adapter with radapter-train"
+            "load that base (--base, --pretrained) or train a new adapter with radapter-train"
         )
     _check_tensors(adapter, state_dict)
 
@@ -151,7 +164,9 @@ def check_base(state_dict: Mapping[str, Tensor], adapter: Adapter) -> None:
 def check_alpha(alpha: float) -> None:
     """Refuse an α outside [0, 1]."""
     if not (math.isfinite(alpha) and 0 <= alpha <= 1):
-        raise RAdapterError(f"alpha is {alpha}; allowed: a number from 0 (the base) to 1 (all that was learned)")
+        raise RAdapterError(
+            f"alpha is {alpha}; allowed: a number from 0 (the base) to 1 (all that was learned)"
+        )
 
 
 def save_adapter(adapter: Adapter, path: str | Path) -> None:
@@ -165,7 +180,9 @@ def save_adapter(adapter: Adapter, path: str | Path) -> None:
         RAdapterError: tensors or metadata are not as the specification says, or the disk is full.
     """
     path = Path(path)
-    header = {name: json.dumps(value) for name, value in dataclasses.asdict(adapter.metadata).items()}
+    header = {
+        name: json.dumps(value) for name, value in dataclasses.asdict(adapter.metadata).items()
+    }
     _metadata(header)
     _check_tensors(adapter)
     tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors.items()}
@@ -183,12 +200,15 @@ def load_adapter(path: str | Path) -> Adapter:
         path: `adapter.safetensors`, or a folder that holds it.
 
     Raises:
-        RAdapterError: there is none, or it is not an adapter file as the specification says, of a version known here.
+        RAdapterError: there is none, or it is not an adapter file as the specification says, of a
+            version known here.
     """
     path = Path(path)
     path = path / "adapter.safetensors" if path.is_dir() else path
     if not path.is_file():
-        raise RAdapterError(f"no adapter file at {path}; make one with radapter-train --out {path.parent}")
+        raise RAdapterError(
+            f"no adapter file at {path}; make one with radapter-train --out {path.parent}"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -211,8 +231,8 @@ def _metadata(header: Mapping[str, str]) -> Metadata:
     version = values.get("format_version", FORMAT_VERSION)
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise RAdapterError(
-            f"it has format version {version}, and this radapter-serve reads up to {FORMAT_VERSION}; "
-            "use the version of radapter-serve that wrote it"
+            f"it has format version {version}, and this radapter-serve reads up to"
+            f" {FORMAT_VERSION}; use the version of radapter-serve that wrote it"
         )
     try:
         metadata = TypeAdapter(Metadata).validate_json(json.dumps(values), strict=True)
@@ -224,7 +244,8 @@ def _metadata(header: Mapping[str, str]) -> Metadata:
         value = metadata.recipe.get(name, usual)
         if value != usual:
             raise RAdapterError(
-                f"it was trained with {name} {value!r:.80}, which this radapter-serve does not have; train it without"
+                f"it was trained with {name} {value!r:.80}, which this radapter-serve does not"
+                " have; train it without"
             )
     return metadata
 
@@ -234,7 +255,8 @@ def _check_tensors(adapter: Adapter, state_dict: Mapping[str, Tensor] | None = N
 
     Args:
         adapter: its tensors and its rank.
-        state_dict: of the base, whose layers say how wide the adapters are; the adapters themselves do if None.
+        state_dict: of the base, whose layers say how wide the adapters are; the adapters themselves
+            do if None.
     """
     tensors, rank = adapter.tensors, adapter.metadata.rank
     shapes: dict[str, tuple[int, int]] = {}
@@ -242,7 +264,13 @@ def _check_tensors(adapter: Adapter, state_dict: Mapping[str, Tensor] | None = N
         names = [key] if rank is None else [f"{key}.up", f"{key}.down"]
         wide = tensors.get(names[0]) if state_dict is None else state_dict[f"{key}.weight"]
         width = 0 if wide is None or not wide.ndim else len(wide)
-        shapes |= dict(zip(names, [(width, width)] if rank is None else [(width, rank), (rank, width)], strict=True))
+        shapes |= dict(
+            zip(
+                names,
+                [(width, width)] if rank is None else [(width, rank), (rank, width)],
+                strict=True,
+            )
+        )
     if not shapes:
         raise RAdapterError("the adapter is damaged: it has no tensors")
     for name in sorted({*shapes, *tensors}):
@@ -250,9 +278,13 @@ def _check_tensors(adapter: Adapter, state_dict: Mapping[str, Tensor] | None = N
         if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
             found = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
             wanted = f"torch.float32 {shape}" if shape else f"left out at rank {rank}"
-            raise RAdapterError(f"the adapter is damaged: tensor {name!r} is {found}, should be {wanted}")
+            raise RAdapterError(
+                f"the adapter is damaged: tensor {name!r} is {found}, should be {wanted}"
+            )
         if not tensor.isfinite().all():
-            raise RAdapterError(f"the adapter is damaged: tensor {name!r} holds values that are not finite")
+            raise RAdapterError(
+                f"the adapter is damaged: tensor {name!r} holds values that are not finite"
+            )
 
 
 def _digest(tensors: Mapping[str, Tensor], names: Iterable[str]) -> str:

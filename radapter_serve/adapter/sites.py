@@ -1,4 +1,6 @@
-"""Where adapters sit: after attention and after the feed-forward layer of every block of both towers."""
+"""Where adapters sit: after attention and after the feed-forward layer of every block of both
+towers.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,11 @@ class Site:
     """One adapted layer.
 
     Attributes:
-        key: the layer's name in the state dict; `key.weight` and `key.bias` are what the fold changes.
+        key: the layer's name in the state dict; `key.weight` and `key.bias` are what the fold
+            changes.
         layer: the linear layer itself.
-        output: the module whose output the adapter sees. `nn.MultiheadAttention` never calls its `out_proj`
-            as a module, so there it is the attention as a whole.
+        output: the module whose output the adapter sees. `nn.MultiheadAttention` never calls its
+            `out_proj` as a module, so there it is the attention as a whole.
     """
 
     key: str
@@ -27,11 +30,13 @@ class Site:
 
 @dataclass(frozen=True)
 class _Place:
-    """An adapted layer inside a block, by names: itself, the module whose output is its own, a norm that may come next.
+    """An adapted layer inside a block, by names: itself, the module whose output is its own, a norm
+    that may come next.
 
-    Whatever is linear may stand between a layer and the residual that it is added to: an adapter directly behind its
-    layer folds exactly, and the LayerScale (`ls_1`, `gamma_1`) that comes after it sees the same. A norm may not: the
-    adapter would no longer be the last linear map before the residual, as in the paper. A norm of the sum (BERT) may.
+    Whatever is linear may stand between a layer and the residual that it is added to: an adapter
+    directly behind its layer folds exactly, and the LayerScale (`ls_1`, `gamma_1`) that comes after
+    it sees the same. A norm may not: the adapter would no longer be the last linear map before the
+    residual, as in the paper. A norm of the sum (BERT) may.
     """
 
     layer: str
@@ -57,7 +62,10 @@ PLACES: dict[str, tuple[_Place, ...]] = {
     "transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaLayer": _BERT,
     "transformers.models.mt5.modeling_mt5.MT5LayerSelfAttention": (_Place("SelfAttention.o"),),
     "transformers.models.mt5.modeling_mt5.MT5LayerFF": (_Place("DenseReluDense.wo"),),
-    "transformers.models.m2m_100.modeling_m2m_100.M2M100EncoderLayer": (_Place("self_attn.out_proj"), _Place("fc2")),
+    "transformers.models.m2m_100.modeling_m2m_100.M2M100EncoderLayer": (
+        _Place("self_attn.out_proj"),
+        _Place("fc2"),
+    ),
 }
 
 #: What holds each tower's blocks; open_clip's plain CLIP holds its text tower's parts itself.
@@ -73,8 +81,8 @@ def find_sites(model: nn.Module, *, text: bool = True, partial: bool = False) ->
         partial: leave out what cannot be adapted, as `left_out` says, rather than refuse.
 
     Raises:
-        RAdapterError: a tower has no known sites, or a norm stands between a site and its residual; if `partial`, no
-            site is left.
+        RAdapterError: a tower has no known sites, or a norm stands between a site and its residual;
+            if `partial`, no site is left.
     """
     sites, reasons = _search(model, text)
     if reasons and not (partial and sites):
@@ -99,8 +107,9 @@ def _search(model: nn.Module, text: bool) -> tuple[list[Site], list[str]]:
         if len(sites) + len(reasons) == count:
             holder = next((getattr(model, name) for name in holders if hasattr(model, name)), None)
             reasons.append(
-                f"the {tower} tower of {type(model).__name__} ({type(holder).__name__}) has no blocks of a kind that "
-                f"adapters fit: those of open_clip's and timm's vision transformers, BERT, RoBERTa, mT5 and M2M"
+                f"the {tower} tower of {type(model).__name__} ({type(holder).__name__}) has no"
+                " blocks of a kind that adapters fit: those of open_clip's and timm's vision"
+                " transformers, BERT, RoBERTa, mT5 and M2M"
             )
     return sites, reasons
 
@@ -115,6 +124,9 @@ def _search_block(name: str, block: nn.Module, sites: list[Site], reasons: list[
             reasons.append(f"{key} must be a linear layer but is {found}")
         elif norm is not None and not isinstance(norm, nn.Identity):
             kind = type(norm).__name__
-            reasons.append(f"{name}.{place.norm} ({kind}) stands between {key} and the residual that it is added to")
+            reasons.append(
+                f"{name}.{place.norm} ({kind}) stands between {key} and the residual that it is"
+                " added to"
+            )
         else:
             sites.append(Site(key, layer, modules[place.output] if place.output else layer))

@@ -12,14 +12,19 @@ from radapter_serve.adapter.file import Adapter
 from radapter_serve.errors import RAdapterError
 
 
-def average_adapters(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
-    """Average adapters in weight space, `F = Σ wᵢ·Fᵢ`, so that the average folds to the average of the folds.
+def average_adapters(
+    adapters: Sequence[Adapter], weights: Sequence[float] | None = None
+) -> Adapter:
+    """Average adapters in weight space, `F = Σ wᵢ·Fᵢ`, so that the average folds to the average of
+    the folds.
 
-    A soup (Wortsman et al., ICML 2022) of what was added to one base. Low ranks add up, `up = [w₁·up₁ w₂·up₂ …]` over
-    `down` stacked, which is exact, until they are no longer low; then, and where a full rank is among them, F is full.
+    A soup (Wortsman et al., ICML 2022) of what was added to one base. Low ranks add up, `up =
+    [w₁·up₁ w₂·up₂ …]` over `down` stacked, which is exact, until they are no longer low; then, and
+    where a full rank is among them, F is full.
 
     Args:
-        adapters: of one base, with the same adapted layers; the first gives task, templates, default α and recipe.
+        adapters: of one base, with the same adapted layers; the first gives task, templates,
+            default α and recipe.
         weights: one an adapter, each at least 0, sum 1; equal ones if None.
 
     Raises:
@@ -29,17 +34,25 @@ def average_adapters(adapters: Sequence[Adapter], weights: Sequence[float] | Non
         raise RAdapterError("no adapters to average; give at least one")
     weights = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters):
-        raise RAdapterError(f"{len(weights)} weights for {len(adapters)} adapters; give one for each")
-    if not all(weight >= 0 for weight in weights) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
+        raise RAdapterError(
+            f"{len(weights)} weights for {len(adapters)} adapters; give one for each"
+        )
+    if not all(weight >= 0 for weight in weights) or not math.isclose(
+        sum(weights), 1, abs_tol=1e-6
+    ):
         shown = " ".join(f"{weight:g}" for weight in weights)
-        raise RAdapterError(f"weights are {shown}; allowed: numbers from 0 whose sum is 1, such as 0.5 0.5")
+        raise RAdapterError(
+            f"weights are {shown}; allowed: numbers from 0 whose sum is 1, such as 0.5 0.5"
+        )
     first, *others = adapters
     for number, other in enumerate(others, 2):
         _check_same_base(first, other, number)
     if not others:
         return first
     ranks = [adapter.metadata.rank for adapter in adapters]
-    narrowest = min(len(tensor) for name, tensor in first.tensors.items() if not name.endswith(".down"))
+    narrowest = min(
+        len(tensor) for name, tensor in first.tensors.items() if not name.endswith(".down")
+    )
     rank = None if None in ranks else sum(rank or 0 for rank in ranks)
     if rank is not None and rank >= narrowest:
         rank = None
@@ -47,31 +60,38 @@ def average_adapters(adapters: Sequence[Adapter], weights: Sequence[float] | Non
     tensors = {}
     for key in first.keys:
         if rank is None:
-            tensors[key] = torch.stack([weight * adapter.matrix(key) for weight, adapter in weighted]).sum(0)
+            tensors[key] = torch.stack(
+                [weight * adapter.matrix(key) for weight, adapter in weighted]
+            ).sum(0)
         else:
             layers = [(weight, adapter.layer(key)) for weight, adapter in weighted]
-            tensors[f"{key}.up"] = torch.cat([weight * layer["up"].float() for weight, layer in layers], dim=1)
+            tensors[f"{key}.up"] = torch.cat(
+                [weight * layer["up"].float() for weight, layer in layers], dim=1
+            )
             tensors[f"{key}.down"] = torch.cat([layer["down"].float() for _, layer in layers])
     metadata = dataclasses.replace(first.metadata, rank=rank, metrics={})
-    if any(other.metadata.held_out != metadata.held_out for other in others):  # what one held out, another learned
+    if any(
+        other.metadata.held_out != metadata.held_out for other in others
+    ):  # what one held out, another learned
         recipe = {name: value for name, value in metadata.recipe.items() if name != "val_fraction"}
         metadata = dataclasses.replace(metadata, held_out=None, recipe=recipe)
     return Adapter(tensors, metadata)
 
 
 def _check_same_base(first: Adapter, other: Adapter, number: int) -> None:
-    # A digest covers the adapted layers alone: with other layers, one base could not be told from two.
+    # A digest covers the adapted layers alone: with other layers, one base could not be told from
+    # two.
     one, two = first.metadata, other.metadata
     differing = sorted(set(first.keys) ^ set(other.keys))
     if differing and one.architecture == two.architecture:
         has, lacks = (1, number) if differing[0] in first.keys else (number, 1)
         raise RAdapterError(
-            f"adapter {has} adapts {differing[0]} and adapter {lacks} does not; only adapters of the same layers can "
-            f"be averaged (were both trained with the same --adapt-text?)"
+            f"adapter {has} adapts {differing[0]} and adapter {lacks} does not; only adapters of"
+            " the same layers can be averaged (were both trained with the same --adapt-text?)"
         )
     if one.base_digest != two.base_digest:
         raise RAdapterError(
-            f"adapter 1 was trained on {one.base_digest} ({one.architecture}, pretrained {one.pretrained}), adapter "
-            f"{number} on {two.base_digest} ({two.architecture}, pretrained {two.pretrained}); only adapters of one "
-            f"base can be averaged"
+            f"adapter 1 was trained on {one.base_digest} ({one.architecture}, pretrained"
+            f" {one.pretrained}), adapter {number} on {two.base_digest} ({two.architecture},"
+            f" pretrained {two.pretrained}); only adapters of one base can be averaged"
         )

@@ -22,7 +22,11 @@ HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 
 
 def run(
-    function: Callable[..., Any], argv: Sequence[str] | None = None, *, prog: str, first: Collection[str] = ()
+    function: Callable[..., Any],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    first: Collection[str] = (),
 ) -> int:
     """Run a typed function as a command: its signature makes the flags, and its docstring the help.
 
@@ -30,7 +34,8 @@ def run(
         function: what the command does; may return an exit status, None means 0.
         argv: arguments without the program's name; `sys.argv` if None.
         prog: name of the command, as in `pyproject.toml`.
-        first: names of the options that most people set, which `--help` shows; `--help-all` shows all. None shows all.
+        first: names of the options that most people set, which `--help` shows; `--help-all` shows
+            all. None shows all.
 
     Returns:
         The exit status: 2 for an error that the user can mend, 130 after Ctrl-C.
@@ -66,7 +71,8 @@ def options(kind: Callable[..., Any], names: Collection[str], values: Any = None
     """A dataclass with some options of a command, for its help.
 
     Args:
-        kind: a typed function or a dataclass; dataclasses among its parameters give their options, too.
+        kind: a typed function or a dataclass; dataclasses among its parameters give their options,
+            too.
         names: of the options.
         values: an instance of the dataclass, which has the defaults; None takes the declared ones.
     """
@@ -109,7 +115,9 @@ def guard(call: Callable[[], Any], argv: Sequence[str] | None = None, *, prog: s
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for the interpreter's last flush
         return 1
     except OSError as error:
-        message = (f"{error.filename}: " if error.filename else "") + (error.strerror or reason(error))
+        message = (f"{error.filename}: " if error.filename else "") + (
+            error.strerror or reason(error)
+        )
     except KeyboardInterrupt as error:
         print(f"{prog}: interrupted{f'; {error}' if str(error) else ''}", file=sys.stderr)
         return 130

@@ -1,4 +1,6 @@
-"""`radapter-build-engine`: TensorRT engines for a model repository, on the GPU that will serve it; no torch."""
+"""`radapter-build-engine`: TensorRT engines for a model repository, on the GPU that will serve it;
+no torch.
+"""
 
 from __future__ import annotations
 
@@ -27,26 +29,34 @@ def build_engine(
     timing_cache: Path | None = None,
     tolerance: float | None = None,
 ) -> None:
-    """Build a TensorRT engine of each encoder and release, check them against torch, and let TensorRT serve them.
+    """Build a TensorRT engine of each encoder and release, check them against torch, and let
+    TensorRT serve them.
 
-    Runs on the GPU that will serve, under the TensorRT that will: in NVIDIA's Triton container, say. It needs neither
-    torch nor the adapter, for samples and torch's embeddings of them lie beside each graph. Engines that fit stay.
+    Runs on the GPU that will serve, under the TensorRT that will: in NVIDIA's Triton container,
+    say. It needs neither torch nor the adapter, for samples and torch's embeddings of them lie
+    beside each graph. Engines that fit stay.
 
     Args:
         model_repository: folder that radapter-export has filled.
         check: build nothing; say whether what is there can be served here.
         force: build those that fit, too.
         engine: how engines are built.
-        timing_cache: file of what TensorRT measured, which makes the next build faster; one in ~/.cache if not given.
-        tolerance: largest difference from torch allowed in a component of the unit-length embeddings; the release's
-            own if not given.
+        timing_cache: file of what TensorRT measured, which makes the next build faster; one in
+            ~/.cache if not given.
+        tolerance: largest difference from torch allowed in a component of the unit-length
+            embeddings; the release's own if not given.
     """
     if check:
         folders = check_engines(model_repository)
-        print("\n".join(f"{folder}: fits" for folder in folders) or "TensorRT serves nothing here: nothing to check")
+        print(
+            "\n".join(f"{folder}: fits" for folder in folders)
+            or "TensorRT serves nothing here: nothing to check"
+        )
         return
     if tolerance is not None and not 0 < tolerance <= 1:
-        raise RAdapterError(f"--tolerance is {tolerance:g}; allowed: more than 0, at most 1, such as 1e-4")
+        raise RAdapterError(
+            f"--tolerance is {tolerance:g}; allowed: more than 0, at most 1, such as 1e-4"
+        )
     console = Console(stderr=True)
     with console.status("starting") as status:
         built = build_engines(

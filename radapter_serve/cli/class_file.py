@@ -1,4 +1,6 @@
-"""`python -m radapter_serve.cli.class_file`: the class file of masks from the official list of their classes."""
+"""`python -m radapter_serve.cli.class_file`: the class file of masks from the official list of
+their classes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ PROG = "python -m radapter_serve.cli.class_file"
 
 
 def class_file(official: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]) -> None:
-    """Write the class file of A-847 or PC-459, id to name in YAML, from the official list of its classes.
+    """Write the class file of A-847 or PC-459, id to name in YAML, from the official list of its
+    classes.
 
     Args:
         official: MaskFormer's prepare_ade20k_full_sem_seg.py, or Pascal Context's labels.txt.
@@ -29,7 +32,9 @@ def class_file(official: tyro.conf.Positional[Path], out: tyro.conf.Positional[P
         raise RAdapterError(f"{out} is no YAML file; name one such as ade847/classes.yaml")
     names = official_classes(official)
     if not out.absolute().parent.is_dir():
-        raise RAdapterError(f"no folder {out.absolute().parent} for {out.name}; make it, or name another place")
+        raise RAdapterError(
+            f"no folder {out.absolute().parent} for {out.name}; make it, or name another place"
+        )
     with staged(out) as part:
         part.write_text(yaml.safe_dump(names, allow_unicode=True, width=1000), encoding="utf-8")
     print(f"wrote {len(names)} classes to {out}")

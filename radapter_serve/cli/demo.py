@@ -18,17 +18,20 @@ def demo(
     limit: int | None = None,
     open: bool = False,
 ) -> None:
-    """Fine-tune, evaluate, export, serve and query a small CLIP on real drawings, offline, in a few minutes.
+    """Fine-tune, evaluate, export, serve and query a small CLIP on real drawings, offline, in a few
+    minutes.
 
     For classification, retrieval and segmentation, one adapter each, all served by one server.
 
     Args:
-        out: folder for all that the demo makes: images, runs, pictures, merged checkpoints, model repository, index.
+        out: folder for all that the demo makes: images, runs, pictures, merged checkpoints, model
+            repository, index.
         seed: of the fine-tunings.
         steps: optimizer steps of each fine-tuning; those of the demo's recipes if none is given.
         alpha: re-scaling of the exported releases, from 0 to 1; the recipes' if none is given.
         limit: images of each data set at most that are evaluated; all if none is given.
-        open: end with the playground, opened in a browser, until Ctrl-C; needs the extra `playground`, too.
+        open: end with the playground, opened in a browser, until Ctrl-C; needs the extra
+            `playground`, too.
     """
     if open:
         check_installed("gradio", "demo,playground")

@@ -41,21 +41,24 @@ def export(
     threads: int | None = None,
     settings: tyro.conf.OmitArgPrefixes[ExportSettings] = ExportSettings(),  # noqa: B008  # frozen
 ) -> None:
-    """Fold an adapter into its base, export the towers, and check them against torch with the adapters attached.
+    """Fold an adapter into its base, export the towers, and check them against torch with the
+    adapters attached.
 
-    Each alpha becomes a merged checkpoint, which open_clip loads, and a release in a model repository, which
-    radapter-serve serves. Nothing is written unless all of it succeeds.
+    Each alpha becomes a merged checkpoint, which open_clip loads, and a release in a model
+    repository, which radapter-serve serves. Nothing is written unless all of it succeeds.
 
     Args:
-        alpha: re-scaling from 0 (the base) to 1 (all that was learned); the run's own if none is given; auto takes what
-            radapter-eval --alpha auto chose; dynamic makes one release that takes any alpha from each request, by
-            default the chosen one.
-        adapter: folder of a run or adapter file; the newest run in ./runs if none is given. Given several times, the
-            average of these adapters of one base is exported.
-        label_set: NAME=FILE, classes whose text embeddings become part of the release; one class a line. The run's own
-            classes become the label set "classes" by themselves.
-        format: tensorrt also builds engines for this machine's GPU, and lets them be served: --runtime tensorrt.
-        threads: threads to compute with; one a core if none is given. Fewer is faster beside other work.
+        alpha: re-scaling from 0 (the base) to 1 (all that was learned); the run's own if none is
+            given; auto takes what radapter-eval --alpha auto chose; dynamic makes one release that
+            takes any alpha from each request, by default the chosen one.
+        adapter: folder of a run or adapter file; the newest run in ./runs if none is given. Given
+            several times, the average of these adapters of one base is exported.
+        label_set: NAME=FILE, classes whose text embeddings become part of the release; one class a
+            line. The run's own classes become the label set "classes" by themselves.
+        format: tensorrt also builds engines for this machine's GPU, and lets them be served:
+            --runtime tensorrt.
+        threads: threads to compute with; one a core if none is given. Fewer is faster beside other
+            work.
         settings: how the adapters become releases; the fields of `ExportSettings` in Python.
     """
     limit_threads(threads)
@@ -63,32 +66,42 @@ def export(
     if format == "tensorrt":
         if settings.runtime not in (None, "tensorrt"):
             raise RAdapterError(
-                f"--format tensorrt is served by --runtime tensorrt, and not by {settings.runtime}; leave one out"
+                f"--format tensorrt is served by --runtime tensorrt, and not by {settings.runtime};"
+                " leave one out"
             )
         settings = dataclasses.replace(settings, runtime="tensorrt")
     dynamic = "dynamic" in alpha
     if dynamic and len(alpha) > 1:
-        raise RAdapterError("--alpha dynamic takes no other alpha: its one release takes any from 0 to 1")
+        raise RAdapterError(
+            "--alpha dynamic takes no other alpha: its one release takes any from 0 to 1"
+        )
     alphas = [] if dynamic else [None if value == "auto" else _number(value) for value in alpha]
     paths = [Path(path) for path in adapter] or [newest_run()]
     if None in alphas and len(paths) > 1:
-        raise RAdapterError("--alpha auto was chosen for one adapter, not for an average; give a number, or dynamic")
+        raise RAdapterError(
+            "--alpha auto was chosen for one adapter, not for an average; give a number, or dynamic"
+        )
     console = Console(stderr=True)
     choice: Choice | None = None
     with console.status("starting") as status:
         start = time.perf_counter()
-        from radapter_export import export_release  # torch and onnx take seconds to load: not for --help
+        from radapter_export import (
+            export_release,
+        )  # torch and onnx take seconds to load: not for --help
         from radapter_serve.evaluation.alpha_choice import chosen
 
         numbers = [value for value in alphas if value is not None]
         if None in alphas:
             choice = chosen(paths[0])
             numbers = [choice.alpha if value is None else value for value in alphas]
-        releases = export_release(paths, "dynamic" if dynamic else numbers or None, settings, progress=status.update)
+        releases = export_release(
+            paths, "dynamic" if dynamic else numbers or None, settings, progress=status.update
+        )
     if choice and choice.smaller is not None:
         console.print(
-            f"note: no set that alpha {choice.alpha:g} was chosen by is shifted; alpha {choice.smaller:g} is within "
-            f"the interval of its score, and keeps more of the base: --alpha {choice.smaller:g}",
+            f"note: no set that alpha {choice.alpha:g} was chosen by is shifted; alpha"
+            f" {choice.smaller:g} is within the interval of its score, and keeps more of the base:"
+            f" --alpha {choice.smaller:g}",
             highlight=False,
             soft_wrap=True,
         )
@@ -97,7 +110,12 @@ def export(
     _show(releases, paths, settings, time.perf_counter() - start)
 
 
-def _show(releases: Sequence[ExportedRelease], paths: Sequence[Path], settings: ExportSettings, seconds: float) -> None:
+def _show(
+    releases: Sequence[ExportedRelease],
+    paths: Sequence[Path],
+    settings: ExportSettings,
+    seconds: float,
+) -> None:
     """Print what was exported, and how to go on."""
     from radapter_serve.evaluation.results import metric_name
 
@@ -124,8 +142,8 @@ def _show(releases: Sequence[ExportedRelease], paths: Sequence[Path], settings: 
     for release in releases:
         if found := release.accuracy:
             out.print(
-                f"Release {release.version}: {metric_name(found.metric)} on {found.n} images of {found.dataset}: "
-                f"{found.release:.2f} %, torch {found.torch:.2f} %",
+                f"Release {release.version}: {metric_name(found.metric)} on {found.n} images of"
+                f" {found.dataset}: {found.release:.2f} %, torch {found.torch:.2f} %",
                 soft_wrap=True,
             )
     for release in releases:
@@ -133,22 +151,32 @@ def _show(releases: Sequence[ExportedRelease], paths: Sequence[Path], settings: 
             out.print(f"Release {release.version}: {_calibrated(fitted)}", soft_wrap=True)
     if settings.precision != "fp32" and settings.validation is None and not releases[-1].accuracy:
         out.print(
-            "No task accuracy was measured: the run has no validation data here; give some with --validation DATA"
+            "No task accuracy was measured: the run has no validation data here; give some with"
+            " --validation DATA"
         )
     out.print(f"Merged: {', '.join(str(release.merged) for release in releases)}", soft_wrap=True)
     if settings.transformers is not None:
-        out.print(f"Transformers: {settings.transformers}", markup=False, highlight=False, soft_wrap=True)
+        out.print(
+            f"Transformers: {settings.transformers}", markup=False, highlight=False, soft_wrap=True
+        )
     folder = settings.model_repository
     repository = "" if folder == ExportSettings.model_repository else f" {shlex.quote(str(folder))}"
     out.print(f"Next:   radapter-serve{repository}", markup=False, highlight=False, soft_wrap=True)
     if (folder / SERVED).exists():  # its starts serve what was chosen
         numbers = " ".join(str(release.version) for release in releases)
         where = f" --model-repository{repository}" if repository else ""
-        out.print(f"        radapter-release load {numbers}{where}", markup=False, highlight=False, soft_wrap=True)
+        out.print(
+            f"        radapter-release load {numbers}{where}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     if sets := sorted(releases[-1].release.label_sets):
         name = CLASSES if CLASSES in sets else sets[0]
         out.print(
-            f"        radapter-query classify PHOTO.jpg --label-set {shlex.quote(name)}", markup=False, highlight=False
+            f"        radapter-query classify PHOTO.jpg --label-set {shlex.quote(name)}",
+            markup=False,
+            highlight=False,
         )
 
 
@@ -157,11 +185,19 @@ def _calibrated(fitted: Mapping[str, Any]) -> str:
     labels = f"--multi-label scores have a calibration error of {100 * fitted['label_ece']:.2f} %"
     before = f"ECE {100 * fitted['ece_before']:.2f} %"
     if fitted["ece_after"] is None:
-        return f"scores are calibrated; {before}; no temperature can be fitted: {NO_TEMPERATURE}; {labels}"
-    way = "a sigmoid" if fitted["temperature"] is None else f"temperature {fitted['temperature']:.3f}"
+        return (
+            f"scores are calibrated; {before}; no temperature can be fitted: {NO_TEMPERATURE};"
+            f" {labels}"
+        )
+    way = (
+        "a sigmoid" if fitted["temperature"] is None else f"temperature {fitted['temperature']:.3f}"
+    )
     grows = round(fitted["ece_after"], 4) > round(fitted["ece_before"], 4)
     worse = " (worse, so do not ask for calibrated)" if grows else ""
-    return f"scores are calibrated by {way}: {before} before, {100 * fitted['ece_after']:.2f} % after{worse}; {labels}"
+    return (
+        f"scores are calibrated by {way}: {before} before, {100 * fitted['ece_after']:.2f} %"
+        f" after{worse}; {labels}"
+    )
 
 
 def newest_run() -> Path:
@@ -173,7 +209,8 @@ def newest_run() -> Path:
     found = sorted(RUNS.glob(f"*/{ADAPTER}"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise RAdapterError(
-            f"no run with an adapter in {RUNS.absolute()}; train one with radapter-train, or give --adapter FILE"
+            f"no run with an adapter in {RUNS.absolute()}; train one with radapter-train, or give"
+            " --adapter FILE"
         )
     return found[-1]
 
@@ -183,7 +220,9 @@ def _label_sets(pairs: Sequence[str]) -> dict[str, Path]:
     for pair in pairs:
         name, equals, file = pair.partition("=")
         if not (name and equals and file):
-            raise RAdapterError(f"--label-set {pair}: write NAME=FILE, such as --label-set animals=animals.txt")
+            raise RAdapterError(
+                f"--label-set {pair}: write NAME=FILE, such as --label-set animals=animals.txt"
+            )
         if name in label_sets:
             raise RAdapterError(f"--label-set {name} is given twice")
         label_sets[name] = Path(file)

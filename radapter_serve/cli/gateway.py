@@ -16,18 +16,29 @@ from radapter_serve.gateway.settings import Settings
 from radapter_serve.signals import handled
 
 PROG = "radapter-gateway"
-FIRST = ("host", "port", "server", "api_keys", "no_api_keys", "tls_certificate", "tls_key", "new_key")
+FIRST = (
+    "host",
+    "port",
+    "server",
+    "api_keys",
+    "no_api_keys",
+    "tls_certificate",
+    "tls_key",
+    "new_key",
+)
 
 
 def gateway(
     settings: tyro.conf.OmitArgPrefixes[Settings] = Settings(),  # noqa: B008  # frozen
     new_key: str | None = None,
 ) -> None:
-    """Let strangers ask a server that radapter-serve started: by keys and TLS, within limits, until Ctrl-C.
+    """Let strangers ask a server that radapter-serve started: by keys and TLS, within limits, until
+    Ctrl-C.
 
     Args:
         settings: where it listens, whom it asks, and what it allows.
-        new_key: name of a key to make: it is printed once, its digest goes to --api-keys, and nothing is started.
+        new_key: name of a key to make: it is printed once, its digest goes to --api-keys, and
+            nothing is started.
     """
     if new_key is not None:
         make_key(settings, new_key)
@@ -36,7 +47,9 @@ def gateway(
 
     console = Console(stderr=True)
     if settings.no_api_keys:
-        console.print("[bold yellow]Note:[/] without keys, whoever reaches this port may use the models.")
+        console.print(
+            "[bold yellow]Note:[/] without keys, whoever reaches this port may use the models."
+        )
     elif settings.api_keys is not None and settings.tls_certificate is None:
         console.print("[bold yellow]Note:[/] without --tls-certificate, keys travel in the clear.")
     with handled(lambda *_: sys.exit(0), signal.SIGTERM, signal.SIGHUP):
@@ -49,8 +62,14 @@ def make_key(settings: Settings, name: str) -> None:
         raise RAdapterError("--new-key needs the file that keeps its digest: --api-keys FILE")
     key = new_key(settings.api_keys, name)
     print(key)
-    print(f"Keep it: {settings.api_keys} has only its digest. Give it to whoever may ask:", file=sys.stderr)
-    print(f"RADAPTER_API_KEY={key} radapter-query release --url http://HOST:{settings.port}", file=sys.stderr)
+    print(
+        f"Keep it: {settings.api_keys} has only its digest. Give it to whoever may ask:",
+        file=sys.stderr,
+    )
+    print(
+        f"RADAPTER_API_KEY={key} radapter-query release --url http://HOST:{settings.port}",
+        file=sys.stderr,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from radapter_serve.cli import HELP_ALL, asks_for_help, guard, options, show_help
 from radapter_serve.signals import handled
@@ -44,26 +51,29 @@ def build(
 ) -> None:
     """Make an index of all images of a folder or a table.
 
-    A build that was stopped goes on. An index that the same release made of the same images is brought up to date. Any
-    other index at OUT is replaced when the new one is complete.
+    A build that was stopped goes on. An index that the same release made of the same images is
+    brought up to date. Any other index at OUT is replaced when the new one is complete.
 
     Args:
-        source: folder of images, read with all folders in it, or csv:FILE or parquet:FILE with paths of images; any of
-            them may be on object storage, as s3://BUCKET/PATH.
-        out: folder of the index, such as indexes/photos; radapter-serve serves what is in ./indexes.
-        model_repository: whose served release embeds the images (radapter-release list); DIR@N for release N.
+        source: folder of images, read with all folders in it, or csv:FILE or parquet:FILE with
+            paths of images; any of them may be on object storage, as s3://BUCKET/PATH.
+        out: folder of the index, such as indexes/photos; radapter-serve serves what is in
+            ./indexes.
+        model_repository: whose served release embeds the images (radapter-release list); DIR@N for
+            release N.
         url: a live server that embeds them instead, such as grpc://localhost:8001.
-        alpha: re-scaling from 0 to 1 of images and, later, queries, of a release that takes any (radapter-export
-            --alpha dynamic); the release's own if none is given.
+        alpha: re-scaling from 0 to 1 of images and, later, queries, of a release that takes any
+            (radapter-export --alpha dynamic); the release's own if none is given.
         image_column: column of a table that holds the paths; the others become metadata.
         thumbnails: longest side of a thumbnail in px; 0 for none.
         exif_orientation: turn images as their EXIF says, where the release does so with queries;
             --no-exif-orientation leaves them as the files have them, as open_clip does.
-        on_broken: an image that can't be read stops the build, or is skipped and named in OUT/broken.txt.
-        resume: go on with what is embedded already; --no-resume throws a stopped build away and embeds every image
-            again.
-        ray: address of a Ray cluster whose workers read and embed, or auto for the one of this machine; they need the
-            same paths. This machine reads and embeds if none is given.
+        on_broken: an image that can't be read stops the build, or is skipped and named in
+            OUT/broken.txt.
+        resume: go on with what is embedded already; --no-resume throws a stopped build away and
+            embeds every image again.
+        ray: address of a Ray cluster whose workers read and embed, or auto for the one of this
+            machine; they need the same paths. This machine reads and embeds if none is given.
         store: where the index is published when it is complete, as by radapter-index publish:
             qdrant://HOST:PORT/NAME or s3://BUCKET/PATH.
     """
@@ -73,7 +83,9 @@ def build(
 
     if store:
         published(store)  # a wrong address is refused before the work
-    with closing(release_of({"url": url} if url else {"model_repository": model_repository})) as release:
+    with closing(
+        release_of({"url": url} if url else {"model_repository": model_repository})
+    ) as release:
         if alpha is not None:
             release.set_alpha(alpha)
         print(_embeds(release))
@@ -111,12 +123,13 @@ def add(
     Args:
         source: where to look; the source that the index was made of if none is given.
         out: folder of the index.
-        model_repository: whose served release embeds the images; DIR@N for release N. It must be the one that made the
-            index, which is looked for where it was if no repository and no server is given.
+        model_repository: whose served release embeds the images; DIR@N for release N. It must be
+            the one that made the index, which is looked for where it was if no repository and no
+            server is given.
         url: a live server that embeds them instead.
         prune: remove images whose files are gone.
-        on_broken: an image that can't be read stops this, or is skipped and named in OUT/broken.txt; as when the index
-            was built if not given.
+        on_broken: an image that can't be read stops this, or is skipped and named in
+            OUT/broken.txt; as when the index was built if not given.
     """
     from radapter_serve.index.build import add, made_by
     from radapter_serve.index.index import read_facts
@@ -153,9 +166,13 @@ def info(out: tyro.conf.Positional[Path]) -> None:
     size = sum(path.stat().st_size for path in (out / generation).rglob("*") if path.is_file())
     rows = {
         "images": f"{facts.count:,}",
-        "search": f"approximate, recall@10 {facts.nearest.recall:.3f}" if facts.nearest else "exact",
+        "search": (
+            f"approximate, recall@10 {facts.nearest.recall:.3f}" if facts.nearest else "exact"
+        ),
         "columns": ", ".join(facts.columns),
-        "release": f"{plan.release.architecture} at alpha {plan.release.alpha:g}, {plan.release.precision}",
+        "release": (
+            f"{plan.release.architecture} at alpha {plan.release.alpha:g}, {plan.release.precision}"
+        ),
         "digest": plan.release.digest,
         "made by": " ".join(plan.origin.values()),
         "source": plan.source,
@@ -205,8 +222,9 @@ def export_embeddings(
 ) -> None:
     """Write the embeddings of an index as plain files, in the layout of clip-retrieval.
 
-    TO/img_emb/img_emb_0.npy holds the embeddings, of unit length, and TO/metadata/metadata_0.parquet the metadata, row
-    by row; a pair of files for each million images.
+    TO/img_emb/img_emb_0.npy holds the embeddings, of unit length, and
+    TO/metadata/metadata_0.parquet the metadata, row by row; a pair of files for each million
+    images.
 
     Args:
         index: folder of the index.
@@ -221,29 +239,36 @@ def export_embeddings(
 
 
 def publish(out: tyro.conf.Positional[Path], to: tyro.conf.Positional[str]) -> None:
-    """Put an index on object storage or into Qdrant, in the place of the one there; readers see one or the other.
+    """Put an index on object storage or into Qdrant, in the place of the one there; readers see one
+    or the other.
 
-    The environment says who may write. Object storage: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN,
+    The environment says who may write. Object storage: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+    AWS_SESSION_TOKEN,
     AWS_REGION and AWS_ENDPOINT_URL. Qdrant: RADAPTER_QDRANT_API_KEY or QDRANT_API_KEY.
 
     Args:
         out: folder of the index.
-        to: place on object storage, such as s3://bucket/indexes/photos, or in a running Qdrant, such as
-            qdrant://localhost:6333/photos (qdrants:// for TLS).
+        to: place on object storage, such as s3://bucket/indexes/photos, or in a running Qdrant,
+            such as qdrant://localhost:6333/photos (qdrants:// for TLS).
     """
     from radapter_serve.index.publish import publish
 
     with _progress("publishing") if to.startswith("qdrant") else nullcontext() as progress:
         published = publish(out, to, progress)
     print(f"{to}: {'published' if published else 'up to date'}")
-    print(f"\nserve it:   radapter-index link {shlex.quote(to)} --out indexes/{shlex.quote(to.rpartition('/')[2])}")
+    print(
+        f"\nserve it:   radapter-index link {shlex.quote(to)} --out"
+        f" indexes/{shlex.quote(to.rpartition('/')[2])}"
+    )
 
 
 def link(url: tyro.conf.Positional[str], out: Path) -> None:
-    """Make a folder that stands for an index on object storage or in Qdrant, so that a server searches that.
+    """Make a folder that stands for an index on object storage or in Qdrant, so that a server
+    searches that.
 
     Args:
-        url: where the index was published, such as s3://bucket/indexes/photos or qdrant://localhost:6333/photos.
+        url: where the index was published, such as s3://bucket/indexes/photos or
+            qdrant://localhost:6333/photos.
         out: folder to make, such as indexes/photos.
     """
     from radapter_serve.index.publish import link
@@ -254,18 +279,28 @@ def link(url: tyro.conf.Positional[str], out: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `radapter-index`."""
-    commands: dict[str, Any] = {"build": build, "add": add, "info": info, "verify": verify, "publish": publish}
+    commands: dict[str, Any] = {
+        "build": build,
+        "add": add,
+        "info": info,
+        "verify": verify,
+        "publish": publish,
+    }
     commands |= {"link": link, "export-embeddings": export_embeddings}
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
-    with handled(signal.default_int_handler, signal.SIGTERM):  # what is written is put in order as on Ctrl-C
+    with handled(
+        signal.default_int_handler, signal.SIGTERM
+    ):  # what is written is put in order as on Ctrl-C
         if name in FIRST and asks_for_help(arguments):
             short = options(commands[name], FIRST[name])
             return guard(lambda: show_help(short, prog=f"{PROG} {name}"), arguments, prog=PROG)
         if HELP_ALL in arguments:
             arguments = [name, "--help"] if name in commands else ["--help"]
         return guard(
-            lambda: tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog=PROG), arguments, prog=PROG
+            lambda: tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog=PROG),
+            arguments,
+            prog=PROG,
         )
 
 
@@ -274,7 +309,8 @@ def _embeds(release: EmbeddingRelease) -> str:
     facts = release.facts
     (place,) = release.origin.values()
     return (
-        f"release {facts.version} of {place} embeds: {facts.architecture} at alpha {facts.alpha:g}, {facts.precision}"
+        f"release {facts.version} of {place} embeds: {facts.architecture} at alpha {facts.alpha:g},"
+        f" {facts.precision}"
     )
 
 
@@ -288,7 +324,10 @@ def _next_commands(out: Path, model_repository: str, url: str | None) -> str:
     serve = f"radapter-serve{place} --indexes {indexes}"
     search = f'radapter-query search "a red bicycle" --index {index}'
     if url:
-        serve, search = f"the server needs --indexes {indexes}", f"{search} --url {shlex.quote(url)}"
+        serve, search = (
+            f"the server needs --indexes {indexes}",
+            f"{search} --url {shlex.quote(url)}",
+        )
     elif number:
         search += f" --release {number}"
     return f"serve it:   {serve}\nsearch it:  {search}"
@@ -296,7 +335,13 @@ def _next_commands(out: Path, model_repository: str, url: str | None) -> str:
 
 @contextmanager
 def _progress(what: str) -> Iterator[Any]:
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -318,7 +363,10 @@ def _show(summary: Any, out: Path) -> None:
         from radapter_serve.inputs.image_files import SUFFIXES, count_kinds
 
         count = sum(summary.left_out.values())
-        print(f"left out, for an index takes {', '.join(SUFFIXES)}: {count:,} files ({count_kinds(summary.left_out)})")
+        print(
+            f"left out, for an index takes {', '.join(SUFFIXES)}: {count:,} files"
+            f" ({count_kinds(summary.left_out)})"
+        )
     if summary.broken:
         broken = shlex.quote(str(out / "broken.txt"))
         print(f"{len(summary.broken):,} images can't be read, see {broken}")

@@ -17,8 +17,11 @@ from radapter_serve.playground.run import Settings, serving
 from radapter_serve.signals import handled
 
 
-def playground(settings: tyro.conf.OmitArgPrefixes[Settings] = Settings()) -> None:  # noqa: B008  # frozen
-    """Open a page to ask a server by hand, until Ctrl-C: scores that follow α, search, segmentation.
+def playground(
+    settings: tyro.conf.OmitArgPrefixes[Settings] = Settings(),  # noqa: B008
+) -> None:
+    """Open a page to ask a server by hand, until Ctrl-C: scores that follow α, search,
+    segmentation.
 
     The environment variable RADAPTER_API_KEY holds the API key that radapter-gateway asks for.
 
@@ -27,7 +30,9 @@ def playground(settings: tyro.conf.OmitArgPrefixes[Settings] = Settings()) -> No
     """
     settings = replace(settings, api_key=os.environ.get("RADAPTER_API_KEY") or None)
     if settings.user is not None and settings.host not in ("localhost", "127.0.0.1", "::1"):
-        Console(stderr=True).print("[bold yellow]Note:[/] the password travels in the clear; put TLS in front.")
+        Console(stderr=True).print(
+            "[bold yellow]Note:[/] the password travels in the clear; put TLS in front."
+        )
     with handled(lambda *_: sys.exit(0), signal.SIGTERM, signal.SIGHUP), serving(settings) as url:
         print(f"playground  {url}\nCtrl-C stops it.", flush=True)
         threading.Event().wait()

@@ -1,4 +1,6 @@
-"""radapter-release: the releases of a model repository, and which of them a running server serves."""
+"""radapter-release: the releases of a model repository, and which of them a running server
+serves.
+"""
 
 from __future__ import annotations
 
@@ -55,20 +57,28 @@ def load(
     model_repository: Path = REPOSITORY,
     http_port: int | None = None,
 ) -> None:
-    """Serve a release in the place of the present one, without a pause: on a running server, or from its next start on.
+    """Serve a release in the place of the present one, without a pause: on a running server, or
+    from its next start on.
 
-    The release is checked first: its files by their digests, its encoders by torch's embeddings, its tasks by a
-    question to each. Where that fails, the present one stays. An interrupted command does not stop the server's work.
+    The release is checked first: its files by their digests, its encoders by torch's embeddings,
+    its tasks by a question to each. Where that fails, the present one stays. An interrupted command
+    does not stop the server's work.
 
     Args:
-        release: its number; several are served together, and the highest answers whoever names none.
+        release: its number; several are served together, and the highest answers whoever names
+            none.
         model_repository: folder that radapter-export has filled.
         http_port: the port of the server, where several serve the repository.
     """
     if not release:
         raise RAdapterError("name a release, such as: radapter-release load 2")
     wanted = require_known(model_repository, release)
-    _do({"do": "load", "releases": wanted}, model_repository, http_port, lambda served: served.next(wanted))
+    _do(
+        {"do": "load", "releases": wanted},
+        model_repository,
+        http_port,
+        lambda served: served.next(wanted),
+    )
 
 
 def rollback(model_repository: Path = REPOSITORY, http_port: int | None = None) -> None:
@@ -86,20 +96,28 @@ def verify(
     *,
     model_repository: Path = REPOSITORY,
 ) -> None:
-    """Compare the files of releases with the digests of their export, and check their configs. Needs no server.
+    """Compare the files of releases with the digests of their export, and check their configs.
+    Needs no server.
 
     Args:
         release: number of the release; all that there are if none is given.
         model_repository: folder that radapter-export has filled.
     """
-    versions = require_known(model_repository, releases_of(model_repository) if release is None else [release])
+    versions = require_known(
+        model_repository, releases_of(model_repository) if release is None else [release]
+    )
     with Console(stderr=True).status("reading") as status:
         check(model_repository, versions, status.update)
     for version in versions:
         print(f"release {version}: as it was exported")
 
 
-def _do(request: dict[str, Any], repository: Path, http_port: int | None, offline: Callable[[Served], Served]) -> None:
+def _do(
+    request: dict[str, Any],
+    repository: Path,
+    http_port: int | None,
+    offline: Callable[[Served], Served],
+) -> None:
     server = find_server(repository, http_port)
     if server is None:
         before = Served.load(repository)
@@ -111,7 +129,10 @@ def _do(request: dict[str, Any], repository: Path, http_port: int | None, offlin
         if server is None:
             check(repository, wanted.releases, status.update)
             wanted.save(repository)
-            done = f"no server runs here; from its next start on, release {format_list(wanted.releases)} is served"
+            done = (
+                "no server runs here; from its next start on, release"
+                f" {format_list(wanted.releases)} is served"
+            )
         else:
             done = ask(server, request, lambda line: status.update(f"{escape(line)} ..."))
     print(done)
@@ -120,7 +141,8 @@ def _do(request: dict[str, Any], repository: Path, http_port: int | None, offlin
 
 
 def lacking(repository: Path, before: Sequence[int], now: Sequence[int]) -> str:
-    """What callers who name no release miss in the one that they get now, in a line; empty if nothing.
+    """What callers who name no release miss in the one that they get now, in a line; empty if
+    nothing.
 
     Args:
         repository: the model repository.
@@ -155,7 +177,11 @@ def _state(repository: Path, http_port: int | None) -> tuple[dict[str, Any], str
 
 def _how(version: int, state: dict[str, Any]) -> str:
     if version in state["releases"]:
-        return "yes" if len(state["releases"]) == 1 or version < max(state["releases"]) else "yes, by default"
+        return (
+            "yes"
+            if len(state["releases"]) == 1 or version < max(state["releases"])
+            else "yes, by default"
+        )
     if names := state["kept"].get(str(version)):
         return f"for {', '.join(names)}, until built again by release {max(state['releases'])}"
     return "before" if version in state["before"] else ""
@@ -164,7 +190,11 @@ def _how(version: int, state: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `radapter-release`."""
     commands: dict[str, Any] = {"list": list_, "load": load, "rollback": rollback, "verify": verify}
-    return guard(lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog=PROG), argv, prog=PROG)
+    return guard(
+        lambda: tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog=PROG),
+        argv,
+        prog=PROG,
+    )
 
 
 if __name__ == "__main__":

@@ -42,11 +42,14 @@ class GatewayFlags:
     """A gateway beside the server; radapter-gateway has all its settings.
 
     Args:
-        gateway_port: of a gateway, the way in for callers whom nobody trusts; none is started if not given.
+        gateway_port: of a gateway, the way in for callers whom nobody trusts; none is started if
+            not given.
         gateway_host: address or name that it listens on.
-        api_keys: file of the keys that let callers into the gateway; radapter-gateway --new-key makes one.
+        api_keys: file of the keys that let callers into the gateway; radapter-gateway --new-key
+            makes one.
         no_api_keys: let everybody in who reaches the gateway, also beyond this machine.
-        tls_certificate: PEM file of the gateway's certificate and its chain, to be reached by https.
+        tls_certificate: PEM file of the gateway's certificate and its chain, to be reached by
+            https.
         tls_key: PEM file of its key.
     """
 
@@ -66,7 +69,9 @@ class GatewayFlags:
         if self.gateway_port is None:
             for field in fields(self):
                 if getattr(self, field.name) != field.default:
-                    raise RAdapterError(f"--{field.name.replace('_', '-')} needs a gateway: --gateway-port PORT")
+                    raise RAdapterError(
+                        f"--{field.name.replace('_', '-')} needs a gateway: --gateway-port PORT"
+                    )
             return None
         from radapter_serve.gateway.run import Child, listen
         from radapter_serve.gateway.settings import Settings
@@ -101,8 +106,8 @@ def serve(
     verbose: bool = False,
     gateway: tyro.conf.OmitArgPrefixes[GatewayFlags] = GatewayFlags(),
 ) -> None:
-    """Serve a model repository, made by radapter-export, until Ctrl-C. `radapter-release` puts another
-    release in its place.
+    """Serve a model repository, made by radapter-export, until Ctrl-C. `radapter-release` puts
+    another release in its place.
 
     What dies meanwhile, tritonserver or the process of a model, is started again.
 
@@ -112,16 +117,20 @@ def serve(
         http_port: port of the HTTP endpoint.
         grpc_port: port of the gRPC endpoint.
         metrics_port: port of the Prometheus metrics.
-        indexes: folder of the indexes that radapter-index makes; a new or replaced one is served at once.
-        runtime: what runs the encoders, once it is checked against torch's embeddings; auto takes the fastest on this
-            machine; as exported if none is given.
-        threads: how many threads compute in an encoder, shared by its instances; one a core if none is given.
-        instances: processes of each task, so that a slow request does not hold up the others: a number for all, and
-            TASK=NUMBER for one, such as: 2 segment=4.
-        max_waiting: requests that may wait for a model; where more do, those that have waited longest are refused.
+        indexes: folder of the indexes that radapter-index makes; a new or replaced one is served at
+            once.
+        runtime: what runs the encoders, once it is checked against torch's embeddings; auto takes
+            the fastest on this machine; as exported if none is given.
+        threads: how many threads compute in an encoder, shared by its instances; one a core if none
+            is given.
+        instances: processes of each task, so that a slow request does not hold up the others: a
+            number for all, and TASK=NUMBER for one, such as: 2 segment=4.
+        max_waiting: requests that may wait for a model; where more do, those that have waited
+            longest are refused.
         timeout: seconds to wait until all models answer.
         drain_seconds: how long calls under way may take when the server is stopped.
-        trust_network: let whoever can reach --host use the server, for Triton asks nobody for a password.
+        trust_network: let whoever can reach --host use the server, for Triton asks nobody for a
+            password.
         verbose: show Triton's own messages.
         gateway: a gateway beside the server.
     """
@@ -182,7 +191,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `radapter-serve`."""
     given = list(sys.argv[1:] if argv is None else argv)
     # Other commands name the repository by a flag, and so may who starts a server.
-    given = [one.removeprefix("--model-repository=") for one in given if one != "--model-repository"]
+    given = [
+        one.removeprefix("--model-repository=") for one in given if one != "--model-repository"
+    ]
     return run(serve, given, prog=PROG, first=FIRST)
 
 
@@ -203,7 +214,10 @@ def _show(server: TritonServer) -> None:
     print(f"HTTP     {server.http_url}\ngRPC     {server.grpc_url}\nmetrics  {server.metrics_url}")
     print(f"indexes  {server.config.indexes}")
     if "classify" in server.models:
-        print(f'\ntry:     radapter-query classify PHOTO.jpg --labels "a cat" "a dog" --url {server.grpc_url}\n')
+        print(
+            '\ntry:     radapter-query classify PHOTO.jpg --labels "a cat" "a dog" --url'
+            f" {server.grpc_url}\n"
+        )
     print("radapter-release load N serves another release. Ctrl-C stops the server.", flush=True)
 
 
@@ -211,13 +225,23 @@ def _show_measured(measured: Sequence[Measured], threads: int) -> None:
     """Print what `--runtime auto` found."""
     title = f"runtimes on this machine, {threads} thread{'s' if threads > 1 else ''}"
     table = Table(title=title, title_justify="left")
-    for column in ("encoder", "runtime", *(f"ms at {batch}" for batch in BATCHES), "a second", "1 - cosine"):
-        table.add_column(column, no_wrap=True, justify="left" if column in ("encoder", "runtime") else "right")
+    for column in (
+        "encoder",
+        "runtime",
+        *(f"ms at {batch}" for batch in BATCHES),
+        "a second",
+        "1 - cosine",
+    ):
+        table.add_column(
+            column, no_wrap=True, justify="left" if column in ("encoder", "runtime") else "right"
+        )
     for one in measured:
         if one.seconds:
             rate = max(batch / seconds for batch, seconds in one.seconds.items())
             times = (f"{1e3 * seconds:.1f}" for seconds in one.seconds.values())
-            table.add_row(escape(one.encoder), one.runtime, *times, f"{rate:.0f}", f"{one.distance:.1e}")
+            table.add_row(
+                escape(one.encoder), one.runtime, *times, f"{rate:.0f}", f"{one.distance:.1e}"
+            )
     Console().print(table)
     # One reason each: what cannot run an encoder is out for all.
     for runtime, why in {one.runtime: one.why for one in reversed(measured) if one.why}.items():

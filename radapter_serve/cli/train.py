@@ -39,7 +39,8 @@ class Given:
     """What gives all other options their defaults.
 
     Args:
-        recipe: name of a recipe that comes with the package, or a YAML file; each option below replaces a field of it.
+        recipe: name of a recipe that comes with the package, or a YAML file; each option below
+            replaces a field of it.
         resume: folder of a stopped run to continue by its own recipe; it needs no other option.
     """
 
@@ -48,7 +49,9 @@ class Given:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train adapters; `--recipe NAME` or FILE reads a recipe, and every field of a recipe is a flag."""
+    """Train adapters; `--recipe NAME` or FILE reads a recipe, and every field of a recipe is a
+    flag.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     return guard(lambda: _train(arguments), arguments, prog=PROG)
 
@@ -67,13 +70,20 @@ def _train(arguments: list[str]) -> None:
     recipe = load_recipe(source) if source else Recipe()
     if run:
         recipe = dataclasses.replace(recipe, out=Path(run), resume=True)
-    description = f"Train R-Adapter on a CLIP. Recipes that come with the package: {', '.join(ready_recipes())}."
+    description = (
+        "Train R-Adapter on a CLIP. Recipes that come with the package:"
+        f" {', '.join(ready_recipes())}."
+    )
     if asks_for_help(rest):
-        first = dataclasses.make_dataclass("First", (), bases=(options(Recipe, FIRST, recipe), Given))
+        first = dataclasses.make_dataclass(
+            "First", (), bases=(options(Recipe, FIRST, recipe), Given)
+        )
         show_help(first, prog=PROG, description=description)
     if HELP_ALL in rest:
         tyro.cli(_in_groups(recipe), args=["--help"], prog=PROG, description=description)
-    recipe = tyro.cli(Recipe, args=_nones(rest, Recipe), default=recipe, prog=PROG, description=description)
+    recipe = tyro.cli(
+        Recipe, args=_nones(rest, Recipe), default=recipe, prog=PROG, description=description
+    )
     recipe.check()  # before torch is loaded, which takes seconds
     limit_threads(recipe.threads)
     from radapter_serve.training.start import train
@@ -100,7 +110,9 @@ def _in_groups(recipe: Recipe) -> type:
 
 
 def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The value of a flag and the arguments without both; these flags make the defaults of all others."""
+    """The value of a flag and the arguments without both; these flags make the defaults of all
+    others.
+    """
     for index, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
         if name == flag:
@@ -114,14 +126,18 @@ def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
 def _nones(arguments: list[str], settings: type) -> list[str]:
     """The arguments with `none`, as the help has it, in the letters that tyro knows."""
     optional = {
-        f"--{name.replace('_', '-')}" for name, kind in get_type_hints(settings).items() if NoneType in get_args(kind)
+        f"--{name.replace('_', '-')}"
+        for name, kind in get_type_hints(settings).items()
+        if NoneType in get_args(kind)
     }
     found = list(arguments)
     for index, argument in enumerate(found):
         name, equals, value = argument.replace("_", "-").partition("=")
         if name in optional and value.lower() == "none":
             found[index] = f"{name}{equals}None"
-        elif argument.lower() == "none" and index and found[index - 1].replace("_", "-") in optional:
+        elif (
+            argument.lower() == "none" and index and found[index - 1].replace("_", "-") in optional
+        ):
             found[index] = "None"
     return found
 

@@ -1,4 +1,6 @@
-"""Loading a pretrained CLIP: an open_clip architecture with its weights, or a folder, here or on a hub."""
+"""Loading a pretrained CLIP: an open_clip architecture with its weights, or a folder, here or on a
+hub.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ class Base:
         pretrained: open_clip tag or path of a checkpoint; None for a folder.
         model: in eval mode, fp32, on the CPU.
         config: open_clip's `model_cfg`, with `quick_gelu` always written out.
-        preprocess: open_clip's `preprocess_cfg`: size, mode, mean, std, interpolation, resize_mode, fill_color.
+        preprocess: open_clip's `preprocess_cfg`: size, mode, mean, std, interpolation, resize_mode,
+            fill_color.
         tokenizer: list of N texts to token ids, int64 [N, context_length].
     """
 
@@ -55,7 +58,9 @@ class Base:
         size = self.preprocess["size"]
         sides = {int(side) for side in size} if isinstance(size, (tuple, list)) else {int(size)}
         if len(sides) > 1:
-            raise RAdapterError(f"{self.name} takes images of {size}; only square ones can be exported")
+            raise RAdapterError(
+                f"{self.name} takes images of {size}; only square ones can be exported"
+            )
         return sides.pop()
 
 
@@ -63,13 +68,16 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
     """Load a CLIP with its weights; never one with random weights.
 
     Args:
-        name: an open_clip architecture such as `ViT-B-32`; or `local-dir:PATH`, a folder with `open_clip_config.json`
-            and `open_clip_model.safetensors`, or with a `CLIPModel` of the library `transformers`; or
-            `hf-hub:ORGANISATION/NAME`, such a folder on the Hugging Face hub.
-        pretrained: an open_clip tag such as `openai`, or the path of a checkpoint; None for a folder.
+        name: an open_clip architecture such as `ViT-B-32`; or `local-dir:PATH`, a folder with
+            `open_clip_config.json` and `open_clip_model.safetensors`, or with a `CLIPModel` of the
+            library `transformers`; or `hf-hub:ORGANISATION/NAME`, such a folder on the Hugging Face
+            hub.
+        pretrained: an open_clip tag such as `openai`, or the path of a checkpoint; None for a
+            folder.
 
     Raises:
-        RAdapterError: the name or the weights are unknown or can't be had; a folder would run code of its own.
+        RAdapterError: the name or the weights are unknown or can't be had; a folder would run code
+            of its own.
     """
     quick_gelu, source = False, name
     if (folder := _folder(name)) is not None:
@@ -81,30 +89,42 @@ def load_base(name: str, pretrained: str | None = None) -> Base:
     else:
         if ":" in name or (found := open_clip.get_model_config(name)) is None:
             raise RAdapterError(
-                f"unknown model {name!r}; allowed: local-dir:PATH, hf-hub:NAME, or one of {_similar(name)}"
+                f"unknown model {name!r}; allowed: local-dir:PATH, hf-hub:NAME, or one of"
+                f" {_similar(name)}"
             )
         config = found
         tags = open_clip.list_pretrained_tags_by_model(name)
         if not pretrained or not (pretrained in tags or Path(pretrained).is_file()):
             raise RAdapterError(
-                f"no weights for {name}: pretrained is {pretrained!r}; allowed: the path of a checkpoint, "
-                f"or one of {', '.join(tags) or 'no tags for this model'}"
+                f"no weights for {name}: pretrained is {pretrained!r}; allowed: the path of a"
+                f" checkpoint, or one of {', '.join(tags) or 'no tags for this model'}"
             )
         if Path(pretrained).is_file():
             quick_gelu = _quick_gelu(name, config, Path(pretrained))
-        # open_clip only warns where a tag's activation differs from the architecture's; the numbers would change
-        quick_gelu |= bool((open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu", False))
+        # open_clip only warns where a tag's activation differs from the architecture's; the numbers
+        # would change
+        quick_gelu |= bool(
+            (open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu", False)
+        )
     try:
         with _quiet(), _source(name, pretrained):
-            model = open_clip.create_model(source, pretrained, force_quick_gelu=quick_gelu, require_pretrained=True)
+            model = open_clip.create_model(
+                source, pretrained, force_quick_gelu=quick_gelu, require_pretrained=True
+            )
             tokenizer = open_clip.get_tokenizer(source)
     except RAdapterError:
         raise
-    except Exception as error:  # open_clip, the hub and torch raise many kinds, and all mean: no such weights here
-        raise RAdapterError(f"could not load {name} (pretrained {pretrained}): {reason(error)}") from error
+    except (
+        Exception
+    ) as error:  # open_clip, the hub and torch raise many kinds, and all mean: no such weights here
+        raise RAdapterError(
+            f"could not load {name} (pretrained {pretrained}): {reason(error)}"
+        ) from error
     config = copy.deepcopy(config)
     config["quick_gelu"] = any(isinstance(module, QuickGELU) for module in model.modules())
-    return Base(name, pretrained, model.eval(), config, dict(model.visual.preprocess_cfg), tokenizer)
+    return Base(
+        name, pretrained, model.eval(), config, dict(model.visual.preprocess_cfg), tokenizer
+    )
 
 
 def _folder(name: str) -> Path | None:
@@ -124,13 +144,19 @@ def _folder(name: str) -> Path | None:
         return folder
     except RAdapterError:
         raise
-    except Exception as error:  # the hub and the network raise many kinds, and all mean: no such model here
-        raise RAdapterError(f"could not get {name} from the Hugging Face hub: {reason(error)}") from error
+    except (
+        Exception
+    ) as error:  # the hub and the network raise many kinds, and all mean: no such model here
+        raise RAdapterError(
+            f"could not get {name} from the Hugging Face hub: {reason(error)}"
+        ) from error
 
 
 @contextlib.contextmanager
 def _source(name: str, pretrained: str | None) -> Iterator[None]:
-    """Around what may fetch from the hub: without its retries where it can't be reached, and then says what to do."""
+    """Around what may fetch from the hub: without its retries where it can't be reached, and then
+    says what to do.
+    """
     local = name.startswith(LOCAL) or (pretrained is not None and Path(pretrained).is_file())
     if local or not unreachable():
         yield
@@ -149,10 +175,10 @@ def _source(name: str, pretrained: str | None) -> Iterator[None]:
         if not repository:
             raise
         raise RAdapterError(
-            f"the weights of {name}{f' ({pretrained})' if pretrained else ''} are not on this machine, and the Hugging "
-            f"Face hub can't be reached ({unreachable()}); {how_to_bring(repository)}; or fetch them with `hf download "
-            f"{repository} --local-dir clip`, copy the folder here, and name it: "
-            f"--architecture {LOCAL}clip"
+            f"the weights of {name}{f' ({pretrained})' if pretrained else ''} are not on this"
+            f" machine, and the Hugging Face hub can't be reached ({unreachable()});"
+            f" {how_to_bring(repository)}; or fetch them with `hf download {repository} --local-dir"
+            f" clip`, copy the folder here, and name it: --architecture {LOCAL}clip"
         ) from error
 
 
@@ -161,7 +187,9 @@ def _of_transformers(name: str, folder: Path) -> Base:
         with _quiet():
             model, config, tokenizer = read(folder)
     except Exception as error:  # the library raises many kinds on what it can't read
-        raise RAdapterError(f"could not load {name} in the form of transformers: {reason(error)}") from error
+        raise RAdapterError(
+            f"could not load {name} in the form of transformers: {reason(error)}"
+        ) from error
     return Base(name, None, model.eval(), config, dict(model.visual.preprocess_cfg), tokenizer)  # type: ignore[arg-type,union-attr]
 
 
@@ -184,14 +212,15 @@ def _local_config(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RAdapterError(
-            f"{folder} is no model folder: {path.name} is missing or broken ({error}), and it holds no config.json of "
-            f"transformers"
+            f"{folder} is no model folder: {path.name} is missing or broken ({error}), and it holds"
+            " no config.json of transformers"
         ) from error
     return config
 
 
 def _quick_gelu(name: str, config: dict[str, Any], checkpoint: Path) -> bool:
-    """Whether a checkpoint was trained with QuickGELU: by the configuration beside it, else by its name.
+    """Whether a checkpoint was trained with QuickGELU: by the configuration beside it, else by its
+    name.
 
     Raises:
         RAdapterError: the architecture has QuickGELU and the checkpoint has not.
@@ -199,18 +228,25 @@ def _quick_gelu(name: str, config: dict[str, Any], checkpoint: Path) -> bool:
     if (checkpoint.parent / "open_clip_config.json").is_file():
         quick = bool(_local_config(checkpoint.parent).get("quick_gelu", False))
     else:
-        openai = "openai" in checkpoint.name.lower() or any(part.endswith(".openai") for part in checkpoint.parts)
-        if not openai and not config.get("quick_gelu") and f"{name}-quickgelu" in open_clip.list_models():
+        openai = "openai" in checkpoint.name.lower() or any(
+            part.endswith(".openai") for part in checkpoint.parts
+        )
+        if (
+            not openai
+            and not config.get("quick_gelu")
+            and f"{name}-quickgelu" in open_clip.list_models()
+        ):
             print(
-                f"note: {checkpoint} does not say which activation it was trained with; {name} has GELU. "
-                f"For weights of OpenAI name the architecture {name}-quickgelu",
+                f"note: {checkpoint} does not say which activation it was trained with; {name} has"
+                f" GELU. For weights of OpenAI name the architecture {name}-quickgelu",
                 file=sys.stderr,
             )
         return openai
     if config.get("quick_gelu") and not quick:
         raise RAdapterError(
-            f"{name} computes with QuickGELU but {checkpoint} was trained with GELU, as the open_clip_config.json "
-            f"beside it says; name the architecture {name.removesuffix('-quickgelu')}"
+            f"{name} computes with QuickGELU but {checkpoint} was trained with GELU, as the"
+            " open_clip_config.json beside it says; name the architecture"
+            f" {name.removesuffix('-quickgelu')}"
         )
     return quick
 
@@ -218,4 +254,6 @@ def _quick_gelu(name: str, config: dict[str, Any], checkpoint: Path) -> bool:
 def _similar(name: str) -> str:
     names = open_clip.list_models()
     stem = name.split("-")[0].lower()
-    return ", ".join([other for other in names if other.lower().startswith(stem)][:20] or names[:20])
+    return ", ".join(
+        [other for other in names if other.lower().startswith(stem)][:20] or names[:20]
+    )

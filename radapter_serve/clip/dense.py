@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from radapter_serve.errors import RAdapterError
 
-# maskclip: Zhou, Loy, Dai: Extract Free Dense Labels from CLIP, ECCV 2022. It speaks of the attention
-# alone; the authors' ViT keeps residual and feed-forward around it.
-# naclip: Hajimiri, Ben Ayed, Dolz: Pay Attention to Your Neighbours, WACV 2025, in its reduced form.
+# maskclip: Zhou, Loy, Dai: Extract Free Dense Labels from CLIP, ECCV 2022. It speaks of the
+# attention alone; the authors' ViT keeps residual and feed-forward around it.
+# naclip: Hajimiri, Ben Ayed, Dolz: Pay Attention to Your Neighbours, WACV 2025, in its reduced
+# form.
 METHODS = ("maskclip", "naclip")
 STD = 5.0  # of NACLIP's Gaussian, in patches, as its authors have it
 
@@ -26,13 +27,13 @@ STD = 5.0  # of NACLIP's Gaussian, in patches, as its authors have it
 def encode_patches(model: Any, pixels: Tensor, method: str) -> Tensor:
     """Embed the patches of images, comparable with texts' embeddings by their cosine.
 
-    MaskCLIP lets each token attend to itself (the attention is `out_proj(v)`) and keeps residual and
-    feed-forward. NACLIP takes `softmax(kkᵀ/√d + ω)`, ω a Gaussian of the patches' distance, and drops
-    both.
+    MaskCLIP lets each token attend to itself (the attention is `out_proj(v)`) and keeps residual
+    and feed-forward. NACLIP takes `softmax(kkᵀ/√d + ω)`, ω a Gaussian of the patches' distance, and
+    drops both.
 
     Args:
-        model: an open_clip model whose image tower is open_clip's own transformer; plain, folded, or
-            with adapters attached.
+        model: an open_clip model whose image tower is open_clip's own transformer; plain, folded,
+            or with adapters attached.
         pixels: normalised, float [B, 3, S, S].
         method: one of `METHODS`.
 
@@ -41,13 +42,15 @@ def encode_patches(model: Any, pixels: Tensor, method: str) -> Tensor:
         among them.
 
     Raises:
-        RAdapterError: the model's image tower cannot be edited, no such method, or images of another
-            size.
+        RAdapterError: the model's image tower cannot be edited, no such method, or images of
+            another size.
     """
     visual = check_dense(model, method)
     if tuple(pixels.shape[1:]) != (3, *visual.image_size):
         height, width = visual.image_size
-        raise RAdapterError(f"pixels are {tuple(pixels.shape)}; this model takes [B, 3, {height}, {width}]")
+        raise RAdapterError(
+            f"pixels are {tuple(pixels.shape)}; this model takes [B, 3, {height}, {width}]"
+        )
     near = neighbourhood(visual.grid_size[0]).to(pixels) if method == "naclip" else None
     return F.normalize(patch_features(visual, pixels, near).float(), dim=-1)
 
@@ -74,8 +77,8 @@ def check_dense(model: Any, method: str) -> Any:
         problem = "it drops patches while it is trained; call model.eval()"
     if problem:
         raise RAdapterError(
-            f"{type(model).__name__} gives no dense embeddings: {problem}; allowed: models whose image tower is "
-            f"open_clip's own transformer, such as ViT-B-16"
+            f"{type(model).__name__} gives no dense embeddings: {problem}; allowed: models whose"
+            " image tower is open_clip's own transformer, such as ViT-B-16"
         )
     return visual
 
@@ -84,7 +87,8 @@ def patch_features(visual: Any, pixels: Tensor, near: Tensor | None) -> Tensor:
     """The image tower with its last block edited: [B, 3, S, S] to [B, g, g, D], not normalised.
 
     Args:
-        visual: an image tower that `check_dense` accepts; its attention may be another module with the same parameters.
+        visual: an image tower that `check_dense` accepts; its attention may be another module with
+            the same parameters.
         pixels: normalised.
         near: `neighbourhood` of the grid for NACLIP; None for MaskCLIP.
     """

@@ -1,4 +1,6 @@
-"""What the library `transformers` calls the weights of a CLIP, and how it describes a model: parts of every family."""
+"""What the library `transformers` calls the weights of a CLIP, and how it describes a model: parts
+of every family.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ class Form:
     weights: list[Weight]
 
 
-def to_transformers(state_dict: Mapping[str, Tensor], weights: Iterable[Weight]) -> dict[str, Tensor]:
+def to_transformers(
+    state_dict: Mapping[str, Tensor], weights: Iterable[Weight]
+) -> dict[str, Tensor]:
     """A state dict by the names of `transformers`, fp32."""
     found: dict[str, Tensor] = {}
     for one in weights:
@@ -85,7 +89,9 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(floats) if len(floats) > 1 else floats[0]
 
 
-def weight(ours: str, theirs: str, *, transposed: bool = False, shape: tuple[int, ...] | None = None) -> Weight:
+def weight(
+    ours: str, theirs: str, *, transposed: bool = False, shape: tuple[int, ...] | None = None
+) -> Weight:
     """A tensor with one name on each side."""
     return Weight((ours,), (theirs,), transposed, shape)
 
@@ -98,7 +104,10 @@ def pairs(ours: str, theirs: str) -> list[Weight]:
 def block_weights(ours: str, theirs: str) -> list[Weight]:
     """The weights of one of open_clip's own blocks."""
     weights = [
-        Weight((f"{ours}.attn.in_proj_{kind}",), tuple(f"{theirs}.self_attn.{part}_proj.{kind}" for part in "qkv"))
+        Weight(
+            (f"{ours}.attn.in_proj_{kind}",),
+            tuple(f"{theirs}.self_attn.{part}_proj.{kind}" for part in "qkv"),
+        )
         for kind in KINDS
     ]
     for one, other in {**_INNER, **_ADAPTED}.items():
@@ -115,7 +124,9 @@ def text_weights(text: Any, prefix: str) -> list[Weight]:
         *pairs(f"{prefix}ln_final", f"{theirs}.final_layer_norm"),
     ]
     for number in range(len(text.transformer.resblocks)):
-        weights += block_weights(f"{prefix}transformer.resblocks.{number}", f"{theirs}.encoder.layers.{number}")
+        weights += block_weights(
+            f"{prefix}transformer.resblocks.{number}", f"{theirs}.encoder.layers.{number}"
+        )
     return weights
 
 
@@ -142,7 +153,9 @@ def activation(layer: nn.Module) -> str:
 
 
 def blocks_lack(tower: Any, norms: list[Any]) -> str:
-    """How one of open_clip's own towers differs from what `transformers` computes; "" if it does not."""
+    """How one of open_clip's own towers differs from what `transformers` computes; "" if it does
+    not.
+    """
     blocks = list(tower.transformer.resblocks)
     for block in blocks:
         if type(block) is not ResidualAttentionBlock:

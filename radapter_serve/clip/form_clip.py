@@ -1,4 +1,6 @@
-"""CLIP's own form in `transformers`, `CLIPModel`: the same function as open_clip's own towers, and nothing beside."""
+"""CLIP's own form in `transformers`, `CLIPModel`: the same function as open_clip's own towers, and
+nothing beside.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,15 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import VisionTransformer
 from torch import nn
 
-from radapter_serve.clip.form import Form, block_weights, blocks_lack, pairs, text_weights, tower_config, weight
+from radapter_serve.clip.form import (
+    Form,
+    block_weights,
+    blocks_lack,
+    pairs,
+    text_weights,
+    tower_config,
+    weight,
+)
 from radapter_serve.clip.towers import pool_type, text_tower
 from radapter_serve.errors import RAdapterError
 
@@ -61,7 +71,9 @@ def form(model: Any, tokenizer: Any) -> Form:
         weight(projection, "text_projection.weight", transposed=not linear),
     ]
     for number in range(len(visual.transformer.resblocks)):
-        weights += block_weights(f"visual.transformer.resblocks.{number}", f"{image}.encoder.layers.{number}")
+        weights += block_weights(
+            f"visual.transformer.resblocks.{number}", f"{image}.encoder.layers.{number}"
+        )
     return Form("clip", config, weights)
 
 
@@ -75,9 +87,17 @@ def open_clip_config(config: Any) -> dict[str, Any]:
     activations = {image.hidden_act, text.hidden_act}
     quick = activations == {"quick_gelu"}
     if not quick and not activations <= {"gelu", "gelu_pytorch_tanh"}:
-        raise RAdapterError(f"its activations are {' and '.join(sorted(activations))}; allowed: quick_gelu, or gelu")
-    if text.eos_token_id not in (2, text.vocab_size - 1):  # 2 stands for the last one in early configurations
-        raise RAdapterError(f"its texts end with token {text.eos_token_id}; allowed: the last, {text.vocab_size - 1}")
+        raise RAdapterError(
+            f"its activations are {' and '.join(sorted(activations))}; allowed: quick_gelu, or gelu"
+        )
+    if text.eos_token_id not in (
+        2,
+        text.vocab_size - 1,
+    ):  # 2 stands for the last one in early configurations
+        raise RAdapterError(
+            f"its texts end with token {text.eos_token_id}; allowed: the last,"
+            f" {text.vocab_size - 1}"
+        )
     return {
         "embed_dim": config.projection_dim,
         "quick_gelu": quick,
@@ -121,7 +141,11 @@ def _image_lacks(visual: Any) -> str:
 def _text_lacks(text: Any, tokenizer: Any) -> str:
     if not hasattr(text, "token_embedding"):
         return f"its text tower is of the kind {type(text).__name__}"
-    if getattr(text, "cls_emb", None) is not None or text.attn_mask is None or pool_type(text) != "argmax":
+    if (
+        getattr(text, "cls_emb", None) is not None
+        or text.attn_mask is None
+        or pool_type(text) != "argmax"
+    ):
         return "its text tower pools in another way than at the end of a causal text"
     if text.text_projection is None or getattr(text.text_projection, "bias", None) is not None:
         return "its text tower has another projection than a matrix"

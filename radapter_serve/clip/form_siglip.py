@@ -1,4 +1,6 @@
-"""SigLIP's form in `transformers`, `SiglipModel`: timm's image tower, pooled by attention, and a text tower."""
+"""SigLIP's form in `transformers`, `SiglipModel`: timm's image tower, pooled by attention, and a
+text tower.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +32,28 @@ _BLOCK = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-_POOL = {"norm": "layernorm", "proj": "attention.out_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+_POOL = {
+    "norm": "layernorm",
+    "proj": "attention.out_proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
 
 
 def is_siglip(model: Any) -> bool:
-    """Whether the image tower is of SigLIP's kind: all else about the model is for `lacks` to say."""
+    """Whether the image tower is of SigLIP's kind: all else about the model is for `lacks` to
+    say.
+    """
     visual = model.visual
-    return isinstance(visual, TimmModel) and isinstance(getattr(visual.trunk, "attn_pool", None), AttentionPoolLatent)
+    return isinstance(visual, TimmModel) and isinstance(
+        getattr(visual.trunk, "attn_pool", None), AttentionPoolLatent
+    )
 
 
 def lacks(model: Any, tokenizer: Any) -> str:
-    """How an open_clip model of SigLIP's kind differs from all that `SiglipModel` can compute; "" if it does not."""
+    """How an open_clip model of SigLIP's kind differs from all that `SiglipModel` can compute; ""
+    if it does not.
+    """
     return _image_lacks(model.visual) or _text_lacks(model, tokenizer)
 
 
@@ -79,7 +92,11 @@ def form(model: Any, tokenizer: Any) -> Form:
     weights = [
         weight("logit_scale", "logit_scale", shape=(1,)),
         weight("logit_bias", "logit_bias", shape=(1,)),
-        weight(f"{ours}.pos_embed", f"{theirs}.embeddings.position_embedding.weight", shape=tuple(places)),
+        weight(
+            f"{ours}.pos_embed",
+            f"{theirs}.embeddings.position_embedding.weight",
+            shape=tuple(places),
+        ),
         *pairs(f"{ours}.patch_embed.proj", f"{theirs}.embeddings.patch_embedding"),
         *pairs(f"{ours}.norm", f"{theirs}.post_layernorm"),
         *_pool(f"{ours}.attn_pool", f"{theirs}.head"),
@@ -93,7 +110,10 @@ def form(model: Any, tokenizer: Any) -> Form:
 
 def _block(ours: str, theirs: str) -> list[Weight]:
     weights = [
-        Weight((f"{ours}.attn.qkv.{kind}",), tuple(f"{theirs}.self_attn.{part}_proj.{kind}" for part in "qkv"))
+        Weight(
+            (f"{ours}.attn.qkv.{kind}",),
+            tuple(f"{theirs}.self_attn.{part}_proj.{kind}" for part in "qkv"),
+        )
         for kind in KINDS
     ]
     for one, other in _BLOCK.items():
@@ -102,10 +122,13 @@ def _block(ours: str, theirs: str) -> list[Weight]:
 
 
 def _pool(ours: str, theirs: str) -> list[Weight]:
-    """Of the pooling, whose queries have a layer of their own in timm, and share one with keys and values here."""
+    """Of the pooling, whose queries have a layer of their own in timm, and share one with keys and
+    values here.
+    """
     weights = [weight(f"{ours}.latent", f"{theirs}.probe")]
     weights += [
-        Weight((f"{ours}.q.{kind}", f"{ours}.kv.{kind}"), (f"{theirs}.attention.in_proj_{kind}",)) for kind in KINDS
+        Weight((f"{ours}.q.{kind}", f"{ours}.kv.{kind}"), (f"{theirs}.attention.in_proj_{kind}",))
+        for kind in KINDS
     ]
     for one, other in _POOL.items():
         weights += pairs(f"{ours}.{one}", f"{theirs}.{other}")
@@ -114,10 +137,19 @@ def _pool(ours: str, theirs: str) -> list[Weight]:
 
 def _image_lacks(visual: Any) -> str:
     trunk, pool = visual.trunk, visual.trunk.attn_pool
-    if type(trunk) is not VisionTransformer or len(visual.head) or not isinstance(trunk.head, nn.Identity):
+    if (
+        type(trunk) is not VisionTransformer
+        or len(visual.head)
+        or not isinstance(trunk.head, nn.Identity)
+    ):
         return "its image tower has more than SigLIP's"
     nothing = [trunk.norm_pre, trunk.fc_norm, pool.q_norm, pool.k_norm]
-    if trunk.num_prefix_tokens or pool.pos_embed is not None or pool.latent_len != 1 or pool.mlp is None:
+    if (
+        trunk.num_prefix_tokens
+        or pool.pos_embed is not None
+        or pool.latent_len != 1
+        or pool.mlp is None
+    ):
         return "its image tower pools in another way than SigLIP's"
     if (
         trunk.pos_embed is None
@@ -129,7 +161,14 @@ def _image_lacks(visual: Any) -> str:
     for block in trunk.blocks:
         if type(block) is not Block:
             return f"its blocks are of the kind {type(block).__name__}"
-        nothing += [block.ls1, block.ls2, block.attn.q_norm, block.attn.k_norm, block.attn.norm, block.mlp.norm]
+        nothing += [
+            block.ls1,
+            block.ls2,
+            block.attn.q_norm,
+            block.attn.k_norm,
+            block.attn.norm,
+            block.mlp.norm,
+        ]
         norms += [block.norm1, block.norm2]
         activations.append(block.mlp.act)
     if not all(isinstance(layer, nn.Identity) for layer in nothing):
@@ -137,7 +176,10 @@ def _image_lacks(visual: Any) -> str:
     if {activation(layer) for layer in activations} not in ({"gelu"}, {"gelu_pytorch_tanh"}):
         return "its activations are not GELU"
     first: Any = trunk.blocks[0]
-    if pool.num_heads != first.attn.num_heads or pool.mlp.fc1.out_features != first.mlp.fc1.out_features:
+    if (
+        pool.num_heads != first.attn.num_heads
+        or pool.mlp.fc1.out_features != first.mlp.fc1.out_features
+    ):
         return "its pooling has other numbers than its blocks"
     return "its norms differ in their epsilon" if len({norm.eps for norm in norms}) > 1 else ""
 
@@ -148,10 +190,23 @@ def _text_lacks(model: Any, tokenizer: Any) -> str:
         return f"its text tower is of the kind {type(text).__name__}"
     if getattr(model, "logit_bias", None) is None:
         return "it has no bias on its logits"
-    if text is model or text.attn_mask is not None or text.use_pad_mask or pool_type(text) != "last":
+    if (
+        text is model
+        or text.attn_mask is not None
+        or text.use_pad_mask
+        or pool_type(text) != "last"
+    ):
         return "its text tower pools in another way than at the last place"
-    if not isinstance(text.text_projection, nn.Linear) or text.text_projection.bias is None or text.cls_emb is not None:
+    if (
+        not isinstance(text.text_projection, nn.Linear)
+        or text.text_projection.bias is None
+        or text.cls_emb is not None
+    ):
         return "its text tower has another projection than SigLIP's"
-    if not isinstance(tokenizer, HFTokenizer) or tokenizer.tokenizer_mode or tokenizer.strip_sep_token:
+    if (
+        not isinstance(tokenizer, HFTokenizer)
+        or tokenizer.tokenizer_mode
+        or tokenizer.strip_sep_token
+    ):
         return "its tokenizer is not of SigLIP's kind"
     return blocks_lack(text, [text.ln_final])

@@ -1,4 +1,6 @@
-"""A base that comes as a folder of the library `transformers`: a `CLIPModel` with its processor and tokenizer."""
+"""A base that comes as a folder of the library `transformers`: a `CLIPModel` with its processor and
+tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,12 @@ def read(folder: Path) -> tuple[nn.Module, dict[str, Any], SimpleTokenizer]:
     """Read a CLIP, and make it one of open_clip's.
 
     Args:
-        folder: with `config.json`, weights, `preprocessor_config.json` (or `processor_config.json`) and a tokenizer.
+        folder: with `config.json`, weights, `preprocessor_config.json` (or `processor_config.json`)
+            and a tokenizer.
 
     Returns:
-        The model in fp32, with open_clip's `preprocess_cfg`; open_clip's `model_cfg`; its tokenizer.
+        The model in fp32, with open_clip's `preprocess_cfg`; open_clip's `model_cfg`; its
+        tokenizer.
 
     Raises:
         RAdapterError: it is no CLIP, or does what open_clip can't; says what.
@@ -111,15 +115,20 @@ def _preprocess(theirs: dict[str, Any], image_size: tuple[int, int]) -> dict[str
     elif size == square and (not cropped or crop in (square, side)):
         mode = "squash"
     else:
-        raise RAdapterError(f"its images are resized to {size} and cropped to {crop if cropped else 'nothing'}")
+        raise RAdapterError(
+            f"its images are resized to {size} and cropped to {crop if cropped else 'nothing'}"
+        )
     if not all(theirs.get(name, True) for name in ("do_resize", "do_rescale", "do_normalize")):
         raise RAdapterError("its images are not resized, rescaled or normalised")
     if abs(theirs.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
-        raise RAdapterError(f"its pixels are multiplied by {theirs['rescale_factor']}; allowed: 1/255")
+        raise RAdapterError(
+            f"its pixels are multiplied by {theirs['rescale_factor']}; allowed: 1/255"
+        )
     interpolation = _INTERPOLATIONS.get(int(theirs.get("resample", 3)))
     if interpolation is None:
         raise RAdapterError(
-            f"its images are resized by Pillow's filter {theirs['resample']}; allowed: bilinear, bicubic"
+            f"its images are resized by Pillow's filter {theirs['resample']}; allowed: bilinear,"
+            " bicubic"
         )
     return {
         "size": image_size,

@@ -14,8 +14,9 @@ def templates_of(source: str | Path | Sequence[str]) -> list[str]:
     """Prompt templates.
 
     Args:
-        source: `openai` for OpenAI's 80 ImageNet templates, `vild` for ViLD's 63, `ovseg` for the 14 that OVSeg takes,
-            `simple` for one; a file with one template a line, one template, or a list of them; `{}` is the class.
+        source: `openai` for OpenAI's 80 ImageNet templates, `vild` for ViLD's 63, `ovseg` for the
+            14 that OVSeg takes, `simple` for one; a file with one template a line, one template, or
+            a list of them; `{}` is the class.
 
     Raises:
         RAdapterError: no such file, or a template without `{}`.

@@ -24,7 +24,8 @@ def encode_image(model: Any, pixels: Tensor) -> Tensor:
 
 
 def encode_text(model: Any, tokens: Tensor) -> Tensor:
-    """Embed texts; equal texts are encoded once, and causal towers see no more tokens than the longest text has.
+    """Embed texts; equal texts are encoded once, and causal towers see no more tokens than the
+    longest text has.
 
     Both are exact: a causal tower pools at the end token, which nothing after it can reach.
 
@@ -44,7 +45,8 @@ def encode_text(model: Any, tokens: Tensor) -> Tensor:
 
 
 def encode_texts(model: Any, tokens: Tensor, batch_size: int = 256) -> Tensor:
-    """Embed any number of texts, those of a length together: a causal tower sees no more tokens than the longest has.
+    """Embed any number of texts, those of a length together: a causal tower sees no more tokens
+    than the longest has.
 
     Args:
         model: an open_clip model.
@@ -56,7 +58,9 @@ def encode_texts(model: Any, tokens: Tensor, batch_size: int = 256) -> Tensor:
     """
     device = next(model.parameters()).device
     order = torch.argsort(tokens.ne(0).sum(dim=1), stable=True)
-    embeds = torch.cat([encode_text(model, tokens[some].to(device)) for some in torch.split(order, batch_size)])
+    embeds = torch.cat(
+        [encode_text(model, tokens[some].to(device)) for some in torch.split(order, batch_size)]
+    )
     return embeds[torch.argsort(order).to(device)]
 
 
@@ -64,7 +68,9 @@ def is_causal(model: nn.Module) -> bool:
     """Whether cropping a batch of texts to its longest one leaves the embeddings as they are."""
     text = text_tower(model)
     causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
-    return causal and not getattr(text, "use_pad_mask", False) and pool_type(text) in ("argmax", "eos")
+    return (
+        causal and not getattr(text, "use_pad_mask", False) and pool_type(text) in ("argmax", "eos")
+    )
 
 
 def text_tower(model: nn.Module) -> Any:
@@ -78,7 +84,9 @@ def pool_type(text: Any) -> str:
 
 
 def _longest(model: nn.Module, tokens: Tensor) -> int:
-    """One more than the last place where a row is pooled; id 0 pads but is a token too ("!"): it can't be counted."""
+    """One more than the last place where a row is pooled; id 0 pads but is a token too ("!"): it
+    can't be counted.
+    """
     text = text_tower(model)
     ends = tokens if pool_type(text) == "argmax" else tokens.eq(_eos_id(text)).int()
     return int(ends.argmax(dim=1).max()) + 1 if len(tokens) else tokens.shape[1]
@@ -89,11 +97,15 @@ def _eos_id(text: Any) -> Any:
 
 
 def causal_text_features(model: nn.Module, tokens: Tensor) -> Tensor:
-    """A causal text tower on texts of any length up to its context length: [N, L] to [N, D], not normalised."""
+    """A causal text tower on texts of any length up to its context length: [N, L] to [N, D], not
+    normalised.
+    """
     text = text_tower(model)
     length = tokens.shape[1]
     dtype = text.transformer.get_cast_dtype()
-    x: Tensor = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
+    x: Tensor = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(
+        dtype
+    )
     x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:length, :length]))
     x = text_global_pool(x, tokens, pool_type(text), eos_token_id=_eos_id(text))
     projection = text.text_projection

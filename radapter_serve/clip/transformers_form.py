@@ -19,7 +19,9 @@ def form_of(base: Base) -> Form:
     why = form_siglip.lacks(model, tokenizer) if siglip else form_clip.lacks(model, tokenizer)
     if why := why or _preprocess_lacks(base):
         name = "SiglipModel" if siglip else "CLIPModel"
-        raise RAdapterError(f"{base.name} has no form in transformers: {why}, which {name} can't compute")
+        raise RAdapterError(
+            f"{base.name} has no form in transformers: {why}, which {name} can't compute"
+        )
     return form_siglip.form(model, tokenizer) if siglip else form_clip.form(model, tokenizer)
 
 

@@ -1,6 +1,8 @@
-"""What may make a library run code that a model's folder brings or names, refused before any library reads it.
+"""What may make a library run code that a model's folder brings or names, refused before any
+library reads it.
 
-An adapter file names its base, and whoever made the file chose that name. So nothing in such a folder is trusted.
+An adapter file names its base, and whoever made the file chose that name. So nothing in such a
+folder is trusted.
 """
 
 from __future__ import annotations
@@ -13,10 +15,18 @@ from typing import Any
 
 from radapter_serve.errors import RAdapterError, reason, short
 
-# What open_clip's own configurations give to a tokenizer. It hands any other field on to `transformers`.
-_TOKENIZER_FIELDS = ("clean", "strip_sep_token", "language", "additional_special_tokens", "reduction_mask")
+# What open_clip's own configurations give to a tokenizer. It hands any other field on to
+# `transformers`.
+_TOKENIZER_FIELDS = (
+    "clean",
+    "strip_sep_token",
+    "language",
+    "additional_special_tokens",
+    "reduction_mask",
+)
 _ATTENTION = ("attn_implementation", "_attn_implementation", "experts_implementation")
-# Fields by which `transformers` imports code, reads another file in place of this one, or fetches a kernel.
+# Fields by which `transformers` imports code, reads another file in place of this one, or fetches a
+# kernel.
 _CODE_FIELDS = (
     "auto_map",
     "trust_remote_code",
@@ -48,13 +58,19 @@ def _check_open_clip(path: Path) -> None:
     model = config.get("model_cfg") if isinstance(config, dict) else None
     if not isinstance(model, dict):
         return  # no configuration of open_clip's; whoever reads it says so
-    image, text, more = (_table(model, name) for name in ("vision_cfg", "text_cfg", "multimodal_cfg"))
+    image, text, more = (
+        _table(model, name) for name in ("vision_cfg", "text_cfg", "multimodal_cfg")
+    )
     for field in _table(text, "tokenizer_kwargs"):
         if field not in _TOKENIZER_FIELDS:
-            raise _refused(path, f"tokenizer_kwargs.{field}", f"allowed are {', '.join(_TOKENIZER_FIELDS)}")
+            raise _refused(
+                path, f"tokenizer_kwargs.{field}", f"allowed are {', '.join(_TOKENIZER_FIELDS)}"
+            )
     name = image.get("timm_model_name")
     if name is not None and not _TIMM_NAME.fullmatch(str(name)):
-        raise _refused(path, f"timm_model_name {short(name)}", "allowed is the name of one of timm's models")
+        raise _refused(
+            path, f"timm_model_name {short(name)}", "allowed is the name of one of timm's models"
+        )
     for tower in (text, more):
         if tower.get("hf_model_name"):
             _check_configs(_folder_of_config(str(tower["hf_model_name"])))
@@ -64,14 +80,17 @@ def _check_configs(folder: Path) -> None:
     """Look into all configurations that `transformers` may read from a folder."""
     if (folder / "adapter_config.json").exists():
         raise RAdapterError(
-            f"{folder} holds adapter_config.json, an adapter of peft; merge it into the weights, and delete it"
+            f"{folder} holds adapter_config.json, an adapter of peft; merge it into the weights,"
+            " and delete it"
         )
     for path in sorted(folder.glob("*config*.json")):
         for field, value in _fields(_read(path)):
             if field in _CODE_FIELDS:
                 raise _refused(path, field, "a base may not bring code of its own")
             if field in _ATTENTION and "/" in json.dumps(value):
-                raise _refused(path, f"{field} {short(value)}", "a base may not bring code of its own")
+                raise _refused(
+                    path, f"{field} {short(value)}", "a base may not bring code of its own"
+                )
 
 
 def _folder_of_config(name: str) -> Path:
@@ -82,7 +101,9 @@ def _folder_of_config(name: str) -> Path:
 
     try:
         return Path(hf_hub_download(name, "config.json")).parent
-    except Exception as error:  # the hub and the network raise many kinds, and all mean: no such model here
+    except (
+        Exception
+    ) as error:  # the hub and the network raise many kinds, and all mean: no such model here
         where = f"the text tower {short(name)} from the Hugging Face hub"
         raise RAdapterError(f"could not get {where}: {reason(error)}") from error
 

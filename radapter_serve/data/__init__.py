@@ -1,6 +1,7 @@
 """Data for training and evaluation: rows of images with their labels, captions or masks.
 
-It reads and checks; what is learned or measured from the data lives in `training/` and `evaluation/`.
+It reads and checks; what is learned or measured from the data lives in `training/` and
+`evaluation/`.
 """
 
 from radapter_serve.data.captions import Captioned, CaptionedImage, load_captioned
@@ -14,7 +15,14 @@ from radapter_serve.data.labelled import (
 )
 from radapter_serve.data.masked import load_masked
 from radapter_serve.data.masks import IGNORE, Masked, MaskedImage
-from radapter_serve.data.rows import READERS, BrokenImage, ImageColumn, LabelledImages, TrainingData, open_rows
+from radapter_serve.data.rows import (
+    READERS,
+    BrokenImage,
+    ImageColumn,
+    LabelledImages,
+    TrainingData,
+    open_rows,
+)
 from radapter_serve.data.run_data import run_data, validation_data
 
 __all__ = [

@@ -14,7 +14,14 @@ from typing import Any
 import datasets
 from PIL import Image
 
-from radapter_serve.data.rows import BrokenImage, ImageColumn, image_source, open_rows, share_of, value_at
+from radapter_serve.data.rows import (
+    BrokenImage,
+    ImageColumn,
+    image_source,
+    open_rows,
+    share_of,
+    value_at,
+)
 from radapter_serve.errors import RAdapterError
 
 _BLOCK = 1000  # rows in memory at once
@@ -30,12 +37,14 @@ class CaptionedImage:
 
 @dataclass
 class Captioned(ImageColumn):
-    """Images with captions; the label of a pair is the image's identity: its path, or the digest of its bytes.
+    """Images with captions; the label of a pair is the image's identity: its path, or the digest of
+    its bytes.
 
     Attributes:
         table: a Hugging Face data set with a caption or a list of captions a row, or its stream.
         images: every image of the table once; none of a stream.
-        image_column, caption_column: names of the two columns; `json.caption` is the field of a column `json`.
+        image_column, caption_column: names of the two columns; `json.caption` is the field of a
+            column `json`.
         folder: what relative image paths are relative to.
         captions_per_image: texts of a training pair.
         exif_orientation: turn images as their EXIF says.
@@ -51,7 +60,9 @@ class Captioned(ImageColumn):
 
     @cached_property
     def rows(self) -> Any:
-        """What training goes through: the captions, or with several of them a pair the images, or the stream."""
+        """What training goes through: the captions, or with several of them a pair the images, or
+        the stream.
+        """
         if isinstance(self.table, datasets.IterableDataset):
             return self.table
         numbered = list(enumerate(image.captions for image in self.images))
@@ -60,17 +71,24 @@ class Captioned(ImageColumn):
         return [(number, (caption,)) for number, captions in numbered for caption in captions]
 
     def pair(self, row: Any, draw: random.Random) -> tuple[Image.Image, int, str | list[str]]:
-        """The image, its number, and captions drawn of its own; where there are too few, some come again."""
+        """The image, its number, and captions drawn of its own; where there are too few, some come
+        again.
+        """
         if isinstance(row, tuple):
             (label, captions), row = row, self.table[self.images[row[0]].row]
         else:
             label, captions = self._of_stream(row)
         image, count = self.image(row), self.captions_per_image
         texts = draw.sample(captions, len(captions))
-        return image, label, texts[0] if count == 1 else [texts[index % len(texts)] for index in range(count)]
+        return (
+            image,
+            label,
+            texts[0] if count == 1 else [texts[index % len(texts)] for index in range(count)],
+        )
 
     def held_out(self, fraction: float, seed: int) -> tuple[Captioned, Captioned]:
-        """The data without a share of the images, drawn by the seed, and that share; captions stay with their image.
+        """The data without a share of the images, drawn by the seed, and that share; captions stay
+        with their image.
 
         Raises:
             RAdapterError: there is one image alone.
@@ -78,18 +96,24 @@ class Captioned(ImageColumn):
         images = random.Random(seed).sample(list(self.images), len(self.images))
         count = share_of(len(images), fraction)
         if not count:
-            raise RAdapterError(f"val_fraction is {fraction} but there is one image; name validation data")
-        return dataclasses.replace(self, images=images[count:]), dataclasses.replace(self, images=images[:count])
+            raise RAdapterError(
+                f"val_fraction is {fraction} but there is one image; name validation data"
+            )
+        return dataclasses.replace(self, images=images[count:]), dataclasses.replace(
+            self, images=images[:count]
+        )
 
     def _of_stream(self, row: Any) -> tuple[int, tuple[str, ...]]:
         value = value_at(row, self.caption_column)
         captions = _texts(value)
         if not captions:
-            raise BrokenImage(f"image {self.name(row)} has no text in {self.caption_column!r}: {value!r}")
+            raise BrokenImage(
+                f"image {self.name(row)} has no text in {self.caption_column!r}: {value!r}"
+            )
         if isinstance(value, str) and self.captions_per_image > 1:
             raise RAdapterError(
-                f"captions_per_image is {self.captions_per_image} but a row of the stream has one caption; "
-                f"allowed: 1, or a column with lists of captions, or no --streaming"
+                f"captions_per_image is {self.captions_per_image} but a row of the stream has one"
+                " caption; allowed: 1, or a column with lists of captions, or no --streaming"
             )
         return int(image_identity(row.get(self.image_column))[:15], 16), captions
 
@@ -107,22 +131,26 @@ def load_captioned(
     """Open images with captions; rows of the same image belong together.
 
     Args:
-        spec: `csv:FILE`, `parquet:FILE`, ..., as of `load_labelled`; `karpathy:FILE@SPLIT` is a file of Karpathy's
-            splits, `@train+restval` two of them as one.
+        spec: `csv:FILE`, `parquet:FILE`, ..., as of `load_labelled`; `karpathy:FILE@SPLIT` is a
+            file of Karpathy's splits, `@train+restval` two of them as one.
         image_column: paths, bytes or images.
         caption_column: a text or a list of texts; `json.caption` is the field of a column `json`.
         captions_per_image: texts of a training pair, 1 or more.
         images: folder that relative paths start from; None takes that of the file.
         streaming: read row by row.
-        broken: takes the names of rows without a caption, which are then left out; None refuses them.
+        broken: takes the names of rows without a caption, which are then left out; None refuses
+            them.
 
     Raises:
-        RAdapterError: it can't be read, a column is missing, a caption is empty, or no image has as many captions.
+        RAdapterError: it can't be read, a column is missing, a caption is empty, or no image has as
+            many captions.
     """
     columns = {image_column: "--image-column", caption_column: "--caption-column"}
     rows = open_rows(spec, columns, streaming=streaming)
     table = rows.table
-    data = Captioned(table, [], image_column, caption_column, images or rows.folder, captions_per_image)
+    data = Captioned(
+        table, [], image_column, caption_column, images or rows.folder, captions_per_image
+    )
     if streaming:
         return data
     first: dict[str, int] = {}
@@ -132,7 +160,9 @@ def load_captioned(
         if not captions:
             line = f"row {number + 1} of {spec} has no text in {caption_column!r}: {value!r}"
             if broken is None:
-                raise RAdapterError(f"{line}; mend it, or leave such rows out with --on-broken skip")
+                raise RAdapterError(
+                    f"{line}; mend it, or leave such rows out with --on-broken skip"
+                )
             broken.append(line)
             continue
         key = image_identity(image)
@@ -143,12 +173,17 @@ def load_captioned(
     if not most:
         raise RAdapterError(f"{spec} holds no images with captions")
     if most < captions_per_image:
-        raise RAdapterError(f"captions_per_image is {captions_per_image} but no image of {spec} has more than {most}")
+        raise RAdapterError(
+            f"captions_per_image is {captions_per_image} but no image of {spec} has more than"
+            f" {most}"
+        )
     return data
 
 
 def image_identity(value: Any) -> str:
-    """A digest that tells an image from others: of its bytes where the column holds them, else of its path."""
+    """A digest that tells an image from others: of its bytes where the column holds them, else of
+    its path.
+    """
     source = image_source(value)
     return hashlib.sha256(source if isinstance(source, bytes) else source.encode()).hexdigest()
 
@@ -160,8 +195,13 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 
 def _values(table: Any, image_column: str, caption_column: str) -> Iterator[tuple[int, Any, Any]]:
-    """Number, image and caption of each row, block by block: a table's images may be larger than memory."""
-    names = [name if name in table.column_names else name.partition(".")[0] for name in (image_column, caption_column)]
+    """Number, image and caption of each row, block by block: a table's images may be larger than
+    memory.
+    """
+    names = [
+        name if name in table.column_names else name.partition(".")[0]
+        for name in (image_column, caption_column)
+    ]
     for start, block in enumerate(table.select_columns(list(dict.fromkeys(names))).iter(_BLOCK)):
         for offset in range(len(block[names[0]])):
             row = {name: values[offset] for name, values in block.items()}

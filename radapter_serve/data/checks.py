@@ -1,4 +1,6 @@
-"""All that is wrong with the data of a run, found at once and before anything is loaded or fetched."""
+"""All that is wrong with the data of a run, found at once and before anything is loaded or
+fetched.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,9 @@ def _images(data: Labelled | Captioned | Masked) -> _Images:
         def paths_of_masked(start: int) -> Sequence[Path]:
             return [image.path for image in files[start : start + _BLOCK]]
 
-        return _Images(files, paths_of_masked, lambda image: image.data(), lambda image: str(image.path))
+        return _Images(
+            files, paths_of_masked, lambda image: image.data(), lambda image: str(image.path)
+        )
     table = data.rows if isinstance(data, Labelled) else data.table
     if isinstance(table, datasets.IterableDataset):
         return _Images([], lambda start: [], data.data, data.name)
@@ -120,7 +124,9 @@ def _images(data: Labelled | Captioned | Masked) -> _Images:
 
 
 def equal_names(data: Labelled | Masked) -> list[str]:
-    """Classes whose names CLIP reads as the same, which differ in case, spaces and underscores alone."""
+    """Classes whose names CLIP reads as the same, which differ in case, spaces and underscores
+    alone.
+    """
     own = data.own if isinstance(data, Labelled) else data.classes
     same: dict[str, list[str]] = {}
     for name, line in zip(own, data.classes, strict=True):

@@ -27,7 +27,8 @@ def read_class_ids(path: Path) -> dict[int, str]:
         blank = next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
         if blank is not None:
             raise RAdapterError(
-                f"{path}, line {blank} is blank: fill it (an id without a class is `unlabeled`), or remove it"
+                f"{path}, line {blank} is blank: fill it (an id without a class is `unlabeled`), or"
+                " remove it"
             )
         return numbered
     try:
@@ -37,7 +38,9 @@ def read_class_ids(path: Path) -> dict[int, str]:
         raise RAdapterError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, yaml.YAMLError) as error:
         raise RAdapterError(f"cannot read the classes {path}: {reason(error)}") from None
-    wrong = RAdapterError(f'{path} must map class ids to names, such as {{"0": "unlabeled", "1": "cat, kitty"}}')
+    wrong = RAdapterError(
+        f'{path} must map class ids to names, such as {{"0": "unlabeled", "1": "cat, kitty"}}'
+    )
     if not isinstance(values, dict) or not values:
         raise wrong
     names: dict[int, str] = {}
@@ -49,7 +52,8 @@ def read_class_ids(path: Path) -> dict[int, str]:
 
 
 def number_classes(names: Mapping[int, str]) -> tuple[dict[int, int], list[str]]:
-    """The number of each id's class, and the classes in the order of these numbers, synonyms after commas.
+    """The number of each id's class, and the classes in the order of these numbers, synonyms after
+    commas.
 
     Args:
         names: of the ids; those that are ignored get no number, ids of one name get one.
@@ -79,6 +83,6 @@ def find_class_file(folder: Path) -> Path:
             if (parent / name).is_file():
                 return parent / name
     raise RAdapterError(
-        f"no {', '.join(_CLASS_FILES)} in {folder} or beside it; write one (one class a line, the first is id 0), or "
-        "name a file: --classes FILE, or `classes` in a suite"
+        f"no {', '.join(_CLASS_FILES)} in {folder} or beside it; write one (one class a line, the"
+        " first is id 0), or name a file: --classes FILE, or `classes` in a suite"
     )

@@ -1,4 +1,6 @@
-"""The name that a prompt has for each class of a data set: the data's own, of a class file, or CLIP's for ImageNet."""
+"""The name that a prompt has for each class of a data set: the data's own, of a class file, or
+CLIP's for ImageNet.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +16,29 @@ _WORDNET_ID = re.compile(r"n\d{8}")
 
 
 def imagenet_classes() -> dict[str, str]:
-    """CLIP's name of each class of ImageNet, by its WordNet id and by its number as text; two names occur twice."""
+    """CLIP's name of each class of ImageNet, by its WordNet id and by its number as text; two names
+    occur twice.
+    """
     import open_clip
     from timm.data.imagenet_info import ImageNetInfo
 
     names = open_clip.IMAGENET_CLASSNAMES
     ids = ImageNetInfo("imagenet-1k").label_names()  # type: ignore[no-untyped-call]
-    return {**dict(zip(ids, names, strict=True)), **{str(index): name for index, name in enumerate(names)}}
+    return {
+        **dict(zip(ids, names, strict=True)),
+        **{str(index): name for index, name in enumerate(names)},
+    }
 
 
 def refuse_wordnet_ids(names: Sequence[str]) -> None:
-    """Refuse names that are all WordNet ids: a prompt with "n01440764" in it says nothing to CLIP."""
+    """Refuse names that are all WordNet ids: a prompt with "n01440764" in it says nothing to
+    CLIP.
+    """
     if names and all(_WORDNET_ID.fullmatch(name) for name in names):
         raise RAdapterError(
-            f"the classes are named by WordNet ids ({', '.join(names[:3])}, ...), which CLIP can't read; "
-            f"give CLIP's names for them with --classes {IMAGENET}, or a file with lines such as '{names[0]}: tench'"
+            f"the classes are named by WordNet ids ({', '.join(names[:3])}, ...), which CLIP can't"
+            f" read; give CLIP's names for them with --classes {IMAGENET}, or a file with lines"
+            f" such as '{names[0]}: tench'"
         )
 
 
@@ -45,12 +55,15 @@ def prompt_names(
 
     Args:
         own: names that the data has for its classes; None where it has none.
-        classes: class file, `imagenet`, or None for the data's own names, in which underscores become spaces. A line of
-            the file is `own name: name for prompts` or a name alone; synonyms of the latter stand after commas.
+        classes: class file, `imagenet`, or None for the data's own names, in which underscores
+            become spaces. A line of the file is `own name: name for prompts` or a name alone;
+            synonyms of the latter stand after commas.
         spec: what to call the data in a message.
-        by_name: labels are names rather than numbers of `own`; then the classes and their order are those of the file.
+        by_name: labels are names rather than numbers of `own`; then the classes and their order are
+            those of the file.
         whole: the data's own names are those of folders, in which a comma parts no synonyms.
-        every_class: refuse lines of the file that are no class of the data; else these classes are listed last.
+        every_class: refuse lines of the file that are no class of the data; else these classes are
+            listed last.
 
     Returns:
         The data's own name of each class, and its name for prompts with synonyms after commas.
@@ -60,7 +73,10 @@ def prompt_names(
     """
     if classes is None:
         if own is None:
-            raise RAdapterError(f"{spec} does not name its classes; give a file with one class a line: --classes FILE")
+            raise RAdapterError(
+                f"{spec} does not name its classes; give a file with one class a line: --classes"
+                " FILE"
+            )
         shown = [name.replace("_", " ") for name in own]
         shown = [join_label([name]) for name in shown] if whole else shown
     elif str(classes) == IMAGENET:
@@ -69,15 +85,27 @@ def prompt_names(
         lines = _read(classes, own or ())
         if own is None or by_name:
             own, shown = [key or line for key, line in lines], [line for _, line in lines]
-            if all(name.isdecimal() for name in own) and own != [str(index) for index in range(len(own))]:
-                raise RAdapterError(f"the class file {classes} must number its lines from 0 on, in order")
+            if all(name.isdecimal() for name in own) and own != [
+                str(index) for index in range(len(own))
+            ]:
+                raise RAdapterError(
+                    f"the class file {classes} must number its lines from 0 on, in order"
+                )
         else:
             own, shown = _matched(own, lines, classes, spec, every_class)
             if whole:  # a line that is the folder's name and no more
-                shown = [join_label([line]) if line == name else line for name, line in zip(own, shown, strict=True)]
-    nameless = next((name for name, line in zip(own, shown, strict=True) if not split_label(line)), None)
+                shown = [
+                    join_label([line]) if line == name else line
+                    for name, line in zip(own, shown, strict=True)
+                ]
+    nameless = next(
+        (name for name, line in zip(own, shown, strict=True) if not split_label(line)), None
+    )
     if nameless is not None:
-        raise RAdapterError(f"the class {nameless!r} of {spec} has no name for a prompt; rename it, or see --classes")
+        raise RAdapterError(
+            f"the class {nameless!r} of {spec} has no name for a prompt; rename it, or see"
+            " --classes"
+        )
     return list(own), shown
 
 
@@ -89,39 +117,62 @@ def _of_imagenet(own: Sequence[str] | None, spec: str) -> tuple[Sequence[str], l
     unknown = [name for name in own if name not in known]
     if unknown:
         raise RAdapterError(
-            f"{spec} has the class {unknown[0]!r} ({len(unknown)} such of {len(own)}), which is no class of ImageNet; "
-            f"--classes {IMAGENET} knows WordNet ids such as n01440764 and the numbers 0 to 999; "
-            f"for other data give a class file, or --classes none"
+            f"{spec} has the class {unknown[0]!r} ({len(unknown)} such of {len(own)}), which is no"
+            f" class of ImageNet; --classes {IMAGENET} knows WordNet ids such as n01440764 and the"
+            " numbers 0 to 999; for other data give a class file, or --classes none"
         )
     return own, [known[name] for name in own]
 
 
 def _is_imagenet(own: Sequence[str]) -> bool:
-    """Whether these are ImageNet's 1,000 classes in its order, by the names that WordNet has for them."""
+    """Whether these are ImageNet's 1,000 classes in its order, by the names that WordNet has for
+    them.
+    """
     from timm.data.imagenet_info import ImageNetInfo
 
     words = ImageNetInfo("imagenet-1k").label_descriptions()  # type: ignore[no-untyped-call]
     same = [set(split_label(a)) & set(split_label(b)) for a, b in zip(own, words, strict=False)]
-    return len(own) == len(words) and sum(map(bool, same)) >= 900  # some spell a few of them otherwise
+    return (
+        len(own) == len(words) and sum(map(bool, same)) >= 900
+    )  # some spell a few of them otherwise
 
 
 def _read(path: Path, own: Sequence[str]) -> list[tuple[str | None, str]]:
-    """The lines of a class file: what stands before a colon, if it is not a part of a name, and the name."""
+    """The lines of a class file: what stands before a colon, if it is not a part of a name, and the
+    name.
+    """
     lines: list[tuple[str | None, str]] = []
     for line in read_label_file(path):
         key, colon, name = line.partition(": ")
-        plain = not colon or not split_label(name) or line in own or not set(split_label(line)).isdisjoint(own)
+        plain = (
+            not colon
+            or not split_label(name)
+            or line in own
+            or not set(split_label(line)).isdisjoint(own)
+        )
         lines.append((None, line) if plain else (key.strip(), name.strip()))
     return lines
 
 
 def _matched(
-    own: Sequence[str], lines: Sequence[tuple[str | None, str]], path: Path, spec: str, every_class: bool
+    own: Sequence[str],
+    lines: Sequence[tuple[str | None, str]],
+    path: Path,
+    spec: str,
+    every_class: bool,
 ) -> tuple[list[str], list[str]]:
-    """The own names and the line of each, in whatever order the file has them; last the lines that are left."""
+    """The own names and the line of each, in whatever order the file has them; last the lines that
+    are left.
+    """
     index: dict[str, int] = {}
-    for kind in (lambda line: split_label(line), lambda line: split_label(line)[:1], lambda line: [line]):
-        for number, (key, line) in enumerate(lines):  # a first name beats a synonym, the whole line both
+    for kind in (
+        lambda line: split_label(line),
+        lambda line: split_label(line)[:1],
+        lambda line: [line],
+    ):
+        for number, (key, line) in enumerate(
+            lines
+        ):  # a first name beats a synonym, the whole line both
             index |= {_plain(name): number for name in ([key] if key else kind(line))}
     index |= {key: number for number, (key, _) in enumerate(lines) if key}
     found = [index.get(name, index.get(_plain(name), -1)) for name in own]
@@ -130,9 +181,9 @@ def _matched(
     unused = [lines[number][0] or lines[number][1] for number in rest]
     if without or (unused and every_class) or len(set(found)) < len(found):
         raise RAdapterError(
-            f"the class file {path} does not match the {len(own)} classes of {spec}: "
-            f"without a line: {some(without)}; without a class: {some(unused)}; "
-            f"write one line for each class, such as '{(without or list(own))[0]}: name for prompts'"
+            f"the class file {path} does not match the {len(own)} classes of {spec}: without a"
+            f" line: {some(without)}; without a class: {some(unused)}; write one line for each"
+            f" class, such as '{(without or list(own))[0]}: name for prompts'"
         )
     return [*own, *unused], [lines[number][1] for number in (*found, *rest)]
 

@@ -20,7 +20,8 @@ def load_coco(file: Path, classes: Path | None, images: Path | None) -> Masked:
     """Open a file of COCO annotations, panoptic or of instances, as `load_masked` says.
 
     Raises:
-        RAdapterError: it can't be read, names what it does not list, or an image or a mask is missing.
+        RAdapterError: it can't be read, names what it does not list, or an image or a mask is
+            missing.
     """
     try:
         content = json.loads(file.read_bytes())
@@ -40,11 +41,14 @@ def load_coco(file: Path, classes: Path | None, images: Path | None) -> Masked:
         masked = (_panoptic if panoptic else _instances)(file, folder, annotations, listed, index)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise RAdapterError(
-            f"{file} is no annotation file of COCO ({type(error).__name__}: {reason(error)}); it needs images, "
-            "categories and annotations, these with segments_info (panoptic) or segmentation (instances)"
+            f"{file} is no annotation file of COCO ({type(error).__name__}: {reason(error)}); it"
+            " needs images, categories and annotations, these with segments_info (panoptic) or"
+            " segmentation (instances)"
         ) from None
     if not masked:
-        raise RAdapterError(f"{file} has no segment of a class that is named; its categories: {_some(categories)}")
+        raise RAdapterError(
+            f"{file} has no segment of a class that is named; its categories: {_some(categories)}"
+        )
     _check_files(
         [image.path for image in masked],
         folder,
@@ -54,23 +58,32 @@ def load_coco(file: Path, classes: Path | None, images: Path | None) -> Masked:
     return Masked(masked, entries)
 
 
-def _check_ids(file: Path, row: dict[str, Any], categories: dict[int, str], listed: dict[int, Any]) -> None:
+def _check_ids(
+    file: Path, row: dict[str, Any], categories: dict[int, str], listed: dict[int, Any]
+) -> None:
     if row["image_id"] not in listed:
-        raise RAdapterError(f"{file} has an annotation of the image {row['image_id']}, which its images do not list")
+        raise RAdapterError(
+            f"{file} has an annotation of the image {row['image_id']}, which its images do not list"
+        )
     for segment in row.get("segments_info", [row]):
         if segment["category_id"] not in categories:
             raise RAdapterError(
-                f"{file} has an annotation of the category {segment['category_id']}, which its categories do not list: "
-                f"{_some(categories)}"
+                f"{file} has an annotation of the category {segment['category_id']}, which its"
+                f" categories do not list: {_some(categories)}"
             )
 
 
-def _panoptic(file: Path, folder: Path, annotations: Any, listed: Any, index: dict[int, int]) -> list[MaskedImage]:
+def _panoptic(
+    file: Path, folder: Path, annotations: Any, listed: Any, index: dict[int, int]
+) -> list[MaskedImage]:
     masks = file.with_suffix("")
     found: list[MaskedImage] = []
     for row in annotations:
         path = folder / listed[row["image_id"]]["file_name"]
-        labels = {segment["id"]: index.get(segment["category_id"], IGNORE) for segment in row["segments_info"]}
+        labels = {
+            segment["id"]: index.get(segment["category_id"], IGNORE)
+            for segment in row["segments_info"]
+        }
         if any(label != IGNORE for label in labels.values()):
             areas = [segment.get("area") for segment in row["segments_info"]]
             found.append(Panoptic(path.name, path, masks / row["file_name"], labels, areas))
@@ -79,12 +92,15 @@ def _panoptic(file: Path, folder: Path, annotations: Any, listed: Any, index: di
     return found
 
 
-def _instances(file: Path, folder: Path, annotations: Any, listed: Any, index: dict[int, int]) -> list[MaskedImage]:
+def _instances(
+    file: Path, folder: Path, annotations: Any, listed: Any, index: dict[int, int]
+) -> list[MaskedImage]:
     try:
         import pycocotools.mask  # noqa: F401
     except ImportError:
         raise RAdapterError(
-            f"the instances of {file} need pycocotools, which is not installed; {install_command('train')}"
+            f"the instances of {file} need pycocotools, which is not installed;"
+            f" {install_command('train')}"
         ) from None
     objects: dict[int, list[tuple[int, bytes]]] = {}
     for row in annotations:
@@ -95,7 +111,9 @@ def _instances(file: Path, folder: Path, annotations: Any, listed: Any, index: d
     found: list[MaskedImage] = []
     for id_, some in objects.items():
         path = folder / listed[id_]["file_name"]
-        found.append(Instances(path.name, path, (listed[id_]["width"], listed[id_]["height"]), some))
+        found.append(
+            Instances(path.name, path, (listed[id_]["width"], listed[id_]["height"]), some)
+        )
     return found
 
 
@@ -117,8 +135,8 @@ class Panoptic(MaskedImage):
         image = open_mask(self.mask_path)
         if image.mode != "RGB":
             raise RAdapterError(
-                f"the mask {self.mask_path} is a picture in {image.mode}; a panoptic mask is a PNG in RGB, whose "
-                "colour, R + 256 G + 65536 B, is the id of the segment"
+                f"the mask {self.mask_path} is a picture in {image.mode}; a panoptic mask is a PNG"
+                " in RGB, whose colour, R + 256 G + 65536 B, is the id of the segment"
             )
         image = self._fit(image, f"the mask {self.mask_path}")
         ids = np.asarray(image).astype(np.int32) @ np.array([1, 256, 65536], np.int32)
@@ -127,8 +145,8 @@ class Panoptic(MaskedImage):
         if sum(areas) + int((ids == 0).sum()) != ids.size or 0 in areas:
             wrong = sorted(set(np.unique(ids).tolist()) - {0} ^ set(self.labels))
             raise RAdapterError(
-                f"the mask {self.mask_path} and its annotation do not belong together: the segments "
-                f"{', '.join(map(str, wrong[:5]))} are in one of them alone"
+                f"the mask {self.mask_path} and its annotation do not belong together: the segments"
+                f" {', '.join(map(str, wrong[:5]))} are in one of them alone"
             )
         return [(label, inside) for label, inside in segments if label != IGNORE]
 
@@ -145,7 +163,8 @@ class Instances(MaskedImage):
 
     Attributes:
         size: width and height that the file says the image has.
-        objects: class and compressed run lengths; JSON's polygons, 860,000 in COCO, would fill gigabytes.
+        objects: class and compressed run lengths; JSON's polygons, 860,000 in COCO, would fill
+            gigabytes.
     """
 
     size: tuple[int, int]
@@ -164,16 +183,22 @@ class Instances(MaskedImage):
         return [(label, int(coco.area(runs))) for label, runs in self._coded()]
 
     def _coded(self) -> list[tuple[int, dict[str, Any]]]:
-        return [(label, {"size": list(self.size[::-1]), "counts": runs}) for label, runs in self.objects]
+        return [
+            (label, {"size": list(self.size[::-1]), "counts": runs}) for label, runs in self.objects
+        ]
 
 
 def rle_of(segmentation: Any, name: str, width: int, height: int) -> bytes:
-    """The compressed run lengths of what JSON has: polygons, or run lengths as a list or compressed."""
+    """The compressed run lengths of what JSON has: polygons, or run lengths as a list or
+    compressed.
+    """
     from pycocotools import mask as coco
 
     try:
         if isinstance(segmentation, list):
-            if not segmentation or any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
+            if not segmentation or any(
+                len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation
+            ):
                 raise ValueError("a polygon needs three points or more")
             runs = coco.merge(coco.frPyObjects(segmentation, height, width))
         elif list(segmentation["size"]) != [height, width]:
@@ -196,7 +221,10 @@ def rle_of(segmentation: Any, name: str, width: int, height: int) -> bytes:
 def _check_files(paths: list[Path], folder: Path, what: str, hint: str) -> None:
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise RAdapterError(f"no {what} {missing[0]} ({len(missing)} of {len(paths)} are missing in {folder}); {hint}")
+        raise RAdapterError(
+            f"no {what} {missing[0]} ({len(missing)} of {len(paths)} are missing in {folder});"
+            f" {hint}"
+        )
 
 
 def _some(names: dict[int, str]) -> str:

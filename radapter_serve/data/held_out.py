@@ -21,10 +21,12 @@ class OtherImages(RAdapterError):
 
 
 def held_out_digest(data: Labelled | Captioned | Masked | SegmentCrops) -> str:
-    """`sha256:` over the names of images: paths below the folder that holds them all, so that it may move.
+    """`sha256:` over the names of images: paths below the folder that holds them all, so that it
+    may move.
 
     Args:
-        data: what is held out. An image that a table holds as bytes has the SHA-256 of these as its name.
+        data: what is held out. An image that a table holds as bytes has the SHA-256 of these as its
+            name.
     """
     paths = [Path(_name(value)).absolute() for value in _values(data)]
     folder = os.path.commonpath([path.parent for path in paths])
@@ -45,9 +47,10 @@ def check_held_out(data: Labelled | Captioned | Masked, digest: str, place: str)
     """
     if held_out_digest(data) != digest:
         raise OtherImages(
-            f"{place} has changed since training: the share that val_fraction draws now holds images that the run was "
-            f"trained with. Bring back the files as they were, or name other validation data: sets with "
-            f"`split: validation` in a suite for radapter-eval, --validation DATA or none for radapter-export"
+            f"{place} has changed since training: the share that val_fraction draws now holds"
+            " images that the run was trained with. Bring back the files as they were, or name"
+            " other validation data: sets with `split: validation` in a suite for radapter-eval,"
+            " --validation DATA or none for radapter-export"
         )
 
 

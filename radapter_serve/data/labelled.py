@@ -29,9 +29,10 @@ class Labelled(ImageColumn, LabelledImages):
         image_column, label_column: names of the two columns.
         folder: what relative image paths are relative to.
         templates: prompt templates with `{}`, of which a training pair draws one.
-        own: what the data itself calls the classes, such as the names of their folders; empty where it is the same.
-        numbers: the number that each class has in the data, where labels are numbers; None where it has none. Empty
-            where the data has all classes in this order.
+        own: what the data itself calls the classes, such as the names of their folders; empty where
+            it is the same.
+        numbers: the number that each class has in the data, where labels are numbers; None where it
+            has none. Empty where the data has all classes in this order.
         exif_orientation: turn images as their EXIF says.
         left_out: number of files in class folders that are no images, by the end of their names.
     """
@@ -53,7 +54,9 @@ class Labelled(ImageColumn, LabelledImages):
         self._by_number = {number: i for i, number in enumerate(self.numbers)}
         names = [(line, split_label(line)) for line in self.own]
         self._index = {name: i for i, (_, synonyms) in enumerate(names) for name in synonyms}
-        self._index |= {synonyms[0]: i for i, (_, synonyms) in enumerate(names) if synonyms}  # before a synonym
+        self._index |= {
+            synonyms[0]: i for i, (_, synonyms) in enumerate(names) if synonyms
+        }  # before a synonym
         self._index |= {line: i for i, (line, _) in enumerate(names)}
 
     def label(self, row: dict[str, Any]) -> int:
@@ -65,26 +68,34 @@ class Labelled(ImageColumn, LabelledImages):
         value = row[self.label_column]
         try:
             whole = isinstance(value, str) or (not isinstance(value, bool) and value == int(value))
-            index = self._index.get(value, -1) if isinstance(value, str) else self._by_number.get(int(value), -1)
+            index = (
+                self._index.get(value, -1)
+                if isinstance(value, str)
+                else self._by_number.get(int(value), -1)
+            )
         except (TypeError, ValueError, OverflowError):
             whole, index = False, -1
         if not whole or index < 0:
             raise RAdapterError(
-                f"label {value!r} is none of the {len(self.classes)} classes ({', '.join(self.own[:5])}, ...); "
-                f"name every class of {self.label_column!r} in the file given with --classes"
+                f"label {value!r} is none of the {len(self.classes)} classes"
+                f" ({', '.join(self.own[:5])}, ...); name every class of {self.label_column!r} in"
+                " the file given with --classes"
             )
         return index
 
     def labels(self) -> NDArray[np.int64]:
         """The numbers of all rows' classes, [N]; not of a stream."""
         values = self.rows[self.label_column]
-        return np.fromiter((self.label({self.label_column: value}) for value in values), np.int64, len(self.rows))
+        return np.fromiter(
+            (self.label({self.label_column: value}) for value in values), np.int64, len(self.rows)
+        )
 
     def held_out(self, fraction: float, seed: int) -> tuple[Labelled, Labelled]:
         """The data without a share of each class, and that share.
 
         Args:
-            fraction: more than 0 and less than 1; a class of two images and more gives one at least, and keeps one.
+            fraction: more than 0 and less than 1; a class of two images and more gives one at
+                least, and keeps one.
             seed: of the draw.
 
         Raises:
@@ -97,14 +108,17 @@ class Labelled(ImageColumn, LabelledImages):
             held[images[: share_of(len(images), fraction)]] = True
         kept, taken = (self.rows.select(np.flatnonzero(part)) for part in (~held, held))
         if not len(taken):
-            raise RAdapterError(f"val_fraction is {fraction} but no class has two images; name validation data")
+            raise RAdapterError(
+                f"val_fraction is {fraction} but no class has two images; name validation data"
+            )
         return dataclasses.replace(self, rows=kept), dataclasses.replace(self, rows=taken)
 
     def among(self, classes: Sequence[str], *, alone: bool = False) -> Labelled:
         """The same images, with other classes beside their own.
 
         Args:
-            classes: the first of the new classes, in their order; a class that the data has not is one without images.
+            classes: the first of the new classes, in their order; a class that the data has not is
+                one without images.
             alone: leave out the images of other classes, which else are listed last.
 
         Raises:
@@ -115,7 +129,9 @@ class Labelled(ImageColumn, LabelledImages):
             own.setdefault(line, []).append(index)
         order = [own[line].pop(0) if own.get(line) else None for line in classes]
         rest = [] if alone else sorted(index for indices in own.values() for index in indices)
-        return self._of_classes([*order, *rest], [*classes, *(self.classes[index] for index in rest)])
+        return self._of_classes(
+            [*order, *rest], [*classes, *(self.classes[index] for index in rest)]
+        )
 
     def _of_classes(self, order: Sequence[int | None], classes: Sequence[str]) -> Labelled:
         rows = self.rows
@@ -123,19 +139,24 @@ class Labelled(ImageColumn, LabelledImages):
             rows = rows.select(np.flatnonzero(~np.isin(self.labels(), list(missing))))
         if not len(rows):
             raise RAdapterError(
-                f"the data has no image of the classes {', '.join(classes[:5])}; it has {', '.join(self.classes[:5])}"
+                f"the data has no image of the classes {', '.join(classes[:5])}; it has"
+                f" {', '.join(self.classes[:5])}"
             )
         return dataclasses.replace(
             self,
             rows=rows,
             classes=list(classes),
-            own=[line if index is None else self.own[index] for index, line in zip(order, classes, strict=True)],
+            own=[
+                line if index is None else self.own[index]
+                for index, line in zip(order, classes, strict=True)
+            ],
             numbers=[None if index is None else self.numbers[index] for index in order],
         )
 
 
 def split_classes(count: int, split: str) -> range:
-    """The numbers of the classes of a base-to-novel split, as CoOp cuts it: the first half is rounded up.
+    """The numbers of the classes of a base-to-novel split, as CoOp cuts it: the first half is
+    rounded up.
 
     Args:
         count: of all classes.
@@ -158,7 +179,9 @@ def class_split(data: Labelled, split: str) -> Labelled:
     if split == "all":
         return data
     if isinstance(data.rows, datasets.IterableDataset):
-        raise RAdapterError(f"class_split {split} needs all labels at once; it does not go with a stream")
+        raise RAdapterError(
+            f"class_split {split} needs all labels at once; it does not go with a stream"
+        )
     chosen = split_classes(len(data.classes), split)
     if not chosen:
         raise RAdapterError(f"class_split {split} of {len(data.classes)} class leaves none")
@@ -166,7 +189,8 @@ def class_split(data: Labelled, split: str) -> Labelled:
 
 
 def few_shot(data: Labelled, shots: int, seed: int) -> Labelled:
-    """A few images of each class, drawn by the seed; a class with fewer gives all that it has, as in CoOp.
+    """A few images of each class, drawn by the seed; a class with fewer gives all that it has, as
+    in CoOp.
 
     More shots of the same seed hold the fewer.
 
@@ -182,7 +206,9 @@ def few_shot(data: Labelled, shots: int, seed: int) -> Labelled:
         raise RAdapterError("shots needs all labels at once; it does not go with a stream")
     order = np.random.default_rng(seed).permutation(len(data.rows))
     labels = data.labels()[order]
-    chosen = [order[np.flatnonzero(labels == number)[:shots]] for number in range(len(data.classes))]
+    chosen = [
+        order[np.flatnonzero(labels == number)[:shots]] for number in range(len(data.classes))
+    ]
     return dataclasses.replace(data, rows=data.rows.select(np.sort(np.concatenate(chosen))))
 
 
@@ -200,39 +226,52 @@ def load_labelled(
     """Open a data set.
 
     Args:
-        spec: `imagefolder:DIR`, `csv:FILE`, `json:FILE`, `parquet:FILE`, `webdataset:FILE` (globs too) or a name on the
-            Hugging Face hub; `@SPLIT` at the end names a split, `train` by default. `coop:FILE@SPLIT` is a file of
-            CoOp's splits, `@train+val` two of them as one.
+        spec: `imagefolder:DIR`, `csv:FILE`, `json:FILE`, `parquet:FILE`, `webdataset:FILE` (globs
+            too) or a name on the Hugging Face hub; `@SPLIT` at the end names a split, `train` by
+            default. `coop:FILE@SPLIT` is a file of CoOp's splits, `@train+val` two of them as one.
         image_column: paths, bytes or images.
         label_column: class names or numbers.
-        classes: class file as of `prompt_names`, or `imagenet`; None takes the data set's own names.
+        classes: class file as of `prompt_names`, or `imagenet`; None takes the data set's own
+            names.
         templates: prompt templates with `{}`.
         images: folder that relative paths start from; None takes that of the file.
         streaming: read row by row.
-        every_class: refuse classes without an image, which training needs and evaluation does not; of an image folder
-            these are listed last.
+        every_class: refuse classes without an image, which training needs and evaluation does not;
+            of an image folder these are listed last.
 
     Raises:
-        RAdapterError: it can't be read, a column is missing, a class has no image, or the classes do not match.
+        RAdapterError: it can't be read, a column is missing, a class has no image, or the classes
+            do not match.
     """
-    found = open_rows(spec, {image_column: "--image-column", label_column: "--label-column"}, streaming=streaming)
+    found = open_rows(
+        spec, {image_column: "--image-column", label_column: "--label-column"}, streaming=streaming
+    )
     rows = found.table
     feature = (rows.features or {}).get(label_column)
     own = getattr(feature, "names", None)
     by_name = own is None
     if by_name and not streaming and "string" in getattr(feature, "dtype", ""):
         own = sorted({value for value in rows[label_column] if value is not None})
-    empty = sorted(sub_folders(found.folder) - set(own)) if found.class_folders and own is not None else []
+    empty = (
+        sorted(sub_folders(found.folder) - set(own))
+        if found.class_folders and own is not None
+        else []
+    )
     if empty and every_class:
         raise RAdapterError(
-            f"{len(empty)} class folders of {spec} hold no image: {some([repr(name) for name in empty])}; "
-            f"add some or remove the folders; images are {', '.join(SUFFIXES)}"
+            f"{len(empty)} class folders of {spec} hold no image:"
+            f" {some([repr(name) for name in empty])}; add some or remove the folders; images are"
+            f" {', '.join(SUFFIXES)}"
         )
     if own is not None:
         own = [*own, *empty]
-    own, names = prompt_names(own, classes, spec, by_name=by_name, every_class=every_class, whole=found.class_folders)
+    own, names = prompt_names(
+        own, classes, spec, by_name=by_name, every_class=every_class, whole=found.class_folders
+    )
     start = images or found.folder
-    data = Labelled(rows, names, image_column, label_column, start, templates, own, left_out=found.left_out)
+    data = Labelled(
+        rows, names, image_column, label_column, start, templates, own, left_out=found.left_out
+    )
     _check_classes(data, spec, every_class)
     return data
 
@@ -245,6 +284,7 @@ def _check_classes(data: Labelled, spec: str, every_class: bool) -> None:
         missing = [name for index, name in enumerate(data.classes) if index not in present]
         if missing and every_class:
             raise RAdapterError(
-                f"{len(missing)} of {len(data.classes)} classes have no image in {spec}: "
-                f"{some([repr(name) for name in missing])}; add images or take them out of the class file"
+                f"{len(missing)} of {len(data.classes)} classes have no image in {spec}:"
+                f" {some([repr(name) for name in missing])}; add images or take them out of the"
+                " class file"
             )

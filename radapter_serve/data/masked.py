@@ -11,24 +11,31 @@ from radapter_serve.errors import RAdapterError
 
 
 def load_masked(
-    spec: str, *, classes: Path | None = None, images: Path | None = None, exif_orientation: bool = True
+    spec: str,
+    *,
+    classes: Path | None = None,
+    images: Path | None = None,
+    exif_orientation: bool = True,
 ) -> Masked:
     """Open a data set of images with masks.
 
     Args:
-        spec: `masks:DIR` for the images DIR/images/* with the label maps DIR/masks/STEM.png (gray, palette or 16 bit;
-            the value is the class id), or `coco:FILE.json` for COCO's panoptic annotations (their PNGs in the folder
-            FILE) or instance annotations (polygons or run lengths).
-        classes: file of the class ids: text with one class a line, the first of which is id 0, or JSON or YAML that
-            maps id to name; None takes DIR/classes.txt, .json or .yaml, the same beside DIR, or COCO's categories. Ids
-            without a name (255 by custom) and those named unlabeled, void or ignore are ignored; ids of one name are
-            one class.
+        spec: `masks:DIR` for the images DIR/images/* with the label maps DIR/masks/STEM.png (gray,
+            palette or 16 bit; the value is the class id), or `coco:FILE.json` for COCO's panoptic
+            annotations (their PNGs in the folder FILE) or instance annotations (polygons or run
+            lengths).
+        classes: file of the class ids: text with one class a line, the first of which is id 0, or
+            JSON or YAML that maps id to name; None takes DIR/classes.txt, .json or .yaml, the same
+            beside DIR, or COCO's categories. Ids without a name (255 by custom) and those named
+            unlabeled, void or ignore are ignored; ids of one name are one class.
         images: folder of the images; None takes DIR/images, or `images` beside FILE.json.
-        exif_orientation: turn images as their EXIF says. A mask turns with its image unless it stands upright already:
-            then it has the size of the turned image, or an EXIF orientation of its own.
+        exif_orientation: turn images as their EXIF says. A mask turns with its image unless it
+            stands upright already: then it has the size of the turned image, or an EXIF orientation
+            of its own.
 
     Raises:
-        RAdapterError: it can't be read, an image or a mask is missing, there is no class file, or ids do not match.
+        RAdapterError: it can't be read, an image or a mask is missing, there is no class file, or
+            ids do not match.
     """
     reader, _, place = spec.partition(":")
     if reader == "masks" and place:

@@ -1,4 +1,6 @@
-"""Images with masks: label maps in a folder, COCO's panoptic annotations, COCO's instance annotations."""
+"""Images with masks: label maps in a folder, COCO's panoptic annotations, COCO's instance
+annotations.
+"""
 
 from __future__ import annotations
 
@@ -47,11 +49,14 @@ class MaskedImage(ABC):
         try:
             return self.path.read_bytes()
         except OSError as error:
-            raise BrokenImage(f"image {self.path} can't be read: {error.strerror or error}") from None
+            raise BrokenImage(
+                f"image {self.path} can't be read: {error.strerror or error}"
+            ) from None
 
     @abstractmethod
     def segments(self) -> list[ClassMask]:
-        """Class and mask, bool [H, W], of each segment; instances of a class stay apart where the data has them.
+        """Class and mask, bool [H, W], of each segment; instances of a class stay apart where the
+        data has them.
 
         Raises:
             RAdapterError: the mask can't be read, or is of another size than the image.
@@ -80,7 +85,8 @@ class MaskedImage(ABC):
         """Turn a mask as its image is turned, unless it stands upright already.
 
         Args:
-            mask: without an EXIF orientation it may be upright, which its size tells, or lie as the image is stored.
+            mask: without an EXIF orientation it may be upright, which its size tells, or lie as the
+                image is stored.
             what: what to call it in a message.
 
         Raises:
@@ -99,9 +105,13 @@ class MaskedImage(ABC):
             upright = oriented(mask)
         if upright.size != size:
             raise RAdapterError(
-                f"{what} has {mask.width} x {mask.height} pixels but the image {self.path} has {stored[0]} x "
-                f"{stored[1]}; make them the same size"
-                + ("; the image is not turned as its EXIF says" if mask.size == stored[::-1] else "")
+                f"{what} has {mask.width} x {mask.height} pixels but the image {self.path} has"
+                f" {stored[0]} x {stored[1]}; make them the same size"
+                + (
+                    "; the image is not turned as its EXIF says"
+                    if mask.size == stored[::-1]
+                    else ""
+                )
             )
         return upright
 
@@ -127,8 +137,13 @@ class Masked:
         order = np.random.default_rng(seed).permutation(len(self.images))
         count = share_of(len(order), fraction)
         if not count:
-            raise RAdapterError(f"val_fraction is {fraction} but there is one image; name validation data")
-        kept, held = ([self.images[index] for index in sorted(part)] for part in (order[count:], order[:count]))
+            raise RAdapterError(
+                f"val_fraction is {fraction} but there is one image; name validation data"
+            )
+        kept, held = (
+            [self.images[index] for index in sorted(part)]
+            for part in (order[count:], order[:count])
+        )
         return replace(self, images=kept), replace(self, images=held)
 
 
@@ -148,8 +163,9 @@ class LabelMap(MaskedImage):
         image = open_mask(self.mask_path)
         if image.mode not in ("1", "L", "P", "I", "I;16"):
             raise RAdapterError(
-                f"the mask {self.mask_path} is a picture in {image.mode}; a label map is a PNG, gray, palette or 16 "
-                "bit, whose value is the class id (for COCO's panoptic masks, which are coloured, use coco:FILE.json)"
+                f"the mask {self.mask_path} is a picture in {image.mode}; a label map is a PNG,"
+                " gray, palette or 16 bit, whose value is the class id (for COCO's panoptic masks,"
+                " which are coloured, use coco:FILE.json)"
             )
         image = self._fit(image, f"the mask {self.mask_path}")
         return self.table.take(np.asarray(image).astype(np.int32), mode="clip")
@@ -177,7 +193,9 @@ def open_mask(path: Path) -> Image.Image:
         image = Image.open(path, formats=("PNG",))
         image.load()
     except Exception as error:  # Pillow raises anything on broken files
-        raise RAdapterError(f"the mask {path} can't be read: {reason(error)}; it has to be a PNG file") from None
+        raise RAdapterError(
+            f"the mask {path} can't be read: {reason(error)}; it has to be a PNG file"
+        ) from None
     return image
 
 
@@ -189,7 +207,9 @@ def load_label_maps(folder: Path, classes: Path | None, images: Path | None) -> 
     """
     names = read_class_ids(classes or find_class_file(folder))
     if max(names) > MAX_ID:
-        raise RAdapterError(f"the class id {max(names)} is too high for a label map; allowed: 0 to {MAX_ID}")
+        raise RAdapterError(
+            f"the class id {max(names)} is too high for a label map; allowed: 0 to {MAX_ID}"
+        )
     index, entries = number_classes(names)
     table = np.full(max(index) + 2, IGNORE, np.int32)
     for id_, label in index.items():
@@ -207,9 +227,15 @@ def load_label_maps(folder: Path, classes: Path | None, images: Path | None) -> 
 
 def _files(folder: Path, suffixes: tuple[str, ...], what: str) -> list[Path]:
     try:
-        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
+        found = sorted(
+            p
+            for p in folder.iterdir()
+            if p.suffix.lower() in suffixes and not p.name.startswith(".")
+        )
     except OSError as error:
-        raise RAdapterError(f"cannot read {folder}, the folder of the {what}: {error.strerror}") from None
+        raise RAdapterError(
+            f"cannot read {folder}, the folder of the {what}: {error.strerror}"
+        ) from None
     if not found:
         raise RAdapterError(f"{folder} holds no {what}; allowed: {', '.join(suffixes)}")
     return found

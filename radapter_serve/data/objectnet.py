@@ -1,4 +1,6 @@
-"""ObjectNet's classes as ImageNet's: which of the 1,000 classes each of its 113 common ones stands for."""
+"""ObjectNet's classes as ImageNet's: which of the 1,000 classes each of its 113 common ones stands
+for.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,15 @@ _NUMBERS, _NAMES = "pytorch_to_imagenet_2012_id.json", "imagenet_to_label_2012_v
 def objectnet_members(mappings: Path) -> dict[str, tuple[str, list[str]]]:
     """The classes that ObjectNet shares with ImageNet, as its own `mappings` say.
 
-    The released code of WiSE-FT and of R-Adapter gives a class the best score of its ImageNet classes, so that a model
-    is asked for the same 1,000 prompts as on ImageNet.
+    The released code of WiSE-FT and of R-Adapter gives a class the best score of its ImageNet
+    classes, so that a model is asked for the same 1,000 prompts as on ImageNet.
 
     Args:
         mappings: the folder that comes with ObjectNet.
 
     Returns:
-        By the folder of a class: ObjectNet's name of it in lower case, and CLIP's names of its ImageNet classes.
+        By the folder of a class: ObjectNet's name of it in lower case, and CLIP's names of its
+            ImageNet classes.
 
     Raises:
         RAdapterError: a file is missing or broken, or the files do not match.
@@ -39,13 +42,16 @@ def objectnet_members(mappings: Path) -> dict[str, tuple[str, list[str]]]:
     id_of, clip = {line.strip(): id_ for id_, line in enumerate(lines)}, imagenet_classes()
     try:
         return {
-            folder_of[label]: (label.lower(), [clip[number_of[id_of[name]]] for name in names.split("; ")])
+            folder_of[label]: (
+                label.lower(),
+                [clip[number_of[id_of[name]]] for name in names.split("; ")],
+            )
             for label, names in labels.items()
         }
     except (KeyError, AttributeError, TypeError) as error:
         raise RAdapterError(
-            f"the files in {mappings} do not match: {reason(error)} of {_LABELS} is missing in {_FOLDERS}, {_NAMES} or "
-            f"{_NUMBERS}; take all four from one copy of ObjectNet"
+            f"the files in {mappings} do not match: {reason(error)} of {_LABELS} is missing in"
+            f" {_FOLDERS}, {_NAMES} or {_NUMBERS}; take all four from one copy of ObjectNet"
         ) from None
 
 
@@ -55,7 +61,9 @@ def _json(folder: Path, name: str) -> Mapping[str, Any]:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from None
-    if not isinstance(content, dict) or not all(isinstance(value, str | int) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(value, str | int) for value in content.values()
+    ):
         raise RAdapterError(f"{path} is no mapping of names; take it from ObjectNet again")
     return content
 
@@ -63,5 +71,6 @@ def _json(folder: Path, name: str) -> Mapping[str, Any]:
 def _unreadable(path: Path, error: Exception) -> RAdapterError:
     why = error.strerror if isinstance(error, OSError) else reason(error)
     return RAdapterError(
-        f"cannot read {path}: {why}; `mappings` comes with ObjectNet and holds {_LABELS} and three more"
+        f"cannot read {path}: {why}; `mappings` comes with ObjectNet and holds {_LABELS} and three"
+        " more"
     )

@@ -20,15 +20,18 @@ def official_classes(path: Path) -> dict[int, str]:
 
     Args:
         path: a Python or JSON file with a list of `{"name", "trainId"}`, such as MaskFormer's
-            `prepare_ade20k_full_sem_seg.py`, which is read and not run; or a text file with lines `N: name` from 1 on,
-            such as Pascal Context's `labels.txt`, whose ids in prepared masks are one less.
+            `prepare_ade20k_full_sem_seg.py`, which is read and not run; or a text file with lines
+            `N: name` from 1 on, such as Pascal Context's `labels.txt`, whose ids in prepared masks
+            are one less.
 
     Returns:
-        The name of each id in the masks, synonyms after commas. Where several classes share their first name, all but
-        one begin with another of theirs, because a label is known by its first name.
+        The name of each id in the masks, synonyms after commas. Where several classes share their
+        first name, all but one begin with another of theirs, because a label is known by its first
+        name.
 
     Raises:
-        RAdapterError: the file can't be read, is no such list, or has classes that can't be told apart.
+        RAdapterError: the file can't be read, is no such list, or has classes that can't be told
+            apart.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -41,7 +44,11 @@ def official_classes(path: Path) -> dict[int, str]:
 
 
 def _lines(text: str) -> dict[int, str]:
-    names = {int(found[1]) - 1: found[2].strip() for line in text.splitlines() if (found := _LINE.match(line.strip()))}
+    names = {
+        int(found[1]) - 1: found[2].strip()
+        for line in text.splitlines()
+        if (found := _LINE.match(line.strip()))
+    }
     if not names or min(names) < 0:
         raise ValueError("it has no lines such as '1: accordion', which count from 1")
     return names
@@ -86,7 +93,8 @@ def _told_apart(names: Mapping[int, str], path: Path) -> dict[int, str]:
         free = [name for name in of if name not in taken and (name == of[0] or name not in firsts)]
         if not free:
             raise RAdapterError(
-                f"{path}: the classes {taken[of[0]]} and {id_} are both {of[0]!r}; give one of them a name of its own"
+                f"{path}: the classes {taken[of[0]]} and {id_} are both {of[0]!r}; give one of them"
+                " a name of its own"
             )
         taken[free[0]] = id_
     first = {id_: name for name, id_ in taken.items()}

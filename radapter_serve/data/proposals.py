@@ -1,4 +1,6 @@
-"""Masks that a proposal network found, from its files: COCO's results, or an .npz file for each image."""
+"""Masks that a proposal network found, from its files: COCO's results, or an .npz file for each
+image.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,8 @@ class ProposalFiles(ABC):
             size: height and width of the image as the data set shows it.
 
         Returns:
-            uint8 [N, H, W], the probability of each mask from 0 to 255; and float32 [N, C], the network's own
-            probability of each class, or None.
+            uint8 [N, H, W], the probability of each mask from 0 to 255; and float32 [N, C], the
+            network's own probability of each class, or None.
 
         Raises:
             RAdapterError: the masks are broken, or of another size.
@@ -54,18 +56,22 @@ def load_proposals(path: Path, names: Sequence[str], classes: int) -> ProposalFi
     """Open the proposals for all images of a data set, and refuse what is missing.
 
     Args:
-        path: a folder of `STEM.npz` with `masks` [N, H, W] and perhaps `scores` [N, C] or [N]; or a JSON file of
-            COCO's results, a list of `{"image_id", "segmentation"}` with perhaps a `score`, or `scores` of all
-            classes. An image_id is the image's file name without its ending, or its number. Categories are not read:
-            those of a network are others than those of the set. One score counts for all classes alike.
+        path: a folder of `STEM.npz` with `masks` [N, H, W] and perhaps `scores` [N, C] or [N]; or a
+            JSON file of COCO's results, a list of `{"image_id", "segmentation"}` with perhaps a
+            `score`, or `scores` of all classes. An image_id is the image's file name without its
+            ending, or its number. Categories are not read: those of a network are others than those
+            of the set. One score counts for all classes alike.
         names: of the images' files.
-        classes: how many classes the scores are for, C, in the order of the class file, the background left out.
+        classes: how many classes the scores are for, C, in the order of the class file, the
+            background left out.
 
     Raises:
         RAdapterError: a file is missing or broken, an image has no proposals, or scores do not fit.
     """
     stems = [Path(name).stem for name in names]
-    return _Results(path, stems, classes) if path.suffix == ".json" else _Arrays(path, stems, classes)
+    return (
+        _Results(path, stems, classes) if path.suffix == ".json" else _Arrays(path, stems, classes)
+    )
 
 
 class _Arrays(ProposalFiles):
@@ -76,8 +82,9 @@ class _Arrays(ProposalFiles):
         missing = [stem for stem in stems if not (folder / f"{stem}.npz").is_file()]
         if missing:
             raise RAdapterError(
-                f"no proposals {folder / missing[0]}.npz ({len(missing)} of {len(stems)} images lack them); write "
-                "STEM.npz with masks [N, H, W] for each image, or name a JSON file of COCO's results"
+                f"no proposals {folder / missing[0]}.npz ({len(missing)} of {len(stems)} images"
+                " lack them); write STEM.npz with masks [N, H, W] for each image, or name a JSON"
+                " file of COCO's results"
             )
         found = {stem: self._check(folder / f"{stem}.npz") for stem in stems}
         self._sizes = {stem: size for stem, (size, _) in found.items()}
@@ -85,26 +92,39 @@ class _Arrays(ProposalFiles):
         self.scored = len(lacking) < len(found)
         if self.scored and lacking:
             raise RAdapterError(
-                f"{folder / lacking[0]}.npz has no scores but others have; give all of them scores, or none"
+                f"{folder / lacking[0]}.npz has no scores but others have; give all of them scores,"
+                " or none"
             )
 
     def _check(self, path: Path) -> tuple[Sequence[int], bool]:
-        """Height and width, and whether there are scores; reads no values, so that what is wrong is refused early."""
+        """Height and width, and whether there are scores; reads no values, so that what is wrong is
+        refused early.
+        """
         try:
             arrays = _headers(path)
         except Exception as error:  # zipfile and numpy raise many kinds on broken files
             raise _broken(path, error) from None
         shape, dtype = arrays.get("masks", ((), np.dtype(bool)))
-        if len(shape) != 3 or shape[0] > MOST or not (dtype in (bool, np.uint8) or dtype.kind == "f"):
-            held = f"{dtype} {list(shape)}" if "masks" in arrays else f"only {', '.join(arrays) or 'nothing'}"
-            raise RAdapterError(f"{path} needs masks [N, H, W], N up to {MOST}, {_KINDS}; it holds {held}")
+        if (
+            len(shape) != 3
+            or shape[0] > MOST
+            or not (dtype in (bool, np.uint8) or dtype.kind == "f")
+        ):
+            held = (
+                f"{dtype} {list(shape)}"
+                if "masks" in arrays
+                else f"only {', '.join(arrays) or 'nothing'}"
+            )
+            raise RAdapterError(
+                f"{path} needs masks [N, H, W], N up to {MOST}, {_KINDS}; it holds {held}"
+            )
         if "scores" not in arrays:
             return shape[1:], False
         scores, dtype = arrays["scores"]
         if scores not in ((shape[0],), (shape[0], self._classes)) or dtype.kind != "f":
             raise RAdapterError(
-                f"{path} has scores {dtype} {list(scores)}; allowed: float [{shape[0]}, {self._classes}], a column for "
-                f"each class, or [{shape[0]}], one for all"
+                f"{path} has scores {dtype} {list(scores)}; allowed: float [{shape[0]},"
+                f" {self._classes}], a column for each class, or [{shape[0]}], one for all"
             )
         return shape[1:], True
 
@@ -119,7 +139,9 @@ class _Arrays(ProposalFiles):
             raise _broken(path, error) from None
         if masks.dtype.kind == "f":
             if not ((masks >= 0) & (masks <= 1)).all():
-                raise RAdapterError(f"the masks of {path} hold a value outside 0 to 1; allowed: {_KINDS}")
+                raise RAdapterError(
+                    f"the masks of {path} hold a value outside 0 to 1; allowed: {_KINDS}"
+                )
             masks = np.round(masks * 255)
         elif masks.dtype == bool:
             masks = masks * np.uint8(255)
@@ -145,34 +167,46 @@ class _Results(ProposalFiles):
             raise _broken(path, error) from None
         kinds = {self._take(row) for row in (rows if isinstance(rows, list) else [rows])}
         if len(kinds) > 1:
-            raise RAdapterError(f"{path}: some proposals have a score, or scores of all classes, and others have not")
+            raise RAdapterError(
+                f"{path}: some proposals have a score, or scores of all classes, and others"
+                " have not"
+            )
         self.scored = kinds not in (set(), {None})
         missing = [stem for stem in stems if not self._of[_key(stem)]]
         if missing:
             raise RAdapterError(
-                f"{path} has no proposal for the image {missing[0]} ({len(missing)} of {len(stems)} images lack some); "
-                "an image_id is the name of the image's file without its ending, or its number"
+                f"{path} has no proposal for the image {missing[0]} ({len(missing)} of {len(stems)}"
+                " images lack some); an image_id is the name of the image's file without its"
+                " ending, or its number"
             )
 
     def _take(self, row: Any) -> str | None:
         """Keep a proposal of one of the images; returns which kind of score it has."""
-        if not isinstance(row, dict) or not isinstance(row.get("image_id"), str | int) or "segmentation" not in row:
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get("image_id"), str | int)
+            or "segmentation" not in row
+        ):
             raise RAdapterError(
-                f"{self._path} is no list of COCO's results, each with image_id and segmentation: {str(row)[:60]}"
+                f"{self._path} is no list of COCO's results, each with image_id and segmentation:"
+                f" {str(row)[:60]}"
             )
         kind = "scores" if "scores" in row else "score" if "score" in row else None
         values = row.get("scores", [row.get("score", 0)])
         numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
         if not numbers or (kind == "scores" and len(values) != self._classes):
             raise RAdapterError(
-                f"{self._path}: a proposal of the image {row['image_id']} has {kind} {str(row[kind])[:60]}; allowed: "
-                f"score, a number, or scores, a list of {self._classes} numbers, one for each class"
+                f"{self._path}: a proposal of the image {row['image_id']} has {kind}"
+                f" {str(row[kind])[:60]}; allowed: score, a number, or scores, a list of"
+                f" {self._classes} numbers, one for each class"
             )
         known = self._of.get(_key(row["image_id"]))
         if known is not None:
             known.append(row)
             if len(known) > MOST:
-                raise RAdapterError(f"{self._path}: the image {row['image_id']} has more than {MOST} proposals")
+                raise RAdapterError(
+                    f"{self._path}: the image {row['image_id']} has more than {MOST} proposals"
+                )
         return kind
 
     def read(self, name: str, size: tuple[int, int]) -> Found:
@@ -180,7 +214,10 @@ class _Results(ProposalFiles):
 
         rows = self._of[_key(Path(name).stem)]
         height, width = size
-        coded = [{"size": [height, width], "counts": rle_of(row["segmentation"], name, width, height)} for row in rows]
+        coded = [
+            {"size": [height, width], "counts": rle_of(row["segmentation"], name, width, height)}
+            for row in rows
+        ]
         masks = np.stack([coco.decode(runs) for runs in coded]) * np.uint8(255)
         if not self.scored:
             return masks, None
@@ -205,7 +242,10 @@ def _of_all(scores: NDArray[Any], classes: int) -> NDArray[np.float32]:
 
 def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
     """Shape and type of each array of an .npz file."""
-    found, of_version = {}, {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    found, of_version = (
+        {},
+        {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0},
+    )
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             with archive.open(name) as file:
@@ -218,8 +258,8 @@ def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
 def _check_size(what: str, size: Sequence[int], image: tuple[int, int]) -> None:
     if tuple(size) != image:
         raise RAdapterError(
-            f"the masks of {what} have {size[1]} x {size[0]} pixels but the image as it is shown has {image[1]} x "
-            f"{image[0]}; write them at the image's size"
+            f"the masks of {what} have {size[1]} x {size[0]} pixels but the image as it is shown"
+            f" has {image[1]} x {image[0]}; write them at the image's size"
         )
 
 

@@ -1,4 +1,6 @@
-"""Rows of images from wherever Hugging Face `datasets` reads them, decoded as the server decodes them."""
+"""Rows of images from wherever Hugging Face `datasets` reads them, decoded as the server decodes
+them.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,11 @@ from radapter_serve.inputs.labels import split_label
 from radapter_serve.inputs.preprocess import decode
 
 SPLIT_FILES = ("coop", "karpathy")
-_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder whose table has more than labels
+_METADATA = (
+    "metadata.csv",
+    "metadata.jsonl",
+    "metadata.parquet",
+)  # of a folder whose table has more than labels
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 READERS = ("imagefolder", "csv", "json", "parquet", "webdataset", *SPLIT_FILES)
 _KINDS = f"{', '.join(f'{name}:PATH' for name in READERS)}, or a hub name"
@@ -52,8 +58,8 @@ class TrainingData(Protocol):
             draw: decides whatever is left to chance, such as the prompt template.
 
         Returns:
-            The image, its label (pairs with equal labels are positives of each other) and its text; several texts,
-            equally many for every row, share one encoding of the image.
+            The image, its label (pairs with equal labels are positives of each other) and its text;
+            several texts, equally many for every row, share one encoding of the image.
 
         Raises:
             BrokenImage: the image is missing or can't be decoded; says which.
@@ -112,12 +118,18 @@ class ImageColumn:
         value = row.get(self.image_column)
         try:
             if isinstance(value, dict):
-                return bytes(value["bytes"]) if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+                return (
+                    bytes(value["bytes"])
+                    if value.get("bytes") is not None
+                    else Path(value["path"]).read_bytes()
+                )
             if value is None:
                 raise BrokenImage(f"a row has no image in the column {self.image_column!r}")
             return value if isinstance(value, bytes) else (self.folder / str(value)).read_bytes()
         except OSError as error:
-            raise BrokenImage(f"image {self.name(row)} can't be read: {error.strerror or error}") from None
+            raise BrokenImage(
+                f"image {self.name(row)} can't be read: {error.strerror or error}"
+            ) from None
 
     def name(self, row: dict[str, Any]) -> str:
         """What to call a row's image in a message."""
@@ -171,14 +183,16 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
     Raises:
         RAdapterError: it can't be read, or a column is missing.
     """
-    place, at, split = spec.rpartition("@") if "@" in spec.rsplit("/", 1)[-1] else (spec, "", "train")
+    place, at, split = (
+        spec.rpartition("@") if "@" in spec.rsplit("/", 1)[-1] else (spec, "", "train")
+    )
     if at and spec.partition(":")[0] in READERS and Path(spec.partition(":")[2]).exists():
         place, at, split = spec, "", "train"  # a file or a folder with @ in its own name
     reader, _, path = place.partition(":")
     if "::" in place or place == "pandas":
         raise RAdapterError(
-            f"could not read the data {spec}: chained addresses (A::B) and pickled tables may run foreign code; "
-            "name the file itself"
+            f"could not read the data {spec}: chained addresses (A::B) and pickled tables may run"
+            " foreign code; name the file itself"
         )
     folder = Path(path).parent if reader in READERS else Path()
     if reader == "imagefolder":
@@ -193,7 +207,9 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
             table = _load(place, split, folder, streaming)
     except RAdapterError:
         raise
-    except Exception as error:  # datasets, pyarrow and the hub raise many kinds, and all mean: can't be read
+    except (
+        Exception
+    ) as error:  # datasets, pyarrow and the hub raise many kinds, and all mean: can't be read
         cause: BaseException = error
         while cause.__cause__ is not None:  # datasets says no more than that an error occurred
             cause = cause.__cause__
@@ -203,28 +219,39 @@ def open_rows(spec: str, columns: Mapping[str, str], *, streaming: bool = False)
     features = table.features or {}
     for column, flag in columns.items():
         if features and not _has(features, column):
-            raise RAdapterError(f"{spec} has no column {column!r}; its columns: {', '.join(features)}; see {flag}")
+            raise RAdapterError(
+                f"{spec} has no column {column!r}; its columns: {', '.join(features)}; see {flag}"
+            )
         if isinstance(features.get(column), datasets.Image):
             table = table.cast_column(column, datasets.Image(decode=False))
     return Rows(table, folder)
 
 
 def _load(place: str, split: str, folder: Path, streaming: bool) -> Any:
-    """Rows that Hugging Face `datasets` reads: a file or several, a folder with a table, or a name on the hub."""
+    """Rows that Hugging Face `datasets` reads: a file or several, a folder with a table, or a name
+    on the hub.
+    """
     reader, _, path = place.partition(":")
     datasets.disable_progress_bars()
     if reader == "imagefolder":
-        # named as one split: left alone, datasets takes "train" or "test" in any file's name for a split
+        # named as one split: left alone, datasets takes "train" or "test" in any file's name for a
+        # split
         files = {split: [f"{glob.escape(str(folder))}/**"]}
         return datasets.load_dataset(reader, split=split, streaming=streaming, data_files=files)
     if reader in READERS:
         if "://" not in path and not glob.has_magic(path) and not Path(path).is_file():
-            raise RAdapterError(f"could not read the data {place}: there is no file {path}; allowed: {_KINDS}")
-        return datasets.load_dataset(reader, split=split, streaming=streaming, data_files={split: [path]})
+            raise RAdapterError(
+                f"could not read the data {place}: there is no file {path}; allowed: {_KINDS}"
+            )
+        return datasets.load_dataset(
+            reader, split=split, streaming=streaming, data_files={split: [path]}
+        )
     if Path(place).exists():
         return datasets.load_dataset(place, split=split, streaming=streaming)
     if not _HUB_NAME.fullmatch(place):
-        raise RAdapterError(f"could not read the data {place}: there is no such folder; allowed: {_KINDS}")
+        raise RAdapterError(
+            f"could not read the data {place}: there is no such folder; allowed: {_KINDS}"
+        )
     try:
         with from_hub_or_cache():
             return datasets.load_dataset(place, split=split, streaming=streaming)
@@ -232,40 +259,55 @@ def _load(place: str, split: str, folder: Path, streaming: bool) -> Any:
         if not unreachable():
             raise
         raise RAdapterError(
-            f"there is no data set {place} on this machine, and the Hugging Face hub can't be reached "
-            f"({unreachable()}); if it is a folder of yours, write imagefolder:{place}; if it is on the hub, "
-            f"{how_to_bring(place, 'dataset')}"
+            f"there is no data set {place} on this machine, and the Hugging Face hub can't be"
+            f" reached ({unreachable()}); if it is a folder of yours, write imagefolder:{place}; if"
+            f" it is on the hub, {how_to_bring(place, 'dataset')}"
         ) from error
 
 
 def _rows_of_classes(folder: Path, spec: str, columns: Mapping[str, str], streaming: bool) -> Rows:
-    """The images in class folders: the columns `image`, a path, and `label`, the number of its folder."""
+    """The images in class folders: the columns `image`, a path, and `label`, the number of its
+    folder.
+    """
     for column, flag in columns.items():
         if column not in ("image", "label"):
-            raise RAdapterError(f"{spec} has no column {column!r}; its columns: image, label; see {flag}")
+            raise RAdapterError(
+                f"{spec} has no column {column!r}; its columns: image, label; see {flag}"
+            )
     found = {name: list_images(folder / name) for name in sorted(sub_folders(folder))}
-    loose = [entry.name for entry in folder.iterdir() if is_image_file(entry.name) and entry.is_file()]
+    loose = [
+        entry.name for entry in folder.iterdir() if is_image_file(entry.name) and entry.is_file()
+    ]
     if loose:
         raise RAdapterError(
-            f"{len(loose)} images of {spec} lie outside of the class folders, such as {folder / min(loose)}; "
-            f"move each into the folder of its class"
+            f"{len(loose)} images of {spec} lie outside of the class folders, such as"
+            f" {folder / min(loose)}; move each into the folder of its class"
         )
     filled = {name: files.images for name, files in found.items() if files.images}
     if len(filled) < 2:
-        has = f"images in one folder alone, {next(iter(filled))!r}" if filled else "no images in sub-folders"
+        has = (
+            f"images in one folder alone, {next(iter(filled))!r}"
+            if filled
+            else "no images in sub-folders"
+        )
         raise RAdapterError(
             f"{spec} has {has}; an image folder needs one sub-folder a class, and two classes; "
             f"images are {', '.join(SUFFIXES)}"
         )
     paths = sorted((str(file.absolute()), name) for name, files in filled.items() for file in files)
     labels = {name: number for number, name in enumerate(filled)}
-    features = datasets.Features({"image": datasets.Value("string"), "label": datasets.ClassLabel(names=list(filled))})
+    features = datasets.Features(
+        {"image": datasets.Value("string"), "label": datasets.ClassLabel(names=list(filled))}
+    )
     try:
         table = datasets.Dataset.from_dict(
-            {"image": [path for path, _ in paths], "label": [labels[name] for _, name in paths]}, features
+            {"image": [path for path, _ in paths], "label": [labels[name] for _, name in paths]},
+            features,
         )
     except UnicodeEncodeError as error:
-        raise RAdapterError(f"a name in {folder} is not UTF-8: {error.object!r}; rename it") from None
+        raise RAdapterError(
+            f"a name in {folder} is not UTF-8: {error.object!r}; rename it"
+        ) from None
     left_out: Counter[str] = Counter()
     for files in found.values():
         left_out.update(files.left_out)
@@ -285,7 +327,9 @@ def share_of(count: int, fraction: float) -> int:
 
 
 def value_at(row: Mapping[str, Any], column: str) -> Any:
-    """A row's value in a column, or in a field of a column: `json.caption`; None where the row has none."""
+    """A row's value in a column, or in a field of a column: `json.caption`; None where the row has
+    none.
+    """
     if column in row:
         return row[column]
     outer, _, inner = column.partition(".")
@@ -303,10 +347,17 @@ def _image_folder(path: Path, split: str, spec: str) -> Path:
     """The folder of class folders: DIR/SPLIT where it has some, else DIR."""
     folder = path / split if path.joinpath(split).is_dir() and sub_folders(path / split) else path
     if not folder.is_dir() or (folder == path and "@" in spec and split != "train"):
-        raise RAdapterError(f"no folder {path / split if path.is_dir() else path} for {spec}: one sub-folder a class")
+        raise RAdapterError(
+            f"no folder {path / split if path.is_dir() else path} for {spec}: one sub-folder a"
+            " class"
+        )
     return folder
 
 
 def sub_folders(path: Path) -> set[str]:
     """Names of the folders in a folder, hidden ones left out."""
-    return {entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")}
+    return {
+        entry.name
+        for entry in os.scandir(path)
+        if entry.is_dir() and not entry.name.startswith(".")
+    }

@@ -1,4 +1,6 @@
-"""The data of a run, opened as its recipe says, so that training and later evaluation see the same validation data."""
+"""The data of a run, opened as its recipe says, so that training and later evaluation see the same
+validation data.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from radapter_serve.errors import RAdapterError
 Images = Labelled | Captioned | Masked
 
 
-def run_data(recipe: Mapping[str, Any], broken: list[str] | None = None) -> tuple[Images, Images | None]:
+def run_data(
+    recipe: Mapping[str, Any], broken: list[str] | None = None
+) -> tuple[Images, Images | None]:
     """Open the data that a run trains with, and the data that it is validated on.
 
     Args:
@@ -32,22 +36,27 @@ def run_data(recipe: Mapping[str, Any], broken: list[str] | None = None) -> tupl
     """
     data, held = _open(recipe, recipe["data"], broken, training=True), None
     if recipe.get("val_data"):
-        held = validation_data(recipe, None if isinstance(data, Captioned) else data.classes, broken)
+        held = validation_data(
+            recipe, None if isinstance(data, Captioned) else data.classes, broken
+        )
     elif recipe.get("val_fraction"):
         data, held = data.held_out(recipe["val_fraction"], recipe.get("seed", 0))
-    return data, dataclasses.replace(held, captions_per_image=1) if isinstance(held, Captioned) else held
+    return data, (
+        dataclasses.replace(held, captions_per_image=1) if isinstance(held, Captioned) else held
+    )
 
 
 def validation_data(
     recipe: Mapping[str, Any], classes: Sequence[str] | None, broken: list[str] | None = None
 ) -> Images | None:
-    """Open the data that a run is validated on: all of `val_data`, or the share of the data that training held out.
+    """Open the data that a run is validated on: all of `val_data`, or the share of the data that
+    training held out.
 
     Args:
         recipe, broken: as of `run_data`.
-        classes: the run's, in their order. Each image is classified among all of them, whether or not the data has an
-            image of each; further classes of labelled images follow them, and those of masks must be the same.
-            None takes the data's own.
+        classes: the run's, in their order. Each image is classified among all of them, whether or
+            not the data has an image of each; further classes of labelled images follow them, and
+            those of masks must be the same. None takes the data's own.
 
     Returns:
         The data, or None where the recipe has none.
@@ -55,7 +64,11 @@ def validation_data(
     Raises:
         RAdapterError: it can't be read, or is no data for the recipe's task.
     """
-    val = _open(recipe, recipe["val_data"], broken) if recipe.get("val_data") else run_data(recipe, broken)[1]
+    val = (
+        _open(recipe, recipe["val_data"], broken)
+        if recipe.get("val_data")
+        else run_data(recipe, broken)[1]
+    )
     if isinstance(val, Labelled) and classes is not None:
         return val.among(classes, alone=recipe.get("class_split", "all") != "all")
     if isinstance(val, Masked) and classes is not None:
@@ -64,21 +77,32 @@ def validation_data(
 
 
 def _check_classes(own: Sequence[str], classes: Sequence[str], place: str) -> None:
-    for entries, others, has, lacks in ((own, classes, place, "the run"), (classes, own, "the run", place)):
+    for entries, others, has, lacks in (
+        (own, classes, place, "the run"),
+        (classes, own, "the run", place),
+    ):
         if more := [entry for entry in entries if entry not in others]:
             raise RAdapterError(
-                f"{has} has the class {more[0]!r}, which {lacks} has not ({len(more)} of {len(entries)}); "
-                f"name one class file for both, with --classes FILE"
+                f"{has} has the class {more[0]!r}, which {lacks} has not ({len(more)} of"
+                f" {len(entries)}); name one class file for both, with --classes FILE"
             )
 
 
-def _open(recipe: Mapping[str, Any], spec: str, broken: list[str] | None, *, training: bool = False) -> Images:
+def _open(
+    recipe: Mapping[str, Any], spec: str, broken: list[str] | None, *, training: bool = False
+) -> Images:
     task, turn = recipe.get("task", "classification"), recipe.get("exif_orientation", True)
-    images, classes = (Path(recipe[name]) if recipe.get(name) else None for name in ("images", "classes"))
+    images, classes = (
+        Path(recipe[name]) if recipe.get(name) else None for name in ("images", "classes")
+    )
     if task == "segmentation":
         return load_masked(spec, classes=classes, images=images, exif_orientation=turn)
     streaming = training and recipe.get("streaming", False) and not recipe.get("val_fraction")
-    columns = {"image_column": recipe.get("image_column", "image"), "images": images, "streaming": streaming}
+    columns = {
+        "image_column": recipe.get("image_column", "image"),
+        "images": images,
+        "streaming": streaming,
+    }
     data: Labelled | Captioned
     if task == "retrieval":
         data = load_captioned(

@@ -1,4 +1,6 @@
-"""Segments of images with masks: each pair is the crop of a segment and a prompt with its class's name."""
+"""Segments of images with masks: each pair is the crop of a segment and a prompt with its class's
+name.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class SegmentCrops(LabelledImages):
     classes: list[str]
     crop: MaskCrop
     templates: Sequence[str]
-    _last: tuple[int, Image.Image, list[ClassMask]] | None = field(default=None, init=False, repr=False)
+    _last: tuple[int, Image.Image, list[ClassMask]] | None = field(
+        default=None, init=False, repr=False
+    )
 
     def label(self, row: Any) -> int:
         """The number of a segment's class."""
@@ -50,9 +54,13 @@ class SegmentCrops(LabelledImages):
             RAdapterError: the mask can't be read.
         """
         number, segment = int(row[0]), int(row[1])
-        if self._last is None or self._last[0] != number:  # in their order, as in validation, each is decoded once
+        if (
+            self._last is None or self._last[0] != number
+        ):  # in their order, as in validation, each is decoded once
             masked = self.images[number]
-            image = decode_named(masked.data(), masked.path, exif_orientation=masked.exif_orientation)
+            image = decode_named(
+                masked.data(), masked.path, exif_orientation=masked.exif_orientation
+            )
             self._last = number, image, masked.segments()
         _, image, segments = self._last
         return self.crop(image, segments[segment][1])
@@ -81,18 +89,28 @@ def list_segments(masked: Masked, min_area: int, broken: list[str] | None = None
     Args:
         masked: as `load_masked` gives it.
         min_area: pixels below which a segment is left out.
-        broken: takes the names of images that can't be read, which are then left out; None refuses them.
+        broken: takes the names of images that can't be read, which are then left out; None refuses
+            them.
 
     Raises:
-        RAdapterError: masks can't be read or do not fit their images, or no segment is left; names all of these masks.
+        RAdapterError: masks can't be read or do not fit their images, or no segment is left; names
+            all of these masks.
     """
     rows: list[tuple[int, int, int]] = []
     wrong: list[str] = []
     largest = 0
-    console = Console(quiet=os.environ.get("LOCAL_RANK", "0") != "0")  # of several processes, one tells
+    console = Console(
+        quiet=os.environ.get("LOCAL_RANK", "0") != "0"
+    )  # of several processes, one tells
     if not console.is_terminal:
         console.print(f"reading the masks of {len(masked.images)} images", highlight=False)
-    bar = track(masked.images, "reading masks", console=console, transient=True, disable=not console.is_terminal)
+    bar = track(
+        masked.images,
+        "reading masks",
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
     for number, image in enumerate(bar):
         try:
             areas = image.areas()
@@ -100,16 +118,23 @@ def list_segments(masked: Masked, min_area: int, broken: list[str] | None = None
             left_out = wrong if broken is None or not isinstance(error, BrokenImage) else broken
             left_out.append(str(error))
             continue
-        rows += [(number, segment, label) for segment, (label, area) in enumerate(areas) if area >= min_area]
+        rows += [
+            (number, segment, label)
+            for segment, (label, area) in enumerate(areas)
+            if area >= min_area
+        ]
         largest = max([largest, *(area for _, area in areas)])
     if len(wrong) == 1:
         raise RAdapterError(wrong[0])
     if wrong:
         raise RAdapterError(
-            f"{len(wrong)} of {len(masked.images)} images can't be used with their masks:{listed(wrong)}"
+            f"{len(wrong)} of {len(masked.images)} images can't be used with their"
+            f" masks:{listed(wrong)}"
         )
     if not rows and largest:
-        raise RAdapterError(f"no segment has {min_area} pixels, the largest {largest}; lower --mask-min-area")
+        raise RAdapterError(
+            f"no segment has {min_area} pixels, the largest {largest}; lower --mask-min-area"
+        )
     if not rows:
         raise RAdapterError(
             f"the masks of {len(masked.images)} images hold no pixel of a class that is named "
@@ -119,7 +144,12 @@ def list_segments(masked: Masked, min_area: int, broken: list[str] | None = None
 
 
 def load_segments(
-    masked: Masked, crop: MaskCrop, *, min_area: int, templates: Sequence[str], broken: list[str] | None = None
+    masked: Masked,
+    crop: MaskCrop,
+    *,
+    min_area: int,
+    templates: Sequence[str],
+    broken: list[str] | None = None,
 ) -> SegmentCrops:
     """`list_segments`, and what an encoder sees of them."""
     return list_segments(masked, min_area, broken).crops(crop, templates)

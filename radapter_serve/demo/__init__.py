@@ -1,4 +1,5 @@
-"""What `radapter-demo` runs: a small base model, emoji drawings of several vendors, and every step from data to answer.
+"""What `radapter-demo` runs: a small base model, emoji drawings of several vendors, and every step
+from data to answer.
 
 Nothing else imports it.
 """

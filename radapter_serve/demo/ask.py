@@ -1,4 +1,6 @@
-"""The demo's questions to the running server, compared with open_clip's own pipeline, and pictures of the answers."""
+"""The demo's questions to the running server, compared with open_clip's own pipeline, and pictures
+of the answers.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,12 @@ from radapter_serve.data import load_masked
 from radapter_serve.demo.data import FINE_TUNED, DemoData
 from radapter_serve.demo.scenes import CAPTIONS, SHORT_SIDE, SceneData
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs.labels import mean_embeddings, read_label_file, read_templates, split_label
+from radapter_serve.inputs.labels import (
+    mean_embeddings,
+    read_label_file,
+    read_templates,
+    split_label,
+)
 from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.release.release import Release
@@ -42,7 +49,9 @@ class Reference:
     """
 
     def __init__(self, merged: Path) -> None:
-        self.model, _, self.preprocess = open_clip.create_model_and_transforms(f"local-dir:{merged}")
+        self.model, _, self.preprocess = open_clip.create_model_and_transforms(
+            f"local-dir:{merged}"
+        )
         self.model.eval()
         self.tokenizer = open_clip.get_tokenizer(f"local-dir:{merged}")
         self.scale = float(self.model.logit_scale.detach().exp())
@@ -70,7 +79,9 @@ class Reference:
         return np.asarray(encode_patches(self.model, normalize(scaled), "naclip"))
 
 
-def ask_classify(client: Client, merged: Path, data: DemoData, label_set: str, path: Path, seed: int) -> str:
+def ask_classify(
+    client: Client, merged: Path, data: DemoData, label_set: str, path: Path, seed: int
+) -> str:
     """Classify drawings of all styles; a picture of some with their labels.
 
     Returns:
@@ -89,18 +100,26 @@ def ask_classify(client: Client, merged: Path, data: DemoData, label_set: str, p
     scores = _softmax(reference.scale * cosines)
     best = scores.argmax(axis=1)
     same = sum(answer.top == names[index] for answer, index in zip(answers, best, strict=True))
-    error = max(abs(answer.scores[0] - score) for answer, score in zip(answers, scores.max(axis=1), strict=True))
+    error = max(
+        abs(answer.scores[0] - score)
+        for answer, score in zip(answers, scores.max(axis=1), strict=True)
+    )
     _gallery(files[:18], [answer.top for answer in answers[:18]], path)
     return _agreed(f"{same} of {len(files)} labels equal", same == len(files), error)
 
 
-def ask_search(client: Client, merged: Path, scenes: SceneData, index: str, path: Path, seed: int) -> str:
+def ask_search(
+    client: Client, merged: Path, scenes: SceneData, index: str, path: Path, seed: int
+) -> str:
     """Search an index of scenes by their captions; a picture of some with what was found.
 
     Returns, Raises: as `ask_classify`.
     """
     with (scenes.test[FINE_TUNED] / "captions.csv").open(encoding="utf-8", newline="") as file:
-        captions = [(row["caption"], f"{scenes.test[FINE_TUNED].name}/{row['image']}") for row in csv.DictReader(file)]
+        captions = [
+            (row["caption"], f"{scenes.test[FINE_TUNED].name}/{row['image']}")
+            for row in csv.DictReader(file)
+        ]
     captions = random.Random(seed).sample(captions[::CAPTIONS], QUESTIONS)  # those by class names
     found = [client.search(text, index=index, top_k=6, thumbnails=True) for text, _ in captions]
     with scenes.gallery.open(encoding="utf-8", newline="") as file:
@@ -118,7 +137,9 @@ def ask_search(client: Client, merged: Path, scenes: SceneData, index: str, path
     return _agreed(f"{same} of {len(found)} searches equal", same == len(found), error)
 
 
-def ask_segment(client: Client, merged: Path, data: DemoData, scenes: SceneData, path: Path, seed: int) -> str:
+def ask_segment(
+    client: Client, merged: Path, data: DemoData, scenes: SceneData, path: Path, seed: int
+) -> str:
     """Segment scenes by their true masks as proposals, and by dense patches; a picture of some.
 
     Returns, Raises: as `ask_classify`.
@@ -138,7 +159,9 @@ def ask_segment(client: Client, merged: Path, data: DemoData, scenes: SceneData,
         labels = [masked.classes[label] for label, _ in segments]
         proposed = client.segment(image, masked.classes, proposals=masks, threshold=0.0)
         dense = client.segment(image, labels, short_side=SHORT_SIDE)
-        scores = _softmax(reference.scale * reference.images([crop(image, mask) for mask in masks]) @ classes.T)
+        scores = _softmax(
+            reference.scale * reference.images([crop(image, mask) for mask in masks]) @ classes.T
+        )
         expected, sure = np.full(masks.shape[1:], len(masked.classes)), np.zeros(masks.shape[1:])
         for mask, row in zip(masks, scores, strict=True):
             expected[mask], sure[mask] = row.argmax(), row.max()
@@ -150,12 +173,16 @@ def ask_segment(client: Client, merged: Path, data: DemoData, scenes: SceneData,
         names = [split_label(label)[0] for label in labels]
         pictures.append((proposed, dense, dict(zip(names, masks, strict=True))))
     _segmented(pictures[:5], len(classes), path)
-    return _agreed(f"{100 * same / pixels:.2f} % of {pixels:,} pixels equal", same > 0.999 * pixels, error)
+    return _agreed(
+        f"{100 * same / pixels:.2f} % of {pixels:,} pixels equal", same > 0.999 * pixels, error
+    )
 
 
 def _agreed(what: str, fine: bool, error: float) -> str:
     if not fine or error > CLOSE:
-        raise RAdapterError(f"served answers differ from open_clip's: {what}, scores within {error:.1e}")
+        raise RAdapterError(
+            f"served answers differ from open_clip's: {what}, scores within {error:.1e}"
+        )
     return f"served and open_clip's own pipeline: {what}, scores within {error:.1e}"
 
 
@@ -179,8 +206,12 @@ def _gallery(files: Sequence[Path], labels: Sequence[str], path: Path) -> None:
     figure.savefig(path)
 
 
-def _contact_sheet(captions: Sequence[tuple[str, str]], found: Sequence[Sequence[Hit]], path: Path) -> None:
-    """A row a caption: the best scenes, the one that it belongs to framed, in whatever style it is drawn."""
+def _contact_sheet(
+    captions: Sequence[tuple[str, str]], found: Sequence[Sequence[Hit]], path: Path
+) -> None:
+    """A row a caption: the best scenes, the one that it belongs to framed, in whatever style it is
+    drawn.
+    """
     figure = Figure(figsize=(9, 1.85 * len(captions)), dpi=80, layout="constrained")
     rows = figure.subfigures(len(captions), 1, squeeze=False)
     for row, (caption, own), hits in zip(rows[:, 0], captions, found, strict=True):
@@ -195,7 +226,9 @@ def _contact_sheet(captions: Sequence[tuple[str, str]], found: Sequence[Sequence
     figure.savefig(path)
 
 
-def _segmented(pictures: Sequence[tuple[Segmentation, Segmentation, dict[str, Any]]], count: int, path: Path) -> None:
+def _segmented(
+    pictures: Sequence[tuple[Segmentation, Segmentation, dict[str, Any]]], count: int, path: Path
+) -> None:
     """Scenes, and both answers with what each drawing is mostly taken for: green where right."""
     figure = Figure(figsize=(9, 5.6), dpi=100, layout="constrained")
     panels = figure.subplots(3, len(pictures))

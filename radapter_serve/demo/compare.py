@@ -1,4 +1,6 @@
-"""The demo's comparison: R-Adapter and full fine-tuning over α, on the same test images, with paired intervals."""
+"""The demo's comparison: R-Adapter and full fine-tuning over α, on the same test images, with
+paired intervals.
+"""
 
 from __future__ import annotations
 
@@ -60,16 +62,24 @@ class Comparison:
         """Style, images and, by α, the accuracy in per cent, of each test set."""
         line = self.hits[method]
         return [
-            (style, len(of), {alpha: [100 * float(hits[style].mean())] for alpha, hits in line.items()})
+            (
+                style,
+                len(of),
+                {alpha: [100 * float(hits[style].mean())] for alpha, hits in line.items()},
+            )
             for style, of in line[0.0].items()
         ]
 
     def facts(self) -> list[dict[str, Any]]:
-        """Of each system: accuracy in per cent in distribution and as the mean of the shifts, and R-Adapter's lead.
+        """Of each system: accuracy in per cent in distribution and as the mean of the shifts, and
+        R-Adapter's lead.
 
         A lead has the half-width of its interval of 95 %, which is over images.
         """
-        groups = {"in_distribution": [FINE_TUNED], "shifts": [s for s in self.hits[OURS][0.0] if s != FINE_TUNED]}
+        groups = {
+            "in_distribution": [FINE_TUNED],
+            "shifts": [s for s in self.hits[OURS][0.0] if s != FINE_TUNED],
+        }
         ours, found = list(self.systems.values())[1], []
         for name, hits in self.systems.items():
             row: dict[str, Any] = {"system": name}
@@ -77,23 +87,41 @@ class Comparison:
                 lead, half = paired_difference([ours[s] for s in styles], [hits[s] for s in styles])
                 mean = float(np.mean([hits[s].mean() for s in styles]))
                 n = sum(len(hits[s]) for s in styles)
-                row[group] = {"n": n, "accuracy": 100 * mean, "lead": 100 * lead, "interval": 100 * half}
+                row[group] = {
+                    "n": n,
+                    "accuracy": 100 * mean,
+                    "lead": 100 * lead,
+                    "interval": 100 * half,
+                }
             found.append(row)
         return found
 
     def table(self) -> Table:
-        """Systems down; accuracy and lead across, and whether the lead is larger than its interval."""
+        """Systems down; accuracy and lead across, and whether the lead is larger than its
+        interval.
+        """
         facts = self.facts()
-        result = Table(title=f"Accuracy in %, and what {OURS} at α = {self.alpha:g} leads by, with intervals of 95 %")
+        result = Table(
+            title=(
+                f"Accuracy in %, and what {OURS} at α = {self.alpha:g} leads by, with intervals of"
+                " 95 %"
+            )
+        )
         result.add_column("system")
-        for title, group in (("in distribution", "in_distribution"), ("mean of the shifts", "shifts")):
+        for title, group in (
+            ("in distribution", "in_distribution"),
+            ("mean of the shifts", "shifts"),
+        ):
             result.add_column(f"{title}, {facts[0][group]['n']:,} images", justify="right")
             result.add_column(f"{OURS}'s lead", justify="right")
         for row in facts:
             cells = [row["system"]]
             for group in ("in_distribution", "shifts"):
                 of = row[group]
-                cells += [f"{of['accuracy']:.1f}", "" if row is facts[1] else lead_in_words(of["lead"], of["interval"])]
+                cells += [
+                    f"{of['accuracy']:.1f}",
+                    "" if row is facts[1] else lead_in_words(of["lead"], of["interval"]),
+                ]
             result.add_row(*cells)
         return result
 
@@ -104,9 +132,15 @@ def lead_in_words(lead: float, interval: float) -> str:
 
 
 def compare(
-    run: Path, rival: Ends, data: DemoData, alphas: Sequence[float], alpha: float, limit: int | None = None
+    run: Path,
+    rival: Ends,
+    data: DemoData,
+    alphas: Sequence[float],
+    alpha: float,
+    limit: int | None = None,
 ) -> Comparison:
-    """Evaluate R-Adapter and full fine-tuning at points from zero-shot, α = 0, to the end of learning, α = 1.
+    """Evaluate R-Adapter and full fine-tuning at points from zero-shot, α = 0, to the end of
+    learning, α = 1.
 
     Args:
         run: folder of R-Adapter's run on the demo's base.
@@ -116,14 +150,20 @@ def compare(
         alpha: at which R-Adapter is compared.
         limit: images of a style at most, drawn by a fixed seed; all if None.
     """
-    start = {name: value.clone() for name, value in load_base(f"local-dir:{BASE}").model.state_dict().items()}
+    start = {
+        name: value.clone()
+        for name, value in load_base(f"local-dir:{BASE}").model.state_dict().items()
+    }
     lines = {OURS: Ends(start, fold(start, load_adapter(run), 1.0)), RIVAL: rival}
     points = {OURS: sorted({*alphas, alpha}), RIVAL: sorted(alphas)}
     return Comparison(right(lines, data, points, limit), alpha)
 
 
 def right(
-    lines: Mapping[str, Ends], data: DemoData, alphas: Mapping[str, Sequence[float]], limit: int | None = None
+    lines: Mapping[str, Ends],
+    data: DemoData,
+    alphas: Mapping[str, Sequence[float]],
+    limit: int | None = None,
 ) -> dict[str, dict[float, Hits]]:
     """Which test images are right, by method and α.
 
@@ -140,12 +180,16 @@ def right(
     hits: dict[str, dict[float, Hits]] = {method: {} for method in lines}
     points = [(method, alpha) for method in lines for alpha in alphas[method]]
     for method, alpha in track(points, "Evaluating"):
-        known = [of[0.0] for of in hits.values() if alpha == 0.0 and 0.0 in of]  # all lines start at zero-shot
+        known = [
+            of[0.0] for of in hits.values() if alpha == 0.0 and 0.0 in of
+        ]  # all lines start at zero-shot
         if known:
             hits[method][alpha] = known[0]
         else:
             weights, bias = _select(base, lines[method], alpha, classes, templates)
-            hits[method][alpha] = {style: _right(base, *of, weights, bias) for style, of in ready.items()}
+            hits[method][alpha] = {
+                style: _right(base, *of, weights, bias) for style, of in ready.items()
+            }
     return hits
 
 
@@ -164,17 +208,25 @@ def _select(
     return torch.lerp(first[0], last[0], alpha), torch.lerp(first[1], last[1], alpha)
 
 
-def _read(base: Base, folder: Path, classes: Sequence[str], limit: int | None) -> tuple[Tensor, Tensor]:
+def _read(
+    base: Base, folder: Path, classes: Sequence[str], limit: int | None
+) -> tuple[Tensor, Tensor]:
     """Pixels [N, 3, S, S] and labels [N] of images of a folder."""
     data = load_labelled(f"imagefolder:{folder}", every_class=False)
     rows = data.rows.select(drawn(len(data.rows), limit, 0))
-    pixels, labels = zip(*evaluation_batches(base, rows, lambda row: (data.image(row), data.label(row))), strict=True)
+    pixels, labels = zip(
+        *evaluation_batches(base, rows, lambda row: (data.image(row), data.label(row))), strict=True
+    )
     numbers = {split_label(line)[0]: number for number, line in enumerate(classes)}
     number_of = torch.tensor([numbers[name] for name in data.own])
     return torch.cat(pixels), number_of[torch.cat(labels)]
 
 
 @torch.inference_mode()
-def _right(base: Base, pixels: Tensor, labels: Tensor, weights: Tensor, bias: Tensor) -> NDArray[np.bool_]:
-    scores = [encode_image(base.model, some) @ weights.T + bias for some in torch.split(pixels, _BATCH)]
+def _right(
+    base: Base, pixels: Tensor, labels: Tensor, weights: Tensor, bias: Tensor
+) -> NDArray[np.bool_]:
+    scores = [
+        encode_image(base.model, some) @ weights.T + bias for some in torch.split(pixels, _BATCH)
+    ]
     return np.asarray(torch.cat(scores).argmax(dim=1) == labels)

@@ -1,6 +1,7 @@
 """The demo's data: a few hundred words, each drawn by many hands, as image folders.
 
-The drawings lie beside this file as SVG, by their places in the benchmark of drawings, whose folders these are. Where
+The drawings lie beside this file as SVG, by their places in the benchmark of drawings, whose
+folders these are. Where
 each comes from and its licence: `ATTRIBUTION.md`.
 """
 
@@ -53,8 +54,8 @@ class DemoData:
     Attributes:
         train: drawings in colour, to fine-tune on.
         val: the same style, other drawings.
-        test: by style; `colour` is in distribution. Neither the base nor fine-tuning has seen any of these drawings,
-            nor the hands that drew the other styles.
+        test: by style; `colour` is in distribution. Neither the base nor fine-tuning has seen any
+            of these drawings, nor the hands that drew the other styles.
         classes: label file, one class a line, synonyms after commas.
         templates: prompt templates, one a line.
     """
@@ -68,7 +69,9 @@ class DemoData:
 
 @functools.cache
 def drawings() -> dict[str, str]:
-    """All drawings as SVG, by their places: `train/CLASS/SET--NAME.svg`, and so in `val`, `test`, `shifts/STYLE`."""
+    """All drawings as SVG, by their places: `train/CLASS/SET--NAME.svg`, and so in `val`, `test`,
+    `shifts/STYLE`.
+    """
     with lzma.open(DRAWINGS / "drawings.json.xz", "rt", encoding="utf-8") as file:
         found: dict[str, str] = json.load(file)
     return found
@@ -99,8 +102,12 @@ def render(svg: str, side: int) -> Image.Image:
     try:
         import resvg_py
     except ImportError as error:
-        raise RAdapterError(f"resvg-py, which draws, is not installed; {install_command('demo')}") from error
-    with Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side)))) as image:
+        raise RAdapterError(
+            f"resvg-py, which draws, is not installed; {install_command('demo')}"
+        ) from error
+    with Image.open(
+        io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side)))
+    ) as image:
         drawn = image.convert("RGBA")
     square = Image.new("RGBA", (side, side))
     square.paste(drawn, ((side - drawn.width) // 2, (side - drawn.height) // 2))
@@ -108,7 +115,9 @@ def render(svg: str, side: int) -> Image.Image:
 
 
 def on_paper(drawn: NDArray[np.uint8], *, black: bool = False) -> Image.Image:
-    """Premultiplied RGBA pixels [S, S, 4] on white paper, as RGB; on black paper what is black becomes white."""
+    """Premultiplied RGBA pixels [S, S, 4] on white paper, as RGB; on black paper what is black
+    becomes white.
+    """
     on_white = drawn[..., :3] + (255 - drawn[..., 3:])
     return Image.fromarray(255 - on_white if black else on_white)
 
@@ -121,7 +130,8 @@ def prepare(folder: str | Path, *, quiet: bool = False) -> DemoData:
         quiet: no progress bar.
 
     Raises:
-        RAdapterError: the renderer is not installed, or the folder can't be written or holds something else.
+        RAdapterError: the renderer is not installed, or the folder can't be written or holds
+            something else.
     """
     folder = Path(folder)
     if not (folder / CLASSES.name).is_file():
@@ -135,8 +145,12 @@ def prepare(folder: str | Path, *, quiet: bool = False) -> DemoData:
                 shutil.copyfile(file, part / file.name)
     test = {style: folder / place_of(style) for style in STYLES}
     if not all(place.is_dir() for place in test.values()):
-        raise RAdapterError(f"{folder} was made by another version of the demo; remove it, or name another --out")
-    return DemoData(folder / "train", folder / "val", test, folder / CLASSES.name, folder / TEMPLATES.name)
+        raise RAdapterError(
+            f"{folder} was made by another version of the demo; remove it, or name another --out"
+        )
+    return DemoData(
+        folder / "train", folder / "val", test, folder / CLASSES.name, folder / TEMPLATES.name
+    )
 
 
 @contextlib.contextmanager
@@ -162,7 +176,8 @@ def made_whole(folder: Path, what: str) -> Iterator[Path]:
 
 
 def style_of(name: str) -> str:
-    """In words, the style that a set of drawings or scenes is named after, and what follows the name's comma.
+    """In words, the style that a set of drawings or scenes is named after, and what follows the
+    name's comma.
 
     Args:
         name: of STYLES, as in `color` or `color, dense`, or any other name, which is given back.

@@ -1,7 +1,9 @@
-"""Full fine-tuning of the image tower, which the demo compares R-Adapter with; between start and end lies WiSE-FT.
+"""Full fine-tuning of the image tower, which the demo compares R-Adapter with; between start and
+end lies WiSE-FT.
 
-Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022: cross-entropy over a linear head that starts as the
-zero-shot classifier. `rivals/full.py` of the project is the same for any data, and has the paper's other systems too.
+Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022: cross-entropy over a linear head
+that starts as the zero-shot classifier. `rivals/full.py` of the project is the same for any data,
+and has the paper's other systems too.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ class Ends:
 
     Attributes:
         start, end: weights of the CLIP.
-        classifiers: [C, D] before and after, and [C] that is added to an image's scores; None where the text tower
-            makes the classifier from the names of the classes.
+        classifiers: [C, D] before and after, and [C] that is added to an image's scores; None where
+            the text tower makes the classifier from the names of the classes.
     """
 
     start: Weights
@@ -50,7 +52,8 @@ def fine_tune(recipe: Recipe, *, quiet: bool = False) -> Ends:
     """Train all of the image tower and a linear head.
 
     Args:
-        recipe: of classification; its batches are those that R-Adapter trained by the same seed sees.
+        recipe: of classification; its batches are those that R-Adapter trained by the same seed
+            sees.
         quiet: no progress bar.
 
     Raises:
@@ -74,20 +77,34 @@ def fine_tune(recipe: Recipe, *, quiet: bool = False) -> Ends:
         batch = next(source)
         loss = F.cross_entropy(head(encode_image(model, batch["pixels"])), batch["labels"])
         if not math.isfinite(loss.item()):
-            raise RAdapterError(f"the loss is {loss.item()} at step {step}; lower the learning rate")
+            raise RAdapterError(
+                f"the loss is {loss.item()} at step {step}; lower the learning rate"
+            )
         loss.backward()  # type: ignore[no-untyped-call]
         if recipe.grad_clip is not None:
             torch.nn.utils.clip_grad_norm_(learning, recipe.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
     last = _copy(head.state_dict())
-    return Ends(start, _copy(model.state_dict()), tuple((of["weight"], of["bias"]) for of in (first, last)))  # type: ignore[arg-type]
+    return Ends(
+        start,
+        _copy(model.state_dict()),
+        tuple((of["weight"], of["bias"]) for of in (first, last)),  # type: ignore[arg-type]
+    )
 
 
 def _batches(examples: Examples, recipe: Recipe) -> Iterator[dict[str, Any]]:
     """Those of all epochs, without an end."""
     for epoch in itertools.count():
-        loader = batches(examples, recipe.batch_size, epoch=epoch, start=0, rank=0, world=1, workers=recipe.workers)
+        loader = batches(
+            examples,
+            recipe.batch_size,
+            epoch=epoch,
+            start=0,
+            rank=0,
+            world=1,
+            workers=recipe.workers,
+        )
         for batch in loader:
             if "error" in batch:
                 raise RAdapterError(batch["error"])

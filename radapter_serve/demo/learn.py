@@ -1,4 +1,6 @@
-"""The demo's three fine-tunings, one adapter a task, and their α curves, by the functions of the commands."""
+"""The demo's three fine-tunings, one adapter a task, and their α curves, by the functions of the
+commands.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from radapter_serve.training import Recipe, load_recipe
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 RECIPES = Path(__file__).parent / "recipes"
-Sets = list[tuple[str, int, dict[float, list[float]]]]  # name, images and, by α, the metrics in per cent of each
+Sets = list[
+    tuple[str, int, dict[float, list[float]]]
+]  # name, images and, by α, the metrics in per cent of each
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Lesson:
         fields: of the recipe, what the demo's data decide.
         metrics: shown in the table, in the rows' names; the first is what the curve shows.
         caption: of the table.
-        entries: what it is evaluated on as suites are: the first in distribution, then the same in other styles.
+        entries: what it is evaluated on as suites are: the first in distribution, then the same in
+            other styles.
         rest: evaluated at the α of the table alone.
     """
 
@@ -48,14 +53,21 @@ class Lesson:
 def lessons(data: DemoData, scenes: SceneData) -> list[Lesson]:
     """The three tasks on the demo's data: drawings, captions of scenes, and masks of scenes."""
     templates = str(data.templates)
-    captions = tuple(Entry(name, f"csv:{folder / 'captions.csv'}", "retrieval") for name, folder in scenes.test.items())
+    captions = tuple(
+        Entry(name, f"csv:{folder / 'captions.csv'}", "retrieval")
+        for name, folder in scenes.test.items()
+    )
     masks: dict[str, Any] = {"task": "segmentation", "classes": str(scenes.classes)}
     proposals = tuple(
         Entry(name, f"masks:{folder}", dense="proposals", threshold=0.0, **masks)
         for name, folder in scenes.test.items()
     )
     dense = Entry(
-        f"{FINE_TUNED}, dense", f"masks:{scenes.test[FINE_TUNED]}", dense="naclip", short_side=SHORT_SIDE, **masks
+        f"{FINE_TUNED}, dense",
+        f"masks:{scenes.test[FINE_TUNED]}",
+        dense="naclip",
+        short_side=SHORT_SIDE,
+        **masks,
     )
     folders = {"data": f"imagefolder:{data.train}", "val_data": f"imagefolder:{data.val}"}
     return [
@@ -83,7 +95,9 @@ def lessons(data: DemoData, scenes: SceneData) -> list[Lesson]:
     ]
 
 
-def recipe_of(lesson: Lesson, out: Path, *, seed: int, steps: int | None, name: str | None = None) -> Recipe:
+def recipe_of(
+    lesson: Lesson, out: Path, *, seed: int, steps: int | None, name: str | None = None
+) -> Recipe:
     """The recipe of a task on the demo's base and data.
 
     Args:
@@ -97,7 +111,11 @@ def recipe_of(lesson: Lesson, out: Path, *, seed: int, steps: int | None, name: 
     steps = recipe.steps if steps is None else steps
     assert steps is not None
     warmup = min(recipe.warmup_steps or steps, steps // 10)
-    own: dict[str, Any] = {"architecture": f"local-dir:{BASE}", "out": out / "runs" / lesson.task, "seed": seed}
+    own: dict[str, Any] = {
+        "architecture": f"local-dir:{BASE}",
+        "out": out / "runs" / lesson.task,
+        "seed": seed,
+    }
     return dataclasses.replace(recipe, steps=steps, warmup_steps=warmup, **own, **lesson.fields)
 
 
@@ -113,23 +131,32 @@ def evaluate(lesson: Lesson, run: Path, alpha: float, limit: int | None) -> Sets
     embedder = from_adapter(run, sorted({*ALPHAS, alpha}))
     try:
         results = Results(run)
-        # One call for all data sets of the curve, because a call embeds the names of the classes once.
+        # One call for all data sets of the curve, because a call embeds the names of the classes
+        # once.
         rows = evaluate_suite(embedder, Suite(lesson.task, lesson.entries), results, limit=limit)
-        few = [v for v in embedder.variants if v.alpha in (0.0, alpha, 1.0)]  # of what is in no curve
-        rows += evaluate_suite(embedder, Suite(lesson.task, lesson.rest), results, variants=few, limit=limit)
+        few = [
+            v for v in embedder.variants if v.alpha in (0.0, alpha, 1.0)
+        ]  # of what is in no curve
+        rows += evaluate_suite(
+            embedder, Suite(lesson.task, lesson.rest), results, variants=few, limit=limit
+        )
     finally:
         embedder.close()
     sets: Sets = []
     for entry in (*lesson.entries, *lesson.rest):
         of = [row for row in rows if row.dataset == entry.name]
         values = {
-            row.alpha: [100 * row.metrics[name] for name in lesson.metrics] for row in of if row.alpha is not None
+            row.alpha: [100 * row.metrics[name] for name in lesson.metrics]
+            for row in of
+            if row.alpha is not None
         }
         sets.append((entry.name, of[0].n, values))
     return sets
 
 
-def draw_curve(lesson: Lesson, sets: Sets, path: Path, beside: dict[str, Sets] | None = None) -> None:
+def draw_curve(
+    lesson: Lesson, sets: Sets, path: Path, beside: dict[str, Sets] | None = None
+) -> None:
     """Draw the α curve of a task: in distribution against shifts.
 
     Args:
@@ -148,7 +175,10 @@ def with_mean(sets: Sets) -> Sets:
     """The sets, followed by the mean of the shifts."""
     shifts = [of for of in sets[1:] if of[0] in STYLES]
     mean = {
-        alpha: [sum(column) / len(shifts) for column in zip(*(values[alpha] for *_, values in shifts), strict=True)]
+        alpha: [
+            sum(column) / len(shifts)
+            for column in zip(*(values[alpha] for *_, values in shifts), strict=True)
+        ]
         for alpha in sets[0][2]
     }
     row = (f"mean of the {len(shifts)} shifts", sum(n for _, n, _ in shifts), mean)
@@ -168,4 +198,7 @@ def table(lesson: Lesson, sets: Sets, alpha: float) -> Table:
 
 def _points(sets: Sequence[tuple[str, int, dict[float, list[float]]]]) -> list[dict[str, float]]:
     """The first metric of each set by its name, a row an α."""
-    return [{"alpha": alpha, **{name: of[alpha][0] for name, _, of in sets if alpha in of}} for alpha in sets[0][2]]
+    return [
+        {"alpha": alpha, **{name: of[alpha][0] for name, _, of in sets if alpha in of}}
+        for alpha in sets[0][2]
+    ]

@@ -1,4 +1,6 @@
-"""The end of `radapter-demo --open`: a release that takes any α, an index of scenes, and the page to ask both."""
+"""The end of `radapter-demo --open`: a release that takes any α, an index of scenes, and the page
+to ask both.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,13 @@ def play(out: Path) -> None:
     )
     export_release(out / "runs" / RUN, "dynamic", settings)
     build(f"csv:{scenes.gallery}", indexes / "scenes", LocalRelease(repository))
-    print(f"drawings to drop on the page: {out / 'data' / 'test'} and {scenes.gallery.parent}", flush=True)
-    with TritonServer(ServerConfig(repository, Endpoints.on_free_ports(), indexes=indexes)) as server:
+    print(
+        f"drawings to drop on the page: {out / 'data' / 'test'} and {scenes.gallery.parent}",
+        flush=True,
+    )
+    with TritonServer(
+        ServerConfig(repository, Endpoints.on_free_ports(), indexes=indexes)
+    ) as server:
         port, *_ = free_ports()
         with serving(Settings(server.grpc_url, port=port)) as url:
             print(f"playground  {url}\nCtrl-C stops it.", flush=True)

@@ -1,4 +1,6 @@
-"""The demo: from drawings to a served model for three tasks, each step by the same functions as the commands."""
+"""The demo: from drawings to a served model for three tasks, each step by the same functions as the
+commands.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,17 @@ from radapter_serve.demo.ask import ask_classify, ask_search, ask_segment
 from radapter_serve.demo.compare import OURS, RIVAL, compare
 from radapter_serve.demo.data import FINE_TUNED, STYLES, DemoData, prepare
 from radapter_serve.demo.full import fine_tune
-from radapter_serve.demo.learn import ALPHAS, Lesson, Sets, draw_curve, evaluate, lessons, recipe_of, table, with_mean
+from radapter_serve.demo.learn import (
+    ALPHAS,
+    Lesson,
+    Sets,
+    draw_curve,
+    evaluate,
+    lessons,
+    recipe_of,
+    table,
+    with_mean,
+)
 from radapter_serve.demo.scenes import prepare_scenes
 from radapter_serve.index.build import build
 from radapter_serve.runtimes.local_release import LocalRelease
@@ -32,9 +44,15 @@ INDEX = "scenes"
 
 
 def run_demo(
-    out: Path, *, seed: int = 0, steps: int | None = None, alpha: float | None = None, limit: int | None = None
+    out: Path,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    alpha: float | None = None,
+    limit: int | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune on one style of drawing for each task, evaluate on others, export, serve, ask, and check all.
+    """Fine-tune on one style of drawing for each task, evaluate on others, export, serve, ask, and
+    check all.
 
     Args:
         out: folder for everything that the demo makes; what an earlier demo made there is replaced.
@@ -60,13 +78,20 @@ def run_demo(
     def chapter(text: str) -> None:
         say(f"\n[bold]{text}[/]  [dim]{time.perf_counter() - started:.0f} s[/]")
 
-    chapter("1. Draw the images: drawings by many hands, and scenes of them with masks and captions")
+    chapter(
+        "1. Draw the images: drawings by many hands, and scenes of them with masks and captions"
+    )
     data, scenes = prepare(out / "data"), prepare_scenes(out / "data" / "scenes")
 
     for number, lesson in enumerate(lessons(data, scenes), 2):
         task, repository = lesson.task, out / "repositories" / lesson.task
-        chapter(f"{number}. {task.capitalize()}: fine-tune on drawings {STYLES[FINE_TUNED]}, evaluate on unseen ones")
-        run, facts = _learn(lesson, data, out, console, seed=seed, steps=steps, alpha=alpha, limit=limit)
+        chapter(
+            f"{number}. {task.capitalize()}: fine-tune on drawings {STYLES[FINE_TUNED]}, evaluate"
+            " on unseen ones"
+        )
+        run, facts = _learn(
+            lesson, data, out, console, seed=seed, steps=steps, alpha=alpha, limit=limit
+        )
         results[task] = facts
 
         say(f"fold at α = {facts['alpha']:g}, export, check against torch")
@@ -77,7 +102,9 @@ def run_demo(
             say(f"{index}: an index of {summary.count} test scenes")
 
         say("serve with tritonserver, and ask through the client")
-        server = TritonServer(ServerConfig(repository, Endpoints.on_free_ports(), indexes=out / "indexes"))
+        server = TritonServer(
+            ServerConfig(repository, Endpoints.on_free_ports(), indexes=out / "indexes")
+        )
         with server, Client(server.grpc_url) as client:
             if task == "classification":
                 picture = out / "classified.png"
@@ -108,8 +135,12 @@ def _learn(
     alpha: float | None,
     limit: int | None,
 ) -> tuple[Path, dict[str, Any]]:
-    """Fine-tune for one task, evaluate, print and draw; returns the run's folder and the task's part of the results."""
-    shutil.rmtree(out / "runs" / lesson.task, ignore_errors=True)  # the demo's own, from an earlier call
+    """Fine-tune for one task, evaluate, print and draw; returns the run's folder and the task's
+    part of the results.
+    """
+    shutil.rmtree(
+        out / "runs" / lesson.task, ignore_errors=True
+    )  # the demo's own, from an earlier call
     recipe = recipe_of(lesson, out, seed=seed, steps=steps)
     run, alpha = train(recipe), recipe.alpha if alpha is None else alpha
     facts: dict[str, Any] = {"alpha": alpha, "metrics": lesson.metrics}
@@ -119,7 +150,10 @@ def _learn(
         rival = fine_tune(recipe_of(lesson, out, seed=seed, steps=steps, name="full"))
         compared = compare(run, rival, data, ALPHAS, alpha, limit)
         console.print(compared.table())
-        sets, beside = compared.sets(OURS), {f"{RIVAL}, full fine-tuning at α = 1": compared.sets(RIVAL)}
+        sets, beside = (
+            compared.sets(OURS),
+            {f"{RIVAL}, full fine-tuning at α = 1": compared.sets(RIVAL)},
+        )
         facts |= {"systems": compared.facts(), RIVAL: with_mean(compared.sets(RIVAL))}
     else:
         picture, sets = out / f"alpha-{lesson.task}.png", evaluate(lesson, run, alpha, limit)
@@ -130,9 +164,16 @@ def _learn(
 
 
 def _export(
-    run: Path, alpha: float, repository: Path, merged: Path, data: DemoData, say: Callable[[str], None]
+    run: Path,
+    alpha: float,
+    repository: Path,
+    merged: Path,
+    data: DemoData,
+    say: Callable[[str], None],
 ) -> Path:
-    """Export a release into a repository of its own; returns the folder of its merged checkpoint."""
+    """Export a release into a repository of its own; returns the folder of its merged
+    checkpoint.
+    """
     shutil.rmtree(repository, ignore_errors=True)  # the demo's own, from an earlier call
     settings = ExportSettings(
         model_repository=repository,
@@ -140,7 +181,12 @@ def _export(
         label_sets={LABEL_SET: data.classes},
         templates=data.templates,
     )
-    (release,) = export_release(run, [alpha], settings, progress=lambda line: say(f"[dim]{line}[/]"))
+    (release,) = export_release(
+        run, [alpha], settings, progress=lambda line: say(f"[dim]{line}[/]")
+    )
     errors = {graph.name: graph.agreement.max_error for graph in release.graphs}
-    say("max error against torch: " + ", ".join(f"{graph} {error:.1e}" for graph, error in errors.items()))
+    say(
+        "max error against torch: "
+        + ", ".join(f"{graph} {error:.1e}" for graph, error in errors.items())
+    )
     return release.merged

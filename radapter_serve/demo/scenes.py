@@ -1,4 +1,6 @@
-"""The demo's scenes: drawings of different classes on coloured paper, with their exact masks and with captions."""
+"""The demo's scenes: drawings of different classes on coloured paper, with their exact masks and
+with captions.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ CELL, CELLS = 80, 2  # a scene is a square of 2 x 2 cells, each with a drawing o
 SIDES = (60, 81)  # pixels of a drawing, from and below
 TRAIN, TEST = 600, 100  # scenes
 CLASSES_SHOWN = 48  # the work of segmentation grows with them
-CAPTIONS = 2  # of each scene; the first has the names of the classes, the second their synonyms, too
+CAPTIONS = (
+    2  # of each scene; the first has the names of the classes, the second their synonyms, too
+)
 SCENE_SHIFTS = ("filled", "emoji-noto")
 SHORT_SIDE = 96  # pixels, of dense segmentation: a scene's drawings are as large as a window then
 PAPERS = ("white", "#fdf6e3", "#eaf2fb", "#edf7ed", "#fbeaf0", "#f1f1f1")
@@ -48,11 +52,13 @@ class Scene:
 
 @dataclass(frozen=True)
 class SceneData:
-    """Folders with `images/`, `masks/` and `captions.csv`; a mask holds the line of a pixel's class in the class file.
+    """Folders with `images/`, `masks/` and `captions.csv`; a mask holds the line of a pixel's class
+    in the class file.
 
     Attributes:
         train: scenes of training drawings.
-        test: by style, scenes of test drawings; scene for scene the same classes at the same places in all styles.
+        test: by style, scenes of test drawings; scene for scene the same classes at the same places
+            in all styles.
         classes: class file, synonyms after commas; the paper is none of them.
         gallery: CSV of all test scenes: image, style, caption.
     """
@@ -91,9 +97,12 @@ def prepare_scenes(folder: str | Path, *, seed: int = 0, quiet: bool = False) ->
 def scene_classes() -> tuple[str, ...]:
     """The classes of scenes, as lines with synonyms after commas.
 
-    Every style of scenes has drawings of them, and of such classes they have the most drawings to learn from.
+    Every style of scenes has drawings of them, and of such classes they have the most drawings to
+    learn from.
     """
-    train, *tests = (drawings_of(place) for place in ("train", *map(place_of, (FINE_TUNED, *SCENE_SHIFTS))))
+    train, *tests = (
+        drawings_of(place) for place in ("train", *map(place_of, (FINE_TUNED, *SCENE_SHIFTS)))
+    )
     drawn = [name for name in train if all(name in of for of in tests)]
     most = sorted(drawn, key=lambda name: (-len(train[name]), name))[:CLASSES_SHOWN]
     return tuple(line for line in read_label_file(CLASSES) if split_label(line)[0] in most)
@@ -120,7 +129,9 @@ def compose(split: Split, style: str, count: int, seed: int) -> Iterator[Scene]:
             side = draw.randrange(*SIDES)
             x, y = left + draw.randint(0, CELL - side), top + draw.randint(0, CELL - side)
             svgs = by_class[split_label(line)[0]]
-            drawn = rendered(svgs[int(draw.random() * len(svgs))])  # a draw that is as long in every style
+            drawn = rendered(
+                svgs[int(draw.random() * len(svgs))]
+            )  # a draw that is as long in every style
             drawn = drawn.resize((side, side), Image.Resampling.LANCZOS)
             image.paste(drawn, (x, y), drawn)
             mask[y : y + side, x : x + side][inside(drawn)] = classes.index(line)
@@ -139,7 +150,9 @@ def inside(drawn: Image.Image) -> NDArray[np.bool_]:
 
 
 def captions(shown: Sequence[str], draw: random.Random) -> list[str]:
-    """CAPTIONS captions of a scene, each naming all that is shown, in any order: by class names, by any synonyms."""
+    """CAPTIONS captions of a scene, each naming all that is shown, in any order: by class names, by
+    any synonyms.
+    """
 
     def say(words: list[str]) -> str:
         draw.shuffle(words)
@@ -167,6 +180,8 @@ def _write_gallery(folder: Path) -> None:
         table = csv.writer(file)
         table.writerow(["image", "style", "caption"])
         for style in (FINE_TUNED, *SCENE_SHIFTS):
-            with (folder / f"test-{style}" / "captions.csv").open(encoding="utf-8", newline="") as captions:
+            with (folder / f"test-{style}" / "captions.csv").open(
+                encoding="utf-8", newline=""
+            ) as captions:
                 rows = list(csv.DictReader(captions))[::CAPTIONS]
             table.writerows([f"test-{style}/{row['image']}", style, row["caption"]] for row in rows)

@@ -16,10 +16,13 @@ from radapter_serve.evaluation.row import Row
 from radapter_serve.files import staged
 
 FILE = "alpha.json"
-RULE = "the alpha with the highest mean score over in-distribution validation sets; ties go to the smallest"
+RULE = (
+    "the alpha with the highest mean score over in-distribution validation sets; ties go to the"
+    " smallest"
+)
 RULE_SHIFTED = (
-    "the alpha with the highest mean of two scores, those of in-distribution and of shifted validation sets; "
-    "ties go to the smallest"
+    "the alpha with the highest mean of two scores, those of in-distribution and of shifted"
+    " validation sets; ties go to the smallest"
 )
 
 
@@ -40,12 +43,13 @@ class Choice:
     Attributes:
         alpha: the choice, in [0, 1].
         rule: in words.
-        curve: for each α: `alpha`, `score` by the rule, and each validation set's metric, in per cent.
+        curve: for each α: `alpha`, `score` by the rule, and each validation set's metric, in per
+            cent.
         sets: the validation sets, by name.
         adapter_digest: of the adapter that it was chosen for.
-        smallest: the smallest α whose score is within the 95 % interval of the best one's, where no set is shifted: as
-            far as such data can tell it is as good on it, and it keeps more of the base. None where a set is shifted,
-            or a single image gives no interval.
+        smallest: the smallest α whose score is within the 95 % interval of the best one's, where no
+            set is shifted: as far as such data can tell it is as good on it, and it keeps more of
+            the base. None where a set is shifted, or a single image gives no interval.
     """
 
     alpha: float
@@ -62,7 +66,9 @@ class Choice:
 
     @property
     def smaller(self) -> float | None:
-        """What may be taken in place of the best: `smallest`, where that is another α and not the base."""
+        """What may be taken in place of the best: `smallest`, where that is another α and not the
+        base.
+        """
         return self.smallest if self.smallest and self.smallest < self.alpha else None
 
 
@@ -73,20 +79,26 @@ def choose(rows: Sequence[Row]) -> Choice:
         rows: from `evaluate`, of one adapter, every α on every validation set.
 
     Raises:
-        RAdapterError: no set is in distribution, or different ways of segmentation would be averaged.
+        RAdapterError: no set is in distribution, or different ways of segmentation would be
+            averaged.
     """
     kinds = {(row.dense == PROPOSALS, row.proposals is not None) for row in rows}
     if len(kinds) > 1:
         raise RAdapterError(
-            "alpha is chosen by a mean over validation sets, and dense segmentation and proposals are no mean, nor are "
-            "true masks and a network's; leave all but one of them out of the sets with split: validation"
+            "alpha is chosen by a mean over validation sets, and dense segmentation and proposals"
+            " are no mean, nor are true masks and a network's; leave all but one of them out of the"
+            " sets with split: validation"
         )
     adapter_digest = rows[0].adapter_digest
     assert adapter_digest is not None
-    sets = {row.dataset: ValidationSet(row.shift, row.metric, row.n, row.set_digest) for row in rows}
+    sets = {
+        row.dataset: ValidationSet(row.shift, row.metric, row.n, row.set_digest) for row in rows
+    }
     groups = by_shift(sets)
     if not groups[0]:
-        raise RAdapterError("alpha can't be chosen without an in-distribution validation set (split: validation)")
+        raise RAdapterError(
+            "alpha can't be chosen without an in-distribution validation set (split: validation)"
+        )
     rule = RULE_SHIFTED if groups[1] else RULE
     points = []
     for point in curve(rows):
@@ -99,8 +111,12 @@ def choose(rows: Sequence[Row]) -> Choice:
     return Choice(best["alpha"], rule, points, sets, adapter_digest, smallest)
 
 
-def _smallest(points: Sequence[Mapping[str, float]], best: Mapping[str, float], rows: Sequence[Row]) -> float | None:
-    """The smallest α within the interval of the best one, which has these rows; their sets are independent."""
+def _smallest(
+    points: Sequence[Mapping[str, float]], best: Mapping[str, float], rows: Sequence[Row]
+) -> float | None:
+    """The smallest α within the interval of the best one, which has these rows; their sets are
+    independent.
+    """
     variance = 0.0
     for row in rows:
         interval = (row.intervals or {}).get(row.metric)
@@ -141,15 +157,20 @@ def load_choice(adapter: str | Path) -> Choice:
         values = json.loads(path.read_text(encoding="utf-8"))
         names = {field.name for field in dataclasses.fields(Choice)}
         if set(values) != names:
-            raise ValueError(f"it has {', '.join(sorted(values))}, and should have {', '.join(sorted(names))}")
+            raise ValueError(
+                f"it has {', '.join(sorted(values))}, and should have {', '.join(sorted(names))}"
+            )
         sets = {name: ValidationSet(**of) for name, of in values["sets"].items()}
         return Choice(**{**values, "sets": sets})
     except FileNotFoundError:
         raise RAdapterError(
-            f"no alpha was chosen for {path.parent}; choose one: radapter-eval --adapter {path.parent} --alpha auto"
+            f"no alpha was chosen for {path.parent}; choose one: radapter-eval --adapter"
+            f" {path.parent} --alpha auto"
         ) from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise RAdapterError(f"could not read {path}: {error}; choose again: radapter-eval --alpha auto") from error
+        raise RAdapterError(
+            f"could not read {path}: {error}; choose again: radapter-eval --alpha auto"
+        ) from error
 
 
 def chosen(adapter: str | Path) -> Choice:
@@ -159,7 +180,8 @@ def chosen(adapter: str | Path) -> Choice:
         adapter: adapter file, or the folder of a run.
 
     Raises:
-        RAdapterError: none was chosen, or it was for another adapter than the one that is there now.
+        RAdapterError: none was chosen, or it was for another adapter than the one that is there
+            now.
     """
     from radapter_serve.adapter import load_adapter  # torch takes seconds to load
 

@@ -32,7 +32,8 @@ def evaluation_batches(
         read: the image of a row and its label.
         batch_size: images a batch.
         rank, world: number of this process and of all; each gets its share.
-        broken: takes the names of images that can't be read, which are then left out; None raises BrokenImage.
+        broken: takes the names of images that can't be read, which are then left out; None raises
+            BrokenImage.
     """
     transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
     mine = range(rank, len(rows), world)

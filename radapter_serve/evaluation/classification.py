@@ -19,7 +19,12 @@ Tokenizer = Callable[[list[str]], Tensor]
 
 @torch.no_grad()
 def zero_shot_classifier(
-    model: nn.Module, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str], *, batch_size: int = 256
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    classes: Sequence[str],
+    templates: Sequence[str],
+    *,
+    batch_size: int = 256,
 ) -> Tensor:
     """One unit-length text embedding a class: the mean over its names and all templates.
 
@@ -56,7 +61,9 @@ def linear_head(classifier: Tensor, scale: float) -> nn.Linear:
 
 
 @torch.no_grad()
-def count_hits(model: nn.Module, classifier: Tensor, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[int, int]:
+def count_hits(
+    model: nn.Module, classifier: Tensor, batches: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[int, int]:
     """How many images the best class is right for, and how many there are.
 
     Args:

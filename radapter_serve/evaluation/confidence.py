@@ -1,7 +1,8 @@
-"""Fitting of calibrated scores: one temperature for the softmax over labels, and a sigmoid for labels on their own.
+"""Fitting of calibrated scores: one temperature for the softmax over labels, and a sigmoid for
+labels on their own.
 
-Temperature scaling is Guo et al.'s (ICML 2017), fitted to the best label alone as Le Coz et al. (NeurIPS 2024) do; the
-sigmoid is Platt's (1999), on all pairs of an image and a label.
+Temperature scaling is Guo et al.'s (ICML 2017), fitted to the best label alone as Le Coz et al.
+(NeurIPS 2024) do; the sigmoid is Platt's (1999), on all pairs of an image and a label.
 """
 
 from __future__ import annotations
@@ -17,13 +18,20 @@ from radapter_serve.release.confidence import Confidence
 LEAST = 100  # images
 MOST_PAIRS = 4_000_000  # of an image and a label, by which is fitted
 RANGE = (0.01, 100.0)  # of temperatures
-_ROUNDS, _TRIED = 7, 13  # temperatures are tried, and in the next round those between the neighbours of the best one
+_ROUNDS, _TRIED = (
+    7,
+    13,
+)  # temperatures are tried, and in the next round those between the neighbours of the best one
 
 Doubles = NDArray[np.float64]
 
 
 def fit_confidence(
-    cosines: Floats, truth: NDArray[np.int64], logit_scale: float, logit_bias: float | None, dataset: str
+    cosines: Floats,
+    truth: NDArray[np.int64],
+    logit_scale: float,
+    logit_bias: float | None,
+    dataset: str,
 ) -> Confidence:
     """Fit what makes scores calibrated.
 
@@ -39,21 +47,27 @@ def fit_confidence(
     n, classes = cosines.shape
     if n < LEAST or classes < 2:
         raise RAdapterError(
-            f"{n} validation images of {classes} labels are too few for calibrated scores; {LEAST} images are needed, "
-            "and two labels"
+            f"{n} validation images of {classes} labels are too few for calibrated scores; {LEAST}"
+            " images are needed, and two labels"
         )
     halves = [np.arange(n) % 2 == number for number in (0, 1)]
     scale, bias = fit_sigmoid(cosines, truth)
     temperature = None if logit_bias is not None else fit_temperature(cosines * logit_scale, truth)
     plain = class_probabilities(cosines, logit_scale, logit_bias)
-    best, after, pairs = cosines.argmax(axis=1), np.full(n, np.nan, np.float32), np.empty_like(plain)
+    best, after, pairs = (
+        cosines.argmax(axis=1),
+        np.full(n, np.nan, np.float32),
+        np.empty_like(plain),
+    )
     for half, other in zip(halves, reversed(halves), strict=True):
         pairs[half] = class_probabilities(cosines[half], *fit_sigmoid(cosines[other], truth[other]))
         if logit_bias is not None:
             after[half] = pairs[half, best[half]]
         elif temperature is not None:
             own = fit_temperature(cosines[other] * logit_scale, truth[other]) or temperature
-            after[half] = class_probabilities(cosines[half], logit_scale / own)[np.arange(half.sum()), best[half]]
+            after[half] = class_probabilities(cosines[half], logit_scale / own)[
+                np.arange(half.sum()), best[half]
+            ]
     hits, right = best == truth, np.arange(classes) == truth[:, None]
     known = not np.isnan(after).any()
     return Confidence(
@@ -72,16 +86,18 @@ def fit_confidence(
 def fit_temperature(logits: Floats, truth: NDArray[np.int64]) -> float | None:
     """The temperature at which the highest score p predicts best whether its label is right.
 
-    The mean of -log p where it is right, and of -log(1 - p) where it is wrong, is least there. The likelihood of the
-    right label, which Guo et al. take, is ruled by the images that are wrong where there are many labels: it makes the
-    best label's score too low.
+    The mean of -log p where it is right, and of -log(1 - p) where it is wrong, is least there. The
+    likelihood of the
+    right label, which Guo et al. take, is ruled by the images that are wrong where there are many
+    labels: it makes the best label's score too low.
 
     Args:
         logits: [N, C].
         truth: [N].
 
     Returns:
-        It, or None where there is none within `RANGE`: no image is wrong, or the scores do not tell right from wrong.
+        It, or None where there is none within `RANGE`: no image is wrong, or the scores do not tell
+            right from wrong.
     """
     logits, truth = _some(logits, truth)
     logits, rows = np.array(logits, np.float64), np.arange(len(logits))
@@ -89,12 +105,16 @@ def fit_temperature(logits: Floats, truth: NDArray[np.int64]) -> float | None:
     signs = np.where(best == truth, -1.0, 1.0)
     logits -= logits[rows, best][:, None]
     logits[rows, best] = -np.inf
-    second = logits.max(axis=1)  # of the others, which are compared with it so that none is too small
+    second = logits.max(
+        axis=1
+    )  # of the others, which are compared with it so that none is too small
     logits -= second[:, None]
 
     def loss(log_temperature: float) -> float:
         inverse = np.exp(-log_temperature)
-        odds = -inverse * second - np.log(np.exp(inverse * logits).sum(axis=1))  # of the best label against all others
+        odds = -inverse * second - np.log(
+            np.exp(inverse * logits).sum(axis=1)
+        )  # of the best label against all others
         return float(np.logaddexp(0, signs * odds).mean())
 
     ends = low, high = np.log(RANGE[0]), np.log(RANGE[1])
@@ -106,7 +126,8 @@ def fit_temperature(logits: Floats, truth: NDArray[np.int64]) -> float | None:
 
 
 def fit_sigmoid(cosines: Floats, truth: NDArray[np.int64]) -> tuple[float, float]:
-    """Scale and bias at which sigmoid(scale x cosine + bias) says best which label is right, by Newton's method.
+    """Scale and bias at which sigmoid(scale x cosine + bias) says best which label is right, by
+    Newton's method.
 
     Args:
         cosines: [N, C].
@@ -115,7 +136,8 @@ def fit_sigmoid(cosines: Floats, truth: NDArray[np.int64]) -> tuple[float, float
     cosines, truth = _some(cosines, truth)
     right = (np.arange(cosines.shape[1]) == truth[:, None]).ravel()
     count, others = right.sum(), (~right).sum()
-    # Platt's targets: as if there were one more of both, so that there is an answer where all cosines tell all apart.
+    # Platt's targets: as if there were one more of both, so that there is an answer where all
+    # cosines tell all apart.
     target = np.where(right, (count + 1) / (count + 2), 1 / (others + 2))
     values = np.asarray(cosines, np.float64).ravel()
     mean, spread = values.mean(), max(float(values.std()), 1e-12)
@@ -127,7 +149,9 @@ def fit_sigmoid(cosines: Floats, truth: NDArray[np.int64]) -> tuple[float, float
         slope = np.array([((shares - target) * values).sum(), (shares - target).sum()])
         weights = shares * (1 - shares)
         mixed = (weights * values).sum()
-        curve = np.array([[(weights * values**2).sum(), mixed], [mixed, weights.sum()]]) + 1e-9 * np.eye(2)
+        curve = np.array(
+            [[(weights * values**2).sum(), mixed], [mixed, weights.sum()]]
+        ) + 1e-9 * np.eye(2)
         step = np.linalg.solve(curve, slope)
         while (new := _loss(found - step, values, target)) > loss and np.abs(step).max() > 1e-12:
             step /= 2

@@ -20,9 +20,12 @@ from radapter_serve.tasks.proposals import ProposalSegmenter
 from radapter_serve.tasks.segment_options import SegmentOptions
 
 PROPOSALS = "proposals"  # in place of a way: masks are given, and their crops are classified
-# From the bytes of an image file, and masks uint8 [N, H, W] where masks are given, perhaps with their own probabilities
-# of the labels float32 [N, C], to the index of each pixel's label, uint16 [H, W]; C stands for the background.
-SegmentImage = Callable[[bytes, NDArray[np.uint8] | None, NDArray[np.float32] | None], NDArray[np.uint16]]
+# From the bytes of an image file, and masks uint8 [N, H, W] where masks are given, perhaps with
+# their own probabilities of the labels float32 [N, C], to the index of each pixel's label, uint16
+# [H, W]; C stands for the background.
+SegmentImage = Callable[
+    [bytes, NDArray[np.uint8] | None, NDArray[np.float32] | None], NDArray[np.uint16]
+]
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,9 @@ class SegmentQuery:
 
 
 class NoSuchWay(RAdapterError):
-    """These models have no dense embeddings in the way that is asked for; the message says how to get some."""
+    """These models have no dense embeddings in the way that is asked for; the message says how to
+    get some.
+    """
 
 
 class Embedder(Protocol):
@@ -87,7 +92,9 @@ class Embedder(Protocol):
         """Use this model from now on."""
 
     def prepare(self, data: bytes) -> Any:
-        """Decode an image file for `embed_images`; the result is the same for all variants. Thread-safe."""
+        """Decode an image file for `embed_images`; the result is the same for all variants.
+        Thread-safe.
+        """
 
     def embed_images(self, items: Sequence[Any]) -> Floats:
         """Prepared images to float32 [N, D], unit length."""
@@ -103,14 +110,16 @@ class Embedder(Protocol):
         """
 
     def way(self, dense: str | None) -> str:
-        """The way of dense embeddings to use where `dense` is asked for; None asks for the models' own.
+        """The way of dense embeddings to use where `dense` is asked for; None asks for the models'
+        own.
 
         Raises:
             NoSuchWay: these models do not have it.
         """
 
     def segmenter(self, query: SegmentQuery, known: dict[Any, Floats]) -> SegmentImage:
-        """A function that segments images by the model that is selected now; call it only while that is selected.
+        """A function that segments images by the model that is selected now; call it only while
+        that is selected.
 
         Args:
             query: labels, templates and options.
@@ -132,7 +141,9 @@ def segment_here(
         options: as of `SegmentQuery`.
     """
 
-    def segment(data: bytes, masks: NDArray[np.uint8] | None, scores: NDArray[np.float32] | None) -> NDArray[np.uint16]:
+    def segment(
+        data: bytes, masks: NDArray[np.uint8] | None, scores: NDArray[np.float32] | None
+    ) -> NDArray[np.uint16]:
         image = decode(data, exif_orientation=segmenter.preprocess.exif_orientation)
         if isinstance(segmenter, DenseSegmenter):
             return segmenter(image, embeds, options).mask

@@ -1,4 +1,6 @@
-"""Evaluate models on one data set: embed its images once for every model, and compare the answers with the truth."""
+"""Evaluate models on one data set: embed its images once for every model, and compare the answers
+with the truth.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ def evaluate(
         batch_size: images a pass, where the set allows as many.
         threads: images that are decoded at once.
         progress: called with the images done and their number.
-        known: embeddings of classes by the key of a model, shared by calls with the same embedder; new ones are added.
+        known: embeddings of classes by the key of a model, shared by calls with the same embedder;
+            new ones are added.
 
     Returns:
         A row a model.
@@ -44,7 +47,10 @@ def evaluate(
         RAdapterError: an image can't be read; a model fails, or gives values that are not finite.
     """
     known = {} if known is None else known
-    models = [_Model(embedder, data, variant) for variant in (embedder.variants if variants is None else variants)]
+    models = [
+        _Model(embedder, data, variant)
+        for variant in (embedder.variants if variants is None else variants)
+    ]
     scorers: list[Scorer] = []
     for model in models:
         with model.turn():
@@ -110,21 +116,28 @@ class _Model:
         self.seconds += time.perf_counter() - start
 
 
-def _batches(embedder: Embedder, data: EvaluationSet, batch_size: int, threads: int) -> Iterator[list[Any]]:
+def _batches(
+    embedder: Embedder, data: EvaluationSet, batch_size: int, threads: int
+) -> Iterator[list[Any]]:
     """Prepared images; the next batch is read and decoded while this one is embedded."""
 
     def item(number: int) -> Any:
         try:
             return data.prepare(embedder, number)
         except RAdapterError as error:
-            raise RAdapterError(f"data set {data.entry.name!r}, {data.images[number].name}: {error}") from error
+            raise RAdapterError(
+                f"data set {data.entry.name!r}, {data.images[number].name}: {error}"
+            ) from error
 
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         numbers = iter(range(len(data)))
         ahead = [pool.submit(item, number) for number in islice(numbers, batch_size)]
         try:
             while ahead:
-                now, ahead = ahead, [pool.submit(item, number) for number in islice(numbers, batch_size)]
+                now, ahead = (
+                    ahead,
+                    [pool.submit(item, number) for number in islice(numbers, batch_size)],
+                )
                 yield [future.result() for future in now]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -28,7 +28,8 @@ MOST_CONFUSED = 50  # classes of a confusion matrix that a row keeps and a pictu
 _READERS = 8  # files that are read at once
 _OF_PNG = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
 EmbedTexts = Callable[[Sequence[str]], Floats]
-# Of a model, by templates: of each class its embedding [D], or of all classes of a set at once [C, D].
+# Of a model, by templates: of each class its embedding [D], or of all classes of a set at once [C,
+# D].
 Known = dict[tuple[tuple[str, ...], "str | tuple[str, ...]"], Floats]
 
 
@@ -86,7 +87,10 @@ class EvaluationSet(ABC):
 
 
 def class_embeds(
-    embed_texts: EmbedTexts, classes: Sequence[str], templates: Sequence[str], known: Known | None = None
+    embed_texts: EmbedTexts,
+    classes: Sequence[str],
+    templates: Sequence[str],
+    known: Known | None = None,
 ) -> Floats:
     """One unit-length embedding a class: the mean over its names and all templates.
 
@@ -94,7 +98,8 @@ def class_embeds(
         embed_texts: texts to unit-length embeddings [N, D].
         classes: class names, synonyms after commas.
         templates: prompt templates with `{}`.
-        known: of the same model, by templates and class, or by templates and all classes; takes the new ones.
+        known: of the same model, by templates and class, or by templates and all classes; takes the
+            new ones.
 
     Returns:
         float32 [C, D].
@@ -125,7 +130,9 @@ def by_class(
     recall: NDArray[np.float64],
     iou: NDArray[np.float64] | None = None,
 ) -> list[ClassFigures]:
-    """`per_class` of a row, by first name, from the cases and values of each class; NaN becomes None."""
+    """`per_class` of a row, by first name, from the cases and values of each class; NaN becomes
+    None.
+    """
     recalls = _rounded(recall)
     ious = [None] * len(recalls) if iou is None else _rounded(iou)
     names = first_names(classes)
@@ -144,12 +151,16 @@ def _rounded(values: NDArray[np.float64]) -> list[float | None]:
 
 
 def confused(counts: NDArray[np.int64]) -> list[list[int]] | None:
-    """`confusion` of a row, from `metrics.confusion`; None where there are too many classes to look at."""
+    """`confusion` of a row, from `metrics.confusion`; None where there are too many classes to look
+    at.
+    """
     return counts.tolist() if len(counts) <= MOST_CONFUSED else None
 
 
 def as_seen(data: bytes, entry: Entry, embedder: Embedder) -> bytes:
-    """An image file that looks to these models as the suite asks, whether or not they turn images by EXIF."""
+    """An image file that looks to these models as the suite asks, whether or not they turn images
+    by EXIF.
+    """
     if entry.exif_orientation == embedder.exif_orientation:
         return data
     stored = decode(data, exif_orientation=False)
@@ -187,7 +198,11 @@ def contents(name: str, parts: Sequence[Callable[[], Iterable[bytes | NDArray[An
     def of(read: Callable[[], Iterable[bytes | NDArray[Any]]]) -> str:
         whole = hashlib.sha256()
         for part in read():
-            whole.update(part if isinstance(part, bytes) else f"{part.dtype}{part.shape}".encode() + part.tobytes())
+            whole.update(
+                part
+                if isinstance(part, bytes)
+                else f"{part.dtype}{part.shape}".encode() + part.tobytes()
+            )
         return whole.hexdigest()
 
     try:

@@ -57,7 +57,11 @@ class Image:
     border: int
 
     def __call__(self) -> bytes:
-        return _cropped(self.data(), self.border, self.column.exif_orientation) if self.border else self.data()
+        return (
+            _cropped(self.data(), self.border, self.column.exif_orientation)
+            if self.border
+            else self.data()
+        )
 
     def data(self) -> bytes:
         """The bytes of the file, the border still there."""
@@ -74,7 +78,8 @@ def _cropped(data: bytes, border: int, exif_orientation: bool) -> bytes:
     most = (min(image.size) - 1) // 2
     if border > most:
         raise RAdapterError(
-            f"border is {border}, which leaves nothing of {image.width} x {image.height} pixels; allowed: 0 to {most}"
+            f"border is {border}, which leaves nothing of {image.width} x {image.height} pixels;"
+            f" allowed: 0 to {most}"
         )
     return png_of(image.crop((border, border, image.width - border, image.height - border)))
 
@@ -88,7 +93,10 @@ class _ImageSet(EvaluationSet):
     @cached_property
     def contents(self) -> list[str]:
         """Digests of the images' files."""
-        return contents(self.entry.name, [lambda image=image: [image.data()] for image in self.images])  # type: ignore[misc]
+        return contents(
+            self.entry.name,
+            [lambda image=image: [image.data()] for image in self.images],  # type: ignore[misc]
+        )
 
     def prepare(self, embedder: Embedder, number: int) -> Any:
         return embedder.prepare(as_seen(self.images[number](), self.entry, embedder))
@@ -102,8 +110,8 @@ class ClassificationSet(_ImageSet):
         labels: integer [N].
         classes: one a label, synonyms after commas.
         templates: prompt templates; None takes the model's own.
-        members: of each class the classes with prompts that it stands for, the best of which gives it its score; empty
-            where each class has prompts of its own.
+        members: of each class the classes with prompts that it stands for, the best of which gives
+            it its score; empty where each class has prompts of its own.
     """
 
     labels: NDArray[np.int64]
@@ -171,7 +179,9 @@ class RetrievalSet(_ImageSet):
 
     @cached_property
     def groups(self) -> NDArray[np.int64]:
-        """A number for each caption that equal ones share: images of equal captions match each other's."""
+        """A number for each caption that equal ones share: images of equal captions match each
+        other's.
+        """
         return caption_groups(self.captions)
 
     def setup(self, embedder: Embedder) -> Setup:
@@ -189,17 +199,29 @@ class _ClassificationScorer:
 
     def add(self, items: Sequence[Any]) -> None:
         start = sum(map(len, self._ranks))
-        scores = self._data.scores(check_finite(self._embedder.embed_images(items)) @ self._classifier.T)
-        ranks, found = true_ranks(scores, self._data.labels[start : start + len(items)]), scores.argmax(axis=1)
-        confidences = np.take_along_axis(self._embedder.probabilities(scores), found[:, None], axis=1)[:, 0]
+        scores = self._data.scores(
+            check_finite(self._embedder.embed_images(items)) @ self._classifier.T
+        )
+        ranks, found = (
+            true_ranks(scores, self._data.labels[start : start + len(items)]),
+            scores.argmax(axis=1),
+        )
+        confidences = np.take_along_axis(
+            self._embedder.probabilities(scores), found[:, None], axis=1
+        )[:, 0]
         self._sums += calibration_sums(confidences, ranks < 1)
         self._ranks.append(ranks)
         self._found.append(found)
 
     def measured(self) -> Measured:
         labels, classes, ranks = self._data.labels, self._data.classes, np.concatenate(self._ranks)
-        metrics = {**classification_metrics(ranks, labels, len(classes)), "ece": calibration_error(self._sums)}
-        count, hits = (np.bincount(of, minlength=len(classes)) for of in (labels, labels[ranks < 1]))
+        metrics = {
+            **classification_metrics(ranks, labels, len(classes)),
+            "ece": calibration_error(self._sums),
+        }
+        count, hits = (
+            np.bincount(of, minlength=len(classes)) for of in (labels, labels[ranks < 1])
+        )
         intervals: dict[str, Interval] = {
             name: wilson(metrics[name], len(labels)) for name in ("acc1", "acc5") if name in metrics
         }
@@ -219,7 +241,12 @@ class _ClassificationScorer:
 
 class _RetrievalScorer:
     def __init__(self, data: RetrievalSet, embedder: Embedder, texts: Floats) -> None:
-        self._data, self._embedder, self._texts, self._images = data, embedder, texts, list[Floats]()
+        self._data, self._embedder, self._texts, self._images = (
+            data,
+            embedder,
+            texts,
+            list[Floats](),
+        )
 
     def add(self, items: Sequence[Any]) -> None:
         self._images.append(self._embedder.embed_images(items))

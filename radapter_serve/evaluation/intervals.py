@@ -1,4 +1,6 @@
-"""Intervals of 95 %: how far off a figure may be because other images of the same kind could have been drawn."""
+"""Intervals of 95 %: how far off a figure may be because other images of the same kind could have
+been drawn.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,12 @@ def wilson(share: float, n: float) -> Interval:
 def mean_recall_interval(hits: NDArray[Any], count: NDArray[Any]) -> Interval:
     """The interval of a mean over classes: Wilson's, of as many images as tell as much as these.
 
-    The variance within a class of n images is n/(n - 1) times that of its answers, which is unbiased. A single image
-    tells none: it counts as if its class were like all classes together, which is more than the truth where classes
-    differ. The mean variance has as many degrees of freedom as images beyond the first of their class, and one more of
-    the variance of all classes together, so that it is not 0 by chance where there are few.
+    The variance within a class of n images is n/(n - 1) times that of its answers, which is
+    unbiased. A single image
+    tells none: it counts as if its class were like all classes together, which is more than the
+    truth where classes differ. The mean variance has as many degrees of freedom as images beyond
+    the first of their class, and one more of the variance of all classes together, so that it is
+    not 0 by chance where there are few.
 
     Args:
         hits: right images of each class, integer [C].
@@ -57,17 +61,23 @@ def mean_recall_interval(hits: NDArray[Any], count: NDArray[Any]) -> Interval:
     return wilson(mean, len(count) ** 2 * together / variance)
 
 
-def paired_difference(first: Sequence[NDArray[Any]], second: Sequence[NDArray[Any]]) -> tuple[float, float]:
+def paired_difference(
+    first: Sequence[NDArray[Any]], second: Sequence[NDArray[Any]]
+) -> tuple[float, float]:
     """How much better one system is than another on the same cases, and how far off that may be.
 
     Args:
-        first: of each data set what the one system gets for each case, such as right or wrong, [N] with N of 2 or more.
+        first: of each data set what the one system gets for each case, such as right or wrong, [N]
+            with N of 2 or more.
         second: the same of the other system.
 
     Returns:
-        The mean over the data sets of the mean differences, and the half-width of its normal interval of 95 %.
+        The mean over the data sets of the mean differences, and the half-width of its normal
+        interval of 95 %.
     """
-    differences = [np.asarray(a, float) - np.asarray(b, float) for a, b in zip(first, second, strict=True)]
+    differences = [
+        np.asarray(a, float) - np.asarray(b, float) for a, b in zip(first, second, strict=True)
+    ]
     variance = sum(float(of.var(ddof=1)) / len(of) for of in differences) / len(differences) ** 2
     return float(np.mean([of.mean() for of in differences])), _Z * sqrt(variance)
 
@@ -84,7 +94,11 @@ def segmentation_intervals(sums: NDArray[Any]) -> dict[str, Interval]:
     _, n, classes = sums.shape
     if n < 2:
         return {}
-    generator, flat, parts = np.random.default_rng(0), np.moveaxis(sums, 1, 0).reshape(n, -1).astype(float), []
+    generator, flat, parts = (
+        np.random.default_rng(0),
+        np.moveaxis(sums, 1, 0).reshape(n, -1).astype(float),
+        [],
+    )
     for _ in range(_DRAWS // _BLOCK):
         times = generator.multinomial(n, np.full(n, 1 / n), _BLOCK)
         drawn = (times @ flat).reshape(_BLOCK, 3, classes)

@@ -15,9 +15,14 @@ Floats = NDArray[np.float32]
 Ranks = NDArray[np.int64]
 
 RECALLS = (1, 5, 10)
-BINS = 15  # of confidence, equally wide, as Guo et al. (ICML 2017) have them for the calibration error
+BINS = (
+    15  # of confidence, equally wide, as Guo et al. (ICML 2017) have them for the calibration error
+)
 _BLOCK = 1024  # rows of similarities in memory at once
-NOT_FINITE = "the embeddings hold values that are not finite (NaN or infinite); the weights or the adapter are broken"
+NOT_FINITE = (
+    "the embeddings hold values that are not finite (NaN or infinite); the weights or the adapter"
+    " are broken"
+)
 
 
 def check_finite(values: Floats) -> Floats:
@@ -32,7 +37,8 @@ def check_finite(values: Floats) -> Floats:
 
 
 def true_ranks(scores: Floats, truth: NDArray[Any]) -> Ranks:
-    """Where the right answer stands in each row, 0 the best; of equal scores the earlier column stands first.
+    """Where the right answer stands in each row, 0 the best; of equal scores the earlier column
+    stands first.
 
     Args:
         scores: [N, C].
@@ -59,8 +65,8 @@ def classification_metrics(ranks: Ranks, labels: NDArray[Any], classes: int) -> 
         classes: how many there are to choose from.
 
     Returns:
-        Shares in [0, 1]: `acc1`, `acc5` where there are more than five classes, and `mean_per_class_recall` over the
-        classes that have images.
+        Shares in [0, 1]: `acc1`, `acc5` where there are more than five classes, and
+        `mean_per_class_recall` over the classes that have images.
     """
     hits = ranks < 1
     count = np.bincount(labels, minlength=classes)
@@ -72,28 +78,32 @@ def classification_metrics(ranks: Ranks, labels: NDArray[Any], classes: int) -> 
 
 
 def calibration_sums(confidences: Floats, hits: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """What the expected calibration error is made of: sums over the images in each bin of confidence.
+    """What the expected calibration error is made of: sums over the images in each bin of
+    confidence.
 
     Args:
-        confidences: the probability of the label that was found, [N], in [0, 1]; bin k of 15 holds those above
-            k/15 and up to (k + 1)/15, and the first bin 0 too.
+        confidences: the probability of the label that was found, [N], in [0, 1]; bin k of 15 holds
+            those above k/15 and up to (k + 1)/15, and the first bin 0 too.
         hits: whether that label is right, [N].
 
     Returns:
-        float64 [3, 15]: the number of images, the sum of their confidences, and the number of right ones.
+        float64 [3, 15]: the number of images, the sum of their confidences, and the number of right
+        ones.
     """
     bins = np.searchsorted(np.arange(1, BINS) / BINS, confidences, side="left")
     return np.stack([np.bincount(bins, of, BINS) for of in (np.ones(len(bins)), confidences, hits)])
 
 
 def calibration_error(sums: NDArray[np.float64]) -> float:
-    """Expected calibration error (ECE): how far confidence and accuracy are apart, the mean over images of all bins.
+    """Expected calibration error (ECE): how far confidence and accuracy are apart, the mean over
+    images of all bins.
 
     Args:
         sums: from `calibration_sums`.
 
     Returns:
-        The sum over bins of n_b/N * |accuracy_b - confidence_b|, in [0, 1]; 0 is the best (Guo et al., ICML 2017).
+        The sum over bins of n_b/N * |accuracy_b - confidence_b|, in [0, 1]; 0 is the best (Guo et
+        al., ICML 2017).
     """
     count, confidences, hits = sums
     return float(np.abs(hits - confidences).sum() / count.sum())
@@ -102,8 +112,8 @@ def calibration_error(sums: NDArray[np.float64]) -> float:
 def caption_groups(captions: Sequence[str]) -> NDArray[np.int64]:
     """A number for each caption that equal captions share.
 
-    Captions are equal where they differ by nothing but Unicode's compatible forms (NFKC), upper and lower case, white
-    space, and full stops at the end.
+    Captions are equal where they differ by nothing but Unicode's compatible forms (NFKC), upper and
+    lower case, white space, and full stops at the end.
 
     Args:
         captions: T texts.
@@ -111,7 +121,10 @@ def caption_groups(captions: Sequence[str]) -> NDArray[np.int64]:
     Returns:
         int64 [T].
     """
-    plain = [" ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(" .") for text in captions]
+    plain = [
+        " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(" .")
+        for text in captions
+    ]
     numbers = {text: number for number, text in enumerate(dict.fromkeys(plain))}
     return np.array([numbers[text] for text in plain], np.int64)
 
@@ -125,7 +138,8 @@ def retrieval_metrics(
 ) -> dict[str, float]:
     """Recall at k both ways, a hit being at least one true match among the best k.
 
-    An image and a text are a true match where the image has that text, or one of its group, among its own.
+    An image and a text are a true match where the image has that text, or one of its group, among
+    its own.
 
     Args:
         images: unit length, [I, D].
@@ -135,8 +149,9 @@ def retrieval_metrics(
         groups: from `caption_groups`, [T]; None takes each text for another.
 
     Returns:
-        Shares in [0, 1]: `image_retrieval_recall@k`, over the texts, each of which looks for any of its images, and
-        `text_retrieval_recall@k`, over the images, each of which looks for any of its texts.
+        Shares in [0, 1]: `image_retrieval_recall@k`, over the texts, each of which looks for any of
+        its images, and `text_retrieval_recall@k`, over the images, each of which looks for any of
+        its texts.
 
     Raises:
         RAdapterError: embeddings that are not finite.
@@ -147,12 +162,18 @@ def retrieval_metrics(
     texts_of_group = _members(groups, np.arange(len(texts)))
     images_of_group = _members(groups, image_of)
     groups_of_image = [np.unique(of) for of in _members(image_of, groups)]
-    texts_of_image = [np.concatenate([texts_of_group[group] for group in of]) for of in groups_of_image]
+    texts_of_image = [
+        np.concatenate([texts_of_group[group] for group in of]) for of in groups_of_image
+    ]
     ways = {
         "image": _best_ranks(texts, images, [images_of_group[group] for group in groups]),
         "text": _best_ranks(images, texts, texts_of_image),
     }
-    return {f"{way}_retrieval_recall@{k}": float((ranks < k).mean()) for k in recalls for way, ranks in ways.items()}
+    return {
+        f"{way}_retrieval_recall@{k}": float((ranks < k).mean())
+        for k in recalls
+        for way, ranks in ways.items()
+    }
 
 
 def _members(keys: NDArray[Any], values: NDArray[Any]) -> list[NDArray[Any]]:
@@ -165,7 +186,10 @@ def _best_ranks(queries: Floats, items: Floats, own: Sequence[NDArray[Any]]) -> 
     parts = []
     for start in range(0, len(queries), _BLOCK):
         scores = queries[start : start + _BLOCK] @ items.T
-        best = [mine[row[mine].argmax()] for row, mine in zip(scores, own[start : start + _BLOCK], strict=True)]
+        best = [
+            mine[row[mine].argmax()]
+            for row, mine in zip(scores, own[start : start + _BLOCK], strict=True)
+        ]
         parts.append(true_ranks(scores, np.array(best)))
     return np.concatenate(parts)
 
@@ -182,7 +206,9 @@ def confusion(truth: NDArray[Any], found: NDArray[Any], classes: int) -> NDArray
         int64 [classes, classes + 1].
     """
     pairs = truth.astype(np.int64) * (classes + 1) + found
-    return np.bincount(pairs.ravel(), minlength=classes * (classes + 1)).reshape(classes, classes + 1)
+    return np.bincount(pairs.ravel(), minlength=classes * (classes + 1)).reshape(
+        classes, classes + 1
+    )
 
 
 def segmentation_metrics(counts: NDArray[np.int64]) -> dict[str, float]:
@@ -192,20 +218,25 @@ def segmentation_metrics(counts: NDArray[np.int64]) -> dict[str, float]:
         counts: from `confusion`, summed over the images.
 
     Returns:
-        Shares in [0, 1]: `miou`, the mean of `class_ious` over the classes that the truth or the answers have anywhere
-        in the set; `pixel_accuracy`; `mean_class_accuracy` over the classes that the truth has.
+        Shares in [0, 1]: `miou`, the mean of `class_ious` over the classes that the truth or the
+        answers have anywhere in the set; `pixel_accuracy`; `mean_class_accuracy` over the classes
+        that the truth has.
     """
     found = mean_metrics(np.stack(pixel_sums(counts)).astype(float)[:, None])
     return {name: float(values[0]) for name, values in found.items()}
 
 
-def pixel_sums(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+def pixel_sums(
+    counts: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Of each class its pixels that are right, true and found, int64 [C] each, from `confusion`."""
     return counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)[: len(counts)]
 
 
 def class_ious(right: NDArray[Any], true: NDArray[Any], found: NDArray[Any]) -> NDArray[np.float64]:
-    """Intersection over union of each class, in [0, 1]; NaN where neither the truth nor the answers have it."""
+    """Intersection over union of each class, in [0, 1]; NaN where neither the truth nor the answers
+    have it.
+    """
     return shares(right, true + found - right)
 
 

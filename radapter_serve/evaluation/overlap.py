@@ -1,4 +1,6 @@
-"""Images of test data that are validation data, too: the figures of what they choose are too high."""
+"""Images of test data that are validation data, too: the figures of what they choose are too
+high.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ from radapter_serve.evaluation.evaluation_set import EvaluationSet
 
 
 class Overlap:
-    """Compares the images of test sets with those of validation sets, by the digests of their files.
+    """Compares the images of test sets with those of validation sets, by the digests of their
+    files.
 
     Attributes:
         warnings: a line for each test set that has some in common.
@@ -25,6 +28,7 @@ class Overlap:
         found = [self._set_of[digest] for digest in data.contents if digest in self._set_of]
         if found:
             self.warnings.append(
-                f"{data.entry.name}: warning: {len(found)} of its {len(data)} images are validation images of "
-                f"{', '.join(sorted(set(found)))} too; the figures of what they chose are too high"
+                f"{data.entry.name}: warning: {len(found)} of its {len(data)} images are validation"
+                f" images of {', '.join(sorted(set(found)))} too; the figures of what they chose"
+                " are too high"
             )

@@ -25,12 +25,14 @@ def plot_alpha_curve(
     beside: Mapping[str, Points] | None = None,
     unit: str = "%",
 ) -> None:
-    """Draw the α curve: out-of-distribution against in-distribution figures (the paper's Fig. 3), and each set over α.
+    """Draw the α curve: out-of-distribution against in-distribution figures (the paper's Fig. 3),
+    and each set over α.
 
     Args:
         rows: an α each: `alpha`, and per cent by the name of the data set, ascending in α.
         id_names: the in-distribution data sets; the curve takes their mean.
-        ood_names: the shifted data sets; the curve takes their mean. Without one of either, there is no curve.
+        ood_names: the shifted data sets; the curve takes their mean. Without one of either, there
+            is no curve.
         path: a picture file; its ending says which kind.
         title: above the picture.
         beside: other methods' rows, by name, such as WiSE-FT's.
@@ -45,8 +47,13 @@ def plot_alpha_curve(
     each = panels[-1]
     alphas = [row["alpha"] for row in rows]
     for number, name in enumerate((*ids, *ood_names)):
-        style, marker = "-" if name in ids else "--", "os^D"[number // 10 % 4]  # there are ten colours
-        each.plot(alphas, [row[name] for row in rows], style, marker=marker, markersize=3, label=name)
+        style, marker = (
+            "-" if name in ids else "--",
+            "os^D"[number // 10 % 4],
+        )  # there are ten colours
+        each.plot(
+            alphas, [row[name] for row in rows], style, marker=marker, markersize=3, label=name
+        )
     each.set_xlabel("α")
     each.set_ylabel(unit)
     figure.legend(*each.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
@@ -56,25 +63,42 @@ def plot_alpha_curve(
     figure.savefig(path)
 
 
-def _draw_curve(axes: Axes, groups: Sequence[Sequence[str]], methods: Mapping[str, Points], unit: str) -> None:
+def _draw_curve(
+    axes: Axes, groups: Sequence[Sequence[str]], methods: Mapping[str, Points], unit: str
+) -> None:
     for number, (method, points) in enumerate(methods.items()):
-        x, y = ([sum(row[name] for name in names) / len(names) for row in points] for names in groups)
+        x, y = (
+            [sum(row[name] for name in names) / len(names) for row in points] for names in groups
+        )
         axes.plot(x, y, "o-", color=("tab:red", "tab:blue", "tab:gray")[number % 3], label=method)
         for row, place in zip(points, zip(x, y, strict=True), strict=True):
             label = {0.0: "zero-shot, α = 0", 1.0: "α = 1"}.get(row["alpha"], f"{row['alpha']:g}")
             if number == 0 or row["alpha"] != 0.0:  # all methods start at the base
-                axes.annotate(label, place, xytext=(5, -10 if number else 4), textcoords="offset points", fontsize=8)
-    for set_label, where, names in ((axes.set_xlabel, "in", groups[0]), (axes.set_ylabel, "out of", groups[1])):
+                axes.annotate(
+                    label,
+                    place,
+                    xytext=(5, -10 if number else 4),
+                    textcoords="offset points",
+                    fontsize=8,
+                )
+    for set_label, where, names in (
+        (axes.set_xlabel, "in", groups[0]),
+        (axes.set_ylabel, "out of", groups[1]),
+    ):
         what = names[0] if len(names) == 1 else f"mean of {len(names)}"
         set_label(
-            f"{where} distribution: {what}, in {unit}" if unit == "%" else f"{where} distribution: {what}, {unit}"
+            f"{where} distribution: {what}, in {unit}"
+            if unit == "%"
+            else f"{where} distribution: {what}, {unit}"
         )
     axes.margins(0.15)
     if len(methods) > 1:
         axes.legend(fontsize=8)
 
 
-def plot_bars(values: Mapping[str, Mapping[str, float]], path: str | Path, *, title: str = "", unit: str = "%") -> None:
+def plot_bars(
+    values: Mapping[str, Mapping[str, float]], path: str | Path, *, title: str = "", unit: str = "%"
+) -> None:
     """Draw a group of bars for each data set, one bar a model.
 
     Args:
@@ -84,7 +108,11 @@ def plot_bars(values: Mapping[str, Mapping[str, float]], path: str | Path, *, ti
         unit: of the figures, such as `mIoU, %`.
     """
     sets = list(dict.fromkeys(name for of in values.values() for name in of))
-    figure = Figure(figsize=(max(5.0, 1.5 + 0.22 * len(sets) * (len(values) + 1)), 4.2), dpi=150, layout="constrained")
+    figure = Figure(
+        figsize=(max(5.0, 1.5 + 0.22 * len(sets) * (len(values) + 1)), 4.2),
+        dpi=150,
+        layout="constrained",
+    )
     axes = figure.subplots()
     width = 0.8 / max(1, len(values))
     for number, (model, of) in enumerate(values.items()):
@@ -99,7 +127,8 @@ def plot_bars(values: Mapping[str, Mapping[str, float]], path: str | Path, *, ti
 
 
 def plot_confusion(row: Row, path: str | Path) -> None:
-    """Draw which classes are taken for which, with the number of images (for segmentation: pixels) of each class.
+    """Draw which classes are taken for which, with the number of images (for segmentation: pixels)
+    of each class.
 
     Args:
         row: of results, with `confusion` and `per_class`.
@@ -114,16 +143,28 @@ def plot_confusion(row: Row, path: str | Path) -> None:
     side = 2.5 + 0.3 * len(names)
     figure = Figure(figsize=(side + 1.5, side), dpi=150, layout="constrained")
     axes = figure.subplots()
-    figure.colorbar(axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100), label="% of the true class")
+    figure.colorbar(
+        axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100), label="% of the true class"
+    )
     if len(names) <= 15:
         for (i, j), share in np.ndenumerate(shares):
-            axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", color="white" if share > 0.5 else "black")
+            axes.text(
+                j,
+                i,
+                f"{100 * share:.0f}",
+                ha="center",
+                va="center",
+                color="white" if share > 0.5 else "black",
+            )
     axes.set_xticks(range(counts.shape[1]), [*names, "none"][: counts.shape[1]], rotation=90)
     kind = "recall" if row.dense is None else "iou"
     own = [of.recall if row.dense is None else of.iou for of in row.per_class]
     labels = [f"{of.name}, n {of.n}" for of in row.per_class]
     figures = [f", {kind} {100 * value:.1f} %" if value is not None else "" for value in own]
-    axes.set_yticks(range(len(names)), [f"{label}{figure}" for label, figure in zip(labels, figures, strict=True)])
+    axes.set_yticks(
+        range(len(names)),
+        [f"{label}{figure}" for label, figure in zip(labels, figures, strict=True)],
+    )
     axes.set_xlabel("found")
     axes.set_ylabel("true")
     figure.suptitle(f"{row.dataset}: {model_name(row.source, row.alpha, ', α = ')}")
@@ -131,7 +172,8 @@ def plot_confusion(row: Row, path: str | Path) -> None:
 
 
 def plot_calibration(row: Row, path: str | Path) -> None:
-    """Draw how often a model is right where it is so sure (a reliability diagram); on the diagonal it is as it says.
+    """Draw how often a model is right where it is so sure (a reliability diagram); on the diagonal
+    it is as it says.
 
     Args:
         row: of results, with `calibration`.

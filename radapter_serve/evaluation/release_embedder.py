@@ -31,14 +31,19 @@ from radapter_serve.tasks.proposals import ProposalSegmenter
 
 
 class _Exported:
-    """What both have in common: a release that embeds at the α that is selected, among those that it has."""
+    """What both have in common: a release that embeds at the α that is selected, among those that
+    it has.
+    """
 
     _release: EmbeddingRelease
 
     def __init__(self, source: str, alphas: Sequence[float]) -> None:
         release, facts = self._release, self._release.facts
         self.templates, self.crop = list(facts.templates), MaskCrop.from_dict(facts.crop)
-        self.size, self.exif_orientation = release.preprocess.size[0], release.preprocess.exif_orientation
+        self.size, self.exif_orientation = (
+            release.preprocess.size[0],
+            release.preprocess.exif_orientation,
+        )
         self.variants = release_variants(source, facts, alphas)
 
     @property
@@ -65,7 +70,8 @@ class _Exported:
 
 
 class ReleaseEmbedder(_Exported):
-    """A release in a model repository, by its own runtime, with the very preprocessing and tokenizer that are served.
+    """A release in a model repository, by its own runtime, with the very preprocessing and
+    tokenizer that are served.
 
     Args:
         repository: the model repository; `PATH@N` names a release, the newest otherwise.
@@ -99,7 +105,8 @@ class ReleaseEmbedder(_Exported):
 
 
 class ServerEmbedder(_Exported):
-    """A live server, through the client, pinned to its newest release; it decodes and segments images itself.
+    """A live server, through the client, pinned to its newest release; it decodes and segments
+    images itself.
 
     Args:
         url: `grpc://HOST:PORT` or `http://HOST:PORT`.
@@ -121,7 +128,11 @@ class ServerEmbedder(_Exported):
     def segmenter(self, query: SegmentQuery, known: dict[Any, Floats]) -> SegmentImage:
         options, windows = query.options, dict[str, Any]()
         if query.dense != PROPOSALS:
-            windows = {"short_side": options.short_side, "stride": options.stride, "refine": options.refine}
+            windows = {
+                "short_side": options.short_side,
+                "stride": options.stride,
+                "refine": options.refine,
+            }
 
         def segment(
             data: bytes, masks: NDArray[np.uint8] | None, scores: NDArray[np.float32] | None
@@ -146,7 +157,8 @@ class ServerEmbedder(_Exported):
 
 
 def release_variants(source: str, release: Release, alphas: Sequence[float]) -> Sequence[Variant]:
-    """The models of a release: itself, or itself at each of several α, which only one whose α is an input has.
+    """The models of a release: itself, or itself at each of several α, which only one whose α is an
+    input has.
 
     Raises:
         RAdapterError: it does not have one of these α.
@@ -164,4 +176,6 @@ def exported_way(release: Release, dense: str | None) -> str:
         return dense or str(own)
     has = f"has dense {own}" if own else "has no patch_encoder"
     wanted = dense or "naclip"
-    raise NoSuchWay(f"release {release.version} {has}; export one with radapter-export --dense {wanted}")
+    raise NoSuchWay(
+        f"release {release.version} {has}; export one with radapter-export --dense {wanted}"
+    )

@@ -54,7 +54,9 @@ class Results:
         self.rows: list[Row] = []
         for place in (Path(folder), *Path(folder).parents):
             if place.exists() and not place.is_dir():
-                raise RAdapterError(f"{place} is no folder; name another place for the results with --out")
+                raise RAdapterError(
+                    f"{place} is no folder; name another place for the results with --out"
+                )
         if resume and self.path.exists():
             self.rows = _read(self.path)
 
@@ -106,7 +108,12 @@ def curve(rows: Sequence[Row]) -> list[dict[str, float]]:
 
 def metric_name(metric: str) -> str:
     """A metric as papers name it: `mIoU`, `image R@1` (images found by a text), ..."""
-    names = {"miou": "mIoU", "pixel_accuracy": "pixel acc", "mean_class_accuracy": "mean acc", "harmonic_mean": "H"}
+    names = {
+        "miou": "mIoU",
+        "pixel_accuracy": "pixel acc",
+        "mean_class_accuracy": "mean acc",
+        "harmonic_mean": "H",
+    }
     return names.get(metric, metric.replace("_retrieval_recall", " R"))
 
 
@@ -159,16 +166,21 @@ def harmonic(*values: float) -> float:
 
 
 def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()) -> Table:
-    """Models down, data sets across, with number of images, intervals of 95 % and calibration errors; per cent.
+    """Models down, data sets across, with number of images, intervals of 95 % and calibration
+    errors; per cent.
 
-    Means are over sets in or out of distribution that are measured alike: by one metric and one way of segmentation.
+    Means are over sets in or out of distribution that are measured alike: by one metric and one way
+    of segmentation.
 
     Args:
         rows: of any sources and data sets.
         title: above the table.
-        pairs: names of the sets of base and of novel classes; H is the harmonic mean of their two means.
+        pairs: names of the sets of base and of novel classes; H is the harmonic mean of their two
+            means.
     """
-    sets = {row.dataset: row for row in sorted(rows, key=lambda row: row.shift)}  # in distribution first
+    sets = {
+        row.dataset: row for row in sorted(rows, key=lambda row: row.shift)
+    }  # in distribution first
     kinds: dict[tuple[object, ...], list[str]] = {}
     for name, row in sets.items():
         kinds.setdefault(_kind(row), []).append(name)
@@ -177,7 +189,11 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
     for column in ("model", "α"):
         out.add_column(column, justify="left" if column == "model" else "right")
     for name, row in sets.items():
-        out.add_column(f"{name}\n{metric_name(row.metric)}, {row.shift}\nn {row.n}", justify="right", overflow="fold")
+        out.add_column(
+            f"{name}\n{metric_name(row.metric)}, {row.shift}\nn {row.n}",
+            justify="right",
+            overflow="fold",
+        )
     for names in means:
         first = sets[names[0]]
         out.add_column(f"mean of\n{len(names)} {first.shift}\n{first.dense or ''}", justify="right")
@@ -195,13 +211,17 @@ def table(rows: Sequence[Row], title: str, pairs: Sequence[tuple[str, str]] = ()
         if pairs:
             means_of = [[values.get(name) for name in names] for names in zip(*pairs, strict=True)]
             whole = all(value is not None for of in means_of for value in of)
-            cells.append(f"{harmonic(*(sum(of) / len(of) for of in means_of)):.2f}" if whole else "")  # type: ignore[arg-type]
+            cells.append(
+                f"{harmonic(*(sum(of) / len(of) for of in means_of)):.2f}" if whole else ""  # type: ignore[arg-type]
+            )
         out.add_row(source, "" if alpha is None else f"{alpha:g}", *cells)
     return out
 
 
 def _kind(row: Row) -> tuple[object, ...]:
-    """Data sets of one kind may be averaged; dense segmentation, true masks and a network's are different kinds."""
+    """Data sets of one kind may be averaged; dense segmentation, true masks and a network's are
+    different kinds.
+    """
     return row.shift, row.metric, row.dense, row.proposals is None, row.background is None
 
 
@@ -229,7 +249,9 @@ def prompts(rows: Sequence[Row]) -> list[str]:
 
 
 def warnings(rows: Sequence[Row]) -> list[str]:
-    """A line for each list of labels that a model can't tell apart, with the data sets and the models."""
+    """A line for each list of labels that a model can't tell apart, with the data sets and the
+    models.
+    """
     found: dict[tuple[tuple[str, str], ...], tuple[dict[str, None], dict[str, None]]] = {}
     for row in rows:
         if row.indistinguishable:
@@ -251,5 +273,7 @@ def _read(path: Path) -> list[Row]:
         try:
             rows.append(Row.from_json(line))
         except ValueError as error:
-            raise RAdapterError(f"{path}, line {number} is no row of results: {error}; move the file away") from error
+            raise RAdapterError(
+                f"{path}, line {number} is no row of results: {error}; move the file away"
+            ) from error
     return rows

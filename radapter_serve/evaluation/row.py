@@ -97,7 +97,9 @@ class Setup:
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """Of one class: its first name, number of cases, recall and IoU in [0, 1]; None without a case."""
+    """Of one class: its first name, number of cases, recall and IoU in [0, 1]; None without a
+    case.
+    """
 
     name: str
     n: int
@@ -112,7 +114,9 @@ class ClassFigures:
 
 @dataclass(frozen=True)
 class Bin:
-    """Of the images of one bin of confidence: their number, mean confidence and accuracy in [0, 1]."""
+    """Of the images of one bin of confidence: their number, mean confidence and accuracy in [0,
+    1].
+    """
 
     n: int
     confidence: float | None
@@ -131,7 +135,8 @@ class Measured:
         calibration: of whole images with classes, by bin of confidence.
         per_class: of each class.
         confusion: of few classes, cases by true and found class.
-        indistinguishable: pairs of labels that the model can't tell apart; None where there are none.
+        indistinguishable: pairs of labels that the model can't tell apart; None where there are
+            none.
     """
 
     metrics: dict[str, float]
@@ -206,7 +211,9 @@ class Row(Measured, Case):
         """As a line of `results.jsonl` has it."""
         values = super().to_dict()
         if self.per_class is not None:
-            values["per_class"] = [_of_class(figures, self.dense is not None) for figures in self.per_class]
+            values["per_class"] = [
+                _of_class(figures, self.dense is not None) for figures in self.per_class
+            ]
         return values
 
     @classmethod

@@ -16,7 +16,12 @@ from radapter_serve.evaluation.alpha_choice import Choice, choose, save_choice
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder, NoSuchWay, Variant
 from radapter_serve.evaluation.evaluate import case_of, evaluate
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known
-from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars, plot_calibration, plot_confusion
+from radapter_serve.evaluation.plots import (
+    plot_alpha_curve,
+    plot_bars,
+    plot_calibration,
+    plot_confusion,
+)
 from radapter_serve.evaluation.results import (
     Results,
     by_shift,
@@ -47,10 +52,11 @@ def evaluate_suite(
     skip: Say | None = None,
     opened: Callable[[EvaluationSet], None] | None = None,
 ) -> list[Row]:
-    """Evaluate models on the data sets of one split of a suite; rows that `results` has are not made again.
+    """Evaluate models on the data sets of one split of a suite; rows that `results` has are not
+    made again.
 
-    Where a suite has both the base and the novel classes of a data set, a row of their harmonic mean is added to the
-    results.
+    Where a suite has both the base and the novel classes of a data set, a row of their harmonic
+    mean is added to the results.
 
     Args:
         embedder: holds the models.
@@ -62,7 +68,8 @@ def evaluate_suite(
         seed: of that draw.
         batch_size: images a pass.
         say: called with a line about the progress.
-        skip: called with a line about a data set that these models can't be evaluated on; if None, that is an error.
+        skip: called with a line about a data set that these models can't be evaluated on; if None,
+            that is an error.
         opened: called with each data set that they are evaluated on.
 
     Returns:
@@ -85,7 +92,9 @@ def evaluate_suite(
             continue
         if opened:
             opened(data)
-        missing = [variant for variant, of in zip(chosen, cases, strict=True) if results.find(of) is None]
+        missing = [
+            variant for variant, of in zip(chosen, cases, strict=True) if results.find(of) is None
+        ]
         if missing:
             models = f"{len(missing)} model{'s' if len(missing) > 1 else ''}"
             say(f"{entry.name}: embedding its texts by {models}")
@@ -95,7 +104,9 @@ def evaluate_suite(
                 missing,
                 batch_size=batch_size,
                 known=known,
-                progress=lambda done, n, name=entry.name, by=models: say(f"{name}: {done} of {n} images by {by}"),  # type: ignore[misc]
+                progress=lambda done, n, name=entry.name, by=models: say(
+                    f"{name}: {done} of {n} images by {by}"
+                ),  # type: ignore[misc]
             )
             results.add(stamp(row) for row in made)
         rows += [row for of in cases if (row := results.find(of)) is not None]
@@ -113,7 +124,8 @@ def choose_alpha(
     Args:
         embedder: from `from_adapter`, with every α that may be chosen.
         adapter: adapter file, or the folder of a run.
-        suite: its validation sets are used; where it has none, the validation data that the run was trained with.
+        suite: its validation sets are used; where it has none, the validation data that the run was
+            trained with.
         results: takes the rows.
         options: of `evaluate_suite`.
 
@@ -126,28 +138,37 @@ def choose_alpha(
     if suite is None or not suite.of_split("validation"):
         suite = own_validation(load_adapter(adapter).metadata)
     variants = [variant for variant in embedder.variants if variant.source == "adapter"]
-    choice = choose(evaluate_suite(embedder, suite, results, split="validation", variants=variants, **options))
+    choice = choose(
+        evaluate_suite(embedder, suite, results, split="validation", variants=variants, **options)
+    )
     return choice, save_choice(choice, adapter)
 
 
 def draw_choice(choice: Choice, folder: Path) -> Path:
-    """Draw the curve on validation data that an α was chosen from, as `validation.png`; returns its path.
+    """Draw the curve on validation data that an α was chosen from, as `validation.png`; returns its
+    path.
 
     Args:
         choice: from `choose_alpha`.
         folder: for the picture.
     """
     path, unit = folder / "validation.png", common_unit(of.metric for of in choice.sets.values())
-    plot_alpha_curve(choice.curve, *by_shift(choice.sets), path, title=f"validation: α = {choice.alpha:g}", unit=unit)
+    plot_alpha_curve(
+        choice.curve,
+        *by_shift(choice.sets),
+        path,
+        title=f"validation: α = {choice.alpha:g}",
+        unit=unit,
+    )
     return path
 
 
 def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = True) -> list[Path]:
     """Draw what the rows of one call allow.
 
-    `bars.png` always; `alpha.png` where there are several α of one source, one each for dense segmentation and
-    proposals; by the last model `confusion-NAME.png` of each data set of few classes, and `calibration-NAME.png` of
-    each data set of labelled images.
+    `bars.png` always; `alpha.png` where there are several α of one source, one each for dense
+    segmentation and proposals; by the last model `confusion-NAME.png` of each data set of few
+    classes, and `calibration-NAME.png` of each data set of labelled images.
 
     Args:
         rows: from `evaluate_suite`.
@@ -160,7 +181,9 @@ def draw(rows: Sequence[Row], folder: Path, title: str, *, curve_too: bool = Tru
     """
     bars: dict[str, dict[str, float]] = {}
     for row in rows:
-        bars.setdefault(model_name(row.source, row.alpha, ", α = "), {})[row.dataset] = own_metric(row)
+        bars.setdefault(model_name(row.source, row.alpha, ", α = "), {})[row.dataset] = own_metric(
+            row
+        )
     pictures, unit = [folder / "bars.png"], common_unit(row.metric for row in rows)
     plot_bars(bars, pictures[0], title=title, unit=unit)
     ways: dict[str, list[Row]] = {}
@@ -202,20 +225,26 @@ def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
     if data is not None:
         if recipe.get("data") and _place(data) == _place(recipe["data"]):
             raise RAdapterError(
-                f"the validation data {data} is what the run was trained with, which tells nothing of other images; "
-                "name others, or none, or own for those that the run was validated with"
+                f"the validation data {data} is what the run was trained with, which tells nothing"
+                " of other images; name others, or none, or own for those that the run was"
+                " validated with"
             )
         recipe |= {"val_data": data}
     held_out = (
-        f"{recipe['val_fraction']} of {recipe['data']}" if recipe.get("val_fraction") and recipe.get("data") else ""
+        f"{recipe['val_fraction']} of {recipe['data']}"
+        if recipe.get("val_fraction") and recipe.get("data")
+        else ""
     )
     place = recipe.get("val_data") or held_out
     if not place:
         raise RAdapterError(
-            "alpha is chosen on validation data, and the run was trained without any (--val-fraction or --val-data); "
-            "name some in a suite: data sets with `split: validation`"
+            "alpha is chosen on validation data, and the run was trained without any"
+            " (--val-fraction or --val-data); name some in a suite: data sets with `split:"
+            " validation`"
         )
-    fields: dict[str, Any] = {name: recipe[name] for name in ("class_split", "exif_orientation") if name in recipe}
+    fields: dict[str, Any] = {
+        name: recipe[name] for name in ("class_split", "exif_orientation") if name in recipe
+    }
     if metadata.task == "segmentation":
         fields["dense"] = recipe["dense"] if recipe.get("dense", "none") != "none" else PROPOSALS
     fields |= {"name": "validation", "data": place, "task": metadata.task, "split": "validation"}
@@ -224,7 +253,9 @@ def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
 
 
 def _place(source: str) -> tuple[str, Path, str]:
-    """The reader, the file or folder, and the split that data is read from, however it is written."""
+    """The reader, the file or folder, and the split that data is read from, however it is
+    written.
+    """
     reader, _, rest = source.rpartition(":")
     path, _, split = rest.partition("@")
     return reader, Path(path).absolute().resolve(), split or "train"

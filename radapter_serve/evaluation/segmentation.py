@@ -25,7 +25,13 @@ from radapter_serve.evaluation.evaluation_set import (
     first_names,
 )
 from radapter_serve.evaluation.intervals import segmentation_intervals
-from radapter_serve.evaluation.metrics import class_ious, confusion, pixel_sums, segmentation_metrics, shares
+from radapter_serve.evaluation.metrics import (
+    class_ious,
+    confusion,
+    pixel_sums,
+    segmentation_metrics,
+    shares,
+)
 from radapter_serve.evaluation.row import Measured, SetFacts, Setup
 from radapter_serve.inputs.probabilities import indistinguishable
 from radapter_serve.tasks.proposals import BINARY
@@ -40,8 +46,8 @@ class MaskedItem:
         number: of the image in its set.
         data: the bytes of its file.
         truth: class of each pixel, or IGNORE, int32 [H, W].
-        masks: where masks are given to the model: those of a proposal network, or of the true segments, uint8
-            [N, H, W], 0 to 255.
+        masks: where masks are given to the model: those of a proposal network, or of the true
+            segments, uint8 [N, H, W], 0 to 255.
         scores: the network's own probabilities of the labels, float32 [N, C], where it has some.
     """
 
@@ -74,8 +80,8 @@ class SegmentationSet(EvaluationSet):
         names = first_names(self.classes)
         if self.entry.background not in (None, *names):
             raise RAdapterError(
-                f"data set {self.entry.name!r}: background is {self.entry.background!r}, not one of the classes: "
-                f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+                f"data set {self.entry.name!r}: background is {self.entry.background!r}, not one of"
+                f" the classes: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
             )
 
     @cached_property
@@ -100,14 +106,20 @@ class SegmentationSet(EvaluationSet):
             if self.proposals is not None:
                 yield self.proposals.raw(image.name)
             elif self.entry.dense == PROPOSALS:
-                yield from (part for label, mask in image.segments() for part in (str(label).encode(), mask))
+                yield from (
+                    part for label, mask in image.segments() for part in (str(label).encode(), mask)
+                )
 
         return read
 
     @cached_property
     def background(self) -> int | None:
         """Number of the class that stands for everything else; it has no prompt."""
-        return None if self.entry.background is None else first_names(self.classes).index(self.entry.background)
+        return (
+            None
+            if self.entry.background is None
+            else first_names(self.classes).index(self.entry.background)
+        )
 
     def query(self, embedder: Embedder) -> SegmentQuery:
         """What the set's images are segmented by; sizes are written out, so that a row tells them.
@@ -151,17 +163,23 @@ class SegmentationSet(EvaluationSet):
         if self.proposals is not None:
             masks, scores = self.proposals.read(image.name, (len(truth), truth.shape[1]))
             used = masks.max(axis=(1, 2), initial=0) > BINARY  # the others have no crop
-            return MaskedItem(number, data, truth, masks[used], None if scores is None else scores[used])
+            return MaskedItem(
+                number, data, truth, masks[used], None if scores is None else scores[used]
+            )
         if self.entry.dense != PROPOSALS:
             return MaskedItem(number, data, truth)
-        segments = [mask for label, mask in image.segments() if label != self.background and mask.any()]
+        segments = [
+            mask for label, mask in image.segments() if label != self.background and mask.any()
+        ]
         return MaskedItem(number, data, truth, np.array(segments, np.uint8) * np.uint8(255))
 
     def scorer(self, embedder: Embedder, known: Known) -> SegmentationScorer:
         query = self.query(embedder)
         open_world = query.dense == PROPOSALS or query.options.threshold is not None
         segment, names = embedder.segmenter(query, known), first_names(query.labels)
-        embeds = [known[key] for line in query.labels if (key := (tuple(query.templates), line)) in known]
+        embeds = [
+            known[key] for line in query.labels if (key := (tuple(query.templates), line)) in known
+        ]
         alike = indistinguishable(names, np.stack(embeds)) if len(embeds) == len(names) else []
         return SegmentationScorer(self, segment, open_world, alike)
 
@@ -177,16 +195,25 @@ class SegmentationScorer:
     """
 
     def __init__(
-        self, data: SegmentationSet, segment: SegmentImage, open_world: bool, alike: Sequence[tuple[str, str]] = ()
+        self,
+        data: SegmentationSet,
+        segment: SegmentImage,
+        open_world: bool,
+        alike: Sequence[tuple[str, str]] = (),
     ) -> None:
         self._data, self._segment, self._alike = data, segment, alike
         count, background = len(data.classes), data.background
-        # What an index of the answer means; the answer "none" is wrong everywhere where no class stands for it.
-        self._class_of = np.array([number for number in range(count) if number != background], np.int64)
+        # What an index of the answer means; the answer "none" is wrong everywhere where no class
+        # stands for it.
+        self._class_of = np.array(
+            [number for number in range(count) if number != background], np.int64
+        )
         if open_world:
             self._class_of = np.append(self._class_of, count if background is None else background)
         self._confusion = np.zeros((count, count + 1), np.int64)
-        self._sums: list[NDArray[np.int64]] = []  # of each image, from which the intervals are drawn
+        self._sums: list[
+            NDArray[np.int64]
+        ] = []  # of each image, from which the intervals are drawn
 
     def add(self, items: Sequence[MaskedItem]) -> None:
         for item in items:
@@ -196,9 +223,13 @@ class SegmentationScorer:
                 try:
                     found = self._segment(item.data, item.masks, item.scores).astype(np.int64)
                 except RAdapterError as error:
-                    raise RAdapterError(f"{self._data.images[item.number].name}: {error}") from error
+                    raise RAdapterError(
+                        f"{self._data.images[item.number].name}: {error}"
+                    ) from error
             known = item.truth != IGNORE
-            counts = confusion(item.truth[known], self._class_of[found[known]], len(self._data.classes))
+            counts = confusion(
+                item.truth[known], self._class_of[found[known]], len(self._data.classes)
+            )
             self._confusion += counts
             self._sums.append(np.stack(pixel_sums(counts)))
 

@@ -37,7 +37,9 @@ from radapter_serve.inputs.labels import split_label
 _READERS = (*READERS, "masks", "coco")
 
 
-def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int = 0) -> EvaluationSet:
+def open_set(
+    suite: Suite, entry: Entry, *, limit: int | None = None, seed: int = 0
+) -> EvaluationSet:
     """Open one data set of a suite.
 
     Args:
@@ -47,7 +49,8 @@ def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int 
         seed: of that draw.
 
     Raises:
-        RAdapterError: the data, a class file or a template file can't be read, or they do not match.
+        RAdapterError: the data, a class file or a template file can't be read, or they do not
+            match.
     """
     if suite.run is not None:
         return _own_set(suite.run, entry, limit, seed)
@@ -72,7 +75,9 @@ def open_set(suite: Suite, entry: Entry, *, limit: int | None = None, seed: int 
     except RAdapterError as error:
         raise RAdapterError(f"data set {entry.name!r}: {error}") from error
     templates = _templates(suite, entry.templates)
-    return classification_set(entry, data, templates, mapping=mapping, members=members, limit=limit, seed=seed)
+    return classification_set(
+        entry, data, templates, mapping=mapping, members=members, limit=limit, seed=seed
+    )
 
 
 def classification_set(
@@ -92,7 +97,8 @@ def classification_set(
         data: from `load_labelled`.
         templates: prompt templates; None takes the model's own.
         mapping: from the data's class names to those for prompts; others are left out.
-        members: of each class of the mapping the classes with prompts that it stands for; None asks for it itself.
+        members: of each class of the mapping the classes with prompts that it stands for; None asks
+            for it itself.
         limit: no more images than this, drawn by `seed`.
         seed: of that draw.
     """
@@ -102,8 +108,8 @@ def classification_set(
         kept = [index for index, name in enumerate(data.own) if name in mapping]
         if not kept:
             raise RAdapterError(
-                f"data set {entry.name!r}: the class mapping {entry.classes} knows none of its classes: "
-                f"{', '.join(data.own[:5])}, ..."
+                f"data set {entry.name!r}: the class mapping {entry.classes} knows none of its"
+                f" classes: {', '.join(data.own[:5])}, ..."
             )
         new = np.full(len(classes), -1)
         new[kept] = np.arange(len(kept))
@@ -116,9 +122,13 @@ def classification_set(
     return ClassificationSet(entry, images, labels[chosen], list(classes), templates, asked)
 
 
-def _retrieval_set(suite: Suite, entry: Entry, spec: str, limit: int | None, seed: int) -> RetrievalSet:
+def _retrieval_set(
+    suite: Suite, entry: Entry, spec: str, limit: int | None, seed: int
+) -> RetrievalSet:
     images = _images(suite, entry)
-    data = load_captioned(spec, image_column=entry.image_column, caption_column=entry.caption_column, images=images)
+    data = load_captioned(
+        spec, image_column=entry.image_column, caption_column=entry.caption_column, images=images
+    )
     return retrieval_set(entry, data, limit, seed)
 
 
@@ -136,8 +146,12 @@ def _own_set(run: Metadata, entry: Entry, limit: int | None, seed: int) -> Evalu
     return classification_set(entry, data, limit=limit, seed=seed)
 
 
-def retrieval_set(entry: Entry, data: Captioned, limit: int | None = None, seed: int = 0) -> RetrievalSet:
-    """A set of images with captions from an open data set; the arguments are those of `classification_set`."""
+def retrieval_set(
+    entry: Entry, data: Captioned, limit: int | None = None, seed: int = 0
+) -> RetrievalSet:
+    """A set of images with captions from an open data set; the arguments are those of
+    `classification_set`.
+    """
     data.exif_orientation = entry.exif_orientation
     chosen = [data.images[index] for index in drawn(len(data.images), limit, seed)]
     captions = [image.captions[: entry.max_captions] for image in chosen]
@@ -146,7 +160,9 @@ def retrieval_set(entry: Entry, data: Captioned, limit: int | None = None, seed:
     return RetrievalSet(entry, images, [text for texts in captions for text in texts], image_of)
 
 
-def _segmentation_set(suite: Suite, entry: Entry, spec: str, limit: int | None, seed: int) -> SegmentationSet:
+def _segmentation_set(
+    suite: Suite, entry: Entry, spec: str, limit: int | None, seed: int
+) -> SegmentationSet:
     data = load_masked(
         spec,
         classes=_file(suite, entry.classes) if entry.classes else None,
@@ -157,12 +173,17 @@ def _segmentation_set(suite: Suite, entry: Entry, spec: str, limit: int | None, 
     proposals = None
     if entry.proposals is not None:
         labels = len(data.classes) - (entry.background is not None)
-        proposals = load_proposals(suite.data_root / entry.proposals, [image.name for image in images], labels)
+        proposals = load_proposals(
+            suite.data_root / entry.proposals, [image.name for image in images], labels
+        )
         if entry.proposal_weight is not None and not proposals.scored:
             raise RAdapterError(
-                f"proposal_weight is {entry.proposal_weight} but {entry.proposals} has no scores to weigh"
+                f"proposal_weight is {entry.proposal_weight} but {entry.proposals} has no scores to"
+                " weigh"
             )
-    return SegmentationSet(entry, images, data.classes, _templates(suite, entry.templates), proposals)
+    return SegmentationSet(
+        entry, images, data.classes, _templates(suite, entry.templates), proposals
+    )
 
 
 def _below(root: Path, spec: str) -> str:
@@ -182,7 +203,9 @@ def _file(suite: Suite, name: str) -> Path:
 def _class_mapping(
     suite: Suite, classes: str | None
 ) -> tuple[Mapping[str, str] | None, Mapping[str, Sequence[str]] | None]:
-    """The mapping that `classes` names, and its members; None where it is no mapping, or has none."""
+    """The mapping that `classes` names, and its members; None where it is no mapping, or has
+    none.
+    """
     if classes == "imagenet":
         return imagenet_classes(), None
     if classes is None:
@@ -190,12 +213,20 @@ def _class_mapping(
     path = _file(suite, classes)
     if path.is_dir():
         common = objectnet_members(path)
-        return {own: name for own, (name, _) in common.items()}, {own: of for own, (_, of) in common.items()}
+        return {own: name for own, (name, _) in common.items()}, {
+            own: of for own, (_, of) in common.items()
+        }
     if not classes.endswith((".yaml", ".yml")):
         return None, None
     mapping = read_yaml(path, "the classes")
-    if not isinstance(mapping, dict) or not mapping or not all(split_label(str(name)) for name in mapping.values()):
-        raise RAdapterError(f"the classes {path} must map the data's class names to names for prompts")
+    if (
+        not isinstance(mapping, dict)
+        or not mapping
+        or not all(split_label(str(name)) for name in mapping.values())
+    ):
+        raise RAdapterError(
+            f"the classes {path} must map the data's class names to names for prompts"
+        )
     return {str(own): str(name) for own, name in mapping.items()}, None
 
 

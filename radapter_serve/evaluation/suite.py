@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 METRICS = {
     "classification": ("acc1", "acc5", "mean_per_class_recall"),
-    "retrieval": tuple(f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)),
+    "retrieval": tuple(
+        f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)
+    ),
     "segmentation": ("miou", "pixel_accuracy", "mean_class_accuracy"),
 }
 USED_BY = {  # which tasks use a field, for fields that not every task uses
@@ -30,15 +32,23 @@ USED_BY = {  # which tasks use a field, for fields that not every task uses
     **dict.fromkeys(("image_column", "border"), ("classification", "retrieval")),
     **dict.fromkeys(("label_column", "class_split"), ("classification",)),
     **dict.fromkeys(("caption_column", "max_captions"), ("retrieval",)),
-    **dict.fromkeys(("dense", "short_side", "stride", "refine", "threshold", "background"), ("segmentation",)),
+    **dict.fromkeys(
+        ("dense", "short_side", "stride", "refine", "threshold", "background"), ("segmentation",)
+    ),
     **dict.fromkeys(("proposals", "proposal_weight"), ("segmentation",)),
 }
 
 
 def _templates(value: Any) -> Any:
-    if value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(t, str) for t in value)):
+    if (
+        value is None
+        or isinstance(value, str)
+        or (isinstance(value, list) and all(isinstance(t, str) for t in value))
+    ):
         return value
-    raise ValueError("allowed: openai, vild, ovseg, simple, a file, a template, or a list of templates")
+    raise ValueError(
+        "allowed: openai, vild, ovseg, simple, a file, a template, or a list of templates"
+    )
 
 
 Templates = Annotated[Any, BeforeValidator(_templates)]
@@ -50,37 +60,42 @@ class Entry:
 
     Attributes:
         name: in rows, tables and pictures.
-        data: `imagefolder:DIR`, `csv:FILE`, ... below the data root, or a hub name, as in `load_labelled` and
-            `load_captioned`; for segmentation `masks:DIR` or `coco:FILE.json`, as in `load_masked`.
+        data: `imagefolder:DIR`, `csv:FILE`, ... below the data root, or a hub name, as in
+            `load_labelled` and `load_captioned`; for segmentation `masks:DIR` or `coco:FILE.json`,
+            as in `load_masked`.
         task: `classification`, `retrieval` between images and their captions, or `segmentation`.
         shift: `id`, as the training data, or `ood`, shifted.
         split: `test`, or `validation`, which `--alpha auto` chooses by.
-        metric: what tables, pictures and the choice of α show; every row has all metrics of the task.
-        classes: classification: a label file in the order of the labels; a YAML mapping from the data's own class names
-            to names for prompts, which leaves out classes that it lacks; `imagenet`, that mapping from WordNet ids or
-            numbers to CLIP's names; the folder `mappings` of ObjectNet, where each class has the best score of the
-            ImageNet classes that it stands for; None takes the data's own names. Segmentation: the class file of the
-            masks, as in `load_masked`; None takes the one with the data. A file is looked for beside the suite, then
-            below the data root.
-        class_split: `base`, the first half of the classes, or `novel`, the others; `all` takes all. Of a data set that
-            has both, the harmonic mean of the two is reported, too.
-        templates: prompt templates, `openai`, `vild`, `ovseg`, `simple`, or a file beside the suite; None takes the
-            model's own.
-        exif_orientation: turn images as their EXIF says, for every model; false leaves the pixels as the file has
-            them, as open_clip does.
+        metric: what tables, pictures and the choice of α show; every row has all metrics of the
+            task.
+        classes: classification: a label file in the order of the labels; a YAML mapping from the
+            data's own class names to names for prompts, which leaves out classes that it lacks;
+            `imagenet`, that mapping from WordNet ids or numbers to CLIP's names; the folder
+            `mappings` of ObjectNet, where each class has the best score of the ImageNet classes
+            that it stands for; None takes the data's own names. Segmentation: the class file of the
+            masks, as in `load_masked`; None takes the one with the data. A file is looked for
+            beside the suite, then below the data root.
+        class_split: `base`, the first half of the classes, or `novel`, the others; `all` takes all.
+            Of a data set that has both, the harmonic mean of the two is reported, too.
+        templates: prompt templates, `openai`, `vild`, `ovseg`, `simple`, or a file beside the
+            suite; None takes the model's own.
+        exif_orientation: turn images as their EXIF says, for every model; false leaves the pixels
+            as the file has them, as open_clip does.
         border: pixels that are cut off each side of an image first (ObjectNet's have a red frame).
         image_column, label_column, caption_column: names of columns.
         max_captions: retrieval: no more captions of an image than this, its first; None takes all.
-        images: folder of the images below the data root, for data that names them relative to elsewhere.
-        dense: segmentation: the way from patches to embeddings; `proposals` gives the model masks instead and
-            classifies their crops; None takes the model's own way.
-        proposals: segmentation with `dense: proposals`: masks of a proposal network, a folder of .npz files or a JSON
-            file of COCO's results below the data root, as in `load_proposals`; None takes the true masks, the upper
-            bound of what proposals can reach.
-        proposal_weight: w in [0, 1] of the fusion p = p_proposal^(1-w) p_clip^w of proposals with scores; None is 0.7.
+        images: folder of the images below the data root, for data that names them relative to
+            elsewhere.
+        dense: segmentation: the way from patches to embeddings; `proposals` gives the model masks
+            instead and classifies their crops; None takes the model's own way.
+        proposals: segmentation with `dense: proposals`: masks of a proposal network, a folder of
+            .npz files or a JSON file of COCO's results below the data root, as in `load_proposals`;
+            None takes the true masks, the upper bound of what proposals can reach.
+        proposal_weight: w in [0, 1] of the fusion p = p_proposal^(1-w) p_clip^w of proposals with
+            scores; None is 0.7.
         short_side, stride, refine, threshold: segmentation: as in `SegmentOptions`.
-        background: segmentation with a threshold: the class of pixels where every other class is below the threshold;
-            it has no prompt. Without such a class these pixels count as wrong.
+        background: segmentation with a threshold: the class of pixels where every other class is
+            below the threshold; it has no prompt. Without such a class these pixels count as wrong.
         language: of the texts.
     """
 
@@ -116,27 +131,40 @@ class Entry:
             object.__setattr__(self, "metric", allowed[0])
         if self.metric not in allowed:
             names = ", ".join(allowed)
-            raise RAdapterError(f"data set {self.name!r}: metric is {self.metric!r}; allowed: {names}")
+            raise RAdapterError(
+                f"data set {self.name!r}: metric is {self.metric!r}; allowed: {names}"
+            )
         if self.dense not in (None, PROPOSALS):
             from radapter_serve.clip.dense import METHODS  # torch takes seconds to load
 
             if self.dense not in METHODS:
                 names = ", ".join((*METHODS, PROPOSALS))
-                raise RAdapterError(f"data set {self.name!r}: dense is {self.dense!r}; allowed: {names}")
+                raise RAdapterError(
+                    f"data set {self.name!r}: dense is {self.dense!r}; allowed: {names}"
+                )
         if self.background is not None and self.threshold is None and self.dense != PROPOSALS:
             raise RAdapterError(
-                f"data set {self.name!r}: background is {self.background!r}, which needs a threshold, such as 0.1"
+                f"data set {self.name!r}: background is {self.background!r}, which needs a"
+                " threshold, such as 0.1"
             )
         if self.proposals is not None and self.dense != PROPOSALS:
             raise RAdapterError(
-                f"data set {self.name!r}: proposals is {self.proposals!r}, which needs dense: proposals"
+                f"data set {self.name!r}: proposals is {self.proposals!r}, which needs dense:"
+                " proposals"
             )
         if self.proposal_weight is not None and self.proposals is None:
             raise RAdapterError(
-                f"data set {self.name!r}: proposal_weight is {self.proposal_weight}, which needs proposals with scores"
+                f"data set {self.name!r}: proposal_weight is {self.proposal_weight}, which needs"
+                " proposals with scores"
             )
         try:
-            SegmentOptions(self.short_side, self.stride, self.refine, self.threshold, self.proposal_weight or 0.0)
+            SegmentOptions(
+                self.short_side,
+                self.stride,
+                self.refine,
+                self.threshold,
+                self.proposal_weight or 0.0,
+            )
         except TaskError as error:
             raise RAdapterError(f"data set {self.name!r}: {error.message}") from None
 
@@ -154,7 +182,9 @@ def entry_of(values: Mapping[str, Any], where: str) -> Entry:
     fields = [field.name for field in dataclasses.fields(Entry)]
     unknown = sorted(short(name) for name in values if name not in fields)
     if unknown:
-        raise RAdapterError(f"{where} has unknown fields {', '.join(unknown)[:200]}; allowed: {', '.join(fields)}")
+        raise RAdapterError(
+            f"{where} has unknown fields {', '.join(unknown)[:200]}; allowed: {', '.join(fields)}"
+        )
     for field in ("name", "data"):
         if not isinstance(values.get(field), str):
             raise RAdapterError(f"{where} has no {field}")
@@ -164,7 +194,9 @@ def entry_of(values: Mapping[str, Any], where: str) -> Entry:
         first = error.errors()[0]
         field = str(first["loc"][0])
         rule = first["msg"].removeprefix("Value error, ").replace("Input should be", "allowed:")
-        raise RAdapterError(f"{where}, {values['name']!r}: {field} is {str(values[field])[:80]!r}; {rule}") from None
+        raise RAdapterError(
+            f"{where}, {values['name']!r}: {field} is {str(values[field])[:80]!r}; {rule}"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -176,7 +208,8 @@ class Suite:
         entries: its data sets, in the order of the file.
         folder: the suite file's folder, where its class and template files are.
         data_root: what relative paths of data are relative to.
-        run: the run whose own validation data the one entry is; None for data that a suite file names.
+        run: the run whose own validation data the one entry is; None for data that a suite file
+            names.
     """
 
     name: str
@@ -190,10 +223,14 @@ class Suite:
         return tuple(entry for entry in self.entries if entry.split == split)
 
     def pairs(self, split: str) -> list[tuple[str, str]]:
-        """Names of the data sets of one split that are the base and the novel classes of the same data."""
+        """Names of the data sets of one split that are the base and the novel classes of the same
+        data.
+        """
         found = self.of_split(split)
         novel = {entry.data: entry.name for entry in found if entry.class_split == "novel"}
-        return [(e.name, novel[e.data]) for e in found if e.class_split == "base" and e.data in novel]
+        return [
+            (e.name, novel[e.data]) for e in found if e.class_split == "base" and e.data in novel
+        ]
 
 
 def ready_suites() -> dict[str, Path]:
@@ -205,8 +242,8 @@ def load_suite(source: str | Path, data_root: str | Path = ".") -> Suite:
     """Read a suite; without torch, unless it asks for dense embeddings.
 
     Args:
-        source: a YAML file: `sets`, a list of `Entry`'s fields; any of these fields beside it is the default of all
-            sets. Or the name of a suite that comes with the package.
+        source: a YAML file: `sets`, a list of `Entry`'s fields; any of these fields beside it is
+            the default of all sets. Or the name of a suite that comes with the package.
         data_root: folder that the sets' paths start from.
 
     Raises:
@@ -215,24 +252,33 @@ def load_suite(source: str | Path, data_root: str | Path = ".") -> Suite:
     ready = ready_suites()
     path = ready.get(str(source), Path(source))
     if not path.exists():
-        raise RAdapterError(f"there is no suite {source}; allowed: a file, or one of {', '.join(ready)}")
+        raise RAdapterError(
+            f"there is no suite {source}; allowed: a file, or one of {', '.join(ready)}"
+        )
     document = read_yaml(path, "the suite")
     sets = document.pop("sets", None) if isinstance(document, dict) else None
     if not isinstance(sets, list) or not sets or not all(isinstance(item, dict) for item in sets):
-        raise RAdapterError(f"the suite {path} must have `sets`, a list with name and data for each data set")
+        raise RAdapterError(
+            f"the suite {path} must have `sets`, a list with name and data for each data set"
+        )
     name = str(document.pop("name", path.stem))
     entries = []
     for number, item in enumerate(sets, 1):
         entries.append(entry_of({**document, **item}, f"{path}, set {number}"))
         task = entries[-1].task
-        for field, value in item.items():  # what stands beside `sets` is for those that have a use for it
+        for (
+            field,
+            value,
+        ) in item.items():  # what stands beside `sets` is for those that have a use for it
             if value is not None and task not in USED_BY.get(field, (task,)):
                 raise RAdapterError(
-                    f"{path}, set {number} has {field}, which task {task} has no use for; leave it out "
-                    f"(it is for {' and '.join(USED_BY[field])})"
+                    f"{path}, set {number} has {field}, which task {task} has no use for; leave it"
+                    f" out (it is for {' and '.join(USED_BY[field])})"
                 )
     names = [entry.name for entry in entries]
     double = sorted({n for n in names if names.count(n) > 1})
     if double:
-        raise RAdapterError(f"{path} names {double[0]!r} twice; each data set needs a name of its own")
+        raise RAdapterError(
+            f"{path} names {double[0]!r} twice; each data set needs a name of its own"
+        )
     return Suite(name, tuple(entries), path.absolute().parent, Path(data_root))

@@ -1,4 +1,6 @@
-"""Models in torch: a base with an adapter at any α, a fine-tuned copy for WiSE-FT, a merged checkpoint."""
+"""Models in torch: a base with an adapter at any α, a fine-tuned copy for WiSE-FT, a merged
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ class Line:
 
 
 class TorchEmbedder:
-    """A base, and models that differ from it by α times a fixed change; selecting one computes that sum in place.
+    """A base, and models that differ from it by α times a fixed change; selecting one computes that
+    sum in place.
 
     Args:
         base: gives model, preprocessing and tokenizer; its weights change until `close`.
@@ -87,16 +90,27 @@ class TorchEmbedder:
         try:
             self._device = torch.device(device)
             self._base, self._model = base, base.model.to(self._device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch says depends on its build
-            raise RAdapterError(f"device {device!r} can't be used: {reason(error)}; allowed: cpu, cuda, ...") from error
+        except (
+            RuntimeError,
+            AssertionError,
+            NotImplementedError,
+        ) as error:  # what torch says depends on its build
+            raise RAdapterError(
+                f"device {device!r} can't be used: {reason(error)}; allowed: cpu, cuda, ..."
+            ) from error
         self._transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
         self._preprocess = Preprocess.from_dict(base.preprocess)
-        self.size, self.exif_orientation = self._preprocess.size[0], self._preprocess.exif_orientation
+        self.size, self.exif_orientation = (
+            self._preprocess.size[0],
+            self._preprocess.exif_orientation,
+        )
         self.crop = crop or MaskCrop.from_recipe({}, base.preprocess["mean"])
         self._tensors = self._model.state_dict()
         self._lines = {line.source: line for line in lines}
         self.variants: Sequence[Variant] = [
-            Variant(line.source, alpha, _facts(base, line.facts, precision)) for line in lines for alpha in alphas
+            Variant(line.source, alpha, _facts(base, line.facts, precision))
+            for line in lines
+            for alpha in alphas
         ]
         changed = sorted({key for line in lines for key in line.deltas})
         self._originals = {key: self._tensors[key].clone() for key in changed}
@@ -138,7 +152,8 @@ class TorchEmbedder:
         way = dense or self._dense
         if way is None:
             raise NoSuchWay(
-                "these models have no way of their own (dense: none); give the set one, as in dense: naclip"
+                "these models have no way of their own (dense: none); give the set one, as in"
+                " dense: naclip"
             )
         if way != PROPOSALS:
             check_dense(self._model, way)
@@ -151,13 +166,19 @@ class TorchEmbedder:
         def encode(windows: NDArray[np.uint8], way: str | None = None) -> Floats:
             pixels = self._pixels(windows)
             with self._autocast():
-                found = encode_image(self._model, pixels) if way is None else encode_patches(self._model, pixels, way)
+                found = (
+                    encode_image(self._model, pixels)
+                    if way is None
+                    else encode_patches(self._model, pixels, way)
+                )
             return np.asarray(found.float().cpu().numpy())
 
         scale, bias = self._logits()
         segmenter: DenseSegmenter | ProposalSegmenter
         if query.dense == PROPOSALS:
-            segmenter = ProposalSegmenter(encode, self._preprocess, self.crop, scale, _WINDOWS, bias)
+            segmenter = ProposalSegmenter(
+                encode, self._preprocess, self.crop, scale, _WINDOWS, bias
+            )
         else:
             patches = functools.partial(encode, way=query.dense)
             segmenter = DenseSegmenter(patches, self._preprocess, _WINDOWS, scale, bias)
@@ -172,11 +193,15 @@ class TorchEmbedder:
     def _logits(self) -> tuple[float, float | None]:
         """Scale and bias that make logits of cosines."""
         bias = self._tensors.get("logit_bias")
-        return float(self._tensors["logit_scale"].float().exp()), None if bias is None else float(bias)
+        return float(self._tensors["logit_scale"].float().exp()), (
+            None if bias is None else float(bias)
+        )
 
     def _pixels(self, windows: NDArray[np.uint8]) -> Tensor:
         pixels = torch.from_numpy(windows).to(self._device).permute(0, 3, 1, 2).float() / 255
-        mean, std = (torch.tensor(self._base.preprocess[key], device=self._device) for key in ("mean", "std"))
+        mean, std = (
+            torch.tensor(self._base.preprocess[key], device=self._device) for key in ("mean", "std")
+        )
         return (pixels - mean[:, None, None]) / std[:, None, None]
 
     def _autocast(self) -> Any:
@@ -212,7 +237,9 @@ def from_adapter(
     meta = adapter.metadata
     alphas = sorted({0.0, meta.alpha, 1.0}) if alphas is None else alphas
     clip = load_base(base or meta.architecture, pretrained or meta.pretrained)
-    return embedder_of(clip, adapter, alphas, finetuned=finetuned, precision=precision, device=device)
+    return embedder_of(
+        clip, adapter, alphas, finetuned=finetuned, precision=precision, device=device
+    )
 
 
 def embedder_of(
@@ -235,7 +262,9 @@ def embedder_of(
         for name in (f"{key}.weight", f"{key}.bias"):
             if name in weights:
                 deltas[name] = adapter.matrix(key) @ weights[name].float().cpu()
-    lines = [Line("adapter", deltas, ModelFacts(base_digest=base_digest, adapter_digest=adapter.digest))]
+    lines = [
+        Line("adapter", deltas, ModelFacts(base_digest=base_digest, adapter_digest=adapter.digest))
+    ]
     if finetuned is not None:
         change, digest = _difference(Path(finetuned), weights)
         facts = ModelFacts(base_digest=base_digest, weights_digest=digest)
@@ -254,7 +283,12 @@ def embedder_of(
 
 
 def as_it_is(
-    base: Base, alpha: float, templates: list[str], *, dense: str | None = None, crop: MaskCrop | None = None
+    base: Base,
+    alpha: float,
+    templates: list[str],
+    *,
+    dense: str | None = None,
+    crop: MaskCrop | None = None,
 ) -> TorchEmbedder:
     """A base with adapters attached to it, as they are set now.
 
@@ -266,10 +300,14 @@ def as_it_is(
         crop: how the masks of proposals are shown.
     """
     device = str(next(base.model.parameters()).device)
-    return TorchEmbedder(base, [Line("adapter", {})], [alpha], templates, dense=dense, crop=crop, device=device)
+    return TorchEmbedder(
+        base, [Line("adapter", {})], [alpha], templates, dense=dense, crop=crop, device=device
+    )
 
 
-def from_merged(folder: str | Path, *, precision: Precision = "fp32", device: str | None = None) -> TorchEmbedder:
+def from_merged(
+    folder: str | Path, *, precision: Precision = "fp32", device: str | None = None
+) -> TorchEmbedder:
     """A merged checkpoint, or any folder that `load_base` takes by `local-dir:`.
 
     Raises:
@@ -281,7 +319,9 @@ def from_merged(folder: str | Path, *, precision: Precision = "fp32", device: st
     candidates = [*folder.glob("open_clip_*"), *folder.glob("model.safetensors")]
     weights = next((p for p in candidates if p.suffix in (".safetensors", ".bin", ".pt")), None)
     facts = release_facts(release) if release else ModelFacts()
-    line = Line("merged", {}, replace(facts, weights_digest=digest_of(weights) if weights else None))
+    line = Line(
+        "merged", {}, replace(facts, weights_digest=digest_of(weights) if weights else None)
+    )
     return TorchEmbedder(
         base,
         [line],
@@ -305,17 +345,23 @@ def _difference(path: Path, base: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
     """The change from the base to a fine-tuned checkpoint, and the checkpoint's digest."""
     file = path / "open_clip_model.safetensors" if path.is_dir() else path
     if not file.is_file():
-        raise RAdapterError(f"no checkpoint at {file}; --finetuned takes a .pt or .safetensors file or a model folder")
+        raise RAdapterError(
+            f"no checkpoint at {file}; --finetuned takes a .pt or .safetensors file or a model"
+            " folder"
+        )
     try:
         tuned = load_state_dict(str(file))
-    except Exception as error:  # torch, pickle and safetensors raise many kinds, and all mean: no checkpoint
+    except (
+        Exception
+    ) as error:  # torch, pickle and safetensors raise many kinds, and all mean: no checkpoint
         raise RAdapterError(f"could not read the checkpoint {file}: {reason(error)}") from error
     names = {key for key, value in base.items() if value.is_floating_point()}
     odd = sorted(key for key in names if key not in tuned or tuned[key].shape != base[key].shape)
     if odd:
         raise RAdapterError(
-            f"{file} is no fine-tuned copy of the base: {odd[0]} is {'missing' if odd[0] not in tuned else 'different'}"
-            f" ({len(odd)} of {len(names)} tensors); give a checkpoint of the same architecture"
+            f"{file} is no fine-tuned copy of the base: {odd[0]} is"
+            f" {'missing' if odd[0] not in tuned else 'different'} ({len(odd)} of {len(names)}"
+            " tensors); give a checkpoint of the same architecture"
         )
     changes = {key: tuned[key].float() - base[key].float().cpu() for key in sorted(names)}
     return {key: value for key, value in changes.items() if value.any()}, digest_of(file)

@@ -1,4 +1,6 @@
-"""From Triton's answer to a body: JSON, followed by binary tensors where the caller asked for them."""
+"""From Triton's answer to a body: JSON, followed by binary tensors where the caller asked for
+them.
+"""
 
 from __future__ import annotations
 
@@ -31,17 +33,26 @@ def write(answer: service_pb2.ModelInferResponse, asked: Inference) -> tuple[byt
         else:
             outputs.append({**described, "data": _to_json(output, values)})
     head: dict[str, Any] = {"id": asked.id} if asked.id else {}
-    head |= {"model_name": answer.model_name, "model_version": answer.model_version, "outputs": outputs}
+    head |= {
+        "model_name": answer.model_name,
+        "model_version": answer.model_version,
+        "outputs": outputs,
+    }
     text = json.dumps(head, allow_nan=False, separators=(",", ":")).encode()
     if not asked.binary:
         return text, {"Content-Type": "application/json"}
-    return b"".join([text, *parts]), {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
+    return b"".join([text, *parts]), {
+        "Content-Type": "application/octet-stream",
+        HEADER_LENGTH: str(len(text)),
+    }
 
 
 def _to_json(output: service_pb2.ModelInferResponse.InferOutputTensor, values: bytes) -> list[Any]:
     count = math.prod(output.shape)
     if count > MAX_JSON_VALUES:
-        raise bad(f"the output {output.name} has {count} values, too many for JSON; ask for it in binary")
+        raise bad(
+            f"the output {output.name} has {count} values, too many for JSON; ask for it in binary"
+        )
     if output.datatype != "BYTES":
         return np.frombuffer(values, triton_to_np_dtype(output.datatype)).tolist()  # type: ignore[no-any-return]
     texts, offset = [], 0

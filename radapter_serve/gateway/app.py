@@ -1,4 +1,6 @@
-"""The gateway as an ASGI app: KServe v2 over HTTP, and OpenAI's embeddings, in front of an `Upstream`."""
+"""The gateway as an ASGI app: KServe v2 over HTTP, and OpenAI's embeddings, in front of an
+`Upstream`.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ class Gateway:
         self.keys = None if settings.api_keys is None else Keys(settings.api_keys)
         self._models: dict[str, tuple[float, Model]] = {}
         task = "/v2/models/{model}"
-        paths: list[tuple[str, Handler]] = [  # the first that fits is taken, so what is asked most comes first
+        paths: list[
+            tuple[str, Handler]
+        ] = [  # the first that fits is taken, so what is asked most comes first
             *(
                 (f"{task}{version}{tail}", handler)
                 for tail, handler in (
@@ -83,7 +87,11 @@ class Gateway:
                 )
                 for version in ("", "/versions/{version}")
             ),
-            *((f"{prefix}/health/{name}", getattr(self, name)) for prefix in ("", "/v2") for name in ("live", "ready")),
+            *(
+                (f"{prefix}/health/{name}", getattr(self, name))
+                for prefix in ("", "/v2")
+                for name in ("live", "ready")
+            ),
             ("/metrics", self.metrics),
             ("/v2", self.server),
             (f"{openai.PREFIX}embeddings", self.embeddings),
@@ -91,11 +99,17 @@ class Gateway:
             (f"{openai.PREFIX}models/{{model}}", self.releases),
         ]
         routes = [
-            Route(path, self._guarded(handler), methods=["POST" if handler.__name__ in _COUNTED else "GET"])
+            Route(
+                path,
+                self._guarded(handler),
+                methods=["POST" if handler.__name__ in _COUNTED else "GET"],
+            )
             for path, handler in paths
         ]
         closed: Any = self._closed
-        app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={404: closed, 405: closed})
+        app = Starlette(
+            routes=routes, lifespan=self._lifespan, exception_handlers={404: closed, 405: closed}
+        )
         app.router.redirect_slashes = False
         browsers = None
         if self.keys is None:
@@ -128,11 +142,19 @@ class Gateway:
         return JSONResponse({"ready": True})
 
     async def metrics(self, request: Request) -> Response:
-        """What Prometheus reads; by a key, as everything else, so that one rule holds for the whole port."""
+        """What Prometheus reads; by a key, as everything else, so that one rule holds for the whole
+        port.
+        """
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def server(self, request: Request) -> Response:
-        return JSONResponse({"name": "radapter-gateway", "version": __version__, "extensions": ["binary_tensor_data"]})
+        return JSONResponse(
+            {
+                "name": "radapter-gateway",
+                "version": __version__,
+                "extensions": ["binary_tensor_data"],
+            }
+        )
 
     async def metadata(self, request: Request) -> Response:
         name, _ = _named(request)
@@ -140,7 +162,9 @@ class Gateway:
         return JSONResponse(model.metadata(await self._upstream.versions(name)))
 
     async def config(self, request: Request) -> Response:
-        """The configuration with the releases' facts, always asked of Triton: a client chooses its release by it."""
+        """The configuration with the releases' facts, always asked of Triton: a client chooses its
+        release by it.
+        """
         name, version = _named(request)
         return JSONResponse((await self._model(name, version, fresh=0)).config())
 
@@ -151,7 +175,9 @@ class Gateway:
         return JSONResponse({"ready": True})
 
     async def infer(self, request: Request) -> Response:
-        """An inference, checked here, cancelled in Triton where its caller leaves or its time is over."""
+        """An inference, checked here, cancelled in Triton where its caller leaves or its time is
+        over.
+        """
         start = time.monotonic()
         name, version = _named(request)
         limit = self._settings.timeout
@@ -169,7 +195,9 @@ class Gateway:
     async def releases(self, request: Request) -> Response:
         """The releases as OpenAI's list of models, or one of them."""
         name = request.path_params.get("model")
-        return JSONResponse(await (self._openai.models() if name is None else self._openai.model(name)))
+        return JSONResponse(
+            await (self._openai.models() if name is None else self._openai.model(name))
+        )
 
     async def embeddings(self, request: Request) -> Response:
         """OpenAI's embeddings, of texts and images."""
@@ -186,18 +214,24 @@ class Gateway:
         """The body of a request, within its time."""
         limit = self._settings.timeout
         try:
-            return await asyncio.wait_for(_body(request, int(self._settings.max_body * MIB), take), limit)
+            return await asyncio.wait_for(
+                _body(request, int(self._settings.max_body * MIB), take), limit
+            )
         except asyncio.TimeoutError:
             raise late(408, f"the body did not come within {limit:g} s") from None
 
     async def _run(self, message: Any, seconds: float) -> Any:
-        """Triton's answer, as soon as there is a place for the request; its deadline goes on to Triton."""
+        """Triton's answer, as soon as there is a place for the request; its deadline goes on to
+        Triton.
+        """
         end = time.monotonic() + seconds
         async with self._places.place():
             return await self._upstream.infer(message, max(end - time.monotonic(), 1e-3))
 
     async def _model(self, name: str, version: str = "", fresh: float = FRESH) -> Model:
-        """A model by its configuration, which is asked for again after some seconds: a new release may change it."""
+        """A model by its configuration, which is asked for again after some seconds: a new release
+        may change it.
+        """
         when, model = self._models.get(name, (0.0, None))
         if model is None or time.monotonic() - when >= fresh:
             model = Model.from_config(await self._upstream.config(name, version))
@@ -222,7 +256,9 @@ class Gateway:
                 response, code = Response(status_code=499), GONE
             except Exception:
                 LOG.exception("the gateway failed on a request")
-                failed = Refused(500, INTERNAL_ERROR, "the gateway failed on this request; its log says why")
+                failed = Refused(
+                    500, INTERNAL_ERROR, "the gateway failed on this request; its log says why"
+                )
                 response, code = refusal(failed, request), failed.code
             if handler.__name__ in _COUNTED:
                 name = request.path_params.get("model", EMBEDDINGS)
@@ -234,7 +270,10 @@ class Gateway:
         return guarded
 
     async def _closed(self, request: Request, error: Exception) -> Response:
-        open_ = "POST /v2/models/MODEL/infer; GET /v2/models/MODEL, its config and ready, /v2, /health/live and /ready"
+        open_ = (
+            "POST /v2/models/MODEL/infer; GET /v2/models/MODEL, its config and ready, /v2,"
+            " /health/live and /ready"
+        )
         if _of_openai(request):
             open_ = "POST /v1/embeddings; GET /v1/models and /v1/models/MODEL"
         status = getattr(error, "status_code", 404)
@@ -243,7 +282,9 @@ class Gateway:
 
 
 def _of_openai(request: Request) -> bool:
-    return str(request.scope["path"]).startswith(openai.PREFIX)  # its URL needs a Host, which may be anything
+    return str(request.scope["path"]).startswith(
+        openai.PREFIX
+    )  # its URL needs a Host, which may be anything
 
 
 def refusal(error: Refused, request: Request) -> Response:
@@ -263,9 +304,15 @@ def _named(request: Request) -> tuple[str, str]:
     """Model and version of a request's path."""
     name, version = request.path_params["model"], request.path_params.get("version", "")
     if name not in TASKS:
-        raise Refused(404, UNKNOWN_MODEL, f"no model {shown(name)} here; there are {', '.join(TASKS)}")
+        raise Refused(
+            404, UNKNOWN_MODEL, f"no model {shown(name)} here; there are {', '.join(TASKS)}"
+        )
     if not re.fullmatch(r"(?:[1-9][0-9]{0,17})?", version):
-        raise Refused(404, UNKNOWN_MODEL, f"{name} has no version {shown(version)}; versions are whole numbers from 1")
+        raise Refused(
+            404,
+            UNKNOWN_MODEL,
+            f"{name} has no version {shown(version)}; versions are whole numbers from 1",
+        )
     return name, version
 
 
@@ -273,12 +320,18 @@ async def _body(request: Request, most: int, hold: Callable[[int], None]) -> byt
     """The body of a request, counted while it comes; `hold` hears of each part."""
     headers = request.headers
     if headers.get("Content-Encoding", "identity") != "identity":
-        raise Refused(415, UNSUPPORTED_TYPE, "compressed bodies are not taken; send the body as it is")
+        raise Refused(
+            415, UNSUPPORTED_TYPE, "compressed bodies are not taken; send the body as it is"
+        )
     kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if kind not in _TYPES:
-        raise Refused(415, UNSUPPORTED_TYPE, f"Content-Type is {shown(kind)}; send {' or '.join(_TYPES[1:])}")
+        raise Refused(
+            415, UNSUPPORTED_TYPE, f"Content-Type is {shown(kind)}; send {' or '.join(_TYPES[1:])}"
+        )
     length = headers.get("Content-Length", "")
-    too_large = Refused(413, TOO_LARGE, f"the body has more than {most / MIB:g} MiB, the most that is taken")
+    too_large = Refused(
+        413, TOO_LARGE, f"the body has more than {most / MIB:g} MiB, the most that is taken"
+    )
     if length.isdigit() and int(length[:18]) > most:
         raise too_large
     parts, size = [], 0
@@ -294,12 +347,16 @@ async def _body(request: Request, most: int, hold: Callable[[int], None]) -> byt
 
 
 async def while_there(request: Request, work: Coroutine[Any, Any, Any], seconds: float) -> Any:
-    """The result of work that is cancelled where the caller leaves; all of the request must have been read."""
+    """The result of work that is cancelled where the caller leaves; all of the request must have
+    been read.
+    """
     task = asyncio.ensure_future(work)
     left = asyncio.ensure_future(request.receive())
     try:
         # Triton, which has the same deadline, has the first word.
-        await asyncio.wait({task, left}, timeout=max(seconds, 0) + 1, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(
+            {task, left}, timeout=max(seconds, 0) + 1, return_when=asyncio.FIRST_COMPLETED
+        )
         if task.done():
             return task.result()
         raise Gone if left.done() else late(504, "the request took longer than it may")

@@ -1,4 +1,6 @@
-"""The body of `POST /v1/embeddings`, as OpenAI has it, to texts and images, and embeddings to its answer."""
+"""The body of `POST /v1/embeddings`, as OpenAI has it, to texts and images, and embeddings to its
+answer.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from radapter_serve.inputs.errors import INVALID_IMAGE, TaskError
 from radapter_serve.inputs.labels import check_length
 
 MEDIA = ("image/jpeg", "image/jpg", "image/png", "image/webp")
-CHARACTERS_PER_TOKEN = 4  # the gateway has no tokenizer, so what it says of the usage is an estimate
+CHARACTERS_PER_TOKEN = (
+    4  # the gateway has no tokenizer, so what it says of the usage is an estimate
+)
 _DATA_URL = re.compile(r"data:(image/|[^\s,]{0,200},)", re.IGNORECASE)
 _URL = re.compile(r"https?://\S+", re.IGNORECASE)
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF")
@@ -65,11 +69,13 @@ class Asked:
     tokens: int = 0
 
     def check_width(self, width: int) -> None:
-        """Raise `Refused` where embeddings of this many numbers are not what was asked for, or too many for JSON."""
+        """Raise `Refused` where embeddings of this many numbers are not what was asked for, or too
+        many for JSON.
+        """
         if self.dimensions not in (None, width):
             raise bad(
-                f"dimensions is {self.dimensions}; embeddings of this release have {width}, and are not cut: "
-                "leave dimensions out",
+                f"dimensions is {self.dimensions}; embeddings of this release have {width}, and are"
+                " not cut: leave dimensions out",
                 "dimensions",
             )
         if not self.in_base64 and self.count * width > MAX_JSON_VALUES:
@@ -88,13 +94,17 @@ def read(text: bytes, most: int) -> Asked:
         most: inputs that it may have.
 
     Raises:
-        Refused: the first thing that is wrong, with its place among the inputs, from 0 as in the answer.
+        Refused: the first thing that is wrong, with its place among the inputs, from 0 as in the
+            answer.
     """
     body = from_json(_Body, text, "send fewer inputs")
     values = [body.input] if isinstance(body.input, str) else body.input
     if not isinstance(values, list) or not values:
         raise bad("input is needed: a text, the data URL of an image, or a list of such", "input")
-    if all(type(value) is int or (type(value) is list and value and type(value[0]) is int) for value in values):
+    if all(
+        type(value) is int or (type(value) is list and value and type(value[0]) is int)
+        for value in values
+    ):
         raise bad(_TOKENS, "input")
     if len(values) > most:
         raise bad(f"input has {len(values)} values; send at most {most} in a request", "input")
@@ -106,7 +116,10 @@ def read(text: bytes, most: int) -> Asked:
         dimensions=body.dimensions,
     )
     for place in range(len(values)):
-        value, values[place] = values[place], None  # memory: the text of an image goes when its bytes are there
+        value, values[place] = (
+            values[place],
+            None,
+        )  # memory: the text of an image goes when its bytes are there
         _add(asked, place, value, body.modality)
     return asked
 
@@ -127,8 +140,8 @@ def _add(asked: Asked, place: int, value: Any, modality: str | None) -> None:
         if _URL.fullmatch(value):
             _wrong(
                 place,
-                'is a URL, and no image is fetched; send the image as a data URL, or "modality": "text" to embed '
-                "the URL as a text",
+                'is a URL, and no image is fetched; send the image as a data URL, or "modality":'
+                ' "text" to embed the URL as a text',
             )
         if modality == "image":
             _wrong(place, 'is no image; send a data URL, such as "data:image/jpeg;base64,..."')
@@ -149,15 +162,19 @@ def _image(place: int, url: str) -> bytes:
     if not comma or media not in MEDIA or parameters[-1:] != ["base64"]:
         _wrong(
             place,
-            f"begins with {shown(head)}; images are data URLs of {', '.join(MEDIA)} in base64, and a text that "
-            'looks like one is sent with "modality": "text"',
+            f"begins with {shown(head)}; images are data URLs of {', '.join(MEDIA)} in base64, and"
+            ' a text that looks like one is sent with "modality": "text"',
         )
     try:
         file = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
         _wrong(place, "is a data URL with broken base64", INVALID_IMAGE)
     if not file.startswith(_MAGIC):
-        _wrong(place, f"says {media}, but its {len(file)} bytes are no JPEG, PNG or WebP file", INVALID_IMAGE)
+        _wrong(
+            place,
+            f"says {media}, but its {len(file)} bytes are no JPEG, PNG or WebP file",
+            INVALID_IMAGE,
+        )
     return file
 
 
@@ -170,8 +187,14 @@ async def write(rows: Sequence[NDArray[np.float32]], model: str, asked: Asked) -
     """The answer, of which others are let through to the event loop now and then."""
     parts = []
     for place, row in enumerate(rows):
-        value = base64.b64encode(row.astype("<f4").tobytes()).decode() if asked.in_base64 else row.tolist()
-        parts.append(json.dumps({"object": "embedding", "index": place, "embedding": value}, allow_nan=False))
+        value = (
+            base64.b64encode(row.astype("<f4").tobytes()).decode()
+            if asked.in_base64
+            else row.tolist()
+        )
+        parts.append(
+            json.dumps({"object": "embedding", "index": place, "embedding": value}, allow_nan=False)
+        )
         if place % 64 == 63:
             await asyncio.sleep(0)
     usage = json.dumps({"prompt_tokens": asked.tokens, "total_tokens": asked.tokens})

@@ -41,7 +41,10 @@ _PLAIN: dict[int, tuple[str, str | None]] = {
     400: (tasks.INVALID_ARGUMENT, None),
     413: (TOO_LARGE, None),
     500: (tasks.INTERNAL_ERROR, "the server failed on this request; its log says why"),
-    503: (SERVER_UNAVAILABLE, "the model server starts, stops or does not answer; try again in a moment"),
+    503: (
+        SERVER_UNAVAILABLE,
+        "the model server starts, stops or does not answer; try again in a moment",
+    ),
     504: (TIMED_OUT, "the request took longer than it may"),
 }
 # The same for what passes, by the code of the tasks.
@@ -81,7 +84,9 @@ def late(status: int, message: str) -> Refused:
 
 
 def from_triton(status: grpc.StatusCode, text: str) -> Refused:
-    """What a caller may know of a failure that Triton reported: its code and its first line, without paths."""
+    """What a caller may know of a failure that Triton reported: its code and its first line,
+    without paths.
+    """
     number = _STATUS.get(status, 500)
     failure = read_failure(text)
     if failure.code is not None:
@@ -93,4 +98,8 @@ def from_triton(status: grpc.StatusCode, text: str) -> Refused:
 
 def shown(text: str) -> str:
     """What a caller sent, short and printable, for a message."""
-    return repr(text if len(text) <= 60 else f"{text[:60]}...").encode("ascii", "backslashreplace").decode()
+    return (
+        repr(text if len(text) <= 60 else f"{text[:60]}...")
+        .encode("ascii", "backslashreplace")
+        .decode()
+    )

@@ -1,6 +1,7 @@
 """What holds for every request before the gateway looks at it, and for every answer on its way out.
 
-granian bounds the rest: the handshake, the time that headers take, pipelining, trailers, upgrades and connections.
+granian bounds the rest: the handshake, the time that headers take, pipelining, trailers, upgrades
+and connections.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from radapter_serve.gateway.errors import TOO_LARGE, UNAUTHORIZED, Refused
 
 MAX_HEADERS = 32 * 1024  # bytes
 PIECE = 512 * 1024  # bytes of an answer that the caller is given at once
-PIECE_SECONDS = 8.0  # in which he must have taken a piece, so that he reads 64 KiB a second at least
+PIECE_SECONDS = (
+    8.0  # in which he must have taken a piece, so that he reads 64 KiB a second at least
+)
 
 Refuse = Callable[[Refused, Scope, Receive, Send], Awaitable[None]]
 
@@ -33,7 +36,8 @@ class Front:
     Args:
         app: that answers what is let through.
         refuse: sends a refusal.
-        browsers: what a browser may ask; None where callers have keys, which no other site's page can send.
+        browsers: what a browser may ask; None where callers have keys, which no other site's page
+            can send.
     """
 
     def __init__(self, app: ASGIApp, refuse: Refuse, browsers: BrowserRule | None) -> None:
@@ -60,7 +64,8 @@ class BrowserRule:
     """Keeps other sites' pages out, where nothing else does: a browser sends what such a page asks.
 
     Args:
-        host: that the gateway listens on, by name or address; None where it answers under every name.
+        host: that the gateway listens on, by name or address; None where it answers under every
+            name.
     """
 
     def __init__(self, host: str | None) -> None:
@@ -74,16 +79,20 @@ class BrowserRule:
         """
         hosts = headers.getlist("Host")
         if self._host is not None and not (len(hosts) == 1 and self._is_here(hosts[0])):
-            # A name of another site may lead to this machine: to the browser, both are then one site.
+            # A name of another site may lead to this machine: to the browser, both are then one
+            # site.
             raise Refused(
                 403,
                 UNAUTHORIZED,
-                "without keys, the gateway answers under the names of this machine, such as localhost, only",
+                "without keys, the gateway answers under the names of this machine, such as"
+                " localhost, only",
             )
         origins = headers.getlist("Origin")
         foreign = [origin for origin in origins if urlsplit(origin).netloc not in hosts]
         if foreign or headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-            raise Refused(403, UNAUTHORIZED, "without keys, a page of another site may not use the gateway")
+            raise Refused(
+                403, UNAUTHORIZED, "without keys, a page of another site may not use the gateway"
+            )
 
     def _is_here(self, host: str) -> bool:
         try:

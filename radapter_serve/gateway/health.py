@@ -15,11 +15,25 @@ from tritonclient.utils import serialize_byte_tensor
 from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, UNKNOWN_MODEL, Refused
 from radapter_serve.gateway.models import TASKS
 from radapter_serve.gateway.upstream import SHORT, Upstream
-from radapter_serve.inputs.errors import ENCODER_FAILED, INTERNAL_ERROR, RESTARTING, SERVER_STOPPING, TIMED_OUT
+from radapter_serve.inputs.errors import (
+    ENCODER_FAILED,
+    INTERNAL_ERROR,
+    RESTARTING,
+    SERVER_STOPPING,
+    TIMED_OUT,
+)
 
 FRESH = 5.0  # seconds for which an answer proves that a task answers
 # Other refusals are answers, such as that a release has no patch encoder.
-_FAILED = {ENCODER_FAILED, INTERNAL_ERROR, RESTARTING, SERVER_STOPPING, SERVER_UNAVAILABLE, TIMED_OUT, UNKNOWN_MODEL}
+_FAILED = {
+    ENCODER_FAILED,
+    INTERNAL_ERROR,
+    RESTARTING,
+    SERVER_STOPPING,
+    SERVER_UNAVAILABLE,
+    TIMED_OUT,
+    UNKNOWN_MODEL,
+}
 
 
 class Health:
@@ -40,7 +54,9 @@ class Health:
         self._answered[task] = time.monotonic()
 
     async def trouble(self) -> str | None:
-        """Why not all tasks answer; None where they do. Whoever asks in the same seconds gets the same answer."""
+        """Why not all tasks answer; None where they do. Whoever asks in the same seconds gets the
+        same answer.
+        """
         async with self._asking:
             when, why = self._failed
             now = time.monotonic()
@@ -64,7 +80,9 @@ class Health:
 
 
 def probe(task: str) -> service_pb2.ModelInferRequest:
-    """The smallest request that a task answers. No index is called so: that `retrieve` says so is its answer."""
+    """The smallest request that a task answers. No index is called so: that `retrieve` says so is
+    its answer.
+    """
     file = io.BytesIO()
     Image.new("RGB", (8, 8), "grey").save(file, "PNG")
     image, text = file.getvalue(), b"ready"

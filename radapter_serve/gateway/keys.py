@@ -23,10 +23,12 @@ _LINE = re.compile(r"([\w.@-]{1,64}):\s*([0-9a-f]{64})")
 class Keys:
     """The keys of a file, read again whenever it changes.
 
-    A file that has become unreadable lets nobody in: a key that was taken back must never work again.
+    A file that has become unreadable lets nobody in: a key that was taken back must never work
+    again.
 
     Args:
-        path: a line `name: digest` for each key; empty lines and lines that begin with # count as none.
+        path: a line `name: digest` for each key; empty lines and lines that begin with # count as
+            none.
 
     Raises:
         RAdapterError: the file cannot be read, or has a line that is none.
@@ -54,12 +56,19 @@ class Keys:
         kind, _, key = (authorization or "").partition(" ")
         given = hashlib.sha256(key.strip().encode("utf-8", "replace")).hexdigest()
         # Every digest is compared, so that the time tells nothing.
-        if kind.lower() != "bearer" or not sum(hmac.compare_digest(given, known) for known in self._digests.values()):
-            raise Refused(401, UNAUTHORIZED, "send the header Authorization: Bearer KEY, with a key of this gateway")
+        if kind.lower() != "bearer" or not sum(
+            hmac.compare_digest(given, known) for known in self._digests.values()
+        ):
+            raise Refused(
+                401,
+                UNAUTHORIZED,
+                "send the header Authorization: Bearer KEY, with a key of this gateway",
+            )
 
 
 def new_key(path: Path, name: str) -> str:
-    """Make a key and append its digest to a file, which is made where there is none; the key is kept nowhere.
+    """Make a key and append its digest to a file, which is made where there is none; the key is
+    kept nowhere.
 
     Raises:
         RAdapterError: a name that is none or is taken; a file that cannot be read or written.
@@ -70,14 +79,21 @@ def new_key(path: Path, name: str) -> str:
     try:
         before = _text(path) if path.exists() else ""
         if name in _digests(path, before):
-            raise RAdapterError(f"{path} has a key {name} already; take its line out first, or choose another name")
+            raise RAdapterError(
+                f"{path} has a key {name} already; take its line out first, or choose another name"
+            )
         line = f"{name}: {hashlib.sha256(key.encode()).hexdigest()}\n"
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
         with staged(path) as file:
-            file.write_text(before + ("" if before.endswith("\n") or not before else "\n") + line, encoding="utf-8")
+            file.write_text(
+                before + ("" if before.endswith("\n") or not before else "\n") + line,
+                encoding="utf-8",
+            )
         path.chmod(mode)
     except OSError as error:
-        raise RAdapterError(f"cannot write {path}: {getattr(error, 'strerror', None) or reason(error)}") from None
+        raise RAdapterError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or reason(error)}"
+        ) from None
     return key
 
 
@@ -87,12 +103,15 @@ def _text(path: Path) -> str:
         # A pipe that nobody writes to would else hold up whoever opens it.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), encoding="utf-8") as file:  # noqa: PTH123
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise RAdapterError(f"cannot read the keys {path}: it is no plain file; give --api-keys FILE")
+                raise RAdapterError(
+                    f"cannot read the keys {path}: it is no plain file; give --api-keys FILE"
+                )
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or reason(error)
         raise RAdapterError(
-            f"cannot read the keys {path}: {why}; make a key with: radapter-gateway --api-keys {path} --new-key NAME"
+            f"cannot read the keys {path}: {why}; make a key with: radapter-gateway --api-keys"
+            f" {path} --new-key NAME"
         ) from None
 
 
@@ -107,7 +126,10 @@ def _digests(path: Path, text: str) -> dict[str, str]:
             continue
         found = _LINE.fullmatch(line)
         if not found or found[1] in digests:
-            raise RAdapterError(f"{path}, line {number}: each line is `name: SHA-256 in hex`, and no name comes twice")
+            raise RAdapterError(
+                f"{path}, line {number}: each line is `name: SHA-256 in hex`, and no name comes"
+                " twice"
+            )
         digests[found[1]] = found[2]
     return digests
 

@@ -1,4 +1,6 @@
-"""What the gateway gives to all callers together: places to run in, a short queue, and memory for bodies."""
+"""What the gateway gives to all callers together: places to run in, a short queue, and memory for
+bodies.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Places:
             Refused: too many wait already.
         """
         if self._free.locked() and self.waiting >= self._queue:
-            raise overloaded(f"{self._most} requests run and {self._queue} wait; try again in a moment")
+            raise overloaded(
+                f"{self._most} requests run and {self._queue} wait; try again in a moment"
+            )
         self.waiting += 1
         try:
             await self._free.acquire()
@@ -56,7 +60,10 @@ class Memory:
             Refused: there is no room for them.
         """
         if self.held + size > self._most:
-            raise overloaded("the requests under way take all memory that is set apart for them; try again in a moment")
+            raise overloaded(
+                "the requests under way take all memory that is set apart for them; try again in a"
+                " moment"
+            )
         self.held += size
 
     def give_back(self, size: int) -> None:
@@ -64,7 +71,9 @@ class Memory:
 
     @contextlib.contextmanager
     def share(self) -> Iterator[Callable[[int], None]]:
-        """Something to call with the bytes that one request takes, which are given back at the end of the block."""
+        """Something to call with the bytes that one request takes, which are given back at the end
+        of the block.
+        """
         taken = 0
 
         def take(size: int) -> None:

@@ -61,7 +61,9 @@ def asks(address: str, port: int, *, tls: bool) -> Callable[[], bool]:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
-            connection = http.client.HTTPSConnection(address, port, timeout=TIMEOUT, context=context)
+            connection = http.client.HTTPSConnection(
+                address, port, timeout=TIMEOUT, context=context
+            )
         try:
             connection.request("GET", "/health/live", headers={"Host": "localhost"})
             return connection.getresponse().status == 200

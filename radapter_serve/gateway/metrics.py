@@ -28,7 +28,9 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        self._requests = Counter("radapter_gateway_requests", "By outcome", ["task", "code"], registry=registry)
+        self._requests = Counter(
+            "radapter_gateway_requests", "By outcome", ["task", "code"], registry=registry
+        )
         for name, what, read in (
             ("running", "Requests that Triton works on", lambda: places.running),
             ("waiting", "Requests in the queue", lambda: places.waiting),
@@ -37,7 +39,9 @@ class Metrics:
             Gauge(f"radapter_gateway_{name}", what, registry=registry).set_function(read)
 
     def count(self, task: str, code: str, seconds: float) -> None:
-        """Notes the end of a request: its task ("none" where it named none), its code, and how long it took."""
+        """Notes the end of a request: its task ("none" where it named none), its code, and how long
+        it took.
+        """
         known = code if code in CODES or code in (OK, GONE) else "other"
         self._requests.labels(task, known).inc()
         if task != "none":

@@ -1,4 +1,6 @@
-"""What the gateway knows of a model: its inputs, its outputs and its releases, from Triton's own configuration."""
+"""What the gateway knows of a model: its inputs, its outputs and its releases, from Triton's own
+configuration.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +54,12 @@ class Model:
 
     @classmethod
     def from_config(cls, config: model_config_pb2.ModelConfig) -> Model:
-        """From Triton's configuration; what is no caller's business, such as instances, stays out."""
-        inputs = [Tensor(one.name, _datatype(one), tuple(one.dims), one.optional) for one in config.input]
+        """From Triton's configuration; what is no caller's business, such as instances, stays
+        out.
+        """
+        inputs = [
+            Tensor(one.name, _datatype(one), tuple(one.dims), one.optional) for one in config.input
+        ]
         outputs = [Tensor(one.name, _datatype(one), tuple(one.dims)) for one in config.output]
         releases = {
             key: _public(value.string_value)
@@ -73,7 +79,9 @@ class Model:
         return {
             "name": self.name,
             "max_batch_size": self.max_batch_size,
-            "input": [{**_described(one), "optional": one.optional} for one in self.inputs.values()],
+            "input": [
+                {**_described(one), "optional": one.optional} for one in self.inputs.values()
+            ],
             "output": [_described(one) for one in self.outputs.values()],
             "parameters": {key: {"string_value": value} for key, value in self.releases.items()},
         }
@@ -82,18 +90,31 @@ class Model:
         """The answer to `/v2/models/MODEL`, in the form of KServe's."""
         batch = [-1] if self.max_batch_size else []
         inputs, outputs = (
-            [{"name": one.name, "datatype": one.datatype, "shape": [*batch, *one.dims]} for one in tensors.values()]
+            [
+                {"name": one.name, "datatype": one.datatype, "shape": [*batch, *one.dims]}
+                for one in tensors.values()
+            ]
             for tensors in (self.inputs, self.outputs)
         )
-        return {"name": self.name, "versions": versions, "platform": "python", "inputs": inputs, "outputs": outputs}
+        return {
+            "name": self.name,
+            "versions": versions,
+            "platform": "python",
+            "inputs": inputs,
+            "outputs": outputs,
+        }
 
 
 def _public(facts: str) -> str:
-    """The facts of a release, as JSON, with no path of the machine that made it: of a file or folder, only its name."""
+    """The facts of a release, as JSON, with no path of the machine that made it: of a file or
+    folder, only its name.
+    """
 
     def shown(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: value if key in _OF_USERS else shown(value) for key, value in value.items()}
+            return {
+                key: value if key in _OF_USERS else shown(value) for key, value in value.items()
+            }
         if isinstance(value, list):
             return [shown(one) for one in value]
         if not isinstance(value, str):

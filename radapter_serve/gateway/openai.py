@@ -35,7 +35,9 @@ class OpenAI:
         places: to run in.
     """
 
-    def __init__(self, upstream: Upstream, model: Callable[..., Awaitable[Model]], places: Places) -> None:
+    def __init__(
+        self, upstream: Upstream, model: Callable[..., Awaitable[Model]], places: Places
+    ) -> None:
         self._upstream = upstream
         self._model = model
         self._places = places
@@ -44,7 +46,10 @@ class OpenAI:
         """The list of releases."""
         releases = releases_of(await self._model("embed_text", fresh=0))
         newest = [_described(NEWEST, releases[max(releases)])] if releases else []
-        named = [_described(f"{NEWEST}-{version}", facts) for version, facts in sorted(releases.items(), reverse=True)]
+        named = [
+            _described(f"{NEWEST}-{version}", facts)
+            for version, facts in sorted(releases.items(), reverse=True)
+        ]
         return {"object": "list", "data": newest + named}
 
     async def model(self, name: str) -> dict[str, Any]:
@@ -71,10 +76,14 @@ class OpenAI:
             except Refused as error:
                 if version or error.code != UNKNOWN_MODEL:
                     raise
-                rows, answered = await self._rows(asked, version, end)  # another release took over in the middle
+                rows, answered = await self._rows(
+                    asked, version, end
+                )  # another release took over in the middle
         return await embeddings.write(rows, f"{NEWEST}-{answered}", asked)
 
-    async def _rows(self, asked: embeddings.Asked, version: str, end: float) -> tuple[list[NDArray[np.float32]], str]:
+    async def _rows(
+        self, asked: embeddings.Asked, version: str, end: float
+    ) -> tuple[list[NDArray[np.float32]], str]:
         """The embeddings in the order of the inputs, and the version that made them."""
         rows: dict[int, NDArray[np.float32]] = {}
         for kind, (task, tensor) in TASKS.items():
@@ -83,7 +92,9 @@ class OpenAI:
             step = (await self._model(task)).max_batch_size if places else 1
             for start in range(0, len(places), step):
                 some = places[start : start + step]
-                message = _message(task, tensor, [values[place] for place in some], version, asked.alpha)
+                message = _message(
+                    task, tensor, [values[place] for place in some], version, asked.alpha
+                )
                 try:
                     answer = await self._upstream.infer(message, max(end - time.monotonic(), 1e-3))
                 except Refused as error:
@@ -95,14 +106,19 @@ class OpenAI:
     async def _release(self, name: str) -> tuple[str, dict[str, Any]]:
         """Version, empty for the newest, and facts of a release by its name."""
         wanted = re.fullmatch(f"{NEWEST}(?:-([1-9][0-9]{{0,17}}))?", name)
-        for fresh in ({}, {"fresh": 0}):  # one that is served since a moment ago may not be known yet
+        for fresh in (
+            {},
+            {"fresh": 0},
+        ):  # one that is served since a moment ago may not be known yet
             releases = releases_of(await self._model("embed_text", **fresh))
             if wanted and not wanted[1] and releases:
                 return "", releases[max(releases)]
             if wanted and wanted[1] and int(wanted[1]) in releases:
                 return wanted[1], releases[int(wanted[1])]
         known = ", ".join([NEWEST, *(f"{NEWEST}-{version}" for version in sorted(releases))])
-        raise Refused(404, UNKNOWN_MODEL, f"no model {shown(name)} here; there are {known}", "model")
+        raise Refused(
+            404, UNKNOWN_MODEL, f"no model {shown(name)} here; there are {known}", "model"
+        )
 
 
 def releases_of(model: Model) -> dict[int, dict[str, Any]]:
@@ -115,7 +131,9 @@ def refusal(error: Refused) -> dict[str, Any]:
     """A refusal in OpenAI's form."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     kind = "rate_limit_error" if error.status == 429 else kind
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+    return {
+        "error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+    }
 
 
 def _described(name: str, facts: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +142,10 @@ def _described(name: str, facts: dict[str, Any]) -> dict[str, Any]:
         created = int(datetime.fromisoformat(facts["created"]).timestamp())
     except (KeyError, ValueError):
         created = 0
-    more = {key: facts.get(key) for key in ("version", "alpha", "architecture", "precision", "embed_dim")}
+    more = {
+        key: facts.get(key)
+        for key in ("version", "alpha", "architecture", "precision", "embed_dim")
+    }
     return {"id": name, "object": "model", "created": created, "owned_by": "radapter-serve", **more}
 
 
@@ -144,16 +165,26 @@ def _embeds(answer: service_pb2.ModelInferResponse, name: str, count: int) -> ND
     for output, values in zip(answer.outputs, answer.raw_output_contents, strict=True):
         if output.name == name and list(output.shape[:1]) == [count]:
             return np.frombuffer(values, "<f4").reshape(count, -1)
-    raise Refused(503, SERVER_UNAVAILABLE, "the model server answers otherwise than radapter-serve does")
+    raise Refused(
+        503, SERVER_UNAVAILABLE, "the model server answers otherwise than radapter-serve does"
+    )
 
 
 def _placed(error: Refused, places: list[int]) -> Refused:
-    """A task's refusal that names an image by its place in the batch, by its place among the inputs."""
+    """A task's refusal that names an image by its place in the batch, by its place among the
+    inputs.
+    """
     if error.message.startswith("alpha is "):
         return Refused(error.status, error.code, error.message, "alpha")
     found = re.match(r"image (\d+) of \d+: ", error.message)
     number = int(found[1]) if found else len(places)
-    if error.code not in (INVALID_IMAGE, IMAGE_TOO_LARGE) or number > len(places) or (not found and number > 1):
+    if (
+        error.code not in (INVALID_IMAGE, IMAGE_TOO_LARGE)
+        or number > len(places)
+        or (not found and number > 1)
+    ):
         return error
     name = embeddings.name_of(places[number - 1])
-    return Refused(error.status, error.code, f"{name}: {error.message[found.end() if found else 0 :]}", name)
+    return Refused(
+        error.status, error.code, f"{name}: {error.message[found.end() if found else 0 :]}", name
+    )

@@ -1,4 +1,6 @@
-"""From the body of a request to what Triton is sent: everything is checked here, before Triton sees any of it."""
+"""From the body of a request to what Triton is sent: everything is checked here, before Triton sees
+any of it.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,8 @@ class Inference:
 
     Args:
         message: for Triton.
-        id: that the caller gave it, to be sent back; empty where it gave none. Triton does not see it.
+        id: that the caller gave it, to be sent back; empty where it gave none. Triton does not see
+            it.
         binary: the outputs that the caller wants in binary.
         timeout: seconds that the caller allows, or None.
     """
@@ -95,8 +98,15 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
     """
     end = len(body)
     if header_length is not None:
-        if not (header_length.isascii() and header_length.isdigit() and 0 < int(header_length[:12]) <= end):
-            raise bad(f"{HEADER_LENGTH} is {shown(header_length)}; allowed are 1 to {end}, the length of the body")
+        if not (
+            header_length.isascii()
+            and header_length.isdigit()
+            and 0 < int(header_length[:12]) <= end
+        ):
+            raise bad(
+                f"{HEADER_LENGTH} is {shown(header_length)}; allowed are 1 to {end}, the length of"
+                " the body"
+            )
         end = int(header_length[:12])
     header = _header(body[:end])
     message = service_pb2.ModelInferRequest(model_name=model.name, model_version=version)
@@ -104,7 +114,9 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
     for given in header.inputs:
         tensor = model.inputs.get(given.name)
         if tensor is None:
-            raise bad(f"{model.name} has no input {shown(given.name)}; it has {', '.join(model.inputs)}")
+            raise bad(
+                f"{model.name} has no input {shown(given.name)}; it has {', '.join(model.inputs)}"
+            )
         if any(given.name == other.name for other in message.inputs):
             raise bad(f"the input {tensor.name} comes twice")
         _check_kind(given, tensor, model)
@@ -116,7 +128,9 @@ def read(body: bytes, header_length: str | None, model: Model, version: str = ""
             values = _from_json(tensor, given.shape, given.data or [])
         else:
             if size > len(rest):
-                raise bad(f"the input {tensor.name} has {size} bytes, {len(rest)} are left in the body")
+                raise bad(
+                    f"the input {tensor.name} has {size} bytes, {len(rest)} are left in the body"
+                )
             values, rest = bytes(rest[:size]), rest[size:]
         _check_values(tensor, given.shape, values)
         message.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=given.shape)
@@ -153,7 +167,8 @@ def from_json(kind: type[Kind], text: bytes, instead: str) -> Kind:
     Raises:
         Refused: the first thing that is wrong, by its name.
     """
-    # An array or an object begins with a bracket, and all values of one but the first follow a comma.
+    # An array or an object begins with a bracket, and all values of one but the first follow a
+    # comma.
     if len(text) > MAX_JSON_VALUES and sum(map(text.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
         raise bad(f"the JSON has more than {MAX_JSON_VALUES} values; {instead}")
     try:
@@ -168,14 +183,24 @@ def from_json(kind: type[Kind], text: bytes, instead: str) -> Kind:
 def _check_kind(given: _Input, tensor: Tensor, model: Model) -> None:
     """Datatype and shape, against what the model takes."""
     if given.datatype != tensor.datatype:
-        raise bad(f"the input {tensor.name} is {shown(given.datatype)}; {tensor.datatype} is needed")
+        raise bad(
+            f"the input {tensor.name} is {shown(given.datatype)}; {tensor.datatype} is needed"
+        )
     dims = given.shape[1:] if model.max_batch_size else given.shape
-    fits = len(dims) == len(tensor.dims) and all(want in (-1, has) for want, has in zip(tensor.dims, dims, strict=True))
+    fits = len(dims) == len(tensor.dims) and all(
+        want in (-1, has) for want, has in zip(tensor.dims, dims, strict=True)
+    )
     if not fits or (model.max_batch_size and not given.shape):
         batch = [-1] if model.max_batch_size else []
-        raise bad(f"the input {tensor.name} has the shape {given.shape}; {[*batch, *tensor.dims]} is needed (-1: any)")
+        raise bad(
+            f"the input {tensor.name} has the shape {given.shape}; {[*batch, *tensor.dims]} is"
+            " needed (-1: any)"
+        )
     if model.max_batch_size and given.shape[0] > model.max_batch_size:
-        raise bad(f"the input {tensor.name} has {given.shape[0]} rows; {model.name} takes {model.max_batch_size}")
+        raise bad(
+            f"the input {tensor.name} has {given.shape[0]} rows; {model.name} takes"
+            f" {model.max_batch_size}"
+        )
 
 
 def _check_values(tensor: Tensor, shape: Sequence[int], values: bytes) -> None:
@@ -183,7 +208,9 @@ def _check_values(tensor: Tensor, shape: Sequence[int], values: bytes) -> None:
     count = math.prod(shape)
     if tensor.datatype == "BYTES":
         if count > MAX_TEXTS:
-            raise bad(f"the input {tensor.name} has {count} values; at most {MAX_TEXTS} are allowed")
+            raise bad(
+                f"the input {tensor.name} has {count} values; at most {MAX_TEXTS} are allowed"
+            )
         _check_texts(tensor.name, values, count)
         return
     kind = np.dtype(triton_to_np_dtype(tensor.datatype))
@@ -222,7 +249,10 @@ def _from_json(tensor: Tensor, shape: Sequence[int], data: list[Any]) -> bytes:
             raise bad(f"the data of the input {tensor.name} are nested unevenly")
         data = list(chain.from_iterable(data))
     if len(data) != math.prod(shape):
-        raise bad(f"the input {tensor.name} has {len(data)} values; the shape {list(shape)} has {math.prod(shape)}")
+        raise bad(
+            f"the input {tensor.name} has {len(data)} values; the shape {list(shape)} has"
+            f" {math.prod(shape)}"
+        )
     kinds = set(map(type, data))
     if tensor.datatype == "BYTES":
         if kinds != {str}:
@@ -236,7 +266,9 @@ def _from_json(tensor: Tensor, shape: Sequence[int], data: list[Any]) -> bytes:
         raise bad(f"the data of the input {tensor.name} are not all {what}")
     try:
         if kind.kind == "f":
-            with np.errstate(over="ignore"):  # what is not finite is refused with all other such values
+            with np.errstate(
+                over="ignore"
+            ):  # what is not finite is refused with all other such values
                 return np.array(data, np.float64).astype(kind).tobytes()
         values = np.array(data, np.int64)
         if (values == values.astype(kind)).all():
@@ -246,12 +278,17 @@ def _from_json(tensor: Tensor, shape: Sequence[int], data: list[Any]) -> bytes:
     raise bad(f"a number of the input {tensor.name} does not fit {tensor.datatype}")
 
 
-def _outputs(header: _Header, model: Model, message: service_pb2.ModelInferRequest) -> frozenset[str]:
+def _outputs(
+    header: _Header, model: Model, message: service_pb2.ModelInferRequest
+) -> frozenset[str]:
     """Asks for the outputs; gives those that are to come in binary."""
     default, binary = header.parameters.binary_data_output, set()
     for output in header.outputs:
         if output.name not in model.outputs:
-            raise bad(f"{model.name} has no output {shown(output.name)}; it has {', '.join(model.outputs)}")
+            raise bad(
+                f"{model.name} has no output {shown(output.name)}; it has"
+                f" {', '.join(model.outputs)}"
+            )
         if any(output.name == other.name for other in message.outputs):
             raise bad(f"the output {output.name} is asked for twice")
         message.outputs.add(name=output.name)

@@ -52,22 +52,27 @@ class GatewayServer:
     """
 
     def __init__(
-        self, settings: Settings, listener: socket.socket, connect: Callable[[], Upstream] | None = None
+        self,
+        settings: Settings,
+        listener: socket.socket,
+        connect: Callable[[], Upstream] | None = None,
     ) -> None:
         gateway = Gateway(settings, connect or partial(Triton, settings.server))
         try:
             self._server: Any = _Granian(gateway.app, settings, listener)
         except (OSError, ssl.SSLError) as error:
             raise RAdapterError(
-                f"--tls-certificate {settings.tls_certificate} and --tls-key {settings.tls_key}: "
-                f"{getattr(error, 'strerror', None) or reason(error)}; give two PEM files that belong together"
+                f"--tls-certificate {settings.tls_certificate} and --tls-key {settings.tls_key}:"
+                f" {getattr(error, 'strerror', None) or reason(error)}; give two PEM files that"
+                " belong together"
             ) from None
 
     def run(self) -> None:
         """Serve until `stop`, or in the main thread until SIGINT, SIGTERM or SIGHUP.
 
         Raises:
-            KeyboardInterrupt: after SIGINT, once running requests have ended or had `DRAIN` seconds to.
+            KeyboardInterrupt: after SIGINT, once running requests have ended or had `DRAIN` seconds
+                to.
         """
         if uvloop.run(self._run()) == signal.SIGINT:
             raise KeyboardInterrupt
@@ -91,7 +96,8 @@ class GatewayServer:
         try:
             await self._server.serve()
         except asyncio.TimeoutError:  # some requests took longer than `DRAIN`
-            # granian then ends a task again that it has cancelled, which asyncio would report with a traceback.
+            # granian then ends a task again that it has cancelled, which asyncio would report with
+            # a traceback.
             self._loop.set_exception_handler(lambda *_: None)
         return got[0] if got else None
 
@@ -108,7 +114,9 @@ class _Granian(granian.server.embed.Server):
             websockets=False,
             backlog=settings.max_connections,
             backpressure=settings.max_connections,
-            http1_settings=HTTP1Settings(header_read_timeout=int(1000 * PATIENCE), max_buffer_size=MAX_HEADERS),
+            http1_settings=HTTP1Settings(
+                header_read_timeout=int(1000 * PATIENCE), max_buffer_size=MAX_HEADERS
+            ),
             log_enabled=False,  # what callers do wrong is answered, not logged
             ssl_cert=settings.tls_certificate,
             ssl_key=settings.tls_key,
@@ -118,7 +126,9 @@ class _Granian(granian.server.embed.Server):
 
     def _init_shared_socket(self) -> None:
         native: Any = granian._granian
-        self._shd = native.SocketHolder(self._listener.detach(), False, self.backlog)  # which closes it
+        self._shd = native.SocketHolder(
+            self._listener.detach(), False, self.backlog
+        )  # which closes it
 
 
 def serve(settings: Settings, started: Callable[[str], None] = lambda url: None) -> None:
@@ -131,7 +141,9 @@ def serve(settings: Settings, started: Callable[[str], None] = lambda url: None)
     Raises:
         RAdapterError: a setting that is not allowed, or a port that is taken.
     """
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="radapter-gateway: %(message)s")
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="radapter-gateway: %(message)s"
+    )
     logging.getLogger("radapter-gateway").setLevel(logging.INFO)
     with listen(settings) as listener:
         _allow_files(settings.max_connections)
@@ -147,13 +159,19 @@ def listen(settings: Settings, where: str = "--") -> socket.socket:
     address = settings.check(where)
     try:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        listener = socket.create_server((address, settings.port), family=family, backlog=settings.max_connections)
+        listener = socket.create_server(
+            (address, settings.port), family=family, backlog=settings.max_connections
+        )
     except OSError as error:
         why = f"{os.strerror(error.errno or 0)}; choose another with {where}port"
-        raise RAdapterError(f"cannot listen on {settings.host} port {settings.port}: {why}") from None
+        raise RAdapterError(
+            f"cannot listen on {settings.host} port {settings.port}: {why}"
+        ) from None
     # Else an answer's body waits 40 ms for the caller to confirm its headers.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # a caller who takes nothing at all; the kernel then ends the connection
+    if hasattr(
+        socket, "TCP_USER_TIMEOUT"
+    ):  # a caller who takes nothing at all; the kernel then ends the connection
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * PATIENCE))
     return listener
 
@@ -164,15 +182,24 @@ def command(settings: Settings) -> list[str]:
     for field in fields(settings):
         value, flag = getattr(settings, field.name), f"--{field.name.replace('_', '-')}"
         if value != field.default:
-            words += [flag] if value is True else [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+            words += (
+                [flag]
+                if value is True
+                else [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+            )
     return words
 
 
 def start(settings: Settings) -> subprocess.Popen[bytes]:
-    """Start a gateway in a process of its own, which ends with the thread that starts it; SIGTERM stops it in order."""
+    """Start a gateway in a process of its own, which ends with the thread that starts it; SIGTERM
+    stops it in order.
+    """
     settings.check()
-    # In a session of its own: Ctrl-C reaches this process only, which then stops the gateway in order.
-    return subprocess.Popen(ending_with_parent(command(settings)), stdin=subprocess.DEVNULL, start_new_session=True)
+    # In a session of its own: Ctrl-C reaches this process only, which then stops the gateway in
+    # order.
+    return subprocess.Popen(
+        ending_with_parent(command(settings)), stdin=subprocess.DEVNULL, start_new_session=True
+    )
 
 
 class Child:
@@ -197,7 +224,9 @@ class Child:
         self._liveness.restart()
 
     def died(self) -> str | None:
-        """Why it no longer works; None while it does. What a signal has stopped, or hangs, is killed."""
+        """Why it no longer works; None while it does. What a signal has stopped, or hangs, is
+        killed.
+        """
         if (code := self._process.poll()) is not None:
             return how_it_ended(code)
         if Process.of(self._process.pid).state == "T":

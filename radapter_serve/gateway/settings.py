@@ -61,24 +61,43 @@ class Settings:
             RAdapterError: a value that is not allowed, or doors open by mistake.
         """
         if not 0 <= self.port <= 65535:
-            raise RAdapterError(f"{where}port is {self.port}; allowed are 1 to 65535, and 0 for any that is free")
-        for name, least in (("max_concurrent", 1), ("max_queue", 0), ("max_connections", 1), ("max_inputs", 1)):
+            raise RAdapterError(
+                f"{where}port is {self.port}; allowed are 1 to 65535, and 0 for any that is free"
+            )
+        for name, least in (
+            ("max_concurrent", 1),
+            ("max_queue", 0),
+            ("max_connections", 1),
+            ("max_inputs", 1),
+        ):
             if getattr(self, name) < least:
-                raise RAdapterError(f"{_flag(name)} is {getattr(self, name)}; allowed are {least} and more")
+                raise RAdapterError(
+                    f"{_flag(name)} is {getattr(self, name)}; allowed are {least} and more"
+                )
         for name in ("max_body", "max_memory", "timeout"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise RAdapterError(f"{_flag(name)} is {getattr(self, name):g}; allowed are numbers above 0")
+                raise RAdapterError(
+                    f"{_flag(name)} is {getattr(self, name):g}; allowed are numbers above 0"
+                )
         if self.max_memory < self.max_body:
-            raise RAdapterError(f"--max-memory {self.max_memory:g} holds no body of --max-body {self.max_body:g} MiB")
+            raise RAdapterError(
+                f"--max-memory {self.max_memory:g} holds no body of --max-body"
+                f" {self.max_body:g} MiB"
+            )
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise RAdapterError("--tls-certificate and --tls-key go together; give both or none")
         if self.api_keys is not None and self.no_api_keys:
             raise RAdapterError("give --api-keys FILE or --no-api-keys, not both")
         address = address_of(self.host, f"{where}host")
-        if self.api_keys is None and not self.no_api_keys and not ipaddress.ip_address(address).is_loopback:
+        if (
+            self.api_keys is None
+            and not self.no_api_keys
+            and not ipaddress.ip_address(address).is_loopback
+        ):
             raise RAdapterError(
-                f"{where}host {self.host} lets others in, and there are no keys; make one with: radapter-gateway "
-                "--api-keys FILE --new-key NAME, or let everybody in with --no-api-keys"
+                f"{where}host {self.host} lets others in, and there are no keys; make one with:"
+                " radapter-gateway --api-keys FILE --new-key NAME, or let everybody in with"
+                " --no-api-keys"
             )
         return address
 

@@ -15,7 +15,9 @@ from radapter_serve.gateway.errors import from_triton
 
 LOG = logging.getLogger("radapter-gateway")
 SHORT = 10.0  # seconds for what computes nothing
-LOOK_AGAIN = 30.0  # seconds after which a name's servers are looked up again: there may be more of them
+LOOK_AGAIN = (
+    30.0  # seconds after which a name's servers are looked up again: there may be more of them
+)
 LONGEST = 3600.0  # seconds that a request may go on with the servers of before
 _CHANNEL = [
     ("grpc.max_send_message_length", -1),
@@ -32,10 +34,16 @@ _CHANNEL = [
 
 
 class Upstream(Protocol):
-    """What the gateway asks; a task that is cancelled while it waits cancels the request in Triton too."""
+    """What the gateway asks; a task that is cancelled while it waits cancels the request in Triton
+    too.
+    """
 
-    async def infer(self, message: service_pb2.ModelInferRequest, timeout: float) -> service_pb2.ModelInferResponse:
-        """The answer of a model, within `timeout` seconds; all methods raise nothing but `Refused`."""
+    async def infer(
+        self, message: service_pb2.ModelInferRequest, timeout: float
+    ) -> service_pb2.ModelInferResponse:
+        """The answer of a model, within `timeout` seconds; all methods raise nothing but
+        `Refused`.
+        """
 
     async def config(self, model: str, version: str = "") -> model_config_pb2.ModelConfig:
         """A model's configuration."""
@@ -65,8 +73,8 @@ class Triton:
 
     @property
     def _stub(self) -> service_pb2_grpc.GRPCInferenceServiceStub:
-        # A channel looks a name up when it is made and when a connection ends, not when servers are added.
-        # A new channel shares the connections that there are.
+        # A channel looks a name up when it is made and when a connection ends, not when servers are
+        # added. A new channel shares the connections that there are.
         if time.monotonic() - self._opened >= LOOK_AGAIN:
             closing = asyncio.ensure_future(self._channel.close(LONGEST))
             self._closing.add(closing)
@@ -74,7 +82,9 @@ class Triton:
             self._open()
         return self._own_stub
 
-    async def infer(self, message: service_pb2.ModelInferRequest, timeout: float) -> service_pb2.ModelInferResponse:
+    async def infer(
+        self, message: service_pb2.ModelInferRequest, timeout: float
+    ) -> service_pb2.ModelInferResponse:
         return await self._ask(self._stub.ModelInfer, message, timeout)
 
     async def config(self, model: str, version: str = "") -> model_config_pb2.ModelConfig:
@@ -82,7 +92,13 @@ class Triton:
         return (await self._ask(self._stub.ModelConfig, request)).config
 
     async def versions(self, model: str) -> list[str]:
-        return list((await self._ask(self._stub.ModelMetadata, service_pb2.ModelMetadataRequest(name=model))).versions)
+        return list(
+            (
+                await self._ask(
+                    self._stub.ModelMetadata, service_pb2.ModelMetadataRequest(name=model)
+                )
+            ).versions
+        )
 
     async def ready(self, model: str, version: str = "") -> bool:
         request = service_pb2.ModelReadyRequest(name=model, version=version)
@@ -100,5 +116,7 @@ class Triton:
         except grpc.aio.AioRpcError as error:
             refused = from_triton(error.code(), error.details() or "")
             if refused.status >= 500:
-                LOG.warning("Triton: %s: %s", error.code().name, (error.details() or "").partition("\n")[0])
+                LOG.warning(
+                    "Triton: %s: %s", error.code().name, (error.details() or "").partition("\n")[0]
+                )
             raise refused from None

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 
 @contextlib.contextmanager
-def npy_file(path: Path, dtype: str | np.dtype[Any], shape: tuple[int, int]) -> Iterator[Callable[[NDArray[Any]], Any]]:
+def npy_file(
+    path: Path, dtype: str | np.dtype[Any], shape: tuple[int, int]
+) -> Iterator[Callable[[NDArray[Any]], Any]]:
     """Write a file as its rows come; not through a mapping, for a full disk would end the process.
 
     Args:

@@ -19,11 +19,25 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.index import facts as known
 from radapter_serve.index.cluster import Cluster
 from radapter_serve.index.collection import Collection, open_collection
-from radapter_serve.index.facts import FACTS, IndexFacts, MadeBy, OnBroken, Plan, build_command, mismatch
+from radapter_serve.index.facts import (
+    FACTS,
+    IndexFacts,
+    MadeBy,
+    OnBroken,
+    Plan,
+    build_command,
+    mismatch,
+)
 from radapter_serve.index.index import link_of
 from radapter_serve.index.integrity import check_files
 from radapter_serve.index.store import TABLE
-from radapter_serve.index.store.local import Folder, generations_of, install, link_copy, table_errors
+from radapter_serve.index.store.local import (
+    Folder,
+    generations_of,
+    install,
+    link_copy,
+    table_errors,
+)
 from radapter_serve.index.stored import file_of
 from radapter_serve.index.writer import BROKEN, Progress, Summary, Writer
 from radapter_serve.inputs.names import RULE, is_name
@@ -50,8 +64,8 @@ def build(
 ) -> Summary:
     """Make an index, whole or not at all.
 
-    A build that was stopped goes on. An index that the same release made of the same images is brought up to date. Any
-    other index at `out` is replaced when the new one is complete.
+    A build that was stopped goes on. An index that the same release made of the same images is
+    brought up to date. Any other index at `out` is replaced when the new one is complete.
 
     Args:
         source: a folder, `csv:FILE` or `parquet:FILE`, on disk or on object storage (`s3://`).
@@ -59,15 +73,17 @@ def build(
         release: embeds the images.
         image_column: the table's column of image paths.
         thumbnails: longest side of a thumbnail, 0 (none) to 1024 px.
-        exif_orientation: whether images are turned as their EXIF says; None does as the release does.
+        exif_orientation: whether images are turned as their EXIF says; None does as the release
+            does.
         on_broken: "skip" counts and names images that can't be read, "refuse" stops at the first.
         resume: False throws a stopped build away and embeds every image again.
-        ray: address of a Ray cluster whose workers read and embed, or "auto"; None does so in this process.
+        ray: address of a Ray cluster whose workers read and embed, or "auto"; None does so in this
+            process.
         progress: called after every batch.
 
     Raises:
-        RAdapterError: there is no image, an image is broken, `out` is something else, a stopped build had other
-            arguments, or nothing could be written.
+        RAdapterError: there is no image, an image is broken, `out` is something else, a stopped
+            build had other arguments, or nothing could be written.
     """
     out = out.absolute()
     _check_place(out, thumbnails)
@@ -90,7 +106,9 @@ def build(
         there = {item.id for item in collection.items} - summary.broken.keys()
         summary.removed = writer.delete(writer.known.keys() - there)
         if not writer.known:
-            raise RAdapterError(f"none of the {len(collection.items)} images of {collection.source} can be read")
+            raise RAdapterError(
+                f"none of the {len(collection.items)} images of {collection.source} can be read"
+            )
         return summary
 
     with _generation(out, plan, resume=resume, extend=False) as (made, before, base):
@@ -107,11 +125,13 @@ def add(
     on_broken: OnBroken | None = None,
     progress: Progress | None = None,
 ) -> Summary:
-    """Embed what is new or has other bytes, and keep the rest. The addition is seen whole or not at all.
+    """Embed what is new or has other bytes, and keep the rest. The addition is seen whole or not at
+    all.
 
     Args:
         out: the index's folder.
-        release: embeds the images; it must be the one that made the index, or the same exported again.
+        release: embeds the images; it must be the one that made the index, or the same exported
+            again.
         source: where to look, as of `build`; None takes the index's own source.
         prune: remove images whose files are gone.
         on_broken: as of `build`; None does as the last build or addition did.
@@ -129,7 +149,9 @@ def add(
     if plan.release.digest != release.facts.digest:
         raise RAdapterError(_other_release(out, plan, release))
     _turn(release, plan.exif_orientation)
-    plan = dataclasses.replace(plan, origin=dict(release.origin), on_broken=on_broken or plan.on_broken)
+    plan = dataclasses.replace(
+        plan, origin=dict(release.origin), on_broken=on_broken or plan.on_broken
+    )
     root = Path(plan.root)
     collection = open_collection(source or plan.source, image_column=plan.image_column, root=root)
 
@@ -141,7 +163,14 @@ def add(
         return summary
 
     with _generation(out, plan, resume=True, extend=True) as (made, before, base):
-        return _finish(made, out, Writer(made, plan, release, out, _schema(plan, collection)), fill, before, base)
+        return _finish(
+            made,
+            out,
+            Writer(made, plan, release, out, _schema(plan, collection)),
+            fill,
+            before,
+            base,
+        )
 
 
 @contextlib.contextmanager
@@ -150,21 +179,23 @@ def _generation(
 ) -> Iterator[tuple[Path, IndexFacts | None, Path | None]]:
     """A folder in which the next generation of an index is made; one writer at a time.
 
-    It goes on with what a stopped command left, or begins as a copy of the generation that counts where that is of the
-    same plan and whole, or with nothing. What is embedded in it stays where the work fails.
+    It goes on with what a stopped command left, or begins as a copy of the generation that counts
+    where that is of the same plan and whole, or with nothing. What is embedded in it stays where
+    the work fails.
 
     Args:
         out: folder of the index.
         plan: of the index.
         resume: False begins with nothing.
-        extend: whether the generation that counts has to be whole: what is damaged would be written anew with other
-            digests.
+        extend: whether the generation that counts has to be whole: what is damaged would be written
+            anew with other digests.
 
     Yields:
         The folder; the facts and the folder of the generation that it began as a copy of, or None.
 
     Raises:
-        RAdapterError: another command writes the index, a stopped one had another plan, or the index is damaged.
+        RAdapterError: another command writes the index, a stopped one had another plan, or the
+            index is damaged.
     """
     made = out.with_name(f".{out.name}.building")
     with disk_errors(out), lock(made, "radapter-index"), _removed_if_empty(made):
@@ -194,7 +225,9 @@ def _finish(
     before: IndexFacts | None,
     base: Path | None,
 ) -> Summary:
-    """Fill a generation and have it be the one that counts; where it is as the one before, that stays."""
+    """Fill a generation and have it be the one that counts; where it is as the one before, that
+    stays.
+    """
     summary = fill(writer)
     facts = writer.finish(summary, before, base)
     if summary.changed:
@@ -239,7 +272,9 @@ def _check_place(out: Path, thumbnails: int) -> None:
         raise RAdapterError(f"{out.name!r} can't be the name of an index; {RULE}")
     _refuse_link(out)
     if out.exists() and not (out / FACTS).is_file() and not generations_of(out):
-        raise RAdapterError(f"{out} already exists and is not an index; give another folder with --out")
+        raise RAdapterError(
+            f"{out} already exists and is not an index; give another folder with --out"
+        )
 
 
 def _is_there(id: str, root: Path) -> bool:
@@ -250,8 +285,8 @@ def _is_there(id: str, root: Path) -> bool:
 def _refuse_link(out: Path) -> None:
     if link_of(out):
         raise RAdapterError(
-            f"{out} stands for a published index, which is read-only; change the index that was published "
-            "there, and publish it again with radapter-index publish"
+            f"{out} stands for a published index, which is read-only; change the index that was"
+            " published there, and publish it again with radapter-index publish"
         )
 
 
@@ -286,15 +321,19 @@ def _other_release(out: Path, plan: Plan, release: EmbeddingRelease) -> str:
     repository, version = made_by(plan)
     if version is not None:
         place = f"{repository}@{version}"
-        command = shlex.join(["radapter-index", "add", "--out", str(out), "--model-repository", place])
+        command = shlex.join(
+            ["radapter-index", "add", "--out", str(out), "--model-repository", place]
+        )
         text += f"; or add to it by the release that made it: {command}"
     return text
 
 
 def made_by(plan: Plan) -> tuple[str, int | None]:
-    """The model repository that an index was made from, and the number there of the release that made it.
+    """The model repository that an index was made from, and the number there of the release that
+    made it.
 
-    The repository is empty where a server made the index, and the number None where the release is gone.
+    The repository is empty where a server made the index, and the number None where the release is
+    gone.
     """
     repository, _ = split_repository(plan.origin.get("model_repository", ""))
     if not repository:
@@ -326,7 +365,9 @@ def _holds_rows(made: Path) -> bool:
 
 @contextlib.contextmanager
 def _kept_or_removed(made: Path, before: IndexFacts | None) -> Iterator[None]:
-    """Where the work fails: keep what is embedded and say how to go on, or leave nothing where nothing was."""
+    """Where the work fails: keep what is embedded and say how to go on, or leave nothing where
+    nothing was.
+    """
     try:
         yield
     except BaseException as error:

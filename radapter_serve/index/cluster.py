@@ -1,6 +1,7 @@
 """Embedding a collection on a Ray cluster: workers read and embed, this process writes the index.
 
-Every worker needs this package, and sees the files and the model repository by the same paths as this process.
+Every worker needs this package, and sees the files and the model repository by the same paths as
+this process.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Cluster:
     """A Ray cluster that embeds.
 
     Args:
-        address: of it, such as `10.0.0.1:6379` or `ray://10.0.0.1:10001`; `auto` for the one of this machine.
+        address: of it, such as `10.0.0.1:6379` or `ray://10.0.0.1:10001`; `auto` for the one of
+            this machine.
         release: that every worker loads.
 
     Raises:
@@ -47,15 +49,23 @@ class Cluster:
             resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise RAdapterError(
-                f"no Ray cluster at {address}: {reason(error):.200}; start one with: ray start --head"
+                f"no Ray cluster at {address}: {reason(error):.200}; start one with: ray start"
+                " --head"
             ) from None
         self._gpus = int(resources.get("GPU", 0))
-        self.workers = max(1, self._gpus or int(resources.get("CPU", 1)) - 1)  # one core reads and passes on
+        self.workers = max(
+            1, self._gpus or int(resources.get("CPU", 1)) - 1
+        )  # one core reads and passes on
 
     def read(
-        self, items: Sequence[tuple[str, Path | StoredFile, str]], batch: int, thumbnails: int, exif_orientation: bool
+        self,
+        items: Sequence[tuple[str, Path | StoredFile, str]],
+        batch: int,
+        thumbnails: int,
+        exif_orientation: bool,
     ) -> Iterator[list[Read]]:
-        """Read and embed files in their order, batch by batch; what a worker that died had is done again.
+        """Read and embed files in their order, batch by batch; what a worker that died had is done
+        again.
 
         Args:
             items: as `read` takes them: id, file, and the digest of the bytes that the index has.
@@ -71,9 +81,16 @@ class Cluster:
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         ids, files, before = zip(
-            *[(os.fsencode(id), os.fsencode(str(file)), digest) for id, file, digest in items], strict=True
+            *[(os.fsencode(id), os.fsencode(str(file)), digest) for id, file, digest in items],
+            strict=True,
         )
-        table = pa.table({"id": pa.array(ids, pa.binary()), "file": pa.array(files, pa.binary()), "before": before})
+        table = pa.table(
+            {
+                "id": pa.array(ids, pa.binary()),
+                "file": pa.array(files, pa.binary()),
+                "before": before,
+            }
+        )
         parts = [table.slice(start, batch) for start in range(0, len(table), batch)]
         told = {
             "origin": dict(self._release.origin),
@@ -86,7 +103,9 @@ class Cluster:
             _Worker,
             batch_size=None,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=self.workers, max_tasks_in_flight_per_actor=_AHEAD),
+            compute=ray.data.ActorPoolStrategy(
+                size=self.workers, max_tasks_in_flight_per_actor=_AHEAD
+            ),
             fn_constructor_kwargs=told,
             num_cpus=0 if self._gpus else 1,
             num_gpus=1 if self._gpus else None,
@@ -94,7 +113,9 @@ class Cluster:
             max_task_retries=-1,
         )
         try:
-            for found in embedded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=_AHEAD):
+            for found in embedded.iter_batches(
+                batch_size=None, batch_format="pyarrow", prefetch_batches=_AHEAD
+            ):
                 yield _reads(found)
         except ray.exceptions.RayError as error:
             raise RAdapterError(f"the cluster can't embed: {_cause(error)}") from None
@@ -104,31 +125,56 @@ class _Worker:
     """On a worker: holds the release, and reads and embeds batches."""
 
     def __init__(
-        self, origin: Mapping[str, str], alpha: float | None, digest: str, thumbnails: int, exif_orientation: bool
+        self,
+        origin: Mapping[str, str],
+        alpha: float | None,
+        digest: str,
+        thumbnails: int,
+        exif_orientation: bool,
     ) -> None:
         os.environ.setdefault(THREADS, "1")  # a worker has one core
         self._release = release_of(origin)
         if alpha is not None:
             self._release.set_alpha(alpha)
         if self._release.facts.digest != digest:
-            raise RAdapterError(f"a worker found another release at {' '.join(origin.values())} than this machine has")
+            raise RAdapterError(
+                f"a worker found another release at {' '.join(origin.values())} than this"
+                " machine has"
+            )
         self._release.turn(exif_orientation)
         self._thumbnails = thumbnails
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         found = [
-            read(os.fsdecode(id), file_of(os.fsdecode(file), Path("/")), before, self._release, self._thumbnails)
-            for id, file, before in zip(*(batch[name].to_pylist() for name in ("id", "file", "before")), strict=True)
+            read(
+                os.fsdecode(id),
+                file_of(os.fsdecode(file), Path("/")),
+                before,
+                self._release,
+                self._thumbnails,
+            )
+            for id, file, before in zip(
+                *(batch[name].to_pylist() for name in ("id", "file", "before")), strict=True
+            )
         ]
         fresh = {one.digest: one.prepared for one in found if not (one.error or one.kept)}
-        embeds = dict(zip(fresh, self._release.encode_images(list(fresh.values())), strict=True)) if fresh else {}
+        embeds = (
+            dict(zip(fresh, self._release.encode_images(list(fresh.values())), strict=True))
+            if fresh
+            else {}
+        )
         return pa.table(
             {
                 "digest": [one.digest for one in found],
                 "kept": [one.kept for one in found],
                 "error": [one.error.encode("utf-8", "surrogateescape") for one in found],
-                **{name: pa.array([one.look.get(name) for one in found], _TYPES[name]) for name in _LOOK},
-                "vector": pa.array([embeds.get(one.digest) for one in found], pa.list_(pa.float32())),
+                **{
+                    name: pa.array([one.look.get(name) for one in found], _TYPES[name])
+                    for name in _LOOK
+                },
+                "vector": pa.array(
+                    [embeds.get(one.digest) for one in found], pa.list_(pa.float32())
+                ),
             }
         )
 

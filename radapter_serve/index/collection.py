@@ -1,4 +1,6 @@
-"""The image files that an index is made of: all of a folder, or those that a table names beside their metadata."""
+"""The image files that an index is made of: all of a folder, or those that a table names beside
+their metadata.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ class Item:
     """An image file.
 
     Args:
-        id: what the index calls it: its path from the index's root, or its whole path or address where it lies
-            elsewhere.
+        id: what the index calls it: its path from the index's root, or its whole path or address
+            where it lies elsewhere.
         file: where it lies.
         row: its row of the table; nothing for a folder.
     """
@@ -54,13 +56,15 @@ class Collection:
     left_out: dict[str, int] = field(default_factory=dict)
 
 
-def open_collection(source: str, *, image_column: str = "image", root: Path | None = None) -> Collection:
+def open_collection(
+    source: str, *, image_column: str = "image", root: Path | None = None
+) -> Collection:
     """Find the images of a source.
 
     Args:
-        source: a folder, read with all folders in it (`folder:DIR` where its name has a colon), `csv:FILE` or
-            `parquet:FILE`, whose image paths start from the file's folder; folder, FILE and the paths may be on object
-            storage (`s3://`).
+        source: a folder, read with all folders in it (`folder:DIR` where its name has a colon),
+            `csv:FILE` or `parquet:FILE`, whose image paths start from the file's folder; folder,
+            FILE and the paths may be on object storage (`s3://`).
         image_column: of the table.
         root: folder that ids start from; the source's own folder if None.
 
@@ -71,17 +75,26 @@ def open_collection(source: str, *, image_column: str = "image", root: Path | No
     if not colon or kind not in ("folder", "csv", "parquet"):
         kind, place = "folder", source
     if place.startswith(SCHEME):
-        return _of_storage(place) if kind == "folder" else _of_table(kind, place, image_column, root or Path("/"))
+        return (
+            _of_storage(place)
+            if kind == "folder"
+            else _of_table(kind, place, image_column, root or Path("/"))
+        )
     path = Path(os.path.abspath(place))  # noqa: PTH100  # without "..", symbolic links as they are
     if kind == "folder":
         if not path.is_dir():
-            raise RAdapterError(f"{source} is no folder; give a folder of images, csv:FILE or parquet:FILE")
+            raise RAdapterError(
+                f"{source} is no folder; give a folder of images, csv:FILE or parquet:FILE"
+            )
         root = root or path
         files = list_images(path)
         items = [Item(_id(file, root), file) for file in files.images]
         if not items:
             has = f"; it has {count_kinds(files.left_out)}" if files.left_out else ""
-            raise RAdapterError(f"{source} holds no image; allowed are {', '.join(SUFFIXES)}, in any folder of it{has}")
+            raise RAdapterError(
+                f"{source} holds no image; allowed are {', '.join(SUFFIXES)}, in any folder of"
+                f" it{has}"
+            )
         source = f"folder:{path}" if ":" in str(path) else str(path)
         return Collection(source, root, items, {}, left_out=files.left_out)
     root = root or path.parent
@@ -91,9 +104,13 @@ def open_collection(source: str, *, image_column: str = "image", root: Path | No
 def _of_storage(url: str) -> Collection:
     files = list(stored_files(url))
     items = [Item(file, StoredFile(file)) for file in files if is_image_file(file)]
-    left_out = Counter(PurePosixPath(file).suffix.lower() for file in files if not is_image_file(file))
+    left_out = Counter(
+        PurePosixPath(file).suffix.lower() for file in files if not is_image_file(file)
+    )
     if not items:
-        raise RAdapterError(f"{url} holds no image; allowed are {', '.join(SUFFIXES)}, anywhere below it")
+        raise RAdapterError(
+            f"{url} holds no image; allowed are {', '.join(SUFFIXES)}, anywhere below it"
+        )
     return Collection(url, Path("/"), items, {}, left_out=dict(left_out))
 
 
@@ -105,14 +122,22 @@ def _of_table(kind: str, path: Path | str, image_column: str, root: Path) -> Col
     table = _read(kind, path)
     if image_column not in table.column_names:
         raise RAdapterError(
-            f"{path} has no column {image_column!r}; its columns: {', '.join(table.column_names)}; see --image-column"
+            f"{path} has no column {image_column!r}; its columns: {', '.join(table.column_names)};"
+            " see --image-column"
         )
-    columns = {name: table.schema.field(name).type for name in table.column_names if name != image_column}
+    columns = {
+        name: table.schema.field(name).type for name in table.column_names if name != image_column
+    }
     _check_columns(columns, path)
     names = table[image_column].to_pylist()
-    odd = next((number for number, name in enumerate(names, 1) if not isinstance(name, str) or not name), None)
+    odd = next(
+        (number for number, name in enumerate(names, 1) if not isinstance(name, str) or not name),
+        None,
+    )
     if odd is not None:
-        raise RAdapterError(f"{path}, row {odd}: {image_column!r} is no path of an image ({names[odd - 1]!r:.60})")
+        raise RAdapterError(
+            f"{path}, row {odd}: {image_column!r} is no path of an image ({names[odd - 1]!r:.60})"
+        )
     items: dict[str, Item] = {}
     rows = table.drop_columns([image_column]).to_pylist() if columns else [{}] * len(names)
     for name, row in zip(names, rows, strict=True):
@@ -120,11 +145,15 @@ def _of_table(kind: str, path: Path | str, image_column: str, root: Path) -> Col
         items.setdefault(item.id, item)
     if not items:
         raise RAdapterError(f"{path} has no row, so there is nothing to index")
-    return Collection(f"{kind}:{path}", root, list(items.values()), columns, len(names) - len(items))
+    return Collection(
+        f"{kind}:{path}", root, list(items.values()), columns, len(names) - len(items)
+    )
 
 
 def _named(name: str, table: Path | str, root: Path, row: dict[str, Any]) -> Item:
-    """The image that a row of a table names, by its address or by its path from the table's folder."""
+    """The image that a row of a table names, by its address or by its path from the table's
+    folder.
+    """
     if isinstance(table, str) and not name.startswith((SCHEME, "/")):
         name = f"{table.rpartition('/')[0]}/{name}"
     if name.startswith(SCHEME):
@@ -138,16 +167,22 @@ def _read(kind: str, path: Path | str) -> Any:
     from pyarrow import csv, parquet
 
     try:
-        where = pyarrow.BufferReader(StoredFile(path).read_bytes()) if isinstance(path, str) else path
+        where = (
+            pyarrow.BufferReader(StoredFile(path).read_bytes()) if isinstance(path, str) else path
+        )
         table = csv.read_csv(where) if kind == "csv" else parquet.read_table(where)
     except OSError as error:
         raise RAdapterError(f"cannot read {path}: {error.strerror or reason(error)}") from None
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise RAdapterError(f"{path} is not {kind.upper()} that can be read: {reason(error)}") from None
+        raise RAdapterError(
+            f"{path} is not {kind.upper()} that can be read: {reason(error)}"
+        ) from None
     repeated = {name for name in table.column_names if table.column_names.count(name) > 1}
     if repeated:
         raise RAdapterError(f"{path} has the column {min(repeated)!r} twice; rename one")
-    for number, column in enumerate(table.schema):  # a column with nothing in it: text, as good as any
+    for number, column in enumerate(
+        table.schema
+    ):  # a column with nothing in it: text, as good as any
         if pyarrow.types.is_null(column.type):
             table = table.set_column(number, column.name, table[column.name].cast(pyarrow.string()))
     return table
@@ -157,12 +192,23 @@ def _check_columns(columns: dict[str, Any], path: Path | str) -> None:
     import pyarrow
 
     for name, kind in columns.items():
-        if not name or name.lower() in COLUMNS or name.startswith("_") or "." in name or "`" in name:
+        if (
+            not name
+            or name.lower() in COLUMNS
+            or name.startswith("_")
+            or "." in name
+            or "`" in name
+        ):
             raise RAdapterError(
-                f"{path} has a column {name!r}; the index needs {', '.join(COLUMNS)} itself, and a name has no . or ` "
-                "in it and no _ at its start; rename the column"
+                f"{path} has a column {name!r}; the index needs {', '.join(COLUMNS)} itself, and a"
+                " name has no . or ` in it and no _ at its start; rename the column"
             )
-        if pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind) or pyarrow.types.is_struct(kind):
+        if (
+            pyarrow.types.is_binary(kind)
+            or pyarrow.types.is_large_binary(kind)
+            or pyarrow.types.is_struct(kind)
+        ):
             raise RAdapterError(
-                f"the column {name!r} of {path} is {kind}; an index keeps text, numbers, yes or no, dates, and lists"
+                f"the column {name!r} of {path} is {kind}; an index keeps text, numbers, yes or no,"
+                " dates, and lists"
             )

@@ -12,7 +12,9 @@ from radapter_serve.inputs.errors import TaskError, invalid
 MAX_LENGTH = 2000  # characters
 MAX_DEPTH = 10  # of brackets, functions and NOT in each other: parsers need time and stack for them
 MAX_PARTS = 300  # names and operators: the stack of LanceDB overflows on longer chains, which ends the process
-ALLOWED = "allowed is a condition such as year > 2020 AND (path LIKE 'cats/%' OR `file name` = 'it''s')"
+ALLOWED = (
+    "allowed is a condition such as year > 2020 AND (path LIKE 'cats/%' OR `file name` = 'it''s')"
+)
 _FUNCTIONS = (exp.Cast, exp.Coalesce, exp.Length, exp.Lower, exp.Upper)
 _NESTING = (*_FUNCTIONS, exp.Paren, exp.Not, exp.Neg)
 _NODES = (
@@ -27,7 +29,9 @@ _CLOSING = (TokenType.R_PAREN, TokenType.R_BRACKET, TokenType.R_BRACE)
 
 
 class _Lance(Dialect):
-    """What LanceDB reads: names in backticks, and no backslash that would end a text elsewhere than it does there."""
+    """What LanceDB reads: names in backticks, and no backslash that would end a text elsewhere than
+    it does there.
+    """
 
     class Tokenizer(tokens.Tokenizer):
         IDENTIFIERS = ["`", '"']  # noqa: RUF012  # as its base has it; the first is written
@@ -35,7 +39,10 @@ class _Lance(Dialect):
     class Generator(generator.Generator):
         TYPE_MAPPING = {  # noqa: RUF012
             **generator.Generator.TYPE_MAPPING,
-            **dict.fromkeys((exp.DataType.Type.TEXT, exp.DataType.Type.VARCHAR, exp.DataType.Type.CHAR), "STRING"),
+            **dict.fromkeys(
+                (exp.DataType.Type.TEXT, exp.DataType.Type.VARCHAR, exp.DataType.Type.CHAR),
+                "STRING",
+            ),
         }
 
 
@@ -55,7 +62,8 @@ def parse_condition(where: str) -> exp.Expr:
     """A condition that compares columns, as a tree in which nothing else is.
 
     Raises:
-        TaskError: it is no condition, too long, too deep, or has something in it that no comparison needs.
+        TaskError: it is no condition, too long, too deep, or has something in it that no comparison
+            needs.
     """
     if len(where) > MAX_LENGTH:
         raise _refused(f"has {len(where)} characters; at most {MAX_LENGTH} are allowed")
@@ -69,7 +77,9 @@ def parse_condition(where: str) -> exp.Expr:
         raise
     except RecursionError:
         raise _too_deep() from None
-    except Exception:  # on input that makes no sense the parser raises errors of its own and of Python's
+    except (
+        Exception
+    ):  # on input that makes no sense the parser raises errors of its own and of Python's
         raise _refused(f"{where!r:.200} cannot be read; {ALLOWED}") from None
 
 
@@ -110,7 +120,9 @@ def _walk(condition: exp.Expr) -> Iterator[tuple[exp.Expr, int]]:
 
 
 def _too_deep() -> TaskError:
-    return _refused(f"has brackets, functions or NOT in each other; at most {MAX_DEPTH} are allowed")
+    return _refused(
+        f"has brackets, functions or NOT in each other; at most {MAX_DEPTH} are allowed"
+    )
 
 
 def _refused(why: str) -> TaskError:

@@ -1,4 +1,6 @@
-"""The embeddings of an index as plain files, in the layout of clip-retrieval: NumPy arrays, and Parquet beside them."""
+"""The embeddings of an index as plain files, in the layout of clip-retrieval: NumPy arrays, and
+Parquet beside them.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,16 @@ def export_embeddings(
     dtype: Literal["float32", "float16"] = "float32",
     progress: Progress | None = None,
 ) -> int:
-    """Write `img_emb/img_emb_0.npy` and `metadata/metadata_0.parquet`, and so on for each million images.
+    """Write `img_emb/img_emb_0.npy` and `metadata/metadata_0.parquet`, and so on for each million
+    images.
 
     Row n of an array is row n of the table beside it. The files appear all or not at all.
 
     Args:
         index: the index's folder.
         out: folder to write, which must not hold anything.
-        dtype: of the arrays [N, D], whose rows have unit length; clip-retrieval itself writes float16.
+        dtype: of the arrays [N, D], whose rows have unit length; clip-retrieval itself writes
+            float16.
         progress: called after every batch.
 
     Returns:
@@ -53,11 +57,13 @@ def export_embeddings(
     source = open_index(index)
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RAdapterError(f"{out} holds something; give another folder with --to, or move that away")
+        raise RAdapterError(
+            f"{out} holds something; give another folder with --to, or move that away"
+        )
     if _PATH in source.facts.columns:
         raise RAdapterError(
-            f"the index {index} has a column {_PATH}, which clip-retrieval would take for the files; build it again "
-            f"with another name for that column"
+            f"the index {index} has a column {_PATH}, which clip-retrieval would take for the"
+            " files; build it again with another name for that column"
         )
     staged = out.with_name(f".{out.name}.{os.getpid()}.new")
     try:
@@ -65,7 +71,9 @@ def export_embeddings(
         _write(source, staged, np.dtype(dtype), progress)
         staged.replace(out)  # over an empty folder, too
     except OSError as error:
-        raise RAdapterError(f"could not write {shlex.quote(str(out))}: {error.strerror or error}") from error
+        raise RAdapterError(
+            f"could not write {shlex.quote(str(out))}: {error.strerror or error}"
+        ) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return len(source)
@@ -75,17 +83,23 @@ def _write(source: Index, staged: Path, dtype: np.dtype[Any], progress: Progress
     for name in ("img_emb", "metadata"):
         (staged / name).mkdir(parents=True)
     count, rows = len(source), _rows(source)
-    digits = len(str(max(count - 1, 0) // PART))  # readers take the files in the order of their names
+    digits = len(
+        str(max(count - 1, 0) // PART)
+    )  # readers take the files in the order of their names
     for number, start in enumerate(range(0, count, PART)):
         name, length, written = str(number).zfill(digits), min(PART, count - start), 0
         with contextlib.ExitStack() as held:
             while written < length:
                 vectors, metadata = next(rows, (None, None))
                 if vectors is None or metadata is None:
-                    raise RAdapterError(f"the index {source.folder} says {count} images and holds fewer")
+                    raise RAdapterError(
+                        f"the index {source.folder} says {count} images and holds fewer"
+                    )
                 if not written:
                     shape = (length, vectors.shape[1])
-                    write = held.enter_context(npy_file(staged / "img_emb" / f"img_emb_{name}.npy", dtype, shape))
+                    write = held.enter_context(
+                        npy_file(staged / "img_emb" / f"img_emb_{name}.npy", dtype, shape)
+                    )
                     path = staged / "metadata" / f"metadata_{name}.parquet"
                     table = held.enter_context(pq.ParquetWriter(path, metadata.schema))
                 write(vectors)
@@ -110,5 +124,7 @@ def _rows(source: Index) -> Iterator[tuple[NDArray[np.float32], pa.Table]]:
 
 def _with_files(metadata: pa.Table, root: Path) -> pa.Table:
     """The metadata with the images' files in front."""
-    files = pa.array([str(file_of(path, root)) for path in metadata["path"].to_pylist()], pa.string())
+    files = pa.array(
+        [str(file_of(path, root)) for path in metadata["path"].to_pylist()], pa.string()
+    )
     return metadata.add_column(0, _PATH, files)

@@ -1,4 +1,6 @@
-"""What is known of an index: how it was made, what it holds, and how it is searched; as its `index.json` says it."""
+"""What is known of an index: how it was made, what it holds, and how it is searched; as its
+`index.json` says it.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ class MadeBy:
     """The facts of the release that made an index.
 
     Args:
-        architecture, alpha, dynamic_alpha, version, precision, base_digest, adapter_digest, embed_dim: as of `Release`,
-            with the α that the images were embedded at.
+        architecture, alpha, dynamic_alpha, version, precision, base_digest, adapter_digest,
+            embed_dim: as of `Release`, with the α that the images were embedded at.
         digest: of the release.
     """
 
@@ -54,7 +56,8 @@ class MadeBy:
 
 @dataclass(frozen=True)
 class Plan:
-    """How an index is made; where two plans differ in one of DECIDING, every image is embedded again.
+    """How an index is made; where two plans differ in one of DECIDING, every image is embedded
+    again.
 
     Args:
         source: as `radapter-index build` takes it.
@@ -80,7 +83,9 @@ class Plan:
 
     def differences(self, other: Plan) -> list[str]:
         """In what another plan makes another index, in words."""
-        found = [word for name, word in _DECIDING.items() if getattr(self, name) != getattr(other, name)]
+        found = [
+            word for name, word in _DECIDING.items() if getattr(self, name) != getattr(other, name)
+        ]
         return found if self.release.digest == other.release.digest else ["release", *found]
 
 
@@ -186,7 +191,10 @@ def read(kind: Any, values: Any) -> Any:
 
 
 def build_command(
-    folder: Path, plan: Plan | None = None, release: Release | None = None, origin: Mapping[str, str] | None = None
+    folder: Path,
+    plan: Plan | None = None,
+    release: Release | None = None,
+    origin: Mapping[str, str] | None = None,
 ) -> str:
     """The command that builds an index again, by the release that made it or by another.
 
@@ -215,6 +223,10 @@ def build_command(
 
 
 def mismatch(made: MadeBy, release: Release) -> str:
-    """Why an index can't be searched by a release that did not make it, as the end of a sentence about the index."""
+    """Why an index can't be searched by a release that did not make it, as the end of a sentence
+    about the index.
+    """
     now = MadeBy.of(release)
-    return f"is of another release ({made} then; this is {now}), so their embeddings can't be compared"
+    return (
+        f"is of another release ({made} then; this is {now}), so their embeddings can't be compared"
+    )

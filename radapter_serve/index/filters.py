@@ -16,8 +16,8 @@ from radapter_serve.index.condition import parse_condition
 from radapter_serve.inputs.errors import invalid
 
 ALLOWED = (
-    "an index in Qdrant takes a column compared with a value by = <> < <= > >= IN BETWEEN (texts by = <> IN), IS NULL, "
-    "AND, OR, NOT and brackets"
+    "an index in Qdrant takes a column compared with a value by = <> < <= > >= IN BETWEEN (texts by"
+    " = <> IN), IS NULL, AND, OR, NOT and brackets"
 )
 #: columns that every index has, as Arrow types
 OWN = {"path": "string", "width": "int32", "height": "int32", "digest": "string"}
@@ -39,15 +39,17 @@ def key_of(column: str) -> str:
 
 
 def kind_of(arrow: str) -> str | None:
-    """How the values of a column are compared; None where Qdrant does so otherwise than SQL, or not at all."""
+    """How the values of a column are compared; None where Qdrant does so otherwise than SQL, or not
+    at all.
+    """
     return next((kind for kind, pattern in _KINDS.items() if re.fullmatch(pattern, arrow)), None)
 
 
 def to_filter(where: str, types: Mapping[str, str]) -> models.Filter:
     """A filter that is met by the points that meet a condition.
 
-    NOT is moved inwards to the comparisons, each of which a missing value meets neither as it stands nor negated: that
-    is SQL's logic of three values.
+    NOT is moved inwards to the comparisons, each of which a missing value meets neither as it
+    stands nor negated: that is SQL's logic of three values.
 
     Args:
         where: a condition in SQL.
@@ -74,7 +76,9 @@ class _Translation:
             return models.Filter(must=parts) if both else models.Filter(should=parts)
         if isinstance(node, exp.Between):
             low, high = exp.GTE(this=node.this, expression=node.args["low"]), node.args["high"]
-            return self.of(exp.And(this=low, expression=exp.LTE(this=node.this, expression=high)), positive)
+            return self.of(
+                exp.And(this=low, expression=exp.LTE(this=node.this, expression=high)), positive
+            )
         if isinstance(node, exp.Is) and isinstance(node.expression, exp.Null):
             column, _ = self._column(node.this)
             missing: list[Any] = [_is_null(column)]
@@ -94,12 +98,21 @@ class _Translation:
         column, kind = self._column(left)
         values = [self._value(one, column, kind) for one in right]
         if kind == "text":
-            met: list[Any] = [models.FieldCondition(key=key_of(column), match=models.MatchAny(any=values))]
+            met: list[Any] = [
+                models.FieldCondition(key=key_of(column), match=models.MatchAny(any=values))
+            ]
         elif kind == "truth":
-            met = [models.FieldCondition(key=key_of(column), match=models.MatchValue(value=one)) for one in values]
+            met = [
+                models.FieldCondition(key=key_of(column), match=models.MatchValue(value=one))
+                for one in values
+            ]
         else:
             met = [_range(column, kind, gte=value, lte=value) for value in values]
-        return models.Filter(should=met) if positive else models.Filter(must_not=[*met, _is_null(column)])
+        return (
+            models.Filter(should=met)
+            if positive
+            else models.Filter(must_not=[*met, _is_null(column)])
+        )
 
     def _ordered(self, node: Any, positive: bool) -> models.FieldCondition:
         left, right = _column_first(node)
@@ -118,14 +131,18 @@ class _Translation:
             raise invalid(f"where names {node.name!r:.80}; the columns: {', '.join(self._types)}")
         kind = kind_of(self._types[node.name])
         if kind is None:
-            raise invalid(f"where names {node.name!r:.80}, which is {self._types[node.name]}; {ALLOWED}")
+            raise invalid(
+                f"where names {node.name!r:.80}, which is {self._types[node.name]}; {ALLOWED}"
+            )
         return node.name, kind
 
     def _value(self, node: Any, column: str, kind: str) -> Any:
         node = node.unnest()
         value = _READ[kind](node)
         if value is None:
-            raise invalid(f"where compares {column!r:.80}, a {kind}, with {node.sql()!r:.100}; {ALLOWED}")
+            raise invalid(
+                f"where compares {column!r:.80}, a {kind}, with {node.sql()!r:.100}; {ALLOWED}"
+            )
         narrow: Any = {"float": np.float32, "halffloat": np.float16}.get(self._types[column])
         return float(narrow(value)) if narrow else value
 
@@ -169,7 +186,12 @@ def _time(node: Any) -> datetime.datetime | None:
     return None if value.tzinfo else value.replace(tzinfo=datetime.timezone.utc)
 
 
-_READ: dict[str, Callable[[Any], Any]] = {"number": _number, "text": _text, "truth": _truth, "time": _time}
+_READ: dict[str, Callable[[Any], Any]] = {
+    "number": _number,
+    "text": _text,
+    "truth": _truth,
+    "time": _time,
+}
 
 
 def _range(column: str, kind: str, **bounds: Any) -> models.FieldCondition:

@@ -1,4 +1,6 @@
-"""An index: a folder of embeddings with metadata that one release made, and that is searched by cosine."""
+"""An index: a folder of embeddings with metadata that one release made, and that is searched by
+cosine.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +51,15 @@ class Index:
         return self._store.rows(columns, batch)
 
     def search(
-        self, embedding: NDArray[np.float32], top_k: int = 10, where: str | None = None, *, thumbnails: bool = False
+        self,
+        embedding: NDArray[np.float32],
+        top_k: int = 10,
+        where: str | None = None,
+        *,
+        thumbnails: bool = False,
     ) -> list[Hit]:
-        """Find the nearest images, best first; images with equal vectors come in the order of their ids.
+        """Find the nearest images, best first; images with equal vectors come in the order of their
+        ids.
 
         Args:
             embedding: float32 [D], unit length.
@@ -74,9 +82,13 @@ class Index:
     def _refuse(self, hit: Hit) -> None:
         name = as_text(self.folder.name)
         see = "see radapter-index verify"
-        print(f"the index {name} gives {hit.id!r:.200} the score {hit.score:g}; {see}", file=sys.stderr)
+        print(
+            f"the index {name} gives {hit.id!r:.200} the score {hit.score:g}; {see}",
+            file=sys.stderr,
+        )
         raise TaskError(
-            UNKNOWN_INDEX, f"the index {name} can't be searched: a file is damaged; the server's log says why"
+            UNKNOWN_INDEX,
+            f"the index {name} can't be searched: a file is damaged; the server's log says why",
         )
 
 
@@ -85,7 +97,8 @@ def open_index(folder: str | Path, *, complete: bool = False) -> Index:
 
     Args:
         folder: of the index.
-        complete: whether all files on this machine's disk are compared with their digests, however large.
+        complete: whether all files on this machine's disk are compared with their digests, however
+            large.
 
     Raises:
         RAdapterError: there is no index, or a broken one.
@@ -122,7 +135,9 @@ def published(url: str) -> Bucket | Qdrant:
 
 
 def link_of(folder: Path) -> str:
-    """The address of the published index that a folder stands for; empty where it stands for none."""
+    """The address of the published index that a folder stands for; empty where it stands for
+    none.
+    """
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         return str(json.loads((folder / FACTS).read_bytes())[LINK])
     return ""

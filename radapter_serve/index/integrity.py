@@ -1,4 +1,6 @@
-"""Whether the files of an index's table are those that were written: by their sizes and digests, in `index.json`."""
+"""Whether the files of an index's table are those that were written: by their sizes and digests, in
+`index.json`.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def _size(path: Path) -> int | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files that are read of a version; beside them LanceDB has a log, and a hint that it writes again."""
+    """The files that are read of a version; beside them LanceDB has a log, and a hint that it
+    writes again.
+    """
     return [path for pattern in _READ for path in folder.rglob(pattern) if path.is_file()]
 
 
@@ -82,7 +86,9 @@ def _digest(path: Path) -> str:
 
 
 def _known_digest(path: Path) -> str:
-    """Of a file that was not touched since it was read: an index that grows is opened again and again."""
+    """Of a file that was not touched since it was read: an index that grows is opened again and
+    again.
+    """
     try:
         state = path.stat()
     except OSError as error:

@@ -1,7 +1,9 @@
-"""Which vectors of a big index are nearest: FAISS names candidates, and the vectors themselves sort them.
+"""Which vectors of a big index are nearest: FAISS names candidates, and the vectors themselves sort
+them.
 
-A folder `neighbours` lies beside the table of a generation. It holds `codes.faiss` (IVF-PQ with 4-bit codes, in
-memory), `vectors.npy` (float16, mapped) and `rows.npy` (LanceDB's row ids in the same order).
+A folder `neighbours` lies beside the table of a generation. It holds `codes.faiss` (IVF-PQ with
+4-bit codes, in memory), `vectors.npy` (float16, mapped) and `rows.npy` (LanceDB's row ids in the
+same order).
 """
 
 from __future__ import annotations
@@ -32,14 +34,17 @@ _ROUNDS = 10  # of k-means; more change little
 _CANDIDATES = 8  # for each hit at least
 _FACTOR = 4  # how much more is searched where it was too little
 _DEVIATIONS = 4  # of the errors of codes, beyond which no vector is looked for
-_ROUNDING = 2.0**-10  # four deviations of the error that float16 gives a cosine, times the root of D
+_ROUNDING = (
+    2.0**-10
+)  # four deviations of the error that float16 gives a cosine, times the root of D
 _BLOCK = 10_000  # vectors at a time
 
 Positions = NDArray[np.int64]
 
 
 class Neighbours:
-    """The vectors of an index, to be searched; one thread a search, and any number of searches at once.
+    """The vectors of an index, to be searched; one thread a search, and any number of searches at
+    once.
 
     Args:
         folder: of the files.
@@ -59,13 +64,17 @@ class Neighbours:
         try:
             for name in FILES:
                 if not _is_what(folder / name, said.files[name]):
-                    raise RAdapterError(f"{folder / name} is missing, or is not the file that index.json names")
+                    raise RAdapterError(
+                        f"{folder / name} is missing, or is not the file that index.json names"
+                    )
             self.rows = np.load(folder / ROWS, allow_pickle=False)
             self.vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
             self._index = self._faiss.read_index(str(ascii_path(folder) / CODES))
         except RAdapterError:
             raise
-        except Exception as error:  # FAISS raises RuntimeError, numpy ValueError, a fact of another type TypeError
+        except (
+            Exception
+        ) as error:  # FAISS raises RuntimeError, numpy ValueError, a fact of another type TypeError
             raise RAdapterError(f"{folder} can't be read: {reason(error):.300}") from None
         _check(self, self._index, self._faiss, folder, shape)
         self.cells = int(self._index.nlist)
@@ -113,9 +122,9 @@ class Neighbours:
     ) -> tuple[Positions, NDArray[np.float32]]:
         """The nearest of some vectors and their cosines, best first, as `best` has them.
 
-        What a condition leaves may lie anywhere, also where vectors are dense and codes tell them apart badly.
-        Therefore all cells are searched, for as many candidates as it takes until, by the errors of the codes that
-        are seen, none of the others can be a hit.
+        What a condition leaves may lie anywhere, also where vectors are dense and codes tell them
+        apart badly. Therefore all cells are searched, for as many candidates as it takes until, by
+        the errors of the codes that are seen, none of the others can be a hit.
 
         Args:
             query: float32 [D], unit length.
@@ -137,10 +146,13 @@ class Neighbours:
             wanted *= _FACTOR
         return self.best(query, among, top_k)
 
-    def best(self, query: NDArray[np.float32], of: Positions, top_k: int) -> tuple[Positions, NDArray[np.float32]]:
+    def best(
+        self, query: NDArray[np.float32], of: Positions, top_k: int
+    ) -> tuple[Positions, NDArray[np.float32]]:
         """The best of some vectors by comparing each, best first.
 
-        There may be more than `top_k`: all whose float16 vectors don't say whether they are among the best.
+        There may be more than `top_k`: all whose float16 vectors don't say whether they are among
+        the best.
         """
         return self._finalists(of, self._cosines(query, of), top_k)
 
@@ -155,7 +167,10 @@ class Neighbours:
         return of[order], scores[order]
 
     def _cosines(self, query: NDArray[np.float32], of: Positions) -> NDArray[np.float32]:
-        parts = [self.vectors[of[start : start + _BLOCK]].astype(np.float32) @ query for start in _starts(len(of))]
+        parts = [
+            self.vectors[of[start : start + _BLOCK]].astype(np.float32) @ query
+            for start in _starts(len(of))
+        ]
         return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
     def _named(
@@ -164,7 +179,9 @@ class Neighbours:
         """What FAISS names, and the cosines by its codes."""
         options = self._faiss.SearchParametersIVF(nprobe=probes, sel=selector)
         self._faiss.omp_set_num_threads(1)  # counts for the thread that asks
-        scores, named = self._index.search(np.ascontiguousarray(query[None], np.float32), wanted, params=options)
+        scores, named = self._index.search(
+            np.ascontiguousarray(query[None], np.float32), wanted, params=options
+        )
         there = (named[0] >= 0) & (named[0] < len(self.rows))
         return named[0][there], scores[0][there]
 
@@ -184,13 +201,15 @@ def write_neighbours(
     before: Path | None = None,
     said: NearestFacts | None = None,
 ) -> NearestFacts:
-    """Write the files, and say of them what `index.json` has to, but for the effort that a search takes.
+    """Write the files, and say of them what `index.json` has to, but for the effort that a search
+    takes.
 
     Args:
         folder: to make; what a stopped build left there goes.
         batches: row ids [B] and vectors, float32 [B, D], in the order of the table.
         shape: number of vectors, and D.
-        before: a folder of much the same vectors, whose cells are kept if it is intact; None makes new ones.
+        before: a folder of much the same vectors, whose cells are kept if it is intact; None makes
+            new ones.
         said: what `index.json` says of that folder.
     """
     faiss = load_faiss()
@@ -212,7 +231,10 @@ def write_neighbours(
         finally:
             faiss.omp_set_num_threads(threads)
         faiss.write_index(index, str(folder / CODES))
-        files = {name: FileFacts((folder / name).stat().st_size, digest_of(folder / name)) for name in FILES}
+        files = {
+            name: FileFacts((folder / name).stat().st_size, digest_of(folder / name))
+            for name in FILES
+        }
     except (OSError, RuntimeError) as error:  # FAISS's own are RuntimeErrors
         shutil.rmtree(folder, ignore_errors=True)
         raise RAdapterError(f"cannot write {folder}: {reason(error):.300}") from None
@@ -220,7 +242,9 @@ def write_neighbours(
 
 
 def _write_vectors(
-    folder: Path, batches: Iterable[tuple[NDArray[np.uint64], NDArray[np.float32]]], shape: tuple[int, int]
+    folder: Path,
+    batches: Iterable[tuple[NDArray[np.uint64], NDArray[np.float32]]],
+    shape: tuple[int, int],
 ) -> None:
     """Write rows and vectors as they come."""
     rows: list[NDArray[np.uint64]] = []
@@ -229,7 +253,9 @@ def _write_vectors(
             rows.append(ids)
             write(part)
     if sum(map(len, rows)) != shape[0]:
-        raise RAdapterError(f"the table has {sum(map(len, rows))} vectors and should have {shape[0]}")
+        raise RAdapterError(
+            f"the table has {sum(map(len, rows))} vectors and should have {shape[0]}"
+        )
     np.save(folder / ROWS, np.concatenate(rows))
 
 
@@ -239,9 +265,15 @@ def _trained(faiss: Any, vectors: NDArray[np.float16]) -> Any:
     cells = max(1, min(_MOST_CELLS, int(2 * count**0.5), count // _SAMPLE))
     parts = dim // 2 if dim % 2 == 0 else dim
     index = faiss.index_factory(dim, f"IVF{cells},PQ{parts}x4fs", faiss.METRIC_INNER_PRODUCT)
-    index.cp.niter, index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = _ROUNDS, 1, _SAMPLE
+    index.cp.niter, index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = (
+        _ROUNDS,
+        1,
+        _SAMPLE,
+    )
     index.pq.cp.min_points_per_centroid = 1
-    chosen = np.random.default_rng(0).choice(count, min(count, max(_SAMPLE * cells, 16_384)), replace=False)
+    chosen = np.random.default_rng(0).choice(
+        count, min(count, max(_SAMPLE * cells, 16_384)), replace=False
+    )
     index.train(vectors[np.sort(chosen)].astype(np.float32))
     return index
 
@@ -280,7 +312,9 @@ def _check(made: Neighbours, index: Any, faiss: Any, folder: Path, shape: tuple[
         and (made.vectors.shape, made.vectors.dtype) == (shape, np.float16)
     )
     if not fits:
-        raise RAdapterError(f"{folder} does not hold the {count} vectors of width {dim} that index.json names")
+        raise RAdapterError(
+            f"{folder} does not hold the {count} vectors of width {dim} that index.json names"
+        )
 
 
 def _starts(count: int) -> range:

@@ -37,10 +37,11 @@ class _Opened:
 
 
 class OpenIndexes:
-    """The indexes of a folder: one that appears there is found, one that is replaced is opened again.
+    """The indexes of a folder: one that appears there is found, one that is replaced is opened
+    again.
 
-    A generation never changes, so what a caller holds stays whole. `index.json`, which names the generation, is read
-    once a call.
+    A generation never changes, so what a caller holds stays whole. `index.json`, which names the
+    generation, is read once a call.
 
     Args:
         folder: of index folders.
@@ -53,7 +54,9 @@ class OpenIndexes:
         self._known: dict[str, _Opened] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
-        if any(folder.glob(f"*/{FACTS}")):  # LanceDB takes seconds to load, for which the first caller should not wait
+        if any(
+            folder.glob(f"*/{FACTS}")
+        ):  # LanceDB takes seconds to load, for which the first caller should not wait
             with contextlib.suppress(ImportError):  # a search says what is missing
                 importlib.import_module("lancedb")
 
@@ -74,7 +77,9 @@ class OpenIndexes:
         with own:  # opening a big index takes seconds, for which requests to others should not wait
             index = self._opened(name, *found)
         if index is None:
-            raise TaskError(UNKNOWN_INDEX, f"the index {name!r} can't be opened; the server's log says why")
+            raise TaskError(
+                UNKNOWN_INDEX, f"the index {name!r} can't be opened; the server's log says why"
+            )
         return index
 
     def _find(self, name: str) -> tuple[Path, bytes] | None:
@@ -93,7 +98,9 @@ class OpenIndexes:
         index = known.index if known is not None and same else None
         try:
             index = open_index(folder)
-        except RAdapterError as error:  # what a link stood for goes on, where what stands there now is broken
+        except (
+            RAdapterError
+        ) as error:  # what a link stood for goes on, where what stands there now is broken
             print(error, file=sys.stderr)
         self._known[name] = _Opened(pointer, index, self._clock())
         return index
@@ -114,4 +121,6 @@ class OpenIndexes:
 
     def _names(self) -> str:
         names = sorted(as_text(path.parent.name) for path in self._folder.glob(f"*/{FACTS}"))
-        return there_are((name for name in names if name[0] != "."), "radapter-index build makes them")
+        return there_are(
+            (name for name in names if name[0] != "."), "radapter-index build makes them"
+        )

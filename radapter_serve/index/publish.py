@@ -12,7 +12,8 @@ from radapter_serve.lock import lock
 
 
 def publish(folder: Path, url: str, progress: Callable[[int, int], None] | None = None) -> bool:
-    """Put an index on object storage or into Qdrant, in the place of the one there; readers see one or the other.
+    """Put an index on object storage or into Qdrant, in the place of the one there; readers see one
+    or the other.
 
     Args:
         folder: of the index.
@@ -27,7 +28,9 @@ def publish(folder: Path, url: str, progress: Callable[[int, int], None] | None 
     """
     place = published(url)
     if link_of(folder):
-        raise RAdapterError(f"{folder} stands for a published index; publish the index that it was made of")
+        raise RAdapterError(
+            f"{folder} stands for a published index; publish the index that it was made of"
+        )
     read_facts(folder)  # locking would make the folder
     with lock(folder, "radapter-index"):
         index = open_index(folder, complete=True)  # whole, or refused
@@ -48,6 +51,7 @@ def link(url: str, out: Path) -> None:
     published(url).current()
     if out.exists() and not link_of(out):
         raise RAdapterError(
-            f"{out} already exists and is not a link to a published index; give another folder with --out"
+            f"{out} already exists and is not a link to a published index; give another folder with"
+            " --out"
         )
     write_link(out, url)

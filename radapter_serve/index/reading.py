@@ -24,7 +24,8 @@ _ORIENTATION = ExifTags.Base.Orientation
 
 @dataclass(frozen=True)
 class Read:
-    """A file that was read: it is in the index already, or is prepared for the encoder or embedded, or is broken.
+    """A file that was read: it is in the index already, or is prepared for the encoder or embedded,
+    or is broken.
 
     Args:
         digest: of its bytes.
@@ -43,13 +44,16 @@ class Read:
     vector: NDArray[np.float32] | None = None
 
 
-def read(id: str, file: Path | StoredFile, before: str, release: EmbeddingRelease, thumbnails: int) -> Read:
+def read(
+    id: str, file: Path | StoredFile, before: str, release: EmbeddingRelease, thumbnails: int
+) -> Read:
     """Read a file, and prepare it where its bytes are not those that the index has. Thread-safe.
 
     Args:
         id: what the index calls it.
         file: where it lies.
-        before: digest of the bytes that the index has; empty where it has none, or needs them again.
+        before: digest of the bytes that the index has; empty where it has none, or needs them
+            again.
         release: prepares it.
         thumbnails: longest side, in px; 0 for none.
     """
@@ -59,7 +63,11 @@ def read(id: str, file: Path | StoredFile, before: str, release: EmbeddingReleas
         digest = digest_of(data)
         if before == digest:
             return Read(digest, kept=True)
-        return Read(digest, release.prepare(data), look(data, thumbnails, release.preprocess.exif_orientation))
+        return Read(
+            digest,
+            release.prepare(data),
+            look(data, thumbnails, release.preprocess.exif_orientation),
+        )
     except UnicodeEncodeError:
         return Read(error="its name is not UTF-8")
     except OSError as error:
@@ -69,7 +77,8 @@ def read(id: str, file: Path | StoredFile, before: str, release: EmbeddingReleas
 
 
 def look(data: bytes, size: int, turned: bool) -> dict[str, Any]:
-    """Width and height of the image as it was embedded, and a thumbnail, which always stands upright.
+    """Width and height of the image as it was embedded, and a thumbnail, which always stands
+    upright.
 
     Args:
         data: the file's bytes.
@@ -77,7 +86,10 @@ def look(data: bytes, size: int, turned: bool) -> dict[str, Any]:
         turned: whether the image was turned by its EXIF orientation before it was embedded.
     """
     found: dict[str, Any] = {}
-    with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:  # it was decoded once; do without
+    with (
+        contextlib.suppress(Exception),
+        Image.open(io.BytesIO(data)) as image,
+    ):  # it was decoded once; do without
         sideways = turned and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
         found["width"], found["height"] = image.size[::-1] if sideways else image.size
         if size:

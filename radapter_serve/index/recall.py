@@ -1,4 +1,6 @@
-"""How much effort an approximate search needs: the least that has the recall, on images and on texts."""
+"""How much effort an approximate search needs: the least that has the recall, on images and on
+texts.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +14,32 @@ RECALL, TOP_K = 0.97, 10  # a little more than is promised: it is measured on a 
 _BLOCK = 10_000
 # cells probed, and how many candidates are sorted by the vectors themselves
 EFFORTS = (
-    *((8, 100), (16, 100), (32, 200), (32, 400), (64, 400), (64, 700), (128, 1000), (256, 1500), (512, 2000)),
+    *(
+        (8, 100),
+        (16, 100),
+        (32, 200),
+        (32, 400),
+        (64, 400),
+        (64, 700),
+        (128, 1000),
+        (256, 1500),
+        (512, 2000),
+    ),
     *((1024, 4000), (4096, 10_000)),
 )
 # Texts lie far from all images in CLIP's space, so their nearest images are spread over more cells.
 _THINGS = (
-    "a dog, a cat, a horse, a bird, a cow, a sheep, an elephant, a bear, a fish, an insect, a snake, a monkey, a "
-    "child, a baby, a man, a woman, a crowd, a wedding, a dancer, a runner, a cyclist, a swimmer, a skier, a climber, "
-    "a football match, a concert, a birthday party, a car, a truck, a bus, a train, a bicycle, a motorcycle, a boat, "
-    "an aeroplane, a tractor, a bridge, a road, a street at night, a house, a church, a castle, a skyscraper, a "
-    "kitchen, a bedroom, a bathroom, an office, a shop, a restaurant, a garden, a park, a beach, the sea, a river, a "
-    "lake, a waterfall, a mountain, a desert, a forest, a field, snow, rain, a sunset, the night sky, clouds, a fire, "
-    "a flower, a tree, grass, a leaf, a mushroom, fruit, an apple, a banana, vegetables, bread, a cake, a pizza, "
-    "soup, coffee, wine, a table, a chair, a bed, a lamp, a book, a computer, a telephone, a clock, a camera, a "
-    "guitar, a toy, a ball, a hat, shoes, a red dress, glasses, a flag, a sign, a painting"
+    "a dog, a cat, a horse, a bird, a cow, a sheep, an elephant, a bear, a fish, an insect, a"
+    " snake, a monkey, a child, a baby, a man, a woman, a crowd, a wedding, a dancer, a runner, a"
+    " cyclist, a swimmer, a skier, a climber, a football match, a concert, a birthday party, a car,"
+    " a truck, a bus, a train, a bicycle, a motorcycle, a boat, an aeroplane, a tractor, a bridge,"
+    " a road, a street at night, a house, a church, a castle, a skyscraper, a kitchen, a bedroom, a"
+    " bathroom, an office, a shop, a restaurant, a garden, a park, a beach, the sea, a river, a"
+    " lake, a waterfall, a mountain, a desert, a forest, a field, snow, rain, a sunset, the night"
+    " sky, clouds, a fire, a flower, a tree, grass, a leaf, a mushroom, fruit, an apple, a banana,"
+    " vegetables, bread, a cake, a pizza, soup, coffee, wine, a table, a chair, a bed, a lamp, a"
+    " book, a computer, a telephone, a clock, a camera, a guitar, a toy, a ball, a hat, shoes, a"
+    " red dress, glasses, a flag, a sign, a painting"
 )
 TEXTS = [f"a photo of {thing}." for thing in _THINGS.split(", ")]
 
@@ -42,11 +56,16 @@ class Searched(Protocol):
 
 
 def tune(
-    neighbours: Searched, texts: NDArray[np.float32], queries: int = 100, efforts: Sequence[tuple[int, int]] = EFFORTS
+    neighbours: Searched,
+    texts: NDArray[np.float32],
+    queries: int = 100,
+    efforts: Sequence[tuple[int, int]] = EFFORTS,
 ) -> dict[str, float]:
-    """The least effort with a recall@10 of 0.97 on images of the index and on texts, whichever is worse.
+    """The least effort with a recall@10 of 0.97 on images of the index and on texts, whichever is
+    worse.
 
-    A hit counts where its cosine reaches that of the tenth nearest of all: which of equal images is found is no matter.
+    A hit counts where its cosine reaches that of the tenth nearest of all: which of equal images is
+    found is no matter.
 
     Args:
         neighbours: the vectors.
@@ -75,7 +94,9 @@ def tune(
 
 
 def _best_scores(vectors: NDArray[np.float16], asked: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The best cosines of each query, float32 [N, TOP_K + 1], by comparing all vectors in one pass."""
+    """The best cosines of each query, float32 [N, TOP_K + 1], by comparing all vectors in one
+    pass.
+    """
     best = np.zeros((len(asked), 0), np.float32)
     for start in range(0, len(vectors), _BLOCK):
         scores = asked @ vectors[start : start + _BLOCK].astype(np.float32).T

@@ -29,7 +29,10 @@ class StoredFile:
         try:
             with file_system().open_input_stream(self._path) as file:
                 return bytes(file.read())
-        except (FileNotFoundError, ValueError) as error:  # pyarrow's ArrowInvalid, of a name with // in it
+        except (
+            FileNotFoundError,
+            ValueError,
+        ) as error:  # pyarrow's ArrowInvalid, of a name with // in it
             raise FileNotFoundError(2, "no such object") from error
         except OSError as error:
             raise RAdapterError(f"{self.url} can't be read: {reason(error):.300}") from error
@@ -68,7 +71,9 @@ def stored_files(url: str) -> Iterator[str]:
 
     place = url.removeprefix(SCHEME).strip("/")
     with bucket_errors(url):
-        found = file_system().get_file_info(fs.FileSelector(place, recursive=True, allow_not_found=True))
+        found = file_system().get_file_info(
+            fs.FileSelector(place, recursive=True, allow_not_found=True)
+        )
     for path in sorted(info.path for info in found if info.is_file):
         if not any(part.startswith(".") for part in path.removeprefix(place).split("/")):
             yield f"{SCHEME}{path}"

@@ -1,4 +1,6 @@
-"""Putting an index into a running Qdrant, beside the one that is searched there, then in its place."""
+"""Putting an index into a running Qdrant, beside the one that is searched there, then in its
+place.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +44,14 @@ def upload(index: Index, place: Qdrant, progress: Callable[[int, int], None] | N
         False where it is there already.
 
     Raises:
-        RAdapterError: Qdrant refuses, something else has that name there, or a column's name can't be one there.
+        RAdapterError: Qdrant refuses, something else has that name there, or a column's name can't
+            be one there.
     """
     odd = next((name for name in index.facts.columns if '"' in name or "\\" in name), None)
     if odd is not None:
-        raise RAdapterError(f'the index {index.folder} has a column {odd!r}; Qdrant takes no " and \\ in a name')
+        raise RAdapterError(
+            f'the index {index.folder} has a column {odd!r}; Qdrant takes no " and \\ in a name'
+        )
     facts = dataclasses.replace(index.facts, nearest=None, files={})
     fresh = collection_of(place.name, index.generation)
     with table_errors(index.folder, index.facts.plan), qdrant_errors(place.url):
@@ -64,7 +69,8 @@ def upload(index: Index, place: Qdrant, progress: Callable[[int, int], None] | N
         there = client.count(fresh, exact=True).count
         if there != len(index):
             raise RAdapterError(
-                f"{place.url} has {there:,} of {len(index):,} images after all were put there; publish again"
+                f"{place.url} has {there:,} of {len(index):,} images after all were put there;"
+                " publish again"
             )
         _switch(client, place.name, before, fresh)
     return True
@@ -82,7 +88,8 @@ def _counts(client: Any, place: Qdrant) -> str | None:
         collection is not None and not is_collection_of(place.name, collection)
     ):
         raise RAdapterError(
-            f"{place.url} is a collection that radapter-index did not make; give another name, or delete it there"
+            f"{place.url} is a collection that radapter-index did not make; give another name, or"
+            " delete it there"
         )
     return collection
 
@@ -114,17 +121,26 @@ def points_of(index: Index) -> Iterator[dict[str, Any]]:
             rows = part.select(columns).to_pylist()
             vectors = vectors_of(part["vector"]).tolist()
             payloads = [_payload(row) for row in rows]
-            yield {"ids": list(itertools.islice(numbers, len(rows))), "vectors": vectors, "payloads": payloads}
+            yield {
+                "ids": list(itertools.islice(numbers, len(rows))),
+                "vectors": vectors,
+                "payloads": payloads,
+            }
 
 
 def _payload(row: dict[str, Any]) -> dict[str, Any]:
     thumbnail = row.pop(THUMBNAIL) or b""
-    return {**{name: plain(value) for name, value in row.items()}, THUMBNAIL: base64.b64encode(thumbnail).decode()}
+    return {
+        **{name: plain(value) for name, value in row.items()},
+        THUMBNAIL: base64.b64encode(thumbnail).decode(),
+    }
 
 
 def _switch(client: Any, name: str, before: str | None, fresh: str) -> None:
     """Have the alias name the new collection, and remove all but this one and the one before it."""
-    create = models.CreateAliasOperation(create_alias=models.CreateAlias(collection_name=fresh, alias_name=name))
+    create = models.CreateAliasOperation(
+        create_alias=models.CreateAlias(collection_name=fresh, alias_name=name)
+    )
     delete = models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=name))
     client.update_collection_aliases([create] if before is None else [delete, create])
     for collection in client.get_collections().collections:

@@ -46,7 +46,8 @@ class Verification:
 
 
 def verify(out: Path, *, progress: Progress | None = None) -> Verification:
-    """Compare an index with its digests and with the images: every file is read, and no image is embedded.
+    """Compare an index with its digests and with the images: every file is read, and no image is
+    embedded.
 
     Raises:
         RAdapterError: there is no index, or a broken one.
@@ -67,15 +68,21 @@ def verify(out: Path, *, progress: Progress | None = None) -> Verification:
                 elif now != digest:
                     changed.append(id)
             lengths = np.linalg.norm(vectors_of(batch["vector"]), axis=1)
-            damaged += [id for id, length in zip(ids, lengths, strict=True) if not abs(length - 1) < 1e-3]
+            damaged += [
+                id for id, length in zip(ids, lengths, strict=True) if not abs(length - 1) < 1e-3
+            ]
             known.update(ids)
             if progress is not None:
                 progress(len(known), len(index))
     broken = set(read_broken(out))
     with contextlib.suppress(RAdapterError):  # a source that is gone shows in `missing`
         collection = open_collection(plan.source, image_column=plan.image_column, root=root)
-        new = [item.id for item in collection.items if item.id not in known and item.id not in broken]
-    return Verification(sorted(missing), sorted(changed), sorted(new), sorted(damaged), plan.release.alpha)
+        new = [
+            item.id for item in collection.items if item.id not in known and item.id not in broken
+        ]
+    return Verification(
+        sorted(missing), sorted(changed), sorted(new), sorted(damaged), plan.release.alpha
+    )
 
 
 def _file_digest(file: Path | StoredFile) -> str | None:

@@ -1,4 +1,6 @@
-"""Writing an index's table: images that are not in it yet are read, embedded and appended, batch by batch."""
+"""Writing an index's table: images that are not in it yet are read, embedded and appended, batch by
+batch.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ from radapter_serve.threads import decoders
 
 BATCH = 256  # images that are embedded, then written; what a killed build loses at most
 BROKEN = "broken.txt"
-_AT_ONCE = datetime.timedelta(milliseconds=1)  # less makes LanceDB warn of readers, which there are none of
+_AT_ONCE = datetime.timedelta(
+    milliseconds=1
+)  # less makes LanceDB warn of readers, which there are none of
 
 Progress = Callable[[int, int], None]  # images done, of how many
 
@@ -100,31 +104,43 @@ class Writer:
             else:
                 self._table = database.create_table(TABLE, schema=schema)
             self._schema = self._table.schema
-            self._own = [n for n in self._schema.names if n not in ("width", "height", "thumbnail", "vector")]
+            self._own = [
+                n for n in self._schema.names if n not in ("width", "height", "thumbnail", "vector")
+            ]
             rows = self._table.search().select(self._own).to_batches()
             # What is there, by id: its digest, and a hash of its metadata.
-            self.known = {row["path"]: (row["digest"], self._hash(row)) for batch in rows for row in batch.to_pylist()}
+            self.known = {
+                row["path"]: (row["digest"], self._hash(row))
+                for batch in rows
+                for row in batch.to_pylist()
+            }
         self._digests = {digest for digest, _ in self.known.values()}
 
     def check_columns(self, collection: Collection) -> None:
         """Refuse a table whose columns, or whose values, the index has no place for."""
-        own = {name: self._schema.field(name).type for name in self._own if name not in ("path", "digest")}
+        own = {
+            name: self._schema.field(name).type
+            for name in self._own
+            if name not in ("path", "digest")
+        }
         again = f"build the index again: {build_command(self._out, self._plan)}"
         if collection.columns and set(collection.columns) != set(own):
             raise RAdapterError(
-                f"the table's columns ({', '.join(sorted(collection.columns))}) are not those of the index "
-                f"({', '.join(sorted(own)) or 'none'}); {again}"
+                f"the table's columns ({', '.join(sorted(collection.columns))}) are not those of"
+                f" the index ({', '.join(sorted(own)) or 'none'}); {again}"
             )
         for name in collection.columns:
             try:
                 pa.array([item.row[name] for item in collection.items], own[name])
             except (pa.ArrowException, OverflowError) as error:
                 raise RAdapterError(
-                    f"the table's column {name!r} is {collection.columns[name]} now, and {own[name]} in the index "
-                    f"({error}); {again}"
+                    f"the table's column {name!r} is {collection.columns[name]} now, and"
+                    f" {own[name]} in the index ({error}); {again}"
                 ) from None
 
-    def write(self, collection: Collection, on_broken: OnBroken, progress: Progress | None) -> Summary:
+    def write(
+        self, collection: Collection, on_broken: OnBroken, progress: Progress | None
+    ) -> Summary:
         """Embed and append what is not there yet."""
         summary = Summary(repeated=collection.repeated, left_out=collection.left_out)
         done = 0
@@ -135,7 +151,10 @@ class Writer:
                     _complain(item, image.error, summary, on_broken)
             summary.kept += sum(image.kept for image in found)
             with table_errors(self._out, self._plan):
-                self._append([(item, image) for item, image in batch if not (image.error or image.kept)], summary)
+                self._append(
+                    [(item, image) for item, image in batch if not (image.error or image.kept)],
+                    summary,
+                )
             done += len(found)
             if progress is not None:
                 progress(done, len(collection.items))
@@ -157,13 +176,17 @@ class Writer:
 
         Args:
             summary: what was done.
-            before: facts of the generation that this one began as a copy of; None where it began with nothing.
+            before: facts of the generation that this one began as a copy of; None where it began
+                with nothing.
             base: folder of that generation.
         """
         summary.count = len(self.known)
         digests = [digest for digest, _ in self.known.values()]
         summary.copies = len(digests) - len(set(digests))
-        _write(self._folder / BROKEN, "".join(f"{id}\t{why}\n" for id, why in sorted(summary.broken.items())))
+        _write(
+            self._folder / BROKEN,
+            "".join(f"{id}\t{why}\n" for id, why in sorted(summary.broken.items())),
+        )
         if before is not None and base is not None and self._is_same(before, base):
             summary.changed = False
             summary.recall = before.nearest.recall if before.nearest else None
@@ -194,7 +217,9 @@ class Writer:
         return intact(base / NEIGHBOURS, before.nearest)
 
     def _before(self, item: Item) -> str:
-        """The digest of an image that the index has with the same metadata; a folder says nothing of metadata."""
+        """The digest of an image that the index has with the same metadata; a folder says nothing
+        of metadata.
+        """
         digest, metadata = self.known.get(item.id, ("", 0))
         return digest if not item.row or metadata == self._hash(_row(item, digest)) else ""
 
@@ -208,7 +233,11 @@ class Writer:
         with ThreadPoolExecutor(decoders(8), thread_name_prefix="decode") as pool:
             for start in range(0, len(items), BATCH):
                 batch = items[start : start + BATCH]
-                yield list(pool.map(lambda i: read(i.id, i.file, self._before(i), self._release, size), batch))
+                yield list(
+                    pool.map(
+                        lambda i: read(i.id, i.file, self._before(i), self._release, size), batch
+                    )
+                )
 
     def _hash(self, row: Mapping[str, Any]) -> int:
         return hash(repr([row.get(name) for name in self._own]))
@@ -219,12 +248,21 @@ class Writer:
             return
         embeds = self._embedded({image.digest for _, image in images} & self._digests)
         fresh = {image.digest: image for _, image in images if image.digest not in embeds}
-        embeds |= {digest: image.vector for digest, image in fresh.items() if image.vector is not None}
-        waiting = {digest: image.prepared for digest, image in fresh.items() if digest not in embeds}
+        embeds |= {
+            digest: image.vector for digest, image in fresh.items() if image.vector is not None
+        }
+        waiting = {
+            digest: image.prepared for digest, image in fresh.items() if digest not in embeds
+        }
         if waiting:
-            embeds |= dict(zip(waiting, self._release.encode_images(list(waiting.values())), strict=True))
+            embeds |= dict(
+                zip(waiting, self._release.encode_images(list(waiting.values())), strict=True)
+            )
         summary.embedded += len(fresh)
-        rows = [{**_row(item, image.digest), **image.look, "vector": embeds[image.digest]} for item, image in images]
+        rows = [
+            {**_row(item, image.digest), **image.look, "vector": embeds[image.digest]}
+            for item, image in images
+        ]
         self.delete(item.id for item, _ in images)
         self._table.add(pa.Table.from_pylist(rows, schema=self._schema))
         for (item, image), row in zip(images, rows, strict=True):
@@ -236,7 +274,12 @@ class Writer:
         if not digests:
             return {}
         names = ", ".join(_quoted(digest) for digest in digests)
-        found = self._table.search().where(f"digest IN ({names})").select(["digest", "vector"]).to_arrow()
+        found = (
+            self._table.search()
+            .where(f"digest IN ({names})")
+            .select(["digest", "vector"])
+            .to_arrow()
+        )
         return dict(zip(found["digest"].to_pylist(), vectors_of(found["vector"]), strict=True))
 
     def _nearest(self, before: NearestFacts | None, base: Path | None) -> NearestFacts | None:
@@ -247,7 +290,9 @@ class Writer:
         place = self._folder / NEIGHBOURS
         shape = count, self._plan.release.embed_dim
         cells = None
-        if before is not None and base is not None and count <= 2 * before.trained_on:  # else they have changed much
+        if (
+            before is not None and base is not None and count <= 2 * before.trained_on
+        ):  # else they have changed much
             cells = base / NEIGHBOURS
         made = write_neighbours(place, self._stored(), shape, cells, before)
         effort = tune(Neighbours(place, made, shape), self._release.embed_texts(TEXTS))
@@ -277,7 +322,10 @@ def _row(item: Item, digest: str) -> dict[str, Any]:
 
 def _complain(item: Item, why: str, summary: Summary, on_broken: OnBroken) -> None:
     if on_broken == "refuse":
-        raise RAdapterError(f"{item.id!r} can't be indexed: {why}; mend it, or leave such images out: --on-broken skip")
+        raise RAdapterError(
+            f"{item.id!r} can't be indexed: {why}; mend it, or leave such images out: --on-broken"
+            " skip"
+        )
     summary.broken[item.id] = why
 
 
@@ -288,7 +336,10 @@ def _quoted(text: str) -> str:
 def read_broken(folder: Path) -> list[str]:
     """The ids of the images that could not be read when the index was written."""
     with contextlib.suppress(OSError):
-        return [line.partition("\t")[0] for line in (folder / BROKEN).read_text(encoding="utf-8").splitlines()]
+        return [
+            line.partition("\t")[0]
+            for line in (folder / BROKEN).read_text(encoding="utf-8").splitlines()
+        ]
     return []
 
 

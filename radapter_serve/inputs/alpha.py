@@ -1,4 +1,6 @@
-"""α at the time of a request: a release whose encoders have it as an input (`dynamic_alpha`) takes one for each row."""
+"""α at the time of a request: a release whose encoders have it as an input (`dynamic_alpha`) takes
+one for each row.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from radapter_serve.inputs.errors import invalid
 
 Alpha = NDArray[np.float32]  # [B, 1], a row's own each
-# Of one encoder: rows to embeddings; with a second argument, `Alpha`, where α is an input, and none where it is not.
+# Of one encoder: rows to embeddings; with a second argument, `Alpha`, where α is an input, and none
+# where it is not.
 Encode = Callable[..., NDArray[np.float32]]
 
 
@@ -26,7 +29,8 @@ class RequestAlpha:
         self._own, self.dynamic = own, dynamic
 
     def __call__(self, given: ArrayLike | None, rows: int) -> Alpha | None:
-        """α of each row for the encoders, float32 [rows, 1]; None where the release's α is folded into them.
+        """α of each row for the encoders, float32 [rows, 1]; None where the release's α is folded
+        into them.
 
         Args:
             given: one for each row, or one for all; None for the release's own.
@@ -38,7 +42,9 @@ class RequestAlpha:
         values = np.asarray(self._own if given is None else given, np.float32).reshape(-1, 1)
         wrong = values[~((values >= 0) & (values <= 1))]
         if wrong.size:
-            raise invalid(f"alpha is {wrong[0]:g}; allowed: 0 (the base) to 1 (all that was learned)")
+            raise invalid(
+                f"alpha is {wrong[0]:g}; allowed: 0 (the base) to 1 (all that was learned)"
+            )
         if self.dynamic:
             return np.array(np.broadcast_to(values, (rows, 1)))
         other = values[values != np.float32(self._own)]

@@ -21,7 +21,8 @@ ENCODER_FAILED = "encoder_failed"
 CANCELLED = "cancelled"
 INTERNAL_ERROR = "internal_error"
 SERVER_STOPPING = "server_stopping"
-# The same request may succeed a little later: a part of the server is starting again, or has too much to do.
+# The same request may succeed a little later: a part of the server is starting again, or has too
+# much to do.
 RESTARTING = "restarting"
 OVERLOADED = "overloaded"
 # It took too long, and would again.
@@ -38,7 +39,8 @@ class TaskError(RAdapterError):
     Args:
         code: one of the constants of this module.
         what: is wrong, which value, what is allowed.
-        advice: what a caller of the server may send instead; where a file is read, `what` alone says all.
+        advice: what a caller of the server may send instead; where a file is read, `what` alone
+            says all.
     """
 
     def __init__(self, code: str, what: str, advice: str = "") -> None:
@@ -61,5 +63,7 @@ def check_cancelled(cancelled: Cancelled | None) -> None:
 
 
 def public(message: str) -> str:
-    """What callers may read of an error's message: its first line, without paths and names of shared memory."""
+    """What callers may read of an error's message: its first line, without paths and names of
+    shared memory.
+    """
     return _PRIVATE.sub("...", message.strip().partition("\n")[0])

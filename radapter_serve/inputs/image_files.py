@@ -1,4 +1,6 @@
-"""Which files are images, by their names: one list for training, evaluation, indexes and calibration."""
+"""Which files are images, by their names: one list for training, evaluation, indexes and
+calibration.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ def is_image_file(name: str) -> bool:
 
 
 def list_images(folder: Path) -> ImageFiles:
-    """List the images in a folder and in all folders in it; hidden ones are left out, links are followed once.
+    """List the images in a folder and in all folders in it; hidden ones are left out, links are
+    followed once.
 
     Raises:
         RAdapterError: one of the folders can't be read.
@@ -71,7 +74,9 @@ def _files(folder: Path) -> Iterator[Path]:
         entered = []
         for name in sorted(folders):
             real = os.path.realpath(Path(place, name))
-            if not name.startswith(".") and real not in seen:  # a link to a folder above would have no end
+            if (
+                not name.startswith(".") and real not in seen
+            ):  # a link to a folder above would have no end
                 seen.add(real)
                 entered.append(name)
         folders[:] = entered

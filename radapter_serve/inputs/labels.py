@@ -1,4 +1,6 @@
-"""The text rules of labels: label files, synonyms, prompt templates and limits; and the mean over a label's prompts."""
+"""The text rules of labels: label files, synonyms, prompt templates and limits; and the mean over a
+label's prompts.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.inputs.errors import NO_LABELS, TaskError, invalid
 from radapter_serve.inputs.templates import BUILT_IN_TEMPLATES
 
-# Of one request, checked before a prompt is built. A label set that is exported may have more prompts.
+# Of one request, checked before a prompt is built. A label set that is exported may have more
+# prompts.
 MAX_PROMPTS = 20_000
 MAX_CHARACTERS = 10_000_000  # of all its prompts together
 MAX_TEXT_LENGTH = 10_000
@@ -23,13 +26,15 @@ _COMMA = re.compile(r"(?<!\\),")
 
 
 def read_label_file(path: str | Path) -> list[str]:
-    """Read a label file: UTF-8, one class a line, synonyms after commas; blank lines and `#` comments are skipped.
+    """Read a label file: UTF-8, one class a line, synonyms after commas; blank lines and `#`
+    comments are skipped.
 
     Returns:
         The classes in the file's order, synonyms and all ("cat, kitty").
 
     Raises:
-        RAdapterError: no such file, not text, no class in it, or a class named twice (with the line's number).
+        RAdapterError: no such file, not text, no class in it, or a class named twice (with the
+            line's number).
     """
     seen: dict[str, int] = {}
     labels = []
@@ -38,7 +43,9 @@ def read_label_file(path: str | Path) -> list[str]:
         if not names:
             raise RAdapterError(f"{path}, line {number}: {line!r} names no class")
         if names[0] in seen:
-            raise RAdapterError(f"{path}, line {number}: the class {names[0]!r} is already on line {seen[names[0]]}")
+            raise RAdapterError(
+                f"{path}, line {number}: the class {names[0]!r} is already on line {seen[names[0]]}"
+            )
         seen[names[0]] = number
         labels.append(join_label(names))
     if not labels:
@@ -47,10 +54,12 @@ def read_label_file(path: str | Path) -> list[str]:
 
 
 def read_templates(source: str | Path | Sequence[str]) -> list[str]:
-    """Prompt templates from a list, the name of a built-in set ("simple", "vild"), one template, or a file.
+    """Prompt templates from a list, the name of a built-in set ("simple", "vild"), one template, or
+    a file.
 
     Raises:
-        RAdapterError: a template without `{}`, where the label goes, or too long a one, or no such file.
+        RAdapterError: a template without `{}`, where the label goes, or too long a one, or no such
+            file.
     """
     if isinstance(source, (str, Path)):
         text = str(source)
@@ -63,7 +72,9 @@ def read_templates(source: str | Path | Sequence[str]) -> list[str]:
     else:
         templates = list(source)
     if not templates:
-        raise RAdapterError(f"{source}: no template; write one a line, such as 'a photo of a {{}}.'")
+        raise RAdapterError(
+            f"{source}: no template; write one a line, such as 'a photo of a {{}}.'"
+        )
     try:
         check_templates(templates)
     except TaskError as error:
@@ -83,9 +94,12 @@ def join_label(names: Iterable[str]) -> str:
 
 
 def mean_embeddings(
-    embed_texts: Callable[[list[str]], NDArray[np.float32]], labels: Sequence[str], templates: Sequence[str]
+    embed_texts: Callable[[list[str]], NDArray[np.float32]],
+    labels: Sequence[str],
+    templates: Sequence[str],
 ) -> NDArray[np.float32]:
-    """Embed labels: the mean over all prompts of a label (its names x the templates), made unit length.
+    """Embed labels: the mean over all prompts of a label (its names x the templates), made unit
+    length.
 
     Args:
         embed_texts: texts, each once, to float32 [N, D] of unit length.
@@ -95,11 +109,18 @@ def mean_embeddings(
     Returns:
         float32 [C, D].
     """
-    prompts = [[t.replace("{}", name) for name in split_label(label) for t in templates] for label in labels]
-    rows = {text: row for row, text in enumerate(dict.fromkeys(text for own in prompts for text in own))}
+    prompts = [
+        [t.replace("{}", name) for name in split_label(label) for t in templates]
+        for label in labels
+    ]
+    rows = {
+        text: row for row, text in enumerate(dict.fromkeys(text for own in prompts for text in own))
+    }
     embeds = embed_texts(list(rows))
     means = np.stack([embeds[[rows[text] for text in own]].mean(axis=0) for own in prompts])
-    return np.asarray(means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12), np.float32)
+    return np.asarray(
+        means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12), np.float32
+    )
 
 
 def check_labels(labels: Sequence[str]) -> dict[str, list[str]]:
@@ -124,29 +145,38 @@ def check_labels(labels: Sequence[str]) -> dict[str, list[str]]:
 
 
 def check_templates(templates: Sequence[str]) -> None:
-    """Raise a `TaskError` for no template, or one without a place for the label, with too many, or too long."""
+    """Raise a `TaskError` for no template, or one without a place for the label, with too many, or
+    too long.
+    """
     if not templates:
-        raise invalid("no templates; give at least one, such as 'a photo of a {}.', or leave them out")
+        raise invalid(
+            "no templates; give at least one, such as 'a photo of a {}.', or leave them out"
+        )
     for template in templates:
         check_length(template, MAX_LABEL_LENGTH, "template")
         if not 1 <= template.count("{}") <= MAX_PLACES:
             many = f"more than {MAX_PLACES}" if "{}" in template else "no"
             raise invalid(
-                f"the template {template[:80]!r} has {many} {{}} where the label goes; such as 'a photo of a {{}}.'"
+                f"the template {template[:80]!r} has {many} {{}} where the label goes; such as 'a"
+                " photo of a {}.'"
             )
 
 
 def check_length(text: str, limit: int = MAX_TEXT_LENGTH, what: str = "text") -> None:
     """Raise a `TaskError` for a text too long to be meant."""
     if len(text) > limit:
-        raise invalid(f"a {what} of {len(text)} characters ({text[:30]!r}...); at most {limit} are allowed")
+        raise invalid(
+            f"a {what} of {len(text)} characters ({text[:30]!r}...); at most {limit} are allowed"
+        )
 
 
 def check_prompts(lists: Iterable[tuple[Sequence[str], Sequence[str]]]) -> None:
-    """Raise a `TaskError` where the labels and templates of one request would make too many or too long prompts.
+    """Raise a `TaskError` where the labels and templates of one request would make too many or too
+    long prompts.
 
     Args:
-        lists: labels and templates that the request brings; several pairs where its images have lists of their own.
+        lists: labels and templates that the request brings; several pairs where its images have
+            lists of their own.
     """
     prompts = characters = 0
     for labels, templates in lists:
@@ -155,12 +185,18 @@ def check_prompts(lists: Iterable[tuple[Sequence[str], Sequence[str]]]) -> None:
             check_length(label, MAX_LABEL_LENGTH, "label")
         names, length = sum(label.count(",") + 1 for label in labels), sum(map(len, labels))
         prompts += names * len(templates)
-        characters += sum(names * len(template) + length * template.count("{}") for template in templates)
-    for number, limit, what in ((prompts, MAX_PROMPTS, "prompts"), (characters, MAX_CHARACTERS, "characters")):
+        characters += sum(
+            names * len(template) + length * template.count("{}") for template in templates
+        )
+    for number, limit, what in (
+        (prompts, MAX_PROMPTS, "prompts"),
+        (characters, MAX_CHARACTERS, "characters"),
+    ):
         if number > limit:
             raise invalid(
-                f"{number} {what} in all prompts (names x templates) of one request; at most {limit} are allowed, "
-                "so export them as a label set: radapter-export --label-set NAME=FILE"
+                f"{number} {what} in all prompts (names x templates) of one request; at most"
+                f" {limit} are allowed, so export them as a label set: radapter-export --label-set"
+                " NAME=FILE"
             )
 
 

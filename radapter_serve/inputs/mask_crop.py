@@ -1,4 +1,6 @@
-"""The crop of a segment: how training and serving alike show one mask of an image to the image encoder."""
+"""The crop of a segment: how training and serving alike show one mask of an image to the image
+encoder.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,15 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
 @dataclass(frozen=True)
 class MaskCrop:
-    """A segment alone: the image cropped to the mask's box, everything outside the mask filled (OVSeg's masked crop).
+    """A segment alone: the image cropped to the mask's box, everything outside the mask filled
+    (OVSeg's masked crop).
 
     Args:
         padding: border around the box on each side, as a share of its longer side, 0 or more.
-        square: make the box square about its centre, which keeps the aspect ratio; else it is squashed to a square.
-        fill: RGB in 0 to 255 outside the mask and beyond the image; the mean that the encoder subtracts, so that the
-            filling is zero to it.
+        square: make the box square about its centre, which keeps the aspect ratio; else it is
+            squashed to a square.
+        fill: RGB in 0 to 255 outside the mask and beyond the image; the mean that the encoder
+            subtracts, so that the filling is zero to it.
     """
 
     padding: float = 0.0
@@ -40,14 +44,19 @@ class MaskCrop:
             mean: RGB in [0, 1] that the encoder subtracts.
         """
         red, green, blue = (round(255 * value) for value in mean)
-        padding, square = recipe.get("mask_padding", cls.padding), recipe.get("mask_square", cls.square)
+        padding, square = (
+            recipe.get("mask_padding", cls.padding),
+            recipe.get("mask_square", cls.square),
+        )
         return cls(float(padding), bool(square), (red, green, blue))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MaskCrop:
         """Read what `to_dict` gave; unknown keys are ignored."""
         red, green, blue = values["fill"]
-        return cls(float(values["padding"]), bool(values["square"]), (int(red), int(green), int(blue)))
+        return cls(
+            float(values["padding"]), bool(values["square"]), (int(red), int(green), int(blue))
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a release holds them."""
@@ -61,33 +70,43 @@ class MaskCrop:
             mask: bool [H, W], the image's size, true inside.
 
         Returns:
-            RGB and square: of the box's own pixels where `square`, else its shorter side is stretched to the longer.
+            RGB and square: of the box's own pixels where `square`, else its shorter side is
+                stretched to the longer.
 
         Raises:
-            TaskError: the mask is empty or of another size than the image, or its crop is too large.
+            TaskError: the mask is empty or of another size than the image, or its crop is too
+                large.
         """
         mask = np.asarray(mask, bool)
         if mask.shape != (image.height, image.width):
             raise invalid(
-                f"a mask of {' x '.join(map(str, mask.shape[::-1]))} pixels does not fit the image of "
-                f"{image.width} x {image.height}; send it at the image's size"
+                f"a mask of {' x '.join(map(str, mask.shape[::-1]))} pixels does not fit the image"
+                f" of {image.width} x {image.height}; send it at the image's size"
             )
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         if not len(rows):
             raise invalid("a mask is empty; it needs at least one pixel")
-        left, top, right, bottom = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+        left, top, right, bottom = (
+            int(columns[0]),
+            int(rows[0]),
+            int(columns[-1]) + 1,
+            int(rows[-1]) + 1,
+        )
         longer = max(right - left, bottom - top)
         border = round(self.padding * longer)
         width, height = right - left + 2 * border, bottom - top + 2 * border
         side = longer + 2 * border
         if side * side > MAX_PIXELS:  # of a long and thin image
             raise TaskError(
-                IMAGE_TOO_LARGE, f"the square crop of a mask has {side} x {side} pixels; at most {MAX_PIXELS} fit"
+                IMAGE_TOO_LARGE,
+                f"the square crop of a mask has {side} x {side} pixels; at most {MAX_PIXELS} fit",
             )
         if self.square:
             width = height = side
         inside = Image.fromarray(mask[top:bottom, left:right])
         segment = image.crop((left, top, right, bottom)).convert("RGB")
         crop = Image.new("RGB", (width, height), self.fill)
-        crop.paste(segment, ((width - segment.width + 1) // 2, (height - segment.height + 1) // 2), inside)
+        crop.paste(
+            segment, ((width - segment.width + 1) // 2, (height - segment.height + 1) // 2), inside
+        )
         return crop if width == height else crop.resize((side, side), Image.Resampling.BICUBIC)

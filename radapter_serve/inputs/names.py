@@ -5,14 +5,21 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 
-MAX_BYTES = 200  # in UTF-8; a file system takes 255, and files that are being written have longer names
-RULE = "allowed are letters, digits and other signs of any script, but no / and no . or - or blank at the start"
+MAX_BYTES = (
+    200  # in UTF-8; a file system takes 255, and files that are being written have longer names
+)
+RULE = (
+    "allowed are letters, digits and other signs of any script, but no / and no . or - or blank at"
+    " the start"
+)
 _THERE_ARE, _NONE = "; there are: ", "none ("
 _JOINERS = "\u200c\u200d"  # which scripts and emoji need, though they cannot be seen
 
 
 def is_name(text: str) -> bool:
-    """Whether a text can be a name: up to 200 bytes, nothing that cannot be shown or that means something in a path."""
+    """Whether a text can be a name: up to 200 bytes, nothing that cannot be shown or that means
+    something in a path.
+    """
     shown = "".join(sign for sign in text if sign not in _JOINERS)
     return (
         shown.isprintable()
@@ -24,8 +31,12 @@ def is_name(text: str) -> bool:
 
 
 def spellings(name: str) -> list[str]:
-    """A name as it is, and as other systems write the same letters: an é is one sign, or an e with an accent."""
-    return list(dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]))
+    """A name as it is, and as other systems write the same letters: an é is one sign, or an e with
+    an accent.
+    """
+    return list(
+        dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))])
+    )
 
 
 def there_are(names: Iterable[str], how: str) -> str:

@@ -1,4 +1,6 @@
-"""From the bytes of an image to the uint8 square that the image encoder takes, as open_clip makes it, to the bit."""
+"""From the bytes of an image to the uint8 square that the image encoder takes, as open_clip makes
+it, to the bit.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +23,19 @@ from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_IMAGE, TaskErr
 FORMATS = ("JPEG", "PNG", "WEBP")
 ADVICE = "send a JPEG, PNG or WebP file, as bytes or as base64 text"
 MAX_PIXELS = 64_000_000
-# Above this, one at a time is decoded in this process: an image of MAX_PIXELS takes half a gigabyte. Nor is a thin
-# image blown up beyond it.
+# Above this, one at a time is decoded in this process: an image of MAX_PIXELS takes half a
+# gigabyte. Nor is a thin image blown up beyond it.
 LARGE_PIXELS = 16_000_000
 MAX_BYTES = 64 * 2**20  # of a file
 MAX_SIDE = 65_535  # as JPEG has it; decoders take seconds for the rows of a thin image
-# A progressive JPEG is decoded anew for each of its scans, of which a small file can have thousands. Cameras and
-# libjpeg write at most 20. Of an image above LARGE_PIXELS, as many fewer are allowed as it is larger.
+# A progressive JPEG is decoded anew for each of its scans, of which a small file can have
+# thousands. Cameras and libjpeg write at most 20. Of an image above LARGE_PIXELS, as many fewer are
+# allowed as it is larger.
 MAX_SCANS = 100
 _LARGE = threading.Lock()
 _SCAN, _END = b"\xff\xda", 0xD9  # markers of JPEG
-# Markers with a length. Within pixels 00 follows, or a restart, D0 to D7. Of 01 to BF a decoder that looks for a
-# restart passes over the marker alone, so no length can hide a scan there.
+# Markers with a length. Within pixels 00 follows, or a restart, D0 to D7. Of 01 to BF a decoder
+# that looks for a restart passes over the marker alone, so no length can hide a scan there.
 _MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF")
 _OTHERS = (
@@ -48,14 +51,15 @@ _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 
 
 def oriented(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF orientation says, so that a photo taken with the phone held upright stands upright.
+    """Turn an image as its EXIF orientation says, so that a photo taken with the phone held upright
+    stands upright.
 
     Args:
         image: as Pillow opened it.
 
     Returns:
-        The turned image without an orientation in its EXIF, so that nothing turns it twice; the same image where there
-        is nothing to turn, or where its EXIF cannot be read.
+        The turned image without an orientation in its EXIF, so that nothing turns it twice; the
+        same image where there is nothing to turn, or where its EXIF cannot be read.
     """
     try:
         if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
@@ -67,14 +71,17 @@ def oriented(image: Image.Image) -> Image.Image:
         return image
 
 
-def decode(data: bytes, *, exif_orientation: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(
+    data: bytes, *, exif_orientation: bool = True, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """Decode a JPEG, PNG or WebP image; of an animation, the first frame.
 
     Args:
         data: the file's bytes, or the same as base64 text, with or without a `data:` URI in front.
-        exif_orientation: turn the image as its EXIF says; False leaves the pixels as the file has them, as open_clip
-            does.
-        max_pixels: width times height above which the image is refused; only its header has been read then.
+        exif_orientation: turn the image as its EXIF says; False leaves the pixels as the file has
+            them, as open_clip does.
+        max_pixels: width times height above which the image is refused; only its header has been
+            read then.
 
     Returns:
         The image, its mode not converted; but of 16 bits of gray the upper 8 are kept.
@@ -86,19 +93,24 @@ def decode(data: bytes, *, exif_orientation: bool = True, max_pixels: int = MAX_
 
 
 def verify(data: bytes) -> None:
-    """Raise what `decode` raises; a JPEG costs less, as its pixels are decoded at an eighth of their size. Thread-safe.
+    """Raise what `decode` raises; a JPEG costs less, as its pixels are decoded at an eighth of
+    their size. Thread-safe.
 
     Raises:
         TaskError: as `decode` does.
     """
     image = _open(data, MAX_PIXELS)
     image.draft(None, (1, 1))
-    with _LARGE if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext(), _broken():
+    with (
+        _LARGE if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext(),
+        _broken(),
+    ):
         image.load()
 
 
 def decode_into(data: bytes, preprocess: Preprocess, out: NDArray[np.uint8]) -> None:
-    """`decode` and `preprocess` into `out`, for several threads: of large images one at a time is in memory.
+    """`decode` and `preprocess` into `out`, for several threads: of large images one at a time is
+    in memory.
 
     Raises:
         TaskError: as `decode` and `preprocess` do, and where anything else fails.
@@ -129,18 +141,23 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     if not data.startswith(_MAGIC):
         data = _from_base64(data)
     if len(data) > MAX_BYTES:
-        raise TaskError(IMAGE_TOO_LARGE, f"the image has {len(data)} bytes; at most {MAX_BYTES} are allowed")
+        raise TaskError(
+            IMAGE_TOO_LARGE, f"the image has {len(data)} bytes; at most {MAX_BYTES} are allowed"
+        )
     with _broken():
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
             raise TaskError(INVALID_IMAGE, _no_image(data), ADVICE) from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise TaskError(IMAGE_TOO_LARGE, f"{error}; at most {max_pixels} pixels are allowed") from None
+            raise TaskError(
+                IMAGE_TOO_LARGE, f"{error}; at most {max_pixels} pixels are allowed"
+            ) from None
         _check_pixels(*image.size, max_pixels, "the image")
         if max(image.size) > MAX_SIDE:
             raise TaskError(
-                IMAGE_TOO_LARGE, f"the image has {image.width} x {image.height} pixels; at most {MAX_SIDE} a side"
+                IMAGE_TOO_LARGE,
+                f"the image has {image.width} x {image.height} pixels; at most {MAX_SIDE} a side",
             )
         if image.format == "JPEG":
             _check_scans(data, image.width * image.height)
@@ -148,11 +165,17 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _loaded(image: Image.Image, exif_orientation: bool) -> Image.Image:
-    """The image with its pixels; of 16 bits the upper 8, as Pillow does with colours, but not with gray: it clips."""
+    """The image with its pixels; of 16 bits the upper 8, as Pillow does with colours, but not with
+    gray: it clips.
+    """
     with _broken():
         image.load()
     image = oriented(image) if exif_orientation else image
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith("I") else image
+    return (
+        Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode.startswith("I")
+        else image
+    )
 
 
 @contextlib.contextmanager
@@ -162,20 +185,24 @@ def _broken() -> Iterator[None]:
     except (TaskError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise anything on broken files, from SyntaxError to struct.error
-        raise TaskError(INVALID_IMAGE, f"the image is broken or truncated ({error})", ADVICE) from None
+        raise TaskError(
+            INVALID_IMAGE, f"the image is broken or truncated ({error})", ADVICE
+        ) from None
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """open_clip's evaluation transform without its last two steps (to [0, 1], normalising), which the graph does.
+    """open_clip's evaluation transform without its last two steps (to [0, 1], normalising), which
+    the graph does.
 
     Args:
         size: height and width of the encoder's input in pixels.
         interpolation: "bicubic" or "bilinear".
-        resize_mode: "shortest" (shorter side to `size`, centre crop), "squash" (both sides, the aspect ratio changes)
-            or "longest" (longer side to `size`, padded with `fill_color`).
+        resize_mode: "shortest" (shorter side to `size`, centre crop), "squash" (both sides, the
+            aspect ratio changes) or "longest" (longer side to `size`, padded with `fill_color`).
         fill_color: value in [0, 255] of the padding.
-        exif_orientation: whether images are turned as their EXIF says when they are decoded; open_clip does not.
+        exif_orientation: whether images are turned as their EXIF says when they are decoded;
+            open_clip does not.
     """
 
     size: tuple[int, int]
@@ -186,7 +213,9 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Preprocess:
-        """Read the `preprocess` entry of a release (or of open_clip's own configuration); unknown keys are ignored."""
+        """Read the `preprocess` entry of a release (or of open_clip's own configuration); unknown
+        keys are ignored.
+        """
         size = config["size"]
         height, width = (size, size) if isinstance(size, int) else size
         # "random" is for training; open_clip takes bicubic for it in evaluation.
@@ -197,7 +226,9 @@ class Preprocess:
         fill, turn = int(config.get("fill_color") or 0), bool(config.get("exif_orientation", True))
         return cls((int(height), int(width)), interpolation, mode, fill, turn)
 
-    def __call__(self, image: Image.Image, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+    def __call__(
+        self, image: Image.Image, out: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.uint8]:
         """Resize, crop or pad, and only then convert to RGB: the order of open_clip.
 
         Args:
@@ -208,12 +239,15 @@ class Preprocess:
             uint8 [H, W, 3], RGB.
 
         Raises:
-            TaskError: the image is so long and thin that resizing its short side would make it huge.
+            TaskError: the image is so long and thin that resizing its short side would make it
+                huge.
         """
         height, width = self.size
         image = self.resize(image)
         if self.resize_mode != "squash":
-            image = _center_crop(image, height, width, self.fill_color if self.resize_mode == "longest" else 0)
+            image = _center_crop(
+                image, height, width, self.fill_color if self.resize_mode == "longest" else 0
+            )
         pixels = np.asarray(image.convert("RGB"))
         if out is None:
             return pixels.copy()
@@ -224,7 +258,8 @@ class Preprocess:
         """The first step alone, mode not converted.
 
         Raises:
-            TaskError: the image is so long and thin that resizing its short side would make it huge.
+            TaskError: the image is so long and thin that resizing its short side would make it
+                huge.
         """
         (height, width), (image_width, image_height) = self.size, image.size
         resample = _FILTERS[self.interpolation]
@@ -236,11 +271,14 @@ class Preprocess:
         else:
             ratios = image_height / height, image_width / width
             ratio = max(ratios) if self.resize_mode == "longest" else min(ratios)
-            # Where rounding leaves nothing of a thin side, open_clip fails; one pixel is the nearest that works.
+            # Where rounding leaves nothing of a thin side, open_clip fails; one pixel is the
+            # nearest that works.
             target = (max(1, round(image_width / ratio)), max(1, round(image_height / ratio)))
             if self.resize_mode == "shortest":
                 resample = Image.Resampling.BICUBIC  # open_clip passes no interpolation on here
-        _check_pixels(*target, LARGE_PIXELS, f"an image of {image_width} x {image_height}, resized,")
+        _check_pixels(
+            *target, LARGE_PIXELS, f"an image of {image_width} x {image_height}, resized,"
+        )
         return image if target == image.size else image.resize(target, resample)
 
 
@@ -263,7 +301,8 @@ def _center_crop(image: Image.Image, height: int, width: int, fill: int) -> Imag
 def _check_pixels(width: int, height: int, limit: int, what: str) -> None:
     if width * height > limit:
         raise TaskError(
-            IMAGE_TOO_LARGE, f"{what} has {width} x {height} = {width * height} pixels; at most {limit} are allowed"
+            IMAGE_TOO_LARGE,
+            f"{what} has {width} x {height} = {width * height} pixels; at most {limit} are allowed",
         )
 
 
@@ -271,12 +310,15 @@ def _check_scans(data: bytes, pixels: int) -> None:
     most = int(MAX_SCANS * min(1.0, LARGE_PIXELS / pixels))
     if data.count(_SCAN) > most and (scans := count_scans(data)) > most:
         raise TaskError(
-            IMAGE_TOO_LARGE, f"the JPEG has {scans} scans for its {pixels} pixels; at most {most} are allowed"
+            IMAGE_TOO_LARGE,
+            f"the JPEG has {scans} scans for its {pixels} pixels; at most {most} are allowed",
         )
 
 
 def count_scans(data: bytes) -> int:
-    """The scans of a JPEG file, without those of the previews in its metadata and of what follows its end."""
+    """The scans of a JPEG file, without those of the previews in its metadata and of what follows
+    its end.
+    """
     position, scans = 2, 0
     while found := _MARKER.search(data, position):
         marker, position = found[0][1], found.end()

@@ -1,4 +1,6 @@
-"""What cosines of images with labels say: the probability of each label, and which labels can't be told apart."""
+"""What cosines of images with labels say: the probability of each label, and which labels can't be
+told apart.
+"""
 
 from __future__ import annotations
 
@@ -19,30 +21,37 @@ def class_probabilities(
     Args:
         cosines: of images, or of their patches, with the labels, float32 [..., C].
         logit_scale: factor on the cosines.
-        logit_bias: of a model that was trained with a sigmoid loss (SigLIP); None for a softmax over the labels (CLIP).
+        logit_bias: of a model that was trained with a sigmoid loss (SigLIP); None for a softmax
+            over the labels (CLIP).
 
     Returns:
-        float32 [..., C], in [0, 1]; of a softmax they sum to 1, of a sigmoid each label stands alone.
+        float32 [..., C], in [0, 1]; of a softmax they sum to 1, of a sigmoid each label stands
+        alone.
     """
     logits = np.asarray(cosines, np.float32) * np.float32(logit_scale)
     if logit_bias is not None:
-        return np.asarray(1 / (1 + np.exp(-np.clip(logits + np.float32(logit_bias), -80, 80))), np.float32)
+        return np.asarray(
+            1 / (1 + np.exp(-np.clip(logits + np.float32(logit_bias), -80, 80))), np.float32
+        )
     logits -= logits.max(-1, keepdims=True)
     np.exp(logits, out=logits)
     logits /= logits.sum(-1, keepdims=True)
     return logits
 
 
-def indistinguishable(labels: Sequence[str], embeddings: NDArray[np.float32]) -> list[tuple[str, str]]:
-    """The labels that the text tower can't tell apart from an earlier one: every image scores both alike.
+def indistinguishable(
+    labels: Sequence[str], embeddings: NDArray[np.float32]
+) -> list[tuple[str, str]]:
+    """The labels that the text tower can't tell apart from an earlier one: every image scores both
+    alike.
 
     Args:
         labels: C names.
         embeddings: of the labels, unit length, [C, D].
 
     Returns:
-        Pairs of labels whose cosine is above 0.9999, each label at most once as the second of a pair, with the first
-        label that is its like.
+        Pairs of labels whose cosine is above 0.9999, each label at most once as the second of a
+        pair, with the first label that is its like.
     """
     pairs = []
     for start in range(0, len(labels), _BLOCK):

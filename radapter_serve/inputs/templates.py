@@ -69,9 +69,11 @@ _AS_THEY_ARE = (
     "itap of my {}.",
     "itap of the {}.",
 )
-# The 63 of ViLD (Gu et al., ICLR 2022) as its released code words them; where it has "a" or "an", these have "a".
+# The 63 of ViLD (Gu et al., ICLR 2022) as its released code words them; where it has "a" or "an",
+# these have "a".
 VILD = [*_AS_THEY_ARE, *(f"This is {template}" for template in _THIS_IS)]
-# The 14 that OVSeg (Liang et al., CVPR 2023) takes, under the name `vild` in its code; not all end in a full stop.
+# The 14 that OVSeg (Liang et al., CVPR 2023) takes, under the name `vild` in its code; not all end
+# in a full stop.
 OVSEG = [
     "a photo of a {}.",
     "This is a photo of a {}",

@@ -1,4 +1,6 @@
-"""Texts to token ids as open_clip does it, without torch: a `tokenizer.json` and a few words about how to use it."""
+"""Texts to token ids as open_clip does it, without torch: a `tokenizer.json` and a few words about
+how to use it.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,25 @@ _CACHED_WORDS, _CACHED_LENGTH = 1 << 16, 32
 
 
 class Tokenizer:
-    """Callable that turns texts into int32 [N, L], L the context length or, if `dynamic_length`, the longest text's.
+    """Callable that turns texts into int32 [N, L], L the context length or, if `dynamic_length`,
+    the longest text's.
 
-    Cropping to the longest text of a call changes nothing for a causal text tower: it never looks ahead.
+    Cropping to the longest text of a call changes nothing for a causal text tower: it never looks
+    ahead.
     """
 
     def __init__(self, core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> None:
         if spec["kind"] not in ("clip", "hf"):
-            raise RAdapterError(f"tokenizer kind {spec['kind']!r} is unknown; this version knows clip and hf")
+            raise RAdapterError(
+                f"tokenizer kind {spec['kind']!r} is unknown; this version knows clip and hf"
+            )
         self.context_length = int(spec["context_length"])
         self.dynamic_length = bool(spec.get("dynamic_length", False))
         self._pad = int(spec["pad"])
         self._clean = _CLEAN[spec.get("clean", "lower")]
-        self._rows = _ClipRows(core, spec) if spec["kind"] == "clip" else _HuggingFaceRows(core, spec)
+        self._rows = (
+            _ClipRows(core, spec) if spec["kind"] == "clip" else _HuggingFaceRows(core, spec)
+        )
 
     @classmethod
     def load(cls, path: str | Path, spec: Mapping[str, Any]) -> Tokenizer:
@@ -49,7 +57,9 @@ class Tokenizer:
         return cls(tokenizers.Tokenizer.from_file(str(path)), spec)
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.int32]:
-        """Token ids, int32 [N, L]: start, text, end, then padding; too long a text is cut and its end token kept."""
+        """Token ids, int32 [N, L]: start, text, end, then padding; too long a text is cut and its
+        end token kept.
+        """
         return self.batch(self.encode(texts))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -73,7 +83,8 @@ def embed_texts(
     cancelled: Cancelled | None = None,
     alpha: Alpha | None = None,
 ) -> NDArray[np.float32]:
-    """Embed texts in batches of similar length, float32 [N, D] in the order of `texts`; `alpha` has the α of each.
+    """Embed texts in batches of similar length, float32 [N, D] in the order of `texts`; `alpha` has
+    the α of each.
 
     Raises:
         TaskError: `cancelled`, asked before each batch but the first, said yes.
@@ -82,25 +93,32 @@ def embed_texts(
         return np.zeros((0, 0), np.float32)
     rows = tokenizer.encode(texts)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    batches = [order[start : start + max_batch_size] for start in range(0, len(order), max_batch_size)]
+    batches = [
+        order[start : start + max_batch_size] for start in range(0, len(order), max_batch_size)
+    ]
     embeds: list[NDArray[np.float32]] = []
     for batch in batches:
         if embeds:
             check_cancelled(cancelled)
         tokens = tokenizer.batch([rows[index] for index in batch])
-        embeds.append(encode_tokens(tokens) if alpha is None else encode_tokens(tokens, alpha[batch]))
+        embeds.append(
+            encode_tokens(tokens) if alpha is None else encode_tokens(tokens, alpha[batch])
+        )
     result = np.empty((len(rows), embeds[0].shape[1]), np.float32)
     result[order] = np.concatenate(embeds)
     return result
 
 
 class _ClipRows:
-    """open_clip's `SimpleTokenizer`: its own split into words by `regex`, then byte-level BPE word by word."""
+    """open_clip's `SimpleTokenizer`: its own split into words by `regex`, then byte-level BPE word
+    by word.
+    """
 
     def __init__(self, core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> None:
         added = sorted(core.get_added_tokens_decoder().items())
         special = {token.content: index for index, token in added}
-        # Not the pre-tokenizer of the file: the classes \p{L} of the two regex engines follow other Unicode versions.
+        # Not the pre-tokenizer of the file: the classes \p{L} of the two regex engines follow other
+        # Unicode versions.
         pattern = "|".join(special) + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
         self._words = regex.compile(pattern, regex.IGNORECASE).findall
         self._start, self._end = int(spec["start"]), int(spec["end"])
@@ -110,7 +128,10 @@ class _ClipRows:
         def word_ids(word: str) -> tuple[int, ...]:
             if word in special:
                 return (special[word],)
-            return tuple(token.id for token in core.model.tokenize("".join(alphabet[byte] for byte in word.encode())))
+            return tuple(
+                token.id
+                for token in core.model.tokenize("".join(alphabet[byte] for byte in word.encode()))
+            )
 
         self._word_ids, self._cached_ids = word_ids, lru_cache(_CACHED_WORDS)(word_ids)
 
@@ -120,7 +141,9 @@ class _ClipRows:
     def _row(self, text: str) -> list[int]:
         row = [self._start]
         for word in self._words(text):
-            row.extend(self._cached_ids(word) if len(word) <= _CACHED_LENGTH else self._word_ids(word))
+            row.extend(
+                self._cached_ids(word) if len(word) <= _CACHED_LENGTH else self._word_ids(word)
+            )
             if len(row) >= self._context_length:
                 break
         row = row[: self._context_length - 1]
@@ -129,7 +152,9 @@ class _ClipRows:
 
 
 class _HuggingFaceRows:
-    """open_clip's `HFTokenizer`: everything as the file says, special tokens and truncation included."""
+    """open_clip's `HFTokenizer`: everything as the file says, special tokens and truncation
+    included.
+    """
 
     def __init__(self, core: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> None:
         core.no_padding()
@@ -147,7 +172,11 @@ class _HuggingFaceRows:
 
 def bytes_to_unicode() -> dict[int, str]:
     """GPT-2's printable stand-in for each byte, in the order of CLIP's vocabulary."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    plain = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     rest = [byte for byte in range(256) if byte not in plain]
     return {byte: chr(byte) for byte in plain} | {byte: chr(256 + n) for n, byte in enumerate(rest)}
 
@@ -169,4 +198,8 @@ def _canonicalize(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-_CLEAN: dict[str, Callable[[str], str]] = {"lower": _lower, "whitespace": _whitespace, "canonicalize": _canonicalize}
+_CLEAN: dict[str, Callable[[str], str]] = {
+    "lower": _lower,
+    "whitespace": _whitespace,
+    "canonicalize": _canonicalize,
+}

@@ -32,7 +32,9 @@ def told(handler: Handler) -> Handler:
         try:
             return handler(*given)
         except (RAdapterClientError, OSError, Image.DecompressionBombError) as error:
-            raise gradio.Error(public(str(error)), print_exception=False, title="No answer") from None
+            raise gradio.Error(
+                public(str(error)), print_exception=False, title="No answer"
+            ) from None
 
     return telling
 
@@ -57,7 +59,13 @@ def build(client: Client) -> gradio.Blocks:
                     elem_id="picture",
                 )
                 alpha = gradio.Slider(
-                    0, 1, 0.5, step=0.01, label="α, from 0 (base) to 1", visible=False, elem_id="alpha"
+                    0,
+                    1,
+                    0.5,
+                    step=0.01,
+                    label="α, from 0 (base) to 1",
+                    visible=False,
+                    elem_id="alpha",
                 )
             with gradio.Column(scale=3):
                 with gradio.Tab("Classify"):
@@ -131,7 +139,11 @@ def _search(client: Client, picture: Any) -> Any:
     def search(index: str, count: float, **query: Any) -> tuple[Any, str]:
         start = time.perf_counter()
         hits = client.search(**query, index=index or "", top_k=int(count), thumbnails=True)
-        shown = [(Image.open(io.BytesIO(hit.thumbnail)), f"{hit.score:.3f} {hit.id}") for hit in hits if hit.thumbnail]
+        shown = [
+            (Image.open(io.BytesIO(hit.thumbnail)), f"{hit.score:.3f} {hit.id}")
+            for hit in hits
+            if hit.thumbnail
+        ]
         return shown, f"{_took(start)}, {len(hits)} found"
 
     def search_text(text: str, index: str, count: float) -> tuple[Any, str]:
@@ -152,7 +164,9 @@ def _segment(client: Client, picture: Any, alpha: Any) -> None:
     labels = gradio.Textbox(_PARTS, label="Labels, one a line", lines=5, elem_id="parts")
     threshold = gradio.Slider(0, 1, 0, step=0.01, label="Pixels with a lower score are background")
     button = gradio.Button("Segment", variant="primary")
-    drawn = gradio.Image(label=f"Segments, at most {MAX_SIDE} pixels wide and high", elem_id="segments")
+    drawn = gradio.Image(
+        label=f"Segments, at most {MAX_SIDE} pixels wide and high", elem_id="segments"
+    )
     took = gradio.Markdown(elem_id="segments-took")
 
     def segment(file: str | None, text: str, least: float, at: float) -> tuple[Any, str]:
@@ -162,7 +176,9 @@ def _segment(client: Client, picture: Any, alpha: Any) -> None:
         image = ImageOps.exif_transpose(Image.open(file))
         image.thumbnail((MAX_SIDE, MAX_SIDE))
         start = time.perf_counter()
-        found = client.segment(image, lines(text), threshold=least or None, alpha=at if release.dynamic_alpha else None)
+        found = client.segment(
+            image, lines(text), threshold=least or None, alpha=at if release.dynamic_alpha else None
+        )
         return found.overlay(image), _took(start, found.release)
 
     button.click(told(segment), [picture, labels, threshold, alpha], [drawn, took])

@@ -56,13 +56,18 @@ class Settings:
         address = address_of(self.host)
         login = None if self.user is None else (self.user, _password(self.password_file))
         if login is None and not ipaddress.ip_address(address).is_loopback:
-            raise RAdapterError(f"--host {self.host} lets others open the page; give --user NAME --password-file FILE")
+            raise RAdapterError(
+                f"--host {self.host} lets others open the page; give --user NAME --password-file"
+                " FILE"
+            )
         return address, login
 
 
 def _password(file: Path | None) -> str:
     if file is None or not file.is_file():
-        raise RAdapterError(f"--password-file {file}: there is no such file; its first line is the password")
+        raise RAdapterError(
+            f"--password-file {file}: there is no such file; its first line is the password"
+        )
     try:
         password = file.read_text(encoding="utf-8").partition("\n")[0].strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -91,14 +96,17 @@ def serving(settings: Settings) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _launched(client: Client, address: str, port: int, login: tuple[str, str] | None) -> Iterator[str]:
+def _launched(
+    client: Client, address: str, port: int, login: tuple[str, str] | None
+) -> Iterator[str]:
     import gradio  # which takes seconds to load
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from radapter_serve.playground.page import build
 
-    # Without a login, a name of another site must not lead here, for its scripts would then belong to this page.
+    # Without a login, a name of another site must not lead here, for its scripts would then belong
+    # to this page.
     hosts = ["localhost", address] if login is None else ["*"]
     middleware: list[Any] = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
     fonts = ["system-ui", "sans-serif"]  # of the visitor's machine: none is fetched

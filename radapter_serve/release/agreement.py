@@ -1,7 +1,9 @@
-"""Proof that a graph computes what torch computes, on any machine and by any runtime: no torch needed.
+"""Proof that a graph computes what torch computes, on any machine and by any runtime: no torch
+needed.
 
-Each encoder of a release lies beside samples and torch's embeddings of them, written by the export. So whoever runs the
-graph in another way, or makes an engine of it, can check that the numbers are still the same.
+Each encoder of a release lies beside samples and torch's embeddings of them, written by the export.
+So whoever runs the graph in another way, or makes an engine of it, can check that the numbers are
+still the same.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ class Tolerance:
     min_cosine: float = LEAST_COSINE
 
     def widened(self, max_error: float) -> Tolerance:
-        """These bounds for another largest error; 1 - cosine grows with its square, up to 1 - LEAST_COSINE."""
+        """These bounds for another largest error; 1 - cosine grows with its square, up to 1 -
+        LEAST_COSINE.
+        """
         angle = (1 - self.min_cosine) * max(1.0, max_error / self.max_error) ** 2
         return Tolerance(max_error, max(1 - angle, LEAST_COSINE))
 
@@ -83,13 +87,19 @@ class Samples:
 
     def batches(self) -> Iterator[tuple[list[NDArray[Any]], NDArray[np.float32]]]:
         """What an encoder takes, one or two arrays, and what it shall give."""
-        for number, (values, reference) in enumerate(zip(self.inputs, self.references, strict=True)):
+        for number, (values, reference) in enumerate(
+            zip(self.inputs, self.references, strict=True)
+        ):
             yield [values, *self.alphas[number : number + 1]], reference
 
     def save(self, folder: Path) -> None:
         """Write `samples.npz` beside a graph."""
         arrays: dict[str, NDArray[np.generic]] = {}
-        for kind, batches in (("input", self.inputs), ("reference", self.references), ("alpha", self.alphas)):
+        for kind, batches in (
+            ("input", self.inputs),
+            ("reference", self.references),
+            ("alpha", self.alphas),
+        ):
             arrays |= {f"{kind}_{number}": batch for number, batch in enumerate(batches)}
         np.savez(folder / SAMPLES, **arrays)  # type: ignore[arg-type]
 
@@ -124,18 +134,23 @@ def compare(
         bounds: how far they may be apart; a number is that of `max_error`; None only measures.
 
     Raises:
-        RAdapterError: the graph fails on a batch, gives NaN, another shape, or differs by more than is allowed.
+        RAdapterError: the graph fails on a batch, gives NaN, another shape, or differs by more than
+            is allowed.
     """
     max_error, least = 0.0, 1.0
     for given, reference in samples.batches():
         try:
             embeds = encoder(*given)
         except Exception as error:
-            raise RAdapterError(f"{name} fails on a batch of shape {given[0].shape}: {error}") from error
+            raise RAdapterError(
+                f"{name} fails on a batch of shape {given[0].shape}: {error}"
+            ) from error
         if embeds.shape != reference.shape:
             raise RAdapterError(f"{name} gives {embeds.shape} where torch gives {reference.shape}")
         if not (np.isfinite(embeds).all() and np.isfinite(reference).all()):
-            raise RAdapterError(f"{name} gives values that are not finite at batch {len(reference)}")
+            raise RAdapterError(
+                f"{name} gives values that are not finite at batch {len(reference)}"
+            )
         a, b = embeds.astype(np.float64), reference.astype(np.float64)
         lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
         cosine = (a * b).sum(-1) / np.maximum(lengths, 1e-12)  # a zero vector agrees with none: 0
@@ -146,14 +161,20 @@ def compare(
     if bounds is not None and not agreement.within(bounds):
         advice = f"no --tolerance allows a cosine below {LEAST_COSINE}"
         if least > LEAST_COSINE:
-            needed = max(max_error, bounds.max_error * math.sqrt((1 - least) / (1 - bounds.min_cosine)))
+            needed = max(
+                max_error, bounds.max_error * math.sqrt((1 - least) / (1 - bounds.min_cosine))
+            )
             advice = f"if you accept this, give --tolerance {min(1.5 * needed, 1.0):.0e}"
         raise RAdapterError(
-            f"{name} differs from torch by up to {max_error:.2e} (1 - cosine up to {1 - least:.1e}), the tolerance is "
-            f"{bounds}; nothing was written. fp32 is the closest --precision; {advice}"
+            f"{name} differs from torch by up to {max_error:.2e} (1 - cosine up to"
+            f" {1 - least:.1e}), the tolerance is {bounds}; nothing was written. fp32 is the"
+            f" closest --precision; {advice}"
         )
     return agreement
 
 
 def _numbered(file: Any, kind: str) -> list[NDArray[Any]]:
-    return [file[f"{kind}_{number}"] for number in range(sum(name.startswith(f"{kind}_") for name in file.files))]
+    return [
+        file[f"{kind}_{number}"]
+        for number in range(sum(name.startswith(f"{kind}_") for name in file.files))
+    ]

@@ -1,4 +1,6 @@
-"""How sure a release may be: what makes its scores the share of answers that are right, fitted on validation data."""
+"""How sure a release may be: what makes its scores the share of answers that are right, fitted on
+validation data.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,18 @@ class Confidence:
     """What was fitted on validation data, at the release's own α.
 
     Args:
-        scale, bias: sigmoid(scale x cosine + bias) is the probability that a label is right, whatever the others are.
+        scale, bias: sigmoid(scale x cosine + bias) is the probability that a label is right,
+            whatever the others are.
         dataset: the validation data.
         n: its images.
         classes: its labels.
-        temperature: the softmax over all labels is of logits divided by it; None for models that were trained with a
-            sigmoid loss, and for `NO_TEMPERATURE`.
+        temperature: the softmax over all labels is of logits divided by it; None for models that
+            were trained with a sigmoid loss, and for `NO_TEMPERATURE`.
         ece_before: calibration error of the best label's score as the model gives it, in [0, 1].
-        ece_after: the same of the calibrated score. Each half of the images is scored by what the other half says.
-        label_ece: calibration error of all pairs of an image and a label by `scale` and `bias`, by halves too.
+        ece_after: the same of the calibrated score. Each half of the images is scored by what the
+            other half says.
+        label_ece: calibration error of all pairs of an image and a label by `scale` and `bias`, by
+            halves too.
     """
 
     scale: float

@@ -1,7 +1,8 @@
-"""Whether a release is what was exported: every file by its digest, and the configs by the release that they name.
+"""Whether a release is what was exported: every file by its digest, and the configs by the release
+that they name.
 
-The digests lie in `classify/N/SHA256SUMS`, in the format of sha256sum. In the folder of the model repository
-`sha256sum --check classify/N/SHA256SUMS` compares them, too.
+The digests lie in `classify/N/SHA256SUMS`, in the format of sha256sum. In the folder of the model
+repository `sha256sum --check classify/N/SHA256SUMS` compares them, too.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ def sums_of(repository: Path, version: int) -> Path:
 
 def write_sums(repository: Path, version: int) -> None:
     """Write the digests of all files of a release."""
-    _save(sums_of(repository, version), {name: digest_of(path) for name, path in _files(repository, version).items()})
+    _save(
+        sums_of(repository, version),
+        {name: digest_of(path) for name, path in _files(repository, version).items()},
+    )
 
 
 def renew_sums(repository: Path, version: int, names: Iterable[str]) -> None:
@@ -50,7 +54,9 @@ def renew_sums(repository: Path, version: int, names: Iterable[str]) -> None:
     _save(path, sums)
 
 
-def check(repository: Path, versions: Iterable[int], progress: Callable[[str], None] = lambda line: None) -> None:
+def check(
+    repository: Path, versions: Iterable[int], progress: Callable[[str], None] = lambda line: None
+) -> None:
     """Check releases before they are served: `verify` and `check_configs` for each.
 
     Raises:
@@ -61,7 +67,9 @@ def check(repository: Path, versions: Iterable[int], progress: Callable[[str], N
         check_configs(repository, version)
 
 
-def verify(repository: Path, version: int, progress: Callable[[str], None] = lambda line: None) -> None:
+def verify(
+    repository: Path, version: int, progress: Callable[[str], None] = lambda line: None
+) -> None:
     """Compare all files of a release with their digests.
 
     Args:
@@ -74,7 +82,9 @@ def verify(repository: Path, version: int, progress: Callable[[str], None] = lam
     """
     path = sums_of(repository, version)
     if not path.exists():
-        raise _broken(repository, version, [f"{_name(path, repository)}, the list of its digests, is missing"])
+        raise _broken(
+            repository, version, [f"{_name(path, repository)}, the list of its digests, is missing"]
+        )
     sums, found = _load(path), _files(repository, version)
     problems = dict.fromkeys(sums.keys() - found.keys(), "is missing")
     problems |= dict.fromkeys(found.keys() - sums.keys(), "does not belong to it")
@@ -91,48 +101,63 @@ def verify(repository: Path, version: int, progress: Callable[[str], None] = lam
                 told = percent
                 progress(f"checking the files of release {version}: {percent} %")
             if (digest := future.result()) != sums[name]:
-                problems[name] = "cannot be read" if digest is None else "differs" if sizes[name] else "is empty"
+                problems[name] = (
+                    "cannot be read" if digest is None else "differs" if sizes[name] else "is empty"
+                )
     if problems:
-        raise _broken(repository, version, [f"{as_text(name)} {why}" for name, why in sorted(problems.items())])
+        raise _broken(
+            repository,
+            version,
+            [f"{as_text(name)} {why}" for name, why in sorted(problems.items())],
+        )
 
 
 def check_configs(repository: Path, version: int) -> None:
     """Check that the configs belong together and to a release, or to another one as a whole.
 
-    Each version of a model has the config that it was exported with. The config above it, which Triton reads, may have
-    been changed by its owner (instances, kinds, engines), but not in what the models are to each other.
+    Each version of a model has the config that it was exported with. The config above it, which
+    Triton reads, may have been changed by its owner (instances, kinds, engines), but not in what
+    the models are to each other.
 
     Raises:
-        RAdapterError: one is missing, of another release than others are, or of other tensors; names the models.
+        RAdapterError: one is missing, of another release than others are, or of other tensors;
+            names the models.
     """
     release = Release.load(repository / "classify" / str(version))
     models = [model for model in MODELS if (repository / model / str(version)).is_dir()]
     upper = {model: repository / model / CONFIG for model in models}
     configs = {model: read_config(path) for model, path in upper.items() if path.exists()}
     naming = {model for model, config in configs.items() if version in named_releases(config)}
-    own = {model: path for model in models if (path := repository / model / str(version) / CONFIG).exists()}
+    own = {
+        model: path
+        for model in models
+        if (path := repository / model / str(version) / CONFIG).exists()
+    }
     if naming and (others := [model for model in models if model not in naming]):
-        why = ", ".join(f"{m} ({_names(configs[m])})" if m in configs else f"{m} (missing)" for m in others)
+        why = ", ".join(
+            f"{m} ({_names(configs[m])})" if m in configs else f"{m} (missing)" for m in others
+        )
         raise RAdapterError(
-            f"the configs in {repository} are of several releases: config.pbtxt names release {version} in "
-            f"{', '.join(sorted(naming))}, but not in {why}; copy all of them again, or export again with "
-            "radapter-export"
+            f"the configs in {repository} are of several releases: config.pbtxt names release"
+            f" {version} in {', '.join(sorted(naming))}, but not in {why}; copy all of them again,"
+            " or export again with radapter-export"
         )
     if not naming and (missing := [model for model in models if model not in own]):
         raise RAdapterError(
-            f"release {version} in {repository} cannot be served any more: it has no config of {', '.join(missing)}; "
-            "export it again with radapter-export"
+            f"release {version} in {repository} cannot be served any more: it has no config of"
+            f" {', '.join(missing)}; export it again with radapter-export"
         )
     for model in sorted(naming):
         if named_releases(configs[model])[version] != release:
             raise RAdapterError(
-                f"{upper[model]} is of another release {version} than {repository}/classify/{version}; copy all files "
-                "of one repository, or export again with radapter-export"
+                f"{upper[model]} is of another release {version} than"
+                f" {repository}/classify/{version}; copy all files of one repository, or export"
+                " again with radapter-export"
             )
         if model in own and (wrong := _difference(read_config(own[model]), configs[model])):
             raise RAdapterError(
-                f"{upper[model]}: {wrong}; to mend it, copy {model}/{version}/{CONFIG} over it, or export again with "
-                "radapter-export"
+                f"{upper[model]}: {wrong}; to mend it, copy {model}/{version}/{CONFIG} over it, or"
+                " export again with radapter-export"
             )
 
 
@@ -164,7 +189,9 @@ def _files(repository: Path, version: int) -> dict[str, Path]:
         folder = repository / model / str(version)
         for path in sorted(folder.rglob("*")):
             inside = path.relative_to(folder).parts
-            if path.is_file() and not any(part == "__pycache__" or part.startswith(".") for part in inside):
+            if path.is_file() and not any(
+                part == "__pycache__" or part.startswith(".") for part in inside
+            ):
                 found[str(PurePosixPath(model, str(version), *inside))] = path
     found.pop(_name(sums_of(repository, version), repository), None)
     return found
@@ -197,8 +224,8 @@ def _load(path: Path) -> dict[str, str]:
         found = _LINE.fullmatch(line)
         if not found or line is rest:  # whose end is cut off
             raise RAdapterError(
-                f"{path}, line {number}, is no digest with the name of a file; copy the release here again, or export "
-                "it again with radapter-export"
+                f"{path}, line {number}, is no digest with the name of a file; copy the release"
+                " here again, or export it again with radapter-export"
             )
         sums[os.fsdecode(found[2])] = f"sha256:{found[1].decode()}"
     return sums
@@ -208,8 +235,12 @@ def _broken(repository: Path, version: int, problems: list[str]) -> RAdapterErro
     shown = "; ".join(problems[:_SHOWN])
     more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     engines = all(_ENGINE in problem for problem in problems)
-    mend = f"build it again with radapter-build-engine {repository}" if engines else "copy the release here again"
+    mend = (
+        f"build it again with radapter-build-engine {repository}"
+        if engines
+        else "copy the release here again"
+    )
     return RAdapterError(
-        f"release {version} in {repository} is not as it was exported: {shown}{more}; {mend}, or export it again with "
-        "radapter-export"
+        f"release {version} in {repository} is not as it was exported: {shown}{more}; {mend}, or"
+        " export it again with radapter-export"
     )

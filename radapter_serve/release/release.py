@@ -1,4 +1,6 @@
-"""A release as an export writes it: every fact by name, as `release.json` and the models' configs hold them."""
+"""A release as an export writes it: every fact by name, as `release.json` and the models' configs
+hold them.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +31,19 @@ class Release:
 
     Args:
         version: its number in the model repository, which all models share.
-        alpha: the re-scaling that was folded, or the default where requests may bring their own; in [0, 1].
+        alpha: the re-scaling that was folded, or the default where requests may bring their own; in
+            [0, 1].
         architecture: of the base: an open_clip name, or `local-dir:PATH`.
         base_digest: of the base's adapted tensors.
         adapter_digest: of the adapter, or of the average of several.
-        preprocess: size in pixels, mode, interpolation, resize_mode, fill_color, mean, std, exif_orientation.
+        preprocess: size in pixels, mode, interpolation, resize_mode, fill_color, mean, std,
+            exif_orientation.
         tokenizer: kind, digest, context_length, dynamic_length, start, end, pad, clean.
         embed_dim: width of the embeddings.
         logit_scale: factor on the cosines.
         templates: prompt templates.
-        agreement: with torch: of each encoder max_error and min_cosine; batches, and the bounds tolerance, min_cosine.
+        agreement: with torch: of each encoder max_error and min_cosine; batches, and the bounds
+            tolerance, min_cosine.
         logit_bias: of models that were trained with a sigmoid loss; None for a softmax.
         dynamic_alpha: whether the encoders take α as an input.
         adapters: digest and weight of each adapter that was averaged.
@@ -52,7 +57,8 @@ class Release:
         tools: versions of what made it, by name.
         created: time in UTC, ISO 8601.
         accuracy: on validation data, by torch and by the encoders; None if it was not measured.
-        confidence: what makes scores calibrated, the fields of `Confidence`; None if it was not fitted.
+        confidence: what makes scores calibrated, the fields of `Confidence`; None if it was not
+            fitted.
         format: version of this format.
     """
 
@@ -85,10 +91,11 @@ class Release:
 
     @property
     def digest(self) -> str:
-        """`sha256:` over what decides the embeddings: the same fold, exported again, has the same digest.
+        """`sha256:` over what decides the embeddings: the same fold, exported again, has the same
+        digest.
 
-        A release whose α is an input has the digest of the fold at its α. Only in int8 the two differ, for there the
-        base and the adapter are rounded apart.
+        A release whose α is an input has the digest of the fold at its α. Only in int8 the two
+        differ, for there the base and the adapter are rounded apart.
         """
         deciding = {name: getattr(self, name) for name in _DECIDING}
         if self.quantization:
@@ -117,24 +124,31 @@ class Release:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them."""
         values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if name not in _OPTIONAL or value is not None}
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in _OPTIONAL or value is not None
+        }
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Release:
-        """Read what `to_dict` gave; unknown names are ignored, so that older software reads newer releases.
+        """Read what `to_dict` gave; unknown names are ignored, so that older software reads newer
+        releases.
 
         Raises:
-            RAdapterError: a fact is missing, or the release has an α for each layer, which is no more.
+            RAdapterError: a fact is missing, or the release has an α for each layer, which is no
+                more.
         """
         if facts.get("alpha_schedule"):
             raise RAdapterError(
-                "the release has alpha_schedule, an alpha by depth or by tower, which this radapter-serve does not "
-                "have; export it again with radapter-export"
+                "the release has alpha_schedule, an alpha by depth or by tower, which this"
+                " radapter-serve does not have; export it again with radapter-export"
             )
         fields = dataclasses.fields(cls)
         if missing := sorted({one.name for one in fields} - {*_OPTIONAL, *facts}):
             raise RAdapterError(
-                f"the release does not say its {', '.join(missing)}; export it again with radapter-export"
+                f"the release does not say its {', '.join(missing)}; export it again with"
+                " radapter-export"
             )
         return cls(**{one.name: facts[one.name] for one in fields if one.name in facts})
 

@@ -1,4 +1,6 @@
-"""What a model repository holds: releases, encoders, and the configs by which Triton is asked for a runtime."""
+"""What a model repository holds: releases, encoders, and the configs by which Triton is asked for a
+runtime.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ from radapter_serve.release.release import FILE, Release
 PATCH_ENCODER = "patch_encoder"  # the one model that a release may lack
 ENCODERS = ("image_encoder", PATCH_ENCODER, "text_encoder")
 TASKS = ("embed_image", "embed_text", "retrieve", "segment", "classify")
-MODELS = (*ENCODERS, *TASKS)  # in the order of writing: a version that stands in the last is complete
+MODELS = (
+    *ENCODERS,
+    *TASKS,
+)  # in the order of writing: a version that stands in the last is complete
 CONFIG = "config.pbtxt"
 
 
@@ -30,12 +35,14 @@ class Runtime:
     Attributes:
         file: what it loads, in a version's folder.
         kind: where its instances run.
-        threads: the parameter that says how many threads an instance computes with, if there is one.
+        threads: the parameter that says how many threads an instance computes with, if there is
+            one.
         parameters: those that every config has.
         gpus: on which its instances run; all that there are if empty.
         cuda: options of ONNX Runtime's provider on a GPU.
-        batched: whether Triton puts requests together. NVIDIA's `openvino` backend pads every batch to
-            `max_batch_size` rows if it does, so there a tensor's first dimension is its own, and any number of rows.
+        batched: whether Triton puts requests together. NVIDIA's `openvino` backend pads every batch
+            to `max_batch_size` rows if it does, so there a tensor's first dimension is its own, and
+            any number of rows.
     """
 
     file: str
@@ -48,7 +55,9 @@ class Runtime:
 
 
 TENSORRT = "tensorrt"
-CUDA_OPTIONS = {"use_tf32": "0"}  # TF32 is ONNX Runtime's default, and differs from fp32 in the fourth digit
+CUDA_OPTIONS = {
+    "use_tf32": "0"
+}  # TF32 is ONNX Runtime's default, and differs from fp32 in the fourth digit
 RUNTIMES = {
     "onnxruntime": Runtime(
         "model.onnx",
@@ -100,7 +109,9 @@ class ServedEncoder:
     def bounds(self) -> Tolerance:
         """How far from torch it may be, as at its export."""
         agreement = self.facts.agreement
-        return Tolerance(float(agreement["tolerance"]), max(LEAST_COSINE, float(agreement["min_cosine"])))
+        return Tolerance(
+            float(agreement["tolerance"]), max(LEAST_COSINE, float(agreement["min_cosine"]))
+        )
 
     @property
     def versions(self) -> list[int]:
@@ -114,7 +125,9 @@ class ServedEncoder:
         if served := [version for version in found if version in wanted]:
             return served
         names = ", ".join(map(str, wanted)) or "none at all"
-        raise RAdapterError(f"{self.folder} lacks the releases that it serves ({names}); run: radapter-export")
+        raise RAdapterError(
+            f"{self.folder} lacks the releases that it serves ({names}); run: radapter-export"
+        )
 
     @property
     def instances(self) -> int:
@@ -130,7 +143,11 @@ class ServedEncoder:
         path = self.folder / str(version) / RUNTIMES[runtime].file
         if not path.exists():
             plan = RUNTIMES[runtime].file == "model.plan"
-            make = f"build it here with: radapter-build-engine {self.folder.parent}" if plan else "run: radapter-export"
+            make = (
+                f"build it here with: radapter-build-engine {self.folder.parent}"
+                if plan
+                else "run: radapter-export"
+            )
             raise RAdapterError(f"{path}, which {runtime} needs, does not exist; {make}")
         return path
 
@@ -141,8 +158,9 @@ class ServedEncoder:
         if runtime != self.runtime:  # else what its owner may have changed stays, such as KIND_CPU
             configure(config, runtime, self.facts.precision, self.facts.max_batch_size)
         if all(dim == -1 for tensor in config.input for dim in tensor.dims):
-            # Where no size tells Triton that an empty batch is none, it takes the request and never answers it. Without
-            # batches of Triton's the encoder gets to see it; the tasks make the batches of texts anyway.
+            # Where no size tells Triton that an empty batch is none, it takes the request and never
+            # answers it. Without batches of Triton's the encoder gets to see it; the tasks make the
+            # batches of texts anyway.
             _batch(config, 0)
         if (name := RUNTIMES[runtime].threads) and threads:
             config.parameters[name].string_value = str(threads)
@@ -150,9 +168,13 @@ class ServedEncoder:
 
 
 def versions_of(model: Path) -> list[int]:
-    """The versions of a model that stand in its folder, the newest last; none where there is no such folder."""
+    """The versions of a model that stand in its folder, the newest last; none where there is no
+    such folder.
+    """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return sorted(int(path.name) for path in model.iterdir() if path.name.isdecimal() and path.is_dir())
+        return sorted(
+            int(path.name) for path in model.iterdir() if path.name.isdecimal() and path.is_dir()
+        )
     return []
 
 
@@ -163,7 +185,8 @@ def releases_of(repository: Path) -> list[int]:
 
 
 def newest_export(repository: Path) -> list[int]:
-    """The releases that the configs ask Triton to serve, which are those of the newest export; the newest last.
+    """The releases that the configs ask Triton to serve, which are those of the newest export; the
+    newest last.
 
     Raises:
         RAdapterError: the config of `classify` is broken.
@@ -199,7 +222,9 @@ def find_release(repository: str | Path) -> Path:
     path, number = split_repository(repository)
     task, found = Path(path, MODELS[-1]), releases_of(Path(path))
     if not found:
-        raise RAdapterError(f"no release in the model repository {path}; make one with radapter-export")
+        raise RAdapterError(
+            f"no release in the model repository {path}; make one with radapter-export"
+        )
     if number and int(number) not in found:
         raise RAdapterError(f"no release {number} in {path}; it holds {', '.join(map(str, found))}")
     return task / str(int(number) if number else found[-1])
@@ -245,16 +270,21 @@ def named_releases(config: Any) -> dict[int, Release]:
         RAdapterError: what it says of one is broken.
     """
     texts = {key: value.string_value for key, value in config.parameters.items()}
-    keys = [key for key in texts if key.startswith("release.")] or [key for key in texts if key == "release"]
+    keys = [key for key in texts if key.startswith("release.")] or [
+        key for key in texts if key == "release"
+    ]
     try:
         found = [Release.from_dict(json.loads(texts[key])) for key in keys]
     except (ValueError, TypeError, RecursionError) as error:
-        raise RAdapterError(f"the config of {config.name} says of its release what is no JSON: {error}") from error
+        raise RAdapterError(
+            f"the config of {config.name} says of its release what is no JSON: {error}"
+        ) from error
     return {int(release.version): release for release in found}
 
 
 def config_of(repository: Path, model: str, version: int) -> Any:
-    """The config of a model for a release: the one that Triton reads, where it names the release, else its own.
+    """The config of a model for a release: the one that Triton reads, where it names the release,
+    else its own.
 
     Raises:
         RAdapterError: there is none, or it is broken.
@@ -279,13 +309,21 @@ def encoders_of(repository: Path, releases: Sequence[int] = ()) -> list[ServedEn
     for model in ENCODERS if releases else ():
         folder = repository / model
         versions = [version for version in versions_of(folder) if version in releases]
-        if not versions and (folder / CONFIG).exists() and model != "patch_encoder":  # which a release may go without
+        if (
+            not versions and (folder / CONFIG).exists() and model != "patch_encoder"
+        ):  # which a release may go without
             names = ", ".join(map(str, releases))
-            raise RAdapterError(f"{folder} lacks the releases that are to be served ({names}); run: radapter-export")
+            raise RAdapterError(
+                f"{folder} lacks the releases that are to be served ({names}); run: radapter-export"
+            )
         if versions:
             config = config_of(repository, model, versions[-1])
             config.version_policy.specific.versions[:] = versions
-            found.append(ServedEncoder(folder, config, Release.load(repository / MODELS[-1] / str(versions[-1]))))
+            found.append(
+                ServedEncoder(
+                    folder, config, Release.load(repository / MODELS[-1] / str(versions[-1]))
+                )
+            )
     if releases:
         return found
     for path in sorted(repository.glob(f"*/{CONFIG}")):
@@ -305,7 +343,10 @@ def configure(config: Any, runtime: str, precision: str, max_batch_size: int) ->
         precision: of the release.
         max_batch_size: rows of a batch.
     """
-    ours = {_BF16, *(name for known in RUNTIMES.values() for name in (*known.parameters, known.threads))}
+    ours = {
+        _BF16,
+        *(name for known in RUNTIMES.values() for name in (*known.parameters, known.threads)),
+    }
     for name in ours & set(config.parameters):
         del config.parameters[name]
     chosen = RUNTIMES[runtime]
@@ -314,7 +355,9 @@ def configure(config: Any, runtime: str, precision: str, max_batch_size: int) ->
         group.kind, group.gpus[:] = chosen.kind, chosen.gpus
     config.optimization.execution_accelerators.ClearField("gpu_execution_accelerator")
     if chosen.cuda:
-        config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda", parameters=chosen.cuda)
+        config.optimization.execution_accelerators.gpu_execution_accelerator.add(
+            name="cuda", parameters=chosen.cuda
+        )
     parameters = dict(chosen.parameters)
     if runtime == "openvino" and precision == "bf16":
         parameters[_BF16] = "YES"
@@ -337,8 +380,8 @@ def _batch(config: Any, max_batch_size: int) -> None:
 def without_queue_policy(config: Any) -> None:
     """Take the limits of Triton's own queue out of a config, in place.
 
-    A queue that has any is not looked at when a model becomes free: what waits there waits for the next request, or for
-    half a second. `radapter_serve.server.backlog` has the limits instead.
+    A queue that has any is not looked at when a model becomes free: what waits there waits for the
+    next request, or for half a second. `radapter_serve.server.backlog` has the limits instead.
     """
     if config.HasField("dynamic_batching"):
         config.dynamic_batching.ClearField("default_queue_policy")

@@ -1,4 +1,6 @@
-"""Which releases of a model repository are served: remembered in `served.json` from the first `radapter-release` on."""
+"""Which releases of a model repository are served: remembered in `served.json` from the first
+`radapter-release` on.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,9 @@ class Served:
         if not releases or (lost := [one for one in releases if one not in found]):
             named = ", ".join(map(str, lost)) if releases else "none"
             raise RAdapterError(
-                f"{path} says that release {named} is served, and {repository} holds "
-                f"{', '.join(map(str, found)) or 'none'}; choose one of them: radapter-release load N"
+                f"{path} says that release {named} is served, and {repository} holds"
+                f" {', '.join(map(str, found)) or 'none'}; choose one of them: radapter-release"
+                " load N"
             )
         return cls(tuple(releases), tuple(one for one in before if one in found))
 
@@ -63,4 +66,6 @@ class Served:
             OSError: the repository cannot be written.
         """
         with staged(repository / FILE) as path:
-            path.write_text(json.dumps({"releases": self.releases, "before": self.before}), encoding="utf-8")
+            path.write_text(
+                json.dumps({"releases": self.releases, "before": self.before}), encoding="utf-8"
+            )

@@ -1,4 +1,5 @@
-"""The GPU through its driver alone, libcuda: neither torch nor a CUDA toolkit is needed, nor anything else from pip.
+"""The GPU through its driver alone, libcuda: neither torch nor a CUDA toolkit is needed, nor
+anything else from pip.
 
 TensorRT ends the process where there is no driver, so whoever uses it asks `find_gpu` first.
 """
@@ -19,8 +20,8 @@ _DRIVER = "libcuda.so.1"
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: TensorRT wants another stream than the default one
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 _INSTEAD = (
-    "an engine is built and run on the GPU that serves it: go on there, or take the ONNX graphs on this machine: "
-    "radapter-serve --runtime onnxruntime, or radapter-export --runtime onnxruntime"
+    "an engine is built and run on the GPU that serves it: go on there, or take the ONNX graphs on"
+    " this machine: radapter-serve --runtime onnxruntime, or radapter-export --runtime onnxruntime"
 )
 
 
@@ -74,7 +75,10 @@ class Stream:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for address in self._memory:
             self._driver.cuMemFree_v2(ctypes.c_uint64(address))
@@ -96,26 +100,40 @@ class Stream:
         """Address of a copy of an array."""
         address = self.allocate(array.nbytes)
         source = np.ascontiguousarray(array)
-        self._copy("cuMemcpyHtoDAsync_v2", ctypes.c_uint64(address), ctypes.c_void_p(source.ctypes.data), array.nbytes)
+        self._copy(
+            "cuMemcpyHtoDAsync_v2",
+            ctypes.c_uint64(address),
+            ctypes.c_void_p(source.ctypes.data),
+            array.nbytes,
+        )
         return address
 
     def download(self, address: int, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """The array at an address, once all work of the stream is done."""
         array = np.empty(shape, dtype)
-        self._copy("cuMemcpyDtoHAsync_v2", ctypes.c_void_p(array.ctypes.data), ctypes.c_uint64(address), array.nbytes)
+        self._copy(
+            "cuMemcpyDtoHAsync_v2",
+            ctypes.c_void_p(array.ctypes.data),
+            ctypes.c_uint64(address),
+            array.nbytes,
+        )
         return array
 
     def _copy(self, function: str, target: Any, source: Any, size: int) -> None:
         stream = ctypes.c_void_p(self.handle)
         _check(self._driver, function, target, source, ctypes.c_size_t(size), stream)
-        _check(self._driver, "cuStreamSynchronize", stream)  # before anybody touches the array on this side
+        _check(
+            self._driver, "cuStreamSynchronize", stream
+        )  # before anybody touches the array on this side
 
 
 def _load() -> ctypes.CDLL:
     try:
         driver = ctypes.CDLL(_DRIVER)
     except OSError:
-        raise RAdapterError(f"no GPU: this machine has no NVIDIA driver ({_DRIVER}); {_INSTEAD}") from None
+        raise RAdapterError(
+            f"no GPU: this machine has no NVIDIA driver ({_DRIVER}); {_INSTEAD}"
+        ) from None
     if status := driver.cuInit(ctypes.c_uint(0)):
         raise RAdapterError(f"no GPU: the NVIDIA driver says {_error(driver, status)}; {_INSTEAD}")
     return driver
@@ -125,7 +143,9 @@ def _first(driver: ctypes.CDLL) -> ctypes.c_int:
     count, device = ctypes.c_int(), ctypes.c_int()
     _check(driver, "cuDeviceGetCount", ctypes.byref(count))
     if not count.value:
-        raise RAdapterError(f"no GPU: the NVIDIA driver shows none (CUDA_VISIBLE_DEVICES?); {_INSTEAD}")
+        raise RAdapterError(
+            f"no GPU: the NVIDIA driver shows none (CUDA_VISIBLE_DEVICES?); {_INSTEAD}"
+        )
     _check(driver, "cuDeviceGet", ctypes.byref(device), ctypes.c_int(0))
     return device
 

@@ -19,7 +19,8 @@ class EmbeddingRelease(ABC):
 
     Args:
         facts: of the release.
-        origin: the flag of radapter-index that names it, `model_repository` or `url`, and its value.
+        origin: the flag of radapter-index that names it, `model_repository` or `url`, and its
+            value.
 
     Attributes:
         facts: of the release, with the α that it embeds at.
@@ -47,7 +48,8 @@ class EmbeddingRelease(ABC):
         self.preprocess = dataclasses.replace(self.preprocess, exif_orientation=exif_orientation)
 
     def prepare(self, data: bytes) -> Any:
-        """From the bytes of an image file to what `encode_images` takes, uint8 [S, S, 3]. Thread-safe.
+        """From the bytes of an image file to what `encode_images` takes, uint8 [S, S, 3].
+        Thread-safe.
 
         Raises:
             TaskError: no image, broken, or too large.

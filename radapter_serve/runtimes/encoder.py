@@ -28,13 +28,14 @@ class Encoder:
     Args:
         path: `model.onnx`, or `model.plan` for tensorrt.
         runtime: onnxruntime, openvino or tensorrt.
-        precision: of the release: fp32, fp16, bf16 or int8. OpenVINO computes in bf16 if it says so and the CPU can,
-            else in fp32; the other runtimes compute as the graph is typed.
+        precision: of the release: fp32, fp16, bf16 or int8. OpenVINO computes in bf16 if it says so
+            and the CPU can, else in fp32; the other runtimes compute as the graph is typed.
         threads: how many compute a batch; as many as the runtime likes if None.
         provider: an execution provider of ONNX Runtime.
 
     Raises:
-        RAdapterError: an unknown runtime, one that is not installed, or one that cannot load the file.
+        RAdapterError: an unknown runtime, one that is not installed, or one that cannot load the
+            file.
     """
 
     def __init__(
@@ -53,10 +54,13 @@ class Encoder:
         elif runtime == "tensorrt":
             self._inputs, self._run = _tensorrt(path)
         else:
-            raise RAdapterError(f"no runtime {runtime!r}; allowed are onnxruntime, openvino and tensorrt")
+            raise RAdapterError(
+                f"no runtime {runtime!r}; allowed are onnxruntime, openvino and tensorrt"
+            )
 
     def __call__(self, *values: NDArray[np.generic]) -> NDArray[np.float32]:
-        """One batch of images or tokens to embeddings, float32 [B, D] ([B, g, g, D] of a patch encoder).
+        """One batch of images or tokens to embeddings, float32 [B, D] ([B, g, g, D] of a patch
+        encoder).
 
         Args:
             values: an array for each of the graph's inputs, in their order.
@@ -83,8 +87,9 @@ def import_openvino() -> Any:
 def openvino_core() -> Any:
     """OpenVINO in this process, one for all encoders and to its end.
 
-    Its CPU plugin gives the thread a stack for signals, and puts the one before back when it goes. Of two that go in
-    another order the second puts back what the first has freed, and the next signal, such as Ctrl-C, is the last.
+    Its CPU plugin gives the thread a stack for signals, and puts the one before back when it goes.
+    Of two that go in another order the second puts back what the first has freed, and the next
+    signal, such as Ctrl-C, is the last.
 
     Raises:
         RAdapterError: it is not installed.
@@ -95,13 +100,15 @@ def openvino_core() -> Any:
 def openvino_properties(precision: str, threads: int | None = None) -> dict[str, Any]:
     """How OpenVINO's CPU plugin is to run a release of some precision.
 
-    Left alone it computes fp32 in bf16 wherever the CPU can, so the precision is always said. A CPU without bf16
-    computes in fp32 what asks for it.
+    Left alone it computes fp32 in bf16 wherever the CPU can, so the precision is always said. A CPU
+    without bf16 computes in fp32 what asks for it.
     """
     return {
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
         "PERFORMANCE_HINT": "LATENCY",
-        "ENABLE_CPU_PINNING": False,  # each encoder's process would pin its first thread to the first core
+        "ENABLE_CPU_PINNING": (
+            False
+        ),  # each encoder's process would pin its first thread to the first core
         **({} if threads is None else {"INFERENCE_NUM_THREADS": threads}),
     }
 
@@ -141,14 +148,19 @@ def _onnxruntime(path: Path, threads: int | None, provider: str) -> Loaded:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime's errors have no common base
-        raise RAdapterError(f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {reason(error)}") from error
+        raise RAdapterError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {reason(error)}"
+        ) from error
     used = session.get_providers()[0]
     if used != provider:
         raise RAdapterError(
-            f"ONNX Runtime uses {used} where {provider} was asked for; install onnxruntime-gpu with CUDA and cuDNN, or "
-            "set kind: KIND_CPU in the instance_group of the encoders' config.pbtxt"
+            f"ONNX Runtime uses {used} where {provider} was asked for; install onnxruntime-gpu with"
+            " CUDA and cuDNN, or set kind: KIND_CPU in the instance_group of the encoders'"
+            " config.pbtxt"
         )
-    return [tensor.name for tensor in session.get_inputs()], lambda feed: session.run(None, dict(feed))[0]
+    return [tensor.name for tensor in session.get_inputs()], lambda feed: session.run(
+        None, dict(feed)
+    )[0]
 
 
 def _openvino(path: Path, precision: str, threads: int | None) -> Loaded:

@@ -1,4 +1,6 @@
-"""A release in a model repository, run in this process as the server runs it, preprocessing and tokenizer included."""
+"""A release in a model repository, run in this process as the server runs it, preprocessing and
+tokenizer included.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +35,18 @@ class LocalRelease(EmbeddingRelease):
 
     def __init__(self, repository: str | Path, version: int | None = None) -> None:
         folder = find_release(repository if version is None else f"{repository}@{version}")
-        super().__init__(Release.load(folder), {"model_repository": str(Path(repository).absolute())})
+        super().__init__(
+            Release.load(folder), {"model_repository": str(Path(repository).absolute())}
+        )
         self.version = int(folder.name)
         self._repository = folder.parent.parent
         self._tokenizer = Tokenizer.load(folder / "tokenizer.json", self.facts.tokenizer)
         self._images, self._texts = self._encoder("image_encoder"), self._encoder("text_encoder")
         self._rows = self.facts.max_batch_size
 
-    def encode_images(self, images: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+    def encode_images(
+        self, images: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
+    ) -> NDArray[np.float32]:
         return self._in_batches(self._images, images)
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -48,7 +54,9 @@ class LocalRelease(EmbeddingRelease):
 
     @cached_property
     def patch_encoder(self) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]] | None:
-        """Prepared images, uint8 [B, S, S, 3], to float32 [B, g, g, D]; None where the release has no such graph."""
+        """Prepared images, uint8 [B, S, S, 3], to float32 [B, g, g, D]; None where the release has
+        no such graph.
+        """
         if not (self._repository / "patch_encoder" / str(self.version)).is_dir():
             return None
         encoder = self._encoder("patch_encoder")
@@ -66,4 +74,6 @@ class LocalRelease(EmbeddingRelease):
         pixels: NDArray[np.uint8] | Sequence[NDArray[np.uint8]],
     ) -> NDArray[np.float32]:
         starts = range(0, len(pixels), self._rows)
-        return np.concatenate([encoder(np.asarray(pixels[start : start + self._rows])) for start in starts])
+        return np.concatenate(
+            [encoder(np.asarray(pixels[start : start + self._rows])) for start in starts]
+        )

@@ -15,7 +15,8 @@ def release_of(origin: Mapping[str, str], version: int | None = None) -> Embeddi
 
     Args:
         origin: one of the two. A repository may name a release, as `DIR@N`.
-        version: number of the release in a repository that names none; the one that is served if None.
+        version: number of the release in a repository that names none; the one that is served if
+            None.
 
     Raises:
         RAdapterError: there is none.

@@ -27,14 +27,17 @@ def connect(url: str) -> tuple[Client, Served]:
     try:
         with Client(url) as client:
             release = client.release()
-        rows = min(16, int(release.facts.get("max_batch_size", 16)))  # a batch becomes some requests at once
+        rows = min(
+            16, int(release.facts.get("max_batch_size", 16))
+        )  # a batch becomes some requests at once
         return Client(url, release=release.version, batch_size=rows), release
     except RAdapterClientError as error:
         raise RAdapterError(f"{url}: {error}") from error
 
 
 class ServerRelease(EmbeddingRelease):
-    """A live server's newest release; it takes images as `prepare` gives them, and as bytes of files.
+    """A live server's newest release; it takes images as `prepare` gives them, and as bytes of
+    files.
 
     Args:
         url: `grpc://HOST:PORT` or `http://HOST:PORT`.

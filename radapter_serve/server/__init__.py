@@ -1,4 +1,5 @@
-"""tritonserver as a process: found, started with the right settings and runtimes, watched and stopped.
+"""tritonserver as a process: found, started with the right settings and runtimes, watched and
+stopped.
 
 What it answers lives in `tasks/`; nothing here imports torch.
 """

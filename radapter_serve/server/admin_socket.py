@@ -1,7 +1,9 @@
-"""Where `radapter-release` speaks with a running `radapter-serve`: a socket in the server's folder, lines of JSON.
+"""Where `radapter-release` speaks with a running `radapter-serve`: a socket in the server's folder,
+lines of JSON.
 
-The folder lets its owner in, and nobody else. A request is one line, such as `{"do": "load", "releases": [2]}`. The
-answer is lines of `{"say": ...}`, and a last one of `{"done": ...}` or `{"error": ...}`.
+The folder lets its owner in, and nobody else. A request is one line, such as `{"do": "load",
+"releases": [2]}`. The answer is lines of `{"say": ...}`, and a last one of `{"done": ...}` or
+`{"error": ...}`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ SOCKET = "release.sock"
 MAX_CALLERS = 8  # callers at once
 MAX_REQUEST_BYTES = 4096  # bytes of a request
 READ_TIMEOUT_SECONDS = 5.0  # seconds to wait for a request
-CLEANUP_INTERVAL_SECONDS = 15.0  # seconds between two looks whether an index still needs an older release
+CLEANUP_INTERVAL_SECONDS = (
+    15.0  # seconds between two looks whether an index still needs an older release
+)
 
 
 class AdminSocket:
@@ -69,11 +73,15 @@ class AdminSocket:
                 caller.close()
                 continue
             # Not shared with others: tritonserver ends with the thread that started it.
-            threading.Thread(target=self._serve, args=(caller,), name="admin socket caller", daemon=True).start()
+            threading.Thread(
+                target=self._serve, args=(caller,), name="admin socket caller", daemon=True
+            ).start()
 
     def _serve(self, caller: socket.socket) -> None:
         def say(**line: Any) -> None:
-            with contextlib.suppress(OSError):  # who left is told nothing; what he asked for goes on
+            with contextlib.suppress(
+                OSError
+            ):  # who left is told nothing; what he asked for goes on
                 caller.sendall(json.dumps(line).encode() + b"\n")
 
         try:
@@ -85,7 +93,12 @@ class AdminSocket:
         except RAdapterError as error:
             say(error=str(error))
         except (OSError, ValueError, TypeError, KeyError) as error:
-            say(error=f"this server does not understand the request ({error}); use the radapter-release of its version")
+            say(
+                error=(
+                    f"this server does not understand the request ({error}); use the"
+                    " radapter-release of its version"
+                )
+            )
         finally:
             self._callers.release()
 
@@ -107,7 +120,9 @@ class AdminSocket:
         raise ValueError(request["do"])
 
 
-def ask(folder: Path, request: dict[str, Any], say: Callable[[str], None] = lambda line: None) -> Any:
+def ask(
+    folder: Path, request: dict[str, Any], say: Callable[[str], None] = lambda line: None
+) -> Any:
     """Ask the server that has this folder.
 
     Args:
@@ -132,7 +147,9 @@ def ask(folder: Path, request: dict[str, Any], say: Callable[[str], None] = lamb
                 if "error" in answer:
                     raise RAdapterError(answer["error"])
                 say(answer["say"])
-    raise RAdapterError("the server ended before it had answered; see what it serves now: radapter-release list")
+    raise RAdapterError(
+        "the server ended before it had answered; see what it serves now: radapter-release list"
+    )
 
 
 def find_server(repository: Path, http_port: int | None = None) -> Path | None:
@@ -147,16 +164,21 @@ def find_server(repository: Path, http_port: int | None = None) -> Path | None:
     """
     found = {}
     for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
-        with contextlib.suppress(OSError, ValueError, RAdapterError):  # another user's, or one that is gone
+        with contextlib.suppress(
+            OSError, ValueError, RAdapterError
+        ):  # another user's, or one that is gone
             state = ask(folder, {"do": "state"})
             if state["repository"] == str(repository.resolve()):
                 found[int(state["http_port"])] = folder
     if http_port is not None and http_port not in found:
         ports = ", ".join(map(str, sorted(found))) or "no port at all"
-        raise RAdapterError(f"no server of {repository} listens on port {http_port} of this machine, but on {ports}")
+        raise RAdapterError(
+            f"no server of {repository} listens on port {http_port} of this machine, but on {ports}"
+        )
     if http_port is None and len(found) > 1:
         raise RAdapterError(
-            f"several servers serve {repository}; choose one: --http-port {' or '.join(map(str, sorted(found)))}"
+            f"several servers serve {repository}; choose one: --http-port"
+            f" {' or '.join(map(str, sorted(found)))}"
         )
     return next(iter(found.values()), None) if http_port is None else found[http_port]
 

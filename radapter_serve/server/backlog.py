@@ -1,4 +1,6 @@
-"""The limit of what waits for a model: counted from Triton's metrics, and kept by the processes of the model."""
+"""The limit of what waits for a model: counted from Triton's metrics, and kept by the processes of
+the model.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ MAX_WAITING = 128  # requests that may wait for a model
 MAX_SECONDS = 60.0  # that one of them may wait
 _TIMEOUT = 2.0  # seconds for Triton to list its metrics
 _LINE = re.compile(
-    r'^nv_inference_(pending_request_count|request_success|request_failure)\{(?:[^}]*,)?model="([^"]+)"[^}]*\} (\d+)',
+    r'^nv_inference_(pending_request_count|request_success|request_failure)\{(?:[^}]*,)?model="([^"]+)"[^}]*\}'
+    r" (\d+)",
     re.MULTILINE,
 )
 
@@ -70,7 +73,9 @@ class Queue:
             counts: at that time; those of the last call were counted earlier.
         """
         arrived = counts.done + counts.waiting
-        if not counts.waiting or (self._arrived and arrived < self._arrived[-1][1]):  # or Triton began to count anew
+        if not counts.waiting or (
+            self._arrived and arrived < self._arrived[-1][1]
+        ):  # or Triton began to count anew
             self._arrived.clear()
         self._arrived.append((now, arrived))
         while len(self._arrived) > 1 and self._arrived[1][0] <= now - self.max_seconds:
@@ -86,7 +91,8 @@ class Backlog:
     Args:
         url: of Triton's metrics.
         folder: where the processes of the models look; it is there.
-        processes: how many processes each model has, whose files are written; each refuses its share.
+        processes: how many processes each model has, whose files are written; each refuses its
+            share.
         max_waiting: requests that may wait for a model.
         max_seconds: that one of them may wait.
     """

@@ -21,14 +21,19 @@ class ServerConfig:
     Args:
         model_repository: folder that radapter-export has filled.
         endpoints: where the server listens.
-        releases: numbers of the releases to serve; None serves those of `served.json`, or those of the newest export.
+        releases: numbers of the releases to serve; None serves those of `served.json`, or those of
+            the newest export.
         indexes: folder of the indexes for `retrieve`; it need not exist yet.
-        runtime: runs the encoders, once its embeddings have been compared with torch's: onnxruntime, openvino or
-            tensorrt. "auto" measures the runtimes and takes the fastest. None keeps the runtime of the export.
-        threads: threads that compute in an encoder, shared by its instances; None takes one for each core.
-        instances: number of processes of each task, as a number for all tasks or TASK=NUMBER. A task that is not named
-            has one, as its config says. With two, a slow request does not hold up the other requests of its task.
-        max_waiting: requests that may wait for a model; if there are more, those that have waited longest are refused.
+        runtime: runs the encoders, once its embeddings have been compared with torch's:
+            onnxruntime, openvino or tensorrt. "auto" measures the runtimes and takes the fastest.
+            None keeps the runtime of the export.
+        threads: threads that compute in an encoder, shared by its instances; None takes one for
+            each core.
+        instances: number of processes of each task, as a number for all tasks or TASK=NUMBER. A
+            task that is not named has one, as its config says. With two, a slow request does not
+            hold up the other requests of its task.
+        max_waiting: requests that may wait for a model; if there are more, those that have waited
+            longest are refused.
         timeout: seconds to wait until every model answers.
         drain_seconds: seconds that running calls may take when the server is stopped.
         log: file for the server's messages; None keeps them only for the report of a failure.
@@ -58,9 +63,13 @@ class ServerConfig:
         if not self.timeout > 0:
             raise RAdapterError(f"--timeout is {self.timeout:g}; allowed are seconds above 0")
         if self.drain_seconds < 1:
-            raise RAdapterError(f"--drain-seconds is {self.drain_seconds}; allowed are whole seconds from 1")
+            raise RAdapterError(
+                f"--drain-seconds is {self.drain_seconds}; allowed are whole seconds from 1"
+            )
         if self.runtime not in (None, AUTO, *RUNTIMES):
-            raise RAdapterError(f"--runtime is {self.runtime}; allowed are {', '.join((*RUNTIMES, AUTO))}")
+            raise RAdapterError(
+                f"--runtime is {self.runtime}; allowed are {', '.join((*RUNTIMES, AUTO))}"
+            )
         if self.threads is not None and self.threads < 1:
             raise RAdapterError(f"--threads is {self.threads}; allowed are 1 and more")
         if self.max_waiting < 1:

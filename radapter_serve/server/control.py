@@ -1,6 +1,8 @@
-"""What only `radapter-serve` may ask of its tritonserver: which models are there, and to load or unload one.
+"""What only `radapter-serve` may ask of its tritonserver: which models are there, and to load or
+unload one.
 
-Triton's own interface for it takes code from whoever may use it, so it is closed to all who do not send the secret.
+Triton's own interface for it takes code from whoever may use it, so it is closed to all who do not
+send the secret.
 """
 
 from __future__ import annotations
@@ -42,7 +44,11 @@ class Answer:
     @property
     def error(self) -> str:
         """Why it was refused; empty if it was not."""
-        return str(self.body.get("error", self.body)) if self.status != 200 and isinstance(self.body, dict) else ""
+        return (
+            str(self.body.get("error", self.body))
+            if self.status != 200 and isinstance(self.body, dict)
+            else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,12 @@ class Control:
             RAdapterError: no answer, or a refusal.
         """
         return [
-            ServedVersion(one["name"], int(one.get("version") or 0), one.get("state", ""), one.get("reason", ""))
+            ServedVersion(
+                one["name"],
+                int(one.get("version") or 0),
+                one.get("state", ""),
+                one.get("reason", ""),
+            )
             for one in self._need("repository/index", {"ready": ready})
         ]
 
@@ -95,7 +106,8 @@ class Control:
         return {name: sorted(versions) for name, versions in sorted(models.items())}
 
     def load(self, model: str, *, timeout: float = 120.0) -> None:
-        """Load a model as its folder is now, and wait until it answers; one that is loaded is served meanwhile.
+        """Load a model as its folder is now, and wait until it answers; one that is loaded is
+        served meanwhile.
 
         Raises:
             RAdapterError: it does not load, or no answer in `timeout` seconds.
@@ -103,7 +115,8 @@ class Control:
         self._need(f"repository/models/{quote(model)}/load", {}, timeout=timeout)
 
     def unload(self, model: str, *, timeout: float = 30.0) -> None:
-        """Take a model away: it answers what it has begun, and takes no more. This does not wait for the answers.
+        """Take a model away: it answers what it has begun, and takes no more. This does not wait
+        for the answers.
 
         Raises:
             RAdapterError: no answer, or a refusal.
@@ -117,7 +130,9 @@ class Control:
         except NoAnswer:
             return False
 
-    def ask(self, path: str, body: Mapping[str, Any] | None = None, *, timeout: float = 10.0) -> Answer:
+    def ask(
+        self, path: str, body: Mapping[str, Any] | None = None, *, timeout: float = 10.0
+    ) -> Answer:
         """Send JSON to a path below /v2, or get what is there if `body` is None.
 
         Raises:

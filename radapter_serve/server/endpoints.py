@@ -16,15 +16,16 @@ class Endpoints:
     """The host and the ports of a server.
 
     Args:
-        host: address or name to listen on; the attribute is the address. The default is loopback, because the server
-            has no authentication.
+        host: address or name to listen on; the attribute is the address. The default is loopback,
+            because the server has no authentication.
         http_port: 1 to 65535; all three ports differ.
         grpc_port: as `http_port`.
         metrics_port: port of the Prometheus metrics, as `http_port`.
         trust_network: whether everybody who can reach a host beyond loopback may use the server.
 
     Raises:
-        RAdapterError: an unknown host, or one that other machines can reach although the network is not trusted.
+        RAdapterError: an unknown host, or one that other machines can reach although the network is
+            not trusted.
     """
 
     host: str = "127.0.0.1"
@@ -38,8 +39,9 @@ class Endpoints:
         object.__setattr__(self, "host", address_of(given))
         if not (self.loopback or self.trust_network):
             raise RAdapterError(
-                f"--host {given} lets other machines in, and Triton asks nobody for a password: leave --host out and "
-                "put radapter-gateway in front, or add --trust-network if you trust all who can reach this address"
+                f"--host {given} lets other machines in, and Triton asks nobody for a password:"
+                " leave --host out and put radapter-gateway in front, or add --trust-network if"
+                " you trust all who can reach this address"
             )
 
     @classmethod
@@ -100,7 +102,10 @@ class Endpoints:
     def flags(self) -> list[str]:
         """The arguments that tell tritonserver to listen here."""
         return [
-            *(f"--{kind}-address={'ipv6:' if self._is_ipv6 else ''}{self.host}" for kind in ("http", "metrics")),
+            *(
+                f"--{kind}-address={'ipv6:' if self._is_ipv6 else ''}{self.host}"
+                for kind in ("http", "metrics")
+            ),
             f"--grpc-address={f'[{self.host}]' if self._is_ipv6 else self.host}",
             f"--http-port={self.http_port}",
             f"--grpc-port={self.grpc_port}",
@@ -131,6 +136,7 @@ def address_of(host: str, flag: str = "--host") -> str:
     except (OSError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise RAdapterError(
-            f"{flag} {host!r}: {why}; give a name or an address of this machine, such as localhost or 0.0.0.0"
+            f"{flag} {host!r}: {why}; give a name or an address of this machine, such as localhost"
+            " or 0.0.0.0"
         ) from None
     return str(min(found, key=lambda info: info[0] != socket.AF_INET)[4][0])

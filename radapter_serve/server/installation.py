@@ -39,10 +39,15 @@ class Installation:
     @property
     def in_python(self) -> list[str]:
         """The backends whose models run in processes of their own."""
-        return ["python", *(name for name, folder in self.backends.items() if folder.parent == OUR_BACKENDS)]
+        return [
+            "python",
+            *(name for name, folder in self.backends.items() if folder.parent == OUR_BACKENDS),
+        ]
 
     def assemble(self, folder: Path) -> None:
-        """Make a backend directory in `folder`: links, and a copy of the Python backend, as Triton insists."""
+        """Make a backend directory in `folder`: links, and a copy of the Python backend, as Triton
+        insists.
+        """
         for name, source in self.backends.items():
             if name == "python":
                 shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -63,21 +68,25 @@ def find_tritonserver() -> Installation:
     _check_environment()
     spec = importlib.util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
-        raise RAdapterError(f"tritonserver is neither on PATH nor installed with nvidia-pytriton; {_mend()}")
+        raise RAdapterError(
+            f"tritonserver is neither on PATH nor installed with nvidia-pytriton; {_mend()}"
+        )
     return _wheel(Path(spec.submodule_search_locations[0]).absolute())
 
 
 def _native(binary: Path) -> Installation:
     folder = binary.parent.parent / "backends"
-    backends = {path.name: path for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else {}
+    backends = (
+        {path.name: path for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else {}
+    )
     if "python" not in backends:
         raise RAdapterError(f"{binary} has no Python backend in {folder}; {_mend()}")
     stub = backends["python"] / "triton_python_backend_stub"
     wanted = re.search(rb"libpython3\.(\d+)", stub.read_bytes()) if stub.exists() else None
     if wanted and int(wanted[1]) != sys.version_info[1]:
         raise RAdapterError(
-            f"the Python backend of {binary} is for Python 3.{int(wanted[1])}, this is {_python()}; "
-            f"install radapter-serve under Python 3.{int(wanted[1])} and start again"
+            f"the Python backend of {binary} is for Python 3.{int(wanted[1])}, this is {_python()};"
+            f" install radapter-serve under Python 3.{int(wanted[1])} and start again"
         )
     for name, ours in our_backends().items():
         if not (backends.get(name, folder) / f"libtriton_{name}.so").exists():
@@ -88,9 +97,16 @@ def _native(binary: Path) -> Installation:
 def _wheel(package: Path) -> Installation:
     server = package / "tritonserver"
     binary = server / "bin" / "tritonserver"
-    stub = server / "python_backend_stubs" / _python().removeprefix("Python ") / "triton_python_backend_stub"
+    stub = (
+        server
+        / "python_backend_stubs"
+        / _python().removeprefix("Python ")
+        / "triton_python_backend_stub"
+    )
     if not binary.exists() or not stub.exists():
-        raise RAdapterError(f"nvidia-pytriton at {package} brings no server for {_python()}; {_mend()}")
+        raise RAdapterError(
+            f"nvidia-pytriton at {package} brings no server for {_python()}; {_mend()}"
+        )
     _check_libpython()
     libdir = sysconfig.get_config_var("LIBDIR")
     return Installation(
@@ -111,20 +127,27 @@ def _check_environment() -> None:
     numpy = importlib.metadata.version("numpy")
     if int(numpy.split(".")[0]) >= 2:
         raise RAdapterError(
-            f"numpy {numpy} is installed, but Triton's Python backend misreads tensors under numpy 2; {_mend()}"
+            f"numpy {numpy} is installed, but Triton's Python backend misreads tensors under numpy"
+            f" 2; {_mend()}"
         )
     if sys.version_info >= (3, 13):
-        raise RAdapterError(f"this is {_python()}, for which there is no numpy below 2, as Triton needs; {_mend()}")
+        raise RAdapterError(
+            f"this is {_python()}, for which there is no numpy below 2, as Triton needs; {_mend()}"
+        )
 
 
 def _check_libpython() -> None:
     name = f"libpython{sys.version_info[0]}.{sys.version_info[1]}.so.1.0"
-    libdir, multiarch = sysconfig.get_config_var("LIBDIR") or "", sysconfig.get_config_var("MULTIARCH") or ""
+    libdir, multiarch = (
+        sysconfig.get_config_var("LIBDIR") or "",
+        sysconfig.get_config_var("MULTIARCH") or "",
+    )
     if any((Path(folder) / name).exists() for folder in (libdir, Path(libdir) / multiarch)):
         return
     if ctypes.util.find_library(name.removeprefix("lib").removesuffix(".so.1.0")) is None:
         raise RAdapterError(
-            f"{name} is missing, which Triton's Python backend needs; install the shared library of {_python()}"
+            f"{name} is missing, which Triton's Python backend needs; install the shared library of"
+            f" {_python()}"
         )
 
 
@@ -133,4 +156,6 @@ def _python() -> str:
 
 
 def _mend() -> str:
-    return f"with Python 3.10 to 3.12, {install_command('server')}; or use NVIDIA's Triton container"
+    return (
+        f"with Python 3.10 to 3.12, {install_command('server')}; or use NVIDIA's Triton container"
+    )

@@ -35,19 +35,28 @@ def counts(wanted: Sequence[str]) -> dict[str, int]:
     for one in wanted:
         task, _, number = one.rpartition("=")
         if task and task not in TASKS:
-            raise RAdapterError(f"--instances {one}: there is no task {task}; there are {', '.join(TASKS)}")
+            raise RAdapterError(
+                f"--instances {one}: there is no task {task}; there are {', '.join(TASKS)}"
+            )
         if not number.isdecimal() or not 1 <= int(number) <= MAX_INSTANCES:
             raise RAdapterError(
-                f"--instances {one}: allowed are 1 to {MAX_INSTANCES}, for all tasks (2) or for one (segment=2)"
+                f"--instances {one}: allowed are 1 to {MAX_INSTANCES}, for all tasks (2) or for one"
+                " (segment=2)"
             )
         (own if task else every).update(dict.fromkeys([task] if task else TASKS, int(number)))
     return {**every, **own}
 
 
-def with_instances(models: Mapping[str, ModelEntry], wanted: Mapping[str, int]) -> dict[str, ModelEntry]:
+def with_instances(
+    models: Mapping[str, ModelEntry], wanted: Mapping[str, int]
+) -> dict[str, ModelEntry]:
     """Models with so many instances of these tasks."""
     return {
-        name: replace(model, config=_with_count(model.config, wanted[name])) if name in wanted else model
+        name: (
+            replace(model, config=_with_count(model.config, wanted[name]))
+            if name in wanted
+            else model
+        )
         for name, model in models.items()
     }
 
@@ -89,21 +98,24 @@ def check_shared_memory(
         config = parsed(model.config)
         if config.backend in in_python:
             stubs += processes_of(model)
-        rows = max([rows, *(_batch_bytes(config.max_batch_size, tensor) for tensor in config.input)])
+        rows = max(
+            [rows, *(_batch_bytes(config.max_batch_size, tensor) for tensor in config.input)]
+        )
     if memory is None:
         return None
     # A stub begins with 1 MiB, and holds a batch on its way in while another is on its way out.
     least, enough = 2 * stubs * MIB, stubs * (2 * MIB + rows)
     how = (
-        f"in a container, set --shm-size={_round(enough)}m (Docker's default is 64 MB), or take fewer --instances; "
-        f"elsewhere: mount -o remount,size={_round(enough)}m {SHARED_MEMORY}"
+        f"in a container, set --shm-size={_round(enough)}m (Docker's default is 64 MB), or take"
+        f" fewer --instances; elsewhere: mount -o remount,size={_round(enough)}m {SHARED_MEMORY}"
     )
     if memory.free < least:
         need = f"{stubs} model processes need {least // MIB} MiB"
         raise RAdapterError(f"{SHARED_MEMORY} has {memory.free // MIB} MiB free, and {need}; {how}")
     if memory.size < enough:
         return (
-            f"{SHARED_MEMORY} has {memory.size // MIB} MiB; many full batches at once need {enough // MIB} MiB: {how}"
+            f"{SHARED_MEMORY} has {memory.size // MIB} MiB; many full batches at once need"
+            f" {enough // MIB} MiB: {how}"
         )
     return None
 

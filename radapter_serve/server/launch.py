@@ -18,19 +18,25 @@ from radapter_serve.server.processes import ending_with_parent, shm_prefix
 from radapter_serve.threads import environment
 
 WAITING = "surplus"  # what the processes of models are to refuse, a file for each model
-MODELS = "models"  # Triton loads what lies in this folder of a server's, and nothing that lies beside it
+MODELS = (  # Triton loads what lies in this folder of a server's, and nothing that lies beside it
+    "models"
+)
 # Modules by the names that the code of releases exported before December 2026 has for them.
 _FORMER = {
     "radapter_serve.tasks.responses": "radapter_serve.triton.responses",
     "radapter_serve.tasks.triton": "radapter_serve.triton.version",
 }
-# What a caller could read or change the server's memory, files and log by; open to who sends the secret of this server.
+# What a caller could read or change the server's memory, files and log by; open to who sends the
+# secret of this server.
 _RESTRICTED = "shared-memory,model-repository,trace,logging"
 _RESTRICTING = ("http-restricted-api", "grpc-restricted-protocol")
 
 
-def lay_out(folder: Path, installation: Installation, repository: Path, models: Mapping[str, ModelEntry]) -> None:
-    """Fill a server's folder with links to its backends and models, and with the configs that this machine needs.
+def lay_out(
+    folder: Path, installation: Installation, repository: Path, models: Mapping[str, ModelEntry]
+) -> None:
+    """Fill a server's folder with links to its backends and models, and with the configs that this
+    machine needs.
 
     Args:
         folder: of the server.
@@ -48,8 +54,13 @@ def lay_out(folder: Path, installation: Installation, repository: Path, models: 
 
 
 def put(folder: Path, repository: Path, name: str, model: ModelEntry | None) -> None:
-    """Let a model's folder in the server's hold what Triton is to load next; nothing if there is no model."""
-    target, versions = folder / MODELS / name, set() if model is None else {str(one) for one in model.versions}
+    """Let a model's folder in the server's hold what Triton is to load next; nothing if there is no
+    model.
+    """
+    target, versions = (
+        folder / MODELS / name,
+        set() if model is None else {str(one) for one in model.versions},
+    )
     for path in target.glob("*"):
         if path.name.isdecimal() and path.name not in versions:
             path.unlink() if path.is_symlink() else shutil.rmtree(path)
@@ -70,7 +81,8 @@ def _link(source: Path, target: Path) -> None:
         target.symlink_to(source)
         return
     target.mkdir()
-    # Python would write its own files beside model.py, and Triton would take that for another version of the code.
+    # Python would write its own files beside model.py, and Triton would take that for another
+    # version of the code.
     (target / "__pycache__").touch()
     for path in source.iterdir():
         if path.name not in ("__pycache__", code.name):
@@ -90,7 +102,8 @@ def command_line(
     exit_timeout: int,
     version_compatible: bool,
 ) -> list[str]:
-    """The program and its arguments, but for the models to load, for a folder that `lay_out` filled.
+    """The program and its arguments, but for the models to load, for a folder that `lay_out`
+    filled.
 
     Args:
         folder: of the server.
@@ -98,7 +111,8 @@ def command_line(
         endpoint_flags: where it listens.
         secret: opens what callers may not reach.
         exit_timeout: seconds that it waits for calls under way when it is stopped.
-        version_compatible: whether engines of TensorRT bring a runtime of their own, code that must be allowed.
+        version_compatible: whether engines of TensorRT bring a runtime of their own, code that must
+            be allowed.
     """
     arguments = [
         str(installation.binary),
@@ -116,7 +130,9 @@ def command_line(
     return ending_with_parent(arguments)
 
 
-def server_environment(installation: Installation, folder: Path, indexes: Path, threads: int) -> dict[str, str]:
+def server_environment(
+    installation: Installation, folder: Path, indexes: Path, threads: int
+) -> dict[str, str]:
     """The variables of the server's processes."""
     # The model processes take their Python from the first python3 on PATH.
     first = {"LD_LIBRARY_PATH": [*installation.libraries], "PATH": [Path(sys.executable).parent]}

@@ -51,10 +51,18 @@ class Messages:
 
 
 def reason(log: str) -> str:
-    """The line of a server's log that says best why it failed: a model that did not load, else the last error."""
-    lines = [line for line in log.splitlines() if not re.search("CudaDriver|NVML|DCGM", line)]  # said without a GPU
+    """The line of a server's log that says best why it failed: a model that did not load, else the
+    last error.
+    """
+    lines = [
+        line for line in log.splitlines() if not re.search("CudaDriver|NVML|DCGM", line)
+    ]  # said without a GPU
     errors = [line for line in lines if re.match(r"[EF]\d{4} ", line)]
-    best = [line for line in errors if "failed to load" in line] or errors or [line for line in lines if line.strip()]
+    best = (
+        [line for line in errors if "failed to load" in line]
+        or errors
+        or [line for line in lines if line.strip()]
+    )
     if not best:
         return "it wrote nothing"
     return re.sub(r"^[EF]\d{4} \S+ +\d+ \S+\] ", "", best[-1]).strip().strip('"')

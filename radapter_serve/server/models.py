@@ -1,4 +1,6 @@
-"""What a server is to load: its models with their versions and configs, for some releases of a repository."""
+"""What a server is to load: its models with their versions and configs, for some releases of a
+repository.
+"""
 
 from __future__ import annotations
 
@@ -65,14 +67,18 @@ def models_of(repository: Path) -> dict[str, list[int]]:
         RAdapterError: no such folder, or it holds no release.
     """
     if not repository.is_dir():
-        raise RAdapterError(f"the model repository {repository} does not exist; make it with: radapter-export")
+        raise RAdapterError(
+            f"the model repository {repository} does not exist; make it with: radapter-export"
+        )
     models = {
         path.parent.name: versions
         for path in sorted(repository.glob("*/config.pbtxt"))
         if (versions := versions_of(path.parent))
     }
     if not models:
-        raise RAdapterError(f"the model repository {repository} holds no release; make one with: radapter-export")
+        raise RAdapterError(
+            f"the model repository {repository} holds no release; make one with: radapter-export"
+        )
     return models
 
 
@@ -81,8 +87,9 @@ def plan_models(
 ) -> dict[str, ModelEntry]:
     """The models of some releases, in the order of loading.
 
-    The configs of tasks name the releases that are served, for clients to read. Those of encoders name none: with a
-    config that stays the same, Triton goes on with the versions that it has and loads the others beside them.
+    The configs of tasks name the releases that are served, for clients to read. Those of encoders
+    name none: with a config that stays the same, Triton goes on with the versions that it has and
+    loads the others beside them.
 
     Args:
         repository: the model repository.
@@ -92,18 +99,25 @@ def plan_models(
     """
     found = {}
     facts = {
-        version: json.dumps(Release.load(repository / MODELS[-1] / str(version)).to_dict()) for version in releases
+        version: json.dumps(Release.load(repository / MODELS[-1] / str(version)).to_dict())
+        for version in releases
     }
     for model in MODELS:
         there = versions_of(repository / model)
         versions = [one for one in releases if one in there]
         if not versions:
             continue
-        config = parsed(encoders[model]) if model in encoders else config_of(repository, model, versions[-1])
+        config = (
+            parsed(encoders[model])
+            if model in encoders
+            else config_of(repository, model, versions[-1])
+        )
         for name in [name for name in config.parameters if name.split(".")[0] == "release"]:
             del config.parameters[name]
         if model in TASKS:
-            named = {f"release.{version}": facts[version] for version in versions} | {"release": facts[versions[-1]]}
+            named = {f"release.{version}": facts[version] for version in versions} | {
+                "release": facts[versions[-1]]
+            }
             for name, text in named.items():
                 config.parameters[name].string_value = text
         without_queue_policy(config)
@@ -131,11 +145,15 @@ def other_models(repository: Path, encoders: Mapping[str, str]) -> dict[str, Mod
     }
 
 
-def kept_for_indexes(repository: Path, releases: Sequence[int], indexes: Path) -> dict[int, list[str]]:
-    """Older releases that made an index that is still there, with the names of the indexes; the newest first.
+def kept_for_indexes(
+    repository: Path, releases: Sequence[int], indexes: Path
+) -> dict[int, list[str]]:
+    """Older releases that made an index that is still there, with the names of the indexes; the
+    newest first.
 
-    A newer release than those that are served is none of them: it would answer whoever names no release. Nor is one
-    whose files are not those of its export, or whose encoders cannot be loaded beside the others.
+    A newer release than those that are served is none of them: it would answer whoever names no
+    release. Nor is one whose files are not those of its export, or whose encoders cannot be loaded
+    beside the others.
 
     Args:
         repository: the model repository.
@@ -156,7 +174,9 @@ def kept_for_indexes(repository: Path, releases: Sequence[int], indexes: Path) -
         older = [one for one in matching if one < max(releases)]
         if older and not set(matching) & set(releases):
             found.setdefault(older[-1], []).append(name)
-    fitting = [version for version in sorted(found, reverse=True) if _fits(repository, releases, version)]
+    fitting = [
+        version for version in sorted(found, reverse=True) if _fits(repository, releases, version)
+    ]
     return {version: found[version] for version in fitting[:MAX_KEPT_RELEASES]}
 
 
@@ -171,7 +191,9 @@ def _fits(repository: Path, releases: Sequence[int], version: int) -> bool:
 
 
 def difference(one: Any, other: Any) -> str:
-    """Why versions of an encoder with these configs cannot be loaded side by side; empty if they can."""
+    """Why versions of an encoder with these configs cannot be loaded side by side; empty if they
+    can.
+    """
     for field in ("backend", "default_model_filename", "max_batch_size"):
         if getattr(one, field) != getattr(other, field):
             return f"its {field} is {getattr(other, field)!r} and not {getattr(one, field)!r}"

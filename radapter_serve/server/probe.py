@@ -1,4 +1,6 @@
-"""Asking each task whether it answers: all it does before the server is called ready, and a little while it runs."""
+"""Asking each task whether it answers: all it does before the server is called ready, and a little
+while it runs.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from radapter_serve.server.watch import SERVER
 INTERVAL_SECONDS = 5.0  # from an answer to the next question
 TIMEOUT_SECONDS = 10.0  # to wait for an answer
 MAX_UNANSWERED = 2  # questions, one after the other
-# Hundredths of a second of processor time: a model that uses them before the time-out is busy, not frozen.
+# Hundredths of a second of processor time: a model that uses them before the time-out is busy, not
+# frozen.
 BUSY_TICKS = 10
 
 ENCODERS = ("image_encoder", "patch_encoder", "text_encoder")
@@ -28,7 +31,8 @@ def _texts(name: str, *values: str, rows: bool = True) -> dict[str, Any]:
     return {"name": name, "shape": shape, "datatype": "BYTES", "data": list(values)}
 
 
-# What takes a task all the way through its encoders, so that no caller's first request has to wait for them.
+# What takes a task all the way through its encoders, so that no caller's first request has to wait
+# for them.
 WHOLE: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "embed_image": [_texts("image", _PNG)],
     "embed_text": [_texts("text", "a")],
@@ -51,7 +55,9 @@ SMALL: Mapping[str, Sequence[Mapping[str, Any]]] = {
 TASKS = tuple(SMALL)
 
 
-def warm_up(control: Control, models: Mapping[str, Sequence[int]], timeout: float, clock: Clock = SYSTEM) -> None:
+def warm_up(
+    control: Control, models: Mapping[str, Sequence[int]], timeout: float, clock: Clock = SYSTEM
+) -> None:
     """Ask each version of each task once, and wait for the answers.
 
     Args:
@@ -68,10 +74,13 @@ def warm_up(control: Control, models: Mapping[str, Sequence[int]], timeout: floa
         for version in versions if model in WHOLE else ():
             path = f"models/{model}/versions/{version}/infer"
             try:
-                answer = control.ask(path, {"inputs": WHOLE[model]}, timeout=max(0.1, deadline - clock.monotonic()))
+                answer = control.ask(
+                    path, {"inputs": WHOLE[model]}, timeout=max(0.1, deadline - clock.monotonic())
+                )
             except NoAnswer:
                 raise RAdapterError(
-                    f"{model} version {version} did not answer within {timeout:g} s; allow more with --timeout"
+                    f"{model} version {version} did not answer within {timeout:g} s; allow more"
+                    " with --timeout"
                 ) from None
             if not works(answer):
                 raise RAdapterError(f"{model} version {version} fails: {answer.error}")
@@ -95,8 +104,8 @@ class _Asked:
 class Probe:
     """Finds what lives but does not answer, such as a process that waits for itself.
 
-    A server under load may leave a question in its queue for long. So silence counts only while nothing that could
-    answer, the model or an encoder, does any work.
+    A server under load may leave a question in its queue for long. So silence counts only while
+    nothing that could answer, the model or an encoder, does any work.
 
     Args:
         control: of the server.
@@ -134,7 +143,11 @@ class Probe:
         Returns:
             Those that no longer answer; `SERVER` alone if it is the server itself.
         """
-        silent = [name for name in (SERVER, *SMALL) if (name == SERVER or name in models) and self._step(name)]
+        silent = [
+            name
+            for name in (SERVER, *SMALL)
+            if (name == SERVER or name in models) and self._step(name)
+        ]
         return [SERVER] if SERVER in silent else silent
 
     def forget(self) -> None:
@@ -162,7 +175,9 @@ class Probe:
         """Whether there was any answer: even a failure comes from a process that lives."""
         path = "health/live" if name == SERVER else f"models/{name}/infer"
         try:
-            self._control.ask(path, None if name == SERVER else {"inputs": SMALL[name]}, timeout=self._timeout)
+            self._control.ask(
+                path, None if name == SERVER else {"inputs": SMALL[name]}, timeout=self._timeout
+            )
         except NoAnswer:
             return False
         return True

@@ -1,4 +1,6 @@
-"""What a server's processes are, and what is left of them: a folder in /tmp and files in /dev/shm, both of one name."""
+"""What a server's processes are, and what is left of them: a folder in /tmp and files in /dev/shm,
+both of one name.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,11 @@ if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[2:])"""
 
 
 def ending_with_parent(command: Sequence[str]) -> list[str]:
-    """A command as a child that is killed when this process (more exactly: the thread that starts it) ends.
+    """A command as a child that is killed when this process (more exactly: the thread that starts
+    it) ends.
 
-    Asked to stop by SIGTERM, it would keep its ports for as long as a caller keeps a connection open.
+    Asked to stop by SIGTERM, it would keep its ports for as long as a caller keeps a connection
+    open.
     """
     return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
 
@@ -34,18 +38,22 @@ def shm_prefix(folder: Path) -> str:
 
 
 def hide_shared_memory(folder: Path) -> None:
-    """Remove the names of a server's files in /dev/shm: its processes keep them open, and nobody else can open them."""
+    """Remove the names of a server's files in /dev/shm: its processes keep them open, and nobody
+    else can open them.
+    """
     for file in Path("/dev/shm").glob(f"{shm_prefix(folder)}*"):
         file.unlink(missing_ok=True)
 
 
 def hide_argument(pid: int, secret: str) -> None:
-    """Write spaces over a secret in the command line of a child, which has read it and which every user can look at.
+    """Write spaces over a secret in the command line of a child, which has read it and which every
+    user can look at.
 
     Where the kernel does not let a parent do this, the secret stays there.
     """
     with contextlib.suppress(OSError, IndexError, ValueError):
-        # 48th and 49th of proc_pid_stat(5): where the arguments begin and end; the 2nd, a name, may hold spaces
+        # 48th and 49th of proc_pid_stat(5): where the arguments begin and end; the 2nd, a name, may
+        # hold spaces
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         start, end = int(fields[45]), int(fields[46])
         with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
@@ -62,7 +70,8 @@ def remove(folder: Path) -> None:
 
 
 def lock_folder(folder: Path) -> int:
-    """Lock a server's folder for as long as the returned handle is open; a killed program closes it.
+    """Lock a server's folder for as long as the returned handle is open; a killed program closes
+    it.
 
     Raises:
         OSError: another program holds the lock, or the folder cannot be opened.
@@ -127,7 +136,9 @@ class Process:
 
     @property
     def model(self) -> tuple[str, int] | None:
-        """Name and version of the model that it runs: its argument is .../MODEL/VERSION/model.py."""
+        """Name and version of the model that it runs: its argument is
+        .../MODEL/VERSION/model.py.
+        """
         found = re.search(r"([^/]+)/(\d+)/[^/]+$", self.argument)
         return (found[1], int(found[2])) if found else None
 

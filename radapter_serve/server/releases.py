@@ -43,8 +43,8 @@ class Releases:
             What was done, in one line.
 
         Raises:
-            RAdapterError: a release does not exist, is not as it was exported, or does not answer rightly; the present
-                releases are still served.
+            RAdapterError: a release does not exist, is not as it was exported, or does not answer
+                rightly; the present releases are still served.
         """
         wanted = require_known(self._server.config.model_repository, releases)
         return self._change(self._server.serving.served.next(wanted), say)
@@ -69,7 +69,9 @@ class Releases:
             if set(kept) < set(serving.kept):
                 models = server.plan_models(releases, kept)
                 self._switch(models, lambda line: None)
-            remaining = {version: names for version, names in kept.items() if version in serving.kept}
+            remaining = {
+                version: names for version, names in kept.items() if version in serving.kept
+            }
             server.record(serving.served, remaining)
         except RAdapterError:
             pass  # they stay a little longer
@@ -83,7 +85,9 @@ class Releases:
         if wanted.releases == server.serving.served.releases:
             return f"release {named} is served already"
         if not self._one_at_a_time.acquire(blocking=False):
-            raise RAdapterError("the server is changing its releases already; wait for it: radapter-release list")
+            raise RAdapterError(
+                "the server is changing its releases already; wait for it: radapter-release list"
+            )
         try:
             check(config.model_repository, wanted.releases, say)
             kept = kept_for_indexes(config.model_repository, wanted.releases, config.indexes)
@@ -113,10 +117,14 @@ def require_known(repository: Path, releases: Sequence[int]) -> list[int]:
     """
     found = releases_of(repository)
     if not found:
-        raise RAdapterError(f"no release in the model repository {repository}; make one with: radapter-export")
+        raise RAdapterError(
+            f"no release in the model repository {repository}; make one with: radapter-export"
+        )
     for version in releases:
         if version not in found:
-            raise RAdapterError(f"no release {version} in {repository}; it holds {format_list(found)}")
+            raise RAdapterError(
+                f"no release {version} in {repository}; it holds {format_list(found)}"
+            )
     return sorted(set(releases))
 
 
@@ -127,7 +135,9 @@ def previous(served: Served) -> Served:
         RAdapterError: nothing was served before.
     """
     if not served.before:
-        raise RAdapterError("no release was served before this one; name one: radapter-release load N")
+        raise RAdapterError(
+            "no release was served before this one; name one: radapter-release load N"
+        )
     return served.next(served.before)
 
 
@@ -136,7 +146,10 @@ def save(repository: Path, served: Served) -> str:
     try:
         served.save(repository)
     except OSError as error:
-        return f", until the server ends: {repository} cannot be written ({error.strerror}), so a restart forgets it"
+        return (
+            f", until the server ends: {repository} cannot be written ({error.strerror}), so a"
+            " restart forgets it"
+        )
     return ""
 
 

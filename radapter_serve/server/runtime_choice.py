@@ -1,4 +1,6 @@
-"""Which runtime serves a release on this machine: any that computes what torch computed, or the fastest of them."""
+"""Which runtime serves a release on this machine: any that computes what torch computed, or the
+fastest of them.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,8 @@ class Configured:
         configs: of each encoder, by name: its runtime and its threads.
         runtime: of all of them; None if each has its own.
         measured: what was measured to choose the runtime; nothing if it was given.
-        version_compatible: whether an engine brings a runtime of its own, code that Triton runs only if told to.
+        version_compatible: whether an engine brings a runtime of its own, code that Triton runs
+            only if told to.
     """
 
     configs: dict[str, str] = field(default_factory=dict)
@@ -82,11 +85,14 @@ def configure(
         progress: called with a short line before each step.
 
     Raises:
-        RAdapterError: the server lacks the runtime, it does not compute the same, or there is no encoder to run by it.
+        RAdapterError: the server lacks the runtime, it does not compute the same, or there is no
+            encoder to run by it.
     """
     encoders = encoders_of(repository, releases)
     if runtime is not None and not encoders:
-        raise RAdapterError(f"{repository} holds no encoder of radapter-export; leave --runtime {runtime} out")
+        raise RAdapterError(
+            f"{repository} holds no encoder of radapter-export; leave --runtime {runtime} out"
+        )
     shares = {encoder.name: share(threads, encoder.instances) for encoder in encoders}
     found, chosen = Configured(), runtime
     if runtime == AUTO:
@@ -96,7 +102,9 @@ def configure(
     for encoder in encoders:
         own = chosen or encoder.runtime
         if own not in installation.backends:
-            raise RAdapterError(f"{installation.binary} has no backend {own}, which {encoder.name} asks for")
+            raise RAdapterError(
+                f"{installation.binary} has no backend {own}, which {encoder.name} asks for"
+            )
         files = [encoder.file(version, own) for version in encoder.versions]
         if own == TENSORRT:
             plans = [check_plan(file.parent) for file in files]
@@ -107,20 +115,24 @@ def configure(
                 check(encoder, own, shares[encoder.name])
             except RAdapterError as error:
                 raise RAdapterError(
-                    f"{error}; leave --runtime out ({encoder.name} was exported for {encoder.runtime}), or export "
-                    f"for it: radapter-export --runtime {own}"
+                    f"{error}; leave --runtime out ({encoder.name} was exported for"
+                    f" {encoder.runtime}), or export for it: radapter-export --runtime {own}"
                 ) from error
         found.configs[encoder.name] = encoder.configured(own, shares[encoder.name])
     return found
 
 
-def check(encoder: ServedEncoder, runtime: str, threads: int | None = None) -> tuple[float, Encoder]:
-    """1 − cosine between a runtime's embeddings and torch's, the largest over all samples of all served versions.
+def check(
+    encoder: ServedEncoder, runtime: str, threads: int | None = None
+) -> tuple[float, Encoder]:
+    """1 − cosine between a runtime's embeddings and torch's, the largest over all samples of all
+    served versions.
 
     The newest version comes with it, loaded.
 
     Raises:
-        RAdapterError: the runtime is not installed, cannot load a graph, or differs by more than was allowed at export.
+        RAdapterError: the runtime is not installed, cannot load a graph, or differs by more than
+            was allowed at export.
     """
     bounds, distance = encoder.bounds, 0.0
     for version in encoder.versions:
@@ -143,7 +155,8 @@ def measure(
     backends: Collection[str],
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Measured]:
-    """Check each encoder with each runtime, and time the newest version of those that agree; they take turns.
+    """Check each encoder with each runtime, and time the newest version of those that agree; they
+    take turns.
 
     Args:
         encoders: of a repository.
@@ -170,7 +183,9 @@ def measure(
             for batch in BATCHES
         }
         for runtime in RUNTIMES:
-            medians = {batch: seconds[batch][runtime] for batch in BATCHES} if runtime in runs else {}
+            medians = (
+                {batch: seconds[batch][runtime] for batch in BATCHES} if runtime in runs else {}
+            )
             distance, why = distances.get(runtime, math.nan), reasons.get(runtime, "")
             found.append(Measured(encoder.name, runtime, medians, distance, why))
     return found
@@ -186,20 +201,28 @@ def fastest(measured: Sequence[Measured]) -> str:
     for runtime in RUNTIMES:
         own = [one for one in measured if one.runtime == runtime]
         if own and all(one.seconds for one in own):
-            costs[runtime] = sum(seconds / batch for one in own for batch, seconds in one.seconds.items())
+            costs[runtime] = sum(
+                seconds / batch for one in own for batch, seconds in one.seconds.items()
+            )
     if not costs:
-        reasons = "; ".join(f"{one.encoder} by {one.runtime}: {one.why}" for one in measured if one.why)
+        reasons = "; ".join(
+            f"{one.encoder} by {one.runtime}: {one.why}" for one in measured if one.why
+        )
         raise RAdapterError(f"no runtime can run all encoders: {reasons}")
     return min(costs, key=costs.__getitem__)
 
 
 def _load(encoder: ServedEncoder, version: int, runtime: str, threads: int | None) -> Encoder:
     path, provider = encoder.file(version, runtime), _provider(encoder, runtime)
-    return Encoder(path, runtime, precision=encoder.facts.precision, threads=threads, provider=provider)
+    return Encoder(
+        path, runtime, precision=encoder.facts.precision, threads=threads, provider=provider
+    )
 
 
 def _provider(encoder: ServedEncoder, runtime: str) -> str:
-    """ONNX Runtime's, where Triton will place it: on a GPU if there is one, unless the config says KIND_CPU."""
+    """ONNX Runtime's, where Triton will place it: on a GPU if there is one, unless the config says
+    KIND_CPU.
+    """
     kinds = {group.kind for group in encoder.config.instance_group}
     if runtime == encoder.runtime and model_config_pb2.ModelInstanceGroup.KIND_CPU in kinds:
         return "CPUExecutionProvider"

@@ -22,7 +22,8 @@ from radapter_serve.server.triton_server import TritonServer
 def verify_in_second_server(
     server: TritonServer, releases: Sequence[int], say: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Load releases as a server would, ask each of their tasks once, and compare their encoders with torch's samples.
+    """Load releases as a server would, ask each of their tasks once, and compare their encoders
+    with torch's samples.
 
     Args:
         server: as which they are loaded: its repository, runtime and threads.
@@ -30,7 +31,8 @@ def verify_in_second_server(
         say: called with a short line before each step.
 
     Raises:
-        RAdapterError: a model does not load, a task does not answer, or an encoder gives other embeddings than torch.
+        RAdapterError: a model does not load, a task does not answer, or an encoder gives other
+            embeddings than torch.
     """
     repository = server.config.model_repository
     config = ServerConfig(
@@ -51,17 +53,26 @@ def verify_in_second_server(
                     samples = Samples.load(encoder.folder / str(version))
                     compare(
                         f"{encoder.name} of release {version}",
-                        _encode(client, encoder.name, version, [one.name for one in encoder.config.input]),
+                        _encode(
+                            client,
+                            encoder.name,
+                            version,
+                            [one.name for one in encoder.config.input],
+                        ),
                         samples,
                         encoder.bounds,
                     )
 
 
-def _encode(client: tritonclient.grpc.InferenceServerClient, model: str, version: int, inputs: list[str]) -> Encode:
+def _encode(
+    client: tritonclient.grpc.InferenceServerClient, model: str, version: int, inputs: list[str]
+) -> Encode:
     def encode(*arrays: NDArray[np.generic]) -> NDArray[np.float32]:
         tensors = []
         for name, array in zip(inputs, arrays, strict=True):
-            tensor = tritonclient.grpc.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+            tensor = tritonclient.grpc.InferInput(
+                name, list(array.shape), np_to_triton_dtype(array.dtype)
+            )
             tensors.append(tensor.set_data_from_numpy(array))
         reply = client.infer(model, tensors, str(version), client_timeout=120.0)
         [output] = reply.get_response().outputs

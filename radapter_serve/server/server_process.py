@@ -1,4 +1,6 @@
-"""One tritonserver as a process of the operating system: started, asked whether it runs, and stopped."""
+"""One tritonserver as a process of the operating system: started, asked whether it runs, and
+stopped.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class ServerProcess(Protocol):
         """Its exit status, or minus the number of the signal that ended it; None while it runs."""
 
     def stop(self, grace_seconds: float) -> None:
-        """End it and its children: ask it to, and kill them all if it still runs after `grace_seconds`."""
+        """End it and its children: ask it to, and kill them all if it still runs after
+        `grace_seconds`.
+        """
 
 
 StartProcess = Callable[[Launch, "IO[bytes] | None"], ServerProcess]
@@ -70,7 +74,9 @@ class TritonProcess:
         return self._process.poll()
 
     def stop(self, grace_seconds: float) -> None:
-        """End it and its children: ask it to, and kill them all if it still runs after `grace_seconds`."""
+        """End it and its children: ask it to, and kill them all if it still runs after
+        `grace_seconds`.
+        """
         if grace_seconds > 0:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):

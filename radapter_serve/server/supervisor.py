@@ -90,8 +90,8 @@ class _History:
 class Supervisor:
     """Looks after a server that runs: starts again what died or no longer answers.
 
-    What becomes ready is started again for ever, with pauses that grow where it dies often. What does not become ready
-    in `MAX_FAILURES` starts, one after the other, is given up.
+    What becomes ready is started again for ever, with pauses that grow where it dies often. What
+    does not become ready in `MAX_FAILURES` starts, one after the other, is given up.
 
     Args:
         server: that was started.
@@ -141,7 +141,9 @@ class Supervisor:
                 self._server.kill(name)
                 failures.append(Failure(name, "it no longer answered, so it was killed"))
         if any(failure.name == SERVER for failure in failures):
-            failures = [failure for failure in failures if failure.name == SERVER]  # which brings its models back
+            failures = [
+                failure for failure in failures if failure.name == SERVER
+            ]  # which brings its models back
         for name, one in self._beside.items():
             if (why := one.died()) is not None:
                 failures.append(Failure(name, why))
@@ -156,8 +158,9 @@ class Supervisor:
         while True:
             if history.failures >= MAX_FAILURES:
                 raise RAdapterError(
-                    f"{failure}; it has not become ready in {MAX_FAILURES} starts, so radapter-serve gives up; "
-                    "once that is mended, start it again, with all its messages: radapter-serve --verbose"
+                    f"{failure}; it has not become ready in {MAX_FAILURES} starts, so"
+                    " radapter-serve gives up; once that is mended, start it again, with all its"
+                    " messages: radapter-serve --verbose"
                 )
             pause = self._pause(history)
             self._say(f"{failure}; starting it again" + (f" in {pause:g} s" if pause else ""))
@@ -170,7 +173,9 @@ class Supervisor:
                 return  # the server died or froze meanwhile: the next look tells
             except RAdapterError as error:
                 history.failures += 1
-                failure = Failure(failure.name, f"it could not be started again: {error}", failure.version)
+                failure = Failure(
+                    failure.name, f"it could not be started again: {error}", failure.version
+                )
                 continue
             break
         history.up_since = self._clock.monotonic()
@@ -187,7 +192,9 @@ class Supervisor:
             self._server.reload(name)
 
     def _ready(self, name: str) -> None:
-        """A start is done: with tritonserver, all its models are ready; of a program beside it, time will tell."""
+        """A start is done: with tritonserver, all its models are ready; of a program beside it,
+        time will tell.
+        """
         for other, history in self._histories.items():
             if other not in self._beside and name in (SERVER, other):
                 history.failures = 0

@@ -3,9 +3,9 @@
 A switch is a plan, made first and then carried out:
 
 1. Encoders: the new versions are loaded next to the old ones, which the old tasks still call.
-2. Tasks: each loads its new version, and goes over to it in one step when it is ready. From here on the new release
-   answers new calls. The old one still answers the calls that it has begun.
-3. Once the old tasks have answered, their encoders are unloaded.
+2. Tasks: each loads its new version, and goes over to it in one step when it is ready. From here on
+   the new release answers new calls. The old one still answers the calls that it has begun. 3. Once
+   the old tasks have answered, their encoders are unloaded.
 
 If anything fails in 1 or 2, the steps are undone, the last one first.
 """
@@ -25,7 +25,9 @@ from radapter_serve.server.control import ServedVersion
 from radapter_serve.server.models import ModelEntry, difference, parsed
 
 LOAD_TIMEOUT_SECONDS = 300.0
-DRAIN_TIMEOUT_SECONDS = 180.0  # for tasks to answer what they have begun; longer than the longest request
+DRAIN_TIMEOUT_SECONDS = (
+    180.0  # for tasks to answer what they have begun; longer than the longest request
+)
 _POLL_SECONDS = 0.2
 
 
@@ -95,19 +97,25 @@ class Plan:
     """The way of a server from some models to others.
 
     Attributes:
-        switch: steps until the new releases answer; if one fails, it and those before it are undone.
-        clean_up: steps that unload what is no longer needed; if one fails, more stays loaded than is needed.
+        switch: steps until the new releases answer; if one fails, it and those before it are
+            undone.
+        clean_up: steps that unload what is no longer needed; if one fails, more stays loaded than
+            is needed.
     """
 
     switch: tuple[Step, ...]
     clean_up: tuple[Step, ...]
 
     def roll_back(self, begun: int) -> tuple[Step, ...]:
-        """The steps that undo the first `begun` steps of `switch`, the last one first: tasks before their encoders."""
+        """The steps that undo the first `begun` steps of `switch`, the last one first: tasks before
+        their encoders.
+        """
         undo = []
         drain: frozenset[str] = frozenset()
         for step in reversed(self.switch[:begun]):
-            changes = tuple(change.undo() for change in step.changes if change.before != change.after)
+            changes = tuple(
+                change.undo() for change in step.changes if change.before != change.after
+            )
             undo.append(Step(f"undoing: {step.title}", changes, drain))
             drain |= {change.model for change in changes if change.model not in ENCODERS}
         return tuple(undo)
@@ -117,7 +125,8 @@ def check_side_by_side(live: Mapping[str, ModelEntry], new: Mapping[str, ModelEn
     """Check that the encoders of new releases can be loaded next to those that are served.
 
     Raises:
-        RAdapterError: they cannot; names the encoder, and how to serve the new releases nevertheless.
+        RAdapterError: they cannot; names the encoder, and how to serve the new releases
+            nevertheless.
     """
     for name in ENCODERS:
         if name not in live or name not in new:
@@ -125,8 +134,8 @@ def check_side_by_side(live: Mapping[str, ModelEntry], new: Mapping[str, ModelEn
         why = difference(parsed(live[name].config), parsed(new[name].config))
         if why:
             raise RAdapterError(
-                f"{name} cannot be loaded beside the one that is served: {why}; stop the server, give this command "
-                "again, and start the server"
+                f"{name} cannot be loaded beside the one that is served: {why}; stop the server,"
+                " give this command again, and start the server"
             )
 
 
@@ -153,7 +162,12 @@ def plan_switch(live: Mapping[str, ModelEntry], new: Mapping[str, ModelEntry]) -
             both = before.at({*before.versions, *model.versions})
         switch.append(Step(f"loading {name}", (Change(name, before, both),)))
         unload_encoders.append(Change(name, both, both.at(model.versions)))
-    switch.append(Step(f"loading {', '.join(tasks)}", tuple(Change(name, live.get(name), new[name]) for name in tasks)))
+    switch.append(
+        Step(
+            f"loading {', '.join(tasks)}",
+            tuple(Change(name, live.get(name), new[name]) for name in tasks),
+        )
+    )
     if gone_tasks:
         changes = tuple(Change(name, live[name], None) for name in gone_tasks)
         clean_up.append(Step(f"unloading {', '.join(gone_tasks)}", changes))
@@ -164,7 +178,9 @@ def plan_switch(live: Mapping[str, ModelEntry], new: Mapping[str, ModelEntry]) -
     return Plan(tuple(switch), tuple(clean_up))
 
 
-def carry_out(plan: Plan, server: Server, say: Callable[[str], None], clock: Clock = SYSTEM) -> None:
+def carry_out(
+    plan: Plan, server: Server, say: Callable[[str], None], clock: Clock = SYSTEM
+) -> None:
     """Carry out a plan on a server that runs.
 
     Args:
@@ -181,13 +197,16 @@ def carry_out(plan: Plan, server: Server, say: Callable[[str], None], clock: Clo
         try:
             _apply(server, step, clock)
         except (RAdapterError, OSError) as error:
-            # A server that died is restarted from its folder, so every step is undone there, whatever Triton answers.
+            # A server that died is restarted from its folder, so every step is undone there,
+            # whatever Triton answers.
             _apply_all(server, plan.roll_back(number), say, clock)
             raise RAdapterError(str(error)) from error
     _apply_all(server, plan.clean_up, say, clock)
 
 
-def _apply_all(server: Server, steps: Collection[Step], say: Callable[[str], None], clock: Clock) -> None:
+def _apply_all(
+    server: Server, steps: Collection[Step], say: Callable[[str], None], clock: Clock
+) -> None:
     """Apply steps, each whether or not the one before failed."""
     for step in steps:
         say(step.title)

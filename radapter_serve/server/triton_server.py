@@ -63,7 +63,8 @@ class Serving:
 
     Attributes:
         served: the releases that are served, and those before them.
-        kept: older releases that embed queries to the indexes that they made, with the names of the indexes.
+        kept: older releases that embed queries to the indexes that they made, with the names of the
+            indexes.
         offered: the models in the server's folder, with their configs.
         models: the models that are loaded, and their versions.
     """
@@ -93,7 +94,9 @@ class Checks:
 
 @dataclass(frozen=True)
 class _Folder:
-    """A server's folder, which only its owner can read, and the handle that locks it while the server lives."""
+    """A server's folder, which only its owner can read, and the handle that locks it while the
+    server lives.
+    """
 
     path: Path
     lock: int
@@ -113,8 +116,8 @@ class TritonServer:
 
     The server ends with the thread that started it, so that a killed program leaves none behind.
 
-    No caller can load a model into it: that would let him run his own code. `Releases` puts other releases in the place
-    of those that it serves, and `Supervisor` keeps it up.
+    No caller can load a model into it: that would let him run his own code. `Releases` puts other
+    releases in the place of those that it serves, and `Supervisor` keeps it up.
 
     Args:
         config: its settings.
@@ -130,8 +133,8 @@ class TritonServer:
         changing: held while the server's folder or its processes change.
 
     Raises:
-        RAdapterError: at `start` (or on entering): no server, no release, a port in use, a runtime that is not right
-            here, or a model that does not load or does not answer.
+        RAdapterError: at `start` (or on entering): no server, no release, a port in use, a runtime
+            that is not right here, or a model that does not load or does not answer.
     """
 
     def __init__(
@@ -215,8 +218,12 @@ class TritonServer:
         kept = kept_for_indexes(repository, served.releases, self.config.indexes)
         encoders = self._configure(served.releases, progress)
         released = plan_models(repository, served.releases, sorted(kept), encoders)
-        offered = with_instances({**other_models(repository, encoders), **released}, self.config.instance_counts)
-        warning = check_shared_memory(offered, self._installation.in_python, SharedMemory.of_this_machine())
+        offered = with_instances(
+            {**other_models(repository, encoders), **released}, self.config.instance_counts
+        )
+        warning = check_shared_memory(
+            offered, self._installation.in_python, SharedMemory.of_this_machine()
+        )
         self.serving = Serving(served, kept, offered)
         self.checks = replace(self.checks, warning=warning)
         progress(f"starting tritonserver for {repository}")
@@ -229,7 +236,10 @@ class TritonServer:
         return self
 
     def plan_models(
-        self, releases: Sequence[int], kept: Collection[int], progress: Callable[[str], None] = _ignore
+        self,
+        releases: Sequence[int],
+        kept: Collection[int],
+        progress: Callable[[str], None] = _ignore,
     ) -> dict[str, ModelEntry]:
         """The models of releases, as this server is to load them on this machine.
 
@@ -244,7 +254,9 @@ class TritonServer:
         """Change a model in the server's folder, to be loaded from there; None removes it."""
         put(self.folder, self.config.model_repository, name, model)
         with self._updating:
-            offered = {other: entry for other, entry in self.serving.offered.items() if other != name}
+            offered = {
+                other: entry for other, entry in self.serving.offered.items() if other != name
+            }
             if model is not None:
                 offered[name] = model
             self.serving = replace(self.serving, offered=offered)
@@ -255,7 +267,9 @@ class TritonServer:
             self.serving = replace(self.serving, served=served, kept=kept)
 
     def refresh_shared_memory(self) -> None:
-        """Hide the memory of processes, and ask what is loaded; to be called after models were loaded."""
+        """Hide the memory of processes, and ask what is loaded; to be called after models were
+        loaded.
+        """
         hide_shared_memory(self.folder)
         if self._running is not None:
             self._running.watch.models()  # so that a process that dies before the next poll is known by then
@@ -274,7 +288,8 @@ class TritonServer:
             self._run("ab")
 
     def reload(self, model: str) -> None:
-        """Start the processes of a model again; the calls that they had begun fail, and the other models go on.
+        """Start the processes of a model again; the calls that they had begun fail, and the other
+        models go on.
 
         Raises:
             RAdapterError: it does not load.
@@ -285,13 +300,17 @@ class TritonServer:
             self.refresh_shared_memory()
 
     def failures(self) -> list[Failure]:
-        """What has died since the last call; to be called now and then, because Triton does not look by itself."""
+        """What has died since the last call; to be called now and then, because Triton does not
+        look by itself.
+        """
         if self._running is None:
             return [Failure(SERVER, "it was not started, or it was stopped")]
         failures = self._running.watch.poll()
         code = self._running.process.poll()
         if code is not None and code >= 0:  # it was not ended by a signal, so its log says why
-            return [Failure(SERVER, f"{failure.why}: {self._messages.reason()}") for failure in failures]
+            return [
+                Failure(SERVER, f"{failure.why}: {self._messages.reason()}") for failure in failures
+            ]
         return failures
 
     def check(self) -> None:
@@ -319,7 +338,9 @@ class TritonServer:
             self._running.watch.kill(name)
 
     def stop(self) -> None:
-        """Stop the server and all its processes; nothing of it stays, in /dev/shm, /tmp or the model repository."""
+        """Stop the server and all its processes; nothing of it stays, in /dev/shm, /tmp or the
+        model repository.
+        """
         # What stops already must not be cut short by a second Ctrl-C.
         with handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._end_process(grace_seconds=self.config.drain_seconds + 5)
@@ -332,11 +353,16 @@ class TritonServer:
         return self.start()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.stop()
 
-    def _configure(self, releases: Sequence[int], progress: Callable[[str], None]) -> dict[str, str]:
+    def _configure(
+        self, releases: Sequence[int], progress: Callable[[str], None]
+    ) -> dict[str, str]:
         """The config of each encoder for this machine."""
         assert self._installation is not None
         configured = configure(
@@ -350,8 +376,8 @@ class TritonServer:
         known = self.checks.version_compatible
         if configured.version_compatible and not known and self._running is not None:
             raise RAdapterError(
-                "an engine brings a TensorRT runtime of its own, which a server allows from its start on; stop the "
-                "server, give this command again, and start the server"
+                "an engine brings a TensorRT runtime of its own, which a server allows from its"
+                " start on; stop the server, give this command again, and start the server"
             )
         self.checks = replace(
             self.checks,
@@ -391,7 +417,9 @@ class TritonServer:
         return Launch((*command, *models), environment, self.folder)
 
     def _run(self, mode: Literal["wb", "ab"]) -> None:
-        """Start the process, and wait until all tasks have answered; `mode` begins its log or adds to it."""
+        """Start the process, and wait until all tasks have answered; `mode` begins its log or adds
+        to it.
+        """
         with self._messages.open(mode) as output:
             process = self._start_process(self._launch(), output)
         running = _Running(process, Watch(process))
@@ -414,7 +442,9 @@ class TritonServer:
         while not self.control.is_ready():
             code = process.poll()
             if code is not None:
-                raise RAdapterError(f"tritonserver did not start: {how_it_ended(code)}: {self._messages.reason()}")
+                raise RAdapterError(
+                    f"tritonserver did not start: {how_it_ended(code)}: {self._messages.reason()}"
+                )
             if self._clock.monotonic() > deadline:
                 why = f"was not ready after {self.config.timeout:g} s: {self._messages.reason()}"
                 raise RAdapterError(f"tritonserver {why}; allow more with --timeout")
@@ -440,5 +470,6 @@ def _disk_errors() -> Iterator[None]:
     except OSError as error:
         why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
         raise RAdapterError(
-            f"cannot write into {tempfile.gettempdir()}: {why}; free some space, or set TMPDIR to another"
+            f"cannot write into {tempfile.gettempdir()}: {why}; free some space, or set TMPDIR to"
+            " another"
         ) from None

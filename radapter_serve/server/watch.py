@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from radapter_serve.clock import SYSTEM, Clock
-from radapter_serve.server.processes import STOPPED, Process, children, how_it_ended, killed_for_memory
+from radapter_serve.server.processes import (
+    STOPPED,
+    Process,
+    children,
+    how_it_ended,
+    killed_for_memory,
+)
 
 SERVER, GATEWAY = "tritonserver", "radapter-gateway"
 _SAME_TIME = 10.0  # seconds
@@ -37,7 +43,9 @@ class Failure:
 
     def __str__(self) -> str:
         version = "" if self.version is None else f" version {self.version}"
-        what = self.name if self.name in (SERVER, GATEWAY) else f"the process of {self.name}{version}"
+        what = (
+            self.name if self.name in (SERVER, GATEWAY) else f"the process of {self.name}{version}"
+        )
         return f"{what} died: {self.why}"
 
 
@@ -55,8 +63,9 @@ class Watched(Protocol):
 class Watch:
     """What became of a tritonserver and the processes of its models.
 
-    A look tells only what it has seen twice: a model's process that is unloaded is dead for a moment, too. What is told
-    is started again with all processes of its model, so whatever becomes of the present ones after that is not told.
+    A look tells only what it has seen twice: a model's process that is unloaded is dead for a
+    moment, too. What is told is started again with all processes of its model, so whatever becomes
+    of the present ones after that is not told.
 
     Args:
         process: tritonserver.
@@ -84,7 +93,9 @@ class Watch:
         self._starved = -math.inf
 
     def poll(self) -> list[Failure]:
-        """What has died since the last look. What a signal has stopped is killed, for it holds up its callers."""
+        """What has died since the last look. What a signal has stopped is killed, for it holds up
+        its callers.
+        """
         kills = self._killed_for_memory()
         if kills > self._kills:
             self._starved = self._clock.monotonic()
@@ -100,19 +111,29 @@ class Watch:
         certain = suspects & self._suspects
         self._suspects = suspects
         models = {self._names[pid][0] for pid in certain if pid in self._names}
-        told = self._told | certain | {pid for pid, (name, _) in self._names.items() if name in models}
+        told = (
+            self._told | certain | {pid for pid, (name, _) in self._names.items() if name in models}
+        )
         self._told = told & set(found)
         failures = [self._failure(pid, found[pid], short_of_memory) for pid in sorted(certain)]
         return list({(failure.name, failure.version): failure for failure in failures}.values())
 
     def models(self) -> dict[int, str]:
-        """The models of the processes that live, by process number; to be asked once models were loaded, too."""
+        """The models of the processes that live, by process number; to be asked once models were
+        loaded, too.
+        """
         living = self._children(self._process.pid)
         self._learn(living)
-        return {pid: name for pid, (name, _) in self._names.items() if pid in living and living[pid].state != "Z"}
+        return {
+            pid: name
+            for pid, (name, _) in self._names.items()
+            if pid in living and living[pid].state != "Z"
+        }
 
     def ticks(self, names: Collection[str]) -> int:
-        """The processor's time that these models have used, 100 a second; of the server itself if `SERVER` is named."""
+        """The processor's time that these models have used, 100 a second; of the server itself if
+        `SERVER` is named.
+        """
         pids = [pid for pid, name in self.models().items() if name in names]
         pids += [self._process.pid] if SERVER in names else []
         total = 0
@@ -123,7 +144,11 @@ class Watch:
 
     def kill(self, name: str) -> None:
         """End all processes of a model, or the server."""
-        pids = [self._process.pid] if name == SERVER else [pid for pid, own in self.models().items() if own == name]
+        pids = (
+            [self._process.pid]
+            if name == SERVER
+            else [pid for pid, own in self.models().items() if own == name]
+        )
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -140,7 +165,9 @@ class Watch:
                 os.kill(pid, signal.SIGKILL)
             why = STOPPED
         else:
-            why = how_it_ended(os.waitstatus_to_exitcode(process.status), short_of_memory=short_of_memory)
+            why = how_it_ended(
+                os.waitstatus_to_exitcode(process.status), short_of_memory=short_of_memory
+            )
         if pid == self._process.pid:
             return Failure(SERVER, why)
         if pid not in self._names:  # nobody can tell which model is to be loaded again, so all are

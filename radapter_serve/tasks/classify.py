@@ -1,4 +1,6 @@
-"""The tasks, without Triton: a batch of requests and two encoders in, an answer or an error for each request out."""
+"""The tasks, without Triton: a batch of requests and two encoders in, an answer or an error for
+each request out.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,10 @@ class EmbedImages:
 
     Args:
         release: its facts.
-        encode_images: uint8 [B, S, S, 3], with α where that is an input, -> float32 [B, D] of unit length; B at most
-            the release's max_batch_size.
-        threads: how many images are decoded at once; Pillow gives the interpreter free while it works.
+        encode_images: uint8 [B, S, S, 3], with α where that is an input, -> float32 [B, D] of unit
+            length; B at most the release's max_batch_size.
+        threads: how many images are decoded at once; Pillow gives the interpreter free while it
+            works.
     """
 
     def __init__(self, release: Release, encode_images: Encode, *, threads: int = 2) -> None:
@@ -42,7 +45,9 @@ class EmbedImages:
         self._request_alpha = release.request_alpha
         self._encode = encode_images
         self._max_batch_size = release.max_batch_size
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
+        self._pool = (
+            ThreadPoolExecutor(threads, thread_name_prefix="decode") if threads > 1 else None
+        )
 
     def __call__(
         self, requests: Sequence[Sequence[bytes]], alphas: Sequence[ArrayLike | None] | None = None
@@ -51,14 +56,17 @@ class EmbedImages:
 
         Args:
             requests: the images of each request.
-            alphas: of each request what it brings: an α for each image, or None for the release's own.
+            alphas: of each request what it brings: an α for each image, or None for the release's
+                own.
 
         Returns:
             For each request float32 [B, D], or the error of its α or its first bad image.
         """
         return run_good(_with_alphas(requests, alphas, self._request_alpha), self.at)
 
-    def at(self, requests: Sequence[tuple[Sequence[bytes], Alpha | None]]) -> list[Outcome[NDArray[np.float32]]]:
+    def at(
+        self, requests: Sequence[tuple[Sequence[bytes], Alpha | None]]
+    ) -> list[Outcome[NDArray[np.float32]]]:
         """Embed the images of several requests at an α that is checked.
 
         Args:
@@ -70,12 +78,17 @@ class EmbedImages:
         pixels, decoded = self._decode([image for images, _ in requests for image in images])
         counts = [len(images) for images, _ in requests]
         ends = list(itertools.accumulate(counts))
-        errors = [_first_error(decoded[end - count : end]) for end, count in zip(ends, counts, strict=True)]
+        errors = [
+            _first_error(decoded[end - count : end])
+            for end, count in zip(ends, counts, strict=True)
+        ]
         if all(error is not None for error in errors):
             return [Outcome(error=error) for error in errors]
         good = np.repeat([error is None for error in errors], counts)
         inputs: list[NDArray[Any]] = [pixels if good.all() else pixels[good]]
-        alphas = [alpha for (_, alpha), error in zip(requests, errors, strict=True) if error is None]
+        alphas = [
+            alpha for (_, alpha), error in zip(requests, errors, strict=True) if error is None
+        ]
         known = [alpha for alpha in alphas if alpha is not None]  # none where α is no input
         if known:
             inputs.append(np.concatenate(known))
@@ -91,7 +104,9 @@ class EmbedImages:
         return results
 
     def _decode(self, images: Sequence[bytes]) -> tuple[NDArray[np.uint8], list[Outcome[None]]]:
-        """The pixels of all images, uint8 [N, S, S, 3], and what became of each; those of bad ones mean nothing."""
+        """The pixels of all images, uint8 [N, S, S, 3], and what became of each; those of bad ones
+        mean nothing.
+        """
         pixels = np.empty((len(images), *self._preprocess.size, 3), np.uint8)
 
         def fill(index: int) -> Outcome[None]:
@@ -115,7 +130,8 @@ class EmbedTexts:
     Args:
         release: its facts.
         tokenizer: the release's tokenizer.
-        encode_tokens: int32 [B, L], with α where that is an input, -> float32 [B, D] of unit length.
+        encode_tokens: int32 [B, L], with α where that is an input, -> float32 [B, D] of unit
+            length.
     """
 
     def __init__(self, release: Release, tokenizer: Tokenizer, encode_tokens: Encode) -> None:
@@ -136,12 +152,20 @@ class EmbedTexts:
 
         return run_good(_with_alphas(requests, alphas, self._request_alpha), self._at)
 
-    def _at(self, requests: Sequence[tuple[Sequence[bytes], Alpha | None]]) -> list[Outcome[NDArray[np.float32]]]:
+    def _at(
+        self, requests: Sequence[tuple[Sequence[bytes], Alpha | None]]
+    ) -> list[Outcome[NDArray[np.float32]]]:
         ready = [Outcome.of(partial(_rows_of_texts, *request)) for request in requests]
         unique = list(dict.fromkeys(row for rows in ready for row in rows.answer or ()))
-        alphas = np.array([[alpha] for _, alpha in unique], np.float32) if self._request_alpha.dynamic else None
+        alphas = (
+            np.array([[alpha] for _, alpha in unique], np.float32)
+            if self._request_alpha.dynamic
+            else None
+        )
         texts = [text for text, _ in unique]
-        embeds = embed_texts(texts, self._tokenizer, self._encode, self._max_batch_size, alpha=alphas)
+        embeds = embed_texts(
+            texts, self._tokenizer, self._encode, self._max_batch_size, alpha=alphas
+        )
         where = {row: index for index, row in enumerate(unique)}
         return [rows.then(lambda own: embeds[[where[row] for row in own]]) for rows in ready]
 
@@ -179,8 +203,8 @@ class ClassifyRequest:
 class Classes:
     """The answer: labels, object [B, k] of str, and their scores, float32 [B, k], best first.
 
-    An image with fewer labels above the threshold than another of its request has empty labels of score 0 at its end;
-    k is at least 1.
+    An image with fewer labels above the threshold than another of its request has empty labels of
+    score 0 at its end; k is at least 1.
     """
 
     labels: NDArray[np.object_]
@@ -210,17 +234,25 @@ class Classify:
         self._scoring = Scoring(release)
 
     def __call__(self, requests: Sequence[ClassifyRequest]) -> list[Outcome[Classes]]:
-        """Classify the images of several requests: all images together, each request against its own labels.
+        """Classify the images of several requests: all images together, each request against its
+        own labels.
 
         Returns:
-            For each request its classes, or its error; bad labels are refused before any image is encoded.
+            For each request its classes, or its error; bad labels are refused before any image is
+            encoded.
         """
-        return run_good([Outcome.of(partial(self._plan, request)) for request in requests], self._classify)
+        return run_good(
+            [Outcome.of(partial(self._plan, request)) for request in requests], self._classify
+        )
 
     def _plan(self, request: ClassifyRequest) -> _Plan:
         alpha = self._request_alpha(request.alpha, len(request.images))
-        scores = self._scoring(request.top_k, request.multi_label, request.threshold, request.calibrated, alpha)
-        sets = self._label_source(request.labels, request.label_set, request.templates, alpha, request.cancelled)
+        scores = self._scoring(
+            request.top_k, request.multi_label, request.threshold, request.calibrated, alpha
+        )
+        sets = self._label_source(
+            request.labels, request.label_set, request.templates, alpha, request.cancelled
+        )
         return _Plan(request.images, alpha, sets, scores)
 
     def _classify(self, plans: Sequence[_Plan]) -> list[Outcome[Classes]]:
@@ -230,7 +262,9 @@ class Classify:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A request that is checked: its images with their α, the label set of each, and how its labels are scored."""
+    """A request that is checked: its images with their α, the label set of each, and how its labels
+    are scored.
+    """
 
     images: Sequence[bytes]
     alpha: Alpha | None
@@ -248,9 +282,12 @@ class _Plan:
         if all(label_set is sets[0] for label_set in sets):
             cosines = list(embeds @ sets[0].embeds.T)
         else:
-            cosines = [label_set.embeds @ embed for label_set, embed in zip(sets, embeds, strict=True)]
+            cosines = [
+                label_set.embeds @ embed for label_set, embed in zip(sets, embeds, strict=True)
+            ]
         found = [self.scores.best(cosine) for cosine in cosines]
-        # As wide as the image with most; but where all are to have as many labels, as many as each has.
+        # As wide as the image with most; but where all are to have as many labels, as many as each
+        # has.
         widths = [len(best) for best, _ in found]
         k = min(widths) if self.scores.threshold is None else max(1, *widths)
         labels = np.full((len(sets), k), "", object)
@@ -267,11 +304,15 @@ def load_label_sets(folder: str | Path) -> dict[str, LabelSet]:
 
 
 def _with_alphas(
-    requests: Sequence[Sequence[bytes]], alphas: Sequence[ArrayLike | None] | None, check: RequestAlpha
+    requests: Sequence[Sequence[bytes]],
+    alphas: Sequence[ArrayLike | None] | None,
+    check: RequestAlpha,
 ) -> list[Outcome[tuple[Sequence[bytes], Alpha | None]]]:
     """The rows of each request with their α, or the error of its α."""
 
-    def checked(rows: Sequence[bytes], alpha: ArrayLike | None) -> tuple[Sequence[bytes], Alpha | None]:
+    def checked(
+        rows: Sequence[bytes], alpha: ArrayLike | None
+    ) -> tuple[Sequence[bytes], Alpha | None]:
         return rows, check(alpha, len(rows))
 
     given = [None] * len(requests) if alphas is None else alphas

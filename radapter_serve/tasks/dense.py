@@ -1,4 +1,6 @@
-"""Dense segmentation: windows over an image, the cosines of their patches with labels, and from these to pixels."""
+"""Dense segmentation: windows over an image, the cosines of their patches with labels, and from
+these to pixels.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from radapter_serve.inputs.alpha import Encode
-from radapter_serve.inputs.errors import NO_PATCH_ENCODER, Cancelled, TaskError, check_cancelled, invalid
+from radapter_serve.inputs.errors import (
+    NO_PATCH_ENCODER,
+    Cancelled,
+    TaskError,
+    check_cancelled,
+    invalid,
+)
 from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.inputs.probabilities import class_probabilities
 from radapter_serve.release.release import Release
@@ -29,12 +37,14 @@ MAX_VALUES = 2**27  # cosines of one image in memory, half a gigabyte
 class DenseSegmenter:
     """Labels each pixel of an image by the cosines of patches with labels.
 
-    The image is resized to a working image, in which windows overlap; cosines are upsampled bilinearly to their
-    window, averaged over the windows of a pixel, refined if wished, and upsampled to the image's own size, where
-    softmax(40 cos) gives the probabilities; of a release with a bias, the sigmoid of each label, as in `classify`.
+    The image is resized to a working image, in which windows overlap; cosines are upsampled
+    bilinearly to their window, averaged over the windows of a pixel, refined if wished, and
+    upsampled to the image's own size, where softmax(40 cos) gives the probabilities; of a release
+    with a bias, the sigmoid of each label, as in `classify`.
 
     Args:
-        encode_patches: uint8 [B, S, S, 3] -> float32 [B, g, g, D] of unit length, or None where there is none.
+        encode_patches: uint8 [B, S, S, 3] -> float32 [B, g, g, D] of unit length, or None where
+            there is none.
         preprocess: says what S is; its interpolation makes the working image.
         max_batch_size: rows that the encoder takes at most.
         logit_scale, logit_bias: of a release whose model was trained with a sigmoid loss.
@@ -50,14 +60,21 @@ class DenseSegmenter:
     def of_release(cls, release: Release, encode_patches: Encode | None) -> DenseSegmenter:
         """As a release says."""
         preprocess = Preprocess.from_dict(release.preprocess)
-        return cls(encode_patches, preprocess, release.max_batch_size, release.logit_scale, release.logit_bias)
+        return cls(
+            encode_patches,
+            preprocess,
+            release.max_batch_size,
+            release.logit_scale,
+            release.logit_bias,
+        )
 
     def check(self, options: SegmentOptions) -> None:
         """Raise a `TaskError` where there is no patch encoder, or the options do not fit."""
         if self.encode_patches is None:
             raise TaskError(
                 NO_PATCH_ENCODER,
-                "this release has no patch_encoder; export with radapter-export --dense naclip, or send proposals",
+                "this release has no patch_encoder; export with radapter-export --dense naclip, or"
+                " send proposals",
             )
         options.sizes(self.preprocess.size[0])
 
@@ -75,31 +92,47 @@ class DenseSegmenter:
             image: as `decode` gives it, any mode.
             embeds: float32 [C, D], the labels' text embeddings of unit length.
             options: how.
-            cancelled: asked between batches of windows; where it says yes, nobody waits for the rest.
+            cancelled: asked between batches of windows; where it says yes, nobody waits for the
+                rest.
 
         Raises:
-            TaskError: no patch encoder; options that do not fit; an image too long and thin, or too many labels, for
-                the windows it takes; cancelled.
+            TaskError: no patch encoder; options that do not fit; an image too long and thin, or too
+                many labels, for the windows it takes; cancelled.
         """
         self.check(options)
         check = partial(check_cancelled, cancelled)
         check_label_embeddings(embeds)
         working, tops, lefts = self._windows(image, options)
         values = self._cosines(working, tops, lefts, embeds, check)
-        (height, width), size, grid = working.shape[:2], self.preprocess.size[0], values.shape[0] // len(tops)
+        (height, width), size, grid = (
+            working.shape[:2],
+            self.preprocess.size[0],
+            values.shape[0] // len(tops),
+        )
         rows = Axis(image.height, height, size, grid, tuple(tops))
         columns = Axis(image.width, width, size, grid, tuple(lefts))
         if options.refine:
             _check_values(height * width, len(embeds), "to refine; or leave refine out")
             maps = np.empty((height, width, len(embeds)), np.float32)
-            for where, part in upsampled(values, replace(rows, pixels=height), replace(columns, pixels=width)):
+            for where, part in upsampled(
+                values, replace(rows, pixels=height), replace(columns, pixels=width)
+            ):
                 check()
                 maps[where] = part
             refine(maps, working, options.refine, check)
             values = maps
-            rows, columns = (Axis(a.pixels, a.working, a.working, a.working, (0,)) for a in (rows, columns))
-        scale = PATCH_SCALE if self.logit_bias is None else self.logit_scale  # a bias belongs to its own scale
-        tally = MaskTally((image.height, image.width), len(embeds), options.threshold is not None, options.threshold)
+            rows, columns = (
+                Axis(a.pixels, a.working, a.working, a.working, (0,)) for a in (rows, columns)
+            )
+        scale = (
+            PATCH_SCALE if self.logit_bias is None else self.logit_scale
+        )  # a bias belongs to its own scale
+        tally = MaskTally(
+            (image.height, image.width),
+            len(embeds),
+            options.threshold is not None,
+            options.threshold,
+        )
         for where, cosines in upsampled(values, rows, columns):
             check()
             best = cosines.argmax(-1)[..., None]
@@ -107,8 +140,12 @@ class DenseSegmenter:
             tally.put(where, best[..., 0], np.take_along_axis(probabilities, best, -1)[..., 0])
         return tally.result()
 
-    def _windows(self, image: Image.Image, options: SegmentOptions) -> tuple[NDArray[np.uint8], list[int], list[int]]:
-        """The working image, uint8 [h, w, 3], and the first rows and the first columns of its windows."""
+    def _windows(
+        self, image: Image.Image, options: SegmentOptions
+    ) -> tuple[NDArray[np.uint8], list[int], list[int]]:
+        """The working image, uint8 [h, w, 3], and the first rows and the first columns of its
+        windows.
+        """
         size = self.preprocess.size[0]
         short_side, stride = options.sizes(size)
         shortest = replace(self.preprocess, size=(short_side, short_side), resize_mode="shortest")
@@ -117,9 +154,9 @@ class DenseSegmenter:
         tops, lefts = window_starts(height, size, stride), window_starts(width, size, stride)
         if len(tops) * len(lefts) > MAX_WINDOWS:
             raise invalid(
-                f"an image of {image.width} x {image.height}, resized to {width} x {height}, takes "
-                f"{len(tops) * len(lefts)} windows of {size} pixels; at most {MAX_WINDOWS} are allowed: "
-                "give a smaller short_side, a larger stride, or the image in parts"
+                f"an image of {image.width} x {image.height}, resized to {width} x {height}, takes"
+                f" {len(tops) * len(lefts)} windows of {size} pixels; at most {MAX_WINDOWS} are"
+                " allowed: give a smaller short_side, a larger stride, or the image in parts"
             )
         return working, tops, lefts
 
@@ -131,7 +168,9 @@ class DenseSegmenter:
         embeds: NDArray[np.float32],
         check: Callable[[], None],
     ) -> NDArray[np.float32]:
-        """The cosines of all windows' patches side by side, float32 [windows down x g, windows across x g, C]."""
+        """The cosines of all windows' patches side by side, float32 [windows down x g, windows
+        across x g, C].
+        """
         assert self.encode_patches is not None
         size, step = self.preprocess.size[0], self.max_batch_size
         corners = [(row, column) for row in range(len(tops)) for column in range(len(lefts))]
@@ -139,7 +178,9 @@ class DenseSegmenter:
         for start in range(0, len(corners), step):
             check()
             batch = corners[start : start + step]
-            views = [working[tops[i] : tops[i] + size, lefts[j] : lefts[j] + size] for i, j in batch]
+            views = [
+                working[tops[i] : tops[i] + size, lefts[j] : lefts[j] + size] for i, j in batch
+            ]
             patches = finite(self.encode_patches(np.stack(views)))
             if not start:
                 grid = patches.shape[1]
@@ -153,4 +194,6 @@ class DenseSegmenter:
 def _check_values(places: int, labels: int, way_out: str) -> None:
     if places * labels > MAX_VALUES:
         most = MAX_VALUES // places
-        raise invalid(f"{labels} labels are too many for this image; at most {most} are allowed {way_out}")
+        raise invalid(
+            f"{labels} labels are too many for this image; at most {most} are allowed {way_out}"
+        )

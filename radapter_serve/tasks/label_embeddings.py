@@ -1,4 +1,6 @@
-"""Label sets with their text embeddings, and a cache of the embeddings of the labels that requests bring."""
+"""Label sets with their text embeddings, and a cache of the embeddings of the labels that requests
+bring.
+"""
 
 from __future__ import annotations
 
@@ -60,16 +62,27 @@ class LabelEmbedder:
 
     Args:
         tokenizer: the release's tokenizer.
-        encode_tokens: int32 [B, L], with α where that is an input, -> float32 [B, D] of unit length.
+        encode_tokens: int32 [B, L], with α where that is an input, -> float32 [B, D] of unit
+            length.
         max_batch_size: rows that `encode_tokens` takes at most.
         cache_size: number of labels whose embeddings are kept; the least recently used go first.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, encode_tokens: Encode, *, max_batch_size: int = 64, cache_size: int = 20_000
+        self,
+        tokenizer: Tokenizer,
+        encode_tokens: Encode,
+        *,
+        max_batch_size: int = 64,
+        cache_size: int = 20_000,
     ) -> None:
-        self._tokenizer, self._encode, self._max_batch_size = tokenizer, encode_tokens, max_batch_size
-        # Templates by their digest, and labels have a greatest length: so the size bounds the bytes, too.
+        self._tokenizer, self._encode, self._max_batch_size = (
+            tokenizer,
+            encode_tokens,
+            max_batch_size,
+        )
+        # Templates by their digest, and labels have a greatest length: so the size bounds the
+        # bytes, too.
         self._cache: OrderedDict[tuple[_Prompts, str], NDArray[np.float32]] = OrderedDict()
         self._cache_size = cache_size
         # Callers mostly send the same list again; this saves them the walk through it.
@@ -85,7 +98,8 @@ class LabelEmbedder:
         cancelled: Cancelled | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> LabelSet:
-        """Embed labels: the mean over all prompts (names x templates) at unit length, made unit length again.
+        """Embed labels: the mean over all prompts (names x templates) at unit length, made unit
+        length again.
 
         Args:
             labels: each perhaps with synonyms after commas.
@@ -95,13 +109,16 @@ class LabelEmbedder:
             progress: called now and then with the number of labels that are embedded.
 
         Raises:
-            TaskError: no labels, an empty, a repeated or too long a one, a template without `{}`; cancelled.
+            TaskError: no labels, an empty, a repeated or too long a one, a template without `{}`;
+                cancelled.
         """
         key = (alpha, hashlib.sha256(repr(tuple(templates)).encode()).digest()), tuple(labels)
         if (found := self._sets.get(key)) is not None:
             self._sets.move_to_end(key)
             return found
-        label_set = self._sets[key] = self._embed(key[0], tuple(templates), key[1], cancelled, progress)
+        label_set = self._sets[key] = self._embed(
+            key[0], tuple(templates), key[1], cancelled, progress
+        )
         self._labels_in_sets += len(labels)
         while len(self._sets) > 1 and self._labels_in_sets > self._cache_size:
             _, dropped = self._sets.popitem(last=False)

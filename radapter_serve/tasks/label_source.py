@@ -27,7 +27,9 @@ class LabelSource:
         label_sets: the release's label sets by name, at its own α.
     """
 
-    def __init__(self, release: Release, embed_labels: LabelEmbedder, label_sets: Mapping[str, LabelSet]) -> None:
+    def __init__(
+        self, release: Release, embed_labels: LabelEmbedder, label_sets: Mapping[str, LabelSet]
+    ) -> None:
         self._templates, self._alpha = tuple(release.templates), np.float32(release.alpha)
         self._embed_labels, self._label_sets = embed_labels, label_sets
 
@@ -49,16 +51,26 @@ class LabelSource:
             cancelled: asked between batches of prompts.
 
         Raises:
-            TaskError: neither labels nor a label set, or both; an unknown label set; bad labels or templates.
+            TaskError: neither labels nor a label set, or both; an unknown label set; bad labels or
+                templates.
         """
-        alphas: Iterable[float | None] = itertools.repeat(None) if alpha is None else alpha.ravel().tolist()
+        alphas: Iterable[float | None] = (
+            itertools.repeat(None) if alpha is None else alpha.ravel().tolist()
+        )
         if label_set is not None:
             if labels is not None or templates is not None:
                 raise invalid("give labels (with templates, if you like) or label_set, not both")
-            return [self._named(name, own, cancelled) for name, own in zip(label_set, alphas, strict=False)]
+            return [
+                self._named(name, own, cancelled)
+                for name, own in zip(label_set, alphas, strict=False)
+            ]
         if labels is None:
-            raise TaskError(NO_LABELS, f"give labels, or a label_set of this release: {self._known()}")
-        own: Sequence[Sequence[Any]] = [self._templates] * len(labels) if templates is None else templates
+            raise TaskError(
+                NO_LABELS, f"give labels, or a label_set of this release: {self._known()}"
+            )
+        own: Sequence[Sequence[Any]] = (
+            [self._templates] * len(labels) if templates is None else templates
+        )
         lists: list[tuple[tuple[str, ...], tuple[str, ...], float | None]] = []
         last: Any = None
         row: Any
@@ -79,14 +91,20 @@ class LabelSource:
         text = name.decode("utf-8", "replace")
         known = next((one for one in spellings(text) if one in self._label_sets), None)
         if known is None:
-            raise TaskError(UNKNOWN_LABEL_SET, f"no label set {text!r:.80} in this release; there are: {self._known()}")
+            raise TaskError(
+                UNKNOWN_LABEL_SET,
+                f"no label set {text!r:.80} in this release; there are: {self._known()}",
+            )
         found = self._label_sets[known]
         if alpha is None or alpha == self._alpha:
             return found
         return self._embed_labels(found.lines, found.templates, alpha=alpha, cancelled=cancelled)
 
     def _known(self) -> str:
-        return ", ".join(sorted(self._label_sets)) or "none (radapter-export --label-set NAME=FILE makes one)"
+        return (
+            ", ".join(sorted(self._label_sets))
+            or "none (radapter-export --label-set NAME=FILE makes one)"
+        )
 
 
 def strings(*values: bytes | str) -> tuple[str, ...]:

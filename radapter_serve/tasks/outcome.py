@@ -1,4 +1,6 @@
-"""What becomes of a request: an answer or an error, one for each, so that no request touches its neighbours."""
+"""What becomes of a request: an answer or an error, one for each, so that no request touches its
+neighbours.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,20 @@ class Outcome(Generic[T]):
 
     @classmethod
     def of(cls, compute: Callable[[], T]) -> Outcome[T]:
-        """The outcome of a computation. A fault of the program goes to the log, and the caller learns no more of it."""
+        """The outcome of a computation. A fault of the program goes to the log, and the caller
+        learns no more of it.
+        """
         try:
             return cls(compute())
         except TaskError as error:
             return cls(error=error)
         except Exception:
             traceback.print_exc(file=sys.stderr)
-            return cls(error=TaskError(INTERNAL_ERROR, "the server failed on this request; its log says why"))
+            return cls(
+                error=TaskError(
+                    INTERNAL_ERROR, "the server failed on this request; its log says why"
+                )
+            )
 
     def then(self, compute: Callable[[T], U]) -> Outcome[U]:
         """The outcome of what comes next, where there is an answer to compute it from."""
@@ -54,7 +62,9 @@ class Outcome(Generic[T]):
         return self.answer  # type: ignore[return-value]
 
 
-def run_good(inputs: Sequence[Outcome[T]], run: Callable[[list[T]], Sequence[Outcome[U]]]) -> list[Outcome[U]]:
+def run_good(
+    inputs: Sequence[Outcome[T]], run: Callable[[list[T]], Sequence[Outcome[U]]]
+) -> list[Outcome[U]]:
     """Run together what could be read, and keep the errors of the rest in their places.
 
     Args:
@@ -69,8 +79,11 @@ def run_good(inputs: Sequence[Outcome[T]], run: Callable[[list[T]], Sequence[Out
     return results
 
 
-def isolated(run: Callable[[Sequence[T]], Sequence[Outcome[U]]], requests: Sequence[T]) -> Sequence[Outcome[U]]:
-    """Run requests together, or one by one where they fail together: the failure then stays with its request.
+def isolated(
+    run: Callable[[Sequence[T]], Sequence[Outcome[U]]], requests: Sequence[T]
+) -> Sequence[Outcome[U]]:
+    """Run requests together, or one by one where they fail together: the failure then stays with
+    its request.
 
     Args:
         run: gives an outcome for each of some requests; may raise.

@@ -1,4 +1,6 @@
-"""Segmentation by proposals (OVSeg): masks that a request brings are classified, and their classes go to pixels."""
+"""Segmentation by proposals (OVSeg): masks that a request brings are classified, and their classes
+go to pixels.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +23,19 @@ from radapter_serve.tasks.scored_mask import MaskTally, ScoredMask, check_label_
 from radapter_serve.tasks.segment_options import USUAL, SegmentOptions
 from radapter_serve.tasks.windows import BLOCK
 
-BINARY = 102  # 0.4 of 255: a proposal's crop holds the pixels above it (Liang et al., OVSeg, CVPR 2023)
+BINARY = (
+    102  # 0.4 of 255: a proposal's crop holds the pixels above it (Liang et al., OVSeg, CVPR 2023)
+)
 
 
 @dataclass(frozen=True)
 class ProposalSegmenter:
     """Labels each pixel of an image by the classes of the masks that cover it, as OVSeg does.
 
-    Each mask's crop is classified as `classify` does it; with scores, the class probabilities of mask q are
-    p_q = scores_q^(1-w) p_clip^w. A pixel gets the best label of sum_q p_q mask_q, divided by sum_q mask_q where that
-    is above one (which changes no label and keeps it a probability). A pixel without any mask is background, with a
-    threshold or without.
+    Each mask's crop is classified as `classify` does it; with scores, the class probabilities of
+    mask q are p_q = scores_q^(1-w) p_clip^w. A pixel gets the best label of sum_q p_q mask_q,
+    divided by sum_q mask_q where that is above one (which changes no label and keeps it a
+    probability). A pixel without any mask is background, with a threshold or without.
 
     Args:
         encode_images: uint8 [B, S, S, 3] -> float32 [B, D] of unit length.
@@ -52,7 +56,10 @@ class ProposalSegmenter:
     @classmethod
     def of_release(cls, release: Release, encode_images: Encode) -> ProposalSegmenter:
         """As a release says."""
-        preprocess, crop = Preprocess.from_dict(release.preprocess), MaskCrop.from_dict(release.crop)
+        preprocess, crop = (
+            Preprocess.from_dict(release.preprocess),
+            MaskCrop.from_dict(release.crop),
+        )
         scale, bias = release.logit_scale, release.logit_bias
         return cls(encode_images, preprocess, crop, scale, release.max_batch_size, bias)
 
@@ -71,8 +78,8 @@ class ProposalSegmenter:
         Args:
             image: as `decode` gives it, any mode.
             embeds: float32 [C, D], the labels' text embeddings of unit length.
-            masks: uint8 [N, H, W], the probability of each mask, 0 to 255; crops hold what is above 0.4. Masks that
-                hold nothing are left out.
+            masks: uint8 [N, H, W], the probability of each mask, 0 to 255; crops hold what is above
+                0.4. Masks that hold nothing are left out.
             scores: float32 [N, C], the proposals' own class probabilities, or None.
             options: `threshold` and `proposal_weight` count here.
             cancelled: asked between batches of crops.
@@ -86,7 +93,9 @@ class ProposalSegmenter:
         used = [index for index, mask in enumerate(masks) if mask.max() > BINARY]
         if not used:
             raise invalid(f"all {len(masks)} proposals are empty: no value is above {BINARY}")
-        cosines = self._cosines((self.crop(image, masks[index] > BINARY) for index in used), embeds, check)
+        cosines = self._cosines(
+            (self.crop(image, masks[index] > BINARY) for index in used), embeds, check
+        )
         classes = class_probabilities(cosines, self.logit_scale, self.logit_bias)
         if scores is not None:
             weight = options.proposal_weight
@@ -112,14 +121,19 @@ class ProposalSegmenter:
     ) -> NDArray[np.float32]:
         """Cosines of images with the labels, float32 [N, C]."""
         parts = []
-        while batch := [self.preprocess(image) for image in itertools.islice(images, self.max_batch_size)]:
+        while batch := [
+            self.preprocess(image) for image in itertools.islice(images, self.max_batch_size)
+        ]:
             check()
             parts.append(finite(self.encode_images(np.stack(batch))) @ embeds.T)
         return np.concatenate(parts)
 
 
-def _best(sums: NDArray[np.float32], inside: NDArray[np.float32], cosines: NDArray[np.float32]) -> NDArray[np.intp]:
-    """The best label of each pixel; of equal ones that with the greater cosines, as a sigmoid has an end in float32.
+def _best(
+    sums: NDArray[np.float32], inside: NDArray[np.float32], cosines: NDArray[np.float32]
+) -> NDArray[np.intp]:
+    """The best label of each pixel; of equal ones that with the greater cosines, as a sigmoid has
+    an end in float32.
 
     Args:
         sums: score of each label, [P, C].
@@ -140,15 +154,20 @@ def _check_proposals(
 ) -> None:
     expected = f"uint8 [N, {image.height}, {image.width}], N from 1, 255 inside and 0 outside"
     shape = list(masks.shape)
-    if masks.dtype != np.uint8 or masks.ndim != 3 or shape[1:] != [image.height, image.width] or not len(masks):
+    if (
+        masks.dtype != np.uint8
+        or masks.ndim != 3
+        or shape[1:] != [image.height, image.width]
+        or not len(masks)
+    ):
         raise invalid(f"proposals are {masks.dtype} {shape}; for this image: {expected}")
     if masks.max() == 1:
         raise invalid(f"no value of the proposals is above 1; send {expected}")
     if scores is not None:
         if scores.shape != (len(masks), labels):
             raise invalid(
-                f"proposal_scores have the shape {list(scores.shape)}; "
-                f"[{len(masks)}, {labels}] is needed, a row for each proposal and a column for each label"
+                f"proposal_scores have the shape {list(scores.shape)}; [{len(masks)}, {labels}] is"
+                " needed, a row for each proposal and a column for each label"
             )
         if not ((scores >= 0) & (scores <= 1)).all():
             raise invalid("proposal_scores hold a value outside 0 to 1; send probabilities")

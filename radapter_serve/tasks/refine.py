@@ -1,4 +1,6 @@
-"""Pixel-adaptive mask refinement: score maps are smoothed where the image is, and stop at its edges."""
+"""Pixel-adaptive mask refinement: score maps are smoothed where the image is, and stop at its
+edges.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,12 @@ def refine(
     steps: int,
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Replace, `steps` times, each pixel's scores by the mean of its neighbours', weighted by likeness of colour.
+    """Replace, `steps` times, each pixel's scores by the mean of its neighbours', weighted by
+    likeness of colour.
 
-    The weights are softmax over the neighbours of -|I_i - I_j| / (0.1 s_i), mean over the channels, where s_i is the
-    standard deviation of the colours around pixel i (Araslanov & Roth, "Single-Stage Semantic Segmentation from Image
-    Labels", CVPR 2020, section 3.3).
+    The weights are softmax over the neighbours of -|I_i - I_j| / (0.1 s_i), mean over the channels,
+    where s_i is the standard deviation of the colours around pixel i (Araslanov & Roth,
+    "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020, section 3.3).
 
     Args:
         maps: float32 [h, w, C], changed in place.
@@ -33,13 +36,18 @@ def refine(
     height, width = image.shape[:2]
     border = max(DILATIONS)
     views = [
-        (slice(border + y * d, border + y * d + height), slice(border + x * d, border + x * d + width))
+        (
+            slice(border + y * d, border + y * d + height),
+            slice(border + x * d, border + x * d + width),
+        )
         for d in DILATIONS
         for y, x in _RING
     ]
     weights = _weights(image, views, border)
     product = np.empty((height, width), np.float32)
-    for label in range(maps.shape[2]):  # one by one: a map, its weights and the product stay in the cache
+    for label in range(
+        maps.shape[2]
+    ):  # one by one: a map, its weights and the product stay in the cache
         scores = np.ascontiguousarray(maps[:, :, label])
         for _ in range(steps):
             padded = np.pad(scores, border, mode="edge")
@@ -50,7 +58,9 @@ def refine(
         check()
 
 
-def _weights(image: NDArray[np.uint8], views: list[tuple[slice, slice]], border: int) -> NDArray[np.float32]:
+def _weights(
+    image: NDArray[np.uint8], views: list[tuple[slice, slice]], border: int
+) -> NDArray[np.float32]:
     """float32 [neighbours, h, w], of sum one at each pixel."""
     logits = np.zeros((len(views), *image.shape[:2]), np.float32)
     for channel in np.moveaxis(image, 2, 0).astype(np.float32) / 255:

@@ -1,4 +1,6 @@
-"""The task `retrieve`, without Triton: a text or an image in, the images of an index that are nearest to it out."""
+"""The task `retrieve`, without Triton: a text or an image in, the images of an index that are
+nearest to it out.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,8 @@ class Retrieve:
         indexes: folder of index folders.
         embed_text: by the server's `embed_text`.
         embed_image: by the server's `embed_image`.
-        others: other releases that the server embeds queries by; asked where an index is not of this one.
+        others: other releases that the server embeds queries by; asked where an index is not of
+            this one.
         origin: where the release is, as `radapter-index build --model-repository` takes it.
         clock: seconds that only grow.
     """
@@ -113,8 +116,8 @@ class Retrieve:
         """Search.
 
         Raises:
-            TaskError: no such index, one of another release, a bad condition or top_k, neither text nor image, or an
-                embedding that failed.
+            TaskError: no such index, one of another release, a bad condition or top_k, neither text
+                nor image, or an embedding that failed.
         """
         if (request.text is None) == (request.image is None):
             raise invalid("give text or image, one of them")
@@ -162,7 +165,9 @@ class Retrieve:
             self._told.add(index.generation)
             print(f"the index {name!r} {why}; {self._again(index)}", file=sys.stderr)
         raise TaskError(
-            INDEX_MISMATCH, f"the index {name!r} {public(why)}; the server's log has the command that builds it again"
+            INDEX_MISMATCH,
+            f"the index {name!r} {public(why)}; the server's log has the command that builds it"
+            " again",
         )
 
     def _again(self, index: Index) -> str:
@@ -170,7 +175,9 @@ class Retrieve:
         if link := link_of(index.folder):
             return f"build the index that was published to {link} again, and publish that"
         origin = {"model_repository": self._origin}
-        command = build_command(index.folder.absolute(), index.facts.plan, self._own.release, origin)
+        command = build_command(
+            index.folder.absolute(), index.facts.plan, self._own.release, origin
+        )
         return f"build it again: {command}"
 
 

@@ -18,10 +18,12 @@ class ScoredMask:
     """The labels of an image's pixels.
 
     Args:
-        mask: uint16 [H, W], index of each pixel's label; C is the background, with a threshold or with proposals. H and
-            W are those of the image as it was given: of a decoded file, after it was turned by its EXIF orientation.
-        scores: float32 [C], or [C + 1] with the background: the mean probability over the pixels that got the label
-            (of background pixels, one minus their best label's), 0 where none did.
+        mask: uint16 [H, W], index of each pixel's label; C is the background, with a threshold or
+            with proposals. H and W are those of the image as it was given: of a decoded file, after
+            it was turned by its EXIF orientation.
+        scores: float32 [C], or [C + 1] with the background: the mean probability over the pixels
+            that got the label (of background pixels, one minus their best label's), 0 where none
+            did.
     """
 
     mask: NDArray[np.uint16]
@@ -38,7 +40,9 @@ class MaskTally:
         threshold: probability below which a pixel is background, or None.
     """
 
-    def __init__(self, shape: tuple[int, ...], labels: int, background: bool, threshold: float | None) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], labels: int, background: bool, threshold: float | None
+    ) -> None:
         self._mask = np.empty(shape, np.uint16)
         self._labels, self._threshold = labels, threshold
         self._sums = np.zeros(labels + background)
@@ -62,7 +66,9 @@ class MaskTally:
 def finite(embeds: NDArray[np.float32]) -> NDArray[np.float32]:
     """Embeddings as an encoder gave them; raises a `TaskError` where some are NaN or infinite."""
     if not np.isfinite(embeds).all():
-        raise TaskError(ENCODER_FAILED, "the embeddings hold values that are not finite (NaN or infinite)")
+        raise TaskError(
+            ENCODER_FAILED, "the embeddings hold values that are not finite (NaN or infinite)"
+        )
     return embeds
 
 

@@ -1,4 +1,6 @@
-"""From the cosines of an image with its labels to the labels that are given back, and their scores."""
+"""From the cosines of an image with its labels to the labels that are given back, and their
+scores.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,8 @@ class Scores:
     def best(self, cosines: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
         """The best labels of an image by their places, the best first, and their scores.
 
-        Labels are ranked by their cosines: in float32, a sigmoid is the same for all logits above 17. Of equal ones the
-        first comes first.
+        Labels are ranked by their cosines: in float32, a sigmoid is the same for all logits above
+        17. Of equal ones the first comes first.
 
         Args:
             cosines: float32 [C], finite.
@@ -63,8 +65,14 @@ class Scoring:
     """
 
     def __init__(self, release: Release) -> None:
-        self._scale, self._bias, self._alpha = release.logit_scale, release.logit_bias, np.float32(release.alpha)
-        self._fitted = None if release.confidence is None else Confidence.from_dict(release.confidence)
+        self._scale, self._bias, self._alpha = (
+            release.logit_scale,
+            release.logit_bias,
+            np.float32(release.alpha),
+        )
+        self._fitted = (
+            None if release.confidence is None else Confidence.from_dict(release.confidence)
+        )
 
     def __call__(
         self,
@@ -74,7 +82,8 @@ class Scoring:
         calibrated: Sequence[bool] | None = None,
         alpha: Alpha | None = None,
     ) -> Scores:
-        """The scores that a request asks for; the arguments have an entry for each of its images, all the same.
+        """The scores that a request asks for; the arguments have an entry for each of its images,
+        all the same.
 
         `alpha` is as `RequestAlpha` gives it.
 
@@ -82,18 +91,28 @@ class Scoring:
             TaskError: a value that is not allowed; the release has no such scores.
         """
         k = _one("top_k", top_k, lambda value: value >= 1, "one whole number from 1")
-        alone, exact = (bool(_one(name, of)) for name, of in (("multi_label", multi_label), ("calibrated", calibrated)))
-        least = _one("threshold", threshold, lambda value: 0 <= value <= 1, "one number from 0 to 1")
+        alone, exact = (
+            bool(_one(name, of))
+            for name, of in (("multi_label", multi_label), ("calibrated", calibrated))
+        )
+        least = _one(
+            "threshold", threshold, lambda value: 0 <= value <= 1, "one number from 0 to 1"
+        )
         if least is not None and not alone:
             raise invalid("threshold leaves out labels that stand alone; send multi_label too")
         plain = self._scale, self._bias
         if not alone:
             scale, bias = self._calibrated(alpha) if exact else plain
             return Scores(DEFAULT_TOP_K if k is None else int(k), scale, bias)
-        # Also of a model that was pretrained with a sigmoid: R-Adapter trains with a softmax, which moves the cosines
-        # and leaves the sigmoid's own scale and bias where they were.
+        # Also of a model that was pretrained with a sigmoid: R-Adapter trains with a softmax, which
+        # moves the cosines and leaves the sigmoid's own scale and bias where they were.
         scale, bias = self._sigmoid(alpha)
-        return Scores(None if k is None else int(k), scale, bias, DEFAULT_THRESHOLD if least is None else least)
+        return Scores(
+            None if k is None else int(k),
+            scale,
+            bias,
+            DEFAULT_THRESHOLD if least is None else least,
+        )
 
     def _calibrated(self, alpha: Alpha | None) -> tuple[float, float | None]:
         """Scale and bias of the scores that `calibrated` asks for."""
@@ -116,12 +135,15 @@ class Scoring:
         if others:
             raise TaskError(
                 NOT_CALIBRATED,
-                f"the scores of this release are calibrated at alpha {self._alpha!s}, not at {others[0]!s}",
+                f"the scores of this release are calibrated at alpha {self._alpha!s}, not at"
+                f" {others[0]!s}",
             )
         return self._fitted
 
 
-def _one(name: str, values: Sequence[Any] | None, allowed: Any = lambda value: True, rule: str = "one") -> Any:
+def _one(
+    name: str, values: Sequence[Any] | None, allowed: Any = lambda value: True, rule: str = "one"
+) -> Any:
     """The value that all images of a request share; None where it brings none."""
     if values is None:
         return None

@@ -11,7 +11,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from radapter_serve.inputs.alpha import Encode, at, single
-from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_IMAGE, Cancelled, TaskError, invalid
+from radapter_serve.inputs.errors import (
+    IMAGE_TOO_LARGE,
+    INVALID_IMAGE,
+    Cancelled,
+    TaskError,
+    invalid,
+)
 from radapter_serve.inputs.preprocess import decode
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.dense import DenseSegmenter
@@ -21,8 +27,8 @@ from radapter_serve.tasks.proposals import ProposalSegmenter
 from radapter_serve.tasks.segment_options import SegmentOptions
 
 BACKGROUND = "background"
-# Of one request: each pixel's score for each label counts once; and in each step of refinement REFINED times, which is
-# how much longer that takes. It is about a minute of work for one core.
+# Of one request: each pixel's score for each label counts once; and in each step of refinement
+# REFINED times, which is how much longer that takes. It is about a minute of work for one core.
 MAX_WORK = 2**32
 REFINED = 3.5
 _DENSE_ONLY = ("short_side", "stride", "refine")
@@ -57,7 +63,9 @@ class SegmentRequest:
 
 @dataclass
 class LabelledMask:
-    """The answer: a mask, uint16 [H, W], the labels it points to, and the score of each, float32."""
+    """The answer: a mask, uint16 [H, W], the labels it points to, and the score of each,
+    float32.
+    """
 
     mask: NDArray[np.uint16]
     labels: tuple[str, ...]
@@ -69,7 +77,8 @@ class Segment:
 
     Args:
         release: its facts.
-        encode_images: uint8 [B, S, S, 3], with α where that is an input, -> float32 [B, D] of unit length.
+        encode_images: uint8 [B, S, S, 3], with α where that is an input, -> float32 [B, D] of unit
+            length.
         encode_patches: the same to float32 [B, g, g, D], or None where the release has none.
         embed_labels: embeds the labels a request brings.
         label_sets: the release's label sets by name.
@@ -93,13 +102,16 @@ class Segment:
         """Segment one image.
 
         Raises:
-            TaskError: whatever is wrong with the request; labels are refused before the image is looked at.
+            TaskError: whatever is wrong with the request; labels are refused before the image is
+                looked at.
         """
         options = _options(request)
         alpha = self._request_alpha(request.alpha, 1)
         own = single(alpha)
         patches = self._encode_patches
-        dense = DenseSegmenter.of_release(self._release, None if patches is None else at(patches, own))
+        dense = DenseSegmenter.of_release(
+            self._release, None if patches is None else at(patches, own)
+        )
         proposals = ProposalSegmenter.of_release(self._release, at(self._encode_images, own))
         if request.proposals is None:
             dense.check(options)
@@ -117,7 +129,9 @@ class Segment:
             if masks is None:
                 found = dense(image, embeds, options, cancelled=cancelled)
             else:
-                found = proposals(image, embeds, masks, request.proposal_scores, options, cancelled=cancelled)
+                found = proposals(
+                    image, embeds, masks, request.proposal_scores, options, cancelled=cancelled
+                )
         extra = () if len(found.scores) == len(label_set.labels) else (BACKGROUND,)
         return LabelledMask(found.mask, label_set.labels + extra, found.scores)
 
@@ -140,9 +154,9 @@ def _check_work(size: tuple[int, int], labels: int, options: SegmentOptions, win
     work = (pixels + REFINED * working * options.refine) * labels
     if work > MAX_WORK:
         raise invalid(
-            f"{labels} labels and {options.refine} steps of refinement for an image of {size[0]} x {size[1]} are "
-            f"{work / MAX_WORK:.1f} times the work that one request may ask for; send a smaller image, fewer labels or "
-            "fewer steps"
+            f"{labels} labels and {options.refine} steps of refinement for an image of {size[0]} x"
+            f" {size[1]} are {work / MAX_WORK:.1f} times the work that one request may ask for;"
+            " send a smaller image, fewer labels or fewer steps"
         )
 
 

@@ -14,14 +14,16 @@ class SegmentOptions:
     """How an image is segmented.
 
     Args:
-        short_side: shorter side in pixels of the working image that windows go over, at least a window. None: 1.5
-            windows (336 for 224, as SCLIP has it), so that each pixel is seen in two or more contexts and objects
-            that one view of the whole image shows too small get more patches.
+        short_side: shorter side in pixels of the working image that windows go over, at least a
+            window. None: 1.5 windows (336 for 224, as SCLIP has it), so that each pixel is seen in
+            two or more contexts and objects that one view of the whole image shows too small get
+            more patches.
         stride: pixels from one window to the next, from 1 to a window's size. None: half a window.
         refine: steps of pixel-adaptive refinement of the cosines, 0 for none; 10 is usual.
-        threshold: probability in [0, 1] below which a pixel is background. None: only pixels that no proposal covers
-            are; without proposals there is no background.
-        proposal_weight: w in [0, 1] of the fusion p = p_proposal^(1-w) p_clip^w, for proposals that bring scores.
+        threshold: probability in [0, 1] below which a pixel is background. None: only pixels that
+            no proposal covers are; without proposals there is no background.
+        proposal_weight: w in [0, 1] of the fusion p = p_proposal^(1-w) p_clip^w, for proposals that
+            bring scores.
 
     Raises:
         TaskError: a value out of its range.
@@ -39,7 +41,10 @@ class SegmentOptions:
                 raise invalid(f"{name} is {value}; a number of pixels, 1 or more")
         if not 0 <= self.refine <= MAX_REFINE:
             raise invalid(f"refine is {self.refine}; 0 (none) to {MAX_REFINE} steps, 10 is usual")
-        for name, share in (("threshold", self.threshold), ("proposal_weight", self.proposal_weight)):
+        for name, share in (
+            ("threshold", self.threshold),
+            ("proposal_weight", self.proposal_weight),
+        ):
             if share is not None and not 0 <= share <= 1:
                 raise invalid(f"{name} is {share}; allowed: 0 to 1")
 

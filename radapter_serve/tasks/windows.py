@@ -1,4 +1,6 @@
-"""Sliding windows over an image, and the way back from their patches to pixels, one axis at a time."""
+"""Sliding windows over an image, and the way back from their patches to pixels, one axis at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ _COLUMNS = 256
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin so that they cover every pixel; the last is shifted back to end at the border.
+    """Where windows begin so that they cover every pixel; the last is shifted back to end at the
+    border.
 
     Args:
         length: pixels along the axis, at least `window`.
@@ -28,9 +31,10 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 class Axis:
     """Rows (or columns) of an image as weighted sums of rows (or columns) of its windows' patches.
 
-    Everything between patches and pixels is linear and acts on each axis alone: patches are upsampled to their window,
-    overlapping windows averaged, and the working image resized to the image's own size, both bilinearly as torch does
-    with `align_corners=False`. So no map of the working image is ever held.
+    Everything between patches and pixels is linear and acts on each axis alone: patches are
+    upsampled to their window, overlapping windows averaged, and the working image resized to the
+    image's own size, both bilinearly as torch does with `align_corners=False`. So no map of the
+    working image is ever held.
 
     Args:
         pixels: the image's own size.
@@ -50,16 +54,21 @@ class Axis:
         """The weights of the patches for the image's own pixels first..last-1.
 
         Returns:
-            which of the patches (K of them, windows one after the other) count, and float32 [last - first, K].
+            which of the patches (K of them, windows one after the other) count, and float32 [last -
+            first, K].
         """
         low, high, share = _between(np.arange(first, last), self.pixels, self.working)
-        total = self._of_working(low) * (1 - share)[:, None] + self._of_working(high) * share[:, None]
+        total = (
+            self._of_working(low) * (1 - share)[:, None] + self._of_working(high) * share[:, None]
+        )
         used = np.flatnonzero(total.any(0))
         which = slice(int(used[0]), int(used[-1]) + 1)
         return which, np.ascontiguousarray(total[:, which], np.float32)
 
     def _of_working(self, positions: NDArray[np.intp]) -> NDArray[np.float64]:
-        """Weights [n, windows x grid] for pixels of the working image: the mean over the windows that cover each."""
+        """Weights [n, windows x grid] for pixels of the working image: the mean over the windows
+        that cover each.
+        """
         total = np.zeros((len(positions), len(self.starts), self.grid))
         for index, start in enumerate(self.starts):
             (inside,) = np.nonzero((positions >= start) & (positions < start + self.window))
@@ -74,10 +83,15 @@ class Axis:
 def upsampled(
     values: NDArray[np.float32], rows: Axis, columns: Axis
 ) -> Iterator[tuple[tuple[slice, slice], NDArray[np.float32]]]:
-    """The values [k, l, C] of patches at the image's own pixels, block by block: where, and float32 [h, w, C]."""
+    """The values [k, l, C] of patches at the image's own pixels, block by block: where, and float32
+    [h, w, C].
+    """
     count = values.shape[2]
     edges = [*range(0, columns.pixels, _COLUMNS), columns.pixels]
-    across = [(slice(left, right), *columns.weights(left, right)) for left, right in itertools.pairwise(edges)]
+    across = [
+        (slice(left, right), *columns.weights(left, right))
+        for left, right in itertools.pairwise(edges)
+    ]
     step = max(1, BLOCK // (min(columns.pixels, _COLUMNS) * count))
     for top in range(0, rows.pixels, step):
         bottom = min(top + step, rows.pixels)
@@ -91,7 +105,9 @@ def upsampled(
 def _between(
     positions: NDArray[np.intp], size: int, source: int
 ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
-    """For pixels of an axis of `size`, resized from `source`: the two source pixels and the share of the second."""
+    """For pixels of an axis of `size`, resized from `source`: the two source pixels and the share
+    of the second.
+    """
     at: NDArray[np.float64] = np.clip((positions + 0.5) * source / size - 0.5, 0, source - 1)
     low = np.floor(at).astype(np.intp)
     return low, np.minimum(low + 1, source - 1), at - low

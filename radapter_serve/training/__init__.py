@@ -1,6 +1,7 @@
 """Training adapters: the loss, the average, the data, the recipe, the loop.
 
-The names below load on first use: the loss alone (`radapter_serve.training.loss`) needs torch, and no data sets.
+The names below load on first use: the loss alone (`radapter_serve.training.loss`) needs torch, and
+no data sets.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ if TYPE_CHECKING:
     from radapter_serve.training.setup import choose_form
     from radapter_serve.training.start import train
 
-__all__ = ["Average", "Recipe", "choose_form", "gather_with_grad", "load_recipe", "mpm_nce", "train"]
+__all__ = [
+    "Average",
+    "Recipe",
+    "choose_form",
+    "gather_with_grad",
+    "load_recipe",
+    "mpm_nce",
+    "train",
+]
 
 _HOME = {
     "Average": "average",

@@ -17,14 +17,19 @@ class Average:
     Args:
         adapters: whose tensors are averaged.
         momentum: m in [0, 1).
-        bias_correction: divide out the weight that the start still has, `1−m^t`. The paper has none, and with m = 0.999
-            a run of a few hundred steps then keeps almost nothing of what was learned.
+        bias_correction: divide out the weight that the start still has, `1−m^t`. The paper has
+            none, and with m = 0.999 a run of a few hundred steps then keeps almost nothing of what
+            was learned.
     """
 
-    def __init__(self, adapters: Adapters, momentum: float, *, bias_correction: bool = False) -> None:
+    def __init__(
+        self, adapters: Adapters, momentum: float, *, bias_correction: bool = False
+    ) -> None:
         self.adapters, self.momentum, self.bias_correction = adapters, momentum, bias_correction
         self.steps = 0
-        self.tensors = {name: p.detach().float().clone() for name, p in adapters.named_tensors().items()}
+        self.tensors = {
+            name: p.detach().float().clone() for name, p in adapters.named_tensors().items()
+        }
 
     @torch.no_grad()
     def update(self) -> None:

@@ -1,4 +1,6 @@
-"""Batches of training, in an order that a seed fixes: a run can be cut and go on, or spread over processes."""
+"""Batches of training, in an order that a seed fixes: a run can be cut and go on, or spread over
+processes.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ Transform = Callable[[Image.Image], Tensor]
 
 @dataclass
 class Examples(Dataset[dict[str, Any]]):
-    """Items of a training batch: pixels, the label, the text; each depends on (seed, epoch, index) alone.
+    """Items of a training batch: pixels, the label, the text; each depends on (seed, epoch, index)
+    alone.
 
     Attributes:
         data: the pairs.
@@ -62,17 +65,29 @@ class Examples(Dataset[dict[str, Any]]):
         augmentation = draw.getrandbits(63)
         image, label, text = self.data.pair(row, draw)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(augmentation)  # `torch.manual_seed` writes a stack trace for each GPU
+            torch.default_generator.manual_seed(
+                augmentation
+            )  # `torch.manual_seed` writes a stack trace for each GPU
             pixels = self.transform(image)
-        return {"pixels": pixels, "label": label, "texts": [text] if isinstance(text, str) else text}
+        return {
+            "pixels": pixels,
+            "label": label,
+            "texts": [text] if isinstance(text, str) else text,
+        }
 
 
 class _Stream(IterableDataset[dict[str, Any]]):
-    """The same items from a stream: shuffled in a buffer, cut by process, starting after `skip` rows."""
+    """The same items from a stream: shuffled in a buffer, cut by process, starting after `skip`
+    rows.
+    """
 
     def __init__(self, examples: Examples, rank: int, world: int, skip: int) -> None:
         rows = examples.data.rows.shuffle(seed=examples.seed + examples.epoch, buffer_size=1000)
-        self.rows, self.examples, self.first = split_dataset_by_node(rows, rank, world).skip(skip), examples, skip
+        self.rows, self.examples, self.first = (
+            split_dataset_by_node(rows, rank, world).skip(skip),
+            examples,
+            skip,
+        )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         broken: list[str] = []
@@ -106,7 +121,14 @@ def _refusal(broken: str, refuse: bool) -> str:
 
 
 def batches(
-    examples: Examples, batch_size: int, *, epoch: int, start: int, rank: int, world: int, workers: int
+    examples: Examples,
+    batch_size: int,
+    *,
+    epoch: int,
+    start: int,
+    rank: int,
+    world: int,
+    workers: int,
 ) -> DataLoader[dict[str, Any]]:
     """One epoch's batches of one process, from a batch on.
 
@@ -124,7 +146,9 @@ def batches(
         "num_workers": workers,
         "pin_memory": torch.cuda.is_available(),
         "worker_init_fn": ignore_interruptions,
-        "generator": torch.Generator(),  # else a loader would draw from what a step's own draws come from
+        "generator": (
+            torch.Generator()
+        ),  # else a loader would draw from what a step's own draws come from
     }
     if isinstance(examples.data.rows, datasets.IterableDataset):
         common["num_workers"] = min(workers, 1)  # one reader keeps the order
@@ -134,7 +158,9 @@ def batches(
     shuffled = torch.randperm(len(examples), generator=generator)
     even = len(shuffled) // world * world  # equal shares, or processes would drift apart
     order = shuffled[:even][rank::world].tolist()
-    chunks = [order[i : i + batch_size] for i in range(0, len(order) - batch_size + 1, batch_size)][start:]
+    chunks = [order[i : i + batch_size] for i in range(0, len(order) - batch_size + 1, batch_size)][
+        start:
+    ]
     return DataLoader(examples, batch_sampler=chunks, **common)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,6 @@
-"""Checkpoints from which a killed run goes on to the same result: adapters, average, optimizer, place in the data."""
+"""Checkpoints from which a killed run goes on to the same result: adapters, average, optimizer,
+place in the data.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,16 @@ from radapter_serve.files import staged
 from radapter_serve.training.average import Average
 from radapter_serve.training.recipe import CHECKPOINT, Recipe
 
-FREE = {"workers", "threads", "tracker", "save_every", "validate_every", "val_data", "form", "on_broken"}
+FREE = {
+    "workers",
+    "threads",
+    "tracker",
+    "save_every",
+    "validate_every",
+    "val_data",
+    "form",
+    "on_broken",
+}
 
 
 def save_checkpoint(
@@ -30,13 +41,17 @@ def save_checkpoint(
     position: tuple[int, int],
     held_out: str | None,
 ) -> None:
-    """Save the state after `step` from the main process, whole or not at all; every process calls it."""
+    """Save the state after `step` from the main process, whole or not at all; every process calls
+    it.
+    """
     positions = gather_object([position])
     if not accelerator.is_main_process:
         return
     state = {
         "recipe": _fixed(recipe),
-        "adapters": {name: value.detach().cpu() for name, value in adapters.named_tensors().items()},
+        "adapters": {
+            name: value.detach().cpu() for name, value in adapters.named_tensors().items()
+        },
         "average": {name: value.cpu() for name, value in average.tensors.items()},
         "average_steps": average.steps,
         "optimizer": optimizer.state_dict(),
@@ -69,7 +84,8 @@ def load_checkpoint(
         The step, and the (epoch, batch) that comes next for this process.
 
     Raises:
-        RAdapterError: there is none, or it belongs to another recipe, or other images are held out now.
+        RAdapterError: there is none, or it belongs to another recipe, or other images are held out
+            now.
     """
     path = out / CHECKPOINT
     if not path.is_file():
@@ -78,16 +94,22 @@ def load_checkpoint(
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         old = state["recipe"]
     except Exception as error:  # a damaged file raises anything
-        raise RAdapterError(f"{path} is not a whole checkpoint ({reason(error)}); remove it and start again") from error
-    changed = [f"{k} was {old.get(k)!r}, is {v!r}" for k, v in _fixed(recipe).items() if old.get(k) != v]
+        raise RAdapterError(
+            f"{path} is not a whole checkpoint ({reason(error)}); remove it and start again"
+        ) from error
+    changed = [
+        f"{k} was {old.get(k)!r}, is {v!r}" for k, v in _fixed(recipe).items() if old.get(k) != v
+    ]
     if changed:
         raise RAdapterError(
-            f"{path} belongs to another recipe: {'; '.join(changed)}; use the old values or a new --out"
+            f"{path} belongs to another recipe: {'; '.join(changed)}; use the old values or a new"
+            " --out"
         )
     if state["held_out"] != held_out:
         raise RAdapterError(
-            f"{recipe.data} has changed since {path} was written: the share that val_fraction draws now holds images "
-            f"that the run was trained with; bring back the files as they were, or start again with a new --out"
+            f"{recipe.data} has changed since {path} was written: the share that val_fraction draws"
+            " now holds images that the run was trained with; bring back the files as they were,"
+            " or start again with a new --out"
         )
     adapters.load_tensors(state["adapters"])
     average.load(state["average"], state["average_steps"])

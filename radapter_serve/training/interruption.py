@@ -28,7 +28,10 @@ class Interruption:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._handled.close()
 
@@ -40,17 +43,23 @@ class Interruption:
         return self._signal > 0
 
     def end(self) -> None:
-        """End as the signal would have: by KeyboardInterrupt, or with the exit status of SIGTERM."""
+        """End as the signal would have: by KeyboardInterrupt, or with the exit status of
+        SIGTERM.
+        """
         raise KeyboardInterrupt if self._signal == signal.SIGINT else SystemExit(128 + self._signal)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
         self._handled.close()
-        with contextlib.suppress(RuntimeError):  # the line that was just being printed can't be broken into
+        with contextlib.suppress(
+            RuntimeError
+        ):  # the line that was just being printed can't be broken into
             self._say("finishing this step and saving a checkpoint; press Ctrl-C again to quit now")
 
 
 def ignore_interruptions(worker: int) -> None:
-    """For processes that read images: the terminal sends Ctrl-C to them, too, and the run still needs them."""
+    """For processes that read images: the terminal sends Ctrl-C to them, too, and the run still
+    needs them.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -62,7 +62,9 @@ def train_on(recipe: Recipe, opened: RunData, out: Path, parts: Parts = OWN) -> 
     """`start.train` once the recipe and the data are known to be all right."""
     run = _prepare(recipe, opened, out, parts)
     _start(run)
-    with Progress(run.accelerator, run.out, run.steps, run.recipe.batch_size, done=run.step) as progress:
+    with Progress(
+        run.accelerator, run.out, run.steps, run.recipe.batch_size, done=run.step
+    ) as progress:
         progress.say(run.description())
         for note in run.notes:
             progress.say(note)
@@ -86,7 +88,8 @@ class _Run:
         schedule: the same, with the warm-up and the averaging that this run has.
         part: images a process and accumulated part.
         digest: of the base without adapters.
-        held_out: digest of the images that are validated on and else would be trained on; None where there are none.
+        held_out: digest of the images that are validated on and else would be trained on; None
+            where there are none.
         steps: of the whole run.
         step, position: steps done, and the (epoch, batch or row) that comes next.
         broken: images that were left out when the data was opened.
@@ -146,7 +149,9 @@ class _Run:
 
 
 def _prepare(given: Recipe, opened: RunData, out: Path, exchanged: Parts) -> _Run:
-    """Open and attach everything; whatever is refused is refused here, before anything is written."""
+    """Open and attach everything; whatever is refused is refused here, before anything is
+    written.
+    """
     accelerator = start_accelerator(given, out)
     torch.manual_seed(given.seed)
     parts = given.accumulate * accelerator.num_processes
@@ -158,13 +163,19 @@ def _prepare(given: Recipe, opened: RunData, out: Path, exchanged: Parts) -> _Ru
     data, val = opened.ready(recipe, base)
     held_out = held_out_digest(val) if val is not None and recipe.val_fraction else None
     where = {"text": recipe.adapt_text, "partial": recipe.partial}
-    digest = base_digest(base.model.state_dict(), [site.key for site in find_sites(base.model, **where)])
+    digest = base_digest(
+        base.model.state_dict(), [site.key for site in find_sites(base.model, **where)]
+    )
     form = recipe.form
     if form == "auto":
         form = choose_form(base.model, recipe.rank, part, **where)
-    adapters = attach(base.model, recipe.rank, form=form, drop=recipe.drop, make=exchanged.layer, **where)
+    adapters = attach(
+        base.model, recipe.rank, form=form, drop=recipe.drop, make=exchanged.layer, **where
+    )
     exchanged.attached(adapters)
-    optimizer = AdamW(adapters.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    optimizer = AdamW(
+        adapters.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
     towers, optimizer = accelerator.prepare(TwoTower(base.model, adapters), optimizer)
     average = exchanged.average(adapters, schedule, steps)
     run = _Run(
@@ -172,7 +183,9 @@ def _prepare(given: Recipe, opened: RunData, out: Path, exchanged: Parts) -> _Ru
         schedule, steps, list(opened.broken), (*opened.notes, *schedule.notes(given, steps)), exchanged,
     )  # fmt: skip
     if recipe.resume:
-        run.step, run.position = load_checkpoint(out, recipe, adapters, average, optimizer, accelerator, held_out)
+        run.step, run.position = load_checkpoint(
+            out, recipe, adapters, average, optimizer, accelerator, held_out
+        )
     return run
 
 
@@ -188,7 +201,9 @@ def _start(run: _Run) -> None:
 def _learn(run: _Run, progress: Progress, interruption: Interruption) -> None:
     """All steps that are left, with the checkpoints and the validations between them."""
     recipe = run.recipe
-    examples = Examples(run.data, augmentation(run.base, recipe), recipe.seed, refuse=recipe.on_broken == "refuse")
+    examples = Examples(
+        run.data, augmentation(run.base, recipe), recipe.seed, refuse=recipe.on_broken == "refuse"
+    )
     source = _endless(examples, run.part, run.position, run.accelerator, recipe.workers)
     while run.step < run.steps:
         started = time.perf_counter()
@@ -196,12 +211,19 @@ def _learn(run: _Run, progress: Progress, interruption: Interruption) -> None:
         loss = _step(run, source, rate, progress)
         progress.step(run.step, loss, rate, time.perf_counter() - started)
         if not math.isfinite(loss):
-            raise RAdapterError(f"the loss is {loss} at step {run.step}; lower --learning-rate or --precision no")
+            raise RAdapterError(
+                f"the loss is {loss} at step {run.step}; lower --learning-rate or --precision no"
+            )
         stop = interruption.asked(run.accelerator)
-        if stop or (recipe.save_every and (run.step % recipe.save_every == 0 or run.step == run.steps)):
+        if stop or (
+            recipe.save_every and (run.step % recipe.save_every == 0 or run.step == run.steps)
+        ):
             run.save()
         if stop:
-            progress.say(f"saved a checkpoint after step {run.step}; continue with radapter-train --resume {run.out}")
+            progress.say(
+                f"saved a checkpoint after step {run.step}; continue with radapter-train --resume"
+                f" {run.out}"
+            )
             interruption.end()
         if recipe.validate_every and run.step % recipe.validate_every == 0 and run.step < run.steps:
             _validate(run, progress)
@@ -212,7 +234,9 @@ def _step(run: _Run, source: Source, rate: float, progress: Progress) -> float:
     recipe, accelerator, optimizer = run.recipe, run.accelerator, run.optimizer
     for group in optimizer.param_groups:
         group["lr"] = rate
-    torch.manual_seed(recipe.seed * 1_000_003 + run.step)  # all that a step draws, so that a resumed run draws the same
+    torch.manual_seed(
+        recipe.seed * 1_000_003 + run.step
+    )  # all that a step draws, so that a resumed run draws the same
     run.adapters.drop = run.parts.drop(recipe, run.step, run.steps)
     run.adapters.sample_drop()
     loss_sum = 0.0
@@ -238,8 +262,8 @@ def _loss(run: _Run, batch: dict[str, Any]) -> Tensor:
     tokens = run.base.tokenizer(batch["texts"]).to(device)
     images, texts = run.towers(batch["pixels"].to(device, non_blocking=True), tokens)
     labels = run.accelerator.gather(batch["labels"].to(device))
-    # each image stands beside each of its texts: but for a constant that is the loss of one image with several texts,
-    # because all images come equally often
+    # each image stands beside each of its texts: but for a constant that is the loss of one image
+    # with several texts, because all images come equally often
     several = len(texts) // len(images)
     labels = labels.repeat_interleave(several)
     return mpm_nce(
@@ -327,5 +351,7 @@ def _endless(
                 raise RAdapterError(batch["error"])
             yield (epoch, batch["row"] or offset), batch  # a stream continues after its last row
         if offset == start == 0:
-            raise RAdapterError(f"the data set has fewer images that can be read than a batch of {part}")
+            raise RAdapterError(
+                f"the data set has fewer images that can be read than a batch of {part}"
+            )
         epoch, start = epoch + 1, 0

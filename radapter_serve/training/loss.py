@@ -1,4 +1,6 @@
-"""MPM-NCE: contrast with several positives a row, a margin on the negatives, and smoothed targets."""
+"""MPM-NCE: contrast with several positives a row, a margin on the negatives, and smoothed
+targets.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ def mpm_nce(
 ) -> Tensor:
     """Multi-Positive Margin NCE of the paper, averaged over the batch and the two directions.
 
-    `ỹ_ij = (1−ε)·y_ij/|P(i)| + ε·(1−y_ij)/(B−|P(i)|)`, against log-softmax of `(f_i·g_j + δ_ij)/τ` over texts and over
-    images; `δ_ij` is 0 for positives and δ for negatives. With one positive a row, δ = 0 and ε = 0 it is CLIP's loss.
+    `ỹ_ij = (1−ε)·y_ij/|P(i)| + ε·(1−y_ij)/(B−|P(i)|)`, against log-softmax of `(f_i·g_j + δ_ij)/τ`
+    over texts and over images; `δ_ij` is 0 for positives and δ for negatives. With one positive a
+    row, δ = 0 and ε = 0 it is CLIP's loss.
 
     Args:
         image_embeds: f, float [B, D], unit length.
@@ -27,7 +30,8 @@ def mpm_nce(
         labels: integer [B]; pairs with the same label are positives of each other.
         logit_scale: 1/τ, frozen in the paper's training.
         delta: margin added to the similarity of negatives, in cosine.
-        epsilon: smoothing in [0, 1): mass spread over the negatives; a row without negatives keeps it.
+        epsilon: smoothing in [0, 1): mass spread over the negatives; a row without negatives keeps
+            it.
 
     Returns:
         A float32 scalar.
@@ -44,9 +48,11 @@ def mpm_nce(
 
 
 def gather_with_grad(tensor: Tensor) -> Tensor:
-    """The batch of all processes, [B, ...] to [B·world, ...], with gradients for this process's own part.
+    """The batch of all processes, [B, ...] to [B·world, ...], with gradients for this process's own
+    part.
 
-    Each process computes the loss of the whole batch, so its own part has its whole gradient already. Data parallelism
+    Each process computes the loss of the whole batch, so its own part has its whole gradient
+    already. Data parallelism
     then takes the mean over processes where the sum is meant: multiply the loss by their number.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:

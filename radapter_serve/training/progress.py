@@ -26,8 +26,15 @@ class Progress:
         done: steps of the run before it was cut; what was reported later is forgotten.
     """
 
-    def __init__(self, accelerator: Accelerator, out: Path, steps: int, batch_size: int, done: int = 0) -> None:
-        self.accelerator, self.out, self.steps, self.batch_size = accelerator, out, steps, batch_size
+    def __init__(
+        self, accelerator: Accelerator, out: Path, steps: int, batch_size: int, done: int = 0
+    ) -> None:
+        self.accelerator, self.out, self.steps, self.batch_size = (
+            accelerator,
+            out,
+            steps,
+            batch_size,
+        )
         self.speed, self.printed = 0.0, time.monotonic()
         self.broken_images: set[str] = set()
         self.console = Console(quiet=not accelerator.is_main_process)
@@ -38,11 +45,17 @@ class Progress:
             TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:.1f} images/s"),
             TimeRemainingColumn(),
         )
-        self.bar = Bar(*columns, console=self.console, disable=not self.console.is_terminal, transient=True)
+        self.bar = Bar(
+            *columns, console=self.console, disable=not self.console.is_terminal, transient=True
+        )
         self.task = self.bar.add_task("training", total=steps, completed=done, loss=0.0, speed=0.0)
         self.path = out / "metrics.jsonl"
         if accelerator.is_main_process and self.path.exists():
-            rows = [line for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            rows = [
+                line
+                for line in self.path.read_text(encoding="utf-8").splitlines()
+                if line.endswith("}")
+            ]
             kept = [row for row in rows if json.loads(row)["step"] <= done]
             self.path.write_text("".join(f"{row}\n" for row in kept), encoding="utf-8")
 
@@ -51,7 +64,10 @@ class Progress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.bar.stop()
 
@@ -64,29 +80,47 @@ class Progress:
         speed = self.batch_size / seconds
         self.speed = speed if not self.speed else 0.9 * self.speed + 0.1 * speed
         self.bar.update(self.task, completed=step, loss=loss, speed=self.speed)
-        self._write({"step": step, "loss": loss, "learning_rate": rate, "images_per_second": round(speed, 2)})
+        self._write(
+            {
+                "step": step,
+                "loss": loss,
+                "learning_rate": rate,
+                "images_per_second": round(speed, 2),
+            }
+        )
         late = time.monotonic() - self.printed > 10
         if not self.console.is_terminal and (step == 1 or late or step == self.steps):
             self.printed = time.monotonic()
             left = (self.steps - step) * self.batch_size / self.speed
-            self.say(f"step {step}/{self.steps}  loss {loss:.3f}  {self.speed:.1f} images/s  {left:.0f} s left")
+            self.say(
+                f"step {step}/{self.steps}  loss {loss:.3f}  {self.speed:.1f} images/s  {left:.0f}"
+                " s left"
+            )
 
     def metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Report a validation."""
         self._write({"step": step, **metrics})
-        self.say(f"validation at step {step}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+        self.say(
+            f"validation at step {step}: "
+            + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+        )
 
     def broken(self, names: list[str]) -> None:
         """Remember images that could not be read."""
         self.broken_images.update(names)
 
     def end(self) -> None:
-        """Name the images of all processes that could not be read, in broken.txt; every process calls it."""
+        """Name the images of all processes that could not be read, in broken.txt; every process
+        calls it.
+        """
         names = sorted(set(gather_object(sorted(self.broken_images))))
         if names and self.accelerator.is_main_process:
             path = self.out / "broken.txt"
             path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-            self.say(f"left out {len(names)} broken image{'s' if len(names) > 1 else ''}; {path} names them")
+            self.say(
+                f"left out {len(names)} broken image{'s' if len(names) > 1 else ''}; {path} names"
+                " them"
+            )
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:

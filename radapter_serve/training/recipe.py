@@ -14,7 +14,10 @@ from radapter_serve.errors import RAdapterError, short
 from radapter_serve.files import read_yaml, shipped
 
 RECIPE, CHECKPOINT = "recipe.yaml", "checkpoint.pt"  # files of a run's folder
-LONGEST_WARMUP, LONGEST_MOMENTUM = 500, 0.999  # the paper's, where they follow the length of the run
+LONGEST_WARMUP, LONGEST_MOMENTUM = (
+    500,
+    0.999,
+)  # the paper's, where they follow the length of the run
 LEAST_KEPT = 0.9  # share of what a run learns that the average should hold at its end
 
 
@@ -24,7 +27,8 @@ def _no_truth(value: Any) -> Any:
     return value
 
 
-# YAML reads 5e-4 as text and `true` as what Python counts as 1: the former is a number here, the latter is none
+# YAML reads 5e-4 as text and `true` as what Python counts as 1: the former is a number here, the
+# latter is none
 Real = Annotated[float, BeforeValidator(_no_truth), Field(allow_inf_nan=False)]
 Positive = Annotated[Real, Field(gt=0)]
 Share = Annotated[Real, Field(ge=0, le=1)]  # of a whole
@@ -50,51 +54,63 @@ class Recipe:
     """Train R-Adapter on a CLIP; writes OUT/adapter.safetensors.
 
     Attributes:
-        task: what is trained for: classification (images with labels), retrieval (images with captions) or
-            segmentation (images with masks).
-        architecture: open_clip model such as ViT-B-32; or local-dir:PATH or hf-hub:NAME, a model of open_clip's or a
-            CLIP of transformers.
-        pretrained: open_clip tag such as openai, or the path of a checkpoint; none for local-dir: and hf-hub:.
-        data: training data: imagefolder:DIR, csv:FILE, parquet:FILE, webdataset:FILE, json:FILE or the name of a data
-            set on the Hugging Face hub; @SPLIT at the end names a split, train by default. coop:FILE and karpathy:FILE
-            are published splits and need one, or several as in @train+restval. For segmentation masks:DIR
-            (DIR/images/* and the label maps DIR/masks/*.png) or coco:FILE.json (panoptic or instance annotations).
+        task: what is trained for: classification (images with labels), retrieval (images with
+            captions) or segmentation (images with masks).
+        architecture: open_clip model such as ViT-B-32; or local-dir:PATH or hf-hub:NAME, a model of
+            open_clip's or a CLIP of transformers.
+        pretrained: open_clip tag such as openai, or the path of a checkpoint; none for local-dir:
+            and hf-hub:.
+        data: training data: imagefolder:DIR, csv:FILE, parquet:FILE, webdataset:FILE, json:FILE or
+            the name of a data set on the Hugging Face hub; @SPLIT at the end names a split, train
+            by default. coop:FILE and karpathy:FILE are published splits and need one, or several as
+            in @train+restval. For segmentation masks:DIR (DIR/images/* and the label maps
+            DIR/masks/*.png) or coco:FILE.json (panoptic or instance annotations).
         val_data: validation data, the same forms; none skips validation.
-        val_fraction: share of the training images, of each class where there are classes, to hold out for validation,
-            drawn by the seed; instead of val_data. 0 holds out none.
+        val_fraction: share of the training images, of each class where there are classes, to hold
+            out for validation, drawn by the seed; instead of val_data. 0 holds out none.
         image_column: column of the images (paths, bytes or images).
         label_column: column of the labels (class names or numbers).
-        caption_column: column of the captions, one text or a list of texts; rows of the same image belong together.
-        captions_per_image: captions of an image in the same batch, each a positive of the image; with 1, captions of
-            one image share a batch only by chance.
+        caption_column: column of the captions, one text or a list of texts; rows of the same image
+            belong together.
+        captions_per_image: captions of an image in the same batch, each a positive of the image;
+            with 1, captions of one image share a batch only by chance.
         images: folder of the images, for data that names them relative to elsewhere.
-        classes: file with one class a line: `folder: name for prompts, synonym, ...`, or the name alone where the
-            folder has it; `imagenet` for CLIP's names of ImageNet's classes; none takes the names that the data set
-            gives, with spaces for underscores. For segmentation one name a line, the first is id 0; or JSON or YAML
-            that maps id to name.
-        templates: file with one prompt template a line ({} is the class); or `simple`, `openai` for the 80 of OpenAI,
-            `vild` for the 63 of ViLD, or `ovseg`.
-        shots: images of each class to train with, drawn by the seed (a class with fewer gives all); none takes all.
-        class_split: base or novel, the first or second half of the classes, for training and validation; all takes all.
+        classes: file with one class a line: `folder: name for prompts, synonym, ...`, or the name
+            alone where the folder has it; `imagenet` for CLIP's names of ImageNet's classes; none
+            takes the names that the data set gives, with spaces for underscores. For segmentation
+            one name a line, the first is id 0; or JSON or YAML that maps id to name.
+        templates: file with one prompt template a line ({} is the class); or `simple`, `openai` for
+            the 80 of OpenAI, `vild` for the 63 of ViLD, or `ovseg`.
+        shots: images of each class to train with, drawn by the seed (a class with fewer gives all);
+            none takes all.
+        class_split: base or novel, the first or second half of the classes, for training and
+            validation; all takes all.
         streaming: read the data set as a stream, without a copy on disk.
-        exif_orientation: rotate images upright by their EXIF orientation; false keeps the pixels of the file, as
-            open_clip does. An export of this adapter does the same.
-        on_broken: on a broken or missing image, skip takes the next image and counts it, refuse stops the run.
+        exif_orientation: rotate images upright by their EXIF orientation; false keeps the pixels of
+            the file, as open_clip does. An export of this adapter does the same.
+        on_broken: on a broken or missing image, skip takes the next image and counts it, refuse
+            stops the run.
         rank: rank of the adapters; none is full rank.
         adapt_text: whether the text tower has adapters too.
-        partial: adapt only the layers that fold exactly, instead of refusing the model; of a CLIP with a convolutional
-            image tower, these are in the text tower.
-        form: apply adapters to activations or to weights; auto picks the faster. The result is the same.
+        partial: adapt only the layers that fold exactly, instead of refusing the model; of a CLIP
+            with a convolutional image tower, these are in the text tower.
+        form: apply adapters to activations or to weights; auto picks the faster. The result is the
+            same.
         drop: probability p of adapter dropping (Eq. 7).
-        momentum: m of the adapters' moving average (Eq. 8); none follows the run's length, 1-5/steps and at most 0.999.
-        bias_correction: correct the average for its start at zero; for runs of fewer than about 5/(1-m) steps.
-        alpha: re-scaling α (Eq. 9) that validation uses and that the adapter file recommends, from 0 to 1.
+        momentum: m of the adapters' moving average (Eq. 8); none follows the run's length,
+            1-5/steps and at most 0.999.
+        bias_correction: correct the average for its start at zero; for runs of fewer than about
+            5/(1-m) steps.
+        alpha: re-scaling α (Eq. 9) that validation uses and that the adapter file recommends, from
+            0 to 1.
         delta: margin δ of MPM-NCE, in cosine.
         epsilon: label smoothing ε of MPM-NCE.
-        positives: several counts all pairs of one class or image as right, as MPM-NCE does; single counts the pair
-            itself alone, which with delta 0 is InfoNCE, the loss of CLIP.
-        batch_size: images a step over all processes and accumulated parts; all images, where there are fewer.
-        accumulate: parts of a step's batch, computed one after another; the loss contrasts images within a part only.
+        positives: several counts all pairs of one class or image as right, as MPM-NCE does; single
+            counts the pair itself alone, which with delta 0 is InfoNCE, the loss of CLIP.
+        batch_size: images a step over all processes and accumulated parts; all images, where there
+            are fewer.
+        accumulate: parts of a step's batch, computed one after another; the loss contrasts images
+            within a part only.
         epochs: passes over the data; steps, if given, sets the length instead.
         steps: optimizer steps; none follows epochs. A stream needs it.
         learning_rate: peak learning rate of AdamW.
@@ -104,23 +120,27 @@ class Recipe:
         grad_clip: largest gradient norm; none does not clip.
         crop_scale: smallest share of the image's area that a random crop keeps, from 0 to 1.
         flip: flip images left to right half of the time.
-        mask_padding: border around the box of a segment on each side, as a share of its longer side; it is filled like
-            everything outside the segment, so a wider border only makes the segment smaller.
-        mask_square: keep the aspect ratio of a segment, its box made square; false squashes the box, as OVSeg does.
-        mask_min_area: smallest segment that is used, in pixels; 1024, COCO's limit of small objects, is 32 x 32.
-        dense: how patches become embeddings where this adapter is exported for dense prediction; none exports none.
+        mask_padding: border around the box of a segment on each side, as a share of its longer
+            side; it is filled like everything outside the segment, so a wider border only makes the
+            segment smaller.
+        mask_square: keep the aspect ratio of a segment, its box made square; false squashes the
+            box, as OVSeg does.
+        mask_min_area: smallest segment that is used, in pixels; 1024, COCO's limit of small
+            objects, is 32 x 32.
+        dense: how patches become embeddings where this adapter is exported for dense prediction;
+            none exports none.
         precision: no, fp16 or bf16 mixed precision.
         workers: processes that read images, for each training process.
-        threads: compute threads of each training process; none uses one per core. Fewer is faster if other programs
-            share the cores.
+        threads: compute threads of each training process; none uses one per core. Fewer is faster
+            if other programs share the cores.
         seed: seeds order, augmentation, prompts, adapter dropping and the start.
         validate_every: steps between validations; none validates at the end only.
-        save_every: steps between checkpoints, from which --resume continues; with none, only Ctrl-C and SIGTERM save
-            one.
+        save_every: steps between checkpoints, from which --resume continues; with none, only Ctrl-C
+            and SIGTERM save one.
         tracker: tensorboard, none, or another tracker that accelerate knows (wandb, mlflow, ...).
         out: folder of the run; none makes runs/NAME-TIME.
-        resume: continue from the checkpoint in out; --resume RUN needs no other flag, as the run's folder has its
-            recipe.
+        resume: continue from the checkpoint in out; --resume RUN needs no other flag, as the run's
+            folder has its recipe.
     """
 
     # what is trained
@@ -188,19 +208,27 @@ class Recipe:
         _validated({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
         if self.batch_size % self.accumulate:
             raise RAdapterError(
-                f"accumulate is {self.accumulate}; it should be a divisor of batch_size {self.batch_size}"
+                f"accumulate is {self.accumulate}; it should be a divisor of batch_size"
+                f" {self.batch_size}"
             )
         if self.min_learning_rate > self.learning_rate:
             raise RAdapterError(
-                f"min_learning_rate is {self.min_learning_rate}; it should be 0 to learning_rate {self.learning_rate}"
+                f"min_learning_rate is {self.min_learning_rate}; it should be 0 to learning_rate"
+                f" {self.learning_rate}"
             )
         if self.val_fraction and (self.val_data or self.streaming):
-            other = "val_data names validation data" if self.val_data else "a stream can't be divided"
-            raise RAdapterError(f"val_fraction is {self.val_fraction} but {other}; leave one of them out")
+            other = (
+                "val_data names validation data" if self.val_data else "a stream can't be divided"
+            )
+            raise RAdapterError(
+                f"val_fraction is {self.val_fraction} but {other}; leave one of them out"
+            )
         if self.resume and self.out is None:
             raise RAdapterError("--resume needs --out, the folder of the run to go on with")
         if not self.data:
-            raise RAdapterError("no training data; name it with --data, for example --data imagefolder:photos")
+            raise RAdapterError(
+                "no training data; name it with --data, for example --data imagefolder:photos"
+            )
         for field in dataclasses.fields(self):
             value, tasks = getattr(self, field.name), USED_BY.get(field.name, (self.task,))
             if self.task not in tasks and value != field.default:
@@ -209,7 +237,9 @@ class Recipe:
                     f"(it is for {' and '.join(tasks)})"
                 )
         if self.streaming and (self.shots or self.class_split != "all"):
-            raise RAdapterError("shots and class_split need all labels at once; leave --streaming out")
+            raise RAdapterError(
+                "shots and class_split need all labels at once; leave --streaming out"
+            )
         if self.streaming and self.steps is None:
             raise RAdapterError("a stream has no length; say how long to train with --steps")
 
@@ -223,8 +253,8 @@ class Recipe:
         momentum = _following(steps) if self.momentum is None else self.momentum
         if warmup >= steps:
             raise RAdapterError(
-                f"warmup_steps is {warmup} but the run has {steps} steps; lower it, or let it follow the length of the "
-                f"run with --warmup-steps none"
+                f"warmup_steps is {warmup} but the run has {steps} steps; lower it, or let it"
+                " follow the length of the run with --warmup-steps none"
             )
         return dataclasses.replace(self, warmup_steps=warmup, momentum=momentum)
 
@@ -232,7 +262,8 @@ class Recipe:
         """The recipe with a batch that the data can fill.
 
         Args:
-            images: that an epoch goes through, or captions; None where nobody knows, as of a stream.
+            images: that an epoch goes through, or captions; None where nobody knows, as of a
+                stream.
             parts: that a batch is cut into, processes times accumulated parts.
 
         Raises:
@@ -240,15 +271,16 @@ class Recipe:
         """
         if self.batch_size % parts:
             raise RAdapterError(
-                f"batch_size {self.batch_size} can't be cut into {parts} parts (processes × accumulate)"
+                f"batch_size {self.batch_size} can't be cut into {parts} parts (processes ×"
+                " accumulate)"
             )
         if images is None:
             return self
         largest = images // parts * parts
         if largest < max(2, parts):
             raise RAdapterError(
-                f"the data holds {images} images to train with; a batch needs {max(2, parts)} at least, "
-                f"so add images, or lower --val-fraction or --accumulate"
+                f"the data holds {images} images to train with; a batch needs {max(2, parts)} at"
+                " least, so add images, or lower --val-fraction or --accumulate"
             )
         return dataclasses.replace(self, batch_size=min(self.batch_size, largest))
 
@@ -269,19 +301,25 @@ class Recipe:
         kept = 1 - momentum**steps
         if kept < LEAST_KEPT and not self.bias_correction:
             found.append(
-                f"warning: momentum {momentum:g} keeps {kept:.1%} of what a run of {steps} steps learns; "
-                f"--momentum none keeps 99 % (here it is {_following(steps):.4g})"
+                f"warning: momentum {momentum:g} keeps {kept:.1%} of what a run of {steps} steps"
+                f" learns; --momentum none keeps 99 % (here it is {_following(steps):.4g})"
             )
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as YAML and the adapter file hold them, without what belongs to one run: out and resume."""
-        values = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+        """Plain values, as YAML and the adapter file hold them, without what belongs to one run:
+        out and resume.
+        """
+        values = {
+            k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()
+        }
         return {k: v for k, v in values.items() if k not in ("out", "resume")}
 
 
 def _following(steps: int) -> float:
-    """The momentum that keeps 99 % of what a run of so many steps learns, or the paper's where it is longer."""
+    """The momentum that keeps 99 % of what a run of so many steps learns, or the paper's where it
+    is longer.
+    """
     return min(LONGEST_MOMENTUM, max(0.0, 1 - 5 / steps))
 
 
@@ -294,15 +332,19 @@ def load_recipe(source: str | Path) -> Recipe:
     """Read a recipe from YAML; a field that is not named keeps its default.
 
     Args:
-        source: a file, a mapping of `Recipe`'s fields; or the name of a recipe that comes with the package.
+        source: a file, a mapping of `Recipe`'s fields; or the name of a recipe that comes with the
+            package.
 
     Raises:
-        RAdapterError: no such file, a field that does not exist, or a value of the wrong kind or out of range.
+        RAdapterError: no such file, a field that does not exist, or a value of the wrong kind or
+            out of range.
     """
     ready = ready_recipes()
     path = ready.get(str(source), Path(source))
     if not path.exists():
-        raise RAdapterError(f"there is no recipe {source}; allowed: a file, or one of {', '.join(ready)}")
+        raise RAdapterError(
+            f"there is no recipe {source}; allowed: a file, or one of {', '.join(ready)}"
+        )
     return recipe_of(read_yaml(path, "the recipe"), f"the recipe {path}")
 
 
@@ -314,7 +356,8 @@ def recipe_of(values: Any, what: str) -> Recipe:
         what: it is, for messages.
 
     Raises:
-        RAdapterError: no mapping, a field that does not exist, or a value of the wrong kind or out of range.
+        RAdapterError: no mapping, a field that does not exist, or a value of the wrong kind or out
+            of range.
     """
     if not isinstance(values, dict | None):
         raise RAdapterError(f"{what} must be a mapping of field: value")
@@ -322,7 +365,9 @@ def recipe_of(values: Any, what: str) -> Recipe:
     fields = [field.name for field in dataclasses.fields(Recipe)]
     unknown = sorted({short(name) for name in values if name not in fields})
     if unknown:
-        raise RAdapterError(f"{what} has unknown fields {', '.join(unknown)}; allowed: {', '.join(fields)}")
+        raise RAdapterError(
+            f"{what} has unknown fields {', '.join(unknown)}; allowed: {', '.join(fields)}"
+        )
     if values.get("precision") is False:
         values["precision"] = "no"  # which YAML reads as false
     try:
@@ -337,6 +382,13 @@ def _validated(values: dict[str, Any]) -> Recipe:
     except ValidationError as error:
         wrong: dict[str, str] = {}
         for found in error.errors():  # of a field that may be none, the errors of both kinds
-            message = found["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
-            wrong.setdefault(str(found["loc"][0]), f"{found['loc'][0]} is {reprlib.repr(found['input'])}; {message}")
+            message = (
+                found["msg"]
+                .removeprefix("Value error, ")
+                .replace("Input should be", "it should be")
+            )
+            wrong.setdefault(
+                str(found["loc"][0]),
+                f"{found['loc'][0]} is {reprlib.repr(found['input'])}; {message}",
+            )
         raise RAdapterError("; ".join(wrong.values())) from None

@@ -1,4 +1,6 @@
-"""What a run needs before its first step: its folder, processes, batches, augmentation and the form of the adapters."""
+"""What a run needs before its first step: its folder, processes, batches, augmentation and the form
+of the adapters.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ def choose_form(
 ) -> Form:
     """The form of the adapters that costs less for a batch, by its multiplications.
 
-    The activation form pays by the token; the weight form pays for `F·W` once a step, and for the gradient of the
-    weight that the adapter changes, which the activation form never needs.
+    The activation form pays by the token; the weight form pays for `F·W` once a step, and for the
+    gradient of the weight that the adapter changes, which the activation form never needs.
 
     Args:
         model: an open_clip model.
@@ -36,8 +38,14 @@ def choose_form(
     tokens = {True: batch_size * (grid[0] * grid[1] + 1), False: batch_size * 16}
     weight = activation = 0
     for site in find_sites(model, text=text, partial=partial):
-        count, width, inner = tokens[site.key.startswith("visual.")], site.layer.out_features, site.layer.in_features
-        weight += 4 * width * (width if rank is None else 2 * rank) * inner + 2 * count * width * inner
+        count, width, inner = (
+            tokens[site.key.startswith("visual.")],
+            site.layer.out_features,
+            site.layer.in_features,
+        )
+        weight += (
+            4 * width * (width if rank is None else 2 * rank) * inner + 2 * count * width * inner
+        )
         activation += 6 * count * width * (width if rank is None else 2 * rank)
     return "weight" if weight < activation else "activation"
 
@@ -56,7 +64,9 @@ def augmentation(base: Base, recipe: Recipe) -> Transform:
 
 
 def start_accelerator(recipe: Recipe, out: Path) -> Accelerator:
-    """The processes, devices and precision of a run; refuses a precision or a tracker that is not to be had."""
+    """The processes, devices and precision of a run; refuses a precision or a tracker that is not
+    to be had.
+    """
     precision = recipe.precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise RAdapterError("precision fp16 needs a GPU; allowed on this machine: no, bf16")
@@ -78,8 +88,12 @@ def start_tracker(accelerator: Accelerator, recipe: Recipe) -> None:
     if recipe.tracker == "none":
         return
     if not accelerator.log_with:  # accelerate only warns
-        raise RAdapterError(f"tracker {recipe.tracker} is not installed: pip install {recipe.tracker}")
+        raise RAdapterError(
+            f"tracker {recipe.tracker} is not installed: pip install {recipe.tracker}"
+        )
     try:
-        accelerator.init_trackers("radapter", config={k: str(v) for k, v in recipe.to_dict().items()})
+        accelerator.init_trackers(
+            "radapter", config={k: str(v) for k, v in recipe.to_dict().items()}
+        )
     except Exception as error:  # each tracker raises its own kinds: not logged in, offline
         raise RAdapterError(f"tracker {recipe.tracker} does not start: {reason(error)}") from error

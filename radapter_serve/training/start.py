@@ -22,7 +22,8 @@ def train(recipe: Recipe, parts: Parts | None = None) -> Path:
         parts: what an ablation exchanges; None for the method's own.
 
     Returns:
-        The run's folder: `adapter.safetensors`, `recipe.yaml`, `metrics.jsonl`, `checkpoint.pt`, the tracker's files.
+        The run's folder: `adapter.safetensors`, `recipe.yaml`, `metrics.jsonl`, `checkpoint.pt`,
+        the tracker's files.
 
     Raises:
         RAdapterError: the recipe, the model or the data won't do; nothing was written then.
@@ -43,6 +44,10 @@ def run_folder(recipe: Recipe) -> Path:
     stem = recipe.architecture.rpartition(":")[2].rstrip("/").split("/")[-1]
     out = recipe.out or Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     # what failed before there was a checkpoint has nothing to go on with, and nothing to lose
-    if not recipe.resume and any((out / name).exists() for name in (CHECKPOINT, "adapter.safetensors")):
-        raise RAdapterError(f"{out} holds a run; go on with it by --resume {out}, or name another folder by --out")
+    if not recipe.resume and any(
+        (out / name).exists() for name in (CHECKPOINT, "adapter.safetensors")
+    ):
+        raise RAdapterError(
+            f"{out} holds a run; go on with it by --resume {out}, or name another folder by --out"
+        )
     return out

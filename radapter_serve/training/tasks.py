@@ -33,8 +33,8 @@ class RunData:
     """The data of a run, which is all right as far as it can be seen without a model.
 
     Attributes:
-        data, val: what to train with, and what to validate on: all of `val_data`, or `val_fraction` of the data, or
-            nothing.
+        data, val: what to train with, and what to validate on: all of `val_data`, or `val_fraction`
+            of the data, or nothing.
         broken: rows that `on_broken: skip` leaves out.
         notes: what a user should know of the data, a line each.
     """
@@ -51,7 +51,9 @@ class RunData:
             recipe: that it was opened by.
             base: whose mean fills what is outside a segment.
         """
-        return _ready(recipe, base, self.data), None if self.val is None else _ready(recipe, base, self.val)
+        return _ready(recipe, base, self.data), (
+            None if self.val is None else _ready(recipe, base, self.val)
+        )
 
 
 def open_run(recipe: Recipe, *, images: bool = True) -> RunData:
@@ -62,7 +64,8 @@ def open_run(recipe: Recipe, *, images: bool = True) -> RunData:
         images: look at the images themselves, see `broken_images`.
 
     Raises:
-        RAdapterError: it can't be read, is no data for this task, or images can't be read; names all of these.
+        RAdapterError: it can't be read, is no data for this task, or images can't be read; names
+            all of these.
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -88,18 +91,26 @@ def open_run(recipe: Recipe, *, images: bool = True) -> RunData:
     if isinstance(data, Labelled | Masked):
         problems += _problems_of_classes(recipe, data)
     if isinstance(data, Labelled) and data.left_out:
-        notes.append(f"note: left out {count_kinds(data.left_out)}; images are {', '.join(SUFFIXES)}")
+        notes.append(
+            f"note: left out {count_kinds(data.left_out)}; images are {', '.join(SUFFIXES)}"
+        )
     if isinstance(data, Labelled) and recipe.shots is not None:
         data = few_shot(data, recipe.shots, recipe.seed)
     # of several processes, one looks
-    if images and os.environ.get("RANK", "0") == "0" and (recipe.images is None or recipe.images.is_dir()):
+    if (
+        images
+        and os.environ.get("RANK", "0") == "0"
+        and (recipe.images is None or recipe.images.is_dir())
+    ):
         for part, spec in ((data, recipe.data), (val, recipe.val_data or "the share held out")):
             if part is not None:
                 _look(recipe, part, spec, problems, notes)
     opened = [
-        tried(lambda part=part: list_segments(part, recipe.mask_min_area, skipped))  # type: ignore[misc]
-        if isinstance(part, Masked)
-        else part
+        (
+            tried(lambda part=part: list_segments(part, recipe.mask_min_area, skipped))  # type: ignore[misc]
+            if isinstance(part, Masked)
+            else part
+        )
         for part in (data, val)
     ]
     data_, val_ = opened
@@ -123,11 +134,20 @@ def open_data(recipe: Recipe, base: Base) -> tuple[Data, Data | None]:
 def _missing(recipe: Recipe) -> dict[str, str]:
     """Files and folders of the recipe that are not there, by its field."""
     found: dict[str, str] = {}
-    if recipe.architecture.startswith(LOCAL) and not Path(recipe.architecture.removeprefix(LOCAL)).is_dir():
-        found["architecture"] = f"{recipe.architecture.removeprefix(LOCAL)} is no model folder; see --architecture"
+    if (
+        recipe.architecture.startswith(LOCAL)
+        and not Path(recipe.architecture.removeprefix(LOCAL)).is_dir()
+    ):
+        found["architecture"] = (
+            f"{recipe.architecture.removeprefix(LOCAL)} is no model folder; see --architecture"
+        )
     if recipe.images is not None and not recipe.images.is_dir():
         found["images"] = f"there is no folder {recipe.images}; see --images"
-    if recipe.classes is not None and str(recipe.classes) != IMAGENET and not recipe.classes.is_file():
+    if (
+        recipe.classes is not None
+        and str(recipe.classes) != IMAGENET
+        and not recipe.classes.is_file()
+    ):
         found["classes"] = f"there is no class file {recipe.classes}; see --classes"
     if recipe.templates != "openai":
         try:
@@ -141,19 +161,25 @@ def _problems_of_classes(recipe: Recipe, data: Labelled | Masked) -> list[str]:
     problems = []
     if len(data.classes) < 2:
         problems.append(
-            f"{recipe.data} has the one class {data.classes[0]!r}; training tells classes apart, so it needs two"
+            f"{recipe.data} has the one class {data.classes[0]!r}; training tells classes apart, so"
+            " it needs two"
         )
     same = [] if str(recipe.classes) == IMAGENET else equal_names(data)
     if same:
         problems.append(
-            f"CLIP reads these classes of {recipe.data} as one, for their names differ in case, spaces and underscores "
-            f"alone; merge them, or give each a name of its own with --classes FILE:{listed(same)}"
+            f"CLIP reads these classes of {recipe.data} as one, for their names differ in case,"
+            " spaces and underscores alone; merge them, or give each a name of its own with"
+            f" --classes FILE:{listed(same)}"
         )
     return problems
 
 
 def _look(
-    recipe: Recipe, data: Labelled | Captioned | Masked, spec: str, problems: list[str], notes: list[str]
+    recipe: Recipe,
+    data: Labelled | Captioned | Masked,
+    spec: str,
+    problems: list[str],
+    notes: list[str],
 ) -> None:
     """Add what is wrong with the images."""
     broken = broken_images(data)
@@ -163,13 +189,17 @@ def _look(
     few = f"{len(broken):,} of {count:,} images of {spec} can't be read"
     if recipe.on_broken == "skip":
         if len(broken) == count:
-            problems.append(f"not one of {count:,} images of {spec} can be read; the first: {broken[0]}")
+            problems.append(
+                f"not one of {count:,} images of {spec} can be read; the first: {broken[0]}"
+            )
         else:
             notes.append(f"note: {few}, and are left out")
     elif len(broken) == 1:
         problems.append(f"{broken[0]}; mend it, or leave such images out with --on-broken skip")
     else:
-        problems.append(f"{few}; mend them, or leave such images out with --on-broken skip:{listed(broken)}")
+        problems.append(
+            f"{few}; mend them, or leave such images out with --on-broken skip:{listed(broken)}"
+        )
 
 
 def _ready(recipe: Recipe, base: Base, data: Opened) -> Data:

@@ -22,7 +22,11 @@ from radapter_serve.training.recipe import Recipe
 
 
 def validate(
-    base: Base, adapters: Adapters, val: LabelledImages | Captioned, recipe: Recipe, accelerator: Accelerator
+    base: Base,
+    adapters: Adapters,
+    val: LabelledImages | Captioned,
+    recipe: Recipe,
+    accelerator: Accelerator,
 ) -> dict[str, float]:
     """Measure the adapters as they are; every process calls it.
 
@@ -66,13 +70,19 @@ def _classification(
     classifiers, hits, total = [], [0] * len(alphas), 0
     for alpha in alphas:
         adapters.alpha = alpha
-        classifiers.append(zero_shot_classifier(base.model, base.tokenizer, val.classes, val.templates))
-    for batch in evaluation_batches(base, val.rows, lambda row: (val.image(row), val.label(row)), **share):
+        classifiers.append(
+            zero_shot_classifier(base.model, base.tokenizer, val.classes, val.templates)
+        )
+    for batch in evaluation_batches(
+        base, val.rows, lambda row: (val.image(row), val.label(row)), **share
+    ):
         total += len(batch[1])
         for index, alpha in enumerate(alphas):
             adapters.alpha = alpha
             hits[index] += count_hits(base.model, classifiers[index], [batch])[0]
-    *hits, total = accelerator.reduce(torch.tensor([*hits, total], device=accelerator.device)).tolist()
+    *hits, total = accelerator.reduce(
+        torch.tensor([*hits, total], device=accelerator.device)
+    ).tolist()
     return [{"acc1": count / max(total, 1)} for count in hits]
 
 
@@ -80,7 +90,9 @@ def _classification(
 def _retrieval(
     base: Base, adapters: Adapters, val: Captioned, alphas: list[float], share: dict[str, Any]
 ) -> list[dict[str, float]]:
-    """Recall at 1 for each α, over all images and captions; a broken image takes its captions along."""
+    """Recall at 1 for each α, over all images and captions; a broken image takes its captions
+    along.
+    """
     device = next(base.model.parameters()).device
 
     def at_each_alpha(encode: Callable[[Any, Tensor], Tensor], inputs: Tensor) -> list[Tensor]:
@@ -90,10 +102,15 @@ def _retrieval(
             embeds.append(encode(base.model, inputs.to(device)).cpu())
         return embeds
 
-    texts = [(caption, number) for number, image in enumerate(val.images) for caption in image.captions]
+    texts = [
+        (caption, number) for number, image in enumerate(val.images) for caption in image.captions
+    ]
     images, captions = [], []  # pairs of numbers and, for each α, embeddings
     for pixels, numbers in evaluation_batches(
-        base, range(len(val.images)), lambda number: (val.image(val.table[val.images[number].row]), number), **share
+        base,
+        range(len(val.images)),
+        lambda number: (val.image(val.table[val.images[number].row]), number),
+        **share,
     ):
         images.append((numbers.numpy(), at_each_alpha(encode_image, pixels)))
     if mine := range(share["rank"], len(texts), share["world"]):
@@ -108,10 +125,14 @@ def _retrieval(
     told = np.concatenate([numbers for numbers, _ in captions])
     image_of = place[[number for _, number in texts]]
     kept = image_of >= 0
-    groups = caption_groups([caption for (caption, _), here in zip(texts, kept, strict=True) if here])
+    groups = caption_groups(
+        [caption for (caption, _), here in zip(texts, kept, strict=True) if here]
+    )
     results = []
     for index in range(len(alphas)):
         image_embeds = np.concatenate([embeds[index] for _, embeds in images])[np.argsort(read)]
         text_embeds = np.concatenate([embeds[index] for _, embeds in captions])[np.argsort(told)]
-        results.append(retrieval_metrics(image_embeds, text_embeds[kept], image_of[kept], (1,), groups))
+        results.append(
+            retrieval_metrics(image_embeds, text_embeds[kept], image_of[kept], (1,), groups)
+        )
     return results

@@ -1,4 +1,5 @@
-"""All that runs inside tritonserver: the task models, the backends that run graphs, and what they share.
+"""All that runs inside tritonserver: the task models, the backends that run graphs, and what they
+share.
 
 Its modules import `triton_python_backend_utils`, which exists in the processes of tritonserver
 alone. `surplus` does not, because the server writes what the processes read.

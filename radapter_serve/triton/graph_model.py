@@ -19,7 +19,13 @@ import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
 from radapter_serve.extras import install_command
-from radapter_serve.inputs.errors import ENCODER_FAILED, INVALID_ARGUMENT, TaskError, invalid, public
+from radapter_serve.inputs.errors import (
+    ENCODER_FAILED,
+    INVALID_ARGUMENT,
+    TaskError,
+    invalid,
+    public,
+)
 from radapter_serve.tasks.outcome import Outcome
 from radapter_serve.triton import surplus
 from radapter_serve.triton.responses import answer, need
@@ -52,7 +58,13 @@ class GraphModel(ABC):
     runtime: str
 
     @abstractmethod
-    def load(self, path: Path, config: Mapping[str, Any], parameters: Mapping[str, str], device: int | None) -> Graph:
+    def load(
+        self,
+        path: Path,
+        config: Mapping[str, Any],
+        parameters: Mapping[str, str],
+        device: int | None,
+    ) -> Graph:
         """Load a graph.
 
         Args:
@@ -70,8 +82,8 @@ class GraphModel(ABC):
     def initialize(self, args: dict[str, str]) -> None:
         if int(np.__version__.split(".")[0]) >= 2:
             raise RuntimeError(
-                f"numpy {np.__version__} is installed, but Triton's Python backend misreads tensors under numpy 2; "
-                f"{install_command('server')}"
+                f"numpy {np.__version__} is installed, but Triton's Python backend misreads tensors"
+                f" under numpy 2; {install_command('server')}"
             )
         config = json.loads(args["model_config"])
         surplus.of_this_process.heed(args["model_name"])
@@ -80,10 +92,16 @@ class GraphModel(ABC):
         if not path.exists():
             raise RuntimeError(f"{path} does not exist; export again: radapter-export")
         self._batched = config["max_batch_size"] > 0
-        self._outputs = [(o["name"], pb.triton_string_to_numpy(o["data_type"])) for o in config["output"]]
+        self._outputs = [
+            (o["name"], pb.triton_string_to_numpy(o["data_type"])) for o in config["output"]
+        ]
         self._inputs = [tensor["name"] for tensor in config["input"]]
-        device = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
-        parameters = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
+        device = (
+            int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
+        )
+        parameters = {
+            key: value["string_value"] for key, value in config.get("parameters", {}).items()
+        }
         tokenizer = json.loads(parameters.get("release", "{}")).get("tokenizer", {})
         self._most_tokens = float(tokenizer.get("context_length", math.inf))
         self._graph = self.load(path, config, parameters, device)
@@ -99,19 +117,23 @@ class GraphModel(ABC):
         feed = {name: need(request, name) for name in self._inputs}
         for name, values in feed.items():
             if not values.size:
-                raise invalid(f"{name} of shape {list(values.shape)} holds nothing; send one or more")
+                raise invalid(
+                    f"{name} of shape {list(values.shape)} holds nothing; send one or more"
+                )
         tokens = feed.get("tokens")
         if tokens is not None and (tokens.min() < 0 or tokens.shape[-1] > self._most_tokens):
             raise invalid(
-                f"tokens of shape {list(tokens.shape)} from {tokens.min()}; allowed are numbers from 0, and at most "
-                f"{self._most_tokens:g} for a text"
+                f"tokens of shape {list(tokens.shape)} from {tokens.min()}; allowed are numbers"
+                f" from 0, and at most {self._most_tokens:g} for a text"
             )
         return feed
 
     def _run_all(self, feeds: Sequence[Feed]) -> list[Outcome[Feed]]:
         if not self._batched or len(feeds) == 1 or not _same_shapes(feeds):
             return [Outcome.of(partial(self._run, feed)) for feed in feeds]
-        outputs = self._run({name: np.concatenate([one[name] for one in feeds]) for name in self._inputs})
+        outputs = self._run(
+            {name: np.concatenate([one[name] for one in feeds]) for name in self._inputs}
+        )
         ends = np.cumsum([len(one[self._inputs[0]]) for one in feeds])[:-1]
         parts = zip(*(np.split(output, ends) for output in outputs.values()), strict=True)
         return [Outcome(dict(zip(outputs, part, strict=True))) for part in parts]
@@ -131,7 +153,9 @@ class GraphModel(ABC):
             ("output", [name for name, _ in self._outputs], self._graph.outputs),
         ):
             if unknown := sorted(set(wanted) - set(actual)):
-                raise RuntimeError(f"config.pbtxt names the {kind} {unknown}, the graph has {sorted(actual)}")
+                raise RuntimeError(
+                    f"config.pbtxt names the {kind} {unknown}, the graph has {sorted(actual)}"
+                )
 
 
 def _same_shapes(arrays: Sequence[Feed]) -> bool:

@@ -1,4 +1,6 @@
-"""From Triton's requests to inputs, and from outcomes to its responses; importable only inside one of its processes."""
+"""From Triton's requests to inputs, and from outcomes to its responses; importable only inside one
+of its processes.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ MAX_SECONDS = 120.0  # of work on one request
 HUNG = 300.0  # seconds after which requests that are worked on together hang: the encoders answer within a minute
 
 _TOO_MANY: Outcome[Any] = Outcome(
-    error=TaskError(OVERLOADED, "too many requests wait for this model, or this one waited too long; ask again later")
+    error=TaskError(
+        OVERLOADED,
+        "too many requests wait for this model, or this one waited too long; ask again later",
+    )
 )
 
 T = TypeVar("T")
@@ -59,14 +64,17 @@ def need(request: Any, name: str) -> Any:
 def given_up(request: Any) -> Cancelled:
     """What tells a task that nobody waits for a request any more.
 
-    Over gRPC Triton knows when a caller has left. Over HTTP it does not, so no request may take longer than
+    Over gRPC Triton knows when a caller has left. Over HTTP it does not, so no request may take
+    longer than
     `MAX_SECONDS`: asked after that, this raises a `TaskError`.
     """
     deadline = time.monotonic() + MAX_SECONDS
 
     def ask() -> bool:
         if time.monotonic() > deadline:
-            raise TaskError(TIMED_OUT, f"this request takes more than {MAX_SECONDS:g} s; ask for less at once")
+            raise TaskError(
+                TIMED_OUT, f"this request takes more than {MAX_SECONDS:g} s; ask for less at once"
+            )
         return bool(request.is_cancelled())
 
     return ask
@@ -78,11 +86,14 @@ def answer(
     run: Callable[[Sequence[T]], Sequence[Outcome[A]]],
     outputs: Callable[[A], dict[str, NDArray[Any]]],
 ) -> list[Any]:
-    """One response for each request. Whatever is wrong with a request, its neighbours are answered as without it.
+    """One response for each request. Whatever is wrong with a request, its neighbours are answered
+    as without it.
 
-    What takes `HUNG` seconds ends this process, with a traceback in the server's log; `radapter-serve` starts it again.
-    From outside nobody could tell that it hangs, where another instance of the task answers in its place.
-    Where too many requests wait for this model, the first of these are refused: they have waited longest.
+    What takes `HUNG` seconds ends this process, with a traceback in the server's log;
+    `radapter-serve` starts it again. From outside nobody could tell that it hangs, where another
+    instance of the task answers in its place.
+    Where too many requests wait for this model, the first of these are refused: they have waited
+    longest.
 
     Args:
         requests: what Triton gave to `execute`.
@@ -92,7 +103,9 @@ def answer(
     """
     refused = surplus.of_this_process.take(len(requests))
     if refused:
-        return [_response(_TOO_MANY) for _ in range(refused)] + answer(requests[refused:], read_one, run, outputs)
+        return [_response(_TOO_MANY) for _ in range(refused)] + answer(
+            requests[refused:], read_one, run, outputs
+        )
     faulthandler.dump_traceback_later(HUNG, exit=True, file=sys.__stderr__ or 2)
     try:
         inputs = [Outcome.of(partial(read_one, request)) for request in requests]
@@ -109,7 +122,9 @@ def each(task: Callable[[T], A]) -> Callable[[Sequence[T]], list[Outcome[A]]]:
 
 def _response(outcome: Outcome[dict[str, NDArray[Any]]]) -> Any:
     if (error := outcome.error) is None:
-        return pb.InferenceResponse([pb.Tensor(name, array) for name, array in outcome.unwrap().items()])
+        return pb.InferenceResponse(
+            [pb.Tensor(name, array) for name, array in outcome.unwrap().items()]
+        )
     kinds = {
         ENCODER_FAILED: pb.TritonError.INTERNAL,
         INTERNAL_ERROR: pb.TritonError.INTERNAL,

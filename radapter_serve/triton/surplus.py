@@ -1,8 +1,11 @@
-"""How many of the requests that wait for a model are too many: the server says it, the model's processes refuse them.
+"""How many of the requests that wait for a model are too many: the server says it, the model's
+processes refuse them.
 
-Triton has a limit of its own, `max_queue_size`, and time-outs. But a queue with either is not looked at when a model
-becomes free: what waits there waits until the next request comes, or for half a second. So no config has them.
-The server counts what waits for each model, and writes into a file how many each process of it is to refuse.
+Triton has a limit of its own, `max_queue_size`, and time-outs. But a queue with either is not
+looked at when a model
+becomes free: what waits there waits until the next request comes, or for half a second. So no
+config has them. The server counts what waits for each model, and writes into a file how many each
+process of it is to refuse.
 """
 
 from __future__ import annotations

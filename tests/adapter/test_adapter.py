@@ -1,4 +1,6 @@
-"""The adapter against torch's own maths: what it computes, what it leaves alone, what it folds to."""
+"""The adapter against torch's own maths: what it computes, what it leaves alone, what it folds
+to.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ def test_no_effect_at_the_start_and_none_left_behind(
 
 
 class PlainAdapter(nn.Module):
-    """The paper's adapter as it is written: behind a module, X·W_adp + X, no re-parametrization anywhere."""
+    """The paper's adapter as it is written: behind a module, X·W_adp + X, no re-parametrization
+    anywhere.
+    """
 
     def __init__(self, inner: nn.Module, matrix: Tensor, gate: float) -> None:
         super().__init__()
@@ -103,7 +107,9 @@ class PlainAdapter(nn.Module):
 
 
 @pytest.mark.parametrize("form", ["activation", "weight"])
-def test_gradients_are_those_of_a_plain_adapter(model: nn.Module, inputs: tuple[Tensor, Tensor], form: Any) -> None:
+def test_gradients_are_those_of_a_plain_adapter(
+    model: nn.Module, inputs: tuple[Tensor, Tensor], form: Any
+) -> None:
     pixels, tokens = inputs
     adapter = random_adapter(model)
     plain = copy.deepcopy(model).requires_grad_(False)
@@ -121,7 +127,9 @@ def test_gradients_are_those_of_a_plain_adapter(model: nn.Module, inputs: tuple[
         setattr(modules[parent], name, reference[key])
     try:
         for m in (plain, model):
-            (plain_loss := (encode_image(m, pixels) * encode_text(m, tokens).roll(1, 0)).sum()).backward()
+            (
+                plain_loss := (encode_image(m, pixels) * encode_text(m, tokens).roll(1, 0)).sum()
+            ).backward()
             assert plain_loss.isfinite()
         for site, layer in zip(ours.sites, ours._adapters(), strict=True):
             expected = reference[site.key].w_adp.grad
@@ -131,22 +139,32 @@ def test_gradients_are_those_of_a_plain_adapter(model: nn.Module, inputs: tuple[
         ours.remove()
 
 
-def test_only_adapters_train_and_the_rest_stays_to_the_bit(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+def test_only_adapters_train_and_the_rest_stays_to_the_bit(
+    model: nn.Module, inputs: tuple[Tensor, Tensor]
+) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     adapters = attach(model, rank=4, form="weight")
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=0.1, weight_decay=0.1)
     for _ in range(2):
         encode_image(model, inputs[0]).sum().backward()
         optimizer.step()
-    assert all(p.grad is None for n, p in model.named_parameters() if "original" in n or "parametrizations" not in n)
-    assert any(p.detach().abs().max() > 0 for n, p in adapters.named_tensors().items() if n.endswith(".up"))
+    assert all(
+        p.grad is None
+        for n, p in model.named_parameters()
+        if "original" in n or "parametrizations" not in n
+    )
+    assert any(
+        p.detach().abs().max() > 0 for n, p in adapters.named_tensors().items() if n.endswith(".up")
+    )
     adapters.remove()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("rank", [None, 3])
 @pytest.mark.parametrize("form", ["activation", "weight"])
-def test_folded_equals_attached(model: nn.Module, inputs: tuple[Tensor, Tensor], rank: int | None, form: Any) -> None:
+def test_folded_equals_attached(
+    model: nn.Module, inputs: tuple[Tensor, Tensor], rank: int | None, form: Any
+) -> None:
     pixels, tokens = inputs
     adapter = random_adapter(model, rank)
     folded = copy.deepcopy(model)
@@ -174,7 +192,10 @@ def test_fold_is_linear_in_alpha(model: nn.Module, alpha: float) -> None:
 
 
 def test_fold_by_hand() -> None:
-    state = {"a.weight": torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), "a.bias": torch.tensor([1.0, -1.0])}
+    state = {
+        "a.weight": torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]),
+        "a.bias": torch.tensor([1.0, -1.0]),
+    }
     f = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
     adapter = Adapter({"a": f}, Metadata(architecture="x", base_digest=base_digest(state, ["a"])))
     folded = fold(state, adapter, 0.5)
@@ -183,10 +204,17 @@ def test_fold_by_hand() -> None:
 
 
 def test_fold_computes_in_fp32_and_casts_once(model: nn.Module) -> None:
-    half = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    half = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in model.state_dict().items()
+    }
     adapter = random_adapter(model)
-    wide = {name: value.float() if value.is_floating_point() else value for name, value in half.items()}
-    adapter = Adapter(adapter.tensors, Metadata(architecture="tiny", base_digest=base_digest(wide, adapter.keys)))
+    wide = {
+        name: value.float() if value.is_floating_point() else value for name, value in half.items()
+    }
+    adapter = Adapter(
+        adapter.tensors, Metadata(architecture="tiny", base_digest=base_digest(wide, adapter.keys))
+    )
     expected = fold(wide, adapter, 0.5)
     for name, value in fold(half, adapter, 0.5).items():
         assert value.dtype == half[name].dtype
@@ -196,7 +224,9 @@ def test_fold_computes_in_fp32_and_casts_once(model: nn.Module) -> None:
 def test_fold_refuses_values_that_are_not_finite(model: nn.Module) -> None:
     adapter = random_adapter(model)
     adapter.tensors[adapter.keys[0]][0] = 3e38  # finite, but not its product
-    with pytest.raises(RAdapterError, match=r"not finite in transformer\.resblocks\.0\.attn\.out_proj\.weight"):
+    with pytest.raises(
+        RAdapterError, match=r"not finite in transformer\.resblocks\.0\.attn\.out_proj\.weight"
+    ):
         fold(model.state_dict(), adapter, 1.0)
 
 
@@ -212,7 +242,10 @@ def test_adapter_of_another_base_names_both_digests(model: nn.Module) -> None:
     with torch.no_grad():
         other.visual.transformer.resblocks[0].mlp.c_proj.bias[0] += 1e-3  # type: ignore[union-attr,index]
     found = base_digest(other.state_dict(), adapter.keys)
-    for action in (lambda: fold(other.state_dict(), adapter, 0.5), lambda: attach_adapter(other, adapter, 0.5)):
+    for action in (
+        lambda: fold(other.state_dict(), adapter, 0.5),
+        lambda: attach_adapter(other, adapter, 0.5),
+    ):
         with pytest.raises(RAdapterError, match="another base") as error:
             action()
         assert found in str(error.value) and adapter.metadata.base_digest in str(error.value)
@@ -253,12 +286,16 @@ def test_dropping_draws_one_scaled_gate_an_adapter(model: nn.Module) -> None:
         gates += [layer.gate for layer in adapters._adapters()]
     adapters.remove()
     assert set(gates) == {0.0, 1 / 0.75}
-    assert sum(gates) / len(gates) == pytest.approx(1.0, abs=0.03)  # 4,000 draws: the mean's deviation is 0.009
+    assert sum(gates) / len(gates) == pytest.approx(
+        1.0, abs=0.03
+    )  # 4,000 draws: the mean's deviation is 0.009
     adapters.stop_drop()
     assert {layer.gate for layer in adapters._adapters()} == {1.0}
 
 
-def test_cropped_and_merged_texts_are_exact(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+def test_cropped_and_merged_texts_are_exact(
+    model: nn.Module, inputs: tuple[Tensor, Tensor]
+) -> None:
     with torch.no_grad():
         expected = model.encode_text(inputs[1], normalize=True)  # type: ignore[operator]
         torch.testing.assert_close(encode_text(model, inputs[1]), expected, rtol=0, atol=1e-6)
@@ -271,7 +308,9 @@ def test_file_round_trip(model: nn.Module, tmp_path: Path, rank: int | None) -> 
     for path in (tmp_path, tmp_path / "adapter.safetensors"):
         loaded = load_adapter(path)
         assert loaded.metadata == adapter.metadata and loaded.digest == adapter.digest
-        assert all(torch.equal(loaded.tensors[name], value) for name, value in adapter.tensors.items())
+        assert all(
+            torch.equal(loaded.tensors[name], value) for name, value in adapter.tensors.items()
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["adapter.safetensors"]
 
 

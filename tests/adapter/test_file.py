@@ -1,4 +1,6 @@
-"""The adapter file: what its specification refuses, on load and on save, and that any bytes at all give one line."""
+"""The adapter file: what its specification refuses, on load and on save, and that any bytes at all
+give one line.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from radapter_serve.adapter import Adapter, Metadata, attach_adapter, base_digest, fold, load_adapter, save_adapter
+from radapter_serve.adapter import (
+    Adapter,
+    Metadata,
+    attach_adapter,
+    base_digest,
+    fold,
+    load_adapter,
+    save_adapter,
+)
 from radapter_serve.clip.base import load_base
 from radapter_serve.errors import RAdapterError
 
 FIELDS = [field.name for field in dataclasses.fields(Metadata)]
-HEADER: dict[str, Any] = {"architecture": "ViT-B-32", "base_digest": "sha256:0", "rank": None, "format_version": 1}
+HEADER: dict[str, Any] = {
+    "architecture": "ViT-B-32",
+    "base_digest": "sha256:0",
+    "rank": None,
+    "format_version": 1,
+}
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -64,7 +79,11 @@ def loads_or_is_refused_in_one_line(path: Path) -> None:
         ("recipe", {"mask_padding": "much"}, "its 'recipe.mask_padding' is 'much': "),
         ("recipe", {"val_data": {}}, "its 'recipe.val_data' is {}: "),
         *(
-            ("recipe", {name: value}, f"it was trained with {name} {value!r}, which this radapter-serve does not have")
+            (
+                "recipe",
+                {name: value},
+                f"it was trained with {name} {value!r}, which this radapter-serve does not have",
+            )
             for name, value in (
                 ("dropout", 0.2),
                 ("drop_path", 0.2),
@@ -89,25 +108,42 @@ def loads_or_is_refused_in_one_line(path: Path) -> None:
         ("format_version", "1", "its 'format_version' is '1': "),
     ],
 )
-def test_metadata_of_wrong_types_or_ranges_is_one_line(tmp_path: Path, field: str, value: Any, message: str) -> None:
+def test_metadata_of_wrong_types_or_ranges_is_one_line(
+    tmp_path: Path, field: str, value: Any, message: str
+) -> None:
     assert message in refused(write(tmp_path / "adapter.safetensors", **{field: value}))
     if field != "format_version":
         values = {name: value for name, value in HEADER.items() if name != field}
         with pytest.raises(RAdapterError, match="its '|it was trained with"):
-            save_adapter(Adapter({"layer": torch.eye(4)}, Metadata(**values, **{field: value})), tmp_path / "saved")
+            save_adapter(
+                Adapter({"layer": torch.eye(4)}, Metadata(**values, **{field: value})),
+                tmp_path / "saved",
+            )
         assert not (tmp_path / "saved").exists()
 
 
 def test_what_must_be_there_is_missed_and_what_is_unknown_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
-    save_file({"layer": torch.eye(4)}, path, metadata={"rank": "null", "base_digest": '"x"', "format_version": "1"})
+    save_file(
+        {"layer": torch.eye(4)},
+        path,
+        metadata={"rank": "null", "base_digest": '"x"', "format_version": "1"},
+    )
     assert "architecture" in refused(path)
     header = {name: json.dumps(value) for name, value in HEADER.items()}
     save_file(
-        {"layer": torch.eye(4)}, path, metadata={**header, "format": "pt", "recipe": '{"classes": null, "x": [1]}'}
+        {"layer": torch.eye(4)},
+        path,
+        metadata={**header, "format": "pt", "recipe": '{"classes": null, "x": [1]}'},
     )
     assert load_adapter(path).metadata.recipe == {"classes": None, "x": [1]}
-    usual = {"dropout": 0.0, "drop_path": 0.0, "learned_scale": False, "average": "ema", "drop_schedule": "constant"}
+    usual = {
+        "dropout": 0.0,
+        "drop_path": 0.0,
+        "learned_scale": False,
+        "average": "ema",
+        "drop_schedule": "constant",
+    }
     save_file({"layer": torch.eye(4)}, path, metadata={**header, "recipe": json.dumps(usual)})
     assert load_adapter(path).metadata.recipe == usual
     save_file({"layer": torch.eye(4)}, path, metadata={**header, "alpha": "half"})
@@ -118,13 +154,37 @@ def test_what_must_be_there_is_missed_and_what_is_unknown_is_ignored(tmp_path: P
     ("tensors", "rank", "message"),
     [
         ({"a": torch.full((2, 2), math.nan)}, None, "tensor 'a' holds values that are not finite"),
-        ({"a": torch.tensor([[1.0, -math.inf], [0, 1]])}, None, "tensor 'a' holds values that are not finite"),
-        ({"a": torch.eye(2).half()}, None, "tensor 'a' is torch.float16 (2, 2), should be torch.float32 (2, 2)"),
-        ({"a": torch.ones(2, 3)}, None, "tensor 'a' is torch.float32 (2, 3), should be torch.float32 (2, 2)"),
+        (
+            {"a": torch.tensor([[1.0, -math.inf], [0, 1]])},
+            None,
+            "tensor 'a' holds values that are not finite",
+        ),
+        (
+            {"a": torch.eye(2).half()},
+            None,
+            "tensor 'a' is torch.float16 (2, 2), should be torch.float32 (2, 2)",
+        ),
+        (
+            {"a": torch.ones(2, 3)},
+            None,
+            "tensor 'a' is torch.float32 (2, 3), should be torch.float32 (2, 2)",
+        ),
         ({"a": torch.tensor(1.0)}, None, "tensor 'a' is torch.float32 ()"),
-        ({"a": torch.eye(2), "a.up": torch.ones(2, 1)}, None, "tensor 'a.up' is torch.float32 (2, 1), should be left"),
-        ({"a.up": torch.ones(2, 1)}, 1, "tensor 'a.down' is missing, should be torch.float32 (1, 2)"),
-        ({"a.up": torch.ones(2, 1), "a.down": torch.ones(2, 2)}, 1, "tensor 'a.down' is torch.float32 (2, 2)"),
+        (
+            {"a": torch.eye(2), "a.up": torch.ones(2, 1)},
+            None,
+            "tensor 'a.up' is torch.float32 (2, 1), should be left",
+        ),
+        (
+            {"a.up": torch.ones(2, 1)},
+            1,
+            "tensor 'a.down' is missing, should be torch.float32 (1, 2)",
+        ),
+        (
+            {"a.up": torch.ones(2, 1), "a.down": torch.ones(2, 2)},
+            1,
+            "tensor 'a.down' is torch.float32 (2, 2)",
+        ),
         ({}, None, "it has no tensors"),
     ],
 )
@@ -141,12 +201,17 @@ def test_tensors_that_the_specification_does_not_allow(
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_values_that_are_not_finite_are_neither_attached_nor_folded(tiny_clip_dir: str, alpha: float) -> None:
+def test_values_that_are_not_finite_are_neither_attached_nor_folded(
+    tiny_clip_dir: str, alpha: float
+) -> None:
     model, key = load_base(tiny_clip_dir).model, "visual.transformer.resblocks.0.mlp.c_proj"
     matrix = torch.zeros(64, 64)
     matrix[3, 5] = math.nan
     adapter = Adapter({key: matrix}, Metadata("x", base_digest(model.state_dict(), [key])))
-    for use in (lambda: attach_adapter(model, adapter, alpha), lambda: fold(model.state_dict(), adapter, alpha)):
+    for use in (
+        lambda: attach_adapter(model, adapter, alpha),
+        lambda: fold(model.state_dict(), adapter, alpha),
+    ):
         with pytest.raises(RAdapterError, match=f"'{key}' holds values that are not finite"):
             use()
 
@@ -168,14 +233,34 @@ def test_any_json_in_the_metadata(place: Path, header: dict[str, Any]) -> None:
     loads_or_is_refused_in_one_line(write(place, **header))
 
 
-@given(header=st.dictionaries(st.sampled_from(FIELDS), st.text(max_size=20)), deep=st.sampled_from(FIELDS))
+@given(
+    header=st.dictionaries(st.sampled_from(FIELDS), st.text(max_size=20)),
+    deep=st.sampled_from(FIELDS),
+)
 def test_any_text_in_the_metadata(place: Path, header: dict[str, str], deep: str) -> None:
-    texts = {**{name: json.dumps(value) for name, value in HEADER.items()}, **header, deep: "[" * 100_000}
+    texts = {
+        **{name: json.dumps(value) for name, value in HEADER.items()},
+        **header,
+        deep: "[" * 100_000,
+    }
     save_file({"layer": torch.eye(4)}, place, metadata=texts)
     loads_or_is_refused_in_one_line(place)
 
 
-DTYPES = ["F32", "F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "C64", "F33"]
+DTYPES = [
+    "F32",
+    "F64",
+    "F16",
+    "BF16",
+    "I64",
+    "U8",
+    "BOOL",
+    "F8_E4M3",
+    "F8_E8M0",
+    "F4",
+    "C64",
+    "F33",
+]
 ENTRY = JSON | st.fixed_dictionaries(
     {
         "dtype": st.sampled_from(DTYPES),

@@ -21,9 +21,13 @@ NATIVE = ("{}.resblocks.0.attn.out_proj", "{}.resblocks.0.mlp.c_proj")
 TIMM = ["visual.trunk.blocks.0.attn.proj", "visual.trunk.blocks.0.mlp.fc2"]
 BERT = [f"text.transformer.encoder.layer.0.{name}.dense" for name in ("attention.output", "output")]
 IMAGE, CLIP, CUSTOM = (
-    [name.format(tower) for name in NATIVE] for tower in ("visual.transformer", "transformer", "text.transformer")
+    [name.format(tower) for name in NATIVE]
+    for tower in ("visual.transformer", "transformer", "text.transformer")
 )
-MT5 = [f"text.transformer.block.0.layer.{name}" for name in ("0.SelfAttention.o", "1.DenseReluDense.wo")]
+MT5 = [
+    f"text.transformer.block.0.layer.{name}"
+    for name in ("0.SelfAttention.o", "1.DenseReluDense.wo")
+]
 M2M = [f"text.transformer.layers.0.{name}" for name in ("self_attn.out_proj", "fc2")]
 SITES = {
     "vit": IMAGE + CLIP,
@@ -65,17 +69,28 @@ def test_every_family_is_here() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_moves_adapters_alone_and_they_fold_exactly(family: str, load: Callable[[str], Base]) -> None:
-    """Two steps of the paper's loss; then attached in either form and folded into the plain model are the same."""
+def test_training_moves_adapters_alone_and_they_fold_exactly(
+    family: str, load: Callable[[str], Base]
+) -> None:
+    """Two steps of the paper's loss; then attached in either form and folded into the plain model
+    are the same.
+    """
     base = load(family)
-    model, before = base.model, {key: value.clone() for key, value in base.model.state_dict().items()}
+    model, before = (
+        base.model,
+        {key: value.clone() for key, value in base.model.state_dict().items()},
+    )
     adapters = attach(model, partial=FAMILIES[family].partial)
     assert [site.key for site in adapters.sites] == SITES[family]
-    pixels = torch.randn(4, 3, base.image_size, base.image_size, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(
+        4, 3, base.image_size, base.image_size, generator=torch.Generator().manual_seed(0)
+    )
     tokens = base.tokenizer(["a cat", "many words " * 30, "", "a dog, in the snow"])
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=0.02)
     for _ in range(2):
-        loss = mpm_nce(encode_image(model, pixels), encode_text(model, tokens), torch.arange(4), logit_scale=10)
+        loss = mpm_nce(
+            encode_image(model, pixels), encode_text(model, tokens), torch.arange(4), logit_scale=10
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -100,12 +115,16 @@ def test_training_moves_adapters_alone_and_they_fold_exactly(family: str, load: 
             attached.remove()
 
 
-@pytest.mark.parametrize(("family", "tower"), [("resnet", "ModifiedResNet"), ("mobileclip-s", "TimmModel")])
+@pytest.mark.parametrize(
+    ("family", "tower"), [("resnet", "ModifiedResNet"), ("mobileclip-s", "TimmModel")]
+)
 def test_convolutional_towers_are_refused_or_left_out(
     family: str, tower: str, load: Callable[[str], Base], caplog: pytest.LogCaptureFixture
 ) -> None:
     model = load(family).model
-    with pytest.raises(RAdapterError, match=rf"image tower of .* \({tower}\) has no blocks .*--partial"):
+    with pytest.raises(
+        RAdapterError, match=rf"image tower of .* \({tower}\) has no blocks .*--partial"
+    ):
         attach(model)
     adapters = attach(model, partial=True)
     assert f"left out: the image tower of {type(model).__name__} ({tower})" in adapters.share(model)
@@ -115,20 +134,33 @@ def test_convolutional_towers_are_refused_or_left_out(
 
 
 def test_norms_between_are_refused_or_left_out(load: Callable[[str], Base]) -> None:
-    """A block of open_clip may have one behind attention; timm's post-norm blocks have one behind both layers."""
+    """A block of open_clip may have one behind attention; timm's post-norm blocks have one behind
+    both layers.
+    """
     import open_clip
     from timm.models.eva import EvaBlockPostNorm
     from timm.models.vision_transformer import ResPostBlock
 
-    config = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32, "scale_attn": True}
+    config = {
+        "image_size": 32,
+        "layers": 1,
+        "width": 64,
+        "patch_size": 16,
+        "head_width": 32,
+        "scale_attn": True,
+    }
     normed = open_clip.CLIP(32, config, {"vocab_size": 8, "width": 32, "heads": 2, "layers": 1})
-    with pytest.raises(RAdapterError, match=r"resblocks\.0\.ln_attn \(LayerNorm\) stands between .*--partial"):
+    with pytest.raises(
+        RAdapterError, match=r"resblocks\.0\.ln_attn \(LayerNorm\) stands between .*--partial"
+    ):
         attach(normed)
     assert [site.key for site in find_sites(normed, partial=True)] == [IMAGE[1], *CLIP]
     for block in (ResPostBlock(64, 2), EvaBlockPostNorm(64, 2)):
         model: Any = load("siglip").model
         model.visual.trunk.blocks[0] = block
-        with pytest.raises(RAdapterError, match=r"blocks\.0\.norm1 \(LayerNorm\) stands between .*--partial"):
+        with pytest.raises(
+            RAdapterError, match=r"blocks\.0\.norm1 \(LayerNorm\) stands between .*--partial"
+        ):
             attach(model)
         adapters = attach(model, partial=True)
         assert [site.key for site in adapters.sites] == CUSTOM

@@ -51,10 +51,14 @@ def test_the_fold_of_the_average_is_the_average_of_the_folds(
     folds = [fold(BASE, adapter, alpha) for adapter in adapters]
     shares = weights or [1 / len(adapters)] * len(adapters)
     for name, base in BASE.items():
-        expected = sum(share * each[name].double() for share, each in zip(shares, folds, strict=True))
+        expected = sum(
+            share * each[name].double() for share, each in zip(shares, folds, strict=True)
+        )
         np.testing.assert_allclose(found[name], expected, atol=1e-4 * (1 + float(base.abs().max())))
     total = None if None in ranks else sum(rank or 0 for rank in ranks)
-    assert average.metadata.rank == (total if total is not None and total < min(WIDTHS.values()) else None)
+    assert average.metadata.rank == (
+        total if total is not None and total < min(WIDTHS.values()) else None
+    )
 
 
 def test_low_ranks_add_up_as_columns_and_rows() -> None:
@@ -68,11 +72,18 @@ def test_low_ranks_add_up_as_columns_and_rows() -> None:
 
 
 def test_one_adapter_is_itself_and_metadata_are_the_firsts() -> None:
-    first, second = make(0, None, task="retrieval", alpha=0.8, templates=["{}"]), make(1, None, task="segmentation")
+    first, second = (
+        make(0, None, task="retrieval", alpha=0.8, templates=["{}"]),
+        make(1, None, task="segmentation"),
+    )
     assert average_adapters([first]).digest == first.digest
     assert average_adapters([first, second], [1, 0]).digest == first.digest
     average = average_adapters([first, second])
-    assert (average.metadata.task, average.metadata.alpha, average.metadata.templates) == ("retrieval", 0.8, ["{}"])
+    assert (average.metadata.task, average.metadata.alpha, average.metadata.templates) == (
+        "retrieval",
+        0.8,
+        ["{}"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,10 +103,16 @@ def test_weights_that_are_no_average(weights: list[float], message: str) -> None
 def test_adapters_of_other_bases_or_layers_are_refused() -> None:
     first = make(0, None)
     other = dataclasses.replace(first.metadata, base_digest="sha256:0123", architecture="ViT-B-16")
-    with pytest.raises(RAdapterError, match=f"{first.metadata.base_digest}.*adapter 3 on sha256:0123 .ViT-B-16"):
+    with pytest.raises(
+        RAdapterError, match=f"{first.metadata.base_digest}.*adapter 3 on sha256:0123 .ViT-B-16"
+    ):
         average_adapters([first, first, Adapter(first.tensors, other)])
-    fewer = Adapter({"a.out_proj": first.tensors["a.out_proj"]}, dataclasses.replace(other, architecture="x"))
-    with pytest.raises(RAdapterError, match=r"adapter 1 adapts b.c_proj and adapter 2 does not.*--adapt-text"):
+    fewer = Adapter(
+        {"a.out_proj": first.tensors["a.out_proj"]}, dataclasses.replace(other, architecture="x")
+    )
+    with pytest.raises(
+        RAdapterError, match=r"adapter 1 adapts b.c_proj and adapter 2 does not.*--adapt-text"
+    ):
         average_adapters([first, fewer])
     with pytest.raises(RAdapterError, match="no adapters"):
         average_adapters([])

@@ -1,4 +1,6 @@
-"""The training of the drawings' base: its parts against torch's and open_clip's own, and that it goes on as it was."""
+"""The training of the drawings' base: its parts against torch's and open_clip's own, and that it
+goes on as it was.
+"""
 
 from __future__ import annotations
 
@@ -45,25 +47,51 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def small(monkeypatch) -> None:
     """A model of two blocks."""
-    monkeypatch.setitem(base.MODEL, "vision_cfg", {**base.MODEL["vision_cfg"], "width": 64, "layers": 1})
-    monkeypatch.setitem(base.MODEL, "text_cfg", {**base.MODEL["text_cfg"], "width": 64, "heads": 1, "layers": 1})
+    monkeypatch.setitem(
+        base.MODEL, "vision_cfg", {**base.MODEL["vision_cfg"], "width": 64, "layers": 1}
+    )
+    monkeypatch.setitem(
+        base.MODEL, "text_cfg", {**base.MODEL["text_cfg"], "width": 64, "heads": 1, "layers": 1}
+    )
 
 
 def arguments(folder: Path, out: Path, **changes: object) -> argparse.Namespace:
-    fields = {"pairs": folder, "out": out, "start": None, "steps": 4, "decay": 0, "names": 4, "class_share": 0.5}
-    fields |= {"patches": 8, "learning_rate": 1e-3, "warmup": 2, "average": 0.9, "bf16": True, "threads": 1, "seed": 0}
+    fields = {
+        "pairs": folder,
+        "out": out,
+        "start": None,
+        "steps": 4,
+        "decay": 0,
+        "names": 4,
+        "class_share": 0.5,
+    }
+    fields |= {
+        "patches": 8,
+        "learning_rate": 1e-3,
+        "warmup": 2,
+        "average": 0.9,
+        "bf16": True,
+        "threads": 1,
+        "seed": 0,
+    }
     return argparse.Namespace(**{**fields, "measure_every": 1e9, "save_every": 1e9, **changes})
 
 
 def weights(out: Path) -> dict[str, Any]:
     state = torch.load(out / "checkpoint.pt", weights_only=True)
-    return {**state["model"], **{f"average {name}": value for name, value in state["average"].items()}}
+    return {
+        **state["model"],
+        **{f"average {name}": value for name, value in state["average"].items()},
+    }
 
 
 def test_names_that_mean_one_thing_are_one_name(folder):
     pairs = Pairs(folder)
     assert sorted(pairs.by_name) == ["arrow left", "credit card", "home", "moon", "star"]
-    assert {source: len(rows) for source, rows in pairs.by_name["home"].items()} == {"first": 2, "second": 2}
+    assert {source: len(rows) for source, rows in pairs.by_name["home"].items()} == {
+        "first": 2,
+        "second": 2,
+    }
     assert len(pairs.validation["held"]) == 4  # the moon and the arrow are no classes
     assert [pairs.words[i] for i in np.flatnonzero(pairs.one_way)] == ["arrow left"] * 3
 
@@ -101,7 +129,9 @@ def test_contrast_of_two_drawings_by_hand():
     logits = 2 * images @ texts.T
     rows = [-logits[i].log_softmax(0)[i // 2] for i in range(4)]
     columns = [-logits[:, i // 2].log_softmax(0)[i] for i in range(4)]
-    torch.testing.assert_close(contrast(images, texts, torch.tensor(2.0)), sum(rows + columns) / torch.tensor(8.0))
+    torch.testing.assert_close(
+        contrast(images, texts, torch.tensor(2.0)), sum(rows + columns) / torch.tensor(8.0)
+    )
 
 
 def test_muon_moves_as_torchs_own_does():
@@ -109,7 +139,9 @@ def test_muon_moves_as_torchs_own_does():
     start = [torch.randn(12, 8), torch.randn(8, 20), torch.randn(12, 8)]
     ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
     mine = Muon(ours, 0.01, momentum=0.95, decay=0.1)  # type: ignore[no-untyped-call]
-    other = torch.optim.Muon(theirs, 0.01, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    other = torch.optim.Muon(
+        theirs, 0.01, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
     for _ in range(3):
         for first, second in zip(ours, theirs, strict=True):
             first.grad = torch.randn_like(first)
@@ -117,7 +149,9 @@ def test_muon_moves_as_torchs_own_does():
         mine.step()
         other.step()
     for before, first, second in zip(start, ours, theirs, strict=True):
-        torch.testing.assert_close(first - before, second - before, atol=3e-4, rtol=0.05)  # torch's is in bfloat16
+        torch.testing.assert_close(
+            first - before, second - before, atol=3e-4, rtol=0.05
+        )  # torch's is in bfloat16
 
 
 def test_patches_with_ink_are_looked_at():
@@ -140,7 +174,10 @@ def test_only_kept_patches_go_through_the_tower():
 def test_a_drawing_on_paper_is_what_pillow_pastes():
     drawn = np.zeros((1, SIZE, SIZE, 4), np.uint8)
     drawn[:, :, :24] = (60, 30, 0, 120)
-    pixels = on_paper(torch.from_numpy(drawn)) * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    pixels = (
+        on_paper(torch.from_numpy(drawn)) * torch.tensor(STD)[:, None, None]
+        + torch.tensor(MEAN)[:, None, None]
+    )
     torch.testing.assert_close(pixels[0, :, 0, 0] * 255, torch.tensor([195.0, 165.0, 135.0]))
     torch.testing.assert_close(pixels[0, :, 0, 40], torch.ones(3))
 
@@ -160,21 +197,39 @@ def test_augmenting_leaves_the_drawing_visible_and_mirrors_no_arrow():
 
 
 def test_common_names_come_more_often_up_to_a_bound():
-    by_name = {"rare": range(1), "known": range(4), "common": range(base.MOST_HANDS), "everywhere": range(99)}
+    by_name = {
+        "rare": range(1),
+        "known": range(4),
+        "common": range(base.MOST_HANDS),
+        "everywhere": range(99),
+    }
     pool = base.Pool(SimpleNamespace(by_name=by_name), by_name.keys(), 1.0)  # type: ignore[arg-type]
     expected = {"rare": 1 / 45, "known": 4 / 45, "common": 20 / 45, "everywhere": 20 / 45}
     assert dict(zip(pool.names, pool.shares, strict=True)) == pytest.approx(expected)
-    assert sorted(pool.draw(9, np.random.default_rng(0))) == ["common", "everywhere", "known", "rare"]
+    assert sorted(pool.draw(9, np.random.default_rng(0))) == [
+        "common",
+        "everywhere",
+        "known",
+        "rare",
+    ]
 
 
 def test_a_run_goes_on_as_it_would_have(folder, small, tmp_path):
     base.train(arguments(folder, tmp_path / "whole"))
     base.train(arguments(folder, tmp_path / "parts", steps=2))
     base.train(arguments(folder, tmp_path / "parts"))
-    torch.testing.assert_close(weights(tmp_path / "parts"), weights(tmp_path / "whole"), atol=0, rtol=0)
-    curve = [json.loads(line) for line in (tmp_path / "parts" / "curve.jsonl").read_text(encoding="utf-8").splitlines()]
+    torch.testing.assert_close(
+        weights(tmp_path / "parts"), weights(tmp_path / "whole"), atol=0, rtol=0
+    )
+    curve = [
+        json.loads(line)
+        for line in (tmp_path / "parts" / "curve.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [(point["step"], point["images"]) for point in curve] == [(2, 16), (4, 32)]
-    assert set(curve[-1]["accuracy"]) == {"mean", "held"} and (tmp_path / "parts" / "curve.png").is_file()
+    assert (
+        set(curve[-1]["accuracy"]) == {"mean", "held"}
+        and (tmp_path / "parts" / "curve.png").is_file()
+    )
 
 
 def test_a_signal_ends_a_run_with_its_checkpoint(folder, small, tmp_path, monkeypatch):
@@ -202,13 +257,21 @@ def test_decay_takes_the_rate_of_a_copy_to_zero(folder, small, tmp_path, monkeyp
         return step(self, rate)
 
     monkeypatch.setattr(base.Training, "one_step", and_note)
-    decay = arguments(folder, tmp_path / "down", start=tmp_path / "level" / "checkpoint.pt", steps=-1, decay=4)
+    decay = arguments(
+        folder, tmp_path / "down", start=tmp_path / "level" / "checkpoint.pt", steps=-1, decay=4
+    )
     base.train(decay)
     assert rates == [1.0, 0.75, 0.5, 0.25]
     torch.testing.assert_close(weights(tmp_path / "level"), before, atol=0, rtol=0)
     model: Any = open_clip.create_model(f"local-dir:{tmp_path / 'down' / 'base'}").eval()
-    average = {name.removeprefix("average "): w for name, w in weights(tmp_path / "down").items() if "average" in name}
-    torch.testing.assert_close(model.visual.conv1.weight, average["visual.conv1.weight"], atol=1e-3, rtol=1e-3)
+    average = {
+        name.removeprefix("average "): w
+        for name, w in weights(tmp_path / "down").items()
+        if "average" in name
+    }
+    torch.testing.assert_close(
+        model.visual.conv1.weight, average["visual.conv1.weight"], atol=1e-3, rtol=1e-3
+    )
     assert model.token_embedding.weight.shape[0] == 49408
 
 

@@ -1,4 +1,6 @@
-"""The benchmark of drawings, made of a small hand-made package: names, licences, near-duplicates, who sees what."""
+"""The benchmark of drawings, made of a small hand-made package: names, licences, near-duplicates,
+who sees what.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from benchmarks.drawings.roles import Roles, load_roles
 from radapter_serve.demo import data
 
 SHAPES = {
-    "star": '<path fill="currentColor" d="m12 1 3 8h8l-6 5 2 9-7-6-7 6 2-9-6-5h8zM0 24V10l14 14z"/>',
+    "star": (
+        '<path fill="currentColor" d="m12 1 3 8h8l-6 5 2 9-7-6-7 6 2-9-6-5h8zM0 24V10l14 14z"/>'
+    ),
     "moon": '<path fill="currentColor" d="M14 2a10 10 0 1 0 8 14A9 9 0 0 1 14 2z"/>',
     "house": '<path fill="currentColor" d="M12 2 1 12h3v10h16V12h3z"/>',
     "key": '<path fill="currentColor" d="M6 13a5 5 0 1 0 5 5l3-3h3v-3l5-6V2h-4z"/>',
@@ -30,7 +34,9 @@ SHAPES = {
 }
 
 
-def icon_set(folder: Path, name: str, icons: dict[str, str], licence: str = "MIT", **facts: object) -> None:
+def icon_set(
+    folder: Path, name: str, icons: dict[str, str], licence: str = "MIT", **facts: object
+) -> None:
     """Add a set of drawings, 24 units wide, to the package."""
     (folder / "json").mkdir(parents=True, exist_ok=True)
     document = {
@@ -42,7 +48,12 @@ def icon_set(folder: Path, name: str, icons: dict[str, str], licence: str = "MIT
     (folder / "json" / f"{name}.json").write_text(json.dumps(document), encoding="utf-8")
     listed = folder / "collections.json"
     known = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else {}
-    known[name] = {"name": name.title(), "author": {"name": f"Author of {name}"}, "license": {"spdx": licence}, **facts}
+    known[name] = {
+        "name": name.title(),
+        "author": {"name": f"Author of {name}"},
+        "license": {"spdx": licence},
+        **facts,
+    }
     listed.write_text(json.dumps(known), encoding="utf-8")
 
 
@@ -55,7 +66,11 @@ def turned(body: str, degrees: int) -> str:
 def package(tmp_path: Path) -> Path:
     """Sets by seven hands."""
     folder = tmp_path / "package"
-    icon_set(folder, "seen", {"star": SHAPES["star"], "crescent-outline": SHAPES["moon"], "acme": SHAPES["box"]})
+    icon_set(
+        folder,
+        "seen",
+        {"star": SHAPES["star"], "crescent-outline": SHAPES["moon"], "acme": SHAPES["box"]},
+    )
     icon_set(folder, "alike", {"home": SHAPES["house"]}, "CC-BY-SA-4.0")
     icon_set(folder, "kept", {"key": SHAPES["key"]})
     icon_set(folder, "brands", {"acme": SHAPES["flag"], "star": SHAPES["star"]}, "CC0-1.0")
@@ -63,15 +78,30 @@ def package(tmp_path: Path) -> Path:
     for number, degrees in enumerate((20, 50, 110, 140, 200, 230)):
         for shape in ("star", "moon"):
             colours[f"{shape}-{number}"] = turned(SHAPES[shape], degrees)
-            colours[f"{shape}-{number}-flat"] = f'<g color="#900">{turned(SHAPES[shape], degrees)}</g>'
+            colours[f"{shape}-{number}-flat"] = (
+                f'<g color="#900">{turned(SHAPES[shape], degrees)}</g>'
+            )
     icon_set(folder, "colours", colours, "CC-BY-4.0", palette=True)
     icon_set(
         folder,
         "lines",
-        {"star-filled": SHAPES["star"], "star-2": turned(SHAPES["star"], 75), "moon": turned(SHAPES["moon"], 170)},
+        {
+            "star-filled": SHAPES["star"],
+            "star-2": turned(SHAPES["star"], 75),
+            "moon": turned(SHAPES["moon"], 170),
+        },
     )
-    icon_set(folder, "copies", {"fallen-star": turned(SHAPES["star"], 75), "moon": turned(SHAPES["moon"], 290)})
-    for name, licence in (("nc", "CC-BY-NC-4.0"), ("nd", "CC-BY-ND-4.0"), ("gpl", "GPL-3.0-only"), ("unknown", "")):
+    icon_set(
+        folder,
+        "copies",
+        {"fallen-star": turned(SHAPES["star"], 75), "moon": turned(SHAPES["moon"], 290)},
+    )
+    for name, licence in (
+        ("nc", "CC-BY-NC-4.0"),
+        ("nd", "CC-BY-ND-4.0"),
+        ("gpl", "GPL-3.0-only"),
+        ("unknown", ""),
+    ):
         icon_set(folder, name, {"star": SHAPES["star"]}, licence)
     return folder
 
@@ -96,7 +126,9 @@ def roles(tmp_path: Path) -> Roles:
 @pytest.fixture
 def classes(tmp_path: Path) -> Classes:
     """Two classes, and a house that is none."""
-    (tmp_path / "classes.txt").write_text("star, pentagram | shining star\nmoon | crescent\n", encoding="utf-8")
+    (tmp_path / "classes.txt").write_text(
+        "star, pentagram | shining star\nmoon | crescent\n", encoding="utf-8"
+    )
     (tmp_path / "synonyms.txt").write_text("home, house\n", encoding="utf-8")
     return Classes(tmp_path / "classes.txt", tmp_path / "synonyms.txt")
 
@@ -122,17 +154,30 @@ def test_a_name_is_words_number_and_style(name, said):
 
 
 def test_a_drawing_is_rendered_whole_and_centred(package):
-    icon_set(package, "shapes", {"half": '<path d="M0 0h12v24H0z"/>', "nothing": "<g/>", "torn": "<path d="})
-    half, *rest = (render(drawing.svg, 8) for drawing in drawings(package, "shapes") if drawing.name == "half")
+    icon_set(
+        package,
+        "shapes",
+        {"half": '<path d="M0 0h12v24H0z"/>', "nothing": "<g/>", "torn": "<path d="},
+    )
+    half, *rest = (
+        render(drawing.svg, 8) for drawing in drawings(package, "shapes") if drawing.name == "half"
+    )
     assert half is not None and not rest
     expected = np.zeros((8, 8, 4), np.uint8)
     expected[:, :4, 3] = 255
     np.testing.assert_array_equal(half, expected)
-    assert [render(d.svg, 8) for d in drawings(package, "shapes") if d.name != "half"] == [None, None]
+    assert [render(d.svg, 8) for d in drawings(package, "shapes") if d.name != "half"] == [
+        None,
+        None,
+    ]
     head = '<svg xmlns="http://www.w3.org/2000/svg"'
-    drawn = render(f'{head} width="24" height="12" viewBox="0 0 24 12"><path d="M0 0h24v12H0z"/></svg>', 8)
+    drawn = render(
+        f'{head} width="24" height="12" viewBox="0 0 24 12"><path d="M0 0h24v12H0z"/></svg>', 8
+    )
     assert drawn is not None
-    np.testing.assert_array_equal(drawn[..., 3], np.repeat([0, 0, 255, 255, 255, 255, 0, 0], 8).reshape(8, 8))
+    np.testing.assert_array_equal(
+        drawn[..., 3], np.repeat([0, 0, 255, 255, 255, 255, 0, 0], 8).reshape(8, 8)
+    )
 
 
 def test_hidden_and_huge_drawings_are_left_out(package):
@@ -145,7 +190,15 @@ def test_hidden_and_huge_drawings_are_left_out(package):
 
 
 def test_only_licences_that_let_anyone_pass_drawings_on(package):
-    assert set(sources(package)) == {"seen", "alike", "kept", "brands", "colours", "lines", "copies"}
+    assert set(sources(package)) == {
+        "seen",
+        "alike",
+        "kept",
+        "brands",
+        "colours",
+        "lines",
+        "copies",
+    }
 
 
 @pytest.mark.parametrize(
@@ -179,7 +232,9 @@ def test_the_class_that_a_name_means(words, meaning):
 def test_the_classes_are_many_and_none_means_what_another_means():
     classes = Classes()
     assert 200 <= len(classes.names) <= 300
-    assert set(load_meanings(SYNONYMS)).isdisjoint(name for line in classes.prompt_lines for name in line.split(", "))
+    assert set(load_meanings(SYNONYMS)).isdisjoint(
+        name for line in classes.prompt_lines for name in line.split(", ")
+    )
     assert [line.split(",")[0] for line in classes.prompt_lines] == classes.names
     assert all(re.fullmatch(r"[a-z][a-z -]*", name) for name in classes.names)
 
@@ -192,7 +247,9 @@ def test_one_name_with_two_meanings_is_refused(tmp_path):
 
 
 def test_a_set_has_one_role(tmp_path):
-    document = yaml.safe_load((Path(build.__file__).parent / "roles.yaml").read_text(encoding="utf-8"))
+    document = yaml.safe_load(
+        (Path(build.__file__).parent / "roles.yaml").read_text(encoding="utf-8")
+    )
     document["base_validation"].append("tabler")
     (tmp_path / "roles.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
     with pytest.raises(ValueError, match="tabler"):
@@ -201,12 +258,16 @@ def test_a_set_has_one_role(tmp_path):
 
 def test_near_duplicates_are_found_whatever_their_size_and_place():
     def mark(body: str) -> np.ndarray:
-        drawn = render(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24">{body}</svg>', 48)
+        drawn = render(
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24">{body}</svg>', 48
+        )
         assert drawn is not None
         return near.signature(drawn)
 
     marks = np.stack([mark(body) for body in SHAPES.values()])
-    moved = np.stack([mark(f'<g transform="translate(4 1) scale(.7)">{body}</g>') for body in SHAPES.values()])
+    moved = np.stack(
+        [mark(f'<g transform="translate(4 1) scale(.7)">{body}</g>') for body in SHAPES.values()]
+    )
     np.testing.assert_array_equal(near.alike(marks, moved), np.eye(len(SHAPES), dtype=bool))
 
 
@@ -227,7 +288,9 @@ def test_pairs_are_of_nobody_that_is_tested(package, roles, tmp_path, monkeypatc
     ]  # neither share-alike nor brands
     pixels = np.load(tmp_path / "pairs" / "pixels.npy", mmap_mode="r")
     assert pixels.shape[1:] == (16, 16, 4)
-    star = render(next(drawing.svg for drawing in drawings(package, "seen") if drawing.name == "star"), 16)
+    star = render(
+        next(drawing.svg for drawing in drawings(package, "seen") if drawing.name == "star"), 16
+    )
     assert star is not None
     np.testing.assert_array_equal(pixels[2], star)
     credit = (tmp_path / "pairs" / "ATTRIBUTION.md").read_text(encoding="utf-8")
@@ -238,20 +301,28 @@ def test_the_folders_are_disjoint_and_whole(package, roles, classes, tmp_path):
     pairs.write_pairs(package, tmp_path / "pairs", roles, side=96, processes=1)
     count = build.build(package, tmp_path / "pairs", tmp_path / "data", roles, classes)
     listed = rows(tmp_path / "data" / "index.csv")
-    found = {path.relative_to(tmp_path / "data").as_posix() for path in (tmp_path / "data").rglob("*.png")}
+    found = {
+        path.relative_to(tmp_path / "data").as_posix()
+        for path in (tmp_path / "data").rglob("*.png")
+    }
     assert {row["path"] for row in listed} == found and sum(count.values()) == len(found)
     assert count == Counter(row["split"] for row in listed)
     assert {"train", "val", "test"} <= set(count)
-    # the colourings of a drawing are in one place, and there is one of them where nothing is trained
+    # the colourings of a drawing are in one place, and there is one of them where nothing is
+    # trained
     places: dict[str, set[str]] = {}
     for row in listed:
         if row["style"] == "colour":
             places.setdefault(row["name"].removesuffix("-flat"), set()).add(row["split"])
     assert len(places) == 12 and all(len(place) == 1 for place in places.values())
-    of_split: dict[str, Counter[str]] = {row["name"].removesuffix("-flat"): Counter() for row in listed}
+    of_split: dict[str, Counter[str]] = {
+        row["name"].removesuffix("-flat"): Counter() for row in listed
+    }
     for row in listed:
         of_split[row["name"].removesuffix("-flat")][row["split"]] += 1
-    assert all(n == (2 if split == "train" else 1) for c in of_split.values() for split, n in c.items())
+    assert all(
+        n == (2 if split == "train" else 1) for c in of_split.values() for split, n in c.items()
+    )
     # the base has seen lines:star-filled in `seen`; copies:fallen-star is lines:star-2 again
     assert {(row["set"], row["name"]) for row in listed if row["style"] != "colour"} == {
         ("lines", "star-2"),
@@ -260,10 +331,15 @@ def test_the_folders_are_disjoint_and_whole(package, roles, classes, tmp_path):
     }
     white, black = (
         Image.open(tmp_path / "data" / place / "moon" / name).getpixel((1, 1))
-        for place, name in (("shifts/line", "lines--moon.png"), ("shifts/black", "copies--moon.png"))
+        for place, name in (
+            ("shifts/line", "lines--moon.png"),
+            ("shifts/black", "copies--moon.png"),
+        )
     )
     assert (white, black) == ((255, 255, 255), (0, 0, 0))
-    assert (tmp_path / "data" / "classes.txt").read_text(encoding="utf-8") == "moon\nstar, pentagram\n"
+    assert (tmp_path / "data" / "classes.txt").read_text(
+        encoding="utf-8"
+    ) == "moon\nstar, pentagram\n"
     credit = (tmp_path / "data" / "ATTRIBUTION.md").read_text(encoding="utf-8")
     assert credit.count("Author of") == 3 and "| `colours` |" in credit
 
@@ -273,13 +349,18 @@ def test_the_same_package_makes_the_same_folders(package, roles, classes, tmp_pa
     for name in ("first", "second"):
         build.build(package, tmp_path / "pairs", tmp_path / name, roles, classes)
     first, second = (
-        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
+        {
+            path.relative_to(tmp_path / name): path.read_bytes()
+            for path in (tmp_path / name).rglob("*.*")
+        }
         for name in ("first", "second")
     )
     assert first == second
 
 
-def test_what_is_shipped_makes_the_same_folders_without_share_alike(package, roles, classes, tmp_path, monkeypatch):
+def test_what_is_shipped_makes_the_same_folders_without_share_alike(
+    package, roles, classes, tmp_path, monkeypatch
+):
     listed = package / "collections.json"
     facts = json.loads(listed.read_text(encoding="utf-8"))
     facts["copies"]["license"]["spdx"] = "CC-BY-SA-4.0"
@@ -288,23 +369,43 @@ def test_what_is_shipped_makes_the_same_folders_without_share_alike(package, rol
     build.build(package, tmp_path / "pairs", tmp_path / "data", roles, classes)
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        found = ship.ship(package, tmp_path / "pairs", tmp_path / "data", tmp_path / name, tmp_path / name / "A.md")
-    first, second = ({path.name: path.read_bytes() for path in (tmp_path / of).iterdir()} for of in ("first", "second"))
+        found = ship.ship(
+            package,
+            tmp_path / "pairs",
+            tmp_path / "data",
+            tmp_path / name,
+            tmp_path / name / "A.md",
+        )
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / of).iterdir()}
+        for of in ("first", "second")
+    )
     assert first == second and json.loads(lzma.decompress(first["drawings.json.xz"])) == found
     credit = first["A.md"].decode()
-    assert "| `lines` | 2 |" in credit and "copies" not in credit  # of lines:star-filled there is no test
+    assert (
+        "| `lines` | 2 |" in credit and "copies" not in credit
+    )  # of lines:star-filled there is no test
     assert "| `seen` | 2 |" in credit.partition("## What the base was trained on")[2]
     monkeypatch.setattr(data, "drawings", lambda: found)
     for name in ("CLASSES", "TEMPLATES"):
         monkeypatch.setattr(data, name, tmp_path / "first" / f"{name.lower()}.txt")
-    own = {style: said for style, said in data.STYLES.items() if any(data.place_of(style) in place for place in found)}
+    own = {
+        style: said
+        for style, said in data.STYLES.items()
+        if any(data.place_of(style) in place for place in found)
+    }
     monkeypatch.setattr(data, "STYLES", own)
     data.prepare(tmp_path / "made", quiet=True)
     made, built = (
-        {path.relative_to(tmp_path / of).as_posix(): path.read_bytes() for path in (tmp_path / of).rglob("*.png")}
+        {
+            path.relative_to(tmp_path / of).as_posix(): path.read_bytes()
+            for path in (tmp_path / of).rglob("*.png")
+        }
         for of in ("made", "data")
     )
-    assert made == {path: image for path, image in built.items() if "copies--" not in path} and len(made) < len(built)
+    assert made == {path: image for path, image in built.items() if "copies--" not in path} and len(
+        made
+    ) < len(built)
 
 
 def test_core_is_what_is_drawn():

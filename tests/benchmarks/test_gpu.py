@@ -18,25 +18,60 @@ def table(text: str, title: str) -> list[list[str]]:
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--smoke", "--minutes", "0", "--batches", "1"]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "gpu.py"),
+        "--smoke",
+        "--minutes",
+        "0",
+        "--batches",
+        "1",
+    ]
     subprocess.run([*command, "--out", str(tmp_path)], check=True, timeout=200)
     text = (tmp_path / "gpu-smoke.md").read_text(encoding="utf-8")
-    for what in ("training smoke", "smoke, images, fp16: TensorRT", "smoke, texts, fp16: torch.compile"):
+    for what in (
+        "training smoke",
+        "smoke, images, fp16: TensorRT",
+        "smoke, texts, fp16: torch.compile",
+    ):
         assert f"Left out: {what}: TimeoutError: the time was up" in text
 
 
 @pytest.mark.slow
 def test_smoke(tmp_path: Path) -> None:
-    arguments = ["--batches", "1", "3", "--compile-batches", "3", "--train-batch", "4", "--repeats", "2"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--smoke", *arguments, "--out", str(tmp_path)]
+    arguments = [
+        "--batches",
+        "1",
+        "3",
+        "--compile-batches",
+        "3",
+        "--train-batch",
+        "4",
+        "--repeats",
+        "2",
+    ]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "gpu.py"),
+        "--smoke",
+        *arguments,
+        "--out",
+        str(tmp_path),
+    ]
     subprocess.run(command, check=True, timeout=500)
     text = (tmp_path / "gpu-smoke.md").read_text(encoding="utf-8")
-    assert [row[0] for row in table(text, "Matmul")] == ["fp32, 64 x 64", "fp16, 64 x 64", "bf16, 64 x 64"]
+    assert [row[0] for row in table(text, "Matmul")] == [
+        "fp32, 64 x 64",
+        "fp16, 64 x 64",
+        "bf16, 64 x 64",
+    ]
     training = table(text, "A training step of smoke, batch 4, bf16")
     assert len(training) == 4
     for case in ("images", "texts"):
         rows = {row[0]: row for row in table(text, f"smoke, {case}, fp16")}
-        compiled = "3, torch.compile" in rows or f"smoke, {case}, fp16, batch 3: torch.compile" in text
+        compiled = (
+            "3, torch.compile" in rows or f"smoke, {case}, fp16, batch 3: torch.compile" in text
+        )
         assert compiled  # measured, or no C++ compiler here
         for batch in (1, 3):
             for name in ("torch eager", "torch flash", "ONNX Runtime"):

@@ -51,7 +51,8 @@ def test_an_open_loop_does_not_wait_for_answers():
 
 def test_latency_in_an_open_loop_counts_from_when_the_request_was_due():
     measured = asyncio.run(measure(Server(0.03, serial=True), Open(rate=100), 0.6))
-    # Three times as many as it can answer: the last ones wait for twice the time of the run. Each took 0.03 s.
+    # Three times as many as it can answer: the last ones wait for twice the time of the run. Each
+    # took 0.03 s.
     assert max(measured.latencies) > 0.6
     half = len(measured.latencies) // 2
     assert np.mean(measured.latencies[half:]) > 2 * np.mean(measured.latencies[:half])

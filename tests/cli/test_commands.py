@@ -44,7 +44,9 @@ def test_help_and_unknown_flags(name: str, capsys: pytest.CaptureFixture[str]) -
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["eval", "export", "train", "serve", "gateway", "index build", "index add"])
+@pytest.mark.parametrize(
+    "command", ["eval", "export", "train", "serve", "gateway", "index build", "index add"]
+)
 def test_help_shows_what_most_people_set_and_help_all_the_rest(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,4 +126,7 @@ def test_guard_turns_errors_into_a_line_and_a_status(capsys: pytest.CaptureFixtu
     assert guard(stopped, prog="radapter-x") == 130
     assert guard(lambda: None, prog="radapter-x") == 0
     assert guard(lambda: 3, prog="radapter-x") == 3
-    assert capsys.readouterr().err == "radapter-x: error: alpha is 2; allowed: 0 to 1\nradapter-x: interrupted\n"
+    assert (
+        capsys.readouterr().err
+        == "radapter-x: error: alpha is 2; allowed: 0 to 1\nradapter-x: interrupted\n"
+    )

@@ -1,4 +1,6 @@
-"""`radapter-eval`, from the command line to files; and what `radapter-export --alpha auto` makes of it."""
+"""`radapter-eval`, from the command line to files; and what `radapter-export --alpha auto` makes of
+it.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +43,17 @@ def made(random_adapter: Callable[..., Adapter], tmp_path_factory: pytest.TempPa
             folder = root / "data" / name / CLASSES[index % 3]
             folder.mkdir(parents=True, exist_ok=True)
             pixels = generator.integers(0, 255, (5, 6, 3), dtype=np.uint8)
-            Image.fromarray(pixels).resize((50, 41), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
+            Image.fromarray(pixels).resize((50, 41), Image.Resampling.BICUBIC).save(
+                folder / f"{index}.png"
+            )
     (root / "suite.yaml").write_text(SUITE, encoding="utf-8")
     run = root / "runs" / "tiny"
     run.mkdir(parents=True)
-    recipe = {"val_data": f"imagefolder:{root / 'data' / 'held-out'}", "image_column": "image", "label_column": "label"}
+    recipe = {
+        "val_data": f"imagefolder:{root / 'data' / 'held-out'}",
+        "image_column": "image",
+        "label_column": "label",
+    }
     save_adapter(random_adapter(alpha=0.5, recipe=recipe), run / "adapter.safetensors")
     return root
 
@@ -68,13 +76,18 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 COMMON = ["--suite", "suite.yaml", "--data-root", "data", "--out", "results"]
 
 
-def test_a_sweep_writes_rows_a_table_and_pictures(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_writes_rows_a_table_and_pictures(
+    here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert main([*COMMON, "--alpha", "0", "0.5", "1"]) == 0
     out, err = capfd.readouterr()
     assert err == ""
@@ -92,17 +105,26 @@ def test_a_sweep_writes_rows_a_table_and_pictures(here: Path, capfd: pytest.Capt
         assert row["task"] == "zeroshot_classification" and row["language"] == "en"
         assert row["n"] == 12 and row["precision"] == "fp32" and row["seed"] == 0
         assert set(row["metrics"]) == {"acc1", "mean_per_class_recall", "ece"}  # type: ignore[call-overload]
-        assert str(row["base_digest"]).startswith("sha256:") and str(row["adapter_digest"]).startswith("sha256:")
+        assert str(row["base_digest"]).startswith("sha256:") and str(
+            row["adapter_digest"]
+        ).startswith("sha256:")
         assert isinstance(row["runtime"], float)
         figures: Any = row
         low, high = figures["intervals"]["acc1"]
-        assert low < figures["metrics"]["acc1"] < high and f"{100 * low:.1f} – {100 * high:.1f}" in out
         assert (
-            sum(of["n"] for of in figures["calibration"]) == 12 and f"ECE {100 * figures['metrics']['ece']:.1f}" in out
+            low < figures["metrics"]["acc1"] < high and f"{100 * low:.1f} – {100 * high:.1f}" in out
+        )
+        assert (
+            sum(of["n"] for of in figures["calibration"]) == 12
+            and f"ECE {100 * figures['metrics']['ece']:.1f}" in out
         )
         assert [of["class"] for of in figures["per_class"]] == CLASSES
         right = sum(line[i] for i, line in enumerate(figures["confusion"]))
-        assert right / 12 == figures["metrics"]["acc1"] == sum(of["recall"] for of in figures["per_class"]) / 3
+        assert (
+            right / 12
+            == figures["metrics"]["acc1"]
+            == sum(of["recall"] for of in figures["per_class"]) / 3
+        )
 
 
 def test_resume_evaluates_only_what_is_missing(
@@ -115,7 +137,10 @@ def test_resume_evaluates_only_what_is_missing(
     assert "measured before" not in capfd.readouterr().out
     after = rows(here / "results")
     assert after[: len(before)] == before
-    assert [(row["dataset"], row["alpha"]) for row in after[len(before) :]] == [("plain", 1), ("shifted", 1)]
+    assert [(row["dataset"], row["alpha"]) for row in after[len(before) :]] == [
+        ("plain", 1),
+        ("shifted", 1),
+    ]
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("evaluated again")
@@ -124,15 +149,22 @@ def test_resume_evaluates_only_what_is_missing(
         patched.setattr("radapter_serve.evaluation.run.evaluate", never)
         assert main([*COMMON, "--alpha", "0.5", "1", "0"]) == 0
     assert rows(here / "results") == after
-    assert "all of this was measured before; --no-resume measures it again" in capfd.readouterr().out
+    assert (
+        "all of this was measured before; --no-resume measures it again" in capfd.readouterr().out
+    )
     assert main([*COMMON, "--alpha", "0.5", "--no-resume"]) == 0
-    assert [(row["dataset"], row["alpha"]) for row in rows(here / "results")] == [("plain", 0.5), ("shifted", 0.5)]
+    assert [(row["dataset"], row["alpha"]) for row in rows(here / "results")] == [
+        ("plain", 0.5),
+        ("shifted", 0.5),
+    ]
 
 
 def test_the_pages_order_and_the_other_way_round(
     here: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A choice and a sweep, with and without a suite, each in its folder or in one that is named: none is refused."""
+    """A choice and a sweep, with and without a suite, each in its folder or in one that is named:
+    none is refused.
+    """
     monkeypatch.setattr("radapter_serve.cli.eval.GRID", (0.0, 1.0))
     suite = COMMON[:4]
     assert main(["--adapter", "runs/tiny", "--alpha", "auto"]) == 0
@@ -143,7 +175,9 @@ def test_the_pages_order_and_the_other_way_round(
     }
     assert main(["--alpha", "auto", *suite]) == 0
     splits = [row["split"] for row in rows(here / "results/tiny/suite")]
-    assert splits == ["test"] * 2 + ["validation"] * 2 + ["test"] * 2  # of the sweep, and of the choice, which is 0
+    assert (
+        splits == ["test"] * 2 + ["validation"] * 2 + ["test"] * 2
+    )  # of the sweep, and of the choice, which is 0
     for first, second in (("auto", "0.5"), ("0.5", "auto")):
         for alpha in (first, second):
             assert main([*suite, "--alpha", alpha, "--out", f"{first} first"]) == 0
@@ -159,25 +193,37 @@ def test_the_pages_order_and_the_other_way_round(
     [
         (Model(), None, "results/photos/validation"),
         (Model(merged="merged/"), Suite("pacs", ()), "results/merged/pacs"),
-        (Model(release="/models/repository@3"), Suite("My own/suite", ()), "results/repository@3/My_own_suite"),
+        (
+            Model(release="/models/repository@3"),
+            Suite("My own/suite", ()),
+            "results/repository@3/My_own_suite",
+        ),
         (Model(url="grpc://host:8001"), Suite("pacs", ()), "results/host_8001/pacs"),
     ],
 )
-def test_results_have_a_folder_for_each_model_and_suite(model: Model, tests: Suite | None, expected: str) -> None:
+def test_results_have_a_folder_for_each_model_and_suite(
+    model: Model, tests: Suite | None, expected: str
+) -> None:
     assert default_out(model.name(Path("runs/photos")), tests) == Path(expected)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suite", "none"], "there is no suite none; allowed: a file, or one of base-to-novel, coco200, "),
+        (
+            ["--suite", "none"],
+            "there is no suite none; allowed: a file, or one of base-to-novel, coco200, ",
+        ),
         (
             [*COMMON[:4], "--out", "suite.yaml"],
             "suite.yaml is no folder; name another place for the results with --out",
         ),
         ([*COMMON[:4], "--out", "suite.yaml/a/b"], "suite.yaml is no folder"),
         ([*COMMON[:4], "--out", "broken"], "broken/results.jsonl, line 1 is no row of results"),
-        (["--alpha", "auto", "--out", "broken"], "broken/results.jsonl, line 1 is no row of results"),
+        (
+            ["--alpha", "auto", "--out", "broken"],
+            "broken/results.jsonl, line 1 is no row of results",
+        ),
     ],
 )
 def test_what_can_be_refused_is_refused_before_torch(
@@ -203,7 +249,9 @@ def test_a_suite_by_its_name(here: Path, undrawn: None, made: Path) -> None:
         (here / "own" / "pacs" / name).symlink_to(made / "data" / "plain")
     assert main(["--suite", "pacs", "--data-root", "own", "--alpha", "0.5"]) == 0
     found = rows(here / "results" / "tiny" / "pacs")
-    assert {row["shift"] for row in found} == {"id", "ood"} and {row["suite"] for row in found} == {"pacs"}
+    assert {row["shift"] for row in found} == {"id", "ood"} and {row["suite"] for row in found} == {
+        "pacs"
+    }
 
 
 def test_resume_evaluates_again_what_has_changed(here: Path, undrawn: None, made: Path) -> None:
@@ -223,7 +271,11 @@ def test_resume_evaluates_again_what_has_changed(here: Path, undrawn: None, made
     (here / "suite.yaml").write_text(bordered, encoding="utf-8")
     assert main(command) == 0
     found = rows(here / "results")
-    assert len(found) == 4 and found[3]["border"] == 9 and found[3]["set_digest"] == found[2]["set_digest"]
+    assert (
+        len(found) == 4
+        and found[3]["border"] == 9
+        and found[3]["set_digest"] == found[2]["set_digest"]
+    )
 
 
 def test_piped_output_has_plain_lines_of_progress(
@@ -234,29 +286,42 @@ def test_piped_output_has_plain_lines_of_progress(
     monkeypatch.setattr(command._Lines.__init__, "__defaults__", (0.0,))
     assert main([*COMMON, "--alpha", "0.5"]) == 0
     lines = capfd.readouterr().err.splitlines()
-    assert "plain: 12 of 12 images by 1 model" in lines and "shifted: reading imagefolder:shifted" in lines
+    assert (
+        "plain: 12 of 12 images by 1 model" in lines
+        and "shifted: reading imagefolder:shifted" in lines
+    )
     assert not any("\x1b" in line for line in lines)
 
 
-def test_labels_that_are_alike_are_named(here: Path, undrawn: None, capfd: pytest.CaptureFixture[str]) -> None:
+def test_labels_that_are_alike_are_named(
+    here: Path, undrawn: None, capfd: pytest.CaptureFixture[str]
+) -> None:
     (here / "names.yaml").write_text("cat: a cat\ndog: a dog\nhouse: A  CAT\n", encoding="utf-8")
     suite = 'sets: [{name: plain, data: "imagefolder:plain", classes: names.yaml}]'
     (here / "suite.yaml").write_text(suite, encoding="utf-8")
     for _ in range(2):  # and where the row is there already
         assert main([*COMMON, "--alpha", "0", "1"]) == 0
         err = capfd.readouterr().err
-        assert "plain: warning: adapter at alpha 0, adapter at alpha 1 can't tell apart 'a cat' and 'A  CAT' (" in err
+        assert (
+            "plain: warning: adapter at alpha 0, adapter at alpha 1 can't tell apart 'a cat' and 'A"
+            "  CAT' (" in err
+        )
         assert err.count("\n") == 1
 
 
-def test_nan_is_an_error_and_no_hit(here: Path, tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nan_is_an_error_and_no_hit(
+    here: Path, tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(tiny_clip_dir.removeprefix("local-dir:"), here / "nan")
     weights = load_file(here / "nan" / "open_clip_model.safetensors")
     weights["visual.proj"][0, 0] = float("nan")
     save_file(weights, here / "nan" / "open_clip_model.safetensors")
     assert main([*COMMON, "--merged", "nan"]) == 2
     err = capfd.readouterr().err
-    assert "data set 'plain', merged: the embeddings hold values that are not finite" in err and err.count("\n") == 1
+    assert (
+        "data set 'plain', merged: the embeddings hold values that are not finite" in err
+        and err.count("\n") == 1
+    )
     assert not (here / "results").exists()
 
 
@@ -265,7 +330,13 @@ def test_nan_is_an_error_and_no_hit(here: Path, tiny_clip_dir: str, capfd: pytes
     [
         ("border: 30", "border is 30, which leaves nothing of 50 x 41 pixels; allowed: 0 to 20"),
         ("border: -1", "border is '-1'; allowed: greater than or equal to 0"),
-        ("templates: 5", "templates is '5'; allowed: openai, vild, ovseg, simple, a file, a template, or a list of"),
+        (
+            "templates: 5",
+            (
+                "templates is '5'; allowed: openai, vild, ovseg, simple, a file, a template, or a"
+                " list of"
+            ),
+        ),
         ("templates: [1, 2]", "templates is '[1, 2]'; allowed: openai"),
         ("templates: []", "no template"),
         ("shift: [far]", "shift is \"['far']\"; allowed: 'id' or 'ood'"),
@@ -274,7 +345,9 @@ def test_nan_is_an_error_and_no_hit(here: Path, tiny_clip_dir: str, capfd: pytes
 def test_bad_values_in_a_suite_are_one_line(
     here: Path, capfd: pytest.CaptureFixture[str], fields: str, message: str
 ) -> None:
-    (here / "suite.yaml").write_text(f'sets: [{{name: a, data: "imagefolder:plain", {fields}}}]', encoding="utf-8")
+    (here / "suite.yaml").write_text(
+        f'sets: [{{name: a, data: "imagefolder:plain", {fields}}}]', encoding="utf-8"
+    )
     assert main([*COMMON, "--alpha", "0"]) == 2
     err = capfd.readouterr().err
     assert message in err and err.count("\n") == 1 and "\n" not in err[:-1]
@@ -317,15 +390,29 @@ def test_auto_chooses_on_validation_data_and_export_takes_it(
     out, _ = capfd.readouterr()
     assert (here / "results" / "alpha.png").read_bytes() == b"the curve of an earlier call"
     assert (here / "results" / "validation.png").read_bytes().startswith(b"\x89PNG")
-    assert "the highest mean score over in-distribution validation sets; ties go to the smallest" in out
-    assert "No validation set is shifted, so this choice tells nothing of other images than yours" in out
+    assert (
+        "the highest mean score over in-distribution validation sets; ties go to the smallest"
+        in out
+    )
+    assert (
+        "No validation set is shifted, so this choice tells nothing of other images than yours"
+        in out
+    )
     choice = json.loads((here / "runs" / "tiny" / "alpha.json").read_text(encoding="utf-8"))
     name = "held-out" if with_suite else "validation"
-    assert [point["alpha"] for point in choice["curve"]] == [round(0.1 * step, 1) for step in range(11)]
+    assert [point["alpha"] for point in choice["curve"]] == [
+        round(0.1 * step, 1) for step in range(11)
+    ]
     scores = {point["alpha"]: point[name] for point in choice["curve"]}
-    assert choice["alpha"] == min(alpha for alpha, score in scores.items() if score == max(scores.values()))
-    tested = {(row["dataset"], row["alpha"]) for row in rows(here / "results") if row["split"] == "test"}
-    assert tested == {(s, a) for s in ("plain", "shifted") for a in (0, choice["alpha"]) if with_suite}
+    assert choice["alpha"] == min(
+        alpha for alpha, score in scores.items() if score == max(scores.values())
+    )
+    tested = {
+        (row["dataset"], row["alpha"]) for row in rows(here / "results") if row["split"] == "test"
+    }
+    assert tested == {
+        (s, a) for s in ("plain", "shifted") for a in (0, choice["alpha"]) if with_suite
+    }
     if with_suite:
         assert export(["--alpha", "auto"]) == 0
         release = json.loads((here / "merged" / "release.json").read_text(encoding="utf-8"))
@@ -343,20 +430,31 @@ def test_test_images_that_are_validation_images_are_named_in_a_warning(
     shutil.copytree(place, here / "data")
     for number in (0, 3):
         shutil.copy(
-            here / "data" / "held-out" / "cat" / f"{number}.png", here / "data" / "plain" / "dog" / f"x{number}.png"
+            here / "data" / "held-out" / "cat" / f"{number}.png",
+            here / "data" / "plain" / "dog" / f"x{number}.png",
         )
     for alpha in ("auto", "0.5"):  # which may have been chosen earlier
         assert main([*COMMON, "--alpha", alpha, "--out", alpha]) == 0
-        assert capfd.readouterr().err == (
-            "plain: warning: 2 of its 14 images are validation images of held-out too; the figures of what they "
-            "chose are too high\n"
+        assert (
+            capfd.readouterr().err
+            == "plain: warning: 2 of its 14 images are validation images of held-out too; the"
+            " figures of what they chose are too high\n"
         )
 
 
-def test_export_auto_without_a_choice_or_with_another_adapters(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_export_auto_without_a_choice_or_with_another_adapters(
+    here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert export(["--alpha", "auto"]) == 2
     assert "choose one: radapter-eval --adapter runs/tiny --alpha auto" in capfd.readouterr().err
-    other = {"alpha": 0.3, "rule": "", "curve": [], "sets": {}, "smallest": None, "adapter_digest": "sha256:0"}
+    other = {
+        "alpha": 0.3,
+        "rule": "",
+        "curve": [],
+        "sets": {},
+        "smallest": None,
+        "adapter_digest": "sha256:0",
+    }
     (here / "runs" / "tiny" / "alpha.json").write_text(json.dumps(other), encoding="utf-8")
     assert export(["--alpha", "auto"]) == 2
     assert "was chosen for another adapter" in capfd.readouterr().err
@@ -366,7 +464,11 @@ def test_export_auto_without_a_choice_or_with_another_adapters(here: Path, capfd
 
 
 def test_merged_and_release_by_flag(here: Path, undrawn: None, quick: None) -> None:
-    export_release("runs/tiny", [0.5], ExportSettings(model_repository=Path("repository"), merged=Path("merged")))
+    export_release(
+        "runs/tiny",
+        [0.5],
+        ExportSettings(model_repository=Path("repository"), merged=Path("merged")),
+    )
     common = [*COMMON]
     for flags in (
         ["--alpha", "0.5"],
@@ -386,7 +488,10 @@ def test_merged_and_release_by_flag(here: Path, undrawn: None, quick: None) -> N
     ("arguments", "message"),
     [
         ([], "no suite; give one with --suite: a file, or one of base-to-novel, coco200, "),
-        (["--suite", "none.yaml"], "there is no suite none.yaml; allowed: a file, or one of base-to-novel, "),
+        (
+            ["--suite", "none.yaml"],
+            "there is no suite none.yaml; allowed: a file, or one of base-to-novel, ",
+        ),
         ([*COMMON, "--alpha", "half"], "alpha is 'half'; allowed: numbers from 0 "),
         ([*COMMON, "--alpha", "2"], "alpha is '2'; allowed"),
         ([*COMMON, "--alpha", "nan"], "alpha is 'nan'; allowed"),
@@ -396,16 +501,25 @@ def test_merged_and_release_by_flag(here: Path, undrawn: None, quick: None) -> N
         ([*COMMON, "--alpha", "auto", "0.5"], "takes no other alpha"),
         ([*COMMON, "--adapter", "none"], "no adapter file at none"),
         ([*COMMON, "--merged", "none"], "is no model folder"),
-        ([*COMMON, "--release", "none"], "no release in the model repository none; make one with radapter-export"),
+        (
+            [*COMMON, "--release", "none"],
+            "no release in the model repository none; make one with radapter-export",
+        ),
         ([*COMMON, "--url", "grpc://127.0.0.1:1"], "grpc://127.0.0.1:1: "),
         ([*COMMON, "--url", "ftp://x"], "ftp://x: "),
         ([*COMMON, "--merged", "a", "--alpha", "0.5"], "--merged, --alpha don't go together"),
-        ([*COMMON, "--release", "a", "--alpha", "auto"], "--release, --alpha auto don't go together"),
+        (
+            [*COMMON, "--release", "a", "--alpha", "auto"],
+            "--release, --alpha auto don't go together",
+        ),
         ([*COMMON, "--limit", "0"], "--limit is 0; allowed: 1 or more"),
         ([*COMMON, "--finetuned", "none.pt"], "no checkpoint at none.pt"),
         ([*COMMON, "--finetuned", "suite.yaml"], "could not read the checkpoint suite.yaml"),
         ([*COMMON, "--device", "abacus"], "abacus"),
-        (["--suite", "suite.yaml", "--data-root", "runs"], "data set 'plain': no folder runs/plain"),
+        (
+            ["--suite", "suite.yaml", "--data-root", "runs"],
+            "data set 'plain': no folder runs/plain",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -440,9 +554,15 @@ def test_a_release_that_takes_any_alpha_is_swept(
     found, expected = rows(here / "results"), rows(here / "fixed")
     assert [row["alpha"] for row in found] == [0.3, 0.8, 0.3, 0.8]
     for row in expected:
-        [same] = [other for other in found if (other["dataset"], other["alpha"]) == (row["dataset"], row["alpha"])]
+        [same] = [
+            other
+            for other in found
+            if (other["dataset"], other["alpha"]) == (row["dataset"], row["alpha"])
+        ]
         assert same["metrics"] == pytest.approx(row["metrics"], abs=1e-5)
-    assert (here / "results" / "alpha.png").is_file() and not (here / "fixed" / "alpha.png").exists()
+    assert (here / "results" / "alpha.png").is_file() and not (
+        here / "fixed" / "alpha.png"
+    ).exists()
     capfd.readouterr()
     assert main([*COMMON, "--release", fixed, "--alpha", "0.5", "--out", "none"]) == 2
     assert "exported at alpha 0.8; radapter-export --alpha dynamic" in capfd.readouterr().err

@@ -46,17 +46,24 @@ def place(exported_tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """A folder to work in, with photos and a model repository."""
     (tmp_path / "photos").mkdir()
     for number in range(5):
-        pixels = np.random.default_rng(number).integers(0, 256, (40, 30 + number, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(number).integers(
+            0, 256, (40, 30 + number, 3), dtype=np.uint8
+        )
         Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
     (tmp_path / "model_repository").symlink_to(exported_tiny_clip / "model_repository")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_build_add_info_verify(place: Path, exported_tiny_clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_build_add_info_verify(
+    place: Path, exported_tiny_clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["build", "photos", "--out", "indexes/photos"]) == 0
     said = capsys.readouterr().out
-    assert "5 images (5 embedded)" in said and 'radapter-query search "a red bicycle" --index photos' in said
+    assert (
+        "5 images (5 embedded)" in said
+        and 'radapter-query search "a red bicycle" --index photos' in said
+    )
     assert main(["verify", "indexes/photos"]) == 0
     assert "agree" in capsys.readouterr().out
     assert main(["info", "indexes/photos"]) == 0
@@ -69,7 +76,10 @@ def test_build_add_info_verify(place: Path, exported_tiny_clip: Path, capsys: py
     said = capsys.readouterr().out
     assert "file gone: 1" in said and "not in the index: 1" in said and "--prune" in said
     assert main(["add", "--out", "indexes/photos", "--prune"]) == 0
-    assert "5 images (0 embedded, 4 there before, 1 removed, 1 with the same bytes" in capsys.readouterr().out
+    assert (
+        "5 images (0 embedded, 4 there before, 1 removed, 1 with the same bytes"
+        in capsys.readouterr().out
+    )
     assert main(["verify", "indexes/photos"]) == 0
 
     # open_clip's own embedding of the merged checkpoint finds the very image
@@ -92,7 +102,10 @@ def test_errors_are_one_line(place: Path, capsys: pytest.CaptureFixture[str]) ->
         (["build", "photos", "--out", "empty"], "is not an index"),
         (["build", "photos", "--out", "i", "--thumbnails", "-1"], "0 (none) to 1024"),
         (["build", "photos", "--out", "i", "--model-repository", "nowhere"], "radapter-export"),
-        (["build", "photos", "--out", "i", "--model-repository", "model_repository@9"], "it holds 1, 2"),
+        (
+            ["build", "photos", "--out", "i", "--model-repository", "model_repository@9"],
+            "it holds 1, 2",
+        ),
         (["build", "photos", "--out", "i", "--url", "grpc://127.0.0.1:9"], "127.0.0.1:9"),
         (["add", "--out", "i"], "radapter-index build"),
         (["info", "i"], "no index at i"),
@@ -104,15 +117,32 @@ def test_errors_are_one_line(place: Path, capsys: pytest.CaptureFixture[str]) ->
         assert not Path("i").exists() and not list(place.glob(".i*"))
     assert main(["build", "photos", "--out", "i", "--on-broken", "skip"]) == 0
     assert "1 images can't be read, see i/broken.txt" in capsys.readouterr().out
-    assert main(["add", "--out", "i", "--on-broken", "skip", "--model-repository", "model_repository@1"]) == 2
+    assert (
+        main(
+            ["add", "--out", "i", "--on-broken", "skip", "--model-repository", "model_repository@1"]
+        )
+        == 2
+    )
     assert "another release" in capsys.readouterr().err
 
 
 def test_the_digest_is_of_what_decides_the_embeddings(place: Path) -> None:
     facts = LocalRelease("model_repository").facts
-    again = {**facts.to_dict(), "version": 9, "created": "now", "tools": {}, "max_batch_size": 1, "label_sets": {}}
+    again = {
+        **facts.to_dict(),
+        "version": 9,
+        "created": "now",
+        "tools": {},
+        "max_batch_size": 1,
+        "label_sets": {},
+    }
     assert Release.from_dict(json.loads(json.dumps(again))).digest == facts.digest
-    changes: list[dict[str, Any]] = [{"alpha": 0.1}, {"adapter_digest": "x"}, {"precision": "fp16"}, {"tokenizer": {}}]
+    changes: list[dict[str, Any]] = [
+        {"alpha": 0.1},
+        {"adapter_digest": "x"},
+        {"precision": "fp16"},
+        {"tokenizer": {}},
+    ]
     for change in changes:
         assert dataclasses.replace(facts, **change).digest != facts.digest
     first, second = (LocalRelease(f"model_repository@{number}").facts.digest for number in (1, 2))
@@ -121,13 +151,16 @@ def test_the_digest_is_of_what_decides_the_embeddings(place: Path) -> None:
 
 def test_an_index_is_made_without_torch(place: Path) -> None:
     code = (
-        "import sys; from radapter_serve.cli.index import main; status = main(['build', 'photos', '--out', 'i']); "
-        "sys.exit(status or any(name in sys.modules for name in ('torch', 'open_clip')))"
+        "import sys; from radapter_serve.cli.index import main; status = main(['build', 'photos',"
+        " '--out', 'i']); sys.exit(status or any(name in sys.modules for name in ('torch',"
+        " 'open_clip')))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
-def test_build_at_an_alpha(place: Path, dynamic_tiny_clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_build_at_an_alpha(
+    place: Path, dynamic_tiny_clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     dynamic = ["--model-repository", str(dynamic_tiny_clip)]
     assert main(["build", "photos", "--out", "indexes/photos", *dynamic, "--alpha", "0.8"]) == 0
     assert main(["add", "--out", "indexes/photos", *dynamic]) == 0
@@ -143,7 +176,9 @@ def test_build_at_an_alpha(place: Path, dynamic_tiny_clip: Path, capsys: pytest.
 
 def printed(said: str, command: str = "radapter-index") -> list[str]:
     """The arguments of the commands that a message shows, each up to the end of its clause."""
-    return re.findall(rf"{command} (.*?)(?=;| removes them| embeds| adds them|, or|$)", said, re.MULTILINE)
+    return re.findall(
+        rf"{command} (.*?)(?=;| removes them| embeds| adds them|, or|$)", said, re.MULTILINE
+    )
 
 
 def test_printed_commands_name_the_repository(
@@ -153,7 +188,11 @@ def test_printed_commands_name_the_repository(
     out = "my indexes/Büro"
     assert main(["build", "photos", "--out", out, "--model-repository", "my models@2"]) == 0
     said = capsys.readouterr().out
-    assert shlex.split(printed(said, "radapter-serve")[0]) == ["my models", "--indexes", "my indexes"]
+    assert shlex.split(printed(said, "radapter-serve")[0]) == [
+        "my models",
+        "--indexes",
+        "my indexes",
+    ]
     assert shlex.split(printed(said, "radapter-query")[0]) == [
         *("search", "a red bicycle", "--index", "Büro", "--release", "2")
     ]
@@ -198,7 +237,8 @@ def test_the_served_release_embeds_and_every_advice_ends_the_trouble(
     assert f"release 1 of {models.absolute()} embeds: " in capsys.readouterr().out
     assert len(search(models, 1).ids) == 5
 
-    # Another release is served: the index still grows by its own, and is refused with what ends that.
+    # Another release is served: the index still grows by its own, and is refused with what ends
+    # that.
     assert release_command.main(["load", "2", *where]) == 0
     shutil.copy("photos/0.png", "photos/copy.png")
     assert main(["add", "--out", "indexes/photos"]) == 0
@@ -220,7 +260,9 @@ def test_the_served_release_embeds_and_every_advice_ends_the_trouble(
     assert len(search(models, 2).ids) == 6
 
 
-def test_a_load_says_what_the_release_lacks(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_load_says_what_the_release_lacks(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     models = Path("my models")
     shutil.copytree("model_repository", models)
     before = Release.load(models / "classify" / "2")
@@ -233,7 +275,11 @@ def test_a_load_says_what_the_release_lacks(place: Path, capsys: pytest.CaptureF
     lacking = release_command.lacking(models, [1, 2], [1])
     assert "\n" not in lacking and "release 1 lacks what release 2 has: dense features" in lacking
     assert "calibrated scores" in lacking and "the label sets nine" in lacking
-    assert release_command.lacking(models, [1], [1, 2]) == release_command.lacking(models, [9], [1]) == ""
+    assert (
+        release_command.lacking(models, [1], [1, 2])
+        == release_command.lacking(models, [9], [1])
+        == ""
+    )
     assert release_command.main(["load", "1", "--model-repository", str(models)]) == 0
     said = capsys.readouterr().out
     assert "release 1 is served" in said and lacking in said
@@ -243,13 +289,18 @@ def test_folders_with_an_at_in_their_names(place: Path) -> None:
     Path("photos").rename("photos@home")
     Path("model_repository").rename("models@2")
     options = ["--out", "indexes/photos@home", "--model-repository", "models@2"]
-    assert main(["build", "photos@home", *options]) == 0 and main(["add", "--out", "indexes/photos@home"]) == 0
+    assert (
+        main(["build", "photos@home", *options]) == 0
+        and main(["add", "--out", "indexes/photos@home"]) == 0
+    )
     options[-1] += "@1"
     assert main(["build", "photos@home", *options]) == 0
     assert open_index("indexes/photos@home").facts.plan.release.version == 1
 
 
-def test_an_addition_does_with_broken_images_as_the_build_did(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_addition_does_with_broken_images_as_the_build_did(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("photos/broken.png").write_bytes(b"no image")
     assert main(["build", "photos", "--out", "indexes/photos", "--on-broken", "skip"]) == 0
     assert main(["add", "--out", "indexes/photos"]) == 0
@@ -274,7 +325,10 @@ def test_what_verify_prints_works(place: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_what_a_stopped_build_prints_works(
-    place: Path, dynamic_tiny_clip: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    place: Path,
+    dynamic_tiny_clip: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     Path("photos").rename("my photos")
     (place / "my photos" / "last.png").write_bytes(b"no image")
@@ -289,7 +343,10 @@ def test_what_a_stopped_build_prints_works(
         "--no-exif-orientation",
     ]
     assert main(["build", "my photos", "--out", "indexes/photos", *options]) == 2
-    assert "the embeddings so far are kept: give the same command again to continue" in capsys.readouterr().err
+    assert (
+        "the embeddings so far are kept: give the same command again to continue"
+        in capsys.readouterr().err
+    )
     (place / "my photos" / "last.png").unlink()
     assert main(["build", "my photos", "--out", "indexes/photos"]) == 2
     said = capsys.readouterr().err
@@ -320,7 +377,11 @@ def test_photos_are_embedded_as_people_see_them(place: Path) -> None:
         assert main(["build", "photos", "--out", f"indexes/{out}", flag]) == 0
         index = open_index(f"indexes/{out}")
         for orientation in range(1, 9):
-            turned = stored.transpose(TURNS[orientation]) if orientation > 1 and out == "upright" else stored
+            turned = (
+                stored.transpose(TURNS[orientation])
+                if orientation > 1 and out == "upright"
+                else stored
+            )
             clean = io.BytesIO()
             turned.save(clean, "PNG")
             (embed,) = release.encode_images([release.prepare(clean.getvalue())])
@@ -344,6 +405,8 @@ def test_a_stopped_build_is_put_in_order_by_sigterm(place: Path) -> None:
         "LocalRelease.encode_images = lambda *_: os.kill(os.getpid(), signal.SIGTERM); "
         "sys.exit(main(['build', 'photos', '--out', 'i']))"
     )
-    found = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], timeout=120, capture_output=True, text=True
+    )
     assert found.returncode == 130 and "interrupted" in found.stderr
     assert not list(place.glob(".i*"))

@@ -1,4 +1,6 @@
-"""The commands of each page in their order: all are read as they stand; those of two pages run on a small model."""
+"""The commands of each page in their order: all are read as they stand; those of two pages run on a
+small model.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ RUN_HERE = ("radapter-train", "radapter-eval", "radapter-export")  # the others 
 
 def commands(page: Path) -> list[list[str]]:
     """The lines of a page's shell blocks that start one of the commands."""
-    blocks = re.findall(r"```(?:sh|bash|console)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(
+        r"```(?:sh|bash|console)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL
+    )
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     found = [shlex.split(line, comments=True) for line in lines if line.startswith("radapter-")]
     return [[word for word in words if word != "&"] for words in found]
@@ -41,29 +45,43 @@ def main_of(command: str) -> Callable[[list[str]], int]:
 
 def idle(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that takes the same arguments, and does nothing; a class as it is."""
-    return function if isinstance(function, type) else functools.wraps(function)(lambda *_, **__: None)
+    return (
+        function if isinstance(function, type) else functools.wraps(function)(lambda *_, **__: None)
+    )
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
-def test_the_commands_of_a_page_are_read(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem
+)
+def test_the_commands_of_a_page_are_read(
+    page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     real, of_dict = tyro.cli, tyro.extras.subcommand_cli_from_dict
     monkeypatch.setattr(tyro, "cli", lambda function, **options: real(idle(function), **options))
     monkeypatch.setattr(
         tyro.extras,
         "subcommand_cli_from_dict",
-        lambda functions, **options: of_dict({name: idle(of) for name, of in functions.items()}, **options),
+        lambda functions, **options: of_dict(
+            {name: idle(of) for name, of in functions.items()}, **options
+        ),
     )
-    monkeypatch.setitem(sys.modules, "radapter_serve.training.start", SimpleNamespace(train=lambda recipe: None))  # type: ignore[arg-type]
+    monkeypatch.setitem(
+        sys.modules, "radapter_serve.training.start", SimpleNamespace(train=lambda recipe: None)
+    )  # type: ignore[arg-type]
     monkeypatch.chdir(tmp_path)
     for command in commands(page):
-        if "--resume" in command or any("/recipe.yaml" in word for word in command):  # of a run that is not here
+        if "--resume" in command or any(
+            "/recipe.yaml" in word for word in command
+        ):  # of a run that is not here
             continue
         assert main_of(command[0])(command[1:]) == 0, shlex.join(command)
 
 
 @pytest.fixture
 def place(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with `photos` of three classes, and with a suite's folders that hold the same."""
+    """A working folder with `photos` of three classes, and with a suite's folders that hold the
+    same.
+    """
     generator = np.random.default_rng(0)
     for number in range(30):
         folder = tmp_path / "photos" / ("cat", "dog", "house")[number % 3]
@@ -82,8 +100,21 @@ def small(command: list[str], architecture: str) -> list[str]:
     """A command of a page for the small model and the small data; the rest stays as it stands."""
     words = ["data" if word == "/data" else word for word in command]
     if words[0] == "radapter-train":
-        given = ["--architecture", architecture, "--steps", "3", "--batch-size", "8", "--val-fraction", "0.2"]
-        words = [word for flag, word in zip(["", *words], words, strict=False) if "--architecture" not in (flag, word)]
+        given = [
+            "--architecture",
+            architecture,
+            "--steps",
+            "3",
+            "--batch-size",
+            "8",
+            "--val-fraction",
+            "0.2",
+        ]
+        words = [
+            word
+            for flag, word in zip(["", *words], words, strict=False)
+            if "--architecture" not in (flag, word)
+        ]
         words += [*given, "--workers", "0", "--tracker", "none"]
     return words
 
@@ -91,7 +122,9 @@ def small(command: list[str], architecture: str) -> list[str]:
 def test_the_pages_from_photos_to_a_release_run_in_their_order(
     place: Path, tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """README's quick start, and then what the page on α has: none is refused for what another one wrote."""
+    """README's quick start, and then what the page on α has: none is refused for what another one
+    wrote.
+    """
     pages = [*commands(ROOT / "README.md"), *commands(ROOT / "docs" / "choose-alpha.md")]
     ran = [small(command, tiny_clip_dir) for command in pages if command[0] in RUN_HERE]
     assert [command[0] for command in ran].count("radapter-eval") >= 2
@@ -99,7 +132,9 @@ def test_the_pages_from_photos_to_a_release_run_in_their_order(
         for run in re.findall(r"runs/\w+", " ".join(command)):
             if command[0] != "radapter-train" and not Path(run).exists():
                 shutil.copytree("runs/photos", run)  # several to average
-        assert main_of(command[0])(command[1:]) == 0, f"{shlex.join(command)}\n{capfd.readouterr().err}"
+        assert main_of(command[0])(command[1:]) == 0, (
+            f"{shlex.join(command)}\n{capfd.readouterr().err}"
+        )
     assert {path.parent.as_posix() for path in Path("results").rglob("results.jsonl")} >= {
         "results/photos/validation",
         "results/photos/pacs",

@@ -1,4 +1,6 @@
-"""Every command that a command prints as the next one works as it is printed, whatever the folders are called."""
+"""Every command that a command prints as the next one works as it is printed, whatever the folders
+are called.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ from radapter_client import query
 from radapter_serve.cli import build_engine, eval, export, index, serve, train
 from radapter_serve.server.endpoints import free_ports
 
-COMMANDS = {"train": train, "eval": eval, "export": export, "index": index, "build-engine": build_engine}
+COMMANDS = {
+    "train": train,
+    "eval": eval,
+    "export": export,
+    "index": index,
+    "build-engine": build_engine,
+}
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
 
@@ -33,7 +41,9 @@ def run(command: list[str]) -> None:
 
 @pytest.fixture
 def place(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with photos of three classes, and with one called as in the printed command."""
+    """A working folder with photos of three classes, and with one called as in the printed
+    command.
+    """
     for name, colour in COLOURS.items():
         (tmp_path / "my photos" / name).mkdir(parents=True)
         for number in range(8):
@@ -46,18 +56,42 @@ def place(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def trained(tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]) -> list[str]:
     """Train a run and choose its alpha; gives the command that is printed at the end."""
-    data = ["--data", "imagefolder:my photos", "--val-data", "imagefolder:my photos", "--out", "my runs/first run"]
-    short = ["--steps", "4", "--batch-size", "8", "--warmup-steps", "1", "--workers", "0", "--tracker", "none"]
+    data = [
+        "--data",
+        "imagefolder:my photos",
+        "--val-data",
+        "imagefolder:my photos",
+        "--out",
+        "my runs/first run",
+    ]
+    short = [
+        "--steps",
+        "4",
+        "--batch-size",
+        "8",
+        "--warmup-steps",
+        "1",
+        "--workers",
+        "0",
+        "--tracker",
+        "none",
+    ]
     assert train.main(["--architecture", tiny_clip_dir, *data, *short]) == 0
     (command,) = [words for words in printed(capfd.readouterr().out) if words[0] == "radapter-eval"]
     run([*command, "--device", "cpu"])
     command, *smaller = printed(capfd.readouterr().out)
-    assert all(words[:-1] == command[:-1] and 0 < float(words[-1]) < 1 for words in smaller)  # in place of the best
+    assert all(
+        words[:-1] == command[:-1] and 0 < float(words[-1]) < 1 for words in smaller
+    )  # in place of the best
     return command
 
 
-def test_from_training_to_export(place: Path, tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]) -> None:
-    run([*trained(tiny_clip_dir, capfd), "--model-repository", "my models", "--merged", "my merged"])
+def test_from_training_to_export(
+    place: Path, tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(
+        [*trained(tiny_clip_dir, capfd), "--model-repository", "my models", "--merged", "my merged"]
+    )
     served, asked = printed(capfd.readouterr().out)[-2:]
     assert served == ["radapter-serve", "my models"]
     assert asked == ["radapter-query", "classify", "PHOTO.jpg", "--label-set", "classes"]
@@ -89,14 +123,28 @@ def ask(command: list[str], url: str) -> None:
 
 
 @pytest.mark.triton
-def test_from_training_to_answers(place: Path, tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]) -> None:
-    run([*trained(tiny_clip_dir, capfd), "--model-repository", "my models", "--merged", "my merged"])
+def test_from_training_to_answers(
+    place: Path, tiny_clip_dir: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(
+        [*trained(tiny_clip_dir, capfd), "--model-repository", "my models", "--merged", "my merged"]
+    )
     *_, served, asked = printed(capfd.readouterr().out)
     with serving(served) as url:
         ask(asked, url)
     answer = capfd.readouterr().out
     assert any(name in answer for name in COLOURS)
-    run(["radapter-index", "build", "my photos", "--out", "my indexes/Büro", "--model-repository", "my models"])
+    run(
+        [
+            "radapter-index",
+            "build",
+            "my photos",
+            "--out",
+            "my indexes/Büro",
+            "--model-repository",
+            "my models",
+        ]
+    )
     served, searched = printed(capfd.readouterr().out)
     with serving(served) as url:
         ask(searched, url)

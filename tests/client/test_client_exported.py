@@ -1,4 +1,6 @@
-"""A real export behind a real server: what the client gets is what open_clip gives here for the same PIL image."""
+"""A real export behind a real server: what the client gets is what open_clip gives here for the
+same PIL image.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def indexes(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) 
     for index, image in enumerate(pictures()):
         image.save(folder / "pictures" / f"bild é {index}.png")
     build(
-        str(folder / "pictures"), folder / "indexes" / "pictures", LocalRelease(exported_tiny_clip / "model_repository")
+        str(folder / "pictures"),
+        folder / "indexes" / "pictures",
+        LocalRelease(exported_tiny_clip / "model_repository"),
     )
     return folder / "indexes"
 
@@ -58,7 +62,9 @@ def client(url: str) -> Iterator[Client]:
 
 
 def pictures() -> list[Image.Image]:
-    """Of every mode that can be sent, some upright, some wide, some smaller than the model's input."""
+    """Of every mode that can be sent, some upright, some wide, some smaller than the model's
+    input.
+    """
     random = np.random.default_rng(0)
     rgba = Image.fromarray(random.integers(0, 256, (70, 41, 4), np.uint8))
     rgb = rgba.convert("RGB")
@@ -67,13 +73,17 @@ def pictures() -> list[Image.Image]:
 
 
 def test_embeds_what_open_clip_embeds(client: Client, exported_tiny_clip: Path):
-    merged = sorted(path.parent for path in exported_tiny_clip.glob("merged/**/open_clip_config.json"))[-1]
+    merged = sorted(
+        path.parent for path in exported_tiny_clip.glob("merged/**/open_clip_config.json")
+    )[-1]
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{merged}")
     tokenize = open_clip.get_tokenizer(f"local-dir:{merged}")
     model.eval()
     texts = ["", "a photo of a cat.", "word " * 200, "🦊 naïve"][1:]
     with torch.no_grad():
-        images = model.encode_image(torch.stack([transform(image) for image in pictures()]), normalize=True).numpy()
+        images = model.encode_image(
+            torch.stack([transform(image) for image in pictures()]), normalize=True
+        ).numpy()
         words = model.encode_text(tokenize(texts), normalize=True).numpy()
     assert client.release().alpha == ALPHAS[-1]
     np.testing.assert_allclose(client.embed_images(pictures()), images, atol=1e-5)
@@ -81,7 +91,9 @@ def test_embeds_what_open_clip_embeds(client: Client, exported_tiny_clip: Path):
 
 
 def test_photographs_are_turned(client: Client, tmp_path: Path):
-    """A file, its bytes and Pillow's image of it are embedded as the upright image is, for each EXIF orientation."""
+    """A file, its bytes and Pillow's image of it are embedded as the upright image is, for each
+    EXIF orientation.
+    """
     assert client.release().exif_orientation
     upright = pictures()[0]
     for value in range(2, 9):
@@ -91,12 +103,16 @@ def test_photographs_are_turned(client: Client, tmp_path: Path):
         upright.save(path, exif=exif)
         with Image.open(path) as opened:
             turned = ImageOps.exif_transpose(opened)
-            embeds = client.embed_images([turned, path, path.read_bytes(), opened, opened.convert("RGB"), upright])
+            embeds = client.embed_images(
+                [turned, path, path.read_bytes(), opened, opened.convert("RGB"), upright]
+            )
         np.testing.assert_allclose(embeds[:5], embeds[[0] * 5], atol=1e-5)
         assert not np.allclose(embeds[0], embeds[5], atol=1e-3)
         whole = np.ones((1, *turned.size[::-1]), bool)
         found = client.segment(path, LABELS, proposals=whole)
-        assert found.mask.shape == whole.shape[1:] and found.overlay(legend=False).size == turned.size
+        assert (
+            found.mask.shape == whole.shape[1:] and found.overlay(legend=False).size == turned.size
+        )
 
 
 def test_classify(client: Client):
@@ -128,11 +144,15 @@ def test_releases(url: str, client: Client):
         assert pinned.is_ready()
         assert pinned.release() == first
         assert pinned.classify(pictures()[0], LABELS).release == first.version
-        assert not np.allclose(pinned.embed_texts(["a cat"]), client.embed_texts(["a cat"]), atol=1e-3)
+        assert not np.allclose(
+            pinned.embed_texts(["a cat"]), client.embed_texts(["a cat"]), atol=1e-3
+        )
 
 
 def test_segment_proposals(client: Client):
-    """A mask of the whole of a square image is that image: it gets the label that `classify` gives."""
+    """A mask of the whole of a square image is that image: it gets the label that `classify`
+    gives.
+    """
     image = pictures()[0].crop((0, 0, 40, 40))
     whole = np.ones((1, 40, 40), bool)
     best = client.classify(image, LABELS, top_k=1)
@@ -147,7 +167,9 @@ def test_segment_proposals(client: Client):
     assert split.labels[-1] == "background" and split.background == 4
     assert (split.mask[:, 20:] == 4).all() and (split.mask[:, :20] < 4).all()
     assert split.overlay().width == 520
-    fused = client.segment(image, LABELS, proposals=whole, proposal_scores=[[0, 0, 0, 1]], proposal_weight=0.5)
+    fused = client.segment(
+        image, LABELS, proposals=whole, proposal_scores=[[0, 0, 0, 1]], proposal_weight=0.5
+    )
     assert (fused.mask == 3).all()
 
 
@@ -160,18 +182,27 @@ def test_segment_without_a_patch_encoder(client: Client):
 
 
 def test_segment_dense(dense_tiny_clip: Path):
-    with TritonServer(ServerConfig(dense_tiny_clip / "model_repository", Endpoints.on_free_ports())) as server:
+    with TritonServer(
+        ServerConfig(dense_tiny_clip / "model_repository", Endpoints.on_free_ports())
+    ) as server:
         answers = []
         for url in (server.grpc_url, server.http_url):
             with Client(url) as client:
                 assert client.is_ready()
-                answers.append(client.segment(pictures(), LABELS, threshold=0.3, stride=8, refine=1))
+                answers.append(
+                    client.segment(pictures(), LABELS, threshold=0.3, stride=8, refine=1)
+                )
     for image, found, other in zip(pictures(), *answers, strict=True):
         assert (found.mask.dtype, found.mask.shape) == (np.uint16, image.size[::-1])
         assert found.labels == ["cat", *LABELS[1:], "background"]
-        assert (found.mask != other.mask).mean() < 1e-2  # rounding of the encoder's batches moves a tie
+        assert (
+            found.mask != other.mask
+        ).mean() < 1e-2  # rounding of the encoder's batches moves a tie
         assert sum(found.shares) == pytest.approx(1)
-        assert all((score > 0) == (share > 0) for score, share in zip(found.scores, found.shares, strict=True))
+        assert all(
+            (score > 0) == (share > 0)
+            for score, share in zip(found.scores, found.shares, strict=True)
+        )
         assert found.overlay(legend=False).size == image.size
 
 
@@ -182,7 +213,9 @@ def test_search(client: Client):
     assert [hit.id for hit in hits] == [f"bild é {index}.png" for index in order[:5]]
     np.testing.assert_allclose([hit.score for hit in hits], (images @ words)[order[:5]], atol=1e-5)
     assert hits[0].thumbnail is None
-    [same] = client.search(image=pictures()[3], index="pictures", top_k=1, thumbnails=True, where="width > 1")
+    [same] = client.search(
+        image=pictures()[3], index="pictures", top_k=1, thumbnails=True, where="width > 1"
+    )
     assert (same.id, same.metadata["width"]) == ("bild é 3.png", pictures()[3].width)
     assert same.score == pytest.approx(1, abs=1e-5)
     assert same.thumbnail and Image.open(io.BytesIO(same.thumbnail)).format == "JPEG"
@@ -211,7 +244,9 @@ def test_ten_thousand_labels(client: Client):
 def test_profile(client: Client):
     found = client.profile(requests=3)
     assert found.encoder > 0
-    assert found.total == pytest.approx(found.network + found.queue + found.task + found.encoder, rel=0.1)
+    assert found.total == pytest.approx(
+        found.network + found.queue + found.task + found.encoder, rel=0.1
+    )
 
 
 @pytest.mark.parametrize(

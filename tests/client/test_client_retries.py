@@ -21,15 +21,27 @@ from radapter_client import AsyncClient, Client, Reply, Request, query
 from radapter_client._retries import Tries
 from tests.helpers.stand_ins import http_server
 
-GOOD = {"model_version": "1", "outputs": [{"name": "text_embeds", "datatype": "FP32", "shape": [1, 1], "data": [7]}]}
-Step = tuple[int, dict[str, str]] | None  # status and headers of an answer; None breaks the connection
+GOOD = {
+    "model_version": "1",
+    "outputs": [{"name": "text_embeds", "datatype": "FP32", "shape": [1, 1], "data": [7]}],
+}
+Step = (
+    tuple[int, dict[str, str]] | None
+)  # status and headers of an answer; None breaks the connection
 
 
 @contextmanager
 def http_steps(*steps: Step, port: int = 0) -> Iterator[tuple[str, list[Any]]]:
-    """A server that answers by these steps, one a request, and well after the last; its URL, and what it was sent."""
+    """A server that answers by these steps, one a request, and well after the last; its URL, and
+    what it was sent.
+    """
     first = [
-        step and (step[0], json.dumps({"error": step[1].get("error", "[overloaded] busy")}).encode(), step[1])
+        step
+        and (
+            step[0],
+            json.dumps({"error": step[1].get("error", "[overloaded] busy")}).encode(),
+            step[1],
+        )
         for step in steps
     ]
     with http_server(200, json.dumps(GOOD).encode(), first=first, port=port) as found:
@@ -53,9 +65,13 @@ def grpc_steps(*steps: tuple[grpc.StatusCode, str]) -> Iterator[tuple[str, list[
         return answer
 
     handler = grpc.unary_unary_rpc_method_handler(
-        infer, service_pb2.ModelInferRequest.FromString, service_pb2.ModelInferResponse.SerializeToString
+        infer,
+        service_pb2.ModelInferRequest.FromString,
+        service_pb2.ModelInferResponse.SerializeToString,
     )
-    service = grpc.method_handlers_generic_handler("inference.GRPCInferenceService", {"ModelInfer": handler})
+    service = grpc.method_handlers_generic_handler(
+        "inference.GRPCInferenceService", {"ModelInfer": handler}
+    )
     server = grpc.server(ThreadPoolExecutor(1), handlers=[service])
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -131,7 +147,9 @@ def test_a_wait_beyond_the_time_out_is_not_begun(kind: type, wait: str) -> None:
 
 
 def test_over_grpc(kind: type) -> None:
-    with grpc_steps((grpc.StatusCode.UNAVAILABLE, "[server_stopping] x"), (grpc.StatusCode.UNAVAILABLE, "y")) as (
+    with grpc_steps(
+        (grpc.StatusCode.UNAVAILABLE, "[server_stopping] x"), (grpc.StatusCode.UNAVAILABLE, "y")
+    ) as (
         url,
         a,
     ):
@@ -146,7 +164,9 @@ def test_a_server_that_starts_a_little_later() -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     found: list[Any] = []
-    caller = threading.Thread(target=lambda: found.append(embed(Client, f"http://127.0.0.1:{port}", retries=8)))
+    caller = threading.Thread(
+        target=lambda: found.append(embed(Client, f"http://127.0.0.1:{port}", retries=8))
+    )
     caller.start()
     time.sleep(0.5)
     with http_steps(port=port):
@@ -188,7 +208,9 @@ def test_whether_it_is_ready_is_asked_once() -> None:
     with http_steps(*[STOPS] * 20) as (url, seen):
         with Client(url) as client:
             assert not client.is_ready()
-        assert len(seen) <= 5  # of five tasks; what waits for a thread after the first failure is not sent
+        assert (
+            len(seen) <= 5
+        )  # of five tasks; what waits for a thread after the first failure is not sent
 
 
 # Keys
@@ -210,9 +232,16 @@ def test_keys_that_are_none(key: Any) -> None:
 
 def test_a_key_in_the_clear_is_warned_of() -> None:
     for url in ("http://example.com", "grpc://192.0.2.1:8001"):
-        with pytest.warns(UserWarning, match=r"travels to \w+://.* in the clear; use (https|grpcs)://"):
+        with pytest.warns(
+            UserWarning, match=r"travels to \w+://.* in the clear; use (https|grpcs)://"
+        ):
             Client(url, api_key="secret").close()
-    for url in ("http://localhost:1", "http://[::1]:1", "grpc://127.0.0.1:1", "https://example.com"):
+    for url in (
+        "http://localhost:1",
+        "http://[::1]:1",
+        "grpc://127.0.0.1:1",
+        "https://example.com",
+    ):
         Client(url, api_key="secret").close()
 
 
@@ -224,8 +253,13 @@ def test_the_command_takes_the_key_from_the_environment(
         assert query.main(["embed-text", "x", "--url", url, "--out", str(tmp_path / "a.npy")]) == 0
     assert seen[0][2]["Authorization"] == "Bearer secret"
     assert "note" not in capsys.readouterr().err
-    query.main(["embed-text", "x", "--url", "http://127.0.0.1.invalid:1", "--out", str(tmp_path / "a.npy")])
-    assert "note: the API key travels to http://127.0.0.1.invalid:1 in the clear" in capsys.readouterr().err
+    query.main(
+        ["embed-text", "x", "--url", "http://127.0.0.1.invalid:1", "--out", str(tmp_path / "a.npy")]
+    )
+    assert (
+        "note: the API key travels to http://127.0.0.1.invalid:1 in the clear"
+        in capsys.readouterr().err
+    )
     with http_steps((401, {"error": "[unauthorized] send a key"})) as (url, _):
         assert query.main(["embed-text", "x", "--url", url, "--out", str(tmp_path / "b.npy")]) == 2
     assert "RADAPTER_API_KEY" in capsys.readouterr().err

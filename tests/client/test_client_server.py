@@ -1,4 +1,6 @@
-"""The client against a real tritonserver with stand-in models: the same over every way, and never a hang."""
+"""The client against a real tritonserver with stand-in models: the same over every way, and never a
+hang.
+"""
 
 from __future__ import annotations
 
@@ -61,11 +63,18 @@ def client(kind: Any, url: str) -> Iterator[Any]:
         yield client
 
 
-def expected(image: bytes, labels: list[str], templates: list[str] | None = None) -> list[tuple[str, float]]:
+def expected(
+    image: bytes, labels: list[str], templates: list[str] | None = None
+) -> list[tuple[str, float]]:
     """What fake_model.py answers, computed here."""
     suffix = "|".join(templates or []).encode()
-    raw = [int.from_bytes(hashlib.sha256(image + name.encode() + suffix).digest()[:4], "big") for name in labels]
-    return sorted(zip(labels, (np.array(raw) / sum(raw)).tolist(), strict=True), key=lambda pair: -pair[1])
+    raw = [
+        int.from_bytes(hashlib.sha256(image + name.encode() + suffix).digest()[:4], "big")
+        for name in labels
+    ]
+    return sorted(
+        zip(labels, (np.array(raw) / sum(raw)).tolist(), strict=True), key=lambda pair: -pair[1]
+    )
 
 
 def vector(data: bytes) -> np.ndarray:
@@ -82,19 +91,26 @@ def test_classify_one(client):
     assert len(client.classify(b"one", LABELS).labels) == 5
     assert len(client.classify(b"one", LABELS, top_k=100).labels) == 6
     templates = ["a {}", "b {}"]
-    assert client.classify(b"one", LABELS, templates=templates).top == expected(b"one", LABELS, templates)[0][0]
+    assert (
+        client.classify(b"one", LABELS, templates=templates).top
+        == expected(b"one", LABELS, templates)[0][0]
+    )
 
 
 def test_many_keep_their_order(client):
     # The first requests of the call are the slowest.
     images = [order(sleep=max(0, 0.2 - index / 50), name=index) for index in range(23)]
     found = client.classify(images, LABELS)
-    assert [result.labels for result in found] == [[label for label, _ in expected(i, LABELS)[:5]] for i in images]
+    assert [result.labels for result in found] == [
+        [label for label, _ in expected(i, LABELS)[:5]] for i in images
+    ]
     texts = [f"text {index} ü" for index in range(50)]
     embeds = client.embed_texts(iter(texts))
     assert (embeds.dtype, embeds.shape, embeds.flags.writeable) == (np.float32, (50, 4), True)
     assert np.array_equal(embeds, np.stack([vector(text.encode()) for text in texts]))
-    assert np.array_equal(client.embed_images(images), np.stack([vector(image) for image in images]))
+    assert np.array_equal(
+        client.embed_images(images), np.stack([vector(image) for image in images])
+    )
 
 
 def test_none(client):
@@ -107,7 +123,9 @@ def test_every_kind_of_image(client, tmp_path: Path):
     array = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     path = tmp_path / "image.png"
     Image.fromarray(array).save(path, compress_level=1)
-    embeds = client.embed_images([path, str(path), path.read_bytes(), array, Image.fromarray(array)])
+    embeds = client.embed_images(
+        [path, str(path), path.read_bytes(), array, Image.fromarray(array)]
+    )
     assert np.array_equal(embeds, np.broadcast_to(vector(path.read_bytes()), (5, 4)))
     assert len(client.embed_images(np.stack([array] * 6))) == 6
     assert client.classify(array, LABELS) == client.classify(path, LABELS)
@@ -123,13 +141,19 @@ def test_ten_thousand_labels(client):
 
 def test_label_set_and_its_absence(client):
     assert sorted(client.classify(b"x", label_set="letters").labels) == ["a", "b", "c"]
-    with pytest.raises(radapter_client.InvalidRequest, match="no label set 'nope'; there are: letters") as caught:
+    with pytest.raises(
+        radapter_client.InvalidRequest, match="no label set 'nope'; there are: letters"
+    ) as caught:
         client.classify([b"x"] * 9, label_set="nope")
     assert caught.value.code == "unknown_label_set"
 
 
 def test_release(client, kind, url: str):
-    assert (client.release().version, client.release().alpha, client.release().embed_dim) == (2, 1.0, 4)
+    assert (client.release().version, client.release().alpha, client.release().embed_dim) == (
+        2,
+        1.0,
+        4,
+    )
     assert client.release().facts["preprocess"] == {"size": 224}
     assert [release.version for release in client.releases()] == [1, 2]
     with kind(url, release=1) as pinned:
@@ -147,7 +171,12 @@ def test_release(client, kind, url: str):
 @pytest.mark.parametrize(
     ("what", "error", "code", "message"),
     [
-        ({"error": "[invalid_image] not an image"}, "InvalidImage", "invalid_image", "not an image"),
+        (
+            {"error": "[invalid_image] not an image"},
+            "InvalidImage",
+            "invalid_image",
+            "not an image",
+        ),
         ({"error": "[image_too_large] 9 GP"}, "InvalidImage", "image_too_large", "9 GP"),
         ({"error": "plain"}, "InvalidRequest", None, "plain"),
         ({"bug": True}, "ServerError", None, "a bug in the model$"),
@@ -162,7 +191,10 @@ def test_errors_are_the_same_over_every_way(client, what, error: str, code, mess
 
 
 def test_too_large_a_batch(kind, url: str):
-    with kind(url, batch_size=65) as client, pytest.raises(radapter_client.InvalidRequest, match="must be <= 64"):
+    with (
+        kind(url, batch_size=65) as client,
+        pytest.raises(radapter_client.InvalidRequest, match="must be <= 64"),
+    ):
         client.embed_texts(["x"] * 65)
 
 
@@ -190,8 +222,11 @@ def test_threads_share_a_client(url: str):
             images = [f"{index} {number}".encode() for number in range(7)]
             results = client.classify(images, LABELS)
             return (
-                np.array_equal(client.embed_images(images), np.stack([vector(image) for image in images]))
-                and [result.top for result in results] == [expected(image, LABELS)[0][0] for image in images]
+                np.array_equal(
+                    client.embed_images(images), np.stack([vector(image) for image in images])
+                )
+                and [result.top for result in results]
+                == [expected(image, LABELS)[0][0] for image in images]
                 and client.release().version == 2
             )
 
@@ -203,7 +238,9 @@ def test_tasks_share_a_client(url: str):
         async with AsyncClient(url, batch_size=2, concurrency=3) as client:
             images = [f"{number}".encode() for number in range(30)]
             answers = await asyncio.gather(*(client.classify(image, LABELS) for image in images))
-            assert [answer.top for answer in answers] == [expected(image, LABELS)[0][0] for image in images]
+            assert [answer.top for answer in answers] == [
+                expected(image, LABELS)[0][0] for image in images
+            ]
             slow = asyncio.ensure_future(client.classify(order(sleep=5), LABELS))
             await asyncio.sleep(0.1)
             slow.cancel()
@@ -224,7 +261,9 @@ def test_closed_in_mid_call(url: str):
 def test_closed_in_mid_call_by_another_task(url: str):
     async def main() -> None:
         client = AsyncClient(url, batch_size=1, concurrency=2, timeout=20)
-        call = asyncio.ensure_future(client.embed_images([order(sleep=0.2, name=index) for index in range(20)]))
+        call = asyncio.ensure_future(
+            client.embed_images([order(sleep=0.2, name=index) for index in range(20)])
+        )
         await asyncio.sleep(0.3)
         await client.close()
         with pytest.raises(radapter_client.RAdapterClientError):
@@ -234,9 +273,15 @@ def test_closed_in_mid_call_by_another_task(url: str):
 
 
 def test_server_that_goes_away(fake_repository: Path):
-    """Killed in the middle of calls over every way: each fails at once; back again, each client works again."""
+    """Killed in the middle of calls over every way: each fails at once; back again, each client
+    works again.
+    """
     with FakeServer(fake_repository) as server:
-        clients = [kind(url, timeout=60, batch_size=1) for url in server.urls.values() for kind in (Client, Awaited)]
+        clients = [
+            kind(url, timeout=60, batch_size=1)
+            for url in server.urls.values()
+            for kind in (Client, Awaited)
+        ]
 
         def call(client: Any) -> str:
             try:
@@ -269,16 +314,26 @@ def test_server_that_goes_away(fake_repository: Path):
 
 
 def test_server_that_stops(fake_repository: Path):
-    """It answers what it has begun, and meanwhile takes its models away: to its clients it is unavailable."""
+    """It answers what it has begun, and meanwhile takes its models away: to its clients it is
+    unavailable.
+    """
     with FakeServer(fake_repository, drain_seconds=4) as server, ThreadPoolExecutor(4) as threads:
-        clients = [kind(url, timeout=20) for url in server.urls.values() for kind in (Client, Awaited)]
+        clients = [
+            kind(url, timeout=20) for url in server.urls.values() for kind in (Client, Awaited)
+        ]
 
         def ask(client: Any) -> set[str]:
             """What happens until the server is gone."""
             start = time.monotonic()
             seen: set[str] = set()
-            while time.monotonic() - start < 10 and not any("Failed to connect" in s or "refused" in s for s in seen):
-                for call in (lambda: client.embed_texts(["x"]), lambda: client.embed_texts(["x"] * 40), client.release):
+            while time.monotonic() - start < 10 and not any(
+                "Failed to connect" in s or "refused" in s for s in seen
+            ):
+                for call in (
+                    lambda: client.embed_texts(["x"]),
+                    lambda: client.embed_texts(["x"] * 40),
+                    client.release,
+                ):
                     try:
                         call()
                     except Exception as error:
@@ -307,6 +362,8 @@ def test_server_that_no_longer_answers(fake_repository: Path):
                     with kind(url, timeout=0.3) as client:
                         assert not client.is_ready()
                         with pytest.raises(radapter_client.Timeout):
-                            client.embed_images([b"x" * 10_000_000] * 4)  # more than the sockets hold
+                            client.embed_images(
+                                [b"x" * 10_000_000] * 4
+                            )  # more than the sockets hold
         finally:
             server.signal(signal.SIGCONT)

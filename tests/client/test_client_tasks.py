@@ -47,7 +47,11 @@ def stripes(height: int, width: int, labels: int) -> np.ndarray:
 
 def test_segment(client):
     found = client.segment(pixels(20, 33), ["Straße", "car", "sky"])
-    assert (found.mask.dtype, found.labels, found.release) == (np.uint16, ["Straße", "car", "sky"], 2)
+    assert (found.mask.dtype, found.labels, found.release) == (
+        np.uint16,
+        ["Straße", "car", "sky"],
+        2,
+    )
     assert np.array_equal(found.mask, stripes(20, 33, 3))
     assert found.scores == [digest(labels=texts("Straße", "car", "sky")), 0, 0]
     assert found.shares == pytest.approx([1 / 3] * 3)
@@ -92,7 +96,9 @@ def test_segment_many(client):
     masks = [None, np.ones((1, 4, 2))]
     one, other = client.segment(images[:2], ["a", "b"], proposals=masks)
     assert one.scores[0] == digest(labels=texts("a", "b"))
-    assert other.scores[0] == digest(labels=texts("a", "b"), proposals=np.full((1, 4, 2), 255, np.uint8))
+    assert other.scores[0] == digest(
+        labels=texts("a", "b"), proposals=np.full((1, 4, 2), 255, np.uint8)
+    )
 
 
 def test_large_mask(client):
@@ -102,8 +108,12 @@ def test_large_mask(client):
 
 
 def test_segment_fails_as_classify_does(client):
-    with pytest.raises(radapter_client.ModelNotFound, match="export with radapter-export --dense") as caught:
-        client.segment(order(error="[no_patch_encoder] export with radapter-export --dense naclip"), ["a"])
+    with pytest.raises(
+        radapter_client.ModelNotFound, match="export with radapter-export --dense"
+    ) as caught:
+        client.segment(
+            order(error="[no_patch_encoder] export with radapter-export --dense naclip"), ["a"]
+        )
     assert caught.value.code == "no_patch_encoder"
     with pytest.raises(radapter_client.InvalidImage):
         client.segment([b"{}", order(error="[invalid_image] no image")], ["a"])
@@ -115,10 +125,17 @@ def test_search(client, tmp_path: Path):
         ("ordner/bild ü 0.jpg", 1.0, None),
         ("ordner/bild ü 1.jpg", 0.75, None),
     ]
-    known = {"index": "photos", "text": "a red bicycle", "rank": 1, "outputs": ["id", "metadata", "score"]}
+    known = {
+        "index": "photos",
+        "text": "a red bicycle",
+        "rank": 1,
+        "outputs": ["id", "metadata", "score"],
+    }
     assert hits[1].metadata == known
     (tmp_path / "image.png").write_bytes(b"an image")
-    hits = client.search(image=tmp_path / "image.png", index="photos", where="year > 2020", thumbnails=True)
+    hits = client.search(
+        image=tmp_path / "image.png", index="photos", where="year > 2020", thumbnails=True
+    )
     assert [hit.thumbnail for hit in hits] == [b"JPEG 0", b"JPEG 1", None]
     assert hits[0].metadata == {
         "index": "photos",
@@ -145,8 +162,12 @@ def test_server_without_the_models(fake_repository: Path, tmp_path: Path):
             for kind in (Client, Awaited):
                 with kind(url, timeout=20) as client:
                     assert not client.is_ready()
-                    with pytest.raises(radapter_client.ModelNotFound, match="no model 'segment'.*radapter-export"):
+                    with pytest.raises(
+                        radapter_client.ModelNotFound, match="no model 'segment'.*radapter-export"
+                    ):
                         client.segment(b"x", ["a"])
-                    with pytest.raises(radapter_client.ModelNotFound, match="no model 'retrieve'.*radapter-export"):
+                    with pytest.raises(
+                        radapter_client.ModelNotFound, match="no model 'retrieve'.*radapter-export"
+                    ):
                         client.search("x", index="photos")
                     assert client.classify(b"x", ["a"]).top == "a"

@@ -1,4 +1,6 @@
-"""What can be checked without a server, through a transport that records: names, URLs, images, batches, arguments."""
+"""What can be checked without a server, through a transport that records: names, URLs, images,
+batches, arguments.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def test_exported_names():
     assert radapter_client.__all__ == sorted(radapter_client.__all__)
 
 
-@pytest.mark.parametrize("name", ["classify", "segment", "search", "embed_images", "is_ready", "profile", "release"])
+@pytest.mark.parametrize(
+    "name", ["classify", "segment", "search", "embed_images", "is_ready", "profile", "release"]
+)
 def test_methods_have_their_own_signature_and_words(name: str):
     """They are written once for both clients, and look like methods of either."""
     own = AsyncClient(transport=AsyncRecorder())
@@ -77,7 +81,9 @@ def test_transport_of_the_user():
     assert code in "".join(str(radapter_client.Transport.__doc__).split())
     with Client(transport=Cats(), release=1) as client:
         assert client.classify(b"photo", ["cat", "dog"]).top == "cat"
-        assert [found.top for found in client.classify([b"photo"] * 40, ["cat", "dog"])] == ["cat"] * 40
+        assert [found.top for found in client.classify([b"photo"] * 40, ["cat", "dog"])] == [
+            "cat"
+        ] * 40
 
 
 def test_both_clients_ask_the_same_of_their_transport():
@@ -107,7 +113,10 @@ def test_both_clients_ask_the_same_of_their_transport():
     assert answers[:7] + answers[8:] == found[:7] + found[8:]  # all but times
     assert list(map(str, recorder.requests)) == list(map(str, other.requests))
     assert recorder.timeouts == other.timeouts and set(recorder.timeouts) == {3, 7}
-    assert [request.version for request in recorder.inferences[1:3]] == ["1", "1"]  # of one call, from one release
+    assert [request.version for request in recorder.inferences[1:3]] == [
+        "1",
+        "1",
+    ]  # of one call, from one release
 
 
 def test_drawn_exception_tree_is_the_tree():
@@ -116,7 +125,9 @@ def test_drawn_exception_tree_is_the_tree():
         return [(indent, kind.__name__)] + [line for sub in below for line in draw(sub, indent + 1)]
 
     drawn = []
-    for line in inspect.cleandoc(str(sys.modules[radapter_client.Timeout.__module__].__doc__)).splitlines()[2:]:
+    for line in inspect.cleandoc(
+        str(sys.modules[radapter_client.Timeout.__module__].__doc__)
+    ).splitlines()[2:]:
         name = line.lstrip(" │├└─").split()[0]
         drawn.append((line.index(name) // 4, name))
     assert drawn == draw(radapter_client.RAdapterClientError)
@@ -190,7 +201,9 @@ def test_url(url: str, whole: str):
 )
 def test_bad_url_names_the_allowed_ones(url):
     for kind in (radapter_client.Client, radapter_client.AsyncClient):
-        with pytest.raises(radapter_client.InvalidURL, match="allowed are grpc://.*grpcs://.*http://.*https://"):
+        with pytest.raises(
+            radapter_client.InvalidURL, match="allowed are grpc://.*grpcs://.*http://.*https://"
+        ):
             kind(url)
 
 
@@ -211,10 +224,22 @@ def images() -> list[Image.Image]:
     profiled.info["icc_profile"] = b"x" * 100_000
     deep = Image.fromarray(np.random.default_rng(0).integers(0, 2**16, (31, 45)).astype(np.uint16))
     modes = [rgb.convert(mode) for mode in ("L", "1")]
-    return [rgb, rgba, rgba.convert("LA"), palette, transparent, profiled, deep, *modes, rgb.crop((0, 0, 1, 1))]
+    return [
+        rgb,
+        rgba,
+        rgba.convert("LA"),
+        palette,
+        transparent,
+        profiled,
+        deep,
+        *modes,
+        rgb.crop((0, 0, 1, 1)),
+    ]
 
 
-@pytest.mark.parametrize("image", images(), ids=lambda image: f"{image.mode}-{image.width}-{len(image.info)}")
+@pytest.mark.parametrize(
+    "image", images(), ids=lambda image: f"{image.mode}-{image.width}-{len(image.info)}"
+)
 def test_pil_image_arrives_to_the_bit(image: Image.Image):
     data = sent(image)
     back = Image.open(io.BytesIO(data))
@@ -232,7 +257,9 @@ def test_pil_image_arrives_to_the_bit(image: Image.Image):
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "F", "I", "RGBa"])
 def test_mode_that_png_would_change_is_refused(mode: str):
     image = Image.new("RGBA", (4, 4)).convert(mode) if mode == "RGBa" else Image.new(mode, (4, 4))
-    with pytest.raises(radapter_client.InvalidImage, match=rf"mode {mode} .* allowed are RGB.*convert\('RGB'\)"):
+    with pytest.raises(
+        radapter_client.InvalidImage, match=rf"mode {mode} .* allowed are RGB.*convert\('RGB'\)"
+    ):
         sent(image)
 
 
@@ -286,7 +313,10 @@ def test_broken_and_empty_files(tmp_path: Path):
         sent(empty)
     Image.fromarray(pixels(64, 64, 3)).save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
-    with Image.open(tmp_path / "half.png") as lazy, pytest.raises(radapter_client.InvalidImage, match="cannot read"):
+    with (
+        Image.open(tmp_path / "half.png") as lazy,
+        pytest.raises(radapter_client.InvalidImage, match="cannot read"),
+    ):
         sent(lazy)
 
 
@@ -305,18 +335,28 @@ def exif(value: int) -> Image.Exif:
 
 @pytest.mark.parametrize("value", range(1, 9))
 def test_orientation_travels_with_the_pixels(value: int, tmp_path: Path):
-    """A file, its bytes and Pillow's image of it are one image to the server, whatever its release does with EXIF."""
+    """A file, its bytes and Pillow's image of it are one image to the server, whatever its release
+    does with EXIF.
+    """
     path = tmp_path / "image.png"
     Image.fromarray(pixels(31, 45, 3)).save(path, exif=exif(value))
     with Image.open(path) as opened:
-        copies = [sent(path), sent(path.read_bytes()), sent(opened), sent(opened.convert("RGB")), sent(oriented(value))]
+        copies = [
+            sent(path),
+            sent(path.read_bytes()),
+            sent(opened),
+            sent(opened.convert("RGB")),
+            sent(oriented(value)),
+        ]
         turned = ImageOps.exif_transpose(opened)
     for data in copies:
         with Image.open(io.BytesIO(data)) as back:
             assert back.tobytes() == Image.fromarray(pixels(31, 45, 3)).tobytes()
             assert back.getexif().get(0x0112, 1) == value
             assert ImageOps.exif_transpose(back).tobytes() == turned.tobytes()
-    with Image.open(io.BytesIO(sent(turned))) as back:  # what was turned already is not turned again
+    with Image.open(
+        io.BytesIO(sent(turned))
+    ) as back:  # what was turned already is not turned again
         assert back.getexif().get(0x0112, 1) == 1 and back.tobytes() == turned.tobytes()
 
 
@@ -329,7 +369,14 @@ def test_broken_exif_is_no_error(broken: bytes):
 
 
 def test_one_image_or_several():
-    ones: list[Any] = ["a.jpg", Path("a.jpg"), b"x", Image.new("L", (1, 1)), pixels(4, 4, 3), pixels(4, 4)]
+    ones: list[Any] = [
+        "a.jpg",
+        Path("a.jpg"),
+        b"x",
+        Image.new("L", (1, 1)),
+        pixels(4, 4, 3),
+        pixels(4, 4),
+    ]
     for one in ones:
         try:
             assert not isinstance(CLIENT.classify(one, ["a"]), list)
@@ -347,14 +394,22 @@ def test_labels_that_stand_alone_are_asked_for():
     with Client(transport=recorder, release=1) as client:
         client.classify(b"x", ["a", "b"])
         client.classify([b"x", b"y"], ["a", "b"], multi_label=True)
-        client.classify(b"x", ["a", "b"], multi_label=True, threshold=0.25, top_k=3, calibrated=True)
+        client.classify(
+            b"x", ["a", "b"], multi_label=True, threshold=0.25, top_k=3, calibrated=True
+        )
         client.classify(b"x", ["a", "b"], calibrated=True)
-        with pytest.raises(radapter_client.InvalidRequest, match="threshold without multi_label=True"):
+        with pytest.raises(
+            radapter_client.InvalidRequest, match="threshold without multi_label=True"
+        ):
             client.classify(b"x", ["a"], threshold=0.5)
         with pytest.raises(radapter_client.InvalidRequest, match="threshold"):
             client.classify(b"x", ["a"], multi_label=True, threshold=1.5)
     sent = [
-        {name: array.tolist() for name, array in request.inputs.items() if name not in ("image", "labels")}
+        {
+            name: array.tolist()
+            for name, array in request.inputs.items()
+            if name not in ("image", "labels")
+        }
         for request in recorder.inferences
     ]
     assert sent == [
@@ -387,7 +442,9 @@ MAX_BYTES = 32 * 2**20
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.sampled_from([0, 1, 10, 20, 33]), max_size=8), st.integers(1, 5))
 def test_batches(sizes: list[int], rows: int):
-    """Runs of at most `rows` images and 32 MiB, or of one image, and none shorter than it must be."""
+    """Runs of at most `rows` images and 32 MiB, or of one image, and none shorter than it must
+    be.
+    """
     recorder = Recorder()
     images = [bytes([index + 1]) + bytes(size * 2**20) for index, size in enumerate(sizes)]
     Client(transport=recorder, release=1, batch_size=rows, concurrency=1).embed_images(images)
@@ -407,7 +464,9 @@ def test_classify_keeps_requests_moderate(count: int, labels: int, templates: in
     prompts = [f"{index} {{}}" for index in range(templates)] or None
     Client(transport=recorder).classify([b"x"] * count, names, templates=prompts, top_k=3)
     assert sum(len(request.inputs["image"]) for request in recorder.inferences) == count
-    assert {request.version for request in recorder.inferences} == {"1" if len(recorder.inferences) > 1 else ""}
+    assert {request.version for request in recorder.inferences} == {
+        "1" if len(recorder.inferences) > 1 else ""
+    }
     for request in recorder.inferences:
         rows = len(request.inputs["image"])
         assert {len(array) for array in request.inputs.values()} == {rows}
@@ -466,16 +525,28 @@ PIXELS = np.zeros((4, 5, 3), np.uint8)
         ({"proposal_scores": [[1.0]]}, "proposal_scores without proposals"),
         ({"proposal_weight": 0.5}, "proposal_weight without proposals"),
         ({"proposals": MASK, "proposal_weight": -1}, "proposal_weight is -1"),
-        ({"proposals": MASK, "proposal_scores": [[1], [1]]}, r"shape \[2, 1\]; needed are \[1, C\]"),
-        ({"proposals": MASK[0]}, r"proposals of shape \[4, 5\]; allowed: bool, uint8 from 0 to 255, or float"),
+        (
+            {"proposals": MASK, "proposal_scores": [[1], [1]]},
+            r"shape \[2, 1\]; needed are \[1, C\]",
+        ),
+        (
+            {"proposals": MASK[0]},
+            r"proposals of shape \[4, 5\]; allowed: bool, uint8 from 0 to 255, or float",
+        ),
         ({"proposals": MASK[:0]}, r"proposals of shape \[0, 4, 5\]"),
-        ({"proposals": MASK.transpose(0, 2, 1)}, "proposals of 4 x 5 pixels .* for an image of 5 x 4"),
+        (
+            {"proposals": MASK.transpose(0, 2, 1)},
+            "proposals of 4 x 5 pixels .* for an image of 5 x 4",
+        ),
         ({"proposals": MASK * 1}, "proposals of int64 from 1 to 1"),
         ({"proposals": MASK * 1.5}, "proposals of float64 from 1.5 to 1.5"),
         ({"proposals": MASK * np.nan}, "proposals of float64 from nan"),
         ({"proposals": MASK.astype(np.uint8)}, r"above 1 of 255; send proposals.astype\(bool\)"),
         ({"proposals": [[[1], [1, 2]]]}, "proposals is no array of numbers"),
-        ({"proposals": np.broadcast_to(MASK, (100_000_000, 4, 5))}, "are 1.9 GiB; a request holds 1.5: send fewer"),
+        (
+            {"proposals": np.broadcast_to(MASK, (100_000_000, 4, 5))},
+            "are 1.9 GiB; a request holds 1.5: send fewer",
+        ),
         ({"proposals": "masks.npy"}, "proposals is no array of numbers"),
     ],
 )
@@ -485,7 +556,9 @@ def test_bad_arguments_of_segment(arguments, why: str):
 
 
 def test_each_image_of_a_list_has_proposals_of_its_own():
-    with pytest.raises(radapter_client.InvalidRequest, match="proposals has 1 entries for 2 images"):
+    with pytest.raises(
+        radapter_client.InvalidRequest, match="proposals has 1 entries for 2 images"
+    ):
         CLIENT.segment([PIXELS, PIXELS], ["a"], proposals=[MASK])
 
 
@@ -510,7 +583,9 @@ def test_proposals_of_a_turned_image():
     image.info["exif"] = exif(6).tobytes()
     for masks in (MASK, MASK.transpose(0, 2, 1)):
         CLIENT.segment(image, ["a"], proposals=masks)
-    with pytest.raises(radapter_client.InvalidRequest, match="5 x 3 pixels .* for an image of 4 x 5 or 5 x 4"):
+    with pytest.raises(
+        radapter_client.InvalidRequest, match="5 x 3 pixels .* for an image of 4 x 5 or 5 x 4"
+    ):
         CLIENT.segment(image, ["a"], proposals=MASK[:, 1:])
 
 
@@ -518,7 +593,9 @@ def test_proposals_of_a_turned_image():
 def test_segmentation_knows_whether_its_release_turned_the_image(turns: bool):
     recorder = Recorder(preprocess={"exif_orientation": turns})
     client = Client(transport=recorder, release=1)
-    image = Image.fromarray(PIXELS.transpose(1, 0, 2) if turns else PIXELS)  # the mask has 4 x 5 pixels
+    image = Image.fromarray(
+        PIXELS.transpose(1, 0, 2) if turns else PIXELS
+    )  # the mask has 4 x 5 pixels
     image.info["exif"] = exif(6).tobytes()
     plain, found = client.segment([PIXELS, image], ["a"])
     assert found.exif_orientation == client.release().exif_orientation == turns
@@ -547,7 +624,9 @@ def test_bad_arguments_of_search(arguments, why: str):
 
 
 def test_other_bad_arguments():
-    with pytest.raises(radapter_client.InvalidRequest, match="requests is 0; allowed are whole numbers from 1"):
+    with pytest.raises(
+        radapter_client.InvalidRequest, match="requests is 0; allowed are whole numbers from 1"
+    ):
         CLIENT.profile(requests=0)
     for name in ("batch_size", "concurrency", "release"):
         zero: Any = {name: 0}

@@ -1,4 +1,6 @@
-"""What goes over the wire and comes back, with servers that a test makes up: errors, silence, HTTP's bodies."""
+"""What goes over the wire and comes back, with servers that a test makes up: errors, silence,
+HTTP's bodies.
+"""
 
 from __future__ import annotations
 
@@ -47,13 +49,41 @@ def kind(request: pytest.FixtureRequest) -> type:
 @pytest.mark.parametrize(
     ("grpc_status", "http_status", "text", "error", "code", "message"),
     [
-        ("INVALID_ARGUMENT", 400, "[invalid_image] row 3: none", "InvalidImage", "invalid_image", "^row 3: none$"),
-        ("INVALID_ARGUMENT", 400, "[image_too_large] 9 GP", "InvalidImage", "image_too_large", "9 GP"),
+        (
+            "INVALID_ARGUMENT",
+            400,
+            "[invalid_image] row 3: none",
+            "InvalidImage",
+            "invalid_image",
+            "^row 3: none$",
+        ),
+        (
+            "INVALID_ARGUMENT",
+            400,
+            "[image_too_large] 9 GP",
+            "InvalidImage",
+            "image_too_large",
+            "9 GP",
+        ),
         ("INTERNAL", 500, "[no_labels] give labels", "InvalidRequest", "no_labels", "give labels"),
         ("INTERNAL", 500, "[encoder_failed] it did", "ServerError", "encoder_failed", "it did"),
         ("INVALID_ARGUMENT", 400, "[a_new_code] new", "InvalidRequest", "a_new_code", "new"),
-        ("INVALID_ARGUMENT", 400, "[request id: <id_unknown>] batch-size", "InvalidRequest", None, "^batch-size"),
-        ("NOT_FOUND", 404, "model 'x' has no version 7", "ModelNotFound", None, "version 7.*radapter-query release"),
+        (
+            "INVALID_ARGUMENT",
+            400,
+            "[request id: <id_unknown>] batch-size",
+            "InvalidRequest",
+            None,
+            "^batch-size",
+        ),
+        (
+            "NOT_FOUND",
+            404,
+            "model 'x' has no version 7",
+            "ModelNotFound",
+            None,
+            "version 7.*radapter-query release",
+        ),
         (
             *("NOT_FOUND", 404, "Request for unknown model: 'segment' is not found"),
             *("ModelNotFound", None, "no model 'segment': .*radapter-export"),
@@ -62,27 +92,85 @@ def kind(request: pytest.FixtureRequest) -> type:
             *("NOT_FOUND", 404, "Request for unknown model: 'segment' has no available versions"),
             *("ServerUnavailable", "restarting", "the server is starting or stopping"),
         ),
-        ("UNAVAILABLE", 503, "version 2 is not at ready state", "ServerUnavailable", "restarting", "not at ready"),
-        ("INVALID_ARGUMENT", 400, "[no_patch_encoder] export", "ModelNotFound", "no_patch_encoder", "^export$"),
+        (
+            "UNAVAILABLE",
+            503,
+            "version 2 is not at ready state",
+            "ServerUnavailable",
+            "restarting",
+            "not at ready",
+        ),
+        (
+            "INVALID_ARGUMENT",
+            400,
+            "[no_patch_encoder] export",
+            "ModelNotFound",
+            "no_patch_encoder",
+            "^export$",
+        ),
         ("INTERNAL", 500, "[unknown_index] no such", "InvalidRequest", "unknown_index", "no such"),
         ("INTERNAL", 500, "[index_mismatch] old", "InvalidRequest", "index_mismatch", "old"),
-        ("INTERNAL", 500, "Model 'image_encoder' is not ready.", "ServerUnavailable", "restarting", "not ready"),
+        (
+            "INTERNAL",
+            500,
+            "Model 'image_encoder' is not ready.",
+            "ServerUnavailable",
+            "restarting",
+            "not ready",
+        ),
         ("UNAVAILABLE", 503, "not ready", "ServerUnavailable", None, "not ready"),
-        ("UNAVAILABLE", 503, "Exceeds maximum queue size", "ServerUnavailable", "overloaded", "queue"),
-        ("UNAVAILABLE", 503, "Request timeout expired", "ServerUnavailable", "overloaded", "expired"),
-        ("INTERNAL", 500, "Stub process 'classify_0_0' is not healthy.", "ServerUnavailable", "restarting", "healthy"),
+        (
+            "UNAVAILABLE",
+            503,
+            "Exceeds maximum queue size",
+            "ServerUnavailable",
+            "overloaded",
+            "queue",
+        ),
+        (
+            "UNAVAILABLE",
+            503,
+            "Request timeout expired",
+            "ServerUnavailable",
+            "overloaded",
+            "expired",
+        ),
+        (
+            "INTERNAL",
+            500,
+            "Stub process 'classify_0_0' is not healthy.",
+            "ServerUnavailable",
+            "restarting",
+            "healthy",
+        ),
         ("UNAVAILABLE", 503, "[restarting] soon", "ServerUnavailable", "restarting", "^soon$"),
         ("CANCELLED", 503, "stopping", "ServerUnavailable", None, "stopping"),
         ("DEADLINE_EXCEEDED", 504, "late", "Timeout", None, "late|within"),
-        ("INTERNAL", 500, "failed: X: y\n\nAt:\n  /a.py(3): b", "ServerError", None, "failed: X: y$"),
+        (
+            "INTERNAL",
+            500,
+            "failed: X: y\n\nAt:\n  /a.py(3): b",
+            "ServerError",
+            None,
+            "failed: X: y$",
+        ),
         ("INTERNAL", 500, "", "ServerError", None, "answered"),
     ],
 )
 def test_errors_of_the_server(
-    kind: type, grpc_status: str, http_status: int, text: str, error: str, code: str | None, message: str
+    kind: type,
+    grpc_status: str,
+    http_status: int,
+    text: str,
+    error: str,
+    code: str | None,
+    message: str,
 ):
     body = json.dumps({"error": text}).encode()
-    with grpc_server(grpc.StatusCode[grpc_status], text) as one, http_server(http_status, body) as (other, _):
+    with (
+        grpc_server(grpc.StatusCode[grpc_status], text) as one,
+        http_server(http_status, body) as (other, _),
+    ):
         for url in (one, other):
             found = attempt(kind, url, lambda client: client.embed_texts(["x"]), timeout=20)
             assert (type(found).__name__, found.code) == (error, code)
@@ -102,16 +190,22 @@ def binary(**outputs: np.ndarray) -> tuple[bytes, dict[str, str]]:
             data = array.tobytes()
         datatype = {"O": "BYTES", "f": "FP32", "u": "UINT16"}[array.dtype.kind]
         size = {"binary_data_size": len(data)}
-        heads.append({"name": name, "datatype": datatype, "shape": list(array.shape), "parameters": size})
+        heads.append(
+            {"name": name, "datatype": datatype, "shape": list(array.shape), "parameters": size}
+        )
         parts.append(data)
     head = json.dumps({**ANSWER, "outputs": heads}).encode()
     return b"".join([head, *parts]), {"Inference-Header-Content-Length": str(len(head))}
 
 
 def test_inference_over_http(kind: type):
-    body, headers = binary(label=np.array([[b"a\0", "ü".encode()]], object), score=np.array([[0.75, 0.25]], np.float32))
+    body, headers = binary(
+        label=np.array([[b"a\0", "ü".encode()]], object), score=np.array([[0.75, 0.25]], np.float32)
+    )
     with http_server(200, body, headers) as (url, seen):
-        found = attempt(kind, url, lambda c: c.classify(b"image", ["a\0", "ü"], alpha=0.5), release=3)
+        found = attempt(
+            kind, url, lambda c: c.classify(b"image", ["a\0", "ü"], alpha=0.5), release=3
+        )
     assert (found.labels, found.scores, found.release) == (["a\0", "ü"], [0.75, 0.25], 3)
     [(method, path, sent, body, _)] = seen
     assert (method, path) == ("POST", "/v2/models/classify/versions/3/infer")
@@ -228,7 +322,9 @@ def test_silence_is_a_timeout(protocol: str, kind: type, timeout: float):
         assert time.monotonic() - start < 2 * timeout + 2
 
 
-@pytest.mark.parametrize("start", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"])
+@pytest.mark.parametrize(
+    "start", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"]
+)
 @pytest.mark.parametrize("keep", [b"", b"Connection: close\r\n"])
 def test_an_answer_that_comes_byte_by_byte_is_late(kind: type, start: bytes, keep: bytes):
     """Whether its head is long or its body; no thread goes on for longer than the call."""
@@ -254,7 +350,9 @@ def test_the_thread_of_a_cancelled_call_ends_with_its_timeout():
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         async def main() -> None:
-            async with AsyncClient(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.5) as client:
+            async with AsyncClient(
+                f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.5
+            ) as client:
                 call = asyncio.ensure_future(client.embed_texts(["x"]))
                 with (await asyncio.to_thread(listener.accept))[0] as caller:
                     call.cancel()
@@ -330,7 +428,9 @@ def test_close_ends_calls_that_wait(protocol: str, kind: type, count: int):
                 waiting = thread.submit(client.embed_texts, ["x"] * count)
                 time.sleep(0.3)
                 client.close()
-                with pytest.raises(radapter_client.RAdapterClientError, match="closed in the middle"):
+                with pytest.raises(
+                    radapter_client.RAdapterClientError, match="closed in the middle"
+                ):
                     waiting.result()
         assert time.monotonic() - start < 5
 

@@ -70,14 +70,28 @@ def test_page():
         Hit(
             "deep/a.jpg",
             0.28125,
-            {"path": "deep/a.jpg", "digest": "sha256:00", "year": 2021, "author": "Zoë", "tags": ["a", "b"]},
+            {
+                "path": "deep/a.jpg",
+                "digest": "sha256:00",
+                "year": 2021,
+                "author": "Zoë",
+                "tags": ["a", "b"],
+            },
             jpeg("red"),
         ),
         Hit("b.jpg", -0.5, {}, None),
     ]
     found = Page(page(hits, "a red bicycle", None, {"index": "photos", "release": "3"}))
     text = "\n".join(found.text)
-    for piece in ("a red bicycle", "index: photos · release: 3", "1. deep/a.jpg", "0.2812", "-0.5000", "year", "2021"):
+    for piece in (
+        "a red bicycle",
+        "index: photos · release: 3",
+        "1. deep/a.jpg",
+        "0.2812",
+        "-0.5000",
+        "year",
+        "2021",
+    ):
         assert piece in text
     assert "path" not in text and "sha256" not in text
     assert "Zoë" in text and '["a", "b"]' in text and "no thumbnail" in text
@@ -105,7 +119,10 @@ def test_the_picture_of_the_query_is_upright():
 def test_nothing_gets_out_of_its_place(evil: str):
     plain = Page(page([Hit("a", 0.5, {"k": "v"}, b"x")], "t", None, {"index": "i"}))
     content = page(
-        [Hit(evil, 0.5, {evil: evil, "k": {evil: [evil]}}, evil.encode("utf-8", "replace"))], evil, None, {evil: evil}
+        [Hit(evil, 0.5, {evil: evil, "k": {evil: [evil]}}, evil.encode("utf-8", "replace"))],
+        evil,
+        None,
+        {evil: evil},
     )
     found = Page(content)
     allowed = [tag for tag, _ in plain.elements]
@@ -120,7 +137,12 @@ def test_nothing_gets_out_of_its_place(evil: str):
 
 
 def test_page_needs_nothing_but_itself():
-    content = page([Hit("https://example.org/a.jpg", 1, {"url": "https://example.org"}, jpeg("red"))], "t", None, {})
+    content = page(
+        [Hit("https://example.org/a.jpg", 1, {"url": "https://example.org"}, jpeg("red"))],
+        "t",
+        None,
+        {},
+    )
     found = Page(content)
     assert not {"script", "link", "iframe", "a", "object"} & {tag for tag, _ in found.elements}
     for _, attributes in found.elements:
@@ -129,4 +151,7 @@ def test_page_needs_nothing_but_itself():
     style = re.search(r"<style>(.*)</style>", content.decode(), re.S)
     assert style and "url(" not in style[1] and "@import" not in style[1]
     assert "prefers-color-scheme: dark" in style[1]
-    assert {meta.get("http-equiv") for meta in found.all("meta")} == {None, "Content-Security-Policy"}
+    assert {meta.get("http-equiv") for meta in found.all("meta")} == {
+        None,
+        "Content-Security-Policy",
+    }

@@ -14,10 +14,20 @@ import radapter_client
 from radapter_client import Segmentation
 
 # Okabe and Ito's, which people with any colour vision tell apart.
-FIRST = ((86, 180, 233), (230, 159, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66), (0, 114, 178), (213, 94, 0))
+FIRST = (
+    (86, 180, 233),
+    (230, 159, 0),
+    (0, 158, 115),
+    (204, 121, 167),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+)
 
 
-def segmentation(mask: np.ndarray, labels: list[str], image, background: int | None = None) -> Segmentation:
+def segmentation(
+    mask: np.ndarray, labels: list[str], image, background: int | None = None
+) -> Segmentation:
     return Segmentation(mask.astype(np.uint16), labels, [0.5] * len(labels), 1, background, image)
 
 
@@ -33,26 +43,38 @@ def noise(height: int, width: int) -> np.ndarray:
 def colours(count: int) -> list[tuple[int, ...]]:
     """The colours that `count` labels are painted in."""
     found = segmentation(
-        np.arange(count)[None], [f"{index}" for index in range(count)], np.zeros((1, count, 3), np.uint8)
+        np.arange(count)[None],
+        [f"{index}" for index in range(count)],
+        np.zeros((1, count, 3), np.uint8),
     )
-    return [tuple(colour) for colour in np.asarray(found.overlay(opacity=1, legend=False))[0].tolist()]
+    return [
+        tuple(colour) for colour in np.asarray(found.overlay(opacity=1, legend=False))[0].tolist()
+    ]
 
 
 def lab(rgb: tuple[int, ...]) -> np.ndarray:
     """CIE L*a*b* of an sRGB colour under D65, by its definition."""
-    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in rgb))
+    red, green, blue = (
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in rgb)
+    )
     x = (0.4124564 * red + 0.3575761 * green + 0.1804375 * blue) / 0.95047
     y = 0.2126729 * red + 0.7151522 * green + 0.0721750 * blue
     z = (0.0193339 * red + 0.1191920 * green + 0.9503041 * blue) / 1.08883
-    f, g, h = (t ** (1 / 3) if t > (6 / 29) ** 3 else t / (3 * (6 / 29) ** 2) + 4 / 29 for t in (x, y, z))
+    f, g, h = (
+        t ** (1 / 3) if t > (6 / 29) ** 3 else t / (3 * (6 / 29) ** 2) + 4 / 29 for t in (x, y, z)
+    )
     return np.array([116 * g - 16, 500 * (f - g), 200 * (g - h)])
 
 
 def test_colours_can_be_told_apart():
-    np.testing.assert_allclose(lab((255, 0, 0)), [53.24, 80.09, 67.20], atol=0.02)  # as tables have it
+    np.testing.assert_allclose(
+        lab((255, 0, 0)), [53.24, 80.09, 67.20], atol=0.02
+    )  # as tables have it
     np.testing.assert_allclose(lab((0, 0, 255)), [32.30, 79.19, -107.86], atol=0.02)
     known = np.array(list(map(lab, colours(256))))
-    distances = np.linalg.norm(known[:, None] - known[None], axis=-1)  # CIE76; 2.3 is just noticeable
+    distances = np.linalg.norm(
+        known[:, None] - known[None], axis=-1
+    )  # CIE76; 2.3 is just noticeable
     assert np.diag(distances, 1).min() > 35  # of labels that follow each other
     np.fill_diagonal(distances, np.inf)
     for count, least in ((20, 25), (64, 18), (256, 10)):  # of any two
@@ -70,7 +92,9 @@ def test_pixels():
     picture = np.asarray(found.overlay(opacity=0.25, legend=False)).astype(int)
     assert picture.shape == (10, 40, 3)
     for label, where in enumerate((np.s_[:, :18], np.s_[:, 22:])):
-        np.testing.assert_allclose(picture[where], 0.75 * image[where] + 0.25 * np.array(FIRST[label]), atol=1)
+        np.testing.assert_allclose(
+            picture[where], 0.75 * image[where] + 0.25 * np.array(FIRST[label]), atol=1
+        )
     assert (picture[:, 19] == FIRST[0]).all() and (picture[:, 20] == FIRST[1]).all()  # the outline
     clear = np.asarray(found.overlay(opacity=0, legend=False))
     assert np.array_equal(clear[:, :18], image[:, :18])
@@ -78,7 +102,9 @@ def test_pixels():
 
 def test_background_is_left_as_it_is():
     image = noise(10, 40)
-    picture = np.asarray(segmentation(halves(10, 40), ["a", "background"], image, 1).overlay(legend=False))
+    picture = np.asarray(
+        segmentation(halves(10, 40), ["a", "background"], image, 1).overlay(legend=False)
+    )
     assert np.array_equal(picture[:, 20:], image[:, 20:])
     assert not np.array_equal(picture[:, :20], image[:, :20])
 
@@ -115,7 +141,10 @@ def test_photograph_is_turned_as_its_mask_is(value: int, tmp_path: Path):
     exif[0x0112] = value
     Image.fromarray(noise(20, 30)).save(tmp_path / "turned.png", exif=exif)
     with Image.open(tmp_path / "turned.png") as opened:
-        for turns, wanted in ((True, np.asarray(ImageOps.exif_transpose(opened))), (False, noise(20, 30))):
+        for turns, wanted in (
+            (True, np.asarray(ImageOps.exif_transpose(opened))),
+            (False, noise(20, 30)),
+        ):
             for image in (tmp_path / "turned.png", opened):
                 found = segmentation(np.zeros(wanted.shape[:2]), ["a"], image)
                 found = dataclasses.replace(found, exif_orientation=turns)
@@ -142,7 +171,19 @@ def test_image_of_any_mode(mode: str):
     assert image.size == (30, 20)
 
 
-LABELS = ["猫", "🦊 fox", "", "   ", "line\nbreak", "a" * 1000, "Größe", "مرحبا", "\x00\x07", "\ufeff", "e\u0301"]
+LABELS = [
+    "猫",
+    "🦊 fox",
+    "",
+    "   ",
+    "line\nbreak",
+    "a" * 1000,
+    "Größe",
+    "مرحبا",
+    "\x00\x07",
+    "\ufeff",
+    "e\u0301",
+]
 
 
 def test_labels_of_every_kind():
@@ -157,7 +198,9 @@ def legend(label: str) -> bytes:
 
 def test_labels_are_spelled():
     assert legend("猫") == legend("\\u732b") and legend("🦊 fox") == legend("\\U0001f98a fox")
-    assert legend("") == legend("   ") == legend("(no name)") and legend("line\nbreak") == legend("line break")
+    assert legend("") == legend("   ") == legend("(no name)") and legend("line\nbreak") == legend(
+        "line break"
+    )
     assert len(set(map(legend, LABELS))) == len(LABELS) - 1
 
 
@@ -176,7 +219,9 @@ def test_what_cannot_be_drawn(tmp_path: Path):
     (tmp_path / "gone.png").write_bytes(b"no image")
     with pytest.raises(radapter_client.InvalidImage, match="cannot read the image"):
         found.overlay()
-    with pytest.raises(radapter_client.InvalidRequest, match="of 20 x 30 pixels for a mask of 30 x 20"):
+    with pytest.raises(
+        radapter_client.InvalidRequest, match="of 20 x 30 pixels for a mask of 30 x 20"
+    ):
         found.overlay(noise(30, 20))
     with pytest.raises(radapter_client.InvalidRequest, match="opacity is 2"):
         found.overlay(noise(20, 30), opacity=2)

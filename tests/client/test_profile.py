@@ -8,7 +8,12 @@ from radapter_client import Profile
 
 
 def counts(count: int, executions: int, queue: float, compute: float) -> dict[str, float]:
-    return {"count": count, "executions": executions, "queue": queue * 1e6, "compute": compute * 1e6}
+    return {
+        "count": count,
+        "executions": executions,
+        "queue": queue * 1e6,
+        "compute": compute * 1e6,
+    }
 
 
 def test_where_the_time_goes_by_hand():

@@ -42,13 +42,26 @@ def run(url: str, capsys: pytest.CaptureFixture[str]):
 def test_classify(run, image: str, tmp_path: Path):
     table = run("classify", image, "--labels", "a [bold]cat", "ein Hündchen", "--top-k", "1")
     assert ("a [bold]cat" in table) != ("ein Hündchen" in table)
-    lines = run("classify", image, image, "--labels", "a cat", "ein Hündchen", "--json").splitlines()
+    lines = run(
+        "classify", image, image, "--labels", "a cat", "ein Hündchen", "--json"
+    ).splitlines()
     first, second = map(json.loads, lines)
     assert first == second
-    assert (first["image"], first["release"], sorted(first["labels"])) == (image, 2, ["a cat", "ein Hündchen"])
+    assert (first["image"], first["release"], sorted(first["labels"])) == (
+        image,
+        2,
+        ["a cat", "ein Hündchen"],
+    )
     (tmp_path / "labels.txt").write_text("\ufeffa cat\n\n  ein Hündchen \n", encoding="utf-8")
-    assert run("classify", image, image, "--labels-file", str(tmp_path / "labels.txt"), "--json").splitlines() == lines
-    templates = run("classify", image, "--labels", "a cat", "b", "--templates", "one {}", "two {}", "--json")
+    assert (
+        run(
+            "classify", image, image, "--labels-file", str(tmp_path / "labels.txt"), "--json"
+        ).splitlines()
+        == lines
+    )
+    templates = run(
+        "classify", image, "--labels", "a cat", "b", "--templates", "one {}", "two {}", "--json"
+    )
     assert json.loads(templates)["scores"] != first["scores"]
     pinned = run("classify", image, "--label-set", "letters", "--release", "1", "--json")
     assert json.loads(pinned)["release"] == 1
@@ -58,14 +71,41 @@ def test_classify(run, image: str, tmp_path: Path):
 def test_segment(run, image: str, tmp_path: Path):
     out = tmp_path / "out"
     out.mkdir()
-    table = run("segment", image, "--labels", "a [bold]cat", "ein Hündchen", "nothing", "--save", str(out / "a.png"))
-    assert all(word in table for word in ("a [bold]cat", "ein Hündchen", "nothing", "34.4 %", str(out / "a.png")))
+    table = run(
+        "segment",
+        image,
+        "--labels",
+        "a [bold]cat",
+        "ein Hündchen",
+        "nothing",
+        "--save",
+        str(out / "a.png"),
+    )
+    assert all(
+        word in table
+        for word in ("a [bold]cat", "ein Hündchen", "nothing", "34.4 %", str(out / "a.png"))
+    )
     with Image.open(out / "a.png") as picture:
         assert picture.width == 512 and picture.height > 512
-    options = ["--threshold", "0.5", "--short-side", "300", "--stride", "20", "--refine", "2", "--templates", "a {}"]
+    options = [
+        "--threshold",
+        "0.5",
+        "--short-side",
+        "300",
+        "--stride",
+        "20",
+        "--refine",
+        "2",
+        "--templates",
+        "a {}",
+    ]
     saved = ["--save", str(out / "b.JPG"), "--save-mask", str(out / "mask.png")]
     found = json.loads(run("segment", image, "--label-set", "letters", *options, *saved, "--json"))
-    assert (found["labels"], found["size"], found["release"]) == (["a", "b", "c", "background"], [8, 8], 2)
+    assert (found["labels"], found["size"], found["release"]) == (
+        ["a", "b", "c", "background"],
+        [8, 8],
+        2,
+    )
     assert found["shares"] == [0.25] * 4
     with Image.open(out / "mask.png") as mask:
         assert mask.mode == "L"
@@ -94,29 +134,73 @@ def test_folders(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out, err = capsys.readouterr()
     assert [json.loads(line)["image"] for line in out.splitlines()] == wanted
     assert "left out: 2 .gif, 1 .txt" in err
-    assert f"left out: {folder / 'broken.png'}: no image" in err and f"{folder / 'empty.jpg'} is an empty file" in err
-    assert main(["classify", str(folder), *labels, "--top-k", "2", "--out", str(tmp_path / "found.csv")]) == 1
+    assert (
+        f"left out: {folder / 'broken.png'}: no image" in err
+        and f"{folder / 'empty.jpg'} is an empty file" in err
+    )
+    assert (
+        main(
+            ["classify", str(folder), *labels, "--top-k", "2", "--out", str(tmp_path / "found.csv")]
+        )
+        == 1
+    )
     assert "found.csv: 3 images" in capsys.readouterr().out
     with (tmp_path / "found.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["image"] for row in rows[::2]] == [row["image"] for row in rows[1::2]] == wanted
     assert {row["label"] for row in rows} == {"a, b", "ü"}
-    assert all(float(one["score"]) >= float(two["score"]) for one, two in zip(rows[::2], rows[1::2], strict=True))
-    assert main(["segment", str(folder), *labels, "--out", str(tmp_path / "found.jsonl"), "--save", str(pictures)]) == 1
-    lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text("utf-8").splitlines()]
+    assert all(
+        float(one["score"]) >= float(two["score"])
+        for one, two in zip(rows[::2], rows[1::2], strict=True)
+    )
+    assert (
+        main(
+            [
+                "segment",
+                str(folder),
+                *labels,
+                "--out",
+                str(tmp_path / "found.jsonl"),
+                "--save",
+                str(pictures),
+            ]
+        )
+        == 1
+    )
+    lines = [
+        json.loads(line) for line in (tmp_path / "found.jsonl").read_text("utf-8").splitlines()
+    ]
     assert [line["image"] for line in lines] == wanted
     assert all((line["size"], line["labels"]) == ([8, 6], ["a, b", "ü"]) for line in lines)
     assert {str(path.relative_to(pictures)) for path in pictures.rglob("*.*")} == {
         *("a.jpg.png", "b.PNG.png", "deep/a.webp.png")
     }
-    assert main(["segment", *wanted, *labels, "--save-mask", str(pictures), "--out", str(tmp_path / "found.csv")]) == 0
+    assert (
+        main(
+            [
+                "segment",
+                *wanted,
+                *labels,
+                "--save-mask",
+                str(pictures),
+                "--out",
+                str(tmp_path / "found.csv"),
+            ]
+        )
+        == 0
+    )
     with Image.open(pictures / "deep" / "a.webp.png") as mask:
         assert (mask.mode, mask.size) == ("L", (8, 6))
     assert (tmp_path / "found.csv").read_text("utf-8").startswith("image,label,share,score\n")
     capsys.readouterr()
-    assert main(["classify", wanted[0], str(folder / "broken.png"), *labels]) == 2  # a file that was named is an error
+    assert (
+        main(["classify", wanted[0], str(folder / "broken.png"), *labels]) == 2
+    )  # a file that was named is an error
     assert capsys.readouterr().err == f"error: {folder / 'broken.png'}: no image\n"
-    assert main(["embed-image", str(folder / "deep"), "--out", str(tmp_path / "x.npy"), "--url", url]) == 0
+    assert (
+        main(["embed-image", str(folder / "deep"), "--out", str(tmp_path / "x.npy"), "--url", url])
+        == 0
+    )
     assert np.load(tmp_path / "x.npy").shape == (1, 4)
 
 
@@ -139,10 +223,23 @@ def test_closed_pipe(tmp_path: Path):
     )
     image = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(image)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path]),
+    }
     for flags in (["--json"], []):
-        command = [sys.executable, str(script), "classify", *[str(image)] * 3000, "--labels", "a", *flags]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        command = [
+            sys.executable,
+            str(script),
+            "classify",
+            *[str(image)] * 3000,
+            "--labels",
+            "a",
+            *flags,
+        ]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        ) as process:
             assert process.stdout is not None and process.stderr is not None
             process.stdout.readline()
             process.stdout.close()
@@ -156,18 +253,31 @@ def test_search(run, image: str, tmp_path: Path):
     assert "ordner/bild ü 0.jpg" in table and "0.7500" in table and "[b]bicycle" in table
     where = ["--index", "photos", "--top-k", "2", "--where", "year > 2020"]
     first, second = map(json.loads, run("search", "x", *where, "--json").splitlines())
-    assert (first["id"], first["score"], second["metadata"]["where"]) == ("ordner/bild ü 0.jpg", 1.0, "year > 2020")
+    assert (first["id"], first["score"], second["metadata"]["where"]) == (
+        "ordner/bild ü 0.jpg",
+        1.0,
+        "year > 2020",
+    )
     page = tmp_path / "results.html"
     assert str(page) in run("search", "--image", image, *where, "--save", str(page))
     text = page.read_text(encoding="utf-8")
-    assert "cat.png" in text and "index: photos · where: year &gt; 2020 · hits: 2 · release: 2" in text
+    assert (
+        "cat.png" in text and "index: photos · where: year &gt; 2020 · hits: 2 · release: 2" in text
+    )
     assert text.count("data:image/jpeg;base64,") == 3
-    assert "no thumbnail" in run("search", "x", "--index", "photos", "--save", str(page)) + page.read_text("utf-8")
+    assert "no thumbnail" in run(
+        "search", "x", "--index", "photos", "--save", str(page)
+    ) + page.read_text("utf-8")
 
 
 @pytest.mark.triton
 def test_search_of_an_unknown_index(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["search", "x", "--index", "none", "--save", str(tmp_path / "page.html"), "--url", url]) == 2
+    assert (
+        main(
+            ["search", "x", "--index", "none", "--save", str(tmp_path / "page.html"), "--url", url]
+        )
+        == 2
+    )
     assert capsys.readouterr().err == "error: no index 'none'; there are: photos\n"
     assert list(tmp_path.iterdir()) == []
 
@@ -178,7 +288,10 @@ def test_embed(run, image: str, tmp_path: Path):
     out.parent.mkdir()
     assert "float32 [2, 4]" in run("embed-image", image, image, "--out", str(out))
     assert np.load(out).shape == (2, 4)
-    assert json.loads(run("embed-text", "a", "b", "c", "--out", str(out), "--json"))["shape"] == [3, 4]
+    assert json.loads(run("embed-text", "a", "b", "c", "--out", str(out), "--json"))["shape"] == [
+        3,
+        4,
+    ]
     assert np.load(out).shape == (3, 4)
     assert [path.name for path in out.parent.iterdir()] == ["embeds.npy"]
 
@@ -186,14 +299,19 @@ def test_embed(run, image: str, tmp_path: Path):
 @pytest.mark.triton
 def test_release_and_profile(run):
     table = run("release")
-    assert all(word in table for word in ("ViT-B-32", "a photo of a {}.", "letters", "1 (α = 0.5), 2 (α = 1)"))
+    assert all(
+        word in table
+        for word in ("ViT-B-32", "a photo of a {}.", "letters", "1 (α = 0.5), 2 (α = 1)")
+    )
     assert run("release").index("architecture") < run("release").index("templates")
     assert json.loads(run("release", "--release", "1", "--json"))["release"]["alpha"] == 0.5
     assert "encoder" in run("profile", "--requests", "2")
 
 
 @pytest.mark.triton
-def test_failed_query_leaves_the_old_file(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_failed_query_leaves_the_old_file(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     out = tmp_path / "embeds.npy"
     out.write_bytes(b"old")
     broken = tmp_path / "broken.png"
@@ -209,21 +327,45 @@ def test_failed_query_leaves_the_old_file(url: str, tmp_path: Path, capsys: pyte
     [
         (["classify", "no.png", "--labels", "a"], "cannot read the image no.png: No such file"),
         (["classify", "no.png", "--labels-file", "no.txt"], "cannot read no.txt: No such file"),
-        (["classify", "no.png", "--labels-file", "{tmp}/empty.txt"], "empty.txt is empty: it needs a label a line"),
-        (["classify", "no.png", "--labels-file", "{tmp}/latin.txt"], "cannot read .*latin.txt: .*utf-8"),
+        (
+            ["classify", "no.png", "--labels-file", "{tmp}/empty.txt"],
+            "empty.txt is empty: it needs a label a line",
+        ),
+        (
+            ["classify", "no.png", "--labels-file", "{tmp}/latin.txt"],
+            "cannot read .*latin.txt: .*utf-8",
+        ),
         (["classify", "no.png", "--labels", "a", "--top-k", "0"], "top_k is 0; allowed are"),
         (["embed-text", "a", "--url", "localhost:8001"], "allowed are grpc://"),
         (["embed-text", "a", "--timeout", "-1"], "timeout is -1"),
         (["embed-text", "a", "--out", "x.txt"], "x.txt does not end in .npy"),
         (["embed-text", "a", "--out", "no/such/x.npy"], "no/such is no folder"),
-        (["segment", "no.png", "--labels", "a", "--save", "x.txt"], "--save x.txt does not end in .png or .jpg"),
+        (
+            ["segment", "no.png", "--labels", "a", "--save", "x.txt"],
+            "--save x.txt does not end in .png or .jpg",
+        ),
         (["segment", "no.png", "--labels", "a", "--save", "no/such/x.png"], "no/such is no folder"),
-        (["segment", "no.png", "--labels", "a", "--save-mask", "x.jpg"], "--save-mask x.jpg does not end in .png"),
-        (["segment", "no.png", "--labels", "a", "--save", "x.png", "--save-mask", "x.png"], "are both x.png"),
-        (["segment", "a.png", "b.png", "--labels", "a", "--save", "x.png"], "of several images, give a folder"),
-        (["classify", "no.png", "--labels", "a", "--out", "x.txt"], "x.txt does not end in .csv or .jsonl"),
+        (
+            ["segment", "no.png", "--labels", "a", "--save-mask", "x.jpg"],
+            "--save-mask x.jpg does not end in .png",
+        ),
+        (
+            ["segment", "no.png", "--labels", "a", "--save", "x.png", "--save-mask", "x.png"],
+            "are both x.png",
+        ),
+        (
+            ["segment", "a.png", "b.png", "--labels", "a", "--save", "x.png"],
+            "of several images, give a folder",
+        ),
+        (
+            ["classify", "no.png", "--labels", "a", "--out", "x.txt"],
+            "x.txt does not end in .csv or .jsonl",
+        ),
         (["classify", "no.png", "--labels", "a", "--out", "no/x.csv"], "no is no folder"),
-        (["segment", "no.png", "--labels", "a", "--out", "x.npy"], "x.npy does not end in .csv or .jsonl"),
+        (
+            ["segment", "no.png", "--labels", "a", "--out", "x.npy"],
+            "x.npy does not end in .csv or .jsonl",
+        ),
         (["classify", "{tmp}", "--labels", "a"], "no JPEG, PNG or WebP files"),
         (["classify", "--labels", "a"], "give files or folders"),
         (["classify", "a.png"], "give one of --labels, --labels-file and --label-set"),
@@ -233,7 +375,10 @@ def test_failed_query_leaves_the_old_file(url: str, tmp_path: Path, capsys: pyte
         (["search", "a", "--image", "a.png", "--index", "photos"], "and not both"),
         (["embed-text"], "give texts"),
         (["segment", "no.png", "--labels", "a", "--save", "x.png"], "cannot read the image no.png"),
-        (["segment", "no.png", "--labels", "a", "--threshold", "2"], "threshold is 2.0; allowed are"),
+        (
+            ["segment", "no.png", "--labels", "a", "--threshold", "2"],
+            "threshold is 2.0; allowed are",
+        ),
         (["segment", "no.png", "--labels-file", "no.txt"], "cannot read no.txt"),
         (
             ["segment", "{tmp}/latin.txt", "--labels", "a", "--font", "no.ttf", "--save", "x.png"],
@@ -242,10 +387,15 @@ def test_failed_query_leaves_the_old_file(url: str, tmp_path: Path, capsys: pyte
         (["search", "a", "--index", "i", "--save", "x.txt"], "--save x.txt does not end in .html"),
         (["search", "--image", "no.png", "--index", "i"], "cannot read the image no.png"),
         (["search", "a", "--index", "i", "--top-k", "0"], "top_k is 0"),
-        (["embed-text", "a", "--url", "http://127.0.0.1:9"], "no answer from http://127.0.0.1:9.*radapter-serve"),
+        (
+            ["embed-text", "a", "--url", "http://127.0.0.1:9"],
+            "no answer from http://127.0.0.1:9.*radapter-serve",
+        ),
     ],
 )
-def test_bad_input_is_one_line(arguments, why: str, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):
+def test_bad_input_is_one_line(
+    arguments, why: str, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "latin.txt").write_bytes("ä".encode("latin-1"))
@@ -261,7 +411,18 @@ def test_bad_input_is_one_line(arguments, why: str, tmp_path: Path, monkeypatch,
 
 COMMANDS = [
     [],
-    *([name] for name in ["classify", "segment", "search", "embed-image", "embed-text", "release", "profile"]),
+    *(
+        [name]
+        for name in [
+            "classify",
+            "segment",
+            "search",
+            "embed-image",
+            "embed-text",
+            "release",
+            "profile",
+        ]
+    ),
 ]
 
 
@@ -275,7 +436,9 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]):
     assert not command or ("grpc://localhost:8001" in text and "RADAPTER_SERVER" in text)
 
 
-@pytest.mark.parametrize("arguments", [[], ["search", "a"], ["classify", "a.png", "--no-such-flag"], ["classfy"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["search", "a"], ["classify", "a.png", "--no-such-flag"], ["classfy"]]
+)
 def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -289,14 +452,21 @@ def test_templates_are_summed_up(monkeypatch, capsys: pytest.CaptureFixture[str]
     monkeypatch.setattr(query, "Client", lambda *_, **__: Client(transport=recorder))
     assert main(["release"]) == 0
     shown = capsys.readouterr().out
-    assert "80, such as 'photo 0 of a {}.'" in shown and "photo 1 of" not in shown and "is ignored" in shown
+    assert (
+        "80, such as 'photo 0 of a {}.'" in shown
+        and "photo 1 of" not in shown
+        and "is ignored" in shown
+    )
     assert main(["release", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["release"]["templates"] == templates
 
 
 def test_label_files_are_read_as_the_exporter_reads_them(tmp_path: Path, monkeypatch):
     path = tmp_path / "labels.txt"
-    path.write_text("\ufeff# animals\n\ncat, kitty\n  ein Hündchen \r\nC# code\n   # no label\n", encoding="utf-8")
+    path.write_text(
+        "\ufeff# animals\n\ncat, kitty\n  ein Hündchen \r\nC# code\n   # no label\n",
+        encoding="utf-8",
+    )
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     recorder = Recorder()
     monkeypatch.setattr(query, "Client", lambda *_, **__: Client(transport=recorder, release=1))
@@ -314,5 +484,8 @@ def test_names_that_are_not_utf8(tmp_path: Path, monkeypatch, capfdbinary):
         patch.setattr(sys, "stdout", stdout)
         assert main(["classify", os.fsdecode(name), "--labels", "a", "--json"]) == 0
     assert name in capfdbinary.readouterr().out
-    assert main(["classify", os.fsdecode(name), "--labels", "a", "--out", str(tmp_path / "found.csv")]) == 0
+    assert (
+        main(["classify", os.fsdecode(name), "--labels", "a", "--out", str(tmp_path / "found.csv")])
+        == 0
+    )
     assert name in (tmp_path / "found.csv").read_bytes()

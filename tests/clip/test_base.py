@@ -24,7 +24,9 @@ from tests.helpers.small_models import IMAGE, TEXT
 @pytest.fixture
 def architectures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A small model that open_clip knows in both activations: NAME and NAME-quickgelu."""
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", list(open_clip.factory._MODEL_CONFIG_PATHS))
+    monkeypatch.setattr(
+        open_clip.factory, "_MODEL_CONFIG_PATHS", list(open_clip.factory._MODEL_CONFIG_PATHS)
+    )
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
     config = {"embed_dim": 32, "vision_cfg": IMAGE, "text_cfg": {**TEXT, "vocab_size": 49408}}
     folder = tmp_path / "configs"
@@ -69,7 +71,9 @@ def test_a_local_checkpoint_gets_the_activation_that_it_tells(
     assert base.config["quick_gelu"] is quick
     torch.testing.assert_close(embeds(base.model), embeds(made))
     told = capsys.readouterr().err
-    assert ("name the architecture tiny-quickgelu" in told) == (name == "weights.pt" and beside is None)
+    assert ("name the architecture tiny-quickgelu" in told) == (
+        name == "weights.pt" and beside is None
+    )
 
 
 def test_quickgelu_for_a_checkpoint_without_is_refused(architectures: str, tmp_path: Path) -> None:
@@ -107,8 +111,20 @@ def of_transformers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any
     folder = tmp_path_factory.mktemp("transformers")
     config = transformers.CLIPConfig(
         projection_dim=32,
-        vision_config={**TOWER, "image_size": 32, "patch_size": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-4},
-        text_config={**TOWER, "hidden_act": "gelu", "bos_token_id": 49406, "eos_token_id": 49407, "vocab_size": 49408},
+        vision_config={
+            **TOWER,
+            "image_size": 32,
+            "patch_size": 16,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-4,
+        },
+        text_config={
+            **TOWER,
+            "hidden_act": "gelu",
+            "bos_token_id": 49406,
+            "eos_token_id": 49407,
+            "vocab_size": 49408,
+        },
     )
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
@@ -119,21 +135,31 @@ def of_transformers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any
     clip: Any = open_clip.SimpleTokenizer()
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {names.get(token, token): index for token, index in clip.encoder.items()}
-    tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=list(clip.bpe_ranks), model_max_length=77)
+    tokenizer = transformers.CLIPTokenizer(
+        vocab=vocabulary, merges=list(clip.bpe_ranks), model_max_length=77
+    )
     size: dict[str, Any] = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     images = transformers.CLIPImageProcessor(**size, image_mean=[0.5, 0.4, 0.3])
     transformers.CLIPProcessor(images, tokenizer).save_pretrained(folder)
     return folder, model
 
 
-TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 @torch.no_grad()
 def check_equal(base: Base, model: Any) -> None:
     pixels, tokens = torch.randn(3, 3, 32, 32), base.tokenizer(["a cat", "dogs " * 90, ""])
     ours: Any = base.model
-    theirs = model.get_image_features(pixels).pooler_output, model.get_text_features(tokens).pooler_output
+    theirs = (
+        model.get_image_features(pixels).pooler_output,
+        model.get_text_features(tokens).pooler_output,
+    )
     torch.testing.assert_close(ours.encode_image(pixels), theirs[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(ours.encode_text(tokens), theirs[1], atol=1e-5, rtol=1e-4)
     assert float(ours.logit_scale.detach()) == pytest.approx(float(model.logit_scale))
@@ -143,12 +169,19 @@ def test_a_base_in_the_form_of_transformers(of_transformers: tuple[Path, Any]) -
     folder, model = of_transformers
     base = load_base(f"local-dir:{folder}", "ignored, as for every folder")
     assert (base.pretrained, base.config["quick_gelu"]) == (None, False)
-    wanted = {"size": (32, 32), "mean": [0.5, 0.4, 0.3], "interpolation": "bicubic", "resize_mode": "shortest"}
+    wanted = {
+        "size": (32, 32),
+        "mean": [0.5, 0.4, 0.3],
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
     assert {name: base.preprocess[name] for name in wanted} == wanted
     check_equal(base, model)
 
 
-def test_half_precision_and_several_files_are_read(of_transformers: tuple[Path, Any], tmp_path: Path) -> None:
+def test_half_precision_and_several_files_are_read(
+    of_transformers: tuple[Path, Any], tmp_path: Path
+) -> None:
     folder, model = of_transformers
     shutil.copytree(folder, tmp_path / "half", ignore=shutil.ignore_patterns("*.safetensors"))
     half = copy.deepcopy(model).half()
@@ -157,7 +190,9 @@ def test_half_precision_and_several_files_are_read(of_transformers: tuple[Path, 
     check_equal(load_base(f"local-dir:{tmp_path / 'half'}"), half.float())
 
 
-def test_a_base_on_the_hub(of_transformers: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_on_the_hub(
+    of_transformers: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, model = of_transformers
     asked: list[str] = []
 
@@ -176,7 +211,9 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
         raise OSError("no route to host\nand more")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(RAdapterError, match="^could not get hf-hub:someone/clip from .*: no route to host$"):
+    with pytest.raises(
+        RAdapterError, match="^could not get hf-hub:someone/clip from .*: no route to host$"
+    ):
         load_base("hf-hub:someone/clip")
 
 
@@ -185,12 +222,28 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     [
         ("config.json", {"model_type": "siglip"}, "its model_type is siglip; allowed: clip"),
         ("config.json", {"model_type": 5}, "its model_type is 5; allowed: clip"),
-        ("config.json", {"text_config": {**TOWER, "hidden_act": "relu"}}, "its activations are gelu and relu"),
-        ("config.json", {"text_config": {**TOWER, "hidden_act": "gelu", "eos_token_id": 7}}, "texts end with token 7"),
+        (
+            "config.json",
+            {"text_config": {**TOWER, "hidden_act": "relu"}},
+            "its activations are gelu and relu",
+        ),
+        (
+            "config.json",
+            {"text_config": {**TOWER, "hidden_act": "gelu", "eos_token_id": 7}},
+            "texts end with token 7",
+        ),
         ("config.json", {"projection_dim": 16}, "could not load"),
         ("config.json", None, "could not load"),
-        ("processor_config.json", {"do_center_crop": False}, "are resized to .* cropped to nothing"),
-        ("processor_config.json", {"resample": 0}, "by Pillow's filter 0; allowed: bilinear, bicubic"),
+        (
+            "processor_config.json",
+            {"do_center_crop": False},
+            "are resized to .* cropped to nothing",
+        ),
+        (
+            "processor_config.json",
+            {"resample": 0},
+            "by Pillow's filter 0; allowed: bilinear, bicubic",
+        ),
         ("processor_config.json", {"do_normalize": False}, "not resized, rescaled or normalised"),
         ("processor_config.json", {"rescale_factor": 1.0}, "its pixels are multiplied by 1.0"),
         ("tokenizer.json", None, "could not load"),
@@ -198,7 +251,11 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     ],
 )
 def test_what_open_clip_cannot_do_is_named(
-    of_transformers: tuple[Path, Any], tmp_path: Path, file: str, change: dict[str, Any] | None, message: str
+    of_transformers: tuple[Path, Any],
+    tmp_path: Path,
+    file: str,
+    change: dict[str, Any] | None,
+    message: str,
 ) -> None:
     folder = tmp_path / "changed"
     shutil.copytree(of_transformers[0], folder)
@@ -213,7 +270,9 @@ def test_what_open_clip_cannot_do_is_named(
     assert "\n" not in str(raised.value)
 
 
-def test_weights_that_are_missing_are_never_random(of_transformers: tuple[Path, Any], tmp_path: Path) -> None:
+def test_weights_that_are_missing_are_never_random(
+    of_transformers: tuple[Path, Any], tmp_path: Path
+) -> None:
     folder = tmp_path / "changed"
     shutil.copytree(of_transformers[0], folder)
     weights = load_file(folder / "model.safetensors")

@@ -1,4 +1,6 @@
-"""Dense embeddings against a computation of their own from the state dict, and with adapters in every form."""
+"""Dense embeddings against a computation of their own from the state dict, and with adapters in
+every form.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,15 @@ def pixels() -> Tensor:
     return torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 
 
-def reference(state: dict[str, Tensor], pixels: Tensor, way: str, quick_gelu: bool = True) -> Tensor:
+def reference(
+    state: dict[str, Tensor], pixels: Tensor, way: str, quick_gelu: bool = True
+) -> Tensor:
     """[B, 3, 3, D] by the formulas, in double precision, with nothing of open_clip's modules."""
-    w = {name.removeprefix("visual."): value.double() for name, value in state.items() if name.startswith("visual.")}
+    w = {
+        name.removeprefix("visual."): value.double()
+        for name, value in state.items()
+        if name.startswith("visual.")
+    }
     width, depth = 64, 16
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -55,17 +63,28 @@ def reference(state: dict[str, Tensor], pixels: Tensor, way: str, quick_gelu: bo
         return x * w[f"{name}.weight"] + w[f"{name}.bias"]
 
     def feed(x: Tensor, block: str) -> Tensor:
-        hidden = torch.einsum("bld,hd->blh", x, w[f"{block}.mlp.c_fc.weight"]) + w[f"{block}.mlp.c_fc.bias"]
+        hidden = (
+            torch.einsum("bld,hd->blh", x, w[f"{block}.mlp.c_fc.weight"])
+            + w[f"{block}.mlp.c_fc.bias"]
+        )
         gelu = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
         hidden = hidden / (1 + torch.exp(-1.702 * hidden)) if quick_gelu else gelu
-        x = torch.einsum("blh,dh->bld", hidden, w[f"{block}.mlp.c_proj.weight"]) + w[f"{block}.mlp.c_proj.bias"]
+        x = (
+            torch.einsum("blh,dh->bld", hidden, w[f"{block}.mlp.c_proj.weight"])
+            + w[f"{block}.mlp.c_proj.bias"]
+        )
         return x * w.get(f"{block}.ls_2.gamma", torch.ones(width))
 
     def attend(x: Tensor, block: str, kind: str) -> Tensor:
-        whole = torch.einsum("bld,ed->ble", x, w[f"{block}.attn.in_proj_weight"]) + w[f"{block}.attn.in_proj_bias"]
+        whole = (
+            torch.einsum("bld,ed->ble", x, w[f"{block}.attn.in_proj_weight"])
+            + w[f"{block}.attn.in_proj_bias"]
+        )
         heads = []
         for start in range(0, width, depth):
-            q, k, v = (whole[..., part + start : part + start + depth] for part in (0, width, 2 * width))
+            q, k, v = (
+                whole[..., part + start : part + start + depth] for part in (0, width, 2 * width)
+            )
 
             def compare(a: Tensor, b: Tensor) -> Tensor:
                 return torch.einsum("bid,bjd->bij", a, b) / math.sqrt(depth)
@@ -83,7 +102,10 @@ def reference(state: dict[str, Tensor], pixels: Tensor, way: str, quick_gelu: bo
                 attention = scores.softmax(-1)
             heads.append(torch.einsum("bij,bjd->bid", attention, v))
         x = torch.cat(heads, -1)
-        x = torch.einsum("bld,ed->ble", x, w[f"{block}.attn.out_proj.weight"]) + w[f"{block}.attn.out_proj.bias"]
+        x = (
+            torch.einsum("bld,ed->ble", x, w[f"{block}.attn.out_proj.weight"])
+            + w[f"{block}.attn.out_proj.bias"]
+        )
         return x * w.get(f"{block}.ls_1.gamma", torch.ones(width))
 
     patches = pixels.double().unfold(2, 16, 16).unfold(3, 16, 16)  # [B, 3, 3, 3, 16, 16]
@@ -113,7 +135,9 @@ def test_every_way_is_its_formula(kind: str, way: str, pixels: Tensor) -> None:
         embeds = encode_patches(model, pixels, way)
     assert embeds.shape == (2, 3, 3, 24)
     assert embeds.dtype == torch.float32
-    torch.testing.assert_close(embeds, reference(model.state_dict(), pixels, way, quick_gelu), atol=3e-6, rtol=0)
+    torch.testing.assert_close(
+        embeds, reference(model.state_dict(), pixels, way, quick_gelu), atol=3e-6, rtol=0
+    )
 
 
 def test_the_model_stays_as_it_is(pixels: Tensor) -> None:
@@ -160,7 +184,9 @@ def test_attached_adapters_count_as_folded_ones_at_every_alpha(
         plain = clip()
         plain.load_state_dict(folded)
         with torch.no_grad():
-            torch.testing.assert_close(encode_patches(plain, pixels, way), embeds, atol=3e-6, rtol=0)
+            torch.testing.assert_close(
+                encode_patches(plain, pixels, way), embeds, atol=3e-6, rtol=0
+            )
 
 
 @pytest.mark.parametrize("way", METHODS)
@@ -189,15 +215,21 @@ def test_the_adapter_behind_the_edited_attention_is_not_skipped(
         ({"layers": [1, 1, 1, 1], "width": 32}, "its image tower is a ModifiedResNet"),
     ],
 )
-def test_a_model_that_cannot_be_edited_is_refused(change: dict[str, Any], message: str, pixels: Tensor) -> None:
-    with pytest.raises(RAdapterError, match=f"CLIP gives no dense embeddings: .*{message}.*ViT-B-16"):
+def test_a_model_that_cannot_be_edited_is_refused(
+    change: dict[str, Any], message: str, pixels: Tensor
+) -> None:
+    with pytest.raises(
+        RAdapterError, match=f"CLIP gives no dense embeddings: .*{message}.*ViT-B-16"
+    ):
         encode_patches(clip(**change), pixels, "naclip")
 
 
 def test_other_things_that_cannot_be_done_are_said(pixels: Tensor) -> None:
     with pytest.raises(RAdapterError, match="dense is 'clip'; allowed: none, maskclip, naclip"):
         encode_patches(clip(), pixels, "clip")
-    with pytest.raises(RAdapterError, match=r"pixels are \(2, 3, 32, 32\); this model takes \[B, 3, 48, 48\]"):
+    with pytest.raises(
+        RAdapterError, match=r"pixels are \(2, 3, 32, 32\); this model takes \[B, 3, 48, 48\]"
+    ):
         encode_patches(clip(), pixels[..., :32, :32], "naclip")
     with pytest.raises(RAdapterError, match="image tower is a NoneType"):
         encode_patches(nn.Linear(1, 1), pixels, "naclip")

@@ -1,4 +1,6 @@
-"""A base that an adapter file names is read, and nothing in it is run: each hostile folder would write a file."""
+"""A base that an adapter file names is read, and nothing in it is run: each hostile folder would
+write a file.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,10 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def edit_text(folder: Path, **fields: Any) -> None:
-    edit(folder / "open_clip_config.json", lambda found: found["model_cfg"]["text_cfg"].update(fields))
+    edit(
+        folder / "open_clip_config.json",
+        lambda found: found["model_cfg"]["text_cfg"].update(fields),
+    )
 
 
 def module_of(folder: Path, line: str) -> str:
@@ -65,7 +70,9 @@ def mapped_config(folder: Path, line: str) -> None:
 
 
 def versioned_config(folder: Path, line: str) -> None:
-    edit(folder / "config.json", lambda found: found.update(configuration_files=["config.4.0.json"]))
+    edit(
+        folder / "config.json", lambda found: found.update(configuration_files=["config.4.0.json"])
+    )
 
 
 def mapped_text_tower(folder: Path, line: str) -> None:
@@ -73,7 +80,10 @@ def mapped_text_tower(folder: Path, line: str) -> None:
 
 
 def kernel_of_the_hub(folder: Path, line: str) -> None:
-    edit(folder / "text" / "config.json", lambda found: found.update(attn_implementation="someone/kernel"))
+    edit(
+        folder / "text" / "config.json",
+        lambda found: found.update(attn_implementation="someone/kernel"),
+    )
 
 
 def adapter_of_peft(folder: Path, line: str) -> None:
@@ -86,7 +96,10 @@ def other_keyword(folder: Path, line: str) -> None:
 
 def timm_of_a_folder(folder: Path, line: str) -> None:
     image = {"timm_model_name": f"local-dir:{folder}"}
-    edit(folder / "open_clip_config.json", lambda found: found["model_cfg"]["vision_cfg"].update(image))
+    edit(
+        folder / "open_clip_config.json",
+        lambda found: found["model_cfg"]["vision_cfg"].update(image),
+    )
 
 
 def not_json(folder: Path, line: str) -> None:
@@ -131,7 +144,9 @@ def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "base"
 
 
-@pytest.mark.parametrize(("change", "message"), HOSTILE, ids=[change.__name__ for change, _ in HOSTILE])
+@pytest.mark.parametrize(
+    ("change", "message"), HOSTILE, ids=[change.__name__ for change, _ in HOSTILE]
+)
 def test_a_folder_that_would_run_code_is_refused(
     roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Change, message: str
 ) -> None:
@@ -156,7 +171,9 @@ def test_an_adapter_that_names_such_a_base_is_refused(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("place", ["csv:reference://a.csv::file:///t.json", "csv:zip://a.csv::t.zip", "pandas"])
+@pytest.mark.parametrize(
+    "place", ["csv:reference://a.csv::file:///t.json", "csv:zip://a.csv::t.zip", "pandas"]
+)
 def test_data_that_would_run_code_is_refused(place: str) -> None:
     with pytest.raises(RAdapterError, match="may run foreign code"):
         open_rows(place, {})

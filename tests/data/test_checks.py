@@ -1,4 +1,6 @@
-"""What is wrong with data is found at once, before a model is loaded, by rules that every part shares."""
+"""What is wrong with data is found at once, before a model is loaded, by rules that every part
+shares.
+"""
 
 from __future__ import annotations
 
@@ -62,12 +64,18 @@ def problems(recipe: Recipe) -> str:
 
 def test_a_folder_is_listed_as_the_library_of_data_sets_lists_it(photos: Path) -> None:
     (photos / "cat" / "train_3.jpg").write_bytes(encoded("JPEG"))
-    theirs = datasets.load_dataset("imagefolder", data_files={"train": [f"{photos}/**"]}, split="train")
+    theirs = datasets.load_dataset(
+        "imagefolder", data_files={"train": [f"{photos}/**"]}, split="train"
+    )
     theirs = theirs.cast_column("image", datasets.Image(decode=False))
     ours = load_labelled(f"imagefolder:{photos}")
     assert [row["image"] for row in ours.rows] == [row["image"]["path"] for row in theirs]
     assert ours.labels().tolist() == list(theirs["label"])
-    assert ours.own == theirs.features["label"].names and ours.classes == ["cat", "dog", "fire truck"]
+    assert ours.own == theirs.features["label"].names and ours.classes == [
+        "cat",
+        "dog",
+        "fire truck",
+    ]
 
 
 @pytest.mark.parametrize("format", [*FORMATS, *OTHERS])
@@ -81,15 +89,29 @@ def test_a_check_refuses_what_decoding_refuses(format: str, kept: float) -> None
             call(data)
         except TaskError as error:
             found.append((error.code, "truncated" in error.what, "send" in error.what))
-    assert found == [] if kept == 1.0 and format in FORMATS else found[0] == found[1] and not found[0][2]
+    assert (
+        found == []
+        if kept == 1.0 and format in FORMATS
+        else found[0] == found[1] and not found[0][2]
+    )
 
 
 @pytest.mark.parametrize("format", OTHERS)
-def test_other_formats_are_left_out_and_named_the_same_way_everywhere(photos: Path, format: str) -> None:
+def test_other_formats_are_left_out_and_named_the_same_way_everywhere(
+    photos: Path, format: str
+) -> None:
     (photos / "cat" / f"other.{format.lower()}").write_bytes(encoded(format))
-    assert len(load_labelled(f"imagefolder:{photos}").rows) == len(open_collection(str(photos)).items) == 24
+    assert (
+        len(load_labelled(f"imagefolder:{photos}").rows)
+        == len(open_collection(str(photos)).items)
+        == 24
+    )
     left_out = {".txt": 3, f".{format.lower()}": 1}
-    assert open_collection(str(photos)).left_out == load_labelled(f"imagefolder:{photos}").left_out == left_out
+    assert (
+        open_collection(str(photos)).left_out
+        == load_labelled(f"imagefolder:{photos}").left_out
+        == left_out
+    )
     (note,) = open_run(Recipe(data=f"imagefolder:{photos}")).notes
     assert f"left out 3 .txt, 1 .{format.lower()}; images are .jpg, .jpeg, .png, .webp" in note
     (photos / "cat" / "3.jpg").write_bytes(encoded(format))
@@ -129,7 +151,9 @@ def test_one_report_names_all_that_is_wrong(photos: Path, tmp_path: Path) -> Non
 
 def test_missing_files_of_a_table_and_broken_ones_of_a_sample(photos: Path, tmp_path: Path) -> None:
     files = sorted(photos.rglob("[0-9]*.jpg"))
-    pd.DataFrame({"image": files, "label": [file.parent.name for file in files]}).to_csv(tmp_path / "t.csv")
+    pd.DataFrame({"image": files, "label": [file.parent.name for file in files]}).to_csv(
+        tmp_path / "t.csv"
+    )
     for number in (5, 7):
         files[number].unlink()
     for number in (4, 6):  # of which a sample of every fourth has the first
@@ -137,19 +161,28 @@ def test_missing_files_of_a_table_and_broken_ones_of_a_sample(photos: Path, tmp_
     data = load_labelled(f"csv:{tmp_path}/t.csv")
     for max_decoded, numbers in ((6, (4, 5, 7)), (24, (4, 5, 6, 7))):
         broken = broken_images(data, max_decoded)
-        assert [line.split(" can't be read: ")[0] for line in broken] == [f"image {files[n]}" for n in numbers]
+        assert [line.split(" can't be read: ")[0] for line in broken] == [
+            f"image {files[n]}" for n in numbers
+        ]
     assert "2 of 24 images" not in problems(Recipe(data=f"csv:{tmp_path}/t.csv"))
     skipping = open_run(Recipe(data=f"csv:{tmp_path}/t.csv", on_broken="skip"))
     assert "4 of 24 images" in skipping.notes[0] and len(skipping.data.rows) == 24
     for file in files:
         file.unlink(missing_ok=True)
-    assert "not one of 24 images" in problems(Recipe(data=f"csv:{tmp_path}/t.csv", on_broken="skip"))
+    assert "not one of 24 images" in problems(
+        Recipe(data=f"csv:{tmp_path}/t.csv", on_broken="skip")
+    )
 
 
 def test_names_of_folders_are_taken_whole(photos: Path, tmp_path: Path) -> None:
     (photos / "cat").rename(photos / "Washington, D.C.")
-    (tmp_path / "c.txt").write_text("Washington, D.C.\ndog, hound\nfire_truck: fire engine, truck\n")
-    for classes, others in ((None, ["dog", "fire truck"]), (tmp_path / "c.txt", ["dog", "fire engine"])):
+    (tmp_path / "c.txt").write_text(
+        "Washington, D.C.\ndog, hound\nfire_truck: fire engine, truck\n"
+    )
+    for classes, others in (
+        (None, ["dog", "fire truck"]),
+        (tmp_path / "c.txt", ["dog", "fire engine"]),
+    ):
         data = load_labelled(f"imagefolder:{photos}", classes=classes)
         assert [split_label(line)[0] for line in data.classes] == ["Washington, D.C.", *others]
         assert data.among(data.classes).labels().tolist() == data.labels().tolist()
@@ -169,7 +202,9 @@ def test_folders_with_signs_links_and_loose_images(photos: Path) -> None:
     (home / "dog" / "more").symlink_to(photos.parent / "more")
     assert sum("more" in file.parts for file in list_images(home / "dog").images) == 1
     shutil.copy(home / "cat" / "0.jpg", home)
-    with pytest.raises(RAdapterError, match="1 images of .* lie outside of the class folders, such as .*home/0.jpg"):
+    with pytest.raises(
+        RAdapterError, match="1 images of .* lie outside of the class folders, such as .*home/0.jpg"
+    ):
         load_labelled(f"imagefolder:{home}")
 
 
@@ -219,7 +254,11 @@ def test_weights_that_are_not_there_say_how_to_bring_them(
 ) -> None:
     with pytest.raises(RAdapterError) as caught:
         load_base(name, tag)
-    for words in (f"hf download {repository}`", repository.replace("/", "--"), "--architecture local-dir:clip"):
+    for words in (
+        f"hf download {repository}`",
+        repository.replace("/", "--"),
+        "--architecture local-dir:clip",
+    ):
         assert words in str(caught.value), words
     assert "\n" not in str(caught.value) and "(no route to host)" in str(caught.value)
     assert not constants.HF_HUB_OFFLINE  # as it was

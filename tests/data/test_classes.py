@@ -18,7 +18,13 @@ from radapter_serve.training import Recipe
 from radapter_serve.training.tasks import open_data
 
 # from the list of ImageNet's classes: id, number
-MISSILE, PROJECTILE, TENCH, SUNGLASS, SUNGLASSES = "n03773504", "n04008634", "n01440764", "n04355933", "n04356056"
+MISSILE, PROJECTILE, TENCH, SUNGLASS, SUNGLASSES = (
+    "n03773504",
+    "n04008634",
+    "n01440764",
+    "n04355933",
+    "n04356056",
+)
 
 
 def folders(root: Path, *names: str) -> str:
@@ -57,9 +63,16 @@ def test_underscores_of_folders_are_spaces_in_prompts(tmp_path: Path) -> None:
         ["fire engine, fire-truck", "car: automobile"],
     ],
 )
-def test_lines_of_a_class_file_find_their_folders_in_any_order(tmp_path: Path, lines: list[str]) -> None:
-    data = load_labelled(folders(tmp_path / "d", "fire_truck", "car"), classes=write(tmp_path / "c.txt", *lines))
-    assert prompts(data) == {"fire_truck": "a photo of a fire engine.", "car": "a photo of a automobile."}
+def test_lines_of_a_class_file_find_their_folders_in_any_order(
+    tmp_path: Path, lines: list[str]
+) -> None:
+    data = load_labelled(
+        folders(tmp_path / "d", "fire_truck", "car"), classes=write(tmp_path / "c.txt", *lines)
+    )
+    assert prompts(data) == {
+        "fire_truck": "a photo of a fire engine.",
+        "car": "a photo of a automobile.",
+    }
 
 
 @pytest.mark.parametrize(
@@ -76,7 +89,9 @@ def test_lines_of_a_class_file_find_their_folders_in_any_order(tmp_path: Path, l
         (["fire_truck: ,", "car"], "names no class|without a line"),
     ],
 )
-def test_a_class_file_that_does_not_match_is_refused(tmp_path: Path, lines: list[str], message: str) -> None:
+def test_a_class_file_that_does_not_match_is_refused(
+    tmp_path: Path, lines: list[str], message: str
+) -> None:
     data = folders(tmp_path / "d", "fire_truck", "car")
     with pytest.raises(RAdapterError, match=message):
         load_labelled(data, classes=write(tmp_path / "c.txt", *lines))
@@ -88,27 +103,39 @@ def test_a_class_file_gives_names_in_a_table_other_names(tmp_path: Path, streami
     pd.DataFrame(rows, columns=["image", "label"]).to_csv(tmp_path / "t.csv", index=False)
     lines = ["T1: truck", "C7: car, auto", "Mission: Impossible"]
     data = load_labelled(
-        f"csv:{tmp_path}/t.csv", classes=write(tmp_path / "c.txt", *lines[: 2 + (not streaming)]), streaming=streaming
+        f"csv:{tmp_path}/t.csv",
+        classes=write(tmp_path / "c.txt", *lines[: 2 + (not streaming)]),
+        streaming=streaming,
     )
     assert data.classes == ["truck", "car, auto", "Mission: Impossible"][: len(data.classes)]
     assert [data.label(row) for row in list(data.rows)[:2]] == [0, 1]
 
 
 def test_numbers_before_the_names_are_in_order(tmp_path: Path) -> None:
-    pd.DataFrame({"image": ["a.png", "b.png"], "label": [0, 1]}).to_csv(tmp_path / "t.csv", index=False)
-    data = load_labelled(f"csv:{tmp_path}/t.csv", classes=write(tmp_path / "c.txt", "0: car", "1: bus"))
+    pd.DataFrame({"image": ["a.png", "b.png"], "label": [0, 1]}).to_csv(
+        tmp_path / "t.csv", index=False
+    )
+    data = load_labelled(
+        f"csv:{tmp_path}/t.csv", classes=write(tmp_path / "c.txt", "0: car", "1: bus")
+    )
     assert data.classes == ["car", "bus"] and [data.label(row) for row in data.rows] == [0, 1]
     with pytest.raises(RAdapterError, match="must number its lines from 0 on"):
-        load_labelled(f"csv:{tmp_path}/t.csv", classes=write(tmp_path / "c.txt", "1: car", "0: bus"))
+        load_labelled(
+            f"csv:{tmp_path}/t.csv", classes=write(tmp_path / "c.txt", "1: car", "0: bus")
+        )
 
 
 def test_imagenet_names_its_folders_as_clip_does(tmp_path: Path) -> None:
-    data = load_labelled(folders(tmp_path / "d", MISSILE, PROJECTILE, TENCH), classes=Path("imagenet"))
+    data = load_labelled(
+        folders(tmp_path / "d", MISSILE, PROJECTILE, TENCH), classes=Path("imagenet")
+    )
     assert prompts(data) == {
         MISSILE: "a photo of a missile.", PROJECTILE: "a photo of a missile.", TENCH: "a photo of a tench.",
     }  # fmt: skip
     assert len(set(data.labels().tolist())) == 3  # the two missiles are two classes
-    table = pd.DataFrame({"image": ["a.png", "b.png", "c.png"], "label": [SUNGLASS, SUNGLASSES, SUNGLASS]})
+    table = pd.DataFrame(
+        {"image": ["a.png", "b.png", "c.png"], "label": [SUNGLASS, SUNGLASSES, SUNGLASS]}
+    )
     table.to_csv(tmp_path / "t.csv", index=False)
     named = load_labelled(f"csv:{tmp_path}/t.csv", classes=Path("imagenet"))
     assert named.classes == ["sunglasses", "sunglasses"] and named.labels().tolist() == [0, 1, 0]
@@ -116,7 +143,9 @@ def test_imagenet_names_its_folders_as_clip_does(tmp_path: Path) -> None:
 
 def test_imagenet_by_numbers_and_by_the_hub_s_names(tmp_path: Path) -> None:
     numbers = list(range(1000))
-    pd.DataFrame({"image": ["a.png"] * 1000, "label": numbers}).to_csv(tmp_path / "t.csv", index=False)
+    pd.DataFrame({"image": ["a.png"] * 1000, "label": numbers}).to_csv(
+        tmp_path / "t.csv", index=False
+    )
     data = load_labelled(f"csv:{tmp_path}/t.csv", classes=Path("imagenet"))
     assert data.classes == list(open_clip.IMAGENET_CLASSNAMES) and data.labels().tolist() == numbers
     words = ImageNetInfo("imagenet-1k").label_descriptions()  # type: ignore[no-untyped-call]

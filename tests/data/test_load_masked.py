@@ -1,4 +1,6 @@
-"""Masks from label maps and from COCO's annotations, against arrays made by hand and pycocotools' own reading."""
+"""Masks from label maps and from COCO's annotations, against arrays made by hand and pycocotools'
+own reading.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,9 @@ def test_ids_beyond_eight_bits(folder: Path) -> None:
 
 def test_class_files(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "classes.json").unlink()
-    with pytest.raises(RAdapterError, match="no classes.txt, classes.json, classes.yaml in .*--classes FILE"):
+    with pytest.raises(
+        RAdapterError, match="no classes.txt, classes.json, classes.yaml in .*--classes FILE"
+    ):
         load_masked(f"masks:{folder}")
     (tmp_path / "classes.yaml").write_text("0: void\n1: cat\n7: cat\n2: dog\n")
     data = load_masked(f"masks:{folder}")  # two ids of one name
@@ -168,10 +172,20 @@ def panoptic(folder: Path) -> tuple[Path, NDArray[np.int64], dict[str, Any]]:
     (folder / "panoptic").mkdir()
     colours = np.dstack([ids % 256, ids // 256 % 256, ids // 65536]).astype(np.uint8)
     Image.fromarray(colours).save(folder / "panoptic" / "a.png")
-    info = [{"id": i, "category_id": c, "area": int((ids == i).sum()), "iscrowd": 0} for i, c in SEGMENTS.items()]
+    info = [
+        {"id": i, "category_id": c, "area": int((ids == i).sum()), "iscrowd": 0}
+        for i, c in SEGMENTS.items()
+    ]
     content = {
-        "images": [{"id": 9, "file_name": "a.jpg", "width": 8, "height": 6}, {"id": 10, "file_name": "none.jpg"}],
-        "categories": [{"id": 17, "name": "cat"}, {"id": 1, "name": "person"}, {"id": 99, "name": "unlabeled"}],
+        "images": [
+            {"id": 9, "file_name": "a.jpg", "width": 8, "height": 6},
+            {"id": 10, "file_name": "none.jpg"},
+        ],
+        "categories": [
+            {"id": 17, "name": "cat"},
+            {"id": 1, "name": "person"},
+            {"id": 99, "name": "unlabeled"},
+        ],
         "annotations": [{"image_id": 9, "file_name": "a.png", "segments_info": info}],
     }
     (folder / "panoptic.json").write_text(json.dumps(content))
@@ -198,19 +212,25 @@ def test_panoptic_annotations(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "names.yaml").write_text("1: somebody, person\n")
     data = load_masked(f"coco:{file}", classes=tmp_path / "names.yaml")
     assert data.classes == ["somebody, person"]
-    np.testing.assert_array_equal(data.images[0].mask(), np.where((ids == 300) | (ids == 5), 0, IGNORE))
+    np.testing.assert_array_equal(
+        data.images[0].mask(), np.where((ids == 300) | (ids == 5), 0, IGNORE)
+    )
 
 
 def test_what_is_wrong_with_panoptic_annotations_is_said(folder: Path, tmp_path: Path) -> None:
     file, _, content = panoptic(folder)
-    with pytest.raises(RAdapterError, match=r"no image .*a.jpg \(1 of 1 are missing in .*; name .*--images"):
+    with pytest.raises(
+        RAdapterError, match=r"no image .*a.jpg \(1 of 1 are missing in .*; name .*--images"
+    ):
         load_masked(f"coco:{file}", images=tmp_path)
     image = only(f"coco:{file}")
     Image.new("L", (8, 6)).save(folder / "panoptic" / "a.png")
     with pytest.raises(RAdapterError, match="a picture in L; a panoptic mask"):
         image.mask()
     Image.new("RGB", (8, 6), (9, 0, 0)).save(folder / "panoptic" / "a.png")
-    with pytest.raises(RAdapterError, match="do not belong together: the segments 5, 9, 300, 66000, 70000"):
+    with pytest.raises(
+        RAdapterError, match="do not belong together: the segments 5, 9, 300, 66000, 70000"
+    ):
         image.mask()
     (folder / "panoptic" / "a.png").unlink()
     with pytest.raises(RAdapterError, match="no mask .*a.png"):
@@ -259,7 +279,9 @@ def test_instance_annotations_are_what_pycocotools_reads(folder: Path) -> None:
     masks = [coco.annToMask(annotation).astype(bool) for annotation in content["annotations"]]
     for (_, inside), expected in zip(segments, masks, strict=True):
         np.testing.assert_array_equal(inside, expected)
-    assert image.areas() == [(label, int(mask.sum())) for (label, _), mask in zip(segments, masks, strict=True)]
+    assert image.areas() == [
+        (label, int(mask.sum())) for (label, _), mask in zip(segments, masks, strict=True)
+    ]
     assert masks[0][1, 2] and masks[2][4:, :3].all() and masks[2].sum() == 6
     check(image)
     assert (image.mask()[2:4, 3:7] == 0).all()  # the smaller on top
@@ -290,7 +312,9 @@ def test_broken_segmentations_are_said(folder: Path, segmentation: Any) -> None:
         load_masked(f"coco:{file}")
 
 
-def test_what_is_wrong_with_a_coco_file_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_with_a_coco_file_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file, content = instances(folder)
 
     def loads(change: Callable[[dict[str, Any]], Any], word: str) -> None:
@@ -302,14 +326,30 @@ def test_what_is_wrong_with_a_coco_file_is_said(folder: Path, monkeypatch: pytes
             image.mask()
 
     loads(lambda c: c.pop("categories"), "no annotation file of COCO .*'categories'")
-    loads(lambda c: c["annotations"][0].pop("segmentation"), "no annotation file of COCO .*'segmentation'")
-    loads(lambda c: c["annotations"].clear(), "no segment of a class that is named; its categories: cat, person")
-    loads(lambda c: c["annotations"][0].update(image_id=3), "the image 3, which its images do not list")
-    loads(lambda c: c["annotations"][0].update(category_id=3), "the category 3, which its categories do not list")
+    loads(
+        lambda c: c["annotations"][0].pop("segmentation"),
+        "no annotation file of COCO .*'segmentation'",
+    )
+    loads(
+        lambda c: c["annotations"].clear(),
+        "no segment of a class that is named; its categories: cat, person",
+    )
+    loads(
+        lambda c: c["annotations"][0].update(image_id=3),
+        "the image 3, which its images do not list",
+    )
+    loads(
+        lambda c: c["annotations"][0].update(category_id=3),
+        "the category 3, which its categories do not list",
+    )
     loads(lambda c: c["categories"][0].update(name=3), "no annotation file of COCO")
     loads(lambda c: c["categories"][0].update(name=""), "no annotation file of COCO")
     loads(lambda c: c["images"][0].update(width=9), r"size is \[6, 8\]|9 x 6 pixels but the image")
-    for text, word in (("[]", "no annotation file"), ("{", "is not JSON"), ('"a"', "no annotation file")):
+    for text, word in (
+        ("[]", "no annotation file"),
+        ("{", "is not JSON"),
+        ('"a"', "no annotation file"),
+    ):
         file.write_text(text)
         with pytest.raises(RAdapterError, match=word):
             load_masked(f"coco:{file}")

@@ -35,11 +35,15 @@ def test_an_official_list_of_ade(tmp_path: Path, capsys: pytest.CaptureFixture[s
         8: "control board, control panel, instrument panel, board",
     }  # fmt: skip
     index, entries = number_classes(names)
-    assert list(index.values()) == list(range(9)) and len(entries) == 9  # none is merged with another
+    assert (
+        list(index.values()) == list(range(9)) and len(entries) == 9
+    )  # none is merged with another
 
 
 def test_an_official_list_of_pascal_context(tmp_path: Path) -> None:
-    (tmp_path / "labels.txt").write_text("1: accordion\n2: aeroplane\n\n 3 : air conditioner \n431: unknown\n")
+    (tmp_path / "labels.txt").write_text(
+        "1: accordion\n2: aeroplane\n\n 3 : air conditioner \n431: unknown\n"
+    )
     assert official_classes(tmp_path / "labels.txt") == {
         0: "accordion", 1: "aeroplane", 2: "air conditioner", 430: "unknown"
     }  # fmt: skip
@@ -56,11 +60,17 @@ def test_an_official_list_of_pascal_context(tmp_path: Path) -> None:
         ("a.json", "[", "could not read the class list"),
         ("a.txt", "accordion\naeroplane\n", "it has no lines such as '1: accordion'"),
         ("a.txt", "0: empty\n1: accordion\n", "which count from 1"),
-        ("a.py", "A = [{'name': 'bag', 'trainId': 0}, {'name': 'bag', 'trainId': 4}]", "0 and 4 are both 'bag'"),
+        (
+            "a.py",
+            "A = [{'name': 'bag', 'trainId': 0}, {'name': 'bag', 'trainId': 4}]",
+            "0 and 4 are both 'bag'",
+        ),
         ("a.py", "(" * 500, "could not read the class list"),
     ],
 )
-def test_lists_that_can_not_be_used(name: str, content: str | None, message: str, tmp_path: Path) -> None:
+def test_lists_that_can_not_be_used(
+    name: str, content: str | None, message: str, tmp_path: Path
+) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(RAdapterError, match=message) as error:
@@ -68,7 +78,9 @@ def test_lists_that_can_not_be_used(name: str, content: str | None, message: str
     assert "\n" not in str(error.value)
 
 
-def test_a_place_that_can_not_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_place_that_can_not_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "labels.txt").write_text("1: accordion\n")
     for out, message in (("c.txt", "is no YAML file"), ("none/c.yaml", "no folder")):
         assert main([str(tmp_path / "labels.txt"), str(tmp_path / out)]) == 2

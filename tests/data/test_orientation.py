@@ -1,4 +1,6 @@
-"""Photos that a camera stored lying on a side or mirrored: their pixels stand upright wherever a model sees them."""
+"""Photos that a camera stored lying on a side or mirrored: their pixels stand upright wherever a
+model sees them.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ from radapter_serve.inputs.mask_crop import MaskCrop
 
 UPRIGHT = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 MASK = np.random.default_rng(1).integers(0, 2, (6, 9), dtype=np.uint8) + 1
-# How a camera stores what stands upright, for each value of EXIF's orientation (CIPA DC-008, tag 274).
+# How a camera stores what stands upright, for each value of EXIF's orientation (CIPA DC-008, tag
+# 274).
 STORED: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -54,7 +57,10 @@ def test_labelled_and_captioned_images(orientation: int, tmp_path: Path) -> None
     save(tmp_path / "set" / "cat" / "a.png", stored(UPRIGHT, orientation), orientation)
     save(tmp_path / "set" / "dog" / "b.png", UPRIGHT, 1)
     (tmp_path / "t.csv").write_text("image,caption\nset/cat/a.png,a cat\n")
-    labelled, captioned = load_labelled(f"imagefolder:{tmp_path / 'set'}"), load_captioned(f"csv:{tmp_path / 't.csv'}")
+    labelled, captioned = (
+        load_labelled(f"imagefolder:{tmp_path / 'set'}"),
+        load_captioned(f"csv:{tmp_path / 't.csv'}"),
+    )
     for data, row in ((labelled, labelled.rows[0]), (captioned, captioned.table[0])):
         np.testing.assert_array_equal(np.asarray(data.image(row)), UPRIGHT)
         data.exif_orientation = False
@@ -74,7 +80,10 @@ def check(image: Any, expected: NDArray[Any], pixels: NDArray[Any]) -> None:
         np.testing.assert_array_equal(inside, expected == label + 1)
     crop = MaskCrop.from_recipe({}, (0.5, 0.5, 0.5))
     segments = load_segments(
-        type("Data", (), {"images": [image], "classes": ["cat", "dog"]})(), crop, min_area=1, templates=["{}"]
+        type("Data", (), {"images": [image], "classes": ["cat", "dog"]})(),
+        crop,
+        min_area=1,
+        templates=["{}"],
     )
     for row in segments.rows:
         shown = crop(Image.fromarray(pixels), expected == row[2] + 1)
@@ -93,7 +102,9 @@ def test_a_label_map_turns_with_its_image(orientation: int, tmp_path: Path) -> N
 def test_a_label_map_that_is_upright_stays(orientation: int, tmp_path: Path) -> None:
     spec = masked(tmp_path, MASK, orientation)
     check(load_masked(spec).images[0], MASK, UPRIGHT)
-    with pytest.raises(RAdapterError, match="the same size; the image is not turned as its EXIF says"):
+    with pytest.raises(
+        RAdapterError, match="the same size; the image is not turned as its EXIF says"
+    ):
         load_masked(spec, exif_orientation=False).images[0].mask()
 
 
@@ -133,11 +144,21 @@ def test_cocos_masks_turn_with_their_image(orientation: int, upright: bool, tmp_
         coded = runs.encode(np.asfortranarray(mask == label).astype(np.uint8))
         coded["counts"] = coded["counts"].decode()
         objects.append({"image_id": 1, "category_id": label, "segmentation": coded})
-    check(load_masked(coco(tmp_path, "instances.json", objects, width, height)).images[0], MASK, UPRIGHT)
-    segments = [{"id": label, "category_id": label, "area": int((mask == label).sum())} for label in (1, 2)]
+    check(
+        load_masked(coco(tmp_path, "instances.json", objects, width, height)).images[0],
+        MASK,
+        UPRIGHT,
+    )
+    segments = [
+        {"id": label, "category_id": label, "area": int((mask == label).sum())} for label in (1, 2)
+    ]
     panoptic = [{"image_id": 1, "file_name": "a.png", "segments_info": segments}]
     save(tmp_path / "panoptic" / "a.png", np.stack([mask, 0 * mask, 0 * mask], -1), 1)
-    check(load_masked(coco(tmp_path, "panoptic.json", panoptic, width, height)).images[0], MASK, UPRIGHT)
+    check(
+        load_masked(coco(tmp_path, "panoptic.json", panoptic, width, height)).images[0],
+        MASK,
+        UPRIGHT,
+    )
 
 
 class Sees:
@@ -151,8 +172,14 @@ class Sees:
         pixels, number = np.asarray(image), image.getexif().get(274, 1)
         if not self.exif_orientation:
             return pixels
-        candidates = [a for k in range(4) for a in (np.rot90(pixels, k), np.rot90(pixels, k).swapaxes(0, 1))]
-        (upright,) = (a for a in candidates if a.shape == stored_shape(pixels, number) and equal(a, pixels, number))
+        candidates = [
+            a for k in range(4) for a in (np.rot90(pixels, k), np.rot90(pixels, k).swapaxes(0, 1))
+        ]
+        (upright,) = (
+            a
+            for a in candidates
+            if a.shape == stored_shape(pixels, number) and equal(a, pixels, number)
+        )
         return upright
 
 
@@ -177,7 +204,9 @@ def test_a_suite_decides_what_every_model_sees(
         data = open_set(Suite("suite", (entry,), data_root=tmp_path), entry)
         seen = data.prepare(Sees(model_turns), 0)  # type: ignore[arg-type]
         height, width = expected.shape[:2]
-        np.testing.assert_array_equal(seen, expected[border : height - border, border : width - border])
+        np.testing.assert_array_equal(
+            seen, expected[border : height - border, border : width - border]
+        )
 
 
 @everyone
@@ -187,7 +216,9 @@ def test_a_suite_of_masks(orientation: int, tmp_path: Path) -> None:
         (True, UPRIGHT, MASK),
         (False, stored(UPRIGHT, orientation), stored(MASK, orientation)),
     ):
-        entry = Entry("set", "masks:set", "segmentation", dense="proposals", exif_orientation=wanted)
+        entry = Entry(
+            "set", "masks:set", "segmentation", dense="proposals", exif_orientation=wanted
+        )
         data = open_set(Suite("suite", (entry,), data_root=tmp_path), entry)
         for model in (Sees(True), Sees(False)):
             item = data.prepare(model, 0)  # type: ignore[arg-type]

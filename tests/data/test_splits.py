@@ -1,4 +1,6 @@
-"""Splits that others published, from files made by hand: CoOp's of labelled images, Karpathy's of captions."""
+"""Splits that others published, from files made by hand: CoOp's of labelled images, Karpathy's of
+captions.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,28 @@ from radapter_serve.data import class_split, few_shot, load_captioned, load_labe
 from radapter_serve.errors import RAdapterError
 
 COOP = {
-    "train": [["River/1.jpg", 2, "River"], ["Annual/1.jpg", 0, "Annual Crop_Land"], ["Forest/1.jpg", 1, "Forest"]],
+    "train": [
+        ["River/1.jpg", 2, "River"],
+        ["Annual/1.jpg", 0, "Annual Crop_Land"],
+        ["Forest/1.jpg", 1, "Forest"],
+    ],
     "val": [["Forest/2.jpg", 1, "Forest"], ["Sea/2.jpg", 3, "Sea or Lake"]],
-    "test": [["Sea/3.jpg", 3, "Sea or Lake"], ["River/3.jpg", 2, "River"], ["River/4.jpg", 2, "River"]],
+    "test": [
+        ["Sea/3.jpg", 3, "Sea or Lake"],
+        ["River/3.jpg", 2, "River"],
+        ["River/4.jpg", 2, "River"],
+    ],
 }
 
 
 def photo(name: str, split: str, *captions: str, folder: str | None = "val2014") -> dict[str, Any]:
     place = {} if folder is None else {"filepath": folder}
-    return {**place, "filename": name, "split": split, "sentences": [{"raw": text} for text in captions]}
+    return {
+        **place,
+        "filename": name,
+        "split": split,
+        "sentences": [{"raw": text} for text in captions],
+    }
 
 
 KARPATHY = {
@@ -53,20 +68,29 @@ def test_classes_have_the_numbers_of_the_file_in_every_split(tmp_path: Path) -> 
     novel = class_split(test, "novel")
     assert novel.classes == ["River", "Sea or Lake"] and novel.labels().tolist() == [1, 0, 0]
     both = load_labelled(f"coop:{file}@train+val", images=images)
-    assert [row["image"] for row in both.rows] == [path for split in ("train", "val") for path, *_ in COOP[split]]
+    assert [row["image"] for row in both.rows] == [
+        path for split in ("train", "val") for path, *_ in COOP[split]
+    ]
     stream = load_labelled(f"coop:{file}@train", images=images, streaming=True)
     assert [stream.label(row) for row in stream.rows] == [2, 0, 1]
 
 
 def test_a_run_of_few_shots_as_on_eurosat(tmp_path: Path) -> None:
     names = [f"class {number}" for number in range(10)]
-    rows = [[f"{name}/{index}.jpg", number, name] for number, name in enumerate(names) for index in range(20)]
+    rows = [
+        [f"{name}/{index}.jpg", number, name]
+        for number, name in enumerate(names)
+        for index in range(20)
+    ]
     random.Random(0).shuffle(rows)
     data = f"coop:{write(tmp_path / 's.json', {'train': rows, 'val': rows[:80], 'test': []})}"
     recipe = {"data": f"{data}@train", "val_data": f"{data}@val", "class_split": "base"}
     train, held = run_data(recipe)
     few = few_shot(train, 16, seed=1)  # type: ignore[arg-type]
-    assert few.classes == names[:5] and [few.labels().tolist().count(number) for number in range(5)] == [16] * 5
+    assert (
+        few.classes == names[:5]
+        and [few.labels().tolist().count(number) for number in range(5)] == [16] * 5
+    )
     assert held is not None and held.classes == names[:5]  # type: ignore[union-attr]
 
 
@@ -82,7 +106,11 @@ def test_karpathys_train_and_restval_are_one_source(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4), (9, 0, 0)).save(tmp_path / "coco" / "train2014" / "1.jpg")
     image, number, text = data.pair(data.rows[0], random.Random(0))
     assert image.size == (4, 4) and number == 0 and text == "one"
-    recipe = {"task": "retrieval", "data": f"karpathy:{file}@train+restval", "val_data": f"karpathy:{file}@test"}
+    recipe = {
+        "task": "retrieval",
+        "data": f"karpathy:{file}@train+restval",
+        "val_data": f"karpathy:{file}@test",
+    }
     train, held = run_data(recipe)
     assert len(train.images) == 3 and len(held.images) == 1  # type: ignore[union-attr]
 
@@ -90,11 +118,23 @@ def test_karpathys_train_and_restval_are_one_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("karpathy:k.json", "k.json needs a split; it has restval, test, train; name one as in karpathy:FILE@test"),
-        ("karpathy:k.json@train+dev", "k.json has no images of the split 'dev'; it has restval, test, train"),
+        (
+            "karpathy:k.json",
+            "k.json needs a split; it has restval, test, train; name one as in karpathy:FILE@test",
+        ),
+        (
+            "karpathy:k.json@train+dev",
+            "k.json has no images of the split 'dev'; it has restval, test, train",
+        ),
         ("karpathy:none.json@test", "cannot read none.json: No such file"),
-        ("karpathy:c.json@test", "could not read c.json as a file of Karpathy's splits: KeyError: 'images'"),
-        ("karpathy:bad.json@test", "could not read bad.json as a file of Karpathy's splits: JSONDecodeError"),
+        (
+            "karpathy:c.json@test",
+            "could not read c.json as a file of Karpathy's splits: KeyError: 'images'",
+        ),
+        (
+            "karpathy:bad.json@test",
+            "could not read bad.json as a file of Karpathy's splits: JSONDecodeError",
+        ),
         ("karpathy:list.json@test", "could not read list.json as a file of Karpathy's splits"),
         ("karpathy:types.json@test", "unexpected types in"),
         ("karpathy:empty.json@test", "it has no images at all"),
@@ -105,7 +145,14 @@ def test_files_of_captions_that_can_not_be_used(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     types = {"images": [photo("1.jpg", "test", 3)]}  # type: ignore[arg-type]
-    files = {"k": KARPATHY, "c": COOP, "bad": "{", "list": [[[]]], "types": types, "empty": {"images": []}}
+    files = {
+        "k": KARPATHY,
+        "c": COOP,
+        "bad": "{",
+        "list": [[[]]],
+        "types": types,
+        "empty": {"images": []},
+    }
     for name, content in files.items():
         write(tmp_path / f"{name}.json", content)
     with pytest.raises(RAdapterError) as error:

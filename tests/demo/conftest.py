@@ -26,5 +26,7 @@ def some(tmp_path_factory: pytest.TempPathFactory) -> data.DemoData:
         patch.setattr(data, "drawings", lambda: few)
         made = data.prepare(folder, quiet=True)
     lines = made.classes.read_text(encoding="utf-8").splitlines()
-    made.classes.write_text("".join(f"{line}\n" for line in lines if line.split(",")[0] in SOME), encoding="utf-8")
+    made.classes.write_text(
+        "".join(f"{line}\n" for line in lines if line.split(",")[0] in SOME), encoding="utf-8"
+    )
     return made

@@ -1,4 +1,6 @@
-"""The demo's comparison: its full fine-tuning is the rivals' own, and its figures are those of `radapter-eval`."""
+"""The demo's comparison: its full fine-tuning is the rivals' own, and its figures are those of
+`radapter-eval`.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def run(given: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def two_styles(some: data.DemoData) -> data.DemoData:
     """Two styles to test on."""
-    return dataclasses.replace(some, test={style: some.test[style] for style in (data.FINE_TUNED, "filled")})
+    return dataclasses.replace(
+        some, test={style: some.test[style] for style in (data.FINE_TUNED, "filled")}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +69,24 @@ def comparison(run: Path, rival: Ends, two_styles: data.DemoData) -> Comparison:
 def suite_of(tests: data.DemoData) -> Suite:
     """The same test sets as `radapter-eval` takes them."""
     more: dict[str, Any] = {"classes": str(tests.classes), "templates": str(tests.templates)}
-    return Suite("styles", tuple(Entry(style, f"imagefolder:{of}", **more) for style, of in tests.test.items()))
+    return Suite(
+        "styles",
+        tuple(Entry(style, f"imagefolder:{of}", **more) for style, of in tests.test.items()),
+    )
 
 
-def test_full_fine_tuning_is_that_of_the_rivals(given: dict[str, Any], rival: Ends, tmp_path: Path) -> None:
+def test_full_fine_tuning_is_that_of_the_rivals(
+    given: dict[str, Any], rival: Ends, tmp_path: Path
+) -> None:
     theirs = learned(FullFineTuning({"weight_decay": 0.0}), Run(given, tmp_path)).end
     assert rival.classifiers is not None
     ours = {f"model.{name}": value for name, value in rival.end.items()}
     ours |= dict(zip(("head.weight", "head.bias"), rival.classifiers[1], strict=True))
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4, msg=name)
-    changed = {name for name, value in rival.end.items() if not torch.equal(value, rival.start[name])}
+    changed = {
+        name for name, value in rival.end.items() if not torch.equal(value, rival.start[name])
+    }
     assert changed and all(name.startswith("visual.") for name in changed)
 
 
@@ -85,9 +96,15 @@ def test_r_adapter_is_right_as_often_as_radapter_eval_says(
     alphas = (0.0, 0.3, 0.5, 1.0)
     rows = evaluate_suite(from_adapter(run, alphas), suite_of(two_styles), Results(tmp_path))
     expected = {(row.dataset, row.alpha): 100 * row.metrics["acc1"] for row in rows}
-    found = {(style, at): of[0] for style, _, values in comparison.sets(OURS) for at, of in values.items()}
+    found = {
+        (style, at): of[0]
+        for style, _, values in comparison.sets(OURS)
+        for at, of in values.items()
+    }
     assert found == pytest.approx(expected)
-    assert len({expected[data.FINE_TUNED, alpha] for alpha in alphas}) > 1  # else it would show nothing
+    assert (
+        len({expected[data.FINE_TUNED, alpha] for alpha in alphas}) > 1
+    )  # else it would show nothing
 
 
 def test_the_rival_is_right_as_often_as_the_rivals_judge_says(
@@ -101,7 +118,11 @@ def test_the_rival_is_right_as_often_as_the_rivals_judge_says(
     sets = [open_set(suite, entry) for entry in suite.entries]
     rows = judge(learned(method, source), source, sets, (0.0, 0.5, 1.0))
     expected = {(row.dataset, row.alpha): 100 * row.metrics["acc1"] for row in rows}
-    found = {(style, at): of[0] for style, _, values in comparison.sets(RIVAL) for at, of in values.items()}
+    found = {
+        (style, at): of[0]
+        for style, _, values in comparison.sets(RIVAL)
+        for at, of in values.items()
+    }
     assert found == pytest.approx(expected)
 
 
@@ -119,6 +140,8 @@ def test_leads_are_paired_and_stand_beside_their_intervals() -> None:
     assert (ours["shifts"]["accuracy"], ours["shifts"]["lead"], ours["shifts"]["n"]) == (43, 0, 200)
     assert (zero["shifts"]["lead"], whole["in_distribution"]["lead"]) == pytest.approx((2, -10))
     assert (full["shifts"]["lead"], wise["shifts"]["lead"]) == pytest.approx((32, 0))
-    assert zero["in_distribution"]["interval"] == pytest.approx(196 * np.sqrt(0.1 * 0.9 / 99), rel=1e-3)
+    assert zero["in_distribution"]["interval"] == pytest.approx(
+        196 * np.sqrt(0.1 * 0.9 / 99), rel=1e-3
+    )
     assert lead_in_words(3.21, 1.1) == "+3.2 ± 1.1, larger than its interval"
     assert lead_in_words(-0.5, 0.8) == "-0.5 ± 0.8, within its interval"

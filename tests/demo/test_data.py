@@ -1,4 +1,6 @@
-"""The demo's data: nothing is trained on and tested, all are credited, and the folders are what the trainer reads."""
+"""The demo's data: nothing is trained on and tested, all are credited, and the folders are what the
+trainer reads.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +24,25 @@ PLACES = ("train", "val", "test", *(f"shifts/{style}" for style in data.SHIFTS))
 
 def sets_of(place: str) -> set[str]:
     """Those whose drawings are in a place."""
-    return {path.rsplit("/", 1)[1].split("--")[0] for path in data.drawings() if path.startswith(f"{place}/")}
+    return {
+        path.rsplit("/", 1)[1].split("--")[0]
+        for path in data.drawings()
+        if path.startswith(f"{place}/")
+    }
 
 
 def test_all_drawings_are_in_a_known_place() -> None:
     assert {path.rsplit("/", 2)[0] for path in data.drawings()} == set(PLACES)
     assert {path for path in data.drawings() if not path.endswith(".svg")} == set()
-    assert sum(len(of) for place in PLACES for of in data.drawings_of(place).values()) == len(data.drawings())
+    assert sum(len(of) for place in PLACES for of in data.drawings_of(place).values()) == len(
+        data.drawings()
+    )
 
 
 def test_no_drawing_is_in_two_places() -> None:
-    held = {place: {svg for of in data.drawings_of(place).values() for svg in of} for place in PLACES}
+    held = {
+        place: {svg for of in data.drawings_of(place).values() for svg in of} for place in PLACES
+    }
     for one, other in combinations(PLACES, 2):
         assert not held[one] & held[other], (one, other)
 
@@ -77,8 +87,16 @@ def test_drawings_are_on_white_paper_and_silhouettes_on_black(some: data.DemoDat
             pixels = np.asarray(Image.open(path))
             assert pixels.shape == (data.SIDE, data.SIDE, 3)
             values, count = np.unique(pixels, return_counts=True)
-            assert values[count.argmax()] in (ground, 255 - ground) and np.ptp(pixels, axis=2).max() == 0
-        assert np.median([np.asarray(Image.open(path))[0, 0] for path in some.test[style].glob("*/*.png")]) == ground
+            assert (
+                values[count.argmax()] in (ground, 255 - ground)
+                and np.ptp(pixels, axis=2).max() == 0
+            )
+        assert (
+            np.median(
+                [np.asarray(Image.open(path))[0, 0] for path in some.test[style].glob("*/*.png")]
+            )
+            == ground
+        )
 
 
 def test_paper_is_what_pillow_pastes(some: data.DemoData) -> None:

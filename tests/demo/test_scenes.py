@@ -1,4 +1,6 @@
-"""The demo's scenes: masks are the drawings' alpha, captions say what is shown, test scenes show unseen drawings."""
+"""The demo's scenes: masks are the drawings' alpha, captions say what is shown, test scenes show
+unseen drawings.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +36,24 @@ def test_a_mask_is_where_the_drawings_cover_the_paper() -> None:
         painted = np.asarray(ImageChops.difference(scene.image, background)).max(axis=2) > 0
         inside = scene.mask != paper
         both += int((painted & inside).sum())
-        one = {"painted": one["painted"] + int(painted.sum()), "inside": one["inside"] + int(inside.sum())}
+        one = {
+            "painted": one["painted"] + int(painted.sum()),
+            "inside": one["inside"] + int(inside.sum()),
+        }
         lines = [scenes.scene_classes()[number] for number in np.unique(scene.mask[inside])]
         assert lines == sorted(scene.shown)
     assert both > 0.9 * one["inside"]
-    assert both > 0.8 * one["painted"]  # what is half transparent is painted and not inside: the edges
+    assert (
+        both > 0.8 * one["painted"]
+    )  # what is half transparent is painted and not inside: the edges
 
 
 def test_a_mask_equals_the_alpha_of_its_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    alpha = Image.radial_gradient("L").point(lambda value: 255 - value).resize((scenes.CELL, scenes.CELL))
+    alpha = (
+        Image.radial_gradient("L")
+        .point(lambda value: 255 - value)
+        .resize((scenes.CELL, scenes.CELL))
+    )
     drawn = Image.merge("RGBA", [alpha, alpha, alpha, alpha])
     monkeypatch.setattr(scenes, "rendered", lambda svg: drawn)
     monkeypatch.setattr(scenes, "SIDES", (scenes.CELL, scenes.CELL + 1))  # fills its cell
@@ -67,25 +78,39 @@ def test_scenes_show_drawings_of_their_own_place(monkeypatch: pytest.MonkeyPatch
     for split, style, place in (("train", "colour", "train"), ("test", "filled", "shifts/filled")):
         shown.clear()
         assert list(scenes.compose(split, style, 10, 0))  # type: ignore[arg-type]
-        assert shown and set(shown) <= {svg for of in data.drawings_of(place).values() for svg in of}
+        assert shown and set(shown) <= {
+            svg for of in data.drawings_of(place).values() for svg in of
+        }
 
 
 def test_styles_show_the_same_scenes() -> None:
-    colour, noto = (list(scenes.compose("test", style, FEW, 1)) for style in ("colour", "emoji-noto"))
+    colour, noto = (
+        list(scenes.compose("test", style, FEW, 1)) for style in ("colour", "emoji-noto")
+    )
     assert [scene.shown for scene in colour] == [scene.shown for scene in noto]
     assert all(a.image.tobytes() != b.image.tobytes() for a, b in zip(colour, noto, strict=True))
-    assert all(a.image.getpixel((0, 0)) == b.image.getpixel((0, 0)) for a, b in zip(colour, noto, strict=True))
+    assert all(
+        a.image.getpixel((0, 0)) == b.image.getpixel((0, 0))
+        for a, b in zip(colour, noto, strict=True)
+    )
 
 
-def test_the_folders_are_data_of_masks_and_of_captions(folder: scenes.SceneData, tmp_path: Path) -> None:
+def test_the_folders_are_data_of_masks_and_of_captions(
+    folder: scenes.SceneData, tmp_path: Path
+) -> None:
     with_paper = tmp_path / "classes.txt"
     with_paper.write_text("\n".join([*scenes.scene_classes(), "paper"]), encoding="utf-8")
     made = [(folder.train, scenes.compose("train", "colour", FEW, 0))]
     made += [(path, scenes.compose("test", style, FEW, 0)) for style, path in folder.test.items()]
     for place, drawn in made:
         composed = list(drawn)
-        closed, opened = (load_masked(f"masks:{place}", classes=c) for c in (folder.classes, with_paper))
-        assert closed.classes == list(scenes.scene_classes()) and opened.classes == [*closed.classes, "paper"]
+        closed, opened = (
+            load_masked(f"masks:{place}", classes=c) for c in (folder.classes, with_paper)
+        )
+        assert closed.classes == list(scenes.scene_classes()) and opened.classes == [
+            *closed.classes,
+            "paper",
+        ]
         for scene, image, whole in zip(composed, closed.images, opened.images, strict=True):
             assert Image.open(image.path).tobytes() == scene.image.tobytes()
             np.testing.assert_array_equal(whole.mask(), scene.mask)
@@ -94,7 +119,9 @@ def test_the_folders_are_data_of_masks_and_of_captions(folder: scenes.SceneData,
             assert len(image.segments()) == len(scene.shown)
         with (place / "captions.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        assert len(rows) == FEW * scenes.CAPTIONS and all((place / row["image"]).is_file() for row in rows)
+        assert len(rows) == FEW * scenes.CAPTIONS and all(
+            (place / row["image"]).is_file() for row in rows
+        )
         for scene, row in zip(composed, rows[:: scenes.CAPTIONS], strict=True):
             assert all(split_label(line)[0] in row["caption"] for line in scene.shown)
     with folder.gallery.open(encoding="utf-8", newline="") as file:
@@ -108,9 +135,15 @@ def test_captions_name_all_that_is_shown() -> None:
     seen = set()
     for seed in range(20):
         by_names, by_synonyms = scenes.captions(shown, random.Random(seed))
-        assert sorted(re.split(", | and ", by_names.partition(" of ")[2])) == ["home", "key", "search"]
+        assert sorted(re.split(", | and ", by_names.partition(" of ")[2])) == [
+            "home",
+            "key",
+            "search",
+        ]
         words = re.split(", | and ", by_synonyms.partition(" of ")[2])
-        assert len(words) == 3 and all(any(word in line.split(", ") for word in words) for line in shown)
+        assert len(words) == 3 and all(
+            any(word in line.split(", ") for word in words) for line in shown
+        )
         seen |= set(words)
     assert seen == {word for line in shown for word in line.split(", ")}
 

@@ -27,7 +27,9 @@ def document(path: Path) -> Any:
 
 
 def stages() -> dict[str, list[tuple[str, str]]]:
-    """The instructions of the Dockerfile and what stands behind them, by the name of their stage."""
+    """The instructions of the Dockerfile and what stands behind them, by the name of their
+    stage.
+    """
     lines = (DEPLOY / "Dockerfile").read_text(encoding="utf-8").splitlines()
     text = "\n".join(line for line in lines if not line.startswith("#")).replace("\\\n", " ")
     found: dict[str, list[tuple[str, str]]] = {"": []}
@@ -68,4 +70,8 @@ def expressions() -> Iterator[tuple[str, str]]:
 
 def metrics() -> set[str]:
     """The names of the metrics that are asked for."""
-    return {name for _, text in expressions() for name in re.findall(r"\b(?:nv|radapter_gateway)_\w+", text)}
+    return {
+        name
+        for _, text in expressions()
+        for name in re.findall(r"\b(?:nv|radapter_gateway)_\w+", text)
+    }

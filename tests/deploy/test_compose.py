@@ -12,8 +12,28 @@ from tests.deploy.files import DEPLOY, command, document, instructions
 # Of the compose specification, what these files may use.
 TOP = {"name", "services", "networks", "volumes", "secrets"}
 SERVICE = {
-    *("build", "cap_drop", "command", "depends_on", "deploy", "environment", "image", "init", "networks", "ports"),
-    *("read_only", "restart", "secrets", "security_opt", "shm_size", "stop_grace_period", "tmpfs", "volumes"),
+    *(
+        "build",
+        "cap_drop",
+        "command",
+        "depends_on",
+        "deploy",
+        "environment",
+        "image",
+        "init",
+        "networks",
+        "ports",
+    ),
+    *(
+        "read_only",
+        "restart",
+        "secrets",
+        "security_opt",
+        "shm_size",
+        "stop_grace_period",
+        "tmpfs",
+        "volumes",
+    ),
 }
 BASE = document(DEPLOY / "compose.yaml")
 SERVICES: dict[str, Any] = BASE["services"]

@@ -19,11 +19,17 @@ from tests.helpers.commands import help_of
 
 
 def let_in(tree: Path) -> None:
-    """Copy what .dockerignore lets into the build, by its rules: the last line that fits a path decides."""
+    """Copy what .dockerignore lets into the build, by its rules: the last line that fits a path
+    decides.
+    """
     rules = []
     for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
-            pattern = re.escape(line.removeprefix("!")).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
+            pattern = (
+                re.escape(line.removeprefix("!"))
+                .replace(r"\*\*/", "(.*/)?")
+                .replace(r"\*", "[^/]*")
+            )
             pattern = pattern.replace(r"\[0\-9\]", "[0-9]")
             rules.append((re.compile(f"{pattern}(/.*)?"), line.startswith("!")))
     for path in ROOT.rglob("*"):
@@ -34,23 +40,34 @@ def let_in(tree: Path) -> None:
 
 
 def run(stage: str, place: Path, folder: Path) -> None:
-    """Run the commands of a stage in `folder`, its /opt and /wheels below `place`; what needs Ubuntu is left out."""
+    """Run the commands of a stage in `folder`, its /opt and /wheels below `place`; what needs
+    Ubuntu is left out.
+    """
     variables = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for instruction, rest in stages()[stage]:
-        here = rest.replace("/opt/radapter", f"{place}/{stage}").replace("/wheels", f"{place}/wheels")
+        here = rest.replace("/opt/radapter", f"{place}/{stage}").replace(
+            "/wheels", f"{place}/wheels"
+        )
         if instruction == "ENV" and (found := re.match(r"PATH=(\S+?):", here)):
             variables["PATH"] = f"{found[1]}:{variables['PATH']}"
         elif instruction == "RUN" and "apt-get" not in rest:
             script = re.sub(r"--mount=\S+ ", "", here)
             done = subprocess.run(
-                ["sh", "-ec", script], cwd=folder, env=variables, capture_output=True, text=True, check=False
+                ["sh", "-ec", script],
+                cwd=folder,
+                env=variables,
+                capture_output=True,
+                text=True,
+                check=False,
             )
             assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel in `wheels`, built by the Dockerfile's command from what .dockerignore lets in."""
+    """A folder with the wheel in `wheels`, built by the Dockerfile's command from what
+    .dockerignore lets in.
+    """
     place = tmp_path_factory.mktemp("image")
     let_in(place / "src")
     run("wheel", place, place / "src")
@@ -86,12 +103,17 @@ def test_the_image_installs_and_its_command_starts(stage: str, place: Path) -> N
     run(stage, place, place)
     own = place / stage / "bin"
     program, *_ = command(stage)
-    assert subprocess.run([own / program, "--help"], capture_output=True, check=False).returncode == 0
+    assert (
+        subprocess.run([own / program, "--help"], capture_output=True, check=False).returncode == 0
+    )
     installed = {path.name.partition("-")[0] for path in (place / stage).rglob("*.dist-info")}
     assert "radapter_serve" in installed
     assert not installed & {"torch", "nvidia_pytriton", "tritonserver"}
     if stage == "server":
-        code = "import faiss, lancedb, numpy; assert numpy.__version__ < '2'; import radapter_serve.tasks.retrieve"
+        code = (
+            "import faiss, lancedb, numpy; assert numpy.__version__ < '2'; import"
+            " radapter_serve.tasks.retrieve"
+        )
         assert subprocess.run([own / "python", "-c", code], check=False).returncode == 0
 
 
@@ -99,7 +121,8 @@ def test_the_server_has_what_the_extra_asks_for_but_its_own_tritonserver() -> No
     needed = {
         str(requirement.name): requirement.specifier
         for line in importlib.metadata.requires("radapter-serve") or []
-        if (requirement := Requirement(line)).marker and requirement.marker.evaluate({"extra": "server"})
+        if (requirement := Requirement(line)).marker
+        and requirement.marker.evaluate({"extra": "server"})
         if "extra" in str(requirement.marker)
     }
     installed = {
@@ -108,11 +131,15 @@ def test_the_server_has_what_the_extra_asks_for_but_its_own_tritonserver() -> No
         for one in map(Requirement, re.findall(r"'([^']+)'", line))
     }
     # NVIDIA's image brings the server and ONNX Runtime.
-    assert installed == {name: needed[name] for name in needed.keys() - {"nvidia-pytriton", "onnxruntime"}}
+    assert installed == {
+        name: needed[name] for name in needed.keys() - {"nvidia-pytriton", "onnxruntime"}
+    }
 
 
 @pytest.mark.parametrize("stage", ["gateway", "server"])
-def test_an_image_runs_a_command_of_ours_with_flags_that_it_has(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_runs_a_command_of_ours_with_flags_that_it_has(
+    stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     program, *words = command(stage)
     flags = {word for word in words if word.startswith("--")}

@@ -1,4 +1,6 @@
-"""The Kubernetes objects: valid by Kubernetes' own schemas, and in agreement with each other and with the images."""
+"""The Kubernetes objects: valid by Kubernetes' own schemas, and in agreement with each other and
+with the images.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,22 @@ from tests.deploy.files import DEPLOY, command, document, documents, instruction
 
 FOLDER = DEPLOY / "kubernetes"
 Objects = dict[tuple[str, str], Any]
-KEYED = {"containers": "name", "env": "name", "ports": "containerPort", "volumes": "name", "volumeMounts": "mountPath"}
+KEYED = {
+    "containers": "name",
+    "env": "name",
+    "ports": "containerPort",
+    "volumes": "name",
+    "volumeMounts": "mountPath",
+}
 
 
 def merged(object_: Any, patch: Any, key: str = "") -> Any:
     """A strategic merge, as far as the patches here need it."""
     if isinstance(object_, dict) and isinstance(patch, dict):
-        return {**object_, **{name: merged(object_.get(name), value, name) for name, value in patch.items()}}
+        return {
+            **object_,
+            **{name: merged(object_.get(name), value, name) for name, value in patch.items()},
+        }
     if isinstance(object_, list) and key in KEYED:
         by = {one[KEYED[key]]: one for one in object_}
         assert {one[KEYED[key]] for one in patch} <= set(by), f"the patch adds to {key}"
@@ -37,7 +48,9 @@ def built(folder: Path) -> Objects:
     for name in kustomization["resources"]:
         path = folder / name
         found = (
-            built(path) if path.is_dir() else {(one["kind"], one["metadata"]["name"]): one for one in documents(path)}
+            built(path)
+            if path.is_dir()
+            else {(one["kind"], one["metadata"]["name"]): one for one in documents(path)}
         )
         assert not objects.keys() & found.keys()
         objects |= copy.deepcopy(found)
@@ -91,7 +104,9 @@ def test_ports_and_folders_are_those_of_the_images(objects: Objects) -> None:
         (container,) = pod["spec"]["containers"]
         exposed = {int(port) for port in instructions(name, "EXPOSE")[0].split()}
         assert set(ports(objects, name).values()) == exposed
-        assert {port["targetPort"] for port in objects["Service", name]["spec"]["ports"]} <= set(ports(objects, name))
+        assert {port["targetPort"] for port in objects["Service", name]["spec"]["ports"]} <= set(
+            ports(objects, name)
+        )
         for kind in ("readinessProbe", "livenessProbe"):
             assert container[kind]["httpGet"]["port"] in ports(objects, name)
         mounts[name] = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
@@ -112,7 +127,9 @@ def test_the_gateway_finds_every_pod_of_the_server(objects: Objects) -> None:
 
 
 def allowed(policy: Any, direction: str, peer: str) -> set[tuple[str, int]]:
-    """The ports that a policy opens, one way, to pods with the label `app: peer`; to all where no peer is named."""
+    """The ports that a policy opens, one way, to pods with the label `app: peer`; to all where no
+    peer is named.
+    """
     side = "from" if direction == "ingress" else "to"
     found = set()
     for rule in policy["spec"].get(direction, []):
@@ -124,13 +141,18 @@ def allowed(policy: Any, direction: str, peer: str) -> set[tuple[str, int]]:
 
 def test_only_the_gateway_reaches_the_server(objects: Objects) -> None:
     policies = {name: one for (kind, name), one in objects.items() if kind == "NetworkPolicy"}
-    assert policies.pop("closed")["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    assert policies.pop("closed")["spec"] == {
+        "podSelector": {},
+        "policyTypes": ["Ingress", "Egress"],
+    }
     assert set(policies) == {"server", "gateway"}
     grpc = {("TCP", ports(objects, "server")["grpc"])}
     assert allowed(policies["server"], "ingress", "gateway") == grpc
     assert allowed(policies["server"], "ingress", "anybody") == set()
     assert allowed(policies["gateway"], "egress", "server") == grpc
-    assert allowed(policies["gateway"], "ingress", "anybody") == {("TCP", ports(objects, "gateway")["http"])}
+    assert allowed(policies["gateway"], "ingress", "anybody") == {
+        ("TCP", ports(objects, "gateway")["http"])
+    }
     assert "egress" not in policies["server"]["spec"]
 
 
@@ -150,8 +172,13 @@ def test_pods_may_do_little(objects: Objects) -> None:
 
 def test_an_update_leaves_no_gap(objects: Objects) -> None:
     for name, pod in pods(objects):
-        assert objects["Deployment", name]["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
-        assert pod["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "10"]
+        assert (
+            objects["Deployment", name]["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+        )
+        assert pod["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"] == [
+            "sleep",
+            "10",
+        ]
         assert pod["spec"]["terminationGracePeriodSeconds"] >= 60
 
 

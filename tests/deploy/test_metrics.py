@@ -25,7 +25,9 @@ def names_and_labels(text: str) -> Labels:
 def asked_labels() -> Iterator[tuple[str, str]]:
     """Metric and label of every selector and grouping of the board."""
     for _, text in expressions():
-        for by, name, selector in re.findall(r"sum by \(([\w, ]+)\) \((?:rate\()?(\w+)(?:\{([^}]*)\})?", text):
+        for by, name, selector in re.findall(
+            r"sum by \(([\w, ]+)\) \((?:rate\()?(\w+)(?:\{([^}]*)\})?", text
+        ):
             yield from ((name, label.strip()) for label in by.split(","))
             yield from ((name, label) for label in re.findall(r"(\w+)(?:=~?|!=)", selector))
 
@@ -39,7 +41,11 @@ def test_metrics_of_the_gateway() -> None:
     there = names_and_labels(gateway.text().decode())
     asked = {name for name in metrics() if name.startswith("radapter_gateway")}
     assert asked and asked <= set(there)
-    assert not [(name, label) for name, label in asked_labels() if name in there and label not in there[name]]
+    assert not [
+        (name, label)
+        for name, label in asked_labels()
+        if name in there and label not in there[name]
+    ]
 
 
 @pytest.mark.triton
@@ -73,7 +79,9 @@ def test_metrics_and_probes_of_a_server(tmp_path: Path) -> None:
         if name in there and label not in {*there[name], "namespace", "pod"}
     ]
     # The board tells releases apart by this label.
-    answered = re.findall(r'nv_inference_request_success\{model="embed_text",version="(\d+)"\} (\d+)', text)
+    answered = re.findall(
+        r'nv_inference_request_success\{model="embed_text",version="(\d+)"\} (\d+)', text
+    )
     assert [version for version, count in answered if int(count)] == ["3"]
 
 

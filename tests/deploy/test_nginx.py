@@ -1,4 +1,6 @@
-"""The recipe for nginx: it parses, and where nginx is installed, it lets through what it says and nothing else."""
+"""The recipe for nginx: it parses, and where nginx is installed, it lets through what it says and
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,18 @@ SERVICE = "/inference.GRPCInferenceService/"
 def test_it_parses() -> None:
     parsed = crossplane.parse(str(CONF), comments=False, catch_errors=True)
     assert (parsed["status"], parsed["errors"]) == ("ok", [])
-    http_block = next(one for one in parsed["config"][0]["parsed"] if one["directive"] == "http")["block"]
+    http_block = next(one for one in parsed["config"][0]["parsed"] if one["directive"] == "http")[
+        "block"
+    ]
     values = {one["directive"]: one["args"] for one in http_block if one["args"]}
     assert values["client_max_body_size"] == ["64m"]
     timed = {name for name in values if name.endswith("_timeout")}
-    assert {"client_header_timeout", "client_body_timeout", "proxy_read_timeout", "grpc_read_timeout"} <= timed
+    assert {
+        "client_header_timeout",
+        "client_body_timeout",
+        "proxy_read_timeout",
+        "grpc_read_timeout",
+    } <= timed
     for server in (one["block"] for one in http_block if one["directive"] == "server"):
         last = [one for one in server if one["directive"] == "location"][-1]
         assert last["args"] == ["/"] and last["block"][0]["args"] == ["404"]
@@ -51,7 +60,9 @@ class Gateway(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         size = int(self.headers.get("Content-Length", 0))
         self.rfile.read(size)
-        let_in = "/health/" in self.path or self.headers.get("Authorization") == KEY["Authorization"]
+        let_in = (
+            "/health/" in self.path or self.headers.get("Authorization") == KEY["Authorization"]
+        )
         self.send_response(200 if let_in else 401)
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -79,8 +90,12 @@ class Proxy:
     tls: ssl.SSLContext
     authority: bytes
 
-    def status(self, method: str, path: str, headers: dict[str, str] | None = None, length: int = 0) -> int:
-        connection = http.client.HTTPSConnection("localhost", self.https, context=self.tls, timeout=10)
+    def status(
+        self, method: str, path: str, headers: dict[str, str] | None = None, length: int = 0
+    ) -> int:
+        connection = http.client.HTTPSConnection(
+            "localhost", self.https, context=self.tls, timeout=10
+        )
         connection.putrequest(method, path)
         for name, value in {"Content-Length": str(length), **(headers or {})}.items():
             connection.putheader(name, value)
@@ -121,9 +136,20 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
         text = text.replace(f"listen {port} ssl", f"listen 127.0.0.1:{own} ssl")
     # Where a user without rights may write, and where several may run.
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    text = text.replace("http {", "http {\n" + "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in kinds), 1)
+    text = text.replace(
+        "http {", "http {\n" + "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in kinds), 1
+    )
     (folder / "nginx.conf").write_text(text, encoding="utf-8")
-    own = ["-p", str(folder), "-e", "stderr", "-g", f"pid {folder}/pid; daemon off;", "-c", str(folder / "nginx.conf")]
+    own = [
+        "-p",
+        str(folder),
+        "-e",
+        "stderr",
+        "-g",
+        f"pid {folder}/pid; daemon off;",
+        "-c",
+        str(folder / "nginx.conf"),
+    ]
     checked = subprocess.run([nginx, "-t", *own], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
     assert "[warn]" not in checked.stderr
@@ -183,13 +209,19 @@ def test_a_body_that_is_too_large_is_refused_before_it_comes(proxy: Proxy) -> No
     assert proxy.status("POST", "/v2/models/classify/infer", KEY, length=65 * 2**20) == 413
 
 
-@pytest.mark.parametrize("method", ["ServerReady", "ModelReady", "ModelConfig", "ModelStatistics", "ModelInfer"])
+@pytest.mark.parametrize(
+    "method", ["ServerReady", "ModelReady", "ModelConfig", "ModelStatistics", "ModelInfer"]
+)
 def test_calls_of_the_client_pass_with_a_key(proxy: Proxy, method: str) -> None:
     assert proxy.call(SERVICE + method, "right") == SERVICE + method
-    assert proxy.call(SERVICE + method, "wrong") == proxy.call(SERVICE + method) == "UNAUTHENTICATED"
+    assert (
+        proxy.call(SERVICE + method, "wrong") == proxy.call(SERVICE + method) == "UNAUTHENTICATED"
+    )
 
 
-@pytest.mark.parametrize("method", ["RepositoryModelLoad", "SystemSharedMemoryRegister", "TraceSetting", "LogSettings"])
+@pytest.mark.parametrize(
+    "method", ["RepositoryModelLoad", "SystemSharedMemoryRegister", "TraceSetting", "LogSettings"]
+)
 def test_other_calls_do_not_pass(proxy: Proxy, method: str) -> None:
     assert proxy.call(SERVICE + method, "right") == "UNIMPLEMENTED"
 

@@ -33,7 +33,9 @@ def picture(generator: np.random.Generator) -> Image.Image:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`plain` and `shifted` with 4 images a class, `captions.csv` with 1 to 3 captions for each of 12, `suite.yaml`."""
+    """`plain` and `shifted` with 4 images a class, `captions.csv` with 1 to 3 captions for each of
+    12, `suite.yaml`.
+    """
     root = tmp_path_factory.mktemp("world")
     generator = np.random.default_rng(0)
     for name in ("plain", "shifted"):
@@ -45,17 +47,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = []
     for index in range(12):
         picture(generator).save(root / "images" / f"{index}.jpg")
-        rows += [[f"images/{index}.jpg", f"picture {index}, said in way {way}"] for way in range(1 + index % 3)]
+        rows += [
+            [f"images/{index}.jpg", f"picture {index}, said in way {way}"]
+            for way in range(1 + index % 3)
+        ]
     generator.shuffle(rows)
     with (root / "captions.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["image", "caption"], *rows])
-    (root / "names.yaml").write_text("cat: cat, kitty\nhouse: a house\ntree: tree\nunknown: x\n", encoding="utf-8")
+    (root / "names.yaml").write_text(
+        "cat: cat, kitty\nhouse: a house\ntree: tree\nunknown: x\n", encoding="utf-8"
+    )
     (root / "suite.yaml").write_text(SUITE, encoding="utf-8")
     return root
 
 
 @pytest.fixture(scope="session")
-def run_folder(random_adapter: Callable[..., Adapter], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(
+    random_adapter: Callable[..., Adapter], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A run with an adapter of random values."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
     run.mkdir()

@@ -9,7 +9,13 @@ import pytest
 
 from radapter_serve.adapter import Metadata
 from radapter_serve.errors import RAdapterError
-from radapter_serve.evaluation.alpha_choice import RULE, RULE_SHIFTED, choose, load_choice, save_choice
+from radapter_serve.evaluation.alpha_choice import (
+    RULE,
+    RULE_SHIFTED,
+    choose,
+    load_choice,
+    save_choice,
+)
 from radapter_serve.evaluation.row import Row
 from radapter_serve.evaluation.run import own_validation
 from tests.helpers.a_row import a_row
@@ -38,10 +44,17 @@ def test_the_smallest_within_the_interval_of_the_best() -> None:
     plain = rows(a=("id", values))
     choice = choose(with_interval(plain, 0.1))
     assert (choice.alpha, choice.smallest, choice.smaller, choice.shifted) == (1.0, 0.5, 0.5, False)
-    assert choose(with_interval(plain, 0.11)).smallest == 0.3  # the end of the interval belongs to it
-    assert choose(with_interval(plain, 0.4)).smallest == 0.0  # the base itself, which is no choice to offer
+    assert (
+        choose(with_interval(plain, 0.11)).smallest == 0.3
+    )  # the end of the interval belongs to it
+    assert (
+        choose(with_interval(plain, 0.4)).smallest == 0.0
+    )  # the base itself, which is no choice to offer
     assert choose(with_interval(plain, 0.4)).smaller is None
-    assert (choose(with_interval(plain, 0.01)).smallest, choose(with_interval(plain, 0.01)).smaller) == (1.0, None)
+    assert (
+        choose(with_interval(plain, 0.01)).smallest,
+        choose(with_interval(plain, 0.01)).smaller,
+    ) == (1.0, None)
     assert choose(plain).smallest is None  # nothing says how far off they are
 
 
@@ -55,7 +68,12 @@ def test_the_interval_of_a_mean_over_sets_is_narrower() -> None:
 def test_where_a_set_is_shifted_nothing_else_is_offered() -> None:
     both = with_interval(rows(a=("id", {0.5: 0.7, 1.0: 0.8}), c=("ood", {0.5: 0.6, 1.0: 0.6})), 0.3)
     choice = choose(both)
-    assert (choice.alpha, choice.smallest, choice.smaller, choice.shifted) == (1.0, None, None, True)
+    assert (choice.alpha, choice.smallest, choice.smaller, choice.shifted) == (
+        1.0,
+        None,
+        None,
+        True,
+    )
 
 
 def test_a_shift_counts_as_much_as_all_sets_in_distribution() -> None:
@@ -107,7 +125,9 @@ def test_validation_data_that_is_the_training_data_is_refused(
     (tmp_path / "photos").mkdir()
     (tmp_path / "link").symlink_to("photos")
     other = other.format(here=tmp_path)
-    run = Metadata(architecture="a", base_digest="sha256:1", task="classification", recipe={"data": trained})
+    run = Metadata(
+        architecture="a", base_digest="sha256:1", task="classification", recipe={"data": trained}
+    )
     if not same:
         assert own_validation(run, other).entries[0].data == other
         return

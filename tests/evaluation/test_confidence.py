@@ -25,16 +25,26 @@ def drawn(logits: np.ndarray, temperature: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
-def test_the_temperature_that_made_the_labels_is_found(logits: np.ndarray, temperature: float) -> None:
-    assert fit_temperature(logits, drawn(logits, temperature)) == pytest.approx(temperature, rel=0.08)
+def test_the_temperature_that_made_the_labels_is_found(
+    logits: np.ndarray, temperature: float
+) -> None:
+    assert fit_temperature(logits, drawn(logits, temperature)) == pytest.approx(
+        temperature, rel=0.08
+    )
 
 
-def test_the_temperature_is_the_best_for_whether_the_best_label_is_right(logits: np.ndarray) -> None:
-    """Also where no temperature is right for all labels: here a third of them are drawn at random."""
+def test_the_temperature_is_the_best_for_whether_the_best_label_is_right(
+    logits: np.ndarray,
+) -> None:
+    """Also where no temperature is right for all labels: here a third of them are drawn at
+    random.
+    """
     truth = np.where(np.arange(N) % 3, drawn(logits, 1.0), np.arange(N) // 3 % CLASSES)
     inverse = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     hits = torch.tensor(logits.argmax(axis=1) == truth, dtype=torch.float64)
-    optimizer = torch.optim.LBFGS([inverse], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [inverse], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
@@ -58,7 +68,9 @@ def test_the_sigmoid_is_that_of_a_logistic_regression(logits: np.ndarray) -> Non
     positive, negative = right.sum(), (1 - right).sum()
     target = torch.tensor(np.where(right, (positive + 1) / (positive + 2), 1 / (negative + 2)))
     found = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([found], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [found], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
@@ -91,7 +103,9 @@ def test_the_sigmoid_of_many_pairs_is_fitted_on_some_images(
 
 
 def test_errors_before_and_after(logits: np.ndarray) -> None:
-    """A model that is far too sure of itself, and scores that stand alone and are right as often as they say."""
+    """A model that is far too sure of itself, and scores that stand alone and are right as often as
+    they say.
+    """
     found = fit_confidence(logits / 100, drawn(logits, 3.0), 100.0, None, "photos")
     assert (found.dataset, found.n, found.classes) == ("photos", N, CLASSES)
     assert found.temperature == pytest.approx(3.0, rel=0.08)
@@ -109,7 +123,9 @@ def by_hand(confidences: torch.Tensor, hits: torch.Tensor) -> float:
 
 
 def test_each_half_is_judged_by_the_fit_of_the_other(logits: np.ndarray) -> None:
-    """Every second image is much surer of itself than the others, so that no half is right by the other's fit."""
+    """Every second image is much surer of itself than the others, so that no half is right by the
+    other's fit.
+    """
     surer = np.arange(N) % 2 == 1
     factors: np.ndarray = np.where(surer, 1.0, 0.2).astype(np.float32)
     logits = logits * factors[:, None]
@@ -119,7 +135,9 @@ def test_each_half_is_judged_by_the_fit_of_the_other(logits: np.ndarray) -> None
     for own, other in ((0, 1), (1, 0)):
         temperature = fit_temperature(logits[other::2], truth[other::2])
         assert temperature is not None
-        after[own::2] = torch.softmax(torch.tensor(logits[own::2]).double() / temperature, 1).amax(1)
+        after[own::2] = torch.softmax(torch.tensor(logits[own::2]).double() / temperature, 1).amax(
+            1
+        )
         scale, bias = fit_sigmoid(logits[other::2] / 100, truth[other::2])
         pairs[own::2] = torch.sigmoid(torch.tensor(logits[own::2]).double() / 100 * scale + bias)
     hits = torch.tensor(logits.argmax(1) == truth)
@@ -142,5 +160,9 @@ def test_where_no_image_is_wrong(logits: np.ndarray) -> None:
 
 def test_too_few_images_or_labels() -> None:
     for shape in ((99, 5), (200, 1)):
-        with pytest.raises(RAdapterError, match="too few for calibrated scores; 100 images are needed"):
-            fit_confidence(np.zeros(shape, np.float32), np.zeros(shape[0], np.int64), 100.0, None, "photos")
+        with pytest.raises(
+            RAdapterError, match="too few for calibrated scores; 100 images are needed"
+        ):
+            fit_confidence(
+                np.zeros(shape, np.float32), np.zeros(shape[0], np.int64), 100.0, None, "photos"
+            )

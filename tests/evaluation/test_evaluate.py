@@ -1,4 +1,6 @@
-"""Evaluating: each α against the folded model in open_clip, and the same numbers whichever way a model runs."""
+"""Evaluating: each α against the folded model in open_clip, and the same numbers whichever way a
+model runs.
+"""
 
 from __future__ import annotations
 
@@ -43,18 +45,24 @@ def exported(common: Path, run_folder: Path, tmp_path_factory: pytest.TempPathFa
 def measured(rows: Sequence[Row]) -> dict[str, float]:
     """What `by_open_clip` gives, of the rows of one model."""
     found = {row.dataset: row.metrics[row.metric] for row in rows}
-    return found | {f"{row.dataset} ece": row.metrics["ece"] for row in rows if "ece" in row.metrics}
+    return found | {
+        f"{row.dataset} ece": row.metrics["ece"] for row in rows if "ece" in row.metrics
+    }
 
 
 def evaluated(embedder: Embedder, world: Path, out: Path) -> list[Row]:
     try:
-        return evaluate_suite(embedder, load_suite(world / "suite.yaml", world), Results(out), batch_size=7)
+        return evaluate_suite(
+            embedder, load_suite(world / "suite.yaml", world), Results(out), batch_size=7
+        )
     finally:
         embedder.close()
 
 
 def by_open_clip(model: torch.nn.Module, name: str, world: Path) -> dict[str, float]:
-    """First metric of each test set, and calibration errors, by open_clip's own functions and loops."""
+    """First metric of each test set, and calibration errors, by open_clip's own functions and
+    loops.
+    """
     _, _, transform = open_clip.create_model_and_transforms(name)
     tokenize, found = open_clip.get_tokenizer(name), {}
 
@@ -73,18 +81,27 @@ def by_open_clip(model: torch.nn.Module, name: str, world: Path) -> dict[str, fl
             for synonyms in classes.values()
         ]
         classifier = np.stack([mean / np.linalg.norm(mean) for mean in means])
-        files = [(f, label) for label, c in enumerate(classes) for f in sorted((world / data / c).iterdir())]
+        files = [
+            (f, label)
+            for label, c in enumerate(classes)
+            for f in sorted((world / data / c).iterdir())
+        ]
         cosines = torch.from_numpy(embed([f for f, _ in files]) @ classifier.T)
         sure, best = (model.logit_scale.exp() * cosines).softmax(1).max(1)  # type: ignore[operator]
         right = best == torch.tensor([label for _, label in files])
         found[data] = float(right.float().mean())
         bins = torch.bucketize(sure, torch.linspace(0, 1, 16))
-        gaps = [(right[bins == b].float() - sure[bins == b]).mean().abs() * (bins == b).sum() for b in bins.unique()]
+        gaps = [
+            (right[bins == b].float() - sure[bins == b]).mean().abs() * (bins == b).sum()
+            for b in bins.unique()
+        ]
         found[f"{data} ece"] = float(sum(gaps)) / len(files)
     with (world / "captions.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     images = sorted({row["image"] for row in rows})
-    scores = embed_texts([row["caption"] for row in rows]) @ embed([world / name for name in images]).T
+    scores = (
+        embed_texts([row["caption"] for row in rows]) @ embed([world / name for name in images]).T
+    )
     hits = [images[line.argmax()] == row["image"] for line, row in zip(scores, rows, strict=True)]
     found["captioned"] = float(np.mean(hits))
     return found
@@ -100,7 +117,9 @@ def test_every_alpha_is_the_folded_model_in_open_clip(
     for alpha in ALPHAS:
         base.model.load_state_dict(fold(weights, adapter, alpha))
         expected = by_open_clip(base.model, tiny_clip_dir, world)
-        assert measured([row for row in rows if row.alpha == alpha]) == pytest.approx(expected, abs=1e-5)
+        assert measured([row for row in rows if row.alpha == alpha]) == pytest.approx(
+            expected, abs=1e-5
+        )
     assert len({json.dumps(row.metrics) for row in rows if row.dataset == "plain"}) > 1
 
 
@@ -113,7 +132,15 @@ def test_torch_merged_and_release_give_the_same_numbers(
     for rows in zip(adapter, merged, release, strict=True):
         assert rows[0].metrics == pytest.approx(rows[1].metrics, abs=1e-5)
         assert rows[0].metrics == pytest.approx(rows[2].metrics, abs=1e-5)
-        for name in ("dataset", "alpha", "n", "set_digest", "base_digest", "adapter_digest", "precision"):
+        for name in (
+            "dataset",
+            "alpha",
+            "n",
+            "set_digest",
+            "base_digest",
+            "adapter_digest",
+            "precision",
+        ):
             assert len({getattr(row, name) for row in rows}) == 1, name
         assert [row.source for row in rows] == ["adapter", "merged", "release"]
 
@@ -128,7 +155,12 @@ def test_embeddings_agree(run_folder: Path, exported: Path, world: Path) -> None
         ReleaseEmbedder(f"{exported / 'repository'}@1"),
     ):
         embedder.select(embedder.variants[0])
-        found.append((embedder.embed_images([embedder.prepare(f) for f in files]), embedder.embed_texts(texts)))
+        found.append(
+            (
+                embedder.embed_images([embedder.prepare(f) for f in files]),
+                embedder.embed_texts(texts),
+            )
+        )
         embedder.close()
     for images, embeds in found[1:]:
         np.testing.assert_allclose(images, found[0][0], atol=2e-5)
@@ -144,11 +176,16 @@ def test_closing_leaves_the_base_as_it_was(run_folder: Path, tiny_clip_dir: str)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_wise_ft_interpolates_all_weights(run_folder: Path, tiny_clip_dir: str, world: Path, tmp_path: Path) -> None:
+def test_wise_ft_interpolates_all_weights(
+    run_folder: Path, tiny_clip_dir: str, world: Path, tmp_path: Path
+) -> None:
     base = load_base(tiny_clip_dir)
     weights = {name: value.clone() for name, value in base.model.state_dict().items()}
     torch.manual_seed(3)
-    tuned = {k: v + 0.05 * torch.randn_like(v) if v.is_floating_point() else v for k, v in weights.items()}
+    tuned = {
+        k: v + 0.05 * torch.randn_like(v) if v.is_floating_point() else v
+        for k, v in weights.items()
+    }
     save_file(tuned, tmp_path / "tuned.safetensors")
     embedder = from_adapter(run_folder, [0.0, 0.5], finetuned=tmp_path / "tuned.safetensors")
     assert [(v.source, v.alpha) for v in embedder.variants] == [
@@ -158,7 +195,9 @@ def test_wise_ft_interpolates_all_weights(run_folder: Path, tiny_clip_dir: str, 
     items = [embedder.prepare(d) for d in data]
     embedder.select(embedder.variants[3])
     found = embedder.embed_images(items)
-    middle = {k: torch.lerp(v, tuned[k], 0.5) if v.is_floating_point() else v for k, v in weights.items()}
+    middle = {
+        k: torch.lerp(v, tuned[k], 0.5) if v.is_floating_point() else v for k, v in weights.items()
+    }
     base.model.load_state_dict(middle)
     with torch.no_grad():
         expected = base.model.encode_image(torch.stack(items), normalize=True).numpy()  # type: ignore[operator]
@@ -166,7 +205,9 @@ def test_wise_ft_interpolates_all_weights(run_folder: Path, tiny_clip_dir: str, 
 
 
 @pytest.mark.triton
-def test_a_live_server_gives_the_same_numbers(run_folder: Path, exported: Path, world: Path, tmp_path: Path) -> None:
+def test_a_live_server_gives_the_same_numbers(
+    run_folder: Path, exported: Path, world: Path, tmp_path: Path
+) -> None:
     from radapter_serve.server.config import ServerConfig
     from radapter_serve.server.endpoints import Endpoints
     from radapter_serve.server.triton_server import TritonServer
@@ -178,6 +219,14 @@ def test_a_live_server_gives_the_same_numbers(run_folder: Path, exported: Path, 
     for served in (by_grpc, by_http):
         for one, other in zip(adapter, served, strict=True):
             assert one.metrics == pytest.approx(other.metrics, abs=1e-5)
-            for name in ("dataset", "alpha", "n", "set_digest", "base_digest", "adapter_digest", "precision"):
+            for name in (
+                "dataset",
+                "alpha",
+                "n",
+                "set_digest",
+                "base_digest",
+                "adapter_digest",
+                "precision",
+            ):
                 assert getattr(one, name) == getattr(other, name), name
             assert other.source == "server"

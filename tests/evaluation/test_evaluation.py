@@ -1,4 +1,6 @@
-"""Zero-shot classification and accuracy over α against open_clip's own functions and against folded models."""
+"""Zero-shot classification and accuracy over α against open_clip's own functions and against folded
+models.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def images(tmp_path: Path) -> Labelled:
         folder = tmp_path / CLASSES[index % 4]
         folder.mkdir(exist_ok=True)
         pixels = generator.integers(0, 255, (5, 6, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((50, 41), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
+        Image.fromarray(pixels).resize((50, 41), Image.Resampling.BICUBIC).save(
+            folder / f"{index}.png"
+        )
     return load_labelled(f"imagefolder:{tmp_path}")
 
 
@@ -56,8 +60,13 @@ def test_hits_by_hand(tiny_clip_dir: str) -> None:
     pixels = torch.randn(6, 3, 32, 32)
     with torch.no_grad():
         embeds = base.model.encode_image(pixels, normalize=True)  # type: ignore[operator]
-    labels = torch.tensor([0, 1, 2, 3, 4, 0])  # each image is its own class; the last label is wrong
-    assert count_hits(base.model, embeds, [(pixels[:4], labels[:4]), (pixels[4:], labels[4:])]) == (5, 6)
+    labels = torch.tensor(
+        [0, 1, 2, 3, 4, 0]
+    )  # each image is its own class; the last label is wrong
+    assert count_hits(base.model, embeds, [(pixels[:4], labels[:4]), (pixels[4:], labels[4:])]) == (
+        5,
+        6,
+    )
 
 
 def test_a_model_of_nan_is_an_error(tiny_clip_dir: str) -> None:
@@ -65,7 +74,11 @@ def test_a_model_of_nan_is_an_error(tiny_clip_dir: str) -> None:
     with torch.no_grad():
         base.model.get_parameter("visual.proj")[0, 0] = torch.nan
     with pytest.raises(RAdapterError, match="not finite"):
-        count_hits(base.model, torch.ones(2, 32), [(torch.randn(1, 3, 32, 32), torch.zeros(1, dtype=torch.long))])
+        count_hits(
+            base.model,
+            torch.ones(2, 32),
+            [(torch.randn(1, 3, 32, 32), torch.zeros(1, dtype=torch.long))],
+        )
 
 
 def test_the_curve_equals_folding_each_alpha(tiny_clip_dir: str, images: Labelled) -> None:
@@ -75,7 +88,9 @@ def test_the_curve_equals_folding_each_alpha(tiny_clip_dir: str, images: Labelle
     torch.manual_seed(0)
     tensors = {site.key: torch.randn(64, 64) * 0.3 for site in sites}
     digest = base_digest(state, [site.key for site in sites])
-    adapter = Adapter(tensors, Metadata(architecture=tiny_clip_dir, base_digest=digest, templates=TEMPLATES))
+    adapter = Adapter(
+        tensors, Metadata(architecture=tiny_clip_dir, base_digest=digest, templates=TEMPLATES)
+    )
     embedder = embedder_of(base, adapter, [0.0, 0.5, 1.0])
     rows = curve(evaluate(embedder, classification_set(Entry("all", "all"), images)))
     embedder.close()
@@ -87,7 +102,9 @@ def test_the_curve_equals_folding_each_alpha(tiny_clip_dir: str, images: Labelle
         with torch.no_grad():
             texts = zero_shot_classifier(base.model, base.tokenizer, images.classes, TEMPLATES)
             logits = base.model.encode_image(pixels, normalize=True) @ texts.T  # type: ignore[operator]
-        assert row["all"] == pytest.approx(100 * (logits.argmax(dim=1) == labels).float().mean().item())
+        assert row["all"] == pytest.approx(
+            100 * (logits.argmax(dim=1) == labels).float().mean().item()
+        )
     assert len({row["all"] for row in rows}) > 1
     base.model.load_state_dict(state)
     attach(base.model).remove()  # the evaluation left no adapters behind

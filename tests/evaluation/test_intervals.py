@@ -7,15 +7,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radapter_serve.evaluation.intervals import mean_recall_interval, paired_difference, segmentation_intervals, wilson
+from radapter_serve.evaluation.intervals import (
+    mean_recall_interval,
+    paired_difference,
+    segmentation_intervals,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
     ("hits", "n", "expected"),
-    [(0, 10, (0, 0.2775)), (5, 10, (0.2366, 0.7634)), (10, 10, (0.7225, 1)), (81, 263, (0.2553, 0.3662))],
+    [
+        (0, 10, (0, 0.2775)),
+        (5, 10, (0.2366, 0.7634)),
+        (10, 10, (0.7225, 1)),
+        (81, 263, (0.2553, 0.3662)),
+    ],
 )
 def test_wilsons_interval_by_hand(hits: int, n: int, expected: tuple[float, float]) -> None:
-    assert wilson(hits / n, n) == pytest.approx(expected, abs=5e-5)  # the last is Newcombe's (1998) example
+    assert wilson(hits / n, n) == pytest.approx(
+        expected, abs=5e-5
+    )  # the last is Newcombe's (1998) example
 
 
 @given(st.integers(1, 5000), st.floats(0, 1))
@@ -38,9 +50,15 @@ def test_a_mean_over_classes_of_one_image_each_is_a_share(hits: int, n: int) -> 
 
 
 @pytest.mark.parametrize("skill", ["equal", "any", "high"])
-@pytest.mark.parametrize(("classes", "images"), [(5, 2), (100, 1), (100, 2), (100, 3), (20, 8), (50, None)])
-def test_a_mean_over_classes_is_covered_as_often_as_is_said(classes: int, images: int | None, skill: str) -> None:
-    """Simulated data sets, drawn from classes whose recall is known; None has 1 to 7 images in a class."""
+@pytest.mark.parametrize(
+    ("classes", "images"), [(5, 2), (100, 1), (100, 2), (100, 3), (20, 8), (50, None)]
+)
+def test_a_mean_over_classes_is_covered_as_often_as_is_said(
+    classes: int, images: int | None, skill: str
+) -> None:
+    """Simulated data sets, drawn from classes whose recall is known; None has 1 to 7 images in a
+    class.
+    """
     generator = np.random.default_rng(classes)
     covered = []
     for _ in range(1000):
@@ -85,11 +103,19 @@ def test_a_paired_difference_by_hand() -> None:
 def test_a_paired_difference_over_sets_is_a_bootstrap_of_images_within_each() -> None:
     generator = np.random.default_rng(0)
     easy = [generator.random(n) < 0.7 for n in (150, 600)]
-    hard = [of & (generator.random(len(of)) < share) for of, share in zip(easy, (0.6, 0.9), strict=True)]
+    hard = [
+        of & (generator.random(len(of)) < share) for of, share in zip(easy, (0.6, 0.9), strict=True)
+    ]
     lead, half = paired_difference(easy, hard)
     means = []
     for _ in range(4000):
         rows = [generator.integers(0, len(of), len(of)) for of in easy]
-        means.append(np.mean([a[r].mean() - b[r].mean() for a, b, r in zip(easy, hard, rows, strict=True)]))
-    assert lead == pytest.approx(np.mean([a.mean() - b.mean() for a, b in zip(easy, hard, strict=True)]))
-    assert (lead - half, lead + half) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=0.005)
+        means.append(
+            np.mean([a[r].mean() - b[r].mean() for a, b, r in zip(easy, hard, rows, strict=True)])
+        )
+    assert lead == pytest.approx(
+        np.mean([a.mean() - b.mean() for a, b in zip(easy, hard, strict=True)])
+    )
+    assert (lead - half, lead + half) == pytest.approx(
+        tuple(np.percentile(means, [2.5, 97.5])), abs=0.005
+    )

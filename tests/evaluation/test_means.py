@@ -23,12 +23,17 @@ def rows() -> list[Row]:
 
 
 def test_a_table_has_the_mean_over_sets_in_distribution_and_over_the_others() -> None:
-    columns = {" ".join(str(column.header).split()): list(column.cells) for column in table(rows(), "t").columns}
+    columns = {
+        " ".join(str(column.header).split()): list(column.cells)
+        for column in table(rows(), "t").columns
+    }
     for number, name in enumerate(("mean of 2 id", "mean of 3 ood")):
         assert columns[name] == [f"{means[number]:.2f}" for means in MEANS.values()]
 
 
 def test_the_choice_takes_the_mean_of_the_two_means() -> None:
     choice = choose(rows())
-    assert [point["score"] for point in choice.curve] == pytest.approx([sum(means) / 2 for means in MEANS.values()])
+    assert [point["score"] for point in choice.curve] == pytest.approx(
+        [sum(means) / 2 for means in MEANS.values()]
+    )
     assert choice.alpha == 0.25

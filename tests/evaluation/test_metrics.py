@@ -32,9 +32,13 @@ def test_classification_against_a_loop(n: int, classes: int, seed: int, tied: bo
     labels = generator.integers(0, classes, n)
     found = classification_metrics(true_ranks(scores, labels), labels, classes)
     ordered = [best_first(row) for row in scores]
-    assert found["acc1"] == pytest.approx(sum(o[0] == y for o, y in zip(ordered, labels, strict=True)) / n)
+    assert found["acc1"] == pytest.approx(
+        sum(o[0] == y for o, y in zip(ordered, labels, strict=True)) / n
+    )
     if classes > 5:
-        assert found["acc5"] == pytest.approx(sum(y in o[:5] for o, y in zip(ordered, labels, strict=True)) / n)
+        assert found["acc5"] == pytest.approx(
+            sum(y in o[:5] for o, y in zip(ordered, labels, strict=True)) / n
+        )
     else:
         assert "acc5" not in found
     recalls = []
@@ -46,7 +50,10 @@ def test_classification_against_a_loop(n: int, classes: int, seed: int, tied: bo
 
 def test_calibration_error_by_hand() -> None:
     # Bins of 15: 0.9 and 0.92 share (13/15, 14/15], 0.3 is alone in (4/15, 5/15], 1 in (14/15, 1].
-    confidences, hits = np.array([0.9, 0.92, 0.3, 1.0], np.float32), np.array([True, False, True, True])
+    confidences, hits = (
+        np.array([0.9, 0.92, 0.3, 1.0], np.float32),
+        np.array([True, False, True, True]),
+    )
     sums = calibration_sums(confidences, hits)
     assert sums[0].tolist() == [0] * 4 + [1] + [0] * 8 + [2, 1]
     # |1/2 - 0.91| of two images, |1 - 0.3| of one, |1 - 1| of one
@@ -67,19 +74,27 @@ def test_calibration_error_against_a_loop(n: int, seed: int, parts: int) -> None
     for low, high in zip(np.linspace(0, 1, 16)[:-1], np.linspace(0, 1, 16)[1:], strict=True):
         inside = (confidences > low) & (confidences <= high)
         if inside.any():
-            expected += inside.mean() * abs(hits[inside].mean() - confidences[inside].mean(dtype=float))
-    sums = sum(calibration_sums(confidences[part::parts], hits[part::parts]) for part in range(parts))
+            expected += inside.mean() * abs(
+                hits[inside].mean() - confidences[inside].mean(dtype=float)
+            )
+    sums = sum(
+        calibration_sums(confidences[part::parts], hits[part::parts]) for part in range(parts)
+    )
     assert calibration_error(np.asarray(sums)) == pytest.approx(expected, abs=1e-6)
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=20), st.integers(0, 2**32 - 1), st.booleans())
+@given(
+    st.lists(st.integers(1, 4), min_size=1, max_size=20), st.integers(0, 2**32 - 1), st.booleans()
+)
 def test_retrieval_against_a_loop(captions: list[int], seed: int, tied: bool) -> None:
     generator = np.random.default_rng(seed)
     image_of = generator.permutation(np.repeat(np.arange(len(captions)), captions))
     width = 2 if tied else 8
     images, texts = (
-        (generator.integers(0, 2, (n, width)) if tied else generator.normal(size=(n, width))).astype(np.float32)
+        (
+            generator.integers(0, 2, (n, width)) if tied else generator.normal(size=(n, width))
+        ).astype(np.float32)
         for n in (len(captions), len(image_of))
     )
     found = retrieval_metrics(images, texts, image_of)
@@ -88,13 +103,18 @@ def test_retrieval_against_a_loop(captions: list[int], seed: int, tied: bool) ->
     for k in (1, 5, 10):
         hits = [image_of[text] in ordered[:k] for text, ordered in enumerate(to_image)]
         assert found[f"image_retrieval_recall@{k}"] == pytest.approx(np.mean(hits))
-        hits = [any(image_of[text] == image for text in ordered[:k]) for image, ordered in enumerate(to_text)]
+        hits = [
+            any(image_of[text] == image for text in ordered[:k])
+            for image, ordered in enumerate(to_text)
+        ]
         assert found[f"text_retrieval_recall@{k}"] == pytest.approx(np.mean(hits))
 
 
 def test_equal_scores_are_no_hits_for_all() -> None:
     same = np.ones((6, 4), np.float32)
-    assert retrieval_metrics(same, same, np.arange(6))["image_retrieval_recall@1"] == pytest.approx(1 / 6)
+    assert retrieval_metrics(same, same, np.arange(6))["image_retrieval_recall@1"] == pytest.approx(
+        1 / 6
+    )
 
 
 def test_equal_captions_match_each_others_images_by_hand() -> None:
@@ -102,11 +122,15 @@ def test_equal_captions_match_each_others_images_by_hand() -> None:
     assert caption_groups(captions).tolist() == [0, 0, 1, 0, 2]
     images = np.eye(4, dtype=np.float32)
     image_of = np.array([0, 1, 1, 2, 3])  # image 1 has two captions
-    texts = np.array([[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 1]], np.float32)
+    texts = np.array(
+        [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 1]], np.float32
+    )
     found = retrieval_metrics(images, texts, image_of, (1, 2), caption_groups(captions))
-    # by text: a dog finds image 1, image 2 (a dog each: hits), a cat finds 2 (a miss), a dog 3 (a miss), a tree 3
+    # by text: a dog finds image 1, image 2 (a dog each: hits), a cat finds 2 (a miss), a dog 3 (a
+    # miss), a tree 3
     assert found["image_retrieval_recall@1"] == pytest.approx(3 / 5)
-    # by image: 0 sees nothing, of equal texts the first, a dog; 1 the first; 2 the second; 3 a dog before the tree
+    # by image: 0 sees nothing, of equal texts the first, a dog; 1 the first; 2 the second; 3 a dog
+    # before the tree
     assert found["text_retrieval_recall@1"] == pytest.approx(3 / 4)
     assert found["text_retrieval_recall@2"] == 1
     alone = retrieval_metrics(images, texts, image_of, (1,))
@@ -120,13 +144,20 @@ def test_class_names_as_captions_are_evaluated_as_classes() -> None:
     images = (classes[labels] + generator.normal(size=(60, 3)) * 0.8).astype(np.float32)
     groups = caption_groups([f"Class {label}" for label in labels])
     found = retrieval_metrics(images, classes[labels], np.arange(60), (1,), groups)
-    assert found["text_retrieval_recall@1"] == pytest.approx(np.mean((images @ classes.T).argmax(1) == labels))
+    assert found["text_retrieval_recall@1"] == pytest.approx(
+        np.mean((images @ classes.T).argmax(1) == labels)
+    )
 
 
 def test_a_class_that_nobody_has_counts_for_no_mean_of_segmentation() -> None:
-    # Of 4 pixels of the first class 3 are right and 1 has no answer; 2 of the second have none; the third is nowhere.
+    # Of 4 pixels of the first class 3 are right and 1 has no answer; 2 of the second have none; the
+    # third is nowhere.
     counts = np.array([[3, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 0]])
-    expected = {"miou": (3 / 4 + 0) / 2, "pixel_accuracy": 3 / 6, "mean_class_accuracy": (3 / 4 + 0) / 2}
+    expected = {
+        "miou": (3 / 4 + 0) / 2,
+        "pixel_accuracy": 3 / 6,
+        "mean_class_accuracy": (3 / 4 + 0) / 2,
+    }
     assert segmentation_metrics(counts) == pytest.approx(expected)
 
 

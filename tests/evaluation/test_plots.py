@@ -9,7 +9,12 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from radapter_serve.evaluation.plots import plot_alpha_curve, plot_bars, plot_calibration, plot_confusion
+from radapter_serve.evaluation.plots import (
+    plot_alpha_curve,
+    plot_bars,
+    plot_calibration,
+    plot_confusion,
+)
 from radapter_serve.evaluation.row import Bin, ClassFigures, Row
 from tests.helpers.a_row import a_row
 
@@ -23,7 +28,10 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def test_picture_of_the_curve(tmp_path: Path) -> None:
-    rows = [{"alpha": a, "a": 50 + 20 * a, "b": 40 + 10 * a - 15 * a * a, "c": 30.0} for a in (0.0, 0.5, 1.0)]
+    rows = [
+        {"alpha": a, "a": 50 + 20 * a, "b": 40 + 10 * a - 15 * a * a, "c": 30.0}
+        for a in (0.0, 0.5, 1.0)
+    ]
     plot_alpha_curve(rows, "a", ["b", "c"], tmp_path / "curve.png", title="A title")
     with Image.open(tmp_path / "curve.png") as image:
         assert image.size == (1695, 630)
@@ -43,7 +51,9 @@ def test_picture_with_another_method_beside_it_and_of_one_set_alone(tmp_path: Pa
             assert image.size == (width, 630)
             left = image.convert("RGB").crop((0, 0, 740, 630)).getcolors(1 << 20) or []
             blue.append(sum(n for n, c in left if c == (31, 119, 180)))
-    assert blue[0] > 500 and blue[1] == 0  # the other method is in the left panel, and only there where it is given
+    assert (
+        blue[0] > 500 and blue[1] == 0
+    )  # the other method is in the left panel, and only there where it is given
 
 
 def test_no_two_of_many_sets_look_the_same(drawn: list[Figure]) -> None:
@@ -63,13 +73,17 @@ def test_bars_of_many_models_and_sets(tmp_path: Path) -> None:
 
 
 def row(confusion: list[list[int]], kind: str, values: list[float | None]) -> Row:
-    classes = [ClassFigures(f"thing {number}", 4, value, value) for number, value in enumerate(values)]
+    classes = [
+        ClassFigures(f"thing {number}", 4, value, value) for number, value in enumerate(values)
+    ]
     dense = "naclip" if kind == "iou" else None
     return a_row(confusion=confusion, per_class=classes, dense=dense)
 
 
 @pytest.mark.parametrize(("none", "kind"), [(0, "recall"), (1, "iou")])
-def test_a_confusion_is_shown_in_per_cent_of_the_true_class(drawn: list[Figure], none: int, kind: str) -> None:
+def test_a_confusion_is_shown_in_per_cent_of_the_true_class(
+    drawn: list[Figure], none: int, kind: str
+) -> None:
     plot_confusion(row([[3, 1, 0], [4 - none, 0, none]], kind, [0.75, None]), "own.png")
     axes = drawn[0].axes[0]
     shares = [[75, 25, 0], [75, 0, 25]] if none else [[75, 25], [100, 0]]
@@ -82,25 +96,33 @@ def test_a_confusion_is_shown_in_per_cent_of_the_true_class(drawn: list[Figure],
         for line, of in enumerate(shares)
         for column, share in enumerate(of)
     }
-    assert {(text.get_horizontalalignment(), text.get_verticalalignment()) for text in axes.texts} == {
-        ("center", "center")
-    }
+    assert {
+        (text.get_horizontalalignment(), text.get_verticalalignment()) for text in axes.texts
+    } == {("center", "center")}
     found = [label.get_text() for label in axes.get_xticklabels()]
     assert (
         found == ["thing 0", "thing 1", "none"][: len(shares[0])]
         and axes.get_xticks().tolist() == [0, 1, 2][: len(found)]
     )
     assert {label.get_rotation() for label in axes.get_xticklabels()} == {90}
-    assert [label.get_text() for label in axes.get_yticklabels()] == [f"thing 0, n 4, {kind} 75.0 %", "thing 1, n 4"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        f"thing 0, n 4, {kind} 75.0 %",
+        "thing 1, n 4",
+    ]
     assert axes.get_yticks().tolist() == [0, 1]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("found", "true")
     assert drawn[0].axes[1].get_ylabel() == "% of the true class"
     assert drawn[0].get_suptitle() == "own: adapter, α = 0.5"
-    assert drawn[0].get_size_inches().tolist() == pytest.approx([4.6, 3.1]) and drawn[0].get_dpi() == 150
+    assert (
+        drawn[0].get_size_inches().tolist() == pytest.approx([4.6, 3.1])
+        and drawn[0].get_dpi() == 150
+    )
 
 
 @pytest.mark.parametrize(("classes", "cells"), [(15, 225), (16, 0)])
-def test_the_cells_of_few_classes_have_figures(drawn: list[Figure], classes: int, cells: int) -> None:
+def test_the_cells_of_few_classes_have_figures(
+    drawn: list[Figure], classes: int, cells: int
+) -> None:
     counts = np.eye(classes, classes + 1, dtype=int)
     counts[0, 0] = 0  # a class without an image
     plot_confusion(row(counts.tolist(), "recall", [None] * classes), "own.png")

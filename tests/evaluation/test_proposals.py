@@ -1,4 +1,6 @@
-"""A proposal network's masks and scores in evaluation: fused as OVSeg fuses them, and told in the rows."""
+"""A proposal network's masks and scores in evaluation: fused as OVSeg fuses them, and told in the
+rows.
+"""
 
 from __future__ import annotations
 
@@ -43,14 +45,20 @@ class Fixed(Oracle):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """`data` of 2 images of noise with label maps, and `found` with 4 soft masks and scores of each."""
+    """`data` of 2 images of noise with label maps, and `found` with 4 soft masks and scores of
+    each.
+    """
     generator = np.random.default_rng(0)
     for kind in ("images", "masks"):
         (tmp_path / "data" / kind).mkdir(parents=True)
     (tmp_path / "found").mkdir()
     for name in ("a", "b"):
-        Image.fromarray(generator.integers(0, 255, (*SIZE, 3), np.uint8)).save(tmp_path / f"data/images/{name}.png")
-        Image.fromarray(generator.integers(0, 3, SIZE, np.uint8)).save(tmp_path / f"data/masks/{name}.png")
+        Image.fromarray(generator.integers(0, 255, (*SIZE, 3), np.uint8)).save(
+            tmp_path / f"data/images/{name}.png"
+        )
+        Image.fromarray(generator.integers(0, 3, SIZE, np.uint8)).save(
+            tmp_path / f"data/masks/{name}.png"
+        )
         masks = np.round(generator.random((4, *SIZE)) * 255).astype(np.uint8)
         scores = generator.random((4, 3)).astype(np.float32)
         np.savez(tmp_path / f"found/{name}.npz", masks=masks, scores=scores)
@@ -70,14 +78,20 @@ def rows_of(suite: Suite) -> list[Row]:
 
 
 def by_ovseg(folder: Path, weight: float | None) -> list[list[int]]:
-    """Counts by true and found class: sum_q (p_proposal^(1-w) p_clip^w) mask_q of each pixel, in OVSeg's own order."""
+    """Counts by true and found class: sum_q (p_proposal^(1-w) p_clip^w) mask_q of each pixel, in
+    OVSeg's own order.
+    """
     logits = SCALE * COSINES.astype(float)
     clip = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     counts = np.zeros((3, 4), int)
     for name in ("a", "b"):
         with np.load(folder / "found" / f"{name}.npz") as found:
             masks = found["masks"] / 255
-            classes = clip if weight is None else found["scores"].astype(float) ** (1 - weight) * clip**weight
+            classes = (
+                clip
+                if weight is None
+                else found["scores"].astype(float) ** (1 - weight) * clip**weight
+            )
         best = np.einsum("qc,qhw->chw", classes, masks).argmax(0)
         truth = np.asarray(Image.open(folder / "data" / "masks" / f"{name}.png"))
         for true, answer in zip(truth.ravel(), best.ravel(), strict=True):
@@ -104,13 +118,18 @@ def test_masks_without_scores_have_clips_classes(folder: Path) -> None:
     (row,) = rows_of(suite_of(folder, "proposals: found"))
     assert row.confusion == by_ovseg(folder, None) and row.proposal_weight is None
     suite = suite_of(folder, "proposals: found, proposal_weight: 0.6")
-    with pytest.raises(RAdapterError, match=r"data set 's0': proposal_weight is 0.6 but found has no scores to weigh"):
+    with pytest.raises(
+        RAdapterError,
+        match=r"data set 's0': proposal_weight is 0.6 but found has no scores to weigh",
+    ):
         open_set(suite, suite.entries[0])
 
 
 def test_an_image_whose_masks_are_empty_is_background(folder: Path) -> None:
     for name in ("a", "b"):
-        np.savez(folder / "found" / f"{name}.npz", masks=np.full((3 * (name == "a"), *SIZE), 0.4))  # none is above 0.4
+        np.savez(
+            folder / "found" / f"{name}.npz", masks=np.full((3 * (name == "a"), *SIZE), 0.4)
+        )  # none is above 0.4
     (row,) = rows_of(suite_of(folder, "proposals: found"))
     assert np.array(row.confusion)[:, 3].sum() == 2 * 6 * 8
 
@@ -125,7 +144,11 @@ def test_a_mask_that_is_empty_takes_its_own_scores_along(folder: Path) -> None:
     (folder / "rest").mkdir()
     for name in ("a", "b"):
         with np.load(folder / "found" / f"{name}.npz") as found:
-            np.savez(folder / "rest" / f"{name}.npz", masks=found["masks"][1:], scores=found["scores"][1:])
+            np.savez(
+                folder / "rest" / f"{name}.npz",
+                masks=found["masks"][1:],
+                scores=found["scores"][1:],
+            )
     whole, rest = rows_of(suite_of(folder, "proposals: found", "proposals: rest"))
     assert whole.confusion == rest.confusion
 
@@ -134,7 +157,11 @@ def test_the_digest_covers_the_proposals(folder: Path) -> None:
     suite = suite_of(folder, "proposals: found", "dense: proposals")
     first, true = (open_set(suite, entry).facts.set_digest for entry in suite.entries)
     assert first != true
-    np.savez(folder / "found" / "b.npz", masks=np.ones((1, *SIZE), bool), scores=np.ones((1, 3), np.float32))
+    np.savez(
+        folder / "found" / "b.npz",
+        masks=np.ones((1, *SIZE), bool),
+        scores=np.ones((1, 3), np.float32),
+    )
     assert open_set(suite, suite.entries[0]).facts.set_digest != first
 
 
@@ -163,6 +190,12 @@ def test_bad_entries(folder: Path, fields: str, message: str) -> None:
 
 
 def test_an_error_names_the_image(folder: Path) -> None:
-    np.savez(folder / "found" / "b.npz", masks=np.ones((1, 5, 5), bool), scores=np.ones((1, 3), np.float32))
-    with pytest.raises(RAdapterError, match=r"data set 's0', b.png: the masks of .*b.npz have 5 x 5 pixels"):
+    np.savez(
+        folder / "found" / "b.npz",
+        masks=np.ones((1, 5, 5), bool),
+        scores=np.ones((1, 3), np.float32),
+    )
+    with pytest.raises(
+        RAdapterError, match=r"data set 's0', b.png: the masks of .*b.npz have 5 x 5 pixels"
+    ):
         rows_of(suite_of(folder, "proposals: found"))

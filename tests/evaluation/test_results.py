@@ -16,7 +16,13 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Variant
 from radapter_serve.evaluation.evaluate import case_of
 from radapter_serve.evaluation.evaluation_set import as_seen, by_bin, by_class
-from radapter_serve.evaluation.results import Results, common_unit, harmonic_means, metric_name, table
+from radapter_serve.evaluation.results import (
+    Results,
+    common_unit,
+    harmonic_means,
+    metric_name,
+    table,
+)
 from radapter_serve.evaluation.row import Bin, ClassFigures, ModelFacts, Row, SetFacts, Setup
 from radapter_serve.evaluation.suite import Entry, entry_of
 from radapter_serve.inputs.mask_crop import MaskCrop
@@ -30,12 +36,19 @@ def test_a_figure_has_its_interval() -> None:
 
 
 def test_an_accuracy_has_its_calibration_error_beside_it() -> None:
-    calibrated = a_row("a", 0.5, intervals={"acc1": (0.4, 0.61)}, metrics={"acc1": 0.5, "ece": 0.123})
+    calibrated = a_row(
+        "a", 0.5, intervals={"acc1": (0.4, 0.61)}, metrics={"acc1": 0.5, "ece": 0.123}
+    )
     assert list(table([calibrated], "t").columns[2].cells) == ["50.00\n40.0 – 61.0\nECE 12.3"]
 
 
 def test_base_and_novel_classes_of_one_model_are_joined() -> None:
-    rows = [a_row("base", 0.5, classes=3), a_row("other"), a_row("novel", 0.75), a_row("base", 0.9, alpha=1.0)]
+    rows = [
+        a_row("base", 0.5, classes=3),
+        a_row("other"),
+        a_row("novel", 0.75),
+        a_row("base", 0.9, alpha=1.0),
+    ]
     (mean,) = harmonic_means(rows, [("base", "novel")])
     assert mean == a_row(
         "base and novel", metric="harmonic_mean", n=40, runtime=3.0, set_digest="sha256:base sha256:novel",
@@ -49,7 +62,10 @@ def test_rows_are_written_into_new_folders_and_read_again(tmp_path: Path) -> Non
     results.add([a_row("bü", 0.25)])
     again = Results(tmp_path / "new" / "folder", resume=True)
     assert again.rows == [a_row("a", 0.5), a_row("bü", 0.25)]
-    assert again.find(a_row("bü", 0.75, runtime=9)) == a_row("bü", 0.25) and again.find(a_row("c", 0.5)) is None
+    assert (
+        again.find(a_row("bü", 0.75, runtime=9)) == a_row("bü", 0.25)
+        and again.find(a_row("c", 0.5)) is None
+    )
 
 
 SEGMENTED: dict[str, Any] = {
@@ -75,8 +91,20 @@ def test_a_row_is_what_its_line_says(fields: dict[str, Any]) -> None:
 def test_what_is_not_known_is_left_out_or_null() -> None:
     segmented, plain = a_row(**SEGMENTED).to_dict(), a_row(alpha=None).to_dict()
     nulls = {name for name, value in segmented.items() if value is None}
-    assert nulls == {"model", "pretrained", "short_side", "stride", "threshold", "background", "proposal_weight"}
-    assert {name for name, value in plain.items() if value is None} == {"model", "pretrained", "alpha"}
+    assert nulls == {
+        "model",
+        "pretrained",
+        "short_side",
+        "stride",
+        "threshold",
+        "background",
+        "proposal_weight",
+    }
+    assert {name for name, value in plain.items() if value is None} == {
+        "model",
+        "pretrained",
+        "alpha",
+    }
     assert segmented["per_class"] == [{"class": "cat", "n": 3, "recall": 0.5, "iou": None}]
     assert segmented["crop"] == {"padding": 0.0, "square": True, "fill": [123, 117, 104]}
 
@@ -88,7 +116,10 @@ def test_what_is_not_known_is_left_out_or_null() -> None:
         ({"n": None}, "n: Input should be a valid integer"),
         ({"metrics": {"acc1": "high"}}, "metrics.acc1: Input should be a valid number"),
         ({"calibration": [{"n": 1}]}, "it has no calibration.0.confidence"),
-        ({"per_class": [{"class": "a", "n": 1, "recall": 1, "f1": 1}]}, "it has an unknown field per_class.0.f1"),
+        (
+            {"per_class": [{"class": "a", "n": 1, "recall": 1, "f1": 1}]},
+            "it has an unknown field per_class.0.f1",
+        ),
         ("metrics", "it has no metrics"),
     ],
 )
@@ -98,7 +129,9 @@ def test_a_line_that_is_no_row_is_refused(change: Any, message: str, tmp_path: P
         del line[change]
     else:
         line |= change
-    (tmp_path / "results.jsonl").write_text(f"{json.dumps(a_row().to_dict())}\n{json.dumps(line)}\n")
+    (tmp_path / "results.jsonl").write_text(
+        f"{json.dumps(a_row().to_dict())}\n{json.dumps(line)}\n"
+    )
     with pytest.raises(RAdapterError) as error:
         Results(tmp_path)
     assert f"results.jsonl, line 2 is no row of results: {message}" in str(error.value)

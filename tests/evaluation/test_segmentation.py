@@ -1,4 +1,6 @@
-"""Segmentation, evaluated: mIoU against sets of pixels, known answers, the same masks whichever way a model runs."""
+"""Segmentation, evaluated: mIoU against sets of pixels, known answers, the same masks whichever way
+a model runs.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def test_metrics_against_sets_of_pixels(classes: int, images: int, seed: int) ->
     counts = np.zeros((classes, classes + 1), np.int64)
     for truth, answer in zip(truths, answers, strict=True):
         counts += confusion(truth[truth >= 0], answer[truth >= 0], classes)
-    places = [(i, y, x) for i, truth in enumerate(truths) for y, x in np.argwhere(truth >= 0).tolist()]
+    places = [
+        (i, y, x) for i, truth in enumerate(truths) for y, x in np.argwhere(truth >= 0).tolist()
+    ]
     ious, recalls, right = [], [], 0
     for label in range(classes):
         true = {(i, y, x) for i, y, x in places if truths[i][y, x] == label}
@@ -75,7 +79,9 @@ def test_metrics_against_sets_of_pixels(classes: int, images: int, seed: int) ->
 
 
 class Oracle:
-    """Knows the class of every colour: a patch's embedding is the one-hot vector of the class at its centre."""
+    """Knows the class of every colour: a patch's embedding is the one-hot vector of the class at
+    its centre.
+    """
 
     templates: Sequence[str] = ["{}"]
     size = SIZE
@@ -114,25 +120,33 @@ class Oracle:
 
 def regions(generator: np.random.Generator) -> NDArray[np.uint8]:
     """A label map of rectangles, sides of 32 pixels at least: several patches."""
-    return np.kron(generator.integers(0, len(NAMES), (3, 4), dtype=np.uint8), np.ones((48, 40), np.uint8))
+    return np.kron(
+        generator.integers(0, len(NAMES), (3, 4), dtype=np.uint8), np.ones((48, 40), np.uint8)
+    )
 
 
 @pytest.fixture(scope="module")
 def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`data` of 6 images whose red tells their class, with a border that is ignored, `found` masks, and a suite."""
+    """`data` of 6 images whose red tells their class, with a border that is ignored, `found` masks,
+    and a suite.
+    """
     root = tmp_path_factory.mktemp("masked")
     generator = np.random.default_rng(0)
     for kind in ("images", "masks"):
         (root / "data" / kind).mkdir(parents=True)
     for number in range(6):
         labels = regions(generator)
-        pixels = np.stack([labels * 60, generator.integers(0, 255, labels.shape, np.uint8), labels], -1)
+        pixels = np.stack(
+            [labels * 60, generator.integers(0, 255, labels.shape, np.uint8), labels], -1
+        )
         Image.fromarray(pixels.astype(np.uint8)).save(root / "data" / "images" / f"{number}.png")
         labels = labels.copy()
         labels[:3] = 255
         Image.fromarray(labels).save(root / "data" / "masks" / f"{number}.png")
         (root / "found").mkdir(exist_ok=True)
-        soft = (labels == np.arange(len(NAMES), dtype=np.uint8)[:, None, None]) * generator.random((4, 1, 1))
+        soft = (labels == np.arange(len(NAMES), dtype=np.uint8)[:, None, None]) * generator.random(
+            (4, 1, 1)
+        )
         np.savez(root / "found" / f"{number}.npz", masks=soft, scores=generator.random((4, 4)))
     (root / "data" / "classes.txt").write_text("\n".join(NAMES), encoding="utf-8")
     return root
@@ -145,7 +159,9 @@ def suite_of(masked: Path, sets: str, name: str = "s") -> Suite:
 
 
 def test_an_oracle_of_patches_reaches_one_but_for_edges(masked: Path) -> None:
-    suite = suite_of(masked, "- {name: a, dense: naclip}\n- {name: b, dense: naclip, short_side: 144, stride: 8}")
+    suite = suite_of(
+        masked, "- {name: a, dense: naclip}\n- {name: b, dense: naclip, short_side: 144, stride: 8}"
+    )
     coarse, fine = (evaluate(Oracle(), open_set(suite, entry))[0] for entry in suite.entries)  # type: ignore[arg-type]
     assert coarse.metrics["miou"] < fine.metrics["miou"]
     assert fine.metrics["miou"] > 0.93 and fine.metrics["pixel_accuracy"] > 0.96
@@ -176,7 +192,9 @@ def test_results_have_the_iou_of_each_class_and_an_interval(masked: Path) -> Non
         assert of.name == ["sky", "grass", "cow", "barn"][label] and of.n == true
         assert of.iou == pytest.approx(iou, abs=1e-4)
         assert of.recall == pytest.approx(counts[label, label] / true, abs=1e-4)
-    assert np.mean([of.iou or 0.0 for of in row.per_class]) == pytest.approx(row.metrics["miou"], abs=1e-4)
+    assert np.mean([of.iou or 0.0 for of in row.per_class]) == pytest.approx(
+        row.metrics["miou"], abs=1e-4
+    )
     for name, value in row.metrics.items():
         assert row.intervals[name][0] < value < row.intervals[name][1]
 
@@ -194,7 +212,9 @@ def test_the_digest_covers_images_and_masks(masked: Path, tmp_path: Path) -> Non
     labels[-1, -1] = (labels[-1, -1] + 1) % 4
     Image.fromarray(labels).save(tmp_path / "data" / "masks" / "3.png")
     second = digests()
-    Image.new("RGB", (labels.shape[1], labels.shape[0])).save(tmp_path / "data" / "images" / "0.png")
+    Image.new("RGB", (labels.shape[1], labels.shape[0])).save(
+        tmp_path / "data" / "images" / "0.png"
+    )
     third = digests()
     assert all(len(set(of_set)) == 3 for of_set in zip(first, second, third, strict=True))
 
@@ -205,14 +225,22 @@ def test_without_a_proposal_all_is_background(masked: Path, tmp_path: Path) -> N
     Image.new("RGB", (40, 40)).save(tmp_path / "data" / "images" / "0.png")
     Image.new("L", (40, 40), 1).save(tmp_path / "data" / "masks" / "0.png")  # grass alone
     (tmp_path / "data" / "classes.txt").write_text("\n".join(NAMES), encoding="utf-8")
-    suite = suite_of(tmp_path, "- {name: a, dense: proposals, background: grass}\n- {name: b, dense: proposals}")
+    suite = suite_of(
+        tmp_path, "- {name: a, dense: proposals, background: grass}\n- {name: b, dense: proposals}"
+    )
     data = [open_set(suite, entry) for entry in suite.entries]
     row = evaluate(Oracle(), data[0])[0]  # type: ignore[arg-type]
     assert row.metrics["pixel_accuracy"] == 1 and row.intervals == {}
     empty: Any = data[1].prepare(Oracle(), 0)  # type: ignore[arg-type]
     scorer: Any = data[1].scorer(Oracle(), {})  # type: ignore[arg-type]
     scorer.add([dataclasses.replace(empty, masks=empty.masks[:0])])
-    assert np.array(scorer.measured().confusion)[1].tolist() == [0, 0, 0, 0, 1600]  # none of the classes
+    assert np.array(scorer.measured().confusion)[1].tolist() == [
+        0,
+        0,
+        0,
+        0,
+        1600,
+    ]  # none of the classes
 
 
 def test_dense_labels_and_proposals_are_never_averaged(masked: Path, tmp_path: Path) -> None:
@@ -229,26 +257,49 @@ def test_dense_labels_and_proposals_are_never_averaged(masked: Path, tmp_path: P
     assert f"{value:.2f}" in text
     names = {path.name for path in draw([dataclasses.replace(row, source="adapter", alpha=alpha) for row in rows
                                          for alpha in (0.0, 1.0)], tmp_path, "t")}  # fmt: skip
-    assert names >= {"alpha-dense.png", "alpha-proposals.png", "confusion-a.png"} and "alpha.png" not in names
+    assert (
+        names >= {"alpha-dense.png", "alpha-proposals.png", "confusion-a.png"}
+        and "alpha.png" not in names
+    )
 
 
 def test_an_object_without_a_pixel_is_no_proposal(masked: Path, tmp_path: Path) -> None:
     height, width = 144, 160
     runs = {0: [height * width], 1: [0, height * width]}  # nothing, and everything
-    most = int(np.bincount(np.asarray(Image.open(masked / "data" / "images" / "1.png"))[..., 0].ravel() // 60).argmax())
+    most = int(
+        np.bincount(
+            np.asarray(Image.open(masked / "data" / "images" / "1.png"))[..., 0].ravel() // 60
+        ).argmax()
+    )
     content = {
-        "images": [{"id": n, "file_name": f"{n}.png", "width": width, "height": height} for n in runs],
+        "images": [
+            {"id": n, "file_name": f"{n}.png", "width": width, "height": height} for n in runs
+        ],
         "categories": [{"id": n, "name": name} for n, name in enumerate(NAMES)],
         "annotations": [
-            {"image_id": n, "category_id": most, "segmentation": {"size": [height, width], "counts": counts}}
+            {
+                "image_id": n,
+                "category_id": most,
+                "segmentation": {"size": [height, width], "counts": counts},
+            }
             for n, counts in runs.items()
         ],
     }
     (tmp_path / "objects.json").write_text(json.dumps(content), encoding="utf-8")
-    entry = Entry("o", "coco:objects.json", "segmentation", dense="proposals", images=str(masked / "data" / "images"))
+    entry = Entry(
+        "o",
+        "coco:objects.json",
+        "segmentation",
+        dense="proposals",
+        images=str(masked / "data" / "images"),
+    )
     (row,) = evaluate(Oracle(), open_set(Suite("s", (entry,), data_root=tmp_path), entry))  # type: ignore[arg-type]
     # the one proposal, the whole second image, gets the label that most of it shows
-    assert row.n == 2 and row.metrics == {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
+    assert row.n == 2 and row.metrics == {
+        "miou": 1.0,
+        "pixel_accuracy": 1.0,
+        "mean_class_accuracy": 1.0,
+    }
 
 
 def test_background_is_a_class_without_a_prompt(masked: Path) -> None:
@@ -261,7 +312,11 @@ def test_background_is_a_class_without_a_prompt(masked: Path) -> None:
     rows = {e.name: evaluate(Oracle(), open_set(suite, e))[0].metrics for e in suite.entries}  # type: ignore[arg-type]
     # the oracle sees no class where grass is: equal cosines
     assert rows["naclip-class"]["pixel_accuracy"] > 0.8
-    assert rows["proposals-class"] == {"miou": 1.0, "pixel_accuracy": 1.0, "mean_class_accuracy": 1.0}
+    assert rows["proposals-class"] == {
+        "miou": 1.0,
+        "pixel_accuracy": 1.0,
+        "mean_class_accuracy": 1.0,
+    }
     assert rows["proposals-none"]["pixel_accuracy"] == 1.0
 
 
@@ -323,7 +378,9 @@ def test_every_alpha_is_the_folded_model(masked: Path, dense_run: Path, tiny_cli
     segment = DenseSegmenter(encode, preprocess, 5)
     data: Any = open_set(suite, suite.entries[0])
     for image, mask in zip(data.images, found, strict=True):
-        expected = segment(decode(image.data()), classifier.numpy(), data.query(Named()).options).mask
+        expected = segment(
+            decode(image.data()), classifier.numpy(), data.query(Named()).options
+        ).mask
         assert (mask == expected).mean() > 0.999
     assert len(np.unique(np.stack(found))) > 1
 
@@ -335,14 +392,18 @@ def dense_release(common: Path, dense_run: Path, tmp_path_factory: pytest.TempPa
     from tests.helpers.graphs import quick_exports
 
     folder = tmp_path_factory.mktemp("dense-release")
-    settings = ExportSettings(model_repository=folder / "model_repository", merged=folder / "merged")
+    settings = ExportSettings(
+        model_repository=folder / "model_repository", merged=folder / "merged"
+    )
     with quick_exports(common):
         export_release(dense_run, [0.6], settings)
     return folder
 
 
 def alike(masks: Sequence[NDArray[np.uint16]], others: Sequence[NDArray[np.uint16]]) -> bool:
-    """Whether two ways of running a model label the pixels alike, but for those that lie between two labels."""
+    """Whether two ways of running a model label the pixels alike, but for those that lie between
+    two labels.
+    """
     return all((one == other).mean() > 0.999 for one, other in zip(masks, others, strict=True))
 
 
@@ -380,19 +441,28 @@ def test_a_set_that_a_release_can_not_be_evaluated_on_is_left_out() -> None:
     facts = release(3, dense={"way": "maskclip", "grid": 7})
     assert exported_way(facts, None) == exported_way(facts, "maskclip") == "maskclip"
     assert exported_way(release(3), "proposals") == "proposals"
-    with pytest.raises(NoSuchWay, match="release 3 has dense maskclip; export one with radapter-export --dense naclip"):
+    with pytest.raises(
+        NoSuchWay,
+        match="release 3 has dense maskclip; export one with radapter-export --dense naclip",
+    ):
         exported_way(facts, "naclip")
-    with pytest.raises(NoSuchWay, match="has no patch_encoder; export one with radapter-export --dense naclip"):
+    with pytest.raises(
+        NoSuchWay, match="has no patch_encoder; export one with radapter-export --dense naclip"
+    ):
         exported_way(release(3), None)
 
 
-def test_left_out_sets_are_told_and_others_evaluated(masked: Path, run_folder: Path, tmp_path: Path) -> None:
+def test_left_out_sets_are_told_and_others_evaluated(
+    masked: Path, run_folder: Path, tmp_path: Path
+) -> None:
     suite = suite_of(masked, "- {name: own}\n- {name: named, dense: maskclip}")
     embedder = from_adapter(run_folder, [0.5])  # its recipe names no way
     lines: list[str] = []
     rows = evaluate_suite(embedder, suite, Results(tmp_path), skip=lines.append)
     assert [row.dataset for row in rows] == ["named"]
-    assert len(lines) == 1 and lines[0].startswith("own is left out: these models have no way of their own")
+    assert len(lines) == 1 and lines[0].startswith(
+        "own is left out: these models have no way of their own"
+    )
     with pytest.raises(NoSuchWay):
         evaluate_suite(embedder, suite, Results(tmp_path, resume=True))
     embedder.close()
@@ -406,7 +476,10 @@ def test_left_out_sets_are_told_and_others_evaluated(masked: Path, run_folder: P
         ("stride: 0", "stride is 0"),
         ("stride: wide", "stride is 'wide'"),
         ("background: cow", "background is 'cow', which needs a threshold"),
-        ("background: pig, threshold: 0.1", "background is 'pig', not one of the classes: sky, grass, cow, barn"),
+        (
+            "background: pig, threshold: 0.1",
+            "background is 'pig', not one of the classes: sky, grass, cow, barn",
+        ),
     ],
 )
 def test_bad_entries(masked: Path, fields: str, message: str) -> None:
@@ -418,7 +491,9 @@ def test_bad_entries(masked: Path, fields: str, message: str) -> None:
 
 def test_options_that_do_not_fit_the_model_name_the_data_set(masked: Path) -> None:
     suite = suite_of(masked, "- {name: a, dense: naclip, short_side: 8}")
-    with pytest.raises(RAdapterError, match=r"data set 'a', oracle: .*short_side is 8; at least 32"):
+    with pytest.raises(
+        RAdapterError, match=r"data set 'a', oracle: .*short_side is 8; at least 32"
+    ):
         evaluate(Oracle(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
 
 
@@ -431,7 +506,9 @@ def test_an_error_names_the_image(masked: Path) -> None:
             return refuse
 
     suite = suite_of(masked, "- {name: a, dense: naclip}")
-    with pytest.raises(RAdapterError, match="data set 'a', oracle: 0.png: the image is too long and thin"):
+    with pytest.raises(
+        RAdapterError, match="data set 'a', oracle: 0.png: the image is too long and thin"
+    ):
         evaluate(Refusing(), open_set(suite, suite.entries[0]))  # type: ignore[arg-type]
 
 
@@ -444,7 +521,14 @@ def test_an_error_names_the_image(masked: Path) -> None:
     ],
 )
 def test_alpha_is_chosen_on_the_runs_own_validation_data(
-    task: Any, recipe: dict[str, str], metric: str, n: int, masked: Path, world: Path, run_folder: Path, tmp_path: Path
+    task: Any,
+    recipe: dict[str, str],
+    metric: str,
+    n: int,
+    masked: Path,
+    world: Path,
+    run_folder: Path,
+    tmp_path: Path,
 ) -> None:
     adapter = load_adapter(run_folder)
     own = {name: value.format(masked=masked, world=world) for name, value in recipe.items()}
@@ -457,6 +541,8 @@ def test_alpha_is_chosen_on_the_runs_own_validation_data(
     assert file == tmp_path / "alpha.json"
     assert (choice.sets["validation"].metric, choice.sets["validation"].n) == (metric, n)
     scores = {row.alpha or 0.0: row.metrics[metric] for row in results.rows}
-    assert choice.alpha == min(alpha for alpha, score in scores.items() if score == max(scores.values()))
+    assert choice.alpha == min(
+        alpha for alpha, score in scores.items() if score == max(scores.values())
+    )
     if task == "segmentation":
         assert {row.dense for row in results.rows} == {recipe.get("dense", "proposals")}

@@ -81,16 +81,23 @@ def test_ready_suites_on_their_data(name: str, run_folder: Path, tmp_path: Path)
 
 
 def test_names_of_the_segmentation_sets() -> None:
-    counts = {name: len(read_class_ids(SUITES / "classes" / f"{name}.yaml")) for name in CLASS_COUNTS}
+    counts = {
+        name: len(read_class_ids(SUITES / "classes" / f"{name}.yaml")) for name in CLASS_COUNTS
+    }
     assert counts == CLASS_COUNTS
-    # the converter ranks ids of an alphabetic list: VOC's 2008_000002, which shows a television, has 55 and 58
+    # the converter ranks ids of an alphabetic list: VOC's 2008_000002, which shows a television,
+    # has 55 and 58
     context = read_class_ids(SUITES / "classes" / "pascal-context-59.yaml")
     assert list(context.values()) == sorted(context.values())
     assert context[55] == "tv monitor" and context[58] == "window"
 
 
-def test_base_and_novel_classes_have_a_harmonic_mean(world: Path, run_folder: Path, tmp_path: Path) -> None:
-    sets = "".join(f"- {{name: {n}, data: 'imagefolder:plain', class_split: {n}}}\n" for n in ("base", "novel"))
+def test_base_and_novel_classes_have_a_harmonic_mean(
+    world: Path, run_folder: Path, tmp_path: Path
+) -> None:
+    sets = "".join(
+        f"- {{name: {n}, data: 'imagefolder:plain', class_split: {n}}}\n" for n in ("base", "novel")
+    )
     suite = suite_of(f"sets:\n{sets}- {{name: all, data: 'imagefolder:plain'}}", tmp_path)
     suite = Suite(suite.name, suite.entries, tmp_path, world)
     base, novel = (open_set(suite, entry) for entry in suite.entries[:2])
@@ -137,8 +144,13 @@ def test_karpathys_splits(world: Path, tmp_path: Path) -> None:
     assert isinstance(data, RetrievalSet)
     assert data.captions == [f"0.jpg {number}" for number in range(5)] + ["2.jpg 0", "2.jpg 1"]
     assert data.image_of.tolist() == [0] * 5 + [1] * 2
-    assert [read() for read in data.images] == [(world / "images" / f"{n}.jpg").read_bytes() for n in (0, 2)]
-    for name, message in (("dataset.json@val", "it has test, train"), ("none.json@test", "cannot read .*: No such")):
+    assert [read() for read in data.images] == [
+        (world / "images" / f"{n}.jpg").read_bytes() for n in (0, 2)
+    ]
+    for name, message in (
+        ("dataset.json@val", "it has test, train"),
+        ("none.json@test", "cannot read .*: No such"),
+    ):
         suite = suite_of(f"sets: [{{name: a, task: retrieval, data: 'karpathy:{name}'}}]", tmp_path)
         with pytest.raises(RAdapterError, match=message):
             open_set(suite, suite.entries[0])
@@ -149,7 +161,9 @@ def test_imagenet_and_its_shifts_with_clips_names(tmp_path: Path) -> None:
     by_name = {entry.name: entry for entry in suite.entries}
     folders(tmp_path / "imagenet-r", ["n01443537", "n01484850", "n07753592"])
     folders(tmp_path / "imagenetv2-matched-frequency-format-val", ["0", "1", "10", "2"])
-    folders(tmp_path / "objectnet-1.0" / "images", ["air_freshener", "banana", "drying_rack_for_dishes"])
+    folders(
+        tmp_path / "objectnet-1.0" / "images", ["air_freshener", "banana", "drying_rack_for_dishes"]
+    )
     objectnet_mappings(tmp_path / "objectnet-1.0" / "mappings")
     rendition = open_set(suite, by_name["imagenet-r"])
     assert isinstance(rendition, ClassificationSet)
@@ -171,7 +185,9 @@ def test_imagenet_and_its_shifts_with_clips_names(tmp_path: Path) -> None:
 
 
 def objectnet_mappings(folder: Path) -> None:
-    """The four files that come with ObjectNet, of three of its classes; ids and numbers are ImageNet's."""
+    """The four files that come with ObjectNet, of three of its classes; ids and numbers are
+    ImageNet's.
+    """
     numbers = {"banana": 954, "plate rack": 729, "analog clock": 409, "digital clock": 530}
     names = [*numbers, "kit fox, Vulpes macrotis"]
     files = {
@@ -208,7 +224,9 @@ class Named:
         return np.eye(4, dtype=np.float32)[[self.names.index(text) for text in texts]]
 
     def embed_images(self, items: list[int]) -> Floats:
-        """Image 0 is an analog clock and a bit of a banana, 1 a banana, 2 half a digital clock and half a rack."""
+        """Image 0 is an analog clock and a bit of a banana, 1 a banana, 2 half a digital clock and
+        half a rack.
+        """
         table = np.array([[0.5, 0, 0.8, 0], [1, 0, 0, 0], [0, 0.6, 0.1, 0.7]], np.float32)
         return table[items]
 
@@ -220,7 +238,10 @@ class Named:
 def test_objectnets_classes_have_the_best_score_of_their_imagenet_classes(tmp_path: Path) -> None:
     folders(tmp_path / "images", ["alarm_clock", "banana", "drying_rack_for_dishes"])
     objectnet_mappings(tmp_path / "mappings")
-    suite = suite_of("sets: [{name: a, data: 'imagefolder:images', classes: mappings, templates: '{}'}]", tmp_path)
+    suite = suite_of(
+        "sets: [{name: a, data: 'imagefolder:images', classes: mappings, templates: '{}'}]",
+        tmp_path,
+    )
     data = open_set(suite, suite.entries[0])
     assert isinstance(data, ClassificationSet)
     assert data.classes == ["alarm clock", "banana", "drying rack for plates"]
@@ -239,10 +260,22 @@ def test_objectnets_classes_have_the_best_score_of_their_imagenet_classes(tmp_pa
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("imagenet_to_label_2012_v2", None, "cannot read .*imagenet_to_label_2012_v2: No such file"),
-        ("imagenet_to_label_2012_v2", "banana\n", "do not match: 'analog clock' of objectnet_to_imagenet_1k.json"),
+        (
+            "imagenet_to_label_2012_v2",
+            None,
+            "cannot read .*imagenet_to_label_2012_v2: No such file",
+        ),
+        (
+            "imagenet_to_label_2012_v2",
+            "banana\n",
+            "do not match: 'analog clock' of objectnet_to_imagenet_1k.json",
+        ),
         ("objectnet_to_imagenet_1k.json", "{", "cannot read .*objectnet_to_imagenet_1k.json: "),
-        ("objectnet_to_imagenet_1k.json", "[]", "objectnet_to_imagenet_1k.json is no mapping of names"),
+        (
+            "objectnet_to_imagenet_1k.json",
+            "[]",
+            "objectnet_to_imagenet_1k.json is no mapping of names",
+        ),
         ("folder_to_objectnet_label.json", "{}", "do not match: 'Alarm clock' of"),
     ],
 )
@@ -265,7 +298,9 @@ def test_captions_of_an_image_stand_together(world: Path) -> None:
     with (world / "captions.csv").open(encoding="utf-8") as file:
         expected = {(row["image"], row["caption"]) for row in csv.DictReader(file)}
     names = [image.name for image in data.images]
-    assert {(names[i], text) for i, text in zip(data.image_of, data.captions, strict=True)} == expected
+    assert {
+        (names[i], text) for i, text in zip(data.image_of, data.captions, strict=True)
+    } == expected
     assert len(names) == len(set(names)) == 12
     few = open_set(suite, data.entry, limit=5, seed=1)
     assert isinstance(few, RetrievalSet)
@@ -298,13 +333,22 @@ def test_a_broken_image_is_named(run_folder: Path, tmp_path: Path) -> None:
         ("sets: [{name: a}]", "set 1 has no data"),
         ("sets: [{name: a, data: x, colour: red}]", "unknown fields colour; allowed: name, data"),
         ("sets: [{name: a, data: x, shift: far}]", "'a': shift is 'far'; allowed: 'id' or 'ood'"),
-        ("sets: [{name: a, data: x, task: poetry}]", "task is 'poetry'; allowed: 'classification', 'retrieval'"),
+        (
+            "sets: [{name: a, data: x, task: poetry}]",
+            "task is 'poetry'; allowed: 'classification', 'retrieval'",
+        ),
         ("sets: [{name: a, data: x, metric: bleu}]", "metric is 'bleu'; allowed: acc1"),
-        ("sets: [{name: a, data: x, task: retrieval, metric: acc1}]", "allowed: image_retrieval_recall@1"),
+        (
+            "sets: [{name: a, data: x, task: retrieval, metric: acc1}]",
+            "allowed: image_retrieval_recall@1",
+        ),
         ("sets: [{name: a, data: x}, {name: a, data: y}]", "names 'a' twice"),
         (
             "sets: [{name: a, data: x, task: retrieval, class_split: base}]",
-            "set 1 has class_split, which task retrieval has no use for; leave it out (it is for classification)",
+            (
+                "set 1 has class_split, which task retrieval has no use for; leave it out (it is"
+                " for classification)"
+            ),
         ),
         ("sets: {", "could not read the suite"),
     ],
@@ -318,19 +362,27 @@ def test_bad_suites(tmp_path: Path, text: str, message: str) -> None:
 
 SUITE_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 FIELDS = st.sampled_from(["name", "data", *(field.name for field in dataclasses.fields(Entry))])
-ANY_SET = st.dictionaries(FIELDS, SUITE_VALUES, max_size=4).map(lambda values: {"name": "a", "data": "x", **values})
-ANY_SUITE = st.fixed_dictionaries({"sets": st.lists(ANY_SET, max_size=2) | SUITE_VALUES, "name": SUITE_VALUES})
+ANY_SET = st.dictionaries(FIELDS, SUITE_VALUES, max_size=4).map(
+    lambda values: {"name": "a", "data": "x", **values}
+)
+ANY_SUITE = st.fixed_dictionaries(
+    {"sets": st.lists(ANY_SET, max_size=2) | SUITE_VALUES, "name": SUITE_VALUES}
+)
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.binary(max_size=60)
     | st.text(alphabet="sets: name-data[]{}'&*!?|>%@`#\n\t0129.e+~", max_size=60).map(str.encode)
-    | (ANY_SUITE | SUITE_VALUES).map(lambda value: yaml.safe_dump(value, allow_unicode=True).encode("utf-8", "ignore"))
+    | (ANY_SUITE | SUITE_VALUES).map(
+        lambda value: yaml.safe_dump(value, allow_unicode=True).encode("utf-8", "ignore")
+    )
 )
 @example(b"[" * 5000)
 @example(b"sets: &a [*a]")
@@ -352,27 +404,42 @@ def test_whatever_a_suite_holds_is_a_suite_or_one_line(tmp_path: Path, content: 
         assert suite.entries and all(entry.border >= 0 for entry in suite.entries)
 
 
-def test_a_class_without_an_image_stays_a_choice(world: Path, run_folder: Path, tmp_path: Path) -> None:
+def test_a_class_without_an_image_stays_a_choice(
+    world: Path, run_folder: Path, tmp_path: Path
+) -> None:
     shutil.copytree(world / "plain", tmp_path / "few")
     shutil.rmtree(tmp_path / "few" / "dog")
     paths = sorted(path for path in (tmp_path / "few").rglob("*.png"))
     with (tmp_path / "few.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("image", "label"), *((str(path), path.parent.name) for path in paths)])
+        csv.writer(file).writerows(
+            [("image", "label"), *((str(path), path.parent.name) for path in paths)]
+        )
     names = ["cat", "dog", "guitar", "horse", "house", "tree"]
     (tmp_path / "names.txt").write_text("\n".join(names), encoding="utf-8")
-    sets = "- {name: a, data: 'csv:few.csv', classes: names.txt}\n- {name: c, data: 'imagefolder:few'}"
-    suite = suite_of(f"sets:\n{sets}\n- {{name: b, data: 'imagefolder:few', classes: names.txt}}", tmp_path)
+    sets = (
+        "- {name: a, data: 'csv:few.csv', classes: names.txt}\n- {name: c, data: 'imagefolder:few'}"
+    )
+    suite = suite_of(
+        f"sets:\n{sets}\n- {{name: b, data: 'imagefolder:few', classes: names.txt}}", tmp_path
+    )
     for entry in sorted(suite.entries, key=lambda entry: entry.name):
         if entry.name == "c":
             (tmp_path / "few" / "dog").mkdir()  # which says by itself that there is such a class
         data = open_set(suite, entry)
         assert isinstance(data, ClassificationSet)
-        counts = dict(zip(data.classes, np.bincount(data.labels, minlength=6).tolist(), strict=True))
+        counts = dict(
+            zip(data.classes, np.bincount(data.labels, minlength=6).tolist(), strict=True)
+        )
         assert counts == {name: 0 if name == "dog" else 4 for name in names}
     embedder = from_adapter(run_folder, [0.5])
     row = evaluate_suite(embedder, suite, Results(tmp_path / "out"))[0]
     embedder.close()
-    assert row.n == 20 and row.classes == 6 and row.per_class and row.per_class[1] == ClassFigures("dog", 0, None)
+    assert (
+        row.n == 20
+        and row.classes == 6
+        and row.per_class
+        and row.per_class[1] == ClassFigures("dog", 0, None)
+    )
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,9 @@ ANIMALS = "cat, kitty\ndog\n# a comment\n\nguinea pig\n"
 def _operators_once() -> Iterator[None]:
     """The table of operators, which torch's exporter makes anew for every graph, is made once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        patch.setattr(
+            ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+        )
         yield
 
 
@@ -33,10 +35,14 @@ def tiny_base(tiny_clip_dir: str) -> Base:
 
 
 @pytest.fixture(scope="session")
-def adapter_path(random_adapter: Callable[..., Adapter], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter_path(
+    random_adapter: Callable[..., Adapter], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     path = tmp_path_factory.mktemp("runs") / "tiny" / "adapter.safetensors"
     path.parent.mkdir()
-    save_adapter(random_adapter(scale=0.05, templates=["a photo of a {}.", "a drawing of a {}."]), path)
+    save_adapter(
+        random_adapter(scale=0.05, templates=["a photo of a {}.", "a drawing of a {}."]), path
+    )
     return path
 
 
@@ -51,7 +57,9 @@ def labels_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(
     common: Path, adapter_path: Path, labels_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[ExportedRelease]]:
-    """A folder with `repository` and `merged`, and the two releases that were exported into it. Not to be changed."""
+    """A folder with `repository` and `merged`, and the two releases that were exported into it. Not
+    to be changed.
+    """
     folder = tmp_path_factory.mktemp("exported")
     settings = ExportSettings(
         model_repository=folder / "repository",

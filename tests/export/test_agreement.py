@@ -41,7 +41,12 @@ def model_file(exported: tuple[Path, list[ExportedRelease]], name: str) -> Path:
 
 
 def test_samples_have_several_batches_and_lengths(inputs: Inputs, tiny_base: Base) -> None:
-    assert [len(image) for image in inputs.images] == [len(t) for t in inputs.tokens] == list(BATCHES) == [1, 2, 7]
+    assert (
+        [len(image) for image in inputs.images]
+        == [len(t) for t in inputs.tokens]
+        == list(BATCHES)
+        == [1, 2, 7]
+    )
     assert inputs.tokens[0].shape[1] < 77  # cropped
     assert inputs.tokens[1].shape[1] == inputs.tokens[2].shape[1] == 77
     ends = [(tokens == 49407).int().argmax(1).tolist() for tokens in inputs.full_tokens]
@@ -66,7 +71,9 @@ def test_another_alpha_is_refused(
     name: str, exported: tuple[Path, list[ExportedRelease]], inputs: Inputs, references: References
 ) -> None:
     path = exported[0] / "repository" / name / "2" / "model.onnx"
-    with pytest.raises(RAdapterError, match=f"{name} differs from torch by up to .*cosine.*--tolerance"):
+    with pytest.raises(
+        RAdapterError, match=f"{name} differs from torch by up to .*cosine.*--tolerance"
+    ):
         compare(name, Encoder(path), Samples(inputs.of(name), references.embeds[name]), 1e-4)
 
 
@@ -104,13 +111,22 @@ def test_one_changed_weight_is_refused(
         compare(name, Encoder(path), Samples(inputs.of(name), references.embeds[name]), 1e-4)
 
 
-def test_reference_that_is_not_finite_is_refused(exported: tuple[Path, list[ExportedRelease]], inputs: Inputs) -> None:
+def test_reference_that_is_not_finite_is_refused(
+    exported: tuple[Path, list[ExportedRelease]], inputs: Inputs
+) -> None:
     nan = [np.full((batch, 32), np.nan, np.float32) for batch in BATCHES]
     with pytest.raises(RAdapterError, match="not finite"):
-        compare("image_encoder", Encoder(model_file(exported, "image_encoder")), Samples(inputs.images, nan), 1e-4)
+        compare(
+            "image_encoder",
+            Encoder(model_file(exported, "image_encoder")),
+            Samples(inputs.images, nan),
+            1e-4,
+        )
 
 
-def test_batch_that_does_not_run_is_said_with_its_shape(exported: tuple[Path, list[ExportedRelease]]) -> None:
+def test_batch_that_does_not_run_is_said_with_its_shape(
+    exported: tuple[Path, list[ExportedRelease]],
+) -> None:
     encoder = Encoder(model_file(exported, "image_encoder"))
     wrong = np.zeros((2, 16, 16, 3), np.uint8)
     with pytest.raises(RAdapterError, match=r"fails on a batch of shape \(2, 16, 16, 3\)"):
@@ -118,7 +134,9 @@ def test_batch_that_does_not_run_is_said_with_its_shape(exported: tuple[Path, li
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
-def test_another_provider_than_the_one_asked_for_is_refused(exported: tuple[Path, list[ExportedRelease]]) -> None:
+def test_another_provider_than_the_one_asked_for_is_refused(
+    exported: tuple[Path, list[ExportedRelease]],
+) -> None:
     with pytest.raises(RAdapterError, match="TensorrtExecutionProvider"):
         Encoder(model_file(exported, "image_encoder"), provider="TensorrtExecutionProvider")
 
@@ -131,7 +149,9 @@ def test_base_graph_agrees_at_alpha_0(
     assert all(torch.equal(value, weights[key]) for key, value in folded.items())
     graphs["image_encoder"].save(folded, tmp_path / "model.onnx")
     references = References(tiny_base, inputs).embeds["image_encoder"]
-    compare("image_encoder", Encoder(tmp_path / "model.onnx"), Samples(inputs.images, references), 2e-6)
+    compare(
+        "image_encoder", Encoder(tmp_path / "model.onnx"), Samples(inputs.images, references), 2e-6
+    )
     assert logging.getLogger("torch.onnx").level == logging.NOTSET
 
 
@@ -146,7 +166,9 @@ def test_samples_lie_beside_each_graph_so_that_anyone_can_check_it(
         Samples.load(path.parents[1])
 
 
-def agreement_of(embeds: np.ndarray, reference: np.ndarray, bounds: Tolerance | float | None) -> Agreement:
+def agreement_of(
+    embeds: np.ndarray, reference: np.ndarray, bounds: Tolerance | float | None
+) -> Agreement:
     samples = Samples([np.zeros((len(reference), 1), np.uint8)], [reference.astype(np.float32)])
     return compare("graph", lambda values: embeds.astype(np.float32), samples, bounds)
 
@@ -158,11 +180,16 @@ def units(seed: int, width: int = 512) -> np.ndarray:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
 @pytest.mark.parametrize("tolerance", [1e-4, 0.3, 1.0])
-def test_unrelated_directions_never_pass_whatever_the_tolerance(precision: str, tolerance: float) -> None:
+def test_unrelated_directions_never_pass_whatever_the_tolerance(
+    precision: str, tolerance: float
+) -> None:
     bounds = TOLERANCES[precision].widened(tolerance)
     one, other = units(0), units(1)
     assert np.abs(one - other).max() < 0.3  # by components alone, they are near
-    with pytest.raises(RAdapterError, match=r"1 - cosine up to (1\.|9\.).*no --tolerance allows a cosine below 0\.9"):
+    with pytest.raises(
+        RAdapterError,
+        match=r"1 - cosine up to (1\.|9\.).*no --tolerance allows a cosine below 0\.9",
+    ):
         agreement_of(one, other, bounds)
 
 

@@ -15,7 +15,9 @@ from tests.helpers.fake_tensorrt import Driver, install
 
 
 @pytest.fixture
-def checkout(quick: None, adapter_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def checkout(
+    quick: None, adapter_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """A working folder with two runs, of which `new` is the newest; the older one is broken."""
     for name, age in (("old", 100), ("new", 0)):
         run = tmp_path / "runs" / name
@@ -29,7 +31,9 @@ def checkout(quick: None, adapter_path: Path, tmp_path: Path, monkeypatch: pytes
     return tmp_path
 
 
-def test_newest_run_is_exported_and_a_table_printed(checkout: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_newest_run_is_exported_and_a_table_printed(
+    checkout: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert (
         main(
             [
@@ -49,7 +53,14 @@ def test_newest_run_is_exported_and_a_table_printed(checkout: Path, capfd: pytes
     out, err = capfd.readouterr()
     assert err == ""
     assert "runs/new/adapter.safetensors: 2 releases in fp32" in out
-    for word in ("image_encoder", "patch_encoder", "text_encoder", "max error", "1 - cosine", "seconds"):
+    for word in (
+        "image_encoder",
+        "patch_encoder",
+        "text_encoder",
+        "max error",
+        "1 - cosine",
+        "seconds",
+    ):
         assert word in out
     asked = "        radapter-query classify PHOTO.jpg --label-set animals\n"
     assert out.endswith(f"Next:   radapter-serve\n{asked}")
@@ -70,17 +81,23 @@ def test_engines_are_built_with_the_release(
     for folder, sidecar in check_engines(repository).items():
         release = json.loads((repository / "classify" / folder.name / "release.json").read_text())
         assert (release["runtime"], release["precision"]) == ("tensorrt", "fp16")
-        assert release["agreement"][folder.parent.name]["max_error"] == pytest.approx(sidecar.agreement.max_error)
+        assert release["agreement"][folder.parent.name]["max_error"] == pytest.approx(
+            sidecar.agreement.max_error
+        )
         assert {shapes[2][0] for shapes in sidecar.profile.values()} == {4}
     assert main(["--alpha", "dynamic", "--format", "tensorrt"]) == 0
-    assert all(sidecar.profile["alpha"][2] == (64, 1) for sidecar in check_engines(repository).values())
+    assert all(
+        sidecar.profile["alpha"][2] == (64, 1) for sidecar in check_engines(repository).values()
+    )
 
 
 def test_an_engine_needs_a_gpu_and_nothing_is_begun_without(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     install(monkeypatch, None)
-    monkeypatch.setattr("radapter_export.release.load_base", lambda *_: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(
+        "radapter_export.release.load_base", lambda *_: pytest.fail("the base was loaded")
+    )
     assert main(["--format", "tensorrt"]) == 2
     assert "no GPU" in capfd.readouterr().err
     assert not (checkout / "model_repository").exists()
@@ -89,8 +106,14 @@ def test_an_engine_needs_a_gpu_and_nothing_is_begun_without(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--format", "tensorrt", "--runtime", "openvino"], "--format tensorrt is served by --runtime tensorrt"),
-        (["--format", "tensorrt", "--precision", "int8"], "TensorRT takes only int8 with fixed ranges"),
+        (
+            ["--format", "tensorrt", "--runtime", "openvino"],
+            "--format tensorrt is served by --runtime tensorrt",
+        ),
+        (
+            ["--format", "tensorrt", "--precision", "int8"],
+            "TensorRT takes only int8 with fixed ranges",
+        ),
         (["--alpha", "half"], "alpha is 'half'; allowed: a number from 0 to 1"),
         (["--alpha", "1.01"], "alpha is 1.01; allowed"),
         (["--alpha", "nan"], "alpha is nan; allowed"),
@@ -102,8 +125,14 @@ def test_an_engine_needs_a_gpu_and_nothing_is_begun_without(
         (["--base", "ViT-B-33"], "unknown model 'ViT-B-33'"),
         (["--dense", "cnn"], "dense is 'cnn'; allowed: none, maskclip"),
         (["--templates", "none.txt"], "cannot read none.txt"),
-        (["--precision", "bf16"], "ONNX Runtime cannot compute in bf16 on a CPU; add --runtime openvino"),
-        (["--precision", "fp16", "--calibration", "."], "--calibration is for --precision int8 alone"),
+        (
+            ["--precision", "bf16"],
+            "ONNX Runtime cannot compute in bf16 on a CPU; add --runtime openvino",
+        ),
+        (
+            ["--precision", "fp16", "--calibration", "."],
+            "--calibration is for --precision int8 alone",
+        ),
         (["--precision", "int8", "--calibration", "none"], "none is no folder"),
         (["--precision", "int8", "--calibration", "runs"], "runs holds no image"),
         (["--validation", "imagefolder:none"], "no folder none"),

@@ -46,7 +46,11 @@ def folders(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_a_release_carries_what_its_validation_data_says(
-    quick: None, adapter_path: Path, photos: Path, folders: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    quick: None,
+    adapter_path: Path,
+    photos: Path,
+    folders: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(confidence, "LEAST", 30)
     settings = ExportSettings(**folders, validation=f"imagefolder:{photos}", max_drop=100)
@@ -59,10 +63,15 @@ def test_a_release_carries_what_its_validation_data_says(
 
     local = LocalRelease(str(folders["model_repository"]))
     classes, paths = sorted(CLASSES), sorted(photos.rglob("*.png"))
-    prompts = [[template.replace("{}", name) for template in release.facts["templates"]] for name in classes]
+    prompts = [
+        [template.replace("{}", name) for template in release.facts["templates"]]
+        for name in classes
+    ]
     means = np.stack([local.embed_texts(texts).mean(axis=0) for texts in prompts])
     means /= np.linalg.norm(means, axis=1, keepdims=True)
-    cosines = torch.tensor(local.encode_images([local.prepare(path.read_bytes()) for path in paths]) @ means.T)
+    cosines = torch.tensor(
+        local.encode_images([local.prepare(path.read_bytes()) for path in paths]) @ means.T
+    )
     truth = torch.tensor([classes.index(path.parent.name) for path in paths])
     right = torch.nn.functional.one_hot(truth, 3).double()
     target = torch.where(right > 0, 31 / 32, 1 / 62)
@@ -75,12 +84,15 @@ def test_a_release_carries_what_its_validation_data_says(
     assert losses[1] == min(losses)
 
 
-def test_too_few_images_are_said(quick: None, adapter_path: Path, photos: Path, folders: dict[str, Any]) -> None:
+def test_too_few_images_are_said(
+    quick: None, adapter_path: Path, photos: Path, folders: dict[str, Any]
+) -> None:
     settings = ExportSettings(**folders, validation=f"imagefolder:{photos}", max_drop=100)
     (release,) = export_release(adapter_path, [0.7], settings)
     assert release.accuracy is not None and "confidence" not in release.facts
     assert any(
-        re.search("30 validation images of 3 labels are too few for calibrated", line) for line in release.warnings
+        re.search("30 validation images of 3 labels are too few for calibrated", line)
+        for line in release.warnings
     )
 
 
@@ -98,7 +110,12 @@ def test_a_siglip_that_was_trained_finds_its_labels_by_what_was_fitted(
     """Its own sigmoid, which a softmax left behind, gives no label 0.5."""
     random = np.random.default_rng(0)
     for number in range(204):
-        path = tmp_path / ("photos", "others")[number // 102] / CLASSES[number % 3] / f"{number:03}.png"
+        path = (
+            tmp_path
+            / ("photos", "others")[number // 102]
+            / CLASSES[number % 3]
+            / f"{number:03}.png"
+        )
         path.parent.mkdir(exist_ok=True, parents=True)
         pixels = np.zeros((40, 40, 3), np.uint8)
         pixels[..., number % 3] = 180
@@ -112,9 +129,14 @@ def test_a_siglip_that_was_trained_finds_its_labels_by_what_was_fitted(
     assert release.logit_bias is not None
 
     local = LocalRelease(str(folders["model_repository"]))
-    label_set = LabelSet.load(folders["model_repository"] / "classify" / "1" / "label_sets" / "classes.npz")
+    label_set = LabelSet.load(
+        folders["model_repository"] / "classify" / "1" / "label_sets" / "classes.npz"
+    )
     paths = sorted((tmp_path / "others").rglob("*.png"))
-    cosines = local.encode_images([local.prepare(path.read_bytes()) for path in paths]) @ label_set.embeds.T
+    cosines = (
+        local.encode_images([local.prepare(path.read_bytes()) for path in paths])
+        @ label_set.embeds.T
+    )
     right = np.array([label_set.labels.index(path.parent.name) for path in paths])
     own = 1 / (1 + np.exp(-(release.logit_scale * cosines + release.logit_bias)))
     assert (own[np.arange(102), right] >= 0.5).mean() < 0.1
@@ -128,11 +150,26 @@ def test_a_siglip_that_was_trained_finds_its_labels_by_what_was_fitted(
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
-        ({"temperature": 1.5, "ece_after": 0.01}, "by temperature 1.500: ECE 20.00 % before, 1.00 % after"),
-        ({"temperature": 1.5, "ece_after": 0.20001}, "20.00 % before, 20.00 % after; --multi-label"),
-        ({"temperature": 1.5, "ece_after": 0.21}, "21.00 % after (worse, so do not ask for calibrated); --multi-label"),
-        ({"temperature": None, "ece_after": 0.01}, "by a sigmoid: ECE 20.00 % before, 1.00 % after"),
-        ({"temperature": None, "ece_after": None}, "ECE 20.00 %; no temperature can be fitted: every image was right"),
+        (
+            {"temperature": 1.5, "ece_after": 0.01},
+            "by temperature 1.500: ECE 20.00 % before, 1.00 % after",
+        ),
+        (
+            {"temperature": 1.5, "ece_after": 0.20001},
+            "20.00 % before, 20.00 % after; --multi-label",
+        ),
+        (
+            {"temperature": 1.5, "ece_after": 0.21},
+            "21.00 % after (worse, so do not ask for calibrated); --multi-label",
+        ),
+        (
+            {"temperature": None, "ece_after": 0.01},
+            "by a sigmoid: ECE 20.00 % before, 1.00 % after",
+        ),
+        (
+            {"temperature": None, "ece_after": None},
+            "ECE 20.00 %; no temperature can be fitted: every image was right",
+        ),
     ],
 )
 def test_the_command_says_what_was_fitted(facts: dict[str, Any], words: str) -> None:
@@ -141,7 +178,8 @@ def test_the_command_says_what_was_fitted(facts: dict[str, Any], words: str) -> 
 
 def test_releases_without_it_stay_as_they_were(tmp_path: Path) -> None:
     facts = {
-        name: {} if name in ("preprocess", "tokenizer", "agreement") else "x" for name in Release.__dataclass_fields__
+        name: {} if name in ("preprocess", "tokenizer", "agreement") else "x"
+        for name in Release.__dataclass_fields__
     }
     del facts["confidence"], facts["accuracy"]
     release = Release.from_dict(facts)

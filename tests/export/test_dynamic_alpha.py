@@ -45,7 +45,15 @@ def run(path: Path, values: np.ndarray, alpha: np.ndarray | None = None) -> np.n
 def inputs_of(name: str, base: Base) -> np.ndarray:
     if name != "text_encoder":
         return np.random.default_rng(0).integers(0, 256, (len(ALPHAS), 32, 32, 3), dtype=np.uint8)
-    texts = ["a cat", "hello", "", "many words " * 100, "a drawing of a dog, in the rain", "x y z", "7"]
+    texts = [
+        "a cat",
+        "hello",
+        "",
+        "many words " * 100,
+        "a drawing of a dog, in the rain",
+        "x y z",
+        "7",
+    ]
     return base.tokenizer(texts).numpy().astype(np.int32)
 
 
@@ -53,7 +61,11 @@ def inputs_of(name: str, base: Base) -> np.ndarray:
 def test_a_layer_computes_w_plus_alpha_f_w(rank: int | None) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(5, 4)
-    f = {"full": torch.randn(4, 4)} if rank is None else {"up": torch.randn(4, rank), "down": torch.randn(rank, 4)}
+    f = (
+        {"full": torch.randn(4, 4)}
+        if rank is None
+        else {"up": torch.randn(4, rank), "down": torch.randn(rank, 4)}
+    )
     tensors = {f"layer.{name}".removesuffix(".full"): tensor for name, tensor in f.items()}
     model = nn.Sequential(OrderedDict(model=nn.Sequential(OrderedDict(layer=layer))))
     tower = DynamicAlphaTower(model, Adapter(tensors, Metadata("x", "y", rank=rank)))
@@ -74,7 +86,11 @@ def test_each_row_is_what_the_fold_at_its_alpha_gives(
     adapter_path: Path,
     tmp_path: Path,
 ) -> None:
-    base, adapter, values = tiny_base.model.state_dict(), load_adapter(adapter_path), inputs_of(name, tiny_base)
+    base, adapter, values = (
+        tiny_base.model.state_dict(),
+        load_adapter(adapter_path),
+        inputs_of(name, tiny_base),
+    )
     dynamic_graphs[name].save({**base, **adapter.tensors}, tmp_path / "dynamic.onnx")
     found = run(tmp_path / "dynamic.onnx", values, ALPHAS)
     expected = np.empty_like(found)
@@ -83,10 +99,15 @@ def test_each_row_is_what_the_fold_at_its_alpha_gives(
         graphs[name].save(fold(base, adapter, float(alpha)), tmp_path / "fixed.onnx")
         expected[rows] = run(tmp_path / "fixed.onnx", values[rows])
     np.testing.assert_allclose(found, expected, atol=3e-6)
-    assert np.abs(run(tmp_path / "dynamic.onnx", values, ALPHAS[::-1].copy()) - expected).max() > 1e-3
-    # Every weight keeps its name in the state dict or in the adapter file, so that it can be found again.
+    assert (
+        np.abs(run(tmp_path / "dynamic.onnx", values, ALPHAS[::-1].copy()) - expected).max() > 1e-3
+    )
+    # Every weight keeps its name in the state dict or in the adapter file, so that it can be found
+    # again.
     stored = {tensor.name for tensor in load(tmp_path / "dynamic.onnx").graph.initializer}
-    wanted = {key for key in adapter.tensors if key.startswith("visual.") == (name != "text_encoder")}
+    wanted = {
+        key for key in adapter.tensors if key.startswith("visual.") == (name != "text_encoder")
+    }
     if name == "patch_encoder":  # naclip leaves out the last block's feed-forward layer
         wanted.remove("visual.transformer.resblocks.1.mlp.c_proj")
     assert stored & set(adapter.tensors) == wanted
@@ -108,14 +129,21 @@ def test_low_rank_and_a_text_tower_that_is_not_adapted(
         graph = make(tiny_base, adapter)
         graph.save({**base, **tensors}, tmp_path / "dynamic.onnx")
         graphs[graph.name].save(fold(base, adapter, 0.25), tmp_path / "fixed.onnx")
-        values, alpha = inputs_of(graph.name, tiny_base), np.full((len(ALPHAS), 1), 0.25, np.float32)
+        values, alpha = (
+            inputs_of(graph.name, tiny_base),
+            np.full((len(ALPHAS), 1), 0.25, np.float32),
+        )
         found = run(tmp_path / "dynamic.onnx", values, alpha)
         np.testing.assert_allclose(found, run(tmp_path / "fixed.onnx", values), atol=2e-6)
 
 
 @pytest.fixture(scope="module")
 def dynamic(
-    tiny_base: Base, adapter_path: Path, labels_path: Path, dynamic_graphs: dict[str, Graph], tmp_path_factory: Any
+    tiny_base: Base,
+    adapter_path: Path,
+    labels_path: Path,
+    dynamic_graphs: dict[str, Graph],
+    tmp_path_factory: Any,
 ) -> tuple[Path, ExportedRelease]:
     folder = tmp_path_factory.mktemp("dynamic")
     with pytest.MonkeyPatch.context() as patch:
@@ -144,7 +172,11 @@ def test_release_says_that_alpha_is_an_input(
     for model in ("image_encoder", "patch_encoder", "text_encoder"):
         text = (folder / "repository" / model / "config.pbtxt").read_text(encoding="utf-8")
         _, alpha = text_format.Parse(text, model_config_pb2.ModelConfig()).input
-        assert (alpha.name, alpha.data_type, list(alpha.dims)) == ("alpha", model_config_pb2.TYPE_FP32, [1])
+        assert (alpha.name, alpha.data_type, list(alpha.dims)) == (
+            "alpha",
+            model_config_pb2.TYPE_FP32,
+            [1],
+        )
         assert not alpha.optional
 
 
@@ -161,9 +193,17 @@ def test_samples_hold_alphas_and_another_is_refused(dynamic: tuple[Path, Exporte
     for name in ("image_encoder", "patch_encoder", "text_encoder"):
         folder = dynamic[0] / "repository" / name / "1"
         samples, encoder = Samples.load(folder), Encoder(folder / "model.onnx")
-        assert {float(alpha) for batch in samples.alphas for alpha in batch.ravel()} == {0.0, 0.25, 0.5, 1.0}
+        assert {float(alpha) for batch in samples.alphas for alpha in batch.ravel()} == {
+            0.0,
+            0.25,
+            0.5,
+            1.0,
+        }
         assert any(len(np.unique(batch)) > 2 for batch in samples.alphas)
-        assert compare(name, encoder, samples, 1e-5).max_error == dynamic[1].facts["agreement"][name]["max_error"]
+        assert (
+            compare(name, encoder, samples, 1e-5).max_error
+            == dynamic[1].facts["agreement"][name]["max_error"]
+        )
         other = dataclasses.replace(samples, alphas=[1 - batch for batch in samples.alphas])
         with pytest.raises(RAdapterError, match=f"{name} differs from torch"):
             compare(name, encoder, other, 1e-4)
@@ -171,7 +211,9 @@ def test_samples_hold_alphas_and_another_is_refused(dynamic: tuple[Path, Exporte
             compare(name, encoder, dataclasses.replace(samples, alphas=()), 1e-4)
 
 
-def test_runtimes_and_int8_take_alpha(dynamic: tuple[Path, ExportedRelease], tmp_path: Path) -> None:
+def test_runtimes_and_int8_take_alpha(
+    dynamic: tuple[Path, ExportedRelease], tmp_path: Path
+) -> None:
     pytest.importorskip("openvino")
     encoders = encoders_of(dynamic[0] / "repository")
     measured = measure(encoders, dict.fromkeys(ENCODERS, 1), ["onnxruntime", "openvino"])
@@ -179,8 +221,13 @@ def test_runtimes_and_int8_take_alpha(dynamic: tuple[Path, ExportedRelease], tmp
         (encoder, runtime) for encoder in ENCODERS for runtime in ("onnxruntime", "openvino")
     }
     for encoder in encoders:
-        config = text_format.Parse(encoder.configured("openvino", 1), model_config_pb2.ModelConfig())
-        assert list(config.input[1].dims) == [-1, 1]  # the batch is a dimension of its own for this runtime
+        config = text_format.Parse(
+            encoder.configured("openvino", 1), model_config_pb2.ModelConfig()
+        )
+        assert list(config.input[1].dims) == [
+            -1,
+            1,
+        ]  # the batch is a dimension of its own for this runtime
         shutil.copy(encoder.file(1, "onnxruntime"), tmp_path / "model.onnx")
         quantize(tmp_path / "model.onnx")
         samples = Samples.load(encoder.folder / "1")
@@ -190,7 +237,9 @@ def test_runtimes_and_int8_take_alpha(dynamic: tuple[Path, ExportedRelease], tmp
 
 
 def test_label_set_keeps_what_embeds_it_again(dynamic: tuple[Path, ExportedRelease]) -> None:
-    with np.load(dynamic[0] / "repository" / "classify" / "1" / "label_sets" / "animals.npz") as file:
+    with np.load(
+        dynamic[0] / "repository" / "classify" / "1" / "label_sets" / "animals.npz"
+    ) as file:
         assert file["lines"].tolist() == ["cat, kitty", "dog", "guinea pig"]
         assert file["templates"].tolist() == ["a photo of a {}.", "a drawing of a {}."]
 
@@ -203,7 +252,11 @@ def test_dynamic_stands_alone(adapter_path: Path, capfd: pytest.CaptureFixture[s
 
 
 def test_soup_is_exported_as_the_average(
-    quick: None, adapter_path: Path, random_adapter: Callable[..., Adapter], tiny_base: Base, tmp_path: Path
+    quick: None,
+    adapter_path: Path,
+    random_adapter: Callable[..., Adapter],
+    tiny_base: Base,
+    tmp_path: Path,
 ) -> None:
     from radapter_serve.adapter import save_adapter
 
@@ -212,7 +265,11 @@ def test_soup_is_exported_as_the_average(
     [release] = export_release(
         paths,
         [0.5],
-        ExportSettings(weights=(0.75, 0.25), model_repository=tmp_path / "repository", merged=tmp_path / "merged"),
+        ExportSettings(
+            weights=(0.75, 0.25),
+            model_repository=tmp_path / "repository",
+            merged=tmp_path / "merged",
+        ),
     )
     one, other = (load_adapter(path) for path in paths)
     assert release.facts["adapters"] == [
@@ -220,7 +277,10 @@ def test_soup_is_exported_as_the_average(
         {"digest": other.digest, "weight": 0.25},
     ]
     assert release.facts["adapter_digest"] not in (one.digest, other.digest)
-    base, merged = tiny_base.model.state_dict(), load_file(release.merged / "open_clip_model.safetensors")
+    base, merged = (
+        tiny_base.model.state_dict(),
+        load_file(release.merged / "open_clip_model.safetensors"),
+    )
     folds = [fold(base, adapter, 0.5) for adapter in (one, other)]
     for key, value in merged.items():
         np.testing.assert_allclose(value, 0.75 * folds[0][key] + 0.25 * folds[1][key], atol=1e-5)

@@ -1,4 +1,6 @@
-"""Every family from its adapter to a release, and what the release holds against open_clip itself."""
+"""Every family from its adapter to a release, and what the release holds against open_clip
+itself.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +23,32 @@ from radapter_serve.runtimes.encoder import Encoder
 from tests.helpers.small_models import FAMILIES, make_base, random_adapter
 
 QUICK = ("siglip", "roberta")
-CROPPED = ("vit", "vit-quickgelu", "vit-layer-scale", "vit-custom-blocks", "mobileclip-b", "eva02", "pe-core", "resnet")
+CROPPED = (
+    "vit",
+    "vit-quickgelu",
+    "vit-layer-scale",
+    "vit-custom-blocks",
+    "mobileclip-b",
+    "eva02",
+    "pe-core",
+    "resnet",
+)
 NOT_IN_TENSORRT = {"Attention", "ReduceL2", "SequenceAt", "SplitToSequence"}
 TEXTS = ["a photo of a cat", "", "many words " * 60, "Sand, sea & sun"]
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FAMILIES])
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in FAMILIES]
+)
 def test_release_of_a_family_gives_what_open_clip_gives(family: str, tmp_path: Path) -> None:
     name = make_base(family, tmp_path / "base")
-    save_adapter(random_adapter(name, partial=FAMILIES[family].partial), tmp_path / "adapter.safetensors")
+    save_adapter(
+        random_adapter(name, partial=FAMILIES[family].partial), tmp_path / "adapter.safetensors"
+    )
     repository, merged = tmp_path / "repository", tmp_path / "merged"
-    (release,) = export_release(tmp_path, [0.7], ExportSettings(model_repository=repository, merged=merged))
+    (release,) = export_release(
+        tmp_path, [0.7], ExportSettings(model_repository=repository, merged=merged)
+    )
 
     assert (UNFITTED in release.warnings) == ("siglip" in family)
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{merged}")
@@ -43,8 +60,12 @@ def test_release_of_a_family_gives_what_open_clip_gives(family: str, tmp_path: P
 
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (90, 70, 3), dtype=np.uint8))
     image.save(tmp_path / "image.png")
-    served = decode_pixels((tmp_path / "image.png").read_bytes(), Preprocess.from_dict(release.facts["preprocess"]))
-    tokens = Tokenizer.load(repository / "classify" / "1" / "tokenizer.json", release.facts["tokenizer"])(TEXTS)
+    served = decode_pixels(
+        (tmp_path / "image.png").read_bytes(), Preprocess.from_dict(release.facts["preprocess"])
+    )
+    tokens = Tokenizer.load(
+        repository / "classify" / "1" / "tokenizer.json", release.facts["tokenizer"]
+    )(TEXTS)
     full = open_clip.get_tokenizer(f"local-dir:{merged}")(TEXTS)
     assert release.facts["tokenizer"]["dynamic_length"] == (family in CROPPED)
     assert np.array_equal(tokens, full[:, : tokens.shape[1]])
@@ -52,13 +73,20 @@ def test_release_of_a_family_gives_what_open_clip_gives(family: str, tmp_path: P
         images = model.eval().encode_image(transform(image)[None], normalize=True)  # type: ignore[operator,index]
         texts = model.encode_text(full, normalize=True)  # type: ignore[operator]
     names: set[str] = set()
-    for encoder, values, expected in (("image_encoder", served[None], images), ("text_encoder", tokens, texts)):
+    for encoder, values, expected in (
+        ("image_encoder", served[None], images),
+        ("text_encoder", tokens, texts),
+    ):
         path = repository / encoder / "1" / "model.onnx"
         np.testing.assert_allclose(Encoder(path)(values), expected, atol=1e-5)
         graph = onnx.load(path).graph
         if encoder == "text_encoder":
             length = graph.input[0].type.tensor_type.shape.dim[1]
-            assert length.dim_param == "length" if family in CROPPED else length.dim_value == full.shape[1]
+            assert (
+                length.dim_param == "length"
+                if family in CROPPED
+                else length.dim_value == full.shape[1]
+            )
         assert not {node.op_type for node in graph.node} & NOT_IN_TENSORRT
         names |= {tensor.name for tensor in graph.initializer}
     unused = ("logit_", "text_decoder.", "num_batches_tracked")
@@ -69,13 +97,19 @@ def test_release_of_a_family_gives_what_open_clip_gives(family: str, tmp_path: P
 @pytest.mark.parametrize("family", FAMILIES)
 def test_release_of_a_family_that_takes_any_alpha(family: str, tmp_path: Path) -> None:
     name = make_base(family, tmp_path / "base")
-    save_adapter(random_adapter(name, partial=FAMILIES[family].partial), tmp_path / "adapter.safetensors")
+    save_adapter(
+        random_adapter(name, partial=FAMILIES[family].partial), tmp_path / "adapter.safetensors"
+    )
     (release,) = export_release(
-        tmp_path, "dynamic", ExportSettings(model_repository=tmp_path / "repository", merged=tmp_path / "merged")
+        tmp_path,
+        "dynamic",
+        ExportSettings(model_repository=tmp_path / "repository", merged=tmp_path / "merged"),
     )
     base = load_base(name)
     base.model.load_state_dict(fold(base.model.state_dict(), load_adapter(tmp_path), 0.7))
-    tokens = Tokenizer.load(tmp_path / "repository/classify/1/tokenizer.json", release.facts["tokenizer"])(TEXTS)
+    tokens = Tokenizer.load(
+        tmp_path / "repository/classify/1/tokenizer.json", release.facts["tokenizer"]
+    )(TEXTS)
     alpha = np.full((len(TEXTS), 1), 0.7, np.float32)
     found = Encoder(tmp_path / "repository" / "text_encoder" / "1" / "model.onnx")(tokens, alpha)
     with torch.no_grad():

@@ -22,12 +22,24 @@ from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.dense import METHODS, encode_patches
 from radapter_serve.errors import RAdapterError
 
-TEXTS = ["a photo of a cat", "hello", "", "many words " * 100, "a drawing of a dog, in the rain", "x y z", "7"]
+TEXTS = [
+    "a photo of a cat",
+    "hello",
+    "",
+    "many words " * 100,
+    "a drawing of a dog, in the rain",
+    "x y z",
+    "7",
+]
 
 
 def operators(graph: Path | Graph) -> Counter[str]:
     """Number of nodes of each kind."""
-    nodes = graph.model.graph if isinstance(graph, Graph) else onnx.load(graph, load_external_data=False).graph.node
+    nodes = (
+        graph.model.graph
+        if isinstance(graph, Graph)
+        else onnx.load(graph, load_external_data=False).graph.node
+    )
     return Counter(node.op_type for node in nodes)
 
 
@@ -64,7 +76,11 @@ def test_image_graph_gives_what_open_clip_gives(
     graphs["image_encoder"].save(tiny_base.model.state_dict(), tmp_path / "model.onnx")
     image = np.random.default_rng(batch).integers(0, 256, (batch, 32, 32, 3), dtype=np.uint8)
     with torch.no_grad():
-        expected = cast(Any, tiny_base.model).encode_image(pixels(tiny_base, image), normalize=True).numpy()
+        expected = (
+            cast(Any, tiny_base.model)
+            .encode_image(pixels(tiny_base, image), normalize=True)
+            .numpy()
+        )
     np.testing.assert_allclose(run(tmp_path / "model.onnx", image), expected, atol=2e-6)
 
 
@@ -74,11 +90,16 @@ def test_patch_graph_gives_what_torch_gives_in_every_way(
 ) -> None:
     graph = graphs["patch_encoder"] if way == "naclip" else patch_graph(tiny_base, way)
     graph.save(tiny_base.model.state_dict(), tmp_path / "model.onnx")
-    # TensorRT takes these of the image encoder; uint8 only to be cast, and no reduction but that of `unit`.
+    # TensorRT takes these of the image encoder; uint8 only to be cast, and no reduction but that of
+    # `unit`.
     assert set(operators(graph)) <= set(operators(graphs["image_encoder"])) | {"Slice"}
     assert operators(graph)["ReduceSum"] == 1
     image_input = onnx.load(tmp_path / "model.onnx").graph.input[0].name
-    users = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node if image_input in node.input}
+    users = {
+        node.op_type
+        for node in onnx.load(tmp_path / "model.onnx").graph.node
+        if image_input in node.input
+    }
     assert users == {"Shape", "Cast"}
     for batch in (1, 2, 7):
         image = np.random.default_rng(batch).integers(0, 256, (batch, 32, 32, 3), dtype=np.uint8)
@@ -105,14 +126,20 @@ def test_text_graph_gives_what_open_clip_gives_at_every_length(
 
 
 def test_folded_graph_has_the_operators_of_the_untouched_base(
-    exported: tuple[Path, list[ExportedRelease]], tiny_base: Base, graphs: dict[str, Graph], tmp_path: Path
+    exported: tuple[Path, list[ExportedRelease]],
+    tiny_base: Base,
+    graphs: dict[str, Graph],
+    tmp_path: Path,
 ) -> None:
     for graph in graphs.values():
         graph.save(tiny_base.model.state_dict(), tmp_path / "base.onnx")
         expected = operators(tmp_path / "base.onnx")
         assert expected == operators(graph)
         for version in "12":
-            assert operators(exported[0] / "repository" / graph.name / version / "model.onnx") == expected
+            assert (
+                operators(exported[0] / "repository" / graph.name / version / "model.onnx")
+                == expected
+            )
 
 
 def test_graph_does_not_depend_on_weights_and_leaves_them(
@@ -132,20 +159,28 @@ def test_graph_does_not_depend_on_weights_and_leaves_them(
     graph.save(base.model.state_dict(), tmp_path / "model.onnx")
     model = onnx.load(tmp_path / "model.onnx")
     assert operators(tmp_path / "model.onnx") == operators(expected)
-    assert {tensor.name for tensor in model.graph.initializer} == set(expected.model.graph.initializers)
+    assert {tensor.name for tensor in model.graph.initializer} == set(
+        expected.model.graph.initializers
+    )
     assert repr(base.model) == structure
     assert not any(isinstance(module, Attention) for module in base.model.modules())
     assert all(torch.equal(value, before[key]) for key, value in base.model.state_dict().items())
 
 
-def test_weights_keep_their_names(graphs: dict[str, Graph], custom: tuple[Base, Graph], tiny_base: Base) -> None:
+def test_weights_keep_their_names(
+    graphs: dict[str, Graph], custom: tuple[Base, Graph], tiny_base: Base
+) -> None:
     names = {key for graph in graphs.values() for key in graph.model.graph.initializers}
     assert set(tiny_base.model.state_dict()) - {"logit_scale"} <= names
     base, graph = custom
-    assert {key for key in base.model.state_dict() if key.startswith("text.")} <= set(graph.model.graph.initializers)
+    assert {key for key in base.model.state_dict() if key.startswith("text.")} <= set(
+        graph.model.graph.initializers
+    )
 
 
-def test_files_are_plain_onnx_without_traces_of_this_machine(exported: tuple[Path, list[ExportedRelease]]) -> None:
+def test_files_are_plain_onnx_without_traces_of_this_machine(
+    exported: tuple[Path, list[ExportedRelease]],
+) -> None:
     for name in ("image_encoder", "patch_encoder", "text_encoder"):
         path = exported[0] / "repository" / name / "1" / "model.onnx"
         model = onnx.load(path)
@@ -155,7 +190,9 @@ def test_files_are_plain_onnx_without_traces_of_this_machine(exported: tuple[Pat
         assert b".py" not in path.read_bytes()
 
 
-def test_saving_leaves_the_graph_without_weights(tiny_base: Base, graphs: dict[str, Graph], tmp_path: Path) -> None:
+def test_saving_leaves_the_graph_without_weights(
+    tiny_base: Base, graphs: dict[str, Graph], tmp_path: Path
+) -> None:
     weights = tiny_base.model.state_dict()
     first, second, third = (tmp_path / f"{n}.onnx" for n in range(3))
     graphs["image_encoder"].save(weights, first)
@@ -175,7 +212,9 @@ def test_large_weights_go_beside_the_graph(
     assert files == {"model.onnx", "model.onnx.data"}
     assert size == sum((tmp_path / name).stat().st_size for name in files)
     image = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(run(tmp_path / "model.onnx", image), run(tmp_path / "inside.onnx", image))
+    np.testing.assert_array_equal(
+        run(tmp_path / "model.onnx", image), run(tmp_path / "inside.onnx", image)
+    )
 
 
 def test_models_without_one_embedding_of_a_square_image_are_refused(tiny_base: Base) -> None:
@@ -195,6 +234,8 @@ def test_model_that_the_exporter_fails_on_is_refused_in_one_line(tiny_base: Base
 
     model = copy.copy(tiny_base.model)
     model._modules = {**model._modules, "visual": Undecided()}
-    with pytest.raises(RAdapterError, match=r"cannot export image_encoder of this model: .+") as error:
+    with pytest.raises(
+        RAdapterError, match=r"cannot export image_encoder of this model: .+"
+    ) as error:
         image_graph(dataclasses.replace(tiny_base, model=model))
     assert "\n" not in str(error.value)

@@ -74,7 +74,9 @@ def test_folder_of_somebody_else_is_refused(tiny_base: Base, tmp_path: Path) -> 
     assert names(tmp_path) == {"thesis.tex"}
 
 
-def test_full_disk_leaves_the_earlier_one(tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_the_earlier_one(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = tiny_base.model.state_dict()
     write_merged(tmp_path / "merged", tiny_base, weights, release(1))
 
@@ -89,7 +91,9 @@ def test_full_disk_leaves_the_earlier_one(tiny_base: Base, tmp_path: Path, monke
     assert Release.load(tmp_path / "merged") == release(1)
 
 
-def test_killed_swap_is_undone(tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_swap_is_undone(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed between taking the old folder away and putting the new one in its place."""
     weights = tiny_base.model.state_dict()
     write_merged(tmp_path / "merged", tiny_base, weights, release(1))
@@ -105,7 +109,10 @@ def test_killed_swap_is_undone(tiny_base: Base, tmp_path: Path, monkeypatch: pyt
 def test_one_export_at_a_time_writes_a_folder(tiny_base: Base, tmp_path: Path) -> None:
     weights = tiny_base.model.state_dict()
     with Merged(tmp_path / "merged") as first:
-        with pytest.raises(RAdapterError, match="writing .*/merged; wait .*--merged"), Merged(first.folder):
+        with (
+            pytest.raises(RAdapterError, match="writing .*/merged; wait .*--merged"),
+            Merged(first.folder),
+        ):
             pass
         with Merged(tmp_path / "other"):
             pass

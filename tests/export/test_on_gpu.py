@@ -29,7 +29,9 @@ TOLERANCE = 1e-4  # fp32, which TF32 would miss
 def repository(exported_tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for model in ENCODERS:
-        shutil.copytree(exported_tiny_clip / "model_repository" / model, tmp_path / "repository" / model)
+        shutil.copytree(
+            exported_tiny_clip / "model_repository" / model, tmp_path / "repository" / model
+        )
     return tmp_path / "repository"
 
 
@@ -44,7 +46,9 @@ def test_the_gpu_is_found_and_keeps_what_it_is_given() -> None:
     assert gpu.compute_capability == ".".join(map(str, torch.cuda.get_device_capability(0)))
     array = np.random.default_rng(0).normal(size=(1000, 37)).astype(np.float32)
     with Stream() as stream:
-        np.testing.assert_array_equal(stream.download(stream.upload(array), array.shape, array.dtype), array)
+        np.testing.assert_array_equal(
+            stream.download(stream.upload(array), array.shape, array.dtype), array
+        )
 
 
 @pytest.mark.parametrize("options", [Options(), Options(hardware_compatible=True)])

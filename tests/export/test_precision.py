@@ -1,4 +1,6 @@
-"""Precision: which operators compute in which type, numbers where 16 bits overflow, int8, and what the task loses."""
+"""Precision: which operators compute in which type, numbers where 16 bits overflow, int8, and what
+the task loses.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ CLASSES = ("cat", "dog", "guinea pig", "horse", "old wall")
 
 
 def types_of(path: Path) -> dict[str, set[int]]:
-    """The types that each kind of operator gives, as ONNX's own inference finds them from the file's inputs."""
+    """The types that each kind of operator gives, as ONNX's own inference finds them from the
+    file's inputs.
+    """
     model = onnx.load(path)
     del model.graph.value_info[:]
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
@@ -78,7 +82,9 @@ def test_products_are_low_and_what_overflows_is_fp32(
             users = [user.op_type for user in model.graph.node if node.output[0] in user.input]
             assert users
     state = tiny_base.model.state_dict()
-    weights = {tensor.name: tensor.data_type for tensor in model.graph.initializer if tensor.name in state}
+    weights = {
+        tensor.name: tensor.data_type for tensor in model.graph.initializer if tensor.name in state
+    }
     assert set(weights) == {key for key in before if key in state}
     for key, kind in weights.items():
         if key.endswith("weight") and state[key].ndim >= 2:
@@ -133,12 +139,17 @@ def parsed(text: str, **weights: np.ndarray) -> tuple[Graph, dict[str, torch.Ten
             value.dtype = ir.DataType.BOOL if node.op_type == "Greater" else ir.DataType.FLOAT
     for name in weights:
         model.graph.initializers[name].const_value = None
-    return Graph("small", model, {}), {name: torch.from_numpy(array) for name, array in weights.items()}
+    return Graph("small", model, {}), {
+        name: torch.from_numpy(array) for name, array in weights.items()
+    }
 
 
 def test_a_norm_written_out_is_right_where_fp16_overflows(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    arrays = {"gain": random.normal(size=4).astype(np.float32), "square": random.normal(size=(4, 4)).astype(np.float32)}
+    arrays = {
+        "gain": random.normal(size=4).astype(np.float32),
+        "square": random.normal(size=(4, 4)).astype(np.float32),
+    }
     arrays["weight"] = random.normal(size=(8, 4)).astype(np.float32) * 4
     arrays["square"] *= 300
     graph, weights = parsed(NORM, **arrays)
@@ -147,15 +158,24 @@ def test_a_norm_written_out_is_right_where_fp16_overflows(tmp_path: Path) -> Non
     rounded = {name: array.astype(np.float16).astype(np.float64) for name, array in arrays.items()}
     y = image.astype(np.float64) @ rounded["weight"]
     centred = y - y.mean(-1, keepdims=True)
-    z = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * arrays["gain"] @ rounded["square"]
-    assert np.abs(centred).max() ** 2 > np.finfo(np.float16).max < np.abs(z).max() ** 2  # what the test is about
+    z = (
+        centred
+        / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+        * arrays["gain"]
+        @ rounded["square"]
+    )
+    assert (
+        np.abs(centred).max() ** 2 > np.finfo(np.float16).max < np.abs(z).max() ** 2
+    )  # what the test is about
     found = Encoder(tmp_path / "model.onnx")(image)
     np.testing.assert_allclose(found, z / np.linalg.norm(z, axis=-1, keepdims=True), atol=3e-3)
 
 
 def test_a_mask_beyond_fp16_hides_and_gives_no_nan(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    arrays = {name: random.normal(size=(4, 4)).astype(np.float32) * 0.01 for name in ("weight", "value")}
+    arrays = {
+        name: random.normal(size=(4, 4)).astype(np.float32) * 0.01 for name in ("weight", "value")
+    }
     graph, weights = parsed(MASK, **arrays)
     lower(graph, "fp16").save(weights, tmp_path / "model.onnx")
     image = np.array([[1, 2, 200, 3], [255, 255, 255, 255], [9, 8, 7, 6]], np.uint8)
@@ -163,7 +183,9 @@ def test_a_mask_beyond_fp16_hides_and_gives_no_nan(tmp_path: Path) -> None:
     shares = np.exp(scores) * (image <= 100)
     shares[1] = 1  # all hidden: all alike, where minus infinity would give NaN
     shares = shares / shares.sum(-1, keepdims=True)
-    np.testing.assert_allclose(Encoder(tmp_path / "model.onnx")(image), shares @ arrays["value"], atol=1e-4)
+    np.testing.assert_allclose(
+        Encoder(tmp_path / "model.onnx")(image), shares @ arrays["value"], atol=1e-4
+    )
 
 
 PRODUCT = """<ir_version: 10, opset_import: ["" : 20]>
@@ -172,7 +194,9 @@ product (float[B, 64] x) => (float[B, 2] y) <float[64, 2] weight = {0}> { y = Ma
 
 @pytest.mark.parametrize("static", [False, True])
 def test_int8_adds_up_large_values_right_on_every_cpu(tmp_path: Path, static: bool) -> None:
-    """Pairs of products of 8 bits with 8 bits, all as large as can be, do not fit into the 16 that some CPUs add in."""
+    """Pairs of products of 8 bits with 8 bits, all as large as can be, do not fit into the 16 that
+    some CPUs add in.
+    """
     weight = np.ones((64, 2), np.float32)
     weight[:, 1] = 0.5
     graph, weights = parsed(PRODUCT, weight=weight)
@@ -204,21 +228,30 @@ def export(quick: None, adapter_path: Path, tmp_path: Path) -> Export:
 
     def call(**changes: Any) -> ExportedRelease:
         where = {"model_repository": tmp_path / "repository", "merged": tmp_path / "merged"}
-        (release,) = export_release(changes.pop("adapter", adapter_path), [0.7], ExportSettings(**{**where, **changes}))
+        (release,) = export_release(
+            changes.pop("adapter", adapter_path), [0.7], ExportSettings(**{**where, **changes})
+        )
         return release
 
     return call
 
 
 def accuracy_of_torch(base: Base, adapter: Adapter, photos: Path) -> float:
-    """Per cent right by open_clip's own code, the adapter folded in at 0.7, and the adapter's templates."""
+    """Per cent right by open_clip's own code, the adapter folded in at 0.7, and the adapter's
+    templates.
+    """
     model: Any = load_base(base.name).model
     model.load_state_dict(fold(base.model.state_dict(), adapter, 0.7))
     transform = image_transform_v2(PreprocessCfg(**base.preprocess), is_train=False)
     classes, hits = sorted(CLASSES), []
     with torch.no_grad():
-        prompts = [[template.replace("{}", name) for template in adapter.metadata.templates] for name in classes]
-        means = torch.stack([model.encode_text(base.tokenizer(texts), normalize=True).mean(0) for texts in prompts])
+        prompts = [
+            [template.replace("{}", name) for template in adapter.metadata.templates]
+            for name in classes
+        ]
+        means = torch.stack(
+            [model.encode_text(base.tokenizer(texts), normalize=True).mean(0) for texts in prompts]
+        )
         classifier = torch.nn.functional.normalize(means, dim=-1)
         for path in sorted(photos.rglob("*.png")):
             scores = model.encode_image(transform(Image.open(path))[None]) @ classifier.T
@@ -228,7 +261,12 @@ def accuracy_of_torch(base: Base, adapter: Adapter, photos: Path) -> float:
 
 @pytest.mark.parametrize(
     ("precision", "changes"),
-    [("fp16", {}), ("bf16", {"runtime": "openvino"}), ("int8", {}), ("int8", {"calibration": True})],
+    [
+        ("fp16", {}),
+        ("bf16", {"runtime": "openvino"}),
+        ("int8", {}),
+        ("int8", {"calibration": True}),
+    ],
     ids=["fp16", "bf16", "int8 dynamic", "int8 static"],
 )
 def test_release_says_what_its_precision_costs(
@@ -244,7 +282,13 @@ def test_release_says_what_its_precision_costs(
         changes["calibration"] = f"imagefolder:{photos}"
     if "runtime" in changes:
         pytest.importorskip("openvino")
-    release = export(precision=precision, validation=f"imagefolder:{photos}", max_drop=100, dense="naclip", **changes)
+    release = export(
+        precision=precision,
+        validation=f"imagefolder:{photos}",
+        max_drop=100,
+        dense="naclip",
+        **changes,
+    )
     facts = release.facts
     assert facts["precision"] == precision
     bounds = TOLERANCES[precision]
@@ -252,22 +296,34 @@ def test_release_says_what_its_precision_costs(
         # Coarser than fp32, so it is what it says; and as close as its precision allows.
         assert 1e-6 < graph.agreement.max_error <= bounds.max_error
         folder = tmp_path / "repository" / graph.name / "1"
-        assert {path.name for path in folder.iterdir()} == {"config.pbtxt", "model.onnx", "samples.npz"}
+        assert {path.name for path in folder.iterdir()} == {
+            "config.pbtxt",
+            "model.onnx",
+            "samples.npz",
+        }
         encoder = Encoder(folder / "model.onnx", facts["runtime"], precision=precision)
         again = compare(graph.name, encoder, Samples.load(folder), bounds)
         assert again.max_error == pytest.approx(graph.agreement.max_error, rel=0.2)
     found = facts["accuracy"]
-    assert found["torch"] == pytest.approx(accuracy_of_torch(tiny_base, load_adapter(adapter_path), photos), abs=0.01)
+    assert found["torch"] == pytest.approx(
+        accuracy_of_torch(tiny_base, load_adapter(adapter_path), photos), abs=0.01
+    )
     assert found["drop"] == pytest.approx(found["torch"] - found["release"])
     assert (found["n"], found["metric"], found["dataset"]) == (30, "acc1", f"imagefolder:{photos}")
     written = tmp_path / "repository" / "classify" / "1" / "release.json"
     assert json.loads(written.read_text(encoding="utf-8")) == facts
     nodes = [
-        node.op_type for node in onnx.load(tmp_path / "repository" / "image_encoder" / "1" / "model.onnx").graph.node
+        node.op_type
+        for node in onnx.load(
+            tmp_path / "repository" / "image_encoder" / "1" / "model.onnx"
+        ).graph.node
     ]
     if precision == "int8":
-        assert facts["quantization"]["kind"] == ("static" if "calibration" in changes else "dynamic")
-        # Four products of weights in each of the two layers, and the last projection; the patches' convolution is not.
+        assert facts["quantization"]["kind"] == (
+            "static" if "calibration" in changes else "dynamic"
+        )
+        # Four products of weights in each of the two layers, and the last projection; the patches'
+        # convolution is not.
         assert nodes.count("QuantizeLinear" if "calibration" in changes else "MatMulInteger") == 9
     else:
         assert "quantization" not in facts
@@ -275,7 +331,9 @@ def test_release_says_what_its_precision_costs(
         assert (facts["quantization"]["images"], facts["quantization"]["texts"]) == (30, 10)
 
 
-def test_calibration_takes_images_of_all_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_takes_images_of_all_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in range(15):
         Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
     monkeypatch.setattr("radapter_export.quantization.IMAGES", 10)
@@ -287,7 +345,11 @@ def test_calibration_takes_images_of_all_of_a_folder(tmp_path: Path, monkeypatch
 
 def test_digest_tells_apart_how_int8_was_made(exported: tuple[Path, list[ExportedRelease]]) -> None:
     fp32 = exported[1][0].release
-    kinds = [{"kind": "dynamic"}, {"kind": "static", "digest": "a"}, {"kind": "static", "digest": "b"}]
+    kinds = [
+        {"kind": "dynamic"},
+        {"kind": "static", "digest": "a"},
+        {"kind": "static", "digest": "b"},
+    ]
     int8 = [replace(fp32, precision="int8", quantization=kind) for kind in kinds]
     dynamic = replace(int8[0], dynamic_alpha=True)
     assert len({one.digest for one in (fp32, *int8, dynamic)}) == 5
@@ -311,7 +373,9 @@ def test_a_release_that_loses_points_is_refused(
     photos: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Evaluated is the newest release, of 0.8, where torch is at 1, and stays on the CPU, where its adapters are."""
+    """Evaluated is the newest release, of 0.8, where torch is at 1, and stays on the CPU, where its
+    adapters are.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     base, adapter = load_base(tiny_clip_dir), load_adapter(adapter_path)
     data = open_validation(adapter.metadata, f"imagefolder:{photos}", None, "fp32", 0.0)
@@ -331,6 +395,8 @@ def test_a_release_that_loses_points_is_refused(
     with pytest.raises(RAdapterError, match="or allow more with --max-drop"):
         evaluated(found.drop - 0.01)
     metrics = iter([0.5, float("nan")])
-    monkeypatch.setattr("radapter_export.accuracy.evaluate", lambda *_, **__: [a_row(share=next(metrics))])
+    monkeypatch.setattr(
+        "radapter_export.accuracy.evaluate", lambda *_, **__: [a_row(share=next(metrics))]
+    )
     with pytest.raises(RAdapterError, match="the encoders lose nan points"):
         evaluated(100)

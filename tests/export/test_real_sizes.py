@@ -1,4 +1,6 @@
-"""Models of open_clip as large as they are, with random weights: adapters attached against the folded graph."""
+"""Models of open_clip as large as they are, with random weights: adapters attached against the
+folded graph.
+"""
 
 from __future__ import annotations
 
@@ -45,26 +47,41 @@ def test_folded_graph_agrees_with_attached_adapters(name: str, tmp_path: Path) -
         torch.manual_seed(0)
         model = open_clip.create_model(name).eval()
         for parameter in model.parameters():
-            if parameter.ndim == 1:  # mostly zeros and ones, which a wrong graph could well do without
+            if (
+                parameter.ndim == 1
+            ):  # mostly zeros and ones, which a wrong graph could well do without
                 parameter.add_(torch.randn_like(parameter) * 0.02)
         weights = dict(model.state_dict())
         adapters = attach(model, rank=4, partial=name in ("RN50", "MobileCLIP-S1"))
         for tensor in adapters.parameters():
             tensor.normal_(std=0.1)
-        adapter = adapters.adapter(Metadata(name, base_digest(weights, [site.key for site in adapters.sites]), rank=4))
+        adapter = adapters.adapter(
+            Metadata(name, base_digest(weights, [site.key for site in adapters.sites]), rank=4)
+        )
     context = config["text_cfg"]["context_length"]
     tokenizer: Any = SimpleNamespace(context_length=context)
     base = Base(name, None, model, config, dict(model.visual.preprocess_cfg), tokenizer)
 
     random = np.random.default_rng(0)
-    images = [random.integers(0, 256, (n, base.image_size, base.image_size, 3), dtype=np.uint8) for n in (1, 2)]
-    tokens = [random.integers(1, config["text_cfg"]["vocab_size"], (n, context), dtype=np.int32) for n in (1, 3)]
+    images = [
+        random.integers(0, 256, (n, base.image_size, base.image_size, 3), dtype=np.uint8)
+        for n in (1, 2)
+    ]
+    tokens = [
+        random.integers(1, config["text_cfg"]["vocab_size"], (n, context), dtype=np.int32)
+        for n in (1, 3)
+    ]
     mean, std = (torch.tensor(base.preprocess[key]).view(3, 1, 1) for key in ("mean", "std"))
     with torch.inference_mode():
-        pixels = [(torch.from_numpy(image).permute(0, 3, 1, 2) / 255 - mean) / std for image in images]
+        pixels = [
+            (torch.from_numpy(image).permute(0, 3, 1, 2) / 255 - mean) / std for image in images
+        ]
         references = [
             [nn.functional.normalize(encode(values), dim=-1).numpy() for values in batches]
-            for encode, batches in ((model.encode_image, pixels), (model.encode_text, map(torch.from_numpy, tokens)))
+            for encode, batches in (
+                (model.encode_image, pixels),
+                (model.encode_text, map(torch.from_numpy, tokens)),
+            )
         ]
     adapters.remove()
     folded = fold(weights, adapter, 1.0)

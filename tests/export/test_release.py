@@ -52,7 +52,10 @@ Export = Callable[..., list[ExportedRelease]]
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Every path below a folder, with the contents of files."""
     paths = sorted(folder.rglob("*"))
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in paths
+    }
 
 
 def names(folder: Path) -> set[str]:
@@ -66,12 +69,16 @@ def export(quick: None, adapter_path: Path, tmp_path: Path) -> Export:
     def call(alphas: Any = (0.5,), **changes: Any) -> list[ExportedRelease]:
         where = {"model_repository": tmp_path / "repository", "merged": tmp_path / "merged"}
         adapter, progress = changes.pop("adapter", adapter_path), changes.pop("progress", None)
-        return export_release(adapter, alphas, ExportSettings(**{**where, **changes}), progress=progress)
+        return export_release(
+            adapter, alphas, ExportSettings(**{**where, **changes}), progress=progress
+        )
 
     return call
 
 
-def test_repository_holds_exactly_the_contract(exported: tuple[Path, list[ExportedRelease]]) -> None:
+def test_repository_holds_exactly_the_contract(
+    exported: tuple[Path, list[ExportedRelease]],
+) -> None:
     repository = exported[0] / "repository"
     assert {path.name for path in repository.iterdir()} == set(FILES)
     for model, files in FILES.items():
@@ -81,7 +88,9 @@ def test_repository_holds_exactly_the_contract(exported: tuple[Path, list[Export
     check(repository, [1, 2])  # all have digests, and the digests are right
 
 
-def test_release_json(exported: tuple[Path, list[ExportedRelease]], adapter_path: Path, tiny_base: Base) -> None:
+def test_release_json(
+    exported: tuple[Path, list[ExportedRelease]], adapter_path: Path, tiny_base: Base
+) -> None:
     folder, releases = exported
     adapter = load_adapter(adapter_path)
     assert [(release.version, release.alpha) for release in releases] == [(1, 0.3), (2, 0.8)]
@@ -107,8 +116,14 @@ def test_release_json(exported: tuple[Path, list[ExportedRelease]], adapter_path
         assert facts["tokenizer"]["dynamic_length"] is True
         assert facts["embed_dim"] == 32
         assert facts["dense"] == {"way": "naclip", "grid": 2}
-        assert facts["crop"] == {"padding": 0.0, "square": True, "fill": [122, 117, 105]}  # of the mean below
-        assert facts["logit_scale"] == pytest.approx(float(tiny_base.model.get_parameter("logit_scale").detach().exp()))
+        assert facts["crop"] == {
+            "padding": 0.0,
+            "square": True,
+            "fill": [122, 117, 105],
+        }  # of the mean below
+        assert facts["logit_scale"] == pytest.approx(
+            float(tiny_base.model.get_parameter("logit_scale").detach().exp())
+        )
         assert facts["logit_bias"] is None
         assert facts["templates"] == ["a photo of a {}.", "a drawing of a {}."]
         assert facts["tools"]["torch"] == importlib.metadata.version("torch")
@@ -123,7 +138,9 @@ def test_release_json(exported: tuple[Path, list[ExportedRelease]], adapter_path
 def test_label_set_is_what_torch_gives(
     exported: tuple[Path, list[ExportedRelease]], adapter_path: Path, tiny_base: Base
 ) -> None:
-    """Mean over synonyms and templates of unit-length embeddings, at unit length again, from the folded weights."""
+    """Mean over synonyms and templates of unit-length embeddings, at unit length again, from the
+    folded weights.
+    """
     folder, releases = exported
     state = fold(tiny_base.model.state_dict(), load_adapter(adapter_path), 0.8)
     path = folder / "repository" / "classify" / "2" / "label_sets" / "animals.npz"
@@ -132,10 +149,16 @@ def test_label_set_is_what_torch_gives(
     assert facts["digest"] == f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
     expected = []
     for names in (["cat", "kitty"], ["dog"], ["guinea pig"]):
-        prompts = [template.replace("{}", name) for name in names for template in releases[1].facts["templates"]]
+        prompts = [
+            template.replace("{}", name)
+            for name in names
+            for template in releases[1].facts["templates"]
+        ]
         with torch.no_grad():
             tokens = tiny_base.tokenizer(prompts)
-            embeds = torch.func.functional_call(_TextOnly(tiny_base.model), _prefixed(state), (tokens,))
+            embeds = torch.func.functional_call(
+                _TextOnly(tiny_base.model), _prefixed(state), (tokens,)
+            )
         mean = torch.nn.functional.normalize(embeds, dim=-1).mean(0)
         expected.append((mean / mean.norm()).numpy())
     with np.load(path) as saved:
@@ -176,7 +199,9 @@ def test_versions_count_up_and_one_alpha_stands_in_merged_itself(
 
 def with_recipe(adapter_path: Path, target: Path, **recipe: Any) -> Path:
     adapter = load_adapter(adapter_path)
-    save_adapter(Adapter(adapter.tensors, dataclasses.replace(adapter.metadata, recipe=recipe)), target)
+    save_adapter(
+        Adapter(adapter.tensors, dataclasses.replace(adapter.metadata, recipe=recipe)), target
+    )
     return target
 
 
@@ -188,7 +213,11 @@ def test_the_recipe_says_how_patches_are_embedded_and_segments_cropped(
     (release,) = export(adapter=trained)
     assert release.facts["dense"] == {"way": "naclip", "grid": 2}
     assert release.facts["crop"] == {"padding": 0.25, "square": False, "fill": [122, 117, 105]}
-    assert [graph.name for graph in release.graphs] == ["image_encoder", "patch_encoder", "text_encoder"]
+    assert [graph.name for graph in release.graphs] == [
+        "image_encoder",
+        "patch_encoder",
+        "text_encoder",
+    ]
     assert set(release.facts["agreement"]) == {*FILES.keys() - WITHOUT_PATCHES} | {
         *("image_encoder", "text_encoder", "batches", "tolerance", "min_cosine")
     }
@@ -210,13 +239,17 @@ def test_a_release_for_another_runtime_says_so_and_is_checked_with_it(
     (made,) = export(runtime="openvino")
     assert [call.args[1] for call in used.call_args_list] == ["openvino"] * 2
     encoders = {encoder.name: encoder for encoder in encoders_of(tmp_path / "repository")}
-    assert {name: encoder.runtime for name, encoder in encoders.items()} == dict.fromkeys(encoders, "openvino")
+    assert {name: encoder.runtime for name, encoder in encoders.items()} == dict.fromkeys(
+        encoders, "openvino"
+    )
     assert made.facts["runtime"] == "openvino"
     # The batch is a dimension of its own for this runtime.
     assert list(encoders["image_encoder"].config.input[0].dims) == [-1, 32, 32, 3]
     local = LocalRelease(tmp_path / "repository")
     samples = Samples.load(tmp_path / "repository" / "image_encoder" / "1")
-    np.testing.assert_allclose(local.encode_images(list(samples.inputs[1])), samples.references[1], atol=1e-5)
+    np.testing.assert_allclose(
+        local.encode_images(list(samples.inputs[1])), samples.references[1], atol=1e-5
+    )
 
 
 def test_repository_may_hold_models_of_others(export: Export, tmp_path: Path) -> None:
@@ -260,7 +293,9 @@ def test_adapter_of_another_base_is_refused_with_both_digests(
 ) -> None:
     adapter = load_adapter(adapter_path)
     other = {**vars(adapter.metadata), "base_digest": "sha256:0123"}
-    save_adapter(Adapter(adapter.tensors, type(adapter.metadata)(**other)), tmp_path / "other.safetensors")
+    save_adapter(
+        Adapter(adapter.tensors, type(adapter.metadata)(**other)), tmp_path / "other.safetensors"
+    )
     with pytest.raises(RAdapterError, match=f"sha256:0123.*{adapter.metadata.base_digest}"):
         export(adapter=tmp_path / "other.safetensors")
     assert names(tmp_path) == {"other.safetensors"}
@@ -280,7 +315,9 @@ def test_full_disk_leaves_everything_as_it_was(
 
     target: tuple[Any, str] = (onnx_ir, "save") if where == "graph" else (Path, "replace")
     monkeypatch.setattr(*target, full)
-    with pytest.raises(RAdapterError, match=r"no space left on the disk of .*run radapter-export again") as error:
+    with pytest.raises(
+        RAdapterError, match=r"no space left on the disk of .*run radapter-export again"
+    ) as error:
         export((0.2, 0.3))
     assert "\n" not in str(error.value)
     assert tree(tmp_path) == before
@@ -319,7 +356,14 @@ def test_killed_export_leaves_what_is_served_and_the_next_one_tidies(
 ) -> None:
     export()
     before = tree(tmp_path)
-    command = [sys.executable, "-c", KILLED, str(adapter_path), str(Path(__file__).parents[2]), str(common)]
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        str(adapter_path),
+        str(Path(__file__).parents[2]),
+        str(common),
+    ]
     killed = subprocess.run(command, cwd=tmp_path, timeout=120)
     assert killed.returncode == -signal.SIGKILL
     after = tree(tmp_path)
@@ -366,7 +410,9 @@ def test_export_killed_while_it_puts_versions_in_place_serves_no_half_release(
     served = set()
     for model in WITHOUT_PATCHES:
         text = (folder / model / "config.pbtxt").read_text(encoding="utf-8")
-        (version,) = text_format.Parse(text, model_config_pb2.ModelConfig()).version_policy.specific.versions
+        (version,) = text_format.Parse(
+            text, model_config_pb2.ModelConfig()
+        ).version_policy.specific.versions
         assert set(tree(folder / model / str(version))) >= FILES[model] - {"label_sets/animals.npz"}
         served.add(version)
     if renames <= len(WITHOUT_PATCHES):
@@ -374,7 +420,9 @@ def test_export_killed_while_it_puts_versions_in_place_serves_no_half_release(
     (release,) = export()
     assert release.version == (2 if renames < len(WITHOUT_PATCHES) else 3)
     assert not [path for path in tree(tmp_path) if ".export-" in path]
-    versions = [{name for name in names(folder / model) if name.isdecimal()} for model in WITHOUT_PATCHES]
+    versions = [
+        {name for name in names(folder / model) if name.isdecimal()} for model in WITHOUT_PATCHES
+    ]
     assert all(each == versions[0] for each in versions)
 
 

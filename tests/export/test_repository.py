@@ -26,7 +26,9 @@ def parse(text: str) -> model_config_pb2.ModelConfig:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_config_parses_and_holds_the_releases(exported: tuple[Path, list[ExportedRelease]], model: str) -> None:
+def test_config_parses_and_holds_the_releases(
+    exported: tuple[Path, list[ExportedRelease]], model: str
+) -> None:
     folder, releases = exported
     parsed = parse((folder / "repository" / model / "config.pbtxt").read_text(encoding="utf-8"))
     assert parsed.name == model
@@ -35,15 +37,25 @@ def test_config_parses_and_holds_the_releases(exported: tuple[Path, list[Exporte
     assert list(parsed.version_policy.specific.versions) == [1, 2]
     values = {key: value.string_value for key, value in parsed.parameters.items()}
     facts = {key: json.loads(value) for key, value in values.items() if key.startswith("release")}
-    assert facts == {"release": releases[1].facts, "release.1": releases[0].facts, "release.2": releases[1].facts}
+    assert facts == {
+        "release": releases[1].facts,
+        "release.1": releases[0].facts,
+        "release.2": releases[1].facts,
+    }
 
 
-def test_encoder_configs_have_the_shapes_of_the_graphs(exported: tuple[Path, list[ExportedRelease]]) -> None:
+def test_encoder_configs_have_the_shapes_of_the_graphs(
+    exported: tuple[Path, list[ExportedRelease]],
+) -> None:
     shapes = {}
     for model in ("image_encoder", "patch_encoder", "text_encoder", "embed_image", "embed_text"):
-        parsed = parse((exported[0] / "repository" / model / "config.pbtxt").read_text(encoding="utf-8"))
+        parsed = parse(
+            (exported[0] / "repository" / model / "config.pbtxt").read_text(encoding="utf-8")
+        )
         (source, *optional), (result,) = parsed.input, parsed.output
-        assert [(each.name, each.optional) for each in optional] == ([("alpha", True)] if "embed_" in model else [])
+        assert [(each.name, each.optional) for each in optional] == (
+            [("alpha", True)] if "embed_" in model else []
+        )
         shapes[model] = (source.name, list(source.dims), result.name, list(result.dims))
     assert shapes == {
         "image_encoder": ("image", [32, 32, 3], "image_embeds", [32]),
@@ -57,7 +69,8 @@ def test_encoder_configs_have_the_shapes_of_the_graphs(exported: tuple[Path, lis
 def test_preferred_batches_never_exceed_the_largest(tmp_path: Path) -> None:
     template = tmp_path / "config.template.pbtxt"
     template.write_text(
-        'name: "x" max_batch_size: 64 dynamic_batching { preferred_batch_size: [4, 8, 64] }', encoding="utf-8"
+        'name: "x" max_batch_size: 64 dynamic_batching { preferred_batch_size: [4, 8, 64] }',
+        encoding="utf-8",
     )
     parsed = parse(config(template, "embed_text", [release(3)], {}, 8))
     assert list(parsed.dynamic_batching.preferred_batch_size) == [4, 8]
@@ -83,11 +96,17 @@ def test_broken_template_is_said(tmp_path: Path) -> None:
 
 
 def test_two_exports_at_a_time_are_refused(tmp_path: Path) -> None:
-    with Repository(tmp_path), pytest.raises(RAdapterError, match="another radapter-export"), Repository(tmp_path):
+    with (
+        Repository(tmp_path),
+        pytest.raises(RAdapterError, match="another radapter-export"),
+        Repository(tmp_path),
+    ):
         pass
 
 
-def test_a_file_system_without_locks_is_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def flock(handle: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -112,7 +131,9 @@ def test_repository_must_be_a_folder(tmp_path: Path) -> None:
 def test_templates_travel_in_the_wheel_or_stand_in_the_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "export" / "radapter_export" / "repository.py"))
+    monkeypatch.setattr(
+        module, "__file__", str(tmp_path / "export" / "radapter_export" / "repository.py")
+    )
     assert module.sources() == tmp_path / "model_repository"
     packed = tmp_path / "export" / "radapter_export" / "model_repository"
     packed.mkdir(parents=True)
@@ -125,7 +146,9 @@ def test_a_model_of_another_maker_is_left_alone(tmp_path: Path) -> None:
     foreign.write_bytes(b"somebody's")
     (tmp_path / "image_encoder" / "config.pbtxt").write_text('backend: "onnxruntime"')
     with (
-        pytest.raises(RAdapterError, match="image_encoder holds a model that radapter-export did not make"),
+        pytest.raises(
+            RAdapterError, match="image_encoder holds a model that radapter-export did not make"
+        ),
         Repository(tmp_path),
     ):
         pass
@@ -142,12 +165,16 @@ def test_a_config_of_another_maker_is_never_replaced(tmp_path: Path) -> None:
 
 
 def put(folder: Path, models: Sequence[str], killed: bool = False) -> int:
-    """Commit a release of these models, each a version with nothing in it, or be killed just before."""
+    """Commit a release of these models, each a version with nothing in it, or be killed just
+    before.
+    """
     repository = Repository(folder, models).__enter__()
     version = repository.next_version()
     for model in models:
         repository.staged(model, version).mkdir()
-        (repository.staged(model) / "config.pbtxt").write_text(f'parameters {{ key: "release" }} # {version}')
+        (repository.staged(model) / "config.pbtxt").write_text(
+            f'parameters {{ key: "release" }} # {version}'
+        )
     if killed:
         repository._held.close()
     else:
@@ -156,10 +183,14 @@ def put(folder: Path, models: Sequence[str], killed: bool = False) -> int:
     return version
 
 
-def test_a_model_that_the_new_release_lacks_is_served_no_more_and_its_old_versions_stay(tmp_path: Path) -> None:
+def test_a_model_that_the_new_release_lacks_is_served_no_more_and_its_old_versions_stay(
+    tmp_path: Path,
+) -> None:
     without = [model for model in MODELS if model != PATCH_ENCODER]
     configs = {"with": set(MODELS), "without": set(without)}
-    for number, (what, models) in enumerate([("with", MODELS), ("without", without), ("without", without)] * 2, 1):
+    for number, (what, models) in enumerate(
+        [("with", MODELS), ("without", without), ("without", without)] * 2, 1
+    ):
         before = {path: path.read_text() for path in tmp_path.glob("*/config.pbtxt")}
         assert put(tmp_path, models, killed=True) == number
         assert {path: path.read_text() for path in tmp_path.glob("*/config.pbtxt")} == before

@@ -1,4 +1,6 @@
-"""What goes with an adapter into its releases: classes, the chosen α, the turning of photos; and what is warned of."""
+"""What goes with an adapter into its releases: classes, the chosen α, the turning of photos; and
+what is warned of.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def run(adapter_path: Path, tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def export(quick: None, tmp_path: Path) -> Export:
     def call(adapter: Path, alphas: Any = (0.5,), **changes: Any) -> ExportedRelease:
-        settings = ExportSettings(model_repository=tmp_path / "repository", merged=tmp_path / "merged", **changes)
+        settings = ExportSettings(
+            model_repository=tmp_path / "repository", merged=tmp_path / "merged", **changes
+        )
         (release,) = export_release(adapter, alphas, settings)
         return release
 
@@ -44,10 +48,14 @@ def export(quick: None, tmp_path: Path) -> Export:
 
 
 def label_set(tmp_path: Path, release: ExportedRelease, name: str) -> LabelSet:
-    return LabelSet.load(tmp_path / "repository" / "classify" / str(release.version) / "label_sets" / f"{name}.npz")
+    return LabelSet.load(
+        tmp_path / "repository" / "classify" / str(release.version) / "label_sets" / f"{name}.npz"
+    )
 
 
-def test_the_runs_classes_are_a_label_set(run: Callable[..., Path], export: Export, tmp_path: Path) -> None:
+def test_the_runs_classes_are_a_label_set(
+    run: Callable[..., Path], export: Export, tmp_path: Path
+) -> None:
     release = export(run(classes=["dog", "cat, kitty", "dog", "zebra", "cat, tom"]))
     found = label_set(tmp_path, release, "classes")
     assert found.labels == ("dog", "cat", "zebra")
@@ -56,14 +64,19 @@ def test_the_runs_classes_are_a_label_set(run: Callable[..., Path], export: Expo
     assert release.warnings == []
     (tmp_path / "own.txt").write_text("zebra\nhorse\n", encoding="utf-8")
     given = {"animals": tmp_path / "own.txt"}
-    assert set(export(run(classes=["dog"]), label_sets=given).facts["label_sets"]) == {"animals", "classes"}
+    assert set(export(run(classes=["dog"]), label_sets=given).facts["label_sets"]) == {
+        "animals",
+        "classes",
+    }
     mine = export(run(classes=["dog"]), label_sets={"classes": tmp_path / "own.txt"})
     assert label_set(tmp_path, mine, "classes").labels == ("zebra", "horse")
     assert export(run()).facts["label_sets"] == {}
 
 
 def test_classes_that_make_no_label_set_are_said(run: Callable[..., Path], export: Export) -> None:
-    with pytest.raises(RAdapterError, match=r"the run's classes \(.*--label-set classes=FILE\): .*1001 characters"):
+    with pytest.raises(
+        RAdapterError, match=r"the run's classes \(.*--label-set classes=FILE\): .*1001 characters"
+    ):
         export(run(classes=["dog", "x" * 1001]))
 
 
@@ -73,14 +86,23 @@ def test_labels_that_cannot_be_told_apart_are_named(
     """The tokenizer makes all letters small."""
     release = export(run(classes=["Crane", "dog", "crane"]))
     (warning,) = release.warnings
-    assert "label set classes" in warning and "'Crane' and 'crane'" in warning and "dog" not in warning
+    assert (
+        "label set classes" in warning and "'Crane' and 'crane'" in warning and "dog" not in warning
+    )
     arguments = ["--adapter", str(tmp_path / "run"), "--alpha", "0.5", "0.6"]
-    assert main([*arguments, "--model-repository", str(tmp_path / "a"), "--merged", str(tmp_path / "b")]) == 0
+    assert (
+        main(
+            [*arguments, "--model-repository", str(tmp_path / "a"), "--merged", str(tmp_path / "b")]
+        )
+        == 0
+    )
     err = capfd.readouterr().err
     assert err.startswith("warning: label set classes") and err.count("\n") == 1
 
 
-def test_dynamic_takes_the_chosen_alpha_by_default(run: Callable[..., Path], export: Export) -> None:
+def test_dynamic_takes_the_chosen_alpha_by_default(
+    run: Callable[..., Path], export: Export
+) -> None:
     folder = run()
     own = load_adapter(folder)
     assert export(folder, "dynamic").alpha == own.metadata.alpha == 0.5
@@ -91,7 +113,9 @@ def test_dynamic_takes_the_chosen_alpha_by_default(run: Callable[..., Path], exp
     assert export(folder, "dynamic").alpha == 0.5
 
 
-def test_photos_are_turned_as_in_training_unless_said_otherwise(run: Callable[..., Path], export: Export) -> None:
+def test_photos_are_turned_as_in_training_unless_said_otherwise(
+    run: Callable[..., Path], export: Export
+) -> None:
     for recipe, given, expected in (
         ({}, True, True),
         ({}, False, False),
@@ -101,10 +125,16 @@ def test_photos_are_turned_as_in_training_unless_said_otherwise(run: Callable[..
         assert release.facts["preprocess"]["exif_orientation"] is expected
 
 
-def test_files_can_be_read_by_whom_the_umask_says(run: Callable[..., Path], export: Export, tmp_path: Path) -> None:
+def test_files_can_be_read_by_whom_the_umask_says(
+    run: Callable[..., Path], export: Export, tmp_path: Path
+) -> None:
     (tmp_path / "plain").touch()
     mode = (tmp_path / "plain").stat().st_mode
     release = export(run())
-    files = [path for path in (tmp_path / "run", release.merged, tmp_path / "repository") for path in path.rglob("*")]
+    files = [
+        path
+        for path in (tmp_path / "run", release.merged, tmp_path / "repository")
+        for path in path.rglob("*")
+    ]
     assert {path.stat().st_mode for path in files if path.is_file()} == {mode}
     assert (release.merged / "open_clip_model.safetensors") in files

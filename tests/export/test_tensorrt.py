@@ -1,4 +1,6 @@
-"""Every graph through TensorRT's own parser and builder, in its RTX edition, which needs no GPU for that."""
+"""Every graph through TensorRT's own parser and builder, in its RTX edition, which needs no GPU for
+that.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def check(graph: Graph, weights: Mapping[str, Tensor], precision: str, folder: P
     (lower(graph, precision) if precision in TYPES else graph).save(weights, path)
     shapes = {}
     for tensor in graph.model.graph.inputs:
-        shapes[str(tensor.name)] = [size if isinstance(size, int) else -1 for size in tensor.shape or ()]
+        shapes[str(tensor.name)] = [
+            size if isinstance(size, int) else -1 for size in tensor.shape or ()
+        ]
     if precision == "int8":
         random = np.random.default_rng(0)
         [shape], kind = shapes.values(), np.int32 if graph.name == "text_encoder" else np.uint8
@@ -56,7 +60,12 @@ def test_the_graphs_of_a_vit_are_built(
 @pytest.mark.parametrize("precision", FLOATS)
 @pytest.mark.parametrize("name", ["image_encoder", "text_encoder"])
 def test_graphs_that_take_alpha_are_built(
-    name: str, precision: str, dynamic_graphs: dict[str, Graph], tiny_base: Base, adapter_path: Path, tmp_path: Path
+    name: str,
+    precision: str,
+    dynamic_graphs: dict[str, Graph],
+    tiny_base: Base,
+    adapter_path: Path,
+    tmp_path: Path,
 ) -> None:
     weights = {**tiny_base.model.state_dict(), **load_adapter(adapter_path).tensors}
     check(dynamic_graphs[name], weights, precision, tmp_path)

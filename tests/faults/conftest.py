@@ -1,4 +1,6 @@
-"""Fixtures of the faults: a real server with stand-in models, and a gateway in a process of its own."""
+"""Fixtures of the faults: a real server with stand-in models, and a gateway in a process of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def outcome(call: Callable[[], Any]) -> str:
 
 
 class RunningGateway:
-    """A gateway in a process of its own that can be killed, frozen and started again at the same port."""
+    """A gateway in a process of its own that can be killed, frozen and started again at the same
+    port.
+    """
 
     def __init__(self, server: str, **options: Any) -> None:
         self._settings = Settings(port=free_ports()[0], server=server, **options)
@@ -57,7 +61,10 @@ class RunningGateway:
     def _alive(self) -> bool:
         assert self._process.poll() is None
         with contextlib.suppress(urllib3.exceptions.HTTPError):
-            return urllib3.request("GET", f"{self.url}/health/live", retries=False, timeout=5).status == 200
+            return (
+                urllib3.request("GET", f"{self.url}/health/live", retries=False, timeout=5).status
+                == 200
+            )
         return False
 
     @property

@@ -29,7 +29,9 @@ SLOW = b'{"sleep": 3}'
 
 
 def test_a_killed_gateway(gateway: RunningGateway) -> None:
-    """Calls under way fail with ServerUnavailable at once; the same client works as soon as the gateway is back."""
+    """Calls under way fail with ServerUnavailable at once; the same client works as soon as the
+    gateway is back.
+    """
     with Client(gateway.url, retries=0) as client, ThreadPoolExecutor(4) as threads:
         calls = [threads.submit(outcome, partial(client.classify, SLOW, ["a"])) for _ in range(4)]
         time.sleep(0.7)
@@ -41,9 +43,14 @@ def test_a_killed_gateway(gateway: RunningGateway) -> None:
 
 
 def test_a_gateway_that_starts_again_under_a_client_with_retries(gateway: RunningGateway) -> None:
-    """A client that tries again sees no failure while the gateway is killed in the middle of its calls and starts."""
+    """A client that tries again sees no failure while the gateway is killed in the middle of its
+    calls and starts.
+    """
     with Client(gateway.url, retries=20, timeout=60) as client, ThreadPoolExecutor(4) as threads:
-        calls = [threads.submit(outcome, partial(client.classify, b'{"sleep": 1}', ["a"])) for _ in range(4)]
+        calls = [
+            threads.submit(outcome, partial(client.classify, b'{"sleep": 1}', ["a"]))
+            for _ in range(4)
+        ]
         time.sleep(0.5)
         gateway.end()
         gateway.start()
@@ -51,7 +58,9 @@ def test_a_gateway_that_starts_again_under_a_client_with_retries(gateway: Runnin
 
 
 def test_a_frozen_gateway(gateway: RunningGateway, running: FakeServer) -> None:
-    """A call to a frozen gateway ends with Timeout in its own time; callers of Triton itself notice nothing."""
+    """A call to a frozen gateway ends with Timeout in its own time; callers of Triton itself notice
+    nothing.
+    """
     with Client(gateway.url) as client, Client(running.grpc_url) as direct:
         assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
         gateway.signal(signal.SIGSTOP)
@@ -62,7 +71,9 @@ def test_a_frozen_gateway(gateway: RunningGateway, running: FakeServer) -> None:
 
 
 def test_a_killed_client(gateway: RunningGateway, running: FakeServer, tmp_path: Path) -> None:
-    """What a killed client had asked through the gateway is given up within seconds; other callers notice nothing."""
+    """What a killed client had asked through the gateway is given up within seconds; other callers
+    notice nothing.
+    """
     left = tmp_path / "left"
     with Client(gateway.url) as client:
         with caller(gateway, {"watch": str(left)}) as asking:
@@ -73,7 +84,9 @@ def test_a_killed_client(gateway: RunningGateway, running: FakeServer, tmp_path:
 
 
 def test_a_frozen_client(gateway: RunningGateway) -> None:
-    """A client that freezes holds up nobody: its call ends in the server, and it reads its answer when it goes on."""
+    """A client that freezes holds up nobody: its call ends in the server, and it reads its answer
+    when it goes on.
+    """
     with Client(gateway.url) as client, caller(gateway, {"sleep": 1}) as asking:
         asking.send_signal(signal.SIGSTOP)
         until(lambda: running_requests(gateway) == 0, 10)
@@ -85,7 +98,10 @@ def test_a_frozen_client(gateway: RunningGateway) -> None:
 @contextlib.contextmanager
 def caller(gateway: RunningGateway, order: dict[str, object]) -> Iterator[subprocess.Popen[bytes]]:
     """A client in a process of its own, whose call through the gateway is under way."""
-    code = "import sys; from radapter_client import Client; Client(sys.argv[1]).classify(sys.argv[2].encode(), ['a'])"
+    code = (
+        "import sys; from radapter_client import Client;"
+        " Client(sys.argv[1]).classify(sys.argv[2].encode(), ['a'])"
+    )
     with subprocess.Popen([sys.executable, "-c", code, gateway.url, json.dumps(order)]) as process:
         until(lambda: running_requests(gateway) > 0)
         time.sleep(0.3)
@@ -95,7 +111,11 @@ def caller(gateway: RunningGateway, order: dict[str, object]) -> Iterator[subpro
 
 def running_requests(gateway: RunningGateway) -> float:
     """How many requests of the gateway Triton works on."""
-    found = re.search(rb"^radapter_gateway_running (\S+)", urllib3.request("GET", f"{gateway.url}/metrics").data, re.M)
+    found = re.search(
+        rb"^radapter_gateway_running (\S+)",
+        urllib3.request("GET", f"{gateway.url}/metrics").data,
+        re.M,
+    )
     assert found
     return float(found[1])
 
@@ -105,7 +125,9 @@ def running_requests(gateway: RunningGateway) -> float:
 def test_a_server_that_starts_again_under_clients_with_retries(
     running: FakeServer, gateway: RunningGateway, way: str
 ) -> None:
-    """Clients that try again see no failure while tritonserver is killed under their calls and started again."""
+    """Clients that try again see no failure while tritonserver is killed under their calls and
+    started again.
+    """
     url = {**running.urls, "gateway": gateway.url}[way]
     said: list[str] = []
     supervisor, found, end = Supervisor(running, said.append), list[str](), threading.Event()

@@ -1,4 +1,6 @@
-"""Disks that are full or read-only, on real ones: what is refused, what goes on, and what is left behind."""
+"""Disks that are full or read-only, on real ones: what is refused, what goes on, and what is left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,11 @@ if TYPE_CHECKING:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture
@@ -45,8 +51,12 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("leave", [0, 16 << 10, 64 << 10])
-def test_an_index_on_a_disk_that_fills(repository: Path, photos: Path, tmp_path: Path, leave: int) -> None:
-    """A build that fills the disk is refused in one line; the index of before is whole, and space mends it all."""
+def test_an_index_on_a_disk_that_fills(
+    repository: Path, photos: Path, tmp_path: Path, leave: int
+) -> None:
+    """A build that fills the disk is refused in one line; the index of before is whole, and space
+    mends it all.
+    """
     release = LocalRelease(f"{repository}@2")
     with small_disk(tmp_path / "disk", "8m") as disk:
         index = disk.folder / "index"
@@ -65,16 +75,24 @@ def test_an_index_on_a_disk_that_fills(repository: Path, photos: Path, tmp_path:
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
 def test_an_export_to_a_disk_that_fills(
-    exported_tiny_clip: Path, random_adapter: Callable[..., Adapter], quick: None, tmp_path: Path, share: float
+    exported_tiny_clip: Path,
+    random_adapter: Callable[..., Adapter],
+    quick: None,
+    tmp_path: Path,
+    share: float,
 ) -> None:
-    """An export that fills the disk is refused in one line and leaves all files as they were, wherever it stopped."""
+    """An export that fills the disk is refused in one line and leaves all files as they were,
+    wherever it stopped.
+    """
     from radapter_export import ExportSettings, export_release
     from radapter_serve.adapter import save_adapter
 
     save_adapter(random_adapter(scale=0.05), tmp_path / "adapter.safetensors")
     size = sum(len(data) for data in contents(exported_tiny_clip).values())
     with small_disk(tmp_path / "disk", f"{size // 2**20 + 8}m") as disk:
-        settings = ExportSettings(model_repository=disk.folder / "models", merged=disk.folder / "merged")
+        settings = ExportSettings(
+            model_repository=disk.folder / "models", merged=disk.folder / "merged"
+        )
         export_release(tmp_path / "adapter.safetensors", [0.3], settings)
         before = contents(disk.folder)
         disk.fill(int(share * sum(len(data) for data in before.values())))
@@ -86,13 +104,17 @@ def test_an_export_to_a_disk_that_fills(
         export_release(tmp_path / "adapter.safetensors", [0.4], settings)
 
 
-def test_an_export_to_a_disk_that_nobody_can_write(exported_tiny_clip: Path, quick: None, tmp_path: Path) -> None:
+def test_an_export_to_a_disk_that_nobody_can_write(
+    exported_tiny_clip: Path, quick: None, tmp_path: Path
+) -> None:
     """An export into a read-only repository is refused in one line."""
     from radapter_export import ExportSettings, export_release
 
     with small_disk(tmp_path / "disk", "64m") as disk:
         disk.read_only()
-        settings = ExportSettings(model_repository=disk.folder / "models", merged=disk.folder / "merged")
+        settings = ExportSettings(
+            model_repository=disk.folder / "models", merged=disk.folder / "merged"
+        )
         with pytest.raises(RAdapterError, match="(?i)read-only file system") as error:
             export_release(exported_tiny_clip / "adapter.safetensors", [0.3], settings)
         assert "\n" not in str(error.value)
@@ -100,7 +122,9 @@ def test_an_export_to_a_disk_that_nobody_can_write(exported_tiny_clip: Path, qui
 
 @pytest.mark.triton
 def test_a_repository_that_nobody_can_write(stand_ins: Path, tmp_path: Path) -> None:
-    """A server needs no right to write its repository: it starts, answers and stops on a read-only one."""
+    """A server needs no right to write its repository: it starts, answers and stops on a read-only
+    one.
+    """
     with small_disk(tmp_path / "disk", "16m") as disk:
         shutil.copytree(stand_ins, disk.folder / "repository")
         disk.read_only()
@@ -110,16 +134,25 @@ def test_a_repository_that_nobody_can_write(stand_ins: Path, tmp_path: Path) -> 
 
 def left_by(folder: Path) -> list[Path]:
     """What a server whose folder is gone has left in /dev/shm and beside it."""
-    return [*Path("/dev/shm").glob(f"{shm_prefix(folder)}*"), *folder.parent.glob(f"{FOLDER_PREFIX}*")]
+    return [
+        *Path("/dev/shm").glob(f"{shm_prefix(folder)}*"),
+        *folder.parent.glob(f"{FOLDER_PREFIX}*"),
+    ]
 
 
 @pytest.mark.triton
-def test_a_temporary_folder_that_is_full(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full at the start: refused with what to do, nothing left. Full later: calls go on, and it stops in order."""
+def test_a_temporary_folder_that_is_full(
+    stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full at the start: refused with what to do, nothing left. Full later: calls go on, and it
+    stops in order.
+    """
     with small_disk(tmp_path / "disk", "64m") as disk:
         monkeypatch.setattr(tempfile, "tempdir", str(disk.folder))
         disk.fill(16 << 10)
-        with pytest.raises(RAdapterError, match=r"cannot write into .*No space left on device.*set TMPDIR"):
+        with pytest.raises(
+            RAdapterError, match=r"cannot write into .*No space left on device.*set TMPDIR"
+        ):
             TritonServer(ServerConfig(stand_ins, Endpoints.on_free_ports())).start()
         disk.empty()
         assert not list(disk.folder.iterdir())
@@ -129,14 +162,19 @@ def test_a_temporary_folder_that_is_full(stand_ins: Path, tmp_path: Path, monkey
             for url in server.urls.values():
                 with Client(url) as client:
                     assert outcome(partial(client.classify, b"x" * 100_000, ["a"])) == "an answer"
-                    assert outcome(partial(client.classify, b'{"error": "[no_labels] x"}', ["a"])) != "an answer"
+                    assert (
+                        outcome(partial(client.classify, b'{"error": "[no_labels] x"}', ["a"]))
+                        != "an answer"
+                    )
         disk.empty()
         assert left_by(folder) == []
 
 
 @pytest.mark.triton
 def test_two_servers_on_one_repository(running: FakeServer, stand_ins: Path) -> None:
-    """Two servers share a repository; the end of one harms the other in nothing. A port that is taken is named."""
+    """Two servers share a repository; the end of one harms the other in nothing. A port that is
+    taken is named.
+    """
 
     def ask(server: Any) -> str:
         with Client(server.grpc_url) as client:

@@ -1,4 +1,6 @@
-"""What callers see of a network that is slow, silent or cut, and of others who only hold connections open."""
+"""What callers see of a network that is slow, silent or cut, and of others who only hold
+connections open.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def network(
 
 
 def test_a_network_that_is_slow_silent_and_cut(network: tuple[str, BadNetwork]) -> None:
-    """Slow: answers. Silent: Timeout in the caller's own time. Cut in mid-call: asked again. Then as before."""
+    """Slow: answers. Silent: Timeout in the caller's own time. Cut in mid-call: asked again. Then
+    as before.
+    """
     url, net = network
     with Client(url) as client:
         assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
@@ -47,14 +51,18 @@ def test_a_network_that_is_slow_silent_and_cut(network: tuple[str, BadNetwork]) 
         net.cut()
         assert outcome(partial(client.classify, b"x", ["a"], timeout=30.0)) == "an answer"
         with ThreadPoolExecutor(1) as threads:
-            call = threads.submit(outcome, partial(client.classify, b'{"sleep": 1}', ["a"], timeout=30.0))
+            call = threads.submit(
+                outcome, partial(client.classify, b'{"sleep": 1}', ["a"], timeout=30.0)
+            )
             time.sleep(0.5)
             net.cut()
             assert call.result(40) == "an answer"
 
 
 def test_a_silent_network_between_the_gateway_and_triton(running: FakeServer) -> None:
-    """A gateway that hears nothing of Triton answers with a time-out in time, and works when Triton is heard again."""
+    """A gateway that hears nothing of Triton answers with a time-out in time, and works when Triton
+    is heard again.
+    """
     address = running.grpc_url.removeprefix("grpc://")
     with bad_network(int(address.rpartition(":")[2])) as net:
         gateway = RunningGateway(f"127.0.0.1:{net.port}")
@@ -62,7 +70,9 @@ def test_a_silent_network_between_the_gateway_and_triton(running: FakeServer) ->
             with Client(gateway.url) as client:
                 assert outcome(partial(client.classify, b"x", ["a"])) == "an answer"
                 net.silent = True
-                assert outcome(partial(client.classify, b"x", ["a"], timeout=1.0)).startswith("Timeout")
+                assert outcome(partial(client.classify, b"x", ["a"], timeout=1.0)).startswith(
+                    "Timeout"
+                )
                 net.silent = False
                 net.cut()
                 assert outcome(partial(client.classify, b"x", ["a"], timeout=30.0)) == "an answer"
@@ -70,12 +80,17 @@ def test_a_silent_network_between_the_gateway_and_triton(running: FakeServer) ->
             gateway.end()
 
 
-HALF = b"POST /v2/models/classify/infer HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
+HALF = (
+    b"POST /v2/models/classify/infer HTTP/1.1\r\nHost: x\r\nContent-Type:"
+    b" application/json\r\nContent-Length: 99\r\n"
+)
 
 
 @contextlib.contextmanager
 def held_open(port: int) -> Iterator[None]:
-    """1,000 connections that say nothing, 100 with half of the headers and 100 with half of a body."""
+    """1,000 connections that say nothing, 100 with half of the headers and 100 with half of a
+    body.
+    """
     need_files(1_500)
     with contextlib.ExitStack() as stack:
         for number in range(1_200):
@@ -87,7 +102,9 @@ def held_open(port: int) -> Iterator[None]:
 
 
 def test_a_thousand_idle_and_two_hundred_half_open_connections(running: FakeServer) -> None:
-    """1,000 silent connections and 200 with half a request do not keep a good call from its answer."""
+    """1,000 silent connections and 200 with half a request do not keep a good call from its
+    answer.
+    """
     gateway = RunningGateway(running.grpc_url.removeprefix("grpc://"), max_connections=2048)
     try:
         with held_open(gateway.port), Client(gateway.url, timeout=20, retries=0) as client:
@@ -99,7 +116,9 @@ def test_a_thousand_idle_and_two_hundred_half_open_connections(running: FakeServ
 
 @pytest.mark.slow
 def test_more_silent_connections_than_a_gateway_takes(running: FakeServer) -> None:
-    """Above --max-connections a new caller waits until the gateway has ended them, which takes 10 s for each 512."""
+    """Above --max-connections a new caller waits until the gateway has ended them, which takes 10 s
+    for each 512.
+    """
     gateway = RunningGateway(running.grpc_url.removeprefix("grpc://"), max_connections=512)
     try:
         with held_open(gateway.port), Client(gateway.url, timeout=50, retries=0) as client:

@@ -30,7 +30,14 @@ class Served:
         self._http, self._grpc, metrics = free_ports()
         self.urls = [f"grpc://127.0.0.1:{self._grpc}", f"http://127.0.0.1:{self._http}"]
         self._log = log
-        ports = ["--http-port", str(self._http), "--grpc-port", str(self._grpc), "--metrics-port", str(metrics)]
+        ports = [
+            "--http-port",
+            str(self._http),
+            "--grpc-port",
+            str(self._grpc),
+            "--metrics-port",
+            str(metrics),
+        ]
         command = [sys.executable, "-m", "radapter_serve.cli.serve", str(repository), *ports]
         with log.open("wb") as file:
             self.process = subprocess.Popen(
@@ -67,14 +74,19 @@ def test_two_mebibytes(stand_ins: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sixty_four_mebibytes(stand_ins: Path, tmp_path: Path) -> None:
-    """64 MB of /dev/shm, 24 calls of 8 MiB at once: answers or [overloaded]; a small call is answered afterwards."""
+    """64 MB of /dev/shm, 24 calls of 8 MiB at once: answers or [overloaded]; a small call is
+    answered afterwards.
+    """
     with serve("64m", stand_ins, tmp_path / "log") as served:
         until(lambda: "Ctrl-C stops the server" in served.said, 120)
         image = b'{"sleep": 0.5, "rest": "' + b"x" * (8 << 20) + b'"}'
         with contextlib.ExitStack() as stack, ThreadPoolExecutor(24) as threads:
-            clients = [stack.enter_context(Client(url, timeout=60, retries=0)) for url in served.urls]
+            clients = [
+                stack.enter_context(Client(url, timeout=60, retries=0)) for url in served.urls
+            ]
             calls = [
-                threads.submit(outcome, partial(clients[number % 2].classify, image, ["a"])) for number in range(24)
+                threads.submit(outcome, partial(clients[number % 2].classify, image, ["a"]))
+                for number in range(24)
             ]
             found = {call.result(90) for call in calls}
             assert found == {"an answer", "ServerUnavailable overloaded"}

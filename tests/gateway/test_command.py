@@ -32,7 +32,10 @@ from tests.helpers.fake_clock import FakeClock
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"host": "0.0.0.0"}, "--host 0.0.0.0 lets others in, and there are no keys; make one with: radapter-gateway"),
+        (
+            {"host": "0.0.0.0"},
+            "--host 0.0.0.0 lets others in, and there are no keys; make one with: radapter-gateway",
+        ),
         ({"host": "::"}, "--host :: lets others in"),
         ({"host": "no.such.host.invalid"}, "--host 'no.such.host.invalid'"),
         ({"port": 70000}, "--port is 70000"),
@@ -42,7 +45,10 @@ from tests.helpers.fake_clock import FakeClock
         ({"max_queue": -1}, "--max-queue is -1; allowed are 0 and more"),
         ({"max_memory": 1.0}, "--max-memory 1 holds no body of --max-body 64 MiB"),
         ({"tls_key": Path("key.pem")}, "--tls-certificate and --tls-key go together"),
-        ({"api_keys": Path("keys"), "no_api_keys": True}, "--api-keys FILE or --no-api-keys, not both"),
+        (
+            {"api_keys": Path("keys"), "no_api_keys": True},
+            "--api-keys FILE or --no-api-keys, not both",
+        ),
     ],
 )
 def test_settings_that_are_refused(options: dict, message: str) -> None:
@@ -80,14 +86,18 @@ def test_a_new_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "content", [b"ann", b"ann: 00", b"ann: " + b"g" * 64, b"\xff", (b"a: " + b"0" * 64 + b"\n") * 2]
 )
-def test_a_file_of_keys_that_is_none(tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_of_keys_that_is_none(
+    tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "keys"
     file.write_bytes(content)
     assert gateway.main(["--api-keys", str(file), "--port", "0"]) == 2
     assert str(file) in capsys.readouterr().err
 
 
-def test_certificates_and_ports_that_do_not_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_certificates_and_ports_that_do_not_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "none.pem"
     pair = ["--tls-certificate", str(file), "--tls-key", str(file), "--port", "0"]
     for content in (None, "nonsense"):
@@ -131,7 +141,9 @@ def lives(url: str) -> bool:
     """Whether a gateway answers, within some seconds."""
     for _ in range(200):
         with contextlib.suppress(urllib3.exceptions.HTTPError):
-            return urllib3.request("GET", f"{url}/health/live", retries=False, timeout=5).status == 200
+            return (
+                urllib3.request("GET", f"{url}/health/live", retries=False, timeout=5).status == 200
+            )
         time.sleep(0.1)
     return False
 
@@ -166,7 +178,9 @@ def test_beside_a_server_it_is_started_again_and_stopped_with_it(
     monkeypatch.setattr(supervisor.Supervisor, "run", run)
     assert serve.main([str(tmp_path), "--gateway-port", str(port)]) == 0
     assert f"radapter-serve: {GATEWAY} died: it was killed by SIGKILL; starting it again" in said
-    assert any(f"{GATEWAY} died: a signal had stopped it, so it was killed" in line for line in said)
+    assert any(
+        f"{GATEWAY} died: a signal had stopped it, so it was killed" in line for line in said
+    )
     with pytest.raises(urllib3.exceptions.HTTPError):
         urllib3.request("GET", f"{url}/health/live", retries=False, timeout=5)
 
@@ -190,7 +204,10 @@ def test_a_gateway_that_runs_and_does_not_answer_is_killed(monkeypatch: pytest.M
     [
         (["--api-keys", "keys"], "--api-keys needs a gateway: --gateway-port PORT"),
         (["--gateway-port", "70000"], "--gateway-port is 70000; allowed are 1 to 65535"),
-        (["--gateway-port", "0", "--gateway-host", "0.0.0.0"], "--gateway-host 0.0.0.0 lets others in"),
+        (
+            ["--gateway-port", "0", "--gateway-host", "0.0.0.0"],
+            "--gateway-host 0.0.0.0 lets others in",
+        ),
         (["--gateway-port", "0", "--gateway-host", "a.invalid"], "--gateway-host 'a.invalid': "),
         (["--gateway-port", "0", "--tls-key", "k"], "--tls-certificate and --tls-key go together"),
     ],
@@ -202,7 +219,9 @@ def test_a_gateway_that_could_not_start_is_refused_before_the_server_starts(
     assert message in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken_is_named_with_its_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_is_taken_is_named_with_its_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert serve.main([str(tmp_path), "--gateway-port", str(taken.getsockname()[1])]) == 2
     assert "Address already in use; choose another with --gateway-port" in capsys.readouterr().err
@@ -210,9 +229,16 @@ def test_a_port_that_is_taken_is_named_with_its_flag(tmp_path: Path, capsys: pyt
 
 def test_a_gateway_ends_with_its_parent(tmp_path: Path) -> None:
     port, nobody, _ = free_ports()
-    code = "from radapter_serve.gateway.run import start; from radapter_serve.gateway.settings import Settings\n"
-    code += f"print(start(Settings(port={port}, server='127.0.0.1:{nobody}')).pid, flush=True); input()"
-    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    code = (
+        "from radapter_serve.gateway.run import start; from radapter_serve.gateway.settings import"
+        " Settings\n"
+    )
+    code += (
+        f"print(start(Settings(port={port}, server='127.0.0.1:{nobody}')).pid, flush=True); input()"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert parent.stdout is not None
     child = Path("/proc", parent.stdout.readline().strip())
     assert child.exists()

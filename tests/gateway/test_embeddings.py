@@ -30,12 +30,18 @@ def ask(given: Any, **more: Any) -> Asked:
 
 
 def test_texts_and_images_find_their_places() -> None:
-    found = ask(["a cat", url(PNG), "ü\0", url(JPEG, "image/JPEG"), url(WEBP, "image/webp")], alpha=1, user="ann")
+    found = ask(
+        ["a cat", url(PNG), "ü\0", url(JPEG, "image/JPEG"), url(WEBP, "image/webp")],
+        alpha=1,
+        user="ann",
+    )
     assert found.texts == {0: b"a cat", 2: b"\xc3\xbc\0"}
     assert found.images == {1: PNG, 3: JPEG, 4: WEBP}
     assert (found.model, found.count, found.alpha, found.in_base64) == ("radapter", 5, 1.0, False)
     assert found.tokens == 2 + 1  # "a cat" has five characters
-    assert ask(url(JPEG, "image/png")).images == {0: JPEG}  # what it is counts, not what it is called
+    assert ask(url(JPEG, "image/png")).images == {
+        0: JPEG
+    }  # what it is counts, not what it is called
     assert ask("see http://a.example/b.png").texts and ask("data: what we have, and have not").texts
 
 
@@ -59,7 +65,12 @@ PIXEL = base64.b64encode(PNG).decode()
         ([], "invalid_argument", "input", "input is needed"),
         ({}, "invalid_argument", "input", "input is needed"),
         (7, "invalid_argument", "input", "input is needed"),
-        ([1, 2, 3], "invalid_argument", "input", "input holds tokens.*check_embedding_ctx_length=False"),
+        (
+            [1, 2, 3],
+            "invalid_argument",
+            "input",
+            "input holds tokens.*check_embedding_ctx_length=False",
+        ),
         ([[1, 2], [3]], "invalid_argument", "input", "input holds tokens"),
         ([[1.5]], "invalid_argument", "input[0]", "is no text"),
         (["a", 1], "invalid_argument", "input[1]", "is no text"),
@@ -82,10 +93,25 @@ PIXEL = base64.b64encode(PNG).decode()
         ("data:image/png;base64,", "invalid_image", "input[0]", "0 bytes are no"),
         ("data:image/png;base64,!!!!", "invalid_image", "input[0]", "broken base64"),
         (f"data:image/png;base64,{PIXEL[:-1]}", "invalid_image", "input[0]", "broken base64"),
-        (f"data:image/png;base64,{PIXEL[:8]}\n{PIXEL[8:]}", "invalid_image", "input[0]", "broken base64"),
-        ("data:image/png;base64,\u00fc\u00fc\u00fc\u00fc", "invalid_image", "input[0]", "broken base64"),
+        (
+            f"data:image/png;base64,{PIXEL[:8]}\n{PIXEL[8:]}",
+            "invalid_image",
+            "input[0]",
+            "broken base64",
+        ),
+        (
+            "data:image/png;base64,\u00fc\u00fc\u00fc\u00fc",
+            "invalid_image",
+            "input[0]",
+            "broken base64",
+        ),
         ("https://a.example/b.png", "invalid_argument", "input[0]", 'is a URL.*"modality": "text"'),
-        (url(b"GIF89a"), "invalid_image", "input[0]", "says image/png, but its 6 bytes are no JPEG"),
+        (
+            url(b"GIF89a"),
+            "invalid_image",
+            "input[0]",
+            "says image/png, but its 6 bytes are no JPEG",
+        ),
         (url(b"%PDF-1.4", "image/jpeg"), "invalid_image", "input[0]", "says image/jpeg"),
     ],
 )
@@ -151,15 +177,21 @@ def test_fields_that_are_refused(more: dict[str, Any], param: str | None) -> Non
 def test_json_that_is_none(body: bytes) -> None:
     with pytest.raises(Refused) as caught:
         read(body, MOST)
-    assert caught.value.status == 400 and caught.value.message.isprintable() and len(caught.value.message) < 400
+    assert (
+        caught.value.status == 400
+        and caught.value.message.isprintable()
+        and len(caught.value.message) < 400
+    )
 
 
-strings = st.sampled_from([url(PNG), url(PNG)[:40], "data:image/png;base64,AAAA", "http://x", "a", ""]) | st.text(
-    max_size=8
-)
+strings = st.sampled_from(
+    [url(PNG), url(PNG)[:40], "data:image/png;base64,AAAA", "http://x", "a", ""]
+) | st.text(max_size=8)
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | strings,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 optional = ("encoding_format", "dimensions", "user", "alpha", "modality", "other")

@@ -24,10 +24,20 @@ LOCAL = "localhost:8080"
 @pytest.mark.parametrize(
     ("given", "lets_in"),
     [
-        *(({"Host": host}, True) for host in (LOCAL, "LOCALHOST", "127.0.0.1:1", "127.9.9.9", "[::1]:8080", "box")),
+        *(
+            ({"Host": host}, True)
+            for host in (LOCAL, "LOCALHOST", "127.0.0.1:1", "127.9.9.9", "[::1]:8080", "box")
+        ),
         *(
             ({"Host": host}, False)
-            for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example:8080", "", "[", "10.0.0.1")
+            for host in (
+                "evil.example",
+                "localhost.evil.example",
+                "127.0.0.1.evil.example:8080",
+                "",
+                "[",
+                "10.0.0.1",
+            )
         ),
         ({}, False),
         ({"Host": LOCAL, "Origin": f"http://{LOCAL}"}, True),
@@ -62,7 +72,9 @@ def test_under_every_name_other_sites_pages_stay_out() -> None:
             BrowserRule(None).check(Headers({"Host": "models.example.org", **given}))
 
 
-@pytest.mark.parametrize("path", ["/v2", "/v2/models/classify/config", "/v1/models", "/metrics", "/health/live", "/no"])
+@pytest.mark.parametrize(
+    "path", ["/v2", "/v2/models/classify/config", "/v1/models", "/metrics", "/health/live", "/no"]
+)
 def test_the_rule_holds_for_all_paths(path: str) -> None:
     with serving() as served:
         assert ask(served, path, Host="evil.example")[0] == 403
@@ -70,7 +82,9 @@ def test_the_rule_holds_for_all_paths(path: str) -> None:
         assert ask(served, path)[0] in (200, 404)
 
 
-def test_the_rule_is_not_for_callers_with_keys_nor_names_where_everybody_may_come(tmp_path: Path) -> None:
+def test_the_rule_is_not_for_callers_with_keys_nor_names_where_everybody_may_come(
+    tmp_path: Path,
+) -> None:
     keys = tmp_path / "keys"
     key = new_key(keys, "ann")
     with serving(api_keys=keys) as served:
@@ -84,7 +98,12 @@ def test_the_rule_is_not_for_callers_with_keys_nor_names_where_everybody_may_com
 
 @pytest.mark.parametrize("over", [0, 1])
 def test_the_limit_of_headers(over: int) -> None:
-    scope = {"path": "/v2", "raw_path": b"/v2", "query_string": b"abc", "headers": [(b"x", b"y"), (b"z", b"")]}
+    scope = {
+        "path": "/v2",
+        "raw_path": b"/v2",
+        "query_string": b"abc",
+        "headers": [(b"x", b"y"), (b"z", b"")],
+    }
     scope["headers"].append((b"long", b"a" * (MAX_HEADERS - 3 - 3 - 2 - 1 - 4 + over)))  # type: ignore[attr-defined]
     if not over:
         check_size(scope)
@@ -98,7 +117,10 @@ def test_a_key_in_a_trailer_lets_nobody_in(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text(f"ann: {digest('first')}\n")
     body = json.dumps(TEXT).encode()
-    head = HEAD.replace(b"Content-Length: 10", b"Transfer-Encoding: chunked\r\nTrailer: Authorization") + b"\r\n"
+    head = (
+        HEAD.replace(b"Content-Length: 10", b"Transfer-Encoding: chunked\r\nTrailer: Authorization")
+        + b"\r\n"
+    )
     chunks = b"%x\r\n%s\r\n0\r\nAuthorization: Bearer first\r\n\r\n" % (len(body), body)
     with serving(api_keys=keys) as served, talking(served, head + chunks) as it:
         assert b"401" in heard(it) and not served.upstream.asked
@@ -123,7 +145,12 @@ def test_a_key_in_a_trailer_lets_nobody_in(tmp_path: Path) -> None:
 )
 def test_no_path_of_the_server_is_told(fact: str, shown: str) -> None:
     given = config("classify")
-    facts = {"version": 1, "architecture": fact, "made": [{"by": fact}], "templates": ["a /photo/ of {}"]}
+    facts = {
+        "version": 1,
+        "architecture": fact,
+        "made": [{"by": fact}],
+        "templates": ["a /photo/ of {}"],
+    }
     given.parameters["release"].string_value = json.dumps(facts)
     told = json.loads(Model.from_config(given).config()["parameters"]["release"]["string_value"])
     assert told == {**facts, "architecture": shown, "made": [{"by": shown}]}
@@ -135,7 +162,12 @@ def test_no_list_of_models_tells_a_path() -> None:
             facts: dict[str, Any] = json.loads(one.parameters["release"].string_value)
             facts["architecture"] = "local-dir:/srv/secret/base"
             one.parameters["release"].string_value = json.dumps(facts)
-        for path in ("/v1/models", "/v1/models/radapter", "/v2/models/classify/config", "/v2/models/classify"):
+        for path in (
+            "/v1/models",
+            "/v1/models/radapter",
+            "/v2/models/classify/config",
+            "/v2/models/classify",
+        ):
             status, told, _ = ask(served, path)
             assert status == 200 and "secret" not in json.dumps(told)
 
@@ -144,7 +176,9 @@ def test_no_list_of_models_tells_a_path() -> None:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
-def test_a_file_of_keys_that_is_no_plain_file_is_refused_and_not_waited_for(tmp_path: Path, kind: str) -> None:
+def test_a_file_of_keys_that_is_no_plain_file_is_refused_and_not_waited_for(
+    tmp_path: Path, kind: str
+) -> None:
     path = tmp_path / "keys"
     if kind == "pipe":
         os.mkfifo(path)

@@ -1,4 +1,6 @@
-"""What the gateway lets through and what it refuses, over real connections, in front of a stand-in for Triton."""
+"""What the gateway lets through and what it refuses, over real connections, in front of a stand-in
+for Triton.
+"""
 
 from __future__ import annotations
 
@@ -37,18 +39,24 @@ def served() -> Iterator[Served]:
         yield served
 
 
-def ask(served: Served, path: str, body: Any = None, method: str = "", **headers: str) -> tuple[int, Any, Any]:
+def ask(
+    served: Served, path: str, body: Any = None, method: str = "", **headers: str
+) -> tuple[int, Any, Any]:
     """Status, JSON and headers of an answer."""
     sent = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
     given = {name.replace("_", "-"): value for name, value in headers.items()}
     method = method or ("GET" if body is None else "POST")
-    answer = urllib3.request(method, served.url + path, body=sent, headers=given, retries=False, timeout=20)
+    answer = urllib3.request(
+        method, served.url + path, body=sent, headers=given, retries=False, timeout=20
+    )
     with contextlib.suppress(ValueError):
         return answer.status, json.loads(answer.data), answer.headers
     return answer.status, answer.data, answer.headers
 
 
-def refusal(served: Served, path: str, body: Any = None, method: str = "", **headers: str) -> tuple[int, str]:
+def refusal(
+    served: Served, path: str, body: Any = None, method: str = "", **headers: str
+) -> tuple[int, str]:
     """Status and code of a refusal, which is one line."""
     status, answer, _ = ask(served, path, body, method, **headers)
     assert list(answer) == ["error"] and "\n" not in answer["error"]
@@ -79,7 +87,10 @@ def test_the_client_works_unchanged(served: Served) -> None:
 
 
 def test_answers_in_json_and_in_binary(served: Served) -> None:
-    served.upstream.outputs = {"label": np.array([["ü".encode()]], object), "score": np.array([[0.1]], np.float32)}
+    served.upstream.outputs = {
+        "label": np.array([["ü".encode()]], object),
+        "score": np.array([[0.1]], np.float32),
+    }
     image = {"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": ["eA=="]}
     labels = {"name": "labels", "shape": [1, 1], "datatype": "BYTES", "data": ["a"]}
     path, both = "/v2/models/classify/versions/1/infer", {"inputs": [image, labels], "id": "one"}
@@ -91,7 +102,12 @@ def test_answers_in_json_and_in_binary(served: Served) -> None:
         "model_version": "1",
         "outputs": [
             {"name": "label", "datatype": "BYTES", "shape": [1, 1], "data": ["ü"]},
-            {"name": "score", "datatype": "FP32", "shape": [1, 1], "data": [float(np.float32(0.1))]},
+            {
+                "name": "score",
+                "datatype": "FP32",
+                "shape": [1, 1],
+                "data": [float(np.float32(0.1))],
+            },
         ],
     }
     outputs = [{"name": "label"}, {"name": "score", "parameters": {"binary_data": True}}]
@@ -112,13 +128,25 @@ def test_an_output_that_json_cannot_hold(served: Served) -> None:
 
 def test_what_describes_the_server(served: Served) -> None:
     assert ask(served, "/v2")[1]["extensions"] == ["binary_tensor_data"]
-    assert ask(served, "/v2/models/retrieve")[1]["inputs"][0] == {"name": "text", "datatype": "BYTES", "shape": [1]}
+    assert ask(served, "/v2/models/retrieve")[1]["inputs"][0] == {
+        "name": "text",
+        "datatype": "BYTES",
+        "shape": [1],
+    }
     assert ask(served, "/v2/models/embed_text")[1]["outputs"] == [
         {"name": "text_embeds", "datatype": "FP32", "shape": [-1, -1]}
     ]
     found = ask(served, "/v2/models/classify/versions/1/config")[1]
-    assert found["input"][4] == {"name": "top_k", "data_type": "TYPE_INT32", "dims": [1], "optional": True}
-    assert found["max_batch_size"] == 64 and json.loads(found["parameters"]["release"]["string_value"])["version"] == 1
+    assert found["input"][4] == {
+        "name": "top_k",
+        "data_type": "TYPE_INT32",
+        "dims": [1],
+        "optional": True,
+    }
+    assert (
+        found["max_batch_size"] == 64
+        and json.loads(found["parameters"]["release"]["string_value"])["version"] == 1
+    )
     assert set(found) == {"name", "max_batch_size", "input", "output", "parameters"}
 
 
@@ -126,7 +154,9 @@ def test_a_configuration_is_read_again(served: Served) -> None:
     served.upstream.configs["classify"].parameters["release"].string_value = '{"version": 2}'
     ask(served, "/v2/models/classify/config")
     served.upstream.configs["classify"].parameters["release"].string_value = '{"version": 3}'
-    assert "3" in ask(served, "/v2/models/classify/config")[1]["parameters"]["release"]["string_value"]
+    assert (
+        "3" in ask(served, "/v2/models/classify/config")[1]["parameters"]["release"]["string_value"]
+    )
 
 
 # What is refused
@@ -137,13 +167,21 @@ def test_a_configuration_is_read_again(served: Served) -> None:
     [
         *(
             (f"/v2/{path}", 404)
-            for path in ("repository/index", "systemsharedmemory/status", "trace/setting", "logging")
+            for path in (
+                "repository/index",
+                "systemsharedmemory/status",
+                "trace/setting",
+                "logging",
+            )
         ),
         *(
             (f"/v2/models/{path}", 404)
             for path in ("stats", "classify/stats", "classify/trace/setting", "image_encoder")
         ),
-        *((path, 404) for path in ("/", "/v2/", "//v2", "/docs", "/v2/models/%2e%2e%2fclassify/config")),
+        *(
+            (path, 404)
+            for path in ("/", "/v2/", "//v2", "/docs", "/v2/models/%2e%2e%2fclassify/config")
+        ),
         *(
             (f"/v2/models/classify/versions/{version}/config", 404)
             for version in ("0", "x", "-1", "1e3", "9" * 30, "7")
@@ -157,7 +195,11 @@ def test_what_is_closed(served: Served, path: str, status: int) -> None:
 
 
 def test_encoders_and_admin_are_closed_to_posts(served: Served) -> None:
-    for path in ("repository/models/classify/unload", "models/image_encoder/infer", "cudasharedmemory/unregister"):
+    for path in (
+        "repository/models/classify/unload",
+        "models/image_encoder/infer",
+        "cudasharedmemory/unregister",
+    ):
         assert refusal(served, f"/v2/{path}", TEXT)[0] == 404
     assert not served.upstream.asked
 
@@ -172,7 +214,9 @@ def test_encoders_and_admin_are_closed_to_posts(served: Served) -> None:
         ({"Inference_Header_Content_Length": "99999"}, 400, "invalid_argument"),
     ],
 )
-def test_headers_that_are_refused(served: Served, headers: dict[str, str], status: int, code: str) -> None:
+def test_headers_that_are_refused(
+    served: Served, headers: dict[str, str], status: int, code: str
+) -> None:
     assert refusal(served, INFER, TEXT, **headers) == (status, code)
     assert ask(served, INFER, TEXT, Content_Type="application/json; charset=utf-8")[0] == 200
 
@@ -183,7 +227,9 @@ def test_bodies_that_are_too_large() -> None:
         assert refusal(served, INFER, b"") == (400, "invalid_argument")
         chunks = [f"{0x1000:x}\r\n".encode() + b"x" * 0x1000 + b"\r\n"] * 3
         with talking(
-            served, b"POST %s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" % INFER.encode()
+            served,
+            b"POST %s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+            % INFER.encode(),
         ) as it:
             it.sendall(b"".join(chunks))
             assert b"413" in heard(it)
@@ -293,7 +339,9 @@ def test_what_is_no_request(served: Served, data: bytes, status: bytes) -> None:
 def test_headers_are_counted_to_the_byte(served: Served, size: int, status: int) -> None:
     headers = b"host: localhost\r\nx: "
     named = len(b"/v2") + len(b"hostlocalhostx")
-    with talking(served, b"GET /v2 HTTP/1.1\r\n" + headers + b"a" * (size - named) + b"\r\n\r\n") as it:
+    with talking(
+        served, b"GET /v2 HTTP/1.1\r\n" + headers + b"a" * (size - named) + b"\r\n\r\n"
+    ) as it:
         assert heard(it).startswith(b"HTTP/1.1 %d" % status)
 
 
@@ -318,7 +366,9 @@ def test_more_than_may_wait_is_refused_at_once() -> None:
         until(lambda: len(served.upstream.asked) == 2)
         time.sleep(0.2)
         status, answer, headers = ask(served, INFER, TEXT)
-        assert (status, headers["Retry-After"]) == (429, "1") and answer["error"].startswith("[overloaded] 2 requests")
+        assert (status, headers["Retry-After"]) == (429, "1") and answer["error"].startswith(
+            "[overloaded] 2 requests"
+        )
         assert len(served.upstream.asked) == 2
         served.let_go()
         assert [other.result()[0] for other in others] == [200] * 3
@@ -376,21 +426,65 @@ def test_a_gateway_that_stops_lets_requests_end_and_waits_for_none_for_ever(
 @pytest.mark.parametrize(
     ("status", "text", "expected"),
     [
-        ("INVALID_ARGUMENT", "[invalid_image] 5 bytes are not an image", (400, "invalid_image", "5 bytes")),
-        ("INTERNAL", "Failed: x, message: [encoder_failed] it did /srv/m.py", (500, "encoder_failed", "it did ...")),
-        ("INTERNAL", "Stub died at /tmp/x\n\nAt:\n /a.py(3)", (500, "internal_error", "the server failed")),
-        ("INVALID_ARGUMENT", "[request id: <id_unknown>] bad /etc/x", (400, "invalid_argument", "bad ...")),
-        ("NOT_FOUND", "Request for unknown model: 'x' has no available versions", (503, "restarting", "a part")),
-        ("INTERNAL", "Failed, message: Model 'image_encoder' is not ready.", (503, "restarting", "a part")),
+        (
+            "INVALID_ARGUMENT",
+            "[invalid_image] 5 bytes are not an image",
+            (400, "invalid_image", "5 bytes"),
+        ),
+        (
+            "INTERNAL",
+            "Failed: x, message: [encoder_failed] it did /srv/m.py",
+            (500, "encoder_failed", "it did ..."),
+        ),
+        (
+            "INTERNAL",
+            "Stub died at /tmp/x\n\nAt:\n /a.py(3)",
+            (500, "internal_error", "the server failed"),
+        ),
+        (
+            "INVALID_ARGUMENT",
+            "[request id: <id_unknown>] bad /etc/x",
+            (400, "invalid_argument", "bad ..."),
+        ),
+        (
+            "NOT_FOUND",
+            "Request for unknown model: 'x' has no available versions",
+            (503, "restarting", "a part"),
+        ),
+        (
+            "INTERNAL",
+            "Failed, message: Model 'image_encoder' is not ready.",
+            (503, "restarting", "a part"),
+        ),
         ("NOT_FOUND", "model 'x' version 7 is not found", (404, "unknown_model", "")),
-        ("UNAVAILABLE", "ipv4:127.0.0.1:8001: refused", (503, "server_unavailable", "the model server starts")),
+        (
+            "UNAVAILABLE",
+            "ipv4:127.0.0.1:8001: refused",
+            (503, "server_unavailable", "the model server starts"),
+        ),
         ("UNAVAILABLE", "[server_stopping] it stops", (503, "server_stopping", "it stops")),
         ("UNAVAILABLE", "[overloaded] the queue is full", (429, "overloaded", "the queue is full")),
         ("UNAVAILABLE", "Exceeds maximum queue size", (429, "overloaded", "this model")),
-        ("INTERNAL", "Failed to increase the shared memory pool size for key 'x'", (429, "overloaded", "this model")),
-        ("INTERNAL", "Failed, message: Stub process 'x_0_0' is not healthy.", (503, "restarting", "a part")),
-        ("UNAVAILABLE", "Failed, message: [restarting] its encoder", (503, "restarting", "its encoder")),
-        ("INTERNAL", "Failed, message: [timed_out] this took too long", (504, "timed_out", "this took")),
+        (
+            "INTERNAL",
+            "Failed to increase the shared memory pool size for key 'x'",
+            (429, "overloaded", "this model"),
+        ),
+        (
+            "INTERNAL",
+            "Failed, message: Stub process 'x_0_0' is not healthy.",
+            (503, "restarting", "a part"),
+        ),
+        (
+            "UNAVAILABLE",
+            "Failed, message: [restarting] its encoder",
+            (503, "restarting", "its encoder"),
+        ),
+        (
+            "INTERNAL",
+            "Failed, message: [timed_out] this took too long",
+            (504, "timed_out", "this took"),
+        ),
         ("DEADLINE_EXCEEDED", "Deadline Exceeded", (504, "timed_out", "")),
         ("UNKNOWN", "x", (500, "internal_error", "")),
     ],
@@ -401,7 +495,9 @@ def test_errors_of_triton(status: str, text: str, expected: tuple[int, str, str]
     assert str(found).startswith(f"[{expected[1]}] {expected[2]}") and "/" not in str(found)
 
 
-def test_a_fault_of_the_gateway_is_one_line_without_a_trace(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fault_of_the_gateway_is_one_line_without_a_trace(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
     served.upstream.error = RuntimeError("a bug at /home/x")
     status, answer, _ = ask(served, INFER, TEXT)
     assert (status, answer) == (
@@ -414,10 +510,14 @@ def test_a_fault_of_the_gateway_is_one_line_without_a_trace(served: Served, capl
 # Health and metrics
 
 
-def test_ready_means_that_every_task_answers(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ready_means_that_every_task_answers(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert ask(served, "/health/live")[0] == ask(served, "/v2/health/live")[0] == 200
     assert ask(served, "/v2/health/ready")[0] == ask(served, "/health/ready")[0] == 200
-    assert sorted(message.model_name for message in served.upstream.asked) == sorted(TASKS)  # asked once for both
+    assert sorted(message.model_name for message in served.upstream.asked) == sorted(
+        TASKS
+    )  # asked once for both
     monkeypatch.setattr(health, "FRESH", 0)
     served.upstream.error = Refused(400, "no_patch_encoder", "")
     assert ask(served, "/health/ready")[0] == 200
@@ -464,7 +564,10 @@ def test_keys_let_in_and_are_read_again(tmp_path: Path) -> None:
     with serving(api_keys=keys) as served:
         for path in ("/v2", "/metrics", "/v2/models/classify/config", "/v2/models/image_encoder"):
             status, answer, headers = ask(served, path)
-            assert (status, headers["WWW-Authenticate"]) == (401, "Bearer") and "[unauthorized]" in answer["error"]
+            assert (status, headers["WWW-Authenticate"]) == (
+                401,
+                "Bearer",
+            ) and "[unauthorized]" in answer["error"]
         assert refusal(served, INFER, TEXT) == (401, "unauthorized")
         assert ask(served, "/health/live")[0] == ask(served, "/health/ready")[0] == 200
         for wrong in (
@@ -482,7 +585,10 @@ def test_keys_let_in_and_are_read_again(tmp_path: Path) -> None:
             assert client.embed_texts(["abc"]).tolist() == [[3, 97]]
         keys.write_text(f"bob: {digest('second')}\n")
         assert ask(served, "/v2", Authorization="Bearer second")[0] == 200
-        with Client(served.url, api_key="first") as client, pytest.raises(radapter_client.Unauthorized) as caught:
+        with (
+            Client(served.url, api_key="first") as client,
+            pytest.raises(radapter_client.Unauthorized) as caught,
+        ):
             client.embed_texts(["abc"])
         assert caught.value.code == "unauthorized"
         keys.write_text("bob second\n")

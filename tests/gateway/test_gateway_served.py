@@ -1,4 +1,6 @@
-"""The gateway in front of a real tritonserver: the same answers as without it, and Triton hears who has left."""
+"""The gateway in front of a real tritonserver: the same answers as without it, and Triton hears who
+has left.
+"""
 
 from __future__ import annotations
 
@@ -48,9 +50,15 @@ def texts(*values: str) -> np.ndarray:
 IMAGE = np.array([png()], object)
 PROPOSALS = np.arange(2 * 5 * 7, dtype=np.uint8).reshape(2, 5, 7)
 REQUESTS = {
-    "embed_image": {"image": np.array([[b"a"], [png()]], object), "alpha": np.array([[0.1], [0.2]], np.float32)},
+    "embed_image": {
+        "image": np.array([[b"a"], [png()]], object),
+        "alpha": np.array([[0.1], [0.2]], np.float32),
+    },
     "embed_text": {"text": np.array([["ü".encode()], [b"a\0b"], [b""]], object)},
-    "classify": {"image": np.array([[b"x"], [b"y"]], object), "labels": np.array([[b"a", b"b"], [b"c", b"d"]], object)},
+    "classify": {
+        "image": np.array([[b"x"], [b"y"]], object),
+        "labels": np.array([[b"a", b"b"], [b"c", b"d"]], object),
+    },
     "segment": {
         "image": IMAGE,
         "labels": texts("a", "ü"),
@@ -66,13 +74,20 @@ NAMED = {"retrieve": ("id", "score", "metadata", "thumbnail")}
 
 @pytest.mark.parametrize("version", ["", "1", "2"])
 @pytest.mark.parametrize("task", TASKS)
-def test_the_same_bits_in_binary(fake_server: FakeServer, url: str, task: str, version: str) -> None:
+def test_the_same_bits_in_binary(
+    fake_server: FakeServer, url: str, task: str, version: str
+) -> None:
     request = Request("infer", task, version, REQUESTS[task], NAMED.get(task, ()))
-    direct, through = (HttpTransport(parse_url(one)).send(request, 30) for one in (fake_server.http_url, url))
+    direct, through = (
+        HttpTransport(parse_url(one)).send(request, 30) for one in (fake_server.http_url, url)
+    )
     assert direct.version == through.version == int(version or 2)
     assert list(direct.outputs) == list(through.outputs)
     for name, array in direct.outputs.items():
-        assert array.dtype == through.outputs[name].dtype and array.shape == through.outputs[name].shape
+        assert (
+            array.dtype == through.outputs[name].dtype
+            and array.shape == through.outputs[name].shape
+        )
         assert array.tolist() == through.outputs[name].tolist()
 
 
@@ -84,18 +99,31 @@ def test_the_same_values_in_json(fake_server: FakeServer, url: str, task: str) -
             "name": name,
             "datatype": kinds[array.dtype.kind],
             "shape": array.shape,
-            "data": [one.decode("latin-1") for one in array.ravel()] if array.dtype == object else array.tolist(),
+            "data": (
+                [one.decode("latin-1") for one in array.ravel()]
+                if array.dtype == object
+                else array.tolist()
+            ),
         }
         for name, array in REQUESTS[task].items()
     ]
-    image = '{"size": [7, 5]}' if task == "segment" else "eA=="  # what the stand-in understands of an image in JSON
+    image = (
+        '{"size": [7, 5]}' if task == "segment" else "eA=="
+    )  # what the stand-in understands of an image in JSON
     for one in inputs:
-        one["data"] = [image] * len(REQUESTS[task]["image"]) if one["name"] == "image" else one["data"]
+        one["data"] = (
+            [image] * len(REQUESTS[task]["image"]) if one["name"] == "image" else one["data"]
+        )
     outputs = [{"name": name} for name in NAMED.get(task, ())]
-    body = json.dumps({"id": "7", "inputs": inputs, "outputs": outputs} if outputs else {"inputs": inputs}).encode()
+    body = json.dumps(
+        {"id": "7", "inputs": inputs, "outputs": outputs} if outputs else {"inputs": inputs}
+    ).encode()
     headers = {"Content-Type": "application/json"}
     path = f"/v2/models/{task}/infer"
-    answers = [urllib3.request("POST", one + path, body=body, headers=headers) for one in (fake_server.http_url, url)]
+    answers = [
+        urllib3.request("POST", one + path, body=body, headers=headers)
+        for one in (fake_server.http_url, url)
+    ]
     direct, through = (json.loads(answer.data) for answer in answers)
     assert through == direct and through["outputs"]
 
@@ -120,7 +148,11 @@ def plain(found: Any) -> Any:
         return [plain(one) for one in found]
     if isinstance(found, np.ndarray):
         return found.tolist()
-    return {key: plain(value) for key, value in vars(found).items()} if hasattr(found, "__dict__") else found
+    return (
+        {key: plain(value) for key, value in vars(found).items()}
+        if hasattr(found, "__dict__")
+        else found
+    )
 
 
 def test_both_clients_work_unchanged(fake_server: FakeServer, url: str) -> None:
@@ -167,28 +199,48 @@ def test_triton_hears_that_the_caller_has_left(url: str, tmp_path: Path) -> None
 def test_errors_of_a_task_keep_their_codes(url: str) -> None:
     for order, status, text in (
         ({"error": "[invalid_image] it is none"}, 400, "[invalid_image] it is none"),
-        ({"bug": True}, 500, "[internal_error] the server failed on this request; its log says why"),
+        (
+            {"bug": True},
+            500,
+            "[internal_error] the server failed on this request; its log says why",
+        ),
     ):
         data = {"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": [json.dumps(order)]}
-        answer = urllib3.request("POST", f"{url}/v2/models/embed_image/infer", json={"inputs": [data]})
+        answer = urllib3.request(
+            "POST", f"{url}/v2/models/embed_image/infer", json={"inputs": [data]}
+        )
         assert (answer.status, answer.json()) == (status, {"error": text})
 
 
 def test_the_client_of_openai_gets_the_same_embeddings(fake_server: FakeServer, url: str) -> None:
     data = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
     texts = [f"text {number}" for number in range(70)]  # more than a batch
-    with Client(fake_server.grpc_url) as direct, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+    with (
+        Client(fake_server.grpc_url) as direct,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
+    ):
         found = client.embeddings.create(model="radapter", input=[*texts, data, "ü"])
-        expected = np.concatenate([direct.embed_texts(texts), direct.embed_images([png()]), direct.embed_texts(["ü"])])
-        assert np.array([one.embedding for one in found.data], np.float32).tolist() == expected.tolist()
+        expected = np.concatenate(
+            [direct.embed_texts(texts), direct.embed_images([png()]), direct.embed_texts(["ü"])]
+        )
+        assert (
+            np.array([one.embedding for one in found.data], np.float32).tolist()
+            == expected.tolist()
+        )
         assert found.model == "radapter-2"
         assert client.embeddings.create(model="radapter-1", input="a").model == "radapter-1"
-        assert [model.id for model in client.models.list()] == ["radapter", "radapter-2", "radapter-1"]
+        assert [model.id for model in client.models.list()] == [
+            "radapter",
+            "radapter-2",
+            "radapter-1",
+        ]
         with pytest.raises(openai.NotFoundError):
             client.embeddings.create(model="radapter-3", input="a")
 
 
-def test_over_tls_with_a_key(fake_server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_over_tls_with_a_key(
+    fake_server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     authority = trustme.CA()
     certificate = authority.issue_cert("localhost")
     certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / "chain.pem")
@@ -198,9 +250,16 @@ def test_over_tls_with_a_key(fake_server: FakeServer, tmp_path: Path, monkeypatc
     from radapter_serve.gateway.keys import new_key
 
     key = new_key(keys, "ann")
-    options = {"tls_certificate": tmp_path / "chain.pem", "tls_key": tmp_path / "key.pem", "api_keys": keys}
+    options = {
+        "tls_certificate": tmp_path / "chain.pem",
+        "tls_key": tmp_path / "key.pem",
+        "api_keys": keys,
+    }
     with gateway(fake_server, **options) as url:
-        with Client(url, api_key=key, retries=0) as client, pytest.raises(ServerUnavailable, match="(?i)certificate"):
+        with (
+            Client(url, api_key=key, retries=0) as client,
+            pytest.raises(ServerUnavailable, match="(?i)certificate"),
+        ):
             client.release()
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
         with Client(url, api_key=key) as client:

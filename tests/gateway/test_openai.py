@@ -1,4 +1,6 @@
-"""OpenAI's way in, by the clients that people use: openai, LangChain's and LlamaIndex's, in front of a stand-in."""
+"""OpenAI's way in, by the clients that people use: openai, LangChain's and LlamaIndex's, in front
+of a stand-in.
+"""
 
 from __future__ import annotations
 
@@ -36,21 +38,34 @@ def served() -> Iterator[Served]:
 
 
 def client_of(served: Served, **options: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", **{"max_retries": 0, **options})
+    return openai.OpenAI(
+        base_url=f"{served.url}/v1", api_key="none", **{"max_retries": 0, **options}
+    )
 
 
 def ask(served: Served, **body: Any) -> tuple[int, Any]:
     """Status and JSON of an answer, without any client."""
-    answer = urllib3.request("POST", f"{served.url}/v1/embeddings", json={"model": "radapter", **body}, timeout=20)
+    answer = urllib3.request(
+        "POST", f"{served.url}/v1/embeddings", json={"model": "radapter", **body}, timeout=20
+    )
     return answer.status, json.loads(answer.data)
 
 
 def refusal(served: Served, **body: Any) -> tuple[int, str, str | None, str]:
     """Status, code, param and message of a refusal, which is of OpenAI's form and one line."""
     status, answer = ask(served, **body)
-    assert list(answer) == ["error"] and set(answer["error"]) == {"message", "type", "param", "code"}, answer
+    assert list(answer) == ["error"] and set(answer["error"]) == {
+        "message",
+        "type",
+        "param",
+        "code",
+    }, answer
     error = answer["error"]
-    assert "\n" not in error["message"] and len(error["message"]) < 700 and not error["message"].startswith("[")
+    assert (
+        "\n" not in error["message"]
+        and len(error["message"]) < 700
+        and not error["message"].startswith("[")
+    )
     kinds = {429: "rate_limit_error"} | dict.fromkeys((500, 503, 504), "server_error")
     assert error["type"] == kinds.get(status, "invalid_request_error")
     return status, error["code"], error["param"], error["message"]
@@ -61,12 +76,21 @@ def refusal(served: Served, **body: Any) -> tuple[int, str, str | None, str]:
 
 def test_the_client_of_openai(served: Served) -> None:
     with client_of(served) as client:
-        found = client.embeddings.create(model="radapter", input=["abc", IMAGE, "ü"])  # asks for base64 by itself
+        found = client.embeddings.create(
+            model="radapter", input=["abc", IMAGE, "ü"]
+        )  # asks for base64 by itself
         assert [one.index for one in found.data] == [0, 1, 2]
         assert [one.embedding for one in found.data] == [[3, 97], OF_IMAGE, [2, 195]]
-        assert found.model == "radapter-1" and (found.usage.prompt_tokens, found.usage.total_tokens) == (2, 2)
+        assert found.model == "radapter-1" and (
+            found.usage.prompt_tokens,
+            found.usage.total_tokens,
+        ) == (2, 2)
         one = client.embeddings.create(model="radapter-1", input="abc", encoding_format="float")
-        assert one.data[0].embedding == [3, 97] and one.object == "list" and one.data[0].object == "embedding"
+        assert (
+            one.data[0].embedding == [3, 97]
+            and one.object == "list"
+            and one.data[0].object == "embedding"
+        )
         assert served.upstream.asked[-1].model_version == "1"
         assert [model.id for model in client.models.list()] == ["radapter", "radapter-1"]
         model = client.models.retrieve("radapter-1")
@@ -83,7 +107,9 @@ def test_errors_become_the_exceptions_of_openai(served: Served) -> None:
         assert "there are radapter, radapter-1" in str(caught.value)
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve("radapter-7")
-        with pytest.raises(openai.BadRequestError, match="dimensions is 3; embeddings of this release have 4"):
+        with pytest.raises(
+            openai.BadRequestError, match="dimensions is 3; embeddings of this release have 4"
+        ):
             client.embeddings.create(model="radapter", input="a", dimensions=3)
         client.embeddings.create(model="radapter", input="a", dimensions=4, user="ann")
         with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length=False"):
@@ -116,16 +142,22 @@ def test_the_client_of_openai_with_a_key_asynchronously(tmp_path: Path) -> None:
 
 def test_extras_of_a_request(served: Served) -> None:
     with client_of(served) as client:
-        client.embeddings.create(model="radapter", input=["a", IMAGE, "b"], extra_body={"alpha": 0.25})
+        client.embeddings.create(
+            model="radapter", input=["a", IMAGE, "b"], extra_body={"alpha": 0.25}
+        )
         texts, images = served.upstream.asked[-2:]
         assert (texts.model_name, images.model_name) == ("embed_text", "embed_image")
         assert unpacked(texts.raw_input_contents[0]) == [b"a", b"b"]
         assert texts.inputs[1].name == "alpha" and list(texts.inputs[1].shape) == [2, 1]
         assert texts.raw_input_contents[1] == np.array([0.25, 0.25], np.float32).tobytes()
-        served.upstream.error = Refused(400, "invalid_argument", "alpha is 0.25, but this release was exported at 0.5")
+        served.upstream.error = Refused(
+            400, "invalid_argument", "alpha is 0.25, but this release was exported at 0.5"
+        )
         assert refusal(served, input="a", alpha=0.25)[:3] == (400, "invalid_argument", "alpha")
         served.upstream.error = None
-        found = client.embeddings.create(model="radapter", input=[IMAGE], extra_body={"modality": "text"})
+        found = client.embeddings.create(
+            model="radapter", input=[IMAGE], extra_body={"modality": "text"}
+        )
         assert found.data[0].embedding == [len(IMAGE), ord("d")]
 
 
@@ -145,7 +177,11 @@ def test_the_client_of_langchain(served: Served, monkeypatch: pytest.MonkeyPatch
 
 def test_the_client_of_llama_index(served: Served) -> None:
     embeddings = OpenAIEmbedding(
-        model_name="radapter", api_base=f"{served.url}/v1", api_key="none", embed_batch_size=2, max_retries=0
+        model_name="radapter",
+        api_base=f"{served.url}/v1",
+        api_key="none",
+        embed_batch_size=2,
+        max_retries=0,
     )
     assert embeddings.get_text_embedding_batch(["abc", IMAGE, "ü"]) == [[3, 97], OF_IMAGE, [2, 195]]
     assert embeddings.get_query_embedding("abc") == [3, 97]
@@ -161,7 +197,9 @@ def test_order_is_kept_over_several_batches() -> None:
         assert status == 200
         expected = [[place + 1, ord("x")] if place % 3 else OF_IMAGE for place in range(200)]
         assert [one["embedding"] for one in found["data"]] == expected
-        rows = [(message.model_name, message.inputs[0].shape[0]) for message in served.upstream.asked]
+        rows = [
+            (message.model_name, message.inputs[0].shape[0]) for message in served.upstream.asked
+        ]
         assert rows == [
             ("embed_text", 64),
             ("embed_text", 64),
@@ -173,7 +211,9 @@ def test_order_is_kept_over_several_batches() -> None:
 
 
 def test_one_release_makes_all_embeddings(served: Served) -> None:
-    """The first batch says which; where another release takes over in between, all are made anew."""
+    """The first batch says which; where another release takes over in between, all are made
+    anew.
+    """
     answer, calls = served.upstream.infer, []
 
     async def switching(message: Any, timeout: float) -> Any:
@@ -187,7 +227,12 @@ def test_one_release_makes_all_embeddings(served: Served) -> None:
     served.upstream.infer = switching  # type: ignore[method-assign]
     status, found = ask(served, input=["abc", IMAGE])
     assert status == 200 and found["model"] == "radapter-2"
-    assert calls == [("embed_text", ""), ("embed_image", "1"), ("embed_text", ""), ("embed_image", "2")]
+    assert calls == [
+        ("embed_text", ""),
+        ("embed_image", "1"),
+        ("embed_text", ""),
+        ("embed_image", "2"),
+    ]
 
 
 def test_a_release_that_is_new_is_found(served: Served) -> None:
@@ -198,12 +243,21 @@ def test_a_release_that_is_new_is_found(served: Served) -> None:
         model.parameters["release"].string_value = json.dumps(release(2))
     assert ask(served, input="a", model="radapter-2")[1]["model"] == "radapter-2"
     with client_of(served) as client:
-        assert [model.id for model in client.models.list()] == ["radapter", "radapter-2", "radapter-1"]
+        assert [model.id for model in client.models.list()] == [
+            "radapter",
+            "radapter-2",
+            "radapter-1",
+        ]
 
 
 def test_an_image_that_a_task_refuses_is_named_by_its_place(served: Served) -> None:
     served.upstream.error = Refused(400, "invalid_image", "image 2 of 2: the image is broken")
-    assert refusal(served, input=[IMAGE, IMAGE]) == (400, "invalid_image", "input[1]", "input[1]: the image is broken")
+    assert refusal(served, input=[IMAGE, IMAGE]) == (
+        400,
+        "invalid_image",
+        "input[1]",
+        "input[1]: the image is broken",
+    )
     served.upstream.error = Refused(400, "image_too_large", "it has too many pixels")
     assert refusal(served, input=[IMAGE])[2:] == ("input[0]", "input[0]: it has too many pixels")
 
@@ -212,14 +266,21 @@ def test_numbers_that_json_cannot_hold(served: Served) -> None:
     facts = {**release(1), "embed_dim": 2**20}
     served.upstream.configs["embed_text"].parameters["release"].string_value = json.dumps(facts)
     assert refusal(served, input=["a", "b"])[1:3] == ("invalid_argument", "encoding_format")
-    assert ask(served, input=["a", "b"], encoding_format="base64")[0] == ask(served, input=["a"])[0] == 200
+    assert (
+        ask(served, input=["a", "b"], encoding_format="base64")[0]
+        == ask(served, input=["a"])[0]
+        == 200
+    )
 
 
 # The rules of the gateway hold here too
 
 
 def test_bodies_keys_places_and_metrics(tmp_path: Path) -> None:
-    with serving(max_body=0.01, max_concurrent=1, max_queue=0, timeout=5) as served, ThreadPoolExecutor(1) as pool:
+    with (
+        serving(max_body=0.01, max_concurrent=1, max_queue=0, timeout=5) as served,
+        ThreadPoolExecutor(1) as pool,
+    ):
         assert refusal(served, input="x" * 11_000)[:2] == (413, "too_large")
         served.hold()
         first = pool.submit(ask, served, input=["abc", IMAGE])
@@ -240,7 +301,9 @@ def test_bodies_keys_places_and_metrics(tmp_path: Path) -> None:
 def test_a_caller_that_leaves_cancels_its_request(served: Served) -> None:
     served.hold()
     body = json.dumps({"model": "radapter", "input": "abc"}).encode()
-    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(
+        body
+    )
     with talking(served, head + body):
         until(lambda: bool(served.upstream.asked))
     until(lambda: served.upstream.cancelled == 1)
@@ -255,14 +318,25 @@ def test_what_is_closed_is_refused_in_the_form_of_openai(served: Served) -> None
     ):
         answer = urllib3.request(method, f"{served.url}/v1/{path}", body=b"{}")
         error = json.loads(answer.data)["error"]
-        assert (answer.status, error["code"], error["type"]) == (status, "not_found", "invalid_request_error")
+        assert (answer.status, error["code"], error["type"]) == (
+            status,
+            "not_found",
+            "invalid_request_error",
+        )
         assert "/v1/embeddings" in error["message"]
 
 
 @pytest.mark.parametrize("host", [b"[", b"a/v1/", b"x:y:z", b"\xff"])
-def test_the_form_of_errors_is_that_of_the_path_whatever_the_host_is_called(served: Served, host: bytes) -> None:
-    for path, form in ((b"/v1/none", b'{"error":{"message":"without'), (b"/v2/none", b'{"error":"[unauthorized] ')):
-        with talking(served, b"GET %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % (path, host)) as it:
+def test_the_form_of_errors_is_that_of_the_path_whatever_the_host_is_called(
+    served: Served, host: bytes
+) -> None:
+    for path, form in (
+        (b"/v1/none", b'{"error":{"message":"without'),
+        (b"/v2/none", b'{"error":"[unauthorized] '),
+    ):
+        with talking(
+            served, b"GET %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % (path, host)
+        ) as it:
             answer = heard(it)
         assert answer.startswith(b"HTTP/1.1 403") and form in answer
 

@@ -23,7 +23,9 @@ from tests.helpers.fake_upstream import config, packed, unpacked
 MODELS = {name: Model.from_config(config(name)) for name in TASKS}
 
 
-def tensor(name: str, datatype: str, shape: Any, data: Any = None, size: Any = None, **more: Any) -> dict[str, Any]:
+def tensor(
+    name: str, datatype: str, shape: Any, data: Any = None, size: Any = None, **more: Any
+) -> dict[str, Any]:
     made = {"name": name, "datatype": datatype, "shape": shape, **more}
     if data is not None:
         made["data"] = data
@@ -60,7 +62,11 @@ def test_a_request_in_json_becomes_bytes() -> None:
     )
     assert sent(found) == {
         "image": ("BYTES", [2, 1], b"\4\0\0\0eA==\4\0\0\0eQ=="),
-        "labels": ("BYTES", [2, 3], packed([b"a", "ü".encode(), b"", b"a", "ü".encode(), "猫\0".encode()])),
+        "labels": (
+            "BYTES",
+            [2, 3],
+            packed([b"a", "ü".encode(), b"", b"a", "ü".encode(), "猫\0".encode()]),
+        ),
         "top_k": ("INT32", [2, 1], struct.pack("<ii", 5, -7)),
         "alpha": ("FP32", [2, 1], struct.pack("<ff", 0.1, 1)),
     }
@@ -86,11 +92,19 @@ def test_a_request_of_the_client_passes_as_it_is() -> None:
 
 
 def test_what_is_true_or_false() -> None:
-    both = [tensor("multi_label", "BOOL", [1, 1], [True]), tensor("calibrated", "BOOL", [1, 1], [[False]])]
+    both = [
+        tensor("multi_label", "BOOL", [1, 1], [True]),
+        tensor("calibrated", "BOOL", [1, 1], [[False]]),
+    ]
     found = sent(ask("classify", *CLASSIFY, *both))
-    assert (found["multi_label"], found["calibrated"]) == (("BOOL", [1, 1], b"\1"), ("BOOL", [1, 1], b"\0"))
+    assert (found["multi_label"], found["calibrated"]) == (
+        ("BOOL", [1, 1], b"\1"),
+        ("BOOL", [1, 1], b"\0"),
+    )
     for data in ([1], ["true"], [None], [1.0]):
-        with pytest.raises(Refused, match="the data of the input multi_label are not all true or false"):
+        with pytest.raises(
+            Refused, match="the data of the input multi_label are not all true or false"
+        ):
             ask("classify", *CLASSIFY, tensor("multi_label", "BOOL", [1, 1], data))
     with pytest.raises(Refused, match="multi_label holds a byte that is neither 0 nor 1"):
         ask("classify", *CLASSIFY, tensor("multi_label", "BOOL", [1, 1], size=1), rest=b"\2")
@@ -107,7 +121,10 @@ def test_outputs_in_binary() -> None:
     assert ask("classify", *CLASSIFY, outputs=other, **everything).binary == {"label"}
 
 
-CLASSIFY = [tensor("image", "BYTES", [1, 1], ["eA=="]), tensor("labels", "BYTES", [1, 2], ["a", "b"])]
+CLASSIFY = [
+    tensor("image", "BYTES", [1, 1], ["eA=="]),
+    tensor("labels", "BYTES", [1, 2], ["a", "b"]),
+]
 FLOATS = tensor("threshold", "FP32", [1])
 
 
@@ -117,23 +134,55 @@ FLOATS = tensor("threshold", "FP32", [1])
         ("embed_text", [], "the input text is missing"),
         ("segment", [LABELS], "the input image is missing"),
         ("embed_text", [TEXT, TEXT], "the input text comes twice"),
-        ("embed_text", [{**TEXT, "name": "tokens"}], "embed_text has no input 'tokens'; it has text, alpha"),
+        (
+            "embed_text",
+            [{**TEXT, "name": "tokens"}],
+            "embed_text has no input 'tokens'; it has text, alpha",
+        ),
         ("embed_text", [{**TEXT, "name": "t" * 65}], "inputs.0.name"),
-        ("embed_text", [{**TEXT, "datatype": "INT32"}], "the input text is 'INT32'; BYTES is needed"),
-        ("embed_text", [{**TEXT, "shape": [1]}], r"the input text has the shape \[1\]; \[-1, 1\] is needed"),
+        (
+            "embed_text",
+            [{**TEXT, "datatype": "INT32"}],
+            "the input text is 'INT32'; BYTES is needed",
+        ),
+        (
+            "embed_text",
+            [{**TEXT, "shape": [1]}],
+            r"the input text has the shape \[1\]; \[-1, 1\] is needed",
+        ),
         ("embed_text", [{**TEXT, "shape": [1, 1, 1]}], "the input text has the shape"),
         ("embed_text", [{**TEXT, "shape": []}], "the input text has the shape"),
         ("embed_text", [{**TEXT, "shape": [1, 2]}], "the input text has the shape"),
-        ("embed_text", [{**TEXT, "shape": [0, 1]}], "inputs.0.shape.0': Input should be greater than 0"),
-        ("embed_text", [{**TEXT, "shape": [-1, 1]}], "inputs.0.shape.0': Input should be greater than 0"),
-        ("embed_text", [{**TEXT, "shape": [2**31, 1]}], "inputs.0.shape.0': Input should be less than"),
+        (
+            "embed_text",
+            [{**TEXT, "shape": [0, 1]}],
+            "inputs.0.shape.0': Input should be greater than 0",
+        ),
+        (
+            "embed_text",
+            [{**TEXT, "shape": [-1, 1]}],
+            "inputs.0.shape.0': Input should be greater than 0",
+        ),
+        (
+            "embed_text",
+            [{**TEXT, "shape": [2**31, 1]}],
+            "inputs.0.shape.0': Input should be less than",
+        ),
         ("embed_text", [{**TEXT, "shape": [2**80, 1]}], "inputs.0.shape.0"),
         ("embed_text", [{**TEXT, "shape": [1.0, 1]}], "inputs.0.shape.0"),
         ("embed_text", [{**TEXT, "shape": [True, 1]}], "inputs.0.shape.0"),
         ("embed_text", [{**TEXT, "shape": "11"}], "inputs.0.shape"),
         ("embed_text", [{**TEXT, "shape": [1] * 9}], "inputs.0.shape"),
-        ("embed_text", [{**TEXT, "shape": [65, 1], "data": ["a"] * 65}], "has 65 rows; embed_text takes 64"),
-        ("embed_text", [TEXT, tensor("alpha", "FP32", [2, 1], [0, 1])], "the inputs have 1 and 2 rows"),
+        (
+            "embed_text",
+            [{**TEXT, "shape": [65, 1], "data": ["a"] * 65}],
+            "has 65 rows; embed_text takes 64",
+        ),
+        (
+            "embed_text",
+            [TEXT, tensor("alpha", "FP32", [2, 1], [0, 1])],
+            "the inputs have 1 and 2 rows",
+        ),
         ("embed_text", [{**TEXT, "data": ["a", "b"]}], r"has 2 values; the shape \[1, 1\] has 1"),
         ("embed_text", [{**TEXT, "data": []}], "has 0 values"),
         ("embed_text", [{**TEXT, "data": [1]}], "not all texts"),
@@ -142,9 +191,17 @@ FLOATS = tensor("threshold", "FP32", [1])
         ("embed_text", [{**TEXT, "data": [["a", ["b"]]]}], "has 2 values"),
         ("embed_text", [{**TEXT, "data": [[["a"]]]}], "not all texts"),
         ("embed_text", [{**TEXT, "data": "a"}], "inputs.0.data"),
-        ("embed_text", [{**TEXT, "parameters": {"binary_data_size": 1}}], "needs data or binary_data_size, and not"),
+        (
+            "embed_text",
+            [{**TEXT, "parameters": {"binary_data_size": 1}}],
+            "needs data or binary_data_size, and not",
+        ),
         ("embed_text", [tensor("text", "BYTES", [1, 1])], "needs data or binary_data_size"),
-        ("embed_text", [{**TEXT, "parameters": {"shared_memory_region": "x"}}], "shared_memory_region"),
+        (
+            "embed_text",
+            [{**TEXT, "parameters": {"shared_memory_region": "x"}}],
+            "shared_memory_region",
+        ),
         ("embed_text", [{**TEXT, "more": 1}], "inputs.0.more"),
         ("embed_text", [1], "inputs.0"),
         ("embed_text", [tensor("text", "BYTES", [1, 1], size=5)], "has 5 bytes, 0 are left"),
@@ -152,11 +209,31 @@ FLOATS = tensor("threshold", "FP32", [1])
         ("segment", [IMAGE, LABELS, {**FLOATS, "data": [1e39]}], "not a finite number"),
         ("segment", [IMAGE, LABELS, {**FLOATS, "data": ["0.5"]}], "not all numbers of type FP32"),
         ("segment", [IMAGE, LABELS, {**FLOATS, "data": [True]}], "not all numbers of type FP32"),
-        ("segment", [IMAGE, LABELS, tensor("refine", "INT32", [1], [2**31])], "refine does not fit INT32"),
-        ("segment", [IMAGE, LABELS, tensor("refine", "INT32", [1], [2**70])], "refine does not fit INT32"),
-        ("segment", [IMAGE, LABELS, tensor("refine", "INT32", [1], [1.0])], "not all numbers of type INT32"),
-        ("segment", [IMAGE, LABELS, tensor("proposals", "UINT8", [1, 1, 1], [256])], "proposals does not fit UINT8"),
-        ("segment", [IMAGE, LABELS, tensor("proposals", "UINT8", [1, 1, 2], [[[1], 2]])], "nested unevenly"),
+        (
+            "segment",
+            [IMAGE, LABELS, tensor("refine", "INT32", [1], [2**31])],
+            "refine does not fit INT32",
+        ),
+        (
+            "segment",
+            [IMAGE, LABELS, tensor("refine", "INT32", [1], [2**70])],
+            "refine does not fit INT32",
+        ),
+        (
+            "segment",
+            [IMAGE, LABELS, tensor("refine", "INT32", [1], [1.0])],
+            "not all numbers of type INT32",
+        ),
+        (
+            "segment",
+            [IMAGE, LABELS, tensor("proposals", "UINT8", [1, 1, 1], [256])],
+            "proposals does not fit UINT8",
+        ),
+        (
+            "segment",
+            [IMAGE, LABELS, tensor("proposals", "UINT8", [1, 1, 2], [[[1], 2]])],
+            "nested unevenly",
+        ),
     ],
 )
 def test_inputs_that_are_refused(model: str, inputs: list[Any], message: str) -> None:
@@ -171,7 +248,10 @@ def test_inputs_that_are_refused(model: str, inputs: list[Any], message: str) ->
     [
         ({"outputs": [{"name": "mask"}]}, "embed_text has no output 'mask'; it has text_embeds"),
         ({"outputs": [{"name": "text_embeds"}] * 2}, "the output text_embeds is asked for twice"),
-        ({"outputs": [{"name": "text_embeds", "parameters": {"classification": 3}}]}, "classification"),
+        (
+            {"outputs": [{"name": "text_embeds", "parameters": {"classification": 3}}]},
+            "classification",
+        ),
         ({"outputs": [{"name": "x"}] * 65}, "outputs"),
         ({"parameters": {"sequence_id": 1}}, "sequence_id"),
         ({"parameters": {"timeout": 0}}, "timeout"),
@@ -203,7 +283,9 @@ def test_other_parts_that_are_refused(more: dict[str, Any], message: str) -> Non
         ([1, 1], 1.5, b"", "binary_data_size"),
     ],
 )
-def test_texts_in_binary_that_are_refused(shape: list[int], size: Any, rest: bytes, message: str) -> None:
+def test_texts_in_binary_that_are_refused(
+    shape: list[int], size: Any, rest: bytes, message: str
+) -> None:
     with pytest.raises(Refused, match=message):
         ask("embed_text", tensor("text", "BYTES", shape, size=size), rest=rest)
 
@@ -214,12 +296,21 @@ def test_numbers_in_binary_that_are_refused(value: float) -> None:
     with pytest.raises(Refused, match="threshold holds a value that is not a finite number"):
         ask("segment", IMAGE, LABELS, threshold, rest=struct.pack("<f", value))
     with pytest.raises(Refused, match=re.escape("threshold has 3 bytes; [1] of FP32 are 4")):
-        ask("segment", IMAGE, LABELS, {**threshold, "parameters": {"binary_data_size": 3}}, rest=b"abc")
+        ask(
+            "segment",
+            IMAGE,
+            LABELS,
+            {**threshold, "parameters": {"binary_data_size": 3}},
+            rest=b"abc",
+        )
 
 
 def test_a_shape_that_promises_the_world_is_refused_before_memory_is_taken() -> None:
     huge = [2**31 - 1] * 3
-    for one in (tensor("proposals", "UINT8", huge, [1]), tensor("proposals", "UINT8", huge, size=0)):
+    for one in (
+        tensor("proposals", "UINT8", huge, [1]),
+        tensor("proposals", "UINT8", huge, size=0),
+    ):
         with pytest.raises(Refused, match=r"proposals has (1 values|0 bytes)"):
             ask("segment", IMAGE, LABELS, one, rest=b"" if "parameters" in one else None)
     with pytest.raises(Refused, match="at most 131072 are allowed"):
@@ -237,7 +328,10 @@ def test_a_shape_that_promises_the_world_is_refused_before_memory_is_taken() -> 
         b'"\xff"',
         b'{"inputs": null}',
         b'{"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1, 1], "data": ["\xff"]}]}',
-        b'{"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1, 1], "data": ["\\ud800"]}]}',
+        (
+            b'{"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1, 1], "data":'
+            b' ["\\ud800"]}]}'
+        ),
         b'{"inputs": [{"name": "alpha", "datatype": "FP32", "shape": [1, 1], "data": [NaN]}]}',
         b"[" * 1_000_000,
         b'{"inputs":' * 100_000,
@@ -262,7 +356,9 @@ def test_header_lengths_that_are_refused(length: str) -> None:
 
 
 def checked(body: bytes, length: str | None, model: Model) -> None:
-    """A body is either refused in one line with a known code, or what Triton is sent fits the model."""
+    """A body is either refused in one line with a known code, or what Triton is sent fits the
+    model.
+    """
     try:
         found = read(body, length, model)
     except Refused as error:
@@ -271,29 +367,43 @@ def checked(body: bytes, length: str | None, model: Model) -> None:
         return
     for name, (datatype, shape, data) in sent(found).items():
         spec = model.inputs[name]
-        assert datatype == spec.datatype and len(shape) == len(spec.dims) + bool(model.max_batch_size)
+        assert datatype == spec.datatype and len(shape) == len(spec.dims) + bool(
+            model.max_batch_size
+        )
         if datatype == "BYTES":
             assert len(unpacked(data)) == math.prod(shape)
         else:
-            assert len(data) == math.prod(shape) * {"FP32": 4, "INT32": 4, "UINT8": 1, "BOOL": 1}[datatype]
+            assert (
+                len(data)
+                == math.prod(shape) * {"FP32": 4, "INT32": 4, "UINT8": 1, "BOOL": 1}[datatype]
+            )
     assert {name for name, spec in model.inputs.items() if not spec.optional} <= set(sent(found))
 
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=12,
 )
-names = st.sampled_from([*{name for model in MODELS.values() for name in model.inputs}, "tokens", ""])
+names = st.sampled_from(
+    [*{name for model in MODELS.values() for name in model.inputs}, "tokens", ""]
+)
 inputs = st.fixed_dictionaries(
     {
         "name": names | json_values,
-        "datatype": st.sampled_from(["BYTES", "FP32", "INT32", "UINT8", "BOOL", "FP64", ""]) | json_values,
+        "datatype": (
+            st.sampled_from(["BYTES", "FP32", "INT32", "UINT8", "BOOL", "FP64", ""]) | json_values
+        ),
         "shape": st.lists(st.integers(-2, 3) | st.integers(), max_size=4) | json_values,
     },
     optional={
         "data": st.lists(json_values, max_size=4) | json_values,
-        "parameters": st.fixed_dictionaries({}, optional={"binary_data_size": st.integers(-2, 20)}) | json_values,
+        "parameters": (
+            st.fixed_dictionaries({}, optional={"binary_data_size": st.integers(-2, 20)})
+            | json_values
+        ),
     },
 )
 headers = st.fixed_dictionaries(
@@ -303,7 +413,12 @@ headers = st.fixed_dictionaries(
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow], deadline=None)
-@given(st.sampled_from(TASKS), headers | json_values, st.binary(max_size=40), st.integers(-1, 1) | st.none())
+@given(
+    st.sampled_from(TASKS),
+    headers | json_values,
+    st.binary(max_size=40),
+    st.integers(-1, 1) | st.none(),
+)
 def test_any_json_and_any_tensors(model: str, header: Any, rest: bytes, off: int | None) -> None:
     text = json.dumps(header).encode()
     checked(text + rest, None if off is None else str(len(text) + off), MODELS[model])
@@ -319,9 +434,13 @@ def test_any_bytes(body: bytes, length: str | None) -> None:
 @given(st.data())
 def test_a_good_request_with_some_bytes_changed(data: st.DataObject) -> None:
     given = {"image": np.array([[b"image"]], object), "labels": np.array([[b"a", b"b"]], object)}
-    body, headers = encode(Request("infer", "classify", inputs=given | {"alpha": np.ones((1, 1), np.float32)}))
+    body, headers = encode(
+        Request("infer", "classify", inputs=given | {"alpha": np.ones((1, 1), np.float32)})
+    )
     changed = bytearray(body)
     for _ in range(data.draw(st.integers(1, 4))):
         changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
-    cut = changed[: data.draw(st.integers(0, len(changed)))] if data.draw(st.booleans()) else changed
+    cut = (
+        changed[: data.draw(st.integers(0, len(changed)))] if data.draw(st.booleans()) else changed
+    )
     checked(bytes(cut), headers["Inference-Header-Content-Length"], MODELS["classify"])

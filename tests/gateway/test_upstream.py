@@ -35,7 +35,9 @@ async def started(name: str, seconds: float = 0.0) -> tuple[grpc.aio.Server, str
 
 
 async def asked(triton: upstream.Triton) -> str:
-    return str((await triton.infer(service_pb2.ModelInferRequest(model_name="classify"), 10)).model_name)
+    return str(
+        (await triton.infer(service_pb2.ModelInferRequest(model_name="classify"), 10)).model_name
+    )
 
 
 def test_requests_are_spread_over_all_servers_of_a_name() -> None:
@@ -52,11 +54,15 @@ def test_requests_are_spread_over_all_servers_of_a_name() -> None:
     assert min(names.values()) > 5
 
 
-def test_servers_are_looked_up_again_and_requests_under_way_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_are_looked_up_again_and_requests_under_way_are_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     usual: Callable[..., Any] = grpc.aio.insecure_channel
     addresses: list[str] = []
     # The name leads to the first server when it is looked up first, and to the second from then on.
-    monkeypatch.setattr(grpc.aio, "insecure_channel", lambda _, options: usual(addresses.pop(0), options=options))
+    monkeypatch.setattr(
+        grpc.aio, "insecure_channel", lambda _, options: usual(addresses.pop(0), options=options)
+    )
 
     async def main() -> list[str]:
         first, second = await started("first", seconds=0.5), await started("second")

@@ -35,7 +35,9 @@ def tensors(**values: Any) -> list[grpc.InferInput]:
 def post(server: TritonServer, path: str, body: Any) -> tuple[int, Any]:
     """Status and answer of JSON sent to a path below /v2."""
     headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{server.http_url}/v2/{path}", json.dumps(body).encode(), headers)
+    request = urllib.request.Request(
+        f"{server.http_url}/v2/{path}", json.dumps(body).encode(), headers
+    )
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
             return response.status, json.load(response)

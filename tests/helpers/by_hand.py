@@ -1,4 +1,6 @@
-"""Training once more, step by step from the paper's equations; only the recipe comes from `radapter_serve`."""
+"""Training once more, step by step from the paper's equations; only the recipe comes from
+`radapter_serve`.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,16 @@ class ClipWithAdapters:
 
     Args:
         name: of a model that open_clip loads.
-        weights: by the name of the adapted layer, W transposed [d, d], or `up` [d, r] and `down` [r, d]; None puts
-            zeros, which change nothing.
+        weights: by the name of the adapted layer, W transposed [d, d], or `up` [d, r] and `down`
+            [r, d]; None puts zeros, which change nothing.
     """
 
     def __init__(self, name: str, weights: Mapping[str, Tensor] | None = None) -> None:
         model, _, self.transform = open_clip.create_model_and_transforms(name)
-        self.model, self.tokenize = model.eval().requires_grad_(False), open_clip.get_tokenizer(name)
+        self.model, self.tokenize = (
+            model.eval().requires_grad_(False),
+            open_clip.get_tokenizer(name),
+        )
         self.alpha, self.keys, self.gates = 1.0, list[str](), dict[str, float]()
         start: Weights = {}
         for tower, blocks in (
@@ -51,13 +56,19 @@ class ClipWithAdapters:
             ("transformer", model.transformer.resblocks),
         ):
             for number, block in enumerate(blocks):
-                for layer, module in (("attn.out_proj", block.attn), ("mlp.c_proj", block.mlp.c_proj)):
+                for layer, module in (
+                    ("attn.out_proj", block.attn),
+                    ("mlp.c_proj", block.mlp.c_proj),
+                ):
                     key = f"{tower}.resblocks.{number}.{layer}"
                     self.keys.append(key)
                     width = block.mlp.c_proj.out_features
                     start[key] = torch.zeros(width, width)
                     module.register_forward_hook(self._hook(key))
-        self.weights = {k: v.clone().requires_grad_() for k, v in (start if weights is None else weights).items()}
+        self.weights = {
+            k: v.clone().requires_grad_()
+            for k, v in (start if weights is None else weights).items()
+        }
 
     def _hook(self, key: str) -> Callable[..., Any]:
         def change(x: Tensor) -> Tensor:
@@ -90,8 +101,12 @@ class ClipWithAdapters:
         self.alpha = 1.0
 
 
-def mpm_nce_by_hand(f: Tensor, g: Tensor, y: Tensor, scale: float, delta: float, epsilon: float) -> Tensor:
-    """The loss of N images f and M texts g; y [N, M] says which belong together. Each direction has its own mean."""
+def mpm_nce_by_hand(
+    f: Tensor, g: Tensor, y: Tensor, scale: float, delta: float, epsilon: float
+) -> Tensor:
+    """The loss of N images f and M texts g; y [N, M] says which belong together. Each direction has
+    its own mean.
+    """
 
     def one_way(logits: Tensor, y: Tensor) -> Tensor:
         positives = y.sum(1, keepdim=True)
@@ -137,7 +152,9 @@ def train_by_hand(
         p = recipe.drop
         if variant.falling:
             p = max(p * (1 - step / recipe.steps * 4 / 3), 0.0)
-        for key, value in zip(clip.keys, torch.rand(len(clip.keys), generator=draw).tolist(), strict=True):
+        for key, value in zip(
+            clip.keys, torch.rand(len(clip.keys), generator=draw).tolist(), strict=True
+        ):
             clip.gates[key] = 0.0 if value < p else 1 / (1 - p)
         optimizer.zero_grad(set_to_none=False)
         for _ in range(recipe.accumulate):
@@ -150,13 +167,21 @@ def train_by_hand(
             loss = mpm_nce_by_hand(f, g, y, scale, recipe.delta, recipe.epsilon)
             (loss / recipe.accumulate).backward()
         if recipe.grad_clip is not None:
-            norm = math.sqrt(sum(w.grad.square().sum().item() for w in clip.weights.values() if w.grad is not None))
+            norm = math.sqrt(
+                sum(
+                    w.grad.square().sum().item()
+                    for w in clip.weights.values()
+                    if w.grad is not None
+                )
+            )
             for weight in clip.weights.values():
                 assert weight.grad is not None
                 weight.grad *= min(1.0, recipe.grad_clip / norm)
         optimizer.step()
         m = recipe.momentum
-        raw = {name: m * raw[name] + (1 - m) * weight.detach() for name, weight in clip.weights.items()}
+        raw = {
+            name: m * raw[name] + (1 - m) * weight.detach() for name, weight in clip.weights.items()
+        }
         corrected = 1 - m ** (step + 1) if recipe.bias_correction else 1.0
         average = {name: value / corrected for name, value in raw.items()}
         way.append({name: weight.detach().clone() for name, weight in clip.weights.items()})
@@ -164,8 +189,13 @@ def train_by_hand(
             at = [(number + 0.5) / (recipe.steps + 1) for number in range(len(way))]
             shares = [1 / (math.pi * math.sqrt(x * (1 - x))) for x in at]  # Beta(½, ½)
             average = {
-                name: sum((share * values[name] for share, values in zip(shares, way, strict=True)), torch.zeros(()))
-                / sum(shares)
+                name: (
+                    sum(
+                        (share * values[name] for share, values in zip(shares, way, strict=True)),
+                        torch.zeros(()),
+                    )
+                    / sum(shares)
+                )
                 for name in average
             }
         learned = {name: average.pop(name) for name in list(average) if name.endswith(".scale")}
@@ -180,14 +210,22 @@ def _rate(recipe: Recipe, step: int) -> float:
     low, high, warm = recipe.min_learning_rate, recipe.learning_rate, recipe.warmup_steps
     if step < warm:
         return high * (step + 1) / warm
-    return low + (high - low) * 0.5 * (1 + math.cos(math.pi * (step - warm) / (recipe.steps - warm)))
+    return low + (high - low) * 0.5 * (
+        1 + math.cos(math.pi * (step - warm) / (recipe.steps - warm))
+    )
 
 
-def _parts(recipe: Recipe, pairs: Sequence[Pair], clip: ClipWithAdapters) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-    """Pixels, labels and texts of batch after batch, by the draws that the seed gives to epoch and index."""
+def _parts(
+    recipe: Recipe, pairs: Sequence[Pair], clip: ClipWithAdapters
+) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    """Pixels, labels and texts of batch after batch, by the draws that the seed gives to epoch and
+    index.
+    """
     size, epoch = recipe.batch_size // recipe.accumulate, 0
     while True:
-        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch))
+        order = torch.randperm(
+            len(pairs), generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
+        )
         for chunk in order.split(size):
             if len(chunk) < size:
                 continue
@@ -198,14 +236,22 @@ def _parts(recipe: Recipe, pairs: Sequence[Pair], clip: ClipWithAdapters) -> Ite
                     torch.manual_seed(draw.getrandbits(63))
                     pixels.append(_augmented(pairs[index].image, recipe, clip))
                 texts += _drawn_texts(pairs[index].texts, recipe, draw)
-            yield torch.stack(pixels), torch.tensor([pairs[index].label for index in chunk.tolist()]), texts
+            yield (
+                torch.stack(pixels),
+                torch.tensor([pairs[index].label for index in chunk.tolist()]),
+                texts,
+            )
         epoch += 1
 
 
 def _augmented(image: Image.Image, recipe: Recipe, clip: ClipWithAdapters) -> Tensor:
-    top, left, height, width = RandomResizedCrop.get_params(image, [recipe.crop_scale, 1.0], [3 / 4, 4 / 3])
+    top, left, height, width = RandomResizedCrop.get_params(
+        image, [recipe.crop_scale, 1.0], [3 / 4, 4 / 3]
+    )
     visual: Any = clip.model.visual
-    crop = image.crop((left, top, left + width, top + height)).resize(visual.image_size, Image.Resampling.BICUBIC)
+    crop = image.crop((left, top, left + width, top + height)).resize(
+        visual.image_size, Image.Resampling.BICUBIC
+    )
     if recipe.flip and torch.rand(1).item() < 0.5:
         crop = ImageOps.mirror(crop)
     config = visual.preprocess_cfg
@@ -230,11 +276,18 @@ def accuracy_by_hand(
     return 100 * (found == torch.tensor([pair.label for pair in pairs])).float().mean().item()
 
 
-def recall_by_hand(clip: ClipWithAdapters, alpha: float, pairs: Sequence[Pair]) -> tuple[float, float]:
-    """Recall at 1 at α, per cent: of images looked for by each of their texts, and of texts by their image."""
+def recall_by_hand(
+    clip: ClipWithAdapters, alpha: float, pairs: Sequence[Pair]
+) -> tuple[float, float]:
+    """Recall at 1 at α, per cent: of images looked for by each of their texts, and of texts by
+    their image.
+    """
     owner = torch.tensor([number for number, pair in enumerate(pairs) for _ in pair.texts])
     with clip.at(alpha):
-        scores = clip.texts([text for pair in pairs for text in pair.texts]) @ clip.images(_prepared(clip, pairs)).T
+        scores = (
+            clip.texts([text for pair in pairs for text in pair.texts])
+            @ clip.images(_prepared(clip, pairs)).T
+        )
     image, text = scores.argmax(1) == owner, owner[scores.argmax(0)] == torch.arange(len(pairs))
     return 100 * image.float().mean().item(), 100 * text.float().mean().item()
 

@@ -1,8 +1,9 @@
 """A stand-in for the task models in a real tritonserver: answers follow from a digest of the input.
 
-An image whose bytes are JSON is an order: {"sleep": seconds} waits first, {"work": seconds} computes first,
-{"error": "[code] sentence"} fails, {"crash": true} ends the model's process, {"bug": true} raises, and {"watch": file}
-waits until the caller has left and then writes the file. Triton's Python stub runs a copy of this file.
+An image whose bytes are JSON is an order: {"sleep": seconds} waits first, {"work": seconds}
+computes first, {"error": "[code] sentence"} fails, {"crash": true} ends the model's process,
+{"bug": true} raises, and {"watch": file} waits until the caller has left and then writes the file.
+Triton's Python stub runs a copy of this file.
 """
 
 import base64
@@ -79,10 +80,18 @@ class TritonPythonModel:
         if self.name != "classify":
             output = "text_embeds" if self.name == "embed_text" else "image_embeds"
             return [pb.Tensor(output, np.stack([embed(row) for row in rows]))]
-        labels, label_set, templates, top_k = read("labels"), read("label_set"), read("templates"), read("top_k")
+        labels, label_set, templates, top_k = (
+            read("labels"),
+            read("label_set"),
+            read("templates"),
+            read("top_k"),
+        )
         if label_set is not None:
             if label_set[0, 0] != b"letters":
-                raise ValueError(f"[unknown_label_set] no label set {label_set[0, 0].decode()!r}; there are: letters")
+                raise ValueError(
+                    f"[unknown_label_set] no label set {label_set[0, 0].decode()!r}; there are:"
+                    " letters"
+                )
             labels = np.array([[b"a", b"b", b"c"]] * len(rows), np.object_)
         if labels is None:
             raise ValueError("[no_labels] give labels or a label_set")
@@ -90,14 +99,24 @@ class TritonPythonModel:
         count = min(5 if top_k is None else int(top_k[0, 0]), labels.shape[1])
         best, scores = [], []
         for row, names in zip(rows, labels, strict=True):
-            raw = np.array([int.from_bytes(hashlib.sha256(row + name + suffix).digest()[:4], "big") for name in names])
+            raw = np.array(
+                [
+                    int.from_bytes(hashlib.sha256(row + name + suffix).digest()[:4], "big")
+                    for name in names
+                ]
+            )
             order = np.argsort(-raw, kind="stable")[:count]
             best.append([names[index] for index in order])
             scores.append((raw / raw.sum())[order])
-        return [pb.Tensor("label", np.array(best, np.object_)), pb.Tensor("score", np.array(scores, np.float32))]
+        return [
+            pb.Tensor("label", np.array(best, np.object_)),
+            pb.Tensor("score", np.array(scores, np.float32)),
+        ]
 
     def segment(self, read) -> list:
-        """Label x + y of each pixel, modulo the labels; the first score is a digest of what the request brought."""
+        """Label x + y of each pixel, modulo the labels; the first score is a digest of what the
+        request brought.
+        """
         image = read("image")[0]
         self.obey(image)
         labels = [b"a", b"b", b"c"] if read("labels") is None else list(read("labels"))
@@ -126,11 +145,21 @@ class TritonPythonModel:
         if given["index"] == "none":
             raise ValueError("[unknown_index] no index 'none'; there are: photos")
         if given["index"] == "old":
-            raise ValueError("[index_mismatch] made by another release; run: radapter-index build photos")
+            raise ValueError(
+                "[index_mismatch] made by another release; run: radapter-index build photos"
+            )
         hits = 3 if read("top_k") is None else min(3, int(read("top_k")[0]))
-        about = [json.dumps({**given, "rank": rank, "outputs": sorted(outputs)}).encode() for rank in range(hits)]
+        about = [
+            json.dumps({**given, "rank": rank, "outputs": sorted(outputs)}).encode()
+            for rank in range(hits)
+        ]
         tensors = [
-            pb.Tensor("id", np.array([f"ordner/bild ü {rank}.jpg".encode() for rank in range(hits)], np.object_)),
+            pb.Tensor(
+                "id",
+                np.array(
+                    [f"ordner/bild ü {rank}.jpg".encode() for rank in range(hits)], np.object_
+                ),
+            ),
             pb.Tensor("score", np.array([1 - rank / 4 for rank in range(hits)], np.float32)),
             pb.Tensor("metadata", np.array(about, np.object_)),
         ]

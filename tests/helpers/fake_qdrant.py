@@ -19,12 +19,16 @@ _OK = models.UpdateResult(operation_id=0, status=models.UpdateStatus.COMPLETED)
 
 
 class FakeQdrant:
-    """What the server holds, whom it lets in, and, where a test sets `answer`, what it says in place of the truth."""
+    """What the server holds, whom it lets in, and, where a test sets `answer`, what it says in
+    place of the truth.
+    """
 
     def __init__(self) -> None:
         self.local = QdrantClient(":memory:")
         self.key: str | None = None
-        self.answer: Callable[[str, Any], Any] | None = None  # of the path and the true result; bytes are sent as such
+        self.answer: Callable[[str, Any], Any] | None = (
+            None  # of the path and the true result; bytes are sent as such
+        )
         self.asked: list[tuple[str, str, Any]] = []
         self.url = ""
         self.pause = 0.0  # seconds between two bytes of an answer
@@ -44,7 +48,10 @@ class FakeQdrant:
             return local.get_collections()
         if path == "/collections/aliases":
             return local.update_collection_aliases(
-                [TypeAdapter(models.AliasOperations).validate_python(one) for one in body["actions"]]
+                [
+                    TypeAdapter(models.AliasOperations).validate_python(one)
+                    for one in body["actions"]
+                ]
             )
         name, _, rest = path.removeprefix("/collections/").partition("/")
         if rest == "exists":

@@ -39,8 +39,12 @@ def release(version: int) -> dict[str, Any]:
 
 
 def write_repository(folder: Path, versions: Sequence[int] = VERSIONS) -> Path:
-    """Writes the task models in these versions, with the project's own configurations and a release's parameters."""
-    releases = {"release": release(versions[-1])} | {f"release.{version}": release(version) for version in versions}
+    """Writes the task models in these versions, with the project's own configurations and a
+    release's parameters.
+    """
+    releases = {"release": release(versions[-1])} | {
+        f"release.{version}": release(version) for version in versions
+    }
     parameters = "\n".join(
         f'parameters {{ key: "{key}" value: {{ string_value: {json.dumps(json.dumps(value))} }} }}'
         for key, value in releases.items()
@@ -49,7 +53,9 @@ def write_repository(folder: Path, versions: Sequence[int] = VERSIONS) -> Path:
         model = folder / name
         for version in versions:
             (model / str(version)).mkdir(parents=True)
-            shutil.copy(Path(__file__).with_name("fake_model.py"), model / str(version) / "model.py")
+            shutil.copy(
+                Path(__file__).with_name("fake_model.py"), model / str(version) / "model.py"
+            )
         config = (CONFIGS / name / "config.template.pbtxt").read_text()
         policy = f"version_policy: {{ latest {{ num_versions: {len(versions)} }} }}"
         (model / "config.pbtxt").write_text(f"{config}\n{policy}\n{parameters}\n")
@@ -57,9 +63,13 @@ def write_repository(folder: Path, versions: Sequence[int] = VERSIONS) -> Path:
 
 
 class FakeServer(TritonServer):
-    """A server on free ports, or on those given, that can be made to fail; `urls` has a URL for each protocol."""
+    """A server on free ports, or on those given, that can be made to fail; `urls` has a URL for
+    each protocol.
+    """
 
-    def __init__(self, repository: Path, ports: tuple[int, int, int] | None = None, **options: Any) -> None:
+    def __init__(
+        self, repository: Path, ports: tuple[int, int, int] | None = None, **options: Any
+    ) -> None:
         self.ports = ports or free_ports()
         super().__init__(ServerConfig(repository, Endpoints("127.0.0.1", *self.ports), **options))
         self.urls = {"grpc": self.grpc_url, "http": self.http_url}
@@ -69,6 +79,8 @@ class FakeServer(TritonServer):
         return self
 
     def signal(self, number: signal.Signals) -> None:
-        """SIGSTOP: the server no longer answers, its connections stay. SIGKILL: it is gone at once."""
+        """SIGSTOP: the server no longer answers, its connections stay. SIGKILL: it is gone at
+        once.
+        """
         assert self.pid is not None
         os.kill(self.pid, number)

@@ -1,7 +1,8 @@
-"""TensorRT and a GPU's driver for a machine without a GPU, strict in the order of calls, shapes and types.
+"""TensorRT and a GPU's driver for a machine without a GPU, strict in the order of calls, shapes and
+types.
 
-An engine is the ONNX itself, run by ONNX Runtime on what lies at the addresses it is given. Classes are named as
-TensorRT's own; a test compares them with the real ones.
+An engine is the ONNX itself, run by ONNX Runtime on what lies at the addresses it is given. Classes
+are named as TensorRT's own; a test compares them with the real ones.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ _CDLL = ctypes.CDLL
 class Driver:
     """libcuda: memory is this process's own, so an engine can reach it by its address."""
 
-    def __init__(self, *, init: int = 0, devices: int = 1, name: str = "NVIDIA H100", capability: str = "9.0") -> None:
+    def __init__(
+        self, *, init: int = 0, devices: int = 1, name: str = "NVIDIA H100", capability: str = "9.0"
+    ) -> None:
         self.init, self.devices, self.name, self.capability = init, devices, name, capability
         self.memory: dict[int, Any] = {}
         self.contexts = self.streams = 0
@@ -54,7 +57,9 @@ class Driver:
         name.value = self.name.encode()
         return 0
 
-    def cuDeviceGetAttribute(self, value: Any, attribute: ctypes.c_int, device: ctypes.c_int) -> int:
+    def cuDeviceGetAttribute(
+        self, value: Any, attribute: ctypes.c_int, device: ctypes.c_int
+    ) -> int:
         value._obj.value = int(self.capability.split(".")[{75: 0, 76: 1}[attribute.value]])
         return 0
 
@@ -99,10 +104,14 @@ class Driver:
         del self.memory[address.value]
         return 0
 
-    def cuMemcpyHtoDAsync_v2(self, target: Any, source: Any, size: Any, stream: ctypes.c_void_p) -> int:
+    def cuMemcpyHtoDAsync_v2(
+        self, target: Any, source: Any, size: Any, stream: ctypes.c_void_p
+    ) -> int:
         return self._copy(target.value, source.value, size.value, target.value, stream)
 
-    def cuMemcpyDtoHAsync_v2(self, target: Any, source: Any, size: Any, stream: ctypes.c_void_p) -> int:
+    def cuMemcpyDtoHAsync_v2(
+        self, target: Any, source: Any, size: Any, stream: ctypes.c_void_p
+    ) -> int:
         return self._copy(target.value, source.value, size.value, source.value, stream)
 
     def _copy(self, target: int, source: int, size: int, mine: int, stream: ctypes.c_void_p) -> int:
@@ -111,7 +120,13 @@ class Driver:
         return 0
 
 
-_TYPES = {"FLOAT": np.float32, "HALF": np.float16, "UINT8": np.uint8, "INT32": np.int32, "INT64": np.int64}
+_TYPES = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "UINT8": np.uint8,
+    "INT32": np.int32,
+    "INT64": np.int64,
+}
 
 
 def make_tensorrt(driver: Driver, version: str = "11.4.0.106") -> Any:
@@ -124,7 +139,9 @@ def make_tensorrt(driver: Driver, version: str = "11.4.0.106") -> Any:
         BuilderFlag=enum.Enum("BuilderFlag", ["TF32", "VERSION_COMPATIBLE"]),
         MemoryPoolType=enum.Enum("MemoryPoolType", ["WORKSPACE"]),
         HardwareCompatibilityLevel=enum.Enum("HardwareCompatibilityLevel", ["NONE", "AMPERE_PLUS"]),
-        NetworkDefinitionCreationFlag=enum.IntEnum("NetworkDefinitionCreationFlag", {"STRONGLY_TYPED": 1}),
+        NetworkDefinitionCreationFlag=enum.IntEnum(
+            "NetworkDefinitionCreationFlag", {"STRONGLY_TYPED": 1}
+        ),
     )
     trt.nptype = lambda dtype: _TYPES[dtype.name]
     loggers: list[Any] = []
@@ -152,7 +169,9 @@ def make_tensorrt(driver: Driver, version: str = "11.4.0.106") -> Any:
             except Exception as error:
                 self._errors = [("", "", str(error))]
                 return False
-            unsupported = [node for node in model.graph.node if node.op_type == "DynamicQuantizeLinear"]
+            unsupported = [
+                node for node in model.graph.node if node.op_type == "DynamicQuantizeLinear"
+            ]
             self._errors = [(node.op_type, node.name, "unsupported") for node in unsupported]
             self._network._model = model
             return not self._errors
@@ -163,7 +182,9 @@ def make_tensorrt(driver: Driver, version: str = "11.4.0.106") -> Any:
 
         def get_error(self, index: int) -> Any:
             operator, name, description = self._errors[index]
-            return SimpleNamespace(node_operator=lambda: operator, node_name=lambda: name, desc=lambda: description)
+            return SimpleNamespace(
+                node_operator=lambda: operator, node_name=lambda: name, desc=lambda: description
+            )
 
     class INetworkDefinition:
         _model: Any
@@ -218,7 +239,11 @@ def make_tensorrt(driver: Driver, version: str = "11.4.0.106") -> Any:
             return ITimingCache(content)
 
         def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
-            if cache._content and cache._content != b"measured on " + driver.name.encode() and not ignore_mismatch:
+            if (
+                cache._content
+                and cache._content != b"measured on " + driver.name.encode()
+                and not ignore_mismatch
+            ):
                 return False
             self._cache = cache
             return True
@@ -259,7 +284,9 @@ def make_tensorrt(driver: Driver, version: str = "11.4.0.106") -> Any:
                 "cache": bytes(config._cache._content).decode() if config._cache else None,
                 "profile": profile._shapes,
             }
-            return memoryview(json.dumps(head).encode() + b"\n" + network._model.SerializeToString())
+            return memoryview(
+                json.dumps(head).encode() + b"\n" + network._model.SerializeToString()
+            )
 
     class Runtime:
         engine_host_code_allowed = False
@@ -271,14 +298,19 @@ def make_tensorrt(driver: Driver, version: str = "11.4.0.106") -> Any:
             head, _, model = bytes(plan).partition(b"\n")
             facts = json.loads(head)
             if facts["version"] != version:
-                loggers[0].log(ILogger.ERROR, "the engine plan file is not compatible with this version of TensorRT")
+                loggers[0].log(
+                    ILogger.ERROR,
+                    "the engine plan file is not compatible with this version of TensorRT",
+                )
                 return None
             return ICudaEngine(facts, onnx.load_from_string(model))
 
     class ICudaEngine:
         def __init__(self, facts: Any, model: Any) -> None:
             self._facts, self._model = facts, model
-            self._values = {value.name: value for value in (*model.graph.input, *model.graph.output)}
+            self._values = {
+                value.name: value for value in (*model.graph.input, *model.graph.output)
+            }
             self._names = list(self._values)
 
         @property
@@ -293,8 +325,12 @@ def make_tensorrt(driver: Driver, version: str = "11.4.0.106") -> Any:
             return trt.TensorIOMode.INPUT if name in inputs else trt.TensorIOMode.OUTPUT
 
         def get_tensor_dtype(self, name: str) -> Any:
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(self._values[name].type.tensor_type.elem_type)
-            return next(getattr(trt.DataType, key) for key, value in _TYPES.items() if value == dtype)
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(
+                self._values[name].type.tensor_type.elem_type
+            )
+            return next(
+                getattr(trt.DataType, key) for key, value in _TYPES.items() if value == dtype
+            )
 
         def get_tensor_profile_shape(self, name: str, profile: int) -> Any:
             assert profile == 0
@@ -332,29 +368,45 @@ def make_tensorrt(driver: Driver, version: str = "11.4.0.106") -> Any:
         def execute_async_v3(self, stream: int) -> bool:
             assert stream == STREAM and set(self._addresses) == set(self._engine._names)
             feed = {
-                value.name: self._array(value.name, self._shapes[value.name]) for value in self._session.get_inputs()
+                value.name: self._array(value.name, self._shapes[value.name])
+                for value in self._session.get_inputs()
             }
-            for value, result in zip(self._session.get_outputs(), self._session.run(None, feed), strict=True):
+            for value, result in zip(
+                self._session.get_outputs(), self._session.run(None, feed), strict=True
+            ):
                 self._array(value.name, self.get_tensor_shape(value.name))[:] = result
             return True
 
         def _array(self, name: str, shape: Any) -> Any:
             dtype = np.dtype(_TYPES[self._engine.get_tensor_dtype(name).name])
             buffer = driver.memory[self._addresses[name]]
-            assert len(buffer) == int(np.prod(shape)) * dtype.itemsize, "memory of another size than the tensor's"
+            assert len(buffer) == int(np.prod(shape)) * dtype.itemsize, (
+                "memory of another size than the tensor's"
+            )
             return np.frombuffer(buffer, dtype).reshape(shape)
 
     def _require(logger: Any) -> None:
-        assert isinstance(logger, ILogger) and logger is loggers[0], "TensorRT ignores all loggers but the first"
+        assert isinstance(logger, ILogger) and logger is loggers[0], (
+            "TensorRT ignores all loggers but the first"
+        )
         assert driver.init == 0 and driver.devices, "without a GPU TensorRT ends the process"
 
-    classes = (ILogger, IProgressMonitor, OnnxParser, INetworkDefinition, IOptimizationProfile, ITimingCache)
+    classes = (
+        ILogger,
+        IProgressMonitor,
+        OnnxParser,
+        INetworkDefinition,
+        IOptimizationProfile,
+        ITimingCache,
+    )
     for kind in (*classes, IBuilderConfig, Builder, Runtime, ICudaEngine, IExecutionContext):
         setattr(trt, kind.__name__, kind)
     return trt
 
 
-def install(monkeypatch: pytest.MonkeyPatch, driver: Driver | None, version: str | None = "11.4.0.106") -> Any:
+def install(
+    monkeypatch: pytest.MonkeyPatch, driver: Driver | None, version: str | None = "11.4.0.106"
+) -> Any:
     """Make this process see a driver (None: none) and a TensorRT of a version (None: none)."""
 
     def load(name: Any, *arguments: Any, **keywords: Any) -> Any:

@@ -25,7 +25,12 @@ class Tensor:
 
 class TritonError(str):
     code: str
-    INTERNAL, INVALID_ARG, CANCELLED, UNAVAILABLE = "INTERNAL", "INVALID_ARG", "CANCELLED", "UNAVAILABLE"
+    INTERNAL, INVALID_ARG, CANCELLED, UNAVAILABLE = (
+        "INTERNAL",
+        "INVALID_ARG",
+        "CANCELLED",
+        "UNAVAILABLE",
+    )
 
     def __new__(cls, text: str, code: str) -> TritonError:
         self = super().__new__(cls, text)
@@ -59,7 +64,10 @@ class Request:
     """What a caller sent: arrays by name."""
 
     def __init__(self, **arrays: Any) -> None:
-        self.arrays = {name: value if isinstance(value, np.ndarray) else texts(value) for name, value in arrays.items()}
+        self.arrays = {
+            name: value if isinstance(value, np.ndarray) else texts(value)
+            for name, value in arrays.items()
+        }
 
     def requested_output_names(self) -> list[str]:
         return []
@@ -78,7 +86,10 @@ def by_name(owner: Request | Response, name: str) -> Tensor | None:
     return Tensor(name, owner.arrays[name]) if name in owner.arrays else None
 
 
-def install(monkeypatch: pytest.MonkeyPatch, encode: Callable[[str, list[np.ndarray]], Response] | None = None) -> None:
+def install(
+    monkeypatch: pytest.MonkeyPatch,
+    encode: Callable[[str, list[np.ndarray]], Response] | None = None,
+) -> None:
     """Put the stand-in where models import it from.
 
     Args:

@@ -1,4 +1,6 @@
-"""A gateway in a thread, in front of a stand-in for Triton that computes what is easy to compute again."""
+"""A gateway in a thread, in front of a stand-in for Triton that computes what is easy to compute
+again.
+"""
 
 from __future__ import annotations
 
@@ -65,10 +67,15 @@ class FakeUpstream:
         self.hold = asyncio.Event()
         self.hold.set()
         self.cancelled = 0
-        self.configs = {name: config(name) for name in ("embed_image", "embed_text", "classify", "retrieve", "segment")}
+        self.configs = {
+            name: config(name)
+            for name in ("embed_image", "embed_text", "classify", "retrieve", "segment")
+        }
         self.outputs: dict[str, np.ndarray] | None = None
 
-    async def infer(self, message: service_pb2.ModelInferRequest, timeout: float) -> service_pb2.ModelInferResponse:
+    async def infer(
+        self, message: service_pb2.ModelInferRequest, timeout: float
+    ) -> service_pb2.ModelInferResponse:
         self.asked.append(message)
         self.timeouts.append(timeout)
         try:
@@ -79,10 +86,14 @@ class FakeUpstream:
         if self.error is not None:
             raise self.error
         version = message.model_version or "1"
-        answer = service_pb2.ModelInferResponse(model_name=message.model_name, model_version=version)
+        answer = service_pb2.ModelInferResponse(
+            model_name=message.model_name, model_version=version
+        )
         for name, array in (self.outputs or self._answer(message)).items():
             answer.outputs.add(name=name, datatype=DATATYPES[array.dtype.kind], shape=array.shape)
-            answer.raw_output_contents.append(packed(array.ravel()) if array.dtype == object else array.tobytes())
+            answer.raw_output_contents.append(
+                packed(array.ravel()) if array.dtype == object else array.tobytes()
+            )
         return answer
 
     def _answer(self, message: service_pb2.ModelInferRequest) -> dict[str, np.ndarray]:
@@ -106,7 +117,9 @@ class FakeUpstream:
 
 
 class Served:
-    """A gateway that runs: its `url`, its stand-in `upstream`, and what stops it and waits for that."""
+    """A gateway that runs: its `url`, its stand-in `upstream`, and what stops it and waits for
+    that.
+    """
 
     def __init__(
         self,
@@ -130,8 +143,12 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(upstream: Callable[[], FakeUpstream] = FakeUpstream, **options: Any) -> Iterator[Served]:
-    """A gateway with these settings on a free port, until the end of the block, in front of an `upstream`."""
+def serving(
+    upstream: Callable[[], FakeUpstream] = FakeUpstream, **options: Any
+) -> Iterator[Served]:
+    """A gateway with these settings on a free port, until the end of the block, in front of an
+    `upstream`.
+    """
     settings = Settings(port=0, **options)
     made: list[Any] = []
     begun = threading.Event()
@@ -170,8 +187,12 @@ class BigAnswers(FakeUpstream):
         return super()._answer(message)
 
 
-def main(port: int, patience: float, certificate: Path | None = None, key: Path | None = None) -> None:
-    """A gateway in this process, which gives its callers `patience` seconds where a gateway gives 8 or 10."""
+def main(
+    port: int, patience: float, certificate: Path | None = None, key: Path | None = None
+) -> None:
+    """A gateway in this process, which gives its callers `patience` seconds where a gateway gives 8
+    or 10.
+    """
     run.PATIENCE = front.PIECE_SECONDS = patience
     settings = Settings(port=port, timeout=2 * patience, tls_certificate=certificate, tls_key=key)
     with run.listen(settings) as listener:

@@ -1,4 +1,6 @@
-"""Graphs of small models, each made once in a test run: torch's exporter takes seconds, and graphs hold no weights."""
+"""Graphs of small models, each made once in a test run: torch's exporter takes seconds, and graphs
+hold no weights.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,15 @@ _read: dict[Path, Graph] = {}
 
 @contextmanager
 def quick_exports(common: Path) -> Iterator[None]:
-    """Within the block `export_release` takes graphs that were made for a model of the same form, if there are any."""
+    """Within the block `export_release` takes graphs that were made for a model of the same form,
+    if there are any.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for make in (image_graph, patch_graph, text_graph):
-            patch.setattr(f"radapter_export.release.{make.__name__}", functools.partial(graph_of, common, make))
+            patch.setattr(
+                f"radapter_export.release.{make.__name__}",
+                functools.partial(graph_of, common, make),
+            )
         yield
 
 
@@ -40,14 +47,22 @@ def graph_of(common: Path, make: Callable[..., Graph], base: Base, *rest: Any) -
         rest: the way to embed patches, and an adapter or None, as `make` takes them.
     """
     adapters = [each for each in rest if isinstance(each, Adapter)]
-    shapes = [(name, tensor.shape) for adapter in adapters for name, tensor in sorted(adapter.tensors.items())]
+    shapes = [
+        (name, tensor.shape)
+        for adapter in adapters
+        for name, tensor in sorted(adapter.tensors.items())
+    ]
     ways = [each for each in rest if isinstance(each, str)]
     form = repr((make.__name__, base.config, base.preprocess, base.model, ways, shapes))
     name = f"{make.__name__}-{hashlib.sha256(form.encode()).hexdigest()[:16]}"
 
     def write(folder: Path) -> None:
         graph = make(base, *rest)
-        weights = [key for key, value in graph.model.graph.initializers.items() if value.const_value is None]
+        weights = [
+            key
+            for key, value in graph.model.graph.initializers.items()
+            if value.const_value is None
+        ]
         state = {key: value for adapter in adapters for key, value in adapter.tensors.items()}
         graph.save({**base.model.state_dict(), **state}, folder / "model.onnx")
         torch.save((graph.name, weights, graph.constants), folder / "rest.pt")

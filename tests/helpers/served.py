@@ -1,4 +1,6 @@
-"""Fixtures of a small release; what makes it, and so PyTorch, is imported where a test asks for it."""
+"""Fixtures of a small release; what makes it, and so PyTorch, is imported where a test asks for
+it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What takes long to make is made once in a test run: by the worker that asks for it first, for all of them."""
+"""What takes long to make is made once in a test run: by the worker that asks for it first, for all
+of them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A small model with random weights of each family that can be adapted, as a folder that open_clip loads."""
+"""A small model with random weights of each family that can be adapted, as a folder that open_clip
+loads.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +25,53 @@ SIGLIP_TEXT = {
     "pool_type": "last",
     "norm_kwargs": {"eps": 1e-6},
 }
-BERT = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
-ROBERTA = {**BERT, "max_position_embeddings": 40, "vocab_size": 320, "bos_token_id": 0, "eos_token_id": 2}
-MT5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
-M2M = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
+BERT = {
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+ROBERTA = {
+    **BERT,
+    "max_position_embeddings": 40,
+    "vocab_size": 320,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+MT5 = {
+    "d_model": 32,
+    "d_kv": 16,
+    "d_ff": 64,
+    "num_layers": 1,
+    "num_decoder_layers": 1,
+    "num_heads": 2,
+}
+M2M = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+}
 
 
 def _timm(name: str, size: int = 32, pool: str = "token", **fields: Any) -> dict[str, Any]:
-    return {"timm_model_name": name, "timm_pool": pool, "timm_proj": None, "image_size": size, **fields}
+    return {
+        "timm_model_name": name,
+        "timm_pool": pool,
+        "timm_proj": None,
+        "image_size": size,
+        **fields,
+    }
 
 
 def _hugging_face(config: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    text = {"hf_tokenizer_name": "here", "context_length": 16, "hf_pooler_type": "mean_pooler", **fields}
+    text = {
+        "hf_tokenizer_name": "here",
+        "context_length": 16,
+        "hf_pooler_type": "mean_pooler",
+        **fields,
+    }
     return {"model": {"pad_token_id": 1, "vocab_size": 320, **config}, **text}
 
 
@@ -68,12 +105,18 @@ FAMILIES = {
     "vit-quickgelu": Family("ViT-B-32-quickgelu", config={"quick_gelu": True}),
     "vit-layer-scale": Family("ViT with ls_init_value", {**IMAGE, "ls_init_value": 0.5}),
     "vit-custom-blocks": Family(
-        "ViT with block_type custom", {**IMAGE, "block_type": "custom", "qk_norm": True, "scale_heads": True}
+        "ViT with block_type custom",
+        {**IMAGE, "block_type": "custom", "qk_norm": True, "scale_heads": True},
     ),
     "clipa": Family(
         "ViT-L-14-CLIPA",
         {**IMAGE, "no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
-        {**SHORT_TEXT, "tokenizer_kwargs": {"strip_sep_token": True}, "pool_type": "last", "no_causal_mask": True},
+        {
+            **SHORT_TEXT,
+            "tokenizer_kwargs": {"strip_sep_token": True},
+            "pool_type": "last",
+            "no_causal_mask": True,
+        },
         preprocess=HALF,
     ),
     "coca": Family(
@@ -98,26 +141,46 @@ FAMILIES = {
     ),
     "mobileclip-b": Family("MobileCLIP-B", _timm("small_mobileclip_b"), config=CUSTOM),
     "eva02": Family("EVA02-B-16", _timm("small_eva02"), config=CUSTOM),
-    "pe-core": Family("PE-Core-B-16", _timm("small_pe_core", pool="map"), {**TEXT, "context_length": 32}, CUSTOM, HALF),
+    "pe-core": Family(
+        "PE-Core-B-16",
+        _timm("small_pe_core", pool="map"),
+        {**TEXT, "context_length": 32},
+        CUSTOM,
+        HALF,
+    ),
     "roberta": Family("roberta-ViT-B-32", text=_hugging_face({"model_type": "roberta", **ROBERTA})),
-    "xlm-roberta": Family("xlm-roberta-base-ViT-B-32", text=_hugging_face({"model_type": "xlm-roberta", **ROBERTA})),
-    "bert": Family("BERT", text=_hugging_face({"model_type": "bert", **BERT}, hf_pooler_type="cls_pooler")),
+    "xlm-roberta": Family(
+        "xlm-roberta-base-ViT-B-32", text=_hugging_face({"model_type": "xlm-roberta", **ROBERTA})
+    ),
+    "bert": Family(
+        "BERT", text=_hugging_face({"model_type": "bert", **BERT}, hf_pooler_type="cls_pooler")
+    ),
     "mt5": Family("mt5-base-ViT-B-32", text=_hugging_face({"model_type": "mt5", **MT5})),
     "nllb": Family(
         "nllb-clip-base",
-        text=_hugging_face({"model_type": "m2m_100", **M2M}, hf_pooler_type="cls_pooler", hf_proj_type="linear"),
+        text=_hugging_face(
+            {"model_type": "m2m_100", **M2M}, hf_pooler_type="cls_pooler", hf_proj_type="linear"
+        ),
     ),
     "resnet": Family(
-        "RN50, RN101", {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}, partial=True
+        "RN50, RN101",
+        {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None},
+        partial=True,
     ),
     "mobileclip-s": Family(
-        "MobileCLIP-S1", _timm("small_mobileclip_s", 64, "avg"), {**TEXT, "no_causal_mask": True}, CUSTOM, partial=True
+        "MobileCLIP-S1",
+        _timm("small_mobileclip_s", 64, "avg"),
+        {**TEXT, "no_causal_mask": True},
+        CUSTOM,
+        partial=True,
     ),
 }
 
 
 def make_base(family: str, folder: Path, **model_cfg: Any) -> str:
-    """Write a small model of a family, none of its weights zero or equal; gives its `local-dir:` name."""
+    """Write a small model of a family, none of its weights zero or equal; gives its `local-dir:`
+    name.
+    """
     import open_clip
     import torch
     from safetensors.torch import save_file
@@ -129,12 +192,23 @@ def make_base(family: str, folder: Path, **model_cfg: Any) -> str:
     if "model" in text:
         text["hf_model_name"] = str(folder / "text")
         (folder / "text").mkdir()
-        (folder / "text" / "config.json").write_text(json.dumps(text.pop("model")), encoding="utf-8")
+        (folder / "text" / "config.json").write_text(
+            json.dumps(text.pop("model")), encoding="utf-8"
+        )
     if "hf_tokenizer_name" in text:
         _tokenizer().save_pretrained(folder)
     preprocess = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic"}
-    config = {"embed_dim": _width(made), "vision_cfg": made.image, "text_cfg": text, **made.config, **model_cfg}
-    config = {"model_cfg": config, "preprocess_cfg": {**preprocess, "resize_mode": "shortest", **made.preprocess}}
+    config = {
+        "embed_dim": _width(made),
+        "vision_cfg": made.image,
+        "text_cfg": text,
+        **made.config,
+        **model_cfg,
+    }
+    config = {
+        "model_cfg": config,
+        "preprocess_cfg": {**preprocess, "resize_mode": "shortest", **made.preprocess},
+    }
     (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
     name = f"local-dir:{folder}"
     with torch.random.fork_rng(), torch.no_grad():
@@ -155,8 +229,12 @@ def make_base(family: str, folder: Path, **model_cfg: Any) -> str:
     return name
 
 
-def random_adapter(name: str, scale: float = 0.1, *, partial: bool = False, **metadata: Any) -> Adapter:
-    """An adapter of random values for a model: their standard deviation, and fields of its metadata."""
+def random_adapter(
+    name: str, scale: float = 0.1, *, partial: bool = False, **metadata: Any
+) -> Adapter:
+    """An adapter of random values for a model: their standard deviation, and fields of its
+    metadata.
+    """
     import torch
 
     from radapter_serve.adapter import Metadata, attach, base_digest
@@ -187,18 +265,30 @@ def release(version: int = 1, **changes: Any) -> Release:
 
 
 def _width(family: Family) -> int:
-    return 64 if family.image.get("timm_proj") == "none" else 32  # without a projection it is the tower's own
+    return (
+        64 if family.image.get("timm_proj") == "none" else 32
+    )  # without a projection it is the tower's own
 
 
 def _register() -> None:
     """Towers of timm in small: the very functions that make the large ones, with other numbers."""
-    from timm.models import eva, fastvit, is_model, register_model, vision_transformer, vision_transformer_hybrid
+    from timm.models import (
+        eva,
+        fastvit,
+        is_model,
+        register_model,
+        vision_transformer,
+        vision_transformer_hybrid,
+    )
 
     small = {"img_size": 32, "embed_dim": 64, "depth": 1, "num_heads": 2}
     stages = {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 64)}
     makers = {
         "small_siglip": (vision_transformer.vit_base_patch16_siglip_224, small),
-        "small_mobileclip_b": (vision_transformer_hybrid.vit_base_mci_224, {"img_size": 32, "depth": 1}),
+        "small_mobileclip_b": (
+            vision_transformer_hybrid.vit_base_mci_224,
+            {"img_size": 32, "depth": 1},
+        ),
         "small_eva02": (eva.eva02_base_patch16_clip_224, small),
         "small_pe_core": (eva.vit_pe_core_tiny_patch16_384, {**small, "attn_pool_num_heads": 2}),
         "small_mobileclip_s": (fastvit.fastvit_mci0, stages),
@@ -207,7 +297,9 @@ def _register() -> None:
         if is_model(name):
             continue
 
-        def make(pretrained: bool = False, maker: Any = maker, numbers: Any = numbers, **fields: Any) -> Any:
+        def make(
+            pretrained: bool = False, maker: Any = maker, numbers: Any = numbers, **fields: Any
+        ) -> Any:
             return maker(pretrained, **numbers, **fields)
 
         make.__name__ = name
@@ -220,9 +312,13 @@ def _tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *alphabet])}
+    vocabulary = {
+        token: index for index, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *alphabet])
+    }
     core = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>"))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
     core.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )

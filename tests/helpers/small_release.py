@@ -1,4 +1,6 @@
-"""A release small enough to be made in a blink: linear encoders, everything else as the exporter writes it."""
+"""A release small enough to be made in a blink: linear encoders, everything else as the exporter
+writes it.
+"""
 
 from __future__ import annotations
 
@@ -51,13 +53,20 @@ def unit_length(source: str, target: str) -> list[onnx.NodeProto]:
 
 
 def graph(
-    name: str, nodes: list, inputs: list, output: str, weights: dict[str, np.ndarray], shape: tuple[int, ...] = ()
+    name: str,
+    nodes: list,
+    inputs: list,
+    output: str,
+    weights: dict[str, np.ndarray],
+    shape: tuple[int, ...] = (),
 ) -> onnx.ModelProto:
     constants = [numpy_helper.from_array(array, key) for key, array in weights.items()]
     constants.append(numpy_helper.from_array(np.array([-1]), "last"))
     outputs = [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["batch", *shape, WIDTH])]
     opset = [helper.make_opsetid("", 18)]
-    model = helper.make_model(helper.make_graph(nodes, name, inputs, outputs, constants), opset_imports=opset)
+    model = helper.make_model(
+        helper.make_graph(nodes, name, inputs, outputs, constants), opset_imports=opset
+    )
     model.ir_version = 10
     onnx.checker.check_model(model)
     return model
@@ -73,7 +82,13 @@ def image_encoder(random: np.random.Generator) -> onnx.ModelProto:
         *unit_length("sum", "image_embeds"),
     ]
     inputs = [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", SIZE, SIZE, 3])]
-    return graph("image", nodes, inputs, "image_embeds", {"weight": weight, "middle": np.array(120, np.float32)})
+    return graph(
+        "image",
+        nodes,
+        inputs,
+        "image_embeds",
+        {"weight": weight, "middle": np.array(120, np.float32)},
+    )
 
 
 def patch_encoder(random: np.random.Generator) -> onnx.ModelProto:
@@ -133,7 +148,12 @@ def write_release(
         "precision": "fp32",
         "runtime": "onnxruntime",
         "agreement": {"tolerance": 1e-4, "min_cosine": LEAST_COSINE},
-        "preprocess": {"size": SIZE, "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0},
+        "preprocess": {
+            "size": SIZE,
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+            "fill_color": 0,
+        },
         "embed_dim": WIDTH,
         "logit_scale": 10.0,
         "logit_bias": None,
@@ -161,7 +181,9 @@ def write_release(
         folder.mkdir(parents=True)
         shutil.copy(SOURCES / name / "model.py", folder)
         tokenizer = open_clip.get_tokenizer("ViT-B-32")
-        release["tokenizer"] = write_tokenizer(tokenizer, folder / "tokenizer.json", dynamic_length=True)
+        release["tokenizer"] = write_tokenizer(
+            tokenizer, folder / "tokenizer.json", dynamic_length=True
+        )
         Release.from_dict(release).save(folder)
     for name in (*encoders, *tasks):
         text = (SOURCES / name / "config.template.pbtxt").read_text()
@@ -189,7 +211,9 @@ def write_release(
 
 
 def seal(repository: Path, *versions: int) -> None:
-    """Give releases what an export gives them beside their models: configs of their own, and digests."""
+    """Give releases what an export gives them beside their models: configs of their own, and
+    digests.
+    """
     for version in versions:
         for model in MODELS:
             if (folder := repository / model / str(version)).is_dir():
@@ -197,22 +221,30 @@ def seal(repository: Path, *versions: int) -> None:
                 own = config.parameters[f"release.{version}"].string_value
                 for name in [name for name in config.parameters if name.startswith("release")]:
                     del config.parameters[name]
-                config.parameters["release"].string_value = config.parameters[f"release.{version}"].string_value = own
+                config.parameters["release"].string_value = config.parameters[
+                    f"release.{version}"
+                ].string_value = own
                 config.version_policy.specific.versions[:] = [version]
                 (folder / "config.pbtxt").write_text(text_format.MessageToString(config))
         write_sums(repository, version)
 
 
 class Local:
-    """The same tasks in this process: what the served ones must equal; and the encoders and tokenizer below them."""
+    """The same tasks in this process: what the served ones must equal; and the encoders and
+    tokenizer below them.
+    """
 
     def __init__(self, repository: Path, version: int) -> None:
         folder = repository / "classify" / str(version)
         release = Release.load(folder)
         self.tokenizer = Tokenizer.load(folder / "tokenizer.json", release.tokenizer)
         self.calls: list[tuple[int, ...]] = []
-        self.encode_images = self._encoder(repository / "image_encoder" / str(version) / "model.onnx", "image")
-        self.encode_tokens = self._encoder(repository / "text_encoder" / str(version) / "model.onnx", "tokens")
+        self.encode_images = self._encoder(
+            repository / "image_encoder" / str(version) / "model.onnx", "image"
+        )
+        self.encode_tokens = self._encoder(
+            repository / "text_encoder" / str(version) / "model.onnx", "tokens"
+        )
         self.embed_images = EmbedImages(release, self.encode_images)
         self.embed_texts = EmbedTexts(release, self.tokenizer, self.encode_tokens)
         self.embed_labels = LabelEmbedder(self.tokenizer, self.encode_tokens, max_batch_size=64)
@@ -220,7 +252,9 @@ class Local:
         self.classify = Classify(release, self.embed_images, self.embed_labels, label_sets)
         patches = repository / "patch_encoder" / str(version) / "model.onnx"
         self.encode_patches = self._encoder(patches, "image") if release.dense else None
-        self.segment = Segment(release, self.encode_images, self.encode_patches, self.embed_labels, label_sets)
+        self.segment = Segment(
+            release, self.encode_images, self.encode_patches, self.embed_labels, label_sets
+        )
 
     def _encoder(self, path: Path, name: str):
         options = onnxruntime.SessionOptions()
@@ -243,7 +277,9 @@ def png(seed: int = 0, width: int = 30, height: int = 20, kind: str = "PNG") -> 
 
 def png_header(width: int, height: int) -> bytes:
     def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
 
     return (
         b"\x89PNG\r\n\x1a\n"

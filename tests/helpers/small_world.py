@@ -1,4 +1,6 @@
-"""A stand-in for Triton behind the playground: answers that are easy to compute again, for every task."""
+"""A stand-in for Triton behind the playground: answers that are easy to compute again, for every
+task.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,9 @@ def png(colour: str, size: tuple[int, int] = (40, 30)) -> bytes:
 
 
 class SmallWorld(FakeUpstream):
-    """Labels get 1 / (1 + their place) each, normalized, and the first as much more as α says; the left half of a
-    picture is the first label and the right half the second; each index has three pictures.
+    """Labels get 1 / (1 + their place) each, normalized, and the first as much more as α says; the
+    left half of a picture is the first label and the right half the second; each index has three
+    pictures.
 
     Args:
         dynamic_alpha: whether its release takes any α.
@@ -38,9 +41,15 @@ class SmallWorld(FakeUpstream):
             one.parameters["release"].string_value = json.dumps(facts)
 
     def _answer(self, message: Any) -> dict[str, np.ndarray]:
-        given = dict(zip((one.name for one in message.inputs), message.raw_input_contents, strict=True))
+        given = dict(
+            zip((one.name for one in message.inputs), message.raw_input_contents, strict=True)
+        )
         answers = {"classify": self._classify, "segment": self._segment, "retrieve": self._retrieve}
-        return answers[message.model_name](given) if message.model_name in answers else super()._answer(message)
+        return (
+            answers[message.model_name](given)
+            if message.model_name in answers
+            else super()._answer(message)
+        )
 
     def _classify(self, given: dict[str, bytes]) -> dict[str, np.ndarray]:
         names = unpacked(given["labels"]) if "labels" in given else [b"a", b"b", b"c"]
@@ -53,7 +62,11 @@ class SmallWorld(FakeUpstream):
         names = unpacked(given["labels"])
         mask = np.zeros((height, width), np.uint16)
         mask[:, width // 2 :] = 1
-        return {"mask": mask, "label": np.array(names, object), "score": np.full(len(names), 0.5, np.float32)}
+        return {
+            "mask": mask,
+            "label": np.array(names, object),
+            "score": np.full(len(names), 0.5, np.float32),
+        }
 
     def _retrieve(self, given: dict[str, bytes]) -> dict[str, np.ndarray]:
         from radapter_serve.gateway.errors import Refused

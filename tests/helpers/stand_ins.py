@@ -1,4 +1,6 @@
-"""Stand-ins for a server: a transport that keeps what it is given, and sockets that answer what a test says."""
+"""Stand-ins for a server: a transport that keeps what it is given, and sockets that answer what a
+test says.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def described(version: int, **facts: Any) -> dict[str, Any]:
 
 
 class Recorder:
-    """Keeps every request, and answers what fits it: zeros, the first label, an upright mask of 4 x 5 pixels."""
+    """Keeps every request, and answers what fits it: zeros, the first label, an upright mask of 4 x
+    5 pixels.
+    """
 
     def __init__(self, **facts: Any) -> None:
         self.requests: list[Request] = []
@@ -64,9 +68,15 @@ class Recorder:
             return {"label": np.repeat(label, rows, 0), "score": np.ones((rows, 1), np.float32)}
         if request.model == "segment":
             labels = request.inputs["labels"]
-            return {"mask": np.zeros((4, 5), np.uint16), "label": labels, "score": np.ones(len(labels), np.float32)}
+            return {
+                "mask": np.zeros((4, 5), np.uint16),
+                "label": labels,
+                "score": np.ones(len(labels), np.float32),
+            }
         texts = {"id": b"a.jpg", "metadata": b'{"path": "a.jpg"}', "thumbnail": b""}
-        return {"score": np.ones(1, np.float32)} | {k: np.array([v], object) for k, v in texts.items()}
+        return {"score": np.ones(1, np.float32)} | {
+            k: np.array([v], object) for k, v in texts.items()
+        }
 
     def close(self) -> None:
         pass
@@ -89,7 +99,8 @@ def http_server(
     first: Sequence[tuple[int, bytes, dict[str, str]] | None] = (),
     port: int = 0,
 ) -> Iterator[tuple[str, list[Any]]]:
-    """A server that gives one answer to all; its URL, and its requests: (method, path, headers, body, caller).
+    """A server that gives one answer to all; its URL, and its requests: (method, path, headers,
+    body, caller).
 
     Args:
         status, body, headers: of the answer.
@@ -103,7 +114,15 @@ def http_server(
 
         def do_GET(self) -> None:
             length = int(self.headers.get("Content-Length", 0))
-            seen.append((self.command, self.path, self.headers, self.rfile.read(length), self.client_address))
+            seen.append(
+                (
+                    self.command,
+                    self.path,
+                    self.headers,
+                    self.rfile.read(length),
+                    self.client_address,
+                )
+            )
             answer = left.pop(0) if left else last
             if answer is None:
                 self.connection.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,5 @@
-"""Use the playground at a URL in a real Chromium: python -m tests.helpers.use_playground URL PICTURE SCENE [SHOT.png].
+"""Use the playground at a URL in a real Chromium: python -m tests.helpers.use_playground URL
+PICTURE SCENE [SHOT.png].
 
 Prints what the page answers; without a Chromium it says so, and does nothing.
 """
@@ -26,7 +27,8 @@ def use(page: Any, picture: str, scene: str, shot: str = "") -> None:
         slider.focus()
         page.keyboard.press(key)
         page.wait_for_function(
-            "before => document.querySelector('#scores').innerText !== before", arg=page.locator("#scores").inner_text()
+            "before => document.querySelector('#scores').innerText !== before",
+            arg=page.locator("#scores").inner_text(),
         )
         seen.append(page.locator("#scores").inner_text())
     print("scores at three α:", len(set(seen)))

@@ -1,1 +1,3 @@
-"""Hostile requests for the gateway: made by number from a seed, sent over plain sockets, and judged."""
+"""Hostile requests for the gateway: made by number from a seed, sent over plain sockets, and
+judged.
+"""

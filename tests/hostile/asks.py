@@ -1,4 +1,6 @@
-"""Right requests of every task, in JSON and in binary: what mutations start from, and what the good client asks."""
+"""Right requests of every task, in JSON and in binary: what mutations start from, and what the good
+client asks.
+"""
 
 from __future__ import annotations
 
@@ -65,11 +67,20 @@ def message(method: str, path: str, headers: dict[str, str | None], body: bytes 
         TYPE: "application/octet-stream" if LENGTH in headers else "application/json",
         "Content-Length": str(len(body)),
     }
-    lines = [f"{name}: {value}" for name, value in {**usual, **headers}.items() if value is not None]
-    return "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""]).encode("utf-8", "surrogateescape") + body
+    lines = [
+        f"{name}: {value}" for name, value in {**usual, **headers}.items() if value is not None
+    ]
+    return (
+        "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""]).encode(
+            "utf-8", "surrogateescape"
+        )
+        + body
+    )
 
 
-def ask(model: str, inputs: dict[str, Value], *, binary: bool = False, rows: bool | None = None) -> Ask:
+def ask(
+    model: str, inputs: dict[str, Value], *, binary: bool = False, rows: bool | None = None
+) -> Ask:
     """A request for a task.
 
     Args:
@@ -87,13 +98,21 @@ def ask(model: str, inputs: dict[str, Value], *, binary: bool = False, rows: boo
             else {"i": "INT32", "f": "FP32", "u": "UINT8", "b": "BOOL"}[value.dtype.kind]
         )
         shape = [len(value)] if isinstance(value, list) else list(value.shape)
-        tensor: dict[str, Any] = {"name": name, "shape": [1, *shape] if batched else shape, "datatype": datatype}
+        tensor: dict[str, Any] = {
+            "name": name,
+            "shape": [1, *shape] if batched else shape,
+            "datatype": datatype,
+        }
         if binary:
             packed = pack(value)
             tensor["parameters"] = {"binary_data_size": len(packed)}
             tail += packed
         else:
-            tensor["data"] = [as_text(one) for one in value] if isinstance(value, list) else value.ravel().tolist()
+            tensor["data"] = (
+                [as_text(one) for one in value]
+                if isinstance(value, list)
+                else value.ravel().tolist()
+            )
         tensors.append(tensor)
     head: dict[str, Any] = {"id": "1", "inputs": tensors}
     if binary:
@@ -106,10 +125,14 @@ def ask(model: str, inputs: dict[str, Value], *, binary: bool = False, rows: boo
 def pack(value: Value) -> bytes:
     """A tensor as the protocol has it in binary."""
     if isinstance(value, list):
-        texts = [one.encode("utf-8", "surrogatepass") if isinstance(one, str) else one for one in value]
+        texts = [
+            one.encode("utf-8", "surrogatepass") if isinstance(one, str) else one for one in value
+        ]
         return b"".join(struct.pack("<I", len(text)) + text for text in texts)
     return bytes(
-        value.astype(_KINDS[{"i": "INT32", "f": "FP32", "u": "UINT8", "b": "BOOL"}[value.dtype.kind]]).tobytes()
+        value.astype(
+            _KINDS[{"i": "INT32", "f": "FP32", "u": "UINT8", "b": "BOOL"}[value.dtype.kind]]
+        ).tobytes()
     )
 
 
@@ -120,11 +143,15 @@ def as_text(value: str | bytes) -> str:
 
 def right(random: Random) -> Ask:
     """A right request of some task."""
-    image: list[Any] = [png(random.randrange(8), random.randrange(8, 60), random.randrange(8, 60), "PNG")]
+    image: list[Any] = [
+        png(random.randrange(8), random.randrange(8, 60), random.randrange(8, 60), "PNG")
+    ]
     if random.random() < 0.3:
         image = [png(random.randrange(8), 24, 40, random.choice(["JPEG", "WEBP"]))]
     labels: list[Any] = [f"label {number}" for number in range(random.randrange(1, 5))]
-    model = random.choice(["embed_image", "embed_text", "classify", "classify", "segment", "segment", "retrieve"])
+    model = random.choice(
+        ["embed_image", "embed_text", "classify", "classify", "segment", "segment", "retrieve"]
+    )
     inputs: dict[str, Any] = {"image": image}
     if model == "embed_text":
         inputs = {"text": [random.choice(["a cat", "ein Fahrrad", "猫", "x" * 300])]}
@@ -140,7 +167,11 @@ def right(random: Random) -> Ask:
         query: dict[str, Any] = {"text": ["a cat"]} if random.random() < 0.5 else {"image": image}
         inputs = {**query, "index": [INDEX], "top_k": np.array([random.randrange(1, 5)], np.int32)}
         if random.random() < 0.5:
-            inputs["where"] = [random.choice(["width > 10", "path LIKE '%.png'", "width > 10 AND NOT (height = 3)"])]
+            inputs["where"] = [
+                random.choice(
+                    ["width > 10", "path LIKE '%.png'", "width > 10 AND NOT (height = 3)"]
+                )
+            ]
     return ask(model, inputs, binary=random.random() < 0.5)
 
 

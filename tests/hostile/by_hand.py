@@ -1,4 +1,6 @@
-"""Hostile requests made by hand: broken HTTP, bombs, doors that must be closed, and values that no mutation finds."""
+"""Hostile requests made by hand: broken HTTP, bombs, doors that must be closed, and values that no
+mutation finds.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,20 @@ INFER = "/v2/models/embed_text/infer"
 
 def all_cases() -> list[Made]:
     """The list, always in the same order."""
-    groups = (_http, _chunks, _slow, _bodies, _json, _closed, _names, _shapes, _tensors, _conditions, _images, _work)
+    groups = (
+        _http,
+        _chunks,
+        _slow,
+        _bodies,
+        _json,
+        _closed,
+        _names,
+        _shapes,
+        _tensors,
+        _conditions,
+        _images,
+        _work,
+    )
     return [*(made for group in groups for made in group()), *embeddings.cases()]
 
 
@@ -94,10 +109,19 @@ def _http() -> Iterator[Made]:
         raw = message("POST", INFER, {"Content-Length": length}, _text().body)
         yield _one("HTTP: Content-Length", raw, promise=BROKEN, hang_up=1.0)
     twice = b"Content-Length: 1\r\n" + host
-    yield _one("HTTP: two lengths", _headed(twice + b"Content-Length: 300\r\n"), promise=BROKEN, hang_up=1.0)
+    yield _one(
+        "HTTP: two lengths",
+        _headed(twice + b"Content-Length: 300\r\n"),
+        promise=BROKEN,
+        hang_up=1.0,
+    )
     chunked = b"Transfer-Encoding: chunked\r\n"
     smuggled = b"0\r\n\r\nGET /metrics HTTP/1.1\r\nHost: x\r\n" + key + b"\r\n"
-    yield _one("HTTP: smuggling", _headed(b"Content-Length: 5\r\n" + chunked + host) + smuggled, promise=BROKEN)
+    yield _one(
+        "HTTP: smuggling",
+        _headed(b"Content-Length: 5\r\n" + chunked + host) + smuggled,
+        promise=BROKEN,
+    )
     for odd in (
         b"Transfer-Encoding: chunked, identity\r\n",
         b"Transfer-Encoding: xchunked\r\n",
@@ -107,9 +131,19 @@ def _http() -> Iterator[Made]:
         yield _one("HTTP: smuggling", raw, promise=BROKEN, hang_up=1.0)
     said = message("POST", INFER, {"Content-Length": "1000"}, b'{"inputs"')
     yield _one("HTTP: body shorter than said, then closed", said, promise=BROKEN, hang_up=0.2)
-    yield _one("HTTP: body longer than said", _text().raw() + b"x" * 1000, promise=BROKEN, answers=2, hang_up=1.0)
+    yield _one(
+        "HTTP: body longer than said",
+        _text().raw() + b"x" * 1000,
+        promise=BROKEN,
+        answers=2,
+        hang_up=1.0,
+    )
     yield _one("HTTP: no Host", message("GET", "/v2/models/hacked", {"Host": None}), promise=BROKEN)
-    yield _one("HTTP: two hosts", message("GET", "/v2/models/hacked", {"host": "a", "HOST": "b"}), promise=BROKEN)
+    yield _one(
+        "HTTP: two hosts",
+        message("GET", "/v2/models/hacked", {"host": "a", "HOST": "b"}),
+        promise=BROKEN,
+    )
     for target in (
         "http://127.0.0.1:8000/v2/repository/index",
         "http://169.254.169.254/latest",
@@ -117,12 +151,22 @@ def _http() -> Iterator[Made]:
         "*",
         "x",
     ):
-        yield _one("HTTP: absolute targets", message("GET", target, {}), promise=BROKEN, hang_up=1.0)
-    for method, target in (("CONNECT", "127.0.0.1:8001"), ("CONNECT", "/v2"), ("TRACE", "/v2"), ("OPTIONS", "*")):
+        yield _one(
+            "HTTP: absolute targets", message("GET", target, {}), promise=BROKEN, hang_up=1.0
+        )
+    for method, target in (
+        ("CONNECT", "127.0.0.1:8001"),
+        ("CONNECT", "/v2"),
+        ("TRACE", "/v2"),
+        ("OPTIONS", "*"),
+    ):
         yield _one(f"HTTP: {method}", message(method, target, {}), promise=BROKEN, hang_up=1.0)
     for method in ("PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "TRACE", "PROPFIND", "GET"):
         yield _one("HTTP: methods", message(method, INFER, {}))
-    upgrade: dict[str, str | None] = {"Connection": "Upgrade", "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
+    upgrade: dict[str, str | None] = {
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
+    }
     for name in ("websocket", "h2c", "TLS/1.0"):
         asked = {
             **upgrade,
@@ -130,11 +174,19 @@ def _http() -> Iterator[Made]:
             "Sec-WebSocket-Version": "13",
             "HTTP2-Settings": "AAMAAABkAARAAAAAAAIAAAAA",
         }
-        yield _one("HTTP: upgrades", message("GET", "/v2/hacked", asked), promise=BROKEN, hang_up=1.0)
+        yield _one(
+            "HTTP: upgrades", message("GET", "/v2/hacked", asked), promise=BROKEN, hang_up=1.0
+        )
     yield _one("HTTP: Expect", message("POST", INFER, {"Expect": "200-maybe"}, b"x"))
     bad = message("POST", INFER, {}, b"{}")
     yield _one("HTTP: pipelining", bad * 50, answers=50)
-    yield _one("HTTP: pipelining, then noise", bad * 3 + b"\0\1\2\r\n\r\n", answers=4, promise=BROKEN, hang_up=1.0)
+    yield _one(
+        "HTTP: pipelining, then noise",
+        bad * 3 + b"\0\1\2\r\n\r\n",
+        answers=4,
+        promise=BROKEN,
+        hang_up=1.0,
+    )
 
 
 def _headed(lines: bytes) -> bytes:
@@ -155,15 +207,31 @@ def _chunks() -> Iterator[Made]:
         b"0x5",
         b"5;" + b"a" * 10**5,
     ):
-        yield _one("chunks: bad sizes", head + size + b"\r\n" + body + b"\r\n0\r\n\r\n", promise=BROKEN, hang_up=1.0)
+        yield _one(
+            "chunks: bad sizes",
+            head + size + b"\r\n" + body + b"\r\n0\r\n\r\n",
+            promise=BROKEN,
+            hang_up=1.0,
+        )
     ones = b"".join(b"1\r\n%c\r\n" % byte for byte in b"{" * 20_000)
     yield _one("chunks: of one byte", head + ones + b"0\r\n\r\n")
-    yield _one("chunks: longer than said", head + b"2\r\n" + body + b"\r\n0\r\n\r\n", promise=BROKEN, hang_up=1.0)
+    yield _one(
+        "chunks: longer than said",
+        head + b"2\r\n" + body + b"\r\n0\r\n\r\n",
+        promise=BROKEN,
+        hang_up=1.0,
+    )
     yield _one("chunks: no end", head + b"2\r\n{}\r\n", promise=BROKEN, hang_up=0.5)
     yield _one(
-        "chunks: huge trailer", head + b"2\r\n{}\r\n0\r\n" + b"X: y\r\n" * 50_000 + b"\r\n", promise=BROKEN, hang_up=1.0
+        "chunks: huge trailer",
+        head + b"2\r\n{}\r\n0\r\n" + b"X: y\r\n" * 50_000 + b"\r\n",
+        promise=BROKEN,
+        hang_up=1.0,
     )
-    yield _later("chunk bomb: 200 MiB without end", lambda: head + (b"100000\r\n" + bytes(MIB) + b"\r\n") * 200)
+    yield _later(
+        "chunk bomb: 200 MiB without end",
+        lambda: head + (b"100000\r\n" + bytes(MIB) + b"\r\n") * 200,
+    )
     yield _later(
         "chunk bomb: 200 MiB of headers' kind",
         lambda: head + (b"100000;" + b"a" * MIB + b"\r\n" + bytes(MIB) + b"\r\n") * 70,
@@ -178,7 +246,9 @@ def _slow() -> Iterator[Made]:
     yield _one("slow: headers a byte at a time", *drops, promise=BROKEN)
     yield _one("slow: nothing at all", 25.0, promise=BROKEN)
     yield _one("slow: half a line", right[:10], 25.0, promise=BROKEN)
-    trickle: list[bytes | float] = [piece for byte in right[end : end + 90] for piece in (bytes([byte]), 0.4)]
+    trickle: list[bytes | float] = [
+        piece for byte in right[end : end + 90] for piece in (bytes([byte]), 0.4)
+    ]
     yield _one("slow: body a byte at a time", right[:end], *trickle)
     yield _one("slow: half a body", right[:-10], 25.0)
     more = message("POST", INFER, {"Content-Length": str(MIB)}, b"")
@@ -195,7 +265,10 @@ def _bodies() -> Iterator[Made]:
     ):
         yield _one("compressed bodies", message("POST", INFER, {"Content-Encoding": name}, packed))
     bomb = partial(gzip.compress, bytes(200 * MIB), mtime=0)
-    yield _later("gzip bomb: 200 MiB in 200 kB", lambda: message("POST", INFER, {"Content-Encoding": "gzip"}, bomb()))
+    yield _later(
+        "gzip bomb: 200 MiB in 200 kB",
+        lambda: message("POST", INFER, {"Content-Encoding": "gzip"}, bomb()),
+    )
     for kind in (
         "text/plain",
         "application/x-www-form-urlencoded",
@@ -208,8 +281,14 @@ def _bodies() -> Iterator[Made]:
     yield _later("5 MiB as a form", lambda: message("POST", INFER, dict(form), b"x" * 5 * MIB))
     yield _later("65 MiB of body", lambda: message("POST", INFER, {}, b"[" * 65 * MIB))
     yield _later("60 MiB of spaces", lambda: message("POST", INFER, {}, b" " * 60 * MIB))
-    yield _later("60 MiB of one text", lambda: message("POST", INFER, {}, b'{"id":"' + b"a" * 60 * MIB + b'"}'))
-    yield _later("60 MiB of zeros as tensors", lambda: Ask("embed_text", _text().head, bytes(60 * MIB), True).raw())
+    yield _later(
+        "60 MiB of one text",
+        lambda: message("POST", INFER, {}, b'{"id":"' + b"a" * 60 * MIB + b'"}'),
+    )
+    yield _later(
+        "60 MiB of zeros as tensors",
+        lambda: Ask("embed_text", _text().head, bytes(60 * MIB), True).raw(),
+    )
     yield _one("empty bodies", message("POST", INFER, {}))
     yield _one("empty bodies", message("POST", INFER, {"Content-Length": None}))
 
@@ -225,7 +304,9 @@ def _json() -> Iterator[Made]:
         "huge exponents": _with_data(b"[1e999999999]"),
         "NaN": _with_data(b"[NaN]"),
         "Infinity": _with_data(b"[-Infinity]"),
-        "duplicate keys": b'{"inputs":[],"inputs":' + json.dumps(_text().head["inputs"]).encode() + b"}",
+        "duplicate keys": (
+            b'{"inputs":[],"inputs":' + json.dumps(_text().head["inputs"]).encode() + b"}"
+        ),
         "a million keys": b"{" + b",".join(b'"%d":0' % number for number in range(300_000)) + b"}",
         "two million values": _with_data(b"[" + b"0," * 2_000_000 + b"0]"),
         "a byte order mark": b"\xef\xbb\xbf" + ask("embed_text", {"text": ["a"]}).body[:-1],
@@ -256,8 +337,19 @@ def _with_data(data: bytes) -> bytes:
 
 def _closed() -> Iterator[Made]:
     gets = (
-        *("repository/index", "models/stats", "models/classify/stats", "models/classify/versions/1/stats", "logging"),
-        *("trace/setting", "models/classify/trace/setting", "systemsharedmemory/status", "cudasharedmemory/status"),
+        *(
+            "repository/index",
+            "models/stats",
+            "models/classify/stats",
+            "models/classify/versions/1/stats",
+            "logging",
+        ),
+        *(
+            "trace/setting",
+            "models/classify/trace/setting",
+            "systemsharedmemory/status",
+            "cudasharedmemory/status",
+        ),
         *(
             "systemsharedmemory/region/x/status",
             "models",
@@ -269,20 +361,30 @@ def _closed() -> Iterator[Made]:
         ),
     )
     posts = (
-        *("repository/index", "repository/models/classify/load", "repository/models/classify/unload", "logging"),
+        *(
+            "repository/index",
+            "repository/models/classify/load",
+            "repository/models/classify/unload",
+            "logging",
+        ),
         *(
             "trace/setting",
             "systemsharedmemory/region/x/register",
             "systemsharedmemory/unregister",
             "models/classify/load",
         ),
-        *("cudasharedmemory/region/x/register", "models/classify/generate", "models/classify/generate_stream"),
+        *(
+            "cudasharedmemory/region/x/register",
+            "models/classify/generate",
+            "models/classify/generate_stream",
+        ),
     )
     for path in gets:
         yield _one("doors that are closed: Triton's own", message("GET", f"/v2/{path}", {}))
     for path in posts:
         yield _one(
-            "doors that are closed: Triton's own", message("POST", f"/v2/{path}", {}, b'{"key":"/radapter","offset":0}')
+            "doors that are closed: Triton's own",
+            message("POST", f"/v2/{path}", {}, b'{"key":"/radapter","offset":0}'),
         )
     for path in (
         "/",
@@ -304,17 +406,32 @@ def _closed() -> Iterator[Made]:
     for model, name in tokens.items():
         for tail in ("/infer", "", "/config", "/ready", "/stats"):
             values = ask(model, {name: np.zeros((16, 16, 3), np.uint8)})
-            raw = values.raw() if tail == "/infer" else message("GET", f"/v2/models/{model}{tail}", {})
+            raw = (
+                values.raw()
+                if tail == "/infer"
+                else message("GET", f"/v2/models/{model}{tail}", {})
+            )
             yield _one("doors that are closed: encoders", raw)
     wrong: list[dict[str, str | None]] = [{"Authorization": None}]
     wrong += [
         {"Authorization": text}
-        for text in ("", "Bearer", "Bearer x", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer \u00e9", "a" * 9000)
+        for text in (
+            "",
+            "Bearer",
+            "Bearer x",
+            f"Basic {KEY}",
+            f"Bearer {KEY}x",
+            "Bearer \u00e9",
+            "a" * 9000,
+        )
     ]
     for headers in wrong:
         yield _one("keys that are none", message("POST", INFER, headers, _text().body))
         yield _one("keys that are none", message("GET", "/metrics", headers))
-    yield _one("keys that are none", message("POST", f"{INFER}?key={KEY}", {"Authorization": None}, _text().body))
+    yield _one(
+        "keys that are none",
+        message("POST", f"{INFER}?key={KEY}", {"Authorization": None}, _text().body),
+    )
 
 
 def _names() -> Iterator[Made]:
@@ -352,14 +469,22 @@ def _names() -> Iterator[Made]:
         "\u0661",
     ):
         path = f"/v2/models/embed_text/versions/{version.replace(' ', '%20')}"
-        yield _one("versions", message("POST", f"{path}/infer", {}, ask("embed_text", {"text": ["a"]}).body))
+        yield _one(
+            "versions",
+            message("POST", f"{path}/infer", {}, ask("embed_text", {"text": ["a"]}).body),
+        )
         yield _one("versions", message("GET", f"{path}/config", {}))
     odd = [text for text in TEXTS if text not in (INDEX, "colours")]
     for text in odd:
         values: list[Any] = [text]
         yield _later("names of indexes", ask("retrieve", {"text": ["a"], "index": values}).raw)
-        yield _later("names of label sets", ask("classify", {"image": [png()], "label_set": values}).raw)
-        yield _later("names of label sets", ask("segment", {"image": [png()], "label_set": values}, binary=True).raw)
+        yield _later(
+            "names of label sets", ask("classify", {"image": [png()], "label_set": values}).raw
+        )
+        yield _later(
+            "names of label sets",
+            ask("segment", {"image": [png()], "label_set": values}, binary=True).raw,
+        )
 
 
 # Tensors
@@ -379,7 +504,20 @@ def _shapes() -> Iterator[Made]:
             [[1]],
             [1] * 10_000,
         ),
-        *([2**30, 2**34], [65, 1], [1, 0], [1, 1, 0], [1, -1], ["1", 1], [1.5, 1], [None], [True, True], {}, "1", None),
+        *(
+            [2**30, 2**34],
+            [65, 1],
+            [1, 0],
+            [1, 1, 0],
+            [1, -1],
+            ["1", 1],
+            [1.5, 1],
+            [None],
+            [True, True],
+            {},
+            "1",
+            None,
+        ),
     ]
     for model, right in good().items():
         for shape in shapes:
@@ -387,7 +525,9 @@ def _shapes() -> Iterator[Made]:
             broken.head["inputs"][0]["shape"] = shape
             yield _later("shape bombs", broken.raw)
         for binary in (True, False):
-            huge = ask(model, {"image" if model == "segment" else "text": ["a"]}, binary=binary, rows=True)
+            huge = ask(
+                model, {"image" if model == "segment" else "text": ["a"]}, binary=binary, rows=True
+            )
             huge.head["inputs"][0]["shape"] = [2**16, 2**15]
             yield _later("shape bombs", huge.raw)
 
@@ -395,21 +535,41 @@ def _shapes() -> Iterator[Made]:
 def _tensors() -> Iterator[Made]:
     for model, right in good().items():
         needed = (
-            1 if model in ("embed_image", "embed_text") else 2 if model == "retrieve" else len(right.head["inputs"])
+            1
+            if model in ("embed_image", "embed_text")
+            else 2
+            if model == "retrieve"
+            else len(right.head["inputs"])
         )
         for chosen in range(needed):
             missing = ask(model, {})
-            missing.head["inputs"] = [one for number, one in enumerate(right.head["inputs"]) if number != chosen]
+            missing.head["inputs"] = [
+                one for number, one in enumerate(right.head["inputs"]) if number != chosen
+            ]
             if not right.binary:
                 yield _later(f"missing tensors: {model}", missing.raw)
         yield _later(f"missing tensors: {model}", ask(model, {}).raw)
-        for datatype in ("INT32", "FP32", "BOOL", "FP64", "UINT8", "BF16", "JSON", "bytes", "", 7, None):
+        for datatype in (
+            "INT32",
+            "FP32",
+            "BOOL",
+            "FP64",
+            "UINT8",
+            "BF16",
+            "JSON",
+            "bytes",
+            "",
+            7,
+            None,
+        ):
             wrong = right.copy()
             wrong.head["inputs"][0]["datatype"] = datatype
             yield _later(f"wrong types: {model}", wrong.raw)
         odd: list[Any] = [1, "a", [1], [None], [["a"]] * 3, [{}], [True], ["a", 1], [[]], {}]
         for data in odd:
-            wrong = ask(model, {"image" if "image" in right.head["inputs"][0]["name"] else "text": ["a"]})
+            wrong = ask(
+                model, {"image" if "image" in right.head["inputs"][0]["name"] else "text": ["a"]}
+            )
             wrong.head["inputs"][0]["data"] = data
             yield _later(f"wrong types: {model}", wrong.raw)
         for tail in (
@@ -454,7 +614,9 @@ def _numbers() -> Iterator[Made]:
         ):
             for name in ("threshold", "proposal_weight"):
                 inputs = {"image": image, "labels": ["a"], name: value}
-                yield _later("NaN, Infinity and other numbers", ask("segment", inputs, binary=binary).raw)
+                yield _later(
+                    "NaN, Infinity and other numbers", ask("segment", inputs, binary=binary).raw
+                )
     for size in (-1, 0, -(2**31), 2**31 - 1):
         number = np.array([size], np.int32)
         for name in ("short_side", "stride", "refine"):
@@ -463,17 +625,31 @@ def _numbers() -> Iterator[Made]:
                 yield _later("numbers out of range", ask("segment", inputs, binary=True).raw)
         if size < 1:
             yield _later(
-                "numbers out of range", ask("classify", {"image": image, "labels": ["a"], "top_k": number}).raw
+                "numbers out of range",
+                ask("classify", {"image": image, "labels": ["a"], "top_k": number}).raw,
             )
-        yield _later("numbers out of range", ask("retrieve", {"text": ["a"], "index": [INDEX], "top_k": number}).raw)
+        yield _later(
+            "numbers out of range",
+            ask("retrieve", {"text": ["a"], "index": [INDEX], "top_k": number}).raw,
+        )
     for value in (nan, inf, -inf, np.array([-0.1], np.float32), np.array([1.1], np.float32)):
         for binary in (True, False):
-            inputs = {"image": image, "labels": ["a"], "multi_label": np.array([True]), "threshold": value}
+            inputs = {
+                "image": image,
+                "labels": ["a"],
+                "multi_label": np.array([True]),
+                "threshold": value,
+            }
             yield _later("labels that stand alone", ask("classify", inputs, binary=binary).raw)
     for kind in (np.int32, np.uint8, np.float32):
         inputs = {"image": image, "labels": ["a"], "multi_label": np.ones(1, kind)}
         yield _later("labels that stand alone", ask("classify", inputs, binary=True).raw)
-    alone = {"image": image, "labels": ["a", "b"], "multi_label": np.array([True]), "calibrated": np.array([False])}
+    alone = {
+        "image": image,
+        "labels": ["a", "b"],
+        "multi_label": np.array([True]),
+        "calibrated": np.array([False]),
+    }
     yield _later("labels that stand alone", ask("classify", alone, binary=True).raw, CHECKED)
     none = {
         "image": image,
@@ -486,7 +662,11 @@ def _numbers() -> Iterator[Made]:
     for wrong in (masks[:, :10], masks[:0], masks * 0, np.full((1, 1, 1), 1, np.uint8)):
         inputs = {"image": image, "labels": ["a"], "proposals": wrong}
         yield _later("proposals that fit nothing", ask("segment", inputs, binary=True).raw)
-    for scores in (np.zeros((2, 1), np.float32), np.full((1, 1), np.nan, np.float32), -np.ones((1, 1), np.float32)):
+    for scores in (
+        np.zeros((2, 1), np.float32),
+        np.full((1, 1), np.nan, np.float32),
+        -np.ones((1, 1), np.float32),
+    ):
         inputs = {"image": image, "labels": ["a"], "proposals": masks, "proposal_scores": scores}
         yield _later("proposals that fit nothing", ask("segment", inputs, binary=True).raw)
 
@@ -499,10 +679,21 @@ def _conditions() -> Iterator[Made]:
         "(" * 1900,
         "x IN (" * 300,
     )
-    for text in (*WHERE, *deep, "width > 1" + " OR width > 1" * 160, "CASE" * 400, "a" * 2001, "a" * 10_000_000):
+    for text in (
+        *WHERE,
+        *deep,
+        "width > 1" + " OR width > 1" * 160,
+        "CASE" * 400,
+        "a" * 2001,
+        "a" * 10_000_000,
+    ):
         values: list[Any] = [text]
         promise = REFUSED if len(text) > 2000 else CHECKED
-        yield _later("conditions", ask("retrieve", {"text": ["a"], "index": [INDEX], "where": values}).raw, promise)
+        yield _later(
+            "conditions",
+            ask("retrieve", {"text": ["a"], "index": [INDEX], "where": values}).raw,
+            promise,
+        )
 
 
 def _images() -> Iterator[Made]:
@@ -546,7 +737,10 @@ def _work() -> Iterator[Made]:
         "much work: labels x templates",
         ask("classify", {"image": image, "labels": many, "templates": ["{}", "a {}"]}).raw,
     )
-    yield _later("much work: long labels", ask("classify", {"image": image, "labels": ["x" * 1001, *square]}).raw)
+    yield _later(
+        "much work: long labels",
+        ask("classify", {"image": image, "labels": ["x" * 1001, *square]}).raw,
+    )
     yield _later("much work: long text", ask("embed_text", {"text": ["x" * 10_001]}).raw)
     yield _later("much work: 65 rows", _rows)
 

@@ -78,7 +78,11 @@ def group(kind: str) -> str:
 
 def result(outcome: Outcome) -> str:
     """An outcome in a word: the status of its last answer, or how the connection ended."""
-    return str(outcome.answers[-1].status) if outcome.answers and outcome.how != "hung" else outcome.how
+    return (
+        str(outcome.answers[-1].status)
+        if outcome.answers and outcome.how != "hung"
+        else outcome.how
+    )
 
 
 def run(

@@ -18,7 +18,8 @@ class Case:
         parts: what is sent, in this order; numbers are seconds to wait.
         promise: `REFUSED`, `CHECKED` or `BROKEN`.
         answers: how many answers may come on this connection.
-        hang_up: seconds without an answer after which the caller ends its side; None to wait for the server.
+        hang_up: seconds without an answer after which the caller ends its side; None to wait for
+            the server.
     """
 
     kind: str

@@ -28,10 +28,19 @@ def cases() -> Iterator[tuple[str, Callable[[], Case]]]:
         bodies[name] = partial(_body, "a", **fields), REFUSED
     bodies |= {
         "embeddings: 100,000 texts": (lambda: _body(["a"] * 100_000), REFUSED),
-        "embeddings: 2,048 texts": (lambda: _body([f"text {number}" for number in range(2048)]), CHECKED),
+        "embeddings: 2,048 texts": (
+            lambda: _body([f"text {number}" for number in range(2048)]),
+            CHECKED,
+        ),
         "embeddings: 3,000,000 tokens": (lambda: _body([1] * 3_000_000), REFUSED),
-        "embeddings: 60 MiB of base64": (lambda: _body(f"data:image/png;base64,{'A' * 60 * MIB}"), REFUSED),
-        "embeddings: 60 MiB of a data URL without an end": (lambda: _body("data:image/" + "a" * 60 * MIB), REFUSED),
+        "embeddings: 60 MiB of base64": (
+            lambda: _body(f"data:image/png;base64,{'A' * 60 * MIB}"),
+            REFUSED,
+        ),
+        "embeddings: 60 MiB of a data URL without an end": (
+            lambda: _body("data:image/" + "a" * 60 * MIB),
+            REFUSED,
+        ),
     }
     for name, (body, promise) in bodies.items():
         yield _case(name, body, promise)
@@ -86,7 +95,12 @@ def _inputs() -> dict[str, tuple[Any, str]]:
             "http://localhost",
             "http://[::1]",
         ),
-        *("https://example.org/x.png", "HTTP://0x7f000001/", "http://evil.example#@127.0.0.1/", "https://a\\@b"),
+        *(
+            "https://example.org/x.png",
+            "HTTP://0x7f000001/",
+            "http://evil.example#@127.0.0.1/",
+            "https://a\\@b",
+        ),
     )
     refused |= {f"URLs: {address}": [address] for address in addresses}
     checked: dict[str, Any] = {
@@ -108,8 +122,15 @@ def _inputs() -> dict[str, tuple[Any, str]]:
 def _json() -> dict[str, bytes]:
     texts = {
         "deep: 100,000 brackets": b'{"model": "radapter", "input": ' + b"[" * 100_000,
-        "deep: 100,000 closed brackets": b'{"model": "radapter", "input": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-        "deep: 150 levels": b'{"model": "radapter", "input": ' + b"[" * 150 + b'"a"' + b"]" * 150 + b"}",
+        "deep: 100,000 closed brackets": b'{"model": "radapter", "input": '
+        + b"[" * 100_000
+        + b"]" * 100_000
+        + b"}",
+        "deep: 150 levels": b'{"model": "radapter", "input": '
+        + b"[" * 150
+        + b'"a"'
+        + b"]" * 150
+        + b"}",
         "NaN": b'{"model": "radapter", "input": [NaN]}',
         "Infinity": b'{"model": "radapter", "input": "a", "alpha": Infinity}',
         "huge numbers": b'{"model": "radapter", "input": [' + b"9" * 100_000 + b"]}",

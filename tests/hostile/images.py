@@ -23,7 +23,14 @@ def chunk(name: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
-def png_of(width: int, height: int, *extra: bytes, bits: int = 1, colour: int = 0, data: bytes | None = None) -> bytes:
+def png_of(
+    width: int,
+    height: int,
+    *extra: bytes,
+    bits: int = 1,
+    colour: int = 0,
+    data: bytes | None = None,
+) -> bytes:
     """A black PNG, with chunks before its pixels."""
     if data is None:
         line = 1 + (width * bits * {0: 1, 2: 3, 3: 1, 6: 4}[colour] + 7) // 8
@@ -46,7 +53,9 @@ def jpeg(width: int = 40, height: int = 30, **options: object) -> bytes:
 
 
 def scan_bomb(width: int, height: int, scans: int) -> bytes:
-    """A progressive JPEG whose last scan stands in it again and again: each is decoded over the whole image."""
+    """A progressive JPEG whose last scan stands in it again and again: each is decoded over the
+    whole image.
+    """
     file = io.BytesIO()
     Image.new("L", (width, height), 128).save(file, "JPEG", progressive=True)
     data = file.getvalue()
@@ -55,7 +64,9 @@ def scan_bomb(width: int, height: int, scans: int) -> bytes:
 
 
 def hidden_scans(regions: int = 80) -> bytes:
-    """A scan bomb whose scans stand behind markers that a decoder passes over when it looks for a restart."""
+    """A scan bomb whose scans stand behind markers that a decoder passes over when it looks for a
+    restart.
+    """
     file = io.BytesIO()
     options = {"progressive": True, "restart_marker_blocks": 1000}
     Image.new("L", (2000, 2000), 128).save(file, "JPEG", **options)
@@ -97,7 +108,11 @@ def _exif(width: int, orientation: int, loop: bool = False) -> bytes:
 
 def _segments(marker: int, count: int) -> bytes:
     data = jpeg()
-    return data[:2] + (b"\xff" + bytes([marker]) + struct.pack(">H", 65535) + b"x" * 65533) * count + data[2:]
+    return (
+        data[:2]
+        + (b"\xff" + bytes([marker]) + struct.pack(">H", 65535) + b"x" * 65533) * count
+        + data[2:]
+    )
 
 
 # No image of these may be answered.
@@ -114,17 +129,27 @@ BAD: dict[str, Callable[[], bytes]] = {
     "scan bomb: 10,000 scans of 8,000 x 8,000": lambda: scan_bomb(8000, 8000, 10_000),
     "scan bomb: 100,000 scans of 1,000 x 1,000": lambda: scan_bomb(1000, 1000, 100_000),
     "scan bomb: 20,000 scans behind a wrong marker": hidden_scans,
-    "decompression bomb: zTXt of 256 MB": lambda: png_of(8, 8, chunk(b"zTXt", b"k\0\0" + _zeros(2**28))),
-    "decompression bomb: iTXt of 256 MB": lambda: png_of(8, 8, chunk(b"iTXt", b"k\0\1\0\0\0" + _zeros(2**28))),
+    "decompression bomb: zTXt of 256 MB": lambda: png_of(
+        8, 8, chunk(b"zTXt", b"k\0\0" + _zeros(2**28))
+    ),
+    "decompression bomb: iTXt of 256 MB": lambda: png_of(
+        8, 8, chunk(b"iTXt", b"k\0\1\0\0\0" + _zeros(2**28))
+    ),
     "decompression bomb: 100 x zTXt of 1 MB": lambda: png_of(
         8, 8, *[chunk(b"zTXt", b"k%d\0\0" % number + _zeros(2**20 - 1)) for number in range(100)]
     ),
     "thin image: 1 x 60,000,000": lambda: png_of(1, 60_000_000, bits=8),
     "no image: empty": lambda: b"",
     "no image: one byte": lambda: b"\xff",
-    "no image: SVG": lambda: b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
-    "no image: EPS": lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) run\n",
-    "no image: GIF": lambda: b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;",
+    "no image: SVG": lambda: (
+        b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
+    ),
+    "no image: EPS": lambda: (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/etc/passwd) run\n"
+    ),
+    "no image: GIF": lambda: (
+        b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"
+    ),
     "no image: BMP": lambda: b"BM" + bytes(52),
     "no image: TIFF that points to itself": lambda: b"II*\0\x08\0\0\0\0\0\x08\0\0\0",
     "no image: zip": _zip,
@@ -134,13 +159,21 @@ BAD: dict[str, Callable[[], bytes]] = {
     "no image: RIFF of 4 GB": lambda: b"RIFF\xff\xff\xff\xffWEBPVP8 \xff\xff\xff\xff",
     "no image: path": lambda: b"/etc/passwd",
     "no image: URL": lambda: b"http://127.0.0.1:8000/v2/repository/index",
-    "broken image: PNG without pixels": lambda: _SIGNATURE + png_of(8, 8)[8:33] + chunk(b"IEND", b""),
+    "broken image: PNG without pixels": lambda: (
+        _SIGNATURE + png_of(8, 8)[8:33] + chunk(b"IEND", b"")
+    ),
     "broken image: PNG of 0 x 0": lambda: png_header(0, 0),
-    "broken image: PNG of 99 bits": lambda: _patched(png_of(8, 8, bits=8), b"\x08\0\0\0\0", b"\x63\0\0\0\0"),
+    "broken image: PNG of 99 bits": lambda: _patched(
+        png_of(8, 8, bits=8), b"\x08\0\0\0\0", b"\x63\0\0\0\0"
+    ),
     "broken image: PNG with a chunk of 2 GB": lambda: png_of(8, 8)[:33] + b"\x7f\xff\xff\xffIDAT",
     "broken image: PNG, wrong sum": lambda: png_of(8, 8)[:30] + b"\0\0\0" + png_of(8, 8)[33:],
-    "broken image: JPEG of markers alone": lambda: b"\xff\xd8" + b"\xff\xe1\0\2" * 10_000 + b"\xff\xd9",
-    "broken image: JPEG, no tables": lambda: b"\xff\xd8\xff\xda\0\x08\x01\x01\0\0\x3f\0" + bytes(100) + b"\xff\xd9",
+    "broken image: JPEG of markers alone": lambda: (
+        b"\xff\xd8" + b"\xff\xe1\0\2" * 10_000 + b"\xff\xd9"
+    ),
+    "broken image: JPEG, no tables": lambda: (
+        b"\xff\xd8\xff\xda\0\x08\x01\x01\0\0\x3f\0" + bytes(100) + b"\xff\xd9"
+    ),
     "truncated image: PNG": lambda: png()[: len(png()) // 2],
     "truncated image: JPEG": lambda: jpeg()[: len(jpeg()) // 2],
     "truncated image: WebP": lambda: webp(64, 64)[:-8],
@@ -150,7 +183,9 @@ BAD: dict[str, Callable[[], bytes]] = {
 # These may be answered, as long as the answer is right.
 ODD: dict[str, Callable[[], bytes]] = {
     "large image: PNG of 8,000 x 8,000": lambda: png_of(8000, 8000),
-    "odd image: colour profile of 256 MB": lambda: png_of(8, 8, chunk(b"iCCP", b"k\0\0" + _zeros(2**28))),
+    "odd image: colour profile of 256 MB": lambda: png_of(
+        8, 8, chunk(b"iCCP", b"k\0\0" + _zeros(2**28))
+    ),
     "odd image: 20 scans of 500 x 500": lambda: scan_bomb(500, 500, 20),
     "many chunks: 100,000 of PNG": lambda: png_of(8, 8, *[chunk(b"tEXt", b"k\0v")] * 100_000),
     "many chunks: 500 x APP2 of 64 kB": lambda: _segments(0xE2, 500),
@@ -160,7 +195,9 @@ ODD: dict[str, Callable[[], bytes]] = {
     "polyglot: JPEG and HTML": lambda: jpeg() + b"<html><script>alert(1)</script>",
     "polyglot: JPEG and zip": lambda: jpeg() + _zip(),
     "polyglot: PNG and zip": lambda: png() + _zip(),
-    "polyglot: JPEG with PHP in a comment": lambda: jpeg()[:2] + b"\xff\xfe\0\x18<?php system('id'); ?>" + jpeg()[2:],
+    "polyglot: JPEG with PHP in a comment": lambda: (
+        jpeg()[:2] + b"\xff\xfe\0\x18<?php system('id'); ?>" + jpeg()[2:]
+    ),
     "polyglot: JPEG behind JPEG": lambda: jpeg() * 2,
     "odd image: EXIF orientation 99": lambda: _exif(40, 99),
     "odd image: EXIF that points to itself": lambda: _exif(40, 6, loop=True),

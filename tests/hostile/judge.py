@@ -81,7 +81,9 @@ def _of_error(answer: Answer) -> str | None:
 
 def wrong(answer: Answer) -> str | None:
     """What is wrong with an answer that says it is right."""
-    if "json" not in answer.headers.get("content-type", "") and "octet" not in answer.headers.get("content-type", ""):
+    if "json" not in answer.headers.get("content-type", "") and "octet" not in answer.headers.get(
+        "content-type", ""
+    ):
         return None if answer.body.startswith(b"# HELP") else "an answer of an unknown kind"
     try:
         size = int(answer.headers.get("inference-header-content-length", len(answer.body)))
@@ -101,7 +103,9 @@ def wrong(answer: Answer) -> str | None:
 
 def _of_openai(head: dict[str, Any]) -> str | None:
     """What is wrong with a list of embeddings, or of models."""
-    if [one.get("index", place) for place, one in enumerate(head["data"])] != list(range(len(head["data"]))):
+    if [one.get("index", place) for place, one in enumerate(head["data"])] != list(
+        range(len(head["data"]))
+    ):
         return "embeddings out of order"
     rows = [one["embedding"] for one in head["data"] if "embedding" in one]
     fine = np.allclose(np.linalg.norm(rows or [[1]], axis=-1), 1, atol=1e-3)
@@ -135,7 +139,11 @@ def _of_output(output: dict[str, Any], values: list[Any]) -> str | None:
     name = output["name"]
     if name in ("image_embeds", "text_embeds"):
         lengths = np.linalg.norm(np.reshape(values, output["shape"]), axis=-1)
-        return None if np.allclose(lengths, 1, atol=1e-3) else "an embedding that is not of unit length"
+        return (
+            None
+            if np.allclose(lengths, 1, atol=1e-3)
+            else "an embedding that is not of unit length"
+        )
     if name == "score":
         fine = all(-1.001 <= score <= 1.001 for score in values)
         return None if fine else "a score that is none"

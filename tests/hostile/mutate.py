@@ -12,20 +12,131 @@ from tests.hostile.asks import LENGTH, Ask, as_text, pack, right
 from tests.hostile.case import BROKEN, CHECKED, Case
 
 TEXTS = (
-    *("", " ", "\0", "a\0b", "../../etc/passwd", "..\\..\\windows", "/etc/passwd", "%2e%2e%2f", "file:///etc/passwd"),
-    *(".", "..", "~", "con", "a/b", "-rf", "$(id)", "`id`", "{}", "{}" * 5, "{0.__class__}", "%s%n", "{{7*7}}"),
-    *("'; DROP TABLE x; --", "1=1", "<script>", "\r\nX: y", "\u202e", "\ud800", "\ufeff", "\U0010ffff", "é", "猫" * 30),
-    *("a" * 1001, "b" * 10_001, "," * 500, "nan", "null", "photos", "colours", "image_encoder", "[overloaded] x"),
+    *(
+        "",
+        " ",
+        "\0",
+        "a\0b",
+        "../../etc/passwd",
+        "..\\..\\windows",
+        "/etc/passwd",
+        "%2e%2e%2f",
+        "file:///etc/passwd",
+    ),
+    *(
+        ".",
+        "..",
+        "~",
+        "con",
+        "a/b",
+        "-rf",
+        "$(id)",
+        "`id`",
+        "{}",
+        "{}" * 5,
+        "{0.__class__}",
+        "%s%n",
+        "{{7*7}}",
+    ),
+    *(
+        "'; DROP TABLE x; --",
+        "1=1",
+        "<script>",
+        "\r\nX: y",
+        "\u202e",
+        "\ud800",
+        "\ufeff",
+        "\U0010ffff",
+        "é",
+        "猫" * 30,
+    ),
+    *(
+        "a" * 1001,
+        "b" * 10_001,
+        "," * 500,
+        "nan",
+        "null",
+        "photos",
+        "colours",
+        "image_encoder",
+        "[overloaded] x",
+    ),
 )
 NUMBERS = (
-    *(0, -1, 1, 2, 3, 7, 64, 65, 255, 256, 65_535, 65_536, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64),
-    *(-(2**31), -(2**63), 10**400, 0.5, -0.0, 1e-320, 1e38, 1e39, 1e308, float("inf"), float("-inf"), float("nan")),
+    *(
+        0,
+        -1,
+        1,
+        2,
+        3,
+        7,
+        64,
+        65,
+        255,
+        256,
+        65_535,
+        65_536,
+        2**31 - 1,
+        2**31,
+        2**32,
+        2**62,
+        2**63 - 1,
+        2**63,
+        2**64,
+    ),
+    *(
+        -(2**31),
+        -(2**63),
+        10**400,
+        0.5,
+        -0.0,
+        1e-320,
+        1e38,
+        1e39,
+        1e308,
+        float("inf"),
+        float("-inf"),
+        float("nan"),
+    ),
 )
 NAMES = (
-    *("image", "text", "labels", "label_set", "templates", "top_k", "index", "where", "alpha", "threshold", "refine"),
-    *("short_side", "stride", "proposals", "proposal_scores", "proposal_weight", "tokens", "nothing"),
+    *(
+        "image",
+        "text",
+        "labels",
+        "label_set",
+        "templates",
+        "top_k",
+        "index",
+        "where",
+        "alpha",
+        "threshold",
+        "refine",
+    ),
+    *(
+        "short_side",
+        "stride",
+        "proposals",
+        "proposal_scores",
+        "proposal_weight",
+        "tokens",
+        "nothing",
+    ),
 )
-DATATYPES = ("BYTES", "INT32", "INT64", "UINT8", "UINT16", "FP16", "FP32", "FP64", "BOOL", "STRING", "bytes", "")
+DATATYPES = (
+    "BYTES",
+    "INT32",
+    "INT64",
+    "UINT8",
+    "UINT16",
+    "FP16",
+    "FP32",
+    "FP64",
+    "BOOL",
+    "STRING",
+    "bytes",
+    "",
+)
 WHERE = (
     *(
         "width > 10 OR 1=1",
@@ -37,9 +148,28 @@ WHERE = (
         "--",
         "/*",
     ),
-    *("width > 10; DELETE FROM x", "(" * 9 + "width>1" + ")" * 9, "(" * 1000, "NOT " * 500 + "width>1", "width >"),
-    *(" AND ".join(["width>1"] * 200), "path LIKE '" + "%a" * 400 + "'", "sleep(10)", "read_csv('/etc/passwd')", "\0"),
-    *("path = '\ud800'", "width > " + "9" * 500, "width BETWEEN 1 AND", "CAST(path AS INT) > 1", "x'00'", "1e999 > 1"),
+    *(
+        "width > 10; DELETE FROM x",
+        "(" * 9 + "width>1" + ")" * 9,
+        "(" * 1000,
+        "NOT " * 500 + "width>1",
+        "width >",
+    ),
+    *(
+        " AND ".join(["width>1"] * 200),
+        "path LIKE '" + "%a" * 400 + "'",
+        "sleep(10)",
+        "read_csv('/etc/passwd')",
+        "\0",
+    ),
+    *(
+        "path = '\ud800'",
+        "width > " + "9" * 500,
+        "width BETWEEN 1 AND",
+        "CAST(path AS INT) > 1",
+        "x'00'",
+        "1e999 > 1",
+    ),
 )
 
 
@@ -104,7 +234,9 @@ def of_body(random: Random) -> Case:
     if random.random() < 0.2:
         body = damaged(body + right(random).body, random)
     end = min(len(body), len(ask.body) - len(ask.tail)) or 1
-    raw = Ask(ask.model, None, binary=ask.binary, headers={LENGTH: str(end)} if ask.binary else {}).raw(body)
+    raw = Ask(
+        ask.model, None, binary=ask.binary, headers={LENGTH: str(end)} if ask.binary else {}
+    ).raw(body)
     return Case("mutated bytes of the body", (raw,), CHECKED)
 
 
@@ -112,7 +244,9 @@ def of_message(random: Random) -> Case:
     """A right request with some of all its bytes changed, those of HTTP too."""
     raw = right(random).raw()
     end = raw.index(b"\r\n\r\n") + 4
-    broken = damaged(raw[:end], random) + raw[end:] if random.random() < 0.7 else damaged(raw, random)
+    broken = (
+        damaged(raw[:end], random) + raw[end:] if random.random() < 0.7 else damaged(raw, random)
+    )
     return Case("mutated bytes of HTTP", (broken,), BROKEN, hang_up=0.3)
 
 
@@ -124,7 +258,10 @@ def of_noise(random: Random) -> Case:
         return Case("random bytes as HTTP", (noise,), BROKEN, hang_up=0.3)
     ask = right(random)
     if where == 1:
-        return Case("random bytes as a body", (ask.raw(noise) if not ask.binary else _plain(ask).raw(noise),))
+        return Case(
+            "random bytes as a body",
+            (ask.raw(noise) if not ask.binary else _plain(ask).raw(noise),),
+        )
     ask.tail, ask.binary = noise, True
     return Case("random bytes as tensors", (ask.raw(),), CHECKED)
 
@@ -164,7 +301,13 @@ def _start(ask: Ask, chosen: int) -> int:
 
 def _places(tree: Any) -> list[tuple[Any, Any]]:
     found: list[tuple[Any, Any]] = []
-    keys = tree.keys() if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ()
+    keys = (
+        tree.keys()
+        if isinstance(tree, dict)
+        else range(len(tree))
+        if isinstance(tree, list)
+        else ()
+    )
     for key in keys:
         found += [(tree, key), *_places(tree[key])]
     return found
@@ -186,7 +329,11 @@ def _add(ask: Ask, random: Random) -> None:
     trees = [ask.head, *(tree[key] for tree, key in _places(ask.head))]
     tree = random.choice([one for one in trees if isinstance(one, (dict, list))] or [{}])
     if isinstance(tree, dict):
-        tree[random.choice(["name", "shape", "data", "parameters", "x", "", "priority", "sequence_id"])] = value(random)
+        tree[
+            random.choice(
+                ["name", "shape", "data", "parameters", "x", "", "priority", "sequence_id"]
+            )
+        ] = value(random)
     else:
         tree.insert(random.randrange(len(tree) + 1), value(random))
 
@@ -209,7 +356,9 @@ def _shape(ask: Ask, random: Random) -> None:
         sizes = (0, -1, 1, 2, 65, 2**31, 2**32, 2**62, 2**63, -(2**63), 1.5, "1", None, True)
         dims = random.choice([0, 1, 2, 2, 3, 9, 100, 10_000])
         shape = [random.choice(sizes) for _ in range(dims)]
-        random.choice(tensors)["shape"] = random.choice([shape, [2**62, 2**62], [2**32, 2**32], [1] * 1000])
+        random.choice(tensors)["shape"] = random.choice(
+            [shape, [2**62, 2**62], [2**32, 2**32], [1] * 1000]
+        )
 
 
 def _twice(ask: Ask, random: Random) -> None:
@@ -235,8 +384,25 @@ def _lengths(ask: Ask, random: Random) -> None:
 
 def _outputs(ask: Ask, random: Random) -> None:
     if isinstance(ask.head, dict):
-        names = ("label", "score", "mask", "thumbnail", "id", "image_embeds", "text_embeds", "nothing", *TEXTS[:6])
-        parameters: Any = [{}, {"binary_data": True}, {"classification": 5}, {"shared_memory_region": "x"}, None, 3]
+        names = (
+            "label",
+            "score",
+            "mask",
+            "thumbnail",
+            "id",
+            "image_embeds",
+            "text_embeds",
+            "nothing",
+            *TEXTS[:6],
+        )
+        parameters: Any = [
+            {},
+            {"binary_data": True},
+            {"classification": 5},
+            {"shared_memory_region": "x"},
+            None,
+            3,
+        ]
         ask.head["outputs"] = [
             {"name": random.choice(names), "parameters": random.choice(parameters)}
             for _ in range(random.choice([0, 1, 1, 2, 100]))
@@ -244,17 +410,35 @@ def _outputs(ask: Ask, random: Random) -> None:
 
 
 def _parameters(ask: Ask, random: Random) -> None:
-    names = ("timeout", "priority", "sequence_id", "sequence_start", "binary_data_output", "headers", "x")
+    names = (
+        "timeout",
+        "priority",
+        "sequence_id",
+        "sequence_start",
+        "binary_data_output",
+        "headers",
+        "x",
+    )
     shared = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size")
     if isinstance(ask.head, dict) and random.random() < 0.6:
         ask.head["parameters"] = {random.choice(names): value(random)}
     elif tensors := _tensors(ask):
-        random.choice(tensors)["parameters"] = {name: random.choice(["x", 0, 2**40]) for name in shared}
+        random.choice(tensors)["parameters"] = {
+            name: random.choice(["x", 0, 2**40]) for name in shared
+        }
 
 
 def _header(ask: Ask, random: Random) -> None:
     name = random.choice(
-        ["Content-Type", "Content-Encoding", "Accept-Encoding", "Host", "Authorization", "Expect", LENGTH]
+        [
+            "Content-Type",
+            "Content-Encoding",
+            "Accept-Encoding",
+            "Host",
+            "Authorization",
+            "Expect",
+            LENGTH,
+        ]
     )
     values = (
         "",
@@ -264,19 +448,29 @@ def _header(ask: Ask, random: Random) -> None:
         "multipart/form-data; boundary=x",
         "application/x-www-form-urlencoded",
     )
-    ask.headers[name] = random.choice([None, *values, "a" * 5000, "identity, gzip", "application/json; charset=utf-16"])
+    ask.headers[name] = random.choice(
+        [None, *values, "a" * 5000, "identity, gzip", "application/json; charset=utf-16"]
+    )
 
 
 def _path(ask: Ask, random: Random) -> None:
-    name = random.choice(["image_encoder", "text_encoder", "patch_encoder", *TEXTS]).encode("utf-8", "replace")
-    model = "".join(chr(one) if chr(one).isalnum() or one in b"./" else f"%{one:02x}" for one in name[:2000])
-    version = random.choice(["", "/versions/0", "/versions/-1", f"/versions/{2**63}", "/versions/1", "/versions/x"])
+    name = random.choice(["image_encoder", "text_encoder", "patch_encoder", *TEXTS]).encode(
+        "utf-8", "replace"
+    )
+    model = "".join(
+        chr(one) if chr(one).isalnum() or one in b"./" else f"%{one:02x}" for one in name[:2000]
+    )
+    version = random.choice(
+        ["", "/versions/0", "/versions/-1", f"/versions/{2**63}", "/versions/1", "/versions/x"]
+    )
     ask.path = f"/v2/models/{random.choice([ask.model, model])}{version}/infer"
 
 
 def _reshaped(ask: Ask, random: Random) -> None:
     """As many rows, labels or texts as were never meant, with the data to them."""
-    if tensors := [one for one in _tensors(ask) if isinstance(one.get("data"), list) and one["data"]]:
+    if tensors := [
+        one for one in _tensors(ask) if isinstance(one.get("data"), list) and one["data"]
+    ]:
         tensor, count = random.choice(tensors), random.choice([0, 2, 3, 65, 300])
         tensor["data"] = [tensor["data"][0]] * count
         tensor["shape"] = random.choice([[1, count], [count], [count, 1], [1, 1, count]])

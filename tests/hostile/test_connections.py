@@ -1,4 +1,6 @@
-"""Attacks on the gateway's connections: its memory, other callers and the next answer stay as they were."""
+"""Attacks on the gateway's connections: its memory, other callers and the next answer stay as they
+were.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,14 @@ class Good:
 @contextlib.contextmanager
 def started(*certificate: Path) -> Iterator[Attacked]:
     port, *_ = free_ports()
-    command = [sys.executable, "-m", "tests.helpers.fake_upstream", str(port), str(PATIENCE), *map(str, certificate)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.helpers.fake_upstream",
+        str(port),
+        str(PATIENCE),
+        *map(str, certificate),
+    ]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
     attacked = Attacked(port, process, tls=bool(certificate))
     try:
@@ -118,7 +127,9 @@ def over_tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
 
 @contextlib.contextmanager
 def unharmed(attacked: Attacked) -> Iterator[None]:
-    """An attack in the block, which must cost other callers no time and the gateway no memory or connections."""
+    """An attack in the block, which must cost other callers no time and the gateway no memory or
+    connections.
+    """
     before = attacked.memory()
     files = attacked.open_files()
     with Good(attacked) as good:
@@ -157,12 +168,18 @@ def rest(it: socket.socket) -> bytes:
 def infer(text: str, more: str = "") -> bytes:
     value = {"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": [text]}
     body = json.dumps({"inputs": [value], "parameters": {"binary_data_output": True}}).encode()
-    head = f"POST {INFER.decode()} HTTP/1.1\r\nHost: localhost\r\n{more}Content-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST {INFER.decode()} HTTP/1.1\r\nHost: localhost\r\n{more}Content-Length:"
+        f" {len(body)}\r\n\r\n"
+    )
     return head.encode() + body
 
 
 def test_endless_trailers(over_http: Attacked) -> None:
-    head = b"POST %s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n" % INFER
+    head = (
+        b"POST %s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n"
+        % INFER
+    )
     trailers = b"".join(b"X-%d: %s\r\n" % (number, b"a" * 1000) for number in range(1000))
 
     def attack() -> None:
@@ -202,9 +219,15 @@ def test_pipelining(over_http: Attacked) -> None:
 
 @pytest.mark.parametrize("protocol", ["h2c", "websocket", "TLS/1.0", "HTTP/2.0, h2c"])
 def test_an_upgrade_makes_no_request_of_a_body(over_http: Attacked, protocol: str) -> None:
-    more = f"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: {protocol}\r\nHTTP2-Settings: AAMAAABkAARAAAAA\r\n"
+    more = (
+        f"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: {protocol}\r\nHTTP2-Settings:"
+        " AAMAAABkAARAAAAA\r\n"
+    )
     smuggled = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    head = f"POST {INFER.decode()} HTTP/1.1\r\nHost: localhost\r\n{more}Content-Length: {len(smuggled)}\r\n\r\n"
+    head = (
+        f"POST {INFER.decode()} HTTP/1.1\r\nHost: localhost\r\n{more}Content-Length:"
+        f" {len(smuggled)}\r\n\r\n"
+    )
     with over_http.connect() as it:
         it.sendall(head.encode() + smuggled)
         first = it.recv(2**16)
@@ -228,12 +251,16 @@ def test_large_headers(over_http: Attacked, size: int) -> None:
 @pytest.mark.slow  # granian ends a handshake after 10 seconds
 @pytest.mark.parametrize("first", [b"", b"\x16\x03\x01\x02\x00"])
 def test_silent_connections_over_tls(over_tls: Attacked, first: bytes) -> None:
-    """1,200 of them, more than a process may usually have open, that never finish or never begin a handshake."""
+    """1,200 of them, more than a process may usually have open, that never finish or never begin a
+    handshake.
+    """
     silent(over_tls, first)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", [b"", b"GET /v2 HT", b"POST %s HTTP/1.1\r\nContent-Length: 10\r\n" % INFER])
+@pytest.mark.parametrize(
+    "first", [b"", b"GET /v2 HT", b"POST %s HTTP/1.1\r\nContent-Length: 10\r\n" % INFER]
+)
 def test_silent_connections(over_http: Attacked, first: bytes) -> None:
     silent(over_http, first)
 
@@ -244,7 +271,9 @@ def silent(attacked: Attacked, first: bytes) -> None:
     try:
         with contextlib.ExitStack() as stack, unharmed(attacked):
             for _ in range(1200):
-                it = stack.enter_context(socket.create_connection(("127.0.0.1", attacked.port), timeout=30))
+                it = stack.enter_context(
+                    socket.create_connection(("127.0.0.1", attacked.port), timeout=30)
+                )
                 it.sendall(first)
             # The gateway ends them, not their callers.
             until(lambda: attacked.open_files() < 200, 20 * PATIENCE)

@@ -15,7 +15,8 @@ REQUESTS = int(os.environ.get("HOSTILE_REQUESTS", "50000"))
 
 
 @pytest.mark.parametrize(
-    "count", [pytest.param(2_000, marks=pytest.mark.triton), pytest.param(REQUESTS, marks=pytest.mark.slow)]
+    "count",
+    [pytest.param(2_000, marks=pytest.mark.triton), pytest.param(REQUESTS, marks=pytest.mark.slow)],
 )
 def test_hostile_requests(count: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("hostile")
@@ -26,7 +27,9 @@ def test_hostile_requests(count: int, tmp_path_factory: pytest.TempPathFactory) 
             report = run(running.address, SEED, range(count), failures=failures)
         for failure in report.failures:
             print(failure)
-        assert not report.failures, f"{len(report.failures)} broke a promise; their bytes are in {failures}"
+        assert not report.failures, (
+            f"{len(report.failures)} broke a promise; their bytes are in {failures}"
+        )
         assert report.count == count
         assert good.troubles == [] and good.asked >= 10
         assert running.processes() == before

@@ -54,9 +54,21 @@ def test_a_number_is_always_the_same_request():
         (BROKEN, Outcome(how="closed", rest=bytearray(b"HTTP/1.1 2")), "half an answer"),
         (CHECKED, Outcome([Answer(200, JSON, b'{"outputs":[]}')]), None),
         (REFUSED, Outcome([Answer(200, JSON, b'{"outputs":[]}')]), "as if it were right"),
-        (CHECKED, Outcome([Answer(200, JSON, b'{"outputs":[{"name":"id","shape":[2],"data":["a"]}]}')]), "2 values"),
-        (CHECKED, Outcome([Answer(200, JSON, b'{"outputs":[{"name":"score","shape":[1],"data":[7]}]}')]), "a score"),
-        (CHECKED, Outcome([Answer(200, JSON, b'{"outputs":[{"name":"id","shape":')]), "cannot be read"),
+        (
+            CHECKED,
+            Outcome([Answer(200, JSON, b'{"outputs":[{"name":"id","shape":[2],"data":["a"]}]}')]),
+            "2 values",
+        ),
+        (
+            CHECKED,
+            Outcome([Answer(200, JSON, b'{"outputs":[{"name":"score","shape":[1],"data":[7]}]}')]),
+            "a score",
+        ),
+        (
+            CHECKED,
+            Outcome([Answer(200, JSON, b'{"outputs":[{"name":"id","shape":')]),
+            "cannot be read",
+        ),
         (CHECKED, Outcome([Answer(400, JSON, b"{}")] * 2), "more than was asked for"),
         (BROKEN, Outcome([REFUSAL, BARE]), None),
         (CHECKED, Outcome([REFUSAL, BARE]), "more than was asked for"),
@@ -81,15 +93,25 @@ def test_answers_are_read_as_they_come():
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n"
     assert parse(head + b"ab", "GET", ended=False) is None
     found = parse(head + b"abcHTTP", "GET", ended=False)
-    assert found is not None and (found[0].status, found[0].body, found[1]) == (200, b"abc", b"HTTP")
+    assert found is not None and (found[0].status, found[0].body, found[1]) == (
+        200,
+        b"abc",
+        b"HTTP",
+    )
     found = parse(head + b"HTTP", "HEAD", ended=False)
     assert found is not None and (found[0].body, found[1]) == (b"", b"HTTP")
-    chunked = parse(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n", "GET", ended=False)
+    chunked = parse(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n",
+        "GET",
+        ended=False,
+    )
     assert chunked is not None and chunked[0].body == b"a"
 
 
 def test_a_server_that_breaks_every_promise(tmp_path):
-    """Answers 500 to all, so that every request of the campaign fails, is told by its number, and lies in a file."""
+    """Answers 500 to all, so that every request of the campaign fails, is told by its number, and
+    lies in a file.
+    """
     listener = socket.create_server(("127.0.0.1", 0), backlog=64)
 
     def serve() -> None:
@@ -106,7 +128,12 @@ def test_a_server_that_breaks_every_promise(tmp_path):
     numbers = range(5000, 5020)
     with listener:
         report = run(listener.getsockname(), 1, numbers, failures=tmp_path)
-        assert exchange(listener.getsockname(), Case("x", (good()["embed_text"].raw(),))).answers[0].status == 500
+        assert (
+            exchange(listener.getsockname(), Case("x", (good()["embed_text"].raw(),)))
+            .answers[0]
+            .status
+            == 500
+        )
         listener.shutdown(socket.SHUT_RDWR)
     assert report.count == 20 and [failure.number for failure in report.failures] == list(numbers)
     files = sorted(tmp_path.iterdir())

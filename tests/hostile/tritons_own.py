@@ -1,4 +1,6 @@
-"""The same requests, and hostile gRPC, against Triton's own ports: what comes of them is told, not judged."""
+"""The same requests, and hostile gRPC, against Triton's own ports: what comes of them is told, not
+judged.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,30 @@ from tests.hostile.world import World
 LIMIT = 5.0  # seconds after which a request counts as hanging
 SERVER_DIED, MODEL_DIED, HUNG = "tritonserver died", "a model died", "hung"
 _METHODS = (
-    *("ModelInfer", "ModelMetadata", "ModelConfig", "ModelReady", "ModelStatistics", "ServerMetadata"),
-    *("RepositoryIndex", "RepositoryModelLoad", "SystemSharedMemoryRegister", "TraceSetting", "LogSettings"),
+    *(
+        "ModelInfer",
+        "ModelMetadata",
+        "ModelConfig",
+        "ModelReady",
+        "ModelStatistics",
+        "ServerMetadata",
+    ),
+    *(
+        "RepositoryIndex",
+        "RepositoryModelLoad",
+        "SystemSharedMemoryRegister",
+        "TraceSetting",
+        "LogSettings",
+    ),
     "NoSuchMethod",
 )
 
 
-def over_http(world: World, seed: int, count: int, seconds: float, progress: Callable[[int], None]) -> Report:
-    """Send hostile requests one by one, in any order; whatever dies or hangs is started again before the next.
+def over_http(
+    world: World, seed: int, count: int, seconds: float, progress: Callable[[int], None]
+) -> Report:
+    """Send hostile requests one by one, in any order; whatever dies or hangs is started again
+    before the next.
 
     Args:
         world: with the server.
@@ -51,7 +69,9 @@ def over_http(world: World, seed: int, count: int, seconds: float, progress: Cal
     return report
 
 
-def over_grpc(world: World, seed: int, count: int, seconds: float, progress: Callable[[int], None]) -> Report:
+def over_grpc(
+    world: World, seed: int, count: int, seconds: float, progress: Callable[[int], None]
+) -> Report:
     """Send hostile messages over gRPC, one by one; the arguments are those of `over_http`."""
     report, address = Report(), world.server.grpc_url.removeprefix("grpc://")
     deadline = time.monotonic() + seconds
@@ -66,7 +86,13 @@ def over_grpc(world: World, seed: int, count: int, seconds: float, progress: Cal
                 status = "OK"
             except grpc.RpcError as error:
                 status = error.code().name
-        _count(world, report, Case(kind, (message,)), HUNG if status == "DEADLINE_EXCEEDED" else status, 0.0)
+        _count(
+            world,
+            report,
+            Case(kind, (message,)),
+            HUNG if status == "DEADLINE_EXCEEDED" else status,
+            0.0,
+        )
         progress(report.count)
     return report
 
@@ -75,10 +101,18 @@ def hostile_message(random: Random) -> tuple[str, str, bytes]:
     """A kind, a method of Triton's service, and a message for it."""
     way = random.randrange(4)
     if way == 0:
-        return "random bytes", random.choice(_METHODS), random.randbytes(random.choice([0, 1, 10, 100, 10_000]))
+        return (
+            "random bytes",
+            random.choice(_METHODS),
+            random.randbytes(random.choice([0, 1, 10, 100, 10_000])),
+        )
     message = _right(random)
     if way == 1:
-        return "mutated bytes", random.choice(["ModelInfer", *_METHODS]), damaged(message.SerializeToString(), random)
+        return (
+            "mutated bytes",
+            random.choice(["ModelInfer", *_METHODS]),
+            damaged(message.SerializeToString(), random),
+        )
     tensor = random.choice(message.inputs)
     if way == 2:
         del tensor.shape[:]
@@ -88,7 +122,9 @@ def hostile_message(random: Random) -> tuple[str, str, bytes]:
             tensor.datatype = random.choice(DATATYPES)
         return "wrong shapes and types", "ModelInfer", message.SerializeToString()
     number = list(message.inputs).index(tensor)
-    values: list[Any] = [random.choice(TEXTS) if random.random() < 0.5 else made(random.choice(list(small())))]
+    values: list[Any] = [
+        random.choice(TEXTS) if random.random() < 0.5 else made(random.choice(list(small())))
+    ]
     contents: list[bytes] = [pack(values), random.randbytes(50), b"", b"\xff" * 8]
     message.raw_input_contents[number] = random.choice(contents)
     if random.random() < 0.3:
@@ -98,10 +134,17 @@ def hostile_message(random: Random) -> tuple[str, str, bytes]:
 
 def _right(random: Random) -> service_pb2.ModelInferRequest:
     model, name = random.choice(
-        [("embed_text", "text"), ("embed_image", "image"), ("retrieve", "text"), ("segment", "image")]
+        [
+            ("embed_text", "text"),
+            ("embed_image", "image"),
+            ("retrieve", "text"),
+            ("segment", "image"),
+        ]
     )
     message = service_pb2.ModelInferRequest(model_name=model)
-    names = [name] + (["index"] if model == "retrieve" else ["labels"] if model == "segment" else [])
+    names = [name] + (
+        ["index"] if model == "retrieve" else ["labels"] if model == "segment" else []
+    )
     for one in names:
         values: list[Any] = [made("odd image: one pixel") if one == "image" else "photos"]
         message.inputs.add(name=one, datatype="BYTES", shape=[1] * (1 if len(names) > 1 else 2))

@@ -81,7 +81,9 @@ def parse(data: bytes, method: str, *, ended: bool) -> tuple[Answer, bytes] | No
 
 
 def exchange(address: tuple[str, int], case: Case, limit: float = LONG) -> Outcome:
-    """Send a case, and gather what comes back until it is complete, the connection ends, or the time is over."""
+    """Send a case, and gather what comes back until it is complete, the connection ends, or the
+    time is over.
+    """
     start = time.monotonic()
     outcome = Outcome()
     try:
@@ -106,7 +108,9 @@ def _converse(connection: socket.socket, case: Case, outcome: Outcome, deadline:
         now = time.monotonic()
         while not sending and now >= wake and parts:
             part = parts.pop(0)
-            sending, wake = (memoryview(part), wake) if isinstance(part, bytes) else (sending, now + part)
+            sending, wake = (
+                (memoryview(part), wake) if isinstance(part, bytes) else (sending, now + part)
+            )
         if not sending and not parts and not all_sent:
             all_sent = now
         done = len(outcome.answers) >= case.answers
@@ -115,7 +119,12 @@ def _converse(connection: socket.socket, case: Case, outcome: Outcome, deadline:
         if now >= deadline:
             outcome.how = "hung"
             return
-        if all_sent and not ended_own and case.hang_up is not None and now >= all_sent + case.hang_up:
+        if (
+            all_sent
+            and not ended_own
+            and case.hang_up is not None
+            and now >= all_sent + case.hang_up
+        ):
             connection.shutdown(socket.SHUT_WR)
             ended_own = True
         watch.register(connection, select.POLLIN | (select.POLLOUT if sending and not done else 0))
@@ -128,10 +137,14 @@ def _converse(connection: socket.socket, case: Case, outcome: Outcome, deadline:
                     pass
                 except ConnectionError:  # refused meanwhile: what it said is read below
                     sending, parts, all_sent = memoryview(b""), [], now
-            if event & (select.POLLIN | select.POLLERR | select.POLLHUP) and not _receive(connection, case, outcome):
+            if event & (select.POLLIN | select.POLLERR | select.POLLHUP) and not _receive(
+                connection, case, outcome
+            ):
                 return
         if len(outcome.answers) >= case.answers and not done:
-            wake = time.monotonic() + (_AFTER if case.answers > 1 or case.kind.startswith("HTTP") else 0)
+            wake = time.monotonic() + (
+                _AFTER if case.answers > 1 or case.kind.startswith("HTTP") else 0
+            )
             sending, parts = memoryview(b""), []
 
 
@@ -151,7 +164,9 @@ def _receive(connection: socket.socket, case: Case, outcome: Outcome) -> bool:
         answer, outcome.rest, outcome.needed = found[0], bytearray(found[1]), 0
         if answer.status >= 200:
             outcome.answers.append(answer)
-    if not outcome.needed and (told := _LENGTH.search(outcome.rest, 0, 4096)):  # a long body is parsed once
+    if not outcome.needed and (
+        told := _LENGTH.search(outcome.rest, 0, 4096)
+    ):  # a long body is parsed once
         outcome.needed = told.end() + int(told[1])
     if not data:
         outcome.how = "answered" if outcome.answers else "closed"

@@ -1,4 +1,6 @@
-"""A gateway with keys in front of a tritonserver with a tiny release, and a client that nothing may disturb."""
+"""A gateway with keys in front of a tritonserver with a tiny release, and a client that nothing may
+disturb.
+"""
 
 from __future__ import annotations
 
@@ -59,11 +61,17 @@ class World:
         return living | {own} | ({self.gateway.pid} if self.gateway.poll() is None else set())
 
     def memory(self) -> dict[str, int]:
-        """MiB that the gateway, tritonserver and the largest of the models' processes had at most."""
+        """MiB that the gateway, tritonserver and the largest of the models' processes had at
+        most.
+        """
         own = self.server.pid
         assert own is not None
         models = max((_peak(pid) for pid in self.processes() - {own, self.gateway.pid}), default=0)
-        return {"gateway": _peak(self.gateway.pid), "tritonserver": _peak(own), "a model's process": models}
+        return {
+            "gateway": _peak(self.gateway.pid),
+            "tritonserver": _peak(own),
+            "a model's process": models,
+        }
 
 
 def _peak(pid: int) -> int:
@@ -87,9 +95,16 @@ def world(folder: Path) -> Iterator[World]:
     build(str(photos), indexes / INDEX, LocalRelease(repository))
     keys = folder / "keys"
     keys.write_text(f"suite: {hashlib.sha256(KEY.encode()).hexdigest()}\n")
-    with TritonServer(ServerConfig(repository, Endpoints.on_free_ports(), indexes=indexes)) as server:
+    with TritonServer(
+        ServerConfig(repository, Endpoints.on_free_ports(), indexes=indexes)
+    ) as server:
         port = free_ports()[0]
-        settings = Settings(port=port, server=server.grpc_url.removeprefix("grpc://"), api_keys=keys, timeout=TIMEOUT)
+        settings = Settings(
+            port=port,
+            server=server.grpc_url.removeprefix("grpc://"),
+            api_keys=keys,
+            timeout=TIMEOUT,
+        )
         gateway = start(settings)
         try:
             running = World(server, gateway, ("127.0.0.1", port))
@@ -105,7 +120,9 @@ def _wait(running: World) -> None:
     deadline = time.monotonic() + 60
     running.warm_up()
     while not any(answer.status == 200 for answer in exchange(running.address, ready).answers):
-        assert time.monotonic() < deadline and running.gateway.poll() is None, "the gateway does not start"
+        assert time.monotonic() < deadline and running.gateway.poll() is None, (
+            "the gateway does not start"
+        )
         time.sleep(0.1)
 
 
@@ -120,7 +137,8 @@ def answers(address: tuple[str, int]) -> dict[str, Answer | None]:
 
 @dataclass
 class Good:
-    """A client that asks every task the same, again and again, and compares the answers with the first.
+    """A client that asks every task the same, again and again, and compares the answers with the
+    first.
 
     Attributes:
         asked: how many answers it has compared.
@@ -136,7 +154,9 @@ class Good:
     def __enter__(self) -> Good:
         self._first, self._stop = answers(self.address), threading.Event()
         for task, answer in self._first.items():
-            assert answer is not None and answer.status == 200 and wrong(answer) is None, f"{task}: {answer}"
+            assert answer is not None and answer.status == 200 and wrong(answer) is None, (
+                f"{task}: {answer}"
+            )
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
         return self

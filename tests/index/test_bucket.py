@@ -1,4 +1,6 @@
-"""Indexes on object storage: published as a whole, opened read-only, replaced while they are searched."""
+"""Indexes on object storage: published as a whole, opened read-only, replaced while they are
+searched.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def client(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     ):
         monkeypatch.setenv(name, value)
     one = boto3.client("s3", region_name="eu-west-1")
-    one.create_bucket(Bucket="pictures", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
+    one.create_bucket(
+        Bucket="pictures", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"}
+    )
     yield one
     keys = one.list_objects_v2(Bucket="pictures").get("Contents", [])
     for key in keys:
@@ -92,7 +96,9 @@ def test_published_linked_and_searched(client, photos: Path, tmp_path: Path) -> 
     index = open_index(tmp_path / "linked")
     embeds = embeds_of(release, sorted(photos.iterdir()))
     hits = index.search(embeds[3], 3, thumbnails=True)
-    assert [hit.id for hit in hits] == [f"{number}.png" for number in np.argsort(-(embeds @ embeds[3]))[:3]]
+    assert [hit.id for hit in hits] == [
+        f"{number}.png" for number in np.argsort(-(embeds @ embeds[3]))[:3]
+    ]
     assert hits[0].thumbnail.startswith(b"\xff\xd8") and hits[0].metadata["width"] == 40
     assert [hit.id for hit in index.search(embeds[3], 3, "path = '1.png'")] == ["1.png"]
     assert "somebody" not in index.facts.to_json() and main(["info", str(tmp_path / "linked")]) == 0
@@ -114,7 +120,10 @@ def test_many_images_are_found_by_files_in_a_bounded_cache(
         index = open_index(linked)
         assert len(index) == count and recall(index, vectors[1150:], vectors[:count]) >= 0.95
         (own,) = (tmp_path / "cache").iterdir()
-        assert len([path for path in own.iterdir() if path.is_dir()]) <= 2 and len(generations(client)) <= 2
+        assert (
+            len([path for path in own.iterdir() if path.is_dir()]) <= 2
+            and len(generations(client)) <= 2
+        )
     (codes,) = own.glob(f"{index.generation}/neighbours/codes.faiss")
     codes.write_bytes(b"broken")
     os.utime(codes.parent, (0, 0))
@@ -176,7 +185,9 @@ def test_a_publication_that_dies_is_not_seen(
 
     with monkeypatch.context() as patch:
         patch.setattr(storage, "copy", die)
-        with pytest.raises(RAdapterError, match="can't be used: the network is gone; see AWS_ACCESS_KEY_ID"):
+        with pytest.raises(
+            RAdapterError, match="can't be used: the network is gone; see AWS_ACCESS_KEY_ID"
+        ):
             publish(tmp_path / "index", URL)
     assert len(open_index(tmp_path / "linked").search(QUERY, 100)) == 5
     publish(tmp_path / "index", URL)
@@ -188,7 +199,9 @@ def test_only_an_index_is_published(client, photos: Path, tmp_path: Path) -> Non
     publish(tmp_path / "index", URL)
     link(URL, tmp_path / "linked")
     before = keys(client)
-    with pytest.raises(RAdapterError, match="linked stands for a published index; publish the index that"):
+    with pytest.raises(
+        RAdapterError, match="linked stands for a published index; publish the index that"
+    ):
         publish(tmp_path / "linked", URL)
     with pytest.raises(RAdapterError, match="no index at .*nowhere"):
         publish(tmp_path / "nowhere", URL)
@@ -196,13 +209,19 @@ def test_only_an_index_is_published(client, photos: Path, tmp_path: Path) -> Non
     assert len(open_index(tmp_path / "linked").search(QUERY, 100)) == 5
 
 
-def test_the_generation_that_is_read_outlives_one_that_was_never_finished(client, photos: Path, tmp_path: Path) -> None:
+def test_the_generation_that_is_read_outlives_one_that_was_never_finished(
+    client, photos: Path, tmp_path: Path
+) -> None:
     build(str(photos), tmp_path / "index", release := FakeRelease())
     publish(tmp_path / "index", URL)
     link(URL, tmp_path / "linked")
     read = open_index(tmp_path / "linked")
     killed = "g-0123456789abcdef"
-    client.put_object(Bucket="pictures", Key=f"indexes/photos/{killed}/images.lance/x", Body=b"newer than the other")
+    client.put_object(
+        Bucket="pictures",
+        Key=f"indexes/photos/{killed}/images.lance/x",
+        Body=b"newer than the other",
+    )
     write(photos / "new.png", 9)
     add(tmp_path / "index", release)
     publish(tmp_path / "index", URL)
@@ -217,7 +236,11 @@ def put_broken(client, facts: IndexFacts, name: str) -> None:
 
 
 def test_what_is_open_goes_on_where_what_was_published_last_can_not_be_opened(
-    client, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    client,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(opened, "POLL", 0.0)
     build(str(photos), tmp_path / "index", release := FakeRelease())
@@ -279,7 +302,11 @@ def test_callers_read_no_keys_of_the_storage(
 def test_the_cache_keeps_nothing_of_killed_downloads_and_says_that_it_is_full(
     client, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client.put_object(Bucket="pictures", Key="indexes/photos/g-0123456789abcdef/neighbours/x", Body=b"x" * (1 << 20))
+    client.put_object(
+        Bucket="pictures",
+        Key="indexes/photos/g-0123456789abcdef/neighbours/x",
+        Body=b"x" * (1 << 20),
+    )
     bucket = Bucket(URL)
     generation = "g-0123456789abcdef"
     assert (bucket.fetch(generation) / "x").stat().st_size == 1 << 20
@@ -290,7 +317,9 @@ def test_the_cache_keeps_nothing_of_killed_downloads_and_says_that_it_is_full(
     assert [path.name for path in own.iterdir()] == [generation]
     with small_disk(tmp_path / "small", "600k"):
         monkeypatch.setenv(storage.CACHE, str(tmp_path / "small"))
-        with pytest.raises(RAdapterError, match="cannot write the cache .*small.*RADAPTER_CACHE=DIR"):
+        with pytest.raises(
+            RAdapterError, match="cannot write the cache .*small.*RADAPTER_CACHE=DIR"
+        ):
             bucket.fetch(generation)
         (own,) = (tmp_path / "small").iterdir()
         assert not list(own.iterdir())
@@ -323,22 +352,30 @@ def test_an_outage_takes_no_image_out_of_an_index(
 
     with monkeypatch.context() as patch:
         patch.setattr(stored, "file_system", Failing)
-        with pytest.raises(RAdapterError, match=r"s3://pictures/raw/3.png can't be read: AWS Error NETWORK_CONN"):
+        with pytest.raises(
+            RAdapterError, match=r"s3://pictures/raw/3.png can't be read: AWS Error NETWORK_CONN"
+        ):
             build("s3://pictures/raw", out, release, on_broken="skip")
     assert len(open_index(out)) == 5 and build("s3://pictures/raw", out, release).kept == 5
 
 
-def test_an_address_with_two_slashes_is_refused_in_one_line(client, photos: Path, tmp_path: Path) -> None:
+def test_an_address_with_two_slashes_is_refused_in_one_line(
+    client, photos: Path, tmp_path: Path
+) -> None:
     client.upload_file(str(photos / "0.png"), "pictures", "raw/0.png")
     with pytest.raises(RAdapterError, match="s3://pictures//raw is no place on object storage"):
         build("s3://pictures//raw", tmp_path / "index", FakeRelease())
     names = ["s3://pictures/raw/0.png", "s3://pictures/raw//x.png"]
     parquet.write_table(pa.table({"image": names}), tmp_path / "t.parquet")
-    summary = build(f"parquet:{tmp_path / 't.parquet'}", tmp_path / "index", FakeRelease(), on_broken="skip")
+    summary = build(
+        f"parquet:{tmp_path / 't.parquet'}", tmp_path / "index", FakeRelease(), on_broken="skip"
+    )
     assert summary.count == 1 and summary.broken == {"s3://pictures/raw//x.png": "no such object"}
 
 
-def test_exported_embeddings_name_images_on_object_storage(client, photos: Path, tmp_path: Path) -> None:
+def test_exported_embeddings_name_images_on_object_storage(
+    client, photos: Path, tmp_path: Path
+) -> None:
     client.upload_file(str(photos / "0.png"), "pictures", "raw/0.png")
     build("s3://pictures/raw", tmp_path / "index", FakeRelease())
     export_embeddings(tmp_path / "index", tmp_path / "out")
@@ -347,18 +384,32 @@ def test_exported_embeddings_name_images_on_object_storage(client, photos: Path,
 
 
 def test_refusals(client, photos: Path, tmp_path: Path) -> None:
-    for url in ("s3://", "s3://pictures", "s3://pictures/../x", "s3://key:secret@pictures/x", "gs://pictures/x", "x"):
-        with pytest.raises(RAdapterError, match="no place of an index; allowed: s3://BUCKET/PATH") as error:
+    for url in (
+        "s3://",
+        "s3://pictures",
+        "s3://pictures/../x",
+        "s3://key:secret@pictures/x",
+        "gs://pictures/x",
+        "x",
+    ):
+        with pytest.raises(
+            RAdapterError, match="no place of an index; allowed: s3://BUCKET/PATH"
+        ) as error:
             Bucket(url)
         assert "key:secret" not in str(error.value)
-    with pytest.raises(RAdapterError, match=f"no index at {URL}; put one there: radapter-index publish"):
+    with pytest.raises(
+        RAdapterError, match=f"no index at {URL}; put one there: radapter-index publish"
+    ):
         link(URL, tmp_path / "linked")
     build(str(photos), tmp_path / "index", release := FakeRelease())
     publish(tmp_path / "index", URL)
     with pytest.raises(RAdapterError, match="already exists and is not a link"):
         link(URL, tmp_path / "index")
     link(URL, tmp_path / "linked")
-    for change in (lambda: add(tmp_path / "linked", release), lambda: build(str(photos), tmp_path / "linked", release)):
+    for change in (
+        lambda: add(tmp_path / "linked", release),
+        lambda: build(str(photos), tmp_path / "linked", release),
+    ):
         with pytest.raises(RAdapterError, match="read-only.*radapter-index publish"):
             change()
     for body in (b"{", b"[]", b'{"generation": "../../etc"}', b'{"generation": 3}', b"{}"):
@@ -387,7 +438,10 @@ def test_images_on_object_storage_are_indexed(client, photos: Path, tmp_path: Pa
     client.delete_object(Bucket="pictures", Key="raw/deep/0.png")
     put("raw/deep/1.png", (photos / "2.png").read_bytes())
     found = verify(out)
-    assert (found.missing, found.changed) == (["s3://pictures/raw/deep/0.png"], ["s3://pictures/raw/deep/1.png"])
+    assert (found.missing, found.changed) == (
+        ["s3://pictures/raw/deep/0.png"],
+        ["s3://pictures/raw/deep/1.png"],
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
         with pytest.raises(RAdapterError, match="can't be used"):
@@ -406,17 +460,23 @@ def test_a_table_on_object_storage_names_images(client, photos: Path, tmp_path: 
     parquet.write_table(pa.table({"image": names, "year": [1, 2, 3, 4]}), tmp_path / "t.parquet")
     client.upload_file(str(tmp_path / "t.parquet"), "pictures", "raw/t.parquet")
     source = "parquet:s3://pictures/raw/t.parquet"
-    with pytest.raises(RAdapterError, match="'s3://pictures/raw/gone.png' can't be indexed: no such object"):
+    with pytest.raises(
+        RAdapterError, match="'s3://pictures/raw/gone.png' can't be indexed: no such object"
+    ):
         build(source, tmp_path / "index", FakeRelease())
     summary = build(source, tmp_path / "index", release := FakeRelease(), on_broken="skip")
     assert summary.count == 3
-    (hit,) = open_index(tmp_path / "index").search(embeds_of(release, [photos / "1.png"])[0], 1, "year = 2")
+    (hit,) = open_index(tmp_path / "index").search(
+        embeds_of(release, [photos / "1.png"])[0], 1, "year = 2"
+    )
     assert hit.id == "s3://pictures/raw/deep/1.png" and hit.score == pytest.approx(1, abs=1e-5)
     with pytest.raises(RAdapterError, match="cannot read s3://pictures/none.csv: no such object"):
         build("csv:s3://pictures/none.csv", tmp_path / "other", release)
 
 
-def test_storage_that_does_not_answer(client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_that_does_not_answer(
+    client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "indexes" / "photos").mkdir(parents=True)
     (tmp_path / "indexes" / "photos" / FACTS).write_text(json.dumps({"at": URL}))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")

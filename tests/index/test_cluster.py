@@ -1,4 +1,6 @@
-"""`radapter-index build --ray` on a local Ray of two workers: the same rows as on this machine, whatever dies."""
+"""`radapter-index build --ray` on a local Ray of two workers: the same rows as on this machine,
+whatever dies.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ COUNT = 40
 def cluster() -> Iterator[None]:
     """Ray in processes of its own, with two workers: a third core reads."""
     ray = pytest.importorskip("ray", reason="ray is not installed: pip install -e '.[ray]'")
-    ray.init(num_cpus=3, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
+    ray.init(
+        num_cpus=3, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False
+    )
     yield
     ray.shutdown()
 
@@ -55,13 +59,17 @@ def rows_of(index: Path) -> tuple[list[dict[str, Any]], np.ndarray]:
     return table.drop_columns(["vector"]).to_pylist(), vectors_of(table["vector"])
 
 
-def test_rows_are_those_of_a_local_build(cluster: None, place: Path, exported_tiny_clip: Path) -> None:
+def test_rows_are_those_of_a_local_build(
+    cluster: None, place: Path, exported_tiny_clip: Path
+) -> None:
     release = LocalRelease(exported_tiny_clip / "model_repository")
     source = f"parquet:{place / 'table.parquet'}"
     here = build(source, place / "here", release)
     there = build(source, place / "there", release, ray="auto")
     assert (
-        (there.count, there.embedded, there.copies) == (here.count, here.embedded, here.copies) == (COUNT, COUNT - 1, 1)
+        (there.count, there.embedded, there.copies)
+        == (here.count, here.embedded, here.copies)
+        == (COUNT, COUNT - 1, 1)
     )
     (rows, vectors), (same, close) = rows_of(place / "here"), rows_of(place / "there")
     assert rows == same
@@ -71,12 +79,18 @@ def test_rows_are_those_of_a_local_build(cluster: None, place: Path, exported_ti
     assert (again.embedded, again.kept) == (1, COUNT - 1)
 
 
-def test_a_killed_worker_costs_nothing(cluster: None, place: Path, exported_tiny_clip: Path) -> None:
+def test_a_killed_worker_costs_nothing(
+    cluster: None, place: Path, exported_tiny_clip: Path
+) -> None:
     release = LocalRelease(exported_tiny_clip / "model_repository")
     killed: list[int] = []
 
     def kill(done: int, total: int) -> None:
-        workers = [p for p in psutil.process_iter(["cmdline"]) if "_Worker" in " ".join(p.info["cmdline"] or [])]
+        workers = [
+            p
+            for p in psutil.process_iter(["cmdline"])
+            if "_Worker" in " ".join(p.info["cmdline"] or [])
+        ]
         if not killed and workers:
             killed.append(workers[0].pid)
             os.kill(workers[0].pid, signal.SIGKILL)
@@ -103,12 +117,19 @@ def test_what_can_not_be_read_is_said(cluster: None, place: Path, exported_tiny_
 
 
 def test_no_cluster_is_one_line(
-    place: Path, exported_tiny_clip: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    place: Path,
+    exported_tiny_clip: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import ray
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda **_: (_ for _ in ()).throw(ConnectionError("Could not find any instance")))
+    monkeypatch.setattr(
+        ray,
+        "init",
+        lambda **_: (_ for _ in ()).throw(ConnectionError("Could not find any instance")),
+    )
     models = str(exported_tiny_clip / "model_repository")
     arguments = [
         "build",

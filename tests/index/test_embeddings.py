@@ -1,4 +1,6 @@
-"""Embeddings of a collection in clip-retrieval's layout, read by NumPy and pandas, against open_clip."""
+"""Embeddings of a collection in clip-retrieval's layout, read by NumPy and pandas, against
+open_clip.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ ELEVEN = [f"{number:02}" for number in range(COUNT)]  # so that they sort by the
 
 @pytest.fixture(scope="module")
 def place(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with photos, a table of them, and the index `photos` of that table. Not to be changed."""
+    """A folder with photos, a table of them, and the index `photos` of that table. Not to be
+    changed.
+    """
     folder = tmp_path_factory.mktemp("embeddings")
     (folder / "images").mkdir()
     for number in range(COUNT):
@@ -36,7 +40,11 @@ def place(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) ->
         Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
     rows = [f"images/{number}.png,{2000 + number},größer {number}" for number in range(COUNT)]
     (folder / "photos.csv").write_text("\n".join(["image,year,note", *rows]), encoding="utf-8")
-    build(f"csv:{folder / 'photos.csv'}", folder / "photos", LocalRelease(exported_tiny_clip / "model_repository"))
+    build(
+        f"csv:{folder / 'photos.csv'}",
+        folder / "photos",
+        LocalRelease(exported_tiny_clip / "model_repository"),
+    )
     return folder
 
 
@@ -48,15 +56,28 @@ def by_open_clip(exported: Path, files: list[str]) -> np.ndarray:
     return model.eval().encode_image(pixels, normalize=True).numpy()  # type: ignore[operator, no-any-return]
 
 
-@pytest.mark.parametrize(("part", "names"), [(3, ["0", "1", "2", "3"]), (1_000_000, ["0"]), (1, ELEVEN)])
+@pytest.mark.parametrize(
+    ("part", "names"), [(3, ["0", "1", "2", "3"]), (1_000_000, ["0"]), (1, ELEVEN)]
+)
 def test_rows_of_arrays_are_rows_of_tables(
-    place: Path, exported_tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int, names: list[str]
+    place: Path,
+    exported_tiny_clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    part: int,
+    names: list[str],
 ) -> None:
     monkeypatch.setattr("radapter_serve.index.embeddings.PART", part)
     monkeypatch.setattr("radapter_serve.index.embeddings.BATCH", 2)
     assert export_embeddings(place / "photos", tmp_path / "out") == COUNT
-    files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert files == {f"img_emb/img_emb_{n}.npy" for n in names} | {f"metadata/metadata_{n}.parquet" for n in names}
+    files = {
+        str(path.relative_to(tmp_path / "out"))
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    }
+    assert files == {f"img_emb/img_emb_{n}.npy" for n in names} | {
+        f"metadata/metadata_{n}.parquet" for n in names
+    }
     arrays = [np.load(path) for path in sorted((tmp_path / "out" / "img_emb").iterdir())]
     tables = [pd.read_parquet(path) for path in sorted((tmp_path / "out" / "metadata").iterdir())]
     assert [len(array) for array in arrays] == [len(table) for table in tables]
@@ -64,13 +85,20 @@ def test_rows_of_arrays_are_rows_of_tables(
     assert {"image_path", "path", "year", "note", "width", "height"} <= {*table.columns}
     assert sorted(table["year"]) == list(range(2000, 2000 + COUNT))
     for file, year, note in zip(table["image_path"], table["year"], table["note"], strict=True):
-        assert Path(file) == place / "images" / f"{year - 2000}.png" and note == f"größer {year - 2000}"
+        assert (
+            Path(file) == place / "images" / f"{year - 2000}.png"
+            and note == f"größer {year - 2000}"
+        )
     found = np.concatenate(arrays)
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, by_open_clip(exported_tiny_clip, list(table["image_path"])), atol=1e-5)
+    np.testing.assert_allclose(
+        found, by_open_clip(exported_tiny_clip, list(table["image_path"])), atol=1e-5
+    )
 
 
-def test_rows_that_are_missing_are_said(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_are_missing_are_said(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("radapter_serve.index.index.Index.__len__", lambda _: COUNT + 1)
     with pytest.raises(RAdapterError, match="says 12 images and holds fewer"):
         export_embeddings(place / "photos", tmp_path / "out")
@@ -82,7 +110,10 @@ def test_the_command(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    assert main(["export-embeddings", str(place / "photos"), "--to", "empty", "--dtype", "float16"]) == 0
+    assert (
+        main(["export-embeddings", str(place / "photos"), "--to", "empty", "--dtype", "float16"])
+        == 0
+    )
     assert capsys.readouterr().out == f"empty: {COUNT} embeddings\n"
     half = np.load("empty/img_emb/img_emb_0.npy")
     assert half.dtype == np.float16
@@ -91,7 +122,10 @@ def test_the_command(
     Path("file").touch()
     for arguments, message in (
         (["nowhere", "--to", "new"], "no index at nowhere"),
-        ([str(place / "photos"), "--to", "deep"], "deep holds something; give another folder with --to"),
+        (
+            [str(place / "photos"), "--to", "deep"],
+            "deep holds something; give another folder with --to",
+        ),
         ([str(place / "photos"), "--to", "file"], "file holds something"),
         ([str(place / "photos"), "--to", "file/new"], "could not write"),
     ):
@@ -101,7 +135,9 @@ def test_the_command(
     assert {path.name for path in tmp_path.iterdir()} == {"empty", "deep", "file"}
 
 
-def test_a_full_disk_leaves_nothing(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -117,9 +153,22 @@ def test_a_disk_that_is_too_small_for_the_embeddings_is_one_line(tmp_path: Path)
     build(str(tmp_path / "photos"), tmp_path / "index", Ready(vectors, texts))
     with small_disk(tmp_path / "small", "64k") as disk:
         disk.fill(leave=3 * 4096)  # the embeddings take four such pages
-        command = [sys.executable, "-m", "radapter_serve.cli.index", "export-embeddings", str(tmp_path / "index")]
-        done = subprocess.run([*command, "--to", str(disk.folder / "out")], capture_output=True, text=True, check=False)
-        assert done.returncode == 2 and done.stderr.count("error: ") == 1, done  # no signal of the kernel's
+        command = [
+            sys.executable,
+            "-m",
+            "radapter_serve.cli.index",
+            "export-embeddings",
+            str(tmp_path / "index"),
+        ]
+        done = subprocess.run(
+            [*command, "--to", str(disk.folder / "out")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2 and done.stderr.count("error: ") == 1, (
+            done
+        )  # no signal of the kernel's
         assert "No space left on device" in done.stderr
         assert {path.name for path in disk.folder.iterdir()} == {"ballast"}
 
@@ -127,7 +176,13 @@ def test_a_disk_that_is_too_small_for_the_embeddings_is_one_line(tmp_path: Path)
 def test_a_column_that_would_be_taken_for_files_is_refused(
     place: Path, exported_tiny_clip: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "photos.csv").write_text(f"image,image_path\n{place}/images/0.png,elsewhere", encoding="utf-8")
-    build(f"csv:{tmp_path / 'photos.csv'}", tmp_path / "one", LocalRelease(exported_tiny_clip / "model_repository"))
+    (tmp_path / "photos.csv").write_text(
+        f"image,image_path\n{place}/images/0.png,elsewhere", encoding="utf-8"
+    )
+    build(
+        f"csv:{tmp_path / 'photos.csv'}",
+        tmp_path / "one",
+        LocalRelease(exported_tiny_clip / "model_repository"),
+    )
     with pytest.raises(RAdapterError, match="has a column image_path"):
         export_embeddings(tmp_path / "one", tmp_path / "out")

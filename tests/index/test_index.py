@@ -81,7 +81,13 @@ def release() -> FakeRelease:
 def photos(tmp_path: Path) -> Path:
     """Twelve images in folders, with names that need care."""
     folder = tmp_path / "photos"
-    names = ["a.jpg", "it's.png", "Ünïcode 猫.webp", 'quo"te.jpeg', *(f"deep/er/{n}.JPG" for n in range(8))]
+    names = [
+        "a.jpg",
+        "it's.png",
+        "Ünïcode 猫.webp",
+        'quo"te.jpeg',
+        *(f"deep/er/{n}.JPG" for n in range(8)),
+    ]
     for number, name in enumerate(names):
         write(folder / name, number)
     (folder / "notes.txt").write_text("no image")
@@ -108,7 +114,9 @@ def test_search_is_numpys_argsort(photos: Path, tmp_path: Path, release: FakeRel
     summary = build(str(photos), tmp_path / "index", release)
     assert (summary.count, summary.embedded, summary.broken) == (12, 12, {})
     files = sorted(
-        path for path in photos.rglob("*") if path.suffix != ".txt" and path.is_file() and path.name[0] != "."
+        path
+        for path in photos.rglob("*")
+        if path.suffix != ".txt" and path.is_file() and path.name[0] != "."
     )
     embeds = embeds_of(release, files)
     index = open_index(tmp_path / "index")
@@ -128,18 +136,29 @@ def test_metadata_and_thumbnails(photos: Path, tmp_path: Path, release: FakeRele
     query = embeds_of(release, [photos / "wide.png"])[0]
     (hit,) = index.search(query, 1, thumbnails=True)
     assert hit.metadata.keys() == {"path", "width", "height", "digest"} == set(index.facts.columns)
-    assert (hit.metadata["path"], hit.metadata["width"], hit.metadata["height"]) == ("wide.png", 600, 300)
+    assert (hit.metadata["path"], hit.metadata["width"], hit.metadata["height"]) == (
+        "wide.png",
+        600,
+        300,
+    )
     assert Image.open(io.BytesIO(hit.thumbnail)).size == (64, 32)
     assert index.search(query, 1)[0].thumbnail == b""
     build(str(photos), tmp_path / "index", release, thumbnails=0)
     assert open_index(tmp_path / "index").search(query, 1, thumbnails=True)[0].thumbnail == b""
 
 
-def test_columns_of_tables_are_metadata_and_conditions(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+def test_columns_of_tables_are_metadata_and_conditions(
+    photos: Path, tmp_path: Path, release: FakeRelease
+) -> None:
     day = pa.array([0, 1, 2, None], pa.timestamp("s"))
     table = pa.table(
         {
-            "image": ["photos/a.jpg", "photos/it's.png", "photos/Ünïcode 猫.webp", "photos/../photos/a.jpg"],
+            "image": [
+                "photos/a.jpg",
+                "photos/it's.png",
+                "photos/Ünïcode 猫.webp",
+                "photos/../photos/a.jpg",
+            ],
             "year": [1999, 2020, None, 1],
             "File Name": ["it's", "b", "猫", "again"],
             "day": day,
@@ -158,17 +177,36 @@ def test_columns_of_tables_are_metadata_and_conditions(photos: Path, tmp_path: P
 
     first = index.search(query, 1)[0]
     assert first.metadata | {"digest": ""} == {
-        **{"path": "photos/a.jpg", "width": 40, "height": 30, "digest": "", "year": 1999, "File Name": "it's"},
+        **{
+            "path": "photos/a.jpg",
+            "width": 40,
+            "height": 30,
+            "digest": "",
+            "year": 1999,
+            "File Name": "it's",
+        },
         **{"day": "1970-01-01T00:00:00", "score": 0.5, "tags": ["x"]},
     }
     for hit in index.search(query, 10):
         json.dumps(hit.metadata, allow_nan=False)
     assert found("year > 2000") == {"photos/it's.png"}
-    assert found("year IS NULL OR path = 'photos/it''s.png'") == {"photos/it's.png", "photos/Ünïcode 猫.webp"}
-    assert found("`File Name` = 'it''s'") == found("lower(path) LIKE '%/A.jpg' OR year < 2000") == {"photos/a.jpg"}
-    assert found("day >= timestamp '1970-01-01 00:00:01'") == {"photos/it's.png", "photos/Ünïcode 猫.webp"}
+    assert found("year IS NULL OR path = 'photos/it''s.png'") == {
+        "photos/it's.png",
+        "photos/Ünïcode 猫.webp",
+    }
+    assert (
+        found("`File Name` = 'it''s'")
+        == found("lower(path) LIKE '%/A.jpg' OR year < 2000")
+        == {"photos/a.jpg"}
+    )
+    assert found("day >= timestamp '1970-01-01 00:00:01'") == {
+        "photos/it's.png",
+        "photos/Ünïcode 猫.webp",
+    }
     assert found("width > 1000") == set()
-    assert found("cast(year as string) = '1999' and year not in (1, 2) and path ilike 'PHOTOS/%'") == {"photos/a.jpg"}
+    assert found(
+        "cast(year as string) = '1999' and year not in (1, 2) and path ilike 'PHOTOS/%'"
+    ) == {"photos/a.jpg"}
     assert found("day < timestamp '1970-01-01 00:00:01' and score % 1 = 0.5") == {"photos/a.jpg"}
     assert found("\"File Name\" = 'b'") == {"photos/it's.png"}
 
@@ -259,7 +297,16 @@ def test_conditions_that_only_compare_are_let_through(where: str, expected: str)
 @pytest.mark.parametrize(
     "where",
     [
-        *("a.b = 1", "path = ?", "x = :p", "[a] = 1", "a ->> 'b' = 1", "a IN b; x", "a @> b", "a = current_date"),
+        *(
+            "a.b = 1",
+            "path = ?",
+            "x = :p",
+            "[a] = 1",
+            "a ->> 'b' = 1",
+            "a IN b; x",
+            "a @> b",
+            "a = current_date",
+        ),
         *("CASE WHEN a THEN b END = 1", "* = 1", "x = ANY(y)"),
     ],
 )
@@ -282,7 +329,9 @@ class TooMuchWork(BaseException):
 
 @contextlib.contextmanager
 def bounded_work() -> Iterator[None]:
-    """Counts calls and returns of functions, which a loaded machine does not change as it does seconds."""
+    """Counts calls and returns of functions, which a loaded machine does not change as it does
+    seconds.
+    """
     calls = itertools.count()
 
     def count(*_: object) -> None:
@@ -318,11 +367,15 @@ def test_top_k_has_bounds(top_k: int, photos: Path, tmp_path: Path, release: Fak
 def test_equal_vectors_come_in_the_order_of_their_ids(
     exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: FakeRelease
 ) -> None:
-    """Sixty images of three kinds, added in no order; the first hits of a kind are its first ids, however many."""
+    """Sixty images of three kinds, added in no order; the first hits of a kind are its first ids,
+    however many.
+    """
     if not exact:
         for module in (store_table, index_writer):
             monkeypatch.setattr(module, "EXACT", 20)
-    monkeypatch.setattr(index_writer, "tune", lambda *_: {"nprobes": 1, "candidates": 1, "recall": 1.0})
+    monkeypatch.setattr(
+        index_writer, "tune", lambda *_: {"nprobes": 1, "candidates": 1, "recall": 1.0}
+    )
     folder, out = tmp_path / "photos", tmp_path / "index"
     names = np.random.default_rng(0).permutation([f"{number:02}" for number in range(60)])
     for part in (names[:25], names[25:]):
@@ -335,10 +388,14 @@ def test_equal_vectors_come_in_the_order_of_their_ids(
         of_kind = [f"{number:02}.png" for number in range(kind, 60, 3)]
         for top_k in (1, 3, 19, 20):
             assert [hit.id for hit in index.search(query, top_k)] == of_kind[:top_k]
-        assert [hit.id for hit in index.search(query, 5, "path > '10'")] == [id for id in of_kind if id > "10"][:5]
+        assert [hit.id for hit in index.search(query, 5, "path > '10'")] == [
+            id for id in of_kind if id > "10"
+        ][:5]
 
 
-def test_copies_are_embedded_once_and_all_found(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+def test_copies_are_embedded_once_and_all_found(
+    photos: Path, tmp_path: Path, release: FakeRelease
+) -> None:
     shutil.copy(photos / "a.jpg", photos / "b.jpg")
     summary = build(str(photos), tmp_path / "index", release)
     assert (summary.count, summary.embedded, summary.copies, release.embedded) == (13, 12, 1, 12)
@@ -348,7 +405,9 @@ def test_copies_are_embedded_once_and_all_found(photos: Path, tmp_path: Path, re
     assert add(tmp_path / "index", release).embedded == 0
 
 
-def test_add_embeds_what_is_new_or_changed(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+def test_add_embeds_what_is_new_or_changed(
+    photos: Path, tmp_path: Path, release: FakeRelease
+) -> None:
     build(str(photos), tmp_path / "index", release)
     before = release.embedded
     unchanged = add(tmp_path / "index", release)
@@ -358,7 +417,11 @@ def test_add_embeds_what_is_new_or_changed(photos: Path, tmp_path: Path, release
     os.utime(photos / "it's.png")
     (photos / "deep/er/0.JPG").unlink()
     found = verify(tmp_path / "index")
-    assert (found.new, found.changed, found.missing) == (["new.png"], ["a.jpg"], ["deep/er/0.JPG"]) and not found.ok
+    assert (found.new, found.changed, found.missing) == (
+        ["new.png"],
+        ["a.jpg"],
+        ["deep/er/0.JPG"],
+    ) and not found.ok
     changed = add(tmp_path / "index", release)
     assert (changed.count, changed.embedded, changed.kept, changed.removed) == (13, 2, 10, 0)
     assert verify(tmp_path / "index").missing == ["deep/er/0.JPG"]
@@ -369,7 +432,9 @@ def test_add_embeds_what_is_new_or_changed(photos: Path, tmp_path: Path, release
     assert open_index(tmp_path / "index").search(query, 1)[0].score == pytest.approx(1, abs=1e-5)
 
 
-def test_add_from_elsewhere_and_changed_metadata(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+def test_add_from_elsewhere_and_changed_metadata(
+    photos: Path, tmp_path: Path, release: FakeRelease
+) -> None:
     (tmp_path / "t.csv").write_text("image,title\nphotos/a.jpg,first\n")
     build(f"csv:{tmp_path / 't.csv'}", tmp_path / "index", release)
     write(tmp_path / "other" / "x.png", 7)
@@ -388,7 +453,9 @@ def test_add_from_elsewhere_and_changed_metadata(photos: Path, tmp_path: Path, r
         add(tmp_path / "index", release)
 
 
-def test_a_column_of_another_type_is_refused_before_work(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+def test_a_column_of_another_type_is_refused_before_work(
+    photos: Path, tmp_path: Path, release: FakeRelease
+) -> None:
     (tmp_path / "t.csv").write_text("image,year\nphotos/a.jpg,2001.5\n")
     build(f"csv:{tmp_path / 't.csv'}", tmp_path / "index", release)
     (tmp_path / "t.csv").write_text("image,year\nphotos/a.jpg,2001\n")
@@ -396,13 +463,16 @@ def test_a_column_of_another_type_is_refused_before_work(photos: Path, tmp_path:
     (tmp_path / "t.csv").write_text("image,year\nphotos/a.jpg,2001\nphotos/deep/er/0.JPG,unknown\n")
     before = release.embedded
     with pytest.raises(
-        RAdapterError, match=r"'year' is string now, and double in the index.*radapter-index build csv:"
+        RAdapterError,
+        match=r"'year' is string now, and double in the index.*radapter-index build csv:",
     ):
         add(tmp_path / "index", release)
     assert release.embedded == before
 
 
-def stop_a_build(photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch, release: FakeRelease) -> str:
+def stop_a_build(
+    photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch, release: FakeRelease
+) -> str:
     """Build up to a broken image, the last one; returns the error."""
     last = photos / "deep" / "er" / "z.png"
     last.write_bytes(b"broken")
@@ -427,7 +497,9 @@ def test_a_stopped_build_goes_on_unasked(
     assert names(generation(index)) == {FACTS, "images.lance"}
 
 
-@pytest.mark.parametrize("what", ["release", "columns", "size of thumbnails", "EXIF orientation", "folder"])
+@pytest.mark.parametrize(
+    "what", ["release", "columns", "size of thumbnails", "EXIF orientation", "folder"]
+)
 def test_a_stopped_build_with_other_arguments_is_not_thrown_away_unasked(
     what: str, photos: Path, tmp_path: Path, release: FakeRelease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -443,14 +515,19 @@ def test_a_stopped_build_with_other_arguments_is_not_thrown_away_unasked(
         source = str(photos / "deep")
     else:
         options = {"thumbnails": 64} if "thumbnails" in what else {"exif_orientation": False}
-    with pytest.raises(RAdapterError, match=f"that had another {what}; finish it: radapter-index build.*--no-resume"):
+    with pytest.raises(
+        RAdapterError,
+        match=f"that had another {what}; finish it: radapter-index build.*--no-resume",
+    ):
         build(source, out, other, **options)
     assert other.embedded == 0 and not out.exists()
     build(source, out, other, resume=False, **options)
     assert other.embedded > 0 and names(tmp_path) == {"photos", "index"}
 
 
-def test_a_finished_index_is_not_embedded_again(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+def test_a_finished_index_is_not_embedded_again(
+    photos: Path, tmp_path: Path, release: FakeRelease
+) -> None:
     out = tmp_path / "index"
     assert build(str(photos), out, release).changed
     before = said(out)
@@ -461,7 +538,9 @@ def test_a_finished_index_is_not_embedded_again(photos: Path, tmp_path: Path, re
     (photos / "a.jpg").unlink()
     summary = build(str(photos), out, again)
     assert (summary.changed, summary.count, summary.removed, again.embedded) == (True, 12, 1, 1)
-    assert verify(out).ok and len(open_index(out).search(np.eye(DIM, dtype=np.float32)[0], 100)) == 12
+    assert (
+        verify(out).ok and len(open_index(out).search(np.eye(DIM, dtype=np.float32)[0], 100)) == 12
+    )
     assert build(str(photos), out, FakeRelease(), thumbnails=64).embedded == 12
     assert build(str(photos), out, FakeRelease(), thumbnails=64, resume=False).embedded == 12
     assert names(tmp_path) == {"photos", "index"}
@@ -489,7 +568,8 @@ def test_an_index_of_another_format_is_refused_with_the_command_that_mends_it(
     build(str(photos), out, release)
     say(out, said(out) | {"format": 3})
     with pytest.raises(
-        RAdapterError, match=rf"the format 3 .* reads 4.*: radapter-index build {photos} --out {out}"
+        RAdapterError,
+        match=rf"the format 3 .* reads 4.*: radapter-index build {photos} --out {out}",
     ) as refused:
         open_index(out)
     assert "\n" not in str(refused.value)
@@ -505,7 +585,11 @@ def test_a_build_that_fails_with_nothing_embedded_leaves_nothing(
         def encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
             raise self.error
 
-    for error in (RAdapterError("the server is gone"), KeyboardInterrupt(), OSError(28, "No space left on device")):
+    for error in (
+        RAdapterError("the server is gone"),
+        KeyboardInterrupt(),
+        OSError(28, "No space left on device"),
+    ):
         Fails.error = error
         with pytest.raises((RAdapterError, KeyboardInterrupt)) as raised:
             build(str(photos), tmp_path / "index", Fails())
@@ -526,28 +610,41 @@ def test_a_build_that_is_interrupted_says_how_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(index_writer, "BATCH", 5)
-    with pytest.raises(KeyboardInterrupt, match="the embeddings so far are kept: give the same command again"):
+    with pytest.raises(
+        KeyboardInterrupt, match="the embeddings so far are kept: give the same command again"
+    ):
         build(str(photos), tmp_path / "index", release, progress=interrupt)
     assert build(str(photos), tmp_path / "index", release).kept == 5
 
 
 @pytest.mark.parametrize("turns", [True, False])
-def test_an_addition_turns_images_as_the_build_did(turns: bool, photos: Path, tmp_path: Path) -> None:
+def test_an_addition_turns_images_as_the_build_did(
+    turns: bool, photos: Path, tmp_path: Path
+) -> None:
     build(str(photos), tmp_path / "index", FakeRelease(), exif_orientation=turns)
     exif = Image.Exif()
     exif[274] = 6
     pixels = np.random.default_rng(9).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(photos / "new.png", exif=exif)
     add(tmp_path / "index", FakeRelease())
-    (query,) = FakeRelease().encode_images([(np.rot90(pixels, -1) if turns else pixels).ravel() / 255 - 0.5])
+    (query,) = FakeRelease().encode_images(
+        [(np.rot90(pixels, -1) if turns else pixels).ravel() / 255 - 0.5]
+    )
     (hit,) = open_index(tmp_path / "index").search(query, 1, "path = 'new.png'")
     assert hit.score == pytest.approx(1, abs=1e-5)
 
 
-def test_files_that_are_left_out_are_counted(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
+def test_files_that_are_left_out_are_counted(
+    photos: Path, tmp_path: Path, release: FakeRelease
+) -> None:
     for name in ("x.gif", "deep/y.GIF", "z.bmp", "README"):
         (photos / name).write_bytes(b"GIF89a")
-    assert build(str(photos), tmp_path / "index", release).left_out == {".gif": 2, ".bmp": 1, ".txt": 1, "": 1}
+    assert build(str(photos), tmp_path / "index", release).left_out == {
+        ".gif": 2,
+        ".bmp": 1,
+        ".txt": 1,
+        "": 1,
+    }
     (tmp_path / "gifs").mkdir()
     (tmp_path / "gifs" / "x.gif").write_bytes(b"GIF89a")
     with pytest.raises(RAdapterError, match=r"holds no image; allowed are .jpg.*; it has 1 \.gif"):
@@ -573,7 +670,9 @@ def test_a_name_outside_ascii(photos: Path, tmp_path: Path, release: FakeRelease
 def test_what_is_searched_stays_until_it_is_replaced(
     photos: Path, tmp_path: Path, release: FakeRelease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An addition that dies before `index.json` is written leaves the old version, however old that is."""
+    """An addition that dies before `index.json` is written leaves the old version, however old that
+    is.
+    """
     build(str(photos), tmp_path / "index", release)
     write(photos / "new.png", 50)
 
@@ -620,7 +719,11 @@ def test_an_addition_that_fails_is_not_seen(
     assert len(open_index(tmp_path / "index").search(query, 100)) == 12
     opened, embedded = open_index(tmp_path / "index"), release.embedded
     summary = add(tmp_path / "index", release, on_broken="skip")
-    assert (summary.count, release.embedded, list(summary.broken)) == (16, embedded + 1, ["zz.png"])  # z3.png
+    assert (summary.count, release.embedded, list(summary.broken)) == (
+        16,
+        embedded + 1,
+        ["zz.png"],
+    )  # z3.png
     assert len(opened.search(query, 100)) == 12  # who has it open goes on with what it was
     assert len(open_index(tmp_path / "index").search(query, 100)) == 16
 
@@ -629,18 +732,32 @@ def test_broken_images(photos: Path, tmp_path: Path, release: FakeRelease) -> No
     (photos / "empty.jpg").write_bytes(b"")
     (photos / "cut.jpg").write_bytes((photos / "a.jpg").read_bytes()[:200])
     (photos / "gone.png").symlink_to(tmp_path / "nowhere")
-    Path(os.fsdecode(os.fsencode(photos) + b"/\xff.jpg")).write_bytes((photos / "a.jpg").read_bytes())
+    Path(os.fsdecode(os.fsencode(photos) + b"/\xff.jpg")).write_bytes(
+        (photos / "a.jpg").read_bytes()
+    )
     with pytest.raises(RAdapterError, match="can't be indexed"):
         build(str(photos), tmp_path / "index", release)
     assert not list(tmp_path.glob("*index*"))
     summary = build(str(photos), tmp_path / "index", release, on_broken="skip")
-    assert summary.count == 12 and set(summary.broken) == {"empty.jpg", "cut.jpg", "gone.png", "\udcff.jpg"}
+    assert summary.count == 12 and set(summary.broken) == {
+        "empty.jpg",
+        "cut.jpg",
+        "gone.png",
+        "\udcff.jpg",
+    }
     lines = (tmp_path / "index" / "broken.txt").read_text(encoding="utf-8").splitlines()
-    assert [line.split("\t")[0] for line in lines] == ["cut.jpg", "empty.jpg", "gone.png", r"\udcff.jpg"]
+    assert [line.split("\t")[0] for line in lines] == [
+        "cut.jpg",
+        "empty.jpg",
+        "gone.png",
+        r"\udcff.jpg",
+    ]
     assert verify(tmp_path / "index").new == ["\udcff.jpg"]
 
 
-def test_nothing_is_written_where_there_is_nothing_to_index(tmp_path: Path, release: FakeRelease) -> None:
+def test_nothing_is_written_where_there_is_nothing_to_index(
+    tmp_path: Path, release: FakeRelease
+) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.txt").write_text("")
     (tmp_path / "empty.csv").write_text("image\n")
@@ -666,7 +783,9 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("text", ["a,b\n1,2\n", "image,width\na.jpg,1\n", "image,image\na,b\n", "image,x\n,1\n", ""])
+@pytest.mark.parametrize(
+    "text", ["a,b\n1,2\n", "image,width\na.jpg,1\n", "image,image\na,b\n", "image,x\n,1\n", ""]
+)
 def test_tables_that_will_not_do(text: str, tmp_path: Path, release: FakeRelease) -> None:
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(RAdapterError, match=r"t\.csv"):
@@ -674,10 +793,14 @@ def test_tables_that_will_not_do(text: str, tmp_path: Path, release: FakeRelease
     assert files_of(tmp_path) == {"t.csv"}
 
 
-def test_another_release_is_refused_with_the_command_that_rebuilds(photos: Path, tmp_path: Path) -> None:
+def test_another_release_is_refused_with_the_command_that_rebuilds(
+    photos: Path, tmp_path: Path
+) -> None:
     build(str(photos), tmp_path / "index", FakeRelease())
     other = FakeRelease(alpha=0.6)
-    with pytest.raises(RAdapterError, match=rf"alpha 0\.5.*alpha 0\.6.*radapter-index build {photos} --out"):
+    with pytest.raises(
+        RAdapterError, match=rf"alpha 0\.5.*alpha 0\.6.*radapter-index build {photos} --out"
+    ):
         add(tmp_path / "index", other)
     same = FakeRelease()
     same.facts = dataclasses.replace(same.facts, version=7, created="later")
@@ -696,7 +819,9 @@ def test_only_one_writer_at_a_time(photos: Path, tmp_path: Path, release: FakeRe
             add(tmp_path / "index", release)
 
     build(str(photos), tmp_path / "index", release, progress=again)
-    build(str(photos), tmp_path / "index", release, progress=addition)  # it would be lost, or spoil the new one
+    build(
+        str(photos), tmp_path / "index", release, progress=addition
+    )  # it would be lost, or spoil the new one
     assert names(tmp_path) == {"photos", "index"}
     index = tmp_path / "index"
     assert names(index) == {FACTS, "broken.txt", generation(index).name}
@@ -720,7 +845,9 @@ build({photos!r}, Path({out!r}), FakeRelease(), progress=progress)
 def test_a_killed_build_is_resumed(photos: Path, tmp_path: Path, release: FakeRelease) -> None:
     out = tmp_path / "indexes" / "photos"
     code = KILLED.format(tests=str(Path(__file__).parents[2]), photos=str(photos), out=str(out))
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.strip() == "6":
@@ -761,10 +888,14 @@ def test_a_build_that_is_killed_while_it_is_put_in_place_can_be_given_again(
 
 @pytest.mark.parametrize("worse", ["images", "texts"])
 def test_recall_is_of_the_worse_kind_of_query(worse: str) -> None:
-    """Vectors that are compared exactly, but nothing is found for one kind of query unless 64 cells are probed."""
+    """Vectors that are compared exactly, but nothing is found for one kind of query unless 64 cells
+    are probed.
+    """
     random = np.random.default_rng(0)
     drawn = (random.standard_normal((count, 8)) for count in (300, 40))
-    vectors, texts = ((v / np.linalg.norm(v, axis=1, keepdims=True)).astype(np.float32) for v in drawn)
+    vectors, texts = (
+        (v / np.linalg.norm(v, axis=1, keepdims=True)).astype(np.float32) for v in drawn
+    )
     vectors[150:] = vectors[:150]  # equal ones are as good as each other
 
     class Fake:

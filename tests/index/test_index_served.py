@@ -1,4 +1,6 @@
-"""`retrieve` in a real server: over gRPC and in plain JSON, with indexes that come and change while it runs."""
+"""`retrieve` in a real server: over gRPC and in plain JSON, with indexes that come and change while
+it runs.
+"""
 
 from __future__ import annotations
 
@@ -36,18 +38,24 @@ pytestmark = pytest.mark.triton
 
 
 @pytest.fixture(scope="module")
-def served(exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TritonServer, Path]]:
+def served(
+    exported_tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[TritonServer, Path]]:
     """A server of two releases, and the folder with its photos and indexes (there is none yet)."""
     folder = tmp_path_factory.mktemp("served")
     (folder / "photos").mkdir()
     for number in range(6):
         (folder / "photos" / f"{number}é.png").write_bytes(png(number, 50, 40))
     models = exported_tiny_clip / "model_repository"
-    with TritonServer(ServerConfig(models, Endpoints.on_free_ports(), indexes=folder / "Büro" / "indexes")) as server:
+    with TritonServer(
+        ServerConfig(models, Endpoints.on_free_ports(), indexes=folder / "Büro" / "indexes")
+    ) as server:
         yield server, folder
 
 
-def ask(server: TritonServer, outputs: tuple[str, ...] = ("id", "score", "metadata"), **inputs: Any) -> Any:
+def ask(
+    server: TritonServer, outputs: tuple[str, ...] = ("id", "score", "metadata"), **inputs: Any
+) -> Any:
     """The outputs of `retrieve` by name, over gRPC."""
     with connect(server) as client:
         wanted = [grpc.InferRequestedOutput(name) for name in outputs]
@@ -58,12 +66,16 @@ def ask(server: TritonServer, outputs: tuple[str, ...] = ("id", "score", "metada
 def test_retrieve(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -> None:
     server, folder = served
     release = LocalRelease(exported_tiny_clip / "model_repository")
-    with pytest.raises(InferenceServerException, match=r"\[unknown_index\] no index 'photos'; there are: none"):
+    with pytest.raises(
+        InferenceServerException, match=r"\[unknown_index\] no index 'photos'; there are: none"
+    ):
         ask(server, text="a cat", index="photos")
     for bad in ("../photos", "", ".", "a/b", ".photos.building"):
         with pytest.raises(InferenceServerException, match=r"\[unknown_index\]"):
             ask(server, text="a cat", index=bad)
-    build(str(folder / "photos"), folder / "Büro" / "indexes" / "photos", release)  # while the server runs
+    build(
+        str(folder / "photos"), folder / "Büro" / "indexes" / "photos", release
+    )  # while the server runs
     names = [f"{number}é.png" for number in range(6)]
     embeds = release.encode_images([release.prepare(png(number, 50, 40)) for number in range(6)])
     (query,) = release.embed_texts(["a cat"])
@@ -72,7 +84,14 @@ def test_retrieve(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -
     assert [id.decode() for id in found["id"]] == [names[number] for number in best]
     np.testing.assert_allclose(found["score"], (embeds @ query)[best], atol=1e-5)
     assert json.loads(found["metadata"][0])["width"] == 50
-    found = ask(server, ("id", "thumbnail"), image=png(3, 50, 40), index="photos", top_k=1, where="path LIKE '%é.png'")
+    found = ask(
+        server,
+        ("id", "thumbnail"),
+        image=png(3, 50, 40),
+        index="photos",
+        top_k=1,
+        where="path LIKE '%é.png'",
+    )
     assert found["id"][0].decode() == "3é.png"
     assert Image.open(io.BytesIO(found["thumbnail"][0])).format == "JPEG"
     assert len(ask(server, image=png(3, 50, 40), index="photos")["id"]) == 6
@@ -112,7 +131,10 @@ def test_retrieve(served: tuple[TritonServer, Path], exported_tiny_clip: Path) -
 
 
 def test_many_images_are_found_by_faiss(
-    served: tuple[TritonServer, Path], exported_tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: tuple[TritonServer, Path],
+    exported_tiny_clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     server, folder = served
     lower(monkeypatch)
@@ -133,7 +155,8 @@ def test_many_images_are_found_by_faiss(
     codes.write_bytes(b"broken")
     point_again(out)
     with pytest.raises(
-        InferenceServerException, match=r"\[unknown_index\].*can't be opened; the server's log says why"
+        InferenceServerException,
+        match=r"\[unknown_index\].*can't be opened; the server's log says why",
     ):
         ask(server, text="a cat", index="many é")
     add(out, release)  # makes it again
@@ -153,11 +176,23 @@ def test_an_index_in_qdrant(served: tuple[TritonServer, Path], exported_tiny_cli
         best = np.argsort(-(embeds @ query))[:4]
         assert [id.decode() for id in found["id"]] == [f"{number}é.png" for number in best]
         np.testing.assert_allclose(found["score"], (embeds @ query)[best], atol=1e-5)
-        found = ask(server, ("id", "thumbnail"), image=png(3, 50, 40), index="far", where="path IN ('3é.png', 'x')")
-        assert [id.decode() for id in found["id"]] == ["3é.png"] and found["thumbnail"][0].startswith(b"\xff\xd8")
-        with pytest.raises(InferenceServerException, match=r"\[invalid_argument\].*an index in Qdrant takes"):
+        found = ask(
+            server,
+            ("id", "thumbnail"),
+            image=png(3, 50, 40),
+            index="far",
+            where="path IN ('3é.png', 'x')",
+        )
+        assert [id.decode() for id in found["id"]] == ["3é.png"] and found["thumbnail"][
+            0
+        ].startswith(b"\xff\xd8")
+        with pytest.raises(
+            InferenceServerException, match=r"\[invalid_argument\].*an index in Qdrant takes"
+        ):
             ask(server, text="a cat", index="far", where="path LIKE '3%'")
-    with pytest.raises(InferenceServerException, match=r"\[unknown_index\].*can't be searched in Qdrant"):
+    with pytest.raises(
+        InferenceServerException, match=r"\[unknown_index\].*can't be searched in Qdrant"
+    ):
         ask(server, text="a cat", index="far")
     shutil.rmtree(folder / "Büro" / "indexes" / "far")
 
@@ -195,11 +230,17 @@ def test_retrieve_refuses(served: tuple[TritonServer, Path], exported_tiny_clip:
             r"\[index_mismatch\].*alpha 0\.3.*alpha 0\.8.*the server's log has the command",
             {"text": "a", "index": "other"},
         ),
-        (r"\[invalid_argument\] where 'nosuch = 1'.*path", {"text": "a", "index": "good", "where": "nosuch = 1"}),
+        (
+            r"\[invalid_argument\] where 'nosuch = 1'.*path",
+            {"text": "a", "index": "good", "where": "nosuch = 1"},
+        ),
         (r"\[invalid_argument\] top_k is 0", {"text": "a", "index": "good", "top_k": 0}),
         (r"\[invalid_argument\] top_k is 9999", {"text": "a", "index": "good", "top_k": 9999}),
         (r"\[invalid_argument\] give text or image", {"index": "good"}),
-        (r"\[invalid_argument\] give text or image", {"index": "good", "text": "a", "image": png(1)}),
+        (
+            r"\[invalid_argument\] give text or image",
+            {"index": "good", "text": "a", "image": png(1)},
+        ),
         (r"\[invalid_argument\] text 1 of 1 is empty", {"index": "good", "text": " "}),
         (r"\[invalid_image\]", {"index": "good", "image": b"no image"}),
     ):
@@ -221,21 +262,34 @@ def test_the_printed_commands_serve_and_search(
         (tmp_path / "my photos" / f"{number}.png").write_bytes(png(number, 50, 40))
     (tmp_path / "my models").symlink_to(exported_tiny_clip / "model_repository")
     monkeypatch.chdir(tmp_path)
-    assert main(["build", "my photos", "--out", "my indexes/Büro", "--model-repository", "my models@1"]) == 0
+    assert (
+        main(
+            ["build", "my photos", "--out", "my indexes/Büro", "--model-repository", "my models@1"]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     serve, search = (re.search(rf"{what} it: +(.*)", said)[1] for what in ("serve", "search"))  # type: ignore[index]
     http, grpc_port, metrics = free_ports()
     ports = f"--http-port {http} --grpc-port {grpc_port} --metrics-port {metrics}"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     monkeypatch.setenv("PATH", path)
-    with subprocess.Popen(f"exec {serve} {ports}", shell=True, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        f"exec {serve} {ports}", shell=True, stdout=subprocess.PIPE, text=True
+    ) as server:
         try:
             assert server.stdout is not None
-            assert any(line.startswith("indexes") for line in server.stdout)  # which it prints when it is ready
+            assert any(
+                line.startswith("indexes") for line in server.stdout
+            )  # which it prints when it is ready
             command = f"{search} --json --url grpc://127.0.0.1:{grpc_port}"
             found = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
             assert found.returncode == 0, found.stderr
-            assert {json.loads(line)["id"] for line in found.stdout.splitlines()} == {"0.png", "1.png", "2.png"}
+            assert {json.loads(line)["id"] for line in found.stdout.splitlines()} == {
+                "0.png",
+                "1.png",
+                "2.png",
+            }
             command = command.replace("Büro", "nosuch")
             found = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
             assert found.returncode == 2 and "there are: Büro" in found.stderr

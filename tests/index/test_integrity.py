@@ -1,4 +1,6 @@
-"""Damage to the files of an index's table is refused, never answered: by digests, and by what no score can be."""
+"""Damage to the files of an index's table is refused, never answered: by digests, and by what no
+score can be.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +43,22 @@ def table_files(out: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("where", [0.0, 0.5, 0.99])
-def test_one_flipped_bit_of_any_file_is_refused_and_named(where: float, out: Path, tmp_path: Path) -> None:
+def test_one_flipped_bit_of_any_file_is_refused_and_named(
+    where: float, out: Path, tmp_path: Path
+) -> None:
     files = table_files(out)
     assert {path.parent.name for path in files} >= {"data", "_versions"}
     for path in files:
         before = path.read_bytes()
         flip(path, int(where * len(before)))
-        for tried in (lambda: open_index(out), lambda: verify(out), lambda: add(out, FakeRelease())):
-            with pytest.raises(RAdapterError, match=f"{path.name} in images.lance is not.*build it again") as refused:
+        for tried in (
+            lambda: open_index(out),
+            lambda: verify(out),
+            lambda: add(out, FakeRelease()),
+        ):
+            with pytest.raises(
+                RAdapterError, match=f"{path.name} in images.lance is not.*build it again"
+            ) as refused:
                 tried()
             assert "\n" not in str(refused.value)
         path.write_bytes(before)
@@ -91,7 +101,9 @@ def test_scores_that_no_cosine_has_are_refused(
     if not exact:
         for module in (store_table, index_writer):
             monkeypatch.setattr(module, "EXACT", 2)
-        monkeypatch.setattr(index_writer, "tune", lambda *_: {"nprobes": 1, "candidates": 1, "recall": 1.0})
+        monkeypatch.setattr(
+            index_writer, "tune", lambda *_: {"nprobes": 1, "candidates": 1, "recall": 1.0}
+        )
         for number in range(4, 20):
             write(tmp_path / "photos" / f"{number}.png", number)
         build(str(tmp_path / "photos"), out, FakeRelease(), resume=False)
@@ -113,7 +125,9 @@ def test_scores_that_no_cosine_has_are_refused(
     assert refused.value.code == UNKNOWN_INDEX
 
 
-def test_an_index_that_grows_is_read_once(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_that_grows_is_read_once(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read = list[Path]()
 
     def counted(path: Path) -> str:

@@ -1,4 +1,6 @@
-"""Search in many images, where FAISS names candidates: against numpy, and with files that are damaged or exchanged."""
+"""Search in many images, where FAISS names candidates: against numpy, and with files that are
+damaged or exchanged.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,14 @@ from radapter_serve.files import digest_of
 from radapter_serve.index import writer as index_writer
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import Index, open_index
-from radapter_serve.index.neighbours import CODES, FILES, ROWS, VECTORS, Neighbours, write_neighbours
+from radapter_serve.index.neighbours import (
+    CODES,
+    FILES,
+    ROWS,
+    VECTORS,
+    Neighbours,
+    write_neighbours,
+)
 from radapter_serve.index.recall import tune
 from radapter_serve.index.store import table as store_table
 from radapter_serve.index.verify import verify
@@ -50,14 +59,20 @@ class Ready(FakeRelease):
         return self.texts
 
 
-def clustered(count: int, dim: int, centres: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def clustered(
+    count: int, dim: int, centres: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Vectors in clusters, and texts, which lie to one side of them all."""
     random = np.random.default_rng(0)
     middle = random.standard_normal((centres, dim))
-    drawn = middle[random.integers(centres, size=count)] + 0.7 * random.standard_normal((count, dim))
+    drawn = middle[random.integers(centres, size=count)] + 0.7 * random.standard_normal(
+        (count, dim)
+    )
     drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
     texts = drawn[-200:] + 1.5 * np.eye(dim)[0]
-    return drawn.astype(np.float32), (texts / np.linalg.norm(texts, axis=1, keepdims=True)).astype(np.float32)
+    return drawn.astype(np.float32), (texts / np.linalg.norm(texts, axis=1, keepdims=True)).astype(
+        np.float32
+    )
 
 
 def write_numbers(folder: Path, numbers: Sequence[int]) -> None:
@@ -66,13 +81,23 @@ def write_numbers(folder: Path, numbers: Sequence[int]) -> None:
         (folder / f"{number:06}.jpg").write_text(str(number))
 
 
-def found(index: Index, query: NDArray[np.float32], top_k: int = 10, where: str | None = None) -> list[int]:
+def found(
+    index: Index, query: NDArray[np.float32], top_k: int = 10, where: str | None = None
+) -> list[int]:
     return [int(hit.id[:6]) for hit in index.search(query, top_k, where)]
 
 
-def recall(index: Index, queries: NDArray[np.float32], vectors: NDArray[np.float32], where: str | None = None) -> float:
+def recall(
+    index: Index,
+    queries: NDArray[np.float32],
+    vectors: NDArray[np.float32],
+    where: str | None = None,
+) -> float:
     """Recall@10 against numpy's own order of the vectors that meet the condition."""
-    hits = [len(set(np.argsort(-(vectors @ query))[:10]) & set(found(index, query, where=where))) for query in queries]
+    hits = [
+        len(set(np.argsort(-(vectors @ query))[:10]) & set(found(index, query, where=where)))
+        for query in queries
+    ]
     return sum(hits) / (10 * len(hits))
 
 
@@ -96,7 +121,9 @@ def lower(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def copied(built: tuple[Path, Ready], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Ready]:
+def copied(
+    built: tuple[Path, Ready], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, Ready]:
     """A copy of the index, to be changed."""
     lower(monkeypatch)
     shutil.copytree(built[0] / "index", tmp_path / "index")
@@ -128,13 +155,17 @@ def test_few_rows_are_compared_exactly_and_many_keep_the_recall(
     index, vectors = open_index(folder / "index"), release.vectors[:COUNT]
     queries = release.vectors[COUNT : COUNT + 50]
     for query in queries[:10]:
-        assert found(index, query, 10, "path < '000150.jpg'") == list(np.argsort(-(vectors[:150] @ query))[:10])
+        assert found(index, query, 10, "path < '000150.jpg'") == list(
+            np.argsort(-(vectors[:150] @ query))[:10]
+        )
     assert index.search(queries[0], 10, "width > 5") == []
     for share in (300, 1500, 2999):
         assert recall(index, queries, vectors[:share], f"path < '{share:06}.jpg'") >= 0.95
 
 
-def test_additions_and_removals_are_found(copied: tuple[Path, Ready], built: tuple[Path, Ready]) -> None:
+def test_additions_and_removals_are_found(
+    copied: tuple[Path, Ready], built: tuple[Path, Ready]
+) -> None:
     out, release = copied
     photos, before = built[0] / "photos", release.embedded
     elsewhere = open_index(out)
@@ -148,9 +179,16 @@ def test_additions_and_removals_are_found(copied: tuple[Path, Ready], built: tup
         assert found(index, release.vectors[COUNT + 3], 1) == [COUNT + 3] and 0 not in found(
             index, release.vectors[0], 10
         )
-        assert recall(index, release.vectors[COUNT + 5 : COUNT + 50], release.vectors[: COUNT + 5]) >= 0.95
-        assert index.facts.nearest is not None and index.facts.nearest.trained_on == cells  # the same cells
-        assert found(elsewhere, release.vectors[0], 1) == [0]  # who has it open goes on with what it was
+        assert (
+            recall(index, release.vectors[COUNT + 5 : COUNT + 50], release.vectors[: COUNT + 5])
+            >= 0.95
+        )
+        assert (
+            index.facts.nearest is not None and index.facts.nearest.trained_on == cells
+        )  # the same cells
+        assert found(elsewhere, release.vectors[0], 1) == [
+            0
+        ]  # who has it open goes on with what it was
         assert add(out, release).changed is False
         assert len(list(out.glob("g-*"))) == 2  # the old one, for an hour
         for path in out.glob("g-*"):
@@ -170,7 +208,9 @@ def place(out: Path) -> Path:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("harm", ["gone", "cut", "flipped"])
-def test_a_damaged_file_is_refused_in_one_line_and_mended(name: str, harm: str, copied: tuple[Path, Ready]) -> None:
+def test_a_damaged_file_is_refused_in_one_line_and_mended(
+    name: str, harm: str, copied: tuple[Path, Ready]
+) -> None:
     out, release = copied
     path, before = place(out) / name, release.embedded
     data = bytearray(path.read_bytes())
@@ -180,7 +220,9 @@ def test_a_damaged_file_is_refused_in_one_line_and_mended(name: str, harm: str, 
     elif harm == "flipped":
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-    with pytest.raises(RAdapterError, match=rf"{name} is missing, or is not.*mend it: radapter-index add --out") as why:
+    with pytest.raises(
+        RAdapterError, match=rf"{name} is missing, or is not.*mend it: radapter-index add --out"
+    ) as why:
         open_index(out)
     assert "\n" not in str(why.value)
     assert add(out, release).changed and release.embedded == before
@@ -198,7 +240,9 @@ def rename(out: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "what", ["another kind", "another width", "noise", "cut", "pickle", "float32", "fewer", "facts"]
 )
-def test_a_file_that_index_json_names_but_that_does_not_fit_is_refused(what: str, copied: tuple[Path, Ready]) -> None:
+def test_a_file_that_index_json_names_but_that_does_not_fit_is_refused(
+    what: str, copied: tuple[Path, Ready]
+) -> None:
     import faiss
 
     out, release = copied
@@ -244,38 +288,56 @@ def test_a_full_disk_is_one_line_and_what_is_searched_stays(
     try:
         with monkeypatch.context() as patch:
             patch.setattr(
-                faiss, "write_index", lambda *_: (_ for _ in ()).throw(RuntimeError("No space left on device"))
+                faiss,
+                "write_index",
+                lambda *_: (_ for _ in ()).throw(RuntimeError("No space left on device")),
             )
-            with pytest.raises(RAdapterError, match="cannot write .*neighbours.*: No space left on device"):
+            with pytest.raises(
+                RAdapterError, match="cannot write .*neighbours.*: No space left on device"
+            ):
                 add(out, release)
         assert len(open_index(out)) == COUNT and len(list(out.glob("g-*"))) == 1
-        assert add(out, release).count == COUNT + 1 and found(open_index(out), release.vectors[COUNT], 1) == [COUNT]
+        assert add(out, release).count == COUNT + 1 and found(
+            open_index(out), release.vectors[COUNT], 1
+        ) == [COUNT]
     finally:
         (built[0] / "photos" / f"{COUNT:06}.jpg").unlink()
 
 
-def test_a_build_that_is_given_again_mends_and_embeds_nothing(copied: tuple[Path, Ready], built: Any) -> None:
+def test_a_build_that_is_given_again_mends_and_embeds_nothing(
+    copied: tuple[Path, Ready], built: Any
+) -> None:
     out, release = copied
     (place(out) / CODES).unlink()
     before = release.embedded
-    assert build(str(built[0] / "photos"), out, release).kept == COUNT and release.embedded == before
+    assert (
+        build(str(built[0] / "photos"), out, release).kept == COUNT and release.embedded == before
+    )
     assert found(open_index(out), release.vectors[5], 1) == [5]
 
 
-def test_few_rows_are_compared_without_faiss(built: tuple[Path, Ready], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_are_compared_without_faiss(
+    built: tuple[Path, Ready], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Up to EXACT rows that meet a condition; one more, and FAISS is asked."""
     monkeypatch.setattr(store_table, "EXACT", 900)
     folder, release = built
     index, query = open_index(folder / "index"), release.vectors[COUNT]
     monkeypatch.setattr(Neighbours, "_named", lambda *_: pytest.fail("FAISS was asked"))
-    assert found(index, query, 10, "path < '000900.jpg'") == list(np.argsort(-(release.vectors[:900] @ query))[:10])
+    assert found(index, query, 10, "path < '000900.jpg'") == list(
+        np.argsort(-(release.vectors[:900] @ query))[:10]
+    )
     with pytest.raises(TaskError, match="FAISS was asked"):
         index.search(query, 10, "path < '000901.jpg'")
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Neighbours, NDArray[np.float32], NDArray[np.float32]]:
-    """20,000 vectors whose row ids are in no order, with queries and the effort that has the recall."""
+def many(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Neighbours, NDArray[np.float32], NDArray[np.float32]]:
+    """20,000 vectors whose row ids are in no order, with queries and the effort that has the
+    recall.
+    """
     count, dim = 20_000, 64
     folder = tmp_path_factory.mktemp("many") / "1"
     vectors, texts = clustered(count + 20, dim, 200)
@@ -289,10 +351,14 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Neighbours, NDArray[
 def test_positions_of_row_ids_in_no_order(many: tuple[Neighbours, Any, Any]) -> None:
     near, _, _ = many
     asked = near.rows[[5, 0, 19_999, 77]]
-    assert near.positions(np.sort(asked)).tolist() == [[5, 0, 19_999, 77][n] for n in np.argsort(asked)]
+    assert near.positions(np.sort(asked)).tolist() == [
+        [5, 0, 19_999, 77][n] for n in np.argsort(asked)
+    ]
 
 
-def test_more_hits_than_the_cells_hold_are_found_in_others(many: tuple[Neighbours, Any, Any]) -> None:
+def test_more_hits_than_the_cells_hold_are_found_in_others(
+    many: tuple[Neighbours, Any, Any],
+) -> None:
     near, vectors, queries = many
     found, scores = near.nearest(queries[0], 5000, 1, 1)
     assert len(set(found.tolist())) == len(found) >= 5000 and (np.diff(scores) <= 0).all()
@@ -309,7 +375,9 @@ def test_more_hits_than_the_cells_hold_are_found_in_others(many: tuple[Neighbour
     ],
 )
 def test_the_recall_holds_under_any_condition(kept: str, many: tuple[Neighbours, Any, Any]) -> None:
-    """A share of all, drawn; what is beyond the nearest share of all, in whatever order; the nearest half."""
+    """A share of all, drawn; what is beyond the nearest share of all, in whatever order; the
+    nearest half.
+    """
     near, vectors, queries = many
     effort = tune(near, queries[-10:], queries=20)
     random, hits = np.random.default_rng(3), 0
@@ -323,12 +391,16 @@ def test_the_recall_holds_under_any_condition(kept: str, many: tuple[Neighbours,
         else:
             order = order[: len(order) // 2]
         found, _ = near.nearest_of(query, 10, int(effort["candidates"]), np.sort(order))
-        exact = found[np.argsort(-(vectors[found] @ query))[:10]]  # as an index does by the table's vectors
+        exact = found[
+            np.argsort(-(vectors[found] @ query))[:10]
+        ]  # as an index does by the table's vectors
         hits += len(set(order[:10]) & set(exact))
     assert hits / (10 * len(queries)) >= 0.97
 
 
-def test_a_condition_on_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: tuple[Path, Ready]) -> None:
+def test_a_condition_on_metadata(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: tuple[Path, Ready]
+) -> None:
     lower(monkeypatch)
     folder, release = built
     years = np.arange(COUNT) % 5
@@ -343,8 +415,12 @@ def test_a_condition_on_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
-def test_an_approximate_index_keeps_its_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """120,000 clustered vectors; queries near them and, as texts are, all to one side: recall@10 against numpy."""
+def test_an_approximate_index_keeps_its_promise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """120,000 clustered vectors; queries near them and, as texts are, all to one side: recall@10
+    against numpy.
+    """
     count = 120_000
     vectors, texts = clustered(count + 200, 64, 500)
     vectors, queries = vectors[:count], vectors[count:]

@@ -57,7 +57,11 @@ def put(store: FakeQdrant, source: str, tmp_path: Path) -> FakeRelease:
 
 
 def test_build_publishes_at_once(
-    store: FakeQdrant, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: FakeQdrant,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("radapter_serve.runtimes.origin.release_of", lambda origin: FakeRelease())
     linked, url = tmp_path / "linked", f"{store.url}/photos"
@@ -71,10 +75,15 @@ def test_build_publishes_at_once(
     assert len(open_index(linked).search(QUERY, 100)) == 8
 
 
-def test_the_hits_are_numpys(store: FakeQdrant, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hits_are_numpys(
+    store: FakeQdrant, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build(str(photos), tmp_path / "index", release := FakeRelease())
     linked, url = tmp_path / "linked", f"{store.url}/photos"
-    assert main(["publish", str(tmp_path / "index"), url]) == 0 and main(["link", url, "--out", str(linked)]) == 0
+    assert (
+        main(["publish", str(tmp_path / "index"), url]) == 0
+        and main(["link", url, "--out", str(linked)]) == 0
+    )
     kept = open_index(tmp_path / "index").search(QUERY, 8, thumbnails=True)
     shutil.rmtree(tmp_path / "index")
     assert [path.name for path in linked.iterdir()] == [FACTS] and main(["info", str(linked)]) == 0
@@ -138,9 +147,13 @@ def table(photos: Path, tmp_path: Path) -> str:
         "tags": [["a"], [], None, ["b"], [], [], [], []],
     }
     made = pa.table(rows)
-    made = made.append_column("share", pa.array([0.1, 0.2, 0.3, None, 0.1, 0.5, 0.0, 0.4], pa.float32()))
+    made = made.append_column(
+        "share", pa.array([0.1, 0.2, 0.3, None, 0.1, 0.5, 0.0, 0.4], pa.float32())
+    )
     days = [None if number == 4 else start + datetime.timedelta(days=number) for number in range(8)]
-    parquet.write_table(made.append_column("day", pa.array(days, pa.timestamp("us"))), tmp_path / "t.parquet")
+    parquet.write_table(
+        made.append_column("day", pa.array(days, pa.timestamp("us"))), tmp_path / "t.parquet"
+    )
     return f"parquet:{tmp_path / 't.parquet'}"
 
 
@@ -174,7 +187,9 @@ def test_conditions_are_met_as_in_sql(store: FakeQdrant, table: str, tmp_path: P
         ("sleep(9) = 1", "calls SLEEP|calls sleep"),
     ],
 )
-def test_other_conditions_are_refused(store: FakeQdrant, table: str, tmp_path: Path, where: str, why: str) -> None:
+def test_other_conditions_are_refused(
+    store: FakeQdrant, table: str, tmp_path: Path, where: str, why: str
+) -> None:
     put(store, table, tmp_path)
     with pytest.raises(TaskError, match=why) as error:
         open_index(tmp_path / "indexes" / "photos").search(QUERY, 3, where)
@@ -215,7 +230,9 @@ def test_a_server_goes_over_to_what_was_published_last(
         )
 
 
-def test_a_publication_that_dies_is_not_seen(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
+def test_a_publication_that_dies_is_not_seen(
+    store: FakeQdrant, photos: Path, tmp_path: Path
+) -> None:
     release = put(store, str(photos), tmp_path)
     write(photos / "new.png", 9)
     add(tmp_path / "index", release)
@@ -268,7 +285,13 @@ def _always(data: bytes) -> Any:
 
 @pytest.mark.parametrize(
     "answer",
-    [_bent(score="x"), _bent(payload=None), _bent(payload={}), _always(b""), _always(b'{"result": null}')],
+    [
+        _bent(score="x"),
+        _bent(payload=None),
+        _bent(payload={}),
+        _always(b""),
+        _always(b'{"result": null}'),
+    ],
 )
 def test_answers_that_make_no_sense(
     store: FakeQdrant, photos: Path, tmp_path: Path, answer: Any, monkeypatch: pytest.MonkeyPatch
@@ -278,7 +301,9 @@ def test_answers_that_make_no_sense(
     request = RetrieveRequest(b"photos", text=b"a", top_k=8, thumbnails=True)
     assert len(retrieve(request).ids) == 8
     store.answer = answer
-    with pytest.raises(TaskError, match="the index photos can't be searched in Qdrant: its answer") as error:
+    with pytest.raises(
+        TaskError, match="the index photos can't be searched in Qdrant: its answer"
+    ) as error:
         retrieve(request)
     assert error.value.code == UNKNOWN_INDEX and store.url not in str(error.value)
     store.answer = _bent(score=7.0)
@@ -304,7 +329,9 @@ def test_facts_that_make_no_sense(store: FakeQdrant, photos: Path, tmp_path: Pat
     ]
     for change in changes:
         _answer_facts(store, json.dumps({**values, **change}))
-        with pytest.raises(RAdapterError, match="holds no index that can be read.*radapter-index publish"):
+        with pytest.raises(
+            RAdapterError, match="holds no index that can be read.*radapter-index publish"
+        ):
             open_index(folder)
     for text in ("", "[]", "3", "[" * 50_000, None):
         _answer_facts(store, text)
@@ -321,7 +348,14 @@ def _answer_facts(store: FakeQdrant, text: Any) -> None:
 
 
 def test_refusals(store: FakeQdrant, photos: Path, tmp_path: Path) -> None:
-    for url in ("qdrant://", "qdrant://h", "qdrant://h:1/../x", "qdrant://k:secret@h/x", "qdrant://h:0/x", "qdrant:x"):
+    for url in (
+        "qdrant://",
+        "qdrant://h",
+        "qdrant://h:1/../x",
+        "qdrant://k:secret@h/x",
+        "qdrant://h:0/x",
+        "qdrant:x",
+    ):
         with pytest.raises(RAdapterError, match="no place of an index") as error:
             link(url, tmp_path / "linked")
         assert "secret" not in str(error.value)
@@ -349,7 +383,9 @@ def test_qdrant_that_is_gone(photos: Path, tmp_path: Path) -> None:
         retrieve = Retrieve(release.facts, tmp_path / "indexes", lambda _: QUERY, lambda _: QUERY)
         request = RetrieveRequest(b"photos", text=b"a")
         assert len(retrieve(request).ids) == 8
-    with pytest.raises(TaskError, match="can't be searched in Qdrant: it does not answer as it should") as error:
+    with pytest.raises(
+        TaskError, match="can't be searched in Qdrant: it does not answer as it should"
+    ) as error:
         retrieve(request)
     assert error.value.code == UNKNOWN_INDEX
     with pytest.raises(RAdapterError, match="it does not answer as it should"):

@@ -1,4 +1,6 @@
-"""What an index in Qdrant asks, answered by Qdrant's own engine, which comes as a library: as LanceDB answers it."""
+"""What an index in Qdrant asks, answered by Qdrant's own engine, which comes as a library: as
+LanceDB answers it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ def _native(one: Any) -> Any:
     """A filter of the client's as one of the engine's."""
     if isinstance(one, models.Filter):
         parts: list[Any] = [
-            [_native(each) for each in some] if some else None for some in (one.must, one.should, one.must_not)
+            [_native(each) for each in some] if some else None
+            for some in (one.must, one.should, one.must_not)
         ]
         return edge.Filter(*parts)
     if isinstance(one, models.IsNullCondition):
@@ -33,7 +36,9 @@ def _native(one: Any) -> Any:
     if isinstance(one.match, models.MatchAny):
         return edge.FieldCondition(one.key, match=edge.MatchAny(one.match.any))
     kind = edge.RangeDateTime if isinstance(one.range, models.DatetimeRange) else edge.RangeFloat
-    return edge.FieldCondition(one.key, range=kind(**one.range.model_dump(mode="json", exclude_none=True)))
+    return edge.FieldCondition(
+        one.key, range=kind(**one.range.model_dump(mode="json", exclude_none=True))
+    )
 
 
 @pytest.mark.parametrize("indexed", [False, True])
@@ -63,7 +68,9 @@ def test_conditions_and_scores(table: str, tmp_path: Path, indexed: bool) -> Non
         )
         found = {dict(point.payload or {})["path"]: point for point in shard.query(request)}
         wanted = {hit.id: hit for hit in local.search(QUERY, 100, where)}
-        assert {id: point.payload for id, point in found.items()} == {id: hit.metadata for id, hit in wanted.items()}
+        assert {id: point.payload for id, point in found.items()} == {
+            id: hit.metadata for id, hit in wanted.items()
+        }
         np.testing.assert_allclose(
             [found[id].score for id in wanted], [hit.score for hit in wanted.values()], atol=1e-5
         )

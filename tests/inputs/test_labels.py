@@ -18,8 +18,14 @@ def test_published_templates():
     assert len(vild) == len(set(vild)) == 63 and len(ovseg) == len(set(ovseg)) == 14
     # ViLD's code: "This is " stands before what begins with an article
     assert sum(template.startswith("This is ") for template in vild) == 58
-    assert {"There is a {} in the scene.", "itap of my {}.", "This is an embroidered {}."} <= set(vild)
-    assert ovseg[:3] == ["a photo of a {}.", "This is a photo of a {}", "There is a {} in the scene"]
+    assert {"There is a {} in the scene.", "itap of my {}.", "This is an embroidered {}."} <= set(
+        vild
+    )
+    assert ovseg[:3] == [
+        "a photo of a {}.",
+        "This is a photo of a {}",
+        "There is a {} in the scene",
+    ]
     assert all(template.count("{}") == 1 for template in (*vild, *ovseg))
 
 
@@ -69,7 +75,13 @@ def test_templates(tmp_path):
 
 
 def test_the_mean_is_over_names_and_templates_and_each_text_is_embedded_once():
-    axes = {"a cat": [1, 0, 0], "the cat": [0, 1, 0], "a kitty": [0, 0, 1], "the kitty": [0, 1, 0], "a dog": [0, 0, 1]}
+    axes = {
+        "a cat": [1, 0, 0],
+        "the cat": [0, 1, 0],
+        "a kitty": [0, 0, 1],
+        "the kitty": [0, 1, 0],
+        "a dog": [0, 0, 1],
+    }
     axes["the dog"] = [0, 0, 1]
 
     def embed(texts: list[str]) -> np.ndarray:
@@ -84,7 +96,10 @@ def test_the_mean_is_over_names_and_templates_and_each_text_is_embedded_once():
 @pytest.mark.parametrize(
     ("lists", "message"),
     [
-        ([(3000, 3000)], "^.invalid_argument. 9000000 prompts .* at most 20000 are allowed.*--label-set"),
+        (
+            [(3000, 3000)],
+            "^.invalid_argument. 9000000 prompts .* at most 20000 are allowed.*--label-set",
+        ),
         ([(10_000, 1), (10_000, 1), (1, 1)], "20001 prompts"),
         ([(2_500, 8)], "17100000 characters in all prompts .* at most 10000000"),
         ([(10_000, 1), (10_000, 1)], None),

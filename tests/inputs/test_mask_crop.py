@@ -55,16 +55,24 @@ def test_a_square_crop_holds_each_pixel_of_the_mask_once_in_place_and_no_other(
     border, (top, left) = round(padding * longest), where.min(0)
     assert crop.width == longest + 2 * border
     bottom, right = crop.width - 1 - where.max(0)
-    assert abs(top - bottom) <= 1 and abs(left - right) <= 1 and min(top, left, bottom, right) >= border
+    assert (
+        abs(top - bottom) <= 1
+        and abs(left - right) <= 1
+        and min(top, left, bottom, right) >= border
+    )
 
 
 @settings(deadline=None)
 @given(masks(), st.floats(0, 1))
-def test_a_squashed_crop_is_square_and_nothing_of_the_outside_survives(mask: NDArray[np.bool_], padding: float) -> None:
+def test_a_squashed_crop_is_square_and_nothing_of_the_outside_survives(
+    mask: NDArray[np.bool_], padding: float
+) -> None:
     pixels = np.where(mask[..., None], np.array(FILL, np.uint8), np.array((255, 0, 0), np.uint8))
     crop = MaskCrop(padding, square=False)(Image.fromarray(pixels), mask)
     assert crop.width == crop.height
-    np.testing.assert_array_equal(np.asarray(crop), np.broadcast_to(np.array(FILL, np.uint8), (*crop.size, 3)))
+    np.testing.assert_array_equal(
+        np.asarray(crop), np.broadcast_to(np.array(FILL, np.uint8), (*crop.size, 3))
+    )
 
 
 def test_a_squashed_crop_stretches_the_box_alone() -> None:
@@ -73,7 +81,9 @@ def test_a_squashed_crop_stretches_the_box_alone() -> None:
     mask[5:9, 10:30] = True
     crop = MaskCrop(square=False)(Image.fromarray(pixels), mask)
     box = Image.fromarray(pixels[5:9, 10:30])
-    np.testing.assert_array_equal(np.asarray(crop), np.asarray(box.resize((20, 20), Image.Resampling.BICUBIC)))
+    np.testing.assert_array_equal(
+        np.asarray(crop), np.asarray(box.resize((20, 20), Image.Resampling.BICUBIC))
+    )
 
 
 def test_padding_is_a_share_of_the_longer_side_on_each_side() -> None:
@@ -94,7 +104,9 @@ def test_any_mode_becomes_rgb(mode: str) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     image = Image.new("RGB", (8, 6))
-    with pytest.raises(TaskError, match=r"\[invalid_argument\] a mask of 6 x 8 pixels does not fit .* 8 x 6"):
+    with pytest.raises(
+        TaskError, match=r"\[invalid_argument\] a mask of 6 x 8 pixels does not fit .* 8 x 6"
+    ):
         MaskCrop()(image, np.ones((8, 6), bool))
     with pytest.raises(TaskError, match="empty"):
         MaskCrop()(image, np.zeros((6, 8), bool))

@@ -17,7 +17,13 @@ from PIL.PngImagePlugin import PngImageFile
 
 from radapter_serve.inputs import preprocess as module
 from radapter_serve.inputs.errors import TaskError
-from radapter_serve.inputs.preprocess import Preprocess, decode, decode_into, decode_pixels, oriented
+from radapter_serve.inputs.preprocess import (
+    Preprocess,
+    decode,
+    decode_into,
+    decode_pixels,
+    oriented,
+)
 from tests.helpers.small_release import png_header
 from tests.hostile import images
 
@@ -97,11 +103,19 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize(
-    "wrap", [bytes, base64.b64encode, base64.encodebytes, lambda b: b"data:image/x;base64," + base64.b64encode(b)]
+    "wrap",
+    [
+        bytes,
+        base64.b64encode,
+        base64.encodebytes,
+        lambda b: b"data:image/x;base64," + base64.b64encode(b),
+    ],
 )
 def test_decode_takes_bytes_base64_and_data_uri(kind, wrap):
     data = encoded(picture("RGB", 30, 20, 2), kind)
-    np.testing.assert_array_equal(np.asarray(decode(wrap(data))), np.asarray(Image.open(io.BytesIO(data))))
+    np.testing.assert_array_equal(
+        np.asarray(decode(wrap(data))), np.asarray(Image.open(io.BytesIO(data)))
+    )
 
 
 # What each value of EXIF's orientation says of the stored rows and columns (CIPA DC-008, tag 274).
@@ -125,7 +139,9 @@ def with_orientation(image: Image.Image, orientation: int, kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", TURNS)
-def test_images_are_turned_by_their_exif_orientation_but_where_the_release_says_no(kind, orientation):
+def test_images_are_turned_by_their_exif_orientation_but_where_the_release_says_no(
+    kind, orientation
+):
     data = with_orientation(picture("RGB", 30, 20, 4), orientation, kind)
     stored = np.asarray(Image.open(io.BytesIO(data)))
     turned = decode(data)
@@ -140,14 +156,18 @@ def test_images_are_turned_by_their_exif_orientation_but_where_the_release_says_
         ({"exif_orientation": False}, stored),
     ):
         expected = reference(Image.fromarray(np.ascontiguousarray(pixels)), **config)
-        np.testing.assert_array_equal(decode_pixels(data, Preprocess.from_dict({**config, **facts})), expected)
+        np.testing.assert_array_equal(
+            decode_pixels(data, Preprocess.from_dict({**config, **facts})), expected
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning")  # Pillow tells of them
 @settings(max_examples=100, deadline=None)
 @given(
     st.binary(max_size=60),
-    st.sampled_from([b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0", b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12"]),
+    st.sampled_from(
+        [b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0", b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12"]
+    ),
 )
 def test_broken_exif_leaves_an_image_as_it_is(exif, head):
     data = encoded(picture("RGB", 8, 8, 0), "JPEG", exif=head + exif)
@@ -158,7 +178,11 @@ def test_first_frame_of_an_animation():
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     for kind in ("WEBP", "PNG"):
         data = encoded(
-            frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+            frames[0],
+            kind,
+            save_all=True,
+            append_images=frames[1:],
+            **({"lossless": True} if kind == "WEBP" else {}),
         )
         assert decode(data).convert("RGB").getpixel((3, 3)) == (255, 0, 0)
 
@@ -176,7 +200,9 @@ def test_truncated_and_broken_images_are_refused(kind):
 @settings(max_examples=200, deadline=None)
 @given(
     st.binary(max_size=80),
-    st.sampled_from([b"", b"\xff\xd8", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"RIFF\x10\0\0\0WEBPVP8 "]),
+    st.sampled_from(
+        [b"", b"\xff\xd8", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"RIFF\x10\0\0\0WEBPVP8 "]
+    ),
 )
 def test_any_bytes_give_an_image_or_one_clear_error(data, magic):
     with pytest.raises(TaskError):
@@ -196,7 +222,10 @@ def test_a_bomb_is_refused_from_its_header(side):
 
 
 def test_a_thin_image_is_refused_from_its_header():
-    with pytest.raises(TaskError, match=r"^\[image_too_large\] the image has 1 x 65536 pixels; at most 65535 a side"):
+    with pytest.raises(
+        TaskError,
+        match=r"^\[image_too_large\] the image has 1 x 65536 pixels; at most 65535 a side",
+    ):
         decode(png_header(1, 65_536))
     assert decode(images.png_of(1, 65_535)).size == (1, 65_535)
 
@@ -210,9 +239,13 @@ def with_scans(count: int, width: int, height: int) -> bytes:
 
 def test_a_jpeg_of_many_scans_is_refused():
     assert decode(with_scans(100, 64, 64)).size == (64, 64)
-    with pytest.raises(TaskError, match=r"\[image_too_large\] the JPEG has 101 scans .* at most 100 are allowed"):
+    with pytest.raises(
+        TaskError, match=r"\[image_too_large\] the JPEG has 101 scans .* at most 100 are allowed"
+    ):
         decode(with_scans(101, 64, 64))
-    with pytest.raises(TaskError, match="has 60 scans for its 32000000 pixels; at most 50 are allowed"):
+    with pytest.raises(
+        TaskError, match="has 60 scans for its 32000000 pixels; at most 50 are allowed"
+    ):
         decode(with_scans(60, 8000, 4000))
 
 
@@ -231,7 +264,9 @@ def test_scans_of_previews_and_behind_the_end_are_none(monkeypatch):
 def test_a_file_that_is_too_long_is_refused(monkeypatch):
     data = encoded(Image.new("RGB", (64, 64)), "PNG")
     monkeypatch.setattr(module, "MAX_BYTES", len(data) - 1)
-    with pytest.raises(TaskError, match=rf"\[image_too_large\] the image has {len(data)} bytes; at most"):
+    with pytest.raises(
+        TaskError, match=rf"\[image_too_large\] the image has {len(data)} bytes; at most"
+    ):
         decode(data)
 
 
@@ -252,14 +287,22 @@ def test_base64_takes_little_memory():
 def test_large_images_are_decoded_one_at_a_time(monkeypatch):
     monkeypatch.setattr(module, "LARGE_PIXELS", 300)
     held = []
-    monkeypatch.setattr(Preprocess, "__call__", lambda self, image, out: held.append(module._LARGE.locked()))
+    monkeypatch.setattr(
+        Preprocess, "__call__", lambda self, image, out: held.append(module._LARGE.locked())
+    )
     for side in (10, 20):
-        decode_into(encoded(picture("RGB", side, side, 0), "PNG"), Preprocess((8, 8)), np.empty((8, 8, 3), np.uint8))
+        decode_into(
+            encoded(picture("RGB", side, side, 0), "PNG"),
+            Preprocess((8, 8)),
+            np.empty((8, 8, 3), np.uint8),
+        )
     assert held == [False, True]
     assert not module._LARGE.locked()
 
 
-@pytest.mark.parametrize(("error", "code"), [(ValueError("x"), "invalid_image"), (MemoryError(), "image_too_large")])
+@pytest.mark.parametrize(
+    ("error", "code"), [(ValueError("x"), "invalid_image"), (MemoryError(), "image_too_large")]
+)
 @pytest.mark.parametrize("where", ["load", "resize"])
 def test_whatever_fails_is_the_image_s_error(monkeypatch, error, code, where):
     def fail(*_):

@@ -12,23 +12,33 @@ from radapter_serve.inputs.probabilities import class_probabilities, indistingui
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 200), st.none() | st.floats(-20, 20))
-def test_a_softmax_or_with_a_bias_a_sigmoid_as_torch_has_them(seed: int, scale: float, bias: float | None) -> None:
+def test_a_softmax_or_with_a_bias_a_sigmoid_as_torch_has_them(
+    seed: int, scale: float, bias: float | None
+) -> None:
     cosines = np.random.default_rng(seed).uniform(-1, 1, (2, 3, 5)).astype(np.float32)
     before = cosines.copy()
     logits = scale * torch.from_numpy(before).double()
     expected = logits.softmax(-1) if bias is None else (logits + bias).sigmoid()
-    np.testing.assert_allclose(class_probabilities(cosines, scale, bias), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        class_probabilities(cosines, scale, bias), expected, rtol=1e-4, atol=1e-6
+    )
     np.testing.assert_array_equal(cosines, before)
 
 
 def test_a_sigmoid_far_out_is_no_warning() -> None:
-    assert class_probabilities(np.array([-1, 1], np.float32), 1e4, 0.0).tolist() == pytest.approx([0, 1])
+    assert class_probabilities(np.array([-1, 1], np.float32), 1e4, 0.0).tolist() == pytest.approx(
+        [0, 1]
+    )
 
 
 def test_labels_that_are_alike_are_named_once() -> None:
     embeds = np.array([[1, 0], [0, 1], [1, 0], [1, 0.005], [1, 0.1], [0, 1]], np.float32)
     embeds /= np.linalg.norm(embeds, axis=1, keepdims=True)
-    assert indistinguishable(["a", "b", "c", "d", "e", "f"], embeds) == [("a", "c"), ("a", "d"), ("b", "f")]
+    assert indistinguishable(["a", "b", "c", "d", "e", "f"], embeds) == [
+        ("a", "c"),
+        ("a", "d"),
+        ("b", "f"),
+    ]
     assert indistinguishable(["a"], embeds[:1]) == indistinguishable([], embeds[:0]) == []
 
 

@@ -58,7 +58,14 @@ def test_tokens_are_those_of_open_clip(reference, served, text):
 
 def test_several_thousand_random_strings(reference, served):
     generator = random.Random(0)
-    ranges = [(0x20, 0x7F), (0x80, 0x250), (0x250, 0x3000), (0x3000, 0xD800), (0xE000, 0x10000), (0x1F300, 0x1FB00)]
+    ranges = [
+        (0x20, 0x7F),
+        (0x80, 0x250),
+        (0x250, 0x3000),
+        (0x3000, 0xD800),
+        (0xE000, 0x10000),
+        (0x1F300, 0x1FB00),
+    ]
     alphabet = [chr(c) for low, high in ranges for c in range(low, high)]
     latin = "etaoinshrdlucmfwypvbgkjqxz" * 3 + " ' ,.-0123456789ETAOIN"
     texts = ["".join(generator.choices(alphabet, k=generator.randint(1, 40))) for _ in range(3000)]
@@ -85,9 +92,14 @@ def test_dynamic_length_is_a_crop(reference, served, tmp_path):
 
 @pytest.mark.parametrize("clean", ["lower", "whitespace", "canonicalize"])
 def test_other_settings_of_the_tokenizer(clean, tmp_path):
-    reference = SimpleTokenizer(context_length=11, clean=clean, additional_special_tokens=["<mask>"])
+    reference = SimpleTokenizer(
+        context_length=11, clean=clean, additional_special_tokens=["<mask>"]
+    )
     served = Tokenizer.load(tmp_path / "t.json", write_tokenizer(reference, tmp_path / "t.json"))
-    texts = [*PIECES, "A <mask> Photo, of_a CAT &amp; it's many, many words longer than the context"]
+    texts = [
+        *PIECES,
+        "A <mask> Photo, of_a CAT &amp; it's many, many words longer than the context",
+    ]
     np.testing.assert_array_equal(served(texts), reference(texts).numpy())
 
 
@@ -97,8 +109,12 @@ def test_a_random_reduction_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def hugging_face(core: tokenizers.Tokenizer, clean: str, context_length: int, strip: bool) -> HFTokenizer:
-    """An HFTokenizer round `core`, with the one method of transformers' fast tokenizers that open_clip calls."""
+def hugging_face(
+    core: tokenizers.Tokenizer, clean: str, context_length: int, strip: bool
+) -> HFTokenizer:
+    """An HFTokenizer round `core`, with the one method of transformers' fast tokenizers that
+    open_clip calls.
+    """
 
     class Fast:
         backend_tokenizer = core
@@ -107,16 +123,24 @@ def hugging_face(core: tokenizers.Tokenizer, clean: str, context_length: int, st
         def __call__(self, texts, max_length, **_):
             core.enable_truncation(max_length)
             core.enable_padding(length=max_length, pad_id=0)
-            return SimpleNamespace(input_ids=torch.tensor([e.ids for e in core.encode_batch(texts)]))
+            return SimpleNamespace(
+                input_ids=torch.tensor([e.ids for e in core.encode_batch(texts)])
+            )
 
     reference = HFTokenizer.__new__(HFTokenizer)
-    reference.tokenizer, reference.context_length, reference.clean_fn = Fast(), context_length, get_clean_fn(clean)
+    reference.tokenizer, reference.context_length, reference.clean_fn = (
+        Fast(),
+        context_length,
+        get_clean_fn(clean),
+    )
     reference.strip_sep_token, reference.tokenizer_mode = strip, ""
     return reference
 
 
 def test_a_hugging_face_tokenizer_without_padding_is_refused(tmp_path):
-    reference = hugging_face(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")), "lower", 8, False)
+    reference = hugging_face(
+        tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")), "lower", 8, False
+    )
     reference.tokenizer.pad_token_id = None
     with pytest.raises(RAdapterError, match="padding token"):
         write_tokenizer(reference, tmp_path / "t.json")
@@ -124,7 +148,17 @@ def test_a_hugging_face_tokenizer_without_padding_is_refused(tmp_path):
 
 @pytest.mark.parametrize("strip", [False, True])
 def test_a_hugging_face_tokenizer_is_taken_over_with_its_file(tmp_path, strip):
-    vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4, "photo": 5, "##s": 6, "cat": 7, "of": 8}
+    vocabulary = {
+        "[PAD]": 0,
+        "[UNK]": 1,
+        "[CLS]": 2,
+        "[SEP]": 3,
+        "a": 4,
+        "photo": 5,
+        "##s": 6,
+        "cat": 7,
+        "of": 8,
+    }
     core = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     core.post_processor = tokenizers.processors.TemplateProcessing(

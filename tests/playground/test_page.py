@@ -79,10 +79,19 @@ def test_classify_by_a_label_set(events: dict[str, Any], picture: str) -> None:
 
 
 def test_search_by_text_and_by_picture(events: dict[str, Any], picture: str) -> None:
-    for name, query, asked in (("search_text", "a cat", "a cat"), ("search_picture", picture, "picture")):
+    for name, query, asked in (
+        ("search_text", "a cat", "a cat"),
+        ("search_picture", picture, "picture"),
+    ):
         found, took = events[name](query, "photos", 3)
-        assert [caption for _, caption in found] == [f"{0.9 - 0.1 * n:.3f} folder/{asked} {n}<b>" for n in range(3)]
-        assert [image.convert("RGB").getpixel((0, 0)) for image, _ in found] == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
+        assert [caption for _, caption in found] == [
+            f"{0.9 - 0.1 * n:.3f} folder/{asked} {n}<b>" for n in range(3)
+        ]
+        assert [image.convert("RGB").getpixel((0, 0)) for image, _ in found] == [
+            (255, 0, 0),
+            (0, 128, 0),
+            (0, 0, 255),
+        ]
         assert took.endswith("3 found")
 
 
@@ -109,7 +118,10 @@ def test_the_page_begins_with_the_release_and_its_indexes(events: dict[str, Any]
 
 
 def test_without_dynamic_alpha_there_is_no_slider_and_no_alpha_is_sent(picture: str) -> None:
-    with fake_upstream.serving(lambda: SmallWorld(dynamic_alpha=False)) as served, Client(served.url) as client:
+    with (
+        fake_upstream.serving(lambda: SmallWorld(dynamic_alpha=False)) as served,
+        Client(served.url) as client,
+    ):
         events = handlers(client)
         facts, alpha, *_ = events["begin"]()
         assert alpha["visible"] is False and "α = 0.5" in facts
@@ -118,14 +130,18 @@ def test_without_dynamic_alpha_there_is_no_slider_and_no_alpha_is_sent(picture: 
 
 
 @pytest.mark.parametrize("name", ["classify", "segment", "search_picture"])
-def test_without_a_picture_the_page_says_so(served: Served, events: dict[str, Any], name: str) -> None:
+def test_without_a_picture_the_page_says_so(
+    served: Served, events: dict[str, Any], name: str
+) -> None:
     asked = len(served.upstream.asked)
     rest = ["photos", 3] if name == "search_picture" else ["cat", "", 0]
     assert events[name](None, *rest) == (None, "Drop a picture on the left.")
     assert len(served.upstream.asked) == asked
 
 
-def test_what_is_refused_is_said_in_words(served: Served, events: dict[str, Any], tmp_path: Path) -> None:
+def test_what_is_refused_is_said_in_words(
+    served: Served, events: dict[str, Any], tmp_path: Path
+) -> None:
     with pytest.raises(gradio.Error, match="there are: drawings, photos"):
         events["search_text"]("a cat", "none", 3)
     broken = tmp_path / "broken.png"
@@ -145,7 +161,9 @@ def test_what_is_refused_is_said_in_words(served: Served, events: dict[str, Any]
 
 
 def get(url: str, path: str = "", **headers: str) -> int:
-    answer = urllib3.request("GET", url.rstrip("/") + path, headers=headers, retries=False, timeout=20)
+    answer = urllib3.request(
+        "GET", url.rstrip("/") + path, headers=headers, retries=False, timeout=20
+    )
     return answer.status
 
 
@@ -156,14 +174,18 @@ def test_a_page_without_a_login_answers_under_this_machines_names_only(served: S
         assert get(url, Host="evil.example") == 400
         assert get(url, "/gradio_api/file=/etc/passwd") in (403, 404)
         again = serving(Settings(served.url, port=port))
-        with pytest.raises(RAdapterError, match=f"port {port} is taken; choose another with --port"):
+        with pytest.raises(
+            RAdapterError, match=f"port {port} is taken; choose another with --port"
+        ):
             again.__enter__()
     with pytest.raises(urllib3.exceptions.HTTPError):
         get(url)
 
 
 @pytest.mark.filterwarnings("ignore")  # of Gradio, in its own threads
-def test_a_page_with_a_login_asks_for_it_and_for_a_gateway_with_its_key(tmp_path: Path, picture: str) -> None:
+def test_a_page_with_a_login_asks_for_it_and_for_a_gateway_with_its_key(
+    tmp_path: Path, picture: str
+) -> None:
     from gradio_client import Client as Visitor
     from gradio_client import handle_file
 
@@ -177,8 +199,12 @@ def test_a_page_with_a_login_asks_for_it_and_for_a_gateway_with_its_key(tmp_path
             assert get(url, "/config") == 401
             with pytest.raises(ValueError, match="Could not login"):
                 Visitor(url, auth=("ann", "wrong"), verbose=False)
-            visitor = Visitor(url, auth=("ann", "open sesame"), verbose=False, download_files=tmp_path / "down")
-            scores, took = visitor.predict(handle_file(picture), "cat\ndog", "", 0.5, api_name="/classify")
+            visitor = Visitor(
+                url, auth=("ann", "open sesame"), verbose=False, download_files=tmp_path / "down"
+            )
+            scores, took = visitor.predict(
+                handle_file(picture), "cat\ndog", "", 0.5, api_name="/classify"
+            )
             assert scores["label"] == "cat" and "release 1" in took
             visitor.close()
     gc.collect()  # sockets that Gradio leaves open are this test's to hear of
@@ -198,12 +224,21 @@ def keys_of(file: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"host": "0.0.0.0"}, "--host 0.0.0.0 lets others open the page; give --user NAME --password-file FILE"),
+        (
+            {"host": "0.0.0.0"},
+            "--host 0.0.0.0 lets others open the page; give --user NAME --password-file FILE",
+        ),
         ({"port": 0}, "--port is 0; allowed are 1 to 65535"),
         ({"port": 65536}, "--port is 65536"),
         ({"user": "ann"}, "--user and --password-file go together"),
-        ({"user": "ann", "password_file": Path("/dev/null")}, "--password-file /dev/null: there is no such file"),
-        ({"user": "ann", "password_file": Path(__file__).with_name("__init__.py")}, "its first line is empty"),
+        (
+            {"user": "ann", "password_file": Path("/dev/null")},
+            "--password-file /dev/null: there is no such file",
+        ),
+        (
+            {"user": "ann", "password_file": Path(__file__).with_name("__init__.py")},
+            "its first line is empty",
+        ),
         ({"host": "no.such.host.invalid"}, "--host 'no.such.host.invalid'"),
     ],
 )
@@ -217,7 +252,10 @@ def test_ports_and_hosts_that_are_allowed(tmp_path: Path) -> None:
     assert Settings(port=1).check() == Settings(port=65535).check() == ("127.0.0.1", None)
     file = tmp_path / "password"
     file.write_text("word\n")
-    assert Settings(host="0.0.0.0", user="a", password_file=file).check() == ("0.0.0.0", ("a", "word"))
+    assert Settings(host="0.0.0.0", user="a", password_file=file).check() == (
+        "0.0.0.0",
+        ("a", "word"),
+    )
 
 
 def test_without_gradio_the_command_says_what_to_install(

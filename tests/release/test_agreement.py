@@ -18,7 +18,9 @@ def turned(angle: float) -> np.ndarray:
     return np.array([[1, 0], [np.cos(angle), np.sin(angle)]], np.float32)
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1)], ids=["middle", "first", "last"])
+@pytest.mark.parametrize(
+    "order", [(0, 1, 2), (1, 0, 2), (2, 0, 1)], ids=["middle", "first", "last"]
+)
 def test_the_worst_batch_counts_wherever_it_is(order: tuple[int, ...]) -> None:
     inputs = [np.array([[number]], np.int32) for number in order]
     samples = Samples(inputs, [turned(0.0)] * len(order))
@@ -41,7 +43,9 @@ def test_what_is_just_as_far_as_allowed_is_near_enough() -> None:
     assert not Agreement(0.25, 0.4).within(bounds)
 
 
-@pytest.mark.parametrize("alphas", [(), (np.full((2, 1), 0.3, np.float32), np.ones((1, 1), np.float32))])
+@pytest.mark.parametrize(
+    "alphas", [(), (np.full((2, 1), 0.3, np.float32), np.ones((1, 1), np.float32))]
+)
 def test_samples_are_saved_and_loaded(alphas: tuple[np.ndarray, ...], tmp_path: Path) -> None:
     inputs = [np.array([[1, 2], [3, 4]], np.int32), np.array([[5, 6]], np.int32)]
     references = [turned(0.3), turned(0.1)[:1]]
@@ -50,7 +54,11 @@ def test_samples_are_saved_and_loaded(alphas: tuple[np.ndarray, ...], tmp_path: 
     with np.load(tmp_path / SAMPLES) as file:
         assert set(file.files) == {f"{kind}_{number}" for kind in kinds for number in (0, 1)}
     found = Samples.load(tmp_path)
-    for own, wanted in ((found.inputs, inputs), (found.references, references), (found.alphas, alphas)):
+    for own, wanted in (
+        (found.inputs, inputs),
+        (found.references, references),
+        (found.alphas, alphas),
+    ):
         assert len(own) == len(wanted)
         for one, other in zip(own, wanted, strict=True):
             np.testing.assert_array_equal(one, other)

@@ -14,7 +14,13 @@ from google.protobuf import text_format
 from radapter_serve.cli.release import main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.integrity import SUMS, check, check_configs, renew_sums, sums_of, verify
-from radapter_serve.release.repository import CONFIG, MODELS, newest_export, read_config, releases_of
+from radapter_serve.release.repository import (
+    CONFIG,
+    MODELS,
+    newest_export,
+    read_config,
+    releases_of,
+)
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer
@@ -30,7 +36,11 @@ def sealed(repository: Path, tmp_path: Path) -> Path:
 
 
 def files(repository: Path, version: int) -> list[str]:
-    return [str(path.relative_to(repository)) for path in repository.glob(f"*/{version}/**/*") if path.is_file()]
+    return [
+        str(path.relative_to(repository))
+        for path in repository.glob(f"*/{version}/**/*")
+        if path.is_file()
+    ]
 
 
 def test_sha256sum_agrees_with_the_list_and_nothing_is_left_out(sealed: Path) -> None:
@@ -81,8 +91,12 @@ def test_whatever_happens_to_any_file_is_said_by_its_name(sealed: Path, harm: st
 
 
 def test_a_file_that_nobody_exported_is_refused(sealed: Path) -> None:
-    shutil.copy(sealed / "classify/2/label_sets/colours.npz", sealed / "classify/2/label_sets/mine.npz")
-    with pytest.raises(RAdapterError, match=r"classify/2/label_sets/mine\.npz does not belong to it"):
+    shutil.copy(
+        sealed / "classify/2/label_sets/colours.npz", sealed / "classify/2/label_sets/mine.npz"
+    )
+    with pytest.raises(
+        RAdapterError, match=r"classify/2/label_sets/mine\.npz does not belong to it"
+    ):
         verify(sealed, 2)
 
 
@@ -121,7 +135,9 @@ def test_a_release_without_digests_is_refused(sealed: Path) -> None:
 def test_an_engine_that_is_built_later_gets_its_digest(sealed: Path) -> None:
     plan = sealed / "image_encoder/2/model.plan"
     plan.write_bytes(b"an engine")
-    with pytest.raises(RAdapterError, match=r"image_encoder/2/model\.plan .*; build it again with radapter-build"):
+    with pytest.raises(
+        RAdapterError, match=r"image_encoder/2/model\.plan .*; build it again with radapter-build"
+    ):
         verify(sealed, 2)
     renew_sums(sealed, 2, ["image_encoder/2/model.plan", "image_encoder/2/model.plan.json"])
     verify(sealed, 2)
@@ -152,7 +168,9 @@ def test_a_missing_config_is_named(sealed: Path, model: str) -> None:
 def test_half_replaced_configs_are_named(sealed: Path) -> None:
     for model in ("embed_text", "segment"):
         shutil.copy(sealed / model / "1" / CONFIG, sealed / model / CONFIG)
-    with pytest.raises(RAdapterError, match=r"not in embed_text \(of release 1\), segment \(of release 1\);"):
+    with pytest.raises(
+        RAdapterError, match=r"not in embed_text \(of release 1\), segment \(of release 1\);"
+    ):
         check_configs(sealed, 2)
     check_configs(sealed, 1)  # which all of them name
 
@@ -160,7 +178,9 @@ def test_half_replaced_configs_are_named(sealed: Path) -> None:
 def test_a_config_of_another_repository_is_named(sealed: Path) -> None:
     path = sealed / "embed_text" / CONFIG
     path.write_text(path.read_text().replace("sha256:2", "sha256:3"))
-    with pytest.raises(RAdapterError, match=r"embed_text/config\.pbtxt is of another release 2 than"):
+    with pytest.raises(
+        RAdapterError, match=r"embed_text/config\.pbtxt is of another release 2 than"
+    ):
         check_configs(sealed, 2)
 
 
@@ -169,10 +189,14 @@ def test_a_config_of_other_tensors_is_named(sealed: Path) -> None:
     config = read_config(path)
     config.output[0].dims[0] += 1
     path.write_text(text_format.MessageToString(config))
-    with pytest.raises(RAdapterError, match=r"image_encoder/config\.pbtxt: the output image_embeds is not the one"):
+    with pytest.raises(
+        RAdapterError, match=r"image_encoder/config\.pbtxt: the output image_embeds is not the one"
+    ):
         check_configs(sealed, 2)
     shutil.copy(sealed / "patch_encoder" / CONFIG, path)
-    with pytest.raises(RAdapterError, match=r"image_encoder/config\.pbtxt: it is the config of patch_encoder"):
+    with pytest.raises(
+        RAdapterError, match=r"image_encoder/config\.pbtxt: it is the config of patch_encoder"
+    ):
         check_configs(sealed, 2)
 
 

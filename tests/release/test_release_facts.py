@@ -13,7 +13,10 @@ from tests.helpers.small_models import release
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    for one in (release(3), release(4, quantization={"kind": "dynamic"}, accuracy={"drop": 0.1}, logit_bias=-10.0)):
+    for one in (
+        release(3),
+        release(4, quantization={"kind": "dynamic"}, accuracy={"drop": 0.1}, logit_bias=-10.0),
+    ):
         one.save(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["release.json"]
         assert Release.load(tmp_path) == one
@@ -25,7 +28,9 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 def test_newer_releases_are_read_and_broken_ones_refused(tmp_path: Path) -> None:
     facts = release().to_dict()
-    (tmp_path / "release.json").write_text(json.dumps({**facts, "colour": "blue"}), encoding="utf-8")
+    (tmp_path / "release.json").write_text(
+        json.dumps({**facts, "colour": "blue"}), encoding="utf-8"
+    )
     assert Release.load(tmp_path) == release()
     del facts["alpha"], facts["templates"]
     (tmp_path / "release.json").write_text(json.dumps(facts), encoding="utf-8")
@@ -33,7 +38,9 @@ def test_newer_releases_are_read_and_broken_ones_refused(tmp_path: Path) -> None
         Release.load(tmp_path)
     facts = release().to_dict() | {"alpha_schedule": {"depth": 0.5, "image": 1.0, "text": 1.0}}
     (tmp_path / "release.json").write_text(json.dumps(facts), encoding="utf-8")
-    with pytest.raises(RAdapterError, match="has alpha_schedule, an alpha by depth or by tower.*export it again"):
+    with pytest.raises(
+        RAdapterError, match="has alpha_schedule, an alpha by depth or by tower.*export it again"
+    ):
         Release.load(tmp_path)
     for broken in ("[1]", "{", '"text"'):
         (tmp_path / "release.json").write_text(broken, encoding="utf-8")

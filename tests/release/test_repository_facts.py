@@ -1,4 +1,6 @@
-"""What a repository serves, and how its configs ask for a runtime: as Triton's own messages say it."""
+"""What a repository serves, and how its configs ask for a runtime: as Triton's own messages say
+it.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def repository(tmp_path: Path) -> Path:
         ("version_policy { specific { versions: [2, 1, 11] } }", [1, 2]),
     ],
 )
-def test_the_newest_export_is_what_the_config_asks_for(repository: Path, policy: str, expected: list[int]) -> None:
+def test_the_newest_export_is_what_the_config_asks_for(
+    repository: Path, policy: str, expected: list[int]
+) -> None:
     assert newest_export(repository) == [10]
     (repository / "classify" / CONFIG).write_text(policy)
     assert newest_export(repository) == expected
@@ -73,14 +77,18 @@ def test_what_is_served_is_saved_and_loaded(repository: Path) -> None:
         ("[", "could not read"),
     ],
 )
-def test_a_choice_that_can_not_be_served_is_refused(repository: Path, text: str, message: str) -> None:
+def test_a_choice_that_can_not_be_served_is_refused(
+    repository: Path, text: str, message: str
+) -> None:
     (repository / FILE).write_text(text)
     with pytest.raises(RAdapterError, match=message):
         Served.load(repository)
 
 
 def config_of(**fields: object) -> model_config_pb2.ModelConfig:
-    return text_format.Parse(ENCODER.format(**{"backend": "onnxruntime", **fields}), model_config_pb2.ModelConfig())
+    return text_format.Parse(
+        ENCODER.format(**{"backend": "onnxruntime", **fields}), model_config_pb2.ModelConfig()
+    )
 
 
 def test_a_config_asks_for_each_runtime_and_back() -> None:
@@ -88,7 +96,11 @@ def test_a_config_asks_for_each_runtime_and_back() -> None:
     configure(config, "onnxruntime", "fp32", 64)
     [cuda] = config.optimization.execution_accelerators.gpu_execution_accelerator
     assert (cuda.name, dict(cuda.parameters)) == ("cuda", {"use_tf32": "0"})
-    assert (config.max_batch_size, list(config.input[0].dims), list(config.output[0].dims)) == (64, [8, 8, 3], [4])
+    assert (config.max_batch_size, list(config.input[0].dims), list(config.output[0].dims)) == (
+        64,
+        [8, 8, 3],
+        [4],
+    )
     before = config.SerializeToString(deterministic=True)
 
     config.dynamic_batching.SetInParent()
@@ -126,9 +138,13 @@ def test_a_config_may_differ_in_who_makes_batches_and_in_nothing_else() -> None:
 
 def test_what_is_wrong_is_listed(tmp_path: Path) -> None:
     problems = ["a is missing", "b differs"]
-    assert "as it was exported: a is missing; b differs; copy the release" in str(_broken(tmp_path, 1, problems))
+    assert "as it was exported: a is missing; b differs; copy the release" in str(
+        _broken(tmp_path, 1, problems)
+    )
     config = config_of(**BATCHED)
     assert _names(config) == "of release none"
     for version in (10, 2):
-        config.parameters[f"release.{version}"].string_value = json.dumps(release(version).to_dict())
+        config.parameters[f"release.{version}"].string_value = json.dumps(
+            release(version).to_dict()
+        )
     assert _names(config) == "of release 2, 10"

@@ -1,4 +1,6 @@
-"""RepAdapter, AdaptFormer and LoRA: what they add, that what can be folded is folded exactly, and what they drop."""
+"""RepAdapter, AdaptFormer and LoRA: what they add, that what can be folded is folded exactly, and
+what they drop.
+"""
 
 from __future__ import annotations
 
@@ -49,10 +51,14 @@ def plain(weights: Any, name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("method", ADAPTERS, ids=lambda method: type(method).__name__)
-def test_starts_as_the_base_and_learns_beside_it(method: Method, make_run: Callable[..., Run], tiny_clip_dir: str):
+def test_starts_as_the_base_and_learns_beside_it(
+    method: Method, make_run: Callable[..., Run], tiny_clip_dir: str
+):
     run = make_run()
     base = open_clip.create_model(tiny_clip_dir).state_dict()
-    torch.testing.assert_close(embeds(method.start(run.of(method.settings)).eval()), plain(base, tiny_clip_dir))
+    torch.testing.assert_close(
+        embeds(method.start(run.of(method.settings)).eval()), plain(base, tiny_clip_dir)
+    )
     changed = learned(method, run).end
     assert changed
     assert all("extra." in name or "lora_" in name for name in changed), changed
@@ -60,10 +66,16 @@ def test_starts_as_the_base_and_learns_beside_it(method: Method, make_run: Calla
 
 @pytest.mark.parametrize(
     "method",
-    [RepAdapter(scale=0.5), RepAdapter(hidden=8, groups=4, towers=("text",)), LoRA(rank=3, scale=2)],
+    [
+        RepAdapter(scale=0.5),
+        RepAdapter(hidden=8, groups=4, towers=("text",)),
+        LoRA(rank=3, scale=2),
+    ],
     ids=["repadapter", "repadapter of texts", "lora"],
 )
-def test_folds_to_a_plain_clip_that_embeds_alike(method: Method, make_run: Callable[..., Run], tiny_clip_dir: str):
+def test_folds_to_a_plain_clip_that_embeds_alike(
+    method: Method, make_run: Callable[..., Run], tiny_clip_dir: str
+):
     run = make_run()
     system = started(method, run)
     before = {name: value.clone() for name, value in system.state_dict().items()}
@@ -74,8 +86,16 @@ def test_folds_to_a_plain_clip_that_embeds_alike(method: Method, make_run: Calla
     torch.testing.assert_close(found, embeds(system), rtol=0, atol=1e-5)
     base = open_clip.create_model(tiny_clip_dir).state_dict()
     assert (found - plain(base, tiny_clip_dir)).abs().max() > 1e-2
-    kinds = {".".join(name.split(".")[-2:]) for name in base if not torch.equal(base[name], weights[name])}
-    further = {"attn.in_proj_bias", "c_fc.weight", "c_fc.bias"} if isinstance(method, RepAdapter) else set()
+    kinds = {
+        ".".join(name.split(".")[-2:])
+        for name in base
+        if not torch.equal(base[name], weights[name])
+    }
+    further = (
+        {"attn.in_proj_bias", "c_fc.weight", "c_fc.bias"}
+        if isinstance(method, RepAdapter)
+        else set()
+    )
     assert kinds == {"attn.in_proj_weight"} | further
 
 
@@ -87,7 +107,9 @@ def test_grouped_bottleneck_by_its_equation():
     x = torch.randn(2, 5, 6)
     inner = x @ adapter.down.weight.T + adapter.down.bias
     up = adapter.up.weight[:, :, 0]  # 3 outputs of each group see 2 of the bottleneck
-    change = torch.cat([inner[..., :2] @ up[:3].T, inner[..., 2:] @ up[3:].T], dim=-1) + adapter.up.bias
+    change = (
+        torch.cat([inner[..., :2] @ up[:3].T, inner[..., 2:] @ up[3:].T], dim=-1) + adapter.up.bias
+    )
     torch.testing.assert_close(adapter(x), x + 0.5 * change)
 
 
@@ -99,11 +121,17 @@ def test_lora_is_counted_once(make_run: Callable[..., Run]):
     for tower in ("visual.", ""):
         name, state = f"{tower}transformer.resblocks.1.attn", system.state_dict()
         a, b = (state[f"model.{name}.lora_{part}.default.weight"] for part in "AB")
-        torch.testing.assert_close(weights[f"{name}.in_proj_weight"], base[f"{name}.in_proj_weight"] + 0.5**0.5 * b @ a)
-        torch.testing.assert_close(weights[f"{name}.out_proj.weight"], base[f"{name}.out_proj.weight"])
+        torch.testing.assert_close(
+            weights[f"{name}.in_proj_weight"], base[f"{name}.in_proj_weight"] + 0.5**0.5 * b @ a
+        )
+        torch.testing.assert_close(
+            weights[f"{name}.out_proj.weight"], base[f"{name}.out_proj.weight"]
+        )
 
 
-def test_adaptformer_stands_beside_the_feed_forward_layer(make_run: Callable[..., Run], tiny_clip_dir: str):
+def test_adaptformer_stands_beside_the_feed_forward_layer(
+    make_run: Callable[..., Run], tiny_clip_dir: str
+):
     system = started(AdaptFormer(towers=("image",), scale=0.3), make_run())
     assert system.clip() is None
     visual: Any = open_clip.create_model(tiny_clip_dir).visual.eval()
@@ -128,7 +156,9 @@ def test_adaptformers_rate_is_that_of_512_images(make_run: Callable[..., Run]):
 
 @pytest.mark.parametrize("kind", [RepAdapter, AdaptFormer])
 @pytest.mark.parametrize("dropping", ["dropout", "drop_path"])
-def test_drops_while_it_learns_and_only_then(kind: Any, dropping: str, make_run: Callable[..., Run]):
+def test_drops_while_it_learns_and_only_then(
+    kind: Any, dropping: str, make_run: Callable[..., Run]
+):
     off = {"dropout": 0.0, "drop_path": 0.0}
     run = make_run()
     system = started(kind(**{**off, dropping: 0.5}), run)
@@ -141,7 +171,9 @@ def test_drops_while_it_learns_and_only_then(kind: Any, dropping: str, make_run:
         assert len({float(quiet(batch)) for _ in range(4)}) == 1
 
 
-def test_drop_path_drops_whole_branches_of_an_input_more_often_the_deeper(make_run: Callable[..., Run]):
+def test_drop_path_drops_whole_branches_of_an_input_more_often_the_deeper(
+    make_run: Callable[..., Run],
+):
     model = make_run().base.model
     layers = drop_path(model, ["image"], 0.5)
     assert [layer.p for layer in layers] == [0.0, 0.5]
@@ -166,7 +198,9 @@ def test_infonce_contrasts_with_the_prompts_of_the_batch(make_run: Callable[...,
         found = float(system({"pixels": PIXELS, "labels": torch.tensor([1, 1, 0]), "texts": texts}))
         images, texts = model.encode_image(PIXELS), model.encode_text(system.tokenizer(texts))
         loss = open_clip.ClipLoss()(
-            nn.functional.normalize(images, dim=-1), nn.functional.normalize(texts, dim=-1), system.scale
+            nn.functional.normalize(images, dim=-1),
+            nn.functional.normalize(texts, dim=-1),
+            system.scale,
         )
     assert found == pytest.approx(float(loss), abs=1e-4)
 

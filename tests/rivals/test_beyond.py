@@ -1,4 +1,6 @@
-"""What came after the paper: layers count as their schedule says, and both sides are equal in distribution."""
+"""What came after the paper: layers count as their schedule says, and both sides are equal in
+distribution.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,18 @@ from tests.rivals.test_table import benchmark_file as benchmark_file
 from tests.rivals.test_table import here as here
 
 
-@pytest.mark.parametrize("schedule", [AlphaSchedule(depth=0.25), AlphaSchedule(image=0.5), AlphaSchedule(text=0.0)])
-def test_a_schedule_is_that_of_the_fold(make_run: Callable[..., Run], tmp_path: Path, schedule: AlphaSchedule) -> None:
-    settings = {"learning_rate": 0.01, "out": tmp_path / "run", "save_every": None, "tracker": "none"}
+@pytest.mark.parametrize(
+    "schedule", [AlphaSchedule(depth=0.25), AlphaSchedule(image=0.5), AlphaSchedule(text=0.0)]
+)
+def test_a_schedule_is_that_of_the_fold(
+    make_run: Callable[..., Run], tmp_path: Path, schedule: AlphaSchedule
+) -> None:
+    settings = {
+        "learning_rate": 0.01,
+        "out": tmp_path / "run",
+        "save_every": None,
+        "tracker": "none",
+    }
     run = make_run(**settings)
     base = {name: value.clone() for name, value in run.base.model.state_dict().items()}
     adapter = load_adapter(train(run.recipe))
@@ -46,7 +57,11 @@ def test_candidates_differ_from_r_adapter_in_one_thing() -> None:
     found = candidates(reference)
     assert list(found) == [REFERENCE, *TRAININGS, *SCHEDULES]
     for name, method in found.items():
-        changed = {key: value for key, value in method.settings.items() if value != reference.settings.get(key)}
+        changed = {
+            key: value
+            for key, value in method.settings.items()
+            if value != reference.settings.get(key)
+        }
         assert (method.variant, changed) == TRAININGS.get(name, (Variant(), {}))
 
 
@@ -54,7 +69,9 @@ def test_factors_rise_evenly_with_the_block() -> None:
     keys = [f"visual.transformer.resblocks.{block}.mlp.c_proj" for block in range(12)]
     texts = [f"text.transformer.encoder.layer.{block}.output.dense" for block in range(3)]
     factors = AlphaSchedule(depth=0.1, text=0.5).factors([*keys, *texts])
-    assert [factors[key] for key in keys] == pytest.approx([0.1 + 0.9 * block / 11 for block in range(12)])
+    assert [factors[key] for key in keys] == pytest.approx(
+        [0.1 + 0.9 * block / 11 for block in range(12)]
+    )
     assert [factors[key] for key in texts] == pytest.approx([0.05, 0.275, 0.5])
     assert set(AlphaSchedule().factors(keys).values()) == {1.0}
     with pytest.raises(RAdapterError, match="alpha-text is 2; allowed: 0 to 1"):
@@ -72,7 +89,9 @@ def test_factors_rise_evenly_with_the_block() -> None:
         ([20, 20, 30], 20, 0.9, 0.5),
     ],
 )
-def test_alpha_of_equal_accuracy(scores: list[float], target: float, alpha: float, expected: float | None) -> None:
+def test_alpha_of_equal_accuracy(
+    scores: list[float], target: float, alpha: float, expected: float | None
+) -> None:
     found = equal_alpha(dict(zip((0.0, 0.5, 1.0), scores, strict=True)), target, alpha)
     assert found == (None if expected is None else pytest.approx(expected))
 
@@ -84,20 +103,35 @@ def test_interval_is_students() -> None:
 
 
 def test_the_table(
-    benchmark_file: Path, here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+    benchmark_file: Path,
+    here: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch,
 ) -> None:
     monkeypatch.setattr("rivals.beyond.SCHEDULES", {"α of depth × 0": AlphaSchedule(depth=0.0)})
-    monkeypatch.setattr("rivals.beyond.TRAININGS", {"learned scale": (Variant(learned_scale=True), {})})
+    monkeypatch.setattr(
+        "rivals.beyond.TRAININGS", {"learned scale": (Variant(learned_scale=True), {})}
+    )
     call = ["--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--seeds", "0", "1"]
     assert main(call) == 0
     assert here == ["RAdapter"] * 4 + ["Scheduled"] * 2
     text = (tmp_path / "out" / "beyond.md").read_text()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("|")]
-    assert rows[0] == ["| candidate", "α", "in distribution", "mean of the shifts", "other", "third |"]
+    assert rows[0] == [
+        "| candidate",
+        "α",
+        "in distribution",
+        "mean of the shifts",
+        "other",
+        "third |",
+    ]
     assert [row[0] for row in rows[2:]] == ["| R-Adapter", "| learned scale", "| α of depth × 0"]
     lines = list(read_lines(tmp_path / "out" / "beyond.jsonl"))
     tested = [line for line in lines if (line.name, line.split) == (REFERENCE, "test")]
-    same = [100 * row.metrics["acc1"] for line in tested for row in line.rows if row.dataset == "same"]
+    same = [
+        100 * row.metrics["acc1"] for line in tested for row in line.rows if row.dataset == "same"
+    ]
     assert len(same) == 2 and rows[2][2] == with_interval(same)
     here.clear()
     assert main(call) == 0 and here == []
@@ -111,7 +145,9 @@ def test_the_table_of_a_suite_without_shifts(
     suite = yaml.safe_load((tmp_path / "suite.yaml").read_text())
     suite["sets"] = suite["sets"][:2]
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
-    assert main(["--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--seeds", "0"]) == 0
+    assert (
+        main(["--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--seeds", "0"]) == 0
+    )
     assert "| candidate | α | in distribution |\n" in (tmp_path / "out" / "beyond.md").read_text()
 
 
@@ -135,6 +171,8 @@ def test_refuses_a_suite_that_makes_nothing_equal(
         (["--seeds", *map(str, range(11))], "allowed: 1 to 10"),
     ],
 )
-def test_refuses(flags: list[str], message: str, benchmark_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refuses(
+    flags: list[str], message: str, benchmark_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--data", str(benchmark_file), *flags]) == 2
     assert message in capsys.readouterr().err

@@ -16,7 +16,9 @@ from rivals.run import Run
 
 def beta_density(place: float, beta: float) -> float:
     """Of Beta(β, β), from torch's own distribution."""
-    return math.exp(torch.distributions.Beta(beta, beta).log_prob(torch.tensor(place, dtype=torch.float64)))
+    return math.exp(
+        torch.distributions.Beta(beta, beta).log_prob(torch.tensor(place, dtype=torch.float64))
+    )
 
 
 def test_margins_follow_the_texts_of_the_classes(make_run: Callable[..., Run]):
@@ -26,7 +28,9 @@ def test_margins_follow_the_texts_of_the_classes(make_run: Callable[..., Run]):
         loss = float(system({"pixels": pixels, "labels": labels, "texts": []}))
         model = system.model
         images, scale = F.normalize(model.encode_image(pixels), dim=-1), model.logit_scale.exp()
-        texts = model.encode_text(system.tokenizer([f"a photo of a {name}." for name in ("blue", "green", "red")]))
+        texts = model.encode_text(
+            system.tokenizer([f"a photo of a {name}." for name in ("blue", "green", "red")])
+        )
         texts = F.normalize(texts, dim=-1)
     rows = []
     for image, label in zip(images, labels.tolist(), strict=True):
@@ -47,12 +51,16 @@ def test_image_tower_ends_as_the_weighted_mean_of_its_steps(make_run: Callable[.
         after(step, steps)
 
     system.after_step = watch  # type: ignore[method-assign]
-    frozen = {name: value.clone() for name, value in system.state_dict().items() if "visual." not in name}
+    frozen = {
+        name: value.clone() for name, value in system.state_dict().items() if "visual." not in name
+    }
     fit(system, method.optimizer(system, run), run)
     weights = [beta_density((step + 0.5) / 4, 0.3) for step in range(4)]
     assert weights[0] > weights[1] < weights[3]
     for number, end in enumerate(system.learning()):
-        mean = sum(weight * of[number] for weight, of in zip(weights, seen, strict=True)) / sum(weights)
+        mean = sum(weight * of[number] for weight, of in zip(weights, seen, strict=True)) / sum(
+            weights
+        )
         torch.testing.assert_close(end.detach(), mean, rtol=0, atol=1e-6)
     assert all(torch.equal(system.state_dict()[name], value) for name, value in frozen.items())
     weights_of_clip = system.clip()

@@ -1,4 +1,6 @@
-"""Each table of the paper runs on tiny data of its own task, and what can be a plain CLIP is saved as one."""
+"""Each table of the paper runs on tiny data of its own task, and what can be a plain CLIP is saved
+as one.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ from tests.training.test_segmentation_training import scenes as scenes
 def write_benchmark(folder: Path, suite: dict[str, Any], train: dict[str, Any]) -> Path:
     (folder / "suite.yaml").write_text(yaml.safe_dump({"name": "tiny", **suite}))
     few = {"steps": 2, "batch_size": 4, "workers": 0}
-    (folder / "benchmark.yaml").write_text(yaml.safe_dump({"suite": "suite.yaml", "train": {**few, **train}}))
+    (folder / "benchmark.yaml").write_text(
+        yaml.safe_dump({"suite": "suite.yaml", "train": {**few, **train}})
+    )
     return folder / "benchmark.yaml"
 
 
@@ -47,7 +51,9 @@ def rows_of(number: str, benchmark: Path, *flags: str) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("number", ["2", "5", "hyper", "why"])
 def test_a_table_of_classification(benchmark_file: Path, here: list[str], number: str) -> None:
-    names = [name for name in TABLES[number].rows if name != "rank 128"]  # the tiny model is not as wide
+    names = [
+        name for name in TABLES[number].rows if name != "rank 128"
+    ]  # the tiny model is not as wide
     rows = rows_of(number, benchmark_file, "--only", *names)
     assert list(rows) == ["method", *names]
     assert rows["method"][4:] == ["same (n 24)", "mean of 2 shifts", "other (n 24)", "third (n 24)"]
@@ -55,8 +61,12 @@ def test_a_table_of_classification(benchmark_file: Path, here: list[str], number
         assert name == "method" or all(0 <= float(cell) <= 100 for cell in cells[4:]), name
 
 
-def test_table_3_of_retrieval(images: Path, tiny_clip_dir: str, here: list[str], tmp_path: Path) -> None:
-    lines = [f"{path},a {path.parent.name} thing {path.stem}" for path in sorted(images.rglob("*.png"))]
+def test_table_3_of_retrieval(
+    images: Path, tiny_clip_dir: str, here: list[str], tmp_path: Path
+) -> None:
+    lines = [
+        f"{path},a {path.parent.name} thing {path.stem}" for path in sorted(images.rglob("*.png"))
+    ]
     (tmp_path / "captions.csv").write_text("\n".join(["image,caption", *lines]), encoding="utf-8")
     suite = {"sets": [{"name": "captioned", "data": "csv:captions.csv", "task": "retrieval"}]}
     train = {"task": "retrieval", "data": "csv:captions.csv", "architecture": tiny_clip_dir}
@@ -69,15 +79,29 @@ def test_table_3_of_retrieval(images: Path, tiny_clip_dir: str, here: list[str],
 def test_table_4_takes_the_output_of_a_proposal_network(
     scenes: Path, tiny_clip_dir: str, here: list[str], tmp_path: Path
 ) -> None:
-    """The masks are right and their scores are sure, so where these alone decide every method is right."""
+    """The masks are right and their scores are sure, so where these alone decide every method is
+    right.
+    """
     (tmp_path / "found").mkdir()
     for file in (scenes / "masks").iterdir():
         truth = np.asarray(Image.open(file))
         masks = np.stack([truth == value for value in (1, 2, 3)])
-        np.savez(tmp_path / "found" / f"{file.stem}.npz", masks=masks.astype(np.float32), scores=np.eye(3))
+        np.savez(
+            tmp_path / "found" / f"{file.stem}.npz",
+            masks=masks.astype(np.float32),
+            scores=np.eye(3),
+        )
     own = {"data": f"masks:{scenes}", "dense": "proposals", "proposals": "found"}
-    sets = [{"name": name, "proposal_weight": weight, **own} for name, weight in (("theirs", 0.0), ("both", 0.7))]
-    train = {"task": "segmentation", "data": f"masks:{scenes}", "architecture": tiny_clip_dir, "mask_min_area": 1}
+    sets = [
+        {"name": name, "proposal_weight": weight, **own}
+        for name, weight in (("theirs", 0.0), ("both", 0.7))
+    ]
+    train = {
+        "task": "segmentation",
+        "data": f"masks:{scenes}",
+        "architecture": tiny_clip_dir,
+        "mask_min_area": 1,
+    }
     rows = rows_of("4", write_benchmark(tmp_path, {"task": "segmentation", "sets": sets}, train))
     assert list(rows) == ["method", *TABLES["4"].rows]
     theirs = {name: float(cells[4]) for name, cells in rows.items() if name != "method"}
@@ -90,16 +114,27 @@ def test_mask_adapted_clip_squashes_segments() -> None:
 
 
 def test_a_batch_is_all_of_a_small_set(benchmark_file: Path, tmp_path: Path) -> None:
-    given = {name: value for name, value in load_benchmark(benchmark_file).given.items() if name != "batch_size"}
+    given = {
+        name: value
+        for name, value in load_benchmark(benchmark_file).given.items()
+        if name != "batch_size"
+    }
     run = Run({**given, "shots": 2}, tmp_path / "learned")
     assert run.of(METHODS["ft"].settings).recipe.batch_size == 6  # of 512
     assert run.of({"batch_size": 5}).recipe.batch_size == 5
     learned(METHODS["ft"], run)
 
 
-@pytest.mark.parametrize(("table", "name"), [("all", "r-adapter"), ("all", "lora"), ("2", "R-Adapter, rank 4")])
+@pytest.mark.parametrize(
+    ("table", "name"), [("all", "r-adapter"), ("all", "lora"), ("2", "R-Adapter, rank 4")]
+)
 def test_save_writes_what_the_table_has_judged(
-    table: str, name: str, benchmark_file: Path, here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    table: str,
+    name: str,
+    benchmark_file: Path,
+    here: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     flags = ["--data", str(benchmark_file), "--out", str(tmp_path / "out")]
     assert main([table, *flags, "--only", name]) == 0
@@ -109,21 +144,37 @@ def test_save_writes_what_the_table_has_judged(
     capsys.readouterr()
     assert (
         radapter_eval(
-            ["--merged", str(tmp_path / "merged"), "--suite", suite, "--data-root", str(tmp_path), "--out", results]
+            [
+                "--merged",
+                str(tmp_path / "merged"),
+                "--suite",
+                suite,
+                "--data-root",
+                str(tmp_path),
+                "--out",
+                results,
+            ]
         )
         == 0
     )
-    found = [json.loads(line) for line in (tmp_path / "results" / "results.jsonl").read_text().splitlines()]
+    found = [
+        json.loads(line)
+        for line in (tmp_path / "results" / "results.jsonl").read_text().splitlines()
+    ]
     [line] = read_lines(tmp_path / "out" / f"table-{table}.jsonl")
     judged = line.rows
     assert [row["metrics"] for row in found] == [pytest.approx(row.metrics) for row in judged]
 
 
-def test_save_at_alpha_0_is_the_base(benchmark_file: Path, tmp_path: Path, tiny_clip_dir: str) -> None:
+def test_save_at_alpha_0_is_the_base(
+    benchmark_file: Path, tmp_path: Path, tiny_clip_dir: str
+) -> None:
     to = tmp_path / "merged"
     flags = ["--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--alpha", "0"]
     assert save(["wise-flyp", str(to), *flags]) == 0
-    base, saved = (load_base(name).model.state_dict() for name in (tiny_clip_dir, f"local-dir:{to}"))
+    base, saved = (
+        load_base(name).model.state_dict() for name in (tiny_clip_dir, f"local-dir:{to}")
+    )
     assert all(torch.equal(base[name], saved[name]) for name in base)
 
 
@@ -136,7 +187,11 @@ def test_save_at_alpha_0_is_the_base(benchmark_file: Path, tmp_path: Path, tiny_
     ],
 )
 def test_save_refuses(
-    name: str, message: str, benchmark_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    message: str,
+    benchmark_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     flags = ["--data", str(benchmark_file), "--out", str(tmp_path / "out")]
     assert save([name, str(tmp_path / "merged"), *flags]) == 2

@@ -34,7 +34,10 @@ class Two(System):
         self.seen: list[float] = []
 
     def forward(self, batch: Batch) -> Tensor:
-        assert batch["pixels"].shape == (4 // 2, 3, 32, 32) and len(batch["labels"]) == len(batch["texts"]) == 2
+        assert (
+            batch["pixels"].shape == (4 // 2, 3, 32, 32)
+            and len(batch["labels"]) == len(batch["texts"]) == 2
+        )
         return self.one + self.other
 
     def after_step(self, step: int, steps: int) -> None:
@@ -44,7 +47,10 @@ class Two(System):
 def test_rates_follow_the_schedule_and_the_share(make_run: Callable[..., Run]):
     run = make_run(steps=5, warmup_steps=2, learning_rate=0.1, grad_clip=None, accumulate=2)
     system = Two(run)
-    groups: list[dict[str, Any]] = [{"params": [system.one]}, {"params": [system.other], "share": 0.5}]
+    groups: list[dict[str, Any]] = [
+        {"params": [system.one]},
+        {"params": [system.other], "share": 0.5},
+    ]
     found = fit(system, SGD(groups, lr=0.0), run)
     total = sum(learning_rate(run.recipe, step, 5) for step in range(5))
     assert -system.one.item() == pytest.approx(total)
@@ -82,7 +88,9 @@ def test_flyp_is_the_loss_of_clip(make_run: Callable[..., Run]):
         torch.testing.assert_close(system({"pixels": pixels, "texts": texts}), expected)
 
 
-def test_judge_counts_what_the_system_finds(make_run: Callable[..., Run], sets: list[EvaluationSet]):
+def test_judge_counts_what_the_system_finds(
+    make_run: Callable[..., Run], sets: list[EvaluationSet]
+):
     run = make_run()
     found = learned(METHODS["ft"], run)
     rows = judge(found, run, sets, [0.0, 1.0])
@@ -94,5 +102,10 @@ def test_judge_counts_what_the_system_finds(make_run: Callable[..., Run], sets: 
     for row in rows:
         found.at(row.alpha or 0.0)
         with torch.no_grad():
-            scores = found.system.embed_images(pixels) @ found.system.embed_classes(data.classes, ["{}"]).T
-        assert row.metrics["acc1"] == pytest.approx((scores.argmax(dim=1) == labels).float().mean().item())
+            scores = (
+                found.system.embed_images(pixels)
+                @ found.system.embed_classes(data.classes, ["{}"]).T
+            )
+        assert row.metrics["acc1"] == pytest.approx(
+            (scores.argmax(dim=1) == labels).float().mean().item()
+        )

@@ -1,4 +1,6 @@
-"""Full fine-tuning and what is made of it: the probe before, the line between the ends, the soup of many."""
+"""Full fine-tuning and what is made of it: the probe before, the line between the ends, the soup of
+many.
+"""
 
 from __future__ import annotations
 
@@ -23,20 +25,27 @@ from rivals.run import Run
 from rivals.soup import Mixed, UniformSoup
 from rivals.system import Cost, Learned
 
-PIXELS, LABELS = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 1])
+PIXELS, LABELS = (
+    torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+    torch.tensor([0, 1, 2, 1]),
+)
 
 
 def test_head_starts_as_the_zero_shot_classifier(make_run: Callable[..., Run]):
     run = make_run()
     system, base = Classifier(run), load_base(run.recipe.architecture)
     model: Any = base.model
-    classifier = zero_shot_classifier(model, base.tokenizer, ["blue", "green", "red"], ["a photo of a {}."])
+    classifier = zero_shot_classifier(
+        model, base.tokenizer, ["blue", "green", "red"], ["a photo of a {}."]
+    )
     with torch.no_grad():
         images = F.normalize(model.encode_image(PIXELS), dim=-1)
         expected = model.logit_scale.exp() * images @ classifier.T
         torch.testing.assert_close(system.logits(PIXELS), expected)
         loss = system({"pixels": PIXELS, "labels": LABELS})
-        torch.testing.assert_close(loss, -expected.log_softmax(dim=1)[torch.arange(4), LABELS].mean())
+        torch.testing.assert_close(
+            loss, -expected.log_softmax(dim=1)[torch.arange(4), LABELS].mean()
+        )
 
 
 def test_classes_are_rows_of_the_head_with_their_bias(make_run: Callable[..., Run]):
@@ -44,7 +53,9 @@ def test_classes_are_rows_of_the_head_with_their_bias(make_run: Callable[..., Ru
     system = Classifier(run)
     with torch.no_grad():
         system.head.bias.copy_(torch.tensor([1.0, -2.0, 3.0]))
-        scores = system.embed_images(PIXELS) @ system.embed_classes(["red", "blue, azure"], ["a {}"]).T
+        scores = (
+            system.embed_images(PIXELS) @ system.embed_classes(["red", "blue, azure"], ["a {}"]).T
+        )
         torch.testing.assert_close(scores, system.logits(PIXELS)[:, [2, 0]])
         own = SystemEmbedder(Learned(system, Cost()), run.base, [1.0])
         found = own.probabilities(system.logits(PIXELS).numpy())
@@ -53,7 +64,9 @@ def test_classes_are_rows_of_the_head_with_their_bias(make_run: Callable[..., Ru
         system.embed_classes(["red", "pink"], ["a {}"])
 
 
-def test_classes_of_one_name_are_different_rows(make_run: Callable[..., Run], sets: list[EvaluationSet]):
+def test_classes_of_one_name_are_different_rows(
+    make_run: Callable[..., Run], sets: list[EvaluationSet]
+):
     """As ImageNet's two missiles: the judge takes each for itself, too."""
     run = make_run()
     system = Classifier(run)
@@ -61,7 +74,9 @@ def test_classes_of_one_name_are_different_rows(make_run: Callable[..., Run], se
     with torch.no_grad():
         system.head.weight.normal_(generator=torch.Generator().manual_seed(0))
         rows = torch.cat([system.head.weight, system.head.bias[:, None]], dim=1)
-        torch.testing.assert_close(system.embed_classes(["missile", "missile", "red"], []), rows[[0, 2, 1]])
+        torch.testing.assert_close(
+            system.embed_classes(["missile", "missile", "red"], []), rows[[0, 2, 1]]
+        )
         same = dataclasses.replace(sets[0], classes=system.classes)  # type: ignore[call-arg]
         [row] = judge(Learned(system, Cost()), run, [same])
         embedder = SystemEmbedder(Learned(system, Cost()), run.base, [1.0])
@@ -79,7 +94,9 @@ def test_classes_of_one_name_are_different_rows(make_run: Callable[..., Run], se
         ("mask-fill", ("head.", "model.visual.")),
     ],
 )
-def test_these_parts_learn_and_no_others(name: str, parts: tuple[str, ...], make_run: Callable[..., Run]):
+def test_these_parts_learn_and_no_others(
+    name: str, parts: tuple[str, ...], make_run: Callable[..., Run]
+):
     found = learned(METHODS[name], make_run())
     assert all(key.startswith(parts) for key in found.end)
     assert all(any(key.startswith(part) for key in found.end) for part in parts)
@@ -101,7 +118,9 @@ def test_lp_ft_starts_from_the_probe(make_run: Callable[..., Run]):
     run, method = make_run(), ProbeThenFineTuning()
     standing = dataclasses.replace(method, settings={**method.settings, "learning_rate": 1e-12})
     probe, found = learned(method.probe, run), learned(standing, run)
-    torch.testing.assert_close(found.end["head.weight"], probe.end["head.weight"], rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        found.end["head.weight"], probe.end["head.weight"], rtol=0, atol=1e-7
+    )
     assert not torch.equal(probe.end["head.weight"], probe.start["head.weight"])
     assert found.cost.seconds > probe.cost.seconds > 0
     assert found.cost.parameters == learned(FullFineTuning(), run).cost.parameters
@@ -112,13 +131,17 @@ def test_soup_is_the_mean_of_its_members(make_run: Callable[..., Run]):
     found = learned(method, run)
     members = [learned(recipe, run).at(1.0).state_dict() for recipe in method.recipes()]
     for name, value in found.system.state_dict().items():
-        torch.testing.assert_close(value, torch.stack([member[name] for member in members]).mean(dim=0))
+        torch.testing.assert_close(
+            value, torch.stack([member[name] for member in members]).mean(dim=0)
+        )
     assert len({str(recipe) for recipe in method.recipes()}) == 3
     assert method.recipes() == UniformSoup(members=5).recipes()[:3]
     assert found.cost.parameters == 3 * learned(FullFineTuning(), run).cost.parameters
 
 
-def test_mixed_images_have_mixed_and_smoothed_labels(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch):
+def test_mixed_images_have_mixed_and_smoothed_labels(
+    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+):
     system = Mixed(make_run(), smoothing=0.3, mixup=0.5)
     monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self: torch.tensor(0.8))
     monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n).flip(0))

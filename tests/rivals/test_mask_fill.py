@@ -13,7 +13,10 @@ from rivals.full import Classifier
 from rivals.mask_fill import Masked, MaskFill
 from rivals.run import Run
 
-PIXELS, LABELS = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 1])
+PIXELS, LABELS = (
+    torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+    torch.tensor([0, 1, 2, 1]),
+)
 
 
 @pytest.fixture
@@ -24,18 +27,26 @@ def system(make_run: Callable[..., Run]) -> Masked:
 
 
 def relevance_by_torch(system: Masked, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    """By the maps that `nn.MultiheadAttention` itself computes on its slow way, which can give them."""
+    """By the maps that `nn.MultiheadAttention` itself computes on its slow way, which can give
+    them.
+    """
     maps: list[torch.Tensor] = []
 
     def softmax(scores: torch.Tensor, dim: int, real: Any = F.softmax) -> torch.Tensor:
-        maps.append(real(scores, dim=dim).view(len(PIXELS), 2, 5, 5))  # two heads; 2 x 2 patches and the class token
+        maps.append(
+            real(scores, dim=dim).view(len(PIXELS), 2, 5, 5)
+        )  # two heads; 2 x 2 patches and the class token
         return maps[-1].view(scores.shape)
 
     monkeypatch.setattr(F, "softmax", softmax)
     for block in system.model.visual.transformer.resblocks:
 
         def attention(
-            q_x: Any, k_x: Any = None, v_x: Any = None, attn_mask: Any = None, layer: Any = block.attn
+            q_x: Any,
+            k_x: Any = None,
+            v_x: Any = None,
+            attn_mask: Any = None,
+            layer: Any = block.attn,
         ) -> Any:
             return layer(q_x, q_x, q_x, need_weights=True)[0]
 
@@ -58,7 +69,9 @@ def test_relevance_is_that_of_torchs_attention(system: Masked, monkeypatch: pyte
     torch.testing.assert_close(system.relevance(PIXELS, LABELS).detach(), expected)
     with torch.no_grad():  # the tower is as before
         torch.testing.assert_close(system.logits(PIXELS), Classifier.logits(system, PIXELS))
-    assert all("forward" not in vars(block.attn) for block in system.model.visual.transformer.resblocks)
+    assert all(
+        "forward" not in vars(block.attn) for block in system.model.visual.transformer.resblocks
+    )
     patches = system.object_patches(PIXELS, LABELS)
     assert torch.equal(patches, expected > 0.3 * expected.amax(dim=(1, 2), keepdim=True))
     assert patches.any()
@@ -74,7 +87,9 @@ def test_masked_patches_are_those_of_another_image(system: Masked):
     assert torch.equal(filled, expected)
 
 
-def test_loss_adds_the_distance_to_pretrained_features(system: Masked, monkeypatch: pytest.MonkeyPatch):
+def test_loss_adds_the_distance_to_pretrained_features(
+    system: Masked, monkeypatch: pytest.MonkeyPatch
+):
     with torch.no_grad():
         for parameter in system.model.visual.parameters():
             parameter.mul_(1.1)  # as if it had learned

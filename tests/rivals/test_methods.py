@@ -24,7 +24,10 @@ def small(name: str) -> Method:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_learns_is_kept_and_judged(
-    name: str, make_run: Callable[..., Run], sets: list[EvaluationSet], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    make_run: Callable[..., Run],
+    sets: list[EvaluationSet],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     method, run = small(name), make_run()
     first = learned(method, run)

@@ -1,4 +1,6 @@
-"""How many parameters learn in a ViT-B-16, beside what the paper's tables print; no weights are needed for that."""
+"""How many parameters learn in a ViT-B-16, beside what the paper's tables print; no weights are
+needed for that.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,10 @@ def run() -> Any:
         (FineTuneLikePretrain(), 149_620_737),  # Table 1: 149.6 M
         (FineTuneLikePretrain(text=False), 86_192_640),
         (CoOp(), 16 * 512),  # Table 2: < .01 M
-        (CoCoOp(), 4 * 512 + 512 * 32 + 32 + 32 * 512 + 512),  # Table 2: .03 M, which is the network alone: 33,312
+        (
+            CoCoOp(),
+            4 * 512 + 512 * 32 + 32 + 32 * 512 + 512,
+        ),  # Table 2: .03 M, which is the network alone: 33,312
         (RepAdapter(), 399_744),
         (RepAdapter(towers=("image",)), 24 * (768 * 8 + 8 + 768 * 8 // 2 + 768)),
         (RepAdapter(towers=("text",)), 24 * (512 * 8 + 8 + 512 * 8 // 2 + 512)),
@@ -55,15 +60,19 @@ def test_parameters_in_vit_b_16(method: Method, count: int, run: Any):
 
 
 def test_parameters_of_clipood(run: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("rivals.clipood.encode_texts", lambda model, tokens: torch.zeros(len(tokens), 512))
+    monkeypatch.setattr(
+        "rivals.clipood.encode_texts", lambda model, tokens: torch.zeros(len(tokens), 512)
+    )
     count = sum(parameter.numel() for parameter in CLIPood().start(run).learning())
-    # Table 2 prints 86.7 M, which is the image tower and a head of 1,000 classes; CLIPood's code learns no head
+    # Table 2 prints 86.7 M, which is the image tower and a head of 1,000 classes; CLIPood's code
+    # learns no head
     assert (count, round((count + 1000 * 512) / 1e6, 1)) == (86_192_640, 86.7)
 
 
 def test_parameters_of_full_fine_tuning(run: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        "rivals.full.zero_shot_classifier", lambda model, _, classes, __: torch.zeros(len(classes), 512)
+        "rivals.full.zero_shot_classifier",
+        lambda model, _, classes, __: torch.zeros(len(classes), 512),
     )
     run.data.classes = [str(number) for number in range(1000)]
     count = sum(parameter.numel() for parameter in FullFineTuning().start(run).learning())

@@ -30,13 +30,17 @@ class ByHand:
         self.tokenize = open_clip.get_tokenizer(name)
 
     def text(self, words: str, contexts: list[Tensor]) -> Tensor:
-        """A prompt of placeholders and a class; contexts[j] stands behind the start token before block j."""
+        """A prompt of placeholders and a class; contexts[j] stands behind the start token before
+        block j.
+        """
         model, tokens = self.model, self.tokenize([words])
         x = model.token_embedding(tokens)
         for number, block in enumerate(model.transformer.resblocks):
             if number < len(contexts):
                 x[:, 1 : 1 + len(contexts[number])] = contexts[number]
-            x = block(x + model.positional_embedding if number == 0 else x, attn_mask=model.attn_mask)
+            x = block(
+                x + model.positional_embedding if number == 0 else x, attn_mask=model.attn_mask
+            )
         end = model.ln_final(x)[0, tokens[0].argmax()] @ model.text_projection
         return F.normalize(end, dim=-1)
 
@@ -44,7 +48,10 @@ class ByHand:
         """Images whose patches are followed by prompts[j] before block j."""
         visual = self.model.visual
         x = visual.conv1(pixels).flatten(2).transpose(1, 2)
-        x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1) + visual.positional_embedding
+        x = (
+            torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1)
+            + visual.positional_embedding
+        )
         patches = x.shape[1]
         for number, block in enumerate(visual.transformer.resblocks):
             if number < len(prompts):
@@ -62,7 +69,9 @@ def changed(method: Any, run: Run) -> set[str]:
     return set(learned(method, run).end)
 
 
-def test_coop_learns_a_context_for_all_classes_and_nothing_else(make_run: Callable[..., Run], by_hand: ByHand):
+def test_coop_learns_a_context_for_all_classes_and_nothing_else(
+    make_run: Callable[..., Run], by_hand: ByHand
+):
     run = make_run()
     assert changed(CoOp(), run) == {"context.vectors"}
     system = learned(CoOp(), run).system
@@ -70,17 +79,25 @@ def test_coop_learns_a_context_for_all_classes_and_nothing_else(make_run: Callab
     vectors = system.context.vectors.detach()
     assert vectors.shape == (16, 64)
     words = " ".join(["X"] * 16)
-    expected = torch.stack([by_hand.text(f"{words} {name}.", [vectors]) for name in ("blue", "red one")])
+    expected = torch.stack(
+        [by_hand.text(f"{words} {name}.", [vectors]) for name in ("blue", "red one")]
+    )
     with torch.no_grad():
         found = system.embed_classes(["blue", "red one"], ["whatever {}"])
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         logits = system.scores(PIXELS)
-    classes = torch.stack([by_hand.text(f"{words} {name}.", [vectors]) for name in ("blue", "green", "red")])
+    classes = torch.stack(
+        [by_hand.text(f"{words} {name}.", [vectors]) for name in ("blue", "green", "red")]
+    )
     scale = by_hand.model.logit_scale.exp()
-    torch.testing.assert_close(logits, scale * by_hand.image(PIXELS, []) @ classes.T, rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        logits, scale * by_hand.image(PIXELS, []) @ classes.T, rtol=0, atol=1e-3
+    )
     with torch.no_grad():  # the loss is cross-entropy over these
         loss = system({"pixels": PIXELS, "labels": torch.tensor([0, 2, 1]), "texts": ["", "", ""]})
-    assert float(loss) == pytest.approx(float(F.cross_entropy(logits, torch.tensor([0, 2, 1]))), abs=1e-5)
+    assert float(loss) == pytest.approx(
+        float(F.cross_entropy(logits, torch.tensor([0, 2, 1]))), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,9 +118,12 @@ def test_context_that_starts_as_words_is_zero_shot_with_them(
 
 
 @pytest.mark.parametrize(
-    "length, words, problem", [(5, "a photo of a", "has fewer"), (3, "a photo {}", "has fewer"), (75, None, "no room")]
+    "length, words, problem",
+    [(5, "a photo of a", "has fewer"), (3, "a photo {}", "has fewer"), (75, None, "no room")],
 )
-def test_contexts_that_do_not_fit_are_refused(length: int, words: str, problem: str, make_run: Callable[..., Run]):
+def test_contexts_that_do_not_fit_are_refused(
+    length: int, words: str, problem: str, make_run: Callable[..., Run]
+):
     with pytest.raises(RAdapterError, match=problem):
         CoOp(length=length, words=words).start(make_run())
 
@@ -122,7 +142,12 @@ def test_cocoop_gives_each_image_its_own_classes(make_run: Callable[..., Run], b
     contexts = system.context.vectors + shifts[:, None]
     expected = torch.stack(
         [
-            torch.stack([image @ by_hand.text(f"a photo of a {name}.", [context]) for name in ("red", "sky blue")])
+            torch.stack(
+                [
+                    image @ by_hand.text(f"a photo of a {name}.", [context])
+                    for name in ("red", "sky blue")
+                ]
+            )
             for image, context in zip(images, contexts, strict=True)
         ]
     )
@@ -132,15 +157,21 @@ def test_cocoop_gives_each_image_its_own_classes(make_run: Callable[..., Run], b
         known = system.scores(PIXELS)
     torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-5)
     scale = float(by_hand.model.logit_scale.exp())
-    torch.testing.assert_close(known[:, 2], scale * expected[:, 0].detach(), rtol=0, atol=1e-3)  # red is the last
+    torch.testing.assert_close(
+        known[:, 2], scale * expected[:, 0].detach(), rtol=0, atol=1e-3
+    )  # red is the last
     unshifted = by_hand.text("a photo of a red.", [system.context.vectors.detach()])
     assert (images @ unshifted - expected[:, 0]).abs().max() > 1e-3
     with torch.no_grad():  # no image's shift stays behind
-        torch.testing.assert_close(system.embed_texts(["a photo of a red."])[0], unshifted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            system.embed_texts(["a photo of a red."])[0], unshifted, rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_maple_couples_prompts_of_both_towers(depth: int, make_run: Callable[..., Run], by_hand: ByHand):
+def test_maple_couples_prompts_of_both_towers(
+    depth: int, make_run: Callable[..., Run], by_hand: ByHand
+):
     run, method = make_run(), MaPLe(depth=depth)
     names = {"context.vectors", *(f"deep.{j}" for j in range(depth - 1))}
     names |= {f"couple.{j}.{name}" for j in range(depth) for name in ("weight", "bias")}
@@ -149,11 +180,18 @@ def test_maple_couples_prompts_of_both_towers(depth: int, make_run: Callable[...
     assert isinstance(system, Coupled)
     texts = [system.context.vectors, *system.deep]
     assert [tuple(prompts.shape) for prompts in texts] == [(2, 64)] * depth
-    prompts = [text @ couple.weight.T + couple.bias for text, couple in zip(texts, system.couple, strict=True)]
+    prompts = [
+        text @ couple.weight.T + couple.bias
+        for text, couple in zip(texts, system.couple, strict=True)
+    ]
     with torch.no_grad():
         found = system.embed_classes(["green"], ["whatever {}"])
-        torch.testing.assert_close(found[0], by_hand.text("a photo of a green.", texts), rtol=0, atol=1e-5)
-        torch.testing.assert_close(system.embed_images(PIXELS), by_hand.image(PIXELS, prompts), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            found[0], by_hand.text("a photo of a green.", texts), rtol=0, atol=1e-5
+        )
+        torch.testing.assert_close(
+            system.embed_images(PIXELS), by_hand.image(PIXELS, prompts), rtol=0, atol=1e-5
+        )
         assert (system.embed_images(PIXELS) - by_hand.image(PIXELS, [])).abs().max() > 1e-3
 
 

@@ -1,4 +1,6 @@
-"""Tables: what is done is kept, nothing is chosen on test data, and the figures are those of the cells."""
+"""Tables: what is done is kept, nothing is chosen on test data, and the figures are those of the
+cells.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,13 @@ def benchmark_file(images: Path, tiny_clip_dir: str, tmp_path: Path) -> Path:
     suite = {"name": "colours", "templates": "simple", "sets": sets}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
     (tmp_path / "templates.txt").write_text("a photo of a {}.\n")
-    train = {"data": "imagefolder:images", "batch_size": 4, "steps": 2, "workers": 0, "architecture": tiny_clip_dir}
+    train = {
+        "data": "imagefolder:images",
+        "batch_size": 4,
+        "steps": 2,
+        "workers": 0,
+        "architecture": tiny_clip_dir,
+    }
     train["templates"] = "templates.txt"
     path = tmp_path / "benchmark.yaml"
     path.write_text(yaml.safe_dump({"suite": "suite.yaml", "train": train}))
@@ -73,14 +81,32 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_table_is_written_and_not_made_twice(
     benchmark_file: Path, here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    call = ["1", "--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--seeds", "0", "1", *SMALL]
+    call = [
+        "1",
+        "--data",
+        str(benchmark_file),
+        "--out",
+        str(tmp_path / "out"),
+        "--seeds",
+        "0",
+        "1",
+        *SMALL,
+    ]
     assert main(call) == 0
-    assert sorted(here) == ["FullFineTuning"] * 2 + ["ZeroShot"] * 2  # WiSE-FT is another place of the line of FT
+    assert (
+        sorted(here) == ["FullFineTuning"] * 2 + ["ZeroShot"] * 2
+    )  # WiSE-FT is another place of the line of FT
     text = (tmp_path / "out" / "table-1.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip()
     shown, _, leads = text.partition("What each method leads Zero-shot")
     head, _, *rows = [line for line in shown.splitlines() if line.startswith("|")]
-    assert head.split(" | ")[4:] == ["α", "same (n 24)", "mean of 2 shifts", "other (n 24)", "third (n 24) |"]
+    assert head.split(" | ")[4:] == [
+        "α",
+        "same (n 24)",
+        "mean of 2 shifts",
+        "other (n 24)",
+        "third (n 24) |",
+    ]
     assert [row.split(" | ")[0] for row in rows] == ["| Zero-shot", "| FT", "| WiSE-FT"]
     assert [row.split(" | ")[4] for row in rows] == ["-", "-", "0.5"]
     assert (tmp_path / "out" / "table-1.png").stat().st_size > 1000
@@ -114,7 +140,9 @@ def test_table_is_written_and_not_made_twice(
     assert here == ["FullFineTuning"]
 
 
-def test_what_is_done_counts_where_the_data_has_moved(benchmark_file: Path, here: list[str], tmp_path: Path):
+def test_what_is_done_counts_where_the_data_has_moved(
+    benchmark_file: Path, here: list[str], tmp_path: Path
+):
     out, other = ["--out", str(tmp_path / "out"), "--only", "FT"], tmp_path / "other"
     other.mkdir()
     assert main(["1", "--data", str(benchmark_file), *out]) == 0
@@ -132,7 +160,9 @@ def test_what_is_done_counts_where_the_data_has_moved(benchmark_file: Path, here
 def test_fig3_shows_every_alpha(benchmark_file: Path, here: list[str], tmp_path: Path):
     assert main(["fig3", "--data", str(benchmark_file), "--out", str(tmp_path / "out")]) == 0
     rows = [
-        line.split(" | ") for line in (tmp_path / "out" / "table-fig3.md").read_text().splitlines()[5:] if "|" in line
+        line.split(" | ")
+        for line in (tmp_path / "out" / "table-fig3.md").read_text().splitlines()[5:]
+        if "|" in line
     ]
     shown = [(row[0].strip("| "), row[1]) for row in rows if row[1][0].isdigit()]
     assert shown == [(name, f"{alpha:g}") for name in ("R-Adapter", "WiSE-FT") for alpha in ALPHAS]
@@ -150,28 +180,50 @@ def test_says_where_what_chose_is_judged_by(benchmark_file: Path, here: list[str
     )
 
 
-def test_choices_are_made_on_validation_sets(benchmark_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_choices_are_made_on_validation_sets(
+    benchmark_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     cells, asked = Cells(load_benchmark(benchmark_file), tmp_path), []
 
     def cell(name: str, method: Any, seed: int, alphas: Any, split: str = "test") -> Cell:
         asked.append(split)
-        best = {1e-5: 3.0, 3e-5: 5.0, 9e-5: 4.0}.get(round(method.settings.get("learning_rate", 0), 6), 0)
+        best = {1e-5: 3.0, 3e-5: 5.0, 9e-5: 4.0}.get(
+            round(method.settings.get("learning_rate", 0), 6), 0
+        )
         rows = [row("x", "id", best / 10 - (a - 0.35) ** 2, alpha=a) for a in alphas]
         return Cell(method, Cost(), rows)
 
     monkeypatch.setattr(cells, "cell", cell)
-    assert cells.chosen_alpha("wise-ft", METHODS["wise-ft"], 0).alpha == 0.3  # 0.3 and 0.4 are equal
+    assert (
+        cells.chosen_alpha("wise-ft", METHODS["wise-ft"], 0).alpha == 0.3
+    )  # 0.3 and 0.4 are equal
     assert cells.chosen_alpha("ft", METHODS["ft"], 0).alpha is None
-    slow = dataclasses.replace(METHODS["ft"], settings={**METHODS["ft"].settings, "learning_rate": 1e-5})
-    assert cells.chosen_rate("ft", slow, 0, [1, 3, 9]).settings["learning_rate"] == pytest.approx(3e-5)
-    assert cells.chosen_rate("zero-shot", METHODS["zero-shot"], 0, [1, 3, 9]) == METHODS["zero-shot"]
+    slow = dataclasses.replace(
+        METHODS["ft"], settings={**METHODS["ft"].settings, "learning_rate": 1e-5}
+    )
+    assert cells.chosen_rate("ft", slow, 0, [1, 3, 9]).settings["learning_rate"] == pytest.approx(
+        3e-5
+    )
+    assert (
+        cells.chosen_rate("zero-shot", METHODS["zero-shot"], 0, [1, 3, 9]) == METHODS["zero-shot"]
+    )
     assert set(asked) == {"validation"}
     assert cells.chosen_rate("ft", slow, 0, [7]).settings["learning_rate"] == pytest.approx(7e-5)
     assert cells.chosen_rate("ft", slow, 0, [1]) == slow
 
 
 def test_one_rate_is_taken_as_it_is(benchmark_file: Path, here: list[str], tmp_path: Path):
-    call = ["1", "--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--rates", "10", "--only", "FT"]
+    call = [
+        "1",
+        "--data",
+        str(benchmark_file),
+        "--out",
+        str(tmp_path / "out"),
+        "--rates",
+        "10",
+        "--only",
+        "FT",
+    ]
     assert main(call) == 0
     text = (tmp_path / "out" / "table-1.md").read_text()
     assert "The learning rate is each paper's own times 10: FT at 0.0003." in text
@@ -191,9 +243,16 @@ def test_score_is_a_mean_of_means():
 
 def test_figures_of_each_task():
     rows = [row("b", "ood", 0.5), row("a", "id", 0.9), row("c", "ood", 0.3)]
-    assert list(figures(rows).items()) == [("a", 90.0), ("mean of 2 shifts", 40.0), ("b", 50.0), ("c", 30.0)]
+    assert list(figures(rows).items()) == [
+        ("a", 90.0),
+        ("mean of 2 shifts", 40.0),
+        ("b", 50.0),
+        ("c", 30.0),
+    ]
     recalls = {"image_retrieval_recall@1": 0.25, "text_retrieval_recall@10": 0.5}
-    found = figures([dataclasses.replace(row("f", "id", 0, task="zeroshot_retrieval"), metrics=recalls)])
+    found = figures(
+        [dataclasses.replace(row("f", "id", 0, task="zeroshot_retrieval"), metrics=recalls)]
+    )
     assert found == {"f, image R@1": 25.0, "f, text R@10": 50.0}
 
 
@@ -220,19 +279,25 @@ def test_refuses_what_is_no_benchmark(document: Any, message: str, benchmark_fil
         load_benchmark(benchmark_file)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "rivals" / "benchmarks").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "rivals" / "benchmarks").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_ready_benchmarks_hold_what_a_run_needs(path: Path, tmp_path: Path):
     place = yaml.safe_load(path.read_text())["train"]["data"].partition(":")[2].partition("@")[0]
     (tmp_path / place).mkdir(parents=True)
     benchmark = load_benchmark(path, tmp_path)
     recipe = Recipe(**benchmark.given)
     recipe.check()
-    assert recipe.classes is None or not Path(recipe.classes).is_dir()  # imagenet is a name, and a folder of the data
+    assert (
+        recipe.classes is None or not Path(recipe.classes).is_dir()
+    )  # imagenet is a name, and a folder of the data
     assert recipe.data.partition(":")[2].startswith(str(tmp_path))
     assert {entry.task for entry in benchmark.suite.entries} == {recipe.task}
 
 
-def test_refuses_a_row_that_is_not_there(benchmark_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def test_refuses_a_row_that_is_not_there(
+    benchmark_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
     assert main(["5", "--data", str(benchmark_file), "--only", "E11", "--out", str(tmp_path)]) == 2
     assert "table 5 has no row 'E11'; allowed: B1: AdaptFormer" in capsys.readouterr().err
 
@@ -257,7 +322,11 @@ def test_a_row_of_hyper_parameters_changes_one():
 def test_rows_of_table_5_have_the_parts_that_they_name():
     """In the paper's order; R-Adapter as a whole is the last."""
     rows = TABLES["5"].rows
-    assert [name.partition(":")[0] for name in rows] == ["B1", "B2", *(f"E{number}" for number in range(11))]
+    assert [name.partition(":")[0] for name in rows] == [
+        "B1",
+        "B2",
+        *(f"E{number}" for number in range(11)),
+    ]
     for name, row in rows.items():
         parts = set(name.partition(": ")[2].split(", ")) - {"none"}
         if isinstance(row, AdaptFormer | RepAdapter):
@@ -275,18 +344,40 @@ def test_rows_of_table_5_have_the_parts_that_they_name():
             *(["MPM"] if (own("positives"), own("delta")) == ("several", 0.05) else []),
             *(["LS"] if own("epsilon") == 0.02 else []),
         }
-        off = {row.variant.dropout, row.variant.drop_path, own("drop"), own("momentum"), own("epsilon"), own("delta")}
+        off = {
+            row.variant.dropout,
+            row.variant.drop_path,
+            own("drop"),
+            own("momentum"),
+            own("epsilon"),
+            own("delta"),
+        }
         assert off <= {None, 0.0, 0.02, 0.05, 0.2}
-    combined = ["AD", "AC", "AD, AC", "AD, AC, RS", "AD, AC, RS, LS", "AD, AC, RS, MPM", "AD, AC, RS, MPM, LS"]
-    assert {f"E{number}: {parts}" for number, parts in zip((3, 4, 6, 7, 8, 9, 10), combined, strict=True)} <= set(rows)
+    combined = [
+        "AD",
+        "AC",
+        "AD, AC",
+        "AD, AC, RS",
+        "AD, AC, RS, LS",
+        "AD, AC, RS, MPM",
+        "AD, AC, RS, MPM, LS",
+    ]
+    assert {
+        f"E{number}: {parts}"
+        for number, parts in zip((3, 4, 6, 7, 8, 9, 10), combined, strict=True)
+    } <= set(rows)
 
 
 def test_clipood_averages_as_its_paper_does_for_images_of_that_kind():
-    """β is 0.1 for 16 images a class, and 0.5 where styles shift, as in the benchmarks of the table of all systems."""
+    """β is 0.1 for 16 images a class, and 0.5 where styles shift, as in the benchmarks of the table
+    of all systems.
+    """
     few, shifted = TABLES["2"].rows["CLIPood"], TABLES["all"].rows["clipood"]
     assert isinstance(few, CLIPood) and isinstance(shifted, CLIPood)
     assert (few.beta, shifted.beta) == (0.1, 0.5)
-    assert list(TABLES["all"].rows).index("clipood") == list(METHODS).index("clipood") - 2  # without lp, mask-adapted
+    assert (
+        list(TABLES["all"].rows).index("clipood") == list(METHODS).index("clipood") - 2
+    )  # without lp, mask-adapted
 
 
 def test_all_methods_see_the_same_crops_of_drawings():
@@ -297,7 +388,9 @@ def test_all_methods_see_the_same_crops_of_drawings():
 
 def test_every_system_is_in_a_table():
     shown = [method for table in TABLES.values() for method in table.rows.values()]
-    classes = {type(method) for method in METHODS.values()} - {type(METHODS["lp"])}  # a part of LP-FT
+    classes = {type(method) for method in METHODS.values()} - {
+        type(METHODS["lp"])
+    }  # a part of LP-FT
     assert classes == {type(method) for method in shown}
     assert any(isinstance(method, UniformSoup) and method.members == 72 for method in shown)
 
@@ -312,14 +405,20 @@ def test_pacs_keeps_apart_what_learns_chooses_and_judges(images: Path, tmp_path:
         part: (tmp_path / "out" / f"{part}.csv").read_text().splitlines()[1:]
         for part in ("train", "validation", "test")
     }
-    assert {part: len(rows) for part, rows in parts.items()} == {"train": 18, "validation": 3, "test": 3}
+    assert {part: len(rows) for part, rows in parts.items()} == {
+        "train": 18,
+        "validation": 3,
+        "test": 3,
+    }
     assert len({line for rows in parts.values() for line in rows}) == 24
     benchmark = load_benchmark(tmp_path / "out" / "benchmark.yaml")
     assert [len(data) for data in benchmark.sets("test")] == [3, 24, 24, 24]
     assert [data.entry.name for data in benchmark.sets("validation")] == ["photo, validation"]
 
 
-def test_what_is_learned_from_pacs_counts_wherever_it_lies(images: Path, tiny_clip_dir: str, tmp_path: Path):
+def test_what_is_learned_from_pacs_counts_wherever_it_lies(
+    images: Path, tiny_clip_dir: str, tmp_path: Path
+):
     digests = set()
     for name in ("here", "there"):
         root = tmp_path / name
@@ -327,7 +426,10 @@ def test_what_is_learned_from_pacs_counts_wherever_it_lies(images: Path, tiny_cl
             shutil.copytree(images, root / style)
         for _ in range(2):  # the second time the link is there
             assert pacs([str(root), str(root / "out")]) == 0
-        given = {**load_benchmark(root / "out" / "benchmark.yaml").given, "architecture": tiny_clip_dir}
+        given = {
+            **load_benchmark(root / "out" / "benchmark.yaml").given,
+            "architecture": tiny_clip_dir,
+        }
         digests.add(Run(given, tmp_path).digest())
     assert len(digests) == 1
     root.rename(tmp_path / "elsewhere")
@@ -375,7 +477,9 @@ def test_refuses_a_benchmark_that_trains_by_nothing_known(
 
 
 def test_numbers_of_a_benchmark_are_those_that_yaml_writes_as_text(benchmark_file: Path):
-    benchmark_file.write_text(benchmark_file.read_text() + "  weight_decay: 1e-4\n  precision: no\n")
+    benchmark_file.write_text(
+        benchmark_file.read_text() + "  weight_decay: 1e-4\n  precision: no\n"
+    )
     given = load_benchmark(benchmark_file).given
     assert (given["weight_decay"], given["precision"]) == (1e-4, "no")
 
@@ -391,7 +495,9 @@ def test_files_that_a_benchmark_names_are_found_beside_it(benchmark_file: Path, 
     assert sorted(data.classes) == ["blue", "green", "red"]
 
 
-@pytest.mark.parametrize("change", [{"cost": {"days": 3}}, {"rows": [{}]}, {"digest": None, "extra": 1}, None])
+@pytest.mark.parametrize(
+    "change", [{"cost": {"days": 3}}, {"rows": [{}]}, {"digest": None, "extra": 1}, None]
+)
 def test_a_cell_that_is_damaged_is_named(
     change: dict[str, Any] | None,
     benchmark_file: Path,
@@ -399,7 +505,15 @@ def test_a_cell_that_is_damaged_is_named(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ):
-    call = ["1", "--data", str(benchmark_file), "--out", str(tmp_path / "out"), "--only", "Zero-shot"]
+    call = [
+        "1",
+        "--data",
+        str(benchmark_file),
+        "--out",
+        str(tmp_path / "out"),
+        "--only",
+        "Zero-shot",
+    ]
     assert main(call) == 0
     path = tmp_path / "out" / "table-1.jsonl"
     whole = path.read_text()
@@ -411,7 +525,9 @@ def test_a_cell_that_is_damaged_is_named(
 
 
 @pytest.mark.slow
-def test_learns_in_a_process_of_its_own(make_run: Callable[..., Run], benchmark_file: Path, tmp_path: Path):
+def test_learns_in_a_process_of_its_own(
+    make_run: Callable[..., Run], benchmark_file: Path, tmp_path: Path
+):
     held = torch.zeros(50_000_000)  # 200 MB that a process forked from this one would have, too
     cells = Cells(load_benchmark(benchmark_file), tmp_path)
     cell = cells.cell("ft", METHODS["ft"], 0, [1.0])

@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from radapter_serve.adapter import Adapters, Metadata, attach, base_digest, find_sites, fold, load_adapter
+from radapter_serve.adapter import (
+    Adapters,
+    Metadata,
+    attach,
+    base_digest,
+    find_sites,
+    fold,
+    load_adapter,
+)
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import encode_image
 from radapter_serve.errors import RAdapterError
@@ -28,7 +36,9 @@ def model(tiny_clip_dir: str) -> nn.Module:
     return load_base(tiny_clip_dir).model
 
 
-def ablated(model: nn.Module, rank: int | None = None, form: Any = "activation", **fields: Any) -> Adapters:
+def ablated(
+    model: nn.Module, rank: int | None = None, form: Any = "activation", **fields: Any
+) -> Adapters:
     """Adapters of random values, in training."""
     parts = Variant(**fields).parts()
     adapters = attach(model, rank, form=form, make=parts.layer)
@@ -47,7 +57,9 @@ def linear_output(adapters: Adapters, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_dropout_leaves_out_values_of_what_an_adapter_adds_and_acts_in_training_only(model: nn.Module) -> None:
+def test_dropout_leaves_out_values_of_what_an_adapter_adds_and_acts_in_training_only(
+    model: nn.Module,
+) -> None:
     x = torch.randn(200, 5, adapted_inputs(model))
     plain = linear_output(adapters := attach(model), x)
     adapters.remove()
@@ -77,16 +89,22 @@ def test_drop_path_leaves_out_whole_branches_of_single_images(model: nn.Module, 
     assert 0 < left_out.sum() < 50
     adapters.remove()
     again = adapters.sites[1].output(x)
-    assert again.shape == whole.shape and (again.abs().sum((1, 2)) > 0).all()  # nothing is left behind
+    assert (
+        again.shape == whole.shape and (again.abs().sum((1, 2)) > 0).all()
+    )  # nothing is left behind
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["activation", "weight"])
 @pytest.mark.parametrize("rank", [None, 2])
-def test_a_learned_scale_starts_at_a_tenth_and_folds(model: nn.Module, rank: int | None, form: str) -> None:
+def test_a_learned_scale_starts_at_a_tenth_and_folds(
+    model: nn.Module, rank: int | None, form: str
+) -> None:
     state = {name: value.clone() for name, value in model.state_dict().items()}
     fresh = attach(model, rank, make=Variant(learned_scale=True).parts().layer)
-    scales = {name: value for name, value in fresh.named_tensors().items() if name.endswith(".scale")}
+    scales = {
+        name: value for name, value in fresh.named_tensors().items() if name.endswith(".scale")
+    }
     assert [value.item() for value in scales.values()] == pytest.approx([0.1] * len(fresh.sites))
     assert all(value.requires_grad for value in scales.values())
     fresh.remove()
@@ -96,7 +114,9 @@ def test_a_learned_scale_starts_at_a_tenth_and_folds(model: nn.Module, rank: int
     digest = base_digest(state, [site.key for site in adapters.sites])
     adapter = adapters.adapter(Metadata(architecture="tiny", base_digest=digest, rank=rank))
     adapters.remove()
-    model.load_state_dict(fold(state, adapter, 1.0))  # which refuses tensors that no adapter file has
+    model.load_state_dict(
+        fold(state, adapter, 1.0)
+    )  # which refuses tensors that no adapter file has
     torch.testing.assert_close(encode_image(model, pixels), expected, rtol=0, atol=1e-5)
 
 
@@ -105,7 +125,9 @@ def adapted_inputs(model: nn.Module) -> int:
     return find_sites(model)[1].layer.in_features
 
 
-@pytest.mark.parametrize("variant", [Variant(learned_scale=True), Variant(average="trajectory", falling=True)])
+@pytest.mark.parametrize(
+    "variant", [Variant(learned_scale=True), Variant(average="trajectory", falling=True)]
+)
 def test_training_is_that_by_hand(recipe: Recipe, tmp_path: Path, variant: Variant) -> None:
     data, pairs = labelled(tmp_path / "data", 11, seed=0)
     recipe = dataclasses.replace(recipe, data=data)

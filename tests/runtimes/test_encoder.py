@@ -21,7 +21,9 @@ from radapter_serve.runtimes.encoder import Encoder, openvino_properties
 
 
 @pytest.mark.parametrize("name", ["image_encoder", "text_encoder"])
-def test_openvino_computes_what_torch_computed(exported_tiny_clip: Path, name: str, tmp_path: Path) -> None:
+def test_openvino_computes_what_torch_computed(
+    exported_tiny_clip: Path, name: str, tmp_path: Path
+) -> None:
     folder = exported_tiny_clip / "model_repository" / name / "2"
     encoder = Encoder(folder / "model.onnx", "openvino", threads=1)
     assert compare(name, encoder, Samples.load(folder), 1e-5).min_cosine > 1 - 1e-6
@@ -30,14 +32,21 @@ def test_openvino_computes_what_torch_computed(exported_tiny_clip: Path, name: s
     assert not (folder / "model.onnx.data").exists()
     apart = tmp_path / "apart.onnx"
     onnx.save(model, apart, save_as_external_data=True, location="apart.data", size_threshold=0)
-    assert compare(name, Encoder(apart, "openvino", threads=1), Samples.load(folder), 1e-5).max_error < 1e-5
+    assert (
+        compare(name, Encoder(apart, "openvino", threads=1), Samples.load(folder), 1e-5).max_error
+        < 1e-5
+    )
 
 
 def test_inputs_come_in_the_order_of_the_graph(tmp_path: Path) -> None:
     names = ("b", "a")
-    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2]) for name in names]
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2]) for name in names
+    ]
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2])
-    graph = helper.make_graph([helper.make_node("Sub", names, ["y"])], "difference", inputs, [output])
+    graph = helper.make_graph(
+        [helper.make_node("Sub", names, ["y"])], "difference", inputs, [output]
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
     model.ir_version = 10
     onnx.save(model, tmp_path / "model.onnx")
@@ -49,7 +58,9 @@ def test_inputs_come_in_the_order_of_the_graph(tmp_path: Path) -> None:
         np.testing.assert_array_equal(kept, [[4, 2]])
 
 
-@pytest.mark.parametrize(("precision", "hint"), [("fp32", "f32"), ("fp16", "f32"), ("int8", "f32"), ("bf16", "bf16")])
+@pytest.mark.parametrize(
+    ("precision", "hint"), [("fp32", "f32"), ("fp16", "f32"), ("int8", "f32"), ("bf16", "bf16")]
+)
 def test_openvino_is_never_left_to_choose_the_precision(precision: str, hint: str) -> None:
     assert openvino_properties(precision)["INFERENCE_PRECISION_HINT"] == hint
 
@@ -61,7 +72,9 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RAdapterError, match=rf"{name} \d.* cannot load .*model.onnx: "):
             Encoder(broken, runtime)
         monkeypatch.setitem(sys.modules, runtime, None)
-        with pytest.raises(RAdapterError, match=rf"{name} is not installed .*pip install .*\[\w+\]"):
+        with pytest.raises(
+            RAdapterError, match=rf"{name} is not installed .*pip install .*\[\w+\]"
+        ):
             Encoder(broken, runtime)
     with pytest.raises(RAdapterError, match="no runtime 'torch'; allowed are"):
         Encoder(broken, "torch")
@@ -75,27 +88,35 @@ def test_a_release_is_run_by_its_own_runtime(
     shutil.copytree(exported_tiny_clip / "model_repository" / "classify", copy / "classify")
     for folder in (copy / "classify").glob("[0-9]*"):
         dataclasses.replace(Release.load(folder), runtime="openvino").save(folder)
-    monkeypatch.setattr(release, "Encoder", lambda path, runtime, precision: asked.append((path.name, runtime)))
+    monkeypatch.setattr(
+        release, "Encoder", lambda path, runtime, precision: asked.append((path.name, runtime))
+    )
     release.LocalRelease(copy)
     assert asked == [("model.onnx", "openvino")] * 2
 
 
 def test_openvino_reports_to_nobody_and_leaves_nothing_at_home(tmp_path: Path) -> None:
     code = (
-        "import sys; from radapter_serve.runtimes.encoder import import_openvino; import_openvino();"
-        "assert not [name for name, module in sys.modules.items() if name.startswith('openvino_telemetry') and module]"
+        "import sys; from radapter_serve.runtimes.encoder import import_openvino;"
+        " import_openvino();assert not [name for name, module in sys.modules.items() if"
+        " name.startswith('openvino_telemetry') and module]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"HOME": str(tmp_path)})
     assert not list(tmp_path.iterdir())
 
 
 def test_a_signal_after_openvino_is_handled(exported_tiny_clip: Path) -> None:
-    """In a process of its own, which would die: the plugin's stacks for signals are freed in another order."""
+    """In a process of its own, which would die: the plugin's stacks for signals are freed in
+    another order.
+    """
     code = (
-        "import os, signal, sys; from pathlib import Path; from radapter_serve.runtimes.encoder import Encoder;"
-        "first, second = (Encoder(Path(sys.argv[1]), 'openvino') for _ in range(2)); del first; del second;"
-        "signal.signal(signal.SIGUSR1, lambda *_: print('handled')); os.kill(os.getpid(), signal.SIGUSR1)"
+        "import os, signal, sys; from pathlib import Path; from radapter_serve.runtimes.encoder"
+        " import Encoder;first, second = (Encoder(Path(sys.argv[1]), 'openvino') for _ in"
+        " range(2)); del first; del second;signal.signal(signal.SIGUSR1, lambda *_:"
+        " print('handled')); os.kill(os.getpid(), signal.SIGUSR1)"
     )
     path = exported_tiny_clip / "model_repository" / "image_encoder" / "2" / "model.onnx"
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

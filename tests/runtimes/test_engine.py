@@ -1,4 +1,6 @@
-"""Engines and the GPU's driver, on a fake of both; `tests/export/test_tensorrt.py` builds with the real parser."""
+"""Engines and the GPU's driver, on a fake of both; `tests/export/test_tensorrt.py` builds with the
+real parser.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ import pytest
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.runtimes.cuda import Gpu, Stream, find_gpu
-from radapter_serve.runtimes.tensorrt.engine import Engine, Options, build, import_tensorrt, make_profile
+from radapter_serve.runtimes.tensorrt.engine import (
+    Engine,
+    Options,
+    build,
+    import_tensorrt,
+    make_profile,
+)
 from tests.helpers.fake_tensorrt import Driver, install, make_tensorrt
 from tests.helpers.small_release import image_encoder, text_encoder
 
@@ -74,7 +82,9 @@ def test_the_gpu_is_named_and_its_absence_is_explained(monkeypatch: pytest.Monke
         (Driver(devices=0), "shows none"),
     ):
         install(monkeypatch, driver)
-        with pytest.raises(RAdapterError, match=rf"no GPU: .*{why}.*; .*radapter-serve --runtime onnxruntime"):
+        with pytest.raises(
+            RAdapterError, match=rf"no GPU: .*{why}.*; .*radapter-serve --runtime onnxruntime"
+        ):
             find_gpu()
 
 
@@ -89,7 +99,10 @@ def test_without_a_gpu_this_machine_says_so() -> None:
     ("broken", "message"),
     [
         (None, "TensorRT is not installed for Python; run: pip install tensorrt"),
-        ("libnvonnxparser.so.11: cannot open shared object file", "does not load: libnvonnxparser.so.11: cannot"),
+        (
+            "libnvonnxparser.so.11: cannot open shared object file",
+            "does not load: libnvonnxparser.so.11: cannot",
+        ),
     ],
 )
 def test_a_missing_tensorrt_is_explained(
@@ -123,7 +136,9 @@ def test_memory_comes_back_as_it_went_and_is_freed(driver: Driver, trt: Any) -> 
 def test_a_full_gpu_is_one_line_and_leaves_nothing(driver: Driver, trt: Any) -> None:
     driver.budget = 100
     with (
-        pytest.raises(RAdapterError, match=r"the GPU failed: cuMemAlloc_v2 says CUDA_ERROR_OUT_OF_MEMORY"),
+        pytest.raises(
+            RAdapterError, match=r"the GPU failed: cuMemAlloc_v2 says CUDA_ERROR_OUT_OF_MEMORY"
+        ),
         Stream() as stream,
     ):
         stream.allocate(10)
@@ -143,9 +158,13 @@ def test_an_engine_gives_what_the_graph_gives(driver: Driver, trt: Any, graph: P
     assert not driver.memory and not driver.contexts
 
 
-def test_shapes_and_types_that_an_engine_does_not_take_are_refused(trt: Any, graph: Path, tmp_path: Path) -> None:
+def test_shapes_and_types_that_an_engine_does_not_take_are_refused(
+    trt: Any, graph: Path, tmp_path: Path
+) -> None:
     engine = Engine(trt, build(trt, graph, Options(), **LIMITS)[0])
-    with pytest.raises(RAdapterError, match=r"image has the shape \(2, 8, 8, 3\); the engine takes \(1, 16, "):
+    with pytest.raises(
+        RAdapterError, match=r"image has the shape \(2, 8, 8, 3\); the engine takes \(1, 16, "
+    ):
         engine(images(2)[:, :8, :8])
     with pytest.raises(TypeError, match="Cannot cast"):
         engine(images(1).astype(np.float32))
@@ -163,12 +182,19 @@ def test_profiles_of_every_kind_of_input() -> None:
         "tokens": ((1, 1), (8, 16), (64, 77)),
         "alpha": ((1, 1), (8, 1), (64, 1)),
     }
-    assert make_profile({"tokens": (-1, 64)}, (8, 4), (16, 64)) == {"tokens": ((1, 64), (4, 64), (4, 64))}
+    assert make_profile({"tokens": (-1, 64)}, (8, 4), (16, 64)) == {
+        "tokens": ((1, 64), (4, 64), (4, 64))
+    }
 
 
 def test_options_reach_the_builder_and_fp32_is_no_tf32(trt: Any, graph: Path) -> None:
     plain = facts(build(trt, graph, Options(), **LIMITS)[0])
-    assert (plain["flags"], plain["level"], plain["pools"], plain["cache"]) == ([], "NONE", {}, None)
+    assert (plain["flags"], plain["level"], plain["pools"], plain["cache"]) == (
+        [],
+        "NONE",
+        {},
+        None,
+    )
     options = Options(workspace=2, version_compatible=True, hardware_compatible=True)
     full = facts(build(trt, graph, options, **LIMITS)[0])
     assert full["flags"] == ["VERSION_COMPATIBLE"]
@@ -180,7 +206,10 @@ def test_a_timing_cache_is_kept_and_one_of_another_gpu_replaced(
 ) -> None:
     cache = tmp_path / "caches" / "mine.timing"
     assert facts(build(trt, graph, Options(), **LIMITS, timing_cache=cache)[0])["cache"] == ""
-    assert facts(build(trt, graph, Options(), **LIMITS, timing_cache=cache)[0])["cache"] == "measured on NVIDIA H100"
+    assert (
+        facts(build(trt, graph, Options(), **LIMITS, timing_cache=cache)[0])["cache"]
+        == "measured on NVIDIA H100"
+    )
     other = install(monkeypatch, Driver(name="NVIDIA L4"))
     assert facts(build(other, graph, Options(), **LIMITS, timing_cache=cache)[0])["cache"] == ""
     assert cache.read_bytes() == b"measured on NVIDIA L4"
@@ -192,19 +221,32 @@ def test_a_timing_cache_that_cannot_be_written_costs_no_engine(
 ) -> None:
     (tmp_path / "file").touch()
     lines: list[str] = []
-    plan, _ = build(trt, graph, Options(), **LIMITS, timing_cache=tmp_path / "file" / "a.timing", progress=lines.append)
+    plan, _ = build(
+        trt,
+        graph,
+        Options(),
+        **LIMITS,
+        timing_cache=tmp_path / "file" / "a.timing",
+        progress=lines.append,
+    )
     assert Engine(trt, plan).inputs == ["image"]
     assert lines[-1].startswith("what TensorRT measured is not kept for the next build: ")
 
 
-def test_an_engine_without_room_to_run_is_one_line(trt: Any, graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_without_room_to_run_is_one_line(
+    trt: Any, graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan, _ = build(trt, graph, Options(), **LIMITS)
     monkeypatch.setattr(trt.ICudaEngine, "create_execution_context", lambda self: None)
-    with pytest.raises(RAdapterError, match=r"TensorRT 11.4.0.106 does not run the engine: it does not say why"):
+    with pytest.raises(
+        RAdapterError, match=r"TensorRT 11.4.0.106 does not run the engine: it does not say why"
+    ):
         Engine(trt, plan)
 
 
-def test_progress_is_told_and_ctrl_c_ends_the_build(trt: Any, graph: Path, ctrl_c: Callable[[], None]) -> None:
+def test_progress_is_told_and_ctrl_c_ends_the_build(
+    trt: Any, graph: Path, ctrl_c: Callable[[], None]
+) -> None:
     lines: list[str] = []
     build(trt, graph, Options(), **LIMITS, progress=lines.append)
     assert lines == ["Building engine 1/2", "Building engine 2/2"]
@@ -223,15 +265,24 @@ def test_graphs_that_tensorrt_cannot_read_are_explained(trt: Any, tmp_path: Path
     with pytest.raises(RAdapterError, match=r"TensorRT 11.4.0.106 cannot read .*none.onnx: "):
         build(trt, tmp_path / "none.onnx", Options(), **LIMITS)
     model = image_encoder(np.random.default_rng(0))
-    quantize = onnx.helper.make_node("DynamicQuantizeLinear", ["floats"], ["a", "b", "c"], name="quantize_7")
+    quantize = onnx.helper.make_node(
+        "DynamicQuantizeLinear", ["floats"], ["a", "b", "c"], name="quantize_7"
+    )
     model.graph.node.insert(1, quantize)
     onnx.save(model, tmp_path / "int8.onnx")
-    with pytest.raises(RAdapterError, match=r"DynamicQuantizeLinear quantize_7: unsupported; .*--calibration DATA"):
+    with pytest.raises(
+        RAdapterError, match=r"DynamicQuantizeLinear quantize_7: unsupported; .*--calibration DATA"
+    ):
         build(trt, tmp_path / "int8.onnx", Options(), **LIMITS)
 
 
-def test_another_version_does_not_load_the_engine(trt: Any, graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_does_not_load_the_engine(
+    trt: Any, graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan, _ = build(trt, graph, Options(), **LIMITS)
     other = install(monkeypatch, Driver(), version="11.5.0.1")
-    with pytest.raises(RAdapterError, match=r"TensorRT 11.5.0.1 does not load the engine: the engine plan file is not"):
+    with pytest.raises(
+        RAdapterError,
+        match=r"TensorRT 11.5.0.1 does not load the engine: the engine plan file is not",
+    ):
         Engine(other, plan)

@@ -30,7 +30,13 @@ from radapter_serve.server.endpoints import Endpoints
 from radapter_serve.server.triton_server import TritonServer
 from tests.helpers.fake_tensorrt import Driver, install
 
-ENGINES = [("image_encoder", 1), ("image_encoder", 2), ("patch_encoder", 2), ("text_encoder", 1), ("text_encoder", 2)]
+ENGINES = [
+    ("image_encoder", 1),
+    ("image_encoder", 2),
+    ("patch_encoder", 2),
+    ("text_encoder", 1),
+    ("text_encoder", 2),
+]
 ENCODERS = sorted({model for model, _ in ENGINES})
 
 
@@ -73,7 +79,9 @@ def how(mine: Path, options: Options = Options(), **arguments: Any) -> set[str]:
     return {one.how for one in build_engines(mine, options, **arguments)}
 
 
-def test_every_encoder_gets_an_engine_that_agrees_and_tensorrt_serves_it(trt: Any, mine: Path) -> None:
+def test_every_encoder_gets_an_engine_that_agrees_and_tensorrt_serves_it(
+    trt: Any, mine: Path
+) -> None:
     before = {model: config(mine, model) for model in ENCODERS}
     built = build_engines(mine)
     assert [(one.model, one.version) for one in built] == ENGINES
@@ -82,19 +90,34 @@ def test_every_encoder_gets_an_engine_that_agrees_and_tensorrt_serves_it(trt: An
         folder = mine / one.model / str(one.version)
         assert one.agreement.max_error < 1e-6
         sidecar = Sidecar.load(folder)
-        assert (sidecar.version, sidecar.gpu, sidecar.compute_capability) == ("11.4.0.106", "NVIDIA H100", "9.0")
+        assert (sidecar.version, sidecar.gpu, sidecar.compute_capability) == (
+            "11.4.0.106",
+            "NVIDIA H100",
+            "9.0",
+        )
         assert sidecar.agreement == one.agreement
         assert one.size == (folder / PLAN).stat().st_size
-        assert {path.name for path in folder.iterdir()} == {"model.onnx", "samples.npz", PLAN, SIDECAR}
-    assert Sidecar.load(mine / "text_encoder" / "1").profile == {"tokens": ((1, 1), (8, 16), (64, 77))}
+        assert {path.name for path in folder.iterdir()} == {
+            "model.onnx",
+            "samples.npz",
+            PLAN,
+            SIDECAR,
+        }
+    assert Sidecar.load(mine / "text_encoder" / "1").profile == {
+        "tokens": ((1, 1), (8, 16), (64, 77))
+    }
     for model in ENCODERS:
         now, then = config(mine, model), before[model]
         assert (now.backend, now.default_model_filename) == ("tensorrt", PLAN)
-        assert [group.kind for group in now.instance_group] == [model_config_pb2.ModelInstanceGroup.KIND_GPU]
+        assert [group.kind for group in now.instance_group] == [
+            model_config_pb2.ModelInstanceGroup.KIND_GPU
+        ]
         same = ("name", "version_policy", "max_batch_size", "input", "output", "dynamic_batching")
         for field in same[:2] if model == "text_encoder" else same:
             assert getattr(now, field) == getattr(then, field)
-        if model == "text_encoder":  # the tasks make the batches of texts; an empty text would be lost in Triton's
+        if (
+            model == "text_encoder"
+        ):  # the tasks make the batches of texts; an empty text would be lost in Triton's
             assert (now.max_batch_size, list(now.input[0].dims)) == (0, [-1, -1])
         # Nothing is left of ONNX Runtime's.
         assert [name for name in now.parameters if not name.startswith("release")] == []
@@ -117,19 +140,26 @@ def test_an_engine_that_differs_from_torch_is_not_served(trt: Any, mine: Path) -
     samples["reference_1"] = np.roll(samples["reference_1"], 1, axis=0)
     np.savez(mine / "text_encoder" / "2" / "samples.npz", **samples)
     before = configs(mine)
-    with pytest.raises(RAdapterError, match=r"text_encoder differs from torch by up to .*--tolerance"):
+    with pytest.raises(
+        RAdapterError, match=r"text_encoder differs from torch by up to .*--tolerance"
+    ):
         build_engines(mine)
     assert configs(mine) == before
     assert not (mine / "text_encoder" / "2" / PLAN).exists()
     small = config(mine, "text_encoder")
-    facts = json.loads(small.parameters["release"].string_value) | {"agreement": {"tolerance": 2, "min_cosine": 0.999}}
+    facts = json.loads(small.parameters["release"].string_value) | {
+        "agreement": {"tolerance": 2, "min_cosine": 0.999}
+    }
     small.parameters["release"].string_value = json.dumps(facts)
     (mine / "text_encoder" / "config.pbtxt").write_text(text_format.MessageToString(small))
     with pytest.raises(
-        RAdapterError, match=r"text_encoder differs from torch .* the tolerance is 2e\+00 \(and 1e-03\)"
+        RAdapterError,
+        match=r"text_encoder differs from torch .* the tolerance is 2e\+00 \(and 1e-03\)",
     ):
         build_engines(mine)
-    with pytest.raises(RAdapterError, match=r"text_encoder differs .*; no --tolerance allows a cosine below 0.9"):
+    with pytest.raises(
+        RAdapterError, match=r"text_encoder differs .*; no --tolerance allows a cosine below 0.9"
+    ):
         build_engines(mine, tolerance=2)  # no component can differ by more
     samples["reference_1"] = np.roll(samples["reference_1"], -1, axis=0)
     np.savez(mine / "text_encoder" / "2" / "samples.npz", **samples)
@@ -158,7 +188,9 @@ def test_a_build_that_stops_leaves_the_repository_served_as_it_was(
     assert [one.how for one in build_engines(mine)] == ["kept", "kept", "built", "built", "built"]
 
 
-def test_a_full_disk_leaves_no_half_plan(trt: Any, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_half_plan(
+    trt: Any, mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before, write = configs(mine), Path.write_bytes
 
     def full(path: Path, content: bytes) -> int:
@@ -190,18 +222,39 @@ MISMATCHES: dict[str, tuple[Callable[[Path], Any], str]] = {
         tampered(lambda s: replace(s, version="11.4.0.105")),
         "built with TensorRT 11.4.0.105, this is 11.4.0.106",
     ),
-    "version": (tampered(lambda s: replace(s, version="11.2.1")), "built with TensorRT 11.2.1, this is 11.4.0.106"),
-    "edition": (tampered(lambda s: replace(s, edition="tensorrt_rtx")), "an engine of tensorrt_rtx, which Triton"),
+    "version": (
+        tampered(lambda s: replace(s, version="11.2.1")),
+        "built with TensorRT 11.2.1, this is 11.4.0.106",
+    ),
+    "edition": (
+        tampered(lambda s: replace(s, edition="tensorrt_rtx")),
+        "an engine of tensorrt_rtx, which Triton",
+    ),
     "gpu": (
         tampered(lambda s: replace(s, gpu="NVIDIA L4", compute_capability="8.9")),
         r"for compute capability 8.9 \(NVIDIA L4\), this GPU \(NVIDIA H100\) has 9.0",
     ),
-    "graph": (lambda folder: (folder / "model.onnx").write_bytes(b"other"), "from another model.onnx"),
-    "weights": (lambda folder: (folder / "model.onnx.data").write_bytes(b"other"), "from another model.onnx"),
-    "no sidecar": (lambda folder: (folder / SIDECAR).unlink(), "is not finished, model.plan.json is missing"),
+    "graph": (
+        lambda folder: (folder / "model.onnx").write_bytes(b"other"),
+        "from another model.onnx",
+    ),
+    "weights": (
+        lambda folder: (folder / "model.onnx.data").write_bytes(b"other"),
+        "from another model.onnx",
+    ),
+    "no sidecar": (
+        lambda folder: (folder / SIDECAR).unlink(),
+        "is not finished, model.plan.json is missing",
+    ),
     "no plan": (lambda folder: (folder / PLAN).unlink(), "model.plan does not exist"),
-    "half a sidecar": (lambda folder: os.truncate(folder / SIDECAR, 40), "model.plan.json is damaged"),
-    "no JSON object": (lambda folder: (folder / SIDECAR).write_text("[1]"), "model.plan.json is damaged"),
+    "half a sidecar": (
+        lambda folder: os.truncate(folder / SIDECAR, 40),
+        "model.plan.json is damaged",
+    ),
+    "no JSON object": (
+        lambda folder: (folder / SIDECAR).write_text("[1]"),
+        "model.plan.json is damaged",
+    ),
     "no number": (damage(version="new"), "model.plan.json is damaged"),
     "a field too many": (damage(colour="red"), "model.plan.json is damaged"),
 }
@@ -254,7 +307,9 @@ def test_compatible_plans_fit_where_others_do_not(trt: Any, built: Path, tmp_pat
         check_plan(folder)
 
 
-def test_without_a_gpu_nothing_is_touched(mine: Path, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_nothing_is_touched(
+    mine: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install(monkeypatch, None, version=None)
     before = configs(mine)
     with pytest.raises(RAdapterError, match="no GPU: .*--runtime onnxruntime"):
@@ -286,27 +341,36 @@ def test_the_systems_library_tells_the_version_where_python_has_no_package(
             library.getInferLibBuildVersion = lambda build=build: build
         name = f"libnvinfer.so.{number // 10000}"
         monkeypatch.setattr(
-            ctypes, "CDLL", lambda asked, name=name, library=library: library if asked == name else found(asked)
+            ctypes,
+            "CDLL",
+            lambda asked, name=name, library=library: library if asked == name else found(asked),
         )
         if here is None:
             check_plan(built / "image_encoder" / "1")
         else:
             with pytest.raises(
-                RAdapterError, match=rf"built with TensorRT 11.4.0.106, this is {here}; run: radapter-b"
+                RAdapterError,
+                match=rf"built with TensorRT 11.4.0.106, this is {here}; run: radapter-b",
             ):
                 check_plan(built / "image_encoder" / "1")
 
 
-def test_no_repository_no_encoder_and_a_config_that_is_none(trt: Any, mine: Path, tmp_path: Path) -> None:
+def test_no_repository_no_encoder_and_a_config_that_is_none(
+    trt: Any, mine: Path, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     for command in (build_engines, check_engines):
-        with pytest.raises(RAdapterError, match="none does not exist; make it with: radapter-export"):
+        with pytest.raises(
+            RAdapterError, match="none does not exist; make it with: radapter-export"
+        ):
             command(tmp_path / "none")
         with pytest.raises(RAdapterError, match="holds no encoder"):
             command(tmp_path / "empty")
     handle = os.open(mine, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(RAdapterError, match=r"another radapter-export or radapter-build-engine is writing"):
+    with pytest.raises(
+        RAdapterError, match=r"another radapter-export or radapter-build-engine is writing"
+    ):
         build_engines(mine)
     os.close(handle)
     (mine / "image_encoder" / "config.pbtxt").write_text("name: {")
@@ -338,6 +402,11 @@ def test_the_command(trt: Any, mine: Path, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out.count(": fits") == 5
     assert main([str(mine), "--timing-cache", str(mine)]) == 2
     assert f"the timing cache {mine} is a folder; name a file" in capsys.readouterr().err
-    for flag, value in (("workspace", "0"), ("workspace", "inf"), ("tolerance", "nan"), ("tolerance", "-1")):
+    for flag, value in (
+        ("workspace", "0"),
+        ("workspace", "inf"),
+        ("tolerance", "nan"),
+        ("tolerance", "-1"),
+    ):
         assert main([str(mine), f"--{flag}", value]) == 2
         assert f"--{flag} is {value}; allowed: " in capsys.readouterr().err

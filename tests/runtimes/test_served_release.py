@@ -12,7 +12,9 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.runtimes import served_release as live
 
 
-@pytest.mark.parametrize(("facts", "rows"), [({"max_batch_size": 4}, 4), ({"max_batch_size": 64}, 16), ({}, 16)])
+@pytest.mark.parametrize(
+    ("facts", "rows"), [({"max_batch_size": 4}, 4), ({"max_batch_size": 64}, 16), ({}, 16)]
+)
 def test_a_request_is_no_larger_than_the_servers_batch(
     facts: dict[str, Any], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,6 @@
-"""The Python backends where no real server gets: a GPU that is not there, a wrong config, numpy 2."""
+"""The Python backends where no real server gets: a GPU that is not there, a wrong config, numpy
+2.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ def embeds_of(responses):
 
 
 def arguments(repository, model="image_encoder", kind="CPU", **config):
-    source, target = {"image_encoder": ("image", "image_embeds"), "text_encoder": ("tokens", "text_embeds")}[model]
+    source, target = {
+        "image_encoder": ("image", "image_embeds"),
+        "text_encoder": ("tokens", "text_embeds"),
+    }[model]
     whole = {
         "max_batch_size": 64,
         "input": [{"name": source, "data_type": "not read"}],
@@ -58,7 +63,9 @@ def test_requests_are_answered_together_and_alone(load, repository, backend):
     for max_batch_size in (64, 0):
         model = load(backend)
         model.initialize(arguments(repository, max_batch_size=max_batch_size))
-        for embeds, reference in zip(embeds_of(model.execute(requests)), samples.references, strict=True):
+        for embeds, reference in zip(
+            embeds_of(model.execute(requests)), samples.references, strict=True
+        ):
             np.testing.assert_allclose(embeds, reference, atol=1e-6)
         model.finalize()
 
@@ -77,12 +84,16 @@ def test_onnxruntime_heeds_the_parameters_of_the_official_backend(load, reposito
         return seen[-1]
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    load("onnxruntime").initialize(arguments(repository, parameters=parameters(intra_op_thread_count="1")))
+    load("onnxruntime").initialize(
+        arguments(repository, parameters=parameters(intra_op_thread_count="1"))
+    )
     assert seen[0].get_session_options().intra_op_num_threads == 1
 
 
 @pytest.mark.parametrize(("hint", "precision"), [({}, "f32"), ({"HINT_BF16": "YES"}, "bf16")])
-def test_openvino_heeds_the_parameters_of_the_official_backend(load, repository, monkeypatch, hint, precision):
+def test_openvino_heeds_the_parameters_of_the_official_backend(
+    load, repository, monkeypatch, hint, precision
+):
     import openvino
 
     seen, real = {}, openvino.Core.compile_model
@@ -91,7 +102,9 @@ def test_openvino_heeds_the_parameters_of_the_official_backend(load, repository,
         "compile_model",
         lambda core, path, device, how: seen.update(how) or real(core, path, device, how),
     )
-    given = parameters(INFERENCE_NUM_THREADS="1", NUM_STREAMS="1", PERFORMANCE_HINT="LATENCY", **hint)
+    given = parameters(
+        INFERENCE_NUM_THREADS="1", NUM_STREAMS="1", PERFORMANCE_HINT="LATENCY", **hint
+    )
     load("openvino").initialize(arguments(repository, parameters=given))
     assert (seen["INFERENCE_NUM_THREADS"], seen["INFERENCE_PRECISION_HINT"]) == ("1", precision)
 
@@ -100,10 +113,16 @@ def test_openvino_heeds_the_parameters_of_the_official_backend(load, repository,
 def test_a_bad_request_fails_alone(load, repository, backend):
     model = load(backend)
     model.initialize(arguments(repository, "text_encoder"))
-    good, bad = Request(tokens=np.array([[1, 2]], np.int32)), Request(tokens=np.array([[[1, 2]]], np.int32))
+    good, bad = (
+        Request(tokens=np.array([[1, 2]], np.int32)),
+        Request(tokens=np.array([[[1, 2]]], np.int32)),
+    )
     first, error, last = model.execute([good, bad, good])
     assert [embeds.shape for embeds in embeds_of([first, last])] == [(1, 8)] * 2
-    assert re.match(r"\[\w+\] " + {"onnxruntime": "ONNX Runtime: ", "openvino": "OpenVINO: "}[backend], error.error())
+    assert re.match(
+        r"\[\w+\] " + {"onnxruntime": "ONNX Runtime: ", "openvino": "OpenVINO: "}[backend],
+        error.error(),
+    )
 
 
 def test_a_batch_that_fails_for_one_is_run_again_one_by_one(load, repository):
@@ -118,7 +137,10 @@ def test_a_batch_that_fails_for_one_is_run_again_one_by_one(load, repository):
 @pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
 @pytest.mark.parametrize(
     ("backend", "message"),
-    [("onnxruntime", "fell back to CPUExecutionProvider without an error"), ("openvino", "OpenVINO runs on the CPU")],
+    [
+        ("onnxruntime", "fell back to CPUExecutionProvider without an error"),
+        ("openvino", "OpenVINO runs on the CPU"),
+    ],
 )
 def test_a_gpu_that_is_not_used_is_an_error(load, repository, backend, message):
     with pytest.raises(RuntimeError, match=message):
@@ -127,9 +149,15 @@ def test_a_gpu_that_is_not_used_is_an_error(load, repository, backend, message):
 
 @both
 def test_wrong_names_and_a_missing_file(load, repository, backend):
-    with pytest.raises(RuntimeError, match=r"names the output \['x'\], the graph has \['image_embeds'\]"):
-        load(backend).initialize(arguments(repository, output=[{"name": "x", "data_type": "TYPE_FP32"}]))
-    with pytest.raises(RuntimeError, match=r"none\.onnx does not exist; export again: radapter-export"):
+    with pytest.raises(
+        RuntimeError, match=r"names the output \['x'\], the graph has \['image_embeds'\]"
+    ):
+        load(backend).initialize(
+            arguments(repository, output=[{"name": "x", "data_type": "TYPE_FP32"}])
+        )
+    with pytest.raises(
+        RuntimeError, match=r"none\.onnx does not exist; export again: radapter-export"
+    ):
         load(backend).initialize(arguments(repository, default_model_filename="none.onnx"))
 
 
@@ -145,7 +173,9 @@ def test_tensorrt_runs_an_engine(load, repository, tmp_path, monkeypatch):
     folder = tmp_path / "image_encoder" / "1"
     folder.mkdir(parents=True)
     graph = repository / "image_encoder" / "1" / "model.onnx"
-    folder.joinpath("model.plan").write_bytes(build(trt, graph, Options(), max_batch_size=64, max_length=77)[0])
+    folder.joinpath("model.plan").write_bytes(
+        build(trt, graph, Options(), max_batch_size=64, max_length=77)[0]
+    )
     samples = Samples.load(graph.parent)
     model = load("tensorrt")
     model.initialize(arguments(tmp_path, kind="GPU", default_model_filename="model.plan"))

@@ -31,9 +31,9 @@ def test_the_metrics_of_all_versions_count_together():
 
 def test_more_than_may_wait_is_surplus():
     queue = Queue(max_waiting=128, max_seconds=60)
-    assert [queue.surplus(0.25 * n, Counts(waiting)) for n, waiting in enumerate((0, 128, 129, 500, 12))] == [
-        *(0, 0, 1, 372, 0)
-    ]
+    assert [
+        queue.surplus(0.25 * n, Counts(waiting)) for n, waiting in enumerate((0, 128, 129, 500, 12))
+    ] == [*(0, 0, 1, 372, 0)]
 
 
 def test_what_has_waited_too_long_is_surplus_and_nothing_else():
@@ -75,7 +75,11 @@ def test_never_more_is_refused_than_waits(steps: list[tuple[int, int]]):
 def test_each_process_refuses_its_share_once(tmp_path: Path):
     processes = {"classify": 2, "segment": 1}
     backlog = Backlog("http://localhost:1/metrics", tmp_path, lambda: processes, max_waiting=4)
-    one, other, none = Surplus(tmp_path / "classify"), Surplus(tmp_path / "classify"), Surplus(tmp_path / "segment")
+    one, other, none = (
+        Surplus(tmp_path / "classify"),
+        Surplus(tmp_path / "classify"),
+        Surplus(tmp_path / "segment"),
+    )
     backlog.look({"classify": Counts(9)}, 0.0)
     assert (one.take(2), one.take(10), one.take(10)) == (2, 1, 0)
     assert (other.take(10), none.take(10)) == (3, 0)

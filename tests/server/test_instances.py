@@ -9,7 +9,12 @@ from tritonclient.grpc import model_config_pb2
 from radapter_serve.cli.serve import main
 from radapter_serve.errors import RAdapterError
 from radapter_serve.release.repository import without_queue_policy
-from radapter_serve.server.instances import SharedMemory, check_shared_memory, counts, with_instances
+from radapter_serve.server.instances import (
+    SharedMemory,
+    check_shared_memory,
+    counts,
+    with_instances,
+)
 from radapter_serve.server.models import ModelEntry, parsed
 
 TASKS = ("classify", "embed_image", "embed_text", "retrieve", "segment")
@@ -23,13 +28,18 @@ def test_counts():
     assert counts(["segment=4"]) == {"segment": 4}
 
 
-@pytest.mark.parametrize("bad", ["0", "65", "-1", "two", "segment=", "segment=0", "nothing=2", "text_encoder=2"])
+@pytest.mark.parametrize(
+    "bad", ["0", "65", "-1", "two", "segment=", "segment=0", "nothing=2", "text_encoder=2"]
+)
 def test_bad_counts(bad, repository, capsys):
     with pytest.raises(RAdapterError, match=f"--instances {bad}: "):
         counts([bad])
     if bad == "0":
         assert main([str(repository), "--instances", "0"]) == 2
-        assert "--instances 0: allowed are 1 to 64, for all tasks (2) or for one (segment=2)" in capsys.readouterr().err
+        assert (
+            "--instances 0: allowed are 1 to 64, for all tasks (2) or for one (segment=2)"
+            in capsys.readouterr().err
+        )
 
 
 def test_only_the_tasks_that_are_named_change():
@@ -38,7 +48,9 @@ def test_only_the_tasks_that_are_named_change():
         "image_encoder": ModelEntry((2,), "instance_group { count: 1 }"),
     }
     changed = with_instances(models, {"classify": 3})
-    group = text_format.Parse(changed["classify"].config, model_config_pb2.ModelConfig()).instance_group[0]
+    group = text_format.Parse(
+        changed["classify"].config, model_config_pb2.ModelConfig()
+    ).instance_group[0]
     assert (group.count, group.kind) == (3, model_config_pb2.ModelInstanceGroup.KIND_CPU)
     assert changed["classify"].versions == (1, 2)
     assert changed["image_encoder"] == models["image_encoder"]
@@ -81,7 +93,10 @@ def test_no_queue_is_limited_by_triton_which_then_overlooks_it():
 @pytest.mark.parametrize(("rows", "batching"), [(8, "dynamic_batching { }"), (0, "")])
 def test_a_release_that_limits_the_queue_is_served_without_the_limit(rows, batching):
     head = f'name: "x" max_batch_size: {rows} '
-    policy = "default_queue_policy { max_queue_size: 128 allow_timeout_override: true } priority_levels: 2"
+    policy = (
+        "default_queue_policy { max_queue_size: 128 allow_timeout_override: true }"
+        " priority_levels: 2"
+    )
     config = parsed(f"{head} dynamic_batching {{ {policy} }}")
     without_queue_policy(config)
     assert config == parsed(head + batching)

@@ -1,4 +1,6 @@
-"""Releases on a real server: a switch under load, the way back, what is refused, indexes, and a crash in the middle."""
+"""Releases on a real server: a switch under load, the way back, what is refused, indexes, and a
+crash in the middle.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_release(folder / "repository", version, seed=version, tasks=(*TASKS, "retrieve"))
         embeds = Local(folder / "repository", version).embed_labels(LABELS, ["a {}"])
         for task in ("classify", "segment"):
-            embeds.save(folder / "repository" / task / str(version) / "label_sets" / f"{LABEL_SET}.npz")
+            embeds.save(
+                folder / "repository" / task / str(version) / "label_sets" / f"{LABEL_SET}.npz"
+            )
     seal(folder / "repository", 1, 2)
     Served((1,)).save(folder / "repository")
     (folder / "photos").mkdir()
@@ -66,7 +70,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def running(folder: Path) -> Iterator[TritonServer]:
-    server = TritonServer(ServerConfig(folder / "repository", Endpoints.on_free_ports(), indexes=folder / "indexes"))
+    server = TritonServer(
+        ServerConfig(folder / "repository", Endpoints.on_free_ports(), indexes=folder / "indexes")
+    )
     with server, AdminSocket(server):
         yield server
 
@@ -82,13 +88,18 @@ def served(running: TritonServer) -> TritonServer:
 @pytest.fixture
 def photos(folder: Path) -> Iterator[str]:
     """The name of an index that release 1 made, and that it goes on to search for release 2."""
-    build(str(folder / "photos"), folder / "indexes" / PHOTOS, LocalRelease(f"{folder / 'repository'}@1"))
+    build(
+        str(folder / "photos"),
+        folder / "indexes" / PHOTOS,
+        LocalRelease(f"{folder / 'repository'}@1"),
+    )
     yield PHOTOS
     shutil.rmtree(folder / "indexes" / PHOTOS)
 
 
 class Load:
-    """Callers of every task over each way, who compare each answer with what its release answers here.
+    """Callers of every task over each way, who compare each answer with what its release answers
+    here.
 
     Attributes:
         answers: how many there were, by way, what was asked, and release.
@@ -100,11 +111,15 @@ class Load:
         self.wrong: list[str] = []
         self._end = threading.Event()
         self._expected = {version: self._local(repository, version) for version in (1, 2)}
-        self._threads = [threading.Thread(target=self._ask, args=one) for one in enumerate([*ways] * LOADERS)]
+        self._threads = [
+            threading.Thread(target=self._ask, args=one) for one in enumerate([*ways] * LOADERS)
+        ]
 
     def _local(self, repository: Path, version: int) -> dict[str, Any]:
         local = Local(repository, version)
-        images = np.concatenate([one.unwrap() for one in local.embed_images([[data] for data in IMAGES])])
+        images = np.concatenate(
+            [one.unwrap() for one in local.embed_images([[data] for data in IMAGES])]
+        )
         [texts] = [one.unwrap() for one in local.embed_texts([[text.encode() for text in TEXTS]])]
         labels = local.embed_labels(LABELS, ["a photo of a {}."])
         tops = [labels.labels[int(np.argmax(labels.embeds @ image))] for image in images]
@@ -131,11 +146,16 @@ class Load:
     def _ask(self, number: int, way: str) -> None:
         asks: list[Callable[[Client], tuple[str, int]]] = [
             *(self._embed_images, self._embed_texts, self._classify, self._search),
-            *(partial(self._segment, kind=kind, proposals=masks) for kind, masks in SEGMENTS.items()),
+            *(
+                partial(self._segment, kind=kind, proposals=masks)
+                for kind, masks in SEGMENTS.items()
+            ),
         ]
         with Client(way, batch_size=1, concurrency=2) as client:
             for turn in itertools.count(number):
-                if self._end.wait(0.02):  # callers that never rest would keep the processor from the switch
+                if self._end.wait(
+                    0.02
+                ):  # callers that never rest would keep the processor from the switch
                     return
                 try:
                     kind, version = asks[turn % len(asks)](client)
@@ -145,7 +165,11 @@ class Load:
 
     def _matching(self, kind: str, embeds: Any) -> tuple[str, int]:
         """All rows are of one release, though each was a request of its own."""
-        of = [one for one, known in self._expected.items() if np.allclose(embeds, known[kind], atol=1e-5)]
+        of = [
+            one
+            for one, known in self._expected.items()
+            if np.allclose(embeds, known[kind], atol=1e-5)
+        ]
         assert len(of) == 1, f"embeddings of {kind}s are of no release, or of two mixed"
         return kind, of[0]
 
@@ -165,20 +189,29 @@ class Load:
     def _segment(self, client: Client, *, kind: str, proposals: Any) -> tuple[str, int]:
         found = client.segment(IMAGES[0], LABELS, proposals=proposals)
         known = self._expected[found.release][kind]
-        same = np.array_equal(found.mask, known.mask) and np.allclose(found.scores, known.scores, atol=1e-5)
+        same = np.array_equal(found.mask, known.mask) and np.allclose(
+            found.scores, known.scores, atol=1e-5
+        )
         assert same, f"release {found.release} segments as another"
         return kind, found.release
 
     def _search(self, client: Client) -> tuple[str, int]:
         """Always by release 1, which made the index."""
-        found = {one.id: one.score for one in client.search(TEXTS[0], index=PHOTOS, top_k=len(IMAGES))}
+        found = {
+            one.id: one.score for one in client.search(TEXTS[0], index=PHOTOS, top_k=len(IMAGES))
+        }
         known = self._expected[1]["found"]
         assert found == pytest.approx(known, abs=1e-4), "the index is searched by another release"
         return "search", 1
 
 
-def switch_under_load(releases: Releases, server: TritonServer, repository: Path, times: int) -> None:
-    with gateway(server) as through, Load([server.grpc_url, server.http_url, through], repository) as load:
+def switch_under_load(
+    releases: Releases, server: TritonServer, repository: Path, times: int
+) -> None:
+    with (
+        gateway(server) as through,
+        Load([server.grpc_url, server.http_url, through], repository) as load,
+    ):
         for number in range(times):
             target = 2 - number % 2
             before = load.answers.copy()
@@ -187,8 +220,15 @@ def switch_under_load(releases: Releases, server: TritonServer, repository: Path
                 assert client.release().version == target
                 assert [one.version for one in client.releases()] == [target]
                 assert client.classify(IMAGES[0], LABELS).release == target
-            kinds = [*((kind, target) for kind in ("image", "text", "classify", *SEGMENTS)), ("search", 1)]
-            awaited = [(way, *kind) for way in (server.grpc_url, server.http_url, through) for kind in kinds]
+            kinds = [
+                *((kind, target) for kind in ("image", "text", "classify", *SEGMENTS)),
+                ("search", 1),
+            ]
+            awaited = [
+                (way, *kind)
+                for way in (server.grpc_url, server.http_url, through)
+                for kind in kinds
+            ]
             deadline = time.monotonic() + 60
             while not all(load.answers[one] > before[one] for one in awaited):
                 assert time.monotonic() < deadline, (load.answers, load.wrong[:5])
@@ -231,7 +271,10 @@ def test_a_broken_release_leaves_the_old_one(served: TritonServer, folder: Path)
     path = repository / "image_encoder" / "2" / "model.onnx"
     whole = path.read_bytes()
     path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
-    message = r"release 2 was not loaded, and release 1 is served as before: .*image_encoder/2/model\.onnx differs"
+    message = (
+        r"release 2 was not loaded, and release 1 is served as before:"
+        r" .*image_encoder/2/model\.onnx differs"
+    )
     try:
         with pytest.raises(RAdapterError, match=message):
             Releases(served).load([2], say)
@@ -244,7 +287,9 @@ def test_a_broken_release_leaves_the_old_one(served: TritonServer, folder: Path)
     Samples(samples.inputs, [-one for one in samples.references]).save(path.parent)
     seal(repository, 2)
     try:
-        with pytest.raises(RAdapterError, match="1 is served as before: image_encoder of release 2 differs from"):
+        with pytest.raises(
+            RAdapterError, match="1 is served as before: image_encoder of release 2 differs from"
+        ):
             Releases(served).load([2], say)
     finally:
         shutil.copy(backup, path.with_name("samples.npz"))
@@ -254,7 +299,9 @@ def test_a_broken_release_leaves_the_old_one(served: TritonServer, folder: Path)
     assert served.models["image_encoder"] == [1]
 
 
-def test_an_index_is_searched_by_the_release_that_made_it(served: TritonServer, folder: Path) -> None:
+def test_an_index_is_searched_by_the_release_that_made_it(
+    served: TritonServer, folder: Path
+) -> None:
     repository, index = folder / "repository", folder / "indexes" / INDEX
     build(str(folder / "photos"), index, LocalRelease(f"{repository}@1"))
     releases, say = Releases(served), lambda line: None
@@ -270,7 +317,9 @@ def test_an_index_is_searched_by_the_release_that_made_it(served: TritonServer, 
         assert [one.score for one in after] != [one.score for one in before]
         releases.remove_unneeded()
         assert (
-            served.serving.kept == {} and served.models["embed_text"] == [2] and served.models["image_encoder"] == [2]
+            served.serving.kept == {}
+            and served.models["embed_text"] == [2]
+            and served.models["image_encoder"] == [2]
         )
         assert client.search("a cat", index=INDEX) == after
         releases.rollback(say)  # it would answer whoever names no release
@@ -320,7 +369,9 @@ def test_names_may_have_any_letters(served: TritonServer, folder: Path) -> None:
     shutil.rmtree(folder / "indexes" / INDEX)
 
 
-def test_a_server_that_dies_in_the_middle_of_a_switch_comes_back_as_it_was(served: TritonServer) -> None:
+def test_a_server_that_dies_in_the_middle_of_a_switch_comes_back_as_it_was(
+    served: TritonServer,
+) -> None:
     def kill(line: str) -> None:
         if line.startswith("loading embed_image"):
             served.kill(SERVER)

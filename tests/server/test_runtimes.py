@@ -1,4 +1,6 @@
-"""What a config says of each runtime, and which runtime may serve: one that computes what torch computed."""
+"""What a config says of each runtime, and which runtime may serve: one that computes what torch
+computed.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def encoder(repository, name="image_encoder") -> ServedEncoder:
 
 @pytest.fixture
 def own(repository, tmp_path):
-    """A copy of the images' encoder, and of the task that has the releases: a test may change it."""
+    """A copy of the images' encoder, and of the task that has the releases: a test may change
+    it.
+    """
     for name in ("image_encoder", "classify"):
         shutil.copytree(repository / name, tmp_path / "repository" / name)
     return sealed(tmp_path / "repository")
@@ -48,7 +52,11 @@ def sealed(repository):
 
 
 def parameters(config) -> dict[str, str]:
-    return {key: value.string_value for key, value in config.parameters.items() if not key.startswith("release")}
+    return {
+        key: value.string_value
+        for key, value in config.parameters.items()
+        if not key.startswith("release")
+    }
 
 
 def parsed(text: str):
@@ -57,10 +65,15 @@ def parsed(text: str):
 
 def test_encoders_are_found_with_their_versions(repository):
     found = {
-        one.name: (one.versions, one.runtime, one.facts.precision, one.instances) for one in encoders_of(repository)
+        one.name: (one.versions, one.runtime, one.facts.precision, one.instances)
+        for one in encoders_of(repository)
     }
     both = ([1, 2], "onnxruntime", "fp32", 1)
-    assert found == {"image_encoder": both, "text_encoder": both, "patch_encoder": ([2], "onnxruntime", "fp32", 1)}
+    assert found == {
+        "image_encoder": both,
+        "text_encoder": both,
+        "patch_encoder": ([2], "onnxruntime", "fp32", 1),
+    }
 
 
 def test_models_of_others_are_left_alone_and_a_broken_config_is_said(own):
@@ -78,7 +91,10 @@ def test_configs_of_each_runtime_and_the_way_back(repository):
     assert (openvino.backend, openvino.default_model_filename) == ("openvino", "model.onnx")
     # Its official backend would pad each batch to max_batch_size rows.
     assert (openvino.max_batch_size, openvino.HasField("dynamic_batching")) == (0, False)
-    assert (list(openvino.input[0].dims), list(openvino.output[0].dims)) == ([-1, 16, 16, 3], [-1, 8])
+    assert (list(openvino.input[0].dims), list(openvino.output[0].dims)) == (
+        [-1, 16, 16, 3],
+        [-1, 8],
+    )
     assert openvino.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU
     given = {"INFERENCE_NUM_THREADS": "3", "NUM_STREAMS": "1", "PERFORMANCE_HINT": "LATENCY"}
     assert parameters(openvino) == given
@@ -88,20 +104,34 @@ def test_configs_of_each_runtime_and_the_way_back(repository):
     assert parsed(back) == exported.config
 
     plan = parsed(exported.configured("tensorrt", 3))
-    assert (plan.backend, plan.default_model_filename, parameters(plan)) == ("tensorrt", "model.plan", {})
-    assert (plan.max_batch_size, plan.instance_group[0].kind) == (64, model_config_pb2.ModelInstanceGroup.KIND_GPU)
+    assert (plan.backend, plan.default_model_filename, parameters(plan)) == (
+        "tensorrt",
+        "model.plan",
+        {},
+    )
+    assert (plan.max_batch_size, plan.instance_group[0].kind) == (
+        64,
+        model_config_pb2.ModelInstanceGroup.KIND_GPU,
+    )
     # Triton would put an instance on every GPU; the engine was built and checked on one.
     assert list(plan.instance_group[0].gpus) == [0]
     assert not plan.optimization.execution_accelerators.gpu_execution_accelerator
-    back = parsed(ServedEncoder(exported.folder, plan, exported.facts).configured("onnxruntime", None))
+    back = parsed(
+        ServedEncoder(exported.folder, plan, exported.facts).configured("onnxruntime", None)
+    )
     assert back == exported.config
     [cuda] = back.optimization.execution_accelerators.gpu_execution_accelerator
-    assert (cuda.name, dict(cuda.parameters)) == ("cuda", {"use_tf32": "0"})  # fp32 is fp32, as it was checked
+    assert (cuda.name, dict(cuda.parameters)) == (
+        "cuda",
+        {"use_tf32": "0"},
+    )  # fp32 is fp32, as it was checked
 
 
 def test_openvino_is_asked_for_bf16_by_its_own_parameter(repository):
     exported = encoder(repository)
-    bf16 = ServedEncoder(exported.folder, exported.config, replace(exported.facts, precision="bf16"))
+    bf16 = ServedEncoder(
+        exported.folder, exported.config, replace(exported.facts, precision="bf16")
+    )
     assert parameters(parsed(bf16.configured("openvino", None)))["HINT_BF16"] == "YES"
     assert "HINT_BF16" not in parameters(parsed(bf16.configured("onnxruntime", None)))
 
@@ -120,13 +150,18 @@ def test_onnxruntime_is_checked_where_triton_will_place_it(own, monkeypatch):
     looked = []
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: looked.append("for CUDA"))
     _load_cuda.cache_clear()
-    with pytest.raises(RAdapterError, match="CUDA.* was asked for; install onnxruntime-gpu .* KIND_CPU"):
+    with pytest.raises(
+        RAdapterError, match="CUDA.* was asked for; install onnxruntime-gpu .* KIND_CPU"
+    ):
         check(encoder(own), "onnxruntime", 1)
     assert looked == ["for CUDA"]
     made = encoder(own)
     made.config.instance_group[0].kind = model_config_pb2.ModelInstanceGroup.KIND_CPU
     assert check(made, "onnxruntime", 1)[0] < 1e-6
-    assert parsed(made.configured("onnxruntime", 1)).instance_group[0].kind == made.config.instance_group[0].kind
+    assert (
+        parsed(made.configured("onnxruntime", 1)).instance_group[0].kind
+        == made.config.instance_group[0].kind
+    )
     assert check(made, "openvino", 1)[0] < 1e-6
 
 
@@ -135,11 +170,15 @@ def test_without_classify_which_has_the_releases_a_runtime_counts_all_the_same(o
     folder = own / "image_encoder" / "1"
     samples = Samples.load(folder)
     Samples(samples.inputs, [-reference for reference in samples.references]).save(folder)
-    with pytest.raises(RAdapterError, match="image_encoder of release 1, run by openvino .* differs from torch"):
+    with pytest.raises(
+        RAdapterError, match="image_encoder of release 1, run by openvino .* differs from torch"
+    ):
         TritonServer(ServerConfig(own, Endpoints.on_free_ports(), runtime="openvino")).start()
     (own / "image_encoder").rename(own / "other")
     (own / "other" / "config.pbtxt").write_text('backend: "python"')
-    with pytest.raises(RAdapterError, match="holds no encoder of radapter-export; leave --runtime auto out"):
+    with pytest.raises(
+        RAdapterError, match="holds no encoder of radapter-export; leave --runtime auto out"
+    ):
         TritonServer(ServerConfig(own, Endpoints.on_free_ports(), runtime="auto")).start()
 
 
@@ -152,11 +191,15 @@ def test_a_runtime_that_differs_is_refused_with_the_way_out(own):
     with pytest.raises(RAdapterError, match=message):
         check(encoder(own), "openvino")
     with pytest.raises(RAdapterError, match=f"{message}.*{way_out}"):
-        TritonServer(ServerConfig(sealed(own), Endpoints.on_free_ports(), runtime="openvino")).start()
+        TritonServer(
+            ServerConfig(sealed(own), Endpoints.on_free_ports(), runtime="openvino")
+        ).start()
     graph = folder / "model.onnx"
     graph.write_bytes(graph.read_bytes()[:-100])
     with pytest.raises(RAdapterError, match=rf"OpenVINO .* cannot load {graph}: .*\S{way_out}"):
-        TritonServer(ServerConfig(sealed(own), Endpoints.on_free_ports(), runtime="openvino")).start()
+        TritonServer(
+            ServerConfig(sealed(own), Endpoints.on_free_ports(), runtime="openvino")
+        ).start()
 
 
 def test_a_runtime_is_held_to_the_cosine_of_the_export_too(own):
@@ -184,9 +227,14 @@ def test_what_is_not_there_is_said_with_the_command_that_makes_it(own):
     with pytest.raises(RAdapterError, match=message):
         check(encoder(own), "tensorrt")
     with pytest.raises(RAdapterError, match=message):
-        TritonServer(ServerConfig(sealed(own), Endpoints.on_free_ports(), runtime="tensorrt")).start()
+        TritonServer(
+            ServerConfig(sealed(own), Endpoints.on_free_ports(), runtime="tensorrt")
+        ).start()
     (own / "image_encoder" / "2" / "model.onnx").unlink()
-    with pytest.raises(RAdapterError, match=r"model\.onnx, which onnxruntime needs, does not exist; .*radapter-export"):
+    with pytest.raises(
+        RAdapterError,
+        match=r"model\.onnx, which onnxruntime needs, does not exist; .*radapter-export",
+    ):
         TritonServer(ServerConfig(sealed(own), Endpoints.on_free_ports())).start()
 
 
@@ -196,9 +244,12 @@ def test_releases_that_are_gone_are_said(repository, own):
         shutil.rmtree(own / "image_encoder" / version)
     for runtime in (None, "openvino", "auto"):
         with pytest.raises(
-            RAdapterError, match=r"image_encoder lacks the releases that are to be served \(.*\); run: radapter-e"
+            RAdapterError,
+            match=r"image_encoder lacks the releases that are to be served \(.*\); run: radapter-e",
         ):
-            TritonServer(ServerConfig(sealed(own), Endpoints.on_free_ports(), runtime=runtime)).start()
+            TritonServer(
+                ServerConfig(sealed(own), Endpoints.on_free_ports(), runtime=runtime)
+            ).start()
 
 
 def test_all_that_agree_are_measured_and_the_reason_is_given_for_the_others(own, monkeypatch):
@@ -209,9 +260,14 @@ def test_all_that_agree_are_measured_and_the_reason_is_given_for_the_others(own,
         assert set(by_runtime[runtime].seconds) == {1, 8}
         assert min(by_runtime[runtime].seconds.values()) > 0
         assert by_runtime[runtime].distance < 1e-6
-    assert (by_runtime["tensorrt"].seconds, by_runtime["tensorrt"].why) == ({}, "this tritonserver has no such backend")
+    assert (by_runtime["tensorrt"].seconds, by_runtime["tensorrt"].why) == (
+        {},
+        "this tritonserver has no such backend",
+    )
 
-    monkeypatch.setattr(choice, "Encoder", lambda path, runtime, **_: wrong_unless(runtime == "openvino"))
+    monkeypatch.setattr(
+        choice, "Encoder", lambda path, runtime, **_: wrong_unless(runtime == "openvino")
+    )
     found = measure(encoders_of(own), {"image_encoder": 1}, ["onnxruntime", "openvino"])
     assert [one.runtime for one in found if one.seconds] == []
     assert fails(found) == ["onnxruntime", "openvino", "tensorrt"]
@@ -244,7 +300,10 @@ def test_the_fastest_is_that_with_the_least_time_for_a_row_over_all_encoders():
     assert fastest(found) == "onnxruntime"
     out = Measured("text_encoder", "onnxruntime", {}, why="no kernel")
     assert fastest([found[0], out, *found[2:]]) == "openvino"
-    with pytest.raises(RAdapterError, match="no runtime can run all encoders: text_encoder by onnxruntime: no kernel"):
+    with pytest.raises(
+        RAdapterError,
+        match="no runtime can run all encoders: text_encoder by onnxruntime: no kernel",
+    ):
         fastest([found[0], out])
 
 
@@ -258,14 +317,26 @@ def test_the_table_says_why_one_is_left_out(capsys):
     serve._show_measured(measured, 3)
     shown = capsys.readouterr().out
     assert "on this machine, 3 threads" in shown
-    for cell in ("20.0", "100.0", "80", "2.0e-07", "tensorrt is left out: no [plan]", "fastest: openvino"):
+    for cell in (
+        "20.0",
+        "100.0",
+        "80",
+        "2.0e-07",
+        "tensorrt is left out: no [plan]",
+        "fastest: openvino",
+    ):
         assert cell in shown
     assert shown.count("left out") == 1
 
 
 def test_auto_serves_the_fastest(own, monkeypatch):
-    found = [Measured("image_encoder", "openvino", {1: 1.0}), Measured("image_encoder", "onnxruntime", {1: 2.0})]
+    found = [
+        Measured("image_encoder", "openvino", {1: 1.0}),
+        Measured("image_encoder", "onnxruntime", {1: 2.0}),
+    ]
     monkeypatch.setattr(choice, "measure", lambda *_: found)
-    made = choice.configure(own, [], "auto", 2, Installation(own, our_backends()), lambda line: None)
+    made = choice.configure(
+        own, [], "auto", 2, Installation(own, our_backends()), lambda line: None
+    )
     assert made.measured == found
     assert parsed(made.configs["image_encoder"]).backend == "openvino"

@@ -15,9 +15,15 @@ pytestmark = pytest.mark.triton
 
 
 def test_the_same_answers_by_openvino_in_any_version(repository, tmp_path):
-    for name in ("image_encoder", "text_encoder", "embed_image"):  # without `classify`, which has the releases
+    for name in (
+        "image_encoder",
+        "text_encoder",
+        "embed_image",
+    ):  # without `classify`, which has the releases
         (tmp_path / name).symlink_to(repository / name)
-    server = TritonServer(ServerConfig(tmp_path, Endpoints.on_free_ports(), runtime="openvino", threads=2))
+    server = TritonServer(
+        ServerConfig(tmp_path, Endpoints.on_free_ports(), runtime="openvino", threads=2)
+    )
     with server, connect(server) as client:
         for name in ("image_encoder", "text_encoder"):
             config = client.get_model_config(name, as_json=True)["config"]
@@ -28,7 +34,11 @@ def test_the_same_answers_by_openvino_in_any_version(repository, tmp_path):
         for number in ("1", "2"):
             local = Local(repository, int(number))
             embeds = local.embed_images([images])[0].unwrap()
-            found = client.infer("embed_image", [tensor("image", [[i] for i in images])], model_version=number)
+            found = client.infer(
+                "embed_image", [tensor("image", [[i] for i in images])], model_version=number
+            )
             np.testing.assert_allclose(found.as_numpy("image_embeds"), embeds, atol=1e-6)
             found = client.infer("text_encoder", [tensor("tokens", tokens)], model_version=number)
-            np.testing.assert_allclose(found.as_numpy("text_embeds"), local.encode_tokens(tokens), atol=1e-6)
+            np.testing.assert_allclose(
+                found.as_numpy("text_embeds"), local.encode_tokens(tokens), atol=1e-6
+            )

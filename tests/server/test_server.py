@@ -22,7 +22,12 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.server import processes
 from radapter_serve.server.config import ServerConfig
 from radapter_serve.server.endpoints import Endpoints, free_ports
-from radapter_serve.server.installation import OUR_BACKENDS, Installation, find_tritonserver, our_backends
+from radapter_serve.server.installation import (
+    OUR_BACKENDS,
+    Installation,
+    find_tritonserver,
+    our_backends,
+)
 from radapter_serve.server.messages import reason
 from radapter_serve.server.models import models_of
 from radapter_serve.server.server_process import Launch, ServerProcess
@@ -46,7 +51,10 @@ def test_a_port_in_use_is_named_with_its_flag(repository):
     ports = free_ports()
     with socket.create_server(("127.0.0.1", ports[1])), pytest.raises(RAdapterError) as error:
         TritonServer(ServerConfig(repository, Endpoints("127.0.0.1", *ports))).start()
-    assert f"127.0.0.1 port {ports[1]}: Address already in use; choose another with --grpc-port" in str(error.value)
+    assert (
+        f"127.0.0.1 port {ports[1]}: Address already in use; choose another with --grpc-port"
+        in str(error.value)
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,7 +63,11 @@ def test_a_port_in_use_is_named_with_its_flag(repository):
         ("127.0.0.1", (8000, 8000, 8002), "must differ"),
         ("127.0.0.1", (0, 8001, 8002), "--http-port is 0; allowed are 1 to 65535"),
         ("192.0.2.1", (18000, 18001, 18002), "cannot listen on 192.0.2.1"),
-        ("no.such.host.invalid", (18000, 18001, 18002), "--host 'no.such.host.invalid': .*; give a name or an address"),
+        (
+            "no.such.host.invalid",
+            (18000, 18001, 18002),
+            "--host 'no.such.host.invalid': .*; give a name or an address",
+        ),
         ("", (18000, 18001, 18002), "--host ''"),
     ],
 )
@@ -150,20 +162,25 @@ def test_a_server_on_path_comes_first_and_keeps_its_backends(tmp_path, monkeypat
     assert (assembled / "python" / "triton_python_backend_stub").exists()
     assert not (assembled / "python").is_symlink()
 
-    (tmp_path / "backends" / "python" / "triton_python_backend_stub").write_bytes(b"..libpython3.7.so")
+    (tmp_path / "backends" / "python" / "triton_python_backend_stub").write_bytes(
+        b"..libpython3.7.so"
+    )
     with pytest.raises(RAdapterError, match=r"is for Python 3\.7, this is Python 3\."):
         find_tritonserver()
 
 
 def test_the_reason_is_found_in_the_log():
     log = (
-        'W1124 15:45:35.508340 7432 pinned.cc:273] "no pinned memory"\n'
-        'E1124 15:45:35.508468 7432 server.cc:241] "CudaDriverHelper has not been initialized."\n'
-        "E1124 15:45:35.510363 7432 model_lifecycle.cc:642] \"failed to load 'x' version 1: Internal: why\"\n"
-        'E1124 15:45:35.610363 7432 main.cc:1] "another"\n'
+        'W1124 15:45:35.508340 7432 pinned.cc:273] "no pinned memory"\nE1124 15:45:35.508468 7432'
+        ' server.cc:241] "CudaDriverHelper has not been initialized."\nE1124 15:45:35.510363 7432'
+        " model_lifecycle.cc:642] \"failed to load 'x' version 1: Internal: why\"\nE1124"
+        ' 15:45:35.610363 7432 main.cc:1] "another"\n'
     )
     assert reason(log) == "failed to load 'x' version 1: Internal: why"
-    assert reason("".join(log.splitlines(True)[:2])) == 'W1124 15:45:35.508340 7432 pinned.cc:273] "no pinned memory'
+    assert (
+        reason("".join(log.splitlines(True)[:2]))
+        == 'W1124 15:45:35.508340 7432 pinned.cc:273] "no pinned memory'
+    )
     assert reason(log.replace("failed to load", "x")) == "another"
     assert reason("error: no memory\nError: Failed to initialize NVML\n\n") == "error: no memory"
     assert reason("usage: ...\nunknown option\n") == "unknown option"
@@ -180,7 +197,10 @@ def test_the_reason_is_found_in_the_log():
         ({"max_waiting": 0}, "--max-waiting is 0; allowed are 1 and more"),
         ({"threads": 0}, "--threads is 0; allowed are 1 and more"),
         ({"instances": ["nothing=2"]}, "--instances nothing=2: there is no task nothing"),
-        ({"runtime": "torch"}, "--runtime is torch; allowed are onnxruntime, openvino, tensorrt, auto"),
+        (
+            {"runtime": "torch"},
+            "--runtime is torch; allowed are onnxruntime, openvino, tensorrt, auto",
+        ),
     ],
 )
 def test_a_setting_that_is_not_allowed_is_named_with_its_flag(settings, message):
@@ -201,7 +221,11 @@ def test_hosts():
     six = Endpoints("::1", 1, 2, 3)
     assert (six.host, six.grpc_url, six.loopback) == ("::1", "grpc://[::1]:2", True)
     every = Endpoints("0.0.0.0", 1, 2, 3, trust_network=True)
-    assert (every.host, every.metrics_url, every.loopback) == ("0.0.0.0", "http://127.0.0.1:3/metrics", False)
+    assert (every.host, every.metrics_url, every.loopback) == (
+        "0.0.0.0",
+        "http://127.0.0.1:3/metrics",
+        False,
+    )
 
 
 def test_a_server_on_path_needs_no_numpy_of_ours(tmp_path, monkeypatch):
@@ -212,8 +236,12 @@ def test_a_server_on_path_needs_no_numpy_of_ours(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_server_left_is_removed_and_no_more(tmp_path):
-    dead, alive, new, other = (tmp_path / f"{name}{os.getpid()}" for name in (*["radapter-serve-test-"] * 3, "other-"))
-    dead, alive, new = (path.with_name(path.name + kind) for path, kind in ((dead, "d"), (alive, "a"), (new, "n")))
+    dead, alive, new, other = (
+        tmp_path / f"{name}{os.getpid()}" for name in (*["radapter-serve-test-"] * 3, "other-")
+    )
+    dead, alive, new = (
+        path.with_name(path.name + kind) for path, kind in ((dead, "d"), (alive, "a"), (new, "n"))
+    )
     for folder in (dead, alive, other):
         (folder / "models").mkdir(parents=True)
     new.mkdir()
@@ -254,7 +282,9 @@ def test_a_full_disk_is_told_in_one_line(repository, tmp_path, monkeypatch, erro
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     server = TritonServer(local(repository), installation=Full(Path("/bin/false"), our_backends()))
-    with pytest.raises(RAdapterError, match=r"cannot write into .*: .*No space left on device.*; .*TMPDIR"):
+    with pytest.raises(
+        RAdapterError, match=r"cannot write into .*: .*No space left on device.*; .*TMPDIR"
+    ):
         server.start()
     assert not list(tmp_path.iterdir())
 
@@ -311,7 +341,9 @@ class StandIn:
 def test_a_server_that_does_not_start_is_stopped_and_leaves_nothing(repository, code, message):
     process, clock = StandIn(code), FakeClock()
     config = local(repository, timeout=1, drain_seconds=3)
-    server = TritonServer(config, installation=INSTALLATION, start_process=process.start, clock=clock)
+    server = TritonServer(
+        config, installation=INSTALLATION, start_process=process.start, clock=clock
+    )
     with pytest.raises(RAdapterError, match=message):
         server.start()
     [launch] = process.launched
@@ -327,7 +359,9 @@ def test_a_server_is_started_with_its_models_and_is_started_again_with_the_same(
     config = ServerConfig(repository, endpoints, drain_seconds=3)
     server = TritonServer(config, installation=INSTALLATION, start_process=process.start)
     with contextlib.ExitStack() as stack:
-        process.on_start = lambda: stack.enter_context(http_server(200, b"[]", port=endpoints.http_port))
+        process.on_start = lambda: stack.enter_context(
+            http_server(200, b"[]", port=endpoints.http_port)
+        )
         with server:
             folder = server.folder
             assert server.pid == process.pid
@@ -347,7 +381,9 @@ def test_a_server_is_started_with_its_models_and_is_started_again_with_the_same(
 def test_a_secret_is_taken_out_of_the_command_line_of_a_child():
     code = "import sys; print('ready', flush=True); sys.stdin.read(); print(sys.argv[1])"
     command = [sys.executable, "-c", code, "--flag=s3cret", "last one"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
         assert child.stdout is not None and child.stdout.readline() == "ready\n"
         processes.hide_argument(child.pid, "s3cret")
         seen = Path(f"/proc/{child.pid}/cmdline").read_text().split("\0")

@@ -22,13 +22,19 @@ from radapter_serve.server import probe
 from radapter_serve.server.control import Answer, Control, NoAnswer, ServedVersion
 from radapter_serve.server.probe import SMALL, TIMEOUT_SECONDS, WHOLE, Probe, warm_up
 from radapter_serve.server.processes import Process, how_it_ended
-from radapter_serve.server.supervisor import MAX_FAILURES, MAX_PAUSE_SECONDS, STEADY_SECONDS, WINDOW_SECONDS, Supervisor
+from radapter_serve.server.supervisor import (
+    MAX_FAILURES,
+    MAX_PAUSE_SECONDS,
+    STEADY_SECONDS,
+    WINDOW_SECONDS,
+    Supervisor,
+)
 from radapter_serve.server.watch import GATEWAY, SERVER, Failure, Watch
 from tests.helpers.fake_clock import FakeClock
 from tests.helpers.stand_ins import http_server
 
-# Starts two processes whose first argument is that of a model, and waits. It keeps them, for a Popen that goes away
-# asks after its process, of which nothing is left then if it is dead already.
+# Starts two processes whose first argument is that of a model, and waits. It keeps them, for a
+# Popen that goes away asks after its process, of which nothing is left then if it is dead already.
 PARENT = """
 import subprocess, sys, time
 folder = sys.argv[1]
@@ -44,7 +50,9 @@ def parent(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
         folder = tmp_path / name
         folder.mkdir(parents=True)
         (folder / "model.py").write_text("import time\ntime.sleep(60)\n")
-    with subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], start_new_session=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path)], start_new_session=True
+    ) as process:
         yield process
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -80,7 +88,9 @@ def test_a_killed_model_is_told_once_with_its_signal(parent):
 def test_a_model_that_a_signal_has_stopped_is_killed(parent):
     watch, pids = looked(parent)
     os.kill(pids["classify"], signal.SIGSTOP)
-    assert until(watch.poll) == [Failure("classify", "a signal had stopped it, so it was killed", 1)]
+    assert until(watch.poll) == [
+        Failure("classify", "a signal had stopped it, so it was killed", 1)
+    ]
     until(lambda: Process.of(pids["classify"]).state == "Z")
     assert watch.poll() == watch.poll() == []
 
@@ -227,7 +237,9 @@ class Scene:
         self.server = Server(*polls, fails=fails)
         self.clock = FakeClock()
         self.said: list[str] = []
-        self.supervisor = Supervisor(self.server, self.said.append, beside, clock=self.clock, probe=Silent(*silent))
+        self.supervisor = Supervisor(
+            self.server, self.said.append, beside, clock=self.clock, probe=Silent(*silent)
+        )
 
 
 def test_a_dead_model_is_loaded_again_and_what_happened_is_said():
@@ -251,7 +263,10 @@ def test_what_no_longer_answers_is_killed_and_started_again():
     scene = Scene(silent=["segment"])
     scene.supervisor.step()
     assert scene.server.done == ["kill segment", "reload segment"]
-    assert scene.said[0] == ("the process of segment died: it no longer answered, so it was killed; starting it again")
+    assert (
+        scene.said[0]
+        == "the process of segment died: it no longer answered, so it was killed; starting it again"
+    )
 
 
 @pytest.mark.parametrize("name", [SERVER, "classify"])
@@ -276,8 +291,10 @@ def test_what_fails_to_start_is_tried_again_and_given_up_where_it_never_becomes_
     scene = Scene([Failure("classify", "why", 1)], fails=100)
     with pytest.raises(
         RAdapterError,
-        match="classify version 1 died: it could not be started again: no room; "
-        "it has not become ready in 5 starts, .*: radapter-serve --verbose",
+        match=(
+            "classify version 1 died: it could not be started again: no room; "
+            "it has not become ready in 5 starts, .*: radapter-serve --verbose"
+        ),
     ):
         scene.supervisor.step()
     assert scene.server.done == ["reload classify"] * MAX_FAILURES
@@ -305,7 +322,9 @@ def test_a_server_that_dies_before_it_is_ready_is_given_up():
     scene.server.restart_error = NoAnswer("it died meanwhile")
     for _ in range(MAX_FAILURES):
         scene.supervisor.step()
-    with pytest.raises(RAdapterError, match="tritonserver died: it was killed by SIGSEGV; it has not become ready"):
+    with pytest.raises(
+        RAdapterError, match="tritonserver died: it was killed by SIGSEGV; it has not become ready"
+    ):
         scene.supervisor.step()
 
 
@@ -319,7 +338,9 @@ def test_what_runs_beside_the_server_is_given_up_where_it_dies_at_once_each_time
         f"{GATEWAY} died: it ended by itself with status 2; starting it again",
         f"{GATEWAY} is back after 0.0 s",
     ]
-    with pytest.raises(RAdapterError, match=f"{GATEWAY} died: it ended by itself with status 2; it has not"):
+    with pytest.raises(
+        RAdapterError, match=f"{GATEWAY} died: it ended by itself with status 2; it has not"
+    ):
         scene.supervisor.step()
 
 
@@ -346,7 +367,11 @@ class Asked:
         return answer
 
 
-FINE, REFUSED, BROKEN = Answer(200, {}), Answer(400, {"error": "[no_labels] ..."}), Answer(500, {"error": "why"})
+FINE, REFUSED, BROKEN = (
+    Answer(200, {}),
+    Answer(400, {"error": "[no_labels] ..."}),
+    Answer(500, {"error": "why"}),
+)
 
 
 class AtOnce(Executor):
@@ -359,14 +384,20 @@ class AtOnce(Executor):
 
 
 def stepped(control: Asked, busy: int = 0) -> list[list[str]]:
-    """What a probe finds in five steps, TIMEOUT_SECONDS apart: it asks in steps 2 and 4, and judges after each.
+    """What a probe finds in five steps, TIMEOUT_SECONDS apart: it asks in steps 2 and 4, and judges
+    after each.
 
     Args:
         control: answers it.
         busy: the work done in TIMEOUT_SECONDS, in hundredths of a second.
     """
     clock = FakeClock()
-    asking = Probe(control, lambda _: round(clock.now / TIMEOUT_SECONDS) * busy, clock=clock, threads=AtOnce())  # type: ignore[arg-type]
+    asking = Probe(
+        control,  # type: ignore[arg-type]
+        lambda _: round(clock.now / TIMEOUT_SECONDS) * busy,
+        clock=clock,
+        threads=AtOnce(),  # type: ignore[arg-type]
+    )
     found = []
     for _ in range(5):
         clock.sleep(TIMEOUT_SECONDS)
@@ -377,7 +408,9 @@ def stepped(control: Asked, busy: int = 0) -> list[list[str]]:
 NOTHING: list[list[str]] = [[]] * 5
 
 
-@pytest.mark.parametrize("answer", [FINE, REFUSED, BROKEN, Answer(503, {"error": "Exceeds maximum queue size"})])
+@pytest.mark.parametrize(
+    "answer", [FINE, REFUSED, BROKEN, Answer(503, {"error": "Exceeds maximum queue size"})]
+)
 def test_whatever_a_task_answers_it_lives(answer):
     control = Asked(health=FINE, classify=answer, segment=REFUSED)
     assert stepped(control) == NOTHING
@@ -402,11 +435,15 @@ def test_before_it_is_ready_every_version_of_every_task_is_asked():
     models = {"classify": [1, 2], "image_encoder": [2], "segment": [2]}
     warm_up(control, models, 5)  # type: ignore[arg-type]
     assert control.asked == [
-        f"models/{one}/infer" for one in ("classify/versions/1", "classify/versions/2", "segment/versions/2")
+        f"models/{one}/infer"
+        for one in ("classify/versions/1", "classify/versions/2", "segment/versions/2")
     ]
     with pytest.raises(RAdapterError, match="segment version 2 fails: why"):
         warm_up(Asked(classify=FINE, segment=BROKEN), models, 5)  # type: ignore[arg-type]
-    with pytest.raises(RAdapterError, match="segment version 2 did not answer within 5 s; allow more with --timeout"):
+    with pytest.raises(
+        RAdapterError,
+        match="segment version 2 did not answer within 5 s; allow more with --timeout",
+    ):
         warm_up(Asked(classify=FINE), models, 5)  # type: ignore[arg-type]
 
 
@@ -417,14 +454,18 @@ def test_the_questions_fit_the_models():
     kinds = {"BYTES": "TYPE_STRING", "INT32": "TYPE_INT32"}
     for questions in (WHOLE, SMALL):
         for model, inputs in questions.items():
-            template = Path(__file__).parents[2] / "model_repository" / model / "config.template.pbtxt"
+            template = (
+                Path(__file__).parents[2] / "model_repository" / model / "config.template.pbtxt"
+            )
             config = text_format.Parse(template.read_text(), model_config_pb2.ModelConfig())
             known = {tensor.name: tensor for tensor in config.input}
             for given in inputs:
                 tensor = known[given["name"]]
                 assert model_config_pb2.DataType.Name(tensor.data_type) == kinds[given["datatype"]]
                 assert len(given["shape"]) == len(tensor.dims) + (config.max_batch_size > 0)
-    assert set(WHOLE) == set(SMALL) == {"classify", "embed_image", "embed_text", "retrieve", "segment"}
+    assert (
+        set(WHOLE) == set(SMALL) == {"classify", "embed_image", "embed_text", "retrieve", "segment"}
+    )
 
 
 def test_control_sends_the_secret_and_reads_the_index():

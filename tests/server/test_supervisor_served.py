@@ -1,4 +1,6 @@
-"""A real tritonserver whose parts are killed, frozen, kept busy and overloaded, under the eyes of its clients."""
+"""A real tritonserver whose parts are killed, frozen, kept busy and overloaded, under the eyes of
+its clients.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ def begun(threads: ThreadPoolExecutor, clients: list[Client], image: bytes) -> l
     return calls
 
 
-def test_a_killed_process_of_a_model_is_back_and_its_callers_may_ask_again(server, clients, threads):
+def test_a_killed_process_of_a_model_is_back_and_its_callers_may_ask_again(
+    server, clients, threads
+):
     watched = Watched(server)
     calls = begun(threads, clients, order(sleep=30))
     for pid in server.pids("classify"):
@@ -117,7 +121,9 @@ def test_a_frozen_process_is_replaced(server, clients, threads):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_server_that_is_killed_or_frozen_is_back_for_the_same_clients(server, clients, threads, number):
+def test_a_server_that_is_killed_or_frozen_is_back_for_the_same_clients(
+    server, clients, threads, number
+):
     watched = Watched(server)
     calls = begun(threads, clients, order(sleep=30))
     server.signal(number)
@@ -131,21 +137,29 @@ def test_a_server_that_is_killed_or_frozen_is_back_for_the_same_clients(server, 
             assert time.monotonic() < deadline
 
 
-def test_a_busy_task_is_left_alone_and_one_that_waits_for_nothing_is_started_again(server, clients, threads):
+def test_a_busy_task_is_left_alone_and_one_that_waits_for_nothing_is_started_again(
+    server, clients, threads
+):
     watched = Watched(server, Probe(server.control, server.ticks, interval=0.2, timeout=4.0))
-    calls = [begun(threads, clients, order(work=10)) for _ in range(2)]  # both processes, and a queue behind them
+    calls = [
+        begun(threads, clients, order(work=10)) for _ in range(2)
+    ]  # both processes, and a queue behind them
     watched.until(lambda: all(call.done() for pair in calls for call in pair))
     assert watched.said == []
     assert {call.result() for pair in calls for call in pair} == {"an answer"}
     calls = [begun(threads, clients, order(sleep=300)) for _ in range(2)]
     watched.until_back("classify")
-    assert "the process of classify died: it no longer answered, so it was killed" in watched.said[0]
+    assert (
+        "the process of classify died: it no longer answered, so it was killed" in watched.said[0]
+    )
     assert {call.result() for pair in calls for call in pair} == {"ServerUnavailable restarting"}
 
 
 def test_many_large_requests_at_once_are_refused_and_take_bounded_memory(server, clients, threads):
     def resident() -> int:
-        return int(Path(f"/proc/{server.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path(f"/proc/{server.pid}/statm").read_text().split()[1]) * os.sysconf(
+            "SC_PAGE_SIZE"
+        )
 
     before, most, done = resident(), [0], threading.Event()
 
@@ -157,18 +171,23 @@ def test_many_large_requests_at_once_are_refused_and_take_bounded_memory(server,
     busy = threads.submit(outcome, lambda: clients[0].segment(order(sleep=3), ["a"]))
     time.sleep(0.7)
     image = order(sleep=0, rest="x" * (4 << 20))
-    calls = [threads.submit(outcome, partial(clients[n % 2].segment, image, ["a"])) for n in range(60)]
+    calls = [
+        threads.submit(outcome, partial(clients[n % 2].segment, image, ["a"])) for n in range(60)
+    ]
     found = [call.result() for call in calls]
     done.set()
     assert busy.result() == "an answer"
     assert set(found) == {"an answer", "ServerUnavailable overloaded"}
-    # Those that are sent after the first were refused find room again. Few callers at once send: 38 of them.
+    # Those that are sent after the first were refused find room again. Few callers at once send: 38
+    # of them.
     assert found.count("an answer") <= 4 + 40
     assert most[0] - before < 38 * 3 * len(image)
 
 
 @pytest.mark.parametrize(("task", "processes"), [("segment", 1), ("classify", 2)])
-def test_what_waits_is_begun_as_soon_as_a_process_is_free(server, clients, threads, task, processes):
+def test_what_waits_is_begun_as_soon_as_a_process_is_free(
+    server, clients, threads, task, processes
+):
     """Triton's own limit of a queue made it wait for half a second longer, every second time."""
 
     def call(seconds: float) -> float:

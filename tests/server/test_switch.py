@@ -1,4 +1,6 @@
-"""The order of a switch, whatever fails in it, on a stand-in for tritonserver; and what a repository remembers."""
+"""The order of a switch, whatever fails in it, on a stand-in for tritonserver; and what a
+repository remembers.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,22 @@ from tests.helpers.fake_clock import FakeClock
 from tests.helpers.indexes import write_facts
 from tests.helpers.small_release import seal
 
-NEEDS = {"classify": ["image_encoder", "text_encoder"], "segment": ["image_encoder", "patch_encoder", "text_encoder"]}
-NEEDS |= {"embed_image": ["image_encoder"], "embed_text": ["text_encoder"], "retrieve": ["embed_image", "embed_text"]}
+NEEDS = {
+    "classify": ["image_encoder", "text_encoder"],
+    "segment": ["image_encoder", "patch_encoder", "text_encoder"],
+}
+NEEDS |= {
+    "embed_image": ["image_encoder"],
+    "embed_text": ["text_encoder"],
+    "retrieve": ["embed_image", "embed_text"],
+}
 
 
 def offer(*versions: int, facts: str = "", **tensors: int) -> ModelEntry:
     inputs = "".join(f'input {{ name: "{name}" dims: [{size}] }}' for name, size in tensors.items())
-    return ModelEntry((), f'{inputs} parameters {{ key: "release" value: {{ string_value: "{facts}" }} }}').at(versions)
+    return ModelEntry(
+        (), f'{inputs} parameters {{ key: "release" value: {{ string_value: "{facts}" }} }}'
+    ).at(versions)
 
 
 def models(*versions: int, patches: bool = True) -> dict[str, ModelEntry]:
@@ -97,7 +108,11 @@ class StandIn:
     def index(self, *, ready: bool = False) -> list[ServedVersion]:
         self.live()
         assert not ready
-        going = [ServedVersion(name, one, "UNLOADING") for name, those in self.leaving.items() for one in those]
+        going = [
+            ServedVersion(name, one, "UNLOADING")
+            for name, those in self.leaving.items()
+            for one in those
+        ]
         if going:
             self.leaving[going[0].model].discard(going[0].version)  # one call ends after the other
         return going
@@ -108,7 +123,9 @@ class StandIn:
             for version in self.loaded.get(task, set()) | self.leaving.get(task, set()):
                 for name in needed:
                     if name in ENCODERS and (name != "patch_encoder" or version in self.dense):
-                        assert version in self.loaded.get(name, ()), f"{task} {version} has no {name}"
+                        assert version in self.loaded.get(name, ()), (
+                            f"{task} {version} has no {name}"
+                        )
 
 
 def changes(step: Step) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -148,10 +165,15 @@ def test_a_plan_unloads_tasks_before_the_encoders_that_they_call() -> None:
 
 
 @pytest.mark.parametrize("begun", range(1, len(ENCODERS) + 2))
-def test_a_plan_is_undone_in_reverse_and_encoders_wait_for_the_tasks_that_were_changed(begun: int) -> None:
+def test_a_plan_is_undone_in_reverse_and_encoders_wait_for_the_tasks_that_were_changed(
+    begun: int,
+) -> None:
     plan = plan_switch(models(1), models(2))
     undo = plan.roll_back(begun)
-    expected = [{name: (after, before) for name, (before, after) in changes(step).items()} for step in plan.switch]
+    expected = [
+        {name: (after, before) for name, (before, after) in changes(step).items()}
+        for step in plan.switch
+    ]
     assert [changes(step) for step in undo] == expected[begun - 1 :: -1]
     tasks_changed = begun == len(plan.switch)
     drains = [set(step.drain) for step in undo]
@@ -165,7 +187,9 @@ def test_a_change_that_changes_nothing_is_not_undone() -> None:
 
 
 def test_encoders_keep_their_config_so_that_triton_keeps_running_those_it_has() -> None:
-    """Triton loads a version again if more than the version policy and the instances of its config change."""
+    """Triton loads a version again if more than the version policy and the instances of its config
+    change.
+    """
     old, new = models(1), models(2)
     old["image_encoder"] = offer(1, facts="threads of this server")
 
@@ -206,8 +230,12 @@ def test_calls_that_never_end_hold_up_the_old_encoders_for_a_bounded_time() -> N
     assert sum(server.clock.slept) == pytest.approx(DRAIN_TIMEOUT_SECONDS, abs=1)
 
 
-@pytest.mark.parametrize(("before", "after"), [((1,), (2,)), ((2,), (1,)), ((1, 2), (3,)), ((3,), (2, 3))])
-def test_every_task_has_its_encoders_at_every_moment(before: tuple[int, ...], after: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("before", "after"), [((1,), (2,)), ((2,), (1,)), ((1, 2), (3,)), ((3,), (2, 3))]
+)
+def test_every_task_has_its_encoders_at_every_moment(
+    before: tuple[int, ...], after: tuple[int, ...]
+) -> None:
     server, new = StandIn(models(*before)), models(*after)
     server.switch(new)
     assert server.offered == new
@@ -253,8 +281,12 @@ def test_a_server_that_dies_comes_back_with_one_release_as_a_whole(steps: int) -
 
 def test_encoders_of_other_shapes_cannot_stand_side_by_side() -> None:
     check_side_by_side({"image_encoder": offer(1, image=8)}, {"image_encoder": offer(2, image=8)})
-    with pytest.raises(RAdapterError, match=r"image_encoder .* its inputs have other shapes .*; stop the server"):
-        check_side_by_side({"image_encoder": offer(1, image=8)}, {"image_encoder": offer(2, image=16)})
+    with pytest.raises(
+        RAdapterError, match=r"image_encoder .* its inputs have other shapes .*; stop the server"
+    ):
+        check_side_by_side(
+            {"image_encoder": offer(1, image=8)}, {"image_encoder": offer(2, image=16)}
+        )
 
 
 # What a repository and its indexes say
@@ -285,7 +317,10 @@ def test_the_newest_export_is_served_until_somebody_chooses(sealed: Path) -> Non
         ('{"releases": 1, "before": []}', "could not read"),
         ('{"releases": ["x"], "before": []}', "could not read"),
         ('{"releases": [], "before": []}', "says that release none is served"),
-        ('{"releases": [7], "before": []}', "says that release 7 is served, and .* holds 1, 2; choose one"),
+        (
+            '{"releases": [7], "before": []}',
+            "says that release 7 is served, and .* holds 1, 2; choose one",
+        ),
     ],
 )
 def test_what_served_json_says_may_be_broken(sealed: Path, text: str, message: str) -> None:
@@ -294,7 +329,9 @@ def test_what_served_json_says_may_be_broken(sealed: Path, text: str, message: s
         Served.load(sealed)
 
 
-def test_without_a_server_the_next_start_is_chosen(sealed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_server_the_next_start_is_chosen(
+    sealed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["load", "1", "--model-repository", str(sealed)]) == 0
     assert "from its next start on, release 1 is served" in capsys.readouterr().out
     assert json.loads((sealed / "served.json").read_text()) == {"releases": [1], "before": [1, 2]}
@@ -316,7 +353,9 @@ def test_without_a_server_the_next_start_is_chosen(sealed: Path, capsys: pytest.
 def test_tasks_name_the_releases_that_are_served_and_encoders_none(sealed: Path) -> None:
     encoders = {one.name: one.configured("onnxruntime", 1) for one in encoders_of(sealed, [1])}
     found = plan_models(sealed, [1], [], encoders)
-    assert list(found) == [name for name in (*ENCODERS, *TASKS) if name not in ("patch_encoder", "retrieve")]
+    assert list(found) == [
+        name for name in (*ENCODERS, *TASKS) if name not in ("patch_encoder", "retrieve")
+    ]
     for name, model in found.items():
         config = parsed(model.config)
         assert list(config.version_policy.specific.versions) == [1]
@@ -327,7 +366,9 @@ def test_tasks_name_the_releases_that_are_served_and_encoders_none(sealed: Path)
             assert not [key for key in config.parameters if key.startswith("release")]
 
 
-def test_an_older_release_stays_for_its_index_and_a_newer_one_does_not(sealed: Path, tmp_path: Path) -> None:
+def test_an_older_release_stays_for_its_index_and_a_newer_one_does_not(
+    sealed: Path, tmp_path: Path
+) -> None:
     digests = {one: encoders_of(sealed, [one])[0].facts.digest for one in (1, 2)}
     assert digests[1] != digests[2]
     indexes = tmp_path / "indexes"
@@ -348,11 +389,13 @@ def test_an_older_release_stays_for_its_index_and_a_newer_one_does_not(sealed: P
 def test_a_release_of_former_days_finds_the_modules_of_today(sealed: Path, folder: Path) -> None:
     code = sealed / "classify" / "1" / "model.py"
     code.write_text(
-        "from radapter_serve.tasks.responses import answer\nfrom radapter_serve.tasks.triton import Version\n"
+        "from radapter_serve.tasks.responses import answer\nfrom radapter_serve.tasks.triton import"
+        " Version\n"
     )
     put(folder, sealed, "classify", offer(1))
-    assert (folder / MODELS / "classify" / "1" / "model.py").read_text() == (
-        "from radapter_serve.triton.responses import answer\nfrom radapter_serve.triton.version import Version\n"
+    assert (
+        (folder / MODELS / "classify" / "1" / "model.py").read_text()
+        == "from radapter_serve.triton.responses import answer\nfrom radapter_serve.triton.version import Version\n"
     )
 
 
@@ -373,8 +416,12 @@ def test_the_folder_of_a_server_holds_what_is_offered_and_nothing_is_written_to_
             assert {path.name for path in there.iterdir()} == {"config.pbtxt", *map(str, versions)}
             for version in versions:
                 names = {path.name for path in (sealed / name / str(version)).iterdir()}
-                assert {path.name for path in (there / str(version)).iterdir()} - {"__pycache__"} == names
-    assert (folder / MODELS / "classify" / "2" / "__pycache__").is_file()  # where Python would write
+                assert {path.name for path in (there / str(version)).iterdir()} - {
+                    "__pycache__"
+                } == names
+    assert (
+        folder / MODELS / "classify" / "2" / "__pycache__"
+    ).is_file()  # where Python would write
     put(folder, sealed, "classify", None)
     assert not (folder / MODELS / "classify").exists()
     assert sorted(str(path) for path in sealed.rglob("*")) == before

@@ -1,7 +1,7 @@
 """A switch of releases whose encoders are engines of TensorRT, on fakes of TensorRT and of the GPU.
 
-No real tritonserver takes part: it refuses models for a GPU that it does not see. In its place each load and unload
-runs the backend's own code in this process.
+No real tritonserver takes part: it refuses models for a GPU that it does not see. In its place each
+load and unload runs the backend's own code in this process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from tests.helpers.fake_tensorrt import Driver, install
 
 
 class Server:
-    """A server and its tritonserver: loads engines as they lie in its folder, and asks all of them after each step."""
+    """A server and its tritonserver: loads engines as they lie in its folder, and asks all of them
+    after each step.
+    """
 
     def __init__(self, repository: Path, folder: Path) -> None:
         self._repository, self._folder = repository, folder

@@ -20,7 +20,8 @@ from tests.server.test_backends import arguments
 GOOD = {"image": [[png(7)]], "labels": [[b"cat", b"dog"]]}
 F32 = np.float32
 LABELS = [b"cat", b"dog"]
-# Of each model: a request that is right, then those that are not, with the code that their callers get.
+# Of each model: a request that is right, then those that are not, with the code that their callers
+# get.
 BAD: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
     "embed_image": (
         {"image": [[png(7)]]},
@@ -69,10 +70,19 @@ BAD: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], str]]]] = {
             ({"labels": LABELS}, "invalid_argument"),
             ({"image": [png(7)]}, "no_labels"),
             ({"image": [b"nonsense"], "labels": LABELS}, "invalid_image"),
-            ({"image": [png(7)], "labels": LABELS, "templates": np.empty(0, object)}, "invalid_argument"),
+            (
+                {"image": [png(7)], "labels": LABELS, "templates": np.empty(0, object)},
+                "invalid_argument",
+            ),
             ({"image": [png(7)], "labels": np.empty(0, object)}, "no_labels"),
-            ({"image": [png(7)], "labels": LABELS, "threshold": np.array([np.nan], F32)}, "invalid_argument"),
-            ({"image": [png(7)], "labels": LABELS, "stride": np.array([0], np.int32)}, "invalid_argument"),
+            (
+                {"image": [png(7)], "labels": LABELS, "threshold": np.array([np.nan], F32)},
+                "invalid_argument",
+            ),
+            (
+                {"image": [png(7)], "labels": LABELS, "stride": np.array([0], np.int32)},
+                "invalid_argument",
+            ),
             (
                 {"image": [png(7)], "labels": LABELS, "proposals": np.empty((0, 20, 30), np.uint8)},
                 "invalid_argument",
@@ -129,7 +139,9 @@ def test_good_requests_between_bad_ones_are_answered_as_alone(model, name, capfd
             [alone] = made.execute([Request(**request)])
             same(response, alone)
     errors = [response.error() for response in together[1::2]]
-    assert [str(error).partition("] ")[0].lstrip("[") for error in errors] == [code for _, code in bad]
+    assert [str(error).partition("] ")[0].lstrip("[") for error in errors] == [
+        code for _, code in bad
+    ]
     assert all(error.code == "INVALID_ARG" and "\n" not in error for error in errors)
     assert "Traceback" not in capfd.readouterr().err
 
@@ -142,7 +154,9 @@ def test_a_missing_input_is_named(model):
 
 
 @pytest.mark.parametrize("name", ["embed_image", "classify"])
-def test_where_the_program_fails_callers_get_one_line_and_the_log_the_rest(model, monkeypatch, capfd, name):
+def test_where_the_program_fails_callers_get_one_line_and_the_log_the_rest(
+    model, monkeypatch, capfd, name
+):
     """A fault of the encoder's that no check foresees, for one image in a batch of three."""
     output, run = model.encoders["image_encoder"]
 
@@ -176,11 +190,19 @@ def grey_png() -> bytes:
     ("said", "told"),
     [
         (
-            "Failed to increase the shared memory pool size for key '/radapter_serve_x7_1' to 9 bytes.\nMore",
-            "[overloaded] image_encoder has more to do than it can take on; ask again in a moment, with fewer requests "
-            "at once",
+            (
+                "Failed to increase the shared memory pool size for key '/radapter_serve_x7_1' to 9"
+                " bytes.\nMore"
+            ),
+            (
+                "[overloaded] image_encoder has more to do than it can take on; ask again in a"
+                " moment, with fewer requests at once"
+            ),
         ),
-        ("no /home/me/file.onnx here", "[encoder_failed] image_encoder version 2 failed: no ... here"),
+        (
+            "no /home/me/file.onnx here",
+            "[encoder_failed] image_encoder version 2 failed: no ... here",
+        ),
         (
             "Model image_encoder - Error when running inference: Server not ready",
             "[server_stopping] the server is stopping; ask again when it is back",
@@ -195,13 +217,17 @@ def grey_png() -> bytes:
         ),
         (
             "in ensemble: [request id: <id_unknown>] Exceeds maximum queue size",
-            "[overloaded] image_encoder has more to do than it can take on; ask again in a moment, with fewer requests "
-            "at once",
+            (
+                "[overloaded] image_encoder has more to do than it can take on; ask again in a"
+                " moment, with fewer requests at once"
+            ),
         ),
         ("[invalid_image] 3 bytes are no image", "[invalid_image] 3 bytes are no image"),
     ],
 )
-def test_what_an_encoder_says_names_no_path_and_no_shared_memory(model, monkeypatch, capfd, said, told):
+def test_what_an_encoder_says_names_no_path_and_no_shared_memory(
+    model, monkeypatch, capfd, said, told
+):
     install(monkeypatch, lambda name, inputs: Response(error=TritonError(said, "INTERNAL")))
     [response] = model.load("embed_image").execute([Request(**BAD["embed_image"][0])])
     assert response.error() == told
@@ -220,7 +246,13 @@ def test_tokens_that_no_text_has(repository, monkeypatch, backend):
         return Request(tokens=np.array(values, np.int32).reshape(shape))
 
     good = tokens(1, 2, 3)
-    bad = [Request(), tokens(shape=(0, 0)), tokens(shape=(1, 0)), tokens(1, -1, 3), tokens(*[1] * 78)]
+    bad = [
+        Request(),
+        tokens(shape=(0, 0)),
+        tokens(shape=(1, 0)),
+        tokens(1, -1, 3),
+        tokens(*[1] * 78),
+    ]
     if backend == "onnxruntime":  # OpenVINO takes zeros for what lies outside the vocabulary
         bad.append(tokens(1, 10**6, 3))
     together = model.execute([one for wrong in bad for one in (good, wrong)] + [good])
@@ -228,7 +260,10 @@ def test_tokens_that_no_text_has(repository, monkeypatch, backend):
     for response in together[::2]:
         same(response, expected)
     for response in together[1::2]:
-        assert response.error().startswith("[invalid_argument] ") and response.error().code == "INVALID_ARG"
+        assert (
+            response.error().startswith("[invalid_argument] ")
+            and response.error().code == "INVALID_ARG"
+        )
 
 
 HANGS = """
@@ -248,6 +283,8 @@ responses.answer(requests, lambda one: one, responses.each(lambda one: threading
 
 def test_what_hangs_ends_its_process_and_says_where() -> None:
     command = [sys.executable, "-c", HANGS]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stdout) == (1, "1\n")
     assert "in answer" in done.stderr and "in wait" in done.stderr

@@ -1,4 +1,6 @@
-"""The tasks in this process: scores against the formula, and errors that stay with their request."""
+"""The tasks in this process: scores against the formula, and errors that stay with their
+request.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def test_large_batches_are_split(local):
 
 
 def test_embed_texts(local):
-    results = local.embed_texts([[b"a cat", b"a dog"], [b" "], [b"a dog"], [b"\xff"], ["Ölkäfer".encode()]])
+    results = local.embed_texts(
+        [[b"a cat", b"a dog"], [b" "], [b"a dog"], [b"\xff"], ["Ölkäfer".encode()]]
+    )
     assert [error is None for error in failures(results)] == [True, False, True, False, True]
     assert "text 1 of 1 is empty" in str(results[1].error)
     assert "UTF-8" in str(results[3].error)
@@ -102,7 +106,10 @@ def test_sigmoid_where_the_model_has_a_bias(local):
     sigmoid = release(alpha=0.5, templates=["a {}"], logit_scale=10.0, logit_bias=-3.0)
     classify = Classify(sigmoid, local.embed_images, local.embed_labels, {})
     [classes] = answers(classify([ClassifyRequest([png(5)], [[b"cat", b"dog"]])]))
-    label_set, image = local.embed_labels(["cat", "dog"], ["a {}"]), local.embed_images([[png(5)]])[0].unwrap()[0]
+    label_set, image = (
+        local.embed_labels(["cat", "dog"], ["a {}"]),
+        local.embed_images([[png(5)]])[0].unwrap()[0],
+    )
     expected = sorted(1 / (1 + np.exp(-(10 * label_set.embeds @ image - 3))), reverse=True)
     np.testing.assert_allclose(classes.scores[0], expected, rtol=1e-5)
 

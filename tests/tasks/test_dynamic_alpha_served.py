@@ -1,4 +1,6 @@
-"""A release that takes any α, served: each request's answer is that of the release with its α folded in."""
+"""A release that takes any α, served: each request's answer is that of the release with its α
+folded in.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def indexes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(dynamic_tiny_clip: Path, indexes: Path) -> Iterator[TritonServer]:
-    with TritonServer(ServerConfig(dynamic_tiny_clip, Endpoints.on_free_ports(), indexes=indexes)) as server:
+    with TritonServer(
+        ServerConfig(dynamic_tiny_clip, Endpoints.on_free_ports(), indexes=indexes)
+    ) as server:
         yield server
 
 
@@ -69,11 +73,18 @@ def files(photos: Path) -> list[bytes]:
 def scores(release: LocalRelease, image: bytes) -> dict[str, float]:
     """By the formula, with the fixed release's embeddings."""
     template = release.facts.templates[0]
-    texts = [release.embed_texts([template.format(name) for name in split_label(line)]).mean(0) for line in LABELS]
+    texts = [
+        release.embed_texts([template.format(name) for name in split_label(line)]).mean(0)
+        for line in LABELS
+    ]
     labels = np.stack([text / np.linalg.norm(text) for text in texts])
     logits = release.facts.logit_scale * labels @ release.encode_images([release.prepare(image)])[0]
     shares = np.exp(logits - logits.max())
-    return dict(zip([split_label(line)[0] for line in LABELS], (shares / shares.sum()).tolist(), strict=True))
+    return dict(
+        zip(
+            [split_label(line)[0] for line in LABELS], (shares / shares.sum()).tolist(), strict=True
+        )
+    )
 
 
 def test_embeddings(client: Client, photos: Path, fixed: dict[float, LocalRelease]) -> None:
@@ -89,8 +100,15 @@ def test_embeddings(client: Client, photos: Path, fixed: dict[float, LocalReleas
     assert np.abs(own - client.embed_texts(["a cat"], alpha=0)).max() > 1e-3
 
 
-def test_classify_at_many_alphas_at_once(client: Client, photos: Path, fixed: dict[float, LocalRelease]) -> None:
-    jobs = [(image, alpha, named) for image in files(photos)[:2] for alpha in FIXED for named in (True, False)] * 3
+def test_classify_at_many_alphas_at_once(
+    client: Client, photos: Path, fixed: dict[float, LocalRelease]
+) -> None:
+    jobs = [
+        (image, alpha, named)
+        for image in files(photos)[:2]
+        for alpha in FIXED
+        for named in (True, False)
+    ] * 3
 
     def call(job: tuple[bytes, float, bool]) -> dict[str, float]:
         image, alpha, named = job
@@ -111,11 +129,17 @@ def test_segment(client: Client, photos: Path, fixed: dict[float, LocalRelease])
         expected = scores(release, image)
         found = client.segment(image, LABELS, proposals=np.ones((1, 33, 33), bool), alpha=alpha)
         best = found.labels[int(found.mask[0, 0])]
-        assert found.scores[found.labels.index(best)] == pytest.approx(max(expected.values()), rel=1e-3)
+        assert found.scores[found.labels.index(best)] == pytest.approx(
+            max(expected.values()), rel=1e-3
+        )
 
 
 def test_search_asks_at_the_alpha_of_the_index(
-    server: TritonServer, client: Client, photos: Path, indexes: Path, fixed: dict[float, LocalRelease]
+    server: TritonServer,
+    client: Client,
+    photos: Path,
+    indexes: Path,
+    fixed: dict[float, LocalRelease],
 ) -> None:
     release = ServerRelease(server.grpc_url)
     release.set_alpha(0.8)
@@ -130,36 +154,55 @@ def test_search_asks_at_the_alpha_of_the_index(
 
 @pytest.mark.parametrize("alpha", [1.5, -0.1, float("nan"), True, "0.5"])
 def test_alpha_out_of_range_is_not_sent(client: Client, alpha: float) -> None:
-    with pytest.raises(radapter_client.InvalidRequest, match=r"alpha is .*; allowed are numbers from 0 to 1"):
+    with pytest.raises(
+        radapter_client.InvalidRequest, match=r"alpha is .*; allowed are numbers from 0 to 1"
+    ):
         client.embed_texts(["a cat"], alpha=alpha)
 
 
-def test_json_and_the_servers_own_check(server: TritonServer, fixed: dict[float, LocalRelease]) -> None:
+def test_json_and_the_servers_own_check(
+    server: TritonServer, fixed: dict[float, LocalRelease]
+) -> None:
     def body(alpha: float) -> dict[str, object]:
         text = {"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": ["a cat"]}
-        return {"inputs": [text, {"name": "alpha", "shape": [1, 1], "datatype": "FP32", "data": [alpha]}]}
+        return {
+            "inputs": [
+                text,
+                {"name": "alpha", "shape": [1, 1], "datatype": "FP32", "data": [alpha]},
+            ]
+        }
 
     status, answer = post(server, "models/embed_text/infer", body(0.3))
     assert status == 200
-    np.testing.assert_allclose(answer["outputs"][0]["data"], fixed[0.3].embed_texts(["a cat"])[0], atol=1e-5)
+    np.testing.assert_allclose(
+        answer["outputs"][0]["data"], fixed[0.3].embed_texts(["a cat"])[0], atol=1e-5
+    )
     status, answer = post(server, "models/embed_text/infer", body(7))
     assert status == 400 and "[invalid_argument] alpha is 7; allowed: 0" in answer["error"]
 
 
-def test_query(server: TritonServer, photos: Path, fixed: dict[float, LocalRelease], capfd, tmp_path: Path) -> None:
+def test_query(
+    server: TritonServer, photos: Path, fixed: dict[float, LocalRelease], capfd, tmp_path: Path
+) -> None:
     image = sorted(photos.iterdir())[0]
     shared = ["--url", server.grpc_url, "--alpha", "0.3"]
     assert query(["classify", str(image), "--label-set", "four", "--json", *shared]) == 0
     found = json.loads(capfd.readouterr().out)
     expected = scores(fixed[0.3], image.read_bytes())
-    assert dict(zip(found["labels"], found["scores"], strict=True)) == pytest.approx(expected, rel=1e-3)
+    assert dict(zip(found["labels"], found["scores"], strict=True)) == pytest.approx(
+        expected, rel=1e-3
+    )
     assert query(["embed-text", "a cat", "--out", str(tmp_path / "x.npy"), *shared]) == 0
-    np.testing.assert_allclose(np.load(tmp_path / "x.npy"), fixed[0.3].embed_texts(["a cat"]), atol=1e-5)
+    np.testing.assert_allclose(
+        np.load(tmp_path / "x.npy"), fixed[0.3].embed_texts(["a cat"]), atol=1e-5
+    )
     assert query(["release", "--url", server.grpc_url]) == 0
     assert "0.5, or any from 0 to 1 by request" in capfd.readouterr().out
 
 
-def test_a_sweep_over_the_server(server: TritonServer, photos: Path, fixed: dict[float, LocalRelease]) -> None:
+def test_a_sweep_over_the_server(
+    server: TritonServer, photos: Path, fixed: dict[float, LocalRelease]
+) -> None:
     embedder = ServerEmbedder(server.grpc_url, [0.3, 0.8])
     try:
         assert [variant.alpha for variant in embedder.variants] == [0.3, 0.8]
@@ -170,6 +213,8 @@ def test_a_sweep_over_the_server(server: TritonServer, photos: Path, fixed: dict
             image = files(photos)[0]
             expected = release.encode_images([release.prepare(image)])
             np.testing.assert_allclose(embedder.embed_images([image]), expected, atol=1e-5)
-            np.testing.assert_allclose(embedder.embed_texts(["a cat"]), release.embed_texts(["a cat"]), atol=1e-5)
+            np.testing.assert_allclose(
+                embedder.embed_texts(["a cat"]), release.embed_texts(["a cat"]), atol=1e-5
+            )
     finally:
         embedder.close()

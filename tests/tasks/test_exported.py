@@ -1,4 +1,6 @@
-"""A real export, served, against the merged checkpoint in open_clip: its own transform, tokenizer and model."""
+"""A real export, served, against the merged checkpoint in open_clip: its own transform, tokenizer
+and model.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,16 @@ LABELS = ["cat", "a dog in the SNOW", "don't know", "猫"]
 
 @pytest.fixture(scope="module")
 def exported_siglip(tmp_path_factory) -> Path:
-    """What a server has to do otherwise for a SigLIP: squashed images, texts of one length, sigmoids with a bias."""
+    """What a server has to do otherwise for a SigLIP: squashed images, texts of one length,
+    sigmoids with a bias.
+    """
     folder = tmp_path_factory.mktemp("siglip")
     name = make_base("siglip", folder / "base")
     save_adapter(random_adapter(name), folder / "adapter.safetensors")
     export_release(
-        folder, [0.7], ExportSettings(model_repository=folder / "model_repository", merged=folder / "merged")
+        folder,
+        [0.7],
+        ExportSettings(model_repository=folder / "model_repository", merged=folder / "merged"),
     )
     return folder
 
@@ -49,24 +55,40 @@ def test_served_equals_open_clip(exported, request):
     images = [png(0, 50, 41), png(1, 33, 90, kind="JPEG"), png(2, 20, 20, kind="WEBP")]
     pixels = torch.stack([transform(Image.open(io.BytesIO(image))) for image in images])
     image_embeds = model.encode_image(pixels, normalize=True)
-    text_embeds = model.encode_text(tokenize([f"a photo of a {label}." for label in LABELS]), normalize=True)
+    text_embeds = model.encode_text(
+        tokenize([f"a photo of a {label}." for label in LABELS]), normalize=True
+    )
     logits = model.logit_scale.exp() * image_embeds @ text_embeds.T
-    scores = (logits.softmax(-1) if model.logit_bias is None else (logits + model.logit_bias).sigmoid()).numpy()
+    scores = (
+        logits.softmax(-1) if model.logit_bias is None else (logits + model.logit_bias).sigmoid()
+    ).numpy()
 
     with (
-        TritonServer(ServerConfig(folder / "model_repository", Endpoints.on_free_ports())) as server,
+        TritonServer(
+            ServerConfig(folder / "model_repository", Endpoints.on_free_ports())
+        ) as server,
         connect(server) as client,
     ):
         tasks = ["classify", "embed_image", "embed_text"]
-        assert list(server.models) == [*tasks, "image_encoder", "retrieve", "segment", "text_encoder"]
+        assert list(server.models) == [
+            *tasks,
+            "image_encoder",
+            "retrieve",
+            "segment",
+            "text_encoder",
+        ]
         image = tensor("image", [[data] for data in images])
         found = client.infer("embed_image", [image]).as_numpy("image_embeds")
         np.testing.assert_allclose(found, image_embeds, atol=1e-5)
         texts = tensor("text", [[f"a photo of a {label}.".encode()] for label in LABELS])
         found = client.infer("embed_text", [texts]).as_numpy("text_embeds")
         np.testing.assert_allclose(found, text_embeds, atol=1e-5)
-        found = client.infer("classify", [image, tensor("labels", [[label.encode() for label in LABELS]] * 3)])
-        for row, (names, values) in enumerate(zip(found.as_numpy("label"), found.as_numpy("score"), strict=True)):
+        found = client.infer(
+            "classify", [image, tensor("labels", [[label.encode() for label in LABELS]] * 3)]
+        )
+        for row, (names, values) in enumerate(
+            zip(found.as_numpy("label"), found.as_numpy("score"), strict=True)
+        ):
             best = np.argsort(-scores[row])
             assert [name.decode() for name in names] == [LABELS[index] for index in best]
             np.testing.assert_allclose(values, scores[row][best], rtol=1e-3)

@@ -13,7 +13,9 @@ SIMPLE = ["a photo of a {}."]
 
 def test_label_set_round_trip(tmp_path):
     embeds = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
-    LabelSet(("Ölkäfer", "猫"), embeds, ("Ölkäfer, beetle", "猫"), ("a {}",)).save(tmp_path / "a.npz")
+    LabelSet(("Ölkäfer", "猫"), embeds, ("Ölkäfer, beetle", "猫"), ("a {}",)).save(
+        tmp_path / "a.npz"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
     loaded = LabelSet.load(tmp_path / "a.npz")
     assert loaded.labels == ("Ölkäfer", "猫")
@@ -25,8 +27,12 @@ def test_embeddings_are_the_mean_over_names_and_templates(local):
     templates = ["a photo of a {}.", "a drawing of one {}"]
     found = local.embed_labels(["cat, kitty", "a very long name of a dog"], templates)
     assert found.labels == ("cat", "a very long name of a dog")
-    for names, embed in zip((["cat", "kitty"], ["a very long name of a dog"]), found.embeds, strict=True):
-        prompts = [template.replace("{}", name).encode() for name in names for template in templates]
+    for names, embed in zip(
+        (["cat", "kitty"], ["a very long name of a dog"]), found.embeds, strict=True
+    ):
+        prompts = [
+            template.replace("{}", name).encode() for name in names for template in templates
+        ]
         mean = np.mean([local.embed_texts([[prompt]])[0].unwrap()[0] for prompt in prompts], axis=0)
         np.testing.assert_allclose(embed, mean / np.linalg.norm(mean), atol=1e-6)
 
@@ -54,7 +60,9 @@ def test_the_cache_is_bounded_and_still_right(local):
     small = LabelEmbedder(local.tokenizer, local.encode_tokens, cache_size=5)
     words = [f"thing {index}" for index in range(40)]
     for _ in range(2):
-        np.testing.assert_array_equal(small(words, SIMPLE).embeds, local.embed_labels(words, SIMPLE).embeds)
+        np.testing.assert_array_equal(
+            small(words, SIMPLE).embeds, local.embed_labels(words, SIMPLE).embeds
+        )
         small(words[:7], SIMPLE)
     assert len(small._cache) <= 5
     assert sum(len(found.labels) for found in small._sets.values()) == small._labels_in_sets <= 40
@@ -81,7 +89,9 @@ def test_bad_labels(local, labels, templates, message):
 def test_a_caller_who_gave_up_gets_no_more_batches(local):
     asked = iter([False, True])
     with pytest.raises(TaskError, match="cancelled"):
-        local.embed_labels([f"thing {n}" for n in range(200)], SIMPLE, cancelled=lambda: next(asked))
+        local.embed_labels(
+            [f"thing {n}" for n in range(200)], SIMPLE, cancelled=lambda: next(asked)
+        )
     assert len(local.calls) == 2
 
 
@@ -91,7 +101,9 @@ def test_what_was_embedded_until_a_caller_gave_up_is_kept(local):
         tries, before = tries + 1, len(local.calls)
         try:
             # As patient as 20 batches: none of the callers sees all of it.
-            found = local.embed_labels(labels, SIMPLE, cancelled=lambda before=before: len(local.calls) - before > 20)
+            found = local.embed_labels(
+                labels, SIMPLE, cancelled=lambda before=before: len(local.calls) - before > 20
+            )
             break
         except TaskError as error:
             assert error.code == "cancelled"
@@ -113,7 +125,10 @@ def test_templates_are_not_kept(local):
     local.embed_labels(["cat"], templates)
     local.embed_labels(["cat"], templates)
     assert len(local.calls) == 1
-    assert all(isinstance(digest, bytes) for (_, digest), _ in [*local.embed_labels._cache, *local.embed_labels._sets])
+    assert all(
+        isinstance(digest, bytes)
+        for (_, digest), _ in [*local.embed_labels._cache, *local.embed_labels._sets]
+    )
 
 
 def test_a_label_set_is_float32_whatever_its_file_holds(tmp_path):

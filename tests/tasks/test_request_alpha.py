@@ -1,4 +1,6 @@
-"""α of requests, without Triton: rows of an encoder that has it as an input, labels by α, indexes by α."""
+"""α of requests, without Triton: rows of an encoder that has it as an input, labels by α, indexes
+by α.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,10 @@ def test_what_is_no_alpha(alphas: RequestAlpha, value: Any) -> None:
 
 
 def test_another_than_was_exported() -> None:
-    with pytest.raises(TaskError, match=r"alpha is 0.5, but .* exported at alpha 0.3; radapter-export --alpha dynamic"):
+    with pytest.raises(
+        TaskError,
+        match=r"alpha is 0.5, but .* exported at alpha 0.3; radapter-export --alpha dynamic",
+    ):
         FIXED([[0.3], [0.5]], 2)
     with pytest.raises(RAdapterError, match=r"^alpha is 0.5, but"):
         release(alpha=0.3).at(0.5)
@@ -54,7 +59,9 @@ def test_another_than_was_exported() -> None:
 
 @pytest.fixture
 def tasks(local: Any) -> Callable[..., Any]:
-    """Makes a task of the small release as if α were an input: an encoder turns its embeddings around by α."""
+    """Makes a task of the small release as if α were an input: an encoder turns its embeddings
+    around by α.
+    """
     calls: list[list[float]] = []
 
     def turned(encode: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
@@ -71,7 +78,12 @@ def tasks(local: Any) -> Callable[..., Any]:
     facts = release(
         alpha=0.3,
         dynamic_alpha=True,
-        preprocess={"size": SIZE, "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0},
+        preprocess={
+            "size": SIZE,
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+            "fill_color": 0,
+        },
         logit_scale=10.0,
     )
     images, tokens = turned(local.encode_images), turned(local.encode_tokens)
@@ -95,10 +107,16 @@ def tasks(local: Any) -> Callable[..., Any]:
     return make
 
 
-@pytest.mark.parametrize(("kind", "one", "two"), [("images", png(0), png(1)), ("texts", b"a cat", b"a dog")])
-def test_requests_of_several_alphas_share_a_batch(tasks: Any, kind: str, one: bytes, two: bytes) -> None:
+@pytest.mark.parametrize(
+    ("kind", "one", "two"), [("images", png(0), png(1)), ("texts", b"a cat", b"a dog")]
+)
+def test_requests_of_several_alphas_share_a_batch(
+    tasks: Any, kind: str, one: bytes, two: bytes
+) -> None:
     embed = tasks(kind)
-    alone = {a: embed([[one, two]], [np.full((2, 1), a, np.float32)])[0].unwrap() for a in (0, 0.3, 1)}
+    alone = {
+        a: embed([[one, two]], [np.full((2, 1), a, np.float32)])[0].unwrap() for a in (0, 0.3, 1)
+    }
     assert np.abs(alone[0] - alone[1]).max() > 0.01
     calls = tasks("calls")
     given = [np.array([[0], [1]]), None, np.array([[2.0]]), np.array([[1.0]])]
@@ -123,11 +141,19 @@ def test_labels_are_embedded_once_for_each_alpha(tasks: Any) -> None:
 def test_classify_takes_images_and_labels_at_the_alpha_of_the_row(tasks: Any) -> None:
     classify, calls = tasks("classify"), tasks("calls")
     alpha = np.array([[0], [1]], np.float32)
-    mixed = classify([ClassifyRequest([png(0), png(0)], label_set=[b"colours"] * 2, alpha=alpha)])[0].unwrap()
+    mixed = classify([ClassifyRequest([png(0), png(0)], label_set=[b"colours"] * 2, alpha=alpha)])[
+        0
+    ].unwrap()
     for row, a in enumerate((0, 1)):
-        [alone] = classify([ClassifyRequest([png(0)], label_set=[b"colours"], alpha=np.array([[a]], np.float32))])
+        [alone] = classify(
+            [ClassifyRequest([png(0)], label_set=[b"colours"], alpha=np.array([[a]], np.float32))]
+        )
         [named] = classify(
-            [ClassifyRequest([png(0)], [[b"red, scarlet", b"blue"]], templates=[[b"a {}"]], alpha=[[a]])]
+            [
+                ClassifyRequest(
+                    [png(0)], [[b"red, scarlet", b"blue"]], templates=[[b"a {}"]], alpha=[[a]]
+                )
+            ]
         )
         for other in (alone.unwrap(), named.unwrap()):
             assert other.labels[0].tolist() == mixed.labels[row].tolist()
@@ -149,7 +175,11 @@ def test_segment_takes_every_encoder_at_one_alpha(tasks: Any) -> None:
     found = []
     for alpha in (0.0, 0.5):
         calls.clear()
-        found.append(segment(SegmentRequest(png(3), label_set=b"colours", alpha=np.array([alpha], np.float32))))
+        found.append(
+            segment(
+                SegmentRequest(png(3), label_set=b"colours", alpha=np.array([alpha], np.float32))
+            )
+        )
         segment(SegmentRequest(png(3), [b"a", b"b"], proposals=masks, alpha=[alpha]))
         assert {one for call in calls for one in call} == {alpha} and len(calls) >= 3
     assert np.abs(found[0].scores - found[1].scores).max() > 1e-4
@@ -170,7 +200,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     for number in range(6):
         pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((40, 30), Image.Resampling.NEAREST).save(folder / f"{number}.png")
+        Image.fromarray(pixels).resize((40, 30), Image.Resampling.NEAREST).save(
+            folder / f"{number}.png"
+        )
     return folder
 
 
@@ -182,8 +214,12 @@ def test_a_release_at_an_alpha_embeds_what_the_fold_embeds(
     for version, alpha in ((1, 0.3), (2, 0.8)):
         fixed = LocalRelease(f"{exported_tiny_clip / 'model_repository'}@{version}")
         release.set_alpha(alpha)
-        np.testing.assert_allclose(release.encode_images(pixels), fixed.encode_images(pixels), atol=3e-6)
-        np.testing.assert_allclose(release.embed_texts(["a cat"]), fixed.embed_texts(["a cat"]), atol=3e-6)
+        np.testing.assert_allclose(
+            release.encode_images(pixels), fixed.encode_images(pixels), atol=3e-6
+        )
+        np.testing.assert_allclose(
+            release.embed_texts(["a cat"]), fixed.embed_texts(["a cat"]), atol=3e-6
+        )
         assert release.facts.digest == fixed.facts.digest
         fixed.set_alpha(alpha)
         with pytest.raises(RAdapterError, match="--alpha dynamic"):
@@ -216,7 +252,9 @@ def test_an_index_belongs_to_one_alpha(
     found = retrieve(RetrieveRequest(b"photos", b"a cat"))
     assert asked == [pytest.approx(0.8)]
     fixed = LocalRelease(f"{exported_tiny_clip / 'model_repository'}@2")
-    images = fixed.encode_images([fixed.prepare((photos / name).read_bytes()) for name in found.ids])
+    images = fixed.encode_images(
+        [fixed.prepare((photos / name).read_bytes()) for name in found.ids]
+    )
     np.testing.assert_allclose(found.scores, images @ fixed.embed_texts(["a cat"])[0], atol=1e-5)
     # A release with that alpha folded in can search it, too; one with another can't.
     text = fixed.embed_texts(["a cat"])[0]

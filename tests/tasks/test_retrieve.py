@@ -1,4 +1,6 @@
-"""The task `retrieve` without a server: names, indexes that come, change and go, and what is computed when."""
+"""The task `retrieve` without a server: names, indexes that come, change and go, and what is
+computed when.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,9 @@ def test_indexes_come_change_and_go(photos: Path, tmp_path: Path) -> None:
     assert error.value.code == UNKNOWN_INDEX
 
 
-def test_an_index_that_is_held_stays_whole_while_it_is_replaced(photos: Path, tmp_path: Path) -> None:
+def test_an_index_that_is_held_stays_whole_while_it_is_replaced(
+    photos: Path, tmp_path: Path
+) -> None:
     release, out = FakeRelease(), tmp_path / "indexes" / "photos"
     build(str(photos), out, release)
     retrieve = task(tmp_path / "indexes", release)
@@ -110,7 +114,9 @@ def test_an_index_that_is_held_stays_whole_while_it_is_replaced(photos: Path, tm
         task(tmp_path / "indexes", release)(RetrieveRequest(b"photos", text=b"a"))
 
 
-def test_an_index_that_is_broken_is_tried_again_after_ten_seconds(photos: Path, tmp_path: Path) -> None:
+def test_an_index_that_is_broken_is_tried_again_after_ten_seconds(
+    photos: Path, tmp_path: Path
+) -> None:
     release, out = FakeRelease(), tmp_path / "indexes" / "photos"
     build(str(photos), out, release)
     (data,) = (table(out) / "data").iterdir()
@@ -130,13 +136,21 @@ def test_an_index_that_is_broken_is_tried_again_after_ten_seconds(photos: Path, 
 def test_nothing_fails_while_an_index_of_many_images_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By additions and as a whole, while two threads search: every answer is of one state or another."""
+    """By additions and as a whole, while two threads search: every answer is of one state or
+    another.
+    """
     lower(monkeypatch)
     vectors, texts = clustered(700, 32, 20)
-    release, photos, out = Ready(vectors, texts[:50]), tmp_path / "photos", tmp_path / "indexes" / "photos"
+    release, photos, out = (
+        Ready(vectors, texts[:50]),
+        tmp_path / "photos",
+        tmp_path / "indexes" / "photos",
+    )
     write_numbers(photos, range(300))
     build(str(photos), out, release)
-    retrieve = Retrieve(release.facts, tmp_path / "indexes", lambda text: vectors[int(text)], lambda _: vectors[0])
+    retrieve = Retrieve(
+        release.facts, tmp_path / "indexes", lambda text: vectors[int(text)], lambda _: vectors[0]
+    )
     over, failed, counts = threading.Event(), list[str](), list[int]()
 
     def search() -> None:
@@ -185,7 +199,9 @@ def test_refusals(photos: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(TaskError) as error:
             retrieve(RetrieveRequest(name, text=b"a"))
-        assert error.value.code == UNKNOWN_INDEX and str(tmp_path / "indexes") not in str(error.value)
+        assert error.value.code == UNKNOWN_INDEX and str(tmp_path / "indexes") not in str(
+            error.value
+        )
     for request in (
         RetrieveRequest(b"photos"),
         RetrieveRequest(b"photos", text=b"a", image=b"b"),

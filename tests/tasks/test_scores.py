@@ -31,7 +31,10 @@ def ask(classify: Classify, images: list[bytes], **options) -> Classes:
 
 def cosines(local, images: list[bytes]) -> np.ndarray:
     embeds = local.embed_images([images])[0].unwrap()
-    return embeds.astype(np.float64) @ local.embed_labels([one.decode() for one in LABELS], TEMPLATES).embeds.T
+    return (
+        embeds.astype(np.float64)
+        @ local.embed_labels([one.decode() for one in LABELS], TEMPLATES).embeds.T
+    )
 
 
 def names(local) -> np.ndarray:
@@ -59,13 +62,20 @@ def test_calibrated_scores_are_a_softmax_at_the_temperature_and_keep_the_order(l
     classify = classify_of(local)
     found, plain = ask(classify, IMAGES, calibrated=True, top_k=7), ask(classify, IMAGES, top_k=7)
     assert found.labels.tolist() == plain.labels.tolist()
-    np.testing.assert_allclose(found.scores, ranked(softmax(10.0 / 2.0 * cosines(local, IMAGES)))[1], rtol=1e-4)
-    np.testing.assert_allclose(plain.scores, ranked(softmax(10.0 * cosines(local, IMAGES)))[1], rtol=1e-4)
+    np.testing.assert_allclose(
+        found.scores, ranked(softmax(10.0 / 2.0 * cosines(local, IMAGES)))[1], rtol=1e-4
+    )
+    np.testing.assert_allclose(
+        plain.scores, ranked(softmax(10.0 * cosines(local, IMAGES)))[1], rtol=1e-4
+    )
     assert ask(classify, IMAGES, calibrated=True).labels.shape == (6, 5)
 
 
 def test_a_release_that_carries_nothing_answers_as_one_that_does(local):
-    with_it, without = ask(classify_of(local), IMAGES), ask(classify_of(local, confidence=None), IMAGES)
+    with_it, without = (
+        ask(classify_of(local), IMAGES),
+        ask(classify_of(local, confidence=None), IMAGES),
+    )
     assert with_it.labels.tolist() == without.labels.tolist()
     np.testing.assert_array_equal(with_it.scores, without.scores)
 
@@ -87,7 +97,10 @@ def test_labels_below_the_threshold_are_left_out(local):
         found = ask(classify_of(local), IMAGES, multi_label=True, **options)
         assert found.labels.shape == (6, max(counts))
         for row, count in enumerate(counts):
-            assert found.labels[row].tolist() == [*names(local)[order[row, :count]], *[""] * (max(counts) - count)]
+            assert found.labels[row].tolist() == [
+                *names(local)[order[row, :count]],
+                *[""] * (max(counts) - count),
+            ]
             np.testing.assert_allclose(found.scores[row, :count], scores[row, :count], rtol=1e-4)
             assert not found.scores[row, count:].any()
     none = ask(classify_of(local), IMAGES, multi_label=True, threshold=1.0)
@@ -100,11 +113,18 @@ def test_a_label_is_scored_alike_whatever_others_there_are(local):
         classes = classify_of(local)([request])[0].unwrap()
         return float(classes.scores[0, classes.labels[0].tolist().index("cat")])
 
-    assert alone([b"cat"]) == pytest.approx(alone(LABELS), rel=1e-5) == pytest.approx(alone(LABELS[:3]), rel=1e-5)
+    assert (
+        alone([b"cat"])
+        == pytest.approx(alone(LABELS), rel=1e-5)
+        == pytest.approx(alone(LABELS[:3]), rel=1e-5)
+    )
 
 
 def test_a_model_that_was_trained_with_a_sigmoid(local):
-    own, exact = sigmoid(10.0 * cosines(local, IMAGES) - 3.0), sigmoid(6.0 * cosines(local, IMAGES) - 1.0)
+    own, exact = (
+        sigmoid(10.0 * cosines(local, IMAGES) - 3.0),
+        sigmoid(6.0 * cosines(local, IMAGES) - 1.0),
+    )
     classify = classify_of(local, logit_bias=-3.0, confidence={**CONFIDENCE, "temperature": None})
     every = {"multi_label": True, "threshold": 0.0}
     for options, scores in (
@@ -113,13 +133,17 @@ def test_a_model_that_was_trained_with_a_sigmoid(local):
         ({"top_k": 7}, own),
         ({"top_k": 7, "calibrated": True}, exact),
     ):
-        np.testing.assert_allclose(ask(classify, IMAGES, **options).scores, ranked(scores)[1], rtol=1e-4)
+        np.testing.assert_allclose(
+            ask(classify, IMAGES, **options).scores, ranked(scores)[1], rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("options", [{}, {"multi_label": True}, {"calibrated": True}, {"top_k": 3}])
 @pytest.mark.parametrize("facts", [{"logit_bias": -1.0}, {"logit_bias": None}])
 def test_labels_are_ranked_by_their_cosines_where_scores_are_equal(local, facts, options):
-    """In float32 a sigmoid is 1 for all logits above 17, and a softmax is 0 for all that are far below the best."""
+    """In float32 a sigmoid is 1 for all logits above 17, and a softmax is 0 for all that are far
+    below the best.
+    """
     order = np.argsort(-cosines(local, IMAGES), axis=1)
     fitted = {**CONFIDENCE, "scale": 1000.0, "bias": 900.0, "temperature": 1.0}
     classify = classify_of(local, logit_scale=1000.0, confidence=fitted, **facts)
@@ -135,16 +159,31 @@ def test_label_sets_are_ranked_by_their_cosines(local):
     large = LabelSet(tuple("abcdef"), embed, tuple("abcdef"), ("{}",))
     small = LabelSet(("x", "y"), embed[:2], ("x", "y"), ("{}",))
     sure = {"scale": 1000.0, "bias": 900.0}
-    facts = release(templates=TEMPLATES, logit_scale=1000.0, logit_bias=900.0, confidence={**CONFIDENCE, **sure})
-    classify = Classify(facts, local.embed_images, local.embed_labels, {"large": large, "small": small})
+    facts = release(
+        templates=TEMPLATES, logit_scale=1000.0, logit_bias=900.0, confidence={**CONFIDENCE, **sure}
+    )
+    classify = Classify(
+        facts, local.embed_images, local.embed_labels, {"large": large, "small": small}
+    )
     [found] = classify([ClassifyRequest(IMAGES, label_set=[b"large"] * 6, top_k=[1] * 6)])
     assert found.unwrap().labels.ravel().tolist() == list("abcdef")
-    # As many labels as the smaller of two has; labels that stand alone are as many as the one with most has.
+    # As many labels as the smaller of two has; labels that stand alone are as many as the one with
+    # most has.
     mixed = ClassifyRequest(IMAGES[:2], label_set=[b"large", b"small"])
     alone = dataclasses.replace(mixed, multi_label=[True] * 2, threshold=[0.0] * 2)
     of_both, of_each = (outcome.unwrap() for outcome in classify([mixed, alone]))
-    assert of_both.labels[:, 0].tolist() == ["a", "y"] and of_both.labels.shape == of_both.scores.shape == (2, 2)
-    assert sorted(of_each.labels[0]) == list("abcdef") and of_each.labels[1].tolist() == ["y", "x", "", "", "", ""]
+    assert of_both.labels[:, 0].tolist() == [
+        "a",
+        "y",
+    ] and of_both.labels.shape == of_both.scores.shape == (2, 2)
+    assert sorted(of_each.labels[0]) == list("abcdef") and of_each.labels[1].tolist() == [
+        "y",
+        "x",
+        "",
+        "",
+        "",
+        "",
+    ]
     assert of_each.scores[1].tolist() == [1, 1, 0, 0, 0, 0]
 
 
@@ -154,7 +193,9 @@ def test_of_equal_labels_the_first_comes_first(top_k):
     best, scores = Scores(top_k, 10.0, None).best(values)
     expected = sorted(range(50), key=lambda place: -values[place])[:top_k]
     assert best.tolist() == expected
-    np.testing.assert_allclose(scores, softmax(10.0 * values[None].astype(np.float64))[0, expected], rtol=1e-5)
+    np.testing.assert_allclose(
+        scores, softmax(10.0 * values[None].astype(np.float64))[0, expected], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("options", [{"multi_label": True}, {"calibrated": True}])
@@ -164,25 +205,39 @@ def test_calibrated_scores_are_for_the_alpha_of_the_release_alone(local, options
     scoring = Scoring(facts)
     given = {name: [value] * 2 for name, value in options.items()}
     own = np.float32(0.3)
-    assert scoring(**given, alpha=facts.request_alpha([0.3, float(own)], 2)) == scoring(**given, alpha=None)
+    assert scoring(**given, alpha=facts.request_alpha([0.3, float(own)], 2)) == scoring(
+        **given, alpha=None
+    )
     nearest = [float(np.nextafter(own, np.float32(end))) for end in (0, 1)]
     for near in (*nearest, 0.301):
-        with pytest.raises(TaskError, match=rf"calibrated at alpha 0.3, not at {np.float32(near)!s}"):
+        with pytest.raises(
+            TaskError, match=rf"calibrated at alpha 0.3, not at {np.float32(near)!s}"
+        ):
             scoring(**given, alpha=facts.request_alpha([0.3, near], 2))
 
 
 def test_embeddings_that_are_not_finite_are_no_ranking(local):
     facts = release(templates=TEMPLATES)
     embed = EmbedImages(facts, lambda pixels: np.full((len(pixels), 8), np.nan, np.float32))
-    [outcome] = Classify(facts, embed, local.embed_labels, {})([ClassifyRequest([IMAGES[0]], [LABELS])])
+    [outcome] = Classify(facts, embed, local.embed_labels, {})(
+        [ClassifyRequest([IMAGES[0]], [LABELS])]
+    )
     assert "embeddings hold values that are not finite" in str(outcome.error)
 
 
 @pytest.mark.parametrize(
     ("facts", "options", "message"),
     [
-        ({"confidence": None}, {"multi_label": True}, "[not_calibrated] this release has no calibrated scores; export"),
-        ({"confidence": None}, {"calibrated": True}, "[not_calibrated] this release has no calibrated scores; export"),
+        (
+            {"confidence": None},
+            {"multi_label": True},
+            "[not_calibrated] this release has no calibrated scores; export",
+        ),
+        (
+            {"confidence": None},
+            {"calibrated": True},
+            "[not_calibrated] this release has no calibrated scores; export",
+        ),
         (
             {"confidence": {**CONFIDENCE, "temperature": None}},
             {"calibrated": True},
@@ -192,7 +247,10 @@ def test_embeddings_that_are_not_finite_are_no_ranking(local):
         (
             {"logit_bias": -3.0, "confidence": None},
             {"multi_label": True},
-            "[not_calibrated] this release has no calibrated scores; export one with radapter-export --validation DATA",
+            (
+                "[not_calibrated] this release has no calibrated scores; export one with"
+                " radapter-export --validation DATA"
+            ),
         ),
         ({}, {"threshold": 0.5}, "[invalid_argument] threshold leaves out"),
         ({}, {"threshold": 0.5, "multi_label": False}, "[invalid_argument] threshold leaves out"),
@@ -201,9 +259,21 @@ def test_embeddings_that_are_not_finite_are_no_ranking(local):
             {"threshold": -0.1, "multi_label": True},
             "[invalid_argument] threshold is [-0.1]; one number from 0 to 1",
         ),
-        ({}, {"threshold": float("nan"), "multi_label": True}, "[invalid_argument] threshold is [nan]"),
-        ({}, {"top_k": 0, "multi_label": True}, "[invalid_argument] top_k is [0]; one whole number from 1"),
-        ({"dynamic_alpha": True}, {"multi_label": True, "alpha": 0.25}, "calibrated at alpha 0.5, not at 0.25"),
+        (
+            {},
+            {"threshold": float("nan"), "multi_label": True},
+            "[invalid_argument] threshold is [nan]",
+        ),
+        (
+            {},
+            {"top_k": 0, "multi_label": True},
+            "[invalid_argument] top_k is [0]; one whole number from 1",
+        ),
+        (
+            {"dynamic_alpha": True},
+            {"multi_label": True, "alpha": 0.25},
+            "calibrated at alpha 0.5, not at 0.25",
+        ),
     ],
 )
 def test_what_is_refused(local, facts, options, message):

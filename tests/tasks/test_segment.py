@@ -23,7 +23,9 @@ CATS = [b"cat, kitty", b"dog", b"bird"]
 
 def segmenter(local: Local) -> Segmenter:
     """Of the same encoders, without the task."""
-    return Segmenter.of(local.encode_patches, local.encode_images, Preprocess((16, 16)), MaskCrop(), 10.0, 64)
+    return Segmenter.of(
+        local.encode_patches, local.encode_images, Preprocess((16, 16)), MaskCrop(), 10.0, 64
+    )
 
 
 def test_labels_of_the_request(local):
@@ -39,7 +41,9 @@ def test_labels_of_the_request(local):
     options = SegmentOptions(20, 5, 2, 0.5)
     expected = segmenter(local).dense(image, label_set.embeds, options)
     given = {"short_side": 20, "stride": 5, "refine": 2, "threshold": 0.5}
-    found = local.segment(SegmentRequest(png(3), CATS, templates=[b"one {}", b"two {}"], options=given))
+    found = local.segment(
+        SegmentRequest(png(3), CATS, templates=[b"one {}", b"two {}"], options=given)
+    )
     assert found.labels == ("cat", "dog", "bird", "background")
     np.testing.assert_array_equal(found.mask, expected.mask)
     np.testing.assert_array_equal(found.scores, expected.scores)
@@ -51,7 +55,11 @@ def test_a_label_set_and_proposals(local):
     scores = np.random.default_rng(0).random((2, len(LABELS)), np.float32)
     label_set = local.embed_labels(LABELS, ["a {}"])
     expected = segmenter(local).from_proposals(
-        Image.open(io.BytesIO(png(3))), label_set.embeds, masks, scores, SegmentOptions(proposal_weight=0.4)
+        Image.open(io.BytesIO(png(3))),
+        label_set.embeds,
+        masks,
+        scores,
+        SegmentOptions(proposal_weight=0.4),
     )
     request = SegmentRequest(png(3), label_set=b"colours", proposals=masks, proposal_scores=scores)
     request.options = {"proposal_weight": 0.4}
@@ -71,16 +79,40 @@ PROPOSALS: dict[str, Any] = {"proposals": np.full((1, 20, 30), 255, np.uint8)}
         ({"labels": []}, r"\[no_labels\] "),
         ({"labels": [b"a", b" "]}, r"\[invalid_argument\] label 2 of 2 is empty"),
         ({"labels": [b"\xff"]}, r"\[invalid_argument\] a text is not UTF-8"),
-        ({"labels": CATS, "templates": [b"no place"]}, r"\[invalid_argument\] the template 'no place' has no {}"),
-        ({"labels": CATS, "label_set": b"colours"}, r"\[invalid_argument\] give labels .* not both"),
+        (
+            {"labels": CATS, "templates": [b"no place"]},
+            r"\[invalid_argument\] the template 'no place' has no {}",
+        ),
+        (
+            {"labels": CATS, "label_set": b"colours"},
+            r"\[invalid_argument\] give labels .* not both",
+        ),
         ({"label_set": b"colors"}, r"\[unknown_label_set\] .*there are: colours"),
-        ({"label_set": b"c" * 10_001}, r"\[unknown_label_set\] no label set 'c{79} in this release"),
-        ({"labels": CATS, "options": {"stride": 17}}, r"\[invalid_argument\] stride is 17; 1 to 16"),
+        (
+            {"label_set": b"c" * 10_001},
+            r"\[unknown_label_set\] no label set 'c{79} in this release",
+        ),
+        (
+            {"labels": CATS, "options": {"stride": 17}},
+            r"\[invalid_argument\] stride is 17; 1 to 16",
+        ),
         ({"labels": CATS, "options": {"refine": 1000}}, r"\[invalid_argument\] refine is 1000"),
-        ({"labels": CATS, "options": {"proposal_weight": 0.5}}, r"proposal_weight has no effect .*send proposals"),
-        ({"labels": CATS, "proposal_scores": np.ones((1, 3))}, r"proposal_scores has no effect .*send proposals"),
-        ({"labels": CATS, **PROPOSALS, "options": {"stride": 8}}, r"stride has no effect here; leave it out"),
-        ({"labels": CATS, **PROPOSALS, "options": {"proposal_weight": 1}}, r"no effect here; send proposal_scores"),
+        (
+            {"labels": CATS, "options": {"proposal_weight": 0.5}},
+            r"proposal_weight has no effect .*send proposals",
+        ),
+        (
+            {"labels": CATS, "proposal_scores": np.ones((1, 3))},
+            r"proposal_scores has no effect .*send proposals",
+        ),
+        (
+            {"labels": CATS, **PROPOSALS, "options": {"stride": 8}},
+            r"stride has no effect here; leave it out",
+        ),
+        (
+            {"labels": CATS, **PROPOSALS, "options": {"proposal_weight": 1}},
+            r"no effect here; send proposal_scores",
+        ),
     ],
 )
 def test_what_is_refused_before_the_image_is_looked_at(local, request_, message):
@@ -105,7 +137,9 @@ def test_images_that_are_refused(local, image, message):
 
 def test_a_release_without_patch_encoder(repository):
     local = Local(repository, 1)
-    with pytest.raises(TaskError, match=r"\[no_patch_encoder\] .*--dense naclip, or send proposals"):
+    with pytest.raises(
+        TaskError, match=r"\[no_patch_encoder\] .*--dense naclip, or send proposals"
+    ):
         local.segment(SegmentRequest(png(0), CATS))
     assert not local.calls
     assert local.segment(SegmentRequest(png(0), CATS, **PROPOSALS)).mask.shape == (20, 30)
@@ -121,11 +155,16 @@ def test_a_16_bit_image_gets_an_answer_or_a_reason(local):
 
 
 def test_a_request_that_asks_for_too_much_work_is_refused(local, monkeypatch):
-    # 30 x 20 pixels and 3 labels; in a step of refinement 3.5 times as much for the working image, 36 x 24.
+    # 30 x 20 pixels and 3 labels; in a step of refinement 3.5 times as much for the working image,
+    # 36 x 24.
     monkeypatch.setattr(module, "MAX_WORK", 1800)
     local.segment(SegmentRequest(png(3), CATS))
-    with pytest.raises(TaskError, match=r"3 labels and 1 steps of refinement .* 30 x 20 are 6.0 times the work"):
+    with pytest.raises(
+        TaskError, match=r"3 labels and 1 steps of refinement .* 30 x 20 are 6.0 times the work"
+    ):
         local.segment(SegmentRequest(png(3), CATS, options={"refine": 1}))
     monkeypatch.setattr(module, "MAX_WORK", 1799)
-    with pytest.raises(TaskError, match=r"\[invalid_argument\] 3 labels and 0 steps .* send a smaller image"):
+    with pytest.raises(
+        TaskError, match=r"\[invalid_argument\] 3 labels and 0 steps .* send a smaller image"
+    ):
         local.segment(SegmentRequest(png(3), CATS))

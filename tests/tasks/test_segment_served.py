@@ -31,7 +31,11 @@ CATS = [b"cat, kitty", b"dog", b"bird"]
 
 def segment(client, version="", **values):
     result = client.infer("segment", tensors(**values), model_version=version)
-    return result.as_numpy("mask"), [name.decode() for name in result.as_numpy("label")], result.as_numpy("score")
+    return (
+        result.as_numpy("mask"),
+        [name.decode() for name in result.as_numpy("label")],
+        result.as_numpy("score"),
+    )
 
 
 def check(local: Local, served, request: SegmentRequest) -> None:
@@ -46,7 +50,12 @@ def check(local: Local, served, request: SegmentRequest) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"threshold": 0.5}, {"short_side": 40, "stride": 16, "refine": 2}, {"templates": [b"one {}", b"two {}"]}],
+    [
+        {},
+        {"threshold": 0.5},
+        {"short_side": 40, "stride": 16, "refine": 2},
+        {"templates": [b"one {}", b"two {}"]},
+    ],
 )
 def test_served_equals_local(client, local, options):
     image = png(3, 70, 45)
@@ -58,7 +67,11 @@ def test_served_equals_local(client, local, options):
 
 def test_a_label_set(client, local):
     image = png(3, 45, 70, "JPEG")
-    check(local, segment(client, image=image, label_set=b"colours"), SegmentRequest(image, label_set=b"colours"))
+    check(
+        local,
+        segment(client, image=image, label_set=b"colours"),
+        SegmentRequest(image, label_set=b"colours"),
+    )
 
 
 @pytest.mark.parametrize("version", ["1", "2"])
@@ -72,7 +85,11 @@ def test_proposals(client, repository, version):
     served = segment(client, version, image=image, labels=CATS, proposals=masks, proposal_scores=scores,
                      proposal_weight=0.25, threshold=0.3)  # fmt: skip
     options = {"proposal_weight": 0.25, "threshold": np.float32(0.3).item()}
-    check(local, served, SegmentRequest(image, CATS, proposals=masks, proposal_scores=scores, options=options))
+    check(
+        local,
+        served,
+        SegmentRequest(image, CATS, proposals=masks, proposal_scores=scores, options=options),
+    )
 
 
 def test_a_large_image(client, local):
@@ -88,16 +105,28 @@ def test_a_large_image(client, local):
         ({"image": b"nonsense", "labels": CATS}, r"\[invalid_image\] "),
         ({"image": png(0)}, r"\[no_labels\] .*label_set of this release: colours"),
         ({"image": png(0), "label_set": b"x"}, r"\[unknown_label_set\] .* there are: colours"),
-        ({"image": png(0), "labels": CATS, "stride": 17}, r"\[invalid_argument\] stride is 17; 1 to 16"),
-        ({"image": png(0), "labels": CATS, "threshold": float("nan")}, r"\[invalid_argument\] threshold is nan"),
-        ({"image": png(0), "labels": CATS, "version": "1"}, r"\[no_patch_encoder\] .*or send proposals"),
+        (
+            {"image": png(0), "labels": CATS, "stride": 17},
+            r"\[invalid_argument\] stride is 17; 1 to 16",
+        ),
+        (
+            {"image": png(0), "labels": CATS, "threshold": float("nan")},
+            r"\[invalid_argument\] threshold is nan",
+        ),
+        (
+            {"image": png(0), "labels": CATS, "version": "1"},
+            r"\[no_patch_encoder\] .*or send proposals",
+        ),
         (
             {"image": png(0), "labels": CATS, "proposals": np.ones((1, 20, 30), np.uint8)},
             r"\[invalid_argument\] no value of the proposals is above 1",
         ),
         (
             {"image": png(0), "labels": CATS, "proposals": np.full((1, 30, 20), 255, np.uint8)},
-            r"\[invalid_argument\] proposals are uint8 \[1, 30, 20\]; for this image: uint8 \[N, 20, 30\]",
+            (
+                r"\[invalid_argument\] proposals are uint8 \[1, 30, 20\]; for this image: uint8"
+                r" \[N, 20, 30\]"
+            ),
         ),
         (
             {"image": png(0), "labels": CATS, "proposals": np.zeros((0, 20, 30), np.uint8)},
@@ -132,11 +161,17 @@ def test_callers_at_once_get_their_own_masks(client, local):
 
 def test_callers_who_give_up_do_not_hold_up_the_others(client):
     def encoded() -> int:
-        return sum(stats.inference_count for stats in client.get_inference_statistics("patch_encoder").model_stats)
+        return sum(
+            stats.inference_count
+            for stats in client.get_inference_statistics("patch_encoder").model_stats
+        )
 
     before = encoded()
     values = tensors(image=png(0, 64, 64), labels=CATS, short_side=300, stride=14)  # 484 windows
-    calls = [client.async_infer("segment", values, callback=lambda result, error: None) for _ in range(40)]
+    calls = [
+        client.async_infer("segment", values, callback=lambda result, error: None)
+        for _ in range(40)
+    ]
     while encoded() == before:
         time.sleep(0.001)
     for call in calls:
@@ -149,10 +184,25 @@ def test_json_over_http_as_curl_sends_it(server, local):
     path, image = "models/segment/infer", png(3, 30, 20)
     masks = np.zeros((1, 20, 30), np.uint8)
     masks[:, 5:15, 5:15] = 255
-    image_input = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [base64.b64encode(image).decode()]}
-    labels = {"name": "labels", "shape": [3], "datatype": "BYTES", "data": [label.decode() for label in CATS]}
+    image_input = {
+        "name": "image",
+        "shape": [1],
+        "datatype": "BYTES",
+        "data": [base64.b64encode(image).decode()],
+    }
+    labels = {
+        "name": "labels",
+        "shape": [3],
+        "datatype": "BYTES",
+        "data": [label.decode() for label in CATS],
+    }
     threshold = {"name": "threshold", "shape": [1], "datatype": "FP32", "data": [0.5]}
-    proposals = {"name": "proposals", "shape": [1, 20, 30], "datatype": "UINT8", "data": masks.ravel().tolist()}
+    proposals = {
+        "name": "proposals",
+        "shape": [1, 20, 30],
+        "datatype": "UINT8",
+        "data": masks.ravel().tolist(),
+    }
     options = {"threshold": 0.5}
     for more, request in (
         ([], SegmentRequest(image, CATS)),
@@ -183,7 +233,9 @@ def test_an_export_serves_what_torch_computes(dense_tiny_clip):
     probabilities, expected = (40 * cosines[0]).softmax(0).max(0)
     with (
         TritonServer(
-            ServerConfig(dense_tiny_clip / "model_repository", Endpoints.on_free_ports(), timeout=120)
+            ServerConfig(
+                dense_tiny_clip / "model_repository", Endpoints.on_free_ports(), timeout=120
+            )
         ) as server,
         connect(server) as client,
     ):

@@ -1,4 +1,6 @@
-"""Segmentation in this process: against torch's interpolate, plain loops over windows, and masks known beforehand."""
+"""Segmentation in this process: against torch's interpolate, plain loops over windows, and masks
+known beforehand.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def colour_embeds(pixels: np.ndarray) -> np.ndarray:
 
 
 def colour_patches(pixels: np.ndarray) -> np.ndarray:
-    return colour_embeds(pixels.reshape(len(pixels), GRID, SIZE // GRID, GRID, SIZE // GRID, 3).mean((2, 4)))
+    return colour_embeds(
+        pixels.reshape(len(pixels), GRID, SIZE // GRID, GRID, SIZE // GRID, 3).mean((2, 4))
+    )
 
 
 def colour_images(pixels: np.ndarray) -> np.ndarray:
@@ -51,9 +55,17 @@ def colour_images(pixels: np.ndarray) -> np.ndarray:
 
 
 def segmenter(
-    patches=random_patches, images=colour_images, *, fill=(127, 128, 127), scale=10.0, batch=3, bias=None
+    patches=random_patches,
+    images=colour_images,
+    *,
+    fill=(127, 128, 127),
+    scale=10.0,
+    batch=3,
+    bias=None,
 ) -> Segmenter:
-    return Segmenter.of(patches, images, Preprocess((SIZE, SIZE)), MaskCrop(fill=fill), scale, batch, bias)
+    return Segmenter.of(
+        patches, images, Preprocess((SIZE, SIZE)), MaskCrop(fill=fill), scale, batch, bias
+    )
 
 
 def image(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -70,7 +82,10 @@ def reference(
 ) -> tuple[torch.Tensor, np.ndarray]:
     """The working image's cosines [C, h, w], window by window with torch, and its pixels."""
     ratio = max(picture.size) / min(picture.size)
-    sides = [short_side if side == min(picture.size) else int(short_side * ratio) for side in picture.size]
+    sides = [
+        short_side if side == min(picture.size) else int(short_side * ratio)
+        for side in picture.size
+    ]
     working = np.asarray(picture.resize(sides, Image.Resampling.BICUBIC).convert("RGB"))
     height, width = working.shape[:2]
     total, count = torch.zeros(len(labels), height, width), torch.zeros(height, width)
@@ -83,7 +98,9 @@ def reference(
             window = slice(bottom - SIZE, bottom), slice(right - SIZE, right)
             cosines = random_patches(working[window][None]) @ labels.T
             maps = torch.from_numpy(cosines).permute(0, 3, 1, 2)
-            total[:, window[0], window[1]] += interpolate(maps, (SIZE, SIZE), mode="bilinear", align_corners=False)[0]
+            total[:, window[0], window[1]] += interpolate(
+                maps, (SIZE, SIZE), mode="bilinear", align_corners=False
+            )[0]
             count[window] += 1
             if right == width:
                 break
@@ -103,7 +120,9 @@ def check(picture, labels, options, *, short_side=None, stride=None, maps=None) 
     found = segmenter().dense(picture, labels, options)
     assert found.mask.dtype == np.uint16
     assert found.mask.shape == picture.size[::-1]
-    top_two = probabilities.topk(2, dim=0).values if len(labels) > 1 else torch.tensor([[1.0], [0.0]])
+    top_two = (
+        probabilities.topk(2, dim=0).values if len(labels) > 1 else torch.tensor([[1.0], [0.0]])
+    )
     clear = (top_two[0] - top_two[1]).numpy() > 1e-4
     if options.threshold is not None:
         expected = np.where(best < options.threshold, len(labels), expected)
@@ -119,13 +138,27 @@ def check(picture, labels, options, *, short_side=None, stride=None, maps=None) 
 
 
 @pytest.mark.parametrize(
-    "size", [(70, 50), (50, 70), (48, 48), (32, 32), (20, 31), (1, 1), (3, 2), (300, 9), (7, 400), (600, 500)]
+    "size",
+    [
+        (70, 50),
+        (50, 70),
+        (48, 48),
+        (32, 32),
+        (20, 31),
+        (1, 1),
+        (3, 2),
+        (300, 9),
+        (7, 400),
+        (600, 500),
+    ],
 )
 def test_dense_is_a_loop_over_windows_with_torch(size):
     check(image(*size), embeds(5), SegmentOptions())
 
 
-@pytest.mark.parametrize(("short_side", "stride"), [(32, 32), (32, 7), (45, 1), (61, 32), (64, 16), (100, 24)])
+@pytest.mark.parametrize(
+    ("short_side", "stride"), [(32, 32), (32, 7), (45, 1), (61, 32), (64, 16), (100, 24)]
+)
 def test_dense_with_other_windows(short_side, stride):
     options = SegmentOptions(short_side=short_side, stride=stride)
     check(image(90, 71), embeds(4), options, short_side=short_side, stride=stride)
@@ -147,7 +180,9 @@ def test_a_model_trained_with_a_sigmoid_is_scored_by_it_everywhere():
     pixels = np.full((20, 20, 3), (0, 255, 0), np.uint8)
     masks = np.full((1, 20, 20), 255, np.uint8)
     logits = 3.0 * torch.from_numpy(colour_images(pixels[None]) @ colour_labels().T)[0] - 2.0
-    found = segmenter(scale=3.0, bias=-2.0).from_proposals(Image.fromarray(pixels), colour_labels(), masks)
+    found = segmenter(scale=3.0, bias=-2.0).from_proposals(
+        Image.fromarray(pixels), colour_labels(), masks
+    )
     assert (found.mask == int(logits.argmax())).all()
     assert found.scores.max() == pytest.approx(float(logits.sigmoid().max()), abs=1e-5)
 
@@ -182,7 +217,9 @@ def test_what_the_window_sees_is_what_the_image_encoder_sees():
         seen.append(pixels)
         return random_patches(pixels)
 
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (45, 45, 4), dtype=np.uint8), "RGBA")
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (45, 45, 4), dtype=np.uint8), "RGBA"
+    )
     segmenter(encode).dense(picture, embeds(2), SegmentOptions(short_side=SIZE))
     np.testing.assert_array_equal(seen[0], Preprocess((SIZE, SIZE))(picture)[None])
 
@@ -198,7 +235,9 @@ def test_batches_are_bounded_and_a_caller_who_gave_up_stops_them():
     assert seen == [3, 3, 2]
     seen.clear()
     with pytest.raises(TaskError, match="cancelled"):
-        segmenter(encode).dense(image(90, 60), embeds(2), SegmentOptions(), cancelled=lambda: len(seen) == 2)
+        segmenter(encode).dense(
+            image(90, 60), embeds(2), SegmentOptions(), cancelled=lambda: len(seen) == 2
+        )
     assert seen == [3, 3]
 
 
@@ -226,7 +265,9 @@ def torch_pamr(maps: torch.Tensor, pixels: np.ndarray, steps: int) -> torch.Tens
         for dilation in (8, 16):
             padded = pad(values[None], (dilation,) * 4, mode="replicate")
             parts.append(
-                torch.nn.functional.unfold(padded, 3, dilation=dilation).reshape(len(values), 9, *values.shape[1:])
+                torch.nn.functional.unfold(padded, 3, dilation=dilation).reshape(
+                    len(values), 9, *values.shape[1:]
+                )
             )
         return torch.cat(parts, 1)
 
@@ -255,7 +296,11 @@ def test_refining_moves_a_border_to_the_image_s_edge():
     labels = unit(np.array([[-1.0, -1, -1], [1, 1, 1]]))
     options = SegmentOptions(short_side=64, stride=32)
     coarse = segmenter(colour_patches).dense(Image.fromarray(pixels), labels, options).mask
-    fine = segmenter(colour_patches).dense(Image.fromarray(pixels), labels, SegmentOptions(64, 32, refine=10)).mask
+    fine = (
+        segmenter(colour_patches)
+        .dense(Image.fromarray(pixels), labels, SegmentOptions(64, 32, refine=10))
+        .mask
+    )
     truth = pixels[..., 0] > 0
     assert (fine != truth).mean() < (coarse != truth).mean()
 
@@ -315,7 +360,9 @@ def test_proposals_are_fused_as_computed_by_hand():
     clip = iter([np.array([[0.6, 0.8], [1.0, 0.0]], np.float32)])
     labels = np.eye(2, dtype=np.float32)
     made = segmenter(images=lambda pixels: next(clip), scale=2.0)
-    found = made.from_proposals(image(3, 1), labels, masks, scores, SegmentOptions(proposal_weight=0.25, threshold=0.1))
+    found = made.from_proposals(
+        image(3, 1), labels, masks, scores, SegmentOptions(proposal_weight=0.25, threshold=0.1)
+    )
     first = np.exp([1.2, 1.6]) / np.exp([1.2, 1.6]).sum()
     second = np.exp([2.0, 0.0]) / np.exp([2.0, 0.0]).sum()
     p = scores.astype(float) ** 0.75 * np.array([first, second]) ** 0.25
@@ -357,7 +404,9 @@ def test_pixels_that_no_mask_covers():
     covered = masks[0] > 0
     for threshold in (0.0, 0.3, None):
         options = SegmentOptions(threshold=threshold)
-        found = segmenter().from_proposals(Image.fromarray(pixels), colour_labels(), masks, options=options)
+        found = segmenter().from_proposals(
+            Image.fromarray(pixels), colour_labels(), masks, options=options
+        )
         np.testing.assert_array_equal(found.mask, np.where(covered, 0, 4))  # the background
         assert len(found.scores) == 5 and found.scores[4] == pytest.approx(1)
 
@@ -371,7 +420,9 @@ def test_many_masks_are_classified_in_batches():
 
     masks = np.zeros((8, 9, 9), np.uint8)
     masks[:, 0, 0] = [255] * 3 + [102] + [255] * 4
-    segmenter(images=encode).from_proposals(image(9, 9), colour_labels(), masks, options=SegmentOptions(threshold=0))
+    segmenter(images=encode).from_proposals(
+        image(9, 9), colour_labels(), masks, options=SegmentOptions(threshold=0)
+    )
     assert seen == [3, 3, 1]
 
 
@@ -390,7 +441,10 @@ def test_many_masks_are_classified_in_batches():
         ({"threshold": 1.5}, "threshold is 1.5; allowed: 0 to 1"),
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"proposal_weight": -0.1}, "proposal_weight is -0.1"),
-        ({"stride": 1, "short_side": 60}, "takes 1421 windows of 32 pixels; at most 500 are allowed: give a smaller"),
+        (
+            {"stride": 1, "short_side": 60},
+            "takes 1421 windows of 32 pixels; at most 500 are allowed: give a smaller",
+        ),
     ],
 )
 def test_options_out_of_range(options, message):
@@ -406,21 +460,33 @@ def test_too_thin_an_image_and_too_many_labels():
         segmenter().dense(image(30_000, 1), embeds(2), SegmentOptions(short_side=64))
     with pytest.raises(TaskError, match="65535 labels; 1 to 65534 are allowed"):
         segmenter().dense(image(8, 8), np.zeros((65_535, WIDTH), np.float32))
-    with pytest.raises(TaskError, match=r"60000 labels are too many for this image; at most \d+ are allowed"):
+    with pytest.raises(
+        TaskError, match=r"60000 labels are too many for this image; at most \d+ are allowed"
+    ):
         segmenter().dense(image(600, 8), np.zeros((60_000, WIDTH), np.float32))
-    with pytest.raises(TaskError, match=r"60000 labels are too many .* at most 58254 are allowed to refine"):
-        segmenter().dense(image(8, 8), np.zeros((60_000, WIDTH), np.float32), SegmentOptions(refine=1))
+    with pytest.raises(
+        TaskError, match=r"60000 labels are too many .* at most 58254 are allowed to refine"
+    ):
+        segmenter().dense(
+            image(8, 8), np.zeros((60_000, WIDTH), np.float32), SegmentOptions(refine=1)
+        )
 
 
 def test_no_patch_encoder():
-    with pytest.raises(TaskError, match=r"\[no_patch_encoder\] .*radapter-export --dense naclip, or send proposals"):
+    with pytest.raises(
+        TaskError, match=r"\[no_patch_encoder\] .*radapter-export --dense naclip, or send proposals"
+    ):
         segmenter(None).dense(image(8, 8), embeds(2))
 
 
 @pytest.mark.parametrize(
     ("masks", "scores", "message"),
     [
-        (np.zeros((0, 6, 8), np.uint8), None, r"proposals are uint8 \[0, 6, 8\]; for this image: uint8 \[N, 6, 8\]"),
+        (
+            np.zeros((0, 6, 8), np.uint8),
+            None,
+            r"proposals are uint8 \[0, 6, 8\]; for this image: uint8 \[N, 6, 8\]",
+        ),
         (
             np.full((1, 8, 6), 255, np.uint8),
             None,
@@ -428,12 +494,28 @@ def test_no_patch_encoder():
         ),
         (np.full((6, 8), 255, np.uint8), None, r"proposals are uint8 \[6, 8\]"),
         (np.ones((1, 6, 8), np.float32), None, r"proposals are float32 \[1, 6, 8\]"),
-        (np.ones((1, 6, 8), np.uint8), None, r"no value of the proposals is above 1; send .*255 inside"),
-        (np.full((2, 6, 8), 102, np.uint8), None, r"all 2 proposals are empty: no value is above 102"),
+        (
+            np.ones((1, 6, 8), np.uint8),
+            None,
+            r"no value of the proposals is above 1; send .*255 inside",
+        ),
+        (
+            np.full((2, 6, 8), 102, np.uint8),
+            None,
+            r"all 2 proposals are empty: no value is above 102",
+        ),
         (np.zeros((2, 6, 8), np.uint8), None, r"all 2 proposals are empty"),
         (np.full((2, 6, 8), 255, np.uint8), np.ones((2, 3)), r"shape \[2, 3\]; \[2, 4\] is needed"),
-        (np.full((2, 6, 8), 255, np.uint8), np.full((2, 4), 1.1), r"proposal_scores hold a value outside 0 to 1"),
-        (np.full((2, 6, 8), 255, np.uint8), np.full((2, 4), np.nan), r"proposal_scores hold a value outside 0 to 1"),
+        (
+            np.full((2, 6, 8), 255, np.uint8),
+            np.full((2, 4), 1.1),
+            r"proposal_scores hold a value outside 0 to 1",
+        ),
+        (
+            np.full((2, 6, 8), 255, np.uint8),
+            np.full((2, 4), np.nan),
+            r"proposal_scores hold a value outside 0 to 1",
+        ),
     ],
 )
 def test_proposals_that_do_not_fit(masks, scores, message):

@@ -70,30 +70,43 @@ def check(local: Local, served, request: ClassifyRequest) -> None:
 def test_served_equals_local(client, repository, version):
     local, number = Local(repository, version), str(version)
     images = [png(0), png(1, kind="JPEG"), png(2, 60, 61, kind="WEBP")]
-    found = client.infer("embed_image", [tensor("image", [[i] for i in images])], model_version=number)
-    np.testing.assert_allclose(found.as_numpy("image_embeds"), local.embed_images([images])[0].unwrap(), atol=1e-6)
+    found = client.infer(
+        "embed_image", [tensor("image", [[i] for i in images])], model_version=number
+    )
+    np.testing.assert_allclose(
+        found.as_numpy("image_embeds"), local.embed_images([images])[0].unwrap(), atol=1e-6
+    )
 
     texts = [b"a cat", "Ölkäfer 猫".encode(), b"word " * 200]
     found = client.infer("embed_text", [tensor("text", [[t] for t in texts])], model_version=number)
-    np.testing.assert_allclose(found.as_numpy("text_embeds"), local.embed_texts([texts])[0].unwrap(), atol=1e-6)
+    np.testing.assert_allclose(
+        found.as_numpy("text_embeds"), local.embed_texts([texts])[0].unwrap(), atol=1e-6
+    )
 
     labels = [b"cat", b"dog, hound", b"bird"]
     served = classify(client, images, labels, top_k=2, version=number)
     check(local, served, ClassifyRequest(images, [labels] * 3, top_k=[2]))
     served = classify(client, images, labels, templates=[b"one {}", b"two {}"], version=number)
-    check(local, served, ClassifyRequest(images, [labels] * 3, templates=[[b"one {}", b"two {}"]] * 3))
+    check(
+        local, served, ClassifyRequest(images, [labels] * 3, templates=[[b"one {}", b"two {}"]] * 3)
+    )
     served = classify(client, images, label_set=b"colours", version=number)
     check(local, served, ClassifyRequest(images, label_set=[b"colours"] * 3))
 
 
 def test_versions_differ_and_the_newest_is_the_default(client):
-    first, second, default = (classify(client, [png(0)], label_set=b"colours", version=v)[1] for v in ("1", "2", ""))
+    first, second, default = (
+        classify(client, [png(0)], label_set=b"colours", version=v)[1] for v in ("1", "2", "")
+    )
     assert not np.allclose(first, second)
     np.testing.assert_array_equal(second, default)
 
 
 def test_labels_that_stand_alone_and_calibrated_scores(server, client, local):
-    images, labels = [png(seed) for seed in range(4)], [b"red", b"green", b"blue", b"a cat", b"a dog"]
+    images, labels = (
+        [png(seed) for seed in range(4)],
+        [b"red", b"green", b"blue", b"a cat", b"a dog"],
+    )
     shared = [tensor("image", [[image] for image in images]), tensor("labels", [labels] * 4)]
     yes = tensor("multi_label", np.ones((4, 1), bool))
     for more, asked in (
@@ -106,11 +119,23 @@ def test_labels_that_stand_alone_and_calibrated_scores(server, client, local):
     ):
         result = client.infer("classify", shared + more)
         expected = local.classify([ClassifyRequest(images, [labels] * 4, **asked)])[0].unwrap()
-        assert [[one.decode() for one in row] for row in result.as_numpy("label")] == expected.labels.tolist()
+        assert [
+            [one.decode() for one in row] for row in result.as_numpy("label")
+        ] == expected.labels.tolist()
         np.testing.assert_allclose(result.as_numpy("score"), expected.scores, rtol=1e-4)
     body = [
-        {"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": [base64.b64encode(images[0]).decode()]},
-        {"name": "labels", "shape": [1, 5], "datatype": "BYTES", "data": [label.decode() for label in labels]},
+        {
+            "name": "image",
+            "shape": [1, 1],
+            "datatype": "BYTES",
+            "data": [base64.b64encode(images[0]).decode()],
+        },
+        {
+            "name": "labels",
+            "shape": [1, 5],
+            "datatype": "BYTES",
+            "data": [label.decode() for label in labels],
+        },
         {"name": "multi_label", "shape": [1, 1], "datatype": "BOOL", "data": [True]},
         {"name": "threshold", "shape": [1, 1], "datatype": "FP32", "data": [0.0]},
     ]
@@ -124,7 +149,9 @@ def test_encoders_take_pixels_and_tokens(client, local):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     found = client.infer("image_encoder", [tensor("image", pixels)]).as_numpy("image_embeds")
     np.testing.assert_allclose(found, local.encode_images(pixels), atol=1e-6)
-    found = client.infer("text_encoder", [numbers("tokens", [[1, 2, 3, 0]] * 2)]).as_numpy("text_embeds")
+    found = client.infer("text_encoder", [numbers("tokens", [[1, 2, 3, 0]] * 2)]).as_numpy(
+        "text_embeds"
+    )
     assert found.shape == (2, 8)
     with pytest.raises(InferenceServerException):
         client.infer("text_encoder", [numbers("tokens", [[10**6]])])  # outside the vocabulary
@@ -158,11 +185,20 @@ def test_many_callers_with_lists_of_all_lengths_and_broken_images_among_them(cli
         ({"images": [b""], "labels": [b"a"]}, r"\[invalid_image\] "),
         ({"images": [png_header(60_000, 60_000)], "labels": [b"a"]}, r"\[image_too_large\] "),
         ({"images": [png(0)]}, r"\[no_labels\] .*label_set of this release: colours"),
-        ({"images": [png(0)], "labels": [b"a", b" "]}, r"\[invalid_argument\] label 2 of 2 is empty"),
+        (
+            {"images": [png(0)], "labels": [b"a", b" "]},
+            r"\[invalid_argument\] label 2 of 2 is empty",
+        ),
         ({"images": [png(0)], "labels": [b"a", b"a"]}, r"\[invalid_argument\] "),
-        ({"images": [png(0)], "labels": [b"a"], "templates": [b"b"]}, r"\[invalid_argument\] the template 'b' has"),
+        (
+            {"images": [png(0)], "labels": [b"a"], "templates": [b"b"]},
+            r"\[invalid_argument\] the template 'b' has",
+        ),
         ({"images": [png(0)], "labels": [b"a"], "top_k": -1}, r"\[invalid_argument\] top_k is"),
-        ({"images": [png(0)], "label_set": b"x"}, r"\[unknown_label_set\] no label set 'x' .* there are: colours"),
+        (
+            {"images": [png(0)], "label_set": b"x"},
+            r"\[unknown_label_set\] no label set 'x' .* there are: colours",
+        ),
     ],
 )
 def test_errors_reach_the_caller(client, request_, message):
@@ -176,19 +212,31 @@ def test_a_decompression_bomb_as_base64(client):
     file = io.BytesIO()
     Image.new("1", (30_000, 30_000)).save(file, "PNG")
     for data in (file.getvalue(), base64.encodebytes(file.getvalue())):
-        with pytest.raises(InferenceServerException, match=r"\[image_too_large\] .*at most 64000000"):
+        with pytest.raises(
+            InferenceServerException, match=r"\[image_too_large\] .*at most 64000000"
+        ):
             client.infer("embed_image", [tensor("image", [[data]])])
 
 
 def test_too_many_prompts(client):
     templates = [f"{index} {{}}".encode() for index in range(3_000)]
-    with pytest.raises(InferenceServerException, match=r"\[invalid_argument\] 9000000 prompts .*at most 20000"):
-        classify(client, [png(0)], labels=[f"{index}".encode() for index in range(3_000)], templates=templates)
+    with pytest.raises(
+        InferenceServerException, match=r"\[invalid_argument\] 9000000 prompts .*at most 20000"
+    ):
+        classify(
+            client,
+            [png(0)],
+            labels=[f"{index}".encode() for index in range(3_000)],
+            templates=templates,
+        )
 
 
 def test_a_caller_who_gives_up_does_not_hold_up_the_others(client):
     def encoded() -> int:
-        return sum(stats.inference_count for stats in client.get_inference_statistics("text_encoder").model_stats)
+        return sum(
+            stats.inference_count
+            for stats in client.get_inference_statistics("text_encoder").model_stats
+        )
 
     labels = [f"nobody's label {index}".encode() for index in range(20_000)]
     inputs = [tensor("image", [[png(0)]]), tensor("labels", [labels])]
@@ -202,7 +250,9 @@ def test_a_caller_who_gives_up_does_not_hold_up_the_others(client):
 
 
 def test_empty_text(client):
-    with pytest.raises(InferenceServerException, match=r"\[invalid_argument\] text 2 of 2 is empty"):
+    with pytest.raises(
+        InferenceServerException, match=r"\[invalid_argument\] text 2 of 2 is empty"
+    ):
         client.infer("embed_text", [tensor("text", [[b"a"], [b""]])])
 
 
@@ -214,7 +264,12 @@ def test_ten_thousand_labels(client, local):
 def test_json_over_http_as_curl_sends_it(server, local):
     body = {
         "inputs": [
-            {"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": [base64.b64encode(png(0)).decode()]},
+            {
+                "name": "image",
+                "shape": [1, 1],
+                "datatype": "BYTES",
+                "data": [base64.b64encode(png(0)).decode()],
+            },
             {"name": "labels", "shape": [1, 2], "datatype": "BYTES", "data": ["a cat", "a dog"]},
         ]
     }
@@ -235,7 +290,9 @@ def processes_of(pid: int) -> dict[int, str]:
     found = {}
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in task.read_text().split():
-            found[int(child)] = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            found[int(child)] = (
+                Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            )
     return found
 
 
@@ -270,14 +327,20 @@ def test_a_killed_model_process_is_reported_and_nothing_stays(repository, tmp_pa
         server.check()
         shared = f"{shm_prefix(server.folder)}*"
         assert not list(Path("/dev/shm").glob(shared))  # nobody can open them by name
-        os.kill(next(stub for stub, command in stubs.items() if "/image_encoder/" in command), signal.SIGKILL)
+        os.kill(
+            next(stub for stub, command in stubs.items() if "/image_encoder/" in command),
+            signal.SIGKILL,
+        )
         with pytest.raises(
-            RAdapterError, match=r"image_encoder version 2 died: it was killed by SIGKILL; .*radapter-serve"
+            RAdapterError,
+            match=r"image_encoder version 2 died: it was killed by SIGKILL; .*radapter-serve",
         ):
             until_dead(server)
         with (
             connect(server) as client,
-            pytest.raises(InferenceServerException, match=r"\[restarting\] image_encoder is being started"),
+            pytest.raises(
+                InferenceServerException, match=r"\[restarting\] image_encoder is being started"
+            ),
         ):
             client.infer("embed_image", [tensor("image", [[png(0)]])])
     assert not any(map(alive, [pid, *stubs]))
@@ -306,7 +369,10 @@ def test_only_what_is_a_model_is_served_and_nobody_can_load_another(repository, 
         (folder / name / "1").mkdir(parents=True)
     (folder / "README.md").touch()
     evil = tmp_path / "evil"
-    code = f"open({str(evil)!r}, 'w')\nclass TritonPythonModel:\n    def execute(self, requests): return []\n"
+    code = (
+        f"open({str(evil)!r}, 'w')\nclass TritonPythonModel:\n    def execute(self, requests):"
+        " return []\n"
+    )
     config = json.dumps({"backend": "python", "max_batch_size": 0})
     with (
         TritonServer(ServerConfig(folder, Endpoints("localhost", *free_ports()))) as server,
@@ -326,7 +392,10 @@ def test_only_what_is_a_model_is_served_and_nobody_can_load_another(repository, 
             client.load_model("evil", config=config, files=files)
         for name in ("evil", "embed_image"):
             for what in ("load", "unload"):
-                parameters = {"config": config, "file:1/model.py": base64.b64encode(code.encode()).decode()}
+                parameters = {
+                    "config": config,
+                    "file:1/model.py": base64.b64encode(code.encode()).decode(),
+                }
                 body = {"parameters": parameters} if what == "load" else {}
                 status, answer = post(server, f"repository/models/{name}/{what}", body)
                 assert (status, "restricted" in answer["error"]) == (403, True)
@@ -342,19 +411,33 @@ def test_only_what_is_a_model_is_served_and_nobody_can_load_another(repository, 
         with pytest.raises(RAdapterError, match="failed to load 'nothing'"):
             server.control.load("nothing")
         server.control.load("embed_image")
-        assert client.infer("embed_image", [tensor("image", [[png(0)]])]).as_numpy("image_embeds").shape == (1, 8)
+        assert client.infer("embed_image", [tensor("image", [[png(0)]])]).as_numpy(
+            "image_embeds"
+        ).shape == (1, 8)
     assert not evil.exists()
 
 
-def test_code_in_the_folder_where_the_server_is_started_is_never_run(repository, tmp_path, monkeypatch):
+def test_code_in_the_folder_where_the_server_is_started_is_never_run(
+    repository, tmp_path, monkeypatch
+):
     one_release(repository, tmp_path / "repository")
     for name in ("numpy", "onnxruntime", "radapter_serve", "sitecustomize", "json"):
-        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'evil')!r}, 'w')\nraise SystemExit\n")
+        (tmp_path / f"{name}.py").write_text(
+            f"open({str(tmp_path / 'evil')!r}, 'w')\nraise SystemExit\n"
+        )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f".:{os.environ['PATH']}")
     monkeypatch.setenv("LD_LIBRARY_PATH", f".:{os.environ.get('LD_LIBRARY_PATH', '')}")
-    with TritonServer(ServerConfig(Path("repository"), Endpoints.on_free_ports())) as server, connect(server) as client:
-        assert client.infer("embed_image", [tensor("image", [[png(0)]])]).as_numpy("image_embeds").shape[0] == 1
+    with (
+        TritonServer(ServerConfig(Path("repository"), Endpoints.on_free_ports())) as server,
+        connect(server) as client,
+    ):
+        assert (
+            client.infer("embed_image", [tensor("image", [[png(0)]])])
+            .as_numpy("image_embeds")
+            .shape[0]
+            == 1
+        )
         assert server.pid is not None
         pids = [server.pid, *processes_of(server.pid)]
         assert {Path(f"/proc/{pid}/cwd").readlink() for pid in pids} == {server.folder}
@@ -366,7 +449,10 @@ def test_memory_models_log_and_trace_are_closed_to_callers(server, client):
     for path, sent in (
         ("systemsharedmemory/region/x/register", body),
         ("systemsharedmemory/region/x/unregister", {}),
-        ("cudasharedmemory/region/x/register", {"raw_handle": {"b64": ""}, "device_id": 0, "byte_size": 8}),
+        (
+            "cudasharedmemory/region/x/register",
+            {"raw_handle": {"b64": ""}, "device_id": 0, "byte_size": 8},
+        ),
         ("repository/index", {}),
         ("repository/models/classify/load", {}),
         ("repository/models/classify/unload", {}),
@@ -402,17 +488,33 @@ def bad(name: str, shape: list[int], data: list[object], kind: str = "BYTES") ->
 def test_a_large_body_with_its_content_type_is_answered(server):
     sent = bad("image", [1, 1], [base64.b64encode(png(0) + bytes(6 << 20)).decode()])
     assert post(server, "models/embed_image/infer", {"inputs": [sent]})[0] == 200
-    assert post(server, "models/embed_image/infer", {"inputs": [bad("image", [1, 1], ["A" * (8 << 20)])]})[0] == 400
+    assert (
+        post(
+            server,
+            "models/embed_image/infer",
+            {"inputs": [bad("image", [1, 1], ["A" * (8 << 20)])]},
+        )[0]
+        == 400
+    )
 
 
-def test_a_large_body_without_its_content_type_is_named_as_what_ends_the_server(repository, tmp_path):
-    """A fault of tritonserver 2.51; where a newer one answers, this test and the warnings in the docs can go."""
+def test_a_large_body_without_its_content_type_is_named_as_what_ends_the_server(
+    repository, tmp_path
+):
+    """A fault of tritonserver 2.51; where a newer one answers, this test and the warnings in the
+    docs can go.
+    """
     with TritonServer(
         ServerConfig(one_release(repository, tmp_path / "repository"), Endpoints.on_free_ports())
     ) as server:
-        with pytest.raises((http.client.RemoteDisconnected, urllib.error.URLError, ConnectionResetError)):
+        with pytest.raises(
+            (http.client.RemoteDisconnected, urllib.error.URLError, ConnectionResetError)
+        ):
             urllib.request.urlopen(f"{server.http_url}/v2/any", b" " * (5 << 20), timeout=30)
-        with pytest.raises(RAdapterError, match="segmentation fault.*Content-Type: application/json.*radapter-serve"):
+        with pytest.raises(
+            RAdapterError,
+            match="segmentation fault.*Content-Type: application/json.*radapter-serve",
+        ):
             until_dead(server)
 
 
@@ -427,21 +529,29 @@ def test_bad_requests_answer_400_while_good_ones_are_answered(server, client, lo
         ("embed_image", [bad("alpha", [1, 1], [0.5], "FP32")]),
         ("embed_text", [bad("alpha", [1, 1], [0.5], "FP32")]),
         ("segment", [bad("labels", [1], ["a"])]),
-        ("segment", [bad("image", [1], [image]), bad("labels", [1], ["a"]), bad("templates", [0], [])]),
+        (
+            "segment",
+            [bad("image", [1], [image]), bad("labels", [1], ["a"]), bad("templates", [0], [])],
+        ),
         ("text_encoder", [bad("tokens", [0, 0], [], "INT32")]),
         ("text_encoder", [bad("tokens", [1, 0], [], "INT32")]),
         ("text_encoder", [bad("tokens", [1, 1], [10**6], "INT32")]),
         ("text_encoder", [bad("tokens", [1, 1], [-1], "INT32")]),
     ]
     with ThreadPoolExecutor(16) as pool:
-        wrong = [pool.submit(post, server, f"models/{model}/infer", {"inputs": sent}) for model, sent in refused * 4]
+        wrong = [
+            pool.submit(post, server, f"models/{model}/infer", {"inputs": sent})
+            for model, sent in refused * 4
+        ]
         good = [pool.submit(classify, client, [png(n % 4)], [b"cat", b"dog"]) for n in range(40)]
     for n, served in enumerate(good):
         check(local, served.result(), ClassifyRequest([png(n % 4)], [[b"cat", b"dog"]]))
     for answer in wrong:
         status, said = answer.result()
         assert status == 400
-        assert "\n" not in said["error"] and ".py" not in said["error"] and "/tmp" not in said["error"]
+        assert (
+            "\n" not in said["error"] and ".py" not in said["error"] and "/tmp" not in said["error"]
+        )
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -457,7 +567,9 @@ def test_it_listens_on_loopback_only(repository, tmp_path, host):
         assert sorted(listening) == sorted(ports)
         # gRPC has IPv4 mapped into IPv6.
         four = {"0100007F", "0000000000000000FFFF00000100007F"}
-        assert set(listening.values()) <= (four if host == "127.0.0.1" else {"00000000000000000000000001000000"})
+        assert set(listening.values()) <= (
+            four if host == "127.0.0.1" else {"00000000000000000000000001000000"}
+        )
         with urllib.request.urlopen(server.metrics_url) as response:
             assert response.status == 200
         with connect(server) as client:
@@ -472,7 +584,10 @@ def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
     folder, ports = one_release(repository, tmp_path / "[repository]"), free_ports()
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    flags = [f"--{name}-port={port}" for name, port in zip(("http", "grpc", "metrics"), ports, strict=True)]
+    flags = [
+        f"--{name}-port={port}"
+        for name, port in zip(("http", "grpc", "metrics"), ports, strict=True)
+    ]
     command = [sys.executable, "-m", "radapter_serve.cli.serve", str(folder), *flags]
     environment = {**os.environ, "TMPDIR": str(temporary), "COLUMNS": "300"}
     pipe = subprocess.PIPE
@@ -493,7 +608,9 @@ def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
         assert "2: ViT-B-32 at alpha 0.5, fp32" in shown
         [kept] = temporary.iterdir()
         assert not list(Path("/dev/shm").glob(f"{shm_prefix(kept)}*"))
-        [triton] = [pid for pid, command in processes_of(process.pid).items() if "tritonserver" in command]
+        [triton] = [
+            pid for pid, command in processes_of(process.pid).items() if "tritonserver" in command
+        ]
         children = [triton, *processes_of(triton)]
         caller = stack.enter_context(socket.create_connection(("127.0.0.1", ports[0])))
         caller.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -506,7 +623,9 @@ def test_the_command_serves_until_it_is_stopped(repository, tmp_path, kind):
         _, errors = process.communicate(timeout=60)
     assert process.returncode == (0 if kind != signal.SIGKILL else -9)
     assert "Traceback" not in errors
-    deadline = time.monotonic() + (5 if kind == signal.SIGKILL else 20)  # 10 s are for callers to leave
+    deadline = time.monotonic() + (
+        5 if kind == signal.SIGKILL else 20
+    )  # 10 s are for callers to leave
     while any(map(alive, children)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, children))

@@ -1,4 +1,6 @@
-"""A small image folder: three classes that differ in colour; runs that are cut, runs in two processes."""
+"""A small image folder: three classes that differ in colour; runs that are cut, runs in two
+processes.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,12 @@ def images(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def assert_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe, int], None]:
-    """Checks that a run that is killed after a step, and resumed, ends with the adapter of the whole run."""
+def assert_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Recipe, int], None]:
+    """Checks that a run that is killed after a step, and resumed, ends with the adapter of the
+    whole run.
+    """
     update = Average.update
 
     def check(recipe: Recipe, steps: int) -> None:
@@ -69,7 +75,13 @@ def train_in_two_processes(tmp_path: Path) -> Callable[[Recipe, Path], None]:
     def run(recipe: Recipe, out: Path) -> None:
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe.to_dict()))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+        ]
         command += ["-m", "radapter_serve.cli.train", "--recipe", str(path), "--out", str(out)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         process = subprocess.Popen(

@@ -1,4 +1,6 @@
-"""Images with captions: the same by every road, several captions an image, and clear words for what can't be used."""
+"""Images with captions: the same by every road, several captions an image, and clear words for what
+can't be used.
+"""
 
 from __future__ import annotations
 
@@ -59,11 +61,17 @@ def test_every_reader_gives_the_same_captions(folder: Path) -> None:
     ]
     pd.DataFrame(stored).to_parquet(folder / "stored.parquet")  # the same bytes are the same image
     assert (
-        found(load_captioned(f"parquet:{folder}/stored.parquet", image_column="picture", caption_column="text"))
+        found(
+            load_captioned(
+                f"parquet:{folder}/stored.parquet", image_column="picture", caption_column="text"
+            )
+        )
         == expected
     )
     with tarfile.open(folder / "shard.tar", "w") as tar:
-        for number, (name, text) in enumerate((name, text) for name, texts in TEXTS.items() for text in texts):
+        for number, (name, text) in enumerate(
+            (name, text) for name, texts in TEXTS.items() for text in texts
+        ):
             about = json.dumps({"caption": text, "source": "test"}).encode()
             for ending, content in (
                 ("png", (folder / name).read_bytes()),
@@ -74,10 +82,15 @@ def test_every_reader_gives_the_same_captions(folder: Path) -> None:
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     for column in ("txt", "json.caption"):
-        data = load_captioned(f"webdataset:{folder}/shard.tar", image_column="png", caption_column=column)
+        data = load_captioned(
+            f"webdataset:{folder}/shard.tar", image_column="png", caption_column=column
+        )
         assert found(data) == expected, column
         stream = load_captioned(
-            f"webdataset:{folder}/shard.tar", image_column="png", caption_column=column, streaming=True
+            f"webdataset:{folder}/shard.tar",
+            image_column="png",
+            caption_column=column,
+            streaming=True,
         )
         seen: dict[int, list[str]] = {}
         for row in stream.rows:
@@ -97,21 +110,35 @@ def loaded(data: Captioned, size: int, **options: Any) -> list[dict[str, Any]]:
 def test_an_epoch_has_every_caption_once(folder: Path) -> None:
     data = load_captioned(f"csv:{folder}/rows.csv")
     (batch,) = loaded(data, 6)
-    pairs = {(int(pixels[0, 0, 0]) // 60, text) for pixels, text in zip(batch["pixels"], batch["texts"], strict=True)}
-    assert pairs == {(number, text) for number, texts in enumerate(TEXTS.values()) for text in texts}
+    pairs = {
+        (int(pixels[0, 0, 0]) // 60, text)
+        for pixels, text in zip(batch["pixels"], batch["texts"], strict=True)
+    }
+    assert pairs == {
+        (number, text) for number, texts in enumerate(TEXTS.values()) for text in texts
+    }
     of_image: dict[int, set[int]] = {}
     for pixels, label in zip(batch["pixels"], batch["labels"].tolist(), strict=True):
         of_image.setdefault(int(pixels[0, 0, 0]), set()).add(label)
-    assert sorted(map(len, of_image.values())) == [1, 1, 1] and len(set.union(*of_image.values())) == 3
+    assert (
+        sorted(map(len, of_image.values())) == [1, 1, 1] and len(set.union(*of_image.values())) == 3
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_several_captions_share_one_image(folder: Path, workers: int) -> None:
     data = load_captioned(f"csv:{folder}/rows.csv", captions_per_image=2)
     (batch,) = loaded(data, 3, workers=workers)
-    assert batch["pixels"].shape == (3, 3, 8, 8) and len(batch["labels"]) == 3 and len(batch["texts"]) == 6
+    assert (
+        batch["pixels"].shape == (3, 3, 8, 8)
+        and len(batch["labels"]) == 3
+        and len(batch["texts"]) == 6
+    )
     for index, pixels in enumerate(batch["pixels"]):
-        texts, own = batch["texts"][2 * index : 2 * index + 2], list(TEXTS.values())[int(pixels[0, 0, 0]) // 60]
+        texts, own = (
+            batch["texts"][2 * index : 2 * index + 2],
+            list(TEXTS.values())[int(pixels[0, 0, 0]) // 60],
+        )
         assert set(texts) <= set(own) and len(set(texts)) == min(2, len(own))
     assert loaded(data, 3)[0]["texts"] == batch["texts"]
     assert any(loaded(data, 3, epoch=epoch)[0]["texts"] != batch["texts"] for epoch in range(1, 4))
@@ -131,21 +158,35 @@ def test_a_stream_of_lists_gives_several_captions(folder: Path) -> None:
 def test_a_row_without_a_caption(folder: Path, empty: str | None) -> None:
     rows = [{"image": "a.png", "caption": "night"}, {"image": "b.png", "caption": empty}]
     (folder / "t.json").write_text("\n".join(json.dumps(row) for row in rows))
-    with pytest.raises(RAdapterError, match=r"row 2 of .* has no text in 'caption': .*--on-broken skip"):
+    with pytest.raises(
+        RAdapterError, match=r"row 2 of .* has no text in 'caption': .*--on-broken skip"
+    ):
         load_captioned(f"json:{folder}/t.json")
     broken: list[str] = []
     data = load_captioned(f"json:{folder}/t.json", broken=broken)
     assert len(data.images) == 1 and len(broken) == 1 and broken[0].startswith("row 2 of")
-    errors = [b["error"] for b in loaded(load_captioned(f"json:{folder}/t.json", streaming=True), 1) if "error" in b]
-    assert len(errors) == 1 and "image b.png has no text" in errors[0] and "--on-broken skip" in errors[0]
+    errors = [
+        b["error"]
+        for b in loaded(load_captioned(f"json:{folder}/t.json", streaming=True), 1)
+        if "error" in b
+    ]
+    assert (
+        len(errors) == 1
+        and "image b.png has no text" in errors[0]
+        and "--on-broken skip" in errors[0]
+    )
 
 
 def test_what_can_not_be_used(folder: Path) -> None:
-    with pytest.raises(RAdapterError, match="no column 'text'; its columns: image, caption; see --caption-column"):
+    with pytest.raises(
+        RAdapterError, match="no column 'text'; its columns: image, caption; see --caption-column"
+    ):
         load_captioned(f"csv:{folder}/rows.csv", caption_column="text")
     with pytest.raises(RAdapterError, match="no column 'picture'.*--image-column"):
         load_captioned(f"csv:{folder}/rows.csv", image_column="picture")
-    with pytest.raises(RAdapterError, match="captions_per_image is 4 but no image of .* has more than 3"):
+    with pytest.raises(
+        RAdapterError, match="captions_per_image is 4 but no image of .* has more than 3"
+    ):
         load_captioned(f"csv:{folder}/rows.csv", captions_per_image=4)
     (folder / "a.png").unlink()
     (batch,) = loaded(load_captioned(f"csv:{folder}/rows.csv"), 6)
@@ -160,4 +201,7 @@ def test_a_stream_that_breaks_off_is_told(folder: Path) -> None:
         raise OSError("connection lost")
 
     data.table = datasets.IterableDataset.from_generator(rows)
-    assert any("the stream broke off: connection lost" in batch.get("error", "") for batch in loaded(data, 1))
+    assert any(
+        "the stream broke off: connection lost" in batch.get("error", "")
+        for batch in loaded(data, 1)
+    )

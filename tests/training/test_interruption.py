@@ -23,12 +23,18 @@ from tests.helpers.short_run import rows, short_run
 
 @pytest.fixture
 def recipe(tiny_clip_dir: str, images: Path, tmp_path: Path) -> Recipe:
-    return short_run(tiny_clip_dir, tmp_path, data=f"imagefolder:{images}", save_every=None, tracker="none")
+    return short_run(
+        tiny_clip_dir, tmp_path, data=f"imagefolder:{images}", save_every=None, tracker="none"
+    )
 
 
 @pytest.fixture
-def signal_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, signal.Signals], None]]:
-    """Sends a signal to this process in the middle of a step; what a shell starts behind itself ignores Ctrl-C."""
+def signal_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Callable[[int, signal.Signals], None]]:
+    """Sends a signal to this process in the middle of a step; what a shell starts behind itself
+    ignores Ctrl-C.
+    """
     update, before = Average.update, signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def arm(step: int, number: signal.Signals) -> None:
@@ -43,7 +49,9 @@ def signal_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, sig
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize(("number", "ending"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize(
+    ("number", "ending"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
 def test_a_run_that_is_told_to_end_goes_on_from_its_folder_alone(
     recipe: Recipe,
     tmp_path: Path,
@@ -60,10 +68,17 @@ def test_a_run_that_is_told_to_end_goes_on_from_its_folder_alone(
         train(cut)
     assert ending is KeyboardInterrupt or raised.value.code == 143  # type: ignore[attr-defined]
     assert signal.getsignal(number) is before
-    assert {path.name for path in cut.out.iterdir()} == {"checkpoint.pt", "metrics.jsonl", "recipe.yaml"}  # type: ignore[union-attr]
+    assert {path.name for path in cut.out.iterdir()} == {  # type: ignore[union-attr]
+        "checkpoint.pt",
+        "metrics.jsonl",
+        "recipe.yaml",
+    }
     assert len(rows(tmp_path / "cut")) == 5
     printed = capsys.readouterr().out
-    assert "saved a checkpoint after step 5; continue with radapter-train --resume" in printed.replace("\n", " ")
+    assert (
+        "saved a checkpoint after step 5; continue with radapter-train --resume"
+        in printed.replace("\n", " ")
+    )
     monkeypatch.undo()
     assert main(["--resume", str(cut.out)]) == 0
     resumed = load_adapter(cut.out)  # type: ignore[arg-type]
@@ -73,16 +88,25 @@ def test_a_run_that_is_told_to_end_goes_on_from_its_folder_alone(
 
 
 def test_the_other_ways_to_name_the_run(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     asked: list[Recipe] = []
     monkeypatch.setattr("radapter_serve.training.start.train", asked.append)
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
-    for arguments in (["--resume", "--out", str(run)], [f"--resume={run}"], ["--resume", str(run), "--workers", "1"]):
+    for arguments in (
+        ["--resume", "--out", str(run)],
+        [f"--resume={run}"],
+        ["--resume", str(run), "--workers", "1"],
+    ):
         assert main(arguments) == 0
-        expected = dataclasses.replace(recipe, out=run, resume=True, workers=int("--workers" in arguments))
+        expected = dataclasses.replace(
+            recipe, out=run, resume=True, workers=int("--workers" in arguments)
+        )
         assert asked.pop() == expected
     assert main(["--resume", str(tmp_path / "none")]) == 2
     assert "no run to resume" in capsys.readouterr().err
@@ -96,8 +120,18 @@ def test_a_signal_to_the_whole_group_with_workers(
     recipe: Recipe, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
     path, out = tmp_path / "recipe.yaml", tmp_path / "group"
-    path.write_text(yaml.safe_dump({**recipe.to_dict(), "workers": 2, "steps": 100_000, "warmup_steps": 5}))
-    command = [sys.executable, "-m", "radapter_serve.cli.train", "--recipe", str(path), "--out", str(out)]
+    path.write_text(
+        yaml.safe_dump({**recipe.to_dict(), "workers": 2, "steps": 100_000, "warmup_steps": 5})
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "radapter_serve.cli.train",
+        "--recipe",
+        str(path),
+        "--out",
+        str(out),
+    ]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

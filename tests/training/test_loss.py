@@ -1,4 +1,6 @@
-"""MPM-NCE against a loop over the formula, against cross-entropy, at extremes, and over two processes."""
+"""MPM-NCE against a loop over the formula, against cross-entropy, at extremes, and over two
+processes.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,24 @@ from torch import Tensor
 from radapter_serve.training import gather_with_grad, mpm_nce
 
 
-def by_the_formula(f: Tensor, g: Tensor, labels: list[int], scale: float, delta: float, epsilon: float) -> float:
+def by_the_formula(
+    f: Tensor, g: Tensor, labels: list[int], scale: float, delta: float, epsilon: float
+) -> float:
     """The paper's sum, element by element in double precision, over B and the two directions."""
     f, g, size, total = f.double(), g.double(), len(labels), 0.0
     for i in range(size):
         positives = [j for j in range(size) if labels[j] == labels[i]]
         eps = epsilon if len(positives) < size else 0.0
         for a, b in ((f, g), (g, f)):
-            logits = [scale * (float(a[i] @ b[j]) + (0.0 if j in positives else delta)) for j in range(size)]
+            logits = [
+                scale * (float(a[i] @ b[j]) + (0.0 if j in positives else delta))
+                for j in range(size)
+            ]
             log_sum = torch.logsumexp(torch.tensor(logits, dtype=torch.float64), 0).item()
             for j in range(size):
-                target = (1 - eps) / len(positives) if j in positives else eps / (size - len(positives))
+                target = (
+                    (1 - eps) / len(positives) if j in positives else eps / (size - len(positives))
+                )
                 total -= target * (logits[j] - log_sum)
     return total / size / 2
 
@@ -40,11 +49,15 @@ def by_the_formula(f: Tensor, g: Tensor, labels: list[int], scale: float, delta:
     epsilon=st.floats(0, 0.3),
     seed=st.integers(0, 99),
 )
-def test_equals_the_formula(labels: list[int], scale: float, delta: float, epsilon: float, seed: int) -> None:
+def test_equals_the_formula(
+    labels: list[int], scale: float, delta: float, epsilon: float, seed: int
+) -> None:
     torch.manual_seed(seed)
     f, g = (F.normalize(torch.randn(len(labels), 5), dim=-1) for _ in range(2))
     found = mpm_nce(f, g, torch.tensor(labels), logit_scale=scale, delta=delta, epsilon=epsilon)
-    assert found.item() == pytest.approx(by_the_formula(f, g, labels, scale, delta, epsilon), rel=1e-4, abs=1e-4)
+    assert found.item() == pytest.approx(
+        by_the_formula(f, g, labels, scale, delta, epsilon), rel=1e-4, abs=1e-4
+    )
 
 
 def test_is_clips_loss_with_one_positive_a_row() -> None:
@@ -55,7 +68,9 @@ def test_is_clips_loss_with_one_positive_a_row() -> None:
     found = mpm_nce(f, g, target, logit_scale=50.0, delta=0.0, epsilon=0.0)
     torch.testing.assert_close(found, expected)
     own = mpm_nce(f, g, target)  # CLIP's scale, the paper's margin, and no smoothing
-    assert own.item() == pytest.approx(by_the_formula(f, g, target.tolist(), 100.0, 0.05, 0.0), rel=1e-4)
+    assert own.item() == pytest.approx(
+        by_the_formula(f, g, target.tolist(), 100.0, 0.05, 0.0), rel=1e-4
+    )
 
 
 def test_smoothing_is_torchs_own_up_to_the_share_of_the_true_class() -> None:
@@ -64,8 +79,12 @@ def test_smoothing_is_torchs_own_up_to_the_share_of_the_true_class() -> None:
     target, epsilon = torch.arange(16), 0.15
     smoothing = epsilon * 16 / 15  # torch spreads over all classes, the paper over the others
     logits = 20 * f @ g.T
-    expected = sum(F.cross_entropy(x, target, label_smoothing=smoothing) for x in (logits, logits.T)) / 2
-    torch.testing.assert_close(mpm_nce(f, g, target, logit_scale=20.0, delta=0.0, epsilon=epsilon), expected)
+    expected = (
+        sum(F.cross_entropy(x, target, label_smoothing=smoothing) for x in (logits, logits.T)) / 2
+    )
+    torch.testing.assert_close(
+        mpm_nce(f, g, target, logit_scale=20.0, delta=0.0, epsilon=epsilon), expected
+    )
 
 
 @pytest.mark.parametrize("scale", [1e4, -1e4])
@@ -74,7 +93,12 @@ def test_stable_at_huge_logits(scale: float) -> None:
     f, g = (F.normalize(torch.randn(8, 4), dim=-1).requires_grad_() for _ in range(2))
     loss = mpm_nce(f, g, torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]), logit_scale=scale, epsilon=0.02)
     loss.backward()
-    assert loss.isfinite() and f.grad is not None and f.grad.isfinite().all() and g.grad.isfinite().all()  # type: ignore[union-attr]
+    assert (
+        loss.isfinite()
+        and f.grad is not None
+        and f.grad.isfinite().all()
+        and g.grad.isfinite().all()  # type: ignore[union-attr]
+    )
 
 
 def test_one_class_for_the_whole_batch() -> None:
@@ -84,16 +108,25 @@ def test_one_class_for_the_whole_batch() -> None:
 
 def _process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
     data = torch.load(f"{folder}/data.pt", weights_only=True)
     weight = data["weight"].clone().requires_grad_()
     mine = slice(rank * 3, rank * 3 + 3)
     f, g = (F.normalize(data[name][mine] @ weight, dim=-1) for name in ("x", "y"))
-    loss = mpm_nce(gather_with_grad(f), gather_with_grad(g), gather_with_grad(data["labels"][mine]), epsilon=0.02)
+    loss = mpm_nce(
+        gather_with_grad(f),
+        gather_with_grad(g),
+        gather_with_grad(data["labels"][mine]),
+        epsilon=0.02,
+    )
     (loss * 2).backward()
     assert weight.grad is not None
     dist.all_reduce(weight.grad)
-    torch.save({"loss": loss.detach(), "grad": weight.grad / 2}, f"{folder}/{rank}.pt")  # the mean, as DDP takes it
+    torch.save(
+        {"loss": loss.detach(), "grad": weight.grad / 2}, f"{folder}/{rank}.pt"
+    )  # the mean, as DDP takes it
     dist.destroy_process_group()
 
 

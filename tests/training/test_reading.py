@@ -32,7 +32,9 @@ from radapter_serve.training.tasks import open_data
 
 
 def pixels(data: Any) -> dict[bytes, str]:
-    return {np.asarray(data.image(row)).tobytes(): data.classes[data.label(row)] for row in data.rows}
+    return {
+        np.asarray(data.image(row)).tobytes(): data.classes[data.label(row)] for row in data.rows
+    }
 
 
 def transform(image: Image.Image) -> torch.Tensor:
@@ -43,10 +45,16 @@ def test_every_reader_gives_the_same_images_and_labels(images: Path, tmp_path: P
     files = sorted(images.rglob("*.png"))
     expected = {np.asarray(Image.open(file)).tobytes(): file.parent.name for file in files}
     table = pd.DataFrame(
-        {"image": [str(f.relative_to(tmp_path)) for f in files], "label": [f.parent.name for f in files]}
+        {
+            "image": [str(f.relative_to(tmp_path)) for f in files],
+            "label": [f.parent.name for f in files],
+        }
     )
     table.to_csv(tmp_path / "table.csv", index=False)
-    rows = {"image": [{"bytes": f.read_bytes(), "path": f.name} for f in files], "label": table["label"]}
+    rows = {
+        "image": [{"bytes": f.read_bytes(), "path": f.name} for f in files],
+        "label": table["label"],
+    }
     pd.DataFrame(rows).to_parquet(tmp_path / "table.parquet")
     classes = tmp_path / "classes.txt"
     classes.write_text("blue\ngreen, lime\nred\n")
@@ -70,7 +78,14 @@ def test_every_reader_gives_the_same_images_and_labels(images: Path, tmp_path: P
 
 
 def items(
-    data: Any, *, epoch: int = 0, start: int = 0, rank: int = 0, world: int = 1, seed: int = 0, workers: int = 0
+    data: Any,
+    *,
+    epoch: int = 0,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    seed: int = 0,
+    workers: int = 0,
 ) -> list[Any]:
     data.templates = ["a {}", "the {}"]
     examples = Examples(data, transform, seed)
@@ -79,13 +94,17 @@ def items(
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_order_depends_on_seed_and_epoch_alone(images: Path, tmp_path: Path, streaming: bool) -> None:
+def test_order_depends_on_seed_and_epoch_alone(
+    images: Path, tmp_path: Path, streaming: bool
+) -> None:
     if streaming:
         files = sorted(images.rglob("*.png"))
         rows = {"image": [str(f) for f in files], "label": [f.parent.name for f in files]}
         pd.DataFrame(rows).to_csv(tmp_path / "table.csv", index=False)
         (tmp_path / "classes.txt").write_text("blue\ngreen\nred\n")
-        data = load_labelled(f"csv:{tmp_path}/table.csv", classes=tmp_path / "classes.txt", streaming=True)
+        data = load_labelled(
+            f"csv:{tmp_path}/table.csv", classes=tmp_path / "classes.txt", streaming=True
+        )
     else:
         data = load_labelled(f"imagefolder:{images}")
     torch.manual_seed(1)
@@ -106,7 +125,9 @@ def test_processes_take_equal_shares_of_what_they_can_not_divide(images: Path, w
     data = load_labelled(f"imagefolder:{images}")
     examples = Examples(data, transform, 0)
     shares = [
-        list(batches(examples, 4, epoch=0, start=0, rank=rank, world=world, workers=0).batch_sampler)  # type: ignore[arg-type]
+        list(
+            batches(examples, 4, epoch=0, start=0, rank=rank, world=world, workers=0).batch_sampler  # type: ignore[arg-type]
+        )
         for rank in range(world)
     ]
     assert {len(share) for share in shares} == {23 // world // 4}
@@ -124,8 +145,15 @@ def test_broken_and_missing_images(images: Path) -> None:
     (images / "red" / "3.png").write_bytes(b"\x89PNG not really")
     (images / "red" / "4.png").unlink()
     refusing = Examples(data, transform, 0)
-    errors = [b["error"] for b in batches(refusing, 4, epoch=0, start=0, rank=0, world=1, workers=0) if "error" in b]
-    assert all(re.search(r"red/[34]\.png can't be read.*--on-broken skip", error) for error in errors) and errors
+    errors = [
+        b["error"]
+        for b in batches(refusing, 4, epoch=0, start=0, rank=0, world=1, workers=0)
+        if "error" in b
+    ]
+    assert (
+        all(re.search(r"red/[34]\.png can't be read.*--on-broken skip", error) for error in errors)
+        and errors
+    )
     examples = Examples(data, transform, 0, refuse=False)
     seen = list(batches(examples, 4, epoch=0, start=0, rank=0, world=1, workers=0))
     assert len(seen) == 6 and all(len(b["labels"]) == 4 for b in seen)
@@ -133,7 +161,9 @@ def test_broken_and_missing_images(images: Path) -> None:
     assert broken == {"3.png", "4.png"}
 
 
-def test_what_is_wrong_with_a_row_travels_as_its_batch(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_with_a_row_travels_as_its_batch(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def item(self: Examples, row: Any, index: int) -> dict[str, Any]:
         raise RAdapterError(f"row {index} is odd")
 
@@ -146,11 +176,20 @@ def test_what_is_wrong_with_a_row_travels_as_its_batch(images: Path, monkeypatch
 def test_a_label_that_is_no_class(tmp_path: Path) -> None:
     classes = tmp_path / "classes.txt"
     classes.write_text("blue\ngreen\n")
-    for labels, shown in ((["blue", "purple"], "'purple'"), ([0, 0.9], "0.9"), ([1, 2], "2"), ([True, False], "True")):
-        pd.DataFrame({"image": ["a.png", "b.png"], "label": labels}).to_csv(tmp_path / "t.csv", index=False)
+    for labels, shown in (
+        (["blue", "purple"], "'purple'"),
+        ([0, 0.9], "0.9"),
+        ([1, 2], "2"),
+        ([True, False], "True"),
+    ):
+        pd.DataFrame({"image": ["a.png", "b.png"], "label": labels}).to_csv(
+            tmp_path / "t.csv", index=False
+        )
         with pytest.raises(RAdapterError, match=f"label {shown} is none of the 2 classes"):
             load_labelled(f"csv:{tmp_path}/t.csv", classes=classes)
-    pd.DataFrame({"image": ["a.png", "b.png"], "label": [0.0, 1.0]}).to_csv(tmp_path / "t.csv", index=False)
+    pd.DataFrame({"image": ["a.png", "b.png"], "label": [0.0, 1.0]}).to_csv(
+        tmp_path / "t.csv", index=False
+    )
     assert load_labelled(f"csv:{tmp_path}/t.csv", classes=classes).labels().tolist() == [0, 1]
 
 
@@ -161,7 +200,9 @@ def test_labels_by_synonym_line_and_first_name(tmp_path: Path) -> None:
     pd.DataFrame({"image": ["a.png"] * 4, "label": names}).to_csv(tmp_path / "t.csv", index=False)
     data = load_labelled(f"csv:{tmp_path}/t.csv", classes=classes)
     assert [data.label(row) for row in data.rows] == [0, 1, 1, 0]
-    pd.DataFrame({"image": ["a.png"] * 3, "label": ["red", "dark", None]}).to_csv(tmp_path / "t.csv", index=False)
+    pd.DataFrame({"image": ["a.png"] * 3, "label": ["red", "dark", None]}).to_csv(
+        tmp_path / "t.csv", index=False
+    )
     for file in (classes, None):
         with pytest.raises(RAdapterError, match="label None is none of the 2 classes"):
             load_labelled(f"csv:{tmp_path}/t.csv", classes=file)
@@ -169,7 +210,9 @@ def test_labels_by_synonym_line_and_first_name(tmp_path: Path) -> None:
 
 def test_empty_class(images: Path, tmp_path: Path) -> None:
     (images / "yellow").mkdir()
-    with pytest.raises(RAdapterError, match="1 class folders of .* hold no image: 'yellow'; add some"):
+    with pytest.raises(
+        RAdapterError, match="1 class folders of .* hold no image: 'yellow'; add some"
+    ):
         load_labelled(f"imagefolder:{images}")
     (tmp_path / "classes.txt").write_text("blue\nred\n")
     pd.DataFrame({"image": ["a.png"], "label": ["blue"]}).to_csv(tmp_path / "t.csv", index=False)
@@ -183,7 +226,9 @@ def test_what_can_not_be_read(images: Path, tmp_path: Path) -> None:
     with pytest.raises(RAdapterError, match="could not read"):
         load_labelled(f"csv:{tmp_path}/nowhere.csv")
     pd.DataFrame({"picture": ["a.png"], "label": ["blue"]}).to_csv(tmp_path / "t.csv", index=False)
-    with pytest.raises(RAdapterError, match="no column 'image'; its columns: picture, label; see --image-column"):
+    with pytest.raises(
+        RAdapterError, match="no column 'image'; its columns: picture, label; see --image-column"
+    ):
         load_labelled(f"csv:{tmp_path}/t.csv")
     shutil.rmtree(images / "red")
     shutil.rmtree(images / "green")
@@ -196,7 +241,10 @@ def test_what_can_not_be_read(images: Path, tmp_path: Path) -> None:
     [
         (b"", "No columns to parse"),
         (b"image,label\n", "it holds no rows"),
-        ("image,label\na.png,grün\n".encode("latin-1"), "'utf-8' codec can't decode.*save the file as UTF-8"),
+        (
+            "image,label\na.png,grün\n".encode("latin-1"),
+            "'utf-8' codec can't decode.*save the file as UTF-8",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_table_is_said(tmp_path: Path, content: bytes, message: str) -> None:
@@ -231,10 +279,16 @@ def test_a_share_of_each_class_is_held_out_for_validation(images: Path) -> None:
     assert isinstance(data, Labelled) and isinstance(val, Labelled)
     names = [{part.name(row) for row in part.rows} for part in (data, val)]
     assert not names[0] & names[1]
-    assert np.bincount(data.labels()).tolist() == [2, 2, 1] and np.bincount(val.labels()).tolist() == [2, 2]
+    assert np.bincount(data.labels()).tolist() == [2, 2, 1] and np.bincount(
+        val.labels()
+    ).tolist() == [2, 2]
     again = open_data(recipe, None)[1]  # type: ignore[arg-type]
     other = open_data(dataclasses.replace(recipe, seed=1), None)[1]  # type: ignore[arg-type]
-    assert {again.name(row) for row in again.rows} == names[1] != {other.name(row) for row in other.rows}  # type: ignore[union-attr]
+    assert (
+        {again.name(row) for row in again.rows}  # type: ignore[union-attr]
+        == names[1]
+        != {other.name(row) for row in other.rows}  # type: ignore[union-attr]
+    )
     whole = open_data(dataclasses.replace(recipe, shots=None), None)[0]  # type: ignore[arg-type]
     assert np.bincount(whole.labels()).tolist() == [6, 6, 1]  # type: ignore[union-attr]
 
@@ -242,19 +296,28 @@ def test_a_share_of_each_class_is_held_out_for_validation(images: Path) -> None:
 def test_held_out_captions_and_segments_keep_an_image_together(tmp_path: Path) -> None:
     rows = [(f"{number}.png", f"{number} {word}") for number in range(5) for word in ("one", "two")]
     pd.DataFrame(rows, columns=["image", "caption"]).to_csv(tmp_path / "t.csv", index=False)
-    recipe = Recipe(task="retrieval", data=f"csv:{tmp_path}/t.csv", val_fraction=0.4, captions_per_image=2)
+    recipe = Recipe(
+        task="retrieval", data=f"csv:{tmp_path}/t.csv", val_fraction=0.4, captions_per_image=2
+    )
     data, val = open_data(recipe, None)  # type: ignore[arg-type]
     seen = [[image.captions for image in part.images] for part in (data, val)]  # type: ignore[union-attr]
     assert (len(seen[0]), len(seen[1])) == (3, 2) and val.captions_per_image == 1  # type: ignore[union-attr]
-    assert {text for part in seen for captions in part for text in captions} == {text for _, text in rows}
+    assert {text for part in seen for captions in part for text in captions} == {
+        text for _, text in rows
+    }
     masked: Any = Masked(list("abcde"), ["x", "y"])  # type: ignore[arg-type]
     kept, held = masked.held_out(0.4, 0)
-    assert sorted([*kept.images, *held.images]) == masked.images and (len(kept.images), len(held.images)) == (3, 2)
+    assert sorted([*kept.images, *held.images]) == masked.images and (
+        len(kept.images),
+        len(held.images),
+    ) == (3, 2)
     with pytest.raises(RAdapterError, match="there is one image; name validation data"):
         Masked(masked.images[:1], ["x"]).held_out(0.4, 0)
 
 
-def test_validation_data_is_evaluated_among_all_classes_of_the_run(images: Path, tmp_path: Path) -> None:
+def test_validation_data_is_evaluated_among_all_classes_of_the_run(
+    images: Path, tmp_path: Path
+) -> None:
     shutil.copytree(images, tmp_path / "val", ignore=shutil.ignore_patterns("green"))
     (tmp_path / "val" / "amber").mkdir()
     shutil.copy(images / "red" / "0.png", tmp_path / "val" / "amber")
@@ -268,7 +331,9 @@ def test_validation_data_is_evaluated_among_all_classes_of_the_run(images: Path,
     base = open_data(dataclasses.replace(recipe, class_split="base"), None)[1]  # type: ignore[arg-type]
     assert isinstance(base, Labelled) and base.classes == ["blue", "green"]
     assert np.bincount(base.labels()).tolist() == [8]
-    suite = own_validation(Metadata("ViT-B-32", "sha256:0", recipe=recipe.to_dict(), classes=data.classes))
+    suite = own_validation(
+        Metadata("ViT-B-32", "sha256:0", recipe=recipe.to_dict(), classes=data.classes)
+    )
     evaluated = open_set(suite, suite.entries[0])
     assert isinstance(evaluated, ClassificationSet) and evaluated.classes == val.classes
     assert evaluated.labels.tolist() == val.labels().tolist()
@@ -287,9 +352,13 @@ def test_the_share_that_training_held_out_is_the_run_s_own_validation_data(
     assert isinstance(val, Labelled | Captioned)
     held = val.rows if isinstance(val, Labelled) else [val.table[image.row] for image in val.images]
     classes = val.classes if isinstance(val, Labelled) else None
-    suite = own_validation(Metadata("ViT-B-32", "sha256:0", task=task, recipe=recipe.to_dict(), classes=classes))  # type: ignore[arg-type]
+    suite = own_validation(
+        Metadata("ViT-B-32", "sha256:0", task=task, recipe=recipe.to_dict(), classes=classes)  # type: ignore[arg-type]
+    )
     evaluated = open_set(suite, suite.entries[0])
-    assert {evaluated.images[number].name for number in range(len(evaluated))} == {val.name(row) for row in held}
+    assert {evaluated.images[number].name for number in range(len(evaluated))} == {
+        val.name(row) for row in held
+    }
     assert len(evaluated) == len(held) == 6
 
 

@@ -23,12 +23,24 @@ from radapter_serve.training import Recipe, load_recipe
 from radapter_serve.training.recipe import ready_recipes
 
 FIELDS = [field.name for field in dataclasses.fields(Recipe)]
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.dates() | st.binary()
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(scalars, inner, max_size=3))
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.dates()
+    | st.binary()
+)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(scalars, inner, max_size=3)
+)
 
 
 def read(path: Path, content: bytes) -> Recipe | None:
-    """The recipe of a file, valid and able to become YAML again; None where it is refused, in one line."""
+    """The recipe of a file, valid and able to become YAML again; None where it is refused, in one
+    line.
+    """
     path.write_bytes(content)
     try:
         recipe = load_recipe(path)
@@ -45,7 +57,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("recipes") / "recipe.yaml"
 
 
-@given(content=st.binary() | st.text().map(str.encode) | st.text(alphabet="{}[]:&*!|>-?%@\n \"'ab1").map(str.encode))
+@given(
+    content=st.binary()
+    | st.text().map(str.encode)
+    | st.text(alphabet="{}[]:&*!|>-?%@\n \"'ab1").map(str.encode)
+)
 @settings(max_examples=60, deadline=None)
 @example(content=b"\xff\xfe alpha")
 @example(content=b"a: 2001-99-99")
@@ -58,7 +74,10 @@ def test_any_bytes_give_a_recipe_or_one_line(path: Path, content: bytes) -> None
 
 
 @settings(max_examples=60, deadline=None)
-@given(document=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=5), values, max_size=6) | values)
+@given(
+    document=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=5), values, max_size=6)
+    | values
+)
 def test_any_yaml_gives_a_recipe_or_one_line(path: Path, document: Any) -> None:
     try:
         content = yaml.dump(document, allow_unicode=True).encode()
@@ -89,7 +108,10 @@ def test_a_yaml_error_and_another_encoding_say_where(path: Path) -> None:
         ("drop: 1.0", "drop is 1.0; it should be less than 1"),
         ("seed: 2147483648", "seed is 2147483648; it should be less than 2147483648"),
         ("threads: 0", "threads is 0; it should be greater than or equal to 1"),
-        ("task: sing", "task is 'sing'; it should be 'classification', 'retrieval' or 'segmentation'"),
+        (
+            "task: sing",
+            "task is 'sing'; it should be 'classification', 'retrieval' or 'segmentation'",
+        ),
     ],
 )
 def test_values_of_the_wrong_kind_or_out_of_range(path: Path, line: str, message: str) -> None:
@@ -103,7 +125,10 @@ def test_values_of_the_wrong_kind_or_out_of_range(path: Path, line: str, message
 
 def test_values_that_do_not_go_together() -> None:
     for fields, message in (
-        ({"batch_size": 6, "accumulate": 4}, "accumulate is 4; it should be a divisor of batch_size 6"),
+        (
+            {"batch_size": 6, "accumulate": 4},
+            "accumulate is 4; it should be a divisor of batch_size 6",
+        ),
         ({"min_learning_rate": 1.0}, "min_learning_rate is 1.0; it should be 0 to learning_rate"),
         ({"val_fraction": 0.1, "val_data": "csv:v.csv"}, "val_data names validation data"),
         ({"val_fraction": 0.1, "streaming": True, "steps": 1}, "a stream can't be divided"),
@@ -115,12 +140,21 @@ def test_values_that_do_not_go_together() -> None:
 def test_yaml_s_own_ways_with_numbers_and_no(path: Path) -> None:
     path.write_text("learning_rate: 5e-4\nprecision: no\nclasses: c.txt\ndrop: 0\n")
     recipe = load_recipe(path)
-    assert (recipe.learning_rate, recipe.precision, recipe.classes, recipe.drop) == (5e-4, "no", Path("c.txt"), 0.0)
+    assert (recipe.learning_rate, recipe.precision, recipe.classes, recipe.drop) == (
+        5e-4,
+        "no",
+        Path("c.txt"),
+        0.0,
+    )
 
 
 def test_recipes_by_name_and_by_path() -> None:
     root = Path(__file__).parents[2] / "recipes"
-    assert set(ready_recipes()) == {path.stem for path in root.glob("*.yaml")} >= {"small", "imagenet", "few-shot"}
+    assert (
+        set(ready_recipes())
+        == {path.stem for path in root.glob("*.yaml")}
+        >= {"small", "imagenet", "few-shot"}
+    )
     assert load_recipe("small") == load_recipe(root / "small.yaml")
     with pytest.raises(RAdapterError, match="no recipe tiny; allowed: a file, or one of .*small"):
         load_recipe("tiny")
@@ -128,21 +162,35 @@ def test_recipes_by_name_and_by_path() -> None:
         dataclasses.replace(load_recipe(name), data="imagefolder:x").check()
 
 
-@pytest.mark.parametrize(("steps", "warmup", "momentum"), [(4, 0, 0.0), (180, 36, 1 - 5 / 180), (10_000, 500, 0.999)])
+@pytest.mark.parametrize(
+    ("steps", "warmup", "momentum"), [(4, 0, 0.0), (180, 36, 1 - 5 / 180), (10_000, 500, 0.999)]
+)
 def test_warm_up_and_averaging_follow_the_length(steps: int, warmup: int, momentum: float) -> None:
     recipe = load_recipe("small").of_length(steps)
     assert recipe.warmup_steps == warmup and recipe.momentum == pytest.approx(momentum)
     fixed = Recipe(warmup_steps=3, momentum=0.5).of_length(steps)
     assert (fixed.warmup_steps, fixed.momentum) == (3, 0.5)
-    with pytest.raises(RAdapterError, match=f"warmup_steps is {steps} but the run has {steps} .*--warmup-steps none"):
+    with pytest.raises(
+        RAdapterError,
+        match=f"warmup_steps is {steps} but the run has {steps} .*--warmup-steps none",
+    ):
         Recipe(warmup_steps=steps).of_length(steps)
 
 
 @pytest.mark.parametrize(
     ("batch_size", "images", "parts", "fitted"),
-    [(32, 300, 1, 32), (32, 32, 1, 32), (32, 19, 1, 19), (32, 19, 2, 18), (512, 2, 2, 2), (512, None, 2, 512)],
+    [
+        (32, 300, 1, 32),
+        (32, 32, 1, 32),
+        (32, 19, 1, 19),
+        (32, 19, 2, 18),
+        (512, 2, 2, 2),
+        (512, None, 2, 512),
+    ],
 )
-def test_a_batch_is_all_images_at_most(batch_size: int, images: int | None, parts: int, fitted: int) -> None:
+def test_a_batch_is_all_images_at_most(
+    batch_size: int, images: int | None, parts: int, fitted: int
+) -> None:
     assert Recipe(batch_size=batch_size).fitted(images, parts).batch_size == fitted
 
 
@@ -150,34 +198,62 @@ def test_what_no_batch_can_be_made_of() -> None:
     with pytest.raises(RAdapterError, match="batch_size 32 can't be cut into 3 parts"):
         Recipe(batch_size=32).fitted(300, 3)
     for images, parts, least in ((1, 1, 2), (0, 1, 2), (3, 4, 4)):
-        with pytest.raises(RAdapterError, match=f"holds {images} images to train with; a batch needs {least} at least"):
+        with pytest.raises(
+            RAdapterError,
+            match=f"holds {images} images to train with; a batch needs {least} at least",
+        ):
             Recipe(batch_size=32).fitted(images, parts)
 
 
 @pytest.mark.parametrize(
     ("momentum", "corrected", "steps", "kept"),
-    [(0.999, False, 105, "10.0%"), (0.99, False, 229, "90.0%"), (0.99, False, 230, ""), (0.999, True, 105, "")],
+    [
+        (0.999, False, 105, "10.0%"),
+        (0.99, False, 229, "90.0%"),
+        (0.99, False, 230, ""),
+        (0.999, True, 105, ""),
+    ],
 )
 def test_an_average_that_keeps_little_of_a_run_is_warned_of(
     momentum: float, corrected: bool, steps: int, kept: str
 ) -> None:
     recipe = Recipe(momentum=momentum, bias_correction=corrected).of_length(steps)
     notes = recipe.notes(recipe, steps)
-    assert [f"keeps {kept} of what a run of {steps} steps learns; --momentum none" in note for note in notes] == [
-        True
-    ] * bool(kept)
+    assert [
+        f"keeps {kept} of what a run of {steps} steps learns; --momentum none" in note
+        for note in notes
+    ] == [True] * bool(kept)
     assert not Recipe().of_length(steps).notes(Recipe(), steps)  # the default follows the length
 
 
 def test_the_paper_s_base_to_novel_recipe_takes_data_of_eurosat_s_size() -> None:
     recipe = load_recipe("base-to-novel")
-    assert recipe.of_length(recipe.epochs * (5 * 16 // recipe.batch_size)).warmup_steps == 40  # of 202
+    assert (
+        recipe.of_length(recipe.epochs * (5 * 16 // recipe.batch_size)).warmup_steps == 40
+    )  # of 202
     assert recipe.of_length(25_250).warmup_steps == 500  # ImageNet's
 
 
-@pytest.mark.parametrize("given", [("--rank", "none"), ("--rank=None",), ("--val-data", "NONE", "--rank", "none")])
-def test_none_as_the_help_writes_it(given: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--recipe", "few-shot", *given, "--data", "csv:t.csv", "--architecture", "local-dir:/nowhere"]) == 2
+@pytest.mark.parametrize(
+    "given", [("--rank", "none"), ("--rank=None",), ("--val-data", "NONE", "--rank", "none")]
+)
+def test_none_as_the_help_writes_it(
+    given: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(
+            [
+                "--recipe",
+                "few-shot",
+                *given,
+                "--data",
+                "csv:t.csv",
+                "--architecture",
+                "local-dir:/nowhere",
+            ]
+        )
+        == 2
+    )
     error = capsys.readouterr().err  # past the flags
     assert "/nowhere is no model folder" in error and "there is no file t.csv" in error
 
@@ -192,7 +268,9 @@ def test_help_and_refusals_do_not_load_torch() -> None:
         "assert main(['--data', 'imagefolder:/nowhere']) == 2\n"
         "assert not {'torch', 'open_clip'} & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert "--val-fraction" in done.stdout and "alpha is 2.0" in done.stderr
     assert "no folder /nowhere" in done.stderr
@@ -200,21 +278,21 @@ def test_help_and_refusals_do_not_load_torch() -> None:
 
 def test_threads_are_set_before_torch_is_loaded() -> None:
     code = (
-        "import os, sys\n"
-        "from radapter_serve.threads import limit_threads, total\n"
-        "limit_threads(1)\n"
-        "assert 'torch' not in sys.modules and total() == 1 and os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'\n"
-        "import torch\n"
-        "assert torch.get_num_threads() == 1\n"
-        "limit_threads(2)\n"
-        "assert torch.get_num_threads() == 2\n"
+        "import os, sys\nfrom radapter_serve.threads import limit_threads,"
+        " total\nlimit_threads(1)\nassert 'torch' not in sys.modules and total() == 1 and"
+        " os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'\nimport torch\nassert torch.get_num_threads()"
+        " == 1\nlimit_threads(2)\nassert torch.get_num_threads() == 2\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", [evaluate, export])
-def test_other_commands_refuse_no_threads(command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_commands_refuse_no_threads(
+    command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command(["--threads", "0"]) == 2
     assert "--threads is 0; allowed: 1 or more" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""Training with captions: the loss of several texts an image by hand, recall on the way, whole runs that resume."""
+"""Training with captions: the loss of several texts an image by hand, recall on the way, whole runs
+that resume.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,12 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.training import Recipe, mpm_nce, train
 from tests.helpers.short_run import rows, short_run
 
-COLOURS = {"red": (220, 30, 30), "green": (20, 200, 40), "blue": (30, 40, 220), "grey": (120, 120, 120)}
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (20, 200, 40),
+    "blue": (30, 40, 220),
+    "grey": (120, 120, 120),
+}
 PHRASES = ("a {} square", "all is {} here", "the colour {}")
 
 
@@ -38,7 +45,9 @@ def recipe(tiny_clip_dir: str, tmp_path: Path) -> Recipe:
             )
             rows += [(f"{name}{index}.png", phrase.format(name)) for phrase in PHRASES]
     pd.DataFrame(rows, columns=["image", "caption"]).to_csv(tmp_path / "rows.csv", index=False)
-    pd.DataFrame(rows[::12] + rows[1::12], columns=["image", "caption"]).to_csv(tmp_path / "val.csv", index=False)
+    pd.DataFrame(rows[::12] + rows[1::12], columns=["image", "caption"]).to_csv(
+        tmp_path / "val.csv", index=False
+    )
     return short_run(
         tiny_clip_dir,
         tmp_path,
@@ -53,7 +62,9 @@ def recipe(tiny_clip_dir: str, tmp_path: Path) -> Recipe:
 
 @pytest.mark.parametrize("delta", [0.0, 0.05])
 def test_several_texts_an_image_by_hand(delta: float) -> None:
-    """The loss over images that stand beside each of their texts against a loop over N images and N·k texts."""
+    """The loss over images that stand beside each of their texts against a loop over N images and
+    N·k texts.
+    """
     torch.manual_seed(0)
     count, several, scale = 4, 3, 20.0
     images, texts = torch.randn(count, 5).double(), torch.randn(count * several, 5).double()
@@ -62,10 +73,14 @@ def test_several_texts_an_image_by_hand(delta: float) -> None:
     f, g = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
     own = {i: range(i * several, (i + 1) * several) for i in range(count)}
     for i in range(count):  # an image's target is spread evenly over its texts
-        logits = torch.stack([scale * (f[i] @ g[t] + (0 if t in own[i] else delta)) for t in range(count * several)])
+        logits = torch.stack(
+            [scale * (f[i] @ g[t] + (0 if t in own[i] else delta)) for t in range(count * several)]
+        )
         total = total - sum(logits.log_softmax(0)[t] for t in own[i]) / several / count / 2
     for t in range(count * several):  # a text has one image
-        logits = torch.stack([scale * (f[i] @ g[t] + (0 if t in own[i] else delta)) for i in range(count)])
+        logits = torch.stack(
+            [scale * (f[i] @ g[t] + (0 if t in own[i] else delta)) for i in range(count)]
+        )
         total = total - logits.log_softmax(0)[t // several] / (count * several) / 2
     total.backward()
     p, q = images.float().requires_grad_(), texts.float().requires_grad_()
@@ -81,7 +96,9 @@ def test_several_texts_an_image_by_hand(delta: float) -> None:
 
 @pytest.mark.parametrize("captions_per_image", [1, 3])
 def test_the_first_loss_is_that_of_the_base(recipe: Recipe, captions_per_image: int) -> None:
-    """One batch of everything: the loop's loss equals MPM-NCE over plain open_clip embeddings, element by element."""
+    """One batch of everything: the loop's loss equals MPM-NCE over plain open_clip embeddings,
+    element by element.
+    """
     size = 16 if captions_per_image == 3 else 48
     recipe = dataclasses.replace(
         recipe, captions_per_image=captions_per_image, batch_size=size, steps=1, warmup_steps=0, crop_scale=1.0,
@@ -94,11 +111,15 @@ def test_the_first_loss_is_that_of_the_base(recipe: Recipe, captions_per_image: 
     with torch.no_grad():
         pixels = torch.stack([preprocess(Image.open(folder / name)) for name in table["image"]])
         f = model.eval().encode_image(pixels, normalize=True)
-        g = model.encode_text(open_clip.get_tokenizer(recipe.architecture)(list(table["caption"])), normalize=True)
+        g = model.encode_text(
+            open_clip.get_tokenizer(recipe.architecture)(list(table["caption"])), normalize=True
+        )
     positive = torch.tensor([[a == b for b in table["image"]] for a in table["image"]])
     logits = model.logit_scale.exp() * (f @ g.T + recipe.delta * ~positive)
     ways = [logits.log_softmax(1)[positive].mean(), logits.T.log_softmax(1)[positive].mean()]
-    assert row["loss"] == pytest.approx(-sum(ways).item() / 2, rel=2e-2)  # crops resize a little differently
+    assert row["loss"] == pytest.approx(
+        -sum(ways).item() / 2, rel=2e-2
+    )  # crops resize a little differently
 
 
 @pytest.mark.parametrize("captions_per_image", [1, 2])
@@ -108,9 +129,15 @@ def test_a_run_learns_to_find_captions(recipe: Recipe, captions_per_image: int) 
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     adapter = load_adapter(out)
     assert adapter.metadata.task == "retrieval"
-    names = {f"{way}_retrieval_recall@1@alpha={alpha}" for way in ("image", "text") for alpha in ("0.8", "1")}
+    names = {
+        f"{way}_retrieval_recall@1@alpha={alpha}"
+        for way in ("image", "text")
+        for alpha in ("0.8", "1")
+    }
     assert set(adapter.metadata.metrics) == names
-    assert adapter.metadata.metrics["text_retrieval_recall@1@alpha=1"] == 100.0  # four plain colours
+    assert (
+        adapter.metadata.metrics["text_retrieval_recall@1@alpha=1"] == 100.0
+    )  # four plain colours
 
 
 def test_validation_is_recall_of_the_folded_model(recipe: Recipe) -> None:
@@ -122,20 +149,30 @@ def test_validation_is_recall_of_the_folded_model(recipe: Recipe) -> None:
         model: Any = base.model
         model.load_state_dict(fold(model.state_dict(), adapter, alpha))
         _, _, preprocess = open_clip.create_model_and_transforms(recipe.architecture)
-        texts = [(text, number) for number, image in enumerate(val.images) for text in image.captions]
+        texts = [
+            (text, number) for number, image in enumerate(val.images) for text in image.captions
+        ]
         with torch.no_grad():
-            pixels = torch.stack([preprocess(val.image(val.table[image.row])) for image in val.images])
+            pixels = torch.stack(
+                [preprocess(val.image(val.table[image.row])) for image in val.images]
+            )
             f = model.encode_image(pixels, normalize=True)
             g = model.encode_text(base.tokenizer([text for text, _ in texts]), normalize=True)
         owner = torch.tensor([number for _, number in texts])
         to_image = ((g @ f.T).argmax(1) == owner).float().mean().item()
         to_text = (owner[(f @ g.T).argmax(1)] == torch.arange(len(f))).float().mean().item()
         found = adapter.metadata.metrics
-        assert found[f"image_retrieval_recall@1@alpha={alpha:g}"] == pytest.approx(100 * to_image, abs=0.01)
-        assert found[f"text_retrieval_recall@1@alpha={alpha:g}"] == pytest.approx(100 * to_text, abs=0.01)
+        assert found[f"image_retrieval_recall@1@alpha={alpha:g}"] == pytest.approx(
+            100 * to_image, abs=0.01
+        )
+        assert found[f"text_retrieval_recall@1@alpha={alpha:g}"] == pytest.approx(
+            100 * to_text, abs=0.01
+        )
 
 
-@pytest.mark.parametrize("change", [{}, {"captions_per_image": 2, "accumulate": 2}, {"streaming": True}])
+@pytest.mark.parametrize(
+    "change", [{}, {"captions_per_image": 2, "accumulate": 2}, {"streaming": True}]
+)
 def test_a_killed_run_resumes_to_the_same_result(
     recipe: Recipe, assert_resumes: Callable[[Recipe, int], None], change: dict[str, Any]
 ) -> None:
@@ -153,7 +190,9 @@ def test_two_processes_train_to_the_same_adapter_as_one(
     two = load_adapter(tmp_path / "two")
     assert two.metadata.metrics == one.metadata.metrics
     for name, value in one.tensors.items():
-        torch.testing.assert_close(two.tensors[name], value, rtol=0, atol=5e-3 * value.abs().max().item())
+        torch.testing.assert_close(
+            two.tensors[name], value, rtol=0, atol=5e-3 * value.abs().max().item()
+        )
 
 
 def test_broken_images_and_rows_without_captions(recipe: Recipe, tmp_path: Path) -> None:
@@ -174,5 +213,7 @@ def test_images_in_another_folder(recipe: Recipe, tmp_path: Path) -> None:
     data = f"csv:{tmp_path}/tables/rows.csv"
     with pytest.raises(RAdapterError, match="can't be read"):
         train(dataclasses.replace(recipe, data=data, val_data=None, steps=1, warmup_steps=0))
-    other = dataclasses.replace(recipe, data=data, val_data=None, steps=1, warmup_steps=0, out=tmp_path / "other")
+    other = dataclasses.replace(
+        recipe, data=data, val_data=None, steps=1, warmup_steps=0, out=tmp_path / "other"
+    )
     assert (train(dataclasses.replace(other, images=tmp_path)) / "adapter.safetensors").exists()

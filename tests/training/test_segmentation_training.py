@@ -40,7 +40,9 @@ IMAGES = 8
 
 @pytest.fixture
 def scenes(tmp_path: Path) -> Path:
-    """DIR of 8 images of 48 by 40 pixels: noise, and on it a rectangle of each class in its colour."""
+    """DIR of 8 images of 48 by 40 pixels: noise, and on it a rectangle of each class in its
+    colour.
+    """
     generator = np.random.default_rng(0)
     for name in ("images", "masks"):
         (tmp_path / "scenes" / name).mkdir(parents=True)
@@ -55,7 +57,9 @@ def scenes(tmp_path: Path) -> Path:
         mask[39, 47] = 200  # no class
         Image.fromarray(pixels).save(tmp_path / "scenes" / "images" / f"{index}.png")
         Image.fromarray(mask).save(tmp_path / "scenes" / "masks" / f"{index}.png")
-    (tmp_path / "scenes" / "classes.json").write_text(json.dumps({0: "void", 1: "red", 2: "green, lime", 3: "blue"}))
+    (tmp_path / "scenes" / "classes.json").write_text(
+        json.dumps({0: "void", 1: "red", 2: "green, lime", 3: "blue"})
+    )
     return tmp_path / "scenes"
 
 
@@ -96,9 +100,18 @@ def test_rows_are_the_segments_and_pairs_their_crops(scenes: Path) -> None:
 
 
 def test_small_segments_are_left_out(scenes: Path) -> None:
-    areas = [(np.asarray(Image.open(path)) == id_).sum() for path in (scenes / "masks").iterdir() for id_ in COLOURS]
-    assert len(segments(scenes, min_area=150).rows) == sum(area >= 150 for area in areas) < 3 * IMAGES
-    with pytest.raises(RAdapterError, match=f"no segment has 1024 pixels, the largest {max(areas)}; lower --mask-min"):
+    areas = [
+        (np.asarray(Image.open(path)) == id_).sum()
+        for path in (scenes / "masks").iterdir()
+        for id_ in COLOURS
+    ]
+    assert (
+        len(segments(scenes, min_area=150).rows) == sum(area >= 150 for area in areas) < 3 * IMAGES
+    )
+    with pytest.raises(
+        RAdapterError,
+        match=f"no segment has 1024 pixels, the largest {max(areas)}; lower --mask-min",
+    ):
         segments(scenes, min_area=1024)
     (scenes / "classes.json").write_text('{"9": "cat"}')
     with pytest.raises(RAdapterError, match="hold no pixel of a class that is named .cat"):
@@ -110,7 +123,9 @@ def test_broken_images_are_refused_or_left_out(scenes: Path) -> None:
     with pytest.raises(RAdapterError, match="3.png can't be read"):
         segments(scenes)
     (scenes / "masks" / "5.png").write_bytes(b"no mask")
-    with pytest.raises(RAdapterError, match=r"2 of \d+ images can't be used with their masks:\n.*3.png.*\n.*5.png"):
+    with pytest.raises(
+        RAdapterError, match=r"2 of \d+ images can't be used with their masks:\n.*3.png.*\n.*5.png"
+    ):
         segments(scenes, broken=None)
     shutil.copy(scenes / "masks" / "4.png", scenes / "masks" / "5.png")
     broken: list[str] = []
@@ -122,7 +137,9 @@ def test_broken_images_are_refused_or_left_out(scenes: Path) -> None:
         data.image(data.rows[9])
 
 
-def test_each_image_is_decoded_once_in_a_pass_in_order(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_image_is_decoded_once_in_a_pass_in_order(
+    scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from radapter_serve.data import segments as module
 
     data, reads = segments(scenes), Mock(wraps=decode_named)
@@ -132,8 +149,12 @@ def test_each_image_is_decoded_once_in_a_pass_in_order(scenes: Path, monkeypatch
     assert reads.call_count == IMAGES
 
 
-def accuracy(recipe: Recipe, adapter: Adapter, scenes: Path, alpha: float, images: Iterable[int]) -> float:
-    """Per cent, from the files: crops made here, torchvision's own steps, one segment after another."""
+def accuracy(
+    recipe: Recipe, adapter: Adapter, scenes: Path, alpha: float, images: Iterable[int]
+) -> float:
+    """Per cent, from the files: crops made here, torchvision's own steps, one segment after
+    another.
+    """
     base = load_base(recipe.architecture)
     crop = MaskCrop.from_recipe(recipe.to_dict(), base.preprocess["mean"])
     attach_adapter(base.model, adapter, alpha)
@@ -152,7 +173,9 @@ def accuracy(recipe: Recipe, adapter: Adapter, scenes: Path, alpha: float, image
         ids = np.asarray(Image.open(scenes / "masks" / f"{number}.png"))
         for id_ in COLOURS:
             with torch.no_grad():
-                found = encode_image(base.model, prepare(crop(image, ids == id_))[None]) @ classifier.T
+                found = (
+                    encode_image(base.model, prepare(crop(image, ids == id_))[None]) @ classifier.T
+                )
             hits.append(int(found.argmax()) == id_ - 1)
     return 100 * float(np.mean(hits))
 
@@ -172,7 +195,9 @@ def test_a_run_learns_and_its_file_says_how_to_crop(recipe: Recipe, scenes: Path
     assert metadata.metrics["acc1@alpha=1"] == 100.0  # three plain colours
 
 
-def test_coco_annotations_train_as_label_maps_do(recipe: Recipe, scenes: Path, tmp_path: Path) -> None:
+def test_coco_annotations_train_as_label_maps_do(
+    recipe: Recipe, scenes: Path, tmp_path: Path
+) -> None:
     recipe = dataclasses.replace(recipe, steps=3, val_data=None)
     whole = load_adapter(train(recipe))
     images, annotations = [], []
@@ -185,13 +210,23 @@ def test_coco_annotations_train_as_label_maps_do(recipe: Recipe, scenes: Path, t
             tmp_path / "panoptic" / f"{number}.png"
         )
         images.append({"id": number, "file_name": f"{number}.png", "width": 48, "height": 40})
-        info = [{"id": id_ * 1000, "category_id": id_, "area": int((ids == id_).sum())} for id_ in COLOURS]
-        annotations.append({"image_id": number, "file_name": f"{number}.png", "segments_info": info})
-    categories = [{"id": id_, "name": name} for id_, name in enumerate(("red", "green, lime", "blue"), 1)]
+        info = [
+            {"id": id_ * 1000, "category_id": id_, "area": int((ids == id_).sum())}
+            for id_ in COLOURS
+        ]
+        annotations.append(
+            {"image_id": number, "file_name": f"{number}.png", "segments_info": info}
+        )
+    categories = [
+        {"id": id_, "name": name} for id_, name in enumerate(("red", "green, lime", "blue"), 1)
+    ]
     content = {"images": images, "categories": categories, "annotations": annotations}
     (tmp_path / "panoptic.json").write_text(json.dumps(content))
     coco = dataclasses.replace(
-        recipe, data=f"coco:{tmp_path}/panoptic.json", images=scenes / "images", out=tmp_path / "coco"
+        recipe,
+        data=f"coco:{tmp_path}/panoptic.json",
+        images=scenes / "images",
+        out=tmp_path / "coco",
     )
     for name, value in load_adapter(train(coco)).tensors.items():
         assert torch.equal(value, whole.tensors[name]), name
@@ -207,14 +242,22 @@ def test_a_run_leaves_out_and_names_broken_images(recipe: Recipe, scenes: Path) 
     adapter = load_adapter(out)
     for alpha in (0.4, 1.0):  # of the images that are whole
         expected = accuracy(recipe, adapter, scenes, alpha, (0, 1, 2, 5, 6, 7))
-        assert adapter.metadata.metrics[f"acc1@alpha={alpha:g}"] == pytest.approx(expected, abs=0.01)
+        assert adapter.metadata.metrics[f"acc1@alpha={alpha:g}"] == pytest.approx(
+            expected, abs=0.01
+        )
 
 
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        ({1: "red", 2: "green, lime", 3: "sky"}, "masks:{val} has the class 'sky', which the run has not (1 of 3)"),
-        ({1: "red", 2: "green, lime"}, "the run has the class 'blue', which masks:{val} has not (1 of 3)"),
+        (
+            {1: "red", 2: "green, lime", 3: "sky"},
+            "masks:{val} has the class 'sky', which the run has not (1 of 3)",
+        ),
+        (
+            {1: "red", 2: "green, lime"},
+            "the run has the class 'blue', which masks:{val} has not (1 of 3)",
+        ),
         ({3: "red", 2: "green, lime", 1: "blue"}, None),
     ],
 )
@@ -225,7 +268,9 @@ def test_validation_masks_have_the_classes_of_the_run(
     (tmp_path / "val" / "classes.json").write_text(json.dumps(classes))
     values = {**recipe.to_dict(), "val_data": f"masks:{tmp_path}/val"}
     suite = own_validation(
-        Metadata("x", "y", task="segmentation", recipe=values, classes=["red", "green, lime", "blue"])
+        Metadata(
+            "x", "y", task="segmentation", recipe=values, classes=["red", "green, lime", "blue"]
+        )
     )
     if message is None:
         held = run_data(values)[1]
@@ -236,9 +281,9 @@ def test_validation_masks_have_the_classes_of_the_run(
     for open_data in (lambda: run_data(values), lambda: open_set(suite, suite.entries[0])):
         with pytest.raises(RAdapterError) as error:
             open_data()
-        assert str(error.value).startswith(message.format(val=tmp_path / "val")) and "--classes FILE" in str(
-            error.value
-        )
+        assert str(error.value).startswith(
+            message.format(val=tmp_path / "val")
+        ) and "--classes FILE" in str(error.value)
 
 
 def test_what_is_wrong_is_one_line(
@@ -254,8 +299,12 @@ def test_what_is_wrong_is_one_line(
         return error
 
     assert "allowed: masks:DIR, coco:FILE.json" in run("--data", "imagefolder:photos")
-    assert "mask_padding is -1.0; it should be greater than or equal to 0" in run("--mask-padding", "-1")
-    assert "mask_min_area is 0; it should be greater than or equal to 1" in run("--mask-min-area", "0")
+    assert "mask_padding is -1.0; it should be greater than or equal to 0" in run(
+        "--mask-padding", "-1"
+    )
+    assert "mask_min_area is 0; it should be greater than or equal to 1" in run(
+        "--mask-min-area", "0"
+    )
     assert "lower --mask-min-area" in run("--mask-min-area", "5000")
     assert "streaming is True, which task segmentation has no use for" in run("--streaming")
     (scenes / "masks" / "5.png").unlink()

@@ -1,4 +1,6 @@
-"""Whole runs on a tiny model: they learn, stop and go on to the same result, and say what is wrong."""
+"""Whole runs on a tiny model: they learn, stop and go on to the same result, and say what is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def recipe(tiny_clip_dir: str, images: Path, tmp_path: Path) -> Recipe:
     return short_run(tiny_clip_dir, tmp_path, data=data, val_data=data)
 
 
-def test_a_run_learns_and_leaves_what_it_says(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_learns_and_leaves_what_it_says(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = dataclasses.replace(recipe, steps=30, validate_every=10, tracker="tensorboard")
     out = train(recipe)
     losses = [row["loss"] for row in rows(out) if "loss" in row]
@@ -37,7 +41,11 @@ def test_a_run_learns_and_leaves_what_it_says(recipe: Recipe, capsys: pytest.Cap
     adapter = load_adapter(out)
     assert adapter.metadata.metrics["acc1@alpha=1"] == 100.0
     assert adapter.metadata.classes == ["blue", "green", "red"]
-    assert adapter.metadata.recipe == yaml.safe_load((out / "recipe.yaml").read_text()) == recipe.to_dict()
+    assert (
+        adapter.metadata.recipe
+        == yaml.safe_load((out / "recipe.yaml").read_text())
+        == recipe.to_dict()
+    )
     assert {p.name for p in out.iterdir()} == {
         "adapter.safetensors",
         "checkpoint.pt",
@@ -64,11 +72,15 @@ def test_a_killed_run_resumes_to_the_same_result(
 
 def test_both_forms_train_to_the_same_adapter(recipe: Recipe, tmp_path: Path) -> None:
     found = [
-        load_adapter(train(dataclasses.replace(recipe, form=form, out=tmp_path / form, val_data=None))).tensors
+        load_adapter(
+            train(dataclasses.replace(recipe, form=form, out=tmp_path / form, val_data=None))
+        ).tensors
         for form in ("activation", "weight")
     ]
     for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, rtol=0, atol=2e-3 * value.abs().max().item())
+        torch.testing.assert_close(
+            found[1][name], value, rtol=0, atol=2e-3 * value.abs().max().item()
+        )
 
 
 @pytest.mark.slow
@@ -80,12 +92,20 @@ def test_two_processes_train_to_the_same_adapter_as_one(
     train_in_two_processes(recipe, tmp_path / "two")
     two = load_adapter(tmp_path / "two")
     for name, value in one.tensors.items():
-        torch.testing.assert_close(two.tensors[name], value, rtol=0, atol=5e-3 * value.abs().max().item())
+        torch.testing.assert_close(
+            two.tensors[name], value, rtol=0, atol=5e-3 * value.abs().max().item()
+        )
 
 
 def test_bf16_trains_to_nearly_the_same(recipe: Recipe, tmp_path: Path) -> None:
     plain, half = (
-        load_adapter(train(dataclasses.replace(recipe, precision=precision, val_data=None, out=tmp_path / precision)))
+        load_adapter(
+            train(
+                dataclasses.replace(
+                    recipe, precision=precision, val_data=None, out=tmp_path / precision
+                )
+            )
+        )
         for precision in ("no", "bf16")
     )
     assert all(value.dtype == torch.float32 for value in half.tensors.values())
@@ -126,7 +146,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return error
 
 
-def test_bad_input_is_one_line(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.to_dict()))
     known = ("--recipe", str(path))
@@ -165,8 +187,13 @@ def test_a_broken_image_is_one_line_with_workers_too(
     (images / "red" / "0.png").write_bytes(b"no image")
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({**recipe.to_dict(), "val_data": None, "workers": 2}))
-    assert "red/0.png can't be read" in run(capsys, "--recipe", str(path), "--out", str(tmp_path / "refused"))
-    assert main(["--recipe", str(path), "--out", str(tmp_path / "skipped"), "--on-broken", "skip"]) == 0
+    assert "red/0.png can't be read" in run(
+        capsys, "--recipe", str(path), "--out", str(tmp_path / "refused")
+    )
+    assert (
+        main(["--recipe", str(path), "--out", str(tmp_path / "skipped"), "--on-broken", "skip"])
+        == 0
+    )
     assert "left out 1 broken image" in capsys.readouterr().out
     assert "red/0.png" in (tmp_path / "skipped" / "broken.txt").read_text()
 
@@ -176,10 +203,28 @@ def test_flags_go_before_the_recipe_file(recipe: Recipe, tmp_path: Path) -> None
     path.write_text(yaml.safe_dump(recipe.to_dict()) + "precision: no\n")
     out = tmp_path / "flags"
     assert (
-        main(["--recipe", str(path), "--out", str(out), "--steps", "3", "--learning-rate", "2e-3", "--rank", "2"]) == 0
+        main(
+            [
+                "--recipe",
+                str(path),
+                "--out",
+                str(out),
+                "--steps",
+                "3",
+                "--learning-rate",
+                "2e-3",
+                "--rank",
+                "2",
+            ]
+        )
+        == 0
     )
     metadata = load_adapter(out).metadata
-    assert metadata.rank == 2 and metadata.recipe["learning_rate"] == 2e-3 and metadata.recipe["batch_size"] == 8
+    assert (
+        metadata.rank == 2
+        and metadata.recipe["learning_rate"] == 2e-3
+        and metadata.recipe["batch_size"] == 8
+    )
     assert len([row for row in rows(out) if "loss" in row]) == 3
 
 
@@ -228,7 +273,10 @@ def test_a_damaged_checkpoint(recipe: Recipe) -> None:
 
 
 def test_a_full_disk_in_the_middle_of_a_run(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     def full(state: Any, path: Path) -> None:
         path.write_bytes(b"half")
@@ -249,7 +297,9 @@ def test_a_run_is_not_overwritten_nor_resumed_by_another_recipe(recipe: Recipe) 
         train(dataclasses.replace(recipe, resume=True, delta=0.1))
 
 
-def test_a_run_that_failed_before_its_first_checkpoint_starts_again(recipe: Recipe, images: Path) -> None:
+def test_a_run_that_failed_before_its_first_checkpoint_starts_again(
+    recipe: Recipe, images: Path
+) -> None:
     broken = next(images.rglob("*.png"))
     whole = broken.read_bytes()
     broken.write_bytes(b"no image")
@@ -274,4 +324,8 @@ def test_few_images_are_one_batch_and_notes_come_before_the_first_step(
     out = train(dataclasses.replace(recipe, batch_size=100, val_data=None, steps=3, momentum=0.99))
     assert load_adapter(out).metadata.recipe["batch_size"] == 24
     printed = capsys.readouterr().out
-    assert printed.index("a batch is 24 images") < printed.index("momentum 0.99 keeps 3.0%") < printed.index("step 1/3")
+    assert (
+        printed.index("a batch is 24 images")
+        < printed.index("momentum 0.99 keeps 3.0%")
+        < printed.index("step 1/3")
+    )

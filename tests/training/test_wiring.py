@@ -1,4 +1,6 @@
-"""What the trainer writes against training by hand (`by_hand`): each setting of a recipe does what the paper says."""
+"""What the trainer writes against training by hand (`by_hand`): each setting of a recipe does what
+the paper says.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ from radapter_serve.evaluation.results import Results
 from radapter_serve.evaluation.run import choose_alpha
 from radapter_serve.evaluation.torch_embedder import from_adapter
 from radapter_serve.training import Recipe, train
-from tests.helpers.by_hand import ClipWithAdapters, Pair, Weights, accuracy_by_hand, recall_by_hand, train_by_hand
+from tests.helpers.by_hand import (
+    ClipWithAdapters,
+    Pair,
+    Weights,
+    accuracy_by_hand,
+    recall_by_hand,
+    train_by_hand,
+)
 from tests.helpers.short_run import rows, short_run
 
 CLASSES = ["bird", "fish", "snake"]
@@ -54,11 +63,16 @@ def labelled(folder: Path, count: int, seed: int) -> tuple[str, list[Pair]]:
 
 
 def captioned(folder: Path, count: int, seed: int) -> tuple[str, list[Pair]]:
-    """A table of images with two or three captions each, one a row, and the images with all of theirs as pairs."""
+    """A table of images with two or three captions each, one a row, and the images with all of
+    theirs as pairs.
+    """
     generator, table, pairs = np.random.default_rng(seed), [], []
     folder.mkdir()
     for number in range(count):
-        image, captions = picture(generator), [f"picture {number} in way {way}" for way in range(2 + number % 2)]
+        image, captions = (
+            picture(generator),
+            [f"picture {number} in way {way}" for way in range(2 + number % 2)],
+        )
         image.save(folder / f"{number}.png")
         table += [(f"{number}.png", caption) for caption in captions]
         pairs.append(Pair(image, number, captions))
@@ -66,8 +80,12 @@ def captioned(folder: Path, count: int, seed: int) -> tuple[str, list[Pair]]:
     return f"csv:{folder}/rows.csv", pairs
 
 
-def masked(folder: Path, count: int, padding: float, fill: tuple[int, ...]) -> tuple[str, list[Pair]]:
-    """Images with an ellipse of each class, and their crops as pairs: the box made square, all around it filled."""
+def masked(
+    folder: Path, count: int, padding: float, fill: tuple[int, ...]
+) -> tuple[str, list[Pair]]:
+    """Images with an ellipse of each class, and their crops as pairs: the box made square, all
+    around it filled.
+    """
     generator, pairs = np.random.default_rng(4), []
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True)
@@ -101,7 +119,9 @@ def recipe(tiny_clip_dir: str, tmp_path: Path) -> Recipe:
 
 
 def assert_same(found: Weights, expected: Weights) -> None:
-    """But for rounding, which decides the sign of the few steps whose gradient is next to nothing."""
+    """But for rounding, which decides the sign of the few steps whose gradient is next to
+    nothing.
+    """
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert (found[name] - value).norm() < 5e-3 * value.norm(), name
@@ -125,9 +145,15 @@ def test_classification(recipe: Recipe, tmp_path: Path, change: dict[str, Any]) 
 def test_low_rank(recipe: Recipe, tmp_path: Path) -> None:
     data, pairs = labelled(tmp_path / "data", 11, seed=0)
     recipe = dataclasses.replace(recipe, data=data, rank=3)
-    still = dataclasses.replace(recipe, steps=1, learning_rate=1e-20, min_learning_rate=0.0, warmup_steps=0)
+    still = dataclasses.replace(
+        recipe, steps=1, learning_rate=1e-20, min_learning_rate=0.0, warmup_steps=0
+    )
     start = load_adapter(train(dataclasses.replace(still, out=tmp_path / "start"))).tensors
-    assert all(value.any() == name.endswith(".down") for name, value in start.items() if not name.endswith(".up"))
+    assert all(
+        value.any() == name.endswith(".down")
+        for name, value in start.items()
+        if not name.endswith(".up")
+    )
     assert_same(load_adapter(train(recipe)).tensors, train_by_hand(recipe, pairs, start))
 
 
@@ -135,16 +161,26 @@ def test_low_rank(recipe: Recipe, tmp_path: Path) -> None:
 def test_retrieval(recipe: Recipe, tmp_path: Path, captions_per_image: int) -> None:
     data, pairs = captioned(tmp_path / "data", 6, seed=1)
     recipe = dataclasses.replace(
-        recipe, task="retrieval", data=data, captions_per_image=captions_per_image, templates="simple"
+        recipe,
+        task="retrieval",
+        data=data,
+        captions_per_image=captions_per_image,
+        templates="simple",
     )
     if captions_per_image == 1:  # each caption comes by itself, with its image
-        pairs = [Pair(pair.image, pair.label, [caption]) for pair in pairs for caption in pair.texts]
+        pairs = [
+            Pair(pair.image, pair.label, [caption]) for pair in pairs for caption in pair.texts
+        ]
     assert_same(load_adapter(train(recipe)).tensors, train_by_hand(recipe, pairs))
 
 
 def test_segmentation(recipe: Recipe, tmp_path: Path) -> None:
-    data, pairs = masked(tmp_path / "data", 4, padding=0.2, fill=(122, 117, 105))  # the mean of the tiny CLIP
-    recipe = dataclasses.replace(recipe, task="segmentation", data=data, mask_padding=0.2, mask_min_area=1)
+    data, pairs = masked(
+        tmp_path / "data", 4, padding=0.2, fill=(122, 117, 105)
+    )  # the mean of the tiny CLIP
+    recipe = dataclasses.replace(
+        recipe, task="segmentation", data=data, mask_padding=0.2, mask_min_area=1
+    )
     assert_same(load_adapter(train(recipe)).tensors, train_by_hand(recipe, pairs))
 
 
@@ -159,20 +195,35 @@ def test_validation_on_the_way_and_the_choice_of_alpha(recipe: Recipe, tmp_path:
     scores = {}
     for row in (row for row in rows(out) if "acc1@alpha=1" in row):
         clip = ClipWithAdapters(recipe.architecture, seen[row["step"]])
-        scores = {alpha: accuracy_by_hand(clip, alpha, val, classes) for alpha in (0.0, 0.3, 0.6, 1.0)}
+        scores = {
+            alpha: accuracy_by_hand(clip, alpha, val, classes) for alpha in (0.0, 0.3, 0.6, 1.0)
+        }
         found = {name: value for name, value in row.items() if name != "step"}
-        assert found == pytest.approx({"acc1@alpha=0.6": scores[0.6], "acc1@alpha=1": scores[1.0]}, abs=0.01), row
+        assert found == pytest.approx(
+            {"acc1@alpha=0.6": scores[0.6], "acc1@alpha=1": scores[1.0]}, abs=0.01
+        ), row
     embedder = from_adapter(out, list(scores))
     choice, _ = choose_alpha(embedder, out, None, Results(tmp_path / "results"))
     embedder.close()
-    assert {point["alpha"]: point["score"] for point in choice.curve} == pytest.approx(scores, abs=0.01)
-    assert choice.alpha == min(alpha for alpha, score in scores.items() if score == max(scores.values()))
+    assert {point["alpha"]: point["score"] for point in choice.curve} == pytest.approx(
+        scores, abs=0.01
+    )
+    assert choice.alpha == min(
+        alpha for alpha, score in scores.items() if score == max(scores.values())
+    )
 
 
 def test_validation_by_captions(recipe: Recipe, tmp_path: Path) -> None:
     data, pairs = captioned(tmp_path / "data", 16, seed=1)
     recipe = dataclasses.replace(
-        recipe, task="retrieval", data=data, val_data=data, alpha=0.6, templates="simple", steps=24, weight_decay=0.0
+        recipe,
+        task="retrieval",
+        data=data,
+        val_data=data,
+        alpha=0.6,
+        templates="simple",
+        steps=24,
+        weight_decay=0.0,
     )
     adapter = load_adapter(train(recipe))
     clip = ClipWithAdapters(recipe.architecture, adapter.tensors)

@@ -1,4 +1,6 @@
-"""radapter-query: the client on the command line. A new subcommand is one function, and one entry in `main`."""
+"""radapter-query: the client on the command line. A new subcommand is one function, and one entry
+in `main`.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +36,17 @@ class Server:
     """What every command takes.
 
     Args:
-        url: one of grpc://HOST:8001, grpcs://HOST, http://HOST:8000 and https://HOST; the environment variable
-            RADAPTER_SERVER sets the default. RADAPTER_API_KEY holds the API key that radapter-gateway asks for.
+        url: one of grpc://HOST:8001, grpcs://HOST, http://HOST:8000 and https://HOST; the
+            environment variable RADAPTER_SERVER sets the default. RADAPTER_API_KEY holds the API
+            key that radapter-gateway asks for.
         release: version of the release to use; the newest if none is given.
         timeout: seconds that a request may take.
         json: print JSON, one object a line, instead of tables.
     """
 
-    url: str = field(default_factory=lambda: os.environ.get("RADAPTER_SERVER") or "grpc://localhost:8001")
+    url: str = field(
+        default_factory=lambda: os.environ.get("RADAPTER_SERVER") or "grpc://localhost:8001"
+    )
     release: int | None = None
     timeout: float = 60.0
     json: bool = False
@@ -77,7 +82,11 @@ class Labels:
     def arguments(self) -> dict[str, Any]:
         if sum(map(bool, (self.labels, self.labels_file, self.label_set))) != 1:
             raise RAdapterClientError("give one of --labels, --labels-file and --label-set")
-        labels = self.labels or None if self.labels_file is None else read_lines(self.labels_file, "a label")
+        labels = (
+            self.labels or None
+            if self.labels_file is None
+            else read_lines(self.labels_file, "a label")
+        )
         known = {"labels": labels, "label_set": self.label_set, "templates": self.templates or None}
         return {**known, "alpha": self.alpha}
 
@@ -115,21 +124,31 @@ def classify(
     """The best labels of images.
 
     Args:
-        images: JPEG, PNG or WebP files, and folders of them; what cannot be read in a folder is left out.
+        images: JPEG, PNG or WebP files, and folders of them; what cannot be read in a folder is
+            left out.
         top_k: labels to show; 5 if none is given, and all with --multi-label.
         multi_label: score each label by itself, so that several can be right, or none.
         threshold: show labels that score at least this, from 0 to 1; 0.5 if none is given.
-        calibrated: scores that say how often a label is right, of a release that was exported with validation data.
+        calibrated: scores that say how often a label is right, of a release that was exported with
+            validation data.
         out: file to write instead, .csv (a row for each label) or .jsonl (a line for each image).
     """
     files, arguments = ImageFiles(images), labels.arguments()
-    arguments |= {"top_k": top_k, "multi_label": multi_label, "threshold": threshold, "calibrated": calibrated}
+    arguments |= {
+        "top_k": top_k,
+        "multi_label": multi_label,
+        "threshold": threshold,
+        "calibrated": calibrated,
+    }
     with server.client() as client:
 
         def found() -> Iterator[Found]:
             for image, one in files.answers(lambda some: client.classify(some, **arguments), 64):
                 pairs = zip(one.labels, one.scores, strict=True)
-                yield {"image": image, **vars(one)}, [{"image": image, "label": a, "score": b} for a, b in pairs]
+                yield (
+                    {"image": image, **vars(one)},
+                    [{"image": image, "label": a, "score": b} for a, b in pairs],
+                )
 
         report(found(), ("image", "label", "score"), out, server.json)
     return int(files.left_out)
@@ -148,11 +167,15 @@ def segment(
     """Which label each pixel of an image has.
 
     Args:
-        images: JPEG, PNG or WebP files, and folders of them; what cannot be read in a folder is left out.
-        save: picture to write, .png or .jpg: colours and a legend. For several images, a folder of them.
-        save_mask: .png to write: the index of each pixel's label. For several images, a folder of them.
+        images: JPEG, PNG or WebP files, and folders of them; what cannot be read in a folder is
+            left out.
+        save: picture to write, .png or .jpg: colours and a legend. For several images, a folder of
+            them.
+        save_mask: .png to write: the index of each pixel's label. For several images, a folder of
+            them.
         font: TrueType font for legends beyond the Latin alphabet.
-        out: file to write instead, .csv (a row for each label that occurs) or .jsonl (a line for each image).
+        out: file to write instead, .csv (a row for each label that occurs) or .jsonl (a line for
+            each image).
     """
     if font is not None:
         from .._overlay import read_font
@@ -162,7 +185,9 @@ def segment(
     pictures = Pictures("--save", save, files, ".png", ".jpg")
     masks = Pictures("--save-mask", save_mask, files, ".png")
     if save is not None and save == save_mask:
-        raise RAdapterClientError(f"--save and --save-mask are both {save}; give them names of their own")
+        raise RAdapterClientError(
+            f"--save and --save-mask are both {save}; give them names of their own"
+        )
     with server.client() as client:
 
         def found() -> Iterator[Found]:
@@ -172,9 +197,17 @@ def segment(
                 if save_mask is not None:
                     mask = one.mask if len(one.labels) > 256 else one.mask.astype(np.uint8)
                     masks.write(image, Image.fromarray(mask))
-                facts = {name: getattr(one, name) for name in ("labels", "shares", "scores", "release")}
-                rows = sorted(zip(one.shares, one.labels, one.scores, strict=True), key=lambda row: -row[0])
-                flat = [{"image": image, "label": name, "share": a, "score": b} for a, name, b in rows if a]
+                facts = {
+                    name: getattr(one, name) for name in ("labels", "shares", "scores", "release")
+                }
+                rows = sorted(
+                    zip(one.shares, one.labels, one.scores, strict=True), key=lambda row: -row[0]
+                )
+                flat = [
+                    {"image": image, "label": name, "share": a, "score": b}
+                    for a, name, b in rows
+                    if a
+                ]
                 yield {"image": image, "size": one.mask.shape[::-1], **facts}, flat
 
         report(found(), ("image", "label", "share", "score"), out, server.json)
@@ -204,11 +237,15 @@ def search(
         save: .html to write: a page of thumbnails.
     """
     if (text is None) == (image is None):
-        raise RAdapterClientError('give a text to search for, such as "a red bicycle", or --image FILE, and not both')
+        raise RAdapterClientError(
+            'give a text to search for, such as "a red bicycle", or --image FILE, and not both'
+        )
     if save is not None:
         check_output("--save", save, ".html")
     with server.client() as client:
-        hits = client.search(text, image=image, index=index, top_k=top_k, where=where, thumbnails=save is not None)
+        hits = client.search(
+            text, image=image, index=index, top_k=top_k, where=where, thumbnails=save is not None
+        )
         used = client.release().version if save is not None else None
     if save is not None:
         from .gallery import page
@@ -224,14 +261,19 @@ def search(
     table = Table(Column("score", justify="right"), "id", "metadata")
     for hit in hits:
         about = ", ".join(f"{key}: {value}" for key, value in hit.about.items())
-        table.add_row(f"{hit.score:.4f}", Text(hit.id, overflow="fold"), Text(about, overflow="fold"))
+        table.add_row(
+            f"{hit.score:.4f}", Text(hit.id, overflow="fold"), Text(about, overflow="fold")
+        )
     Console().print(table)
     if save is not None:
         print(save)
 
 
 def embed_image(
-    images: Images, server: OmitArgPrefixes[Server], out: Path = Path("image_embeds.npy"), alpha: float | None = None
+    images: Images,
+    server: OmitArgPrefixes[Server],
+    out: Path = Path("image_embeds.npy"),
+    alpha: float | None = None,
 ) -> None:
     """Writes embeddings of images: float32 [N, D], unit length.
 
@@ -268,11 +310,15 @@ def embed_text(
 def _save_embeds(out: Path, embeds: npt.NDArray[np.float32], server: Server) -> None:
     write_whole(out, lambda file: np.save(file, embeds))
     shape = {"file": str(out), "shape": embeds.shape}
-    print(to_json(shape) if server.json else f"{out}: float32 [{embeds.shape[0]}, {embeds.shape[1]}]")
+    print(
+        to_json(shape) if server.json else f"{out}: float32 [{embeds.shape[0]}, {embeds.shape[1]}]"
+    )
 
 
 def release(server: OmitArgPrefixes[Server]) -> None:
-    """What the server serves: α, model, label sets; with --json everything, such as all templates."""
+    """What the server serves: α, model, label sets; with --json everything, such as all
+    templates.
+    """
     with server.client() as client:
         used, served = client.release(), client.releases()
     if server.json:
@@ -285,7 +331,13 @@ def release(server: OmitArgPrefixes[Server]) -> None:
         "architecture": used.architecture,
         "precision": used.precision,
         "embedding width": used.embed_dim,
-        "templates": used.templates[0] if many == 1 else f"{many}, such as {used.templates[0]!r}" if many else "none",
+        "templates": (
+            used.templates[0]
+            if many == 1
+            else f"{many}, such as {used.templates[0]!r}"
+            if many
+            else "none"
+        ),
         "label sets": ", ".join(sorted(used.label_sets)) or "none",
         "EXIF orientation": "images are turned by it" if used.exif_orientation else "is ignored",
         "adapter": used.facts.get("adapter_digest", "unknown"),
@@ -310,7 +362,9 @@ def profile(server: OmitArgPrefixes[Server], requests: int = 10) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; its exit status: 0, 1 where images were left out, 2 for an error, 130 after Ctrl-C."""
+    """Runs the command; its exit status: 0, 1 where images were left out, 2 for an error, 130 after
+    Ctrl-C.
+    """
     if "--version" in (sys.argv[1:] if argv is None else argv):
         print(PROG, version("radapter-serve"))
         return 0
@@ -320,13 +374,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     with suppress(AttributeError):  # names of files that are not UTF-8 are printed as they are
         sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     try:
-        status = tyro.extras.subcommand_cli_from_dict(named, prog=PROG, description=description, args=argv)
+        status = tyro.extras.subcommand_cli_from_dict(
+            named, prog=PROG, description=description, args=argv
+        )
         sys.stdout.flush()
     except RAdapterClientError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's last flush
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # for the interpreter's last flush
         return 1
     except KeyboardInterrupt:
         return 130

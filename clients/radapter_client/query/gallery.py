@@ -51,7 +51,9 @@ dd { margin: 0; overflow-wrap: anywhere }
 """
 
 
-def page(hits: Sequence[Hit], text: str | None, image: ImageLike | None, facts: Mapping[str, str]) -> bytes:
+def page(
+    hits: Sequence[Hit], text: str | None, image: ImageLike | None, facts: Mapping[str, str]
+) -> bytes:
     """The page, in UTF-8.
 
     Args:
@@ -61,9 +63,16 @@ def page(hits: Sequence[Hit], text: str | None, image: ImageLike | None, facts: 
         facts: name to value of what the page says about the search, such as its index and release.
     """
     query = text or "an image"
-    picture = "" if image is None else f'<img src="{_data(_small(image))}" alt="the image that was searched for">\n'
+    picture = (
+        ""
+        if image is None
+        else f'<img src="{_data(_small(image))}" alt="the image that was searched for">\n'
+    )
     known = " · ".join(f"{escape(name)}: {escape(value)}" for name, value in facts.items())
-    cards = "\n".join(_card(rank, hit) for rank, hit in enumerate(hits, 1)) or "<p>Nothing was found.</p>"
+    cards = (
+        "\n".join(_card(rank, hit) for rank, hit in enumerate(hits, 1))
+        or "<p>Nothing was found.</p>"
+    )
     return (
         f"{HEAD}<title>{escape(query)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f"<header>\n{picture}<div><h1>{escape(query)}</h1>\n<p>{known}</p></div>\n</header>\n"
@@ -73,13 +82,19 @@ def page(hits: Sequence[Hit], text: str | None, image: ImageLike | None, facts: 
 
 def _card(rank: int, hit: Hit) -> str:
     name = escape(hit.id)
-    shown = f'<img src="{_data(hit.thumbnail)}" alt="{name}" loading="lazy">' if hit.thumbnail else "no thumbnail"
-    about = "".join(f"<dt>{escape(key)}</dt><dd>{_value(value)}</dd>" for key, value in hit.about.items())
+    shown = (
+        f'<img src="{_data(hit.thumbnail)}" alt="{name}" loading="lazy">'
+        if hit.thumbnail
+        else "no thumbnail"
+    )
+    about = "".join(
+        f"<dt>{escape(key)}</dt><dd>{_value(value)}</dd>" for key, value in hit.about.items()
+    )
     cosine = f"{hit.score:.4f}"
     return (
-        f'<article title="{name}">\n<div class="picture">{shown}</div>\n<div class="text">\n<h2>{rank}. {name}</h2>\n'
-        f'<div class="score"><meter min="0" max="1" value="{cosine}"></meter>{cosine}</div>\n'
-        f"<dl>{about}</dl>\n</div>\n</article>"
+        f'<article title="{name}">\n<div class="picture">{shown}</div>\n<div'
+        f' class="text">\n<h2>{rank}. {name}</h2>\n<div class="score"><meter min="0" max="1"'
+        f' value="{cosine}"></meter>{cosine}</div>\n<dl>{about}</dl>\n</div>\n</article>'
     )
 
 

@@ -23,7 +23,9 @@ def read_lines(path: Path, what: str) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise RAdapterClientError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise RAdapterClientError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or error}"
+        ) from error
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
         raise RAdapterClientError(f"{path} is empty: it needs {what} a line")
@@ -31,7 +33,8 @@ def read_lines(path: Path, what: str) -> list[str]:
 
 
 class ImageFiles:
-    """Images as a command is given them: files, and folders with all the images in them, in the order of their names.
+    """Images as a command is given them: files, and folders with all the images in them, in the
+    order of their names.
 
     Args:
         names: of files and folders.
@@ -51,14 +54,20 @@ class ImageFiles:
                 continue
             files = sorted(path for path in Path(name).rglob("*") if path.is_file())
             images = [str(path) for path in files if path.suffix.lower() in SUFFIXES]
-            others.update(path.suffix.lower() or path.name for path in files if path.suffix.lower() not in SUFFIXES)
+            others.update(
+                path.suffix.lower() or path.name
+                for path in files
+                if path.suffix.lower() not in SUFFIXES
+            )
             self.paths += images
             self._found |= set(images)
         if others:
             kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
             _note(f"files that are no JPEG, PNG or WebP are left out: {kinds}")
         if not self.paths:
-            raise RAdapterClientError(f"no JPEG, PNG or WebP files: {', '.join(names) or 'give files or folders'}")
+            raise RAdapterClientError(
+                f"no JPEG, PNG or WebP files: {', '.join(names) or 'give files or folders'}"
+            )
 
     @property
     def one(self) -> bool:
@@ -71,7 +80,8 @@ class ImageFiles:
         return str(Path(path).absolute().relative_to(folder))
 
     def answers(self, ask: Callable[[list[str]], list[T]], at_once: int) -> Iterator[tuple[str, T]]:
-        """Each image with its answer; an image of a folder that cannot be read is left out, with a note.
+        """Each image with its answer; an image of a folder that cannot be read is left out, with a
+        note.
 
         Args:
             ask: the answers for some images.
@@ -82,7 +92,9 @@ class ImageFiles:
         for run in track(runs, "asking", console=console, transient=True, disable=quiet):
             yield from self._answers(run, ask)
 
-    def _answers(self, run: list[str], ask: Callable[[list[str]], list[T]]) -> Iterator[tuple[str, T]]:
+    def _answers(
+        self, run: list[str], ask: Callable[[list[str]], list[T]]
+    ) -> Iterator[tuple[str, T]]:
         try:
             found = ask(run)
         except InvalidImage as error:

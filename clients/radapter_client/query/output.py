@@ -28,7 +28,9 @@ def check_output(flag: str, path: Path, *suffixes: str) -> None:
     if path.suffix.lower() not in suffixes:
         raise RAdapterClientError(f"{flag} {path} does not end in {' or '.join(suffixes)}")
     if not path.parent.is_dir() or path.is_dir():
-        raise RAdapterClientError(f"{flag} {path}: {path.parent} is no folder, or the file itself is one")
+        raise RAdapterClientError(
+            f"{flag} {path}: {path.parent} is no folder, or the file itself is one"
+        )
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -62,7 +64,9 @@ class Pictures:
         if images.one:
             check_output(flag, path, *suffixes)
         elif path.suffix.lower() in suffixes or path.is_file():
-            raise RAdapterClientError(f"{flag} {path}: of several images, give a folder for their pictures")
+            raise RAdapterClientError(
+                f"{flag} {path}: of several images, give a folder for their pictures"
+            )
 
     def write(self, image: str, picture: Image.Image) -> None:
         assert self._path is not None
@@ -74,7 +78,10 @@ class Pictures:
             except OSError as error:
                 raise RAdapterClientError(f"cannot make {path.parent}: {error.strerror}") from error
         write_whole(
-            path, lambda file: picture.save(file, "PNG" if path.suffix.lower() == ".png" else "JPEG", quality=90)
+            path,
+            lambda file: picture.save(
+                file, "PNG" if path.suffix.lower() == ".png" else "JPEG", quality=90
+            ),
         )
 
 
@@ -94,7 +101,10 @@ def report(found: Iterable[Found], columns: Sequence[str], out: Path | None, as_
         def write(file: BinaryIO) -> None:
             nonlocal count
             text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
-            table, as_csv = csv.DictWriter(text, columns, lineterminator="\n"), out.suffix.lower() == ".csv"
+            table, as_csv = (
+                csv.DictWriter(text, columns, lineterminator="\n"),
+                out.suffix.lower() == ".csv",
+            )
             if as_csv:
                 table.writeheader()
             for whole, rows in found:
@@ -117,7 +127,9 @@ def report(found: Iterable[Found], columns: Sequence[str], out: Path | None, as_
         for _, rows in found:
             for index, row in enumerate(rows):
                 cells = [_cell(column, row[column]) for column in columns]
-                shown.add_row(*(["", *cells[1:]] if index else cells), end_section=index + 1 == len(rows))
+                shown.add_row(
+                    *(["", *cells[1:]] if index else cells), end_section=index + 1 == len(rows)
+                )
         Console().print(shown)
 
 

@@ -1,4 +1,6 @@
-"""What holds the images of an index: a folder, object storage, or a running Qdrant, behind one interface."""
+"""What holds the images of an index: a folder, object storage, or a running Qdrant, behind one
+interface.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class Hit:
 class Store(Protocol):
     """One generation of an index, which never changes."""
 
-    def find(self, embedding: NDArray[np.float32], top_k: int, where: str | None, *, thumbnails: bool) -> list[Hit]:
+    def find(
+        self, embedding: NDArray[np.float32], top_k: int, where: str | None, *, thumbnails: bool
+    ) -> list[Hit]:
         """The nearest images, in any order.
 
         Args:
@@ -74,7 +78,8 @@ class Place(Protocol):
 
         Args:
             generation, facts: as of `current`.
-            complete: whether all files on this machine's disk are compared with their digests, however large.
+            complete: whether all files on this machine's disk are compared with their digests,
+                however large.
 
         Raises:
             RAdapterError: it is not there, or damaged.
@@ -95,4 +100,6 @@ def plain(value: Any) -> Any:
 def vectors_of(column: Any) -> NDArray[np.float32]:
     """An Arrow column of embeddings as float32 [N, D]."""
     array = column.combine_chunks() if hasattr(column, "combine_chunks") else column
-    return np.asarray(array.flatten().to_numpy(zero_copy_only=False), np.float32).reshape(len(array), -1)
+    return np.asarray(array.flatten().to_numpy(zero_copy_only=False), np.float32).reshape(
+        len(array), -1
+    )

@@ -1,8 +1,9 @@
-"""An index in a folder: generations beside each other, and a pointer that names the one that counts.
+"""An index in a folder: generations beside each other, and a pointer that names the one that
+counts.
 
-`index.json` in the folder names the generation, a folder `g-...` in it, which holds an `index.json` with the facts, the
-LanceDB table and, of many images, what FAISS needs. A generation never changes; to replace `index.json` is to replace
-the index.
+`index.json` in the folder names the generation, a folder `g-...` in it, which holds an `index.json`
+with the facts, the LanceDB table and, of many images, what FAISS needs. A generation never changes;
+to replace `index.json` is to replace the index.
 """
 
 from __future__ import annotations
@@ -79,16 +80,26 @@ class Folder:
         nearest = None
         if facts.nearest is not None:
             try:
-                nearest = Neighbours(place / FOLDER, facts.nearest, (facts.count, facts.plan.release.embed_dim))
+                nearest = Neighbours(
+                    place / FOLDER, facts.nearest, (facts.count, facts.plan.release.embed_dim)
+                )
             except RAdapterError as error:
                 mend = f"radapter-index add --out {shlex.quote(str(self._folder))}"
-                raise RAdapterError(f"the index {self._folder} can't be searched: {error}; mend it: {mend}") from None
+                raise RAdapterError(
+                    f"the index {self._folder} can't be searched: {error}; mend it: {mend}"
+                ) from None
         return Table(as_text(self._folder.name), table, facts, nearest)
 
 
 def is_generation(name: Any) -> bool:
     """Whether a name is that of a generation."""
-    return isinstance(name, str) and len(name) == 18 and name.startswith("g-") and name[2:].isalnum() and name.isascii()
+    return (
+        isinstance(name, str)
+        and len(name) == 18
+        and name.startswith("g-")
+        and name[2:].isalnum()
+        and name.isascii()
+    )
 
 
 def generation_of(facts: str) -> str:
@@ -98,11 +109,14 @@ def generation_of(facts: str) -> str:
 
 def generations_of(folder: Path) -> list[Path]:
     """The generations that a folder holds, whichever counts."""
-    return [path for path in folder.iterdir() if is_generation(path.name)] if folder.is_dir() else []
+    return (
+        [path for path in folder.iterdir() if is_generation(path.name)] if folder.is_dir() else []
+    )
 
 
 def install(made: Path, folder: Path, facts: IndexFacts, keep: datetime.timedelta) -> Path:
-    """Make a finished folder the generation that counts; whoever looks meanwhile finds this one or the one before.
+    """Make a finished folder the generation that counts; whoever looks meanwhile finds this one or
+    the one before.
 
     Args:
         made: the finished folder, on the same disk; its `index.json` is written here.

@@ -1,7 +1,7 @@
 """Indexes in a running Qdrant: published as a whole, opened read-only by any number of servers.
 
-The alias COLLECTION names the collection that counts, whose metadata hold the index's facts; to switch the alias is to
-replace the index. The key comes from the environment alone.
+The alias COLLECTION names the collection that counts, whose metadata hold the index's facts; to
+switch the alias is to replace the index. The key comes from the environment alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ KEYS = ("RADAPTER_QDRANT_API_KEY", "QDRANT_API_KEY")
 FACTS_KEY = "radapter_index"  # of the collection's metadata: the facts, as JSON
 TIMEOUT = 10  # seconds for a search, and for a switch of the alias
 _PORT = 6333
-_PLACE = re.compile(r"qdrant(s?)://(\[[0-9a-fA-F:]+\]|[\w.-]+)(?::([0-9]{1,5}))?/(\w[\w.-]{0,150})/?", re.ASCII)
+_PLACE = re.compile(
+    r"qdrant(s?)://(\[[0-9a-fA-F:]+\]|[\w.-]+)(?::([0-9]{1,5}))?/(\w[\w.-]{0,150})/?", re.ASCII
+)
 
 
 def is_qdrant(url: str) -> bool:
@@ -55,8 +57,9 @@ class Qdrant:
         match = _PLACE.fullmatch(self.url)
         if match is None or not 0 < int(match[3] or _PORT) < 65536:
             raise RAdapterError(
-                f"{self.url.rpartition('@')[2]!r:.200} is no place of an index; allowed: qdrant://HOST:PORT/COLLECTION "
-                "(qdrants:// for TLS), and names of letters, digits, _, - and ."
+                f"{self.url.rpartition('@')[2]!r:.200} is no place of an index; allowed:"
+                " qdrant://HOST:PORT/COLLECTION (qdrants:// for TLS), and names of letters,"
+                " digits, _, - and ."
             )
 
     @property
@@ -97,7 +100,9 @@ class Qdrant:
                 raise ValueError(f"columns are {facts.columns!r:.100}")
             size = config.params.vectors.size
             if size != facts.plan.release.embed_dim:
-                raise ValueError(f"its vectors have the width {size} in place of {facts.plan.release.embed_dim}")
+                raise ValueError(
+                    f"its vectors have the width {size} in place of {facts.plan.release.embed_dim}"
+                )
         except KeyError as error:
             raise self._broken(f"it lacks {error}") from None
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -110,8 +115,8 @@ class Qdrant:
 
     def _broken(self, why: str) -> RAdapterError:
         return RAdapterError(
-            f"{self.url} holds no index that can be read ({why:.200}); publish it again: radapter-index publish INDEX "
-            f"{self.url}"
+            f"{self.url} holds no index that can be read ({why:.200}); publish it again:"
+            f" radapter-index publish INDEX {self.url}"
         )
 
 
@@ -131,11 +136,13 @@ class Collection:
 
     def rows(self, columns: list[str], batch: int) -> Iterator[Any]:
         raise RAdapterError(
-            f"{self._place.url} is an index in Qdrant, which can only be searched and shown; give the index that was "
-            "published"
+            f"{self._place.url} is an index in Qdrant, which can only be searched and shown; give"
+            " the index that was published"
         )
 
-    def find(self, embedding: NDArray[np.float32], top_k: int, where: str | None, *, thumbnails: bool) -> list[Hit]:
+    def find(
+        self, embedding: NDArray[np.float32], top_k: int, where: str | None, *, thumbnails: bool
+    ) -> list[Hit]:
         from radapter_serve.index.filters import OWN, to_filter  # here: others need no client
 
         types = OWN | self._facts.plan.column_types
@@ -146,9 +153,13 @@ class Collection:
         except RAdapterError as error:
             print(f"the index {self._place.name}: {error}", file=sys.stderr)
             why = public(str(error).partition(" can't be used: ")[2]) or "it is gone from Qdrant"
-            raise TaskError(UNKNOWN_INDEX, f"the index {self._place.name} can't be searched in Qdrant: {why}") from None
+            raise TaskError(
+                UNKNOWN_INDEX, f"the index {self._place.name} can't be searched in Qdrant: {why}"
+            ) from None
 
-    def _asked_for(self, embedding: NDArray[np.float32], top_k: int, met: Any, thumbnails: bool) -> list[Hit]:
+    def _asked_for(
+        self, embedding: NDArray[np.float32], top_k: int, met: Any, thumbnails: bool
+    ) -> list[Hit]:
         from qdrant_client import models
 
         exact = self._facts.count <= EXACT
@@ -161,7 +172,9 @@ class Collection:
                     query_filter=met,
                     search_params=models.SearchParams(exact=exact, hnsw_ef=max(128, 2 * top_k)),
                     limit=top_k,
-                    with_payload=True if thumbnails else models.PayloadSelectorExclude(exclude=[THUMBNAIL]),
+                    with_payload=(
+                        True if thumbnails else models.PayloadSelectorExclude(exclude=[THUMBNAIL])
+                    ),
                 )
                 .points
             )
@@ -185,7 +198,9 @@ def is_collection_of(name: str, collection: str) -> bool:
 
 @contextlib.contextmanager
 def qdrant_errors(url: str) -> Iterator[None]:
-    """Turn what Qdrant refuses, or how it fails, into an error for people; nothing that it wrote is repeated."""
+    """Turn what Qdrant refuses, or how it fails, into an error for people; nothing that it wrote is
+    repeated.
+    """
     try:
         yield
     except RAdapterError:
@@ -193,7 +208,9 @@ def qdrant_errors(url: str) -> Iterator[None]:
     except Exception as error:
         status = getattr(error, "status_code", None)
         if status == 404:
-            raise RAdapterError(f"no index at {url}; put one there: radapter-index publish INDEX {url}") from None
+            raise RAdapterError(
+                f"no index at {url}; put one there: radapter-index publish INDEX {url}"
+            ) from None
         source = getattr(error, "source", error)  # which its client wraps
         why = f"its answer makes no sense ({type(source).__name__})"
         if isinstance(status, int):
@@ -213,4 +230,6 @@ def _connected(url: str, key: str | None, timeout: int) -> Any:
     from qdrant_client import QdrantClient
 
     headers = {"api-key": key} if key else {}
-    return QdrantClient(url=url, headers=headers, timeout=timeout, check_compatibility=False, trust_env=False)
+    return QdrantClient(
+        url=url, headers=headers, timeout=timeout, check_compatibility=False, trust_env=False
+    )

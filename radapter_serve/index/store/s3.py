@@ -1,8 +1,9 @@
 """Indexes on object storage: published as a whole, opened read-only by any number of servers.
 
-`s3://BUCKET/PATH/index.json` names the generation that counts, a folder beside it; to replace that one object is to
-replace the index. Who may read and write is what the environment says (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
-AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT_URL, or the role of the machine).
+`s3://BUCKET/PATH/index.json` names the generation that counts, a folder beside it; to replace that
+one object is to replace the index. Who may read and write is what the environment says
+(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT_URL, or the
+role of the machine).
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Bucket:
         odd = not self.url.startswith(SCHEME) or not bucket or not path.strip("/") or "@" in bucket
         if odd or any(part in ("", ".", "..") for part in path.strip("/").split("/")):
             raise RAdapterError(
-                f"{self.url.rpartition('@')[2]!r:.200} is no place of an index; allowed: s3://BUCKET/PATH"
+                f"{self.url.rpartition('@')[2]!r:.200} is no place of an index; allowed:"
+                " s3://BUCKET/PATH"
             )
 
     @property
@@ -61,7 +63,10 @@ class Bucket:
         return self.url.removeprefix(SCHEME).strip("/")
 
     def current(self) -> tuple[str, IndexFacts]:
-        with bucket_errors(self.url), file_system().open_input_stream(f"{self.path}/{FACTS}") as file:
+        with (
+            bucket_errors(self.url),
+            file_system().open_input_stream(f"{self.path}/{FACTS}") as file,
+        ):
             data = file.read(MAX_FACTS)
         try:
             values = json.loads(data)
@@ -70,7 +75,9 @@ class Bucket:
                 raise ValueError("it names no generation")
             return generation, IndexFacts.from_json(json.dumps(values))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise RAdapterError(f"{self.url}/{FACTS} can't be read ({reason(error)}); {_again(self.url)}") from None
+            raise RAdapterError(
+                f"{self.url}/{FACTS} can't be read ({reason(error)}); {_again(self.url)}"
+            ) from None
 
     def open(self, generation: str, facts: IndexFacts, *, complete: bool) -> Table:
         check_installed("lancedb", "server")
@@ -81,7 +88,9 @@ class Bucket:
             table = lancedb.connect(place, storage_options=storage_options()).open_table(TABLE)
         except Exception as error:
             why = short_reason(error)
-            raise RAdapterError(f"the index {self.url} can't be used: {why}; {_again(self.url)}") from error
+            raise RAdapterError(
+                f"the index {self.url} can't be used: {why}; {_again(self.url)}"
+            ) from error
         nearest = None
         if facts.nearest is not None:
             shape = facts.count, facts.plan.release.embed_dim
@@ -92,7 +101,8 @@ class Bucket:
         return Table(self.url.rpartition("/")[2], table, facts, nearest)
 
     def put(self, folder: Path, generation: str, facts: IndexFacts) -> bool:
-        """Copy a generation here, then have it be the one that counts, and drop all but the one before.
+        """Copy a generation here, then have it be the one that counts, and drop all but the one
+        before.
 
         Args:
             folder: of the generation.
@@ -124,7 +134,8 @@ class Bucket:
 
         Args:
             generation: its name.
-            anew: not from the cache, which is damaged; what was fetched just now is as the storage has it.
+            anew: not from the cache, which is damaged; what was fetched just now is as the storage
+                has it.
 
         Raises:
             RAdapterError: it can't be read, or there is no room.
@@ -145,7 +156,8 @@ class Bucket:
                     shutil.rmtree(fresh, ignore_errors=True)
             os.utime(wanted)
             others = sorted(
-                (path for path in own.iterdir() if is_generation(path.name)), key=lambda p: p.stat().st_mtime
+                (path for path in own.iterdir() if is_generation(path.name)),
+                key=lambda p: p.stat().st_mtime,
             )
             for path in others[:-KEPT]:
                 shutil.rmtree(path, ignore_errors=True)
@@ -156,7 +168,11 @@ def storage_options() -> dict[str, str]:
     """What LanceDB has to be told beside the variables that it reads itself."""
     endpoint = _endpoint()
     plain = {"allow_http": "true"} if endpoint and endpoint.startswith("http://") else {}
-    return {"aws_endpoint": endpoint, "aws_virtual_hosted_style_request": "false", **plain} if endpoint else {}
+    return (
+        {"aws_endpoint": endpoint, "aws_virtual_hosted_style_request": "false", **plain}
+        if endpoint
+        else {}
+    )
 
 
 @contextlib.contextmanager
@@ -165,13 +181,15 @@ def bucket_errors(url: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise RAdapterError(f"no index at {url}; put one there: radapter-index publish INDEX {url}") from None
+        raise RAdapterError(
+            f"no index at {url}; put one there: radapter-index publish INDEX {url}"
+        ) from None
     except ValueError as error:  # pyarrow's ArrowInvalid
         raise RAdapterError(f"{url} is no place on object storage: {reason(error):.300}") from None
     except (OSError, ImportError) as error:
         raise RAdapterError(
-            f"{url} can't be used: {reason(error):.300}; see AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and "
-            "AWS_ENDPOINT_URL"
+            f"{url} can't be used: {reason(error):.300}; see AWS_ACCESS_KEY_ID,"
+            " AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL"
         ) from None
 
 
@@ -184,7 +202,8 @@ def _cache_errors(place: Path) -> Iterator[None]:
         if error.errno in (None, errno.ENOENT):  # the storage's
             raise
         raise RAdapterError(
-            f"cannot write the cache {place}: {error.strerror or error}; make room, or name another folder: {CACHE}=DIR"
+            f"cannot write the cache {place}: {error.strerror or error}; make room, or name another"
+            f" folder: {CACHE}=DIR"
         ) from None
 
 
@@ -224,7 +243,12 @@ def file_system() -> Any:
 def _connected(endpoint: str, region: str | None, key: str | None) -> Any:
     from pyarrow import fs
 
-    options = {"endpoint_override": endpoint or None, "region": region, "connect_timeout": 10, "request_timeout": 60}
+    options = {
+        "endpoint_override": endpoint or None,
+        "region": region,
+        "connect_timeout": 10,
+        "request_timeout": 60,
+    }
     return fs.S3FileSystem(**{name: value for name, value in options.items() if value is not None})
 
 
@@ -238,5 +262,6 @@ def copy(source: str, target: str, *, down: bool) -> None:
 
 def _cache() -> Path:
     return Path(
-        os.environ.get(CACHE) or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "radapter-serve"
+        os.environ.get(CACHE)
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "radapter-serve"
     )

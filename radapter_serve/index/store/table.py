@@ -1,4 +1,6 @@
-"""A generation of an index in a LanceDB table, with the files by which FAISS finds the nearest of many images."""
+"""A generation of an index in a LanceDB table, with the files by which FAISS finds the nearest of
+many images.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class Table:
         nearest: what names candidates; None where every vector is compared.
     """
 
-    def __init__(self, name: str, table: Any, facts: IndexFacts, nearest: Neighbours | None) -> None:
+    def __init__(
+        self, name: str, table: Any, facts: IndexFacts, nearest: Neighbours | None
+    ) -> None:
         self._name = name
         self._table = table
         self._facts = facts
@@ -43,23 +47,35 @@ class Table:
     def rows(self, columns: list[str], batch: int) -> Iterator[Any]:
         return iter(self._table.search().select(columns).to_batches(batch))
 
-    def find(self, embedding: NDArray[np.float32], top_k: int, where: str | None, *, thumbnails: bool) -> list[Hit]:
+    def find(
+        self, embedding: NDArray[np.float32], top_k: int, where: str | None, *, thumbnails: bool
+    ) -> list[Hit]:
         condition = None if where is None else check_condition(where)
         columns = [*self._facts.columns, *([THUMBNAIL] if thumbnails else [])]
         with _search_errors(self._name, where, self._facts.columns):
-            return [_hit(row, score) for row, score in self._found(embedding, top_k, condition, columns)]
+            return [
+                _hit(row, score) for row, score in self._found(embedding, top_k, condition, columns)
+            ]
 
     @cached_property
     def _vectors(self) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
-        """LanceDB's row ids [N] and the embeddings, float32 [N, D], in the order of the images' ids.
+        """LanceDB's row ids [N] and the embeddings, float32 [N, D], in the order of the images'
+        ids.
 
-        They are read at the first exact search, for numpy compares several times as fast as LanceDB: at most EXACT of
-        them (41 MB where D is 512) stay in memory until the index is replaced.
+        They are read at the first exact search, for numpy compares several times as fast as
+        LanceDB: at most EXACT of them (41 MB where D is 512) stay in memory until the index is
+        replaced.
 
         Raises:
             RAdapterError: one has not unit length.
         """
-        table = self._table.search().select(["path", "vector"]).with_row_id(True).to_arrow().sort_by("path")
+        table = (
+            self._table.search()
+            .select(["path", "vector"])
+            .with_row_id(True)
+            .to_arrow()
+            .sort_by("path")
+        )
         vectors = vectors_of(table["vector"])
         lengths = np.linalg.norm(vectors, axis=1)
         if not (abs(lengths - 1) < UNIT).all():
@@ -80,7 +96,9 @@ class Table:
         if len(found):
             rows = self._rows(found, [*columns, "vector"])
             scores = cosines(vectors_of(rows["vector"]), embedding)
-            yield from zip(rows.drop_columns(["vector", "_rowid"]).to_pylist(), scores.tolist(), strict=True)
+            yield from zip(
+                rows.drop_columns(["vector", "_rowid"]).to_pylist(), scores.tolist(), strict=True
+            )
 
     def _met(self, condition: str) -> NDArray[np.uint64]:
         """The row ids that meet a condition."""
@@ -91,7 +109,9 @@ class Table:
         """Rows of the table in Arrow's form, in any order."""
         return self._table.take_row_ids(ids.tolist()).select(columns).with_row_id().to_arrow()
 
-    def _exact(self, embedding: NDArray[np.float32], top_k: int, met: NDArray[np.uint64] | None) -> NDArray[np.uint64]:
+    def _exact(
+        self, embedding: NDArray[np.float32], top_k: int, met: NDArray[np.uint64] | None
+    ) -> NDArray[np.uint64]:
         """Row ids of the best hits by comparing every embedding that meets the condition."""
         ids, vectors = self._vectors
         if met is not None:
@@ -106,13 +126,21 @@ class Table:
         return np.asarray(ids[np.argsort(-scores, kind="stable")[:top_k]], np.uint64)
 
     def _approximate(
-        self, near: Neighbours, embedding: NDArray[np.float32], top_k: int, met: NDArray[np.uint64] | None
+        self,
+        near: Neighbours,
+        embedding: NDArray[np.float32],
+        top_k: int,
+        met: NDArray[np.uint64] | None,
     ) -> NDArray[np.uint64]:
-        """Row ids of the best hits of candidates; where few rows meet the condition, each is compared."""
+        """Row ids of the best hits of candidates; where few rows meet the condition, each is
+        compared.
+        """
         effort = self._facts.nearest
         assert effort is not None  # as there are neighbours
         if met is None:
-            best, _ = near.nearest(embedding, min(top_k, self._facts.count), effort.nprobes, effort.candidates)
+            best, _ = near.nearest(
+                embedding, min(top_k, self._facts.count), effort.nprobes, effort.candidates
+            )
             return near.rows_of(best)
         among = near.positions(met)
         if len(among) <= EXACT:
@@ -121,15 +149,22 @@ class Table:
             best, _ = near.nearest_of(embedding, top_k, effort.candidates, among)
         return near.rows_of(best)
 
-    def _first(self, found: NDArray[np.uint64], embedding: NDArray[np.float32], top_k: int) -> NDArray[np.uint64]:
-        """The best of more rows than are asked for, by their cosines and then by the images' ids."""
+    def _first(
+        self, found: NDArray[np.uint64], embedding: NDArray[np.float32], top_k: int
+    ) -> NDArray[np.uint64]:
+        """The best of more rows than are asked for, by their cosines and then by the images'
+        ids.
+        """
         rows = self._rows(found, ["path", "vector"]).sort_by("path")
         scores = cosines(vectors_of(rows["vector"]), embedding)
-        return np.asarray(rows["_rowid"].to_numpy()[np.argsort(-scores, kind="stable")[:top_k]], np.uint64)
+        return np.asarray(
+            rows["_rowid"].to_numpy()[np.argsort(-scores, kind="stable")[:top_k]], np.uint64
+        )
 
 
 def cosines(vectors: NDArray[np.float32], query: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The cosine of each vector with a query, by sums that don't depend on its place, so that equals score the same.
+    """The cosine of each vector with a query, by sums that don't depend on its place, so that
+    equals score the same.
 
     Args:
         vectors: float32 [N, D], unit length.
@@ -151,12 +186,16 @@ def _search_errors(name: str, where: str | None, columns: Sequence[str]) -> Iter
             why = "its storage does not answer, or a file is damaged; the server's log says why"
             raise TaskError(UNKNOWN_INDEX, f"the index {name} can't be searched: {why}") from None
         why = public(_KEY.sub("...", short_reason(error)))
-        raise invalid(f"where {where!r:.200} fails: {why}; the columns: {', '.join(columns)}") from None
+        raise invalid(
+            f"where {where!r:.200} fails: {why}; the columns: {', '.join(columns)}"
+        ) from None
 
 
 def short_reason(error: BaseException) -> str:
     """The first line of LanceDB's error, without the paths of its source."""
-    return re.sub(r"(, /\S+\.rs.*| \(code=.*)$", "", reason(error))[:300].removeprefix("Invalid input, ")
+    return re.sub(r"(, /\S+\.rs.*| \(code=.*)$", "", reason(error))[:300].removeprefix(
+        "Invalid input, "
+    )
 
 
 def _hit(row: dict[str, Any], score: float) -> Hit:

@@ -1,7 +1,8 @@
 """An ONNX graph as an engine of TensorRT: built and run on the GPU that serves it; no torch.
 
-Networks are strongly typed: precision is what the ONNX says. Works with TensorRT 10.13 and newer, 11 included, and its
-builder half with TensorRT's RTX edition, which builds without a GPU; so the functions take the module. Ask
+Networks are strongly typed: precision is what the ONNX says. Works with TensorRT 10.13 and newer,
+11 included, and its builder half with TensorRT's RTX edition, which builds without a GPU; so the
+functions take the module. Ask
 `radapter_serve.runtimes.cuda.find_gpu` first: without a driver TensorRT ends the process.
 """
 
@@ -28,8 +29,9 @@ Profile = dict[str, tuple[Shape, Shape, Shape]]
 
 _OPT_LENGTH = 16  # tokens of a text that engines are tuned for; prompts have 8 to 16
 _INSTALL = (
-    "run: pip install tensorrt; or, in NVIDIA's Triton container, which has the libraries, "
-    "pip install tensorrt-cu13-bindings==VERSION, with the version that `ls /usr/lib/*/libnvinfer.so.*` shows"
+    "run: pip install tensorrt; or, in NVIDIA's Triton container, which has the libraries, pip"
+    " install tensorrt-cu13-bindings==VERSION, with the version that `ls"
+    " /usr/lib/*/libnvinfer.so.*` shows"
 )
 
 
@@ -39,9 +41,11 @@ class Options:
 
     Args:
         opt_batch_size: rows of the batch that engines are tuned for; they take all others, too.
-        workspace: GiB of GPU memory that a layer may use while it runs; all that is free if none is given.
+        workspace: GiB of GPU memory that a layer may use while it runs; all that is free if none is
+            given.
         version_compatible: engines also run under later versions of TensorRT, somewhat slower.
-        hardware_compatible: engines also run on other GPUs of compute capability 8.0 and above, somewhat slower.
+        hardware_compatible: engines also run on other GPUs of compute capability 8.0 and above,
+            somewhat slower.
     """
 
     opt_batch_size: int = 8
@@ -51,13 +55,16 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.workspace is not None and not 0 < self.workspace < math.inf:
-            raise RAdapterError(f"--workspace is {self.workspace:g}; allowed: GiB above 0, such as 4")
+            raise RAdapterError(
+                f"--workspace is {self.workspace:g}; allowed: GiB above 0, such as 4"
+            )
         if self.opt_batch_size < 1:
             raise RAdapterError(f"--opt-batch-size is {self.opt_batch_size}; allowed: 1 or more")
 
 
 def import_tensorrt() -> Any:
-    """The module `tensorrt`, or its bindings alone, which find TensorRT's libraries where the system has them.
+    """The module `tensorrt`, or its bindings alone, which find TensorRT's libraries where the
+    system has them.
 
     Raises:
         RAdapterError: it is not installed, or its libraries are missing.
@@ -101,7 +108,8 @@ def build(
         The engine, and smallest, usual and largest shape of each input.
 
     Raises:
-        RAdapterError: TensorRT cannot read the graph or cannot build it; the message has TensorRT's own words.
+        RAdapterError: TensorRT cannot read the graph or cannot build it; the message has TensorRT's
+            own words.
     """
     log = _log(trt)
     log.clear()
@@ -139,7 +147,9 @@ def build(
 
 def _config(trt: Any, builder: Any, options: Options, profile: Profile) -> Any:
     config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32; whoever wants speed exports in fp16 or bf16
+    config.clear_flag(
+        trt.BuilderFlag.TF32
+    )  # fp32 means fp32; whoever wants speed exports in fp16 or bf16
     shapes = builder.create_optimization_profile()
     for name, limits in profile.items():
         shapes.set_shape(name, *limits)
@@ -153,8 +163,11 @@ def _config(trt: Any, builder: Any, options: Options, profile: Profile) -> Any:
     return config
 
 
-def make_profile(inputs: Mapping[str, Shape], batches: tuple[int, int], lengths: tuple[int, int]) -> Profile:
-    """Smallest, usual and largest shape of each input; an open dimension (-1) is the batch if first, else a length.
+def make_profile(
+    inputs: Mapping[str, Shape], batches: tuple[int, int], lengths: tuple[int, int]
+) -> Profile:
+    """Smallest, usual and largest shape of each input; an open dimension (-1) is the batch if
+    first, else a length.
 
     Args:
         inputs: shapes, by name.
@@ -163,7 +176,9 @@ def make_profile(inputs: Mapping[str, Shape], batches: tuple[int, int], lengths:
     """
 
     def fill(shape: Shape, batch: int, length: int) -> Shape:
-        return tuple((length if axis else batch) if size < 0 else size for axis, size in enumerate(shape))
+        return tuple(
+            (length if axis else batch) if size < 0 else size for axis, size in enumerate(shape)
+        )
 
     limits = ((1, 1), (min(batches), min(lengths)), (batches[1], lengths[1]))
     return {
@@ -187,7 +202,9 @@ class Engine:
         self._trt = trt
         self._engine = _deserialize(trt, plan)
         self._context = _context(trt, self._engine)
-        names = [self._engine.get_tensor_name(number) for number in range(self._engine.num_io_tensors)]
+        names = [
+            self._engine.get_tensor_name(number) for number in range(self._engine.num_io_tensors)
+        ]
         modes = {name: self._engine.get_tensor_mode(name) for name in names}
         self.inputs = [name for name in names if modes[name] == trt.TensorIOMode.INPUT]
         self.outputs = [name for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
@@ -196,7 +213,9 @@ class Engine:
         """Any number of rows to embeddings, float32 [B, D] ([B, g, g, D] of a patch encoder)."""
         most = self._engine.get_tensor_profile_shape(self.inputs[0], 0)[2][0]
         starts = range(0, len(inputs[0]), most)
-        return np.concatenate([self._run([array[start : start + most] for array in inputs]) for start in starts])
+        return np.concatenate(
+            [self._run([array[start : start + most] for array in inputs]) for start in starts]
+        )
 
     def _run(self, inputs: Sequence[NDArray[np.generic]]) -> NDArray[np.float32]:
         [output] = self.outputs
@@ -204,8 +223,12 @@ class Engine:
             addresses = {}
             for name, array in zip(self.inputs, inputs, strict=True):
                 dtype = self._trt.nptype(self._engine.get_tensor_dtype(name))
-                addresses[name] = stream.upload(array.astype(dtype, casting="same_kind", copy=False))
-            shape = self.shapes({name: array.shape for name, array in zip(self.inputs, inputs, strict=True)})[output]
+                addresses[name] = stream.upload(
+                    array.astype(dtype, casting="same_kind", copy=False)
+                )
+            shape = self.shapes(
+                {name: array.shape for name, array in zip(self.inputs, inputs, strict=True)}
+            )[output]
             dtype = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(output)))
             addresses[output] = stream.allocate(int(np.prod(shape)) * dtype.itemsize)
             self.enqueue(addresses, stream.handle)
@@ -221,12 +244,14 @@ class Engine:
             if not self._context.set_input_shape(name, shape):
                 limits = self._engine.get_tensor_profile_shape(name, 0)
                 raise RAdapterError(
-                    f"{name} has the shape {shape}; the engine takes {tuple(limits[0])} to {tuple(limits[2])}"
+                    f"{name} has the shape {shape}; the engine takes {tuple(limits[0])} to"
+                    f" {tuple(limits[2])}"
                 )
         return {name: tuple(self._context.get_tensor_shape(name)) for name in self.outputs}
 
     def enqueue(self, addresses: Mapping[str, int], stream: int) -> None:
-        """Run on what lies at these addresses of the GPU, in the shapes that were set, without waiting.
+        """Run on what lies at these addresses of the GPU, in the shapes that were set, without
+        waiting.
 
         Raises:
             RAdapterError: TensorRT refuses to run.
@@ -241,7 +266,9 @@ def _deserialize(trt: Any, plan: bytes) -> Any:
     log = _log(trt)
     log.clear()
     runtime = trt.Runtime(log)
-    runtime.engine_host_code_allowed = True  # version-compatible engines bring their own runtime; all are of our making
+    runtime.engine_host_code_allowed = (
+        True  # version-compatible engines bring their own runtime; all are of our making
+    )
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise RAdapterError(f"TensorRT {trt.__version__} does not load the engine: {log.summary()}")
@@ -265,7 +292,9 @@ def _context(trt: Any, engine: Any) -> Any:
 def _use_timing_cache(config: Any, path: Path) -> None:
     kept = path.read_bytes() if path.is_file() else b""
     if not config.set_timing_cache(config.create_timing_cache(kept), ignore_mismatch=False):
-        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)  # of another GPU or version
+        config.set_timing_cache(
+            config.create_timing_cache(b""), ignore_mismatch=False
+        )  # of another GPU or version
 
 
 def _keep_timing_cache(config: Any, path: Path) -> None:
@@ -276,9 +305,14 @@ def _keep_timing_cache(config: Any, path: Path) -> None:
 
 def _errors(parser: Any) -> str:
     errors = [parser.get_error(number) for number in range(parser.num_errors)]
-    text = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}".strip() for error in errors)
+    text = "; ".join(
+        f"{error.node_operator()} {error.node_name()}: {error.desc()}".strip() for error in errors
+    )
     if "DynamicQuantizeLinear" in text:
-        text += "; int8 that is quantized as it runs is for CPUs only: export with --precision int8 --calibration DATA"
+        text += (
+            "; int8 that is quantized as it runs is for CPUs only: export with --precision int8"
+            " --calibration DATA"
+        )
     return text
 
 

@@ -1,7 +1,8 @@
-"""What lies beside a TensorRT engine: `model.plan.json`, which says what `model.plan` was built from, with and for.
+"""What lies beside a TensorRT engine: `model.plan.json`, which says what `model.plan` was built
+from, with and for.
 
-An engine runs under the TensorRT and on the kind of GPU that built it; the sidecar tells of a mismatch before a server
-starts. It is written last, so an engine without it is not finished.
+An engine runs under the TensorRT and on the kind of GPU that built it; the sidecar tells of a
+mismatch before a server starts. It is written last, so an engine without it is not finished.
 """
 
 from __future__ import annotations
@@ -61,12 +62,17 @@ class Sidecar:
         path = folder / SIDECAR
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            found |= {"options": Options(**found["options"]), "agreement": Agreement(**found["agreement"])}
+            found |= {
+                "options": Options(**found["options"]),
+                "agreement": Agreement(**found["agreement"]),
+            }
             limits = {name: tuple(map(tuple, shapes)) for name, shapes in found["profile"].items()}
             sidecar = cls(**found | {"profile": limits})
             _numbers(sidecar.version), _numbers(sidecar.compute_capability)
         except FileNotFoundError:
-            raise RAdapterError(f"{folder / PLAN} is not finished, {SIDECAR} is missing; {_again(folder)}") from None
+            raise RAdapterError(
+                f"{folder / PLAN} is not finished, {SIDECAR} is missing; {_again(folder)}"
+            ) from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RAdapterError) as error:
             raise RAdapterError(f"{path} is damaged: {error}; {_again(folder)}") from error
         return sidecar
@@ -82,8 +88,8 @@ def check_plan(folder: Path) -> Sidecar:
         What lies beside it.
 
     Raises:
-        RAdapterError: it is missing, unfinished, or for another TensorRT, GPU or graph; or there is no GPU. The message
-            says which command to run.
+        RAdapterError: it is missing, unfinished, or for another TensorRT, GPU or graph; or there is
+            no GPU. The message says which command to run.
     """
     gpu = find_gpu()
     if not (folder / PLAN).is_file():
@@ -100,7 +106,8 @@ def mismatch(sidecar: Sidecar, folder: Path, gpu: Gpu, version: str) -> str | No
     wanted, found = _numbers(sidecar.compute_capability), _numbers(gpu.compute_capability)
     if sidecar.edition != EDITION:
         return f"is an engine of {sidecar.edition}, which Triton cannot load"
-    # The fourth number is the build, which not every version here tells; plans are refused for it, too.
+    # The fourth number is the build, which not every version here tells; plans are refused for it,
+    # too.
     built, here = built[: len(here)], here[: len(built)]
     # Across majors NVIDIA promises 10 to 11 only.
     later = options.version_compatible and built <= here and here[0] - built[0] <= 1
@@ -117,7 +124,9 @@ def mismatch(sidecar: Sidecar, folder: Path, gpu: Gpu, version: str) -> str | No
 
 
 def _served_version(sidecar: Sidecar) -> str:
-    """The TensorRT that serves: of Python's package, or of the system, where Triton's container has no package."""
+    """The TensorRT that serves: of Python's package, or of the system, where Triton's container has
+    no package.
+    """
     try:
         return str(import_tensorrt().__version__)
     except RAdapterError:

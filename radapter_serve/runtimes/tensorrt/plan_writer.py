@@ -1,4 +1,6 @@
-"""TensorRT engines for a model repository: `model.plan` beside the `model.onnx` of each encoder and release."""
+"""TensorRT engines for a model repository: `model.plan` beside the `model.onnx` of each encoder and
+release.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,23 @@ from radapter_serve.release.integrity import renew_sums
 from radapter_serve.release.repository import TENSORRT, ServedEncoder, encoders_of
 from radapter_serve.runtimes.cuda import Gpu, find_gpu
 from radapter_serve.runtimes.tensorrt.engine import Engine, Options, Profile, build, import_tensorrt
-from radapter_serve.runtimes.tensorrt.plan import EDITION, ONNX, PLAN, SIDECAR, Sidecar, check_plan, digest, mismatch
+from radapter_serve.runtimes.tensorrt.plan import (
+    EDITION,
+    ONNX,
+    PLAN,
+    SIDECAR,
+    Sidecar,
+    check_plan,
+    digest,
+    mismatch,
+)
 
 
 @dataclass(frozen=True)
 class Built:
-    """One engine of a repository: its model and release, whether it was built or kept, size and agreement."""
+    """One engine of a repository: its model and release, whether it was built or kept, size and
+    agreement.
+    """
 
     model: str
     version: int
@@ -57,22 +70,24 @@ def build_engines(
     force: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> list[Built]:
-    """Build the engine of every encoder and release that a repository serves, and let TensorRT serve them.
+    """Build the engine of every encoder and release that a repository serves, and let TensorRT
+    serve them.
 
-    An engine is compared with torch before it is written. Configs change at the very end: whatever fails before leaves
-    the repository served as it was. Engines that fit stay.
+    An engine is compared with torch before it is written. Configs change at the very end: whatever
+    fails before leaves the repository served as it was. Engines that fit stay.
 
     Args:
         repository: what radapter-export has filled.
         options: how engines are built.
-        tolerance: largest difference from torch, per component of a unit-length embedding; the release's own if None.
-            The cosine's bound widens with it.
+        tolerance: largest difference from torch, per component of a unit-length embedding; the
+            release's own if None. The cosine's bound widens with it.
         timing_cache: file of what TensorRT measured; one in the user's cache folder if None.
         force: build all, those that fit, too.
         progress: called with a short line as the work goes on.
 
     Raises:
-        RAdapterError: no GPU, no TensorRT, a graph that it cannot build, or one that differs from torch.
+        RAdapterError: no GPU, no TensorRT, a graph that it cannot build, or one that differs from
+            torch.
     """
     _encoders(repository)  # before a GPU is looked for
     writer = PlanWriter(options, timing_cache=timing_cache, progress=progress)
@@ -85,10 +100,16 @@ def build_engines(
                     encoder.folder / str(version),
                     max_batch_size=encoder.facts.max_batch_size,
                     max_length=int(encoder.facts.tokenizer["context_length"]),
-                    bounds=encoder.bounds if tolerance is None else encoder.bounds.widened(tolerance),
+                    bounds=(
+                        encoder.bounds if tolerance is None else encoder.bounds.widened(tolerance)
+                    ),
                     keep=not force,
                 )
-                renew_sums(repository, version, [f"{encoder.name}/{version}/{file}" for file in (PLAN, SIDECAR)])
+                renew_sums(
+                    repository,
+                    version,
+                    [f"{encoder.name}/{version}/{file}" for file in (PLAN, SIDECAR)],
+                )
                 built.append(engine)
         for encoder in encoders:
             with staged(encoder.folder / "config.pbtxt") as path:
@@ -172,7 +193,16 @@ class PlanWriter:
         with staged(folder / PLAN) as path:
             path.write_bytes(plan)
         gpu, version, onnx = self._gpu, str(self._trt.__version__), digest(folder)
-        sidecar = Sidecar(EDITION, version, gpu.name, gpu.compute_capability, onnx, profile, self._options, agreement)
+        sidecar = Sidecar(
+            EDITION,
+            version,
+            gpu.name,
+            gpu.compute_capability,
+            onnx,
+            profile,
+            self._options,
+            agreement,
+        )
         sidecar.save(folder)
         return sidecar
 
@@ -188,9 +218,13 @@ class PlanWriter:
 
 def _encoders(repository: Path) -> list[ServedEncoder]:
     if not repository.is_dir():
-        raise RAdapterError(f"the model repository {repository} does not exist; make it with: radapter-export")
+        raise RAdapterError(
+            f"the model repository {repository} does not exist; make it with: radapter-export"
+        )
     if not (encoders := encoders_of(repository)):
-        raise RAdapterError(f"the model repository {repository} holds no encoder; make one with: radapter-export")
+        raise RAdapterError(
+            f"the model repository {repository} holds no encoder; make one with: radapter-export"
+        )
     return encoders
 
 

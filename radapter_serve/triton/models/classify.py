@@ -1,4 +1,6 @@
-"""Triton model `classify`: images and labels (of the request, or a label set of the release) to the best labels."""
+"""Triton model `classify`: images and labels (of the request, or a label set of the release) to the
+best labels.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,21 @@ from radapter_serve.triton.version import Version
 
 
 class TritonPythonModel:
-    """Encodes the images of all waiting requests together, and scores each request against its own labels."""
+    """Encodes the images of all waiting requests together, and scores each request against its own
+    labels.
+    """
 
     def initialize(self, args: dict[str, str]) -> None:
         version = Version(args)
         label_sets = load_label_sets(version.folder / "label_sets")
-        self._task = Classify(version.release, version.embed_images(), version.embed_labels(), label_sets)
+        self._task = Classify(
+            version.release, version.embed_images(), version.embed_labels(), label_sets
+        )
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return answer(requests, _request, self._task, lambda c: {"label": c.labels, "score": c.scores})
+        return answer(
+            requests, _request, self._task, lambda c: {"label": c.labels, "score": c.scores}
+        )
 
 
 def _request(request: Any) -> ClassifyRequest:

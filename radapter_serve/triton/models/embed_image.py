@@ -9,14 +9,19 @@ from radapter_serve.triton.version import Version
 
 
 class TritonPythonModel:
-    """Decodes and resizes the images of all waiting requests together, then makes one call to `image_encoder`."""
+    """Decodes and resizes the images of all waiting requests together, then makes one call to
+    `image_encoder`.
+    """
 
     def initialize(self, args: dict[str, str]) -> None:
         self._task = Version(args).embed_images()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return answer(
-            requests, _request, lambda some: self._task(*zip(*some, strict=True)), lambda e: {"image_embeds": e}
+            requests,
+            _request,
+            lambda some: self._task(*zip(*some, strict=True)),
+            lambda e: {"image_embeds": e},
         )
 
 

@@ -10,7 +10,9 @@ from radapter_serve.triton.version import Version
 
 
 class TritonPythonModel:
-    """Tokenizes the texts of all waiting requests together; each text is encoded once, with others of its length."""
+    """Tokenizes the texts of all waiting requests together; each text is encoded once, with others
+    of its length.
+    """
 
     def initialize(self, args: dict[str, str]) -> None:
         version = Version(args)
@@ -18,7 +20,10 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return answer(
-            requests, _request, lambda some: self._task(*zip(*some, strict=True)), lambda e: {"text_embeds": e}
+            requests,
+            _request,
+            lambda some: self._task(*zip(*some, strict=True)),
+            lambda e: {"text_embeds": e},
         )
 
 

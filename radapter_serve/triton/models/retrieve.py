@@ -14,7 +14,9 @@ from radapter_serve.triton.version import Version
 
 
 class TritonPythonModel:
-    """Embeds the query by `embed_text` or `embed_image` of the same release, and searches the index."""
+    """Embeds the query by `embed_text` or `embed_image` of the same release, and searches the
+    index.
+    """
 
     def initialize(self, args: dict[str, str]) -> None:
         version = Version(args)
@@ -34,14 +36,19 @@ class TritonPythonModel:
 
 def _others(version: Version) -> Iterator[Embedder]:
     """Older releases, which stay for the indexes that they made."""
-    return (Embedder(one.release, one.embed_text, one.embed_image) for one in version.others("embed_text"))
+    return (
+        Embedder(one.release, one.embed_text, one.embed_image)
+        for one in version.others("embed_text")
+    )
 
 
 def _request(request: Any) -> RetrieveRequest:
     values = {name: read(request, name) for name in ("text", "image", "top_k", "where")}
     one = {name: None if value is None else value.ravel()[0] for name, value in values.items()}
     return RetrieveRequest(
-        need(request, "index").ravel()[0], **one, thumbnails="thumbnail" in request.requested_output_names()
+        need(request, "index").ravel()[0],
+        **one,
+        thumbnails="thumbnail" in request.requested_output_names(),
     )
 
 

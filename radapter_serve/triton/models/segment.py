@@ -1,4 +1,6 @@
-"""Triton model `segment`: an image and labels to a mask, by dense patches or by proposals that the request brings."""
+"""Triton model `segment`: an image and labels to a mask, by dense patches or by proposals that the
+request brings.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,17 @@ OPTIONS = ("threshold", "short_side", "stride", "refine", "proposal_weight")
 
 
 class TritonPythonModel:
-    """Segments one request after the other; the windows of an image go to `patch_encoder` in batches."""
+    """Segments one request after the other; the windows of an image go to `patch_encoder` in
+    batches.
+    """
 
     def initialize(self, args: dict[str, str]) -> None:
         version = Version(args)
         patches = version.encode_patches if version.release.dense else None
         label_sets = load_label_sets(version.folder / "label_sets")
-        self._task = Segment(version.release, version.encode_images, patches, version.embed_labels(), label_sets)
+        self._task = Segment(
+            version.release, version.encode_images, patches, version.embed_labels(), label_sets
+        )
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return answer(requests, _request, each(self._task), _outputs)

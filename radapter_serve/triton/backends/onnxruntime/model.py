@@ -1,7 +1,9 @@
-"""Triton backend `onnxruntime` in Python, for servers without the C++ backend of that name; same configs, same numbers.
+"""Triton backend `onnxruntime` in Python, for servers without the C++ backend of that name; same
+configs, same numbers.
 
-Of the C++ backend's parameters it knows `intra_op_thread_count`, `inter_op_thread_count`, `execution_mode`,
-`enable_mem_arena` and `session.*` entries, and `graph_optimization_level` of the `optimization` block.
+Of the C++ backend's parameters it knows `intra_op_thread_count`, `inter_op_thread_count`,
+`execution_mode`, `enable_mem_arena` and `session.*` entries, and `graph_optimization_level` of the
+`optimization` block.
 """
 
 from __future__ import annotations
@@ -24,15 +26,26 @@ class TritonPythonModel(GraphModel):
 
     runtime = "ONNX Runtime"
 
-    def load(self, path: Path, config: Mapping[str, Any], parameters: Mapping[str, str], device: int | None) -> Graph:
-        session = ort.InferenceSession(str(path), _options(config, parameters), providers=_providers(device))
+    def load(
+        self,
+        path: Path,
+        config: Mapping[str, Any],
+        parameters: Mapping[str, str],
+        device: int | None,
+    ) -> Graph:
+        session = ort.InferenceSession(
+            str(path), _options(config, parameters), providers=_providers(device)
+        )
         used = session.get_providers()[0]
         if device is not None and used != CUDA:
             raise RuntimeError(
                 f"instance on GPU {device}: ONNX Runtime fell back to {used} without an error; "
                 "install onnxruntime-gpu with CUDA and cuDNN, or set instance_group kind: KIND_CPU"
             )
-        inputs, outputs = ([tensor.name for tensor in some] for some in (session.get_inputs(), session.get_outputs()))
+        inputs, outputs = (
+            [tensor.name for tensor in some]
+            for some in (session.get_inputs(), session.get_outputs())
+        )
         return Graph(inputs, outputs, lambda feed, names: session.run(names, feed))
 
 
@@ -48,7 +61,10 @@ def _options(config: Mapping[str, Any], parameters: Mapping[str, str]) -> ort.Se
     # As the C++ backend has it: below 0 basic, 0 as ONNX Runtime itself (all), above 0 all.
     level = int(config.get("optimization", {}).get("graph", {}).get("level", 0))
     if level:
-        basic, all_ = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC, ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        basic, all_ = (
+            ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+            ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+        )
         options.graph_optimization_level = basic if level < 0 else all_
     for key, value in parameters.items():
         if key.startswith("session."):
