@@ -22,9 +22,18 @@ from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.runtimes.encoder import Encoder
 
 NAMES = (
-    "ViT-B-32", "ViT-B-16", "ViT-L-14", "coca_ViT-B-32", "ViT-B-16-SigLIP", "ViT-B-32-SigLIP2-256", "MobileCLIP-B",
-    "EVA02-B-16", "PE-Core-B-16", "RN50", "MobileCLIP-S1",
-)  # fmt: skip
+    "ViT-B-32",
+    "ViT-B-16",
+    "ViT-L-14",
+    "coca_ViT-B-32",
+    "ViT-B-16-SigLIP",
+    "ViT-B-32-SigLIP2-256",
+    "MobileCLIP-B",
+    "EVA02-B-16",
+    "PE-Core-B-16",
+    "RN50",
+    "MobileCLIP-S1",
+)
 CONVOLUTIONAL = ("RN50", "MobileCLIP-S1")  # of which only the text tower is adapted
 
 

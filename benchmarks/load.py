@@ -34,10 +34,10 @@ OBJECTS = ("bicycle", "bird", "boat", "car", "cat", "dog", "house", "person", "s
 LABELS = tuple(f"a {name}" for name in OBJECTS)
 INDEX = "pictures"
 SLOW = 300.0  # ms; no short text takes as long unless it waits
-WHAT = """Requests of our own client to a server as radapter-serve starts it. Client and server share
-the machine. Images are JPEG files of {width} x {height} pixels; classify and segment have a label
-set of {labels} labels, retrieve an index of {images} images; every text is another one. Each row
-was measured for {seconds:g} s, after {warmup:g} s that do not count."""
+WHAT = """Requests of our own client to a server as radapter-serve starts it. Client and server
+share the machine. Images are JPEG files of {width} x {height} pixels; classify and segment have a
+label set of {labels} labels, retrieve an index of {images} images; every text is another one.
+Each row was measured for {seconds:g} s, after {warmup:g} s that do not count."""
 
 
 @dataclass(frozen=True)

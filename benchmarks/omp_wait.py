@@ -15,9 +15,10 @@ import tyro
 CHILD = """
 import sys
 from training_step import Step
-step = Step("weight form, full rank", sys.argv[1], int(sys.argv[2]))
+batch, steps = int(sys.argv[2]), int(sys.argv[3])
+step = Step("weight form, full rank", sys.argv[1], batch)
 step(0)
-print(int(sys.argv[2]) * int(sys.argv[3]) / sum(step(seed) for seed in range(1, int(sys.argv[3]) + 1)))
+print(batch * steps / sum(step(seed) for seed in range(1, steps + 1)))
 """
 
 

@@ -99,9 +99,15 @@ class AdaptFormer(Method):
     """
 
     settings: Mapping[str, Any] = paper(
-        batch_size=512, epochs=100, learning_rate=0.2, min_learning_rate=0.0, weight_decay=0.0, grad_clip=None,
-        crop_scale=0.08, flip=True,
-    )  # fmt: skip
+        batch_size=512,
+        epochs=100,
+        learning_rate=0.2,
+        min_learning_rate=0.0,
+        weight_decay=0.0,
+        grad_clip=None,
+        crop_scale=0.08,
+        flip=True,
+    )
     loss: Loss = "classes"
     towers: tuple[str, ...] = ("image", "text")
     hidden: int = 64

@@ -35,9 +35,10 @@ from rivals.schedule import EVEN, AlphaSchedule
 from rivals.system import Learned
 from rivals.variants import Variant
 
-_EXPLAINED = """Each candidate has the α at which its accuracy in distribution on the validation sets, a mean over the
-seeds, is that of R-Adapter; one that has it nowhere is left out. R-Adapter's row has accuracies in %. The others have
-what they lead R-Adapter of the same seed by, in points, with the interval of 95 % of that mean."""
+_EXPLAINED = """Each candidate has the α at which its accuracy in distribution on the validation
+sets, a mean over the seeds, is that of R-Adapter; one that has it nowhere is left out. R-Adapter's
+row has accuracies in %. The others have what they lead R-Adapter of the same seed by, in points,
+with the interval of 95 % of that mean."""
 REFERENCE = "R-Adapter"
 TRAININGS: dict[str, tuple[Variant, dict[str, Any]]] = {
     "trajectory average": (Variant(average="trajectory"), {}),

@@ -81,9 +81,16 @@ class CLIPood(Method):
     """
 
     settings: Mapping[str, Any] = paper(
-        batch_size=36, epochs=10, learning_rate=5e-6, min_learning_rate=0.0, weight_decay=0.1, warmup_steps=0,
-        grad_clip=None, crop_scale=0.7, flip=True,
-    )  # fmt: skip
+        batch_size=36,
+        epochs=10,
+        learning_rate=5e-6,
+        min_learning_rate=0.0,
+        weight_decay=0.1,
+        warmup_steps=0,
+        grad_clip=None,
+        crop_scale=0.7,
+        flip=True,
+    )
     margin: float = 0.3
     beta: float = 0.1
 

@@ -110,6 +110,10 @@ class PromptLearning(Method):
 
 # Of all three, with the defaults of the library that their code stands on.
 SETTINGS: dict[str, Any] = {
-    "learning_rate": 0.002, "min_learning_rate": 0.0, "weight_decay": 5e-4, "grad_clip": None, "crop_scale": 0.08,
+    "learning_rate": 0.002,
+    "min_learning_rate": 0.0,
+    "weight_decay": 5e-4,
+    "grad_clip": None,
+    "crop_scale": 0.08,
     "flip": True,
-}  # fmt: skip
+}

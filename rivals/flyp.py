@@ -43,9 +43,15 @@ class FineTuneLikePretrain(Method):
     """
 
     settings: Mapping[str, Any] = paper(
-        templates="openai", batch_size=512, epochs=10, learning_rate=1e-5, min_learning_rate=0.0, weight_decay=0.1,
-        warmup_steps=None, grad_clip=None,
-    )  # fmt: skip
+        templates="openai",
+        batch_size=512,
+        epochs=10,
+        learning_rate=1e-5,
+        min_learning_rate=0.0,
+        weight_decay=0.1,
+        warmup_steps=None,
+        grad_clip=None,
+    )
     text: bool = True
 
     def start(self, run: Run) -> System:
@@ -59,8 +65,15 @@ class FineTuneLikePretrain(Method):
 # prompts take the place of what is masked.
 MASK_ADAPTED = FineTuneLikePretrain(
     settings={
-        "templates": "simple", "batch_size": 128, "epochs": 5, "learning_rate": 5e-6, "min_learning_rate": 0.0,
-        "weight_decay": 0.2, "warmup_steps": None, "grad_clip": None, "mask_square": False,
+        "templates": "simple",
+        "batch_size": 128,
+        "epochs": 5,
+        "learning_rate": 5e-6,
+        "min_learning_rate": 0.0,
+        "weight_decay": 0.2,
+        "warmup_steps": None,
+        "grad_clip": None,
+        "mask_square": False,
     },
     text=False,
-)  # fmt: skip
+)

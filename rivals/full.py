@@ -89,9 +89,15 @@ class FullFineTuning(Method):
     """FT; with α it is WiSE-FT."""
 
     settings: Mapping[str, Any] = paper(
-        templates="openai", batch_size=512, epochs=10, learning_rate=3e-5, min_learning_rate=0.0, weight_decay=0.1,
-        warmup_steps=None, grad_clip=1.0,
-    )  # fmt: skip
+        templates="openai",
+        batch_size=512,
+        epochs=10,
+        learning_rate=3e-5,
+        min_learning_rate=0.0,
+        weight_decay=0.1,
+        warmup_steps=None,
+        grad_clip=1.0,
+    )
 
     def start(self, run: Run) -> System:
         system = Classifier(run)

@@ -69,9 +69,16 @@ class LoRA(Method):
     """
 
     settings: Mapping[str, Any] = paper(
-        batch_size=32, epochs=16, learning_rate=2e-4, min_learning_rate=1e-6, weight_decay=0.01, warmup_steps=0,
-        grad_clip=None, crop_scale=0.08, flip=True,
-    )  # fmt: skip
+        batch_size=32,
+        epochs=16,
+        learning_rate=2e-4,
+        min_learning_rate=1e-6,
+        weight_decay=0.01,
+        warmup_steps=0,
+        grad_clip=None,
+        crop_scale=0.08,
+        flip=True,
+    )
     loss: Loss = "classes"
     rank: int = 2
     scale: int = 1

@@ -120,9 +120,15 @@ class MaskFill(FullFineTuning):
     """Full fine-tuning with the fields of `Masked`."""
 
     settings: Mapping[str, Any] = paper(
-        templates="openai", batch_size=512, epochs=10, learning_rate=3e-5, min_learning_rate=0.0, weight_decay=0.1,
-        warmup_steps=None, grad_clip=1.0,
-    )  # fmt: skip
+        templates="openai",
+        batch_size=512,
+        epochs=10,
+        learning_rate=3e-5,
+        min_learning_rate=0.0,
+        weight_decay=0.1,
+        warmup_steps=None,
+        grad_clip=1.0,
+    )
     threshold: float = 0.3
     weight: float = 30.0
 

@@ -19,7 +19,9 @@ PICTURES = Path(
     "images"
 )  # a link to PACS: all paths are relative, so that what was learned counts wherever they lie
 STYLES = ("photo", "art_painting", "cartoon", "sketch")
-HELD_OUT = 5  # every fifth photo of a class is not learned from: these are for the test and, every other one, choose
+# every fifth photo of a class is not learned from: these are for the test and, every other one,
+# choose
+HELD_OUT = 5
 
 
 def pacs(root: Path, out: Path, /) -> None:

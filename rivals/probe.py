@@ -25,9 +25,15 @@ class LinearProbe(Method):
     """LP."""
 
     settings: Mapping[str, Any] = paper(
-        templates="openai", batch_size=128, epochs=10, learning_rate=1e-3, min_learning_rate=0.0, weight_decay=0.0,
-        warmup_steps=0, grad_clip=1.0,
-    )  # fmt: skip
+        templates="openai",
+        batch_size=128,
+        epochs=10,
+        learning_rate=1e-3,
+        min_learning_rate=0.0,
+        weight_decay=0.0,
+        warmup_steps=0,
+        grad_clip=1.0,
+    )
 
     def start(self, run: Run) -> System:
         return Classifier(run)

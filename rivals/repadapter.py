@@ -113,9 +113,15 @@ class RepAdapter(Method):
     """
 
     settings: Mapping[str, Any] = paper(
-        batch_size=64, epochs=100, learning_rate=1e-3, min_learning_rate=1e-5, weight_decay=1e-4, grad_clip=None,
-        crop_scale=0.08, flip=True,
-    )  # fmt: skip
+        batch_size=64,
+        epochs=100,
+        learning_rate=1e-3,
+        min_learning_rate=1e-5,
+        weight_decay=1e-4,
+        grad_clip=None,
+        crop_scale=0.08,
+        flip=True,
+    )
     loss: Loss = "classes"
     towers: tuple[str, ...] = ("image", "text")
     hidden: int = 8

@@ -106,4 +106,5 @@ def moved(value: Any) -> Any:
     reader, colon, place = str(value).rpartition(":")
     if not Path(place).is_absolute():
         return value
-    return f"{reader}{colon}{digest_of(Path(place).read_bytes()) if Path(place).is_file() else Path(place).name}"
+    path = Path(place)
+    return f"{reader}{colon}{digest_of(path.read_bytes()) if path.is_file() else path.name}"

@@ -29,7 +29,9 @@ TEMPLATES = (
 HIDING = """
 import sys
 def without(find):
-    return staticmethod(lambda name, *of: None if name.partition(".")[0] in {hidden!r} else find(name, *of))
+    def found(name, *of):
+        return None if name.partition(".")[0] in {hidden!r} else find(name, *of)
+    return staticmethod(found)
 for finder in sys.meta_path:
     finder.find_spec = without(finder.find_spec)
 import {modules}

@@ -1,13 +1,13 @@
 """The exceptions, the same over gRPC and HTTP.
 
 RAdapterClientError
-├── ServerUnavailable     nobody answers at the URL, or the server starts, stops, has too much to do or went away
+├── ServerUnavailable     nobody answers, or the server starts, stops, is overloaded or went away
 ├── Unauthorized          the server wants an API key, or another one
 ├── Timeout               no answer within the time-out
 ├── InvalidRequest        the request was wrong, here or in the server's eyes
 │   ├── InvalidImage      an image that cannot be read, decoded or is too large
 │   └── InvalidURL        a server URL that is none
-├── ModelNotFound         the server does not serve this model or this release, or the release lacks a model
+├── ModelNotFound         a model or release that the server does not serve, or the release lacks
 └── ServerError           the server failed
 """
 

@@ -29,7 +29,8 @@ from radapter_serve.adapter import Adapter
 from radapter_serve.clip.base import Base
 from radapter_serve.errors import RAdapterError, reason
 
-OPSET = 22  # the first with Conv in bf16; the Attention of the next one is not built by TensorRT in fp32
+# the first with Conv in bf16; the Attention of the next one is not built by TensorRT in fp32
+OPSET = 22
 EXTERNAL_ABOVE = (
     1 << 30
 )  # bytes of weights above which they go into a file beside the graph; protobuf ends at 2 GiB

@@ -21,7 +21,8 @@ PROCESSOR = frozenset({"preprocessor_config.json", "tokenizer.json", "tokenizer_
 _WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
-_PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^`{|}~]"""  # Python's, without the low line, which becomes a blank
+# Python's, without the low line, which becomes a blank
+_PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^`{|}~]"""
 _LEVELS = (
     3  # of 255 that a pixel may differ: transformers resizes by torchvision, open_clip by Pillow
 )

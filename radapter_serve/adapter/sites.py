@@ -49,7 +49,8 @@ _TIMM = (_Place("attn.proj"), _Place("mlp.fc2"))
 _TIMM_POST_NORM = (_Place("attn.proj", norm="norm1"), _Place("mlp.fc2", norm="norm2"))
 _BERT = (_Place("attention.output.dense"), _Place("output.dense"))
 
-#: Blocks by their class, whose code says what comes after what; blocks of any other class have no known places.
+# : Blocks by their class, whose code says what comes after what; blocks of any other class have no
+# known places.
 PLACES: dict[str, tuple[_Place, ...]] = {
     "open_clip.transformer.ResidualAttentionBlock": _NATIVE,
     "open_clip.transformer.CustomResidualAttentionBlock": _NATIVE,

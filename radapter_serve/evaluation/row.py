@@ -12,9 +12,19 @@ from radapter_serve.evaluation.intervals import Interval
 from radapter_serve.inputs.mask_crop import MaskCrop
 
 _FIRST = (  # in a file: CLIP_benchmark's fields, and what else a reader looks for
-    "dataset", "model", "pretrained", "task", "language", "source", "alpha", "shift", "split", "metric",
-    "border", "exif_orientation",
-)  # fmt: skip
+    "dataset",
+    "model",
+    "pretrained",
+    "task",
+    "language",
+    "source",
+    "alpha",
+    "shift",
+    "split",
+    "metric",
+    "border",
+    "exif_orientation",
+)
 _LAST = ("runtime", "suite", "seed", "version")
 _WITH = {  # written as null, too, where the first is there; all other fields are left out then
     "source": ("model", "pretrained", "alpha"),

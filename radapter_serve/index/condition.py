@@ -11,7 +11,8 @@ from radapter_serve.inputs.errors import TaskError, invalid
 
 MAX_LENGTH = 2000  # characters
 MAX_DEPTH = 10  # of brackets, functions and NOT in each other: parsers need time and stack for them
-MAX_PARTS = 300  # names and operators: the stack of LanceDB overflows on longer chains, which ends the process
+# names and operators: the stack of LanceDB overflows on longer chains, which ends the process
+MAX_PARTS = 300
 ALLOWED = (
     "allowed is a condition such as year > 2020 AND (path LIKE 'cats/%' OR `file name` = 'it''s')"
 )

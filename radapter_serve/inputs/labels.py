@@ -83,7 +83,7 @@ def read_templates(source: str | Path | Sequence[str]) -> list[str]:
 
 
 def split_label(label: str) -> list[str]:
-    r"""The names in "cat, kitty": the one to show, then its synonyms; "\," is a comma within a name."""
+    r"""The names in "cat, kitty": the one to show, then synonyms; "\," is a comma in a name."""
     names = [name.replace(r"\,", ",").strip() for name in _COMMA.split(label)]
     return list(dict.fromkeys(name for name in names if name))
 

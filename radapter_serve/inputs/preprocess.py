@@ -184,7 +184,8 @@ def _broken() -> Iterator[None]:
         yield
     except (TaskError, MemoryError):
         raise
-    except Exception as error:  # Pillow's decoders raise anything on broken files, from SyntaxError to struct.error
+    except Exception as error:
+        # Pillow's decoders raise anything on broken files, from SyntaxError to struct.error.
         raise TaskError(
             INVALID_IMAGE, f"the image is broken or truncated ({error})", ADVICE
         ) from None

@@ -23,7 +23,8 @@ from radapter_serve.inputs.alpha import Alpha, Encode
 SAMPLES = "samples.npz"
 
 
-LEAST_COSINE = 0.9  # no bound allows less: what points elsewhere is another embedding, however small its components
+# no bound allows less: what points elsewhere is another embedding, however small its components
+LEAST_COSINE = 0.9
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Tolerance:
         return f"{self.max_error:.0e} (and {1 - self.min_cosine:.0e})"
 
 
-#: By precision: twice the worst that small random models of every family show, about ten times ViT-B-32's. int8 keeps
+# : By precision: twice the worst that small random models of every family show, about ten times
+# ViT-B-32's. int8 keeps
 #: 7 bits of a weight and 8 of an activation, bf16 8 of each, fp16 11.
 TOLERANCES = {
     "fp32": Tolerance(1e-4, 0.999999),

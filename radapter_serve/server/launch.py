@@ -120,9 +120,11 @@ def command_line(
         f"--backend-directory={folder / 'backends'}",
         *([f"--cache-directory={installation.caches}"] if installation.caches else []),
         *endpoint_flags,
-        "--model-control-mode=explicit",  # which takes models, and with them code, from whoever has the secret
+        # which takes models, and with them code, from whoever has the secret
+        "--model-control-mode=explicit",
         *(f"--{flag}={_RESTRICTED}:{SECRET_HEADER}={secret}" for flag in _RESTRICTING),
-        "--disable-auto-complete-config",  # configs of an export are complete; this halves the start
+        # configs of an export are complete; this halves the start
+        "--disable-auto-complete-config",
         f"--exit-timeout-secs={exit_timeout}",
         f"--backend-config=python,shm-region-prefix-name={shm_prefix(folder)}",
         *(["--backend-config=tensorrt,version-compatible=true"] if version_compatible else []),

@@ -23,7 +23,10 @@ BUSY_TICKS = 10
 
 ENCODERS = ("image_encoder", "patch_encoder", "text_encoder")
 # An image of 8 x 8 pixels.
-_PNG = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQVR4nGNsaGhgwAaYsIoOWgkAMBcBkGHHl6YAAAAASUVORK5CYII="
+_PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQVR4nGNsaGhgwAaYsIoOWgkAMBcB"
+    "kGHHl6YAAAAASUVORK5CYII="
+)
 
 
 def _texts(name: str, *values: str, rows: bool = True) -> dict[str, Any]:

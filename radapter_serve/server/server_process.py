@@ -65,7 +65,8 @@ class TritonProcess:
             stderr=subprocess.STDOUT if output else None,
             cwd=launch.folder,  # a model's process imports from the current folder first
             umask=0o077,  # nobody else reads its memory in /dev/shm
-            start_new_session=True,  # Ctrl-C reaches this process only, which then stops the server in order
+            # Ctrl-C reaches this process only, which then stops the server in order
+            start_new_session=True,
         )
         self.pid = self._process.pid
 

@@ -272,7 +272,8 @@ class TritonServer:
         """
         hide_shared_memory(self.folder)
         if self._running is not None:
-            self._running.watch.models()  # so that a process that dies before the next poll is known by then
+            # so that a process that dies before the next poll is known by then
+            self._running.watch.models()
         models = self.control.serving()
         with self._updating:
             self.serving = replace(self.serving, models=models)

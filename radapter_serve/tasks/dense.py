@@ -28,7 +28,8 @@ from radapter_serve.tasks.scored_mask import MaskTally, ScoredMask, check_label_
 from radapter_serve.tasks.segment_options import USUAL, SegmentOptions
 from radapter_serve.tasks.windows import Axis, upsampled, window_starts
 
-PATCH_SCALE = 40.0  # of the softmax over a pixel's cosines: SCLIP's (Wang et al., ECCV 2024); patches are less sure
+# of the softmax over a pixel's cosines: SCLIP's (Wang et al., ECCV 2024); patches are less sure
+PATCH_SCALE = 40.0
 MAX_WINDOWS = 500
 MAX_VALUES = 2**27  # cosines of one image in memory, half a gigabyte
 

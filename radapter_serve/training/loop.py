@@ -179,9 +179,26 @@ def _prepare(given: Recipe, opened: RunData, out: Path, exchanged: Parts) -> _Ru
     towers, optimizer = accelerator.prepare(TwoTower(base.model, adapters), optimizer)
     average = exchanged.average(adapters, schedule, steps)
     run = _Run(
-        recipe, out, accelerator, base, data, val, part, digest, held_out, adapters, form, towers, optimizer, average,
-        schedule, steps, list(opened.broken), (*opened.notes, *schedule.notes(given, steps)), exchanged,
-    )  # fmt: skip
+        recipe,
+        out,
+        accelerator,
+        base,
+        data,
+        val,
+        part,
+        digest,
+        held_out,
+        adapters,
+        form,
+        towers,
+        optimizer,
+        average,
+        schedule,
+        steps,
+        list(opened.broken),
+        (*opened.notes, *schedule.notes(given, steps)),
+        exchanged,
+    )
     if recipe.resume:
         run.step, run.position = load_checkpoint(
             out, recipe, adapters, average, optimizer, accelerator, held_out

@@ -70,10 +70,12 @@ def start_accelerator(recipe: Recipe, out: Path) -> Accelerator:
     precision = recipe.precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise RAdapterError("precision fp16 needs a GPU; allowed on this machine: no, bf16")
-    AcceleratorState._reset_state()  # else a second run in this process could not have another precision
+    # else a second run in this process could not have another precision
+    AcceleratorState._reset_state()
     try:
         return Accelerator(
-            cpu=not torch.accelerator.is_available(),  # else several processes on CPUs would not know of each other
+            # else several processes on CPUs would not know of each other
+            cpu=not torch.accelerator.is_available(),
             mixed_precision=precision,
             gradient_accumulation_steps=recipe.accumulate,
             log_with=None if recipe.tracker == "none" else recipe.tracker,

@@ -141,7 +141,8 @@ class GraphModel(ABC):
     def _run(self, feed: Feed) -> Feed:
         try:
             outputs = self._graph.run(feed, [name for name, _ in self._outputs])
-        except Exception as error:  # runtimes' errors have no common base; ONNX Runtime names what a caller did wrong
+        except Exception as error:
+            # Runtimes' errors have no common base; ONNX Runtime names what a caller did wrong.
             code = INVALID_ARGUMENT if type(error).__name__ == "InvalidArgument" else ENCODER_FAILED
             raise TaskError(code, f"{self.runtime}: {public(str(error))}") from None
         pairs = zip(self._outputs, outputs, strict=True)

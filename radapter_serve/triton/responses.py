@@ -30,7 +30,8 @@ from radapter_serve.tasks.outcome import Outcome, isolated
 from radapter_serve.triton import surplus
 
 MAX_SECONDS = 120.0  # of work on one request
-HUNG = 300.0  # seconds after which requests that are worked on together hang: the encoders answer within a minute
+# seconds after which requests that are worked on together hang: the encoders answer within a minute
+HUNG = 300.0
 
 _TOO_MANY: Outcome[Any] = Outcome(
     error=TaskError(

@@ -130,8 +130,10 @@ def test_imagenet_names_its_folders_as_clip_does(tmp_path: Path) -> None:
         folders(tmp_path / "d", MISSILE, PROJECTILE, TENCH), classes=Path("imagenet")
     )
     assert prompts(data) == {
-        MISSILE: "a photo of a missile.", PROJECTILE: "a photo of a missile.", TENCH: "a photo of a tench.",
-    }  # fmt: skip
+        MISSILE: "a photo of a missile.",
+        PROJECTILE: "a photo of a missile.",
+        TENCH: "a photo of a tench.",
+    }
     assert len(set(data.labels().tolist())) == 3  # the two missiles are two classes
     table = pd.DataFrame(
         {"image": ["a.png", "b.png", "c.png"], "label": [SUNGLASS, SUNGLASSES, SUNGLASS]}

@@ -253,16 +253,29 @@ def instances(folder: Path) -> tuple[Path, dict[str, Any]]:
     changes = np.flatnonzero(np.diff(np.concatenate([[0], crowd.ravel(order="F"), [2]])))
     counts = np.diff(np.concatenate([[0], changes])).tolist()
     content = {
-        "images": [{"id": 9, "file_name": "a.jpg", "width": 8, "height": 6}, {"id": 2, "file_name": "none.jpg"}],
+        "images": [
+            {"id": 9, "file_name": "a.jpg", "width": 8, "height": 6},
+            {"id": 2, "file_name": "none.jpg"},
+        ],
         "categories": [{"id": 17, "name": "cat"}, {"id": 1, "name": "person"}],
         "annotations": [
             {"id": 1, "image_id": 9, "category_id": 1, "iscrowd": 0, "segmentation": POLYGONS},
-            {"id": 2, "image_id": 9, "category_id": 17, "iscrowd": 0,
-             "segmentation": {"size": [6, 8], "counts": compressed["counts"].decode()}},
-            {"id": 3, "image_id": 9, "category_id": 1, "iscrowd": 1,
-             "segmentation": {"size": [6, 8], "counts": counts}},
+            {
+                "id": 2,
+                "image_id": 9,
+                "category_id": 17,
+                "iscrowd": 0,
+                "segmentation": {"size": [6, 8], "counts": compressed["counts"].decode()},
+            },
+            {
+                "id": 3,
+                "image_id": 9,
+                "category_id": 1,
+                "iscrowd": 1,
+                "segmentation": {"size": [6, 8], "counts": counts},
+            },
         ],
-    }  # fmt: skip
+    }
     (folder / "instances.json").write_text(json.dumps(content))
     return folder / "instances.json", content
 

@@ -16,10 +16,14 @@ ADE = """#!/usr/bin/env python3
 import os
 raise SystemExit("this file is read, not run")
 SIZES = [os.cpu_count(), 2, {[]: 1}]
-CATEGORIES = [{"name": "wall", "id": 2978, "trainId": 0}, {"name": "bag, handbag, purse", "id": 96, "trainId": 1},
-  {"name": "bag", "id": 95, "trainId": 2}, {"name": "screen door, screen", "id": 2251, "trainId": 3},
-  {"name": "screen, crt screen", "id": 3109, "trainId": 4}, {"name": "screen, silver screen", "id": 2254, "trainId": 5},
-  {"name": "instrument panel", "id": 1332, "trainId": 6}, {"name": "control panel", "id": 602, "trainId": 7},
+CATEGORIES = [{"name": "wall", "id": 2978, "trainId": 0},
+  {"name": "bag, handbag, purse", "id": 96, "trainId": 1},
+  {"name": "bag", "id": 95, "trainId": 2},
+  {"name": "screen door, screen", "id": 2251, "trainId": 3},
+  {"name": "screen, crt screen", "id": 3109, "trainId": 4},
+  {"name": "screen, silver screen", "id": 2254, "trainId": 5},
+  {"name": "instrument panel", "id": 1332, "trainId": 6},
+  {"name": "control panel", "id": 602, "trainId": 7},
   {"name": "control panel, instrument panel, control board, board", "id": 603, "trainId": 8}]
 """
 
@@ -30,10 +34,16 @@ def test_an_official_list_of_ade(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert f"wrote 9 classes to {tmp_path / 'classes.yaml'}" in capsys.readouterr().out
     names = read_class_ids(tmp_path / "classes.yaml")
     assert names == {
-        0: "wall", 1: "handbag, bag, purse", 2: "bag", 3: "screen door, screen", 4: "screen, crt screen",
-        5: "silver screen, screen", 6: "instrument panel", 7: "control panel",
+        0: "wall",
+        1: "handbag, bag, purse",
+        2: "bag",
+        3: "screen door, screen",
+        4: "screen, crt screen",
+        5: "silver screen, screen",
+        6: "instrument panel",
+        7: "control panel",
         8: "control board, control panel, instrument panel, board",
-    }  # fmt: skip
+    }
     index, entries = number_classes(names)
     assert (
         list(index.values()) == list(range(9)) and len(entries) == 9
@@ -45,8 +55,11 @@ def test_an_official_list_of_pascal_context(tmp_path: Path) -> None:
         "1: accordion\n2: aeroplane\n\n 3 : air conditioner \n431: unknown\n"
     )
     assert official_classes(tmp_path / "labels.txt") == {
-        0: "accordion", 1: "aeroplane", 2: "air conditioner", 430: "unknown"
-    }  # fmt: skip
+        0: "accordion",
+        1: "aeroplane",
+        2: "air conditioner",
+        430: "unknown",
+    }
 
 
 @pytest.mark.parametrize(

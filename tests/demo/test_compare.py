@@ -26,17 +26,27 @@ from rivals.method import learned
 from rivals.run import Run
 
 FIELDS: dict[str, Any] = {
-    "architecture": f"local-dir:{data.BASE}", "batch_size": 8, "steps": 2, "warmup_steps": 0, "learning_rate": 1e-2,
-    "flip": True, "workers": 0, "tracker": "none", "save_every": None,
-}  # fmt: skip
+    "architecture": f"local-dir:{data.BASE}",
+    "batch_size": 8,
+    "steps": 2,
+    "warmup_steps": 0,
+    "learning_rate": 1e-2,
+    "flip": True,
+    "workers": 0,
+    "tracker": "none",
+    "save_every": None,
+}
 
 
 @pytest.fixture(scope="module")
 def given(some: data.DemoData) -> dict[str, Any]:
     """A recipe of two steps that change much."""
     return {
-        **FIELDS, "data": f"imagefolder:{some.train}", "classes": some.classes, "templates": str(some.templates)
-    }  # fmt: skip
+        **FIELDS,
+        "data": f"imagefolder:{some.train}",
+        "classes": some.classes,
+        "templates": str(some.templates),
+    }
 
 
 @pytest.fixture(scope="module")

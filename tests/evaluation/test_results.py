@@ -51,9 +51,13 @@ def test_base_and_novel_classes_of_one_model_are_joined() -> None:
     ]
     (mean,) = harmonic_means(rows, [("base", "novel")])
     assert mean == a_row(
-        "base and novel", metric="harmonic_mean", n=40, runtime=3.0, set_digest="sha256:base sha256:novel",
+        "base and novel",
+        metric="harmonic_mean",
+        n=40,
+        runtime=3.0,
+        set_digest="sha256:base sha256:novel",
         metrics={"base": 0.5, "novel": 0.75, "harmonic_mean": pytest.approx(0.6)},
-    )  # fmt: skip
+    )
 
 
 def test_rows_are_written_into_new_folders_and_read_again(tmp_path: Path) -> None:
@@ -69,15 +73,34 @@ def test_rows_are_written_into_new_folders_and_read_again(tmp_path: Path) -> Non
 
 
 SEGMENTED: dict[str, Any] = {
-    "dense": "proposals", "size": 32, "short_side": None, "stride": None, "refine": 0, "threshold": None,
-    "background": None, "crop": MaskCrop(), "proposals": "found", "proposal_weight": None, "templates": ("{}", "a {}"),
-    "per_class": [ClassFigures("cat", 3, 0.5, None)], "confusion": [[1, 0]], "indistinguishable": [("a", "b")],
-}  # fmt: skip
+    "dense": "proposals",
+    "size": 32,
+    "short_side": None,
+    "stride": None,
+    "refine": 0,
+    "threshold": None,
+    "background": None,
+    "crop": MaskCrop(),
+    "proposals": "found",
+    "proposal_weight": None,
+    "templates": ("{}", "a {}"),
+    "per_class": [ClassFigures("cat", 3, 0.5, None)],
+    "confusion": [[1, 0]],
+    "indistinguishable": [("a", "b")],
+}
 CLASSIFIED: dict[str, Any] = {
-    "model": None, "intervals": {"acc1": (0.25, 1.0)}, "calibration": [Bin(3, 0.5, 0.25), Bin(0, None, None)],
-    "per_class": [ClassFigures("cat", 3, None)], "release": 2, "quantization": {"kind": "dynamic"}, "border": 3,
-    "exif_orientation": False, "suite": "s", "seed": 0, "version": "1",
-}  # fmt: skip
+    "model": None,
+    "intervals": {"acc1": (0.25, 1.0)},
+    "calibration": [Bin(3, 0.5, 0.25), Bin(0, None, None)],
+    "per_class": [ClassFigures("cat", 3, None)],
+    "release": 2,
+    "quantization": {"kind": "dynamic"},
+    "border": 3,
+    "exif_orientation": False,
+    "suite": "s",
+    "seed": 0,
+    "version": "1",
+}
 
 
 @pytest.mark.parametrize("fields", [{"alpha": None, "intervals": {}}, SEGMENTED, CLASSIFIED])
@@ -172,11 +195,24 @@ def test_what_a_row_says_besides_its_figures() -> None:
         setup=lambda _: Setup(templates=("{}",)),
     )
     found = case_of(None, data, Variant("adapter", 0.5, facts)).to_dict()  # type: ignore[arg-type]
-    assert list(found.items()) == list({
-        "dataset": "a", "model": "ViT-B-32", "pretrained": "openai", "task": "zeroshot_classification",
-        "language": "en", "source": "adapter", "alpha": 0.5, "shift": "id", "split": "test", "metric": "acc1",
-        "precision": "fp32", "n": 3, "set_digest": "sha256:1", "templates": ["{}"],
-    }.items())  # fmt: skip
+    assert list(found.items()) == list(
+        {
+            "dataset": "a",
+            "model": "ViT-B-32",
+            "pretrained": "openai",
+            "task": "zeroshot_classification",
+            "language": "en",
+            "source": "adapter",
+            "alpha": 0.5,
+            "shift": "id",
+            "split": "test",
+            "metric": "acc1",
+            "precision": "fp32",
+            "n": 3,
+            "set_digest": "sha256:1",
+            "templates": ["{}"],
+        }.items()
+    )
     data.entry = Entry("a", "x", border=2, exif_orientation=False)
     found = case_of(None, data, Variant("adapter", 0.5, facts)).to_dict()  # type: ignore[arg-type]
     assert (found["border"], found["exif_orientation"]) == (2, False)
@@ -189,8 +225,12 @@ def test_a_field_of_the_wrong_kind_is_named() -> None:
 
 def test_metrics_are_named_as_papers_name_them() -> None:
     names = {
-        "miou": "mIoU", "pixel_accuracy": "pixel acc", "mean_class_accuracy": "mean acc", "harmonic_mean": "H",
-        "image_retrieval_recall@5": "image R@5", "acc1": "acc1",
-    }  # fmt: skip
+        "miou": "mIoU",
+        "pixel_accuracy": "pixel acc",
+        "mean_class_accuracy": "mean acc",
+        "harmonic_mean": "H",
+        "image_retrieval_recall@5": "image R@5",
+        "acc1": "acc1",
+    }
     assert {metric: metric_name(metric) for metric in names} == names
     assert common_unit(["miou", "miou"]) == "mIoU, %" and common_unit(["miou", "acc1"]) == "%"

@@ -166,10 +166,20 @@ def test_an_oracle_of_patches_reaches_one_but_for_edges(masked: Path) -> None:
     assert coarse.metrics["miou"] < fine.metrics["miou"]
     assert fine.metrics["miou"] > 0.93 and fine.metrics["pixel_accuracy"] > 0.96
     expected = {
-        "task": "zeroshot_segmentation", "metric": "miou", "n": 6, "classes": 4, "dense": "naclip", "size": 32,
-        "short_side": 64, "stride": 16, "refine": 0, "threshold": None, "background": None, "templates": ["{}"],
+        "task": "zeroshot_segmentation",
+        "metric": "miou",
+        "n": 6,
+        "classes": 4,
+        "dense": "naclip",
+        "size": 32,
+        "short_side": 64,
+        "stride": 16,
+        "refine": 0,
+        "threshold": None,
+        "background": None,
+        "templates": ["{}"],
         "language": "en",
-    }  # fmt: skip
+    }
     assert expected.items() <= coarse.to_dict().items()
     assert str(coarse.classes_digest).startswith("sha256:") and coarse.set_digest == fine.set_digest
 
@@ -244,8 +254,10 @@ def test_without_a_proposal_all_is_background(masked: Path, tmp_path: Path) -> N
 
 
 def test_dense_labels_and_proposals_are_never_averaged(masked: Path, tmp_path: Path) -> None:
-    sets = "\n".join(f"- {{name: {name}, dense: {dense}}}" for name, dense in (
-        ("a", "naclip"), ("b", "naclip"), ("c", "proposals")))  # fmt: skip
+    sets = "\n".join(
+        f"- {{name: {name}, dense: {dense}}}"
+        for name, dense in (("a", "naclip"), ("b", "naclip"), ("c", "proposals"))
+    )
     suite = suite_of(masked, sets)
     rows = [evaluate(Oracle(), open_set(suite, entry))[0] for entry in suite.entries]  # type: ignore[arg-type]
     shown = Console(file=io.StringIO(), width=120)
@@ -255,8 +267,18 @@ def test_dense_labels_and_proposals_are_never_averaged(masked: Path, tmp_path: P
     assert len(means) == 1 and means[0].count("mean of") == 1 and "2 id" in text
     value = 50 * (rows[0].metrics["miou"] + rows[1].metrics["miou"])
     assert f"{value:.2f}" in text
-    names = {path.name for path in draw([dataclasses.replace(row, source="adapter", alpha=alpha) for row in rows
-                                         for alpha in (0.0, 1.0)], tmp_path, "t")}  # fmt: skip
+    names = {
+        path.name
+        for path in draw(
+            [
+                dataclasses.replace(row, source="adapter", alpha=alpha)
+                for row in rows
+                for alpha in (0.0, 1.0)
+            ],
+            tmp_path,
+            "t",
+        )
+    }
     assert (
         names >= {"alpha-dense.png", "alpha-proposals.png", "confusion-a.png"}
         and "alpha.png" not in names

@@ -192,14 +192,20 @@ def objectnet_mappings(folder: Path) -> None:
     names = [*numbers, "kit fox, Vulpes macrotis"]
     files = {
         "folder_to_objectnet_label.json": {
-            "drying_rack_for_dishes": "Drying rack for plates", "banana": "Banana", "alarm_clock": "Alarm clock",
+            "drying_rack_for_dishes": "Drying rack for plates",
+            "banana": "Banana",
+            "alarm_clock": "Alarm clock",
             "air_freshener": "Air freshener",
         },
         "objectnet_to_imagenet_1k.json": {
-            "Alarm clock": "analog clock; digital clock", "Banana": "banana", "Drying rack for plates": "plate rack"
+            "Alarm clock": "analog clock; digital clock",
+            "Banana": "banana",
+            "Drying rack for plates": "plate rack",
         },
-        "pytorch_to_imagenet_2012_id.json": {str(number): names.index(name) for name, number in numbers.items()},
-    }  # fmt: skip
+        "pytorch_to_imagenet_2012_id.json": {
+            str(number): names.index(name) for name, number in numbers.items()
+        },
+    }
     folder.mkdir(parents=True)
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")

@@ -95,7 +95,8 @@ def test_products_are_low_and_what_overflows_is_fp32(
 
 NORM = """<ir_version: 10, opset_import: ["" : 22]>
 norm (uint8[B, 8] image) => (float[B, 4] unit)
-<float[8, 4] weight = {0}, float[4] gain = {0}, float[4, 4] square = {0}, float two = {2}, float small = {1e-6},
+<float[8, 4] weight = {0}, float[4] gain = {0}, float[4, 4] square = {0},
+ float two = {2}, float small = {1e-6},
  int64[1] last = {-1}> {
     x = Cast<to: int = 1>(image)
     y = MatMul(x, weight)
@@ -116,7 +117,8 @@ norm (uint8[B, 8] image) => (float[B, 4] unit)
 
 MASK = """<ir_version: 10, opset_import: ["" : 22]>
 mask (uint8[B, 4] image) => (float[B, 4] mixed)
-<float[4, 4] weight = {0}, float[4, 4] value = {0}, float lowest = {-3.4028235e38}, float zero = {0},
+<float[4, 4] weight = {0}, float[4, 4] value = {0},
+ float lowest = {-3.4028235e38}, float zero = {0},
  uint8 limit = {100}> {
     x = Cast<to: int = 1>(image)
     scores = MatMul(x, weight)

@@ -10,8 +10,17 @@ from radapter_serve.evaluation.row import Row
 def a_row(dataset: str = "own", share: float = 0.5, **fields: Any) -> Row:
     """A row of 20 images with this share of acc1, unless `fields` says otherwise."""
     usual: dict[str, Any] = {
-        "dataset": dataset, "task": "zeroshot_classification", "source": "adapter", "alpha": 0.5,
-        "shift": "id", "split": "test", "metric": "acc1", "n": 20, "set_digest": f"sha256:{dataset}",
-        "adapter_digest": "sha256:2", "metrics": {"acc1": share}, "runtime": 1.5,
-    }  # fmt: skip
+        "dataset": dataset,
+        "task": "zeroshot_classification",
+        "source": "adapter",
+        "alpha": 0.5,
+        "shift": "id",
+        "split": "test",
+        "metric": "acc1",
+        "n": 20,
+        "set_digest": f"sha256:{dataset}",
+        "adapter_digest": "sha256:2",
+        "metrics": {"acc1": share},
+        "runtime": 1.5,
+    }
     return Row(**{**usual, **fields})

@@ -256,11 +256,18 @@ def release(version: int = 1, **changes: Any) -> Release:
     from radapter_serve.release.release import Release
 
     facts: dict[str, Any] = {
-        "architecture": "ViT-B-32", "alpha": 0.5, "base_digest": "sha256:1", "adapter_digest": "sha256:2",
-        "preprocess": {"size": 32}, "tokenizer": {"digest": "sha256:3"}, "embed_dim": 32, "logit_scale": 100.0,
-        "templates": ["a photo of a {}."], "agreement": {"tolerance": 1e-4, "min_cosine": 0.999999},
+        "architecture": "ViT-B-32",
+        "alpha": 0.5,
+        "base_digest": "sha256:1",
+        "adapter_digest": "sha256:2",
+        "preprocess": {"size": 32},
+        "tokenizer": {"digest": "sha256:3"},
+        "embed_dim": 32,
+        "logit_scale": 100.0,
+        "templates": ["a photo of a {}."],
+        "agreement": {"tolerance": 1e-4, "min_cosine": 0.999999},
         "crop": MaskCrop().to_dict(),
-    }  # fmt: skip
+    }
     return Release(version=version, **{**facts, **changes})
 
 

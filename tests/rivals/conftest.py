@@ -22,9 +22,14 @@ def make_run(images: Path, tiny_clip_dir: str, tmp_path: Path) -> Callable[..., 
 
     def make(**fields: Any) -> Run:
         few: dict[str, Any] = {
-            "architecture": tiny_clip_dir, "data": f"imagefolder:{images}", "templates": "simple", "batch_size": 4,
-            "steps": 2, "warmup_steps": 0, "workers": 0,
-        }  # fmt: skip
+            "architecture": tiny_clip_dir,
+            "data": f"imagefolder:{images}",
+            "templates": "simple",
+            "batch_size": 4,
+            "steps": 2,
+            "warmup_steps": 0,
+            "workers": 0,
+        }
         return Run({**few, **fields}, tmp_path / "learned")
 
     return make

@@ -12,7 +12,7 @@ from radapter_serve.server.backlog import Backlog, Counts, Queue, read_counts
 from radapter_serve.triton.surplus import Surplus, write
 
 METRICS = """
-# HELP nv_inference_pending_request_count Instantaneous number of pending requests awaiting execution per-model.
+# HELP nv_inference_pending_request_count Pending requests awaiting execution per-model.
 # TYPE nv_inference_pending_request_count gauge
 nv_inference_pending_request_count{model="classify",version="1"} 3
 nv_inference_pending_request_count{model="classify",version="2"} 4

@@ -38,7 +38,8 @@ from tests.helpers.stand_ins import http_server
 PARENT = """
 import subprocess, sys, time
 folder = sys.argv[1]
-kept = [subprocess.Popen([sys.executable, f"{folder}/{name}/model.py"]) for name in ("classify/1", "segment/12")]
+names = ("classify/1", "segment/12")
+kept = [subprocess.Popen([sys.executable, f"{folder}/{name}/model.py"]) for name in names]
 time.sleep(60)
 """
 

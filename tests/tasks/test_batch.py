@@ -274,10 +274,11 @@ fake_triton.install(pytest.MonkeyPatch())
 from radapter_serve.triton import responses
 responses.HUNG = 0.5
 requests = [fake_triton.Request(text=[["a"]])]
-answered = responses.answer(requests, lambda one: one, responses.each(lambda one: {}), lambda found: found)
+same = lambda one: one
+answered = responses.answer(requests, same, responses.each(lambda one: {}), same)
 time.sleep(1)
 print(len(answered), flush=True)
-responses.answer(requests, lambda one: one, responses.each(lambda one: threading.Event().wait()), lambda found: found)
+responses.answer(requests, same, responses.each(lambda one: threading.Event().wait()), same)
 """
 
 

@@ -140,9 +140,18 @@ def test_requests_of_all_kinds_share_a_batch(local):
             np.testing.assert_allclose(together.unwrap().scores, single.unwrap().scores, rtol=1e-5)
     codes = [error.code if error else "" for error in failures(results)]
     assert codes == [
-        "", "invalid_image", "", "", "", "unknown_label_set", "no_labels", *["invalid_argument"] * 3, "no_labels",
-        "invalid_argument", "invalid_argument",
-    ]  # fmt: skip
+        "",
+        "invalid_image",
+        "",
+        "",
+        "",
+        "unknown_label_set",
+        "no_labels",
+        *["invalid_argument"] * 3,
+        "no_labels",
+        "invalid_argument",
+        "invalid_argument",
+    ]
     assert results[5].error.message.endswith("there are: colours")
     assert set(results[2].unwrap().labels[0]) < {label.split(",")[0] for label in LABELS}
     assert results[4].unwrap().labels.shape == (2, 3)

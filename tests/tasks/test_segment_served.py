@@ -80,10 +80,21 @@ def test_proposals(client, repository, version):
     masks = np.zeros((3, 45, 70), np.uint8)
     masks[0, :30], masks[1, 20:], masks[2, :, 40:] = 255, 180, 120
     scores = np.random.default_rng(0).random((3, 3), np.float32)
-    check(local, segment(client, version, image=image, labels=CATS, proposals=masks),
-          SegmentRequest(image, CATS, proposals=masks))  # fmt: skip
-    served = segment(client, version, image=image, labels=CATS, proposals=masks, proposal_scores=scores,
-                     proposal_weight=0.25, threshold=0.3)  # fmt: skip
+    check(
+        local,
+        segment(client, version, image=image, labels=CATS, proposals=masks),
+        SegmentRequest(image, CATS, proposals=masks),
+    )
+    served = segment(
+        client,
+        version,
+        image=image,
+        labels=CATS,
+        proposals=masks,
+        proposal_scores=scores,
+        proposal_weight=0.25,
+        threshold=0.3,
+    )
     options = {"proposal_weight": 0.25, "threshold": np.float32(0.3).item()}
     check(
         local,

@@ -85,9 +85,13 @@ def test_several_texts_an_image_by_hand(delta: float) -> None:
     total.backward()
     p, q = images.float().requires_grad_(), texts.float().requires_grad_()
     found = mpm_nce(
-        F.normalize(p, dim=-1).repeat_interleave(several, dim=0), F.normalize(q, dim=-1),
-        torch.arange(count).repeat_interleave(several), logit_scale=scale, delta=delta, epsilon=0.0,
-    )  # fmt: skip
+        F.normalize(p, dim=-1).repeat_interleave(several, dim=0),
+        F.normalize(q, dim=-1),
+        torch.arange(count).repeat_interleave(several),
+        logit_scale=scale,
+        delta=delta,
+        epsilon=0.0,
+    )
     found.backward()
     assert found.item() == pytest.approx(total.item() + np.log(several) / 2, rel=1e-5)
     torch.testing.assert_close(p.grad, x.grad.float(), rtol=1e-4, atol=1e-6)  # type: ignore[union-attr]
@@ -101,9 +105,15 @@ def test_the_first_loss_is_that_of_the_base(recipe: Recipe, captions_per_image: 
     """
     size = 16 if captions_per_image == 3 else 48
     recipe = dataclasses.replace(
-        recipe, captions_per_image=captions_per_image, batch_size=size, steps=1, warmup_steps=0, crop_scale=1.0,
-        val_data=None, drop=0.0,
-    )  # fmt: skip
+        recipe,
+        captions_per_image=captions_per_image,
+        batch_size=size,
+        steps=1,
+        warmup_steps=0,
+        crop_scale=1.0,
+        val_data=None,
+        drop=0.0,
+    )
     (row,) = rows(train(recipe))
     model, _, preprocess = open_clip.create_model_and_transforms(recipe.architecture)
     table = pd.read_csv(recipe.data.removeprefix("csv:"))

@@ -259,9 +259,15 @@ def test_a_stream_resumes_behind_broken_images(
     (tmp_path / "classes.txt").write_text("blue\ngreen\nred\n")
     files[3].write_bytes(b"no image")
     recipe = dataclasses.replace(
-        recipe, data=f"csv:{tmp_path}/table.csv", classes=tmp_path / "classes.txt", streaming=True, val_data=None,
-        on_broken="skip", save_every=1, steps=6,
-    )  # fmt: skip
+        recipe,
+        data=f"csv:{tmp_path}/table.csv",
+        classes=tmp_path / "classes.txt",
+        streaming=True,
+        val_data=None,
+        on_broken="skip",
+        save_every=1,
+        steps=6,
+    )
     assert_resumes(recipe, 4)
 
 

@@ -32,10 +32,21 @@ CLASSES = ["bird", "fish", "snake"]
 TEMPLATES = ["a photo of a {}.", "{}", "the drawing of one {}", "many a {} here"]
 # every one large enough to be seen in a few steps
 FIELDS: dict[str, Any] = {
-    "batch_size": 4, "steps": 7, "warmup_steps": 3, "learning_rate": 1e-2, "min_learning_rate": 4e-3,
-    "weight_decay": 5.0, "momentum": 0.8, "drop": 0.4, "epsilon": 0.1, "delta": 0.1, "grad_clip": 1.5,
-    "crop_scale": 0.5, "seed": 5, "save_every": None,
-}  # fmt: skip
+    "batch_size": 4,
+    "steps": 7,
+    "warmup_steps": 3,
+    "learning_rate": 1e-2,
+    "min_learning_rate": 4e-3,
+    "weight_decay": 5.0,
+    "momentum": 0.8,
+    "drop": 0.4,
+    "epsilon": 0.1,
+    "delta": 0.1,
+    "grad_clip": 1.5,
+    "crop_scale": 0.5,
+    "seed": 5,
+    "save_every": None,
+}
 
 
 def picture(generator: np.random.Generator) -> Image.Image:

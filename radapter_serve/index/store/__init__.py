@@ -16,7 +16,8 @@ from radapter_serve.index.facts import IndexFacts
 
 TABLE = "images"
 THUMBNAIL = "thumbnail"
-#: of up to so many images a search compares every embedding; of more, an approximate index names candidates
+# : of up to so many images a search compares every embedding; of more, an approximate index names
+# candidates
 EXACT = 20_000
 
 

@@ -280,7 +280,9 @@ def _context(trt: Any, engine: Any) -> Any:
     log.clear()
     if (kernels := getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)) is None:
         context = engine.create_execution_context()
-    else:  # the RTX edition makes kernels for a shape when it meets it: at once, not beside the first runs
+    else:
+        # The RTX edition makes kernels for a shape when it meets it: at once, not beside the first
+        # runs.
         config = engine.create_runtime_config()
         config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
         context = engine.create_execution_context(config)
