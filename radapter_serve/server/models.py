@@ -4,6 +4,7 @@ repository.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class ModelEntry:
         return ModelEntry(tuple(sorted(versions)), str(text_format.MessageToString(config)))
 
 
+@functools.lru_cache(maxsize=64)
 def processes_of(model: ModelEntry) -> int:
     """How many processes a model has whose backend gives one to each instance of each version."""
     groups = parsed(model.config).instance_group

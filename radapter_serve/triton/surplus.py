@@ -2,10 +2,9 @@
 processes refuse them.
 
 Triton has a limit of its own, `max_queue_size`, and time-outs. But a queue with either is not
-looked at when a model
-becomes free: what waits there waits until the next request comes, or for half a second. So no
-config has them. The server counts what waits for each model, and writes into a file how many each
-process of it is to refuse.
+looked at when a model becomes free: what waits there waits until the next request comes, or for
+half a second. So no config has them. The server counts what waits for each model, and writes into a
+file how many each process of it is to refuse.
 """
 
 from __future__ import annotations
