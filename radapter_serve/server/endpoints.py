@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import random
 import socket
 from dataclasses import dataclass
 
@@ -118,11 +119,19 @@ class Endpoints:
 
 
 def free_ports() -> tuple[int, int, int]:
-    """Three ports on which no program of this machine listens."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
-        first, second, third = (one.getsockname()[1] for one in sockets)
-    return first, second, third
+    """Three ports on which no program of this machine listens.
+
+    They lie below those that Linux gives to programs that ask for any port, so that none of these
+    programs takes one before its server listens.
+    """
+    found: list[int] = []
+    for port in random.sample(range(10_000, 32_768), 1_000):
+        with contextlib.suppress(OSError):
+            socket.create_server(("127.0.0.1", port)).close()
+            found.append(port)
+        if len(found) == 3:
+            return found[0], found[1], found[2]
+    raise RAdapterError("no three ports from 10000 to 32767 are free on this machine")
 
 
 def address_of(host: str, flag: str = "--host") -> str:

@@ -24,6 +24,7 @@ from radapter_serve.index import writer as index_writer
 from radapter_serve.index.build import build
 from radapter_serve.index.store import vectors_of
 from radapter_serve.runtimes.local_release import LocalRelease
+from tests.helpers.indexes import generation
 from tests.helpers.small_release import png
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own
@@ -55,7 +56,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rows_of(index: Path) -> tuple[list[dict[str, Any]], np.ndarray]:
-    table = lancedb.connect(index).open_table("images").to_arrow().sort_by("path")
+    table = lancedb.connect(generation(index)).open_table("images").to_arrow().sort_by("path")
     return table.drop_columns(["vector"]).to_pylist(), vectors_of(table["vector"])
 
 
