@@ -42,8 +42,8 @@ from benchmarks.drawings.augment import MEAN, PATCH, SIZE, STD, augment, inked, 
 from benchmarks.drawings.batches import TEMPLATES, Pairs, Words
 from benchmarks.drawings.learning import KeptPatches, Muon, contrast
 from radapter_serve.clip.towers import encode_image, encode_text
+from radapter_serve.contract.labels import split_label
 from radapter_serve.files import staged
-from radapter_serve.inputs.labels import split_label
 from radapter_serve.signals import handled
 
 MODEL: dict[str, Any] = {

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from radapter_serve.contract.labels import split_label
 from radapter_serve.data import LabelledImages
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.classification import linear_head, zero_shot_classifier
-from radapter_serve.inputs.labels import split_label
 from rivals.method import Method, paper
 from rivals.run import Run
 from rivals.system import Batch, System

@@ -10,6 +10,9 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 
 from radapter_serve.clip.base import Base
+from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.preprocess import Preprocess, decode
+from radapter_serve.contract.probabilities import class_probabilities
 from radapter_serve.evaluation.embedder import (
     Embedder,
     NoSuchWay,
@@ -23,9 +26,6 @@ from radapter_serve.evaluation.image_sets import ClassificationSet
 from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.evaluation.row import ModelFacts, Row
 from radapter_serve.evaluation.torch_embedder import Line, TorchEmbedder
-from radapter_serve.inputs.mask_crop import MaskCrop
-from radapter_serve.inputs.preprocess import Preprocess, decode
-from radapter_serve.inputs.probabilities import class_probabilities
 from rivals.run import Run
 from rivals.system import Learned, System
 

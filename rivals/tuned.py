@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from radapter_serve.clip.towers import encode_text
+from radapter_serve.contract.labels import split_label
 from radapter_serve.data import LabelledImages
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs.labels import split_label
 from radapter_serve.training.loss import mpm_nce
 from rivals.run import Run
 from rivals.system import Batch, System

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # From the lowest floor up: a room imports from those before it, never from those after it.
 FLOORS = [
     "clock errors extras files lock environment signals threads hub",
-    "inputs",
+    "contract",
     "release",
     "runtimes",
     "index",
@@ -32,7 +32,7 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 TORCH_FREE = (
-    "inputs",
+    "contract",
     "release",
     "runtimes",
     "index",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from radapter_serve.inputs.labels import read_label_file, split_label
+from radapter_serve.contract.labels import read_label_file, split_label
 
 CLASSES = Path(__file__).with_name("classes.txt")
 SYNONYMS = Path(__file__).with_name("synonyms.txt")

@@ -13,6 +13,7 @@ import numpy as np
 
 from radapter_serve.adapter import Metadata
 from radapter_serve.clip.base import Base
+from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.data.held_out import OtherImages
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.confidence import fit_confidence
@@ -25,7 +26,6 @@ from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
 from radapter_serve.evaluation.run import own_validation
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.torch_embedder import as_it_is
-from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.release.confidence import Confidence
 from radapter_serve.tasks.label_embeddings import LabelSet
 

@@ -28,11 +28,11 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 from radapter_export.graph import EXTERNAL_ABOVE, size_of
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.image_files import spread
+from radapter_serve.contract.preprocess import Preprocess, decode_pixels
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.collection import Collection
-from radapter_serve.inputs.errors import TaskError
-from radapter_serve.inputs.image_files import spread
-from radapter_serve.inputs.preprocess import Preprocess, decode_pixels
 
 IMAGES = 128  # of a collection, evenly spread; more hardly move the ranges
 PROMPTS = 512  # likewise, of label sets

@@ -19,8 +19,8 @@ from radapter_serve.adapter import Adapters
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.dense import encode_patches
 from radapter_serve.clip.towers import encode_image
-from radapter_serve.inputs.alpha import Alpha
-from radapter_serve.inputs.tokenizer import Tokenizer
+from radapter_serve.contract.alpha import Alpha
+from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.release.repository import ENCODERS, PATCH_ENCODER
 
 BATCHES = (1, 2, 7)  # constants baked into a Reshape show up at the odd ones

@@ -13,11 +13,11 @@ from typing import Any
 from radapter_export.settings import CLASSES, ExportSettings
 from radapter_serve.adapter import Adapter, average_adapters, load_adapter
 from radapter_serve.clip.prompts import templates_of
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.labels import check_labels, read_label_file, split_label
+from radapter_serve.contract.names import RULE, is_name
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import chosen
-from radapter_serve.inputs.errors import TaskError
-from radapter_serve.inputs.labels import check_labels, read_label_file, split_label
-from radapter_serve.inputs.names import RULE, is_name
 
 
 @dataclass(frozen=True)

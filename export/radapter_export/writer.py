@@ -33,15 +33,15 @@ from radapter_serve.adapter import Adapters, attach_adapter, fold
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.dense import check_dense
 from radapter_serve.clip.towers import is_causal
+from radapter_serve.contract.alpha import Encode, at
+from radapter_serve.contract.image_files import spread
+from radapter_serve.contract.labels import split_label
+from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.preprocess import Preprocess
+from radapter_serve.contract.probabilities import SAME, indistinguishable
+from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.files import digest_of
 from radapter_serve.index.collection import Collection
-from radapter_serve.inputs.alpha import Encode, at
-from radapter_serve.inputs.image_files import spread
-from radapter_serve.inputs.labels import split_label
-from radapter_serve.inputs.mask_crop import MaskCrop
-from radapter_serve.inputs.preprocess import Preprocess
-from radapter_serve.inputs.probabilities import SAME, indistinguishable
-from radapter_serve.inputs.tokenizer import Tokenizer
 from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import RUNTIMES, TASKS

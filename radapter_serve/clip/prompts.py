@@ -7,7 +7,7 @@ from pathlib import Path
 
 import open_clip
 
-from radapter_serve.inputs.labels import read_templates
+from radapter_serve.contract.labels import read_templates
 
 
 def templates_of(source: str | Path | Sequence[str]) -> list[str]:

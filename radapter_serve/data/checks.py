@@ -16,14 +16,14 @@ import datasets
 from rich.console import Console
 from rich.progress import track
 
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.image_files import spread
+from radapter_serve.contract.labels import split_label
+from radapter_serve.contract.preprocess import verify
 from radapter_serve.data.captions import Captioned
 from radapter_serve.data.labelled import Labelled
 from radapter_serve.data.masks import Masked
 from radapter_serve.data.rows import BrokenImage
-from radapter_serve.inputs.errors import TaskError
-from radapter_serve.inputs.image_files import spread
-from radapter_serve.inputs.labels import split_label
-from radapter_serve.inputs.preprocess import verify
 from radapter_serve.threads import decoders
 
 MAX_DECODED = 10_000  # images of a data set, evenly spread

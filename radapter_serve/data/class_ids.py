@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
+from radapter_serve.contract.labels import join_label, read_label_file, split_label
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.inputs.labels import join_label, read_label_file, split_label
 
 IGNORED_NAMES = ("unlabeled", "void", "ignore")
 _CLASS_FILES = ("classes.txt", "classes.json", "classes.yaml")

@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from radapter_serve.contract.labels import join_label, read_label_file, split_label
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs.labels import join_label, read_label_file, split_label
 
 IMAGENET = "imagenet"
 _WORDNET_ID = re.compile(r"n\d{8}")

@@ -12,11 +12,11 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.image_files import SUFFIXES
+from radapter_serve.contract.labels import split_label
 from radapter_serve.data.classes import prompt_names, some
 from radapter_serve.data.rows import ImageColumn, LabelledImages, open_rows, share_of, sub_folders
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs.image_files import SUFFIXES
-from radapter_serve.inputs.labels import split_label
 
 
 @dataclass

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
+from radapter_serve.contract.image_files import SUFFIXES
+from radapter_serve.contract.preprocess import oriented
 from radapter_serve.data.class_ids import find_class_file, number_classes, read_class_ids
 from radapter_serve.data.rows import BrokenImage, share_of
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.inputs.image_files import SUFFIXES
-from radapter_serve.inputs.preprocess import oriented
 
 IGNORE = -1
 _ORIENTATION = ExifTags.Base.Orientation

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from radapter_serve.contract.labels import split_label
 from radapter_serve.errors import RAdapterError, reason
-from radapter_serve.inputs.labels import split_label
 
 _LINE = re.compile(r"(\d+)\s*:\s*(\S.*)")
 

@@ -18,12 +18,12 @@ from typing import Any, Protocol
 import datasets
 from PIL import Image
 
+from radapter_serve.contract.image_files import SUFFIXES, is_image_file, list_images
+from radapter_serve.contract.labels import split_label
+from radapter_serve.contract.preprocess import decode
 from radapter_serve.data.splits import open_splits
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.hub import from_hub_or_cache, how_to_bring, unreachable
-from radapter_serve.inputs.image_files import SUFFIXES, is_image_file, list_images
-from radapter_serve.inputs.labels import split_label
-from radapter_serve.inputs.preprocess import decode
 
 SPLIT_FILES = ("coop", "karpathy")
 _METADATA = (

@@ -20,18 +20,18 @@ from PIL import Image
 
 from radapter_client import Client, Hit, Segmentation
 from radapter_serve.clip.dense import encode_patches
-from radapter_serve.data import load_masked
-from radapter_serve.demo.data import FINE_TUNED, DemoData
-from radapter_serve.demo.scenes import CAPTIONS, SHORT_SIDE, SceneData
-from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs.labels import (
+from radapter_serve.contract.labels import (
     mean_embeddings,
     read_label_file,
     read_templates,
     split_label,
 )
-from radapter_serve.inputs.mask_crop import MaskCrop
-from radapter_serve.inputs.preprocess import Preprocess
+from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.preprocess import Preprocess
+from radapter_serve.data import load_masked
+from radapter_serve.demo.data import FINE_TUNED, DemoData
+from radapter_serve.demo.scenes import CAPTIONS, SHORT_SIDE, SceneData
+from radapter_serve.errors import RAdapterError
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.dense import DenseSegmenter
 from radapter_serve.tasks.segment_options import SegmentOptions

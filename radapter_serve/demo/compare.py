@@ -19,6 +19,7 @@ from torch import Tensor
 from radapter_serve.adapter import fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.towers import encode_image
+from radapter_serve.contract.labels import read_label_file, read_templates, split_label
 from radapter_serve.data import load_labelled
 from radapter_serve.demo.data import BASE, FINE_TUNED, DemoData
 from radapter_serve.demo.full import Ends
@@ -26,7 +27,6 @@ from radapter_serve.evaluation.batches import evaluation_batches
 from radapter_serve.evaluation.classification import zero_shot_classifier
 from radapter_serve.evaluation.evaluation_set import drawn
 from radapter_serve.evaluation.intervals import paired_difference
-from radapter_serve.inputs.labels import read_label_file, read_templates, split_label
 
 OURS, RIVAL = "R-Adapter", "WiSE-FT"
 Hits = dict[str, NDArray[np.bool_]]  # by style, which of its images are right

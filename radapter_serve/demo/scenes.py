@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
 
+from radapter_serve.contract.labels import read_label_file, split_label
 from radapter_serve.demo.data import CLASSES, FINE_TUNED, drawings_of, made_whole, place_of, render
-from radapter_serve.inputs.labels import read_label_file, split_label
 
 Split = Literal["train", "test"]
 

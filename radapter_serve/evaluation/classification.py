@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from radapter_serve.clip.towers import encode_image, encode_texts
+from radapter_serve.contract.labels import mean_embeddings
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import NOT_FINITE
-from radapter_serve.inputs.labels import mean_embeddings
 
 Tokenizer = Callable[[list[str]], Tensor]
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.probabilities import class_probabilities
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats, calibration_error, calibration_sums
-from radapter_serve.inputs.probabilities import class_probabilities
 from radapter_serve.release.confidence import Confidence
 
 LEAST = 100  # images

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.preprocess import decode
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.evaluation.row import ModelFacts
-from radapter_serve.inputs.mask_crop import MaskCrop
-from radapter_serve.inputs.preprocess import decode
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.dense import DenseSegmenter
 from radapter_serve.tasks.proposals import ProposalSegmenter

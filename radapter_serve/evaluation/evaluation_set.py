@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from radapter_serve.contract.labels import mean_embeddings, split_label
+from radapter_serve.contract.preprocess import decode, oriented
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder
 from radapter_serve.evaluation.metrics import Floats, check_finite, shares
 from radapter_serve.evaluation.row import Bin, ClassFigures, Measured, SetFacts, Setup
 from radapter_serve.evaluation.suite import Entry
 from radapter_serve.files import digest_of
-from radapter_serve.inputs.labels import mean_embeddings, split_label
-from radapter_serve.inputs.preprocess import decode, oriented
 
 MOST_CONFUSED = 50  # classes of a confusion matrix that a row keeps and a picture can show
 _READERS = 8  # files that are read at once

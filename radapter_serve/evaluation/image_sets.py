@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.preprocess import decode
+from radapter_serve.contract.probabilities import indistinguishable
 from radapter_serve.data import ImageColumn
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder
@@ -43,8 +45,6 @@ from radapter_serve.evaluation.metrics import (
     true_ranks,
 )
 from radapter_serve.evaluation.row import Measured, SetFacts, Setup
-from radapter_serve.inputs.preprocess import decode
-from radapter_serve.inputs.probabilities import indistinguishable
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.probabilities import class_probabilities
 from radapter_serve.evaluation.embedder import (
     PROPOSALS,
     NoSuchWay,
@@ -20,8 +22,6 @@ from radapter_serve.evaluation.embedder import (
 )
 from radapter_serve.evaluation.evaluation_set import class_embeds
 from radapter_serve.evaluation.metrics import Floats
-from radapter_serve.inputs.mask_crop import MaskCrop
-from radapter_serve.inputs.probabilities import class_probabilities
 from radapter_serve.release.release import Release
 from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 from radapter_serve.runtimes.local_release import LocalRelease

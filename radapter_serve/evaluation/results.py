@@ -10,10 +10,10 @@ from typing import Protocol
 
 from rich.table import Table
 
+from radapter_serve.contract.probabilities import SAME
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.row import Case, Row
 from radapter_serve.files import staged
-from radapter_serve.inputs.probabilities import SAME
 
 FILE = "results.jsonl"
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
+from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.errors import short
 from radapter_serve.evaluation.intervals import Interval
-from radapter_serve.inputs.mask_crop import MaskCrop
 
 _FIRST = (  # in a file: CLIP_benchmark's fields, and what else a reader looks for
     "dataset",

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.probabilities import indistinguishable
 from radapter_serve.data.masks import IGNORE, MaskedImage
 from radapter_serve.data.proposals import ProposalFiles
 from radapter_serve.errors import RAdapterError
@@ -33,7 +34,6 @@ from radapter_serve.evaluation.metrics import (
     shares,
 )
 from radapter_serve.evaluation.row import Measured, SetFacts, Setup
-from radapter_serve.inputs.probabilities import indistinguishable
 from radapter_serve.tasks.proposals import BINARY
 from radapter_serve.tasks.segment_options import SegmentOptions
 

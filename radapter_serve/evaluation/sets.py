@@ -10,6 +10,7 @@ import numpy as np
 
 from radapter_serve.adapter import Metadata
 from radapter_serve.clip.prompts import templates_of
+from radapter_serve.contract.labels import split_label
 from radapter_serve.data import (
     READERS,
     Captioned,
@@ -32,7 +33,6 @@ from radapter_serve.evaluation.image_sets import ClassificationSet, Image, Retri
 from radapter_serve.evaluation.segmentation import SegmentationSet
 from radapter_serve.evaluation.suite import Entry, Suite
 from radapter_serve.files import read_yaml
-from radapter_serve.inputs.labels import split_label
 
 _READERS = (*READERS, "masks", "coco")
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import pydantic
 from pydantic import BeforeValidator, Field, ValidationError
 
+from radapter_serve.contract.errors import TaskError
 from radapter_serve.errors import RAdapterError, short
 from radapter_serve.evaluation.embedder import PROPOSALS
 from radapter_serve.files import read_yaml, shipped
-from radapter_serve.inputs.errors import TaskError
 from radapter_serve.tasks.segment_options import SegmentOptions
 
 if TYPE_CHECKING:

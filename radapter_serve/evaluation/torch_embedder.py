@@ -22,6 +22,9 @@ from radapter_serve.adapter.file import check_alpha, check_base
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.dense import check_dense, encode_patches
 from radapter_serve.clip.towers import encode_image, encode_texts
+from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.preprocess import Preprocess, decode
+from radapter_serve.contract.probabilities import class_probabilities
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.evaluation.embedder import (
     PROPOSALS,
@@ -37,9 +40,6 @@ from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.evaluation.row import ModelFacts
 from radapter_serve.files import digest_of
 from radapter_serve.hub import LOCAL
-from radapter_serve.inputs.mask_crop import MaskCrop
-from radapter_serve.inputs.preprocess import Preprocess, decode
-from radapter_serve.inputs.probabilities import class_probabilities
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.tasks.dense import DenseSegmenter
 from radapter_serve.tasks.proposals import ProposalSegmenter

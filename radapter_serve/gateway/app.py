@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from radapter_serve import __version__
+from radapter_serve.contract.errors import INTERNAL_ERROR
 from radapter_serve.gateway import answers, embeddings, openai, requests
 from radapter_serve.gateway.errors import (
     NOT_FOUND,
@@ -39,7 +40,6 @@ from radapter_serve.gateway.metrics import GONE, OK, Metrics
 from radapter_serve.gateway.models import TASKS, Model
 from radapter_serve.gateway.settings import MIB, Settings
 from radapter_serve.gateway.upstream import LOG, Upstream
-from radapter_serve.inputs.errors import INTERNAL_ERROR
 
 FRESH = 5.0  # seconds after which a model's configuration is asked for again
 EMBEDDINGS = "embeddings"

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from radapter_serve.contract.errors import INVALID_IMAGE, TaskError
+from radapter_serve.contract.labels import check_length
 from radapter_serve.gateway.errors import Refused, bad, shown
 from radapter_serve.gateway.requests import MAX_JSON_VALUES, Strict, from_json
-from radapter_serve.inputs.errors import INVALID_IMAGE, TaskError
-from radapter_serve.inputs.labels import check_length
 
 MEDIA = ("image/jpeg", "image/jpg", "image/png", "image/webp")
 CHARACTERS_PER_TOKEN = (

@@ -1,13 +1,13 @@
-"""Why the gateway refuses a request; the codes of the tasks are in `inputs/errors.py`."""
+"""Why the gateway refuses a request; the codes of the tasks are in `contract/errors.py`."""
 
 from __future__ import annotations
 
 import grpc
 
 from radapter_client._failures import read_failure
+from radapter_serve.contract import errors as tasks
+from radapter_serve.contract.errors import OVERLOADED, RESTARTING, SERVER_STOPPING, TIMED_OUT
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs import errors as tasks
-from radapter_serve.inputs.errors import OVERLOADED, RESTARTING, SERVER_STOPPING, TIMED_OUT
 
 UNAUTHORIZED = "unauthorized"
 NOT_FOUND = "not_found"

@@ -12,16 +12,16 @@ from PIL import Image
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import serialize_byte_tensor
 
-from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, UNKNOWN_MODEL, Refused
-from radapter_serve.gateway.models import TASKS
-from radapter_serve.gateway.upstream import SHORT, Upstream
-from radapter_serve.inputs.errors import (
+from radapter_serve.contract.errors import (
     ENCODER_FAILED,
     INTERNAL_ERROR,
     RESTARTING,
     SERVER_STOPPING,
     TIMED_OUT,
 )
+from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, UNKNOWN_MODEL, Refused
+from radapter_serve.gateway.models import TASKS
+from radapter_serve.gateway.upstream import SHORT, Upstream
 
 FRESH = 5.0  # seconds for which an answer proves that a task answers
 # Other refusals are answers, such as that a release has no patch encoder.

@@ -12,7 +12,7 @@ from typing import Any
 
 from tritonclient.grpc import model_config_pb2
 
-from radapter_serve.inputs.errors import public
+from radapter_serve.contract.errors import public
 
 # Encoders, and whatever else a repository holds, are not reached through the gateway.
 TASKS = ("embed_image", "embed_text", "classify", "retrieve", "segment")

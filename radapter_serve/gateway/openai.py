@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
+from radapter_serve.contract.errors import IMAGE_TOO_LARGE, INVALID_IMAGE
 from radapter_serve.gateway import embeddings
 from radapter_serve.gateway.errors import SERVER_UNAVAILABLE, UNKNOWN_MODEL, Refused, shown
 from radapter_serve.gateway.limits import Places
 from radapter_serve.gateway.models import Model
 from radapter_serve.gateway.requests import pack
 from radapter_serve.gateway.upstream import Upstream
-from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_IMAGE
 
 PREFIX = "/v1/"
 NEWEST = "radapter"  # the release that answers whoever names none; NEWEST-N is release N

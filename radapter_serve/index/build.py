@@ -15,6 +15,7 @@ from pathlib import Path
 import lancedb
 import pyarrow as pa
 
+from radapter_serve.contract.names import RULE, is_name
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index import facts as known
 from radapter_serve.index.cluster import Cluster
@@ -40,7 +41,6 @@ from radapter_serve.index.store.local import (
 )
 from radapter_serve.index.stored import file_of
 from radapter_serve.index.writer import BROKEN, Progress, Summary, Writer
-from radapter_serve.inputs.names import RULE, is_name
 from radapter_serve.lock import lock
 from radapter_serve.release.repository import releases_with_digest, split_repository
 from radapter_serve.runtimes.embedding_release import EmbeddingRelease

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from radapter_serve.contract.image_files import SUFFIXES, count_kinds, is_image_file, list_images
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.index.store.s3 import SCHEME
 from radapter_serve.index.stored import StoredFile, stored_files
-from radapter_serve.inputs.image_files import SUFFIXES, count_kinds, is_image_file, list_images
 
 #: columns that every index has; a table's own may not be called so
 COLUMNS = ("path", "width", "height", "digest", "thumbnail", "vector")

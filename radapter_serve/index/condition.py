@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from sqlglot import TokenType, exp, generator, parse_one, tokens
 from sqlglot.dialects.dialect import Dialect
 
-from radapter_serve.inputs.errors import TaskError, invalid
+from radapter_serve.contract.errors import TaskError, invalid
 
 MAX_LENGTH = 2000  # characters
 MAX_DEPTH = 10  # of brackets, functions and NOT in each other: parsers need time and stack for them

@@ -12,8 +12,8 @@ import numpy as np
 from qdrant_client import models
 from sqlglot import exp
 
+from radapter_serve.contract.errors import invalid
 from radapter_serve.index.condition import parse_condition
-from radapter_serve.inputs.errors import invalid
 
 ALLOWED = (
     "an index in Qdrant takes a column compared with a value by = <> < <= > >= IN BETWEEN (texts by"

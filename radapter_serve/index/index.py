@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError, invalid
 from radapter_serve.files import as_text, staged
 from radapter_serve.index.facts import FACTS, IndexFacts
 from radapter_serve.index.store import Hit, Place, Store
@@ -21,7 +22,6 @@ from radapter_serve.index.store.local import Folder
 from radapter_serve.index.store.qdrant import Qdrant, is_qdrant
 from radapter_serve.index.store.s3 import Bucket
 from radapter_serve.index.store.table import UNIT
-from radapter_serve.inputs.errors import UNKNOWN_INDEX, TaskError, invalid
 
 LINK = "at"  # the one fact in the index.json of a folder that stands for a published index
 MAX_TOP_K = 1000

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError
+from radapter_serve.contract.names import is_name, spellings, there_are
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import as_name, as_text
 from radapter_serve.index.facts import FACTS
 from radapter_serve.index.index import Index, link_of, open_index, place_of
-from radapter_serve.inputs.errors import UNKNOWN_INDEX, TaskError
-from radapter_serve.inputs.names import is_name, spellings, there_are
 
 POLL = 5.0  # seconds between two questions to a storage for the generation that counts
 TRY_AGAIN = 10.0  # seconds after which an index that could not be opened is tried again

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.preprocess import oriented
 from radapter_serve.files import digest_of
 from radapter_serve.index.stored import StoredFile
-from radapter_serve.inputs.errors import TaskError
-from radapter_serve.inputs.preprocess import oriented
 from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 
 _ORIENTATION = ExifTags.Base.Orientation

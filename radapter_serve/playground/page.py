@@ -13,8 +13,8 @@ import gradio
 from PIL import Image, ImageOps
 
 from radapter_client import Client, InvalidRequest, RAdapterClientError
-from radapter_serve.inputs.errors import public
-from radapter_serve.inputs.names import names_of
+from radapter_serve.contract.errors import public
+from radapter_serve.contract.names import names_of
 
 TITLE = "radapter-serve playground"
 MAX_SIDE = 1024  # px of the longer side of a picture that is segmented

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.alpha import Alpha, Encode
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs.alpha import Alpha, Encode
 
 SAMPLES = "samples.npz"
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from radapter_serve.contract.alpha import RequestAlpha
+from radapter_serve.contract.errors import TaskError
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of, staged
-from radapter_serve.inputs.alpha import RequestAlpha
-from radapter_serve.inputs.errors import TaskError
 
 FORMAT = 1
 FILE = "release.json"

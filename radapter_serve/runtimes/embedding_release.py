@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.inputs.preprocess import Preprocess, decode_pixels
+from radapter_serve.contract.preprocess import Preprocess, decode_pixels
 from radapter_serve.release.release import Release
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.inputs.alpha import Encode, at
-from radapter_serve.inputs.tokenizer import Tokenizer, embed_texts
+from radapter_serve.contract.alpha import Encode, at
+from radapter_serve.contract.tokenizer import Tokenizer, embed_texts
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import RUNTIMES, find_release
 from radapter_serve.runtimes.embedding_release import EmbeddingRelease

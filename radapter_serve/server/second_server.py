@@ -11,7 +11,7 @@ import tritonclient.grpc
 from numpy.typing import NDArray
 from tritonclient.utils import np_to_triton_dtype
 
-from radapter_serve.inputs.alpha import Encode
+from radapter_serve.contract.alpha import Encode
 from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.repository import encoders_of
 from radapter_serve.server.config import ServerConfig

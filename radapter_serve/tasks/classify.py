@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from radapter_serve.contract.alpha import Alpha, Encode, RequestAlpha
+from radapter_serve.contract.errors import Cancelled, TaskError, invalid
+from radapter_serve.contract.labels import check_length
+from radapter_serve.contract.preprocess import Preprocess, decode_into
+from radapter_serve.contract.tokenizer import Tokenizer, embed_texts
 from radapter_serve.files import as_text
-from radapter_serve.inputs.alpha import Alpha, Encode, RequestAlpha
-from radapter_serve.inputs.errors import Cancelled, TaskError, invalid
-from radapter_serve.inputs.labels import check_length
-from radapter_serve.inputs.preprocess import Preprocess, decode_into
-from radapter_serve.inputs.tokenizer import Tokenizer, embed_texts
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
 from radapter_serve.tasks.label_source import LabelSource, strings

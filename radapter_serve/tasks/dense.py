@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from radapter_serve.inputs.alpha import Encode
-from radapter_serve.inputs.errors import (
+from radapter_serve.contract.alpha import Encode
+from radapter_serve.contract.errors import (
     NO_PATCH_ENCODER,
     Cancelled,
     TaskError,
     check_cancelled,
     invalid,
 )
-from radapter_serve.inputs.preprocess import Preprocess
-from radapter_serve.inputs.probabilities import class_probabilities
+from radapter_serve.contract.preprocess import Preprocess
+from radapter_serve.contract.probabilities import class_probabilities
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.refine import refine
 from radapter_serve.tasks.scored_mask import MaskTally, ScoredMask, check_label_embeddings, finite

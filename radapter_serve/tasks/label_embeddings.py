@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.alpha import Encode, at
+from radapter_serve.contract.errors import Cancelled, check_cancelled
+from radapter_serve.contract.labels import check_labels, check_templates, mean_embeddings
+from radapter_serve.contract.tokenizer import Tokenizer, embed_texts
 from radapter_serve.files import staged
-from radapter_serve.inputs.alpha import Encode, at
-from radapter_serve.inputs.errors import Cancelled, check_cancelled
-from radapter_serve.inputs.labels import check_labels, check_templates, mean_embeddings
-from radapter_serve.inputs.tokenizer import Tokenizer, embed_texts
 
 _BATCHES = 16  # of prompts, after which the labels so far are kept, even if the caller gives up
 

@@ -8,10 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from radapter_serve.inputs.alpha import Alpha
-from radapter_serve.inputs.errors import NO_LABELS, UNKNOWN_LABEL_SET, Cancelled, TaskError, invalid
-from radapter_serve.inputs.labels import check_prompts
-from radapter_serve.inputs.names import spellings
+from radapter_serve.contract.alpha import Alpha
+from radapter_serve.contract.errors import (
+    NO_LABELS,
+    UNKNOWN_LABEL_SET,
+    Cancelled,
+    TaskError,
+    invalid,
+)
+from radapter_serve.contract.labels import check_prompts
+from radapter_serve.contract.names import spellings
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from radapter_serve.inputs.errors import INTERNAL_ERROR, TaskError
+from radapter_serve.contract.errors import INTERNAL_ERROR, TaskError
 
 T = TypeVar("T")
 U = TypeVar("U")

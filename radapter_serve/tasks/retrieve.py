@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.errors import INDEX_MISMATCH, TaskError, invalid, public
 from radapter_serve.files import as_text
 from radapter_serve.index.facts import build_command, mismatch
 from radapter_serve.index.index import Index, link_of
 from radapter_serve.index.opened import OpenIndexes
-from radapter_serve.inputs.errors import INDEX_MISMATCH, TaskError, invalid, public
 from radapter_serve.release.release import Release
 
 DEFAULT_TOP_K = 10

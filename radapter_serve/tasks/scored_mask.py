@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.inputs.errors import ENCODER_FAILED, TaskError, invalid
+from radapter_serve.contract.errors import ENCODER_FAILED, TaskError, invalid
 
 MAX_LABELS = 65_534  # the background's index and every label's fit into uint16
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from radapter_serve.inputs.alpha import Alpha
-from radapter_serve.inputs.errors import NOT_CALIBRATED, TaskError, invalid
-from radapter_serve.inputs.probabilities import class_probabilities
+from radapter_serve.contract.alpha import Alpha
+from radapter_serve.contract.errors import NOT_CALIBRATED, TaskError, invalid
+from radapter_serve.contract.probabilities import class_probabilities
 from radapter_serve.release.confidence import NO_TEMPERATURE, Confidence
 from radapter_serve.release.release import Release
 

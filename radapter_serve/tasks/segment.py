@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from radapter_serve.inputs.alpha import Encode, at, single
-from radapter_serve.inputs.errors import (
+from radapter_serve.contract.alpha import Encode, at, single
+from radapter_serve.contract.errors import (
     IMAGE_TOO_LARGE,
     INVALID_IMAGE,
     Cancelled,
     TaskError,
     invalid,
 )
-from radapter_serve.inputs.preprocess import decode
+from radapter_serve.contract.preprocess import decode
 from radapter_serve.release.release import Release
 from radapter_serve.tasks.dense import DenseSegmenter
 from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet

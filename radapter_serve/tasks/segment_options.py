@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from radapter_serve.inputs.errors import invalid
+from radapter_serve.contract.errors import invalid
 
 MAX_REFINE = 100
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from radapter_serve.contract.image_files import SUFFIXES, count_kinds
+from radapter_serve.contract.labels import read_templates
+from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.data import Captioned, Labelled, Masked, few_shot, run_data, validation_data
 from radapter_serve.data.checks import broken_images, equal_names
 from radapter_serve.data.classes import IMAGENET
 from radapter_serve.data.segments import SegmentCrops, Segments, list_segments
 from radapter_serve.errors import RAdapterError, all_of, listed
 from radapter_serve.hub import LOCAL
-from radapter_serve.inputs.image_files import SUFFIXES, count_kinds
-from radapter_serve.inputs.labels import read_templates
-from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.training.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -18,14 +18,14 @@ import numpy as np
 import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
-from radapter_serve.extras import install_command
-from radapter_serve.inputs.errors import (
+from radapter_serve.contract.errors import (
     ENCODER_FAILED,
     INVALID_ARGUMENT,
     TaskError,
     invalid,
     public,
 )
+from radapter_serve.extras import install_command
 from radapter_serve.tasks.outcome import Outcome
 from radapter_serve.triton import surplus
 from radapter_serve.triton.responses import answer, need

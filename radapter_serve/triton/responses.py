@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
-from radapter_serve.inputs.errors import (
+from radapter_serve.contract.errors import (
     CANCELLED,
     ENCODER_FAILED,
     INTERNAL_ERROR,

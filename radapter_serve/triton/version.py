@@ -13,8 +13,8 @@ import triton_python_backend_utils as pb
 from numpy.typing import NDArray
 
 from radapter_client._failures import read_failure
-from radapter_serve.inputs.alpha import Alpha
-from radapter_serve.inputs.errors import (
+from radapter_serve.contract.alpha import Alpha
+from radapter_serve.contract.errors import (
     ENCODER_FAILED,
     OVERLOADED,
     RESTARTING,
@@ -22,7 +22,7 @@ from radapter_serve.inputs.errors import (
     TaskError,
     public,
 )
-from radapter_serve.inputs.tokenizer import Tokenizer
+from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.release.release import FILE, Release
 from radapter_serve.tasks.classify import EmbedImages
 from radapter_serve.tasks.label_embeddings import LabelEmbedder

@@ -22,8 +22,8 @@ from PIL import Image
 
 from radapter_serve.cli import release as release_command
 from radapter_serve.cli.index import main
+from radapter_serve.contract.errors import INDEX_MISMATCH, TaskError
 from radapter_serve.index.index import open_index
-from radapter_serve.inputs.errors import INDEX_MISMATCH, TaskError
 from radapter_serve.release.release import Release
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.tasks.retrieve import Retrieve, Retrieved, RetrieveRequest

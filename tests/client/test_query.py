@@ -16,7 +16,7 @@ from PIL import Image
 
 from radapter_client import Client, query
 from radapter_client.query import main
-from radapter_serve.inputs.labels import read_label_file
+from radapter_serve.contract.labels import read_label_file
 from tests.helpers.stand_ins import Recorder
 
 

@@ -20,15 +20,15 @@ from PIL import Image
 
 from radapter_client.query.inputs import SUFFIXES as OF_THE_CLIENT
 from radapter_serve.clip.base import load_base
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.image_files import SUFFIXES, list_images
+from radapter_serve.contract.labels import join_label, split_label
+from radapter_serve.contract.preprocess import FORMATS, decode, verify
 from radapter_serve.data import load_labelled
 from radapter_serve.data.checks import broken_images
 from radapter_serve.errors import RAdapterError
 from radapter_serve.hub import unreachable
 from radapter_serve.index.collection import open_collection
-from radapter_serve.inputs.errors import TaskError
-from radapter_serve.inputs.image_files import SUFFIXES, list_images
-from radapter_serve.inputs.labels import join_label, split_label
-from radapter_serve.inputs.preprocess import FORMATS, decode, verify
 from radapter_serve.training import Recipe
 from radapter_serve.training.tasks import open_run
 from tests.helpers.own_cache import own_cache as own_cache

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as runs
 
+from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.data import IGNORE, load_captioned, load_labelled, load_masked
 from radapter_serve.data.segments import load_segments
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.evaluation_set import as_seen
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Entry, Suite
-from radapter_serve.inputs.mask_crop import MaskCrop
 
 UPRIGHT = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 MASK = np.random.default_rng(1).integers(0, 2, (6, 9), dtype=np.uint8) + 1

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from radapter_serve.contract.labels import read_label_file, split_label
 from radapter_serve.demo import data
-from radapter_serve.inputs.labels import read_label_file, split_label
 
 
 def test_open_clip_loads_the_base_in_fp32() -> None:

@@ -15,9 +15,9 @@ from PIL import Image
 
 from benchmarks.drawings.iconify import LICENCES
 from benchmarks.drawings.roles import load_roles
+from radapter_serve.contract.labels import read_label_file, split_label
 from radapter_serve.demo import data
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs.labels import read_label_file, split_label
 
 PLACES = ("train", "val", "test", *(f"shifts/{style}" for style in data.SHIFTS))
 

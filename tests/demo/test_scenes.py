@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
+from radapter_serve.contract.labels import split_label
 from radapter_serve.data import load_masked
 from radapter_serve.demo import data, scenes
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs.labels import split_label
 
 FEW = 4
 

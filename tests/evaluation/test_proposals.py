@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import choose
 from radapter_serve.evaluation.embedder import SegmentImage, SegmentQuery, segment_here
@@ -21,8 +23,6 @@ from radapter_serve.evaluation.results import table
 from radapter_serve.evaluation.row import Row
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Suite, load_suite
-from radapter_serve.inputs.mask_crop import MaskCrop
-from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.tasks.proposals import ProposalSegmenter
 from tests.evaluation.test_segmentation import Oracle
 

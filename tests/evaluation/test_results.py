@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Variant
 from radapter_serve.evaluation.evaluate import case_of
@@ -25,7 +26,6 @@ from radapter_serve.evaluation.results import (
 )
 from radapter_serve.evaluation.row import Bin, ClassFigures, ModelFacts, Row, SetFacts, Setup
 from radapter_serve.evaluation.suite import Entry, entry_of
-from radapter_serve.inputs.mask_crop import MaskCrop
 from tests.helpers.a_row import a_row
 
 

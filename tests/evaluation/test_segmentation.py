@@ -22,6 +22,8 @@ from rich.console import Console
 
 from radapter_serve.adapter import load_adapter, save_adapter
 from radapter_serve.adapter.file import Adapter
+from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.preprocess import Preprocess, decode
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import (
     PROPOSALS,
@@ -40,8 +42,6 @@ from radapter_serve.evaluation.run import choose_alpha, draw, evaluate_suite
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter, from_merged
-from radapter_serve.inputs.mask_crop import MaskCrop
-from radapter_serve.inputs.preprocess import Preprocess, decode
 from radapter_serve.tasks.dense import DenseSegmenter
 from radapter_serve.tasks.proposals import ProposalSegmenter
 from tests.helpers.small_models import release

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
+from radapter_serve.contract.probabilities import class_probabilities
 from radapter_serve.data.class_ids import read_class_ids
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Variant
@@ -29,7 +30,6 @@ from radapter_serve.evaluation.run import evaluate_suite
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.suite import Entry, Suite, load_suite
 from radapter_serve.evaluation.torch_embedder import from_adapter
-from radapter_serve.inputs.probabilities import class_probabilities
 
 ROOT = Path(__file__).parents[2]
 SUITES = ROOT / "recipes" / "suites"

@@ -16,8 +16,8 @@ from radapter_export.graph import Graph
 from radapter_export.references import BATCHES, Inputs, References
 from radapter_serve.adapter import attach_adapter, fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
+from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs.tokenizer import Tokenizer
 from radapter_serve.release.agreement import TOLERANCES, Agreement, Samples, Tolerance, compare
 from radapter_serve.runtimes.encoder import Encoder
 

@@ -17,8 +17,8 @@ from radapter_export import ExportSettings, export_release
 from radapter_export.writer import UNFITTED
 from radapter_serve.adapter import fold, load_adapter, save_adapter
 from radapter_serve.clip.base import load_base
-from radapter_serve.inputs.preprocess import Preprocess, decode_pixels
-from radapter_serve.inputs.tokenizer import Tokenizer
+from radapter_serve.contract.preprocess import Preprocess, decode_pixels
+from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.runtimes.encoder import Encoder
 from tests.helpers.small_models import FAMILIES, make_base, random_adapter
 

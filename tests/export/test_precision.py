@@ -27,11 +27,11 @@ from radapter_export.precision import lower
 from radapter_export.quantization import calibration_images, quantize
 from radapter_serve.adapter import Adapter, attach_adapter, fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
+from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.release_embedder import release_variants
 from radapter_serve.index.collection import open_collection
-from radapter_serve.inputs.mask_crop import MaskCrop
-from radapter_serve.inputs.preprocess import Preprocess
 from radapter_serve.release.agreement import TOLERANCES, Samples, compare
 from radapter_serve.runtimes.encoder import Encoder
 from tests.helpers.a_row import a_row

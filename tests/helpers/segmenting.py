@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from radapter_serve.inputs.alpha import Encode
-from radapter_serve.inputs.mask_crop import MaskCrop
-from radapter_serve.inputs.preprocess import Preprocess
+from radapter_serve.contract.alpha import Encode
+from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.tasks.dense import DenseSegmenter
 from radapter_serve.tasks.proposals import ProposalSegmenter
 

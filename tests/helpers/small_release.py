@@ -24,8 +24,8 @@ from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
 from radapter_export.tokenizer import write_tokenizer
-from radapter_serve.inputs.mask_crop import MaskCrop
-from radapter_serve.inputs.tokenizer import Tokenizer
+from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.release.agreement import LEAST_COSINE, Samples
 from radapter_serve.release.integrity import write_sums
 from radapter_serve.release.release import Release

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from radapter_serve.inputs.errors import TIMED_OUT
+from radapter_serve.contract.errors import TIMED_OUT
 from tests.hostile.asks import good
 from tests.hostile.campaign import run
 from tests.hostile.case import BROKEN, CHECKED, REFUSED, Case

@@ -19,6 +19,7 @@ from moto.server import ThreadedMotoServer
 from pyarrow import parquet
 
 from radapter_serve.cli.index import main
+from radapter_serve.contract.errors import TaskError
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index import opened, stored
 from radapter_serve.index.build import add, build
@@ -30,7 +31,6 @@ from radapter_serve.index.publish import link, publish
 from radapter_serve.index.store import s3 as storage
 from radapter_serve.index.store.s3 import Bucket
 from radapter_serve.index.verify import verify
-from radapter_serve.inputs.errors import TaskError
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
 from tests.helpers.small_disk import small_disk
 from tests.index.test_index import DIM, FakeRelease, embeds_of, write

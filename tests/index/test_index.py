@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pyarrow import parquet
 
+from radapter_serve.contract.errors import INVALID_ARGUMENT, TaskError
+from radapter_serve.contract.preprocess import decode
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index import build as indexing
 from radapter_serve.index import recall
@@ -37,8 +39,6 @@ from radapter_serve.index.facts import FACTS
 from radapter_serve.index.index import open_index
 from radapter_serve.index.store import table as store_table
 from radapter_serve.index.verify import verify
-from radapter_serve.inputs.errors import INVALID_ARGUMENT, TaskError
-from radapter_serve.inputs.preprocess import decode
 from radapter_serve.lock import lock
 from radapter_serve.runtimes.embedding_release import EmbeddingRelease
 from tests.helpers.indexes import generation, said, say, table

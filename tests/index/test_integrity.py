@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
 from radapter_serve.index import integrity
@@ -16,7 +17,6 @@ from radapter_serve.index.build import add, build
 from radapter_serve.index.index import open_index
 from radapter_serve.index.store import table as store_table
 from radapter_serve.index.verify import verify
-from radapter_serve.inputs.errors import UNKNOWN_INDEX, TaskError
 from tests.helpers.indexes import said, say, table
 from tests.index.test_index import FakeRelease, embeds_of, write
 

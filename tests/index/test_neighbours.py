@@ -17,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from pyarrow import parquet
 
+from radapter_serve.contract.errors import TaskError
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of
 from radapter_serve.index import writer as index_writer
@@ -33,7 +34,6 @@ from radapter_serve.index.neighbours import (
 from radapter_serve.index.recall import tune
 from radapter_serve.index.store import table as store_table
 from radapter_serve.index.verify import verify
-from radapter_serve.inputs.errors import TaskError
 from tests.helpers.indexes import generation, said, say
 from tests.index.test_index import FakeRelease
 

@@ -16,6 +16,7 @@ import pytest
 from pyarrow import parquet
 
 from radapter_serve.cli.index import main
+from radapter_serve.contract.errors import INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index import opened
 from radapter_serve.index.build import add, build
@@ -25,7 +26,6 @@ from radapter_serve.index.publish import link, publish
 from radapter_serve.index.store import qdrant
 from radapter_serve.index.store.qdrant import FACTS_KEY, KEYS, Qdrant
 from radapter_serve.index.verify import verify
-from radapter_serve.inputs.errors import INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
 from tests.helpers.fake_qdrant import FakeQdrant, fake_qdrant
 from tests.index.test_index import DIM, FakeRelease, embeds_of, write

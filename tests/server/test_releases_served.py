@@ -20,9 +20,9 @@ import pytest
 
 from radapter_client import Client, InvalidRequest
 from radapter_serve.cli.release import main
+from radapter_serve.contract.names import spellings
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import build
-from radapter_serve.inputs.names import spellings
 from radapter_serve.release.agreement import Samples
 from radapter_serve.release.served import Served
 from radapter_serve.runtimes.local_release import LocalRelease

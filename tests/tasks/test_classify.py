@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radapter_serve.inputs.preprocess import Preprocess
+from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.tasks.classify import Classify, ClassifyRequest
 from tests.helpers.small_models import release
 from tests.helpers.small_release import LABELS, SIZE, WIDTH, png

@@ -16,9 +16,9 @@ from PIL import Image
 import radapter_client
 from radapter_client import Client
 from radapter_client.query import main as query
+from radapter_serve.contract.labels import split_label
 from radapter_serve.evaluation.release_embedder import ServerEmbedder
 from radapter_serve.index.build import build
-from radapter_serve.inputs.labels import split_label
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.runtimes.served_release import ServerRelease
 from radapter_serve.server.config import ServerConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from radapter_serve.inputs.errors import TaskError
+from radapter_serve.contract.errors import TaskError
 from radapter_serve.tasks.label_embeddings import LabelEmbedder, LabelSet
 
 SIMPLE = ["a photo of a {}."]

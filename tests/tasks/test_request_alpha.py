@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from radapter_serve.contract.alpha import RequestAlpha, at
+from radapter_serve.contract.errors import TaskError
 from radapter_serve.errors import RAdapterError
 from radapter_serve.index.build import add, build
 from radapter_serve.index.index import open_index
-from radapter_serve.inputs.alpha import RequestAlpha, at
-from radapter_serve.inputs.errors import TaskError
 from radapter_serve.runtimes.local_release import LocalRelease
 from radapter_serve.tasks.classify import Classify, ClassifyRequest, EmbedImages, EmbedTexts
 from radapter_serve.tasks.label_embeddings import LabelEmbedder

@@ -16,9 +16,14 @@ import pytest
 from numpy.typing import NDArray
 
 from radapter_client import InvalidRequest
+from radapter_serve.contract.errors import (
+    INDEX_MISMATCH,
+    INVALID_ARGUMENT,
+    UNKNOWN_INDEX,
+    TaskError,
+)
 from radapter_serve.index.build import add, build
 from radapter_serve.index.opened import OpenIndexes
-from radapter_serve.inputs.errors import INDEX_MISMATCH, INVALID_ARGUMENT, UNKNOWN_INDEX, TaskError
 from radapter_serve.playground import page
 from radapter_serve.tasks.retrieve import Retrieve, RetrieveRequest
 from tests.helpers.indexes import table

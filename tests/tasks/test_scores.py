@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from radapter_serve.inputs.errors import TaskError
+from radapter_serve.contract.errors import TaskError
 from radapter_serve.tasks.classify import Classes, Classify, ClassifyRequest, EmbedImages
 from radapter_serve.tasks.label_embeddings import LabelSet
 from radapter_serve.tasks.scores import Scores, Scoring

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radapter_serve.inputs.errors import TaskError
-from radapter_serve.inputs.mask_crop import MaskCrop
-from radapter_serve.inputs.preprocess import Preprocess
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.tasks import segment as module
 from radapter_serve.tasks.segment import SegmentRequest
 from radapter_serve.tasks.segment_options import SegmentOptions

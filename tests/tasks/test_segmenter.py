@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn.functional import interpolate, pad
 
-from radapter_serve.inputs.errors import TaskError
-from radapter_serve.inputs.mask_crop import MaskCrop
-from radapter_serve.inputs.preprocess import Preprocess, decode
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.mask_crop import MaskCrop
+from radapter_serve.contract.preprocess import Preprocess, decode
 from radapter_serve.tasks.dense import PATCH_SCALE
 from radapter_serve.tasks.refine import refine
 from radapter_serve.tasks.segment_options import SegmentOptions

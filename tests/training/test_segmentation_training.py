@@ -22,6 +22,7 @@ from radapter_serve.adapter import Adapter, Metadata, attach_adapter, load_adapt
 from radapter_serve.cli.train import main
 from radapter_serve.clip.base import load_base
 from radapter_serve.clip.towers import encode_image
+from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.data import BrokenImage, Masked, load_masked, run_data
 from radapter_serve.data.rows import decode_named
 from radapter_serve.data.segments import SegmentCrops, load_segments
@@ -30,7 +31,6 @@ from radapter_serve.evaluation.classification import zero_shot_classifier
 from radapter_serve.evaluation.run import own_validation
 from radapter_serve.evaluation.segmentation import SegmentationSet
 from radapter_serve.evaluation.sets import open_set
-from radapter_serve.inputs.mask_crop import MaskCrop
 from radapter_serve.training import Recipe, train
 from tests.helpers.short_run import short_run
 

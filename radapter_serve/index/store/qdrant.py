@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError, public
 from radapter_serve.errors import RAdapterError, check_installed
 from radapter_serve.index.facts import IndexFacts
 from radapter_serve.index.store import EXACT, THUMBNAIL, Hit, Store
 from radapter_serve.index.store.local import GENERATION
-from radapter_serve.inputs.errors import UNKNOWN_INDEX, TaskError, public
 
 KEYS = ("RADAPTER_QDRANT_API_KEY", "QDRANT_API_KEY")
 FACTS_KEY = "radapter_index"  # of the collection's metadata: the facts, as JSON

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.errors import UNKNOWN_INDEX, TaskError, invalid, public
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.index.condition import check_condition
 from radapter_serve.index.facts import IndexFacts
 from radapter_serve.index.neighbours import Neighbours
 from radapter_serve.index.store import EXACT, THUMBNAIL, Hit, plain, vectors_of
-from radapter_serve.inputs.errors import UNKNOWN_INDEX, TaskError, invalid, public
 
 UNIT = 1e-3  # how far a length or a cosine may be from what it can be, by rounding
 _ROUNDING = 1e-5  # of a cosine in float32

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, INVALID_IMAGE, TaskError
+from radapter_serve.contract.errors import IMAGE_TOO_LARGE, INVALID_IMAGE, TaskError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 ADVICE = "send a JPEG, PNG or WebP file, as bytes or as base64 text"

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from radapter_serve.inputs.errors import IMAGE_TOO_LARGE, TaskError, invalid
-from radapter_serve.inputs.preprocess import MAX_PIXELS
+from radapter_serve.contract.errors import IMAGE_TOO_LARGE, TaskError, invalid
+from radapter_serve.contract.preprocess import MAX_PIXELS
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 

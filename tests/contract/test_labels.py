@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from radapter_serve.contract import labels as module
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.labels import read_label_file, read_templates
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs import labels as module
-from radapter_serve.inputs.errors import TaskError
-from radapter_serve.inputs.labels import read_label_file, read_templates
 
 SIMPLE = ["a photo of a {}."]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from radapter_serve.inputs.errors import invalid
+from radapter_serve.contract.errors import invalid
 
 Alpha = NDArray[np.float32]  # [B, 1], a row's own each
 # Of one encoder: rows to embeddings; with a second argument, `Alpha`, where α is an input, and none

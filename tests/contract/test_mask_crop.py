@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from radapter_serve.inputs.errors import TaskError
-from radapter_serve.inputs.mask_crop import MaskCrop
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.mask_crop import MaskCrop
 
 FILL = (123, 117, 104)
 

@@ -17,9 +17,9 @@ import regex
 import tokenizers
 from numpy.typing import NDArray
 
+from radapter_serve.contract.alpha import Alpha, Encode
+from radapter_serve.contract.errors import Cancelled, check_cancelled
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs.alpha import Alpha, Encode
-from radapter_serve.inputs.errors import Cancelled, check_cancelled
 
 # Long words are rare and could fill the memory.
 _CACHED_WORDS, _CACHED_LENGTH = 1 << 16, 32

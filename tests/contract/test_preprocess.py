@@ -15,9 +15,9 @@ from open_clip.transform import image_transform
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from radapter_serve.inputs import preprocess as module
-from radapter_serve.inputs.errors import TaskError
-from radapter_serve.inputs.preprocess import (
+from radapter_serve.contract import preprocess as module
+from radapter_serve.contract.errors import TaskError
+from radapter_serve.contract.preprocess import (
     Preprocess,
     decode,
     decode_into,

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, get_clean_fn
 
 from radapter_export.tokenizer import write_tokenizer
+from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs.tokenizer import Tokenizer
 
 PIECES = [
     'a photo of a cat', "IT'S", "DON'T", "I'LL", "'s", "'ſ", 'we’ve', '<end_of_text>',

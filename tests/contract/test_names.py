@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radapter_serve.inputs.names import MAX_BYTES, is_name, names_of, spellings, there_are
+from radapter_serve.contract.names import MAX_BYTES, is_name, names_of, spellings, there_are
 
 
 @pytest.mark.parametrize(

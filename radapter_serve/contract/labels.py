@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from radapter_serve.contract.errors import NO_LABELS, TaskError, invalid
+from radapter_serve.contract.templates import BUILT_IN_TEMPLATES
 from radapter_serve.errors import RAdapterError
-from radapter_serve.inputs.errors import NO_LABELS, TaskError, invalid
-from radapter_serve.inputs.templates import BUILT_IN_TEMPLATES
 
 # Of one request, checked before a prompt is built. A label set that is exported may have more
 # prompts.
