@@ -157,7 +157,7 @@ def _accuracies(
                     precision=form.partition(" ")[0],
                     runtime=runtime,
                     calibration=calibration if form == "int8 static" else None,
-                    validation=validation or load_adapter(run).metadata.recipe["val_data"],
+                    validation=validation or load_adapter(run).metadata.source.val_data,
                     max_drop=100,
                 ),
             )

@@ -82,7 +82,7 @@ def main() -> None:
             }
         suite = Suite(
             "retrieval",
-            tuple(Entry(str(key), place, "retrieval") for key, place in evaluated.items()),
+            tuple(Entry(place, "retrieval", name=str(key)) for key, place in evaluated.items()),
         )
         runs = [(delta, 1) for delta in arguments.deltas]
         runs += [(recipe.delta, arguments.captions)] if arguments.captions > 1 else []

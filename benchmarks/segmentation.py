@@ -11,7 +11,6 @@ from rich.table import Table
 
 from radapter_serve.adapter import attach_adapter, load_adapter
 from radapter_serve.clip.base import load_base
-from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.data import load_masked
 from radapter_serve.data.segments import load_segments
 from radapter_serve.evaluation.batches import evaluation_batches
@@ -37,13 +36,13 @@ def main(
         min_area: pixels below which a segment is left out; none takes the recipe's.
     """
     found = load_adapter(adapter)
-    recipe, metadata = found.metadata.recipe, found.metadata
+    metadata = found.metadata
     base = load_base(metadata.architecture, metadata.pretrained)
     adapters = attach_adapter(base.model, found, 1.0)
     segments = load_segments(
         load_masked(data, classes=classes, images=images),
-        MaskCrop.from_recipe(recipe, base.preprocess["mean"]),
-        min_area=recipe["mask_min_area"] if min_area is None else min_area,
+        metadata.source.mask_crop(base.preprocess["mean"]),
+        min_area=metadata.source.mask_min_area if min_area is None else min_area,
         templates=metadata.templates,
     )
     batches = list(

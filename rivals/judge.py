@@ -54,7 +54,7 @@ def judge(
     start = base.model.state_dict()
     changes = {key: value.float().cpu() - start[key].float() for key, value in weights.items()}
     line = Line(name, {key: change for key, change in changes.items() if change.any()})
-    crop = MaskCrop.from_recipe(run.recipe.to_dict(), base.preprocess["mean"])
+    crop = run.recipe.mask_crop(base.preprocess["mean"])
     embedder = TorchEmbedder(base, [line], alphas, TEMPLATES, crop=crop)
     return [row for data in sets for row in evaluate(embedder, data)]
 
@@ -78,7 +78,7 @@ class SystemEmbedder(Embedder):
             preprocess.size[0],
             preprocess.exif_orientation,
         )
-        self.crop = MaskCrop.from_recipe({}, base.preprocess["mean"])
+        self.crop = MaskCrop.filled_with(base.preprocess["mean"])
         facts = ModelFacts(model=base.name, pretrained=base.pretrained, precision="fp32")
         self.variants = [Variant(type(learned.system).__name__, alpha, facts) for alpha in alphas]
 

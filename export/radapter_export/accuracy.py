@@ -197,7 +197,7 @@ def open_validation(
             are others now.
     """
     own = data is None
-    has_own = metadata.recipe.get("val_data") or metadata.recipe.get("val_fraction")
+    has_own = metadata.source.val_data or metadata.source.val_fraction
     if data == NONE or (own and (precision == "fp32" or not has_own)):
         return None
     suite = own_validation(metadata, None if data == OWN else data)

@@ -61,7 +61,7 @@ class Source:
         if dynamic_alpha and len(paths) == 1:
             with contextlib.suppress(RAdapterError):  # none was chosen, or for another adapter
                 alpha = chosen(paths[0]).alpha
-        way = settings.dense or meta.recipe.get("dense") or "none"
+        way = settings.dense or meta.source.dense
         return cls(
             adapter,
             [
@@ -73,7 +73,7 @@ class Source:
             None if way == "none" else way,
             templates_of(meta.templates if settings.templates is None else settings.templates),
             _label_sets(settings.label_sets, meta.classes),
-            settings.exif_orientation and bool(meta.recipe.get("exif_orientation", True)),
+            settings.exif_orientation and meta.source.exif_orientation,
         )
 
 

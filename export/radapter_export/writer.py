@@ -36,7 +36,6 @@ from radapter_serve.clip.towers import is_causal
 from radapter_serve.contract.alpha import Encode, at
 from radapter_serve.contract.image_files import spread
 from radapter_serve.contract.labels import split_label
-from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.preprocess import Preprocess
 from radapter_serve.contract.probabilities import SAME, indistinguishable
 from radapter_serve.contract.tokenizer import Tokenizer
@@ -84,7 +83,7 @@ class Writer:
         self._state = dict(base.model.state_dict())  # before adapters are attached
         self._attached: Adapters | None = None
         self._calibration = Calibration((), ())
-        self._crop = MaskCrop.from_recipe(source.adapter.metadata.recipe, base.preprocess["mean"])
+        self._crop = source.adapter.metadata.source.mask_crop(base.preprocess["mean"])
         self._size, self._width = base.image_size, int(base.config["embed_dim"])
         self._grid = (
             0 if source.way is None else int(check_dense(base.model, source.way).grid_size[0])

@@ -8,16 +8,17 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, GetPydanticSchema, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from typing_extensions import TypedDict
 
+from radapter_serve.data.source import RunSource
 from radapter_serve.errors import RAdapterError, reason
 from radapter_serve.files import staged
 
@@ -35,34 +36,6 @@ Text = Annotated[str, Field(min_length=1)]
 Template = Annotated[str, Field(pattern=r"\{\}")]
 
 
-class TrainedBy(TypedDict, total=False):
-    """The fields of a recipe that evaluation and export read; whatever else it holds is kept as it
-    is.
-    """
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-
-    data: str
-    val_data: str | None
-    val_fraction: Annotated[float, Field(ge=0, lt=1)]
-    seed: Annotated[int, Field(ge=0)]
-    image_column: str
-    label_column: str
-    caption_column: str
-    captions_per_image: Annotated[int, Field(ge=1)]
-    exif_orientation: bool
-    streaming: bool
-    class_split: str
-    images: str | None
-    classes: str | None
-    dense: str
-    mask_padding: Annotated[float, Field(ge=0, le=1)]
-    mask_square: bool
-
-
-Recipe = Annotated[dict[str, Any], GetPydanticSchema(lambda _, handler: handler(TrainedBy))]
-
-
 @dataclass(frozen=True)
 class Metadata:
     """What the header of an adapter file says.
@@ -75,7 +48,7 @@ class Metadata:
         task: `classification`, `retrieval` or `segmentation`.
         alpha: the re-scaling to use where none is asked for, in [0, 1].
         templates: prompt templates with `{}` for the class name.
-        recipe: how it was trained.
+        recipe: how it was trained, as `recipe.yaml` has it; the product reads `source` alone.
         metrics: what validation measured.
         classes: names of the classes that it was trained on, in the order of the labels and as a
             label file has them: synonyms after commas. A name may occur twice, for two classes.
@@ -93,11 +66,16 @@ class Metadata:
     templates: Annotated[list[Template], Field(min_length=1)] = field(
         default_factory=lambda: ["a photo of a {}."]
     )
-    recipe: Recipe = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     classes: Annotated[list[Text], Field(min_length=1)] | None = None
     held_out: Text | None = None
     format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)] = FORMAT_VERSION
+
+    @cached_property
+    def source(self) -> RunSource:
+        """The data that it was trained with and validated on."""
+        return RunSource.from_json(self.recipe, self.task)
 
 
 @dataclass(frozen=True)
@@ -237,9 +215,11 @@ def _metadata(header: Mapping[str, str]) -> Metadata:
     try:
         metadata = TypeAdapter(Metadata).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise RAdapterError(f"its {where!r} is {first['input']!r:.80}: {first['msg']}") from error
+        raise _refusal(error) from error
+    try:
+        RunSource.from_json(metadata.recipe, metadata.task)
+    except ValidationError as error:
+        raise _refusal(error, "recipe") from error
     for name, usual in GONE.items():
         value = metadata.recipe.get(name, usual)
         if value != usual:
@@ -248,6 +228,12 @@ def _metadata(header: Mapping[str, str]) -> Metadata:
                 " have; train it without"
             )
     return metadata
+
+
+def _refusal(error: ValidationError, *place: str) -> RAdapterError:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in (*place, *first["loc"]))
+    return RAdapterError(f"its {where!r} is {first['input']!r:.80}: {first['msg']}")
 
 
 def _check_tensors(adapter: Adapter, state_dict: Mapping[str, Tensor] | None = None) -> None:

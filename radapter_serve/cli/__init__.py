@@ -91,8 +91,16 @@ def options(kind: Callable[..., Any], names: Collection[str], values: Any = None
             default = dataclasses.field(default_factory=lambda value=value: value)  # type: ignore[misc]
             fields.append((name, hints[name], default))
     made = dataclasses.make_dataclass(kind.__name__, fields, kw_only=True)
-    made.__doc__ = kind.__doc__
+    made.__doc__ = _documentation(kind)
     return made
+
+
+def _documentation(kind: Callable[..., Any]) -> str:
+    """The docstring of a function or a dataclass, with the attributes that the latter inherits."""
+    bases = inspect.getmro(kind) if inspect.isclass(kind) else (kind,)
+    own, *inherited = [inspect.getdoc(base) or "" for base in bases if base is not object]
+    attributes = [text.partition("Attributes:\n")[2] for text in inherited]
+    return "\n".join([own, *attributes])
 
 
 def guard(call: Callable[[], Any], argv: Sequence[str] | None = None, *, prog: str) -> int:

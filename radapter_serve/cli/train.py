@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -24,14 +24,6 @@ FIRST = (
     *("task", "architecture", "pretrained", "data", "val_data", "val_fraction", "classes"),
     *("batch_size", "epochs", "learning_rate", "alpha", "seed", "out"),
 )
-GROUPS = {  # title and sentence, by the first field of each in the recipe's order
-    "task": ("model", "What is trained."),
-    "data": ("data", "What it learns from."),
-    "rank": ("adapter and loss", "The method."),
-    "batch_size": ("optimizer", "How it learns."),
-    "crop_scale": ("image", "What the towers see."),
-    "precision": ("run", "How the command runs."),
-}
 
 
 @dataclass
@@ -75,12 +67,10 @@ def _train(arguments: list[str]) -> None:
         f" {', '.join(ready_recipes())}."
     )
     if asks_for_help(rest):
-        first = dataclasses.make_dataclass(
-            "First", (), bases=(options(Recipe, FIRST, recipe), Given)
-        )
-        show_help(first, prog=PROG, description=description)
+        show_help(_in_groups(recipe, FIRST), prog=PROG, description=description)
     if HELP_ALL in rest:
-        tyro.cli(_in_groups(recipe), args=["--help"], prog=PROG, description=description)
+        shown = {field.name for field in dataclasses.fields(recipe)} - {"resume"}  # beside --recipe
+        tyro.cli(_in_groups(recipe, shown), args=["--help"], prog=PROG, description=description)
     recipe = tyro.cli(
         Recipe, args=_nones(rest, Recipe), default=recipe, prog=PROG, description=description
     )
@@ -91,22 +81,19 @@ def _train(arguments: list[str]) -> None:
     train(recipe)
 
 
-def _in_groups(recipe: Recipe) -> type:
-    """All fields of a recipe for the help, with its values as defaults, in groups."""
-    groups: list[list[str]] = []
-    for field in dataclasses.fields(recipe):
-        if field.name in GROUPS:
-            groups.append([])
-        if field.name != "resume":  # which stands beside --recipe
-            groups[-1].append(field.name)
+def _in_groups(recipe: Recipe, names: Collection[str]) -> type:
+    """Fields of a recipe for the help, with its values as defaults, in the recipe's groups."""
+    from radapter_serve.training.recipe import GROUPS
+
     fields: list[tuple[str, Any, Any]] = []
-    for number, names in enumerate(groups):
-        title, sentence = GROUPS[names[0]]
-        group = options(type(recipe), names, recipe)
-        shown = tyro.conf.arg(name=title, help=sentence)
-        kind = Annotated[group, tyro.conf.OmitArgPrefixes, shown]  # type: ignore[valid-type]
-        fields.append((f"group_{number}", kind, dataclasses.field(default_factory=group)))
-    return dataclasses.make_dataclass("All", fields, bases=(Given,))
+    for title, group in GROUPS.items():
+        made = options(group, names, recipe)
+        sentence = (group.__doc__ or "").partition("\n")[0]
+        named = tyro.conf.arg(name=title, help=sentence)
+        kind = Annotated[made, tyro.conf.OmitArgPrefixes, named]  # type: ignore[valid-type]
+        if dataclasses.fields(made):
+            fields.append((title, kind, dataclasses.field(default_factory=made)))
+    return dataclasses.make_dataclass("Shown", fields, bases=(Given,))
 
 
 def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -15,8 +15,6 @@ from PIL import Image
 from radapter_serve.contract.errors import IMAGE_TOO_LARGE, TaskError, invalid
 from radapter_serve.contract.preprocess import MAX_PIXELS
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-
 
 @dataclass(frozen=True)
 class MaskCrop:
@@ -36,19 +34,17 @@ class MaskCrop:
     fill: tuple[int, int, int] = (123, 117, 104)
 
     @classmethod
-    def from_recipe(cls, recipe: Mapping[str, Any], mean: Sequence[float] = CLIP_MEAN) -> MaskCrop:
-        """The crop that a recipe trains with.
+    def filled_with(
+        cls, mean: Sequence[float], *, padding: float = 0.0, square: bool = True
+    ) -> MaskCrop:
+        """A crop that is filled with the mean of an encoder.
 
         Args:
-            recipe: its `mask_padding` and `mask_square`; without them, the defaults.
             mean: RGB in [0, 1] that the encoder subtracts.
+            padding, square: as of the class.
         """
         red, green, blue = (round(255 * value) for value in mean)
-        padding, square = (
-            recipe.get("mask_padding", cls.padding),
-            recipe.get("mask_square", cls.square),
-        )
-        return cls(float(padding), bool(square), (red, green, blue))
+        return cls(padding, square, (red, green, blue))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MaskCrop:

@@ -54,17 +54,17 @@ def lessons(data: DemoData, scenes: SceneData) -> list[Lesson]:
     """The three tasks on the demo's data: drawings, captions of scenes, and masks of scenes."""
     templates = str(data.templates)
     captions = tuple(
-        Entry(name, f"csv:{folder / 'captions.csv'}", "retrieval")
+        Entry(f"csv:{folder / 'captions.csv'}", "retrieval", name=name)
         for name, folder in scenes.test.items()
     )
-    masks: dict[str, Any] = {"task": "segmentation", "classes": str(scenes.classes)}
+    masks: dict[str, Any] = {"task": "segmentation", "classes": scenes.classes}
     proposals = tuple(
-        Entry(name, f"masks:{folder}", dense="proposals", threshold=0.0, **masks)
+        Entry(f"masks:{folder}", name=name, dense="proposals", threshold=0.0, **masks)
         for name, folder in scenes.test.items()
     )
     dense = Entry(
-        f"{FINE_TUNED}, dense",
         f"masks:{scenes.test[FINE_TUNED]}",
+        name=f"{FINE_TUNED}, dense",
         dense="naclip",
         short_side=SHORT_SIDE,
         **masks,

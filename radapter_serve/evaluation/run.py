@@ -33,7 +33,7 @@ from radapter_serve.evaluation.results import (
 )
 from radapter_serve.evaluation.row import Row
 from radapter_serve.evaluation.sets import open_set
-from radapter_serve.evaluation.suite import Suite, entry_of
+from radapter_serve.evaluation.suite import Entry, OwnValidation, Suite
 
 Say = Callable[[str], None]
 
@@ -221,35 +221,38 @@ def own_validation(metadata: Metadata, data: str | None = None) -> Suite:
     Raises:
         RAdapterError: the run was trained without any, or with the other data.
     """
-    recipe = {**metadata.recipe, "task": metadata.task}
+    source = metadata.source
     if data is not None:
-        if recipe.get("data") and _place(data) == _place(recipe["data"]):
+        if source.data and _place(data) == _place(source.data):
             raise RAdapterError(
                 f"the validation data {data} is what the run was trained with, which tells nothing"
                 " of other images; name others, or none, or own for those that the run was"
                 " validated with"
             )
-        recipe |= {"val_data": data}
-    held_out = (
-        f"{recipe['val_fraction']} of {recipe['data']}"
-        if recipe.get("val_fraction") and recipe.get("data")
-        else ""
-    )
-    place = recipe.get("val_data") or held_out
+        source = dataclasses.replace(source, val_data=data)
+    place = source.val_data
+    if not place and source.val_fraction and source.data:
+        place = f"{source.val_fraction} of {source.data}"
     if not place:
         raise RAdapterError(
             "alpha is chosen on validation data, and the run was trained without any"
             " (--val-fraction or --val-data); name some in a suite: data sets with `split:"
             " validation`"
         )
-    fields: dict[str, Any] = {
-        name: recipe[name] for name in ("class_split", "exif_orientation") if name in recipe
-    }
-    if metadata.task == "segmentation":
-        fields["dense"] = recipe["dense"] if recipe.get("dense", "none") != "none" else PROPOSALS
-    fields |= {"name": "validation", "data": place, "task": metadata.task, "split": "validation"}
-    run = dataclasses.replace(metadata, recipe=recipe)
-    return Suite("validation", (entry_of(fields, "the run's validation data"),), run=run)
+    dense = None
+    if source.task == "segmentation":
+        dense = PROPOSALS if source.dense == "none" else source.dense
+    entry = Entry(
+        place,
+        name="validation",
+        task=source.task,
+        split="validation",
+        class_split=source.class_split,
+        exif_orientation=source.exif_orientation,
+        dense=dense,
+    )
+    own = OwnValidation(source, metadata.classes, metadata.held_out)
+    return Suite("validation", (entry,), own=own)
 
 
 def _place(source: str) -> tuple[str, Path, str]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from radapter_serve.adapter import Metadata
 from radapter_serve.clip.prompts import templates_of
 from radapter_serve.contract.labels import split_label
 from radapter_serve.data import (
@@ -23,6 +22,7 @@ from radapter_serve.data import (
     refuse_wordnet_ids,
     validation_data,
 )
+from radapter_serve.data.classes import IMAGENET
 from radapter_serve.data.held_out import check_held_out
 from radapter_serve.data.masked import load_masked
 from radapter_serve.data.objectnet import objectnet_members
@@ -31,7 +31,7 @@ from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, drawn
 from radapter_serve.evaluation.image_sets import ClassificationSet, Image, RetrievalSet
 from radapter_serve.evaluation.segmentation import SegmentationSet
-from radapter_serve.evaluation.suite import Entry, Suite
+from radapter_serve.evaluation.suite import Entry, OwnValidation, Suite
 from radapter_serve.files import read_yaml
 
 _READERS = (*READERS, "masks", "coco")
@@ -52,8 +52,8 @@ def open_set(
         RAdapterError: the data, a class file or a template file can't be read, or they do not
             match.
     """
-    if suite.run is not None:
-        return _own_set(suite.run, entry, limit, seed)
+    if suite.own is not None:
+        return _own_set(suite.own, entry, limit, seed)
     spec = _below(suite.data_root, entry.data)
     try:
         if entry.task == "retrieval":
@@ -132,12 +132,12 @@ def _retrieval_set(
     return retrieval_set(entry, data, limit, seed)
 
 
-def _own_set(run: Metadata, entry: Entry, limit: int | None, seed: int) -> EvaluationSet:
+def _own_set(own: OwnValidation, entry: Entry, limit: int | None, seed: int) -> EvaluationSet:
     """The validation data of a run, as training opened it."""
-    data = validation_data(run.recipe, run.classes, broken=[])
+    data = validation_data(own.source, own.classes, broken=[])
     assert data is not None  # as own_validation has seen
-    if run.held_out is not None and not run.recipe.get("val_data"):
-        check_held_out(data, run.held_out, run.recipe["data"])
+    if own.held_out is not None and not own.source.val_data:
+        check_held_out(data, own.held_out, own.source.data)
     if isinstance(data, Masked):
         images = [data.images[index] for index in drawn(len(data.images), limit, seed)]
         return SegmentationSet(entry, images, data.classes, None)
@@ -195,28 +195,28 @@ def _images(suite: Suite, entry: Entry) -> Path | None:
     return suite.data_root / entry.images if entry.images else None
 
 
-def _file(suite: Suite, name: str) -> Path:
+def _file(suite: Suite, name: Path) -> Path:
     """A file beside the suite or, where there is none, below the data root."""
     return suite.folder / name if (suite.folder / name).exists() else suite.data_root / name
 
 
 def _class_mapping(
-    suite: Suite, classes: str | None
+    suite: Suite, classes: Path | None
 ) -> tuple[Mapping[str, str] | None, Mapping[str, Sequence[str]] | None]:
     """The mapping that `classes` names, and its members; None where it is no mapping, or has
     none.
     """
-    if classes == "imagenet":
-        return imagenet_classes(), None
     if classes is None:
         return None, None
+    if str(classes) == IMAGENET:
+        return imagenet_classes(), None
     path = _file(suite, classes)
     if path.is_dir():
         common = objectnet_members(path)
         return {own: name for own, (name, _) in common.items()}, {
             own: of for own, (_, of) in common.items()
         }
-    if not classes.endswith((".yaml", ".yml")):
+    if classes.suffix not in (".yaml", ".yml"):
         return None, None
     mapping = read_yaml(path, "the classes")
     if (

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import BeforeValidator, Field, ValidationError
 
 from radapter_serve.contract.errors import TaskError
+from radapter_serve.data.source import Count, DataSource, For, RunSource, users
 from radapter_serve.errors import RAdapterError, short
 from radapter_serve.evaluation.embedder import PROPOSALS
 from radapter_serve.files import read_yaml, shipped
 from radapter_serve.tasks.segment_options import SegmentOptions
-
-if TYPE_CHECKING:
-    from radapter_serve.adapter import Metadata
 
 METRICS = {
     "classification": ("acc1", "acc5", "mean_per_class_recall"),
@@ -27,16 +25,7 @@ METRICS = {
     ),
     "segmentation": ("miou", "pixel_accuracy", "mean_class_accuracy"),
 }
-USED_BY = {  # which tasks use a field, for fields that not every task uses
-    "classes": ("classification", "segmentation"),
-    **dict.fromkeys(("image_column", "border"), ("classification", "retrieval")),
-    **dict.fromkeys(("label_column", "class_split"), ("classification",)),
-    **dict.fromkeys(("caption_column", "max_captions"), ("retrieval",)),
-    **dict.fromkeys(
-        ("dense", "short_side", "stride", "refine", "threshold", "background"), ("segmentation",)
-    ),
-    **dict.fromkeys(("proposals", "proposal_weight"), ("segmentation",)),
-}
+_PIXELS = For("segmentation")
 
 
 def _templates(value: Any) -> Any:
@@ -54,16 +43,13 @@ def _templates(value: Any) -> Any:
 Templates = Annotated[Any, BeforeValidator(_templates)]
 
 
-@pydantic.dataclasses.dataclass(frozen=True, config={"extra": "forbid"})
-class Entry:
-    """One data set of a suite.
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+class Entry(DataSource):
+    """One data set of a suite: a data source, whose paths are below the data root, and how a model
+    is evaluated on it.
 
     Attributes:
         name: in rows, tables and pictures.
-        data: `imagefolder:DIR`, `csv:FILE`, ... below the data root, or a hub name, as in
-            `load_labelled` and `load_captioned`; for segmentation `masks:DIR` or `coco:FILE.json`,
-            as in `load_masked`.
-        task: `classification`, `retrieval` between images and their captions, or `segmentation`.
         shift: `id`, as the training data, or `ood`, shifted.
         split: `test`, or `validation`, which `--alpha auto` chooses by.
         metric: what tables, pictures and the choice of α show; every row has all metrics of the
@@ -79,13 +65,9 @@ class Entry:
             Of a data set that has both, the harmonic mean of the two is reported, too.
         templates: prompt templates, `openai`, `vild`, `ovseg`, `simple`, or a file beside the
             suite; None takes the model's own.
-        exif_orientation: turn images as their EXIF says, for every model; false leaves the pixels
-            as the file has them, as open_clip does.
+        exif_orientation: as of a data source, for every model.
         border: pixels that are cut off each side of an image first (ObjectNet's have a red frame).
-        image_column, label_column, caption_column: names of columns.
         max_captions: retrieval: no more captions of an image than this, its first; None takes all.
-        images: folder of the images below the data root, for data that names them relative to
-            elsewhere.
         dense: segmentation: the way from patches to embeddings; `proposals` gives the model masks
             instead and classifies their crops; None takes the model's own way.
         proposals: segmentation with `dense: proposals`: masks of a proposal network, a folder of
@@ -100,29 +82,20 @@ class Entry:
     """
 
     name: str
-    data: str
-    task: Literal["classification", "retrieval", "segmentation"] = "classification"
     shift: Literal["id", "ood"] = "id"
     split: Literal["test", "validation"] = "test"
     metric: str = ""
-    classes: str | None = None
     templates: Templates = None
-    exif_orientation: bool = True
-    border: Annotated[int, Field(ge=0)] = 0
-    image_column: str = "image"
-    label_column: str = "label"
-    caption_column: str = "caption"
-    max_captions: Annotated[int, Field(ge=1)] | None = None
-    images: str | None = None
-    class_split: Literal["all", "base", "novel"] = "all"
-    dense: str | None = None
-    short_side: int | None = None
-    stride: int | None = None
-    refine: int = 0
-    threshold: float | None = None
-    background: str | None = None
-    proposals: str | None = None
-    proposal_weight: float | None = None
+    border: Annotated[int, Field(ge=0), For("classification", "retrieval")] = 0
+    max_captions: Annotated[Count | None, For("retrieval")] = None
+    dense: Annotated[str | None, _PIXELS] = None
+    short_side: Annotated[int | None, _PIXELS] = None
+    stride: Annotated[int | None, _PIXELS] = None
+    refine: Annotated[int, _PIXELS] = 0
+    threshold: Annotated[float | None, _PIXELS] = None
+    background: Annotated[str | None, _PIXELS] = None
+    proposals: Annotated[str | None, _PIXELS] = None
+    proposal_weight: Annotated[float | None, _PIXELS] = None
     language: str = "en"
 
     def __post_init__(self) -> None:
@@ -200,6 +173,21 @@ def entry_of(values: Mapping[str, Any], where: str) -> Entry:
 
 
 @dataclass(frozen=True)
+class OwnValidation:
+    """What a run was validated with.
+
+    Attributes:
+        source: names it.
+        classes: of the run, in their order; None where its task has none.
+        held_out: digest of the images that training held out; None where it held none out.
+    """
+
+    source: RunSource
+    classes: Sequence[str] | None
+    held_out: str | None
+
+
+@dataclass(frozen=True)
 class Suite:
     """Data sets to evaluate models on.
 
@@ -208,7 +196,7 @@ class Suite:
         entries: its data sets, in the order of the file.
         folder: the suite file's folder, where its class and template files are.
         data_root: what relative paths of data are relative to.
-        run: the run whose own validation data the one entry is; None for data that a suite file
+        own: the run whose own validation data the one entry is; None for data that a suite file
             names.
     """
 
@@ -216,7 +204,7 @@ class Suite:
     entries: tuple[Entry, ...]
     folder: Path = Path()
     data_root: Path = Path()
-    run: Metadata | None = None
+    own: OwnValidation | None = None
 
     def of_split(self, split: str) -> tuple[Entry, ...]:
         """The data sets of one split."""
@@ -263,17 +251,17 @@ def load_suite(source: str | Path, data_root: str | Path = ".") -> Suite:
         )
     name = str(document.pop("name", path.stem))
     entries = []
+    used_by = users(Entry)
     for number, item in enumerate(sets, 1):
         entries.append(entry_of({**document, **item}, f"{path}, set {number}"))
         task = entries[-1].task
-        for (
-            field,
-            value,
-        ) in item.items():  # what stands beside `sets` is for those that have a use for it
-            if value is not None and task not in USED_BY.get(field, (task,)):
+        # Only of what the set names itself: fields beside `sets` are for the sets that use them.
+        for field, value in item.items():
+            tasks = used_by.get(field, (task,))
+            if value is not None and task not in tasks:
                 raise RAdapterError(
                     f"{path}, set {number} has {field}, which task {task} has no use for; leave it"
-                    f" out (it is for {' and '.join(USED_BY[field])})"
+                    f" out (it is for {' and '.join(tasks)})"
                 )
     names = [entry.name for entry in entries]
     double = sorted({n for n in names if names.count(n) > 1})

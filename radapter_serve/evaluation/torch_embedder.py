@@ -104,7 +104,7 @@ class TorchEmbedder:
             self._preprocess.size[0],
             self._preprocess.exif_orientation,
         )
-        self.crop = crop or MaskCrop.from_recipe({}, base.preprocess["mean"])
+        self.crop = crop or MaskCrop.filled_with(base.preprocess["mean"])
         self._tensors = self._model.state_dict()
         self._lines = {line.source: line for line in lines}
         self.variants: Sequence[Variant] = [
@@ -269,14 +269,14 @@ def embedder_of(
         change, digest = _difference(Path(finetuned), weights)
         facts = ModelFacts(base_digest=base_digest, weights_digest=digest)
         lines.append(Line("wise-ft", change, facts))
-    dense = adapter.metadata.recipe.get("dense", "none")
+    source = adapter.metadata.source
     return TorchEmbedder(
         base,
         lines,
         alphas,
         adapter.metadata.templates,
-        dense=None if dense == "none" else dense,
-        crop=MaskCrop.from_recipe(adapter.metadata.recipe, base.preprocess["mean"]),
+        dense=None if source.dense == "none" else source.dense,
+        crop=source.mask_crop(base.preprocess["mean"]),
         precision=precision,
         device=device,
     )

@@ -8,88 +8,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
+from radapter_serve.data.source import (
+    Count,
+    Number,
+    PartShare,
+    Positive,
+    Real,
+    RunSource,
+    Share,
+    users,
+)
 from radapter_serve.errors import RAdapterError, short
 from radapter_serve.files import read_yaml, shipped
 
 RECIPE, CHECKPOINT = "recipe.yaml", "checkpoint.pt"  # files of a run's folder
-LONGEST_WARMUP, LONGEST_MOMENTUM = (
-    500,
-    0.999,
-)  # the paper's, where they follow the length of the run
+# The paper's, where they follow the length of the run.
+LONGEST_WARMUP = 500
+LONGEST_MOMENTUM = 0.999
 LEAST_KEPT = 0.9  # share of what a run learns that the average should hold at its end
 
 
-def _no_truth(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("it should be a number")
-    return value
-
-
-# YAML reads 5e-4 as text and `true` as what Python counts as 1: the former is a number here, the
-# latter is none
-Real = Annotated[float, BeforeValidator(_no_truth), Field(allow_inf_nan=False)]
-Positive = Annotated[Real, Field(gt=0)]
-Share = Annotated[Real, Field(ge=0, le=1)]  # of a whole
-PartShare = Annotated[Real, Field(ge=0, lt=1)]  # of a whole, and not all of it
-Number = Annotated[int, Field(strict=True, ge=0)]
-Count = Annotated[int, Field(strict=True, ge=1)]
-
-USED_BY = {  # of the fields that not every task has a use for
-    "image_column": ("classification", "retrieval"),
-    "label_column": ("classification",),
-    "caption_column": ("retrieval",),
-    "captions_per_image": ("retrieval",),
-    "classes": ("classification", "segmentation"),
-    "shots": ("classification",),
-    "class_split": ("classification",),
-    "streaming": ("classification", "retrieval"),
-    "mask_min_area": ("segmentation",),
-}
-
-
-@dataclass
-class Recipe:
-    """Train R-Adapter on a CLIP; writes OUT/adapter.safetensors.
+@dataclass(frozen=True)
+class ModelSettings:
+    """What is trained.
 
     Attributes:
-        task: what is trained for: classification (images with labels), retrieval (images with
-            captions) or segmentation (images with masks).
         architecture: open_clip model such as ViT-B-32; or local-dir:PATH or hf-hub:NAME, a model of
             open_clip's or a CLIP of transformers.
         pretrained: open_clip tag such as openai, or the path of a checkpoint; none for local-dir:
             and hf-hub:.
-        data: training data: imagefolder:DIR, csv:FILE, parquet:FILE, webdataset:FILE, json:FILE or
-            the name of a data set on the Hugging Face hub; @SPLIT at the end names a split, train
-            by default. coop:FILE and karpathy:FILE are published splits and need one, or several as
-            in @train+restval. For segmentation masks:DIR (DIR/images/* and the label maps
-            DIR/masks/*.png) or coco:FILE.json (panoptic or instance annotations).
-        val_data: validation data, the same forms; none skips validation.
-        val_fraction: share of the training images, of each class where there are classes, to hold
-            out for validation, drawn by the seed; instead of val_data. 0 holds out none.
-        image_column: column of the images (paths, bytes or images).
-        label_column: column of the labels (class names or numbers).
-        caption_column: column of the captions, one text or a list of texts; rows of the same image
-            belong together.
-        captions_per_image: captions of an image in the same batch, each a positive of the image;
-            with 1, captions of one image share a batch only by chance.
-        images: folder of the images, for data that names them relative to elsewhere.
-        classes: file with one class a line: `folder: name for prompts, synonym, ...`, or the name
-            alone where the folder has it; `imagenet` for CLIP's names of ImageNet's classes; none
-            takes the names that the data set gives, with spaces for underscores. For segmentation
-            one name a line, the first is id 0; or JSON or YAML that maps id to name.
-        templates: file with one prompt template a line ({} is the class); or `simple`, `openai` for
-            the 80 of OpenAI, `vild` for the 63 of ViLD, or `ovseg`.
-        shots: images of each class to train with, drawn by the seed (a class with fewer gives all);
-            none takes all.
-        class_split: base or novel, the first or second half of the classes, for training and
-            validation; all takes all.
-        streaming: read the data set as a stream, without a copy on disk.
-        exif_orientation: rotate images upright by their EXIF orientation; false keeps the pixels of
-            the file, as open_clip does. An export of this adapter does the same.
-        on_broken: on a broken or missing image, skip takes the next image and counts it, refuse
-            stops the run.
+    """
+
+    architecture: str = "ViT-B-32"
+    pretrained: str | None = None
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The adapters (Eq. 7 to 9).
+
+    Attributes:
         rank: rank of the adapters; none is full rank.
         adapt_text: whether the text tower has adapters too.
         partial: adapt only the layers that fold exactly, instead of refusing the model; of a CLIP
@@ -103,10 +63,39 @@ class Recipe:
             5/(1-m) steps.
         alpha: re-scaling α (Eq. 9) that validation uses and that the adapter file recommends, from
             0 to 1.
+    """
+
+    rank: Count | None = None
+    adapt_text: bool = True
+    partial: bool = False
+    form: Literal["auto", "activation", "weight"] = "auto"
+    drop: PartShare = 0.2
+    momentum: PartShare | None = None
+    bias_correction: bool = False
+    alpha: Share = 0.5
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The loss, MPM-NCE.
+
+    Attributes:
         delta: margin δ of MPM-NCE, in cosine.
         epsilon: label smoothing ε of MPM-NCE.
         positives: several counts all pairs of one class or image as right, as MPM-NCE does; single
             counts the pair itself alone, which with delta 0 is InfoNCE, the loss of CLIP.
+    """
+
+    delta: Real = 0.05
+    epsilon: PartShare = 0.02
+    positives: Literal["several", "single"] = "several"
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How it learns, and for how long.
+
+    Attributes:
         batch_size: images a step over all processes and accumulated parts; all images, where there
             are fewer.
         accumulate: parts of a step's batch, computed one after another; the loss contrasts images
@@ -118,64 +107,8 @@ class Recipe:
         weight_decay: weight decay of AdamW.
         warmup_steps: steps of linear warm-up; none takes a fifth of the run, and 500 at most.
         grad_clip: largest gradient norm; none does not clip.
-        crop_scale: smallest share of the image's area that a random crop keeps, from 0 to 1.
-        flip: flip images left to right half of the time.
-        mask_padding: border around the box of a segment on each side, as a share of its longer
-            side; it is filled like everything outside the segment, so a wider border only makes the
-            segment smaller.
-        mask_square: keep the aspect ratio of a segment, its box made square; false squashes the
-            box, as OVSeg does.
-        mask_min_area: smallest segment that is used, in pixels; 1024, COCO's limit of small
-            objects, is 32 x 32.
-        dense: how patches become embeddings where this adapter is exported for dense prediction;
-            none exports none.
-        precision: no, fp16 or bf16 mixed precision.
-        workers: processes that read images, for each training process.
-        threads: compute threads of each training process; none uses one per core. Fewer is faster
-            if other programs share the cores.
-        seed: seeds order, augmentation, prompts, adapter dropping and the start.
-        validate_every: steps between validations; none validates at the end only.
-        save_every: steps between checkpoints, from which --resume continues; with none, only Ctrl-C
-            and SIGTERM save one.
-        tracker: tensorboard, none, or another tracker that accelerate knows (wandb, mlflow, ...).
-        out: folder of the run; none makes runs/NAME-TIME.
-        resume: continue from the checkpoint in out; --resume RUN needs no other flag, as the run's
-            folder has its recipe.
     """
 
-    # what is trained
-    task: Literal["classification", "retrieval", "segmentation"] = "classification"
-    architecture: str = "ViT-B-32"
-    pretrained: str | None = None
-    # the data
-    data: str = ""
-    val_data: str | None = None
-    val_fraction: PartShare = 0.0
-    image_column: str = "image"
-    label_column: str = "label"
-    caption_column: str = "caption"
-    captions_per_image: Count = 1
-    images: Path | None = None
-    classes: Path | None = None
-    templates: str = "simple"
-    shots: Count | None = None
-    class_split: Literal["all", "base", "novel"] = "all"
-    streaming: bool = False
-    exif_orientation: bool = True
-    on_broken: Literal["skip", "refuse"] = "refuse"
-    # the adapters (Eq. 7 to 9) and the loss
-    rank: Count | None = None
-    adapt_text: bool = True
-    partial: bool = False
-    form: Literal["auto", "activation", "weight"] = "auto"
-    drop: PartShare = 0.2
-    momentum: PartShare | None = None
-    bias_correction: bool = False
-    alpha: Share = 0.5
-    delta: Real = 0.05
-    epsilon: PartShare = 0.02
-    positives: Literal["several", "single"] = "several"
-    # the optimizer
     batch_size: Annotated[Count, Field(ge=2)] = 512
     accumulate: Count = 1
     epochs: Count = 10
@@ -185,23 +118,76 @@ class Recipe:
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     warmup_steps: Number | None = None
     grad_clip: Positive | None = 1.0
-    # what the towers see
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What the towers see of an image.
+
+    Attributes:
+        crop_scale: smallest share of the image's area that a random crop keeps, from 0 to 1.
+        flip: flip images left to right half of the time.
+    """
+
     crop_scale: Annotated[Share, Field(gt=0)] = 0.9
     flip: bool = False
-    mask_padding: Share = 0.0
-    mask_square: bool = True
-    mask_min_area: Count = 1024
-    dense: Literal["none", "maskclip", "naclip"] = "none"
-    # the run
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How the command runs.
+
+    Attributes:
+        precision: no, fp16 or bf16 mixed precision.
+        workers: processes that read images, for each training process.
+        threads: compute threads of each training process; none uses one per core. Fewer is faster
+            if other programs share the cores.
+        validate_every: steps between validations; none validates at the end only.
+        save_every: steps between checkpoints, from which --resume continues; with none, only Ctrl-C
+            and SIGTERM save one.
+        tracker: tensorboard, none, or another tracker that accelerate knows (wandb, mlflow, ...).
+        out: folder of the run; none makes runs/NAME-TIME.
+        resume: continue from the checkpoint in out; --resume RUN needs no other flag, as the run's
+            folder has its recipe.
+    """
+
     precision: Literal["no", "fp16", "bf16"] = "no"
     workers: Number = 2
     threads: Count | None = None
-    seed: Annotated[Number, Field(lt=2**31)] = 0
     validate_every: Count | None = None
     save_every: Count | None = 500
     tracker: str = "tensorboard"
     out: Path | None = None
     resume: bool = False
+
+
+# Title of each group of a recipe's fields, in their order.
+GROUPS: dict[str, type] = {
+    "model": ModelSettings,
+    "data": RunSource,
+    "adapter": AdapterSettings,
+    "loss": LossSettings,
+    "optimizer": OptimizerSettings,
+    "augmentation": Augmentation,
+    "run": RunSettings,
+}
+
+
+@dataclass(frozen=True)
+class Recipe(
+    # A dataclass has the fields of its last base first.
+    RunSettings,
+    Augmentation,
+    OptimizerSettings,
+    LossSettings,
+    AdapterSettings,
+    RunSource,
+    ModelSettings,
+):
+    """Train R-Adapter on a CLIP; writes OUT/adapter.safetensors.
+
+    Its fields are those of its groups.
+    """
 
     def check(self) -> None:
         """Refuse values of the wrong kind or out of range, and those that do not go together."""
@@ -229,8 +215,10 @@ class Recipe:
             raise RAdapterError(
                 "no training data; name it with --data, for example --data imagefolder:photos"
             )
+        used_by = users(Recipe)
         for field in dataclasses.fields(self):
-            value, tasks = getattr(self, field.name), USED_BY.get(field.name, (self.task,))
+            value = getattr(self, field.name)
+            tasks = used_by.get(field.name, (self.task,))
             if self.task not in tasks and value != field.default:
                 raise RAdapterError(
                     f"{field.name} is {value}, which task {self.task} has no use for; leave it out "

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from radapter_serve.contract.image_files import SUFFIXES, count_kinds
 from radapter_serve.contract.labels import read_templates
-from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.data import Captioned, Labelled, Masked, few_shot, run_data, validation_data
 from radapter_serve.data.checks import broken_images, equal_names
 from radapter_serve.data.classes import IMAGENET
@@ -78,16 +77,19 @@ def open_run(recipe: Recipe, *, images: bool = True) -> RunData:
             problems.append(str(error))
             return None
 
-    values = recipe.to_dict()
-    for name, problem in _missing(recipe).items():
-        problems.append(problem)
-        values[name] = None if name in ("classes", "images") else values[name]
+    missing = _missing(recipe)
+    problems += missing.values()
+    source = dataclasses.replace(
+        recipe,
+        classes=None if "classes" in missing else recipe.classes,
+        images=None if "images" in missing else recipe.images,
+    )
     skipped = broken if recipe.on_broken == "skip" else None
-    pair = tried(lambda: run_data({**values, "val_data": None}, skipped))
+    pair = tried(lambda: run_data(dataclasses.replace(source, val_data=None), skipped))
     data, val = pair or (None, None)
     if recipe.val_data:
         classes = None if data is None or isinstance(data, Captioned) else data.classes
-        val = tried(lambda: validation_data(values, classes, skipped))
+        val = tried(lambda: validation_data(source, classes, skipped))
     if isinstance(data, Labelled | Masked):
         problems += _problems_of_classes(recipe, data)
     if isinstance(data, Labelled) and data.left_out:
@@ -210,4 +212,4 @@ def _ready(recipe: Recipe, base: Base, data: Opened) -> Data:
     templates = templates_of(recipe.templates)
     if isinstance(data, Labelled):
         return dataclasses.replace(data, templates=templates)
-    return data.crops(MaskCrop.from_recipe(recipe.to_dict(), base.preprocess["mean"]), templates)
+    return data.crops(recipe.mask_crop(base.preprocess["mean"]), templates)

@@ -117,6 +117,6 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_its_rules_travel_as_plain_values() -> None:
     crop = MaskCrop(0.1, square=False, fill=(1, 2, 3))
     assert MaskCrop.from_dict(json.loads(json.dumps(crop.to_dict()))) == crop
-    assert MaskCrop.from_recipe({}) == MaskCrop() == MaskCrop(fill=FILL)
-    recipe = {"mask_padding": 0.1, "mask_square": False, "alpha": 0.4}
-    assert MaskCrop.from_recipe(recipe, [0.5, 0.5, 0.0]) == MaskCrop(0.1, False, (128, 128, 0))
+    assert MaskCrop.filled_with([0.48145466, 0.4578275, 0.40821073]) == MaskCrop(fill=FILL)
+    filled = MaskCrop.filled_with([0.5, 0.5, 0.0], padding=0.1, square=False)
+    assert filled == MaskCrop(0.1, False, (128, 128, 0))

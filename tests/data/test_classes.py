@@ -161,5 +161,5 @@ def test_folders_of_wordnet_ids_alone_are_refused_with_the_remedy(tmp_path: Path
     recipe = Recipe(data=folders(tmp_path / "d", MISSILE, TENCH))
     with pytest.raises(RAdapterError, match="WordNet ids .*--classes imagenet"):
         open_data(recipe, None)  # type: ignore[arg-type]
-    recipe.classes = Path("imagenet")
+    recipe = Recipe(data=recipe.data, classes=Path("imagenet"))
     assert open_data(recipe, None)[0].classes == ["tench", "missile"]  # type: ignore[arg-type, union-attr]

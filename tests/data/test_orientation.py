@@ -78,7 +78,7 @@ def check(image: Any, expected: NDArray[Any], pixels: NDArray[Any]) -> None:
     np.testing.assert_array_equal(image.mask(), expected - 1)
     for label, inside in image.segments():
         np.testing.assert_array_equal(inside, expected == label + 1)
-    crop = MaskCrop.from_recipe({}, (0.5, 0.5, 0.5))
+    crop = MaskCrop.filled_with((0.5, 0.5, 0.5))
     segments = load_segments(
         type("Data", (), {"images": [image], "classes": ["cat", "dog"]})(),
         crop,
@@ -200,7 +200,7 @@ def test_a_suite_decides_what_every_model_sees(
     save(tmp_path / "set" / "cat" / "a.png", stored(UPRIGHT, orientation), orientation)
     save(tmp_path / "set" / "dog" / "b.png", UPRIGHT, 1)
     for wanted, expected in ((True, UPRIGHT), (False, stored(UPRIGHT, orientation))):
-        entry = Entry("set", "imagefolder:set", exif_orientation=wanted, border=border)
+        entry = Entry("imagefolder:set", name="set", exif_orientation=wanted, border=border)
         data = open_set(Suite("suite", (entry,), data_root=tmp_path), entry)
         seen = data.prepare(Sees(model_turns), 0)  # type: ignore[arg-type]
         height, width = expected.shape[:2]
@@ -217,7 +217,7 @@ def test_a_suite_of_masks(orientation: int, tmp_path: Path) -> None:
         (False, stored(UPRIGHT, orientation), stored(MASK, orientation)),
     ):
         entry = Entry(
-            "set", "masks:set", "segmentation", dense="proposals", exif_orientation=wanted
+            "masks:set", "segmentation", name="set", dense="proposals", exif_orientation=wanted
         )
         data = open_set(Suite("suite", (entry,), data_root=tmp_path), entry)
         for model in (Sees(True), Sees(False)):
@@ -233,6 +233,6 @@ def test_a_photo_in_cmyk_can_be_turned_for_a_model_that_does_not() -> None:
     exif = Image.Exif()
     exif[274] = 6
     Image.fromarray(UPRIGHT).convert("CMYK").save(out, "JPEG", exif=exif)
-    entry = Entry("set", "imagefolder:set")
+    entry = Entry("imagefolder:set", name="set")
     seen = Image.open(io.BytesIO(as_seen(out.getvalue(), entry, Sees(False))))  # type: ignore[arg-type]
     assert seen.size == (6, 9) and not seen.getexif()

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from radapter_serve.data import class_split, few_shot, load_captioned, load_labelled, run_data
+from radapter_serve.data.source import RunSource
 from radapter_serve.errors import RAdapterError
 
 COOP = {
@@ -84,8 +85,8 @@ def test_a_run_of_few_shots_as_on_eurosat(tmp_path: Path) -> None:
     ]
     random.Random(0).shuffle(rows)
     data = f"coop:{write(tmp_path / 's.json', {'train': rows, 'val': rows[:80], 'test': []})}"
-    recipe = {"data": f"{data}@train", "val_data": f"{data}@val", "class_split": "base"}
-    train, held = run_data(recipe)
+    source = RunSource(data=f"{data}@train", val_data=f"{data}@val", class_split="base")
+    train, held = run_data(source)
     few = few_shot(train, 16, seed=1)  # type: ignore[arg-type]
     assert (
         few.classes == names[:5]
@@ -106,12 +107,12 @@ def test_karpathys_train_and_restval_are_one_source(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4), (9, 0, 0)).save(tmp_path / "coco" / "train2014" / "1.jpg")
     image, number, text = data.pair(data.rows[0], random.Random(0))
     assert image.size == (4, 4) and number == 0 and text == "one"
-    recipe = {
-        "task": "retrieval",
-        "data": f"karpathy:{file}@train+restval",
-        "val_data": f"karpathy:{file}@test",
-    }
-    train, held = run_data(recipe)
+    source = RunSource(
+        task="retrieval",
+        data=f"karpathy:{file}@train+restval",
+        val_data=f"karpathy:{file}@test",
+    )
+    train, held = run_data(source)
     assert len(train.images) == 3 and len(held.images) == 1  # type: ignore[union-attr]
 
 

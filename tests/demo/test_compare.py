@@ -81,7 +81,7 @@ def suite_of(tests: data.DemoData) -> Suite:
     more: dict[str, Any] = {"classes": str(tests.classes), "templates": str(tests.templates)}
     return Suite(
         "styles",
-        tuple(Entry(style, f"imagefolder:{of}", **more) for style, of in tests.test.items()),
+        tuple(Entry(f"imagefolder:{of}", name=style, **more) for style, of in tests.test.items()),
     )
 
 

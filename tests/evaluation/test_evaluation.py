@@ -92,7 +92,7 @@ def test_the_curve_equals_folding_each_alpha(tiny_clip_dir: str, images: Labelle
         tensors, Metadata(architecture=tiny_clip_dir, base_digest=digest, templates=TEMPLATES)
     )
     embedder = embedder_of(base, adapter, [0.0, 0.5, 1.0])
-    rows = curve(evaluate(embedder, classification_set(Entry("all", "all"), images)))
+    rows = curve(evaluate(embedder, classification_set(Entry("all", name="all"), images)))
     embedder.close()
     _, _, preprocess = open_clip.create_model_and_transforms(tiny_clip_dir)
     pixels = torch.stack([preprocess(images.image(row)) for row in images.rows])

@@ -177,7 +177,7 @@ def test_a_model_sees_images_as_the_suite_asks(turn: bool, mode: str) -> None:
     image = Image.linear_gradient("L").resize((30, 20)).convert(mode)
     image.getexif()[0x0112] = 6  # a quarter turn
     image.save(out := io.BytesIO(), "JPEG", exif=image.getexif())
-    data, entry = out.getvalue(), Entry("a", "x", exif_orientation=turn)
+    data, entry = out.getvalue(), Entry("x", name="a", exif_orientation=turn)
     assert as_seen(data, entry, SimpleNamespace(exif_orientation=turn)) is data  # type: ignore[arg-type]
     seen = Image.open(io.BytesIO(as_seen(data, entry, SimpleNamespace(exif_orientation=not turn))))  # type: ignore[arg-type]
     expected = Image.open(io.BytesIO(data)).convert("L" if mode == "L" else "RGB")
@@ -189,7 +189,7 @@ def test_a_model_sees_images_as_the_suite_asks(turn: bool, mode: str) -> None:
 def test_what_a_row_says_besides_its_figures() -> None:
     facts = ModelFacts(model="ViT-B-32", pretrained="openai", precision="fp32")
     data = SimpleNamespace(
-        entry=Entry("a", "x"),
+        entry=Entry("x", name="a"),
         task="zeroshot_classification",
         facts=SetFacts(n=3, set_digest="sha256:1"),
         setup=lambda _: Setup(templates=("{}",)),
@@ -213,7 +213,7 @@ def test_what_a_row_says_besides_its_figures() -> None:
             "templates": ["{}"],
         }.items()
     )
-    data.entry = Entry("a", "x", border=2, exif_orientation=False)
+    data.entry = Entry("x", name="a", border=2, exif_orientation=False)
     found = case_of(None, data, Variant("adapter", 0.5, facts)).to_dict()  # type: ignore[arg-type]
     assert (found["border"], found["exif_orientation"]) == (2, False)
 

@@ -309,11 +309,11 @@ def test_an_object_without_a_pixel_is_no_proposal(masked: Path, tmp_path: Path) 
     }
     (tmp_path / "objects.json").write_text(json.dumps(content), encoding="utf-8")
     entry = Entry(
-        "o",
         "coco:objects.json",
         "segmentation",
+        name="o",
         dense="proposals",
-        images=str(masked / "data" / "images"),
+        images=masked / "data" / "images",
     )
     (row,) = evaluate(Oracle(), open_set(Suite("s", (entry,), data_root=tmp_path), entry))  # type: ignore[arg-type]
     # the one proposal, the whole second image, gets the label that most of it shows

@@ -383,7 +383,7 @@ def test_a_release_that_loses_points_is_refused(
     data = open_validation(adapter.metadata, f"imagefolder:{photos}", None, "fp32", 0.0)
     assert data is not None
     attach_adapter(base.model, adapter, 1.0)
-    crop = MaskCrop.from_recipe({}, base.preprocess["mean"])
+    crop = MaskCrop.filled_with(base.preprocess["mean"])
     lines: list[str] = []
 
     def evaluated(max_drop: float) -> Accuracy:

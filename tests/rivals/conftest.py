@@ -38,5 +38,5 @@ def make_run(images: Path, tiny_clip_dir: str, tmp_path: Path) -> Callable[..., 
 @pytest.fixture
 def sets(images: Path) -> list[EvaluationSet]:
     """The images that the run learns from, as a set to judge by."""
-    entry = Entry("same", f"imagefolder:{images}", templates="simple")
+    entry = Entry(f"imagefolder:{images}", name="same", templates="simple")
     return [open_set(Suite("colours", (entry,)), entry)]

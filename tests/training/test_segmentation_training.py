@@ -156,7 +156,7 @@ def accuracy(
     another.
     """
     base = load_base(recipe.architecture)
-    crop = MaskCrop.from_recipe(recipe.to_dict(), base.preprocess["mean"])
+    crop = recipe.mask_crop(base.preprocess["mean"])
     attach_adapter(base.model, adapter, alpha)
     prepare = transforms.Compose(
         [
@@ -185,7 +185,7 @@ def test_a_run_learns_and_its_file_says_how_to_crop(recipe: Recipe, scenes: Path
     metadata = adapter.metadata
     assert metadata.task == "segmentation" and metadata.alpha == 0.4
     base = load_base(recipe.architecture)
-    crop = MaskCrop.from_recipe(metadata.recipe, base.preprocess["mean"])
+    crop = metadata.source.mask_crop(base.preprocess["mean"])
     assert crop == MaskCrop(0.1, True, (122, 117, 105))  # the mean of this base, not CLIP's
     assert metadata.recipe["dense"] == "naclip" and metadata.recipe["mask_min_area"] == 50
     assert set(metadata.metrics) == {"acc1@alpha=0.4", "acc1@alpha=1"}
@@ -266,19 +266,23 @@ def test_validation_masks_have_the_classes_of_the_run(
 ) -> None:
     shutil.copytree(scenes, tmp_path / "val")
     (tmp_path / "val" / "classes.json").write_text(json.dumps(classes))
-    values = {**recipe.to_dict(), "val_data": f"masks:{tmp_path}/val"}
+    other = dataclasses.replace(recipe, val_data=f"masks:{tmp_path}/val")
     suite = own_validation(
         Metadata(
-            "x", "y", task="segmentation", recipe=values, classes=["red", "green, lime", "blue"]
+            "x",
+            "y",
+            task="segmentation",
+            recipe=other.to_dict(),
+            classes=["red", "green, lime", "blue"],
         )
     )
     if message is None:
-        held = run_data(values)[1]
+        held = run_data(other)[1]
         evaluated = open_set(suite, suite.entries[0])
         assert isinstance(held, Masked) and isinstance(evaluated, SegmentationSet)
         assert held.classes == evaluated.classes == list(classes.values())
         return
-    for open_data in (lambda: run_data(values), lambda: open_set(suite, suite.entries[0])):
+    for open_data in (lambda: run_data(other), lambda: open_set(suite, suite.entries[0])):
         with pytest.raises(RAdapterError) as error:
             open_data()
         assert str(error.value).startswith(

@@ -1,0 +1,124 @@
+"""The data of a run, opened as its recipe says, so that training and later evaluation see the same
+validation data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from radapter_serve.data.captions import Captioned, load_captioned
+from radapter_serve.data.classes import refuse_wordnet_ids
+from radapter_serve.data.labelled import Labelled, class_split, load_labelled
+from radapter_serve.data.masked import load_masked
+from radapter_serve.data.masks import Masked
+from radapter_serve.data.source import RunSource
+from radapter_serve.errors import RAdapterError
+
+Images = Labelled | Captioned | Masked
+
+
+def run_data(source: RunSource, broken: list[str] | None = None) -> tuple[Images, Images | None]:
+    """Open the data that a run trains with, and the data that it is validated on.
+
+    Args:
+        source: says what it is.
+        broken: takes the names of rows that `on_broken: skip` leaves out.
+
+    Returns:
+        The data without the share that is held out, and `val_data`, that share, or None.
+
+    Raises:
+        RAdapterError: it can't be read, or is no data for the source's task.
+    """
+    data = _open(source, source.data, broken, training=True)
+    held = None
+    if source.val_data:
+        classes = None if isinstance(data, Captioned) else data.classes
+        held = validation_data(source, classes, broken)
+    elif source.val_fraction:
+        data, held = data.held_out(source.val_fraction, source.seed)
+    if isinstance(held, Captioned):
+        held = dataclasses.replace(held, captions_per_image=1)
+    return data, held
+
+
+def validation_data(
+    source: RunSource, classes: Sequence[str] | None, broken: list[str] | None = None
+) -> Images | None:
+    """Open the data that a run is validated on: all of `val_data`, or the share of the data that
+    training held out.
+
+    Args:
+        source, broken: as of `run_data`.
+        classes: the run's, in their order. Each image is classified among all of them, whether or
+            not the data has an image of each; further classes of labelled images follow them, and
+            those of masks must be the same. None takes the data's own.
+
+    Returns:
+        The data, or None where the source has none.
+
+    Raises:
+        RAdapterError: it can't be read, or is no data for the source's task.
+    """
+    if source.val_data:
+        val: Images | None = _open(source, source.val_data, broken)
+    else:
+        val = run_data(source, broken)[1]
+    if isinstance(val, Labelled) and classes is not None:
+        return val.among(classes, alone=source.class_split != "all")
+    if isinstance(val, Masked) and classes is not None:
+        _check_classes(val.classes, classes, source.val_data or source.data)
+    return val
+
+
+def _check_classes(own: Sequence[str], classes: Sequence[str], place: str) -> None:
+    for entries, others, has, lacks in (
+        (own, classes, place, "the run"),
+        (classes, own, "the run", place),
+    ):
+        if more := [entry for entry in entries if entry not in others]:
+            raise RAdapterError(
+                f"{has} has the class {more[0]!r}, which {lacks} has not ({len(more)} of"
+                f" {len(entries)}); name one class file for both, with --classes FILE"
+            )
+
+
+def _open(
+    source: RunSource, spec: str, broken: list[str] | None, *, training: bool = False
+) -> Images:
+    if source.task == "segmentation":
+        return load_masked(
+            spec,
+            classes=source.classes,
+            images=source.images,
+            exif_orientation=source.exif_orientation,
+        )
+    streaming = training and source.streaming and not source.val_fraction
+    data: Labelled | Captioned
+    if source.task == "retrieval":
+        data = load_captioned(
+            spec,
+            image_column=source.image_column,
+            caption_column=source.caption_column,
+            captions_per_image=source.captions_per_image if training else 1,
+            images=source.images,
+            streaming=streaming,
+            broken=broken if source.on_broken == "skip" else None,
+        )
+    else:
+        data = load_labelled(
+            spec,
+            image_column=source.image_column,
+            label_column=source.label_column,
+            classes=source.classes,
+            images=source.images,
+            streaming=streaming,
+            every_class=training,
+        )
+        if source.classes is None:
+            refuse_wordnet_ids(data.own)
+        if training:
+            data = class_split(data, source.class_split)
+    data.exif_orientation = source.exif_orientation
+    return data

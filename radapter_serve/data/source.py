@@ -1,0 +1,157 @@
+"""Where images come from and how they are read.
+
+A recipe and an entry of a suite are data sources themselves, and an adapter file's recipe is read
+into one. So each field stands once, whoever names it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import BeforeValidator, Field, TypeAdapter
+
+from radapter_serve.contract.mask_crop import MaskCrop
+
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("it should be a number")
+    return value
+
+
+# YAML reads 5e-4 as text and `true` as what Python counts as 1: the former is a number here, the
+# latter is none
+Real = Annotated[float, BeforeValidator(_no_truth), Field(allow_inf_nan=False)]
+Positive = Annotated[Real, Field(gt=0)]
+Share = Annotated[Real, Field(ge=0, le=1)]  # of a whole
+PartShare = Annotated[Real, Field(ge=0, lt=1)]  # of a whole, and not all of it
+Number = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+
+
+class For:
+    """Marks a field that only these tasks use."""
+
+    def __init__(self, *tasks: str) -> None:
+        self.tasks = tasks
+
+
+def users(kind: type) -> dict[str, tuple[str, ...]]:
+    """The tasks that use a field, for each field of a dataclass that not every task uses."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {
+        name: mark.tasks
+        for name, hint in hints.items()
+        for mark in getattr(hint, "__metadata__", ())
+        if isinstance(mark, For)
+    }
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Images with labels, captions or masks: where they are, and how to read them.
+
+    Attributes:
+        data: training data: imagefolder:DIR, csv:FILE, parquet:FILE, webdataset:FILE, json:FILE or
+            the name of a data set on the Hugging Face hub; @SPLIT at the end names a split, train
+            by default. coop:FILE and karpathy:FILE are published splits and need one, or several as
+            in @train+restval. For segmentation masks:DIR (DIR/images/* and the label maps
+            DIR/masks/*.png) or coco:FILE.json (panoptic or instance annotations).
+        task: what is trained for: classification (images with labels), retrieval (images with
+            captions) or segmentation (images with masks).
+        image_column: column of the images (paths, bytes or images).
+        label_column: column of the labels (class names or numbers).
+        caption_column: column of the captions, one text or a list of texts; rows of the same image
+            belong together.
+        images: folder of the images, for data that names them relative to elsewhere.
+        classes: file with one class a line: `folder: name for prompts, synonym, ...`, or the name
+            alone where the folder has it; `imagenet` for CLIP's names of ImageNet's classes; none
+            takes the names that the data set gives, with spaces for underscores. For segmentation
+            one name a line, the first is id 0; or JSON or YAML that maps id to name.
+        class_split: base or novel, the first or second half of the classes, for training and
+            validation; all takes all.
+        exif_orientation: rotate images upright by their EXIF orientation; false keeps the pixels of
+            the file, as open_clip does. An export of this adapter does the same.
+    """
+
+    data: str = ""
+    task: Literal["classification", "retrieval", "segmentation"] = "classification"
+    image_column: Annotated[str, For("classification", "retrieval")] = "image"
+    label_column: Annotated[str, For("classification")] = "label"
+    caption_column: Annotated[str, For("retrieval")] = "caption"
+    images: Path | None = None
+    classes: Annotated[Path | None, For("classification", "segmentation")] = None
+    class_split: Annotated[Literal["all", "base", "novel"], For("classification")] = "all"
+    exif_orientation: bool = True
+
+
+@dataclass(frozen=True)
+class RunSource(DataSource):
+    """The data of a run: what it trains with, and what it is validated on.
+
+    Attributes:
+        val_data: validation data, the same forms; none skips validation.
+        val_fraction: share of the training images, of each class where there are classes, to hold
+            out for validation, drawn by the seed; instead of val_data. 0 holds out none.
+        captions_per_image: captions of an image in the same batch, each a positive of the image;
+            with 1, captions of one image share a batch only by chance.
+        templates: file with one prompt template a line ({} is the class); or `simple`, `openai` for
+            the 80 of OpenAI, `vild` for the 63 of ViLD, or `ovseg`.
+        shots: images of each class to train with, drawn by the seed (a class with fewer gives all);
+            none takes all.
+        streaming: read the data set as a stream, without a copy on disk.
+        on_broken: on a broken or missing image, skip takes the next image and counts it, refuse
+            stops the run.
+        mask_padding: border around the box of a segment on each side, as a share of its longer
+            side; it is filled like everything outside the segment, so a wider border only makes the
+            segment smaller.
+        mask_square: keep the aspect ratio of a segment, its box made square; false squashes the
+            box, as OVSeg does.
+        mask_min_area: smallest segment that is used, in pixels; 1024, COCO's limit of small
+            objects, is 32 x 32.
+        dense: how patches become embeddings where this adapter is exported for dense prediction;
+            none exports none.
+        seed: seeds order, augmentation, prompts, adapter dropping and the start, and what
+            val_fraction and shots draw.
+    """
+
+    val_data: str | None = None
+    val_fraction: PartShare = 0.0
+    captions_per_image: Annotated[Count, For("retrieval")] = 1
+    templates: str = "simple"
+    shots: Annotated[Count | None, For("classification")] = None
+    streaming: Annotated[bool, For("classification", "retrieval")] = False
+    on_broken: Literal["skip", "refuse"] = "refuse"
+    mask_padding: Share = 0.0
+    mask_square: bool = True
+    mask_min_area: Annotated[Count, For("segmentation")] = 1024
+    dense: Literal["none", "maskclip", "naclip"] = "none"
+    seed: Annotated[Number, Field(lt=2**31)] = 0
+
+    @classmethod
+    def from_json(cls, recipe: Mapping[str, Any], task: str) -> RunSource:
+        """Read what an adapter file says of its recipe; other fields of it are ignored.
+
+        Args:
+            recipe: a field that is missing has its default.
+            task: of the adapter.
+
+        Raises:
+            ValidationError: a value is of the wrong kind or out of range.
+        """
+        names = {field.name for field in fields(cls)}
+        values = {name: value for name, value in recipe.items() if name in names}
+        text = json.dumps({**values, "task": task})
+        return TypeAdapter(cls).validate_json(text, strict=True)
+
+    def mask_crop(self, mean: Sequence[float]) -> MaskCrop:
+        """How a segment is cut out.
+
+        Args:
+            mean: RGB in [0, 1] that the encoder subtracts.
+        """
+        return MaskCrop.filled_with(mean, padding=self.mask_padding, square=self.mask_square)
