@@ -4,6 +4,7 @@ place in the data.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +31,48 @@ FREE = {
 }
 
 
+@dataclass(frozen=True)
+class Learner:
+    """What changes while a run learns, and the processes that share it."""
+
+    adapters: Adapters
+    average: Average
+    optimizer: Optimizer
+    accelerator: Accelerator
+
+
 def save_checkpoint(
     out: Path,
     recipe: Recipe,
-    adapters: Adapters,
-    average: Average,
-    optimizer: Optimizer,
-    accelerator: Accelerator,
+    learner: Learner,
+    *,
     step: int,
     position: tuple[int, int],
     held_out: str | None,
 ) -> None:
     """Save the state after `step` from the main process, whole or not at all; every process calls
     it.
+
+    Args:
+        out: the run's folder.
+        recipe: to which a resumed run must be equal.
+        learner: what is saved.
+        step: steps done.
+        position: the (epoch, batch or row) that comes next for this process.
+        held_out: digest of the images that are held out; None where there are none.
     """
+    accelerator = learner.accelerator
     positions = gather_object([position])
     if not accelerator.is_main_process:
         return
     state = {
         "recipe": _fixed(recipe),
         "adapters": {
-            name: value.detach().cpu() for name, value in adapters.named_tensors().items()
+            name: value.detach().cpu() for name, value in learner.adapters.named_tensors().items()
         },
-        "average": {name: value.cpu() for name, value in average.tensors.items()},
-        "average_steps": average.steps,
-        "optimizer": optimizer.state_dict(),
+        "average": {name: value.cpu() for name, value in learner.average.tensors.items()},
+        "average_steps": learner.average.steps,
+        "optimizer": learner.optimizer.state_dict(),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
         "step": step,
         "positions": positions,
@@ -70,13 +88,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    out: Path,
-    recipe: Recipe,
-    adapters: Adapters,
-    average: Average,
-    optimizer: Optimizer,
-    accelerator: Accelerator,
-    held_out: str | None,
+    out: Path, recipe: Recipe, learner: Learner, held_out: str | None
 ) -> tuple[int, tuple[int, int]]:
     """Restore the state saved at that step.
 
@@ -111,9 +123,10 @@ def load_checkpoint(
             " now holds images that the run was trained with; bring back the files as they were,"
             " or start again with a new --out"
         )
-    adapters.load_tensors(state["adapters"])
-    average.load(state["average"], state["average_steps"])
-    optimizer.load_state_dict(state["optimizer"])
+    accelerator = learner.accelerator
+    learner.adapters.load_tensors(state["adapters"])
+    learner.average.load(state["average"], state["average_steps"])
+    learner.optimizer.load_state_dict(state["optimizer"])
     if state["scaler"] and accelerator.scaler:
         accelerator.scaler.load_state_dict(state["scaler"])
     positions = state["positions"]

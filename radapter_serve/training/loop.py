@@ -6,7 +6,7 @@ import math
 import shlex
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,25 @@ import yaml
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 
-from radapter_serve.adapter import Adapters, Metadata, attach, base_digest, find_sites, save_adapter
+from radapter_serve.adapter import (
+    Adapters,
+    Form,
+    Metadata,
+    attach,
+    base_digest,
+    find_sites,
+    save_adapter,
+)
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.prompts import templates_of
 from radapter_serve.clip.towers import encode_image, encode_text
 from radapter_serve.data import Captioned
 from radapter_serve.data.held_out import held_out_digest
 from radapter_serve.errors import RAdapterError
-from radapter_serve.training.average import Average
 from radapter_serve.training.batches import Examples, batches
-from radapter_serve.training.checkpoint import load_checkpoint, save_checkpoint
+from radapter_serve.training.checkpoint import Learner, load_checkpoint, save_checkpoint
 from radapter_serve.training.interruption import Interruption
 from radapter_serve.training.loss import gather_with_grad, mpm_nce
 from radapter_serve.training.parts import OWN, Parts
@@ -63,12 +70,12 @@ def train_on(recipe: Recipe, opened: RunData, out: Path, parts: Parts = OWN) -> 
     run = _prepare(recipe, opened, out, parts)
     _start(run)
     with Progress(
-        run.accelerator, run.out, run.steps, run.recipe.batch_size, done=run.step
+        run.accelerator, run.out, run.schedule.steps, run.recipe.batch_size, done=run.step
     ) as progress:
         progress.say(run.description())
         for note in run.notes:
             progress.say(note)
-        progress.broken(run.broken)
+        progress.broken(list(opened.broken))
         with Interruption(progress.say) as interruption:
             _learn(run, progress, interruption)
         metrics = _validate(run, progress)
@@ -79,57 +86,95 @@ def train_on(recipe: Recipe, opened: RunData, out: Path, parts: Parts = OWN) -> 
     return run.out
 
 
-@dataclass
-class _Run:
-    """All that a run consists of.
+@dataclass(frozen=True)
+class _Model:
+    """What learns.
 
     Attributes:
-        recipe: as the user gave it.
-        schedule: the same, with the warm-up and the averaging that this run has.
-        part: images a process and accumulated part.
-        digest: of the base without adapters.
+        base: with the adapters attached.
+        digest: of the base without them.
+        adapters: what is trained.
+        form: that they are applied in.
+        towers: both, as accelerate wraps them.
+        scale: 1/τ of the base.
+    """
+
+    base: Base
+    digest: str
+    adapters: Adapters
+    form: Form
+    towers: nn.Module
+    scale: float
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """What it learns from.
+
+    Attributes:
+        train, val: the pairs of training and of validation; the latter may be None.
         held_out: digest of the images that are validated on and else would be trained on; None
             where there are none.
+    """
+
+    train: Data
+    val: Data | None
+    held_out: str | None
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """How long it learns, and how fast.
+
+    Attributes:
+        recipe: with the batch, the warm-up and the averaging that this run has.
         steps: of the whole run.
-        step, position: steps done, and the (epoch, batch or row) that comes next.
-        broken: images that were left out when the data was opened.
+        part: images a process and accumulated part.
+    """
+
+    recipe: Recipe
+    steps: int
+    part: int
+
+    def learning_rate(self, step: int) -> float:
+        """Of a step, counted from 0."""
+        return learning_rate(self.recipe, step, self.steps)
+
+
+@dataclass
+class _Run:
+    """A run, and how far it is.
+
+    Attributes:
+        recipe: as the user gave it, with a batch that the data can fill.
         notes: what a user should know before the first step, a line each.
         parts: what an ablation exchanges.
+        step, position: steps done, and the (epoch, batch or row) that comes next.
     """
 
     recipe: Recipe
     out: Path
-    accelerator: Accelerator
-    base: Base
-    data: Data
-    val: Data | None
-    part: int
-    digest: str
-    held_out: str | None
-    adapters: Adapters
-    form: str
-    towers: nn.Module
-    optimizer: Optimizer
-    average: Average
-    schedule: Recipe
-    steps: int
-    broken: list[str]
-    notes: tuple[str, ...]
+    model: _Model
+    pairs: _Pairs
+    schedule: _Schedule
+    learner: Learner
     parts: Parts
+    notes: tuple[str, ...]
     step: int = 0
     position: tuple[int, int] = (0, 0)
-    scale: float = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.scale = float(self.base.model.state_dict()["logit_scale"].exp())
+    @property
+    def accelerator(self) -> Accelerator:
+        """The processes that share the run."""
+        return self.learner.accelerator
 
     def description(self) -> str:
         """One line for the user."""
         rank = "full rank" if self.recipe.rank is None else f"rank {self.recipe.rank}"
         processes = self.accelerator.num_processes
         return (
-            f"{self.adapters.share(self.base.model)}, {rank}, in {self.form} form; "
-            f"{self.steps} steps of {self.recipe.batch_size} images"
+            f"{self.model.adapters.share(self.model.base.model)}, {rank}, in {self.model.form}"
+            f" form; {self.schedule.steps} steps of {self.recipe.batch_size} images"
             + (f" in {processes} processes" if processes > 1 else "")
         )
 
@@ -138,13 +183,10 @@ class _Run:
         save_checkpoint(
             self.out,
             self.recipe,
-            self.adapters,
-            self.average,
-            self.optimizer,
-            self.accelerator,
-            self.step,
-            self.position,
-            self.held_out,
+            self.learner,
+            step=self.step,
+            position=self.position,
+            held_out=self.pairs.held_out,
         )
 
 
@@ -152,58 +194,64 @@ def _prepare(given: Recipe, opened: RunData, out: Path, exchanged: Parts) -> _Ru
     """Open and attach everything; whatever is refused is refused here, before anything is
     written.
     """
-    accelerator = start_accelerator(given, out)
-    torch.manual_seed(given.seed)
-    parts = given.accumulate * accelerator.num_processes
-    recipe = given.fitted(None if given.streaming else len(opened.data.rows), parts)
-    part = recipe.batch_size // parts
-    steps = recipe.steps or recipe.epochs * (len(opened.data.rows) // recipe.batch_size)
-    schedule = recipe.of_length(steps)
+    # The order matters: each step below needs what those above it did.
+    accelerator = start_accelerator(given, out)  # says how many processes share a batch
+    torch.manual_seed(given.seed)  # before anything draws: a base without weights, low-rank starts
+    schedule, recipe = _schedule(given, opened, accelerator)  # before a model is fetched
     base = load_base(recipe.architecture, recipe.pretrained)
-    data, val = opened.ready(recipe, base)
-    held_out = held_out_digest(val) if val is not None and recipe.val_fraction else None
+    pairs = _pairs(recipe, opened, base)
     where = {"text": recipe.adapt_text, "partial": recipe.partial}
-    digest = base_digest(
-        base.model.state_dict(), [site.key for site in find_sites(base.model, **where)]
-    )
+    # The digest is of the weights without adapters, so it comes before they are attached.
+    sites = find_sites(base.model, **where)
+    digest = base_digest(base.model.state_dict(), [site.key for site in sites])
     form = recipe.form
     if form == "auto":
-        form = choose_form(base.model, recipe.rank, part, **where)
+        form = choose_form(base.model, recipe.rank, schedule.part, **where)
     adapters = attach(
         base.model, recipe.rank, form=form, drop=recipe.drop, make=exchanged.layer, **where
     )
-    exchanged.attached(adapters)
+    exchanged.attached(adapters)  # may change what the optimizer is given
     optimizer = AdamW(
         adapters.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
+    # This moves the weights to their device, where the average then starts.
     towers, optimizer = accelerator.prepare(TwoTower(base.model, adapters), optimizer)
-    average = exchanged.average(adapters, schedule, steps)
-    run = _Run(
-        recipe,
-        out,
-        accelerator,
-        base,
-        data,
-        val,
-        part,
-        digest,
-        held_out,
-        adapters,
-        form,
-        towers,
-        optimizer,
-        average,
-        schedule,
-        steps,
-        list(opened.broken),
-        (*opened.notes, *schedule.notes(given, steps)),
-        exchanged,
+    average = exchanged.average(adapters, schedule.recipe, schedule.steps)
+    model = _Model(
+        base=base,
+        digest=digest,
+        adapters=adapters,
+        form=form,
+        towers=towers,
+        scale=float(base.model.state_dict()["logit_scale"].exp()),
     )
-    if recipe.resume:
-        run.step, run.position = load_checkpoint(
-            out, recipe, adapters, average, optimizer, accelerator, held_out
-        )
+    run = _Run(
+        recipe=recipe,
+        out=out,
+        model=model,
+        pairs=pairs,
+        schedule=schedule,
+        learner=Learner(adapters, average, optimizer, accelerator),
+        parts=exchanged,
+        notes=(*opened.notes, *schedule.recipe.notes(given, schedule.steps)),
+    )
+    if recipe.resume:  # last: it replaces the starts of adapters, average and optimizer
+        run.step, run.position = load_checkpoint(out, recipe, run.learner, pairs.held_out)
     return run
+
+
+def _schedule(given: Recipe, opened: RunData, accelerator: Accelerator) -> tuple[_Schedule, Recipe]:
+    """The schedule of a run, and its recipe with a batch that the data can fill."""
+    parts = given.accumulate * accelerator.num_processes
+    recipe = given.fitted(None if given.streaming else len(opened.data.rows), parts)
+    steps = recipe.steps or recipe.epochs * (len(opened.data.rows) // recipe.batch_size)
+    return _Schedule(recipe.of_length(steps), steps, recipe.batch_size // parts), recipe
+
+
+def _pairs(recipe: Recipe, opened: RunData, base: Base) -> _Pairs:
+    train, val = opened.ready(recipe, base)
+    held_out = held_out_digest(val) if val is not None and recipe.val_fraction else None
+    return _Pairs(train, val, held_out)
 
 
 def _start(run: _Run) -> None:
@@ -218,13 +266,17 @@ def _start(run: _Run) -> None:
 def _learn(run: _Run, progress: Progress, interruption: Interruption) -> None:
     """All steps that are left, with the checkpoints and the validations between them."""
     recipe = run.recipe
+    steps = run.schedule.steps
     examples = Examples(
-        run.data, augmentation(run.base, recipe), recipe.seed, refuse=recipe.on_broken == "refuse"
+        run.pairs.train,
+        augmentation(run.model.base, recipe),
+        recipe.seed,
+        refuse=recipe.on_broken == "refuse",
     )
-    source = _endless(examples, run.part, run.position, run.accelerator, recipe.workers)
-    while run.step < run.steps:
+    source = _endless(examples, run.schedule.part, run.position, run.accelerator, recipe.workers)
+    while run.step < steps:
         started = time.perf_counter()
-        rate = learning_rate(run.schedule, run.step, run.steps)
+        rate = run.schedule.learning_rate(run.step)
         loss = _step(run, source, rate, progress)
         progress.step(run.step, loss, rate, time.perf_counter() - started)
         if not math.isfinite(loss):
@@ -232,9 +284,8 @@ def _learn(run: _Run, progress: Progress, interruption: Interruption) -> None:
                 f"the loss is {loss} at step {run.step}; lower --learning-rate or --precision no"
             )
         stop = interruption.asked(run.accelerator)
-        if stop or (
-            recipe.save_every and (run.step % recipe.save_every == 0 or run.step == run.steps)
-        ):
+        due = recipe.save_every and (run.step % recipe.save_every == 0 or run.step == steps)
+        if stop or due:
             run.save()
         if stop:
             progress.say(
@@ -242,33 +293,35 @@ def _learn(run: _Run, progress: Progress, interruption: Interruption) -> None:
                 f" {run.out}"
             )
             interruption.end()
-        if recipe.validate_every and run.step % recipe.validate_every == 0 and run.step < run.steps:
+        if recipe.validate_every and run.step % recipe.validate_every == 0 and run.step < steps:
             _validate(run, progress)
 
 
 def _step(run: _Run, source: Source, rate: float, progress: Progress) -> float:
     """One optimizer step over all parts of its batch; returns the mean loss."""
-    recipe, accelerator, optimizer = run.recipe, run.accelerator, run.optimizer
+    recipe = run.recipe
+    accelerator = run.accelerator
+    optimizer = run.learner.optimizer
+    adapters = run.model.adapters
     for group in optimizer.param_groups:
         group["lr"] = rate
-    torch.manual_seed(
-        recipe.seed * 1_000_003 + run.step
-    )  # all that a step draws, so that a resumed run draws the same
-    run.adapters.drop = run.parts.drop(recipe, run.step, run.steps)
-    run.adapters.sample_drop()
+    # Seeds all that a step draws, so that a resumed run draws the same.
+    torch.manual_seed(recipe.seed * 1_000_003 + run.step)
+    adapters.drop = run.parts.drop(recipe, run.step, run.schedule.steps)
+    adapters.sample_drop()
     loss_sum = 0.0
     for _ in range(recipe.accumulate):
         run.position, batch = next(source)
-        with accelerator.accumulate(run.towers):
+        with accelerator.accumulate(run.model.towers):
             loss = _loss(run, batch)
             accelerator.backward(loss * accelerator.num_processes)  # see gather_with_grad
             if recipe.grad_clip is not None and accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(run.adapters.parameters(), recipe.grad_clip)
+                accelerator.clip_grad_norm_(adapters.parameters(), recipe.grad_clip)
             optimizer.step()
             optimizer.zero_grad()
         loss_sum += loss.item()
         progress.broken(batch["broken"])
-    run.average.update()
+    run.learner.average.update()
     run.step += 1
     return loss_sum / recipe.accumulate
 
@@ -276,8 +329,8 @@ def _step(run: _Run, source: Source, rate: float, progress: Progress) -> float:
 def _loss(run: _Run, batch: dict[str, Any]) -> Tensor:
     """The loss of one part over the pairs of all processes."""
     device = run.accelerator.device
-    tokens = run.base.tokenizer(batch["texts"]).to(device)
-    images, texts = run.towers(batch["pixels"].to(device, non_blocking=True), tokens)
+    tokens = run.model.base.tokenizer(batch["texts"]).to(device)
+    images, texts = run.model.towers(batch["pixels"].to(device, non_blocking=True), tokens)
     labels = run.accelerator.gather(batch["labels"].to(device))
     # each image stands beside each of its texts: but for a constant that is the loss of one image
     # with several texts, because all images come equally often
@@ -287,7 +340,7 @@ def _loss(run: _Run, batch: dict[str, Any]) -> Tensor:
         gather_with_grad(images).repeat_interleave(several, dim=0),
         gather_with_grad(texts),
         labels if run.recipe.positives == "several" else torch.arange(len(labels), device=device),
-        logit_scale=run.scale,
+        logit_scale=run.model.scale,
         delta=run.recipe.delta,
         epsilon=run.recipe.epsilon,
     )
@@ -295,10 +348,11 @@ def _loss(run: _Run, batch: dict[str, Any]) -> Tensor:
 
 def _validate(run: _Run, progress: Progress) -> dict[str, float]:
     """Measure the average as it is now; nothing without validation data."""
-    if run.val is None:
+    model = run.model
+    if run.pairs.val is None:
         return {}
-    with run.average.applied():
-        metrics = validate(run.base, run.adapters, run.val, run.recipe, run.accelerator)
+    with run.learner.average.applied():
+        metrics = validate(model.base, model.adapters, run.pairs.val, run.recipe, run.accelerator)
     progress.metrics(run.step, metrics)
     return metrics
 
@@ -307,25 +361,30 @@ def _write_adapter(run: _Run, metrics: dict[str, float], progress: Progress) -> 
     """Write the average as the run's adapter, from the main process."""
     if not run.accelerator.is_main_process:
         return
-    recipe, path = run.recipe, run.out / "adapter.safetensors"
-    run.adapters.load_tensors(run.average.tensors)
+    recipe = run.recipe
+    data = run.pairs.train
+    base = run.model.base
+    path = run.out / "adapter.safetensors"
+    run.model.adapters.load_tensors(run.learner.average.tensors)
     metadata = Metadata(
-        architecture=run.base.name,
-        pretrained=run.base.pretrained,
-        base_digest=run.digest,
+        architecture=base.name,
+        pretrained=base.pretrained,
+        base_digest=run.model.digest,
         rank=recipe.rank,
         task=recipe.task,
         alpha=recipe.alpha,
         templates=templates_of(recipe.templates),
         recipe=recipe.to_dict(),
         metrics=metrics,
-        classes=None if isinstance(run.data, Captioned) else list(run.data.classes),
-        held_out=run.held_out,
+        classes=None if isinstance(data, Captioned) else list(data.classes),
+        held_out=run.pairs.held_out,
     )
-    save_adapter(run.adapters.adapter(metadata), path)
+    save_adapter(run.model.adapters.adapter(metadata), path)
     folder = shlex.quote(str(run.out))
     chosen = f"radapter-export --adapter {folder} --alpha {recipe.alpha}"
-    following = chosen if run.val is None else f"radapter-eval --adapter {folder} --alpha auto"
+    following = (
+        chosen if run.pairs.val is None else f"radapter-eval --adapter {folder} --alpha auto"
+    )
     progress.say(f"wrote {path}; next: {following}")
 
 
