@@ -8,8 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from radapter_serve.adapter import Metadata
 from radapter_serve.clip.base import Base
@@ -18,15 +17,17 @@ from radapter_serve.data.held_out import OtherImages
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.confidence import fit_confidence
 from radapter_serve.evaluation.embedder import PROPOSALS, Embedder
-from radapter_serve.evaluation.evaluate import evaluate
+from radapter_serve.evaluation.evaluate import Scored, evaluate_scored
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known
 from radapter_serve.evaluation.image_sets import ClassificationSet
 from radapter_serve.evaluation.metrics import Floats, check_finite
 from radapter_serve.evaluation.release_embedder import ReleaseEmbedder
+from radapter_serve.evaluation.row import Row
 from radapter_serve.evaluation.run import own_validation
 from radapter_serve.evaluation.sets import open_set
 from radapter_serve.evaluation.torch_embedder import as_it_is
 from radapter_serve.release.confidence import Confidence
+from radapter_serve.release.release import Release
 from radapter_serve.tasks.label_embeddings import LabelSet
 
 MOST = 2000  # images at most: one is 0.05 points then
@@ -70,18 +71,6 @@ class Measured:
     warnings: tuple[str, ...] = ()
 
 
-class _Recorder(ReleaseEmbedder):
-    """A release that keeps the cosines of images with classes."""
-
-    def __init__(self, repository: str) -> None:
-        super().__init__(repository)
-        self.cosines: list[Floats] = []
-
-    def probabilities(self, cosines: Floats) -> Floats:
-        self.cosines.append(cosines)
-        return super().probabilities(cosines)
-
-
 @dataclass(frozen=True)
 class Validation:
     """Data that releases are evaluated on before they are put in place.
@@ -116,46 +105,47 @@ class Validation:
         Raises:
             RAdapterError: the release loses more than `max_drop`; an image can't be read.
         """
-        entry, values = self.data.entry, {}
-        release = _Recorder(str(repository))
-        embedders: dict[str, Embedder] = {
-            "torch": as_it_is(base, alpha, templates, crop=crop),
-            "release": release,
-        }
+        entry = self.data.entry
+        release = ReleaseEmbedder(str(repository))
         known = {release.variants[0].key: _label_embeds(repository)}
-        for name, embedder in embedders.items():
-            say(f"{entry.data}: embedding its texts by {name}")
-            (row,) = evaluate(
-                embedder,
-                self.data,
-                known=known,
-                progress=lambda done, n, by=name: say(
-                    f"{entry.data}: {done} of {n} images by {by}"
-                ),  # type: ignore[misc]
-            )
-            values[name] = round(100 * row.metrics[entry.metric], 3)
-        drop = round(values["torch"] - values["release"], 3)
+        by_torch = self._score("torch", as_it_is(base, alpha, templates, crop=crop), known, say)
+        by_release = self._score("release", release, known, say)
+        torch = _per_cent(by_torch.row)
+        own = _per_cent(by_release.row)
+        drop = round(torch - own, 3)
         if not drop <= self.max_drop:  # NaN, too
             raise RAdapterError(
                 f"the encoders lose {drop:.2f} points of {entry.metric} on the {len(self.data)}"
-                f" images of {entry.data} ({values['torch']:.2f} by torch, {values['release']:.2f}"
-                f" by the release), and {self.max_drop:g} are allowed; nothing was written. Export"
-                " with --precision fp32, or allow more with --max-drop"
+                f" images of {entry.data} ({torch:.2f} by torch, {own:.2f} by the release), and"
+                f" {self.max_drop:g} are allowed; nothing was written. Export with --precision"
+                " fp32, or allow more with --max-drop"
             )
-        return self._measured(
-            Accuracy(entry.data, len(self.data), entry.metric, drop=drop, **values), release
-        )
+        accuracy = Accuracy(entry.data, len(self.data), entry.metric, torch, own, drop)
+        return self._measured(accuracy, release.facts, by_release.cosines)
 
-    def _measured(self, accuracy: Accuracy, release: _Recorder) -> Measured:
+    def _score(
+        self, name: str, embedder: Embedder, known: dict[Any, Known], say: Callable[[str], None]
+    ) -> Scored:
+        """Evaluate the one model of an embedder."""
+        data = self.data.entry.data
+        say(f"{data}: embedding its texts by {name}")
+        (scored,) = evaluate_scored(
+            embedder,
+            self.data,
+            known=known,
+            progress=lambda done, n: say(f"{data}: {done} of {n} images by {name}"),
+        )
+        return scored
+
+    def _measured(self, accuracy: Accuracy, facts: Release, cosines: Floats | None) -> Measured:
         """The accuracy, and calibrated scores where the data has classes that `classify` would
         choose from.
         """
-        if not isinstance(self.data, ClassificationSet) or self.data.members or not release.cosines:
+        if not isinstance(self.data, ClassificationSet) or self.data.members or cosines is None:
             return Measured(accuracy)
-        facts = release.facts
         try:
             confidence = fit_confidence(
-                np.concatenate(release.cosines),
+                cosines,
                 self.data.labels,
                 facts.logit_scale,
                 facts.logit_bias,
@@ -164,6 +154,10 @@ class Validation:
         except RAdapterError as error:
             return Measured(accuracy, warnings=(str(error),))
         return Measured(accuracy, confidence)
+
+
+def _per_cent(row: Row) -> float:
+    return round(100 * row.metrics[row.metric], 3)
 
 
 def _label_embeds(repository: Path) -> Known:

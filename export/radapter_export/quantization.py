@@ -7,10 +7,8 @@ costs.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,58 +26,8 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 from radapter_export.graph import EXTERNAL_ABOVE, size_of
-from radapter_serve.contract.errors import TaskError
-from radapter_serve.contract.image_files import spread
-from radapter_serve.contract.preprocess import Preprocess, decode_pixels
-from radapter_serve.errors import RAdapterError
-from radapter_serve.index.collection import Collection
-
-IMAGES = 128  # of a collection, evenly spread; more hardly move the ranges
-PROMPTS = 512  # likewise, of label sets
-_BATCH = 8
 
 Batches = Sequence[NDArray[np.generic]]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Inputs by which the ranges of activations are found.
-
-    Attributes:
-        images: uint8 [B, S, S, 3] each, as served.
-        tokens: int32 [B, L] each.
-    """
-
-    images: Batches
-    tokens: Batches
-
-    def of(self, graph: str) -> Batches:
-        """The batches for a graph, by its name."""
-        return self.tokens if graph == "text_encoder" else self.images
-
-    def facts(self) -> dict[str, Any]:
-        """What decides the ranges, for a release."""
-        digest = hashlib.sha256()
-        for batch in (*self.images, *self.tokens):
-            digest.update(np.ascontiguousarray(batch).data)
-        counts = {"images": sum(map(len, self.images)), "texts": sum(map(len, self.tokens))}
-        return {**counts, "digest": f"sha256:{digest.hexdigest()}"}
-
-
-def calibration_images(collection: Collection, preprocess: Preprocess) -> list[NDArray[np.uint8]]:
-    """Images of a collection in batches, prepared as the server prepares them.
-
-    Raises:
-        RAdapterError: an image can't be read; says which.
-    """
-    pixels = []
-    for item in spread(collection.items, IMAGES):
-        try:
-            pixels.append(decode_pixels(item.file.read_bytes(), preprocess))
-        except (OSError, TaskError) as error:
-            why = error.what if isinstance(error, TaskError) else error.strerror
-            raise RAdapterError(f"calibration image {item.file} can't be read: {why}") from error
-    return [np.stack(pixels[start : start + _BATCH]) for start in range(0, len(pixels), _BATCH)]
 
 
 def quantize(path: Path, calibration: Batches = ()) -> int:

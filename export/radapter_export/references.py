@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from radapter_serve.adapter import Adapters
+from radapter_export.change import Reference
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.dense import encode_patches
 from radapter_serve.clip.towers import encode_image
@@ -84,21 +84,25 @@ def mixed_alphas(own: float) -> list[Alpha]:
 
 
 def references_at(
-    base: Base, adapters: Adapters, alphas: Sequence[Alpha], inputs: Inputs, way: str | None = None
+    base: Base,
+    reference: Reference,
+    alphas: Sequence[Alpha],
+    inputs: Inputs,
+    way: str | None = None,
 ) -> dict[str, list[Array]]:
     """torch's embeddings of each row of `Inputs` at an α of its own; a pass over all of them for
     each α.
 
     Args:
-        base: with `adapters` attached, whose α changes.
-        adapters: these.
+        base: whose model is the reference.
+        reference: sets the model's α.
         alphas: of the rows, float32 [B, 1] a batch.
         inputs: as of `References`.
         way: as of `References`.
     """
     embeds = {}
     for alpha in {float(one) for batch in alphas for one in batch.ravel()}:
-        adapters.alpha = alpha
+        reference.alpha = alpha
         embeds[alpha] = References(base, inputs, way).embeds
     return {
         graph: [

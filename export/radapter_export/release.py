@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from radapter_export.accuracy import open_validation
+from radapter_export.calibration import calibrate
+from radapter_export.change import AdapterChange
 from radapter_export.exported import Exported, ExportedRelease
+from radapter_export.files import disk_errors
 from radapter_export.forms import Forms, check_forms
 from radapter_export.graph import Graph, image_graph, patch_graph, text_graph
 from radapter_export.merged import Merged
@@ -15,13 +19,15 @@ from radapter_export.precision import TYPES, check_precision, lower
 from radapter_export.repository import Repository
 from radapter_export.settings import ExportSettings
 from radapter_export.source import Source
+from radapter_export.tokenizer import ServedTokenizer
 from radapter_export.towers import check
-from radapter_export.writer import Writer
+from radapter_export.writer import Outputs, Writer
 from radapter_serve.adapter.file import check_alpha, check_base
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.clip.dense import check_dense
+from radapter_serve.clip.towers import is_causal
+from radapter_serve.data.image_files import open_images
 from radapter_serve.errors import RAdapterError
-from radapter_serve.index.collection import open_collection
 from radapter_serve.release.repository import MODELS, PATCH_ENCODER, RUNTIMES, TENSORRT
 from radapter_serve.runtimes.tensorrt.plan_writer import PlanWriter
 
@@ -73,24 +79,47 @@ def export_release(
         settings.precision,
         settings.max_drop,
     )
-    images = settings.calibration
-    collection = None if images is None else open_collection(images.removeprefix("imagefolder:"))
+    images = None
+    if settings.calibration is not None:
+        images = open_images(settings.calibration, "--calibration")
     base = _load(source, settings, say)
     unfinished = Forms(settings, base)  # which refuses bases without such a form
     graphs = _graphs(base, source, settings.precision, say)
     models = [model for model in MODELS if model != PATCH_ENCODER or source.way is not None]
+    change = AdapterChange(source.adapter, dict(base.model.state_dict()))
     with (
-        Merged(settings.merged) as checkpoints,
+        tempfile.TemporaryDirectory() as scratch,
+        Merged(settings.merged) as merged,
         unfinished as forms,
         Repository(settings.model_repository, models) as repository,
     ):
-        writer = Writer(base, source, graphs, settings, engines, collection)
+        with disk_errors(Path(scratch)):
+            tokenizer = ServedTokenizer.write(
+                base.tokenizer,
+                Path(scratch, "tokenizer.json"),
+                dynamic_length=is_causal(base.model),
+            )
+        calibration = None
+        if images is not None:
+            calibration = calibrate(images, base, source, tokenizer.encode)
+        writer = Writer(
+            base=base,
+            source=source,
+            change=change,
+            reference=change.reference(base),
+            graphs=graphs,
+            settings=settings,
+            tokenizer=tokenizer,
+            outputs=Outputs(merged, forms, repository),
+            validation=validation,
+            calibration=calibration,
+            engines=engines,
+            say=say,
+        )
         releases = []
         for version, alpha in enumerate(numbers, repository.next_version()):
             name = f"alpha-{alpha:g}" if len(numbers) > 1 else ""
-            releases.append(
-                writer.write(version, alpha, checkpoints, forms, name, repository, validation, say)
-            )
+            releases.append(writer.write(version, alpha, name))
         for model in models:
             written = [release.release for release in releases]
             repository.add_config(model, written, writer.dims, settings.max_batch_size)
@@ -98,7 +127,7 @@ def export_release(
         for release in releases:
             repository.add_sums(release.version)
         say("putting everything in place")
-        checkpoints.commit()
+        merged.commit()
         forms.commit()
         repository.commit([release.version for release in releases])
     return releases

@@ -15,6 +15,7 @@ from radapter_serve.adapter import Adapter, average_adapters, load_adapter
 from radapter_serve.clip.prompts import templates_of
 from radapter_serve.contract.errors import TaskError
 from radapter_serve.contract.labels import check_labels, read_label_file, split_label
+from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.names import RULE, is_name
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.alpha_choice import chosen
@@ -75,6 +76,14 @@ class Source:
             _label_sets(settings.label_sets, meta.classes),
             settings.exif_orientation and meta.source.exif_orientation,
         )
+
+    def crop(self, mean: Sequence[float]) -> MaskCrop:
+        """How masks are shown to the image encoder, as in training.
+
+        Args:
+            mean: RGB in [0, 1] that the encoder subtracts.
+        """
+        return self.adapter.metadata.source.mask_crop(mean)
 
 
 def _label_sets(

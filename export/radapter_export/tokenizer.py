@@ -5,12 +5,14 @@ it.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import open_clip.tokenizer as clip
 import tokenizers
 
+from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.errors import RAdapterError
 from radapter_serve.files import digest_of, staged
 
@@ -19,6 +21,27 @@ _CLEAN = {
     clip._clean_whitespace: "whitespace",
     clip._clean_canonicalize: "canonicalize",
 }
+
+
+@dataclass(frozen=True)
+class ServedTokenizer:
+    """A tokenizer as the server reads it.
+
+    Attributes:
+        path: of its `tokenizer.json`.
+        spec: the `tokenizer` entry of a release.
+        encode: texts to tokens.
+    """
+
+    path: Path
+    spec: dict[str, Any]
+    encode: Tokenizer
+
+    @classmethod
+    def write(cls, tokenizer: Any, path: Path, *, dynamic_length: bool) -> ServedTokenizer:
+        """Write a tokenizer, and read it again; see `write_tokenizer`."""
+        spec = write_tokenizer(tokenizer, path, dynamic_length=dynamic_length)
+        return cls(path, spec, Tokenizer.load(path, spec))
 
 
 def write_tokenizer(

@@ -9,38 +9,36 @@ import importlib.metadata
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 from torch import Tensor
 
-from radapter_export.accuracy import Validation
+from radapter_export.accuracy import Measured, Validation
+from radapter_export.calibration import Calibration
+from radapter_export.change import Change, Reference
 from radapter_export.exported import Exported, ExportedRelease
 from radapter_export.files import disk_errors
 from radapter_export.forms import Forms
 from radapter_export.graph import Graph
 from radapter_export.merged import Merged
-from radapter_export.quantization import PROMPTS, Calibration, calibration_images, quantize
+from radapter_export.quantization import quantize
 from radapter_export.references import BATCHES, Inputs, mixed_alphas, references_at
 from radapter_export.repository import Repository
 from radapter_export.settings import ExportSettings
 from radapter_export.source import Source
-from radapter_export.tokenizer import write_tokenizer
-from radapter_serve.adapter import Adapters, attach_adapter, fold
+from radapter_export.tokenizer import ServedTokenizer
 from radapter_serve.clip.base import Base
 from radapter_serve.clip.dense import check_dense
 from radapter_serve.clip.towers import is_causal
 from radapter_serve.contract.alpha import Encode, at
-from radapter_serve.contract.image_files import spread
-from radapter_serve.contract.labels import split_label
-from radapter_serve.contract.preprocess import Preprocess
+from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.probabilities import SAME, indistinguishable
-from radapter_serve.contract.tokenizer import Tokenizer
 from radapter_serve.files import digest_of
-from radapter_serve.index.collection import Collection
 from radapter_serve.release.agreement import Samples, compare
 from radapter_serve.release.release import Release
 from radapter_serve.release.repository import RUNTIMES, TASKS
@@ -57,289 +55,290 @@ UNFITTED = (
 _TOOLS = ("torch", "open_clip_torch", "onnx", "onnxscript", "radapter-serve")
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """Where the releases of one call are written, until all of them are committed."""
+
+    merged: Merged
+    forms: Forms
+    repository: Repository
+
+
+@dataclass(frozen=True)
+class LabelSets:
+    """The label sets of one release.
+
+    Attributes:
+        facts: number of labels, templates and digest, by name.
+        warnings: of each label set with labels that can't be told apart.
+    """
+
+    facts: dict[str, dict[str, Any]]
+    warnings: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Writer:
     """Writes the releases of one call.
 
-    Args:
-        base: of the adapter; adapters are attached to its model.
+    Attributes:
+        base: gives configuration, preprocessing and tokenizer.
         source: what is exported.
+        change: what α scales.
+        reference: the base's model with the change in it, at an α that can be set.
         graphs: of the encoders, without weights.
         settings: of the call.
+        tokenizer: as it is served.
+        outputs: where to write.
+        validation: data that each release is evaluated on; None leaves that out.
+        calibration: inputs by which the ranges of int8 are found; None if they are not fixed.
         engines: writes those of TensorRT, where it is the runtime.
-        collection: images by which the ranges of int8 are found; None if they are not fixed.
+        say: called with a line before each step.
     """
 
-    def __init__(
-        self,
-        base: Base,
-        source: Source,
-        graphs: Sequence[Graph],
-        settings: ExportSettings,
-        engines: PlanWriter | None = None,
-        collection: Collection | None = None,
-    ) -> None:
-        self._base, self._source, self._graphs, self._settings = base, source, graphs, settings
-        self._engines, self._collection = engines, collection
-        self._state = dict(base.model.state_dict())  # before adapters are attached
-        self._attached: Adapters | None = None
-        self._calibration = Calibration((), ())
-        self._crop = source.adapter.metadata.source.mask_crop(base.preprocess["mean"])
-        self._size, self._width = base.image_size, int(base.config["embed_dim"])
-        self._grid = (
-            0 if source.way is None else int(check_dense(base.model, source.way).grid_size[0])
-        )
-        self._dynamic_length = is_causal(base.model)
+    base: Base
+    source: Source
+    change: Change
+    reference: Reference
+    graphs: Sequence[Graph]
+    settings: ExportSettings
+    tokenizer: ServedTokenizer
+    outputs: Outputs
+    validation: Validation | None
+    calibration: Calibration | None
+    engines: PlanWriter | None
+    say: Callable[[str], None]
 
     @property
     def dims(self) -> dict[str, list[int]]:
         """Shapes of the encoders' tensors, without the batch."""
-        length: int = self._base.tokenizer.context_length  # type: ignore[attr-defined]
+        length: int = self.base.tokenizer.context_length  # type: ignore[attr-defined]
+        size, width, grid = self.base.image_size, self._width, self._grid
         return {
-            "image": [self._size, self._size, 3],
-            "tokens": [-1 if self._dynamic_length else length],
-            "image_embeds": [self._width],
-            "patch_embeds": [self._grid, self._grid, self._width],
-            "text_embeds": [self._width],
+            "image": [size, size, 3],
+            "tokens": [-1 if is_causal(self.base.model) else length],
+            "image_embeds": [width],
+            "patch_embeds": [grid, grid, width],
+            "text_embeds": [width],
         }
 
-    def write(
-        self,
-        version: int,
-        alpha: float,
-        checkpoints: Merged,
-        forms: Forms,
-        name: str,
-        repository: Repository,
-        validation: Validation | None,
-        say: Callable[[str], None],
-    ) -> ExportedRelease:
-        """Write one release into the temporary folders."""
-        source = self._source
-        say(f"folding at alpha {alpha:g}")
-        folded = fold(self._state, source.adapter, alpha)
-        weights = {**self._state, **source.adapter.tensors} if source.dynamic_alpha else folded
-        checkpoints.add(name, self._base, folded)
+    def write(self, version: int, alpha: float, name: str) -> ExportedRelease:
+        """Write one release into the temporary folders.
+
+        Args:
+            version: its number in the repository.
+            alpha: re-scaling in [0, 1].
+            name: of its subfolder among the merged checkpoints, "" for none.
+        """
+        merged = self.outputs.merged
+        repository = self.outputs.repository
+        self.say(f"folding at alpha {alpha:g}")
+        folded = self.change.fold(alpha)
+        merged.add(name, self.base, folded)
         with disk_errors(repository.folder):
-            for model in repository.models:
-                repository.staged(model, version).mkdir()
-            tokenizer, spec = self._write_tokenizers(repository, version)
-            say(
-                f"torch's embeddings at alpha {alpha:g}{' and others' * source.dynamic_alpha},"
-                " adapters attached"
-            )
-            samples = self._samples(alpha, tokenizer, dynamic=source.dynamic_alpha)
-            if self._collection is not None and not self._calibration.images:
-                self._calibration = self._calibrate(self._collection, tokenizer)
-            exported = []
-            for graph in self._graphs:
-                say(f"writing and checking {graph.name} at alpha {alpha:g}")
-                start = time.perf_counter()
-                folder = repository.staged(graph.name, version)
-                samples[graph.name].save(folder)
-                size = self._write_graph(graph, weights, folder, int(spec["context_length"]))
-                encoder = self._encoder(folder)
-                named = f"{graph.name} in {self._settings.precision}"
-                agreement = compare(named, encoder, samples[graph.name], self._settings.bounds)
-                exported.append(Exported(graph.name, size, agreement, time.perf_counter() - start))
-            folders = [repository.staged(model, version) / "label_sets" for model in LABELLED]
-            others = (
-                forms.write(
-                    name, alpha, folded, self._samples_alone(alpha, samples, tokenizer), say
+            self._make_folders(version)
+            samples = self._samples(alpha)
+            graphs, encode_texts = self._write_graphs(version, alpha, folded, samples)
+            others = self._write_forms(name, alpha, folded, samples)
+            label_sets = self._write_label_sets(version, encode_texts)
+            release = self._describe(version, alpha, folded, label_sets.facts, graphs)
+            self._save(release)
+            measured = self._measure(release)
+            if measured is not None:
+                confidence = measured.confidence
+                release = replace(
+                    release,
+                    accuracy=asdict(measured.accuracy),
+                    confidence=None if confidence is None else asdict(confidence),
                 )
-                if forms
-                else []
-            )
-            encode = at(
-                encoder, alpha if source.dynamic_alpha else None
-            )  # of texts, which come last
-            sets, warnings = self._write_label_sets(folders, encode, tokenizer, say)
-            release = self._release(version, alpha, folded, spec, sets, exported)
-            for model in TASKS:
-                repository.add_model_file(model, version)
-                release.save(repository.staged(model, version))
-            accuracy = None
-            if validation is not None:
-                self._at(alpha)
-                with repository.view(version) as view:
-                    measured = validation(
-                        self._base, alpha, view, source.templates, self._crop, say
-                    )
-                accuracy, warnings = measured.accuracy, [*warnings, *measured.warnings]
-                fitted = None if measured.confidence is None else asdict(measured.confidence)
-                release = replace(release, accuracy=asdict(accuracy), confidence=fitted)
-                for model in TASKS:
-                    release.save(repository.staged(model, version))
+                self._save(release)  # again: what was measured is the release as it is written
+        merged.add_release(name, release)
+        self.outputs.forms.add_release(name, release)
+        warnings = [*label_sets.warnings, *(measured.warnings if measured else ())]
         if release.logit_bias is not None and release.confidence is None:
-            warnings = [*warnings, UNFITTED]
-        checkpoints.add_release(name, release)
-        forms.add_release(name, release)
+            warnings.append(UNFITTED)
         return ExportedRelease(
-            release, exported, checkpoints.folder / name, accuracy, warnings, others
+            release=release,
+            graphs=graphs,
+            merged=merged.folder / name,
+            accuracy=None if measured is None else measured.accuracy,
+            warnings=warnings,
+            forms=others,
         )
 
-    def _samples(self, alpha: float, tokenizer: Tokenizer, *, dynamic: bool) -> dict[str, Samples]:
-        """Inputs of each graph, and torch's embeddings of them with adapters attached."""
-        inputs = Inputs(self._base, tokenizer, self._size)
-        alphas = (
-            mixed_alphas(alpha) if dynamic else [np.full((batch, 1), alpha) for batch in BATCHES]
-        )
-        references = references_at(self._base, self._at(alpha), alphas, inputs, self._source.way)
+    @property
+    def _width(self) -> int:
+        return int(self.base.config["embed_dim"])
+
+    @property
+    def _grid(self) -> int:
+        if self.source.way is None:
+            return 0
+        return int(check_dense(self.base.model, self.source.way).grid_size[0])
+
+    @property
+    def _crop(self) -> MaskCrop:
+        return self.source.crop(self.base.preprocess["mean"])
+
+    def _make_folders(self, version: int) -> None:
+        """Make the version's folder in every model, with the tokenizer in those that need it."""
+        repository = self.outputs.repository
+        for model in repository.models:
+            repository.staged(model, version).mkdir()
+        for model in TOKENIZED:
+            shutil.copyfile(
+                self.tokenizer.path, repository.staged(model, version) / "tokenizer.json"
+            )
+
+    def _samples(self, alpha: float) -> dict[str, Samples]:
+        """Inputs of each graph, and torch's embeddings of them."""
+        dynamic = self.source.dynamic_alpha
+        others = " and others" if dynamic else ""
+        self.say(f"torch's embeddings at alpha {alpha:g}{others}, adapters attached")
+        return self._samples_at(mixed_alphas(alpha) if dynamic else _one_alpha(alpha), dynamic)
+
+    def _samples_at(self, alphas: Sequence[NDArray[Any]], dynamic: bool) -> dict[str, Samples]:
+        inputs = Inputs(self.base, self.tokenizer.encode, self.base.image_size)
+        references = references_at(self.base, self.reference, alphas, inputs, self.source.way)
         return {
             name: Samples(inputs.of(name), found, alphas if dynamic else ())
             for name, found in references.items()
         }
 
-    def _samples_alone(
-        self, alpha: float, samples: dict[str, Samples], tokenizer: Tokenizer
-    ) -> dict[str, Samples]:
-        """The same for weights that are folded at one α."""
-        return (
-            self._samples(alpha, tokenizer, dynamic=False)
-            if self._source.dynamic_alpha
-            else samples
-        )
+    def _write_graphs(
+        self,
+        version: int,
+        alpha: float,
+        folded: Mapping[str, Tensor],
+        samples: Mapping[str, Samples],
+    ) -> tuple[list[Exported], Encode]:
+        """Write and check all graphs; also gives what embeds texts, by its graph."""
+        dynamic = self.source.dynamic_alpha
+        weights = self.change.beside() if dynamic else folded
+        exported = []
+        encoders: dict[str, Encoder] = {}
+        for graph in self.graphs:
+            self.say(f"writing and checking {graph.name} at alpha {alpha:g}")
+            start = time.perf_counter()
+            folder = self.outputs.repository.staged(graph.name, version)
+            samples[graph.name].save(folder)
+            size = self._write_graph(graph, weights, folder)
+            encoder = self._encoder(folder)
+            named = f"{graph.name} in {self.settings.precision}"
+            agreement = compare(named, encoder, samples[graph.name], self.settings.bounds)
+            exported.append(Exported(graph.name, size, agreement, time.perf_counter() - start))
+            encoders[graph.name] = encoder
+        return exported, at(encoders["text_encoder"], alpha if dynamic else None)
 
-    def _write_graph(
-        self, graph: Graph, weights: Mapping[str, Tensor], folder: Path, max_length: int
-    ) -> int:
+    def _write_graph(self, graph: Graph, weights: Mapping[str, Tensor], folder: Path) -> int:
         """Write a graph with its weights, and what the runtime makes of it; gives the size in
         bytes.
         """
         path = folder / "model.onnx"
         size = graph.save(weights, path)
-        if self._settings.precision == "int8":
-            size = quantize(path, self._calibration.of(graph.name))
-        if self._engines is None:
+        if self.settings.precision == "int8":
+            inputs = () if self.calibration is None else self.calibration.of(graph.name)
+            size = quantize(path, inputs)
+        if self.engines is None:
             return size
-        built = self._engines.write(
+        built = self.engines.write(
             graph.name,
             folder,
-            max_batch_size=self._settings.max_batch_size,
-            max_length=max_length,
-            bounds=self._settings.bounds,
+            max_batch_size=self.settings.max_batch_size,
+            max_length=int(self.tokenizer.spec["context_length"]),
+            bounds=self.settings.bounds,
         )
         return built.size
 
     def _encoder(self, folder: Path) -> Encoder:
         """A graph as it is served."""
-        runtime = self._settings.served_by
-        return Encoder(folder / RUNTIMES[runtime].file, runtime, precision=self._settings.precision)
+        runtime = self.settings.served_by
+        return Encoder(folder / RUNTIMES[runtime].file, runtime, precision=self.settings.precision)
 
-    def _at(self, alpha: float) -> Adapters:
-        """The adapters, attached and set to this α."""
-        if self._attached is None:
-            self._attached = attach_adapter(self._base.model, self._source.adapter, alpha)
-        self._attached.alpha = alpha
-        return self._attached
-
-    def _calibrate(self, collection: Collection, tokenizer: Tokenizer) -> Calibration:
-        """Images of the collection; some prompts of label sets, and texts that agreement is not
-        checked with.
-        """
-        turns = {"exif_orientation": self._source.exif_orientation}
-        images = calibration_images(
-            collection, Preprocess.from_dict({**self._base.preprocess, **turns})
-        )
-        prompts = [
-            template.replace("{}", name)
-            for labels in self._source.label_sets.values()
-            for label in labels
-            for name in split_label(label)
-            for template in self._source.templates
-        ]
-        some = spread(prompts, PROMPTS)
-        texts = [tokenizer(some[start : start + 64]) for start in range(0, len(some), 64)]
-        return Calibration(
-            images, [*Inputs(self._base, tokenizer, self._size, seed=1).tokens, *texts]
-        )
-
-    def _write_tokenizers(
-        self, repository: Repository, version: int
-    ) -> tuple[Tokenizer, dict[str, Any]]:
-        path, *others = (
-            repository.staged(model, version) / "tokenizer.json" for model in TOKENIZED
-        )
-        spec = write_tokenizer(self._base.tokenizer, path, dynamic_length=self._dynamic_length)
-        for other in others:
-            shutil.copyfile(path, other)
-        return Tokenizer.load(path, spec), spec
-
-    def _write_label_sets(
+    def _write_forms(
         self,
-        folders: Sequence[Path],
-        encode: Encode,
-        tokenizer: Tokenizer,
-        say: Callable[[str], None],
-    ) -> tuple[dict[str, Any], list[str]]:
-        """Their facts by name, and a warning for each that has labels which can't be told apart."""
-        folder, templates = folders[0], self._source.templates
-        folder.mkdir()
-        embed = LabelEmbedder(tokenizer, encode, max_batch_size=self._settings.max_batch_size)
-        facts, warnings = {}, []
-        for name, labels in self._source.label_sets.items():
-            line = f"embedding label set {name}: {{}} of {len(labels)} labels"
-            say(line.format(0))
-            path = folder / f"{name}.npz"
-            found = embed(
-                labels,
-                templates,
-                progress=lambda done, line=line: say(line.format(done)),  # type: ignore[misc]
-            )
+        name: str,
+        alpha: float,
+        folded: Mapping[str, Tensor],
+        samples: Mapping[str, Samples],
+    ) -> list[Exported]:
+        """Write and check the forms of the folded weights that other libraries open."""
+        forms = self.outputs.forms
+        if not forms:
+            return []
+        if self.source.dynamic_alpha:  # whose samples are of several α
+            samples = self._samples_at(_one_alpha(alpha), dynamic=False)
+        return forms.write(name, alpha, folded, samples, self.say)
+
+    def _write_label_sets(self, version: int, encode: Encode) -> LabelSets:
+        """Embed the labels, and write them for each task that uses them."""
+        repository = self.outputs.repository
+        first, *others = [repository.staged(model, version) / "label_sets" for model in LABELLED]
+        first.mkdir()
+        embed = LabelEmbedder(
+            self.tokenizer.encode, encode, max_batch_size=self.settings.max_batch_size
+        )
+        templates = self.source.templates
+        facts = {}
+        warnings = []
+        for name, labels in self.source.label_sets.items():
+            found = embed(labels, templates, progress=self._labels_done(name, len(labels)))
+            path = first / f"{name}.npz"
             found.save(path)
             facts[name] = {"labels": len(labels), "templates": templates, "digest": digest_of(path)}
             if alike := indistinguishable(found.labels, found.embeds):
-                pairs = "; ".join(f"{one!r} and {other!r}" for one, other in alike[:10])
-                more = f"; and {len(alike) - 10} more pairs" if len(alike) > 10 else ""
-                warnings.append(
-                    f"label set {name} has labels that the text tower can't tell apart (cosine"
-                    f" above {SAME}), so that an image scores them alike: {pairs}{more}; name them"
-                    " by other words"
-                )
-        for other in folders[1:]:
-            shutil.copytree(folder, other)
-        return facts, warnings
+                warnings.append(_alike(name, alike))
+        for other in others:
+            shutil.copytree(first, other)
+        return LabelSets(facts, warnings)
 
-    def _release(
+    def _labels_done(self, name: str, count: int) -> Callable[[int], None]:
+        def say(done: int) -> None:
+            self.say(f"embedding label set {name}: {done} of {count} labels")
+
+        say(0)
+        return say
+
+    def _save(self, release: Release) -> None:
+        """Write `release.json`, and the code of the models, into the release's folders."""
+        repository = self.outputs.repository
+        for model in TASKS:
+            repository.add_model_file(model, release.version)
+            release.save(repository.staged(model, release.version))
+
+    def _measure(self, release: Release) -> Measured | None:
+        """Evaluate the release on the validation data, as it would be served."""
+        if self.validation is None:
+            return None
+        self.reference.alpha = release.alpha
+        with self.outputs.repository.view(release.version) as view:
+            return self.validation(
+                self.base, release.alpha, view, self.source.templates, self._crop, self.say
+            )
+
+    def _describe(
         self,
         version: int,
         alpha: float,
         folded: Mapping[str, Tensor],
-        tokenizer: dict[str, Any],
-        label_sets: dict[str, Any],
+        label_sets: dict[str, dict[str, Any]],
         exported: Sequence[Exported],
     ) -> Release:
-        base, source, settings = self._base, self._source, self._settings
-        quantization = None
-        if settings.precision == "int8":
-            fixed = self._collection is not None
-            quantization = (
-                {"kind": "static", **self._calibration.facts()} if fixed else {"kind": "dynamic"}
-            )
+        source, settings = self.source, self.settings
         bias = folded.get("logit_bias")
-        tools = (*_TOOLS, *(["openvino"] if settings.served_by == "openvino" else []))
         return Release(
             version=version,
             alpha=alpha,
             dynamic_alpha=source.dynamic_alpha,
-            architecture=base.name,
-            base_digest=source.adapter.metadata.base_digest,
-            adapter_digest=source.adapter.digest,
+            architecture=self.base.name,
+            base_digest=self.change.base_digest,
+            adapter_digest=self.change.digest,
             adapters=source.adapters,
             precision=settings.precision,
-            quantization=quantization,
+            quantization=self._quantization(),
             runtime=settings.served_by,
-            preprocess={
-                "size": self._size,
-                **{
-                    key: base.preprocess[key]
-                    for key in ("mode", "interpolation", "resize_mode", "fill_color")
-                },
-                **{
-                    key: [float(value) for value in base.preprocess[key]] for key in ("mean", "std")
-                },
-                "exif_orientation": source.exif_orientation,
-            },
-            tokenizer=tokenizer,
+            preprocess=self._preprocess(),
+            tokenizer=self.tokenizer.spec,
             embed_dim=self._width,
             dense=None if source.way is None else {"way": source.way, "grid": self._grid},
             crop=self._crop.to_dict(),
@@ -348,10 +347,7 @@ class Writer:
             templates=source.templates,
             label_sets=label_sets,
             max_batch_size=settings.max_batch_size,
-            tools={name.removesuffix("_torch"): importlib.metadata.version(name) for name in tools}
-            | {
-                "onnxruntime": onnxruntime.__version__
-            },  # installed as onnxruntime or onnxruntime-gpu
+            tools=_versions(settings.served_by),
             agreement={
                 **{graph.name: asdict(graph.agreement) for graph in exported},
                 "batches": list(BATCHES),
@@ -360,3 +356,43 @@ class Writer:
             },
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
+
+    def _quantization(self) -> dict[str, Any] | None:
+        if self.settings.precision != "int8":
+            return None
+        if self.calibration is None:
+            return {"kind": "dynamic"}
+        return {"kind": "static", **self.calibration.facts()}
+
+    def _preprocess(self) -> dict[str, Any]:
+        own = self.base.preprocess
+        names = ("mode", "interpolation", "resize_mode", "fill_color")
+        return {
+            "size": self.base.image_size,
+            **{name: own[name] for name in names},
+            **{name: [float(value) for value in own[name]] for name in ("mean", "std")},
+            "exif_orientation": self.source.exif_orientation,
+        }
+
+
+def _one_alpha(alpha: float) -> list[NDArray[Any]]:
+    """The same α for each row of each batch."""
+    return [np.full((batch, 1), alpha) for batch in BATCHES]
+
+
+def _alike(name: str, pairs: Sequence[tuple[str, str]]) -> str:
+    """A warning about labels that can't be told apart."""
+    shown = "; ".join(f"{one!r} and {other!r}" for one, other in pairs[:10])
+    more = f"; and {len(pairs) - 10} more pairs" if len(pairs) > 10 else ""
+    return (
+        f"label set {name} has labels that the text tower can't tell apart (cosine above {SAME}),"
+        f" so that an image scores them alike: {shown}{more}; name them by other words"
+    )
+
+
+def _versions(runtime: str) -> dict[str, str]:
+    """The versions of what makes a release, by name."""
+    names = (*_TOOLS, *(["openvino"] if runtime == "openvino" else []))
+    versions = {name.removesuffix("_torch"): importlib.metadata.version(name) for name in names}
+    versions["onnxruntime"] = onnxruntime.__version__  # of onnxruntime or of onnxruntime-gpu
+    return versions

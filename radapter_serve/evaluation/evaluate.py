@@ -8,14 +8,32 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
+
+import numpy as np
 
 from radapter_serve.errors import RAdapterError
 from radapter_serve.evaluation.embedder import Embedder, Variant
 from radapter_serve.evaluation.evaluation_set import EvaluationSet, Known, Scorer
+from radapter_serve.evaluation.metrics import Floats
 from radapter_serve.evaluation.results import model_name
 from radapter_serve.evaluation.row import Case, Row
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What was measured of a model, and the scores that it was measured by.
+
+    Attributes:
+        row: the figures.
+        cosines: of each image with each class, float32 [N, C]; None where the data set has no
+            classes of whole images.
+    """
+
+    row: Row
+    cosines: Floats | None
 
 
 def evaluate(
@@ -46,30 +64,76 @@ def evaluate(
     Raises:
         RAdapterError: an image can't be read; a model fails, or gives values that are not finite.
     """
-    known = {} if known is None else known
-    models = [
-        _Model(embedder, data, variant)
-        for variant in (embedder.variants if variants is None else variants)
+    return [
+        one.row
+        for one in _measure(
+            embedder,
+            data,
+            embedder.variants if variants is None else variants,
+            batch_size=batch_size,
+            threads=threads,
+            progress=progress,
+            known={} if known is None else known,
+            keep_cosines=False,
+        )
     ]
+
+
+def evaluate_scored(
+    embedder: Embedder,
+    data: EvaluationSet,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    known: dict[Any, Known] | None = None,
+) -> list[Scored]:
+    """`evaluate` for all models of an embedder, which keeps the scores too: 4 bytes for each model,
+    image and class.
+    """
+    return _measure(
+        embedder,
+        data,
+        embedder.variants,
+        progress=progress,
+        known={} if known is None else known,
+        keep_cosines=True,
+    )
+
+
+def _measure(
+    embedder: Embedder,
+    data: EvaluationSet,
+    variants: Sequence[Variant],
+    *,
+    batch_size: int = 64,
+    threads: int = 2,
+    progress: Callable[[int, int], None] | None,
+    known: dict[Any, Known],
+    keep_cosines: bool,
+) -> list[Scored]:
+    models = [_Model(embedder, data, variant) for variant in variants]
     scorers: list[Scorer] = []
     for model in models:
         with model.turn():
             scorers.append(data.scorer(embedder, known.setdefault(model.variant.key, {})))
+    kept: list[list[Floats]] = [[] for _ in models]
     done = 0
     for items in _batches(embedder, data, min(batch_size, data.most or batch_size), threads):
-        for model, scorer in zip(models, scorers, strict=True):
+        for model, scorer, own in zip(models, scorers, kept, strict=True):
             with model.turn():
-                scorer.add(items)
+                cosines = scorer.add(items)
+            if keep_cosines and cosines is not None:
+                own.append(cosines)
         done += len(items)
         if progress:
             progress(done, len(data))
-    rows = []
-    for model, scorer in zip(models, scorers, strict=True):
+    scored = []
+    for model, scorer, own in zip(models, scorers, kept, strict=True):
         with model.turn():
             measured = scorer.measured()
         case = case_of(embedder, data, model.variant)
-        rows.append(Row(**vars(case), **vars(measured), runtime=round(model.seconds, 3)))
-    return rows
+        row = Row(**vars(case), **vars(measured), runtime=round(model.seconds, 3))
+        scored.append(Scored(row, np.concatenate(own) if own else None))
+    return scored
 
 
 def case_of(embedder: Embedder, data: EvaluationSet, variant: Variant) -> Case:

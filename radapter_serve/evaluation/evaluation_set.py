@@ -36,8 +36,13 @@ Known = dict[tuple[tuple[str, ...], "str | tuple[str, ...]"], Floats]
 class Scorer(Protocol):
     """Takes all images of a set, in order, and measures one model on them."""
 
-    def add(self, items: Sequence[Any]) -> None:
-        """Take images, from `prepare`, to the model that is selected."""
+    def add(self, items: Sequence[Any]) -> Floats | None:
+        """Take images, from `prepare`, to the model that is selected.
+
+        Returns:
+            Their cosines with each class, float32 [N, C]; None where the set has no classes of
+            whole images.
+        """
 
     def measured(self) -> Measured:
         """The figures over all images that were taken."""

@@ -197,7 +197,7 @@ class _ClassificationScorer:
         self._ranks, self._found = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         self._sums = np.zeros((3, BINS))
 
-    def add(self, items: Sequence[Any]) -> None:
+    def add(self, items: Sequence[Any]) -> Floats:
         start = sum(map(len, self._ranks))
         scores = self._data.scores(
             check_finite(self._embedder.embed_images(items)) @ self._classifier.T
@@ -212,6 +212,7 @@ class _ClassificationScorer:
         self._sums += calibration_sums(confidences, ranks < 1)
         self._ranks.append(ranks)
         self._found.append(found)
+        return scores
 
     def measured(self) -> Measured:
         labels, classes, ranks = self._data.labels, self._data.classes, np.concatenate(self._ranks)

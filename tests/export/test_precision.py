@@ -22,16 +22,18 @@ from PIL import Image
 
 from radapter_export import ExportedRelease, ExportSettings, export_release
 from radapter_export.accuracy import Accuracy, Validation, open_validation
+from radapter_export.calibration import calibration_images
 from radapter_export.graph import Graph
 from radapter_export.precision import lower
-from radapter_export.quantization import calibration_images, quantize
+from radapter_export.quantization import quantize
 from radapter_serve.adapter import Adapter, attach_adapter, fold, load_adapter
 from radapter_serve.clip.base import Base, load_base
 from radapter_serve.contract.mask_crop import MaskCrop
 from radapter_serve.contract.preprocess import Preprocess
+from radapter_serve.data.image_files import open_images
 from radapter_serve.errors import RAdapterError
+from radapter_serve.evaluation.evaluate import Scored
 from radapter_serve.evaluation.release_embedder import release_variants
-from radapter_serve.index.collection import open_collection
 from radapter_serve.release.agreement import TOLERANCES, Samples, compare
 from radapter_serve.runtimes.encoder import Encoder
 from tests.helpers.a_row import a_row
@@ -338,8 +340,9 @@ def test_calibration_takes_images_of_all_of_a_folder(
 ) -> None:
     for number in range(15):
         Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
-    monkeypatch.setattr("radapter_export.quantization.IMAGES", 10)
-    batches = calibration_images(open_collection(str(tmp_path)), Preprocess.from_dict({"size": 4}))
+    monkeypatch.setattr("radapter_export.calibration.IMAGES", 10)
+    images = open_images(str(tmp_path), "--calibration")
+    batches = calibration_images(images, Preprocess.from_dict({"size": 4}))
     taken = np.concatenate(batches)[:, 0, 0, 0].astype(int)
     assert (len(taken), taken[0]) == (10, 0)
     assert set(np.diff([*taken, 15])) == {1, 2}
@@ -362,7 +365,7 @@ def test_digest_tells_apart_how_int8_was_made(exported: tuple[Path, list[Exporte
 def test_some_prompts_of_a_label_set_calibrate(
     export: Export, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("radapter_export.writer.PROMPTS", 4)
+    monkeypatch.setattr("radapter_export.calibration.PROMPTS", 4)
     (tmp_path / "many.txt").write_text("\n".join(f"thing {number}" for number in range(30)))
     given = {"calibration": str(photos), "label_sets": {"many": tmp_path / "many.txt"}}
     assert export(precision="int8", **given).facts["quantization"]["texts"] == 4 + 10
@@ -398,7 +401,8 @@ def test_a_release_that_loses_points_is_refused(
         evaluated(found.drop - 0.01)
     metrics = iter([0.5, float("nan")])
     monkeypatch.setattr(
-        "radapter_export.accuracy.evaluate", lambda *_, **__: [a_row(share=next(metrics))]
+        "radapter_export.accuracy.evaluate_scored",
+        lambda *_, **__: [Scored(a_row(share=next(metrics)), None)],
     )
     with pytest.raises(RAdapterError, match="the encoders lose nan points"):
         evaluated(100)
